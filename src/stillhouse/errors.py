@@ -1,0 +1,42 @@
+"""Errors that a user can cause. Each is one message: what is wrong, where, what to do."""
+
+from __future__ import annotations
+
+
+class StillhouseError(Exception):
+    """Base of every error a user can cause; the command line prints it without a traceback."""
+
+    def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
+        self.what = what
+        self.where = None if where is None else str(where)
+        self.fix = fix
+        lines = [what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if fix:
+            lines.append(f"  fix:   {fix}")
+        super().__init__("\n".join(lines))
+
+
+class RecipeError(StillhouseError, ValueError):
+    """The recipe cannot be read, or asks for something that does not exist."""
+
+
+class DataError(StillhouseError, ValueError):
+    """The training or held-out text cannot be used as it is."""
+
+
+class ModelError(StillhouseError, ValueError):
+    """A model or tokenizer is missing, damaged, or does not fit the other one."""
+
+
+class SignalError(StillhouseError, ValueError):
+    """A teacher's signal is malformed or belongs to something else."""
+
+
+class RunError(StillhouseError, RuntimeError):
+    """The run folder cannot be used: it is busy, not writable, or the disk is full."""
+
+
+class TrainingError(StillhouseError, RuntimeError):
+    """Training cannot go on: a loss that is not finite, or nothing to learn from."""

