@@ -1,0 +1,80 @@
+"""Progress of long work: a rich bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Task as RichTask
+from rich.text import Text
+
+console = Console(stderr=True)
+PLAIN_SECONDS = 15.0
+"""Seconds between two lines where there is no terminal."""
+
+Advance = Callable[[int], None]
+
+
+class _Rate(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: RichTask) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} {self.unit}/s")
+
+
+@contextmanager
+def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
+    """Shows progress towards `total` units; the caller calls `advance(units)` as work is done."""
+    if console.is_terminal:
+        columns = (
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            _Rate(unit),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(description, total=total)
+            yield lambda units: progress.advance(task, units)
+    else:
+        with _plain_lines(description, total, unit) as advance:
+            yield advance
+
+
+@contextmanager
+def _plain_lines(description: str, total: int, unit: str) -> Iterator[Advance]:
+    started = said = time.monotonic()
+    done = 0
+
+    def say(now: float) -> None:
+        rate = done / max(now - started, 1e-9)
+        left = (total - done) / rate if rate > 0 else 0.0
+        console.print(
+            f"{description}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {left:,.0f} s left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def advance(units: int) -> None:
+        nonlocal done, said
+        done += units
+        now = time.monotonic()
+        if now - said >= PLAIN_SECONDS:
+            said = now
+            say(now)
+
+    yield advance
+    now = time.monotonic()
+    if now - started >= PLAIN_SECONDS:
+        say(now)
+
+
+def note(message: str) -> None:
+    """One line for the user on the error stream."""
+    console.print(message, highlight=False, soft_wrap=True)
