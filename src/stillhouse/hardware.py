@@ -1,0 +1,186 @@
+"""What this machine can do, measured or read from it and never assumed."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+
+Requested = Literal["auto", "float32", "bfloat16"]
+
+CPU_INFO = Path("/proc/cpuinfo")
+ABILITIES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
+"""Instruction sets that decide how fast a CPU multiplies matrices, by their Linux names."""
+
+_TORCH_NAMES = {"avx512f": "avx512_f"}
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # <malloc.h> of glibc
+_MATMUL_SECONDS = 0.6
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The number type of the matrix products, and why it was chosen, in words for the user."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def default_device() -> torch.device:
+    """The first CUDA GPU where there is one, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def cpu_abilities() -> frozenset[str]:
+    """Those of `ABILITIES` that this CPU has: /proc/cpuinfo on Linux, elsewhere torch's answer."""
+    flags = _linux_flags()
+    if flags:
+        return frozenset(flags.intersection(ABILITIES))
+    ask_torch = getattr(torch.cpu, "get_capabilities", None)  # an older torch cannot say
+    capabilities: dict[str, object] = ask_torch() if ask_torch else {}
+    return frozenset(
+        name for name in ABILITIES if capabilities.get(_TORCH_NAMES.get(name, name), False)
+    )
+
+
+def choose_precision(requested: Requested, device: torch.device | str) -> Precision:
+    """bfloat16 where the device multiplies it natively, else float32; a request is obeyed.
+
+    On a CPU that means AVX512-BF16 or AMX, reached through oneDNN: without them bfloat16 products
+    are emulated and slower than float32.
+    """
+    device = torch.device(device)
+    native, why = _native_bfloat16(device)
+    if requested == "float32":
+        return Precision(torch.float32, "float32, as asked")
+    if requested == "bfloat16":
+        caution = "" if native else f"; slow here: {why}"
+        return Precision(torch.bfloat16, f"bfloat16, as asked{caution}")
+    if native:
+        return Precision(torch.bfloat16, f"bfloat16: {why}")
+    return Precision(torch.float32, f"float32: {why}")
+
+
+def tune_allocator() -> str | None:
+    """Lets glibc keep freed memory instead of handing it back to the kernel after each tensor.
+
+    A training step frees and takes the same large blocks again and again; by default each is a
+    new mapping whose pages the kernel must zero. Call it once, before the first big allocation.
+
+    Returns: None when it is done, else the reason why the allocator was left as it is.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return f"the allocator is left as it is: no glibc on this {platform.system()} system"
+    libc = ctypes.CDLL(None)
+    libc.mallopt.argtypes, libc.mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
+    # Some versions of glibc cap the mmap threshold; allowing no mapping at all does the same.
+    from_heap = libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(_M_MMAP_MAX, 0)
+    if not (from_heap and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)):
+        return "the allocator is left as it is: mallopt refused"
+    return None
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float:
+    """FLOP/s of a large square product in `dtype`: the median of several, in under a second.
+
+    A product of two [n, n] matrices counts 2n³ FLOPs. It is the practical ceiling that training
+    throughput is compared with, on as many threads as torch uses.
+    """
+    device = torch.device(device)
+    side = 8192 if device.type == "cuda" else 512
+    while True:
+        matrix = torch.randn(side, side, device=device).to(dtype)
+        _timed_product(matrix)
+        seconds = _timed_product(matrix)
+        if seconds > _MATMUL_SECONDS / 20 or side >= 16384:
+            break
+        side *= 2
+    repeats = max(1, min(7, int(_MATMUL_SECONDS / seconds)))
+    median = statistics.median(_timed_product(matrix) for _ in range(repeats))
+    return 2.0 * side**3 / median
+
+
+def synchronize(device: torch.device | str) -> None:
+    """Waits until the device has done its work, so that a clock read afterwards is true."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory_bytes() -> int:
+    """The largest resident memory this process ever had, in bytes, GPU memory not counted.
+
+    From getrusage's ru_maxrss, which Linux counts in KiB and macOS in bytes. A process that was
+    forked starts with its parent's peak on some kernels: measure in a fresh interpreter.
+    """
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine() -> dict[str, object]:
+    """A description for manifests and benchmark results, as plain JSON values; memory in bytes."""
+    return {
+        "cpu": _cpu_model(),
+        "architecture": platform.machine(),
+        "system": platform.system(),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "logical_cores": psutil.cpu_count(logical=True),
+        "cpu_abilities": sorted(cpu_abilities()),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "torch_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _native_bfloat16(device: torch.device) -> tuple[bool, str]:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return True, f"{name} has it"
+        return False, f"{name} has no bfloat16 arithmetic"
+    if device.type != "cpu":
+        return False, f"bfloat16 is not checked on a {device.type} device"
+    has = cpu_abilities()
+    found = [name for name in ("amx_bf16", "avx512_bf16") if name in has]
+    if not found:
+        return False, "this CPU has neither AVX512-BF16 nor AMX"
+    if not torch.backends.mkldnn.is_available():
+        return False, "this build of torch has no oneDNN, which the bfloat16 products need"
+    return True, f"this CPU has {found[0]}"
+
+
+def _timed_product(matrix: torch.Tensor) -> float:
+    synchronize(matrix.device)
+    started = time.perf_counter()
+    torch.mm(matrix, matrix)
+    synchronize(matrix.device)
+    return time.perf_counter() - started
+
+
+def _linux_flags() -> frozenset[str]:
+    return frozenset(_cpu_info().get("flags", "").split())
+
+
+def _cpu_model() -> str:
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpu_info() -> dict[str, str]:
+    """The first processor's block of /proc/cpuinfo; empty where there is no such file."""
+    if not CPU_INFO.is_file():
+        return {}
+    first = CPU_INFO.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}

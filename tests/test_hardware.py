@@ -1,0 +1,146 @@
+"""Abilities are read from the machine, and every choice comes with its reason."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stillhouse import hardware
+
+
+def describe_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str) -> None:
+    file = tmp_path / "cpuinfo"
+    other = "processor : 1\nmodel name : other\nflags : nothing\n"
+    file.write_text(
+        f"processor\t: 0\nmodel name\t: Toy CPU: 3 GHz\nflags\t\t: {flags}\n\n{other}", "utf-8"
+    )
+    monkeypatch.setattr(hardware, "CPU_INFO", file)
+
+
+def test_flags_and_name_come_from_the_first_processor(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    describe_cpu(monkeypatch, tmp_path, "fpu avx2 avx512_bf16 sse")
+    assert hardware.cpu_abilities() == {"avx2", "avx512_bf16"}
+    assert hardware.machine()["cpu"] == "Toy CPU: 3 GHz"
+
+
+def test_torch_answers_where_there_is_no_cpuinfo(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "absent")
+    answer = {"avx2": True, "avx512_f": True, "avx512_bf16": False, "cpu_name": "x"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: answer, raising=False)
+    assert hardware.cpu_abilities() == {"avx2", "avx512f"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype", "reason"),
+    [
+        ("avx2 avx512f avx512_bf16", torch.bfloat16, "this CPU has avx512_bf16"),
+        ("avx2 amx_tile amx_bf16", torch.bfloat16, "this CPU has amx_bf16"),
+        ("avx2 avx512f", torch.float32, "neither AVX512-BF16 nor AMX"),
+    ],
+)
+def test_auto_takes_bfloat16_only_where_the_cpu_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    flags: str,
+    dtype: torch.dtype,
+    reason: str,
+) -> None:
+    describe_cpu(monkeypatch, tmp_path, flags)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    precision = hardware.choose_precision("auto", "cpu")
+    assert precision.dtype == dtype
+    assert reason in precision.reason
+
+
+def test_a_request_is_obeyed_and_its_price_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    describe_cpu(monkeypatch, tmp_path, "avx2")
+    asked = hardware.choose_precision("bfloat16", "cpu")
+    assert asked.dtype == torch.bfloat16
+    assert "slow here" in asked.reason
+    assert hardware.choose_precision("float32", "cpu").dtype == torch.float32
+
+
+@pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_a_gpu_is_asked_for_native_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, native: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toy GPU")
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation
+    )
+    precision = hardware.choose_precision("auto", "cuda")
+    assert precision.dtype == dtype
+    assert "Toy GPU" in precision.reason
+
+
+PAGE_FAULTS = """
+import resource, sys, torch
+from stillhouse.hardware import tune_allocator
+if sys.argv[1] == "tuned":
+    assert tune_allocator() is None
+torch.set_num_threads(1)
+for _ in range(20):
+    torch.ones(16 << 20)  # 64 MiB, freed at once
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+def page_faults(mode: str) -> int:
+    command = [sys.executable, "-c", PAGE_FAULTS, mode]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_the_tuned_allocator_reuses_freed_memory() -> None:
+    pages_of_twenty_tensors = 20 * (64 << 20) // 4096
+    assert page_faults("plain") - page_faults("tuned") > pages_of_twenty_tensors / 2
+
+
+def test_the_allocator_is_left_alone_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("", ""))
+    reason = hardware.tune_allocator()
+    assert reason is not None
+    assert "glibc" in reason
+
+
+def test_matmul_rate_is_the_speed_of_a_real_product() -> None:
+    rate = hardware.matmul_rate(torch.float32)
+    matrix = torch.randn(1024, 1024)
+    seconds = min(hardware._timed_product(matrix) for _ in range(10))
+    assert 0.2 < rate / (2 * 1024**3 / seconds) < 5
+
+
+GROWTH = """
+import torch
+from stillhouse.hardware import peak_memory_bytes
+before = peak_memory_bytes()
+torch.ones(128 << 20)  # 512 MiB
+print(peak_memory_bytes() - before)
+"""
+
+
+def test_peak_memory_is_in_bytes_and_remembers_what_was_freed() -> None:
+    command = [sys.executable, "-c", GROWTH]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown == pytest.approx(512 << 20, rel=0.2)
+
+
+def test_machine_is_plain_json() -> None:
+    described = hardware.machine()
+    assert json.loads(json.dumps(described)) == described
+    assert described["torch_threads"] == torch.get_num_threads()
+
+
+def test_the_default_device_exists() -> None:
+    torch.ones(1, device=hardware.default_device())
