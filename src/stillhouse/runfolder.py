@@ -1,0 +1,267 @@
+"""The run folder: stages that are either complete or absent, and one owner at a time.
+
+A stage writes into `stages/.NAME-KEY.partial`. When it is done, its manifest is written, every file
+is flushed to disk, and the folder gets its final name `stages/NAME-KEY` by one rename. So a folder
+with a final name is complete, whenever the process was killed.
+
+KEY is a hash of what the stage depends on: its part of the recipe and the *content* of its inputs.
+A recipe that is changed and changed back finds its old stages again.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import RunError
+from stillhouse.progress import note
+
+MANIFEST = "manifest.json"
+PLAIN_JSON = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage took. `tokens` are those a model saw; `flops` follow `stillhouse.account`."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    flops: int = 0
+    peak_memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage's work returns: its cost, less the seconds, and a summary for the report."""
+
+    tokens: int = 0
+    flops: int = 0
+    peak_memory_bytes: int = 0
+    summary: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    """Set where work was resumed and the clock of this process is not the whole of it."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A finished stage. `digest` is a hash of the content of its files."""
+
+    name: str
+    path: Path
+    digest: str
+    cost: Cost
+    summary: dict[str, Any]
+    reused: bool
+
+
+class RunFolder:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.stages = root / "stages"
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the folder for this process. Raises RunError where another one has it."""
+        with disk_errors(self.root):
+            self.stages.mkdir(parents=True, exist_ok=True)
+            lock = (self.root / ".lock").open("a+", encoding="utf-8")
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                owner = lock.read().strip() or "unknown"
+                raise RunError(
+                    f"another process is working in this run folder ({owner})",
+                    where=self.root,
+                    fix="wait for it or stop it; or give this run another folder: "
+                    "--set folder=runs/OTHER",
+                ) from None
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}")
+            lock.flush()
+            yield
+
+    def key(self, name: str, depends_on: Mapping[str, Any]) -> str:
+        canonical = json.dumps({"stage": name, **depends_on}, sort_keys=True, ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:12]
+
+    def finished(self, name: str, depends_on: Mapping[str, Any]) -> Stage | None:
+        """The finished stage of that name and key, or None. Damage is noticed and said."""
+        path = self.stages / f"{name}-{self.key(name, depends_on)}"
+        if not path.is_dir():
+            return None
+        try:
+            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            damaged = [
+                file
+                for file, facts in manifest["files"].items()
+                if not (path / file).is_file() or (path / file).stat().st_size != facts["bytes"]
+            ]
+        except (OSError, ValueError, KeyError) as error:
+            damaged = [f"{MANIFEST} ({error})"]
+        if damaged:
+            note(f"{path} is damaged ({', '.join(damaged[:3])}): the {name} stage is done again")
+            return None
+        return Stage(
+            name, path, manifest["digest"], Cost(**manifest["cost"]), manifest["summary"], True
+        )
+
+    def stage(
+        self,
+        name: str,
+        depends_on: Mapping[str, Any],
+        work: Callable[[Path], Outcome],
+        *,
+        resumable: bool = False,
+        scratch: tuple[str, ...] = (),
+    ) -> Stage:
+        """Returns the finished stage, or does `work(folder)` and finishes it.
+
+        resumable: a half-written folder is handed to `work` as it is, rather than emptied.
+        scratch: names inside the folder that are deleted before it is finished.
+        """
+        done = self.finished(name, depends_on)
+        if done is not None:
+            return done
+        key = self.key(name, depends_on)
+        final = self.stages / f"{name}-{key}"
+        partial = self.stages / f".{name}-{key}.partial"
+        with disk_errors(partial):
+            if partial.exists() and not resumable:
+                shutil.rmtree(partial)
+            partial.mkdir(parents=True, exist_ok=True)
+            started = time.time()
+            outcome = work(partial)
+            seconds = time.time() - started if outcome.seconds is None else outcome.seconds
+            for leftover in scratch:
+                shutil.rmtree(partial / leftover, ignore_errors=True)
+            files = {
+                str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": sha(file)}
+                for file in sorted(partial.rglob("*"))
+                if file.is_file() and file.name != MANIFEST
+            }
+            cost = Cost(seconds, outcome.tokens, outcome.flops, outcome.peak_memory_bytes)
+            digest = hashlib.sha256(
+                json.dumps({f: facts["sha256"] for f, facts in files.items()}).encode()
+            ).hexdigest()
+            manifest = {
+                "stage": name,
+                "key": key,
+                "depends_on": depends_on,
+                "digest": digest,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+                "cost": asdict(cost),
+                "summary": outcome.summary,
+                "versions": versions(),
+                "files": files,
+            }
+            write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2))
+            flush_tree(partial)
+            if final.exists():
+                shutil.rmtree(final)
+            partial.rename(final)
+            flush(self.stages)
+        return Stage(name, final, digest, cost, outcome.summary, False)
+
+    def point(self, name: str, target: Path) -> None:
+        """Makes `root/name` a relative link to a finished stage's file or folder."""
+        link = self.root / name
+        with disk_errors(link):
+            temporary = self.root / f".{name}.link"
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(os.path.relpath(target, self.root))
+            temporary.replace(link)
+
+
+def versions() -> dict[str, str]:
+    names = ("stillhouse", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
+    found = {name: metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **found}
+
+
+def sha(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """Flushes every file below the folder, then the folders, to disk."""
+    paths = [path for path in folder.rglob("*") if not path.is_symlink()]
+    for path in sorted(paths, key=lambda p: (p.is_dir(), str(p))):
+        flush(path)
+    flush(folder)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """The file has its old content or the new one, never a part of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
+    temporary.replace(path)
+
+
+_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@contextmanager
+def disk_errors(where: Path) -> Iterator[None]:
+    """Turns a full disk or a missing permission into a RunError; other errors pass.
+
+    torch and safetensors report a full disk as errors of their own, so their text is looked at.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK:
+            raise _disk_full(_DISK[error.errno], where) from error
+        if error.errno in _PERMISSION or isinstance(error, FileExistsError | NotADirectoryError):
+            raise RunError(
+                f"cannot write here: {error.strerror}",
+                where=error.filename or where,
+                fix="check the folder's owner and permissions, or give another folder: "
+                "--set folder=PATH",
+            ) from error
+        raise
+    except Exception as error:
+        text = str(error)
+        full = "No space left" in text or "os error 28" in text
+        if full or ("PytorchStreamWriter failed" in text and _free_bytes(where) < 1 << 20):
+            raise _disk_full("the disk is full", where) from error
+        raise
+
+
+def _disk_full(what: str, where: Path) -> RunError:
+    return RunError(
+        what,
+        where=where,
+        fix="free some space and give the same command again: finished stages and complete "
+        "checkpoints are kept",
+    )
+
+
+def _free_bytes(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
