@@ -1,0 +1,42 @@
+"""SHA-256 of files, remembered by path, size and time of change."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+
+def cache_folder(cache: Path | None = None) -> Path:
+    """`cache`, else $STILLHOUSE_CACHE, else ~/.cache/stillhouse."""
+    if cache is not None:
+        return cache
+    named = os.environ.get("STILLHOUSE_CACHE")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "stillhouse"
+
+
+def file_sha256(path: Path, cache: Path) -> str:
+    """The file's SHA-256 in hex; a file that is unchanged by size and time is not read again."""
+    stat = path.stat()
+    key = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
+    remembered = cache / "hashes" / hashlib.sha256(key.encode()).hexdigest()
+    if remembered.is_file():
+        known = remembered.read_text(encoding="ascii").strip()
+        if len(known) == 64:
+            return known
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _remember(remembered, digest)
+    return digest
+
+
+def _remember(path: Path, digest: str) -> None:
+    """A cache that cannot be written costs time, not correctness, so it stops nobody."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+        temporary.write_text(digest, encoding="ascii")
+        temporary.replace(path)
+    except OSError:
+        return

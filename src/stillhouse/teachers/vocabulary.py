@@ -1,0 +1,96 @@
+"""Whether two models speak of the same tokens, id by id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from stillhouse.errors import ModelError
+
+ROLES = ("bos_token", "eos_token")
+
+
+@dataclass(frozen=True)
+class VocabularyMatch:
+    """rows: ids 0 to rows - 1 mean the same in both models. The rest is padding, never predicted.
+
+    teacher_padding, student_padding: rows of each head beyond those.
+    warnings: differences that do not forbid distillation.
+    """
+
+    rows: int
+    teacher_padding: int
+    student_padding: int
+    warnings: tuple[str, ...] = ()
+
+
+def check_same_vocabulary(
+    teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_rows: int, student_rows: int
+) -> VocabularyMatch:
+    """Compares token → id maps, special tokens included; sizes alone prove nothing.
+
+    `teacher_rows`, `student_rows`: rows of each model's head, often padded beyond the map.
+    Raises ModelError: the maps differ, or a model has fewer rows than its tokenizer has ids.
+    """
+    teacher_ids = teacher_tokenizer.get_vocab()
+    student_ids = student_tokenizer.get_vocab()
+    _check_maps(teacher_ids, student_ids)
+    rows = max(teacher_ids.values()) + 1
+    check_rows(teacher_tokenizer, teacher_rows, "teacher")
+    check_rows(student_tokenizer, student_rows, "student")
+    return VocabularyMatch(
+        rows=rows,
+        teacher_padding=teacher_rows - rows,
+        student_padding=student_rows - rows,
+        warnings=tuple(_warnings(teacher_tokenizer, student_tokenizer)),
+    )
+
+
+def check_rows(tokenizer: Any, rows: int, role: str) -> int:
+    """The number of ids that the tokenizer can give; ModelError when the model has fewer rows."""
+    needed = int(max(tokenizer.get_vocab().values())) + 1
+    if rows < needed:
+        raise ModelError(
+            f"the {role} has {rows:,} embedding rows, and its tokenizer gives ids up to "
+            f"{needed - 1:,}",
+            where=f"{role}'s tokenizer",
+            fix="resize_token_embeddings and train the new rows, or use the matching tokenizer",
+        )
+    return needed
+
+
+def _check_maps(teacher_ids: dict[str, int], student_ids: dict[str, int]) -> None:
+    differing = [
+        token
+        for token in sorted(teacher_ids.keys() | student_ids.keys())
+        if teacher_ids.get(token) != student_ids.get(token)
+    ]
+    if not differing:
+        return
+    # Tokens that both know under other ids say more than those that one of them lacks.
+    shared_first = sorted(differing, key=lambda t: not (t in teacher_ids and t in student_ids))
+    examples = ", ".join(
+        f"{token!r} ({teacher_ids.get(token, 'absent')} / {student_ids.get(token, 'absent')})"
+        for token in shared_first[:3]
+    )
+    raise ModelError(
+        f"teacher and student have different vocabularies: {len(differing):,} tokens differ, "
+        f"e.g. {examples} (id in teacher / student)",
+        where="the tokenizers' token → id maps",
+        fix="choose a student of the teacher's family, prune the teacher, or train the student on "
+        "text that the teacher wrote (which needs no shared vocabulary)",
+    )
+
+
+def _warnings(teacher: Any, student: Any) -> list[str]:
+    found = []
+    if (teacher.chat_template or "") != (student.chat_template or ""):
+        found.append(
+            "teacher and student have different chat templates: the student's is used for chat "
+            "rows, and the teacher may never have seen that format"
+        )
+    for role in ROLES:
+        ours, theirs = getattr(teacher, role, None), getattr(student, role, None)
+        if ours != theirs:
+            found.append(f"{role} is {ours!r} in the teacher and {theirs!r} in the student")
+    return found

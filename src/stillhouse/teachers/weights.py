@@ -1,0 +1,129 @@
+"""Checks a Hugging Face model folder before anything of it is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from stillhouse.errors import ModelError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, each with a sound header and the size it promises.
+
+    Raises ModelError: no config.json, no safetensors weights, a missing shard, a damaged file.
+    """
+    _check_config(folder)
+    if (folder / SINGLE).is_file():
+        files = [folder / SINGLE]
+    elif (folder / INDEX).is_file():
+        files = _shards(folder / INDEX)
+    else:
+        raise _no_weights(folder)
+    for file in files:
+        tensor_names(file)
+    return files
+
+
+def tensor_names(file: Path) -> set[str]:
+    """Names in a safetensors file. Reads the header only, and checks the file's size against it."""
+    with file.open("rb") as opened:
+        if opened.read(20).startswith(b"version https://git-"):
+            raise ModelError(
+                "this file is a Git LFS pointer, not weights",
+                where=file,
+                fix="run `git lfs pull` in that folder",
+            )
+    try:
+        with safe_open(file, framework="pt") as opened_tensors:
+            return set(opened_tensors.keys())
+    except SafetensorError as error:
+        raise ModelError(
+            f"this safetensors file is damaged or cut short ({error})",
+            where=file,
+            fix="download or copy it again",
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, object]:
+    """One JSON object from a model folder; ModelError when it is none."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(
+            f"this file cannot be read as JSON ({error})",
+            where=file,
+            fix="download or copy the model again",
+        ) from error
+    if not isinstance(value, dict):
+        raise ModelError("this file holds no JSON object", where=file, fix="copy the model again")
+    return value
+
+
+def _check_config(folder: Path) -> None:
+    if (folder / "config.json").is_file():
+        read_json(folder / "config.json")
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            "this folder holds an adapter, not a model",
+            where=folder,
+            fix="merge it into its base model (peft: merge_and_unload, then save_pretrained)",
+        )
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        raise ModelError(
+            "this folder has no config.json, only GGUF files",
+            where=folder,
+            fix=f"name the file itself: {ggufs[0]}",
+        )
+    raise ModelError(
+        "this folder is not a Hugging Face model: it has no config.json",
+        where=folder,
+        fix="give the folder that save_pretrained wrote",
+    )
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError("this index has no weight_map", where=index, fix="copy the model again")
+    files = [index.parent / name for name in sorted(set(map(str, weight_map.values())))]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise ModelError(
+            f"{len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:3])}",
+            where=index.parent,
+            fix="download or copy them too",
+        )
+    for file in files:
+        promised = {name for name, held_by in weight_map.items() if held_by == file.name}
+        absent = sorted(promised - tensor_names(file))
+        if absent:
+            raise ModelError(
+                f"the index promises {len(absent)} tensors that are not there, such as {absent[0]}",
+                where=file,
+                fix="download or copy the model again: its files are of two versions",
+            )
+    return files
+
+
+def _no_weights(folder: Path) -> ModelError:
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+    if pickled:
+        return ModelError(
+            f"the weights are pickled ({pickled[0].name}), and a pickle can run any code",
+            where=folder,
+            fix="convert them once where you trust them: AutoModelForCausalLM.from_pretrained"
+            "(folder).save_pretrained(new_folder) writes safetensors",
+        )
+    return ModelError(
+        "this folder has a config.json but no safetensors weights",
+        where=folder,
+        fix=f"expected {SINGLE}, or {INDEX} and its shards",
+    )
