@@ -29,7 +29,6 @@ from stillhouse.errors import RunError
 from stillhouse.progress import note
 
 MANIFEST = "manifest.json"
-PLAIN_JSON = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
@@ -98,9 +97,16 @@ class RunFolder:
         canonical = json.dumps({"stage": name, **depends_on}, sort_keys=True, ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
+    def partial(self, name: str, depends_on: Mapping[str, Any]) -> Path:
+        """Where the stage is written before it is finished."""
+        return self.stages / f".{name}-{self.key(name, depends_on)}.partial"
+
+    def _final(self, name: str, depends_on: Mapping[str, Any]) -> Path:
+        return self.stages / f"{name}-{self.key(name, depends_on)}"
+
     def finished(self, name: str, depends_on: Mapping[str, Any]) -> Stage | None:
         """The finished stage of that name and key, or None. Damage is noticed and said."""
-        path = self.stages / f"{name}-{self.key(name, depends_on)}"
+        path = self._final(name, depends_on)
         if not path.is_dir():
             return None
         try:
@@ -136,9 +142,8 @@ class RunFolder:
         done = self.finished(name, depends_on)
         if done is not None:
             return done
-        key = self.key(name, depends_on)
-        final = self.stages / f"{name}-{key}"
-        partial = self.stages / f".{name}-{key}.partial"
+        final = self._final(name, depends_on)
+        partial = self.partial(name, depends_on)
         with disk_errors(partial):
             if partial.exists() and not resumable:
                 shutil.rmtree(partial)
@@ -159,7 +164,7 @@ class RunFolder:
             ).hexdigest()
             manifest = {
                 "stage": name,
-                "key": key,
+                "key": self.key(name, depends_on),
                 "depends_on": depends_on,
                 "digest": digest,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),

@@ -1,0 +1,1 @@
+"""The trainer on top of transformers.Trainer."""

@@ -1,0 +1,132 @@
+"""One run: the stages in order, each done once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse import stages
+from stillhouse.evaluate import Evaluation
+from stillhouse.hardware import tune_allocator
+from stillhouse.progress import note
+from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
+from stillhouse.runfolder import RunFolder, Stage, write_atomically
+from stillhouse.stages import StagePlan
+
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run's products are."""
+
+    folder: Path
+    model: Path
+    report: Path
+    evaluation: Evaluation
+    stages: list[Stage]
+
+
+def run(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    base: Path | None = None,
+) -> RunResult | None:
+    """Runs a recipe: a path, a dictionary or a `Recipe`. Finished stages are not done again.
+
+    base: the folder that relative paths in the recipe start from; by default the recipe file's
+    folder, or the working directory. Under torchrun every process calls this, and only the first
+    gets a result; the others are None.
+    Raises StillhouseError; what is finished by then stays.
+    """
+    recipe, base = read(recipe, overrides, base)
+    tune_allocator()
+    folder = run_folder(recipe)
+    if _rank() != 0:
+        _stages_together(recipe, base, _follow(folder))
+        return None
+    with folder.locked():
+        write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
+        return _lead(recipe, base, folder)
+
+
+def read(
+    recipe: Recipe | Mapping[str, Any] | str | Path, overrides: Sequence[str], base: Path | None
+) -> tuple[Recipe, Path]:
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe, overrides), base or Path(recipe).parent
+    if not isinstance(recipe, Recipe):
+        recipe = parse_recipe(dict(recipe))
+    return recipe, base or Path.cwd()
+
+
+def run_folder(recipe: Recipe) -> RunFolder:
+    return RunFolder(Path(recipe.folder or Path("runs") / recipe.name))
+
+
+def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
+    finished: list[Stage] = []
+
+    def do(plan: StagePlan) -> Stage:
+        began = time.monotonic()
+        stage = folder.stage(
+            plan.name,
+            plan.depends_on,
+            plan.work,
+            resumable=plan.resumable,
+            scratch=plan.scratch,
+        )
+        took = "already done" if stage.reused else f"{time.monotonic() - began:,.1f} s"
+        note(f"{plan.name + ':':<10} {took}")
+        finished.append(stage)
+        return stage
+
+    job, data, student, trained, baseline = _stages_together(recipe, base, do)
+    evaluated = do(stages.evaluation(job, data, student, trained, baseline))
+    exported = do(stages.export(job, data, trained))
+    report = do(stages.report(job, list(finished)))
+    folder.point("model", exported.path / stages.MODEL)
+    folder.point("report.html", report.path / stages.REPORT)
+    return RunResult(
+        folder=folder.root,
+        model=folder.root / "model",
+        report=folder.root / "report.html",
+        evaluation=Evaluation.load(evaluated.path / stages.EVALUATION),
+        stages=finished,
+    )
+
+
+def _stages_together(
+    recipe: Recipe, base: Path, do: Callable[[StagePlan], Stage]
+) -> tuple[stages.Job, Stage, Stage, Stage, Stage | None]:
+    """The stages up to training, which every process goes through."""
+    job = stages.find_models(recipe, base)
+    data = do(stages.data(job))
+    student = do(stages.student(job, data))
+    trained = do(stages.training(job, data, student))
+    baseline = None
+    if recipe.evaluate.fine_tuning_baseline:
+        baseline = do(stages.baseline(job, data, student))
+    return job, data, student, trained, baseline
+
+
+def _follow(folder: RunFolder) -> Callable[[StagePlan], Stage]:
+    """How the other processes of a torchrun do a stage: take part in it, or wait for it."""
+
+    def do(plan: StagePlan) -> Stage:
+        if plan.together and folder.finished(plan.name, plan.depends_on) is None:
+            plan.work(folder.partial(plan.name, plan.depends_on))
+        while (stage := folder.finished(plan.name, plan.depends_on)) is None:
+            time.sleep(POLL_SECONDS)
+        return stage
+
+    return do
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

@@ -1,0 +1,307 @@
+"""Each stage of a run: what it depends on, and the work that fills its folder.
+
+A function here takes the job and the finished stages that it reads, and returns a `StagePlan`; it
+does nothing yet. `stillhouse.run` has the order.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stillhouse import account
+from stillhouse.data import Windows, build, open_windows
+from stillhouse.data.sources import sources_fingerprint
+from stillhouse.evaluate import Evaluation, evaluate
+from stillhouse.export import export_checkpoint
+from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
+from stillhouse.objectives import Term
+from stillhouse.recipe import Recipe
+from stillhouse.recipe.schema import PretrainedStudent
+from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
+from stillhouse.runfolder import Outcome, Stage, versions
+from stillhouse.students import build_student
+from stillhouse.teachers import ModelSource, load_tokenizer, resolve_model
+from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.train import CHECKPOINTS, METRICS, MODEL, train
+
+EVALUATION = "evaluation.json"
+REPORT = "report.html"
+
+BASELINE_TERMS = (Term("cross_entropy"),)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe whose models have been found. `base`: where relative paths start."""
+
+    recipe: Recipe
+    base: Path
+    teacher: ModelSource
+    pretrained: ModelSource | None
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The student's own where it has one: its token ids are the teacher's, see `students`."""
+        return (self.pretrained or self.teacher).path
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return self.recipe.teacher.trust_remote_code
+
+    @property
+    def terms(self) -> list[Term]:
+        return [Term(t.divergence, t.weight, t.temperature) for t in self.recipe.objective.terms]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """inputs: all that the result depends on. together: every process of a torchrun takes part.
+
+    version: raised when the stage's code changes what it writes, so that it is done again.
+    """
+
+    name: str
+    inputs: dict[str, Any]
+    work: Callable[[Path], Outcome]
+    version: int = 1
+    resumable: bool = False
+    together: bool = False
+    scratch: tuple[str, ...] = field(default=())
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        return {**self.inputs, "version": self.version}
+
+
+def find_models(recipe: Recipe, base: Path) -> Job:
+    """Finds and checks the models on disk, or downloads them. Raises ModelError."""
+    teacher = resolve_model(recipe.teacher.model, revision=recipe.teacher.revision, base=base)
+    pretrained = None
+    if isinstance(recipe.student, PretrainedStudent):
+        student = recipe.student
+        pretrained = resolve_model(student.model, revision=student.revision, base=base)
+    return Job(recipe, base, teacher, pretrained)
+
+
+def open_data(data: Stage) -> tuple[Windows, Windows]:
+    return open_windows(data.path / "train"), open_windows(data.path / "heldout")
+
+
+# --- the stages, in order --------------------------------------------------------------------
+
+
+def data(job: Job) -> StagePlan:
+    section = job.recipe.data
+
+    def work(out: Path) -> Outcome:
+        tokenizer = load_tokenizer(job.tokenizer_path)
+        built = build(section, tokenizer, seed=job.recipe.seed, base=job.base, out=out)
+        return Outcome(summary=asdict(built))
+
+    inputs = {
+        "recipe": section.model_dump(mode="json"),
+        "seed": job.recipe.seed,
+        "tokenizer": (job.pretrained or job.teacher).fingerprint,
+        "sources": sources_fingerprint([*section.sources, *section.heldout_sources], job.base),
+    }
+    return StagePlan("data", inputs, work)
+
+
+def student(job: Job, data: Stage) -> StagePlan:
+    section = job.recipe.student
+
+    def work(out: Path) -> Outcome:
+        windows, _ = open_data(data)
+        summary = build_student(
+            section,
+            teacher=job.teacher,
+            windows=windows,
+            seed=job.recipe.seed,
+            base=job.base,
+            out=out / MODEL,
+        )
+        return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=summary)
+
+    inputs = {
+        "recipe": section.model_dump(mode="json"),
+        "seed": job.recipe.seed,
+        "teacher": job.teacher.fingerprint,
+        "pretrained": job.pretrained and job.pretrained.fingerprint,
+        "data": data.digest,
+    }
+    return StagePlan("student", inputs, work)
+
+
+def training(job: Job, data: Stage, student: Stage) -> StagePlan:
+    inputs = {"objective": job.recipe.objective.model_dump(mode="json")}
+    return _training("train", inputs, job, data, student, job.terms, job.teacher.path)
+
+
+def baseline(job: Job, data: Stage, student: Stage) -> StagePlan:
+    """The same student on the same data by plain next-token loss: what distillation adds to."""
+    return _training("baseline", {}, job, data, student, BASELINE_TERMS, None)
+
+
+def _training(
+    name: str,
+    inputs: dict[str, Any],
+    job: Job,
+    data: Stage,
+    student: Stage,
+    terms: Any,
+    teacher: Path | None,
+) -> StagePlan:
+    def work(out: Path) -> Outcome:
+        windows, heldout = open_data(data)
+        result = train(
+            student.path / MODEL,
+            teacher,
+            windows,
+            heldout,
+            section=job.recipe.train,
+            terms=terms,
+            vocabulary=student.summary["vocabulary"],
+            seed=job.recipe.seed,
+            out=out,
+            trust_remote_code=job.trust_remote_code,
+        )
+        return Outcome(
+            tokens=result.tokens,
+            flops=result.flops,
+            peak_memory_bytes=result.peak_memory_bytes,
+            seconds=result.seconds,
+            summary=asdict(result),
+        )
+
+    everything = {
+        **inputs,
+        "recipe": job.recipe.train.model_dump(mode="json", exclude={"report_to"}),
+        "seed": job.recipe.seed,
+        "teacher": job.teacher.fingerprint if teacher else None,
+        "data": data.digest,
+        "student": student.digest,
+    }
+    return StagePlan(
+        name, everything, work, resumable=True, together=True, scratch=(CHECKPOINTS,)
+    )
+
+
+def evaluation(
+    job: Job, data: Stage, student: Stage, trained: Stage, baseline: Stage | None
+) -> StagePlan:
+    section = job.recipe.evaluate
+
+    def work(out: Path) -> Outcome:
+        _, heldout = open_data(data)
+        paths = {
+            "teacher": job.teacher.path,
+            "untrained": student.path / MODEL,
+            "student": trained.path / MODEL,
+        }
+        if baseline is not None:
+            paths["fine_tuned"] = baseline.path / MODEL
+        found = evaluate(
+            paths,
+            section=section,
+            windows=heldout,
+            seed=job.recipe.seed,
+            vocabulary=student.summary["vocabulary"],
+            precision=choose_precision(job.recipe.train.precision, default_device()),
+        )
+        found.save(out / EVALUATION)
+        tokens = sum(model.fidelity.tokens for model in found.models)
+        flops = sum(
+            account.forward_flops(model.parameters, model.fidelity.tokens)
+            for model in found.models
+        )
+        return Outcome(tokens, flops, peak_memory_bytes())
+
+    inputs = {
+        "recipe": section.model_dump(mode="json"),
+        "precision": job.recipe.train.precision,
+        "seed": job.recipe.seed,
+        "teacher": job.teacher.fingerprint,
+        "data": data.digest,
+        "student": student.digest,
+        "trained": trained.digest,
+        "baseline": baseline and baseline.digest,
+    }
+    return StagePlan("evaluate", inputs, work)
+
+
+def export(job: Job, data: Stage, trained: Stage) -> StagePlan:
+    section = job.recipe.export
+
+    def work(out: Path) -> Outcome:
+        _, heldout = open_data(data)
+        replay = export_checkpoint(
+            trained.path / MODEL,
+            out / MODEL,
+            dtype=section.dtype,
+            windows=heldout,
+            prompts=job.recipe.evaluate.prompts,
+            seed=job.recipe.seed,
+        )
+        return Outcome(summary=asdict(replay), peak_memory_bytes=peak_memory_bytes())
+
+    inputs = {
+        "recipe": section.model_dump(mode="json"),
+        "prompts": job.recipe.evaluate.prompts,
+        "data": data.digest,
+        "trained": trained.digest,
+    }
+    return StagePlan("export", inputs, work)
+
+
+def report(job: Job, finished: list[Stage]) -> StagePlan:
+    stages = {stage.name: stage for stage in finished}
+
+    def work(out: Path) -> Outcome:
+        write_report(report_data(job, stages), out / REPORT)
+        return Outcome()
+
+    inputs = {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "stages": {name: stage.digest for name, stage in stages.items()},
+    }
+    return StagePlan("report", inputs, work)
+
+
+def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:
+    trained, student, found = stages["train"], stages["student"], stages["evaluate"]
+    evaluated = Evaluation.load(found.path / EVALUATION)
+    tokens = trained.cost.tokens
+    return ReportData(
+        title=job.recipe.name,
+        created=time.strftime("%Y-%m-%d %H:%M"),
+        recipe=job.recipe.model_dump(mode="json"),
+        teacher=job.teacher.described,
+        evaluation=evaluated,
+        history=read_metrics(trained.path / METRICS),
+        stages=[
+            StageCost(
+                stage.name,
+                stage.cost.seconds,
+                stage.cost.tokens,
+                stage.cost.flops,
+                stage.cost.peak_memory_bytes or None,
+                stage.reused,
+            )
+            for stage in stages.values()
+        ],
+        student=student.summary,
+        scratch=ScratchCost(
+            tokens=tokens,
+            distillation_flops=trained.cost.flops + student.cost.flops,
+            scratch_flops=account.training_flops(student.summary["head_once"], tokens),
+        ),
+        replay=stages["export"].summary,
+        machine=machine(),
+        versions=versions(),
+        notes=evaluated.notes,
+    )

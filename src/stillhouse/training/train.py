@@ -1,0 +1,233 @@
+"""Trains one student: from checkpoints on disk to a checkpoint on disk, resumable at any moment."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from stillhouse import account
+from stillhouse.data import Windows, collate
+from stillhouse.errors import RecipeError, TrainingError
+from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.objectives import Term
+from stillhouse.progress import bar, note
+from stillhouse.recipe.schema import TrainRecipe
+from stillhouse.teachers.local import load_model, load_tokenizer
+from stillhouse.training import checkpoints
+from stillhouse.training.trainer import DistillationTrainer
+
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant_with_warmup",
+    "wsd": "warmup_stable_decay",
+}
+MODEL = "model"
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """`tokens` are supervised positions; `seconds` leave out held-out measurements."""
+
+    steps: int
+    planned_steps: int
+    tokens: int
+    seconds: float
+    flops: int
+    peak_memory_bytes: int
+    precision: str
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How one optimizer step's windows are split. batch = micro x accumulation x processes."""
+
+    micro: int
+    accumulation: int
+    processes: int
+    steps: int
+
+
+def plan_batches(section: TrainRecipe, windows: int, processes: int) -> Batching:
+    """Raises RecipeError where the batch cannot be split evenly."""
+    micro = section.micro_batch_size or max(1, section.batch_size // processes)
+    if section.batch_size % (micro * processes):
+        raise RecipeError(
+            f"train.batch_size {section.batch_size} is not a multiple of micro_batch_size {micro} "
+            f"x {processes} processes",
+            where="train.batch_size",
+            fix=f"use a multiple of {micro * processes}",
+        )
+    accumulation = section.batch_size // (micro * processes)
+    micro_batches = math.ceil(windows / (micro * processes))
+    steps_an_epoch = math.ceil(micro_batches / accumulation)
+    steps = math.ceil(section.epochs * steps_an_epoch)
+    if section.max_steps is not None:
+        steps = min(steps, section.max_steps)
+    return Batching(micro, accumulation, processes, steps)
+
+
+def train(
+    student: Path,
+    teacher: Path | None,
+    windows: Windows,
+    heldout: Windows,
+    *,
+    section: TrainRecipe,
+    terms: Sequence[Term],
+    vocabulary: int | None,
+    seed: int,
+    out: Path,
+    trust_remote_code: bool = False,
+) -> TrainingResult:
+    """Trains the checkpoint in `student` and writes `out/model` (float32) and `out/metrics.jsonl`.
+
+    teacher: None trains on the objective's terms alone, which must then need no teacher.
+    vocabulary: ids below it are shared by both models; rows beyond it are padding.
+    Goes on from the newest complete checkpoint in `out/checkpoints`, to the same weights as an
+    undisturbed run gives. Under torchrun or accelerate launch every process calls this.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    plan = plan_batches(section, len(windows), processes)
+    if windows.supervised_tokens == 0:
+        raise TrainingError("no token of the training data is to be predicted", where=windows.path)
+    device = default_device()
+    precision = choose_precision(section.precision, device)
+    note(f"precision: {precision.reason}")
+
+    folder = out / CHECKPOINTS
+    main = int(os.environ.get("RANK", "0")) == 0
+    found = checkpoints.latest(folder)
+    if main:
+        checkpoints.drop_incomplete(folder)
+    checkpoint, meter = found if found else (None, checkpoints.Meter())
+    if checkpoint:
+        note(f"going on from step {meter.step} of {plan.steps}")
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        metrics = checkpoints.MetricsFile(out / METRICS, keep_to_step=meter.step)
+    else:
+        metrics = checkpoints.MetricsFile(out / f".metrics-{os.environ['RANK']}", keep_to_step=0)
+
+    model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    guide = teacher and load_model(
+        teacher, dtype=precision.dtype, trust_remote_code=trust_remote_code
+    )
+    planned_tokens = plan.steps * section.batch_size * windows.context
+    with bar("train", total=planned_tokens) as advance:
+        advance(meter.step * section.batch_size * windows.context)
+        trainer = DistillationTrainer(
+            student=model,
+            teacher=guide,
+            terms=terms,
+            dtype=precision.dtype,
+            vocabulary=vocabulary,
+            metrics=metrics,
+            meter=meter,
+            advance=advance,
+            early_stop=section.early_stop,
+            args=_arguments(section, plan, folder, precision.dtype, device, seed),
+            train_dataset=windows,
+            eval_dataset=heldout,
+            data_collator=collate,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Housekeeping(trainer, section, windows.context))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    done = trainer.meter()
+    trainer.save_model(str(out / MODEL))
+    if main:
+        (out / MODEL / "training_args.bin").unlink(missing_ok=True)
+        load_tokenizer(student).save_pretrained(out / MODEL)
+    student_size = account.count_parameters(model).head_once
+    teacher_size = account.count_parameters(guide).head_once if guide is not None else 0
+    return TrainingResult(
+        steps=done.step,
+        planned_steps=plan.steps,
+        tokens=done.tokens,
+        seconds=done.seconds,
+        flops=account.distillation_flops(student_size, teacher_size, done.tokens),
+        peak_memory_bytes=peak_memory_bytes(),
+        precision=precision.reason,
+    )
+
+
+def _arguments(
+    section: TrainRecipe,
+    plan: Batching,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> TrainingArguments:
+    scheduler_kwargs: dict[str, Any] = {}
+    warmup = round(section.warmup * plan.steps)
+    if section.schedule == "wsd":
+        scheduler_kwargs["num_decay_steps"] = max(1, round(section.decay * plan.steps))
+    every = section.evaluate_every
+    return TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.micro,
+        per_device_eval_batch_size=plan.micro,
+        gradient_accumulation_steps=plan.accumulation,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=SCHEDULES[section.schedule],
+        lr_scheduler_kwargs=scheduler_kwargs,
+        warmup_steps=warmup,
+        weight_decay=section.weight_decay,
+        adam_beta1=section.betas[0],
+        adam_beta2=section.betas[1],
+        max_grad_norm=section.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        ddp_backend="gloo" if device.type == "cpu" else None,
+        activation_checkpointing=section.gradient_checkpointing,
+        logging_strategy="steps",
+        logging_steps=max(1, plan.steps // 500),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=section.checkpoint_every,
+        eval_strategy="no" if every is None else "steps",
+        eval_steps=every,
+        report_to=section.report_to or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type != "cpu",
+        average_tokens_across_devices=True,
+    )
+
+
+class _Housekeeping(TrainerCallback):
+    """Moves the bar, and makes each checkpoint count only once it is whole on disk."""
+
+    def __init__(self, trainer: DistillationTrainer, section: TrainRecipe, context: int) -> None:
+        self.trainer = trainer
+        self.section = section
+        self.context = context
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.advance(self.section.batch_size * self.context)
+        if control.should_save:
+            control.should_log = True  # a checkpoint is written only after a finite-loss check
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        checkpoints.seal(checkpoint, self.trainer.meter())
+        checkpoints.keep_newest(folder, self.section.keep_checkpoints)

@@ -1,0 +1,220 @@
+"""transformers.Trainer, taught to distill.
+
+Shapes: R windows, L tokens a window, N supervised rows, D hidden width.
+
+The student keeps its class; only this instance's `forward` is replaced, by one that goes from
+tokens to the loss without ever making logits. So DDP and FSDP wrap a plain transformers model, and
+their hooks fire around everything that uses its parameters, the head included.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from stillhouse.errors import TrainingError
+from stillhouse.objectives import Term, fused_loss
+from stillhouse.signals import DenseSignal
+from stillhouse.teachers.backbone import hidden_states, lm_head
+from stillhouse.training.checkpoints import Meter, MetricsFile
+from stillhouse.training.rows import supervised_rows, supervised_targets
+
+HELDOUT_TERMS = (Term("forward_kl"), Term("cross_entropy"))
+
+Batch = dict[str, Tensor]
+
+
+class DistillationTrainer(Trainer):
+    """Losses are sums over rows, divided once by the batch's supervised tokens on all ranks."""
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        *,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        terms: Sequence[Term],
+        dtype: torch.dtype,
+        vocabulary: int | None,
+        metrics: MetricsFile,
+        meter: Meter,
+        advance: Callable[[int], None],
+        early_stop: int | None,
+        **kwargs: Any,
+    ) -> None:
+        student.forward = _loss_forward(student, dtype, vocabulary)  # type: ignore[method-assign]
+        super().__init__(model=student, **kwargs)
+        # Trainer counts labels[..., 1:] that are not -100, over accumulation steps and ranks:
+        # exactly the rows that `supervised_rows` takes.
+        self.model_accepts_loss_kwargs = True
+        self._loss_shifts_labels = True
+        self.terms = tuple(terms)
+        self.metrics_file = metrics
+        self.advance = advance
+        self.early_stop = early_stop
+        self._vocabulary = vocabulary
+        self._teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        self._before = meter
+        self._started = time.monotonic()
+        self._tokens: Tensor | int = meter.tokens
+        self._logged_tokens = meter.tokens
+        self._logged_at = self._started
+        self._term_sums: dict[str, Tensor] = {}
+        self._paused = 0.0
+
+    # --- the loss ----------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        outputs = model(**inputs, signal=self._signal(inputs), terms=self.terms)
+        for name, value in outputs["terms"].items():
+            previous = self._term_sums.get(name)
+            self._term_sums[name] = value if previous is None else previous + value
+        assert num_items_in_batch is not None
+        rows = torch.as_tensor(num_items_in_batch, device=outputs["loss"].device).clamp(min=1)
+        # DDP and FSDP average gradients over ranks; the rows are already counted over all of them.
+        loss = outputs["loss"] * (self.accelerator.num_processes / rows)
+        return (loss, outputs) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._tokens = self._tokens + items  # a tensor on a GPU: read only when it is logged
+        return batches, items
+
+    @torch.no_grad()
+    def _signal(self, inputs: Batch) -> DenseSignal | None:
+        if self._teacher is None:
+            return None
+        hidden_RLD = hidden_states(self._teacher, inputs["input_ids"], inputs["position_ids"])
+        rows_ND = supervised_rows(hidden_RLD, inputs["labels"])
+        return DenseSignal(rows_ND, lm_head(self._teacher))
+
+    # --- what is measured on the way -----------------------------------------------------------
+
+    def meter(self) -> Meter:
+        seconds = self._before.seconds + time.monotonic() - self._started - self._paused
+        return Meter(self.state.global_step, int(self._tokens), seconds)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._step_metrics())
+            self._check_finite(logs)
+        super().log(logs, start_time)
+        if self.is_world_process_zero() and ("loss" in logs or "heldout_perplexity" in logs):
+            row = {"step": self.state.global_step, **logs}
+            self.metrics_file.append({key: value for key, value in row.items() if key != "epoch"})
+
+    def _step_metrics(self) -> dict[str, float]:
+        now = time.monotonic()
+        total = int(self._tokens)
+        tokens = max(total - self._logged_tokens, 1)
+        # Every rank holds its own sums and the count of all ranks; one reduction for all terms.
+        sums = torch.stack([value.float() for value in self._term_sums.values()])
+        means = (self.accelerator.reduce(sums) / tokens).tolist()
+        metrics = dict(zip(self._term_sums, means, strict=True))
+        metrics["tokens"] = total
+        metrics["tokens_per_s"] = tokens / max(now - self._logged_at, 1e-9)
+        self._term_sums = {}
+        self._logged_tokens, self._logged_at = total, now
+        return metrics
+
+    def _check_finite(self, logs: dict[str, float]) -> None:
+        values = torch.tensor([logs["loss"], logs.get("grad_norm", 0.0)])
+        if not torch.isfinite(values).all():
+            raise TrainingError(
+                f"the loss or its gradient is not finite at step {self.state.global_step} "
+                f"(loss {logs['loss']}, gradient norm {logs.get('grad_norm')})",
+                where="training",
+                fix="lower train.learning_rate, or look at the data with `stillhouse preview`; "
+                "checkpoints before this step are kept",
+            )
+
+    # --- held-out measurement ------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out KL to the teacher (nats a token) and perplexity, over all ranks."""
+        began = time.monotonic()
+        self.model.eval()
+        terms = HELDOUT_TERMS if self._teacher is not None else HELDOUT_TERMS[1:]
+        sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.args.device)
+        with torch.no_grad():
+            for batch in self._heldout_batches():
+                outputs = self.model_wrapped(**batch, signal=self._signal(batch), terms=terms)
+                rows = (batch["labels"][:, 1:] != -100).sum()
+                values = [outputs["terms"][term.divergence] for term in terms]
+                sums += torch.stack([*values, rows]).double()
+        sums = self.accelerator.reduce(sums)
+        means = (sums[:-1] / sums[-1]).tolist()
+        metrics = {"heldout_perplexity": float(torch.tensor(means[-1]).exp())}
+        if self._teacher is not None:
+            metrics["heldout_kl"] = means[0]
+        self.log(metrics)
+        self._stop_when_no_better("heldout_kl" if "heldout_kl" in metrics else "heldout_perplexity")
+        pause = time.monotonic() - began
+        self._paused += pause
+        self._logged_at += pause
+        return metrics
+
+    def _heldout_batches(self) -> list[Batch]:
+        """As many batches on every rank, since a wrapped model's forward may be collective."""
+        windows = self.eval_dataset
+        world, rank = self.args.world_size, self.args.process_index
+        size = self.args.per_device_eval_batch_size
+        batches = []
+        for start in range(0, len(windows), size * world):
+            first = start + rank * size
+            rows = [windows[i] for i in range(first, min(first + size, len(windows)))]
+            if not rows:
+                rows = [{**windows[0], "labels": torch.full_like(windows[0]["labels"], -100)}]
+            batches.append(self._prepare_inputs(self.data_collator(rows)))
+        return batches
+
+    def _stop_when_no_better(self, key: str) -> None:
+        if self.early_stop is None:
+            return
+        history = [row[key] for row in self.metrics_file.rows if key in row]
+        since_best = len(history) - 1 - history.index(min(history)) if history else 0
+        stop = torch.tensor(float(since_best >= self.early_stop), device=self.args.device)
+        # Only rank zero holds the history; every rank must stop at the same step.
+        if float(self.accelerator.reduce(stop)) > 0:
+            self.control.should_training_stop = True
+
+
+def _loss_forward(
+    student: PreTrainedModel, dtype: torch.dtype, vocabulary: int | None
+) -> Callable[..., dict[str, Any]]:
+    def forward(
+        input_ids: Tensor,
+        position_ids: Tensor,
+        labels: Tensor,
+        signal: DenseSignal | None,
+        terms: Sequence[Term],
+    ) -> dict[str, Any]:
+        hidden_RLD = hidden_states(student, input_ids, position_ids)
+        rows_ND = supervised_rows(hidden_RLD, labels)
+        # The fused loss chooses its own precision: autocast would cast the head for each chunk.
+        with torch.autocast(rows_ND.device.type, enabled=False):
+            loss = fused_loss(
+                rows_ND.to(dtype),
+                lm_head(student),
+                terms,
+                signal=signal,
+                targets_N=supervised_targets(labels),
+                vocabulary=vocabulary,
+            )
+        return {"loss": loss.total, "terms": loss.terms}
+
+    return forward
