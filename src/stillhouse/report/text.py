@@ -1,0 +1,116 @@
+"""Numbers as people read them. A non-breaking space joins a number and its unit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+NBSP = "\u00a0"
+DASH = "–"
+
+_COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
+_BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def digits(value: float, significant: int = 3) -> str:
+    """`value` to so many significant digits, without an exponent, thousands separated."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    places = max(0, significant - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{places}f}"
+
+
+def tiny(value: float) -> str:
+    """As `digits`, but a value below 0.0001 is written with a power of ten."""
+    if value != 0 and math.isfinite(value) and abs(value) < 1e-4:
+        return power_of_ten(value)
+    return digits(value)
+
+
+def power_of_ten(value: float) -> str:
+    """1.23 × 10⁴."""
+    if value == 0 or not math.isfinite(value):
+        return digits(value)
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa}{NBSP}×{NBSP}10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+
+
+def count(value: float) -> str:
+    """Parameters or tokens: 134.5 M, 60,416."""
+    for size, unit in _COUNTS:
+        if value >= size:
+            return f"{digits(value / size, 4)}{NBSP}{unit}"
+    return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units."""
+    for step, unit in _BYTES:
+        if value >= step:
+            return f"{digits(value / step)}{NBSP}{unit}"
+    return f"{value:,.0f}{NBSP}bytes"
+
+
+def percent(share: float, places: int = 0) -> str:
+    """0.8 as 80 %."""
+    return f"{100 * share:,.{places}f}{NBSP}%" if math.isfinite(share) else "not finite"
+
+
+def seconds(value: float) -> str:
+    """4.2 s, 6 min 12 s, 3 h 05 min."""
+    if value < 60:
+        return f"{digits(value, 2) if value < 10 else format(value, '.0f')}{NBSP}s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes}{NBSP}min {rest:02d}{NBSP}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,}{NBSP}h {minutes:02d}{NBSP}min"
+
+
+def flops(value: float) -> str:
+    return power_of_ten(value) if value else DASH
+
+
+def label(key: str) -> str:
+    """A dictionary's key as a label: ffn_size becomes FFN size."""
+    words = key.replace("_", " ").replace("-", " ").strip()
+    words = words[:1].upper() + words[1:]
+    for plain, proper in (("ffn", "FFN"), ("kl", "KL"), ("cpu", "CPU"), ("gpu", "GPU")):
+        words = " ".join(proper if word.lower() == plain else word for word in words.split(" "))
+    return words
+
+
+def describe(value: Any) -> str:
+    """Any JSON value as one line: whole numbers that follow each other become ranges."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return tiny(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{label(str(key))}: {describe(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        if value and all(type(item) is int for item in value):
+            return _ranges(list(value))
+        return ", ".join(describe(item) for item in value) or "none"
+    return str(value)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] as 0–2, 5; runs of two stay apart."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    parts = [
+        [f"{run[0]}–{run[-1]}"] if len(run) > 2 else [str(number) for number in run] for run in runs
+    ]
+    return ", ".join(part for group in parts for part in group)
