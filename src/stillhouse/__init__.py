@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from stillhouse.errors import StillhouseError
 
 if TYPE_CHECKING:
-    from stillhouse.run import RunResult, run
+    from stillhouse.runner import RunResult, run
 
 __version__ = "0.1.0"
 __all__ = ["RunResult", "StillhouseError", "__version__", "run"]
@@ -26,5 +26,5 @@ def __getattr__(name: str) -> object:
     if name in ("run", "RunResult"):
         from importlib import import_module
 
-        return getattr(import_module("stillhouse.run"), name)
+        return getattr(import_module("stillhouse.runner"), name)
     raise AttributeError(f"module 'stillhouse' has no attribute {name!r}")

@@ -1,7 +1,7 @@
 """Each stage of a run: what it depends on, and the work that fills its folder.
 
 A function here takes the job and the finished stages that it reads, and returns a `StagePlan`; it
-does nothing yet. `stillhouse.run` has the order.
+does nothing yet. `stillhouse.runner` has the order.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from stillhouse import account
 from stillhouse.data import Windows, build, open_windows
@@ -31,6 +33,7 @@ from stillhouse.training.train import CHECKPOINTS, METRICS, MODEL, train
 
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
+REPORT_DATA = "report.json"
 
 BASELINE_TERMS = (Term("cross_entropy"),)
 
@@ -212,6 +215,8 @@ def evaluation(
             seed=job.recipe.seed,
             vocabulary=student.summary["vocabulary"],
             precision=choose_precision(job.recipe.train.precision, default_device()),
+            export_dtype=getattr(torch, job.recipe.export.dtype),
+            trust_remote_code=job.trust_remote_code,
         )
         found.save(out / EVALUATION)
         tokens = sum(model.fidelity.tokens for model in found.models)
@@ -224,6 +229,7 @@ def evaluation(
     inputs = {
         "recipe": section.model_dump(mode="json"),
         "precision": job.recipe.train.precision,
+        "dtype": job.recipe.export.dtype,
         "seed": job.recipe.seed,
         "teacher": job.teacher.fingerprint,
         "data": data.digest,
@@ -262,7 +268,9 @@ def report(job: Job, finished: list[Stage]) -> StagePlan:
     stages = {stage.name: stage for stage in finished}
 
     def work(out: Path) -> Outcome:
-        write_report(report_data(job, stages), out / REPORT)
+        found = report_data(job, stages)
+        (out / REPORT_DATA).write_text(found.to_json(), encoding="utf-8")
+        write_report(found, out / REPORT)
         return Outcome()
 
     inputs = {

@@ -58,7 +58,6 @@ class DistillationTrainer(Trainer):
         self.metrics_file = metrics
         self.advance = advance
         self.early_stop = early_stop
-        self._vocabulary = vocabulary
         self._teacher = None if teacher is None else teacher.to(self.args.device).eval()
         self._before = meter
         self._started = time.monotonic()
@@ -204,17 +203,15 @@ def _loss_forward(
         terms: Sequence[Term],
     ) -> dict[str, Any]:
         hidden_RLD = hidden_states(student, input_ids, position_ids)
-        rows_ND = supervised_rows(hidden_RLD, labels)
-        # The fused loss chooses its own precision: autocast would cast the head for each chunk.
-        with torch.autocast(rows_ND.device.type, enabled=False):
-            loss = fused_loss(
-                rows_ND.to(dtype),
-                lm_head(student),
-                terms,
-                signal=signal,
-                targets_N=supervised_targets(labels),
-                vocabulary=vocabulary,
-            )
+        loss = fused_loss(
+            supervised_rows(hidden_RLD, labels),
+            lm_head(student),
+            terms,
+            signal=signal,
+            targets_N=supervised_targets(labels),
+            vocab_size=vocabulary,
+            compute_dtype=dtype,
+        )
         return {"loss": loss.total, "terms": loss.terms}
 
     return forward

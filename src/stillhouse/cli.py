@@ -1,0 +1,196 @@
+"""The command line: each verb reads a recipe and calls the library. Heavy imports stay inside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from stillhouse.errors import StillhouseError
+
+app = typer.Typer(
+    name="stillhouse",
+    help="Distil language models: a small student learns to reproduce a large teacher.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key; repeatable."),
+]
+
+
+@app.command()
+def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Does every stage of a recipe that is not done yet, and ends with a table and a report.
+
+    Example: `stillhouse run recipes/demo.yaml --set train.learning_rate=1e-4`
+
+    On many GPUs: `torchrun --nproc-per-node 8 -m stillhouse run recipe.yaml`
+    """
+    from rich.console import Console
+
+    from stillhouse.evaluate import retention_table
+    from stillhouse.runner import run as run_recipe
+
+    result = run_recipe(recipe, overrides=set_ or [])
+    if result is None:
+        return
+    console = Console()
+    console.print(retention_table(result.evaluation))
+    console.print(f"model   {result.model}\nreport  {result.report}", highlight=False)
+
+
+@app.command()
+def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Checks a recipe before anything is spent, and estimates memory, tokens and time.
+
+    Exit status 1 when something would fail.
+
+    Example: `stillhouse check recipes/demo.yaml`
+    """
+    from rich.console import Console
+
+    from stillhouse.check import check_recipe, findings_table
+
+    findings = check_recipe(recipe, set_ or [])
+    Console().print(findings_table(findings))
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def preview(
+    recipe: RecipeArgument,
+    rows: Annotated[int, typer.Option(help="Windows to show.", min=1)] = 3,
+    set_: SetOption = None,
+) -> None:
+    """Shows some training windows, coloured by loss mask: what the student is asked to predict.
+
+    Example: `stillhouse preview recipes/demo.yaml --rows 2`
+    """
+    from rich.console import Console
+
+    from stillhouse.data import preview as render
+    from stillhouse.runner import prepare_data
+    from stillhouse.teachers import load_tokenizer
+
+    job, windows, _ = prepare_data(recipe, set_ or [])
+    Console().print(render(windows, load_tokenizer(job.tokenizer_path), rows))
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument,
+    model: Annotated[
+        str | None, typer.Option(help="A model to measure; by default the run's own.")
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Measures a model against the recipe's teacher, on the recipe's held-out text.
+
+    Example: `stillhouse evaluate recipes/demo.yaml --model runs/demo/model`
+    """
+    from rich.console import Console
+
+    from stillhouse.evaluate import retention_table
+    from stillhouse.runner import evaluate_model
+
+    evaluation = evaluate_model(recipe, set_ or [], model)
+    Console().print(retention_table(evaluation))
+    if json_ is not None:
+        evaluation.save(json_)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write; by default the run's own.")]
+    = None,
+) -> None:
+    """Draws a finished run's report again, from its stored figures.
+
+    Example: `stillhouse report runs/demo --out report.html`
+    """
+    from rich.console import Console
+
+    from stillhouse.report import ReportData, write_report
+
+    target = out or (folder / "report.html").resolve()
+    write_report(ReportData.load((folder / "report.html").resolve().with_name("report.json")), target)
+    Console().print(f"report  {target}", highlight=False)
+
+
+@app.command()
+def schema() -> None:
+    """Prints the recipe's JSON Schema, for completion and checks in an editor.
+
+    Example: `stillhouse schema > recipes/recipe.schema.json`
+    """
+    import json
+
+    from stillhouse.recipe import recipe_json_schema
+
+    typer.echo(json.dumps(recipe_json_schema(), indent=2))
+
+
+@app.command()
+def doctor() -> None:
+    """Shows versions, what this CPU and GPU can do, and what is missing for which extra.
+
+    Example: `stillhouse doctor`
+    """
+    from rich.console import Console
+
+    from stillhouse.doctor import examination
+
+    Console().print(examination())
+
+
+def main() -> None:
+    """Entry point: a user's error is one message, Ctrl-C a clean stop; other errors are bugs."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        app()
+    except StillhouseError as error:
+        _say(f"error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say("stopped. What is finished is kept: the same command goes on from there.")
+        sys.exit(130)
+    except MemoryError:
+        _say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")
+        sys.exit(1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        _say(
+            "error: this is a bug in Stillhouse, not in your recipe. What is finished is kept.\n"
+            "  fix:   please report the lines above together with `stillhouse doctor`"
+        )
+        sys.exit(2)
+
+
+def _as_interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)

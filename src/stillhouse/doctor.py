@@ -1,0 +1,60 @@
+"""What this installation is and can do, for people and for bug reports."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from stillhouse.hardware import choose_precision, default_device, machine, matmul_rate
+from stillhouse.teachers.hashing import cache_folder
+
+REQUIRED = (
+    "stillhouse",
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "gguf",
+    "numpy",
+)
+EXTRAS = {"eval": ("lm_eval",)}
+"""Modules that an extra brings."""
+
+
+def examination() -> Table:
+    """One table: versions, processor, speed, memory, disk, cache, extras."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    for name in REQUIRED:
+        table.add_row(name, metadata.version(name))
+    facts = machine()
+    table.add_row("python", str(facts["python"]))
+    table.add_row("cpu", f"{facts['cpu']}, {facts['physical_cores']} cores")
+    table.add_row("cpu abilities", ", ".join(facts["cpu_abilities"]) or "none")  # type: ignore[arg-type]
+    table.add_row("gpus", ", ".join(facts["gpus"]) or "none")  # type: ignore[arg-type]
+    device = default_device()
+    precision = choose_precision("auto", device)
+    table.add_row("precision", precision.reason)
+    for dtype in (torch.float32, torch.bfloat16):
+        rate = matmul_rate(dtype, device) / 1e9
+        name = str(dtype).removeprefix("torch.")
+        table.add_row(f"{name} matmul", f"{rate:,.0f} GFLOP/s on {device}")
+    table.add_row("memory", f"{int(facts['memory_bytes']) / 1e9:.1f} GB")  # type: ignore[call-overload]
+    table.add_row("disk here", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free")
+    table.add_row("cache", str(cache_folder(None)))
+    table.add_row("Hub", "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "on")
+    for extra, modules in EXTRAS.items():
+        missing = [name for name in modules if importlib.util.find_spec(name) is None]
+        state = escape(f"missing: pip install 'stillhouse[{extra}]'") if missing else "installed"
+        table.add_row(f"extra {extra}", state)
+    return table
