@@ -1,0 +1,97 @@
+"""The three shapes that text comes in, and the hashes that tell two of them apart.
+
+A document knows where it was read (`where`: file:line, or corpus:topic), for error messages only;
+two documents with the same content are equal wherever they were read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from stillhouse.errors import DataError
+
+Message = Mapping[str, Any]
+"""One turn of a chat: `role` and `content`, and whatever else the chat template knows."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain text: every token but the first is learnt."""
+
+    text: str
+    where: str = field(default="", compare=False)
+
+    def content(self) -> Any:
+        return {"text": self.text}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A prompt and what follows it, as plain strings: only the completion is learnt."""
+
+    prompt: str
+    completion: str
+    where: str = field(default="", compare=False)
+
+    def content(self) -> Any:
+        return {"prompt": self.prompt, "completion": self.completion}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A chat: only assistant turns are learnt, and of those only `messages[supervised_from:]`."""
+
+    messages: tuple[Message, ...]
+    supervised_from: int = 0
+    tools: tuple[Any, ...] | None = None
+    where: str = field(default="", compare=False)
+
+    def content(self) -> Any:
+        messages = [{k: v for k, v in turn.items() if v is not None} for turn in self.messages]
+        return {"messages": messages, "from": self.supervised_from, "tools": self.tools}
+
+
+AnyDocument = Document | Completion | Conversation
+
+
+def content_hash(document: AnyDocument) -> bytes:
+    """sha256 of the canonical JSON: equal exactly where the contents are equal."""
+    return _digest(document.content(), document.where)
+
+
+def group_hash(document: AnyDocument) -> bytes:
+    """As `content_hash`, blind to whitespace: every run counts as one space, none at the ends.
+
+    Two documents of one group are never divided between training and held-out text.
+    """
+    return _digest(_collapse(document.content()), document.where)
+
+
+def _collapse(value: Any) -> Any:
+    if isinstance(value, str):
+        return " ".join(value.split())
+    if isinstance(value, Mapping):
+        return {key: _collapse(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_collapse(item) for item in value]
+    return value
+
+
+def _digest(content: Any, where: str) -> bytes:
+    canonical = json.dumps(
+        content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str
+    )
+    try:
+        encoded = canonical.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"The text holds {canonical[error.start]!r}, half of a surrogate pair: "
+            "it is not valid Unicode",
+            where=where,
+            fix="write the file again as UTF-8 with whole characters, or remove the row",
+        ) from error
+    return hashlib.sha256(encoded).digest()

@@ -1,0 +1,81 @@
+"""Windows as a person can check them: what is learnt, what is context, where documents end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby, pairwise
+from typing import Any
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.text import Text
+
+from stillhouse.data.packing import IGNORED
+from stillhouse.data.windows import Windows
+
+LEARNT = "bold green"
+CONTEXT = "cyan"
+PADDING = "dim"
+
+
+def preview(windows: Windows, tokenizer: Any, rows: Iterable[int]) -> RenderableType:
+    """A rich renderable of some windows, coloured by loss mask.
+
+    A document's first token is context: nothing stands before it. Row numbers past the end are
+    left out.
+    """
+    legend = Text.assemble(
+        ("learnt", LEARNT), "  ", ("context", CONTEXT), "  ", ("padding", PADDING)
+    )
+    parts: list[RenderableType] = [legend]
+    for row in rows:
+        if 0 <= row < len(windows):
+            parts.append(Rule(_counts(windows, row), style="dim", align="left"))
+            parts += _window(windows, tokenizer, row)
+    return Group(*parts)
+
+
+def segments(windows: Windows, row: int) -> tuple[list[slice], slice]:
+    """The documents (or parts of documents) of a window, and its padding."""
+    position_ids_L = windows.position_ids_RL[row]
+    starts = [*np.flatnonzero(position_ids_L == 0).tolist(), windows.context]
+    parts = [slice(start, end) for start, end in pairwise(starts)]
+    last = parts[-1]
+    ids_L, labels_L = windows.input_ids_RL[row], windows.labels_RL[row]
+    padded = (ids_L[last] == windows.info.pad_token_id).all() and (labels_L[last] == IGNORED).all()
+    return (parts[:-1], last) if padded else (parts, slice(windows.context, windows.context))
+
+
+def _counts(windows: Windows, row: int) -> Text:
+    documents, padding = segments(windows, row)
+    learnt = int((windows.labels_RL[row] != IGNORED).sum())
+    pads = padding.stop - padding.start
+    tokens = windows.context - pads
+    number = f"{len(documents)} document{'s' if len(documents) != 1 else ''}"
+    share = 100 * learnt / max(tokens, 1)
+    return Text(
+        f"window {row}: {number}, {tokens:,} tokens, {learnt:,} learnt ({share:.0f} %), "
+        f"{pads:,} padding"
+    )
+
+
+def _window(windows: Windows, tokenizer: Any, row: int) -> Iterator[Text]:
+    documents, padding = segments(windows, row)
+    for number, part in enumerate(documents, 1):
+        text = Text.assemble((f"[{number}] ", "dim"))
+        ids = windows.input_ids_RL[row][part].tolist()
+        learnt = (windows.labels_RL[row][part] != IGNORED).tolist()
+        for is_learnt, run in groupby(zip(learnt, ids, strict=True), key=lambda pair: pair[0]):
+            text.append(_decode(tokenizer, [token for _, token in run]), _style(is_learnt))
+        yield text
+    if padding.stop > padding.start:
+        yield Text(f"{padding.stop - padding.start:,} × padding", style=PADDING)
+
+
+def _style(learnt: bool) -> str:
+    return LEARNT if learnt else CONTEXT
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,0 +1,151 @@
+"""Windows of tokens on disk: three memory-mapped arrays and a description.
+
+R windows, L tokens in a window. `input_ids.npy`, `labels.npy` and `position_ids.npy` are int32
+[R, L]; `windows.json` is written last, so a folder that has it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stillhouse.data.packing import IGNORED, Window
+from stillhouse.errors import DataError
+
+ARRAYS = ("input_ids", "labels", "position_ids")
+_AGAIN = "delete the folder and run the data stage again"
+
+
+@dataclass(frozen=True)
+class WindowsInfo:
+    """What a folder of windows holds.
+
+    tokens: all but padding. supervised_tokens: labels that are predicted. fill: tokens as a share
+    of rows × context. duplicates_dropped: documents whose exact content came before.
+    overlap_removed: training documents that are also in heldout_sources. rows_truncated and
+    rows_dropped: chat rows longer than the context. pad_token_id: what fills windows up.
+    """
+
+    context: int
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    documents: int
+    fill: float
+    duplicates_dropped: int
+    overlap_removed: int
+    rows_truncated: int
+    rows_dropped: int
+    packing: str
+    pad_token_id: int
+    tokenizer: str
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """A map-style data set: `len(windows)` rows, each a dict of int64 tensors of length L."""
+
+    path: Path
+    info: WindowsInfo
+    input_ids_RL: NDArray[np.int32]
+    labels_RL: NDArray[np.int32]
+    position_ids_RL: NDArray[np.int32]
+
+    @property
+    def context(self) -> int:
+        return self.info.context
+
+    @property
+    def supervised_tokens(self) -> int:
+        return self.info.supervised_tokens
+
+    def __len__(self) -> int:
+        return self.info.rows
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {
+            name: torch.from_numpy(getattr(self, f"{name}_RL")[index].astype(np.int64))
+            for name in ARRAYS
+        }
+
+
+def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stacks rows of `Windows` into a batch: each tensor [rows, L]."""
+    return {name: torch.stack([row[name] for row in rows]) for name in ARRAYS}
+
+
+def write_windows(
+    path: Path, windows: Iterable[Window], rows: int, context: int, **about: Any
+) -> WindowsInfo:
+    """Writes `rows` windows one at a time; `about`: the fields of WindowsInfo not counted here."""
+    path.mkdir(parents=True, exist_ok=True)
+    arrays = {
+        name: np.lib.format.open_memmap(
+            path / f"{name}.npy", mode="w+", dtype=np.int32, shape=(rows, context)
+        )
+        for name in ARRAYS
+    }
+    supervised = 0
+    for row, window in enumerate(windows):
+        for name in ARRAYS:
+            arrays[name][row] = getattr(window, f"{name}_L")
+        supervised += int((window.labels_L != IGNORED).sum())
+    for array in arrays.values():
+        array.flush()
+    info = WindowsInfo(
+        context=context,
+        rows=rows,
+        supervised_tokens=supervised,
+        fill=about["tokens"] / (rows * context),
+        **about,
+    )
+    (path / "windows.json").write_text(
+        json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    return info
+
+
+def open_windows(path: Path) -> Windows:
+    """Opens a folder that `write_windows` wrote. Raises DataError where it is not whole."""
+    info = _read_info(path)
+    return Windows(path, info, *(_open_array(path, name, info) for name in ARRAYS))
+
+
+def _read_info(path: Path) -> WindowsInfo:
+    file = path / "windows.json"
+    names = {field.name for field in fields(WindowsInfo)}
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError("This is not a folder of windows", where=file, fix=_AGAIN) from error
+    except (ValueError, OSError) as error:
+        raise DataError(f"windows.json is damaged: {error}", where=file, fix=_AGAIN) from error
+    if not isinstance(raw, dict) or set(raw) != names:
+        raise DataError("windows.json is damaged or of another version", where=file, fix=_AGAIN)
+    return WindowsInfo(**raw)
+
+
+def _open_array(path: Path, name: str, info: WindowsInfo) -> NDArray[np.int32]:
+    file = path / f"{name}.npy"
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"The array of tokens is missing or truncated: {error}", where=file, fix=_AGAIN
+        ) from error
+    if array.shape != (info.rows, info.context) or array.dtype != np.int32:
+        raise DataError(
+            f"The array is {array.dtype} {list(array.shape)}, but windows.json says "
+            f"int32 {[info.rows, info.context]}",
+            where=file,
+            fix=_AGAIN,
+        )
+    return array
