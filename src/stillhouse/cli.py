@@ -116,8 +116,9 @@ def evaluate(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write; by default the run's own.")]
-    = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write; by default the run's own.")
+    ] = None,
 ) -> None:
     """Draws a finished run's report again, from its stored figures.
 
@@ -128,7 +129,9 @@ def report(
     from stillhouse.report import ReportData, write_report
 
     target = out or (folder / "report.html").resolve()
-    write_report(ReportData.load((folder / "report.html").resolve().with_name("report.json")), target)
+    write_report(
+        ReportData.load((folder / "report.html").resolve().with_name("report.json")), target
+    )
     Console().print(f"report  {target}", highlight=False)
 
 
@@ -193,4 +196,6 @@ def _as_interrupt(number: int, frame: Any) -> None:
 def _say(text: str) -> None:
     from rich.console import Console
 
-    Console(stderr=True).print(text, style="bold red", markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        text, style="bold red", markup=False, highlight=False, soft_wrap=True
+    )

@@ -189,9 +189,7 @@ def _training(
         "data": data.digest,
         "student": student.digest,
     }
-    return StagePlan(
-        name, everything, work, resumable=True, together=True, scratch=(CHECKPOINTS,)
-    )
+    return StagePlan(name, everything, work, resumable=True, together=True, scratch=(CHECKPOINTS,))
 
 
 def evaluation(
@@ -221,8 +219,7 @@ def evaluation(
         found.save(out / EVALUATION)
         tokens = sum(model.fidelity.tokens for model in found.models)
         flops = sum(
-            account.forward_flops(model.parameters, model.fidelity.tokens)
-            for model in found.models
+            account.forward_flops(model.parameters, model.fidelity.tokens) for model in found.models
         )
         return Outcome(tokens, flops, peak_memory_bytes())
 

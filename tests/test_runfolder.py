@@ -1,0 +1,190 @@
+"""A stage is complete or absent; it is done once; one process owns a run folder."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stillhouse.errors import RunError
+from stillhouse.runfolder import Outcome, RunFolder
+
+
+def writes(text: str, calls: list[str]):  # type: ignore[no-untyped-def]
+    def work(out: Path) -> Outcome:
+        calls.append(text)
+        (out / "result.txt").write_text(text)
+        return Outcome(tokens=7, summary={"text": text})
+
+    return work
+
+
+def test_a_finished_stage_is_not_done_again(tmp_path: Path) -> None:
+    folder, calls = RunFolder(tmp_path), []
+    first = folder.stage("data", {"a": 1}, writes("x", calls))
+    second = folder.stage("data", {"a": 1}, writes("x", calls))
+    assert calls == ["x"]
+    assert (first.reused, second.reused) == (False, True)
+    assert (first.digest, first.cost, first.summary) == (second.digest, second.cost, second.summary)
+
+
+def test_another_input_is_another_stage_and_the_old_one_is_kept(tmp_path: Path) -> None:
+    folder, calls = RunFolder(tmp_path), []
+    folder.stage("data", {"a": 1}, writes("x", calls))
+    folder.stage("data", {"a": 2}, writes("y", calls))
+    folder.stage("data", {"a": 1}, writes("x", calls))
+    assert calls == ["x", "y"]
+
+
+def test_the_digest_is_of_the_content_not_of_the_inputs(tmp_path: Path) -> None:
+    """So a source file that was touched but not changed does not redo what comes after."""
+    folder = RunFolder(tmp_path)
+    same = [folder.stage("data", {"mtime": t}, writes("x", [])).digest for t in (1, 2)]
+    other = folder.stage("data", {"mtime": 3}, writes("z", [])).digest
+    assert same[0] == same[1] != other
+
+
+def test_work_that_fails_leaves_no_stage(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def breaks(out: Path) -> Outcome:
+        (out / "result.txt").write_text("half")
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        folder.stage("data", {}, breaks)
+    assert folder.finished("data", {}) is None
+    calls: list[str] = []
+    folder.stage("data", {}, writes("whole", calls))
+    assert calls == ["whole"]
+
+
+def test_only_a_resumable_stage_sees_what_a_killed_one_left(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for name in ("plain", "resumable"):
+        folder.partial(name, {}).mkdir(parents=True)
+        (folder.partial(name, {}) / "left.txt").write_text("left")
+    seen = {}
+
+    def look(name: str):  # type: ignore[no-untyped-def]
+        def work(out: Path) -> Outcome:
+            seen[name] = (out / "left.txt").exists()
+            return Outcome()
+
+        return work
+
+    folder.stage("plain", {}, look("plain"))
+    folder.stage("resumable", {}, look("resumable"), resumable=True)
+    assert seen == {"plain": False, "resumable": True}
+
+
+@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest"])
+def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
+    folder, calls = RunFolder(tmp_path), []
+    path = folder.stage("data", {}, writes("hello", calls)).path
+    if damage == "truncate":
+        (path / "result.txt").write_text("he")
+    elif damage == "delete":
+        (path / "result.txt").unlink()
+    else:
+        (path / "manifest.json").write_text("{")
+    assert not folder.stage("data", {}, writes("hello", calls)).reused
+    assert calls == ["hello", "hello"]
+
+
+def test_the_manifest_says_what_went_in_and_what_came_out(tmp_path: Path) -> None:
+    path = RunFolder(tmp_path).stage("data", {"a": 1}, writes("x", [])).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert manifest["depends_on"] == {"a": 1}
+    assert manifest["files"]["result.txt"]["bytes"] == 1
+    assert manifest["cost"]["tokens"] == 7
+    assert "torch" in manifest["versions"]
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from stillhouse.runfolder import Outcome, RunFolder
+
+def work(out):
+    for i in range(200):
+        (out / f"{i}.bin").write_bytes(bytes([i]) * 20_000)
+        if i == 0: print("started", flush=True)
+    return Outcome()
+
+folder = RunFolder(Path(sys.argv[1]))
+with folder.locked():
+    folder.stage("data", {}, work)
+print("finished", flush=True)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.1])
+def test_a_kill_at_any_moment_leaves_a_whole_stage_or_none(tmp_path: Path, delay: float) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    time.sleep(delay)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = RunFolder(tmp_path).finished("data", {})
+    if done is not None:
+        assert len(list(done.path.glob("*.bin"))) == 200
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True)
+    done = RunFolder(tmp_path).finished("data", {})
+    assert done is not None
+    assert len(list(done.path.glob("*.bin"))) == 200
+
+
+def test_the_second_process_stops_with_a_clear_error(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).locked():
+        script = (
+            "import sys; from pathlib import Path; from stillhouse.runfolder import RunFolder\n"
+            "with RunFolder(Path(sys.argv[1])).locked(): pass"
+        )
+        second = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True
+        )
+    assert second.returncode != 0
+    assert f"another process is working in this run folder (process {os.getpid()}" in second.stderr
+    with RunFolder(tmp_path).locked():
+        pass
+
+
+@pytest.mark.parametrize(
+    ("failure", "expected"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (RuntimeError("Error while serializing: No space left (os error 28)"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot write here"),
+    ],
+)
+def test_a_full_disk_or_a_missing_permission_is_one_clear_error(
+    tmp_path: Path, failure: Exception, expected: str
+) -> None:
+    def fails(out: Path) -> Outcome:
+        raise failure
+
+    with pytest.raises(RunError, match=expected):
+        RunFolder(tmp_path).stage("data", {}, fails)
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("I am a file")
+    with pytest.raises(RunError, match="cannot write here"), RunFolder(tmp_path / "run").locked():
+        pass
+
+
+def test_a_link_points_to_the_newest_stage(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for text in ("old", "new"):
+        stage = folder.stage("export", {"text": text}, writes(text, []))
+        folder.point("model", stage.path)
+    assert (tmp_path / "model" / "result.txt").read_text() == "new"
