@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -19,20 +19,19 @@ CONTEXT = "cyan"
 PADDING = "dim"
 
 
-def preview(windows: Windows, tokenizer: Any, rows: Iterable[int]) -> RenderableType:
-    """A rich renderable of some windows, coloured by loss mask.
+def preview(windows: Windows, tokenizer: Any, rows: int) -> RenderableType:
+    """A rich renderable of the first `rows` windows, coloured by loss mask.
 
-    A document's first token is context: nothing stands before it. Row numbers past the end are
-    left out.
+    The first token of a document is context: nothing stands before it. Windows are stored in
+    random order, so the first ones are a sample.
     """
     legend = Text.assemble(
         ("learnt", LEARNT), "  ", ("context", CONTEXT), "  ", ("padding", PADDING)
     )
     parts: list[RenderableType] = [legend]
-    for row in rows:
-        if 0 <= row < len(windows):
-            parts.append(Rule(_counts(windows, row), style="dim", align="left"))
-            parts += _window(windows, tokenizer, row)
+    for row in range(min(rows, len(windows))):
+        parts.append(Rule(_counts(windows, row), style="dim", align="left"))
+        parts += _window(windows, tokenizer, row)
     return Group(*parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data.corpus import python_reference
-from stillhouse.data.documents import AnyDocument, Document
+from stillhouse.data.documents import AnyDocument, Document, content_hash
 from stillhouse.data.rows import document_from_row
 from stillhouse.errors import DataError
 from stillhouse.recipe.schema import (
@@ -56,6 +57,33 @@ def size_estimate(sources: Sequence[Source], base: Path) -> int:
         elif not isinstance(source, HubSource):
             total += sum(path.stat().st_size for path in _files(source, base))
     return total
+
+
+def sources_fingerprint(sources: Sequence[Source], base: Path) -> str:
+    """sha256 of the content that the sources name; it changes when a file does.
+
+    A data set on the Hub goes by its id: a new version there is not noticed.
+    """
+    whole = hashlib.sha256()
+    for source in sources:
+        whole.update(source.model_dump_json().encode())
+        for path in _contents(source, base):
+            with path.open("rb") as file:
+                whole.update(hashlib.file_digest(file, "sha256").digest())
+        if isinstance(source, CorpusSource):
+            for document in python_reference():
+                whole.update(content_hash(document))
+    return whole.hexdigest()
+
+
+def _contents(source: Source, base: Path) -> list[Path]:
+    """The local files of a source."""
+    if isinstance(source, CorpusSource):
+        return []
+    if isinstance(source, HubSource):
+        folder = _local_folder(source, base)
+        return sorted(file for file in folder.rglob("*") if file.is_file())
+    return _files(source, base)
 
 
 def _name(source: Source, base: Path) -> str:
@@ -239,11 +267,15 @@ def _read_hub(source: HubSource, base: Path) -> Iterator[AnyDocument]:
                 yield document
 
 
+def _local_folder(source: HubSource, base: Path) -> Path:
+    return (base / Path(source.dataset).expanduser()).absolute()
+
+
 def _load_dataset(source: HubSource, base: Path) -> Any:
     """Streams where a limit makes most of the data unneeded; else uses the local cache."""
     import datasets
 
-    local = (base / Path(source.dataset).expanduser()).absolute()
+    local = _local_folder(source, base)
     if (local / "state.json").exists() or (local / "dataset_dict.json").exists():
         loaded = datasets.load_from_disk(str(local))
         return loaded[source.split] if isinstance(loaded, dict) else loaded
