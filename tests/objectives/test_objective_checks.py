@@ -1,0 +1,156 @@
+"""Inputs that do not fit together get one error that names the tensor and the row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from stillhouse.errors import SignalError
+from stillhouse.objectives import Term, fused_loss
+from stillhouse.signals import DenseSignal, LMHead
+from tests.objectives.test_fused import make_case
+
+MIXTURE = [Term("forward_kl"), Term("cross_entropy", 0.5)]
+
+
+def wrong_hidden_rank(a: dict) -> None:
+    a["hidden_ND"] = a["hidden_ND"][None]
+
+
+def wrong_width(a: dict) -> None:
+    a["hidden_ND"] = a["hidden_ND"][:, :-1]
+
+
+def wrong_teacher_rows(a: dict) -> None:
+    a["signal"] = DenseSignal(a["signal"].hidden_ND[1:], a["signal"].head)
+
+
+def wrong_teacher_width(a: dict) -> None:
+    a["signal"] = DenseSignal(a["hidden_ND"], a["signal"].head)
+
+
+def no_teacher(a: dict) -> None:
+    a["signal"] = None
+
+
+def no_targets(a: dict) -> None:
+    a["targets_N"] = None
+
+
+def too_few_targets(a: dict) -> None:
+    a["targets_N"] = a["targets_N"][:-1]
+
+
+def ignored_target(a: dict) -> None:
+    a["targets_N"][2] = -100
+
+
+def target_beyond_vocabulary(a: dict) -> None:
+    a["targets_N"][3] = 13
+
+
+def float_targets(a: dict) -> None:
+    a["targets_N"] = a["targets_N"].double()
+
+
+def nan_hidden(a: dict) -> None:
+    a["hidden_ND"] = a["hidden_ND"].detach().clone()
+    a["hidden_ND"][4, 1] = float("nan")
+
+
+def infinite_teacher(a: dict) -> None:
+    a["signal"].hidden_ND[5, 0] = float("inf")
+
+
+def negative_row_weight(a: dict) -> None:
+    a["row_weights_N"] = torch.tensor([1.0, 1.0, 1.0, -2.0, 1.0, 1.0])
+
+
+def too_many_row_weights(a: dict) -> None:
+    a["row_weights_N"] = torch.ones(7)
+
+
+def vocabulary_larger_than_heads(a: dict) -> None:
+    a["vocab_size"] = 14
+
+
+def no_terms(a: dict) -> None:
+    a["terms"] = []
+
+
+def repeated_term(a: dict) -> None:
+    a["terms"] = [Term("forward_kl"), Term("forward_kl")]
+
+
+def misshapen_bias(a: dict) -> None:
+    a["head"] = dataclasses.replace(a["head"], bias_V=torch.zeros(12))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (wrong_hidden_rank, r"hidden_ND has shape \(1, 6, 5\)"),
+        (wrong_width, "hidden_ND is 4 wide and its head expects 5"),
+        (wrong_teacher_rows, "signal.hidden_ND has 5 rows and hidden_ND has 6"),
+        (wrong_teacher_width, "signal.hidden_ND is 5 wide and its head expects 7"),
+        (no_teacher, "forward_kl compares with a teacher"),
+        (no_targets, "cross_entropy needs the data's own tokens"),
+        (too_few_targets, "targets_N has 5 rows"),
+        (ignored_target, "targets_N holds the id -100 in row 2"),
+        (target_beyond_vocabulary, "targets_N holds the id 13 in row 3"),
+        (float_targets, "targets_N is torch.float64"),
+        (nan_hidden, "hidden_ND is not finite in row 4"),
+        (infinite_teacher, "signal.hidden_ND is not finite in row 5"),
+        (negative_row_weight, "row_weights_N is negative in row 3: -2.0"),
+        (too_many_row_weights, "row_weights_N has 7 rows"),
+        (vocabulary_larger_than_heads, "vocab_size is 14 and the heads share 13"),
+        (no_terms, "the loss has no terms"),
+        (repeated_term, "two terms are the same"),
+        (misshapen_bias, "the bias of hidden_ND's head"),
+    ],
+)
+def test_bad_input_is_named(spoil: Callable[[dict], None], message: str) -> None:
+    case = make_case()
+    arguments = {
+        "hidden_ND": case.hidden_ND,
+        "head": case.head,
+        "terms": MIXTURE,
+        "signal": case.signal,
+        "targets_N": case.targets_N,
+    }
+    spoil(arguments)
+    with pytest.raises(SignalError, match=message) as caught:
+        fused_loss(**arguments)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"divergence": "forward_lk"}, "there is no divergence 'forward_lk'"),
+        ({"divergence": "forward_kl", "weight": -1.0}, "negative"),
+        ({"divergence": "forward_kl", "weight": float("nan")}, "negative"),
+        ({"divergence": "forward_kl", "temperature": 0.0}, "must be positive"),
+        ({"divergence": "cross_entropy", "temperature": 2.0}, "temperature 1 only"),
+    ],
+)
+def test_a_term_that_makes_no_sense_is_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(SignalError, match=message):
+        Term(**arguments)
+
+
+def test_a_head_given_as_a_plain_weight_works_without_a_teacher() -> None:
+    case = make_case()
+    loss = fused_loss(
+        case.hidden_ND,
+        LMHead(case.head.weight_VD),
+        [Term("cross_entropy")],
+        targets_N=case.targets_N,
+    )
+    expected = torch.nn.functional.cross_entropy(
+        case.hidden_ND @ case.head.weight_VD.T, case.targets_N, reduction="sum"
+    )
+    torch.testing.assert_close(loss.total, expected)
