@@ -1,0 +1,6 @@
+"""Students as they start: pretrained, random, or pruned from the teacher."""
+
+from stillhouse.students.build import build_student
+from stillhouse.students.random import overridden_config, random_model
+
+__all__ = ["build_student", "overridden_config", "random_model"]

@@ -1,0 +1,139 @@
+"""Runs calibration windows through a model one layer at a time, in float32.
+
+Shapes: R windows of a batch, L tokens, N rows of all batches, D hidden width, F FFN width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.errors import DataError
+from stillhouse.pruning.axes import Axes, decoder_layers, part
+
+BATCH_TOKENS = 2048
+"""Tokens that go through a layer at once: large enough for fast products, small in memory."""
+
+
+class Windows(Protocol):
+    """Windows of tokens: each a dict of long tensors input_ids, labels, position_ids, [L]."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Batch:
+    """input_ids_RL, position_ids_RL; counted_RL is false on the padding at a window's end."""
+
+    input_ids_RL: Tensor
+    position_ids_RL: Tensor
+    counted_RL: Tensor
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What the model gives its layers for one batch: the embedded tokens and each one's extras."""
+
+    hidden_RLD: Tensor
+    extras: list[dict[str, Any]]
+
+
+def calibration_batches(windows: Windows, tokens: int, seed: int) -> list[Batch]:
+    """About `tokens` tokens of `windows` (all of them when there are fewer), chosen by `seed`.
+
+    Raises DataError when there are no windows.
+    """
+    if len(windows) == 0:
+        raise DataError(
+            "there is no training text to calibrate on",
+            where="data",
+            fix="add sources, or lower heldout_tokens",
+        )
+    length = len(windows[0]["input_ids"])
+    count = min(len(windows), -(-tokens // length))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    chosen = sorted(order[:count].tolist())
+    at_once = max(1, BATCH_TOKENS // length)
+    return [
+        _batch([windows[index] for index in chosen[start : start + at_once]])
+        for start in range(0, count, at_once)
+    ]
+
+
+def _batch(rows: Sequence[dict[str, Tensor]]) -> Batch:
+    labels_RL = torch.stack([row["labels"] for row in rows])
+    # Everything up to a window's last supervised label is text; what follows is padding, or text
+    # whose prediction nobody learns.
+    counted_RL = (labels_RL != -100).flip(1).cumsum(1).flip(1) > 0
+    return Batch(
+        torch.stack([row["input_ids"] for row in rows]),
+        torch.stack([row["position_ids"] for row in rows]),
+        counted_RL,
+    )
+
+
+@torch.no_grad()
+def layer_inputs(model: Any, batch: Batch) -> LayerInputs:
+    """Embeds a batch and notes the arguments of every layer (masks, RoPE), running no layer."""
+    extras: list[dict[str, Any]] = []
+    entered: list[Tensor] = []
+
+    def note_call(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert not args, "layers are called with keyword arguments"
+        entered.append(hidden_states)
+        extras.append(kwargs)
+        return hidden_states
+
+    with _forward_replaced(decoder_layers(model), note_call):
+        model.base_model(
+            input_ids=batch.input_ids_RL, position_ids=batch.position_ids_RL, use_cache=False
+        )
+    return LayerInputs(entered[0], extras)
+
+
+def run_layer(layer: nn.Module, hidden_RLD: Tensor, extras: dict[str, Any]) -> Tensor:
+    output = layer(hidden_RLD, **extras)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def after_attention(
+    layer: nn.Module, axes: Axes, hidden_RLD: Tensor, extras: dict[str, Any]
+) -> Tensor:
+    """The residual stream between a layer's attention and its FFN."""
+    with _forward_replaced([part(layer, axes.ffn)], lambda x: torch.zeros_like(x)):
+        return run_layer(layer, hidden_RLD, extras)
+
+
+def ffn_activations(layer: nn.Module, axes: Axes, mid_RLD: Tensor) -> Tensor:
+    """act(gate(x)) · up(x) for x = norm(mid): what the down projection reads, [R, L, F]."""
+    ffn = part(layer, axes.ffn)
+    x_RLD = part(layer, axes.ffn_input_norm)(mid_RLD)
+    gated: Tensor = part(ffn, axes.activation)(part(ffn, axes.gate)(x_RLD))
+    return gated.mul_(part(ffn, axes.up)(x_RLD))
+
+
+def add_ffn(layer: nn.Module, axes: Axes, mid_RLD: Tensor, activations_RLF: Tensor) -> Tensor:
+    """The layer's output, from the stream after attention and the FFN's activations."""
+    output_RLD = part(layer, f"{axes.ffn}.{axes.down}")(activations_RLF)
+    if axes.ffn_output_norm is not None:
+        output_RLD = part(layer, axes.ffn_output_norm)(output_RLD)
+    return mid_RLD + output_RLD
+
+
+@contextmanager
+def _forward_replaced(modules: Any, forward: Any) -> Iterator[None]:
+    modules = list(modules)
+    for module in modules:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward

@@ -1,0 +1,90 @@
+"""Removes FFN neurons, and refits the down projection to the residual stream of the full model.
+
+With activations a (N × F, already cut streams feed them), down projection W (D × F) and the error
+E = (full model's stream - cut model's stream) after the layer:
+
+    C = aᵀ a + λ·mean(diag(aᵀ a))·I         W₀ = W + Eᵀ a C⁻¹            (ridge least squares)
+
+Then neurons go in groups. Losing the set Q from W₀ costs at least, with the best refit of the rest,
+‖w_q‖² / [C⁻¹]_qq for one neuron (optimal brain surgeon: Hassibi and Stork 1993; per column of a
+layer: Frantar and Alistarh 2023, arXiv 2301.00774), and the refit and the new inverse are
+
+    W ← W - W_Q (C⁻¹_QQ)⁻¹ C⁻¹_Q,:          C⁻¹ ← C⁻¹ - C⁻¹_:,Q (C⁻¹_QQ)⁻¹ C⁻¹_Q,:
+
+Shapes: N rows, F neurons, K kept ones, Q removed ones, D hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGE = 1e-3
+"""λ: share of the mean activation energy that is added to the diagonal."""
+
+GROUP = 32
+"""Neurons that go between two refits."""
+
+
+@dataclass
+class Moments:
+    """Weighted second moments of one layer: C = aᵀ a, and the error's B = Eᵀ a."""
+
+    C_FF: Tensor
+    B_DF: Tensor
+
+    @classmethod
+    def zeros(cls, ffn: int, hidden: int) -> Moments:
+        return cls(torch.zeros(ffn, ffn), torch.zeros(hidden, ffn))
+
+    def add(self, activations_NF: Tensor, error_ND: Tensor | None, weight_N: Tensor) -> None:
+        """Adds rows; each row's squared error counts weight² times."""
+        weighted_NF = activations_NF * weight_N[:, None]
+        self.C_FF.addmm_(weighted_NF.T, weighted_NF)
+        if error_ND is not None:
+            self.B_DF.addmm_((error_ND * weight_N[:, None]).T, weighted_NF)
+
+
+def energy_ranking(C_FF: Tensor, down_DF: Tensor, keep: int) -> Tensor:
+    """The `keep` neurons of largest activation energy × squared column norm, ascending, [K]."""
+    energy_F = C_FF.diagonal() * down_DF.square().sum(0)
+    return energy_F.topk(keep).indices.sort().values
+
+
+def refit_and_remove(
+    down_DF: Tensor, moments: Moments, keep: int, *, ridge: float = RIDGE, group: int = GROUP
+) -> tuple[Tensor, Tensor]:
+    """The kept neurons [K], ascending, and their down projection [D, K]."""
+    C_FF = moments.C_FF.clone()
+    C_FF.diagonal().add_(ridge * C_FF.diagonal().mean().clamp_min(torch.finfo(C_FF.dtype).tiny))
+    inverse = torch.cholesky_inverse(_cholesky(C_FF))
+    weight = down_DF + moments.B_DF @ inverse
+    alive = torch.arange(down_DF.shape[1])
+    while len(alive) > keep:
+        count = min(group, len(alive) - keep)
+        cost = weight.square().sum(0) / inverse.diagonal()
+        removed = cost.topk(count, largest=False).indices
+        stays = torch.ones(len(alive), dtype=torch.bool)
+        stays[removed] = False
+        rows_QF = inverse[removed]
+        solved_QF = torch.linalg.solve(rows_QF[:, removed], rows_QF)
+        weight = (weight - weight[:, removed] @ solved_QF)[:, stays]
+        inverse = (inverse - rows_QF.T @ solved_QF)[stays][:, stays]
+        alive = alive[stays]
+    return alive, weight
+
+
+def _cholesky(C_FF: Tensor) -> Tensor:
+    """The Cholesky factor; the diagonal grows until rounding no longer makes C indefinite."""
+    jitter = 0.0
+    scale = C_FF.diagonal().mean()
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(
+            C_FF + torch.eye(len(C_FF)) * (jitter * scale) if jitter else C_FF
+        )
+        if not failed.item():
+            return factor
+        jitter = max(jitter * 10, 1e-6)
+        assert jitter < 1, "the moments are not finite"

@@ -1,0 +1,142 @@
+"""Cuts every layer to one FFN width, from the first to the last, each fed by what is cut already.
+
+Two streams run side by side: the full model's, and that of the model as cut so far. Each layer's
+down projection is refit so that the cut stream comes back to the full one, so that a layer also
+makes up for the layers before it, and for dropped layers right after it.
+
+Shapes: R windows of a batch, L tokens, N rows, D hidden width, F FFN width, K kept neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.progress import bar
+from stillhouse.pruning.axes import Axes, decoder_layers, part
+from stillhouse.pruning.calibrate import (
+    Batch,
+    LayerInputs,
+    add_ffn,
+    after_attention,
+    ffn_activations,
+    layer_inputs,
+    run_layer,
+)
+from stillhouse.pruning.depth import summed_kl
+from stillhouse.pruning.ffn import Moments, energy_ranking, refit_and_remove
+from stillhouse.pruning.surgery import keep_neurons
+from stillhouse.teachers.backbone import lm_head
+
+KL_BATCHES = 2
+"""Calibration batches on which the cut model's KL is measured."""
+
+
+@torch.no_grad()
+def cut_width(
+    model: Any,
+    axes: Axes,
+    batches: Sequence[Batch],
+    *,
+    kept_layers: Sequence[int],
+    ffn_size: int,
+    reconstruct: bool,
+) -> float:
+    """Cuts the FFN of `kept_layers` in place; layers that will be dropped stay as they are.
+
+    Returns KL(full ‖ cut) in nats a token on the first calibration rows (which the cut has seen).
+    """
+    layers = decoder_layers(model)
+    inputs = [layer_inputs(model, batch) for batch in batches]
+    full = [one.hidden_RLD for one in inputs]
+    cut = [one.hidden_RLD for one in inputs]
+    tokens = sum(batch.input_ids_RL.numel() for batch in batches)
+    with bar("Cutting the FFN", tokens * len(layers)) as advance:
+        for index, layer in enumerate(layers):
+            # The full stream leaves the layer before its weights are cut.
+            full = _advanced(layer, full, inputs, index)
+            if index in kept_layers:
+                target = full
+                for following in range(index + 1, _next(kept_layers, index, len(layers))):
+                    target = _advanced(layers[following], target, inputs, following)
+                cut = _cut_layer(
+                    layer, axes, index, batches, inputs, cut, target, ffn_size, reconstruct
+                )
+            advance(tokens)
+    return _measured_kl(model, batches, full, cut)
+
+
+def _next(kept_layers: Sequence[int], index: int, total: int) -> int:
+    return min((kept for kept in kept_layers if kept > index), default=total)
+
+
+def _advanced(
+    layer: nn.Module, stream: list[Tensor], inputs: Sequence[LayerInputs], index: int
+) -> list[Tensor]:
+    return [
+        run_layer(layer, hidden_RLD, one.extras[index])
+        for hidden_RLD, one in zip(stream, inputs, strict=True)
+    ]
+
+
+def _cut_layer(
+    layer: nn.Module,
+    axes: Axes,
+    index: int,
+    batches: Sequence[Batch],
+    inputs: Sequence[LayerInputs],
+    cut: list[Tensor],
+    target: list[Tensor],
+    ffn_size: int,
+    reconstruct: bool,
+) -> list[Tensor]:
+    """Cuts one layer; returns the cut stream after it."""
+    down = part(layer, f"{axes.ffn}.{axes.down}")
+    hidden, ffn = down.weight.shape
+    moments = Moments.zeros(ffn, hidden)
+    mids: list[Tensor] = []
+    activations: list[Tensor] = []
+    for batch, one, hidden_RLD, target_RLD in zip(batches, inputs, cut, target, strict=True):
+        mid_RLD = after_attention(layer, axes, hidden_RLD, one.extras[index])
+        activations_RLF = ffn_activations(layer, axes, mid_RLD)
+        error_ND = None
+        # A norm after the FFN is no linear map, so there each layer refits to its own output.
+        if axes.ffn_output_norm is None:
+            output_RLD = add_ffn(layer, axes, mid_RLD, activations_RLF)
+            error_ND = (target_RLD - output_RLD)[batch.counted_RL]
+        moments.add(activations_RLF[batch.counted_RL], error_ND, _row_weight(target_RLD, batch))
+        mids.append(mid_RLD)
+        activations.append(activations_RLF)
+    if reconstruct:
+        kept_K, down_DK = refit_and_remove(down.weight, moments, ffn_size)
+    else:
+        kept_K = energy_ranking(moments.C_FF, down.weight, ffn_size)
+        down_DK = down.weight[:, kept_K]
+    keep_neurons(layer, axes, kept_K, down_DK)
+    return [
+        add_ffn(layer, axes, mid_RLD, activations_RLF[..., kept_K])
+        for mid_RLD, activations_RLF in zip(mids, activations, strict=True)
+    ]
+
+
+def _row_weight(target_RLD: Tensor, batch: Batch) -> Tensor:
+    """1 / rms of the stream: the next norm divides by it, so that only relative errors matter.
+
+    It also keeps a few tokens of huge norm (attention sinks) from deciding the whole refit.
+    """
+    return target_RLD[batch.counted_RL].square().mean(-1).clamp_min(1e-12).rsqrt()
+
+
+def _measured_kl(
+    model: Any, batches: Sequence[Batch], full: list[Tensor], cut: list[Tensor]
+) -> float:
+    norm, head = model.base_model.norm, lm_head(model)
+    total, rows = 0.0, 0
+    for batch, full_RLD, cut_RLD in list(zip(batches, full, cut, strict=True))[:KL_BATCHES]:
+        counted_RL = batch.counted_RL
+        total += summed_kl(head, norm(full_RLD)[counted_RL], norm(cut_RLD)[counted_RL])
+        rows += int(counted_RL.sum())
+    return total / max(rows, 1)

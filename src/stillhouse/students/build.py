@@ -1,0 +1,153 @@
+"""Writes the student as it starts: a float32 checkpoint with a tokenizer, before any training."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.account import count_parameters
+from stillhouse.errors import RunError
+from stillhouse.pruning import check_saved, prune_model
+from stillhouse.pruning.calibrate import Windows
+from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.students.random import overridden_config, random_model
+from stillhouse.teachers import (
+    ModelSource,
+    check_rows,
+    check_same_vocabulary,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
+from stillhouse.teachers.quiet import quiet
+
+Summary = dict[str, Any]
+
+CHECKED_TOKENS = 64
+"""Tokens on which the saved student must give the logits of the one in memory."""
+
+
+def build_student(
+    section: PretrainedStudent | RandomStudent | PrunedStudent,
+    *,
+    teacher: ModelSource,
+    windows: Windows,
+    seed: int,
+    base: Path,
+    out: Path,
+    trust_remote_code: bool = False,
+) -> Summary:
+    """Makes the student that `section` describes, saves it in `out`, and says what it is.
+
+    `windows` is the training text (only a pruned student looks at it). `base` is what paths in
+    the recipe are relative to. `trust_remote_code` is the teacher's. The summary is plain data for
+    JSON: start, parameters (total, non_embedding, head_once), the teacher's parameters, notes, and
+    for a pruned student `pruning` (see pruning.PruneReport).
+    Raises ModelError, RecipeError, DataError as its parts do; RunError when `out` is not writable.
+    """
+    match section:
+        case PretrainedStudent():
+            model, tokenizer, summary = _pretrained(section, teacher, base, trust_remote_code)
+        case RandomStudent():
+            model, tokenizer, summary = _random(section, teacher, seed, base, trust_remote_code)
+        case PrunedStudent():
+            model, tokenizer, summary = _pruned(section, teacher, windows, seed, trust_remote_code)
+    _save(model, tokenizer, out)
+    if not trust_remote_code and not getattr(section, "trust_remote_code", False):
+        rows = model.get_output_embeddings().weight.shape[0]
+        check_saved(model, out, torch.arange(min(CHECKED_TOKENS, rows))[None])
+    return {"start": section.start, "parameters": asdict(count_parameters(model)), **summary}
+
+
+def _pretrained(
+    section: PretrainedStudent, teacher: ModelSource, base: Path, trust_remote_code: bool
+) -> tuple[Any, Any, Summary]:
+    source = resolve_model(section.model, revision=section.revision, base=base)
+    trust = section.trust_remote_code
+    tokenizer = load_tokenizer(source.path, trust_remote_code=trust)
+    match = check_same_vocabulary(
+        load_tokenizer(teacher.path, trust_remote_code=trust_remote_code),
+        tokenizer,
+        teacher_rows=_rows(teacher.path, trust_remote_code),
+        student_rows=_rows(source.path, trust),
+    )
+    model = load_model(source.path, dtype=torch.float32, trust_remote_code=trust)
+    summary = {
+        "model": source.described,
+        "fingerprint": source.fingerprint,
+        "vocabulary": asdict(match),
+        "notes": list(match.warnings),
+    }
+    return model, tokenizer, summary
+
+
+def _random(
+    section: RandomStudent, teacher: ModelSource, seed: int, base: Path, trust_remote_code: bool
+) -> tuple[Any, Any, Summary]:
+    tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
+    if section.config is None:
+        start = load_config(teacher.path, trust_remote_code=trust_remote_code)
+    else:
+        start = load_config(_config_folder(section.config, base))
+    config = overridden_config(start, section.overrides)
+    check_rows(tokenizer, config.get_text_config().vocab_size, "student")
+    summary = {"overrides": dict(section.overrides), "notes": []}
+    return random_model(config, seed), tokenizer, summary
+
+
+def _pruned(
+    section: PrunedStudent,
+    teacher: ModelSource,
+    windows: Windows,
+    seed: int,
+    trust_remote_code: bool,
+) -> tuple[Any, Any, Summary]:
+    model = load_model(teacher.path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    before = count_parameters(model)
+    report = prune_model(
+        model,
+        windows,
+        ffn_size=section.ffn_size,
+        layers=section.layers,
+        reconstruct=section.reconstruct,
+        calibration_tokens=section.calibration_tokens,
+        seed=seed,
+    )
+    summary = {
+        "teacher_parameters": asdict(before),
+        "pruning": asdict(report),
+        "notes": list(report.notes),
+    }
+    tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
+    return model, tokenizer, summary
+
+
+def _config_folder(name: str, base: Path) -> Path:
+    """A folder that holds at least a config.json, or the Hub's model of that name."""
+    for candidate in (base / name, Path.cwd() / name):
+        if (candidate / "config.json").is_file():
+            return candidate
+    return resolve_model(name, base=base).path
+
+
+def _rows(folder: Path, trust_remote_code: bool) -> int:
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    return int(config.get_text_config().vocab_size)
+
+
+def _save(model: Any, tokenizer: Any, out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with quiet():
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
+    except OSError as error:
+        raise RunError(
+            f"the student cannot be written ({error})",
+            where=out,
+            fix="free some disk space, or choose a folder that can be written",
+        ) from error
