@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 IGNORED = -100
 """The label of a token that is not predicted."""
 
-SMALLEST_PART = 16
-"""A text is not cut to fill fewer tokens than this: they would be learnt without context."""
+
+def smallest_part(context: int) -> int:
+    """A text is not cut to fill fewer tokens: they would be learnt almost without context."""
+    return max(2, min(16, context // 16))
 
 
 @dataclass(frozen=True)
@@ -82,24 +84,21 @@ def plan_isolated(lengths: Sequence[int], splittable: Sequence[bool], context: i
             whole.add(Segment(row, 0, lengths[row]))
     plan: Plan = []
     while whole or text:
-        plan.append(_fill(whole, text, context))
+        plan.append(_fill(whole, text, context, smallest_part(context)))
     return plan
 
 
-def _fill(whole: _ByLength, text: _ByLength, room: int) -> list[Segment]:
+def _fill(whole: _ByLength, text: _ByLength, room: int, smallest: int) -> list[Segment]:
     window: list[Segment] = []
     for pieces in (whole, text):
         while (piece := pieces.pop(room)) is not None:
             window.append(piece)
             room -= piece.length
-    if room >= SMALLEST_PART and text:
-        piece = text.pop(text.lengths[-1])
-        assert piece is not None
-        if piece.length > room:
-            window.append(Segment(piece.row, piece.start, room))
-            text.add(Segment(piece.row, piece.start + room, piece.length - room))
-        else:
-            text.add(piece)
+    if room >= smallest and text:
+        longer = text.pop(text.lengths[-1])  # all that is left is longer than the room
+        assert longer is not None
+        window.append(Segment(longer.row, longer.start, room))
+        text.add(Segment(longer.row, longer.start + room, longer.length - room))
     return window
 
 

@@ -1,0 +1,282 @@
+"""The data stage as a whole: from a recipe section to windows on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from stillhouse.data import DataSummary, Windows, build, collate, open_windows, preview
+from stillhouse.data.preview import CONTEXT, LEARNT
+from stillhouse.errors import DataError
+from stillhouse.recipe.schema import DataRecipe
+
+from .toys import byte_level, chat, write_jsonl
+
+TOKENIZER = byte_level()
+
+
+def recipe(**values: Any) -> DataRecipe:
+    defaults = {
+        "sources": [{"kind": "text", "path": "a.txt", "documents": "line"}],
+        "context": 64,
+        "heldout_tokens": 200,
+    }
+    return DataRecipe.model_validate(defaults | values)
+
+
+def build_in(
+    folder: Path, seed: int = 0, out: str = "out", tokenizer: Any = TOKENIZER, **values: Any
+) -> tuple[Windows, Windows, DataSummary]:
+    summary = build(recipe(**values), tokenizer, seed=seed, base=folder, out=folder / out)
+    return open_windows(folder / out / "train"), open_windows(folder / out / "heldout"), summary
+
+
+def lines(count: int, start: int = 0) -> list[str]:
+    return [f"line {n} about the fox number {n * n}" for n in range(start, start + count)]
+
+
+def write_lines(path: Path, texts: list[str]) -> None:
+    path.write_text("\n".join(texts) + "\n")
+
+
+def documents(windows: Windows) -> list[str]:
+    """The texts in the windows, cut where positions restart; padding is left out."""
+    found = []
+    for ids_L, positions_L in zip(windows.input_ids_RL, windows.position_ids_RL, strict=True):
+        for part in np.split(ids_L, np.flatnonzero(positions_L == 0)[1:]):
+            text = TOKENIZER.decode(part).replace("<|im_end|>", "")
+            if text:
+                found.append(text)
+    return found
+
+
+def test_windows_hold_the_text_and_the_account_is_true(tmp_path: Path) -> None:
+    texts = lines(100)
+    write_lines(tmp_path / "a.txt", texts)
+    train, heldout, summary = build_in(tmp_path, packing="none")
+    assert sorted(documents(train) + documents(heldout)[:-1]) < sorted(texts)
+    assert len(set(documents(train)) | set(documents(heldout))) >= 99
+    assert not set(documents(train)) & set(documents(heldout))
+    for windows, info in ((train, summary.train), (heldout, summary.heldout)):
+        assert windows.info == info
+        labels_RL = torch.stack([windows[n]["labels"] for n in range(len(windows))])
+        assert int((labels_RL != -100).sum()) == info.supervised_tokens
+        # Each document's first token is not predicted; all others are.
+        assert info.supervised_tokens == info.tokens - info.documents
+        assert info.fill == info.tokens / labels_RL.numel()
+    assert summary.heldout.tokens == 200
+
+
+def test_packing_fills_windows(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(300))
+    alone = build_in(tmp_path, packing="none")[2].train
+    packed = build_in(tmp_path, packing="isolated")[2].train
+    assert packed.tokens == alone.tokens
+    assert packed.fill > 0.95 > alone.fill
+
+
+def test_train_tokens_is_exact(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(300))
+    train, _, summary = build_in(tmp_path, train_tokens=777)
+    assert summary.train.tokens == 777
+    real_RL = train.labels_RL != -100
+    assert int(real_RL.sum()) == summary.train.supervised_tokens
+
+
+def test_result_does_not_depend_on_the_order_of_files(tmp_path: Path) -> None:
+    texts = lines(200)
+    write_lines(tmp_path / "a.txt", texts)
+    write_lines(tmp_path / "b.txt", texts[::-1] + texts[:5])
+    sources = [{"kind": "text", "path": "b.txt", "documents": "line"}]
+    for limit in (None, 500):
+        first = build_in(tmp_path, out="a", train_tokens=limit)
+        second = build_in(tmp_path, out="b", train_tokens=limit, sources=sources)
+        for one, two in zip(first[:2], second[:2], strict=True):
+            np.testing.assert_array_equal(one.input_ids_RL, two.input_ids_RL)
+            np.testing.assert_array_equal(one.labels_RL, two.labels_RL)
+        assert second[2].train.duplicates_dropped == 5
+
+
+def test_another_seed_gives_other_windows(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(200))
+    first, _, _ = build_in(tmp_path, seed=0, out="a", train_tokens=500)
+    second, _, _ = build_in(tmp_path, seed=1, out="b", train_tokens=500)
+    assert set(documents(first)) != set(documents(second))
+
+
+def test_heldout_sources_are_taken_out_of_training(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(60))
+    write_lines(tmp_path / "b.txt", ["  " + text.replace(" ", "  ") for text in lines(20, 50)])
+    train, heldout, summary = build_in(
+        tmp_path,
+        heldout_sources=[{"kind": "text", "path": "b.txt", "documents": "line"}],
+        packing="none",
+    )
+    assert sorted(documents(train)) == sorted(lines(50))
+    assert summary.train.overlap_removed == 10
+    assert summary.heldout.tokens == 200
+    assert heldout.info.duplicates_dropped == 0
+
+
+def test_chats_and_text_share_windows(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(100))
+    write_jsonl(
+        tmp_path / "c.jsonl", [{"messages": chat(f"what is {n}", "it is")} for n in range(50)]
+    )
+    sources = [
+        {"kind": "text", "path": "a.txt", "documents": "line"},
+        {"kind": "jsonl", "path": "c.jsonl"},
+    ]
+    train, _, _ = build_in(tmp_path, sources=sources)
+    (start,) = TOKENIZER.convert_tokens_to_ids(["<|im_start|>"])
+    assert not (train.labels_RL == start).any()
+    assert (train.input_ids_RL == start).any()
+    assert train.info.fill > 0.9
+
+
+# --- chats that do not fit -------------------------------------------------------------------
+
+
+def long_chats(folder: Path) -> dict[str, Any]:
+    rows = [{"messages": chat(f"what is {n}", "it is " * (60 if n == 3 else 2))} for n in range(40)]
+    write_jsonl(folder / "c.jsonl", rows)
+    return {"sources": [{"kind": "jsonl", "path": "c.jsonl"}], "heldout_tokens": 100}
+
+
+def test_a_long_chat_is_an_error_that_names_the_row(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="more than the context of 64") as error:
+        build_in(tmp_path, **long_chats(tmp_path))
+    assert error.value.where == f"{tmp_path / 'c.jsonl'}:4"
+    assert "truncate or drop" in str(error.value.fix)
+
+
+@pytest.mark.parametrize("choice", ["truncate", "drop"])
+def test_long_chats_are_truncated_or_dropped_and_counted(choice: str, tmp_path: Path) -> None:
+    _, _, summary = build_in(tmp_path, **long_chats(tmp_path), long_rows=choice)
+    assert summary.train.rows_truncated == (choice == "truncate")
+    assert summary.train.rows_dropped == (choice == "drop")
+    assert summary.train.documents + summary.heldout.documents == 40 - (choice == "drop")
+
+
+def test_a_truncated_chat_with_nothing_left_to_learn_is_dropped(tmp_path: Path) -> None:
+    rows = [{"messages": chat(f"what {n} " * (60 if n == 3 else 1), "it is")} for n in range(40)]
+    write_jsonl(tmp_path / "c.jsonl", rows)
+    sources = [{"kind": "jsonl", "path": "c.jsonl"}]
+    _, _, summary = build_in(tmp_path, sources=sources, heldout_tokens=100, long_rows="truncate")
+    assert (summary.train.rows_truncated, summary.train.rows_dropped) == (0, 1)
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def test_nothing_left(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "c.jsonl", [{"messages": chat("what", "it is " * 60)}])
+    with pytest.raises(DataError, match="1 rows are longer than the context of 64"):
+        build_in(tmp_path, sources=[{"kind": "jsonl", "path": "c.jsonl"}], long_rows="drop")
+    write_lines(tmp_path / "a.txt", lines(20))
+    same = [{"kind": "text", "path": "a.txt", "documents": "line"}]
+    with pytest.raises(DataError, match="20 documents are also in heldout_sources"):
+        build_in(tmp_path, heldout_sources=same)
+
+
+def test_one_file_as_one_document(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(100))
+    with pytest.raises(DataError, match="one document is") as error:
+        build_in(tmp_path, sources=[{"kind": "text", "path": "a.txt"}])
+    assert "documents: blank-line" in str(error.value.fix)
+
+
+def test_nothing_supervised(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(100))
+    with pytest.raises(DataError, match="None of the 1 tokens is supervised"):
+        build_in(tmp_path, train_tokens=1)
+
+
+def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(100))
+    build_in(tmp_path)
+    path = tmp_path / "out" / "train"
+    labels, about = path / "labels.npy", path / "windows.json"
+    whole, description = labels.read_bytes(), about.read_text()
+    for damage in (whole[:-100], whole[:20], b"", b"\x80\x04pickle"):
+        labels.write_bytes(damage)
+        with pytest.raises(DataError, match="truncated") as error:
+            open_windows(path)
+        assert error.value.where == str(labels)
+    labels.unlink()
+    with pytest.raises(DataError, match="missing"):
+        open_windows(path)
+    np.save(labels, np.zeros((2, 3), dtype=np.int32))
+    with pytest.raises(DataError, match=r"int32 \[2, 3\], but windows.json says int32"):
+        open_windows(path)
+    labels.write_bytes(whole)
+    for damage_text, what in ((description[:30], "damaged"), ("{}", "another version")):
+        about.write_text(damage_text)
+        with pytest.raises(DataError, match=what):
+            open_windows(path)
+    about.unlink()
+    with pytest.raises(DataError, match="not a folder of windows"):
+        open_windows(path)
+
+
+# --- windows as a data set, and as a person sees them ----------------------------------------
+
+
+def test_windows_feed_a_data_loader(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(100))
+    train, _, _ = build_in(tmp_path)
+    assert train.context == 64
+    assert train.supervised_tokens == json.loads(
+        (tmp_path / "out" / "train" / "windows.json").read_text()
+    )["supervised_tokens"]  # fmt: skip
+    loader = torch.utils.data.DataLoader(train, batch_size=3, collate_fn=collate)
+    batch = next(iter(loader))
+    assert {
+        name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in batch.items()
+    } == dict.fromkeys(("input_ids", "labels", "position_ids"), (torch.int64, (3, 64)))
+    np.testing.assert_array_equal(batch["labels"].numpy(), train.labels_RL[:3])
+
+
+def test_preview_shows_what_is_learnt(tmp_path: Path) -> None:
+    rows = [{"messages": chat(f"[red]what[/red] {n}", f"it is {n}🦊")} for n in range(40)]
+    write_jsonl(tmp_path / "c.jsonl", rows)
+    sources = [{"kind": "jsonl", "path": "c.jsonl"}]
+    train, _, _ = build_in(tmp_path, sources=sources, heldout_tokens=100, context=128)
+    console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
+    console.print(preview(train, TOKENIZER, 1))
+    shown = console.export_text(clear=False)
+    first = train[0]
+    learnt = int((first["labels"] != -100).sum())
+    assert f"{learnt} learnt" in shown
+    assert "[red]what[/red]" in shown
+    assert "padding" in shown
+    assert shown.count("<|im_start|>assistant") == int(shown.split("window 0: ")[1].split()[0])
+    # Character by character: everything in the learnt colour is an answer.
+    segments = console.render(preview(train, TOKENIZER, 1))
+    by_style: dict[str, str] = {}
+    for segment in segments:
+        by_style[str(segment.style)] = by_style.get(str(segment.style), "") + segment.text
+    assert "it is" in by_style[LEARNT]
+    assert "🦊" in by_style[LEARNT]
+    assert "what" not in by_style[LEARNT]
+    assert "it is" not in by_style[CONTEXT]
+    assert "<|im_start|>user" in by_style[CONTEXT]
+
+
+def test_preview_marks_each_document_and_counts_padding(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(100))
+    train, _, _ = build_in(tmp_path, packing="none")
+    console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
+    console.print(preview(train, TOKENIZER, 2))
+    shown = console.export_text()
+    assert shown.count("[1] ") == 2
+    assert "window 1: 1 document" in shown
+    for row in range(2):
+        padding = 64 - int((train[row]["labels"] != -100).sum()) - 1
+        assert f"{padding} × padding" in shown

@@ -1,0 +1,186 @@
+"""Which tokens of a chat are learnt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stillhouse.data.documents import Completion, Conversation, Document
+from stillhouse.data.tokens import TokenRow, tokenize
+from stillhouse.errors import DataError
+
+from .toys import (
+    CHATML,
+    FORCES_REASONING,
+    FORGETS_REASONING,
+    STRICT,
+    WITH_BOS,
+    byte_level,
+    chat,
+    metaspace,
+)
+
+words = st.text(alphabet="abc thé\n 語🦊", min_size=1, max_size=20)
+
+
+def conversation(messages: list[dict[str, str]], **more: Any) -> Conversation:
+    return Conversation(tuple(messages), where="chats.jsonl:7", **more)
+
+
+def rows_of(document: Any, tokenizer: Any) -> list[TokenRow]:
+    return tokenize([document], tokenizer)[0]
+
+
+def learnt(row: TokenRow, tokenizer: Any) -> list[str]:
+    """The text of every run of learnt tokens."""
+    runs: list[list[int]] = [[]]
+    for token, supervised in zip(row.ids.tolist(), row.supervised.tolist(), strict=True):
+        if supervised:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    return [tokenizer.decode(run) for run in runs if run]
+
+
+def chatml_mask(ids: list[int], tokenizer: Any) -> list[bool]:
+    """The slow reference: reads ChatML one token at a time, and knows nothing of templates."""
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    mask, header, inside = [], None, False
+    for token in ids:
+        mask.append(inside)
+        if token == start:
+            header, inside = [], False
+        elif token == end:
+            header, inside = None, False
+        elif header is not None:
+            header.append(token)
+            if tokenizer.decode(header) == "assistant\n":
+                header, inside = None, True
+    return mask
+
+
+@given(
+    system=st.none() | words,
+    turns=st.lists(words, min_size=2, max_size=7),
+)
+@settings(max_examples=60, deadline=None)
+def test_mask_agrees_with_a_reading_of_the_tokens_one_by_one(
+    system: str | None, turns: list[str]
+) -> None:
+    tokenizer = byte_level()
+    messages = chat(*turns)
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]
+    (row,) = rows_of(conversation(messages), tokenizer)
+    last = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+    whole = tokenizer.apply_chat_template(messages[: last + 1], tokenize=False)
+    assert tokenizer.decode(row.ids) == whole
+    assert row.supervised.tolist() == chatml_mask(row.ids.tolist(), tokenizer)
+
+
+def test_end_of_turn_is_learnt_and_header_is_not_though_padding_is_the_same_token() -> None:
+    tokenizer = byte_level()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    (row,) = rows_of(conversation(chat("what is it", "rain", "and then", "wind")), tokenizer)
+    assert learnt(row, tokenizer) == ["rain<|im_end|>", "wind<|im_end|>"]
+
+
+def test_a_template_with_bos_gets_no_second_one() -> None:
+    tokenizer = byte_level(WITH_BOS, bos=True)
+    (row,) = rows_of(conversation(chat("what", "rain")), tokenizer)
+    assert row.ids.tolist().count(tokenizer.bos_token_id) == 1
+    assert row.ids[0] == tokenizer.bos_token_id
+
+
+def test_a_tokenizer_that_prefixes_a_space_is_cut_without_new_spaces() -> None:
+    tokenizer = metaspace()
+    messages = chat("what is it", "the fox", "and", "the dog")
+    (row,) = rows_of(conversation(messages), tokenizer)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert row.ids.tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert [text.split() for text in learnt(row, tokenizer)] == [
+        ["the", "fox", "</s>"],
+        ["the", "dog", "</s>"],
+    ]
+
+
+def test_a_template_that_rewrites_earlier_turns_gives_each_turn_its_own_row() -> None:
+    tokenizer = byte_level(FORGETS_REASONING)
+    messages = chat("one", "so</think>first", "two", "hm</think>second")
+    rows = rows_of(conversation(messages), tokenizer)
+    assert [learnt(row, tokenizer) for row in rows] == [
+        ["so</think>first<|im_end|>"],
+        ["hm</think>second<|im_end|>"],
+    ]
+    assert "so</think>" not in tokenizer.decode(rows[1].ids)
+
+
+def test_prompt_and_completion_messages_learn_the_completion_only() -> None:
+    tokenizer = byte_level()
+    messages = chat("one", "first", "two", "second")
+    (row,) = rows_of(conversation(messages, supervised_from=3), tokenizer)
+    assert learnt(row, tokenizer) == ["second<|im_end|>"]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_prompt_and_completion_strings_learn_the_completion_and_eos(bos: bool) -> None:
+    tokenizer = byte_level(None, bos=bos)
+    (row,) = rows_of(Completion("the quick", " brown fox"), tokenizer)
+    assert tokenizer.decode(row.ids) == "<s>" * bos + "the quick brown fox<|im_end|>"
+    assert learnt(row, tokenizer) == [" brown fox<|im_end|>"]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_plain_text_is_learnt_whole_and_ends_with_eos(bos: bool) -> None:
+    tokenizer = byte_level(None, bos=bos)
+    (row,) = rows_of(Document("the lazy dog"), tokenizer)
+    assert tokenizer.decode(row.ids) == "<s>" * bos + "the lazy dog<|im_end|>"
+    assert row.supervised.all()
+    assert row.splittable
+
+
+def test_tools_reach_the_template() -> None:
+    tokenizer = byte_level("{% for t in tools %}{{ t['name'] }}{% endfor %}" + CHATML)
+    (row,) = rows_of(conversation(chat("hi", "ok"), tools=({"name": "rain"},)), tokenizer)
+    assert tokenizer.decode(row.ids).startswith("rain<|im_start|>user")
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "what", "fix"),
+    [
+        (None, chat("a", "b"), "has no chat template", "chat_template.jinja"),
+        (CHATML, chat("a"), "0 % of its tokens", "check its roles"),
+        (CHATML, [{"role": "assistant", "content": "a"}], "0 % of its tokens", "first message"),
+        (FORCES_REASONING, chat("a", "b"), "own generation prompt", "add_generation_prompt"),
+        (
+            STRICT,
+            [{"role": "system", "content": "a"}, *chat("b", "c")],
+            "refuses the row: user first (roles: system, user, assistant)",
+            "order and fields",
+        ),
+        (
+            CHATML.replace("m['content']", "m['content'] + ''"),
+            [{"role": "user", "content": [{"type": "text"}]}, *chat("b", "c")[1:]],
+            "refuses the row: can only concatenate list",
+            "order and fields",
+        ),
+    ],
+)
+def test_what_cannot_be_masked_is_refused_by_name(
+    template: str | None, messages: Any, what: str, fix: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        rows_of(conversation(messages), byte_level(template))
+    assert what in error.value.what
+    assert error.value.where == "chats.jsonl:7"
+    assert fix in str(error.value.fix)
+
+
+def test_a_tokenizer_without_eos_is_refused() -> None:
+    tokenizer = byte_level()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no end-of-text token"):
+        rows_of(Document("text"), tokenizer)
