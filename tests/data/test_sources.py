@@ -17,7 +17,8 @@ from stillhouse.data.documents import (
     content_hash,
     group_hash,
 )
-from stillhouse.data.sources import read_sources, size_estimate, sources_fingerprint
+from stillhouse.data.fingerprint import sources_fingerprint
+from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.errors import DataError
 from stillhouse.recipe.schema import (
     CorpusSource,
@@ -131,9 +132,9 @@ def test_fingerprint_follows_the_content(tmp_path: Path) -> None:
     path.write_text("one")
     before = sources_fingerprint([source], tmp_path)
     assert before == sources_fingerprint([source], tmp_path)
-    path.write_text("two")
+    path.write_text("four")
     assert before != sources_fingerprint([source], tmp_path)
-    assert size_estimate([source], tmp_path) == 3
+    assert size_estimate([source], tmp_path) == 4
 
 
 # --- what is refused -------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import glob
-import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data.corpus import python_reference
-from stillhouse.data.documents import AnyDocument, Document, content_hash
+from stillhouse.data.documents import AnyDocument, Document
 from stillhouse.data.rows import document_from_row
 from stillhouse.errors import DataError
 from stillhouse.recipe.schema import (
@@ -55,35 +54,8 @@ def size_estimate(sources: Sequence[Source], base: Path) -> int:
         if isinstance(source, CorpusSource):
             total += 465_000
         elif not isinstance(source, HubSource):
-            total += sum(path.stat().st_size for path in _files(source, base))
+            total += sum(path.stat().st_size for path in source_files(source, base))
     return total
-
-
-def sources_fingerprint(sources: Sequence[Source], base: Path) -> str:
-    """sha256 of the content that the sources name; it changes when a file does.
-
-    A data set on the Hub goes by its id: a new version there is not noticed.
-    """
-    whole = hashlib.sha256()
-    for source in sources:
-        whole.update(source.model_dump_json().encode())
-        for path in _contents(source, base):
-            with path.open("rb") as file:
-                whole.update(hashlib.file_digest(file, "sha256").digest())
-        if isinstance(source, CorpusSource):
-            for document in python_reference():
-                whole.update(content_hash(document))
-    return whole.hexdigest()
-
-
-def _contents(source: Source, base: Path) -> list[Path]:
-    """The local files of a source."""
-    if isinstance(source, CorpusSource):
-        return []
-    if isinstance(source, HubSource):
-        folder = _local_folder(source, base)
-        return sorted(file for file in folder.rglob("*") if file.is_file())
-    return _files(source, base)
 
 
 def _name(source: Source, base: Path) -> str:
@@ -107,7 +79,7 @@ def _read(source: Source, base: Path) -> Iterator[AnyDocument]:
 
 
 def _per_file(source: Any, base: Path, read: Any) -> Iterator[AnyDocument]:
-    for path in _files(source, base):
+    for path in source_files(source, base):
         try:
             yield from read(source, path)
         except UnicodeDecodeError as error:
@@ -127,8 +99,8 @@ def _per_file(source: Any, base: Path, read: Any) -> Iterator[AnyDocument]:
 _SUFFIX = {"text": ".txt", "jsonl": ".jsonl", "parquet": ".parquet"}
 
 
-def _files(source: TextSource | JsonlSource | ParquetSource, base: Path) -> list[Path]:
-    """The files of a path, folder or glob, sorted by name."""
+def source_files(source: TextSource | JsonlSource | ParquetSource, base: Path) -> list[Path]:
+    """The files of a path, folder or glob, sorted by name. Raises DataError where there are none."""
     path = (base / Path(source.path).expanduser()).absolute()
     suffix = _SUFFIX[source.kind]
     if path.is_file():
