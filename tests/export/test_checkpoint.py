@@ -1,0 +1,257 @@
+"""The exported checkpoint is the trained one, rounded, and any other folder is refused."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stillhouse.errors import ModelError, RunError
+from stillhouse.export import ReplayResult, checkpoint, export_checkpoint, replay
+from tests.export.conftest import TEMPLATE, ToyWindows
+
+Export = Callable[..., ReplayResult]
+
+
+@pytest.fixture
+def export() -> Export:
+    def call(source: Path, out: Path, **changes: Any) -> ReplayResult:
+        options: dict[str, Any] = {
+            "dtype": "bfloat16",
+            "windows": ToyWindows(),
+            "prompts": ["word3 word4"],
+            "seed": 0,
+        }
+        return export_checkpoint(source, out, **{**options, **changes})
+
+    return call
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays in this process: a fresh one takes seconds to import transformers."""
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        replay.main(Path(command[-1]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(checkpoint.subprocess, "run", run)
+
+
+@pytest.fixture(scope="module")
+def shipped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReplayResult]:
+    """The bfloat16 export, replayed in a fresh process."""
+    out = tmp_path_factory.mktemp("shipped") / "model"
+    result = export_checkpoint(
+        trained, out, dtype="bfloat16", windows=ToyWindows(), prompts=["word3 word4"], seed=0
+    )
+    return out, result
+
+
+def test_replay_knows_nothing_of_stillhouse() -> None:
+    script = ast.parse(Path(replay.__file__).read_text(encoding="utf-8"))
+    imported = {node.module for node in ast.walk(script) if isinstance(node, ast.ImportFrom)}
+    imported |= {
+        name.name
+        for node in ast.walk(script)
+        if isinstance(node, ast.Import)
+        for name in node.names
+    }
+    assert "transformers" in imported
+    assert not any(str(name).startswith("stillhouse") for name in imported)
+
+
+def test_bfloat16_export_is_the_rounded_source(
+    trained: Path, shipped: tuple[Path, ReplayResult]
+) -> None:
+    out, result = shipped
+    before, after = load_file(trained / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, before[name].bfloat16()), name
+    assert 0 < result.kl < result.kl_limit
+    assert 0.5 < result.top1_agreement <= 1
+    assert result.tokens == 3 * 20
+    assert result.bytes == (out / "model.safetensors").stat().st_size
+    assert result.texts[0].prompt == "word3 word4"
+    assert result.texts[0].source.startswith("word")
+
+
+def test_export_has_all_that_a_server_needs(
+    trained: Path, shipped: tuple[Path, ReplayResult]
+) -> None:
+    out, _ = shipped
+    assert AutoModelForCausalLM.from_pretrained(out, dtype="auto").dtype == torch.bfloat16
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer("word5")["input_ids"] == [7]
+    assert json.loads((out / "generation_config.json").read_text())["max_new_tokens"] == 7
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert list(out.parent.iterdir()) == [out], "nothing is left beside the export"
+    for file in out.glob("*.json"):
+        assert str(trained) not in file.read_text(), "no path of this machine is shipped"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_float32_export_is_the_source_bit_for_bit(
+    trained: Path, tmp_path: Path, export: Export
+) -> None:
+    result = export(trained, tmp_path / "model", dtype="float32")
+    assert result.kl == pytest.approx(0, abs=1e-12)
+    assert result.top1_agreement == 1
+    assert result.texts[0].source == result.texts[0].exported
+    before = load_file(trained / "model.safetensors")
+    after = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_comparison_agrees_with_one_token_at_a_time(trained: Path) -> None:
+    """Against a reference that runs each document's prefix alone, without packing or chunks."""
+    windows = ToyWindows()
+    source = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
+    other = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(0.5)
+    found = replay._compare(source, other, [windows[index] for index in range(len(windows))])
+
+    total, same, count = 0.0, 0, 0
+    with torch.no_grad():
+        for index in range(len(windows)):
+            ids_L = windows[index]["input_ids"]
+            for target in range(4, 24):
+                start = 0 if target - 1 < 10 else 10
+                prefix = ids_L[None, start:target]
+                p = source(prefix).logits[0, -1].double().softmax(-1)
+                q = other(prefix).logits[0, -1].double().softmax(-1)
+                total += float((p * (p / q).log()).sum())
+                same += int(p.argmax() == q.argmax())
+                count += 1
+    assert found["tokens"] == count
+    assert found["kl"] == pytest.approx(total / count, rel=1e-4)
+    assert found["top1_agreement"] == pytest.approx(same / count)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_export_that_differs_too_much_is_refused(
+    trained: Path, tmp_path: Path, export: Export
+) -> None:
+    with pytest.raises(ModelError, match="nats a token") as caught:
+        export(trained, tmp_path / "model", kl_limit=1e-12)
+    assert caught.value.fix
+    assert list(tmp_path.iterdir()) == [], "a refused export leaves nothing behind"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_export_with_other_weights_is_refused(
+    trained: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault in saving is caught by the replay, whatever the fault is."""
+    save = checkpoint._save
+
+    def save_wrongly(source: Path, out: Path, *options: Any) -> None:
+        save(source, out, *options)
+        weights = load_file(out / "model.safetensors")
+        weights["model.layers.1.mlp.down_proj.weight"].neg_()
+        save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(checkpoint, "_save", save_wrongly)
+    with pytest.raises(ModelError, match="differs from its source"):
+        export(trained, tmp_path / "model")
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.update({"projection.weight": torch.ones(2)}), "not part of it"),
+        (lambda weights: weights.pop("model.norm.weight"), "missing: model.norm.weight"),
+    ],
+)
+def test_export_with_helper_or_missing_weights_is_refused(
+    trained: Path,
+    tmp_path: Path,
+    export: Export,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[dict[str, torch.Tensor]], Any],
+    message: str,
+) -> None:
+    save = checkpoint._save
+
+    def save_wrongly(source: Path, out: Path, *options: Any) -> None:
+        save(source, out, *options)
+        weights = load_file(out / "model.safetensors")
+        change(weights)
+        save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(checkpoint, "_save", save_wrongly)
+    with pytest.raises(ModelError, match=message):
+        export(trained, tmp_path / "model")
+
+
+def test_source_with_helper_weights_is_refused(
+    trained: Path, tmp_path: Path, export: Export
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(trained, source)
+    weights = load_file(source / "model.safetensors")
+    weights["projection.weight"] = torch.ones(2, 2)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"projection\.weight"):
+        export(source, tmp_path / "model")
+
+
+def test_replay_process_that_fails_says_why(
+    trained: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = checkpoint._save
+
+    def forget_tokenizer(source: Path, out: Path, *options: Any) -> None:
+        save(source, out, *options)
+        for file in out.glob("tokenizer*"):
+            file.unlink()
+
+    monkeypatch.setattr(checkpoint, "_save", forget_tokenizer)
+    with pytest.raises(ModelError, match="cannot be loaded and run again"):
+        export(trained, tmp_path / "model")
+
+
+def test_no_supervised_token_to_compare_on(trained: Path, tmp_path: Path, export: Export) -> None:
+    with pytest.raises(ModelError, match="no held-out token"):
+        export(trained, tmp_path / "model", windows=ToyWindows(supervised=False))
+
+
+def test_files_in_the_way_are_kept(trained: Path, tmp_path: Path, export: Export) -> None:
+    out = tmp_path / "model"
+    out.mkdir()
+    (out / "mine.txt").write_text("keep me")
+    with pytest.raises(RunError, match="has files already"):
+        export(trained, out)
+    assert (out / "mine.txt").read_text() == "keep me"
+
+
+def test_full_disk_is_a_clear_error(
+    trained: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_save", full)
+    with pytest.raises(RunError, match="disk is full"):
+        export(trained, tmp_path / "model")
+
+
+def test_place_that_cannot_be_written(trained: Path, tmp_path: Path, export: Export) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RunError) as caught:
+        export(trained, tmp_path / "file" / "model")
+    assert caught.value.fix
