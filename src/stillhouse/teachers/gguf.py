@@ -117,7 +117,10 @@ def _convert(path: Path, folder: Path) -> None:
                 path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except OSError:
+        raise
+    # transformers and tokenizers raise anything, up to plain Exception, on what they cannot read.
+    except Exception as error:
         raise ModelError(
             f"transformers cannot read this GGUF file ({error})",
             where=path,

