@@ -6,7 +6,6 @@ does nothing yet. `stillhouse.runner` has the order.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ import torch
 
 from stillhouse import account
 from stillhouse.data import Windows, build, open_windows
-from stillhouse.data.sources import sources_fingerprint
+from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.export import export_checkpoint
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes

@@ -1,1 +1,26 @@
-"""The trainer on top of transformers.Trainer."""
+"""Training on top of transformers.Trainer: resumable, distributed, and summed before it divides."""
+
+from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.rows import supervised_rows, supervised_targets
+from stillhouse.training.train import (
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    Batching,
+    TrainingResult,
+    plan_batches,
+    train,
+)
+
+__all__ = [
+    "CHECKPOINTS",
+    "METRICS",
+    "MODEL",
+    "Batching",
+    "TrainingResult",
+    "plan_batches",
+    "read_metrics",
+    "supervised_rows",
+    "supervised_targets",
+    "train",
+]

@@ -120,6 +120,7 @@ def train(
         metrics = checkpoints.MetricsFile(out / f".metrics-{os.environ['RANK']}", keep_to_step=0)
 
     model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.requires_grad_(True)
     guide = teacher and load_model(
         teacher, dtype=precision.dtype, trust_remote_code=trust_remote_code
     )
@@ -194,7 +195,7 @@ def _arguments(
         optim="adamw_torch_fused",
         bf16=dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
-        ddp_backend="gloo" if device.type == "cpu" else None,
+        ddp_backend="gloo" if device.type == "cpu" and plan.processes > 1 else None,
         activation_checkpointing=section.gradient_checkpointing,
         logging_strategy="steps",
         logging_steps=max(1, plan.steps // 500),

@@ -1,0 +1,242 @@
+"""What training computes: the reference's loss, whatever the partition into batches and ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stillhouse.data import collate
+from stillhouse.errors import RecipeError, TrainingError
+from stillhouse.objectives import Term
+from stillhouse.recipe.schema import TrainRecipe
+from stillhouse.teachers import load_model
+from stillhouse.training import plan_batches, read_metrics, train
+from tests.training.conftest import Setting
+
+KL = (Term("forward_kl"),)
+
+
+def section(**changes: Any) -> TrainRecipe:
+    return TrainRecipe(**{"batch_size": 8, "precision": "float32", "max_steps": 4, **changes})
+
+
+def run(
+    setting: Setting, out: Path, terms: tuple[Term, ...] = KL, **changes: Any
+) -> dict[str, Tensor]:
+    train(
+        setting.student,
+        setting.teacher,
+        setting.windows,
+        setting.heldout,
+        section=section(**changes),
+        terms=terms,
+        vocabulary=None,
+        seed=0,
+        out=out,
+    )
+    return load_file(out / "model" / "model.safetensors")
+
+
+def assert_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    """AdamW's first steps are near ±lr per weight, so a wrong gradient would show at once."""
+    assert left.keys() == right.keys()
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+def reference_losses(setting: Setting, rows: range) -> tuple[float, float, int]:
+    """KL and cross-entropy summed token by token in float64, and the tokens."""
+    student = load_model(setting.student, dtype=torch.float64)
+    teacher = load_model(setting.teacher, dtype=torch.float64)
+    kl = cross_entropy = 0.0
+    tokens = 0
+    for row in rows:
+        window = setting.windows[row]
+        batch = {k: window[k][None] for k in ("input_ids", "position_ids")}
+        # With a cache, transformers would let packed documents see each other.
+        batch["use_cache"] = False
+        with torch.no_grad():
+            log_q = student(**batch).logits[0].log_softmax(-1)
+            log_p = teacher(**batch).logits[0].log_softmax(-1)
+        for t in range(1, len(window["labels"])):
+            target = int(window["labels"][t])
+            if target != -100:
+                p = log_p[t - 1].exp()
+                kl += float((p * (log_p[t - 1] - log_q[t - 1])).sum())
+                cross_entropy -= float(log_q[t - 1, target])
+                tokens += 1
+    return kl, cross_entropy, tokens
+
+
+def test_the_first_steps_loss_is_the_token_mean_of_the_reference(
+    setting: Setting, tmp_path: Path
+) -> None:
+    terms = (Term("forward_kl"), Term("cross_entropy", weight=0.5))
+    everything = len(setting.windows)
+    run(setting, tmp_path, terms, batch_size=everything, micro_batch_size=everything, max_steps=1)
+    kl, cross_entropy, tokens = reference_losses(setting, range(everything))
+    row = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert row["tokens"] == tokens == setting.windows.supervised_tokens
+    assert row["forward_kl"] == pytest.approx(kl / tokens, rel=1e-5)
+    assert row["cross_entropy"] == pytest.approx(cross_entropy / tokens, rel=1e-5)
+    assert row["loss"] == pytest.approx((kl + 0.5 * cross_entropy) / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulation_changes_nothing(setting: Setting, tmp_path: Path, micro: int) -> None:
+    whole = run(setting, tmp_path / "whole", micro_batch_size=8)
+    parts = run(setting, tmp_path / "parts", micro_batch_size=micro)
+    assert_close(parts, whole)
+    norms = [
+        [row["grad_norm"] for row in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("whole", "parts")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from stillhouse.data import open_windows
+from stillhouse.objectives import Term
+from stillhouse.recipe.schema import TrainRecipe
+from stillhouse.training import train
+from stillhouse.errors import StillhouseError
+
+job = json.loads(sys.argv[1])
+train(Path(job["student"]), Path(job["teacher"]), open_windows(Path(job["windows"])),
+      open_windows(Path(job["heldout"])), section=TrainRecipe(**job["section"]),
+      terms=[Term("forward_kl")], vocabulary=None, seed=0, out=Path(job["out"]))
+"""
+
+
+def job_arguments(setting: Setting, out: Path, **changes: Any) -> str:
+    return json.dumps(
+        {
+            "student": str(setting.student),
+            "teacher": str(setting.teacher),
+            "windows": str(setting.windows.path),
+            "heldout": str(setting.heldout.path),
+            "section": section(**changes).model_dump(mode="json"),
+            "out": str(out),
+        }
+    )
+
+
+def test_two_processes_take_the_same_steps_as_one(setting: Setting, tmp_path: Path) -> None:
+    """Under torchrun with gloo: the same gradient norms, held-out values and final weights."""
+    options = {"evaluate_every": 2, "micro_batch_size": 2}
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "29611", str(script), job_arguments(setting, tmp_path / "two", **options)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = run(setting, tmp_path / "one", **options)
+    two = load_file(tmp_path / "two" / "model" / "model.safetensors")
+    assert_close(two, one)
+    rows_one, rows_two = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "two"))
+    assert [r["step"] for r in rows_one] == [r["step"] for r in rows_two]
+    for a, b in zip(rows_one, rows_two, strict=True):
+        for key in a.keys() & {"loss", "forward_kl", "grad_norm", "tokens", "heldout_kl"}:
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+
+
+def test_heldout_kl_is_the_reference(setting: Setting, tmp_path: Path) -> None:
+    swapped = Setting(setting.student, setting.teacher, setting.heldout, setting.heldout)
+    run(swapped, tmp_path, learning_rate=1e-12, max_steps=1, evaluate_every=1)
+    kl, cross_entropy, tokens = reference_losses(swapped, range(len(setting.heldout)))
+    row = next(r for r in read_metrics(tmp_path / "metrics.jsonl") if "heldout_kl" in r)
+    assert row["heldout_kl"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert row["heldout_perplexity"] == pytest.approx(
+        float(torch.tensor(cross_entropy / tokens).exp()), rel=1e-4
+    )
+
+
+def test_distillation_brings_the_student_nearer(setting: Setting, tmp_path: Path) -> None:
+    run(setting, tmp_path, epochs=5, max_steps=40, learning_rate=3e-3, evaluate_every=20)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    last = [row["heldout_kl"] for row in rows if "heldout_kl" in row][-1]
+    assert last < 0.7 * rows[0]["forward_kl"]
+
+
+def test_training_without_a_teacher_is_plain_fine_tuning(setting: Setting, tmp_path: Path) -> None:
+    alone = Setting(setting.student, None, setting.windows, setting.heldout)  # type: ignore[arg-type]
+    run(alone, tmp_path, (Term("cross_entropy"),), evaluate_every=2)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert rows[0]["loss"] == pytest.approx(rows[0]["cross_entropy"], rel=1e-6)
+    assert not any("heldout_kl" in row for row in rows)
+
+
+def test_early_stop_ends_when_nothing_gets_better(setting: Setting, tmp_path: Path) -> None:
+    run(
+        setting,
+        tmp_path,
+        max_steps=30,
+        epochs=9,
+        learning_rate=0.3,
+        schedule="constant",
+        warmup=0,
+        evaluate_every=1,
+        early_stop=2,
+        max_grad_norm=100,
+    )
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] < 30
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_schedules_warm_up_and_end_as_they_say(
+    setting: Setting, tmp_path: Path, schedule: str
+) -> None:
+    run(setting, tmp_path, max_steps=10, warmup=0.2, schedule=schedule, learning_rate=1e-3)
+    rates = [row["learning_rate"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert rates[0] < max(rates) == pytest.approx(1e-3)
+    assert (rates[-1] == max(rates)) == (schedule == "constant")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step(setting: Setting, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="not finite at step"):
+        run(setting, tmp_path, learning_rate=1e30, max_steps=5, warmup=0, max_grad_norm=1e30)
+
+
+@pytest.mark.parametrize(
+    ("options", "processes"),
+    [({"batch_size": 8, "micro_batch_size": 3}, 1), ({"batch_size": 3}, 2)],
+)
+def test_a_batch_that_cannot_be_split_is_refused(options: dict[str, Any], processes: int) -> None:
+    with pytest.raises(RecipeError, match="not a multiple"):
+        plan_batches(section(**options), windows=100, processes=processes)
+
+
+def test_the_plan_counts_steps_over_processes_and_epochs() -> None:
+    plan = plan_batches(section(max_steps=None, epochs=2), windows=100, processes=2)
+    assert (plan.micro, plan.accumulation, plan.steps) == (4, 1, 26)
+
+
+def test_every_file_of_the_result_is_a_plain_checkpoint(setting: Setting, tmp_path: Path) -> None:
+    run(setting, tmp_path, max_steps=1)
+    names = {path.name for path in (tmp_path / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert not any(name.endswith((".bin", ".pt")) for name in names)
