@@ -1,0 +1,102 @@
+"""Removing neurons: the group-wise surgeon agrees with plain least squares."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from stillhouse.pruning.ffn import Moments, energy_ranking, refit_and_remove
+
+
+@pytest.fixture(autouse=True)
+def _double() -> object:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def rows(count: int, ffn: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    mixing = torch.randn(ffn, ffn) * 0.5 + torch.eye(ffn)
+    activations = torch.randn(count, ffn) @ mixing
+    return activations, torch.randn(hidden, ffn), torch.randn(count, hidden), torch.rand(count)
+
+
+def moments_of(activations: Tensor, error: Tensor | None, weight: Tensor) -> Moments:
+    moments = Moments.zeros(activations.shape[1], 5)
+    for part in torch.arange(len(activations)).split(37):
+        moments.add(activations[part], None if error is None else error[part], weight[part])
+    return moments
+
+
+def test_the_refit_is_the_weighted_least_squares_solution() -> None:
+    activations, down, error, weight = rows(200, 12, 5)
+    target = activations @ down.T + error
+    kept, refit = refit_and_remove(down, moments_of(activations, error, weight), 7, ridge=1e-12)
+    scaled = weight[:, None]
+    expected = torch.linalg.lstsq(activations[:, kept] * scaled, target * scaled).solution.T
+    assert_close(refit, expected, rtol=1e-6, atol=1e-8)
+    assert kept.tolist() == sorted(kept.tolist())
+
+
+def test_one_neuron_goes_where_it_costs_least() -> None:
+    activations, down, error, weight = rows(200, 9, 5)
+    target = activations @ down.T + error
+    scaled = weight[:, None]
+
+    def loss(kept: tuple[int, ...]) -> float:
+        inputs = activations[:, list(kept)] * scaled
+        solution = torch.linalg.lstsq(inputs, target * scaled).solution
+        return (inputs @ solution - target * scaled).square().sum().item()
+
+    best = min(itertools.combinations(range(9), 8), key=loss)
+    kept, _ = refit_and_remove(down, moments_of(activations, error, weight), 8, ridge=1e-12)
+    assert tuple(kept.tolist()) == best
+
+
+def test_groups_and_single_removals_refit_alike() -> None:
+    activations, down, error, weight = rows(300, 24, 5)
+    moments = moments_of(activations, error, weight)
+    for group in (1, 5):
+        kept, refit = refit_and_remove(down, moments, 10, ridge=1e-12, group=group)
+        scaled = weight[:, None]
+        target = (activations @ down.T + error) * scaled
+        expected = torch.linalg.lstsq(activations[:, kept] * scaled, target).solution.T
+        assert_close(refit, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_without_error_and_removal_nothing_changes() -> None:
+    activations, down, _, weight = rows(50, 12, 5)
+    kept, refit = refit_and_remove(down, moments_of(activations, None, weight), 12)
+    assert kept.tolist() == list(range(12))
+    assert torch.equal(refit, down)
+
+
+def test_neurons_that_never_fire_go_first() -> None:
+    activations, down, error, weight = rows(100, 20, 5)
+    activations[:, :4] = 0
+    kept, _ = refit_and_remove(down, moments_of(activations, error, weight), 16)
+    assert kept.tolist() == list(range(4, 20))
+
+
+def test_fewer_rows_than_neurons_stay_finite() -> None:
+    torch.set_default_dtype(torch.float32)
+    activations, down, error, weight = rows(6, 20, 5)
+    _, refit = refit_and_remove(down, moments_of(activations, error, weight), 10, ridge=0.0)
+    assert refit.isfinite().all()
+    _, refit = refit_and_remove(down, Moments.zeros(20, 5), 10)
+    assert refit.isfinite().all()
+
+
+def test_energy_ranking_is_energy_times_column_norm() -> None:
+    activations, down, _, weight = rows(50, 12, 5)
+    C = moments_of(activations, None, weight).C_FF
+    scores = [
+        (activations[:, f] * weight).square().sum() * down[:, f].square().sum() for f in range(12)
+    ]
+    expected = sorted(sorted(range(12), key=lambda f: -scores[f])[:5])
+    assert energy_ranking(C, down, 5).tolist() == expected
