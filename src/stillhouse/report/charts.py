@@ -1,6 +1,6 @@
 """The report's charts as SVG text: the same data give the same bytes, and nothing is loaded.
 
-Each chart is drawn at 460 points' width, so that its 12-point text is still read at the width of a
+Each chart is drawn at 430 points' width, so that its 12-point text is still read at the width of a
 phone; the page puts two side by side where there is room.
 """
 
@@ -26,7 +26,7 @@ from stillhouse.report.data import StageCost
 from stillhouse.report.history import Curve
 from stillhouse.report.palette import ACCENT, INK, MUTED, RULE, role_color, role_name
 
-WIDTH, HEIGHT = 460 / 72, 290 / 72
+WIDTH, HEIGHT = 430 / 72, 282 / 72
 LABEL_GAP = 17.0
 """Points between two labels of a scatter chart."""
 OFF_SCALE = 2.5
@@ -92,6 +92,7 @@ def training_chart(curve: Curve) -> Chart:
                 markersize=5.5,
                 linewidth=1.0,
                 linestyle=(0, (3, 3)),
+                clip_on=False,
                 label="held-out text" if curve.same_measure else "held-out KL",
             )
         _plain_log(ax, [*train_y, *curve.heldout])
@@ -173,14 +174,14 @@ def speed_chart(models: Sequence[ModelResult]) -> Chart | None:
 
 
 def stage_charts(stages: Sequence[StageCost]) -> list[Chart]:
-    """Horizontal bars: seconds, and FLOPs, of each stage that has any."""
+    """Horizontal bars of each stage: seconds, and FLOPs, where any stage has some."""
     charts = []
     for key, title, unit, show in (
         ("seconds", "Time by stage", "seconds", text.seconds),
         ("flops", "Computation by stage", "FLOPs", text.flops),
     ):
-        rows = [(stage, float(getattr(stage, key))) for stage in stages if getattr(stage, key) > 0]
-        if rows:
+        rows = [(stage, float(getattr(stage, key))) for stage in stages]
+        if any(value > 0 for _, value in rows):
             charts.append(_bars(key, title, unit, rows, show))
     return charts
 
@@ -227,7 +228,7 @@ def _scatter(ax: Axes, points: Sequence[Point], x_label: str, y_label: str, *, d
     xs, ys = [p.x for p in shown], [p.y for p in shown]
     x_room = (max(xs) - min(xs)) or 0.1 * max(xs) or 1.0
     y_room = (max(ys) - min(ys)) or 1.0
-    ax.set_xlim(min(xs) - 0.62 * x_room, max(xs) + 0.62 * x_room)
+    ax.set_xlim(min(xs) - 0.5 * x_room, max(xs) + 0.5 * x_room)
     ax.set_ylim(min(ys) - 0.14 * y_room, max(ys) + 0.16 * y_room)
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)

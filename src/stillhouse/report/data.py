@@ -83,8 +83,8 @@ class ReportData:
             return cls(**{**raw, **parts})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunError(
-                f"This is not the data of a report: {error}",
-                fix="Run the report stage again; it gathers the data from the other stages.",
+                f"this is not the data of a report: {error}",
+                fix="run the report stage again: it gathers the data from the other stages",
             ) from error
 
     @classmethod
@@ -94,7 +94,7 @@ class ReportData:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise RunError(
-                f"The report's data cannot be read: {error.strerror}",
+                f"the report's data cannot be read: {error.strerror}",
                 where=path,
-                fix="Check the path and its permissions, or run the report stage again.",
+                fix="check the path and its permissions, or run the report stage again",
             ) from error

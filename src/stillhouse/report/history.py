@@ -27,9 +27,14 @@ class Curve:
     same_measure: bool
 
 
-def training_curve(history: Sequence[Row]) -> Curve | None:
-    """Forward KL against tokens, or the loss where the objective has no KL; None below two rows."""
+def training_curve(history: Sequence[Row], temperature: float = 1.0) -> Curve | None:
+    """Forward KL against tokens, or the loss where the objective has no KL; None below two rows.
+
+    temperature: of the objective's KL; held-out KL is always at temperature 1.
+    """
     key, name = "forward_kl", "KL to the teacher"
+    if temperature != 1.0:
+        name += f" at temperature {temperature:g}"
     tokens, values = series(history, key)
     if len(values) < 2:
         key, name = "loss", "Loss"
@@ -44,7 +49,7 @@ def training_curve(history: Sequence[Row]) -> Curve | None:
         smoothed=smooth(values),
         heldout_tokens=[_tokens_at(history, float(row["step"])) for row in heldout],
         heldout=[float(row["heldout_kl"]) for row in heldout],
-        same_measure=key == "forward_kl",
+        same_measure=key == "forward_kl" and temperature == 1.0,
     )
 
 

@@ -10,9 +10,9 @@ SECOND = "#2b7a78"
 
 ROLES = {
     "teacher": ("Teacher", "#47546b"),
-    "untrained": ("Student, untrained", "#9aa3b0"),
     "student": ("Student, distilled", ACCENT),
-    "fine_tuned": ("Student, fine-tuned only", SECOND),
+    "untrained": ("Student, untrained", "#9aa3b0"),
+    "fine_tuned": ("Student, fine-tuned", SECOND),
 }
 """Role: (name, color), in the order of the report's columns."""
 

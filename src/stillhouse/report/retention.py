@@ -77,7 +77,11 @@ def retention_table(models: dict[str, ModelResult]) -> Table | None:
     rows += [
         _row("Parameters", results, lambda m: m.parameters, text.count, teacher),
         _row(
-            "without embeddings", results, lambda m: m.non_embedding_parameters, text.count, teacher
+            "Non-embedding parameters",
+            results,
+            lambda m: m.non_embedding_parameters,
+            text.count,
+            teacher,
         ),
         _row("Size on disk", results, lambda m: m.bytes_on_disk, text.size, teacher, note="disk"),
         _speed_row("Prefill", results, "prefill_tokens_per_s", text.digits, teacher, "tokens/s"),
@@ -106,7 +110,7 @@ def _row(
     for model in models:
         share = ""
         if teacher is not None and model is not teacher and value(teacher):
-            share = f"{text.percent(value(model) / value(teacher))} of the teacher"
+            share = f"{text.percent(value(model) / value(teacher))} of teacher"
         cells.append(Cell(show(value(model)), share))
     return Row(name, cells, unit, note)
 
@@ -125,7 +129,7 @@ def _speed_row(
             cells.append(Cell(text.DASH))
             continue
         ratio = None if teacher is None or model is teacher else speed_ratio(model, teacher, key)
-        share = "" if ratio is None else f"{text.percent(ratio)} of the teacher"
+        share = "" if ratio is None else f"{text.percent(ratio)} of teacher"
         cells.append(Cell(show(getattr(model.speed, key)), share))
     return Row(name, cells, unit, "speed")
 
@@ -138,7 +142,7 @@ def _task_rows(models: Sequence[ModelResult], teacher: ModelResult | None) -> li
             score = model.tasks.get(task)
             share = ""
             if score is not None and teacher and model is not teacher and teacher.tasks.get(task):
-                share = f"{text.percent(score / teacher.tasks[task])} of the teacher"
+                share = f"{text.percent(score / teacher.tasks[task])} of teacher"
             cells.append(Cell(text.DASH if score is None else text.digits(score), share))
         rows.append(Row(task, cells, "", "task"))
     return rows
@@ -160,4 +164,4 @@ def _perplexity_kept(model: ModelResult, teacher: ModelResult | None) -> str:
     if teacher is None or model is teacher:
         return ""
     kept = teacher.fidelity.perplexity / model.fidelity.perplexity
-    return f"{text.percent(kept)} of the teacher"
+    return f"{text.percent(kept)} of teacher"

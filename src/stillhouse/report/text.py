@@ -19,7 +19,8 @@ def digits(value: float, significant: int = 3) -> str:
         return "not finite"
     if value == 0:
         return "0"
-    places = max(0, significant - 1 - math.floor(math.log10(abs(value))))
+    exponent = int(f"{value:.{significant - 1}e}".split("e")[1])  # after rounding: 9.999 is 10.0
+    places = max(0, significant - 1 - exponent)
     return f"{value:,.{places}f}"
 
 
@@ -61,7 +62,7 @@ def percent(share: float, places: int = 0) -> str:
 
 def seconds(value: float) -> str:
     """4.2 s, 6 min 12 s, 3 h 05 min."""
-    if value < 60:
+    if value < 59.5:
         return f"{digits(value, 2) if value < 10 else format(value, '.0f')}{NBSP}s"
     minutes, rest = divmod(round(value), 60)
     if minutes < 60:

@@ -49,6 +49,7 @@ class Page:
     generations: list[tuple[str, list[Answer]]]
     stage_rows: list[list[str]]
     stage_charts: list[Chart]
+    reused: bool
     comparison: list[tuple[str, str, str]]
     student_facts: list[tuple[str, str]]
     replay_facts: list[tuple[str, str]]
@@ -62,7 +63,7 @@ class Page:
 def build_page(data: ReportData) -> Page:
     """Draws the charts and formats every number."""
     models = _models(data)
-    curve = history.training_curve(data.history)
+    curve = history.training_curve(data.history, _kl_temperature(data.recipe))
     evaluation_notes = data.evaluation.notes if data.evaluation else []
     return Page(
         data=data,
@@ -76,6 +77,7 @@ def build_page(data: ReportData) -> Page:
         generations=_generations(data),
         stage_rows=_stage_rows(data),
         stage_charts=charts.stage_charts(data.stages),
+        reused=any(stage.reused for stage in data.stages),
         comparison=_comparison(data),
         student_facts=_facts(data.student),
         replay_facts=_replay_facts(data.replay),
@@ -181,6 +183,11 @@ def _quality_charts(models: dict[str, ModelResult]) -> list[Chart]:
     return [chart for chart in drawn if chart is not None]
 
 
+def _kl_temperature(recipe: dict[str, Any]) -> float:
+    terms = recipe.get("objective", {}).get("terms", [])
+    return next((float(t["temperature"]) for t in terms if t["divergence"] == "forward_kl"), 1.0)
+
+
 def _training_charts(data: ReportData, curve: history.Curve | None) -> list[Chart]:
     if curve is None:
         return []
@@ -192,10 +199,10 @@ def _training_charts(data: ReportData, curve: history.Curve | None) -> list[Char
 
 
 def _training_facts(data: ReportData) -> list[tuple[str, str]]:
-    rows = [row for row in data.history if "tokens" in row]
+    rows = [row for row in data.history if "tokens" in row and "step" in row]
     facts = [
         ("Steps", text.count(max(row["step"] for row in rows))),
-        ("Supervised tokens", text.count(max(row["tokens"] for row in rows))),
+        ("Training tokens", text.count(max(row["tokens"] for row in rows))),
     ]
     rate = history.median(data.history, "tokens_per_s")
     if rate is not None:
@@ -266,7 +273,14 @@ def _comparison(data: ReportData) -> list[tuple[str, str, str]]:
 
 
 def _facts(values: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(text.label(str(key)), text.describe(value)) for key, value in values.items()]
+    """Labels and values as text; a key that ends in `_bytes` is a size."""
+    facts = []
+    for key, value in values.items():
+        if key.endswith("_bytes") and isinstance(value, int):
+            facts.append((text.label(key.removesuffix("_bytes")), text.size(value)))
+        else:
+            facts.append((text.label(key), text.describe(value)))
+    return facts
 
 
 def _replay_facts(replay: dict[str, Any] | None) -> list[tuple[str, str]]:

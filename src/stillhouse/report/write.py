@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import tempfile
 from functools import cache
@@ -14,6 +13,7 @@ from markupsafe import Markup
 from stillhouse.errors import RunError
 from stillhouse.report.data import ReportData
 from stillhouse.report.view import build_page
+from stillhouse.runfolder import disk_errors
 
 
 def write_report(data: ReportData, path: Path) -> None:
@@ -22,18 +22,11 @@ def write_report(data: ReportData, path: Path) -> None:
     Raises RunError where the folder cannot be written or the disk is full.
     """
     page = render_report(data)
-    try:
+    if path.is_dir():
+        raise RunError("a folder has the report's name", where=path, fix="give a file's name")
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, page.encode("utf-8"))
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise RunError(
-            f"The report cannot be written: {error.strerror}",
-            where=path,
-            fix="Free some space on the disk, then run again."
-            if full
-            else "Choose a folder that you may write to.",
-        ) from error
 
 
 def render_report(data: ReportData) -> str:

@@ -1,0 +1,227 @@
+"""The page: well-formed, offline, escaped, and only as long as the data it is given."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.errors import RunError
+from stillhouse.evaluate.results import Evaluation, Generation
+from stillhouse.report import ReportData, StageCost, render_report, write, write_report
+
+VOID = {"meta", "br", "hr", "img", "input", "link"}
+LOADING = {"src", "href", "xlink:href", "data", "poster", "srcset", "action", "background"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags nest, and collects the sections, the links, the ids and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.sections: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.attributes: list[str] = []
+        self.text = ""
+        self.feed(page)
+        self.close()
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._seen(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._seen(tag, attrs)
+
+    def _seen(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        values = dict(attrs)
+        identity = values.get("id")
+        if identity:
+            self.ids.append(identity)
+            if tag == "section":
+                self.sections.append(identity)
+        self.links += [value or "" for name, value in attrs if name in LOADING]
+        self.attributes += [name for name, _ in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> without a start"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text += data
+
+
+def test_page_is_well_formed_and_has_every_section(data: ReportData) -> None:
+    page = Reader(render_report(data))
+    assert page.sections == [
+        "kept",
+        "training",
+        "generations",
+        "cost",
+        "student",
+        "export",
+        "notes",
+        "again",
+    ]
+    assert len(page.ids) == len(set(page.ids)), "an id is used twice"
+    assert page.tags.count("svg") == 6
+
+
+def test_page_loads_nothing(data: ReportData) -> None:
+    html = render_report(data)
+    page = Reader(html)
+    assert all(link.startswith("#") for link in page.links), page.links
+    assert {link[1:] for link in page.links} <= set(page.ids), "a link leads nowhere"
+    assert not {"script", "link", "iframe", "img", "object", "embed", "base"} & set(page.tags)
+    assert not re.search(r"@import|url\((?!#)", html)
+
+
+def test_headline_says_what_was_measured(data: ReportData) -> None:
+    text = Reader(render_report(data)).text.replace("\u00a0", " ")
+    assert (
+        "The student keeps 66 % of the teacher’s top-1 choices at 80 % of its parameters and "
+        "1.25 times its decoding speed, after 61,320 tokens of distillation." in text
+    )
+    assert "Before training it kept 31 %; plain fine-tuning on the same tokens keeps 61 %." in text
+
+
+def test_retention_is_given_as_percent_of_the_teacher(data: ReportData) -> None:
+    text = Reader(render_report(data)).text.replace("\u00a0", " ")
+    assert "85 % of the gap closed" in text  # 1 - 0.481 / 3.14
+    assert "75 % of teacher" in text  # perplexity: 18.7 / 24.9
+    assert "125 % of teacher" in text  # decoding speed: 25 / 20
+
+
+def test_costs_stand_beside_training_from_scratch(data: ReportData) -> None:
+    text = Reader(render_report(data)).text.replace("\u00a0", " ")
+    assert "From scratch, same tokens61,3203.97 × 10¹³" in re.sub(r"\s*\n\s*", "", text)
+    assert "From scratch, 20 tokens a parameter2.159 B1.40 × 10¹⁸" in re.sub(r"\s*\n\s*", "", text)
+    assert "5 min 44 s" in text  # the sum of the stages' seconds
+
+
+ATTACK = "<script>alert('&amp;')</script> & \"quoted\" $x_1$"
+
+
+def test_every_text_is_escaped(data: ReportData, evaluation: Evaluation) -> None:
+    """Titles, recipes, prompts, answers, stage names (in charts too), tasks, notes, versions."""
+    student = evaluation.models[2]
+    hostile = replace(
+        data,
+        title=ATTACK,
+        created=ATTACK,
+        teacher=ATTACK,
+        recipe={ATTACK: [ATTACK]},
+        evaluation=Evaluation(
+            [*evaluation.models, replace(student, role=ATTACK, tasks={ATTACK: 0.1})],
+            [Generation(ATTACK, {"teacher": ATTACK, ATTACK: ATTACK})],
+            [ATTACK],
+        ),
+        stages=[StageCost(ATTACK, 1.0, 2, 3)],
+        student={ATTACK: ATTACK},
+        replay={ATTACK: ATTACK, "texts": [dict.fromkeys(("prompt", "source", "exported"), ATTACK)]},
+        machine={ATTACK: ATTACK},
+        versions={ATTACK: ATTACK},
+        notes=[ATTACK],
+    )
+    page = Reader(render_report(hostile))
+    assert "script" not in page.tags
+    assert not [name for name in page.attributes if "quoted" in name]
+    assert page.text.count(ATTACK) >= 15, "the text itself is shown as it is"
+
+
+@pytest.mark.parametrize(
+    ("missing", "sections"),
+    [
+        ({"evaluation": None}, {"kept", "generations"}),
+        ({"history": []}, {"training"}),
+        ({"stages": [], "scratch": None}, {"cost"}),
+        ({"student": {}}, {"student"}),
+        ({"replay": None}, {"export"}),
+        ({"recipe": {}, "machine": {}, "versions": {}}, {"again"}),
+    ],
+)
+def test_section_hides_when_its_data_is_missing(
+    data: ReportData, missing: dict[str, Any], sections: set[str]
+) -> None:
+    whole = Reader(render_report(data))
+    less = Reader(render_report(replace(data, **missing)))
+    assert set(whole.sections) - set(less.sections) == sections
+
+
+def test_report_of_nothing_but_a_name() -> None:
+    page = Reader(render_report(ReportData(title="empty", created="", recipe={})))
+    assert page.sections == []
+    assert "the student was not evaluated" in page.text
+
+
+def test_no_speed_no_baseline_no_generations(data: ReportData, evaluation: Evaluation) -> None:
+    models = [replace(m, speed=None, tasks={}) for m in evaluation.models if m.role != "fine_tuned"]
+    page = Reader(render_report(replace(data, evaluation=Evaluation(models, []))))
+    assert "kept" in page.sections
+    assert "generations" not in page.sections
+    for word in ("Decoding", "Peak memory7", "fine-tun", "decoding speed", "piqa"):
+        assert word not in page.text
+
+
+def test_student_without_a_teacher_has_no_ratio(data: ReportData, evaluation: Evaluation) -> None:
+    alone = Evaluation([m for m in evaluation.models if m.role == "student"], [])
+    text = Reader(render_report(replace(data, evaluation=alone))).text
+    assert "of teacher" not in text
+    assert "66" in text
+
+
+def test_data_survives_json(data: ReportData, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(data.to_json(), encoding="utf-8")
+    loaded = ReportData.load(tmp_path / "report.json")
+    for part in fields(ReportData):
+        assert getattr(loaded, part.name) == getattr(data, part.name), part.name
+    assert render_report(loaded) == render_report(data), "the page depends on the data alone"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"evaluation": 3}'])
+def test_damaged_data_is_a_clear_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text, encoding="utf-8")
+    with pytest.raises(RunError, match="not the data of a report"):
+        ReportData.load(tmp_path / "report.json")
+
+
+def test_missing_data_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot be read"):
+        ReportData.load(tmp_path / "report.json")
+
+
+def test_writing_replaces_the_old_page_whole(
+    data: ReportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "report.html"
+    write_report(data, path)
+    first = path.read_text(encoding="utf-8")
+    assert first == render_report(data)
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(write.os, "fsync", full)
+    with pytest.raises(RunError, match="disk is full"):
+        write_report(replace(data, title="another"), path)
+    assert path.read_text(encoding="utf-8") == first
+    assert list(path.parent.iterdir()) == [path], "no half-written file stays"
+
+
+def test_place_that_cannot_be_written(data: ReportData, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for path in (tmp_path / "file" / "report.html", tmp_path):
+        with pytest.raises(RunError) as caught:
+            write_report(data, path)
+        assert caught.value.fix
