@@ -32,6 +32,11 @@ def overridden_config(config: Any, overrides: Mapping[str, Value]) -> Any:
     known = config.to_dict()
     for key, value in overrides.items():
         _check_override(config, known, key, value)
+    # Configurations insist on a float where 1 means 1.0.
+    overrides = {
+        key: float(value) if isinstance(known[key], float) else value
+        for key, value in overrides.items()
+    }
     changed = type(config).from_dict(known)
     if "num_hidden_layers" in overrides:
         count, before = int(overrides["num_hidden_layers"]), changed.num_hidden_layers
@@ -60,7 +65,7 @@ def random_model(config: Any, seed: int) -> Any:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, attn_implementation=attention_for(config)
             )
-        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
+        except (ValueError, TypeError, KeyError, RuntimeError, AssertionError) as error:
             raise _impossible(str(error)) from error
     return model.eval()
 
@@ -87,6 +92,9 @@ def _check_override(config: Any, known: Mapping[str, Any], key: str, value: Valu
             where=where,
             fix="write a config.json of your own and name its folder in student.config",
         )
+    is_size = key.startswith("num_") or key.endswith("_size")
+    if is_size and isinstance(value, int) and value < 1:
+        raise RecipeError(f"{key} must be positive", where=where, fix="choose 1 or more")
     if old is None or type(value) is type(old):
         return
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):

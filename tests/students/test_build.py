@@ -1,0 +1,108 @@
+"""Each start ends as a float32 checkpoint that loads, with its tokenizer and a summary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stillhouse.errors import ModelError, RecipeError, RunError
+from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.students import build_student
+from stillhouse.teachers import ModelSource, load_model, load_tokenizer, resolve_model
+from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    place = tmp_path_factory.mktemp("teacher")
+    save_model(place / "model", tokenizer=toy_tokenizer(template="{{ messages }}"))
+    return resolve_model("model", base=place, cache=place / "cache")
+
+
+def build(section: Any, teacher: ModelSource, tmp_path: Path, seed: int = 0) -> dict[str, Any]:
+    summary = build_student(
+        section,
+        teacher=teacher,
+        windows=ToyWindows(),
+        seed=seed,
+        base=tmp_path,
+        out=tmp_path / "student",
+    )
+    assert json.loads(json.dumps(summary))["start"] == section.start
+    return summary
+
+
+def parameters(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = load_model(folder, dtype=torch.float32).state_dict()
+    return state
+
+
+def test_pruned(teacher: ModelSource, tmp_path: Path) -> None:
+    summary = build(PrunedStudent(start="pruned", ffn_size=40, layers=2), teacher, tmp_path)
+    student = load_model(tmp_path / "student", dtype=torch.float32)
+    assert student.config.num_hidden_layers == 2
+    assert student.config.intermediate_size == 40
+    assert summary["parameters"]["total"] == student.num_parameters()
+    assert summary["teacher_parameters"]["total"] == tiny_model().num_parameters()
+    assert tuple(summary["pruning"]["layers"]) == (3, 2)
+    assert "calibrated on all" in summary["notes"][0]
+    assert load_tokenizer(tmp_path / "student").chat_template == "{{ messages }}"
+
+
+def test_pruned_to_impossible_sizes(teacher: ModelSource, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="the teacher has 3"):
+        build(PrunedStudent(start="pruned", layers=7), teacher, tmp_path)
+    assert not (tmp_path / "student").exists()
+
+
+def test_random_is_seeded_and_leaves_the_global_seed_alone(
+    teacher: ModelSource, tmp_path: Path
+) -> None:
+    section = RandomStudent(start="random", overrides={"hidden_size": 16})
+    found = []
+    for seed in (1, 1, 2):
+        before = torch.get_rng_state()
+        build(section, teacher, tmp_path, seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(parameters(tmp_path / "student"))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert any(not torch.equal(found[0][name], found[2][name]) for name in found[0])
+    assert found[0]["model.layers.0.self_attn.q_proj.weight"].shape == (16, 16)
+
+
+def test_random_from_another_config(teacher: ModelSource, tmp_path: Path) -> None:
+    tiny_model("qwen3").config.save_pretrained(tmp_path / "start")
+    build(RandomStudent(start="random", config="start"), teacher, tmp_path)
+    assert load_model(tmp_path / "student", dtype=torch.float32).config.model_type == "qwen3"
+
+
+def test_random_with_too_small_a_vocabulary(teacher: ModelSource, tmp_path: Path) -> None:
+    section = RandomStudent(start="random", overrides={"vocab_size": 95})
+    with pytest.raises(ModelError, match="student has 95 embedding rows"):
+        build(section, teacher, tmp_path)
+
+
+def test_pretrained(teacher: ModelSource, tmp_path: Path) -> None:
+    save_model(tmp_path / "small", tiny_model("qwen3", vocab_size=104, seed=3))
+    summary = build(PretrainedStudent(start="pretrained", model="small"), teacher, tmp_path)
+    assert summary["vocabulary"]["rows"] == 96
+    assert summary["vocabulary"]["student_padding"] == 8
+    assert "chat templates" in summary["notes"][0]
+    original, saved = parameters(tmp_path / "small"), parameters(tmp_path / "student")
+    assert all(torch.equal(original[name], saved[name]) for name in original)
+
+
+def test_pretrained_with_another_vocabulary(teacher: ModelSource, tmp_path: Path) -> None:
+    save_model(tmp_path / "small", tokenizer=toy_tokenizer(swap=True))
+    with pytest.raises(ModelError, match="2 tokens differ"):
+        build(PretrainedStudent(start="pretrained", model="small"), teacher, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(teacher: ModelSource, tmp_path: Path) -> None:
+    (tmp_path / "student").write_text("a file is in the way")
+    with pytest.raises(RunError, match="cannot be written"):
+        build(PrunedStudent(start="pruned", ffn_size=40), teacher, tmp_path)
