@@ -79,7 +79,7 @@ def training_chart(curve: Curve) -> Chart:
     train_x, train_y = curve.tokens, curve.values
 
     def draw(ax: Axes) -> None:
-        unit, scale = _token_unit(max([*train_x, *curve.heldout_tokens]))
+        unit, scale = _short_unit(max([*train_x, *curve.heldout_tokens]))
         x = [value / scale for value in train_x]
         ax.plot(x, train_y, color=ACCENT, alpha=0.28, linewidth=1.0, label="each step")
         ax.plot(x, curve.smoothed, color=ACCENT, linewidth=2.2, label="smoothed")
@@ -119,7 +119,7 @@ def gradient_chart(
     """The gradient's norm before clipping, against tokens."""
 
     def draw(ax: Axes) -> None:
-        unit, scale = _token_unit(max(tokens))
+        unit, scale = _short_unit(max(tokens))
         x = [value / scale for value in tokens]
         ax.plot(x, norms, color=MUTED, alpha=0.35, linewidth=1.0)
         ax.plot(x, smooth, color=MUTED, linewidth=2.2)
@@ -137,9 +137,7 @@ def gradient_chart(
 
 def size_chart(models: Sequence[ModelResult]) -> Chart:
     """KL to the teacher against parameters; nearer to the bottom left is better."""
-    scale, unit = (
-        (1e9, "billions") if max(m.parameters for m in models) >= 2e9 else (1e6, "millions")
-    )
+    unit, scale = _short_unit(max(m.parameters for m in models))
     points = [Point(m.role, m.parameters / scale, m.fidelity.kl) for m in models]
     alt = "KL divergence to the teacher against parameters. " + " ".join(
         f"{role_name(m.role)}: {text.count(m.parameters)} parameters, "
@@ -148,7 +146,8 @@ def size_chart(models: Sequence[ModelResult]) -> Chart:
     )
 
     def draw(ax: Axes) -> None:
-        _scatter(ax, points, f"parameters ({unit})", "KL to the teacher (nats a token)", down=True)
+        x_label = f"parameters ({unit})" if unit else "parameters"
+        _scatter(ax, points, x_label, "KL to the teacher (nats a token)", down=True)
 
     return _chart("size", "Quality against size", alt, draw)
 
@@ -290,8 +289,8 @@ def _plain_log(ax: Axes, values: Sequence[float]) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _token_unit(top: float) -> tuple[str, float]:
-    """The name and size of the unit in which `top` tokens are a short number."""
+def _short_unit(top: float) -> tuple[str, float]:
+    """The name and size of the unit in which `top` is a short number."""
     for scale, name in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
         if top >= 2 * scale:
             return name, scale

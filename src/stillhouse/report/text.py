@@ -77,7 +77,7 @@ def flops(value: float) -> str:
 
 def label(key: str) -> str:
     """A dictionary's key as a label: ffn_size becomes FFN size."""
-    words = key.replace("_", " ").replace("-", " ").strip()
+    words = key.replace("_", " ").replace("heldout", "held-out").strip()
     words = words[:1].upper() + words[1:]
     for plain, proper in (("ffn", "FFN"), ("kl", "KL"), ("cpu", "CPU"), ("gpu", "GPU")):
         words = " ".join(proper if word.lower() == plain else word for word in words.split(" "))

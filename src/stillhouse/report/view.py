@@ -247,7 +247,7 @@ def _stage_rows(data: ReportData) -> list[list[str]]:
                 text.count(sum(stage.tokens for stage in data.stages)),
                 text.flops(sum(stage.flops for stage in data.stages)),
                 text.seconds(sum(stage.seconds for stage in data.stages)),
-                f"{text.size(max(peaks))} at most" if peaks else text.DASH,
+                text.size(max(peaks)) if peaks else text.DASH,
             ]
         )
     return rows
@@ -291,6 +291,8 @@ def _replay_facts(replay: dict[str, Any] | None) -> list[tuple[str, str]]:
             continue
         if key in ("top1", "top1_agreement"):
             facts.append(("Top-1 agreement", text.percent(float(value), 2)))
+        elif key == "dtype":
+            facts.append(("Number type", str(value)))
         elif key == "bytes":
             facts.append(("Size of the weights", text.size(float(value))))
         elif key in ("kl", "kl_limit"):
