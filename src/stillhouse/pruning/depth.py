@@ -83,20 +83,22 @@ class _Scorer:
 
         The stream before a candidate is computed once, whatever follows.
         """
+        wanted = set(candidates)
         sums = dict.fromkeys(candidates, 0.0)
-        counted = 0
         for number, (batch, inputs) in enumerate(self._pairs()):
-            full_ND = self.full[number]
-            counted += len(full_ND)
+            rows: dict[int, Tensor] = {}
             hidden_RLD = inputs.hidden_RLD
             for place, index in enumerate(alive):
-                if index in sums:
-                    rows_ND = self._rows(batch, inputs, alive[place + 1 :], hidden_RLD)
-                    sums[index] += summed_kl(self.head, full_ND, rows_ND)
+                if index in wanted:
+                    rows[index] = self._rows(batch, inputs, alive[place + 1 :], hidden_RLD)
                     if number == 0:
                         advance(1)
                 hidden_RLD = run_layer(self.layers[index], hidden_RLD, inputs.extras[index])
-        return {index: value / max(counted, 1) for index, value in sums.items()}
+            found = summed_kl(self.head, self.full[number], list(rows.values()))
+            for index, value in zip(rows, found, strict=True):
+                sums[index] += value
+        counted = max(1, sum(len(full_ND) for full_ND in self.full))
+        return {index: value / counted for index, value in sums.items()}
 
     def _pairs(self) -> list[tuple[Batch, LayerInputs]]:
         return list(zip(self.batches, self.inputs, strict=True))
@@ -115,11 +117,17 @@ class _Scorer:
         return rows_ND
 
 
-def summed_kl(head: LMHead, full_ND: Tensor, other_ND: Tensor) -> float:
-    """Σ KL(softmax of full ‖ softmax of other) over rows, in nats, CHUNK rows at a time."""
-    total = 0.0
-    for full_nD, other_nD in zip(full_ND.split(CHUNK), other_ND.split(CHUNK), strict=True):
-        full_nV = head_logits(head, full_nD).float().log_softmax(-1)
-        other_nV = head_logits(head, other_nD).float().log_softmax(-1)
-        total += (full_nV.exp() * (full_nV - other_nV)).sum().item()
-    return total
+def summed_kl(head: LMHead, full_ND: Tensor, others: Sequence[Tensor]) -> list[float]:
+    """Σ KL(softmax of full ‖ softmax of other) over rows, in nats, for each of `others` [N, D].
+
+    CHUNK rows at a time; the full model's distribution is computed once for all.
+    """
+    totals = [0.0] * len(others)
+    for start in range(0, len(full_ND), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        full_nV = head_logits(head, full_ND[chunk]).float().log_softmax(-1)
+        probability_nV = full_nV.exp()
+        for place, other_ND in enumerate(others):
+            other_nV = head_logits(head, other_ND[chunk]).float().log_softmax(-1)
+            totals[place] += (probability_nV * (full_nV - other_nV)).sum().item()
+    return totals

@@ -137,6 +137,6 @@ def _measured_kl(
     total, rows = 0.0, 0
     for batch, full_RLD, cut_RLD in list(zip(batches, full, cut, strict=True))[:KL_BATCHES]:
         counted_RL = batch.counted_RL
-        total += summed_kl(head, norm(full_RLD)[counted_RL], norm(cut_RLD)[counted_RL])
+        total += summed_kl(head, norm(full_RLD)[counted_RL], [norm(cut_RLD)[counted_RL]])[0]
         rows += int(counted_RL.sum())
     return total / max(rows, 1)
