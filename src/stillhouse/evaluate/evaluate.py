@@ -1,0 +1,177 @@
+"""Everything that is measured about a run's models, teacher first, in one place."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.account import count_parameters
+from stillhouse.errors import ModelError
+from stillhouse.evaluate.fidelity import HeldoutAnswers, Windows, compare, heldout_answers
+from stillhouse.evaluate.generate import generate
+from stillhouse.evaluate.results import Evaluation, Generation, ModelResult, Speed
+from stillhouse.evaluate.speed import (
+    DECODE_TOKENS,
+    PROMPT_TOKENS,
+    ROUNDS,
+    measure_peak_memory,
+    measure_rates,
+)
+from stillhouse.evaluate.tasks import run_tasks
+from stillhouse.hardware import Precision, default_device
+from stillhouse.progress import bar
+from stillhouse.recipe.schema import EvaluateRecipe
+from stillhouse.teachers import load_model, load_tokenizer
+
+TEACHER = "teacher"
+
+
+def evaluate(
+    paths: dict[str, Path],
+    *,
+    section: EvaluateRecipe,
+    windows: Windows,
+    seed: int,
+    vocabulary: int,
+    precision: Precision,
+    export_dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Measures the models in `paths` by role (teacher, untrained, student, fine_tuned).
+
+    Fidelity and generations take one model at a time, so memory holds one model, the teacher's
+    head, and the teacher's hidden states of the held-out text. Only the speed measurement holds
+    all models at once. Everything computes in `precision` on the default device.
+
+    vocabulary: tokens of the shared vocabulary; rows past it are padding.
+    export_dtype: sizes are given as if the weights were stored in this type; None: as they are.
+
+    Raises:
+        ModelError: no teacher, or a model that cannot be loaded or does not fit.
+        DataError: held-out text that cannot be measured on.
+    """
+    if TEACHER not in paths:
+        raise ModelError("an evaluation needs the teacher to compare with", where=", ".join(paths))
+    paths = {TEACHER: paths[TEACHER], **paths}
+    setup = _Setup(default_device(), precision.dtype, trust_remote_code)
+    results, answers = _one_by_one(paths, setup, section, windows, seed, vocabulary, export_dtype)
+    notes = [
+        f"Fidelity: {results[TEACHER].fidelity.tokens:,} tokens in {len(windows):,} held-out "
+        f"windows. Matrix products: {precision.reason}."
+    ]
+    if section.speed:
+        results = _with_speed(results, paths, setup, vocabulary, seed)
+        notes.append(
+            f"Speed: one sequence, {PROMPT_TOKENS} prompt tokens and {DECODE_TOKENS} new ones, "
+            f"median of {ROUNDS} rounds in alternation on {setup.device}, "
+            f"{torch.get_num_threads()} threads."
+        )
+    if section.lm_eval is not None:
+        for role, path in paths.items():
+            scores = run_tasks(
+                path,
+                section.lm_eval,
+                tokenizer=paths[TEACHER],
+                dtype=setup.dtype,
+                device=setup.device,
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+            )
+            results[role] = replace(results[role], tasks=scores)
+    generations = [
+        Generation(prompt, {role: answers[role][index] for role in paths})
+        for index, prompt in enumerate(section.prompts)
+    ]
+    return Evaluation(list(results.values()), generations, notes)
+
+
+@dataclass(frozen=True)
+class _Setup:
+    device: torch.device
+    dtype: torch.dtype
+    trust_remote_code: bool
+
+    def load(self, path: Path) -> Any:
+        model = load_model(path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
+        return model.to(self.device)
+
+
+def _one_by_one(
+    paths: dict[str, Path],
+    setup: _Setup,
+    section: EvaluateRecipe,
+    windows: Windows,
+    seed: int,
+    vocabulary: int,
+    export_dtype: torch.dtype | None,
+) -> tuple[dict[str, ModelResult], dict[str, list[str]]]:
+    """What needs one model at a time: its answers to the windows and to the prompts, its size."""
+    tokenizer = load_tokenizer(paths[TEACHER], trust_remote_code=setup.trust_remote_code)
+    results: dict[str, ModelResult] = {}
+    written: dict[str, list[str]] = {}
+    teacher: HeldoutAnswers | None = None
+    tokens = sum(len(windows[index]["input_ids"]) for index in range(len(windows)))
+    with bar("Held-out text", tokens * len(paths)) as advance:
+        for role, path in paths.items():
+            model = setup.load(path)
+            answers = heldout_answers(model, windows, advance=advance)
+            teacher = teacher or answers
+            parameters = count_parameters(model)
+            results[role] = ModelResult(
+                role=role,
+                parameters=parameters.total,
+                non_embedding_parameters=parameters.non_embedding,
+                bytes_on_disk=weight_bytes(path, parameters.total, export_dtype),
+                fidelity=compare(answers, teacher, vocabulary),
+            )
+            written[role] = generate(
+                model,
+                tokenizer,
+                section.prompts,
+                max_new_tokens=section.max_new_tokens,
+                temperature=section.temperature,
+                seed=seed,
+            )
+            del model, answers
+            gc.collect()  # a model refers to itself: without this, two would be in memory
+    return results, written
+
+
+def _with_speed(
+    results: dict[str, ModelResult],
+    paths: dict[str, Path],
+    setup: _Setup,
+    vocabulary: int,
+    seed: int,
+) -> dict[str, ModelResult]:
+    peaks = {
+        role: measure_peak_memory(
+            path, setup.dtype, setup.device, trust_remote_code=setup.trust_remote_code
+        )
+        for role, path in paths.items()
+    }
+    models = {role: setup.load(path) for role, path in paths.items()}
+    with bar("Speed", ROUNDS + 1, unit="rounds") as advance:
+        rates = measure_rates(models, vocabulary, seed=seed, advance=advance)
+    return {
+        role: replace(
+            result,
+            speed=Speed(
+                prefill_tokens_per_s=rates[role].prefill_tokens_per_s,
+                decode_tokens_per_s=rates[role].decode_tokens_per_s,
+                peak_memory_bytes=peaks[role],
+            ),
+        )
+        for role, result in results.items()
+    }
+
+
+def weight_bytes(path: Path, parameters: int, dtype: torch.dtype | None) -> int:
+    """Bytes of the folder's safetensors files; with `dtype`, of `parameters` stored in it."""
+    if dtype is not None:
+        return parameters * dtype.itemsize
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))

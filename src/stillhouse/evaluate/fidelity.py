@@ -1,0 +1,209 @@
+"""How near a model is to its teacher on held-out text: perplexity, KL, agreement, calibration.
+
+Shapes: N supervised rows, R windows in a batch, L tokens in a window, D hidden width, V tokens of
+the shared vocabulary, B calibration bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.errors import DataError, ModelError
+from stillhouse.evaluate.results import Fidelity
+from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.teachers import head_logits, hidden_states, lm_head, trim_head
+
+BINS = 15
+IGNORED = -100
+TOKENS_PER_FORWARD = 2048
+ROWS_PER_CHUNK = 128
+"""Rows whose logits are held at once: a few buffers of this many times the vocabulary."""
+
+
+class Windows(Protocol):
+    """Held-out text: each item has long tensors `input_ids`, `labels`, `position_ids` of [L].
+
+    `labels[t]` is the token at position t where it is to be predicted (from position t-1), else
+    -100. Documents that share a window are told apart by position_ids that restart at 0.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Mapping[str, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class HeldoutAnswers:
+    """One model's answer at every supervised position of the held-out text.
+
+    signal: its last hidden states, on the CPU, and its head; so N·D numbers stand for N·V logits.
+    targets_N: the text's own next tokens.
+    """
+
+    signal: DenseSignal
+    targets_N: Tensor
+
+
+@torch.no_grad()
+def heldout_answers(
+    model: nn.Module, windows: Windows, *, advance: Callable[[int], object] = lambda tokens: None
+) -> HeldoutAnswers:
+    """Runs `model` once over all windows, in evaluation mode.
+
+    Windows may differ in length; neighbours of equal length share a forward pass. `advance` is
+    told the tokens of each pass. Holds one hidden vector a supervised token, and no logits.
+
+    Raises:
+        DataError: no position of any window is supervised.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    hidden, targets = [], []
+    for batch in _batches(windows):
+        labels_RL = batch["labels"]
+        hidden_RLD = hidden_states(
+            model, batch["input_ids"].to(device), batch["position_ids"].to(device)
+        )
+        next_labels = labels_RL[:, 1:]  # position t-1 predicts the label of position t
+        supervised = next_labels != IGNORED
+        hidden.append(hidden_RLD[:, :-1].cpu()[supervised])
+        targets.append(next_labels[supervised])
+        advance(labels_RL.numel())
+    if not sum(len(rows) for rows in targets):
+        raise DataError(
+            "the held-out text has no token to predict: every label is masked",
+            fix="add held-out text, or raise data.heldout_tokens",
+        )
+    return HeldoutAnswers(DenseSignal(torch.cat(hidden), lm_head(model)), torch.cat(targets))
+
+
+@torch.no_grad()
+def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> Fidelity:
+    """Measures `model` against `teacher`, both having answered the same windows.
+
+    Distributions are over the first `vocabulary` tokens, so heads padded to different widths
+    compare like with like. Logits are made for a few rows at a time, and every softmax and sum
+    is in float32 or wider, whatever type the models computed in.
+
+    Raises:
+        ModelError: a head has fewer tokens than `vocabulary`, or logits are not finite.
+        DataError: the text has a token outside the vocabulary.
+    """
+    assert torch.equal(model.targets_N, teacher.targets_N), "two models, two texts"
+    _check_vocabulary(model, teacher, vocabulary)
+    teacher_head = _float32_head(teacher.signal, vocabulary)
+    model_head = teacher_head if model is teacher else _float32_head(model.signal, vocabulary)
+    tally = _Tally.empty()
+    for start in range(0, len(model.targets_N), ROWS_PER_CHUNK):
+        rows = slice(start, start + ROWS_PER_CHUNK)
+        teacher_NV = _log_probabilities(teacher.signal.hidden_ND[rows], teacher_head)
+        model_NV = (
+            teacher_NV
+            if model is teacher
+            else _log_probabilities(model.signal.hidden_ND[rows], model_head)
+        )
+        tally.add(model_NV, teacher_NV, model.targets_N[rows])
+    return tally.fidelity()
+
+
+@dataclass
+class _Tally:
+    """Sums over rows, in float64; the fields ending in _B are a calibration bin each."""
+
+    rows: int
+    negative_log_likelihood: float
+    kl: float
+    agreements: int
+    rows_B: Tensor
+    confidence_B: Tensor
+    correct_B: Tensor
+
+    @classmethod
+    def empty(cls) -> _Tally:
+        bins = (torch.zeros(BINS, dtype=torch.float64) for _ in range(3))
+        return cls(0, 0.0, 0.0, 0, *bins)
+
+    def add(self, model_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> None:
+        """Takes log-probabilities of both models at the same rows."""
+        targets_N = targets_N.to(model_NV.device)
+        kl_N = (teacher_NV.exp() * (teacher_NV - model_NV)).sum(-1)
+        confidence_N, choice_N = model_NV.max(-1)
+        self.rows += len(targets_N)
+        self.negative_log_likelihood -= float(
+            model_NV.gather(-1, targets_N[:, None]).sum(dtype=torch.float64)
+        )
+        self.kl += float(kl_N.sum(dtype=torch.float64))
+        self.agreements += int((choice_N == teacher_NV.argmax(-1)).sum())
+        self._calibrate(confidence_N.exp().cpu().double(), (choice_N == targets_N).cpu().double())
+
+    def _calibrate(self, confidence_N: Tensor, correct_N: Tensor) -> None:
+        bin_N = (confidence_N * BINS).ceil().long().clamp(1, BINS) - 1  # bin b is (b/B, (b+1)/B]
+        self.rows_B.index_add_(0, bin_N, torch.ones_like(confidence_N))
+        self.confidence_B.index_add_(0, bin_N, confidence_N)
+        self.correct_B.index_add_(0, bin_N, correct_N)
+
+    def fidelity(self) -> Fidelity:
+        mean_nll = torch.tensor(self.negative_log_likelihood / self.rows, dtype=torch.float64)
+        if not (torch.isfinite(mean_nll) and torch.isfinite(torch.tensor(self.kl))):
+            raise ModelError(
+                "a model's logits on the held-out text are not finite",
+                fix="evaluate in float32; if it persists, the checkpoint's weights are damaged",
+            )
+        gaps_B = (self.confidence_B - self.correct_B).abs()
+        return Fidelity(
+            perplexity=float(mean_nll.exp()),
+            kl=self.kl / self.rows,
+            top1_agreement=self.agreements / self.rows,
+            calibration_error=float(gaps_B.sum()) / self.rows,
+            tokens=self.rows,
+        )
+
+
+def _float32_head(signal: DenseSignal, vocabulary: int) -> LMHead:
+    head = trim_head(signal.head, vocabulary)
+    bias_V = None if head.bias_V is None else head.bias_V.float()
+    return replace(head, weight_VD=head.weight_VD.float(), bias_V=bias_V)
+
+
+def _log_probabilities(hidden_ND: Tensor, head: LMHead) -> Tensor:
+    hidden_ND = hidden_ND.to(head.weight_VD.device, torch.float32)
+    return torch.log_softmax(head_logits(head, hidden_ND), dim=-1)
+
+
+def _check_vocabulary(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> None:
+    narrow = min(len(answers.signal.head.weight_VD) for answers in (model, teacher))
+    if narrow < vocabulary:
+        raise ModelError(
+            f"a model predicts {narrow:,} tokens, but the vocabulary has {vocabulary:,}",
+            fix="teacher and student need the same token ids: use the teacher's tokenizer",
+        )
+    largest = int(model.targets_N.max())
+    if largest >= vocabulary:
+        raise DataError(
+            f"the held-out text has token {largest}, but the vocabulary ends at {vocabulary - 1}",
+            fix="tokenize the held-out text with the teacher's tokenizer",
+        )
+
+
+def _batches(windows: Windows) -> Iterator[dict[str, Tensor]]:
+    """Stacks neighbouring windows of equal length, up to TOKENS_PER_FORWARD tokens."""
+    batch: list[Mapping[str, Tensor]] = []
+    for window in (windows[index] for index in range(len(windows))):
+        length = len(window["input_ids"])
+        full = (len(batch) + 1) * length > TOKENS_PER_FORWARD
+        if batch and (full or len(batch[0]["input_ids"]) != length):
+            yield _stack(batch)
+            batch = []
+        batch.append(window)
+    if batch:
+        yield _stack(batch)
+
+
+def _stack(batch: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    keys = ("input_ids", "labels", "position_ids")
+    return {key: torch.stack([window[key] for window in batch]) for key in keys}

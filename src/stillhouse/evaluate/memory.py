@@ -1,0 +1,32 @@
+"""One model's peak memory, as JSON.
+
+`python -m stillhouse.evaluate.memory PATH DTYPE DEVICE [trust_remote_code]`. It runs in
+a process of its own because a process never forgets its peak.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from stillhouse.evaluate.speed import DECODE_TOKENS, PROMPT_TOKENS, prefill_and_decode
+from stillhouse.hardware import peak_memory_bytes
+from stillhouse.teachers.local import load_model
+
+
+def main(path: str, dtype: str, device: str, *options: str) -> None:
+    trusted = "trust_remote_code" in options
+    model = load_model(Path(path), dtype=getattr(torch, dtype), trust_remote_code=trusted)
+    model = model.to(device)
+    prompt_RL = torch.zeros(1, PROMPT_TOKENS, dtype=torch.long)
+    prefill_and_decode(model, prompt_RL, DECODE_TOKENS)
+    on_gpu = torch.device(device).type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory_bytes()
+    sys.stdout.write(json.dumps({"peak_memory_bytes": peak}) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,123 @@
+"""Prefill and decode speed of several models in one run, and the memory each needs alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.errors import ModelError
+from stillhouse.hardware import synchronize
+
+PROMPT_TOKENS = 128
+DECODE_TOKENS = 16
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Tokens a second for one sequence: reading a prompt, and writing one token after another."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+
+
+def measure_rates(
+    models: Mapping[str, nn.Module],
+    vocabulary: int,
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    decode_tokens: int = DECODE_TOKENS,
+    rounds: int = ROUNDS,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda rounds: None,
+) -> dict[str, Rates]:
+    """Times all models on the same prompt, in alternation, and takes each one's median.
+
+    In every round each model goes once, and the order turns by one from round to round, so that
+    a machine that slows down, or is shared, is unfair to none of them. A first round, which pays
+    for caches and compilation, is not counted. All models must be in memory, in one number type
+    and on one kind of device. `advance` is told of each round.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prompt_RL = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
+    seconds: dict[str, list[tuple[float, float]]] = {role: [] for role in models}
+    roles = list(models)
+    for turn in range(rounds + 1):
+        shift = turn % len(roles)
+        for role in roles[shift:] + roles[:shift]:
+            timing = prefill_and_decode(models[role], prompt_RL, decode_tokens)
+            if turn > 0:
+                seconds[role].append(timing)
+        advance(1)
+    return {
+        role: _rates(timings, prompt_tokens, decode_tokens) for role, timings in seconds.items()
+    }
+
+
+@torch.inference_mode()
+def prefill_and_decode(
+    model: nn.Module, prompt_RL: Tensor, decode_tokens: int
+) -> tuple[float, float]:
+    """Reads the prompt, then writes `decode_tokens` tokens greedily with the KV cache.
+
+    Returns: the seconds of both parts. Prefill computes the logits of the last position only, as
+    a server does. Every decode step is a forward pass of one token a sequence.
+    """
+    device = next(model.parameters()).device
+    prompt_RL = prompt_RL.to(device)
+    step: Callable[..., Any] = model.eval()
+    synchronize(device)
+    started = time.perf_counter()
+    output = step(input_ids=prompt_RL, use_cache=True, logits_to_keep=1)
+    synchronize(device)
+    prefilled = time.perf_counter()
+    for _ in range(decode_tokens):
+        next_R1 = output.logits[:, -1:].argmax(-1)
+        output = step(input_ids=next_R1, past_key_values=output.past_key_values, use_cache=True)
+    synchronize(device)
+    return prefilled - started, time.perf_counter() - prefilled
+
+
+def measure_peak_memory(
+    path: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    *,
+    trust_remote_code: bool = False,
+) -> int:
+    """Bytes at the peak of loading the model in `dtype` and using it, in a process of its own.
+
+    On a CPU this is the resident memory of the whole process: Python, the libraries (some
+    300 MB), the checkpoint's file pages and the model. On a GPU it is the device memory that
+    torch allocated.
+
+    Raises:
+        ModelError: the process failed; the message carries its last line.
+    """
+    name = str(dtype).removeprefix("torch.")
+    command = [sys.executable, "-m", "stillhouse.evaluate.memory", str(path), name, str(device)]
+    command += ["trust_remote_code"] if trust_remote_code else []
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode != 0:
+        last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(
+            f"a process that loads the model alone failed: {last}",
+            where=path,
+            fix="free some memory, or set evaluate.speed: false",
+        )
+    return int(json.loads(finished.stdout.splitlines()[-1])["peak_memory_bytes"])
+
+
+def _rates(timings: list[tuple[float, float]], prompt_tokens: int, decode_tokens: int) -> Rates:
+    prefill, decode = (statistics.median(part) for part in zip(*timings, strict=True))
+    return Rates(prompt_tokens / prefill, decode_tokens / decode)
