@@ -8,14 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stillhouse.data.chat import Piece
 from stillhouse.data.documents import Completion, Conversation, Document
-from stillhouse.data.tokens import TokenRow, tokenize
+from stillhouse.data.tokens import TokenRow, encode_pieces, tokenize
 from stillhouse.errors import DataError
 
 from .toys import (
     CHATML,
     FORCES_REASONING,
     FORGETS_REASONING,
+    INSTRUCT,
     STRICT,
     WITH_BOS,
     byte_level,
@@ -95,8 +97,9 @@ def test_a_template_with_bos_gets_no_second_one() -> None:
     assert row.ids[0] == tokenizer.bos_token_id
 
 
-def test_a_tokenizer_that_prefixes_a_space_is_cut_without_new_spaces() -> None:
-    tokenizer = metaspace()
+@pytest.mark.parametrize("template", [INSTRUCT, INSTRUCT.replace("%} {{", "%}{{")])
+def test_a_tokenizer_that_prefixes_a_space_is_cut_without_new_spaces(template: str) -> None:
+    tokenizer = metaspace(template)
     messages = chat("what is it", "the fox", "and", "the dog")
     (row,) = rows_of(conversation(messages), tokenizer)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -105,6 +108,18 @@ def test_a_tokenizer_that_prefixes_a_space_is_cut_without_new_spaces() -> None:
         ["the", "fox", "</s>"],
         ["the", "dog", "</s>"],
     ]
+
+
+def test_a_token_across_a_border_belongs_to_the_side_that_it_begins_on() -> None:
+    tokenizer = metaspace()
+    (the,) = tokenizer("the", add_special_tokens=False)["input_ids"]
+    pieces = [Piece("th", False), Piece("e fox", True), Piece(" an", False), Piece("d", True)]
+    ((ids, mask),) = encode_pieces([pieces], tokenizer)
+    assert ids.tolist() == tokenizer("the fox and", add_special_tokens=False)["input_ids"]
+    assert ids[0] == the
+    (and_,) = tokenizer("and", add_special_tokens=False)["input_ids"]
+    assert ids[-1] == and_
+    assert mask.tolist() == [False, *[True] * (len(ids) - 2), False]
 
 
 def test_a_template_that_rewrites_earlier_turns_gives_each_turn_its_own_row() -> None:

@@ -100,7 +100,7 @@ _SUFFIX = {"text": ".txt", "jsonl": ".jsonl", "parquet": ".parquet"}
 
 
 def source_files(source: TextSource | JsonlSource | ParquetSource, base: Path) -> list[Path]:
-    """The files of a path, folder or glob, sorted by name. Raises DataError where there are none."""
+    """The files of a path, folder or glob, sorted; DataError where there is none."""
     path = (base / Path(source.path).expanduser()).absolute()
     suffix = _SUFFIX[source.kind]
     if path.is_file():
