@@ -17,6 +17,7 @@ import torch
 Requested = Literal["auto", "float32", "bfloat16"]
 
 CPU_INFO = Path("/proc/cpuinfo")
+PROCESS_STATUS = Path("/proc/self/status")
 ABILITIES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 """Instruction sets that decide how fast a CPU multiplies matrices, by their Linux names."""
 
@@ -114,13 +115,18 @@ def synchronize(device: torch.device | str) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident memory this process ever had, in bytes, GPU memory not counted.
+    """The largest resident memory this program ever had, in bytes, GPU memory not counted.
 
-    From getrusage's ru_maxrss, which Linux counts in KiB and macOS in bytes. A process that was
-    forked starts with its parent's peak on some kernels: measure in a fresh interpreter.
+    Mapped pages of files, such as a checkpoint's, count while they are resident. On Linux it is
+    VmHWM of /proc/self/status: getrusage's ru_maxrss would start at the peak of the process that
+    started this one. macOS has only the latter, there in bytes.
     """
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
+    if PROCESS_STATUS.is_file():
+        for line in PROCESS_STATUS.read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -98,8 +98,9 @@ def measure_peak_memory(
     """Bytes at the peak of loading the model in `dtype` and using it, in a process of its own.
 
     On a CPU this is the resident memory of the whole process: Python, the libraries (some
-    300 MB), the checkpoint's file pages and the model. On a GPU it is the device memory that
-    torch allocated.
+    300 MB), the model, and the checkpoint's pages while they are mapped; pages that are never
+    read, such as the embeddings of absent words, need none. On a GPU it is the device memory
+    that torch allocated.
 
     Raises:
         ModelError: the process failed; the message carries its last line.

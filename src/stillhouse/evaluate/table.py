@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from stillhouse.evaluate.results import Evaluation, ModelResult
@@ -23,19 +24,18 @@ def retention_table(evaluation: Evaluation) -> Table:
     Cost, as a share of the teacher's: parameters, size, memory. Gain: prefill, decode.
     KL and calibration error have no percent: KL is already relative to the teacher (0), and a
     student can be better calibrated than its teacher.
-    The table has 98 columns at most.
     """
     teacher = evaluation.result("teacher")
-    table = Table(title="What was kept, and what it costs", pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(title="What was kept, and what it costs", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
-    for heading in ("perplex.", "KL\nnats", "top-1", "ECE", "params", "size"):
+    for heading in ("perplexity", "KL\nnats", "top-1", "ECE", "params", "size"):
         table.add_column(heading, justify="right", no_wrap=True)
     timed = any(model.speed for model in evaluation.models)
     for heading in ("prefill\ntok/s", "decode\ntok/s", "peak\nmemory") if timed else ():
         table.add_column(heading, justify="right", no_wrap=True)
     for model in evaluation.models:
         cells = _quality_cells(model, teacher) + (_speed_cells(model, teacher) if timed else [])
-        table.add_row(ROLE_NAMES.get(model.role, model.role), *cells, end_section=True)
+        table.add_row(ROLE_NAMES.get(model.role, model.role), *cells)
     return table
 
 
@@ -45,7 +45,7 @@ def task_table(evaluation: Evaluation) -> Table | None:
     if not names:
         return None
     teacher = evaluation.result("teacher")
-    table = Table(title="Tasks", pad_edge=False)
+    table = Table(title="Tasks", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("task/metric")
     for model in evaluation.models:
         table.add_column(ROLE_NAMES.get(model.role, model.role), justify="right")

@@ -1,0 +1,116 @@
+"""The whole evaluation of a tiny run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from stillhouse.errors import ModelError
+from stillhouse.evaluate import Evaluation, compare, evaluate, heldout_answers
+from stillhouse.hardware import Precision
+from stillhouse.recipe.schema import EvaluateRecipe
+
+from .toys import VOCABULARY, mixed_windows, save_toy, toy_model
+
+FLOAT32 = Precision(torch.float32, "float32, for the test")
+
+
+@dataclass(frozen=True)
+class Run:
+    paths: dict[str, Path]
+    evaluation: Evaluation
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("run")
+    paths = {
+        "student": save_toy(folder / "student", toy_model(1, layers=1)),
+        "teacher": save_toy(folder / "teacher", toy_model(0)),
+    }
+    section = EvaluateRecipe(prompts=["the cat", "run"], max_new_tokens=4, speed=True)
+    evaluation = evaluate(
+        paths,
+        section=section,
+        windows=mixed_windows(),
+        seed=0,
+        vocabulary=VOCABULARY,
+        precision=FLOAT32,
+    )
+    return Run(paths, evaluation)
+
+
+def test_the_teacher_comes_first_and_is_its_own_measure(run: Run) -> None:
+    assert [model.role for model in run.evaluation.models] == ["teacher", "student"]
+    teacher = run.evaluation.models[0].fidelity
+    assert (teacher.kl, teacher.top1_agreement) == (0.0, 1.0)
+
+
+def test_the_student_is_compared_with_the_teacher(run: Run) -> None:
+    student, teacher = toy_model(1, layers=1), toy_model(0)
+    windows = mixed_windows()
+    expected = compare(
+        heldout_answers(student, windows), heldout_answers(teacher, windows), VOCABULARY
+    )
+    assert run.evaluation.models[1].fidelity == expected
+
+
+def test_sizes_are_those_of_the_checkpoint(run: Run) -> None:
+    student = run.evaluation.models[1]
+    model = toy_model(1, layers=1)
+    assert student.parameters == sum(p.numel() for p in model.parameters())
+    assert student.parameters - student.non_embedding_parameters == 2 * VOCABULARY * 32
+    file = run.paths["student"] / "model.safetensors"
+    assert student.bytes_on_disk == file.stat().st_size
+
+
+def test_speed_and_memory_are_there_for_every_model(run: Run) -> None:
+    for model in run.evaluation.models:
+        assert model.speed is not None
+        assert model.speed.prefill_tokens_per_s > model.speed.decode_tokens_per_s > 0
+        assert model.speed.peak_memory_bytes > 100 << 20  # torch alone
+
+
+def test_generations_are_side_by_side(run: Run) -> None:
+    assert [generation.prompt for generation in run.evaluation.generations] == ["the cat", "run"]
+    for generation in run.evaluation.generations:
+        assert list(generation.answers) == ["teacher", "student"]
+
+
+def test_the_notes_say_how_it_was_measured(run: Run) -> None:
+    text = " ".join(run.evaluation.notes)
+    tokens = run.evaluation.models[0].fidelity.tokens
+    assert f"{tokens} tokens in 6 held-out windows" in text
+    assert "float32, for the test" in text
+    assert f"{torch.get_num_threads()} threads" in text
+
+
+def test_size_can_be_given_for_the_type_that_ships(run: Run) -> None:
+    evaluation = evaluate(
+        run.paths,
+        section=EvaluateRecipe(speed=False),
+        windows=mixed_windows(),
+        seed=0,
+        vocabulary=VOCABULARY,
+        precision=FLOAT32,
+        export_dtype=torch.bfloat16,
+    )
+    for model in evaluation.models:
+        assert model.bytes_on_disk == 2 * model.parameters
+        assert model.speed is None
+    assert evaluation.generations == []
+
+
+def test_without_a_teacher_there_is_nothing_to_measure_against(run: Run) -> None:
+    with pytest.raises(ModelError, match="needs the teacher"):
+        evaluate(
+            {"student": run.paths["student"]},
+            section=EvaluateRecipe(),
+            windows=mixed_windows(),
+            seed=0,
+            vocabulary=VOCABULARY,
+            precision=FLOAT32,
+        )

@@ -1,0 +1,98 @@
+"""Speed is measured in alternation, memory in a process of its own."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from stillhouse.errors import ModelError
+from stillhouse.evaluate import measure_peak_memory, measure_rates, speed
+
+from .toys import VOCABULARY, save_toy, toy_model
+
+
+class Sleeper(torch.nn.Module):
+    """Takes a known time: one second for a thousand tokens read, or for a hundred written."""
+
+    def __init__(self, name: str, log: list[str], slowdown: float = 1.0) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.name, self.log, self.slowdown = name, log, slowdown
+
+    def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **_: Any) -> Any:
+        if past_key_values is None:
+            self.log.append(self.name)
+        seconds = input_ids.numel() / (1000 if past_key_values is None else 100)
+        time.sleep(seconds * self.slowdown)
+        return _Output(torch.zeros(1, 1, VOCABULARY))
+
+
+class _Output:
+    past_key_values = "a cache"
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits = logits
+
+
+def test_rates_are_tokens_a_second() -> None:
+    log: list[str] = []
+    models = {"fast": Sleeper("fast", log), "slow": Sleeper("slow", log, slowdown=2.0)}
+    rates = measure_rates(models, VOCABULARY, prompt_tokens=50, decode_tokens=4, rounds=3)
+    assert rates["fast"].prefill_tokens_per_s == pytest.approx(1000, rel=0.25)
+    assert rates["fast"].decode_tokens_per_s == pytest.approx(100, rel=0.25)
+    assert rates["slow"].prefill_tokens_per_s == pytest.approx(500, rel=0.25)
+    assert rates["slow"].decode_tokens_per_s == pytest.approx(50, rel=0.25)
+
+
+def test_models_take_turns_and_the_order_turns_too() -> None:
+    log: list[str] = []
+    models = {name: Sleeper(name, log, slowdown=0.0) for name in "abc"}
+    measure_rates(models, VOCABULARY, prompt_tokens=4, decode_tokens=1, rounds=3)
+    assert log == [*"abc", *"bca", *"cab", *"abc"]
+
+
+def test_one_slow_round_does_not_move_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    timings = iter([(9.0, 9.0), (1.0, 2.0), (50.0, 50.0), (1.0, 2.0)])  # the first is warm-up
+    monkeypatch.setattr(speed, "prefill_and_decode", lambda *arguments: next(timings))
+    rates = measure_rates(
+        {"a": toy_model()}, VOCABULARY, prompt_tokens=10, decode_tokens=4, rounds=3
+    )
+    assert rates["a"] == speed.Rates(10.0, 2.0)
+
+
+def test_decoding_feeds_one_token_a_step_to_a_growing_cache(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = toy_model()
+    forward, seen = model.forward, []
+
+    def spy(**inputs: Any) -> Any:
+        cache = inputs.get("past_key_values")
+        past = cache.get_seq_length() if isinstance(cache, DynamicCache) else 0
+        seen.append((inputs["input_ids"].shape[1], past))
+        return forward(**inputs)
+
+    monkeypatch.setattr(model, "forward", spy)
+    speed.prefill_and_decode(model, torch.zeros(1, 6, dtype=torch.long), 3)
+    assert seen == [(6, 0), (1, 6), (1, 7), (1, 8)]
+
+
+def test_peak_memory_grows_with_the_model(tmp_path: Path) -> None:
+    small = save_toy(tmp_path / "small", toy_model())
+    large = save_toy(tmp_path / "large", toy_model(vocabulary=2_000_000))
+    difference = measure_peak_memory(large, torch.float32) - measure_peak_memory(
+        small, torch.float32
+    )
+    head = 2_000_000 * 32 * 4  # wholly read; of the input embedding, one row is
+    assert 0.9 * head < difference < 4 * head
+
+
+def test_a_model_that_cannot_be_loaded_alone_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="loads the model alone failed") as raised:
+        measure_peak_memory(tmp_path / "nothing", torch.float32)
+    assert raised.value.fix
