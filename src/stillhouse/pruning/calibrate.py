@@ -1,4 +1,6 @@
-"""Runs calibration windows through a model one layer at a time, in float32.
+"""Runs calibration windows through a model one layer at a time.
+
+The residual stream and all statistics are float32; the products may be bfloat16 (see `products`).
 
 Shapes: R windows of a batch, L tokens, N rows of all batches, D hidden width, F FFN width.
 """
@@ -6,7 +8,7 @@ Shapes: R windows of a batch, L tokens, N rows of all batches, D hidden width, F
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -45,7 +47,9 @@ class LayerInputs:
     extras: list[dict[str, Any]]
 
 
-def calibration_batches(windows: Windows, tokens: int, seed: int) -> list[Batch]:
+def calibration_batches(
+    windows: Windows, tokens: int, seed: int, device: torch.device | str = "cpu"
+) -> list[Batch]:
     """About `tokens` tokens of `windows` (all of them when there are fewer), chosen by `seed`.
 
     Raises DataError when there are no windows.
@@ -62,21 +66,26 @@ def calibration_batches(windows: Windows, tokens: int, seed: int) -> list[Batch]
     chosen = sorted(order[:count].tolist())
     at_once = max(1, BATCH_TOKENS // length)
     return [
-        _batch([windows[index] for index in chosen[start : start + at_once]])
+        _batch([windows[index] for index in chosen[start : start + at_once]], device)
         for start in range(0, count, at_once)
     ]
 
 
-def _batch(rows: Sequence[dict[str, Tensor]]) -> Batch:
+def _batch(rows: Sequence[dict[str, Tensor]], device: torch.device | str) -> Batch:
     labels_RL = torch.stack([row["labels"] for row in rows])
     # Everything up to a window's last supervised label is text; what follows is padding, or text
     # whose prediction nobody learns.
     counted_RL = (labels_RL != -100).flip(1).cumsum(1).flip(1) > 0
     return Batch(
-        torch.stack([row["input_ids"] for row in rows]),
-        torch.stack([row["position_ids"] for row in rows]),
-        counted_RL,
+        torch.stack([row["input_ids"] for row in rows]).to(device),
+        torch.stack([row["position_ids"] for row in rows]).to(device),
+        counted_RL.to(device),
     )
+
+
+def products(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Inside the block, the model's matrix products are made in `dtype`, its sums in float32."""
+    return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()

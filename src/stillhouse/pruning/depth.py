@@ -47,9 +47,9 @@ def choose_layers(model: Any, batches: Sequence[Batch], keep: int) -> DepthChoic
     scorer = _Scorer(model, batches)
     alive = list(range(total))
     rounds = total - keep
-    trials = total + max(0, rounds - 1) * SHORTLIST
+    trials = (total + max(0, rounds - 1) * SHORTLIST) * len(batches)
     dropped: list[tuple[int, float]] = []
-    with bar("Trying layers", trials, unit="layers") as advance:
+    with bar("Trying layers", trials, unit="trials") as advance:
         last = scorer.without_each(alive, alive, advance)
         single = tuple(last[index] for index in range(total))
         while len(alive) > keep:
@@ -85,16 +85,15 @@ class _Scorer:
         """
         wanted = set(candidates)
         sums = dict.fromkeys(candidates, 0.0)
-        for number, (batch, inputs) in enumerate(self._pairs()):
+        for full_ND, (batch, inputs) in zip(self.full, self._pairs(), strict=True):
             rows: dict[int, Tensor] = {}
             hidden_RLD = inputs.hidden_RLD
             for place, index in enumerate(alive):
                 if index in wanted:
                     rows[index] = self._rows(batch, inputs, alive[place + 1 :], hidden_RLD)
-                    if number == 0:
-                        advance(1)
+                    advance(1)
                 hidden_RLD = run_layer(self.layers[index], hidden_RLD, inputs.extras[index])
-            found = summed_kl(self.head, self.full[number], list(rows.values()))
+            found = summed_kl(self.head, full_ND, list(rows.values()))
             for index, value in zip(rows, found, strict=True):
                 sums[index] += value
         counted = max(1, sum(len(full_ND) for full_ND in self.full))

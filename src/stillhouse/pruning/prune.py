@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from stillhouse.pruning.axes import axes_of, check_sizes
-from stillhouse.pruning.calibrate import Windows, calibration_batches
+from stillhouse.pruning.calibrate import Windows, calibration_batches, products
 from stillhouse.pruning.depth import choose_layers
 from stillhouse.pruning.surgery import keep_layers, own_config
 from stillhouse.pruning.width import cut_width
@@ -45,8 +47,12 @@ def prune_model(
     reconstruct: bool = True,
     calibration_tokens: int = 16384,
     seed: int = 0,
+    dtype: torch.dtype = torch.float32,
 ) -> PruneReport:
     """Prunes a float32 causal language model in place, calibrated on training windows.
+
+    The windows run through the model with matrix products in `dtype`; weights, statistics and
+    refits stay float32. Runs on the model's device.
 
     Depth goes first, so that the refit of the width makes up for dropped layers too. Every layer
     ends with the same FFN width. Raises RecipeError for sizes that the model cannot have,
@@ -59,7 +65,7 @@ def prune_model(
     ffn_size = before[0] if ffn_size is None else ffn_size
     layers = before[1] if layers is None else layers
 
-    batches = calibration_batches(windows, calibration_tokens, seed)
+    batches = calibration_batches(windows, calibration_tokens, seed, model.device)
     seen = sum(int(batch.counted_RL.sum()) for batch in batches)
     notes: list[str] = []
     if sum(batch.input_ids_RL.numel() for batch in batches) < calibration_tokens:
@@ -70,12 +76,20 @@ def prune_model(
     single: tuple[float, ...] = ()
     kl: float | None = None
     if layers < before[1]:
-        choice = choose_layers(model, calibration_batches(windows, DEPTH_TOKENS, seed), layers)
+        few = calibration_batches(windows, DEPTH_TOKENS, seed, model.device)
+        with products(model, dtype):
+            choice = choose_layers(model, few, layers)
         kept, dropped, single = choice.kept, choice.dropped, choice.single_kl
         kl = dropped[-1][1]
     if ffn_size < before[0] or (dropped and reconstruct):
         kl = cut_width(
-            model, axes, batches, kept_layers=kept, ffn_size=ffn_size, reconstruct=reconstruct
+            model,
+            axes,
+            batches,
+            kept_layers=kept,
+            ffn_size=ffn_size,
+            reconstruct=reconstruct,
+            dtype=dtype,
         )
     keep_layers(model, kept)
     model.config.intermediate_size = ffn_size

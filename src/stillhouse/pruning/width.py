@@ -10,6 +10,7 @@ Shapes: R windows of a batch, L tokens, N rows, D hidden width, F FFN width, K k
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from stillhouse.pruning.calibrate import (
     after_attention,
     ffn_activations,
     layer_inputs,
+    products,
     run_layer,
 )
 from stillhouse.pruning.depth import summed_kl
@@ -35,6 +37,25 @@ KL_BATCHES = 2
 """Calibration batches on which the cut model's KL is measured."""
 
 
+@dataclass(frozen=True)
+class _Streams:
+    """The calibration rows inside one model: batches, what its layers get, and how to run them."""
+
+    model: Any
+    axes: Axes
+    batches: Sequence[Batch]
+    inputs: Sequence[LayerInputs]
+    dtype: torch.dtype
+
+    def through(self, layer: nn.Module, index: int, stream: list[Tensor]) -> list[Tensor]:
+        """The stream of every batch after a whole layer."""
+        with products(self.model, self.dtype):
+            return [
+                run_layer(layer, hidden_RLD, one.extras[index])
+                for hidden_RLD, one in zip(stream, self.inputs, strict=True)
+            ]
+
+
 @torch.no_grad()
 def cut_width(
     model: Any,
@@ -44,6 +65,7 @@ def cut_width(
     kept_layers: Sequence[int],
     ffn_size: int,
     reconstruct: bool,
+    dtype: torch.dtype,
 ) -> float:
     """Cuts the FFN of `kept_layers` in place; layers that will be dropped stay as they are.
 
@@ -51,20 +73,18 @@ def cut_width(
     """
     layers = decoder_layers(model)
     inputs = [layer_inputs(model, batch) for batch in batches]
-    full = [one.hidden_RLD for one in inputs]
-    cut = [one.hidden_RLD for one in inputs]
+    streams = _Streams(model, axes, batches, inputs, dtype)
+    full = cut = [one.hidden_RLD for one in inputs]
     tokens = sum(batch.input_ids_RL.numel() for batch in batches)
     with bar("Cutting the FFN", tokens * len(layers)) as advance:
         for index, layer in enumerate(layers):
             # The full stream leaves the layer before its weights are cut.
-            full = _advanced(layer, full, inputs, index)
+            full = streams.through(layer, index, full)
             if index in kept_layers:
                 target = full
                 for following in range(index + 1, _next(kept_layers, index, len(layers))):
-                    target = _advanced(layers[following], target, inputs, following)
-                cut = _cut_layer(
-                    layer, axes, index, batches, inputs, cut, target, ffn_size, reconstruct
-                )
+                    target = streams.through(layers[following], following, target)
+                cut = _cut_layer(streams, layer, index, cut, target, ffn_size, reconstruct)
             advance(tokens)
     return _measured_kl(model, batches, full, cut)
 
@@ -73,53 +93,46 @@ def _next(kept_layers: Sequence[int], index: int, total: int) -> int:
     return min((kept for kept in kept_layers if kept > index), default=total)
 
 
-def _advanced(
-    layer: nn.Module, stream: list[Tensor], inputs: Sequence[LayerInputs], index: int
-) -> list[Tensor]:
-    return [
-        run_layer(layer, hidden_RLD, one.extras[index])
-        for hidden_RLD, one in zip(stream, inputs, strict=True)
-    ]
-
-
 def _cut_layer(
+    streams: _Streams,
     layer: nn.Module,
-    axes: Axes,
     index: int,
-    batches: Sequence[Batch],
-    inputs: Sequence[LayerInputs],
     cut: list[Tensor],
     target: list[Tensor],
     ffn_size: int,
     reconstruct: bool,
 ) -> list[Tensor]:
     """Cuts one layer; returns the cut stream after it."""
+    axes = streams.axes
     down = part(layer, f"{axes.ffn}.{axes.down}")
     hidden, ffn = down.weight.shape
-    moments = Moments.zeros(ffn, hidden)
+    moments = Moments.zeros(ffn, hidden, down.weight.device)
     mids: list[Tensor] = []
     activations: list[Tensor] = []
-    for batch, one, hidden_RLD, target_RLD in zip(batches, inputs, cut, target, strict=True):
-        mid_RLD = after_attention(layer, axes, hidden_RLD, one.extras[index])
-        activations_RLF = ffn_activations(layer, axes, mid_RLD)
+    for batch, one, hidden_RLD, target_RLD in zip(
+        streams.batches, streams.inputs, cut, target, strict=True
+    ):
+        with products(streams.model, streams.dtype):
+            mids.append(after_attention(layer, axes, hidden_RLD, one.extras[index]))
+            activations.append(ffn_activations(layer, axes, mids[-1]))
+        read_NF = activations[-1][batch.counted_RL].float()
         error_ND = None
         # A norm after the FFN is no linear map, so there each layer refits to its own output.
         if axes.ffn_output_norm is None:
-            output_RLD = add_ffn(layer, axes, mid_RLD, activations_RLF)
-            error_ND = (target_RLD - output_RLD)[batch.counted_RL]
-        moments.add(activations_RLF[batch.counted_RL], error_ND, _row_weight(target_RLD, batch))
-        mids.append(mid_RLD)
-        activations.append(activations_RLF)
+            wrote_ND = nn.functional.linear(read_NF, down.weight, down.bias)
+            error_ND = (target_RLD - mids[-1])[batch.counted_RL] - wrote_ND
+        moments.add(read_NF, error_ND, _row_weight(target_RLD, batch))
     if reconstruct:
         kept_K, down_DK = refit_and_remove(down.weight, moments, ffn_size)
     else:
         kept_K = energy_ranking(moments.C_FF, down.weight, ffn_size)
         down_DK = down.weight[:, kept_K]
     keep_neurons(layer, axes, kept_K, down_DK)
-    return [
-        add_ffn(layer, axes, mid_RLD, activations_RLF[..., kept_K])
-        for mid_RLD, activations_RLF in zip(mids, activations, strict=True)
-    ]
+    with products(streams.model, streams.dtype):
+        return [
+            add_ffn(layer, axes, mid_RLD, activations_RLF[..., kept_K])
+            for mid_RLD, activations_RLF in zip(mids, activations, strict=True)
+        ]
 
 
 def _row_weight(target_RLD: Tensor, batch: Batch) -> Tensor:
