@@ -57,14 +57,14 @@ def evaluate(
     if TEACHER not in paths:
         raise ModelError("an evaluation needs the teacher to compare with", where=", ".join(paths))
     paths = {TEACHER: paths[TEACHER], **paths}
-    setup = _Setup(default_device(), precision.dtype, trust_remote_code)
-    results, answers = _one_by_one(paths, setup, section, windows, seed, vocabulary, export_dtype)
+    setup = _Setup(default_device(), precision.dtype, trust_remote_code, vocabulary, seed)
+    results, answers = _one_by_one(paths, setup, section, windows, export_dtype)
     notes = [
         f"Fidelity: {results[TEACHER].fidelity.tokens:,} tokens in {len(windows):,} held-out "
         f"windows. Matrix products: {precision.reason}."
     ]
     if section.speed:
-        results = _with_speed(results, paths, setup, vocabulary, seed)
+        results = _with_speed(results, paths, setup)
         notes.append(
             f"Speed: one sequence, {PROMPT_TOKENS} prompt tokens and {DECODE_TOKENS} new ones, "
             f"median of {ROUNDS} rounds in alternation on {setup.device}, "
@@ -94,6 +94,8 @@ class _Setup:
     device: torch.device
     dtype: torch.dtype
     trust_remote_code: bool
+    vocabulary: int
+    seed: int
 
     def load(self, path: Path) -> Any:
         model = load_model(path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
@@ -105,8 +107,6 @@ def _one_by_one(
     setup: _Setup,
     section: EvaluateRecipe,
     windows: Windows,
-    seed: int,
-    vocabulary: int,
     export_dtype: torch.dtype | None,
 ) -> tuple[dict[str, ModelResult], dict[str, list[str]]]:
     """What needs one model at a time: its answers to the windows and to the prompts, its size."""
@@ -115,29 +115,30 @@ def _one_by_one(
     written: dict[str, list[str]] = {}
     teacher: HeldoutAnswers | None = None
     tokens = sum(len(windows[index]["input_ids"]) for index in range(len(windows)))
-    with bar("Held-out text", tokens * len(paths)) as advance:
-        for role, path in paths.items():
-            model = setup.load(path)
+    for role, path in paths.items():
+        model = setup.load(path)
+        with bar(f"Held-out: {role}", tokens) as advance:
             answers = heldout_answers(model, windows, advance=advance)
             teacher = teacher or answers
-            parameters = count_parameters(model)
-            results[role] = ModelResult(
-                role=role,
-                parameters=parameters.total,
-                non_embedding_parameters=parameters.non_embedding,
-                bytes_on_disk=weight_bytes(path, parameters.total, export_dtype),
-                fidelity=compare(answers, teacher, vocabulary),
-            )
-            written[role] = generate(
-                model,
-                tokenizer,
-                section.prompts,
-                max_new_tokens=section.max_new_tokens,
-                temperature=section.temperature,
-                seed=seed,
-            )
-            del model, answers
-            gc.collect()  # a model refers to itself: without this, two would be in memory
+            fidelity = compare(answers, teacher, setup.vocabulary)
+        parameters = count_parameters(model)
+        results[role] = ModelResult(
+            role=role,
+            parameters=parameters.total,
+            non_embedding_parameters=parameters.non_embedding,
+            bytes_on_disk=weight_bytes(path, parameters.total, export_dtype),
+            fidelity=fidelity,
+        )
+        written[role] = generate(
+            model,
+            tokenizer,
+            section.prompts,
+            max_new_tokens=section.max_new_tokens,
+            temperature=section.temperature,
+            seed=setup.seed,
+        )
+        del model, answers
+        gc.collect()  # a model refers to itself: without this, two would be in memory
     return results, written
 
 
@@ -145,18 +146,16 @@ def _with_speed(
     results: dict[str, ModelResult],
     paths: dict[str, Path],
     setup: _Setup,
-    vocabulary: int,
-    seed: int,
 ) -> dict[str, ModelResult]:
-    peaks = {
-        role: measure_peak_memory(
-            path, setup.dtype, setup.device, trust_remote_code=setup.trust_remote_code
-        )
-        for role, path in paths.items()
-    }
-    models = {role: setup.load(path) for role, path in paths.items()}
-    with bar("Speed", ROUNDS + 1, unit="rounds") as advance:
-        rates = measure_rates(models, vocabulary, seed=seed, advance=advance)
+    peaks = {}
+    with bar("Memory and speed", len(paths) + ROUNDS + 1, unit="measurements") as advance:
+        for role, path in paths.items():
+            peaks[role] = measure_peak_memory(
+                path, setup.dtype, setup.device, trust_remote_code=setup.trust_remote_code
+            )
+            advance(1)
+        models = {role: setup.load(path) for role, path in paths.items()}
+        rates = measure_rates(models, setup.vocabulary, seed=setup.seed, advance=advance)
     return {
         role: replace(
             result,
