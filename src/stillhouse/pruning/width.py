@@ -1,8 +1,9 @@
 """Cuts every layer to one FFN width, from the first to the last, each fed by what is cut already.
 
 Two streams run side by side: the full model's, and that of the model as cut so far. Each layer's
-down projection is refit so that the cut stream comes back to the full one, so that a layer also
-makes up for the layers before it, and for dropped layers right after it.
+two projections into the stream (attention's output, the FFN's down projection) are refit so that
+the cut stream comes back to the full one: a layer also makes up for the layers before it, and for
+dropped layers right after it.
 
 Shapes: R windows of a batch, L tokens, N rows, D hidden width, F FFN width, K kept neurons.
 """
@@ -26,7 +27,6 @@ from stillhouse.pruning.calibrate import (
     ffn_activations,
     layer_inputs,
     products,
-    run_layer,
 )
 from stillhouse.pruning.depth import summed_kl
 from stillhouse.pruning.ffn import Moments, energy_ranking, refit_and_remove
@@ -47,12 +47,20 @@ class _Streams:
     inputs: Sequence[LayerInputs]
     dtype: torch.dtype
 
-    def through(self, layer: nn.Module, index: int, stream: list[Tensor]) -> list[Tensor]:
-        """The stream of every batch after a whole layer."""
+    def after_attention(self, layer: nn.Module, index: int, stream: list[Tensor]) -> list[Tensor]:
+        """The stream of every batch between a layer's attention and its FFN."""
         with products(self.model, self.dtype):
             return [
-                run_layer(layer, hidden_RLD, one.extras[index])
+                after_attention(layer, self.axes, hidden_RLD, one.extras[index])
                 for hidden_RLD, one in zip(stream, self.inputs, strict=True)
+            ]
+
+    def after_ffn(self, layer: nn.Module, mids: list[Tensor]) -> list[Tensor]:
+        """The stream after the layer, from that between its attention and its FFN."""
+        with products(self.model, self.dtype):
+            return [
+                add_ffn(layer, self.axes, mid_RLD, ffn_activations(layer, self.axes, mid_RLD))
+                for mid_RLD in mids
             ]
 
 
@@ -79,12 +87,18 @@ def cut_width(
     with bar("Cutting the FFN", tokens * len(layers)) as advance:
         for index, layer in enumerate(layers):
             # The full stream leaves the layer before its weights are cut.
-            full = streams.through(layer, index, full)
+            full_mids = streams.after_attention(layer, index, full)
+            full = streams.after_ffn(layer, full_mids)
             if index in kept_layers:
                 target = full
                 for following in range(index + 1, _next(kept_layers, index, len(layers))):
-                    target = streams.through(layers[following], following, target)
-                cut = _cut_layer(streams, layer, index, cut, target, ffn_size, reconstruct)
+                    mids = streams.after_attention(layers[following], following, target)
+                    target = streams.after_ffn(layers[following], mids)
+                if reconstruct and axes.ffn_output_norm is None:
+                    mids = _refit_attention(streams, layer, index, cut, full_mids)
+                else:
+                    mids = streams.after_attention(layer, index, cut)
+                cut = _cut_ffn(streams, layer, mids, target, ffn_size, reconstruct)
             advance(tokens)
     return _measured_kl(model, batches, full, cut)
 
@@ -93,34 +107,54 @@ def _next(kept_layers: Sequence[int], index: int, total: int) -> int:
     return min((kept for kept in kept_layers if kept > index), default=total)
 
 
-def _cut_layer(
+def _refit_attention(
+    streams: _Streams, layer: nn.Module, index: int, cut: list[Tensor], full_mids: list[Tensor]
+) -> list[Tensor]:
+    """Refits the attention's output projection to the full stream; returns the cut one after it."""
+    output = part(layer, streams.axes.attention_output)
+    heads: list[Tensor] = []
+    with output.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0])):
+        mids = streams.after_attention(layer, index, cut)
+    width, read = output.weight.shape
+    moments = Moments.zeros(read, width, output.weight.device)
+    for batch, heads_RLH, mid_RLD, full_RLD in zip(
+        streams.batches, heads, mids, full_mids, strict=True
+    ):
+        counted_RL = batch.counted_RL
+        error_ND = (full_RLD - mid_RLD)[counted_RL]
+        moments.add(heads_RLH[counted_RL].float(), error_ND, _row_weight(full_RLD, batch))
+    refit_DH = refit_and_remove(output.weight, moments, read)[1]
+    change_DH = refit_DH - output.weight
+    output.weight.copy_(refit_DH)
+    return [
+        mid_RLD + heads_RLH.float() @ change_DH.T
+        for heads_RLH, mid_RLD in zip(heads, mids, strict=True)
+    ]
+
+
+def _cut_ffn(
     streams: _Streams,
     layer: nn.Module,
-    index: int,
-    cut: list[Tensor],
+    mids: list[Tensor],
     target: list[Tensor],
     ffn_size: int,
     reconstruct: bool,
 ) -> list[Tensor]:
-    """Cuts one layer; returns the cut stream after it."""
+    """Cuts one layer's FFN; returns the cut stream after it."""
     axes = streams.axes
     down = part(layer, f"{axes.ffn}.{axes.down}")
     hidden, ffn = down.weight.shape
     moments = Moments.zeros(ffn, hidden, down.weight.device)
-    mids: list[Tensor] = []
     activations: list[Tensor] = []
-    for batch, one, hidden_RLD, target_RLD in zip(
-        streams.batches, streams.inputs, cut, target, strict=True
-    ):
+    for batch, mid_RLD, target_RLD in zip(streams.batches, mids, target, strict=True):
         with products(streams.model, streams.dtype):
-            mids.append(after_attention(layer, axes, hidden_RLD, one.extras[index]))
-            activations.append(ffn_activations(layer, axes, mids[-1]))
+            activations.append(ffn_activations(layer, axes, mid_RLD))
         read_NF = activations[-1][batch.counted_RL].float()
         error_ND = None
         # A norm after the FFN is no linear map, so there each layer refits to its own output.
         if axes.ffn_output_norm is None:
             wrote_ND = nn.functional.linear(read_NF, down.weight, down.bias)
-            error_ND = (target_RLD - mids[-1])[batch.counted_RL] - wrote_ND
+            error_ND = (target_RLD - mid_RLD)[batch.counted_RL] - wrote_ND
         moments.add(read_NF, error_ND, _row_weight(target_RLD, batch))
     if reconstruct:
         kept_K, down_DK = refit_and_remove(down.weight, moments, ffn_size)
