@@ -10,7 +10,9 @@ import torch
 
 from stillhouse.account import count_parameters
 from stillhouse.errors import RunError
-from stillhouse.pruning import check_saved, prune_model
+from stillhouse.hardware import choose_precision, default_device
+from stillhouse.progress import note
+from stillhouse.pruning import check_saved, check_sizes, prune_model
 from stillhouse.pruning.calibrate import Windows
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students.random import overridden_config, random_model
@@ -108,6 +110,11 @@ def _pruned(
 ) -> tuple[Any, Any, Summary]:
     model = load_model(teacher.path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     before = count_parameters(model)
+    check_sizes(model.config, section.ffn_size, section.layers)
+    device = default_device()
+    precision = choose_precision("auto", device)
+    note(f"Pruning on {device} with products in {precision.reason}")
+    model.to(device)
     report = prune_model(
         model,
         windows,
@@ -116,7 +123,9 @@ def _pruned(
         reconstruct=section.reconstruct,
         calibration_tokens=section.calibration_tokens,
         seed=seed,
+        dtype=precision.dtype,
     )
+    model.to("cpu")
     summary = {
         "teacher_parameters": asdict(before),
         "pruning": asdict(report),
