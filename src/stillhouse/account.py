@@ -24,7 +24,7 @@ class ParameterCount:
 def count_parameters(model: nn.Module) -> ParameterCount:
     """Counts a causal language model's parameters; a tied head counts once."""
     total = sum(parameter.numel() for parameter in model.parameters())
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator,union-attr]
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
     tied = head is None or head.weight is embedding
     head_size = 0 if tied else head.weight.numel()

@@ -84,7 +84,7 @@ def preview(
     from stillhouse.teachers import load_tokenizer
 
     job, windows, _ = prepare_data(recipe, set_ or [])
-    Console().print(render(windows, load_tokenizer(job.tokenizer_path), range(rows)))
+    Console().print(render(windows, load_tokenizer(job.tokenizer_path), rows))
 
 
 @app.command()

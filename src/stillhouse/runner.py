@@ -19,6 +19,7 @@ from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.stages import StagePlan
 from stillhouse.teachers import resolve_model
+from stillhouse.training import MODEL
 
 POLL_SECONDS = 0.5
 
@@ -133,7 +134,7 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     evaluated = do(stages.evaluation(job, data, student, trained, baseline))
     exported = do(stages.export(job, data, trained))
     report = do(stages.report(job, list(finished)))
-    folder.point("model", exported.path / stages.MODEL)
+    folder.point("model", exported.path / MODEL)
     folder.point("report.html", report.path / stages.REPORT)
     return RunResult(
         folder=folder.root,

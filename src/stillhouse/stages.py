@@ -21,14 +21,21 @@ from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.export import export_checkpoint
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
 from stillhouse.objectives import Term
+from stillhouse.progress import note
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.schema import PretrainedStudent
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
 from stillhouse.students import build_student
-from stillhouse.teachers import ModelSource, load_tokenizer, resolve_model
-from stillhouse.training.checkpoints import read_metrics
-from stillhouse.training.train import CHECKPOINTS, METRICS, MODEL, train
+from stillhouse.teachers import (
+    ModelSource,
+    VocabularyMatch,
+    check_same_vocabulary,
+    load_config,
+    load_tokenizer,
+    resolve_model,
+)
+from stillhouse.training import CHECKPOINTS, METRICS, MODEL, read_metrics, train
 
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
@@ -39,12 +46,17 @@ BASELINE_TERMS = (Term("cross_entropy"),)
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe whose models have been found. `base`: where relative paths start."""
+    """A recipe whose models have been found and fit together.
+
+    base: where relative paths start. vocabulary: token ids below it are shared by both models;
+    rows of a head beyond it are padding.
+    """
 
     recipe: Recipe
     base: Path
     teacher: ModelSource
     pretrained: ModelSource | None
+    vocabulary: int
 
     @property
     def tokenizer_path(self) -> Path:
@@ -87,7 +99,25 @@ def find_models(recipe: Recipe, base: Path) -> Job:
     if isinstance(recipe.student, PretrainedStudent):
         student = recipe.student
         pretrained = resolve_model(student.model, revision=student.revision, base=base)
-    return Job(recipe, base, teacher, pretrained)
+    match = shared_vocabulary(teacher, pretrained or teacher, recipe.teacher.trust_remote_code)
+    for warning in match.warnings:
+        note(f"warning: {warning}")
+    return Job(recipe, base, teacher, pretrained, match.rows)
+
+
+def shared_vocabulary(
+    teacher: ModelSource, student: ModelSource, trust_remote_code: bool
+) -> VocabularyMatch:
+    """Raises ModelError where the two models' tokens differ."""
+    sides = []
+    for source in (teacher, student):
+        tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+        config = load_config(source.path, trust_remote_code=trust_remote_code)
+        sides.append((tokenizer, int(config.get_text_config().vocab_size)))
+    (teacher_tokenizer, teacher_rows), (student_tokenizer, student_rows) = sides
+    return check_same_vocabulary(
+        teacher_tokenizer, student_tokenizer, teacher_rows=teacher_rows, student_rows=student_rows
+    )
 
 
 def open_data(data: Stage) -> tuple[Windows, Windows]:
@@ -126,6 +156,7 @@ def student(job: Job, data: Stage) -> StagePlan:
             seed=job.recipe.seed,
             base=job.base,
             out=out / MODEL,
+            trust_remote_code=job.trust_remote_code,
         )
         return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=summary)
 
@@ -167,7 +198,7 @@ def _training(
             heldout,
             section=job.recipe.train,
             terms=terms,
-            vocabulary=student.summary["vocabulary"],
+            vocabulary=job.vocabulary,
             seed=job.recipe.seed,
             out=out,
             trust_remote_code=job.trust_remote_code,
@@ -210,7 +241,7 @@ def evaluation(
             section=section,
             windows=heldout,
             seed=job.recipe.seed,
-            vocabulary=student.summary["vocabulary"],
+            vocabulary=job.vocabulary,
             precision=choose_precision(job.recipe.train.precision, default_device()),
             export_dtype=getattr(torch, job.recipe.export.dtype),
             trust_remote_code=job.trust_remote_code,
@@ -302,7 +333,9 @@ def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:
         scratch=ScratchCost(
             tokens=tokens,
             distillation_flops=trained.cost.flops + student.cost.flops,
-            scratch_flops=account.training_flops(student.summary["head_once"], tokens),
+            scratch_flops=account.training_flops(
+                student.summary["parameters"]["head_once"], tokens
+            ),
         ),
         replay=stages["export"].summary,
         machine=machine(),

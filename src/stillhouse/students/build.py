@@ -91,11 +91,8 @@ def _random(
     section: RandomStudent, teacher: ModelSource, seed: int, base: Path, trust_remote_code: bool
 ) -> tuple[Any, Any, Summary]:
     tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
-    if section.config is None:
-        start = load_config(teacher.path, trust_remote_code=trust_remote_code)
-    else:
-        start = load_config(_config_folder(section.config, base))
-    config = overridden_config(start, section.overrides)
+    teacher_config = load_config(teacher.path, trust_remote_code=trust_remote_code)
+    config = overridden_config(start_config(section, teacher_config, base), section.overrides)
     check_rows(tokenizer, config.get_text_config().vocab_size, "student")
     summary = {"overrides": dict(section.overrides), "notes": []}
     return random_model(config, seed), tokenizer, summary
@@ -133,6 +130,13 @@ def _pruned(
     }
     tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
     return model, tokenizer, summary
+
+
+def start_config(section: RandomStudent, teacher_config: Any, base: Path) -> Any:
+    """The configuration that `section.overrides` change: the named one, or the teacher's."""
+    if section.config is None:
+        return teacher_config
+    return load_config(_config_folder(section.config, base))
 
 
 def _config_folder(name: str, base: Path) -> Path:

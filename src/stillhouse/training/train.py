@@ -121,9 +121,11 @@ def train(
 
     model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.requires_grad_(True)
-    guide = teacher and load_model(
-        teacher, dtype=precision.dtype, trust_remote_code=trust_remote_code
-    )
+    guide = None
+    if teacher is not None:
+        guide = load_model(
+            teacher, dtype=precision.dtype, trust_remote_code=trust_remote_code
+        )
     planned_tokens = plan.steps * section.batch_size * windows.context
     with bar("train", total=planned_tokens) as advance:
         advance(meter.step * section.batch_size * windows.context)

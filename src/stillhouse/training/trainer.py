@@ -48,7 +48,7 @@ class DistillationTrainer(Trainer):
         early_stop: int | None,
         **kwargs: Any,
     ) -> None:
-        student.forward = _loss_forward(student, dtype, vocabulary)  # type: ignore[method-assign]
+        student.forward = _loss_forward(student, dtype, vocabulary)
         super().__init__(model=student, **kwargs)
         # Trainer counts labels[..., 1:] that are not -100, over accumulation steps and ranks:
         # exactly the rows that `supervised_rows` takes.
