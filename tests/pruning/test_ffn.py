@@ -36,7 +36,9 @@ def moments_of(activations: Tensor, error: Tensor | None, weight: Tensor) -> Mom
 def test_the_refit_is_the_weighted_least_squares_solution() -> None:
     activations, down, error, weight = rows(200, 12, 5)
     target = activations @ down.T + error
-    kept, refit = refit_and_remove(down, moments_of(activations, error, weight), 7, ridge=1e-12)
+    kept, refit = refit_and_remove(
+        down, moments_of(activations, error, weight), 7, ridge=1e-12, correction=1.0
+    )
     scaled = weight[:, None]
     expected = torch.linalg.lstsq(activations[:, kept] * scaled, target * scaled).solution.T
     assert_close(refit, expected, rtol=1e-6, atol=1e-8)
@@ -54,7 +56,9 @@ def test_one_neuron_goes_where_it_costs_least() -> None:
         return (inputs @ solution - target * scaled).square().sum().item()
 
     best = min(itertools.combinations(range(9), 8), key=loss)
-    kept, _ = refit_and_remove(down, moments_of(activations, error, weight), 8, ridge=1e-12)
+    kept, _ = refit_and_remove(
+        down, moments_of(activations, error, weight), 8, ridge=1e-12, correction=1.0
+    )
     assert tuple(kept.tolist()) == best
 
 
@@ -62,7 +66,7 @@ def test_groups_and_single_removals_refit_alike() -> None:
     activations, down, error, weight = rows(300, 24, 5)
     moments = moments_of(activations, error, weight)
     for group in (1, 5):
-        kept, refit = refit_and_remove(down, moments, 10, ridge=1e-12, group=group)
+        kept, refit = refit_and_remove(down, moments, 10, ridge=1e-12, correction=1.0, group=group)
         scaled = weight[:, None]
         target = (activations @ down.T + error) * scaled
         expected = torch.linalg.lstsq(activations[:, kept] * scaled, target).solution.T

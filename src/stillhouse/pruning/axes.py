@@ -18,8 +18,6 @@ class Axes:
     it is added, where the architecture has one (Gemma 2 and 3).
     """
 
-    attention: str = "self_attn"
-    attention_output: str = "self_attn.o_proj"
     ffn: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"

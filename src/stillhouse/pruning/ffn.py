@@ -3,7 +3,7 @@
 With activations a (N × F, already cut streams feed them), down projection W (D × F) and the error
 E = (full model's stream - cut model's stream) after the layer:
 
-    C = aᵀ a + λ·mean(diag(aᵀ a))·I         W₀ = W + Eᵀ a C⁻¹            (ridge least squares)
+    C = aᵀ a + λ·mean(diag(aᵀ a))·I         W₀ = W + μ·Eᵀ a C⁻¹          (ridge least squares)
 
 Then neurons go in groups. Losing the set Q from W₀ costs at least, with the best refit of the rest,
 ‖w_q‖² / [C⁻¹]_qq for one neuron (optimal brain surgeon: Hassibi and Stork 1993; per column of a
@@ -23,6 +23,10 @@ from torch import Tensor
 
 RIDGE = 1e-3
 """λ: share of the mean activation energy that is added to the diagonal."""
+
+CORRECTION = 0.5
+"""μ: share of the error of the stream that the refit aims to undo. Undoing all of it fits the few
+calibration rows: the error on them falls, and the KL on other text rises (docs/pruning.md)."""
 
 GROUPS_PER_WIDTH = 48
 """Neurons go in groups of 1/48 of the width between two refits: 32 of 1536. Larger groups are
@@ -66,7 +70,13 @@ def energy_ranking(C_FF: Tensor, down_DF: Tensor, keep: int) -> Tensor:
 
 
 def refit_and_remove(
-    down_DF: Tensor, moments: Moments, keep: int, *, ridge: float = RIDGE, group: int | None = None
+    down_DF: Tensor,
+    moments: Moments,
+    keep: int,
+    *,
+    ridge: float = RIDGE,
+    correction: float = CORRECTION,
+    group: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The kept neurons [K], ascending, and their down projection [D, K]."""
     group = max(1, down_DF.shape[1] // GROUPS_PER_WIDTH) if group is None else group
@@ -74,7 +84,7 @@ def refit_and_remove(
     # In units of the mean energy, nothing below depends on the activations' scale.
     unit = torch.where(energy > 0, energy, 1.0)
     inverse = _inverse(moments.symmetric() / unit, ridge)
-    weight = down_DF + (moments.B_DF / unit) @ inverse
+    weight = down_DF + correction * (moments.B_DF / unit) @ inverse
     alive = torch.arange(down_DF.shape[1], device=down_DF.device)
     while len(alive) > keep:
         count = min(group, len(alive) - keep)

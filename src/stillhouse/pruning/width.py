@@ -1,9 +1,8 @@
 """Cuts every layer to one FFN width, from the first to the last, each fed by what is cut already.
 
 Two streams run side by side: the full model's, and that of the model as cut so far. Each layer's
-two projections into the stream (attention's output, the FFN's down projection) are refit so that
-the cut stream comes back to the full one: a layer also makes up for the layers before it, and for
-dropped layers right after it.
+down projection is refit so that the cut stream comes back towards the full one: a layer also makes
+up for the layers before it, and for dropped layers right after it.
 
 Shapes: R windows of a batch, L tokens, N rows, D hidden width, F FFN width, K kept neurons.
 """
@@ -87,17 +86,13 @@ def cut_width(
     with bar("Cutting the FFN", tokens * len(layers)) as advance:
         for index, layer in enumerate(layers):
             # The full stream leaves the layer before its weights are cut.
-            full_mids = streams.after_attention(layer, index, full)
-            full = streams.after_ffn(layer, full_mids)
+            full = streams.after_ffn(layer, streams.after_attention(layer, index, full))
             if index in kept_layers:
                 target = full
                 for following in range(index + 1, _next(kept_layers, index, len(layers))):
                     mids = streams.after_attention(layers[following], following, target)
                     target = streams.after_ffn(layers[following], mids)
-                if reconstruct and axes.ffn_output_norm is None:
-                    mids = _refit_attention(streams, layer, index, cut, full_mids)
-                else:
-                    mids = streams.after_attention(layer, index, cut)
+                mids = streams.after_attention(layer, index, cut)
                 cut = _cut_ffn(streams, layer, mids, target, ffn_size, reconstruct)
             advance(tokens)
     return _measured_kl(model, batches, full, cut)
@@ -105,31 +100,6 @@ def cut_width(
 
 def _next(kept_layers: Sequence[int], index: int, total: int) -> int:
     return min((kept for kept in kept_layers if kept > index), default=total)
-
-
-def _refit_attention(
-    streams: _Streams, layer: nn.Module, index: int, cut: list[Tensor], full_mids: list[Tensor]
-) -> list[Tensor]:
-    """Refits the attention's output projection to the full stream; returns the cut one after it."""
-    output = part(layer, streams.axes.attention_output)
-    heads: list[Tensor] = []
-    with output.register_forward_pre_hook(lambda _, inputs: heads.append(inputs[0])):
-        mids = streams.after_attention(layer, index, cut)
-    width, read = output.weight.shape
-    moments = Moments.zeros(read, width, output.weight.device)
-    for batch, heads_RLH, mid_RLD, full_RLD in zip(
-        streams.batches, heads, mids, full_mids, strict=True
-    ):
-        counted_RL = batch.counted_RL
-        error_ND = (full_RLD - mid_RLD)[counted_RL]
-        moments.add(heads_RLH[counted_RL].float(), error_ND, _row_weight(full_RLD, batch))
-    refit_DH = refit_and_remove(output.weight, moments, read)[1]
-    change_DH = refit_DH - output.weight
-    output.weight.copy_(refit_DH)
-    return [
-        mid_RLD + heads_RLH.float() @ change_DH.T
-        for heads_RLH, mid_RLD in zip(heads, mids, strict=True)
-    ]
 
 
 def _cut_ffn(
