@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.signals import DenseSignal, LMHead
 from tests.objectives import reference
+from tests.objectives.cases import assert_same_as_reference, make_case, relative_error
 
 MIXTURES = {
     "forward_kl": [Term("forward_kl")],
@@ -25,84 +25,6 @@ MIXTURES = {
     "forward_kl at three": [Term("forward_kl", 0.5, t) for t in (0.5, 1.0, 4.0)],
     "a weight of zero": [Term("forward_kl"), Term("cross_entropy", 0.0)],
 }
-
-
-@dataclass
-class Case:
-    """Random rows and heads in float64, of different widths."""
-
-    hidden_ND: Tensor
-    head: LMHead
-    signal: DenseSignal
-    targets_N: Tensor
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        tensors = [self.hidden_ND, self.head.weight_VD, self.head.bias_V]
-        return [t for t in tensors if t is not None and t.requires_grad]
-
-
-def make_case(
-    rows: int = 6,
-    vocab: int = 13,
-    student_width: int = 5,
-    teacher_width: int = 7,
-    *,
-    bias: bool = False,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    padding: int = 0,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> Case:
-    g = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int, grad: bool = False) -> Tensor:
-        value = torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
-        return value.requires_grad_(grad)
-
-    head = LMHead(
-        random(vocab + padding, student_width, grad=True),
-        random(vocab + padding, grad=True) if bias else None,
-        scale,
-        softcap,
-    )
-    teacher_head = LMHead(
-        random(vocab, teacher_width), random(vocab) if bias else None, scale, softcap
-    )
-    return Case(
-        random(rows, student_width, grad=True),
-        head,
-        DenseSignal(random(rows, teacher_width), teacher_head),
-        torch.randint(0, vocab, (rows,), generator=g),
-    )
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    found, expected = found.detach(), expected.detach()
-    return float((found.to(expected.dtype) - expected).norm() / expected.norm())
-
-
-def assert_same_as_reference(case: Case, terms: list[Term], tolerance: float = 1e-10, **kwargs):
-    row_weights_N = kwargs.get("row_weights_N")
-    expected = reference.loss(
-        case.hidden_ND,
-        case.head,
-        terms,
-        case.signal.hidden_ND,
-        case.signal.head,
-        case.targets_N,
-        row_weights_N,
-        kwargs.get("vocab_size"),
-    )
-    found = fused_loss(
-        case.hidden_ND, case.head, terms, signal=case.signal, targets_N=case.targets_N, **kwargs
-    )
-    assert relative_error(found.total, expected) < tolerance
-    expected_grads = torch.autograd.grad(expected, case.leaves)
-    found_grads = torch.autograd.grad(found.total, case.leaves)
-    for found_grad, expected_grad in zip(found_grads, expected_grads, strict=True):
-        assert relative_error(found_grad, expected_grad) < tolerance
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -258,7 +180,7 @@ def test_a_frozen_head_costs_no_head_gradient(monkeypatch) -> None:
         fused_loss(case.hidden_ND, case.head, [Term("forward_kl")], signal=case.signal).total,
         case.hidden_ND,
     )[0]
-    monkeypatch.setattr("stillhouse.objectives.fused.accumulate_outer_", fail)
+    monkeypatch.setattr("stillhouse.objectives.work.accumulate_outer_", fail)
     frozen = LMHead(case.head.weight_VD.detach())
     loss = fused_loss(case.hidden_ND, frozen, [Term("forward_kl")], signal=case.signal)
     torch.testing.assert_close(torch.autograd.grad(loss.total, case.hidden_ND)[0], expected)
@@ -271,7 +193,7 @@ def test_without_grad_only_the_value_is_computed(monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr("stillhouse.objectives.fused._Work._carry_back", fail)
+    monkeypatch.setattr("stillhouse.objectives.work.Work._carry_back", fail)
     with torch.no_grad():
         found = fused_loss(case.hidden_ND, case.head, [Term("forward_kl")], signal=case.signal)
     assert not found.total.requires_grad
@@ -288,8 +210,7 @@ def test_a_tied_head_accumulates_with_the_embedding() -> None:
         weight_VD[ids_N],
         head,
         [Term("forward_kl")],
-        case.signal.hidden_ND,
-        case.signal.head,
+        case.signal,
         case.targets_N,
     )
     torch.testing.assert_close(

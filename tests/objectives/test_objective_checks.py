@@ -11,7 +11,7 @@ import torch
 from stillhouse.errors import SignalError
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.signals import DenseSignal, LMHead
-from tests.objectives.test_fused import make_case
+from tests.objectives.cases import make_case
 
 MIXTURE = [Term("forward_kl"), Term("cross_entropy", 0.5)]
 
@@ -131,10 +131,13 @@ def test_bad_input_is_named(spoil: Callable[[dict], None], message: str) -> None
     ("arguments", "message"),
     [
         ({"divergence": "forward_lk"}, "there is no divergence 'forward_lk'"),
-        ({"divergence": "forward_kl", "weight": -1.0}, "negative"),
-        ({"divergence": "forward_kl", "weight": float("nan")}, "negative"),
+        ({"divergence": "forward_kl", "weight": -1.0}, "must be zero or more"),
+        ({"divergence": "forward_kl", "weight": float("nan")}, "must be zero or more"),
         ({"divergence": "forward_kl", "temperature": 0.0}, "must be positive"),
         ({"divergence": "cross_entropy", "temperature": 2.0}, "temperature 1 only"),
+        ({"divergence": "reverse_kl", "beta": 0.5}, "reverse_kl has no beta"),
+        ({"divergence": "jsd", "beta": 1.5}, r"beta of jsd is 1.5: it must lie in \[0, 1\]"),
+        ({"divergence": "alpha_beta", "alpha": 0.0, "beta": 0.0}, "both 0"),
     ],
 )
 def test_a_term_that_makes_no_sense_is_refused(arguments: dict, message: str) -> None:

@@ -1,187 +1,115 @@
-"""Losses and ∂loss/∂logits of one block of rows.
+"""Losses and ∂loss/∂logits of one block of rows, whatever the signal.
 
-With q = softmax(z_s / T), p = softmax(z_t / T) and h = ∂loss/∂log q, every divergence has
-∂loss/∂z_s = (h − q·Σh) / T. For KL(p ‖ q), h = −p, and for cross-entropy h = −onehot: both are
-q minus something, and both losses need no logarithm of a whole row, since
-KL(p ‖ q) = Σ p (z_t − z_s) / T − lse(z_t / T) + lse(z_s / T).
-
-Shapes: b rows of a block, V vocabulary.
+Shapes: b rows of a block, K entries of a row, M terms, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from stillhouse.objectives.dense import Counted, any_divergence, forward_kl_and_counted
+from stillhouse.objectives.groups import Group, Workspace
 from stillhouse.objectives.head import ComputeHead
-from stillhouse.objectives.terms import Term
+from stillhouse.objectives.sparse import bucketed
+from stillhouse.signals import SampledSignal, SparseSignal
 
-
-@dataclass(frozen=True)
-class Group:
-    """The terms of one temperature, by their place k among all terms.
-
-    coefficients: of each term's gradient, relative to the sum over all terms.
-    """
-
-    temperature: float
-    terms: tuple[tuple[int, Term], ...]
-    coefficients: tuple[float, ...]
-
-    @property
-    def needs_teacher(self) -> bool:
-        return any(term.divergence != "cross_entropy" for _, term in self.terms)
-
-
-def group_by_temperature(terms: Sequence[Term]) -> tuple[list[Group], float]:
-    """Terms that share their softmaxes, and the factor that was taken out of all of them."""
-    raw = [term.weight * term.factor / term.temperature for term in terms]
-    common = sum(raw) or 1.0
-    groups = []
-    for temperature in sorted({term.temperature for term in terms}):
-        chosen = [k for k, term in enumerate(terms) if term.temperature == temperature]
-        whole = len(chosen) == len(terms) == 1
-        groups.append(
-            Group(
-                temperature,
-                tuple((k, terms[k]) for k in chosen),
-                tuple(1.0 if whole and raw[k] else raw[k] / common for k in chosen),
-            )
-        )
-    return groups, common
+Teacher = Tensor | SparseSignal | SampledSignal | None
+"""What one block is compared with: raw logits [b, V], or a block of a stored signal."""
 
 
 class Blocks:
-    """Works on blocks of rows with scratch that is allocated once."""
+    """Works on one block of rows after another, in scratch that is allocated once."""
 
     def __init__(
         self,
         groups: Sequence[Group],
         student: ComputeHead,
         teacher: ComputeHead | None,
-        shape: tuple[int, int],
-        like: Tensor,
+        space: Workspace,
     ) -> None:
-        """`shape` is of the largest block; `like` has the device and dtype of reductions."""
         self.groups = groups
         self.student = student
         self.teacher = teacher
-        self.shape = shape
-        self.like = like
-        self._buffers: dict[str, Tensor] = {}
-
-    def _buffer(self, name: str, rows: int) -> Tensor:
-        if name not in self._buffers:
-            self._buffers[name] = self.like.new_empty(self.shape)
-        return self._buffers[name][:rows]
-
-    def _wide(self, name: str, logits_bV: Tensor) -> Tensor:
-        """The logits in the dtype of reductions: themselves if they have it already."""
-        if logits_bV.dtype == self.like.dtype:
-            return logits_bV
-        return self._buffer(name, len(logits_bV)).copy_(logits_bV)
+        self.space = space
 
     def run(
         self,
         student_bV: Tensor,
-        teacher_bV: Tensor | None,
+        teacher: Teacher,
         targets_b: Tensor | None,
-        losses_Kb: Tensor,
+        losses_Mb: Tensor,
         *,
         grad: bool,
     ) -> None:
         """Fills the losses; with `grad`, writes ∂loss/∂(raw logits) over `student_bV`.
 
-        Both inputs hold raw products of hidden rows and head, and are overwritten.
+        Logits come in as raw products of hidden rows and head, and are overwritten.
         """
         out_bV = student_bV
-        student_bV = self._wide("student", student_bV)
-        self.student.finish_(student_bV)
-        if teacher_bV is not None and self.teacher is not None:
-            teacher_bV = self._wide("teacher", teacher_bV)
-            self.teacher.finish_(teacher_bV)
-        slope_bV = self._cap_slope(student_bV) if grad else None
+        zs_bV = self.space.wide("student", student_bV)
+        self.student.finish_(zs_bV)
+        if isinstance(teacher, Tensor):
+            teacher = self.space.wide("teacher", teacher)
+            if self.teacher is not None:
+                self.teacher.finish_(teacher)
+        slope_bV = self._cap_slope(zs_bV) if grad else None
         simple = len(self.groups) == 1 and slope_bV is None
-        total_bV = self._buffer("total", len(out_bV)) if grad and not simple else None
+        total_bV = self.space.buffer("total", len(out_bV)) if grad and not simple else None
         for place, group in enumerate(self.groups):
             last = place == len(self.groups) - 1
-            zs_bV = self._at_temperature("zs", student_bV, group.temperature, last)
-            zt_bV = None
-            if teacher_bV is not None and group.needs_teacher:
-                zt_bV = self._at_temperature("zt", teacher_bV, group.temperature, last)
-            part_bV = out_bV if simple else zs_bV
-            self._kl_and_cross_entropy(
-                group, zs_bV, zt_bV, targets_b, losses_Kb, part_bV if grad else None
+            zs_group_bV = self._at_temperature("zs", zs_bV, group, last)
+            part_bV = out_bV if simple else zs_group_bV
+            self._run_group(
+                group, zs_group_bV, teacher, targets_b, losses_Mb, part_bV if grad else None, last
             )
             if total_bV is not None:
                 total_bV.copy_(part_bV) if place == 0 else total_bV.add_(part_bV)
         if total_bV is not None:
             out_bV.copy_(total_bV if slope_bV is None else total_bV.mul_(slope_bV))
 
+    def _run_group(
+        self,
+        group: Group,
+        zs_bV: Tensor,
+        teacher: Teacher,
+        targets_b: Tensor | None,
+        losses_Mb: Tensor,
+        out_bV: Tensor | None,
+        last: bool,
+    ) -> None:
+        counted = []
+        if group.of_data and targets_b is not None:
+            ones_b1 = zs_bV.new_ones(len(zs_bV), 1)
+            counted.append(Counted(group.of_data, targets_b[:, None], ones_b1))
+        if not group.of_teacher:
+            teacher = None
+        if isinstance(teacher, SparseSignal):
+            bucketed(group, zs_bV, teacher, counted, losses_Mb, out_bV)
+            return
+        if isinstance(teacher, SampledSignal):
+            shares_bK = teacher.counts_NK.to(zs_bV.dtype)
+            shares_bK = shares_bK / shares_bK.sum(1, keepdim=True)
+            counted.append(Counted(group.of_teacher, teacher.ids_NK, shares_bK))
+            teacher = None
+        zt_bV = None if teacher is None else self._at_temperature("zt", teacher, group, last)
+        if zt_bV is None or group.only("forward_kl"):
+            forward_kl_and_counted(group, zs_bV, zt_bV, counted, losses_Mb, out_bV, self.space)
+        else:
+            any_divergence(group, zs_bV, zt_bV, counted, losses_Mb, out_bV, self.space)
+
     def _cap_slope(self, logits_bV: Tensor) -> Tensor | None:
         """dz/du of z = c·tanh(u / c), from z; None where there is no cap."""
         cap = self.student.softcap
         if cap is None:
             return None
-        slope_bV = torch.div(logits_bV, cap, out=self._buffer("slope", len(logits_bV)))
+        slope_bV = torch.div(logits_bV, cap, out=self.space.buffer("slope", len(logits_bV)))
         return slope_bV.square_().neg_().add_(1.0)
 
-    def _at_temperature(self, name: str, z_bV: Tensor, temperature: float, last: bool) -> Tensor:
-        """z / T: in place for the last temperature, else in a buffer."""
+    def _at_temperature(self, name: str, z_bV: Tensor, group: Group, last: bool) -> Tensor:
+        """z / T: in place for the last group, else in a buffer, since others still need z."""
         if last:
-            return z_bV if temperature == 1.0 else z_bV.div_(temperature)
-        return torch.div(z_bV, temperature, out=self._buffer(name, len(z_bV)))
-
-    def _kl_and_cross_entropy(
-        self,
-        group: Group,
-        zs_bV: Tensor,
-        zt_bV: Tensor | None,
-        targets_b: Tensor | None,
-        losses_Kb: Tensor,
-        out_bV: Tensor | None,
-    ) -> None:
-        """Overwrites zs with q and zt with p; out = Σ coefficient · (q − p or onehot)."""
-        target_b1 = None if targets_b is None else targets_b[:, None]
-        target_z_b = None if target_b1 is None else zs_bV.gather(1, target_b1)[:, 0]
-        gap_b = None
-        if zt_bV is not None:
-            gap_bV = torch.sub(zt_bV, zs_bV, out=self._buffer("gap", len(zs_bV)))
-            lse_t_b = softmax_(zt_bV)
-            gap_b = gap_bV.mul_(zt_bV).sum(-1).sub_(lse_t_b)
-        lse_s_b = softmax_(zs_bV)
-        of_teacher = of_target = 0.0
-        for (k, term), coefficient in zip(group.terms, group.coefficients, strict=True):
-            if term.divergence == "cross_entropy":
-                assert target_z_b is not None
-                torch.sub(lse_s_b, target_z_b, out=losses_Kb[k])
-                of_target += coefficient
-            else:
-                assert gap_b is not None
-                torch.add(gap_b, lse_s_b, out=losses_Kb[k]).mul_(term.factor)
-                of_teacher += coefficient
-        if out_bV is None:
-            return
-        if of_teacher + of_target != 1.0:
-            zs_bV.mul_(of_teacher + of_target)
-        if of_target and target_b1 is not None:
-            ones_b1 = zs_bV.new_full((1, 1), -of_target).expand(len(zs_bV), 1)
-            zs_bV.scatter_add_(1, target_b1, ones_b1)
-        if zt_bV is not None and of_teacher:
-            torch.sub(zs_bV, zt_bV, alpha=of_teacher, out=out_bV)
-        elif out_bV is not zs_bV:
-            out_bV.copy_(zs_bV)
-
-
-def softmax_(z_bV: Tensor) -> Tensor:
-    """Softmax of each row in place; returns its logsumexp, from max z − log max softmax(z).
-
-    One exponential an element, where logsumexp beside softmax would take two. The largest
-    probability of a row is at least 1/V, so that its logarithm is as exact as the softmax.
-    """
-    top_b = z_bV.amax(-1)
-    torch.softmax(z_bV, -1, out=z_bV)
-    return top_b - z_bV.amax(-1).log_()
+            return z_bV if group.temperature == 1.0 else z_bV.div_(group.temperature)
+        return torch.div(z_bV, group.temperature, out=self.space.buffer(name, len(z_bV)))

@@ -5,22 +5,28 @@ Values are looked at on the CPU only: on an accelerator that would stall the que
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from stillhouse.errors import SignalError
+from stillhouse.objectives.signal_checks import (
+    check_finite,
+    check_ids,
+    check_rows,
+    check_signal,
+    check_terms_fit,
+    same_rows,
+)
 from stillhouse.objectives.terms import Term
-from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.signals import DenseSignal, LMHead, LogitsSignal, Signal
 
 
 def check_inputs(
     hidden_ND: Tensor,
     head: LMHead,
     terms: Sequence[Term],
-    signal: DenseSignal | None,
+    signal: Signal | None,
     targets_N: Tensor | None,
     row_weights_N: Tensor | None,
     vocab_size: int | None,
@@ -29,68 +35,21 @@ def check_inputs(
     if not terms:
         raise SignalError("the loss has no terms", fix="give at least one Term")
     check_rows("hidden_ND", hidden_ND, head)
-    rows = hidden_ND.shape[0]
-    vocab = head.weight_VD.shape[0]
-    needs_teacher = [t.divergence for t in terms if t.divergence != "cross_entropy"]
-    if needs_teacher and signal is None:
-        raise SignalError(
-            f"{needs_teacher[0]} compares with a teacher, and there is no signal",
-            fix="pass signal=DenseSignal(teacher_hidden, teacher_head)",
-        )
+    rows = len(hidden_ND)
+    shared = len(head.weight_VD)
+    if isinstance(signal, DenseSignal):
+        shared = min(shared, len(signal.head.weight_VD))
+    elif isinstance(signal, LogitsSignal) and signal.logits_NV.ndim == 2:
+        shared = min(shared, signal.logits_NV.shape[1])
+    vocab = _vocabulary(shared, vocab_size)
+    check_terms_fit(terms, signal)
     if signal is not None:
-        check_rows("signal.hidden_ND", signal.hidden_ND, signal.head)
-        same_rows("signal.hidden_ND", signal.hidden_ND, rows)
-        vocab = min(vocab, signal.head.weight_VD.shape[0])
-    vocab = _vocabulary(vocab, vocab_size)
-    if any(term.divergence == "cross_entropy" for term in terms):
+        check_signal(signal, rows, vocab)
+    if any(not term.needs_teacher for term in terms):
         _check_targets(targets_N, rows, vocab)
     if row_weights_N is not None:
         _check_row_weights(row_weights_N, rows)
     return vocab
-
-
-def check_rows(name: str, hidden_ND: Tensor, head: LMHead) -> None:
-    """Two dimensions, the head's width, and no NaN or infinity."""
-    if hidden_ND.ndim != 2:
-        raise SignalError(
-            f"{name} has shape {tuple(hidden_ND.shape)}; it must be [rows, width]",
-            fix="flatten batch and position, and keep supervised rows only",
-        )
-    if hidden_ND.shape[1] != head.weight_VD.shape[1]:
-        raise SignalError(
-            f"{name} is {hidden_ND.shape[1]} wide and its head expects {head.weight_VD.shape[1]}",
-            fix="pass each model's hidden rows with that model's own head",
-        )
-    bias = head.bias_V
-    if bias is not None and bias.shape != head.weight_VD.shape[:1]:
-        raise SignalError(
-            f"the bias of {name}'s head has shape {tuple(bias.shape)} and its weight has "
-            f"{head.weight_VD.shape[0]} rows"
-        )
-    check_finite(name, hidden_ND)
-
-
-def same_rows(name: str, tensor: Tensor, rows: int) -> None:
-    if tensor.shape[0] != rows:
-        raise SignalError(
-            f"{name} has {tensor.shape[0]} rows and hidden_ND has {rows}",
-            fix="row n of every tensor must predict the same token",
-        )
-
-
-def check_finite(name: str, tensor: Tensor) -> None:
-    if tensor.device.type != "cpu" or math.isfinite(
-        float(tensor.detach().sum(dtype=torch.float64))
-    ):
-        return
-    bad = (~torch.isfinite(tensor.detach().flatten(1))).any(1) if tensor.ndim > 1 else None
-    bad_rows = bad if bad is not None else ~torch.isfinite(tensor.detach())
-    if bad_rows.any():
-        row = int(bad_rows.nonzero()[0])
-        raise SignalError(
-            f"{name} is not finite in row {row} ({int(bad_rows.sum())} such rows)",
-            fix="look at the model that made it: an overflow in float16, or a diverged step",
-        )
 
 
 def _vocabulary(shared: int, asked: int | None) -> int:
@@ -116,22 +75,6 @@ def _check_targets(targets_N: Tensor | None, rows: int, vocab: int) -> None:
         )
     same_rows("targets_N", targets_N, rows)
     check_ids("targets_N", targets_N, vocab)
-
-
-def check_ids(name: str, ids: Tensor, vocab: int) -> None:
-    """Every id in [0, vocab); looked at on a CPU only."""
-    if ids.device.type != "cpu" or ids.numel() == 0:
-        return
-    low, high = torch.aminmax(ids)
-    if int(low) >= 0 and int(high) < vocab:
-        return
-    wrong = ((ids < 0) | (ids >= vocab)).reshape(ids.shape[0], -1)
-    row = int(wrong.any(1).nonzero()[0])
-    value = int(ids.reshape(ids.shape[0], -1)[row][wrong[row]][0])
-    raise SignalError(
-        f"{name} holds the id {value} in row {row}; the vocabulary has {vocab} tokens",
-        fix="keep supervised rows only (no -100), and use one tokenizer for both models",
-    )
 
 
 def _check_row_weights(row_weights_N: Tensor, rows: int) -> None:

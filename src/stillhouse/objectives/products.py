@@ -41,10 +41,20 @@ def accumulate_outer_(
             _add_(part, product, factor, first=first)
 
 
+def accumulate_columns_(
+    total_V: Tensor, dlogits_nV: Tensor, weights_n1: Tensor, factor: float
+) -> None:
+    """total += factor · Σ_n weight · dlogits, in the dtype of `total`."""
+    for start in range(0, len(total_V), HEAD_BLOCK_ROWS):
+        part = slice(start, start + HEAD_BLOCK_ROWS)
+        columns_nP = dlogits_nV[:, part].to(total_V.dtype)
+        total_V[part].add_((columns_nP.T @ weights_n1)[:, 0], alpha=factor)
+
+
 def _add_(total: Tensor, product: Tensor, factor: float, *, first: bool) -> None:
     if first:
-        torch.mul(product, factor, out=total) if total.dtype == product.dtype else total.copy_(
-            product
-        ).mul_(factor)
+        total.copy_(product)
+        if factor != 1.0:
+            total.mul_(factor)
     else:
         total.add_(product, alpha=factor)

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from stillhouse.errors import SignalError
 
-DIVERGENCES = ("forward_kl", "cross_entropy")
-"""forward_kl: KL(teacher ‖ student). cross_entropy: −log q(target)."""
+PARAMETERS: dict[str, dict[str, float]] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "jsd": {"beta": 0.5},
+    "normalized_jsd": {"beta": 0.5},
+    "skew_forward_kl": {"alpha": 0.1},
+    "skew_reverse_kl": {"alpha": 0.1},
+    "total_variation": {},
+    "alpha_beta": {"alpha": 0.2, "beta": 0.7},
+    "adaptive_kl": {"mu": 0.5},
+    "cross_entropy": {},
+}
+"""Every divergence, with its parameters and their defaults; see `divergences` for the formulas.
+
+A parameter lies in [0, 1], except that those of `alpha_beta` may be larger.
+"""
 
 
 @dataclass(frozen=True)
@@ -19,25 +35,32 @@ class Term:
     The temperature T divides both models' logits. With `t_squared` (Hinton et al. 2015,
     arXiv 1503.02531, section 2.1) the divergence is multiplied by T², so that its gradient
     keeps its size as T grows. Cross-entropy with the data's own tokens is always at T = 1.
+    A parameter left at None takes its default from `PARAMETERS`.
 
     Raises:
-        SignalError: an unknown divergence, a negative weight, a temperature that is not positive.
+        SignalError: an unknown divergence, a negative weight, a temperature that is not positive,
+            a parameter that the divergence does not have or that is out of its range.
     """
 
     divergence: str
     weight: float = 1.0
     temperature: float = 1.0
     t_squared: bool = True
+    alpha: float | None = None
+    beta: float | None = None
+    mu: float | None = None
 
     def __post_init__(self) -> None:
-        if self.divergence not in DIVERGENCES:
+        if self.divergence not in PARAMETERS:
             raise SignalError(
                 f"there is no divergence {self.divergence!r}",
-                fix=f"use one of {', '.join(DIVERGENCES)}",
+                fix=f"use one of {', '.join(PARAMETERS)}",
             )
-        if not self.weight >= 0:
-            raise SignalError(f"the weight of {self.divergence} is {self.weight}: it is negative")
-        if not self.temperature > 0:
+        if not 0 <= self.weight < math.inf:
+            raise SignalError(
+                f"the weight of {self.divergence} is {self.weight}: it must be zero or more"
+            )
+        if not 0 < self.temperature < math.inf:
             raise SignalError(
                 f"the temperature of {self.divergence} is {self.temperature}: it must be positive"
             )
@@ -46,6 +69,38 @@ class Term:
                 "cross_entropy is defined at temperature 1 only",
                 fix="leave its temperature at 1",
             )
+        self._check_parameters()
+
+    def _check_parameters(self) -> None:
+        known = PARAMETERS[self.divergence]
+        given = {name: getattr(self, name) for name in ("alpha", "beta", "mu")}
+        for name, value in given.items():
+            if value is None:
+                continue
+            if name not in known:
+                raise SignalError(
+                    f"{self.divergence} has no {name}",
+                    fix=f"it takes {', '.join(known) or 'no parameters'}",
+                )
+            top = math.inf if self.divergence == "alpha_beta" else 1.0
+            if not 0 <= value <= top or math.isinf(value):
+                raise SignalError(
+                    f"{name} of {self.divergence} is {value}: it must lie in [0, {top:g}]"
+                )
+        if self.divergence == "alpha_beta" and not any(self.parameters.values()):
+            raise SignalError("alpha_beta is not defined where alpha and beta are both 0")
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The divergence's parameters, defaults filled in."""
+        return {
+            name: default if getattr(self, name) is None else getattr(self, name)
+            for name, default in PARAMETERS[self.divergence].items()
+        }
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.divergence != "cross_entropy"
 
     @property
     def factor(self) -> float:
@@ -59,8 +114,8 @@ class LossSum:
 
     total: differentiable scalar, `scale · Σ_terms weight · term`.
     terms: each term's own sum over rows (with row weights and T², without its weight and
-        without `scale`), detached, still on the device. A divergence that is asked for at two
-        temperatures is named "forward_kl@T2".
+        without `scale`), detached, still on the device. Terms that share a divergence are told
+        apart by what differs: "forward_kl@T2", "jsd@beta0.1".
     rows: supervised rows summed.
     """
 
@@ -69,13 +124,11 @@ class LossSum:
     rows: int
 
 
-def term_names(terms: tuple[Term, ...]) -> list[str]:
-    """A unique name for each term: its divergence, with the temperature where needed."""
+def term_names(terms: Sequence[Term]) -> list[str]:
+    """A unique name for each term: its divergence, with what tells it from its like."""
     kinds = [term.divergence for term in terms]
     names = [
-        term.divergence
-        if kinds.count(term.divergence) == 1
-        else f"{term.divergence}@T{term.temperature:g}"
+        term.divergence if kinds.count(term.divergence) == 1 else _long_name(term, terms)
         for term in terms
     ]
     if len(set(names)) < len(names):
@@ -83,3 +136,14 @@ def term_names(terms: tuple[Term, ...]) -> list[str]:
             f"two terms are the same: {', '.join(names)}", fix="add their weights into one term"
         )
     return names
+
+
+def _long_name(term: Term, terms: Sequence[Term]) -> str:
+    like = [other for other in terms if other.divergence == term.divergence]
+    name = term.divergence
+    if len({other.temperature for other in like}) > 1:
+        name += f"@T{term.temperature:g}"
+    for parameter, value in term.parameters.items():
+        if len({other.parameters[parameter] for other in like}) > 1:
+            name += f"@{parameter}{value:g}"
+    return name

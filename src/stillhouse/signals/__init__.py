@@ -3,6 +3,13 @@
 An objective never learns where a signal came from: a model in memory, a server, or a store.
 """
 
-from stillhouse.signals.types import DenseSignal, LMHead
+from stillhouse.signals.types import (
+    DenseSignal,
+    LMHead,
+    LogitsSignal,
+    SampledSignal,
+    Signal,
+    SparseSignal,
+)
 
-__all__ = ["DenseSignal", "LMHead"]
+__all__ = ["DenseSignal", "LMHead", "LogitsSignal", "SampledSignal", "Signal", "SparseSignal"]

@@ -1,4 +1,4 @@
-"""Signal types. Shapes: N supervised rows, D hidden width, V vocabulary."""
+"""Signal types. Shapes: N supervised rows, K entries of a row, D hidden width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -30,3 +30,49 @@ class DenseSignal:
 
     hidden_ND: Tensor
     head: LMHead
+
+
+@dataclass(frozen=True)
+class LogitsSignal:
+    """The teacher's full distribution, as logits before any temperature.
+
+    −inf marks a token the teacher cannot say. Columns beyond the student's vocabulary are left
+    out of the softmax.
+    """
+
+    logits_NV: Tensor
+
+
+@dataclass(frozen=True)
+class SparseSignal:
+    """The teacher's likeliest tokens, and the probability of all others together.
+
+    ids_NK: K different tokens a row.
+    log_probs_NK: their log-probabilities in the full distribution: not renormalized over K.
+    tail_N: the mass of every token that is not among them, in [0, 1].
+    temperature: of the softmax that they were read from; a tail cannot be moved to another.
+    """
+
+    ids_NK: Tensor
+    log_probs_NK: Tensor
+    tail_N: Tensor
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class SampledSignal:
+    """Tokens drawn from the teacher's distribution with replacement, and how often.
+
+    ids_NK: the tokens that were drawn. A row with fewer than K of them is filled up with any id
+        at a count of 0.
+    counts_NK: how often each was drawn, or any non-negative importance weight; a row's counts
+        divided by their sum estimate the teacher's probabilities without bias.
+    temperature: of the softmax that they were drawn from.
+    """
+
+    ids_NK: Tensor
+    counts_NK: Tensor
+    temperature: float = 1.0
+
+
+Signal = DenseSignal | LogitsSignal | SparseSignal | SampledSignal

@@ -1,0 +1,150 @@
+"""One block of rows against a teacher's whole distribution, against samples of it, or against data.
+
+With q = softmax(z_s), p = softmax(z_t) and h = ∂loss/∂log q, ∂loss/∂z_s = h − q·Σh (the
+temperature's factor is in the coefficients). For KL(p ‖ q), h = −p; for cross-entropy with
+counted tokens, h = −share: the gradient is q minus something, and no logarithm of a whole row is
+needed, since KL(p ‖ q) = Σ p (z_t − z_s) − lse(z_t) + lse(z_s). That is the fast path.
+
+Shapes: b rows of a block, K entries of a row, M terms, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stillhouse.objectives.divergences import DIVERGENCES, Pair
+from stillhouse.objectives.groups import Group, Member, Workspace
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Target tokens and their shares of each row: data (one token) or samples of a teacher."""
+
+    members: tuple[Member, ...]
+    ids_bK: Tensor
+    shares_bK: Tensor
+
+    @property
+    def coefficient(self) -> float:
+        return sum(member.coefficient for member in self.members)
+
+    def score(self, z_bV: Tensor) -> Tensor:
+        """Σ share · z of each row."""
+        return z_bV.gather(1, self.ids_bK).mul_(self.shares_bK).sum(-1)
+
+    def write_losses(self, lse_b: Tensor, score_b: Tensor, losses_Mb: Tensor) -> None:
+        for member in self.members:
+            losses_Mb[member.place] = (lse_b - score_b) * member.term.factor
+
+    def subtract_from_(self, gradient_bV: Tensor) -> None:
+        if self.coefficient:
+            gradient_bV.scatter_add_(1, self.ids_bK, self.shares_bK * -self.coefficient)
+
+
+def forward_kl_and_counted(
+    group: Group,
+    zs_bV: Tensor,
+    zt_bV: Tensor | None,
+    counted: list[Counted],
+    losses_Mb: Tensor,
+    out_bV: Tensor | None,
+    space: Workspace,
+) -> None:
+    """Forward KL and cross-entropies. Overwrites zs and zt; out = ∂loss/∂zs unless None."""
+    scores = [each.score(zs_bV) for each in counted]
+    of_teacher = 0.0
+    gap_b = None
+    if zt_bV is not None:
+        gap_bV = torch.sub(zt_bV, zs_bV, out=space.buffer("work", len(zs_bV)))
+        lse_t_b = softmax_(zt_bV)
+        gap_b = gap_bV.mul_(zt_bV).sum(-1).sub_(lse_t_b)
+        of_teacher = sum(member.coefficient for member in group.of_teacher)
+    lse_s_b = softmax_(zs_bV)
+    if gap_b is not None:
+        for member in group.of_teacher:
+            losses_Mb[member.place] = (gap_b + lse_s_b) * member.term.factor
+    for each, score_b in zip(counted, scores, strict=True):
+        each.write_losses(lse_s_b, score_b, losses_Mb)
+    if out_bV is None:
+        return
+    whole = of_teacher + sum(each.coefficient for each in counted)
+    if whole != 1.0:
+        zs_bV.mul_(whole)
+    for each in counted:
+        each.subtract_from_(zs_bV)
+    if zt_bV is not None and of_teacher:
+        torch.sub(zs_bV, zt_bV, alpha=of_teacher, out=out_bV)
+    elif out_bV is not zs_bV:
+        out_bV.copy_(zs_bV)
+
+
+def any_divergence(
+    group: Group,
+    zs_bV: Tensor,
+    zt_bV: Tensor,
+    counted: list[Counted],
+    losses_Mb: Tensor,
+    out_bV: Tensor | None,
+    space: Workspace,
+) -> None:
+    """Every divergence, by its h. Overwrites zs and zt; out = ∂loss/∂zs unless None."""
+    rows = len(zs_bV)
+    scores = [each.score(zs_bV) for each in counted]
+    q_bV = space.buffer("q", rows)
+    p_bV = space.buffer("p", rows)
+    lse_s_b = softmax_(zs_bV, out_bV=q_bV)
+    lse_t_b = softmax_(zt_bV, out_bV=p_bV)
+    pair = Pair(
+        log_p_bX=zt_bV.sub_(lse_t_b[:, None]),
+        p_bX=p_bV,
+        log_q_bX=zs_bV.sub_(lse_s_b[:, None]),
+        q_bX=q_bV,
+        work_bX=space.buffer("work", rows),
+        more_bX=space.buffer("more", rows),
+    )
+    several = len(group.of_teacher) > 1
+    h_bV = space.buffer("h", rows)
+    h_bV = sum_divergences(
+        group, pair, losses_Mb, h_bV, space.buffer("next h", rows) if several else h_bV
+    )
+    for each, score_b in zip(counted, scores, strict=True):
+        each.write_losses(lse_s_b, score_b, losses_Mb)
+        each.subtract_from_(h_bV)
+    if out_bV is None:
+        return
+    total_b1 = h_bV.sum(-1, keepdim=True)
+    target_bV = out_bV if out_bV.dtype == h_bV.dtype else h_bV
+    torch.addcmul(h_bV, q_bV, total_b1, value=-1.0, out=target_bV)
+    if target_bV is not out_bV:
+        out_bV.copy_(target_bV)
+
+
+def sum_divergences(
+    group: Group, pair: Pair, losses_Mb: Tensor, h_bX: Tensor, next_h_bX: Tensor
+) -> Tensor:
+    """Each divergence's value, and Σ coefficient · h over the group's terms, in `h_bX`."""
+    for number, member in enumerate(group.of_teacher):
+        term = member.term
+        target_bX = h_bX if number == 0 else next_h_bX
+        value_b = DIVERGENCES[term.divergence](pair, term, target_bX)
+        losses_Mb[member.place] = value_b * term.factor
+        if number:
+            h_bX.add_(target_bX, alpha=member.coefficient)
+        elif member.coefficient != 1.0:
+            h_bX.mul_(member.coefficient)
+    return h_bX
+
+
+def softmax_(z_bV: Tensor, out_bV: Tensor | None = None) -> Tensor:
+    """Softmax of each row, in place or in `out_bV`; returns its logsumexp.
+
+    lse = max z − log max softmax(z): one exponential an element, where logsumexp beside softmax
+    would take two. The largest probability of a row is at least 1/V, so that its logarithm is as
+    exact as the softmax.
+    """
+    top_b = z_bV.amax(-1)
+    out_bV = torch.softmax(z_bV, -1, out=z_bV if out_bV is None else out_bV)
+    return top_b - out_bV.amax(-1).log_()

@@ -1,0 +1,205 @@
+"""Every divergence between a teacher's p and a student's q: its value and h = ∂value/∂log q.
+
+From h follows the gradient with respect to logits, ∂value/∂z = (h − q·Σh) / T, for any of them:
+see docs/objectives.md. A summand of h that is a constant times q cancels there and is left out.
+Work is done in place, since on a CPU each pass over [b, X] is a good part of the whole cost.
+
+Shapes: b rows, X outcomes (the vocabulary, or a sparse signal's K tokens and its tail).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stillhouse.objectives.terms import Term
+
+NUCLEUS_GUESS = 1024
+"""Likeliest tokens that are looked at first when a row's nucleus is sought on a CPU."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both distributions of a block of rows, and two buffers of the same shape to work in."""
+
+    log_p_bX: Tensor
+    p_bX: Tensor
+    log_q_bX: Tensor
+    q_bX: Tensor
+    work_bX: Tensor
+    more_bX: Tensor
+
+    def expect(self, weights_bX: Tensor, values_bX: Tensor) -> Tensor:
+        """Σ weights · values of each row; `values` is overwritten."""
+        return values_bX.mul_(weights_bX).sum(-1)
+
+
+Divergence = Callable[[Pair, Term, Tensor], Tensor]
+"""(both distributions, the term, h to be filled) → value of each row."""
+
+
+def forward_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
+    """KL(p ‖ q) = Σ p log(p / q)."""
+    log_ratio_bX = torch.sub(pair.log_p_bX, pair.log_q_bX, out=pair.work_bX)
+    torch.neg(pair.p_bX, out=h_bX)
+    return pair.expect(pair.p_bX, log_ratio_bX)
+
+
+def reverse_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
+    """KL(q ‖ p) = Σ q log(q / p)."""
+    torch.sub(pair.log_q_bX, pair.log_p_bX, out=h_bX)
+    return pair.expect(pair.q_bX, h_bX)
+
+
+def jsd(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
+    """β KL(p ‖ M) + (1 − β) KL(q ‖ M), M = βp + (1 − β)q (Lin 1991; Agarwal et al. 2024).
+
+    It goes to 0 as β goes to 0 or 1; it does not become a KL divergence there.
+    """
+    beta = term.parameters["beta"]
+    log_m_bX = _log_mixture(pair, beta)
+    torch.sub(pair.log_q_bX, log_m_bX, out=h_bX)
+    of_student_b = pair.expect(pair.q_bX, h_bX)
+    h_bX.mul_(1.0 - beta)
+    of_teacher_b = pair.expect(pair.p_bX, torch.sub(pair.log_p_bX, log_m_bX, out=pair.more_bX))
+    return of_teacher_b.mul_(beta).add_(of_student_b, alpha=1.0 - beta)
+
+
+def normalized_jsd(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
+    """jsd / (β (1 − β)): KL(p ‖ q) at β = 0, KL(q ‖ p) at β = 1, continuous in between."""
+    beta = term.parameters["beta"]
+    if beta == 0.0:
+        return forward_kl(pair, term, h_bX)
+    if beta == 1.0:
+        return reverse_kl(pair, term, h_bX)
+    value_b = jsd(pair, term, h_bX)
+    h_bX.div_(beta * (1.0 - beta))
+    return value_b.div_(beta * (1.0 - beta))
+
+
+def skew_forward_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
+    """KL(p ‖ M), M = αp + (1 − α)q (DistiLLM, Ko et al. 2024, arXiv 2402.03898)."""
+    alpha = term.parameters["alpha"]
+    if alpha == 0.0:
+        return forward_kl(pair, term, h_bX)
+    mixture_bX = _mixture(pair, alpha)
+    torch.mul(pair.p_bX, pair.q_bX, out=h_bX).div_(mixture_bX).mul_(alpha - 1.0)
+    log_ratio_bX = torch.sub(pair.log_p_bX, mixture_bX.log_(), out=mixture_bX)
+    return pair.expect(pair.p_bX, log_ratio_bX)
+
+
+def skew_reverse_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
+    """KL(q ‖ M), M = (1 − α)p + αq (DistiLLM, Ko et al. 2024, arXiv 2402.03898)."""
+    alpha = term.parameters["alpha"]
+    if alpha == 0.0:
+        return reverse_kl(pair, term, h_bX)
+    mixture_bX = _mixture(pair, 1.0 - alpha)
+    share_bX = torch.div(pair.q_bX, mixture_bX, out=pair.more_bX).mul_(alpha)
+    torch.sub(pair.log_q_bX, mixture_bX.log_(), out=h_bX)
+    value_b = pair.expect(pair.q_bX, h_bX)
+    h_bX.sub_(share_bX.mul_(pair.q_bX))
+    return value_b
+
+
+def total_variation(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
+    """½ Σ |p − q|."""
+    gap_bX = torch.sub(pair.q_bX, pair.p_bX, out=pair.work_bX)
+    torch.sign(gap_bX, out=h_bX).mul_(pair.q_bX).mul_(0.5)
+    return gap_bX.abs_().sum(-1).mul_(0.5)
+
+
+def alpha_beta(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
+    """The α-β divergence (Cichocki et al. 2011; ABKD, Wang et al. 2025, arXiv 2505.04560).
+
+    −1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)], and its limits where α or β is 0.
+    (1, 0) is KL(p ‖ q), (0, 1) is KL(q ‖ p).
+    """
+    alpha, beta = (term.parameters[name] for name in ("alpha", "beta"))
+    if alpha == 0.0:  # (q^β log(q^β / p^β) − q^β + p^β) / β²
+        power_bX = torch.mul(pair.log_q_bX, beta, out=pair.work_bX).exp_()
+        torch.sub(pair.log_q_bX, pair.log_p_bX, out=h_bX).mul_(power_bX)
+        other_bX = torch.mul(pair.log_p_bX, beta, out=pair.more_bX).exp_()
+        return (h_bX.sum(-1) * beta + other_bX.sum(-1) - power_bX.sum(-1)) / beta**2
+    student_bX = torch.mul(pair.log_q_bX, alpha + beta, out=h_bX).exp_()
+    teacher_bX = torch.mul(pair.log_p_bX, alpha + beta, out=pair.work_bX).exp_()
+    student_b, teacher_b = student_bX.sum(-1), teacher_bX.sum(-1)
+    if beta == 0.0:  # (p^α log(p^α / q^α) − p^α + q^α) / α²
+        h_bX.sub_(teacher_bX).div_(alpha)
+        log_ratio_bX = torch.sub(pair.log_p_bX, pair.log_q_bX, out=pair.more_bX)
+        cross_b = pair.expect(teacher_bX, log_ratio_bX)
+        return (cross_b * alpha - teacher_b + student_b) / alpha**2
+    cross_bX = torch.mul(pair.log_p_bX, alpha, out=pair.work_bX)
+    cross_bX.add_(pair.log_q_bX, alpha=beta).exp_()
+    h_bX.sub_(cross_bX).div_(alpha)
+    mean_b = (alpha * teacher_b + beta * student_b) / (alpha + beta)
+    return (mean_b - cross_bX.sum(-1)) / (alpha * beta)
+
+
+def adaptive_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
+    """AKL (Wu et al. 2024, arXiv 2404.02657): forward KL where the head of p is off, else reverse.
+
+    The head is the smallest set of likeliest tokens with a mass of at least μ. Both KL
+    divergences are weighted by the share of Σ|p − q| that lies in the head and outside of it;
+    these weights are constants for the gradient.
+    """
+    threshold_b1 = _nucleus_threshold(pair.p_bX, term.parameters["mu"])
+    gap_bX = torch.sub(pair.p_bX, pair.q_bX, out=pair.work_bX).abs_()
+    everywhere_b = gap_bX.sum(-1)
+    head_b = gap_bX.mul_(pair.p_bX >= threshold_b1).sum(-1)
+    tiny = torch.finfo(gap_bX.dtype).tiny
+    of_head_b = (head_b / everywhere_b.clamp_min(tiny)).clamp_(max=1.0)
+    reverse_b = reverse_kl(pair, term, h_bX)
+    h_bX.mul_((1.0 - of_head_b)[:, None])
+    forward_b = forward_kl(pair, term, pair.more_bX)
+    h_bX.add_(pair.more_bX.mul_(of_head_b[:, None]))
+    return of_head_b * forward_b + (1.0 - of_head_b) * reverse_b
+
+
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "normalized_jsd": normalized_jsd,
+    "skew_forward_kl": skew_forward_kl,
+    "skew_reverse_kl": skew_reverse_kl,
+    "total_variation": total_variation,
+    "alpha_beta": alpha_beta,
+    "adaptive_kl": adaptive_kl,
+}
+"""Those that compare with a teacher's distribution; cross_entropy compares with the data."""
+
+
+def _mixture(pair: Pair, of_teacher: float) -> Tensor:
+    """of_teacher · p + (1 − of_teacher) · q, never 0.
+
+    Where both underflow, the smallest normal number stands in: what it is multiplied with is 0
+    there, and the logarithm of 0 would turn the product into NaN.
+    """
+    mixture_bX = torch.mul(pair.q_bX, 1.0 - of_teacher, out=pair.work_bX)
+    mixture_bX.add_(pair.p_bX, alpha=of_teacher)
+    return mixture_bX.clamp_(min=torch.finfo(mixture_bX.dtype).tiny)
+
+
+def _log_mixture(pair: Pair, of_teacher: float) -> Tensor:
+    return _mixture(pair, of_teacher).log_()
+
+
+def _nucleus_threshold(p_bX: Tensor, mass: float) -> Tensor:
+    """The smallest probability in each row's smallest set of tokens that holds `mass`."""
+    sorted_bG = _likeliest(p_bX, mass)
+    inside_bG = sorted_bG.cumsum(-1) - sorted_bG < mass
+    inside_bG[:, 0] = True
+    last_b1 = inside_bG.sum(-1, keepdim=True) - 1
+    return sorted_bG.gather(1, last_b1)
+
+
+def _likeliest(p_bX: Tensor, mass: float) -> Tensor:
+    """Each row's probabilities, largest first: enough of them to hold `mass`."""
+    if p_bX.device.type == "cpu" and p_bX.shape[1] > NUCLEUS_GUESS:
+        top_bG = p_bX.topk(NUCLEUS_GUESS, dim=-1).values
+        if bool((top_bG.sum(-1) >= mass).all()):
+            return top_bG
+    return p_bX.sort(dim=-1, descending=True).values

@@ -1,0 +1,81 @@
+"""Terms that share a temperature share their softmaxes; and the scratch they work in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stillhouse.objectives.terms import Term
+
+
+@dataclass(frozen=True)
+class Member:
+    """A term inside its group. place: among all terms. coefficient: of its gradient."""
+
+    place: int
+    term: Term
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Group:
+    """The terms of one temperature."""
+
+    temperature: float
+    members: tuple[Member, ...]
+
+    @property
+    def of_teacher(self) -> tuple[Member, ...]:
+        return tuple(member for member in self.members if member.term.needs_teacher)
+
+    @property
+    def of_data(self) -> tuple[Member, ...]:
+        """Cross-entropy with the data's own tokens."""
+        return tuple(member for member in self.members if not member.term.needs_teacher)
+
+    def only(self, divergence: str) -> bool:
+        return all(member.term.divergence == divergence for member in self.of_teacher)
+
+
+def group_by_temperature(terms: Sequence[Term]) -> tuple[list[Group], float]:
+    """The groups, and the factor that was taken out of every coefficient.
+
+    A term's gradient with respect to logits carries weight · T² / T (or weight / T). Dividing
+    all of them by their sum makes the coefficient of a lone term 1, so that no pass over the
+    logits is spent on it: the sum is folded into the matrix products that follow.
+    """
+    raw = [term.weight * term.factor / term.temperature for term in terms]
+    common = sum(raw) or 1.0
+    groups = []
+    for temperature in sorted({term.temperature for term in terms}):
+        members = (
+            Member(place, term, raw[place] / common)
+            for place, term in enumerate(terms)
+            if term.temperature == temperature
+        )
+        groups.append(Group(temperature, tuple(members)))
+    return groups, common
+
+
+class Workspace:
+    """Named buffers of one shape, made when first asked for and used again for every block."""
+
+    def __init__(self, shape: tuple[int, int], like: Tensor) -> None:
+        """`shape` is of the largest block; `like` has the device and dtype of reductions."""
+        self.shape = shape
+        self.like = like
+        self._buffers: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, rows: int) -> Tensor:
+        """[rows, V], holding whatever was left there."""
+        if name not in self._buffers:
+            self._buffers[name] = self.like.new_empty(self.shape)
+        return self._buffers[name][:rows]
+
+    def wide(self, name: str, values_bV: Tensor) -> Tensor:
+        """The values in the dtype of reductions: themselves if they have it already."""
+        if values_bV.dtype == self.like.dtype:
+            return values_bV
+        return self.buffer(name, len(values_bV)).copy_(values_bV)

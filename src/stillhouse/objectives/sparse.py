@@ -1,0 +1,74 @@
+"""One block of rows against a teacher's K likeliest tokens and the mass of all others.
+
+The outcomes are B = K + 1 buckets: each of the K tokens, and the tail. Every divergence is taken
+between the two distributions over buckets. With r = softmax of z_s over the tail's tokens alone
+(so that q_j = q_tail · r_j there) and g = h − q·Σh over buckets, ∂loss/∂z_j is g_j for a token
+among the K and r_j · g_tail in the tail: one softmax of the row, and nothing is ever taken as a
+difference from 1.
+
+Shapes: b rows of a block, K entries of a row, B = K + 1 buckets, M terms, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stillhouse.objectives.dense import Counted, softmax_, sum_divergences
+from stillhouse.objectives.divergences import Pair
+from stillhouse.objectives.groups import Group
+from stillhouse.signals import SparseSignal
+
+LOG_FLOOR = -100.0
+"""Stands in for the logarithm of a probability of 0, so that 0 · log 0 is 0 and not NaN."""
+
+
+def bucketed(
+    group: Group,
+    zs_bV: Tensor,
+    teacher: SparseSignal,
+    counted: list[Counted],
+    losses_Mb: Tensor,
+    out_bV: Tensor | None,
+) -> None:
+    """Every divergence over buckets. Overwrites zs; out = ∂loss/∂zs unless None."""
+    scores = [each.score(zs_bV) for each in counted]
+    z_bK = zs_bV.gather(1, teacher.ids_NK)
+    lse_tail_b = _softmax_of_the_rest_(zs_bV, teacher.ids_NK)
+    z_bB = torch.cat([z_bK, lse_tail_b[:, None]], 1)
+    lse_b = z_bB.logsumexp(1)
+    log_q_bB = z_bB.sub_(lse_b[:, None]).clamp_(min=LOG_FLOOR * 10)
+    log_p_bB = torch.cat([teacher.log_probs_NK, teacher.tail_N.log()[:, None]], 1)
+    log_p_bB = log_p_bB.to(log_q_bB.dtype).clamp_(min=LOG_FLOOR)
+    pair = Pair(
+        log_p_bB,
+        torch.cat([teacher.log_probs_NK.exp(), teacher.tail_N[:, None]], 1).to(log_q_bB.dtype),
+        log_q_bB,
+        log_q_bB.exp(),
+        torch.empty_like(log_q_bB),
+        torch.empty_like(log_q_bB),
+    )
+    h_bB = sum_divergences(
+        group, pair, losses_Mb, torch.empty_like(log_q_bB), torch.empty_like(log_q_bB)
+    )
+    for each, score_b in zip(counted, scores, strict=True):
+        each.write_losses(lse_b, score_b, losses_Mb)
+    if out_bV is None:
+        return
+    of_data = sum(each.coefficient for each in counted)
+    g_bB = h_bB.addcmul_(pair.q_bX, of_data - h_bB.sum(1, keepdim=True))
+    zs_bV.mul_(g_bB[:, -1:])
+    zs_bV.scatter_(1, teacher.ids_NK, g_bB[:, :-1])
+    for each in counted:
+        each.subtract_from_(zs_bV)
+    if out_bV is not zs_bV:
+        out_bV.copy_(zs_bV)
+
+
+def _softmax_of_the_rest_(z_bV: Tensor, ids_bK: Tensor) -> Tensor:
+    """Softmax over the tokens that are not among ids, in place; returns their logsumexp."""
+    if ids_bK.shape[1] == z_bV.shape[1]:
+        z_bV.zero_()
+        return z_bV.new_full((len(z_bV),), -torch.inf)
+    z_bV.scatter_(1, ids_bK, -torch.inf)
+    return softmax_(z_bV)
