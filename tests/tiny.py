@@ -71,7 +71,7 @@ def text(sentences: int, seed: int = 0) -> str:
     return "\n".join(lines) + "\n"
 
 
-def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
+def recipe(folder: Path, /, **sections: Any) -> dict[str, Any]:
     """A whole recipe over a tiny teacher, which is made in `folder` where it is not there yet."""
     if not (folder / "teacher").exists():
         save_model(folder / "teacher")

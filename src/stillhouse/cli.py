@@ -163,13 +163,14 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: a user's error is one message, Ctrl-C a clean stop; other errors are bugs."""
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app()
     except StillhouseError as error:
         _say(f"error: {error}")
         sys.exit(1)
-    except KeyboardInterrupt:
+    except _Stopped:
         _say("stopped. What is finished is kept: the same command goes on from there.")
         sys.exit(130)
     except MemoryError:
@@ -189,8 +190,12 @@ def main() -> None:
         sys.exit(2)
 
 
-def _as_interrupt(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, of which typer makes a silent exit."""
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise _Stopped
 
 
 def _say(text: str) -> None:

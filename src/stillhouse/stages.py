@@ -141,7 +141,7 @@ def data(job: Job) -> StagePlan:
         "tokenizer": (job.pretrained or job.teacher).fingerprint,
         "sources": sources_fingerprint([*section.sources, *section.heldout_sources], job.base),
     }
-    return StagePlan("data", inputs, work)
+    return StagePlan("data", inputs, work, version=2)
 
 
 def student(job: Job, data: Stage) -> StagePlan:
@@ -167,7 +167,7 @@ def student(job: Job, data: Stage) -> StagePlan:
         "pretrained": job.pretrained and job.pretrained.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("student", inputs, work)
+    return StagePlan("student", inputs, work, version=2)
 
 
 def training(job: Job, data: Stage, student: Stage) -> StagePlan:

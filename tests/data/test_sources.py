@@ -39,10 +39,11 @@ def read(source: Source, base: Path = Path()) -> list[Any]:
 # --- what is read ----------------------------------------------------------------------------
 
 
-def test_python_reference_is_one_document_a_topic() -> None:
+def test_python_reference_is_one_document_a_section() -> None:
     documents = read(CorpusSource(kind="corpus"))
-    topics = [document.where.split(":")[1] for document in documents]
-    assert len(documents) > 50
+    topics = [document.where.split(":")[1].split(",")[0] for document in documents]
+    assert len(documents) > 150
+    assert all(len(document.text) > 100 for document in documents)
     assert topics == sorted(topics)
     assert sum(len(document.text) for document in documents) > 400_000
     assert len(read(CorpusSource(kind="corpus", limit=3))) == 3

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stillhouse.data import collate
 from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.objectives import Term
 from stillhouse.recipe.schema import TrainRecipe
@@ -141,13 +140,13 @@ def test_two_processes_take_the_same_steps_as_one(setting: Setting, tmp_path: Pa
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         "2",
-        "--master-port",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, "29611", str(script), job_arguments(setting, tmp_path / "two", **options)],
+        [*launch, str(script), job_arguments(setting, tmp_path / "two", **options)],
         capture_output=True,
         text=True,
         env=environment,

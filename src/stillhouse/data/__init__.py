@@ -2,14 +2,19 @@
 
 from stillhouse.data.build import DataSummary, build
 from stillhouse.data.preview import preview
-from stillhouse.data.windows import Windows, WindowsInfo, collate, open_windows
+from stillhouse.data.shift import IGNORED, supervised_rows, supervised_targets
+from stillhouse.data.windows import Windows, WindowSet, WindowsInfo, collate, open_windows
 
 __all__ = [
+    "IGNORED",
     "DataSummary",
+    "WindowSet",
     "Windows",
     "WindowsInfo",
     "build",
     "collate",
     "open_windows",
     "preview",
+    "supervised_rows",
+    "supervised_targets",
 ]

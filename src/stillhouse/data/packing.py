@@ -1,9 +1,9 @@
 """Places rows in windows of a fixed length.
 
 Shapes: R windows, L tokens in a window (the context). labels_RL[r, t] is the token at t where it
-is to be predicted, else -100; the shift is made elsewhere. position_ids_RL restart at 0 with every
-segment, which is how transformers (without an attention mask) keeps segments from seeing each
-other: see `find_packed_sequence_indices` in its masking_utils. Padding is a segment of its own.
+is to be predicted, else -100; the shift is made in `data.shift`. position_ids_RL restart at 0 with
+every segment, which is how transformers (without an attention mask) keeps segments from seeing
+each other: see `find_packed_sequence_indices` in its masking_utils. Padding is its own segment.
 
 The plan is greedy: a window takes the longest unsplittable row that fits, again and again
 (first-fit decreasing, at most 11/9 of the fewest windows + 1); what is left of it takes the
@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-IGNORED = -100
-"""The label of a token that is not predicted."""
+from stillhouse.data.shift import IGNORED
 
 
 def smallest_part(context: int) -> int:

@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from stillhouse.data.packing import IGNORED
+from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import Windows
 
 LEARNT = "bold green"

@@ -10,18 +10,31 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stillhouse.data.packing import IGNORED, Window
+from stillhouse.data.packing import Window
+from stillhouse.data.shift import IGNORED
 from stillhouse.errors import DataError
 
 ARRAYS = ("input_ids", "labels", "position_ids")
 _AGAIN = "delete the folder and run the data stage again"
+
+
+class WindowSet(Protocol):
+    """Windows wherever they are: each has long tensors input_ids, labels, position_ids of [L].
+
+    labels[t] is the token at position t where it is to be predicted (from position t-1), else
+    -100. Documents that share a window are told apart by position_ids that restart at 0.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a run's models kept of the teacher, measured: fidelity, speed, memory, text, tasks."""
 
 from stillhouse.evaluate.evaluate import evaluate
-from stillhouse.evaluate.fidelity import HeldoutAnswers, Windows, compare, heldout_answers
+from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.evaluate.generate import generate
 from stillhouse.evaluate.results import Evaluation, Fidelity, Generation, ModelResult, Speed
 from stillhouse.evaluate.speed import Rates, measure_peak_memory, measure_rates
@@ -16,7 +16,6 @@ __all__ = [
     "ModelResult",
     "Rates",
     "Speed",
-    "Windows",
     "compare",
     "evaluate",
     "generate",

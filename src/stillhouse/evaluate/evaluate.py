@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from stillhouse.account import count_parameters
+from stillhouse.data import WindowSet
 from stillhouse.errors import ModelError
-from stillhouse.evaluate.fidelity import HeldoutAnswers, Windows, compare, heldout_answers
+from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.evaluate.generate import generate
 from stillhouse.evaluate.results import Evaluation, Generation, ModelResult, Speed
 from stillhouse.evaluate.speed import (
@@ -34,7 +35,7 @@ def evaluate(
     paths: dict[str, Path],
     *,
     section: EvaluateRecipe,
-    windows: Windows,
+    windows: WindowSet,
     seed: int,
     vocabulary: int,
     precision: Precision,
@@ -106,7 +107,7 @@ def _one_by_one(
     paths: dict[str, Path],
     setup: _Setup,
     section: EvaluateRecipe,
-    windows: Windows,
+    windows: WindowSet,
     export_dtype: torch.dtype | None,
 ) -> tuple[dict[str, ModelResult], dict[str, list[str]]]:
     """What needs one model at a time: its answers to the windows and to the prompts, its size."""

@@ -8,33 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stillhouse.data import WindowSet, supervised_rows, supervised_targets
 from stillhouse.errors import DataError, ModelError
 from stillhouse.evaluate.results import Fidelity
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.teachers import head_logits, hidden_states, lm_head, trim_head
 
 BINS = 15
-IGNORED = -100
 TOKENS_PER_FORWARD = 2048
 ROWS_PER_CHUNK = 128
 """Rows whose logits are held at once: a few buffers of this many times the vocabulary."""
-
-
-class Windows(Protocol):
-    """Held-out text: each item has long tensors `input_ids`, `labels`, `position_ids` of [L].
-
-    `labels[t]` is the token at position t where it is to be predicted (from position t-1), else
-    -100. Documents that share a window are told apart by position_ids that restart at 0.
-    """
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Mapping[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +38,7 @@ class HeldoutAnswers:
 
 @torch.no_grad()
 def heldout_answers(
-    model: nn.Module, windows: Windows, *, advance: Callable[[int], object] = lambda tokens: None
+    model: nn.Module, windows: WindowSet, *, advance: Callable[[int], object] = lambda tokens: None
 ) -> HeldoutAnswers:
     """Runs `model` once over all windows, in evaluation mode.
 
@@ -69,10 +56,8 @@ def heldout_answers(
         hidden_RLD = hidden_states(
             model, batch["input_ids"].to(device), batch["position_ids"].to(device)
         )
-        next_labels = labels_RL[:, 1:]  # position t-1 predicts the label of position t
-        supervised = next_labels != IGNORED
-        hidden.append(hidden_RLD[:, :-1].cpu()[supervised])
-        targets.append(next_labels[supervised])
+        hidden.append(supervised_rows(hidden_RLD.cpu(), labels_RL))
+        targets.append(supervised_targets(labels_RL))
         advance(labels_RL.numel())
     if not sum(len(rows) for rows in targets):
         raise DataError(
@@ -190,7 +175,7 @@ def _check_vocabulary(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary
         )
 
 
-def _batches(windows: Windows) -> Iterator[dict[str, Tensor]]:
+def _batches(windows: WindowSet) -> Iterator[dict[str, Tensor]]:
     """Stacks neighbouring windows of equal length, up to TOKENS_PER_FORWARD tokens."""
     batch: list[Mapping[str, Tensor]] = []
     for window in (windows[index] for index in range(len(windows))):

@@ -11,16 +11,17 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stillhouse.data import IGNORED, WindowSet
 from stillhouse.errors import ModelError, RunError
 from stillhouse.progress import note
 from stillhouse.runfolder import disk_errors
-from stillhouse.teachers import load_model, load_tokenizer
+from stillhouse.teachers import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 
 KL_LIMITS = {"float32": 1e-6, "bfloat16": 0.01}
@@ -31,14 +32,6 @@ that is not the source's costs whole nats."""
 REPLAY_TOKENS = 1024
 REPLAY_PROMPTS = 3
 REPLAY_NEW_TOKENS = 24
-
-
-class WindowSet(Protocol):
-    """Windows of tokens. Each item: `input_ids`, `labels`, `position_ids`, long tensors [L]."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -137,7 +130,7 @@ def _save(source: Path, out: Path, dtype: torch.dtype, trust_remote_code: bool) 
             where=source,
             fix="correct generation_config.json in that folder",
         ) from error
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
 
 
 def _replay(
@@ -188,7 +181,7 @@ def _draw(windows: WindowSet, seed: int) -> dict[str, Tensor]:
     tokens = 0
     for place, index in enumerate(order):
         window = windows[index]
-        supervised = int((window["labels"][1:] != -100).sum())
+        supervised = int((window["labels"][1:] != IGNORED).sum())
         if not supervised:
             continue
         for key in ("input_ids", "labels", "position_ids"):

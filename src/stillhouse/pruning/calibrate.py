@@ -10,24 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from stillhouse.data import WindowSet
 from stillhouse.errors import DataError
 from stillhouse.pruning.axes import Axes, decoder_layers, part
 
 BATCH_TOKENS = 2048
 """Tokens that go through a layer at once: large enough for fast products, small in memory."""
-
-
-class Windows(Protocol):
-    """Windows of tokens: each a dict of long tensors input_ids, labels, position_ids, [L]."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class LayerInputs:
 
 
 def calibration_batches(
-    windows: Windows, tokens: int, seed: int, device: torch.device | str = "cpu"
+    windows: WindowSet, tokens: int, seed: int, device: torch.device | str = "cpu"
 ) -> list[Batch]:
     """About `tokens` tokens of `windows` (all of them when there are fewer), chosen by `seed`.
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from stillhouse.data import WindowSet
 from stillhouse.pruning.axes import axes_of, check_sizes
-from stillhouse.pruning.calibrate import Windows, calibration_batches, products
+from stillhouse.pruning.calibrate import calibration_batches, products
 from stillhouse.pruning.depth import choose_layers
 from stillhouse.pruning.surgery import keep_layers, own_config
 from stillhouse.pruning.width import cut_width
@@ -40,7 +41,7 @@ class PruneReport:
 
 def prune_model(
     model: Any,
-    windows: Windows,
+    windows: WindowSet,
     *,
     ffn_size: int | None = None,
     layers: int | None = None,

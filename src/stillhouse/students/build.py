@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from stillhouse.account import count_parameters
+from stillhouse.data import WindowSet
 from stillhouse.errors import RunError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import note
 from stillhouse.pruning import check_saved, check_sizes, prune_model
-from stillhouse.pruning.calibrate import Windows
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students.random import overridden_config, random_model
 from stillhouse.teachers import (
@@ -24,6 +24,7 @@ from stillhouse.teachers import (
     load_model,
     load_tokenizer,
     resolve_model,
+    save_tokenizer,
 )
 from stillhouse.teachers.quiet import quiet
 
@@ -37,7 +38,7 @@ def build_student(
     section: PretrainedStudent | RandomStudent | PrunedStudent,
     *,
     teacher: ModelSource,
-    windows: Windows,
+    windows: WindowSet,
     seed: int,
     base: Path,
     out: Path,
@@ -101,7 +102,7 @@ def _random(
 def _pruned(
     section: PrunedStudent,
     teacher: ModelSource,
-    windows: Windows,
+    windows: WindowSet,
     seed: int,
     trust_remote_code: bool,
 ) -> tuple[Any, Any, Summary]:
@@ -157,7 +158,7 @@ def _save(model: Any, tokenizer: Any, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         with quiet():
             model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
+            save_tokenizer(tokenizer, out)
     except OSError as error:
         raise RunError(
             f"the student cannot be written ({error})",

@@ -8,7 +8,7 @@ from stillhouse.teachers.backbone import (
     lm_head,
     trim_head,
 )
-from stillhouse.teachers.local import load_config, load_model, load_tokenizer
+from stillhouse.teachers.local import load_config, load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.source import ModelSource, resolve_model
 from stillhouse.teachers.vocabulary import VocabularyMatch, check_rows, check_same_vocabulary
 
@@ -26,5 +26,6 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "resolve_model",
+    "save_tokenizer",
     "trim_head",
 ]

@@ -6,7 +6,6 @@ to 11 + 8 bits of mantissa, which float32 holds and bfloat16 (8 bits) would roun
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pyto
 from stillhouse.errors import ModelError
 from stillhouse.progress import note
 from stillhouse.teachers.hashing import file_sha256
+from stillhouse.teachers.local import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
 
@@ -136,8 +136,7 @@ def _convert(path: Path, folder: Path) -> None:
     _forget_gguf(model, path)
     with quiet():
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    _clean_tokenizer_config(folder / "tokenizer_config.json")
+        save_tokenizer(tokenizer, folder)
 
 
 @contextmanager
@@ -162,13 +161,3 @@ def _forget_gguf(model: Any, path: Path) -> None:
         if hasattr(model.config, name):
             delattr(model.config, name)
     model.config.name_or_path = path.stem
-
-
-def _clean_tokenizer_config(file: Path) -> None:
-    """Leaves out how the tokenizer was loaded, and names the class that every version knows."""
-    config = json.loads(file.read_text(encoding="utf-8"))
-    for key in ("backend", "is_local", "local_files_only"):
-        config.pop(key, None)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,7 +1,6 @@
 """Training on top of transformers.Trainer: resumable, distributed, and summed before it divides."""
 
 from stillhouse.training.checkpoints import read_metrics
-from stillhouse.training.rows import supervised_rows, supervised_targets
 from stillhouse.training.train import (
     CHECKPOINTS,
     METRICS,
@@ -20,7 +19,5 @@ __all__ = [
     "TrainingResult",
     "plan_batches",
     "read_metrics",
-    "supervised_rows",
-    "supervised_targets",
     "train",
 ]

@@ -20,7 +20,7 @@ from stillhouse.hardware import choose_precision, default_device, peak_memory_by
 from stillhouse.objectives import Term
 from stillhouse.progress import bar, note
 from stillhouse.recipe.schema import TrainRecipe
-from stillhouse.teachers.local import load_model, load_tokenizer
+from stillhouse.teachers.local import load_model, load_tokenizer, save_tokenizer
 from stillhouse.training import checkpoints
 from stillhouse.training.trainer import DistillationTrainer
 
@@ -123,9 +123,7 @@ def train(
     model.requires_grad_(True)
     guide = None
     if teacher is not None:
-        guide = load_model(
-            teacher, dtype=precision.dtype, trust_remote_code=trust_remote_code
-        )
+        guide = load_model(teacher, dtype=precision.dtype, trust_remote_code=trust_remote_code)
     planned_tokens = plan.steps * section.batch_size * windows.context
     with bar("train", total=planned_tokens) as advance:
         advance(meter.step * section.batch_size * windows.context)
@@ -151,7 +149,7 @@ def train(
     trainer.save_model(str(out / MODEL))
     if main:
         (out / MODEL / "training_args.bin").unlink(missing_ok=True)
-        load_tokenizer(student).save_pretrained(out / MODEL)
+        save_tokenizer(load_tokenizer(student), out / MODEL)
     student_size = account.count_parameters(model).head_once
     teacher_size = account.count_parameters(guide).head_once if guide is not None else 0
     return TrainingResult(

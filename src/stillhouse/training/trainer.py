@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
+from stillhouse.data import IGNORED, supervised_rows, supervised_targets
 from stillhouse.errors import TrainingError
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.signals import DenseSignal
 from stillhouse.teachers.backbone import hidden_states, lm_head
 from stillhouse.training.checkpoints import Meter, MetricsFile
-from stillhouse.training.rows import supervised_rows, supervised_targets
 
 HELDOUT_TERMS = (Term("forward_kl"), Term("cross_entropy"))
 
@@ -152,7 +152,7 @@ class DistillationTrainer(Trainer):
         with torch.no_grad():
             for batch in self._heldout_batches():
                 outputs = self.model_wrapped(**batch, signal=self._signal(batch), terms=terms)
-                rows = (batch["labels"][:, 1:] != -100).sum()
+                rows = (batch["labels"][:, 1:] != IGNORED).sum()
                 values = [outputs["terms"][term.divergence] for term in terms]
                 sums += torch.stack([*values, rows]).double()
         sums = self.accelerator.reduce(sums)
@@ -177,7 +177,7 @@ class DistillationTrainer(Trainer):
             first = start + rank * size
             rows = [windows[i] for i in range(first, min(first + size, len(windows)))]
             if not rows:
-                rows = [{**windows[0], "labels": torch.full_like(windows[0]["labels"], -100)}]
+                rows = [{**windows[0], "labels": torch.full_like(windows[0]["labels"], IGNORED)}]
             batches.append(self._prepare_inputs(self.data_collator(rows)))
         return batches
 

