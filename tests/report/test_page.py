@@ -13,6 +13,7 @@ import pytest
 from stillhouse.errors import RunError
 from stillhouse.evaluate.results import Evaluation, Generation
 from stillhouse.report import ReportData, StageCost, render_report, write, write_report
+from stillhouse.report.view import build_page
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 LOADING = {"src", "href", "xlink:href", "data", "poster", "srcset", "action", "background"}
@@ -179,6 +180,29 @@ def test_student_without_a_teacher_has_no_ratio(data: ReportData, evaluation: Ev
     text = Reader(render_report(replace(data, evaluation=alone))).text
     assert "of teacher" not in text
     assert "66" in text
+
+
+def test_student_summary_is_read_to_its_parts(data: ReportData) -> None:
+    """A part's facts stand beside the others, empty ones are left out, notes join the notes."""
+    summary = {
+        "start": "pruned",
+        "parameters": {"total": 107_972_928, "head_once": 107_972_928},
+        "pruning": {
+            "ffn_size": [1536, 1024],
+            "kept_layers": [0, 1, 2, 5],
+            "dropped_layers": [],
+            "notes": ["Layer 3 was hard to refit."],
+        },
+        "notes": ["The vocabulary has 3 padding rows."],
+    }
+    page = build_page(replace(data, student=summary))
+    assert page.student_facts == [
+        ("Start", "pruned"),
+        ("Parameters", "107,972,928"),
+        ("FFN size", "1,536 → 1,024"),
+        ("Kept layers", "0–2, 5"),
+    ]
+    assert {"Layer 3 was hard to refit.", "The vocabulary has 3 padding rows."} <= set(page.notes)
 
 
 def test_data_survives_json(data: ReportData, tmp_path: Path) -> None:

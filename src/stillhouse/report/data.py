@@ -49,8 +49,8 @@ class ReportData:
     title: the run's name. created: date and time as text, shown as it is. recipe: resolved, as
     plain data. teacher: one line of text. history: rows of metrics.jsonl, training rows with
     `step`, `tokens` and `loss`, held-out rows with `step` and `heldout_kl`. student: how the
-    student was made, a flat dictionary. replay: the export's comparison with its source
-    (`stillhouse.export.ReplayResult` as a dictionary).
+    student was made (`stillhouse.students.build_student`); its `notes` join the page's. replay: the
+    export's comparison with its source (`stillhouse.export.ReplayResult` as a dictionary).
     """
 
     title: str

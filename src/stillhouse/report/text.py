@@ -79,7 +79,13 @@ def label(key: str) -> str:
     """A dictionary's key as a label: ffn_size becomes FFN size."""
     words = key.replace("_", " ").replace("heldout", "held-out").strip()
     words = words[:1].upper() + words[1:]
-    for plain, proper in (("ffn", "FFN"), ("kl", "KL"), ("cpu", "CPU"), ("gpu", "GPU")):
+    for plain, proper in (
+        ("ffn", "FFN"),
+        ("kl", "KL"),
+        ("cpu", "CPU"),
+        ("gpu", "GPU"),
+        ("gpus", "GPUs"),
+    ):
         words = " ".join(proper if word.lower() == plain else word for word in words.split(" "))
     return words
 

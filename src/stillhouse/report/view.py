@@ -79,10 +79,10 @@ def build_page(data: ReportData) -> Page:
         stage_charts=charts.stage_charts(data.stages),
         reused=any(stage.reused for stage in data.stages),
         comparison=_comparison(data),
-        student_facts=_facts(data.student),
+        student_facts=_student_facts(data.student),
         replay_facts=_replay_facts(data.replay),
         replay_texts=(data.replay or {}).get("texts", []),
-        notes=list(dict.fromkeys([*data.notes, *evaluation_notes])),
+        notes=list(dict.fromkeys([*data.notes, *_student_notes(data.student), *evaluation_notes])),
         recipe_yaml=yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True, width=88)
         if data.recipe
         else "",
@@ -281,6 +281,29 @@ def _facts(values: dict[str, Any]) -> list[tuple[str, str]]:
         else:
             facts.append((text.label(key), text.describe(value)))
     return facts
+
+
+def _student_facts(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """The summary's facts, those of its parts (pruning) among them; what is empty is left out."""
+    facts = []
+    for key, value in summary.items():
+        if key == "notes" or value in (None, [], {}, ()):
+            continue
+        if key.endswith("parameters") and isinstance(value, dict):
+            facts.append((text.label(key), text.describe(value.get("total"))))
+        elif isinstance(value, dict):
+            facts += _student_facts(value)
+        elif key in ("ffn_size", "layers") and isinstance(value, list | tuple):
+            facts.append((text.label(key), " → ".join(text.describe(size) for size in value)))
+        else:
+            facts.append((text.label(key), text.describe(value)))
+    return facts
+
+
+def _student_notes(summary: dict[str, Any]) -> list[str]:
+    """The notes of the summary and of its parts."""
+    parts = [summary, *(part for part in summary.values() if isinstance(part, dict))]
+    return [str(note) for part in parts for note in part.get("notes", [])]
 
 
 def _replay_facts(replay: dict[str, Any] | None) -> list[tuple[str, str]]:
