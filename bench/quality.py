@@ -77,7 +77,7 @@ def recipe(teacher: str, texts: Path, ffn_size: int, seed: int) -> dict[str, Any
             "heldout_tokens": HELDOUT_TOKENS,
         },
         "student": {"start": "pruned", "ffn_size": ffn_size},
-        "train": {"evaluate_every": 20},
+        "train": {"batch_size": 4},
         "evaluate": {"speed": False},
     }
 

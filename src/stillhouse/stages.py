@@ -279,6 +279,7 @@ def export(job: Job, data: Stage, trained: Stage) -> StagePlan:
             windows=heldout,
             prompts=job.recipe.evaluate.prompts,
             seed=job.recipe.seed,
+            trust_remote_code=job.trust_remote_code,
         )
         return Outcome(summary=asdict(replay), peak_memory_bytes=peak_memory_bytes())
 

@@ -85,5 +85,15 @@ def test_settings_stored_with_a_checkpoint_do_not_leak_in() -> None:
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=8) == expected
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_it_says_nothing_while_it_works(
+    capfd: pytest.CaptureFixture[str], temperature: float
+) -> None:
+    model, tokenizer = endless_model(), toy_tokenizer()
+    model.generation_config.update(do_sample=True, temperature=5.0, top_k=50)
+    generate(model, tokenizer, PROMPTS, max_new_tokens=2, temperature=temperature)
+    assert capfd.readouterr().err == ""
+
+
 def test_no_prompts_no_answers() -> None:
     assert generate(toy_model(), toy_tokenizer(), [], max_new_tokens=4) == []

@@ -48,14 +48,19 @@ def render(table: Table, width: int = 100) -> str:
 
 def test_figures_and_their_percent_of_the_teacher() -> None:
     text = render(retention_table(Evaluation([TEACHER, STUDENT], [])))
-    student = text[text.index("distilled") :].splitlines()
+    student = text[text.index("student") :].splitlines()
     first, second = (line.replace("│", " ").split() for line in student[:2])
     assert first == [
-        *("distilled", "48.5", "0.431", "66.1%", "0.031"),
+        *("student", "48.5", "0.431", "66.1%", "0.031"),
         *("108.0M", "216.0MB", "1,250", "25.0", "800.0MB"),
     ]
     percents = [cell for cell in second if cell.endswith("%")]
     assert percents == ["80%", "80%", "80%", "125%", "125%", "80%"]
+
+
+def test_usual_figures_fit_a_terminal_of_80_columns() -> None:
+    text = render(retention_table(Evaluation([TEACHER, STUDENT], [])), width=80)
+    assert "…" not in text
 
 
 @pytest.mark.parametrize("speed", [STUDENT.speed, None])

@@ -41,7 +41,7 @@ def message(path: Path, overrides: list[str] | None = None) -> str:
 
 def test_the_smallest_recipe_gets_every_default(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, SMALLEST))
-    assert recipe.train.learning_rate == 3e-4
+    assert recipe.train.learning_rate == 1e-4
     assert recipe.objective.terms[0].divergence == "forward_kl"
 
 

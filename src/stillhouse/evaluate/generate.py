@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from stillhouse.teachers.quiet import quiet
+
 BATCH = 8
 
 
@@ -31,7 +33,8 @@ def generate(
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
         config = _config(model, tokenizer, max_new_tokens, temperature)
         devices = [model.device] if model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), torch.inference_mode():
+        # transformers remarks on sampling settings that greedy search does not use.
+        with torch.random.fork_rng(devices=devices), torch.inference_mode(), quiet():
             torch.manual_seed(seed + start)
             output_RL = model.generate(**inputs, generation_config=config)
         new_RL = output_RL[:, inputs["input_ids"].shape[1] :]

@@ -9,9 +9,9 @@ from stillhouse.evaluate.results import Evaluation, ModelResult
 
 ROLE_NAMES = {
     "teacher": "teacher",
-    "untrained": "untrained\nstudent",
-    "student": "distilled\nstudent",
-    "fine_tuned": "fine-tuned\nstudent",
+    "untrained": "untrained",
+    "student": "student",
+    "fine_tuned": "fine-tuned",
 }
 
 
@@ -26,12 +26,12 @@ def retention_table(evaluation: Evaluation) -> Table:
     student can be better calibrated than its teacher.
     """
     teacher = evaluation.result("teacher")
-    table = Table(title="What was kept, and what it costs", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(title="What was kept, and what it costs", box=None, padding=(0, 1, 0, 0))
     table.add_column("model", no_wrap=True)
-    for heading in ("perplexity", "KL\nnats", "top-1", "ECE", "params", "size"):
+    for heading in ("ppl", "KL\nnats", "top-1", "ECE", "params", "size"):
         table.add_column(heading, justify="right", no_wrap=True)
     timed = any(model.speed for model in evaluation.models)
-    for heading in ("prefill\ntok/s", "decode\ntok/s", "peak\nmemory") if timed else ():
+    for heading in ("prefill\ntok/s", "decode\ntok/s", "memory\npeak") if timed else ():
         table.add_column(heading, justify="right", no_wrap=True)
     for model in evaluation.models:
         cells = _quality_cells(model, teacher) + (_speed_cells(model, teacher) if timed else [])

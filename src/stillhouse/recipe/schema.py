@@ -173,7 +173,7 @@ class TrainRecipe(Section):
     micro_batch_size: int | None = Field(
         None, gt=0, description="Windows in one forward pass of one process; null: batch_size."
     )
-    learning_rate: float = Field(3e-4, gt=0, strict=False)
+    learning_rate: float = Field(1e-4, gt=0, strict=False)
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1, strict=False, description="Share of all steps.")
     decay: float = Field(0.2, gt=0, le=1, strict=False, description="wsd: share that decays.")

@@ -21,6 +21,7 @@ from stillhouse.objectives import Term
 from stillhouse.progress import bar, note
 from stillhouse.recipe.schema import TrainRecipe
 from stillhouse.teachers.local import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
 from stillhouse.training.trainer import DistillationTrainer
 
@@ -144,9 +145,11 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Housekeeping(trainer, section, windows.context))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        with quiet():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     done = trainer.meter()
-    trainer.save_model(str(out / MODEL))
+    with quiet():
+        trainer.save_model(str(out / MODEL))
     if main:
         (out / MODEL / "training_args.bin").unlink(missing_ok=True)
         save_tokenizer(load_tokenizer(student), out / MODEL)

@@ -1,0 +1,148 @@
+"""Training throughput of the demo's step, as a fraction of this machine's matrix product rate.
+
+    make bench NAME=step
+
+Teacher forward + student forward and backward + optimizer, with the demo's models and batch, as the
+trainer runs it. FLOPs are counted as 6·P_s + 2·P_t a token, embeddings once, as the head. The
+product rate is measured in the same process, before and after the steps. Each round takes `--steps`
+optimizer steps, and a round of plain fine-tuning steps beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common import Bar, write_results
+from stillhouse import account
+from stillhouse.data import build, open_windows
+from stillhouse.hardware import (
+    choose_precision,
+    default_device,
+    matmul_rate,
+    peak_memory_bytes,
+    tune_allocator,
+)
+from stillhouse.objectives import Term
+from stillhouse.recipe import load_recipe
+from stillhouse.recipe.schema import RandomStudent, Recipe
+from stillhouse.stages import find_models
+from stillhouse.students import build_student
+from stillhouse.teachers import load_model, load_tokenizer
+from stillhouse.training import read_metrics, train
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    tune_allocator()
+    recipe = load_recipe(RECIPE, options.set)
+    device = default_device()
+    precision = choose_precision(recipe.train.precision, device)
+    with tempfile.TemporaryDirectory() as name:
+        job = Setting(recipe, Path(name))
+        rounds = [job.round(n, options.steps, precision.dtype) for n in range(options.rounds)]
+    fractions = [r["fraction"] for r in rounds]
+    bars = [
+        Bar(
+            f"distillation step / {str(precision.dtype).removeprefix('torch.')} product rate "
+            "(median)",
+            statistics.median(fractions),
+            ">=",
+            0.60,
+        )
+    ]
+    figures = {
+        "student_parameters": job.student,
+        "teacher_parameters": job.teacher,
+        "precision": precision.reason,
+        "batch_windows": recipe.train.batch_size,
+        "context": recipe.data.context,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "distillation_over_fine_tuning": statistics.median(r["ratio"] for r in rounds),
+        "its_bound_1_plus_Pt_over_3_Ps": 1 + job.teacher / (3 * job.student),
+        "rounds": rounds,
+    }
+    write_results("step", figures, bars)
+
+
+class Setting:
+    """The demo's models at their sizes; the student's weights do not matter to its speed."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        job = find_models(recipe, RECIPE.parent)
+        self.teacher_path = job.teacher.path
+        tokenizer = load_tokenizer(job.teacher.path)
+        build(recipe.data, tokenizer, seed=0, base=RECIPE.parent, out=folder / "data")
+        self.windows = open_windows(folder / "data" / "train")
+        self.heldout = open_windows(folder / "data" / "heldout")
+        section = RandomStudent(
+            start="random", overrides={"intermediate_size": recipe.student.ffn_size}
+        )
+        summary = build_student(
+            section,
+            teacher=job.teacher,
+            windows=self.windows,
+            seed=0,
+            base=RECIPE.parent,
+            out=folder / "student",
+        )
+        self.student = int(summary["parameters"]["head_once"])
+        teacher = load_model(self.teacher_path, dtype=torch.float32)
+        self.teacher = account.count_parameters(teacher).head_once
+
+    def round(self, number: int, steps: int, dtype: torch.dtype) -> dict[str, Any]:
+        before = matmul_rate(dtype, default_device())
+        order = (
+            ("distillation", "fine_tuning") if number % 2 == 0 else ("fine_tuning", "distillation")
+        )
+        speed = {kind: self.tokens_per_second(kind, number, steps) for kind in order}
+        after = matmul_rate(dtype, default_device())
+        rate = statistics.fmean([before, after])
+        flops = 6 * self.student + 2 * self.teacher
+        return {
+            "tokens_per_s": speed["distillation"],
+            "fine_tuning_tokens_per_s": speed["fine_tuning"],
+            "ratio": speed["fine_tuning"] / speed["distillation"],
+            "matmul_flops_per_s": rate,
+            "fraction": speed["distillation"] * flops / rate,
+        }
+
+    def tokens_per_second(self, kind: str, number: int, steps: int) -> float:
+        """Median over the steps, without the first."""
+        out = self.folder / f"{kind}-{number}"
+        distill = kind == "distillation"
+        section = self.recipe.train.model_copy(
+            update={"max_steps": steps, "checkpoint_every": steps + 1, "evaluate_every": None}
+        )
+        train(
+            self.folder / "student",
+            self.teacher_path if distill else None,
+            self.windows,
+            self.heldout,
+            section=section,
+            terms=[Term("forward_kl") if distill else Term("cross_entropy")],
+            vocabulary=None,
+            seed=0,
+            out=out,
+        )
+        rows = [r["tokens_per_s"] for r in read_metrics(out / "metrics.jsonl") if "loss" in r]
+        # Rows count supervised tokens; all tokens of a window are computed.
+        all_tokens = self.windows.context * len(self.windows) / self.windows.supervised_tokens
+        return statistics.median(rows[1:]) * all_tokens
+
+
+if __name__ == "__main__":
+    main()
