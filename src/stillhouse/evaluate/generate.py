@@ -31,10 +31,10 @@ def generate(
     for start in range(0, len(prompts), BATCH):
         inputs = _left_padded([_prompt_ids(tokenizer, text) for text in prompts[start:][:BATCH]])
         inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        config = _config(model, tokenizer, max_new_tokens, temperature)
         devices = [model.device] if model.device.type == "cuda" else []
         # transformers remarks on sampling settings that greedy search does not use.
         with torch.random.fork_rng(devices=devices), torch.inference_mode(), quiet():
+            config = _config(model, tokenizer, max_new_tokens, temperature)
             torch.manual_seed(seed + start)
             output_RL = model.generate(**inputs, generation_config=config)
         new_RL = output_RL[:, inputs["input_ids"].shape[1] :]
