@@ -116,7 +116,7 @@ def with_signal(case: Case, kind: str, temperature: float = 1.0, k: int = 4, dra
         return replace(case, signal=LogitsSignal(logits_NV))
     if kind == "sparse":
         top = log_probs_NV.topk(min(k, vocab))
-        tail_N = (1 - top.values.exp().sum(1)).clamp(0, 1)
+        tail_N = (1 - top.values.exp().sum(1)).clamp(0, 1) * (k < vocab)
         return replace(case, signal=SparseSignal(top.indices, top.values, tail_N, temperature))
     ids_NK = torch.multinomial(log_probs_NV.exp(), draws, replacement=True)
     counts_NK = torch.randint(0, 3, ids_NK.shape).to(logits_NV.dtype)

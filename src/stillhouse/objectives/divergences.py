@@ -178,8 +178,7 @@ def _mixture(pair: Pair, of_teacher: float) -> Tensor:
     Where both underflow, the smallest normal number stands in: what it is multiplied with is 0
     there, and the logarithm of 0 would turn the product into NaN.
     """
-    mixture_bX = torch.mul(pair.q_bX, 1.0 - of_teacher, out=pair.work_bX)
-    mixture_bX.add_(pair.p_bX, alpha=of_teacher)
+    mixture_bX = torch.lerp(pair.q_bX, pair.p_bX, of_teacher, out=pair.work_bX)
     return mixture_bX.clamp_(min=torch.finfo(mixture_bX.dtype).tiny)
 
 

@@ -30,7 +30,7 @@ CHUNK_ROWS_CPU = 256
 CHUNK_ROWS_CUDA = 2048
 CHUNK_BYTES_CPU = 32 << 20
 """About this much for one model's logits of a chunk on a CPU."""
-BLOCK_ELEMENTS_CPU = 16 * 49152
+BLOCK_ELEMENTS_CPU = 1 << 19
 BLOCK_ELEMENTS_CUDA = 1 << 26
 IMPOSSIBLE = -1e4
 """A logit whose probability is 0 in every dtype, in place of −inf (−inf · 0 would be NaN)."""

@@ -1,0 +1,357 @@
+"""Time and memory of the fused loss beside its peers: `python -m bench.losses`.
+
+Every figure is taken in a process of its own. Times: after a check that all contenders compute
+the same loss and gradients, forward and backward of each in turn, the order rotated from round to
+round; the smallest of the rounds counts, all are kept. Memory: the peak of resident memory (on a
+GPU: of allocated memory) during one forward and backward, less what was resident before.
+The floor is the time of the four matrix products alone, in the same dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.common import Bar, write_results
+from bench.contenders import (
+    CONTENDERS,
+    Problem,
+    defined,
+    installed,
+    make_problem,
+    matmul_floor,
+    quiet,
+    run,
+    stillhouse,
+    term_for,
+)
+from stillhouse.hardware import synchronize, tune_allocator
+from stillhouse.objectives import Term, fused_loss
+from stillhouse.signals import DenseSignal, LMHead, SparseSignal
+
+NAMES = {0.0: "forward KL", 0.5: "JSD"}
+PEERS = [name for name in CONTENDERS if name != "stillhouse"]
+AGREEMENT = {"float32": 1e-4, "bfloat16": 0.05}
+SEED = 0
+WRAP_HELP = "put before each measuring command, e.g. 'taskset -c 0,1'; or set BENCH_WRAP"
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    synchronize(device)
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def rounds_of(contenders: dict[str, Callable[[], object]], rounds: int, device: str):
+    """Each contender's times, the order rotated from round to round."""
+    names = list(contenders)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            times[name].append(seconds(contenders[name], device))
+    return times
+
+
+def problem_of(options: argparse.Namespace, **changes: Any) -> Problem:
+    return make_problem(
+        options.rows,
+        options.vocab,
+        options.width,
+        **{
+            "masked": options.masked,
+            "beta": options.beta,
+            "dtype": getattr(torch, options.dtype),
+            "device": options.device,
+            "seed": SEED,
+            **changes,
+        },
+    )
+
+
+# --- what one process measures -------------------------------------------------------------
+
+
+def measure_time(options: argparse.Namespace) -> dict[str, Any]:
+    problem = problem_of(options)
+    wanted = [n for n in CONTENDERS if installed(n) and defined(n, options.beta)]
+    # Held outside of the problem, so that the next contender cannot overwrite them.
+    reference = [run(stillhouse, problem), *(leaf.grad.clone() for leaf in problem.leaves)]
+    agreement, contenders = {}, {}
+    for name in wanted:
+        try:
+            found = [run(CONTENDERS[name], problem), *(leaf.grad for leaf in problem.leaves)]
+        except RuntimeError as error:  # a peer that cannot run this dtype or device
+            agreement[name] = f"does not run: {str(error).splitlines()[0]}"
+            continue
+        gaps = [
+            float((a.float() - b.float()).norm() / b.float().norm())
+            for a, b in zip(found, reference, strict=True)
+        ]
+        agreement[name] = gaps
+        if max(gaps) > AGREEMENT[options.dtype]:
+            print(f"{name} computes something else: {gaps}", file=sys.stderr)
+            continue
+        contenders[name] = lambda name=name: run(CONTENDERS[name], problem)
+    for rows in (256, 512):
+        contenders[f"floor {rows}"] = lambda rows=rows: matmul_floor(problem, rows)
+    rounds_of({n: c for n, c in contenders.items() if n.startswith("floor")}, 1, options.device)
+    times = rounds_of(contenders, options.rounds, options.device)
+    return {"relative_gaps_of_loss_and_gradients": agreement, "seconds": times}
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    loss = CONTENDERS[options.contender]
+    with_imports = make_problem(
+        8, 64, 8, beta=options.beta, dtype=getattr(torch, options.dtype), device=options.device
+    )
+    run(loss, with_imports)
+    problem = problem_of(options)
+    if options.device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(loss, problem)
+        return {"bytes": torch.cuda.max_memory_allocated() - before}
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
+    run(loss, problem)
+    return {"bytes": _status("VmHWM") - before}
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def measure_fractions(options: argparse.Namespace) -> dict[str, Any]:
+    problems = {f: problem_of(options, masked=1 - f) for f in (0.1, 0.5, 1.0)}
+    contenders = {str(f): lambda p=p: run(stillhouse, p) for f, p in problems.items()}
+    rounds_of(contenders, 1, options.device)
+    return {"seconds": rounds_of(contenders, options.rounds, options.device)}
+
+
+def measure_sparse(options: argparse.Namespace) -> dict[str, Any]:
+    problem = problem_of(options, masked=0.0)
+    term = term_for(options.beta)
+    sparse_parts = []
+    with torch.no_grad():
+        for rows in problem.teacher_ND.split(128):
+            log_p = torch.log_softmax((rows @ problem.teacher_VD.T).float(), -1)
+            top = log_p.topk(64)
+            sparse_parts.append(
+                (top.indices, top.values, (1 - top.values.exp().sum(-1)).clamp_min(0))
+            )
+    sparse = SparseSignal(*(torch.cat(parts) for parts in zip(*sparse_parts, strict=True)))
+    dense = DenseSignal(problem.teacher_ND, LMHead(problem.teacher_VD))
+
+    def of(signal: DenseSignal | SparseSignal) -> Callable[[], object]:
+        def loss(p: Problem) -> torch.Tensor:
+            return fused_loss(p.hidden_ND, LMHead(p.weight_VD), [term], signal=signal).total
+
+        return lambda: run(loss, problem)
+
+    contenders = {"dense": of(dense), "sparse": of(sparse)}
+    rounds_of(contenders, 1, options.device)
+    return {"seconds": rounds_of(contenders, options.rounds, options.device)}
+
+
+def measure_step(options: argparse.Namespace) -> dict[str, Any]:
+    """A distillation step beside a plain fine-tuning step of the same student."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    dtype, device = getattr(torch, options.dtype), options.device
+    torch.manual_seed(SEED)
+
+    def model(layers: int) -> Any:
+        config = LlamaConfig(
+            hidden_size=512,
+            intermediate_size=1536,
+            num_hidden_layers=layers,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            vocab_size=options.vocab,
+            tie_word_embeddings=True,
+        )
+        return LlamaForCausalLM(config).to(device, dtype)
+
+    teacher, student = model(16).eval(), model(8)
+    ids_RL = torch.randint(0, options.vocab, (8, options.rows // 8), device=device)
+
+    def step(distill: bool) -> None:
+        student.zero_grad(set_to_none=True)
+        signal = None
+        if distill:
+            with torch.no_grad():
+                hidden_ND = teacher.model(ids_RL).last_hidden_state[:, :-1].flatten(0, 1)
+            signal = DenseSignal(hidden_ND, LMHead(teacher.lm_head.weight))
+        hidden_ND = student.model(ids_RL).last_hidden_state[:, :-1].flatten(0, 1)
+        fused_loss(
+            hidden_ND,
+            LMHead(student.lm_head.weight),
+            [Term("forward_kl" if distill else "cross_entropy")],
+            signal=signal,
+            targets_N=ids_RL[:, 1:].flatten(),
+            scale=1.0 / len(hidden_ND),
+        ).total.backward()
+
+    contenders = {"distillation": lambda: step(True), "fine-tuning": lambda: step(False)}
+    rounds_of(contenders, 1, device)
+    counts = [sum(p.numel() for p in m.parameters()) for m in (student, teacher)]
+    return {
+        "seconds": rounds_of(contenders, options.rounds, device),
+        "student_parameters": counts[0],
+        "teacher_parameters": counts[1],
+    }
+
+
+MEASURES = {
+    "time": measure_time,
+    "memory": measure_memory,
+    "fractions": measure_fractions,
+    "sparse": measure_sparse,
+    "step": measure_step,
+}
+
+
+# --- all of them ---------------------------------------------------------------------------
+
+
+def ask(options: argparse.Namespace, measure: str, **changes: Any) -> dict[str, Any]:
+    """Runs one measurement in a process of its own."""
+    settings = {**vars(options), **changes, "measure": measure}
+    settings.pop("wrap")
+    arguments = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
+    command = [*shlex.split(options.wrap), sys.executable, "-m", "bench.losses", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": done.stderr.strip().splitlines()[-1][:300]}
+    result = json.loads(done.stdout.splitlines()[-1])
+    print(measure, changes, json.dumps(result.get("seconds", result)), flush=True)
+    return result
+
+
+def best(times: dict[str, list[float]], prefix: str) -> float:
+    """The smallest of all rounds of all contenders whose name starts so."""
+    return min(min(values) for name, values in times.items() if name.startswith(prefix))
+
+
+def time_bars(kind: str, dtype: str, times: dict[str, list[float]], bar: float) -> list[Bar]:
+    ours = best(times, "stillhouse")
+    peers = {name: min(v) for name, v in times.items() if name in PEERS}
+    fastest = min(peers, key=lambda name: peers[name])
+    return [
+        Bar(f"{kind} {dtype}: time / fastest peer ({fastest})", ours / peers[fastest], "<=", bar),
+        Bar(f"{kind} {dtype}: matmul floor / time", best(times, "floor") / ours, ">=", 0.8),
+    ]
+
+
+def memory_bars(kind: str, memory: dict[str, dict[str, Any]]) -> list[Bar]:
+    found = {name: got["bytes"] for name, got in memory.items() if "bytes" in got}
+    ours = found.pop("stillhouse")
+    bars = []
+    if "trl gkd" in found:
+        bars.append(Bar(f"{kind}: peak / TRL GKD", ours / found["trl gkd"], "<=", 1 / 30))
+    if found:
+        name = min(found, key=lambda peer: found[peer])
+        bars.append(Bar(f"{kind}: peak / best peer ({name})", ours / found[name], "<=", 1 / 4))
+    return bars
+
+
+def other_bars(figures: dict[str, Any]) -> list[Bar]:
+    fractions = figures["fractions"]["seconds"]
+    whole = min(fractions["1.0"])
+    bars = [
+        Bar(
+            f"time at {f} supervised / {f} of the time at 1",
+            min(fractions[f]) / whole / float(f),
+            "<=",
+            1.15,
+        )
+        for f in ("0.1", "0.5")
+    ]
+    for kind in NAMES.values():
+        sparse = figures[f"sparse {kind}"]["seconds"]
+        ratio = min(sparse["sparse"]) / min(sparse["dense"])
+        bars.append(Bar(f"{kind}: sparse (K=64 + tail) / dense", ratio, "<=", 0.8))
+    step = figures["step"]
+    expected = 1 + step["teacher_parameters"] / (3 * step["student_parameters"])
+    ratio = min(step["seconds"]["distillation"]) / min(step["seconds"]["fine-tuning"])
+    bars.append(Bar("distillation step / fine-tuning step, over 1 + P_t/3P_s", ratio / expected,
+                    "<=", 1.1))  # fmt: skip
+    return bars
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rows", type=int, default=2048)
+    parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--masked", type=float, default=0.25)
+    parser.add_argument("--beta", type=float, default=0.5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--allocator", default="tuned", choices=["tuned", "default"])
+    parser.add_argument("--contender", default="stillhouse")
+    parser.add_argument("--measure", choices=MEASURES, help="one measurement, in this process")
+    parser.add_argument("--wrap", default=os.environ.get("BENCH_WRAP", ""), help=WRAP_HELP)
+    options = parser.parse_args()
+    if options.measure:
+        if options.allocator == "tuned" and options.measure != "memory":
+            tune_allocator()
+        with quiet():
+            print(json.dumps(MEASURES[options.measure](options)))
+        return
+    figures: dict[str, Any] = {
+        "settings": {k: v for k, v in vars(options).items() if k != "wrap"},
+        "peers": {name: _version(name) for name in ("trl", "liger-kernel", "orda-kernel")},
+    }
+    bars: list[Bar] = []
+    for beta, kind in NAMES.items():
+        for dtype in ("float32", "bfloat16") if options.device == "cpu" else ("bfloat16",):
+            key = f"{kind} {dtype}"
+            figures[f"time {key}"] = got = ask(options, "time", beta=beta, dtype=dtype)
+            bars += time_bars(kind, dtype, got["seconds"], 0.45 if beta == 0.5 else 0.65)
+            memory = {
+                name: ask(options, "memory", beta=beta, dtype=dtype, contender=name)
+                for name in CONTENDERS
+                if installed(name) and defined(name, beta)
+            }
+            figures[f"memory {key}"] = memory
+            bars += memory_bars(key, memory)
+        figures[f"sparse {kind}"] = ask(options, "sparse", beta=beta)
+    if options.device == "cpu":
+        figures["time forward KL float32, allocator as it is"] = ask(
+            options, "time", beta=0.0, dtype="float32", allocator="default", rounds=2
+        )
+    figures["fractions"] = ask(options, "fractions", beta=0.0)
+    figures["step"] = ask(options, "step", dtype="float32", rows=1024)
+    bars += other_bars(figures)
+    name = "losses" if options.device == "cpu" else "losses-cuda"
+    write_results(name, figures, bars, seeds=[SEED])
+
+
+if __name__ == "__main__":
+    main()

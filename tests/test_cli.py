@@ -1,0 +1,153 @@
+"""The verbs, their help, and how errors look."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from stillhouse import cli
+from stillhouse.check import Finding, check_recipe
+from stillhouse.errors import StillhouseError
+from tests import tiny
+
+VERBS = ("run", "check", "preview", "evaluate", "report", "doctor", "schema")
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments))
+
+
+def write(folder: Path, **sections: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny.recipe(folder, **sections)))
+    return path
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_runnable_example_in_its_help(verb: str) -> None:
+    result = call(verb, "--help")
+    assert result.exit_code == 0
+    assert f"stillhouse {verb}" in result.output
+
+
+def test_the_verbs_are_those() -> None:
+    assert {
+        command.name or command.callback.__name__ for command in cli.app.registered_commands
+    } == {*VERBS}
+
+
+def test_doctor_shows_versions_and_extras() -> None:
+    output = call("doctor").output
+    for word in ("torch", "transformers", "precision", "memory", "extra eval"):
+        assert word in output
+
+
+def test_schema_is_json() -> None:
+    assert json.loads(call("schema").output)["title"] == "Stillhouse recipe"
+
+
+def test_preview_shows_the_text(tmp_path: Path) -> None:
+    output = call("preview", str(write(tmp_path)), "--rows", "2").output
+    assert any(word in output for word in ("cat", "dog", "friend", "man", "she"))
+
+
+def test_run_then_report_and_evaluate(tmp_path: Path) -> None:
+    recipe = write(tmp_path)
+    result = call("run", str(recipe))
+    assert result.exit_code == 0, result.output
+    assert "teacher" in result.output
+    assert call("report", str(tmp_path / "run"), "--out", str(tmp_path / "r.html")).exit_code == 0
+    assert (tmp_path / "r.html").read_text() == (tmp_path / "run" / "report.html").read_text()
+    figures = tmp_path / "figures.json"
+    assert call("evaluate", str(recipe), "--json", str(figures)).exit_code == 0
+    assert [m["role"] for m in json.loads(figures.read_text())["models"]] == ["teacher", "student"]
+
+
+def test_a_users_error_is_one_message_without_a_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["stillhouse", "run", "nowhere.yaml"])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the recipe file is missing")
+    assert "Traceback" not in error
+
+
+def test_a_bug_says_that_it_is_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 2
+    assert "this is a bug in Stillhouse" in capsys.readouterr().err
+
+
+# --- check -------------------------------------------------------------------------------------
+
+
+def levels(findings: list[Finding]) -> set[str]:
+    return {finding.level for finding in findings}
+
+
+def text_of(findings: list[Finding], topic: str) -> str:
+    return next(finding.text for finding in findings if finding.topic == topic)
+
+
+def test_a_good_recipe_has_no_error_and_leaves_no_run_folder(tmp_path: Path) -> None:
+    findings = check_recipe(write(tmp_path))
+    assert levels(findings) == {"ok", "estimate"}
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_estimated_sizes_are_the_real_ones(tmp_path: Path) -> None:
+    findings = check_recipe(write(tmp_path))
+    teacher, student = tiny.llama(), tiny.llama(intermediate_size=32)
+    share = student.num_parameters() / teacher.num_parameters()
+    assert f"{share:.0%} of the teacher's" in text_of(findings, "student")
+    everything = sum(len(line) + 1 for line in tiny.text(400).splitlines())
+    assert f"{everything:,} tokens" in text_of(findings, "data")
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"teacher": {"model": "./nowhere"}}, "nowhere"),
+        ({"student": {"ffn_size": 999}}, "ffn_size: 999"),
+        ({"train": {"batch_size": 4, "micro_batch_size": 3}}, "not a multiple"),
+        ({"train": {"report_to": ["no_such_tracker"]}}, "no_such_tracker is not installed"),
+        ({"data": {"sources": [{"kind": "text", "path": "missing.txt"}]}}, "missing.txt"),
+    ],
+    ids=["teacher", "size", "batch", "tracker", "source"],
+)
+def test_what_would_fail_is_an_error_and_the_exit_status_is_1(
+    tmp_path: Path, sections: dict[str, Any], expected: str
+) -> None:
+    recipe = write(tmp_path, **sections)
+    findings = check_recipe(recipe)
+    assert expected in " ".join(f.text for f in findings if f.level == "error")
+    assert call("check", str(recipe)).exit_code == 1
+
+
+def test_a_chat_row_that_is_too_long_is_found(tmp_path: Path) -> None:
+    rows = [{"prompt": "a" * 40, "completion": "b" * 40}] * 3
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"kind": "jsonl", "path": str(tmp_path / "rows.jsonl")}
+    findings = check_recipe(write(tmp_path, data={"sources": [source]}))
+    assert "error" in levels(findings)
+    assert "a row has 81 tokens" in " ".join(finding.text for finding in findings)
+
+
+def test_an_error_has_what_where_and_fix() -> None:
+    error = StillhouseError("it broke", where="here", fix="mend it")
+    assert str(error) == "it broke\n  where: here\n  fix:   mend it"

@@ -1,0 +1,72 @@
+"""What the documents show is run, so that none of it can rot."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def blocks(language: str = "") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(program: str) -> list[str]:
+    lines = [line.partition("#")[0].strip() for block in blocks() for line in block.splitlines()]
+    return [line for line in lines if line.startswith(program + " ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which recipes/demo.yaml is a tiny recipe of the same shape."""
+    folder = tmp_path_factory.mktemp("readme")
+    raw = tiny.recipe(folder, name="demo", folder="runs/demo")
+    (folder / "recipes").mkdir()
+    (folder / "recipes" / "demo.yaml").write_text(yaml.safe_dump(raw))
+    return folder
+
+
+def test_every_stillhouse_command_of_the_readme_runs(folder: Path) -> None:
+    found = commands("stillhouse")
+    verbs = [shlex.split(line)[1] for line in found]
+    assert verbs == ["check", "preview", "run", "evaluate", "report", "doctor"]
+    for line in found:
+        done = subprocess.run(
+            [sys.executable, "-m", *shlex.split(line)], cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+def test_every_python_block_of_the_readme_runs(folder: Path) -> None:
+    found = blocks("python")
+    assert len(found) == 2
+    for block in found:
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("line", commands("make"))
+def test_every_make_target_of_the_readme_exists(line: str) -> None:
+    assert re.search(rf"^{line.split()[1]}:", MAKEFILE, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_links_and_named_paths_exist(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (document.parent / target).exists(), target
+    for path in re.findall(r"`((?:docs|recipes|bench|tests)/[\w/.]+\.\w+)`", text):
+        assert (ROOT / path).exists() or "results" in path, path
