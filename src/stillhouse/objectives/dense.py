@@ -98,9 +98,11 @@ def any_divergence(
     lse_s_b = softmax_(zs_bV, out_bV=q_bV)
     lse_t_b = softmax_(zt_bV, out_bV=p_bV)
     pair = Pair(
-        log_p_bX=zt_bV.sub_(lse_t_b[:, None]),
+        score_p_bX=zt_bV,
+        lse_p_b=lse_t_b,
         p_bX=p_bV,
-        log_q_bX=zs_bV.sub_(lse_s_b[:, None]),
+        score_q_bX=zs_bV,
+        lse_q_b=lse_s_b,
         q_bX=q_bV,
         work_bX=space.buffer("work", rows),
         more_bX=space.buffer("more", rows),

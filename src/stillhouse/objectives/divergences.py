@@ -21,37 +21,50 @@ NUCLEUS_GUESS = 1024
 """Likeliest tokens that are looked at first when a row's nucleus is sought on a CPU."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pair:
-    """Both distributions of a block of rows, and two buffers of the same shape to work in."""
+    """Both distributions of a block of rows, and two buffers of the same shape to work in.
 
-    log_p_bX: Tensor
+    log p = score_p − lse_p. Most formulas take the scores as they are, since a constant of a row
+    is cheaper to subtract from a sum than from the row.
+    """
+
+    score_p_bX: Tensor
+    lse_p_b: Tensor
     p_bX: Tensor
-    log_q_bX: Tensor
+    score_q_bX: Tensor
+    lse_q_b: Tensor
     q_bX: Tensor
     work_bX: Tensor
     more_bX: Tensor
 
-    def expect(self, weights_bX: Tensor, values_bX: Tensor) -> Tensor:
-        """Σ weights · values of each row; `values` is overwritten."""
-        return values_bX.mul_(weights_bX).sum(-1)
+    def normalize(self) -> tuple[Tensor, Tensor]:
+        """log p and log q themselves: the scores, in place."""
+        self.score_p_bX.sub_(self.lse_p_b[:, None])
+        self.score_q_bX.sub_(self.lse_q_b[:, None])
+        self.lse_p_b = torch.zeros_like(self.lse_p_b)
+        self.lse_q_b = torch.zeros_like(self.lse_q_b)
+        return self.score_p_bX, self.score_q_bX
 
 
 Divergence = Callable[[Pair, Term, Tensor], Tensor]
-"""(both distributions, the term, h to be filled) → value of each row."""
+"""(both distributions, the term, h to be filled) → value of each row.
+
+h is left divided by the term's `gradient_factor`.
+"""
 
 
 def forward_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
     """KL(p ‖ q) = Σ p log(p / q)."""
-    log_ratio_bX = torch.sub(pair.log_p_bX, pair.log_q_bX, out=pair.work_bX)
     torch.neg(pair.p_bX, out=h_bX)
-    return pair.expect(pair.p_bX, log_ratio_bX)
+    ratio_bX = torch.sub(pair.score_p_bX, pair.score_q_bX, out=pair.work_bX)
+    return _expect(pair.p_bX, ratio_bX) - pair.lse_p_b + pair.lse_q_b
 
 
 def reverse_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
     """KL(q ‖ p) = Σ q log(q / p)."""
-    torch.sub(pair.log_q_bX, pair.log_p_bX, out=h_bX)
-    return pair.expect(pair.q_bX, h_bX)
+    torch.sub(pair.score_q_bX, pair.score_p_bX, out=h_bX)
+    return _expect(pair.q_bX, h_bX) - pair.lse_q_b + pair.lse_p_b
 
 
 def jsd(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
@@ -60,11 +73,10 @@ def jsd(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
     It goes to 0 as β goes to 0 or 1; it does not become a KL divergence there.
     """
     beta = term.parameters["beta"]
-    log_m_bX = _log_mixture(pair, beta)
-    torch.sub(pair.log_q_bX, log_m_bX, out=h_bX)
-    of_student_b = pair.expect(pair.q_bX, h_bX)
-    h_bX.mul_(1.0 - beta)
-    of_teacher_b = pair.expect(pair.p_bX, torch.sub(pair.log_p_bX, log_m_bX, out=pair.more_bX))
+    if beta in (0.0, 1.0):
+        return h_bX.zero_().sum(-1)
+    log_m_bX = _mixture(pair, beta).log_()
+    of_teacher_b, of_student_b = _both_from_mixture(pair, log_m_bX, h_bX)
     return of_teacher_b.mul_(beta).add_(of_student_b, alpha=1.0 - beta)
 
 
@@ -75,9 +87,7 @@ def normalized_jsd(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
         return forward_kl(pair, term, h_bX)
     if beta == 1.0:
         return reverse_kl(pair, term, h_bX)
-    value_b = jsd(pair, term, h_bX)
-    h_bX.div_(beta * (1.0 - beta))
-    return value_b.div_(beta * (1.0 - beta))
+    return jsd(pair, term, h_bX).div_(beta * (1.0 - beta))
 
 
 def skew_forward_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
@@ -87,8 +97,8 @@ def skew_forward_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
         return forward_kl(pair, term, h_bX)
     mixture_bX = _mixture(pair, alpha)
     torch.mul(pair.p_bX, pair.q_bX, out=h_bX).div_(mixture_bX).mul_(alpha - 1.0)
-    log_ratio_bX = torch.sub(pair.log_p_bX, mixture_bX.log_(), out=mixture_bX)
-    return pair.expect(pair.p_bX, log_ratio_bX)
+    ratio_bX = torch.sub(pair.score_p_bX, mixture_bX.log_(), out=mixture_bX)
+    return _expect(pair.p_bX, ratio_bX) - pair.lse_p_b
 
 
 def skew_reverse_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
@@ -98,8 +108,8 @@ def skew_reverse_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
         return reverse_kl(pair, term, h_bX)
     mixture_bX = _mixture(pair, 1.0 - alpha)
     share_bX = torch.div(pair.q_bX, mixture_bX, out=pair.more_bX).mul_(alpha)
-    torch.sub(pair.log_q_bX, mixture_bX.log_(), out=h_bX)
-    value_b = pair.expect(pair.q_bX, h_bX)
+    torch.sub(pair.score_q_bX, mixture_bX.log_(), out=h_bX)
+    value_b = _expect(pair.q_bX, h_bX) - pair.lse_q_b
     h_bX.sub_(share_bX.mul_(pair.q_bX))
     return value_b
 
@@ -118,21 +128,22 @@ def alpha_beta(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
     (1, 0) is KL(p ‖ q), (0, 1) is KL(q ‖ p).
     """
     alpha, beta = (term.parameters[name] for name in ("alpha", "beta"))
+    log_p_bX, log_q_bX = pair.normalize()
     if alpha == 0.0:  # (q^β log(q^β / p^β) − q^β + p^β) / β²
-        power_bX = torch.mul(pair.log_q_bX, beta, out=pair.work_bX).exp_()
-        torch.sub(pair.log_q_bX, pair.log_p_bX, out=h_bX).mul_(power_bX)
-        other_bX = torch.mul(pair.log_p_bX, beta, out=pair.more_bX).exp_()
+        power_bX = torch.mul(log_q_bX, beta, out=pair.work_bX).exp_()
+        torch.sub(log_q_bX, log_p_bX, out=h_bX).mul_(power_bX)
+        other_bX = torch.mul(log_p_bX, beta, out=pair.more_bX).exp_()
         return (h_bX.sum(-1) * beta + other_bX.sum(-1) - power_bX.sum(-1)) / beta**2
-    student_bX = torch.mul(pair.log_q_bX, alpha + beta, out=h_bX).exp_()
-    teacher_bX = torch.mul(pair.log_p_bX, alpha + beta, out=pair.work_bX).exp_()
+    student_bX = torch.mul(log_q_bX, alpha + beta, out=h_bX).exp_()
+    teacher_bX = torch.mul(log_p_bX, alpha + beta, out=pair.work_bX).exp_()
     student_b, teacher_b = student_bX.sum(-1), teacher_bX.sum(-1)
     if beta == 0.0:  # (p^α log(p^α / q^α) − p^α + q^α) / α²
         h_bX.sub_(teacher_bX).div_(alpha)
-        log_ratio_bX = torch.sub(pair.log_p_bX, pair.log_q_bX, out=pair.more_bX)
-        cross_b = pair.expect(teacher_bX, log_ratio_bX)
+        log_ratio_bX = torch.sub(log_p_bX, log_q_bX, out=pair.more_bX)
+        cross_b = _expect(teacher_bX, log_ratio_bX)
         return (cross_b * alpha - teacher_b + student_b) / alpha**2
-    cross_bX = torch.mul(pair.log_p_bX, alpha, out=pair.work_bX)
-    cross_bX.add_(pair.log_q_bX, alpha=beta).exp_()
+    cross_bX = torch.mul(log_p_bX, alpha, out=pair.work_bX)
+    cross_bX.add_(log_q_bX, alpha=beta).exp_()
     h_bX.sub_(cross_bX).div_(alpha)
     mean_b = (alpha * teacher_b + beta * student_b) / (alpha + beta)
     return (mean_b - cross_bX.sum(-1)) / (alpha * beta)
@@ -182,8 +193,17 @@ def _mixture(pair: Pair, of_teacher: float) -> Tensor:
     return mixture_bX.clamp_(min=torch.finfo(mixture_bX.dtype).tiny)
 
 
-def _log_mixture(pair: Pair, of_teacher: float) -> Tensor:
-    return _mixture(pair, of_teacher).log_()
+def _both_from_mixture(pair: Pair, log_m_bX: Tensor, h_bX: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ M) and KL(q ‖ M) of each row; h = q log(q / M)."""
+    torch.sub(pair.score_q_bX, log_m_bX, out=h_bX)
+    of_student_b = _expect(pair.q_bX, h_bX) - pair.lse_q_b
+    ratio_bX = torch.sub(pair.score_p_bX, log_m_bX, out=log_m_bX)
+    return _expect(pair.p_bX, ratio_bX) - pair.lse_p_b, of_student_b
+
+
+def _expect(weights_bX: Tensor, values_bX: Tensor) -> Tensor:
+    """Σ weights · values of each row; `values` is overwritten with its summands."""
+    return values_bX.mul_(weights_bX).sum(-1)
 
 
 def _nucleus_threshold(p_bX: Tensor, mass: float) -> Tensor:

@@ -46,7 +46,7 @@ def group_by_temperature(terms: Sequence[Term]) -> tuple[list[Group], float]:
     all of them by their sum makes the coefficient of a lone term 1, so that no pass over the
     logits is spent on it: the sum is folded into the matrix products that follow.
     """
-    raw = [term.weight * term.factor / term.temperature for term in terms]
+    raw = [term.weight * term.factor * term.gradient_factor / term.temperature for term in terms]
     common = sum(raw) or 1.0
     groups = []
     for temperature in sorted({term.temperature for term in terms}):

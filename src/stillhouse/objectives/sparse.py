@@ -40,13 +40,17 @@ def bucketed(
     log_q_bB = z_bB.sub_(lse_b[:, None]).clamp_(min=LOG_FLOOR * 10)
     log_p_bB = torch.cat([teacher.log_probs_NK, teacher.tail_N.log()[:, None]], 1)
     log_p_bB = log_p_bB.to(log_q_bB.dtype).clamp_(min=LOG_FLOOR)
+    zero_b = torch.zeros_like(lse_b)
+    p_bB = torch.cat([teacher.log_probs_NK.exp(), teacher.tail_N[:, None]], 1)
     pair = Pair(
-        log_p_bB,
-        torch.cat([teacher.log_probs_NK.exp(), teacher.tail_N[:, None]], 1).to(log_q_bB.dtype),
-        log_q_bB,
-        log_q_bB.exp(),
-        torch.empty_like(log_q_bB),
-        torch.empty_like(log_q_bB),
+        score_p_bX=log_p_bB,
+        lse_p_b=zero_b,
+        p_bX=p_bB.to(log_q_bB.dtype),
+        score_q_bX=log_q_bB,
+        lse_q_b=zero_b,
+        q_bX=log_q_bB.exp(),
+        work_bX=torch.empty_like(log_q_bB),
+        more_bX=torch.empty_like(log_q_bB),
     )
     h_bB = sum_divergences(
         group, pair, losses_Mb, torch.empty_like(log_q_bB), torch.empty_like(log_q_bB)

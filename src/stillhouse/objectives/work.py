@@ -27,8 +27,10 @@ from stillhouse.signals import (
 )
 
 CHUNK_ROWS_CPU = 256
+NARROW_CHUNK_ROWS_CPU = 512
+"""In 16 bits, where products are some three times as fast, so that the rest weighs more."""
 CHUNK_ROWS_CUDA = 2048
-CHUNK_BYTES_CPU = 32 << 20
+CHUNK_BYTES_CPU = 64 << 20
 """About this much for one model's logits of a chunk on a CPU."""
 BLOCK_ELEMENTS_CPU = 1 << 19
 BLOCK_ELEMENTS_CUDA = 1 << 26
@@ -58,8 +60,9 @@ class Plan:
         elif device.type != "cpu":
             wanted = CHUNK_ROWS_CUDA
         else:
+            most = NARROW_CHUNK_ROWS_CPU if self.dtype.itemsize < 4 else CHUNK_ROWS_CPU
             fit = CHUNK_BYTES_CPU // (self.vocab_size * self.dtype.itemsize)
-            wanted = min(CHUNK_ROWS_CPU, max(32, fit))
+            wanted = min(most, max(32, fit))
         return max(1, min(wanted, rows))
 
     def block(self, device: torch.device, chunk: int) -> int:
