@@ -34,6 +34,7 @@ def check_inputs(
     """Checks shapes and, on a CPU, values; gives the number of shared vocabulary rows."""
     if not terms:
         raise SignalError("the loss has no terms", fix="give at least one Term")
+    _refuse_sharded(hidden_ND, head, signal)
     check_rows("hidden_ND", hidden_ND, head)
     rows = len(hidden_ND)
     shared = len(head.weight_VD)
@@ -50,6 +51,20 @@ def check_inputs(
     if row_weights_N is not None:
         _check_row_weights(row_weights_N, rows)
     return vocab
+
+
+def _refuse_sharded(hidden_ND: Tensor, head: LMHead, signal: Signal | None) -> None:
+    """A part of a head gives a part of each softmax: a wrong loss, not a slow one."""
+    named = {"hidden_ND": hidden_ND, "head.weight_VD": head.weight_VD}
+    if isinstance(signal, DenseSignal):
+        named["signal.head.weight_VD"] = signal.head.weight_VD
+    for name, tensor in named.items():
+        if hasattr(tensor, "full_tensor"):
+            raise SignalError(
+                f"{name} is sharded over processes",
+                fix="under FSDP2, compute the loss inside the wrapped module's forward, where the "
+                "head is whole; vocabulary-parallel heads are not supported",
+            )
 
 
 def _vocabulary(shared: int, asked: int | None) -> int:

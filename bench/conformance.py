@@ -1,0 +1,240 @@
+"""Does a distillation loss compute what it says? `python -m bench.conformance [MODULE:FUNCTION]`
+
+Without arguments, it checks ours, TRL's, Liger's and torch's own (those that are installed). Point
+it at any function (Problem) -> Tensor that gives the mean over supervised rows of forward KL
+(β = 0), reverse KL (β = 1) or generalized JSD, and leaves gradients to autograd: see
+bench/contenders.py. It prints one line for each check that differs from a token-by-token float64
+reference, and exits 1 if ours does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bench.contenders import (
+    CONTENDERS,
+    Loss,
+    Problem,
+    defined,
+    divergence_of_logits,
+    installed,
+    make_problem,
+    quiet,
+    run,
+)
+
+DEFAULT = ("stillhouse", "naive", "trl gkd", "trl chunked", "liger 1024", "orda")
+TOLERANCE = 1e-4
+
+
+def reference(problem: Problem) -> tuple[Tensor, list[Tensor]]:
+    """Mean loss and gradients: float64, token by token, on the vocabulary that is shared."""
+    leaves = [leaf.detach().double().requires_grad_() for leaf in problem.leaves]
+    hidden_ND, weight_VD = leaves
+    shared = min(len(weight_VD), len(problem.teacher_VD))
+    values = []
+    for n in (problem.labels_N != -100).nonzero()[:, 0].tolist():
+        student_V = weight_VD[:shared] @ hidden_ND[n] / problem.temperature
+        teacher_V = problem.teacher_VD[:shared].double() @ problem.teacher_ND[n].double()
+        teacher_V = teacher_V / problem.temperature
+        values.append(divergence_of_logits(student_V[None], teacher_V[None], problem.beta)[0])
+    total = torch.stack(values).mean() if values else hidden_ND.sum() * 0 + weight_VD.sum() * 0
+    return total.detach(), list(torch.autograd.grad(total, leaves))
+
+
+def gap(found: Tensor, expected: Tensor) -> float:
+    norm = float(expected.double().norm())
+    return float((found.double() - expected.double()).norm()) / max(norm, 1e-6)
+
+
+def compare(loss: Loss, problem: Problem, tolerance: float = TOLERANCE) -> str:
+    """An empty string, or what differs."""
+    value = run(loss, problem)
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in problem.leaves]
+    expected, expected_grads = reference(problem)
+    if not (torch.isfinite(value) and all(torch.isfinite(g).all() for g in grads)):
+        return "NaN or infinity"
+    found = []
+    off = gap(value, expected)
+    if off > tolerance:
+        found.append(f"loss {float(value):.5g} for {float(expected):.5g}")
+    for name, got, want in zip(("hidden", "head"), grads, expected_grads, strict=True):
+        off = gap(got, want)
+        if off > tolerance:
+            found.append(f"{name} gradient off by {off:.1%}")
+    return ", ".join(found)
+
+
+# --- the checks: each gives an empty string, or what differs ---------------------------------
+
+
+def values_and_gradients(beta: float, temperature: float) -> Callable[[Loss], str]:
+    def check(loss: Loss) -> str:
+        problem = make_problem(20, 40, 8, beta=beta)
+        return compare(loss, replace(problem, temperature=temperature))
+
+    return check
+
+
+def one_row(loss: Loss) -> str:
+    problem = make_problem(5, 40, 8)
+    problem.labels_N.fill_(-100)[3] = 7
+    return compare(loss, problem)
+
+
+def no_rows(loss: Loss) -> str:
+    problem = make_problem(5, 40, 8)
+    problem.labels_N.fill_(-100)
+    return compare(loss, problem)
+
+
+def masked_rows_do_not_leak(loss: Loss) -> str:
+    """Masked rows with enormous hidden states change nothing."""
+    problem = make_problem(20, 40, 8)
+    with torch.no_grad():
+        problem.hidden_ND[problem.labels_N == -100] = 1e3
+        problem.teacher_ND[problem.labels_N == -100] = -1e3
+    return compare(loss, problem)
+
+
+def split_batches_add_up(loss: Loss) -> str:
+    """A mean over 4 and over 400 rows, weighted by rows, is the mean over 404."""
+    whole = make_problem(404, 40, 8, masked=0.0)
+    _, expected_grads = reference(whole)
+    grads = [torch.zeros_like(g) for g in expected_grads]
+    for rows in (slice(0, 4), slice(4, 404)):
+        part = replace(
+            whole,
+            hidden_ND=whole.hidden_ND.detach()[rows].clone().requires_grad_(),
+            teacher_ND=whole.teacher_ND[rows],
+            labels_N=whole.labels_N[rows],
+        )
+        run(loss, part)
+        share = len(part.labels_N) / 404
+        grads[0][rows] += part.hidden_ND.grad * share
+        grads[1] += part.weight_VD.grad * share
+    off = max(gap(a, b) for a, b in zip(grads, expected_grads, strict=True))
+    return f"gradient off by {off:.1%}" if off > TOLERANCE else ""
+
+
+def padded_head(side: str) -> Callable[[Loss], str]:
+    """One head has rows of padding: they are no tokens and must get no probability."""
+
+    def check(loss: Loss) -> str:
+        problem = make_problem(20, 40, 8)
+        if side == "teacher":
+            padding = torch.full((8, 8), 0.5)
+            problem = replace(problem, teacher_VD=torch.cat([problem.teacher_VD, padding]))
+        else:
+            padding = torch.full((8, 8), 0.5)
+            weight = torch.cat([problem.weight_VD.detach(), padding]).requires_grad_()
+            problem = replace(problem, weight_VD=weight)
+        return compare(loss, problem)
+
+    return check
+
+
+def underflow(beta: float) -> Callable[[Loss], str]:
+    """Probabilities of e^-200 on either side."""
+
+    def check(loss: Loss) -> str:
+        problem = make_problem(20, 40, 8, beta=beta)
+        with torch.no_grad():
+            problem.weight_VD.mul_(60)
+            problem.teacher_VD.mul_(60)
+        return compare(loss, problem, tolerance=1e-3)
+
+    return check
+
+
+def bfloat16(loss: Loss) -> str:
+    """Logits may round to 8 bits; the reductions over a vocabulary of 5000 must not."""
+    problem = make_problem(40, 5000, 64, beta=0.0, dtype=torch.bfloat16)
+    expected, _ = reference(problem)
+    off = gap(run(loss, problem), expected)
+    return f"loss off by {off:.2%}" if off > 0.005 else ""
+
+
+def a_scaled_loss(loss: Loss) -> str:
+    """loss · 0.5 has half the gradient."""
+    problem = make_problem(20, 40, 8)
+    _, expected = reference(problem)
+    for leaf in problem.leaves:
+        leaf.grad = None
+    (loss(problem) * 0.5).backward()
+    off = max(gap(x.grad * 2, g) for x, g in zip(problem.leaves, expected, strict=True))
+    return f"gradient off by {off:.1%}" if off > TOLERANCE else ""
+
+
+def without_gradients(loss: Loss) -> str:
+    """Evaluation: the value, no graph."""
+    problem = make_problem(20, 40, 8)
+    expected, _ = reference(problem)
+    with torch.no_grad():
+        value = loss(problem)
+    return "" if gap(value, expected) < TOLERANCE and not value.requires_grad else "differs"
+
+
+CHECKS: dict[str, tuple[float, Callable[[Loss], str]]] = {
+    **{
+        f"{name}, T={t:g}": (beta, values_and_gradients(beta, t))
+        for beta, name in ((0.0, "forward KL"), (1.0, "reverse KL"), (0.5, "JSD"), (0.1, "JSD 0.1"))
+        for t in (1.0, 2.0)
+    },
+    "one supervised row": (0.5, one_row),
+    "no supervised row": (0.5, no_rows),
+    "masked rows do not leak": (0.5, masked_rows_do_not_leak),
+    "split batches add up": (0.5, split_batches_add_up),
+    "padded teacher head": (0.5, padded_head("teacher")),
+    "padded student head": (0.5, padded_head("student")),
+    "underflow, forward KL": (0.0, underflow(0.0)),
+    "underflow, JSD": (0.5, underflow(0.5)),
+    "bfloat16 reductions": (0.0, bfloat16),
+    "a scaled loss": (0.5, a_scaled_loss),
+    "evaluation": (0.5, without_gradients),
+}
+
+
+def conform(loss: Loss, name: str = "") -> dict[str, str]:
+    """What differs, by check; an empty string where nothing does."""
+    found = {}
+    for title, (beta, check) in CHECKS.items():
+        if not defined(name, beta):
+            continue
+        try:
+            found[title] = check(loss)
+        except Exception as error:  # whatever another library raises is a finding
+            found[title] = f"raises {type(error).__name__}: {str(error).splitlines()[0][:70]}"
+    return found
+
+
+def find(name: str) -> Loss:
+    if name in CONTENDERS:
+        return CONTENDERS[name]
+    module, _, function = name.partition(":")
+    loss: Loss = getattr(importlib.import_module(module), function)
+    return loss
+
+
+def main() -> int:
+    names = sys.argv[1:] or [name for name in DEFAULT if installed(name)]
+    failed = False
+    for name in names:
+        with quiet():
+            found = conform(find(name), name)
+        differs = {title: what for title, what in found.items() if what}
+        print(f"{name}: {len(found) - len(differs)} of {len(found)} checks agree")
+        for title, what in differs.items():
+            print(f"    {title}: {what}")
+        failed |= name == "stillhouse" and bool(differs)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Losses on hidden states between the embeddings and the head.
+
+Shapes: N supervised rows, D width (Ds of the student, Dt of the teacher).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.errors import SignalError
+from stillhouse.objectives.fused import fused_loss
+from stillhouse.objectives.layers import LayerMap
+from stillhouse.objectives.signal_checks import same_rows
+from stillhouse.objectives.terms import LossSum, Term
+from stillhouse.signals import LMHead, Signal
+
+
+class HiddenStateLoss(nn.Module):
+    """Distance between paired layers of two models, whatever their depths and widths.
+
+    Where the widths differ, each pair has a linear map from the student's to the teacher's
+    (TinyBERT, Jiao et al. 2020, arXiv 1909.10351). These maps are parameters of this module and
+    not of the student: give them to the optimizer, and the student's checkpoint never holds them.
+
+    "mse": mean over the width of the squared difference. "cosine": 1 − cosine.
+    """
+
+    def __init__(
+        self,
+        pairs: LayerMap,
+        student_width: int,
+        teacher_width: int,
+        kind: Literal["mse", "cosine"] = "mse",
+    ) -> None:
+        super().__init__()
+        if kind not in ("mse", "cosine"):
+            raise SignalError(f"there is no hidden-state loss {kind!r}", fix="use mse or cosine")
+        self.pairs = pairs
+        self.kind = kind
+        self.projections = nn.ModuleList()
+        if student_width != teacher_width:
+            for _ in pairs:
+                self.projections.append(nn.Linear(student_width, teacher_width, bias=False))
+
+    def forward(
+        self,
+        student: Sequence[Tensor] | Mapping[int, Tensor],
+        teacher: Sequence[Tensor] | Mapping[int, Tensor],
+        row_weights_N: Tensor | None = None,
+    ) -> LossSum:
+        """Sum over rows of the mean over pairs.
+
+        Args:
+            student, teacher: hidden rows [N, D] by layer index, supervised rows only.
+            row_weights_N: a factor for each row.
+
+        Raises:
+            SignalError: a missing layer, or rows and widths that do not fit.
+        """
+        values: dict[str, Tensor] = {}
+        total: Tensor | None = None
+        rows = 0
+        for number, (of_student, of_teacher) in enumerate(self.pairs):
+            student_ND = _layer("student", student, of_student)
+            teacher_ND = _layer("teacher", teacher, of_teacher).detach()
+            rows = len(student_ND)
+            same_rows(f"the teacher's layer {of_teacher}", teacher_ND, rows)
+            if self.projections:
+                student_ND = self.projections[number](student_ND)
+            if student_ND.shape != teacher_ND.shape:
+                raise SignalError(
+                    f"layer {of_student} of the student is {student_ND.shape[1]} wide and layer "
+                    f"{of_teacher} of the teacher {teacher_ND.shape[1]}",
+                    fix="build HiddenStateLoss with both models' widths",
+                )
+            distance_N = self._distance(student_ND.float(), teacher_ND.float())
+            if row_weights_N is not None:
+                distance_N = distance_N * row_weights_N
+            value = distance_N.sum()
+            values[f"{self.kind}@{of_student}-{of_teacher}"] = value.detach()
+            total = value if total is None else total + value
+        assert total is not None
+        return LossSum(total / len(self.pairs), values, rows)
+
+    def _distance(self, student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
+        if self.kind == "mse":
+            return (student_ND - teacher_ND).square().mean(-1)
+        return 1.0 - torch.cosine_similarity(student_ND, teacher_ND, dim=-1)
+
+
+def _layer(name: str, layers: Sequence[Tensor] | Mapping[int, Tensor], index: int) -> Tensor:
+    try:
+        hidden_ND = layers[index]
+    except (IndexError, KeyError):
+        raise SignalError(
+            f"hidden states of the {name}'s layer {index} are missing",
+            fix="run the model with output_hidden_states=True, and pass all of them",
+        ) from None
+    if hidden_ND.ndim != 2:
+        raise SignalError(
+            f"hidden states of the {name}'s layer {index} have shape {tuple(hidden_ND.shape)}; "
+            "they must be [rows, width]",
+            fix="flatten batch and position, and keep supervised rows only",
+        )
+    return hidden_ND
+
+
+def layer_logits_loss(
+    student: Mapping[int, Tensor],
+    norm: Callable[[Tensor], Tensor],
+    head: LMHead,
+    terms: Sequence[Term],
+    *,
+    signal: Signal | None = None,
+    targets_N: Tensor | None = None,
+    row_weights_N: Tensor | None = None,
+    vocab_size: int | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> LossSum:
+    """Every chosen layer of the student predicts the teacher's distribution through one head.
+
+    Each layer's rows pass the model's final `norm` and its head; values are named
+    "forward_kl@layer3". The total is the mean over layers; see `fused_loss` for the rest.
+    """
+    if not student:
+        raise SignalError("no layers were given", fix="pass hidden rows by layer index")
+    losses = {
+        layer: fused_loss(
+            norm(hidden_ND),
+            head,
+            terms,
+            signal=signal,
+            targets_N=targets_N,
+            row_weights_N=row_weights_N,
+            scale=1.0 / len(student),
+            vocab_size=vocab_size,
+            compute_dtype=compute_dtype,
+        )
+        for layer, hidden_ND in student.items()
+    }
+    values = {
+        f"{name}@layer{layer}": value
+        for layer, loss in losses.items()
+        for name, value in loss.terms.items()
+    }
+    total = torch.stack([loss.total for loss in losses.values()]).sum()
+    return LossSum(total, values, next(iter(losses.values())).rows)

@@ -1,0 +1,81 @@
+"""Which layer of the student answers to which layer of the teacher.
+
+A layer's index is the place of its output in transformers' `hidden_states`: 0 is the embeddings,
+i the output of block i, and the number of blocks the last hidden state (after the final norm).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from stillhouse.errors import SignalError
+
+LayerMap = tuple[tuple[int, int], ...]
+"""(student's layer, teacher's layer) pairs."""
+
+
+def map_layers(
+    student_layers: int,
+    teacher_layers: int,
+    how: Literal["uniform", "last"] | Sequence[tuple[int, int]] = "uniform",
+    *,
+    count: int | None = None,
+    embeddings: bool = False,
+) -> LayerMap:
+    """Pairs of layers to compare.
+
+    Args:
+        student_layers, teacher_layers: blocks of each model.
+        how: "uniform" spreads the student's blocks over the teacher's depth, the last on the last;
+            "last" pairs the last `count` blocks of both, in order; else the pairs themselves.
+        count: how many blocks to pair, counted from the end; None: all of the student's.
+        embeddings: also pair the embeddings of both.
+
+    Raises:
+        SignalError: a layer that a model does not have, or more pairs than it has blocks.
+    """
+    if student_layers < 1 or teacher_layers < 1:
+        raise SignalError(
+            f"a layer map needs blocks: {student_layers} and {teacher_layers} were given"
+        )
+    if not isinstance(how, str):
+        return _explicit(how, student_layers, teacher_layers)
+    wanted = student_layers if count is None else count
+    most = student_layers if how == "uniform" else min(student_layers, teacher_layers)
+    if count is None and how == "last":
+        wanted = most
+    if not 1 <= wanted <= most:
+        raise SignalError(
+            f"a {how} layer map of {wanted} pairs is asked of {student_layers} student and "
+            f"{teacher_layers} teacher blocks",
+            fix=f"ask for 1 to {most}",
+        )
+    chosen = range(student_layers - wanted + 1, student_layers + 1)
+    if how == "uniform":
+        # Half-integers go up, so that no two equal steps are rounded in different directions.
+        pairs = [(s, (2 * s * teacher_layers + student_layers) // (2 * student_layers))
+                 for s in chosen]  # fmt: skip
+    else:
+        pairs = [(s, s - student_layers + teacher_layers) for s in chosen]
+    return (((0, 0),) if embeddings else ()) + tuple(pairs)
+
+
+def _explicit(
+    pairs: Sequence[tuple[int, int]], student_layers: int, teacher_layers: int
+) -> LayerMap:
+    if not pairs:
+        raise SignalError("the layer map is empty", fix="give (student layer, teacher layer) pairs")
+    for student, teacher in pairs:
+        for name, layer, last in (
+            ("student", student, student_layers),
+            ("teacher", teacher, teacher_layers),
+        ):
+            if not 0 <= layer <= last:
+                raise SignalError(
+                    f"the {name} has no layer {layer}",
+                    fix=f"0 is the embeddings, 1 to {last} are the outputs of its blocks",
+                )
+    if len(set(pairs)) < len(pairs):
+        raise SignalError("the layer map holds a pair twice")
+    return tuple((student, teacher) for student, teacher in pairs)

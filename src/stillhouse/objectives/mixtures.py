@@ -1,0 +1,100 @@
+"""Mixtures of terms whose weights move as training goes on, and their values for the log."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from stillhouse.errors import SignalError
+from stillhouse.objectives.terms import LossSum, Term
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A factor that goes from `start` to `end` between two points of the training's progress.
+
+    Before `begin` it is `start`, after `finish` it is `end`; both are shares of all steps.
+    """
+
+    start: float
+    end: float
+    begin: float = 0.0
+    finish: float = 1.0
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def __post_init__(self) -> None:
+        if min(self.start, self.end) < 0:
+            raise SignalError(
+                f"a schedule from {self.start} to {self.end} makes a weight negative",
+                fix="weights are zero or more",
+            )
+        if not 0 <= self.begin < self.finish <= 1:
+            raise SignalError(
+                f"a schedule runs from {self.begin} to {self.finish} of the steps",
+                fix="0 <= begin < finish <= 1",
+            )
+        if self.shape not in ("linear", "cosine"):
+            raise SignalError(
+                f"there is no schedule shape {self.shape!r}", fix="use linear or cosine"
+            )
+
+    def at(self, progress: float) -> float:
+        """The factor where `progress` in [0, 1] of all steps are done."""
+        share = min(1.0, max(0.0, (progress - self.begin) / (self.finish - self.begin)))
+        if self.shape == "cosine":
+            share = (1.0 - math.cos(math.pi * share)) / 2.0
+        return self.start + (self.end - self.start) * share
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Terms, each with a schedule for its weight or None. All of them share one pass."""
+
+    terms: tuple[tuple[Term, Schedule | None], ...]
+
+    @classmethod
+    def of(cls, *terms: Term) -> Mixture:
+        """Terms with weights that stay."""
+        return cls(tuple((term, None) for term in terms))
+
+    def at(self, progress: float) -> tuple[Term, ...]:
+        """The terms with their weights where `progress` in [0, 1] of all steps are done.
+
+        A term whose weight is 0 stays among them: its value is still measured.
+        """
+        return tuple(
+            term if schedule is None else replace(term, weight=term.weight * schedule.at(progress))
+            for term, schedule in self.terms
+        )
+
+
+class Tally:
+    """Sums of terms over steps, kept on the device; only `read` waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._rows = 0
+
+    def add(self, losses: LossSum | Sequence[LossSum]) -> None:
+        """One step's losses; several of one step share its rows."""
+        of_step = [losses] if isinstance(losses, LossSum) else list(losses)
+        for loss in of_step:
+            for name, value in loss.terms.items():
+                before = self._sums.get(name)
+                wide = value.detach().double()
+                self._sums[name] = wide if before is None else before + wide
+        self._rows += max((loss.rows for loss in of_step), default=0)
+
+    def read(self) -> dict[str, float]:
+        """Each term's mean a row since the last reading; then starts again."""
+        if not self._sums or not self._rows:
+            return {}
+        means = torch.stack(list(self._sums.values())) / self._rows
+        result = dict(zip(self._sums, means.tolist(), strict=True))
+        self._sums, self._rows = {}, 0
+        return result

@@ -1,0 +1,110 @@
+"""Self-attention relations against a loop over windows, heads and positions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from stillhouse.errors import SignalError
+from stillhouse.objectives import AttentionStates, capture, relation_loss
+from tests.objectives.test_features import model
+
+
+def states(width: int, windows: int = 2, length: int = 5, seed: int = 0) -> AttentionStates:
+    g = torch.Generator().manual_seed(seed)
+    return AttentionStates(
+        {
+            name: torch.randn(windows, length, width, generator=g, requires_grad=True)
+            for name in ("query", "key", "value")
+        }
+    )
+
+
+def slow_relation(x_LW: torch.Tensor, heads: int, head: int, i: int, allowed: list[int]):
+    size = x_LW.shape[1] // heads
+    part = x_LW[:, head * size : (head + 1) * size]
+    scores = torch.stack([part[i] @ part[j] / math.sqrt(size) for j in allowed])
+    return torch.log_softmax(scores, 0)
+
+
+def slow_loss(student, teacher, heads: int, mask_RLL: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros(())
+    for name in ("query", "key", "value"):
+        for r, mask_LL in enumerate(mask_RLL):
+            for i, row in enumerate(mask_LL):
+                allowed = row.nonzero()[:, 0].tolist()
+                if not allowed:
+                    continue
+                for head in range(heads):
+                    log_q = slow_relation(student.states[name][r], heads, head, i, allowed)
+                    log_p = slow_relation(teacher.states[name][r], heads, head, i, allowed)
+                    total = total + (log_p.exp() * (log_p - log_q)).sum() / heads / 3
+    return total
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_agrees_with_a_loop_for_other_widths_and_masks(packed: bool) -> None:
+    student, teacher = states(8), states(24, seed=1)
+    mask_RLL = torch.ones(2, 5, 5, dtype=torch.bool).tril()
+    if packed:  # two documents in a window, and a padded end
+        document = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 2]])
+        mask_RLL &= document[:, :, None] == document[:, None, :]
+        mask_RLL[1, 4] = False
+    found = relation_loss(student, teacher, heads=4, mask_RLL=mask_RLL if packed else None)
+    expected = slow_loss(student, teacher, 4, mask_RLL)
+    torch.testing.assert_close(found.total, expected)
+    leaves = list(student.states.values())
+    torch.testing.assert_close(
+        torch.autograd.grad(found.total, leaves), torch.autograd.grad(expected, leaves)
+    )
+    assert found.total.item() == pytest.approx(sum(v.item() for v in found.terms.values()) / 3)
+
+
+def test_real_models_of_another_width_depth_and_head_count() -> None:
+    student, teacher = model(2, 16), model(4, 32)
+    ids_RL = torch.randint(0, 31, (2, 6))
+    with capture(student.model.layers[1].self_attn) as of_student:
+        student(ids_RL)
+    with torch.no_grad(), capture(teacher.model.layers[2].self_attn) as of_teacher:
+        teacher(ids_RL)
+    loss = relation_loss(of_student, of_teacher, heads=2)
+    loss.total.backward()
+    assert loss.total > 0
+    assert student.model.layers[1].self_attn.q_proj.weight.grad is not None
+    assert student.model.layers[0].mlp.up_proj.weight.grad is not None
+    assert not student.model.layers[1].self_attn.q_proj._forward_hooks
+
+
+def test_a_model_is_no_distance_from_itself() -> None:
+    same = states(8)
+    assert relation_loss(same, same, heads=2).total.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s.states.pop("key"), "student's key states are missing"),
+        (lambda s: s.states.update(query=torch.zeros(2, 5, 9)), "9 wide"),
+        (
+            lambda s: s.states.update(value=torch.zeros(2, 4, 8)),
+            r"\(2, 4\) in the student|of \(2, 4\)",
+        ),
+    ],
+)
+def test_states_that_do_not_fit_are_named(spoil, message: str) -> None:
+    student = states(8)
+    spoil(student)
+    with pytest.raises(SignalError, match=message):
+        relation_loss(student, states(8), heads=2)
+
+
+def test_a_layer_without_separate_projections_is_refused() -> None:
+    with pytest.raises(SignalError, match="Linear has no q_proj"), capture(torch.nn.Linear(2, 2)):
+        pass
+
+
+def test_an_unknown_relation_is_refused() -> None:
+    with pytest.raises(SignalError, match="no relation 'output'"):
+        relation_loss(states(8), states(8), heads=2, relations=["output"])
