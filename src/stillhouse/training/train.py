@@ -23,6 +23,7 @@ from stillhouse.recipe.schema import TrainRecipe
 from stillhouse.teachers.local import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
+from stillhouse.training.attention import use_short_attention
 from stillhouse.training.trainer import DistillationTrainer
 
 SCHEDULES = {
@@ -125,6 +126,8 @@ def train(
     guide = None
     if teacher is not None:
         guide = load_model(teacher, dtype=precision.dtype, trust_remote_code=trust_remote_code)
+    for trained_on in filter(None, (model, guide)):
+        use_short_attention(trained_on, windows.context)
     planned_tokens = plan.steps * section.batch_size * windows.context
     with bar("train", total=planned_tokens) as advance:
         advance(meter.step * section.batch_size * windows.context)

@@ -1,0 +1,94 @@
+"""Attention by plain products gives what PyTorch's own gives, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    Qwen3Config,
+)
+
+from stillhouse.teachers import hidden_states
+from stillhouse.training import attention
+from stillhouse.training.attention import use_short_attention
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "qwen3": Qwen3Config(**SIZES),
+    "gemma3, sliding window": Gemma3TextConfig(
+        **SIZES,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+}
+PACKED = torch.tensor([[*range(9), *range(7), *range(4)], [*range(20)]])
+PLAIN = torch.arange(20)[None].expand(2, -1)
+
+
+def made(config: object) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double()
+
+
+def run(model: torch.nn.Module, positions_RL: Tensor) -> tuple[Tensor, list[Tensor]]:
+    ids_RL = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(1))
+    hidden_RLD = hidden_states(model, ids_RL, positions_RL)
+    model.zero_grad()
+    hidden_RLD.square().sum().backward()
+    return hidden_RLD.detach(), [p.grad for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("positions_RL", [PACKED, PLAIN], ids=["packed", "plain"])
+def test_hidden_states_and_gradients_are_those_of_pytorch(name: str, positions_RL: Tensor) -> None:
+    model = made(CONFIGS[name])
+    expected, expected_grads = run(model, positions_RL)
+    assert use_short_attention(model, context=20)
+    found, grads = run(model, positions_RL)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert len(grads) == len(expected_grads)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, wanted, rtol=1e-7, atol=1e-9)
+
+
+def test_it_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = attention.short_attention
+
+    def counting(*args: object, **kwargs: object) -> object:
+        calls.append(1)
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attention, "short_attention", counting)
+    model = made(CONFIGS["llama"])
+    use_short_attention(model, context=20)
+    run(model, PACKED)
+    assert len(calls) == 3
+
+
+def test_long_windows_and_other_attention_stay_as_they_are() -> None:
+    assert not use_short_attention(made(CONFIGS["llama"]), context=attention.LONGEST + 1)
+    torch.manual_seed(0)
+    eager = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="eager")
+    assert not use_short_attention(eager, context=20)
+
+
+def test_the_saved_config_does_not_name_it(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = made(CONFIGS["llama"])
+    use_short_attention(model, context=20)
+    model.save_pretrained(tmp_path)
+    assert attention.NAME not in (tmp_path / "config.json").read_text()
