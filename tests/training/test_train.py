@@ -156,6 +156,8 @@ def test_two_processes_take_the_same_steps_as_one(setting: Setting, tmp_path: Pa
     one = run(setting, tmp_path / "one", **options)
     two = load_file(tmp_path / "two" / "model" / "model.safetensors")
     assert_close(two, one)
+    left = {path.name for path in (tmp_path / "two").iterdir()}
+    assert left - {"checkpoints"} == {"model", "metrics.jsonl"}
     rows_one, rows_two = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "two"))
     assert [r["step"] for r in rows_one] == [r["step"] for r in rows_two]
     for a, b in zip(rows_one, rows_two, strict=True):

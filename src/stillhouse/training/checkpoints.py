@@ -76,6 +76,7 @@ class MetricsFile:
         """Keeps the rows up to that step; what a killed process wrote after it is redone."""
         self.path = path
         self.rows = [row for row in read_metrics(path) if row["step"] <= keep_to_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def append(self, row: Mapping[str, float]) -> None:

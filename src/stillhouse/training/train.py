@@ -115,11 +115,8 @@ def train(
     checkpoint, meter = found if found else (None, checkpoints.Meter())
     if checkpoint:
         note(f"going on from step {meter.step} of {plan.steps}")
-    if main:
-        out.mkdir(parents=True, exist_ok=True)
-        metrics = checkpoints.MetricsFile(out / METRICS, keep_to_step=meter.step)
-    else:
-        metrics = checkpoints.MetricsFile(out / f".metrics-{os.environ['RANK']}", keep_to_step=0)
+    # Only the first process writes: what others left in the folder would become part of the stage.
+    metrics = checkpoints.MetricsFile(out / METRICS, keep_to_step=meter.step) if main else None
 
     model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.requires_grad_(True)

@@ -42,7 +42,7 @@ class DistillationTrainer(Trainer):
         terms: Sequence[Term],
         dtype: torch.dtype,
         vocabulary: int | None,
-        metrics: MetricsFile,
+        metrics: MetricsFile | None,
         meter: Meter,
         advance: Callable[[int], None],
         early_stop: int | None,
@@ -112,7 +112,7 @@ class DistillationTrainer(Trainer):
             logs.update(self._step_metrics())
             self._check_finite(logs)
         super().log(logs, start_time)
-        if self.is_world_process_zero() and ("loss" in logs or "heldout_perplexity" in logs):
+        if self.metrics_file and ("loss" in logs or "heldout_perplexity" in logs):
             row = {"step": self.state.global_step, **logs}
             self.metrics_file.append({key: value for key, value in row.items() if key != "epoch"})
 
@@ -184,7 +184,8 @@ class DistillationTrainer(Trainer):
     def _stop_when_no_better(self, key: str) -> None:
         if self.early_stop is None:
             return
-        history = [row[key] for row in self.metrics_file.rows if key in row]
+        rows = self.metrics_file.rows if self.metrics_file else []
+        history = [row[key] for row in rows if key in row]
         since_best = len(history) - 1 - history.index(min(history)) if history else 0
         stop = torch.tensor(float(since_best >= self.early_stop), device=self.args.device)
         # Only rank zero holds the history; every rank must stop at the same step.
