@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -150,6 +152,10 @@ def train(
     done = trainer.meter()
     with quiet():
         trainer.save_model(str(out / MODEL))
+    if processes > 1:
+        # A process that ends with its group still open may be aborted by gloo's own threads.
+        trainer.accelerator.wait_for_everyone()
+        atexit.register(_leave_group)
     if main:
         (out / MODEL / "training_args.bin").unlink(missing_ok=True)
         save_tokenizer(load_tokenizer(student), out / MODEL)
@@ -164,6 +170,11 @@ def train(
         peak_memory_bytes=peak_memory_bytes(),
         precision=precision.reason,
     )
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _arguments(
@@ -198,6 +209,7 @@ def _arguments(
         optim="adamw_torch_fused",
         bf16=dtype == torch.bfloat16,
         use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=False,
         ddp_backend="gloo" if device.type == "cpu" and plan.processes > 1 else None,
         activation_checkpointing=section.gradient_checkpointing,
         logging_strategy="steps",
