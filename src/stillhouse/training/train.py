@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import math
 import os
 from collections.abc import Sequence
@@ -173,6 +174,7 @@ def train(
 
 
 def _leave_group() -> None:
+    gc.collect()  # a trainer is part of a reference cycle, and its DDP wrapper must go first
     if dist.is_initialized():
         dist.destroy_process_group()
 
