@@ -150,3 +150,17 @@ def test_a_chat_row_that_is_too_long_is_found(tmp_path: Path) -> None:
 def test_an_error_has_what_where_and_fix() -> None:
     error = StillhouseError("it broke", where="here", fix="mend it")
     assert str(error) == "it broke\n  where: here\n  fix:   mend it"
+
+
+def test_lm_eval_paths_start_from_the_recipes_folder(tmp_path: Path) -> None:
+    from stillhouse.recipe.schema import EvaluateRecipe, LmEvalRecipe
+    from stillhouse.stages import _with_found_tasks
+
+    (tmp_path / "mine.yaml").write_text("task: mine")
+    section = EvaluateRecipe(
+        lm_eval=LmEvalRecipe(tasks=["mine.yaml", "arc_easy"], include_path=".")
+    )
+    found = _with_found_tasks(section, tmp_path).lm_eval
+    assert found is not None
+    assert found.tasks == [str(tmp_path / "mine.yaml"), "arc_easy"]
+    assert found.include_path == str(tmp_path / ".")

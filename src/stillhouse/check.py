@@ -55,8 +55,8 @@ class Finding:
 def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Finding]:
     """Everything found, in the order of the run; an error ends what depends on it.
 
-    Weights are not loaded and nothing is trained. A model of the Hub is downloaded, and a GGUF
-    file converted, since only then are its tokenizer and configuration there.
+    Weights are not loaded and nothing is trained. Of a model of the Hub only the configuration and
+    tokenizer are fetched; a GGUF file is converted, since only then are they there.
     """
     tune_allocator()
     findings: list[Finding] = []
@@ -87,7 +87,7 @@ def _examine(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     yield Finding("ok", "recipe", f"{path} is valid")
     yield from _folder(recipe)
     yield from _extras(recipe)
-    job = stages.find_models(recipe, path.parent)
+    job = stages.find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
     sample = _sample(job)

@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from stillhouse.errors import StillhouseError
+
+if TYPE_CHECKING:
+    from stillhouse.evaluate import Evaluation
 
 app = typer.Typer(
     name="stillhouse",
@@ -38,15 +41,13 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """
     from rich.console import Console
 
-    from stillhouse.evaluate import retention_table
     from stillhouse.runner import run as run_recipe
 
     result = run_recipe(recipe, overrides=set_ or [])
     if result is None:
         return
-    console = Console()
-    console.print(retention_table(result.evaluation))
-    console.print(f"model   {result.model}\nreport  {result.report}", highlight=False)
+    _print_evaluation(result.evaluation)
+    Console().print(f"model   {result.model}\nreport  {result.report}", highlight=False)
 
 
 @app.command()
@@ -102,13 +103,10 @@ def evaluate(
 
     Example: `stillhouse evaluate recipes/demo.yaml --model runs/demo/model`
     """
-    from rich.console import Console
-
-    from stillhouse.evaluate import retention_table
     from stillhouse.runner import evaluate_model
 
     evaluation = evaluate_model(recipe, set_ or [], model)
-    Console().print(retention_table(evaluation))
+    _print_evaluation(evaluation)
     if json_ is not None:
         evaluation.save(json_)
 
@@ -159,6 +157,15 @@ def doctor() -> None:
     from stillhouse.doctor import examination
 
     Console().print(examination())
+
+
+def _print_evaluation(evaluation: Evaluation) -> None:
+    from rich.console import Console
+
+    from stillhouse.evaluate import retention_table, task_table
+
+    tasks = task_table(evaluation)
+    Console().print(retention_table(evaluation), *([tasks] if tasks else []))
 
 
 def main() -> None:

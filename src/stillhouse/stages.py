@@ -23,7 +23,7 @@ from stillhouse.hardware import choose_precision, default_device, machine, peak_
 from stillhouse.objectives import Term
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe
-from stillhouse.recipe.schema import PretrainedStudent
+from stillhouse.recipe.schema import EvaluateRecipe, PretrainedStudent
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
 from stillhouse.students import build_student
@@ -92,13 +92,19 @@ class StagePlan:
         return {**self.inputs, "version": self.version}
 
 
-def find_models(recipe: Recipe, base: Path) -> Job:
-    """Finds and checks the models on disk, or downloads them. Raises ModelError."""
-    teacher = resolve_model(recipe.teacher.model, revision=recipe.teacher.revision, base=base)
+def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
+    """Finds and checks the models on disk, or downloads them (False: all but their weights).
+
+    Raises ModelError.
+    """
+    section = recipe.teacher
+    teacher = resolve_model(section.model, revision=section.revision, base=base, weights=weights)
     pretrained = None
     if isinstance(recipe.student, PretrainedStudent):
         student = recipe.student
-        pretrained = resolve_model(student.model, revision=student.revision, base=base)
+        pretrained = resolve_model(
+            student.model, revision=student.revision, base=base, weights=weights
+        )
     match = shared_vocabulary(teacher, pretrained or teacher, recipe.teacher.trust_remote_code)
     for warning in match.warnings:
         note(f"warning: {warning}")
@@ -167,7 +173,7 @@ def student(job: Job, data: Stage) -> StagePlan:
         "pretrained": job.pretrained and job.pretrained.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("student", inputs, work, version=2)
+    return StagePlan("student", inputs, work, version=3)
 
 
 def training(job: Job, data: Stage, student: Stage) -> StagePlan:
@@ -225,7 +231,7 @@ def _training(
 def evaluation(
     job: Job, data: Stage, student: Stage, trained: Stage, baseline: Stage | None
 ) -> StagePlan:
-    section = job.recipe.evaluate
+    section = _with_found_tasks(job.recipe.evaluate, job.base)
 
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
@@ -254,7 +260,7 @@ def evaluation(
         return Outcome(tokens, flops, peak_memory_bytes())
 
     inputs = {
-        "recipe": section.model_dump(mode="json"),
+        "recipe": job.recipe.evaluate.model_dump(mode="json"),
         "precision": job.recipe.train.precision,
         "dtype": job.recipe.export.dtype,
         "seed": job.recipe.seed,
@@ -264,7 +270,17 @@ def evaluation(
         "trained": trained.digest,
         "baseline": baseline and baseline.digest,
     }
-    return StagePlan("evaluate", inputs, work)
+    return StagePlan("evaluate", inputs, work, version=2)
+
+
+def _with_found_tasks(section: EvaluateRecipe, base: Path) -> EvaluateRecipe:
+    """Paths of lm-eval tasks start from the recipe's folder; its task names stay names."""
+    if section.lm_eval is None:
+        return section
+    tasks = [str(base / task) if (base / task).exists() else task for task in section.lm_eval.tasks]
+    folder = section.lm_eval.include_path
+    found = {"tasks": tasks, "include_path": None if folder is None else str(base / folder)}
+    return section.model_copy(update={"lm_eval": section.lm_eval.model_copy(update=found)})
 
 
 def export(job: Job, data: Stage, trained: Stage) -> StagePlan:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from logging import Handler
 
 import pytest
@@ -34,7 +33,7 @@ def slow_greedy(model: torch.nn.Module, ids: list[int], steps: int) -> list[int]
     return ids[-steps:]
 
 
-def test_greedy_answers_do_not_depend_on_padding_or_cache() -> None:
+def test_greedy_answers_do_not_depend_on_the_cache() -> None:
     model, tokenizer = endless_model(), toy_tokenizer()
     together = generate(model, tokenizer, PROMPTS, max_new_tokens=8)
     slow = [
@@ -45,11 +44,10 @@ def test_greedy_answers_do_not_depend_on_padding_or_cache() -> None:
     assert len(set(slow)) == len(PROMPTS)
 
 
-def test_more_prompts_than_one_batch_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokenizer = endless_model(), toy_tokenizer()
-    together = generate(model, tokenizer, PROMPTS, max_new_tokens=4)
-    monkeypatch.setattr(sys.modules["stillhouse.evaluate.generate"], "BATCH", 2)
-    assert generate(model, tokenizer, PROMPTS, max_new_tokens=4) == together
+def test_an_answer_does_not_depend_on_the_prompts_beside_it() -> None:
+    model, tokenizer = endless_model().bfloat16(), toy_tokenizer()
+    together = generate(model, tokenizer, PROMPTS, max_new_tokens=8)
+    assert together == [generate(model, tokenizer, [p], max_new_tokens=8)[0] for p in PROMPTS]
 
 
 def test_a_chat_template_wraps_the_prompt_and_stays_out_of_the_answer() -> None:

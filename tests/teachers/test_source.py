@@ -180,6 +180,9 @@ def test_a_hub_model_is_named_by_its_commit(
     assert (found.path, found.fingerprint) == (snapshot, commit)
     assert (asked["model"], asked["revision"]) == ("org/name", "v1")
     assert not any(pattern.endswith(".bin") for pattern in asked["allow_patterns"])
+    assert "*.safetensors" in asked["allow_patterns"]
+    resolve_model("org/name", base=tmp_path, cache=tmp_path, weights=False)
+    assert not any("safetensors" in p for p in asked["allow_patterns"] if "index" not in p)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ import torch
 
 from stillhouse.teachers.quiet import quiet
 
-BATCH = 8
-
 
 def generate(
     model: Any,
@@ -23,22 +21,23 @@ def generate(
     """Answers each prompt: greedily at temperature 0, else sampled from the whole distribution.
 
     A tokenizer with a chat template gets the prompt as one user message; another gets plain text
-    to continue. Prompts are padded on the left and answered together. An answer ends at the
-    end-of-sequence token of the tokenizer or of the model, and special tokens are not shown.
-    The same seed gives the same answers; torch's global random state is left as it was.
+    to continue. Prompts are answered one by one: in bfloat16, padding beside a longer prompt is
+    enough to turn a good answer into a bad one. An answer ends at the end-of-sequence token of the
+    tokenizer or of the model, and special tokens are not shown. The same seed gives the same
+    answers; torch's global random state is left as it was.
     """
     answers: list[str] = []
-    for start in range(0, len(prompts), BATCH):
-        inputs = _left_padded([_prompt_ids(tokenizer, text) for text in prompts[start:][:BATCH]])
-        inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-        devices = [model.device] if model.device.type == "cuda" else []
+    devices = [model.device] if model.device.type == "cuda" else []
+    for number, prompt in enumerate(prompts):
+        ids_1L = torch.tensor([_prompt_ids(tokenizer, prompt)], device=model.device)
+        inputs = {"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)}
         # transformers remarks on sampling settings that greedy search does not use.
         with torch.random.fork_rng(devices=devices), torch.inference_mode(), quiet():
             config = _config(model, tokenizer, max_new_tokens, temperature)
-            torch.manual_seed(seed + start)
-            output_RL = model.generate(**inputs, generation_config=config)
-        new_RL = output_RL[:, inputs["input_ids"].shape[1] :]
-        answers += tokenizer.batch_decode(new_RL, skip_special_tokens=True)
+            torch.manual_seed(seed + number)
+            output_1L = model.generate(**inputs, generation_config=config)
+        new_L = output_1L[0, ids_1L.shape[1] :]
+        answers.append(tokenizer.decode(new_L, skip_special_tokens=True))
     return answers
 
 
@@ -50,15 +49,6 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
         )
         return list(encoded["input_ids"])
     return list(tokenizer(prompt)["input_ids"])
-
-
-def _left_padded(rows: list[list[int]]) -> dict[str, torch.Tensor]:
-    """Token 0 fills the gap: masked, so which one does not matter."""
-    length = max(len(row) for row in rows)
-    gaps = [length - len(row) for row in rows]
-    ids = [[0] * gap + row for gap, row in zip(gaps, rows, strict=True)]
-    mask = [[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows, strict=True)]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
 def _config(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:

