@@ -82,6 +82,9 @@ def work(rank: int, port: int, folder: str, wrap: str, cut: int) -> None:
     }
     if rank == 0:
         torch.save(grads, Path(folder) / "grads.pt")
+    # The wrapper refers to the group: freed after it, gloo's threads and Python's lock wait for
+    # each other for ever.
+    del wrapped, student
     dist.destroy_process_group()
 
 
