@@ -20,13 +20,19 @@ from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.export import export_checkpoint
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
-from stillhouse.objectives import Term
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe
-from stillhouse.recipe.schema import EvaluateRecipe, PretrainedStudent
+from stillhouse.recipe.schema import (
+    EvaluateRecipe,
+    LogitsTerm,
+    ObjectiveRecipe,
+    PretrainedStudent,
+    PrunedStudent,
+    RandomStudent,
+)
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
-from stillhouse.students import build_student
+from stillhouse.students import build_student, planned_config
 from stillhouse.teachers import (
     ModelSource,
     VocabularyMatch,
@@ -35,13 +41,13 @@ from stillhouse.teachers import (
     load_tokenizer,
     resolve_model,
 )
-from stillhouse.training import CHECKPOINTS, METRICS, MODEL, read_metrics, train
+from stillhouse.training import CHECKPOINTS, METRICS, MODEL, make_objective, read_metrics, train
 
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
 REPORT_DATA = "report.json"
 
-BASELINE_TERMS = (Term("cross_entropy"),)
+BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
 
 @dataclass(frozen=True)
@@ -66,10 +72,6 @@ class Job:
     @property
     def trust_remote_code(self) -> bool:
         return self.recipe.teacher.trust_remote_code
-
-    @property
-    def terms(self) -> list[Term]:
-        return [Term(t.divergence, t.weight, t.temperature) for t in self.recipe.objective.terms]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,20 @@ def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
     match = shared_vocabulary(teacher, pretrained or teacher, recipe.teacher.trust_remote_code)
     for warning in match.warnings:
         note(f"warning: {warning}")
-    return Job(recipe, base, teacher, pretrained, match.rows)
+    job = Job(recipe, base, teacher, pretrained, match.rows)
+    make_objective(recipe.objective, *configs(job))  # refuses what these models cannot give
+    return job
+
+
+def configs(job: Job) -> tuple[Any, Any]:
+    """The student's configuration, as it will be, and the teacher's."""
+    code = job.trust_remote_code
+    teacher = load_config(job.teacher.path, trust_remote_code=code)
+    section = job.recipe.student
+    if isinstance(section, PrunedStudent | RandomStudent):
+        return planned_config(section, teacher, base=job.base), teacher
+    assert job.pretrained is not None
+    return load_config(job.pretrained.path, trust_remote_code=code), teacher
 
 
 def shared_vocabulary(
@@ -178,12 +193,12 @@ def student(job: Job, data: Stage) -> StagePlan:
 
 def training(job: Job, data: Stage, student: Stage) -> StagePlan:
     inputs = {"objective": job.recipe.objective.model_dump(mode="json")}
-    return _training("train", inputs, job, data, student, job.terms, job.teacher.path)
+    return _training("train", inputs, job, data, student, job.recipe.objective, job.teacher.path)
 
 
 def baseline(job: Job, data: Stage, student: Stage) -> StagePlan:
     """The same student on the same data by plain next-token loss: what distillation adds to."""
-    return _training("baseline", {}, job, data, student, BASELINE_TERMS, None)
+    return _training("baseline", {}, job, data, student, BASELINE, None)
 
 
 def _training(
@@ -192,7 +207,7 @@ def _training(
     job: Job,
     data: Stage,
     student: Stage,
-    terms: Any,
+    objective: ObjectiveRecipe,
     teacher: Path | None,
 ) -> StagePlan:
     def work(out: Path) -> Outcome:
@@ -203,7 +218,7 @@ def _training(
             windows,
             heldout,
             section=job.recipe.train,
-            terms=terms,
+            objective=objective,
             vocabulary=job.vocabulary,
             seed=job.recipe.seed,
             out=out,

@@ -1,6 +1,7 @@
 """Training on top of transformers.Trainer: resumable, distributed, and summed before it divides."""
 
 from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.objective import make_objective
 from stillhouse.training.train import (
     CHECKPOINTS,
     METRICS,
@@ -17,6 +18,7 @@ __all__ = [
     "MODEL",
     "Batching",
     "TrainingResult",
+    "make_objective",
     "plan_batches",
     "read_metrics",
     "train",
