@@ -38,7 +38,7 @@ from stillhouse.signals.selection import (
     take_out_,
 )
 
-CACHED_NUMBERS = 1 << 20
+CACHED_NUMBERS = 1 << 22
 """Logits that are worked on at a time on a CPU; an accelerator takes 64 times as many."""
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from stillhouse.errors import SignalError
 
-BLOCK = 256
+BLOCK = 128
 SMALLEST_BLOCK = 64
-BELOW_ONE = 1.0 - 1e-9
-"""Draws stay this far below a row's whole mass, which two summations may see differently."""
+BELOW_ONE, BELOW_ONE_32 = 1.0 - 1e-9, 1.0 - 2.0**-23
+"""Draws stay this far below a mass that two summations may see differently."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,8 @@ def locate(blocks: Blocks, rows_D: Tensor, shares_D: Tensor) -> tuple[Tensor, Te
     before_D = upto_nB.view(-1)[flat_D] - sum_D
     within_D = (shares_D * mass_n1[rows_D, 0] - before_D) / sum_D
     p_DC = blocks.p_blocks.index_select(0, flat_D)
-    upto_DC = p_DC.double().cumsum(1)
-    goal_D1 = within_D.clamp(0.0, BELOW_ONE)[:, None] * upto_DC[:, -1:]
+    upto_DC = p_DC.cumsum(1)
+    goal_D1 = within_D[:, None].float().clamp(0.0, BELOW_ONE_32) * upto_DC[:, -1:]
     column_D1 = torch.searchsorted(upto_DC, goal_D1, right=True)
     block_D = flat_D - rows_D * sums_nB.shape[1]
     return block_D * blocks.block + column_D1[:, 0], p_DC.gather(1, column_D1)[:, 0].double()
