@@ -55,9 +55,7 @@ class Source:
     def row_indices(self) -> NDArray[np.int64]:
         return ranges(self.first_row_S, self.rows_S)
 
-    def starts(
-        self, lengths_n: NDArray[np.uint8], first_S: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def starts(self, lengths_n: NDArray[np.uint8], first_S: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where each row's elements start, from the rows' lengths and the segments' starts."""
         before_n = np.cumsum(lengths_n, dtype=np.int64) - lengths_n
         segment_S = np.cumsum(self.rows_S) - self.rows_S

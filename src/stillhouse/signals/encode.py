@@ -94,7 +94,7 @@ class Encoder:
             rows, more = work(self.encoding, blocks, uniforms_nU[start : start + step])
             parts.append(rows)
             statistics += more
-        return concatenate(parts), statistics  # type: ignore[return-value]
+        return concatenate(parts), statistics
 
     def _buffer_like(self, part_nV: Tensor) -> Tensor:
         buffer = self._buffer
@@ -218,7 +218,8 @@ def _stratified(
     p_nk, ids_nk = likeliest(blocks, _checked_k(encoding.k, blocks))
     ids_nk, order_nk = ids_nk.sort(1)
     rows_nk = torch.arange(blocks.rows, device=ids_nk.device)[:, None].expand_as(ids_nk)
-    exact = Entries(rows_nk.flatten(), ids_nk.flatten(), p_nk.gather(1, order_nk).double().flatten())
+    p_nk = p_nk.gather(1, order_nk).double()
+    exact = Entries(rows_nk.flatten(), ids_nk.flatten(), p_nk.flatten())
     take_out_(blocks, exact)
     tail_n = blocks.sums_nB.sum(1, dtype=torch.float64)
     draws_n = torch.where(tail_n > 0, encoding.draws, 0)

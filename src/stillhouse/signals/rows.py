@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,14 +50,15 @@ class DenseRows:
 
 
 Rows = EntryRows | DenseRows
+RowsT = TypeVar("RowsT", EntryRows, DenseRows, Rows)
 
 
-def concatenate(parts: Sequence[Rows]) -> Rows:
+def concatenate(parts: Sequence[RowsT]) -> RowsT:
     """The parts' rows one after the other; all parts are of one kind."""
     first = parts[0]
     if len(parts) == 1:
         return first
-    joined = {
+    joined: dict[str, Any] = {
         field.name: None
         if getattr(first, field.name) is None
         else np.concatenate([getattr(part, field.name) for part in parts])

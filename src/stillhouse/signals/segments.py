@@ -30,7 +30,7 @@ class Segments:
     """The segments of a batch that have a supervised token, in the batch's row-major order.
 
     keys: KEY_BYTES bytes each. rows_S: supervised tokens of each. Row n of the batch, the n-th
-    supervised token in row-major order, belongs to segment `segment_of_row_N[n]`.
+    supervised token in row-major order, belongs to segment `segment_of_rows()[n]`.
     """
 
     keys: tuple[bytes, ...]
@@ -43,8 +43,8 @@ class Segments:
     def rows(self) -> int:
         return int(self.rows_S.sum())
 
-    @property
-    def segment_of_row_N(self) -> NDArray[np.int64]:
+    def segment_of_rows(self) -> NDArray[np.int64]:
+        """The segment of each row, [N]."""
         return np.repeat(np.arange(len(self)), self.rows_S)
 
     def chosen_rows(self, chosen_S: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -95,15 +95,13 @@ def find_segments(
     ends_S = np.append(starts_S[1:], ids_RL.size)
     used = rows_S > 0
     bounds = zip(starts_S[used].tolist(), ends_S[used].tolist(), strict=True)
-    tokens, flags = memoryview(ids_RL.reshape(-1)).cast("B"), supervised_RL.ravel()
+    tokens, flags = memoryview(ids_RL.tobytes()), supervised_RL.ravel()
     return Segments(tuple(_key(tokens, flags, *bound) for bound in bounds), rows_S[used])
 
 
 def _key(tokens: memoryview, flags: NDArray[np.bool_], start: int, end: int) -> bytes:
-    digest = hashlib.blake2b(
-        tokens[4 * start : 4 * end], digest_size=KEY_BYTES, person=KEY_VERSION
-    )
-    digest.update(np.packbits(flags[start:end]))
+    digest = hashlib.blake2b(tokens[4 * start : 4 * end], digest_size=KEY_BYTES, person=KEY_VERSION)
+    digest.update(np.packbits(flags[start:end]).tobytes())
     return digest.digest()
 
 

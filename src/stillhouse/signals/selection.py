@@ -63,9 +63,7 @@ def probabilities(logits_nV: Tensor, temperature: float, out: Tensor | None = No
         logits_nV = logits_nV / temperature
     if block < min(SMALLEST_BLOCK, vocabulary):
         block = BLOCK
-        logits_nV = torch.nn.functional.pad(
-            logits_nV, (0, -vocabulary % BLOCK), value=-torch.inf
-        )
+        logits_nV = torch.nn.functional.pad(logits_nV, (0, -vocabulary % BLOCK), value=-torch.inf)
     if out is not None and out.shape[1] == logits_nV.shape[1] and len(out) >= len(logits_nV):
         p_nV = torch.softmax(logits_nV, 1, out=out[: len(logits_nV)])
     else:

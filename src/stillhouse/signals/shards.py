@@ -92,8 +92,8 @@ class ShardHeader:
 class Shard:
     """An open shard: its header, and its rows as views of the file.
 
-    keys_S: KEY_BYTES bytes each. first_row_S, first_entry_S and first_value_S say where each
-    segment starts. The planes of ragged rows keep their GUARD elements.
+    keys_S: KEY_BYTES bytes each. rows_S, entries_S, values_S: how much of each plane belongs to
+    each segment. The planes of ragged rows keep their GUARD elements.
     """
 
     path: Path
@@ -105,8 +105,8 @@ class Shard:
     values_S: NDArray[np.int64]
     rows: Rows
 
-    @property
-    def first_row_S(self) -> NDArray[np.int64]:
+    def first_rows(self) -> NDArray[np.int64]:
+        """The first row of each segment, [S]."""
         return np.cumsum(self.rows_S) - self.rows_S
 
     @property
@@ -202,15 +202,12 @@ def open_shard(path: Path) -> Shard:
     header, crc32 = _read_header(mapped, path)
     if size != HEADER_BYTES + header.payload_bytes:
         raise StoreError(
-            f"the shard has {size} bytes and its header says "
-            f"{HEADER_BYTES + header.payload_bytes}",
+            f"the shard has {size} bytes and its header says {HEADER_BYTES + header.payload_bytes}",
             where=path,
             fix=_DAMAGED,
         )
     if zlib.crc32(memoryview(mapped)[HEADER_BYTES:]) != crc32:
-        raise StoreError(
-            "the shard is damaged: its checksum is wrong", where=path, fix=_DAMAGED
-        )
+        raise StoreError("the shard is damaged: its checksum is wrong", where=path, fix=_DAMAGED)
     planes = _map_planes(mapped, header)
     if header.width:
         bits_NW = planes["bits"].reshape(-1, header.width)
@@ -274,14 +271,15 @@ def _read_header(mapped: mmap.mmap | bytes, path: Path) -> tuple[ShardHeader, in
     payload_crc, header_crc = _CHECKS.unpack(head[-_CHECKS.size :])
     if zlib.crc32(described) != header_crc:
         raise StoreError("the shard's header is damaged", where=path, fix=_DAMAGED)
-    _, version, size, *numbers, mass, variance, bias = _HEADER.unpack(described[: _HEADER.size])
+    _, version, size, *values = _HEADER.unpack(described[: _HEADER.size])
     if (version, size) != (VERSION, HEADER_BYTES):
         raise StoreError(
             f"the shard is of format {version}, and this Stillhouse reads format {VERSION}",
             where=path,
             fix="use the Stillhouse that wrote the store, or record it again",
         )
-    return ShardHeader(*numbers, Statistics(mass, variance, bias)), payload_crc
+    described_by = [*values[:-3], Statistics(*values[-3:])]
+    return ShardHeader(*described_by), payload_crc
 
 
 def _check_counts(shard: Shard) -> None:
@@ -290,7 +288,7 @@ def _check_counts(shard: Shard) -> None:
     fits = int(shard.rows_S.sum()) == head.rows and bool((shard.rows_S > 0).all())
     if isinstance(rows, EntryRows) and fits and head.rows:
         valued_N = rows.counts_N if rows.valued_N is None else rows.valued_N
-        first_S = shard.first_row_S
+        first_S = shard.first_rows()
         entries_S = np.add.reduceat(rows.counts_N, first_S, dtype=np.int64)
         values_S = np.add.reduceat(valued_N, first_S, dtype=np.int64)
         fits = (

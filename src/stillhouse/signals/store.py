@@ -43,8 +43,8 @@ class Store:
     manifest: Manifest
     _numbers: dict[bytes, int]
     _first_S: NDArray[np.int64]
-    _open: dict[int, tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = (
-        field(default_factory=dict)
+    _open: dict[int, tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = field(
+        default_factory=dict
     )
 
     @property
@@ -89,7 +89,8 @@ class Store:
             rows_S = segments.rows_S[chosen_S]
             place_n = ranges(first_place_S[chosen_S], rows_S)
             if index < 0:
-                assert live is not None and len(live) == len(place_n)
+                assert live is not None
+                assert len(live) == len(place_n)
                 sources.append(_live_source(live, rows_S, place_n))
                 continue
             shard, row_S, entry_S, value_S = self._shard(index)
@@ -115,7 +116,7 @@ class Store:
                 )
             entry_S = np.cumsum(shard.entries_S) - shard.entries_S
             value_S = np.cumsum(shard.values_S) - shard.values_S
-            self._open[index] = (shard, shard.first_row_S, entry_S, value_S)
+            self._open[index] = (shard, shard.first_rows(), entry_S, value_S)
         return self._open[index]
 
     def _lacks(self, count: int, segments: Segments) -> SignalError:

@@ -61,7 +61,7 @@ class StoreWriter:
         self.most_bytes, self.most_seconds = most_bytes, most_seconds
         self._fingerprint = settings.fingerprint()
         _begin(path, settings)
-        self._known = {key for shard in _shards(path, settings) for key in shard.keys_S}
+        self._known = {key for shard in open_shards(path, settings) for key in shard.keys_S}
         self._forget_pending()
 
     def _forget_pending(self) -> None:
@@ -86,7 +86,8 @@ class StoreWriter:
 
     def add(self, segments: Segments, rows: Rows, statistics: Statistics) -> None:
         """Takes the encoded rows of segments that are all `missing`, in their order."""
-        assert len(rows) == segments.rows and bool(self.missing(segments).all())
+        assert len(rows) == segments.rows
+        assert bool(self.missing(segments).all())
         if not len(segments):
             return
         self._keys.extend(segments.keys)
@@ -95,10 +96,7 @@ class StoreWriter:
         self._rows.append(rows)
         self._statistics += statistics
         self._bytes += _size(rows)
-        if (
-            self._bytes >= self.most_bytes
-            or time.monotonic() - self._since >= self.most_seconds
-        ):
+        if self._bytes >= self.most_bytes or time.monotonic() - self._since >= self.most_seconds:
             self.flush()
 
     def flush(self) -> None:
@@ -156,13 +154,13 @@ def finish_store(path: Path) -> Manifest:
     settings = read_settings(path)
     for left in (path / SHARDS).glob(f".*{PARTIAL}"):
         left.unlink(missing_ok=True)
-    shards = _shards(path, settings)
-    manifest = _describe(settings, shards)
+    shards = open_shards(path, settings)
+    manifest = describe(settings, shards)
     write_manifest(path, manifest)
     return manifest
 
 
-def _describe(settings: Settings, shards: Sequence[Shard]) -> Manifest:
+def describe(settings: Settings, shards: Sequence[Shard]) -> Manifest:
     total = sum((shard.header.statistics for shard in shards), Statistics())
     rows = sum(shard.header.rows for shard in shards)
     size = sum(shard.bytes for shard in shards)
@@ -202,7 +200,7 @@ def _begin(path: Path, settings: Settings) -> None:
     check_same(read_settings(path), settings, path)
 
 
-def _shards(path: Path, settings: Settings) -> list[Shard]:
+def open_shards(path: Path, settings: Settings) -> list[Shard]:
     """All shards of a store in the order of their names, each one checked."""
     shards = [open_shard(file) for file in sorted((path / SHARDS).glob("*.bin"))]
     for shard in shards:
