@@ -91,7 +91,7 @@ class Store:
             if index < 0:
                 assert live is not None
                 assert len(live) == len(place_n)
-                sources.append(_live_source(live, rows_S, place_n))
+                sources.append(live_source(live, rows_S, place_n))
                 continue
             shard, row_S, entry_S, value_S = self._shard(index)
             within_S = number_S[chosen_S] - self._first_S[index]
@@ -155,7 +155,7 @@ def open_store(
     return Store(path, manifest, numbers, np.array(first, dtype=np.int64))
 
 
-def _live_source(rows: Rows, rows_S: NDArray[np.int64], place_n: NDArray[np.int64]) -> Source:
+def live_source(rows: Rows, rows_S: NDArray[np.int64], place_n: NDArray[np.int64]) -> Source:
     first_S = np.cumsum(rows_S) - rows_S
     if not isinstance(rows, EntryRows):
         return Source(rows, rows_S, first_S, first_S, first_S, place_n)
