@@ -42,7 +42,7 @@ class Source:
 
     rows: all of the source; the planes of ragged rows end in GUARD more elements. rows_S,
     first_row_S, first_entry_S and first_value_S: where in it each segment lies. place_n: which
-    rows of the batch they are.
+    rows of the batch they are, in order.
     """
 
     rows: EntryRows | DenseRows
@@ -54,6 +54,12 @@ class Source:
 
     def row_indices(self) -> NDArray[np.int64]:
         return ranges(self.first_row_S, self.rows_S)
+
+    def place(self) -> slice | NDArray[np.int64]:
+        """`place_n` as an index: a slice where the rows stand together, which is faster."""
+        first, last = int(self.place_n[0]), int(self.place_n[-1])
+        together = last - first + 1 == len(self.place_n)
+        return slice(first, last + 1) if together else self.place_n
 
     def starts(self, lengths_n: NDArray[np.uint8], first_S: NDArray[np.int64]) -> NDArray[np.int64]:
         """Where each row's elements start, from the rows' lengths and the segments' starts."""
@@ -90,7 +96,7 @@ def pad(sources: Sequence[Source], rows: int) -> Padded:
         row_n = source.row_indices()
         counts_n = held.counts_N[row_n]
         valued_n = counts_n if held.valued_N is None else held.valued_N[row_n]
-        counts_N[source.place_n], valued_N[source.place_n] = counts_n, valued_n
+        counts_N[source.place()], valued_N[source.place()] = counts_n, valued_n
         found.append((source, held, row_n, counts_n, valued_n))
     most = max(int(counts_N.max(initial=0)), 1)
     most_valued = max(int(valued_N.max(initial=0)), 1)
@@ -100,11 +106,11 @@ def pad(sources: Sequence[Source], rows: int) -> Padded:
     tail_N = None if first.tail_N is None else np.empty(rows, np.float32)
     for source, held, row_n, counts_n, valued_n in found:
         start_n = source.starts(counts_n, source.first_entry_S)
-        ids_NK[source.place_n] = _ids(held, start_n, most)
+        ids_NK[source.place()] = _ids(held, start_n, most)
         value_n = source.starts(valued_n, source.first_value_S)
-        values_NK[source.place_n] = _windows(held.values_X, most_valued)[value_n]
+        values_NK[source.place()] = _windows(held.values_X, most_valued)[value_n]
         if tail_N is not None and held.tail_N is not None:
-            tail_N[source.place_n] = held.tail_N[row_n]
+            tail_N[source.place()] = held.tail_N[row_n]
     return Padded(counts_N, valued_N, ids_NK, values_NK, tail_N)
 
 
@@ -146,19 +152,17 @@ def entries_signal(encoding: EntryEncoding, rows: Padded, temperature: float) ->
 
 def _shared_weights(rows: Padded, units: int) -> NDArray[np.float32]:
     """Exact probabilities, and behind them draws that share what these leave of 1: [N, K]."""
-    most = rows.ids_NK.shape[1]
-    column_K = np.arange(most, dtype=np.uint8)
     wide = rows.values_NK.shape[1]
-    exact_NX = rows.values_NK.astype(np.float32)
-    exact_NX *= column_K[:wide] < rows.valued_N[:, None]
-    exact_NX *= np.float32(1 / units)
+    column_K = np.arange(rows.ids_NK.shape[1], dtype=np.uint8)
+    valued_NX = column_K[:wide] < rows.valued_N[:, None]
+    exact_NX = (rows.values_NK * valued_NX).astype(np.float32)
+    rest_N = units - exact_NX @ np.ones(wide, np.float32)  # whole numbers, so exactly
     draws_N = rows.counts_N - rows.valued_N
-    rest_N = np.float32(1) - exact_NX.sum(1)
-    share_N = rest_N / np.maximum(draws_N, 1)
-    weights_NK = ((column_K >= rows.valued_N[:, None]) & (column_K < rows.counts_N[:, None])) * (
-        share_N[:, None]
-    )
-    weights_NK[:, :wide] += exact_NX
+    share_N = rest_N / (np.maximum(draws_N, 1) * np.float32(units))
+    drawn_NK = column_K < rows.counts_N[:, None]
+    drawn_NK[:, :wide] ^= valued_NX
+    weights_NK = drawn_NK * share_N[:, None]
+    weights_NK[:, :wide] += exact_NX * np.float32(1 / units)
     return weights_NK
 
 
@@ -174,9 +178,9 @@ def dense_signal(
         held = source.rows
         assert isinstance(held, DenseRows)
         row_n = source.row_indices()
-        bits_NW[source.place_n] = held.bits_NW[row_n].view(np.int16)
+        bits_NW[source.place()] = held.bits_NW[row_n].view(np.int16)
         if held.scalar_N is not None:
-            scalar_N[source.place_n] = held.scalar_N[row_n]
+            scalar_N[source.place()] = held.scalar_N[row_n]
     values_NW: Tensor = torch.from_numpy(bits_NW).view(torch.bfloat16)
     if isinstance(encoding, FrozenHead):
         return FrozenHeadSignal(values_NW, torch.from_numpy(scalar_N), temperature)

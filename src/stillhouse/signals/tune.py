@@ -18,8 +18,6 @@ from stillhouse.signals.selection import likeliest, probabilities
 ROW_BYTES = 2
 """Two counts a row. Keys and offsets, 28 bytes a segment, are not in a tuned size."""
 STEPS = 40
-COARSE = 1 / 64
-"""Below this tau, probabilities of one byte would be coarser than the draws."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +41,20 @@ def tune_threshold(
     *,
     entries: float | None = None,
     size: float | None = None,
-    probability_bytes: Literal[1, 2] | None = None,
+    probability_bytes: Literal[1, 2] = 1,
 ) -> Tuned:
     """The tau at which rows have `entries` entries, or `size` bytes, on average.
 
-    p_nK: of `likeliest_probabilities`. `probability_bytes` None: one, or two where tau is small.
-    By bisection of the closed forms, which fall as tau grows. Raises SignalError: no tau gives
-    that; or neither, or both, of `entries` and `size` were asked for.
+    p_nK: of `likeliest_probabilities`. By bisection of the closed forms, which fall as tau grows.
+    Raises SignalError: no tau gives that; or neither, or both, of `entries` and `size` were asked
+    for.
     """
     wanted = entries if entries is not None else size
     if wanted is None or (entries is not None and size is not None):
         raise SignalError("ask for entries or for a size of a row, one of the two")
 
     def at(tau: float) -> Tuned:
-        of = probability_bytes or (1 if tau >= COARSE else 2)
-        return expected(p_nK, Threshold(tau, of), vocabulary)
+        return expected(p_nK, Threshold(tau, probability_bytes), vocabulary)
 
     def measure(tuned: Tuned) -> float:
         return tuned.entries_a_row if entries is not None else tuned.bytes_a_row
