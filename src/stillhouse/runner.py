@@ -11,7 +11,7 @@ from typing import Any
 
 from stillhouse import stages
 from stillhouse.data import Windows
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.progress import note
@@ -69,6 +69,36 @@ def prepare_data(
         job = stages.find_models(loaded, base)
         plan = stages.data(job)
         return job, *stages.open_data(folder.stage(plan.name, plan.depends_on, plan.work))
+
+
+def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Does a recipe's signals stage, or finds it done: the folder of the store.
+
+    Raises RecipeError where the recipe has no `signals`.
+    """
+    loaded, base = read(recipe, overrides, None)
+    if loaded.signals is None:
+        raise RecipeError(
+            "this recipe stores no signals",
+            where=recipe,
+            fix="add `signals: {}` to it, or --set signals.encoding.kind=threshold",
+        )
+    tune_allocator()
+    folder = run_folder(loaded)
+    with folder.locked():
+        job = stages.find_models(loaded, base)
+        plan = stages.data(job)
+        data = folder.stage(plan.name, plan.depends_on, plan.work)
+        plan = stages.signals(job, data)
+        folder.stage(plan.name, plan.depends_on, plan.work, resumable=True)
+        return _point_at_signals(folder, plan)
+
+
+def _point_at_signals(folder: RunFolder, plan: StagePlan) -> Path:
+    stage = folder.finished(plan.name, plan.depends_on)
+    assert stage is not None
+    folder.point("signals", stage.path / stages.STORE)
+    return folder.root / "signals"
 
 
 def evaluate_model(
@@ -134,6 +164,8 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     evaluated = do(stages.evaluation(job, data, student, trained, baseline))
     exported = do(stages.export(job, data, trained))
     report = do(stages.report(job, list(finished)))
+    if recipe.signals is not None:
+        _point_at_signals(folder, stages.signals(job, data))
     folder.point("model", exported.path / MODEL)
     folder.point("report.html", report.path / stages.REPORT)
     return RunResult(
@@ -151,8 +183,9 @@ def _stages_together(
     """The stages up to training, which every process goes through."""
     job = stages.find_models(recipe, base)
     data = do(stages.data(job))
+    recorded = None if recipe.signals is None else do(stages.signals(job, data))
     student = do(stages.student(job, data))
-    trained = do(stages.training(job, data, student))
+    trained = do(stages.training(job, data, student, recorded))
     baseline = None
     if recipe.evaluate.fine_tuning_baseline:
         baseline = do(stages.baseline(job, data, student))

@@ -32,20 +32,32 @@ from stillhouse.recipe.schema import (
 )
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
+from stillhouse.signals.store import open_store
 from stillhouse.students import build_student, planned_config
 from stillhouse.teachers import (
     ModelSource,
     VocabularyMatch,
     check_same_vocabulary,
     load_config,
+    load_model,
     load_tokenizer,
     resolve_model,
 )
-from stillhouse.training import CHECKPOINTS, METRICS, MODEL, make_objective, read_metrics, train
+from stillhouse.teachers.scoring import encoding_of, record
+from stillhouse.training import (
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    make_objective,
+    read_metrics,
+    stored_temperature,
+    train,
+)
 
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
 REPORT_DATA = "report.json"
+STORE = "store"
 
 BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
@@ -111,7 +123,10 @@ def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
     for warning in match.warnings:
         note(f"warning: {warning}")
     job = Job(recipe, base, teacher, pretrained, match.rows)
-    make_objective(recipe.objective, *configs(job))  # refuses what these models cannot give
+    # Refuses now what these models, or a store of the teacher's answers, cannot give.
+    objective = make_objective(recipe.objective, *configs(job))
+    if recipe.signals is not None:
+        stored_temperature(objective, encoding_of(recipe.signals))
     return job
 
 
@@ -165,6 +180,57 @@ def data(job: Job) -> StagePlan:
     return StagePlan("data", inputs, work, version=2)
 
 
+def signals(job: Job, data: Stage) -> StagePlan:
+    """The teacher is asked about every training window, once; students then read its answers."""
+    section = job.recipe.signals
+    assert section is not None
+    objective = make_objective(job.recipe.objective, *configs(job))
+    temperature = stored_temperature(objective, encoding_of(section))
+    identity = signal_identity(job, data)
+
+    def work(out: Path) -> Outcome:
+        windows, _ = open_data(data)
+        device = default_device()
+        dtype = choose_precision(job.recipe.train.precision, device).dtype
+        code = job.trust_remote_code
+        teacher = load_model(job.teacher.path, dtype=dtype, trust_remote_code=code).to(device)
+        manifest = record(
+            section,
+            teacher,
+            windows,
+            vocabulary=job.vocabulary,
+            temperature=temperature,
+            identity=identity,
+            seed=job.recipe.seed,
+            out=out / STORE,
+        )
+        quality = manifest.quality
+        note(
+            f"{quality.bytes:.1f} bytes a token: {quality.entries:.1f} tokens of {job.vocabulary:,}"
+        )
+        return Outcome(
+            tokens=manifest.rows,
+            flops=account.forward_flops(account.count_parameters(teacher).head_once, manifest.rows),
+            peak_memory_bytes=peak_memory_bytes(),
+            summary={**asdict(quality), "store_bytes": manifest.bytes},
+        )
+
+    inputs = {
+        "recipe": section.model_dump(mode="json"),
+        "temperature": temperature,
+        "vocabulary": job.vocabulary,
+        "precision": job.recipe.train.precision,
+        "seed": job.recipe.seed,
+        **identity,
+    }
+    return StagePlan("signals", inputs, work, resumable=True)
+
+
+def signal_identity(job: Job, data: Stage) -> dict[str, str]:
+    """What a store must have been recorded with to be this run's."""
+    return {"teacher": job.teacher.fingerprint, "data": data.digest}
+
+
 def student(job: Job, data: Stage) -> StagePlan:
     section = job.recipe.student
 
@@ -191,9 +257,13 @@ def student(job: Job, data: Stage) -> StagePlan:
     return StagePlan("student", inputs, work, version=3)
 
 
-def training(job: Job, data: Stage, student: Stage) -> StagePlan:
-    inputs = {"objective": job.recipe.objective.model_dump(mode="json")}
-    return _training("train", inputs, job, data, student, job.recipe.objective, job.teacher.path)
+def training(job: Job, data: Stage, student: Stage, recorded: Stage | None) -> StagePlan:
+    inputs: dict[str, Any] = {"objective": job.recipe.objective.model_dump(mode="json")}
+    if recorded is not None:
+        # Not the digest: shards may be cut elsewhere after a resume, and hold the same rows.
+        inputs["signals"] = signals(job, data).depends_on
+    objective = job.recipe.objective
+    return _training("train", inputs, job, data, student, objective, job.teacher.path, recorded)
 
 
 def baseline(job: Job, data: Stage, student: Stage) -> StagePlan:
@@ -209,12 +279,16 @@ def _training(
     student: Stage,
     objective: ObjectiveRecipe,
     teacher: Path | None,
+    recorded: Stage | None = None,
 ) -> StagePlan:
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
+        store = None
+        if recorded is not None:
+            store = open_store(recorded.path / STORE, signal_identity(job, data))
         result = train(
             student.path / MODEL,
-            teacher,
+            None if store else teacher,
             windows,
             heldout,
             section=job.recipe.train,
@@ -222,6 +296,7 @@ def _training(
             vocabulary=job.vocabulary,
             seed=job.recipe.seed,
             out=out,
+            store=store,
             trust_remote_code=job.trust_remote_code,
         )
         return Outcome(

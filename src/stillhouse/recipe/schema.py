@@ -104,6 +104,58 @@ class DataRecipe(Section):
     )
 
 
+# --- signals -------------------------------------------------------------------------------
+
+
+class ThresholdSignals(Section):
+    """Likely tokens exactly, the others by unbiased draws; hard positions get more of both."""
+
+    kind: Literal["threshold"]
+    bytes: float = Field(36.0, gt=0, strict=False, description="Of a token, on average.")
+
+
+class TopKSignals(Section):
+    """The k likeliest tokens and the mass of all others; serves nearly every divergence."""
+
+    kind: Literal["top_k"]
+    k: int = Field(32, gt=0, le=254)
+
+
+class TopPSignals(Section):
+    """The fewest tokens that hold the mass p, and the mass of all others."""
+
+    kind: Literal["top_p"]
+    p: float = Field(0.98, gt=0, le=1, strict=False)
+    most: int = Field(64, gt=0, le=254, description="Tokens stored at the most.")
+
+
+class SampledSignals(Section):
+    """Tokens drawn with replacement, and how often (Sparse Logit Sampling)."""
+
+    kind: Literal["sampled"]
+    draws: int = Field(50, gt=0, le=254)
+
+
+class StratifiedSignals(Section):
+    """The k likeliest tokens exactly, and unbiased draws from the rest."""
+
+    kind: Literal["stratified"]
+    k: int = Field(8, gt=0, le=253)
+    draws: int = Field(12, gt=0, le=253)
+
+
+SignalEncoding = Annotated[
+    ThresholdSignals | TopKSignals | TopPSignals | SampledSignals | StratifiedSignals,
+    Field(discriminator="kind"),
+]
+
+
+class SignalsRecipe(Section):
+    """The teacher is asked once and its answers are stored; training reads them."""
+
+    encoding: SignalEncoding = ThresholdSignals(kind="threshold")
+
+
 # --- student -------------------------------------------------------------------------------
 
 
@@ -330,6 +382,9 @@ class Recipe(Section):
     seed: int = Field(0, ge=0)
     teacher: TeacherRecipe
     data: DataRecipe
+    signals: SignalsRecipe | None = Field(
+        None, description="Store the teacher's answers; null: it answers live, at every step."
+    )
     student: StudentRecipe
     objective: ObjectiveRecipe = ObjectiveRecipe()
     train: TrainRecipe = TrainRecipe()

@@ -1,7 +1,7 @@
 """Training on top of transformers.Trainer: resumable, distributed, and summed before it divides."""
 
 from stillhouse.training.checkpoints import read_metrics
-from stillhouse.training.objective import make_objective
+from stillhouse.training.objective import make_objective, stored_temperature
 from stillhouse.training.train import (
     CHECKPOINTS,
     METRICS,
@@ -21,5 +21,6 @@ __all__ = [
     "make_objective",
     "plan_batches",
     "read_metrics",
+    "stored_temperature",
     "train",
 ]

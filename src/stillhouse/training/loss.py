@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from stillhouse.data import IGNORED, supervised_rows, supervised_targets
 from stillhouse.objectives import LossSum, fused_loss, layer_logits_loss, relation_loss
-from stillhouse.signals import Signal
+from stillhouse.signals import SampledSignal, Signal, SparseSignal
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.views import Views, final_norm
 from stillhouse.training.objective import Objective, Weight
@@ -30,6 +30,15 @@ class TeacherView:
 
     signal: Signal
     views: Views | None = None
+
+
+def moved(signal: SparseSignal | SampledSignal, device: torch.device) -> Signal:
+    """The signal with its tensors on a device."""
+    ids_NK = signal.ids_NK.to(device)
+    if isinstance(signal, SampledSignal):
+        return replace(signal, ids_NK=ids_NK, counts_NK=signal.counts_NK.to(device))
+    log_probs_NK, tail_N = signal.log_probs_NK.to(device), signal.tail_N.to(device)
+    return replace(signal, ids_NK=ids_NK, log_probs_NK=log_probs_NK, tail_N=tail_N)
 
 
 def objective_loss(
@@ -73,7 +82,14 @@ def objective_loss(
         for name, weight, total in _between(objective, seen, teacher.views, batch):
             losses.append(total * weight.at(progress))
             values[name] = total.detach()
+    if teacher is not None and isinstance(teacher.signal, SampledSignal):
+        # Samples do not know the teacher's entropy: what they give is not a divergence.
+        values = {_renamed(name): value for name, value in values.items()}
     return LossSum(torch.stack([loss.float() for loss in losses]).sum(), values, len(rows_ND))
+
+
+def _renamed(name: str) -> str:
+    return name.replace("forward_kl", "teacher_cross_entropy")
 
 
 def _between(

@@ -25,6 +25,7 @@ from stillhouse.recipe.schema import (
     ObjectiveRecipe,
     ScheduleRecipe,
 )
+from stillhouse.signals.encodings import EntryEncoding
 from stillhouse.teachers.views import Wanted
 
 
@@ -187,6 +188,42 @@ def _relations(
                     fix="choose a number of heads that divides the widths of both models",
                 )
     return Relations(weight, pairs, term.heads, tuple(term.relations), "attention relations")
+
+
+def stored_temperature(objective: Objective, encoding: EntryEncoding) -> float:
+    """The one temperature at which a store must be recorded for these terms.
+
+    Raises SignalError: a term that this encoding cannot serve, or terms at several temperatures.
+    """
+    where = "objective.terms"
+    if objective.hidden or objective.relations:
+        raise SignalError(
+            "a signal store holds the teacher's output; a term asks for its intermediate layers",
+            where=where,
+            fix="remove the term, or `signals`: a live teacher serves every term",
+        )
+    terms = [term for term, _ in objective.output.terms]
+    terms += [term.term for term in objective.layer_logits]
+    of_teacher = [term for term in terms if term.needs_teacher]
+    for term in of_teacher:
+        name = term.divergence
+        sampled = encoding.signal == "SampledSignal" and name != "forward_kl"
+        if sampled or name == "adaptive_kl":
+            raise SignalError(
+                f"{name} cannot be taken from signals of kind {encoding.kind}: they serve "
+                f"{encoding.serves}",
+                where=where,
+                fix="use signals of kind top_k or top_p, or forward_kl, or a live teacher",
+            )
+    temperatures = sorted({term.temperature for term in of_teacher}) or [1.0]
+    if len(temperatures) > 1:
+        raise SignalError(
+            f"terms ask for temperatures {', '.join(f'{t:g}' for t in temperatures)}: a store is "
+            "recorded at one",
+            where=where,
+            fix="use one temperature, or a live teacher (no `signals`)",
+        )
+    return temperatures[0]
 
 
 def _one_of_a_kind(names: list[str]) -> None:

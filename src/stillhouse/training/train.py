@@ -21,6 +21,7 @@ from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.progress import bar, note
 from stillhouse.recipe.schema import ObjectiveRecipe, TrainRecipe
+from stillhouse.signals.store import Store
 from stillhouse.teachers.local import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
@@ -93,11 +94,14 @@ def train(
     vocabulary: int | None,
     seed: int,
     out: Path,
+    store: Store | None = None,
     trust_remote_code: bool = False,
 ) -> TrainingResult:
     """Trains the checkpoint in `student` and writes `out/model` (float32) and `out/metrics.jsonl`.
 
     teacher: None trains on the objective's terms alone, which must then need no teacher.
+    store: the teacher's recorded answers for these windows, in place of a teacher. Held-out
+    measurements then know the perplexity alone.
     vocabulary: ids below it are shared by both models; rows beyond it are padding.
     Goes on from the newest complete checkpoint in `out/checkpoints`, to the same weights as an
     undisturbed run gives. Under torchrun or accelerate launch every process calls this.
@@ -138,6 +142,7 @@ def train(
         trainer = DistillationTrainer(
             student=model,
             teacher=guide,
+            store=store,
             objective=terms,
             dtype=precision.dtype,
             vocabulary=vocabulary,

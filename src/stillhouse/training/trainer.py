@@ -20,11 +20,13 @@ from transformers import PreTrainedModel, Trainer
 from stillhouse.data import IGNORED, supervised_rows
 from stillhouse.errors import TrainingError
 from stillhouse.objectives import LossSum, Mixture, Tally, Term
-from stillhouse.signals import DenseSignal
+from stillhouse.signals import DenseSignal, SampledSignal, SparseSignal
+from stillhouse.signals.segments import find_segments
+from stillhouse.signals.store import Store
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.views import Wanted, look
 from stillhouse.training.checkpoints import Meter, MetricsFile
-from stillhouse.training.loss import Batch, TeacherView, objective_loss
+from stillhouse.training.loss import Batch, TeacherView, moved, objective_loss
 from stillhouse.training.objective import Objective
 
 HELDOUT_KL = Term("forward_kl")
@@ -41,6 +43,7 @@ class DistillationTrainer(Trainer):
         *,
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
+        store: Store | None,
         objective: Objective,
         dtype: torch.dtype,
         vocabulary: int | None,
@@ -61,6 +64,7 @@ class DistillationTrainer(Trainer):
         self.advance = advance
         self.early_stop = early_stop
         self._teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        self._store = store
         self._before = meter
         self._started = time.monotonic()
         self._tokens: Tensor | int = meter.tokens
@@ -97,6 +101,11 @@ class DistillationTrainer(Trainer):
 
     @torch.no_grad()
     def _look_at_teacher(self, inputs: Batch, wanted: Wanted) -> TeacherView | None:
+        if self._store is not None:
+            on_cpu = (inputs[name].cpu() for name in ("input_ids", "labels", "position_ids"))
+            stored = self._store.read(find_segments(*on_cpu))
+            assert isinstance(stored, SampledSignal | SparseSignal)
+            return TeacherView(moved(stored, self.args.device))
         if self._teacher is None:
             return None
         seen = look(self._teacher, inputs["input_ids"], inputs["position_ids"], wanted)
@@ -155,7 +164,9 @@ class DistillationTrainer(Trainer):
         sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
             for batch in self._heldout_batches():
-                teacher = self._look_at_teacher(batch, objective.of_teacher)
+                teacher = None
+                if self._teacher is not None:
+                    teacher = self._look_at_teacher(batch, objective.of_teacher)
                 outputs = self.model_wrapped(
                     **batch, teacher=teacher, objective=objective, progress=0.0
                 )
