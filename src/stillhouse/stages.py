@@ -208,9 +208,10 @@ def signals(job: Job, data: Stage) -> StagePlan:
         note(
             f"{quality.bytes:.1f} bytes a token: {quality.entries:.1f} tokens of {job.vocabulary:,}"
         )
+        tokens, size = windows.supervised_tokens, account.count_parameters(teacher).head_once
         return Outcome(
-            tokens=manifest.rows,
-            flops=account.forward_flops(account.count_parameters(teacher).head_once, manifest.rows),
+            tokens=tokens,
+            flops=account.forward_flops(size, tokens),
             peak_memory_bytes=peak_memory_bytes(),
             summary={**asdict(quality), "store_bytes": manifest.bytes},
         )
