@@ -27,8 +27,9 @@ from stillhouse.signals import DenseSignal, LMHead, SampledSignal
 from stillhouse.signals.encode import Encoder, Statistics
 from stillhouse.signals.encodings import Threshold
 from stillhouse.signals.export import export_parquet
+from stillhouse.signals.head import head_logits
 from stillhouse.signals.manifest import Settings
-from stillhouse.signals.record import Recorder, head_logits
+from stillhouse.signals.record import Recorder
 from stillhouse.signals.rows import EntryRows
 from stillhouse.signals.segments import Segments, find_segments
 from stillhouse.signals.store import Store, open_store

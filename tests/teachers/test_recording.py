@@ -6,8 +6,9 @@ import torch
 
 from stillhouse.data.shift import supervised_rows
 from stillhouse.signals.encodings import TopK
+from stillhouse.signals.head import head_logits
 from stillhouse.signals.manifest import Settings
-from stillhouse.signals.record import Recorder, head_logits
+from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import find_segments
 from stillhouse.signals.store import open_store
 from stillhouse.signals.writer import StoreWriter

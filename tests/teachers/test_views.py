@@ -9,7 +9,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stillhouse.errors import ModelError
-from stillhouse.teachers.views import Wanted, blocks, final_norm, look
+from stillhouse.teachers.views import Wanted, decoder_layers, final_norm, look
 from tests import tiny
 
 
@@ -55,7 +55,7 @@ def test_attention_of_a_block_is_its_projections_of_the_normed_stream() -> None:
     model = tiny.llama()
     ids_RL = torch.arange(6)[None]
     seen = look(model, ids_RL, None, Wanted(layers=frozenset({1}), attention=frozenset({2})))
-    block = blocks(model)[1]
+    block = decoder_layers(model)[1]
     stream_RLD = block.input_layernorm(seen.layers[1])
     assert set(seen.attention) == {2}
     for name, projection in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):

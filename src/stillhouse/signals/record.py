@@ -8,10 +8,11 @@ from torch import Tensor
 from stillhouse.errors import SignalError
 from stillhouse.signals.encode import Encoder, Statistics, frozen_head_rows, hidden_rows
 from stillhouse.signals.encodings import FrozenHead, Hidden
+from stillhouse.signals.head import head_logits
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.rows import Rows, concatenate
 from stillhouse.signals.segments import Segments
-from stillhouse.signals.types import DenseSignal, HiddenSignal, LMHead, LogitsSignal
+from stillhouse.signals.types import DenseSignal, HiddenSignal, LogitsSignal
 from stillhouse.signals.writer import uniforms
 
 CHUNK_LOGITS = 1 << 24
@@ -83,15 +84,3 @@ class Recorder:
             raise SignalError("the encoding hidden takes a HiddenSignal, not logits")
         head_VD = self.student_head.to(logits_nV.device)
         return frozen_head_rows(logits_nV, head_VD, self.settings.temperature)
-
-
-def head_logits(head: LMHead, hidden_nD: Tensor) -> Tensor:
-    """The logits of an LMHead, in float32."""
-    logits_nV = torch.nn.functional.linear(
-        hidden_nD.to(head.weight_VD.dtype), head.weight_VD, head.bias_V
-    ).float()
-    if head.scale != 1.0:
-        logits_nV *= head.scale
-    if head.softcap is not None:
-        logits_nV = logits_nV.div_(head.softcap).tanh_().mul_(head.softcap)
-    return logits_nV

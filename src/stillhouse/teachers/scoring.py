@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.data import WindowSet, collate
-from stillhouse.data.shift import IGNORED
+from stillhouse.data import WindowSet, collate, predicting
 from stillhouse.progress import bar
 from stillhouse.recipe.schema import (
     SampledSignals,
@@ -32,8 +31,9 @@ from stillhouse.signals.encodings import (
     TopK,
     TopP,
 )
+from stillhouse.signals.head import head_logits
 from stillhouse.signals.manifest import SETTINGS, Manifest, Settings, read_settings
-from stillhouse.signals.record import Recorder, head_logits
+from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import find_segments
 from stillhouse.signals.tune import likeliest_probabilities, tune_threshold
 from stillhouse.signals.writer import StoreWriter
@@ -141,11 +141,6 @@ def tuned_threshold(
             logits_NV = head_logits(answer.head, answer.hidden_ND)
             sample.append(likeliest_probabilities(logits_NV, temperature).cpu())
     return tune_threshold(torch.cat(sample), vocabulary, size=size).encoding
-
-
-def predicting(labels_RL: Tensor) -> Tensor:
-    """True at the positions whose next token is supervised, [R, L]."""
-    return torch.nn.functional.pad(labels_RL[:, 1:] != IGNORED, (0, 1))
 
 
 def _batches(windows: WindowSet) -> Iterator[dict[str, Tensor]]:

@@ -39,20 +39,20 @@ def look(model: Any, input_ids_RL: Tensor, position_ids_RL: Tensor | None, wante
     """Runs the backbone as `hidden_states` does. Raises ModelError where it has no such parts."""
     if not (wanted.layers or wanted.attention):
         return Views(hidden_states(model, input_ids_RL, position_ids_RL))
-    all_blocks = blocks(model)
+    blocks = decoder_layers(model)
     with ExitStack() as stack:
-        layers = stack.enter_context(_outputs(all_blocks, wanted.layers - {len(all_blocks)}))
+        layers = stack.enter_context(_outputs(blocks, wanted.layers - {len(blocks)}))
         attention = {
-            number: stack.enter_context(capture(_attention(all_blocks[number - 1])))
+            number: stack.enter_context(capture(_attention(blocks[number - 1])))
             for number in sorted(wanted.attention)
         }
         last_RLD = hidden_states(model, input_ids_RL, position_ids_RL)
-    if len(all_blocks) in wanted.layers:
-        layers[len(all_blocks)] = last_RLD
+    if len(blocks) in wanted.layers:
+        layers[len(blocks)] = last_RLD
     return Views(last_RLD, layers, attention)
 
 
-def blocks(model: Any) -> nn.ModuleList:
+def decoder_layers(model: Any) -> nn.ModuleList:
     """The decoder blocks, from the first to the last."""
     found = getattr(model.base_model, "layers", None)
     if not isinstance(found, nn.ModuleList):
@@ -84,7 +84,7 @@ def _unknown(module: nn.Module, what: str) -> ModelError:
 
 
 @contextmanager
-def _outputs(all_blocks: nn.ModuleList, layers: frozenset[int]) -> Iterator[dict[int, Tensor]]:
+def _outputs(blocks: nn.ModuleList, layers: frozenset[int]) -> Iterator[dict[int, Tensor]]:
     caught: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
@@ -96,9 +96,9 @@ def _outputs(all_blocks: nn.ModuleList, layers: frozenset[int]) -> Iterator[dict
     def keep_input(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         caught[0] = inputs[0] if inputs else named["hidden_states"]
 
-    handles = [all_blocks[i - 1].register_forward_hook(keep(i)) for i in sorted(layers - {0})]
+    handles = [blocks[i - 1].register_forward_hook(keep(i)) for i in sorted(layers - {0})]
     if 0 in layers:
-        handles.append(all_blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True))
+        handles.append(blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True))
     try:
         yield caught
     finally:

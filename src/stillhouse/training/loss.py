@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stillhouse.data import IGNORED, supervised_rows, supervised_targets
+from stillhouse.data import predicting, supervised_rows, supervised_targets
 from stillhouse.objectives import LossSum, fused_loss, layer_logits_loss, relation_loss
 from stillhouse.signals import SampledSignal, Signal, SparseSignal
 from stillhouse.teachers.backbone import lm_head
@@ -103,7 +103,7 @@ def _between(
         yield hidden.name, hidden.weight, hidden.loss(of_student, of_teacher).total
     if objective.relations:
         mask_RLL = same_document(batch["position_ids"])
-        predicting_RL = nn.functional.pad(labels_RL[:, 1:] != IGNORED, (0, 1))
+        predicting_RL = predicting(labels_RL)
     for term in objective.relations:
         totals = [
             relation_loss(
