@@ -22,6 +22,8 @@ from stillhouse.teachers import resolve_model
 from stillhouse.training import MODEL
 
 POLL_SECONDS = 0.5
+SIGNALS = "signals"
+"""The stage, and the link to its store in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +92,9 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         plan = stages.data(job)
         data = folder.stage(plan.name, plan.depends_on, plan.work)
         plan = stages.signals(job, data)
-        folder.stage(plan.name, plan.depends_on, plan.work, resumable=True)
-        return _point_at_signals(folder, plan)
-
-
-def _point_at_signals(folder: RunFolder, plan: StagePlan) -> Path:
-    stage = folder.finished(plan.name, plan.depends_on)
-    assert stage is not None
-    folder.point("signals", stage.path / stages.STORE)
-    return folder.root / "signals"
+        recorded = folder.stage(plan.name, plan.depends_on, plan.work, resumable=True)
+        folder.point(SIGNALS, recorded.path / stages.STORE)
+        return folder.root / SIGNALS
 
 
 def evaluate_model(
@@ -164,8 +160,9 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     evaluated = do(stages.evaluation(job, data, student, trained, baseline))
     exported = do(stages.export(job, data, trained))
     report = do(stages.report(job, list(finished)))
-    if recipe.signals is not None:
-        _point_at_signals(folder, stages.signals(job, data))
+    for stage in finished:
+        if stage.name == SIGNALS:
+            folder.point(SIGNALS, stage.path / stages.STORE)
     folder.point("model", exported.path / MODEL)
     folder.point("report.html", report.path / stages.REPORT)
     return RunResult(

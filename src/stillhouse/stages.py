@@ -48,6 +48,7 @@ from stillhouse.training import (
     CHECKPOINTS,
     METRICS,
     MODEL,
+    Objective,
     make_objective,
     read_metrics,
     stored_temperature,
@@ -124,10 +125,16 @@ def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
         note(f"warning: {warning}")
     job = Job(recipe, base, teacher, pretrained, match.rows)
     # Refuses now what these models, or a store of the teacher's answers, cannot give.
-    objective = make_objective(recipe.objective, *configs(job))
+    objective = planned_objective(job)
     if recipe.signals is not None:
         stored_temperature(objective, encoding_of(recipe.signals))
     return job
+
+
+def planned_objective(job: Job) -> Objective:
+    """The objective before there is a student: its learned maps have shapes and no memory."""
+    with torch.device("meta"):
+        return make_objective(job.recipe.objective, *configs(job))
 
 
 def configs(job: Job) -> tuple[Any, Any]:
@@ -184,8 +191,7 @@ def signals(job: Job, data: Stage) -> StagePlan:
     """The teacher is asked about every training window, once; students then read its answers."""
     section = job.recipe.signals
     assert section is not None
-    objective = make_objective(job.recipe.objective, *configs(job))
-    temperature = stored_temperature(objective, encoding_of(section))
+    temperature = stored_temperature(planned_objective(job), encoding_of(section))
     identity = signal_identity(job, data)
 
     def work(out: Path) -> Outcome:
@@ -261,8 +267,8 @@ def student(job: Job, data: Stage) -> StagePlan:
 def training(job: Job, data: Stage, student: Stage, recorded: Stage | None) -> StagePlan:
     inputs: dict[str, Any] = {"objective": job.recipe.objective.model_dump(mode="json")}
     if recorded is not None:
-        # Not the digest: shards may be cut elsewhere after a resume, and hold the same rows.
-        inputs["signals"] = signals(job, data).depends_on
+        # The stage's key, not its digest: after a resume, other shards hold the same rows.
+        inputs["signals"] = recorded.path.name
     objective = job.recipe.objective
     return _training("train", inputs, job, data, student, objective, job.teacher.path, recorded)
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from stillhouse.data import collate
 from stillhouse.errors import SignalError
 from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.schema import ObjectiveRecipe, TrainRecipe
+from stillhouse.recipe.schema import ObjectiveRecipe
 from stillhouse.teachers import load_model
-from stillhouse.training import make_objective, read_metrics, train
+from stillhouse.training import make_objective, read_metrics
 from stillhouse.training.loss import same_document
 from tests import tiny
 from tests.training.conftest import Setting
+from tests.training.test_train import run
 
 HIDDEN = {"kind": "hidden_states", "weight": 0.3, "embeddings": True}
 COSINE = {"kind": "hidden_states", "distance": "cosine", "pairs": [[1, 3]]}
@@ -32,22 +33,7 @@ def objective(folder: Path, *terms: Mapping[str, Any]) -> ObjectiveRecipe:
     return parse_recipe(tiny.recipe(folder, objective={"terms": list(terms)})).objective
 
 
-def run(setting: Setting, out: Path, terms: ObjectiveRecipe, **changes: Any) -> dict[str, Tensor]:
-    options = {"batch_size": 8, "precision": "float32", "max_steps": 4, **changes}
-    train(
-        setting.student,
-        setting.teacher,
-        setting.windows,
-        setting.heldout,
-        section=TrainRecipe(**options),
-        objective=terms,
-        vocabulary=None,
-        seed=0,
-        out=out,
-    )
-    return load_file(out / "model" / "model.safetensors")
-
-
+@torch.no_grad()
 def row_means(setting: Setting, terms: ObjectiveRecipe) -> dict[str, float]:
     """Each term on all windows at the start, a window and a row at a time, in plain PyTorch."""
     student = load_model(setting.student, dtype=torch.float32)

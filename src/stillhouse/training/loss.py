@@ -72,8 +72,8 @@ def objective_loss(
         values |= loss.terms
     for logits in objective.layer_logits:
         layers = {layer: supervised_rows(seen.layers[layer], labels_RL) for layer in logits.layers}
-        weighted = replace(logits.term, weight=logits.weight.at(progress))
-        loss = layer_logits_loss(layers, final_norm(student), lm_head(student), [weighted], **about)
+        terms = logits.term.at(progress)
+        loss = layer_logits_loss(layers, final_norm(student), lm_head(student), terms, **about)
         losses.append(loss.total)
         values |= loss.terms
     if objective.hidden or objective.relations:

@@ -44,8 +44,7 @@ class Weight:
 class LayerLogits:
     """A divergence on the student's intermediate layers, through its own final norm and head."""
 
-    weight: Weight
-    term: Term
+    term: Mixture
     layers: tuple[int, ...]
 
 
@@ -88,10 +87,10 @@ class Objective:
         return Wanted(frozenset(layers), frozenset(attention))
 
     @property
-    def needs_teacher(self) -> bool:
-        terms = [term for term, _ in self.output.terms]
-        terms += [term.term for term in self.layer_logits]
-        return bool(self.hidden or self.relations) or any(term.needs_teacher for term in terms)
+    def divergences(self) -> list[Term]:
+        """Those at the output and those at intermediate layers."""
+        mixtures = [self.output, *(logits.term for logits in self.layer_logits)]
+        return [term for mixture in mixtures for term, _ in mixture.terms]
 
     def projections(self) -> nn.ModuleList:
         """The learned maps of widths: trained beside the student, and no part of it."""
@@ -123,7 +122,7 @@ def make_objective(
                 output.append((_term(term), schedule))
             else:
                 layers = _own_layers(term.layers, student.num_hidden_layers)
-                layer_logits.append(LayerLogits(weight, _term(term), layers))
+                layer_logits.append(LayerLogits(Mixture(((_term(term), schedule),)), layers))
         except SignalError as error:
             where = f"objective.terms.{place}"
             raise SignalError(error.what, where=where, fix=error.fix) from None
@@ -202,9 +201,7 @@ def stored_temperature(objective: Objective, encoding: EntryEncoding) -> float:
             where=where,
             fix="remove the term, or `signals`: a live teacher serves every term",
         )
-    terms = [term for term, _ in objective.output.terms]
-    terms += [term.term for term in objective.layer_logits]
-    of_teacher = [term for term in terms if term.needs_teacher]
+    of_teacher = [term for term in objective.divergences if term.needs_teacher]
     for term in of_teacher:
         name = term.divergence
         sampled = encoding.signal == "SampledSignal" and name != "forward_kl"

@@ -83,7 +83,10 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         progress = self.state.global_step / max(1, self.state.max_steps)
-        teacher = self._look_at_teacher(inputs, self.objective.of_teacher)
+        if self._store is None:
+            teacher = self._look_at_teacher(inputs, self.objective.of_teacher)
+        else:
+            teacher = self._look_up(inputs, self._store)
         outputs = model(**inputs, teacher=teacher, objective=self.objective, progress=progress)
         self._tally.add(outputs)
         assert num_items_in_batch is not None
@@ -101,16 +104,17 @@ class DistillationTrainer(Trainer):
 
     @torch.no_grad()
     def _look_at_teacher(self, inputs: Batch, wanted: Wanted) -> TeacherView | None:
-        if self._store is not None:
-            on_cpu = (inputs[name].cpu() for name in ("input_ids", "labels", "position_ids"))
-            stored = self._store.read(find_segments(*on_cpu))
-            assert isinstance(stored, SampledSignal | SparseSignal)
-            return TeacherView(moved(stored, self.args.device))
         if self._teacher is None:
             return None
         seen = look(self._teacher, inputs["input_ids"], inputs["position_ids"], wanted)
         rows_ND = supervised_rows(seen.last_RLD, inputs["labels"])
         return TeacherView(DenseSignal(rows_ND, lm_head(self._teacher)), seen)
+
+    def _look_up(self, inputs: Batch, store: Store) -> TeacherView:
+        windows = (inputs[name] for name in ("input_ids", "labels", "position_ids"))
+        stored = store.read(find_segments(*windows))
+        assert isinstance(stored, SampledSignal | SparseSignal)
+        return TeacherView(moved(stored, self.args.device))
 
     # --- what is measured on the way -----------------------------------------------------------
 
@@ -164,9 +168,7 @@ class DistillationTrainer(Trainer):
         sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
             for batch in self._heldout_batches():
-                teacher = None
-                if self._teacher is not None:
-                    teacher = self._look_at_teacher(batch, objective.of_teacher)
+                teacher = self._look_at_teacher(batch, objective.of_teacher)
                 outputs = self.model_wrapped(
                     **batch, teacher=teacher, objective=objective, progress=0.0
                 )
