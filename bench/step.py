@@ -28,9 +28,9 @@ from stillhouse.hardware import (
     peak_memory_bytes,
     tune_allocator,
 )
+from stillhouse.job import find_models
 from stillhouse.recipe import load_recipe
 from stillhouse.recipe.schema import LogitsTerm, ObjectiveRecipe, RandomStudent, Recipe
-from stillhouse.stages import find_models
 from stillhouse.students import build_student
 from stillhouse.teachers import load_model, load_tokenizer
 from stillhouse.training import read_metrics, train

@@ -17,16 +17,16 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from stillhouse import account, stages
+from stillhouse import account
 from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
+from stillhouse.job import Job, configs, find_models
 from stillhouse.recipe import load_recipe
 from stillhouse.recipe.schema import Recipe
 from stillhouse.runner import run_folder
-from stillhouse.stages import Job
 from stillhouse.teachers import load_tokenizer
 from stillhouse.training import plan_batches
 
@@ -86,7 +86,7 @@ def _examine(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     yield Finding("ok", "recipe", f"{path} is valid")
     yield from _folder(recipe)
     yield from _extras(recipe)
-    job = stages.find_models(recipe, path.parent, weights=False)
+    job = find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
     sample = _sample(job)
@@ -191,7 +191,7 @@ def _data(sample: Sample, recipe: Recipe) -> Iterator[Finding]:
 def _costs(job: Job, sample: Sample) -> Iterator[Finding]:
     recipe = job.recipe
     section = recipe.train
-    student_config, teacher_config = stages.configs(job)
+    student_config, teacher_config = configs(job)
     teacher, student = _size(teacher_config), _size(student_config)
     yield Finding(
         "estimate",

@@ -14,6 +14,7 @@ from stillhouse.data import Windows
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
+from stillhouse.job import Job, find_models, shared_vocabulary
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
@@ -61,14 +62,12 @@ def run(
         return _lead(recipe, base, folder)
 
 
-def prepare_data(
-    recipe: str | Path, overrides: Sequence[str] = ()
-) -> tuple[stages.Job, Windows, Windows]:
+def prepare_data(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, Windows, Windows]:
     """Does a recipe's data stage, or finds it done: the job, training and held-out windows."""
     loaded, base = read(recipe, overrides, None)
     folder = run_folder(loaded)
     with folder.locked():
-        job = stages.find_models(loaded, base)
+        job = find_models(loaded, base)
         plan = stages.data(job)
         return job, *stages.open_data(folder.stage(plan.name, plan.depends_on, plan.work))
 
@@ -88,7 +87,7 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     tune_allocator()
     folder = run_folder(loaded)
     with folder.locked():
-        job = stages.find_models(loaded, base)
+        job = find_models(loaded, base)
         plan = stages.data(job)
         data = folder.stage(plan.name, plan.depends_on, plan.work)
         plan = stages.signals(job, data)
@@ -119,7 +118,7 @@ def evaluate_model(
         section=job.recipe.evaluate,
         windows=heldout,
         seed=job.recipe.seed,
-        vocabulary=stages.shared_vocabulary(job.teacher, source, job.trust_remote_code).rows,
+        vocabulary=shared_vocabulary(job.teacher, source, job.trust_remote_code).rows,
         precision=choose_precision(job.recipe.train.precision, default_device()),
         trust_remote_code=job.trust_remote_code,
     )
@@ -176,9 +175,9 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
 
 def _stages_together(
     recipe: Recipe, base: Path, do: Callable[[StagePlan], Stage]
-) -> tuple[stages.Job, Stage, Stage, Stage, Stage | None]:
+) -> tuple[Job, Stage, Stage, Stage, Stage | None]:
     """The stages up to training, which every process goes through."""
-    job = stages.find_models(recipe, base)
+    job = find_models(recipe, base)
     data = do(stages.data(job))
     recorded = None if recipe.signals is None else do(stages.signals(job, data))
     student = do(stages.student(job, data))
