@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from stillhouse.errors import ModelError, RecipeError
 
 
@@ -60,11 +58,6 @@ def axes_of(config: Any) -> Axes:
             "start: pretrained or start: random",
         )
     return axes
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    layers: nn.ModuleList = model.base_model.layers
-    return layers
 
 
 def part(module: Any, name: str) -> Any:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import ModelError
-from stillhouse.pruning.axes import PER_LAYER_LISTS, Axes, decoder_layers, part
+from stillhouse.pruning.axes import PER_LAYER_LISTS, Axes, part
 from stillhouse.teachers.local import load_model
 from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.views import decoder_layers
 
 
 def keep_neurons(layer: nn.Module, axes: Axes, kept_K: Tensor, down_DK: Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.progress import bar
-from stillhouse.pruning.axes import Axes, decoder_layers, part
+from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.calibrate import (
     Batch,
     LayerInputs,
@@ -31,6 +31,7 @@ from stillhouse.pruning.depth import summed_kl
 from stillhouse.pruning.ffn import Moments, energy_ranking, refit_and_remove
 from stillhouse.pruning.surgery import keep_neurons
 from stillhouse.teachers.backbone import lm_head
+from stillhouse.teachers.views import decoder_layers
 
 KL_BATCHES = 2
 """Calibration batches on which the cut model's KL is measured."""
