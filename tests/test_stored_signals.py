@@ -14,6 +14,7 @@ from stillhouse import account
 from stillhouse.errors import SignalError
 from stillhouse.runfolder import Stage
 from stillhouse.runner import RunResult
+from stillhouse.signals.store import open_store
 from stillhouse.signals.verify import verify
 from stillhouse.stages import STORE
 from stillhouse.teachers import scoring
@@ -35,7 +36,7 @@ def weights(result: RunResult) -> dict[str, torch.Tensor]:
     return load_file(stages(result)["train"].path / "model" / "model.safetensors")
 
 
-def recipe(folder: Path, encoding: dict[str, Any], **sections: Any) -> dict[str, Any]:
+def recipe(folder: Path, encoding: dict[str, Any], /, **sections: Any) -> dict[str, Any]:
     return tiny.recipe(folder, signals={"encoding": encoding}, **sections)
 
 
@@ -138,3 +139,90 @@ def test_terms_that_a_store_cannot_serve_are_refused_before_anything_is_spent(
         run(recipe(tmp_path, encoding, objective={"terms": terms}))
     assert caught.value.fix
     assert not list((tmp_path / "run" / "stages").iterdir())
+
+
+# --- a store that another run recorded ---------------------------------------------------------
+
+ENCODING = {"kind": "top_k", "k": 16}
+WHOLE = {"packing": "none"}
+"""Documents are not cut where a window ends, so that other windows have the same segments."""
+
+
+@pytest.fixture(scope="module")
+def part(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A store of about half of the training text, and the folder of the models and texts."""
+    folder = tmp_path_factory.mktemp("part")
+    data = {**WHOLE, "train_tokens": 1500}
+    result = run(recipe(folder, ENCODING, data=data, folder=str(folder / "a")))
+    return folder, stages(result)["signals"].path / STORE
+
+
+def test_a_run_reads_the_store_of_another(part: tuple[Path, Path], monkeypatch: Any) -> None:
+    folder, store = part
+    monkeypatch.setattr(scoring, "dense_signal", _never)
+    changes = {"data": {**WHOLE, "train_tokens": 1500}, "train": {"batch_size": 2}}
+    signals = {"store": str(store)}
+    result = run(tiny.recipe(folder, folder=str(folder / "b"), signals=signals, **changes))
+    assert "signals" not in stages(result)
+    assert stages(result)["train"].summary["steps"] > 0
+
+
+def test_text_that_the_store_lacks_is_refused_with_its_amount(part: tuple[Path, Path]) -> None:
+    folder, store = part
+    with pytest.raises(SignalError, match=r"lacks [\d,]+ of [\d,]+ training tokens") as caught:
+        run(
+            tiny.recipe(folder, folder=str(folder / "c"), signals={"store": str(store)}, data=WHOLE)
+        )
+    assert "missing: live" in str(caught.value)
+
+
+def test_text_that_the_store_lacks_is_asked_live_and_changes_nothing(
+    part: tuple[Path, Path],
+) -> None:
+    folder, store = part
+    section = {"store": str(store), "missing": "live"}
+    mixed = run(tiny.recipe(folder, folder=str(folder / "d"), signals=section, data=WHOLE))
+    whole = run(recipe(folder, ENCODING, folder=str(folder / "e"), data=WHOLE))
+    for name, tensor in weights(whole).items():
+        # The teacher's passes have other batches, whose sums differ in the last bits.
+        torch.testing.assert_close(weights(mixed)[name], tensor, atol=1e-3, rtol=1e-3)
+    alone, beside = (stages(r)["train"].cost for r in (whole, mixed))
+    size = 2 * account.count_parameters(tiny.llama()).head_once
+    asked = (beside.flops - alone.flops) / size
+    assert 0.3 * alone.tokens < asked < 0.7 * alone.tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"terms": [{"temperature": 2}]}}, "another temperature: it has 1"),
+        ({"teacher": {"model": "other"}}, "another teacher"),
+        ({"objective": {"terms": [{"divergence": "adaptive_kl"}]}}, "adaptive_kl cannot"),
+    ],
+)
+def test_a_store_that_is_not_this_runs_is_refused_with_both_values(
+    part: tuple[Path, Path], changes: dict[str, Any], message: str
+) -> None:
+    folder, store = part
+    tiny.save_model(folder / "other", seed=1)
+    if "teacher" in changes:
+        changes = {"teacher": {"model": str(folder / "other")}}
+    section = {"store": str(store), "missing": "live"}
+    with pytest.raises(SignalError, match=message) as caught:
+        run(tiny.recipe(folder, folder=str(folder / "f"), signals=section, data=WHOLE, **changes))
+    assert caught.value.fix
+
+
+def test_a_store_of_another_template_is_refused(part: tuple[Path, Path]) -> None:
+    _, store = part
+    expected = {"template": "0" * 64}
+    with pytest.raises(SignalError, match=r"another template: it has .* this run 0000"):
+        open_store(store, expected)
+
+
+def test_a_batch_without_supervised_tokens_can_be_read(part: tuple[Path, Path]) -> None:
+    _, store = part
+    ids_RL = torch.arange(8)[None]
+    batch = {"input_ids": ids_RL, "labels": torch.full_like(ids_RL, -100), "position_ids": ids_RL}
+    signal = open_store(store).read(scoring.segments_of(batch))
+    assert signal.ids_NK.shape[0] == signal.tail_N.shape[0] == 0

@@ -15,7 +15,6 @@ import psutil
 import torch
 from rich.markup import escape
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from stillhouse import account
 from stillhouse.data.documents import AnyDocument, Conversation, Document
@@ -23,10 +22,19 @@ from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
-from stillhouse.job import Job, configs, find_models
+from stillhouse.job import Job, configs, find_models, planned_size
 from stillhouse.recipe import load_recipe
-from stillhouse.recipe.schema import Recipe
+from stillhouse.recipe.schema import (
+    Recipe,
+    SampledSignals,
+    SignalsRecipe,
+    StratifiedSignals,
+    ThresholdSignals,
+    TopKSignals,
+    TopPSignals,
+)
 from stillhouse.runner import run_folder
+from stillhouse.signals.manifest import read_manifest
 from stillhouse.teachers import load_tokenizer
 from stillhouse.training import plan_batches
 
@@ -36,6 +44,8 @@ SAMPLE_DOCUMENTS = 400
 SAMPLE_CHARACTERS = 400_000
 EFFICIENCY = 0.55
 """Share of the measured matrix product rate that a training step reaches (bench/step)."""
+SEGMENT_BYTES = 2.0
+"""Keys, offsets and checksums of a store, a token, for documents of some hundred tokens or less."""
 ADAM_BYTES = 16
 """A parameter: float32 weight, gradient and two moments."""
 STYLES = {"ok": "green", "estimate": "cyan", "warning": "yellow", "error": "bold red"}
@@ -192,7 +202,7 @@ def _costs(job: Job, sample: Sample) -> Iterator[Finding]:
     recipe = job.recipe
     section = recipe.train
     student_config, teacher_config = configs(job)
-    teacher, student = _size(teacher_config), _size(student_config)
+    teacher, student = planned_size(teacher_config), planned_size(student_config)
     yield Finding(
         "estimate",
         "student",
@@ -205,10 +215,13 @@ def _costs(job: Job, sample: Sample) -> Iterator[Finding]:
     windows = max(1, -(-tokens // recipe.data.context))
     plan = plan_batches(section, windows, int(os.environ.get("WORLD_SIZE", "1")))
     steps_tokens = plan.steps * section.batch_size * recipe.data.context
-    flops = account.distillation_flops(student.head_once, teacher.head_once, steps_tokens)
+    live = teacher.head_once if recipe.signals is None else 0
+    flops = account.distillation_flops(student.head_once, live, steps_tokens)
     device = default_device()
     precision = choose_precision(section.precision, device)
     rate = EFFICIENCY * matmul_rate(precision.dtype, device)
+    asking = account.forward_flops(teacher.head_once, tokens) / rate
+    yield from _signals(job, tokens, steps_tokens / tokens, asking, teacher, student)
     yield Finding(
         "estimate",
         "training",
@@ -221,9 +234,60 @@ def _costs(job: Job, sample: Sample) -> Iterator[Finding]:
     yield _disk(job, student)
 
 
-def _size(config: Any) -> account.ParameterCount:
-    with torch.device("meta"):
-        return account.count_parameters(AutoModelForCausalLM.from_config(config))
+def _signals(
+    job: Job,
+    tokens: int,
+    passes: float,
+    asking: float,
+    teacher: account.ParameterCount,
+    student: account.ParameterCount,
+) -> Iterator[Finding]:
+    """What a store costs and saves. passes: times each token is trained on; asking: seconds in
+    which the teacher answers about every token once."""
+    section = job.recipe.signals
+    if section is not None and section.store is not None:
+        manifest = read_manifest(job.base / section.store)
+        kind = manifest.settings.encoding.kind
+        text = f"{section.store}: {manifest.rows:,} tokens of kind {kind}, asked before"
+        yield Finding("ok", "signals", text)
+        return
+    size = f"{tokens * _row_bytes(section or SignalsRecipe()) / 1e6:,.0f} MB"
+    faster = f"{1 + teacher.head_once / (3 * student.head_once):.1f} times as fast"
+    if section is not None:
+        text = f"the teacher is asked once, about {_duration(asking)}, and {size} are stored"
+        if passes < 2:
+            text += f"; it pays from a second student or epoch on, which then trains {faster}"
+        else:
+            text += f"; {passes:.0f} epochs save about {_duration((passes - 1) * asking)}"
+        yield Finding("estimate", "signals", text)
+    elif passes >= 2:
+        text = f"the teacher is asked {passes:.0f} times about the same text"
+        saved = _duration((passes - 1) * asking)
+        fix = f"add `signals: {{}}`: it is asked once, which saves about {saved} for {size}"
+        yield Finding("estimate", "signals", text, fix)
+    else:
+        text = (
+            f"the teacher answers live; with `signals: {{}}` ({size}) a second student or epoch "
+            f"trains {faster}"
+        )
+        yield Finding("estimate", "signals", text)
+
+
+def _row_bytes(section: SignalsRecipe) -> float:
+    """Bytes of a stored token, about: docs/signal-store.md has the encodings' sizes."""
+    encoding = section.encoding
+    match encoding:
+        case ThresholdSignals():
+            row = encoding.bytes
+        case TopKSignals():
+            row = 5.0 + 4 * encoding.k
+        case TopPSignals():
+            row = 5.0 + 4 * encoding.most / 4
+        case SampledSignals():
+            row = 1.0 + 3 * encoding.draws / 2
+        case StratifiedSignals():
+            row = 2.0 + 3 * encoding.k + 2 * encoding.draws
+    return row + SEGMENT_BYTES
 
 
 def _training_memory(

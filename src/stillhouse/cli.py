@@ -139,6 +139,41 @@ def export(
     Console().print(f"{export_parquet(store, parquet):,} rows  {parquet}", highlight=False)
 
 
+@signals.command()
+def push(
+    store: StoreArgument,
+    repository: Annotated[str, typer.Argument(help="A data set of the Hub: org/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read it.")] = False,
+) -> None:
+    """Uploads a finished store to the Hugging Face Hub, private unless you say otherwise.
+
+    Example: `stillhouse signals push runs/stored/signals my-name/my-signals`
+    """
+    from rich.console import Console
+
+    from stillhouse.signals.hub import upload_store
+
+    Console().print(upload_store(store, repository, private=not public), highlight=False)
+
+
+@signals.command()
+def pull(
+    repository: Annotated[str, typer.Argument(help="A data set of the Hub: org/name.")],
+    store: Annotated[Path, typer.Argument(help="The folder to write.")],
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
+) -> None:
+    """Downloads a store from the Hugging Face Hub and verifies it.
+
+    Example: `stillhouse signals pull my-name/my-signals signals`
+    """
+    from rich.console import Console
+
+    from stillhouse.signals.hub import download_store
+
+    path = download_store(repository, store, revision=revision)
+    Console().print(f"{path} is sound", highlight=False)
+
+
 @app.command()
 def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """Checks a recipe before anything is spent, and estimates memory, tokens and time.

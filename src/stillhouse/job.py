@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
+from stillhouse import account
+from stillhouse.errors import SignalError
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.signals.encodings import EntryEncoding, FrozenHead, Hidden
+from stillhouse.signals.manifest import read_settings
 from stillhouse.students import planned_config
 from stillhouse.teachers import (
     ModelSource,
@@ -68,8 +73,26 @@ def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
     # Refuses now what these models, or a store of the teacher's answers, cannot give.
     objective = planned_objective(job)
     if recipe.signals is not None:
-        stored_temperature(objective, encoding_of(recipe.signals))
+        stored_temperature(objective, signals_encoding(job))
     return job
+
+
+def signals_encoding(job: Job) -> EntryEncoding:
+    """What the teacher's answers are stored as. Raises SignalError, StoreError about a store."""
+    section = job.recipe.signals
+    assert section is not None
+    if section.store is None:
+        return encoding_of(section)
+    store = job.base / section.store
+    encoding = read_settings(store).encoding
+    if isinstance(encoding, FrozenHead | Hidden):
+        raise SignalError(
+            f"a recipe cannot train on a store of kind {encoding.kind}: it serves "
+            f"{encoding.serves}",
+            where=store,
+            fix="record a store of kind threshold or top_k",
+        )
+    return encoding
 
 
 def planned_objective(job: Job) -> Objective:
@@ -102,3 +125,9 @@ def shared_vocabulary(
     return check_same_vocabulary(
         teacher_tokenizer, student_tokenizer, teacher_rows=teacher_rows, student_rows=student_rows
     )
+
+
+def planned_size(config: Any) -> account.ParameterCount:
+    """The size of a model that does not exist yet, without its memory."""
+    with torch.device("meta"):
+        return account.count_parameters(AutoModelForCausalLM.from_config(config))

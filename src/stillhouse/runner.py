@@ -78,16 +78,18 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     Raises RecipeError where the recipe has no `signals`.
     """
     loaded, base = read(recipe, overrides, None)
-    if loaded.signals is None:
+    if loaded.signals is None or loaded.signals.store is not None:
         raise RecipeError(
-            "this recipe stores no signals",
+            "this recipe records no signals",
             where=recipe,
-            fix="add `signals: {}` to it, or --set signals.encoding.kind=threshold",
+            fix="add `signals: {}` to it, without a store, or "
+            "--set signals.encoding.kind=threshold",
         )
     tune_allocator()
     folder = run_folder(loaded)
     with folder.locked():
-        job = find_models(loaded, base)
+        # Of a teacher that a server runs, only the configuration and the tokenizer are needed.
+        job = find_models(loaded, base, weights=loaded.signals.server is None)
         plan = stages.data(job)
         data = folder.stage(plan.name, plan.depends_on, plan.work)
         plan = stages.signals(job, data)
@@ -179,9 +181,10 @@ def _stages_together(
     """The stages up to training, which every process goes through."""
     job = find_models(recipe, base)
     data = do(stages.data(job))
-    recorded = None if recipe.signals is None else do(stages.signals(job, data))
+    record = recipe.signals is not None and recipe.signals.store is None
+    recorded = do(stages.signals(job, data)) if record else None
     student = do(stages.student(job, data))
-    trained = do(stages.training(job, data, student, recorded))
+    trained = do(stages.training(job, data, student, stages.stored_signals(job, recorded)))
     baseline = None
     if recipe.evaluate.fine_tuning_baseline:
         baseline = do(stages.baseline(job, data, student))

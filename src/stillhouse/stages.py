@@ -14,21 +14,28 @@ from typing import Any
 
 import torch
 
+import stillhouse.signals
+import stillhouse.teachers
 from stillhouse import account
 from stillhouse.data import Windows, build, open_windows
 from stillhouse.data.fingerprint import sources_fingerprint
+from stillhouse.errors import SignalError
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.export import export_checkpoint
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
-from stillhouse.job import Job, planned_objective
+from stillhouse.job import Job, configs, planned_objective, planned_size, signals_encoding
 from stillhouse.progress import note
 from stillhouse.recipe.schema import EvaluateRecipe, LogitsTerm, ObjectiveRecipe
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
-from stillhouse.signals.store import open_store
+from stillhouse.signals.encodings import Encoding
+from stillhouse.signals.manifest import Settings, read_manifest
+from stillhouse.signals.store import Store, open_store
 from stillhouse.students import build_student
 from stillhouse.teachers import load_model, load_tokenizer
-from stillhouse.teachers.scoring import encoding_of, record
+from stillhouse.teachers.hashing import code_sha256
+from stillhouse.teachers.scoring import chosen_encoding, lacking_tokens, local_teacher, score
+from stillhouse.teachers.vocabulary import tokenizer_identity
 from stillhouse.training import (
     CHECKPOINTS,
     METRICS,
@@ -66,6 +73,14 @@ class StagePlan:
         return {**self.inputs, "version": self.version}
 
 
+@dataclass(frozen=True)
+class StoredSignals:
+    """A finished store. key: names what it holds."""
+
+    path: Path
+    key: str
+
+
 def open_data(data: Stage) -> tuple[Windows, Windows]:
     return open_windows(data.path / "train"), open_windows(data.path / "heldout")
 
@@ -94,33 +109,55 @@ def signals(job: Job, data: Stage) -> StagePlan:
     """The teacher is asked about every training window, once; students then read its answers."""
     section = job.recipe.signals
     assert section is not None
-    temperature = stored_temperature(planned_objective(job), encoding_of(section))
-    identity = signal_identity(job, data)
+    encoding = signals_encoding(job)
+    temperature = stored_temperature(planned_objective(job), encoding)
+    if section.server is not None and temperature != 1.0:
+        raise SignalError(
+            f"a server answers at temperature 1, and a term asks for {temperature:g}",
+            where="objective.terms",
+            fix="use temperature 1, or ask a local teacher (no signals.server)",
+        )
+    identity = signal_identity(job)
+
+    def settings(encoding: Encoding, source: str) -> Settings:
+        code = code_sha256(stillhouse.signals, stillhouse.teachers)
+        provenance = {"asked": source, "data": data.digest, "code": code}
+        seed = job.recipe.seed
+        return Settings(encoding, job.vocabulary, identity, temperature, seed, provenance)
 
     def work(out: Path) -> Outcome:
         windows, _ = open_data(data)
-        device = default_device()
-        dtype = choose_precision(job.recipe.train.precision, device).dtype
-        code = job.trust_remote_code
-        teacher = load_model(job.teacher.path, dtype=dtype, trust_remote_code=code).to(device)
-        manifest = record(
-            section,
-            teacher,
-            windows,
-            vocabulary=job.vocabulary,
-            temperature=temperature,
-            identity=identity,
-            seed=job.recipe.seed,
-            out=out / STORE,
-        )
+        if section.server is not None:
+            from stillhouse.teachers.server import ASKED_TOGETHER, server_name, server_teacher
+
+            wanted = settings(encoding, server_name(section.server))
+            ask = server_teacher(section.server, wanted)
+            size, together = planned_size(configs(job)[1]), ASKED_TOGETHER
+        else:
+            device = default_device()
+            dtype = choose_precision(job.recipe.train.precision, device).dtype
+            code = job.trust_remote_code
+            teacher = load_model(job.teacher.path, dtype=dtype, trust_remote_code=code).to(device)
+            chosen = chosen_encoding(
+                section,
+                teacher,
+                windows,
+                vocabulary=job.vocabulary,
+                temperature=temperature,
+                out=out / STORE,
+            )
+            wanted = settings(chosen, f"{job.teacher.described} in {dtype}")
+            ask = local_teacher(teacher, wanted)
+            size, together = account.count_parameters(teacher), None
+        manifest = score(ask, windows, wanted, out / STORE, together=together)
         quality = manifest.quality
         note(
             f"{quality.bytes:.1f} bytes a token: {quality.entries:.1f} tokens of {job.vocabulary:,}"
         )
-        tokens, size = windows.supervised_tokens, account.count_parameters(teacher).head_once
+        tokens = windows.supervised_tokens
         return Outcome(
             tokens=tokens,
-            flops=account.forward_flops(size, tokens),
+            flops=account.forward_flops(size.head_once, tokens),
             peak_memory_bytes=peak_memory_bytes(),
             summary={**asdict(quality), "store_bytes": manifest.bytes},
         )
@@ -131,14 +168,30 @@ def signals(job: Job, data: Stage) -> StagePlan:
         "vocabulary": job.vocabulary,
         "precision": job.recipe.train.precision,
         "seed": job.recipe.seed,
+        "data": data.digest,
         **identity,
     }
-    return StagePlan("signals", inputs, work, resumable=True)
+    return StagePlan("signals", inputs, work, version=2, resumable=True)
 
 
-def signal_identity(job: Job, data: Stage) -> dict[str, str]:
-    """What a store must have been recorded with to be this run's."""
-    return {"teacher": job.teacher.fingerprint, "data": data.digest}
+def signal_identity(job: Job) -> dict[str, str]:
+    """What a store must have been recorded with to be this run's. Not the data: rows are found by
+    what they are, so that a store of more text, or of some of it, is as good."""
+    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    return {"teacher": job.teacher.fingerprint, **tokenizer_identity(tokenizer)}
+
+
+def stored_signals(job: Job, recorded: Stage | None) -> StoredSignals | None:
+    """The store that training reads: the run's own, or the one that the recipe names."""
+    section = job.recipe.signals
+    if section is None:
+        return None
+    if recorded is not None:
+        # The stage's key, not its digest: after a resume, other shards hold the same rows.
+        return StoredSignals(recorded.path / STORE, recorded.path.name)
+    assert section.store is not None
+    path = job.base / section.store
+    return StoredSignals(path, read_manifest(path).digest())
 
 
 def student(job: Job, data: Stage) -> StagePlan:
@@ -167,13 +220,12 @@ def student(job: Job, data: Stage) -> StagePlan:
     return StagePlan("student", inputs, work, version=3)
 
 
-def training(job: Job, data: Stage, student: Stage, recorded: Stage | None) -> StagePlan:
+def training(job: Job, data: Stage, student: Stage, stored: StoredSignals | None) -> StagePlan:
     inputs: dict[str, Any] = {"objective": job.recipe.objective.model_dump(mode="json")}
-    if recorded is not None:
-        # The stage's key, not its digest: after a resume, other shards hold the same rows.
-        inputs["signals"] = recorded.path.name
+    if stored is not None:
+        inputs["signals"] = stored.key
     objective = job.recipe.objective
-    return _training("train", inputs, job, data, student, objective, job.teacher.path, recorded)
+    return _training("train", inputs, job, data, student, objective, job.teacher.path, stored)
 
 
 def baseline(job: Job, data: Stage, student: Stage) -> StagePlan:
@@ -189,16 +241,17 @@ def _training(
     student: Stage,
     objective: ObjectiveRecipe,
     teacher: Path | None,
-    recorded: Stage | None = None,
+    stored: StoredSignals | None = None,
 ) -> StagePlan:
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        store = None
-        if recorded is not None:
-            store = open_store(recorded.path / STORE, signal_identity(job, data))
+        store, lacking = None, 0
+        if stored is not None:
+            store = _open(job, stored)
+            lacking = _lacking(job, store, windows)
         result = train(
             student.path / MODEL,
-            None if store else teacher,
+            teacher if store is None or lacking else None,
             windows,
             heldout,
             section=job.recipe.train,
@@ -207,6 +260,7 @@ def _training(
             seed=job.recipe.seed,
             out=out,
             store=store,
+            asked_share=1.0 if store is None else lacking / windows.supervised_tokens,
             trust_remote_code=job.trust_remote_code,
         )
         return Outcome(
@@ -226,6 +280,31 @@ def _training(
         "student": student.digest,
     }
     return StagePlan(name, everything, work, resumable=True, together=True, scratch=(CHECKPOINTS,))
+
+
+def _open(job: Job, stored: StoredSignals) -> Store:
+    """Raises SignalError: the store is of another teacher, tokenizer, template or temperature."""
+    temperature = stored_temperature(planned_objective(job), signals_encoding(job))
+    return open_store(
+        stored.path, signal_identity(job), temperature=temperature, vocabulary=job.vocabulary
+    )
+
+
+def _lacking(job: Job, store: Store, windows: Windows) -> int:
+    """Training tokens that are to be asked about live. Raises SignalError where they may not."""
+    lacking = lacking_tokens(store, windows)
+    if lacking:
+        told = f"the store lacks {lacking:,} of {windows.supervised_tokens:,} training tokens"
+        section = job.recipe.signals
+        if section is None or section.missing == "error":
+            raise SignalError(
+                told,
+                where=store.path,
+                fix="set signals.missing: live to ask the teacher about them, or record a store "
+                "of this data",
+            )
+        note(f"{told}: the teacher is asked about them live")
+    return lacking
 
 
 def evaluation(

@@ -150,10 +150,49 @@ SignalEncoding = Annotated[
 ]
 
 
+class SignalServer(Section):
+    """A server of the teacher that returns log-probabilities of prompts, as vLLM does."""
+
+    base_url: str = Field(description="Of the OpenAI-compatible API, e.g. http://localhost:8000/v1")
+    model: str = Field(description="The teacher's name on the server.")
+    key_env: str | None = Field(
+        None, description="Environment variable that holds the server's key; null: it needs none."
+    )
+    concurrency: int = Field(16, gt=0, description="Requests under way at a time.")
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> SignalServer:
+        if "@" in self.base_url:
+            raise ValueError("base_url holds a user's name or key: name a variable in key_env")
+        return self
+
+
 class SignalsRecipe(Section):
     """The teacher is asked once and its answers are stored; training reads them."""
 
     encoding: SignalEncoding = ThresholdSignals(kind="threshold")
+    server: SignalServer | None = Field(
+        None, description="Ask this server, not a local model; for the encoding top_k."
+    )
+    store: str | None = Field(
+        None, description="A finished store to read, e.g. another run's; nothing is recorded."
+    )
+    missing: Literal["error", "live"] = Field(
+        "error",
+        description="What to do about training text that `store` lacks: stop before training, or "
+        "ask the teacher live, as often as it is trained on.",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SignalsRecipe:
+        asked = self.server is not None or self.encoding != ThresholdSignals(kind="threshold")
+        if self.store is not None and asked:
+            raise ValueError("store is read as it is: remove encoding and server, or store")
+        if self.store is None and self.missing == "live":
+            raise ValueError("missing is about a given store: name it in store, or remove the key")
+        if self.server is not None and not isinstance(self.encoding, TopKSignals):
+            raise ValueError("a server gives the likeliest tokens: set encoding.kind to top_k")
+        return self
 
 
 # --- student -------------------------------------------------------------------------------

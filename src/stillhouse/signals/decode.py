@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stillhouse.signals.encodings import (
     UNITS,
+    Encoding,
     EntryEncoding,
     FrozenHead,
     Hidden,
@@ -186,3 +187,17 @@ def dense_signal(
         return FrozenHeadSignal(values_NW, torch.from_numpy(scalar_N), temperature)
     parts = values_NW.split(encoding.width, 1)
     return HiddenSignal(dict(zip(encoding.layers, parts, strict=True)))
+
+
+def empty_signal(encoding: Encoding, temperature: float) -> StoredSignal:
+    """The signal of no rows."""
+    none_N1, ids_N1 = torch.zeros(0, 1), torch.zeros(0, 1, dtype=torch.int32)
+    if isinstance(encoding, FrozenHead):
+        rows_ND = torch.zeros(0, encoding.width, dtype=torch.bfloat16)
+        return FrozenHeadSignal(rows_ND, torch.zeros(0), temperature)
+    if isinstance(encoding, Hidden):
+        rows_ND = torch.zeros(0, encoding.width, dtype=torch.bfloat16)
+        return HiddenSignal(dict.fromkeys(encoding.layers, rows_ND))
+    if encoding.signal == "SampledSignal":
+        return SampledSignal(ids_N1, none_N1, temperature)
+    return SparseSignal(ids_N1, none_N1, torch.zeros(0), temperature)

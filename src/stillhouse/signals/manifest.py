@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ SETTINGS, MANIFEST, SHARDS = "settings.json", "manifest.json", "shards"
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what the rows of a store are.
+    """All that decides what the rows of a store are, and where they come from.
 
     identity: whatever must be the same where the store is read, by name: hashes of the teacher,
-    the tokenizer, the chat template, the data, the code. vocabulary: tokens of the distribution.
+    the tokenizer, the chat template. vocabulary: tokens of the distribution. provenance: what is
+    good to know and need not be the same: hashes of the data and the code.
     """
 
     encoding: Encoding
@@ -30,8 +31,12 @@ class Settings:
     identity: Mapping[str, str]
     temperature: float = 1.0
     seed: int = 0
+    provenance: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        return {**self._decisive(), "provenance": dict(sorted(self.provenance.items()))}
+
+    def _decisive(self) -> dict[str, Any]:
         return {
             "encoding": encoding_to_json(self.encoding),
             "vocabulary": self.vocabulary,
@@ -42,7 +47,7 @@ class Settings:
 
     def fingerprint(self) -> bytes:
         """16 bytes that every shard carries: a shard of another store is not taken for ours."""
-        text = json.dumps(self.to_json(), sort_keys=True, ensure_ascii=False)
+        text = json.dumps(self._decisive(), sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -100,6 +105,11 @@ class Manifest:
             "shards": [asdict(shard) for shard in self.shards],
         }
 
+    def digest(self) -> str:
+        """Names what the store holds: 16 bytes in hex."""
+        text = json.dumps(self.to_json(), sort_keys=True, ensure_ascii=False)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
 
 def write_settings(path: Path, settings: Settings) -> None:
     write_whole(path / SETTINGS, [checked_json({"format": FORMAT, **settings.to_json()})])
@@ -154,6 +164,7 @@ def _settings(raw: Mapping[str, Any], file: Path) -> Settings:
         identity=raw["identity"],
         temperature=raw["temperature"],
         seed=raw["seed"],
+        provenance=raw["provenance"],
     )
 
 

@@ -10,6 +10,7 @@ Shapes: R windows, L tokens in a window, S segments with a supervised token, N s
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +31,13 @@ class Segments:
     """The segments of a batch that have a supervised token, in the batch's row-major order.
 
     keys: KEY_BYTES bytes each. rows_S: supervised tokens of each. Row n of the batch, the n-th
-    supervised token in row-major order, belongs to segment `segment_of_rows()[n]`.
+    supervised token in row-major order, belongs to segment `segment_of_rows()[n]`. spans: first
+    token and the one after the last, counted over the whole batch; () for segments of no batch.
     """
 
     keys: tuple[bytes, ...]
     rows_S: NDArray[np.int64]
+    spans: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -53,8 +56,10 @@ class Segments:
 
     def only(self, chosen_S: NDArray[np.bool_]) -> Segments:
         """The chosen segments, in their order."""
-        keys = tuple(key for key, chosen in zip(self.keys, chosen_S, strict=True) if chosen)
-        return Segments(keys, self.rows_S[chosen_S])
+        keys = tuple(itertools.compress(self.keys, chosen_S))
+        return Segments(
+            keys, self.rows_S[chosen_S], tuple(itertools.compress(self.spans, chosen_S))
+        )
 
 
 def find_segments(
@@ -94,9 +99,9 @@ def find_segments(
     rows_S = np.add.reduceat(supervised_RL.ravel(), starts_S, dtype=np.int64)
     ends_S = np.append(starts_S[1:], ids_RL.size)
     used = rows_S > 0
-    bounds = zip(starts_S[used].tolist(), ends_S[used].tolist(), strict=True)
+    spans = tuple(zip(starts_S[used].tolist(), ends_S[used].tolist(), strict=True))
     tokens, flags = memoryview(ids_RL.tobytes()), supervised_RL.ravel()
-    return Segments(tuple(_key(tokens, flags, *bound) for bound in bounds), rows_S[used])
+    return Segments(tuple(_key(tokens, flags, *span) for span in spans), rows_S[used], spans)
 
 
 def _key(tokens: memoryview, flags: NDArray[np.bool_], start: int, end: int) -> bytes:

@@ -14,6 +14,7 @@ from stillhouse.signals.decode import (
     Source,
     StoredSignal,
     dense_signal,
+    empty_signal,
     entries_signal,
     pad,
     ranges,
@@ -72,7 +73,7 @@ class Store:
         sources = self._sources(segments, lacking_S, live)
         encoding, temperature = self.settings.encoding, self.settings.temperature
         if not sources:
-            raise SignalError("the batch has no supervised token, so that it has no signal")
+            return empty_signal(encoding, temperature)
         if isinstance(encoding, FrozenHead | Hidden):
             return dense_signal(encoding, sources, segments.rows, temperature)
         return entries_signal(encoding, pad(sources, segments.rows), temperature)

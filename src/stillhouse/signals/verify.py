@@ -120,6 +120,7 @@ class Info:
             ("vocabulary", f"{raw['vocabulary']:,}"),
             ("seed", str(raw["seed"])),
             *raw["identity"].items(),
+            *raw["provenance"].items(),
             ("state", "finished" if self.finished else "not finished"),
         ]
 

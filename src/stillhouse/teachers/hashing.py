@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered by path, size and time of change."""
+"""SHA-256 of files, remembered by path, size and time of change; and of code."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import os
 import uuid
 from pathlib import Path
+from types import ModuleType
 
 
 def cache_folder(cache: Path | None = None) -> Path:
@@ -29,6 +30,17 @@ def file_sha256(path: Path, cache: Path) -> str:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     _remember(remembered, digest)
     return digest
+
+
+def code_sha256(*packages: ModuleType) -> str:
+    """Over the names and texts of the packages' modules."""
+    total = hashlib.sha256()
+    for package in packages:
+        for folder in package.__path__:
+            for file in sorted(Path(folder).rglob("*.py")):
+                total.update(f"{package.__name__} {file.relative_to(folder)}\n".encode())
+                total.update(file.read_bytes())
+    return total.hexdigest()
 
 
 def _remember(path: Path, digest: str) -> None:

@@ -5,11 +5,13 @@ Shapes: R windows, L tokens, N supervised rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stillhouse.data import WindowSet, collate, predicting
@@ -22,6 +24,7 @@ from stillhouse.recipe.schema import (
     TopKSignals,
     TopPSignals,
 )
+from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encodings import (
     Encoding,
     EntryEncoding,
@@ -34,10 +37,17 @@ from stillhouse.signals.encodings import (
 from stillhouse.signals.head import head_logits
 from stillhouse.signals.manifest import SETTINGS, Manifest, Settings, read_settings
 from stillhouse.signals.record import Recorder
-from stillhouse.signals.segments import find_segments
+from stillhouse.signals.rows import Rows
+from stillhouse.signals.segments import Segments, find_segments
+from stillhouse.signals.store import Store
 from stillhouse.signals.tune import likeliest_probabilities, tune_threshold
 from stillhouse.signals.writer import StoreWriter
 from stillhouse.teachers.backbone import dense_signal
+
+Batch = dict[str, Tensor]
+Encoded = tuple[Rows, Statistics]
+Ask = Callable[[Batch, Segments, NDArray[np.bool_]], Encoded]
+"""From a batch, its segments and which of them are wanted to the encoded rows of these."""
 
 TUNING_WINDOWS = 16
 SCORED_TOGETHER = 2048
@@ -60,62 +70,82 @@ def encoding_of(section: SignalsRecipe) -> EntryEncoding:
             return Stratified(encoding.k, encoding.draws)
 
 
-def record(
+def chosen_encoding(
     section: SignalsRecipe,
     teacher: Any,
     windows: WindowSet,
     *,
     vocabulary: int,
     temperature: float,
-    identity: Mapping[str, str],
-    seed: int,
     out: Path,
-) -> Manifest:
-    """`score`, with the encoding that a recipe asks for."""
+) -> Encoding:
+    """The encoding that a recipe asks for; a threshold as tuned when the store was begun."""
     if (out / SETTINGS).exists():
-        encoding: Encoding = read_settings(out).encoding  # as tuned when the store was begun
-    elif isinstance(section.encoding, ThresholdSignals):
-        encoding = tuned_threshold(
+        return read_settings(out).encoding
+    if isinstance(section.encoding, ThresholdSignals):
+        return tuned_threshold(
             teacher,
             windows,
             vocabulary=vocabulary,
             temperature=temperature,
             size=section.encoding.bytes,
         )
-    else:
-        encoding = encoding_of(section)
-    settings = Settings(encoding, vocabulary, identity, temperature, seed)
-    return score(teacher, windows, settings, out)
+    return encoding_of(section)
 
 
-def score(teacher: Any, windows: WindowSet, settings: Settings, out: Path) -> Manifest:
+def score(
+    ask: Ask, windows: WindowSet, settings: Settings, out: Path, *, together: int | None = None
+) -> Manifest:
     """Records the teacher's signal for every supervised token; goes on with a store half done.
 
-    teacher: a model in eval mode, on the device where it is to run.
+    together: tokens that are asked about at a time.
+
     Raises SignalError where `out` was begun with other settings, StoreError where it is damaged or
     the disk is full; what was recorded stays.
     """
+    with StoreWriter(out, settings) as writer, bar("signals", total=_tokens(windows)) as advance:
+        for batch in _batches(windows, together or SCORED_TOGETHER):
+            segments = segments_of(batch)
+            missing_S = writer.missing(segments)
+            if missing_S.any():
+                writer.add(segments.only(missing_S), *ask(batch, segments, missing_S))
+            advance(batch["labels"].numel())
+        return writer.finish()
+
+
+def local_teacher(teacher: Any, settings: Settings) -> Ask:
+    """Asks a model in eval mode on the device where it is; encodes as a store's settings say."""
     recorder = Recorder(settings)
     device = next(teacher.parameters()).device
-    with StoreWriter(out, settings) as writer, bar("signals", total=_tokens(windows)) as advance:
-        for batch in _batches(windows):
-            labels_RL = batch["labels"]
-            segments = find_segments(batch["input_ids"], labels_RL, batch["position_ids"])
-            missing_S = writer.missing(segments)
-            wanted = segments.only(missing_S)
-            if wanted.rows:
-                chosen_RL = predicting(labels_RL)
-                chosen_RL[chosen_RL.clone()] = torch.from_numpy(segments.chosen_rows(missing_S))
-                answer = dense_signal(
-                    teacher,
-                    batch["input_ids"].to(device),
-                    batch["position_ids"].to(device),
-                    chosen_RL.to(device),
-                    vocabulary=settings.vocabulary,
-                )
-                writer.add(wanted, *recorder.encode(wanted, answer))
-            advance(labels_RL.numel())
-        return writer.finish()
+
+    def ask(batch: Batch, segments: Segments, wanted_S: NDArray[np.bool_]) -> Encoded:
+        chosen_RL = predicting(batch["labels"])
+        chosen_RL[chosen_RL.clone()] = torch.from_numpy(segments.chosen_rows(wanted_S)).to(
+            chosen_RL.device
+        )
+        answer = dense_signal(
+            teacher,
+            batch["input_ids"].to(device),
+            batch["position_ids"].to(device),
+            chosen_RL.to(device),
+            vocabulary=settings.vocabulary,
+        )
+        return recorder.encode(segments.only(wanted_S), answer)
+
+    return ask
+
+
+def segments_of(batch: Batch) -> Segments:
+    return find_segments(batch["input_ids"], batch["labels"], batch["position_ids"])
+
+
+def lacking_tokens(store: Store, windows: WindowSet) -> int:
+    """How many of the windows' supervised tokens the store has no row for."""
+    lacking = 0
+    for batch in _batches(windows, SCORED_TOGETHER):
+        segments = segments_of(batch)
+        lacking += int(segments.rows_S[store.missing(segments)].sum())
+    return lacking
 
 
 def tuned_threshold(
@@ -143,8 +173,8 @@ def tuned_threshold(
     return tune_threshold(torch.cat(sample), vocabulary, size=size).encoding
 
 
-def _batches(windows: WindowSet) -> Iterator[dict[str, Tensor]]:
-    together = max(1, SCORED_TOGETHER // len(windows[0]["labels"]))
+def _batches(windows: WindowSet, tokens: int) -> Iterator[Batch]:
+    together = max(1, tokens // len(windows[0]["labels"]))
     for start in range(0, len(windows), together):
         stop = min(start + together, len(windows))
         yield collate([windows[index] for index in range(start, stop)])

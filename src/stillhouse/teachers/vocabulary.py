@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +59,16 @@ def check_rows(tokenizer: Any, rows: int, role: str) -> int:
             fix="resize_token_embeddings and train the new rows, or use the matching tokenizer",
         )
     return needed
+
+
+def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
+    """SHA-256 of what its ids mean (`tokenizer`) and of its chat template (`template`)."""
+    ids = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    template = json.dumps(tokenizer.chat_template, sort_keys=True)
+    return {
+        "tokenizer": hashlib.sha256(ids.encode()).hexdigest(),
+        "template": hashlib.sha256(template.encode()).hexdigest(),
+    }
 
 
 def _check_maps(teacher_ids: dict[str, int], student_ids: dict[str, int]) -> None:

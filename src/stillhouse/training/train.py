@@ -95,13 +95,15 @@ def train(
     seed: int,
     out: Path,
     store: Store | None = None,
+    asked_share: float = 1.0,
     trust_remote_code: bool = False,
 ) -> TrainingResult:
     """Trains the checkpoint in `student` and writes `out/model` (float32) and `out/metrics.jsonl`.
 
     teacher: None trains on the objective's terms alone, which must then need no teacher.
-    store: the teacher's recorded answers for these windows, in place of a teacher. Held-out
-    measurements then know the perplexity alone.
+    store: the teacher's recorded answers. With a teacher beside it, what the store lacks is asked
+    live; asked_share is then the share of tokens that it lacks, for the account. Without a
+    teacher, held-out measurements know the perplexity alone.
     vocabulary: ids below it are shared by both models; rows beyond it are padding.
     Goes on from the newest complete checkpoint in `out/checkpoints`, to the same weights as an
     undisturbed run gives. Under torchrun or accelerate launch every process calls this.
@@ -178,7 +180,8 @@ def train(
         planned_steps=plan.steps,
         tokens=done.tokens,
         seconds=done.seconds,
-        flops=account.distillation_flops(student_size, teacher_size, done.tokens),
+        flops=account.training_flops(student_size, done.tokens)
+        + account.forward_flops(teacher_size, round(asked_share * done.tokens)),
         peak_memory_bytes=peak_memory_bytes(),
         precision=precision.reason,
     )

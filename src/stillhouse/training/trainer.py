@@ -21,9 +21,9 @@ from stillhouse.data import IGNORED, supervised_rows
 from stillhouse.errors import TrainingError
 from stillhouse.objectives import LossSum, Mixture, Tally, Term
 from stillhouse.signals import DenseSignal, SampledSignal, SparseSignal
-from stillhouse.signals.segments import find_segments
 from stillhouse.signals.store import Store
 from stillhouse.teachers.backbone import lm_head
+from stillhouse.teachers.scoring import local_teacher, segments_of
 from stillhouse.teachers.views import Wanted, look
 from stillhouse.training.checkpoints import Meter, MetricsFile
 from stillhouse.training.loss import Batch, TeacherView, moved, objective_loss
@@ -65,6 +65,9 @@ class DistillationTrainer(Trainer):
         self.early_stop = early_stop
         self._teacher = None if teacher is None else teacher.to(self.args.device).eval()
         self._store = store
+        self._ask = None
+        if store is not None and self._teacher is not None:
+            self._ask = local_teacher(self._teacher, store.settings)
         self._before = meter
         self._started = time.monotonic()
         self._tokens: Tensor | int = meter.tokens
@@ -111,8 +114,12 @@ class DistillationTrainer(Trainer):
         return TeacherView(DenseSignal(rows_ND, lm_head(self._teacher)), seen)
 
     def _look_up(self, inputs: Batch, store: Store) -> TeacherView:
-        windows = (inputs[name] for name in ("input_ids", "labels", "position_ids"))
-        stored = store.read(find_segments(*windows))
+        segments = segments_of(inputs)
+        live = None
+        missing_S = store.missing(segments)
+        if self._ask is not None and missing_S.any():
+            live, _ = self._ask(inputs, segments, missing_S)
+        stored = store.read(segments, live)
         assert isinstance(stored, SampledSignal | SparseSignal)
         return TeacherView(moved(stored, self.args.device))
 

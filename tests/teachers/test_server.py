@@ -1,0 +1,185 @@
+"""A server's prompt log-probabilities become the store that a local teacher would have filled."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stillhouse.errors import ModelError
+from stillhouse.recipe.schema import SignalServer
+from stillhouse.signals.encodings import TopK
+from stillhouse.signals.manifest import Settings
+from stillhouse.signals.store import open_store
+from stillhouse.teachers import scoring
+from stillhouse.teachers.scoring import local_teacher, score, segments_of
+from stillhouse.teachers.server import server_teacher
+from tests import tiny
+
+K = 5
+SETTINGS = Settings(TopK(K), len(tiny.tokenizer()), {"teacher": "tiny"})
+
+
+class Server(ThreadingHTTPServer):
+    """Serves the tiny model as vLLM serves `prompt_logprobs`; `spoil` changes what it answers."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model = tiny.llama()
+        self.asked: list[dict[str, Any]] = []
+        self.spoil: Any = lambda status, answer: (status, answer)
+        self.lock = threading.Lock()
+
+    @property
+    def section(self) -> SignalServer:
+        return SignalServer(base_url=f"http://127.0.0.1:{self.server_port}/v1", model="tiny")
+
+    @torch.no_grad()
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        ids, k = request["prompt"], request["prompt_logprobs"]
+        with self.lock:
+            self.asked.append(request)
+            log_p_LV = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        positions: list[Any] = [None]
+        for log_p_V, token in zip(log_p_LV, ids[1:], strict=False):
+            chosen = {*log_p_V.topk(k).indices.tolist(), token}
+            positions.append({str(i): {"logprob": float(log_p_V[i])} for i in chosen})
+        choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": None}
+        choice["prompt_logprobs"] = positions
+        return {"id": "1", "object": "text_completion", "created": 0, "model": "tiny",
+                "choices": [choice]}  # fmt: skip
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        status, answer = self.server.spoil(200, self.server.answer(request))
+        body = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    found = Server()
+    thread = threading.Thread(target=found.serve_forever, daemon=True)
+    thread.start()
+    yield found
+    found.shutdown()
+    found.server_close()
+
+
+class TwoDocuments:
+    """Windows of two segments each; the first four tokens of a window are not learnt from."""
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids_L = torch.randint(4, 200, (24,), generator=torch.Generator().manual_seed(index))
+        labels_L = ids_L.clone()
+        labels_L[:4] = labels_L[10] = -100
+        positions_L = torch.cat([torch.arange(10), torch.arange(14)])
+        return {"input_ids": ids_L, "labels": labels_L, "position_ids": positions_L}
+
+
+def test_a_server_fills_the_store_that_a_local_teacher_would(tmp_path, server):
+    windows = TwoDocuments()
+    score(local_teacher(server.model, SETTINGS), windows, SETTINGS, tmp_path / "local")
+    score(server_teacher(server.section, SETTINGS), windows, SETTINGS, tmp_path / "served")
+    assert len(server.asked) == 6
+    assert {len(request["prompt"]) for request in server.asked} == {10, 14}
+    signals = []
+    for name in ("local", "served"):
+        store = open_store(tmp_path / name)
+        batch = {key: torch.stack([windows[i][key] for i in range(3)]) for key in windows[0]}
+        signals.append(store.read(segments_of(batch)))
+        assert store.manifest.rows == 3 * (24 - 5)
+    local, served = signals
+    assert torch.equal(local.ids_NK, served.ids_NK)
+    torch.testing.assert_close(local.log_probs_NK, served.log_probs_NK, atol=2e-3, rtol=0)
+    torch.testing.assert_close(local.tail_N, served.tail_N, atol=1e-5, rtol=0)
+    masses = [open_store(tmp_path / n).manifest.quality.captured_mass for n in ("local", "served")]
+    assert masses[0] == pytest.approx(masses[1], abs=1e-5)
+
+
+def test_what_was_recorded_before_the_server_went_away_is_not_asked_again(
+    tmp_path, server, monkeypatch
+):
+    windows = TwoDocuments()
+    answers = iter(range(100))
+
+    def fails_after_four(status: int, answer: Any) -> tuple[int, Any]:
+        return (400, {"error": {"message": "gone"}}) if next(answers) >= 4 else (status, answer)
+
+    server.spoil = fails_after_four
+    monkeypatch.setattr(scoring, "SCORED_TOGETHER", 24)  # one window at a time
+    with pytest.raises(ModelError, match=r"refuses \(400\).*gone"):
+        score(server_teacher(server.section, SETTINGS), windows, SETTINGS, tmp_path)
+    server.spoil = lambda status, answer: (status, answer)
+    server.asked.clear()
+    score(server_teacher(server.section, SETTINGS), windows, SETTINGS, tmp_path)
+    assert len(server.asked) == 2
+
+
+def without_logprobs(status: int, answer: Any) -> tuple[int, Any]:
+    del answer["choices"][0]["prompt_logprobs"]
+    return status, answer
+
+
+def of_other_tokens(status: int, answer: Any) -> tuple[int, Any]:
+    positions = answer["choices"][0]["prompt_logprobs"]
+    positions[5] = {"1": {"logprob": -0.1}}
+    return status, answer
+
+
+def of_more_than_one(status: int, answer: Any) -> tuple[int, Any]:
+    for entry in answer["choices"][0]["prompt_logprobs"][6].values():
+        entry["logprob"] = -0.1
+    return status, answer
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda *_: (401, {"error": {"message": "no"}}), "refuses the key"),
+        (lambda *_: (404, {"error": {"message": "no such model"}}), "no such model"),
+        (lambda *_: (400, {"error": {"message": "max 3 logprobs"}}), "max 3 logprobs"),
+        (without_logprobs, "returns no prompt_logprobs"),
+        (of_other_tokens, "does not have that token"),
+        (of_more_than_one, "of mass"),
+    ],
+)
+def test_a_server_that_does_not_answer_what_was_asked_is_named(tmp_path, server, spoil, message):
+    server.spoil = spoil
+    with pytest.raises(ModelError, match=message) as caught:
+        score(server_teacher(server.section, SETTINGS), TwoDocuments(), SETTINGS, tmp_path)
+    assert server.section.base_url in str(caught.value)
+    assert caught.value.fix
+
+
+def test_the_key_is_read_from_the_environment_and_named_when_it_is_missing(server, monkeypatch):
+    section = server.section.model_copy(update={"key_env": "TINY_KEY"})
+    monkeypatch.delenv("TINY_KEY", raising=False)
+    with pytest.raises(ModelError, match="key is not set") as caught:
+        server_teacher(section, SETTINGS)
+    assert "TINY_KEY" in str(caught.value)
+    monkeypatch.setenv("TINY_KEY", "secret")
+    batch = {name: rows[None] for name, rows in TwoDocuments()[0].items()}
+    segments = segments_of(batch)
+    rows, _ = server_teacher(section, SETTINGS)(batch, segments, np.ones(2, dtype=np.bool_))
+    assert len(rows) == segments.rows
