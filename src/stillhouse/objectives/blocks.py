@@ -13,6 +13,7 @@ from torch import Tensor
 from stillhouse.objectives.dense import Counted, any_divergence, forward_kl_and_counted
 from stillhouse.objectives.groups import Group, Workspace
 from stillhouse.objectives.head import ComputeHead
+from stillhouse.objectives.rows import row_kernel
 from stillhouse.objectives.sparse import bucketed
 from stillhouse.signals import SampledSignal, SparseSignal
 
@@ -34,6 +35,8 @@ class Blocks:
         self.student = student
         self.teacher = teacher
         self.space = space
+        like = space.like
+        self.kernel = row_kernel(groups, student, teacher, like.device, like.dtype)
 
     def run(
         self,
@@ -48,6 +51,9 @@ class Blocks:
 
         Logits come in as raw products of hidden rows and head, and are overwritten.
         """
+        if self.kernel is not None and isinstance(teacher, Tensor):
+            self.kernel.run(student_bV, teacher, targets_b, losses_Mb, grad=grad)
+            return
         out_bV = student_bV
         zs_bV = self.space.wide("student", student_bV)
         self.student.finish_(zs_bV)
