@@ -70,7 +70,7 @@ def run(
 
 
 @triton.jit
-def _divergence(log_p, log_q, parameter, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+def _divergence(log_p, log_q, parameter, KIND: tl.constexpr):
     """The summands of the value and h = ∂value/∂log q, at some tokens."""
     p, q = tl.exp(log_p), tl.exp(log_q)
     if KIND == "forward_kl":
@@ -99,26 +99,26 @@ def _divergence(log_p, log_q, parameter, KIND: tl.constexpr):  # type: ignore[no
 
 
 @triton.jit
-def _scores(row, at, vocabulary, scale):  # type: ignore[no-untyped-def]
+def _scores(row, at, vocabulary, scale):
     logits = tl.load(row + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
     return tl.maximum(logits * scale, DONE)
 
 
 @triton.jit
-def _take_in(top, total, scores):  # type: ignore[no-untyped-def]
+def _take_in(top, total, scores):
     """The running maximum and Σ exp(score − maximum), lane by lane."""
     higher = tl.maximum(top, scores)
     return higher, total * tl.exp(top - higher) + tl.exp(scores - higher)
 
 
 @triton.jit
-def _logsumexp(top, total):  # type: ignore[no-untyped-def]
+def _logsumexp(top, total):
     highest = tl.max(top, 0)
     return highest + tl.log(tl.sum(total * tl.exp(top - highest), 0))
 
 
 @triton.jit
-def _row(  # type: ignore[no-untyped-def]
+def _row(
     student,
     teacher,
     targets,
