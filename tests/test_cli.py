@@ -22,7 +22,7 @@ def call(*arguments: str) -> Result:
     return CliRunner().invoke(cli.app, list(arguments))
 
 
-def write(folder: Path, **sections: Any) -> Path:
+def write(folder: Path, /, **sections: Any) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tiny.recipe(folder, **sections)))
     return path
@@ -35,7 +35,7 @@ def test_every_verb_has_a_runnable_example_in_its_help(verb: str) -> None:
     assert f"stillhouse {verb}" in result.output
 
 
-@pytest.mark.parametrize("verb", ["", "record", "verify", "info", "export"])
+@pytest.mark.parametrize("verb", ["", "record", "verify", "info", "export", "push", "pull"])
 def test_verbs_of_signals_have_one_too(verb: str) -> None:
     result = call("signals", *([verb] if verb else []), "--help")
     assert result.exit_code == 0
@@ -68,7 +68,7 @@ def test_a_store_is_recorded_looked_at_exported_and_a_flipped_bit_is_found(tmp_p
 def test_a_recipe_without_signals_is_told_so(tmp_path: Path) -> None:
     result = call("signals", str(write(tmp_path)))
     assert isinstance(result.exception, StillhouseError)
-    assert "stores no signals" in str(result.exception)
+    assert "records no signals" in str(result.exception)
 
 
 def test_doctor_shows_versions_and_extras() -> None:
@@ -176,6 +176,33 @@ def test_a_chat_row_that_is_too_long_is_found(tmp_path: Path) -> None:
     findings = check_recipe(write(tmp_path, data={"sources": [source]}))
     assert "error" in levels(findings)
     assert "a row has 81 tokens" in " ".join(finding.text for finding in findings)
+
+
+@pytest.mark.parametrize(
+    ("sections", "text"),
+    [
+        ({}, "a second student or epoch trains"),
+        ({"train": {"epochs": 3}}, "the teacher is asked 3 times about the same text"),
+        ({"signals": {}}, "it pays from a second student or epoch on"),
+        ({"signals": {}, "train": {"epochs": 3}}, "3 epochs save about"),
+    ],
+)
+def test_check_says_when_a_store_pays(tmp_path: Path, sections: Any, text: str) -> None:
+    found = {finding.topic: finding for finding in check_recipe(write(tmp_path, **sections))}
+    assert text in found["signals"].text
+    assert "MB" in found["signals"].text + str(found["signals"].fix)
+
+
+def test_check_opens_the_store_that_a_recipe_names(tmp_path: Path) -> None:
+    recipe = write(tmp_path, signals={"encoding": {"kind": "top_k", "k": 8}})
+    assert call("signals", str(recipe)).exit_code == 0
+    store = str(tmp_path / "run" / "signals")
+    named = write(tmp_path, signals={"store": store}, folder=str(tmp_path / "other"))
+    found = {finding.topic: finding.text for finding in check_recipe(named)}
+    assert "of kind top_k, asked before" in found["signals"]
+    damaged = Path(store).resolve() / "manifest.json"
+    damaged.write_text(damaged.read_text().replace('"rows"', '"cows"', 1))
+    assert "error" in {finding.level for finding in check_recipe(named)}
 
 
 def test_an_error_has_what_where_and_fix() -> None:
