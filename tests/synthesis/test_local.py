@@ -15,7 +15,6 @@ from stillhouse.synthesis.local import Generator, draw
 from stillhouse.synthesis.request import Answer, Failure, Request
 from tests import tiny
 
-
 ENDS = list(range(24))
 """Tokens that end an answer: so many that random models write one now and then."""
 
