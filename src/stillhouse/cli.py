@@ -51,6 +51,26 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     Console().print(f"model   {result.model}\nreport  {result.report}", highlight=False)
 
 
+@app.command()
+def synthesize(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Has a teacher answer the recipe's prompts, and writes a chat JSONL that `data` reads.
+
+    What was answered before, by whichever run, is not asked again.
+
+    Example: `stillhouse synthesize recipe.yaml --set synthesize.prompts.limit=20`
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from stillhouse.runner import synthesize_text
+
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for name, value in synthesize_text(recipe, set_ or []).lines():
+        table.add_row(name, escape(value))
+    Console().print(table)
+
+
 class _RecipeOrVerb(TyperGroup):
     """`signals RECIPE` is `signals record RECIPE`."""
 

@@ -44,3 +44,7 @@ class RunError(StillhouseError, RuntimeError):
 
 class TrainingError(StillhouseError, RuntimeError):
     """Training cannot go on: a loss that is not finite, or nothing to learn from."""
+
+
+class EndpointError(StillhouseError, RuntimeError):
+    """A teacher behind an API cannot be asked: a wrong key or model, no server, no credit."""

@@ -19,6 +19,7 @@ from stillhouse.progress import note
 from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.stages import StagePlan
+from stillhouse.synthesis import Origins, Synthesis, synthesize
 from stillhouse.teachers import resolve_model
 from stillhouse.training import MODEL
 
@@ -96,6 +97,34 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         recorded = folder.stage(plan.name, plan.depends_on, plan.work, resumable=True)
         folder.point(SIGNALS, recorded.path / stages.STORE)
         return folder.root / SIGNALS
+
+
+def synthesize_text(recipe: str | Path, overrides: Sequence[str] = ()) -> Synthesis:
+    """Does a recipe's `synthesize`: what is answered already is not asked again.
+
+    Raises RecipeError where the recipe has no such section.
+    """
+    loaded, base = read(recipe, overrides, None)
+    section = loaded.synthesize
+    if section is None:
+        raise RecipeError(
+            "this recipe synthesizes nothing",
+            where=recipe,
+            fix="add the section `synthesize`, see docs/synthesis.md",
+        )
+    tune_allocator()
+    folder = run_folder(loaded)
+    with folder.locked():
+        write_atomically(folder.root / "recipe.yaml", recipe_yaml(loaded))
+        origins = Origins(
+            base=base,
+            folder=folder.root / "synthesis",
+            journal=folder.root.parent / "answers.sqlite",
+            model=loaded.teacher.model,
+            revision=loaded.teacher.revision,
+            trust_remote_code=loaded.teacher.trust_remote_code,
+        )
+        return synthesize(section, origins, seed=loaded.seed)
 
 
 def evaluate_model(

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
+from stillhouse.recipe.section import Section
+from stillhouse.recipe.synthesize import SynthesizeRecipe
 
 # --- teacher -------------------------------------------------------------------------------
 
@@ -420,6 +418,9 @@ class Recipe(Section):
     folder: str | None = Field(None, description="The run folder; null: runs/NAME.")
     seed: int = Field(0, ge=0)
     teacher: TeacherRecipe
+    synthesize: SynthesizeRecipe | None = Field(
+        None, description="Text from a teacher, made by `stillhouse synthesize`."
+    )
     data: DataRecipe
     signals: SignalsRecipe | None = Field(
         None, description="Store the teacher's answers; null: it answers live, at every step."

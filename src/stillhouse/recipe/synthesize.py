@@ -1,0 +1,177 @@
+"""The section `synthesize`: prompts, the teacher that answers them, and what is kept."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from stillhouse.recipe.section import Section
+
+PromptFormat = Literal["auto", "text", "jsonl", "json", "csv"]
+
+
+class PriceRecipe(Section):
+    """US dollars for a million tokens."""
+
+    input: float = Field(ge=0, strict=False)
+    output: float = Field(ge=0, strict=False)
+
+
+class ApiTeacher(Section):
+    """An OpenAI-compatible endpoint: a provider, vLLM, SGLang, llama.cpp, Ollama."""
+
+    base_url: str = Field(description="E.g. http://127.0.0.1:8080/v1; without a key in it.")
+    model: str = Field(description="The endpoint's name of the model.")
+    key_env: str | None = Field(
+        None, description="The environment variable that holds the key; null: none is sent."
+    )
+    price: PriceRecipe | None = Field(
+        None, description="null: unknown, and costs are reported as unknown."
+    )
+    concurrency: int = Field(
+        64, gt=0, le=4096, description="Requests at once, at most; 429 answers lower it."
+    )
+    timeout: float = Field(120.0, gt=0, strict=False, description="Seconds for one whole answer.")
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="The endpoint's name of sampling.max_tokens."
+    )
+
+    @model_validator(mode="after")
+    def _url_holds_no_secret(self) -> ApiTeacher:
+        """Of the whole section: the error of a single key would show its value."""
+        parts = urlsplit(self.base_url)
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                "base_url is written to files, so it may hold no user, password or query: put the "
+                "key into the environment, and the variable's name into key_env"
+            )
+        return self
+
+
+class LocalTeacher(Section):
+    """A model in this process."""
+
+    model: str | None = Field(None, description="As teacher.model; null: the recipe's teacher.")
+    revision: str | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    batch: int = Field(32, gt=0, description="Answers written at once.")
+
+
+class TextTeacher(Section):
+    """Who answers: `api` or `local`."""
+
+    api: ApiTeacher | None = None
+    local: LocalTeacher | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> TextTeacher:
+        if (self.api is None) == (self.local is None):
+            raise ValueError("give either api or local")
+        return self
+
+
+class ExampleRecipe(Section):
+    prompt: str
+    answer: str
+
+
+class PromptsRecipe(Section):
+    path: str = Field(description="Text, CSV, JSONL or JSON; also logs of chat completions.")
+    format: PromptFormat = Field("auto", description="auto: by the file's ending.")
+    key: str = Field("prompt", description="The column or key that holds the prompt.")
+    limit: int | None = Field(None, gt=0, description="Use at most this many prompts.")
+    samples: int = Field(1, gt=0, description="Answers to each prompt.")
+    system: str | None = Field(None, description="For prompts that bring no system prompt.")
+    examples: list[ExampleRecipe] = Field(default=[], description="Put before every prompt.")
+    student_sees: Literal["prompt", "system", "all"] = Field(
+        "system",
+        description="Of what stands around the prompt: nothing, the system prompt, or the "
+        "examples too.",
+    )
+
+
+class SamplingRecipe(Section):
+    temperature: float = Field(1.0, ge=0, strict=False, description="0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, strict=False)
+    max_tokens: int = Field(512, gt=0, description="Of one answer, its reasoning included.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="api: ask for each token's log-probability and this many "
+        "alternatives; kept in the journal.",
+    )  # fmt: skip
+    extra: dict[str, Any] = Field(
+        default={}, description="api: sent as they are, e.g. {reasoning_effort: low}."
+    )
+
+    @field_validator("extra")
+    @classmethod
+    def _changes_no_protocol(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        ours = {"n", "stream", "model", "messages", "max_tokens", "max_completion_tokens"} & set(
+            extra
+        )
+        if ours:
+            raise ValueError(f"{', '.join(sorted(ours))} cannot be set here")
+        return extra
+
+
+class EvaluationTexts(Section):
+    path: str = Field(description="Prompts that training must not see; as prompts.path.")
+    format: PromptFormat = "auto"
+    key: str = "prompt"
+    ngram: int = Field(13, ge=2, description="Words in a row that a text may not share with them.")
+
+
+class FiltersRecipe(Section):
+    """Empty answers always go. What a filter takes is in filtered.jsonl, with the reason."""
+
+    truncated: bool = Field(True, description="Take answers that were cut off.")
+    min_characters: int | None = Field(None, ge=0)
+    max_characters: int | None = Field(None, gt=0)
+    refusals: bool = Field(True, description="Take answers that begin like an English refusal.")
+    require_pattern: str | None = Field(None, description="A regular expression to be found.")
+    forbid_pattern: str | None = Field(None, description="A regular expression not to be found.")
+    json_schema: str | None = Field(None, description="A file; answers must be JSON of its kind.")
+    exact_duplicates: bool = Field(True, description="Take repeated pairs of prompt and answer.")
+    near_duplicates: float | None = Field(
+        None, gt=0, le=1, strict=False, description="Take pairs this similar (Jaccard), e.g. 0.8."
+    )
+    decontaminate: EvaluationTexts | None = None
+
+
+class BudgetRecipe(Section):
+    """Counts all answers of this recipe, whichever run paid for them."""
+
+    max_usd: float | None = Field(None, ge=0, strict=False)
+    max_tokens: int | None = Field(None, ge=0, description="Prompts and answers.")
+
+
+class SynthesizeRecipe(Section):
+    """Text from a teacher: a chat JSONL that `data` reads."""
+
+    teacher: TextTeacher
+    prompts: PromptsRecipe
+    sampling: SamplingRecipe = SamplingRecipe()
+    reasoning: Literal["strip", "keep"] = Field(
+        "strip", description="What the teacher thinks in <think> before it answers."
+    )
+    filters: FiltersRecipe = FiltersRecipe()
+    budget: BudgetRecipe = BudgetRecipe()
+    journal: str | None = Field(
+        None,
+        description="SQLite file with every answer ever paid for; null: answers.sqlite beside "
+        "the run folder, shared by all runs there.",
+    )
+    out: str = Field("synthetic.jsonl", description="The result; starts at the recipe's folder.")
+
+    @model_validator(mode="after")
+    def _keys_fit_the_teacher(self) -> SynthesizeRecipe:
+        api = self.teacher.api
+        limited = self.budget.max_usd is not None or self.budget.max_tokens is not None
+        if api is None and limited:
+            raise ValueError("a budget is for teacher.api: a local teacher costs time alone")
+        if api is None and (self.sampling.extra or self.sampling.top_logprobs is not None):
+            raise ValueError("sampling.extra and sampling.top_logprobs are for teacher.api")
+        if api is not None and api.price is None and self.budget.max_usd is not None:
+            raise ValueError("max_usd needs teacher.api.price; or limit max_tokens")
+        return self

@@ -1,0 +1,255 @@
+"""Who answers a recipe's prompts, and what it is asked: an API's model, or one in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import EndpointError
+from stillhouse.hardware import choose_precision, default_device
+from stillhouse.progress import bar, note
+from stillhouse.recipe.synthesize import (
+    ApiTeacher,
+    LocalTeacher,
+    PromptsRecipe,
+    SamplingRecipe,
+    SynthesizeRecipe,
+)
+from stillhouse.synthesis.budget import Budget, Price, Spending, spent_on, worst_case
+from stillhouse.synthesis.client import Client
+from stillhouse.synthesis.journal import Journal
+from stillhouse.synthesis.pool import Pool
+from stillhouse.synthesis.prompts import Frame, Prompt, read_prompts
+from stillhouse.synthesis.request import Answer, Request, endpoint_of
+from stillhouse.teachers import load_model, load_tokenizer, resolve_model
+
+
+@dataclass(frozen=True)
+class Origins:
+    """base: where the recipe's paths start. folder: takes the victims and the summary. journal:
+    where it is unless the recipe says. model: the teacher of a recipe that names no other."""
+
+    base: Path
+    folder: Path
+    journal: Path
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The recipe's requests, read from the prompts' file each time they are gone through."""
+
+    section: PromptsRecipe
+    base: Path
+    request: Callable[[tuple[Any, ...], int], Request]
+
+    @property
+    def frame(self) -> Frame:
+        examples = tuple((example.prompt, example.answer) for example in self.section.examples)
+        return Frame(self.section.system, examples, self.section.student_sees)
+
+    def pairs(self) -> Iterator[tuple[Prompt, Request]]:
+        section, frame = self.section, self.frame
+        path = self.base / Path(section.path).expanduser()
+        prompts = read_prompts(path, format=section.format, key=section.key, limit=section.limit)
+        for prompt in prompts:
+            messages = frame.asked(prompt)
+            for sample in range(section.samples):
+                yield prompt, self.request(messages, sample)
+
+    def requests(self) -> Iterator[Request]:
+        return (request for _, request in self.pairs())
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the journal holds before anything is asked. spent: also on answers that got lost."""
+
+    requests: int
+    missing: int
+    spent: Spending
+
+
+def known_before(asked: Asked, journal: Journal, price: Price | None) -> Known:
+    """Goes through all requests once, which also finds a bad prompt before anything is paid."""
+    requests = missing = 0
+    spent = Spending()
+    for request in asked.requests():
+        requests += 1
+        answer = journal.get(request.key)
+        usd, tokens = journal.billed_failures(request.key)
+        spent += Spending(tokens, usd)
+        if answer is None:
+            missing += 1
+        else:
+            spent += spent_on(answer, worst_case(request, price))
+    return Known(requests, missing, spent)
+
+
+# --- teachers ----------------------------------------------------------------------------------
+
+
+def text_teacher(section: SynthesizeRecipe, origins: Origins, seed: int) -> _Api | _Local:
+    if section.teacher.api is not None:
+        return _Api(section.teacher.api, section)
+    assert section.teacher.local is not None
+    return _Local(section.teacher.local, section.sampling, origins, seed)
+
+
+def _sampling(section: SamplingRecipe, token_limit: str) -> dict[str, Any]:
+    parameters: dict[str, Any] = {
+        "temperature": section.temperature,
+        token_limit: section.max_tokens,
+        **section.extra,
+    }
+    if section.top_p < 1:
+        parameters["top_p"] = section.top_p
+    if section.top_logprobs is not None:
+        parameters |= {"logprobs": True, "top_logprobs": section.top_logprobs}
+    return parameters
+
+
+class _Api:
+    def __init__(self, api: ApiTeacher, section: SynthesizeRecipe) -> None:
+        self.api, self.budget = api, section.budget
+        self.price = Price(api.price.input, api.price.output) if api.price else None
+        self.parameters = _sampling(section.sampling, api.token_limit)
+        self.endpoint = endpoint_of(api.base_url)
+
+    def request(self, messages: tuple[Any, ...], sample: int) -> Request:
+        return Request(self.endpoint, self.api.model, messages, self.parameters, sample)
+
+    def answer(self, asked: Asked, journal: Journal, known: Known) -> tuple[int, int, bool]:
+        """New answers, failures, and whether the budget ended it."""
+        budget = Budget(self.budget.max_usd, self.budget.max_tokens)
+        budget.spent = known.spent
+        if self.price is None:
+            note("the price is unknown, and so is the cost: give synthesize.teacher.api.price")
+        with bar(f"asking {self.api.model}", known.requests, "answers") as advance:
+            work = self._answer_all(asked, journal, budget, advance)
+            pool = _stoppable(work)
+        tally = pool.tally
+        if tally.failed and not tally.answered and known.missing == known.requests:
+            *_, (_, kind, reason) = journal.failures()
+            raise EndpointError(
+                f"no request was answered; the last failure: {kind}: {reason}",
+                where=self.endpoint,
+                fix="mend what it says, then give the same command again",
+            )
+        return tally.answered, tally.failed, tally.out_of_budget
+
+    async def _answer_all(
+        self, asked: Asked, journal: Journal, budget: Budget, advance: Callable[[int], None]
+    ) -> Pool:
+        api = self.api
+        async with Client(
+            api.base_url,
+            api.model,
+            key_env=api.key_env,
+            price=self.price,
+            timeout=api.timeout,
+            connections=api.concurrency,
+        ) as client:
+            pool = Pool(
+                client.ask,
+                journal,
+                budget,
+                concurrency=api.concurrency,
+                price=self.price,
+                advance=advance,
+            )
+            await pool.answer_all(asked.requests())
+            return pool
+
+
+class _Local:
+    price = Price(0.0, 0.0)
+
+    def __init__(
+        self, local: LocalTeacher, sampling: SamplingRecipe, origins: Origins, seed: int
+    ) -> None:
+        self.local, self.trust = local, origins.trust_remote_code
+        name, revision = local.model or origins.model, local.revision
+        if local.model is None:
+            revision = origins.revision
+        self.source = resolve_model(name, revision=revision, base=origins.base)
+        self.precision = choose_precision(local.precision, default_device())
+        dtype = str(self.precision.dtype).removeprefix("torch.")
+        self.parameters = {**_sampling(sampling, "max_tokens"), "seed": seed, "dtype": dtype}
+
+    def request(self, messages: tuple[Any, ...], sample: int) -> Request:
+        return Request("local", self.source.fingerprint, messages, self.parameters, sample)
+
+    def answer(self, asked: Asked, journal: Journal, known: Known) -> tuple[int, int, bool]:
+        """New answers and failures; a local teacher has no budget."""
+        from stillhouse.synthesis.local import Generator
+
+        note(f"{self.source.described} answers in {self.precision.reason}")
+        model = load_model(
+            self.source.path, dtype=self.precision.dtype, trust_remote_code=self.trust
+        ).to(default_device())
+        tokenizer = load_tokenizer(self.source.path, trust_remote_code=self.trust)
+        generator = Generator(model, tokenizer, batch=self.local.batch)
+        counts: Counter[str] = Counter()
+        on_its_way: set[str] = set()
+        with bar("answering", known.missing, "answers") as advance:
+            todo = _unanswered(asked.requests(), journal, on_its_way)
+            for request, outcome in generator.answers(todo):
+                if isinstance(outcome, Answer):
+                    journal.record(request, outcome).result()
+                else:
+                    journal.record_failure(request, outcome).result()
+                on_its_way.discard(request.key)
+                counts[type(outcome).__name__] += 1
+                advance(1)
+        return counts["Answer"], counts["Failure"], False
+
+
+def _unanswered(
+    requests: Iterable[Request], journal: Journal, on_its_way: set[str]
+) -> Iterator[Request]:
+    for request in requests:
+        if request.key not in on_its_way and journal.get(request.key) is None:
+            on_its_way.add(request.key)
+            yield request
+
+
+def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
+    """Runs `work`; Ctrl-C or SIGTERM cancels it, and does what it always does after that.
+
+    An exception out of a signal handler could be lost inside the event loop.
+    """
+    caught: list[int] = []
+
+    async def whole() -> Pool:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def stop(number: int) -> None:
+            caught.append(number)
+            task.cancel()
+
+        loop = asyncio.get_running_loop()
+        for number in before:
+            loop.add_signal_handler(number, stop, number)
+        return await work
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        return asyncio.run(whole())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if caught:
+            os.kill(os.getpid(), caught[0])

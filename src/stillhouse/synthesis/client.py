@@ -1,0 +1,219 @@
+"""One request to an OpenAI-compatible endpoint, sent once: an answer, or what went wrong.
+
+The openai client sends; it never retries. Whether to ask again is decided in one place, `pool`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Self
+
+from stillhouse.errors import EndpointError
+from stillhouse.synthesis.budget import Price
+from stillhouse.synthesis.request import Answer, FailureKind, Request, endpoint_of
+
+if TYPE_CHECKING:
+    import openai
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_EXCERPT = 300
+"""Characters of a server's message that are kept."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a request that was sent once brought no answer.
+
+    again: asking again may help. wait: seconds that the server asked to wait. billed: the provider
+    may have billed an answer that never arrived whole.
+    """
+
+    kind: FailureKind
+    reason: str
+    again: bool
+    wait: float | None = None
+    billed: bool = False
+
+
+class Client:
+    """An endpoint's model. Use it as an async context manager, inside one event loop.
+
+    key_env: the environment variable that holds the key; None for servers that want none. The key
+    is read here, goes into the request's header, and nowhere else.
+    timeout: seconds from sending to the last byte of the answer.
+    Raises EndpointError: the variable is not set, or the URL is none.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        key_env: str | None = None,
+        price: Price | None = None,
+        timeout: float = 120.0,
+        connections: int = 64,
+    ) -> None:
+        self.endpoint, self.model = endpoint_of(base_url), model
+        self.key_env, self.price, self.timeout = key_env, price, timeout
+        self._key = _key(key_env, self.endpoint)
+        self._openai = _openai_client(base_url, self._key, timeout, connections)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._openai.close()
+
+    async def ask(self, request: Request) -> Answer | Trouble:
+        """Sends the request once. Raises EndpointError where no request can succeed."""
+        import openai
+
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(self.timeout):
+                response = await self._openai.chat.completions.with_raw_response.create(
+                    model=request.model,
+                    messages=list(request.messages),  # type: ignore[arg-type]
+                    extra_body=dict(request.parameters),
+                )
+                body = response.content
+        except (TimeoutError, openai.APITimeoutError):
+            reason = f"no whole answer in {self.timeout:g} s"
+            return Trouble("timeout", reason, again=True, billed=True)
+        except openai.APIStatusError as error:
+            return self._status_trouble(error)
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            reason = self._redacted(f"{type(cause).__name__}: {cause}")
+            billed = type(cause).__name__ != "ConnectError"
+            return Trouble("connection", reason, again=True, billed=billed)
+        return self._answer(body, time.monotonic() - started)
+
+    def _answer(self, body: bytes, seconds: float) -> Answer | Trouble:
+        try:
+            return _parse(json.loads(body), self.price, seconds)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            start = self._redacted(body[:_EXCERPT].decode("utf-8", "replace"))
+            reason = f"not a chat completion ({type(error).__name__}: {error}): {start}"
+            return Trouble("invalid", reason, again=False, billed=True)
+
+    def _status_trouble(self, error: openai.APIStatusError) -> Trouble:
+        status = error.status_code
+        body = error.body if isinstance(error.body, dict) else {}
+        said = self._redacted(str(body.get("message") or error.message))[:_EXCERPT]
+        if status in (401, 403, 404) or error.code == "insufficient_quota":
+            raise self._hopeless(status, said)
+        if status == 429:
+            wait = retry_after(error.response.headers)
+            return Trouble("rate_limit", said, again=True, wait=wait)
+        if status == 408 or status >= 500:
+            wait = retry_after(error.response.headers)
+            return Trouble("server", f"HTTP {status}: {said}", again=True, wait=wait)
+        return Trouble("refused", f"HTTP {status}: {said}", again=False)
+
+    def _hopeless(self, status: int, said: str) -> EndpointError:
+        variable = f"the environment variable {self.key_env}" if self.key_env else "api.key_env"
+        what, fix = {
+            401: ("the endpoint refuses the key", f"check {variable}"),
+            403: (f"the key may not use the model {self.model!r}", f"check {variable}, and the "
+                  "account's permissions"),
+            404: (f"the endpoint has no model {self.model!r}, or is no chat-completions endpoint",
+                  "check api.model and api.base_url, which usually ends in /v1"),
+        }.get(status, ("the account has no credit left", "add credit, then go on with the same "
+                       "command: what arrived is kept"))  # fmt: skip
+        return EndpointError(f"{what} (HTTP {status}: {said})", where=self.endpoint, fix=fix)
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def _key(key_env: str | None, endpoint: str) -> str | None:
+    if key_env is None:
+        return None
+    key = os.environ.get(key_env, "").strip()
+    if not key:
+        raise EndpointError(
+            f"the environment variable {key_env} is not set, and holds the endpoint's key",
+            where=endpoint,
+            fix=f"export {key_env}=..., or remove api.key_env if the server wants no key",
+        )
+    return key
+
+
+def _openai_client(
+    base_url: str, key: str | None, timeout: float, connections: int
+) -> openai.AsyncOpenAI:
+    import httpx2
+    import openai
+
+    url = httpx2.URL(base_url)
+    if url.scheme not in ("http", "https") or not url.host:
+        raise EndpointError(
+            "the endpoint's base_url is not an http(s) URL",
+            where=endpoint_of(base_url),
+            fix="write it whole, e.g. http://127.0.0.1:8080/v1",
+        )
+    limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+    # Proxies of the environment are for the world outside.
+    http = openai.DefaultAsyncHttpxClient(
+        limits=limits, timeout=timeout, trust_env=url.host not in _LOOPBACK
+    )
+    return openai.AsyncOpenAI(
+        # An empty key is refused by the client; servers that want none ignore this one.
+        api_key=key or "none",
+        base_url=base_url,
+        max_retries=0,
+        http_client=http,
+    )
+
+
+def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
+    choice = whole["choices"][0]
+    message = choice["message"]
+    text, finish_reason = message.get("content"), choice.get("finish_reason")
+    if text is None and message.get("refusal"):
+        text, finish_reason = message["refusal"], "refusal"
+    if not isinstance(text, str):
+        raise TypeError("the message has no text")
+    usage = whole.get("usage") or {}
+    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    cost = None
+    if not isinstance(prompt, int) or not isinstance(completion, int):
+        prompt = completion = None
+    elif price is not None:
+        cost = price.of(prompt, completion)
+    return Answer(
+        text=text,
+        finish_reason=finish_reason,
+        reasoning=message.get("reasoning_content") or message.get("reasoning") or None,
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        cost=cost,
+        seconds=seconds,
+        logprobs=(choice.get("logprobs") or {}).get("content"),
+    )
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to wait: `retry-after-ms`, or Retry-After in seconds or as a
+    date (RFC 9110, 10.2.3); None where it does not say, or not in a way that can be read."""
+    milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
+    try:
+        if milliseconds is not None:
+            return max(0.0, float(milliseconds) / 1000)
+        if value is None:
+            return None
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(str(value)).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -1,0 +1,244 @@
+"""What is kept of the teacher's answers. Each filter's take is counted, and can be looked at.
+
+A filter is a function that says why a row is to go, or None. They stand in a fixed order, from what
+costs nothing to what costs most; a row is taken by the first that objects.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import DataError, RecipeError
+from stillhouse.synthesis.near import NearDuplicates
+from stillhouse.synthesis.prompts import Prompt, text_of, words
+from stillhouse.synthesis.request import Message
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answered prompt. messages: those that stand before the answer in the training text."""
+
+    messages: tuple[Message, ...]
+    text: str
+    finish_reason: str | None
+    where: str
+    sample: int = 0
+
+
+Filter = Callable[[Row], str | None]
+
+_REFUSALS = re.compile(
+    r"^\W*(?:(?:i['’]?m|i am) (?:really |very |so )?(?:sorry|afraid|unable|not able)\b"
+    r"|sorry, (?:but )?i\b"
+    r"|i (?:really )?(?:can['’]?t|cannot|can not|won['’]?t|will not|must decline|am not able) "
+    r"|(?:unfortunately,? )?as an? (?:ai|artificial intelligence|language model|large language)\b"
+    r"|unfortunately,? i (?:can['’]?t|cannot|am unable|am not able))",
+    re.IGNORECASE,
+)
+"""How English refusals begin. Others are for the recipe to say."""
+
+
+def empty(row: Row) -> str | None:
+    return None if row.text.strip() else "the answer is empty"
+
+
+def truncated(row: Row) -> str | None:
+    return "cut off at the token limit" if row.finish_reason == "length" else None
+
+
+def refusal(row: Row) -> str | None:
+    """English refusals by how they begin, and what the server itself calls one."""
+    if row.finish_reason in ("refusal", "content_filter"):
+        return f"the server says {row.finish_reason}"
+    found = _REFUSALS.match(_answer_only(row))
+    return f"begins like a refusal: {found.group()!r}" if found else None
+
+
+def length(least: int | None, most: int | None) -> Filter:
+    """Characters of the answer, reasoning left out, both ends included."""
+
+    def judge(row: Row) -> str | None:
+        size = len(_answer_only(row))
+        if least is not None and size < least:
+            return f"{size} characters are fewer than {least}"
+        if most is not None and size > most:
+            return f"{size} characters are more than {most}"
+        return None
+
+    return judge
+
+
+def pattern(expression: str, *, wanted: bool = True) -> Filter:
+    """The answer (reasoning left out) holds a match of the expression, or must not hold one.
+
+    Raises RecipeError for what is no regular expression.
+    """
+    try:
+        compiled = re.compile(expression)
+    except re.error as error:
+        raise RecipeError(
+            f"{expression!r} is no regular expression: {error}", where="synthesize.filters"
+        ) from None
+
+    def judge(row: Row) -> str | None:
+        found = compiled.search(_answer_only(row))
+        if wanted:
+            return None if found else f"nothing in it matches {expression!r}"
+        return f"it matches {expression!r}: {found.group()!r}" if found else None
+
+    return judge
+
+
+def json_schema(schema: dict[str, Any]) -> Filter:
+    """The answer (reasoning left out) is JSON that the schema allows. Raises RecipeError for a
+    schema that is none."""
+    import jsonschema
+
+    kind = jsonschema.validators.validator_for(schema)
+    try:
+        kind.check_schema(schema)
+    except jsonschema.SchemaError as error:
+        raise RecipeError(
+            f"the JSON schema is not valid: {error.message}", where="synthesize.filters.json_schema"
+        ) from None
+    validator = kind(schema)
+
+    def judge(row: Row) -> str | None:
+        try:
+            value = json.loads(_answer_only(row))
+        except (ValueError, RecursionError) as error:
+            return f"not JSON: {error}"
+        problem = jsonschema.exceptions.best_match(validator.iter_errors(value))
+        return None if problem is None else f"{problem.json_path}: {problem.message[:200]}"
+
+    return judge
+
+
+def exact_duplicates() -> Filter:
+    """The same words in prompt and answer were there before; case and punctuation aside."""
+    seen: set[int] = set()
+
+    def judge(row: Row) -> str | None:
+        # 64 bits: among a million rows, two different ones meet once in 40,000 runs.
+        words_seen = hash((tuple(words(text_of(row.messages))), tuple(words(row.text))))
+        if words_seen in seen:
+            return "the same prompt and answer came before"
+        seen.add(words_seen)
+        return None
+
+    return judge
+
+
+def near_duplicates(threshold: float) -> Filter:
+    """Prompt and answer together are nearly those of a row before, see `near`."""
+    seen = NearDuplicates(threshold)
+
+    def judge(row: Row) -> str | None:
+        similar = seen.add(words(text_of(row.messages) + "\n" + row.text))
+        return None if similar is None else f"{similar:.0%} like a row before"
+
+    return judge
+
+
+SHORTEST_GRAM = 5
+"""Evaluation texts of fewer words would be found in innocent rows: only as the whole prompt."""
+
+
+def decontaminate(evaluation: Iterable[Prompt], ngram: int) -> Filter:
+    """No run of `ngram` words of an evaluation prompt is in the row's prompt or answer.
+
+    An evaluation prompt of fewer words must not be in it as a whole, and one of fewer than
+    SHORTEST_GRAM words must not be the row's whole prompt.
+    """
+    grams: dict[int, set[str]] = {}
+    whole: set[str] = set()
+    for item in evaluation:
+        found = words(text_of(item.messages))
+        if len(found) < SHORTEST_GRAM:
+            whole.add(" ".join(found))
+        else:
+            size = min(ngram, len(found))
+            grams.setdefault(size, set()).update(_grams(found, size))
+
+    def judge(row: Row) -> str | None:
+        prompt = words(text_of(row.messages))
+        if " ".join(prompt) in whole:
+            return "the prompt is in the evaluation set"
+        for part in (prompt, words(row.text)):
+            for size, known in grams.items():
+                shared = next((gram for gram in _grams(part, size) if gram in known), None)
+                if shared is not None:
+                    return f"shares with the evaluation set: {shared!r}"
+        return None
+
+    return judge
+
+
+def _grams(found: list[str], size: int) -> Iterable[str]:
+    return (" ".join(found[at : at + size]) for at in range(len(found) - size + 1))
+
+
+def _answer_only(row: Row) -> str:
+    return row.text.rpartition("</think>")[2].strip()
+
+
+# --- all of them ------------------------------------------------------------------------------
+
+
+@dataclass
+class Sieve:
+    """Applies named filters in their order. taken: how many rows each took, zeros included.
+
+    victims: a JSONL file with every row that was taken, by what and why.
+    """
+
+    filters: dict[str, Filter]
+    victims: Path
+    taken: Counter[str] = field(default_factory=Counter)
+
+    def keep(self, rows: Iterable[Row]) -> Iterable[Row]:
+        """The rows that no filter takes, one at a time. Writes the victims' file anew."""
+        self.taken = Counter(dict.fromkeys(self.filters, 0))
+        with self.victims.open("w", encoding="utf-8", errors="replace") as file:
+            for row in rows:
+                name, reason = self._objection(row)
+                if name is None:
+                    yield row
+                    continue
+                self.taken[name] += 1
+                victim = {
+                    "filter": name,
+                    "reason": reason,
+                    "where": row.where,
+                    "sample": row.sample,
+                    "messages": [*row.messages, {"role": "assistant", "content": row.text}],
+                }
+                file.write(json.dumps(victim, ensure_ascii=False) + "\n")
+
+    def _objection(self, row: Row) -> tuple[str | None, str | None]:
+        for name, judge in self.filters.items():
+            reason = judge(row)
+            if reason is not None:
+                return name, reason
+        return None, None
+
+
+def read_schema(path: Path) -> dict[str, Any]:
+    """A JSON schema from a file. Raises DataError."""
+    try:
+        schema = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the JSON schema cannot be read: {error}",
+            where=path,
+            fix="check the path and the file",
+        ) from None
+    if not isinstance(schema, dict):
+        raise DataError("the JSON schema is not an object", where=path, fix="give another file")
+    return schema

@@ -1,0 +1,60 @@
+"""How many requests an endpoint bears at once, found out from how it answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+
+FIRST_LIMIT = 16.0
+"""Requests at once in the beginning; it doubles with every round of answers until a 429."""
+
+
+class AdaptiveLimit:
+    """How many requests may be on their way: more with each answer, half after a 429 (AIMD).
+
+    Until the first 429 each answer adds one, which doubles the limit in each round; after it, a
+    whole round of answers adds one. One burst of 429 halves once: those of requests that were sent
+    before the last halving say nothing new. Retry-After holds everything back.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.limit = most, min(FIRST_LIMIT, float(most))
+        self.at_once = 0
+        self._growing_fast = True
+        self._halved = self._closed_until = 0.0
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def acquire(self) -> float:
+        """Waits for a place; returns the time at which it was given."""
+        while True:
+            pause = self._closed_until - time.monotonic()
+            if pause > 0:
+                await asyncio.sleep(pause)
+            elif self.at_once < int(self.limit):
+                self.at_once += 1
+                return time.monotonic()
+            else:
+                place = asyncio.get_running_loop().create_future()
+                self._waiting.append(place)
+                await place
+
+    def release(self) -> None:
+        self.at_once -= 1
+        for _ in range(int(self.limit) - self.at_once):
+            while self._waiting and self._waiting[0].done():
+                self._waiting.popleft()
+            if not self._waiting:
+                break
+            self._waiting.popleft().set_result(None)
+
+    def answered(self) -> None:
+        self.limit = min(self.most, self.limit + (1.0 if self._growing_fast else 1.0 / self.limit))
+
+    def throttled(self, sent: float, pause: float) -> None:
+        """A request sent at the time `sent` was answered 429: waits `pause` seconds at least."""
+        now = time.monotonic()
+        self._growing_fast = False
+        self._closed_until = max(self._closed_until, now + pause)
+        if sent > self._halved:
+            self.limit, self._halved = max(1.0, self.limit / 2), now

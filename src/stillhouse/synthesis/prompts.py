@@ -1,0 +1,255 @@
+"""Prompts from a file, made into what the teacher is asked and what the student is shown.
+
+Rows that are logs of earlier chats end with an answer: whatever follows the last turn of the user
+is dropped, since the teacher is to write it anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stillhouse.errors import DataError
+from stillhouse.synthesis.request import Answer, Message
+
+Format = Literal["auto", "text", "jsonl", "json", "csv"]
+Shown = Literal["prompt", "system", "all"]
+
+_FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
+_FORMATS |= {".csv": "csv", ".tsv": "csv"}
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
+_LOG_PLACES = (
+    ("messages",),  # chat data, and lines of OpenAI's fine-tuning and stored-completions exports
+    ("request", "messages"),  # gateways that log the request beside the response
+    ("request", "body", "messages"),
+    ("body", "messages"),  # the input of OpenAI's batch API
+    ("messages", "data"),  # a stored completion with the listing of its messages inside
+    ("input_messages",),
+    ("input",),
+)
+"""Where logs keep the messages that a model was given."""
+_SYSTEM = ("system", "developer")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """messages: what the file holds, up to the user's last turn. where: file and line."""
+
+    messages: tuple[Message, ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is put around every prompt. examples: pairs of a prompt and its answer.
+
+    The system prompt is for prompts that bring none. shown: what the student is shown of it; few
+    examples that only the teacher sees are how their effect is distilled.
+    """
+
+    system: str | None = None
+    examples: tuple[tuple[str, str], ...] = ()
+    shown: Shown = "system"
+
+    def asked(self, prompt: Prompt) -> tuple[Message, ...]:
+        """What the teacher is asked."""
+        return self._around(prompt, self.system, self.examples)
+
+    def taught(self, prompt: Prompt) -> tuple[Message, ...]:
+        """What stands before the answer in the student's training text."""
+        system = None if self.shown == "prompt" else self.system
+        return self._around(prompt, system, self.examples if self.shown == "all" else ())
+
+    def _around(
+        self, prompt: Prompt, system: str | None, examples: Sequence[tuple[str, str]]
+    ) -> tuple[Message, ...]:
+        own = tuple(itertools.takewhile(lambda m: m["role"] in _SYSTEM, prompt.messages))
+        rest = prompt.messages[len(own) :]
+        if not own and system is not None:
+            own = ({"role": "system", "content": system},)
+        few = [
+            {"role": role, "content": content}
+            for example in examples
+            for role, content in zip(("user", "assistant"), example, strict=True)
+        ]
+        return (*own, *few, *rest)
+
+
+def read_prompts(
+    path: Path, *, format: Format = "auto", key: str = "prompt", limit: int | None = None
+) -> Iterator[Prompt]:
+    """The prompts of a file, one at a time.
+
+    text: one a line. csv: one a row, in the column `key`. jsonl: one object a line: a chat or its
+    log (see `_LOG_PLACES`), or `prompt`, a string or messages, or a string under `key`. json: a
+    list of such objects, or an object that holds one as `data`. auto: by the file's ending.
+    Raises DataError with the line for whatever is no prompt.
+    """
+    chosen = _FORMATS.get(path.suffix.lower(), "text") if format == "auto" else format
+    read = {"text": _texts, "csv": _csv_rows, "jsonl": _json_lines, "json": _json_whole}[chosen]
+    found = False
+    try:
+        for row, where in itertools.islice(read(path), limit):
+            found = True
+            yield Prompt(_messages(row, key, where), where)
+    except FileNotFoundError:
+        raise DataError(
+            "the file of prompts does not exist",
+            where=path,
+            fix="check the path; a relative one starts at the recipe's folder",
+        ) from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"the file of prompts is not UTF-8 ({error.reason})", where=path, fix="convert it"
+        ) from error
+    except (OSError, csv.Error) as error:
+        raise DataError(f"the file of prompts cannot be read: {error}", where=path) from error
+    if not found:
+        raise DataError("the file of prompts is empty", where=path, fix="give another one")
+
+
+def text_of(messages: Sequence[Message], roles: Sequence[str] = ("user",)) -> str:
+    """The contents of the messages of these roles, a line each; parts that are no text left out."""
+    return "\n".join(_content(m.get("content")) for m in messages if m["role"] in roles)
+
+
+def answer_text(answer: Answer, *, keep_reasoning: bool) -> str:
+    """The answer as the student is to write it, with its reasoning in <think> or without.
+
+    A reasoning that was cut off before its end leaves no answer: the text is empty.
+    """
+    reasoning, closed, rest = answer.text.rpartition("</think>")
+    if closed:
+        reasoning = reasoning.replace("<think>", "", 1)
+    elif answer.text.lstrip().startswith("<think>"):
+        reasoning, rest = answer.text.replace("<think>", "", 1), ""
+    reasoning = reasoning.strip() or (answer.reasoning or "").strip()
+    rest = rest.strip()
+    if not keep_reasoning or not reasoning or not rest:
+        return rest
+    return f"<think>\n{reasoning}\n</think>\n\n{rest}"
+
+
+# --- rows of the formats -------------------------------------------------------------------------
+
+_Rows = Iterator[tuple[Any, str]]
+
+
+def _texts(path: Path) -> _Rows:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield line.strip(), f"{path}:{number}"
+
+
+def _csv_rows(path: Path) -> _Rows:
+    csv.field_size_limit(1 << 24)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines, delimiter=delimiter)
+        for row in reader:
+            yield row, f"{path}:{reader.line_num}"
+
+
+def _json_lines(path: Path) -> _Rows:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                where = f"{path}:{number}"
+                yield _json(line, where), where
+
+
+def _json_whole(path: Path) -> _Rows:
+    whole = _json(path.read_text(encoding="utf-8-sig"), str(path))
+    rows = whole.get("data") if isinstance(whole, Mapping) else whole
+    if not isinstance(rows, list):
+        raise DataError(
+            "the JSON file is neither a list nor an object with a list under `data`",
+            where=path,
+            fix="write one object a line, as .jsonl",
+        )
+    for number, row in enumerate(rows):
+        yield row, f"{path}, item {number}"
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(
+            f"invalid JSON ({error})", where=where, fix="correct the line, or remove it"
+        ) from None
+
+
+# --- one row ---------------------------------------------------------------------------------
+
+
+def _messages(row: Any, key: str, where: str) -> tuple[Message, ...]:
+    if isinstance(row, str):
+        return _user(row, where)
+    if not isinstance(row, Mapping):
+        raise DataError(f"the row is a {type(row).__name__}, not an object", where=where)
+    found = row.get(key)
+    if found is None:
+        places = (_at(row, place) for place in _LOG_PLACES)
+        found = next((value for value in places if isinstance(value, list)), row.get("prompt"))
+    if isinstance(found, str):
+        return _user(found, where)
+    if isinstance(found, list):
+        return _chat(found, where)
+    raise DataError(
+        f"the row has no `{key}` and no `messages`; its keys are {', '.join(map(str, row))}",
+        where=where,
+        fix="name the key that holds the prompt: synthesize.prompts.key",
+    )
+
+
+def _user(text: str, where: str) -> tuple[Message, ...]:
+    if not text.strip():
+        raise DataError("the prompt is empty", where=where, fix="remove the row")
+    return ({"role": "user", "content": text},)
+
+
+def _at(row: Any, place: tuple[str, ...]) -> Any:
+    for key in place:
+        row = row.get(key) if isinstance(row, Mapping) else None
+    return row
+
+
+def _chat(messages: list[Any], where: str) -> tuple[Message, ...]:
+    """Known keys of each message, up to the last turn that the user (or a tool) wrote."""
+    kept: list[dict[str, Any]] = []
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise DataError(
+                "a message has no role",
+                where=where,
+                fix='write each message as {"role": "user", "content": "..."}',
+            )
+        known = {k: message[k] for k in _MESSAGE_KEYS if message.get(k) is not None}
+        if "content" not in known and message.get("content_parts"):
+            known["content"] = message["content_parts"]
+        kept.append(known)
+    while kept and kept[-1]["role"] not in ("user", "tool"):
+        kept.pop()
+    if not any(message["role"] == "user" for message in kept):
+        raise DataError("the chat has no turn of the user", where=where, fix="remove the row")
+    return tuple(kept)
+
+
+def _content(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return " ".join(part["text"] for part in parts if isinstance(part, Mapping) and "text" in part)
+
+
+def words(text: str) -> list[str]:
+    """Words in lower case, without punctuation: what texts are compared by."""
+    return re.findall(r"\w+", text.casefold())

@@ -1,0 +1,128 @@
+"""A key-value cache whose rows are slots: each holds a sequence of its own length.
+
+transformers' own caches give every row the same length. Here a row takes a new sequence as soon as
+its old one has ended, and attends to its own tokens only, by a mask.
+
+Shapes: B slots in use, C all slots, T token places, H key-value heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+_GROWTH = 128
+"""Token places are added in multiples of it."""
+
+
+class _SlotLayer(CacheLayerMixin):
+    """The keys and values of one layer; `slots` says what the model is doing."""
+
+    is_sliding = False
+
+    def __init__(self, slots: SlotCache) -> None:
+        super().__init__()
+        self.slots = slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = self._room(key_states), self._room(value_states)
+        self.is_initialized = True
+
+    def _room(self, like_BHLD: Tensor) -> Tensor:
+        _, heads, _, width = like_BHLD.shape
+        return like_BHLD.new_zeros(self.slots.capacity, heads, self.slots.places, width)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        slots = self.slots
+        if slots.filling is not None:
+            first, last = slots.filling
+            length = key_states.shape[2]
+            self.keys[first:last, :, :length] = key_states
+            self.values[first:last, :, :length] = value_states
+            return key_states, value_states
+        used, longest = len(slots.at_B), slots.longest
+        self.keys[slots.rows_B, :, slots.at_B] = key_states[:, :, 0]
+        self.values[slots.rows_B, :, slots.at_B] = value_states[:, :, 0]
+        return self.keys[:used, :, :longest], self.values[:used, :, :longest]
+
+    def grow(self, places: int) -> None:
+        if self.is_initialized:
+            assert self.keys is not None
+            assert self.values is not None
+            more = (0, 0, 0, places - self.keys.shape[2])
+            self.keys = torch.nn.functional.pad(self.keys, more)
+            self.values = torch.nn.functional.pad(self.values, more)
+
+    def move(self, source: int, target: int, length: int) -> None:
+        for states in (self.keys, self.values):
+            assert states is not None
+            states[target, :, :length] = states[source, :, :length]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Only asked for when slots are filled: a new sequence has nothing before it."""
+        return 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class SlotCache(Cache):
+    """Slots 0 to B-1 are in use. Call `fill` or `step` before each pass of the model."""
+
+    def __init__(self, layers: int, capacity: int) -> None:
+        self.capacity, self.places, self.longest = capacity, 0, 0
+        self.filling: tuple[int, int] | None = None
+        self.at_B = self.rows_B = torch.zeros(0, dtype=torch.long)
+        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+
+    def reserve(self, places: int) -> None:
+        """Makes room for sequences of that many tokens."""
+        if places > self.places:
+            self.places = -(-places // _GROWTH) * _GROWTH
+            for layer in self.layers:
+                layer.grow(self.places)
+
+    def fill(self, first: int, last: int) -> None:
+        """The next pass reads whole prompts, from position 0, into slots first to last - 1. They
+        may be padded on the right: nothing looks to the right, and answers overwrite it."""
+        self.filling = (first, last)
+
+    def step(self, lengths_B: Tensor) -> Tensor:
+        """The next pass adds one token to each slot in use, after the `lengths_B` tokens there.
+
+        Returns the attention mask [B, 1, 1, T]: True where a slot has a token.
+        """
+        self.filling = None
+        self.at_B = lengths_B
+        self.rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
+        self.longest = int(lengths_B.max()) + 1
+        places_T = torch.arange(self.longest, device=lengths_B.device)
+        return (places_T <= lengths_B[:, None])[:, None, None]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies a slot's first `length` tokens to another slot."""
+        for layer in self.layers:
+            layer.move(source, target, length)
+
+
+def fits_slots(model: Any) -> bool:
+    """Whether every layer attends to all tokens before it: no window, no recurrent state."""
+    config = model.config
+    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    return (
+        plain
+        and config._attn_implementation == "sdpa"
+        and not getattr(model, "_is_stateful", False)
+    )

@@ -1,0 +1,203 @@
+"""What each filter takes and leaves, counted, with its victims in a file."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.errors import RecipeError
+from stillhouse.synthesis import filters
+from stillhouse.synthesis.filters import Filter, Row, Sieve
+from stillhouse.synthesis.near import NearDuplicates, shingles
+from stillhouse.synthesis.prompts import Prompt, words
+
+
+def row(text: str, *, prompt: str = "a question", **changes: Any) -> Row:
+    facts = {"finish_reason": "stop", "where": "p.txt:1", **changes}
+    return Row(({"role": "user", "content": prompt},), text, **facts)
+
+
+def kept(judge: Filter, texts: list[str]) -> list[str]:
+    return [text for text in texts if judge(row(text)) is None]
+
+
+def test_answers_cut_off_at_the_token_limit() -> None:
+    assert filters.truncated(row("half an ans", finish_reason="length")) is not None
+    assert filters.truncated(row("whole.")) is None
+
+
+def test_length_counts_characters_without_the_reasoning() -> None:
+    judge = filters.length(3, 5)
+    assert kept(judge, ["ab", "abc", "abcde", "abcdef"]) == ["abc", "abcde"]
+    assert judge(row("<think>\na long thought\n</think>\n\nabcd")) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I'm sorry, but I can't help with that.",
+        "I cannot assist with this request.",
+        "Sorry, I won't do that.",
+        "As an AI language model, I have no opinion.",
+        "Unfortunately, I am unable to browse.",
+        "<think>\nhm\n</think>\n\nI'm not able to answer that.",
+    ],
+)
+def test_refusals_are_known_by_how_they_begin(text: str) -> None:
+    assert filters.refusal(row(text)) is not None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The store said it was sorry, but it can't refund you.",
+        "I can help with that.",
+        "As an airline, they must pay.",
+        "Sorry to hear that! Try again.",
+    ],
+)
+def test_answers_that_only_sound_like_one_stay(text: str) -> None:
+    assert filters.refusal(row(text)) is None
+
+
+def test_what_the_server_calls_a_refusal_is_one() -> None:
+    assert filters.refusal(row("", finish_reason="content_filter")) is not None
+
+
+def test_patterns_are_wanted_or_unwanted() -> None:
+    texts = ["label: a", "no", "<think>label: b</think>no"]
+    assert kept(filters.pattern(r"^label: \w$"), texts) == ["label: a"]
+    assert kept(filters.pattern("label", wanted=False), texts) == texts[1:]
+    with pytest.raises(RecipeError, match="no regular expression"):
+        filters.pattern("(")
+
+
+def test_json_by_its_schema() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"age": {"type": "integer", "minimum": 0}},
+        "required": ["age"],
+        "additionalProperties": False,
+    }
+    judge = filters.json_schema(schema)
+    texts = ['{"age": 3}', '{"age": -1}', '{"age": "3"}', "{}", '{"age": 3', '{"age": 1, "b": 2}']
+    assert kept(judge, texts) == texts[:1]
+    assert "$.age" in str(judge(row('{"age": -1}')))
+    with pytest.raises(RecipeError, match="schema is not valid"):
+        filters.json_schema({"type": "no such type"})
+
+
+def test_exact_duplicates_need_the_same_prompt_and_answer() -> None:
+    judge = filters.exact_duplicates()
+    assert judge(row("Yes.")) is None
+    assert judge(row("yes")) is not None
+    assert judge(row("yes", prompt="another question")) is None
+    assert judge(row("no")) is None
+
+
+# --- near duplicates ---------------------------------------------------------------------------
+
+
+def jaccard(one: set[str], other: set[str]) -> float:
+    return len(one & other) / len(one | other)
+
+
+def made_texts(count: int, seed: int) -> list[list[str]]:
+    """Texts of 60 words; every second one is the one before with a few words changed."""
+    chance = random.Random(seed)
+    texts: list[list[str]] = []
+    for number in range(count):
+        if number % 2:
+            text = list(texts[-1])
+            for at in chance.sample(range(len(text)), chance.randrange(0, 12)):
+                text[at] = f"w{chance.randrange(10_000)}"
+        else:
+            text = [f"w{chance.randrange(10_000)}" for _ in range(60)]
+        texts.append(text)
+    return texts
+
+
+def test_minhash_agrees_with_the_similarity_of_all_pairs() -> None:
+    texts = made_texts(300, seed=1)
+    sets = [shingles(text) for text in texts]
+    near = NearDuplicates(0.7)
+    found = {number for number, text in enumerate(texts) if near.add(text) is not None}
+    for number in range(len(texts)):
+        similarity = max((jaccard(sets[number], s) for s in sets[:number]), default=0.0)
+        if similarity >= 0.8:
+            assert number in found, similarity
+        if similarity <= 0.55:
+            assert number not in found, similarity
+    assert len(found) > 25
+
+
+def test_the_estimate_is_close_to_the_true_similarity() -> None:
+    near = NearDuplicates(0.5)
+    errors = []
+    texts = made_texts(200, seed=2)
+    for a, b in zip(texts[::2], texts[1::2], strict=True):
+        estimate = float((near.signature(a) == near.signature(b)).mean())
+        errors.append(abs(estimate - jaccard(shingles(a), shingles(b))))
+    assert sum(errors) / len(errors) < 0.04
+    assert max(errors) < 0.16
+
+
+def test_texts_shorter_than_a_shingle_and_empty_ones() -> None:
+    near = NearDuplicates(0.8)
+    assert near.add(words("Yes.")) is None
+    assert near.add(words("yes")) == 1.0
+    assert near.add(words("no")) is None
+    assert near.add([]) is None
+    assert near.add([]) == 1.0
+
+
+# --- decontamination ---------------------------------------------------------------------------
+
+
+def test_rows_that_share_a_run_of_words_with_the_evaluation_set_go() -> None:
+    evaluation = [
+        Prompt(({"role": "user", "content": "one two three four five six seven eight"},), "e:1"),
+        Prompt(({"role": "user", "content": "a short, whole evaluation question"},), "e:2"),
+        Prompt(({"role": "user", "content": "Hello there"},), "e:3"),
+    ]
+    judge = filters.decontaminate(evaluation, ngram=6)
+    taken = [
+        row("x", prompt="He counts: ONE, two three -- four five six. Then he sleeps."),
+        row("and then three four five six seven eight nine"),
+        row("x", prompt="Here is a short whole evaluation question for you"),
+        row("x", prompt="hello there!"),
+    ]
+    left = [
+        row("x", prompt="one two three four five, and something else"),
+        row("hello there"),
+        row("x", prompt="hello there, who are you"),
+    ]
+    assert all(judge(one) is not None for one in taken)
+    assert all(judge(one) is None for one in left)
+
+
+# --- all of them -------------------------------------------------------------------------------
+
+
+def test_each_take_is_counted_and_its_victims_can_be_looked_at(tmp_path: Path) -> None:
+    sieve = Sieve(
+        {
+            "empty": filters.empty,
+            "truncated": filters.truncated,
+            "length": filters.length(None, 100),
+            "exact_duplicates": filters.exact_duplicates(),
+        },
+        tmp_path / "filtered.jsonl",
+    )
+    rows = [row("good"), row(" "), row("good", finish_reason="length"), row("good", sample=1)]
+    assert [r.text for r in sieve.keep(rows)] == ["good"]
+    assert sieve.taken == {"empty": 1, "truncated": 1, "length": 0, "exact_duplicates": 1}
+    victims = [json.loads(line) for line in (tmp_path / "filtered.jsonl").read_text().splitlines()]
+    assert [victim["filter"] for victim in victims] == ["empty", "truncated", "exact_duplicates"]
+    assert victims[2]["reason"] == "the same prompt and answer came before"
+    assert victims[2]["sample"] == 1
+    assert victims[2]["messages"][-1] == {"role": "assistant", "content": "good"}

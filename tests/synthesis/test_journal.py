@@ -1,0 +1,188 @@
+"""What was paid for is on the disk when it arrives, is found again, and is never bought twice."""
+
+from __future__ import annotations
+
+import signal
+import sqlite3
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stillhouse.errors import RunError
+from stillhouse.synthesis.journal import Journal
+from stillhouse.synthesis.request import Answer, Failure, Request, endpoint_of
+
+REQUEST = Request(
+    "https://api.example.org/v1",
+    "big-model",
+    ({"role": "user", "content": "Say hello."},),
+    {"temperature": 0.7, "max_tokens": 32},
+)
+ANSWER = Answer(
+    text="Hello — 你好",
+    finish_reason="stop",
+    reasoning="A greeting.",
+    prompt_tokens=9,
+    completion_tokens=2,
+    cost=0.00012,
+    seconds=0.25,
+    logprobs=[{"token": "Hello", "logprob": -0.1, "top_logprobs": []}],
+)
+
+
+# --- the key -----------------------------------------------------------------------------------
+
+
+def test_the_same_request_has_the_same_key_however_its_parts_are_ordered() -> None:
+    turned = Request(
+        REQUEST.endpoint,
+        REQUEST.model,
+        ({"content": "Say hello.", "role": "user"},),
+        {"max_tokens": 32, "temperature": 0.7},
+    )
+    assert turned.key == REQUEST.key
+    assert len(REQUEST.key) == 64
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"endpoint": "https://api.example.org/v2"},
+        {"model": "small-model"},
+        {"messages": ({"role": "user", "content": "Say hello!"},)},
+        {"parameters": {"temperature": 0.8, "max_tokens": 32}},
+        {"sample": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_shapes_the_answer_changes_the_key(change: dict[str, object]) -> None:
+    assert replace(REQUEST, **change).key != REQUEST.key  # type: ignore[arg-type]
+
+
+def test_an_endpoint_keeps_no_credentials() -> None:
+    given = "https://ann:secret@api.example.org:8443/v1/?token=secret"
+    assert endpoint_of(given) == "https://api.example.org:8443/v1"
+    assert endpoint_of("http://127.0.0.1:8080") == "http://127.0.0.1:8080"
+
+
+# --- answers and failures ----------------------------------------------------------------------
+
+
+def test_an_answer_is_found_again_whole(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j.sqlite") as journal:
+        assert journal.get(REQUEST.key) is None
+        journal.record(REQUEST, ANSWER).result(timeout=10)
+        assert journal.get(REQUEST.key) == ANSWER
+    with Journal(tmp_path / "j.sqlite") as journal:
+        assert journal.get(REQUEST.key) == ANSWER
+
+
+def test_the_first_answer_stays(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j.sqlite") as journal:
+        journal.record(REQUEST, ANSWER).result(timeout=10)
+        journal.record(REQUEST, replace(ANSWER, text="another")).result(timeout=10)
+        assert journal.get(REQUEST.key) == ANSWER
+        assert journal.counts() == (1, 0)
+
+
+def test_failures_keep_their_reason_and_what_they_may_have_cost(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j.sqlite") as journal:
+        journal.record_failure(REQUEST, Failure("timeout", "no answer in 60 s", 3, 0.02, 700))
+        journal.record_failure(REQUEST, Failure("server", "500", 1)).result(timeout=10)
+        assert [(kind, reason) for _, kind, reason in journal.failures()] == [
+            ("timeout", "no answer in 60 s"),
+            ("server", "500"),
+        ]
+        assert journal.billed_failures(REQUEST.key) == (0.02, 700)
+        assert journal.get(REQUEST.key) is None
+
+
+def test_text_that_is_no_unicode_is_stored_as_well_as_it_can_be(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j.sqlite") as journal:
+        journal.record(REQUEST, replace(ANSWER, text="half \ud83d")).result(timeout=10)
+        answer = journal.get(REQUEST.key)
+        assert answer is not None
+        assert answer.text == "half ?"
+
+
+def test_closing_commits_what_still_waits(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "j.sqlite")
+    for sample in range(3000):
+        journal.record(replace(REQUEST, sample=sample), ANSWER)
+    journal.close()
+    with Journal(tmp_path / "j.sqlite") as journal:
+        assert journal.counts() == (3000, 0)
+
+
+# --- accidents ---------------------------------------------------------------------------------
+
+_WRITER = """
+import sys
+from pathlib import Path
+from stillhouse.synthesis.journal import Journal
+from stillhouse.synthesis.request import Answer, Request
+journal = Journal(Path(sys.argv[1]))
+for sample in range(10**9):
+    request = Request("local", "m", ({"role": "user", "content": "x"},), {}, sample)
+    done = journal.record(request, Answer(f"answer {sample}"))
+    done.add_done_callback(lambda _, sample=sample: print(sample, flush=True))
+"""
+
+
+def test_kill_9_loses_no_answer_that_was_committed(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    writer = subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    committed = [int(writer.stdout.readline()) for _ in range(500)]
+    writer.send_signal(signal.SIGKILL)
+    lines = writer.stdout.read().split("\n")
+    writer.wait()
+    committed += [int(line) for line in lines[:-1]]
+    with Journal(path) as journal:
+        for sample in committed:
+            request = Request("local", "m", ({"role": "user", "content": "x"},), {}, sample)
+            answer = journal.get(request.key)
+            assert answer is not None
+            assert answer.text == f"answer {sample}"
+
+
+def test_a_second_process_is_refused(tmp_path: Path) -> None:
+    with (
+        Journal(tmp_path / "j.sqlite"),
+        pytest.raises(RunError, match="another process is writing this journal"),
+    ):
+        Journal(tmp_path / "j.sqlite")
+    Journal(tmp_path / "j.sqlite").close()
+
+
+def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("these are my notes, not a database\n" * 100)
+    with pytest.raises(RunError, match="not a database"):
+        Journal(path)
+    assert path.read_text().startswith("these are my notes")
+
+
+def test_a_journal_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    Journal(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(RunError, match="format 99"):
+        Journal(path)
+
+
+def test_an_answer_that_cannot_be_committed_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    with Journal(path) as journal:
+        journal.record(REQUEST, ANSWER).result(timeout=10)
+        with sqlite3.connect(path) as other:
+            other.execute("DROP TABLE answers")
+        done = journal.record(replace(REQUEST, sample=1), ANSWER)
+        with pytest.raises(RunError, match="no such table"):
+            done.result(timeout=10)

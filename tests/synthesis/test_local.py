@@ -1,0 +1,166 @@
+"""Batched generation: the same answers as `model.generate` gives to each prompt alone."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, Qwen3Config
+from transformers import Qwen3ForCausalLM as Qwen3
+
+from stillhouse.errors import ModelError
+from stillhouse.synthesis.local import Generator, draw
+from stillhouse.synthesis.request import Answer, Failure, Request
+from tests import tiny
+
+ENDS = list(range(24))
+"""Tokens that end an answer: so many that random models write one now and then."""
+
+
+def requests(count: int, seed: int = 0, **parameters: Any) -> list[Request]:
+    """Prompts of 1 to 60 characters, answers of at most 1 to 30 tokens."""
+    chance = random.Random(seed)
+    return [
+        Request(
+            "local",
+            "tiny",
+            (
+                {
+                    "role": "user",
+                    "content": "".join(chance.choices("abcde ", k=chance.randint(1, 60))),
+                },
+            ),
+            {"max_tokens": chance.randint(1, 30), "temperature": 0.0, **parameters},
+        )
+        for _ in range(count)
+    ]
+
+
+def answered(model: Any, asked: Any, batch: int = 32) -> dict[str, Answer | Failure]:
+    """Outcomes by the request's key."""
+    generator = Generator(model, tiny.tokenizer(), batch=batch)
+    return {request.key: outcome for request, outcome in generator.answers(asked)}
+
+
+def reference(model: Any, request: Request) -> tuple[str, int]:
+    """What transformers writes to the prompt alone, greedily, and how many tokens."""
+    tokenizer = tiny.tokenizer()
+    ids = tokenizer.apply_chat_template(
+        [dict(message) for message in request.messages],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )["input_ids"]
+    config = GenerationConfig(
+        max_new_tokens=request.parameters["max_tokens"],
+        do_sample=False,
+        eos_token_id=ENDS,
+        pad_token_id=0,
+    )
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    written = new[0, ids.shape[1] :]
+    return tokenizer.decode(written, skip_special_tokens=True), len(written)
+
+
+def small(kind: Any, config: Any, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": len(tiny.tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "eos_token_id": 0,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    return kind(config(**{**sizes, **changes})).eval()
+
+
+MODELS = {
+    "llama": lambda: tiny.llama(),
+    "qwen3": lambda: small(Qwen3, Qwen3Config),
+    "mistral with a window": lambda: small(MistralForCausalLM, MistralConfig, sliding_window=16),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", [1, 5, 16])
+def test_greedy_answers_are_those_of_generate(name: str, batch: int) -> None:
+    model = MODELS[name]()
+    model.generation_config.eos_token_id = ENDS
+    asked = requests(40)
+    found = answered(model, asked, batch)
+    assert len(found) == len(asked)
+    endings = set()
+    for request in asked:
+        text, tokens = reference(model, request)
+        answer = found[request.key]
+        assert isinstance(answer, Answer)
+        assert (answer.text, answer.completion_tokens) == (text, tokens)
+        endings.add(answer.finish_reason)
+    assert endings == {"stop", "length"}, "the toy must show both"
+
+
+def test_answers_come_while_later_prompts_are_not_yet_read() -> None:
+    read = 0
+
+    def many() -> Any:
+        nonlocal read
+        for request in requests(1000):
+            read += 1
+            yield request
+
+    next(iter(Generator(tiny.llama(), tiny.tokenizer(), batch=4).answers(many())))
+    assert read <= 8 * 4
+
+
+def test_a_sampled_answer_depends_on_its_request_alone() -> None:
+    model, asked = tiny.llama(), requests(12, temperature=1.0, top_p=0.9, seed=7)
+    alone = answered(model, asked, 1)
+    together = answered(model, reversed(asked), 6)
+    for request in asked:
+        one, other = alone[request.key], together[request.key]
+        assert isinstance(one, Answer)
+        assert isinstance(other, Answer)
+        assert one.text == other.text
+    texts = {answer.text for answer in alone.values() if isinstance(answer, Answer)}
+    assert len(texts) > 6
+
+
+def test_a_prompt_beyond_the_models_window_fails_with_its_reason() -> None:
+    long = Request("local", "tiny", ({"role": "user", "content": "a" * 300},), {"max_tokens": 4})
+    found = answered(tiny.llama(), [long, *requests(2)])
+    failure = found[long.key]
+    assert isinstance(failure, Failure)
+    assert "the model reads 256" in failure.reason
+    assert sum(isinstance(answer, Answer) for answer in found.values()) == 2
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError, match="no chat template"):
+        Generator(tiny.llama(), tokenizer)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+def test_draws_follow_the_distribution(top_p: float) -> None:
+    """Evenly spaced uniforms hit each token in proportion to its share of the nucleus."""
+    torch.manual_seed(0)
+    probabilities_V = torch.softmax(torch.randn(1000) * 2, -1)
+    order_V = probabilities_V.argsort(descending=True)
+    before_V = probabilities_V[order_V].cumsum(-1) - probabilities_V[order_V]
+    expected_V = probabilities_V.clone()
+    expected_V[order_V[before_V >= top_p]] = 0.0
+    expected_V /= expected_V.sum()
+    draws = 4000
+    tokens = [draw(probabilities_V, top_p, (n + 0.5) / draws) for n in range(draws)]
+    shares_V = torch.bincount(torch.tensor(tokens), minlength=1000) / draws
+    torch.testing.assert_close(shares_V, expected_V, atol=1.01 / draws, rtol=0)

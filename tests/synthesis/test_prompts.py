@@ -1,0 +1,154 @@
+"""Prompts out of files and logs, and what the teacher and the student see of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.errors import DataError
+from stillhouse.synthesis.prompts import Frame, Prompt, answer_text, read_prompts, text_of
+from stillhouse.synthesis.request import Answer
+
+USER = {"role": "user", "content": "What is 2 + 2?"}
+ANSWERED = [USER, {"role": "assistant", "content": "4"}]
+
+
+def read(path: Path, text: str, **options: Any) -> list[Prompt]:
+    path.write_text(text, encoding="utf-8")
+    return list(read_prompts(path, **options))
+
+
+def contents(prompts: list[Prompt]) -> list[str]:
+    return [text_of(prompt.messages) for prompt in prompts]
+
+
+# --- formats -----------------------------------------------------------------------------------
+
+
+def test_text_has_a_prompt_on_each_line(tmp_path: Path) -> None:
+    prompts = read(tmp_path / "p.txt", "one\n\n  two\nthree\n", limit=2)
+    assert contents(prompts) == ["one", "two"]
+    assert prompts[1].where.endswith("p.txt:3")
+
+
+def test_csv_has_a_prompt_in_a_column(tmp_path: Path) -> None:
+    text = 'id,question\n1,"Why, he asked?"\n2,"Two\nlines"\n'
+    assert contents(read(tmp_path / "p.csv", text, key="question")) == [
+        "Why, he asked?",
+        "Two\nlines",
+    ]
+    assert contents(read(tmp_path / "p.tsv", "prompt\tn\nhello\t1\n")) == ["hello"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": USER["content"]},
+        {"prompt": [USER]},
+        {"messages": [USER]},
+        {"messages": ANSWERED},
+        {"request": {"model": "m", "messages": [USER]}, "response": {"choices": []}},
+        {"custom_id": "1", "method": "POST", "body": {"model": "m", "messages": [USER]}},
+        {
+            "object": "chat.completion",
+            "id": "chatcmpl-1",
+            "choices": [{"message": {"role": "assistant", "content": "4"}}],
+            "messages": {"object": "list", "data": [{**USER, "id": "chatcmpl-1-0", "name": None}]},
+        },
+        {"input": [USER], "output": [ANSWERED[1]]},
+    ],
+    ids=["prompt", "messages as prompt", "chat", "answered chat", "gateway log", "batch input",
+         "stored completion", "input and output"],
+)  # fmt: skip
+def test_every_kind_of_log_gives_what_the_model_was_asked(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
+    (prompt,) = read(tmp_path / "p.jsonl", json.dumps(row) + "\n")
+    assert prompt.messages == (USER,)
+
+
+def test_a_whole_export_as_one_json_file(tmp_path: Path) -> None:
+    rows = [{"messages": ANSWERED}, {"messages": [USER]}]
+    for whole in (rows, {"object": "list", "data": rows}):
+        assert len(read(tmp_path / "p.json", json.dumps(whole))) == 2
+
+
+def test_a_chat_of_several_turns_is_cut_after_the_users_last(tmp_path: Path) -> None:
+    again = {"role": "user", "content": "And 3 + 3?"}
+    chat = [*ANSWERED, again, {"role": "assistant", "content": "6"}]
+    (prompt,) = read(tmp_path / "p.jsonl", json.dumps({"messages": chat}))
+    assert prompt.messages == (*ANSWERED, again)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "invalid JSON"),
+        ("p.jsonl", '{"question": "a"}\n', "no `prompt` and no `messages`"),
+        ("p.jsonl", '{"prompt": " "}\n', "the prompt is empty"),
+        ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', "no turn of the user"),
+        ("p.jsonl", '{"messages": [{"text": "a"}]}', "a message has no role"),
+        ("p.jsonl", "3\n", "the row is a int"),
+        ("p.json", '{"prompt": "a"}', "neither a list"),
+        ("p.csv", "question\nwhy?\n", "its keys are question"),
+        ("p.txt", "\n\n", "is empty"),
+    ],
+)
+def test_what_is_no_prompt_is_named_with_its_place(
+    tmp_path: Path, name: str, text: str, expected: str
+) -> None:
+    with pytest.raises(DataError, match=expected) as caught:
+        read(tmp_path / name, text)
+    assert name in str(caught.value.where)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        list(read_prompts(tmp_path / "nowhere.txt"))
+
+
+# --- the frame ---------------------------------------------------------------------------------
+
+
+def test_the_teacher_sees_everything_and_the_student_what_it_is_shown() -> None:
+    prompt = Prompt((USER,), "here")
+    system = {"role": "system", "content": "Be brief."}
+    few = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    for shown, expected in (
+        ("prompt", [USER]),
+        ("system", [system, USER]),
+        ("all", [system, *few, USER]),
+    ):
+        frame = Frame("Be brief.", (("1 + 1?", "2"),), shown)  # type: ignore[arg-type]
+        assert list(frame.asked(prompt)) == [system, *few, USER]
+        assert list(frame.taught(prompt)) == expected
+
+
+def test_a_prompt_keeps_its_own_system_message() -> None:
+    own = {"role": "developer", "content": "Be long."}
+    frame = Frame("Be brief.", (("a", "b"),))
+    asked = frame.asked(Prompt((own, USER), "here"))
+    assert [message["content"] for message in asked] == ["Be long.", "a", "b", USER["content"]]
+
+
+# --- reasoning ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "stripped", "kept"),
+    [
+        (Answer("4"), "4", "4"),
+        (Answer("<think>2 and 2</think>\n4"), "4", "<think>\n2 and 2\n</think>\n\n4"),
+        (Answer("2 and 2</think>4"), "4", "<think>\n2 and 2\n</think>\n\n4"),
+        (Answer("4", reasoning="2 and 2"), "4", "<think>\n2 and 2\n</think>\n\n4"),
+        (Answer("<think>2 and"), "", ""),
+        (Answer("<think></think>4"), "4", "4"),
+    ],
+    ids=["none", "in the text", "opened by the template", "apart", "cut off", "empty"],
+)
+def test_reasoning_is_kept_or_stripped(answer: Answer, stripped: str, kept: str) -> None:
+    assert answer_text(answer, keep_reasoning=False) == stripped
+    assert answer_text(answer, keep_reasoning=True) == kept

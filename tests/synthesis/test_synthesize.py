@@ -1,0 +1,298 @@
+"""`stillhouse synthesize`, whole: from prompts to a chat JSONL that training reads."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stillhouse.data.documents import Conversation
+from stillhouse.data.sources import read_sources
+from stillhouse.errors import DataError, EndpointError, RecipeError
+from stillhouse.recipe import parse_recipe
+from stillhouse.recipe.schema import JsonlSource
+from stillhouse.runner import synthesize_text
+from stillhouse.synthesis import Journal, Synthesis
+from tests import tiny
+from tests.synthesis.stub import Reply, Stub, error
+
+KEY = "sk-very-secret-1234567890"
+PRICE = {"input": 1.0, "output": 10.0}
+
+
+def write(folder: Path, url: str, *, name: str = "tiny", **changes: Any) -> Path:
+    """A recipe whose prompts are the lines of prompts.txt."""
+    if not (folder / "prompts.txt").exists():
+        (folder / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(12)))
+    api = {"base_url": url, "model": "teacher", **changes.pop("api", {})}
+    section = {
+        "teacher": {"api": api},
+        "prompts": {"path": "prompts.txt", **changes.pop("prompts", {})},
+        "sampling": {"max_tokens": 20},
+        **changes,
+    }
+    raw = tiny.recipe(folder, name=name, folder=str(folder / "runs" / name), synthesize=section)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def rows(result: Synthesis) -> list[list[dict[str, str]]]:
+    return [json.loads(line)["messages"] for line in result.out.read_text().splitlines()]
+
+
+def echo(number: int, payload: dict[str, Any]) -> Reply:
+    return Reply(text=f"answer to {payload['messages'][-1]['content']}")
+
+
+# --- an API ------------------------------------------------------------------------------------
+
+
+def test_prompts_become_chats_in_order_that_data_reads(tmp_path: Path) -> None:
+    with Stub(echo) as stub:
+        result = synthesize_text(write(tmp_path, stub.url, api={"price": PRICE}))
+    assert rows(result)[3] == [
+        {"role": "user", "content": "question 3"},
+        {"role": "assistant", "content": "answer to question 3"},
+    ]
+    assert (result.requests, result.answered, result.new, result.kept) == (12, 12, 12, 12)
+    assert result.tokens == 12 * 15
+    assert result.usd == pytest.approx(12 * (10 * 1 + 5 * 10) / 1e6)
+    source = JsonlSource(kind="jsonl", path="synthetic.jsonl")
+    documents = list(read_sources([source], tmp_path))
+    assert len(documents) == 12
+    assert all(isinstance(document, Conversation) for document in documents)
+
+
+def test_a_second_run_and_another_recipe_buy_nothing_twice(tmp_path: Path) -> None:
+    with Stub(echo) as stub:
+        first = synthesize_text(write(tmp_path, stub.url))
+        content = first.out.read_bytes()
+        again = synthesize_text(write(tmp_path, stub.url))
+        assert len(stub.payloads) == 12
+        assert again.new == 0
+        assert again.out.read_bytes() == content
+        more = {"samples": 2}
+        other = synthesize_text(write(tmp_path, stub.url, name="other", prompts=more))
+        assert len(stub.payloads) == 24
+    assert (other.requests, other.new) == (24, 12)
+
+
+def test_the_student_sees_less_than_the_teacher(tmp_path: Path) -> None:
+    prompts = {"system": "Be brief.", "examples": [{"prompt": "1 + 1?", "answer": "2"}]}
+    with Stub(echo) as stub:
+        result = synthesize_text(write(tmp_path, stub.url, prompts={**prompts, "limit": 1}))
+        asked = stub.payloads[0]["messages"]
+    assert [m["content"] for m in asked] == ["Be brief.", "1 + 1?", "2", "question 0"]
+    assert [m["role"] for m in rows(result)[0]] == ["system", "user", "assistant"]
+
+
+def test_filters_take_and_say_why(tmp_path: Path) -> None:
+    (tmp_path / "exam.txt").write_text("question 7\n")
+    texts = {1: "I'm sorry, but I can't.", 2: "no number", 3: "<think>3?</think> 3"}
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        n = int(payload["messages"][-1]["content"].split()[1])
+        return Reply(text=texts.get(n, f"{n}"), finish_reason="length" if n == 4 else "stop")
+
+    filters = {"require_pattern": r"^\d+$", "decontaminate": {"path": "exam.txt"}}
+    with Stub(script) as stub:
+        result = synthesize_text(write(tmp_path, stub.url, filters=filters))
+    assert result.taken == {
+        "empty": 0,
+        "truncated": 1,
+        "refusals": 1,
+        "require_pattern": 1,
+        "decontaminate": 1,
+        "exact_duplicates": 0,
+    }
+    assert [row[-1]["content"] for row in rows(result)] == [
+        "0",
+        "3",
+        "5",
+        "6",
+        "8",
+        "9",
+        "10",
+        "11",
+    ]
+    victims = [json.loads(line) for line in result.victims.read_text().splitlines()]
+    assert {victim["where"].split(":")[-1] for victim in victims} == {"2", "3", "5", "8"}
+
+
+def test_the_budget_counts_what_earlier_runs_paid(tmp_path: Path) -> None:
+    with Stub(lambda number, payload: Reply(text=f"{number}", usage=(30, 20))) as stub:
+        limited = {"budget": {"max_tokens": 400}}
+        first = synthesize_text(write(tmp_path, stub.url, **limited))
+        paid = len(stub.payloads)
+        again = synthesize_text(write(tmp_path, stub.url, **limited))
+        assert len(stub.payloads) == paid
+    assert first.out_of_budget
+    assert again.out_of_budget
+    assert 0 < first.kept == again.kept < 12
+    assert first.tokens <= 400
+
+
+def test_an_unknown_price_is_said_to_be_unknown(tmp_path: Path) -> None:
+    with Stub(echo) as stub:
+        result = synthesize_text(write(tmp_path, stub.url))
+    assert result.cost == "unknown"
+    assert dict(result.lines())["cost"] == "unknown"
+
+
+def test_no_file_of_a_run_holds_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the server repeats it in an error, for one request or for all."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    api = {"key_env": "TEACHER_KEY"}
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return error(400, f"you sent {KEY}") if number == 0 else Reply(text=f"{number}")
+
+    with Stub(script, key=KEY) as stub:
+        result = synthesize_text(write(tmp_path, stub.url, api=api))
+    assert (result.answered, result.failed) == (11, 1)
+    with Stub(key="another") as stub, pytest.raises(EndpointError):
+        synthesize_text(write(tmp_path, stub.url, api=api, name="refused"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "answers.sqlite", "synthetic.jsonl", "summary.json"} <= {
+        path.name for path in files
+    }
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+
+
+def test_when_nothing_is_answered_the_last_reason_is_the_error(tmp_path: Path) -> None:
+    with (
+        Stub(lambda n, p: error(400, "unknown parameter: top_p")) as stub,
+        pytest.raises(EndpointError, match="unknown parameter: top_p"),
+    ):
+        synthesize_text(write(tmp_path, stub.url))
+
+
+def test_when_nothing_is_left_the_victims_are_named(tmp_path: Path) -> None:
+    with (
+        Stub(lambda n, p: Reply(text="I cannot help with that.")) as stub,
+        pytest.raises(DataError, match="12 answers, and the filters took them all") as caught,
+    ):
+        synthesize_text(write(tmp_path, stub.url))
+    assert str(caught.value.where).endswith("filtered.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"prompts": {"path": "nowhere.txt"}}, "does not exist"),
+        ({"filters": {"json_schema": "nowhere.json"}}, "JSON schema cannot be read"),
+        ({"filters": {"require_pattern": "("}}, "no regular expression"),
+        ({"api": {"key_env": "NOT_SET_AT_ALL"}}, "NOT_SET_AT_ALL is not set"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_paid(
+    tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    with Stub(echo) as stub:
+        with pytest.raises((DataError, RecipeError, EndpointError), match=expected):
+            synthesize_text(write(tmp_path, stub.url, **changes))
+        assert stub.payloads == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"teacher": {}}, "either api or local"),
+        ({"budget": {"max_usd": 1}}, "max_usd needs teacher.api.price"),
+        ({"sampling": {"extra": {"n": 4}}}, "n cannot be set"),
+        (
+            {"teacher": {"local": {}}, "budget": {"max_tokens": 9}},
+            "a budget is for teacher.api",
+        ),
+        (
+            {"teacher": {"api": {"base_url": "http://me:pw@x/v1", "model": "m"}}},
+            "may hold no user",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(
+    tmp_path: Path, changes: dict[str, Any], expected: str
+) -> None:
+    section = {
+        "teacher": {"api": {"base_url": "http://x/v1", "model": "m"}},
+        "prompts": {"path": "p.txt"},
+        **changes,
+    }
+    with pytest.raises(RecipeError, match=expected) as caught:
+        parse_recipe(tiny.recipe(tmp_path, synthesize=section))
+    assert "pw@" not in str(caught.value)
+
+
+def test_a_recipe_without_the_section_is_told_so(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(tiny.recipe(tmp_path)))
+    with pytest.raises(RecipeError, match="synthesizes nothing"):
+        synthesize_text(path)
+
+
+# --- accidents ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_a_run_that_is_stopped_goes_on_and_buys_nothing_again(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    slow = 0.05
+    with Stub(lambda n, payload: Reply(text=f"{n}", delay=slow)) as stub:
+        api = {"concurrency": 4}
+        (tmp_path / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(150)))
+        recipe = write(tmp_path, stub.url, api=api)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stillhouse", "synthesize", str(recipe)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while len(stub.payloads) < 40:
+            time.sleep(0.01)
+            assert process.poll() is None, process.communicate()[1]
+        process.send_signal(number)
+        process.communicate(timeout=30)
+        assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+        sent = len(stub.payloads)
+        assert sent < 150
+        with Journal(tmp_path / "runs" / "answers.sqlite") as journal:
+            answers, _ = journal.counts()
+        result = synthesize_text(recipe)
+        # Lost at most: what was on its way, four at once, and what came in the last moment.
+        assert sent - answers <= 2 * 4
+        assert len(stub.payloads) == sent + 150 - answers
+    assert result.kept == 150
+
+
+# --- a local model -----------------------------------------------------------------------------
+
+
+def test_the_recipes_own_teacher_answers(tmp_path: Path) -> None:
+    section = {
+        "teacher": {"local": {"batch": 4, "precision": "float32"}},
+        "prompts": {"path": "prompts.txt", "samples": 2},
+        "sampling": {"max_tokens": 8, "temperature": 1.0},
+        "filters": {"truncated": False, "exact_duplicates": False},
+    }
+    recipe = write(tmp_path, "http://unused/v1")
+    raw = {**yaml.safe_load(recipe.read_text()), "synthesize": section}
+    recipe.write_text(yaml.safe_dump(raw))
+    first = synthesize_text(recipe)
+    assert (first.requests, first.answered, first.new) == (24, 24, 24)
+    assert first.cost == "$0.0000"
+    content = first.out.read_bytes()
+    assert synthesize_text(recipe).new == 0
+    (tmp_path / "runs" / "answers.sqlite").unlink()
+    assert synthesize_text(recipe).new == 24
+    assert first.out.read_bytes() == content, "the same seed gives the same answers"
+    other = synthesize_text(recipe, ["seed=1"])
+    assert other.new == 24
+    assert other.out.read_bytes() != content
