@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.pruning import check_sizes
-from stillhouse.pruning.surgery import keep_config_layers
+from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.recipe.schema import PrunedStudent, RandomStudent
 from stillhouse.students.build import start_config
 from stillhouse.students.random import overridden_config
