@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.axes import Axes, decoder_layers, part
 from stillhouse.pruning.heads import Grouping
 from stillhouse.pruning.sizes import keep_config_layers
@@ -58,9 +58,11 @@ def keep_experts(layer: nn.Module, axes: Axes, kept_E: Tensor) -> None:
 def keep_tokens(model: Any, kept_V: Tensor) -> None:
     """Leaves the embeddings and the head's rows of the tokens `kept_V`, in that order.
 
-    Token ids in the configurations (end of sequence and so on) follow; all of them must be kept.
+    Token ids in the configurations (end of sequence and so on) follow. Raises RecipeError when one
+    of those is not kept, or a token is none of the model's.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    _check_tokens(model, kept_V.tolist())
     tied = head.weight is embedding.weight
     set_parameter(embedding, "weight", embedding.weight[kept_V])
     embedding.num_embeddings = len(kept_V)
@@ -81,6 +83,26 @@ def keep_tokens(model: Any, kept_V: Tensor) -> None:
     if embedding.padding_idx is not None:
         embedding.padding_idx = model.config.pad_token_id
         model.base_model.padding_idx = model.config.pad_token_id
+
+
+def _check_tokens(model: Any, kept: list[int]) -> None:
+    rows = model.config.vocab_size
+    beyond = [token for token in kept if not 0 <= token < rows]
+    if beyond:
+        raise RecipeError(
+            f"the vocabulary names token {beyond[0]}, and the teacher has {rows} embedding rows",
+            where="student.vocabulary",
+            fix=f"use ids from 0 to {rows - 1}",
+        )
+    for config in (model.config, model.generation_config):
+        for name, value in special_ids(config).items():
+            lost = sorted(set(value if isinstance(value, list) else [value]) - set(kept))
+            if lost:
+                raise RecipeError(
+                    f"the vocabulary would lose token {lost[0]}, which is the model's {name}",
+                    where="student.vocabulary",
+                    fix="keep it (pruning.kept_token_ids does)",
+                )
 
 
 def special_ids(config: Any) -> dict[str, int | list[int]]:
