@@ -237,6 +237,9 @@ def test_special_tokens_and_bytes_cannot_be_lost() -> None:
 def test_other_tokenizers_are_refused() -> None:
     with pytest.raises(RecipeError, match="type WordLevel cannot be cut: only BPE can"):
         kept_token_ids(toy_tokenizer(), ToyWindows(), "data")
+    characters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
+    with pytest.raises(RecipeError, match="no tokens for single bytes"):
+        kept_token_ids(characters, ToyWindows(), "data")
     unigram = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)], unk_id=0))
     )

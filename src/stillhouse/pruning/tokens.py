@@ -58,22 +58,23 @@ class Merges:
         return {pair: rank for rank, pair in reversed(list(enumerate(self.pairs)))}
 
     def alphabet(self) -> set[int]:
-        """The ids without which some text could not be written: one for every byte."""
+        """The ids without which some text could not be written any more: one for every byte.
+
+        Some tokenizers lack bytes themselves (13 never occur in UTF-8); what they cannot write,
+        the cut one cannot either. Raises RecipeError where text is not read as bytes at all.
+        """
         if self.model.get("byte_fallback"):
-            needed = [f"<0x{byte:02X}>" for byte in range(256)]
-            if WORD_START in self.ids:
-                needed.append(WORD_START)
+            needed = [*(f"<0x{byte:02X}>" for byte in range(256)), WORD_START]
+        elif '"ByteLevel"' in json.dumps([self.content["pre_tokenizer"], self.content["decoder"]]):
+            needed = pre_tokenizers.ByteLevel.alphabet()
         else:
-            needed = sorted(pre_tokenizers.ByteLevel.alphabet())
-        missing = [token for token in needed if token not in self.ids]
-        if missing:
             raise _refused(
-                f"this tokenizer has no token for {len(missing)} of 256 bytes (such as "
-                f"{missing[0]!r}), so it cannot read every text as it is"
+                "this tokenizer has no tokens for single bytes: without the tokens that go, it "
+                "could not read every text"
             )
-        if self.model.get("unk_token") in self.ids:
-            needed.append(self.model["unk_token"])
-        return {self.ids[token] for token in needed}
+        found = {self.ids[token] for token in needed if token in self.ids}
+        unknown = self.model.get("unk_token")
+        return found | ({self.ids[unknown]} if unknown in self.ids else set())
 
     def parts(self, id: int) -> set[int]:
         """A token, and the tokens on the way to it from its characters, if merges lead to it."""
