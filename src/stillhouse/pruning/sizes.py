@@ -161,18 +161,16 @@ def _hidden_over_heads(config: Any, before: Sizes, after: Sizes, asked: bool) ->
     fix = f"nearest: hidden_size: {' or '.join(map(str, sizes))}"
     if not asked:
         share = before.heads // before.kv_heads
-        heads = [
-            groups * each
+        pairs = [
+            (groups * each, groups)
             for groups in range(1, before.kv_heads + 1)
             for each in range(1, share + 1)
             if after.hidden_size % (groups * each) == 0
         ]
-        best = _nearest(heads, after.heads)
-        groups = after.kv_heads if best % after.kv_heads == 0 else None
-        fix = f"nearest: heads: {best}" + (
-            f" with kv_heads: {groups}" if groups else " with another kv_heads"
+        heads, groups = min(
+            pairs, key=lambda pair: (abs(pair[0] - after.heads), pair[1] != after.kv_heads)
         )
-        fix += f"; or hidden_size: {' or '.join(map(str, sizes))}"
+        fix = f"nearest: heads: {heads} with kv_heads: {groups}, or {fix.removeprefix('nearest: ')}"
     return RecipeError(
         f"hidden_size: {after.hidden_size} is not a multiple of heads: {after.heads}, which "
         f"transformers demands of {config.model_type} models",
