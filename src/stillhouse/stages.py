@@ -17,13 +17,14 @@ import torch
 from stillhouse import account
 from stillhouse.data import Windows, build, open_windows
 from stillhouse.data.fingerprint import sources_fingerprint
+from stillhouse.errors import RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.export import export_checkpoint
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
 from stillhouse.objectives import Term
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe
-from stillhouse.recipe.schema import EvaluateRecipe, PretrainedStudent
+from stillhouse.recipe.schema import EvaluateRecipe, PretrainedStudent, PrunedStudent
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
 from stillhouse.students import build_student
@@ -95,8 +96,14 @@ class StagePlan:
 def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
     """Finds and checks the models on disk, or downloads them (False: all but their weights).
 
-    Raises ModelError.
+    Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
     """
+    if isinstance(recipe.student, PrunedStudent) and recipe.student.vocabulary is not None:
+        raise RecipeError(
+            "a student with fewer tokens than its teacher cannot be trained by a recipe yet",
+            where="student.vocabulary",
+            fix="leave the key out; students.build_student makes such a student, untrained",
+        )
     section = recipe.teacher
     teacher = resolve_model(section.model, revision=section.revision, base=base, weights=weights)
     pretrained = None
