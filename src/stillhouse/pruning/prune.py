@@ -21,7 +21,7 @@ from stillhouse.pruning.sizes import (
     size_notes,
     sizes_of,
 )
-from stillhouse.pruning.surgery import keep_layers, keep_tokens, own_config
+from stillhouse.pruning.surgery import check_tokens, keep_layers, keep_tokens, own_config
 from stillhouse.pruning.width import cut_width
 
 DEPTH_TOKENS = 2048
@@ -95,28 +95,26 @@ def prune_model(
         vocabulary=None if kept_ids is None else len(kept_ids),
     )
     check_parameters(model, axes)
+    if kept_ids is not None:
+        check_tokens(model, kept_ids)
     own_config(model)
     before = sizes_of(model.config)
     batches = calibration_batches(windows, calibration_tokens, seed, model.device)
     seen = sum(int(batch.counted_RL.sum()) for batch in batches)
-    notes: list[str] = []
+    rotated = hidden_size is not None and hidden_method == "rotation"
+    notes = _notes(model.config, before, after, rotated)
     if sum(batch.input_ids_RL.numel() for batch in batches) < calibration_tokens:
-        notes.append(f"calibrated on all {seen:,} training tokens: {calibration_tokens:,} asked")
-
-    notes += size_notes(model.config, before, after)
+        asked = f"{calibration_tokens:,} asked"
+        notes.insert(0, f"calibrated on all {seen:,} training tokens: {asked}")
     choice = DepthChoice(tuple(range(before.layers)), (), ())
-    kl: float | None = None
     if after.layers < before.layers:
         few = calibration_batches(windows, DEPTH_TOKENS, seed, model.device)
         with products(model, dtype):
             choice = choose_layers(model, few, after.layers)
-        kl = choice.dropped[-1][1]
-    rotated = hidden_size is not None and hidden_method == "rotation"
-    if rotated and model.config.tie_word_embeddings:
-        notes.append(_untied_note(after))
+    kl = choice.dropped[-1][1] if choice.dropped else None
     narrower = replace(after, layers=before.layers, vocabulary=before.vocabulary) != before
-    touched = rotated or after.hidden_size < before.hidden_size
     if narrower or rotated or (choice.dropped and reconstruct):
+        touched = rotated or after.hidden_size < before.hidden_size
         kl = cut_width(
             model,
             axes,
@@ -146,9 +144,12 @@ def prune_model(
     )
 
 
-def _untied_note(after: Sizes) -> str:
-    extra = after.vocabulary * after.hidden_size
-    return (
-        f"the rotation unties the head from the embeddings: {extra / 1e6:,.1f}M parameters more "
-        "than hidden_method: channels"
-    )
+def _notes(config: Any, before: Sizes, after: Sizes, rotated: bool) -> list[str]:
+    notes = size_notes(config, before, after)
+    if rotated and config.tie_word_embeddings:
+        extra = after.vocabulary * after.hidden_size
+        notes.append(
+            f"the rotation unties the head from the embeddings: {extra / 1e6:,.1f}M parameters "
+            "more than hidden_method: channels"
+        )
+    return notes

@@ -98,21 +98,26 @@ def check_sizes(
     after = _with_heads(before, after, heads, kv_heads)
     if after.hidden_size % after.heads and axes.hidden_over_heads:
         raise _hidden_over_heads(config, before, after, hidden_size is not None)
-    if hidden_method == "rotation" and axes.output_norms():
-        raise RecipeError(
-            f"{config.model_type} cannot be rotated: a norm behind each block weighs single "
-            "channels, and a rotation would mix them",
-            where="student.hidden_method",
-            fix="use hidden_method: channels",
-        )
-    if hidden_method == "rotation" and axes.always_tied:
-        raise RecipeError(
-            f"{config.model_type} cannot be rotated: that unties the head from the embeddings, "
-            "and llama.cpp knows this architecture with a tied head only",
-            where="student.hidden_method",
-            fix="use hidden_method: channels",
-        )
+    if hidden_method == "rotation":
+        _check_rotation(config, axes)
     return after
+
+
+def _check_rotation(config: Any, axes: Axes) -> None:
+    reason = None
+    if axes.output_norms():
+        reason = "a norm behind each block weighs single channels, and a rotation would mix them"
+    elif axes.always_tied:
+        reason = (
+            "that unties the head from the embeddings, and llama.cpp knows this architecture with "
+            "a tied head only"
+        )
+    if reason is not None:
+        raise RecipeError(
+            f"{config.model_type} cannot be rotated: {reason}",
+            where="student.hidden_method",
+            fix="use hidden_method: channels",
+        )
 
 
 def _check_range(config: Any, axes: Axes, key: str, value: int, largest: int) -> None:

@@ -58,11 +58,9 @@ def keep_experts(layer: nn.Module, axes: Axes, kept_E: Tensor) -> None:
 def keep_tokens(model: Any, kept_V: Tensor) -> None:
     """Leaves the embeddings and the head's rows of the tokens `kept_V`, in that order.
 
-    Token ids in the configurations (end of sequence and so on) follow. Raises RecipeError when one
-    of those is not kept, or a token is none of the model's.
+    Token ids in the configurations (end of sequence and so on) follow (see `check_tokens`).
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    _check_tokens(model, kept_V.tolist())
     tied = head.weight is embedding.weight
     set_parameter(embedding, "weight", embedding.weight[kept_V])
     embedding.num_embeddings = len(kept_V)
@@ -85,7 +83,8 @@ def keep_tokens(model: Any, kept_V: Tensor) -> None:
         model.base_model.padding_idx = model.config.pad_token_id
 
 
-def _check_tokens(model: Any, kept: list[int]) -> None:
+def check_tokens(model: Any, kept: Sequence[int]) -> None:
+    """RecipeError when a token is none of the model's, or one that its configuration names goes."""
     rows = model.config.vocab_size
     beyond = [token for token in kept if not 0 <= token < rows]
     if beyond:
