@@ -141,16 +141,34 @@ def padded_head(side: str) -> Callable[[Loss], str]:
 
 
 def underflow(beta: float) -> Callable[[Loss], str]:
-    """Probabilities of e^-200 on either side."""
+    """Probabilities of e^-200 on either side, of models that agree on the likely tokens."""
 
     def check(loss: Loss) -> str:
         problem = make_problem(20, 40, 8, beta=beta)
         with torch.no_grad():
             problem.weight_VD.mul_(60)
-            problem.teacher_VD.mul_(60)
+            problem.teacher_ND.copy_(problem.hidden_ND)
+            problem.teacher_VD.add_(problem.weight_VD)
         return compare(loss, problem, tolerance=1e-3)
 
     return check
+
+
+def saturated_jsd(loss: Loss) -> str:
+    """Models that agree on no likely token: JSD is log 2, its gradient nothing beside KL's."""
+    problem = make_problem(20, 40, 8)
+    with torch.no_grad():
+        problem.weight_VD.mul_(60)
+        problem.teacher_VD.mul_(60)
+    value = run(loss, problem)
+    expected, expected_grads = reference(problem)
+    _, of_kl = reference(replace(problem, beta=0.0))
+    found = [f"loss {float(value):.5g}"] if gap(value, expected) > TOLERANCE else []
+    for leaf, want, scale in zip(problem.leaves, expected_grads, of_kl, strict=True):
+        off = float((leaf.grad.double() - want).norm() / scale.norm())
+        if not off < 1e-6:
+            found.append(f"a gradient off by {off:.1e} of forward KL's")
+    return ", ".join(found)
 
 
 def bfloat16(loss: Loss) -> str:
@@ -195,6 +213,7 @@ CHECKS: dict[str, tuple[float, Callable[[Loss], str]]] = {
     "padded student head": (0.5, padded_head("student")),
     "underflow, forward KL": (0.0, underflow(0.0)),
     "underflow, JSD": (0.5, underflow(0.5)),
+    "saturated JSD": (0.5, saturated_jsd),
     "bfloat16 reductions": (0.0, bfloat16),
     "a scaled loss": (0.5, a_scaled_loss),
     "evaluation": (0.5, without_gradients),

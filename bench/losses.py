@@ -3,15 +3,22 @@
 Every figure is taken in a process of its own. Times: after a check that all contenders compute
 the same loss and gradients, forward and backward of each in turn, the order rotated from round to
 round; the smallest of the rounds counts, all are kept. Memory: the peak of resident memory (on a
-GPU: of allocated memory) during one forward and backward, less what was resident before.
-The floor is the time of the four matrix products alone, in the same dtype.
+GPU: of allocated memory) during one forward and backward, less what was resident before, once
+compilers and libraries have set up; the gradients themselves count.
+The floor is the time of the four matrix products alone, in the same dtype, by `torch.mm`.
+
+`--device cuda` measures N = 8192 at four shapes in bfloat16, and adds the roofline: the products'
+operations over the time and over the rate of one large product.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -36,13 +43,17 @@ from bench.contenders import (
     stillhouse,
     term_for,
 )
-from stillhouse.hardware import synchronize, tune_allocator
+from stillhouse.hardware import matmul_rate, synchronize, tune_allocator
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.signals import DenseSignal, LMHead, SparseSignal
 
 NAMES = {0.0: "forward KL", 0.5: "JSD"}
 PEERS = [name for name in CONTENDERS if name != "stillhouse"]
 AGREEMENT = {"float32": 1e-4, "bfloat16": 0.05}
+FLOOR_ROWS = {"cpu": (256, 512), "cuda": (2048,)}
+CUDA_ROWS = 8192
+CUDA_SHAPES = ((128_000, 2048), (128_000, 4096), (256_000, 2048), (256_000, 4096))
+"""(vocabulary, width)"""
 SEED = 0
 WRAP_HELP = "put before each measuring command, e.g. 'taskset -c 0,1'; or set BENCH_WRAP"
 
@@ -106,29 +117,45 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
             print(f"{name} computes something else: {gaps}", file=sys.stderr)
             continue
         contenders[name] = lambda name=name: run(CONTENDERS[name], problem)
-    for rows in (256, 512):
+    for rows in FLOOR_ROWS[options.device]:
         contenders[f"floor {rows}"] = lambda rows=rows: matmul_floor(problem, rows)
     rounds_of({n: c for n, c in contenders.items() if n.startswith("floor")}, 1, options.device)
     times = rounds_of(contenders, options.rounds, options.device)
-    return {"relative_gaps_of_loss_and_gradients": agreement, "seconds": times}
+    found = {"relative_gaps_of_loss_and_gradients": agreement, "seconds": times}
+    if options.device == "cuda":
+        supervised = int((problem.labels_N != -100).sum())
+        found["operations"] = 8 * supervised * options.vocab * options.width
+        found["operations_per_second"] = matmul_rate(getattr(torch, options.dtype), options.device)
+    return found
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    loss = CONTENDERS[options.contender]
-    with_imports = make_problem(
-        8, 64, 8, beta=options.beta, dtype=getattr(torch, options.dtype), device=options.device
-    )
-    run(loss, with_imports)
     problem = problem_of(options)
+    runs = [_peak_of_one(options, problem) for _ in range(4)]
+    return {"bytes": min(runs[1:]), "first_run": runs[0]}  # compilers set up in the first
+
+
+def _peak_of_one(options: argparse.Namespace, problem: Problem) -> int:
+    loss = CONTENDERS[options.contender]
+    for leaf in problem.leaves:
+        leaf.grad = None
+    gc.collect()
     if options.device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run(loss, problem)
-        return {"bytes": torch.cuda.max_memory_allocated() - before}
+        return torch.cuda.max_memory_allocated() - before
+    trim_allocator()
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from VmRSS
     run(loss, problem)
-    return {"bytes": _status("VmHWM") - before}
+    return _status("VmHWM") - before
+
+
+def trim_allocator() -> None:
+    """Hands back what was freed before: else a contender would work in it unseen."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _status(key: str) -> int:
@@ -250,17 +277,28 @@ def best(times: dict[str, list[float]], prefix: str) -> float:
     return min(min(values) for name, values in times.items() if name.startswith(prefix))
 
 
-def time_bars(kind: str, dtype: str, times: dict[str, list[float]], bar: float) -> list[Bar]:
-    ours = best(times, "stillhouse")
+def ask_memory(options: argparse.Namespace, **changes: Any) -> dict[str, dict[str, Any]]:
+    return {
+        name: ask(options, "memory", contender=name, **changes)
+        for name in CONTENDERS
+        if installed(name) and defined(name, changes["beta"])
+    }
+
+
+def time_bars(key: str, got: dict[str, Any], bar: float) -> list[Bar]:
+    """Adds to `got` what a loss that did nothing beside the products would reach."""
+    times = got["seconds"]
+    ours, floor = best(times, "stillhouse"), best(times, "floor")
     peers = {name: min(v) for name, v in times.items() if name in PEERS}
     fastest = min(peers, key=lambda name: peers[name])
+    got["floor_over_fastest_peer"] = floor / peers[fastest]
     return [
-        Bar(f"{kind} {dtype}: time / fastest peer ({fastest})", ours / peers[fastest], "<=", bar),
-        Bar(f"{kind} {dtype}: matmul floor / time", best(times, "floor") / ours, ">=", 0.8),
+        Bar(f"{key}: time / fastest peer ({fastest})", ours / peers[fastest], "<=", bar),
+        Bar(f"{key}: matmul floor / time", floor / ours, ">=", 0.8),
     ]
 
 
-def memory_bars(kind: str, memory: dict[str, dict[str, Any]]) -> list[Bar]:
+def memory_bars(kind: str, memory: dict[str, dict[str, Any]], of_best: float = 1 / 4) -> list[Bar]:
     found = {name: got["bytes"] for name, got in memory.items() if "bytes" in got}
     ours = found.pop("stillhouse")
     bars = []
@@ -268,7 +306,7 @@ def memory_bars(kind: str, memory: dict[str, dict[str, Any]]) -> list[Bar]:
         bars.append(Bar(f"{kind}: peak / TRL GKD", ours / found["trl gkd"], "<=", 1 / 30))
     if found:
         name = min(found, key=lambda peer: found[peer])
-        bars.append(Bar(f"{kind}: peak / best peer ({name})", ours / found[name], "<=", 1 / 4))
+        bars.append(Bar(f"{kind}: peak / best peer ({name})", ours / found[name], "<=", of_best))
     return bars
 
 
@@ -328,29 +366,52 @@ def main() -> None:
         "settings": {k: v for k, v in vars(options).items() if k != "wrap"},
         "peers": {name: _version(name) for name in ("trl", "liger-kernel", "orda-kernel")},
     }
-    bars: list[Bar] = []
-    for beta, kind in NAMES.items():
-        for dtype in ("float32", "bfloat16") if options.device == "cpu" else ("bfloat16",):
-            key = f"{kind} {dtype}"
-            figures[f"time {key}"] = got = ask(options, "time", beta=beta, dtype=dtype)
-            bars += time_bars(kind, dtype, got["seconds"], 0.45 if beta == 0.5 else 0.65)
-            memory = {
-                name: ask(options, "memory", beta=beta, dtype=dtype, contender=name)
-                for name in CONTENDERS
-                if installed(name) and defined(name, beta)
-            }
-            figures[f"memory {key}"] = memory
-            bars += memory_bars(key, memory)
-        figures[f"sparse {kind}"] = ask(options, "sparse", beta=beta)
-    if options.device == "cpu":
-        figures["time forward KL float32, allocator as it is"] = ask(
-            options, "time", beta=0.0, dtype="float32", allocator="default", rounds=2
-        )
-    figures["fractions"] = ask(options, "fractions", beta=0.0)
-    figures["step"] = ask(options, "step", dtype="float32", rows=1024)
-    bars += other_bars(figures)
+    measure = measure_cpu if options.device == "cpu" else measure_cuda
+    bars = measure(options, figures)
     name = "losses" if options.device == "cpu" else "losses-cuda"
     write_results(name, figures, bars, seeds=[SEED])
+
+
+def measure_cpu(options: argparse.Namespace, figures: dict[str, Any]) -> list[Bar]:
+    bars: list[Bar] = []
+    for beta, kind in NAMES.items():
+        bar = 0.45 if beta == 0.5 else 0.65
+        for dtype in ("float32", "bfloat16"):
+            key = f"{kind} {dtype}"
+            figures[f"time {key}"] = got = ask(options, "time", beta=beta, dtype=dtype)
+            bars += time_bars(key, got, bar)
+            figures[f"memory {key}"] = memory = ask_memory(options, beta=beta, dtype=dtype)
+            bars += memory_bars(key, memory)
+            key += ", allocator as it is"
+            figures[f"time {key}"] = got = ask(
+                options, "time", beta=beta, dtype=dtype, allocator="default"
+            )
+            bars += time_bars(key, got, bar)
+        figures[f"sparse {kind}"] = ask(options, "sparse", beta=beta)
+    figures["fractions"] = ask(options, "fractions", beta=0.0)
+    figures["step"] = ask(options, "step", dtype="float32", rows=1024)
+    return bars + other_bars(figures)
+
+
+def measure_cuda(options: argparse.Namespace, figures: dict[str, Any]) -> list[Bar]:
+    bars: list[Bar] = []
+    for beta, kind in NAMES.items():
+        for vocab, width in CUDA_SHAPES:
+            shape = {
+                "beta": beta,
+                "dtype": "bfloat16",
+                "rows": CUDA_ROWS,
+                "vocab": vocab,
+                "width": width,
+            }
+            key = f"{kind}, V={vocab}, d={width}"
+            figures[f"time {key}"] = got = ask(options, "time", **shape)
+            seconds = best(got["seconds"], "stillhouse")
+            share = got["operations"] / seconds / got["operations_per_second"]
+            bars.append(Bar(f"{key}: share of the roofline", share, ">=", 0.6))
+            figures[f"memory {key}"] = memory = ask_memory(options, **shape)
+            bars += [bar for bar in memory_bars(key, memory, 1 / 2) if "best peer" in bar.name]
+    return bars
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from typing import Any
 
 import stillhouse
 from bench.common import Bar, write_results
+from stillhouse.job import find_models
 from stillhouse.recipe import parse_recipe
-from stillhouse.stages import find_models
 from stillhouse.teachers import load_tokenizer
 
 TRAIN_TOKENS = 60_000

@@ -28,15 +28,16 @@ from stillhouse.hardware import (
     peak_memory_bytes,
     tune_allocator,
 )
-from stillhouse.objectives import Term
+from stillhouse.job import find_models
 from stillhouse.recipe import load_recipe
-from stillhouse.recipe.schema import RandomStudent, Recipe
-from stillhouse.stages import find_models
+from stillhouse.recipe.schema import LogitsTerm, ObjectiveRecipe, RandomStudent, Recipe
 from stillhouse.students import build_student
 from stillhouse.teachers import load_model, load_tokenizer
 from stillhouse.training import read_metrics, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+DISTILLATION = ObjectiveRecipe()
+FINE_TUNING = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
 
 def main() -> None:
@@ -133,7 +134,7 @@ class Setting:
             self.windows,
             self.heldout,
             section=section,
-            terms=[Term("forward_kl") if distill else Term("cross_entropy")],
+            objective=DISTILLATION if distill else FINE_TUNING,
             vocabulary=None,
             seed=0,
             out=out,

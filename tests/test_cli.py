@@ -35,9 +35,40 @@ def test_every_verb_has_a_runnable_example_in_its_help(verb: str) -> None:
     assert f"stillhouse {verb}" in result.output
 
 
+@pytest.mark.parametrize("verb", ["", "record", "verify", "info", "export"])
+def test_verbs_of_signals_have_one_too(verb: str) -> None:
+    result = call("signals", *([verb] if verb else []), "--help")
+    assert result.exit_code == 0
+    assert f"stillhouse signals {verb}".replace("record", "recipes") in result.output
+
+
 def test_the_verbs_are_those() -> None:
     found = {command.callback.__name__ for command in cli.app.registered_commands}
     assert found == set(VERBS)
+
+
+def test_a_store_is_recorded_looked_at_exported_and_a_flipped_bit_is_found(tmp_path: Path) -> None:
+    recipe = write(tmp_path, signals={"encoding": {"kind": "top_k", "k": 8}})
+    recorded = call("signals", str(recipe))
+    assert recorded.exit_code == 0, recorded.output
+    store = tmp_path / "run" / "signals"
+    assert call("signals", "verify", str(store)).exit_code == 0
+    assert "top_k" in call("signals", "info", str(store)).output
+    parquet = tmp_path / "signals.parquet"
+    exported = call("signals", "export", str(store), "--parquet", str(parquet))
+    assert exported.exit_code == 0
+    assert parquet.stat().st_size > 0
+    shard = next((store / "shards").glob("*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert call("signals", "verify", str(store)).exit_code == 1
+
+
+def test_a_recipe_without_signals_is_told_so(tmp_path: Path) -> None:
+    result = call("signals", str(write(tmp_path)))
+    assert isinstance(result.exception, StillhouseError)
+    assert "stores no signals" in str(result.exception)
 
 
 def test_doctor_shows_versions_and_extras() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stillhouse.recipe import load_recipe, parse_recipe
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -34,13 +35,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = tiny.recipe(folder, name="demo", folder="runs/demo")
     (folder / "recipes").mkdir()
     (folder / "recipes" / "demo.yaml").write_text(yaml.safe_dump(raw))
+    encoding = {"kind": "threshold", "bytes": 60}
+    stored = {**raw, "name": "stored", "folder": "runs/stored", "signals": {"encoding": encoding}}
+    (folder / "recipes" / "stored.yaml").write_text(yaml.safe_dump(stored))
     return folder
 
 
 def test_every_stillhouse_command_of_the_readme_runs(folder: Path) -> None:
     found = commands("stillhouse")
     verbs = [shlex.split(line)[1] for line in found]
-    assert verbs == ["check", "preview", "run", "evaluate", "report", "doctor"]
+    assert verbs == ["check", "preview", "run", "evaluate", "report", "signals", "doctor"]
     for line in found:
         done = subprocess.run(
             [sys.executable, "-m", *shlex.split(line)], cwd=folder, capture_output=True, text=True
@@ -56,6 +60,23 @@ def test_every_python_block_of_the_readme_runs(folder: Path) -> None:
             [sys.executable, "-c", block], cwd=folder, capture_output=True, text=True
         )
         assert done.returncode == 0, f"{block}\n{done.stderr}"
+
+
+YAML_BLOCKS = [
+    block
+    for document in sorted((ROOT / "docs").glob("*.md"))
+    for block in re.findall(r"^```yaml\n(.*?)^```", document.read_text("utf-8"), re.M | re.S)
+]
+
+
+@pytest.mark.parametrize("block", YAML_BLOCKS)
+def test_every_part_of_a_recipe_in_the_documents_is_valid(block: str, tmp_path: Path) -> None:
+    parse_recipe({**tiny.recipe(tmp_path), **yaml.safe_load(block)})
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_of_the_repository_is_valid(recipe: Path) -> None:
+    load_recipe(recipe)
 
 
 @pytest.mark.parametrize("line", commands("make"))

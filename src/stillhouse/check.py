@@ -17,18 +17,17 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from stillhouse import account, stages
+from stillhouse import account
 from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
+from stillhouse.job import Job, configs, find_models
 from stillhouse.recipe import load_recipe
-from stillhouse.recipe.schema import PrunedStudent, RandomStudent, Recipe
+from stillhouse.recipe.schema import Recipe
 from stillhouse.runner import run_folder
-from stillhouse.stages import Job
-from stillhouse.students import planned_config
-from stillhouse.teachers import load_config, load_tokenizer
+from stillhouse.teachers import load_tokenizer
 from stillhouse.training import plan_batches
 
 Level = Literal["ok", "estimate", "warning", "error"]
@@ -87,7 +86,7 @@ def _examine(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     yield Finding("ok", "recipe", f"{path} is valid")
     yield from _folder(recipe)
     yield from _extras(recipe)
-    job = stages.find_models(recipe, path.parent, weights=False)
+    job = find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
     sample = _sample(job)
@@ -192,8 +191,7 @@ def _data(sample: Sample, recipe: Recipe) -> Iterator[Finding]:
 def _costs(job: Job, sample: Sample) -> Iterator[Finding]:
     recipe = job.recipe
     section = recipe.train
-    teacher_config = load_config(job.teacher.path, trust_remote_code=job.trust_remote_code)
-    student_config = _student_config(job, teacher_config)
+    student_config, teacher_config = configs(job)
     teacher, student = _size(teacher_config), _size(student_config)
     yield Finding(
         "estimate",
@@ -221,14 +219,6 @@ def _costs(job: Job, sample: Sample) -> Iterator[Finding]:
     need = _training_memory(student, teacher, student_config, plan.micro, recipe, precision.dtype)
     yield _memory(need, device)
     yield _disk(job, student)
-
-
-def _student_config(job: Job, teacher_config: Any) -> Any:
-    if job.pretrained is not None:
-        return load_config(job.pretrained.path, trust_remote_code=job.trust_remote_code)
-    section = job.recipe.student
-    assert isinstance(section, PrunedStudent | RandomStudent)
-    return planned_config(section, teacher_config, base=job.base)
 
 
 def _size(config: Any) -> account.ParameterCount:

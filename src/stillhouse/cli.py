@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from stillhouse.errors import StillhouseError
 
@@ -48,6 +49,94 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
         return
     _print_evaluation(result.evaluation)
     Console().print(f"model   {result.model}\nreport  {result.report}", highlight=False)
+
+
+class _RecipeOrVerb(TyperGroup):
+    """`signals RECIPE` is `signals record RECIPE`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            args = ["record", *args]
+        return super().resolve_command(ctx, args)
+
+
+signals = typer.Typer(cls=_RecipeOrVerb, no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(signals, name="signals")
+StoreArgument = Annotated[Path, typer.Argument(help="A signal store, e.g. runs/NAME/signals.")]
+
+
+@signals.callback()
+def signals_group() -> None:
+    """Records the teacher's answers in a store, and looks after stores.
+
+    Example: `stillhouse signals recipes/stored.yaml`, then
+    `stillhouse signals info runs/stored/signals`
+    """
+
+
+@signals.command()
+def record(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Asks the teacher about every training window, once; training does not ask it again.
+
+    Example: `stillhouse signals recipes/stored.yaml --set signals.encoding.bytes=50`
+    """
+    from rich.console import Console
+
+    from stillhouse.runner import record_signals
+
+    Console().print(f"signals {record_signals(recipe, set_ or [])}", highlight=False)
+
+
+@signals.command()
+def verify(store: StoreArgument) -> None:
+    """Reads a whole store and names what is damaged. Exit status 1 where something is.
+
+    Example: `stillhouse signals verify runs/stored/signals`
+    """
+    from rich.console import Console
+
+    from stillhouse.signals.verify import verify as wrong_in
+
+    wrong = wrong_in(store)
+    for error in wrong:
+        _say(f"error: {error}")
+    if wrong:
+        raise typer.Exit(1)
+    Console().print(f"{store} is sound", highlight=False)
+
+
+@signals.command()
+def info(store: StoreArgument) -> None:
+    """Shows what a store holds, what it lost, and which divergences it serves.
+
+    Example: `stillhouse signals info runs/stored/signals`
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from stillhouse.signals.verify import info as about
+
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for name, value in about(store).lines():
+        table.add_row(name, escape(value))
+    Console().print(table)
+
+
+@signals.command()
+def export(
+    store: StoreArgument,
+    parquet: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+) -> None:
+    """Writes a store as Parquet, a row for each token, for other tools.
+
+    Example: `stillhouse signals export runs/stored/signals --parquet signals.parquet`
+    """
+    from rich.console import Console
+
+    from stillhouse.signals.export import export_parquet
+
+    Console().print(f"{export_parquet(store, parquet):,} rows  {parquet}", highlight=False)
 
 
 @app.command()

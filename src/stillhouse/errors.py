@@ -34,6 +34,10 @@ class SignalError(StillhouseError, ValueError):
     """A teacher's signal is malformed or belongs to something else."""
 
 
+class StoreError(StillhouseError, RuntimeError):
+    """A signal store cannot be read or written: damaged, not finished, or the disk is full."""
+
+
 class RunError(StillhouseError, RuntimeError):
     """The run folder cannot be used: it is busy, not writable, or the disk is full."""
 

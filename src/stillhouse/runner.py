@@ -11,9 +11,10 @@ from typing import Any
 
 from stillhouse import stages
 from stillhouse.data import Windows
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
+from stillhouse.job import Job, find_models, shared_vocabulary
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
@@ -22,6 +23,8 @@ from stillhouse.teachers import resolve_model
 from stillhouse.training import MODEL
 
 POLL_SECONDS = 0.5
+SIGNALS = "signals"
+"""The stage, and the link to its store in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +62,38 @@ def run(
         return _lead(recipe, base, folder)
 
 
-def prepare_data(
-    recipe: str | Path, overrides: Sequence[str] = ()
-) -> tuple[stages.Job, Windows, Windows]:
+def prepare_data(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, Windows, Windows]:
     """Does a recipe's data stage, or finds it done: the job, training and held-out windows."""
     loaded, base = read(recipe, overrides, None)
     folder = run_folder(loaded)
     with folder.locked():
-        job = stages.find_models(loaded, base)
+        job = find_models(loaded, base)
         plan = stages.data(job)
         return job, *stages.open_data(folder.stage(plan.name, plan.depends_on, plan.work))
+
+
+def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Does a recipe's signals stage, or finds it done: the folder of the store.
+
+    Raises RecipeError where the recipe has no `signals`.
+    """
+    loaded, base = read(recipe, overrides, None)
+    if loaded.signals is None:
+        raise RecipeError(
+            "this recipe stores no signals",
+            where=recipe,
+            fix="add `signals: {}` to it, or --set signals.encoding.kind=threshold",
+        )
+    tune_allocator()
+    folder = run_folder(loaded)
+    with folder.locked():
+        job = find_models(loaded, base)
+        plan = stages.data(job)
+        data = folder.stage(plan.name, plan.depends_on, plan.work)
+        plan = stages.signals(job, data)
+        recorded = folder.stage(plan.name, plan.depends_on, plan.work, resumable=True)
+        folder.point(SIGNALS, recorded.path / stages.STORE)
+        return folder.root / SIGNALS
 
 
 def evaluate_model(
@@ -93,7 +118,7 @@ def evaluate_model(
         section=job.recipe.evaluate,
         windows=heldout,
         seed=job.recipe.seed,
-        vocabulary=stages.shared_vocabulary(job.teacher, source, job.trust_remote_code).rows,
+        vocabulary=shared_vocabulary(job.teacher, source, job.trust_remote_code).rows,
         precision=choose_precision(job.recipe.train.precision, default_device()),
         trust_remote_code=job.trust_remote_code,
     )
@@ -134,6 +159,9 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     evaluated = do(stages.evaluation(job, data, student, trained, baseline))
     exported = do(stages.export(job, data, trained))
     report = do(stages.report(job, list(finished)))
+    for stage in finished:
+        if stage.name == SIGNALS:
+            folder.point(SIGNALS, stage.path / stages.STORE)
     folder.point("model", exported.path / MODEL)
     folder.point("report.html", report.path / stages.REPORT)
     return RunResult(
@@ -147,12 +175,13 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
 
 def _stages_together(
     recipe: Recipe, base: Path, do: Callable[[StagePlan], Stage]
-) -> tuple[stages.Job, Stage, Stage, Stage, Stage | None]:
+) -> tuple[Job, Stage, Stage, Stage, Stage | None]:
     """The stages up to training, which every process goes through."""
-    job = stages.find_models(recipe, base)
+    job = find_models(recipe, base)
     data = do(stages.data(job))
+    recorded = None if recipe.signals is None else do(stages.signals(job, data))
     student = do(stages.student(job, data))
-    trained = do(stages.training(job, data, student))
+    trained = do(stages.training(job, data, student, recorded))
     baseline = None
     if recipe.evaluate.fine_tuning_baseline:
         baseline = do(stages.baseline(job, data, student))

@@ -17,60 +17,33 @@ import torch
 from stillhouse import account
 from stillhouse.data import Windows, build, open_windows
 from stillhouse.data.fingerprint import sources_fingerprint
-from stillhouse.errors import RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.export import export_checkpoint
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
-from stillhouse.objectives import Term
+from stillhouse.job import Job, planned_objective
 from stillhouse.progress import note
-from stillhouse.recipe import Recipe
-from stillhouse.recipe.schema import EvaluateRecipe, PretrainedStudent, PrunedStudent
+from stillhouse.recipe.schema import EvaluateRecipe, LogitsTerm, ObjectiveRecipe
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
+from stillhouse.signals.store import open_store
 from stillhouse.students import build_student
-from stillhouse.teachers import (
-    ModelSource,
-    VocabularyMatch,
-    check_same_vocabulary,
-    load_config,
-    load_tokenizer,
-    resolve_model,
+from stillhouse.teachers import load_model, load_tokenizer
+from stillhouse.teachers.scoring import encoding_of, record
+from stillhouse.training import (
+    CHECKPOINTS,
+    METRICS,
+    MODEL,
+    read_metrics,
+    stored_temperature,
+    train,
 )
-from stillhouse.training import CHECKPOINTS, METRICS, MODEL, read_metrics, train
 
 EVALUATION = "evaluation.json"
 REPORT = "report.html"
 REPORT_DATA = "report.json"
+STORE = "store"
 
-BASELINE_TERMS = (Term("cross_entropy"),)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe whose models have been found and fit together.
-
-    base: where relative paths start. vocabulary: token ids below it are shared by both models;
-    rows of a head beyond it are padding.
-    """
-
-    recipe: Recipe
-    base: Path
-    teacher: ModelSource
-    pretrained: ModelSource | None
-    vocabulary: int
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """The student's own where it has one: its token ids are the teacher's, see `students`."""
-        return (self.pretrained or self.teacher).path
-
-    @property
-    def trust_remote_code(self) -> bool:
-        return self.recipe.teacher.trust_remote_code
-
-    @property
-    def terms(self) -> list[Term]:
-        return [Term(t.divergence, t.weight, t.temperature) for t in self.recipe.objective.terms]
+BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
 
 @dataclass(frozen=True)
@@ -91,46 +64,6 @@ class StagePlan:
     @property
     def depends_on(self) -> dict[str, Any]:
         return {**self.inputs, "version": self.version}
-
-
-def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
-    """Finds and checks the models on disk, or downloads them (False: all but their weights).
-
-    Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
-    """
-    if isinstance(recipe.student, PrunedStudent) and recipe.student.vocabulary is not None:
-        raise RecipeError(
-            "a student with fewer tokens than its teacher cannot be trained by a recipe yet",
-            where="student.vocabulary",
-            fix="leave the key out; students.build_student makes such a student, untrained",
-        )
-    section = recipe.teacher
-    teacher = resolve_model(section.model, revision=section.revision, base=base, weights=weights)
-    pretrained = None
-    if isinstance(recipe.student, PretrainedStudent):
-        student = recipe.student
-        pretrained = resolve_model(
-            student.model, revision=student.revision, base=base, weights=weights
-        )
-    match = shared_vocabulary(teacher, pretrained or teacher, recipe.teacher.trust_remote_code)
-    for warning in match.warnings:
-        note(f"warning: {warning}")
-    return Job(recipe, base, teacher, pretrained, match.rows)
-
-
-def shared_vocabulary(
-    teacher: ModelSource, student: ModelSource, trust_remote_code: bool
-) -> VocabularyMatch:
-    """Raises ModelError where the two models' tokens differ."""
-    sides = []
-    for source in (teacher, student):
-        tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
-        config = load_config(source.path, trust_remote_code=trust_remote_code)
-        sides.append((tokenizer, int(config.get_text_config().vocab_size)))
-    (teacher_tokenizer, teacher_rows), (student_tokenizer, student_rows) = sides
-    return check_same_vocabulary(
-        teacher_tokenizer, student_tokenizer, teacher_rows=teacher_rows, student_rows=student_rows
-    )
 
 
 def open_data(data: Stage) -> tuple[Windows, Windows]:
@@ -155,6 +88,57 @@ def data(job: Job) -> StagePlan:
         "sources": sources_fingerprint([*section.sources, *section.heldout_sources], job.base),
     }
     return StagePlan("data", inputs, work, version=2)
+
+
+def signals(job: Job, data: Stage) -> StagePlan:
+    """The teacher is asked about every training window, once; students then read its answers."""
+    section = job.recipe.signals
+    assert section is not None
+    temperature = stored_temperature(planned_objective(job), encoding_of(section))
+    identity = signal_identity(job, data)
+
+    def work(out: Path) -> Outcome:
+        windows, _ = open_data(data)
+        device = default_device()
+        dtype = choose_precision(job.recipe.train.precision, device).dtype
+        code = job.trust_remote_code
+        teacher = load_model(job.teacher.path, dtype=dtype, trust_remote_code=code).to(device)
+        manifest = record(
+            section,
+            teacher,
+            windows,
+            vocabulary=job.vocabulary,
+            temperature=temperature,
+            identity=identity,
+            seed=job.recipe.seed,
+            out=out / STORE,
+        )
+        quality = manifest.quality
+        note(
+            f"{quality.bytes:.1f} bytes a token: {quality.entries:.1f} tokens of {job.vocabulary:,}"
+        )
+        tokens, size = windows.supervised_tokens, account.count_parameters(teacher).head_once
+        return Outcome(
+            tokens=tokens,
+            flops=account.forward_flops(size, tokens),
+            peak_memory_bytes=peak_memory_bytes(),
+            summary={**asdict(quality), "store_bytes": manifest.bytes},
+        )
+
+    inputs = {
+        "recipe": section.model_dump(mode="json"),
+        "temperature": temperature,
+        "vocabulary": job.vocabulary,
+        "precision": job.recipe.train.precision,
+        "seed": job.recipe.seed,
+        **identity,
+    }
+    return StagePlan("signals", inputs, work, resumable=True)
+
+
+def signal_identity(job: Job, data: Stage) -> dict[str, str]:
+    """What a store must have been recorded with to be this run's."""
+    return {"teacher": job.teacher.fingerprint, "data": data.digest}
 
 
 def student(job: Job, data: Stage) -> StagePlan:
@@ -183,14 +167,18 @@ def student(job: Job, data: Stage) -> StagePlan:
     return StagePlan("student", inputs, work, version=3)
 
 
-def training(job: Job, data: Stage, student: Stage) -> StagePlan:
-    inputs = {"objective": job.recipe.objective.model_dump(mode="json")}
-    return _training("train", inputs, job, data, student, job.terms, job.teacher.path)
+def training(job: Job, data: Stage, student: Stage, recorded: Stage | None) -> StagePlan:
+    inputs: dict[str, Any] = {"objective": job.recipe.objective.model_dump(mode="json")}
+    if recorded is not None:
+        # The stage's key, not its digest: after a resume, other shards hold the same rows.
+        inputs["signals"] = recorded.path.name
+    objective = job.recipe.objective
+    return _training("train", inputs, job, data, student, objective, job.teacher.path, recorded)
 
 
 def baseline(job: Job, data: Stage, student: Stage) -> StagePlan:
     """The same student on the same data by plain next-token loss: what distillation adds to."""
-    return _training("baseline", {}, job, data, student, BASELINE_TERMS, None)
+    return _training("baseline", {}, job, data, student, BASELINE, None)
 
 
 def _training(
@@ -199,21 +187,26 @@ def _training(
     job: Job,
     data: Stage,
     student: Stage,
-    terms: Any,
+    objective: ObjectiveRecipe,
     teacher: Path | None,
+    recorded: Stage | None = None,
 ) -> StagePlan:
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
+        store = None
+        if recorded is not None:
+            store = open_store(recorded.path / STORE, signal_identity(job, data))
         result = train(
             student.path / MODEL,
-            teacher,
+            None if store else teacher,
             windows,
             heldout,
             section=job.recipe.train,
-            terms=terms,
+            objective=objective,
             vocabulary=job.vocabulary,
             seed=job.recipe.seed,
             out=out,
+            store=store,
             trust_remote_code=job.trust_remote_code,
         )
         return Outcome(

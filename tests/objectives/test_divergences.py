@@ -186,6 +186,26 @@ def test_probabilities_that_underflow_give_no_nan(
     assert all(torch.isfinite(leaf.grad).all() for leaf in case.leaves)
 
 
+@pytest.mark.parametrize(
+    "term",
+    [Term("jsd", beta=0.3), Term("skew_forward_kl", alpha=0.2), Term("skew_reverse_kl", alpha=0.2)],
+    ids=name,
+)
+def test_a_divergence_that_saturates_has_no_gradient(term: Term) -> None:
+    """Logits in the hundreds: the rounding of a score must not come back as a gradient."""
+    case = make_case(rows=40, dtype=torch.float32)
+    with torch.no_grad():
+        case.head.weight_VD.mul_(100)
+        case.signal.head.weight_VD.mul_(-100)
+
+    def gradients(of: Term) -> tuple[torch.Tensor, ...]:
+        loss = fused_loss(case.hidden_ND, case.head, [of], signal=case.signal)
+        return torch.autograd.grad(loss.total, case.leaves)
+
+    for found, of_kl in zip(gradients(term), gradients(Term("forward_kl")), strict=True):
+        assert found.norm() < 1e-7 * of_kl.norm()
+
+
 def test_tokens_the_teacher_cannot_say() -> None:
     """−inf in a teacher's logits is a probability of 0, as if the token were not there."""
     case = with_signal(make_case(vocab=9), "logits")

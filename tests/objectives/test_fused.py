@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from stillhouse.objectives import Term, fused_loss
+from stillhouse.objectives.products import TILE_ELEMENTS, product_
 from stillhouse.signals import DenseSignal, LMHead
 from tests.objectives import reference
 from tests.objectives.cases import assert_same_as_reference, make_case, relative_error
@@ -169,6 +170,17 @@ def test_no_rows_give_a_zero_loss_that_is_connected_to_every_parameter() -> None
     for leaf in case.leaves:
         assert leaf.grad.shape == leaf.shape
         assert leaf.grad.abs().sum() == 0.0
+
+
+@pytest.mark.parametrize("rows", [1, 63])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_logits_are_whole_beyond_one_tile_of_the_vocabulary(rows: int, dtype: torch.dtype) -> None:
+    vocab = 2 * (TILE_ELEMENTS // rows) + 1 if rows > 1 else 9000
+    hidden_nD, weight_VD = torch.randn(rows, 8).to(dtype), torch.randn(vocab, 8).to(dtype)
+    out_nV = torch.empty(rows, vocab, dtype=dtype)
+    product_(out_nV, hidden_nD, weight_VD)
+    expected_nV = hidden_nD.double() @ weight_VD.double().T
+    assert relative_error(out_nV, expected_nV) < 2 * torch.finfo(dtype).eps
 
 
 def test_a_frozen_head_costs_no_head_gradient(monkeypatch) -> None:

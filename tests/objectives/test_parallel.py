@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,8 @@ def gradients_of_one_process() -> dict[str, Tensor]:
 
 def work(rank: int, port: int, folder: str, wrap: str, cut: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    patience = timedelta(seconds=120)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=patience)
     torch.set_num_threads(1)
     student = Student()
     if wrap == "ddp":
@@ -82,6 +84,7 @@ def work(rank: int, port: int, folder: str, wrap: str, cut: int) -> None:
     }
     if rank == 0:
         torch.save(grads, Path(folder) / "grads.pt")
+    dist.barrier()  # a rank that leaves early may take down what the other still waits for
     dist.destroy_process_group()
 
 

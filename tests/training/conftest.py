@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -30,3 +30,12 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
         open_windows(folder / "data" / "train"),
         open_windows(folder / "data" / "heldout"),
     )
+
+
+@pytest.fixture(scope="session")
+def narrow(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    """The same, with a student of another width and depth."""
+    folder = tmp_path_factory.mktemp("narrow")
+    changes = {"hidden_size": 24, "num_hidden_layers": 2, "num_key_value_heads": 4}
+    student = tiny.save_model(folder / "student", seed=1, **changes)
+    return replace(setting, student=student)

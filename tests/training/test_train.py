@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stillhouse.errors import RecipeError, TrainingError
-from stillhouse.objectives import Term
-from stillhouse.recipe.schema import TrainRecipe
+from stillhouse.recipe.schema import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe, TrainRecipe
 from stillhouse.teachers import load_model
 from stillhouse.training import plan_batches, read_metrics, train
 from tests.training.conftest import Setting
 
-KL = (Term("forward_kl"),)
+KL = ObjectiveRecipe()
 
 
 def section(**changes: Any) -> TrainRecipe:
@@ -29,7 +28,7 @@ def section(**changes: Any) -> TrainRecipe:
 
 
 def run(
-    setting: Setting, out: Path, terms: tuple[Term, ...] = KL, **changes: Any
+    setting: Setting, out: Path, objective: ObjectiveRecipe = KL, **changes: Any
 ) -> dict[str, Tensor]:
     train(
         setting.student,
@@ -37,7 +36,7 @@ def run(
         setting.windows,
         setting.heldout,
         section=section(**changes),
-        terms=terms,
+        objective=objective,
         vocabulary=None,
         seed=0,
         out=out,
@@ -79,9 +78,17 @@ def reference_losses(setting: Setting, rows: range) -> tuple[float, float, int]:
 def test_the_first_steps_loss_is_the_token_mean_of_the_reference(
     setting: Setting, tmp_path: Path
 ) -> None:
-    terms = (Term("forward_kl"), Term("cross_entropy", weight=0.5))
+    terms = [LogitsTerm(), LogitsTerm(divergence="cross_entropy", weight=0.5)]
+    objective = ObjectiveRecipe(terms=terms)
     everything = len(setting.windows)
-    run(setting, tmp_path, terms, batch_size=everything, micro_batch_size=everything, max_steps=1)
+    run(
+        setting,
+        tmp_path,
+        objective,
+        batch_size=everything,
+        micro_batch_size=everything,
+        max_steps=1,
+    )
     kl, cross_entropy, tokens = reference_losses(setting, range(everything))
     row = read_metrics(tmp_path / "metrics.jsonl")[0]
     assert row["tokens"] == tokens == setting.windows.supervised_tokens
@@ -106,19 +113,20 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from stillhouse.data import open_windows
-from stillhouse.objectives import Term
-from stillhouse.recipe.schema import TrainRecipe
+from stillhouse.recipe.schema import ObjectiveRecipe, TrainRecipe
 from stillhouse.training import train
 from stillhouse.errors import StillhouseError
 
 job = json.loads(sys.argv[1])
 train(Path(job["student"]), Path(job["teacher"]), open_windows(Path(job["windows"])),
       open_windows(Path(job["heldout"])), section=TrainRecipe(**job["section"]),
-      terms=[Term("forward_kl")], vocabulary=None, seed=0, out=Path(job["out"]))
+      objective=ObjectiveRecipe(**job["objective"]), vocabulary=None, seed=0, out=Path(job["out"]))
 """
 
 
-def job_arguments(setting: Setting, out: Path, **changes: Any) -> str:
+def job_arguments(
+    setting: Setting, out: Path, objective: ObjectiveRecipe = KL, **changes: Any
+) -> str:
     return json.dumps(
         {
             "student": str(setting.student),
@@ -126,13 +134,19 @@ def job_arguments(setting: Setting, out: Path, **changes: Any) -> str:
             "windows": str(setting.windows.path),
             "heldout": str(setting.heldout.path),
             "section": section(**changes).model_dump(mode="json"),
+            "objective": objective.model_dump(mode="json"),
             "out": str(out),
         }
     )
 
 
-def test_two_processes_take_the_same_steps_as_one(setting: Setting, tmp_path: Path) -> None:
-    """Under torchrun with gloo: the same gradient norms, held-out values and final weights."""
+def test_two_processes_take_the_same_steps_as_one(narrow: Setting, tmp_path: Path) -> None:
+    """Under torchrun with gloo: the same gradient norms, held-out values and final weights.
+
+    With a learned map of hidden states, whose gradients must be averaged as well.
+    """
+    hidden = HiddenStatesTerm(kind="hidden_states", weight=0.1)
+    objective = ObjectiveRecipe(terms=[LogitsTerm(), hidden])
     options = {"evaluate_every": 2, "micro_batch_size": 2}
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -146,14 +160,14 @@ def test_two_processes_take_the_same_steps_as_one(setting: Setting, tmp_path: Pa
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launch, str(script), job_arguments(setting, tmp_path / "two", **options)],
+        [*launch, str(script), job_arguments(narrow, tmp_path / "two", objective, **options)],
         capture_output=True,
         text=True,
         env=environment,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    one = run(setting, tmp_path / "one", **options)
+    one = run(narrow, tmp_path / "one", objective, **options)
     two = load_file(tmp_path / "two" / "model" / "model.safetensors")
     assert_close(two, one)
     left = {path.name for path in (tmp_path / "two").iterdir()}
@@ -161,7 +175,14 @@ def test_two_processes_take_the_same_steps_as_one(setting: Setting, tmp_path: Pa
     rows_one, rows_two = (read_metrics(tmp_path / n / "metrics.jsonl") for n in ("one", "two"))
     assert [r["step"] for r in rows_one] == [r["step"] for r in rows_two]
     for a, b in zip(rows_one, rows_two, strict=True):
-        for key in a.keys() & {"loss", "forward_kl", "grad_norm", "tokens", "heldout_kl"}:
+        for key in a.keys() & {
+            "loss",
+            "forward_kl",
+            "hidden mse",
+            "grad_norm",
+            "tokens",
+            "heldout_kl",
+        }:
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
 
 
@@ -185,7 +206,12 @@ def test_distillation_brings_the_student_nearer(setting: Setting, tmp_path: Path
 
 def test_training_without_a_teacher_is_plain_fine_tuning(setting: Setting, tmp_path: Path) -> None:
     alone = Setting(setting.student, None, setting.windows, setting.heldout)  # type: ignore[arg-type]
-    run(alone, tmp_path, (Term("cross_entropy"),), evaluate_every=2)
+    run(
+        alone,
+        tmp_path,
+        ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")]),
+        evaluate_every=2,
+    )
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert rows[0]["loss"] == pytest.approx(rows[0]["cross_entropy"], rel=1e-6)
     assert not any("heldout_kl" in row for row in rows)

@@ -2,7 +2,7 @@
 
 from stillhouse.data.build import DataSummary, build
 from stillhouse.data.preview import preview
-from stillhouse.data.shift import IGNORED, supervised_rows, supervised_targets
+from stillhouse.data.shift import IGNORED, predicting, supervised_rows, supervised_targets
 from stillhouse.data.windows import Windows, WindowSet, WindowsInfo, collate, open_windows
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "build",
     "collate",
     "open_windows",
+    "predicting",
     "preview",
     "supervised_rows",
     "supervised_targets",

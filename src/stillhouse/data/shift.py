@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100
 """The label of a token that is not to be predicted."""
+
+
+def predicting(labels_RL: Tensor) -> Tensor:
+    """True at the positions that predict a supervised token: shape [R, L]."""
+    return nn.functional.pad(labels_RL[:, 1:] != IGNORED, (0, 1))
 
 
 def supervised_rows(hidden_RLD: Tensor, labels_RL: Tensor) -> Tensor:

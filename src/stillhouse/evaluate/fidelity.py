@@ -16,7 +16,8 @@ from stillhouse.data import WindowSet, supervised_rows, supervised_targets
 from stillhouse.errors import DataError, ModelError
 from stillhouse.evaluate.results import Fidelity
 from stillhouse.signals import DenseSignal, LMHead
-from stillhouse.teachers import head_logits, hidden_states, lm_head, trim_head
+from stillhouse.signals.head import head_logits
+from stillhouse.teachers import hidden_states, lm_head, trim_head
 
 BINS = 15
 TOKENS_PER_FORWARD = 2048

@@ -38,13 +38,17 @@ class Pair:
     work_bX: Tensor
     more_bX: Tensor
 
-    def normalize(self) -> tuple[Tensor, Tensor]:
-        """log p and log q themselves: the scores, in place."""
+    def log_p(self) -> Tensor:
+        """log p itself: the teacher's scores, in place."""
         self.score_p_bX.sub_(self.lse_p_b[:, None])
-        self.score_q_bX.sub_(self.lse_q_b[:, None])
         self.lse_p_b = torch.zeros_like(self.lse_p_b)
+        return self.score_p_bX
+
+    def log_q(self) -> Tensor:
+        """log q itself: the student's scores, in place."""
+        self.score_q_bX.sub_(self.lse_q_b[:, None])
         self.lse_q_b = torch.zeros_like(self.lse_q_b)
-        return self.score_p_bX, self.score_q_bX
+        return self.score_q_bX
 
 
 Divergence = Callable[[Pair, Term, Tensor], Tensor]
@@ -108,8 +112,8 @@ def skew_reverse_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
         return reverse_kl(pair, term, h_bX)
     mixture_bX = _mixture(pair, 1.0 - alpha)
     share_bX = torch.div(pair.q_bX, mixture_bX, out=pair.more_bX).mul_(alpha)
-    torch.sub(pair.score_q_bX, mixture_bX.log_(), out=h_bX)
-    value_b = _expect(pair.q_bX, h_bX) - pair.lse_q_b
+    torch.sub(pair.log_q(), mixture_bX.log_(), out=h_bX)
+    value_b = _expect(pair.q_bX, h_bX)
     h_bX.sub_(share_bX.mul_(pair.q_bX))
     return value_b
 
@@ -128,7 +132,7 @@ def alpha_beta(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
     (1, 0) is KL(p ‖ q), (0, 1) is KL(q ‖ p).
     """
     alpha, beta = (term.parameters[name] for name in ("alpha", "beta"))
-    log_p_bX, log_q_bX = pair.normalize()
+    log_p_bX, log_q_bX = pair.log_p(), pair.log_q()
     if alpha == 0.0:  # (q^β log(q^β / p^β) − q^β + p^β) / β²
         power_bX = torch.mul(log_q_bX, beta, out=pair.work_bX).exp_()
         torch.sub(log_q_bX, log_p_bX, out=h_bX).mul_(power_bX)
@@ -194,9 +198,13 @@ def _mixture(pair: Pair, of_teacher: float) -> Tensor:
 
 
 def _both_from_mixture(pair: Pair, log_m_bX: Tensor, h_bX: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(p ‖ M) and KL(q ‖ M) of each row; h = q log(q / M)."""
-    torch.sub(pair.score_q_bX, log_m_bX, out=h_bX)
-    of_student_b = _expect(pair.q_bX, h_bX) - pair.lse_q_b
+    """KL(p ‖ M) and KL(q ‖ M) of each row; h = q log(q / M).
+
+    From log q and not from scores: log(q / M) is bounded, a score may be in the hundreds, and the
+    gradient is a difference in which its rounding would stay.
+    """
+    torch.sub(pair.log_q(), log_m_bX, out=h_bX)
+    of_student_b = _expect(pair.q_bX, h_bX)
     ratio_bX = torch.sub(pair.score_p_bX, log_m_bX, out=log_m_bX)
     return _expect(pair.p_bX, ratio_bX) - pair.lse_p_b, of_student_b
 

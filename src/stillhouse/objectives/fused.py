@@ -102,8 +102,9 @@ class _FusedLoss(torch.autograd.Function):
         ctx.save_for_backward(*work.gradients())
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         sums_M = work.term_sums()
-        weights_M = sums_M.new_tensor([term.weight for term in plan.terms])
-        total = (sums_M * weights_M).sum() * plan.factor
+        # Python's numbers, one by one: a tensor of them would make a GPU wait for its copy.
+        weighted = (sum_ * term.weight for sum_, term in zip(sums_M, plan.terms, strict=True))
+        total = sum(weighted, sums_M.new_zeros(())) * plan.factor
         ctx.mark_non_differentiable(sums_M)
         return total, sums_M
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stillhouse.objectives.products import product_
 from stillhouse.signals import LMHead
 
 
@@ -34,7 +35,7 @@ class ComputeHead:
 
     def raw_logits(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
         """h Wᵀ, in the compute dtype; bias, scale and cap follow in `finish_`."""
-        torch.mm(hidden_nD, self.weight_VD.T, out=out_nV)
+        product_(out_nV, hidden_nD, self.weight_VD)
 
     def finish_(self, logits_nV: Tensor) -> None:
         """Turns raw logits into the model's logits, in place, in the dtype of reductions."""

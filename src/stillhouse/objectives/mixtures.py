@@ -90,11 +90,15 @@ class Tally:
                 self._sums[name] = wide if before is None else before + wide
         self._rows += max((loss.rows for loss in of_step), default=0)
 
+    def take(self) -> tuple[list[str], Tensor]:
+        """Names and sums over rows since the last reading, still on the device; starts again."""
+        names = list(self._sums)
+        sums = torch.stack(list(self._sums.values())) if names else torch.empty(0)
+        self._sums, self._rows = {}, 0
+        return names, sums
+
     def read(self) -> dict[str, float]:
         """Each term's mean a row since the last reading; then starts again."""
-        if not self._sums or not self._rows:
-            return {}
-        means = torch.stack(list(self._sums.values())) / self._rows
-        result = dict(zip(self._sums, means.tolist(), strict=True))
-        self._sums, self._rows = {}, 0
-        return result
+        rows = self._rows
+        names, sums = self.take()
+        return dict(zip(names, (sums / rows).tolist(), strict=True)) if rows else {}

@@ -137,8 +137,12 @@ def _check_sparse(signal: SparseSignal, rows: int, vocab: int) -> None:
         raise SignalError(f"signal.tail_N has shape {tuple(tail_N.shape)}; it must be [rows]")
     if ids_NK.device.type != "cpu" or not rows:
         return
-    ordered_NK = ids_NK.sort(1).values
-    _refuse((ordered_NK[:, 1:] == ordered_NK[:, :-1]).any(1), "signal.ids_NK holds one token twice")
+    ordered_NK, order_NK = ids_NK.sort(stable=True, dim=1)
+    # A short row is filled up with its first token at -inf.
+    twice_NK = (ordered_NK[:, 1:] == ordered_NK[:, :-1]) & (
+        log_probs_NK.gather(1, order_NK)[:, 1:].isfinite() | (ordered_NK[:, 1:] != ids_NK[:, :1])
+    )
+    _refuse(twice_NK.any(1), "signal.ids_NK holds one token twice")
     _refuse((~(log_probs_NK <= 0)).any(1), "signal.log_probs_NK is positive or NaN")
     _refuse(~((tail_N >= 0) & (tail_N <= 1)), "signal.tail_N is not a probability")
     mass_N = log_probs_NK.double().exp().sum(1) + tail_N.double()

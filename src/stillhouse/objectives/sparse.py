@@ -33,7 +33,9 @@ def bucketed(
 ) -> None:
     """Every divergence over buckets. Overwrites zs; out = ∂loss/∂zs unless None."""
     scores = [each.score(zs_bV) for each in counted]
-    z_bK = zs_bV.gather(1, teacher.ids_NK)
+    filling_bK = teacher.ids_NK == teacher.ids_NK[:, :1]  # short rows repeat their first token
+    filling_bK[:, 0] = False
+    z_bK = zs_bV.gather(1, teacher.ids_NK).masked_fill_(filling_bK, -torch.inf)
     lse_tail_b = _softmax_of_the_rest_(zs_bV, teacher.ids_NK)
     z_bB = torch.cat([z_bK, lse_tail_b[:, None]], 1)
     lse_b = z_bB.logsumexp(1)
@@ -62,7 +64,8 @@ def bucketed(
     of_data = sum(each.coefficient for each in counted)
     g_bB = h_bB.addcmul_(pair.q_bX, of_data - h_bB.sum(1, keepdim=True))
     zs_bV.mul_(g_bB[:, -1:])
-    zs_bV.scatter_(1, teacher.ids_NK, g_bB[:, :-1])
+    g_bK = torch.where(filling_bK, g_bB[:, :1], g_bB[:, :-1])
+    zs_bV.scatter_(1, teacher.ids_NK, g_bK)
     for each in counted:
         each.subtract_from_(zs_bV)
     if out_bV is not zs_bV:

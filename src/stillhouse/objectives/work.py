@@ -26,12 +26,11 @@ from stillhouse.signals import (
     SparseSignal,
 )
 
-CHUNK_ROWS_CPU = 256
-NARROW_CHUNK_ROWS_CPU = 512
+CHUNK_ROWS_CPU = 64, 256
+"""The least and the most. More rows make faster products, up to a point."""
+NARROW_CHUNK_ROWS_CPU = 64, 512
 """In 16 bits, where products are some three times as fast, so that the rest weighs more."""
 CHUNK_ROWS_CUDA = 2048
-CHUNK_BYTES_CPU = 64 << 20
-"""About this much for one model's logits of a chunk on a CPU."""
 BLOCK_ELEMENTS_CPU = 1 << 19
 BLOCK_ELEMENTS_CUDA = 1 << 26
 IMPOSSIBLE = -1e4
@@ -53,16 +52,17 @@ class Plan:
     def reduce_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def chunk(self, device: torch.device, rows: int) -> int:
-        """Rows of a chunk."""
+    def chunk(self, hidden_ND: Tensor) -> int:
+        """Rows of a chunk: on a CPU, logits half as large as the head's gradient in float32."""
+        rows, width = hidden_ND.shape
         if self.chunk_rows is not None:
             wanted = self.chunk_rows
-        elif device.type != "cpu":
+        elif hidden_ND.device.type != "cpu":
             wanted = CHUNK_ROWS_CUDA
         else:
-            most = NARROW_CHUNK_ROWS_CPU if self.dtype.itemsize < 4 else CHUNK_ROWS_CPU
-            fit = CHUNK_BYTES_CPU // (self.vocab_size * self.dtype.itemsize)
-            wanted = min(most, max(32, fit))
+            narrow = self.dtype.itemsize < 4
+            least, most = NARROW_CHUNK_ROWS_CPU if narrow else CHUNK_ROWS_CPU
+            wanted = min(most, max(least, 2 * width // self.dtype.itemsize))
         return max(1, min(wanted, rows))
 
     def block(self, device: torch.device, chunk: int) -> int:
@@ -109,7 +109,7 @@ class Work:
 
     def run(self) -> None:
         device = self.hidden_ND.device
-        chunk = self.plan.chunk(device, self.rows)
+        chunk = self.plan.chunk(self.hidden_ND)
         block = self.plan.block(device, chunk)
         student_nV = self.hidden_ND.new_empty(chunk, self.plan.vocab_size)
         teacher_nV = None if self.teacher is None else torch.empty_like(student_nV)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from stillhouse.errors import ModelError
+from stillhouse.teachers.views import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -162,11 +161,6 @@ def check_parameters(model: Any, axes: Axes) -> None:
                 where=model.config.name_or_path or "student.start",
                 fix="merge adapters first; a variant of an architecture cannot be pruned",
             )
-
-
-def decoder_layers(model: Any) -> nn.ModuleList:
-    layers: nn.ModuleList = model.base_model.layers
-    return layers
 
 
 def part(module: Any, name: str) -> Any:

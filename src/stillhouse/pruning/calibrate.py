@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from stillhouse.data import IGNORED, WindowSet
 from stillhouse.errors import DataError
-from stillhouse.pruning.axes import Axes, decoder_layers, part
+from stillhouse.pruning.axes import Axes, part
+from stillhouse.teachers.views import decoder_layers
 
 BATCH_TOKENS = 2048
 """Tokens that go through a layer at once: large enough for fast products, small in memory."""

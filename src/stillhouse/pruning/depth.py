@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from stillhouse.progress import bar
-from stillhouse.pruning.axes import decoder_layers
 from stillhouse.pruning.calibrate import Batch, LayerInputs, layer_inputs, run_layer
 from stillhouse.signals import LMHead
-from stillhouse.teachers.backbone import head_logits, lm_head
+from stillhouse.signals.head import head_logits
+from stillhouse.teachers.backbone import lm_head
+from stillhouse.teachers.views import decoder_layers
 
 CHUNK = 512
 """Rows of logits that are held at once."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stillhouse.pruning.axes import Axes, decoder_layers
+from stillhouse.pruning.axes import Axes
 from stillhouse.pruning.calibrate import (
     Batch,
     LayerInputs,
@@ -21,6 +21,7 @@ from stillhouse.pruning.calibrate import (
     products,
     run_ffn,
 )
+from stillhouse.teachers.views import decoder_layers
 
 Stream = list[Tensor]
 """The residual stream [R, L, D] of every batch, at one place of the model."""

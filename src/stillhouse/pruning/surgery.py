@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.pruning.axes import Axes, decoder_layers, part
+from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.heads import Grouping
 from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.local import load_model
 from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.views import decoder_layers
 
 
 def keep_neurons(layer: nn.Module, axes: Axes, kept_K: Tensor, down_DK: Tensor) -> None:

@@ -229,7 +229,8 @@ def _chosen(models: list[type[BaseModel]], raw: dict[str, Any]) -> type[BaseMode
     if tag_key is None:
         return models[0]
     by_tag = {tag: m for m in models for tag in typing.get_args(m.model_fields[tag_key].annotation)}
-    return by_tag.get(raw.get(tag_key))
+    default = next((m for m in models if not m.model_fields[tag_key].is_required()), None)
+    return by_tag.get(raw[tag_key]) if tag_key in raw else default
 
 
 def _describe(problem: ErrorDetails, lines: Lines, source: str) -> tuple[str, str, str | None]:

@@ -185,7 +185,8 @@ def _quality_charts(models: dict[str, ModelResult]) -> list[Chart]:
 
 def _kl_temperature(recipe: dict[str, Any]) -> float:
     terms = recipe.get("objective", {}).get("terms", [])
-    return next((float(t["temperature"]) for t in terms if t["divergence"] == "forward_kl"), 1.0)
+    of_output = (t for t in terms if t.get("divergence") == "forward_kl" and not t.get("layers"))
+    return next((float(t["temperature"]) for t in of_output), 1.0)
 
 
 def _training_charts(data: ReportData, curve: history.Curve | None) -> list[Chart]:

@@ -5,6 +5,8 @@ An objective never learns where a signal came from: a model in memory, a server,
 
 from stillhouse.signals.types import (
     DenseSignal,
+    FrozenHeadSignal,
+    HiddenSignal,
     LMHead,
     LogitsSignal,
     SampledSignal,
@@ -12,4 +14,13 @@ from stillhouse.signals.types import (
     SparseSignal,
 )
 
-__all__ = ["DenseSignal", "LMHead", "LogitsSignal", "SampledSignal", "Signal", "SparseSignal"]
+__all__ = [
+    "DenseSignal",
+    "FrozenHeadSignal",
+    "HiddenSignal",
+    "LMHead",
+    "LogitsSignal",
+    "SampledSignal",
+    "Signal",
+    "SparseSignal",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -47,7 +48,8 @@ class LogitsSignal:
 class SparseSignal:
     """The teacher's likeliest tokens, and the probability of all others together.
 
-    ids_NK: K different tokens a row.
+    ids_NK: K different tokens a row. A row with fewer than K of them is filled up with its first
+        id again at a log-probability of -inf.
     log_probs_NK: their log-probabilities in the full distribution: not renormalized over K.
     tail_N: the mass of every token that is not among them, in [0, 1].
     temperature: of the softmax that they were read from; a tail cannot be moved to another.
@@ -73,6 +75,27 @@ class SampledSignal:
     ids_NK: Tensor
     counts_NK: Tensor
     temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class FrozenHeadSignal:
+    """All that forward KL needs of the teacher where the student's head W [V, D] is frozen.
+
+    KL(p ‖ softmax(W h / T)) = Σ p log p − (Wᵀp)·h / T + logsumexp(W h / T).
+
+    vector_ND: Wᵀp. negative_entropy_N: Σ p log p, in nats. temperature: of the softmax p.
+    """
+
+    vector_ND: Tensor
+    negative_entropy_N: Tensor
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """The teacher's hidden states after chosen layers: hidden rows [N, D] by layer index."""
+
+    hidden_ND: Mapping[int, Tensor]
 
 
 Signal = DenseSignal | LogitsSignal | SparseSignal | SampledSignal

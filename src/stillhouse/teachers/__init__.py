@@ -3,7 +3,6 @@
 from stillhouse.teachers.backbone import (
     check_head,
     dense_signal,
-    head_logits,
     hidden_states,
     lm_head,
     trim_head,
@@ -19,7 +18,6 @@ __all__ = [
     "check_rows",
     "check_same_vocabulary",
     "dense_signal",
-    "head_logits",
     "hidden_states",
     "lm_head",
     "load_config",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stillhouse.errors import ModelError
 from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.signals.head import head_logits
 
 
 def lm_head(model: Any) -> LMHead:
@@ -81,14 +82,6 @@ def trim_head(head: LMHead, vocabulary: int | None) -> LMHead:
         return head
     bias_V = None if head.bias_V is None else head.bias_V[:vocabulary]
     return LMHead(head.weight_VD[:vocabulary], bias_V, head.scale, head.softcap)
-
-
-def head_logits(head: LMHead, hidden_ND: Tensor) -> Tensor:
-    """softcap(scale · (h Wᵀ + b)) as [N, V]; holds all of it, so only for few rows."""
-    logits_NV = torch.nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V) * head.scale
-    if head.softcap is not None:
-        logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
-    return logits_NV
 
 
 @torch.no_grad()

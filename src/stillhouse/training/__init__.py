@@ -1,6 +1,7 @@
 """Training on top of transformers.Trainer: resumable, distributed, and summed before it divides."""
 
 from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.objective import Objective, make_objective, stored_temperature
 from stillhouse.training.train import (
     CHECKPOINTS,
     METRICS,
@@ -16,8 +17,11 @@ __all__ = [
     "METRICS",
     "MODEL",
     "Batching",
+    "Objective",
     "TrainingResult",
+    "make_objective",
     "plan_batches",
     "read_metrics",
+    "stored_temperature",
     "train",
 ]

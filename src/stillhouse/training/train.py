@@ -6,7 +6,6 @@ import atexit
 import gc
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,14 @@ from stillhouse import account
 from stillhouse.data import Windows, collate
 from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
-from stillhouse.objectives import Term
 from stillhouse.progress import bar, note
-from stillhouse.recipe.schema import TrainRecipe
+from stillhouse.recipe.schema import ObjectiveRecipe, TrainRecipe
+from stillhouse.signals.store import Store
 from stillhouse.teachers.local import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
 from stillhouse.training.attention import use_short_attention
+from stillhouse.training.objective import make_objective
 from stillhouse.training.trainer import DistillationTrainer
 
 SCHEDULES = {
@@ -38,6 +38,7 @@ SCHEDULES = {
 MODEL = "model"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+PROJECTIONS = "distillation_projections"
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,18 @@ def train(
     heldout: Windows,
     *,
     section: TrainRecipe,
-    terms: Sequence[Term],
+    objective: ObjectiveRecipe,
     vocabulary: int | None,
     seed: int,
     out: Path,
+    store: Store | None = None,
     trust_remote_code: bool = False,
 ) -> TrainingResult:
     """Trains the checkpoint in `student` and writes `out/model` (float32) and `out/metrics.jsonl`.
 
     teacher: None trains on the objective's terms alone, which must then need no teacher.
+    store: the teacher's recorded answers for these windows, in place of a teacher. Held-out
+    measurements then know the perplexity alone.
     vocabulary: ids below it are shared by both models; rows beyond it are padding.
     Goes on from the newest complete checkpoint in `out/checkpoints`, to the same weights as an
     undisturbed run gives. Under torchrun or accelerate launch every process calls this.
@@ -108,15 +112,15 @@ def train(
         raise TrainingError("no token of the training data is to be predicted", where=windows.path)
     device = default_device()
     precision = choose_precision(section.precision, device)
-    note(f"precision: {precision.reason}")
-
     folder = out / CHECKPOINTS
     main = int(os.environ.get("RANK", "0")) == 0
+    if main:
+        note(f"precision: {precision.reason}")
     found = checkpoints.latest(folder)
     if main:
         checkpoints.drop_incomplete(folder)
     checkpoint, meter = found if found else (None, checkpoints.Meter())
-    if checkpoint:
+    if checkpoint and main:
         note(f"going on from step {meter.step} of {plan.steps}")
     # Only the first process writes: what others left in the folder would become part of the stage.
     metrics = checkpoints.MetricsFile(out / METRICS, keep_to_step=meter.step) if main else None
@@ -128,13 +132,18 @@ def train(
         guide = load_model(teacher, dtype=precision.dtype, trust_remote_code=trust_remote_code)
     for trained_on in filter(None, (model, guide)):
         use_short_attention(trained_on, windows.context)
+    terms = make_objective(objective, model.config, (guide or model).config, seed=seed)
+    if len(projections := terms.projections()):
+        # A part of the module while it trains: optimizer, wrappers and checkpoints all see them.
+        model.add_module(PROJECTIONS, projections)
     planned_tokens = plan.steps * section.batch_size * windows.context
     with bar("train", total=planned_tokens) as advance:
         advance(meter.step * section.batch_size * windows.context)
         trainer = DistillationTrainer(
             student=model,
             teacher=guide,
-            terms=terms,
+            store=store,
+            objective=terms,
             dtype=precision.dtype,
             vocabulary=vocabulary,
             metrics=metrics,
@@ -151,6 +160,8 @@ def train(
         with quiet():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     done = trainer.meter()
+    if len(projections):
+        delattr(model, PROJECTIONS)
     with quiet():
         trainer.save_model(str(out / MODEL))
     if processes > 1:

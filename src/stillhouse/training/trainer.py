@@ -10,23 +10,27 @@ their hooks fire around everything that uses its parameters, the head included.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from stillhouse.data import IGNORED, supervised_rows, supervised_targets
+from stillhouse.data import IGNORED, supervised_rows
 from stillhouse.errors import TrainingError
-from stillhouse.objectives import Term, fused_loss
-from stillhouse.signals import DenseSignal
-from stillhouse.teachers.backbone import hidden_states, lm_head
+from stillhouse.objectives import LossSum, Mixture, Tally, Term
+from stillhouse.signals import DenseSignal, SampledSignal, SparseSignal
+from stillhouse.signals.segments import find_segments
+from stillhouse.signals.store import Store
+from stillhouse.teachers.backbone import lm_head
+from stillhouse.teachers.views import Wanted, look
 from stillhouse.training.checkpoints import Meter, MetricsFile
+from stillhouse.training.loss import Batch, TeacherView, moved, objective_loss
+from stillhouse.training.objective import Objective
 
-HELDOUT_TERMS = (Term("forward_kl"), Term("cross_entropy"))
-
-Batch = dict[str, Tensor]
+HELDOUT_KL = Term("forward_kl")
+HELDOUT_CROSS_ENTROPY = Term("cross_entropy")
 
 
 class DistillationTrainer(Trainer):
@@ -39,7 +43,8 @@ class DistillationTrainer(Trainer):
         *,
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
-        terms: Sequence[Term],
+        store: Store | None,
+        objective: Objective,
         dtype: torch.dtype,
         vocabulary: int | None,
         metrics: MetricsFile | None,
@@ -54,17 +59,18 @@ class DistillationTrainer(Trainer):
         # exactly the rows that `supervised_rows` takes.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.terms = tuple(terms)
+        self.objective = objective
         self.metrics_file = metrics
         self.advance = advance
         self.early_stop = early_stop
         self._teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        self._store = store
         self._before = meter
         self._started = time.monotonic()
         self._tokens: Tensor | int = meter.tokens
         self._logged_tokens = meter.tokens
         self._logged_at = self._started
-        self._term_sums: dict[str, Tensor] = {}
+        self._tally = Tally()
         self._paused = 0.0
 
     # --- the loss ----------------------------------------------------------------------------
@@ -76,14 +82,17 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        outputs = model(**inputs, signal=self._signal(inputs), terms=self.terms)
-        for name, value in outputs["terms"].items():
-            previous = self._term_sums.get(name)
-            self._term_sums[name] = value if previous is None else previous + value
+        progress = self.state.global_step / max(1, self.state.max_steps)
+        if self._store is None:
+            teacher = self._look_at_teacher(inputs, self.objective.of_teacher)
+        else:
+            teacher = self._look_up(inputs, self._store)
+        outputs = model(**inputs, teacher=teacher, objective=self.objective, progress=progress)
+        self._tally.add(outputs)
         assert num_items_in_batch is not None
-        rows = torch.as_tensor(num_items_in_batch, device=outputs["loss"].device).clamp(min=1)
+        rows = torch.as_tensor(num_items_in_batch, device=outputs.total.device).clamp(min=1)
         # DDP and FSDP average gradients over ranks; the rows are already counted over all of them.
-        loss = outputs["loss"] * (self.accelerator.num_processes / rows)
+        loss = outputs.total * (self.accelerator.num_processes / rows)
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(
@@ -94,12 +103,18 @@ class DistillationTrainer(Trainer):
         return batches, items
 
     @torch.no_grad()
-    def _signal(self, inputs: Batch) -> DenseSignal | None:
+    def _look_at_teacher(self, inputs: Batch, wanted: Wanted) -> TeacherView | None:
         if self._teacher is None:
             return None
-        hidden_RLD = hidden_states(self._teacher, inputs["input_ids"], inputs["position_ids"])
-        rows_ND = supervised_rows(hidden_RLD, inputs["labels"])
-        return DenseSignal(rows_ND, lm_head(self._teacher))
+        seen = look(self._teacher, inputs["input_ids"], inputs["position_ids"], wanted)
+        rows_ND = supervised_rows(seen.last_RLD, inputs["labels"])
+        return TeacherView(DenseSignal(rows_ND, lm_head(self._teacher)), seen)
+
+    def _look_up(self, inputs: Batch, store: Store) -> TeacherView:
+        windows = (inputs[name] for name in ("input_ids", "labels", "position_ids"))
+        stored = store.read(find_segments(*windows))
+        assert isinstance(stored, SampledSignal | SparseSignal)
+        return TeacherView(moved(stored, self.args.device))
 
     # --- what is measured on the way -----------------------------------------------------------
 
@@ -121,12 +136,11 @@ class DistillationTrainer(Trainer):
         total = int(self._tokens)
         tokens = max(total - self._logged_tokens, 1)
         # Every rank holds its own sums and the count of all ranks; one reduction for all terms.
-        sums = torch.stack([value.float() for value in self._term_sums.values()])
+        names, sums = self._tally.take()
         means = (self.accelerator.reduce(sums) / tokens).tolist()
-        metrics = dict(zip(self._term_sums, means, strict=True))
+        metrics = dict(zip(names, means, strict=True))
         metrics["tokens"] = total
         metrics["tokens_per_s"] = tokens / max(now - self._logged_at, 1e-9)
-        self._term_sums = {}
         self._logged_tokens, self._logged_at = total, now
         return metrics
 
@@ -147,13 +161,19 @@ class DistillationTrainer(Trainer):
         """Held-out KL to the teacher (nats a token) and perplexity, over all ranks."""
         began = time.monotonic()
         self.model.eval()
-        terms = HELDOUT_TERMS if self._teacher is not None else HELDOUT_TERMS[1:]
+        terms = [HELDOUT_CROSS_ENTROPY]
+        if self._teacher is not None:
+            terms.insert(0, HELDOUT_KL)
+        objective = Objective(Mixture.of(*terms))
         sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
             for batch in self._heldout_batches():
-                outputs = self.model_wrapped(**batch, signal=self._signal(batch), terms=terms)
+                teacher = self._look_at_teacher(batch, objective.of_teacher)
+                outputs = self.model_wrapped(
+                    **batch, teacher=teacher, objective=objective, progress=0.0
+                )
                 rows = (batch["labels"][:, 1:] != IGNORED).sum()
-                values = [outputs["terms"][term.divergence] for term in terms]
+                values = [outputs.terms[term.divergence] for term in terms]
                 sums += torch.stack([*values, rows]).double()
         sums = self.accelerator.reduce(sums)
         means = (sums[:-1] / sums[-1]).tolist()
@@ -195,24 +215,26 @@ class DistillationTrainer(Trainer):
 
 def _loss_forward(
     student: PreTrainedModel, dtype: torch.dtype, vocabulary: int | None
-) -> Callable[..., dict[str, Any]]:
+) -> Callable[..., LossSum]:
     def forward(
         input_ids: Tensor,
         position_ids: Tensor,
         labels: Tensor,
-        signal: DenseSignal | None,
-        terms: Sequence[Term],
-    ) -> dict[str, Any]:
-        hidden_RLD = hidden_states(student, input_ids, position_ids)
-        loss = fused_loss(
-            supervised_rows(hidden_RLD, labels),
-            lm_head(student),
-            terms,
-            signal=signal,
-            targets_N=supervised_targets(labels),
-            vocab_size=vocabulary,
-            compute_dtype=dtype,
+        teacher: TeacherView | None,
+        objective: Objective,
+        progress: float,
+    ) -> LossSum:
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+        seen = look(student, input_ids, position_ids, objective.of_student)
+        return objective_loss(
+            objective,
+            student,
+            seen,
+            teacher,
+            batch,
+            progress=progress,
+            vocabulary=vocabulary,
+            dtype=dtype,
         )
-        return {"loss": loss.total, "terms": loss.terms}
 
     return forward

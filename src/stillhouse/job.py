@@ -1,0 +1,111 @@
+"""A recipe's models, found and fit together: what every stage of its run starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.errors import RecipeError
+from stillhouse.progress import note
+from stillhouse.recipe import Recipe
+from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.students import planned_config
+from stillhouse.teachers import (
+    ModelSource,
+    VocabularyMatch,
+    check_same_vocabulary,
+    load_config,
+    load_tokenizer,
+    resolve_model,
+)
+from stillhouse.teachers.scoring import encoding_of
+from stillhouse.training import Objective, make_objective, stored_temperature
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe whose models have been found and fit together.
+
+    base: where relative paths start. vocabulary: token ids below it are shared by both models;
+    rows of a head beyond it are padding.
+    """
+
+    recipe: Recipe
+    base: Path
+    teacher: ModelSource
+    pretrained: ModelSource | None
+    vocabulary: int
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The student's own where it has one: its token ids are the teacher's, see `students`."""
+        return (self.pretrained or self.teacher).path
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return self.recipe.teacher.trust_remote_code
+
+
+def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
+    """Finds and checks the models on disk, or downloads them (False: all but their weights).
+
+    Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
+    """
+    if isinstance(recipe.student, PrunedStudent) and recipe.student.vocabulary is not None:
+        raise RecipeError(
+            "a student with fewer tokens than its teacher cannot be trained by a recipe yet",
+            where="student.vocabulary",
+            fix="leave the key out; students.build_student makes such a student, untrained",
+        )
+    section = recipe.teacher
+    teacher = resolve_model(section.model, revision=section.revision, base=base, weights=weights)
+    pretrained = None
+    if isinstance(recipe.student, PretrainedStudent):
+        student = recipe.student
+        pretrained = resolve_model(
+            student.model, revision=student.revision, base=base, weights=weights
+        )
+    match = shared_vocabulary(teacher, pretrained or teacher, recipe.teacher.trust_remote_code)
+    for warning in match.warnings:
+        note(f"warning: {warning}")
+    job = Job(recipe, base, teacher, pretrained, match.rows)
+    # Refuses now what these models, or a store of the teacher's answers, cannot give.
+    objective = planned_objective(job)
+    if recipe.signals is not None:
+        stored_temperature(objective, encoding_of(recipe.signals))
+    return job
+
+
+def planned_objective(job: Job) -> Objective:
+    """The objective before there is a student: its learned maps have shapes and no memory."""
+    with torch.device("meta"):
+        return make_objective(job.recipe.objective, *configs(job))
+
+
+def configs(job: Job) -> tuple[Any, Any]:
+    """The student's configuration, as it will be, and the teacher's."""
+    code = job.trust_remote_code
+    teacher = load_config(job.teacher.path, trust_remote_code=code)
+    section = job.recipe.student
+    if isinstance(section, PrunedStudent | RandomStudent):
+        return planned_config(section, teacher, base=job.base), teacher
+    assert job.pretrained is not None
+    return load_config(job.pretrained.path, trust_remote_code=code), teacher
+
+
+def shared_vocabulary(
+    teacher: ModelSource, student: ModelSource, trust_remote_code: bool
+) -> VocabularyMatch:
+    """Raises ModelError where the two models' tokens differ."""
+    sides = []
+    for source in (teacher, student):
+        tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+        config = load_config(source.path, trust_remote_code=trust_remote_code)
+        sides.append((tokenizer, int(config.get_text_config().vocab_size)))
+    (teacher_tokenizer, teacher_rows), (student_tokenizer, student_rows) = sides
+    return check_same_vocabulary(
+        teacher_tokenizer, student_tokenizer, teacher_rows=teacher_rows, student_rows=student_rows
+    )

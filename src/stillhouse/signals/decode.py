@@ -1,0 +1,188 @@
+"""From the rows of a store to a signal: no loop over rows, nothing copied twice.
+
+Shapes: S segments, n rows of a source, N rows of a batch, K entries of the longest row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stillhouse.signals.encodings import (
+    UNITS,
+    EntryEncoding,
+    FrozenHead,
+    Hidden,
+    Sampled,
+    Stratified,
+    Threshold,
+    TopK,
+    TopP,
+)
+from stillhouse.signals.rows import DenseRows, EntryRows
+from stillhouse.signals.types import (
+    FrozenHeadSignal,
+    HiddenSignal,
+    SampledSignal,
+    SparseSignal,
+)
+
+StoredSignal = SparseSignal | SampledSignal | FrozenHeadSignal | HiddenSignal
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Segments of a batch that lie in one shard, or in memory.
+
+    rows: all of the source; the planes of ragged rows end in GUARD more elements. rows_S,
+    first_row_S, first_entry_S and first_value_S: where in it each segment lies. place_n: which
+    rows of the batch they are, in order.
+    """
+
+    rows: EntryRows | DenseRows
+    rows_S: NDArray[np.int64]
+    first_row_S: NDArray[np.int64]
+    first_entry_S: NDArray[np.int64]
+    first_value_S: NDArray[np.int64]
+    place_n: NDArray[np.int64]
+
+    def row_indices(self) -> NDArray[np.int64]:
+        return ranges(self.first_row_S, self.rows_S)
+
+    def place(self) -> slice | NDArray[np.int64]:
+        """`place_n` as an index: a slice where the rows stand together, which is faster."""
+        first, last = int(self.place_n[0]), int(self.place_n[-1])
+        together = last - first + 1 == len(self.place_n)
+        return slice(first, last + 1) if together else self.place_n
+
+    def starts(self, lengths_n: NDArray[np.uint8], first_S: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where each row's elements start, from the rows' lengths and the segments' starts."""
+        before_n = np.cumsum(lengths_n, dtype=np.int64) - lengths_n
+        segment_S = np.cumsum(self.rows_S) - self.rows_S
+        return before_n + np.repeat(first_S - before_n[segment_S], self.rows_S)
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """Rows of a batch side by side. What lies past counts_N (valued_N) in a row is of no meaning,
+    but the ids there are ids."""
+
+    counts_N: NDArray[np.uint8]
+    valued_N: NDArray[np.uint8]
+    ids_NK: NDArray[np.int32]
+    values_NK: NDArray[Any]
+    tail_N: NDArray[np.float32] | None
+
+
+def ranges(first_S: NDArray[np.int64], lengths_S: NDArray[np.int64]) -> NDArray[np.int64]:
+    """first, first + 1, ... of each of S runs, one run after the other."""
+    before_S = np.cumsum(lengths_S) - lengths_S
+    return np.arange(int(lengths_S.sum())) + np.repeat(first_S - before_S, lengths_S)
+
+
+def pad(sources: Sequence[Source], rows: int) -> Padded:
+    """The rows of a batch, taken together from where they lie. All sources hold entries."""
+    counts_N, valued_N = np.empty(rows, np.uint8), np.empty(rows, np.uint8)
+    found = []
+    for source in sources:
+        held = source.rows
+        assert isinstance(held, EntryRows)
+        row_n = source.row_indices()
+        counts_n = held.counts_N[row_n]
+        valued_n = counts_n if held.valued_N is None else held.valued_N[row_n]
+        counts_N[source.place()], valued_N[source.place()] = counts_n, valued_n
+        found.append((source, held, row_n, counts_n, valued_n))
+    most = max(int(counts_N.max(initial=0)), 1)
+    most_valued = max(int(valued_N.max(initial=0)), 1)
+    first = found[0][1]
+    ids_NK = np.empty((rows, most), np.int32)
+    values_NK = np.empty((rows, most_valued), first.values_X.dtype)
+    tail_N = None if first.tail_N is None else np.empty(rows, np.float32)
+    for source, held, row_n, counts_n, valued_n in found:
+        start_n = source.starts(counts_n, source.first_entry_S)
+        ids_NK[source.place()] = _ids(held, start_n, most)
+        value_n = source.starts(valued_n, source.first_value_S)
+        values_NK[source.place()] = _windows(held.values_X, most_valued)[value_n]
+        if tail_N is not None and held.tail_N is not None:
+            tail_N[source.place()] = held.tail_N[row_n]
+    return Padded(counts_N, valued_N, ids_NK, values_NK, tail_N)
+
+
+def _ids(rows: EntryRows, start_n: NDArray[np.int64], most: int) -> NDArray[Any]:
+    low_nK = _windows(rows.low_E, most)[start_n]
+    if rows.high_E is None:
+        return low_nK
+    return low_nK + (_windows(rows.high_E, most)[start_n].astype(np.int32) << 16)
+
+
+def _windows(plane: NDArray[Any], width: int) -> NDArray[Any]:
+    """A view of every run of `width` elements of a plane, by its start."""
+    shape = (len(plane) - width + 1, width)
+    return np.lib.stride_tricks.as_strided(plane, shape, plane.strides * 2, writeable=False)
+
+
+def entries_signal(encoding: EntryEncoding, rows: Padded, temperature: float) -> StoredSignal:
+    """The signal of padded rows: a SparseSignal of top_k and top_p, else a SampledSignal."""
+    ids_NK = torch.from_numpy(rows.ids_NK)
+    if isinstance(encoding, Stratified | Threshold):
+        weights_NK = _shared_weights(rows, UNITS[encoding.probability_bytes])
+        return SampledSignal(ids_NK, torch.from_numpy(weights_NK), temperature)
+    values_NK = rows.values_NK.astype(np.float32)
+    column_K = np.arange(values_NK.shape[1], dtype=np.uint8)
+    if isinstance(encoding, Sampled):
+        values_NK *= column_K < rows.valued_N[:, None]
+        return SampledSignal(ids_NK, torch.from_numpy(values_NK), temperature)
+    if isinstance(encoding, TopK) and not encoding.tail:
+        return SampledSignal(ids_NK, torch.from_numpy(np.exp(values_NK)), temperature)
+    if isinstance(encoding, TopP):
+        past_NK = column_K >= rows.counts_N[:, None]
+        values_NK[past_NK] = -np.inf
+        np.copyto(rows.ids_NK, rows.ids_NK[:, :1], where=past_NK)
+    assert rows.tail_N is not None
+    return SparseSignal(
+        ids_NK, torch.from_numpy(values_NK), torch.from_numpy(rows.tail_N), temperature
+    )
+
+
+def _shared_weights(rows: Padded, units: int) -> NDArray[np.float32]:
+    """Exact probabilities, and behind them draws that share what these leave of 1: [N, K]."""
+    wide = rows.values_NK.shape[1]
+    column_K = np.arange(rows.ids_NK.shape[1], dtype=np.uint8)
+    valued_NX = column_K[:wide] < rows.valued_N[:, None]
+    exact_NX = (rows.values_NK * valued_NX).astype(np.float32)
+    rest_N = units - exact_NX @ np.ones(wide, np.float32)  # whole numbers, so exactly
+    draws_N = rows.counts_N - rows.valued_N
+    share_N = rest_N / (np.maximum(draws_N, 1) * np.float32(units))
+    drawn_NK = column_K < rows.counts_N[:, None]
+    drawn_NK[:, :wide] ^= valued_NX
+    weights_NK = drawn_NK * share_N[:, None]
+    weights_NK[:, :wide] += exact_NX * np.float32(1 / units)
+    return weights_NK
+
+
+def dense_signal(
+    encoding: FrozenHead | Hidden, sources: Sequence[Source], rows: int, temperature: float
+) -> StoredSignal:
+    """The signal of dense rows, in bfloat16."""
+    first = sources[0].rows
+    assert isinstance(first, DenseRows)
+    bits_NW = np.empty((rows, first.bits_NW.shape[1]), np.int16)
+    scalar_N = np.empty(rows, np.float32)
+    for source in sources:
+        held = source.rows
+        assert isinstance(held, DenseRows)
+        row_n = source.row_indices()
+        bits_NW[source.place()] = held.bits_NW[row_n].view(np.int16)
+        if held.scalar_N is not None:
+            scalar_N[source.place()] = held.scalar_N[row_n]
+    values_NW: Tensor = torch.from_numpy(bits_NW).view(torch.bfloat16)
+    if isinstance(encoding, FrozenHead):
+        return FrozenHeadSignal(values_NW, torch.from_numpy(scalar_N), temperature)
+    parts = values_NW.split(encoding.width, 1)
+    return HiddenSignal(dict(zip(encoding.layers, parts, strict=True)))

@@ -1,0 +1,242 @@
+"""What of the teacher's answer a store keeps: one frozen dataclass for each encoding.
+
+Every class says what it keeps a row, which signal that gives back (`signal`), which divergences
+the signal serves, and whether the teacher's probabilities are estimated without bias. Sizes are
+for ids of `id_bytes` bytes: 2 where the vocabulary has at most 65,536 tokens, else 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from stillhouse.errors import SignalError
+
+MOST_ENTRIES = 254
+"""A row's entries are counted in one byte."""
+BUCKETED = "every divergence except adaptive_kl"
+FORWARD_ONLY = "forward_kl"
+UNITS = {1: 255, 2: 65535}
+"""A probability of n bytes is a whole number of 1/UNITS[n]."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k likeliest tokens: id and log-probability (float16), and the mass of all others.
+
+    With `tail: false` the k probabilities are made to sum to 1 when they are read. That is the
+    usual baseline; its error does not average out.
+    """
+
+    k: int
+    tail: bool = True
+
+    kind: ClassVar[str] = "top_k"
+    draws_a_row: ClassVar[int] = 0
+
+    @property
+    def signal(self) -> str:
+        return "SparseSignal" if self.tail else "SampledSignal"
+
+    @property
+    def serves(self) -> str:
+        return BUCKETED if self.tail else FORWARD_ONLY
+
+    @property
+    def bias(self) -> str:
+        if self.tail:
+            return "none within its buckets; tokens of the tail are not told apart"
+        return "biased: tokens below the k-th count as impossible, all others as likelier"
+
+    def __post_init__(self) -> None:
+        _within("top_k.k", self.k, 1, MOST_ENTRIES)
+
+
+@dataclass(frozen=True)
+class TopP:
+    """The fewest tokens whose mass reaches p, `most` at the most, stored as in `TopK`."""
+
+    p: float
+    most: int = 64
+
+    kind: ClassVar[str] = "top_p"
+    signal: ClassVar[str] = "SparseSignal"
+    serves: ClassVar[str] = BUCKETED
+    bias: ClassVar[str] = "none within its buckets; tokens of the tail are not told apart"
+    draws_a_row: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        _within("top_p.p", self.p, 0.0, 1.0)
+        _within("top_p.most", self.most, 1, MOST_ENTRIES)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """`draws` tokens drawn with replacement from q ∝ p^exponent: the different ids and counts.
+
+    Sparse Logit Sampling (Anshumann et al. 2025, arXiv 2503.16870). At an exponent of 1 a count
+    is one byte. Otherwise each id carries count · p/q as a float16, and since the reader makes
+    every row sum to 1, the estimate is a ratio: consistent, with a bias of order 1/draws.
+    """
+
+    draws: int
+    exponent: float = 1.0
+
+    kind: ClassVar[str] = "sampled"
+    signal: ClassVar[str] = "SampledSignal"
+    serves: ClassVar[str] = FORWARD_ONLY
+
+    @property
+    def draws_a_row(self) -> int:
+        return self.draws
+
+    @property
+    def bias(self) -> str:
+        return "unbiased" if self.exponent == 1.0 else "biased by order 1/draws: rows sum to 1"
+
+    def __post_init__(self) -> None:
+        _within("sampled.draws", self.draws, 1, MOST_ENTRIES)
+        _within("sampled.exponent", self.exponent, 0.1, 2.0)
+
+
+@dataclass(frozen=True)
+class Stratified:
+    """The k likeliest tokens with their probabilities, and systematic draws from the rest.
+
+    Each draw weighs the rest's mass / draws. That mass is 1 less the stored probabilities, so
+    that a draw is an id and nothing else.
+    """
+
+    k: int
+    draws: int
+    probability_bytes: Literal[1, 2] = 1
+
+    kind: ClassVar[str] = "stratified"
+    signal: ClassVar[str] = "SampledSignal"
+    serves: ClassVar[str] = FORWARD_ONLY
+    bias: ClassVar[str] = "unbiased"
+    draws_a_row: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        _within("stratified.k", self.k, 1, MOST_ENTRIES)
+        _within("stratified.draws", self.draws, 1, MOST_ENTRIES - self.k)
+        _probability_bytes(self.probability_bytes)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Every token of probability ≥ tau exactly, and the rest by systematic draws of ≥ tau each.
+
+    The rest's mass T gets max(1, ⌊T/tau⌋) draws, each weighing T / draws: a position whose tail is
+    heavy gets more of them, and no token comes twice. One tau for the whole store gives the least
+    total variance for the total number of entries: see docs/signal-store.md. `tune_threshold`
+    finds the tau of a wanted size.
+    """
+
+    tau: float
+    probability_bytes: Literal[1, 2] = 1
+
+    kind: ClassVar[str] = "threshold"
+    signal: ClassVar[str] = "SampledSignal"
+    serves: ClassVar[str] = FORWARD_ONLY
+    bias: ClassVar[str] = "unbiased"
+    draws_a_row: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        _within("threshold.tau", self.tau, 1 / (MOST_ENTRIES - 1), 1.0)
+        _probability_bytes(self.probability_bytes)
+
+
+@dataclass(frozen=True)
+class FrozenHead:
+    """Wᵀp in bfloat16 for a student's head W [V, width] that stays as it is, and Σ p log p.
+
+    Forward KL from it is exact but for the rounding: 2 · width + 4 bytes a row.
+    """
+
+    width: int
+
+    kind: ClassVar[str] = "frozen_head"
+    signal: ClassVar[str] = "FrozenHeadSignal"
+    serves: ClassVar[str] = "forward_kl of a student whose head is frozen"
+    bias: ClassVar[str] = "exact up to bfloat16"
+    draws_a_row: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        _within("frozen_head.width", self.width, 1, 2**24)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The hidden states after the given layers, `width` numbers each, in bfloat16."""
+
+    layers: tuple[int, ...]
+    width: int
+
+    kind: ClassVar[str] = "hidden"
+    signal: ClassVar[str] = "HiddenSignal"
+    serves: ClassVar[str] = "losses on hidden states"
+    bias: ClassVar[str] = "exact up to bfloat16"
+    draws_a_row: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists only
+        _within("hidden.width", self.width, 1, 2**24)
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise SignalError(f"hidden.layers must be different layers, not {self.layers}")
+
+
+EntryEncoding = TopK | TopP | Sampled | Stratified | Threshold
+DenseEncoding = FrozenHead | Hidden
+Encoding = EntryEncoding | DenseEncoding
+ENCODINGS: Mapping[str, Callable[..., Encoding]] = {
+    "top_k": TopK,
+    "top_p": TopP,
+    "sampled": Sampled,
+    "stratified": Stratified,
+    "threshold": Threshold,
+    "frozen_head": FrozenHead,
+    "hidden": Hidden,
+}
+
+
+def encoding_to_json(encoding: Encoding) -> dict[str, Any]:
+    """The encoding's kind and parameters, as JSON has them."""
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(encoding).items()}
+    return {"kind": encoding.kind, **values}
+
+
+def encoding_from_json(raw: Mapping[str, Any]) -> Encoding:
+    """The reverse of `encoding_to_json`. Raises SignalError: an unknown kind or parameter."""
+    values = dict(raw)
+    kind = values.pop("kind", None)
+    if kind not in ENCODINGS:
+        raise SignalError(
+            f"there is no encoding {kind!r}", fix=f"use one of {', '.join(ENCODINGS)}"
+        )
+    try:
+        return ENCODINGS[kind](**values)
+    except TypeError as error:
+        known = [field.name for field in fields(ENCODINGS[kind])]  # type: ignore[arg-type]
+        raise SignalError(
+            f"{kind} has not the parameters {sorted(values)}",
+            fix=f"its parameters are {', '.join(known)}",
+        ) from error
+
+
+def value_bytes(encoding: EntryEncoding) -> int:
+    """Bytes of one stored probability, log-probability, count or weight."""
+    if isinstance(encoding, Stratified | Threshold):
+        return encoding.probability_bytes
+    return 1 if isinstance(encoding, Sampled) and encoding.exponent == 1.0 else 2
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise SignalError(f"{name} is {value:g}; it must be from {low:g} to {high:g}")
+
+
+def _probability_bytes(value: int) -> None:
+    if value not in UNITS:
+        raise SignalError(f"probability_bytes is {value}; it must be 1 or 2")

@@ -1,0 +1,94 @@
+"""Files that are whole or absent, and JSON that notices a flipped bit."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import StoreError
+
+PARTIAL = ".partial"
+
+
+def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+    """Writes a file under a temporary name, flushes it to disk, and gives it its name.
+
+    Raises StoreError: the disk is full or the folder cannot be written. The temporary file is
+    gone then, and what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        with temporary.open("wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        _remove(temporary)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                "the disk is full; every shard before this one is kept",
+                where=path.parent,
+                fix="make room and run the same command again: it goes on from there",
+            ) from error
+        raise StoreError(
+            f"the store cannot be written ({error.strerror})",
+            where=path,
+            fix="check that the folder exists and may be written",
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:  # it lies about as a .partial file, which nothing reads
+        return
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checked_json(content: dict[str, Any]) -> bytes:
+    """The content as JSON, the checksum of the rest as its last key."""
+    return _text({**content, "checksum": _checksum(content)})
+
+
+def read_checked_json(path: Path, what: str) -> dict[str, Any]:
+    """What `checked_json` wrote. Raises StoreError unless every byte of the file is as it was."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{what} cannot be read ({error.strerror})", where=path) from error
+    try:
+        content = json.loads(data)
+        checksum = content.pop("checksum")
+        whole = checksum == _checksum(content) and checked_json(content) == data
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise StoreError(
+            f"{what} is damaged: its checksum is wrong",
+            where=path,
+            fix="restore it from a copy; or delete it, and finish the store again",
+        )
+    return content
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    return hashlib.blake2b(_text(content), digest_size=16).hexdigest()
+
+
+def _text(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()

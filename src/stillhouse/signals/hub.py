@@ -1,0 +1,65 @@
+"""Stores on the Hugging Face Hub, as data set repositories."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from stillhouse.errors import StoreError
+from stillhouse.signals.verify import verify
+
+
+def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
+    """Uploads a sound, finished store to a data set repository; returns the commit's address.
+
+    The Hub's token comes from the environment. Raises StoreError: the store is damaged, or the Hub
+    refuses.
+    """
+    _refuse_damaged(path)
+    api = HfApi()
+    try:
+        api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            repo_type="dataset",
+            folder_path=path,
+            allow_patterns=["*.json", "shards/*.bin"],
+            commit_message="A store of a teacher's signals",
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise _refused(repository, error) from error
+    return str(commit.commit_url)
+
+
+def download_store(repository: str, path: Path, *, revision: str | None = None) -> Path:
+    """Downloads a store into the folder `path` and verifies it. Raises StoreError."""
+    try:
+        snapshot_download(
+            repository,
+            repo_type="dataset",
+            revision=revision,
+            local_dir=path,
+            allow_patterns=["*.json", "shards/*.bin"],
+        )
+    except (HfHubHTTPError, OSError) as error:
+        raise _refused(repository, error) from error
+    _refuse_damaged(path)
+    return path
+
+
+def _refuse_damaged(path: Path) -> None:
+    wrong = verify(path)
+    if wrong:
+        raise StoreError(
+            f"the store is not sound: {wrong[0].what}", where=wrong[0].where, fix=wrong[0].fix
+        )
+
+
+def _refused(repository: str, error: Exception) -> StoreError:
+    return StoreError(
+        f"the Hub did not do it ({error})",
+        where=repository,
+        fix="check the repository's name and that HF_TOKEN may use it",
+    )

@@ -1,0 +1,202 @@
+"""What a store says about itself: the settings, fixed when it is begun, and the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import SignalError, StoreError
+from stillhouse.signals.encodings import Encoding, encoding_from_json, encoding_to_json
+from stillhouse.signals.files import checked_json, read_checked_json, write_whole
+
+FORMAT = 1
+SETTINGS, MANIFEST, SHARDS = "settings.json", "manifest.json", "shards"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what the rows of a store are.
+
+    identity: whatever must be the same where the store is read, by name: hashes of the teacher,
+    the tokenizer, the chat template, the data, the code. vocabulary: tokens of the distribution.
+    """
+
+    encoding: Encoding
+    vocabulary: int
+    identity: Mapping[str, str]
+    temperature: float = 1.0
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "encoding": encoding_to_json(self.encoding),
+            "vocabulary": self.vocabulary,
+            "temperature": self.temperature,
+            "seed": self.seed,
+            "identity": dict(sorted(self.identity.items())),
+        }
+
+    def fingerprint(self) -> bytes:
+        """16 bytes that every shard carries: a shard of another store is not taken for ours."""
+        text = json.dumps(self.to_json(), sort_keys=True, ensure_ascii=False)
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A shard as the manifest lists it; crc32 is that of all bytes after its header."""
+
+    name: str
+    crc32: int
+    bytes: int
+    segments: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Means over the rows of a store.
+
+    captured_mass: the teacher's probability of the stored tokens. variance: Σ_i Var(p̂_i) of the
+    estimate. squared_bias: Σ_i (E p̂_i − p_i)². entries: stored tokens. bytes: of all files,
+    keys, offsets and checksums included.
+    """
+
+    captured_mass: float
+    variance: float
+    squared_bias: float
+    entries: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A finished store. `rows` are supervised tokens."""
+
+    settings: Settings
+    quality: Quality
+    segments: int
+    rows: int
+    bytes: int
+    shards: tuple[ShardEntry, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        encoding = self.settings.encoding
+        return {
+            "format": FORMAT,
+            **self.settings.to_json(),
+            "fingerprint": self.settings.fingerprint().hex(),
+            "signal": encoding.signal,
+            "serves": encoding.serves,
+            "bias": encoding.bias,
+            "mean_a_row": asdict(self.quality),
+            "segments": self.segments,
+            "rows": self.rows,
+            "bytes": self.bytes,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+
+
+def write_settings(path: Path, settings: Settings) -> None:
+    write_whole(path / SETTINGS, [checked_json({"format": FORMAT, **settings.to_json()})])
+
+
+def read_settings(path: Path) -> Settings:
+    """The settings of a store that was begun. Raises StoreError: there is none, or damaged."""
+    if not (path / SETTINGS).exists():
+        raise StoreError("there is no signal store here", where=path, fix="record one first")
+    return _settings(read_checked_json(path / SETTINGS, "the store's settings"), path / SETTINGS)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    write_whole(path / MANIFEST, [checked_json(manifest.to_json())])
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a finished store.
+
+    Raises StoreError: no store, not finished, damaged, or of another format.
+    """
+    file = path / MANIFEST
+    if not file.exists():
+        settings = read_settings(path)
+        raise StoreError(
+            f"the store ({settings.encoding.kind}) is not finished: it has no manifest",
+            where=path,
+            fix="run what recorded it again: it goes on where it stopped",
+        )
+    raw = read_checked_json(file, "the manifest")
+    settings = _settings(raw, file)
+    return Manifest(
+        settings=settings,
+        quality=Quality(**raw["mean_a_row"]),
+        segments=raw["segments"],
+        rows=raw["rows"],
+        bytes=raw["bytes"],
+        shards=tuple(ShardEntry(**shard) for shard in raw["shards"]),
+    )
+
+
+def _settings(raw: Mapping[str, Any], file: Path) -> Settings:
+    if raw.get("format") != FORMAT:
+        raise StoreError(
+            f"the store is of format {raw.get('format')}, and this Stillhouse reads {FORMAT}",
+            where=file,
+            fix="use the Stillhouse that wrote the store, or record it again",
+        )
+    return Settings(
+        encoding=encoding_from_json(raw["encoding"]),
+        vocabulary=raw["vocabulary"],
+        identity=raw["identity"],
+        temperature=raw["temperature"],
+        seed=raw["seed"],
+    )
+
+
+def check_same(stored: Settings, wanted: Settings, path: Path) -> None:
+    """Refuses to go on with a store that was begun with other settings."""
+    theirs, ours = _flat(stored), _flat(wanted)
+    for name in [*ours, *theirs]:
+        if theirs.get(name) != ours.get(name):
+            raise _mismatch(name, theirs.get(name), ours.get(name), path)
+
+
+def check_expected(
+    stored: Settings,
+    path: Path,
+    identity: Mapping[str, str],
+    temperature: float | None,
+    vocabulary: int | None,
+) -> None:
+    """Raises SignalError at the first of the expected values that the store does not have."""
+    expected: dict[str, Any] = dict(identity)
+    if temperature is not None:
+        expected["temperature"] = float(temperature)
+    if vocabulary is not None:
+        expected["vocabulary"] = vocabulary
+    theirs = _flat(stored)
+    for name, value in expected.items():
+        if theirs.get(name) != value:
+            raise _mismatch(name, theirs.get(name), value, path)
+
+
+def _flat(settings: Settings) -> dict[str, Any]:
+    return {
+        **settings.identity,
+        "temperature": float(settings.temperature),
+        "vocabulary": settings.vocabulary,
+        "seed": settings.seed,
+        "encoding": encoding_to_json(settings.encoding),
+    }
+
+
+def _mismatch(name: str, theirs: object, ours: object, path: Path) -> SignalError:
+    return SignalError(
+        f"the signal store was recorded with another {name}: it has {theirs}, and this run {ours}",
+        where=path,
+        fix=f"use the {name} that the store was recorded with, or record a store of its own",
+    )

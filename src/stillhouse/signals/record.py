@@ -1,0 +1,86 @@
+"""Puts a teacher's answer into a store: from hidden rows and a head to encoded rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stillhouse.errors import SignalError
+from stillhouse.signals.encode import Encoder, Statistics, frozen_head_rows, hidden_rows
+from stillhouse.signals.encodings import FrozenHead, Hidden
+from stillhouse.signals.head import head_logits
+from stillhouse.signals.manifest import Settings
+from stillhouse.signals.rows import Rows, concatenate
+from stillhouse.signals.segments import Segments
+from stillhouse.signals.types import DenseSignal, HiddenSignal, LogitsSignal
+from stillhouse.signals.writer import uniforms
+
+CHUNK_LOGITS = 1 << 24
+"""Logits that are made at a time; on an accelerator 16 times as many."""
+
+Answer = DenseSignal | LogitsSignal | HiddenSignal
+
+
+class Recorder:
+    """Encodes a teacher's answers as one store's settings say.
+
+    student_head: the weight [V, D] of the student's head, for the encoding frozen_head only.
+    """
+
+    def __init__(self, settings: Settings, student_head: Tensor | None = None) -> None:
+        self.settings = settings
+        self.student_head = student_head
+        encoding = settings.encoding
+        self._encoder = (
+            None
+            if isinstance(encoding, FrozenHead | Hidden)
+            else Encoder(encoding, settings.vocabulary, settings.temperature)
+        )
+        if isinstance(encoding, FrozenHead):
+            wanted = (settings.vocabulary, encoding.width)
+            found = None if student_head is None else tuple(student_head.shape)
+            if found != wanted:
+                raise SignalError(
+                    f"frozen_head needs the student's head of shape {wanted}, not {found}"
+                )
+
+    @torch.no_grad()
+    def encode(self, segments: Segments, answer: Answer) -> tuple[Rows, Statistics]:
+        """The encoded rows of these segments; row n of `answer` is for their n-th supervised
+        token. Raises SignalError: the answer does not fit the settings, or is not finite."""
+        encoding = self.settings.encoding
+        if isinstance(answer, HiddenSignal):
+            if not isinstance(encoding, Hidden) or tuple(answer.hidden_ND) != encoding.layers:
+                raise SignalError(
+                    f"hidden states of layers {tuple(answer.hidden_ND)} do not fit {encoding}"
+                )
+            return hidden_rows(answer.hidden_ND)
+        rows_N = answer.logits_NV if isinstance(answer, LogitsSignal) else answer.hidden_ND
+        if len(rows_N) != segments.rows or not len(rows_N):
+            raise SignalError(
+                f"the answer has {len(rows_N)} rows, and the segments {segments.rows} supervised "
+                "tokens"
+            )
+        uniform_NU = uniforms(segments, self.settings)
+        step = CHUNK_LOGITS * (1 if rows_N.device.type == "cpu" else 16)
+        step = max(1, step // self.settings.vocabulary)
+        parts, statistics = [], Statistics()
+        for start in range(0, len(rows_N), step):
+            here = slice(start, start + step)
+            logits_nV = (
+                rows_N[here]
+                if isinstance(answer, LogitsSignal)
+                else head_logits(answer.head, rows_N[here])
+            )
+            rows, more = self._chunk(logits_nV, uniform_NU[here])
+            parts.append(rows)
+            statistics += more
+        return concatenate(parts), statistics
+
+    def _chunk(self, logits_nV: Tensor, uniforms_nU: Tensor) -> tuple[Rows, Statistics]:
+        if self._encoder is not None:
+            return self._encoder(logits_nV.float(), uniforms_nU)
+        if self.student_head is None:
+            raise SignalError("the encoding hidden takes a HiddenSignal, not logits")
+        head_VD = self.student_head.to(logits_nV.device)
+        return frozen_head_rows(logits_nV, head_VD, self.settings.temperature)

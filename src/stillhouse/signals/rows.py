@@ -1,0 +1,77 @@
+"""Encoded rows in memory: what an encoder gives, a shard holds and a decoder takes.
+
+Shapes: N rows, E entries of all rows, X stored values of all rows, W numbers of a dense row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+GUARD = 256
+"""Zero elements after each ragged plane: a reader may take a row of 255 entries anywhere in it."""
+
+
+@dataclass(frozen=True, eq=False)
+class EntryRows:
+    """Rows of token ids, some or all of them with a value.
+
+    counts_N: ids of each row. valued_N: how many of them, the first ones, have a value (None:
+    all of them); the others are draws that share what the values leave of 1. low_E and high_E:
+    the lowest 16 and, where the vocabulary needs them, the next 8 bits of the ids. values_X:
+    probabilities or counts (u8, u16), log-probabilities or weights (f16). tail_N: the mass of all
+    tokens without an entry (None: not stored).
+    """
+
+    counts_N: NDArray[np.uint8]
+    valued_N: NDArray[np.uint8] | None
+    low_E: NDArray[np.uint16]
+    high_E: NDArray[np.uint8] | None
+    values_X: NDArray[Any]
+    tail_N: NDArray[np.float32] | None
+
+    def __len__(self) -> int:
+        return len(self.counts_N)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseRows:
+    """Rows of W numbers: bfloat16 as its 16 bits. scalar_N: one more number a row, or None."""
+
+    bits_NW: NDArray[np.uint16]
+    scalar_N: NDArray[np.float32] | None
+
+    def __len__(self) -> int:
+        return len(self.bits_NW)
+
+
+Rows = EntryRows | DenseRows
+RowsT = TypeVar("RowsT", EntryRows, DenseRows, Rows)
+
+
+def concatenate(parts: Sequence[RowsT]) -> RowsT:
+    """The parts' rows one after the other; all parts are of one kind."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    joined: dict[str, Any] = {
+        field.name: None
+        if getattr(first, field.name) is None
+        else np.concatenate([getattr(part, field.name) for part in parts])
+        for field in fields(first)
+    }
+    return type(first)(**joined)
+
+
+def split_ids(ids_E: NDArray[Any], vocabulary: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
+    """The lowest 16 bits of the ids, and the next 8 where the vocabulary needs them."""
+    low_E = (ids_E & 0xFFFF).astype("<u2")
+    return low_E, (ids_E >> 16).astype(np.uint8) if id_bytes(vocabulary) == 3 else None
+
+
+def id_bytes(vocabulary: int) -> int:
+    return 2 if vocabulary <= 1 << 16 else 3

@@ -1,0 +1,109 @@
+"""Cuts a batch of windows into segments and names each by a hash of its content.
+
+A segment is a run of tokens whose position_ids count up from where they restarted. The teacher's
+answer inside it depends on its own tokens only, so that a stored answer can be found again by the
+segment's content, in whatever window, batch or process the segment turns up.
+
+Shapes: R windows, L tokens in a window, S segments with a supervised token, N supervised tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stillhouse.errors import SignalError
+
+KEY_BYTES = 16
+KEY_VERSION = b"stillhouse-seg-1"
+"""BLAKE2b's `person`: another rule of cutting or hashing gets another one."""
+IGNORED = -100
+"""The label of a token that is not to be predicted."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The segments of a batch that have a supervised token, in the batch's row-major order.
+
+    keys: KEY_BYTES bytes each. rows_S: supervised tokens of each. Row n of the batch, the n-th
+    supervised token in row-major order, belongs to segment `segment_of_rows()[n]`.
+    """
+
+    keys: tuple[bytes, ...]
+    rows_S: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @property
+    def rows(self) -> int:
+        return int(self.rows_S.sum())
+
+    def segment_of_rows(self) -> NDArray[np.int64]:
+        """The segment of each row, [N]."""
+        return np.repeat(np.arange(len(self)), self.rows_S)
+
+    def chosen_rows(self, chosen_S: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which of the N rows belong to the chosen segments."""
+        return np.repeat(chosen_S, self.rows_S)
+
+    def only(self, chosen_S: NDArray[np.bool_]) -> Segments:
+        """The chosen segments, in their order."""
+        keys = tuple(key for key, chosen in zip(self.keys, chosen_S, strict=True) if chosen)
+        return Segments(keys, self.rows_S[chosen_S])
+
+
+def find_segments(
+    input_ids_RL: Tensor, labels_RL: Tensor, position_ids_RL: Tensor | None = None
+) -> Segments:
+    """The segments of a batch. Without `position_ids_RL`, each window is one segment.
+
+    labels_RL[r, t] is the token at t where it is to be predicted, else -100; a label in the first
+    column is never predicted and not looked at. The key of n tokens is BLAKE2b with a digest of 16
+    bytes and the personalization `stillhouse-seg-1`, over the ids as little-endian 32-bit integers
+    and then, eight to a byte with the first in the highest bit, whether each is supervised.
+
+    Raises SignalError: another shape, or a label on the first token of a segment inside a window,
+    which nothing of the segment predicts.
+    """
+    ids_RL = np.ascontiguousarray(_numpy(input_ids_RL), dtype="<u4")
+    supervised_RL = _numpy(labels_RL) != IGNORED
+    if ids_RL.ndim != 2 or supervised_RL.shape != ids_RL.shape:
+        raise SignalError(
+            f"input_ids has shape {ids_RL.shape} and labels {supervised_RL.shape}",
+            fix="pass both as [windows, tokens]",
+        )
+    starts_RL = np.zeros(ids_RL.shape, dtype=np.bool_)
+    if position_ids_RL is not None:
+        position_RL = _numpy(position_ids_RL)
+        starts_RL[:, 1:] = position_RL[:, 1:] != position_RL[:, :-1] + 1
+    if (starts_RL & supervised_RL).any():
+        window, at = np.argwhere(starts_RL & supervised_RL)[0]
+        raise SignalError(
+            "the first token of a segment is supervised, and nothing of the segment predicts it",
+            where=f"window {window}, token {at}",
+            fix="set the label of each segment's first token to -100",
+        )
+    starts_RL[:, 0] = True
+    supervised_RL[:, 0] = False
+    starts_S = np.flatnonzero(starts_RL)
+    rows_S = np.add.reduceat(supervised_RL.ravel(), starts_S, dtype=np.int64)
+    ends_S = np.append(starts_S[1:], ids_RL.size)
+    used = rows_S > 0
+    bounds = zip(starts_S[used].tolist(), ends_S[used].tolist(), strict=True)
+    tokens, flags = memoryview(ids_RL.tobytes()), supervised_RL.ravel()
+    return Segments(tuple(_key(tokens, flags, *bound) for bound in bounds), rows_S[used])
+
+
+def _key(tokens: memoryview, flags: NDArray[np.bool_], start: int, end: int) -> bytes:
+    digest = hashlib.blake2b(tokens[4 * start : 4 * end], digest_size=KEY_BYTES, person=KEY_VERSION)
+    digest.update(np.packbits(flags[start:end]).tobytes())
+    return digest.digest()
+
+
+def _numpy(tensor: Tensor) -> NDArray[np.int64]:
+    return tensor.detach().cpu().numpy()

@@ -1,0 +1,314 @@
+"""One shard: a file of encoded rows, read by memory map. docs/signal-store.md has every byte.
+
+A header of 128 bytes, then planes: arrays that each start at a multiple of 8 bytes. Everything is
+little-endian. Shapes: S segments, N rows, E entries, X values, W numbers of a dense row.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.errors import StoreError
+from stillhouse.signals.encode import Statistics
+from stillhouse.signals.rows import GUARD, DenseRows, EntryRows, Rows
+from stillhouse.signals.segments import KEY_BYTES
+
+MAGIC = b"STILLSIG"
+VERSION = 1
+HEADER_BYTES = 128
+_HEADER = struct.Struct("<8sII16sQQQQ4B3I3d")
+_CHECKS = struct.Struct("<II")
+VALUES = {"u1": 1, "u2": 2, "f2": 3}
+"""How a header writes the values' type: unsigned bytes, unsigned 16 bits, float16."""
+_DAMAGED = "delete this file and record its segments again, or restore it from a copy"
+
+
+@dataclass(frozen=True)
+class ShardHeader:
+    """What a shard's first 128 bytes say. `width` is 0 for entries; `values` 0 for dense rows.
+
+    store: the fingerprint of the settings that the rows were made with.
+    """
+
+    store: bytes
+    segments: int
+    rows: int
+    entries: int
+    stored_values: int
+    id_bytes: int
+    value_kind: int
+    has_valued: int
+    has_scalar: int
+    width: int
+    vocabulary: int
+    most: int
+    statistics: Statistics
+
+    def pack(self, payload_crc: int) -> bytes:
+        numbers = [getattr(self, field.name) for field in fields(self)[:-1]]
+        packed = _HEADER.pack(MAGIC, VERSION, HEADER_BYTES, *numbers, *astuple(self.statistics))
+        packed = packed.ljust(HEADER_BYTES - _CHECKS.size, b"\0")
+        return packed + _CHECKS.pack(payload_crc, zlib.crc32(packed))
+
+    def planes(self) -> Iterator[tuple[str, str, int, int]]:
+        """Name, type, elements and zero elements after them, in the order of the file."""
+        yield "keys", "u1", KEY_BYTES * self.segments, 0
+        yield "segment_rows", "<u4", self.segments, 0
+        if self.width:
+            yield "bits", "<u2", self.rows * self.width, 0
+        else:
+            yield "segment_entries", "<u4", self.segments, 0
+            yield "segment_values", "<u4", self.segments, 0
+            yield "counts", "u1", self.rows, 0
+            if self.has_valued:
+                yield "valued", "u1", self.rows, 0
+            yield "low", "<u2", self.entries, GUARD
+            if self.id_bytes == 3:
+                yield "high", "u1", self.entries, GUARD
+            kind = next(name for name, code in VALUES.items() if code == self.value_kind)
+            yield "values", f"<{kind}", self.stored_values, GUARD
+        if self.has_scalar:
+            yield "scalar", "<f4", self.rows, 0
+
+    @property
+    def payload_bytes(self) -> int:
+        return sum(
+            _padded((elements + guard) * np.dtype(kind).itemsize)
+            for _, kind, elements, guard in self.planes()
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """An open shard: its header, and its rows as views of the file.
+
+    keys_S: KEY_BYTES bytes each. rows_S, entries_S, values_S: how much of each plane belongs to
+    each segment. The planes of ragged rows keep their GUARD elements.
+    """
+
+    path: Path
+    header: ShardHeader
+    crc32: int
+    keys_S: tuple[bytes, ...]
+    rows_S: NDArray[np.int64]
+    entries_S: NDArray[np.int64]
+    values_S: NDArray[np.int64]
+    rows: Rows
+
+    def first_rows(self) -> NDArray[np.int64]:
+        """The first row of each segment, [S]."""
+        return np.cumsum(self.rows_S) - self.rows_S
+
+    @property
+    def bytes(self) -> int:
+        return HEADER_BYTES + self.header.payload_bytes
+
+
+def shard_bytes(
+    store: bytes,
+    vocabulary: int,
+    keys: list[bytes],
+    rows_S: NDArray[np.int64],
+    rows: Rows,
+    statistics: Statistics,
+) -> list[bytes]:
+    """The header and the planes of one shard, to be written one after the other."""
+    if isinstance(rows, EntryRows):
+        planes, header = _entry_planes(rows_S, rows)
+    else:
+        planes, header = _dense_planes(rows)
+    planes |= {"keys": np.frombuffer(b"".join(keys), np.uint8), "segment_rows": rows_S}
+    head = ShardHeader(
+        store=store,
+        segments=len(keys),
+        rows=len(rows),
+        vocabulary=vocabulary,
+        statistics=statistics,
+        **header,
+    )
+    pieces, crc = [], 0
+    for name, kind, elements, guard in head.planes():
+        plane = np.ascontiguousarray(planes[name], dtype=kind).tobytes()
+        size = _padded((elements + guard) * np.dtype(kind).itemsize)
+        pieces.append(plane.ljust(size, b"\0"))
+        crc = zlib.crc32(pieces[-1], crc)
+    return [head.pack(crc), *pieces]
+
+
+def _entry_planes(
+    rows_S: NDArray[np.int64], rows: EntryRows
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    valued_N = rows.counts_N if rows.valued_N is None else rows.valued_N
+    starts_S = np.cumsum(rows_S) - rows_S
+    planes = {
+        "segment_entries": np.add.reduceat(rows.counts_N, starts_S, dtype=np.int64),
+        "segment_values": np.add.reduceat(valued_N, starts_S, dtype=np.int64),
+        "counts": rows.counts_N,
+        "valued": rows.valued_N,
+        "low": rows.low_E,
+        "high": rows.high_E,
+        "values": rows.values_X,
+        "scalar": rows.tail_N,
+    }
+    header = {
+        "entries": len(rows.low_E),
+        "stored_values": len(rows.values_X),
+        "id_bytes": 2 if rows.high_E is None else 3,
+        "value_kind": VALUES[rows.values_X.dtype.str[1:]],
+        "has_valued": int(rows.valued_N is not None),
+        "has_scalar": int(rows.tail_N is not None),
+        "width": 0,
+        "most": int(rows.counts_N.max()),
+    }
+    return planes, header
+
+
+def _dense_planes(rows: DenseRows) -> tuple[dict[str, Any], dict[str, Any]]:
+    planes = {"bits": rows.bits_NW, "scalar": rows.scalar_N}
+    header = {
+        "entries": 0,
+        "stored_values": 0,
+        "id_bytes": 0,
+        "value_kind": 0,
+        "has_valued": 0,
+        "has_scalar": int(rows.scalar_N is not None),
+        "width": rows.bits_NW.shape[1],
+        "most": 0,
+    }
+    return planes, header
+
+
+def open_shard(path: Path) -> Shard:
+    """Maps a shard and checks its checksum, its lengths and its counts.
+
+    Raises StoreError, naming the file: missing, truncated, of another version, or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    header, crc32 = _read_header(mapped, path)
+    if size != HEADER_BYTES + header.payload_bytes:
+        raise StoreError(
+            f"the shard has {size} bytes and its header says {HEADER_BYTES + header.payload_bytes}",
+            where=path,
+            fix=_DAMAGED,
+        )
+    if zlib.crc32(memoryview(mapped)[HEADER_BYTES:]) != crc32:
+        raise StoreError("the shard is damaged: its checksum is wrong", where=path, fix=_DAMAGED)
+    planes = _map_planes(mapped, header)
+    if header.width:
+        bits_NW = planes["bits"].reshape(-1, header.width)
+        rows: Rows = DenseRows(bits_NW, planes.get("scalar"))
+        nothing_S = np.zeros(header.segments, dtype=np.int64)
+        entries_S, values_S = nothing_S, nothing_S
+    else:
+        rows = EntryRows(
+            counts_N=planes["counts"],
+            valued_N=planes.get("valued"),
+            low_E=planes["low"],
+            high_E=planes.get("high"),
+            values_X=planes["values"],
+            tail_N=planes.get("scalar"),
+        )
+        entries_S = planes["segment_entries"].astype(np.int64)
+        values_S = planes["segment_values"].astype(np.int64)
+    shard = Shard(
+        path=path,
+        header=header,
+        crc32=crc32,
+        keys_S=_cut_keys(planes["keys"].tobytes()),
+        rows_S=planes["segment_rows"].astype(np.int64),
+        entries_S=entries_S,
+        values_S=values_S,
+        rows=rows,
+    )
+    _check_counts(shard)
+    return shard
+
+
+def read_keys(path: Path) -> tuple[bytes, ...]:
+    """The keys of a shard's segments. Its header is checked, the rest of it is not read.
+
+    A damaged key names no segment; `open_shard` refuses the file when one of its rows is wanted.
+    """
+    try:
+        with path.open("rb") as file:
+            header, _ = _read_header(file.read(HEADER_BYTES), path)
+            keys = file.read(KEY_BYTES * header.segments)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if len(keys) != KEY_BYTES * header.segments:
+        raise StoreError("the shard is cut short", where=path, fix=_DAMAGED)
+    return _cut_keys(keys)
+
+
+def _cut_keys(keys: bytes) -> tuple[bytes, ...]:
+    return tuple(keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES))
+
+
+def _unreadable(path: Path, error: OSError) -> StoreError:
+    return StoreError(f"the shard cannot be read ({error.strerror})", where=path, fix=_DAMAGED)
+
+
+def _read_header(mapped: mmap.mmap | bytes, path: Path) -> tuple[ShardHeader, int]:
+    head = bytes(mapped[:HEADER_BYTES])
+    if len(head) < HEADER_BYTES or head[: len(MAGIC)] != MAGIC:
+        raise StoreError("this is not a shard of a signal store", where=path, fix=_DAMAGED)
+    described = head[: -_CHECKS.size]
+    payload_crc, header_crc = _CHECKS.unpack(head[-_CHECKS.size :])
+    if zlib.crc32(described) != header_crc:
+        raise StoreError("the shard's header is damaged", where=path, fix=_DAMAGED)
+    _, version, size, *values = _HEADER.unpack(described[: _HEADER.size])
+    if (version, size) != (VERSION, HEADER_BYTES):
+        raise StoreError(
+            f"the shard is of format {version}, and this Stillhouse reads format {VERSION}",
+            where=path,
+            fix="use the Stillhouse that wrote the store, or record it again",
+        )
+    described_by = [*values[:-3], Statistics(*values[-3:])]
+    return ShardHeader(*described_by), payload_crc
+
+
+def _check_counts(shard: Shard) -> None:
+    """The counts that a reader goes by must add up, whatever wrote the file."""
+    head, rows = shard.header, shard.rows
+    fits = int(shard.rows_S.sum()) == head.rows and bool((shard.rows_S > 0).all())
+    if isinstance(rows, EntryRows) and fits and head.rows:
+        valued_N = rows.counts_N if rows.valued_N is None else rows.valued_N
+        first_S = shard.first_rows()
+        entries_S = np.add.reduceat(rows.counts_N, first_S, dtype=np.int64)
+        values_S = np.add.reduceat(valued_N, first_S, dtype=np.int64)
+        fits = (
+            np.array_equal(entries_S, shard.entries_S)
+            and np.array_equal(values_S, shard.values_S)
+            and int(entries_S.sum()) == head.entries
+            and int(values_S.sum()) == head.stored_values
+            and bool((valued_N <= rows.counts_N).all())
+        )
+    if not fits:
+        raise StoreError("the shard's counts do not add up", where=shard.path, fix=_DAMAGED)
+
+
+def _map_planes(mapped: mmap.mmap | bytes, header: ShardHeader) -> dict[str, NDArray[Any]]:
+    planes, at = {}, HEADER_BYTES
+    for name, kind, elements, guard in header.planes():
+        planes[name] = np.frombuffer(mapped, kind, elements + guard, at)
+        at += _padded((elements + guard) * np.dtype(kind).itemsize)
+    return planes
+
+
+def _padded(size: int) -> int:
+    return -(-size // 8) * 8

@@ -1,0 +1,173 @@
+"""Reads a finished store: from the segments of a batch to the teacher's signal for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.errors import SignalError, StoreError
+from stillhouse.signals.decode import (
+    Source,
+    StoredSignal,
+    dense_signal,
+    entries_signal,
+    pad,
+    ranges,
+)
+from stillhouse.signals.encodings import FrozenHead, Hidden
+from stillhouse.signals.manifest import (
+    SHARDS,
+    Manifest,
+    Settings,
+    check_expected,
+    read_manifest,
+)
+from stillhouse.signals.rows import GUARD, EntryRows, Rows
+from stillhouse.signals.segments import Segments
+from stillhouse.signals.shards import Shard, open_shard, read_keys
+from stillhouse.signals.writer import check_belongs
+
+
+@dataclass(eq=False)
+class Store:
+    """An open store. `open_store` makes it; forked processes may go on to use it.
+
+    A shard is mapped, and its checksum compared, when one of its rows is first asked for.
+    """
+
+    path: Path
+    manifest: Manifest
+    _numbers: dict[bytes, int]
+    _first_S: NDArray[np.int64]
+    _open: dict[int, tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = field(
+        default_factory=dict
+    )
+
+    @property
+    def settings(self) -> Settings:
+        return self.manifest.settings
+
+    def missing(self, segments: Segments) -> NDArray[np.bool_]:
+        """Which segments the store lacks, [S]."""
+        return np.array([key not in self._numbers for key in segments.keys], dtype=np.bool_)
+
+    def covers(self, segments: Segments) -> bool:
+        """Whether the store has every segment."""
+        return all(key in self._numbers for key in segments.keys)
+
+    def read(self, segments: Segments, live: Rows | None = None) -> StoredSignal:
+        """The teacher's signal for a batch: row n is for its n-th supervised token.
+
+        live: encoded rows of the segments that are `missing`, in their order, of a teacher that
+        was asked just now. Raises SignalError: segments are missing and `live` is None. StoreError:
+        a shard is damaged.
+        """
+        lacking_S = self.missing(segments)
+        if lacking_S.any() and live is None:
+            raise self._lacks(int(lacking_S.sum()), segments)
+        sources = self._sources(segments, lacking_S, live)
+        encoding, temperature = self.settings.encoding, self.settings.temperature
+        if not sources:
+            raise SignalError("the batch has no supervised token, so that it has no signal")
+        if isinstance(encoding, FrozenHead | Hidden):
+            return dense_signal(encoding, sources, segments.rows, temperature)
+        return entries_signal(encoding, pad(sources, segments.rows), temperature)
+
+    def _sources(
+        self, segments: Segments, lacking_S: NDArray[np.bool_], live: Rows | None
+    ) -> list[Source]:
+        number_S = np.array([self._numbers.get(key, -1) for key in segments.keys], dtype=np.int64)
+        shard_S = np.searchsorted(self._first_S, number_S, side="right") - 1
+        first_place_S = np.cumsum(segments.rows_S) - segments.rows_S
+        sources = []
+        for index in np.unique(shard_S).tolist():
+            chosen_S = shard_S == index
+            rows_S = segments.rows_S[chosen_S]
+            place_n = ranges(first_place_S[chosen_S], rows_S)
+            if index < 0:
+                assert live is not None
+                assert len(live) == len(place_n)
+                sources.append(live_source(live, rows_S, place_n))
+                continue
+            shard, row_S, entry_S, value_S = self._shard(index)
+            within_S = number_S[chosen_S] - self._first_S[index]
+            if not np.array_equal(shard.rows_S[within_S], rows_S):
+                raise StoreError("segments have other lengths than their keys", where=shard.path)
+            at = (row_S[within_S], entry_S[within_S], value_S[within_S])
+            sources.append(Source(shard.rows, rows_S, *at, place_n))
+        return sources
+
+    def _shard(
+        self, index: int
+    ) -> tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        if index not in self._open:
+            listed = self.manifest.shards[index]
+            shard = open_shard(self.path / SHARDS / listed.name)
+            check_belongs(shard, self.settings)
+            if shard.crc32 != listed.crc32:
+                raise StoreError(
+                    "the shard is not the one that the manifest lists",
+                    where=shard.path,
+                    fix="restore it from a copy, or finish the store again",
+                )
+            entry_S = np.cumsum(shard.entries_S) - shard.entries_S
+            value_S = np.cumsum(shard.values_S) - shard.values_S
+            self._open[index] = (shard, shard.first_rows(), entry_S, value_S)
+        return self._open[index]
+
+    def _lacks(self, count: int, segments: Segments) -> SignalError:
+        return SignalError(
+            f"the store lacks {count} of {len(segments)} segments of this batch",
+            where=self.path,
+            fix="record this data set (what is there is not done again), or score what is "
+            "missing with a live teacher",
+        )
+
+
+def open_store(
+    path: Path,
+    expect: Mapping[str, str] | None = None,
+    *,
+    temperature: float | None = None,
+    vocabulary: int | None = None,
+) -> Store:
+    """Opens a finished store, if it is the one that is expected.
+
+    expect: fields of the identity it was recorded with, e.g. {"teacher": "sha256..."}.
+    Raises SignalError: one of them, the temperature or the vocabulary is another; the message has
+    both values. StoreError: not finished, damaged, or a shard is missing.
+    """
+    manifest = read_manifest(path)
+    check_expected(manifest.settings, path, expect or {}, temperature, vocabulary)
+    numbers: dict[bytes, int] = {}
+    first = []
+    count = 0
+    for listed in manifest.shards:
+        keys = read_keys(path / SHARDS / listed.name)
+        first.append(count)
+        for number, key in enumerate(keys, count):
+            numbers.setdefault(key, number)
+        count += len(keys)
+    return Store(path, manifest, numbers, np.array(first, dtype=np.int64))
+
+
+def live_source(rows: Rows, rows_S: NDArray[np.int64], place_n: NDArray[np.int64]) -> Source:
+    first_S = np.cumsum(rows_S) - rows_S
+    if not isinstance(rows, EntryRows):
+        return Source(rows, rows_S, first_S, first_S, first_S, place_n)
+    guarded = EntryRows(
+        counts_N=rows.counts_N,
+        valued_N=rows.valued_N,
+        low_E=np.pad(rows.low_E, (0, GUARD)),
+        high_E=None if rows.high_E is None else np.pad(rows.high_E, (0, GUARD)),
+        values_X=np.pad(rows.values_X, (0, GUARD)),
+        tail_N=rows.tail_N,
+    )
+    valued_N = rows.counts_N if rows.valued_N is None else rows.valued_N
+    entry_N = np.cumsum(rows.counts_N, dtype=np.int64) - rows.counts_N
+    value_N = np.cumsum(valued_N, dtype=np.int64) - valued_N
+    return Source(guarded, rows_S, first_S, entry_N[first_S], value_N[first_S], place_n)

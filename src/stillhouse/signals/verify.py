@@ -1,0 +1,132 @@
+"""Reads a whole store and says what is wrong with it; and what is in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse.errors import SignalError, StillhouseError, StoreError
+from stillhouse.signals.manifest import (
+    MANIFEST,
+    SHARDS,
+    Manifest,
+    Settings,
+    ShardEntry,
+    check_same,
+    read_manifest,
+    read_settings,
+)
+from stillhouse.signals.rows import EntryRows
+from stillhouse.signals.shards import Shard, open_shard
+from stillhouse.signals.writer import check_belongs, describe, open_shards
+
+_AGAIN = "delete this file, record its segments again, and finish the store"
+
+
+def verify(path: Path) -> list[StillhouseError]:
+    """Everything that is wrong with a finished store; an empty list where nothing is.
+
+    Every byte of every file is covered by a checksum. Checked as well: that counts add up, ids are
+    in the vocabulary, a shard has no key twice, the manifest lists what is there and its figures
+    are those of the shards.
+    """
+    try:
+        settings = read_settings(path)
+        manifest = read_manifest(path)
+        check_same(manifest.settings, settings, path)
+    except (StoreError, SignalError) as error:
+        return [error]
+    wrong: list[StillhouseError] = []
+    shards = []
+    for listed in manifest.shards:
+        try:
+            shards.append(_sound_shard(path / SHARDS / listed.name, listed, settings))
+        except StoreError as error:
+            wrong.append(error)
+    names = {listed.name for listed in manifest.shards}
+    wrong.extend(
+        StoreError(
+            "the manifest does not list this file",
+            where=file,
+            fix="finish the store again, or delete the file",
+        )
+        for file in sorted((path / SHARDS).glob("*"))
+        if file.name not in names
+    )
+    if not wrong and describe(settings, shards) != manifest:
+        wrong.append(
+            StoreError(
+                "the manifest's figures are not those of the shards",
+                where=path / MANIFEST,
+                fix="finish the store again",
+            )
+        )
+    return wrong
+
+
+def _sound_shard(file: Path, listed: ShardEntry, settings: Settings) -> Shard:
+    shard = open_shard(file)
+    check_belongs(shard, settings)
+    header = shard.header
+    found = ShardEntry(file.name, shard.crc32, shard.bytes, header.segments, header.rows)
+    if found != listed:
+        raise StoreError(
+            f"the manifest lists {listed}, and the file is {found}", where=file, fix=_AGAIN
+        )
+    if len(set(shard.keys_S)) != len(shard.keys_S):
+        raise StoreError("a segment is in the shard twice", where=file, fix=_AGAIN)
+    rows = shard.rows
+    if isinstance(rows, EntryRows) and header.entries:
+        ids_E = rows.low_E[: header.entries].astype("u4")
+        if rows.high_E is not None:
+            ids_E |= rows.high_E[: header.entries].astype("u4") << 16
+        if int(ids_E.max()) >= settings.vocabulary:
+            raise StoreError(
+                f"the shard holds the id {int(ids_E.max())}, and the vocabulary has "
+                f"{settings.vocabulary} tokens",
+                where=file,
+                fix=_AGAIN,
+            )
+    return shard
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a store holds. `finished`: it has a manifest and can be read."""
+
+    finished: bool
+    manifest: Manifest
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Names and values, to be shown as a table."""
+        raw, quality = self.manifest.to_json(), self.manifest.quality
+        encoding = dict(raw["encoding"])
+        parameters = ", ".join(f"{name} {value}" for name, value in list(encoding.items())[1:])
+        return [
+            ("encoding", f"{encoding['kind']} ({parameters})"),
+            ("gives", raw["signal"]),
+            ("serves", raw["serves"]),
+            ("bias", raw["bias"]),
+            ("supervised tokens", f"{self.manifest.rows:,}"),
+            ("segments", f"{self.manifest.segments:,}"),
+            ("shards", f"{len(self.manifest.shards):,}"),
+            ("bytes", f"{self.manifest.bytes:,}"),
+            ("bytes a token", f"{quality.bytes:.1f}"),
+            ("entries a token", f"{quality.entries:.1f}"),
+            ("captured mass", f"{quality.captured_mass:.4f}"),
+            ("variance a token", f"{quality.variance:.3g}"),
+            ("squared bias a token", f"{quality.squared_bias:.3g}"),
+            ("temperature", f"{raw['temperature']:g}"),
+            ("vocabulary", f"{raw['vocabulary']:,}"),
+            ("seed", str(raw["seed"])),
+            *raw["identity"].items(),
+            ("state", "finished" if self.finished else "not finished"),
+        ]
+
+
+def info(path: Path) -> Info:
+    """What a store holds, finished or not. Raises StoreError: there is none, or it is damaged."""
+    if (path / MANIFEST).exists():
+        return Info(True, read_manifest(path))
+    settings = read_settings(path)
+    return Info(False, describe(settings, open_shards(path, settings)))

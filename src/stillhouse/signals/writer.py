@@ -1,0 +1,225 @@
+"""Writes a store: shards that are whole once they have their name, and the manifest at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stillhouse.errors import StoreError
+from stillhouse.signals.encode import Statistics
+from stillhouse.signals.files import PARTIAL, write_whole
+from stillhouse.signals.manifest import (
+    MANIFEST,
+    SETTINGS,
+    SHARDS,
+    Manifest,
+    Quality,
+    Settings,
+    ShardEntry,
+    check_same,
+    read_settings,
+    write_manifest,
+    write_settings,
+)
+from stillhouse.signals.rows import DenseRows, EntryRows, Rows, concatenate
+from stillhouse.signals.segments import Segments
+from stillhouse.signals.shards import Shard, open_shard, shard_bytes
+
+SHARD_BYTES = 64 << 20
+SHARD_SECONDS = 600.0
+
+
+class StoreWriter:
+    """Adds segments to a store, which it begins or goes on with.
+
+    Rows are held until they fill `most_bytes` or are `most_seconds` old, and then become a shard:
+    that is all that a killed process loses. Any number of processes may write to one store, each
+    with a writer of its own; once all are closed, `finish_store` writes the manifest.
+
+    Raises SignalError: the store was begun with other settings. StoreError: it is damaged, cannot
+    be written, or the disk is full.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Settings,
+        *,
+        most_bytes: int = SHARD_BYTES,
+        most_seconds: float = SHARD_SECONDS,
+    ) -> None:
+        self.path, self.settings = path, settings
+        self.most_bytes, self.most_seconds = most_bytes, most_seconds
+        self._fingerprint = settings.fingerprint()
+        _begin(path, settings)
+        self._known = {key for shard in open_shards(path, settings) for key in shard.keys_S}
+        self._forget_pending()
+
+    def _forget_pending(self) -> None:
+        self._keys: list[bytes] = []
+        self._rows_S: list[NDArray[np.int64]] = []
+        self._rows: list[Rows] = []
+        self._statistics = Statistics()
+        self._bytes, self._since = 0, time.monotonic()
+
+    def missing(self, segments: Segments) -> NDArray[np.bool_]:
+        """Which segments the store lacks, [S]; of equal ones among them, the first only."""
+        seen: set[bytes] = set()
+        wanted = []
+        for key in segments.keys:
+            wanted.append(key not in self._known and key not in seen)
+            seen.add(key)
+        return np.array(wanted, dtype=np.bool_)
+
+    def uniforms(self, segments: Segments) -> Tensor:
+        """The uniform numbers that `Encoder` takes for these segments' rows, [N, U]."""
+        return uniforms(segments, self.settings)
+
+    def add(self, segments: Segments, rows: Rows, statistics: Statistics) -> None:
+        """Takes the encoded rows of segments that are all `missing`, in their order."""
+        assert len(rows) == segments.rows
+        assert bool(self.missing(segments).all())
+        if not len(segments):
+            return
+        self._keys.extend(segments.keys)
+        self._known.update(segments.keys)
+        self._rows_S.append(segments.rows_S)
+        self._rows.append(rows)
+        self._statistics += statistics
+        self._bytes += _size(rows)
+        if self._bytes >= self.most_bytes or time.monotonic() - self._since >= self.most_seconds:
+            self.flush()
+
+    def flush(self) -> None:
+        """Makes a shard of what was added since the last one."""
+        if self._keys:
+            pieces = shard_bytes(
+                self._fingerprint,
+                self.settings.vocabulary,
+                self._keys,
+                np.concatenate(self._rows_S),
+                concatenate(self._rows),
+                self._statistics,
+            )
+            write_whole(self.path / SHARDS / f"{uuid.uuid4().hex}.bin", pieces)
+        self._forget_pending()
+
+    def finish(self) -> Manifest:
+        """Flushes and writes the manifest; for the one process that writes, or the last one."""
+        self.flush()
+        return finish_store(self.path)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # What was added is right even where the work after it failed; a full disk stays full.
+        if not isinstance(error, StoreError):
+            self.flush()
+
+
+def uniforms(segments: Segments, settings: Settings) -> Tensor:
+    """Numbers in [0, 1) that depend on the seed and each segment's key alone, [N, U] float64."""
+    draws = settings.encoding.draws_a_row
+    if not draws or not len(segments):
+        return torch.empty(segments.rows, draws, dtype=torch.float64)
+    generator, seed = torch.Generator(), settings.seed.to_bytes(8, "little", signed=True)
+    parts = []
+    for key, rows in zip(segments.keys, segments.rows_S.tolist(), strict=True):
+        digest = hashlib.blake2b(key, digest_size=8, key=seed).digest()
+        generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+        parts.append(torch.rand(rows, draws, generator=generator, dtype=torch.float64))
+    return torch.cat(parts)
+
+
+def finish_store(path: Path) -> Manifest:
+    """Checks every shard, removes what killed writers left, and writes the manifest.
+
+    Call it once no process writes any more. Raises StoreError: a shard is damaged.
+    """
+    settings = read_settings(path)
+    for left in (path / SHARDS).glob(f".*{PARTIAL}"):
+        left.unlink(missing_ok=True)
+    shards = open_shards(path, settings)
+    manifest = describe(settings, shards)
+    write_manifest(path, manifest)
+    return manifest
+
+
+def describe(settings: Settings, shards: Sequence[Shard]) -> Manifest:
+    total = sum((shard.header.statistics for shard in shards), Statistics())
+    rows = sum(shard.header.rows for shard in shards)
+    size = sum(shard.bytes for shard in shards)
+    of_rows = max(rows, 1)
+    return Manifest(
+        settings=settings,
+        quality=Quality(
+            captured_mass=total.mass / of_rows,
+            variance=total.variance / of_rows,
+            squared_bias=total.squared_bias / of_rows,
+            entries=sum(shard.header.entries for shard in shards) / of_rows,
+            bytes=size / of_rows,
+        ),
+        segments=sum(shard.header.segments for shard in shards),
+        rows=rows,
+        bytes=size,
+        shards=tuple(
+            ShardEntry(
+                shard.path.name, shard.crc32, shard.bytes, shard.header.segments, shard.header.rows
+            )
+            for shard in shards
+        ),
+    )
+
+
+def _begin(path: Path, settings: Settings) -> None:
+    try:
+        (path / SHARDS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"the store's folder cannot be made ({error.strerror})", where=path
+        ) from error
+    if not (path / SETTINGS).exists():
+        if (path / MANIFEST).exists():
+            raise StoreError("the store has a manifest and no settings.json", where=path)
+        write_settings(path, settings)  # of two at once, both write the same or one is refused
+    check_same(read_settings(path), settings, path)
+
+
+def open_shards(path: Path, settings: Settings) -> list[Shard]:
+    """All shards of a store in the order of their names, each one checked."""
+    shards = [open_shard(file) for file in sorted((path / SHARDS).glob("*.bin"))]
+    for shard in shards:
+        check_belongs(shard, settings)
+    return shards
+
+
+def check_belongs(shard: Shard, settings: Settings) -> None:
+    """Refuses a shard that was made with other settings."""
+    if shard.header.store != settings.fingerprint():
+        raise StoreError(
+            "the shard belongs to another store",
+            where=shard.path,
+            fix="move it away: its rows were recorded with other settings",
+        )
+
+
+def _size(rows: Rows) -> int:
+    if isinstance(rows, DenseRows):
+        return rows.bits_NW.nbytes
+    assert isinstance(rows, EntryRows)
+    return 2 * len(rows) + rows.low_E.nbytes + rows.values_X.nbytes

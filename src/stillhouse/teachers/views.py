@@ -1,0 +1,106 @@
+"""One pass over a model that also shows what lies between its embeddings and its head.
+
+Shapes: R windows, L tokens, D hidden width. Layer 0 is the embeddings, layer i the output of block
+i; the last layer is the last hidden state, after the final norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from stillhouse.errors import ModelError
+from stillhouse.objectives import AttentionStates, capture
+from stillhouse.teachers.backbone import hidden_states
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to keep of a pass: layers' outputs, and projections of blocks' attention (1: first)."""
+
+    layers: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Views:
+    """layers: [R, L, D] by layer. attention: by block."""
+
+    last_RLD: Tensor
+    layers: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, AttentionStates] = field(default_factory=dict)
+
+
+def look(model: Any, input_ids_RL: Tensor, position_ids_RL: Tensor | None, wanted: Wanted) -> Views:
+    """Runs the backbone as `hidden_states` does. Raises ModelError where it has no such parts."""
+    if not (wanted.layers or wanted.attention):
+        return Views(hidden_states(model, input_ids_RL, position_ids_RL))
+    blocks = decoder_layers(model)
+    with ExitStack() as stack:
+        layers = stack.enter_context(_outputs(blocks, wanted.layers - {len(blocks)}))
+        attention = {
+            number: stack.enter_context(capture(_attention(blocks[number - 1])))
+            for number in sorted(wanted.attention)
+        }
+        last_RLD = hidden_states(model, input_ids_RL, position_ids_RL)
+    if len(blocks) in wanted.layers:
+        layers[len(blocks)] = last_RLD
+    return Views(last_RLD, layers, attention)
+
+
+def decoder_layers(model: Any) -> nn.ModuleList:
+    """The decoder blocks, from the first to the last."""
+    found = getattr(model.base_model, "layers", None)
+    if not isinstance(found, nn.ModuleList):
+        raise _unknown(model, "decoder blocks")
+    return found
+
+
+def final_norm(model: Any) -> Callable[[Tensor], Tensor]:
+    """What stands between the last block and the head."""
+    found = getattr(model.base_model, "norm", None)
+    if not isinstance(found, nn.Module):
+        raise _unknown(model, "final norm")
+    return found
+
+
+def _attention(block: nn.Module) -> nn.Module:
+    found = getattr(block, "self_attn", None)
+    if not isinstance(found, nn.Module):
+        raise _unknown(block, "attention")
+    return found
+
+
+def _unknown(module: nn.Module, what: str) -> ModelError:
+    return ModelError(
+        f"{type(module).__name__} keeps its {what} where Stillhouse does not know to look",
+        where="objective.terms",
+        fix="use terms on the output alone: they need no part of a model by name",
+    )
+
+
+@contextmanager
+def _outputs(blocks: nn.ModuleList, layers: frozenset[int]) -> Iterator[dict[int, Tensor]]:
+    caught: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
+            caught[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def keep_input(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        caught[0] = inputs[0] if inputs else named["hidden_states"]
+
+    handles = [blocks[i - 1].register_forward_hook(keep(i)) for i in sorted(layers - {0})]
+    if 0 in layers:
+        handles.append(blocks[0].register_forward_pre_hook(keep_input, with_kwargs=True))
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()

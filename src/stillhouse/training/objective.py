@@ -1,0 +1,232 @@
+"""The recipe's objective, made for two models of known shapes: its terms, and what they look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from stillhouse.errors import SignalError
+from stillhouse.objectives import (
+    HiddenStateLoss,
+    LayerMap,
+    Mixture,
+    Schedule,
+    Term,
+    map_layers,
+)
+from stillhouse.recipe.schema import (
+    AttentionRelationsTerm,
+    HiddenStatesTerm,
+    LayerTerm,
+    LogitsTerm,
+    ObjectiveRecipe,
+    ScheduleRecipe,
+)
+from stillhouse.signals.encodings import EntryEncoding
+from stillhouse.teachers.views import Wanted
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A term's weight, and how it moves."""
+
+    value: float
+    schedule: Schedule | None
+
+    def at(self, progress: float) -> float:
+        return self.value * (1.0 if self.schedule is None else self.schedule.at(progress))
+
+
+@dataclass(frozen=True)
+class LayerLogits:
+    """A divergence on the student's intermediate layers, through its own final norm and head."""
+
+    term: Mixture
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class HiddenStates:
+    weight: Weight
+    loss: HiddenStateLoss
+    name: str
+
+
+@dataclass(frozen=True)
+class Relations:
+    weight: Weight
+    pairs: LayerMap
+    heads: int
+    relations: tuple[str, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Every term of a recipe, ready for two models of known shapes."""
+
+    output: Mixture
+    layer_logits: tuple[LayerLogits, ...] = ()
+    hidden: tuple[HiddenStates, ...] = ()
+    relations: tuple[Relations, ...] = ()
+
+    @property
+    def of_student(self) -> Wanted:
+        layers = {layer for term in self.layer_logits for layer in term.layers}
+        layers |= {student for term in self.hidden for student, _ in term.loss.pairs}
+        attention = {student for term in self.relations for student, _ in term.pairs}
+        return Wanted(frozenset(layers), frozenset(attention))
+
+    @property
+    def of_teacher(self) -> Wanted:
+        layers = {teacher for term in self.hidden for _, teacher in term.loss.pairs}
+        attention = {teacher for term in self.relations for _, teacher in term.pairs}
+        return Wanted(frozenset(layers), frozenset(attention))
+
+    @property
+    def divergences(self) -> list[Term]:
+        """Those at the output and those at intermediate layers."""
+        mixtures = [self.output, *(logits.term for logits in self.layer_logits)]
+        return [term for mixture in mixtures for term, _ in mixture.terms]
+
+    def projections(self) -> nn.ModuleList:
+        """The learned maps of widths: trained beside the student, and no part of it."""
+        return nn.ModuleList(term.loss for term in self.hidden if len(term.loss.projections))
+
+
+# --- from the recipe -------------------------------------------------------------------------
+
+
+def make_objective(
+    section: ObjectiveRecipe, student_config: Any, teacher_config: Any, *, seed: int = 0
+) -> Objective:
+    """Raises SignalError, with the term's place, for what these two models cannot give."""
+    student, teacher = student_config.get_text_config(), teacher_config.get_text_config()
+    output: list[tuple[Term, Schedule | None]] = []
+    layer_logits: list[LayerLogits] = []
+    hidden: list[HiddenStates] = []
+    relations: list[Relations] = []
+    for place, term in enumerate(section.terms):
+        schedule = _schedule(term.schedule)
+        weight = Weight(term.weight, schedule)
+        try:
+            if isinstance(term, HiddenStatesTerm):
+                loss = _hidden_loss(term, student, teacher, seed + place)
+                hidden.append(HiddenStates(weight, loss, f"hidden {term.distance}"))
+            elif isinstance(term, AttentionRelationsTerm):
+                relations.append(_relations(term, student, teacher, weight))
+            elif term.layers is None:
+                output.append((_term(term), schedule))
+            else:
+                layers = _own_layers(term.layers, student.num_hidden_layers)
+                layer_logits.append(LayerLogits(Mixture(((_term(term), schedule),)), layers))
+        except SignalError as error:
+            where = f"objective.terms.{place}"
+            raise SignalError(error.what, where=where, fix=error.fix) from None
+    _one_of_a_kind([h.name for h in hidden] + [r.name for r in relations])
+    mixture = Mixture(tuple(output))
+    return Objective(mixture, tuple(layer_logits), tuple(hidden), tuple(relations))
+
+
+def _schedule(section: ScheduleRecipe | None) -> Schedule | None:
+    return None if section is None else Schedule(**section.model_dump())
+
+
+def _term(term: LogitsTerm) -> Term:
+    parameters = {name: getattr(term, name) for name in ("alpha", "beta", "mu")}
+    return Term(term.divergence, term.weight, term.temperature, term.t_squared, **parameters)
+
+
+def _own_layers(layers: list[int], blocks: int) -> tuple[int, ...]:
+    for layer in layers:
+        if not 1 <= layer < blocks:
+            raise SignalError(
+                f"logits of layer {layer} are asked of a student with {blocks} blocks",
+                fix=f"choose from 1 to {blocks - 1}; the last block's are those of a term "
+                "without `layers`",
+            )
+    return tuple(sorted(set(layers)))
+
+
+def _pairs(term: LayerTerm, student: Any, teacher: Any, *, embeddings: bool) -> LayerMap:
+    pairs = map_layers(
+        student.num_hidden_layers,
+        teacher.num_hidden_layers,
+        term.pairs if term.pairs is not None else term.layers,
+        count=term.count,
+        embeddings=embeddings,
+    )
+    if not embeddings and term.pairs is not None and any(0 in pair for pair in pairs):
+        raise SignalError("a pair names block 0", fix="1 is the first block")
+    return pairs
+
+
+def _hidden_loss(term: HiddenStatesTerm, student: Any, teacher: Any, seed: int) -> HiddenStateLoss:
+    pairs = _pairs(term, student, teacher, embeddings=term.embeddings)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return HiddenStateLoss(pairs, student.hidden_size, teacher.hidden_size, term.distance)
+
+
+def _relations(
+    term: AttentionRelationsTerm, student: Any, teacher: Any, weight: Weight
+) -> Relations:
+    pairs = _pairs(term, student, teacher, embeddings=False)
+    for name, config in (("student", student), ("teacher", teacher)):
+        head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        for relation in term.relations:
+            width = head * (config.num_attention_heads if relation == "query" else groups)
+            if width % term.heads:
+                raise SignalError(
+                    f"{term.heads} relation heads do not divide the {name}'s {relation} width "
+                    f"of {width}",
+                    fix="choose a number of heads that divides the widths of both models",
+                )
+    return Relations(weight, pairs, term.heads, tuple(term.relations), "attention relations")
+
+
+def stored_temperature(objective: Objective, encoding: EntryEncoding) -> float:
+    """The one temperature at which a store must be recorded for these terms.
+
+    Raises SignalError: a term that this encoding cannot serve, or terms at several temperatures.
+    """
+    where = "objective.terms"
+    if objective.hidden or objective.relations:
+        raise SignalError(
+            "a signal store holds the teacher's output; a term asks for its intermediate layers",
+            where=where,
+            fix="remove the term, or `signals`: a live teacher serves every term",
+        )
+    of_teacher = [term for term in objective.divergences if term.needs_teacher]
+    for term in of_teacher:
+        name = term.divergence
+        sampled = encoding.signal == "SampledSignal" and name != "forward_kl"
+        if sampled or name == "adaptive_kl":
+            raise SignalError(
+                f"{name} cannot be taken from signals of kind {encoding.kind}: they serve "
+                f"{encoding.serves}",
+                where=where,
+                fix="use signals of kind top_k or top_p, or forward_kl, or a live teacher",
+            )
+    temperatures = sorted({term.temperature for term in of_teacher}) or [1.0]
+    if len(temperatures) > 1:
+        raise SignalError(
+            f"terms ask for temperatures {', '.join(f'{t:g}' for t in temperatures)}: a store is "
+            "recorded at one",
+            where=where,
+            fix="use one temperature, or a live teacher (no `signals`)",
+        )
+    return temperatures[0]
+
+
+def _one_of_a_kind(names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise SignalError(
+            "two terms on intermediate layers are of the same kind",
+            where="objective.terms",
+            fix="give one term all the pairs",
+        )

@@ -1,0 +1,278 @@
+"""Each encoding keeps what it says: against slow references, closed forms and long averages."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from stillhouse.errors import SignalError
+from stillhouse.signals.encode import Encoder, frozen_head_rows
+from stillhouse.signals.encodings import (
+    UNITS,
+    Sampled,
+    Stratified,
+    Threshold,
+    TopK,
+    TopP,
+    encoding_from_json,
+    encoding_to_json,
+)
+from stillhouse.signals.selection import at_least, likeliest, locate, probabilities, take_out_
+from stillhouse.signals.tune import expected, likeliest_probabilities, tune_threshold
+from tests.signals import toys
+from tests.signals.decoding import decode
+
+UNBIASED = [
+    Sampled(20),
+    Stratified(4, 5),
+    Stratified(4, 5, probability_bytes=2),
+    Threshold(0.05),
+    Threshold(0.02, probability_bytes=2),
+]
+
+
+def random_logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.5, 6.0, rows)[:, None]  # from nearly flat to nearly certain
+    return torch.randn(rows, vocabulary, generator=g) * scale
+
+
+def uniforms_for(encoding, rows: int, seed: int = 1) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    return torch.rand(rows, encoding.draws_a_row, generator=g, dtype=torch.float64)
+
+
+# --- finding tokens ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary", [7, 128, 300, 1000, 4096, 70_001])
+def test_selection_agrees_with_looking_at_every_token(vocabulary):
+    logits_nV = random_logits(9, vocabulary)
+    blocks = probabilities(logits_nV, 1.0)
+    p_nV = blocks.p_nV[:, :vocabulary].clone()
+    torch.testing.assert_close(p_nV, logits_nV.softmax(1))
+    found = at_least(blocks, 0.02)
+    assert torch.stack([found.rows_X, found.ids_X], 1).tolist() == (p_nV >= 0.02).nonzero().tolist()
+    values_nk, ids_nk = likeliest(blocks, 5)
+    assert torch.equal(values_nk, p_nV.topk(5).values)
+    assert torch.equal(p_nV.gather(1, ids_nk), values_nk)
+
+    take_out_(blocks, found)
+    left_nV = p_nV.masked_fill(p_nV >= 0.02, 0.0).double()
+    rows_D = torch.arange(9).repeat_interleave(20)
+    shares_D = torch.rand(180, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    has_tail_D = left_nV.sum(1)[rows_D] > 0
+    rows_D, shares_D = rows_D[has_tail_D], shares_D[has_tail_D]
+    ids_D, _ = locate(blocks, rows_D, shares_D)
+    for row, share, token in zip(rows_D.tolist(), shares_D.tolist(), ids_D.tolist(), strict=True):
+        upto_V = left_nV[row].cumsum(0)
+        goal, slack = share * float(upto_V[-1]), 1e-6
+        assert float(upto_V[token]) > goal - slack
+        assert float(upto_V[token] - left_nV[row, token]) <= goal + slack
+        assert float(left_nV[row, token]) > 0
+
+
+def test_probabilities_of_zero_are_never_found():
+    logits_nV = torch.full((2, 1000), -torch.inf)
+    logits_nV[:, 998] = 0.0
+    blocks = probabilities(logits_nV, 1.0)
+    ids_D, _ = locate(blocks, torch.tensor([0, 1, 1]), torch.tensor([0.0, 0.5, 1 - 1e-16]).double())
+    assert ids_D.tolist() == [998, 998, 998]
+    assert int(likeliest(blocks, 3)[1].max()) < 1000
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_broken_logits_are_refused(bad):
+    logits_nV = random_logits(4, 300)
+    logits_nV[2, 7] = bad
+    with pytest.raises(SignalError, match="row 2"):
+        Encoder(TopK(4), 300)(logits_nV, torch.empty(4, 0))
+
+
+# --- what is kept --------------------------------------------------------------------------
+
+
+def systematic_by_hand(p_V: list[float], tau: float, units: int, u: list[float]):
+    """Threshold sampling of one row, token by token."""
+    exact = [token for token, p in enumerate(p_V) if p >= tau]
+    whole, upto, before, values = math.fsum(p_V), 0.0, 0, []
+    for token in exact:
+        upto += p_V[token] / whole * units
+        values.append(math.floor(upto + u[0]) - before)
+        before += values[-1]
+    tail = math.fsum(p for p in p_V if p < tau)
+    draws = max(1, math.floor(tail / tau)) if sum(values) < units else 0
+    ids, upto, token = [], 0.0, -1
+    for draw in range(draws):
+        while upto <= (draw + u[1]) / draws * tail:
+            token += 1
+            upto += p_V[token] if p_V[token] < tau else 0.0
+        ids.append(token)
+    return exact + ids, values
+
+
+@pytest.mark.parametrize("probability_bytes", [1, 2])
+def test_threshold_agrees_with_one_token_at_a_time(probability_bytes):
+    logits_nV = random_logits(60, 300)
+    encoding = Threshold(0.03, probability_bytes)
+    u_nU = uniforms_for(encoding, 60)
+    rows, _ = Encoder(encoding, 300)(logits_nV, u_nU)
+    ids, values = iter(rows.low_E.tolist()), iter(rows.values_X.tolist())
+    for p_V, u, count, valued in zip(
+        logits_nV.softmax(1).double().tolist(),
+        u_nU.tolist(),
+        rows.counts_N.tolist(),
+        rows.valued_N.tolist(),
+        strict=True,
+    ):
+        ids_wanted, values_wanted = systematic_by_hand(p_V, 0.03, UNITS[probability_bytes], u)
+        assert [next(ids) for _ in range(count)] == ids_wanted
+        assert [next(values) for _ in range(valued)] == values_wanted
+
+
+def test_top_k_keeps_the_likeliest_and_the_rest():
+    logits_nV = random_logits(8, 300)
+    rows, statistics = Encoder(TopK(6), 300)(logits_nV, torch.empty(8, 0))
+    signal = decode(TopK(6), rows)
+    wanted = logits_nV.log_softmax(1).topk(6)
+    torch.testing.assert_close(signal.log_probs_NK, wanted.values, atol=2e-3, rtol=2e-3)
+    assert torch.equal(signal.ids_NK.long(), wanted.indices)
+    tail_n = 1 - wanted.values.exp().sum(1)
+    torch.testing.assert_close(signal.tail_N, tail_n, atol=1e-6, rtol=0)
+    assert statistics.mass == pytest.approx(float(wanted.values.exp().sum()), rel=1e-5)
+
+
+def test_top_p_stops_where_the_mass_is_reached():
+    logits_nV = random_logits(8, 300)
+    rows, _ = Encoder(TopP(0.7, most=30), 300)(logits_nV, torch.empty(8, 0))
+    for count, p_V in zip(rows.counts_N.tolist(), logits_nV.softmax(1), strict=True):
+        upto_V = p_V.sort(descending=True).values.cumsum(0)
+        assert count == min(30, int((upto_V < 0.7).sum()) + 1)
+
+
+def test_short_rows_repeat_their_first_token():
+    rows, _ = Encoder(TopP(0.7, most=30), 300)(random_logits(8, 300), torch.empty(8, 0))
+    signal = decode(TopP(0.7, most=30), rows)
+    past_NK = torch.arange(signal.ids_NK.shape[1]) >= torch.from_numpy(rows.counts_N)[:, None]
+    assert past_NK.any()
+    assert torch.equal(past_NK, signal.log_probs_NK == -torch.inf)
+    assert torch.equal(signal.ids_NK[past_NK], signal.ids_NK[:, :1].expand_as(past_NK)[past_NK])
+
+
+@pytest.mark.parametrize("encoding", UNBIASED, ids=repr)
+def test_the_estimate_is_right_on_average_and_varies_as_stated(encoding):
+    """4,000 encodings of one row: their mean is p, their variance the closed form's."""
+    repeats = 4000
+    for logits_V in random_logits(4, 130, seed=5):
+        p_V = logits_V.softmax(0)
+        many_nV = logits_V.expand(repeats, -1)
+        rows, statistics = Encoder(encoding, 130)(many_nV, uniforms_for(encoding, repeats))
+        p_hat_nV = toys.estimate(decode(encoding, rows), 130)
+        torch.testing.assert_close(p_hat_nV.sum(1), torch.ones(repeats))
+        error_V = p_hat_nV.mean(0) - p_V
+        deviation_V = p_hat_nV.std(0) / math.sqrt(repeats)
+        assert float((error_V.abs() - 5 * deviation_V).max()) < 1e-4
+        variance = float((p_hat_nV - p_V).square().sum(1).mean())
+        assert variance == pytest.approx(statistics.variance / repeats, rel=0.15, abs=1e-7)
+
+
+def test_top_k_renormalized_has_the_stated_bias():
+    logits_nV = random_logits(20, 300)
+    encoding = TopK(6, tail=False)
+    rows, statistics = Encoder(encoding, 300)(logits_nV, torch.empty(20, 0))
+    error_nV = toys.estimate(decode(encoding, rows), 300) - logits_nV.softmax(1)
+    assert float(error_nV.square().sum()) == pytest.approx(statistics.squared_bias, rel=0.01)
+
+
+def test_importance_weights_make_up_for_the_proposal():
+    """With many draws, the ratio estimate comes near p, and the raw counts near q."""
+    encoding = Sampled(250, exponent=0.6)
+    logits_V = random_logits(3, 40)[1]
+    many_nV = logits_V.expand(800, -1)
+    rows, _ = Encoder(encoding, 40)(many_nV, uniforms_for(encoding, 800))
+    error_V = toys.estimate(decode(encoding, rows), 40).mean(0) - logits_V.softmax(0)
+    assert float(error_V.abs().max()) < 0.003
+
+
+def test_the_temperature_is_that_of_the_softmax():
+    logits_nV = random_logits(8, 300)
+    rows, _ = Encoder(TopK(6), 300, temperature=2.0)(logits_nV, torch.empty(8, 0))
+    wanted, _ = Encoder(TopK(6), 300)(logits_nV / 2.0, torch.empty(8, 0))
+    assert np.array_equal(rows.values_X, wanted.values_X)
+
+
+def test_chunks_do_not_matter():
+    logits_nV, encoding = random_logits(50, 300), Threshold(0.04)
+    u_nU = uniforms_for(encoding, 50)
+    whole, _ = Encoder(encoding, 300)(logits_nV, u_nU)
+    encoder = Encoder(encoding, 300)
+    parts = [encoder(logits_nV[at : at + 7], u_nU[at : at + 7])[0] for at in range(0, 50, 7)]
+    assert np.array_equal(np.concatenate([part.low_E for part in parts]), whole.low_E)
+    assert np.array_equal(np.concatenate([part.values_X for part in parts]), whole.values_X)
+
+
+def test_frozen_head_vector_gives_the_forward_kl():
+    g = torch.Generator().manual_seed(0)
+    logits_nV, weight_VD = random_logits(10, 60), torch.randn(60, 8, generator=g)
+    hidden_nD = torch.randn(10, 8, generator=g)
+    rows, _ = frozen_head_rows(logits_nV, weight_VD)
+    vector_nD = torch.from_numpy(rows.bits_NW.view(np.int16)).view(torch.bfloat16).float()
+    z_nV = hidden_nD @ weight_VD.T
+    entropy_n = torch.from_numpy(rows.scalar_N)
+    from_store_n = entropy_n - (vector_nD * hidden_nD).sum(1) + z_nV.logsumexp(1)
+    log_p_nV = logits_nV.log_softmax(1)
+    kl_n = (log_p_nV.exp() * (log_p_nV - z_nV.log_softmax(1))).sum(1)
+    torch.testing.assert_close(from_store_n, kl_n, atol=0.05, rtol=0.01)
+
+
+# --- settings ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", toys.ENTRY_ENCODINGS, ids=repr)
+def test_json_gives_the_encoding_back(encoding):
+    assert encoding_from_json(encoding_to_json(encoding)) == encoding
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        ({"kind": "top_q"}, "there is no encoding 'top_q'"),
+        ({"kind": "top_k", "n": 3}, "parameters"),
+        ({"kind": "top_k", "k": 300}, "from 1 to 254"),
+        ({"kind": "threshold", "tau": 0.0}, "threshold.tau"),
+    ],
+)
+def test_wrong_settings_are_refused(raw, said):
+    with pytest.raises(SignalError, match=said):
+        encoding_from_json(raw)
+
+
+@pytest.mark.parametrize("wanted", [{"entries": 12.0}, {"size": 30.0}])
+def test_tuning_finds_the_tau_of_a_size(wanted):
+    logits_nV = random_logits(400, 2000)
+    tuned = tune_threshold(likeliest_probabilities(logits_nV), 2000, **wanted)
+    found = tuned.entries_a_row if "entries" in wanted else tuned.bytes_a_row
+    assert found == pytest.approx(next(iter(wanted.values())), rel=0.02)
+    rows, _ = Encoder(tuned.encoding, 2000)(logits_nV, uniforms_for(tuned.encoding, 400))
+    assert float(rows.counts_N.mean()) == pytest.approx(tuned.entries_a_row, rel=0.02)
+
+
+def test_one_tau_for_all_rows_beats_one_budget_for_each():
+    """The reason for `threshold`: at equal total size, its total variance is the least."""
+    logits_nV = random_logits(300, 2000)
+    tuned = tune_threshold(likeliest_probabilities(logits_nV), 2000, entries=12.0)
+    _, ours = Encoder(tuned.encoding, 2000)(logits_nV, uniforms_for(tuned.encoding, 300))
+    for k in (2, 4, 6, 8, 10):
+        other = Stratified(k, 12 - k)
+        _, theirs = Encoder(other, 2000)(logits_nV, uniforms_for(other, 300))
+        assert ours.variance < theirs.variance
+
+
+def test_a_size_out_of_reach_is_refused():
+    sample_nK = likeliest_probabilities(random_logits(50, 300))
+    with pytest.raises(SignalError, match="are possible"):
+        tune_threshold(sample_nK, 300, entries=1000.0)
+    assert expected(sample_nK, Threshold(0.05), 300).entries_a_row < 21

@@ -1,0 +1,159 @@
+"""Killed writers lose a shard at most, and no flipped bit is ever taken for a signal."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stillhouse.errors import StillhouseError
+from stillhouse.signals.encodings import Hidden, Threshold, TopP
+from stillhouse.signals.manifest import Settings
+from stillhouse.signals.record import Recorder
+from stillhouse.signals.store import open_store
+from stillhouse.signals.verify import verify
+from stillhouse.signals.writer import StoreWriter, finish_store
+from tests.signals import toys
+
+KILLS, FLIPS = 30, 1200
+FORK = multiprocessing.get_context("fork")
+
+
+def write_slowly(path: Path, of: Settings, data: toys.Batch, share: int = 0, shares: int = 1):
+    """Records one segment at a time in tiny shards; every write takes a little longer."""
+    true_fsync = os.fsync
+    os.fsync = lambda handle: (time.sleep(0.001), true_fsync(handle))[1]
+    recorder = Recorder(of)
+    with StoreWriter(path, of, most_bytes=600) as writer:
+        for number in range(share, len(data.segments), shares):
+            chosen_S = np.arange(len(data.segments)) == number
+            chosen_S &= writer.missing(data.segments)
+            segments, answer = data.part(chosen_S)
+            if len(segments):
+                writer.add(segments, *recorder.encode(segments, answer))
+    os._exit(0)
+
+
+def test_killed_at_any_point_the_store_comes_out_the_same(tmp_path):
+    data, chance = toys.batch(windows=16), random.Random(0)
+    of = toys.settings(Threshold(0.05))
+    toys.record(tmp_path / "undisturbed", of, data)
+    wanted = open_store(tmp_path / "undisturbed").read(data.segments)
+    kills = stores = 0
+    while kills < KILLS:
+        path, finished = tmp_path / str(stores), False
+        stores += 1
+        while not finished:
+            writer = FORK.Process(target=write_slowly, args=(path, of, data))
+            writer.start()
+            if kills < KILLS:
+                writer.join(timeout=chance.uniform(0.002, 0.05))
+            else:
+                writer.join(timeout=60)
+            if writer.is_alive():
+                os.kill(writer.pid, signal.SIGKILL)
+                kills += 1
+            writer.join()
+            finished = writer.exitcode == 0
+        finish_store(path)
+        assert verify(path) == []
+        found = open_store(path).read(data.segments)
+        wanted_NV = toys.estimate(wanted, toys.VOCABULARY)
+        assert (toys.estimate(found, toys.VOCABULARY) == wanted_NV).all()
+
+
+def test_processes_write_one_store_together(tmp_path):
+    data = toys.batch(windows=12)
+    of = toys.settings(Threshold(0.05))
+    writers = [
+        FORK.Process(target=write_slowly, args=(tmp_path, of, data, share, 3)) for share in range(3)
+    ]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    manifest = finish_store(tmp_path)
+    assert verify(tmp_path) == []
+    assert manifest.rows == data.segments.rows
+    assert open_store(tmp_path).covers(data.segments)
+
+
+@pytest.mark.parametrize("encoding", [Threshold(0.1), TopP(0.5, most=9), Hidden((2,), 4)], ids=repr)
+def test_a_flipped_bit_is_found_and_never_read(tmp_path, encoding):
+    data, chance = toys.batch(windows=2), random.Random(1)
+    of = toys.settings(encoding)
+    if isinstance(encoding, Hidden):
+        record_hidden(tmp_path, of, data)
+    else:
+        toys.record(tmp_path, of, data, shards=2)
+    wanted = open_store(tmp_path).read(data.segments)
+    files = sorted(file for file in tmp_path.rglob("*") if file.is_file())
+    assert len(files) == 4
+    whole = {file: file.read_bytes() for file in files}
+    sizes = [len(data) for data in whole.values()]
+    for _ in range(FLIPS // 3):
+        file = chance.choices(files, weights=sizes)[0]
+        damaged = bytearray(whole[file])
+        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        file.write_bytes(damaged)
+        problems = verify(tmp_path)
+        assert any(file.name in str(problem) for problem in problems), file
+        try:
+            found = open_store(tmp_path).read(data.segments)
+        except StillhouseError:
+            pass
+        else:
+            assert file.name == "settings.json"  # which reading does not look at
+            assert toys.same(found, wanted)
+        file.write_bytes(whole[file])
+    assert verify(tmp_path) == []
+
+
+def record_hidden(path: Path, of: Settings, data: toys.Batch) -> None:
+    from stillhouse.signals import HiddenSignal
+
+    rows = HiddenSignal({2: data.logits_NV[:, :4]})
+    with StoreWriter(path, of) as writer:
+        half_S = np.arange(len(data.segments)) % 2 == 0
+        for chosen_S in (half_S, ~half_S):
+            segments, answer = data.part(chosen_S)
+            part = HiddenSignal({2: answer.logits_NV[:, :4]})
+            writer.add(segments, *Recorder(of).encode(segments, part))
+            writer.flush()
+        writer.finish()
+    assert rows.hidden_ND[2].shape[0] == data.segments.rows
+
+
+@pytest.mark.parametrize("change", ["cut", "longer", "gone", "empty"])
+def test_a_shard_that_is_not_whole_is_named(tmp_path, change):
+    data = toys.batch(windows=2)
+    toys.record(tmp_path, toys.settings(Threshold(0.05)), data, shards=2)
+    shard = sorted((tmp_path / "shards").iterdir())[0]
+    whole = shard.read_bytes()
+    if change == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes({"cut": whole[:-9], "longer": whole + b"\0", "empty": b""}[change])
+    assert shard.name in str(verify(tmp_path)[0])
+    with pytest.raises(StillhouseError, match=shard.name):
+        open_store(tmp_path).read(data.segments)
+
+
+def test_a_shard_that_the_manifest_does_not_know_is_named(tmp_path):
+    data = toys.batch(windows=2)
+    of = toys.settings(Threshold(0.05))
+    toys.record(tmp_path, of, data)
+    more = toys.batch(windows=2, seed=7)
+    with StoreWriter(tmp_path, of) as writer:
+        writer.add(more.segments, *Recorder(of).encode(*more.part(np.ones(4, bool))))
+    assert "does not list" in str(verify(tmp_path)[0])
+    assert not open_store(tmp_path).covers(more.segments)
+    finish_store(tmp_path)
+    assert open_store(tmp_path).covers(more.segments)

@@ -1,0 +1,98 @@
+"""Stores go out as Parquet files, and to the Hub and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from stillhouse.errors import StoreError
+from stillhouse.signals import hub
+from stillhouse.signals.encodings import Threshold, TopP
+from stillhouse.signals.export import export_parquet
+from stillhouse.signals.segments import Segments
+from stillhouse.signals.store import open_store
+from tests.signals import toys
+
+
+@pytest.mark.parametrize("encoding", [Threshold(0.05), TopP(0.8, most=20)], ids=repr)
+def test_parquet_has_every_row(tmp_path, encoding):
+    data = toys.batch(windows=3)
+    toys.record(tmp_path / "store", toys.settings(encoding), data, shards=2)
+    out = tmp_path / "signals.parquet"
+    assert export_parquet(tmp_path / "store", out) == data.segments.rows
+    table = pq.read_table(out)
+    meta = json.loads(table.schema.metadata[b"stillhouse"])
+    assert meta["encoding"]["kind"] == encoding.kind
+
+    by_key = {}
+    for row in table.to_pylist():
+        by_key.setdefault(row["key"], []).append(row)
+    store = open_store(tmp_path / "store")
+    for key, count in zip(data.segments.keys, data.segments.rows_S, strict=True):
+        rows = by_key.pop(key.hex())
+        assert [row["position"] for row in rows] == list(range(count))
+        p_NV = toys.estimate(store.read(Segments((key,), np.array([count]))), toys.VOCABULARY)
+        for row, p_V in zip(rows, p_NV, strict=True):
+            found_V = torch.zeros(toys.VOCABULARY)
+            found_V.index_add_(0, torch.tensor(row["ids"]), torch.tensor(row["probabilities"]))
+            torch.testing.assert_close(found_V, p_V)
+            if "tail" in row:
+                assert row["tail"] == pytest.approx(1 - sum(row["probabilities"]), abs=2e-3)
+    assert not by_key
+
+
+class FakeHub:
+    """Takes what is uploaded into a folder, and gives it back."""
+
+    def __init__(self, folder):
+        self.folder, self.asked = folder, []
+
+    def create_repo(self, repo_id, **options):
+        self.asked.append((repo_id, options))
+
+    def upload_folder(self, *, repo_id, folder_path, **_):
+        shutil.copytree(folder_path, self.folder / repo_id)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
+
+    def snapshot_download(self, repo_id, *, local_dir, **_):
+        shutil.copytree(self.folder / repo_id, local_dir)
+
+
+def test_to_the_hub_and_back(tmp_path, monkeypatch):
+    data, fake = toys.batch(windows=2), FakeHub(tmp_path / "hub")
+    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
+    toys.record(tmp_path / "store", toys.settings(Threshold(0.05)), data)
+    assert hub.upload_store(tmp_path / "store", "me/signals").endswith("me/signals/commit/1")
+    assert fake.asked == [
+        ("me/signals", {"repo_type": "dataset", "private": True, "exist_ok": True})
+    ]
+    hub.download_store("me/signals", tmp_path / "copy")
+    found = open_store(tmp_path / "copy").read(data.segments)
+    assert toys.same(found, open_store(tmp_path / "store").read(data.segments))
+
+
+def test_a_damaged_store_is_not_uploaded(tmp_path, monkeypatch):
+    fake = FakeHub(tmp_path / "hub")
+    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    toys.record(tmp_path / "store", toys.settings(Threshold(0.05)), toys.batch(windows=1))
+    (shard,) = (tmp_path / "store" / "shards").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(StoreError, match="not sound"):
+        hub.upload_store(tmp_path / "store", "me/signals")
+    assert fake.asked == []
+
+
+def test_the_hubs_refusal_is_passed_on(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("no such repository")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(StoreError, match="no such repository"):
+        hub.download_store("me/nothing", tmp_path / "copy")
