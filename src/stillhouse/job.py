@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stillhouse import account
-from stillhouse.errors import SignalError
+from stillhouse.errors import RecipeError, SignalError
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
@@ -56,8 +56,14 @@ class Job:
 def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
     """Finds and checks the models on disk, or downloads them (False: all but their weights).
 
-    Raises ModelError.
+    Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
     """
+    if isinstance(recipe.student, PrunedStudent) and recipe.student.vocabulary is not None:
+        raise RecipeError(
+            "a student with fewer tokens than its teacher cannot be trained by a recipe yet",
+            where="student.vocabulary",
+            fix="leave the key out; students.build_student makes such a student, untrained",
+        )
     section = recipe.teacher
     teacher = resolve_model(section.model, revision=section.revision, base=base, weights=weights)
     pretrained = None

@@ -199,10 +199,10 @@ def test_padding_teaches_nothing() -> None:
 
 
 def test_fewer_tokens_than_asked_are_noted() -> None:
-    report = prune_model(tiny_model(), ToyWindows(count=2), ffn_size=60)
+    report = prune_model(tiny_model(), ToyWindows(count=2), ffn_size=32)
     assert report.calibration_tokens == 64
     assert "all 64 training tokens" in report.notes[0]
-    assert prune_model(tiny_model(), ToyWindows(), ffn_size=60, calibration_tokens=64).notes == ()
+    assert prune_model(tiny_model(), ToyWindows(), ffn_size=32, calibration_tokens=64).notes == ()
 
 
 def test_the_same_seed_gives_the_same_model() -> None:

@@ -11,13 +11,16 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -49,6 +52,28 @@ CONFIGS: dict[str, Any] = {
             "query_pre_attn_scalar": 8,
             "sliding_window": 8,
             "final_logit_softcapping": 2.0,
+            **more,
+        }
+    ),
+    "gemma3_text": lambda **more: Gemma3TextConfig(
+        **{
+            **SIZES,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            **more,
+        }
+    ),
+    "ministral3": lambda **more: Ministral3Config(**{**SIZES, "head_dim": 8, **more}),
+    "qwen3_moe": lambda **more: Qwen3MoeConfig(
+        **{
+            **SIZES,
+            "head_dim": 8,
+            "moe_intermediate_size": 32,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
             **more,
         }
     ),

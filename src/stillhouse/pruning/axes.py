@@ -2,45 +2,123 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from stillhouse.errors import ModelError, RecipeError
+from stillhouse.errors import ModelError
+from stillhouse.teachers.views import decoder_layers
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of the FFN, its weights stacked over the experts.
+
+    router, experts: submodules of the FFN. gate_up [E, 2F, D] and down [E, D, F]: parameters of
+    `experts`. count, chosen: configuration keys (all experts; experts a token goes to).
+    exceptions: configuration values under which some layers have a plain FFN instead.
+    """
+
+    router: str = "gate"
+    experts: str = "experts"
+    gate_up: str = "gate_up_proj"
+    down: str = "down_proj"
+    count: str = "num_experts"
+    chosen: str = "num_experts_per_tok"
+    exceptions: tuple[tuple[str, Any], ...] = (("mlp_only_layers", []), ("decoder_sparse_step", 1))
 
 
 @dataclass(frozen=True)
 class Axes:
-    """Names inside one decoder layer: out = mid + norm?(down(act(gate(x)) · up(x))), x = norm(mid).
+    """Names inside one decoder layer, and what its architecture demands.
 
-    mid is the residual stream after attention. ffn_output_norm: a norm of the FFN's output before
-    it is added, where the architecture has one (Gemma 2 and 3).
+        mid = stream + norm?(output(attention(norm(stream))))
+        out = mid + norm?(down(act(gate(x)) · up(x))),  x = norm(mid)
+
+    The norms marked `?` are attention_output_norm and ffn_output_norm, where the architecture has
+    them (Gemma 2 and 3). A norm multiplies by norm_offset + its weight. head_norms have head_dim
+    values and are never cut. ffn_size: the configuration key of the FFN width. scaled_embeddings:
+    embeddings are multiplied by √hidden_size. always_tied: llama.cpp knows the architecture with a
+    tied head only. hidden_over_heads: the configuration demands that
+    hidden_size is a multiple of the number of query heads, whatever head_dim is. head_dim_key:
+    the configuration has a head_dim of its own; elsewhere it is an extra key, which transformers
+    reads too. Biases are cut wherever a projection has one.
     """
 
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    head_norms: tuple[str, ...] = ()
+    attention_input_norm: str = "input_layernorm"
+    attention_output_norm: str | None = None
     ffn: str = "mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
     activation: str = "act_fn"
+    ffn_size: str = "intermediate_size"
+    experts: Experts | None = None
     ffn_input_norm: str = "post_attention_layernorm"
     ffn_output_norm: str | None = None
+    norm_offset: float = 0.0
+    scaled_embeddings: bool = False
+    always_tied: bool = False
+    hidden_over_heads: bool = False
+    head_dim_key: bool = True
+
+    def input_norms(self) -> tuple[str, str]:
+        return self.attention_input_norm, self.ffn_input_norm
+
+    def output_norms(self) -> tuple[str, ...]:
+        names = (self.attention_output_norm, self.ffn_output_norm)
+        return tuple(name for name in names if name is not None)
+
+    def parameters(self) -> set[str]:
+        """Every parameter that a layer may have, biases included, by its dotted name."""
+        attention = [self.query, self.key, self.value, self.output, *self.head_norms]
+        names = [f"{self.attention}.{name}" for name in attention]
+        names += [*self.input_norms(), *self.output_norms()]
+        found = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+        if self.experts is None:
+            linears = (self.gate, self.up, self.down)
+            return found | {f"{self.ffn}.{n}.{k}" for n in linears for k in ("weight", "bias")}
+        experts = f"{self.ffn}.{self.experts.experts}"
+        stacked = {f"{experts}.{self.experts.gate_up}", f"{experts}.{self.experts.down}"}
+        return found | stacked | {f"{self.ffn}.{self.experts.router}.weight"}
 
 
-_PRE_NORM = Axes()
-_GEMMA = Axes(
-    ffn_input_norm="pre_feedforward_layernorm", ffn_output_norm="post_feedforward_layernorm"
+_PLAIN = Axes()
+_HEAD_NORMS = ("q_norm", "k_norm")
+_GEMMA = Axes(norm_offset=1.0, scaled_embeddings=True, always_tied=True)
+_GEMMA_2 = replace(
+    _GEMMA,
+    attention_output_norm="post_attention_layernorm",
+    ffn_input_norm="pre_feedforward_layernorm",
+    ffn_output_norm="post_feedforward_layernorm",
+    hidden_over_heads=True,
 )
 
 ARCHITECTURES: dict[str, Axes] = {
-    "gemma": _PRE_NORM,
-    "gemma2": _GEMMA,
-    "gemma3_text": _GEMMA,
-    "llama": _PRE_NORM,
-    "mistral": _PRE_NORM,
-    "qwen2": _PRE_NORM,
-    "qwen3": _PRE_NORM,
-    "smollm3": _PRE_NORM,
+    "gemma": _GEMMA,
+    "gemma2": _GEMMA_2,
+    "gemma3_text": replace(_GEMMA_2, head_norms=_HEAD_NORMS),
+    "llama": replace(_PLAIN, hidden_over_heads=True),
+    "ministral": _PLAIN,
+    "ministral3": _PLAIN,
+    "mistral": _PLAIN,
+    "qwen2": replace(_PLAIN, head_dim_key=False),
+    "qwen3": replace(_PLAIN, head_norms=_HEAD_NORMS),
+    "qwen3_moe": replace(
+        _PLAIN,
+        head_norms=_HEAD_NORMS,
+        head_dim_key=False,
+        ffn_size="moe_intermediate_size",
+        experts=Experts(),
+    ),
+    "smollm3": replace(_PLAIN, head_dim_key=False),
 }
-"""By config.model_type: decoder-only models with a gated FFN and attention, one after the other."""
+"""By config.model_type: decoder-only models with attention and a gated FFN, one after the other."""
 
 PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types", "sliding_window_pattern")
 """Config values that hold one entry a layer. Left as they are, or left out (and so derived anew
@@ -57,7 +135,32 @@ def axes_of(config: Any) -> Axes:
             fix=f"prunable types: {', '.join(sorted(ARCHITECTURES))}; for others use "
             "start: pretrained or start: random",
         )
+    if axes.experts is not None:
+        for key, plain in axes.experts.exceptions:
+            value = getattr(config, key, plain)
+            if value != plain:
+                raise ModelError(
+                    f"{config.model_type} models with plain FFNs between those with experts "
+                    f"({key}: {value}) cannot be pruned: which layers have which depends on "
+                    "their numbers",
+                    where="student.start",
+                    fix="use start: pretrained or start: random",
+                )
     return axes
+
+
+def check_parameters(model: Any, axes: Axes) -> None:
+    """ModelError when a layer holds a parameter that no axis declares: it would stay uncut."""
+    declared = axes.parameters()
+    for number, layer in enumerate(decoder_layers(model)):
+        unknown = sorted({name for name, _ in layer.named_parameters()} - declared)
+        if unknown:
+            raise ModelError(
+                f"layer {number} has parameters that pruning does not know: "
+                f"{', '.join(unknown[:3])}",
+                where=model.config.name_or_path or "student.start",
+                fix="merge adapters first; a variant of an architecture cannot be pruned",
+            )
 
 
 def part(module: Any, name: str) -> Any:
@@ -65,26 +168,3 @@ def part(module: Any, name: str) -> Any:
     for step in name.split("."):
         module = getattr(module, step)
     return module
-
-
-def check_sizes(config: Any, ffn_size: int | None, layers: int | None) -> None:
-    """RecipeError when the pruned sizes are not smaller than, or equal to, the teacher's."""
-    axes_of(config)
-    if ffn_size is None and layers is None:
-        raise RecipeError(
-            "a pruned student needs a size to prune to",
-            where="student",
-            fix=f"set ffn_size (1 to {config.intermediate_size}) or layers "
-            f"(1 to {config.num_hidden_layers}), or both",
-        )
-    limits = (
-        ("ffn_size", ffn_size, config.intermediate_size),
-        ("layers", layers, config.num_hidden_layers),
-    )
-    for key, value, largest in limits:
-        if value is not None and not 1 <= value <= largest:
-            raise RecipeError(
-                f"{key}: {value} is not possible: the teacher has {largest}",
-                where=f"student.{key}",
-                fix=f"choose 1 to {largest}",
-            )

@@ -2,7 +2,8 @@
 
 The residual stream and all statistics are float32; the products may be bfloat16 (see `products`).
 
-Shapes: R windows of a batch, L tokens, N rows of all batches, D hidden width, F FFN width.
+Shapes: R windows of a batch, L tokens, N rows of all batches, D hidden width, F FFN width,
+A attention width (heads × head_dim).
 """
 
 from __future__ import annotations
@@ -111,8 +112,12 @@ def run_layer(layer: nn.Module, hidden_RLD: Tensor, extras: dict[str, Any]) -> T
 def after_attention(
     layer: nn.Module, axes: Axes, hidden_RLD: Tensor, extras: dict[str, Any]
 ) -> Tensor:
-    """The residual stream between a layer's attention and its FFN."""
-    with _forward_replaced([part(layer, axes.ffn)], lambda x: torch.zeros_like(x)):
+    """The residual stream between a layer's attention and its FFN, of which nothing is run."""
+    norms = [axes.ffn_input_norm, *([axes.ffn_output_norm] if axes.ffn_output_norm else [])]
+    with (
+        _forward_replaced([part(layer, axes.ffn)], lambda x: torch.zeros_like(x)),
+        _forward_replaced([part(layer, name) for name in norms], lambda x: x),
+    ):
         return run_layer(layer, hidden_RLD, extras)
 
 
@@ -130,6 +135,38 @@ def add_ffn(layer: nn.Module, axes: Axes, mid_RLD: Tensor, activations_RLF: Tens
     if axes.ffn_output_norm is not None:
         output_RLD = part(layer, axes.ffn_output_norm)(output_RLD)
     return mid_RLD + output_RLD
+
+
+def run_ffn(layer: nn.Module, axes: Axes, mid_RLD: Tensor) -> Tensor:
+    """The layer's output from the stream after attention, whatever its FFN is made of."""
+    output_RLD = part(layer, axes.ffn)(part(layer, axes.ffn_input_norm)(mid_RLD))
+    if axes.ffn_output_norm is not None:
+        output_RLD = part(layer, axes.ffn_output_norm)(output_RLD)
+    return mid_RLD + output_RLD
+
+
+def add_attention(layer: nn.Module, axes: Axes, hidden_RLD: Tensor, heads_RLA: Tensor) -> Tensor:
+    """The stream after attention, from that before it and the heads' outputs side by side."""
+    output_RLD = part(layer, f"{axes.attention}.{axes.output}")(heads_RLA)
+    if axes.attention_output_norm is not None:
+        output_RLD = part(layer, axes.attention_output_norm)(output_RLD)
+    return hidden_RLD + output_RLD
+
+
+@contextmanager
+def inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
+    """Notes what a module reads at every call inside the block; nothing for None."""
+    seen: list[Tensor] = []
+
+    def note_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+
+    handle = None if module is None else module.register_forward_pre_hook(note_input)
+    try:
+        yield seen
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @contextmanager

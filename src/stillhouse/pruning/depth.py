@@ -117,17 +117,21 @@ class _Scorer:
         return rows_ND
 
 
-def summed_kl(head: LMHead, full_ND: Tensor, others: Sequence[Tensor]) -> list[float]:
+def summed_kl(
+    head: LMHead, full_ND: Tensor, others: Sequence[Tensor], other_head: LMHead | None = None
+) -> list[float]:
     """Σ KL(softmax of full ‖ softmax of other) over rows, in nats, for each of `others` [N, D].
 
-    CHUNK rows at a time; the full model's distribution is computed once for all.
+    CHUNK rows at a time; the full model's distribution is computed once for all. `other_head` is
+    the others' head where it is not the full model's.
     """
+    other_head = head if other_head is None else other_head
     totals = [0.0] * len(others)
     for start in range(0, len(full_ND), CHUNK):
         chunk = slice(start, start + CHUNK)
         full_nV = head_logits(head, full_ND[chunk]).float().log_softmax(-1)
         probability_nV = full_nV.exp()
         for place, other_ND in enumerate(others):
-            other_nV = head_logits(head, other_ND[chunk]).float().log_softmax(-1)
+            other_nV = head_logits(other_head, other_ND[chunk]).float().log_softmax(-1)
             totals[place] += (probability_nV * (full_nV - other_nV)).sum().item()
     return totals

@@ -80,11 +80,7 @@ def refit_and_remove(
 ) -> tuple[Tensor, Tensor]:
     """The kept neurons [K], ascending, and their down projection [D, K]."""
     group = max(1, down_DF.shape[1] // GROUPS_PER_WIDTH) if group is None else group
-    energy = moments.C_FF.diagonal().mean()
-    # In units of the mean energy, nothing below depends on the activations' scale.
-    unit = torch.where(energy > 0, energy, 1.0)
-    inverse = _inverse(moments.symmetric() / unit, ridge)
-    weight = down_DF + correction * (moments.B_DF / unit) @ inverse
+    weight, inverse = corrected(down_DF, moments, ridge, correction)
     alive = torch.arange(down_DF.shape[1], device=down_DF.device)
     while len(alive) > keep:
         count = min(group, len(alive) - keep)
@@ -92,15 +88,33 @@ def refit_and_remove(
         removed = cost.topk(count, largest=False).indices
         stays = torch.ones_like(alive, dtype=torch.bool)
         stays[removed] = False
-        rows_QF = inverse[removed]
-        solved_QF = torch.linalg.solve(rows_QF[:, removed], rows_QF)
-        weight = (weight - weight[:, removed] @ solved_QF)[:, stays]
-        inverse = (inverse - rows_QF.T @ solved_QF)[stays][:, stays]
+        weight, inverse = without_columns(weight, inverse, removed, stays)
         alive = alive[stays]
     return alive, weight
 
 
-def _inverse(C_FF: Tensor, ridge: float) -> Tensor:
+def corrected(
+    weight_DF: Tensor, moments: Moments, ridge: float, correction: float
+) -> tuple[Tensor, Tensor]:
+    """W₀ [D, F] and C⁻¹ [F, F], the latter in units of the mean activation energy."""
+    energy = moments.C_FF.diagonal().mean()
+    # In units of the mean energy, nothing that follows depends on the activations' scale.
+    unit = torch.where(energy > 0, energy, 1.0)
+    inverse = regularized_inverse(moments.symmetric() / unit, ridge)
+    return weight_DF + correction * (moments.B_DF / unit) @ inverse, inverse
+
+
+def without_columns(
+    weight: Tensor, inverse: Tensor, removed: Tensor, stays: Tensor
+) -> tuple[Tensor, Tensor]:
+    """W and C⁻¹ after the columns `removed` went and the columns `stays` (a mask) were refit."""
+    rows_QF = inverse[removed]
+    solved_QF = torch.linalg.solve(rows_QF[:, removed], rows_QF)
+    weight = (weight - weight[:, removed] @ solved_QF)[:, stays]
+    return weight, (inverse - rows_QF.T @ solved_QF)[stays][:, stays]
+
+
+def regularized_inverse(C_FF: Tensor, ridge: float) -> Tensor:
     """(C + ridge·I)⁻¹; the ridge grows until rounding no longer makes the sum indefinite."""
     while True:
         ridged_FF = C_FF.clone()

@@ -1,17 +1,27 @@
-"""Prunes a teacher: first layers, then FFN width, both by what the calibration text shows."""
+"""Prunes a teacher in place: layers, then the sizes inside them, then the vocabulary."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from stillhouse.data import WindowSet
-from stillhouse.pruning.axes import axes_of, check_sizes
+from stillhouse.pruning.axes import axes_of, check_parameters
 from stillhouse.pruning.calibrate import calibration_batches, products
-from stillhouse.pruning.depth import choose_layers
-from stillhouse.pruning.surgery import keep_layers, own_config
+from stillhouse.pruning.depth import DepthChoice, choose_layers
+from stillhouse.pruning.sizes import (
+    HiddenMethod,
+    Sizes,
+    changed,
+    check_sizes,
+    set_sizes,
+    size_notes,
+    sizes_of,
+)
+from stillhouse.pruning.surgery import check_tokens, keep_layers, keep_tokens, own_config
 from stillhouse.pruning.width import cut_width
 
 DEPTH_TOKENS = 2048
@@ -22,14 +32,16 @@ DEPTH_TOKENS = 2048
 class PruneReport:
     """What was removed, and what it costs before any training.
 
+    changed: sizes before and after of every axis that was cut (see sizes.Sizes).
     dropped_layers: the teacher's layer numbers in the order they went, and the KL to the teacher
     after each, in nats a token. single_layer_kl: the KL without that layer alone, by layer; empty
     when depth was not cut. calibration_kl: KL(teacher ‖ pruned) on some of the calibration rows,
-    so it flatters; None when width was not cut.
+    so it flatters, before the vocabulary is cut; None when nothing else was.
     """
 
     ffn_size: tuple[int, int]
     layers: tuple[int, int]
+    changed: dict[str, tuple[int, int]]
     kept_layers: tuple[int, ...]
     dropped_layers: tuple[tuple[int, float], ...]
     single_layer_kl: tuple[float, ...]
@@ -45,6 +57,12 @@ def prune_model(
     *,
     ffn_size: int | None = None,
     layers: int | None = None,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    hidden_size: int | None = None,
+    hidden_method: HiddenMethod = "channels",
+    experts: int | None = None,
+    kept_ids: Sequence[int] | None = None,
     reconstruct: bool = True,
     calibration_tokens: int = 16384,
     seed: int = 0,
@@ -52,56 +70,86 @@ def prune_model(
 ) -> PruneReport:
     """Prunes a float32 causal language model in place, calibrated on training windows.
 
+    Every size that is None stays. heads: query heads in all, as many in each of the kv_heads
+    groups. hidden_size with hidden_method: "rotation" unties the head, and rotates even where the
+    size stays. kept_ids: the tokens to keep, old ids by new id (see vocabulary.kept_token_ids).
+
     The windows run through the model with matrix products in `dtype`; weights, statistics and
     refits stay float32. Runs on the model's device.
 
-    Depth goes first, so that the refit of the width makes up for dropped layers too. Every layer
-    ends with the same FFN width. Raises RecipeError for sizes that the model cannot have,
-    ModelError for an architecture that cannot be pruned, DataError when there are no windows.
+    Depth goes first, so that the refit of the width makes up for dropped layers too; then, layer
+    by layer, hidden size, heads, experts and FFN; the vocabulary last. Every layer ends with the
+    same sizes. Raises RecipeError for sizes that the model cannot have, ModelError for an
+    architecture that cannot be pruned, DataError when there are no windows.
     """
-    check_sizes(model.config, ffn_size, layers)
     axes = axes_of(model.config)
+    after = check_sizes(
+        model.config,
+        ffn_size,
+        layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        hidden_size=hidden_size,
+        hidden_method=hidden_method,
+        experts=experts,
+        vocabulary=None if kept_ids is None else len(kept_ids),
+    )
+    check_parameters(model, axes)
+    if kept_ids is not None:
+        check_tokens(model, kept_ids)
     own_config(model)
-    before = (model.config.intermediate_size, model.config.num_hidden_layers)
-    ffn_size = before[0] if ffn_size is None else ffn_size
-    layers = before[1] if layers is None else layers
-
+    before = sizes_of(model.config)
     batches = calibration_batches(windows, calibration_tokens, seed, model.device)
     seen = sum(int(batch.counted_RL.sum()) for batch in batches)
-    notes: list[str] = []
+    rotated = hidden_size is not None and hidden_method == "rotation"
+    notes = _notes(model.config, before, after, rotated)
     if sum(batch.input_ids_RL.numel() for batch in batches) < calibration_tokens:
-        notes.append(f"calibrated on all {seen:,} training tokens: {calibration_tokens:,} asked")
-
-    kept: tuple[int, ...] = tuple(range(before[1]))
-    dropped: tuple[tuple[int, float], ...] = ()
-    single: tuple[float, ...] = ()
-    kl: float | None = None
-    if layers < before[1]:
+        asked = f"{calibration_tokens:,} asked"
+        notes.insert(0, f"calibrated on all {seen:,} training tokens: {asked}")
+    choice = DepthChoice(tuple(range(before.layers)), (), ())
+    if after.layers < before.layers:
         few = calibration_batches(windows, DEPTH_TOKENS, seed, model.device)
         with products(model, dtype):
-            choice = choose_layers(model, few, layers)
-        kept, dropped, single = choice.kept, choice.dropped, choice.single_kl
-        kl = dropped[-1][1]
-    if ffn_size < before[0] or (dropped and reconstruct):
+            choice = choose_layers(model, few, after.layers)
+    kl = choice.dropped[-1][1] if choice.dropped else None
+    narrower = replace(after, layers=before.layers, vocabulary=before.vocabulary) != before
+    if narrower or rotated or (choice.dropped and reconstruct):
+        touched = rotated or after.hidden_size < before.hidden_size
         kl = cut_width(
             model,
             axes,
             batches,
-            kept_layers=kept,
-            ffn_size=ffn_size,
-            reconstruct=reconstruct,
+            kept_layers=choice.kept,
+            before=before,
+            after=after,
+            hidden_method=hidden_method if touched else None,
+            reconstruct=reconstruct and (narrower or bool(choice.dropped)),
             dtype=dtype,
         )
-    keep_layers(model, kept)
-    model.config.intermediate_size = ffn_size
+    keep_layers(model, choice.kept)
+    set_sizes(model.config, replace(after, vocabulary=before.vocabulary))
+    if kept_ids is not None:
+        keep_tokens(model, torch.tensor(kept_ids, device=model.device))
     return PruneReport(
-        ffn_size=(before[0], ffn_size),
-        layers=(before[1], layers),
-        kept_layers=kept,
-        dropped_layers=dropped,
-        single_layer_kl=single,
+        ffn_size=(before.ffn_size, after.ffn_size),
+        layers=(before.layers, after.layers),
+        changed=changed(before, after),
+        kept_layers=choice.kept,
+        dropped_layers=choice.dropped,
+        single_layer_kl=choice.single_kl,
         calibration_tokens=seen,
         calibration_kl=kl,
         reconstructed=reconstruct,
         notes=tuple(notes),
     )
+
+
+def _notes(config: Any, before: Sizes, after: Sizes, rotated: bool) -> list[str]:
+    notes = size_notes(config, before, after)
+    if rotated and config.tie_word_embeddings:
+        extra = after.vocabulary * after.hidden_size
+        notes.append(
+            f"the rotation unties the head from the embeddings: {extra / 1e6:,.1f}M parameters "
+            "more than hidden_method: channels"
+        )
+    return notes

@@ -1,6 +1,6 @@
 """Cuts a model in place, keeps its configuration true, and checks what was saved.
 
-Shapes: D hidden width, F FFN width, K kept neurons.
+Shapes: D hidden width, A attention width, E experts, F FFN width, K kept neurons, V tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.errors import ModelError
-from stillhouse.pruning.axes import PER_LAYER_LISTS, Axes, part
+from stillhouse.errors import ModelError, RecipeError
+from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.heads import Grouping
+from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.local import load_model
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.views import decoder_layers
@@ -24,16 +26,94 @@ def keep_neurons(layer: nn.Module, axes: Axes, kept_K: Tensor, down_DK: Tensor) 
     """Leaves the FFN neurons `kept_K` of one layer, with `down_DK` as the new down projection."""
     ffn = part(layer, axes.ffn)
     for name in (axes.gate, axes.up):
-        linear = part(ffn, name)
-        linear.weight = _parameter(linear.weight[kept_K], linear.weight)
-        if linear.bias is not None:
-            linear.bias = _parameter(linear.bias[kept_K], linear.bias)
-        linear.out_features = len(kept_K)
-    down = part(ffn, axes.down)
-    down.weight = _parameter(down_DK, down.weight)
-    down.in_features = len(kept_K)
+        keep_rows(part(ffn, name), kept_K)
+    set_weight(part(ffn, axes.down), down_DK)
     if hasattr(ffn, "intermediate_size"):
         ffn.intermediate_size = len(kept_K)
+
+
+def keep_heads(
+    layer: nn.Module, axes: Axes, before: Grouping, heads: Sequence[int], output_DA: Tensor
+) -> None:
+    """Leaves the query heads `heads` and their groups, with `output_DA` as output projection."""
+    attention = part(layer, axes.attention)
+    groups = sorted({head // before.share for head in heads})
+    keep_rows(part(attention, axes.query), torch.tensor(before.columns(heads)))
+    for name in (axes.key, axes.value):
+        keep_rows(part(attention, name), torch.tensor(before.columns(groups)))
+    set_weight(part(attention, axes.output), output_DA)
+    attention.num_key_value_groups = len(heads) // len(groups)
+
+
+def keep_experts(layer: nn.Module, axes: Axes, kept_E: Tensor) -> None:
+    """Leaves the experts `kept_E` of one layer, and the router's rows for them."""
+    names = axes.experts
+    assert names is not None
+    router = part(layer, f"{axes.ffn}.{names.router}")
+    experts = part(layer, f"{axes.ffn}.{names.experts}")
+    for module, name in ((router, "weight"), (experts, names.gate_up), (experts, names.down)):
+        set_parameter(module, name, getattr(module, name)[kept_E])
+        module.num_experts = len(kept_E)
+
+
+def keep_tokens(model: Any, kept_V: Tensor) -> None:
+    """Leaves the embeddings and the head's rows of the tokens `kept_V`, in that order.
+
+    Token ids in the configurations (end of sequence and so on) follow (see `check_tokens`).
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    set_parameter(embedding, "weight", embedding.weight[kept_V])
+    embedding.num_embeddings = len(kept_V)
+    if tied:
+        head.weight = embedding.weight
+        head.out_features = len(kept_V)
+    else:
+        keep_rows(head, kept_V)
+    new_ids = {old: new for new, old in enumerate(kept_V.tolist())}
+    for config in (model.config, model.generation_config):
+        for name, value in special_ids(config).items():
+            found = [new_ids[old] for old in value] if isinstance(value, list) else new_ids[value]
+            setattr(config, name, found)
+    model.config.vocab_size = len(kept_V)
+    model.vocab_size = len(kept_V)
+    if hasattr(model.base_model, "vocab_size"):
+        model.base_model.vocab_size = len(kept_V)
+    if embedding.padding_idx is not None:
+        embedding.padding_idx = model.config.pad_token_id
+        model.base_model.padding_idx = model.config.pad_token_id
+
+
+def check_tokens(model: Any, kept: Sequence[int]) -> None:
+    """RecipeError when a token is none of the model's, or one that its configuration names goes."""
+    rows = model.config.vocab_size
+    beyond = [token for token in kept if not 0 <= token < rows]
+    if beyond:
+        raise RecipeError(
+            f"the vocabulary names token {beyond[0]}, and the teacher has {rows} embedding rows",
+            where="student.vocabulary",
+            fix=f"use ids from 0 to {rows - 1}",
+        )
+    for config in (model.config, model.generation_config):
+        for name, value in special_ids(config).items():
+            lost = sorted(set(value if isinstance(value, list) else [value]) - set(kept))
+            if lost:
+                raise RecipeError(
+                    f"the vocabulary would lose token {lost[0]}, which is the model's {name}",
+                    where="student.vocabulary",
+                    fix="keep it (pruning.kept_token_ids does)",
+                )
+
+
+def special_ids(config: Any) -> dict[str, int | list[int]]:
+    """The token ids that a (generation) configuration names; negative ones mean none."""
+    found: dict[str, int | list[int]] = {}
+    for name, value in config.to_dict().items():
+        if name.endswith(("_token_id", "_token_ids")) or name == "suppress_tokens":
+            ids = value if isinstance(value, list) else [value]
+            if ids and all(isinstance(one, int) and one >= 0 for one in ids):
+                found[name] = value
+    return found
 
 
 def keep_layers(model: Any, kept: Sequence[int]) -> None:
@@ -45,15 +125,6 @@ def keep_layers(model: Any, kept: Sequence[int]) -> None:
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", number)  # noqa: B010 (a plain int beside tensors)
     keep_config_layers(model.config, kept)
-
-
-def keep_config_layers(config: Any, kept: Sequence[int]) -> None:
-    """num_hidden_layers and every per-layer list, for the layers `kept` (indices may repeat)."""
-    for name in PER_LAYER_LISTS:
-        values = getattr(config, name, None)
-        if isinstance(values, list) and len(values) == config.num_hidden_layers:
-            setattr(config, name, [values[index] for index in kept])
-    config.num_hidden_layers = len(kept)
 
 
 def own_config(model: Any) -> None:
@@ -83,6 +154,20 @@ def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
         )
 
 
-def _parameter(values: Tensor, like: Tensor) -> nn.Parameter:
-    values = values.detach().to(like.dtype).clone(memory_format=torch.contiguous_format)
-    return nn.Parameter(values, requires_grad=like.requires_grad)
+def keep_rows(linear: Any, kept: Tensor) -> None:
+    """Leaves some outputs of a linear layer, biases included."""
+    set_weight(linear, linear.weight[kept])
+    if linear.bias is not None:
+        set_parameter(linear, "bias", linear.bias[kept])
+
+
+def set_weight(linear: Any, weight: Tensor) -> None:
+    set_parameter(linear, "weight", weight)
+    linear.out_features, linear.in_features = weight.shape
+
+
+def set_parameter(module: nn.Module, name: str, values: Tensor) -> None:
+    """Replaces a parameter by one of another shape, of the same dtype."""
+    old = getattr(module, name)
+    values = values.detach().to(old.dtype).clone(memory_format=torch.contiguous_format)
+    setattr(module, name, nn.Parameter(values, requires_grad=old.requires_grad))

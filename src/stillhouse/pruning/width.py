@@ -1,10 +1,13 @@
-"""Cuts every layer to one FFN width, from the first to the last, each fed by what is cut already.
+"""Cuts every layer to the same sizes, from the first to the last, each fed by what is cut already.
 
 Two streams run side by side: the full model's, and that of the model as cut so far. Each layer's
 down projection is refit so that the cut stream comes back towards the full one: a layer also makes
 up for the layers before it, and for dropped layers right after it.
 
-Shapes: R windows of a batch, L tokens, N rows, D hidden width, F FFN width, K kept neurons.
+In a layer the hidden size is cut first, then heads, then experts, then the FFN.
+
+Shapes: R windows of a batch, L tokens, N rows, D hidden width, A attention width, F FFN width,
+K kept neurons.
 """
 
 from __future__ import annotations
@@ -17,51 +20,51 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.progress import bar
+from stillhouse.pruning import hidden
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.calibrate import (
     Batch,
-    LayerInputs,
+    add_attention,
     add_ffn,
-    after_attention,
     ffn_activations,
+    inputs_of,
     layer_inputs,
     products,
 )
 from stillhouse.pruning.depth import summed_kl
+from stillhouse.pruning.experts import best_experts, narrow_experts
 from stillhouse.pruning.ffn import Moments, energy_ranking, refit_and_remove
-from stillhouse.pruning.surgery import keep_neurons
+from stillhouse.pruning.heads import Grouping, heads_by_energy, refit_and_remove_heads
+from stillhouse.pruning.hidden import Basis
+from stillhouse.pruning.sizes import HiddenMethod, Sizes
+from stillhouse.pruning.streams import Stream, Streams
+from stillhouse.pruning.surgery import keep_experts, keep_heads, keep_neurons
 from stillhouse.teachers.backbone import lm_head
-from stillhouse.teachers.views import decoder_layers
 
 KL_BATCHES = 2
 """Calibration batches on which the cut model's KL is measured."""
 
 
 @dataclass(frozen=True)
-class _Streams:
-    """The calibration rows inside one model: batches, what its layers get, and how to run them."""
+class Cut:
+    """What becomes of every layer that stays. basis: None where the hidden size is not touched."""
 
-    model: Any
-    axes: Axes
-    batches: Sequence[Batch]
-    inputs: Sequence[LayerInputs]
-    dtype: torch.dtype
+    kept_layers: Sequence[int]
+    before: Sizes
+    after: Sizes
+    basis: Basis | None
+    reconstruct: bool
 
-    def after_attention(self, layer: nn.Module, index: int, stream: list[Tensor]) -> list[Tensor]:
-        """The stream of every batch between a layer's attention and its FFN."""
-        with products(self.model, self.dtype):
-            return [
-                after_attention(layer, self.axes, hidden_RLD, one.extras[index])
-                for hidden_RLD, one in zip(stream, self.inputs, strict=True)
-            ]
 
-    def after_ffn(self, layer: nn.Module, mids: list[Tensor]) -> list[Tensor]:
-        """The stream after the layer, from that between its attention and its FFN."""
-        with products(self.model, self.dtype):
-            return [
-                add_ffn(layer, self.axes, mid_RLD, ffn_activations(layer, self.axes, mid_RLD))
-                for mid_RLD in mids
-            ]
+@dataclass(frozen=True)
+class _Passage:
+    """The full model's stream around one layer, and what the norms of its blocks' outputs read."""
+
+    before: Stream
+    mid: Stream
+    after: Stream
+    attention_wrote: Stream
+    ffn_wrote: Stream
 
 
 @torch.no_grad()
@@ -71,51 +74,196 @@ def cut_width(
     batches: Sequence[Batch],
     *,
     kept_layers: Sequence[int],
-    ffn_size: int,
+    before: Sizes,
+    after: Sizes,
+    hidden_method: HiddenMethod | None,
     reconstruct: bool,
     dtype: torch.dtype,
 ) -> float:
-    """Cuts the FFN of `kept_layers` in place; layers that will be dropped stay as they are.
+    """Cuts `kept_layers` in place, and the model's ends; layers that will be dropped stay.
 
+    hidden_method: None leaves the hidden size alone.
     Returns KL(full ‖ cut) in nats a token on the first calibration rows (which the cut has seen).
     """
-    layers = decoder_layers(model)
     inputs = [layer_inputs(model, batch) for batch in batches]
-    streams = _Streams(model, axes, batches, inputs, dtype)
-    full = cut = [one.hidden_RLD for one in inputs]
-    tokens = sum(batch.input_ids_RL.numel() for batch in batches)
-    with bar("Cutting the FFN", tokens * len(layers)) as advance:
+    streams = Streams(model, axes, batches, inputs, dtype)
+    norm, full_head = model.base_model.norm, lm_head(model)
+    centered = full_head.weight_VD - full_head.weight_VD.mean(0)
+    basis = None
+    if hidden_method is not None:
+        moments = hidden.measure_stream(streams, kept_layers, centered)
+        if hidden_method == "channels":
+            basis = hidden.best_channels(moments, after.hidden_size, reconstruct)
+        else:
+            basis = hidden.leading_directions(moments, after.hidden_size)
+    cut = Cut(kept_layers, before, after, basis, reconstruct)
+    full, narrow = _cut_layers(streams, cut)
+    few = batches[:KL_BATCHES]
+    full_rows = [norm(x_RLD)[one.counted_RL] for x_RLD, one in zip(full, few, strict=False)]
+    if basis is not None:
+        found = hidden.guess(streams, norm, basis, full, narrow, reconstruct)
+        hidden.narrow_ends(model, axes, basis, found, centered)
+        hidden.note_hidden_size(model, after.hidden_size)
+    total, rows = 0.0, 0
+    for one, full_ND, x_RLD in zip(few, full_rows, narrow, strict=False):
+        total += summed_kl(full_head, full_ND, [norm(x_RLD)[one.counted_RL]], lm_head(model))[0]
+        rows += int(one.counted_RL.sum())
+    return total / max(rows, 1)
+
+
+def _cut_layers(streams: Streams, cut: Cut) -> tuple[Stream, Stream]:
+    """Cuts all layers; returns the full and the cut stream behind the last one."""
+    layers, tokens = streams.layers, streams.tokens()
+    full = narrow = streams.start()
+    if cut.basis is not None:
+        narrow = [cut.basis.project(x_RLD) for x_RLD in full]
+    with bar("Cutting the layers", tokens * len(layers)) as advance:
         for index, layer in enumerate(layers):
             # The full stream leaves the layer before its weights are cut.
-            full = streams.after_ffn(layer, streams.after_attention(layer, index, full))
-            if index in kept_layers:
-                target = full
-                for following in range(index + 1, _next(kept_layers, index, len(layers))):
+            passage = _run_full(streams, layer, index, full)
+            if index in cut.kept_layers:
+                target = passage.after
+                for following in range(index + 1, _next(cut.kept_layers, index, len(layers))):
                     mids = streams.after_attention(layers[following], following, target)
                     target = streams.after_ffn(layers[following], mids)
-                mids = streams.after_attention(layer, index, cut)
-                cut = _cut_ffn(streams, layer, mids, target, ffn_size, reconstruct)
+                narrow = _cut_layer(streams, cut, index, passage, narrow, target)
+            full = passage.after
             advance(tokens)
-    return _measured_kl(model, batches, full, cut)
+    return full, narrow
 
 
 def _next(kept_layers: Sequence[int], index: int, total: int) -> int:
     return min((kept for kept in kept_layers if kept > index), default=total)
 
 
+def _run_full(streams: Streams, layer: nn.Module, index: int, before: Stream) -> _Passage:
+    axes = streams.axes
+    norms = [
+        None if name is None else part(layer, name)
+        for name in (axes.attention_output_norm, axes.ffn_output_norm)
+    ]
+    with inputs_of(norms[0]) as attention_wrote:
+        mid = streams.after_attention(layer, index, before)
+    with inputs_of(norms[1]) as ffn_wrote:
+        after = streams.after_ffn(layer, mid)
+    return _Passage(before, mid, after, attention_wrote, ffn_wrote)
+
+
+def _cut_layer(
+    streams: Streams, cut: Cut, index: int, passage: _Passage, narrow: Stream, target: Stream
+) -> Stream:
+    """Cuts one layer whole; returns the cut stream behind it."""
+    axes, layer, basis = streams.axes, streams.layers[index], cut.basis
+    if basis is not None:
+        target = [basis.project(x_RLD) for x_RLD in target]
+        _narrow_attention(streams, cut, layer, basis, passage, narrow)
+    if cut.after.heads < cut.before.heads:
+        mids = _cut_heads(streams, cut, index, narrow, passage.mid)
+    else:
+        mids = streams.after_attention(layer, index, narrow)
+    if basis is not None:
+        _narrow_ffn(streams, cut, layer, basis, passage, mids)
+    if axes.experts is None:
+        return _cut_ffn(streams, layer, mids, target, cut.after.ffn_size, cut.reconstruct)
+    return _cut_mixture(streams, cut, layer, mids, target)
+
+
+def _narrow_attention(
+    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: _Passage, narrow: Stream
+) -> None:
+    axes = streams.axes
+    norm = part(layer, axes.attention_input_norm)
+    found = hidden.guess(streams, norm, basis, passage.before, narrow, cut.reconstruct)
+    hidden.narrow_reader(axes, norm, hidden.attention_readers(layer, axes), basis, found)
+    hidden.narrow_writer(part(layer, f"{axes.attention}.{axes.output}"), basis)
+    if axes.attention_output_norm is not None:
+        norm = part(layer, axes.attention_output_norm)
+        hidden.narrow_output_norm(streams, norm, basis, passage.attention_wrote, axes)
+
+
+def _narrow_ffn(
+    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: _Passage, mids: Stream
+) -> None:
+    axes = streams.axes
+    norm = part(layer, axes.ffn_input_norm)
+    found = hidden.guess(streams, norm, basis, passage.mid, mids, cut.reconstruct)
+    hidden.narrow_reader(axes, norm, hidden.ffn_readers(layer, axes), basis, found)
+    hidden.narrow_ffn_writer(layer, axes, basis)
+    if axes.ffn_output_norm is not None:
+        norm = part(layer, axes.ffn_output_norm)
+        hidden.narrow_output_norm(streams, norm, basis, passage.ffn_wrote, axes)
+
+
+def _cut_heads(streams: Streams, cut: Cut, index: int, narrow: Stream, full_mid: Stream) -> Stream:
+    """Cuts one layer's heads; returns the cut stream between its attention and its FFN."""
+    axes, layer = streams.axes, streams.layers[index]
+    output = part(layer, f"{axes.attention}.{axes.output}")
+    before, after = cut.before, cut.after
+    grouping = Grouping(before.kv_heads, before.heads // before.kv_heads, before.head_dim)
+    share = after.heads // after.kv_heads
+    with inputs_of(output) as heads:
+        streams.after_attention(layer, index, narrow)
+    width, hidden_size = output.in_features, output.out_features
+    moments = Moments.zeros(width, hidden_size, output.weight.device)
+    basis = cut.basis
+    for batch, heads_RLA, x_RLD, mid_RLD in zip(
+        streams.batches, heads, narrow, full_mid, strict=True
+    ):
+        target_RLD = mid_RLD if basis is None else basis.project(mid_RLD)
+        read_NA = heads_RLA[batch.counted_RL].float()
+        error_ND = None
+        if axes.attention_output_norm is None:
+            wrote_ND = nn.functional.linear(read_NA, output.weight, output.bias)
+            error_ND = (target_RLD - x_RLD)[batch.counted_RL] - wrote_ND
+        moments.add(read_NA, error_ND, _row_weight(target_RLD, batch))
+    if cut.reconstruct:
+        kept, output_DA = refit_and_remove_heads(
+            output.weight, moments, grouping, after.kv_heads, share
+        )
+    else:
+        C_AA = moments.C_FF
+        kept = heads_by_energy(C_AA, output.weight, grouping, after.kv_heads, share)
+        output_DA = output.weight[:, grouping.columns(kept)]
+    keep_heads(layer, axes, grouping, kept, output_DA)
+    columns = torch.tensor(grouping.columns(kept), device=output.weight.device)
+    with products(streams.model, streams.dtype):
+        return [
+            add_attention(layer, axes, x_RLD, heads_RLA[..., columns])
+            for x_RLD, heads_RLA in zip(narrow, heads, strict=True)
+        ]
+
+
+def _cut_mixture(
+    streams: Streams, cut: Cut, layer: nn.Module, mids: Stream, target: Stream
+) -> Stream:
+    """Cuts one layer's experts; returns the cut stream behind it."""
+    axes = streams.axes
+    weights = [
+        _row_weight(target_RLD, batch)
+        for target_RLD, batch in zip(target, streams.batches, strict=True)
+    ]
+    rows = streams.rows(mids)
+    if cut.after.experts != cut.before.experts:
+        assert cut.after.experts is not None
+        keep_experts(layer, axes, best_experts(layer, axes, rows, weights, cut.after.experts))
+    if cut.after.ffn_size < cut.before.ffn_size:
+        narrow_experts(layer, axes, rows, weights, cut.after.ffn_size, cut.reconstruct)
+    return streams.after_ffn(layer, mids)
+
+
 def _cut_ffn(
-    streams: _Streams,
+    streams: Streams,
     layer: nn.Module,
-    mids: list[Tensor],
-    target: list[Tensor],
+    mids: Stream,
+    target: Stream,
     ffn_size: int,
     reconstruct: bool,
-) -> list[Tensor]:
-    """Cuts one layer's FFN; returns the cut stream after it."""
+) -> Stream:
+    """Cuts one layer's FFN; returns the cut stream behind it."""
     axes = streams.axes
     down = part(layer, f"{axes.ffn}.{axes.down}")
-    hidden, ffn = down.weight.shape
-    moments = Moments.zeros(ffn, hidden, down.weight.device)
+    width, ffn = down.weight.shape
+    moments = Moments.zeros(ffn, width, down.weight.device)
     activations: list[Tensor] = []
     for batch, mid_RLD, target_RLD in zip(streams.batches, mids, target, strict=True):
         with products(streams.model, streams.dtype):
@@ -146,15 +294,3 @@ def _row_weight(target_RLD: Tensor, batch: Batch) -> Tensor:
     It also keeps a few tokens of huge norm (attention sinks) from deciding the whole refit.
     """
     return target_RLD[batch.counted_RL].square().mean(-1).clamp_min(1e-12).rsqrt()
-
-
-def _measured_kl(
-    model: Any, batches: Sequence[Batch], full: list[Tensor], cut: list[Tensor]
-) -> float:
-    norm, head = model.base_model.norm, lm_head(model)
-    total, rows = 0.0, 0
-    for batch, full_RLD, cut_RLD in list(zip(batches, full, cut, strict=True))[:KL_BATCHES]:
-        counted_RL = batch.counted_RL
-        total += summed_kl(head, norm(full_RLD)[counted_RL], [norm(cut_RLD)[counted_RL]])[0]
-        rows += int(counted_RL.sum())
-    return total / max(rows, 1)

@@ -221,12 +221,34 @@ class PrunedStudent(Section):
     """The teacher itself, made smaller, calibrated on the training text."""
 
     start: Literal["pruned"]
-    ffn_size: int | None = Field(None, gt=0, description="FFN neurons to keep in every layer.")
-    layers: int | None = Field(None, gt=0, description="Layers to keep.")
-    reconstruct: bool = Field(
-        True, description="Refit the remaining down projection by least squares."
+    ffn_size: int | None = Field(
+        None, gt=0, description="FFN neurons to keep in every layer (of every expert)."
     )
+    layers: int | None = Field(None, gt=0, description="Layers to keep.")
+    heads: int | None = Field(
+        None, gt=0, description="Query heads to keep, equally many in every key-value group."
+    )
+    kv_heads: int | None = Field(None, gt=0, description="Key-value groups to keep.")
+    hidden_size: int | None = Field(None, gt=0, description="Width of the residual stream to keep.")
+    hidden_method: Literal["channels", "rotation"] = Field(
+        "channels",
+        description="channels: the channels that matter most; rotation: the principal directions, "
+        "which unties the head from the embeddings.",
+    )
+    experts: int | None = Field(None, gt=0, description="Experts to keep in every layer.")
+    vocabulary: Annotated[int, Field(gt=0)] | Literal["data"] | None = Field(
+        None,
+        description="Tokens to keep, the most frequent of the training text; data: all it has. "
+        "The tokenizer is rewritten.",
+    )
+    reconstruct: bool = Field(True, description="Refit what is left by least squares.")
     calibration_tokens: int = Field(16384, gt=0, description="Tokens seen to decide what goes.")
+
+    @model_validator(mode="after")
+    def _method_needs_a_size(self) -> PrunedStudent:
+        if self.hidden_size is None and self.hidden_method != "channels":
+            raise ValueError("hidden_method does nothing without hidden_size: set both, or neither")
+        return self
 
 
 StudentRecipe = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ from stillhouse.data import WindowSet
 from stillhouse.errors import RunError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import note
-from stillhouse.pruning import check_saved, check_sizes, prune_model
+from stillhouse.pruning import (
+    Sizes,
+    check_saved,
+    check_sizes,
+    kept_token_ids,
+    prune_model,
+    prune_tokenizer,
+    save_kept_ids,
+)
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students.random import overridden_config, random_model
 from stillhouse.teachers import (
@@ -49,17 +58,22 @@ def build_student(
     `windows` is the training text (only a pruned student looks at it). `base` is what paths in
     the recipe are relative to. `trust_remote_code` is the teacher's. The summary is plain data for
     JSON: start, parameters (total, non_embedding, head_once), the teacher's parameters, notes, and
-    for a pruned student `pruning` (see pruning.PruneReport).
+    for a pruned student `pruning` (see pruning.PruneReport). A student with fewer tokens than its
+    teacher gets a tokenizer of its own, and the map to the teacher's ids beside it
+    (see pruning.kept_token_ids).
     Raises ModelError, RecipeError, DataError as its parts do; RunError when `out` is not writable.
     """
+    kept_ids: tuple[int, ...] | None = None
     match section:
         case PretrainedStudent():
             model, tokenizer, summary = _pretrained(section, teacher, base, trust_remote_code)
         case RandomStudent():
             model, tokenizer, summary = _random(section, teacher, seed, base, trust_remote_code)
         case PrunedStudent():
-            model, tokenizer, summary = _pruned(section, teacher, windows, seed, trust_remote_code)
-    _save(model, tokenizer, out)
+            model, tokenizer, summary, kept_ids = _pruned(
+                section, teacher, windows, seed, trust_remote_code
+            )
+    _save(model, tokenizer, out, kept_ids)
     if not trust_remote_code and not getattr(section, "trust_remote_code", False):
         rows = model.get_output_embeddings().weight.shape[0]
         check_saved(model, out, torch.arange(min(CHECKED_TOKENS, rows))[None])
@@ -105,10 +119,16 @@ def _pruned(
     windows: WindowSet,
     seed: int,
     trust_remote_code: bool,
-) -> tuple[Any, Any, Summary]:
+) -> tuple[Any, Any, Summary, tuple[int, ...] | None]:
     model = load_model(teacher.path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     before = count_parameters(model)
-    check_sizes(model.config, section.ffn_size, section.layers)
+    planned_sizes(section, model.config)
+    tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
+    kept_ids = None
+    if section.vocabulary is not None:
+        configs = (model.config, model.generation_config)
+        kept_ids = kept_token_ids(tokenizer, windows, section.vocabulary, configs=configs)
+        tokenizer = prune_tokenizer(tokenizer, kept_ids)
     device = default_device()
     precision = choose_precision("auto", device)
     note(f"Pruning on {device} with products in {precision.reason}")
@@ -118,6 +138,12 @@ def _pruned(
         windows,
         ffn_size=section.ffn_size,
         layers=section.layers,
+        heads=section.heads,
+        kv_heads=section.kv_heads,
+        hidden_size=section.hidden_size,
+        hidden_method=section.hidden_method,
+        experts=section.experts,
+        kept_ids=kept_ids,
         reconstruct=section.reconstruct,
         calibration_tokens=section.calibration_tokens,
         seed=seed,
@@ -129,8 +155,27 @@ def _pruned(
         "pruning": asdict(report),
         "notes": list(report.notes),
     }
-    tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
-    return model, tokenizer, summary
+    return model, tokenizer, summary, kept_ids
+
+
+def planned_sizes(section: PrunedStudent, teacher_config: Any) -> Sizes:
+    """The sizes of the student, all tokens counted where the text decides.
+
+    Raises RecipeError where they are not possible.
+    """
+    vocabulary = section.vocabulary
+    return check_sizes(
+        teacher_config,
+        section.ffn_size,
+        section.layers,
+        heads=section.heads,
+        kv_heads=section.kv_heads,
+        hidden_size=section.hidden_size,
+        hidden_method=section.hidden_method,
+        experts=section.experts,
+        vocabulary=None if vocabulary == "data" else vocabulary,
+        text_decides=vocabulary == "data",
+    )
 
 
 def start_config(section: RandomStudent, teacher_config: Any, base: Path) -> Any:
@@ -153,12 +198,14 @@ def _rows(folder: Path, trust_remote_code: bool) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def _save(model: Any, tokenizer: Any, out: Path) -> None:
+def _save(model: Any, tokenizer: Any, out: Path, kept_ids: Sequence[int] | None) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with quiet():
             model.save_pretrained(out)
             save_tokenizer(tokenizer, out)
+        if kept_ids is not None:
+            save_kept_ids(kept_ids, out)
     except OSError as error:
         raise RunError(
             f"the student cannot be written ({error})",

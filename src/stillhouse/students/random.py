@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
 from stillhouse.errors import RecipeError
-from stillhouse.pruning.surgery import keep_config_layers
+from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.local import attention_for
 
 Value = int | float | bool | str

@@ -1,0 +1,87 @@
+"""Mixtures of experts: which experts stay, and narrower ones.
+
+Shapes: N rows of the stream, E experts, D hidden width, F width of an expert, K kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.ffn import Moments, energy_ranking, refit_and_remove
+from stillhouse.pruning.surgery import set_parameter
+
+
+class _Mixture:
+    """The parts of one layer's mixture."""
+
+    def __init__(self, layer: nn.Module, axes: Axes) -> None:
+        assert axes.experts is not None
+        self.names = axes.experts
+        self.norm = part(layer, axes.ffn_input_norm)
+        self.router = part(layer, f"{axes.ffn}.{self.names.router}")
+        self.experts: Any = part(layer, f"{axes.ffn}.{self.names.experts}")
+        self.gate_up_EOD: Tensor = getattr(self.experts, self.names.gate_up)
+        self.down_EDF: Tensor = getattr(self.experts, self.names.down)
+
+    def routed(self, mid_ND: Tensor, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the rows that go to one expert: their numbers, activations [n, F], router weights."""
+        x_ND = self.norm(mid_ND)
+        _, share_NT, chosen_NT = self.router(x_ND)
+        rows_n, place_n = (chosen_NT == expert).nonzero(as_tuple=True)
+        gate, up = (x_ND[rows_n] @ self.gate_up_EOD[expert].T).chunk(2, dim=-1)
+        return rows_n, self.experts.act_fn(gate) * up, share_NT[rows_n, place_n]
+
+
+def best_experts(
+    layer: nn.Module, axes: Axes, mids: list[Tensor], weights: list[Tensor], keep: int
+) -> Tensor:
+    """The `keep` experts that add most to the stream, ascending: Σ of router weight × ‖output‖.
+
+    (Lasby et al. 2025, REAP, arXiv 2510.13999, averages over the rows of an expert instead; the
+    sum also counts how often it is asked.) mids: rows [N, D]; weights: one number a row.
+    """
+    mixture = _Mixture(layer, axes)
+    score_E = torch.zeros(len(mixture.down_EDF), device=mixture.down_EDF.device)
+    for mid_ND, weight_N in zip(mids, weights, strict=True):
+        for expert in range(len(score_E)):
+            rows_n, activations_nF, share_n = mixture.routed(mid_ND, expert)
+            length_n = (activations_nF @ mixture.down_EDF[expert].T).norm(dim=-1)
+            score_E[expert] += (share_n * length_n * weight_N[rows_n]).sum()
+    return score_E.topk(keep).indices.sort().values
+
+
+def narrow_experts(
+    layer: nn.Module,
+    axes: Axes,
+    mids: list[Tensor],
+    weights: list[Tensor],
+    keep: int,
+    reconstruct: bool,
+) -> None:
+    """Cuts every expert to `keep` neurons by the rows that go to it, each refit to its own output.
+
+    As for a plain FFN (see ffn.py), rows also weighted by the router.
+    """
+    mixture = _Mixture(layer, axes)
+    experts, hidden, width = mixture.down_EDF.shape
+    gate_ups, downs = [], []
+    for expert in range(experts):
+        down_DF = mixture.down_EDF[expert]
+        moments = Moments.zeros(width, hidden, down_DF.device)
+        for mid_ND, weight_N in zip(mids, weights, strict=True):
+            rows_n, activations_nF, share_n = mixture.routed(mid_ND, expert)
+            moments.add(activations_nF, None, share_n * weight_N[rows_n])
+        if reconstruct:
+            kept_K, down_DK = refit_and_remove(down_DF, moments, keep)
+        else:
+            kept_K = energy_ranking(moments.C_FF, down_DF, keep)
+            down_DK = down_DF[:, kept_K]
+        downs.append(down_DK)
+        gate_ups.append(mixture.gate_up_EOD[expert][torch.cat([kept_K, kept_K + width])])
+    set_parameter(mixture.experts, mixture.names.gate_up, torch.stack(gate_ups))
+    set_parameter(mixture.experts, mixture.names.down, torch.stack(downs))
+    mixture.experts.intermediate_dim = keep

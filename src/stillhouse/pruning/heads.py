@@ -1,0 +1,107 @@
+"""Removes query heads and key-value groups, and refits the output projection to what is left.
+
+The output projection W (D × A, A = heads × head_dim) reads the heads side by side, so a head is a
+block of head_dim columns, and a group a block of heads. As for FFN neurons (see ffn.py), with
+C = aᵀa + λI, losing the block Q costs, with the best refit of the rest,
+
+    tr(W_Q (C⁻¹_QQ)⁻¹ W_Qᵀ)
+
+First whole groups go, then the cheapest heads one by one, until each group has as many as asked.
+
+Shapes: A attention width, D hidden width, Q columns of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stillhouse.pruning.ffn import RIDGE, Moments, corrected, without_columns
+
+CORRECTION = 0.0
+"""μ for the output projection: see docs/pruning.md. Undoing earlier layers' error here and in the
+down projection fits the calibration rows twice."""
+
+Cost = Callable[[Sequence[int]], float]
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """heads = groups × share; head h belongs to group h // share."""
+
+    groups: int
+    share: int
+    head_dim: int
+
+    def columns(self, heads: Sequence[int]) -> list[int]:
+        size = self.head_dim
+        return [head * size + offset for head in heads for offset in range(size)]
+
+
+def refit_and_remove_heads(
+    output_DA: Tensor,
+    moments: Moments,
+    before: Grouping,
+    groups: int,
+    share: int,
+    *,
+    ridge: float = RIDGE,
+    correction: float = CORRECTION,
+) -> tuple[tuple[int, ...], Tensor]:
+    """The kept heads, ascending, and the output projection that reads them [D, heads·head_dim]."""
+    weight, inverse = corrected(output_DA, moments, ridge, correction)
+    alive = list(range(before.groups * before.share))
+
+    def places(heads: Sequence[int]) -> Tensor:
+        return torch.tensor(
+            before.columns([alive.index(head) for head in heads]), device=weight.device
+        )
+
+    def cost(heads: Sequence[int]) -> float:
+        block = places(heads)
+        W_DQ = weight[:, block]
+        return (W_DQ * torch.linalg.solve(inverse[block][:, block], W_DQ.T).T).sum().item()
+
+    for heads in _order(before, groups, share, cost):
+        removed = places(heads)
+        stays = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+        stays[removed] = False
+        weight, inverse = without_columns(weight, inverse, removed, stays)
+        alive = [head for head in alive if head not in heads]
+    return tuple(alive), weight
+
+
+def heads_by_energy(
+    C_AA: Tensor, output_DA: Tensor, before: Grouping, groups: int, share: int
+) -> tuple[int, ...]:
+    """The heads of largest activation energy × squared column norm, ascending."""
+    energy_A = C_AA.diagonal() * output_DA.square().sum(0)
+
+    def cost(heads: Sequence[int]) -> float:
+        return energy_A[before.columns(heads)].sum().item()
+
+    gone = {head for heads in _order(before, groups, share, cost) for head in heads}
+    return tuple(head for head in range(before.groups * before.share) if head not in gone)
+
+
+def _order(before: Grouping, groups: int, share: int, cost: Cost) -> Iterator[list[int]]:
+    """Yields the next block of heads to remove; costs are asked anew after each."""
+    members = {
+        group: list(range(group * before.share, (group + 1) * before.share))
+        for group in range(before.groups)
+    }
+    while len(members) > groups:
+        yield members.pop(min(members, key=lambda group: cost(members[group])))
+    while any(len(heads) > share for heads in members.values()):
+        candidates = [
+            (group, head)
+            for group, heads in members.items()
+            if len(heads) > share
+            for head in heads
+        ]
+        group, head = min(candidates, key=lambda each: cost([each[1]]))
+        members[group].remove(head)
+        yield [head]

@@ -1,0 +1,300 @@
+"""Narrows the residual stream: which channels or directions stay, and how they are read then.
+
+The stream x (D) becomes Mᵀx (H). M holds H columns of the identity (channels), or the H leading
+eigenvectors of the stream's second moments (rotation: Ashkboos et al. 2024, SliceGPT, arXiv
+2401.15024, with one M for the whole model, so that the skip connections need none of their own).
+
+A reader W of the stream sees y = x / rms(x) through a norm's gain g. In the narrow model it sees
+z = Mᵀx / rms(Mᵀx), so the best it can do is to guess y from z by least squares, y ≈ A z:
+
+    A = c M + μ·R,     R = (Y - Z cMᵀ)ᵀ Z (ZᵀZ + λ·mean(diag ZᵀZ)·I)⁻¹,     W' = W diag(g) A / g'
+
+c, one number a norm, makes up for the rms over fewer channels. The new gain g' is c·g of the kept
+channels, or 1 after a rotation, which cannot pass a gain by channel. With M square and nothing cut,
+c = 1 and R = 0: the rotated model computes what the model did.
+
+Shapes: N rows, D hidden width, H narrow hidden width, O outputs of a reader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.ffn import RIDGE, Moments, refit_and_remove, regularized_inverse
+from stillhouse.pruning.streams import Stream, Streams
+from stillhouse.pruning.surgery import set_parameter, set_weight
+
+CORRECTION = 1.0
+"""μ: share of the guess of the removed channels that the readers are given."""
+
+
+@dataclass(frozen=True)
+class Basis:
+    """M [D, H], orthonormal columns. kept_H: the channels, ascending; None for a rotation."""
+
+    matrix_DH: Tensor
+    kept_H: Tensor | None = None
+
+    @property
+    def square(self) -> bool:
+        return self.matrix_DH.shape[0] == self.matrix_DH.shape[1]
+
+    def project(self, x: Tensor) -> Tensor:
+        """x M over the last dimension."""
+        return x @ self.matrix_DH if self.kept_H is None else x[..., self.kept_H]
+
+
+def channels(kept_H: Tensor, hidden: int) -> Basis:
+    return Basis(torch.eye(hidden, device=kept_H.device)[:, kept_H], kept_H)
+
+
+@dataclass
+class StreamMoments:
+    """Of all norms' inputs, each row divided by its rms: C = Σ yᵀy. G = Σ of the readers' WᵀW,
+    each divided by the energy of its output, gains folded in."""
+
+    C_DD: Tensor
+    G_DD: Tensor
+
+    def add(self, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
+        """Rows y [N, D] of one norm, and the readers' weights [O, D] with the gain folded in."""
+        C_DD = sum((y_ND.T @ y_ND for y_ND in rows), torch.zeros_like(self.C_DD))
+        self.C_DD += C_DD
+        for W_OD in weights:
+            G_DD = W_OD.T @ W_OD
+            self.G_DD += G_DD / (G_DD * C_DD).sum().clamp_min(1e-12)
+
+
+def best_channels(moments: StreamMoments, keep: int, reconstruct: bool) -> Basis:
+    """The channels whose loss costs the readers least, with (or without) the best guess of them."""
+    hidden = len(moments.C_DD)
+    if reconstruct:
+        # Only WᵀW of all readers matters, so a square root of G stands for their rows.
+        values_D, vectors_DD = torch.linalg.eigh(moments.G_DD)
+        root_DD = values_D.clamp_min(0).sqrt()[:, None] * vectors_DD.T
+        C = Moments(moments.C_DD.triu(), torch.zeros_like(root_DD))
+        kept_H, _ = refit_and_remove(root_DD, C, keep)
+    else:
+        score_D = moments.C_DD.diagonal() * moments.G_DD.diagonal()
+        kept_H = score_D.topk(keep).indices.sort().values
+    return channels(kept_H, hidden)
+
+
+def leading_directions(moments: StreamMoments, keep: int) -> Basis:
+    """The eigenvectors of the largest eigenvalues of C: they keep most of the stream's energy."""
+    _, vectors_DD = torch.linalg.eigh(moments.C_DD.double())
+    return Basis(vectors_DD.flip(1)[:, :keep].float().contiguous())
+
+
+def unit_rows(norm: Any, x: Tensor) -> Tensor:
+    """x / rms(x): what a norm makes of the stream before its gain."""
+    eps = getattr(norm, "variance_epsilon", None) or norm.eps
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def gain(norm: Any, axes: Axes) -> Tensor:
+    values_D: Tensor = norm.weight + axes.norm_offset
+    return values_D
+
+
+def attention_readers(layer: nn.Module, axes: Axes) -> list[tuple[Any, str]]:
+    """Modules and parameters that read the stream for attention."""
+    return [
+        (part(layer, f"{axes.attention}.{name}"), "weight")
+        for name in (axes.query, axes.key, axes.value)
+    ]
+
+
+def ffn_readers(layer: nn.Module, axes: Axes) -> list[tuple[Any, str]]:
+    if axes.experts is None:
+        return [(part(layer, f"{axes.ffn}.{name}"), "weight") for name in (axes.gate, axes.up)]
+    names = axes.experts
+    router = part(layer, f"{axes.ffn}.{names.router}")
+    return [(router, "weight"), (part(layer, f"{axes.ffn}.{names.experts}"), names.gate_up)]
+
+
+def measure_stream(streams: Streams, kept_layers: Sequence[int], centered: Tensor) -> StreamMoments:
+    """Moments of the full model's stream at every norm of the layers that stay, and the last one.
+
+    `centered`: the head's weight [V, D] less its mean row, which the softmax does not see.
+    """
+    axes, norm = streams.axes, streams.model.base_model.norm
+    hidden = centered.shape[1]
+    zeros = torch.zeros(hidden, hidden, device=centered.device)
+    moments = StreamMoments(zeros, zeros.clone())
+    stream = streams.start()
+    for index, layer in enumerate(streams.layers):
+        mids = streams.after_attention(layer, index, stream)
+        if index in kept_layers:
+            for name, values, readers in (
+                (axes.attention_input_norm, stream, attention_readers(layer, axes)),
+                (axes.ffn_input_norm, mids, ffn_readers(layer, axes)),
+            ):
+                read_norm = part(layer, name)
+                moments.add(
+                    [unit_rows(read_norm, x_ND) for x_ND in streams.rows(values)],
+                    [
+                        getattr(module, weight).reshape(-1, hidden) * gain(read_norm, axes)
+                        for module, weight in readers
+                    ],
+                )
+        stream = streams.after_ffn(layer, mids)
+    last = [unit_rows(norm, x_ND) for x_ND in streams.rows(stream)]
+    moments.add(last, [centered * gain(norm, axes)])
+    return moments
+
+
+@dataclass(frozen=True)
+class Guess:
+    """y ≈ A z at one norm: scale is c; A_DH None when nothing was cut or no refit was asked."""
+
+    scale: float
+    A_DH: Tensor | None
+    ZZ_HH: Tensor
+    YZ_DH: Tensor
+
+
+def guess(
+    streams: Streams, norm: Any, basis: Basis, full: Stream, cut: Stream, reconstruct: bool
+) -> Guess:
+    """Least squares of what `norm` makes of the full stream on what it makes of the narrow one."""
+    D, H = basis.matrix_DH.shape
+    ZZ_HH = torch.zeros(H, H, device=basis.matrix_DH.device)
+    YZ_DH = torch.zeros(D, H, device=basis.matrix_DH.device)
+    if basis.square:
+        return Guess(1.0, None, ZZ_HH, YZ_DH)
+    for x_ND, narrow_NH in zip(streams.rows(full), streams.rows(cut), strict=True):
+        z_NH = unit_rows(norm, narrow_NH)
+        ZZ_HH.addmm_(z_NH.T, z_NH)
+        YZ_DH.addmm_(unit_rows(norm, x_ND).T, z_NH)
+    scale = ((basis.matrix_DH * YZ_DH).sum() / ZZ_HH.trace().clamp_min(1e-12)).item()
+    if not reconstruct:
+        return Guess(scale, None, ZZ_HH, YZ_DH)
+    A_DH = scale * basis.matrix_DH
+    unit = ZZ_HH.diagonal().mean().clamp_min(1e-12)
+    inverse_HH = regularized_inverse(ZZ_HH / unit, RIDGE)
+    A_DH = A_DH + CORRECTION * ((YZ_DH - A_DH @ ZZ_HH) / unit) @ inverse_HH
+    return Guess(scale, A_DH, ZZ_HH, YZ_DH)
+
+
+def narrow_reader(
+    axes: Axes, norm: Any, readers: Sequence[tuple[Any, str]], basis: Basis, found: Guess
+) -> None:
+    """Cuts a norm's gain and the input side of the weights that read it."""
+    old_D = gain(norm, axes)
+    if basis.kept_H is None:
+        new_H = torch.ones(basis.matrix_DH.shape[1], device=old_D.device)
+    else:
+        new_H = found.scale * old_D[basis.kept_H]
+    for module, name in readers:
+        weight = getattr(module, name)
+        if basis.kept_H is not None and found.A_DH is None:
+            narrow = weight[..., basis.kept_H]
+        else:
+            A_DH = found.scale * basis.matrix_DH if found.A_DH is None else found.A_DH
+            narrow = (weight * old_D) @ A_DH
+            # A gain of zero passes nothing, whatever the weight behind it.
+            narrow = torch.where(new_H == 0, 0.0, narrow / new_H)
+        set_parameter(module, name, narrow)
+        if isinstance(module, nn.Linear):
+            module.in_features = narrow.shape[-1]
+        elif hasattr(module, "hidden_dim"):
+            module.hidden_dim = narrow.shape[-1]
+    set_parameter(norm, "weight", new_H - axes.norm_offset)
+
+
+def narrow_writer(linear: Any, basis: Basis) -> None:
+    """Cuts the output side of a projection that writes to the stream."""
+    set_weight(linear, basis.project(linear.weight.T).T)
+    if linear.bias is not None:
+        set_parameter(linear, "bias", basis.project(linear.bias))
+
+
+def narrow_ffn_writer(layer: nn.Module, axes: Axes, basis: Basis) -> None:
+    if axes.experts is None:
+        narrow_writer(part(layer, f"{axes.ffn}.{axes.down}"), basis)
+    else:
+        experts = part(layer, f"{axes.ffn}.{axes.experts.experts}")
+        down = getattr(experts, axes.experts.down)
+        set_parameter(experts, axes.experts.down, basis.project(down.transpose(1, 2)).mT)
+
+
+def narrow_output_norm(
+    streams: Streams, norm: Any, basis: Basis, wrote: Stream, axes: Axes
+) -> None:
+    """Cuts a norm of a block's output, its gain scaled to make up for the rms over fewer."""
+    assert basis.kept_H is not None, "a rotation cannot pass a norm of a block's output"
+    both, own = 0.0, 1e-12
+    for u_ND in streams.rows(wrote):
+        y_NH = unit_rows(norm, u_ND)[:, basis.kept_H]
+        z_NH = unit_rows(norm, u_ND[:, basis.kept_H])
+        both += (y_NH * z_NH).sum().item()
+        own += z_NH.square().sum().item()
+    scale = 1.0 if basis.square else both / own
+    set_parameter(norm, "weight", scale * gain(norm, axes)[basis.kept_H] - axes.norm_offset)
+
+
+def narrow_ends(model: Any, axes: Axes, basis: Basis, found: Guess, centered: Tensor) -> None:
+    """Cuts the embeddings, the last norm and the head. A rotation unties the head.
+
+    A tied head cannot be refit alone, so the last norm's gain is: the d that brings the logits
+    (less their mean) nearest, (Gₖₖ ∘ ZᵀZ) d = diag(Gₖ diag(g) YᵀZ), with G of `centered`.
+    """
+    embedding, head, norm = (
+        model.get_input_embeddings(),
+        model.get_output_embeddings(),
+        model.base_model.norm,
+    )
+    D, H = basis.matrix_DH.shape
+    tied = head.weight is embedding.weight
+    # Embeddings are multiplied by √H instead of √D from now on.
+    stretch = (D / H) ** 0.5 if axes.scaled_embeddings else 1.0
+    if tied and basis.kept_H is not None:
+        old_D, kept_H = gain(norm, axes), basis.kept_H
+        new_H = found.scale * old_D[kept_H]
+        if found.A_DH is not None:
+            new_H = _best_gain(centered, old_D, kept_H, found, new_H)
+        set_parameter(norm, "weight", new_H / stretch - axes.norm_offset)
+        set_weight(head, basis.project(head.weight) * stretch)
+        embedding.weight = head.weight
+    else:
+        narrow_embedding = basis.project(embedding.weight) * stretch
+        narrow_reader(axes, norm, [(head, "weight")], basis, found)
+        set_parameter(embedding, "weight", narrow_embedding)
+        if tied:
+            untie(model)
+    embedding.embedding_dim = H
+    if axes.scaled_embeddings:
+        embedding.scalar_embed_scale = H**0.5
+        embedding.embed_scale.fill_(H**0.5)
+
+
+def _best_gain(
+    centered: Tensor, old_D: Tensor, kept_H: Tensor, found: Guess, start_H: Tensor
+) -> Tensor:
+    G_HD = centered[:, kept_H].T @ centered
+    system_HH = G_HD[:, kept_H] * found.ZZ_HH
+    wanted_H = ((G_HD * old_D) * found.YZ_DH.T).sum(1)
+    unit = system_HH.diagonal().mean().clamp_min(1e-12)
+    missing_H = (wanted_H - system_HH @ start_H) / unit
+    return start_H + regularized_inverse(system_HH / unit, RIDGE) @ missing_H
+
+
+def untie(model: Any) -> None:
+    """From now on the head has weights of its own, and is saved so."""
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def note_hidden_size(model: Any, size: int) -> None:
+    """Modules that remember their hidden size are told the new one."""
+    for module in model.modules():
+        for name in ("hidden_size", "hidden_dim"):
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, size)

@@ -1,0 +1,258 @@
+"""The sizes that pruning changes: which can be had, and how the configuration says so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from stillhouse.errors import RecipeError
+from stillhouse.pruning.axes import PER_LAYER_LISTS, Axes, axes_of
+
+HiddenMethod = Literal["channels", "rotation"]
+
+ALIGNMENT = 32
+"""GGUF's block formats need rows in multiples of 32 (k-quants: 256); others fall back to f16."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One number an axis. heads: query heads; kv_heads: the groups that share keys and values.
+
+    ffn_size is one expert's where there are experts; experts is None where there are none.
+    """
+
+    layers: int
+    ffn_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocabulary: int
+    experts: int | None = None
+
+
+def sizes_of(config: Any) -> Sizes:
+    axes = axes_of(config)
+    heads = config.num_attention_heads
+    return Sizes(
+        layers=config.num_hidden_layers,
+        ffn_size=getattr(config, axes.ffn_size),
+        heads=heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        hidden_size=config.hidden_size,
+        vocabulary=config.vocab_size,
+        experts=None if axes.experts is None else getattr(config, axes.experts.count),
+    )
+
+
+def check_sizes(
+    config: Any,
+    ffn_size: int | None = None,
+    layers: int | None = None,
+    *,
+    heads: int | None = None,
+    kv_heads: int | None = None,
+    hidden_size: int | None = None,
+    hidden_method: HiddenMethod = "channels",
+    experts: int | None = None,
+    vocabulary: int | None = None,
+    text_decides: bool = False,
+) -> Sizes:
+    """The sizes that a student pruned so will have; None leaves an axis as it is.
+
+    `text_decides`: the vocabulary will be cut to what the text needs, so no other size must be
+    given. Raises RecipeError, which names the nearest size that can be had; ModelError for an
+    architecture that cannot be pruned.
+    """
+    axes = axes_of(config)
+    before = sizes_of(config)
+    wanted = {
+        "ffn_size": ffn_size,
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "hidden_size": hidden_size,
+        "experts": experts,
+        "vocabulary": vocabulary,
+    }
+    given = {key: value for key, value in wanted.items() if value is not None}
+    if not given and not text_decides:
+        raise RecipeError(
+            "a pruned student needs a size to prune to",
+            where="student",
+            fix=f"set ffn_size (1 to {before.ffn_size}), layers (1 to {before.layers}), heads, "
+            "kv_heads, hidden_size, vocabulary or experts, or several",
+        )
+    if "experts" in given and axes.experts is None:
+        raise RecipeError(
+            f"{config.model_type} models have no experts to prune",
+            where="student.experts",
+            fix="remove the key; ffn_size narrows their FFN",
+        )
+    for key, value in given.items():
+        _check_range(config, axes, key, value, getattr(before, key))
+    after = replace(before, **{key: value for key, value in given.items() if "heads" not in key})
+    after = _with_heads(before, after, heads, kv_heads)
+    if after.hidden_size % after.heads and axes.hidden_over_heads:
+        raise _hidden_over_heads(config, before, after, hidden_size is not None)
+    if hidden_method == "rotation":
+        _check_rotation(config, axes)
+    return after
+
+
+def _check_rotation(config: Any, axes: Axes) -> None:
+    reason = None
+    if axes.output_norms():
+        reason = "a norm behind each block weighs single channels, and a rotation would mix them"
+    elif axes.always_tied:
+        reason = (
+            "that unties the head from the embeddings, and llama.cpp knows this architecture with "
+            "a tied head only"
+        )
+    if reason is not None:
+        raise RecipeError(
+            f"{config.model_type} cannot be rotated: {reason}",
+            where="student.hidden_method",
+            fix="use hidden_method: channels",
+        )
+
+
+def _check_range(config: Any, axes: Axes, key: str, value: int, largest: int) -> None:
+    least = 1
+    if key == "experts" and axes.experts is not None:
+        least = getattr(config, axes.experts.chosen)
+    if key == "experts" and 1 <= value < least:
+        raise RecipeError(
+            f"experts: {value} is not possible: every token goes to {least}",
+            where="student.experts",
+            fix=f"choose {least} to {largest}",
+        )
+    if not least <= value <= largest:
+        raise RecipeError(
+            f"{key}: {value} is not possible: the teacher has {largest}",
+            where=f"student.{key}",
+            fix=f"choose {least} to {largest}",
+        )
+
+
+def _with_heads(before: Sizes, after: Sizes, heads: int | None, kv_heads: int | None) -> Sizes:
+    """Every group loses the same number of query heads, or goes whole."""
+    share = before.heads // before.kv_heads
+    if heads is None:
+        kept = before.kv_heads if kv_heads is None else kv_heads
+        return replace(after, heads=kept * share, kv_heads=kept)
+    if kv_heads is None:
+        kv_heads = before.kv_heads if share > 1 else heads
+    if heads % kv_heads or heads > kv_heads * share:
+        possible = [kv_heads * each for each in range(1, share + 1)]
+        each = f"1 to {share}" if share > 1 else "exactly 1"
+        raise RecipeError(
+            f"heads: {heads} is not possible with {kv_heads} key-value groups: every group keeps "
+            f"the same number of query heads, {each}",
+            where="student.heads",
+            fix=f"nearest: heads: {_nearest(possible, heads)}"
+            + ("" if len(possible) == 1 else "; or change kv_heads"),
+        )
+    return replace(after, heads=heads, kv_heads=kv_heads)
+
+
+def _hidden_over_heads(config: Any, before: Sizes, after: Sizes, asked: bool) -> RecipeError:
+    below = after.hidden_size // after.heads * after.heads
+    above = below + after.heads
+    sizes = [size for size in (below, above) if 0 < size <= before.hidden_size]
+    fix = f"nearest: hidden_size: {' or '.join(map(str, sizes))}"
+    if not asked:
+        share = before.heads // before.kv_heads
+        pairs = [
+            (groups * each, groups)
+            for groups in range(1, before.kv_heads + 1)
+            for each in range(1, share + 1)
+            if after.hidden_size % (groups * each) == 0
+        ]
+        heads, groups = min(
+            pairs, key=lambda pair: (abs(pair[0] - after.heads), pair[1] != after.kv_heads)
+        )
+        fix = f"nearest: heads: {heads} with kv_heads: {groups}, or {fix.removeprefix('nearest: ')}"
+    return RecipeError(
+        f"hidden_size: {after.hidden_size} is not a multiple of heads: {after.heads}, which "
+        f"transformers demands of {config.model_type} models",
+        where="student.hidden_size" if asked else "student.heads",
+        fix=fix,
+    )
+
+
+def _nearest(possible: Sequence[int], wanted: int) -> int:
+    return min(possible, key=lambda value: (abs(value - wanted), -value))
+
+
+def size_notes(config: Any, before: Sizes, after: Sizes) -> list[str]:
+    """What else the sizes mean for the files that come of them."""
+    notes = []
+    axes = axes_of(config)
+    for key in ("hidden_size", "ffn_size"):
+        value, size = getattr(after, key), getattr(before, key)
+        if value != size and value % ALIGNMENT and size % ALIGNMENT == 0:
+            below = value // ALIGNMENT * ALIGNMENT
+            nearest = [each for each in (below, below + ALIGNMENT) if each]
+            notes.append(
+                f"{key}: {value} is not a multiple of {ALIGNMENT}: GGUF's quantized formats need "
+                f"that; nearest: {' or '.join(map(str, nearest))}"
+            )
+    derived = after.hidden_size // after.heads == after.head_dim
+    if not axes.head_dim_key and not derived and before != after:
+        notes.append(
+            f"head_dim is {after.head_dim}, no longer hidden_size / heads: transformers and "
+            f"llama.cpp read it from config.json, other loaders of {config.model_type} may not"
+        )
+    return notes
+
+
+def resized_config(config: Any, after: Sizes, *, rotated: bool = False) -> Any:
+    """A configuration of the sizes `after`. Which layers stay is not known: the first ones do.
+
+    `rotated`: the hidden channels are rotated, which unties the head from the embeddings.
+    """
+    config = copy.deepcopy(config)
+    if after.layers != config.num_hidden_layers:
+        keep_config_layers(config, range(after.layers))
+    set_sizes(config, after)
+    if rotated:
+        config.tie_word_embeddings = False
+    return config
+
+
+def set_sizes(config: Any, after: Sizes) -> None:
+    """Writes all sizes but the number of layers (see `keep_config_layers`)."""
+    axes = axes_of(config)
+    if after.head_dim != getattr(config, "head_dim", None) and (
+        axes.head_dim_key or after.hidden_size // after.heads != after.head_dim
+    ):
+        config.head_dim = after.head_dim
+    config.num_attention_heads = after.heads
+    config.num_key_value_heads = after.kv_heads
+    config.hidden_size = after.hidden_size
+    config.vocab_size = after.vocabulary
+    setattr(config, axes.ffn_size, after.ffn_size)
+    if axes.experts is not None:
+        setattr(config, axes.experts.count, after.experts)
+
+
+def keep_config_layers(config: Any, kept: Sequence[int]) -> None:
+    """num_hidden_layers and every per-layer list, for the layers `kept` (indices may repeat)."""
+    for name in PER_LAYER_LISTS:
+        values = getattr(config, name, None)
+        if isinstance(values, list) and len(values) == config.num_hidden_layers:
+            setattr(config, name, [values[index] for index in kept])
+    config.num_hidden_layers = len(kept)
+
+
+def changed(before: Sizes, after: Sizes) -> dict[str, tuple[int, int]]:
+    """The axes that were cut, with both sizes."""
+    return {
+        field.name: (getattr(before, field.name), getattr(after, field.name))
+        for field in fields(Sizes)
+        if getattr(before, field.name) != getattr(after, field.name)
+    }

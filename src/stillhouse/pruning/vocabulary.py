@@ -1,0 +1,122 @@
+"""Which tokens a student keeps: what its text needs, and what any text needs.
+
+A student with fewer tokens numbers them anew. `kept_ids[new] = old` maps its ids to the teacher's:
+the teacher's distribution over the kept tokens is the softmax of its head's rows `kept_ids`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from stillhouse.data import WindowSet
+from stillhouse.errors import ModelError, RecipeError
+from stillhouse.pruning.surgery import special_ids
+from stillhouse.pruning.tokens import Merges
+
+KEPT_IDS = "kept_ids.json"
+"""Beside a student with fewer tokens than its teacher: {"kept_ids": [...]}."""
+
+MULTIPLE = 64
+"""A vocabulary that the text decides is filled up to a multiple of this, for fast products."""
+
+
+def kept_token_ids(
+    tokenizer: Any,
+    windows: WindowSet,
+    vocabulary: int | Literal["data"],
+    *,
+    configs: Sequence[Any] = (),
+) -> tuple[int, ...]:
+    """The tokens to keep, ascending: kept_ids[new id] = old id.
+
+    Always: added and special tokens, those that `configs` (configurations of the model and of its
+    generation) name, and one token for every byte. "data": every token of the windows as well,
+    filled up to a multiple of 64. A number: the most frequent ones in the windows, then those
+    that the tokenizer learned first, that many in all. Every token comes with those that BPE
+    makes it from. The model's padding rows, beyond the tokenizer's ids, go.
+
+    Raises RecipeError for a number that is too small or larger than the tokenizer, and for
+    tokenizers that cannot be cut (anything but BPE).
+    """
+    merges = Merges(tokenizer)
+    named = _named(configs)
+    kept = named - merges.tokens.keys()
+    total = len(merges.tokens) + len(kept)
+    for id in merges.alphabet() | merges.added.keys() | (named - kept):
+        kept |= merges.parts(id)
+    counts = Counter({id: n for id, n in _counts(windows).items() if id in merges.tokens})
+    if vocabulary == "data":
+        for id in counts:
+            kept |= merges.parts(id)
+        size = min(-(-len(kept) // MULTIPLE) * MULTIPLE, total)
+    else:
+        size = vocabulary
+        if not len(kept) <= size <= total:
+            raise RecipeError(
+                f"vocabulary: {size} is not possible: special tokens and single bytes need "
+                f"{len(kept)}, and the teacher has {total}",
+                where="student.vocabulary",
+                fix=f"nearest: {len(kept) if size < len(kept) else total}; or vocabulary: data",
+            )
+    for id in _candidates(merges, counts):
+        if len(kept) == size:
+            break
+        grown = kept | merges.parts(id) if id not in kept else kept
+        if len(grown) <= size:
+            kept = grown
+    return tuple(sorted(kept))
+
+
+def save_kept_ids(kept_ids: Sequence[int], folder: Path) -> None:
+    """Writes KEPT_IDS into a student's folder."""
+    (folder / KEPT_IDS).write_text(json.dumps({"kept_ids": list(kept_ids)}), encoding="utf-8")
+
+
+def load_kept_ids(folder: Path) -> tuple[int, ...] | None:
+    """The teacher's id of every id of the student in `folder`; None: they are the same.
+
+    Raises ModelError when the file is damaged.
+    """
+    file = folder / KEPT_IDS
+    if not file.exists():
+        return None
+    try:
+        return tuple(int(id) for id in json.loads(file.read_text(encoding="utf-8"))["kept_ids"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"the map to the teacher's tokens cannot be read ({error})",
+            where=file,
+            fix="prune the student again",
+        ) from error
+
+
+def _named(configs: Sequence[Any]) -> set[int]:
+    found: set[int] = set()
+    for config in configs:
+        for value in special_ids(config).values():
+            found |= set(value if isinstance(value, list) else [value])
+    return found
+
+
+def _counts(windows: WindowSet) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for index in range(len(windows)):
+        ids, times = torch.unique(windows[index]["input_ids"], return_counts=True)
+        counts.update(dict(zip(ids.tolist(), times.tolist(), strict=True)))
+    return counts
+
+
+def _candidates(merges: Merges, counts: Counter[int]) -> Iterator[int]:
+    """By frequency in the text, then in the order in which the tokenizer learned them."""
+    yield from sorted(counts, key=lambda id: (-counts[id], id))
+    for first, second in merges.pairs:
+        id = merges.ids.get(first + second)
+        if id is not None and id not in counts:
+            yield id
+    yield from sorted(merges.tokens.keys() - counts.keys())

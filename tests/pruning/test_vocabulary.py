@@ -1,0 +1,306 @@
+"""Fewer tokens: any text still comes back, and the kept text is tokenized as before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import BpeTrainer
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
+
+from stillhouse.errors import ModelError, RecipeError
+from stillhouse.pruning import (
+    check_saved,
+    kept_token_ids,
+    load_kept_ids,
+    prune_model,
+    prune_tokenizer,
+)
+from stillhouse.recipe import parse_recipe
+from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.stages import find_models
+from stillhouse.students import build_student
+from stillhouse.teachers import load_model, load_tokenizer, resolve_model, save_tokenizer
+from tests import tiny
+from tests.teachers.toys import ToyWindows, tiny_model, toy_tokenizer
+
+SPECIAL = ["<s>", "</s>", "<|im_start|>"]
+LATER = "<|tool|>"
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}</s>{% endfor %}"
+LEARNED = tiny.text(300) + "Übermäßig naïve café: 数値 ключ — 100%.\n" * 20
+KEPT_TEXT = "the cat sees two apples 7.\na dog draws the house 12. naïve café\n"
+HARD = [
+    "🦆 ducks 🏳️‍🌈 and é ü",
+    "漢字かな交じり文、한국어",
+    "tab\tnull\x00bell\x07 escape\x1b end",
+    "  two  spaces  ",
+    "<s> a </s> <|im_start|>x<|tool|>",
+    "def f(x):\n    return x**2\r\n",
+]
+
+
+def byte_level(ignore_merges: bool = False) -> Any:
+    """As in SmolLM2 and Qwen; with ignore_merges as in Llama 3."""
+    core = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return wrapped(core, BpeTrainer(vocab_size=420, initial_alphabet=alphabet, show_progress=False))
+
+
+def byte_fallback() -> Any:
+    """As in Llama 2 and Gemma: whole texts are merged, unknown characters become bytes."""
+    core = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = ["<unk>", *[f"<0x{byte:02X}>" for byte in range(256)]]
+    made = wrapped(core, BpeTrainer(vocab_size=480, special_tokens=special, show_progress=False))
+    # The trainer takes the byte tokens for special ones; real checkpoints do not.
+    content = json.loads(made.backend_tokenizer.to_str())
+    content["added_tokens"] = [t for t in content["added_tokens"] if t["content"][1:3] != "0x"]
+    content["pre_tokenizer"] = None
+    return fast(Tokenizer.from_str(json.dumps(content)))
+
+
+def wrapped(core: Tokenizer, trainer: BpeTrainer) -> Any:
+    core.train_from_iterator(LEARNED.splitlines(keepends=True), trainer)
+    core.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    core.add_tokens([AddedToken(LATER, normalized=False)])
+    start = core.token_to_id("<s>")
+    core.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", start)]
+    )
+    return fast(core)
+
+
+def fast(core: Tokenizer) -> Any:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        additional_special_tokens=["<|im_start|>"],
+        chat_template=TEMPLATE,
+    )
+
+
+KINDS = {
+    "byte-level": byte_level(),
+    "byte-level, ignore_merges": byte_level(ignore_merges=True),
+    "byte-fallback": byte_fallback(),
+}
+
+
+class TextWindows:
+    """One window: the tokens of a text."""
+
+    def __init__(self, tokenizer: Any, text: str) -> None:
+        self.ids = torch.tensor(tokenizer(text)["input_ids"])
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {
+            "input_ids": self.ids,
+            "labels": self.ids,
+            "position_ids": torch.arange(len(self.ids)),
+        }
+
+
+def kept_for_text(kind: str, vocabulary: Any = "data") -> tuple[int, ...]:
+    return kept_token_ids(KINDS[kind], TextWindows(KINDS[kind], KEPT_TEXT), vocabulary)
+
+
+PRUNED = {kind: prune_tokenizer(KINDS[kind], kept_for_text(kind)) for kind in KINDS}
+
+
+def core_of(tokenizer: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_smaller_and_numbered_without_gaps(kind: str) -> None:
+    ids = sorted(PRUNED[kind].get_vocab().values())
+    assert ids == list(range(len(kept_for_text(kind))))
+    assert len(ids) < len(KINDS[kind].get_vocab())
+    assert len(ids) % 64 == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kept_text_is_tokenized_as_before(kind: str) -> None:
+    kept_ids = kept_for_text(kind)
+    for text in (KEPT_TEXT, *KEPT_TEXT.splitlines(keepends=True)):
+        old = KINDS[kind](text)["input_ids"]
+        assert [kept_ids[new] for new in PRUNED[kind](text)["input_ids"]] == old
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", HARD)
+def test_hard_texts_come_back(kind: str, text: str) -> None:
+    for tokenizer in (KINDS[kind], PRUNED[kind]):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
+def test_any_text_comes_back(text: str) -> None:
+    for kind, tokenizer in PRUNED.items():
+        # ▁ itself reads as a space there, before and after.
+        expected = text.replace("▁", " ") if kind == "byte-fallback" else text
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merges_are_closed_under_their_parents(kind: str) -> None:
+    model = core_of(PRUNED[kind])["model"]
+    assert model["merges"]
+    for first, second in model["merges"]:
+        assert {first, second, first + second} <= model["vocab"].keys()
+    # No merge between kept tokens is lost, and their order is the old one.
+    old = core_of(KINDS[kind])["model"]["merges"]
+    assert model["merges"] == [
+        pair for pair in old if {*pair, "".join(pair)} <= model["vocab"].keys()
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_template_and_post_processor_follow(kind: str, tmp_path: Path) -> None:
+    save_tokenizer(PRUNED[kind], tmp_path)
+    old, new = KINDS[kind], load_tokenizer(tmp_path)
+    for token in [*SPECIAL, LATER]:
+        id = new.convert_tokens_to_ids(token)
+        assert kept_for_text(kind)[id] == old.convert_tokens_to_ids(token)
+        assert new(f"a{token}b", add_special_tokens=False)["input_ids"].count(id) == 1
+    assert new.eos_token_id == new.pad_token_id == new.convert_tokens_to_ids("</s>")
+    assert new("cat")["input_ids"][0] == new.bos_token_id
+    chat = [{"role": "user", "content": "the cat"}]
+    assert new.apply_chat_template(chat, tokenize=False) == "<|im_start|>the cat</s>"
+    assert new.decode(new("<s>cat</s>")["input_ids"], skip_special_tokens=True) == "cat"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_number_keeps_the_most_frequent_tokens(kind: str) -> None:
+    least = len(kept_for_text(kind, len(KINDS[kind].get_vocab())))
+    text = "zq " * 50 + "the cat"
+    # Bytes, special tokens, and <unk> and ▁ where there are such.
+    needed = 256 + len(SPECIAL) + 1 + 2 * (kind == "byte-fallback")
+    windows = TextWindows(KINDS[kind], "the cat sees the cat. the the\n")
+    kept = kept_token_ids(KINDS[kind], windows, needed + 12)
+    assert len(kept) == needed + 12 < least
+    word = KINDS[kind](" the", add_special_tokens=False)["input_ids"]
+    assert set(word) <= set(kept)
+    assert set(kept) >= {KINDS[kind].convert_tokens_to_ids(token) for token in SPECIAL}
+    tokenizer = prune_tokenizer(KINDS[kind], kept)
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_all_tokens_change_nothing() -> None:
+    for kind, tokenizer in KINDS.items():
+        kept = kept_for_text(kind, len(tokenizer.get_vocab()))
+        assert list(kept) == list(range(len(tokenizer.get_vocab())))
+        assert core_of(prune_tokenizer(tokenizer, kept))["model"] == core_of(tokenizer)["model"]
+
+
+@pytest.mark.parametrize(("vocabulary", "nearest"), [(10, 260), (10_000, 420 + 4)])
+def test_impossible_numbers_name_the_nearest(vocabulary: int, nearest: int) -> None:
+    with pytest.raises(RecipeError, match=f"vocabulary: {vocabulary} is not possible") as caught:
+        kept_for_text("byte-level", vocabulary)
+    assert f"nearest: {nearest}" in str(caught.value)
+
+
+def test_special_tokens_and_bytes_cannot_be_lost() -> None:
+    tokenizer = KINDS["byte-level"]
+    kept = kept_for_text("byte-level")
+    for lost, message in (
+        (tokenizer.convert_tokens_to_ids("</s>"), "lose 1 special or added tokens: '</s>'"),
+        (tokenizer.convert_tokens_to_ids("Ġ"), "lose 1 tokens for single bytes"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            prune_tokenizer(tokenizer, [id for id in kept if id != lost])
+    with pytest.raises(RecipeError, match="comes twice"):
+        prune_tokenizer(tokenizer, [*kept, kept[0]])
+
+
+def test_other_tokenizers_are_refused() -> None:
+    with pytest.raises(RecipeError, match="type WordLevel cannot be cut: only BPE can"):
+        kept_token_ids(toy_tokenizer(), ToyWindows(), "data")
+    characters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
+    with pytest.raises(RecipeError, match="no tokens for single bytes"):
+        kept_token_ids(characters, ToyWindows(), "data")
+    unigram = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.Unigram([("a", 0.0)], unk_id=0))
+    )
+    with pytest.raises(RecipeError, match="type Unigram cannot be cut"):
+        prune_tokenizer(unigram, [0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_models_rows_follow(tied: bool) -> None:
+    def teacher() -> Any:
+        return tiny_model(tie_word_embeddings=tied, eos_token_id=[2, 5], pad_token_id=2)
+
+    kept = [1, 2, 5, 90, 40, 7]
+    model = teacher()
+    prune_model(model, ToyWindows(), kept_ids=kept)
+    new = torch.tensor([[0, 3, 4, 5, 1]])
+    old = torch.tensor(kept)[new]
+    expected = teacher()(input_ids=old, use_cache=False).logits[..., kept]
+    assert_close(model(input_ids=new, use_cache=False).logits, expected)
+    for config in (model.config, model.generation_config):
+        assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, [1, 2], 1)
+    with pytest.raises(RecipeError, match="lose token 5, which is the model's eos_token_id"):
+        prune_model(teacher(), ToyWindows(), kept_ids=[1, 2, 7])
+    with pytest.raises(RecipeError, match="token 96, and the teacher has 96"):
+        prune_model(teacher(), ToyWindows(), kept_ids=[1, 2, 5, 96])
+
+
+def test_a_run_refuses_it_before_anything_is_loaded(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path, student={"vocabulary": "data"})
+    with pytest.raises(RecipeError, match="cannot be trained by a recipe yet"):
+        find_models(parse_recipe(raw), tmp_path)
+
+
+def test_a_student_of_a_recipe_has_its_tokenizer_and_the_map_beside_it(tmp_path: Path) -> None:
+    tokenizer = KINDS["byte-level"]
+    end = tokenizer.eos_token_id
+    # A few embedding rows more than tokens, as in Qwen.
+    teacher = tiny_model(
+        vocab_size=440, eos_token_id=end, pad_token_id=end, bos_token_id=tokenizer.bos_token_id
+    )
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    summary = build_student(
+        PrunedStudent(start="pruned", vocabulary=320, ffn_size=32, heads=2),
+        teacher=resolve_model("teacher", base=tmp_path, cache=tmp_path / "cache"),
+        windows=TextWindows(tokenizer, KEPT_TEXT),
+        seed=0,
+        base=tmp_path,
+        out=tmp_path / "student",
+    )
+    assert summary["pruning"]["changed"]["vocabulary"] == (440, 320)
+    student = load_model(tmp_path / "student", dtype=torch.float32)
+    kept_ids = load_kept_ids(tmp_path / "student")
+    assert kept_ids is not None
+    assert len(kept_ids) == student.config.vocab_size == 320
+    cut = load_tokenizer(tmp_path / "student")
+    assert cut.eos_token_id == student.config.eos_token_id == kept_ids.index(end)
+    assert load_kept_ids(tmp_path / "teacher") is None
+    check_saved(student, tmp_path / "student", torch.tensor([cut("the cat")["input_ids"]]))
+    (tmp_path / "student" / "kept_ids.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_kept_ids(tmp_path / "student")
