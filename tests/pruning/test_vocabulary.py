@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.job import find_models
 from stillhouse.pruning import (
     check_saved,
     kept_token_ids,
@@ -26,7 +27,6 @@ from stillhouse.pruning import (
 )
 from stillhouse.recipe import parse_recipe
 from stillhouse.recipe.schema import PrunedStudent
-from stillhouse.stages import find_models
 from stillhouse.students import build_student
 from stillhouse.teachers import load_model, load_tokenizer, resolve_model, save_tokenizer
 from tests import tiny
