@@ -5,7 +5,7 @@
 Teacher forward + student forward and backward + optimizer, with the demo's models and batch, as the
 trainer runs it. FLOPs are counted as 6·P_s + 2·P_t a token, embeddings once, as the head. The
 product rate is measured in the same process, before and after the steps. Each round takes `--steps`
-optimizer steps, and a round of plain fine-tuning steps beside it.
+optimizer steps, and beside it as many of plain fine-tuning and of distillation from a signal store.
 """
 
 from __future__ import annotations
@@ -31,12 +31,19 @@ from stillhouse.hardware import (
 from stillhouse.job import find_models
 from stillhouse.recipe import load_recipe
 from stillhouse.recipe.schema import LogitsTerm, ObjectiveRecipe, RandomStudent, Recipe
+from stillhouse.signals.encodings import Threshold
+from stillhouse.signals.manifest import Settings
+from stillhouse.signals.store import open_store
 from stillhouse.students import build_student
 from stillhouse.teachers import load_model, load_tokenizer
+from stillhouse.teachers.scoring import local_teacher, score
 from stillhouse.training import read_metrics, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 DISTILLATION = ObjectiveRecipe()
+KINDS = ("distillation", "fine_tuning", "cached")
+STORED_TAU = 0.02
+"""About 36 bytes a token."""
 FINE_TUNING = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
 
@@ -61,7 +68,13 @@ def main() -> None:
             statistics.median(fractions),
             ">=",
             0.60,
-        )
+        ),
+        Bar(
+            "epoch from a store against a live one, over its bound 1 + P_t/3P_s (median)",
+            statistics.median(r["cached_over_live"] for r in rounds) / bound(job),
+            ">=",
+            0.9,
+        ),
     ]
     figures = {
         "student_parameters": job.student,
@@ -71,10 +84,14 @@ def main() -> None:
         "context": recipe.data.context,
         "peak_memory_bytes": peak_memory_bytes(),
         "distillation_over_fine_tuning": statistics.median(r["ratio"] for r in rounds),
-        "its_bound_1_plus_Pt_over_3_Ps": 1 + job.teacher / (3 * job.student),
+        "its_bound_1_plus_Pt_over_3_Ps": bound(job),
         "rounds": rounds,
     }
     write_results("step", figures, bars)
+
+
+def bound(setting: Setting) -> float:
+    return 1 + setting.teacher / (3 * setting.student)
 
 
 class Setting:
@@ -101,14 +118,18 @@ class Setting:
             out=folder / "student",
         )
         self.student = int(summary["parameters"]["head_once"])
-        teacher = load_model(self.teacher_path, dtype=torch.float32)
+        device = default_device()
+        dtype = choose_precision(recipe.train.precision, device).dtype
+        teacher = load_model(self.teacher_path, dtype=dtype).to(device)
         self.teacher = account.count_parameters(teacher).head_once
+        settings = Settings(Threshold(STORED_TAU), job.vocabulary, identity={})
+        score(local_teacher(teacher, settings), self.windows, settings, folder / "store")
+        self.store = open_store(folder / "store")
 
     def round(self, number: int, steps: int, dtype: torch.dtype) -> dict[str, Any]:
         before = matmul_rate(dtype, default_device())
-        order = (
-            ("distillation", "fine_tuning") if number % 2 == 0 else ("fine_tuning", "distillation")
-        )
+        turn = number % len(KINDS)
+        order = KINDS[turn:] + KINDS[:turn]
         speed = {kind: self.tokens_per_second(kind, number, steps) for kind in order}
         after = matmul_rate(dtype, default_device())
         rate = statistics.fmean([before, after])
@@ -117,6 +138,7 @@ class Setting:
             "tokens_per_s": speed["distillation"],
             "fine_tuning_tokens_per_s": speed["fine_tuning"],
             "ratio": speed["fine_tuning"] / speed["distillation"],
+            "cached_over_live": speed["cached"] / speed["distillation"],
             "matmul_flops_per_s": rate,
             "fraction": speed["distillation"] * flops / rate,
         }
@@ -124,20 +146,20 @@ class Setting:
     def tokens_per_second(self, kind: str, number: int, steps: int) -> float:
         """Median over the steps, without the first."""
         out = self.folder / f"{kind}-{number}"
-        distill = kind == "distillation"
         section = self.recipe.train.model_copy(
             update={"max_steps": steps, "checkpoint_every": steps + 1, "evaluate_every": None}
         )
         train(
             self.folder / "student",
-            self.teacher_path if distill else None,
+            self.teacher_path if kind == "distillation" else None,
             self.windows,
             self.heldout,
             section=section,
-            objective=DISTILLATION if distill else FINE_TUNING,
+            objective=FINE_TUNING if kind == "fine_tuning" else DISTILLATION,
             vocabulary=None,
             seed=0,
             out=out,
+            store=self.store if kind == "cached" else None,
         )
         rows = [r["tokens_per_s"] for r in read_metrics(out / "metrics.jsonl") if "loss" in r]
         # Rows count supervised tokens; all tokens of a window are computed.
