@@ -15,7 +15,17 @@ from stillhouse.check import Finding, check_recipe
 from stillhouse.errors import StillhouseError
 from tests import tiny
 
-VERBS = ("run", "synthesize", "check", "preview", "evaluate", "report", "doctor", "schema")
+VERBS = (
+    "run",
+    "cascade",
+    "synthesize",
+    "check",
+    "preview",
+    "evaluate",
+    "report",
+    "doctor",
+    "schema",
+)
 
 
 def call(*arguments: str) -> Result:

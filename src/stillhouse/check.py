@@ -22,8 +22,9 @@ from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
-from stillhouse.job import Job, configs, find_models, planned_size
+from stillhouse.job import Job, configs, find_models, planned_members, planned_size
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import (
     Recipe,
     SampledSignals,
@@ -92,8 +93,9 @@ def _topic(error: StillhouseError) -> str:
 
 
 def _examine(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
-    recipe = load_recipe(path, overrides)
+    whole = load_recipe(path, overrides)
     yield Finding("ok", "recipe", f"{path} is valid")
+    recipe = first_member(whole)
     yield from _folder(recipe)
     yield from _extras(recipe)
     job = find_models(recipe, path.parent, weights=False)
@@ -102,6 +104,16 @@ def _examine(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     sample = _sample(job)
     yield from _data(sample, recipe)
     yield from _costs(job, sample)
+    if whole.cascade is not None:
+        yield from _hops(whole, job)
+
+
+def _hops(recipe: Recipe, first: Job) -> Iterator[Finding]:
+    teacher = planned_size(configs(first)[1]).total
+    for name, config in planned_members(recipe, first):
+        size = planned_size(config).total
+        text = f"{name}: {size / 1e6:,.1f}M parameters, {size / teacher:.0%} of the teacher's"
+        yield Finding("estimate", "cascade", text)
 
 
 def _folder(recipe: Recipe) -> Iterator[Finding]:

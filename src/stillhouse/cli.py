@@ -42,8 +42,12 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """
     from rich.console import Console
 
+    from stillhouse.recipe import load_recipe
     from stillhouse.runner import run as run_recipe
 
+    if load_recipe(recipe, set_ or []).cascade is not None:
+        cascade(recipe, set_)
+        return
     result = run_recipe(recipe, overrides=set_ or [])
     if result is None:
         return
@@ -69,6 +73,25 @@ def synthesize(recipe: RecipeArgument, set_: SetOption = None) -> None:
     for name, value in synthesize_text(recipe, set_ or []).lines():
         table.add_row(name, escape(value))
     Console().print(table)
+
+
+@app.command()
+def cascade(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Makes a family: prunes and distills in turn, each student the start of the next smaller one.
+
+    Example: `stillhouse cascade recipes/cascade.yaml`
+    """
+    from rich.console import Console
+
+    from stillhouse.cascade import run_cascade
+
+    result = run_cascade(recipe, overrides=set_ or [])
+    if result is None:
+        return
+    for name, member in result.members.items():
+        Console().print(f"[bold]{name}[/]  {member.model}", highlight=False)
+        _print_evaluation(member.evaluation)
+    Console().print(f"report  {result.report}", highlight=False)
 
 
 class _RecipeOrVerb(TyperGroup):

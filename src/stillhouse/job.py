@@ -13,6 +13,7 @@ from stillhouse import account
 from stillhouse.errors import RecipeError, SignalError
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe
+from stillhouse.recipe.family import member_recipe
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.signals.encodings import EntryEncoding, FrozenHead, Hidden
 from stillhouse.signals.manifest import read_settings
@@ -33,7 +34,8 @@ from stillhouse.training import Objective, make_objective, stored_temperature
 class Job:
     """A recipe whose models have been found and fit together.
 
-    base: where relative paths start. vocabulary: token ids below it are shared by both models;
+    base: where relative paths start. pruned: what the student is made of, where that is not the
+    teacher. vocabulary: token ids below it are shared by both models;
     rows of a head beyond it are padding.
     """
 
@@ -42,6 +44,7 @@ class Job:
     teacher: ModelSource
     pretrained: ModelSource | None
     vocabulary: int
+    pruned: ModelSource | None = None
 
     @property
     def tokenizer_path(self) -> Path:
@@ -72,10 +75,14 @@ def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
         pretrained = resolve_model(
             student.model, revision=student.revision, base=base, weights=weights
         )
-    match = shared_vocabulary(teacher, pretrained or teacher, recipe.teacher.trust_remote_code)
+    pruned = None
+    if isinstance(recipe.student, PrunedStudent) and recipe.student.model is not None:
+        pruned = resolve_model(recipe.student.model, base=base, weights=weights)
+    other = pretrained or pruned or teacher
+    match = shared_vocabulary(teacher, other, recipe.teacher.trust_remote_code)
     for warning in match.warnings:
         note(f"warning: {warning}")
-    job = Job(recipe, base, teacher, pretrained, match.rows)
+    job = Job(recipe, base, teacher, pretrained, match.rows, pruned)
     # Refuses now what these models, or a store of the teacher's answers, cannot give.
     objective = planned_objective(job)
     if recipe.signals is not None:
@@ -113,7 +120,10 @@ def configs(job: Job) -> tuple[Any, Any]:
     teacher = load_config(job.teacher.path, trust_remote_code=code)
     section = job.recipe.student
     if isinstance(section, PrunedStudent | RandomStudent):
-        return planned_config(section, teacher, base=job.base), teacher
+        start = teacher
+        if job.pruned is not None:
+            start = load_config(job.pruned.path, trust_remote_code=code)
+        return planned_config(section, start, base=job.base), teacher
     assert job.pretrained is not None
     return load_config(job.pretrained.path, trust_remote_code=code), teacher
 
@@ -137,3 +147,25 @@ def planned_size(config: Any) -> account.ParameterCount:
     """The size of a model that does not exist yet, without its memory."""
     with torch.device("meta"):
         return account.count_parameters(AutoModelForCausalLM.from_config(config))
+
+
+def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
+    """Name and configuration of every member of a cascade; `first` is the first one's job.
+
+    Raises RecipeError for a member that cannot be cut so.
+    """
+    assert recipe.cascade is not None
+    start = configs(first)[1]
+    members = []
+    for hop in recipe.cascade.hops:
+        section = member_recipe(recipe, hop).student
+        assert isinstance(section, PrunedStudent)
+        try:
+            planned = planned_config(section, start, base=first.base)
+        except RecipeError as error:
+            where = f"cascade.hops, {hop.name}"
+            raise RecipeError(error.what, where=where, fix=error.fix) from None
+        members.append((hop.name, planned))
+        if recipe.cascade.start == "previous":
+            start = planned
+    return members

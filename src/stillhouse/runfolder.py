@@ -66,8 +66,11 @@ class Stage:
 
 
 class RunFolder:
-    def __init__(self, root: Path) -> None:
+    """root: where the stages are. links: where the products are pointed to; `root` unless said."""
+
+    def __init__(self, root: Path, links: Path | None = None) -> None:
         self.root = root
+        self.links = links or root
         self.stages = root / "stages"
 
     @contextmanager
@@ -182,12 +185,13 @@ class RunFolder:
         return Stage(name, final, digest, cost, outcome.summary, False)
 
     def point(self, name: str, target: Path) -> None:
-        """Makes `root/name` a relative link to a finished stage's file or folder."""
-        link = self.root / name
+        """Makes `links/name` a relative link to a finished stage's file or folder."""
+        link = self.links / name
         with disk_errors(link):
-            temporary = self.root / f".{name}.link"
+            self.links.mkdir(parents=True, exist_ok=True)
+            temporary = self.links / f".{name}.link"
             temporary.unlink(missing_ok=True)
-            temporary.symlink_to(os.path.relpath(target, self.root))
+            temporary.symlink_to(os.path.relpath(target, self.links))
             temporary.replace(link)
 
 

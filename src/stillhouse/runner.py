@@ -17,6 +17,7 @@ from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.job import Job, find_models, shared_vocabulary
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
+from stillhouse.recipe.family import first_member
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.stages import StagePlan
 from stillhouse.synthesis import Origins, Synthesis, synthesize
@@ -53,19 +54,26 @@ def run(
     Raises StillhouseError; what is finished by then stays.
     """
     recipe, base = read(recipe, overrides, base)
+    if recipe.cascade is not None:
+        raise RecipeError(
+            "this recipe makes a family of students, not one",
+            where="cascade",
+            fix="call stillhouse.cascade.run_cascade, or remove the section",
+        )
     tune_allocator()
     folder = run_folder(recipe)
-    if _rank() != 0:
-        _stages_together(recipe, base, _follow(folder))
+    if not leads():
+        follow(recipe, base, folder)
         return None
     with folder.locked():
         write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
-        return _lead(recipe, base, folder)
+        return lead(recipe, base, folder)
 
 
 def prepare_data(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, Windows, Windows]:
     """Does a recipe's data stage, or finds it done: the job, training and held-out windows."""
     loaded, base = read(recipe, overrides, None)
+    loaded = first_member(loaded)
     folder = run_folder(loaded)
     with folder.locked():
         job = find_models(loaded, base)
@@ -79,6 +87,7 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     Raises RecipeError where the recipe has no `signals`.
     """
     loaded, base = read(recipe, overrides, None)
+    loaded = first_member(loaded)
     if loaded.signals is None or loaded.signals.store is not None:
         raise RecipeError(
             "this recipe records no signals",
@@ -169,7 +178,8 @@ def run_folder(recipe: Recipe) -> RunFolder:
     return RunFolder(Path(recipe.folder or Path("runs") / recipe.name))
 
 
-def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
+def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
+    """Every stage of a recipe, in a folder that is locked."""
     finished: list[Stage] = []
 
     def do(plan: StagePlan) -> Stage:
@@ -196,9 +206,9 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     folder.point("model", exported.path / MODEL)
     folder.point("report.html", report.path / stages.REPORT)
     return RunResult(
-        folder=folder.root,
-        model=folder.root / "model",
-        report=folder.root / "report.html",
+        folder=folder.links,
+        model=folder.links / "model",
+        report=folder.links / "report.html",
         evaluation=Evaluation.load(evaluated.path / stages.EVALUATION),
         stages=finished,
     )
@@ -220,7 +230,17 @@ def _stages_together(
     return job, data, student, trained, baseline
 
 
-def _follow(folder: RunFolder) -> Callable[[StagePlan], Stage]:
+def follow(recipe: Recipe, base: Path, folder: RunFolder) -> Stage:
+    """What the other processes of a torchrun do of a recipe; the finished training stage."""
+    return _stages_together(recipe, base, _taking_part(folder))[3]
+
+
+def leads() -> bool:
+    """Whether this is the first process of a torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _taking_part(folder: RunFolder) -> Callable[[StagePlan], Stage]:
     """How the other processes of a torchrun do a stage: take part in it, or wait for it."""
 
     def do(plan: StagePlan) -> Stage:
@@ -231,7 +251,3 @@ def _follow(folder: RunFolder) -> Callable[[StagePlan], Stage]:
         return stage
 
     return do
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))

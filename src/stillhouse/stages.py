@@ -201,7 +201,7 @@ def student(job: Job, data: Stage) -> StagePlan:
         windows, _ = open_data(data)
         summary = build_student(
             section,
-            teacher=job.teacher,
+            teacher=job.pruned or job.teacher,
             windows=windows,
             seed=job.recipe.seed,
             base=job.base,
@@ -215,6 +215,7 @@ def student(job: Job, data: Stage) -> StagePlan:
         "seed": job.recipe.seed,
         "teacher": job.teacher.fingerprint,
         "pretrained": job.pretrained and job.pretrained.fingerprint,
+        "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
     }
     return StagePlan("student", inputs, work, version=3)

@@ -6,7 +6,7 @@ beside its key, and a description here is what editors show (`stillhouse schema`
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -217,10 +217,9 @@ class RandomStudent(Section):
     )
 
 
-class PrunedStudent(Section):
-    """The teacher itself, made smaller, calibrated on the training text."""
+class PrunedSizes(Section):
+    """What is kept of a model; a size that is left out stays."""
 
-    start: Literal["pruned"]
     ffn_size: int | None = Field(
         None, gt=0, description="FFN neurons to keep in every layer (of every expert)."
     )
@@ -241,13 +240,49 @@ class PrunedStudent(Section):
         description="Tokens to keep, the most frequent of the training text; data: all it has. "
         "The tokenizer is rewritten.",
     )
+
+    @model_validator(mode="after")
+    def _method_needs_a_size(self) -> Self:
+        if self.hidden_size is None and self.hidden_method != "channels":
+            raise ValueError("hidden_method does nothing without hidden_size: set both, or neither")
+        return self
+
+
+class PrunedStudent(PrunedSizes):
+    """The teacher, or another model of its vocabulary, made smaller on the training text."""
+
+    start: Literal["pruned"]
+    model: str | None = Field(
+        None, description="What is pruned, as teacher.model; null: the teacher."
+    )
     reconstruct: bool = Field(True, description="Refit what is left by least squares.")
     calibration_tokens: int = Field(16384, gt=0, description="Tokens seen to decide what goes.")
 
+
+class HopRecipe(PrunedSizes):
+    """One member of a family: what it keeps of the model before it, and how long it is trained."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The member's folder.")
+    epochs: float | None = Field(
+        None, gt=0, strict=False, description="As train.epochs, which it overrides."
+    )
+
+
+class CascadeRecipe(Section):
+    """Prune, distill, prune again: each member is the start of the next smaller one."""
+
+    hops: list[HopRecipe] = Field(min_length=1, description="The members, the largest first.")
+    start: Literal["previous", "original"] = Field(
+        "previous",
+        description="What is pruned: the trained member before (a cascade), or always the "
+        "teacher (one-shot).",
+    )
+
     @model_validator(mode="after")
-    def _method_needs_a_size(self) -> PrunedStudent:
-        if self.hidden_size is None and self.hidden_method != "channels":
-            raise ValueError("hidden_method does nothing without hidden_size: set both, or neither")
+    def _names_differ(self) -> CascadeRecipe:
+        names = [hop.name for hop in self.hops]
+        if len(set(names)) < len(names):
+            raise ValueError("two hops have the same name")
         return self
 
 
@@ -447,8 +482,17 @@ class Recipe(Section):
     signals: SignalsRecipe | None = Field(
         None, description="Store the teacher's answers; null: it answers live, at every step."
     )
-    student: StudentRecipe
+    student: StudentRecipe = Field(description="In a cascade: what all of its students share.")
+    cascade: CascadeRecipe | None = Field(
+        None, description="A family of students, each the start of the next; null: one student."
+    )
     objective: ObjectiveRecipe = ObjectiveRecipe()
     train: TrainRecipe = TrainRecipe()
     evaluate: EvaluateRecipe = EvaluateRecipe()
     export: ExportRecipe = ExportRecipe()
+
+    @model_validator(mode="after")
+    def _cascade_prunes(self) -> Recipe:
+        if self.cascade is not None and not isinstance(self.student, PrunedStudent):
+            raise ValueError("a cascade prunes: set student.start to pruned, or remove cascade")
+        return self

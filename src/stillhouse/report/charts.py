@@ -79,7 +79,7 @@ def training_chart(curve: Curve) -> Chart:
     train_x, train_y = curve.tokens, curve.values
 
     def draw(ax: Axes) -> None:
-        unit, scale = _short_unit(max([*train_x, *curve.heldout_tokens]))
+        unit, scale = short_unit(max([*train_x, *curve.heldout_tokens]))
         x = [value / scale for value in train_x]
         ax.plot(x, train_y, color=ACCENT, alpha=0.28, linewidth=1.0, label="each step")
         ax.plot(x, curve.smoothed, color=ACCENT, linewidth=2.2, label="smoothed")
@@ -110,7 +110,7 @@ def training_chart(curve: Curve) -> Chart:
             f" On held-out text it is {text.digits(curve.heldout[0])} at the first measurement and "
             f"{text.digits(curve.heldout[-1])} at the last."
         )
-    return _chart("training", f"{curve.name} against tokens", alt, draw)
+    return svg_chart("training", f"{curve.name} against tokens", alt, draw)
 
 
 def gradient_chart(
@@ -119,7 +119,7 @@ def gradient_chart(
     """The gradient's norm before clipping, against tokens."""
 
     def draw(ax: Axes) -> None:
-        unit, scale = _short_unit(max(tokens))
+        unit, scale = short_unit(max(tokens))
         x = [value / scale for value in tokens]
         ax.plot(x, norms, color=MUTED, alpha=0.35, linewidth=1.0)
         ax.plot(x, smooth, color=MUTED, linewidth=2.2)
@@ -132,12 +132,12 @@ def gradient_chart(
         f"Norm of the gradient before clipping: at most {text.digits(max(norms))}, "
         f"{text.digits(smooth[-1])} at the end."
     )
-    return _chart("gradient", "Gradient norm", alt, draw)
+    return svg_chart("gradient", "Gradient norm", alt, draw)
 
 
 def size_chart(models: Sequence[ModelResult]) -> Chart:
     """KL to the teacher against parameters; nearer to the bottom left is better."""
-    unit, scale = _short_unit(max(m.parameters for m in models))
+    unit, scale = short_unit(max(m.parameters for m in models))
     points = [Point(m.role, m.parameters / scale, m.fidelity.kl) for m in models]
     alt = "KL divergence to the teacher against parameters. " + " ".join(
         f"{role_name(m.role)}: {text.count(m.parameters)} parameters, "
@@ -149,7 +149,7 @@ def size_chart(models: Sequence[ModelResult]) -> Chart:
         x_label = f"parameters ({unit})" if unit else "parameters"
         _scatter(ax, points, x_label, "KL to the teacher (nats a token)", down=True)
 
-    return _chart("size", "Quality against size", alt, draw)
+    return svg_chart("size", "Quality against size", alt, draw)
 
 
 def speed_chart(models: Sequence[ModelResult]) -> Chart | None:
@@ -169,7 +169,7 @@ def speed_chart(models: Sequence[ModelResult]) -> Chart | None:
     def draw(ax: Axes) -> None:
         _scatter(ax, points, "decoding speed (tokens/s)", "top-1 agreement (%)", down=False)
 
-    return _chart("speed", "Quality against speed", alt, draw)
+    return svg_chart("speed", "Quality against speed", alt, draw)
 
 
 def stage_charts(stages: Sequence[StageCost]) -> list[Chart]:
@@ -211,7 +211,7 @@ def _bars(
 
     listed = ", ".join(f"{name} {show(value)}" for name, value in zip(names, values, strict=True))
     height = (70 + 34 * len(rows)) / 72
-    return _chart(key, title, f"{title}: {listed}.", draw, height=height)
+    return svg_chart(key, title, f"{title}: {listed}.", draw, height=height)
 
 
 def _powers_of_ten(ax: Axes, top: float) -> None:
@@ -289,7 +289,7 @@ def _plain_log(ax: Axes, values: Sequence[float]) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _short_unit(top: float) -> tuple[str, float]:
+def short_unit(top: float) -> tuple[str, float]:
     """The name and size of the unit in which `top` is a short number."""
     for scale, name in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
         if top >= 2 * scale:
@@ -297,7 +297,7 @@ def _short_unit(top: float) -> tuple[str, float]:
     return "", 1.0
 
 
-def _chart(
+def svg_chart(
     key: str, title: str, alt: str, draw: Callable[[Axes], None], *, height: float = HEIGHT
 ) -> Chart:
     with rc_context({**_STYLE, "svg.hashsalt": f"stillhouse-{key}"}):

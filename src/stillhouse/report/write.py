@@ -21,7 +21,11 @@ def write_report(data: ReportData, path: Path) -> None:
 
     Raises RunError where the folder cannot be written or the disk is full.
     """
-    page = render_report(data)
+    write_page(render_report(data), path)
+
+
+def write_page(page: str, path: Path) -> None:
+    """Raises RunError where the folder cannot be written or the disk is full."""
     if path.is_dir():
         raise RunError("a folder has the report's name", where=path, fix="give a file's name")
     with disk_errors(path):
@@ -31,11 +35,11 @@ def write_report(data: ReportData, path: Path) -> None:
 
 def render_report(data: ReportData) -> str:
     """The page as text; every string of `data` is escaped."""
-    return _environment().get_template("template.html.j2").render(page=build_page(data))
+    return environment().get_template("template.html.j2").render(page=build_page(data))
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("stillhouse", "report"),
         autoescape=True,

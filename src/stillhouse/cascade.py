@@ -1,0 +1,140 @@
+"""A family: prune and distill in turn, every member the start of the next smaller one.
+
+The mathematics is in `pruning` and `training`; here is only the order. All members share one
+folder of stages, so that the data are made once, the teacher's signals are scored once, and a hop
+that is finished is not done again when another one is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import RecipeError
+from stillhouse.evaluate import Evaluation, Generation, ModelResult
+from stillhouse.hardware import tune_allocator
+from stillhouse.job import find_models, planned_members
+from stillhouse.progress import note
+from stillhouse.recipe import Recipe, recipe_yaml
+from stillhouse.recipe.family import first_member, member_recipe
+from stillhouse.report.family import FamilyReport, Member, write_family_report
+from stillhouse.runfolder import RunFolder, Stage, write_atomically
+from stillhouse.runner import RunResult, follow, lead, leads, read, run_folder
+from stillhouse.training import MODEL
+
+REPORT, REPORT_DATA = "family.html", "family.json"
+
+
+@dataclass(frozen=True)
+class FamilyResult:
+    """members: by name, the largest first. report: the page about all of them."""
+
+    folder: Path
+    members: dict[str, RunResult]
+    report: Path
+
+
+def run_cascade(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    base: Path | None = None,
+) -> FamilyResult | None:
+    """Runs every hop of a recipe's `cascade`, then writes the family's report.
+
+    Arguments, torchrun and errors as `stillhouse.run`; each member's model and report are in a
+    folder of its name.
+    """
+    recipe, base = read(recipe, overrides, base)
+    if recipe.cascade is None:
+        raise RecipeError(
+            "this recipe has no cascade",
+            where="cascade",
+            fix="add the section with its hops, or use stillhouse run",
+        )
+    tune_allocator()
+    # A later hop that cannot be is refused before the first one is paid for.
+    planned_members(recipe, find_models(first_member(recipe), base))
+    folder = run_folder(recipe)
+    if not leads():
+        parent = None
+        for hop in recipe.cascade.hops:
+            parent = follow(member_recipe(recipe, hop, parent), base, folder).path / MODEL
+        return None
+    with folder.locked():
+        write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
+        members = _members(recipe, base, folder)
+        report = _report(recipe, members)
+        write_atomically(folder.root / REPORT_DATA, report.to_json())
+        write_family_report(report, folder.root / REPORT)
+    return FamilyResult(folder.root, members, folder.root / REPORT)
+
+
+def _members(recipe: Recipe, base: Path, folder: RunFolder) -> dict[str, RunResult]:
+    assert recipe.cascade is not None
+    members: dict[str, RunResult] = {}
+    parent = None
+    for number, hop in enumerate(recipe.cascade.hops, 1):
+        note(f"--- {hop.name} ({number} of {len(recipe.cascade.hops)}) ---")
+        links = RunFolder(folder.root, links=folder.root / hop.name)
+        result = lead(member_recipe(recipe, hop, parent), base, links)
+        members[hop.name] = result
+        parent = _stage(result, "train").path / MODEL
+    return members
+
+
+def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
+    assert recipe.cascade is not None
+    rows = []
+    counted: set[Path] = set()
+    for name, result in members.items():
+        own = [stage for stage in result.stages if stage.path not in counted]
+        counted.update(stage.path for stage in own)
+        evaluation = result.evaluation
+        rows.append(
+            Member(
+                name=name,
+                untrained=_result(evaluation, "untrained"),
+                student=_result(evaluation, "student"),
+                shape=_stage(result, "student").summary["pruning"]["changed"],
+                report=f"{name}/report.html",
+                tokens=_stage(result, "train").cost.tokens,
+                flops=sum(stage.cost.flops for stage in own if stage.name in PRODUCING),
+                seconds=sum(stage.cost.seconds for stage in own if stage.name in PRODUCING),
+            )
+        )
+    first = next(iter(members.values()))
+    return FamilyReport(
+        title=recipe.name,
+        teacher=_result(first.evaluation, "teacher"),
+        members=rows,
+        chained=recipe.cascade.start == "previous",
+        generations=_generations(members),
+    )
+
+
+def _generations(members: Mapping[str, RunResult]) -> list[Generation]:
+    """Each prompt's answers: the teacher's, and every member's by its name."""
+    answers: dict[str, dict[str, str]] = {}
+    for name, result in members.items():
+        for generation in result.evaluation.generations:
+            found = answers.setdefault(generation.prompt, {})
+            found.setdefault("teacher", generation.answers["teacher"])
+            found[name] = generation.answers["student"]
+    return [Generation(prompt, found) for prompt, found in answers.items()]
+
+
+PRODUCING = ("data", "signals", "student", "train")
+"""Stages that make a member; the others measure it and write it down."""
+
+
+def _stage(result: RunResult, name: str) -> Stage:
+    return next(stage for stage in result.stages if stage.name == name)
+
+
+def _result(evaluation: Evaluation, role: str) -> ModelResult:
+    found = evaluation.result(role)
+    assert found is not None
+    return found

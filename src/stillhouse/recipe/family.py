@@ -1,0 +1,43 @@
+"""A cascade's recipe taken apart: one plain recipe for each member."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stillhouse.recipe.schema import HopRecipe, PrunedSizes, PrunedStudent, Recipe
+
+
+def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) -> Recipe:
+    """The recipe of one member, whose teacher is the recipe's.
+
+    parent: the trained member before it; None for the first. A size that the hop leaves out is
+    that of `student`.
+    """
+    cascade, student = recipe.cascade, recipe.student
+    assert cascade is not None
+    assert isinstance(student, PrunedStudent)
+    named = PrunedSizes.model_fields.keys() - {"hidden_method"}
+    changes = {name: getattr(hop, name) for name in named if getattr(hop, name) is not None}
+    if hop.hidden_size is not None:
+        changes["hidden_method"] = hop.hidden_method
+    if parent is not None and cascade.start == "previous":
+        changes["model"] = str(parent.absolute())
+    train = recipe.train
+    if hop.epochs is not None:
+        train = train.model_copy(update={"epochs": hop.epochs})
+    return recipe.model_copy(
+        update={
+            "name": f"{recipe.name}-{hop.name}",
+            "folder": recipe.folder or str(Path("runs") / recipe.name),
+            "student": student.model_copy(update=changes),
+            "train": train,
+            "cascade": None,
+        }
+    )
+
+
+def first_member(recipe: Recipe) -> Recipe:
+    """The recipe itself, or its first member's, whose data and signals are those of all."""
+    if recipe.cascade is None:
+        return recipe
+    return member_recipe(recipe, recipe.cascade.hops[0])

@@ -1,0 +1,185 @@
+"""The page about a family: quality against size for every member, and what each hop cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+
+from stillhouse.evaluate.results import Generation, ModelResult
+from stillhouse.report import text
+from stillhouse.report.charts import Chart, short_unit, svg_chart
+from stillhouse.report.palette import ACCENT, MUTED, role_color
+from stillhouse.report.write import environment, write_page
+
+
+@dataclass(frozen=True)
+class Member:
+    """One student. untrained: as it was pruned. shape: sizes before and after, of what was cut.
+    report: its own page. tokens, flops, seconds: of what was done for it alone."""
+
+    name: str
+    untrained: ModelResult
+    student: ModelResult
+    shape: dict[str, tuple[int, int]]
+    report: str
+    tokens: int
+    flops: int
+    seconds: float
+
+    @property
+    def recovered(self) -> float:
+        """The share of the pruning's KL that training took back."""
+        before, after = self.untrained.fidelity.kl, self.student.fidelity.kl
+        return 1.0 - after / before if before > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class FamilyReport:
+    """members: the largest first. chained: each was pruned from the one before it."""
+
+    title: str
+    teacher: ModelResult
+    members: Sequence[Member]
+    chained: bool
+    generations: Sequence[Generation] = ()
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+
+def write_family_report(report: FamilyReport, path: Path) -> None:
+    """One offline HTML page. Raises RunError where it cannot be written."""
+    write_page(render_family_report(report), path)
+
+
+def render_family_report(report: FamilyReport) -> str:
+    template = environment().get_template("family.html.j2")
+    return template.render(
+        report=report,
+        headline=_headline(report),
+        heads=COLUMNS,
+        rows=_rows(report),
+        charts=[size_chart(report), recovery_chart(report)],
+        totals=_totals(report),
+        columns=["teacher", *(member.name for member in report.members)],
+    )
+
+
+def _headline(report: FamilyReport) -> str:
+    last = report.members[-1]
+    share = last.student.parameters / report.teacher.parameters
+    names = f"{len(report.members)} students" if len(report.members) > 1 else "One student"
+    return (
+        f"{names}, down to {text.percent(share)} of the teacher’s parameters; the smallest has "
+        f"the teacher’s likeliest next token in "
+        f"{text.percent(last.student.fidelity.top1_agreement, 1)} of places."
+    )
+
+
+def _rows(report: FamilyReport) -> list[list[str]]:
+    rows = [["Teacher", "", *_measures(report.teacher), "", "", ""]]
+    for member in report.members:
+        rows.append(
+            [
+                member.name,
+                ", ".join(f"{text.label(k)} {b:,} → {a:,}" for k, (b, a) in member.shape.items()),
+                *_measures(member.student),
+                text.digits(member.untrained.fidelity.kl),
+                text.percent(member.recovered),
+                text.seconds(member.seconds),
+            ]
+        )
+    return rows
+
+
+COLUMNS = (
+    "Member",
+    "Cut here",
+    "Parameters",
+    "Size",
+    "KL",
+    "Top-1",
+    "Perplexity",
+    "Decoding",
+    "KL as pruned",
+    "Recovered",
+    "Time",
+)
+
+
+def _measures(model: ModelResult) -> list[str]:
+    fidelity, speed = model.fidelity, model.speed
+    return [
+        text.count(model.parameters),
+        text.size(model.bytes_on_disk),
+        text.tiny(fidelity.kl),
+        text.percent(fidelity.top1_agreement, 1),
+        text.digits(fidelity.perplexity),
+        f"{text.digits(speed.decode_tokens_per_s)} tokens/s" if speed else "not measured",
+    ]
+
+
+def _totals(report: FamilyReport) -> list[tuple[str, str]]:
+    members = report.members
+    return [
+        ("Training tokens", text.count(sum(member.tokens for member in members))),
+        ("Computation", text.flops(sum(member.flops for member in members))),
+        ("Time", text.seconds(sum(member.seconds for member in members))),
+    ]
+
+
+def size_chart(report: FamilyReport) -> Chart:
+    """KL against parameters: the members as a line, as pruned and as trained."""
+    members = report.members
+    unit, scale = short_unit(report.teacher.parameters)
+    x = [member.student.parameters / scale for member in members]
+
+    def draw(ax: Axes) -> None:
+        for role, label in (("untrained", "as pruned"), ("student", "distilled")):
+            y = [getattr(member, role).fidelity.kl for member in members]
+            ax.plot(x, y, "o-", color=role_color(role), markersize=7, label=label)
+        ax.plot(report.teacher.parameters / scale, 0, "D", color=role_color("teacher"),
+                markersize=7, label="teacher", clip_on=False)  # fmt: skip
+        for member, at in zip(members, x, strict=True):
+            ax.annotate(
+                member.name, (at, member.student.fidelity.kl), xytext=(0, -15), ha="center",
+                textcoords="offset points", fontsize=11, color=MUTED,
+            )  # fmt: skip
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(0.0, low) - 0.12 * high, high)
+        ax.set_xlabel(f"parameters ({unit})" if unit else "parameters")
+        ax.set_ylabel("KL to the teacher (nats a token)")
+        ax.legend(frameon=False, fontsize=11, labelcolor=MUTED)
+
+    alt = "KL to the teacher against parameters. " + " ".join(
+        f"{m.name}: {text.count(m.student.parameters)} parameters, "
+        f"{text.digits(m.untrained.fidelity.kl)} as pruned, "
+        f"{text.digits(m.student.fidelity.kl)} distilled."
+        for m in members
+    )
+    return svg_chart("family-size", "Quality against size", alt, draw)
+
+
+def recovery_chart(report: FamilyReport) -> Chart:
+    """Top-1 agreement of every member."""
+    members = report.members
+
+    def draw(ax: Axes) -> None:
+        values = [100 * member.student.fidelity.top1_agreement for member in members]
+        bars = ax.barh(range(len(members)), values, color=ACCENT, height=0.55)
+        ax.bar_label(bars, labels=[f"{v:.1f} %" for v in values], padding=5, fontsize=11)
+        ax.set_yticks(range(len(members)), [member.name for member in members])
+        ax.invert_yaxis()
+        ax.set_xlim(0, 118)
+        ax.grid(axis="y", visible=False)
+        ax.set_xlabel("top-1 agreement with the teacher (%)")
+
+    alt = "Top-1 agreement with the teacher: " + ", ".join(
+        f"{m.name} {text.percent(m.student.fidelity.top1_agreement, 1)}" for m in members
+    )
+    height = (90 + 44 * len(members)) / 72
+    return svg_chart("family-top1", "Agreement", alt + ".", draw, height=height)

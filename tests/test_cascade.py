@@ -1,0 +1,126 @@
+"""A family: every member from the one before it, nothing done twice, one page about all."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from stillhouse import cascade
+from stillhouse.cascade import FamilyResult, run_cascade
+from stillhouse.errors import RecipeError, StillhouseError
+from stillhouse.runner import run
+from tests import tiny
+
+HOPS = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32, "layers": 2}]
+STUDENT = {"start": "pruned", "calibration_tokens": 512}
+
+
+def recipe(folder: Path, hops: list[dict[str, Any]] = HOPS, **changes: Any) -> dict[str, Any]:
+    raw = tiny.recipe(folder, cascade={"hops": hops, **changes})
+    return {**raw, "student": STUDENT, "signals": {"encoding": {"kind": "top_k", "k": 64}}}
+
+
+def done(raw: dict[str, Any]) -> FamilyResult:
+    result = run_cascade(raw)
+    assert result is not None
+    return result
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FamilyResult]:
+    folder = tmp_path_factory.mktemp("family")
+    return folder, done(recipe(folder))
+
+
+def test_every_member_loads_and_is_smaller_than_the_one_before(
+    family: tuple[Path, FamilyResult],
+) -> None:
+    _, result = family
+    assert list(result.members) == ["wide", "narrow"]
+    wide, narrow = (
+        AutoModelForCausalLM.from_pretrained(member.model) for member in result.members.values()
+    )
+    assert (wide.config.intermediate_size, wide.config.num_hidden_layers) == (48, 3)
+    assert (narrow.config.intermediate_size, narrow.config.num_hidden_layers) == (32, 2)
+
+
+def test_the_teacher_is_asked_once_for_the_whole_family(family: tuple[Path, FamilyResult]) -> None:
+    _, result = family
+    stages = {name: {s.name: s for s in r.stages} for name, r in result.members.items()}
+    for name in ("data", "signals"):
+        assert not stages["wide"][name].reused
+        assert stages["narrow"][name].reused
+    assert list(stages["narrow"]["student"].summary["pruning"]["ffn_size"]) == [48, 32]
+
+
+def test_a_hop_that_is_added_does_nothing_again(family: tuple[Path, FamilyResult]) -> None:
+    folder, _ = family
+    more = done(recipe(folder, [*HOPS, {"name": "least", "ffn_size": 16}]))
+    assert all(s.reused for m in ("wide", "narrow") for s in more.members[m].stages)
+    stages = {stage.name: stage for stage in more.members["least"].stages}
+    assert list(stages["student"].summary["pruning"]["ffn_size"]) == [32, 16]
+
+
+def test_one_shot_members_are_all_pruned_from_the_teacher(tmp_path: Path) -> None:
+    result = done(recipe(tmp_path, start="original"))
+    stages = {stage.name: stage for stage in result.members["narrow"].stages}
+    assert list(stages["student"].summary["pruning"]["ffn_size"]) == [64, 32]
+
+
+class Page(HTMLParser):
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.links: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.links += [value for name, value in attrs if name == "href" and tag == "a"]
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data.strip())
+
+
+def test_the_familys_page_has_every_member_and_links_to_its_report(
+    family: tuple[Path, FamilyResult],
+) -> None:
+    folder, _ = family
+    result = done(recipe(folder))
+    page = Page(result.report.read_text())
+    assert {"Teacher", "wide", "narrow"} <= set(page.words)
+    assert page.links == ["wide/report.html", "narrow/report.html"]
+    assert all((result.folder / link).exists() for link in page.links)
+    data = json.loads((result.folder / cascade.REPORT_DATA).read_text())
+    assert [member["name"] for member in data["members"]] == ["wide", "narrow"]
+    assert all(member["seconds"] > 0 and member["flops"] > 0 for member in data["members"])
+    assert set(data["generations"][0]["answers"]) == {"teacher", "wide", "narrow"}
+
+
+@pytest.mark.parametrize(
+    ("hops", "message"),
+    [
+        ([HOPS[0], {"name": "wide", "ffn_size": 32}], "same name"),
+        ([{"name": "wide", "ffn_size": 65}], "ffn_size: 65 is not possible: the teacher has 64"),
+        ([HOPS[0], {"name": "more", "ffn_size": 64}], "ffn_size: 64 is not possible"),
+        ([{"name": "none"}], "needs a size"),
+    ],
+)
+def test_hops_that_cannot_be_are_refused(
+    tmp_path: Path, hops: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(StillhouseError, match=message) as caught:
+        run_cascade(recipe(tmp_path, hops))
+    assert caught.value.where
+    assert not list(tmp_path.glob("run/stages/*"))
+
+
+def test_one_student_is_no_family_and_a_family_is_not_one_student(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="has no cascade"):
+        run_cascade(tiny.recipe(tmp_path))
+    with pytest.raises(RecipeError, match="a family of students"):
+        run(recipe(tmp_path))
