@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import openai
 
 _MOST_HEAD_BYTES = 1 << 16
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class DirectLink:
         self._idle: list[_Connection] = []
 
     async def post(self, payload: dict[str, Any]) -> Reply:
-        body = json.dumps(payload, separators=(",", ":")).encode()
+        body = _ENCODER.encode(payload).encode()
         connection = await self._connection()
         try:
             reply = await connection.exchange(self._head + b"%d\r\n\r\n" % len(body) + body)
