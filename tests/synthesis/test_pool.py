@@ -307,6 +307,14 @@ def test_a_key_that_is_not_set_is_said_before_anything_is_sent(
         Client("http://127.0.0.1:1/v1", "teacher", key_env="TEACHER_KEY")
 
 
+@pytest.mark.parametrize("key", ["sk-123…", "sk-1\nx-other: header"])
+def test_a_key_that_can_be_none_is_not_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", key)
+    with pytest.raises(EndpointError, match="characters that no key has") as caught:
+        Client("http://127.0.0.1:1/v1", "teacher", key_env="TEACHER_KEY")
+    assert key not in str(caught.value)
+
+
 def test_a_base_url_that_is_none() -> None:
     with pytest.raises(EndpointError, match="not an http"):
         Client("127.0.0.1:8080/v1", "teacher")

@@ -138,6 +138,12 @@ def _key(key_env: str | None, endpoint: str) -> str | None:
             where=endpoint,
             fix=f"export {key_env}=..., or remove api.key_env if the server wants no key",
         )
+    if not (key.isascii() and key.isprintable()):
+        raise EndpointError(
+            f"the environment variable {key_env} holds characters that no key has",
+            where=endpoint,
+            fix="copy the key again: quotes, dots or line breaks may have come along",
+        )
     return key
 
 
