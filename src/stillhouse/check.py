@@ -34,8 +34,10 @@ from stillhouse.recipe.schema import (
     TopKSignals,
     TopPSignals,
 )
-from stillhouse.runner import run_folder
+from stillhouse.runner import run_folder, synthesis_origins
 from stillhouse.signals.manifest import read_manifest
+from stillhouse.synthesis import foreseen
+from stillhouse.synthesis.budget import Spending
 from stillhouse.teachers import load_tokenizer
 from stillhouse.training import plan_batches
 
@@ -98,6 +100,7 @@ def _examine(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     recipe = first_member(whole)
     yield from _folder(recipe)
     yield from _extras(recipe)
+    yield from _synthesis(recipe, path.parent)
     job = find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
@@ -132,6 +135,30 @@ def _extras(recipe: Recipe) -> Iterator[Finding]:
     for module, install in wanted.items():
         if importlib.util.find_spec(module) is None:
             yield Finding("error", "extras", f"{module} is not installed", install)
+
+
+def _synthesis(recipe: Recipe, base: Path) -> Iterator[Finding]:
+    """How much is answered, and what the rest costs: by the answers there are, and at most."""
+    section = recipe.synthesize
+    if section is None:
+        return
+    known = foreseen(section, synthesis_origins(recipe, base), seed=recipe.seed)
+    text = f"{known.requests - known.missing:,} of {known.requests:,} requests are answered"
+    if known.missing == 0:
+        yield Finding("ok", "synthesis", text)
+        return
+    api = section.teacher.api
+    priced = api is not None and api.price is not None
+
+    def amount(spending: Spending) -> str:
+        cost = f"${spending.usd:,.2f}" if priced else "a price unknown"
+        return f"{spending.tokens:,} tokens" + (f", {cost}" if api is not None else "")
+
+    likely = known.likely
+    about = f"about {amount(likely)}; " if likely is not None else ""
+    text += f"; the rest takes {about}at most {amount(known.worst)}"
+    fix = "stillhouse synthesize; first with --set synthesize.prompts.limit=20 to learn its cost"
+    yield Finding("estimate", "synthesis", text, fix)
 
 
 # --- data ------------------------------------------------------------------------------------

@@ -125,15 +125,20 @@ def synthesize_text(recipe: str | Path, overrides: Sequence[str] = ()) -> Synthe
     folder = run_folder(loaded)
     with folder.locked():
         write_atomically(folder.root / "recipe.yaml", recipe_yaml(loaded))
-        origins = Origins(
-            base=base,
-            folder=folder.root / "synthesis",
-            journal=folder.root.parent / "answers.sqlite",
-            model=loaded.teacher.model,
-            revision=loaded.teacher.revision,
-            trust_remote_code=loaded.teacher.trust_remote_code,
-        )
+        origins = synthesis_origins(loaded, base)
         return synthesize(section, origins, seed=loaded.seed)
+
+
+def synthesis_origins(recipe: Recipe, base: Path) -> Origins:
+    folder = run_folder(recipe).root
+    return Origins(
+        base=base,
+        folder=folder / "synthesis",
+        journal=folder.parent / "answers.sqlite",
+        model=recipe.teacher.model,
+        revision=recipe.teacher.revision,
+        trust_remote_code=recipe.teacher.trust_remote_code,
+    )
 
 
 def evaluate_model(

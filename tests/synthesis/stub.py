@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -173,7 +174,7 @@ def main() -> None:
     reply = Reply(delay=options.latency)
     with Stub(lambda number, payload: reply) as stub:
         print(stub.url, flush=True)  # noqa: T201
-        input()
+        sys.stdin.read()
 
 
 if __name__ == "__main__":

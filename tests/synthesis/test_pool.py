@@ -13,16 +13,26 @@ from typing import Any
 import pytest
 
 from stillhouse.errors import EndpointError
+from stillhouse.synthesis import client as client_module
 from stillhouse.synthesis.budget import Budget, Price, Spending, worst_case
 from stillhouse.synthesis.client import Client, retry_after
 from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.limit import AdaptiveLimit
+from stillhouse.synthesis.link import OpenAILink
 from stillhouse.synthesis.pool import Patience, Pool, Tally
 from stillhouse.synthesis.request import Request
 from tests.synthesis.stub import Reply, Script, Stub, error
 
 QUICK = Patience(attempts=3, backoff=0.02)
 KEY = "sk-very-secret-1234567890"
+
+
+@pytest.fixture(autouse=True, params=["direct", "openai"])
+def link(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fault must look the same through either way to the server."""
+    if request.param == "openai":
+        monkeypatch.setattr(client_module, "DirectLink", lambda host, port, path, key: OpenAILink(
+            f"http://{host}:{port}{path}", key, 5.0, 64))  # fmt: skip
 
 
 def requests(stub: Stub, count: int, **changes: Any) -> list[Request]:
@@ -295,6 +305,14 @@ def test_a_key_that_is_not_set_is_said_before_anything_is_sent(
     monkeypatch.delenv("TEACHER_KEY", raising=False)
     with pytest.raises(EndpointError, match="TEACHER_KEY is not set"):
         Client("http://127.0.0.1:1/v1", "teacher", key_env="TEACHER_KEY")
+
+
+@pytest.mark.parametrize("key", ["sk-123…", "sk-1\nx-other: header"])
+def test_a_key_that_can_be_none_is_not_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", key)
+    with pytest.raises(EndpointError, match="characters that no key has") as caught:
+        Client("http://127.0.0.1:1/v1", "teacher", key_env="TEACHER_KEY")
+    assert key not in str(caught.value)
 
 
 def test_a_base_url_that_is_none() -> None:

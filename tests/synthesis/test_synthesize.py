@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from stillhouse.check import check_recipe
 from stillhouse.data.documents import Conversation
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError, EndpointError, RecipeError
@@ -236,6 +237,24 @@ def test_a_recipe_without_the_section_is_told_so(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(tiny.recipe(tmp_path)))
     with pytest.raises(RecipeError, match="synthesizes nothing"):
         synthesize_text(path)
+
+
+def test_check_tells_the_cost_from_the_answers_there_are(tmp_path: Path) -> None:
+    def synthesis(recipe: Path) -> str:
+        return next(f.text for f in check_recipe(recipe) if f.topic == "synthesis")
+
+    with Stub(echo) as stub:
+        recipe = write(tmp_path, stub.url, api={"price": {"input": 1000, "output": 10000}})
+        before = synthesis(recipe)
+        assert not (tmp_path / "runs").exists()
+        synthesize_text(recipe, ["synthesize.prompts.limit=3"])
+        after = synthesis(recipe)
+        assert len(stub.payloads) == 3
+        synthesize_text(recipe)
+        done = synthesis(recipe)
+    assert before.startswith("0 of 12 requests are answered; the rest takes at most ")
+    assert after.startswith("3 of 12 requests are answered; the rest takes about 135 tokens, $0.54")
+    assert done == "12 of 12 requests are answered"
 
 
 # --- accidents ---------------------------------------------------------------------------------

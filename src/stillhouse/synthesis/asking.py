@@ -72,37 +72,74 @@ class Asked:
 
 @dataclass(frozen=True)
 class Known:
-    """What the journal holds before anything is asked. spent: also on answers that got lost."""
+    """What the journal holds before anything is asked.
+
+    spent: on answers, and on those that may have been billed and got lost. worst: the most that
+    the missing ones can take.
+    """
 
     requests: int
     missing: int
     spent: Spending
+    worst: Spending
+
+    @property
+    def likely(self) -> Spending | None:
+        """What the missing ones take if they are like those before; None before the first."""
+        answered = self.requests - self.missing
+        if answered == 0:
+            return None
+        share = self.missing / answered
+        return Spending(round(self.spent.tokens * share), self.spent.usd * share)
 
 
-def known_before(asked: Asked, journal: Journal, price: Price | None) -> Known:
+def known_before(asked: Asked, journal: Journal | None, price: Price | None) -> Known:
     """Goes through all requests once, which also finds a bad prompt before anything is paid."""
     requests = missing = 0
-    spent = Spending()
+    spent = unspent = Spending()
     for request in asked.requests():
         requests += 1
-        answer = journal.get(request.key)
-        usd, tokens = journal.billed_failures(request.key)
-        spent += Spending(tokens, usd)
+        answer = None if journal is None else journal.get(request.key)
+        if journal is not None:
+            usd, tokens = journal.billed_failures(request.key)
+            spent += Spending(tokens, usd)
+        worst = worst_case(request, price)
         if answer is None:
             missing += 1
+            unspent += worst
         else:
-            spent += spent_on(answer, worst_case(request, price))
-    return Known(requests, missing, spent)
+            spent += spent_on(answer, worst)
+    return Known(requests, missing, spent, unspent)
+
+
+def journal_path(section: SynthesizeRecipe, origins: Origins) -> Path:
+    if section.journal is None:
+        return origins.journal
+    return origins.base / Path(section.journal).expanduser()
+
+
+def foreseen(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) -> Known:
+    """What `synthesize` would find and ask; nothing is asked and nothing written."""
+    teacher = text_teacher(section, origins, seed, weights=False)
+    asked = Asked(section.prompts, origins.base, teacher.request)
+    path = journal_path(section, origins)
+    if not path.exists():
+        return known_before(asked, None, teacher.price)
+    with Journal(path) as journal:
+        return known_before(asked, journal, teacher.price)
 
 
 # --- teachers ----------------------------------------------------------------------------------
 
 
-def text_teacher(section: SynthesizeRecipe, origins: Origins, seed: int) -> _Api | _Local:
+def text_teacher(
+    section: SynthesizeRecipe, origins: Origins, seed: int, *, weights: bool = True
+) -> _Api | _Local:
+    """weights: False fetches no more of a Hub model than it takes to know it."""
     if section.teacher.api is not None:
         return _Api(section.teacher.api, section)
     assert section.teacher.local is not None
-    return _Local(section.teacher.local, section.sampling, origins, seed)
+    return _Local(section.teacher.local, section.sampling, origins, seed, weights)
 
 
 def _sampling(section: SamplingRecipe, token_limit: str) -> dict[str, Any]:
@@ -175,13 +212,18 @@ class _Local:
     price = Price(0.0, 0.0)
 
     def __init__(
-        self, local: LocalTeacher, sampling: SamplingRecipe, origins: Origins, seed: int
+        self,
+        local: LocalTeacher,
+        sampling: SamplingRecipe,
+        origins: Origins,
+        seed: int,
+        weights: bool,
     ) -> None:
         self.local, self.trust = local, origins.trust_remote_code
         name, revision = local.model or origins.model, local.revision
         if local.model is None:
             revision = origins.revision
-        self.source = resolve_model(name, revision=revision, base=origins.base)
+        self.source = resolve_model(name, revision=revision, base=origins.base, weights=weights)
         self.precision = choose_precision(local.precision, default_device())
         dtype = str(self.precision.dtype).removeprefix("torch.")
         self.parameters = {**_sampling(sampling, "max_tokens"), "seed": seed, "dtype": dtype}

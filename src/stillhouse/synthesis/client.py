@@ -1,6 +1,6 @@
 """One request to an OpenAI-compatible endpoint, sent once: an answer, or what went wrong.
 
-The openai client sends; it never retries. Whether to ask again is decided in one place, `pool`.
+Nothing is retried here. Whether to ask again is decided in one place, `pool`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from stillhouse.errors import EndpointError
 from stillhouse.synthesis.budget import Price
+from stillhouse.synthesis.link import DirectLink, Link, LinkError, OpenAILink, Reply
 from stillhouse.synthesis.request import Answer, FailureKind, Request, endpoint_of
-
-if TYPE_CHECKING:
-    import openai
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EXCERPT = 300
@@ -63,38 +63,33 @@ class Client:
         self.endpoint, self.model = endpoint_of(base_url), model
         self.key_env, self.price, self.timeout = key_env, price, timeout
         self._key = _key(key_env, self.endpoint)
-        self._openai = _openai_client(base_url, self._key, timeout, connections)
+        self._link = _link(base_url, self._key, timeout, connections)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._openai.close()
+        await self._link.close()
 
     async def ask(self, request: Request) -> Answer | Trouble:
         """Sends the request once. Raises EndpointError where no request can succeed."""
-        import openai
-
+        payload = {
+            "model": request.model,
+            "messages": list(request.messages),
+            **request.parameters,
+        }
         started = time.monotonic()
         try:
             async with asyncio.timeout(self.timeout):
-                response = await self._openai.chat.completions.with_raw_response.create(
-                    model=request.model,
-                    messages=list(request.messages),  # type: ignore[arg-type]
-                    extra_body=dict(request.parameters),
-                )
-                body = response.content
-        except (TimeoutError, openai.APITimeoutError):
+                reply = await self._link.post(payload)
+        except TimeoutError:
             reason = f"no whole answer in {self.timeout:g} s"
             return Trouble("timeout", reason, again=True, billed=True)
-        except openai.APIStatusError as error:
-            return self._status_trouble(error)
-        except openai.APIConnectionError as error:
-            cause = error.__cause__ or error
-            reason = self._redacted(f"{type(cause).__name__}: {cause}")
-            billed = type(cause).__name__ != "ConnectError"
-            return Trouble("connection", reason, again=True, billed=billed)
-        return self._answer(body, time.monotonic() - started)
+        except LinkError as error:
+            return Trouble("connection", self._redacted(str(error)), again=True, billed=error.sent)
+        if reply.status == 200:
+            return self._answer(reply.body, time.monotonic() - started)
+        return self._status_trouble(reply)
 
     def _answer(self, body: bytes, seconds: float) -> Answer | Trouble:
         try:
@@ -104,19 +99,18 @@ class Client:
             reason = f"not a chat completion ({type(error).__name__}: {error}): {start}"
             return Trouble("invalid", reason, again=False, billed=True)
 
-    def _status_trouble(self, error: openai.APIStatusError) -> Trouble:
-        status = error.status_code
-        body = error.body if isinstance(error.body, dict) else {}
-        said = self._redacted(str(body.get("message") or error.message))[:_EXCERPT]
-        if status in (401, 403, 404) or error.code == "insufficient_quota":
+    def _status_trouble(self, reply: Reply) -> Trouble:
+        status = reply.status
+        message, code = _server_error(reply.body)
+        said = self._redacted(message)[:_EXCERPT]
+        if status in (401, 403, 404) or code == "insufficient_quota":
             raise self._hopeless(status, said)
+        wait = retry_after(reply.headers)
         if status == 429:
-            wait = retry_after(error.response.headers)
             return Trouble("rate_limit", said, again=True, wait=wait)
-        if status == 408 or status >= 500:
-            wait = retry_after(error.response.headers)
-            return Trouble("server", f"HTTP {status}: {said}", again=True, wait=wait)
-        return Trouble("refused", f"HTTP {status}: {said}", again=False)
+        again = status == 408 or status >= 500
+        kind: FailureKind = "server" if again else "refused"
+        return Trouble(kind, f"HTTP {status}: {said}", again=again, wait=wait)
 
     def _hopeless(self, status: int, said: str) -> EndpointError:
         variable = f"the environment variable {self.key_env}" if self.key_env else "api.key_env"
@@ -144,34 +138,42 @@ def _key(key_env: str | None, endpoint: str) -> str | None:
             where=endpoint,
             fix=f"export {key_env}=..., or remove api.key_env if the server wants no key",
         )
+    if not (key.isascii() and key.isprintable()):
+        raise EndpointError(
+            f"the environment variable {key_env} holds characters that no key has",
+            where=endpoint,
+            fix="copy the key again: quotes, dots or line breaks may have come along",
+        )
     return key
 
 
-def _openai_client(
-    base_url: str, key: str | None, timeout: float, connections: int
-) -> openai.AsyncOpenAI:
-    import httpx2
-    import openai
-
-    url = httpx2.URL(base_url)
-    if url.scheme not in ("http", "https") or not url.host:
+def _link(base_url: str, key: str | None, timeout: float, connections: int) -> Link:
+    """Direct for plain HTTP that no proxy of the environment is for, else the openai client."""
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise EndpointError(
             "the endpoint's base_url is not an http(s) URL",
             where=endpoint_of(base_url),
             fix="write it whole, e.g. http://127.0.0.1:8080/v1",
         )
-    limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
-    # Proxies of the environment are for the world outside.
-    http = openai.DefaultAsyncHttpxClient(
-        limits=limits, timeout=timeout, trust_env=url.host not in _LOOPBACK
-    )
-    return openai.AsyncOpenAI(
-        # An empty key is refused by the client; servers that want none ignore this one.
-        api_key=key or "none",
-        base_url=base_url,
-        max_retries=0,
-        http_client=http,
-    )
+    proxied = "http" in getproxies() and not proxy_bypass(parts.hostname)
+    if parts.scheme == "http" and (parts.hostname in _LOOPBACK or not proxied):
+        return DirectLink(parts.hostname, parts.port or 80, parts.path.rstrip("/"), key)
+    return OpenAILink(base_url, key, timeout, connections)
+
+
+def _server_error(body: bytes) -> tuple[str, str | None]:
+    """What a server says is wrong, and its code, in the forms that servers have for it."""
+    text = body.decode("utf-8", "replace").strip()
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        return text or "no explanation", None
+    error = whole.get("error", whole) if isinstance(whole, dict) else whole
+    if not isinstance(error, dict):
+        return str(error), None
+    message = error.get("message") or error.get("detail") or text
+    return str(message), error.get("code")
 
 
 def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:

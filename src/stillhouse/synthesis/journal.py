@@ -16,7 +16,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -161,6 +161,13 @@ class Journal:
             return answer
         return replace(answer, logprobs=json.loads(row[-1]))
 
+    def known(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys (a few hundred) that have a committed answer."""
+        marks = ", ".join("?" * len(keys))
+        statement = f"SELECT key FROM answers WHERE key IN ({marks})"
+        with self._reading:
+            return {key for (key,) in self._reader.execute(statement, keys)}
+
     def billed_failures(self, key: str) -> tuple[float, int]:
         """Dollars and tokens that a provider may have billed for lost answers to this request."""
         with self._reading:
@@ -226,8 +233,7 @@ def _commit(connection: sqlite3.Connection, rows: Iterable[_Row], path: Path) ->
             row.done.set_result(None)
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _storable(value: Any) -> Any:

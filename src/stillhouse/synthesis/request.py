@@ -83,6 +83,9 @@ def endpoint_of(base_url: str) -> str:
     return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
 
 
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+
+
 def _canonical(request: Request) -> str:
     facts = {
         "endpoint": request.endpoint,
@@ -91,4 +94,4 @@ def _canonical(request: Request) -> str:
         "parameters": dict(request.parameters),
         "sample": request.sample,
     }
-    return json.dumps(facts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return _ENCODER.encode(facts)

@@ -12,7 +12,13 @@ from stillhouse.progress import note
 from stillhouse.recipe.synthesize import FiltersRecipe, SynthesizeRecipe
 from stillhouse.runfolder import write_atomically
 from stillhouse.synthesis import filters
-from stillhouse.synthesis.asking import Asked, Origins, known_before, text_teacher
+from stillhouse.synthesis.asking import (
+    Asked,
+    Origins,
+    journal_path,
+    known_before,
+    text_teacher,
+)
 from stillhouse.synthesis.filters import Filter, Row, Sieve
 from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.prompts import answer_text, read_prompts
@@ -72,9 +78,7 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
     ends the asking, not the rest. Raises DataError (prompts, or nothing is left), EndpointError,
     ModelError, RunError (journal, disk).
     """
-    path = origins.journal
-    if section.journal is not None:
-        path = origins.base / Path(section.journal).expanduser()
+    path = journal_path(section, origins)
     teacher = text_teacher(section, origins, seed)
     # A broken filter is found before anything is paid.
     chosen = chosen_filters(section.filters, origins.base)

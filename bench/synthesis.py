@@ -1,0 +1,253 @@
+"""What synthesis costs beside the teacher: `python -m bench.synthesis`.
+
+The journal alone: rows a second, and memory over many rows. The pool with the journal behind it:
+against a stub server in a process of its own that answers each request after 50 ms, with 256
+requests at once; the ideal rate is 256 / 0.05 s. The openai client on the same requests is beside
+it, as is the CPU time of one request, which other load on the machine does not change. With
+--teacher, local generation on prompts of mixed lengths: ours, `model.generate` one prompt at a
+time, and `generate` on fixed batches in the order in which the prompts come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from bench.common import Bar, write_results
+from stillhouse.synthesis import Answer, Journal, Request
+from stillhouse.synthesis import client as client_module
+from stillhouse.synthesis.budget import Budget
+from stillhouse.synthesis.client import Client
+from stillhouse.synthesis.link import OpenAILink
+from stillhouse.synthesis.pool import Pool
+
+AT_ONCE = 256
+LATENCY = 0.05
+ANSWER = Answer("a short answer of some words, as a model would give it " * 4, "stop", None, 40, 50)
+PARAMETERS = {"max_tokens": 64, "temperature": 0.7}
+
+
+def requests(count: int, endpoint: str = "http://stub/v1") -> Iterator[Request]:
+    for number in range(count):
+        messages = ({"role": "user", "content": f"question {number}: " + "some words " * 20},)
+        yield Request(endpoint, "teacher", messages, PARAMETERS)
+
+
+def resident() -> int:
+    return int(psutil.Process().memory_info().rss)
+
+
+# --- the journal, and the pool with nothing to wait for -------------------------------------------
+
+
+def measure_journal(folder: Path, rows: int) -> dict[str, Any]:
+    with Journal(folder / "journal.sqlite") as journal:
+        started = time.perf_counter()
+        for request in requests(rows):
+            last = journal.record(request, ANSWER)
+        last.result()
+        took = time.perf_counter() - started
+        assert journal.counts() == (rows, 0)
+    return {"rows": rows, "seconds": took, "answers_a_second": rows / took}
+
+
+def measure_memory(folder: Path, rows: int) -> dict[str, Any]:
+    """Resident bytes after a tenth of the rows, which warms everything up, and after all."""
+    seen: dict[int, int] = {}
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if done % (rows // 10) == 0:
+            seen[done] = resident()
+
+    async def ask(request: Request) -> Answer:
+        await asyncio.sleep(0)
+        return ANSWER
+
+    async def whole() -> None:
+        with Journal(folder / "memory.sqlite") as journal:
+            pool = Pool(ask, journal, Budget(), concurrency=AT_ONCE, advance=advance)
+            await pool.answer_all(requests(rows))
+
+    started = time.perf_counter()
+    asyncio.run(whole())
+    took = time.perf_counter() - started
+    growth = seen[rows] - seen[rows // 10]
+    return {"resident_bytes": seen, "growth_bytes": growth, "answers_a_second": rows / took}
+
+
+# --- an endpoint -------------------------------------------------------------------------------
+
+
+def measure_endpoint(folder: Path, url: str, count: int, name: str) -> dict[str, Any]:
+    async def whole() -> tuple[float, float]:
+        with Journal(folder / f"{name}.sqlite") as journal:
+            async with Client(url, "teacher", connections=AT_ONCE) as client:
+                # Opens the connections, and lets the limit find out that 256 are borne.
+                await Pool(client.ask, journal, Budget(), concurrency=AT_ONCE).answer_all(
+                    requests(4 * AT_ONCE, "warm-up")
+                )
+                pool = Pool(client.ask, journal, Budget(), concurrency=AT_ONCE)
+                pool.limit.limit = AT_ONCE
+                started, cpu = time.perf_counter(), time.process_time()
+                tally = await pool.answer_all(requests(count, client.endpoint))
+                assert tally.answered == count
+                return time.perf_counter() - started, time.process_time() - cpu
+
+    took, cpu = asyncio.run(whole())
+    rate = count / took
+    return {
+        "requests": count,
+        "seconds": took,
+        "requests_a_second": rate,
+        "share_of_ideal": rate / (AT_ONCE / LATENCY),
+        "cpu_microseconds_a_request": cpu / count * 1e6,
+    }
+
+
+def measure_pool(folder: Path, count: int, rounds: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.synthesis.stub", "--latency", str(LATENCY)]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    assert server.stdin is not None
+    url = server.stdout.readline().strip()
+    found: dict[str, list[Any]] = {"direct": [], "openai": []}
+    direct = client_module._link
+    try:
+        for number in range(rounds):
+            client_module._link = direct
+            found["direct"].append(measure_endpoint(folder, url, count, f"direct{number}"))
+            client_module._link = OpenAILink
+            found["openai"].append(measure_endpoint(folder, url, count // 8, f"openai{number}"))
+    finally:
+        client_module._link = direct
+        server.stdin.close()
+        server.wait(10)
+    return found
+
+
+# --- a local model -----------------------------------------------------------------------------
+
+
+def mixed_requests(count: int, text: Path) -> list[Request]:
+    """Prompts of 8 to 80 words, answers of 8 to 128 tokens."""
+    words = text.read_text(encoding="utf-8").split()
+    chance = random.Random(0)
+    made = []
+    for _ in range(count):
+        at, length = chance.randrange(len(words) - 100), chance.choice([8, 16, 32, 80])
+        messages = ({"role": "user", "content": " ".join(words[at : at + length])},)
+        most = chance.choice([8, 16, 32, 64, 128])
+        made.append(Request("local", "m", messages, {"max_tokens": most, "temperature": 0.0}))
+    return made
+
+
+def generate(model: Any, tokenizer: Any, batch: list[Request]) -> int:
+    """transformers' own: one padded batch, until its longest answer is done. Useful tokens."""
+    from transformers import GenerationConfig
+
+    chats = [[dict(message) for message in request.messages] for request in batch]
+    inputs = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+    limits = [int(request.parameters["max_tokens"]) for request in batch]
+    config = GenerationConfig(
+        max_new_tokens=max(limits),
+        do_sample=False,
+        eos_token_id=model.generation_config.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    output_BL = model.generate(**inputs, generation_config=config)
+    useful = 0
+    for row, limit in zip(
+        output_BL[:, inputs["input_ids"].shape[1] :].tolist(), limits, strict=True
+    ):
+        end = tokenizer.eos_token_id
+        useful += min(limit, row.index(end) + 1 if end in row else len(row))
+    return useful
+
+
+def measure_local(teacher: Path, text: Path, count: int, batch: int) -> dict[str, Any]:
+    from stillhouse.hardware import choose_precision, tune_allocator
+    from stillhouse.synthesis.local import Generator
+    from stillhouse.teachers import load_model, load_tokenizer
+
+    tune_allocator()
+    precision = choose_precision("auto", "cpu")
+    model, tokenizer = load_model(teacher, dtype=precision.dtype), load_tokenizer(teacher)
+    tokenizer.padding_side = "left"
+    asked = mixed_requests(count, text)
+
+    def ours() -> int:
+        outcomes = Generator(model, tokenizer, batch=batch).answers(asked)
+        return sum(o.completion_tokens or 0 for _, o in outcomes if isinstance(o, Answer))
+
+    def fixed() -> int:
+        parts = [asked[at : at + batch] for at in range(0, count, batch)]
+        return sum(generate(model, tokenizer, part) for part in parts)
+
+    def one_by_one() -> int:
+        return sum(generate(model, tokenizer, [request]) for request in asked[: count // 4])
+
+    ways: dict[str, Callable[[], int]] = {"ours": ours, "fixed": fixed, "one_by_one": one_by_one}
+    figures: dict[str, Any] = {"precision": precision.reason, "prompts": count, "batch": batch}
+    with torch.inference_mode():
+        generate(model, tokenizer, asked[:2])
+    for name, work in ways.items():
+        started = time.perf_counter()
+        with torch.inference_mode():
+            tokens = work()
+        took = time.perf_counter() - started
+        figures[name] = {"tokens": tokens, "seconds": took, "tokens_a_second": tokens / took}
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--teacher", type=Path, help="a chat model's folder: times local answers")
+    parser.add_argument("--text", type=Path, help="text to cut prompts from")
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=32)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        journal = measure_journal(folder, options.rows)
+        memory = measure_memory(folder, options.rows)
+        pool = measure_pool(folder, options.requests, options.rounds)
+    best = max(one["share_of_ideal"] for one in pool["direct"])
+    bars = [
+        Bar("journal: answers a second", journal["answers_a_second"], ">=", 2000),
+        Bar("memory: bytes more after the last 90 % of rows", memory["growth_bytes"], "<=", 8e6),
+        Bar("256 at once, 50 ms: share of the ideal rate", best, ">=", 0.9),
+    ]
+    figures: dict[str, Any] = {"journal": journal, "memory": memory, "pool": pool}
+    if options.teacher:
+        figures["local"] = local = measure_local(
+            options.teacher, options.text, options.prompts, options.batch
+        )
+        rate = {way: local[way]["tokens_a_second"] for way in ("ours", "fixed", "one_by_one")}
+        bars += [
+            Bar("local: times one prompt at a time", rate["ours"] / rate["one_by_one"], ">=", 4),
+            Bar("local: times generate in fixed batches", rate["ours"] / rate["fixed"], ">=", 1.5),
+        ]
+    write_results("synthesis", figures, bars)
+
+
+if __name__ == "__main__":
+    main()
