@@ -38,13 +38,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoding = {"kind": "threshold", "bytes": 60}
     stored = {**raw, "name": "stored", "folder": "runs/stored", "signals": {"encoding": encoding}}
     (folder / "recipes" / "stored.yaml").write_text(yaml.safe_dump(stored))
+    hops = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32}]
+    student = {"start": "pruned", "calibration_tokens": 512}
+    family = {**raw, "name": "family", "folder": "runs/family", "student": student}
+    family["cascade"] = {"hops": hops}
+    (folder / "recipes" / "cascade.yaml").write_text(yaml.safe_dump(family))
     return folder
 
 
 def test_every_stillhouse_command_of_the_readme_runs(folder: Path) -> None:
     found = commands("stillhouse")
     verbs = [shlex.split(line)[1] for line in found]
-    assert verbs == ["check", "preview", "run", "evaluate", "report", "signals", "doctor"]
+    assert verbs == ["check", "preview", "run", "evaluate", "report", "signals", "cascade", "doctor"]
     for line in found:
         done = subprocess.run(
             [sys.executable, "-m", *shlex.split(line)], cwd=folder, capture_output=True, text=True
