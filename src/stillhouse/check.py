@@ -22,6 +22,7 @@ from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
+from stillhouse.export import announce_gguf
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
 from stillhouse.job import Job, configs, find_models
 from stillhouse.recipe import load_recipe
@@ -89,6 +90,7 @@ def _examine(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     job = find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
+    yield from _exports(job)
     sample = _sample(job)
     yield from _data(sample, recipe)
     yield from _costs(job, sample)
@@ -110,6 +112,16 @@ def _extras(recipe: Recipe) -> Iterator[Finding]:
     for module, install in wanted.items():
         if importlib.util.find_spec(module) is None:
             yield Finding("error", "extras", f"{module} is not installed", install)
+
+
+def _exports(job: Job) -> Iterator[Finding]:
+    student, _ = configs(job)
+    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    for form in job.recipe.export.formats:
+        if form.startswith("gguf-"):
+            for text, fix in announce_gguf(form.removeprefix("gguf-"), student, tokenizer):
+                yield Finding("warning", "export", text, fix)
+    yield Finding("ok", "export", ", ".join(job.recipe.export.formats))
 
 
 # --- data ------------------------------------------------------------------------------------

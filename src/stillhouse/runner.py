@@ -29,7 +29,7 @@ SIGNALS = "signals"
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run's products are."""
+    """Where a run's products are. model: the folder of the first format that is exported."""
 
     folder: Path
     model: Path
@@ -105,7 +105,7 @@ def evaluate_model(
     """
     tune_allocator()
     job, _, heldout = prepare_data(recipe, overrides)
-    own = run_folder(job.recipe).root / "model"
+    own = run_folder(job.recipe).root / MODEL
     if model is None and not own.exists():
         raise ModelError(
             "this recipe has no finished model yet",
@@ -162,11 +162,13 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     for stage in finished:
         if stage.name == SIGNALS:
             folder.point(SIGNALS, stage.path / stages.STORE)
-    folder.point("model", exported.path / MODEL)
+    shipped = [MODEL if form == "safetensors" else form for form in recipe.export.formats]
+    for name in shipped:
+        folder.point(name, exported.path / name)
     folder.point("report.html", report.path / stages.REPORT)
     return RunResult(
         folder=folder.root,
-        model=folder.root / "model",
+        model=folder.root / shipped[0],
         report=folder.root / "report.html",
         evaluation=Evaluation.load(evaluated.path / stages.EVALUATION),
         stages=finished,

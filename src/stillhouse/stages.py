@@ -18,7 +18,7 @@ from stillhouse import account
 from stillhouse.data import Windows, build, open_windows
 from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.evaluate import Evaluation, evaluate
-from stillhouse.export import export_checkpoint
+from stillhouse.export import Gate, export_checkpoint, export_gguf
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
 from stillhouse.job import Job, planned_objective
 from stillhouse.progress import note
@@ -288,24 +288,34 @@ def export(job: Job, data: Stage, trained: Stage) -> StagePlan:
 
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
-        replay = export_checkpoint(
+        gate = Gate(
             trained.path / MODEL,
-            out / MODEL,
-            dtype=section.dtype,
-            windows=heldout,
-            prompts=job.recipe.evaluate.prompts,
-            seed=job.recipe.seed,
-            trust_remote_code=job.trust_remote_code,
+            heldout,
+            job.recipe.evaluate.prompts,
+            job.recipe.seed,
+            section.kl_limit,
+            job.trust_remote_code,
         )
-        return Outcome(summary=asdict(replay), peak_memory_bytes=peak_memory_bytes())
+        replays = []
+        for form in section.formats:
+            if form == "safetensors":
+                replays.append(export_checkpoint(gate, out / MODEL, dtype=section.dtype))
+            else:
+                kind = form.removeprefix("gguf-")
+                replays.append(export_gguf(gate, out / form, kind=kind, name=job.recipe.name))
+        return Outcome(
+            summary={"replays": [asdict(replay) for replay in replays]},
+            peak_memory_bytes=peak_memory_bytes(),
+        )
 
     inputs = {
         "recipe": section.model_dump(mode="json"),
+        "name": job.recipe.name,
         "prompts": job.recipe.evaluate.prompts,
         "data": data.digest,
         "trained": trained.digest,
     }
-    return StagePlan("export", inputs, work)
+    return StagePlan("export", inputs, work, version=2)
 
 
 def report(job: Job, finished: list[Stage]) -> StagePlan:
@@ -321,7 +331,7 @@ def report(job: Job, finished: list[Stage]) -> StagePlan:
         "recipe": job.recipe.model_dump(mode="json"),
         "stages": {name: stage.digest for name, stage in stages.items()},
     }
-    return StagePlan("report", inputs, work)
+    return StagePlan("report", inputs, work, version=2)
 
 
 def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:
@@ -354,7 +364,7 @@ def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:
                 student.summary["parameters"]["head_once"], tokens
             ),
         ),
-        replay=stages["export"].summary,
+        replays=stages["export"].summary["replays"],
         machine=machine(),
         versions=versions(),
         notes=evaluated.notes,

@@ -1,5 +1,14 @@
-"""The checkpoint to ship, written and then checked by loading it as a stranger would."""
+"""The model to ship, in the formats asked for, each checked by loading it as a stranger would."""
 
-from stillhouse.export.checkpoint import ReplayResult, ReplayText, export_checkpoint
+from stillhouse.export.checkpoint import export_checkpoint
+from stillhouse.export.gate import Gate, ReplayResult, ReplayText
+from stillhouse.export.gguf import announce_gguf, export_gguf
 
-__all__ = ["ReplayResult", "ReplayText", "export_checkpoint"]
+__all__ = [
+    "Gate",
+    "ReplayResult",
+    "ReplayText",
+    "announce_gguf",
+    "export_checkpoint",
+    "export_gguf",
+]

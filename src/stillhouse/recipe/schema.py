@@ -369,9 +369,51 @@ class EvaluateRecipe(Section):
     lm_eval: LmEvalRecipe | None = None
 
 
+ExportFormat = Literal[
+    "safetensors",
+    "gguf-f32",
+    "gguf-f16",
+    "gguf-bf16",
+    "gguf-q8_0",
+    "gguf-q5_1",
+    "gguf-q5_0",
+    "gguf-q4_1",
+    "gguf-q4_0",
+    "gguf-mxfp4",
+    "gguf-tq2_0",
+    "gguf-tq1_0",
+    "gguf-q2_k",
+    "gguf-q3_k_m",
+    "gguf-q4_k_s",
+    "gguf-q4_k_m",
+    "gguf-q5_k_m",
+    "gguf-q6_k",
+]
+
+
 class ExportRecipe(Section):
-    formats: list[Literal["safetensors"]] = Field(default=["safetensors"], min_length=1)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    formats: list[ExportFormat] = Field(
+        default=["safetensors"],
+        min_length=1,
+        description="safetensors: for transformers and vLLM. gguf-*: for llama.cpp and Ollama; "
+        "those ending in _k, _s or _m need llama-cpp-python.",
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Number type of the safetensors export."
+    )
+    kl_limit: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="Nats a token that an export may differ from the checkpoint; null: as the "
+        "format needs (docs/evaluation.md).",
+    )
+
+    @model_validator(mode="after")
+    def _each_format_once(self) -> ExportRecipe:
+        if len(set(self.formats)) < len(self.formats):
+            raise ValueError("a format is given twice")
+        return self
 
 
 class Recipe(Section):
