@@ -351,6 +351,51 @@ class TrainRecipe(Section):
         return self
 
 
+class QatRecipe(Section):
+    """Quantization-aware distillation: the student learns with its weights rounded."""
+
+    tokens: int = Field(30000, gt=0, description="Training tokens, about.")
+    learning_rate: float = Field(5e-5, gt=0, strict=False)
+
+
+class QuantizeRecipe(Section):
+    """The trained student's matrices as whole numbers of few bits; what is kept, by measurement."""
+
+    kind: Literal["int8", "int4", "int8_dynamic_int8", "int8_dynamic_int4"] = Field(
+        "int4",
+        description="Of the weights; int8_dynamic_*: layers' inputs are rounded to int8 too, "
+        "token by token, while the model runs.",
+    )
+    group_size: int = Field(32, gt=0, description="Neighbours in a row that share a scale.")
+    keep: list[str] = Field(
+        default=[], description="Parts to leave alone: embeddings, head, layers.N (0 the first)."
+    )
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="Leave the most sensitive parts alone until the others cost at most this, in "
+        "nats a token.",
+    )
+    max_bytes: int | None = Field(
+        None, gt=0, description="Leave the most sensitive parts alone while the model fits."
+    )
+    sensitivity_tokens: int = Field(
+        1024, gt=0, description="Held-out tokens on which sensitivity is measured."
+    )
+    qat: QatRecipe | None = Field(
+        None, description="Train with rounded weights; null: only round the trained ones."
+    )
+
+    @property
+    def bits(self) -> Literal[4, 8]:
+        return 4 if self.kind.endswith("int4") else 8
+
+    @property
+    def dynamic(self) -> bool:
+        return self.kind.startswith("int8_dynamic")
+
+
 class LmEvalRecipe(Section):
     tasks: list[str] = Field(min_length=1, description="Task names of lm-eval, or paths of tasks.")
     include_path: str | None = Field(None, description="Folder with your own task files.")
@@ -430,5 +475,8 @@ class Recipe(Section):
     student: StudentRecipe
     objective: ObjectiveRecipe = ObjectiveRecipe()
     train: TrainRecipe = TrainRecipe()
+    quantize: QuantizeRecipe | None = Field(
+        None, description="Ship the student quantized; null: as it was trained."
+    )
     evaluate: EvaluateRecipe = EvaluateRecipe()
     export: ExportRecipe = ExportRecipe()
