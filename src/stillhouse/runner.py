@@ -155,9 +155,9 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
         finished.append(stage)
         return stage
 
-    job, data, student, trained, baseline = _stages_together(recipe, base, do)
-    evaluated = do(stages.evaluation(job, data, student, trained, baseline))
-    exported = do(stages.export(job, data, trained))
+    job, data, student, trained, baseline, quantized = _stages_together(recipe, base, do)
+    evaluated = do(stages.evaluation(job, data, student, trained, baseline, quantized))
+    exported = do(stages.export(job, data, [trained, *quantized][-1]))
     report = do(stages.report(job, list(finished)))
     for stage in finished:
         if stage.name == SIGNALS:
@@ -177,8 +177,8 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
 
 def _stages_together(
     recipe: Recipe, base: Path, do: Callable[[StagePlan], Stage]
-) -> tuple[Job, Stage, Stage, Stage, Stage | None]:
-    """The stages up to training, which every process goes through."""
+) -> tuple[Job, Stage, Stage, Stage, Stage | None, list[Stage]]:
+    """The stages up to the last training, which every process goes through."""
     job = find_models(recipe, base)
     data = do(stages.data(job))
     recorded = None if recipe.signals is None else do(stages.signals(job, data))
@@ -187,7 +187,13 @@ def _stages_together(
     baseline = None
     if recipe.evaluate.fine_tuning_baseline:
         baseline = do(stages.baseline(job, data, student))
-    return job, data, student, trained, baseline
+    quantized = []
+    if recipe.quantize is not None:
+        quantized.append(do(stages.quantization(job, data, trained)))
+        if recipe.quantize.qat is not None:
+            plan = stages.quantized_training(job, data, trained, quantized[0], recorded)
+            quantized.append(do(plan))
+    return job, data, student, trained, baseline, quantized
 
 
 def _follow(folder: RunFolder) -> Callable[[StagePlan], Stage]:

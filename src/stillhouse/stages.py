@@ -6,6 +6,7 @@ does nothing yet. `stillhouse.runner` has the order.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -18,10 +19,11 @@ from stillhouse import account
 from stillhouse.data import Windows, build, open_windows
 from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.evaluate import Evaluation, evaluate
-from stillhouse.export import Gate, export_checkpoint, export_gguf
+from stillhouse.export import Gate, export_checkpoint, export_gguf, export_torchao
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
 from stillhouse.job import Job, planned_objective
 from stillhouse.progress import note
+from stillhouse.quantize import FILE, TRAINING, Quantization, quantize, train_quantized
 from stillhouse.recipe.schema import EvaluateRecipe, LogitsTerm, ObjectiveRecipe
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
@@ -228,8 +230,92 @@ def _training(
     return StagePlan(name, everything, work, resumable=True, together=True, scratch=(CHECKPOINTS,))
 
 
+def quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
+    """The trained student's matrices rounded onto a grid; which are left alone, by measurement."""
+    section = job.recipe.quantize
+    assert section is not None
+
+    def work(out: Path) -> Outcome:
+        _, heldout = open_data(data)
+        result = quantize(
+            trained.path / MODEL,
+            out,
+            section=section,
+            heldout=heldout,
+            vocabulary=job.vocabulary,
+            seed=job.recipe.seed,
+            trust_remote_code=job.trust_remote_code,
+        )
+        return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=asdict(result))
+
+    inputs = {
+        "recipe": section.model_dump(mode="json", exclude={"qat"}),
+        "seed": job.recipe.seed,
+        "vocabulary": job.vocabulary,
+        "data": data.digest,
+        "trained": trained.digest,
+    }
+    return StagePlan("quantize", inputs, work)
+
+
+def quantized_training(
+    job: Job, data: Stage, trained: Stage, rounded: Stage, recorded: Stage | None
+) -> StagePlan:
+    """The trained student distilled on while it is rounded: quantization-aware distillation."""
+    section, train_section = job.recipe.quantize, job.recipe.train
+    assert section is not None
+    assert section.qat is not None
+
+    def work(out: Path) -> Outcome:
+        windows, heldout = open_data(data)
+        store = None
+        if recorded is not None:
+            store = open_store(recorded.path / STORE, signal_identity(job, data))
+        result = train_quantized(
+            trained.path / MODEL,
+            rounded.path,
+            None if store else job.teacher.path,
+            windows,
+            heldout,
+            section=section,
+            recipe=train_section,
+            objective=job.recipe.objective,
+            vocabulary=job.vocabulary,
+            seed=job.recipe.seed,
+            out=out,
+            main=int(os.environ.get("RANK", "0")) == 0,
+            store=store,
+            trust_remote_code=job.trust_remote_code,
+        )
+        return Outcome(
+            tokens=result.tokens,
+            flops=result.flops,
+            peak_memory_bytes=result.peak_memory_bytes,
+            seconds=result.seconds,
+            summary={**rounded.summary, "training": asdict(result)},
+        )
+
+    inputs = {
+        "qat": section.qat.model_dump(mode="json"),
+        "objective": job.recipe.objective.model_dump(mode="json"),
+        "signals": recorded and recorded.path.name,
+        "recipe": train_section.model_dump(mode="json", exclude={"report_to"}),
+        "seed": job.recipe.seed,
+        "teacher": job.teacher.fingerprint,
+        "data": data.digest,
+        "trained": trained.digest,
+        "rounded": rounded.digest,
+    }
+    return StagePlan("qat", inputs, work, resumable=True, together=True, scratch=(TRAINING,))
+
+
 def evaluation(
-    job: Job, data: Stage, student: Stage, trained: Stage, baseline: Stage | None
+    job: Job,
+    data: Stage,
+    student: Stage,
+    trained: Stage,
+    baseline: Stage | None,
+    quantized: list[Stage],
 ) -> StagePlan:
     section = _with_found_tasks(job.recipe.evaluate, job.base)
 
@@ -242,6 +328,10 @@ def evaluation(
         }
         if baseline is not None:
             paths["fine_tuned"] = baseline.path / MODEL
+        sizes = {}
+        for stage in quantized:
+            role = {"quantize": "quantized", "qat": "quantized_trained"}[stage.name]
+            paths[role], sizes[role] = stage.path / MODEL, stage.summary["bytes"]
         found = evaluate(
             paths,
             section=section,
@@ -250,6 +340,7 @@ def evaluation(
             vocabulary=job.vocabulary,
             precision=choose_precision(job.recipe.train.precision, default_device()),
             export_dtype=getattr(torch, job.recipe.export.dtype),
+            sizes=sizes,
             trust_remote_code=job.trust_remote_code,
         )
         found.save(out / EVALUATION)
@@ -269,6 +360,7 @@ def evaluation(
         "student": student.digest,
         "trained": trained.digest,
         "baseline": baseline and baseline.digest,
+        "quantized": [stage.digest for stage in quantized],
     }
     return StagePlan("evaluate", inputs, work, version=2)
 
@@ -283,26 +375,32 @@ def _with_found_tasks(section: EvaluateRecipe, base: Path) -> EvaluateRecipe:
     return section.model_copy(update={"lm_eval": section.lm_eval.model_copy(update=found)})
 
 
-def export(job: Job, data: Stage, trained: Stage) -> StagePlan:
+def export(job: Job, data: Stage, shipped: Stage) -> StagePlan:
+    """shipped: the run's last model, trained or quantized."""
     section = job.recipe.export
+    grid_file = shipped.path / FILE
 
     def work(out: Path) -> Outcome:
         _, heldout = open_data(data)
         gate = Gate(
-            trained.path / MODEL,
+            shipped.path / MODEL,
             heldout,
             job.recipe.evaluate.prompts,
             job.recipe.seed,
             section.kl_limit,
             job.trust_remote_code,
         )
+        grid = Quantization.load(grid_file) if grid_file.is_file() else None
         replays = []
         for form in section.formats:
-            if form == "safetensors":
-                replays.append(export_checkpoint(gate, out / MODEL, dtype=section.dtype))
+            if form != "safetensors":
+                kind, name = form.removeprefix("gguf-"), job.recipe.name
+                replay = export_gguf(gate, out / form, kind=kind, name=name, quantization=grid)
+            elif grid is None:
+                replay = export_checkpoint(gate, out / MODEL, dtype=section.dtype)
             else:
-                kind = form.removeprefix("gguf-")
-                replays.append(export_gguf(gate, out / form, kind=kind, name=job.recipe.name))
+                replay = export_torchao(gate, out / MODEL, quantization=grid, dtype=section.dtype)
+            replays.append(replay)
         return Outcome(
             summary={"replays": [asdict(replay) for replay in replays]},
             peak_memory_bytes=peak_memory_bytes(),
@@ -313,7 +411,7 @@ def export(job: Job, data: Stage, trained: Stage) -> StagePlan:
         "name": job.recipe.name,
         "prompts": job.recipe.evaluate.prompts,
         "data": data.digest,
-        "trained": trained.digest,
+        "shipped": shipped.digest,
     }
     return StagePlan("export", inputs, work, version=2)
 

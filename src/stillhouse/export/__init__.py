@@ -3,6 +3,7 @@
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import Gate, ReplayResult, ReplayText
 from stillhouse.export.gguf import announce_gguf, export_gguf
+from stillhouse.export.torchao import export_torchao, require_torchao
 
 __all__ = [
     "Gate",
@@ -11,4 +12,6 @@ __all__ = [
     "announce_gguf",
     "export_checkpoint",
     "export_gguf",
+    "export_torchao",
+    "require_torchao",
 ]

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
-from stillhouse.export.gguf_file import FORMATS, GGUFFormat, Packed, write_gguf
+from stillhouse.export.gguf_blocks import pack
+from stillhouse.export.gguf_file import FORMATS, GGUFFormat, write_gguf
 from stillhouse.export.gguf_model import architecture
 from stillhouse.export.gguf_tokenizer import KNOWN_TO_TRANSFORMERS, pre_tokenizer_name
 from stillhouse.export.modelfile import modelfile
-from stillhouse.teachers import load_tokenizer
+from stillhouse.quantize import Quantization
+from stillhouse.teachers import load_model, load_tokenizer
 
 K_QUANTS = {
     "q2_k": 3.0,
-    "q3_k_m": 0.7,
-    "q4_k_s": 0.4,
-    "q4_k_m": 0.4,
-    "q5_k_m": 0.1,
-    "q6_k": 0.05,
+    "q3_k_m": 1.5,
+    "q4_k_s": 1.0,
+    "q4_k_m": 1.0,
+    "q5_k_m": 0.3,
+    "q6_k": 0.1,
 }
 """Formats of llama.cpp's own quantizer, and the nats a token allowed to each."""
 
@@ -34,13 +38,14 @@ def export_gguf(
     *,
     kind: str,
     name: str,
-    packed: Mapping[str, Packed] | None = None,
+    quantization: Quantization | None = None,
 ) -> ReplayResult:
     """Writes `out`/NAME-KIND.gguf and a Modelfile from the gate's source, a float32 folder.
 
-    kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed. packed: see
-    `write_gguf`. Before the folder gets its name, transformers' GGUF loader reads the file in a
-    fresh process, and the model is compared with the source as every export is.
+    kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed.
+    quantization: the source's, where it is on a grid: a format that holds the grid then gets its
+    numbers as they are. Before the folder gets its name, transformers' GGUF loader reads the file
+    in a fresh process, and the model is compared with the source as every export is.
     Raises ModelError: an architecture or tokenizer that GGUF cannot hold, an export that does not
     load or that differs by more than is allowed. RunError: no space, no permission, a full folder.
     """
@@ -50,7 +55,7 @@ def export_gguf(
         file = folder / file_name
         if kind in FORMATS:
             limit = FORMATS[kind].kl_limit
-            notes = _write(gate, file, FORMATS[kind], name, packed)
+            notes = _write(gate, file, FORMATS[kind], name, quantization)
         else:
             limit = K_QUANTS[kind]
             notes = _k_quantize(gate, file, kind, name)
@@ -97,11 +102,14 @@ def announce_gguf(kind: str, config: Any, tokenizer: Any) -> Iterator[tuple[str,
 
 
 def _write(
-    gate: Gate, file: Path, form: GGUFFormat, name: str, packed: Mapping[str, Packed] | None
+    gate: Gate, file: Path, form: GGUFFormat, name: str, quantization: Quantization | None
 ) -> list[str]:
-    fallen = write_gguf(
-        gate.source, file, form, name=name, packed=packed, trust_remote_code=gate.trust_remote_code
-    )
+    code = gate.trust_remote_code
+    packed = {}
+    if quantization is not None:
+        model = load_model(gate.source, dtype=torch.float32, trust_remote_code=code)
+        packed = pack(dict(model.named_parameters()), quantization, form)
+    fallen = write_gguf(gate.source, file, form, name=name, packed=packed, trust_remote_code=code)
     if not fallen:
         return []
     return [

@@ -53,13 +53,13 @@ FORMATS = {
     "f16": _format("F16", 0.001),
     "bf16": _format("BF16", 0.01),
     "q8_0": _format("Q8_0", 0.02),
-    "q5_1": _format("Q5_1", 0.1, "Q8_0"),
-    "q5_0": _format("Q5_0", 0.1, "Q8_0"),
-    "q4_1": _format("Q4_1", 0.5, "Q8_0"),
-    "q4_0": _format("Q4_0", 0.5, "Q8_0"),
-    "mxfp4": _format("MXFP4", 0.5, "Q8_0"),
-    "tq2_0": _format("TQ2_0", 0.5, "Q8_0"),
-    "tq1_0": _format("TQ1_0", 0.5, "Q8_0"),
+    "q5_1": _format("Q5_1", 0.3, "Q8_0"),
+    "q5_0": _format("Q5_0", 0.3, "Q8_0"),
+    "q4_1": _format("Q4_1", 1.0, "Q8_0"),
+    "q4_0": _format("Q4_0", 1.0, "Q8_0"),
+    "mxfp4": _format("MXFP4", 1.0, "Q8_0"),
+    "tq2_0": _format("TQ2_0", 1.0, "Q8_0"),
+    "tq1_0": _format("TQ1_0", 1.0, "Q8_0"),
 }
 """What the gguf package's own quantizers write. The ternary ones fit models trained for them."""
 
