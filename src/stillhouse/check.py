@@ -22,7 +22,7 @@ from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
-from stillhouse.export import announce_gguf
+from stillhouse.export import announce_gguf, license_warning, require_torchao, teacher_license
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
 from stillhouse.job import Job, configs, find_models
 from stillhouse.recipe import load_recipe
@@ -121,7 +121,13 @@ def _exports(job: Job) -> Iterator[Finding]:
         if form.startswith("gguf-"):
             for text, fix in announce_gguf(form.removeprefix("gguf-"), student, tokenizer):
                 yield Finding("warning", "export", text, fix)
+    if job.recipe.quantize is not None and "safetensors" in job.recipe.export.formats:
+        require_torchao()
     yield Finding("ok", "export", ", ".join(job.recipe.export.formats))
+    license_ = teacher_license(job.recipe.teacher.license, job.teacher.path)
+    warning = license_warning(license_)
+    if warning is not None:
+        yield Finding("warning", "license", warning)
 
 
 # --- data ------------------------------------------------------------------------------------

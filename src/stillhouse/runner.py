@@ -157,12 +157,12 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
 
     job, data, student, trained, baseline, quantized = _stages_together(recipe, base, do)
     evaluated = do(stages.evaluation(job, data, student, trained, baseline, quantized))
-    exported = do(stages.export(job, data, [trained, *quantized][-1]))
+    exported = do(stages.export(job, data, [trained, *quantized][-1], evaluated))
     report = do(stages.report(job, list(finished)))
     for stage in finished:
         if stage.name == SIGNALS:
             folder.point(SIGNALS, stage.path / stages.STORE)
-    shipped = [MODEL if form == "safetensors" else form for form in recipe.export.formats]
+    shipped = [stages.shipped_folder(form) for form in recipe.export.formats]
     for name in shipped:
         folder.point(name, exported.path / name)
     folder.point("report.html", report.path / stages.REPORT)

@@ -19,11 +19,20 @@ from stillhouse import account
 from stillhouse.data import Windows, build, open_windows
 from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.evaluate import Evaluation, evaluate
-from stillhouse.export import Gate, export_checkpoint, export_gguf, export_torchao
+from stillhouse.export import (
+    CardFacts,
+    Gate,
+    export_checkpoint,
+    export_gguf,
+    export_torchao,
+    teacher_license,
+    write_card,
+)
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
 from stillhouse.job import Job, planned_objective
 from stillhouse.progress import note
 from stillhouse.quantize import FILE, TRAINING, Quantization, quantize, train_quantized
+from stillhouse.recipe import recipe_yaml
 from stillhouse.recipe.schema import EvaluateRecipe, LogitsTerm, ObjectiveRecipe
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
@@ -375,7 +384,7 @@ def _with_found_tasks(section: EvaluateRecipe, base: Path) -> EvaluateRecipe:
     return section.model_copy(update={"lm_eval": section.lm_eval.model_copy(update=found)})
 
 
-def export(job: Job, data: Stage, shipped: Stage) -> StagePlan:
+def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan:
     """shipped: the run's last model, trained or quantized."""
     section = job.recipe.export
     grid_file = shipped.path / FILE
@@ -391,15 +400,18 @@ def export(job: Job, data: Stage, shipped: Stage) -> StagePlan:
             job.trust_remote_code,
         )
         grid = Quantization.load(grid_file) if grid_file.is_file() else None
+        card = _card(job, data, shipped, Evaluation.load(evaluated.path / EVALUATION))
         replays = []
         for form in section.formats:
+            folder = out / shipped_folder(form)
             if form != "safetensors":
                 kind, name = form.removeprefix("gguf-"), job.recipe.name
-                replay = export_gguf(gate, out / form, kind=kind, name=name, quantization=grid)
+                replay = export_gguf(gate, folder, kind=kind, name=name, quantization=grid)
             elif grid is None:
-                replay = export_checkpoint(gate, out / MODEL, dtype=section.dtype)
+                replay = export_checkpoint(gate, folder, dtype=section.dtype)
             else:
-                replay = export_torchao(gate, out / MODEL, quantization=grid, dtype=section.dtype)
+                replay = export_torchao(gate, folder, quantization=grid, dtype=section.dtype)
+            write_card(folder, card, replay)
             replays.append(replay)
         return Outcome(
             summary={"replays": [asdict(replay) for replay in replays]},
@@ -412,8 +424,34 @@ def export(job: Job, data: Stage, shipped: Stage) -> StagePlan:
         "prompts": job.recipe.evaluate.prompts,
         "data": data.digest,
         "shipped": shipped.digest,
+        "evaluated": evaluated.digest,
+        "license": job.recipe.teacher.license,
     }
     return StagePlan("export", inputs, work, version=2)
+
+
+def shipped_folder(form: str) -> str:
+    """A format's folder in the stage, and the link to it in the run folder."""
+    return MODEL if form == "safetensors" else form
+
+
+def _card(job: Job, data: Stage, shipped: Stage, evaluation: Evaluation) -> CardFacts:
+    sources = [source.model_dump(exclude_none=True) for source in job.recipe.data.sources]
+    windows, _ = open_data(data)
+    return CardFacts(
+        name=job.recipe.name,
+        teacher=job.teacher.described,
+        license=teacher_license(job.recipe.teacher.license, job.teacher.path),
+        data=f"{windows.supervised_tokens:,} training tokens from "
+        + "; ".join(" ".join(str(value) for value in source.values()) for source in sources),
+        recipe=recipe_yaml(job.recipe),
+        hashes={
+            "teacher": job.teacher.fingerprint,
+            "data": data.digest,
+            "checkpoint": shipped.digest,
+        },
+        evaluation=evaluation,
+    )
 
 
 def report(job: Job, finished: list[Stage]) -> StagePlan:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import TorchAoConfig
 
 from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
@@ -104,12 +103,13 @@ def _tensor(
     )
 
 
-def _config(quantization: Quantization, weights: dict[str, Tensor]) -> TorchAoConfig:
+def _config(quantization: Quantization, weights: dict[str, Tensor]) -> Any:
     from torchao.quantization import (
         Int8DynamicActivationIntxWeightConfig,
         IntxWeightOnlyConfig,
         PerGroup,
     )
+    from transformers import TorchAoConfig
 
     grid = quantization.grid
     kind, group = getattr(torch, f"int{grid.bits}"), PerGroup(grid.group)

@@ -25,6 +25,11 @@ class TeacherRecipe(Section):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
     trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
+    license: str | None = Field(
+        None,
+        description="Its license as the Hub names it (apache-2.0, llama3.2), which the student's "
+        "model card inherits; null: as the model's own card says.",
+    )
 
 
 # --- data ----------------------------------------------------------------------------------
