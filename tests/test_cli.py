@@ -47,6 +47,33 @@ def test_the_verbs_are_those() -> None:
     assert found == set(VERBS)
 
 
+def test_check_announces_what_a_format_cannot_hold(tmp_path: Path) -> None:
+    words = tiny.merging_tokenizer()
+    tiny.llama(vocab_size=len(words)).save_pretrained(tmp_path / "teacher")
+    words.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text(tiny.text(400))
+    found = check_recipe(
+        write(tmp_path, student={"ffn_size": 40}, export={"formats": ["gguf-q8_0"]})
+    )
+    [warning] = [finding for finding in found if finding.topic == "export" and finding.fix]
+    assert "intermediate_size 40" in warning.text
+    assert "32 or 64" in str(warning.fix)
+    assert [f.level for f in found if f.topic == "license"] == ["warning"]
+
+
+def test_check_refuses_a_tokenizer_that_gguf_cannot_hold(tmp_path: Path) -> None:
+    last = check_recipe(write(tmp_path, export={"formats": ["gguf-f16"]}))[-1]
+    assert last.level == "error"
+    assert "one without merges" in last.text
+
+
+def test_check_knows_a_stated_license(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    recipe["teacher"]["license"] = "apache-2.0"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert not [f for f in check_recipe(tmp_path / "recipe.yaml") if f.topic == "license"]
+
+
 def test_a_store_is_recorded_looked_at_exported_and_a_flipped_bit_is_found(tmp_path: Path) -> None:
     recipe = write(tmp_path, signals={"encoding": {"kind": "top_k", "k": 8}})
     recorded = call("signals", str(recipe))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse import stages
+from stillhouse import shipping, stages
 from stillhouse.data import Windows
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
@@ -157,15 +157,15 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
 
     job, data, student, trained, baseline, quantized = _stages_together(recipe, base, do)
     evaluated = do(stages.evaluation(job, data, student, trained, baseline, quantized))
-    exported = do(stages.export(job, data, [trained, *quantized][-1], evaluated))
-    report = do(stages.report(job, list(finished)))
+    exported = do(shipping.export(job, data, [trained, *quantized][-1], evaluated))
+    report = do(shipping.report(job, list(finished)))
     for stage in finished:
         if stage.name == SIGNALS:
             folder.point(SIGNALS, stage.path / stages.STORE)
-    shipped = [stages.shipped_folder(form) for form in recipe.export.formats]
+    shipped = [shipping.shipped_folder(form) for form in recipe.export.formats]
     for name in shipped:
         folder.point(name, exported.path / name)
-    folder.point("report.html", report.path / stages.REPORT)
+    folder.point("report.html", report.path / shipping.REPORT)
     return RunResult(
         folder=folder.root,
         model=folder.root / shipped[0],
