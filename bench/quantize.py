@@ -4,9 +4,9 @@
 
 The student of recipes/demo.yaml, rounded to int4 in groups of 32, its embeddings included: KL to
 the teacher on the recipe's held-out tokens before, after rounding, and after quantization-aware
-distillation on 30,000 tokens. Beside it, the control: the same student trained on the same tokens
-without rounding, then rounded, which shows what the tokens alone win. Then the seconds that exports
-take, replay included, and what each differs from its checkpoint.
+distillation on 30,000 tokens. `--control` adds the same student trained on the same tokens without
+rounding, then rounded, which shows what the tokens alone win. Then the seconds that exports take,
+replay included, and what each differs from its checkpoint.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--student", type=Path, help="one trained already; none: the demo is run")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--control", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("runs/quantize"))
     options = parser.parse_args()
     qat = QatRecipe(tokens=QAT_TOKENS, learning_rate=options.learning_rate)
@@ -63,7 +64,7 @@ def main() -> None:
     bench = Bench(job, windows, heldout, student, section, folder)
     for name in ("rounded", "qat", "control", "exports"):
         shutil.rmtree(folder / name, ignore_errors=True)
-    figures = rounding(bench)
+    figures = rounding(bench, options.control)
     figures["exports"] = exports(bench)
     kl = figures["kl_to_teacher"]
     added = {role: kl[role] - kl["student"] for role in kl if role not in ("teacher", "student")}
@@ -88,7 +89,7 @@ def trained_student(folder: Path) -> Path:
     return next(stage.path for stage in result.stages if stage.name == "train") / MODEL
 
 
-def rounding(bench: Bench) -> dict[str, Any]:
+def rounding(bench: Bench, with_control: bool) -> dict[str, Any]:
     job, folder = bench.job, bench.folder
     common: dict[str, Any] = {"vocabulary": job.vocabulary, "seed": job.recipe.seed}
     ways = {"section": bench.section, "heldout": bench.heldout, **common}
@@ -106,24 +107,14 @@ def rounding(bench: Bench) -> dict[str, Any]:
         out=folder / "qat",
         **taught,
     )
-    train(
-        bench.student,
-        job.teacher.path,
-        bench.windows,
-        bench.heldout,
-        section=qat_section(bench.section, job.recipe.train, bench.windows),
-        out=folder / "control",
-        **taught,
-    )
-    quantize(folder / "control" / MODEL, folder / "control" / "rounded", **ways)
     paths = {
         "teacher": job.teacher.path,
         "student": bench.student,
         "quantized": folder / "rounded" / MODEL,
         "quantized_trained": folder / "qat" / MODEL,
-        "control": folder / "control" / MODEL,
-        "control_quantized": folder / "control" / "rounded" / MODEL,
     }
+    if with_control:
+        paths |= control(bench, taught, ways)
     found = evaluate(
         paths,
         section=EvaluateRecipe(speed=False),
@@ -132,6 +123,8 @@ def rounding(bench: Bench) -> dict[str, Any]:
         export_dtype=torch.bfloat16,
         **common,
     )
+    for model in found.models:
+        print(f"{model.role}: {model.fidelity.kl:.4f} nats a token to the teacher", flush=True)
     return {
         "kl_to_teacher": {model.role: model.fidelity.kl for model in found.models},
         "top1_agreement": {model.role: model.fidelity.top1_agreement for model in found.models},
@@ -140,6 +133,22 @@ def rounding(bench: Bench) -> dict[str, Any]:
         "plain_bytes": rounded.plain_bytes,
         "training": asdict(trained),
     }
+
+
+def control(bench: Bench, taught: dict[str, Any], ways: dict[str, Any]) -> dict[str, Path]:
+    folder = bench.folder / "control"
+    section = qat_section(bench.section, bench.job.recipe.train, bench.windows)
+    train(
+        bench.student,
+        bench.job.teacher.path,
+        bench.windows,
+        bench.heldout,
+        section=section,
+        out=folder,
+        **taught,
+    )
+    quantize(folder / MODEL, folder / "rounded", **ways)
+    return {"control": folder / MODEL, "control_quantized": folder / "rounded" / MODEL}
 
 
 def exports(bench: Bench) -> dict[str, Any]:
