@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,22 @@ def test_check_refuses_a_tokenizer_that_gguf_cannot_hold(tmp_path: Path) -> None
     last = check_recipe(write(tmp_path, export={"formats": ["gguf-f16"]}))[-1]
     assert last.level == "error"
     assert "one without merges" in last.text
+
+
+@pytest.mark.parametrize(
+    ("quantize", "message"),
+    [
+        ({"group_size": 64}, "groups of 64 do not divide"),
+        ({"keep": ["layers.7"]}, r"no part named 'layers\.7'"),
+        ({"max_bytes": 1000}, "more than 1,000"),
+    ],
+)
+def test_check_refuses_what_cannot_be_quantized(
+    tmp_path: Path, quantize: dict[str, Any], message: str
+) -> None:
+    last = check_recipe(write(tmp_path, quantize=quantize))[-1]
+    assert last.level == "error"
+    assert re.search(message, last.text)
 
 
 def test_check_knows_a_stated_license(tmp_path: Path) -> None:

@@ -117,6 +117,7 @@ def test_a_touched_source_redoes_the_data_and_nothing_after(
     assert [name for name, kept in reused.items() if not kept] == ["data"]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> None:
     """Rounded, trained rounded, then as torchao tensors and as GGUF: the same model."""
     pytest.importorskip("torchao")

@@ -25,6 +25,7 @@ from stillhouse.errors import StillhouseError
 from stillhouse.export import announce_gguf, license_warning, require_torchao, teacher_license
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
 from stillhouse.job import Job, configs, find_models
+from stillhouse.quantize import planned_bytes
 from stillhouse.recipe import load_recipe
 from stillhouse.recipe.schema import Recipe
 from stillhouse.runner import run_folder
@@ -116,6 +117,12 @@ def _extras(recipe: Recipe) -> Iterator[Finding]:
 
 def _exports(job: Job) -> Iterator[Finding]:
     student, _ = configs(job)
+    if job.recipe.quantize is not None:
+        with torch.device("meta"):
+            planned = AutoModelForCausalLM.from_config(student)
+        plain, rounded = planned_bytes(planned, job.recipe.quantize)
+        text = f"{rounded / 1e6:,.1f} MB with every part quantized, {plain / 1e6:,.1f} MB without"
+        yield Finding("estimate", "quantize", text)
     tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
     for form in job.recipe.export.formats:
         if form.startswith("gguf-"):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +14,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
-
-from stillhouse.export import gate, replay
 
 WORDS = ["<unk>", "<eos>", *(f"word{number}" for number in range(62))]
 TEMPLATE = "{% for message in messages %}word0 {{ message['content'] }}{% endfor %} word1"
@@ -71,14 +67,3 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replays in this process: a fresh one takes seconds to import transformers."""
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        replay.main(Path(command[-1]))
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(gate.subprocess, "run", run)

@@ -5,6 +5,7 @@ from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.quantize.quantize import (
     TRAINING,
     QuantizeResult,
+    planned_bytes,
     qat_section,
     quantize,
     train_quantized,
@@ -27,6 +28,7 @@ __all__ = [
     "measure",
     "model_bytes",
     "on_grid",
+    "planned_bytes",
     "qat_section",
     "quantize",
     "to_codes",

@@ -119,6 +119,19 @@ def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabu
     return kl
 
 
+def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:
+    """Bytes of a model as it is and quantized; shapes alone are looked at, so it may have no memory.
+
+    Raises RecipeError as `quantize` does, a budget that cannot be met among them.
+    """
+    grid = Grid(section.bits, section.group_size)
+    units = find_units(model, grid)
+    _without_named(units, section.keep)
+    smallest = model_bytes(model, units, set(section.keep), grid)
+    choose_kept([], smallest=smallest, max_bytes=section.max_bytes)
+    return model_bytes(model, [], set(), grid), smallest
+
+
 def train_quantized(
     student: Path,
     quantized: Path,
