@@ -120,7 +120,7 @@ def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabu
 
 
 def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:
-    """Bytes of a model as it is and quantized; shapes alone are looked at, so it may have no memory.
+    """Bytes of a model as it is, and quantized. Only shapes are looked at: it may be on meta.
 
     Raises RecipeError as `quantize` does, a budget that cannot be met among them.
     """
