@@ -90,7 +90,7 @@ def recipe(folder: Path, /, **sections: Any) -> dict[str, Any]:
     raw: dict[str, Any] = {
         "name": "tiny",
         "folder": str(folder / "run"),
-        "teacher": {"model": str(folder / "teacher")},
+        "teacher": {"model": str(folder / "teacher"), "license": "apache-2.0"},
         "data": {
             "sources": [{"kind": "text", "path": str(folder / "text.txt"), "documents": "line"}],
             "context": 32,
