@@ -6,6 +6,24 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports are replayed in this process: a fresh one takes seconds to import transformers."""
+    from stillhouse.export import gate, replay
+
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        replay.main(Path(command[-1]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(gate, "subprocess", SimpleNamespace(run=run))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,49 @@ def test_verbs_of_signals_have_one_too(verb: str) -> None:
 def test_the_verbs_are_those() -> None:
     found = {command.callback.__name__ for command in cli.app.registered_commands}
     assert found == set(VERBS)
+
+
+def test_check_announces_what_a_format_cannot_hold(tmp_path: Path) -> None:
+    words = tiny.merging_tokenizer()
+    tiny.llama(vocab_size=len(words)).save_pretrained(tmp_path / "teacher")
+    words.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text(tiny.text(400))
+    found = check_recipe(
+        write(tmp_path, student={"ffn_size": 40}, export={"formats": ["gguf-q8_0"]})
+    )
+    [warning] = [finding for finding in found if finding.topic == "export" and finding.fix]
+    assert "intermediate_size 40" in warning.text
+    assert "32 or 64" in str(warning.fix)
+
+
+def test_check_refuses_a_tokenizer_that_gguf_cannot_hold(tmp_path: Path) -> None:
+    last = check_recipe(write(tmp_path, export={"formats": ["gguf-f16"]}))[-1]
+    assert last.level == "error"
+    assert "one without merges" in last.text
+
+
+@pytest.mark.parametrize(
+    ("quantize", "message"),
+    [
+        ({"group_size": 64}, "groups of 64 do not divide"),
+        ({"keep": ["layers.7"]}, r"no part named 'layers\.7'"),
+        ({"max_bytes": 1000}, "more than 1,000"),
+    ],
+)
+def test_check_refuses_what_cannot_be_quantized(
+    tmp_path: Path, quantize: dict[str, Any], message: str
+) -> None:
+    last = check_recipe(write(tmp_path, quantize=quantize))[-1]
+    assert last.level == "error"
+    assert re.search(message, last.text)
+
+
+@pytest.mark.parametrize(("license_", "warns"), [("apache-2.0", 0), ("llama3.2", 1), (None, 1)])
+def test_check_warns_of_a_license_that_restricts_students(
+    tmp_path: Path, license_: str | None, warns: int
+) -> None:
+    found = check_recipe(write(tmp_path, teacher={"license": license_}))
+    assert [f.level for f in found if f.topic == "license"] == ["warning"] * warns
 
 
 def test_a_store_is_recorded_looked_at_exported_and_a_flipped_bit_is_found(tmp_path: Path) -> None:

@@ -117,6 +117,49 @@ def test_a_touched_source_redoes_the_data_and_nothing_after(
     assert [name for name, kept in reused.items() if not kept] == ["data"]
 
 
+@pytest.mark.usefixtures("in_process")
+def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> None:
+    """Rounded, trained rounded, then as torchao tensors and as GGUF: the same model."""
+    pytest.importorskip("torchao")
+    words = tiny.merging_tokenizer()
+    tiny.llama(vocab_size=len(words)).save_pretrained(tmp_path / "teacher")
+    words.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text(tiny.text(400))
+    raw = tiny.recipe(
+        tmp_path,
+        quantize={"keep": ["layers.0"], "qat": {"tokens": 1000, "learning_rate": 1e-3}},
+        export={"formats": ["safetensors", "gguf-q4_0"]},
+    )
+    result = run(raw)
+    kl = {model.role: model.fidelity.kl for model in result.evaluation.models}
+    assert list(kl) == ["teacher", "untrained", "student", "quantized", "quantized_trained"]
+    assert kl["quantized_trained"] < kl["quantized"]
+    found = {model.role: model for model in result.evaluation.models}
+    assert found["quantized"].bytes_on_disk < found["student"].bytes_on_disk
+    plain = AutoModelForCausalLM.from_pretrained(result.folder / "model", dtype="auto")
+    file = result.folder / "gguf-q4_0" / "tiny-q4_0.gguf"
+    packed = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights, others = dict(plain.named_parameters()), dict(packed.named_parameters())
+    assert torch.equal(weights[name].dequantize(), others[name].bfloat16())
+    html = result.report.read_text()
+    assert "gguf-q4_0" in html
+    assert "trained quantized" in html.lower()
+    for folder in ("model", "gguf-q4_0"):
+        card = (result.folder / folder / "README.md").read_text()
+        assert "| trained quantized |" in card
+    raw["quantize"]["qat"]["tokens"] = 500
+    reused = {stage.name: stage.reused for stage in run(raw).stages}
+    assert [name for name, kept in reused.items() if not kept] == [
+        "qat",
+        "evaluate",
+        "export",
+        "report",
+    ]
+
+
 @pytest.mark.parametrize(
     "student",
     [
@@ -292,14 +335,14 @@ def test_a_size_that_the_teacher_does_not_have(tmp_path: Path) -> None:
 def test_a_full_disk_stops_cleanly_and_keeps_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import stillhouse.stages
+    import stillhouse.shipping
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
     raw = tiny.recipe(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(stillhouse.stages, "export_checkpoint", full)
+        patch.setattr(stillhouse.shipping, "export_checkpoint", full)
         with pytest.raises(StillhouseError, match="disk is full"):
             stillhouse.run(raw)
     reused = {stage.name: stage.reused for stage in run(raw).stages}

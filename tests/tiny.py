@@ -33,6 +33,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """As `tokenizer`, with a few merges, as every byte-level BPE of a real model has."""
+    words = tokenizer()
+    vocabulary = dict(sorted(words.get_vocab().items(), key=lambda item: item[1]))
+    merges = [("t", "h"), ("th", "e"), ("Ġ", "t"), ("a", "t")]
+    for merge in merges:
+        vocabulary["".join(merge)] = len(vocabulary)
+    words.backend_tokenizer.model = models.BPE(vocabulary, merges)
+    return words
+
+
 def llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
     config = {
         "vocab_size": len(tokenizer()),
@@ -79,7 +90,7 @@ def recipe(folder: Path, /, **sections: Any) -> dict[str, Any]:
     raw: dict[str, Any] = {
         "name": "tiny",
         "folder": str(folder / "run"),
-        "teacher": {"model": str(folder / "teacher")},
+        "teacher": {"model": str(folder / "teacher"), "license": "apache-2.0"},
         "data": {
             "sources": [{"kind": "text", "path": str(folder / "text.txt"), "documents": "line"}],
             "context": 32,

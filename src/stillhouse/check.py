@@ -21,8 +21,10 @@ from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
+from stillhouse.export import announce_gguf, license_warning, require_torchao, teacher_license
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
-from stillhouse.job import Job, configs, find_models, planned_members, planned_size
+from stillhouse.job import Job, configs, find_models, planned_members, planned_model, planned_size
+from stillhouse.quantize import planned_bytes
 from stillhouse.recipe import load_recipe
 from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import (
@@ -104,6 +106,7 @@ def _examine(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     job = find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
+    yield from _exports(job)
     sample = _sample(job)
     yield from _data(sample, recipe)
     yield from _costs(job, sample)
@@ -159,6 +162,26 @@ def _synthesis(recipe: Recipe, base: Path) -> Iterator[Finding]:
     text += f"; the rest takes {about}at most {amount(known.worst)}"
     fix = "stillhouse synthesize; first with --set synthesize.prompts.limit=20 to learn its cost"
     yield Finding("estimate", "synthesis", text, fix)
+
+
+def _exports(job: Job) -> Iterator[Finding]:
+    student, _ = configs(job)
+    if job.recipe.quantize is not None:
+        plain, rounded = planned_bytes(planned_model(student), job.recipe.quantize)
+        text = f"{rounded / 1e6:,.1f} MB with every part quantized, {plain / 1e6:,.1f} MB without"
+        yield Finding("estimate", "quantize", text)
+    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    for form in job.recipe.export.formats:
+        if form.startswith("gguf-"):
+            for text, fix in announce_gguf(form.removeprefix("gguf-"), student, tokenizer):
+                yield Finding("warning", "export", text, fix)
+    if job.recipe.quantize is not None and "safetensors" in job.recipe.export.formats:
+        require_torchao()
+    yield Finding("ok", "export", ", ".join(job.recipe.export.formats))
+    license_ = teacher_license(job.recipe.teacher.license, job.teacher.path)
+    warning = license_warning(license_)
+    if warning is not None:
+        yield Finding("warning", "license", warning)
 
 
 # --- data ------------------------------------------------------------------------------------

@@ -144,9 +144,14 @@ def shared_vocabulary(
 
 
 def planned_size(config: Any) -> account.ParameterCount:
-    """The size of a model that does not exist yet, without its memory."""
+    """The size of a model that does not exist yet."""
+    return account.count_parameters(planned_model(config))
+
+
+def planned_model(config: Any) -> Any:
+    """A model that does not exist yet: shapes without memory."""
     with torch.device("meta"):
-        return account.count_parameters(AutoModelForCausalLM.from_config(config))
+        return AutoModelForCausalLM.from_config(config)
 
 
 def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:

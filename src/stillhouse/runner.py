@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse import stages
+from stillhouse import shipping, stages
 from stillhouse.data import Windows
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
@@ -31,7 +31,7 @@ SIGNALS = "signals"
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run's products are."""
+    """Where a run's products are. model: the folder of the first format that is exported."""
 
     folder: Path
     model: Path
@@ -150,7 +150,7 @@ def evaluate_model(
     """
     tune_allocator()
     job, _, heldout = prepare_data(recipe, overrides)
-    own = run_folder(job.recipe).root / "model"
+    own = run_folder(job.recipe).root / MODEL
     if model is None and not own.exists():
         raise ModelError(
             "this recipe has no finished model yet",
@@ -201,18 +201,20 @@ def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
         finished.append(stage)
         return stage
 
-    job, data, student, trained, baseline = _stages_together(recipe, base, do)
-    evaluated = do(stages.evaluation(job, data, student, trained, baseline))
-    exported = do(stages.export(job, data, trained))
-    report = do(stages.report(job, list(finished)))
+    job, data, student, trained, baseline, quantized = _stages_together(recipe, base, do)
+    evaluated = do(stages.evaluation(job, data, student, trained, baseline, quantized))
+    exported = do(shipping.export(job, data, [trained, *quantized][-1], evaluated))
+    report = do(shipping.report(job, list(finished)))
     for stage in finished:
         if stage.name == SIGNALS:
             folder.point(SIGNALS, stage.path / stages.STORE)
-    folder.point("model", exported.path / MODEL)
-    folder.point("report.html", report.path / stages.REPORT)
+    shipped = [shipping.shipped_folder(form) for form in recipe.export.formats]
+    for name in shipped:
+        folder.point(name, exported.path / name)
+    folder.point("report.html", report.path / shipping.REPORT)
     return RunResult(
         folder=folder.links,
-        model=folder.links / "model",
+        model=folder.links / shipped[0],
         report=folder.links / "report.html",
         evaluation=Evaluation.load(evaluated.path / stages.EVALUATION),
         stages=finished,
@@ -221,18 +223,25 @@ def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
 
 def _stages_together(
     recipe: Recipe, base: Path, do: Callable[[StagePlan], Stage]
-) -> tuple[Job, Stage, Stage, Stage, Stage | None]:
-    """The stages up to training, which every process goes through."""
+) -> tuple[Job, Stage, Stage, Stage, Stage | None, list[Stage]]:
+    """The stages up to the last training, which every process goes through."""
     job = find_models(recipe, base)
     data = do(stages.data(job))
     record = recipe.signals is not None and recipe.signals.store is None
     recorded = do(stages.signals(job, data)) if record else None
     student = do(stages.student(job, data))
-    trained = do(stages.training(job, data, student, stages.stored_signals(job, recorded)))
+    stored = stages.stored_signals(job, recorded)
+    trained = do(stages.training(job, data, student, stored))
     baseline = None
     if recipe.evaluate.fine_tuning_baseline:
         baseline = do(stages.baseline(job, data, student))
-    return job, data, student, trained, baseline
+    quantized = []
+    if recipe.quantize is not None:
+        quantized.append(do(stages.quantization(job, data, trained)))
+        if recipe.quantize.qat is not None:
+            plan = stages.quantized_training(job, data, trained, quantized[0], stored)
+            quantized.append(do(plan))
+    return job, data, student, trained, baseline, quantized
 
 
 def follow(recipe: Recipe, base: Path, folder: RunFolder) -> Stage:

@@ -1,12 +1,12 @@
 """Each stage of a run: what it depends on, and the work that fills its folder.
 
 A function here takes the job and the finished stages that it reads, and returns a `StagePlan`; it
-does nothing yet. `stillhouse.runner` has the order.
+does nothing yet. `stillhouse.shipping` has the last stages, `stillhouse.runner` the order.
 """
 
 from __future__ import annotations
 
-import time
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,14 +20,13 @@ from stillhouse import account
 from stillhouse.data import Windows, build, open_windows
 from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.errors import SignalError
-from stillhouse.evaluate import Evaluation, evaluate
-from stillhouse.export import export_checkpoint
-from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
+from stillhouse.evaluate import evaluate
+from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.job import Job, configs, planned_objective, planned_size, signals_encoding
 from stillhouse.progress import note
+from stillhouse.quantize import TRAINING, quantize, train_quantized
 from stillhouse.recipe.schema import EvaluateRecipe, LogitsTerm, ObjectiveRecipe
-from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
-from stillhouse.runfolder import Outcome, Stage, versions
+from stillhouse.runfolder import Outcome, Stage
 from stillhouse.signals.encodings import Encoding
 from stillhouse.signals.manifest import Settings, read_manifest
 from stillhouse.signals.store import Store, open_store
@@ -38,16 +37,12 @@ from stillhouse.teachers.scoring import chosen_encoding, lacking_tokens, local_t
 from stillhouse.teachers.vocabulary import tokenizer_identity
 from stillhouse.training import (
     CHECKPOINTS,
-    METRICS,
     MODEL,
-    read_metrics,
     stored_temperature,
     train,
 )
 
 EVALUATION = "evaluation.json"
-REPORT = "report.html"
-REPORT_DATA = "report.json"
 STORE = "store"
 
 BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
@@ -308,8 +303,93 @@ def _lacking(job: Job, store: Store, windows: Windows) -> int:
     return lacking
 
 
+def quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
+    """The trained student's matrices rounded onto a grid; which are left alone, by measurement."""
+    section = job.recipe.quantize
+    assert section is not None
+
+    def work(out: Path) -> Outcome:
+        _, heldout = open_data(data)
+        result = quantize(
+            trained.path / MODEL,
+            out,
+            section=section,
+            heldout=heldout,
+            vocabulary=job.vocabulary,
+            seed=job.recipe.seed,
+            trust_remote_code=job.trust_remote_code,
+        )
+        return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=asdict(result))
+
+    inputs = {
+        "recipe": section.model_dump(mode="json", exclude={"qat"}),
+        "seed": job.recipe.seed,
+        "vocabulary": job.vocabulary,
+        "data": data.digest,
+        "trained": trained.digest,
+    }
+    return StagePlan("quantize", inputs, work)
+
+
+def quantized_training(
+    job: Job, data: Stage, trained: Stage, rounded: Stage, stored: StoredSignals | None
+) -> StagePlan:
+    """The trained student distilled on while it is rounded: quantization-aware distillation."""
+    section, train_section = job.recipe.quantize, job.recipe.train
+    assert section is not None
+    assert section.qat is not None
+
+    def work(out: Path) -> Outcome:
+        windows, heldout = open_data(data)
+        store, lacking = None, 0
+        if stored is not None:
+            store = _open(job, stored)
+            lacking = _lacking(job, store, windows)
+        result = train_quantized(
+            trained.path / MODEL,
+            rounded.path,
+            job.teacher.path if store is None or lacking else None,
+            windows,
+            heldout,
+            section=section,
+            recipe=train_section,
+            objective=job.recipe.objective,
+            vocabulary=job.vocabulary,
+            seed=job.recipe.seed,
+            out=out,
+            main=int(os.environ.get("RANK", "0")) == 0,
+            store=store,
+            trust_remote_code=job.trust_remote_code,
+        )
+        return Outcome(
+            tokens=result.tokens,
+            flops=result.flops,
+            peak_memory_bytes=result.peak_memory_bytes,
+            seconds=result.seconds,
+            summary={**rounded.summary, "training": asdict(result)},
+        )
+
+    inputs = {
+        "qat": section.qat.model_dump(mode="json"),
+        "objective": job.recipe.objective.model_dump(mode="json"),
+        "signals": stored and stored.key,
+        "recipe": train_section.model_dump(mode="json", exclude={"report_to"}),
+        "seed": job.recipe.seed,
+        "teacher": job.teacher.fingerprint,
+        "data": data.digest,
+        "trained": trained.digest,
+        "rounded": rounded.digest,
+    }
+    return StagePlan("qat", inputs, work, resumable=True, together=True, scratch=(TRAINING,))
+
+
 def evaluation(
-    job: Job, data: Stage, student: Stage, trained: Stage, baseline: Stage | None
+    job: Job,
+    data: Stage,
+    student: Stage,
+    trained: Stage,
+    baseline: Stage | None,
+    quantized: list[Stage],
 ) -> StagePlan:
     section = _with_found_tasks(job.recipe.evaluate, job.base)
 
@@ -322,6 +402,10 @@ def evaluation(
         }
         if baseline is not None:
             paths["fine_tuned"] = baseline.path / MODEL
+        sizes = {}
+        for stage in quantized:
+            role = {"quantize": "quantized", "qat": "quantized_trained"}[stage.name]
+            paths[role], sizes[role] = stage.path / MODEL, stage.summary["bytes"]
         found = evaluate(
             paths,
             section=section,
@@ -330,6 +414,7 @@ def evaluation(
             vocabulary=job.vocabulary,
             precision=choose_precision(job.recipe.train.precision, default_device()),
             export_dtype=getattr(torch, job.recipe.export.dtype),
+            sizes=sizes,
             trust_remote_code=job.trust_remote_code,
         )
         found.save(out / EVALUATION)
@@ -349,6 +434,7 @@ def evaluation(
         "student": student.digest,
         "trained": trained.digest,
         "baseline": baseline and baseline.digest,
+        "quantized": [stage.digest for stage in quantized],
     }
     return StagePlan("evaluate", inputs, work, version=2)
 
@@ -361,81 +447,3 @@ def _with_found_tasks(section: EvaluateRecipe, base: Path) -> EvaluateRecipe:
     folder = section.lm_eval.include_path
     found = {"tasks": tasks, "include_path": None if folder is None else str(base / folder)}
     return section.model_copy(update={"lm_eval": section.lm_eval.model_copy(update=found)})
-
-
-def export(job: Job, data: Stage, trained: Stage) -> StagePlan:
-    section = job.recipe.export
-
-    def work(out: Path) -> Outcome:
-        _, heldout = open_data(data)
-        replay = export_checkpoint(
-            trained.path / MODEL,
-            out / MODEL,
-            dtype=section.dtype,
-            windows=heldout,
-            prompts=job.recipe.evaluate.prompts,
-            seed=job.recipe.seed,
-            trust_remote_code=job.trust_remote_code,
-        )
-        return Outcome(summary=asdict(replay), peak_memory_bytes=peak_memory_bytes())
-
-    inputs = {
-        "recipe": section.model_dump(mode="json"),
-        "prompts": job.recipe.evaluate.prompts,
-        "data": data.digest,
-        "trained": trained.digest,
-    }
-    return StagePlan("export", inputs, work)
-
-
-def report(job: Job, finished: list[Stage]) -> StagePlan:
-    stages = {stage.name: stage for stage in finished}
-
-    def work(out: Path) -> Outcome:
-        found = report_data(job, stages)
-        (out / REPORT_DATA).write_text(found.to_json(), encoding="utf-8")
-        write_report(found, out / REPORT)
-        return Outcome()
-
-    inputs = {
-        "recipe": job.recipe.model_dump(mode="json"),
-        "stages": {name: stage.digest for name, stage in stages.items()},
-    }
-    return StagePlan("report", inputs, work)
-
-
-def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:
-    trained, student, found = stages["train"], stages["student"], stages["evaluate"]
-    evaluated = Evaluation.load(found.path / EVALUATION)
-    tokens = trained.cost.tokens
-    return ReportData(
-        title=job.recipe.name,
-        created=time.strftime("%Y-%m-%d %H:%M"),
-        recipe=job.recipe.model_dump(mode="json"),
-        teacher=job.teacher.described,
-        evaluation=evaluated,
-        history=read_metrics(trained.path / METRICS),
-        stages=[
-            StageCost(
-                stage.name,
-                stage.cost.seconds,
-                stage.cost.tokens,
-                stage.cost.flops,
-                stage.cost.peak_memory_bytes or None,
-                stage.reused,
-            )
-            for stage in stages.values()
-        ],
-        student=student.summary,
-        scratch=ScratchCost(
-            tokens=tokens,
-            distillation_flops=trained.cost.flops + student.cost.flops,
-            scratch_flops=account.training_flops(
-                student.summary["parameters"]["head_once"], tokens
-            ),
-        ),
-        replay=stages["export"].summary,
-        machine=machine(),
-        versions=versions(),
-        notes=evaluated.notes,
-    )

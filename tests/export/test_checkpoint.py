@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError, RunError
-from stillhouse.export import ReplayResult, checkpoint, export_checkpoint, replay
+from stillhouse.export import Gate, ReplayResult, checkpoint, export_checkpoint, replay
 from tests.export.conftest import TEMPLATE, ToyWindows
 
 Export = Callable[..., ReplayResult]
@@ -25,35 +24,19 @@ Export = Callable[..., ReplayResult]
 @pytest.fixture
 def export() -> Export:
     def call(source: Path, out: Path, **changes: Any) -> ReplayResult:
-        options: dict[str, Any] = {
-            "dtype": "bfloat16",
-            "windows": ToyWindows(),
-            "prompts": ["word3 word4"],
-            "seed": 0,
-        }
-        return export_checkpoint(source, out, **{**options, **changes})
+        dtype = changes.pop("dtype", "bfloat16")
+        options: dict[str, Any] = {"windows": ToyWindows(), "prompts": ["word3 word4"], "seed": 0}
+        return export_checkpoint(Gate(source, **{**options, **changes}), out, dtype=dtype)
 
     return call
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Replays in this process: a fresh one takes seconds to import transformers."""
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        replay.main(Path(command[-1]))
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(checkpoint.subprocess, "run", run)
 
 
 @pytest.fixture(scope="module")
 def shipped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ReplayResult]:
     """The bfloat16 export, replayed in a fresh process."""
     out = tmp_path_factory.mktemp("shipped") / "model"
-    result = export_checkpoint(
-        trained, out, dtype="bfloat16", windows=ToyWindows(), prompts=["word3 word4"], seed=0
-    )
+    asked = Gate(trained, ToyWindows(), ["word3 word4"], seed=0)
+    result = export_checkpoint(asked, out, dtype="bfloat16")
     return out, result
 
 

@@ -80,7 +80,18 @@ def data(evaluation: Evaluation, history: list[dict[str, float]]) -> ReportData:
         ],
         student={"start": "pruned", "ffn_size": 1024, "removed_layers": [3, 4, 5, 9]},
         scratch=ScratchCost(TOKENS, (6 * STUDENT + 2 * TEACHER) * TOKENS, 6 * STUDENT * TOKENS),
-        replay={"dtype": "bfloat16", "kl": 0.0009, "top1_agreement": 0.985, "bytes": 2 * STUDENT},
+        replays=[
+            {
+                "format": "safetensors",
+                "dtype": "bfloat16",
+                "kl": 0.0009,
+                "kl_limit": 0.01,
+                "top1_agreement": 0.985,
+                "bytes": 2 * STUDENT,
+                "texts": [{"prompt": "Say hello.", "source": "Hello!", "exported": "Hello."}],
+                "notes": [],
+            }
+        ],
         machine={"cpu": "Some CPU", "memory_bytes": 16_000_000_000},
         versions={"torch": "2.13.0"},
         notes=["The held-out text is of the training text's kind."],

@@ -130,7 +130,18 @@ def test_every_text_is_escaped(data: ReportData, evaluation: Evaluation) -> None
         ),
         stages=[StageCost(ATTACK, 1.0, 2, 3)],
         student={ATTACK: ATTACK},
-        replay={ATTACK: ATTACK, "texts": [dict.fromkeys(("prompt", "source", "exported"), ATTACK)]},
+        replays=[
+            {
+                "format": ATTACK,
+                "dtype": ATTACK,
+                "kl": 0.0,
+                "kl_limit": 0.0,
+                "top1_agreement": 1.0,
+                "bytes": 1,
+                "texts": [dict.fromkeys(("prompt", "source", "exported"), ATTACK)],
+                "notes": [ATTACK],
+            }
+        ],
         machine={ATTACK: ATTACK},
         versions={ATTACK: ATTACK},
         notes=[ATTACK],
@@ -148,7 +159,7 @@ def test_every_text_is_escaped(data: ReportData, evaluation: Evaluation) -> None
         ({"history": []}, {"training"}),
         ({"stages": [], "scratch": None}, {"cost"}),
         ({"student": {}}, {"student"}),
-        ({"replay": None}, {"export"}),
+        ({"replays": []}, {"export"}),
         ({"recipe": {}, "machine": {}, "versions": {}}, {"again"}),
     ],
 )

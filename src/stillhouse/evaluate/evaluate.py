@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ def evaluate(
     vocabulary: int,
     precision: Precision,
     export_dtype: torch.dtype | None = None,
+    sizes: Mapping[str, int] | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Measures the models in `paths` by role (teacher, untrained, student, fine_tuned).
+    """Measures the models in `paths` by role (teacher, untrained, student, fine_tuned, quantized).
 
     Fidelity and generations take one model at a time, so memory holds one model, the teacher's
     head, and the teacher's hidden states of the held-out text. Only the speed measurement holds
@@ -50,6 +52,8 @@ def evaluate(
 
     vocabulary: tokens of the shared vocabulary; rows past it are padding.
     export_dtype: sizes are given as if the weights were stored in this type; None: as they are.
+    sizes: bytes of the roles that are stored in another way, such as quantized ones. Their speed
+    and memory are not measured: what is in `paths` is a floating-point stand-in.
 
     Raises:
         ModelError: no teacher, or a model that cannot be loaded or does not fit.
@@ -64,8 +68,11 @@ def evaluate(
         f"Fidelity: {results[TEACHER].fidelity.tokens:,} tokens in {len(windows):,} held-out "
         f"windows. Matrix products: {precision.reason}."
     ]
+    sizes = sizes or {}
+    results |= {role: replace(results[role], bytes_on_disk=size) for role, size in sizes.items()}
     if section.speed:
-        results = _with_speed(results, paths, setup)
+        timed = {role: path for role, path in paths.items() if role not in sizes}
+        results |= _with_speed({role: results[role] for role in timed}, timed, setup)
         notes.append(
             f"Speed: one sequence, {PROMPT_TOKENS} prompt tokens and {DECODE_TOKENS} new ones, "
             f"median of {ROUNDS} rounds in alternation on {setup.device}, "

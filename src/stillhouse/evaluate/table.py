@@ -12,6 +12,8 @@ ROLE_NAMES = {
     "untrained": "untrained",
     "student": "student",
     "fine_tuned": "fine-tuned",
+    "quantized": "quantized",
+    "quantized_trained": "trained quantized",
 }
 
 

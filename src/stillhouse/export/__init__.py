@@ -1,5 +1,22 @@
-"""The checkpoint to ship, written and then checked by loading it as a stranger would."""
+"""The model to ship, in the formats asked for, each checked by loading it as a stranger would."""
 
-from stillhouse.export.checkpoint import ReplayResult, ReplayText, export_checkpoint
+from stillhouse.export.card import CardFacts, license_warning, teacher_license, write_card
+from stillhouse.export.checkpoint import export_checkpoint
+from stillhouse.export.gate import Gate, ReplayResult, ReplayText
+from stillhouse.export.gguf import announce_gguf, export_gguf
+from stillhouse.export.torchao import export_torchao, require_torchao
 
-__all__ = ["ReplayResult", "ReplayText", "export_checkpoint"]
+__all__ = [
+    "CardFacts",
+    "Gate",
+    "ReplayResult",
+    "ReplayText",
+    "announce_gguf",
+    "export_checkpoint",
+    "export_gguf",
+    "export_torchao",
+    "license_warning",
+    "require_torchao",
+    "teacher_license",
+    "write_card",
+]

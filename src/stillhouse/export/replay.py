@@ -10,6 +10,7 @@ Shapes: L tokens of a window, N supervised rows of a window, V vocabulary.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,23 +33,38 @@ def main(folder: Path) -> None:
     source_model = AutoModelForCausalLM.from_pretrained(
         request["source"], dtype=torch.float32, **options
     ).to(device)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        exported, dtype="auto", output_loading_info=True, **options
-    )
+    source_tokenizer = AutoTokenizer.from_pretrained(request["source"], **options)
+    model, info, tokenizer = _load(exported, options)
     model = model.to(device)
-    tokenizer = AutoTokenizer.from_pretrained(exported, **options)
-    answer: dict[str, Any] = {"problems": _problems(model, info, exported)}
+    prompts = request["prompts"] if request["same_tokens"] else []
+    problems = _problems(model, info, exported)
+    problems += _tokenizer_problems(source_tokenizer, tokenizer, prompts)
+    answer: dict[str, Any] = {"problems": problems}
     if not answer["problems"]:
         answer |= _compare(source_model, model, windows)
+        new = request["max_new_tokens"]
         answer["texts"] = [
             {
                 "prompt": prompt,
-                "source": _greedy(source_model, tokenizer, prompt, request["max_new_tokens"]),
-                "exported": _greedy(model, tokenizer, prompt, request["max_new_tokens"]),
+                "source": _greedy(source_model, source_tokenizer, prompt, new),
+                "exported": _greedy(model, tokenizer, prompt, new),
             }
             for prompt in request["prompts"]
         ]
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _load(exported: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any], Any]:
+    """Model, loading info and tokenizer, of a folder as it is or of a GGUF file in float32."""
+    where: dict[str, Any] = {"pretrained_model_name_or_path": exported}
+    dtype: Any = "auto"
+    if exported.is_file():
+        where = {"pretrained_model_name_or_path": exported.parent, "gguf_file": exported.name}
+        dtype = torch.float32
+    model, info = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=dtype, output_loading_info=True, **options
+    )
+    return model.eval(), info, AutoTokenizer.from_pretrained(**where, **options)
 
 
 def _windows(file: Path) -> list[dict[str, torch.Tensor]]:
@@ -59,12 +75,12 @@ def _windows(file: Path) -> list[dict[str, torch.Tensor]]:
     return [windows[place] for place in sorted(windows, key=int)]
 
 
-def _problems(model: Any, info: dict[str, Any], folder: Path) -> list[str]:
-    """What the folder's weights lack or have too much of, in words."""
+def _problems(model: Any, info: dict[str, Any], exported: Path) -> list[str]:
+    """What the export's weights lack or have too much of, in words."""
     stored: set[str] = set()
-    for file in folder.glob("*.safetensors"):
+    for file in exported.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
-            stored |= set(tensors.keys())
+            stored |= {_parameter(name) for name in tensors.keys()}  # noqa: SIM118
     extra = {*info["unexpected_keys"], *(stored - set(model.state_dict()))}
     found = {
         "missing": {*info["missing_keys"]},
@@ -72,6 +88,24 @@ def _problems(model: Any, info: dict[str, Any], folder: Path) -> list[str]:
         "of another shape": {str(key[0]) for key in info["mismatched_keys"]},
     }
     return [f"{what}: {', '.join(sorted(names)[:4])}" for what, names in found.items() if names]
+
+
+def _parameter(stored: str) -> str:
+    """The parameter that a stored tensor is part of: torchao stores x.weight as x._weight_scale."""
+    return re.sub(r"\._weight_(qdata|scale|zero_point)$", ".weight", stored)
+
+
+def _tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[str]:
+    """Tokens with other ids, and prompts that are cut otherwise."""
+    theirs = exported.get_vocab()
+    moved = [token for token, index in source.get_vocab().items() if theirs.get(token) != index]
+    problems = [f"tokens with other ids: {', '.join(sorted(moved)[:4])}"] if moved else []
+    if source.chat_template != exported.chat_template:
+        problems.append("another chat template")
+    for prompt in prompts:
+        if source(prompt)["input_ids"] != exported(prompt)["input_ids"]:
+            problems.append(f"tokenized otherwise: {prompt[:40]!r}")
+    return problems
 
 
 @torch.inference_mode()

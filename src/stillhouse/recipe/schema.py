@@ -23,6 +23,11 @@ class TeacherRecipe(Section):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
     trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
+    license: str | None = Field(
+        None,
+        description="Its license as the Hub names it (apache-2.0, llama3.2), which the student's "
+        "model card inherits; null: as the model's own card says.",
+    )
 
 
 # --- data ----------------------------------------------------------------------------------
@@ -445,6 +450,51 @@ class TrainRecipe(Section):
         return self
 
 
+class QatRecipe(Section):
+    """Quantization-aware distillation: the student learns with its weights rounded."""
+
+    tokens: int = Field(30000, gt=0, description="Training tokens, about.")
+    learning_rate: float = Field(5e-5, gt=0, strict=False)
+
+
+class QuantizeRecipe(Section):
+    """The trained student's matrices as whole numbers of few bits; what is kept, by measurement."""
+
+    kind: Literal["int8", "int4", "int8_dynamic_int8", "int8_dynamic_int4"] = Field(
+        "int4",
+        description="Of the weights; int8_dynamic_*: layers' inputs are rounded to int8 too, "
+        "token by token, while the model runs.",
+    )
+    group_size: int = Field(32, gt=0, description="Neighbours in a row that share a scale.")
+    keep: list[str] = Field(
+        default=[], description="Parts to leave alone: embeddings, head, layers.N (0 the first)."
+    )
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="Leave the most sensitive parts alone until the others cost at most this, in "
+        "nats a token.",
+    )
+    max_bytes: int | None = Field(
+        None, gt=0, description="Leave the most sensitive parts alone while the model fits."
+    )
+    sensitivity_tokens: int = Field(
+        1024, gt=0, description="Held-out tokens on which sensitivity is measured."
+    )
+    qat: QatRecipe | None = Field(
+        None, description="Train with rounded weights; null: only round the trained ones."
+    )
+
+    @property
+    def bits(self) -> Literal[4, 8]:
+        return 4 if self.kind.endswith("int4") else 8
+
+    @property
+    def dynamic(self) -> bool:
+        return self.kind.startswith("int8_dynamic")
+
+
 class LmEvalRecipe(Section):
     tasks: list[str] = Field(min_length=1, description="Task names of lm-eval, or paths of tasks.")
     include_path: str | None = Field(None, description="Folder with your own task files.")
@@ -463,9 +513,51 @@ class EvaluateRecipe(Section):
     lm_eval: LmEvalRecipe | None = None
 
 
+ExportFormat = Literal[
+    "safetensors",
+    "gguf-f32",
+    "gguf-f16",
+    "gguf-bf16",
+    "gguf-q8_0",
+    "gguf-q5_1",
+    "gguf-q5_0",
+    "gguf-q4_1",
+    "gguf-q4_0",
+    "gguf-mxfp4",
+    "gguf-tq2_0",
+    "gguf-tq1_0",
+    "gguf-q2_k",
+    "gguf-q3_k_m",
+    "gguf-q4_k_s",
+    "gguf-q4_k_m",
+    "gguf-q5_k_m",
+    "gguf-q6_k",
+]
+
+
 class ExportRecipe(Section):
-    formats: list[Literal["safetensors"]] = Field(default=["safetensors"], min_length=1)
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    formats: list[ExportFormat] = Field(
+        default=["safetensors"],
+        min_length=1,
+        description="safetensors: for transformers and vLLM. gguf-*: for llama.cpp and Ollama; "
+        "those ending in _k, _s or _m need llama-cpp-python.",
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Number type of the safetensors export."
+    )
+    kl_limit: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="Nats a token that an export may differ from the checkpoint; null: as the "
+        "format needs (docs/evaluation.md).",
+    )
+
+    @model_validator(mode="after")
+    def _each_format_once(self) -> ExportRecipe:
+        if len(set(self.formats)) < len(self.formats):
+            raise ValueError("a format is given twice")
+        return self
 
 
 class Recipe(Section):
@@ -488,6 +580,9 @@ class Recipe(Section):
     )
     objective: ObjectiveRecipe = ObjectiveRecipe()
     train: TrainRecipe = TrainRecipe()
+    quantize: QuantizeRecipe | None = Field(
+        None, description="Ship the student quantized; null: as it was trained."
+    )
     evaluate: EvaluateRecipe = EvaluateRecipe()
     export: ExportRecipe = ExportRecipe()
 

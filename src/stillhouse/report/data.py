@@ -49,8 +49,8 @@ class ReportData:
     title: the run's name. created: date and time as text, shown as it is. recipe: resolved, as
     plain data. teacher: one line of text. history: rows of metrics.jsonl, training rows with
     `step`, `tokens` and `loss`, held-out rows with `step` and `heldout_kl`. student: how the
-    student was made (`stillhouse.students.build_student`); its `notes` join the page's. replay: the
-    export's comparison with its source (`stillhouse.export.ReplayResult` as a dictionary).
+    student was made (`stillhouse.students.build_student`); its `notes` join the page's. replays:
+    each export's comparison with its source (`stillhouse.export.ReplayResult` as a dictionary).
     """
 
     title: str
@@ -62,7 +62,7 @@ class ReportData:
     stages: list[StageCost] = field(default_factory=list)
     student: dict[str, Any] = field(default_factory=dict)
     scratch: ScratchCost | None = None
-    replay: dict[str, Any] | None = None
+    replays: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -13,6 +13,8 @@ ROLES = {
     "student": ("Student, distilled", ACCENT),
     "untrained": ("Student, untrained", "#9aa3b0"),
     "fine_tuned": ("Student, fine-tuned", SECOND),
+    "quantized": ("Student, quantized", "#7a5ba6"),
+    "quantized_trained": ("Student, trained quantized", "#4b3f8f"),
 }
 """Role: (name, color), in the order of the report's columns."""
 

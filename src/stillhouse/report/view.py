@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from stillhouse.evaluate.results import ModelResult
 from stillhouse.report import charts, history, text
 from stillhouse.report.charts import Chart
 from stillhouse.report.data import ReportData
-from stillhouse.report.palette import role_color, role_name, role_order
+from stillhouse.report.palette import ACCENT, MUTED, role_color, role_name, role_order
 from stillhouse.report.retention import Column, Table, retention_table, speed_ratio
 
 OPTIMAL_TOKENS = 20
@@ -52,8 +53,8 @@ class Page:
     reused: bool
     comparison: list[tuple[str, str, str]]
     student_facts: list[tuple[str, str]]
-    replay_facts: list[tuple[str, str]]
-    replay_texts: list[dict[str, str]]
+    export_rows: list[list[str]]
+    replayed_texts: list[tuple[str, list[Answer]]]
     notes: list[str]
     recipe_yaml: str
     machine: list[tuple[str, str]]
@@ -64,7 +65,6 @@ def build_page(data: ReportData) -> Page:
     """Draws the charts and formats every number."""
     models = _models(data)
     curve = history.training_curve(data.history, _kl_temperature(data.recipe))
-    evaluation_notes = data.evaluation.notes if data.evaluation else []
     return Page(
         data=data,
         headline=_headline(data, models),
@@ -80,9 +80,9 @@ def build_page(data: ReportData) -> Page:
         reused=any(stage.reused for stage in data.stages),
         comparison=_comparison(data),
         student_facts=_student_facts(data.student),
-        replay_facts=_replay_facts(data.replay),
-        replay_texts=(data.replay or {}).get("texts", []),
-        notes=list(dict.fromkeys([*data.notes, *_student_notes(data.student), *evaluation_notes])),
+        export_rows=[_export_row(replay) for replay in data.replays],
+        replayed_texts=_replayed_texts(data.replays),
+        notes=list(dict.fromkeys(_notes(data))),
         recipe_yaml=yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True, width=88)
         if data.recipe
         else "",
@@ -307,21 +307,32 @@ def _student_notes(summary: dict[str, Any]) -> list[str]:
     return [str(note) for part in parts for note in part.get("notes", [])]
 
 
-def _replay_facts(replay: dict[str, Any] | None) -> list[tuple[str, str]]:
-    """The export's comparison with its source; unknown keys are shown as they are."""
-    facts = []
-    for key, value in (replay or {}).items():
-        if key == "texts":
-            continue
-        if key in ("top1", "top1_agreement"):
-            facts.append(("Top-1 agreement", text.percent(float(value), 2)))
-        elif key == "dtype":
-            facts.append(("Number type", str(value)))
-        elif key == "bytes":
-            facts.append(("Size of the weights", text.size(float(value))))
-        elif key in ("kl", "kl_limit"):
-            name = "KL to the checkpoint" if key == "kl" else "KL allowed"
-            facts.append((name, f"{text.tiny(float(value))}{text.NBSP}nats a token"))
-        else:
-            facts.append((text.label(str(key)), text.describe(value)))
-    return facts
+def _notes(data: ReportData) -> Iterator[str]:
+    yield from data.notes
+    yield from _student_notes(data.student)
+    yield from data.evaluation.notes if data.evaluation else []
+    for replay in data.replays:
+        yield from replay.get("notes", [])
+
+
+def _export_row(replay: dict[str, Any]) -> list[str]:
+    """Format, number type, size, top-1 agreement, KL to the checkpoint, KL allowed."""
+    return [
+        str(replay["format"]),
+        str(replay["dtype"]),
+        text.size(float(replay["bytes"])),
+        text.percent(float(replay["top1_agreement"]), 1),
+        text.tiny(float(replay["kl"])),
+        text.tiny(float(replay["kl_limit"])),
+    ]
+
+
+def _replayed_texts(replays: list[dict[str, Any]]) -> list[tuple[str, list[Answer]]]:
+    """Each prompt, with what the checkpoint and every export write after it."""
+    shown = []
+    for texts in zip(*(replay["texts"] for replay in replays), strict=True):
+        answers = [Answer(Column("student", "Trained checkpoint", MUTED), texts[0]["source"])]
+        for replay, answer in zip(replays, texts, strict=True):
+            answers.append(Answer(Column("export", replay["format"], ACCENT), answer["exported"]))
+        shown.append((texts[0]["prompt"], answers))
+    return shown

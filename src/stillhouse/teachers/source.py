@@ -175,7 +175,7 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> ModelSource:
                 snapshot_download(
                     model,
                     revision=revision,
-                    allow_patterns=list(HUB_FILES if weights else DESCRIPTION_FILES),
+                    allow_patterns=[*(HUB_FILES if weights else DESCRIPTION_FILES), "README.md"],
                     ignore_patterns=["original/*", "consolidated*"],
                 )
             )

@@ -6,6 +6,7 @@ import atexit
 import gc
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def train(
     out: Path,
     store: Store | None = None,
     asked_share: float = 1.0,
+    callbacks: Sequence[TrainerCallback] = (),
     trust_remote_code: bool = False,
 ) -> TrainingResult:
     """Trains the checkpoint in `student` and writes `out/model` (float32) and `out/metrics.jsonl`.
@@ -105,6 +107,7 @@ def train(
     live; asked_share is then the share of tokens that it lacks, for the account. Without a
     teacher, held-out measurements know the perplexity alone.
     vocabulary: ids below it are shared by both models; rows beyond it are padding.
+    callbacks: transformers calls them at every step, beside our own.
     Goes on from the newest complete checkpoint in `out/checkpoints`, to the same weights as an
     undisturbed run gives. Under torchrun or accelerate launch every process calls this.
     """
@@ -158,7 +161,8 @@ def train(
             data_collator=collate,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Housekeeping(trainer, section, windows.context))
+        for callback in (_Housekeeping(trainer, section, windows.context), *callbacks):
+            trainer.add_callback(callback)
         with quiet():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     done = trainer.meter()

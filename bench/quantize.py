@@ -1,0 +1,172 @@
+"""What rounding the demo's student to int4 costs, what training it rounded wins back, and exports.
+
+    make bench NAME=quantize
+
+The student of recipes/demo.yaml, rounded to int4 in groups of 32, its embeddings included: KL to
+the teacher on the recipe's held-out tokens before, after rounding, and after quantization-aware
+distillation on 30,000 tokens. `--control` adds the same student trained on the same tokens without
+rounding, then rounded, which shows what the tokens alone win. Then the seconds that exports take,
+replay included, and what each differs from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stillhouse
+from bench.common import Bar, write_results
+from stillhouse.data import Windows
+from stillhouse.evaluate import evaluate
+from stillhouse.export import Gate, export_gguf
+from stillhouse.hardware import choose_precision, default_device
+from stillhouse.job import Job
+from stillhouse.quantize import qat_section, quantize, train_quantized
+from stillhouse.recipe.schema import EvaluateRecipe, QatRecipe, QuantizeRecipe
+from stillhouse.runner import prepare_data
+from stillhouse.training import MODEL, train
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
+QAT_TOKENS = 30_000
+FORMATS = ("f16", "q8_0")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every part needs. section: how the student is quantized."""
+
+    job: Job
+    windows: Windows
+    heldout: Windows
+    student: Path
+    section: QuantizeRecipe
+    folder: Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--student", type=Path, help="one trained already; none: the demo is run")
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--control", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path("runs/quantize"))
+    options = parser.parse_args()
+    qat = QatRecipe(tokens=QAT_TOKENS, learning_rate=options.learning_rate)
+    section = QuantizeRecipe(kind="int4", group_size=32, qat=qat)
+    folder = options.folder
+    job, windows, heldout = prepare_data(RECIPE, [f"folder={folder / 'run'}"])
+    student = options.student or trained_student(folder)
+    bench = Bench(job, windows, heldout, student, section, folder)
+    for name in ("rounded", "qat", "control", "exports"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    figures = rounding(bench, options.control)
+    figures["exports"] = exports(bench)
+    kl = figures["kl_to_teacher"]
+    added = {role: kl[role] - kl["student"] for role in kl if role not in ("teacher", "student")}
+    figures["added_kl"] = added
+    bars = [
+        Bar(
+            "share of int4's added KL to the teacher that 30,000 rounded tokens win back",
+            1 - added["quantized_trained"] / added["quantized"],
+            ">=",
+            0.5,
+        )
+    ]
+    for kind in FORMATS:
+        seconds = figures["exports"][kind]["seconds"]
+        bars.append(Bar(f"export of {kind}, replay included, s", seconds, "<=", 60))
+    write_results("quantize", figures, bars)
+
+
+def trained_student(folder: Path) -> Path:
+    result = stillhouse.run(RECIPE, overrides=[f"folder={folder / 'run'}"])
+    assert result is not None
+    return next(stage.path for stage in result.stages if stage.name == "train") / MODEL
+
+
+def rounding(bench: Bench, with_control: bool) -> dict[str, Any]:
+    job, folder = bench.job, bench.folder
+    common: dict[str, Any] = {"vocabulary": job.vocabulary, "seed": job.recipe.seed}
+    ways = {"section": bench.section, "heldout": bench.heldout, **common}
+    rounded = quantize(bench.student, folder / "rounded", **ways)
+    print(f"rounded: {rounded.kl:.4f} nats a token to its own full precision", flush=True)
+    taught = {**common, "objective": job.recipe.objective}
+    trained = train_quantized(
+        bench.student,
+        folder / "rounded",
+        job.teacher.path,
+        bench.windows,
+        bench.heldout,
+        section=bench.section,
+        recipe=job.recipe.train,
+        out=folder / "qat",
+        **taught,
+    )
+    paths = {
+        "teacher": job.teacher.path,
+        "student": bench.student,
+        "quantized": folder / "rounded" / MODEL,
+        "quantized_trained": folder / "qat" / MODEL,
+    }
+    if with_control:
+        paths |= control(bench, taught, ways)
+    found = evaluate(
+        paths,
+        section=EvaluateRecipe(speed=False),
+        windows=bench.heldout,
+        precision=choose_precision("auto", default_device()),
+        export_dtype=torch.bfloat16,
+        **common,
+    )
+    for model in found.models:
+        print(f"{model.role}: {model.fidelity.kl:.4f} nats a token to the teacher", flush=True)
+    return {
+        "kl_to_teacher": {model.role: model.fidelity.kl for model in found.models},
+        "top1_agreement": {model.role: model.fidelity.top1_agreement for model in found.models},
+        "kl_to_own_full_precision": rounded.kl,
+        "bytes": rounded.bytes,
+        "plain_bytes": rounded.plain_bytes,
+        "training": asdict(trained),
+    }
+
+
+def control(bench: Bench, taught: dict[str, Any], ways: dict[str, Any]) -> dict[str, Path]:
+    folder = bench.folder / "control"
+    section = qat_section(bench.section, bench.job.recipe.train, bench.windows)
+    train(
+        bench.student,
+        bench.job.teacher.path,
+        bench.windows,
+        bench.heldout,
+        section=section,
+        out=folder,
+        **taught,
+    )
+    quantize(folder / MODEL, folder / "rounded", **ways)
+    return {"control": folder / MODEL, "control_quantized": folder / "rounded" / MODEL}
+
+
+def exports(bench: Bench) -> dict[str, Any]:
+    """The student, not rounded, in each format: seconds, bytes, KL to the checkpoint."""
+    prompts = bench.job.recipe.evaluate.prompts
+    gate = Gate(bench.student, bench.heldout, prompts, bench.job.recipe.seed)
+    found = {}
+    for kind in FORMATS:
+        began = time.monotonic()
+        replay = export_gguf(gate, bench.folder / "exports" / kind, kind=kind, name="demo")
+        found[kind] = {
+            "seconds": round(time.monotonic() - began, 1),
+            "bytes": replay.bytes,
+            "kl": replay.kl,
+            "top1_agreement": replay.top1_agreement,
+        }
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""GGUF files for llama.cpp and Ollama, with a Modelfile, each replayed before it is kept."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.errors import ModelError
+from stillhouse.export.gate import Gate, ReplayResult, fill
+from stillhouse.export.gguf_blocks import pack
+from stillhouse.export.gguf_file import FORMATS, GGUFFormat, write_gguf
+from stillhouse.export.gguf_model import architecture
+from stillhouse.export.gguf_tokenizer import KNOWN_TO_TRANSFORMERS, pre_tokenizer_name
+from stillhouse.export.modelfile import modelfile
+from stillhouse.quantize import Quantization
+from stillhouse.teachers import load_model, load_tokenizer
+
+K_QUANTS = {
+    "q2_k": 3.0,
+    "q3_k_m": 1.5,
+    "q4_k_s": 1.0,
+    "q4_k_m": 1.0,
+    "q5_k_m": 0.3,
+    "q6_k": 0.1,
+}
+"""Formats of llama.cpp's own quantizer, and the nats a token allowed to each."""
+
+K_BLOCK = 256
+
+
+def export_gguf(
+    gate: Gate,
+    out: Path,
+    *,
+    kind: str,
+    name: str,
+    quantization: Quantization | None = None,
+) -> ReplayResult:
+    """Writes `out`/NAME-KIND.gguf and a Modelfile from the gate's source, a float32 folder.
+
+    kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed.
+    quantization: the source's, where it is on a grid: a format that holds the grid then gets its
+    numbers as they are. Before the folder gets its name, transformers' GGUF loader reads the file
+    in a fresh process, and the model is compared with the source as every export is.
+    Raises ModelError: an architecture or tokenizer that GGUF cannot hold, an export that does not
+    load or that differs by more than is allowed. RunError: no space, no permission, a full folder.
+    """
+    file_name = f"{name}-{kind}.gguf"
+
+    def work(folder: Path) -> ReplayResult:
+        file = folder / file_name
+        if kind in FORMATS:
+            limit = FORMATS[kind].kl_limit
+            notes = _write(gate, file, FORMATS[kind], name, quantization)
+        else:
+            limit = K_QUANTS[kind]
+            notes = _k_quantize(gate, file, kind, name)
+        text = modelfile(gate.source, file_name, trust_remote_code=gate.trust_remote_code)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+        tokenizer = load_tokenizer(gate.source, trust_remote_code=gate.trust_remote_code)
+        rules = pre_tokenizer_name(tokenizer)
+        return gate.pass_or_raise(
+            file,
+            [file],
+            format=f"gguf-{kind}",
+            dtype=kind,
+            limit=limit,
+            advice="use a format with more bits (gguf-q8_0), or quantization-aware distillation "
+            "(quantize.qat)",
+            same_tokens=rules in KNOWN_TO_TRANSFORMERS,
+            notes=notes,
+        )
+
+    return fill(out, work)
+
+
+def announce_gguf(kind: str, config: Any, tokenizer: Any) -> Iterator[tuple[str, str]]:
+    """What of a planned student this format cannot hold as asked: a text, and what avoids it.
+
+    Raises ModelError where it can hold nothing of it: see `export_gguf`.
+    """
+    config = config.get_text_config()
+    architecture(config)
+    pre_tokenizer_name(tokenizer)
+    if kind not in FORMATS:
+        require_llama_cpp()
+    block = FORMATS[kind].block if kind in FORMATS else K_BLOCK
+    for key in ("hidden_size", "intermediate_size"):
+        width = int(getattr(config, key))
+        if width % block:
+            below = width // block * block
+            near = " or ".join(f"{size:,}" for size in (below, below + block) if size)
+            yield (
+                f"gguf-{kind}: {key} {width:,} does not divide into blocks of {block}: matrices "
+                "with rows of that length stay larger",
+                f"{key} {near} avoids it",
+            )
+
+
+def _write(
+    gate: Gate, file: Path, form: GGUFFormat, name: str, quantization: Quantization | None
+) -> list[str]:
+    code = gate.trust_remote_code
+    packed = {}
+    if quantization is not None:
+        model = load_model(gate.source, dtype=torch.float32, trust_remote_code=code)
+        packed = pack(dict(model.named_parameters()), quantization, form)
+    fallen = write_gguf(gate.source, file, form, name=name, packed=packed, trust_remote_code=code)
+    if not fallen:
+        return []
+    return [
+        f"{len(fallen)} matrices, such as {fallen[0]}, are float16 in {file.name}: their rows do "
+        f"not divide into blocks of {form.block}"
+    ]
+
+
+def _k_quantize(gate: Gate, file: Path, kind: str, name: str) -> list[str]:
+    require_llama_cpp()
+    import llama_cpp
+
+    whole = file.with_suffix(".f32")
+    write_gguf(
+        gate.source, whole, FORMATS["f32"], name=name, trust_remote_code=gate.trust_remote_code
+    )
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+    failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), params)
+    whole.unlink()
+    if failed:
+        raise ModelError(
+            f"llama.cpp could not quantize this model to {kind} (code {failed})",
+            where=gate.source,
+            fix="its message is above; gguf-q4_0 and gguf-q8_0 need no llama.cpp",
+        )
+    return []
+
+
+def require_llama_cpp() -> None:
+    """Raises ModelError where llama-cpp-python is not installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise ModelError(
+            "k-quants are made by llama.cpp, which is not installed",
+            where="export.formats",
+            fix="pip install 'stillhouse[llama-cpp]' (it is compiled, which takes minutes), or use "
+            "gguf-q4_0 or gguf-q8_0, which need nothing",
+        )

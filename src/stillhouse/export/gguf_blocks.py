@@ -1,0 +1,55 @@
+"""GGUF blocks made of a quantized student's own whole numbers and scales, without rounding.
+
+Shapes: O rows, I columns, G groups in a row, K blocks in a row, b numbers of a block (32).
+
+q4_0 and q8_0 hold d·q with d in float16 and q a whole number of 4 or 8 bits, which is just what
+`stillhouse.quantize.grid` makes. q4_0 stores q + 8, a block's second half in the high four bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from torch import Tensor
+
+from stillhouse.export.gguf_file import GGUFFormat, Packed
+from stillhouse.quantize import Grid, Quantization, to_codes
+
+BLOCK = 32
+BITS = {Kind.Q4_0: 4, Kind.Q8_0: 8}
+
+
+def fitting_kind(grid: Grid, form: GGUFFormat) -> Kind | None:
+    """The block type of this format that holds the grid exactly; None: it has none."""
+    bits = BITS.get(form.kind)
+    if bits is None or grid.group % BLOCK or grid.bits > bits:
+        return None
+    return form.kind
+
+
+def packed_blocks(weight_OI: Tensor, scales_OG: Tensor, grid: Grid, kind: Kind) -> Packed:
+    """The blocks of a matrix that is on the grid, uint8 [O, bytes of a row]."""
+    codes_OKb = to_codes(weight_OI, scales_OG, grid).unflatten(-1, (-1, BLOCK))
+    scales_OK = scales_OG.repeat_interleave(grid.group // BLOCK, dim=-1)
+    d = scales_OK.half()[..., None].contiguous().view(torch.uint8)
+    if kind is Kind.Q8_0:
+        q = codes_OKb.contiguous().view(torch.uint8)
+    else:
+        shifted = (codes_OKb + 8).to(torch.uint8)
+        q = shifted[..., : BLOCK // 2] | (shifted[..., BLOCK // 2 :] << 4)
+    blocks = torch.cat([d, q], dim=-1).flatten(-2)
+    return kind, np.ascontiguousarray(blocks.numpy())
+
+
+def pack(
+    weights: dict[str, Tensor], quantization: Quantization, form: GGUFFormat
+) -> dict[str, Packed]:
+    """The blocks of every quantized matrix, where the format holds the grid."""
+    kind = fitting_kind(quantization.grid, form)
+    if kind is None:
+        return {}
+    return {
+        name: packed_blocks(weights[name], scales_OG, quantization.grid, kind)
+        for name, scales_OG in quantization.scales.items()
+    }

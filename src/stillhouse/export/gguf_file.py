@@ -1,0 +1,141 @@
+"""Writes one GGUF file from a Hugging Face folder, a tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType as Kind
+from safetensors import safe_open
+
+from stillhouse.export.gguf_model import add_configuration, architecture, for_gguf, gguf_names
+from stillhouse.export.gguf_tokenizer import add_tokenizer
+from stillhouse.teachers import load_config, load_tokenizer
+from stillhouse.teachers.weights import weight_files
+
+EMBEDDINGS = ("token_embd.weight", "output.weight")
+FALLBACK = Kind.F16
+"""For rows that do not divide into the format's blocks, as llama.cpp's converter does."""
+
+
+@dataclass(frozen=True)
+class GGUFFormat:
+    """kind: of matrices. embeddings: of the embedding and the head, which suffer more.
+
+    kl_limit: the most nats a token that the format's rounding is believed to cost; a layer or a
+    head that is not the source's costs whole nats.
+    """
+
+    kind: Kind
+    file_type: gguf.LlamaFileType
+    kl_limit: float
+    embeddings: Kind
+
+    @property
+    def block(self) -> int:
+        return int(gguf.GGML_QUANT_SIZES[self.kind][0])
+
+
+def _format(kind: str, kl_limit: float, embeddings: str | None = None) -> GGUFFormat:
+    file_type = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}.get(kind, f"MOSTLY_{kind}")
+    return GGUFFormat(Kind[kind], gguf.LlamaFileType[file_type], kl_limit, Kind[embeddings or kind])
+
+
+FORMATS = {
+    "f32": _format("F32", 1e-6),
+    "f16": _format("F16", 0.001),
+    "bf16": _format("BF16", 0.01),
+    "q8_0": _format("Q8_0", 0.02),
+    "q5_1": _format("Q5_1", 0.3, "Q8_0"),
+    "q5_0": _format("Q5_0", 0.3, "Q8_0"),
+    "q4_1": _format("Q4_1", 1.0, "Q8_0"),
+    "q4_0": _format("Q4_0", 1.0, "Q8_0"),
+    "mxfp4": _format("MXFP4", 1.0, "Q8_0"),
+    "tq2_0": _format("TQ2_0", 1.0, "Q8_0"),
+    "tq1_0": _format("TQ1_0", 1.0, "Q8_0"),
+}
+"""What the gguf package's own quantizers write. The ternary ones fit models trained for them."""
+
+Packed = tuple[Kind, npt.NDArray[np.uint8]]
+
+
+def write_gguf(
+    source: Path,
+    file: Path,
+    form: GGUFFormat,
+    *,
+    name: str,
+    packed: Mapping[str, Packed] | None = None,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """Writes `file`; vectors stay float32. Names of tensors that fell back to float16.
+
+    packed: tensors (by their Hugging Face names) whose blocks are ready, rows in the model's order.
+    Raises ModelError: an architecture or a tokenizer that the writer does not know.
+    """
+    config = load_config(source, trust_remote_code=trust_remote_code).get_text_config()
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture(config)])
+    writer.add_name(name)
+    writer.add_file_type(form.file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_configuration(writer, config)
+    add_tokenizer(writer, tokenizer, config.vocab_size)
+    with ExitStack() as stack:
+        tensors = _open(source, stack)
+        if config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        names = gguf_names(tensors, config)
+        kinds, fallen = {}, []
+        for key, there in names.items():
+            shape = tensors[key].get_slice(key).get_shape()
+            kinds[key] = packed[key][0] if packed and key in packed else kind_of(there, shape, form)
+            if len(shape) > 1 and kinds[key] is FALLBACK and form.kind is not FALLBACK:
+                fallen.append(key)
+            _announce(writer, there, shape, kinds[key])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for key in names:
+            if packed and key in packed:
+                data = for_gguf(key, packed[key][1], config)
+            else:
+                tensor = tensors[key].get_tensor(key).to(torch.float32).numpy()
+                data = gguf.quantize(for_gguf(key, tensor, config), kinds[key])
+            writer.write_tensor_data(np.ascontiguousarray(data))
+        writer.close()
+    return fallen
+
+
+def kind_of(there: str, shape: list[int], form: GGUFFormat) -> Kind:
+    """A tensor's number type: vectors float32; rows that do not divide into blocks float16."""
+    if len(shape) == 1:
+        return Kind.F32
+    kind = form.embeddings if there in EMBEDDINGS else form.kind
+    return kind if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else FALLBACK
+
+
+def _open(source: Path, stack: ExitStack) -> dict[str, Any]:
+    """The opened file that holds each tensor, by its name."""
+    opened: dict[str, Any] = {}
+    for file in weight_files(source):
+        tensors = stack.enter_context(safe_open(file, framework="pt"))
+        opened |= dict.fromkeys(tensors.keys(), tensors)
+    return opened
+
+
+def _announce(writer: gguf.GGUFWriter, there: str, shape: list[int], kind: Kind) -> None:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    count = int(np.prod(shape))
+    plain = {Kind.F32: np.float32, Kind.F16: np.float16}.get(kind)
+    dtype = np.dtype(plain or np.uint8)
+    if plain is None:  # blocks are announced by their bytes
+        shape = [*shape[:-1], shape[-1] // block * size]
+    writer.add_tensor_info(there, shape, dtype, count // block * size, kind)

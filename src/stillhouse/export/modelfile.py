@@ -1,0 +1,125 @@
+"""An Ollama Modelfile: the file, how a chat is written, where an answer ends, how to sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import GenerationConfig
+
+from stillhouse.teachers import load_config, load_tokenizer
+
+PROBE = [
+    {"role": "system", "content": "alpha"},
+    {"role": "user", "content": "beta"},
+    {"role": "assistant", "content": "gamma"},
+    {"role": "user", "content": "delta"},
+]
+SAMPLING = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "repetition_penalty": "repeat_penalty",
+}
+"""transformers' names of sampling settings, and Ollama's."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Every message is `before`, its content, `after`; {role} stands for who speaks."""
+
+    before: str
+    after: str
+
+    def render(self, messages: list[dict[str, str]]) -> str:
+        """The messages, and what precedes the answer."""
+        told = "".join(
+            self.opening(message["role"]) + message["content"] + self.after for message in messages
+        )
+        return told + self.opening("assistant")
+
+    def opening(self, role: str) -> str:
+        return self.before.replace("{role}", role)
+
+    def template(self) -> str:
+        """The same as a Go template over Ollama's messages."""
+        message = f"{self.opening('{{ .Role }}')}{{{{ .Content }}}}{self.after}"
+        return f"{{{{ range .Messages }}}}{message}{{{{ end }}}}{self.opening('assistant')}"
+
+
+FORMATS = {
+    "ChatML": ChatFormat("<|im_start|>{role}\n", "<|im_end|>\n"),
+    "Llama 3": ChatFormat("<|start_header_id|>{role}<|end_header_id|>\n\n", "<|eot_id|>"),
+    "Phi": ChatFormat("<|{role}|>\n", "<|end|>\n"),
+    "Zephyr": ChatFormat("<|{role}|>\n", "</s>\n"),
+}
+
+
+def chat_format(tokenizer: Any) -> ChatFormat | None:
+    """The known format that writes a conversation as the tokenizer's own template does."""
+    for form in FORMATS.values():
+        if _rendered(tokenizer, PROBE) == form.render(PROBE):
+            return form
+    return None
+
+
+def default_system(tokenizer: Any, form: ChatFormat) -> str | None:
+    """The system message that the template adds where a chat has none."""
+    user = [{"role": "user", "content": "beta"}]
+    written, plain = _rendered(tokenizer, user), form.render(user)
+    if written is None or written == plain or not written.endswith(plain):
+        return None
+    added = written.removesuffix(plain)
+    before, after = form.opening("system"), form.after
+    if added.startswith(before) and added.endswith(after):
+        return added.removeprefix(before).removesuffix(after)
+    return None
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
+    """By the tokenizer's own template, less the first token, which the runtime adds itself."""
+    if not tokenizer.chat_template:
+        return None
+    try:
+        written = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True
+        )
+    except (TemplateError, ValueError):  # a template may refuse a role
+        return None
+    adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    return str(written).removeprefix(tokenizer.bos_token if adds_bos else "")
+
+
+def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -> str:
+    """The Modelfile's text for a GGUF file beside it; `model`: the folder it was made from.
+
+    Where the chat template is none that is known, the file says so and leaves TEMPLATE out: Ollama
+    then guesses it from the template in the GGUF file.
+    """
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    config = load_config(model, trust_remote_code=trust_remote_code).get_text_config()
+    lines = [f"FROM ./{gguf_name}"]
+    stops = [tokenizer.eos_token] if tokenizer.eos_token else []
+    form = chat_format(tokenizer)
+    if form is None:
+        lines.append("# The chat template is none that is known: Ollama reads it from the file.")
+    else:
+        lines.append(f'TEMPLATE """{form.template()}"""')
+        stops.append(form.after.strip())
+        system = default_system(tokenizer, form)
+        if system:
+            lines.append(f'SYSTEM """{system}"""')
+    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops)]
+    lines.append(f"PARAMETER num_ctx {config.max_position_embeddings}")
+    lines += [f"PARAMETER {key} {value}" for key, value in _sampling(model).items()]
+    return "\n".join(lines) + "\n"
+
+
+def _sampling(model: Path) -> dict[str, Any]:
+    """What the model's generation config says about sampling, under Ollama's names."""
+    if not (model / "generation_config.json").is_file():
+        return {}
+    own = GenerationConfig.from_pretrained(model, local_files_only=True).to_diff_dict()
+    return {theirs: own[ours] for ours, theirs in SAMPLING.items() if own.get(ours) is not None}

@@ -1,0 +1,36 @@
+"""The student in whole numbers of few bits: rounded as it is, or trained while it is rounded."""
+
+from stillhouse.quantize.grid import Grid, choose_scales, from_codes, on_grid, to_codes
+from stillhouse.quantize.quantization import FILE, Quantization
+from stillhouse.quantize.quantize import (
+    TRAINING,
+    QuantizeResult,
+    planned_bytes,
+    qat_section,
+    quantize,
+    train_quantized,
+)
+from stillhouse.quantize.sensitivity import Sensitivity, choose_kept, measure
+from stillhouse.quantize.units import Unit, find_units, model_bytes
+
+__all__ = [
+    "FILE",
+    "TRAINING",
+    "Grid",
+    "Quantization",
+    "QuantizeResult",
+    "Sensitivity",
+    "Unit",
+    "choose_kept",
+    "choose_scales",
+    "find_units",
+    "from_codes",
+    "measure",
+    "model_bytes",
+    "on_grid",
+    "planned_bytes",
+    "qat_section",
+    "quantize",
+    "to_codes",
+    "train_quantized",
+]

@@ -1,0 +1,42 @@
+"""Inputs of linear layers rounded to int8, each token by its own range, as torchao's are.
+
+Shapes: ... tokens, I inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+LOWEST, HIGHEST = -128, 127
+
+
+def rounded_inputs(inputs_I: Tensor) -> Tensor:
+    """Inputs on a grid of 256 steps from the token's least number to its greatest, 0 included.
+
+    Gradients pass as if nothing was rounded (straight-through estimator, arXiv 1308.3432).
+    """
+    with torch.no_grad():
+        low_1 = inputs_I.amin(-1, keepdim=True).clamp(max=0)
+        high_1 = inputs_I.amax(-1, keepdim=True).clamp(min=0)
+        scale_1 = (high_1 - low_1) / (HIGHEST - LOWEST)
+        scale_1 = scale_1.clamp(min=torch.finfo(inputs_I.dtype).eps)
+        zero_1 = (LOWEST - (low_1 / scale_1).round()).clamp(LOWEST, HIGHEST)
+        codes_I = (inputs_I * (1 / scale_1)).round().add(zero_1).clamp(LOWEST, HIGHEST)
+        on_grid_I = (codes_I - zero_1) * scale_1
+    return inputs_I + (on_grid_I - inputs_I).detach()
+
+
+def round_inputs_of(model: nn.Module, weights: Iterable[str]) -> list[RemovableHandle]:
+    """From now on those linear layers see rounded inputs; `remove()` each handle to end it."""
+    modules = dict(model.named_modules())
+
+    def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (rounded_inputs(inputs[0]), *inputs[1:])
+
+    chosen = [modules[name.removesuffix(".weight")] for name in weights]
+    return [module.register_forward_pre_hook(before) for module in chosen]

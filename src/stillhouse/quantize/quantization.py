@@ -1,0 +1,61 @@
+"""How a student is quantized: kept beside the checkpoint whose weights are on the grid."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stillhouse.quantize.grid import Grid, on_grid
+
+FILE = "quantization.safetensors"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """scales: [O, G] of each quantized matrix, by its name. dynamic: inputs are rounded as well."""
+
+    grid: Grid
+    dynamic: bool
+    scales: dict[str, Tensor]
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module) -> None:
+        """Puts the model's matrices on the grid, in place."""
+        weights = dict(model.named_parameters())
+        for name, scales_OG in self.scales.items():
+            scales_OG = scales_OG.to(weights[name].device)
+            weights[name].data.copy_(on_grid(weights[name], scales_OG, self.grid))
+
+    def linear_layers(self, model: Any) -> list[str]:
+        """The quantized matrices whose inputs are rounded too: linear layers, not the head."""
+        head = model.get_output_embeddings()
+        shared = None if head is None else head.weight
+        modules = dict(model.named_modules())
+        return [
+            name
+            for name in self.scales
+            if isinstance(layer := modules[name.removesuffix(".weight")], nn.Linear)
+            and layer.weight is not shared
+        ]
+
+    def save(self, file: Path) -> None:
+        facts = {"bits": self.grid.bits, "group": self.grid.group, "dynamic": self.dynamic}
+        scales = {
+            name: scales_OG.half().cpu().contiguous() for name, scales_OG in self.scales.items()
+        }
+        save_file(scales, file, metadata={"quantization": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, file: Path) -> Quantization:
+        with safe_open(file, framework="pt") as opened:
+            facts = json.loads(opened.metadata()["quantization"])
+            names = list(opened.keys())
+            scales = {name: opened.get_tensor(name).float() for name in names}
+        return cls(Grid(facts["bits"], facts["group"]), facts["dynamic"], scales)

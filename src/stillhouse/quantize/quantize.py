@@ -1,0 +1,227 @@
+"""Quantizes a trained student: what to keep, the rounding, and training with rounded weights."""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.data import Windows, WindowSet, supervised_targets
+from stillhouse.errors import RecipeError
+from stillhouse.hardware import default_device
+from stillhouse.progress import note
+from stillhouse.quantize.activations import round_inputs_of
+from stillhouse.quantize.grid import Grid
+from stillhouse.quantize.qat import RoundedWeights
+from stillhouse.quantize.quantization import FILE, Quantization
+from stillhouse.quantize.sensitivity import (
+    Sensitivity,
+    choose_kept,
+    kl_of,
+    measure,
+    reference_answers,
+    scales_of,
+)
+from stillhouse.quantize.units import Unit, find_units, model_bytes
+from stillhouse.recipe.schema import ObjectiveRecipe, QuantizeRecipe, TrainRecipe
+from stillhouse.signals.store import Store
+from stillhouse.teachers import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.quiet import quiet
+from stillhouse.training import METRICS, MODEL, TrainingResult, train
+
+TRAINING = "training"
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """kept: units left alone. sensitivity: of every unit where it was measured, largest KL first.
+
+    kl: KL(student ‖ quantized), nats a token, on `tokens` held-out ones. bytes: of the whole model,
+    codes packed and scales in two bytes, what is kept in two bytes a number; plain_bytes: with
+    nothing quantized.
+    """
+
+    kind: str
+    group_size: int
+    kept: list[str]
+    sensitivity: list[Sensitivity]
+    kl: float
+    tokens: int
+    bytes: int
+    plain_bytes: int
+
+
+def quantize(
+    student: Path,
+    out: Path,
+    *,
+    section: QuantizeRecipe,
+    heldout: WindowSet,
+    vocabulary: int,
+    seed: int,
+    trust_remote_code: bool = False,
+) -> QuantizeResult:
+    """Rounds the trained student: `out/model`, float32 with its matrices on the grid, and scales.
+
+    Sensitivity is measured where a budget asks for it. Raises RecipeError: a group size that does
+    not divide a matrix, a part that the model does not have, a budget that cannot be met.
+    """
+    model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.to(default_device())
+    grid = Grid(section.bits, section.group_size)
+    units = find_units(model, grid)
+    free = _without_named(units, section.keep)
+    scales = scales_of(model, free, grid)
+    windows, tokens = _draw(heldout, section.sensitivity_tokens, seed)
+    found: list[Sensitivity] = []
+    kept = list(section.keep)
+    if section.max_kl is not None or section.max_bytes is not None:
+        found = measure(model, free, scales, grid, windows, vocabulary)
+        smallest = model_bytes(model, units, set(kept), grid)
+        kept += choose_kept(
+            found, smallest=smallest, max_kl=section.max_kl, max_bytes=section.max_bytes
+        )
+        chosen = {name for unit in units if unit.name not in kept for name in unit.weights}
+        scales = {name: scales_OG for name, scales_OG in scales.items() if name in chosen}
+    quantization = Quantization(grid, section.dynamic, scales)
+    kl = _whole_kl(model, quantization, windows, vocabulary)
+    result = QuantizeResult(
+        kind=section.kind,
+        group_size=section.group_size,
+        kept=kept,
+        sensitivity=sorted(found, key=lambda s: s.kl, reverse=True),
+        kl=kl,
+        tokens=tokens,
+        bytes=model_bytes(model, units, set(kept), grid),
+        plain_bytes=model_bytes(model, [], set(), grid),
+    )
+    note(
+        f"{section.kind}: {result.bytes / 1e6:,.1f} MB of {result.plain_bytes / 1e6:,.1f} MB, "
+        f"KL to the unquantized student {kl:.4f}; left alone: {', '.join(kept) or 'nothing'}"
+    )
+    _save(model, quantization, student, out)
+    return result
+
+
+def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabulary: int) -> float:
+    """KL(model ‖ model quantized), inputs rounded too where they will be."""
+    reference = reference_answers(model, windows)
+    layers = quantization.linear_layers(model) if quantization.dynamic else []
+    hooks = round_inputs_of(model, layers)
+    kl = kl_of(model, quantization.scales, quantization.grid, windows, reference, vocabulary)
+    for hook in hooks:
+        hook.remove()
+    return kl
+
+
+def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:
+    """Bytes of a model as it is, and quantized. Only shapes are looked at: it may be on meta.
+
+    Raises RecipeError as `quantize` does, a budget that cannot be met among them.
+    """
+    grid = Grid(section.bits, section.group_size)
+    units = find_units(model, grid)
+    _without_named(units, section.keep)
+    smallest = model_bytes(model, units, set(section.keep), grid)
+    choose_kept([], smallest=smallest, max_bytes=section.max_bytes)
+    return model_bytes(model, [], set(), grid), smallest
+
+
+def train_quantized(
+    student: Path,
+    quantized: Path,
+    teacher: Path | None,
+    windows: Windows,
+    heldout: Windows,
+    *,
+    section: QuantizeRecipe,
+    recipe: TrainRecipe,
+    objective: ObjectiveRecipe,
+    vocabulary: int,
+    seed: int,
+    out: Path,
+    main: bool = True,
+    store: Store | None = None,
+    trust_remote_code: bool = False,
+) -> TrainingResult:
+    """Distils on from the unquantized `student`, its weights rounded at every step.
+
+    quantized: the folder that `quantize` filled: which matrices, and their scales, are its. Writes
+    the same files. main: of several processes, the one that does.
+    """
+    assert section.qat is not None
+    quantization = Quantization.load(quantized / FILE)
+    result = train(
+        student,
+        teacher,
+        windows,
+        heldout,
+        section=qat_section(section, recipe, windows),
+        objective=objective,
+        vocabulary=vocabulary,
+        seed=seed,
+        out=out / TRAINING,
+        store=store,
+        callbacks=[RoundedWeights(quantization)],
+        trust_remote_code=trust_remote_code,
+    )
+    if main:
+        model = load_model(
+            out / TRAINING / MODEL, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+        _save(model, quantization, student, out)
+        shutil.copy(out / TRAINING / METRICS, out / METRICS)
+    return result
+
+
+def qat_section(section: QuantizeRecipe, recipe: TrainRecipe, windows: Windows) -> TrainRecipe:
+    """The training recipe for `qat.tokens` tokens at `qat.learning_rate`."""
+    assert section.qat is not None
+    steps = math.ceil(section.qat.tokens / (recipe.batch_size * windows.context))
+    return recipe.model_copy(
+        update={
+            "learning_rate": section.qat.learning_rate,
+            "max_steps": steps,
+            "epochs": float(math.ceil(steps * recipe.batch_size / len(windows))),
+            # Between steps the weights are not rounded: what would be measured is another model.
+            "evaluate_every": None,
+            "early_stop": None,
+        }
+    )
+
+
+def _without_named(units: list[Unit], keep: list[str]) -> list[Unit]:
+    names = [unit.name for unit in units]
+    unknown = [name for name in keep if name not in names]
+    if unknown:
+        raise RecipeError(
+            f"this student has no part named {unknown[0]!r} to leave alone",
+            where="quantize.keep",
+            fix=f"its parts: {', '.join(names)}",
+        )
+    return [unit for unit in units if unit.name not in keep]
+
+
+def _draw(windows: WindowSet, tokens: int, seed: int) -> tuple[list[Any], int]:
+    """Windows in an order drawn by `seed`, until enough tokens are supervised; and how many are."""
+    drawn, found = [], 0
+    for index in random.Random(seed).sample(range(len(windows)), len(windows)):
+        window = windows[index]
+        drawn.append(window)
+        found += len(supervised_targets(window["labels"][None]))
+        if found >= tokens:
+            break
+    return drawn, found
+
+
+def _save(model: Any, quantization: Quantization, student: Path, out: Path) -> None:
+    quantization.apply(model)
+    with quiet():
+        model.save_pretrained(out / MODEL)
+    save_tokenizer(load_tokenizer(student), out / MODEL)
+    quantization.save(out / FILE)

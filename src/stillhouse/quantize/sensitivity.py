@@ -1,0 +1,127 @@
+"""What quantizing each part of a model costs, measured; and which parts to leave alone for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from stillhouse.data import WindowSet
+from stillhouse.errors import RecipeError
+from stillhouse.evaluate import HeldoutAnswers, compare, heldout_answers
+from stillhouse.progress import bar
+from stillhouse.quantize.grid import Grid, choose_scales, on_grid
+from stillhouse.quantize.units import Unit
+
+Scales = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """kl: nats a token between the model and itself with this unit alone quantized.
+
+    saved: bytes that quantizing it saves.
+    """
+
+    unit: str
+    kl: float
+    saved: int
+
+
+def scales_of(model: nn.Module, units: list[Unit], grid: Grid) -> Scales:
+    """The scales of every matrix of the units, by the matrix's name."""
+    weights = dict(model.named_parameters())
+    return {name: choose_scales(weights[name], grid) for unit in units for name in unit.weights}
+
+
+@contextmanager
+def quantized(model: nn.Module, scales: Scales, grid: Grid) -> Iterator[None]:
+    """Inside the block, the named weights are the nearest ones on the grid."""
+    weights = dict(model.named_parameters())
+    before = {name: weights[name].detach().clone() for name in scales}
+    try:
+        for name, scales_OG in scales.items():
+            weights[name].data.copy_(on_grid(weights[name], scales_OG, grid))
+        yield
+    finally:
+        for name, weight in before.items():
+            weights[name].data.copy_(weight)
+
+
+def reference_answers(model: Any, windows: WindowSet) -> HeldoutAnswers:
+    """The model's answers, with a head of their own that later quantization does not touch."""
+    answers = heldout_answers(model, windows)
+    head = answers.signal.head
+    own = replace(head, weight_VD=head.weight_VD.detach().clone())
+    return replace(answers, signal=replace(answers.signal, head=own))
+
+
+def kl_of(
+    model: Any,
+    scales: Scales,
+    grid: Grid,
+    windows: WindowSet,
+    reference: HeldoutAnswers,
+    vocabulary: int,
+) -> float:
+    """KL(model ‖ model with these matrices quantized), nats a token."""
+    with quantized(model, scales, grid):
+        return compare(heldout_answers(model, windows), reference, vocabulary).kl
+
+
+def measure(
+    model: Any,
+    units: list[Unit],
+    scales: Scales,
+    grid: Grid,
+    windows: WindowSet,
+    vocabulary: int,
+) -> list[Sensitivity]:
+    """Each unit quantized alone, the model otherwise as it is, on the same windows."""
+    reference = reference_answers(model, windows)
+    found = []
+    with bar("Sensitivity", len(units), unit="units") as advance:
+        for unit in units:
+            own = {name: scales[name] for name in unit.weights}
+            kl = kl_of(model, own, grid, windows, reference, vocabulary)
+            found.append(Sensitivity(unit.name, kl, unit.bytes(None) - unit.bytes(grid)))
+            advance(1)
+    return found
+
+
+def choose_kept(
+    sensitivities: list[Sensitivity],
+    *,
+    smallest: int,
+    max_kl: float | None = None,
+    max_bytes: int | None = None,
+) -> list[str]:
+    """The units to leave alone: those that lose most KL for each byte they save.
+
+    KL is taken to add up over units, which it nearly does while it is small. max_kl: units are
+    kept until the others' KL is at most this; None with max_bytes: as many as fit. max_bytes: of
+    the whole model; smallest: its bytes with every unit quantized.
+    Raises RecipeError: not even the smallest model has so few bytes.
+    """
+    if max_bytes is not None and smallest > max_bytes:
+        raise RecipeError(
+            f"with everything quantized the model has {smallest:,} bytes, more than {max_bytes:,}",
+            where="quantize.max_bytes",
+            fix="raise it, use int4 or a larger group_size, or make the student smaller",
+        )
+    if max_kl is None and max_bytes is None:
+        return []
+    left = sum(s.kl for s in sensitivities)
+    room = float("inf") if max_bytes is None else max_bytes - smallest
+    kept = []
+    for s in sorted(sensitivities, key=lambda s: s.kl / s.saved, reverse=True):
+        if max_kl is not None and left <= max_kl:
+            break
+        if s.saved <= room:
+            kept.append(s.unit)
+            room -= s.saved
+            left -= s.kl
+    return kept

@@ -1,0 +1,87 @@
+"""What of a model is quantized: its matrices, by units that are kept or quantized as one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from stillhouse.errors import RecipeError
+from stillhouse.quantize.grid import Grid
+
+EMBEDDINGS = "embeddings"
+HEAD = "head"
+KEPT_BYTES = 2
+"""A number that is not quantized ships as bfloat16 or float16."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """name: `embeddings`, `head`, or `layers.N`. weights: names of its matrices in the model.
+
+    A head that is tied to the embeddings is part of them and counts once.
+    """
+
+    name: str
+    weights: list[str]
+    numbers: int
+
+    def bytes(self, grid: Grid | None) -> int:
+        """On that grid; None: left alone."""
+        return self.numbers * KEPT_BYTES if grid is None else grid.bytes(self.numbers)
+
+
+def find_units(model: Any, grid: Grid) -> list[Unit]:
+    """The model's units in its own order.
+
+    Raises RecipeError: the group size does not divide the rows of a matrix.
+    """
+    found: dict[str, list[str]] = {}
+    for name, weight in matrices(model):
+        if weight.shape[-1] % grid.group:
+            raise _uneven(name, weight.shape[-1], grid)
+        found.setdefault(_unit_name(model, name, weight), []).append(name)
+    numbers = {name: weight.numel() for name, weight in matrices(model)}
+    return [Unit(name, names, sum(numbers[n] for n in names)) for name, names in found.items()]
+
+
+def matrices(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights of linear layers and of the embedding; tied ones once, by their first name."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and id(module.weight) not in seen:
+            seen.add(id(module.weight))
+            yield f"{name}.weight", module.weight
+
+
+def model_bytes(model: Any, units: list[Unit], kept: set[str], grid: Grid) -> int:
+    """Of all parameters, each once: matrices on the grid, and what is kept as 16-bit floats."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    rest = total - sum(unit.numbers for unit in units)
+    shipped = sum(unit.bytes(None if unit.name in kept else grid) for unit in units)
+    return rest * KEPT_BYTES + shipped
+
+
+def _unit_name(model: Any, name: str, weight: Tensor) -> str:
+    if weight is model.get_input_embeddings().weight:
+        return EMBEDDINGS
+    head = model.get_output_embeddings()
+    if head is not None and weight is head.weight:
+        return HEAD
+    layer = re.search(r"\.(\d+)\.", name)
+    return f"layers.{layer[1]}" if layer else name.removesuffix(".weight")
+
+
+def _uneven(name: str, width: int, grid: Grid) -> RecipeError:
+    fits = [size for size in (256, 128, 64, 32, 16) if width % size == 0]
+    return RecipeError(
+        f"rows of {name} have {width} numbers, which groups of {grid.group} do not divide",
+        where="quantize.group_size",
+        fix=f"use group_size {fits[0]}"
+        if fits
+        else f"make it {max(32, width // 32 * 32)} or {(width // 32 + 1) * 32} wide (student), "
+        "which groups of 32 divide",
+    )

@@ -1,0 +1,153 @@
+"""The last stages of a run: what is shipped, checked and described, and the report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from stillhouse import account
+from stillhouse.evaluate import Evaluation
+from stillhouse.export import (
+    CardFacts,
+    Gate,
+    export_checkpoint,
+    export_gguf,
+    export_torchao,
+    teacher_license,
+    write_card,
+)
+from stillhouse.hardware import machine, peak_memory_bytes
+from stillhouse.job import Job
+from stillhouse.quantize import FILE, Quantization
+from stillhouse.recipe import recipe_yaml
+from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
+from stillhouse.runfolder import Outcome, Stage, versions
+from stillhouse.stages import EVALUATION, StagePlan, open_data
+from stillhouse.training import METRICS, MODEL, read_metrics
+
+REPORT = "report.html"
+REPORT_DATA = "report.json"
+
+
+def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan:
+    """shipped: the run's last model, trained or quantized."""
+    section = job.recipe.export
+    grid_file = shipped.path / FILE
+
+    def work(out: Path) -> Outcome:
+        _, heldout = open_data(data)
+        gate = Gate(
+            shipped.path / MODEL,
+            heldout,
+            job.recipe.evaluate.prompts,
+            job.recipe.seed,
+            section.kl_limit,
+            job.trust_remote_code,
+        )
+        grid = Quantization.load(grid_file) if grid_file.is_file() else None
+        card = _card(job, data, shipped, Evaluation.load(evaluated.path / EVALUATION))
+        replays = []
+        for form in section.formats:
+            folder = out / shipped_folder(form)
+            if form != "safetensors":
+                kind, name = form.removeprefix("gguf-"), job.recipe.name
+                replay = export_gguf(gate, folder, kind=kind, name=name, quantization=grid)
+            elif grid is None:
+                replay = export_checkpoint(gate, folder, dtype=section.dtype)
+            else:
+                replay = export_torchao(gate, folder, quantization=grid, dtype=section.dtype)
+            write_card(folder, card, replay)
+            replays.append(replay)
+        return Outcome(
+            summary={"replays": [asdict(replay) for replay in replays]},
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    inputs = {
+        "recipe": section.model_dump(mode="json"),
+        "name": job.recipe.name,
+        "prompts": job.recipe.evaluate.prompts,
+        "data": data.digest,
+        "shipped": shipped.digest,
+        "evaluated": evaluated.digest,
+        "license": job.recipe.teacher.license,
+    }
+    return StagePlan("export", inputs, work, version=2)
+
+
+def shipped_folder(form: str) -> str:
+    """A format's folder in the stage, and the link to it in the run folder."""
+    return MODEL if form == "safetensors" else form
+
+
+def _card(job: Job, data: Stage, shipped: Stage, evaluation: Evaluation) -> CardFacts:
+    sources = [source.model_dump(exclude_none=True) for source in job.recipe.data.sources]
+    windows, _ = open_data(data)
+    return CardFacts(
+        name=job.recipe.name,
+        teacher=job.teacher.described,
+        license=teacher_license(job.recipe.teacher.license, job.teacher.path),
+        data=f"{windows.supervised_tokens:,} training tokens from "
+        + "; ".join(" ".join(str(value) for value in source.values()) for source in sources),
+        recipe=recipe_yaml(job.recipe),
+        hashes={
+            "teacher": job.teacher.fingerprint,
+            "data": data.digest,
+            "checkpoint": shipped.digest,
+        },
+        evaluation=evaluation,
+    )
+
+
+def report(job: Job, finished: list[Stage]) -> StagePlan:
+    stages = {stage.name: stage for stage in finished}
+
+    def work(out: Path) -> Outcome:
+        found = report_data(job, stages)
+        (out / REPORT_DATA).write_text(found.to_json(), encoding="utf-8")
+        write_report(found, out / REPORT)
+        return Outcome()
+
+    inputs = {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "stages": {name: stage.digest for name, stage in stages.items()},
+    }
+    return StagePlan("report", inputs, work, version=2)
+
+
+def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:
+    trained, student, found = stages["train"], stages["student"], stages["evaluate"]
+    evaluated = Evaluation.load(found.path / EVALUATION)
+    tokens = trained.cost.tokens
+    return ReportData(
+        title=job.recipe.name,
+        created=time.strftime("%Y-%m-%d %H:%M"),
+        recipe=job.recipe.model_dump(mode="json"),
+        teacher=job.teacher.described,
+        evaluation=evaluated,
+        history=read_metrics(trained.path / METRICS),
+        stages=[
+            StageCost(
+                stage.name,
+                stage.cost.seconds,
+                stage.cost.tokens,
+                stage.cost.flops,
+                stage.cost.peak_memory_bytes or None,
+                stage.reused,
+            )
+            for stage in stages.values()
+        ],
+        student=student.summary,
+        scratch=ScratchCost(
+            tokens=tokens,
+            distillation_flops=trained.cost.flops + student.cost.flops,
+            scratch_flops=account.training_flops(
+                student.summary["parameters"]["head_once"], tokens
+            ),
+        ),
+        replays=stages["export"].summary["replays"],
+        machine=machine(),
+        versions=versions(),
+        notes=evaluated.notes,
+    )

@@ -1,0 +1,284 @@
+"""A GGUF file is the source's numbers under other names, and a damaged one does not pass."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Regex, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from stillhouse.errors import ModelError
+from stillhouse.export import Gate, announce_gguf, export_gguf
+from stillhouse.export import gguf as gguf_export
+from stillhouse.export.gguf_file import FORMATS, write_gguf
+from stillhouse.export.gguf_model import for_gguf
+from stillhouse.export.gguf_tokenizer import SPLITS, pre_tokenizer_name
+from tests import tiny
+from tests.export.conftest import ToyWindows
+
+PROMPTS = ["the cat sees 42 trees"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of the shape that real ones have: grouped heads, a tied head, byte-level BPE.
+
+    Small weights, so that its answers are as smooth as a trained model's.
+    """
+    return save(tmp_path_factory.mktemp("source"))
+
+
+def save(folder: Path, **changes: Any) -> Path:
+    words = tiny.merging_tokenizer()
+    shape = {"hidden_size": 64, "intermediate_size": 96, "initializer_range": 0.05, **changes}
+    tiny.llama(vocab_size=len(words), **shape).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def gate(source: Path, **changes: Any) -> Gate:
+    return Gate(source, **{"windows": ToyWindows(), "prompts": PROMPTS, "seed": 0, **changes})
+
+
+def read(file: Path) -> dict[str, gguf.ReaderTensor]:
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+
+
+def test_q8_0_is_loaded_by_transformers_and_answers_as_its_source(
+    source: Path, tmp_path: Path
+) -> None:
+    """In a fresh process, as a user would."""
+    result = export_gguf(gate(source), tmp_path / "out", kind="q8_0", name="toy")
+    assert result.format == "gguf-q8_0"
+    assert 0 < result.kl < 0.001
+    assert result.top1_agreement > 0.9
+    assert result.notes == []
+    file = tmp_path / "out" / "toy-q8_0.gguf"
+    assert result.bytes == file.stat().st_size
+    assert result.texts[0].source
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["Modelfile", file.name]
+    loaded = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    original = AutoTokenizer.from_pretrained(source)
+    assert loaded(PROMPTS)["input_ids"] == original(PROMPTS)["input_ids"]
+    assert loaded.chat_template == original.chat_template
+    assert loaded.eos_token_id == original.eos_token_id
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4"])
+def test_every_format_passes_its_own_gate(source: Path, tmp_path: Path, kind: str) -> None:
+    result = export_gguf(gate(source), tmp_path / "out", kind=kind, name="toy")
+    assert result.kl <= result.kl_limit == FORMATS[kind].kl_limit
+    tensors = read(tmp_path / "out" / f"toy-{kind}.gguf")
+    assert tensors["blk.0.ffn_up.weight"].tensor_type == FORMATS[kind].kind
+    assert tensors["token_embd.weight"].tensor_type == FORMATS[kind].embeddings
+    assert tensors["output_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+    assert "output.weight" not in tensors, "a tied head is stored once"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_ternary_rounding_of_a_model_not_trained_for_it_is_refused(
+    tmp_path: Path,
+) -> None:
+    wide = save(tmp_path / "wide", hidden_size=256, intermediate_size=256, initializer_range=0.2)
+    with pytest.raises(ModelError, match="differs from its source") as caught:
+        export_gguf(gate(wide), tmp_path / "out", kind="tq1_0", name="toy")
+    assert "more bits" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        (Qwen2ForCausalLM, Qwen2Config(tie_word_embeddings=False)),
+        (Qwen3ForCausalLM, Qwen3Config(head_dim=128)),
+    ],
+)
+def test_other_architectures_in_float32_are_the_source(
+    tmp_path: Path, model: type, config: Any
+) -> None:
+    torch.manual_seed(0)
+    words = tiny.merging_tokenizer()
+    small = {
+        "vocab_size": len(words) + 3,  # rows of the embedding that no token has
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "eos_token_id": 0,
+        "bos_token_id": None,
+        "layer_types": ["full_attention"] * 2,
+    }
+    for key, value in small.items():
+        setattr(config, key, value)
+    model(config).save_pretrained(tmp_path / "source")
+    words.save_pretrained(tmp_path / "source")
+    result = export_gguf(gate(tmp_path / "source"), tmp_path / "out", kind="f32", name="toy")
+    assert result.kl == pytest.approx(0, abs=1e-9)
+    assert result.texts[0].source == result.texts[0].exported
+
+
+def test_rows_of_query_and_key_are_reordered_as_llama_cpp_turns_pairs() -> None:
+    """Against the definition: pair i of a head is its rows i and i + half, side by side."""
+    config = LlamaConfig(num_attention_heads=2, num_key_value_heads=1)
+    rows = np.arange(8, dtype=np.float32)[:, None] * np.ones((1, 3), np.float32)
+    turned = for_gguf("model.layers.0.self_attn.q_proj.weight", rows, config)
+    assert turned[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    turned = for_gguf("model.layers.0.self_attn.k_proj.weight", rows, config)
+    assert turned[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert for_gguf("model.layers.0.self_attn.v_proj.weight", rows, config) is rows
+
+
+@pytest.mark.usefixtures("in_process")
+def test_rows_that_do_not_divide_into_blocks_stay_float16_and_are_announced(
+    tmp_path: Path,
+) -> None:
+    odd = save(tmp_path / "source", intermediate_size=80)
+    config, words = AutoConfig.from_pretrained(odd), AutoTokenizer.from_pretrained(odd)
+    [(text, fix)] = announce_gguf("q8_0", config, words)
+    assert "intermediate_size 80" in text
+    assert "64 or 96" in fix
+    result = export_gguf(gate(odd), tmp_path / "out", kind="q8_0", name="toy")
+    tensors = read(tmp_path / "out" / "toy-q8_0.gguf")
+    assert tensors["blk.0.ffn_down.weight"].tensor_type == gguf.GGMLQuantizationType.F16
+    assert tensors["blk.0.ffn_up.weight"].tensor_type == gguf.GGMLQuantizationType.Q8_0
+    assert "3 matrices" in result.notes[0]
+    assert list(announce_gguf("f16", config, words)) == []
+
+
+def test_blocks_that_are_ready_are_written_as_they_are(source: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"
+    blocks = gguf.quantize(np.full((64, 96), 3.0, np.float32), gguf.GGMLQuantizationType.Q4_0)
+    packed = {name: (gguf.GGMLQuantizationType.Q4_0, blocks)}
+    write_gguf(source, tmp_path / "toy.gguf", FORMATS["f16"], name="toy", packed=packed)
+    written = read(tmp_path / "toy.gguf")["blk.1.ffn_down.weight"]
+    assert written.tensor_type == gguf.GGMLQuantizationType.Q4_0
+    assert np.array_equal(written.data, blocks)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_rows_in_the_wrong_order_are_caught(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save(tmp_path / "source", initializer_range=0.2)
+    monkeypatch.setattr("stillhouse.export.gguf_file.for_gguf", lambda name, tensor, config: tensor)
+    with pytest.raises(ModelError, match="differs from its source"):
+        export_gguf(gate(source), tmp_path / "out", kind="f16", name="toy")
+    assert not (tmp_path / "out").exists()
+
+
+# --- what GGUF cannot hold -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt_neox"}, "architecture gpt_neox"),
+        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "scaled by llama3"),
+    ],
+)
+def test_what_the_writer_does_not_know_is_refused(change: dict[str, Any], message: str) -> None:
+    config = LlamaConfig()
+    text = SimpleNamespace(**{**config.to_dict(), **change})
+    asked = SimpleNamespace(get_text_config=lambda: text)
+    with pytest.raises(ModelError, match=message):
+        list(announce_gguf("f16", asked, tiny.merging_tokenizer()))
+
+
+def test_a_tokenizer_that_is_no_byte_level_bpe_is_refused(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="a WordLevel one") as caught:
+        export_gguf(gate(trained), tmp_path / "out", kind="f16", name="toy")
+    assert "safetensors" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("pattern", SPLITS)
+def test_rules_of_cutting_text_are_told_apart(pattern: str) -> None:
+    words = tiny.merging_tokenizer()
+    assert pre_tokenizer_name(words) == "gpt-2"
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    assert pre_tokenizer_name(words) == "smollm"
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+    assert pre_tokenizer_name(words) == SPLITS[pattern]
+    other = pre_tokenizers.Split(Regex("x+"), "isolated")
+    words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([other, plain])
+    with pytest.raises(ModelError, match="rules of its own"):
+        pre_tokenizer_name(words)
+
+
+# --- k-quants ------------------------------------------------------------------------------------
+
+
+def test_k_quants_need_llama_cpp(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="not installed"):
+        export_gguf(gate(source), tmp_path / "out", kind="q4_k_m", name="toy")
+
+
+@pytest.mark.usefixtures("in_process")
+def test_k_quants_are_made_by_llama_cpp_from_the_float32_file(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp itself is played by a copy of the file: what is tested is how it is asked."""
+    asked: dict[str, Any] = {}
+
+    def quantize(whole: bytes, file: bytes, params: SimpleNamespace) -> int:
+        asked["ftype"] = params.ftype
+        assert all(
+            tensor.tensor_type == gguf.GGMLQuantizationType.F32
+            for tensor in gguf.GGUFReader(whole.decode()).tensors
+        )
+        shutil.copy(whole.decode(), file.decode())
+        return 0
+
+    fake = SimpleNamespace(
+        LLAMA_FTYPE_MOSTLY_Q4_K_M=15,
+        llama_model_quantize_default_params=SimpleNamespace,
+        llama_model_quantize=quantize,
+    )
+    monkeypatch.setattr(gguf_export, "require_llama_cpp", lambda: None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
+    result = export_gguf(gate(source), tmp_path / "out", kind="q4_k_m", name="toy")
+    assert asked == {"ftype": 15}
+    assert result.kl == pytest.approx(0, abs=1e-9)
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["Modelfile", "toy-q4_k_m.gguf"]
+
+
+def test_tensors_of_the_file_are_the_sources_numbers(source: Path, tmp_path: Path) -> None:
+    write_gguf(source, tmp_path / "toy.gguf", FORMATS["f16"], name="toy")
+    weights = load_file(source / "model.safetensors")
+    written = read(tmp_path / "toy.gguf")["blk.2.ffn_gate.weight"].data
+    expected = weights["model.layers.2.mlp.gate_proj.weight"].half().numpy()
+    assert np.array_equal(written, expected)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="toy.gguf", dtype=torch.float32
+    ).state_dict()
+    for name in weights:
+        assert torch.equal(loaded[name], weights[name].half().float()), name

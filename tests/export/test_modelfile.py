@@ -1,0 +1,78 @@
+"""A Modelfile writes a chat as the model's own template does, or does not pretend to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import GenerationConfig
+
+from stillhouse.export.modelfile import FORMATS, chat_format, default_system, modelfile
+from tests import tiny
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = tiny.llama()
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)
+    model.save_pretrained(tmp_path)
+    words = tiny.tokenizer()
+    words.chat_template = CHATML
+    words.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_known_template_is_written_for_ollama(folder: Path) -> None:
+    assert modelfile(folder, "toy-q8_0.gguf") == (
+        "FROM ./toy-q8_0.gguf\n"
+        'TEMPLATE """{{ range .Messages }}<|im_start|>{{ .Role }}\n'
+        "{{ .Content }}<|im_end|>\n"
+        '{{ end }}<|im_start|>assistant\n"""\n'
+        'SYSTEM """Be kind."""\n'
+        'PARAMETER stop "<|end|>"\n'
+        'PARAMETER stop "<|im_end|>"\n'
+        "PARAMETER num_ctx 256\n"
+        "PARAMETER temperature 0.6\n"
+        "PARAMETER top_p 0.9\n"
+    )
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formats_are_recognized_by_what_they_write(name: str) -> None:
+    form = FORMATS[name]
+    words = tiny.tokenizer()
+    head, tail = form.before.split("{role}")
+    words.chat_template = (
+        f"{{% for message in messages %}}{head}{{{{ message['role'] }}}}{tail}"
+        f"{{{{ message['content'] }}}}{form.after}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{form.opening('assistant')}{{% endif %}}"
+    )
+    assert chat_format(words) == form
+    assert default_system(words, form) is None
+
+
+def test_an_unknown_template_is_left_to_ollama(folder: Path) -> None:
+    tiny.tokenizer().save_pretrained(folder)
+    written = modelfile(folder, "toy.gguf")
+    assert "TEMPLATE" not in written
+    assert 'PARAMETER stop "<|end|>"' in written
+
+
+def test_a_tokenizer_without_a_template_has_no_format() -> None:
+    words = tiny.tokenizer()
+    words.chat_template = None
+    assert chat_format(words) is None
+
+
+def test_a_template_that_refuses_a_system_message_is_unknown() -> None:
+    words = tiny.tokenizer()
+    words.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    )
+    assert chat_format(words) is None

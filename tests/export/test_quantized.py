@@ -1,0 +1,139 @@
+"""A quantized student's numbers are the same in torchao's tensors and in GGUF's blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from stillhouse.errors import ModelError
+from stillhouse.export import Gate, export_gguf, export_torchao
+from stillhouse.export import torchao as torchao_export
+from stillhouse.export.gguf_blocks import fitting_kind, packed_blocks
+from stillhouse.export.gguf_file import FORMATS
+from stillhouse.quantize import FILE, Grid, Quantization, choose_scales, on_grid, quantize
+from stillhouse.recipe.schema import QuantizeRecipe
+from stillhouse.teachers import load_model
+from tests import tiny
+from tests.export.conftest import ToyWindows
+
+
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of the quantize stage, by kind; one layer is left alone."""
+    folder = tmp_path_factory.mktemp("rounded")
+    words = tiny.merging_tokenizer()
+    model = tiny.llama(
+        vocab_size=len(words), hidden_size=64, intermediate_size=96, initializer_range=0.05
+    )
+    model.save_pretrained(folder / "student")
+    words.save_pretrained(folder / "student")
+    for kind in ("int4", "int8", "int8_dynamic_int4"):
+        section = QuantizeRecipe(kind=kind, keep=["layers.1"])
+        quantize(
+            folder / "student",
+            folder / kind,
+            section=section,
+            heldout=ToyWindows(),
+            vocabulary=len(words),
+            seed=0,
+        )
+    return {kind: folder / kind for kind in ("int4", "int8", "int8_dynamic_int4")}
+
+
+def gate(folder: Path) -> Gate:
+    return Gate(folder / "model", ToyWindows(), ["the cat"], 0)
+
+
+# --- torchao -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.usefixtures("in_process")
+def test_torchao_in_float32_has_exactly_the_trained_numbers(
+    rounded: dict[str, Path], tmp_path: Path, kind: str
+) -> None:
+    pytest.importorskip("torchao")
+    folder = rounded[kind]
+    quantization = Quantization.load(folder / FILE)
+    out = tmp_path / "out"
+    result = export_torchao(gate(folder), out, quantization=quantization, dtype="float32")
+    assert result.kl == pytest.approx(0, abs=1e-9)
+    assert result.texts[0].source == result.texts[0].exported
+    source = dict(load_model(folder / "model", dtype=torch.float32).named_parameters())
+    loaded = dict(AutoModelForCausalLM.from_pretrained(out, dtype="auto").named_parameters())
+    assert source.keys() == loaded.keys()
+    for name, weight in loaded.items():
+        plain = weight.dequantize() if name in quantization.scales else weight
+        assert torch.equal(plain, source[name]), name
+
+
+def test_torchao_with_rounded_inputs_is_replayed_in_a_fresh_process(
+    rounded: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao")
+    folder = rounded["int8_dynamic_int4"]
+    quantization = Quantization.load(folder / FILE)
+    result = export_torchao(
+        gate(folder), tmp_path / "out", quantization=quantization, dtype="bfloat16"
+    )
+    assert 0 < result.kl < result.kl_limit
+    assert result.dtype == "torchao int4, bfloat16"
+
+
+def test_without_torchao_it_is_said_what_works(
+    rounded: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchao_export.importlib.util, "find_spec", lambda name: None)
+    quantization = Quantization.load(rounded["int4"] / FILE)
+    with pytest.raises(ModelError, match="not installed") as caught:
+        export_torchao(
+            gate(rounded["int4"]), tmp_path / "out", quantization=quantization, dtype="float32"
+        )
+    assert "gguf-q4_0" in str(caught.value.fix)
+
+
+# --- GGUF ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "form"), [(4, 32, "q4_0"), (4, 64, "q8_0"), (8, 32, "q8_0")]
+)
+def test_blocks_hold_the_grid_exactly(bits: int, group: int, form: str) -> None:
+    """Against gguf's own reading of them."""
+    grid = Grid(bits, group)
+    weight_OI = 0.1 * torch.randn(6, 128, generator=torch.Generator().manual_seed(0))
+    scales_OG = choose_scales(weight_OI, grid)
+    weight_OI = on_grid(weight_OI, scales_OG, grid)
+    kind = fitting_kind(grid, FORMATS[form])
+    assert kind is not None
+    _, blocks = packed_blocks(weight_OI, scales_OG, grid, kind)
+    assert torch.equal(torch.from_numpy(gguf.dequantize(blocks, kind)), weight_OI)
+
+
+@pytest.mark.parametrize(
+    ("grid", "form"), [(Grid(8, 32), "q4_0"), (Grid(4, 16), "q4_0"), (Grid(4, 32), "f16")]
+)
+def test_formats_that_do_not_hold_the_grid(grid: Grid, form: str) -> None:
+    assert fitting_kind(grid, FORMATS[form]) is None
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize(("kind", "form"), [("int4", "q4_0"), ("int8", "q8_0")])
+def test_gguf_ships_the_trained_numbers(
+    rounded: dict[str, Path], tmp_path: Path, kind: str, form: str
+) -> None:
+    folder = rounded[kind]
+    quantization = Quantization.load(folder / FILE)
+    out = tmp_path / "out"
+    export_gguf(gate(folder), out, kind=form, name="toy", quantization=quantization)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        out, gguf_file=f"toy-{form}.gguf", dtype=torch.float32
+    )
+    source = dict(load_model(folder / "model", dtype=torch.float32).named_parameters())
+    for name, weight in loaded.named_parameters():
+        if name in quantization.scales:
+            assert torch.equal(weight, source[name]), name

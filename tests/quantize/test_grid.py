@@ -1,0 +1,76 @@
+"""Rounding onto the grid, against one number at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from stillhouse.quantize import Grid, choose_scales, from_codes, on_grid, to_codes
+from stillhouse.quantize.grid import LARGEST
+
+GRIDS = [Grid(4, 8), Grid(8, 16)]
+
+
+def matrix(seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 0.05 * torch.randn(5, 32, generator=generator)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_scales_are_the_best_of_those_tried(grid: Grid) -> None:
+    """Against a search by plain Python, group by group and number by number."""
+    weight_OI = matrix()
+    scales_OG = choose_scales(weight_OI, grid)
+    for row in range(len(weight_OI)):
+        for index, group in enumerate(weight_OI[row].split(grid.group)):
+            extreme = max(group.tolist(), key=abs)
+            errors = {}
+            for largest in LARGEST[grid.bits]:
+                scale = float(torch.tensor(extreme / largest).half())
+                codes = [
+                    min(max(round(w / scale), grid.lowest), grid.highest) for w in group.tolist()
+                ]
+                errors[scale] = sum(
+                    (w - scale * q) ** 2 for w, q in zip(group.tolist(), codes, strict=True)
+                )
+            best = float(scales_OG[row, index])
+            assert errors[best] == pytest.approx(min(errors.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_no_weight_on_the_grid_is_nearer(grid: Grid) -> None:
+    weight_OI = matrix()
+    scales_OG = choose_scales(weight_OI, grid)
+    near_OI = on_grid(weight_OI, scales_OG, grid)
+    all_codes = torch.arange(grid.lowest, grid.highest + 1)
+    points_OIq = scales_OG.repeat_interleave(grid.group, -1)[..., None] * all_codes
+    least_OI = (points_OIq - weight_OI[..., None]).abs().amin(-1)
+    assert torch.allclose((near_OI - weight_OI).abs(), least_OI, atol=1e-9)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_codes_and_scales_are_the_weights_exactly(grid: Grid) -> None:
+    """What is on the grid stays there, bit for bit, however often it is rounded."""
+    scales_OG = choose_scales(matrix(), grid)
+    assert torch.equal(scales_OG, scales_OG.half().float()), "float16 holds every scale"
+    once_OI = on_grid(matrix(), scales_OG, grid)
+    codes_OI = to_codes(once_OI, scales_OG, grid)
+    assert codes_OI.dtype == torch.int8
+    assert torch.equal(from_codes(codes_OI, scales_OG), once_OI)
+    assert torch.equal(on_grid(once_OI, scales_OG, grid), once_OI)
+    assert codes_OI.min() >= grid.lowest
+    assert codes_OI.max() <= grid.highest
+
+
+def test_a_group_of_zeros_stays_zero() -> None:
+    weight_OI = matrix()
+    weight_OI[2, 8:16] = 0
+    scales_OG = choose_scales(weight_OI, Grid(4, 8))
+    assert scales_OG[2, 1] == 0
+    assert not on_grid(weight_OI, scales_OG, Grid(4, 8))[2, 8:16].any()
+
+
+def test_bytes_are_codes_and_scales() -> None:
+    assert Grid(4, 32).bytes(32) == 16 + 2, "as a q4_0 block of GGUF"
+    assert Grid(8, 32).bytes(64) == 2 * (32 + 2)

@@ -1,0 +1,123 @@
+"""Training with rounded weights, against the same steps written out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch.nn import functional as F
+
+from stillhouse.data import Windows
+from stillhouse.evaluate import compare, heldout_answers
+from stillhouse.quantize import (
+    FILE,
+    Grid,
+    Quantization,
+    find_units,
+    on_grid,
+    qat_section,
+    quantize,
+    train_quantized,
+)
+from stillhouse.quantize.qat import RoundedWeights
+from stillhouse.quantize.sensitivity import scales_of
+from stillhouse.recipe.schema import ObjectiveRecipe, QatRecipe, QuantizeRecipe, TrainRecipe
+from stillhouse.runner import prepare_data
+from stillhouse.teachers import load_model
+from tests import tiny
+
+GRID = Grid(4, 32)
+
+
+def test_two_steps_are_those_of_a_straight_through_estimator() -> None:
+    """Against functional calls of the rounded weights, with SGD on the unrounded ones."""
+    model, other = tiny.llama(), tiny.llama()
+    units = find_units(model, GRID)
+    scales = scales_of(model, units, GRID)
+    rounded = RoundedWeights(Quantization(GRID, False, scales))
+    ids_RL = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    rounded.on_train_begin(None, None, None, model=model)
+    for _ in range(2):
+        rounded.on_step_begin(None, None, None, model=model)
+        model(input_ids=ids_RL, labels=ids_RL).loss.backward()
+        rounded.on_pre_optimizer_step(None, None, None, model=model)
+        optimizer.step()
+        optimizer.zero_grad()
+    rounded.on_train_end(None, None, None)
+
+    parameters = dict(other.named_parameters())
+    for _ in range(2):
+        on = {
+            name: (on_grid(p, scales[name], GRID) if name in scales else p.detach().clone())
+            for name, p in parameters.items()
+        }
+        on = {name: p.requires_grad_() for name, p in on.items()}
+        logits = torch.func.functional_call(
+            other,
+            {**on, "lm_head.weight": on["model.embed_tokens.weight"]},
+            kwargs={"input_ids": ids_RL},
+        ).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids_RL[:, 1:].flatten())
+        gradients = torch.autograd.grad(loss, list(on.values()))
+        with torch.no_grad():
+            for p, gradient in zip(parameters.values(), gradients, strict=True):
+                p -= 0.1 * gradient
+    for name, p in model.named_parameters():
+        assert torch.allclose(p, parameters[name], atol=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Windows, Windows]:
+    folder = tmp_path_factory.mktemp("prepared")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.recipe(folder)))
+    _, windows, heldout = prepare_data(recipe)
+    return folder / "teacher", windows, heldout
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8_dynamic_int4"])
+def test_training_rounded_recovers_what_rounding_lost(
+    prepared: tuple[Path, Windows, Windows], tmp_path: Path, kind: str
+) -> None:
+    """The student is the teacher itself: all that is lost is the rounding's."""
+    teacher, windows, heldout = prepared
+    section = QuantizeRecipe(kind=kind, qat=QatRecipe(tokens=2500, learning_rate=1e-3))
+    common = {"section": section, "vocabulary": 260, "seed": 0}
+    quantize(teacher, tmp_path / "ptq", heldout=heldout, **common)
+    result = train_quantized(
+        teacher,
+        tmp_path / "ptq",
+        teacher,
+        windows,
+        heldout,
+        recipe=TrainRecipe(batch_size=4, precision="float32", checkpoint_every=1000),
+        objective=ObjectiveRecipe(),
+        out=tmp_path / "qat",
+        **common,
+    )
+    assert result.steps == 20
+    quantization = Quantization.load(tmp_path / "qat" / FILE)
+    assert quantization.scales.keys() == Quantization.load(tmp_path / "ptq" / FILE).scales.keys()
+
+    reference = heldout_answers(load_model(teacher, dtype=torch.float32), heldout)
+    kl = {}
+    for name in ("ptq", "qat"):
+        model = load_model(tmp_path / name / "model", dtype=torch.float32)
+        on = {n: p.clone() for n, p in model.named_parameters()}
+        quantization.apply(model)
+        assert all(torch.equal(p, on[n]) for n, p in model.named_parameters()), "on the grid"
+        kl[name] = compare(heldout_answers(model, heldout), reference, 260).kl
+    assert kl["qat"] < 0.7 * kl["ptq"]
+
+
+def test_the_training_recipe_of_so_many_tokens(prepared: tuple[Path, Windows, Windows]) -> None:
+    _, windows, _ = prepared
+    asked = QuantizeRecipe(qat=QatRecipe(tokens=20 * len(windows) * windows.context))
+    recipe = qat_section(asked, TrainRecipe(batch_size=4, evaluate_every=5, early_stop=2), windows)
+    assert recipe.max_steps == -(-20 * len(windows) // 4)
+    assert recipe.epochs * len(windows) >= recipe.max_steps * 4
+    assert recipe.learning_rate == 5e-5
+    assert recipe.evaluate_every is None

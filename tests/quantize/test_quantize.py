@@ -1,0 +1,227 @@
+"""A student rounded: what is counted, what is measured, what is left alone, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stillhouse.errors import RecipeError
+from stillhouse.evaluate import compare, heldout_answers
+from stillhouse.quantize import (
+    FILE,
+    Grid,
+    Quantization,
+    Sensitivity,
+    choose_kept,
+    find_units,
+    measure,
+    model_bytes,
+    quantize,
+)
+from stillhouse.quantize.activations import round_inputs_of, rounded_inputs
+from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
+from stillhouse.recipe.schema import QuantizeRecipe
+from stillhouse.teachers import load_model
+from tests import tiny
+
+GRID = Grid(4, 32)
+VOCABULARY = 260
+
+
+class ToyWindows:
+    def __init__(self, count: int = 3) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.ids_RL = torch.randint(0, VOCABULARY, (count, 24), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids_RL)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids_L = self.ids_RL[index]
+        return {"input_ids": ids_L, "labels": ids_L.clone(), "position_ids": torch.arange(24)}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("student"))
+
+
+def call(student: Path, out: Path, **section: Any) -> Any:
+    return quantize(
+        student,
+        out,
+        section=QuantizeRecipe(**{"sensitivity_tokens": 40, **section}),
+        heldout=ToyWindows(),
+        vocabulary=VOCABULARY,
+        seed=0,
+    )
+
+
+# --- what there is to quantize -------------------------------------------------------------------
+
+
+def test_a_tied_head_is_part_of_the_embeddings_and_counts_once() -> None:
+    model = tiny.llama()
+    units = find_units(model, GRID)
+    assert [unit.name for unit in units] == ["embeddings", "layers.0", "layers.1", "layers.2"]
+    norms = 7 * 32
+    every_matrix = sum(p.numel() for p in model.parameters()) - norms
+    assert sum(unit.numbers for unit in units) == every_matrix
+    assert model_bytes(model, units, set(), GRID) == every_matrix * 18 // 32 + norms * 2
+    kept = model_bytes(model, units, {"embeddings"}, GRID)
+    assert kept - model_bytes(model, units, set(), GRID) == VOCABULARY * 32 * (64 - 18) // 32
+
+
+def test_an_untied_head_is_a_unit_of_its_own() -> None:
+    units = find_units(tiny.llama(tie_word_embeddings=False), GRID)
+    assert units[-1].name == "head"
+    assert units[-1].weights == ["lm_head.weight"]
+    assert units[0].numbers == units[-1].numbers == VOCABULARY * 32
+
+
+def test_rows_that_the_group_size_does_not_divide(student: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="groups of 64 do not divide") as caught:
+        call(student, tmp_path, group_size=64)
+    assert "group_size 32" in str(caught.value.fix)
+
+
+# --- sensitivity ---------------------------------------------------------------------------------
+
+
+def test_sensitivity_is_the_kl_of_one_unit_rounded_alone() -> None:
+    """Against a second model whose matrices are replaced by hand."""
+    model, windows = tiny.llama(), ToyWindows()
+    units = find_units(model, GRID)
+    scales = scales_of(model, units, GRID)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    found = {s.unit: s for s in measure(model, units, scales, GRID, windows, VOCABULARY)}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    for unit in units:
+        other = tiny.llama()
+        part = {name: scales[name] for name in unit.weights}
+        Quantization(GRID, False, part).apply(other)
+        kl = compare(
+            heldout_answers(other, windows), heldout_answers(model, windows), VOCABULARY
+        ).kl
+        assert found[unit.name].kl == pytest.approx(kl, rel=1e-4)
+        assert kl > 0
+        assert found[unit.name].saved == unit.numbers * (64 - 18) // 32
+
+
+def test_the_references_head_is_not_rounded_with_the_models() -> None:
+    model = tiny.llama()
+    reference = reference_answers(model, ToyWindows())
+    head_VD = reference.signal.head.weight_VD.clone()
+    with quantized(model, scales_of(model, find_units(model, GRID), GRID), GRID):
+        assert torch.equal(reference.signal.head.weight_VD, head_VD)
+        assert not torch.equal(model.lm_head.weight, head_VD)
+
+
+THREE = [Sensitivity("a", 0.5, 1000), Sensitivity("b", 0.3, 100), Sensitivity("c", 0.1, 1000)]
+
+
+@pytest.mark.parametrize(
+    ("budget", "kept"),
+    [
+        ({}, []),
+        ({"max_kl": 1.0}, []),
+        ({"max_kl": 0.7}, ["b"]),  # most nats a byte go first
+        ({"max_kl": 0.2}, ["b", "a"]),
+        ({"max_bytes": 5100}, ["b"]),
+        ({"max_bytes": 5099}, []),
+        ({"max_bytes": 6100}, ["b", "a"]),
+        ({"max_bytes": 6050}, ["b"]),
+        ({"max_kl": 0.01, "max_bytes": 6100}, ["b", "a"]),
+        ({"max_kl": 0.7, "max_bytes": 9999}, ["b"]),
+    ],
+)
+def test_what_is_left_alone_within_a_budget(budget: dict[str, Any], kept: list[str]) -> None:
+    assert choose_kept(THREE, smallest=5000, **budget) == kept
+
+
+def test_a_budget_that_nothing_meets() -> None:
+    with pytest.raises(RecipeError, match="5,000 bytes, more than 4,999"):
+        choose_kept(THREE, smallest=5000, max_bytes=4999)
+
+
+# --- the whole of it -----------------------------------------------------------------------------
+
+
+def test_the_checkpoint_is_on_the_grid_and_its_scales_are_beside_it(
+    student: Path, tmp_path: Path
+) -> None:
+    result = call(student, tmp_path, keep=["layers.1"])
+    plain = dict(load_model(student, dtype=torch.float32).named_parameters())
+    rounded = dict(load_model(tmp_path / "model", dtype=torch.float32).named_parameters())
+    quantization = Quantization.load(tmp_path / FILE)
+    for name, weight in rounded.items():
+        if name in quantization.scales:
+            codes = weight.unflatten(-1, (-1, 32)) / quantization.scales[name][..., None]
+            assert torch.allclose(codes, codes.round(), atol=1e-5), name
+            assert not torch.equal(weight, plain[name])
+        else:
+            assert torch.equal(weight, plain[name]), name
+    assert not [name for name in quantization.scales if ".1." in name]
+    assert result.kept == ["layers.1"]
+    assert result.sensitivity == []
+    assert 0 < result.kl < 1
+    assert result.tokens >= 40
+    assert result.bytes < result.plain_bytes
+
+
+def test_a_kl_budget_keeps_the_sensitive_parts(student: Path, tmp_path: Path) -> None:
+    everything = call(student, tmp_path / "all")
+    result = call(student, tmp_path / "some", max_kl=everything.kl / 3)
+    assert result.kept
+    assert result.kl < everything.kl
+    assert len(result.sensitivity) == 4
+    kls = [s.kl for s in result.sensitivity]
+    assert kls == sorted(kls, reverse=True)
+
+
+def test_more_bits_cost_less(student: Path, tmp_path: Path) -> None:
+    kinds = ["int8", "int8_dynamic_int8", "int4", "int8_dynamic_int4"]
+    kl = {kind: call(student, tmp_path / kind, kind=kind).kl for kind in kinds}
+    assert kl["int8"] < kl["int8_dynamic_int8"] < kl["int4"]
+    assert kl["int8_dynamic_int4"] > kl["int8_dynamic_int8"]
+    assert kl["int8_dynamic_int4"] != kl["int4"]
+
+
+def test_a_part_that_the_student_does_not_have(student: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"no part named 'layers\.9'") as caught:
+        call(student, tmp_path, keep=["layers.9"])
+    assert "embeddings, layers.0" in str(caught.value.fix)
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def test_rounded_inputs_are_torchaos() -> None:
+    torchao = pytest.importorskip(
+        "torchao.quantization.quantize_.workflows.intx.intx_unpacked_to_int8_tensor"
+    )
+    inputs_LI = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    inputs_LI[3] = inputs_LI[3].abs()
+    expected_LI = torchao._apply_int8_act_asym_per_token_quant_dequant(inputs_LI)
+    assert torch.allclose(rounded_inputs(inputs_LI), expected_LI, atol=1e-6)
+
+
+def test_gradients_pass_rounded_inputs_unchanged() -> None:
+    inputs_LI = torch.randn(2, 8, requires_grad=True)
+    rounded_inputs(inputs_LI).sum().backward()
+    assert torch.equal(inputs_LI.grad, torch.ones(2, 8))
+
+
+def test_inputs_are_rounded_until_the_hook_is_removed() -> None:
+    model = tiny.llama()
+    layer = model.model.layers[0].mlp.up_proj
+    x = torch.randn(1, 32)
+    plain = layer(x)
+    [hook] = round_inputs_of(model, ["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(layer(x), torch.nn.functional.linear(rounded_inputs(x), layer.weight))
+    hook.remove()
+    assert torch.equal(layer(x), plain)
