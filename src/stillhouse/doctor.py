@@ -26,7 +26,7 @@ REQUIRED = (
     "gguf",
     "numpy",
 )
-EXTRAS = {"eval": ("lm_eval",)}
+EXTRAS = {"eval": ("lm_eval",), "quantize": ("torchao",), "llama-cpp": ("llama_cpp",)}
 """Modules that an extra brings."""
 
 

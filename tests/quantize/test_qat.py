@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from stillhouse.data import Windows
@@ -111,6 +113,50 @@ def test_training_rounded_recovers_what_rounding_lost(
         assert all(torch.equal(p, on[n]) for n, p in model.named_parameters()), "on the grid"
         kl[name] = compare(heldout_answers(model, heldout), reference, 260).kl
     assert kl["qat"] < 0.7 * kl["ptq"]
+
+
+def test_cut_off_and_begun_again_gives_the_same_weights(
+    prepared: tuple[Path, Windows, Windows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint holds the unrounded weights: bit for bit those of an undisturbed run."""
+    teacher, windows, heldout = prepared
+    section = QuantizeRecipe(qat=QatRecipe(tokens=1000, learning_rate=1e-3))
+    quantize(teacher, tmp_path / "ptq", section=section, heldout=heldout, vocabulary=260, seed=0)
+
+    def call(out: Path) -> dict[str, torch.Tensor]:
+        train_quantized(
+            teacher,
+            tmp_path / "ptq",
+            teacher,
+            windows,
+            heldout,
+            section=section,
+            recipe=TrainRecipe(batch_size=4, precision="float32", checkpoint_every=2),
+            objective=ObjectiveRecipe(),
+            vocabulary=260,
+            seed=0,
+            out=out,
+        )
+        return load_file(out / "model" / "model.safetensors")
+
+    whole = call(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(RoundedWeights, "on_pre_optimizer_step", cut_off_at(step=5))
+        with pytest.raises(KeyboardInterrupt):
+            call(tmp_path / "cut")
+    again = call(tmp_path / "cut")
+    assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+
+
+def cut_off_at(step: int) -> Any:
+    original = RoundedWeights.on_pre_optimizer_step
+
+    def stop(self: RoundedWeights, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        original(self, args, state, control, **kwargs)
+
+    return stop
 
 
 def test_the_training_recipe_of_so_many_tokens(prepared: tuple[Path, Windows, Windows]) -> None:
