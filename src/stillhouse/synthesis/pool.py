@@ -112,7 +112,9 @@ class Pool:
         """Looks many up in the journal at a time, which costs little more than one."""
         while chunk := list(itertools.islice(requests, _LOOKED_UP)):
             # What is on its way now may be answered before its double in this chunk is reached.
-            known = self.journal.known([request.key for request in chunk]) | self._asked
+            # In this order: a key leaves `_asked` only when the journal has its answer.
+            known = set(self._asked)
+            known |= self.journal.known([request.key for request in chunk])
             for request in chunk:
                 if self._stopped is not None or self.tally.out_of_budget:
                     return
