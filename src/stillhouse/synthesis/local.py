@@ -163,10 +163,11 @@ class _Batch:
         enough = max(1, self.generator.batch // 4)
         while waiting or (to_the_end and self.now):
             free = self.generator.batch - len(self.now)
-            # Several prompts are read in one pass: each pass reads all the weights.
-            if waiting and free >= min(enough, len(waiting)):
-                chosen = [waiting.pop() for _ in range(min(free, len(waiting)))]
-                self._read(chosen)
+            # Some prompts are read in one pass, since each pass reads all the weights; not all of
+            # them, since those of a like length have little padding between them.
+            some = min(enough, len(waiting))
+            if waiting and free >= some:
+                self._read([waiting.pop() for _ in range(some)])
             else:
                 self._step()
             yield from self._take_finished()
