@@ -124,16 +124,16 @@ def measure_pool(folder: Path, count: int, rounds: int) -> dict[str, Any]:
     assert server.stdout is not None
     assert server.stdin is not None
     url = server.stdout.readline().strip()
-    found: dict[str, list[Any]] = {"direct": [], "openai": []}
-    direct = client_module._link
+    found: dict[str, list[Any]] = {"http": [], "openai": []}
+    plain = client_module._link
     try:
         for number in range(rounds):
-            client_module._link = direct
-            found["direct"].append(measure_endpoint(folder, url, count, f"direct{number}"))
+            client_module._link = plain
+            found["http"].append(measure_endpoint(folder, url, count, f"http{number}"))
             client_module._link = OpenAILink
             found["openai"].append(measure_endpoint(folder, url, count // 8, f"openai{number}"))
     finally:
-        client_module._link = direct
+        client_module._link = plain
         server.stdin.close()
         server.wait(10)
     return found
@@ -230,7 +230,7 @@ def main() -> None:
         journal = measure_journal(folder, options.rows)
         memory = measure_memory(folder, options.rows)
         pool = measure_pool(folder, options.requests, options.rounds)
-    best = max(one["share_of_ideal"] for one in pool["direct"])
+    best = max(one["share_of_ideal"] for one in pool["http"])
     bars = [
         Bar("journal: answers a second", journal["answers_a_second"], ">=", 2000),
         Bar("memory: bytes more after the last 90 % of rows", memory["growth_bytes"], "<=", 8e6),

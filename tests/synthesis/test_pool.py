@@ -27,12 +27,11 @@ QUICK = Patience(attempts=3, backoff=0.02)
 KEY = "sk-very-secret-1234567890"
 
 
-@pytest.fixture(autouse=True, params=["direct", "openai"])
+@pytest.fixture(autouse=True, params=["http", "openai"])
 def link(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fault must look the same through either way to the server."""
     if request.param == "openai":
-        monkeypatch.setattr(client_module, "DirectLink", lambda host, port, path, key: OpenAILink(
-            f"http://{host}:{port}{path}", key, 5.0, 64))  # fmt: skip
+        monkeypatch.setattr(client_module, "HttpLink", OpenAILink)
 
 
 def requests(stub: Stub, count: int, **changes: Any) -> list[Request]:

@@ -18,7 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from stillhouse.errors import EndpointError
 from stillhouse.synthesis.budget import Price
-from stillhouse.synthesis.link import DirectLink, Link, LinkError, OpenAILink, Reply
+from stillhouse.synthesis.link import HttpLink, Link, LinkError, OpenAILink, Reply
 from stillhouse.synthesis.request import Answer, FailureKind, Request, endpoint_of
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -148,7 +148,7 @@ def _key(key_env: str | None, endpoint: str) -> str | None:
 
 
 def _link(base_url: str, key: str | None, timeout: float, connections: int) -> Link:
-    """Direct for plain HTTP that no proxy of the environment is for, else the openai client."""
+    """aiohttp for plain HTTP that no proxy of the environment is for, else the openai client."""
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise EndpointError(
@@ -158,7 +158,7 @@ def _link(base_url: str, key: str | None, timeout: float, connections: int) -> L
         )
     proxied = "http" in getproxies() and not proxy_bypass(parts.hostname)
     if parts.scheme == "http" and (parts.hostname in _LOOPBACK or not proxied):
-        return DirectLink(parts.hostname, parts.port or 80, parts.path.rstrip("/"), key)
+        return HttpLink(base_url, key, timeout, connections)
     return OpenAILink(base_url, key, timeout, connections)
 
 
