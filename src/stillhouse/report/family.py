@@ -57,12 +57,13 @@ def write_family_report(report: FamilyReport, path: Path) -> None:
 
 
 def render_family_report(report: FamilyReport) -> str:
+    heads, rows = _measured([list(COLUMNS), *_rows(report)])
     template = environment().get_template("family.html.j2")
     return template.render(
         report=report,
         headline=_headline(report),
-        heads=COLUMNS,
-        rows=_rows(report),
+        heads=heads,
+        rows=rows,
         charts=[size_chart(report), recovery_chart(report)],
         totals=_totals(report),
         columns=["teacher", *(member.name for member in report.members)],
@@ -96,6 +97,14 @@ def _rows(report: FamilyReport) -> list[list[str]]:
     return rows
 
 
+def _measured(table: list[list[str]]) -> tuple[list[str], list[list[str]]]:
+    """The head and the rows, without columns that have nothing in them."""
+    heads, *rows = table
+    kept = [at for at in range(len(heads)) if any(row[at] for row in rows)]
+    heads, *rows = ([row[at] for at in kept] for row in table)
+    return heads, rows
+
+
 COLUMNS = (
     "Member",
     "Cut here",
@@ -119,7 +128,7 @@ def _measures(model: ModelResult) -> list[str]:
         text.tiny(fidelity.kl),
         text.percent(fidelity.top1_agreement, 1),
         text.digits(fidelity.perplexity),
-        f"{text.digits(speed.decode_tokens_per_s)} tokens/s" if speed else "not measured",
+        f"{text.digits(speed.decode_tokens_per_s)} tokens/s" if speed else "",
     ]
 
 
