@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from datetime import timedelta
@@ -85,6 +86,10 @@ def work(rank: int, port: int, folder: str, wrap: str, cut: int) -> None:
     if rank == 0:
         torch.save(grads, Path(folder) / "grads.pt")
     dist.barrier()  # a rank that leaves early may take down what the other still waits for
+    # The wrapper refers to the group: freed after it, gloo's threads and Python's lock wait for
+    # each other for ever.
+    del wrapped, student, grads
+    gc.collect()
     dist.destroy_process_group()
 
 
