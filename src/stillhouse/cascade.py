@@ -25,6 +25,8 @@ from stillhouse.runner import RunResult, follow, lead, leads, read, run_folder
 from stillhouse.training import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"
+PRODUCING = ("data", "signals", "student", "train")
+"""Stages that make a member; the others measure it and write it down."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,6 @@ def _generations(members: Mapping[str, RunResult]) -> list[Generation]:
             found.setdefault("teacher", generation.answers["teacher"])
             found[name] = generation.answers["student"]
     return [Generation(prompt, found) for prompt, found in answers.items()]
-
-
-PRODUCING = ("data", "signals", "student", "train")
-"""Stages that make a member; the others measure it and write it down."""
 
 
 def _stage(result: RunResult, name: str) -> Stage:

@@ -241,13 +241,10 @@ def _training(
 ) -> StagePlan:
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        store, lacking = None, 0
-        if stored is not None:
-            store = _open(job, stored)
-            lacking = _lacking(job, store, windows)
+        asked = _whom_to_ask(job, teacher, stored, windows)
         result = train(
             student.path / MODEL,
-            teacher if store is None or lacking else None,
+            asked.teacher,
             windows,
             heldout,
             section=job.recipe.train,
@@ -255,8 +252,8 @@ def _training(
             vocabulary=job.vocabulary,
             seed=job.recipe.seed,
             out=out,
-            store=store,
-            asked_share=1.0 if store is None else lacking / windows.supervised_tokens,
+            store=asked.store,
+            asked_share=asked.share,
             trust_remote_code=job.trust_remote_code,
         )
         return Outcome(
@@ -276,6 +273,26 @@ def _training(
         "student": student.digest,
     }
     return StagePlan(name, everything, work, resumable=True, together=True, scratch=(CHECKPOINTS,))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """teacher: loaded beside the student, or None. share: of the tokens it is asked about."""
+
+    teacher: Path | None
+    store: Store | None
+    share: float
+
+
+def _whom_to_ask(
+    job: Job, teacher: Path | None, stored: StoredSignals | None, windows: Windows
+) -> _Asked:
+    """A live teacher, a store, or both where the store lacks some of the windows."""
+    if stored is None:
+        return _Asked(teacher, None, 1.0)
+    store = _open(job, stored)
+    lacking = _lacking(job, store, windows)
+    return _Asked(teacher if lacking else None, store, lacking / windows.supervised_tokens)
 
 
 def _open(job: Job, stored: StoredSignals) -> Store:
@@ -341,14 +358,11 @@ def quantized_training(
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        store, lacking = None, 0
-        if stored is not None:
-            store = _open(job, stored)
-            lacking = _lacking(job, store, windows)
+        asked = _whom_to_ask(job, job.teacher.path, stored, windows)
         result = train_quantized(
             trained.path / MODEL,
             rounded.path,
-            job.teacher.path if store is None or lacking else None,
+            asked.teacher,
             windows,
             heldout,
             section=section,
@@ -358,7 +372,7 @@ def quantized_training(
             seed=job.recipe.seed,
             out=out,
             main=int(os.environ.get("RANK", "0")) == 0,
-            store=store,
+            store=asked.store,
             trust_remote_code=job.trust_remote_code,
         )
         return Outcome(
