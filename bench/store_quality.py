@@ -32,12 +32,11 @@ from stillhouse.runner import run_folder
 from stillhouse.signals.encodings import Encoding, Sampled, Stratified, TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.record import Recorder
-from stillhouse.signals.segments import find_segments
 from stillhouse.signals.store import open_store
 from stillhouse.signals.writer import StoreWriter
 from stillhouse.teachers import load_model
 from stillhouse.teachers.backbone import dense_signal
-from stillhouse.teachers.scoring import tuned_threshold
+from stillhouse.teachers.scoring import segments_of, tuned_threshold
 from stillhouse.training import MODEL, train
 
 FEW_BYTES = 40
@@ -146,7 +145,7 @@ def record_all(
             writers[name] = writer, Recorder(settings)
         for start in range(0, len(windows), 8):
             batch = collate([windows[i] for i in range(start, min(start + 8, len(windows)))])
-            segments = find_segments(batch["input_ids"], batch["labels"], batch["position_ids"])
+            segments = segments_of(batch)
             answer = dense_signal(
                 teacher,
                 batch["input_ids"].to(device),

@@ -14,14 +14,14 @@ from typing import Any
 
 from stillhouse.errors import RecipeError
 from stillhouse.evaluate import Evaluation, Generation, ModelResult
-from stillhouse.hardware import tune_allocator
+from stillhouse.hardware import leads, tune_allocator
 from stillhouse.job import find_models, planned_members
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe, recipe_yaml
 from stillhouse.recipe.family import first_member, member_recipe
 from stillhouse.report.family import FamilyReport, Member, write_family_report
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
-from stillhouse.runner import RunResult, follow, lead, leads, read, run_folder
+from stillhouse.runner import RunResult, follow, lead, read, run_folder
 from stillhouse.training import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"

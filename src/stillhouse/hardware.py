@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import statistics
 import sys
@@ -190,3 +191,8 @@ def _cpu_info() -> dict[str, str]:
     first = CPU_INFO.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     pairs = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def leads() -> bool:
+    """Whether this is the first process of a torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from stillhouse import shipping, stages
 from stillhouse.data import Windows
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
-from stillhouse.hardware import choose_precision, default_device, tune_allocator
+from stillhouse.hardware import choose_precision, default_device, leads, tune_allocator
 from stillhouse.job import Job, find_models, shared_vocabulary
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
@@ -247,11 +246,6 @@ def _stages_together(
 def follow(recipe: Recipe, base: Path, folder: RunFolder) -> Stage:
     """What the other processes of a torchrun do of a recipe; the finished training stage."""
     return _stages_together(recipe, base, _taking_part(folder))[3]
-
-
-def leads() -> bool:
-    """Whether this is the first process of a torchrun, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _taking_part(folder: RunFolder) -> Callable[[StagePlan], Stage]:

@@ -6,7 +6,6 @@ does nothing yet. `stillhouse.shipping` has the last stages, `stillhouse.runner`
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from stillhouse.data import Windows, build, open_windows
 from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.errors import SignalError
 from stillhouse.evaluate import evaluate
-from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.hardware import choose_precision, default_device, leads, peak_memory_bytes
 from stillhouse.job import Job, configs, planned_objective, planned_size, signals_encoding
 from stillhouse.progress import note
 from stillhouse.quantize import TRAINING, quantize, train_quantized
@@ -371,7 +370,7 @@ def quantized_training(
             vocabulary=job.vocabulary,
             seed=job.recipe.seed,
             out=out,
-            main=int(os.environ.get("RANK", "0")) == 0,
+            main=leads(),
             store=asked.store,
             trust_remote_code=job.trust_remote_code,
         )

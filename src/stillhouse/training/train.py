@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback
 from stillhouse import account
 from stillhouse.data import Windows, collate
 from stillhouse.errors import RecipeError, TrainingError
-from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.hardware import choose_precision, default_device, leads, peak_memory_bytes
 from stillhouse.progress import bar, note
 from stillhouse.recipe.schema import ObjectiveRecipe, TrainRecipe
 from stillhouse.signals.store import Store
@@ -118,7 +118,7 @@ def train(
     device = default_device()
     precision = choose_precision(section.precision, device)
     folder = out / CHECKPOINTS
-    main = int(os.environ.get("RANK", "0")) == 0
+    main = leads()
     if main:
         note(f"precision: {precision.reason}")
     found = checkpoints.latest(folder)
