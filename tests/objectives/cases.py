@@ -10,6 +10,7 @@ from torch import Tensor
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.signals import (
     DenseSignal,
+    FrozenHeadSignal,
     LMHead,
     LogitsSignal,
     SampledSignal,
@@ -118,6 +119,14 @@ def with_signal(case: Case, kind: str, temperature: float = 1.0, k: int = 4, dra
         top = log_probs_NV.topk(min(k, vocab))
         tail_N = (1 - top.values.exp().sum(1)).clamp(0, 1) * (k < vocab)
         return replace(case, signal=SparseSignal(top.indices, top.values, tail_N, temperature))
+    if kind == "frozen head":
+        p_NV = log_probs_NV.exp()
+        weight_VD = case.head.weight_VD.detach()[:vocab]
+        vector_ND = case.head.scale * p_NV @ weight_VD
+        negative_entropy_N = (p_NV * log_probs_NV).sum(1)
+        frozen = replace(case.head, weight_VD=case.head.weight_VD.detach())
+        signal = FrozenHeadSignal(vector_ND, negative_entropy_N, temperature)
+        return replace(case, head=frozen, signal=signal)
     ids_NK = torch.multinomial(log_probs_NV.exp(), draws, replacement=True)
     counts_NK = torch.randint(0, 3, ids_NK.shape).to(logits_NV.dtype)
     counts_NK[:, 0] = 1

@@ -10,11 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from stillhouse.errors import SignalError
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.objectives.products import TILE_ELEMENTS, product_
 from stillhouse.signals import DenseSignal, LMHead
 from tests.objectives import reference
-from tests.objectives.cases import assert_same_as_reference, make_case, relative_error
+from tests.objectives.cases import (
+    assert_near,
+    assert_same_as_reference,
+    make_case,
+    relative_error,
+    with_signal,
+)
 
 MIXTURES = {
     "forward_kl": [Term("forward_kl")],
@@ -61,6 +68,50 @@ def test_agrees_for_any_shape_and_head(
     )
     terms = [Term("forward_kl", 0.9, temperature), Term("cross_entropy", 0.3)]
     assert_same_as_reference(case, terms, chunk_rows=chunk_rows)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    rows=st.integers(1, 9),
+    vocab=st.integers(2, 40),
+    width=st.integers(1, 8),
+    chunk_rows=st.integers(1, 10),
+    temperature=st.sampled_from([1.0, 2.0]),
+    scale=st.sampled_from([1.0, 0.25]),
+    padding=st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
+def test_a_frozen_head_signal_is_the_dense_one(
+    rows, vocab, width, chunk_rows, temperature, scale, padding, seed
+) -> None:
+    dense = make_case(rows, vocab, width, 5, scale=scale, padding=padding, seed=seed)
+    frozen = with_signal(dense, "frozen head", temperature)
+    terms = [Term("forward_kl", 0.9, temperature), Term("cross_entropy", 0.3)]
+    row_weights_N = torch.linspace(0.5, 2.0, rows, dtype=torch.float64)
+    losses = [
+        fused_loss(
+            case.hidden_ND,
+            case.head,
+            terms,
+            signal=case.signal,
+            targets_N=case.targets_N,
+            row_weights_N=row_weights_N,
+            vocab_size=vocab,
+            chunk_rows=chunk_rows,
+        )
+        for case in (frozen, dense)
+    ]
+    assert_near(losses[0].total, losses[1].total, 1e-10)
+    assert_near(losses[0].terms["forward_kl"], losses[1].terms["forward_kl"], 1e-10)
+    grads = [torch.autograd.grad(loss.total, dense.hidden_ND)[0] for loss in losses]
+    assert_near(*grads, 1e-10)
+
+
+def test_a_frozen_head_signal_refuses_a_head_that_is_trained() -> None:
+    case = make_case()
+    signal = with_signal(case, "frozen head").signal
+    with pytest.raises(SignalError, match="this head is trained"):
+        fused_loss(case.hidden_ND, case.head, [Term("forward_kl")], signal=signal)
 
 
 def test_a_vocabulary_of_one_token_costs_nothing() -> None:

@@ -6,18 +6,33 @@ Shapes: b rows of a block, K entries of a row, M terms, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stillhouse.objectives.dense import Counted, any_divergence, forward_kl_and_counted
+from stillhouse.objectives.dense import (
+    Counted,
+    Projected,
+    any_divergence,
+    forward_kl_and_counted,
+)
 from stillhouse.objectives.groups import Group, Workspace
 from stillhouse.objectives.head import ComputeHead
 from stillhouse.objectives.rows import row_kernel
 from stillhouse.objectives.sparse import bucketed
 from stillhouse.signals import SampledSignal, SparseSignal
 
-Teacher = Tensor | SparseSignal | SampledSignal | None
+
+@dataclass(frozen=True)
+class ProjectedRows:
+    """A block of a frozen-head signal. score_b: Wᵀp · h, before any temperature."""
+
+    score_b: Tensor
+    negative_entropy_b: Tensor
+
+
+Teacher = Tensor | SparseSignal | SampledSignal | ProjectedRows | None
 """What one block is compared with: raw logits [b, V], or a block of a stored signal."""
 
 
@@ -86,7 +101,7 @@ class Blocks:
         out_bV: Tensor | None,
         last: bool,
     ) -> None:
-        counted = []
+        counted: list[Counted] = []
         if group.of_data and targets_b is not None:
             ones_b1 = zs_bV.new_ones(len(zs_bV), 1)
             counted.append(Counted(group.of_data, targets_b[:, None], ones_b1))
@@ -94,6 +109,12 @@ class Blocks:
             teacher = None
         if isinstance(teacher, SparseSignal):
             bucketed(group, zs_bV, teacher, counted, losses_Mb, out_bV)
+            return
+        if isinstance(teacher, ProjectedRows):
+            score_b = teacher.score_b / group.temperature
+            projected = Projected(group.of_teacher, score_b, teacher.negative_entropy_b)
+            targets: list[Counted | Projected] = [*counted, projected]
+            forward_kl_and_counted(group, zs_bV, None, targets, losses_Mb, out_bV, self.space)
             return
         if isinstance(teacher, SampledSignal):
             shares_bK = teacher.counts_NK.to(zs_bV.dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from stillhouse.errors import SignalError
@@ -19,7 +20,7 @@ from stillhouse.objectives.signal_checks import (
     same_rows,
 )
 from stillhouse.objectives.terms import Term
-from stillhouse.signals import DenseSignal, LMHead, LogitsSignal, Signal
+from stillhouse.signals import DenseSignal, FrozenHeadSignal, LMHead, LogitsSignal, Signal
 
 
 def check_inputs(
@@ -44,6 +45,8 @@ def check_inputs(
         shared = min(shared, signal.logits_NV.shape[1])
     vocab = _vocabulary(shared, vocab_size)
     check_terms_fit(terms, signal)
+    if isinstance(signal, FrozenHeadSignal):
+        _check_frozen_head(head, signal)
     if signal is not None:
         check_signal(signal, rows, vocab)
     if any(not term.needs_teacher for term in terms):
@@ -76,6 +79,26 @@ def _vocabulary(shared: int, asked: int | None) -> int:
             fix="vocab_size is the number of real tokens in both vocabularies",
         )
     return asked
+
+
+def _check_frozen_head(head: LMHead, signal: FrozenHeadSignal) -> None:
+    """The vector was made with one linear head: it says nothing about another."""
+    if head.bias_V is not None or head.softcap is not None:
+        raise SignalError(
+            "a frozen-head signal is for a head without bias and without a cap on its logits",
+            fix="use another kind of signal for this student",
+        )
+    if torch.is_grad_enabled() and head.weight_VD.requires_grad:
+        raise SignalError(
+            "the signal is for a frozen head, and this head is trained",
+            fix="head.weight.requires_grad_(False), which freezes embeddings tied to it too",
+        )
+    if signal.vector_ND.shape[-1] != head.weight_VD.shape[1]:
+        raise SignalError(
+            f"signal.vector_ND is {signal.vector_ND.shape[-1]} wide, and the head "
+            f"{head.weight_VD.shape[1]}",
+            fix="record the signal with this student's head",
+        )
 
 
 def _check_targets(targets_N: Tensor | None, rows: int, vocab: int) -> None:

@@ -10,6 +10,7 @@ Shapes: b rows of a block, K entries of a row, M terms, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,11 +45,40 @@ class Counted:
             gradient_bV.scatter_add_(1, self.ids_bK, self.shares_bK * -self.coefficient)
 
 
+@dataclass(frozen=True)
+class Projected:
+    """A teacher's distribution p as the head W sees it: Wᵀp · h, and Σ p log p, of each row.
+
+    What it takes off the gradient goes to the hidden rows directly, beside the product that
+    carries the softmax there.
+    """
+
+    members: tuple[Member, ...]
+    score_b: Tensor
+    negative_entropy_b: Tensor
+
+    @property
+    def coefficient(self) -> float:
+        return sum(member.coefficient for member in self.members)
+
+    def score(self, z_bV: Tensor) -> Tensor:
+        """Σ p · z of each row."""
+        return self.score_b
+
+    def write_losses(self, lse_b: Tensor, score_b: Tensor, losses_Mb: Tensor) -> None:
+        for member in self.members:
+            value_b = self.negative_entropy_b + lse_b - score_b
+            losses_Mb[member.place] = value_b * member.term.factor
+
+    def subtract_from_(self, gradient_bV: Tensor) -> None:
+        """Nothing: see the class."""
+
+
 def forward_kl_and_counted(
     group: Group,
     zs_bV: Tensor,
     zt_bV: Tensor | None,
-    counted: list[Counted],
+    counted: Sequence[Counted | Projected],
     losses_Mb: Tensor,
     out_bV: Tensor | None,
     space: Workspace,

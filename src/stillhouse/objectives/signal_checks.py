@@ -15,6 +15,7 @@ from stillhouse.errors import SignalError
 from stillhouse.objectives.terms import Term
 from stillhouse.signals import (
     DenseSignal,
+    FrozenHeadSignal,
     LMHead,
     LogitsSignal,
     SampledSignal,
@@ -43,20 +44,27 @@ def check_terms_fit(terms: Sequence[Term], signal: Signal | None) -> None:
                 "probabilities, so that unbiased samples would give a biased gradient",
                 fix="use forward_kl, or a dense or sparse signal",
             )
+        if isinstance(signal, FrozenHeadSignal) and name != "forward_kl":
+            raise SignalError(
+                f"{name} cannot be taken from a frozen-head signal: it holds what forward_kl needs "
+                "of the teacher, and no more",
+                fix="use forward_kl, or a dense or sparse signal",
+            )
         if isinstance(signal, SparseSignal) and name == "adaptive_kl":
             raise SignalError(
                 "adaptive_kl is not defined on a sparse signal: it sorts tokens by probability, "
                 "and the tail is many tokens in one",
                 fix="use a dense signal, or another divergence",
             )
-        if isinstance(signal, SparseSignal | SampledSignal):
+        if isinstance(signal, SparseSignal | SampledSignal | FrozenHeadSignal):
             _check_temperature(term, signal)
 
 
-def _check_temperature(term: Term, signal: SparseSignal | SampledSignal) -> None:
+def _check_temperature(term: Term, signal: SparseSignal | SampledSignal | FrozenHeadSignal) -> None:
     if term.temperature == signal.temperature:
         return
-    what = "its tail" if isinstance(signal, SparseSignal) else "a sample"
+    whats = {SparseSignal: "its tail", SampledSignal: "a sample", FrozenHeadSignal: "its vector"}
+    what = whats[type(signal)]
     raise SignalError(
         f"{term.divergence} asks for temperature {term.temperature:g}, and the signal was recorded "
         f"at {signal.temperature:g}: {what} cannot be moved to another temperature",
@@ -72,6 +80,8 @@ def check_signal(signal: Signal, rows: int, vocab: int) -> None:
         _check_logits(signal.logits_NV, rows)
     elif isinstance(signal, SparseSignal):
         _check_sparse(signal, rows, vocab)
+    elif isinstance(signal, FrozenHeadSignal):
+        _check_frozen(signal, rows)
     else:
         _check_sampled(signal, rows, vocab)
 
@@ -152,6 +162,13 @@ def _check_sparse(signal: SparseSignal, rows: int, vocab: int) -> None:
         fix="log_probs_NK are of the full softmax, not renormalized; tail_N is the mass of all "
         "other tokens",
     )
+
+
+def _check_frozen(signal: FrozenHeadSignal, rows: int) -> None:
+    same_rows("signal.vector_ND", signal.vector_ND, rows)
+    same_rows("signal.negative_entropy_N", signal.negative_entropy_N, rows)
+    check_finite("signal.vector_ND", signal.vector_ND)
+    check_finite("signal.negative_entropy_N", signal.negative_entropy_N)
 
 
 def _check_sampled(signal: SampledSignal, rows: int, vocab: int) -> None:

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stillhouse.objectives.blocks import Blocks, Teacher
+from stillhouse.objectives.blocks import Blocks, ProjectedRows, Teacher
 from stillhouse.objectives.groups import Workspace, group_by_temperature
 from stillhouse.objectives.head import ComputeHead
 from stillhouse.objectives.products import accumulate_columns_, accumulate_outer_
 from stillhouse.objectives.terms import Term
 from stillhouse.signals import (
     DenseSignal,
+    FrozenHeadSignal,
     LMHead,
     LogitsSignal,
     SampledSignal,
@@ -97,7 +98,11 @@ class Work:
             self.teacher = ComputeHead.of(self.signal.head, plan.vocab_size, plan.dtype)
             teacher_hidden_ND = self.signal.hidden_ND.detach().to(plan.dtype)
             self.signal = replace(self.signal, hidden_ND=teacher_hidden_ND)
+        if isinstance(self.signal, FrozenHeadSignal):
+            vector_ND = self.signal.vector_ND.to(plan.dtype)
+            self.signal = replace(self.signal, vector_ND=vector_ND)
         self.groups, common = group_by_temperature(plan.terms)
+        self.of_teacher = sum(each.coefficient for g in self.groups for each in g.of_teacher)
         self.factor = common * plan.factor * self.head.scale
         wide = hidden_ND.new_empty(0, dtype=plan.reduce_dtype)
         self.losses_MN = wide.new_zeros(len(plan.terms), self.rows)
@@ -156,6 +161,10 @@ class Work:
             return replace(
                 signal, ids_NK=signal.ids_NK[here].long(), counts_NK=signal.counts_NK[here]
             )
+        if isinstance(signal, FrozenHeadSignal):
+            wide = self.losses_MN.dtype
+            score_b = (signal.vector_ND[here].to(wide) * self.hidden_ND[here].to(wide)).sum(1)
+            return ProjectedRows(score_b, signal.negative_entropy_N[here].to(wide))
         return None if teacher_nV is None else teacher_nV[part]
 
     def _carry_back(self, dlogits_nV: Tensor, rows: slice) -> None:
@@ -164,7 +173,7 @@ class Work:
         A row's weight is applied to the narrow side of each product, never to the logits.
         """
         if self.dhidden_ND is not None:
-            torch.mm(dlogits_nV, self.head.weight_VD, out=self.dhidden_ND[rows])
+            self._carry_to_hidden(dlogits_nV, self.dhidden_ND[rows], rows)
         vocab = self.plan.vocab_size
         if self.dweight_VD is not None:
             hidden_nD = self.hidden_ND[rows]
@@ -176,6 +185,15 @@ class Work:
         if self.dbias_V is not None:
             weights_n1 = self._scale_rows_(self.dbias_V.new_ones(len(dlogits_nV), 1), rows, 1.0)
             accumulate_columns_(self.dbias_V[:vocab], dlogits_nV, weights_n1, self.factor)
+
+    def _carry_to_hidden(self, dlogits_nV: Tensor, out_nD: Tensor, rows: slice) -> None:
+        if isinstance(self.signal, FrozenHeadSignal):
+            # Added before the product is rounded: the two nearly cancel in a good student.
+            vector_nD = self.signal.vector_ND[rows]
+            beta = -self.of_teacher / self.head.scale
+            torch.addmm(vector_nD, dlogits_nV, self.head.weight_VD, beta=beta, out=out_nD)
+        else:
+            torch.mm(dlogits_nV, self.head.weight_VD, out=out_nD)
 
     def _scale_rows_(self, tensor_nX: Tensor, rows: slice, factor: float) -> Tensor:
         if self.weights_N is not None:

@@ -81,7 +81,8 @@ class SampledSignal:
 class FrozenHeadSignal:
     """All that forward KL needs of the teacher where the student's head W [V, D] is frozen.
 
-    KL(p ‖ softmax(W h / T)) = Σ p log p − (Wᵀp)·h / T + logsumexp(W h / T).
+    KL(p ‖ softmax(W h / T)) = Σ p log p − (Wᵀp)·h / T + logsumexp(W h / T),
+    W with the head's scale in it.
 
     vector_ND: Wᵀp. negative_entropy_N: Σ p log p, in nats. temperature: of the softmax p.
     """
@@ -98,4 +99,5 @@ class HiddenSignal:
     hidden_ND: Mapping[int, Tensor]
 
 
-Signal = DenseSignal | LogitsSignal | SparseSignal | SampledSignal
+Signal = DenseSignal | LogitsSignal | SparseSignal | SampledSignal | FrozenHeadSignal
+"""What a student's output can be compared with."""
