@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import stillhouse
-from stillhouse import account
+from stillhouse import account, runner
 from stillhouse.errors import SignalError
 from stillhouse.runfolder import Stage
 from stillhouse.runner import RunResult
+from stillhouse.signals.encodings import Hidden
 from stillhouse.signals.store import open_store
 from stillhouse.signals.verify import verify
 from stillhouse.stages import STORE
@@ -113,6 +115,77 @@ def test_recording_that_was_cut_off_goes_on(
     windows = 96 // 10 + 1
     assert len(before) == 25
     assert len(asked) - 125 < 17 + 2 * windows + 17
+
+
+EVERYTHING = {
+    "terms": [
+        {"divergence": "reverse_kl"},
+        {"divergence": "adaptive_kl", "temperature": 2.0},
+        {"kind": "hidden_states", "pairs": [[0, 0], [1, 1]], "embeddings": True},
+    ]
+}
+"""Needs the last hidden states, the first block's and the embeddings."""
+
+
+def test_stored_hidden_states_serve_every_divergence_and_every_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = run(tiny.recipe(tmp_path, objective=EVERYTHING, folder=str(tmp_path / "live")))
+    raw = recipe(tmp_path, {"kind": "hidden"}, objective=EVERYTHING)
+    record_signals(raw)
+    monkeypatch.setattr(scoring, "look", _never)
+    stored = run(raw)
+    steps = [losses(result) for result in (live, stored)]
+    for theirs, ours in zip(*steps, strict=True):
+        assert ours == pytest.approx(theirs, rel=0.02)
+    kl, expected = (r.evaluation.result("student").fidelity.kl for r in (stored, live))
+    assert kl == pytest.approx(expected, rel=0.02)
+    store = open_store(stages(stored)["signals"].path / STORE)
+    assert store.settings.encoding == Hidden((0, 1, 3), 32)
+
+
+def losses(result: RunResult) -> list[float]:
+    rows = read_metrics(stages(result)["train"].path / "metrics.jsonl")
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def record_signals(raw: dict[str, Any]) -> None:
+    file = Path(raw["folder"]).parent / "recipe.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    runner.record_signals(file)
+
+
+def test_a_frozen_head_learns_from_one_vector_a_token(tmp_path: Path) -> None:
+    frozen = {"freeze_head": True}
+    live = run(tiny.recipe(tmp_path, train=frozen, folder=str(tmp_path / "live")))
+    raw = recipe(tmp_path, {"kind": "frozen_head"}, train=frozen)
+    record_signals(raw)
+    stored = run(raw)
+    assert stages(stored)["signals"].reused
+    for theirs, ours in zip(losses(live), losses(stored), strict=True):
+        assert ours == pytest.approx(theirs, rel=0.02)
+    before = load_file(stages(stored)["student"].path / "model" / "model.safetensors")
+    after = weights(stored)
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
+
+
+def test_a_store_for_one_head_is_refused_to_another(tmp_path: Path) -> None:
+    frozen = {"freeze_head": True}
+    first = run(recipe(tmp_path, {"kind": "frozen_head"}, train=frozen))
+    read = {"store": str(stages(first)["signals"].path / STORE)}
+    narrower = {"hidden_size": 16}
+    with pytest.raises(SignalError, match="head"):
+        run(tiny.recipe(tmp_path, signals=read, train=frozen, student=narrower))
+    with pytest.raises(SignalError, match="a student whose head is not trained"):
+        run(tiny.recipe(tmp_path, signals=read))
+
+
+def test_a_store_of_fewer_layers_than_the_terms_need_is_refused(tmp_path: Path) -> None:
+    first = run(recipe(tmp_path, {"kind": "hidden"}))
+    read = {"store": str(stages(first)["signals"].path / STORE)}
+    with pytest.raises(SignalError, match=r"layers \[3\], and the objective needs \[0, 1\] too"):
+        run(tiny.recipe(tmp_path, signals=read, objective=EVERYTHING))
 
 
 def test_a_threshold_is_tuned_to_the_size_asked_for(tmp_path: Path) -> None:

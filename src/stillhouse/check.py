@@ -23,11 +23,21 @@ from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
 from stillhouse.export import announce_gguf, license_warning, require_torchao, teacher_license
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
-from stillhouse.job import Job, configs, find_models, planned_members, planned_model, planned_size
+from stillhouse.job import (
+    Job,
+    configs,
+    find_models,
+    planned_members,
+    planned_model,
+    planned_objective,
+    planned_size,
+)
 from stillhouse.quantize import planned_bytes
 from stillhouse.recipe import load_recipe
 from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import (
+    FrozenHeadSignals,
+    HiddenSignals,
     Recipe,
     SampledSignals,
     SignalsRecipe,
@@ -41,7 +51,7 @@ from stillhouse.signals.manifest import read_manifest
 from stillhouse.synthesis import foreseen
 from stillhouse.synthesis.budget import Spending
 from stillhouse.teachers import load_tokenizer
-from stillhouse.training import plan_batches
+from stillhouse.training import plan_batches, stored_layers
 
 Level = Literal["ok", "estimate", "warning", "error"]
 
@@ -313,7 +323,7 @@ def _signals(
         text = f"{section.store}: {manifest.rows:,} tokens of kind {kind}, asked before"
         yield Finding("ok", "signals", text)
         return
-    size = f"{tokens * _row_bytes(section or SignalsRecipe()) / 1e6:,.0f} MB"
+    size = f"{tokens * _row_bytes(job, section or SignalsRecipe()) / 1e6:,.0f} MB"
     faster = f"{1 + teacher.head_once / (3 * student.head_once):.1f} times as fast"
     if section is not None:
         text = f"the teacher is asked once, about {_duration(asking)}, and {size} are stored"
@@ -335,7 +345,7 @@ def _signals(
         yield Finding("estimate", "signals", text)
 
 
-def _row_bytes(section: SignalsRecipe) -> float:
+def _row_bytes(job: Job, section: SignalsRecipe) -> float:
     """Bytes of a stored token, about: docs/signal-store.md has the encodings' sizes."""
     encoding = section.encoding
     match encoding:
@@ -349,6 +359,12 @@ def _row_bytes(section: SignalsRecipe) -> float:
             row = 1.0 + 3 * encoding.draws / 2
         case StratifiedSignals():
             row = 2.0 + 3 * encoding.k + 2 * encoding.draws
+        case FrozenHeadSignals():
+            row = 4.0 + 2 * configs(job)[0].get_text_config().hidden_size
+        case HiddenSignals():
+            teacher = configs(job)[1].get_text_config()
+            layers = stored_layers(planned_objective(job), teacher)
+            row = 2.0 * teacher.hidden_size * len(layers)
     return row + SEGMENT_BYTES
 
 

@@ -14,8 +14,14 @@ from stillhouse.errors import RecipeError, SignalError
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import member_recipe
-from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
-from stillhouse.signals.encodings import EntryEncoding, FrozenHead, Hidden
+from stillhouse.recipe.schema import (
+    FrozenHeadSignals,
+    HiddenSignals,
+    PretrainedStudent,
+    PrunedStudent,
+    RandomStudent,
+)
+from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
 from stillhouse.signals.manifest import read_settings
 from stillhouse.students import planned_config
 from stillhouse.teachers import (
@@ -27,7 +33,7 @@ from stillhouse.teachers import (
     resolve_model,
 )
 from stillhouse.teachers.scoring import encoding_of
-from stillhouse.training import Objective, make_objective, stored_temperature
+from stillhouse.training import Objective, make_objective, stored_layers, stored_temperature
 
 
 @dataclass(frozen=True)
@@ -86,26 +92,61 @@ def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
     # Refuses now what these models, or a store of the teacher's answers, cannot give.
     objective = planned_objective(job)
     if recipe.signals is not None:
-        stored_temperature(objective, signals_encoding(job))
+        stored_temperature(objective, signals_encoding(job, objective))
     return job
 
 
-def signals_encoding(job: Job) -> EntryEncoding:
-    """What the teacher's answers are stored as. Raises SignalError, StoreError about a store."""
+def signals_encoding(job: Job, objective: Objective) -> Encoding:
+    """What the teacher's answers are stored as.
+
+    Raises SignalError, StoreError about a given store that cannot serve this recipe.
+    """
     section = job.recipe.signals
     assert section is not None
-    if section.store is None:
-        return encoding_of(section)
-    store = job.base / section.store
-    encoding = read_settings(store).encoding
-    if isinstance(encoding, FrozenHead | Hidden):
+    student, teacher = (config.get_text_config() for config in configs(job))
+    if section.store is not None:
+        store = job.base / section.store
+        encoding = read_settings(store).encoding
+        if isinstance(encoding, Hidden):
+            _check_layers(encoding, stored_layers(objective, teacher), store)
+        if isinstance(encoding, FrozenHead):
+            _check_head_stays(job.recipe, store)
+        return encoding
+    match section.encoding:
+        case HiddenSignals():
+            return Hidden(stored_layers(objective, teacher), teacher.hidden_size)
+        case FrozenHeadSignals():
+            _check_head_stays(job.recipe, "signals.encoding")
+            return FrozenHead(student.hidden_size)
+        case encoding_section:
+            return encoding_of(encoding_section)
+
+
+def _check_head_stays(recipe: Recipe, where: str | Path) -> None:
+    if not recipe.train.freeze_head:
         raise SignalError(
-            f"a recipe cannot train on a store of kind {encoding.kind}: it serves "
-            f"{encoding.serves}",
-            where=store,
-            fix="record a store of kind threshold or top_k",
+            "signals of kind frozen_head are for a student whose head is not trained",
+            where=where,
+            fix="set train.freeze_head: true, or use signals of another kind",
         )
-    return encoding
+    if recipe.quantize is not None and recipe.quantize.qat is not None:
+        raise SignalError(
+            "quantize.qat rounds the head, and signals of kind frozen_head are for the head as it "
+            "is",
+            where=where,
+            fix="remove quantize.qat, or use signals of another kind",
+        )
+
+
+def _check_layers(encoding: Hidden, wanted: tuple[int, ...], store: Path) -> None:
+    lacking = sorted(set(wanted) - set(encoding.layers))
+    if lacking:
+        raise SignalError(
+            f"the store has the teacher's layers {list(encoding.layers)}, and the objective needs "
+            f"{lacking} too",
+            where=store,
+            fix="use terms on the layers that it has, or record a store for these terms",
+        )
 
 
 def planned_objective(job: Job) -> Objective:

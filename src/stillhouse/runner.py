@@ -101,7 +101,11 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         job = find_models(loaded, base, weights=loaded.signals.server is None)
         plan = stages.data(job)
         data = folder.stage(plan.name, plan.depends_on, plan.work)
-        plan = stages.signals(job, data)
+        student = None
+        if stages.for_one_head(job):
+            plan = stages.student(job, data)
+            student = folder.stage(plan.name, plan.depends_on, plan.work)
+        plan = stages.signals(job, data, student)
         recorded = folder.stage(plan.name, plan.depends_on, plan.work, resumable=True)
         folder.point(SIGNALS, recorded.path / stages.STORE)
         return folder.root / SIGNALS
@@ -226,9 +230,12 @@ def _stages_together(
     """The stages up to the last training, which every process goes through."""
     job = find_models(recipe, base)
     data = do(stages.data(job))
-    record = recipe.signals is not None and recipe.signals.store is None
-    recorded = do(stages.signals(job, data)) if record else None
-    student = do(stages.student(job, data))
+    student = recorded = None
+    if recipe.signals is not None and recipe.signals.store is None:
+        if stages.for_one_head(job):
+            student = do(stages.student(job, data))
+        recorded = do(stages.signals(job, data, student))
+    student = student or do(stages.student(job, data))
     stored = stages.stored_signals(job, recorded)
     trained = do(stages.training(job, data, student, stored))
     baseline = None

@@ -26,12 +26,14 @@ from stillhouse.progress import note
 from stillhouse.quantize import TRAINING, quantize, train_quantized
 from stillhouse.recipe.schema import EvaluateRecipe, LogitsTerm, ObjectiveRecipe
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.signals.encodings import Encoding
+from stillhouse.signals import LMHead
+from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
 from stillhouse.signals.manifest import Settings, read_manifest
 from stillhouse.signals.store import Store, open_store
 from stillhouse.students import build_student
 from stillhouse.teachers import load_model, load_tokenizer
 from stillhouse.teachers.hashing import code_sha256
+from stillhouse.teachers.head import head_sha256, load_head
 from stillhouse.teachers.scoring import chosen_encoding, lacking_tokens, local_teacher, score
 from stillhouse.teachers.vocabulary import tokenizer_identity
 from stillhouse.training import (
@@ -99,19 +101,27 @@ def data(job: Job) -> StagePlan:
     return StagePlan("data", inputs, work, version=2)
 
 
-def signals(job: Job, data: Stage) -> StagePlan:
-    """The teacher is asked about every training window, once; students then read its answers."""
+def signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
+    """The teacher is asked about every training window, once; students then read its answers.
+
+    student: whose head its answers are for, where they are for one (`for_one_head`).
+    """
     section = job.recipe.signals
     assert section is not None
-    encoding = signals_encoding(job)
-    temperature = stored_temperature(planned_objective(job), encoding)
+    objective = planned_objective(job)
+    encoding = signals_encoding(job, objective)
+    temperature = stored_temperature(objective, encoding)
     if section.server is not None and temperature != 1.0:
         raise SignalError(
             f"a server answers at temperature 1, and a term asks for {temperature:g}",
             where="objective.terms",
             fix="use temperature 1, or ask a local teacher (no signals.server)",
         )
-    identity = signal_identity(job)
+    student_head = None
+    if isinstance(encoding, FrozenHead):
+        assert student is not None
+        student_head = _head(job, student)
+    identity = signal_identity(job, student_head)
 
     def settings(encoding: Encoding, source: str) -> Settings:
         code = code_sha256(stillhouse.signals, stillhouse.teachers)
@@ -134,6 +144,7 @@ def signals(job: Job, data: Stage) -> StagePlan:
             teacher = load_model(job.teacher.path, dtype=dtype, trust_remote_code=code).to(device)
             chosen = chosen_encoding(
                 section,
+                encoding,
                 teacher,
                 windows,
                 vocabulary=job.vocabulary,
@@ -141,13 +152,12 @@ def signals(job: Job, data: Stage) -> StagePlan:
                 out=out / STORE,
             )
             wanted = settings(chosen, f"{job.teacher.described} in {dtype}")
-            ask = local_teacher(teacher, wanted)
+            ask = local_teacher(teacher, wanted, student_head)
             size, together = account.count_parameters(teacher), None
         manifest = score(ask, windows, wanted, out / STORE, together=together)
         quality = manifest.quality
-        note(
-            f"{quality.bytes:.1f} bytes a token: {quality.entries:.1f} tokens of {job.vocabulary:,}"
-        )
+        kept = f": {quality.entries:.1f} tokens of {job.vocabulary:,}" if quality.entries else ""
+        note(f"{quality.bytes:,.1f} bytes a token{kept}")
         tokens = windows.supervised_tokens
         return Outcome(
             tokens=tokens,
@@ -168,11 +178,25 @@ def signals(job: Job, data: Stage) -> StagePlan:
     return StagePlan("signals", inputs, work, version=2, resumable=True)
 
 
-def signal_identity(job: Job) -> dict[str, str]:
+def for_one_head(job: Job) -> bool:
+    """Whether signals are made for one student's head, which must then be there before them."""
+    return isinstance(signals_encoding(job, planned_objective(job)), FrozenHead)
+
+
+def signal_identity(job: Job, student_head: LMHead | None) -> dict[str, str]:
     """What a store must have been recorded with to be this run's. Not the data: rows are found by
-    what they are, so that a store of more text, or of some of it, is as good."""
+    what they are, so that a store of more text, or of some of it, is as good.
+
+    student_head: of a store that is for this head alone.
+    """
     tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
-    return {"teacher": job.teacher.fingerprint, **tokenizer_identity(tokenizer)}
+    identity = {"teacher": job.teacher.fingerprint, **tokenizer_identity(tokenizer)}
+    return identity if student_head is None else {**identity, "head": head_sha256(student_head)}
+
+
+def _head(job: Job, student: Stage) -> LMHead:
+    code = job.trust_remote_code
+    return load_head(student.path / MODEL, dtype=torch.float32, trust_remote_code=code)
 
 
 def stored_signals(job: Job, recorded: Stage | None) -> StoredSignals | None:
@@ -240,7 +264,7 @@ def _training(
 ) -> StagePlan:
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        asked = _whom_to_ask(job, teacher, stored, windows)
+        asked = _whom_to_ask(job, teacher, stored, windows, student)
         result = train(
             student.path / MODEL,
             asked.teacher,
@@ -252,6 +276,7 @@ def _training(
             seed=job.recipe.seed,
             out=out,
             store=asked.store,
+            stored_teacher=asked.stored_teacher,
             asked_share=asked.share,
             trust_remote_code=job.trust_remote_code,
         )
@@ -276,29 +301,49 @@ def _training(
 
 @dataclass(frozen=True)
 class _Asked:
-    """teacher: loaded beside the student, or None. share: of the tokens it is asked about."""
+    """teacher: loaded beside the student, or None. share: of the tokens it is asked about.
+
+    stored_teacher: the store's, where its hidden states are stored.
+    """
 
     teacher: Path | None
     store: Store | None
     share: float
+    stored_teacher: Path | None = None
 
 
 def _whom_to_ask(
-    job: Job, teacher: Path | None, stored: StoredSignals | None, windows: Windows
+    job: Job,
+    teacher: Path | None,
+    stored: StoredSignals | None,
+    windows: Windows,
+    student: Stage,
 ) -> _Asked:
     """A live teacher, a store, or both where the store lacks some of the windows."""
     if stored is None:
         return _Asked(teacher, None, 1.0)
-    store = _open(job, stored)
+    store = _open(job, stored, student)
     lacking = _lacking(job, store, windows)
-    return _Asked(teacher if lacking else None, store, lacking / windows.supervised_tokens)
+    hidden = isinstance(store.settings.encoding, Hidden)
+    return _Asked(
+        teacher if lacking else None,
+        store,
+        lacking / windows.supervised_tokens,
+        teacher if hidden else None,
+    )
 
 
-def _open(job: Job, stored: StoredSignals) -> Store:
-    """Raises SignalError: the store is of another teacher, tokenizer, template or temperature."""
-    temperature = stored_temperature(planned_objective(job), signals_encoding(job))
+def _open(job: Job, stored: StoredSignals, student: Stage) -> Store:
+    """Raises SignalError: the store is of another teacher, tokenizer, template, temperature or
+    head."""
+    objective = planned_objective(job)
+    encoding = signals_encoding(job, objective)
+    head = _head(job, student) if isinstance(encoding, FrozenHead) else None
     return open_store(
-        stored.path, signal_identity(job), temperature=temperature, vocabulary=job.vocabulary
+        stored.path,
+        signal_identity(job, head),
+        temperature=stored_temperature(objective, encoding),
+        vocabulary=job.vocabulary,
     )
 
 
@@ -357,7 +402,7 @@ def quantized_training(
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        asked = _whom_to_ask(job, job.teacher.path, stored, windows)
+        asked = _whom_to_ask(job, job.teacher.path, stored, windows, trained)
         result = train_quantized(
             trained.path / MODEL,
             rounded.path,
@@ -372,6 +417,8 @@ def quantized_training(
             out=out,
             main=leads(),
             store=asked.store,
+            stored_teacher=asked.stored_teacher,
+            asked_share=asked.share,
             trust_remote_code=job.trust_remote_code,
         )
         return Outcome(

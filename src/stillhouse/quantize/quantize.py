@@ -147,12 +147,14 @@ def train_quantized(
     out: Path,
     main: bool = True,
     store: Store | None = None,
+    stored_teacher: Path | None = None,
+    asked_share: float = 1.0,
     trust_remote_code: bool = False,
 ) -> TrainingResult:
     """Distils on from the unquantized `student`, its weights rounded at every step.
 
     quantized: the folder that `quantize` filled: which matrices, and their scales, are its. Writes
-    the same files. main: of several processes, the one that does.
+    the same files. main: of several processes, the one that does. The rest is as in `train`.
     """
     assert section.qat is not None
     quantization = Quantization.load(quantized / FILE)
@@ -167,6 +169,8 @@ def train_quantized(
         seed=seed,
         out=out / TRAINING,
         store=store,
+        stored_teacher=stored_teacher,
+        asked_share=asked_share,
         callbacks=[RoundedWeights(quantization)],
         trust_remote_code=trust_remote_code,
     )

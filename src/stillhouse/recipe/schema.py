@@ -147,8 +147,24 @@ class StratifiedSignals(Section):
     draws: int = Field(12, gt=0, le=253)
 
 
+class FrozenHeadSignals(Section):
+    """All that forward KL needs where the student's head is not trained (train.freeze_head)."""
+
+    kind: Literal["frozen_head"]
+
+
+class HiddenSignals(Section):
+    """The teacher's hidden states after the layers that the objective's terms look at.
+
+    With its last ones and its head every divergence is exact, at any temperature.
+    """
+
+    kind: Literal["hidden"]
+
+
+EntrySignals = ThresholdSignals | TopKSignals | TopPSignals | SampledSignals | StratifiedSignals
 SignalEncoding = Annotated[
-    ThresholdSignals | TopKSignals | TopPSignals | SampledSignals | StratifiedSignals,
+    EntrySignals | FrozenHeadSignals | HiddenSignals,
     Field(discriminator="kind"),
 ]
 
@@ -429,6 +445,9 @@ class TrainRecipe(Section):
     max_grad_norm: float = Field(1.0, gt=0, strict=False)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of the matrix products; weights and moments stay float32."
+    )
+    freeze_head: bool = Field(
+        False, description="Leave the head as it is, and embeddings that are tied to it."
     )
     gradient_checkpointing: bool = False
     checkpoint_every: int = Field(100, gt=0, description="Optimizer steps between checkpoints.")

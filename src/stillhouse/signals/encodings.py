@@ -176,7 +176,7 @@ class Hidden:
 
     kind: ClassVar[str] = "hidden"
     signal: ClassVar[str] = "HiddenSignal"
-    serves: ClassVar[str] = "losses on hidden states"
+    serves: ClassVar[str] = "losses on these hidden states; of the last, every divergence"
     bias: ClassVar[str] = "exact up to bfloat16"
     draws_a_row: ClassVar[int] = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -19,6 +20,10 @@ class LMHead:
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    def to(self, device: torch.device) -> LMHead:
+        bias_V = None if self.bias_V is None else self.bias_V.to(device)
+        return LMHead(self.weight_VD.to(device), bias_V, self.scale, self.softcap)
 
 
 @dataclass(frozen=True)

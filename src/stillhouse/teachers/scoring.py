@@ -17,6 +17,7 @@ from torch import Tensor
 from stillhouse.data import WindowSet, collate, predicting
 from stillhouse.progress import bar
 from stillhouse.recipe.schema import (
+    EntrySignals,
     SampledSignals,
     SignalsRecipe,
     StratifiedSignals,
@@ -24,10 +25,12 @@ from stillhouse.recipe.schema import (
     TopKSignals,
     TopPSignals,
 )
+from stillhouse.signals import DenseSignal, HiddenSignal, LMHead
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encodings import (
     Encoding,
     EntryEncoding,
+    Hidden,
     Sampled,
     Stratified,
     Threshold,
@@ -43,6 +46,8 @@ from stillhouse.signals.store import Store
 from stillhouse.signals.tune import likeliest_probabilities, tune_threshold
 from stillhouse.signals.writer import StoreWriter
 from stillhouse.teachers.backbone import dense_signal
+from stillhouse.teachers.head import linear_map
+from stillhouse.teachers.views import Wanted, look
 
 Batch = dict[str, Tensor]
 Encoded = tuple[Rows, Statistics]
@@ -54,9 +59,8 @@ SCORED_TOGETHER = 2048
 """Tokens in one forward pass."""
 
 
-def encoding_of(section: SignalsRecipe) -> EntryEncoding:
-    """The store's encoding. A threshold's tau is a guess that `record` tunes to the asked size."""
-    encoding = section.encoding
+def encoding_of(encoding: EntrySignals) -> EntryEncoding:
+    """The store's encoding. A threshold's tau is a guess that recording tunes to the asked size."""
     match encoding:
         case ThresholdSignals():
             return Threshold(0.02)
@@ -72,6 +76,7 @@ def encoding_of(section: SignalsRecipe) -> EntryEncoding:
 
 def chosen_encoding(
     section: SignalsRecipe,
+    planned: Encoding,
     teacher: Any,
     windows: WindowSet,
     *,
@@ -79,7 +84,8 @@ def chosen_encoding(
     temperature: float,
     out: Path,
 ) -> Encoding:
-    """The encoding that a recipe asks for; a threshold as tuned when the store was begun."""
+    """The encoding that a recipe asks for; a threshold is tuned, or as it was when the store was
+    begun."""
     if (out / SETTINGS).exists():
         return read_settings(out).encoding
     if isinstance(section.encoding, ThresholdSignals):
@@ -90,7 +96,7 @@ def chosen_encoding(
             temperature=temperature,
             size=section.encoding.bytes,
         )
-    return encoding_of(section)
+    return planned
 
 
 def score(
@@ -113,9 +119,13 @@ def score(
         return writer.finish()
 
 
-def local_teacher(teacher: Any, settings: Settings) -> Ask:
-    """Asks a model in eval mode on the device where it is; encodes as a store's settings say."""
-    recorder = Recorder(settings)
+def local_teacher(teacher: Any, settings: Settings, student_head: LMHead | None = None) -> Ask:
+    """Asks a model in eval mode on the device where it is; encodes as a store's settings say.
+
+    student_head: for the encoding frozen_head only.
+    """
+    projection = None if student_head is None else linear_map(student_head, settings.vocabulary)
+    recorder = Recorder(settings, projection)
     device = next(teacher.parameters()).device
 
     def ask(batch: Batch, segments: Segments, wanted_S: NDArray[np.bool_]) -> Encoded:
@@ -123,16 +133,29 @@ def local_teacher(teacher: Any, settings: Settings) -> Ask:
         chosen_RL[chosen_RL.clone()] = torch.from_numpy(segments.chosen_rows(wanted_S)).to(
             chosen_RL.device
         )
-        answer = dense_signal(
-            teacher,
-            batch["input_ids"].to(device),
-            batch["position_ids"].to(device),
-            chosen_RL.to(device),
-            vocabulary=settings.vocabulary,
-        )
+        asked = batch["input_ids"].to(device), batch["position_ids"].to(device)
+        chosen_RL = chosen_RL.to(device)
+        answer: DenseSignal | HiddenSignal
+        if isinstance(settings.encoding, Hidden):
+            answer = hidden_signal(teacher, *asked, chosen_RL, settings.encoding.layers)
+        else:
+            answer = dense_signal(teacher, *asked, chosen_RL, vocabulary=settings.vocabulary)
         return recorder.encode(segments.only(wanted_S), answer)
 
     return ask
+
+
+@torch.no_grad()
+def hidden_signal(
+    model: Any,
+    input_ids_RL: Tensor,
+    position_ids_RL: Tensor | None,
+    chosen_RL: Tensor,
+    layers: tuple[int, ...],
+) -> HiddenSignal:
+    """As `dense_signal`, the hidden states after some layers: see `views` for their numbers."""
+    seen = look(model, input_ids_RL, position_ids_RL, Wanted(frozenset(layers)))
+    return HiddenSignal({layer: seen.layers[layer][chosen_RL] for layer in layers})
 
 
 def segments_of(batch: Batch) -> Segments:

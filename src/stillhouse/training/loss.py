@@ -7,16 +7,31 @@ Every term is a sum over the same supervised rows, so that their weighted sum is
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from stillhouse.data import predicting, supervised_rows, supervised_targets
-from stillhouse.objectives import LossSum, fused_loss, layer_logits_loss, relation_loss
-from stillhouse.signals import SampledSignal, Signal, SparseSignal
+from stillhouse.objectives import (
+    AttentionStates,
+    LossSum,
+    fused_loss,
+    layer_logits_loss,
+    relation_loss,
+)
+from stillhouse.signals import (
+    DenseSignal,
+    FrozenHeadSignal,
+    HiddenSignal,
+    LMHead,
+    SampledSignal,
+    Signal,
+    SparseSignal,
+)
+from stillhouse.signals.decode import StoredSignal
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.views import Views, final_norm
 from stillhouse.training.objective import Objective, Weight
@@ -26,19 +41,37 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class TeacherView:
-    """What the teacher shows of one batch. views: None where only its signal is wanted."""
+    """What the teacher shows of one batch.
 
-    signal: Signal
-    views: Views | None = None
+    signal: None where no divergence is asked for. layers: [N, D] by layer, for supervised rows.
+    attention: by block.
+    """
+
+    signal: Signal | None
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    attention: Mapping[int, AttentionStates] = field(default_factory=dict)
 
 
-def moved(signal: SparseSignal | SampledSignal, device: torch.device) -> Signal:
-    """The signal with its tensors on a device."""
-    ids_NK = signal.ids_NK.to(device)
-    if isinstance(signal, SampledSignal):
-        return replace(signal, ids_NK=ids_NK, counts_NK=signal.counts_NK.to(device))
-    log_probs_NK, tail_N = signal.log_probs_NK.to(device), signal.tail_N.to(device)
-    return replace(signal, ids_NK=ids_NK, log_probs_NK=log_probs_NK, tail_N=tail_N)
+def stored_view(
+    stored: StoredSignal, teacher_head: LMHead | None, device: torch.device
+) -> TeacherView:
+    """What a store knows of the teacher, on a device.
+
+    teacher_head: makes the last of stored hidden states a whole distribution again.
+    """
+    if not isinstance(stored, HiddenSignal):
+        return TeacherView(_moved(stored, device))
+    layers = {layer: hidden_ND.to(device) for layer, hidden_ND in stored.hidden_ND.items()}
+    signal = None if teacher_head is None else DenseSignal(layers[max(layers)], teacher_head)
+    return TeacherView(signal, layers)
+
+
+def _moved(
+    signal: SparseSignal | SampledSignal | FrozenHeadSignal, device: torch.device
+) -> SparseSignal | SampledSignal | FrozenHeadSignal:
+    values = ((each.name, getattr(signal, each.name)) for each in fields(signal))
+    tensors: dict[str, Any] = {n: v.to(device) for n, v in values if isinstance(v, Tensor)}
+    return replace(signal, **tensors)
 
 
 def objective_loss(
@@ -78,8 +111,7 @@ def objective_loss(
         values |= loss.terms
     if objective.hidden or objective.relations:
         assert teacher is not None
-        assert teacher.views is not None
-        for name, weight, total in _between(objective, seen, teacher.views, batch):
+        for name, weight, total in _between(objective, seen, teacher, batch):
             losses.append(total * weight.at(progress))
             values[name] = total.detach()
     if teacher is not None and isinstance(teacher.signal, SampledSignal):
@@ -93,14 +125,13 @@ def _renamed(name: str) -> str:
 
 
 def _between(
-    objective: Objective, student: Views, teacher: Views, batch: Batch
+    objective: Objective, student: Views, teacher: TeacherView, batch: Batch
 ) -> Iterable[tuple[str, Weight, Tensor]]:
     labels_RL = batch["labels"]
     for hidden in objective.hidden:
         pairs = hidden.loss.pairs
         of_student = {i: supervised_rows(student.layers[i], labels_RL) for i, _ in pairs}
-        of_teacher = {j: supervised_rows(teacher.layers[j], labels_RL) for _, j in pairs}
-        yield hidden.name, hidden.weight, hidden.loss(of_student, of_teacher).total
+        yield hidden.name, hidden.weight, hidden.loss(of_student, teacher.layers).total
     if objective.relations:
         mask_RLL = same_document(batch["position_ids"])
         predicting_RL = predicting(labels_RL)

@@ -25,7 +25,7 @@ from stillhouse.recipe.schema import (
     ObjectiveRecipe,
     ScheduleRecipe,
 )
-from stillhouse.signals.encodings import EntryEncoding
+from stillhouse.signals.encodings import Encoding, Hidden
 from stillhouse.teachers.views import Wanted
 
 
@@ -189,28 +189,49 @@ def _relations(
     return Relations(weight, pairs, term.heads, tuple(term.relations), "attention relations")
 
 
-def stored_temperature(objective: Objective, encoding: EntryEncoding) -> float:
+def stored_layers(objective: Objective, teacher_config: Any) -> tuple[int, ...]:
+    """The teacher's layers that a store of hidden states must hold for these terms; see `views`.
+
+    Raises SignalError: no term asks for any.
+    """
+    layers = set(objective.of_teacher.layers)
+    if any(term.needs_teacher for term in objective.divergences):
+        layers.add(teacher_config.get_text_config().num_hidden_layers)
+    if not layers:
+        raise SignalError(
+            "no term needs the teacher's hidden states",
+            where="objective.terms",
+            fix="remove `signals`, or add a term with a teacher",
+        )
+    return tuple(sorted(layers))
+
+
+def stored_temperature(objective: Objective, encoding: Encoding) -> float:
     """The one temperature at which a store must be recorded for these terms.
 
     Raises SignalError: a term that this encoding cannot serve, or terms at several temperatures.
     """
     where = "objective.terms"
-    if objective.hidden or objective.relations:
+    if objective.relations or (objective.hidden and not isinstance(encoding, Hidden)):
         raise SignalError(
-            "a signal store holds the teacher's output; a term asks for its intermediate layers",
+            f"a term asks for the teacher's intermediate layers, and signals of kind "
+            f"{encoding.kind} serve {encoding.serves}",
             where=where,
-            fix="remove the term, or `signals`: a live teacher serves every term",
+            fix="use signals of kind hidden (they serve all but attention relations), or a live "
+            "teacher (no `signals`)",
         )
+    if isinstance(encoding, Hidden):
+        return 1.0  # of the softmax: there is none yet
     of_teacher = [term for term in objective.divergences if term.needs_teacher]
     for term in of_teacher:
         name = term.divergence
-        sampled = encoding.signal == "SampledSignal" and name != "forward_kl"
-        if sampled or name == "adaptive_kl":
+        only_forward = encoding.signal in ("SampledSignal", "FrozenHeadSignal")
+        if (only_forward and name != "forward_kl") or name == "adaptive_kl":
             raise SignalError(
                 f"{name} cannot be taken from signals of kind {encoding.kind}: they serve "
                 f"{encoding.serves}",
                 where=where,
-                fix="use signals of kind top_k or top_p, or forward_kl, or a live teacher",
+                fix="use signals of kind top_k or hidden, or forward_kl, or a live teacher",
             )
     temperatures = sorted({term.temperature for term in of_teacher}) or [1.0]
     if len(temperatures) > 1:

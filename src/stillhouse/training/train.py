@@ -22,8 +22,10 @@ from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.hardware import choose_precision, default_device, leads, peak_memory_bytes
 from stillhouse.progress import bar, note
 from stillhouse.recipe.schema import ObjectiveRecipe, TrainRecipe
+from stillhouse.signals.encodings import FrozenHead, Hidden
 from stillhouse.signals.store import Store
-from stillhouse.teachers.local import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.head import load_head
+from stillhouse.teachers.local import load_config, load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
 from stillhouse.training.attention import use_short_attention
@@ -96,6 +98,7 @@ def train(
     seed: int,
     out: Path,
     store: Store | None = None,
+    stored_teacher: Path | None = None,
     asked_share: float = 1.0,
     callbacks: Sequence[TrainerCallback] = (),
     trust_remote_code: bool = False,
@@ -106,6 +109,8 @@ def train(
     store: the teacher's recorded answers. With a teacher beside it, what the store lacks is asked
     live; asked_share is then the share of tokens that it lacks, for the account. Without a
     teacher, held-out measurements know the perplexity alone.
+    stored_teacher: the checkpoint of the store's teacher, whose head and shape a store of hidden
+    states needs; its other weights are not read.
     vocabulary: ids below it are shared by both models; rows beyond it are padding.
     callbacks: transformers calls them at every step, beside our own.
     Goes on from the newest complete checkpoint in `out/checkpoints`, to the same weights as an
@@ -132,12 +137,25 @@ def train(
 
     model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.requires_grad_(True)
+    if section.freeze_head:
+        model.get_output_embeddings().requires_grad_(False)
     guide = None
     if teacher is not None:
         guide = load_model(teacher, dtype=precision.dtype, trust_remote_code=trust_remote_code)
     for trained_on in filter(None, (model, guide)):
         use_short_attention(trained_on, windows.context)
-    terms = make_objective(objective, model.config, (guide or model).config, seed=seed)
+    code = trust_remote_code
+    shaped = (guide or model).config
+    if stored_teacher is not None:
+        shaped = load_config(stored_teacher, trust_remote_code=code)
+    terms = make_objective(objective, model.config, shaped, seed=seed)
+    encoding = None if store is None else store.settings.encoding
+    teacher_head = student_head = None
+    if isinstance(encoding, Hidden) and any(term.needs_teacher for term in terms.divergences):
+        assert stored_teacher is not None
+        teacher_head = load_head(stored_teacher, dtype=precision.dtype, trust_remote_code=code)
+    if isinstance(encoding, FrozenHead) and guide is not None:
+        student_head = load_head(student, dtype=torch.float32, trust_remote_code=code)
     if len(projections := terms.projections()):
         # A part of the module while it trains: optimizer, wrappers and checkpoints all see them.
         model.add_module(PROJECTIONS, projections)
@@ -148,6 +166,8 @@ def train(
             student=model,
             teacher=guide,
             store=store,
+            teacher_head=teacher_head,
+            student_head=student_head,
             objective=terms,
             dtype=precision.dtype,
             vocabulary=vocabulary,

@@ -20,13 +20,13 @@ from transformers import PreTrainedModel, Trainer
 from stillhouse.data import IGNORED, supervised_rows
 from stillhouse.errors import TrainingError
 from stillhouse.objectives import LossSum, Mixture, Tally, Term
-from stillhouse.signals import DenseSignal, SampledSignal, SparseSignal
+from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.store import Store
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.scoring import local_teacher, segments_of
 from stillhouse.teachers.views import Wanted, look
 from stillhouse.training.checkpoints import Meter, MetricsFile
-from stillhouse.training.loss import Batch, TeacherView, moved, objective_loss
+from stillhouse.training.loss import Batch, TeacherView, objective_loss, stored_view
 from stillhouse.training.objective import Objective
 
 HELDOUT_KL = Term("forward_kl")
@@ -44,6 +44,8 @@ class DistillationTrainer(Trainer):
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
         store: Store | None,
+        teacher_head: LMHead | None,
+        student_head: LMHead | None,
         objective: Objective,
         dtype: torch.dtype,
         vocabulary: int | None,
@@ -65,9 +67,10 @@ class DistillationTrainer(Trainer):
         self.early_stop = early_stop
         self._teacher = None if teacher is None else teacher.to(self.args.device).eval()
         self._store = store
+        self._teacher_head = None if teacher_head is None else teacher_head.to(self.args.device)
         self._ask = None
         if store is not None and self._teacher is not None:
-            self._ask = local_teacher(self._teacher, store.settings)
+            self._ask = local_teacher(self._teacher, store.settings, student_head)
         self._before = meter
         self._started = time.monotonic()
         self._tokens: Tensor | int = meter.tokens
@@ -110,8 +113,10 @@ class DistillationTrainer(Trainer):
         if self._teacher is None:
             return None
         seen = look(self._teacher, inputs["input_ids"], inputs["position_ids"], wanted)
-        rows_ND = supervised_rows(seen.last_RLD, inputs["labels"])
-        return TeacherView(DenseSignal(rows_ND, lm_head(self._teacher)), seen)
+        labels_RL = inputs["labels"]
+        signal = DenseSignal(supervised_rows(seen.last_RLD, labels_RL), lm_head(self._teacher))
+        layers = {i: supervised_rows(seen.layers[i], labels_RL) for i in seen.layers}
+        return TeacherView(signal, layers, seen.attention)
 
     def _look_up(self, inputs: Batch, store: Store) -> TeacherView:
         segments = segments_of(inputs)
@@ -119,9 +124,7 @@ class DistillationTrainer(Trainer):
         missing_S = store.missing(segments)
         if self._ask is not None and missing_S.any():
             live, _ = self._ask(inputs, segments, missing_S)
-        stored = store.read(segments, live)
-        assert isinstance(stored, SampledSignal | SparseSignal)
-        return TeacherView(moved(stored, self.args.device))
+        return stored_view(store.read(segments, live), self._teacher_head, self.args.device)
 
     # --- what is measured on the way -----------------------------------------------------------
 
