@@ -35,10 +35,10 @@ from stillhouse.job import (
 from stillhouse.quantize import planned_bytes
 from stillhouse.recipe import load_recipe
 from stillhouse.recipe.family import first_member
-from stillhouse.recipe.schema import (
+from stillhouse.recipe.schema import Recipe
+from stillhouse.recipe.signals import (
     FrozenHeadSignals,
     HiddenSignals,
-    Recipe,
     SampledSignals,
     SignalsRecipe,
     StratifiedSignals,

@@ -14,13 +14,8 @@ from stillhouse.errors import RecipeError, SignalError
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import member_recipe
-from stillhouse.recipe.schema import (
-    FrozenHeadSignals,
-    HiddenSignals,
-    PretrainedStudent,
-    PrunedStudent,
-    RandomStudent,
-)
+from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.recipe.signals import FrozenHeadSignals, HiddenSignals
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
 from stillhouse.signals.manifest import read_settings
 from stillhouse.students import planned_config

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stillhouse.errors import ModelError
-from stillhouse.recipe.schema import SignalServer
+from stillhouse.recipe.signals import SignalServer
 from stillhouse.signals.encodings import TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.store import open_store

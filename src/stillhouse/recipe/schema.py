@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from stillhouse.recipe.section import Section
+from stillhouse.recipe.signals import SignalsRecipe
 from stillhouse.recipe.synthesize import SynthesizeRecipe
 
 # --- teacher -------------------------------------------------------------------------------
@@ -105,113 +106,6 @@ class DataRecipe(Section):
     long_rows: Literal["error", "truncate", "drop"] = Field(
         "error", description="What to do with a chat row that is longer than the context."
     )
-
-
-# --- signals -------------------------------------------------------------------------------
-
-
-class ThresholdSignals(Section):
-    """Likely tokens exactly, the others by unbiased draws; hard positions get more of both."""
-
-    kind: Literal["threshold"]
-    bytes: float = Field(36.0, gt=0, strict=False, description="Of a token, on average.")
-
-
-class TopKSignals(Section):
-    """The k likeliest tokens and the mass of all others; serves nearly every divergence."""
-
-    kind: Literal["top_k"]
-    k: int = Field(32, gt=0, le=254)
-
-
-class TopPSignals(Section):
-    """The fewest tokens that hold the mass p, and the mass of all others."""
-
-    kind: Literal["top_p"]
-    p: float = Field(0.98, gt=0, le=1, strict=False)
-    most: int = Field(64, gt=0, le=254, description="Tokens stored at the most.")
-
-
-class SampledSignals(Section):
-    """Tokens drawn with replacement, and how often (Sparse Logit Sampling)."""
-
-    kind: Literal["sampled"]
-    draws: int = Field(50, gt=0, le=254)
-
-
-class StratifiedSignals(Section):
-    """The k likeliest tokens exactly, and unbiased draws from the rest."""
-
-    kind: Literal["stratified"]
-    k: int = Field(8, gt=0, le=253)
-    draws: int = Field(12, gt=0, le=253)
-
-
-class FrozenHeadSignals(Section):
-    """All that forward KL needs where the student's head is not trained (train.freeze_head)."""
-
-    kind: Literal["frozen_head"]
-
-
-class HiddenSignals(Section):
-    """The teacher's hidden states after the layers that the objective's terms look at.
-
-    With its last ones and its head every divergence is exact, at any temperature.
-    """
-
-    kind: Literal["hidden"]
-
-
-EntrySignals = ThresholdSignals | TopKSignals | TopPSignals | SampledSignals | StratifiedSignals
-SignalEncoding = Annotated[
-    EntrySignals | FrozenHeadSignals | HiddenSignals,
-    Field(discriminator="kind"),
-]
-
-
-class SignalServer(Section):
-    """A server of the teacher that returns log-probabilities of prompts, as vLLM does."""
-
-    base_url: str = Field(description="Of the OpenAI-compatible API, e.g. http://localhost:8000/v1")
-    model: str = Field(description="The teacher's name on the server.")
-    key_env: str | None = Field(
-        None, description="Environment variable that holds the server's key; null: it needs none."
-    )
-    concurrency: int = Field(16, gt=0, description="Requests under way at a time.")
-
-    @model_validator(mode="after")
-    def _holds_no_secret(self) -> SignalServer:
-        if "@" in self.base_url:
-            raise ValueError("base_url holds a user's name or key: name a variable in key_env")
-        return self
-
-
-class SignalsRecipe(Section):
-    """The teacher is asked once and its answers are stored; training reads them."""
-
-    encoding: SignalEncoding = ThresholdSignals(kind="threshold")
-    server: SignalServer | None = Field(
-        None, description="Ask this server, not a local model; for the encoding top_k."
-    )
-    store: str | None = Field(
-        None, description="A finished store to read, e.g. another run's; nothing is recorded."
-    )
-    missing: Literal["error", "live"] = Field(
-        "error",
-        description="What to do about training text that `store` lacks: stop before training, or "
-        "ask the teacher live, as often as it is trained on.",
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> SignalsRecipe:
-        asked = self.server is not None or self.encoding != ThresholdSignals(kind="threshold")
-        if self.store is not None and asked:
-            raise ValueError("store is read as it is: remove encoding and server, or store")
-        if self.store is None and self.missing == "live":
-            raise ValueError("missing is about a given store: name it in store, or remove the key")
-        if self.server is not None and not isinstance(self.encoding, TopKSignals):
-            raise ValueError("a server gives the likeliest tokens: set encoding.kind to top_k")
-        return self
 
 
 # --- student -------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stillhouse.data import WindowSet, collate, predicting
 from stillhouse.progress import bar
-from stillhouse.recipe.schema import (
+from stillhouse.recipe.signals import (
     EntrySignals,
     SampledSignals,
     SignalsRecipe,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from stillhouse.data import IGNORED
 from stillhouse.errors import ModelError
-from stillhouse.recipe.schema import SignalServer
+from stillhouse.recipe.signals import SignalServer
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encodings import TopK
 from stillhouse.signals.manifest import Settings
