@@ -57,19 +57,22 @@ class Job:
         return self.recipe.teacher.trust_remote_code
 
 
-def find_models(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
+def find_models(
+    recipe: Recipe, base: Path, *, weights: bool = True, teacher: ModelSource | None = None
+) -> Job:
     """Finds and checks the models on disk, or downloads them (False: all but their weights).
 
+    teacher: takes the place of the recipe's; it has lost tokens already (see `beginning`).
     Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
     """
-    if isinstance(recipe.student, PrunedStudent) and recipe.student.vocabulary is not None:
-        raise RecipeError(
-            "a student with fewer tokens than its teacher cannot be trained by a recipe yet",
-            where="student.vocabulary",
-            fix="leave the key out; students.build_student makes such a student, untrained",
-        )
     section = recipe.teacher
-    teacher = resolve_model(section.model, revision=section.revision, base=base, weights=weights)
+    if teacher is not None:
+        cut = recipe.student.model_copy(update={"vocabulary": None})
+        recipe = recipe.model_copy(update={"student": cut})
+    else:
+        teacher = resolve_model(
+            section.model, revision=section.revision, base=base, weights=weights
+        )
     pretrained = None
     if isinstance(recipe.student, PretrainedStudent):
         student = recipe.student

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stillhouse import shipping, stages
+from stillhouse.beginning import Do, begin
 from stillhouse.data import Windows
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.hardware import choose_precision, default_device, leads, tune_allocator
-from stillhouse.job import Job, find_models, shared_vocabulary
+from stillhouse.job import Job, shared_vocabulary
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
 from stillhouse.recipe.family import first_member
@@ -75,9 +76,8 @@ def prepare_data(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Job
     loaded = first_member(loaded)
     folder = run_folder(loaded)
     with folder.locked():
-        job = find_models(loaded, base)
-        plan = stages.data(job)
-        return job, *stages.open_data(folder.stage(plan.name, plan.depends_on, plan.work))
+        job, data = begin(loaded, base, _doing(folder))
+        return job, *stages.open_data(data)
 
 
 def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -98,15 +98,10 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     folder = run_folder(loaded)
     with folder.locked():
         # Of a teacher that a server runs, only the configuration and the tokenizer are needed.
-        job = find_models(loaded, base, weights=loaded.signals.server is None)
-        plan = stages.data(job)
-        data = folder.stage(plan.name, plan.depends_on, plan.work)
-        student = None
-        if stages.for_one_head(job):
-            plan = stages.student(job, data)
-            student = folder.stage(plan.name, plan.depends_on, plan.work)
-        plan = stages.signals(job, data, student)
-        recorded = folder.stage(plan.name, plan.depends_on, plan.work, resumable=True)
+        do = _doing(folder)
+        job, data = begin(loaded, base, do, weights=loaded.signals.server is None)
+        student = do(stages.student(job, data)) if stages.for_one_head(job) else None
+        recorded = do(stages.signals(job, data, student))
         folder.point(SIGNALS, recorded.path / stages.STORE)
         return folder.root / SIGNALS
 
@@ -189,16 +184,11 @@ def run_folder(recipe: Recipe) -> RunFolder:
 def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     """Every stage of a recipe, in a folder that is locked."""
     finished: list[Stage] = []
+    quietly = _doing(folder)
 
     def do(plan: StagePlan) -> Stage:
         began = time.monotonic()
-        stage = folder.stage(
-            plan.name,
-            plan.depends_on,
-            plan.work,
-            resumable=plan.resumable,
-            scratch=plan.scratch,
-        )
+        stage = quietly(plan)
         took = "already done" if stage.reused else f"{time.monotonic() - began:,.1f} s"
         note(f"{plan.name + ':':<10} {took}")
         finished.append(stage)
@@ -225,11 +215,10 @@ def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
 
 
 def _stages_together(
-    recipe: Recipe, base: Path, do: Callable[[StagePlan], Stage]
+    recipe: Recipe, base: Path, do: Do
 ) -> tuple[Job, Stage, Stage, Stage, Stage | None, list[Stage]]:
     """The stages up to the last training, which every process goes through."""
-    job = find_models(recipe, base)
-    data = do(stages.data(job))
+    job, data = begin(recipe, base, do)
     student = recorded = None
     if recipe.signals is not None and recipe.signals.store is None:
         if stages.for_one_head(job):
@@ -255,7 +244,22 @@ def follow(recipe: Recipe, base: Path, folder: RunFolder) -> Stage:
     return _stages_together(recipe, base, _taking_part(folder))[3]
 
 
-def _taking_part(folder: RunFolder) -> Callable[[StagePlan], Stage]:
+def _doing(folder: RunFolder) -> Do:
+    """How the leading process does a stage, or finds it done."""
+
+    def do(plan: StagePlan) -> Stage:
+        return folder.stage(
+            plan.name,
+            plan.depends_on,
+            plan.work,
+            resumable=plan.resumable,
+            scratch=plan.scratch,
+        )
+
+    return do
+
+
+def _taking_part(folder: RunFolder) -> Do:
     """How the other processes of a torchrun do a stage: take part in it, or wait for it."""
 
     def do(plan: StagePlan) -> Stage:

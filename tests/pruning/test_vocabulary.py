@@ -17,7 +17,6 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.job import find_models
 from stillhouse.pruning import (
     check_saved,
     kept_token_ids,
@@ -25,7 +24,6 @@ from stillhouse.pruning import (
     prune_model,
     prune_tokenizer,
 )
-from stillhouse.recipe import parse_recipe
 from stillhouse.recipe.schema import PrunedStudent
 from stillhouse.students import build_student
 from stillhouse.teachers import load_model, load_tokenizer, resolve_model, save_tokenizer
@@ -267,12 +265,6 @@ def test_the_models_rows_follow(tied: bool) -> None:
         prune_model(teacher(), ToyWindows(), kept_ids=[1, 2, 7])
     with pytest.raises(RecipeError, match="token 96, and the teacher has 96"):
         prune_model(teacher(), ToyWindows(), kept_ids=[1, 2, 5, 96])
-
-
-def test_a_run_refuses_it_before_anything_is_loaded(tmp_path: Path) -> None:
-    raw = tiny.recipe(tmp_path, student={"vocabulary": "data"})
-    with pytest.raises(RecipeError, match="cannot be trained by a recipe yet"):
-        find_models(parse_recipe(raw), tmp_path)
 
 
 def test_a_student_of_a_recipe_has_its_tokenizer_and_the_map_beside_it(tmp_path: Path) -> None:

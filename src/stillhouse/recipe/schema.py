@@ -150,11 +150,6 @@ class PrunedSizes(Section):
         "which unties the head from the embeddings.",
     )
     experts: int | None = Field(None, gt=0, description="Experts to keep in every layer.")
-    vocabulary: Annotated[int, Field(gt=0)] | Literal["data"] | None = Field(
-        None,
-        description="Tokens to keep, the most frequent of the training text; data: all it has. "
-        "The tokenizer is rewritten.",
-    )
 
     @model_validator(mode="after")
     def _method_needs_a_size(self) -> Self:
@@ -169,6 +164,11 @@ class PrunedStudent(PrunedSizes):
     start: Literal["pruned"]
     model: str | None = Field(
         None, description="What is pruned, as teacher.model; null: the teacher."
+    )
+    vocabulary: Annotated[int, Field(gt=0)] | Literal["data"] | None = Field(
+        None,
+        description="Tokens to keep, the most frequent of the training text; data: all it has. "
+        "The tokenizer is rewritten, and the teacher answers with these tokens alone.",
     )
     reconstruct: bool = Field(True, description="Refit what is left by least squares.")
     calibration_tokens: int = Field(16384, gt=0, description="Tokens seen to decide what goes.")

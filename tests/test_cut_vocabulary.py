@@ -1,0 +1,83 @@
+"""Runs whose student has fewer tokens than its teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import stillhouse
+from stillhouse.cascade import run_cascade
+from stillhouse.errors import RecipeError
+from stillhouse.runner import RunResult
+from tests import tiny
+from tests.pruning.test_vocabulary import KINDS
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A teacher of 440 rows, of which no more than 432 are tokens."""
+    words = KINDS["byte-level"]
+    end = words.eos_token_id
+    tiny.save_model(
+        tmp_path / "teacher", vocab_size=440, eos_token_id=end, bos_token_id=words.bos_token_id
+    )
+    words.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text(tiny.text(400))
+    return tmp_path
+
+
+def run(raw: dict[str, Any]) -> RunResult:
+    result = stillhouse.run(raw)
+    assert result is not None
+    return result
+
+
+def test_the_teacher_loses_the_same_tokens_and_the_student_is_trained_on_the_others(
+    folder: Path,
+) -> None:
+    result = run(tiny.recipe(folder, student={"vocabulary": "data"}))
+    names = [stage.name for stage in result.stages]
+    assert names[:4] == ["data", "vocabulary", "data", "student"]
+    cut = next(stage for stage in result.stages if stage.name == "vocabulary").summary
+    assert cut["vocabulary"][0] == 440
+    assert cut["vocabulary"][1] < 400
+    assert cut["measured_share"] == 1.0
+    # Its own head without the lost tokens: they had some of the probability, and no text needs it.
+    assert cut["cut_perplexity"] < cut["teacher_perplexity"]
+
+    tokenizer = AutoTokenizer.from_pretrained(result.model)
+    student = AutoModelForCausalLM.from_pretrained(result.model)
+    assert student.config.vocab_size == cut["vocabulary"][1]
+    for text in ("the cat sees the house", "ÄÖ – 漢字\n\tx"):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert max(ids) < student.config.vocab_size
+    with torch.no_grad():
+        assert student(torch.tensor([ids])).logits.isfinite().all()
+    assert result.evaluation.result("teacher").fidelity.kl == 0.0
+    untrained, trained = (result.evaluation.result(role) for role in ("untrained", "student"))
+    assert trained.fidelity.kl < untrained.fidelity.kl
+
+
+def test_a_second_run_cuts_nothing_again(folder: Path) -> None:
+    raw = tiny.recipe(folder, student={"vocabulary": 320}, signals={})
+    run(raw)
+    assert all(stage.reused for stage in run(raw).stages)
+
+
+def test_a_family_shares_the_cut_teacher(folder: Path) -> None:
+    hops = [{"name": "a", "ffn_size": 48}, {"name": "b", "ffn_size": 32}]
+    family = tiny.recipe(folder, student={"vocabulary": 320}, cascade={"hops": hops})
+    del family["student"]["ffn_size"]
+    result = run_cascade(family)
+    assert result is not None
+    for member in result.members.values():
+        assert AutoModelForCausalLM.from_pretrained(member.model).config.vocab_size == 320
+    assert next(s for s in result.members["b"].stages if s.name == "vocabulary").reused
+    hops[1]["vocabulary"] = 300
+    with pytest.raises(RecipeError, match="vocabulary"):
+        run_cascade(family)
