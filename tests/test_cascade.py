@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from stillhouse import cascade
+from stillhouse import account, cascade
 from stillhouse.cascade import FamilyResult, run_cascade
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.runner import run
@@ -64,6 +64,30 @@ def test_a_hop_that_is_added_does_nothing_again(family: tuple[Path, FamilyResult
     assert all(s.reused for m in ("wide", "narrow") for s in more.members[m].stages)
     stages = {stage.name: stage for stage in more.members["least"].stages}
     assert list(stages["student"].summary["pruning"]["ffn_size"]) == [32, 16]
+
+
+@pytest.mark.parametrize("teacher", ["previous", "both"])
+def test_a_member_learns_from_the_one_before_or_from_both(tmp_path: Path, teacher: str) -> None:
+    raw = recipe(tmp_path, teacher=teacher)
+    with pytest.raises(RecipeError, match="signals are the original teacher's"):
+        run_cascade(raw)
+    del raw["signals"]
+    result = done(raw)
+    sizes, asked = {}, {}
+    for name, member in result.members.items():
+        found = {stage.name: stage for stage in member.stages}
+        size = sizes[name] = found["student"].summary["parameters"]["head_once"]
+        trained = found["train"].cost
+        own = account.training_flops(size, trained.tokens)
+        asked[name] = (trained.flops - own) / account.forward_flops(1, trained.tokens)
+    original = account.count_parameters(tiny.llama()).head_once
+    assert asked["wide"] == pytest.approx(original)
+    expected = sizes["wide"] + (original if teacher == "both" else 0)
+    assert asked["narrow"] == pytest.approx(expected)
+    # What it is measured against is the original all the same.
+    measured = result.members["narrow"].evaluation.result("teacher")
+    assert measured is not None
+    assert measured.parameters == account.count_parameters(tiny.llama()).total
 
 
 def test_one_shot_members_are_all_pruned_from_the_teacher(tmp_path: Path) -> None:

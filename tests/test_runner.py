@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import stillhouse
 from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseError
 from stillhouse.runner import RunResult, evaluate_model, prepare_data
+from stillhouse.training import read_metrics
 from tests import tiny
 
 
@@ -394,3 +395,19 @@ def test_a_moved_run_folder_still_works(finished: tuple[Path, RunResult], tmp_pa
     _, result = finished
     shutil.copytree(result.folder, tmp_path / "moved", symlinks=True)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "moved" / "model") is not None
+
+
+def test_several_teachers_give_the_mean_of_their_losses(tmp_path: Path) -> None:
+    tiny.save_model(tmp_path / "other", seed=5)
+    names = ["teacher", str(tmp_path / "other")]
+    first = {}
+    for teachers in (names, names[:1], names[1:]):
+        folder = str(tmp_path / str(len(first)))
+        raw = tiny.recipe(tmp_path, train={"teachers": teachers, "max_steps": 1}, folder=folder)
+        result = stillhouse.run(raw)
+        assert result is not None
+        trained = next(stage for stage in result.stages if stage.name == "train")
+        first["+".join(teachers)] = read_metrics(trained.path / "metrics.jsonl")[0]["forward_kl"]
+    both, one, other = first.values()
+    assert both == pytest.approx((one + other) / 2, rel=1e-4)
+    assert one != pytest.approx(other, rel=0.01)

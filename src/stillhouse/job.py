@@ -13,7 +13,7 @@ from stillhouse import account
 from stillhouse.errors import RecipeError, SignalError
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe
-from stillhouse.recipe.family import member_recipe
+from stillhouse.recipe.family import ORIGINAL, member_recipe
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.recipe.signals import FrozenHeadSignals, HiddenSignals
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
@@ -36,8 +36,8 @@ class Job:
     """A recipe whose models have been found and fit together.
 
     base: where relative paths start. pruned: what the student is made of, where that is not the
-    teacher. vocabulary: token ids below it are shared by both models;
-    rows of a head beyond it are padding.
+    teacher. vocabulary: token ids below it are shared by both models; rows of a head beyond it are
+    padding. guides: what the student learns from, the teacher or others of its vocabulary.
     """
 
     recipe: Recipe
@@ -46,6 +46,7 @@ class Job:
     pretrained: ModelSource | None
     vocabulary: int
     pruned: ModelSource | None = None
+    guides: tuple[ModelSource, ...] = ()
 
     @property
     def tokenizer_path(self) -> Path:
@@ -86,12 +87,25 @@ def find_models(
     match = shared_vocabulary(teacher, other, recipe.teacher.trust_remote_code)
     for warning in match.warnings:
         note(f"warning: {warning}")
-    job = Job(recipe, base, teacher, pretrained, match.rows, pruned)
+    guides = _guides(recipe, teacher, base, weights)
+    job = Job(recipe, base, teacher, pretrained, match.rows, pruned, guides)
     # Refuses now what these models, or a store of the teacher's answers, cannot give.
     objective = planned_objective(job)
     if recipe.signals is not None:
         stored_temperature(objective, signals_encoding(job, objective))
     return job
+
+
+def _guides(
+    recipe: Recipe, teacher: ModelSource, base: Path, weights: bool
+) -> tuple[ModelSource, ...]:
+    guides = []
+    for name in recipe.train.teachers or [ORIGINAL]:
+        guide = teacher if name == ORIGINAL else resolve_model(name, base=base, weights=weights)
+        if guide is not teacher:
+            shared_vocabulary(teacher, guide, recipe.teacher.trust_remote_code)
+        guides.append(guide)
+    return tuple(guides)
 
 
 def signals_encoding(job: Job, objective: Objective) -> Encoding:
@@ -148,9 +162,21 @@ def _check_layers(encoding: Hidden, wanted: tuple[int, ...], store: Path) -> Non
 
 
 def planned_objective(job: Job) -> Objective:
-    """The objective before there is a student: its learned maps have shapes and no memory."""
+    """The objective before there is a student: its learned maps have shapes and no memory.
+
+    Raises SignalError for terms that these models cannot give.
+    """
+    student, guide = configs(job)[0], job.guides[0]
+    shape = load_config(guide.path, trust_remote_code=job.trust_remote_code)
     with torch.device("meta"):
-        return make_objective(job.recipe.objective, *configs(job))
+        objective = make_objective(job.recipe.objective, student, shape)
+    if len(job.guides) > 1 and (objective.hidden or objective.relations):
+        raise SignalError(
+            "terms on intermediate layers are for one teacher, and there are several",
+            where="objective.terms",
+            fix="use terms on the output alone, or one teacher",
+        )
+    return objective
 
 
 def configs(job: Job) -> tuple[Any, Any]:

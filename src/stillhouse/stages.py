@@ -6,7 +6,7 @@ does nothing yet. `stillhouse.shipping` has the last stages, `stillhouse.runner`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
 from stillhouse.signals.manifest import Settings, read_manifest
 from stillhouse.signals.store import Store, open_store
 from stillhouse.students import build_student
-from stillhouse.teachers import load_model, load_tokenizer
+from stillhouse.teachers import ModelSource, load_model, load_tokenizer
 from stillhouse.teachers.hashing import code_sha256
 from stillhouse.teachers.head import head_sha256, load_head
 from stillhouse.teachers.scoring import chosen_encoding, lacking_tokens, local_teacher, score
@@ -244,12 +244,12 @@ def training(job: Job, data: Stage, student: Stage, stored: StoredSignals | None
     if stored is not None:
         inputs["signals"] = stored.key
     objective = job.recipe.objective
-    return _training("train", inputs, job, data, student, objective, job.teacher.path, stored)
+    return _training("train", inputs, job, data, student, objective, job.guides, stored)
 
 
 def baseline(job: Job, data: Stage, student: Stage) -> StagePlan:
     """The same student on the same data by plain next-token loss: what distillation adds to."""
-    return _training("baseline", {}, job, data, student, BASELINE, None)
+    return _training("baseline", {}, job, data, student, BASELINE, ())
 
 
 def _training(
@@ -259,12 +259,13 @@ def _training(
     data: Stage,
     student: Stage,
     objective: ObjectiveRecipe,
-    teacher: Path | None,
+    teachers: Sequence[ModelSource],
     stored: StoredSignals | None = None,
 ) -> StagePlan:
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        asked = _whom_to_ask(job, teacher, stored, windows, student)
+        first = teachers[0].path if teachers else None
+        asked = _whom_to_ask(job, first, stored, windows, student)
         result = train(
             student.path / MODEL,
             asked.teacher,
@@ -278,6 +279,7 @@ def _training(
             store=asked.store,
             stored_teacher=asked.stored_teacher,
             asked_share=asked.share,
+            more_teachers=[teacher.path for teacher in teachers[1:]],
             trust_remote_code=job.trust_remote_code,
         )
         return Outcome(
@@ -290,9 +292,9 @@ def _training(
 
     everything = {
         **inputs,
-        "recipe": job.recipe.train.model_dump(mode="json", exclude={"report_to"}),
+        "recipe": job.recipe.train.model_dump(mode="json", exclude={"report_to", "teachers"}),
         "seed": job.recipe.seed,
-        "teacher": job.teacher.fingerprint if teacher else None,
+        "teachers": [teacher.fingerprint for teacher in teachers],
         "data": data.digest,
         "student": student.digest,
     }
@@ -433,7 +435,7 @@ def quantized_training(
         "qat": section.qat.model_dump(mode="json"),
         "objective": job.recipe.objective.model_dump(mode="json"),
         "signals": stored and stored.key,
-        "recipe": train_section.model_dump(mode="json", exclude={"report_to"}),
+        "recipe": train_section.model_dump(mode="json", exclude={"report_to", "teachers"}),
         "seed": job.recipe.seed,
         "teacher": job.teacher.fingerprint,
         "data": data.digest,

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from stillhouse.recipe.schema import HopRecipe, PrunedSizes, PrunedStudent, Recipe
 
+ORIGINAL = "teacher"
+"""In train.teachers: the recipe's own."""
+
 
 def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) -> Recipe:
     """The recipe of one member, whose teacher is the recipe's.
@@ -25,6 +28,11 @@ def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) ->
     train = recipe.train
     if hop.epochs is not None:
         train = train.model_copy(update={"epochs": hop.epochs})
+    if parent is not None and cascade.teacher != "original":
+        teachers = [str(parent.absolute())]
+        if cascade.teacher == "both":
+            teachers.insert(0, ORIGINAL)
+        train = train.model_copy(update={"teachers": teachers})
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-{hop.name}",

@@ -193,6 +193,12 @@ class CascadeRecipe(Section):
         "teacher (one-shot).",
     )
 
+    teacher: Literal["original", "previous", "both"] = Field(
+        "original",
+        description="What a member learns from: the recipe's teacher, the trained member before "
+        "it, or the mean of both; the first member always from the teacher.",
+    )
+
     @model_validator(mode="after")
     def _names_differ(self) -> CascadeRecipe:
         names = [hop.name for hop in self.hops]
@@ -324,6 +330,11 @@ class ObjectiveRecipe(Section):
 
 
 class TrainRecipe(Section):
+    teachers: list[str] = Field(
+        default=[],
+        description="Models to learn from in place of the teacher, which stays the measure; as "
+        "teacher.model, or `teacher` itself. The loss is the mean of theirs.",
+    )
     epochs: float = Field(1.0, gt=0, strict=False)
     max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps.")
     batch_size: int = Field(8, gt=0, description="Windows in one optimizer step, all processes.")
@@ -498,6 +509,20 @@ class Recipe(Section):
     )
     evaluate: EvaluateRecipe = EvaluateRecipe()
     export: ExportRecipe = ExportRecipe()
+
+    @model_validator(mode="after")
+    def _signals_are_the_teachers(self) -> Recipe:
+        if self.signals is not None and self.train.teachers:
+            raise ValueError("signals are the teacher's own: remove signals, or train.teachers")
+        if self.cascade is not None and self.train.teachers:
+            raise ValueError("in a cascade, cascade.teacher says what a member learns from")
+        live = self.cascade is not None and self.cascade.teacher != "original"
+        if live and self.signals is not None:
+            raise ValueError(
+                "signals are the original teacher's: remove signals, or set cascade.teacher: "
+                "original"
+            )
+        return self
 
     @model_validator(mode="after")
     def _cascade_prunes(self) -> Recipe:

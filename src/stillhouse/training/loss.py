@@ -7,7 +7,7 @@ Every term is a sum over the same supervised rows, so that their weighted sum is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -118,6 +118,17 @@ def objective_loss(
         # Samples do not know the teacher's entropy: what they give is not a divergence.
         values = {_renamed(name): value for name, value in values.items()}
     return LossSum(torch.stack([loss.float() for loss in losses]).sum(), values, len(rows_ND))
+
+
+def mean_loss(losses: Sequence[LossSum]) -> LossSum:
+    """The mean of one batch's losses under several teachers."""
+    if len(losses) == 1:
+        return losses[0]
+    terms = {
+        name: torch.stack([loss.terms[name] for loss in losses]).mean(0) for name in losses[0].terms
+    }
+    total = torch.stack([loss.total for loss in losses]).mean()
+    return LossSum(total, terms, losses[0].rows)
 
 
 def _renamed(name: str) -> str:

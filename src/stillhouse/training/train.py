@@ -100,6 +100,7 @@ def train(
     store: Store | None = None,
     stored_teacher: Path | None = None,
     asked_share: float = 1.0,
+    more_teachers: Sequence[Path] = (),
     callbacks: Sequence[TrainerCallback] = (),
     trust_remote_code: bool = False,
 ) -> TrainingResult:
@@ -111,6 +112,7 @@ def train(
     teacher, held-out measurements know the perplexity alone.
     stored_teacher: the checkpoint of the store's teacher, whose head and shape a store of hidden
     states needs; its other weights are not read.
+    more_teachers: asked live beside `teacher`; the loss is the mean of all of theirs.
     vocabulary: ids below it are shared by both models; rows beyond it are padding.
     callbacks: transformers calls them at every step, beside our own.
     Goes on from the newest complete checkpoint in `out/checkpoints`, to the same weights as an
@@ -142,7 +144,11 @@ def train(
     guide = None
     if teacher is not None:
         guide = load_model(teacher, dtype=precision.dtype, trust_remote_code=trust_remote_code)
-    for trained_on in filter(None, (model, guide)):
+    others = [
+        load_model(path, dtype=precision.dtype, trust_remote_code=trust_remote_code)
+        for path in more_teachers
+    ]
+    for trained_on in filter(None, (model, guide, *others)):
         use_short_attention(trained_on, windows.context)
     code = trust_remote_code
     shaped = (guide or model).config
@@ -164,7 +170,7 @@ def train(
         advance(meter.step * section.batch_size * windows.context)
         trainer = DistillationTrainer(
             student=model,
-            teacher=guide,
+            teachers=[guide, *others] if guide is not None else [],
             store=store,
             teacher_head=teacher_head,
             student_head=student_head,
@@ -198,7 +204,8 @@ def train(
         (out / MODEL / "training_args.bin").unlink(missing_ok=True)
         save_tokenizer(load_tokenizer(student), out / MODEL)
     student_size = account.count_parameters(model).head_once
-    teacher_size = account.count_parameters(guide).head_once if guide is not None else 0
+    teachers = [] if guide is None else [guide, *others]
+    teacher_size = sum(account.count_parameters(each).head_once for each in teachers)
     return TrainingResult(
         steps=done.step,
         planned_steps=plan.steps,

