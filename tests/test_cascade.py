@@ -90,6 +90,25 @@ def test_a_member_learns_from_the_one_before_or_from_both(tmp_path: Path, teache
     assert measured.parameters == account.count_parameters(tiny.llama()).total
 
 
+def test_the_account_from_scratch_is_measured_and_told(tmp_path: Path) -> None:
+    result = done(recipe(tmp_path, from_scratch={"tokens": 12_000, "learning_rate": 3e-3}))
+    found = json.loads((result.folder / "family.json").read_text())
+    scratch = found["scratch"]
+    tokens, kls = zip(*scratch["points"], strict=True)
+    assert len(tokens) >= 12
+    assert kls[-1] < kls[0]
+    assert tokens[-1] == pytest.approx(12_000, rel=0.15)
+    for member, row in zip(found["members"], scratch["members"], strict=True):
+        kl = scratch["scale"] * row["tokens"] ** -scratch["exponent"]
+        assert kl == pytest.approx(member["student"]["fidelity"]["kl"])
+        assert row["low"] <= row["tokens"] <= row["high"]
+    page = result.report.read_text()
+    assert "From random weights, to the same KL" in page
+    assert "kWh, at an assumed" in page
+    again = done(recipe(tmp_path, from_scratch={"tokens": 12_000, "learning_rate": 3e-3}))
+    assert json.loads((again.folder / "family.json").read_text())["scratch"] == scratch
+
+
 def test_one_shot_members_are_all_pruned_from_the_teacher(tmp_path: Path) -> None:
     result = done(recipe(tmp_path, start="original"))
     stages = {stage.name: stage for stage in result.members["narrow"].stages}

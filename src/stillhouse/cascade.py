@@ -8,20 +8,21 @@ that is finished is not done again when another one is added.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import RecipeError
 from stillhouse.evaluate import Evaluation, Generation, ModelResult
-from stillhouse.hardware import leads, tune_allocator
+from stillhouse.from_scratch import measured_curve, scratch_account
+from stillhouse.hardware import assumed_watts, leads, tune_allocator
 from stillhouse.job import find_models, planned_members
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe, recipe_yaml
 from stillhouse.recipe.family import first_member, member_recipe
 from stillhouse.report.family import FamilyReport, Member, write_family_report
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
-from stillhouse.runner import RunResult, follow, lead, read, run_folder
+from stillhouse.runner import RunResult, doing, follow, lead, read, run_folder, taking_part
 from stillhouse.training import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"
@@ -61,14 +62,21 @@ def run_cascade(
     planned_members(recipe, find_models(first_member(recipe), base))
     folder = run_folder(recipe)
     if not leads():
-        parent = None
+        models: list[Path] = []
         for hop in recipe.cascade.hops:
-            parent = follow(member_recipe(recipe, hop, parent), base, folder).path / MODEL
+            parent = models[-1] if models else None
+            models.append(follow(member_recipe(recipe, hop, parent), base, folder).path / MODEL)
+        if recipe.cascade.from_scratch is not None:
+            measured_curve(recipe, base, taking_part(folder), models[0])
         return None
     with folder.locked():
         write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
         members = _members(recipe, base, folder)
         report = _report(recipe, members)
+        if recipe.cascade.from_scratch is not None:
+            largest = _stage(next(iter(members.values())), "train").path / MODEL
+            curve = measured_curve(recipe, base, doing(folder), largest)
+            report = replace(report, scratch=scratch_account(curve, report.members))
         write_atomically(folder.root / REPORT_DATA, report.to_json())
         write_family_report(report, folder.root / REPORT)
     return FamilyResult(folder.root, members, folder.root / REPORT)
@@ -114,6 +122,8 @@ def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
         members=rows,
         chained=recipe.cascade.start == "previous",
         generations=_generations(members),
+        learned_from=recipe.cascade.teacher,
+        watts=assumed_watts(),
     )
 
 

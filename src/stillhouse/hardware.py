@@ -1,11 +1,13 @@
-"""What this machine can do, measured or read from it and never assumed."""
+"""What this machine can do, measured or read from it; only its power is assumed."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ CPU_INFO = Path("/proc/cpuinfo")
 PROCESS_STATUS = Path("/proc/self/status")
 ABILITIES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16")
 """Instruction sets that decide how fast a CPU multiplies matrices, by their Linux names."""
+
+WATTS_A_CORE = 10.0
 
 _TORCH_NAMES = {"avx512f": "avx512_f"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # <malloc.h> of glibc
@@ -132,6 +136,16 @@ def peak_memory_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def assumed_watts() -> float:
+    """Power of this machine at work, for an estimate: each GPU's limit, or 10 W a CPU core."""
+    if torch.cuda.is_available():
+        asked = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+        with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+            found = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20)
+            return sum(float(line) for line in found.stdout.split())
+    return WATTS_A_CORE * (psutil.cpu_count(logical=False) or 1)
 
 
 def machine() -> dict[str, object]:

@@ -76,7 +76,7 @@ def prepare_data(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Job
     loaded = first_member(loaded)
     folder = run_folder(loaded)
     with folder.locked():
-        job, data = begin(loaded, base, _doing(folder))
+        job, data = begin(loaded, base, doing(folder))
         return job, *stages.open_data(data)
 
 
@@ -98,7 +98,7 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     folder = run_folder(loaded)
     with folder.locked():
         # Of a teacher that a server runs, only the configuration and the tokenizer are needed.
-        do = _doing(folder)
+        do = doing(folder)
         job, data = begin(loaded, base, do, weights=loaded.signals.server is None)
         student = do(stages.student(job, data)) if stages.for_one_head(job) else None
         recorded = do(stages.signals(job, data, student))
@@ -184,7 +184,7 @@ def run_folder(recipe: Recipe) -> RunFolder:
 def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     """Every stage of a recipe, in a folder that is locked."""
     finished: list[Stage] = []
-    quietly = _doing(folder)
+    quietly = doing(folder)
 
     def do(plan: StagePlan) -> Stage:
         began = time.monotonic()
@@ -241,10 +241,10 @@ def _stages_together(
 
 def follow(recipe: Recipe, base: Path, folder: RunFolder) -> Stage:
     """What the other processes of a torchrun do of a recipe; the finished training stage."""
-    return _stages_together(recipe, base, _taking_part(folder))[3]
+    return _stages_together(recipe, base, taking_part(folder))[3]
 
 
-def _doing(folder: RunFolder) -> Do:
+def doing(folder: RunFolder) -> Do:
     """How the leading process does a stage, or finds it done."""
 
     def do(plan: StagePlan) -> Stage:
@@ -259,7 +259,7 @@ def _doing(folder: RunFolder) -> Do:
     return do
 
 
-def _taking_part(folder: RunFolder) -> Do:
+def taking_part(folder: RunFolder) -> Do:
     """How the other processes of a torchrun do a stage: take part in it, or wait for it."""
 
     def do(plan: StagePlan) -> Stage:

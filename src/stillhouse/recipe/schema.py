@@ -183,6 +183,13 @@ class HopRecipe(PrunedSizes):
     )
 
 
+class FromScratchRecipe(Section):
+    """The largest member's shape, trained from random weights under the same teacher."""
+
+    tokens: int = Field(gt=0, description="To train on; more make the account more certain.")
+    learning_rate: float = Field(1e-3, gt=0, strict=False)
+
+
 class CascadeRecipe(Section):
     """Prune, distill, prune again: each member is the start of the next smaller one."""
 
@@ -197,6 +204,12 @@ class CascadeRecipe(Section):
         "original",
         description="What a member learns from: the recipe's teacher, the trained member before "
         "it, or the mean of both; the first member always from the teacher.",
+    )
+
+    from_scratch: FromScratchRecipe | None = Field(
+        None,
+        description="Measure how KL falls in training from random weights, to tell what every "
+        "member would take so; null: not told.",
     )
 
     @model_validator(mode="after")

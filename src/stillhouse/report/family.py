@@ -6,7 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from stillhouse.evaluate.results import Generation, ModelResult
@@ -38,14 +40,48 @@ class Member:
 
 
 @dataclass(frozen=True)
+class ScratchMember:
+    """Tokens from random weights to a member's KL, with a 90 % interval of the fit.
+
+    extrapolated: how many times further than was measured. flops_a_token: with the teacher's.
+    """
+
+    name: str
+    tokens: float
+    low: float
+    high: float
+    extrapolated: float
+    flops_a_token: int
+
+
+@dataclass(frozen=True)
+class FromScratch:
+    """points: measured (tokens, held-out KL); KL = scale · tokens^(-exponent) is fitted to them."""
+
+    members: Sequence[ScratchMember]
+    tokens: int
+    points: Sequence[tuple[int, float]]
+    exponent: float
+    scale: float
+
+    def flops(self, which: Literal["tokens", "low", "high"] = "tokens") -> float:
+        """Of all members."""
+        return sum(getattr(member, which) * member.flops_a_token for member in self.members)
+
+
+@dataclass(frozen=True)
 class FamilyReport:
-    """members: the largest first. chained: each was pruned from the one before it."""
+    """members: the largest first. chained: each was pruned from the one before it. learned_from:
+    as cascade.teacher. watts: assumed of the machine, for the energy."""
 
     title: str
     teacher: ModelResult
     members: Sequence[Member]
     chained: bool
     generations: Sequence[Generation] = ()
+    learned_from: str = "original"
+    scratch: FromScratch | None = None
+    watts: float = 0.0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -66,6 +102,7 @@ def render_family_report(report: FamilyReport) -> str:
         rows=rows,
         charts=[size_chart(report), recovery_chart(report)],
         totals=_totals(report),
+        scratch=None if report.scratch is None else _scratch(report, report.scratch),
         columns=["teacher", *(member.name for member in report.members)],
     )
 
@@ -134,11 +171,68 @@ def _measures(model: ModelResult) -> list[str]:
 
 def _totals(report: FamilyReport) -> list[tuple[str, str]]:
     members = report.members
-    return [
+    seconds = sum(member.seconds for member in members)
+    totals = [
         ("Training tokens", text.count(sum(member.tokens for member in members))),
         ("Computation", text.flops(sum(member.flops for member in members))),
-        ("Time", text.seconds(sum(member.seconds for member in members))),
+        ("Time", text.seconds(seconds)),
     ]
+    if report.watts:
+        energy = f"{seconds * report.watts / 3.6e6:.2g} kWh, at an assumed {report.watts:,.0f} W"
+        totals.append(("Energy", energy))
+    return totals
+
+
+def _scratch(report: FamilyReport, scratch: FromScratch) -> dict[str, Any]:
+    """What the page says about training from random weights."""
+    family = sum(member.flops for member in report.members)
+    rows = [
+        (
+            member.name,
+            text.digits(report_member.student.fidelity.kl),
+            f"{text.count(round(member.tokens))} ({text.count(round(member.low))} to "
+            f"{text.count(round(member.high))})",
+            text.flops(round(member.tokens * member.flops_a_token)),
+            "measured" if member.extrapolated <= 1 else f"{member.extrapolated:,.0f} × beyond",
+        )
+        for member, report_member in zip(scratch.members, report.members, strict=True)
+    ]
+    times = [scratch.flops(which) / family for which in ("tokens", "low", "high")]
+    return {
+        "rows": rows,
+        "times": [f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in times],
+        "chart": scratch_chart(report, scratch),
+    }
+
+
+def scratch_chart(report: FamilyReport, scratch: FromScratch) -> Chart:
+    """Held-out KL against tokens: measured, fitted, and where the members are."""
+    measured = list(zip(*scratch.points, strict=True))
+    furthest = max(scratch.points[-1][0], *(member.tokens for member in scratch.members))
+
+    def draw(ax: Axes) -> None:
+        ends = np.geomspace(scratch.points[0][0], furthest, 50)
+        ax.plot(ends, scratch.scale * ends**-scratch.exponent, "--", color=MUTED, label="fitted")
+        ax.plot(*measured, "o", color=role_color("untrained"), label="measured")
+        for member, found in zip(report.members, scratch.members, strict=True):
+            kl = member.student.fidelity.kl
+            ax.plot([found.low, found.high], [kl, kl], "-", color=ACCENT, linewidth=3)
+            ax.annotate(
+                member.name, (found.low, kl), xytext=(-6, 0), ha="right", va="center",
+                textcoords="offset points", fontsize=11, color=MUTED,
+            )  # fmt: skip
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlabel("training tokens from random weights")
+        ax.set_ylabel("KL to the teacher (nats a token)")
+        ax.legend(frameon=False, fontsize=11, labelcolor=MUTED)
+
+    alt = (
+        f"KL from random weights: {scratch.points[-1][1]:.2f} after "
+        f"{text.count(scratch.points[-1][0])} tokens. "
+        + " ".join(f"{m.name}: {text.count(round(m.tokens))} tokens." for m in scratch.members)
+    )
+    return svg_chart("family-scratch", "From random weights", alt, draw)
 
 
 def size_chart(report: FamilyReport) -> Chart:
