@@ -123,7 +123,7 @@ class Setting:
         teacher = load_model(self.teacher_path, dtype=dtype).to(device)
         self.teacher = account.count_parameters(teacher).head_once
         settings = Settings(Threshold(STORED_TAU), job.vocabulary, identity={})
-        score(local_teacher(teacher, settings), self.windows, settings, folder / "store")
+        score(local_teacher(teacher, settings), [self.windows], settings, folder / "store")
         self.store = open_store(folder / "store")
 
     def round(self, number: int, steps: int, dtype: torch.dtype) -> dict[str, Any]:

@@ -188,6 +188,31 @@ def test_a_store_of_fewer_layers_than_the_terms_need_is_refused(tmp_path: Path) 
         run(tiny.recipe(tmp_path, signals=read, objective=EVERYTHING))
 
 
+@pytest.mark.parametrize(
+    ("encoding", "name"),
+    [
+        ({"kind": "top_k", "k": 254}, "heldout_kl"),
+        ({"kind": "hidden"}, "heldout_kl"),
+        ({"kind": "threshold", "bytes": 60}, "heldout_teacher_cross_entropy"),
+    ],
+)
+def test_measurements_on_the_way_know_the_teacher_from_the_store(
+    tmp_path: Path, encoding: dict[str, Any], name: str
+) -> None:
+    train = {"evaluate_every": 8, "max_steps": 24, "early_stop": 3}
+    result = run(recipe(tmp_path, encoding, train=train))
+    rows = read_metrics(stages(result)["train"].path / "metrics.jsonl")
+    measured = [row[name] for row in rows if name in row]
+    assert len(measured) == 3
+    student = result.evaluation.result("student")
+    assert student is not None
+    if name == "heldout_kl":
+        assert measured[-1] == pytest.approx(student.fidelity.kl, rel=0.03)
+    else:
+        assert measured[-1] > student.fidelity.kl  # by the teacher's entropy
+    assert measured[0] > measured[-1]
+
+
 def test_a_threshold_is_tuned_to_the_size_asked_for(tmp_path: Path) -> None:
     result = run(recipe(tmp_path, {"kind": "threshold", "bytes": 60}))
     summary = stages(result)["signals"].summary

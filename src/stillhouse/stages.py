@@ -122,6 +122,8 @@ def signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         assert student is not None
         student_head = _head(job, student)
     identity = signal_identity(job, student_head)
+    # Measurements on the way then know the teacher too.
+    with_heldout = job.recipe.train.evaluate_every is not None
 
     def settings(encoding: Encoding, source: str) -> Settings:
         code = code_sha256(stillhouse.signals, stillhouse.teachers)
@@ -130,7 +132,8 @@ def signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         return Settings(encoding, job.vocabulary, identity, temperature, seed, provenance)
 
     def work(out: Path) -> Outcome:
-        windows, _ = open_data(data)
+        windows, heldout = open_data(data)
+        asked = [windows, heldout] if with_heldout else [windows]
         if section.server is not None:
             from stillhouse.teachers.server import ASKED_TOGETHER, server_name, server_teacher
 
@@ -154,11 +157,11 @@ def signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
             wanted = settings(chosen, f"{job.teacher.described} in {dtype}")
             ask = local_teacher(teacher, wanted, student_head)
             size, together = account.count_parameters(teacher), None
-        manifest = score(ask, windows, wanted, out / STORE, together=together)
+        manifest = score(ask, asked, wanted, out / STORE, together=together)
         quality = manifest.quality
         kept = f": {quality.entries:.1f} tokens of {job.vocabulary:,}" if quality.entries else ""
         note(f"{quality.bytes:,.1f} bytes a token{kept}")
-        tokens = windows.supervised_tokens
+        tokens = sum(each.supervised_tokens for each in asked)
         return Outcome(
             tokens=tokens,
             flops=account.forward_flops(size.head_once, tokens),
@@ -173,6 +176,7 @@ def signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         "precision": job.recipe.train.precision,
         "seed": job.recipe.seed,
         "data": data.digest,
+        "heldout": with_heldout,
         **identity,
     }
     return StagePlan("signals", inputs, work, version=2, resumable=True)

@@ -99,8 +99,8 @@ class TwoDocuments:
 
 def test_a_server_fills_the_store_that_a_local_teacher_would(tmp_path, server):
     windows = TwoDocuments()
-    score(local_teacher(server.model, SETTINGS), windows, SETTINGS, tmp_path / "local")
-    score(server_teacher(server.section, SETTINGS), windows, SETTINGS, tmp_path / "served")
+    score(local_teacher(server.model, SETTINGS), [windows], SETTINGS, tmp_path / "local")
+    score(server_teacher(server.section, SETTINGS), [windows], SETTINGS, tmp_path / "served")
     assert len(server.asked) == 6
     assert {len(request["prompt"]) for request in server.asked} == {10, 14}
     signals = []
@@ -129,10 +129,10 @@ def test_what_was_recorded_before_the_server_went_away_is_not_asked_again(
     server.spoil = fails_after_four
     monkeypatch.setattr(scoring, "SCORED_TOGETHER", 24)  # one window at a time
     with pytest.raises(ModelError, match=r"refuses \(400\).*gone"):
-        score(server_teacher(server.section, SETTINGS), windows, SETTINGS, tmp_path)
+        score(server_teacher(server.section, SETTINGS), [windows], SETTINGS, tmp_path)
     server.spoil = lambda status, answer: (status, answer)
     server.asked.clear()
-    score(server_teacher(server.section, SETTINGS), windows, SETTINGS, tmp_path)
+    score(server_teacher(server.section, SETTINGS), [windows], SETTINGS, tmp_path)
     assert len(server.asked) == 2
 
 
@@ -167,7 +167,7 @@ def of_more_than_one(status: int, answer: Any) -> tuple[int, Any]:
 def test_a_server_that_does_not_answer_what_was_asked_is_named(tmp_path, server, spoil, message):
     server.spoil = spoil
     with pytest.raises(ModelError, match=message) as caught:
-        score(server_teacher(server.section, SETTINGS), TwoDocuments(), SETTINGS, tmp_path)
+        score(server_teacher(server.section, SETTINGS), [TwoDocuments()], SETTINGS, tmp_path)
     assert server.section.base_url in str(caught.value)
     assert caught.value.fix
 

@@ -5,7 +5,8 @@ Shapes: R windows, L tokens, N supervised rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,12 @@ def chosen_encoding(
 
 
 def score(
-    ask: Ask, windows: WindowSet, settings: Settings, out: Path, *, together: int | None = None
+    ask: Ask,
+    texts: Sequence[WindowSet],
+    settings: Settings,
+    out: Path,
+    *,
+    together: int | None = None,
 ) -> Manifest:
     """Records the teacher's signal for every supervised token; goes on with a store half done.
 
@@ -109,8 +115,9 @@ def score(
     Raises SignalError where `out` was begun with other settings, StoreError where it is damaged or
     the disk is full; what was recorded stays.
     """
-    with StoreWriter(out, settings) as writer, bar("signals", total=_tokens(windows)) as advance:
-        for batch in _batches(windows, together or SCORED_TOGETHER):
+    total = sum(_tokens(windows) for windows in texts)
+    with StoreWriter(out, settings) as writer, bar("signals", total=total) as advance:
+        for batch in chain(*(_batches(windows, together or SCORED_TOGETHER) for windows in texts)):
             segments = segments_of(batch)
             missing_S = writer.missing(segments)
             if missing_S.any():

@@ -21,6 +21,7 @@ from stillhouse.data import IGNORED, supervised_rows
 from stillhouse.errors import TrainingError
 from stillhouse.objectives import LossSum, Mixture, Tally, Term
 from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.signals.encodings import Hidden
 from stillhouse.signals.store import Store
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.scoring import local_teacher, segments_of
@@ -84,6 +85,7 @@ class DistillationTrainer(Trainer):
         self._logged_at = self._started
         self._tally = Tally()
         self._paused = 0.0
+        self._measured: tuple[int, dict[str, float]] | None = None
 
     # --- the loss ----------------------------------------------------------------------------
 
@@ -176,34 +178,57 @@ class DistillationTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out KL to the teacher (nats a token; of several, the mean) and perplexity, over all
-        ranks."""
+        ranks. From a store of samples, the teacher's cross-entropy: the KL and a constant."""
+        step = self.state.global_step
+        if self._measured is not None and self._measured[0] == step:
+            return self._measured[1]  # transformers asks again when the last step was measured
         began = time.monotonic()
         self.model.eval()
+        batches = self._heldout_batches()
+        store = None if self._teachers else self._store_of(batches)
         terms = [HELDOUT_CROSS_ENTROPY]
-        if self._teachers:
+        if self._teachers or store is not None:
             terms.insert(0, HELDOUT_KL)
         objective = Objective(Mixture.of(*terms))
         sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
-            for batch in self._heldout_batches():
-                teachers = self._look_at_teachers(batch, objective.of_teacher)
+            for batch in batches:
+                if store is not None:
+                    teachers = [self._look_up(batch, store)]
+                else:
+                    teachers = self._look_at_teachers(batch, objective.of_teacher)
                 outputs = self.model_wrapped(
                     **batch, teachers=teachers, objective=objective, progress=0.0
                 )
                 rows = (batch["labels"][:, 1:] != IGNORED).sum()
-                values = [outputs.terms[term.divergence] for term in terms]
+                values = list(outputs.terms.values())
+                names = list(outputs.terms)
                 sums += torch.stack([*values, rows]).double()
         sums = self.accelerator.reduce(sums)
         means = (sums[:-1] / sums[-1]).tolist()
         metrics = {"heldout_perplexity": float(torch.tensor(means[-1]).exp())}
-        if self._teachers:
-            metrics["heldout_kl"] = means[0]
+        if len(means) > 1:
+            metrics[f"heldout_{names[0].replace('forward_kl', 'kl')}"] = means[0]
+        nearness = list(metrics)[-1]  # before `log` adds keys
         self.log(metrics)
-        self._stop_when_no_better("heldout_kl" if "heldout_kl" in metrics else "heldout_perplexity")
+        self._stop_when_no_better(nearness)
         pause = time.monotonic() - began
         self._paused += pause
         self._logged_at += pause
+        self._measured = step, metrics
         return metrics
+
+    def _store_of(self, batches: Sequence[Batch]) -> Store | None:
+        """The store, if it can tell what the teacher says about these batches."""
+        store = self._store
+        if store is None or store.settings.temperature != 1.0:
+            return None
+        unknown = isinstance(store.settings.encoding, Hidden) and self._teacher_head is None
+        covered = all(store.covers(segments_of(batch)) for batch in batches)
+        # Another run's store may know some of the text: all ranks must measure the same.
+        able = torch.tensor(float(covered and not unknown), device=self.args.device)
+        every = float(self.accelerator.reduce(able)) == self.accelerator.num_processes
+        return store if every else None
 
     def _heldout_batches(self) -> list[Batch]:
         """As many batches on every rank, since a wrapped model's forward may be collective."""
