@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse import shipping, stages
+from stillhouse import searching, shipping, stages
 from stillhouse.data import Windows
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
@@ -228,6 +228,8 @@ def _stages_together(
     data = do(stages.data(job))
     record = recipe.signals is not None and recipe.signals.store is None
     recorded = do(stages.signals(job, data)) if record else None
+    if searching.wanted(recipe):
+        job = searching.shaped(job, do(searching.search(job, data)))
     student = do(stages.student(job, data))
     stored = stages.stored_signals(job, recorded)
     trained = do(stages.training(job, data, student, stored))

@@ -5,6 +5,7 @@ Shapes: R windows of a batch, L tokens, N counted positions, D hidden width, V v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +40,13 @@ class DepthChoice:
 
 
 @torch.no_grad()
-def choose_layers(model: Any, batches: Sequence[Batch], keep: int) -> DepthChoice:
+def choose_layers(
+    model: Any, batches: Sequence[Batch], keep: int, *, most_kl: float = math.inf
+) -> DepthChoice:
     """Drops one layer at a time, each time the one whose loss costs least KL to the full model.
 
     The first round tries every layer; later ones the SHORTLIST cheapest by their last trial.
+    Ends early once the KL is above most_kl.
     """
     total = len(decoder_layers(model))
     scorer = _Scorer(model, batches)
@@ -53,7 +57,7 @@ def choose_layers(model: Any, batches: Sequence[Batch], keep: int) -> DepthChoic
     with bar("Trying layers", trials, unit="trials") as advance:
         last = scorer.without_each(alive, alive, advance)
         single = tuple(last[index] for index in range(total))
-        while len(alive) > keep:
+        while len(alive) > keep and (not dropped or dropped[-1][1] <= most_kl):
             if dropped:
                 shortlist = sorted(alive, key=lambda index: last[index])[:SHORTLIST]
                 last.update(scorer.without_each(alive, shortlist, advance))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from stillhouse.pruning.sizes import (
     sizes_of,
 )
 from stillhouse.pruning.surgery import check_tokens, keep_layers, keep_tokens, own_config
-from stillhouse.pruning.width import cut_width
+from stillhouse.pruning.width import Passage, cut_width
 
 DEPTH_TOKENS = 2048
 """Tokens on which layers are tried: each try runs half the model, so few must do."""
@@ -51,6 +51,28 @@ class PruneReport:
     notes: tuple[str, ...] = ()
 
 
+@dataclass
+class Calibration:
+    """What several prunes of one start model, text and seed share, so that it is worked out once.
+
+    passages: the start model's own stream on the calibration rows; None: not kept. depth: the
+    order in which its layers go, and the tokens it was found on.
+    """
+
+    passages: list[Passage] | None = field(default_factory=list)
+    depth: DepthChoice | None = None
+
+    def choose_layers(self, keep: int, total: int) -> DepthChoice | None:
+        """The layers that stay, where the order is known as far as that."""
+        gone = total - keep
+        if self.depth is None or len(self.depth.dropped) < gone:
+            return None
+        dropped = self.depth.dropped[:gone]
+        out = {index for index, _ in dropped}
+        kept = tuple(index for index in range(total) if index not in out)
+        return DepthChoice(kept, dropped, self.depth.single_kl)
+
+
 def prune_model(
     model: Any,
     windows: WindowSet,
@@ -67,6 +89,7 @@ def prune_model(
     calibration_tokens: int = 16384,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    shared: Calibration | None = None,
 ) -> PruneReport:
     """Prunes a float32 causal language model in place, calibrated on training windows.
 
@@ -75,7 +98,8 @@ def prune_model(
     size stays. kept_ids: the tokens to keep, old ids by new id (see vocabulary.kept_token_ids).
 
     The windows run through the model with matrix products in `dtype`; weights, statistics and
-    refits stay float32. Runs on the model's device.
+    refits stay float32. Runs on the model's device. shared: what earlier prunes of the same start
+    model on the same windows, tokens and seed have found, and what this one adds to it.
 
     Depth goes first, so that the refit of the width makes up for dropped layers too; then, layer
     by layer, hidden size, heads, experts and FFN; the vocabulary last. Every layer ends with the
@@ -108,9 +132,14 @@ def prune_model(
         notes.insert(0, f"calibrated on all {seen:,} training tokens: {asked}")
     choice = DepthChoice(tuple(range(before.layers)), (), ())
     if after.layers < before.layers:
-        few = calibration_batches(windows, DEPTH_TOKENS, seed, model.device)
-        with products(model, dtype):
-            choice = choose_layers(model, few, after.layers)
+        known = None if shared is None else shared.choose_layers(after.layers, before.layers)
+        if known is None:
+            few = calibration_batches(windows, DEPTH_TOKENS, seed, model.device)
+            with products(model, dtype):
+                known = choose_layers(model, few, after.layers)
+            if shared is not None:
+                shared.depth = known
+        choice = known
     kl = choice.dropped[-1][1] if choice.dropped else None
     narrower = replace(after, layers=before.layers, vocabulary=before.vocabulary) != before
     if narrower or rotated or (choice.dropped and reconstruct):
@@ -125,6 +154,7 @@ def prune_model(
             hidden_method=hidden_method if touched else None,
             reconstruct=reconstruct and (narrower or bool(choice.dropped)),
             dtype=dtype,
+            passages=None if shared is None else shared.passages,
         )
     keep_layers(model, choice.kept)
     set_sizes(model.config, replace(after, vocabulary=before.vocabulary))

@@ -57,7 +57,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class _Passage:
+class Passage:
     """The full model's stream around one layer, and what the norms of its blocks' outputs read."""
 
     before: Stream
@@ -79,10 +79,12 @@ def cut_width(
     hidden_method: HiddenMethod | None,
     reconstruct: bool,
     dtype: torch.dtype,
+    passages: list[Passage] | None = None,
 ) -> float:
     """Cuts `kept_layers` in place, and the model's ends; layers that will be dropped stay.
 
-    hidden_method: None leaves the hidden size alone.
+    hidden_method: None leaves the hidden size alone. passages: the same model's on the same rows,
+    layer by layer, where they are known; an empty list is filled.
     Returns KL(full ‖ cut) in nats a token on the first calibration rows (which the cut has seen).
     """
     inputs = [layer_inputs(model, batch) for batch in batches]
@@ -97,7 +99,7 @@ def cut_width(
         else:
             basis = hidden.leading_directions(moments, after.hidden_size)
     cut = Cut(kept_layers, before, after, basis, reconstruct)
-    full, narrow = _cut_layers(streams, cut)
+    full, narrow = _cut_layers(streams, cut, passages)
     few = batches[:KL_BATCHES]
     full_rows = [norm(x_RLD)[one.counted_RL] for x_RLD, one in zip(full, few, strict=False)]
     if basis is not None:
@@ -111,7 +113,9 @@ def cut_width(
     return total / max(rows, 1)
 
 
-def _cut_layers(streams: Streams, cut: Cut) -> tuple[Stream, Stream]:
+def _cut_layers(
+    streams: Streams, cut: Cut, passages: list[Passage] | None
+) -> tuple[Stream, Stream]:
     """Cuts all layers; returns the full and the cut stream behind the last one."""
     layers, tokens = streams.layers, streams.tokens()
     full = narrow = streams.start()
@@ -120,7 +124,12 @@ def _cut_layers(streams: Streams, cut: Cut) -> tuple[Stream, Stream]:
     with bar("Cutting the layers", tokens * len(layers)) as advance:
         for index, layer in enumerate(layers):
             # The full stream leaves the layer before its weights are cut.
-            passage = _run_full(streams, layer, index, full)
+            if passages is not None and index < len(passages):
+                passage = passages[index]
+            else:
+                passage = _run_full(streams, layer, index, full)
+                if passages is not None:
+                    passages.append(passage)
             if index in cut.kept_layers:
                 target = passage.after
                 for following in range(index + 1, _next(cut.kept_layers, index, len(layers))):
@@ -136,7 +145,7 @@ def _next(kept_layers: Sequence[int], index: int, total: int) -> int:
     return min((kept for kept in kept_layers if kept > index), default=total)
 
 
-def _run_full(streams: Streams, layer: nn.Module, index: int, before: Stream) -> _Passage:
+def _run_full(streams: Streams, layer: nn.Module, index: int, before: Stream) -> Passage:
     axes = streams.axes
     norms = [
         None if name is None else part(layer, name)
@@ -146,11 +155,11 @@ def _run_full(streams: Streams, layer: nn.Module, index: int, before: Stream) ->
         mid = streams.after_attention(layer, index, before)
     with inputs_of(norms[1]) as ffn_wrote:
         after = streams.after_ffn(layer, mid)
-    return _Passage(before, mid, after, attention_wrote, ffn_wrote)
+    return Passage(before, mid, after, attention_wrote, ffn_wrote)
 
 
 def _cut_layer(
-    streams: Streams, cut: Cut, index: int, passage: _Passage, narrow: Stream, target: Stream
+    streams: Streams, cut: Cut, index: int, passage: Passage, narrow: Stream, target: Stream
 ) -> Stream:
     """Cuts one layer whole; returns the cut stream behind it."""
     axes, layer, basis = streams.axes, streams.layers[index], cut.basis
@@ -169,7 +178,7 @@ def _cut_layer(
 
 
 def _narrow_attention(
-    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: _Passage, narrow: Stream
+    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: Passage, narrow: Stream
 ) -> None:
     axes = streams.axes
     norm = part(layer, axes.attention_input_norm)
@@ -182,7 +191,7 @@ def _narrow_attention(
 
 
 def _narrow_ffn(
-    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: _Passage, mids: Stream
+    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: Passage, mids: Stream
 ) -> None:
     axes = streams.axes
     norm = part(layer, axes.ffn_input_norm)

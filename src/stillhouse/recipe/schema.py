@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from stillhouse.recipe.pruning import SearchRecipe, TargetRecipe
 from stillhouse.recipe.section import Section
 from stillhouse.recipe.synthesize import SynthesizeRecipe
 
@@ -222,6 +223,9 @@ class RandomStudent(Section):
     )
 
 
+SIZE_KEYS = ("ffn_size", "layers", "heads", "kv_heads", "hidden_size", "experts", "vocabulary")
+
+
 class PrunedSizes(Section):
     """What is kept of a model; a size that is left out stays."""
 
@@ -245,6 +249,16 @@ class PrunedSizes(Section):
         description="Tokens to keep, the most frequent of the training text; data: all it has. "
         "The tokenizer is rewritten.",
     )
+    target: TargetRecipe | None = Field(
+        None, description="Search for the best shape of a size, in place of explicit sizes."
+    )
+
+    @model_validator(mode="after")
+    def _sizes_or_a_target(self) -> Self:
+        given = [key for key in SIZE_KEYS if getattr(self, key) is not None]
+        if self.target is not None and given:
+            raise ValueError(f"give a target or sizes, not both: remove {', '.join(given)}")
+        return self
 
     @model_validator(mode="after")
     def _method_needs_a_size(self) -> Self:
@@ -262,6 +276,9 @@ class PrunedStudent(PrunedSizes):
     )
     reconstruct: bool = Field(True, description="Refit what is left by least squares.")
     calibration_tokens: int = Field(16384, gt=0, description="Tokens seen to decide what goes.")
+    search: SearchRecipe = Field(
+        SearchRecipe(), description="How the shape that meets a target is found."
+    )
 
 
 class HopRecipe(PrunedSizes):
@@ -590,4 +607,10 @@ class Recipe(Section):
     def _cascade_prunes(self) -> Recipe:
         if self.cascade is not None and not isinstance(self.student, PrunedStudent):
             raise ValueError("a cascade prunes: set student.start to pruned, or remove cascade")
+        if (
+            self.cascade is not None
+            and isinstance(self.student, PrunedStudent)
+            and self.student.target is not None
+        ):
+            raise ValueError("in a cascade every hop has its own target: move student.target there")
         return self

@@ -11,7 +11,7 @@ import torch
 
 from stillhouse.account import count_parameters
 from stillhouse.data import WindowSet
-from stillhouse.errors import RunError
+from stillhouse.errors import RecipeError, RunError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import note
 from stillhouse.pruning import (
@@ -23,6 +23,7 @@ from stillhouse.pruning import (
     prune_tokenizer,
     save_kept_ids,
 )
+from stillhouse.pruning.shapes import planned_shape
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students.random import overridden_config, random_model
 from stillhouse.teachers import (
@@ -122,6 +123,12 @@ def _pruned(
 ) -> tuple[Any, Any, Summary, tuple[int, ...] | None]:
     model = load_model(teacher.path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     before = count_parameters(model)
+    if section.target is not None:
+        raise RecipeError(
+            "a student is made from sizes, and this one has a target",
+            where="student.target",
+            fix="search first (search.search_shape), as `stillhouse run` does",
+        )
     planned_sizes(section, model.config)
     tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
     kept_ids = None
@@ -161,8 +168,12 @@ def _pruned(
 def planned_sizes(section: PrunedStudent, teacher_config: Any) -> Sizes:
     """The sizes of the student, all tokens counted where the text decides.
 
+    Of a target, the shape with the fewest cuts that meets it: which is best is for a search to say.
+
     Raises RecipeError where they are not possible.
     """
+    if section.target is not None:
+        return planned_shape(teacher_config, section.search, section.target)
     vocabulary = section.vocabulary
     return check_sizes(
         teacher_config,
