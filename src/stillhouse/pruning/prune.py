@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 import torch
 
 from stillhouse.data import WindowSet
+from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of, check_parameters
 from stillhouse.pruning.calibrate import calibration_batches, products
-from stillhouse.pruning.depth import DepthChoice, choose_layers
+from stillhouse.pruning.depth import DepthChoice, choose_layers, layer_scores
+from stillhouse.pruning.gradients import BATCH_TOKENS as GRADIENT_TOKENS
+from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
 from stillhouse.pruning.sizes import (
     HiddenMethod,
     Sizes,
@@ -22,7 +26,8 @@ from stillhouse.pruning.sizes import (
     sizes_of,
 )
 from stillhouse.pruning.surgery import check_tokens, keep_layers, keep_tokens, own_config
-from stillhouse.pruning.width import Passage, cut_width
+from stillhouse.pruning.width import Passage, Ranking, cut_width
+from stillhouse.recipe.pruning import PruningMethod
 
 DEPTH_TOKENS = 2048
 """Tokens on which layers are tried: each try runs half the model, so few must do."""
@@ -49,6 +54,11 @@ class PruneReport:
     calibration_kl: float | None
     reconstructed: bool
     notes: tuple[str, ...] = ()
+
+
+METHOD = PruningMethod()
+GRADIENT_CALIBRATION_TOKENS = 8192
+"""Tokens whose gradients are taken, at most: a backward pass each, and rankings settle early."""
 
 
 @dataclass
@@ -90,6 +100,7 @@ def prune_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     shared: Calibration | None = None,
+    method: PruningMethod = METHOD,
 ) -> PruneReport:
     """Prunes a float32 causal language model in place, calibrated on training windows.
 
@@ -99,7 +110,8 @@ def prune_model(
 
     The windows run through the model with matrix products in `dtype`; weights, statistics and
     refits stay float32. Runs on the model's device. shared: what earlier prunes of the same start
-    model on the same windows, tokens and seed have found, and what this one adds to it.
+    model on the same windows, tokens and seed have found, and what this one adds to it. method:
+    what decides which parts stay.
 
     Depth goes first, so that the refit of the width makes up for dropped layers too; then, layer
     by layer, hidden size, heads, experts and FFN; the vocabulary last. Every layer ends with the
@@ -134,9 +146,7 @@ def prune_model(
     if after.layers < before.layers:
         known = None if shared is None else shared.choose_layers(after.layers, before.layers)
         if known is None:
-            few = calibration_batches(windows, DEPTH_TOKENS, seed, model.device)
-            with products(model, dtype):
-                known = choose_layers(model, few, after.layers)
+            known = rank_layers(model, windows, after.layers, method, seed, dtype)
             if shared is not None:
                 shared.depth = known
         choice = known
@@ -154,6 +164,7 @@ def prune_model(
             hidden_method=hidden_method if touched else None,
             reconstruct=reconstruct and (narrower or bool(choice.dropped)),
             dtype=dtype,
+            ranking=_ranking(model, windows, before, after, method, seed, dtype, touched),
             passages=None if shared is None else shared.passages,
         )
     keep_layers(model, choice.kept)
@@ -172,6 +183,66 @@ def prune_model(
         reconstructed=reconstruct,
         notes=tuple(notes),
     )
+
+
+def rank_layers(
+    model: Any,
+    windows: WindowSet,
+    keep: int,
+    method: PruningMethod,
+    seed: int,
+    dtype: torch.dtype,
+    *,
+    tokens: int = DEPTH_TOKENS,
+    most_kl: float = math.inf,
+) -> DepthChoice:
+    """The order in which layers go, by `method.depth_importance`, and the KL after each."""
+    few = calibration_batches(windows, tokens, seed, model.device)
+    by, scores = method.depth_importance, None
+    if by == "gradients":
+        scores = _fisher(model, windows, ["layers"], seed, dtype).layers.tolist()
+    with products(model, dtype):
+        if by in ("block_influence", "norm_ratio"):
+            scores = layer_scores(model, few, by)
+        return choose_layers(model, few, keep, scores=scores, most_kl=most_kl)
+
+
+def _ranking(
+    model: Any,
+    windows: WindowSet,
+    before: Sizes,
+    after: Sizes,
+    method: PruningMethod,
+    seed: int,
+    dtype: torch.dtype,
+    hidden: bool,
+) -> Ranking:
+    if method.importance != "gradients":
+        return Ranking(method.importance, method.aggregation)
+    kinds: list[Part] = []
+    if after.ffn_size < before.ffn_size:
+        if before.experts is not None:
+            raise RecipeError(
+                "gradients do not rank the neurons of experts",
+                where="student.importance",
+                fix="use importance: refit or activations",
+            )
+        kinds.append("neurons")
+    if after.heads < before.heads:
+        kinds.append("heads")
+    if hidden:
+        kinds.append("channels")
+    if not kinds:
+        return Ranking()
+    return Ranking("gradients", fisher=_fisher(model, windows, kinds, seed, dtype))
+
+
+def _fisher(
+    model: Any, windows: WindowSet, kinds: Sequence[Part], seed: int, dtype: torch.dtype
+) -> Fisher:
+    tokens = GRADIENT_CALIBRATION_TOKENS
+    batches = calibration_batches(windows, tokens, seed, model.device, GRADIENT_TOKENS)
+    return mask_fisher(model, axes_of(model.config), batches, kinds, seed=seed, dtype=dtype)
 
 
 def _notes(config: Any, before: Sizes, after: Sizes, rotated: bool) -> list[str]:

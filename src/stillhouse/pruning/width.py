@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,10 @@ from stillhouse.pruning.calibrate import (
 )
 from stillhouse.pruning.depth import summed_kl
 from stillhouse.pruning.experts import best_experts, narrow_experts
-from stillhouse.pruning.ffn import Moments, energy_ranking, refit_and_remove
-from stillhouse.pruning.heads import Grouping, heads_by_energy, refit_and_remove_heads
+from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove, refit_to
+from stillhouse.pruning.gradients import Fisher
+from stillhouse.pruning.heads import CORRECTION as HEADS_CORRECTION
+from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.hidden import Basis
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
 from stillhouse.pruning.streams import Stream, Streams
@@ -46,14 +48,30 @@ KL_BATCHES = 2
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """by: refit (what the loss costs after the best refit of the rest), activations, gradients.
+
+    aggregation: of activations over rows, where they decide. fisher: where gradients do.
+    """
+
+    by: Literal["refit", "activations", "gradients"] = "refit"
+    aggregation: Literal["l2", "mean"] = "l2"
+    fisher: Fisher | None = None
+
+
+@dataclass(frozen=True)
 class Cut:
-    """What becomes of every layer that stays. basis: None where the hidden size is not touched."""
+    """What becomes of every layer that stays. basis: None where the hidden size is not touched.
+
+    ranking: what decides what goes; `refit` needs `reconstruct`.
+    """
 
     kept_layers: Sequence[int]
     before: Sizes
     after: Sizes
     basis: Basis | None
     reconstruct: bool
+    ranking: Ranking
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,7 @@ def cut_width(
     hidden_method: HiddenMethod | None,
     reconstruct: bool,
     dtype: torch.dtype,
+    ranking: Ranking | None = None,
     passages: list[Passage] | None = None,
 ) -> float:
     """Cuts `kept_layers` in place, and the model's ends; layers that will be dropped stay.
@@ -87,6 +106,8 @@ def cut_width(
     layer by layer, where they are known; an empty list is filled.
     Returns KL(full ‖ cut) in nats a token on the first calibration rows (which the cut has seen).
     """
+    ranking = Ranking() if ranking is None else ranking
+    fisher = ranking.fisher
     inputs = [layer_inputs(model, batch) for batch in batches]
     streams = Streams(model, axes, batches, inputs, dtype)
     norm, full_head = model.base_model.norm, lm_head(model)
@@ -95,10 +116,12 @@ def cut_width(
     if hidden_method is not None:
         moments = hidden.measure_stream(streams, kept_layers, centered)
         if hidden_method == "channels":
-            basis = hidden.best_channels(moments, after.hidden_size, reconstruct)
+            score_D = None if fisher is None else fisher.channels
+            scored = reconstruct and ranking.by == "refit"
+            basis = hidden.best_channels(moments, after.hidden_size, scored, score_D)
         else:
             basis = hidden.leading_directions(moments, after.hidden_size)
-    cut = Cut(kept_layers, before, after, basis, reconstruct)
+    cut = Cut(kept_layers, before, after, basis, reconstruct, ranking)
     full, narrow = _cut_layers(streams, cut, passages)
     few = batches[:KL_BATCHES]
     full_rows = [norm(x_RLD)[one.counted_RL] for x_RLD, one in zip(full, few, strict=False)]
@@ -173,7 +196,7 @@ def _cut_layer(
     if basis is not None:
         _narrow_ffn(streams, cut, layer, basis, passage, mids)
     if axes.experts is None:
-        return _cut_ffn(streams, layer, mids, target, cut.after.ffn_size, cut.reconstruct)
+        return _cut_ffn(streams, cut, index, mids, target)
     return _cut_mixture(streams, cut, layer, mids, target)
 
 
@@ -213,7 +236,8 @@ def _cut_heads(streams: Streams, cut: Cut, index: int, narrow: Stream, full_mid:
     with inputs_of(output) as heads:
         streams.after_attention(layer, index, narrow)
     width, hidden_size = output.in_features, output.out_features
-    moments = Moments.zeros(width, hidden_size, output.weight.device)
+    mean = cut.ranking.aggregation == "mean"
+    moments = Moments.zeros(width, hidden_size, output.weight.device, absolute=mean)
     basis = cut.basis
     for batch, heads_RLA, x_RLD, mid_RLD in zip(
         streams.batches, heads, narrow, full_mid, strict=True
@@ -225,14 +249,20 @@ def _cut_heads(streams: Streams, cut: Cut, index: int, narrow: Stream, full_mid:
             wrote_ND = nn.functional.linear(read_NA, output.weight, output.bias)
             error_ND = (target_RLD - x_RLD)[batch.counted_RL] - wrote_ND
         moments.add(read_NA, error_ND, _row_weight(target_RLD, batch))
-    if cut.reconstruct:
+    if cut.reconstruct and cut.ranking.by == "refit":
         kept, output_DA = refit_and_remove_heads(
             output.weight, moments, grouping, after.kv_heads, share
         )
     else:
-        C_AA = moments.C_FF
-        kept = heads_by_energy(C_AA, output.weight, grouping, after.kv_heads, share)
-        output_DA = output.weight[:, grouping.columns(kept)]
+        score_A = activation_scores(moments, output.weight)
+        score_H = score_A.view(before.heads, before.head_dim).sum(1)
+        if cut.ranking.fisher is not None:
+            score_H = cut.ranking.fisher.heads[index]
+        kept = heads_by_score(score_H, grouping, after.kv_heads, share)
+        columns = torch.tensor(grouping.columns(kept), device=output.weight.device)
+        output_DA = output.weight[:, columns]
+        if cut.reconstruct:
+            output_DA = refit_to(output.weight, moments, columns, correction=HEADS_CORRECTION)
     keep_heads(layer, axes, grouping, kept, output_DA)
     columns = torch.tensor(grouping.columns(kept), device=output.weight.device)
     with products(streams.model, streams.dtype):
@@ -260,19 +290,14 @@ def _cut_mixture(
     return streams.after_ffn(layer, mids)
 
 
-def _cut_ffn(
-    streams: Streams,
-    layer: nn.Module,
-    mids: Stream,
-    target: Stream,
-    ffn_size: int,
-    reconstruct: bool,
-) -> Stream:
+def _cut_ffn(streams: Streams, cut: Cut, index: int, mids: Stream, target: Stream) -> Stream:
     """Cuts one layer's FFN; returns the cut stream behind it."""
-    axes = streams.axes
+    axes, layer, ranking = streams.axes, streams.layers[index], cut.ranking
+    ffn_size = cut.after.ffn_size
     down = part(layer, f"{axes.ffn}.{axes.down}")
     width, ffn = down.weight.shape
-    moments = Moments.zeros(ffn, width, down.weight.device)
+    mean = ranking.aggregation == "mean"
+    moments = Moments.zeros(ffn, width, down.weight.device, absolute=mean)
     activations: list[Tensor] = []
     for batch, mid_RLD, target_RLD in zip(streams.batches, mids, target, strict=True):
         with products(streams.model, streams.dtype):
@@ -284,11 +309,15 @@ def _cut_ffn(
             wrote_ND = nn.functional.linear(read_NF, down.weight, down.bias)
             error_ND = (target_RLD - mid_RLD)[batch.counted_RL] - wrote_ND
         moments.add(read_NF, error_ND, _row_weight(target_RLD, batch))
-    if reconstruct:
+    if cut.reconstruct and ranking.by == "refit":
         kept_K, down_DK = refit_and_remove(down.weight, moments, ffn_size)
     else:
-        kept_K = energy_ranking(moments.C_FF, down.weight, ffn_size)
-        down_DK = down.weight[:, kept_K]
+        score_F = activation_scores(moments, down.weight)
+        if ranking.fisher is not None:
+            score_F = ranking.fisher.neurons[index]
+        kept_K = best(score_F, ffn_size)
+        refit = cut.reconstruct
+        down_DK = refit_to(down.weight, moments, kept_K) if refit else down.weight[:, kept_K]
     keep_neurons(layer, axes, kept_K, down_DK)
     with products(streams.model, streams.dtype):
         return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -93,6 +93,32 @@ class TargetRecipe(Section):
     def measured(self) -> bool:
         """Whether this machine must be timed or filled to know what a shape needs."""
         return self.key in ("decode_latency", "memory")
+
+
+class PruningMethod(Section):
+    """What decides which parts of the model stay."""
+
+    importance: Literal["refit", "activations", "gradients"] = Field(
+        "refit",
+        description="Of neurons, heads and channels. refit: what is lost after the others were "
+        "refit (activations, with reconstruct: false); activations: norm of activations x norm of "
+        "the weights that read them; gradients: Fisher information of the KL.",
+    )
+    aggregation: Literal["l2", "mean"] = Field(
+        "l2", description="Of activations over calibration rows, for importance: activations."
+    )
+    depth_importance: Literal["kl", "block_influence", "norm_ratio", "gradients"] = Field(
+        "kl",
+        description="Of layers. kl: what the output loses without each, tried one after the "
+        "other; block_influence: 1 - cosine of the stream before and after; norm_ratio: norm after "
+        "over norm before; gradients: Fisher information.",
+    )
+
+    @model_validator(mode="after")
+    def _aggregation_needs_activations(self) -> Self:
+        if self.aggregation != "l2" and self.importance != "activations":
+            raise ValueError("aggregation does nothing without importance: activations")
+        return self
 
 
 class SearchRecipe(Section):

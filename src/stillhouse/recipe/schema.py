@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stillhouse.recipe.pruning import SearchRecipe, TargetRecipe
+from stillhouse.recipe.pruning import PruningMethod, SearchRecipe, TargetRecipe
 from stillhouse.recipe.section import Section
 from stillhouse.recipe.synthesize import SynthesizeRecipe
 
@@ -267,7 +267,7 @@ class PrunedSizes(Section):
         return self
 
 
-class PrunedStudent(PrunedSizes):
+class PrunedStudent(PrunedSizes, PruningMethod):
     """The teacher, or another model of its vocabulary, made smaller on the training text."""
 
     start: Literal["pruned"]

@@ -21,8 +21,8 @@ import torch
 from stillhouse.data import WindowSet
 from stillhouse.progress import note
 from stillhouse.pruning import Calibration, Sizes, prune_model, sizes_of
-from stillhouse.pruning.calibrate import calibration_batches, products
-from stillhouse.pruning.depth import DepthChoice, choose_layers
+from stillhouse.pruning.depth import DepthChoice
+from stillhouse.pruning.prune import rank_layers
 from stillhouse.pruning.shapes import Counter, described, feasible_shapes, sizes_to_prune
 from stillhouse.recipe.schema import PrunedStudent, TrainRecipe
 from stillhouse.runfolder import write_atomically
@@ -32,6 +32,7 @@ from stillhouse.search.probes import curves, expected, probed
 from stillhouse.search.short import distill_shortly
 from stillhouse.search.table import candidates_table, show
 from stillhouse.search.text import Answers, SearchText, answers, batches_of, kl_to, split_text
+from stillhouse.students.build import method_of
 from stillhouse.teachers import load_config, load_model
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training.attention import use_short_attention
@@ -225,6 +226,7 @@ class _Work:
             seed=setting.seed,
             dtype=setting.dtype,
             shared=shared,
+            method=method_of(setting.section),
         )
         return model
 
@@ -236,11 +238,18 @@ class _Work:
 
         def find() -> dict[str, Any]:
             model, setting = self._load(self.setting.start), self.setting
-            few = calibration_batches(
-                self.text.calibration, DEPTH_TOKENS, setting.seed, setting.device
+            return asdict(
+                rank_layers(
+                    model,
+                    self.text.calibration,
+                    keep,
+                    method_of(setting.section),
+                    setting.seed,
+                    setting.dtype,
+                    tokens=DEPTH_TOKENS,
+                    most_kl=most_kl,
+                )
             )
-            with products(model, setting.dtype):
-                return asdict(choose_layers(model, few, keep, most_kl=most_kl))
 
         raw = self.journal.once("depth", find)
         dropped = tuple((int(index), float(kl)) for index, kl in raw["dropped"])

@@ -24,6 +24,7 @@ from stillhouse.pruning import (
     save_kept_ids,
 )
 from stillhouse.pruning.shapes import planned_shape
+from stillhouse.recipe.pruning import PruningMethod
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students.random import overridden_config, random_model
 from stillhouse.teachers import (
@@ -155,6 +156,7 @@ def _pruned(
         calibration_tokens=section.calibration_tokens,
         seed=seed,
         dtype=precision.dtype,
+        method=method_of(section),
     )
     model.to("cpu")
     summary = {
@@ -163,6 +165,11 @@ def _pruned(
         "notes": list(report.notes),
     }
     return model, tokenizer, summary, kept_ids
+
+
+def method_of(section: PrunedStudent) -> PruningMethod:
+    """What decides which parts stay, without the section's sizes."""
+    return PruningMethod(**{key: getattr(section, key) for key in PruningMethod.model_fields})
 
 
 def planned_sizes(section: PrunedStudent, teacher_config: Any) -> Sizes:
