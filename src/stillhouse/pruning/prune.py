@@ -41,7 +41,8 @@ class PruneReport:
     dropped_layers: the teacher's layer numbers in the order they went, and the KL to the teacher
     after each, in nats a token. single_layer_kl: the KL without that layer alone, by layer; empty
     when depth was not cut. calibration_kl: KL(teacher ‖ pruned) on some of the calibration rows,
-    so it flatters, before the vocabulary is cut; None when nothing else was.
+    so it flatters, before the vocabulary is cut; None when nothing else was. local_gains: by layer,
+    the share of its error that local distillation undid, on rows that it was not trained on.
     """
 
     ffn_size: tuple[int, int]
@@ -53,6 +54,7 @@ class PruneReport:
     calibration_tokens: int
     calibration_kl: float | None
     reconstructed: bool
+    local_gains: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -101,6 +103,7 @@ def prune_model(
     dtype: torch.dtype = torch.float32,
     shared: Calibration | None = None,
     method: PruningMethod = METHOD,
+    local_tokens: int = 0,
 ) -> PruneReport:
     """Prunes a float32 causal language model in place, calibrated on training windows.
 
@@ -111,7 +114,7 @@ def prune_model(
     The windows run through the model with matrix products in `dtype`; weights, statistics and
     refits stay float32. Runs on the model's device. shared: what earlier prunes of the same start
     model on the same windows, tokens and seed have found, and what this one adds to it. method:
-    what decides which parts stay.
+    what decides which parts stay. local_tokens: of block-wise distillation, a layer.
 
     Depth goes first, so that the refit of the width makes up for dropped layers too; then, layer
     by layer, hidden size, heads, experts and FFN; the vocabulary last. Every layer ends with the
@@ -152,9 +155,10 @@ def prune_model(
         choice = known
     kl = choice.dropped[-1][1] if choice.dropped else None
     narrower = replace(after, layers=before.layers, vocabulary=before.vocabulary) != before
-    if narrower or rotated or (choice.dropped and reconstruct):
+    gains: tuple[float, ...] = ()
+    if narrower or rotated or (choice.dropped and (reconstruct or local_tokens)):
         touched = rotated or after.hidden_size < before.hidden_size
-        kl = cut_width(
+        damage = cut_width(
             model,
             axes,
             batches,
@@ -164,9 +168,11 @@ def prune_model(
             hidden_method=hidden_method if touched else None,
             reconstruct=reconstruct and (narrower or bool(choice.dropped)),
             dtype=dtype,
+            local_tokens=local_tokens,
             ranking=_ranking(model, windows, before, after, method, seed, dtype, touched),
             passages=None if shared is None else shared.passages,
         )
+        kl, gains = damage.kl, damage.local_gains
     keep_layers(model, choice.kept)
     set_sizes(model.config, replace(after, vocabulary=before.vocabulary))
     if kept_ids is not None:
@@ -181,6 +187,7 @@ def prune_model(
         calibration_tokens=seen,
         calibration_kl=kl,
         reconstructed=reconstruct,
+        local_gains=gains,
         notes=tuple(notes),
     )
 

@@ -38,6 +38,7 @@ from stillhouse.pruning.gradients import Fisher
 from stillhouse.pruning.heads import CORRECTION as HEADS_CORRECTION
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.hidden import Basis
+from stillhouse.pruning.local import after_layer, distill_block
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
 from stillhouse.pruning.streams import Stream, Streams
 from stillhouse.pruning.surgery import keep_experts, keep_heads, keep_neurons
@@ -45,6 +46,17 @@ from stillhouse.teachers.backbone import lm_head
 
 KL_BATCHES = 2
 """Calibration batches on which the cut model's KL is measured."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """kl: KL(full ‖ cut) in nats a token on the first calibration rows, which the cut has seen.
+
+    local_gains: of each layer that stays, the share of its error that local distillation undid.
+    """
+
+    kl: float
+    local_gains: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,8 @@ class Ranking:
 class Cut:
     """What becomes of every layer that stays. basis: None where the hidden size is not touched.
 
-    ranking: what decides what goes; `refit` needs `reconstruct`.
+    ranking: what decides what goes; `refit` needs `reconstruct`. local_tokens: tokens of local
+    distillation a layer, 0 for none.
     """
 
     kept_layers: Sequence[int]
@@ -72,6 +85,7 @@ class Cut:
     basis: Basis | None
     reconstruct: bool
     ranking: Ranking
+    local_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,13 +112,13 @@ def cut_width(
     reconstruct: bool,
     dtype: torch.dtype,
     ranking: Ranking | None = None,
+    local_tokens: int = 0,
     passages: list[Passage] | None = None,
-) -> float:
+) -> Damage:
     """Cuts `kept_layers` in place, and the model's ends; layers that will be dropped stay.
 
     hidden_method: None leaves the hidden size alone. passages: the same model's on the same rows,
     layer by layer, where they are known; an empty list is filled.
-    Returns KL(full ‖ cut) in nats a token on the first calibration rows (which the cut has seen).
     """
     ranking = Ranking() if ranking is None else ranking
     fisher = ranking.fisher
@@ -121,8 +135,8 @@ def cut_width(
             basis = hidden.best_channels(moments, after.hidden_size, scored, score_D)
         else:
             basis = hidden.leading_directions(moments, after.hidden_size)
-    cut = Cut(kept_layers, before, after, basis, reconstruct, ranking)
-    full, narrow = _cut_layers(streams, cut, passages)
+    cut = Cut(kept_layers, before, after, basis, reconstruct, ranking, local_tokens)
+    full, narrow, gains = _cut_layers(streams, cut, passages)
     few = batches[:KL_BATCHES]
     full_rows = [norm(x_RLD)[one.counted_RL] for x_RLD, one in zip(full, few, strict=False)]
     if basis is not None:
@@ -133,13 +147,14 @@ def cut_width(
     for one, full_ND, x_RLD in zip(few, full_rows, narrow, strict=False):
         total += summed_kl(full_head, full_ND, [norm(x_RLD)[one.counted_RL]], lm_head(model))[0]
         rows += int(one.counted_RL.sum())
-    return total / max(rows, 1)
+    return Damage(total / max(rows, 1), tuple(gains))
 
 
 def _cut_layers(
     streams: Streams, cut: Cut, passages: list[Passage] | None
-) -> tuple[Stream, Stream]:
-    """Cuts all layers; returns the full and the cut stream behind the last one."""
+) -> tuple[Stream, Stream, list[float]]:
+    """Cuts all layers; returns the full and the cut stream behind the last one, and the gains."""
+    gains: list[float] = []
     layers, tokens = streams.layers, streams.tokens()
     full = narrow = streams.start()
     if cut.basis is not None:
@@ -158,10 +173,15 @@ def _cut_layers(
                 for following in range(index + 1, _next(cut.kept_layers, index, len(layers))):
                     mids = streams.after_attention(layers[following], following, target)
                     target = streams.after_ffn(layers[following], mids)
+                before = narrow
                 narrow = _cut_layer(streams, cut, index, passage, narrow, target)
+                if cut.local_tokens:
+                    wanted = target if cut.basis is None else list(map(cut.basis.project, target))
+                    gains.append(distill_block(streams, index, before, wanted, cut.local_tokens))
+                    narrow = after_layer(streams, index, before)
             full = passage.after
             advance(tokens)
-    return full, narrow
+    return full, narrow, gains
 
 
 def _next(kept_layers: Sequence[int], index: int, total: int) -> int:

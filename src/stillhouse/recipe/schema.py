@@ -276,6 +276,12 @@ class PrunedStudent(PrunedSizes, PruningMethod):
     )
     reconstruct: bool = Field(True, description="Refit what is left by least squares.")
     calibration_tokens: int = Field(16384, gt=0, description="Tokens seen to decide what goes.")
+    local_distillation: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens on which each block is trained, right after its cut, to do what the "
+        "whole one did; null: none.",
+    )
     search: SearchRecipe = Field(
         SearchRecipe(), description="How the shape that meets a target is found."
     )

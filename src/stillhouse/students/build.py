@@ -157,6 +157,7 @@ def _pruned(
         seed=seed,
         dtype=precision.dtype,
         method=method_of(section),
+        local_tokens=section.local_distillation or 0,
     )
     model.to("cpu")
     summary = {
