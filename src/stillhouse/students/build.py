@@ -23,6 +23,7 @@ from stillhouse.pruning import (
     prune_tokenizer,
     save_kept_ids,
 )
+from stillhouse.pruning.domain import Domain, kl_on, read_text
 from stillhouse.pruning.shapes import planned_shape
 from stillhouse.recipe.pruning import PruningMethod
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
@@ -54,11 +55,13 @@ def build_student(
     base: Path,
     out: Path,
     trust_remote_code: bool = False,
+    heldout: WindowSet | None = None,
 ) -> Summary:
     """Makes the student that `section` describes, saves it in `out`, and says what it is.
 
-    `windows` is the training text (only a pruned student looks at it). `base` is what paths in
-    the recipe are relative to. `trust_remote_code` is the teacher's. The summary is plain data for
+    `windows` is the training text (only a pruned student looks at it). `heldout`, where it is
+    given, is only compared with it: a note warns of another domain, with the measured KL. `base` is what
+    paths in the recipe are relative to. `trust_remote_code` is the teacher's. The summary is plain data for
     JSON: start, parameters (total, non_embedding, head_once), the teacher's parameters, notes, and
     for a pruned student `pruning` (see pruning.PruneReport). A student with fewer tokens than its
     teacher gets a tokenizer of its own, and the map to the teacher's ids beside it
@@ -73,7 +76,7 @@ def build_student(
             model, tokenizer, summary = _random(section, teacher, seed, base, trust_remote_code)
         case PrunedStudent():
             model, tokenizer, summary, kept_ids = _pruned(
-                section, teacher, windows, seed, trust_remote_code
+                section, teacher, windows, seed, trust_remote_code, heldout
             )
     _save(model, tokenizer, out, kept_ids)
     if not trust_remote_code and not getattr(section, "trust_remote_code", False):
@@ -121,6 +124,7 @@ def _pruned(
     windows: WindowSet,
     seed: int,
     trust_remote_code: bool,
+    heldout: WindowSet | None,
 ) -> tuple[Any, Any, Summary, tuple[int, ...] | None]:
     model = load_model(teacher.path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     before = count_parameters(model)
@@ -141,6 +145,10 @@ def _pruned(
     precision = choose_precision("auto", device)
     note(f"Pruning on {device} with products in {precision.reason}")
     model.to(device)
+    read = [
+        None if text is None else read_text(model, text, seed, precision.dtype)
+        for text in (None if heldout is None else windows, heldout)
+    ]
     report = prune_model(
         model,
         windows,
@@ -159,12 +167,20 @@ def _pruned(
         method=method_of(section),
         local_tokens=section.local_distillation or 0,
     )
-    model.to("cpu")
-    summary = {
+    summary: Summary = {
         "teacher_parameters": asdict(before),
         "pruning": asdict(report),
         "notes": list(report.notes),
     }
+    if read[0] is not None and read[1] is not None:
+        kl = None if kept_ids is not None else kl_on(read[1], model, precision.dtype)
+        domain = Domain(read[0].perplexity, read[1].perplexity, kl)
+        summary["domain"] = asdict(domain)
+        warning = domain.warning()
+        if warning is not None:
+            note(f"warning: {warning}")
+            summary["notes"].append(warning)
+    model.to("cpu")
     return model, tokenizer, summary, kept_ids
 
 
