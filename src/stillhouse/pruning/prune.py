@@ -16,6 +16,7 @@ from stillhouse.pruning.calibrate import calibration_batches, products
 from stillhouse.pruning.depth import DepthChoice, choose_layers, layer_scores
 from stillhouse.pruning.gradients import BATCH_TOKENS as GRADIENT_TOKENS
 from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
+from stillhouse.pruning.mapped import let_go_after_use
 from stillhouse.pruning.sizes import (
     HiddenMethod,
     Sizes,
@@ -149,7 +150,8 @@ def prune_model(
     if after.layers < before.layers:
         known = None if shared is None else shared.choose_layers(after.layers, before.layers)
         if known is None:
-            known = rank_layers(model, windows, after.layers, method, seed, dtype)
+            with let_go_after_use(model):
+                known = rank_layers(model, windows, after.layers, method, seed, dtype)
             if shared is not None:
                 shared.depth = known
         choice = known

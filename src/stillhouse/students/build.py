@@ -24,6 +24,7 @@ from stillhouse.pruning import (
     save_kept_ids,
 )
 from stillhouse.pruning.domain import Domain, kl_on, read_text
+from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, shard_size
 from stillhouse.pruning.shapes import planned_shape
 from stillhouse.recipe.pruning import PruningMethod
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
@@ -60,12 +61,12 @@ def build_student(
     """Makes the student that `section` describes, saves it in `out`, and says what it is.
 
     `windows` is the training text (only a pruned student looks at it). `heldout`, where it is
-    given, is only compared with it: a note warns of another domain, with the measured KL. `base` is what
-    paths in the recipe are relative to. `trust_remote_code` is the teacher's. The summary is plain data for
-    JSON: start, parameters (total, non_embedding, head_once), the teacher's parameters, notes, and
-    for a pruned student `pruning` (see pruning.PruneReport). A student with fewer tokens than its
-    teacher gets a tokenizer of its own, and the map to the teacher's ids beside it
-    (see pruning.kept_token_ids).
+    given, is only compared with it: a note warns of another domain, with the measured KL. `base`
+    is what paths in the recipe are relative to. `trust_remote_code` is the teacher's. The summary
+    is plain data for JSON: start, parameters (total, non_embedding, head_once), the teacher's
+    parameters, notes, and for a pruned student `pruning` (see pruning.PruneReport). A student with
+    fewer tokens than its teacher gets a tokenizer of its own, and the map to the teacher's ids
+    beside it (see pruning.kept_token_ids).
     Raises ModelError, RecipeError, DataError as its parts do; RunError when `out` is not writable.
     """
     kept_ids: tuple[int, ...] | None = None
@@ -126,7 +127,7 @@ def _pruned(
     trust_remote_code: bool,
     heldout: WindowSet | None,
 ) -> tuple[Any, Any, Summary, tuple[int, ...] | None]:
-    model = load_model(teacher.path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = load_on_disk(teacher.path, trust_remote_code=trust_remote_code)
     before = count_parameters(model)
     if section.target is not None:
         raise RecipeError(
@@ -145,10 +146,11 @@ def _pruned(
     precision = choose_precision("auto", device)
     note(f"Pruning on {device} with products in {precision.reason}")
     model.to(device)
-    read = [
-        None if text is None else read_text(model, text, seed, precision.dtype)
-        for text in (None if heldout is None else windows, heldout)
-    ]
+    with let_go_after_use(model):
+        read = [
+            None if text is None else read_text(model, text, seed, precision.dtype)
+            for text in (None if heldout is None else windows, heldout)
+        ]
     report = prune_model(
         model,
         windows,
@@ -173,7 +175,8 @@ def _pruned(
         "notes": list(report.notes),
     }
     if read[0] is not None and read[1] is not None:
-        kl = None if kept_ids is not None else kl_on(read[1], model, precision.dtype)
+        with let_go_after_use(model):
+            kl = None if kept_ids is not None else kl_on(read[1], model, precision.dtype)
         domain = Domain(read[0].perplexity, read[1].perplexity, kl)
         summary["domain"] = asdict(domain)
         warning = domain.warning()
@@ -237,7 +240,8 @@ def _save(model: Any, tokenizer: Any, out: Path, kept_ids: Sequence[int] | None)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with quiet():
-            model.save_pretrained(out)
+            size = shard_size(model)
+            model.save_pretrained(out, **({} if size is None else {"max_shard_size": size}))
             save_tokenizer(tokenizer, out)
         if kept_ids is not None:
             save_kept_ids(kept_ids, out)
