@@ -23,8 +23,8 @@ from bench.common import Bar, write_results
 from stillhouse.account import count_parameters
 from stillhouse.hardware import choose_precision
 from stillhouse.pruning import prune_model
+from stillhouse.signals.head import head_logits
 from stillhouse.teachers import (
-    head_logits,
     hidden_states,
     lm_head,
     load_model,

@@ -167,3 +167,49 @@ def test_one_student_is_no_family_and_a_family_is_not_one_student(tmp_path: Path
         run_cascade(tiny.recipe(tmp_path))
     with pytest.raises(RecipeError, match="a family of students"):
         run(recipe(tmp_path))
+
+
+SEARCH = {
+    "axes": ["layers", "ffn_size"],
+    "multiple_of": 8,
+    "tolerance": 0.15,
+    "candidates": 2,
+    "calibration_tokens": 256,
+    "heldout_tokens": 128,
+    "steps": 1,
+}
+
+
+def test_hops_with_targets_are_searched_and_shrink(tmp_path: Path) -> None:
+    hops = [{"name": "first", "target": {"params": "85%"}}, {"name": "second", "layers": 2}]
+    raw = recipe(tmp_path, hops)
+    raw["student"] = {**STUDENT, "search": SEARCH}
+    result = done(raw)
+    stages = {stage.name: stage for stage in result.members["first"].stages}
+    sizes = stages["search"].summary["sizes"]
+    changed = stages["student"].summary["pruning"]["changed"]
+    assert {key: after for key, (_, after) in changed.items()} == sizes
+    assert "search" not in {stage.name for stage in result.members["second"].stages}
+    total = stages["student"].summary["parameters"]["total"]
+    whole = stages["student"].summary["teacher_parameters"]["total"]
+    assert 0.7 * whole <= total <= 0.85 * whole
+    again = done(raw)
+    assert all(stage.reused for stage in again.members["first"].stages)
+
+
+@pytest.mark.parametrize(
+    ("hops", "message"),
+    [
+        ([{"name": "small", "target": {"params": "2%"}}], "below what the axes"),
+        ([{"name": "large", "target": {"params": "120%"}}], "not below what the model has"),
+        ([{"name": "both", "target": {"params": "60%"}, "layers": 2}], "a target or sizes"),
+    ],
+)
+def test_hops_with_impossible_targets_are_refused(
+    tmp_path: Path, hops: list[dict[str, Any]], message: str
+) -> None:
+    raw = recipe(tmp_path, hops)
+    raw["student"] = {**STUDENT, "search": SEARCH}
+    with pytest.raises(StillhouseError, match=message):
+        run_cascade(raw)
+    assert not list(tmp_path.glob("run/stages/*"))

@@ -26,7 +26,7 @@ from stillhouse.runner import RunResult, doing, follow, lead, read, run_folder, 
 from stillhouse.training import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"
-PRODUCING = ("data", "signals", "student", "train")
+PRODUCING = ("data", "signals", "search", "student", "train")
 """Stages that make a member; the others measure it and write it down."""
 
 

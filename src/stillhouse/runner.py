@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse import shipping, stages
+from stillhouse import searching, shipping, stages
 from stillhouse.beginning import Do, begin
 from stillhouse.data import Windows
 from stillhouse.errors import ModelError, RecipeError
@@ -100,7 +100,10 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         # Of a teacher that a server runs, only the configuration and the tokenizer are needed.
         do = doing(folder)
         job, data = begin(loaded, base, do, weights=loaded.signals.server is None)
-        student = do(stages.student(job, data)) if stages.for_one_head(job) else None
+        student = None
+        if stages.for_one_head(job):
+            job = _shaped(job, data, do)
+            student = do(stages.student(job, data))
         recorded = do(stages.signals(job, data, student))
         folder.point(SIGNALS, recorded.path / stages.STORE)
         return folder.root / SIGNALS
@@ -219,6 +222,7 @@ def _stages_together(
 ) -> tuple[Job, Stage, Stage, Stage, Stage | None, list[Stage]]:
     """The stages up to the last training, which every process goes through."""
     job, data = begin(recipe, base, do)
+    job = _shaped(job, data, do)
     student = recorded = None
     if recipe.signals is not None and recipe.signals.store is None:
         if stages.for_one_head(job):
@@ -237,6 +241,13 @@ def _stages_together(
             plan = stages.quantized_training(job, data, trained, quantized[0], stored)
             quantized.append(do(plan))
     return job, data, student, trained, baseline, quantized
+
+
+def _shaped(job: Job, data: Stage, do: Do) -> Job:
+    """The job with the sizes of its student, which are searched for where there is a target."""
+    if not searching.wanted(job.recipe):
+        return job
+    return searching.shaped(job, do(searching.search(job, data)))
 
 
 def follow(recipe: Recipe, base: Path, folder: RunFolder) -> Stage:

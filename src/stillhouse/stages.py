@@ -220,11 +220,12 @@ def student(job: Job, data: Stage) -> StagePlan:
     section = job.recipe.student
 
     def work(out: Path) -> Outcome:
-        windows, _ = open_data(data)
+        windows, heldout = open_data(data)
         summary = build_student(
             section,
             teacher=job.pruned or job.teacher,
             windows=windows,
+            heldout=heldout,
             seed=job.recipe.seed,
             base=job.base,
             out=out / MODEL,
@@ -233,14 +234,15 @@ def student(job: Job, data: Stage) -> StagePlan:
         return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=summary)
 
     inputs = {
-        "recipe": section.model_dump(mode="json"),
+        # How the shape was searched does not matter once it is found.
+        "recipe": section.model_dump(mode="json", exclude={"search", "target"}),
         "seed": job.recipe.seed,
         "teacher": job.teacher.fingerprint,
         "pretrained": job.pretrained and job.pretrained.fingerprint,
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("student", inputs, work, version=3)
+    return StagePlan("student", inputs, work, version=4)
 
 
 def training(job: Job, data: Stage, student: Stage, stored: StoredSignals | None) -> StagePlan:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stillhouse.pruning.ffn import Moments, energy_ranking, refit_and_remove
+from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove, refit_to
 
 
 @pytest.fixture(autouse=True)
@@ -96,11 +96,22 @@ def test_fewer_rows_than_neurons_stay_finite() -> None:
     assert refit.isfinite().all()
 
 
-def test_energy_ranking_is_energy_times_column_norm() -> None:
+def test_activation_scores_are_squared_norms_times_column_norms() -> None:
     activations, down, _, weight = rows(50, 12, 5)
-    C = moments_of(activations, None, weight).C_FF
-    scores = [
-        (activations[:, f] * weight).square().sum() * down[:, f].square().sum() for f in range(12)
-    ]
-    expected = sorted(sorted(range(12), key=lambda f: -scores[f])[:5])
-    assert energy_ranking(C, down, 5).tolist() == expected
+    weighted, columns = activations * weight[:, None], down.square().sum(0)
+    l2 = weighted.square().sum(0) * columns
+    assert_close(activation_scores(moments_of(activations, None, weight), down), l2)
+    moments = Moments.zeros(12, 5, absolute=True)
+    moments.add(activations, None, weight)
+    assert_close(activation_scores(moments, down), weighted.abs().sum(0).square() * columns)
+    assert best(l2, 5).tolist() == sorted(sorted(range(12), key=lambda f: -l2[f])[:5])
+
+
+def test_a_given_choice_is_refit_by_least_squares() -> None:
+    activations, down, error, weight = rows(200, 12, 5)
+    kept = torch.tensor([0, 3, 4, 7, 11])
+    moments = moments_of(activations, error, weight)
+    refit = refit_to(down, moments, kept, ridge=1e-12, correction=1.0)
+    target = (activations @ down.T + error) * weight[:, None]
+    inputs = activations[:, kept] * weight[:, None]
+    assert_close(refit, torch.linalg.lstsq(inputs, target).solution.T, rtol=1e-6, atol=1e-8)

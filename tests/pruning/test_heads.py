@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stillhouse.pruning.ffn import Moments
-from stillhouse.pruning.heads import Grouping, heads_by_energy, refit_and_remove_heads
+from stillhouse.pruning.ffn import Moments, activation_scores
+from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 
 BEFORE = Grouping(groups=2, share=3, head_dim=2)
 HIDDEN = 5
@@ -83,8 +83,10 @@ def test_energy_ranking_is_energy_times_column_norm() -> None:
     heads_NA, output_DA = rows()
     moments = moments_of(heads_NA)
     score = (heads_NA.square().sum(0) * output_DA.square().sum(0)).view(6, 2).sum(1)
+    found = activation_scores(moments, output_DA).view(6, 2).sum(1)
+    assert_close(found, score)
     best = [int(score[:3].argmax()), 3 + int(score[3:].argmax())]
-    assert list(heads_by_energy(moments.C_FF, output_DA, BEFORE, 2, 1)) == best
+    assert list(heads_by_score(score, BEFORE, 2, 1)) == best
     group = int(score.view(2, 3).sum(1).argmax())
     expected = tuple(range(3 * group, 3 * group + 3))
-    assert heads_by_energy(moments.C_FF, output_DA, BEFORE, 1, 3) == expected
+    assert heads_by_score(score, BEFORE, 1, 3) == expected

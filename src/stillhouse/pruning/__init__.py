@@ -1,7 +1,7 @@
 """Makes a model smaller: fewer layers, narrower ones, fewer tokens; every layer alike."""
 
 from stillhouse.pruning.axes import ARCHITECTURES
-from stillhouse.pruning.prune import PruneReport, prune_model
+from stillhouse.pruning.prune import Calibration, PruneReport, prune_model
 from stillhouse.pruning.sizes import Sizes, check_sizes, resized_config, sizes_of
 from stillhouse.pruning.surgery import check_saved
 from stillhouse.pruning.tokens import prune_tokenizer
@@ -9,6 +9,7 @@ from stillhouse.pruning.vocabulary import kept_token_ids, load_kept_ids, save_ke
 
 __all__ = [
     "ARCHITECTURES",
+    "Calibration",
     "PruneReport",
     "Sizes",
     "check_saved",

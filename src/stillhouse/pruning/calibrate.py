@@ -44,9 +44,15 @@ class LayerInputs:
 
 
 def calibration_batches(
-    windows: WindowSet, tokens: int, seed: int, device: torch.device | str = "cpu"
+    windows: WindowSet,
+    tokens: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    together: int = BATCH_TOKENS,
 ) -> list[Batch]:
     """About `tokens` tokens of `windows` (all of them when there are fewer), chosen by `seed`.
+
+    together: about how many of them make a batch.
 
     Raises DataError when there are no windows.
     """
@@ -61,7 +67,7 @@ def calibration_batches(
     # Not torch's generator with this seed: training would meet the same windows first.
     order = random.Random(f"calibration {seed}").sample(range(len(windows)), len(windows))
     chosen = sorted(order[:count])
-    at_once = max(1, BATCH_TOKENS // length)
+    at_once = max(1, together // length)
     return [
         _batch([windows[index] for index in chosen[start : start + at_once]], device)
         for start in range(0, count, at_once)

@@ -5,9 +5,10 @@ Shapes: R windows of a batch, L tokens, N counted positions, D hidden width, V v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,7 +31,8 @@ SHORTLIST = 8
 class DepthChoice:
     """kept: layer numbers, ascending. dropped: in the order they went, with the KL after each.
 
-    single_kl: KL(full ‖ without that layer alone) in nats a token, by layer.
+    single_kl: KL(full ‖ without that layer alone) in nats a token, by layer; empty where the order
+    came from scores.
     """
 
     kept: tuple[int, ...]
@@ -39,12 +41,23 @@ class DepthChoice:
 
 
 @torch.no_grad()
-def choose_layers(model: Any, batches: Sequence[Batch], keep: int) -> DepthChoice:
+def choose_layers(
+    model: Any,
+    batches: Sequence[Batch],
+    keep: int,
+    *,
+    scores: Sequence[float] | None = None,
+    most_kl: float = math.inf,
+) -> DepthChoice:
     """Drops one layer at a time, each time the one whose loss costs least KL to the full model.
 
     The first round tries every layer; later ones the SHORTLIST cheapest by their last trial.
+    scores: what each layer is worth (see `layer_scores`): the least goes first, and nothing is
+    tried but what has gone. Ends early once the KL is above most_kl.
     """
     total = len(decoder_layers(model))
+    if scores is not None:
+        return _by_scores(model, batches, keep, scores, most_kl)
     scorer = _Scorer(model, batches)
     alive = list(range(total))
     rounds = total - keep
@@ -53,7 +66,7 @@ def choose_layers(model: Any, batches: Sequence[Batch], keep: int) -> DepthChoic
     with bar("Trying layers", trials, unit="trials") as advance:
         last = scorer.without_each(alive, alive, advance)
         single = tuple(last[index] for index in range(total))
-        while len(alive) > keep:
+        while len(alive) > keep and (not dropped or dropped[-1][1] <= most_kl):
             if dropped:
                 shortlist = sorted(alive, key=lambda index: last[index])[:SHORTLIST]
                 last.update(scorer.without_each(alive, shortlist, advance))
@@ -63,6 +76,50 @@ def choose_layers(model: Any, batches: Sequence[Batch], keep: int) -> DepthChoic
             dropped.append((weakest, last[weakest]))
             alive.remove(weakest)
     return DepthChoice(tuple(alive), tuple(dropped), single)
+
+
+def _by_scores(
+    model: Any, batches: Sequence[Batch], keep: int, scores: Sequence[float], most_kl: float
+) -> DepthChoice:
+    scorer = _Scorer(model, batches)
+    alive = list(range(len(scores)))
+    dropped: list[tuple[int, float]] = []
+    with bar("Dropping layers", (len(scores) - keep) * len(batches), unit="trials") as advance:
+        while len(alive) > keep and (not dropped or dropped[-1][1] <= most_kl):
+            weakest = min(alive, key=lambda index: scores[index])
+            kl = scorer.without_each(alive, [weakest], advance)[weakest]
+            dropped.append((weakest, kl))
+            alive.remove(weakest)
+    return DepthChoice(tuple(alive), tuple(dropped), ())
+
+
+@torch.no_grad()
+def layer_scores(
+    model: Any, batches: Sequence[Batch], by: Literal["block_influence", "norm_ratio"]
+) -> list[float]:
+    """What each layer does to the stream, averaged over the counted rows; little means redundant.
+
+    block_influence: 1 - cos(in, out) (Men et al. 2024, ShortGPT, arXiv 2403.03853).
+    norm_ratio: ‖out‖ / ‖in‖ (Ministral 3, arXiv 2601.08584).
+    """
+    layers = decoder_layers(model)
+    sums = [0.0] * len(layers)
+    rows = 0
+    for batch in batches:
+        inputs = layer_inputs(model, batch)
+        before_RLD = inputs.hidden_RLD
+        rows += int(batch.counted_RL.sum())
+        for index, layer in enumerate(layers):
+            after_RLD = run_layer(layer, before_RLD, inputs.extras[index])
+            x_ND = before_RLD[batch.counted_RL].double()
+            y_ND = after_RLD[batch.counted_RL].double()
+            if by == "block_influence":
+                value_N = 1 - torch.cosine_similarity(x_ND, y_ND, dim=-1)
+            else:
+                value_N = y_ND.norm(dim=-1) / x_ND.norm(dim=-1).clamp_min(1e-12)
+            sums[index] += value_N.sum().item()
+            before_RLD = after_RLD
+    return [value / max(rows, 1) for value in sums]
 
 
 class _Scorer:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.pruning.axes import Axes, part
-from stillhouse.pruning.ffn import Moments, energy_ranking, refit_and_remove
+from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove
 from stillhouse.pruning.surgery import set_parameter
 
 
@@ -78,7 +78,7 @@ def narrow_experts(
         if reconstruct:
             kept_K, down_DK = refit_and_remove(down_DF, moments, keep)
         else:
-            kept_K = energy_ranking(moments.C_FF, down_DF, keep)
+            kept_K = best(activation_scores(moments, down_DF), keep)
             down_DK = down_DF[:, kept_K]
         downs.append(down_DK)
         gate_ups.append(mixture.gate_up_EOD[expert][torch.cat([kept_K, kept_K + width])])

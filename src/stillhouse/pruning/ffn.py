@@ -41,10 +41,18 @@ class Moments:
 
     C_FF: Tensor
     B_DF: Tensor
+    absolute_F: Tensor | None = None
+    """Σ |a|, where it is asked for."""
 
     @classmethod
-    def zeros(cls, ffn: int, hidden: int, device: torch.device | str = "cpu") -> Moments:
-        return cls(torch.zeros(ffn, ffn, device=device), torch.zeros(hidden, ffn, device=device))
+    def zeros(
+        cls, ffn: int, hidden: int, device: torch.device | str = "cpu", *, absolute: bool = False
+    ) -> Moments:
+        return cls(
+            torch.zeros(ffn, ffn, device=device),
+            torch.zeros(hidden, ffn, device=device),
+            torch.zeros(ffn, device=device) if absolute else None,
+        )
 
     def add(self, activations_NF: Tensor, error_ND: Tensor | None, weight_N: Tensor) -> None:
         """Adds rows; each row's squared error counts weight² times."""
@@ -54,6 +62,8 @@ class Moments:
         for start in range(0, len(self.C_FF), width):
             block = slice(start, start + width)
             self.C_FF[block, start:].addmm_(weighted_NF[:, block].T, weighted_NF[:, start:])
+        if self.absolute_F is not None:
+            self.absolute_F += weighted_NF.abs().sum(0)
         if error_ND is not None:
             self.B_DF.addmm_((error_ND * weight_N[:, None]).T, weighted_NF)
 
@@ -63,10 +73,33 @@ class Moments:
         return upper_FF + upper_FF.triu(1).T
 
 
-def energy_ranking(C_FF: Tensor, down_DF: Tensor, keep: int) -> Tensor:
-    """The `keep` neurons of largest activation energy × squared column norm, ascending, [K]."""
-    energy_F = C_FF.diagonal() * down_DF.square().sum(0)
-    return energy_F.topk(keep).indices.sort().values
+def activation_scores(moments: Moments, down_DF: Tensor) -> Tensor:
+    """Squared activation norm × squared column norm, [F]: l2, or (Σ|a|)² where that was summed."""
+    l2_F, absolute_F = moments.C_FF.diagonal(), moments.absolute_F
+    size_F = l2_F if absolute_F is None else absolute_F.square()
+    return size_F * down_DF.square().sum(0)
+
+
+def best(score_F: Tensor, keep: int) -> Tensor:
+    """The `keep` parts of the highest score, ascending, [K]."""
+    return score_F.topk(keep).indices.sort().values
+
+
+def refit_to(
+    down_DF: Tensor,
+    moments: Moments,
+    kept_K: Tensor,
+    *,
+    ridge: float = RIDGE,
+    correction: float = CORRECTION,
+) -> Tensor:
+    """The down projection [D, K] of these neurons, refit so that they do what all of them did."""
+    weight, inverse = corrected(down_DF, moments, ridge, correction)
+    stays = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
+    stays[kept_K] = True
+    if stays.all():
+        return weight
+    return without_columns(weight, inverse, (~stays).nonzero()[:, 0], stays)[0]
 
 
 def refit_and_remove(

@@ -74,14 +74,11 @@ def refit_and_remove_heads(
     return tuple(alive), weight
 
 
-def heads_by_energy(
-    C_AA: Tensor, output_DA: Tensor, before: Grouping, groups: int, share: int
-) -> tuple[int, ...]:
-    """The heads of largest activation energy × squared column norm, ascending."""
-    energy_A = C_AA.diagonal() * output_DA.square().sum(0)
+def heads_by_score(score_H: Tensor, before: Grouping, groups: int, share: int) -> tuple[int, ...]:
+    """The heads of the highest score, ascending; a group is worth what its heads are together."""
 
     def cost(heads: Sequence[int]) -> float:
-        return energy_A[before.columns(heads)].sum().item()
+        return score_H[list(heads)].sum().item()
 
     gone = {head for heads in _order(before, groups, share, cost) for head in heads}
     return tuple(head for head in range(before.groups * before.share) if head not in gone)

@@ -71,10 +71,17 @@ class StreamMoments:
             self.G_DD += G_DD / (G_DD * C_DD).sum().clamp_min(1e-12)
 
 
-def best_channels(moments: StreamMoments, keep: int, reconstruct: bool) -> Basis:
-    """The channels whose loss costs the readers least, with (or without) the best guess of them."""
+def best_channels(
+    moments: StreamMoments, keep: int, reconstruct: bool, score_D: Tensor | None = None
+) -> Basis:
+    """The channels whose loss costs the readers least, with (or without) the best guess of them.
+
+    score_D: what each is worth, in the place of that.
+    """
     hidden = len(moments.C_DD)
-    if reconstruct:
+    if score_D is not None:
+        kept_H = score_D.topk(keep).indices.sort().values
+    elif reconstruct:
         # Only WᵀW of all readers matters, so a square root of G stands for their rows.
         values_D, vectors_DD = torch.linalg.eigh(moments.G_DD)
         root_DD = values_D.clamp_min(0).sqrt()[:, None] * vectors_DD.T

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from stillhouse.data import WindowSet
+from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of, check_parameters
 from stillhouse.pruning.calibrate import calibration_batches, products
-from stillhouse.pruning.depth import DepthChoice, choose_layers
+from stillhouse.pruning.depth import DepthChoice, choose_layers, layer_scores
+from stillhouse.pruning.gradients import BATCH_TOKENS as GRADIENT_TOKENS
+from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
+from stillhouse.pruning.mapped import let_go_after_use
 from stillhouse.pruning.sizes import (
     HiddenMethod,
     Sizes,
@@ -22,7 +27,8 @@ from stillhouse.pruning.sizes import (
     sizes_of,
 )
 from stillhouse.pruning.surgery import check_tokens, keep_layers, keep_tokens, own_config
-from stillhouse.pruning.width import cut_width
+from stillhouse.pruning.width import Passage, Ranking, cut_width
+from stillhouse.recipe.pruning import PruningMethod
 
 DEPTH_TOKENS = 2048
 """Tokens on which layers are tried: each try runs half the model, so few must do."""
@@ -36,7 +42,8 @@ class PruneReport:
     dropped_layers: the teacher's layer numbers in the order they went, and the KL to the teacher
     after each, in nats a token. single_layer_kl: the KL without that layer alone, by layer; empty
     when depth was not cut. calibration_kl: KL(teacher ‖ pruned) on some of the calibration rows,
-    so it flatters, before the vocabulary is cut; None when nothing else was.
+    so it flatters, before the vocabulary is cut; None when nothing else was. local_gains: by layer,
+    the share of its error that local distillation undid, on rows that it was not trained on.
     """
 
     ffn_size: tuple[int, int]
@@ -48,7 +55,35 @@ class PruneReport:
     calibration_tokens: int
     calibration_kl: float | None
     reconstructed: bool
+    local_gains: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+METHOD = PruningMethod()
+GRADIENT_CALIBRATION_TOKENS = 8192
+"""Tokens whose gradients are taken, at most: a backward pass each, and rankings settle early."""
+
+
+@dataclass
+class Calibration:
+    """What several prunes of one start model, text and seed share, so that it is worked out once.
+
+    passages: the start model's own stream on the calibration rows; None: not kept. depth: the
+    order in which its layers go, and the tokens it was found on.
+    """
+
+    passages: list[Passage] | None = field(default_factory=list)
+    depth: DepthChoice | None = None
+
+    def choose_layers(self, keep: int, total: int) -> DepthChoice | None:
+        """The layers that stay, where the order is known as far as that."""
+        gone = total - keep
+        if self.depth is None or len(self.depth.dropped) < gone:
+            return None
+        dropped = self.depth.dropped[:gone]
+        out = {index for index, _ in dropped}
+        kept = tuple(index for index in range(total) if index not in out)
+        return DepthChoice(kept, dropped, self.depth.single_kl)
 
 
 def prune_model(
@@ -67,6 +102,9 @@ def prune_model(
     calibration_tokens: int = 16384,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    shared: Calibration | None = None,
+    method: PruningMethod = METHOD,
+    local_tokens: int = 0,
 ) -> PruneReport:
     """Prunes a float32 causal language model in place, calibrated on training windows.
 
@@ -75,7 +113,9 @@ def prune_model(
     size stays. kept_ids: the tokens to keep, old ids by new id (see vocabulary.kept_token_ids).
 
     The windows run through the model with matrix products in `dtype`; weights, statistics and
-    refits stay float32. Runs on the model's device.
+    refits stay float32. Runs on the model's device. shared: what earlier prunes of the same start
+    model on the same windows, tokens and seed have found, and what this one adds to it. method:
+    what decides which parts stay. local_tokens: of block-wise distillation, a layer.
 
     Depth goes first, so that the refit of the width makes up for dropped layers too; then, layer
     by layer, hidden size, heads, experts and FFN; the vocabulary last. Every layer ends with the
@@ -108,14 +148,19 @@ def prune_model(
         notes.insert(0, f"calibrated on all {seen:,} training tokens: {asked}")
     choice = DepthChoice(tuple(range(before.layers)), (), ())
     if after.layers < before.layers:
-        few = calibration_batches(windows, DEPTH_TOKENS, seed, model.device)
-        with products(model, dtype):
-            choice = choose_layers(model, few, after.layers)
+        known = None if shared is None else shared.choose_layers(after.layers, before.layers)
+        if known is None:
+            with let_go_after_use(model):
+                known = rank_layers(model, windows, after.layers, method, seed, dtype)
+            if shared is not None:
+                shared.depth = known
+        choice = known
     kl = choice.dropped[-1][1] if choice.dropped else None
     narrower = replace(after, layers=before.layers, vocabulary=before.vocabulary) != before
-    if narrower or rotated or (choice.dropped and reconstruct):
+    gains: tuple[float, ...] = ()
+    if narrower or rotated or (choice.dropped and (reconstruct or local_tokens)):
         touched = rotated or after.hidden_size < before.hidden_size
-        kl = cut_width(
+        damage = cut_width(
             model,
             axes,
             batches,
@@ -125,7 +170,11 @@ def prune_model(
             hidden_method=hidden_method if touched else None,
             reconstruct=reconstruct and (narrower or bool(choice.dropped)),
             dtype=dtype,
+            local_tokens=local_tokens,
+            ranking=_ranking(model, windows, before, after, method, seed, dtype, touched),
+            passages=None if shared is None else shared.passages,
         )
+        kl, gains = damage.kl, damage.local_gains
     keep_layers(model, choice.kept)
     set_sizes(model.config, replace(after, vocabulary=before.vocabulary))
     if kept_ids is not None:
@@ -140,8 +189,69 @@ def prune_model(
         calibration_tokens=seen,
         calibration_kl=kl,
         reconstructed=reconstruct,
+        local_gains=gains,
         notes=tuple(notes),
     )
+
+
+def rank_layers(
+    model: Any,
+    windows: WindowSet,
+    keep: int,
+    method: PruningMethod,
+    seed: int,
+    dtype: torch.dtype,
+    *,
+    tokens: int = DEPTH_TOKENS,
+    most_kl: float = math.inf,
+) -> DepthChoice:
+    """The order in which layers go, by `method.depth_importance`, and the KL after each."""
+    few = calibration_batches(windows, tokens, seed, model.device)
+    by, scores = method.depth_importance, None
+    if by == "gradients":
+        scores = _fisher(model, windows, ["layers"], seed, dtype).layers.tolist()
+    with products(model, dtype):
+        if by in ("block_influence", "norm_ratio"):
+            scores = layer_scores(model, few, by)
+        return choose_layers(model, few, keep, scores=scores, most_kl=most_kl)
+
+
+def _ranking(
+    model: Any,
+    windows: WindowSet,
+    before: Sizes,
+    after: Sizes,
+    method: PruningMethod,
+    seed: int,
+    dtype: torch.dtype,
+    hidden: bool,
+) -> Ranking:
+    if method.importance != "gradients":
+        return Ranking(method.importance, method.aggregation)
+    kinds: list[Part] = []
+    if after.ffn_size < before.ffn_size:
+        if before.experts is not None:
+            raise RecipeError(
+                "gradients do not rank the neurons of experts",
+                where="student.importance",
+                fix="use importance: refit or activations",
+            )
+        kinds.append("neurons")
+    if after.heads < before.heads:
+        kinds.append("heads")
+    if hidden:
+        kinds.append("channels")
+    if not kinds:
+        return Ranking()
+    return Ranking("gradients", fisher=_fisher(model, windows, kinds, seed, dtype))
+
+
+def _fisher(
+    model: Any, windows: WindowSet, kinds: Sequence[Part], seed: int, dtype: torch.dtype
+) -> Fisher:
+    tokens = GRADIENT_CALIBRATION_TOKENS
+    batches = calibration_batches(windows, tokens, seed, model.device, GRADIENT_TOKENS)
+    return mask_fisher(model, axes_of(model.config), batches, kinds, seed=seed, dtype=dtype)
 
 
 def _notes(config: Any, before: Sizes, after: Sizes, rotated: bool) -> list[str]:

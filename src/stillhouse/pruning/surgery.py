@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.heads import Grouping
+from stillhouse.pruning.mapped import let_go_after_use
 from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.local import load_model
 from stillhouse.teachers.quiet import quiet
@@ -142,9 +143,11 @@ def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
     Raises ModelError when a weight is missing or left over, or the logits differ.
     """
     with quiet():
-        expected = model(input_ids=input_ids_RL, use_cache=False).logits
+        with let_go_after_use(model):
+            expected = model(input_ids=input_ids_RL, use_cache=False).logits
         loaded = load_model(folder, dtype=torch.float32)
-        found = loaded(input_ids=input_ids_RL, use_cache=False).logits
+        with let_go_after_use(loaded):
+            found = loaded(input_ids=input_ids_RL, use_cache=False).logits
     error = (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-6)
     if not error <= 1e-5:
         raise ModelError(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,13 @@ from stillhouse.pruning.calibrate import (
 )
 from stillhouse.pruning.depth import summed_kl
 from stillhouse.pruning.experts import best_experts, narrow_experts
-from stillhouse.pruning.ffn import Moments, energy_ranking, refit_and_remove
-from stillhouse.pruning.heads import Grouping, heads_by_energy, refit_and_remove_heads
+from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove, refit_to
+from stillhouse.pruning.gradients import Fisher
+from stillhouse.pruning.heads import CORRECTION as HEADS_CORRECTION
+from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.hidden import Basis
+from stillhouse.pruning.local import after_layer, distill_block
+from stillhouse.pruning.mapped import is_large, let_go, mapped_ranges, move_to_disk
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
 from stillhouse.pruning.streams import Stream, Streams
 from stillhouse.pruning.surgery import keep_experts, keep_heads, keep_neurons
@@ -46,18 +50,47 @@ KL_BATCHES = 2
 
 
 @dataclass(frozen=True)
+class Damage:
+    """kl: KL(full ‖ cut) in nats a token on the first calibration rows, which the cut has seen.
+
+    local_gains: of each layer that stays, the share of its error that local distillation undid.
+    """
+
+    kl: float
+    local_gains: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """by: refit (what the loss costs after the best refit of the rest), activations, gradients.
+
+    aggregation: of activations over rows, where they decide. fisher: where gradients do.
+    """
+
+    by: Literal["refit", "activations", "gradients"] = "refit"
+    aggregation: Literal["l2", "mean"] = "l2"
+    fisher: Fisher | None = None
+
+
+@dataclass(frozen=True)
 class Cut:
-    """What becomes of every layer that stays. basis: None where the hidden size is not touched."""
+    """What becomes of every layer that stays. basis: None where the hidden size is not touched.
+
+    ranking: what decides what goes; `refit` needs `reconstruct`. local_tokens: tokens of local
+    distillation a layer, 0 for none.
+    """
 
     kept_layers: Sequence[int]
     before: Sizes
     after: Sizes
     basis: Basis | None
     reconstruct: bool
+    ranking: Ranking
+    local_tokens: int = 0
 
 
 @dataclass(frozen=True)
-class _Passage:
+class Passage:
     """The full model's stream around one layer, and what the norms of its blocks' outputs read."""
 
     before: Stream
@@ -79,12 +112,17 @@ def cut_width(
     hidden_method: HiddenMethod | None,
     reconstruct: bool,
     dtype: torch.dtype,
-) -> float:
+    ranking: Ranking | None = None,
+    local_tokens: int = 0,
+    passages: list[Passage] | None = None,
+) -> Damage:
     """Cuts `kept_layers` in place, and the model's ends; layers that will be dropped stay.
 
-    hidden_method: None leaves the hidden size alone.
-    Returns KL(full ‖ cut) in nats a token on the first calibration rows (which the cut has seen).
+    hidden_method: None leaves the hidden size alone. passages: the same model's on the same rows,
+    layer by layer, where they are known; an empty list is filled.
     """
+    ranking = Ranking() if ranking is None else ranking
+    fisher = ranking.fisher
     inputs = [layer_inputs(model, batch) for batch in batches]
     streams = Streams(model, axes, batches, inputs, dtype)
     norm, full_head = model.base_model.norm, lm_head(model)
@@ -93,11 +131,13 @@ def cut_width(
     if hidden_method is not None:
         moments = hidden.measure_stream(streams, kept_layers, centered)
         if hidden_method == "channels":
-            basis = hidden.best_channels(moments, after.hidden_size, reconstruct)
+            score_D = None if fisher is None else fisher.channels
+            scored = reconstruct and ranking.by == "refit"
+            basis = hidden.best_channels(moments, after.hidden_size, scored, score_D)
         else:
             basis = hidden.leading_directions(moments, after.hidden_size)
-    cut = Cut(kept_layers, before, after, basis, reconstruct)
-    full, narrow = _cut_layers(streams, cut)
+    cut = Cut(kept_layers, before, after, basis, reconstruct, ranking, local_tokens)
+    full, narrow, gains = _cut_layers(streams, cut, passages)
     few = batches[:KL_BATCHES]
     full_rows = [norm(x_RLD)[one.counted_RL] for x_RLD, one in zip(full, few, strict=False)]
     if basis is not None:
@@ -108,11 +148,15 @@ def cut_width(
     for one, full_ND, x_RLD in zip(few, full_rows, narrow, strict=False):
         total += summed_kl(full_head, full_ND, [norm(x_RLD)[one.counted_RL]], lm_head(model))[0]
         rows += int(one.counted_RL.sum())
-    return total / max(rows, 1)
+    return Damage(total / max(rows, 1), tuple(gains))
 
 
-def _cut_layers(streams: Streams, cut: Cut) -> tuple[Stream, Stream]:
-    """Cuts all layers; returns the full and the cut stream behind the last one."""
+def _cut_layers(
+    streams: Streams, cut: Cut, passages: list[Passage] | None
+) -> tuple[Stream, Stream, list[float]]:
+    """Cuts all layers; returns the full and the cut stream behind the last one, and the gains."""
+    gains: list[float] = []
+    large = is_large(streams.model)
     layers, tokens = streams.layers, streams.tokens()
     full = narrow = streams.start()
     if cut.basis is not None:
@@ -120,23 +164,37 @@ def _cut_layers(streams: Streams, cut: Cut) -> tuple[Stream, Stream]:
     with bar("Cutting the layers", tokens * len(layers)) as advance:
         for index, layer in enumerate(layers):
             # The full stream leaves the layer before its weights are cut.
-            passage = _run_full(streams, layer, index, full)
+            if passages is not None and index < len(passages):
+                passage = passages[index]
+            else:
+                passage = _run_full(streams, layer, index, full)
+                if passages is not None:
+                    passages.append(passage)
             if index in cut.kept_layers:
                 target = passage.after
                 for following in range(index + 1, _next(cut.kept_layers, index, len(layers))):
                     mids = streams.after_attention(layers[following], following, target)
                     target = streams.after_ffn(layers[following], mids)
+                before, old = narrow, mapped_ranges(layer) if large else []
                 narrow = _cut_layer(streams, cut, index, passage, narrow, target)
+                if cut.local_tokens:
+                    wanted = target if cut.basis is None else list(map(cut.basis.project, target))
+                    gains.append(distill_block(streams, index, before, wanted, cut.local_tokens))
+                    narrow = after_layer(streams, index, before)
+                if large:
+                    # What was cut away is still mapped, and what is new is still in memory.
+                    move_to_disk(layer)
+                    let_go(old)
             full = passage.after
             advance(tokens)
-    return full, narrow
+    return full, narrow, gains
 
 
 def _next(kept_layers: Sequence[int], index: int, total: int) -> int:
     return min((kept for kept in kept_layers if kept > index), default=total)
 
 
-def _run_full(streams: Streams, layer: nn.Module, index: int, before: Stream) -> _Passage:
+def _run_full(streams: Streams, layer: nn.Module, index: int, before: Stream) -> Passage:
     axes = streams.axes
     norms = [
         None if name is None else part(layer, name)
@@ -146,11 +204,11 @@ def _run_full(streams: Streams, layer: nn.Module, index: int, before: Stream) ->
         mid = streams.after_attention(layer, index, before)
     with inputs_of(norms[1]) as ffn_wrote:
         after = streams.after_ffn(layer, mid)
-    return _Passage(before, mid, after, attention_wrote, ffn_wrote)
+    return Passage(before, mid, after, attention_wrote, ffn_wrote)
 
 
 def _cut_layer(
-    streams: Streams, cut: Cut, index: int, passage: _Passage, narrow: Stream, target: Stream
+    streams: Streams, cut: Cut, index: int, passage: Passage, narrow: Stream, target: Stream
 ) -> Stream:
     """Cuts one layer whole; returns the cut stream behind it."""
     axes, layer, basis = streams.axes, streams.layers[index], cut.basis
@@ -164,12 +222,12 @@ def _cut_layer(
     if basis is not None:
         _narrow_ffn(streams, cut, layer, basis, passage, mids)
     if axes.experts is None:
-        return _cut_ffn(streams, layer, mids, target, cut.after.ffn_size, cut.reconstruct)
+        return _cut_ffn(streams, cut, index, mids, target)
     return _cut_mixture(streams, cut, layer, mids, target)
 
 
 def _narrow_attention(
-    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: _Passage, narrow: Stream
+    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: Passage, narrow: Stream
 ) -> None:
     axes = streams.axes
     norm = part(layer, axes.attention_input_norm)
@@ -182,7 +240,7 @@ def _narrow_attention(
 
 
 def _narrow_ffn(
-    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: _Passage, mids: Stream
+    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: Passage, mids: Stream
 ) -> None:
     axes = streams.axes
     norm = part(layer, axes.ffn_input_norm)
@@ -204,7 +262,8 @@ def _cut_heads(streams: Streams, cut: Cut, index: int, narrow: Stream, full_mid:
     with inputs_of(output) as heads:
         streams.after_attention(layer, index, narrow)
     width, hidden_size = output.in_features, output.out_features
-    moments = Moments.zeros(width, hidden_size, output.weight.device)
+    mean = cut.ranking.aggregation == "mean"
+    moments = Moments.zeros(width, hidden_size, output.weight.device, absolute=mean)
     basis = cut.basis
     for batch, heads_RLA, x_RLD, mid_RLD in zip(
         streams.batches, heads, narrow, full_mid, strict=True
@@ -216,14 +275,20 @@ def _cut_heads(streams: Streams, cut: Cut, index: int, narrow: Stream, full_mid:
             wrote_ND = nn.functional.linear(read_NA, output.weight, output.bias)
             error_ND = (target_RLD - x_RLD)[batch.counted_RL] - wrote_ND
         moments.add(read_NA, error_ND, _row_weight(target_RLD, batch))
-    if cut.reconstruct:
+    if cut.reconstruct and cut.ranking.by == "refit":
         kept, output_DA = refit_and_remove_heads(
             output.weight, moments, grouping, after.kv_heads, share
         )
     else:
-        C_AA = moments.C_FF
-        kept = heads_by_energy(C_AA, output.weight, grouping, after.kv_heads, share)
-        output_DA = output.weight[:, grouping.columns(kept)]
+        score_A = activation_scores(moments, output.weight)
+        score_H = score_A.view(before.heads, before.head_dim).sum(1)
+        if cut.ranking.fisher is not None:
+            score_H = cut.ranking.fisher.heads[index]
+        kept = heads_by_score(score_H, grouping, after.kv_heads, share)
+        columns = torch.tensor(grouping.columns(kept), device=output.weight.device)
+        output_DA = output.weight[:, columns]
+        if cut.reconstruct:
+            output_DA = refit_to(output.weight, moments, columns, correction=HEADS_CORRECTION)
     keep_heads(layer, axes, grouping, kept, output_DA)
     columns = torch.tensor(grouping.columns(kept), device=output.weight.device)
     with products(streams.model, streams.dtype):
@@ -251,19 +316,14 @@ def _cut_mixture(
     return streams.after_ffn(layer, mids)
 
 
-def _cut_ffn(
-    streams: Streams,
-    layer: nn.Module,
-    mids: Stream,
-    target: Stream,
-    ffn_size: int,
-    reconstruct: bool,
-) -> Stream:
+def _cut_ffn(streams: Streams, cut: Cut, index: int, mids: Stream, target: Stream) -> Stream:
     """Cuts one layer's FFN; returns the cut stream behind it."""
-    axes = streams.axes
+    axes, layer, ranking = streams.axes, streams.layers[index], cut.ranking
+    ffn_size = cut.after.ffn_size
     down = part(layer, f"{axes.ffn}.{axes.down}")
     width, ffn = down.weight.shape
-    moments = Moments.zeros(ffn, width, down.weight.device)
+    mean = ranking.aggregation == "mean"
+    moments = Moments.zeros(ffn, width, down.weight.device, absolute=mean)
     activations: list[Tensor] = []
     for batch, mid_RLD, target_RLD in zip(streams.batches, mids, target, strict=True):
         with products(streams.model, streams.dtype):
@@ -275,11 +335,15 @@ def _cut_ffn(
             wrote_ND = nn.functional.linear(read_NF, down.weight, down.bias)
             error_ND = (target_RLD - mid_RLD)[batch.counted_RL] - wrote_ND
         moments.add(read_NF, error_ND, _row_weight(target_RLD, batch))
-    if reconstruct:
+    if cut.reconstruct and ranking.by == "refit":
         kept_K, down_DK = refit_and_remove(down.weight, moments, ffn_size)
     else:
-        kept_K = energy_ranking(moments.C_FF, down.weight, ffn_size)
-        down_DK = down.weight[:, kept_K]
+        score_F = activation_scores(moments, down.weight)
+        if ranking.fisher is not None:
+            score_F = ranking.fisher.neurons[index]
+        kept_K = best(score_F, ffn_size)
+        refit = cut.reconstruct
+        down_DK = refit_to(down.weight, moments, kept_K) if refit else down.weight[:, kept_K]
     keep_neurons(layer, axes, kept_K, down_DK)
     with products(streams.model, streams.dtype):
         return [

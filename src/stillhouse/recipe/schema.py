@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from stillhouse.recipe.pruning import PruningMethod, SearchRecipe, TargetRecipe
 from stillhouse.recipe.section import Section
 from stillhouse.recipe.signals import SignalsRecipe
 from stillhouse.recipe.synthesize import SynthesizeRecipe
@@ -132,6 +133,9 @@ class RandomStudent(Section):
     )
 
 
+SIZE_KEYS = ("ffn_size", "layers", "heads", "kv_heads", "hidden_size", "experts")
+
+
 class PrunedSizes(Section):
     """What is kept of a model; a size that is left out stays."""
 
@@ -150,6 +154,16 @@ class PrunedSizes(Section):
         "which unties the head from the embeddings.",
     )
     experts: int | None = Field(None, gt=0, description="Experts to keep in every layer.")
+    target: TargetRecipe | None = Field(
+        None, description="Search for the best shape of a size, in place of explicit sizes."
+    )
+
+    @model_validator(mode="after")
+    def _sizes_or_a_target(self) -> Self:
+        given = [key for key in SIZE_KEYS if getattr(self, key) is not None]
+        if self.target is not None and given:
+            raise ValueError(f"give a target or sizes, not both: remove {', '.join(given)}")
+        return self
 
     @model_validator(mode="after")
     def _method_needs_a_size(self) -> Self:
@@ -158,7 +172,7 @@ class PrunedSizes(Section):
         return self
 
 
-class PrunedStudent(PrunedSizes):
+class PrunedStudent(PrunedSizes, PruningMethod):
     """The teacher, or another model of its vocabulary, made smaller on the training text."""
 
     start: Literal["pruned"]
@@ -172,6 +186,15 @@ class PrunedStudent(PrunedSizes):
     )
     reconstruct: bool = Field(True, description="Refit what is left by least squares.")
     calibration_tokens: int = Field(16384, gt=0, description="Tokens seen to decide what goes.")
+    local_distillation: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens on which each block is trained, right after its cut, to do what the "
+        "whole one did; null: none.",
+    )
+    search: SearchRecipe = Field(
+        SearchRecipe(), description="How the shape that meets a target is found."
+    )
 
 
 class HopRecipe(PrunedSizes):
@@ -541,4 +564,10 @@ class Recipe(Section):
     def _cascade_prunes(self) -> Recipe:
         if self.cascade is not None and not isinstance(self.student, PrunedStudent):
             raise ValueError("a cascade prunes: set student.start to pruned, or remove cascade")
+        if (
+            self.cascade is not None
+            and isinstance(self.student, PrunedStudent)
+            and self.student.target is not None
+        ):
+            raise ValueError("in a cascade every hop has its own target: move student.target there")
         return self

@@ -11,7 +11,7 @@ import torch
 
 from stillhouse.account import count_parameters
 from stillhouse.data import WindowSet
-from stillhouse.errors import RunError
+from stillhouse.errors import RecipeError, RunError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import note
 from stillhouse.pruning import (
@@ -23,6 +23,10 @@ from stillhouse.pruning import (
     prune_tokenizer,
     save_kept_ids,
 )
+from stillhouse.pruning.domain import Domain, kl_on, read_text
+from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, shard_size
+from stillhouse.pruning.shapes import planned_shape
+from stillhouse.recipe.pruning import PruningMethod
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students.random import overridden_config, random_model
 from stillhouse.teachers import (
@@ -52,15 +56,17 @@ def build_student(
     base: Path,
     out: Path,
     trust_remote_code: bool = False,
+    heldout: WindowSet | None = None,
 ) -> Summary:
     """Makes the student that `section` describes, saves it in `out`, and says what it is.
 
-    `windows` is the training text (only a pruned student looks at it). `base` is what paths in
-    the recipe are relative to. `trust_remote_code` is the teacher's. The summary is plain data for
-    JSON: start, parameters (total, non_embedding, head_once), the teacher's parameters, notes, and
-    for a pruned student `pruning` (see pruning.PruneReport). A student with fewer tokens than its
-    teacher gets a tokenizer of its own, and the map to the teacher's ids beside it
-    (see pruning.kept_token_ids).
+    `windows` is the training text (only a pruned student looks at it). `heldout`, where it is
+    given, is only compared with it: a note warns of another domain, with the measured KL. `base`
+    is what paths in the recipe are relative to. `trust_remote_code` is the teacher's. The summary
+    is plain data for JSON: start, parameters (total, non_embedding, head_once), the teacher's
+    parameters, notes, and for a pruned student `pruning` (see pruning.PruneReport). A student with
+    fewer tokens than its teacher gets a tokenizer of its own, and the map to the teacher's ids
+    beside it (see pruning.kept_token_ids).
     Raises ModelError, RecipeError, DataError as its parts do; RunError when `out` is not writable.
     """
     kept_ids: tuple[int, ...] | None = None
@@ -71,7 +77,7 @@ def build_student(
             model, tokenizer, summary = _random(section, teacher, seed, base, trust_remote_code)
         case PrunedStudent():
             model, tokenizer, summary, kept_ids = _pruned(
-                section, teacher, windows, seed, trust_remote_code
+                section, teacher, windows, seed, trust_remote_code, heldout
             )
     _save(model, tokenizer, out, kept_ids)
     if not trust_remote_code and not getattr(section, "trust_remote_code", False):
@@ -119,9 +125,16 @@ def _pruned(
     windows: WindowSet,
     seed: int,
     trust_remote_code: bool,
+    heldout: WindowSet | None,
 ) -> tuple[Any, Any, Summary, tuple[int, ...] | None]:
-    model = load_model(teacher.path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = load_on_disk(teacher.path, trust_remote_code=trust_remote_code)
     before = count_parameters(model)
+    if section.target is not None:
+        raise RecipeError(
+            "a student is made from sizes, and this one has a target",
+            where="student.target",
+            fix="search first (search.search_shape), as `stillhouse run` does",
+        )
     planned_sizes(section, model.config)
     tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
     kept_ids = None
@@ -133,6 +146,11 @@ def _pruned(
     precision = choose_precision("auto", device)
     note(f"Pruning on {device} with products in {precision.reason}")
     model.to(device)
+    with let_go_after_use(model):
+        read = [
+            None if text is None else read_text(model, text, seed, precision.dtype)
+            for text in (None if heldout is None else windows, heldout)
+        ]
     report = prune_model(
         model,
         windows,
@@ -148,21 +166,41 @@ def _pruned(
         calibration_tokens=section.calibration_tokens,
         seed=seed,
         dtype=precision.dtype,
+        method=method_of(section),
+        local_tokens=section.local_distillation or 0,
     )
-    model.to("cpu")
-    summary = {
+    summary: Summary = {
         "teacher_parameters": asdict(before),
         "pruning": asdict(report),
         "notes": list(report.notes),
     }
+    if read[0] is not None and read[1] is not None:
+        with let_go_after_use(model):
+            kl = None if kept_ids is not None else kl_on(read[1], model, precision.dtype)
+        domain = Domain(read[0].perplexity, read[1].perplexity, kl)
+        summary["domain"] = asdict(domain)
+        warning = domain.warning()
+        if warning is not None:
+            note(f"warning: {warning}")
+            summary["notes"].append(warning)
+    model.to("cpu")
     return model, tokenizer, summary, kept_ids
+
+
+def method_of(section: PrunedStudent) -> PruningMethod:
+    """What decides which parts stay, without the section's sizes."""
+    return PruningMethod(**{key: getattr(section, key) for key in PruningMethod.model_fields})
 
 
 def planned_sizes(section: PrunedStudent, teacher_config: Any) -> Sizes:
     """The sizes of the student, all tokens counted where the text decides.
 
+    Of a target, the shape with the fewest cuts that meets it: which is best is for a search to say.
+
     Raises RecipeError where they are not possible.
     """
+    if section.target is not None:
+        return planned_shape(teacher_config, section.search, section.target)
     vocabulary = section.vocabulary
     return check_sizes(
         teacher_config,
@@ -202,7 +240,8 @@ def _save(model: Any, tokenizer: Any, out: Path, kept_ids: Sequence[int] | None)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with quiet():
-            model.save_pretrained(out)
+            size = shard_size(model)
+            model.save_pretrained(out, **({} if size is None else {"max_shard_size": size}))
             save_tokenizer(tokenizer, out)
         if kept_ids is not None:
             save_kept_ids(kept_ids, out)

@@ -1,0 +1,98 @@
+"""Whether the calibration text is of the domain that the student will be measured on.
+
+A model that is pruned on one kind of text keeps what that kind needs. The full model's perplexity
+tells the two kinds apart, and the pruned model's KL on the held-out text tells what it cost.
+
+Shapes: R windows of a batch, L tokens, N counted rows, D hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.data import WindowSet
+from stillhouse.pruning.calibrate import Batch, calibration_batches, products
+from stillhouse.pruning.depth import CHUNK, summed_kl
+from stillhouse.signals import LMHead
+from stillhouse.signals.head import head_logits
+from stillhouse.teachers.backbone import hidden_states, lm_head
+
+TOKENS = 2048
+FOREIGN = 2.0
+"""Times that the full model's perplexity on one text is that on the other, to be called foreign."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the full model makes of some text: last hidden rows a batch, head, perplexity."""
+
+    batches: list[Batch]
+    rows: list[Tensor]
+    head: LMHead
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The full model's perplexities; heldout_kl: KL(full ‖ pruned) in nats a token, or None."""
+
+    calibration_perplexity: float
+    heldout_perplexity: float
+    heldout_kl: float | None
+
+    def warning(self) -> str | None:
+        """What to say where calibration and held-out text are of different domains."""
+        both = (self.calibration_perplexity, self.heldout_perplexity)
+        if max(both) < FOREIGN * min(both):
+            return None
+        kl = self.heldout_kl
+        cost = "" if kl is None else f"; on the latter the cut costs KL {kl:.3f}"
+        return (
+            "the calibration text is of another domain than the held-out text: the teacher's "
+            f"perplexity is {both[0]:.1f} on it and {both[1]:.1f} there{cost}. Add training text "
+            "of that domain"
+        )
+
+
+@torch.no_grad()
+def read_text(model: Any, windows: WindowSet, seed: int, dtype: torch.dtype) -> Reading:
+    """Runs the model over about TOKENS tokens."""
+    batches = calibration_batches(windows, TOKENS, seed, model.device)
+    head, rows, loss, count = lm_head(model), [], 0.0, 0
+    with products(model, dtype):
+        for batch in batches:
+            hidden_RLD = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL).float()
+            rows.append(hidden_RLD[batch.counted_RL])
+            follows_RL = batch.counted_RL[:, 1:] & (batch.position_ids_RL[:, 1:] > 0)
+            targets_N = batch.input_ids_RL[:, 1:][follows_RL]
+            loss += _cross_entropy(head, hidden_RLD[:, :-1][follows_RL], targets_N)
+            count += len(targets_N)
+    return Reading(batches, rows, head, math.exp(min(loss / max(count, 1), 700.0)))
+
+
+@torch.no_grad()
+def kl_on(known: Reading, model: Any, dtype: torch.dtype) -> float:
+    """KL(full ‖ model) in nats a token on the text of `known`."""
+    total, count = 0.0, 0
+    with products(model, dtype):
+        for batch, full_ND in zip(known.batches, known.rows, strict=True):
+            own_RLD = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL).float()
+            own: Sequence[Tensor] = [own_RLD[batch.counted_RL]]
+            total += summed_kl(known.head, full_ND, own, lm_head(model))[0]
+            count += len(full_ND)
+    return total / max(count, 1)
+
+
+def _cross_entropy(head: LMHead, rows_ND: Tensor, targets_N: Tensor) -> float:
+    total = 0.0
+    for start in range(0, len(rows_ND), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        logits_nV = head_logits(head, rows_ND[chunk]).float().log_softmax(-1)
+        total -= logits_nV.gather(1, targets_N[chunk, None]).sum().item()
+    return total

@@ -1,0 +1,197 @@
+"""What each part of a model is worth by gradients: the Fisher information of masks.
+
+Every part (a neuron, a head, a channel of the stream, a layer) is multiplied by a mask that is 1.
+Moving masks z away from 1 changes the output by
+
+    KL(p ‖ p_z) ≈ ½ Σ_ij (z_i - 1) F_ij (z_j - 1),     F = E_y [∂log p(y)/∂z · ∂log p(y)/∂zᵀ],
+
+with y drawn from the model itself: at the model, the KL's own gradient is zero, and its curvature
+is F. The diagonal ranks parts (Molchanov et al. 2019, arXiv 1906.10771, with the data's labels;
+Kwon et al. 2022, arXiv 2204.09656, for masks). Labels of different positions are drawn
+independently, so the square of a window's summed gradient has the positions' summed squares as its
+expectation, and one backward pass a batch is enough.
+
+Shapes: R windows, L tokens, N rows, F FFN width, H heads, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.objectives import Term, fused_loss
+from stillhouse.progress import bar
+from stillhouse.pruning.axes import Axes, part
+from stillhouse.pruning.calibrate import Batch, products
+from stillhouse.pruning.sizes import sizes_of
+from stillhouse.signals.head import head_logits
+from stillhouse.teachers.backbone import hidden_states, lm_head
+from stillhouse.teachers.views import decoder_layers
+
+Part = Literal["neurons", "heads", "channels", "layers"]
+CHUNK = 512
+"""Rows of logits that are held at once."""
+BATCH_TOKENS = 1024
+"""Tokens of one backward pass, which keeps the activations of all layers."""
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Diagonal Fisher information of masks, a token: ½ of it is about the KL of losing the part.
+
+    neurons: [F] a layer; heads: [H] a layer; channels: [D]; layers: [number of layers]. A kind that
+    was not asked for is empty.
+    """
+
+    neurons: tuple[Tensor, ...]
+    heads: tuple[Tensor, ...]
+    channels: Tensor
+    layers: Tensor
+
+
+def mask_fisher(
+    model: Any,
+    axes: Axes,
+    batches: Sequence[Batch],
+    kinds: Sequence[Part],
+    *,
+    seed: int,
+    dtype: torch.dtype,
+) -> Fisher:
+    """Fisher information of the masks of these kinds, over the counted rows of the batches.
+
+    The model's weights are left alone. Neurons are those of plain FFNs.
+    """
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    totals: dict[str, list[Tensor]] = {}
+    rows = 0
+    tokens = sum(batch.input_ids_RL.numel() for batch in batches)
+    with bar("Gradients", tokens) as advance:
+        for batch in batches:
+            masks = _ones(model, axes, len(batch.input_ids_RL), kinds)
+            with torch.enable_grad(), _masked(model, axes, masks), products(model, dtype):
+                rows_ND = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
+                rows_ND = rows_ND[batch.counted_RL]
+            rows += len(rows_ND)
+            with torch.enable_grad():
+                loss = log_loss_of_draws(model, rows_ND, generator, dtype)
+            wanted = [mask for values in masks.values() for mask in values]
+            found = iter(torch.autograd.grad(loss, wanted))
+            for kind, values in masks.items():
+                squares = [next(found).square().sum((0, 1)) for _ in values]
+                old = totals.get(kind)
+                totals[kind] = (
+                    squares if old is None else [a + b for a, b in zip(old, squares, strict=True)]
+                )
+            advance(batch.input_ids_RL.numel())
+    nothing = torch.zeros(0, device=model.device)
+    mean = {kind: [value / max(rows, 1) for value in values] for kind, values in totals.items()}
+    return Fisher(
+        neurons=tuple(mean.get("neurons", ())),
+        heads=tuple(mean.get("heads", ())),
+        channels=mean["channels"][0] if "channels" in mean else nothing,
+        layers=torch.cat(mean["layers"]) if "layers" in mean else nothing,
+    )
+
+
+def log_loss_of_draws(
+    model: Any, rows_ND: Tensor, generator: torch.Generator, dtype: torch.dtype
+) -> Tensor:
+    """-Σ log p(y), y drawn from the model's own distribution at every row."""
+    head = lm_head(model)
+    with torch.no_grad():
+        drawn = [
+            torch.multinomial(
+                head_logits(head, rows_ND[start : start + CHUNK].float()).softmax(-1),
+                1,
+                generator=generator,
+            )[:, 0]
+            for start in range(0, len(rows_ND), CHUNK)
+        ]
+    term = Term("cross_entropy")
+    targets_N = torch.cat(drawn)
+    return fused_loss(rows_ND, head, (term,), targets_N=targets_N, compute_dtype=dtype).total
+
+
+def _ones(model: Any, axes: Axes, windows: int, kinds: Sequence[Part]) -> dict[str, list[Tensor]]:
+    """Masks [R, 1, size], one set a window, so that each window has a gradient of its own."""
+    sizes = sizes_of(model.config)
+    lengths = {
+        "neurons": (sizes.ffn_size, sizes.layers),
+        "heads": (sizes.heads, sizes.layers),
+        "channels": (sizes.hidden_size, 1),
+        "layers": (1, sizes.layers),
+    }
+    return {
+        kind: [
+            torch.ones(windows, 1, lengths[kind][0], device=model.device, requires_grad=True)
+            for _ in range(lengths[kind][1])
+        ]
+        for kind in kinds
+    }
+
+
+@contextmanager
+def _masked(model: Any, axes: Axes, masks: dict[str, list[Tensor]]) -> Iterator[None]:
+    """Multiplies every part by its mask for as long as the block lasts."""
+    with ExitStack() as stack:
+
+        def hook(module: nn.Module, change: Callable[..., Any], *, before: bool) -> None:
+            register = module.register_forward_pre_hook if before else module.register_forward_hook
+            stack.callback(register(change).remove)
+
+        for number, layer in enumerate(decoder_layers(model)):
+            if "neurons" in masks:
+                down = part(layer, f"{axes.ffn}.{axes.down}")
+                hook(down, _times_input(masks["neurons"][number]), before=True)
+            if "heads" in masks:
+                output = part(layer, f"{axes.attention}.{axes.output}")
+                hook(output, _times_input(masks["heads"][number]), before=True)
+            if "layers" in masks:
+                hook(layer, _times_added(masks["layers"][number]), before=False)
+            if "channels" in masks:
+                for name in (
+                    axes.attention_output_norm or axes.attention,
+                    axes.ffn_output_norm or axes.ffn,
+                ):
+                    hook(part(layer, name), _times_output(masks["channels"][0]), before=False)
+        if "channels" in masks:
+            # Each writer's share of the stream is masked once, and so is their sum.
+            embedding = model.get_input_embeddings()
+            hook(embedding, _times_output(masks["channels"][0]), before=False)
+        yield
+
+
+def _times_input(mask_R1P: Tensor) -> Callable[..., Any]:
+    """The input's last dimension in as many equal parts as the mask has values."""
+
+    def change(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        each = args[0].shape[-1] // mask_R1P.shape[-1]
+        return (args[0] * mask_R1P.repeat_interleave(each, -1), *args[1:])
+
+    return change
+
+
+def _times_output(mask_R1D: Tensor) -> Callable[..., Any]:
+    def change(_: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] * mask_R1D, *output[1:])
+        return output * mask_R1D
+
+    return change
+
+
+def _times_added(mask_R11: Tensor) -> Callable[..., Any]:
+    """What a layer adds to the stream, masked."""
+
+    def change(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+        after = output[0] if isinstance(output, tuple) else output
+        masked = args[0] + (after - args[0]) * mask_R11
+        return (masked, *output[1:]) if isinstance(output, tuple) else masked
+
+    return change

@@ -1,0 +1,157 @@
+"""Weights that stay on disk: a large model is cut without ever being in memory as a whole.
+
+A safetensors file is mapped, so its pages come into memory when a layer is used. Here they are let
+go again behind it, and a layer that was cut is written to a file and mapped in its turn. What is in
+memory at a time is then a layer or two, the ends of the model, and the calibration rows.
+
+This is for CPUs and Linux; elsewhere, and for models below LARGE_BYTES, nothing is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from stillhouse.teachers.local import load_config, load_model
+from stillhouse.teachers.views import decoder_layers
+
+LARGE_BYTES = 2 << 30
+"""Weights in float32 from which on they are left on disk."""
+SHARDS = 16
+"""Files that a large model is saved in: each is a copy in memory while it is written."""
+MAPS = Path("/proc/self/smaps")
+_MADV_DONTNEED = 4  # <sys/mman.h> of Linux
+
+Range = tuple[int, int]
+
+
+def is_large(model: Any) -> bool:
+    """Whether the weights of a model on the CPU are to be left on disk."""
+    if sys.platform != "linux" or model.device.type != "cpu":
+        return False
+    return 4 * sum(parameter.numel() for parameter in model.parameters()) >= LARGE_BYTES
+
+
+def load_on_disk(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model in float32. A large one stays in its files; stored in another number type, each
+    layer is converted in a file of its own, which takes its float32 size in the temporary folder.
+
+    Raises ModelError as `load_model` does.
+    """
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    stored = getattr(config, "dtype", None) or torch.float32
+    if stored == torch.float32:
+        return load_model(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model = load_model(path, dtype=stored, trust_remote_code=trust_remote_code)
+    if not is_large(model):
+        return model.float()
+    for layer in decoder_layers(model):
+        move_to_disk(layer)
+    model.float()
+    model.config.dtype = torch.float32
+    return model
+
+
+def move_to_disk(module: nn.Module) -> None:
+    """Writes a module's parameters to a file, in float32, and maps them in their place.
+
+    The file has no name any more once it is mapped, and goes with the last tensor.
+    """
+    before = mapped_ranges(module)
+    named = dict(module.named_parameters())
+    with tempfile.TemporaryDirectory(prefix="stillhouse-weights-") as folder:
+        file = Path(folder) / "weights.safetensors"
+        copies = {name: value.detach().float().contiguous() for name, value in named.items()}
+        save_file(copies, file)
+        del copies
+        mapped = load_file(file)
+    for name, old in named.items():
+        place, _, last = name.rpartition(".")
+        owner = module.get_submodule(place)
+        setattr(owner, last, nn.Parameter(mapped[name], requires_grad=old.requires_grad))
+    del named
+    let_go(before)
+    let_go(mapped_ranges(module))
+    _trim()
+
+
+def mapped_ranges(module: nn.Module) -> list[Range]:
+    """Addresses of the module's parameters that are pages of a file, and unchanged ones."""
+    files = _file_maps()
+    found = []
+    for parameter in module.parameters():
+        start = parameter.data_ptr()
+        stop = start + parameter.numel() * parameter.element_size()
+        if any(low <= start and stop <= high for low, high in files):
+            found.append((start, stop))
+    return found
+
+
+def let_go(ranges: list[Range]) -> None:
+    """Takes whole pages out of this process's memory; the next use reads them from the file."""
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    page = mmap.PAGESIZE
+    for start, stop in ranges:
+        first, last = -(-start // page) * page, stop // page * page
+        if first < last:
+            libc.madvise(first, last - first, _MADV_DONTNEED)
+
+
+def _trim() -> None:
+    """Gives freed memory back to the system, where the C library keeps it and can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@contextmanager
+def let_go_after_use(model: Any) -> Iterator[None]:
+    """While the block lasts, each layer of a large model leaves memory as soon as it has run."""
+    if not is_large(model):
+        yield
+        return
+    handles = [
+        layer.register_forward_hook(lambda module, *_: let_go(mapped_ranges(module)))
+        for layer in decoder_layers(model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def shard_size(model: Any) -> str | None:
+    """How large the files are that a model is saved in; None: transformers' own choice."""
+    if not is_large(model):
+        return None
+    total = 4 * sum(parameter.numel() for parameter in model.parameters())
+    return f"{max(1, total // SHARDS // 10**6)}MB"
+
+
+def _file_maps() -> list[Range]:
+    """Address ranges of this process that are files, none of whose pages was written to.
+
+    A page that was written to is the process's own, and to let it go would lose what was written.
+    """
+    found: list[Range] = []
+    candidate: Range | None = None
+    for line in MAPS.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, *values = line.split(maxsplit=5)
+        if not name.endswith(":"):
+            low, high = name.split("-")
+            candidate = (int(low, 16), int(high, 16)) if values[3] != "0" else None
+        elif name == "Anonymous:" and values[0] == "0" and candidate is not None:
+            found.append(candidate)
+    return found

@@ -1,0 +1,279 @@
+"""The shapes a model can be pruned to: what each holds, and which of them meet a target.
+
+A shape is one `Sizes`, the same for every layer. Which combinations there are follows from the
+start model: fewer layers, key-value groups, query heads in every group, and a narrower stream;
+for each, the widest aligned FFN that still meets the target.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from stillhouse.account import count_parameters
+from stillhouse.errors import RecipeError
+from stillhouse.pruning.axes import axes_of
+from stillhouse.pruning.sizes import Sizes, resized_config, sizes_of
+from stillhouse.recipe.pruning import UNITS, SearchedAxis, SearchRecipe, TargetKey, TargetRecipe
+
+ALIGNMENTS = (256, 128, 64, 32)
+"""Multiples that kernels and GGUF's block formats want, the best first."""
+LEAST_SHARE = 0.5
+"""Of layers, heads and hidden size that a search leaves at least: what goes beyond it in one step
+does not come back with training (docs/pruning.md)."""
+LEAST_FFN_SHARE = 0.25
+HIDDEN_SIZES = 5
+"""Hidden sizes that are tried, at most."""
+
+Cost = Callable[[Sizes], float]
+
+
+class Counter:
+    """Parameters of every shape of one model, exactly, from a few models without memory.
+
+    Parameters are linear in the number of layers and in the FFN width, so three models of one or
+    two layers tell those of all shapes with the same heads and hidden size.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.start = sizes_of(config)
+        self._lines = lru_cache(maxsize=None)(self._measure)
+
+    def total(self, sizes: Sizes) -> int:
+        return self._count(sizes, 0)
+
+    def non_embedding(self, sizes: Sizes) -> int:
+        return self._count(sizes, 1)
+
+    def _count(self, sizes: Sizes, which: int) -> int:
+        ends, layer, neuron = self._lines(replace(sizes, layers=1, ffn_size=1))[which]
+        return ends + sizes.layers * (layer + sizes.ffn_size * neuron)
+
+    def _measure(self, sizes: Sizes) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """Ends, a layer without its FFN's neurons, and a neuron: of all, and of non-embedding."""
+        layers = min(2, self.start.layers)
+        shapes = [
+            replace(sizes, ffn_size=1),
+            replace(sizes, ffn_size=2),
+            replace(sizes, layers=layers, ffn_size=1),
+        ]
+        counts = []
+        for shape in shapes:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(resized_config(self.config, shape))
+            found = count_parameters(model)
+            counts.append((found.total, found.non_embedding))
+        lines = []
+        for one, wider, deeper in zip(*counts, strict=True):
+            layer = deeper - one if layers > 1 else one
+            lines.append((one - layer, layer - (wider - one), wider - one))
+        return lines[0], lines[1]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a shape may cost at most, and at least; in the target's unit. whole: the start's."""
+
+    key: TargetKey
+    most: float
+    least: float
+    whole: float
+
+    def __str__(self) -> str:
+        return f"{shown(self.key, self.most)} ({self.most / self.whole:.0%} of the model's)"
+
+
+def shown(key: TargetKey, value: float) -> str:
+    """A cost as a person writes it, and as a recipe reads it."""
+    if key == "decode_latency":
+        return f"{value * 1e3:.4g}ms"
+    steps = [(1e9, "G"), (1e6, "M"), (1e3, "k")]
+    for step, unit in steps:
+        if value >= step:
+            name = {"G": "B"}.get(unit, unit) if "params" in key else f"{unit}B"
+            return f"{value / step:.4g}{name}"
+    return f"{value:.0f}"
+
+
+def limit_of(target: TargetRecipe, whole: float, tolerance: float) -> Limit:
+    amount = target.amount
+    most = amount.value * whole if amount.relative else amount.value
+    return Limit(target.key, most, most * (1 - tolerance), whole)
+
+
+def sizes_to_prune(before: Sizes, after: Sizes) -> dict[str, int]:
+    """The axes that differ, as `prune_model` takes them."""
+    found = {key: getattr(after, key) for key in SearchedAxis.__args__}  # type: ignore[attr-defined]
+    if found["heads"] == before.heads and found["kv_heads"] == before.kv_heads:
+        found = {key: value for key, value in found.items() if "heads" not in key}
+    return {
+        key: value
+        for key, value in found.items()
+        if value != getattr(before, key) or "heads" in key
+    }
+
+
+def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit) -> list[Sizes]:
+    """Every shape between limit.least and limit.most, the fewest cuts first.
+
+    Raises RecipeError, which names the nearest shape that can be had, where the target is not
+    below the model's own, below what the axes allow, or between two aligned shapes.
+    """
+    before = sizes_of(config)
+    possible = list(combinations(config, search))
+    if limit.most >= limit.whole:
+        raise _too_large(before, possible, search, cost, limit)
+    found: list[Sizes] = []
+    below: list[Sizes] = []
+    for shape in possible:
+        fitting = [
+            next((s for s in _widths(shape, search, step) if cost(s) <= limit.most), None)
+            for step in _steps(search)
+        ]
+        inside = [s for s in fitting if s is not None and cost(s) >= limit.least and s != before]
+        found += inside[:1]
+        below += [s for s in fitting if s is not None]
+    if not found:
+        raise _out_of_reach(before, possible, below, search, cost, limit)
+    return sorted(found, key=lambda s: (len(sizes_to_prune(before, s)), -cost(s)))
+
+
+def planned_shape(config: Any, search: SearchRecipe, target: TargetRecipe) -> Sizes:
+    """About how large the student will be, before a search: the shape with the fewest cuts.
+
+    What only this machine can tell is taken to go with the parameters; an absolute amount of it
+    is not known yet, and the model's own sizes are given.
+    """
+    counter = Counter(config)
+    cost = counted(counter, target.key)
+    whole = cost(counter.start)
+    if target.measured and not target.amount.relative:
+        return counter.start
+    return feasible_shapes(config, search, cost, limit_of(target, whole, search.tolerance))[0]
+
+
+def counted(counter: Counter, key: TargetKey, width: int = 2) -> Cost:
+    """The cost of a shape without measuring; `width`: bytes a parameter."""
+    if key == "non_embedding_params":
+        return counter.non_embedding
+    factor = width if key in ("bytes", "memory") else 1
+    return lambda sizes: float(counter.total(sizes) * factor)
+
+
+def combinations(config: Any, search: SearchRecipe) -> Iterator[Sizes]:
+    """Every choice of all axes but the FFN width, which is left as it is."""
+    before, rules = sizes_of(config), axes_of(config)
+    share = before.heads // before.kv_heads
+
+    def down(axis: SearchedAxis, size: int) -> list[int]:
+        return list(range(size, -(-size // 2) - 1, -1)) if axis in search.axes else [size]
+
+    # Without groups (share 1), a head goes with its keys and values.
+    groups = down("heads" if share == 1 and "heads" in search.axes else "kv_heads", before.kv_heads)
+    shares = down("heads", share)
+    hidden = _hidden_sizes(before.hidden_size, search)
+    for size, kv_heads, each, layers in itertools.product(
+        hidden, groups, shares, down("layers", before.layers)
+    ):
+        heads, parallel = kv_heads * each, search.tensor_parallel
+        if size % heads and rules.hidden_over_heads:
+            continue
+        if heads % parallel or (kv_heads % parallel and parallel % kv_heads):
+            continue
+        yield replace(before, hidden_size=size, kv_heads=kv_heads, heads=heads, layers=layers)
+
+
+def _hidden_sizes(size: int, search: SearchRecipe) -> list[int]:
+    if "hidden_size" not in search.axes:
+        return [size]
+    least = size * LEAST_SHARE
+    steps = _steps(search)
+    step = next((step for step in steps if size - 3 * step >= least), steps[-1])
+    below = [value for value in range(step, size, step) if value >= least]
+    return [size, *below[::-1][:HIDDEN_SIZES]]
+
+
+def _widths(shape: Sizes, search: SearchRecipe, step: int) -> Iterator[Sizes]:
+    """The shape with every aligned FFN width, the widest first."""
+    yield shape
+    if "ffn_size" in search.axes:
+        step = step * search.tensor_parallel if step % search.tensor_parallel else step
+        widest = (shape.ffn_size - 1) // step * step
+        for size in range(widest, 0, -step):
+            if size >= shape.ffn_size * LEAST_FFN_SHARE:
+                yield replace(shape, ffn_size=size)
+
+
+def _steps(search: SearchRecipe) -> Sequence[int]:
+    return ALIGNMENTS if search.multiple_of is None else (search.multiple_of,)
+
+
+# --- what cannot be had ----------------------------------------------------------------------
+
+
+def described(before: Sizes, shape: Sizes) -> str:
+    """The sizes that differ, as a recipe gives them."""
+    found = sizes_to_prune(before, shape)
+    return ", ".join(f"{key}: {value}" for key, value in found.items()) or "the model itself"
+
+
+def _too_large(
+    before: Sizes, possible: list[Sizes], search: SearchRecipe, cost: Cost, limit: Limit
+) -> RecipeError:
+    smaller = [s for shape in possible for s in _all_widths(shape, search) if s != before]
+    nearest = max((s for s in smaller if cost(s) < limit.whole), key=cost, default=None)
+    where = f"student.target.{limit.key}"
+    own = shown(limit.key, limit.whole)
+    fix = (
+        "choose more axes in student.search.axes"
+        if nearest is None
+        else (
+            f"nearest: {shown(limit.key, cost(nearest))} ({cost(nearest) / limit.whole:.0%}) with "
+            f"{described(before, nearest)}"
+        )
+    )
+    return RecipeError(
+        f"the target {limit} is not below what the model has, {own}", where=where, fix=fix
+    )
+
+
+def _out_of_reach(
+    before: Sizes,
+    possible: list[Sizes],
+    below: list[Sizes],
+    search: SearchRecipe,
+    cost: Cost,
+    limit: Limit,
+) -> RecipeError:
+    where = f"student.target.{limit.key}"
+    if below:
+        nearest = max(below, key=cost)
+        gap = 1 - cost(nearest) / limit.most
+        return RecipeError(
+            f"no aligned shape is within {search.tolerance:.2%} under the target {limit}",
+            where=where,
+            fix=f"nearest: {shown(limit.key, cost(nearest))} with {described(before, nearest)}: "
+            f"set student.search.tolerance to {gap + 0.01:.2f}, or multiple_of lower",
+        )
+    smallest = min((s for shape in possible for s in _all_widths(shape, search)), key=cost)
+    return RecipeError(
+        f"the target {limit} is below what the axes {', '.join(search.axes)} allow in one step",
+        where=where,
+        fix=f"nearest: {shown(limit.key, cost(smallest))} ({cost(smallest) / limit.whole:.0%}) "
+        f"with {described(before, smallest)}; for less, prune in several hops (docs/cascade.md)",
+    )
+
+
+def _all_widths(shape: Sizes, search: SearchRecipe) -> Iterator[Sizes]:
+    for step in _steps(search):
+        yield from _widths(shape, search, step)
+
+
+assert set(UNITS) == set(TargetKey.__args__)  # type: ignore[attr-defined]

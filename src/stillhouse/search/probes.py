@@ -1,0 +1,86 @@
+"""What cutting one axis alone costs, and what that says about shapes that cut several.
+
+A shape's expected cost is the sum of what its axes cost alone. Each axis is pruned and measured at
+a few sizes; between them the cost is interpolated. That ranks hundreds of shapes for the price of
+a handful, and leaves the interplay of axes to the measurements of the best.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from stillhouse.pruning import Sizes
+
+AXES = ("ffn_size", "attention", "hidden_size")
+"""Those that are probed; layers are tried one after the other by `choose_layers` anyway."""
+MOST = {"ffn_size": 3, "attention": 4, "hidden_size": 2}
+"""Sizes of an axis that are measured."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Nats a token by the share of an axis that is left, ascending; the whole costs nothing."""
+
+    points: tuple[tuple[float, float], ...]
+
+    def at(self, share: float) -> float:
+        """Straight lines between the points, and on beyond the last of them."""
+        points = self.points
+        if share >= 1 or len(points) < 2:
+            return 0.0 if share >= 1 or not points else points[0][1]
+        place = next((i for i in range(1, len(points)) if points[i][0] >= share), len(points) - 1)
+        (left, low), (right, high) = points[place - 1], points[place]
+        return low + (high - low) * (share - left) / (right - left)
+
+
+def share(before: Sizes, shape: Sizes, axis: str) -> float:
+    """How much of an axis a shape has left. Attention counts query heads and groups alike."""
+    if axis == "attention":
+        return (shape.heads + shape.kv_heads) / (before.heads + before.kv_heads)
+    left: float = getattr(shape, axis) / getattr(before, axis)
+    return left
+
+
+def only(before: Sizes, shape: Sizes, axis: str) -> Sizes:
+    """The start model's sizes, but one axis cut as in `shape`."""
+    if axis == "attention":
+        return replace(before, heads=shape.heads, kv_heads=shape.kv_heads)
+    return replace(before, **{axis: getattr(shape, axis)})
+
+
+def probed(before: Sizes, shapes: Sequence[Sizes]) -> dict[str, list[Sizes]]:
+    """For each axis the shapes to measure: the least and the largest cut that occur, and between.
+
+    A shape that the architecture refuses with the other axes whole is left to its neighbours.
+    """
+    found = {}
+    for axis in AXES:
+        cut = {only(before, shape, axis) for shape in shapes} - {before}
+        ordered = sorted(cut, key=lambda shape: share(before, shape, axis))
+        most = min(MOST[axis], len(ordered))
+        places = {round(i * (len(ordered) - 1) / max(1, most - 1)) for i in range(most)}
+        found[axis] = [ordered[place] for place in sorted(places)]
+    return found
+
+
+def curves(
+    before: Sizes, probes: Mapping[str, Sequence[Sizes]], measure: Callable[[Sizes], float]
+) -> dict[str, Curve]:
+    """`measure`: nats a token that a shape loses."""
+    found = {}
+    for axis, shapes in probes.items():
+        points = [(share(before, shape, axis), measure(shape)) for shape in shapes]
+        found[axis] = Curve((*sorted(points), (1.0, 0.0)))
+    return found
+
+
+def expected(
+    before: Sizes, shape: Sizes, known: Mapping[str, Curve], depth: Mapping[int, float]
+) -> float:
+    """The sum of what a shape's cuts cost alone; infinite for a depth that was given up on.
+
+    depth: by the number of layers that are left.
+    """
+    layers = 0.0 if shape.layers == before.layers else depth.get(shape.layers, float("inf"))
+    return layers + sum(known[axis].at(share(before, shape, axis)) for axis in AXES)

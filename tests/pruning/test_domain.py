@@ -1,0 +1,73 @@
+"""Calibration text of another domain is noticed, with what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stillhouse.pruning import prune_model
+from stillhouse.pruning.domain import Domain, kl_on, read_text
+from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.students import build_student
+from stillhouse.teachers import resolve_model
+from tests.teachers.toys import ToyWindows, save_model, tiny_model
+
+
+def test_perplexity_and_kl_are_the_obvious_ones() -> None:
+    windows = ToyWindows(count=4)
+    model, pruned = tiny_model(), tiny_model()
+    read = read_text(model, windows, 0, torch.float32)
+    prune_model(pruned, windows, ffn_size=40)
+    positions = windows.positions.expand(4, -1)
+    inputs = {"input_ids": windows.ids, "position_ids": positions, "use_cache": False}
+    p, q = (each(**inputs).logits.double().log_softmax(-1) for each in (model, pruned))
+    # The first token of a document is not predicted from the document before it.
+    follows = positions[:, 1:] > 0
+    losses = -p[:, :-1].gather(-1, windows.ids[:, 1:, None])[..., 0][follows]
+    assert read.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-4)
+    expected = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert kl_on(read, pruned, torch.float32) == pytest.approx(expected, rel=1e-3)
+
+
+def test_only_a_large_difference_is_foreign() -> None:
+    assert Domain(30.0, 40.0, 0.1).warning() is None
+    for first, second in ((30.0, 90.0), (90.0, 30.0)):
+        told = Domain(first, second, 0.123).warning()
+        assert told is not None
+        assert "KL 0.123" in told
+        assert f"{first:.1f} on it and {second:.1f} there" in told
+
+
+class Familiar(ToyWindows):
+    """What the tiny model itself would say, its likeliest token each time."""
+
+    def __init__(self) -> None:
+        super().__init__(count=8)
+        model = tiny_model()
+        for place in range(1, self.ids.shape[1]):
+            logits = model(input_ids=self.ids[:, :place], use_cache=False).logits
+            self.ids[:, place] = logits[:, -1].argmax(-1)
+        self.positions = torch.arange(self.ids.shape[1])
+        self.labels = self.ids.clone()
+
+
+def test_a_student_pruned_on_foreign_text_has_a_note(tmp_path: Path) -> None:
+    save_model(tmp_path / "teacher")
+    teacher = resolve_model("teacher", base=tmp_path)
+    notes = {}
+    for name, heldout in (("foreign", Familiar()), ("same", ToyWindows(seed=3))):
+        summary = build_student(
+            PrunedStudent(start="pruned", ffn_size=40),
+            teacher=teacher,
+            windows=ToyWindows(),
+            heldout=heldout,
+            seed=0,
+            base=tmp_path,
+            out=tmp_path / name,
+        )
+        notes[name] = [text for text in summary["notes"] if "another domain" in text]
+        assert summary["domain"]["heldout_kl"] > 0
+    assert len(notes["foreign"]) == 1
+    assert not notes["same"]

@@ -1,0 +1,200 @@
+"""What decides which parts stay: gradients against finite differences, layers against papers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from stillhouse.errors import RecipeError
+from stillhouse.pruning import prune_model
+from stillhouse.pruning.axes import axes_of
+from stillhouse.pruning.calibrate import Batch, calibration_batches
+from stillhouse.pruning.depth import choose_layers, layer_scores
+from stillhouse.pruning.gradients import Fisher, mask_fisher
+from stillhouse.recipe import parse_recipe
+from stillhouse.recipe.pruning import PruningMethod
+from tests import tiny
+from tests.teachers.toys import ToyWindows, tiny_model
+
+KINDS = ("neurons", "heads", "channels", "layers")
+
+
+def one_batch(count: int = 4) -> Batch:
+    (batch,) = calibration_batches(ToyWindows(count=count), 10**6, 0, together=10**6)
+    return batch
+
+
+def logits(model: Any, batch: Batch) -> Tensor:
+    found: Tensor = model(
+        input_ids=batch.input_ids_RL, position_ids=batch.position_ids_RL, use_cache=False
+    ).logits
+    return found.double().log_softmax(-1)
+
+
+def fisher(model: Any, batch: Batch, kinds: Any = KINDS, seed: int = 0) -> Fisher:
+    axes = axes_of(model.config)
+    return mask_fisher(model, axes, [batch], kinds, seed=seed, dtype=torch.float32)
+
+
+def draws(model: Any, batch: Batch, seed: int) -> Tensor:
+    """The labels that the first batch of `mask_fisher` draws."""
+    rows = logits(model, batch).float().flatten(0, 1).softmax(-1)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.multinomial(rows, 1, generator=generator).view(batch.input_ids_RL.shape)
+
+
+def scaled(model: Any, kind: str, layer: int, index: int, factor: float) -> None:
+    """Multiplies one part by a factor, by way of the weights that write it."""
+    config, block = model.config, model.base_model.layers[layer]
+    if kind == "neurons":
+        block.mlp.down_proj.weight[:, index] *= factor
+    elif kind == "heads":
+        block.self_attn.o_proj.weight[:, index * 8 : (index + 1) * 8] *= factor
+    else:
+        assert not config.tie_word_embeddings, "the head must not change with the embeddings"
+        model.base_model.embed_tokens.weight[:, index] *= factor
+        for each in model.base_model.layers:
+            each.mlp.down_proj.weight[index] *= factor
+            each.self_attn.o_proj.weight[index] *= factor
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "index"),
+    [("neurons", 0, 5), ("neurons", 2, 40), ("heads", 1, 3), ("channels", 0, 7)],
+)
+def test_masks_gradients_are_finite_differences(kind: str, layer: int, index: int) -> None:
+    batch, step = one_batch(), 1e-3
+    drawn = draws(tiny_model(), batch, 0)
+
+    def window_losses(factor: float) -> Tensor:
+        model = tiny_model()
+        scaled(model, kind, layer, index, factor)
+        found = logits(model, batch).gather(-1, drawn[..., None])[..., 0]
+        return -found.sum(-1)
+
+    slope = (window_losses(1 + step) - window_losses(1 - step)) / (2 * step)
+    expected = (slope.square().sum() / drawn.numel()).item()
+    found = fisher(tiny_model(), batch)
+    values = found.channels if kind == "channels" else getattr(found, kind)[layer]
+    assert values[index].item() == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "smollm3"])
+def test_half_the_fisher_information_is_the_curvature_of_the_kl(kind: str) -> None:
+    batch, step = one_batch(48), 0.05
+    full = logits(tiny_model(kind), batch)
+    expected = 0.0
+    for layer in range(3):
+        for index in range(0, 64, 4):
+            model = tiny_model(kind)
+            scaled(model, "neurons", layer, index, 1 - step)
+            expected += (full.exp() * (full - logits(model, batch))).sum(-1).mean().item() / step**2
+    found = fisher(tiny_model(kind), batch, ["neurons"]).neurons
+    half = sum(float(values[::4].sum()) for values in found) / 2
+    assert half == pytest.approx(expected, rel=0.25)
+
+
+def test_layers_masks_tell_what_a_layer_adds() -> None:
+    """A layer that adds nothing has no gradient; without it nothing changes."""
+    model = tiny_model()
+    model.base_model.layers[1].mlp.down_proj.weight.zero_()
+    model.base_model.layers[1].self_attn.o_proj.weight.zero_()
+    values = fisher(model, one_batch(), ["layers"]).layers
+    assert values[1].item() == 0
+    assert values[0] > 0
+    assert values[2] > 0
+
+
+def test_layer_scores_are_those_of_the_papers() -> None:
+    model, batch = tiny_model(), one_batch()
+    states = model.base_model(
+        input_ids=batch.input_ids_RL,
+        position_ids=batch.position_ids_RL,
+        output_hidden_states=True,
+        use_cache=False,
+    ).hidden_states
+    before, after = states[0].flatten(0, 1).double(), states[1].flatten(0, 1).double()
+    influence = 1 - (before * after).sum(-1) / (before.norm(dim=-1) * after.norm(dim=-1))
+    ratio = after.norm(dim=-1) / before.norm(dim=-1)
+    found = (
+        layer_scores(model, [batch], "block_influence"),
+        layer_scores(model, [batch], "norm_ratio"),
+    )
+    assert found[0][0] == pytest.approx(influence.mean().item(), rel=1e-5)
+    assert found[1][0] == pytest.approx(ratio.mean().item(), rel=1e-5)
+
+
+def test_layers_of_the_least_score_go_and_their_kl_is_measured() -> None:
+    model = tiny_model(num_hidden_layers=4)
+    batches = [one_batch()]
+    chosen = choose_layers(model, batches, 2, scores=[3.0, 1.0, 2.0, 4.0])
+    assert chosen.kept == (0, 3)
+    assert [index for index, _ in chosen.dropped] == [1, 2]
+    tried = choose_layers(model, batches, 4)
+    assert chosen.dropped[0][1] == pytest.approx(tried.single_kl[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("by", ["kl", "block_influence", "norm_ratio", "gradients"])
+def test_every_choice_for_depth_prunes(by: Any) -> None:
+    report = prune_model(
+        tiny_model(), ToyWindows(), layers=2, method=PruningMethod(depth_importance=by)
+    )
+    assert report.layers == (3, 2)
+    assert len(report.dropped_layers) == 1
+
+
+METHODS = [
+    PruningMethod(importance="activations"),
+    PruningMethod(importance="activations", aggregation="mean"),
+    PruningMethod(importance="gradients"),
+]
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["l2", "mean", "gradients"])
+@pytest.mark.parametrize("reconstruct", [True, False])
+def test_every_choice_prunes_every_axis(method: PruningMethod, reconstruct: bool) -> None:
+    model = tiny_model()
+    prune_model(
+        model,
+        ToyWindows(),
+        ffn_size=40,
+        heads=2,
+        hidden_size=24,
+        reconstruct=reconstruct,
+        method=method,
+    )
+    assert model.config.intermediate_size == 40
+    assert logits(model, one_batch()).isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["l2", "mean", "gradients"])
+def test_useless_parts_go_first(method: PruningMethod) -> None:
+    """Neurons that write nothing are the ones to lose, whoever decides."""
+    model = tiny_model()
+    for layer in model.base_model.layers:
+        layer.mlp.down_proj.weight[:, ::2] = 0
+    full = logits(model, one_batch())
+    prune_model(model, ToyWindows(), ffn_size=32, reconstruct=False, method=method)
+    assert_close(logits(model, one_batch()), full)
+
+
+def test_experts_neurons_have_no_gradients() -> None:
+    with pytest.raises(RecipeError, match="neurons of experts"):
+        prune_model(
+            tiny_model("qwen3_moe"),
+            ToyWindows(),
+            ffn_size=16,
+            method=PruningMethod(importance="gradients"),
+        )
+
+
+def test_an_aggregation_that_does_nothing_is_refused(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path)
+    raw["student"] = {"start": "pruned", "ffn_size": 32, "aggregation": "mean"}
+    with pytest.raises(RecipeError, match="does nothing without importance: activations"):
+        parse_recipe(raw)

@@ -1,0 +1,134 @@
+"""A large model is calibrated and cut in little more memory than it has on disk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from stillhouse.pruning import mapped, prune_model
+from stillhouse.pruning.mapped import (
+    let_go,
+    let_go_after_use,
+    load_on_disk,
+    mapped_ranges,
+    move_to_disk,
+)
+from stillhouse.teachers import load_model
+from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are let go on Linux only")
+IDS = ToyWindows().ids[:2]
+
+
+def logits(model: Any) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
+    return found
+
+
+@linux
+def test_a_layer_on_disk_is_the_same_layer() -> None:
+    model = tiny_model()
+    expected = logits(model)
+    for layer in model.base_model.layers:
+        assert not mapped_ranges(layer)
+        move_to_disk(layer)
+        assert len(mapped_ranges(layer)) == len(list(layer.parameters()))
+        let_go(mapped_ranges(layer))
+    assert torch.equal(logits(model), expected)
+
+
+@linux
+def test_weights_that_were_written_to_are_not_let_go() -> None:
+    model = tiny_model()
+    layer = model.base_model.layers[0]
+    move_to_disk(layer)
+    layer.mlp.down_proj.weight.mul_(2)
+    expected = logits(model)
+    assert not mapped_ranges(layer)
+    let_go(mapped_ranges(layer))
+    assert torch.equal(logits(model), expected)
+
+
+@linux
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes", [{"ffn_size": 40}, {"layers": 2}, {"heads": 2, "hidden_size": 24}]
+)
+def test_a_large_model_is_pruned_to_the_same_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sizes: dict[str, Any]
+) -> None:
+    save_model(tmp_path, tiny_model().to(dtype))
+    usual = load_model(tmp_path, dtype=torch.float32)
+    prune_model(usual, ToyWindows(), **sizes)
+    monkeypatch.setattr(mapped, "LARGE_BYTES", 0)
+    large = load_on_disk(tmp_path)
+    assert {parameter.dtype for parameter in large.parameters()} == {torch.float32}
+    prune_model(large, ToyWindows(), **sizes)
+    with let_go_after_use(large):
+        assert_close(logits(large), logits(usual))
+    for name, value in usual.named_parameters():
+        assert_close(dict(large.named_parameters())[name], value, msg=name)
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from stillhouse.hardware import peak_memory_bytes
+from stillhouse.pruning import mapped
+from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.students import build_student
+from stillhouse.teachers import resolve_model
+from tests.teachers.toys import ToyWindows, tiny_model
+mapped.LARGE_BYTES = 0
+folder = Path(sys.argv[1])
+# What Python, the libraries and one small model need, whatever the model's size.
+from tests.pruning.test_mapped import warm_up
+warm_up(folder)
+start = peak_memory_bytes()
+section = PrunedStudent.model_validate({"start": "pruned", **json.loads(sys.argv[2])})
+build_student(section, teacher=resolve_model("model", base=folder), windows=ToyWindows(count=64),
+              heldout=ToyWindows(count=8, seed=1), seed=0, base=folder, out=folder / "student")
+print(json.dumps({"start": start, "peak": peak_memory_bytes()}))
+"""
+
+
+def warm_up(folder: Path) -> None:
+    save_model(folder / "small")
+    prune_model(load_on_disk(folder / "small"), ToyWindows(), ffn_size=40)
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [{"ffn_size": 1024}, {"layers": 18, "heads": 8}])
+def test_peak_memory_is_at_most_a_fifth_above_the_model_in_float32(
+    tmp_path: Path, dtype: torch.dtype, sizes: dict[str, Any]
+) -> None:
+    """590 MB in float32, however it is stored; the libraries' own memory is not counted."""
+    model = tiny_model(
+        hidden_size=1024,
+        intermediate_size=1536,
+        num_hidden_layers=20,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        initializer_range=0.02,
+    ).to(dtype)
+    own = sum(parameter.numel() * 4 for parameter in model.parameters())
+    save_model(tmp_path / "model", model, toy_tokenizer())
+    del model
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), json.dumps(sizes)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["peak"] - found["start"] <= 1.2 * own, found

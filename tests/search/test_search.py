@@ -1,0 +1,179 @@
+"""The search on a tiny model: what it measures, what it remembers, what it chooses."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stillhouse.errors import DataError
+from stillhouse.pruning import prune_model, sizes_of
+from stillhouse.recipe.schema import PrunedStudent, TrainRecipe
+from stillhouse.search import CANDIDATES, WORK, Found, search_shape
+from stillhouse.search import run as searching
+from stillhouse.search.probes import Curve, curves, expected, probed
+from stillhouse.search.run import Setting
+from stillhouse.search.short import distill_shortly
+from stillhouse.search.text import answers, batches_of, kl_to, split_text
+from stillhouse.teachers import load_model
+from tests.teachers.toys import VOCABULARY, ToyWindows, save_model, tiny_model
+
+WINDOWS = ToyWindows(count=48)
+
+
+def setting(folder: Path, out: str = "out", target: str = "65%", **search: Any) -> Setting:
+    """Four shapes of many are pruned, and two rounds of two steps choose among them."""
+    if not (folder / "teacher").exists():
+        save_model(folder / "teacher")
+    choices = {
+        "multiple_of": 8,
+        "tolerance": 0.1,
+        "candidates": 4,
+        "calibration_tokens": 256,
+        "heldout_tokens": 128,
+        "steps": 2,
+        **search,
+    }
+    section = PrunedStudent.model_validate(
+        {"start": "pruned", "target": {"params": target}, "search": choices}
+    )
+    return Setting(
+        section=section,
+        train=TrainRecipe(batch_size=2, learning_rate=1e-3),
+        start=folder / "teacher",
+        teacher=folder / "teacher",
+        windows=WINDOWS,
+        vocabulary=VOCABULARY,
+        seed=0,
+        dtype=torch.float32,
+        served=torch.bfloat16,
+        device=torch.device("cpu"),
+        out=folder / out,
+    )
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setting, Found]:
+    chosen = setting(tmp_path_factory.mktemp("search"))
+    return chosen, search_shape(chosen)
+
+
+def test_few_are_pruned_fewer_are_trained_and_the_best_is_chosen(
+    found: tuple[Setting, Found],
+) -> None:
+    _, result = found
+    pruned = [one for one in result.candidates if one.one_shot_kl is not None]
+    assert len(result.candidates) > len(pruned) == 4
+    finals = [one for one in pruned if len(one.trained_kl) == 2]
+    assert sorted(len(one.trained_kl) for one in pruned) == [1, 1, 2, 2]
+    best = min(finals, key=lambda one: one.trained_kl[-1])
+    before = sizes_of(load_model(found[0].start, dtype=torch.float32).config)
+    assert {**vars(before), **result.sizes} == vars(best.sizes)
+
+
+def test_training_helps_every_candidate(found: tuple[Setting, Found]) -> None:
+    for one in found[1].candidates:
+        for earlier, later in zip([one.one_shot_kl, *one.trained_kl], one.trained_kl, strict=False):
+            assert earlier is not None
+            assert later < earlier
+
+
+def test_one_shot_kl_is_that_of_the_shape_pruned_alone(found: tuple[Setting, Found]) -> None:
+    """Nothing that candidates share changes what any of them is."""
+    chosen, result = found
+    text = split_text(WINDOWS, 128, 2 * 6, 0)
+    teacher = load_model(chosen.teacher, dtype=torch.float32)
+    known = answers(teacher, batches_of(text.heldout, 8, "cpu"), VOCABULARY, torch.float32)
+    before = sizes_of(teacher.config)
+    for one in result.candidates:
+        if one.one_shot_kl is not None and one.sizes.layers == before.layers:
+            model = load_model(chosen.start, dtype=torch.float32)
+            cut: Any = searching.sizes_to_prune(before, one.sizes)
+            prune_model(model, text.calibration, calibration_tokens=256, **cut)
+            assert kl_to(known, model, torch.float32) == pytest.approx(one.one_shot_kl, rel=1e-4)
+
+
+def test_all_candidates_are_written_down(found: tuple[Setting, Found]) -> None:
+    chosen, result = found
+    written = json.loads((chosen.out / CANDIDATES).read_text())
+    assert written["chosen"] == result.sizes
+    assert len(written["candidates"]) == len(result.candidates)
+    assert written["target"]["key"] == "params"
+
+
+def test_the_parts_of_the_text_share_no_window() -> None:
+    text = split_text(WINDOWS, 128, 10, 0)
+    parts = [set(part.numbers) for part in (text.calibration, text.training, text.heldout)]
+    assert [len(part) for part in parts] == [34, 10, 4]
+    assert set.union(*parts) == set(range(48))
+    with pytest.raises(DataError, match="too few to search"):
+        split_text(ToyWindows(count=3), 128, 10, 0)
+
+
+def test_a_killed_search_goes_on_and_does_nothing_twice(
+    found: tuple[Setting, Found], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = replace(found[0], out=found[0].out.with_name("killed"))
+    did: list[str] = []
+    kill_at = 0
+    real_prune, real_train = prune_model, distill_shortly
+
+    def counted_prune(*args: Any, **options: Any) -> Any:
+        did.append("prune")
+        if len(did) == kill_at:
+            raise KeyboardInterrupt
+        return real_prune(*args, **options)
+
+    def counted_train(*args: Any, **options: Any) -> None:
+        did.append("train")
+        if len(did) == kill_at:
+            raise KeyboardInterrupt
+        real_train(*args, **options)
+
+    monkeypatch.setattr(searching, "prune_model", counted_prune)
+    monkeypatch.setattr(searching, "distill_shortly", counted_train)
+    total = 0
+    for kill_at in (2, 4, 5, 3):  # noqa: B007 (the counters above read it)
+        did.clear()
+        with pytest.raises(KeyboardInterrupt):
+            search_shape(chosen)
+        total += len(did) - 1
+    did.clear()
+    kill_at = 0
+    again = search_shape(chosen)
+    undisturbed = len(json.loads((found[0].out / WORK / "journal.json").read_text()))
+    assert again == found[1]
+    # The journal also holds the start model's own KL and the order of the layers.
+    assert total + len(did) == undisturbed - 2
+
+
+def test_explicitly_untrained_searches_choose_by_one_shot_kl(tmp_path: Path) -> None:
+    result = search_shape(setting(tmp_path, trained=0, candidates=2))
+    pruned = [one for one in result.candidates if one.one_shot_kl is not None]
+    assert not any(one.trained_kl for one in pruned)
+    best = min(pruned, key=lambda one: one.one_shot_kl or 0)
+    assert all(getattr(best.sizes, key) == value for key, value in result.sizes.items())
+    assert result.tokens == 0
+
+
+def test_one_shape_needs_no_measurement(tmp_path: Path) -> None:
+    result = search_shape(setting(tmp_path, axes=["ffn_size"], tolerance=0.2, target="80%"))
+    assert list(result.sizes) == ["ffn_size"]
+    assert [one.one_shot_kl for one in result.candidates] == [None]
+
+
+def test_shapes_are_ranked_by_what_their_axes_cost_alone() -> None:
+    before = sizes_of(tiny_model().config)
+    one, two = replace(before, ffn_size=32), replace(before, ffn_size=48, heads=2, layers=2)
+    assert [s.ffn_size for s in probed(before, [one, two])["ffn_size"]] == [32, 48]
+    known = curves(before, probed(before, [one, two]), lambda s: 64 - s.ffn_size + 4 - s.heads)
+    assert known["ffn_size"].points == ((0.5, 32.0), (0.75, 16.0), (1.0, 0.0))
+    assert known["ffn_size"].at(0.875) == pytest.approx(8.0)
+    assert known["ffn_size"].at(0.25) == pytest.approx(48.0)
+    assert expected(before, two, known, {2: 0.5}) == pytest.approx(16 + 2 + 0.5)
+    assert expected(before, two, known, {}) == float("inf")
+    assert Curve(((1.0, 0.0),)).at(0.5) == 0.0
