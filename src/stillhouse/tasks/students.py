@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
-from transformers import BertForSequenceClassification as BertClassifier
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+)
 
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.sizes import keep_config_layers
@@ -166,21 +170,29 @@ def _truncated(path: Path, layers: int, labels: list[str]) -> Any:
 def _random(
     section: RandomClassifier, tokenizer: Any, labels: list[str], teacher: ModelSource | None
 ) -> Any:
+    """A ModernBERT that reads the mean of its last hidden states: with few texts, what a text's
+    words mean is learnt long before what their order means."""
     rows = len(tokenizer)
-    config = BertConfig(
+    config = ModernBertConfig(
         vocab_size=rows,
         hidden_size=section.hidden_size,
         num_hidden_layers=section.layers,
         num_attention_heads=section.heads,
-        intermediate_size=4 * section.hidden_size,
+        intermediate_size=2 * section.hidden_size,
+        layer_types=["full_attention"] * section.layers,
+        max_position_embeddings=512,
+        classifier_pooling="mean",
         pad_token_id=tokenizer.pad_token_id or 0,
-        type_vocab_size=1,
+        bos_token_id=None,
+        eos_token_id=None,
+        cls_token_id=None,
+        sep_token_id=None,
         **_names(labels),
     )
-    model = BertClassifier(config)
+    model = ModernBertForSequenceClassification(config)
     if section.teacher_embeddings:
         assert teacher is not None
-        words = model.bert.embeddings.word_embeddings.weight
+        words = model.get_input_embeddings().weight
         with torch.no_grad():
             words.copy_(_principal(teacher, rows, section.hidden_size, words.std()))
     return model
