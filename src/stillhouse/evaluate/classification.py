@@ -98,7 +98,7 @@ def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) 
     result: dict[str, Any] = {
         "role": role,
         "agreement": float((said_N == taught_N).float().mean()),
-        "kl": float((teacher_NC * log_ratio_NC).sum(-1).mean()),
+        "kl": max(0.0, float((teacher_NC * log_ratio_NC).sum(-1).mean())),
         "ece_teacher": calibration_error(p_NC, taught_N),
         "confusion": confusion_CC.tolist(),
     }

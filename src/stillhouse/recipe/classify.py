@@ -207,7 +207,8 @@ class RandomClassifier(Section):
     heads: int = Field(4, gt=0)
     teacher_embeddings: bool = Field(
         True,
-        description="Start from the principal directions of the teacher's token embeddings.",
+        description="Start from the teacher's token embeddings; where hidden_size is below "
+        "theirs, from their principal directions, which keep less of what words mean.",
     )
 
     @model_validator(mode="after")

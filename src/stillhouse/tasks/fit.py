@@ -91,8 +91,9 @@ def fit(
             where="train",
             fix="lower train.learning_rate, or set train.precision to float32",
         )
-    classifier.model.save_pretrained(out / MODEL)
-    save_tokenizer(classifier.tokenizer, out / MODEL)
+    with quiet():
+        classifier.model.save_pretrained(out / MODEL)
+        save_tokenizer(classifier.tokenizer, out / MODEL)
     classifier.facts.save(out / MODEL)
     last = losses[-max(1, len(losses) // 10) :]
     epochs = steps / math.ceil(len(examples) / section.batch_size)

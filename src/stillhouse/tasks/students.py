@@ -94,8 +94,9 @@ def build_classifier(
         _agree_on_padding(model, tokenizer)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     most = min(max_tokens, limit) if isinstance(limit, int) else max_tokens
-    model.to(torch.float32).save_pretrained(out)
-    save_tokenizer(tokenizer, out)
+    with quiet():
+        model.to(torch.float32).save_pretrained(out)
+        save_tokenizer(tokenizer, out)
     shown = asdict(prompt) if prior is not None else None
     Facts(prompt.labels, most, shown, prior).save(out)
     return {
@@ -199,7 +200,8 @@ def _random(
 
 
 def _principal(teacher: ModelSource, rows: int, width: int, scale: Any) -> Any:
-    """The teacher's token embeddings along their first `width` principal directions, scaled."""
+    """The teacher's token embeddings less their mean, scaled; where the student is narrower, along
+    their first principal directions."""
     loaded = AutoModel.from_pretrained(
         teacher.path, dtype=torch.float32, local_files_only=True, use_safetensors=True
     )
@@ -213,9 +215,10 @@ def _principal(teacher: ModelSource, rows: int, width: int, scale: Any) -> Any:
             "teacher_embeddings: false",
         )
     centred_VD = table_VD[:rows] - table_VD[:rows].mean(0)
-    _, _, directions_WD = torch.svd_lowrank(centred_VD, q=width, niter=4)
-    found_VW = centred_VD @ directions_WD[:, :width]
-    return found_VW / found_VW.std() * scale
+    if width < table_VD.shape[1]:
+        _, _, directions_DW = torch.svd_lowrank(centred_VD, q=width, niter=4)
+        centred_VD = centred_VD @ directions_DW
+    return centred_VD / centred_VD.std() * scale
 
 
 def _agree_on_padding(model: Any, tokenizer: Any) -> None:
