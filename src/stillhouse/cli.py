@@ -247,14 +247,23 @@ def preview(
 ) -> None:
     """Shows some training windows, coloured by loss mask: what the student is asked to predict.
 
+    Of a recipe with `task`: what the teacher reads, and the answers that are scored.
+
     Example: `stillhouse preview recipes/demo.yaml --rows 2`
     """
     from rich.console import Console
 
     from stillhouse.data import preview as render
+    from stillhouse.recipe import ClassifyRecipe, load_any_recipe
     from stillhouse.runner import prepare_data
     from stillhouse.teachers import load_tokenizer
 
+    loaded = load_any_recipe(recipe, set_ or [])
+    if isinstance(loaded, ClassifyRecipe):
+        from stillhouse.tasks.plan import preview_task
+
+        Console().print(preview_task(loaded, recipe.parent, rows))
+        return
     job, windows, _ = prepare_data(recipe, set_ or [])
     Console().print(render(windows, load_tokenizer(job.tokenizer_path), rows))
 
