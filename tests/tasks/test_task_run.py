@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from typer.testing import CliRunner
 
+from stillhouse.check import check_recipe
 from stillhouse.cli import app
 from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseError
 from stillhouse.recipe import parse_classify_recipe
@@ -116,6 +118,26 @@ def test_predict_reads_lines_and_objects(folder: Path) -> None:
     rows = [json.loads(line) for line in answer.stdout.splitlines()]
     assert [row["text"] for row in rows] == ["a cat", "the soup"]
     assert set(rows[0]) == {"text", "label", "confidence", "abstain", "probabilities"}
+
+
+def test_check_and_preview_know_a_task(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(toys.recipe(tmp_path)))
+    found = {(one.level, one.topic): one.text for one in check_recipe(path)}
+    assert found[("ok", "texts")].startswith("27 to learn from, 5 for the threshold, 8 to")
+    assert "pairs of text and label" in found[("estimate", "judgment")]
+    assert "no true labels" in found[("warning", "texts")]
+    shown = CliRunner().invoke(app, ["preview", str(path), "--rows", "1"])
+    assert shown.exit_code == 0
+    assert "What is the topic" in shown.stdout
+    assert "pets | food" in shown.stdout
+
+
+def test_check_says_what_an_api_can_cost(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(api_recipe(tmp_path, "http://127.0.0.1:9/v1")))
+    found = {(one.level, one.topic): one.text for one in check_recipe(path)}
+    assert "0 of 40 requests are answered" in found[("estimate", "judgment")]
 
 
 # --- a teacher behind an API ---------------------------------------------------------------------
