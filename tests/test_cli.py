@@ -22,6 +22,7 @@ VERBS = (
     "synthesize",
     "check",
     "preview",
+    "predict",
     "evaluate",
     "report",
     "doctor",

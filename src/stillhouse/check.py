@@ -33,7 +33,7 @@ from stillhouse.job import (
     planned_size,
 )
 from stillhouse.quantize import planned_bytes
-from stillhouse.recipe import load_recipe
+from stillhouse.recipe import ClassifyRecipe, load_any_recipe
 from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import Recipe
 from stillhouse.recipe.signals import (
@@ -50,6 +50,7 @@ from stillhouse.runner import run_folder, synthesis_origins
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.synthesis import foreseen
 from stillhouse.synthesis.budget import Spending
+from stillhouse.tasks.plan import foresee
 from stillhouse.teachers import load_tokenizer
 from stillhouse.training import plan_batches, stored_layers
 
@@ -107,7 +108,12 @@ def _topic(error: StillhouseError) -> str:
 
 
 def _examine(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
-    whole = load_recipe(path, overrides)
+    whole = load_any_recipe(path, overrides)
+    if isinstance(whole, ClassifyRecipe):
+        yield Finding("ok", "recipe", f"{path} is valid")
+        for level, topic, text, fix in foresee(whole, path.parent):
+            yield Finding(level, topic, text, fix)
+        return
     yield Finding("ok", "recipe", f"{path} is valid")
     recipe = first_member(whole)
     yield from _folder(recipe)

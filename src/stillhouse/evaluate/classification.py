@@ -1,0 +1,174 @@
+"""How good a classifier is: against the true labels, and against its teacher.
+
+Shapes: N texts, C labels.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BINS = 15
+
+
+@dataclass(frozen=True)
+class ClassifierResult:
+    """One model on the test texts. Figures against true labels are None where there are none.
+
+    kl: KL(teacher || model) in nats. ece: expected calibration error of the likeliest label, in
+    `BINS` equal bins (Guo et al. 2017, arXiv 1706.04599); ece_teacher takes the teacher's label
+    for the true one. brier: squared distance to the true label, 0 to 2. confusion: [true][said],
+    or [teacher's][said] where no true labels are known.
+    """
+
+    role: str
+    agreement: float
+    kl: float
+    ece_teacher: float
+    confusion: list[list[int]]
+    accuracy: float | None = None
+    macro_f1: float | None = None
+    ece: float | None = None
+    brier: float | None = None
+    parameters: int | None = None
+    bytes_on_disk: int | None = None
+    texts_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Abstention:
+    """threshold: the confidence from which on the student answers; None where none is enough.
+
+    coverage: the share of the calibration texts that it answers, and `reached` how good it is on
+    them; test_*: the same on the test texts, on which nothing was chosen.
+    """
+
+    measure: str
+    wanted: float
+    threshold: float | None
+    coverage: float
+    reached: float | None
+    test_coverage: float
+    test_reached: float | None
+
+
+@dataclass(frozen=True)
+class ClassificationEvaluation:
+    labels: list[str]
+    texts: int
+    results: list[ClassifierResult]
+    abstention: Abstention
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, role: str) -> ClassifierResult | None:
+        return next((result for result in self.results if result.role == role), None)
+
+    @property
+    def has_gold(self) -> bool:
+        return self.results[0].accuracy is not None
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> ClassificationEvaluation:
+        results = [ClassifierResult(**result) for result in raw["results"]]
+        curve = [(float(x), float(y)) for x, y in raw["curve"]]
+        abstention = Abstention(**raw["abstention"])
+        return cls(**{**raw, "results": results, "abstention": abstention, "curve": curve})
+
+    @classmethod
+    def load(cls, path: Path) -> ClassificationEvaluation:
+        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) -> ClassifierResult:
+    """p_NC, teacher_NC: probabilities. gold_N: indices of the true labels."""
+    said_N, taught_N = p_NC.argmax(-1), teacher_NC.argmax(-1)
+    floor = torch.finfo(torch.float32).tiny
+    log_ratio_NC = teacher_NC.clamp_min(floor).log() - p_NC.clamp_min(floor).log()
+    reference_N = taught_N if gold_N is None else gold_N
+    confusion_CC = confusion(reference_N, said_N, p_NC.shape[1])
+    result: dict[str, Any] = {
+        "role": role,
+        "agreement": float((said_N == taught_N).float().mean()),
+        "kl": max(0.0, float((teacher_NC * log_ratio_NC).sum(-1).mean())),
+        "ece_teacher": calibration_error(p_NC, taught_N),
+        "confusion": confusion_CC.tolist(),
+    }
+    if gold_N is not None:
+        truth_NC = torch.nn.functional.one_hot(gold_N, p_NC.shape[1])
+        result |= {
+            "accuracy": float((said_N == gold_N).float().mean()),
+            "macro_f1": macro_f1(confusion_CC),
+            "ece": calibration_error(p_NC, gold_N),
+            "brier": float((p_NC - truth_NC).square().sum(-1).mean()),
+        }
+    return ClassifierResult(**result)
+
+
+def confusion(true_N: Tensor, said_N: Tensor, labels: int) -> Tensor:
+    """Counts [C, C]: row the true label, column what was said."""
+    return torch.bincount(true_N * labels + said_N, minlength=labels * labels).reshape(labels, -1)
+
+
+def macro_f1(confusion_CC: Tensor) -> float:
+    """The mean of F1 over the labels that are true or were said at least once."""
+    right_C = confusion_CC.diagonal().double()
+    total_C = confusion_CC.sum(0) + confusion_CC.sum(1)
+    return float((2 * right_C / total_C)[total_C > 0].mean())
+
+
+def calibration_error(p_NC: Tensor, true_N: Tensor) -> float:
+    """Mean over texts of |confidence - share that is right| of their bin."""
+    confidence_N, said_N = p_NC.max(-1)
+    right_N = (said_N == true_N).double()
+    bins_N = (confidence_N * BINS).long().clamp_max(BINS - 1)
+    error = 0.0
+    for bin_ in bins_N.unique():
+        inside_N = bins_N == bin_
+        gap = (confidence_N[inside_N].double().mean() - right_N[inside_N].mean()).abs()
+        error += float(gap) * float(inside_N.double().mean())
+    return error
+
+
+def coverage_curve(p_NC: Tensor, true_N: Tensor) -> list[tuple[float, float]]:
+    """(share answered, share of them that is right), the most confident first."""
+    confidence_N, said_N = p_NC.max(-1)
+    order_N = confidence_N.argsort(descending=True, stable=True)
+    right_N = (said_N == true_N)[order_N].double()
+    counts_N = torch.arange(1, len(right_N) + 1)
+    return list(
+        zip(
+            (counts_N / len(right_N)).tolist(), (right_N.cumsum(0) / counts_N).tolist(), strict=True
+        )
+    )
+
+
+def choose_threshold(p_NC: Tensor, true_N: Tensor, wanted: float) -> float | None:
+    """The lowest confidence at which those who are at least so confident are right often enough;
+    None where even the most confident are not."""
+    confidence_N, said_N = p_NC.max(-1)
+    right_N = (said_N == true_N).double()
+    for threshold in confidence_N.unique().tolist():  # sorted
+        if float(right_N[confidence_N >= threshold].mean()) >= wanted:
+            return float(threshold)
+    return None
+
+
+def answered(p_NC: Tensor, true_N: Tensor, threshold: float | None) -> tuple[float, float | None]:
+    """The share of texts at or above the threshold, and the share of them that is right."""
+    if threshold is None:
+        return 0.0, None
+    confidence_N, said_N = p_NC.max(-1)
+    above_N = confidence_N >= threshold
+    if not bool(above_N.any()):
+        return 0.0, None
+    right = float((said_N == true_N)[above_N].double().mean())
+    return float(above_N.double().mean()), right

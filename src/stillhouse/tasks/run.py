@@ -1,0 +1,118 @@
+"""A classifier's run: its stages in order, each done once."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse.errors import RecipeError
+from stillhouse.evaluate.classification import ClassificationEvaluation
+from stillhouse.hardware import tune_allocator
+from stillhouse.progress import note
+from stillhouse.recipe import ClassifyRecipe, load_any_recipe, recipe_yaml
+from stillhouse.runfolder import RunFolder, Stage, write_atomically
+from stillhouse.stages import StagePlan
+from stillhouse.tasks import stages
+from stillhouse.tasks.fit import MODEL
+from stillhouse.tasks.stages import EVALUATION, REPORT, TaskJob
+from stillhouse.tasks.students import student_source
+from stillhouse.teachers import resolve_model
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """Where a classifier's run has its products."""
+
+    folder: Path
+    model: Path
+    report: Path
+    evaluation: ClassificationEvaluation
+    stages: list[Stage]
+
+
+def run_task(
+    recipe: ClassifyRecipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    base: Path | None = None,
+) -> TaskResult:
+    """Runs a recipe with the section `task`. Finished stages are not done again.
+
+    base: where relative paths start; by default the recipe file's folder, or the working one.
+    Raises StillhouseError; what is finished by then stays.
+    """
+    if not isinstance(recipe, ClassifyRecipe):
+        base = base or Path(recipe).parent
+        recipe = task_recipe(recipe, overrides)
+    base = base or Path.cwd()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "a classifier is trained by one process",
+            where="torchrun",
+            fix="start it with `stillhouse run` alone",
+        )
+    tune_allocator()
+    folder = task_folder(recipe)
+    with folder.locked():
+        write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
+        return _lead(recipe, base, folder)
+
+
+def task_recipe(path: str | Path, overrides: Sequence[str] = ()) -> ClassifyRecipe:
+    """Raises RecipeError where the recipe has no task."""
+    recipe = load_any_recipe(path, overrides)
+    if not isinstance(recipe, ClassifyRecipe):
+        raise RecipeError("the recipe has no section `task`", where=path, fix="see docs/tasks.md")
+    return recipe
+
+
+def task_folder(recipe: ClassifyRecipe) -> RunFolder:
+    return RunFolder(Path(recipe.folder or Path("runs") / recipe.name))
+
+
+def find_task(recipe: ClassifyRecipe, base: Path) -> TaskJob:
+    """Finds the models. Raises ModelError."""
+    section = recipe.teacher
+    teacher = None
+    if section.model is not None:
+        teacher = resolve_model(section.model, revision=section.revision, base=base)
+    student = student_source(recipe.student, teacher, base)
+    journal = task_folder(recipe).root.parent / "answers.sqlite"
+    return TaskJob(recipe, base, teacher, student, journal)
+
+
+def _lead(recipe: ClassifyRecipe, base: Path, folder: RunFolder) -> TaskResult:
+    finished: list[Stage] = []
+
+    def do(plan: StagePlan) -> Stage:
+        began = time.monotonic()
+        stage = folder.stage(
+            plan.name, plan.depends_on, plan.work, resumable=plan.resumable, scratch=plan.scratch
+        )
+        took = "already done" if stage.reused else f"{time.monotonic() - began:,.1f} s"
+        note(f"{plan.name + ':':<10} {took}")
+        finished.append(stage)
+        return stage
+
+    texts = do(stages.texts(recipe, base))
+    job = find_task(recipe, base)
+    judged = do(stages.judgment(job, texts))
+    student = do(stages.student(job, texts))
+    trained = do(stages.training(job, texts, judged, student))
+    plan = stages.baseline(job, texts, student)
+    tuned = None if plan is None else do(plan)
+    evaluated = do(stages.evaluation(job, texts, judged, student, trained, tuned))
+    exported = do(stages.export(job, texts, trained, evaluated))
+    report = do(stages.report(job, list(finished)))
+    folder.point(MODEL, exported.path / MODEL)
+    folder.point(REPORT, report.path / REPORT)
+    return TaskResult(
+        folder=folder.root,
+        model=folder.root / MODEL,
+        report=folder.root / REPORT,
+        evaluation=ClassificationEvaluation.load(evaluated.path / EVALUATION),
+        stages=finished,
+    )

@@ -1,0 +1,76 @@
+"""Each measure against its definition, worked out by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stillhouse.evaluate.classification import (
+    Abstention,
+    ClassificationEvaluation,
+    answered,
+    calibration_error,
+    choose_threshold,
+    confusion,
+    coverage_curve,
+    macro_f1,
+    measure,
+)
+
+P_NC = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.45, 0.55]])
+TRUE_N = torch.tensor([0, 1, 1, 1])
+
+
+def test_confusion_has_the_true_label_in_the_row() -> None:
+    assert confusion(TRUE_N, P_NC.argmax(-1), 2).tolist() == [[1, 0], [1, 2]]
+
+
+def test_macro_f1_is_the_mean_of_both_labels() -> None:
+    first, second = 2 * 1 / (2 * 1 + 1), 2 * 2 / (2 * 2 + 1)
+    assert macro_f1(torch.tensor([[1, 0], [1, 2]])) == pytest.approx((first + second) / 2)
+
+
+def test_a_label_that_never_occurs_does_not_count() -> None:
+    assert macro_f1(torch.tensor([[2, 0, 0], [0, 3, 0], [0, 0, 0]])) == 1.0
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_truth() -> None:
+    # All four confidences are in bins of their own.
+    gaps = [abs(0.9 - 1), abs(0.6 - 0), abs(0.7 - 1), abs(0.55 - 1)]
+    assert calibration_error(P_NC, TRUE_N) == pytest.approx(sum(gaps) / 4, abs=1e-6)
+
+
+def test_measure_compares_with_both_the_truth_and_the_teacher() -> None:
+    teacher_NC = torch.tensor([[0.8, 0.2], [0.2, 0.8], [0.5, 0.5], [0.1, 0.9]])
+    found = measure("student", P_NC, teacher_NC, TRUE_N)
+    assert found.accuracy == 0.75
+    assert found.agreement == 0.5  # the teacher's tie goes to the first label
+    expected = (teacher_NC * (teacher_NC.log() - P_NC.log())).sum(-1).mean()
+    assert found.kl == pytest.approx(float(expected))
+    assert found.brier == pytest.approx((0.02 + 0.72 + 0.18 + 0.405) / 4)
+    assert measure("teacher", P_NC, P_NC, None).accuracy is None
+
+
+def test_the_threshold_is_the_lowest_that_is_good_enough() -> None:
+    # From 0.7 on two of two are right, from 0.6 on two of three, from 0.55 on three of four.
+    assert choose_threshold(P_NC, TRUE_N, 1.0) == pytest.approx(0.7)
+    assert choose_threshold(P_NC, TRUE_N, 0.75) == pytest.approx(0.55)
+    assert choose_threshold(P_NC, 1 - P_NC.argmax(-1), 0.5) is None
+    assert answered(P_NC, TRUE_N, choose_threshold(P_NC, TRUE_N, 1.0)) == (0.5, 1.0)
+    assert answered(P_NC, TRUE_N, None) == (0.0, None)
+
+
+def test_the_curve_goes_from_the_most_confident_to_all() -> None:
+    shares, right = zip(*coverage_curve(P_NC, TRUE_N), strict=True)
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert right == pytest.approx([1.0, 1.0, 2 / 3, 0.75])
+
+
+def test_an_evaluation_is_read_as_it_was_written(tmp_path: Path) -> None:
+    result = measure("teacher", P_NC, P_NC, TRUE_N)
+    chosen = Abstention("agreement", 0.9, 0.7, 0.5, 1.0, 0.4, None)
+    found = ClassificationEvaluation(["a", "b"], 4, [result], chosen, [(0.5, 1.0)], ["a note"])
+    found.save(tmp_path / "evaluation.json")
+    assert ClassificationEvaluation.load(tmp_path / "evaluation.json") == found

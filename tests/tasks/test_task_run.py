@@ -1,0 +1,248 @@
+"""A classifier's whole run on a tiny teacher, with each kind of student and of teacher."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from stillhouse.check import check_recipe
+from stillhouse.cli import app
+from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseError
+from stillhouse.recipe import parse_classify_recipe
+from stillhouse.tasks import judge as judge_module
+from stillhouse.tasks import open_classifier, predictions, run_task
+from stillhouse.tasks.judge import Judgment
+from tests import tiny
+from tests.synthesis.stub import Reply, Stub
+from tests.tasks import toys
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tasks")
+
+
+def run(raw: dict[str, Any]) -> Any:
+    return run_task(parse_classify_recipe(raw))
+
+
+def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
+    raw = toys.recipe(folder, data=toys.with_gold(folder))
+    result = run(raw)
+    roles = [one.role for one in result.evaluation.results]
+    assert roles == ["teacher", "untrained", "student", "fine_tuned"]
+    assert all(one.accuracy is not None for one in result.evaluation.results)
+    assert "<svg" in result.report.read_text()
+    assert "text-classification" in (result.model / "README.md").read_text()
+    assert all(stage.reused for stage in run(raw).stages)
+
+
+def test_another_prior_asks_the_teacher_nothing_again(folder: Path) -> None:
+    raw = toys.recipe(folder, data=toys.with_gold(folder))
+    run(raw)
+    raw["task"] = {**raw["task"], "prior": "content_free"}
+    reused = {stage.name: stage.reused for stage in run(raw).stages}
+    assert reused["judgment"]
+    assert not reused["train"]
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"start": "truncated", "layers": 1},
+        {"start": "pretrained", "model": "other", "head": "words"},
+        {"start": "pretrained", "model": "other", "head": "classes"},
+    ],
+    ids=["truncated", "words", "classes"],
+)
+def test_every_kind_of_student_learns(tmp_path: Path, student: dict[str, Any]) -> None:
+    raw = toys.recipe(tmp_path, student=student)
+    raw["train"] |= {"epochs": 6, "learning_rate": 3e-3}
+    if "model" in student:
+        student["model"] = str(tiny.save_model(tmp_path / "other", seed=1))
+    result = run(raw)
+    untrained, trained = (result.evaluation.of(role) for role in ("untrained", "student"))
+    assert trained.kl < untrained.kl
+    rows = list(predictions(open_classifier(result.folder), ["cat number 3", "soup"]))
+    assert [row["text"] for row in rows] == ["cat number 3", "soup"]
+    for row in rows:
+        assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["confidence"] == max(row["probabilities"].values())
+
+
+def test_the_teacher_itself_as_a_student_says_what_the_teacher_says(tmp_path: Path) -> None:
+    raw = toys.recipe(tmp_path)
+    model = str(tmp_path / "teacher")
+    raw["student"] = {"start": "pretrained", "model": model, "head": "words"}
+    untrained = run(raw).evaluation.of("untrained")
+    assert untrained.agreement == 1.0
+    assert untrained.kl == pytest.approx(0.0, abs=1e-5)
+
+
+def test_killed_scoring_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge_module, "CHUNK", 8)
+    plain = judge_module.score_labels
+    calls = []
+
+    def dies(model: Any, prompts: Any, labels: Any) -> Any:
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(model, prompts, labels)
+
+    monkeypatch.setattr(judge_module, "score_labels", dies)
+    raw = toys.recipe(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(raw)
+    run(raw)
+    # 40 texts and 3 without content, in chunks of 8: two chunks were kept, four were left; then
+    # the teacher's speed is measured on 4 texts, twice.
+    assert calls == [8, 8, 8, 8, 8, 8, 3, 4, 4]
+
+
+def test_predict_reads_lines_and_objects(folder: Path) -> None:
+    run(toys.recipe(folder, data=toys.with_gold(folder)))
+    answer = CliRunner().invoke(
+        app, ["predict", str(folder / "run")], input='a cat\n{"text": "the soup"}\n'
+    )
+    assert answer.exit_code == 0
+    rows = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert [row["text"] for row in rows] == ["a cat", "the soup"]
+    assert set(rows[0]) == {"text", "label", "confidence", "abstain", "probabilities"}
+
+
+def test_check_and_preview_know_a_task(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(toys.recipe(tmp_path)))
+    found = {(one.level, one.topic): one.text for one in check_recipe(path)}
+    assert found[("ok", "texts")].startswith("27 to learn from, 5 for the threshold, 8 to")
+    assert "pairs of text and label" in found[("estimate", "judgment")]
+    assert "no true labels" in found[("warning", "texts")]
+    shown = CliRunner().invoke(app, ["preview", str(path), "--rows", "1"])
+    assert shown.exit_code == 0
+    assert "What is the topic" in shown.stdout
+    assert "pets | food" in shown.stdout
+
+
+def test_check_says_what_an_api_can_cost(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(api_recipe(tmp_path, "http://127.0.0.1:9/v1")))
+    found = {(one.level, one.topic): one.text for one in check_recipe(path)}
+    assert "0 of 40 requests are answered" in found[("estimate", "judgment")]
+
+
+# --- a teacher behind an API ---------------------------------------------------------------------
+
+
+def api_recipe(folder: Path, url: str, **more: Any) -> dict[str, Any]:
+    teacher = {"api": {"base_url": url, "model": "teacher"}, **more}
+    tokenizer = str(folder / "teacher")
+    raw = toys.recipe(folder, teacher=teacher, data=toys.with_gold(folder))
+    raw["student"] |= {"tokenizer": tokenizer, "teacher_embeddings": False}
+    return raw
+
+
+def said_label(payload: dict[str, Any]) -> str:
+    text = payload["messages"][-1]["content"]
+    return "pets" if any(word in text for word in toys.WORDS["pets"]) else "food"
+
+
+def test_an_api_is_asked_once_and_its_labels_are_learnt(tmp_path: Path) -> None:
+    with Stub(lambda number, payload: Reply(text=f' "{said_label(payload).title()}".')) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        result = run(raw)
+        asked = len(stub.payloads)
+        raw["task"] = {**raw["task"], "prior": "none"}
+        raw["folder"] = str(tmp_path / "other")
+        run(raw)
+        assert (asked, len(stub.payloads)) == (40, 40)
+    assert "exactly one of these" in stub.payloads[0]["messages"][0]["content"]
+    assert result.evaluation.of("teacher").accuracy == 1.0
+    assert "40 labels" in result.evaluation.notes[0]
+
+
+def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text="no idea" if number % 4 == 0 else said_label(payload))
+
+    with Stub(script) as stub:
+        result = run(api_recipe(tmp_path, stub.url))
+    assert "10 answers were none of them" in result.evaluation.notes[0]
+    stage = next(stage for stage in result.stages if stage.name == "judgment")
+    judged = Judgment.load(stage.path)
+    rows = torch.cat([judged.train, judged.calibration, judged.test])
+    assert int(rows.isnan().any(-1).sum()) == 10
+
+
+def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
+    top = [
+        {"token": "Pe", "logprob": math.log(0.6)},
+        {"token": "food", "logprob": math.log(0.2)},
+        {"token": "x", "logprob": math.log(0.1)},
+    ]
+    logprobs = [{"token": "Pe", "logprob": math.log(0.6), "top_logprobs": top}]
+    with Stub(lambda number, payload: Reply(text="pets", logprobs=logprobs)) as stub:
+        recipe = parse_classify_recipe(api_recipe(tmp_path, stub.url, top_logprobs=3))
+        result = run_task(recipe)
+    stage = next(stage for stage in result.stages if stage.name == "judgment")
+    shares = Judgment.load(stage.path).distribution("train", recipe)[0]
+    torch.testing.assert_close(shares, torch.tensor([0.75, 0.25]))
+
+
+# --- what a user can get wrong -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"task": {"kind": "classify"}}, RecipeError, "no labels"),
+        ({"task": {"kind": "classify", "labels": ["pets", "toys"]}}, DataError, "'food' is not in"),
+        ({"data": {"texts": [{"path": "nowhere.csv"}]}}, DataError, "does not exist"),
+        ({"student": {"start": "truncated", "layers": 99}}, RecipeError, "has 3 layers"),
+    ],
+    ids=["no labels", "unknown label", "no file", "too many layers"],
+)
+def test_one_clear_message(
+    tmp_path: Path, changes: dict[str, Any], error: type[StillhouseError], said: str
+) -> None:
+    raw = toys.recipe(tmp_path, data=toys.with_gold(tmp_path))
+    if changes.get("task") == {"kind": "classify"}:
+        raw["data"] = {"texts": [{"path": str(tmp_path / "texts.jsonl")}]}
+    with pytest.raises(error, match=said) as caught:
+        run({**raw, **changes})
+    assert caught.value.fix
+
+
+def test_a_teacher_without_a_template_needs_plain_prompts(tmp_path: Path) -> None:
+    raw = toys.recipe(tmp_path)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(ModelError, match="no chat template"):
+        run(raw)
+    raw["task"] = {**raw["task"], "chat": False}
+    assert run(raw).evaluation.texts == 8
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [('{"text": ""}', "text is empty"), ('{"txt": "a"}', "no text under"), ("[1]", "not an obj")],
+)
+def test_bad_rows_are_named(tmp_path: Path, row: str, said: str) -> None:
+    raw = toys.recipe(tmp_path)
+    with (tmp_path / "texts.jsonl").open("a") as file:
+        file.write(row + "\n")
+    with pytest.raises(DataError, match=said) as caught:
+        run(raw)
+    assert caught.value.where is not None
+    assert caught.value.where.endswith("texts.jsonl:41")

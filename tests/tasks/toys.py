@@ -1,0 +1,48 @@
+"""A task small enough for tests: texts of a few words, and a teacher with random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests import tiny
+
+WORDS = {"pets": ["cat", "dog", "bird"], "food": ["soup", "cake", "bread"]}
+
+
+def write_texts(path: Path, count: int, label: bool) -> None:
+    rows = []
+    for number in range(count):
+        name = ["pets", "food"][number % 2]
+        row = {"text": f"{WORDS[name][number // 2 % 3]} number {number}"}
+        rows.append({**row, "label": name} if label else row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
+    """A whole recipe; its teacher and texts are made where they are not there yet."""
+    if not (folder / "teacher").exists():
+        tiny.save_model(folder / "teacher", max_position_embeddings=512)
+        write_texts(folder / "texts.jsonl", 40, label=False)
+        write_texts(folder / "gold.jsonl", 40, label=True)
+    raw: dict[str, Any] = {
+        "name": "tiny",
+        "folder": str(folder / "run"),
+        "task": {"kind": "classify", "labels": ["pets", "food"]},
+        "teacher": {"model": str(folder / "teacher"), "precision": "float32"},
+        "data": {"texts": [{"path": str(folder / "texts.jsonl")}]},
+        "student": {"start": "random", "hidden_size": 16, "layers": 1, "heads": 2},
+        "train": {"epochs": 2, "batch_size": 8, "precision": "float32", "checkpoint_every": 2},
+        "evaluate": {"speed_texts": 4},
+    }
+    for name, section in sections.items():
+        raw[name] = section
+    return raw
+
+
+GOLD: dict[str, Any] = {"label": "label"}
+
+
+def with_gold(folder: Path) -> dict[str, Any]:
+    return {"texts": [{"path": str(folder / "gold.jsonl"), **GOLD}]}
