@@ -16,6 +16,8 @@ from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.runner import run
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("in_process")
+
 HOPS = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32, "layers": 2}]
 STUDENT = {"start": "pruned", "calibration_tokens": 512}
 
