@@ -26,7 +26,7 @@ from stillhouse.evaluate.fidelity import HeldoutAnswers, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.job import find_models
 from stillhouse.recipe import parse_recipe
-from stillhouse.runfolder import RunFolder, Stage
+from stillhouse.runfolder import RunFolder
 from stillhouse.teachers import load_model
 from stillhouse.training import MODEL
 
@@ -55,6 +55,7 @@ class Bench:
         self.texts = texts
         self.folder = RunFolder(options.folder / str(seed))
         self.answers: HeldoutAnswers | None = None
+        self._do = stages.doing(self.folder)
 
     def student(
         self,
@@ -102,15 +103,6 @@ class Bench:
             on_the_way[name] = figure["trained kl"]
             tokens += figure["tokens"]
         return {**figure, "tokens": tokens, "kl of each member": on_the_way}
-
-    def _do(self, plan: stages.StagePlan) -> Stage:
-        return self.folder.stage(
-            plan.name,
-            plan.depends_on,
-            plan.work,
-            resumable=plan.resumable,
-            scratch=plan.scratch,
-        )
 
 
 def measure(options: argparse.Namespace, texts: Path, seed: int) -> dict[str, Figure]:

@@ -7,7 +7,6 @@ from the second stage on there is one vocabulary, as in every run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,13 @@ from stillhouse.pruning import load_kept_ids
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.schema import PrunedStudent
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.stages import StagePlan
+from stillhouse.stages import Do, StagePlan
 from stillhouse.students import build_student
 from stillhouse.teachers import ModelSource, load_model
 from stillhouse.training import MODEL
 
 MEASURED_TOKENS = 8192
 """Of the training text, on which the cut teacher is compared with the whole one."""
-
-Do = Callable[[StagePlan], Stage]
 
 
 def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[Job, Stage]:

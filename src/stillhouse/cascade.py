@@ -22,7 +22,8 @@ from stillhouse.recipe import Recipe, recipe_yaml
 from stillhouse.recipe.family import first_member, member_recipe
 from stillhouse.report.family import FamilyReport, Member, write_family_report
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
-from stillhouse.runner import RunResult, doing, follow, lead, read, run_folder, taking_part
+from stillhouse.runner import RunResult, follow, lead, read, run_folder, taking_part
+from stillhouse.stages import doing
 from stillhouse.training import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"

@@ -8,11 +8,11 @@ that were trained on this is an extrapolation, and is called one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from stillhouse import account, stages
-from stillhouse.beginning import Do, begin
+from stillhouse.beginning import begin
 from stillhouse.evaluate.curve import PowerLaw, fit_power_law
 from stillhouse.job import planned_size
 from stillhouse.recipe import Recipe
@@ -20,7 +20,7 @@ from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import RandomStudent
 from stillhouse.report.family import FromScratch, Member, ScratchMember
 from stillhouse.runfolder import Stage
-from stillhouse.stages import StagePlan
+from stillhouse.stages import Do
 from stillhouse.teachers import load_config
 from stillhouse.training import METRICS, read_metrics
 
@@ -64,7 +64,7 @@ def measured_curve(recipe: Recipe, base: Path, do: Do, largest: Path) -> Curve:
     changed = {"data": data, "student": random, "train": train, "signals": None, "quantize": None}
     job, text = begin(first_member(recipe).model_copy(update=changed), base, do)
     student = do(stages.student(job, text))
-    trained = do(_renamed(stages.training(job, text, student, None)))
+    trained = do(replace(stages.training(job, text, student, None), name="scratch"))
     points = [
         (int(row["tokens"]), float(row["heldout_kl"]))
         for row in _with_tokens(trained)
@@ -90,12 +90,6 @@ def scratch_account(curve: Curve, members: Sequence[Member]) -> FromScratch:
         points=curve.law.points,
         exponent=curve.law.exponent,
         scale=curve.law.scale,
-    )
-
-
-def _renamed(plan: StagePlan) -> StagePlan:
-    return StagePlan(
-        "scratch", plan.inputs, plan.work, plan.version, plan.resumable, plan.together, plan.scratch
     )
 
 

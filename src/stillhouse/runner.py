@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse import searching, shipping, stages
-from stillhouse.beginning import Do, begin
+from stillhouse.beginning import begin
 from stillhouse.data import Windows
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.hardware import choose_precision, default_device, leads, tune_allocator
 from stillhouse.job import Job, shared_vocabulary
-from stillhouse.progress import note
 from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
 from stillhouse.recipe.family import first_member
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
-from stillhouse.stages import StagePlan
+from stillhouse.stages import Do, StagePlan, doing, telling
 from stillhouse.synthesis import Origins, Synthesis, synthesize
 from stillhouse.teachers import resolve_model
 from stillhouse.training import MODEL
@@ -187,16 +186,7 @@ def run_folder(recipe: Recipe) -> RunFolder:
 def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     """Every stage of a recipe, in a folder that is locked."""
     finished: list[Stage] = []
-    quietly = doing(folder)
-
-    def do(plan: StagePlan) -> Stage:
-        began = time.monotonic()
-        stage = quietly(plan)
-        took = "already done" if stage.reused else f"{time.monotonic() - began:,.1f} s"
-        note(f"{plan.name + ':':<10} {took}")
-        finished.append(stage)
-        return stage
-
+    do = telling(folder, finished)
     job, data, student, trained, baseline, quantized = _stages_together(recipe, base, do)
     evaluated = do(stages.evaluation(job, data, student, trained, baseline, quantized))
     exported = do(shipping.export(job, data, [trained, *quantized][-1], evaluated))
@@ -253,21 +243,6 @@ def _shaped(job: Job, data: Stage, do: Do) -> Job:
 def follow(recipe: Recipe, base: Path, folder: RunFolder) -> Stage:
     """What the other processes of a torchrun do of a recipe; the finished training stage."""
     return _stages_together(recipe, base, taking_part(folder))[3]
-
-
-def doing(folder: RunFolder) -> Do:
-    """How the leading process does a stage, or finds it done."""
-
-    def do(plan: StagePlan) -> Stage:
-        return folder.stage(
-            plan.name,
-            plan.depends_on,
-            plan.work,
-            resumable=plan.resumable,
-            scratch=plan.scratch,
-        )
-
-    return do
 
 
 def taking_part(folder: RunFolder) -> Do:

@@ -127,17 +127,7 @@ def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:
         teacher=job.teacher.described,
         evaluation=evaluated,
         history=read_metrics(trained.path / METRICS),
-        stages=[
-            StageCost(
-                stage.name,
-                stage.cost.seconds,
-                stage.cost.tokens,
-                stage.cost.flops,
-                stage.cost.peak_memory_bytes or None,
-                stage.reused,
-            )
-            for stage in stages.values()
-        ],
+        stages=[StageCost.of(stage) for stage in stages.values()],
         student=student.summary,
         scratch=ScratchCost(
             tokens=tokens,

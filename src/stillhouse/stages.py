@@ -6,6 +6,7 @@ does nothing yet. `stillhouse.shipping` has the last stages, `stillhouse.runner`
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ from stillhouse.job import Job, configs, planned_objective, planned_size, signal
 from stillhouse.progress import note
 from stillhouse.quantize import TRAINING, quantize, train_quantized
 from stillhouse.recipe.schema import EvaluateRecipe, LogitsTerm, ObjectiveRecipe
-from stillhouse.runfolder import Outcome, Stage
+from stillhouse.runfolder import Outcome, RunFolder, Stage
 from stillhouse.signals import LMHead
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
 from stillhouse.signals.manifest import Settings, read_manifest
@@ -67,6 +68,40 @@ class StagePlan:
     @property
     def depends_on(self) -> dict[str, Any]:
         return {**self.inputs, "version": self.version}
+
+
+Do = Callable[[StagePlan], Stage]
+"""Does a stage, or finds it done."""
+
+
+def doing(folder: RunFolder) -> Do:
+    """How the leading process does a stage."""
+
+    def do(plan: StagePlan) -> Stage:
+        return folder.stage(
+            plan.name,
+            plan.depends_on,
+            plan.work,
+            resumable=plan.resumable,
+            scratch=plan.scratch,
+        )
+
+    return do
+
+
+def telling(folder: RunFolder, finished: list[Stage]) -> Do:
+    """As `doing`; says how long each took, and adds it to `finished`."""
+    quietly = doing(folder)
+
+    def do(plan: StagePlan) -> Stage:
+        began = time.monotonic()
+        stage = quietly(plan)
+        took = "already done" if stage.reused else f"{time.monotonic() - began:,.1f} s"
+        note(f"{plan.name + ':':<10} {took}")
+        finished.append(stage)
+        return stage
+
+    return do
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from stillhouse.errors import RunError
 from stillhouse.evaluate.results import Evaluation
+from stillhouse.runfolder import Stage
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,12 @@ class StageCost:
     flops: int = 0
     peak_memory_bytes: int | None = None
     reused: bool = False
+
+    @classmethod
+    def of(cls, stage: Stage) -> StageCost:
+        cost = stage.cost
+        memory = cost.peak_memory_bytes or None
+        return cls(stage.name, cost.seconds, cost.tokens, cost.flops, memory, stage.reused)
 
 
 @dataclass(frozen=True)

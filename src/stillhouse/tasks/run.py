@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,9 @@ from pathlib import Path
 from stillhouse.errors import RecipeError
 from stillhouse.evaluate.classification import ClassificationEvaluation
 from stillhouse.hardware import tune_allocator
-from stillhouse.progress import note
 from stillhouse.recipe import ClassifyRecipe, load_any_recipe, recipe_yaml
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
-from stillhouse.stages import StagePlan
+from stillhouse.stages import telling
 from stillhouse.tasks import stages
 from stillhouse.tasks.fit import MODEL
 from stillhouse.tasks.stages import EVALUATION, REPORT, TaskJob
@@ -86,17 +84,7 @@ def find_task(recipe: ClassifyRecipe, base: Path) -> TaskJob:
 
 def _lead(recipe: ClassifyRecipe, base: Path, folder: RunFolder) -> TaskResult:
     finished: list[Stage] = []
-
-    def do(plan: StagePlan) -> Stage:
-        began = time.monotonic()
-        stage = folder.stage(
-            plan.name, plan.depends_on, plan.work, resumable=plan.resumable, scratch=plan.scratch
-        )
-        took = "already done" if stage.reused else f"{time.monotonic() - began:,.1f} s"
-        note(f"{plan.name + ':':<10} {took}")
-        finished.append(stage)
-        return stage
-
+    do = telling(folder, finished)
     texts = do(stages.texts(recipe, base))
     job = find_task(recipe, base)
     judged = do(stages.judgment(job, texts))

@@ -435,17 +435,7 @@ def report(job: TaskJob, finished: list[Stage]) -> StagePlan:
             evaluation=ClassificationEvaluation.load(stages["evaluate"].path / EVALUATION),
             parts={name: stages["texts"].summary[name] for name in PARTS_SHOWN},
             metrics=read_metrics(stages["train"].path / METRICS),
-            stages=[
-                StageCost(
-                    stage.name,
-                    stage.cost.seconds,
-                    stage.cost.tokens,
-                    stage.cost.flops,
-                    stage.cost.peak_memory_bytes or None,
-                    stage.reused,
-                )
-                for stage in finished
-            ],
+            stages=[StageCost.of(stage) for stage in finished],
             recipe=job.recipe.model_dump(mode="json"),
             machine=machine(),
             versions=versions(),
