@@ -24,7 +24,7 @@ from stillhouse.pruning import (
     save_kept_ids,
 )
 from stillhouse.pruning.domain import Domain, kl_on, read_text
-from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, shard_size
+from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
 from stillhouse.pruning.shapes import planned_shape
 from stillhouse.recipe.pruning import PruningMethod
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
@@ -240,8 +240,7 @@ def _save(model: Any, tokenizer: Any, out: Path, kept_ids: Sequence[int] | None)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with quiet():
-            size = shard_size(model)
-            model.save_pretrained(out, **({} if size is None else {"max_shard_size": size}))
+            save_model(model, out)
             save_tokenizer(tokenizer, out)
         if kept_ids is not None:
             save_kept_ids(kept_ids, out)
