@@ -282,7 +282,8 @@ def speed_charts(report: FamilyReport) -> list[Chart]:
         y = [member.student.fidelity.kl for member in members]
         ax.plot(x, y, "o-", color=role_color("student"), markersize=7)
         ax.plot(1, 0, "D", color=role_color("teacher"), markersize=7, clip_on=False)
-        for label, *at in [("teacher", 1, 0), *zip((m.name for m in members), x, y, strict=True)]:
+        names = ["teacher", *(member.name for member in members)]
+        for label, at in zip(names, zip([1.0, *x], [0.0, *y], strict=True), strict=True):
             ax.annotate(
                 label, at, xytext=(0, -15), ha="center", textcoords="offset points",
                 fontsize=11, color=MUTED,
