@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stillhouse.pruning.correction import JUDGES, Evidence, least_squares_change
+from stillhouse.pruning.correction import JUDGES, NOISE, Evidence, least_squares_change
 from stillhouse.pruning.ffn import Moments
 
 WIDTH, HIDDEN = 24, 5
@@ -50,11 +50,13 @@ def test_the_share_is_the_best_on_the_rows_kept_aside() -> None:
     moments, everything = Moments.zeros(WIDTH, HIDDEN), Moments.zeros(WIDTH, HIDDEN)
     moments.add(activations[fitted], error[fitted], weight[fitted])
     everything.add(activations, error, weight)
-    few = least_squares_change(moments)
+    few = least_squares_change(moments, NOISE * WIDTH / int(fitted.sum()))
     aside = activations[~fitted], error[~fitted], weight[~fitted]
     best = min(torch.linspace(0, 1, 1001), key=lambda mu: squared_error(mu * few, *aside))
     assert 0.05 < best < 0.95
-    assert_close(change, best * least_squares_change(everything), rtol=2e-2, atol=1e-3)
+    assert_close(
+        change, best * least_squares_change(everything, NOISE * WIDTH / 160), rtol=2e-2, atol=1e-3
+    )
 
 
 def test_the_least_squares_change_is_that_of_ridge_regression() -> None:
