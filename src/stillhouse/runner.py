@@ -175,7 +175,7 @@ def read(
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, overrides), base or Path(recipe).parent
     if not isinstance(recipe, Recipe):
-        recipe = parse_recipe(dict(recipe))
+        recipe = parse_recipe(dict(recipe), overrides=overrides)
     return recipe, base or Path.cwd()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import types
@@ -57,8 +58,16 @@ def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe |
     return _validate(raw, lines, str(path), Recipe)
 
 
-def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Checks a recipe that is already a dictionary. Raises RecipeError."""
+def parse_recipe(
+    raw: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
+) -> Recipe:
+    """Checks a recipe that is already a dictionary, with overrides as `load_recipe`'s.
+
+    Raises RecipeError.
+    """
+    raw = copy.deepcopy(raw)
+    for override in overrides:
+        _apply_override(raw, override)
     return _validate(raw, {}, source, Recipe)
 
 
