@@ -6,6 +6,7 @@ import csv
 import difflib
 import glob
 import hashlib
+import heapq
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -170,10 +171,7 @@ def _new(rows: Sequence[LabelledText], seen: set[str]) -> Iterator[LabelledText]
 def _divide(
     rows: list[LabelledText], tests: list[LabelledText], section: TextsRecipe, seed: int
 ) -> tuple[list[LabelledText], list[LabelledText], list[LabelledText]]:
-    def place(row: LabelledText) -> bytes:
-        return hashlib.sha256(f"{seed} {row.text}".encode("utf-8", "replace")).digest()
-
-    shuffled = sorted(rows, key=place)
+    shuffled = sorted(rows, key=lambda row: _place(row, str(seed)))
     if not tests:
         apart = round(section.test_share * len(shuffled))
         tests, shuffled = shuffled[:apart], shuffled[apart:]
@@ -190,6 +188,18 @@ def files_sha256(files: Sequence[TextFile], base: Path) -> list[str]:
 
 def read_texts(file: TextFile, base: Path) -> Iterator[LabelledText]:
     """The rows of a file or of all files of a glob. Raises DataError with file and row."""
+    if file.sample is None:
+        return _read_all(file, base)
+    # By their content, so that a row that is added moves no other one.
+    drawn = heapq.nsmallest(file.sample, _read_all(file, base), key=lambda row: _place(row, "draw"))
+    return iter(drawn)
+
+
+def _place(row: LabelledText, purpose: str) -> bytes:
+    return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
+
+
+def _read_all(file: TextFile, base: Path) -> Iterator[LabelledText]:
     left = file.limit
     for path in _existing(file.path, base):
         for row, where in _rows(path, file):
