@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stillhouse import account
+from stillhouse.answering.plan import foresee_answers
 from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
@@ -109,9 +110,13 @@ def _topic(error: StillhouseError) -> str:
 
 def _examine(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
     whole = load_any_recipe(path, overrides)
-    if isinstance(whole, ClassifyRecipe):
+    if not isinstance(whole, Recipe):
         yield Finding("ok", "recipe", f"{path} is valid")
-        for level, topic, text, fix in foresee(whole, path.parent):
+        if isinstance(whole, ClassifyRecipe):
+            lines = foresee(whole, path.parent)
+        else:
+            lines = foresee_answers(whole, path.parent)
+        for level, topic, text, fix in lines:
             yield Finding(level, topic, text, fix)
         return
     yield Finding("ok", "recipe", f"{path} is valid")
