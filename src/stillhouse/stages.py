@@ -120,19 +120,24 @@ def open_data(data: Stage) -> tuple[Windows, Windows]:
 
 
 def data(job: Job) -> StagePlan:
-    section = job.recipe.data
+    section, text = job.recipe.data, job.text
+    read, files = section, [*section.sources, *section.heldout_sources]
+    if text is not None:
+        read, files = text.put_into(section, job.base), text.others(section, job.base)
 
     def work(out: Path) -> Outcome:
         tokenizer = load_tokenizer(job.tokenizer_path)
-        built = build(section, tokenizer, seed=job.recipe.seed, base=job.base, out=out)
+        built = build(read, tokenizer, seed=job.recipe.seed, base=job.base, out=out)
         return Outcome(summary=asdict(built))
 
-    inputs = {
+    inputs: dict[str, Any] = {
         "recipe": section.model_dump(mode="json"),
         "seed": job.recipe.seed,
         "tokenizer": (job.pretrained or job.teacher).fingerprint,
-        "sources": sources_fingerprint([*section.sources, *section.heldout_sources], job.base),
+        "sources": sources_fingerprint(files, job.base),
     }
+    if text is not None:
+        inputs["synthesized"] = text.sha256
     return StagePlan("data", inputs, work, version=2)
 
 

@@ -22,8 +22,9 @@ from stillhouse.recipe.synthesize import (
     SamplingRecipe,
     SynthesizeRecipe,
 )
-from stillhouse.synthesis.budget import Budget, Price, Spending, spent_on, worst_case
+from stillhouse.synthesis.budget import Budget, Price
 from stillhouse.synthesis.client import Client
+from stillhouse.synthesis.estimate import Known
 from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.pool import Pool
 from stillhouse.synthesis.prompts import Frame, Prompt, read_prompts
@@ -46,11 +47,15 @@ class Origins:
 
 @dataclass(frozen=True)
 class Asked:
-    """The recipe's requests, read from the prompts' file each time they are gone through."""
+    """The recipe's requests, read from the prompts' file each time they are gone through.
+
+    only: those with these numbers in their order, 0 the first; None: all.
+    """
 
     section: PromptsRecipe
     base: Path
     request: Callable[[tuple[Any, ...], int], Request]
+    only: frozenset[int] | None = None
 
     @property
     def frame(self) -> Frame:
@@ -61,55 +66,16 @@ class Asked:
         section, frame = self.section, self.frame
         path = self.base / Path(section.path).expanduser()
         prompts = read_prompts(path, format=section.format, key=section.key, limit=section.limit)
+        number = 0
         for prompt in prompts:
             messages = frame.asked(prompt)
             for sample in range(section.samples):
-                yield prompt, self.request(messages, sample)
+                if self.only is None or number in self.only:
+                    yield prompt, self.request(messages, sample)
+                number += 1
 
     def requests(self) -> Iterator[Request]:
         return (request for _, request in self.pairs())
-
-
-@dataclass(frozen=True)
-class Known:
-    """What the journal holds before anything is asked.
-
-    spent: on answers, and on those that may have been billed and got lost. worst: the most that
-    the missing ones can take.
-    """
-
-    requests: int
-    missing: int
-    spent: Spending
-    worst: Spending
-
-    @property
-    def likely(self) -> Spending | None:
-        """What the missing ones take if they are like those before; None before the first."""
-        answered = self.requests - self.missing
-        if answered == 0:
-            return None
-        share = self.missing / answered
-        return Spending(round(self.spent.tokens * share), self.spent.usd * share)
-
-
-def known_before(asked: Asked, journal: Journal | None, price: Price | None) -> Known:
-    """Goes through all requests once, which also finds a bad prompt before anything is paid."""
-    requests = missing = 0
-    spent = unspent = Spending()
-    for request in asked.requests():
-        requests += 1
-        answer = None if journal is None else journal.get(request.key)
-        if journal is not None:
-            usd, tokens = journal.billed_failures(request.key)
-            spent += Spending(tokens, usd)
-        worst = worst_case(request, price)
-        if answer is None:
-            missing += 1
-            unspent += worst
-        else:
-            spent += spent_on(answer, worst)
-    return Known(requests, missing, spent, unspent)
 
 
 def journal_path(section: SynthesizeRecipe, origins: Origins) -> Path:
@@ -118,28 +84,17 @@ def journal_path(section: SynthesizeRecipe, origins: Origins) -> Path:
     return origins.base / Path(section.journal).expanduser()
 
 
-def foreseen(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) -> Known:
-    """What `synthesize` would find and ask; nothing is asked and nothing written."""
-    teacher = text_teacher(section, origins, seed, weights=False)
-    asked = Asked(section.prompts, origins.base, teacher.request)
-    path = journal_path(section, origins)
-    if not path.exists():
-        return known_before(asked, None, teacher.price)
-    with Journal(path) as journal:
-        return known_before(asked, journal, teacher.price)
-
-
 # --- teachers ----------------------------------------------------------------------------------
 
 
 def text_teacher(
     section: SynthesizeRecipe, origins: Origins, seed: int, *, weights: bool = True
-) -> _Api | _Local:
+) -> ApiText | LocalText:
     """weights: False fetches no more of a Hub model than it takes to know it."""
     if section.teacher.api is not None:
-        return _Api(section.teacher.api, section)
+        return ApiText(section.teacher.api, section)
     assert section.teacher.local is not None
-    return _Local(section.teacher.local, section.sampling, origins, seed, weights)
+    return LocalText(section.teacher.local, section.sampling, origins, seed, weights)
 
 
 def _sampling(section: SamplingRecipe, token_limit: str) -> dict[str, Any]:
@@ -155,7 +110,7 @@ def _sampling(section: SamplingRecipe, token_limit: str) -> dict[str, Any]:
     return parameters
 
 
-class _Api:
+class ApiText:
     def __init__(self, api: ApiTeacher, section: SynthesizeRecipe) -> None:
         self.api, self.budget = api, section.budget
         self.price = Price(api.price.input, api.price.output) if api.price else None
@@ -208,7 +163,7 @@ class _Api:
             return pool
 
 
-class _Local:
+class LocalText:
     price = Price(0.0, 0.0)
 
     def __init__(

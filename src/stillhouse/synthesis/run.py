@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from stillhouse.errors import DataError
 from stillhouse.progress import note
@@ -16,14 +17,17 @@ from stillhouse.synthesis.asking import (
     Asked,
     Origins,
     journal_path,
-    known_before,
     text_teacher,
 )
+from stillhouse.synthesis.estimate import known_before
 from stillhouse.synthesis.filters import Filter, Row, Sieve
 from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.prompts import answer_text, read_prompts
 
-VICTIMS, SUMMARY = "filtered.jsonl", "summary.json"
+TEXT, VICTIMS, SUMMARY = "synthetic.jsonl", "filtered.jsonl", "summary.json"
+
+
+_PATHS = ("out", "victims", "journal")
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Synthesis:
             return f"${self.usd:,.4f}"
         return "unknown" + (f" (${self.usd:,.4f} of it known)" if self.usd else "")
 
+    def facts(self) -> dict[str, Any]:
+        """All but the paths."""
+        return {name: value for name, value in asdict(self).items() if name not in _PATHS}
+
     def lines(self) -> list[tuple[str, str]]:
         """Names and values for people."""
         missing = self.requests - self.answered
@@ -74,9 +82,10 @@ class Synthesis:
 def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) -> Synthesis:
     """Answers what the journal has no answer to, and writes what the filters leave.
 
-    Rows are in the order of the prompts: {"messages": [...]}, the answer last. An exhausted budget
-    ends the asking, not the rest. Raises DataError (prompts, or nothing is left), EndpointError,
-    ModelError, RunError (journal, disk).
+    Into origins.folder: TEXT with the rows in the order of the prompts, {"messages": [...]}, the
+    answer last; VICTIMS, and SUMMARY. An exhausted budget ends the asking, not the rest.
+    Raises DataError (prompts, or nothing is left), EndpointError, ModelError, RunError (journal,
+    disk).
     """
     path = journal_path(section, origins)
     teacher = text_teacher(section, origins, seed)
@@ -84,15 +93,15 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
     chosen = chosen_filters(section.filters, origins.base)
     asked = Asked(section.prompts, origins.base, teacher.request)
     with Journal(path) as journal:
-        known = known_before(asked, journal, teacher.price)
+        known = known_before(asked.requests(), journal, teacher.price)
         if known.missing:
             new, failed, out_of_budget = teacher.answer(asked, journal, known)
         else:
             new, failed, out_of_budget = 0, 0, False
-        rows = _Rows(section, asked, journal)
+        rows = Rows(section, asked, journal)
         sieve = Sieve(chosen, origins.folder / VICTIMS)
         origins.folder.mkdir(parents=True, exist_ok=True)
-        out = (origins.base / Path(section.out).expanduser()).absolute()
+        out = origins.folder / TEXT
         kept = _write(out, sieve.keep(rows))
     result = Synthesis(
         out=out,
@@ -109,7 +118,7 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
         out_of_budget=out_of_budget,
         taken=dict(sieve.taken),
     )
-    facts = json.dumps({**asdict(result), "cost": result.cost}, indent=2, default=str)
+    facts = json.dumps({**result.facts(), "cost": result.cost}, indent=2)
     write_atomically(origins.folder / SUMMARY, facts)
     if out_of_budget:
         note("the budget is used up: raise synthesize.budget to go on where this stopped")
@@ -125,7 +134,7 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
 # --- rows ------------------------------------------------------------------------------------
 
 
-class _Rows:
+class Rows:
     """The answered prompts as rows, in order; counts what it passes."""
 
     def __init__(self, section: SynthesizeRecipe, asked: Asked, journal: Journal) -> None:
@@ -158,7 +167,6 @@ class _Rows:
 
 def _write(out: Path, rows: Iterable[Row]) -> int:
     """Writes the rows under a temporary name, then renames: the file is whole or the old one."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     kept = 0
     with temporary.open("w", encoding="utf-8", errors="replace") as file:
