@@ -15,11 +15,17 @@ from stillhouse.errors import RecipeError
 from stillhouse.recipe import Recipe, load_recipe
 from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import JsonlSource, Source
-from stillhouse.recipe.synthesize import SynthesizeRecipe
+from stillhouse.recipe.synthesize import (
+    ApiTeacher,
+    BudgetRecipe,
+    JudgeChoice,
+    SynthesizeRecipe,
+)
 from stillhouse.runner import run_folder
 from stillhouse.synthesis import Known, foreseen
 from stillhouse.synthesis.budget import Spending
 from stillhouse.synthesis.foresee import answered_rows, ask_some
+from stillhouse.synthesis.judging import most_requests
 from stillhouse.synthesis.run import TEXT
 from stillhouse.synthesis.text import names
 
@@ -43,6 +49,8 @@ def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Told]
     if known.missing and known.between is None:
         fix = "--calls 5 makes a few calls, which count, and tells the cost of the rest from them"
     yield "estimate" if known.missing else "ok", "synthesis", told(known, section), fix
+    if verdicts := most_requests(section, known.requests):
+        yield "estimate", "judge", f"at most {verdicts:,} verdicts are asked for", None
     if not synthesizing.wanted(recipe, base):
         text = f"no source of data names {section.out}: `stillhouse run` synthesizes nothing"
         fix = f"add {{kind: jsonl, path: {section.out}}} to data.sources, if it is to"
@@ -131,28 +139,42 @@ def agree_to_spend(
     """
     recipe, base = first_member(load_recipe(path, overrides)), path.parent
     section = recipe.synthesize
-    if section is None or not _may_cost(section):
+    if section is None or (command == "run" and not synthesizing.wanted(recipe, base)):
         return True
-    if command == "run":
-        if not synthesizing.wanted(recipe, base):
-            return True
-        plan = synthesizing.synthesis(recipe, base)
-        if run_folder(recipe).finished(plan.name, plan.depends_on) is not None:
-            return True
-    known = foreseen(section, synthesizing.origins(recipe, base), seed=recipe.seed)
-    if known.missing == 0:
+    plan = synthesizing.synthesis(recipe, base)
+    finished = run_folder(recipe).finished(plan.name, plan.depends_on)
+    if finished is not None and (command == "run" or not synthesizing.lacks(finished)):
+        return True
+    unlimited = _unlimited(recipe, section, base)
+    if not unlimited:
         return True
     if confirm is None:
         raise RecipeError(
-            f"this would pay an API without a limit: {told(known, section)}",
+            f"this would pay an API without a limit: {unlimited}",
             where="synthesize.budget",
-            fix="set synthesize.budget.max_usd or max_tokens, or give --yes to spend without one",
+            fix="set max_usd or max_tokens there, or give --yes to spend without a limit",
         )
-    return confirm(f"{told(known, section)}. There is no budget. Ask?")
+    return confirm(f"{unlimited}. There is no budget. Ask?")
 
 
-def _may_cost(section: SynthesizeRecipe) -> bool:
-    api, budget = section.teacher.api, section.budget
+def _unlimited(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> str:
+    """What may be paid without a budget, in words; nothing where nothing may."""
+    choice = section.filters.best_of
+    judge = choice if isinstance(choice, JudgeChoice) else None
+    teacher_costs = _may_cost(section.teacher.api, section.budget)
+    judge_costs = judge is not None and _may_cost(judge.teacher.api, judge.budget)
+    if not teacher_costs and not judge_costs:
+        return ""
+    known = foreseen(section, synthesizing.origins(recipe, base), seed=recipe.seed)
+    parts = []
+    if teacher_costs and known.missing:
+        parts.append(told(known, section))
+    if judge_costs:
+        parts.append(f"the judge is asked at most {most_requests(section, known.requests):,} times")
+    return "; ".join(parts)
+
+
+def _may_cost(api: ApiTeacher | None, budget: BudgetRecipe) -> bool:
     if api is None or budget.max_usd is not None or budget.max_tokens is not None:
         return False
     if api.price is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from stillhouse import account
 from stillhouse.errors import DataError
@@ -21,6 +22,7 @@ from stillhouse.runfolder import Outcome, RunFolder, Stage, flush, sha
 from stillhouse.stages import Do, StagePlan
 from stillhouse.synthesis import Origins, Synthesis, synthesize
 from stillhouse.synthesis.asking import LocalText, text_teacher
+from stillhouse.synthesis.judging import open_judge
 from stillhouse.synthesis.run import TEXT, VICTIMS
 from stillhouse.synthesis.text import SynthesizedText, reads
 from stillhouse.teachers import load_config
@@ -68,11 +70,13 @@ def synthesis(recipe: Recipe, base: Path) -> StagePlan:
         summary = {**made.facts(), "sha256": sha(out / TEXT)}
         return Outcome(tokens=made.tokens, flops=flops, summary=summary)
 
-    plain = {"teacher", "sampling", "journal", "out"}
-    request = teacher.request((), 0)
+    judge = open_judge(section, found, recipe.seed, weights=False)
+    asked = [source.request((), 0) for source in (teacher, judge and judge.teacher) if source]
+    plain = {"teacher": True, "sampling": True, "journal": True, "out": True}
+    rules: dict[str, Any] = {**plain, "filters": {"best_of": {"teacher"}}}
     inputs = {
-        "recipe": section.model_dump(mode="json", exclude=plain),
-        "asked": [request.endpoint, request.model, dict(request.parameters)],
+        "recipe": section.model_dump(mode="json", exclude=rules),
+        "asked": [[one.endpoint, one.model, dict(one.parameters)] for one in asked],
         "files": {key: _content(base, key, path) for key, path in _files(section).items()},
     }
     return StagePlan(NAME, inputs, work)
@@ -88,13 +92,12 @@ def synthesized(recipe: Recipe, base: Path, do: Do) -> SynthesizedText | None:
     stage = do(synthesis(recipe, base))
     out = out_path(recipe.synthesize, base)
     if stage.reused:
-        _say_what_it_lacks(stage, out)
+        _say_what_itlacks(stage, out)
     return SynthesizedText(out, stage.path / TEXT, stage.summary["sha256"])
 
 
-def _say_what_it_lacks(stage: Stage, out: Path) -> None:
-    missing = stage.summary["requests"] - stage.summary["answered"]
-    if missing:
+def _say_what_itlacks(stage: Stage, out: Path) -> None:
+    if missing := lacks(stage):
         note(f"{missing:,} requests have no answer: `stillhouse synthesize` asks them again")
     if out.exists() and sha(out) != stage.summary["sha256"]:
         note(
@@ -103,13 +106,19 @@ def _say_what_it_lacks(stage: Stage, out: Path) -> None:
         )
 
 
+def lacks(stage: Stage) -> int:
+    """Requests to the teacher or the judge that have no answer."""
+    facts = stage.summary
+    return facts["requests"] - facts["answered"] + facts["unjudged"]
+
+
 def again(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synthesis:
     """`stillhouse synthesize`: the stage, done once more where requests have no answer yet."""
     section = recipe.synthesize
     assert section is not None
     plan = synthesis(recipe, base)
     found = folder.finished(plan.name, plan.depends_on)
-    if found is not None and found.summary["answered"] < found.summary["requests"]:
+    if found is not None and lacks(found):
         shutil.rmtree(found.path)
     stage = do(plan)
     folder.point(NAME, stage.path)

@@ -10,16 +10,16 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from stillhouse.errors import EndpointError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import bar, note
 from stillhouse.recipe.synthesize import (
     ApiTeacher,
+    LikelihoodChoice,
     LocalTeacher,
     PromptsRecipe,
-    SamplingRecipe,
     SynthesizeRecipe,
 )
 from stillhouse.synthesis.budget import Budget, Price
@@ -78,6 +78,12 @@ class Asked:
         return (request for _, request in self.pairs())
 
 
+class Questions(Protocol):
+    """Requests that can be gone through again and again."""
+
+    def requests(self) -> Iterator[Request]: ...
+
+
 def journal_path(section: SynthesizeRecipe, origins: Origins) -> Path:
     if section.journal is None:
         return origins.journal
@@ -89,15 +95,16 @@ def journal_path(section: SynthesizeRecipe, origins: Origins) -> Path:
 
 def text_teacher(
     section: SynthesizeRecipe, origins: Origins, seed: int, *, weights: bool = True
-) -> ApiText | LocalText:
+) -> TextSource:
     """weights: False fetches no more of a Hub model than it takes to know it."""
     if section.teacher.api is not None:
         return ApiText(section.teacher.api, section)
     assert section.teacher.local is not None
-    return LocalText(section.teacher.local, section.sampling, origins, seed, weights)
+    return LocalText(section.teacher.local, section, origins, seed, weights)
 
 
-def _sampling(section: SamplingRecipe, token_limit: str) -> dict[str, Any]:
+def _sampling(whole: SynthesizeRecipe, token_limit: str) -> dict[str, Any]:
+    section = whole.sampling
     parameters: dict[str, Any] = {
         "temperature": section.temperature,
         token_limit: section.max_tokens,
@@ -107,6 +114,8 @@ def _sampling(section: SamplingRecipe, token_limit: str) -> dict[str, Any]:
         parameters["top_p"] = section.top_p
     if section.top_logprobs is not None:
         parameters |= {"logprobs": True, "top_logprobs": section.top_logprobs}
+    elif isinstance(whole.filters.best_of, LikelihoodChoice):
+        parameters["logprobs"] = True
     return parameters
 
 
@@ -114,13 +123,13 @@ class ApiText:
     def __init__(self, api: ApiTeacher, section: SynthesizeRecipe) -> None:
         self.api, self.budget = api, section.budget
         self.price = Price(api.price.input, api.price.output) if api.price else None
-        self.parameters = _sampling(section.sampling, api.token_limit)
+        self.parameters = _sampling(section, api.token_limit)
         self.endpoint = endpoint_of(api.base_url)
 
     def request(self, messages: tuple[Any, ...], sample: int) -> Request:
         return Request(self.endpoint, self.api.model, messages, self.parameters, sample)
 
-    def answer(self, asked: Asked, journal: Journal, known: Known) -> tuple[int, int, bool]:
+    def answer(self, asked: Questions, journal: Journal, known: Known) -> tuple[int, int, bool]:
         """New answers, failures, and whether the budget ended it."""
         budget = Budget(self.budget.max_usd, self.budget.max_tokens)
         budget.spent = known.spent
@@ -140,7 +149,7 @@ class ApiText:
         return tally.answered, tally.failed, tally.out_of_budget
 
     async def _answer_all(
-        self, asked: Asked, journal: Journal, budget: Budget, advance: Callable[[int], None]
+        self, asked: Questions, journal: Journal, budget: Budget, advance: Callable[[int], None]
     ) -> Pool:
         api = self.api
         async with Client(
@@ -169,7 +178,7 @@ class LocalText:
     def __init__(
         self,
         local: LocalTeacher,
-        sampling: SamplingRecipe,
+        section: SynthesizeRecipe,
         origins: Origins,
         seed: int,
         weights: bool,
@@ -181,12 +190,12 @@ class LocalText:
         self.source = resolve_model(name, revision=revision, base=origins.base, weights=weights)
         self.precision = choose_precision(local.precision, default_device())
         dtype = str(self.precision.dtype).removeprefix("torch.")
-        self.parameters = {**_sampling(sampling, "max_tokens"), "seed": seed, "dtype": dtype}
+        self.parameters = {**_sampling(section, "max_tokens"), "seed": seed, "dtype": dtype}
 
     def request(self, messages: tuple[Any, ...], sample: int) -> Request:
         return Request("local", self.source.fingerprint, messages, self.parameters, sample)
 
-    def answer(self, asked: Asked, journal: Journal, known: Known) -> tuple[int, int, bool]:
+    def answer(self, asked: Questions, journal: Journal, known: Known) -> tuple[int, int, bool]:
         """New answers and failures; a local teacher has no budget."""
         from stillhouse.synthesis.local import Generator
 
@@ -209,6 +218,9 @@ class LocalText:
                 counts[type(outcome).__name__] += 1
                 advance(1)
         return counts["Answer"], counts["Failure"], False
+
+
+TextSource = ApiText | LocalText
 
 
 def _unanswered(
