@@ -317,6 +317,9 @@ def _signals(
         text = f"{section.store}: {manifest.rows:,} tokens of kind {kind}, asked before"
         yield Finding("ok", "signals", text)
         return
+    if section is not None and section.answers is not None:
+        yield Finding("ok", "signals", "what the API tells about the tokens of its answers")
+        return
     size = f"{tokens * _row_bytes(job, section or SignalsRecipe()) / 1e6:,.0f} MB"
     faster = f"{1 + teacher.head_once / (3 * student.head_once):.1f} times as fast"
     if section is not None:

@@ -16,7 +16,7 @@ from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import ORIGINAL, member_recipe
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.recipe.signals import FrozenHeadSignals, HiddenSignals
-from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
+from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopP
 from stillhouse.signals.manifest import read_settings
 from stillhouse.students import planned_config
 from stillhouse.synthesis.text import SynthesizedText
@@ -132,6 +132,11 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
         if isinstance(encoding, FrozenHead):
             _check_head_stays(job.recipe, store)
         return encoding
+    if section.answers is not None:
+        assert job.recipe.synthesize is not None
+        most = job.recipe.synthesize.sampling.top_logprobs
+        assert most is not None
+        return TopP(1.0, most)
     match section.encoding:
         case HiddenSignals():
             return Hidden(stored_layers(objective, teacher), teacher.hidden_size)

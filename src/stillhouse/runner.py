@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse import searching, shipping, stages, synthesizing
+from stillhouse.answer_signals import answer_signals
 from stillhouse.beginning import begin
 from stillhouse.data import Windows
 from stillhouse.errors import DataError, ModelError, RecipeError
@@ -114,7 +115,7 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         if stages.for_one_head(job):
             job = _shaped(job, data, do)
             student = do(stages.student(job, data))
-        recorded = do(stages.signals(job, data, student))
+        recorded = do(_recording(job, data, student))
         folder.point(SIGNALS, recorded.path / stages.STORE)
         return folder.root / SIGNALS
 
@@ -217,7 +218,7 @@ def _stages_together(
     if recipe.signals is not None and recipe.signals.store is None:
         if stages.for_one_head(job):
             student = do(stages.student(job, data))
-        recorded = do(stages.signals(job, data, student))
+        recorded = do(_recording(job, data, student))
     student = student or do(stages.student(job, data))
     stored = stages.stored_signals(job, recorded)
     trained = do(stages.training(job, data, student, stored))
@@ -231,6 +232,13 @@ def _stages_together(
             plan = stages.quantized_training(job, data, trained, quantized[0], stored)
             quantized.append(do(plan))
     return job, data, student, trained, baseline, quantized
+
+
+def _recording(job: Job, data: Stage, student: Stage | None) -> StagePlan:
+    """The stage that fills the store: a teacher is asked, or has told already."""
+    if job.recipe.signals is not None and job.recipe.signals.answers is not None:
+        return answer_signals(job)
+    return stages.signals(job, data, student)
 
 
 def _shaped(job: Job, data: Stage, do: Do) -> Job:

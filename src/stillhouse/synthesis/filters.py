@@ -25,7 +25,8 @@ from stillhouse.synthesis.request import Message
 class Row:
     """One answered prompt. messages: those that stand before the answer in the training text.
 
-    likelihood: the mean log-probability of the answer's tokens, where the teacher told them.
+    likelihood: the mean log-probability of the answer's tokens, where the teacher told them. key:
+    the request's.
     """
 
     messages: tuple[Message, ...]
@@ -34,6 +35,7 @@ class Row:
     where: str
     sample: int = 0
     likelihood: float | None = None
+    key: str = ""
 
 
 Filter = Callable[[Row], str | None]

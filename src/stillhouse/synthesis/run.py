@@ -35,6 +35,8 @@ from stillhouse.synthesis.prompts import answer_text, read_prompts
 from stillhouse.synthesis.request import Answer
 
 TEXT, VICTIMS, SUMMARY = "synthetic.jsonl", "filtered.jsonl", "summary.json"
+REQUESTS = "requests.txt"
+"""The key in the journal of each row of TEXT, a line each."""
 
 
 _PATHS = ("out", "victims", "journal")
@@ -106,7 +108,7 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
     """Answers what the journal has no answer to, and writes what the filters leave.
 
     Into origins.folder: TEXT with the rows in the order of the prompts, {"messages": [...]}, the
-    answer last; VICTIMS, and SUMMARY. An exhausted budget ends the asking, not the rest.
+    answer last; REQUESTS, VICTIMS and SUMMARY. An exhausted budget ends the asking, not the rest.
     Raises DataError (prompts, or nothing is left), EndpointError, ModelError, RunError (journal,
     disk).
     """
@@ -128,10 +130,9 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
             chosen = replace(chosen, chooser=judge.chooser(journal))
         rows = Rows(section, asked, journal)
         sieve = Sieve(chosen, origins.folder / VICTIMS)
-        out = origins.folder / TEXT
-        kept = _write(out, sieve.keep(rows))
+        kept = _write(origins.folder, sieve.keep(rows))
     result = Synthesis(
-        out=out,
+        out=origins.folder / TEXT,
         victims=sieve.victims,
         journal=path,
         requests=known.requests,
@@ -215,6 +216,7 @@ class Rows:
                 prompt.where,
                 request.sample,
                 _mean_log_probability(answer),
+                request.key,
             )
 
 
@@ -223,16 +225,17 @@ def _mean_log_probability(answer: Answer) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _write(out: Path, rows: Iterable[Row]) -> int:
-    """Writes the rows under a temporary name, then renames: the file is whole or the old one."""
-    temporary = out.with_name(f".{out.name}.tmp")
+def _write(folder: Path, rows: Iterable[Row]) -> int:
     kept = 0
-    with temporary.open("w", encoding="utf-8", errors="replace") as file:
+    with (
+        (folder / TEXT).open("w", encoding="utf-8", errors="replace") as text,
+        (folder / REQUESTS).open("w", encoding="utf-8") as keys,
+    ):
         for row in rows:
             messages = [*row.messages, {"role": "assistant", "content": row.text}]
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            text.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            keys.write(f"{row.key}\n")
             kept += 1
-    temporary.replace(out)
     return kept
 
 
