@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -31,10 +31,13 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key; repeatable."),
 ]
+YesOption = Annotated[
+    bool, typer.Option("--yes", help="Pay an API without a budget, and without being asked.")
+]
 
 
 @app.command()
-def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
     """Does every stage of a recipe that is not done yet, and ends with a table and a report.
 
     Example: `stillhouse run recipes/demo.yaml --set train.learning_rate=1e-4`
@@ -51,8 +54,9 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
         _run_task(loaded, recipe)
         return
     if loaded.cascade is not None:
-        cascade(recipe, set_)
+        cascade(recipe, set_, yes)
         return
+    _agree(recipe, set_, yes)
     result = run_recipe(recipe, overrides=set_ or [])
     if result is None:
         return
@@ -61,10 +65,10 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 
 @app.command()
-def synthesize(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def synthesize(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
     """Has a teacher answer the recipe's prompts, and writes a chat JSONL that `data` reads.
 
-    What was answered before, by whichever run, is not asked again.
+    What was answered before, by whichever run, is not asked again. `stillhouse run` does this too.
 
     Example: `stillhouse synthesize recipe.yaml --set synthesize.prompts.limit=20`
     """
@@ -74,6 +78,7 @@ def synthesize(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     from stillhouse.runner import synthesize_text
 
+    _agree(recipe, set_, yes, command="synthesize")
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, value in synthesize_text(recipe, set_ or []).lines():
         table.add_row(name, escape(value))
@@ -81,7 +86,7 @@ def synthesize(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 
 @app.command()
-def cascade(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def cascade(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
     """Makes a family: prunes and distills in turn, each student the start of the next smaller one.
 
     Example: `stillhouse cascade recipes/cascade.yaml`
@@ -90,6 +95,7 @@ def cascade(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     from stillhouse.cascade import run_cascade
 
+    _agree(recipe, set_, yes)
     result = run_cascade(recipe, overrides=set_ or [])
     if result is None:
         return
@@ -123,7 +129,7 @@ def signals_group() -> None:
 
 
 @signals.command()
-def record(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def record(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
     """Asks the teacher about every training window, once; training does not ask it again.
 
     Example: `stillhouse signals recipes/stored.yaml --set signals.encoding.bytes=50`
@@ -132,6 +138,7 @@ def record(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     from stillhouse.runner import record_signals
 
+    _agree(recipe, set_, yes)
     Console().print(f"signals {record_signals(recipe, set_ or [])}", highlight=False)
 
 
@@ -223,8 +230,15 @@ def pull(
 
 
 @app.command()
-def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Checks a recipe before anything is spent, and estimates memory, tokens and time.
+def check(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    calls: Annotated[
+        int,
+        typer.Option(help="Requests of `synthesize` to make, to tell what the rest costs.", min=0),
+    ] = 0,
+) -> None:
+    """Checks a recipe before anything is spent, and estimates memory, tokens, time and cost.
 
     Exit status 1 when something would fail.
 
@@ -234,7 +248,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     from stillhouse.check import check_recipe, findings_table
 
-    findings = check_recipe(recipe, set_ or [])
+    findings = check_recipe(recipe, set_ or [], calls=calls)
     Console().print(findings_table(findings))
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
@@ -379,6 +393,25 @@ def doctor() -> None:
     from stillhouse.doctor import examination
 
     Console().print(examination())
+
+
+def _agree(
+    recipe: Path,
+    overrides: list[str] | None,
+    yes: bool,
+    *,
+    command: Literal["run", "synthesize"] = "run",
+) -> None:
+    """Asks before an API is paid without a budget, or refuses where there is nobody to ask."""
+    from stillhouse.hardware import leads
+    from stillhouse.spending import agree_to_spend
+
+    if yes or not leads():
+        return
+    confirm = typer.confirm if sys.stdin.isatty() else None
+    if not agree_to_spend(recipe, overrides or [], command=command, confirm=confirm):
+        _say("nothing was asked")
+        raise typer.Exit(1)
 
 
 def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path) -> None:

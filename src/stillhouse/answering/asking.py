@@ -15,7 +15,8 @@ from stillhouse.recipe.synthesize import SynthesizeRecipe
 from stillhouse.runfolder import Outcome, Stage, write_atomically
 from stillhouse.stages import StagePlan
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
-from stillhouse.synthesis.asking import Asked, known_before, text_teacher
+from stillhouse.synthesis.asking import Asked, text_teacher
+from stillhouse.synthesis.estimate import known_before
 from stillhouse.synthesis.filters import Filter, Row, Sieve
 from stillhouse.synthesis.prompts import answer_text
 from stillhouse.synthesis.run import VICTIMS, chosen_filters
@@ -115,7 +116,7 @@ def answered(
     teacher = text_teacher(section, origins, seed)
     asked = Asked(section.prompts, origins.base, teacher.request)
     with Journal(origins.journal) as journal:
-        known = known_before(asked, journal, teacher.price)
+        known = known_before(asked.requests(), journal, teacher.price)
         if known.missing:
             new, _, out_of_budget = teacher.answer(asked, journal, known)
             if out_of_budget:
@@ -173,7 +174,7 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
     # A broken filter is found before anything is paid.
     filters = chosen_filters(job.recipe.filters, job.base)
     if job.validity is not None:
-        filters["json_schema"] = job.validity
+        filters.before["json_schema"] = job.validity
     got = [answer for _, answer in answered(job.questions(out), job.origins(out), job.recipe.seed)]
     (out / PROMPTS).unlink()
     samples = job.recipe.teacher.samples

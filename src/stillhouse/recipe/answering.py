@@ -17,7 +17,14 @@ from stillhouse.recipe.schema import (
     TrainRecipe,
 )
 from stillhouse.recipe.section import Section
-from stillhouse.recipe.synthesize import ApiTeacher, BudgetRecipe, FiltersRecipe, SamplingRecipe
+from stillhouse.recipe.synthesize import (
+    ApiTeacher,
+    BudgetRecipe,
+    FiltersRecipe,
+    MajorityChoice,
+    SamplingRecipe,
+    check_budget,
+)
 
 
 class AnsweredExample(Section):
@@ -87,6 +94,7 @@ class AnswerTeacher(Section):
             raise ValueError("give either model or api")
         if self.samples > 1 and self.sampling.temperature == 0:
             raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
+        check_budget(self.api, self.budget)
         return self
 
 
@@ -121,6 +129,7 @@ class ComparisonRecipe(Section):
     def _is_one(self) -> ComparisonRecipe:
         if (self.model is None) == (self.api is None):
             raise ValueError("give either model or api")
+        check_budget(self.api, self.budget)
         return self
 
 
@@ -202,6 +211,15 @@ class AnsweringRecipe(Section):
             )
         if self.train.teachers:
             raise ValueError("the teacher is `teacher`: remove train.teachers")
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_several(self) -> AnsweringRecipe:
+        choice = self.filters.best_of
+        if choice is not None and not isinstance(choice, MajorityChoice):
+            raise ValueError("of a task, filters.best_of is of kind majority")
+        if choice is not None and self.teacher.samples < 2:
+            raise ValueError("filters.best_of chooses among several answers: set teacher.samples")
         return self
 
     @model_validator(mode="after")
