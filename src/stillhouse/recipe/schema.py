@@ -561,6 +561,18 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _answers_come_with_log_probabilities(self) -> Recipe:
+        if self.signals is None or self.signals.answers is None:
+            return self
+        section = self.synthesize
+        if section is None or section.teacher.api is None or not section.sampling.top_logprobs:
+            raise ValueError(
+                "signals.answers are what an API told about its answers: set "
+                "synthesize.teacher.api, and synthesize.sampling.top_logprobs to 1 to 20"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _cascade_prunes(self) -> Recipe:
         if self.cascade is not None and not isinstance(self.student, PrunedStudent):
             raise ValueError("a cascade prunes: set student.start to pruned, or remove cascade")
