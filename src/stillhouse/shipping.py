@@ -11,16 +11,24 @@ from stillhouse.evaluate import Evaluation
 from stillhouse.export import (
     CardFacts,
     Gate,
+    ReplayResult,
+    against_teacher,
     export_checkpoint,
     export_gguf,
     export_torchao,
+    has_llama_cpp,
     teacher_license,
     write_card,
 )
-from stillhouse.hardware import machine, peak_memory_bytes
+from stillhouse.hardware import (
+    choose_precision,
+    default_device,
+    machine,
+    peak_memory_bytes,
+)
 from stillhouse.job import Job
 from stillhouse.quantize import FILE, Quantization
-from stillhouse.recipe import recipe_yaml
+from stillhouse.recipe import Recipe, recipe_yaml
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
 from stillhouse.stages import EVALUATION, StagePlan, open_data
@@ -47,18 +55,14 @@ def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan
         )
         grid = Quantization.load(grid_file) if grid_file.is_file() else None
         card = _card(job, data, shipped, Evaluation.load(evaluated.path / EVALUATION))
-        replays = []
-        for form in section.formats:
-            folder = out / shipped_folder(form)
-            if form != "safetensors":
-                kind, name = form.removeprefix("gguf-"), job.recipe.name
-                replay = export_gguf(gate, folder, kind=kind, name=name, quantization=grid)
-            elif grid is None:
-                replay = export_checkpoint(gate, folder, dtype=section.dtype)
-            else:
-                replay = export_torchao(gate, folder, quantization=grid, dtype=section.dtype)
-            write_card(folder, card, replay)
-            replays.append(replay)
+        dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
+        vocabulary, replays = job.vocabulary, []
+        with against_teacher(gate, job.teacher.path, vocabulary=vocabulary, dtype=dtype) as asked:
+            for form in section.formats:
+                folder = out / shipped_folder(form)
+                replay = _export(asked, folder, form, job.recipe, grid)
+                write_card(folder, card, replay)
+                replays.append(replay)
         return Outcome(
             summary={"replays": [asdict(replay) for replay in replays]},
             peak_memory_bytes=peak_memory_bytes(),
@@ -72,8 +76,21 @@ def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan
         "shipped": shipped.digest,
         "evaluated": evaluated.digest,
         "license": job.recipe.teacher.license,
+        "llama_cpp": has_llama_cpp(),
     }
-    return StagePlan("export", inputs, work, version=2)
+    return StagePlan("export", inputs, work, version=3)
+
+
+def _export(
+    gate: Gate, folder: Path, form: str, recipe: Recipe, grid: Quantization | None
+) -> ReplayResult:
+    if form != "safetensors":
+        kind = form.removeprefix("gguf-")
+        return export_gguf(gate, folder, kind=kind, name=recipe.name, quantization=grid)
+    dtype = recipe.export.dtype
+    if grid is None:
+        return export_checkpoint(gate, folder, dtype=dtype)
+    return export_torchao(gate, folder, quantization=grid, dtype=dtype)
 
 
 def shipped_folder(form: str) -> str:

@@ -263,6 +263,7 @@ def test_k_quants_are_made_by_llama_cpp_from_the_float32_file(
         llama_model_quantize=quantize,
     )
     monkeypatch.setattr(gguf_export, "require_llama_cpp", lambda: None)
+    monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: False)
     monkeypatch.setitem(sys.modules, "llama_cpp", fake)
     result = export_gguf(gate(source), tmp_path / "out", kind="q4_k_m", name="toy")
     assert asked == {"ftype": 15}
