@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.gguf_blocks import pack
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import architecture
 from stillhouse.export.gguf_tokenizer import KNOWN_TO_TRANSFORMERS, pre_tokenizer_name
+from stillhouse.export.llama_quantizer import (
+    K_BLOCK,
+    K_QUANTS,
+    has_llama_cpp,
+    k_quantize,
+    require_llama_cpp,
+)
 from stillhouse.export.modelfile import modelfile
 from stillhouse.quantize import Quantization
+from stillhouse.quantize.moments import Moments
 from stillhouse.teachers import load_model, load_tokenizer
-
-K_QUANTS = {
-    "q2_k": 3.0,
-    "q3_k_m": 1.5,
-    "q4_k_s": 1.0,
-    "q4_k_m": 1.0,
-    "q5_k_m": 0.3,
-    "q6_k": 0.1,
-}
-"""Formats of llama.cpp's own quantizer, and the nats a token allowed to each."""
-
-K_BLOCK = 256
 
 
 def export_gguf(
@@ -39,14 +33,15 @@ def export_gguf(
     kind: str,
     name: str,
     quantization: Quantization | None = None,
+    moments: Moments | None = None,
 ) -> ReplayResult:
     """Writes `out`/NAME-KIND.gguf and a Modelfile from the gate's source, a float32 folder.
 
     kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed.
     quantization: the source's, where it is on a grid: a format that holds the grid then gets its
-    numbers as they are. Before the folder gets its name, transformers' GGUF loader reads the file
-    in a fresh process, and so does llama.cpp where it is installed; both are compared with the
-    source as every export is.
+    numbers as they are. moments: of every matrix's inputs, which k-quants weigh errors by. Before
+    the folder gets its name, transformers' GGUF loader reads the file in a fresh process, and so
+    does llama.cpp where it is installed; both are compared with the source as every export is.
     Raises ModelError: an architecture or tokenizer that GGUF cannot hold, an export that does not
     load or that differs by more than is allowed. RunError: no space, no permission, a full folder.
     """
@@ -61,6 +56,7 @@ def export_gguf(
             kind=kind,
             name=name,
             quantization=quantization,
+            moments=moments,
             trust_remote_code=code,
         )
         text = modelfile(gate.source, file_name, trust_remote_code=code)
@@ -113,6 +109,7 @@ def write_form(
     kind: str,
     name: str,
     quantization: Quantization | None = None,
+    moments: Moments | None = None,
     trust_remote_code: bool = False,
 ) -> list[str]:
     """Writes `file` as `export_gguf` does, without replaying it: what the user should know of it.
@@ -120,7 +117,14 @@ def write_form(
     Raises ModelError as `export_gguf`.
     """
     if kind not in FORMATS:
-        return _k_quantize(source, file, kind, name, trust_remote_code)
+        return k_quantize(
+            source,
+            file,
+            kind=kind,
+            name=name,
+            moments=moments,
+            trust_remote_code=trust_remote_code,
+        )
     form, packed = FORMATS[kind], {}
     if quantization is not None:
         model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -134,39 +138,3 @@ def write_form(
         f"{len(fallen)} matrices, such as {fallen[0]}, are float16 in {file.name}: their rows do "
         f"not divide into blocks of {form.block}"
     ]
-
-
-def _k_quantize(
-    source: Path, file: Path, kind: str, name: str, trust_remote_code: bool
-) -> list[str]:
-    require_llama_cpp()
-    import llama_cpp
-
-    whole = file.with_suffix(".f32")
-    write_gguf(source, whole, FORMATS["f32"], name=name, trust_remote_code=trust_remote_code)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
-    failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), params)
-    whole.unlink()
-    if failed:
-        raise ModelError(
-            f"llama.cpp could not quantize this model to {kind} (code {failed})",
-            where=source,
-            fix="its message is above; gguf-q4_0 and gguf-q8_0 need no llama.cpp",
-        )
-    return []
-
-
-def has_llama_cpp() -> bool:
-    return importlib.util.find_spec("llama_cpp") is not None
-
-
-def require_llama_cpp() -> None:
-    """Raises ModelError where llama-cpp-python is not installed."""
-    if not has_llama_cpp():
-        raise ModelError(
-            "k-quants are made by llama.cpp, which is not installed",
-            where="export.formats",
-            fix="pip install 'stillhouse[llama-cpp]' (it is compiled, which takes minutes), or use "
-            "gguf-q4_0 or gguf-q8_0, which need nothing",
-        )
