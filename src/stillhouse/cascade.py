@@ -27,7 +27,7 @@ from stillhouse.stages import doing
 from stillhouse.training import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"
-PRODUCING = ("data", "signals", "search", "student", "train")
+PRODUCING = ("synthesis", "data", "signals", "search", "student", "train")
 """Stages that make a member; the others measure it and write it down."""
 
 

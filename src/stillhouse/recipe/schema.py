@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from stillhouse.recipe.pruning import PruningMethod, SearchRecipe, TargetRecipe, VocabularyFile
 from stillhouse.recipe.section import Section
+from stillhouse.recipe.shipping import PushRecipe
 from stillhouse.recipe.signals import SignalsRecipe
 from stillhouse.recipe.synthesize import SynthesizeRecipe
 
@@ -227,6 +228,12 @@ class CascadeRecipe(Section):
         "original",
         description="What a member learns from: the recipe's teacher, the trained member before "
         "it, or the mean of both; the first member always from the teacher.",
+    )
+
+    ship: Literal["all", "last"] = Field(
+        "all",
+        description="Which members are quantized, and exported in `export.formats`: all of them, "
+        "or the last, the others being plain checkpoints.",
     )
 
     from_scratch: FromScratchRecipe | None = Field(
@@ -513,6 +520,14 @@ class ExportRecipe(Section):
         "format needs (docs/evaluation.md).",
     )
 
+    importance_tokens: int | None = Field(
+        16384,
+        gt=0,
+        description="Training tokens on which llama.cpp's quantizer learns how much each input of "
+        "a matrix matters (gguf-*_k*); null: all matter alike.",
+    )
+    push_to_hub: PushRecipe | None = Field(None, description="null: nothing is uploaded.")
+
     @model_validator(mode="after")
     def _each_format_once(self) -> ExportRecipe:
         if len(set(self.formats)) < len(self.formats):
@@ -557,6 +572,18 @@ class Recipe(Section):
             raise ValueError(
                 "signals are the original teacher's: remove signals, or set cascade.teacher: "
                 "original"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_come_with_log_probabilities(self) -> Recipe:
+        if self.signals is None or self.signals.answers is None:
+            return self
+        section = self.synthesize
+        if section is None or section.teacher.api is None or not section.sampling.top_logprobs:
+            raise ValueError(
+                "signals.answers are what an API told about its answers: set "
+                "synthesize.teacher.api, and synthesize.sampling.top_logprobs to 1 to 20"
             )
         return self
 
