@@ -16,6 +16,13 @@ FEWEST = 8
 """Rows below which logs show nothing."""
 _LABEL_CHARACTERS = 60
 _MOST_LABELS = 200
+_CHATS: tuple[tuple[str, ...], ...] = (("messages",), ("request", "messages"), ("messages", "data"))
+_CHOICES: tuple[tuple[str, ...], ...] = (
+    ("response", "body", "choices"),
+    ("response", "choices"),
+    ("choices",),
+)
+"""Where logs keep a chat that ends with its answer, or the answer beside the chat."""
 _JSON_SHARE = 0.9
 
 
@@ -108,11 +115,11 @@ def _answer(row: Any) -> str | None:
     """The last turn of the assistant, where logs keep it."""
     if not isinstance(row, Mapping):
         return None
-    for place in (("messages",), ("request", "messages"), ("messages", "data")):
+    for place in _CHATS:
         messages = _at(row, place)
         if isinstance(messages, list) and messages and _at(messages[-1], ("role",)) == "assistant":
             return _said(messages[-1])
-    for place in (("response", "body", "choices"), ("response", "choices"), ("choices",)):
+    for place in _CHOICES:
         choices = _at(row, place)
         if isinstance(choices, list) and choices:
             return _said(_at(choices[0], ("message",)))
