@@ -51,7 +51,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
 
     loaded = load_any_recipe(recipe, set_ or [])
     if not isinstance(loaded, Recipe):
-        _run_task(loaded, recipe)
+        _run_task(loaded, recipe, yes)
         return
     if loaded.cascade is not None:
         cascade(recipe, set_, yes)
@@ -451,15 +451,20 @@ def _agree(
         raise typer.Exit(1)
 
 
-def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path) -> None:
+def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path, yes: bool) -> None:
     from rich.console import Console, RenderableType
 
     from stillhouse.answering import AnsweringResult, run_answering
     from stillhouse.answering.table import answers_table
     from stillhouse.recipe import AnsweringRecipe
+    from stillhouse.spending import agree_to_task
     from stillhouse.tasks.run import TaskResult, run_task
     from stillhouse.tasks.table import classifier_table
 
+    confirm = typer.confirm if sys.stdin.isatty() else None
+    if not yes and not agree_to_task(loaded, path.parent, confirm):
+        _say("nothing was asked")
+        raise typer.Exit(1)
     result: TaskResult | AnsweringResult
     table: RenderableType
     if isinstance(loaded, AnsweringRecipe):
