@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import types
@@ -76,8 +77,16 @@ def _root(raw: dict[str, Any], source: str) -> type[AnyRecipe]:
     return TASKS[kind]
 
 
-def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Checks a recipe that is already a dictionary. Raises RecipeError."""
+def parse_recipe(
+    raw: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
+) -> Recipe:
+    """Checks a recipe that is already a dictionary, with overrides as `load_recipe`'s.
+
+    Raises RecipeError.
+    """
+    raw = copy.deepcopy(raw)
+    for override in overrides:
+        _apply_override(raw, override)
     return _validate(raw, {}, source, Recipe)
 
 
