@@ -132,7 +132,9 @@ def _completed(wish: Wishes, ask: Ask) -> Wishes:
     if wish.job == "distill" or wish.data == CORPUS:
         return wish
     row = first_row(TextFile(path=wish.data), Path.cwd())
-    wish = replace(wish, text_key=_text_key(row), label_key=_label_key(row))
+    # True answers of an extraction must fit its schema, which is not known yet.
+    label_key = None if wish.job == "extract" else _label_key(row)
+    wish = replace(wish, text_key=_text_key(row), label_key=label_key)
     if wish.job == "classify" and not wish.labels and wish.label_key is None:
         wish = replace(wish, labels=_listed(ask("Which labels? (with commas between)", "")))
     if wish.job == "extract" and not wish.fields:
@@ -187,7 +189,7 @@ def drafted(wish: Wishes) -> Draft:
 
 def _head(wish: Wishes) -> str:
     return (
-        f"# {JOBS[wish.job].capitalize()}. What can be said here: docs/recipes.md, docs/tasks.md\n"
+        f"# {JOBS[wish.job][0].upper()}{JOBS[wish.job][1:]}. What can be said here: docs/recipes.md, docs/tasks.md\n"
         f"#   stillhouse check {wish.out}\n"
         f"#   stillhouse run {wish.out}\n"
         f"name: {json.dumps(wish.name)}\n"
@@ -307,8 +309,8 @@ def _texts(wish: Wishes, label: str) -> tuple[str, dict[Path, str]]:
     keys = f"text: {json.dumps(wish.text_key)}"
     if wish.label_key is not None:
         keys += f", label: {json.dumps(wish.label_key)}"
-    what = f"  # {label}" if wish.label_key is not None else ""
-    return f"    - {{path: {_path(wish, data)}, {keys}}}{what}\n", files
+    about = label if wish.label_key is not None else "with `label: COLUMN` where answers are known"
+    return f"    # {about}\n    - {{path: {_path(wish, data)}, {keys}}}\n", files
 
 
 def _classify(wish: Wishes) -> Draft:
@@ -316,7 +318,7 @@ def _classify(wish: Wishes) -> Draft:
         raise RecipeError(
             "a classifier needs labels", where="--labels", fix="give them: --labels news,sports"
         )
-    texts, files = _texts(wish, "labels measure; the student learns the teacher's")
+    texts, files = _texts(wish, "true labels measure; what the student learns is the teacher's")
     labels = json.dumps(list(wish.labels), ensure_ascii=False) if wish.labels else "null"
     every = "" if wish.labels else "                     # null: all in the column of labels"
     if wish.size in SIZES and not wish.is_api:
