@@ -189,7 +189,7 @@ def drafted(wish: Wishes) -> Draft:
 
 def _head(wish: Wishes) -> str:
     return (
-        f"# {JOBS[wish.job][0].upper()}{JOBS[wish.job][1:]}. What can be said here: docs/recipes.md, docs/tasks.md\n"
+        f"# {wish.job}: {JOBS[wish.job]}. All keys: docs/recipes.md, docs/tasks.md\n"
         f"#   stillhouse check {wish.out}\n"
         f"#   stillhouse run {wish.out}\n"
         f"name: {json.dumps(wish.name)}\n"
