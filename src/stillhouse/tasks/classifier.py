@@ -101,12 +101,13 @@ class Classifier:
         """[N, C] in float32, on the CPU. Texts of a like length go through together."""
         rows = self.tokens(texts)
         found_NC = torch.zeros(len(rows), len(self.labels))
-        for chosen in _batches(rows):
+        for chosen in batches(rows):
             found_NC[chosen] = self.logits([rows[index] for index in chosen]).softmax(-1).cpu()
         return found_NC
 
 
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Places of rows of a like length, as many together as make a batch."""
     batch: list[int] = []
     for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
         if batch and (len(batch) + 1) * len(rows[index]) > TOKENS_TOGETHER:

@@ -35,6 +35,7 @@ from stillhouse.tasks.card import write_card
 from stillhouse.tasks.classifier import Classifier, Facts, load_classifier
 from stillhouse.tasks.fit import CHECKPOINTS, METRICS, MODEL, fit
 from stillhouse.tasks.judge import CHUNKS, Judgment, ask_api, score_texts, time_teacher
+from stillhouse.tasks.onnx import ship_onnx
 from stillhouse.tasks.prompts import LabelPrompt
 from stillhouse.tasks.students import build_classifier
 from stillhouse.tasks.texts import LabelledText, Part, Texts, files_sha256, gold_ids, prepare_texts
@@ -412,7 +413,8 @@ def export(job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage) -> Stag
                 where=folder,
                 fix="the disk may be damaged: give the same command again",
             )
-        return Outcome(summary={"difference": difference})
+        replays = ship_onnx(job.recipe.export, folder, rows, out)
+        return Outcome(summary={"difference": difference, "replays": replays})
 
     inputs = {
         "name": job.recipe.name,
@@ -420,6 +422,7 @@ def export(job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage) -> Stag
         "evaluated": evaluated.digest,
         "texts": texts.digest,
         "teacher": job.described,
+        "recipe": job.recipe.export.model_dump(mode="json", exclude={"push_to_hub"}),
     }
     return StagePlan("export", inputs, work)
 
@@ -439,6 +442,7 @@ def report(job: TaskJob, finished: list[Stage]) -> StagePlan:
             recipe=job.recipe.model_dump(mode="json"),
             machine=machine(),
             versions=versions(),
+            replays=stages["export"].summary["replays"],
         )
         (out / REPORT_DATA).write_text(data.to_json(), encoding="utf-8")
         write_classifier_report(data, out / REPORT)
