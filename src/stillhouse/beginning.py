@@ -1,4 +1,4 @@
-"""A run's first stages: its data and, where its vocabulary is cut, the teacher cut to it.
+"""A run's first stages: the text that it makes, its data, and the teacher cut to fewer tokens.
 
 A student with fewer tokens is trained under a teacher that has lost the same rows of its embeddings
 and head: its distribution over the tokens that are left is the teacher's own, made to sum to 1. So
@@ -7,6 +7,8 @@ from the second stage on there is one vocabulary, as in every run.
 
 from __future__ import annotations
 
+import hashlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from stillhouse.hardware import choose_precision, default_device, peak_memory_by
 from stillhouse.job import Job, find_models
 from stillhouse.pruning import load_kept_ids
 from stillhouse.recipe import Recipe
+from stillhouse.recipe.pruning import VocabularyFile
 from stillhouse.recipe.schema import PrunedStudent
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages import Do, StagePlan
 from stillhouse.students import build_student
+from stillhouse.synthesizing import synthesized
 from stillhouse.teachers import ModelSource, load_model
 from stillhouse.training import MODEL
 
@@ -36,15 +40,18 @@ def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[
     section = recipe.student
     if not isinstance(section, PrunedStudent) or section.vocabulary is None:
         job = find_models(recipe, base, weights=weights)
+        # After the models: what is wrong with them is found before a teacher is paid.
+        job = replace(job, text=synthesized(recipe, base, do))
         return job, do(stages.data(job))
     only_cut = PrunedStudent(start="pruned", vocabulary=section.vocabulary)
     whole = find_models(recipe.model_copy(update={"student": only_cut, "signals": None}), base)
+    whole = replace(whole, text=synthesized(recipe, base, do))
     cut = do(vocabulary(whole, do(stages.data(whole))))
     kept = cut.summary["vocabulary"][1]
     teacher = ModelSource(
         cut.path / MODEL, cut.digest, f"{whole.teacher.described}, cut to {kept:,} tokens"
     )
-    job = find_models(recipe, base, teacher=teacher)
+    job = replace(find_models(recipe, base, teacher=teacher), text=whole.text)
     return job, do(stages.data(job))
 
 
@@ -71,11 +78,20 @@ def vocabulary(job: Job, data: Stage) -> StagePlan:
         return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=found)
 
     inputs = {
-        "vocabulary": section.vocabulary,
+        "vocabulary": _named_tokens(section, job.base),
         "teacher": job.teacher.fingerprint,
         "data": data.digest,
     }
     return StagePlan("vocabulary", inputs, work)
+
+
+def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:
+    """What the recipe keeps; of a file, its content."""
+    if not isinstance(section.vocabulary, VocabularyFile):
+        return section.vocabulary
+    file = base / section.vocabulary.path
+    # A missing file has its error where it is read.
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _perplexities(job: Job, cut: Path, windows: WindowSet) -> dict[str, Any]:

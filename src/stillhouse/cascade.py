@@ -27,7 +27,7 @@ from stillhouse.stages import doing
 from stillhouse.training import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"
-PRODUCING = ("data", "signals", "search", "student", "train", "quantize", "qat")
+PRODUCING = ("synthesis", "data", "signals", "search", "student", "train", "quantize", "qat")
 """Stages that make a member; the others measure it and write it down."""
 
 
@@ -115,6 +115,7 @@ def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
                 flops=sum(stage.cost.flops for stage in own if stage.name in PRODUCING),
                 seconds=sum(stage.cost.seconds for stage in own if stage.name in PRODUCING),
                 quantized=evaluation.result("quantized_trained") or evaluation.result("quantized"),
+                decoding=_decoding(evaluation),
             )
         )
     first = next(iter(members.values()))
@@ -138,6 +139,14 @@ def _generations(members: Mapping[str, RunResult]) -> list[Generation]:
             found.setdefault("teacher", generation.answers["teacher"])
             found[name] = generation.answers["student"]
     return [Generation(prompt, found) for prompt, found in answers.items()]
+
+
+def _decoding(evaluation: Evaluation) -> float | None:
+    """The student's speed over the teacher's: members are measured at different times."""
+    teacher, student = (_result(evaluation, role).speed for role in ("teacher", "student"))
+    if teacher is None or student is None:
+        return None
+    return student.decode_tokens_per_s / teacher.decode_tokens_per_s
 
 
 def _stage(result: RunResult, name: str) -> Stage:

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from stillhouse import account
+from stillhouse.answering.plan import foresee_answers
 from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
@@ -52,10 +53,9 @@ from stillhouse.recipe.signals import (
     TopKSignals,
     TopPSignals,
 )
-from stillhouse.runner import run_folder, synthesis_origins
+from stillhouse.runner import run_folder
 from stillhouse.signals.manifest import read_manifest
-from stillhouse.synthesis import foreseen
-from stillhouse.synthesis.budget import Spending
+from stillhouse.spending import ComingText, coming_text, synthesis_findings
 from stillhouse.tasks.plan import foresee
 from stillhouse.teachers import load_tokenizer
 from stillhouse.training import plan_batches, stored_layers
@@ -83,16 +83,20 @@ class Finding:
     fix: str | None = None
 
 
-def check_recipe(path: str | Path, overrides: Sequence[str] = ()) -> list[Finding]:
+def check_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, calls: int = 0
+) -> list[Finding]:
     """Everything found, in the order of the run; an error ends what depends on it.
 
-    Weights are not loaded and nothing is trained. Of a model of the Hub only the configuration and
-    tokenizer are fetched; a GGUF file is converted, since only then are they there.
+    calls: real requests to make of `synthesize`, to foresee what the others cost.
+    Weights are not loaded (except a local text teacher's, for calls) and nothing is trained. Of a
+    model of the Hub only the configuration and tokenizer are fetched; a GGUF file is converted,
+    since only then are they there.
     """
     tune_allocator()
     findings: list[Finding] = []
     try:
-        for finding in _examine(Path(path), overrides):
+        for finding in _examine(Path(path), overrides, calls):
             findings.append(finding)
     except StillhouseError as error:
         where = f" ({error.where})" if error.where else ""
@@ -113,23 +117,34 @@ def _topic(error: StillhouseError) -> str:
     return type(error).__name__.removesuffix("Error").lower()
 
 
-def _examine(path: Path, overrides: Sequence[str]) -> Iterator[Finding]:
+def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Finding]:
     whole = load_any_recipe(path, overrides)
-    if isinstance(whole, ClassifyRecipe):
+    if not isinstance(whole, Recipe):
         yield Finding("ok", "recipe", f"{path} is valid")
-        for level, topic, text, fix in foresee(whole, path.parent):
+        if isinstance(whole, ClassifyRecipe):
+            lines = foresee(whole, path.parent)
+        else:
+            lines = foresee_answers(whole, path.parent)
+        for level, topic, text, fix in lines:
             yield Finding(level, topic, text, fix)
         return
     yield Finding("ok", "recipe", f"{path} is valid")
     recipe = first_member(whole)
     yield from _folder(recipe)
     yield from _extras(recipe)
-    yield from _synthesis(recipe, path.parent)
+    for finding in synthesis_findings(recipe, path.parent, calls):
+        yield Finding(*finding)
     job = find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
     yield from _exports(job)
-    sample = _sample(job)
+    coming = coming_text(recipe, path.parent, SAMPLE_DOCUMENTS)
+    if coming is not None and not coming.documents:
+        fix = f"stillhouse check {path} --calls 5 asks for some of it"
+        text = "nothing of the synthesized text is there: its training cannot be foreseen"
+        yield Finding("warning", "data", text, fix)
+        return
+    sample = _sample(job, coming)
     yield from _data(sample, recipe)
     yield from _costs(job, sample)
     if whole.cascade is not None:
@@ -160,30 +175,6 @@ def _extras(recipe: Recipe) -> Iterator[Finding]:
     for module, install in wanted.items():
         if importlib.util.find_spec(module) is None:
             yield Finding("error", "extras", f"{module} is not installed", install)
-
-
-def _synthesis(recipe: Recipe, base: Path) -> Iterator[Finding]:
-    """How much is answered, and what the rest costs: by the answers there are, and at most."""
-    section = recipe.synthesize
-    if section is None:
-        return
-    known = foreseen(section, synthesis_origins(recipe, base), seed=recipe.seed)
-    text = f"{known.requests - known.missing:,} of {known.requests:,} requests are answered"
-    if known.missing == 0:
-        yield Finding("ok", "synthesis", text)
-        return
-    api = section.teacher.api
-    priced = api is not None and api.price is not None
-
-    def amount(spending: Spending) -> str:
-        cost = f"${spending.usd:,.2f}" if priced else "a price unknown"
-        return f"{spending.tokens:,} tokens" + (f", {cost}" if api is not None else "")
-
-    likely = known.likely
-    about = f"about {amount(likely)}; " if likely is not None else ""
-    text += f"; the rest takes {about}at most {amount(known.worst)}"
-    fix = "stillhouse synthesize; first with --set synthesize.prompts.limit=20 to learn its cost"
-    yield Finding("estimate", "synthesis", text, fix)
 
 
 def _exports(job: Job) -> Iterator[Finding]:
@@ -228,11 +219,14 @@ class Sample:
     whole: bool
 
 
-def _sample(job: Job) -> Sample:
+def _sample(job: Job, coming: ComingText | None) -> Sample:
     tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
-    sources = job.recipe.data.sources
-    documents: list[AnyDocument] = []
-    characters, whole = 0, True
+    sources = job.recipe.data.sources if coming is None else coming.other_sources
+    documents: list[AnyDocument] = [] if coming is None else list(coming.documents)
+    characters, whole = sum(len(str(document)) for document in documents), coming is None
+    everything = size_estimate(sources, job.base)
+    if coming is not None:
+        everything += round(characters * coming.times)
     for document in read_sources(sources, job.base):
         if len(documents) >= SAMPLE_DOCUMENTS or characters >= SAMPLE_CHARACTERS:
             whole = False
@@ -242,7 +236,6 @@ def _sample(job: Job) -> Sample:
     rows = list(itertools.chain.from_iterable(tokenize(documents, tokenizer)))
     tokens = sum(len(row.ids) for row in rows)
     supervised = sum(int(row.supervised.sum()) for row in rows)
-    everything = size_estimate(sources, job.base)
     expected = tokens if whole else round(tokens * max(1.0, everything / max(1, characters)))
     return Sample(
         documents=len(documents),
@@ -337,6 +330,9 @@ def _signals(
         kind = manifest.settings.encoding.kind
         text = f"{section.store}: {manifest.rows:,} tokens of kind {kind}, asked before"
         yield Finding("ok", "signals", text)
+        return
+    if section is not None and section.answers is not None:
+        yield Finding("ok", "signals", "what the API tells about the tokens of its answers")
         return
     size = f"{tokens * _row_bytes(job, section or SignalsRecipe()) / 1e6:,.0f} MB"
     faster = f"{1 + teacher.head_once / (3 * student.head_once):.1f} times as fast"

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -15,6 +15,7 @@ from stillhouse.errors import StillhouseError
 
 if TYPE_CHECKING:
     from stillhouse.evaluate import Evaluation
+    from stillhouse.recipe import AnsweringRecipe, ClassifyRecipe
 
 app = typer.Typer(
     name="stillhouse",
@@ -30,10 +31,13 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key; repeatable."),
 ]
+YesOption = Annotated[
+    bool, typer.Option("--yes", help="Pay an API without a budget, and without being asked.")
+]
 
 
 @app.command()
-def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
     """Does every stage of a recipe that is not done yet, and ends with a table and a report.
 
     Example: `stillhouse run recipes/demo.yaml --set train.learning_rate=1e-4`
@@ -42,16 +46,17 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
     """
     from rich.console import Console
 
-    from stillhouse.recipe import ClassifyRecipe, load_any_recipe
+    from stillhouse.recipe import Recipe, load_any_recipe
     from stillhouse.runner import run as run_recipe
 
     loaded = load_any_recipe(recipe, set_ or [])
-    if isinstance(loaded, ClassifyRecipe):
-        _run_task(recipe, set_ or [])
+    if not isinstance(loaded, Recipe):
+        _run_task(loaded, recipe)
         return
     if loaded.cascade is not None:
-        cascade(recipe, set_)
+        cascade(recipe, set_, yes)
         return
+    _agree(recipe, set_, yes)
     result = run_recipe(recipe, overrides=set_ or [])
     if result is None:
         return
@@ -60,10 +65,10 @@ def run(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 
 @app.command()
-def synthesize(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def synthesize(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
     """Has a teacher answer the recipe's prompts, and writes a chat JSONL that `data` reads.
 
-    What was answered before, by whichever run, is not asked again.
+    What was answered before, by whichever run, is not asked again. `stillhouse run` does this too.
 
     Example: `stillhouse synthesize recipe.yaml --set synthesize.prompts.limit=20`
     """
@@ -73,6 +78,7 @@ def synthesize(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     from stillhouse.runner import synthesize_text
 
+    _agree(recipe, set_, yes, command="synthesize")
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, value in synthesize_text(recipe, set_ or []).lines():
         table.add_row(name, escape(value))
@@ -80,7 +86,7 @@ def synthesize(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
 
 @app.command()
-def cascade(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def cascade(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
     """Makes a family: prunes and distills in turn, each student the start of the next smaller one.
 
     Example: `stillhouse cascade recipes/cascade.yaml`
@@ -89,6 +95,7 @@ def cascade(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     from stillhouse.cascade import run_cascade
 
+    _agree(recipe, set_, yes)
     result = run_cascade(recipe, overrides=set_ or [])
     if result is None:
         return
@@ -122,7 +129,7 @@ def signals_group() -> None:
 
 
 @signals.command()
-def record(recipe: RecipeArgument, set_: SetOption = None) -> None:
+def record(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
     """Asks the teacher about every training window, once; training does not ask it again.
 
     Example: `stillhouse signals recipes/stored.yaml --set signals.encoding.bytes=50`
@@ -131,6 +138,7 @@ def record(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     from stillhouse.runner import record_signals
 
+    _agree(recipe, set_, yes)
     Console().print(f"signals {record_signals(recipe, set_ or [])}", highlight=False)
 
 
@@ -222,8 +230,15 @@ def pull(
 
 
 @app.command()
-def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
-    """Checks a recipe before anything is spent, and estimates memory, tokens and time.
+def check(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    calls: Annotated[
+        int,
+        typer.Option(help="Requests of `synthesize` to make, to tell what the rest costs.", min=0),
+    ] = 0,
+) -> None:
+    """Checks a recipe before anything is spent, and estimates memory, tokens, time and cost.
 
     Exit status 1 when something would fail.
 
@@ -233,7 +248,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     from stillhouse.check import check_recipe, findings_table
 
-    findings = check_recipe(recipe, set_ or [])
+    findings = check_recipe(recipe, set_ or [], calls=calls)
     Console().print(findings_table(findings))
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
@@ -247,18 +262,23 @@ def preview(
 ) -> None:
     """Shows some training windows, coloured by loss mask: what the student is asked to predict.
 
-    Of a recipe with `task`: what the teacher reads, and the answers that are scored.
+    Of a recipe with `task`: what the teacher reads.
 
     Example: `stillhouse preview recipes/demo.yaml --rows 2`
     """
     from rich.console import Console
 
     from stillhouse.data import preview as render
-    from stillhouse.recipe import ClassifyRecipe, load_any_recipe
+    from stillhouse.recipe import AnsweringRecipe, ClassifyRecipe, load_any_recipe
     from stillhouse.runner import prepare_data
     from stillhouse.teachers import load_tokenizer
 
     loaded = load_any_recipe(recipe, set_ or [])
+    if isinstance(loaded, AnsweringRecipe):
+        from stillhouse.answering.plan import preview_answers
+
+        Console().print(preview_answers(loaded, recipe.parent, rows))
+        return
     if isinstance(loaded, ClassifyRecipe):
         from stillhouse.tasks.plan import preview_task
 
@@ -305,12 +325,15 @@ def report(
     from rich.console import Console
 
     from stillhouse.report import ReportData, write_report
+    from stillhouse.report.answers import AnswersReport, write_answers_report
     from stillhouse.report.classifier import ClassifierReport, write_classifier_report
 
     target = out or (folder / "report.html").resolve()
     stored = (folder / "report.html").resolve().with_name("report.json")
     if (folder / "model" / "classifier.json").is_file():
         write_classifier_report(ClassifierReport.load(stored), target)
+    elif (folder / "model" / "answering.json").is_file():
+        write_answers_report(AnswersReport.load(stored), target)
     else:
         write_report(ReportData.load(stored), target)
     Console().print(f"report  {target}", highlight=False)
@@ -318,7 +341,7 @@ def report(
 
 @app.command()
 def predict(
-    folder: Annotated[Path, typer.Argument(help="The run folder of a classifier, or its model.")],
+    folder: Annotated[Path, typer.Argument(help="The run folder of a task, or its model.")],
     texts: Annotated[
         str, typer.Argument(help="JSONL, CSV, Parquet or a text a line; - is standard input.")
     ] = "-",
@@ -326,17 +349,23 @@ def predict(
         str, typer.Option("--text", help="The column or key that holds the text.")
     ] = "text",
 ) -> None:
-    """Labels texts with a finished classifier; writes a JSON line for each, in their order.
+    """Labels or answers texts with a task's student; writes a JSON line for each, in their order.
 
     Example: `echo "my card never came" | stillhouse predict runs/classify`
     """
     import json
 
+    from stillhouse.answering.predict import answers_folder, predicted_answers
     from stillhouse.tasks.predict import file_texts, open_classifier, predictions, stream_texts
 
     source = stream_texts(sys.stdin, text_key) if texts == "-" else None
-    classifier = open_classifier(folder)
-    for row in predictions(classifier, source or file_texts(Path(texts), text_key)):
+    source = source or file_texts(Path(texts), text_key)
+    student = answers_folder(folder)
+    if student is None:
+        rows = predictions(open_classifier(folder), source)
+    else:
+        rows = predicted_answers(student, source)
+    for row in rows:
         typer.echo(json.dumps(row, ensure_ascii=False))
 
 
@@ -366,14 +395,43 @@ def doctor() -> None:
     Console().print(examination())
 
 
-def _run_task(recipe: Path, overrides: list[str]) -> None:
-    from rich.console import Console
+def _agree(
+    recipe: Path,
+    overrides: list[str] | None,
+    yes: bool,
+    *,
+    command: Literal["run", "synthesize"] = "run",
+) -> None:
+    """Asks before an API is paid without a budget, or refuses where there is nobody to ask."""
+    from stillhouse.hardware import leads
+    from stillhouse.spending import agree_to_spend
 
-    from stillhouse.tasks.run import run_task
+    if yes or not leads():
+        return
+    confirm = typer.confirm if sys.stdin.isatty() else None
+    if not agree_to_spend(recipe, overrides or [], command=command, confirm=confirm):
+        _say("nothing was asked")
+        raise typer.Exit(1)
+
+
+def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path) -> None:
+    from rich.console import Console, RenderableType
+
+    from stillhouse.answering import AnsweringResult, run_answering
+    from stillhouse.answering.table import answers_table
+    from stillhouse.recipe import AnsweringRecipe
+    from stillhouse.tasks.run import TaskResult, run_task
     from stillhouse.tasks.table import classifier_table
 
-    result = run_task(recipe, overrides=overrides)
-    Console().print(classifier_table(result.evaluation))
+    result: TaskResult | AnsweringResult
+    table: RenderableType
+    if isinstance(loaded, AnsweringRecipe):
+        result = run_answering(loaded, base=path.parent)
+        table = answers_table(result.evaluation)
+    else:
+        result = run_task(loaded, base=path.parent)
+        table = classifier_table(result.evaluation)
+    Console().print(table)
     Console().print(f"model   {result.model}\nreport  {result.report}", highlight=False)
 
 

@@ -16,9 +16,10 @@ from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import ORIGINAL, member_recipe
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.recipe.signals import FrozenHeadSignals, HiddenSignals
-from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
+from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopP
 from stillhouse.signals.manifest import read_settings
 from stillhouse.students import planned_config
+from stillhouse.synthesis.text import SynthesizedText
 from stillhouse.teachers import (
     ModelSource,
     VocabularyMatch,
@@ -37,7 +38,8 @@ class Job:
 
     base: where relative paths start. pruned: what the student is made of, where that is not the
     teacher. vocabulary: token ids below it are shared by both models; rows of a head beyond it are
-    padding. guides: what the student learns from, the teacher or others of its vocabulary.
+    padding. guides: what the student learns from, the teacher or others of its vocabulary. text:
+    what the run has synthesized.
     """
 
     recipe: Recipe
@@ -47,6 +49,7 @@ class Job:
     vocabulary: int
     pruned: ModelSource | None = None
     guides: tuple[ModelSource, ...] = ()
+    text: SynthesizedText | None = None
 
     @property
     def tokenizer_path(self) -> Path:
@@ -56,6 +59,11 @@ class Job:
     @property
     def trust_remote_code(self) -> bool:
         return self.recipe.teacher.trust_remote_code
+
+
+def run_root(recipe: Recipe) -> Path:
+    """The run folder's path."""
+    return Path(recipe.folder or Path("runs") / recipe.name)
 
 
 def find_models(
@@ -124,6 +132,11 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
         if isinstance(encoding, FrozenHead):
             _check_head_stays(job.recipe, store)
         return encoding
+    if section.answers is not None:
+        assert job.recipe.synthesize is not None
+        most = job.recipe.synthesize.sampling.top_logprobs
+        assert most is not None
+        return TopP(1.0, most)
     match section.encoding:
         case HiddenSignals():
             return Hidden(stored_layers(objective, teacher), teacher.hidden_size)

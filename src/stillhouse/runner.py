@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse import searching, shipping, stages
+from stillhouse import searching, shipping, stages, synthesizing
+from stillhouse.answer_signals import answer_signals
 from stillhouse.beginning import begin
 from stillhouse.data import Windows
-from stillhouse.errors import ModelError, RecipeError
+from stillhouse.errors import DataError, ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.hardware import choose_precision, default_device, leads, tune_allocator
-from stillhouse.job import Job, shared_vocabulary
+from stillhouse.job import Job, run_root, shared_vocabulary
 from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
 from stillhouse.recipe.family import first_member
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.stages import Do, StagePlan, doing, telling
-from stillhouse.synthesis import Origins, Synthesis, synthesize
+from stillhouse.synthesis import Synthesis
 from stillhouse.teachers import resolve_model
 from stillhouse.training import MODEL
 
@@ -70,11 +71,22 @@ def run(
 
 
 def prepare_data(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, Windows, Windows]:
-    """Does a recipe's data stage, or finds it done: the job, training and held-out windows."""
+    """Does a recipe's data stage, or finds it done: the job, training and held-out windows.
+
+    Raises DataError where its text is still to be synthesized, which may cost money.
+    """
     loaded, base = read(recipe, overrides, None)
     loaded = first_member(loaded)
     folder = run_folder(loaded)
     with folder.locked():
+        if synthesizing.wanted(loaded, base):
+            plan = synthesizing.synthesis(loaded, base)
+            if folder.finished(plan.name, plan.depends_on) is None:
+                raise DataError(
+                    "the text of this recipe is not synthesized yet",
+                    where=recipe,
+                    fix=f"stillhouse synthesize {recipe}",
+                )
         job, data = begin(loaded, base, doing(folder))
         return job, *stages.open_data(data)
 
@@ -103,7 +115,7 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         if stages.for_one_head(job):
             job = _shaped(job, data, do)
             student = do(stages.student(job, data))
-        recorded = do(stages.signals(job, data, student))
+        recorded = do(_recording(job, data, student))
         folder.point(SIGNALS, recorded.path / stages.STORE)
         return folder.root / SIGNALS
 
@@ -125,20 +137,7 @@ def synthesize_text(recipe: str | Path, overrides: Sequence[str] = ()) -> Synthe
     folder = run_folder(loaded)
     with folder.locked():
         write_atomically(folder.root / "recipe.yaml", recipe_yaml(loaded))
-        origins = synthesis_origins(loaded, base)
-        return synthesize(section, origins, seed=loaded.seed)
-
-
-def synthesis_origins(recipe: Recipe, base: Path) -> Origins:
-    folder = run_folder(recipe).root
-    return Origins(
-        base=base,
-        folder=folder / "synthesis",
-        journal=folder.parent / "answers.sqlite",
-        model=recipe.teacher.model,
-        revision=recipe.teacher.revision,
-        trust_remote_code=recipe.teacher.trust_remote_code,
-    )
+        return synthesizing.again(loaded, base, folder, doing(folder))
 
 
 def evaluate_model(
@@ -175,12 +174,12 @@ def read(
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, overrides), base or Path(recipe).parent
     if not isinstance(recipe, Recipe):
-        recipe = parse_recipe(dict(recipe))
+        recipe = parse_recipe(dict(recipe), overrides=overrides)
     return recipe, base or Path.cwd()
 
 
 def run_folder(recipe: Recipe) -> RunFolder:
-    return RunFolder(Path(recipe.folder or Path("runs") / recipe.name))
+    return RunFolder(run_root(recipe))
 
 
 def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
@@ -197,6 +196,8 @@ def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     for stage in finished:
         if stage.name == SIGNALS:
             folder.point(SIGNALS, stage.path / stages.STORE)
+        if stage.name == synthesizing.NAME:
+            folder.point(synthesizing.NAME, stage.path)
     shipped = [shipping.shipped_folder(form) for form in recipe.export.formats]
     for name in shipped:
         folder.point(name, exported.path / name)
@@ -220,7 +221,7 @@ def _stages_together(
     if recipe.signals is not None and recipe.signals.store is None:
         if stages.for_one_head(job):
             student = do(stages.student(job, data))
-        recorded = do(stages.signals(job, data, student))
+        recorded = do(_recording(job, data, student))
     student = student or do(stages.student(job, data))
     stored = stages.stored_signals(job, recorded)
     trained = do(stages.training(job, data, student, stored))
@@ -234,6 +235,13 @@ def _stages_together(
             plan = stages.quantized_training(job, data, trained, quantized[0], stored)
             quantized.append(do(plan))
     return job, data, student, trained, baseline, quantized
+
+
+def _recording(job: Job, data: Stage, student: Stage | None) -> StagePlan:
+    """The stage that fills the store: a teacher is asked, or has told already."""
+    if job.recipe.signals is not None and job.recipe.signals.answers is not None:
+        return answer_signals(job)
+    return stages.signals(job, data, student)
 
 
 def _shaped(job: Job, data: Stage, do: Do) -> Job:

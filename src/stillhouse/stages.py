@@ -32,6 +32,7 @@ from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
 from stillhouse.signals.manifest import Settings, read_manifest
 from stillhouse.signals.store import Store, open_store
 from stillhouse.students import build_student
+from stillhouse.synthesis.request import endpoint_of
 from stillhouse.teachers import ModelSource, load_model, load_tokenizer
 from stillhouse.teachers.hashing import code_sha256
 from stillhouse.teachers.head import head_sha256, load_head
@@ -120,19 +121,24 @@ def open_data(data: Stage) -> tuple[Windows, Windows]:
 
 
 def data(job: Job) -> StagePlan:
-    section = job.recipe.data
+    section, text = job.recipe.data, job.text
+    read, files = section, [*section.sources, *section.heldout_sources]
+    if text is not None:
+        read, files = text.put_into(section, job.base), text.others(section, job.base)
 
     def work(out: Path) -> Outcome:
         tokenizer = load_tokenizer(job.tokenizer_path)
-        built = build(section, tokenizer, seed=job.recipe.seed, base=job.base, out=out)
+        built = build(read, tokenizer, seed=job.recipe.seed, base=job.base, out=out)
         return Outcome(summary=asdict(built))
 
-    inputs = {
+    inputs: dict[str, Any] = {
         "recipe": section.model_dump(mode="json"),
         "seed": job.recipe.seed,
         "tokenizer": (job.pretrained or job.teacher).fingerprint,
-        "sources": sources_fingerprint([*section.sources, *section.heldout_sources], job.base),
+        "sources": sources_fingerprint(files, job.base),
     }
+    if text is not None:
+        inputs["synthesized"] = text.sha256
     return StagePlan("data", inputs, work, version=2)
 
 
@@ -229,7 +235,13 @@ def signal_identity(job: Job, student_head: LMHead | None) -> dict[str, str]:
     student_head: of a store that is for this head alone.
     """
     tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
-    identity = {"teacher": job.teacher.fingerprint, **tokenizer_identity(tokenizer)}
+    teacher, section = job.teacher.fingerprint, job.recipe.signals
+    if section is not None and section.answers is not None:
+        assert job.recipe.synthesize is not None
+        api = job.recipe.synthesize.teacher.api
+        assert api is not None
+        teacher = f"{api.model} at {endpoint_of(api.base_url)}"
+    identity = {"teacher": teacher, **tokenizer_identity(tokenizer)}
     return identity if student_head is None else {**identity, "head": head_sha256(student_head)}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from stillhouse.errors import RecipeError
 from stillhouse.synthesis import filters
-from stillhouse.synthesis.filters import Filter, Row, Sieve
+from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve
 from stillhouse.synthesis.near import NearDuplicates, shingles
 from stillhouse.synthesis.prompts import Prompt, words
 
@@ -180,19 +180,34 @@ def test_rows_that_share_a_run_of_words_with_the_evaluation_set_go() -> None:
     assert all(judge(one) is None for one in left)
 
 
+def test_languages_by_what_they_surely_are() -> None:
+    judge = filters.languages(["en", "de"])
+    taken = ["Bonjour tout le monde, comment allez-vous ?", "これは日本語の文章です。"]
+    left = [
+        "The card was not accepted at the shop.",
+        "Das ist ein kurzer Satz.",
+        "42",
+        "Paris",
+        "x = [1, 2]",
+        "<think>Je ne sais pas ce que cela veut dire.</think> I do not know what it means.",
+    ]
+    assert kept(judge, [*taken, *left]) == left
+    assert judge(row(taken[0])) == "it is in the language fr (100% sure)"
+    with pytest.raises(RecipeError, match="english: no language"):
+        filters.languages(["english"])
+
+
 # --- all of them -------------------------------------------------------------------------------
 
 
 def test_each_take_is_counted_and_its_victims_can_be_looked_at(tmp_path: Path) -> None:
-    sieve = Sieve(
-        {
-            "empty": filters.empty,
-            "truncated": filters.truncated,
-            "length": filters.length(None, 100),
-            "exact_duplicates": filters.exact_duplicates(),
-        },
-        tmp_path / "filtered.jsonl",
-    )
+    before = {
+        "empty": filters.empty,
+        "truncated": filters.truncated,
+        "length": filters.length(None, 100),
+    }
+    remembering = {"exact_duplicates": filters.exact_duplicates()}
+    sieve = Sieve(Filters(before, None, remembering), tmp_path / "filtered.jsonl")
     rows = [row("good"), row(" "), row("good", finish_reason="length"), row("good", sample=1)]
     assert [r.text for r in sieve.keep(rows)] == ["good"]
     assert sieve.taken == {"empty": 1, "truncated": 1, "length": 0, "exact_duplicates": 1}

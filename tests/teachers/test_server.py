@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.errors import ModelError
+from stillhouse.errors import EndpointError, ModelError
 from stillhouse.recipe.signals import SignalServer
 from stillhouse.signals.encodings import TopK
 from stillhouse.signals.manifest import Settings
@@ -175,9 +175,9 @@ def test_a_server_that_does_not_answer_what_was_asked_is_named(tmp_path, server,
 def test_the_key_is_read_from_the_environment_and_named_when_it_is_missing(server, monkeypatch):
     section = server.section.model_copy(update={"key_env": "TINY_KEY"})
     monkeypatch.delenv("TINY_KEY", raising=False)
-    with pytest.raises(ModelError, match="key is not set") as caught:
+    with pytest.raises(EndpointError, match="TINY_KEY is not set") as caught:
         server_teacher(section, SETTINGS)
-    assert "TINY_KEY" in str(caught.value)
+    assert "signals.server.key_env" in str(caught.value)
     monkeypatch.setenv("TINY_KEY", "secret")
     batch = {name: rows[None] for name, rows in TwoDocuments()[0].items()}
     segments = segments_of(batch)

@@ -96,7 +96,6 @@ def _only_errors(llama_cpp: Any) -> Iterator[list[str]]:
     errors: list[str] = []
     level = 0
 
-    @llama_cpp.llama_log_callback
     def keep(told: int, text: bytes, _data: Any) -> None:
         nonlocal level
         level = level if told == CONTINUED else told
@@ -105,7 +104,8 @@ def _only_errors(llama_cpp: Any) -> Iterator[list[str]]:
 
     before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
     llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
-    llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+    callback = llama_cpp.llama_log_callback(keep)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     try:
         yield errors
     finally:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -54,6 +54,16 @@ class OnnxReplay:
     texts_per_s: float
 
 
+Read = Callable[[Any, Tensor, Tensor], Tensor]
+"""A model's logits [B, C] of token ids and attention mask [B, L]."""
+
+
+def plain_logits(model: Any, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """As transformers' classifiers give them."""
+    logits_BC: Tensor = model(input_ids=ids_BL, attention_mask=mask_BL).logits
+    return logits_BC.float()
+
+
 def export_onnx(
     model: Any,
     batches: Sequence[Sequence[Sequence[int]]],
@@ -63,6 +73,7 @@ def export_onnx(
     *,
     form: str,
     source: Path,
+    read: Read = plain_logits,
     kl_limit: float | None = None,
 ) -> OnnxReplay:
     """Writes `out`/model.onnx: token ids and attention mask [B, L] to logits [B, C], float32.
@@ -70,14 +81,14 @@ def export_onnx(
     model: a transformers classifier, float32, on the CPU. batches: token ids of texts, on which
     the file is compared with `expected_NC`, the checkpoint's probabilities in their order; rows of
     a batch are filled up with `pad`. form: onnx, or onnx-int8: weights of products in 8 bits, their
-    inputs rounded while it runs. source: the checkpoint's folder, for errors.
+    inputs rounded while it runs. source: the checkpoint's folder, for errors. read: its logits.
     Raises ModelError: a package is missing, a model that cannot be exported, a file that does not
     run or that differs by more than is allowed.
     """
     require_onnx()
     out.mkdir(parents=True, exist_ok=True)
     file = out / FILE
-    _write(model, file, source)
+    _write(model, read, file, source)
     if form == "onnx-int8":
         _round(file)
     note(f"Replaying the {form} export in onnxruntime, in a fresh process")
@@ -97,23 +108,22 @@ def require_onnx() -> None:
 
 
 class _Logits(nn.Module):
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, read: Read) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.read = model, read
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits.float()
+        return self.read(self.model, input_ids, attention_mask)
 
 
-def _write(model: Any, file: Path, source: Path) -> None:
+def _write(model: Any, read: Read, file: Path, source: Path) -> None:
     # Three texts of seven tokens stand for all: sizes of 1 would be taken for constants.
     ids_BL = torch.ones(3, 7, dtype=torch.long)
     sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
     try:
         with quiet(), _hushed():
             torch.onnx.export(
-                _Logits(model.eval()),
+                _Logits(model.eval(), read),
                 (ids_BL, torch.ones_like(ids_BL)),
                 file,
                 dynamo=True,

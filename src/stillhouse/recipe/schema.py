@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stillhouse.recipe.pruning import PruningMethod, SearchRecipe, TargetRecipe
+from stillhouse.recipe.pruning import PruningMethod, SearchRecipe, TargetRecipe, VocabularyFile
 from stillhouse.recipe.section import Section
 from stillhouse.recipe.shipping import PushRecipe
 from stillhouse.recipe.signals import SignalsRecipe
@@ -180,10 +180,10 @@ class PrunedStudent(PrunedSizes, PruningMethod):
     model: str | None = Field(
         None, description="What is pruned, as teacher.model; null: the teacher."
     )
-    vocabulary: Annotated[int, Field(gt=0)] | Literal["data"] | None = Field(
+    vocabulary: Annotated[int, Field(gt=0)] | Literal["data"] | VocabularyFile | None = Field(
         None,
-        description="Tokens to keep, the most frequent of the training text; data: all it has. "
-        "The tokenizer is rewritten, and the teacher answers with these tokens alone.",
+        description="Tokens to keep, the most frequent of the training text; data: all it has; or "
+        "those of a file. The tokenizer is rewritten, and the teacher answers with these alone.",
     )
     reconstruct: bool = Field(True, description="Refit what is left by least squares.")
     calibration_tokens: int = Field(16384, gt=0, description="Tokens seen to decide what goes.")
@@ -578,6 +578,18 @@ class Recipe(Section):
             raise ValueError(
                 "signals are the original teacher's: remove signals, or set cascade.teacher: "
                 "original"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_come_with_log_probabilities(self) -> Recipe:
+        if self.signals is None or self.signals.answers is None:
+            return self
+        section = self.synthesize
+        if section is None or section.teacher.api is None or not section.sampling.top_logprobs:
+            raise ValueError(
+                "signals.answers are what an API told about its answers: set "
+                "synthesize.teacher.api, and synthesize.sampling.top_logprobs to 1 to 20"
             )
         return self
 

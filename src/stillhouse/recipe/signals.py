@@ -85,6 +85,19 @@ class SignalServer(Section):
         return self
 
 
+class AnswerSignals(Section):
+    """The log-probabilities that come with an API's answers (synthesize.sampling.top_logprobs)."""
+
+    mismatched: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        strict=False,
+        description="Share of the answers that may be other tokens to the API than to the "
+        "student's tokenizer; they are learnt from their text alone. More stop the run.",
+    )
+
+
 class SignalsRecipe(Section):
     """The teacher is asked once and its answers are stored; training reads them."""
 
@@ -92,13 +105,18 @@ class SignalsRecipe(Section):
     server: SignalServer | None = Field(
         None, description="Ask this server, not a local model; for the encoding top_k."
     )
+    answers: AnswerSignals | None = Field(
+        None,
+        description="Ask nobody: take what the API of `synthesize` told about its answers, as it "
+        "came.",
+    )
     store: str | None = Field(
         None, description="A finished store to read, e.g. another run's; nothing is recorded."
     )
     missing: Literal["error", "live"] = Field(
         "error",
-        description="What to do about training text that `store` lacks: stop before training, or "
-        "ask the teacher live, as often as it is trained on.",
+        description="What to do about training text that `store` or `answers` lack: stop before "
+        "training, or ask the teacher live, as often as it is trained on.",
     )
 
     @model_validator(mode="after")
@@ -106,7 +124,9 @@ class SignalsRecipe(Section):
         asked = self.server is not None or self.encoding != ThresholdSignals(kind="threshold")
         if self.store is not None and asked:
             raise ValueError("store is read as it is: remove encoding and server, or store")
-        if self.store is None and self.missing == "live":
+        if self.answers is not None and (asked or self.store is not None):
+            raise ValueError("answers are stored as they came: remove encoding, server and store")
+        if self.store is None and self.answers is None and self.missing == "live":
             raise ValueError("missing is about a given store: name it in store, or remove the key")
         if self.server is not None and not isinstance(self.encoding, TopKSignals):
             raise ValueError("a server gives the likeliest tokens: set encoding.kind to top_k")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -122,6 +122,65 @@ class EvaluationTexts(Section):
     ngram: int = Field(13, ge=2, description="Words in a row that a text may not share with them.")
 
 
+class BudgetRecipe(Section):
+    """Counts all answers of this recipe, whichever run paid for them."""
+
+    max_usd: float | None = Field(None, ge=0, strict=False)
+    max_tokens: int | None = Field(None, ge=0, description="Prompts and answers.")
+
+
+class MajorityChoice(Section):
+    """Of the answers to a prompt, those that say what most of them say (self-consistency)."""
+
+    kind: Literal["majority"]
+    pattern: str | None = Field(
+        None,
+        description="A regular expression; its last match in an answer is what is compared, or "
+        "the first group of it. null: the whole answer.",
+    )
+    least: float = Field(
+        0.0, ge=0, le=1, strict=False, description="Share of the answers that must agree."
+    )
+    keep: Literal["one", "all"] = Field(
+        "one", description="Of those that agree: the first, or all."
+    )
+
+
+class LikelihoodChoice(Section):
+    """The answer with the highest mean log-probability of its tokens under the teacher."""
+
+    kind: Literal["likelihood"]
+
+
+class JudgeChoice(Section):
+    """The answer that a model likes best."""
+
+    kind: Literal["judge"]
+    teacher: TextTeacher = Field(description="The judge, as synthesize.teacher.")
+    criteria: str = Field(
+        "It is correct and complete, does what was asked, and is clearly written.",
+        description="What a good answer is.",
+    )
+    compare: Literal["scores", "pairs"] = Field(
+        "scores",
+        description="scores: each answer gets 1 to 10; pairs: each pair is compared twice, in "
+        "either order, n(n - 1) requests for n answers.",
+    )
+    max_tokens: int = Field(16, gt=0, description="Of a verdict; more for a judge that reasons.")
+    budget: BudgetRecipe = Field(BudgetRecipe(), description="Of the judge alone.")
+
+    @model_validator(mode="after")
+    def _budget_fits(self) -> JudgeChoice:
+        check_budget(self.teacher.api, self.budget)
+        return self
+
+
+Choice = Annotated[
+    MajorityChoice | LikelihoodChoice | JudgeChoice,
+    Field(discriminator="kind"),
+]
+
+
 class FiltersRecipe(Section):
     """Empty answers always go. What a filter takes is in filtered.jsonl, with the reason."""
 
@@ -132,18 +191,20 @@ class FiltersRecipe(Section):
     require_pattern: str | None = Field(None, description="A regular expression to be found.")
     forbid_pattern: str | None = Field(None, description="A regular expression not to be found.")
     json_schema: str | None = Field(None, description="A file; answers must be JSON of its kind.")
+    languages: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="ISO 639-1 codes, e.g. [en, de]; take answers that are surely in none of "
+        "them. Needs stillhouse[language].",
+    )
+    best_of: Choice | None = Field(
+        None, description="Of several answers to a prompt (prompts.samples), keep the best."
+    )
     exact_duplicates: bool = Field(True, description="Take repeated pairs of prompt and answer.")
     near_duplicates: float | None = Field(
         None, gt=0, le=1, strict=False, description="Take pairs this similar (Jaccard), e.g. 0.8."
     )
     decontaminate: EvaluationTexts | None = None
-
-
-class BudgetRecipe(Section):
-    """Counts all answers of this recipe, whichever run paid for them."""
-
-    max_usd: float | None = Field(None, ge=0, strict=False)
-    max_tokens: int | None = Field(None, ge=0, description="Prompts and answers.")
 
 
 class SynthesizeRecipe(Section):
@@ -167,11 +228,18 @@ class SynthesizeRecipe(Section):
     @model_validator(mode="after")
     def _keys_fit_the_teacher(self) -> SynthesizeRecipe:
         api = self.teacher.api
-        limited = self.budget.max_usd is not None or self.budget.max_tokens is not None
-        if api is None and limited:
-            raise ValueError("a budget is for teacher.api: a local teacher costs time alone")
+        check_budget(api, self.budget)
         if api is None and (self.sampling.extra or self.sampling.top_logprobs is not None):
             raise ValueError("sampling.extra and sampling.top_logprobs are for teacher.api")
-        if api is not None and api.price is None and self.budget.max_usd is not None:
-            raise ValueError("max_usd needs teacher.api.price; or limit max_tokens")
+        if self.filters.best_of is not None and self.prompts.samples < 2:
+            raise ValueError("filters.best_of chooses among several answers: set prompts.samples")
         return self
+
+
+def check_budget(api: ApiTeacher | None, budget: BudgetRecipe) -> None:
+    """Raises ValueError where there is nothing that the budget could limit."""
+    limited = budget.max_usd is not None or budget.max_tokens is not None
+    if api is None and limited:
+        raise ValueError("a budget is for teacher.api: a local teacher costs time alone")
+    if api is not None and api.price is None and budget.max_usd is not None:
+        raise ValueError("max_usd needs teacher.api.price; or limit max_tokens")

@@ -10,20 +10,21 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from stillhouse.errors import EndpointError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import bar, note
 from stillhouse.recipe.synthesize import (
     ApiTeacher,
+    LikelihoodChoice,
     LocalTeacher,
     PromptsRecipe,
-    SamplingRecipe,
     SynthesizeRecipe,
 )
-from stillhouse.synthesis.budget import Budget, Price, Spending, spent_on, worst_case
+from stillhouse.synthesis.budget import Budget, Price
 from stillhouse.synthesis.client import Client
+from stillhouse.synthesis.estimate import Known
 from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.pool import Pool
 from stillhouse.synthesis.prompts import Frame, Prompt, read_prompts
@@ -46,11 +47,15 @@ class Origins:
 
 @dataclass(frozen=True)
 class Asked:
-    """The recipe's requests, read from the prompts' file each time they are gone through."""
+    """The recipe's requests, read from the prompts' file each time they are gone through.
+
+    only: those with these numbers in their order, 0 the first; None: all.
+    """
 
     section: PromptsRecipe
     base: Path
     request: Callable[[tuple[Any, ...], int], Request]
+    only: frozenset[int] | None = None
 
     @property
     def frame(self) -> Frame:
@@ -61,55 +66,22 @@ class Asked:
         section, frame = self.section, self.frame
         path = self.base / Path(section.path).expanduser()
         prompts = read_prompts(path, format=section.format, key=section.key, limit=section.limit)
+        number = 0
         for prompt in prompts:
             messages = frame.asked(prompt)
             for sample in range(section.samples):
-                yield prompt, self.request(messages, sample)
+                if self.only is None or number in self.only:
+                    yield prompt, self.request(messages, sample)
+                number += 1
 
     def requests(self) -> Iterator[Request]:
         return (request for _, request in self.pairs())
 
 
-@dataclass(frozen=True)
-class Known:
-    """What the journal holds before anything is asked.
+class Questions(Protocol):
+    """Requests that can be gone through again and again."""
 
-    spent: on answers, and on those that may have been billed and got lost. worst: the most that
-    the missing ones can take.
-    """
-
-    requests: int
-    missing: int
-    spent: Spending
-    worst: Spending
-
-    @property
-    def likely(self) -> Spending | None:
-        """What the missing ones take if they are like those before; None before the first."""
-        answered = self.requests - self.missing
-        if answered == 0:
-            return None
-        share = self.missing / answered
-        return Spending(round(self.spent.tokens * share), self.spent.usd * share)
-
-
-def known_before(asked: Asked, journal: Journal | None, price: Price | None) -> Known:
-    """Goes through all requests once, which also finds a bad prompt before anything is paid."""
-    requests = missing = 0
-    spent = unspent = Spending()
-    for request in asked.requests():
-        requests += 1
-        answer = None if journal is None else journal.get(request.key)
-        if journal is not None:
-            usd, tokens = journal.billed_failures(request.key)
-            spent += Spending(tokens, usd)
-        worst = worst_case(request, price)
-        if answer is None:
-            missing += 1
-            unspent += worst
-        else:
-            spent += spent_on(answer, worst)
-    return Known(requests, missing, spent, unspent)
+    def requests(self) -> Iterator[Request]: ...
 
 
 def journal_path(section: SynthesizeRecipe, origins: Origins) -> Path:
@@ -118,31 +90,21 @@ def journal_path(section: SynthesizeRecipe, origins: Origins) -> Path:
     return origins.base / Path(section.journal).expanduser()
 
 
-def foreseen(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) -> Known:
-    """What `synthesize` would find and ask; nothing is asked and nothing written."""
-    teacher = text_teacher(section, origins, seed, weights=False)
-    asked = Asked(section.prompts, origins.base, teacher.request)
-    path = journal_path(section, origins)
-    if not path.exists():
-        return known_before(asked, None, teacher.price)
-    with Journal(path) as journal:
-        return known_before(asked, journal, teacher.price)
-
-
 # --- teachers ----------------------------------------------------------------------------------
 
 
 def text_teacher(
     section: SynthesizeRecipe, origins: Origins, seed: int, *, weights: bool = True
-) -> _Api | _Local:
+) -> TextSource:
     """weights: False fetches no more of a Hub model than it takes to know it."""
     if section.teacher.api is not None:
-        return _Api(section.teacher.api, section)
+        return ApiText(section.teacher.api, section)
     assert section.teacher.local is not None
-    return _Local(section.teacher.local, section.sampling, origins, seed, weights)
+    return LocalText(section.teacher.local, section, origins, seed, weights)
 
 
-def _sampling(section: SamplingRecipe, token_limit: str) -> dict[str, Any]:
+def _sampling(whole: SynthesizeRecipe, token_limit: str) -> dict[str, Any]:
+    section = whole.sampling
     parameters: dict[str, Any] = {
         "temperature": section.temperature,
         token_limit: section.max_tokens,
@@ -152,20 +114,22 @@ def _sampling(section: SamplingRecipe, token_limit: str) -> dict[str, Any]:
         parameters["top_p"] = section.top_p
     if section.top_logprobs is not None:
         parameters |= {"logprobs": True, "top_logprobs": section.top_logprobs}
+    elif isinstance(whole.filters.best_of, LikelihoodChoice):
+        parameters["logprobs"] = True
     return parameters
 
 
-class _Api:
+class ApiText:
     def __init__(self, api: ApiTeacher, section: SynthesizeRecipe) -> None:
         self.api, self.budget = api, section.budget
         self.price = Price(api.price.input, api.price.output) if api.price else None
-        self.parameters = _sampling(section.sampling, api.token_limit)
+        self.parameters = _sampling(section, api.token_limit)
         self.endpoint = endpoint_of(api.base_url)
 
     def request(self, messages: tuple[Any, ...], sample: int) -> Request:
         return Request(self.endpoint, self.api.model, messages, self.parameters, sample)
 
-    def answer(self, asked: Asked, journal: Journal, known: Known) -> tuple[int, int, bool]:
+    def answer(self, asked: Questions, journal: Journal, known: Known) -> tuple[int, int, bool]:
         """New answers, failures, and whether the budget ended it."""
         budget = Budget(self.budget.max_usd, self.budget.max_tokens)
         budget.spent = known.spent
@@ -185,7 +149,7 @@ class _Api:
         return tally.answered, tally.failed, tally.out_of_budget
 
     async def _answer_all(
-        self, asked: Asked, journal: Journal, budget: Budget, advance: Callable[[int], None]
+        self, asked: Questions, journal: Journal, budget: Budget, advance: Callable[[int], None]
     ) -> Pool:
         api = self.api
         async with Client(
@@ -208,13 +172,13 @@ class _Api:
             return pool
 
 
-class _Local:
+class LocalText:
     price = Price(0.0, 0.0)
 
     def __init__(
         self,
         local: LocalTeacher,
-        sampling: SamplingRecipe,
+        section: SynthesizeRecipe,
         origins: Origins,
         seed: int,
         weights: bool,
@@ -226,12 +190,12 @@ class _Local:
         self.source = resolve_model(name, revision=revision, base=origins.base, weights=weights)
         self.precision = choose_precision(local.precision, default_device())
         dtype = str(self.precision.dtype).removeprefix("torch.")
-        self.parameters = {**_sampling(sampling, "max_tokens"), "seed": seed, "dtype": dtype}
+        self.parameters = {**_sampling(section, "max_tokens"), "seed": seed, "dtype": dtype}
 
     def request(self, messages: tuple[Any, ...], sample: int) -> Request:
         return Request("local", self.source.fingerprint, messages, self.parameters, sample)
 
-    def answer(self, asked: Asked, journal: Journal, known: Known) -> tuple[int, int, bool]:
+    def answer(self, asked: Questions, journal: Journal, known: Known) -> tuple[int, int, bool]:
         """New answers and failures; a local teacher has no budget."""
         from stillhouse.synthesis.local import Generator
 
@@ -254,6 +218,9 @@ class _Local:
                 counts[type(outcome).__name__] += 1
                 advance(1)
         return counts["Answer"], counts["Failure"], False
+
+
+TextSource = ApiText | LocalText
 
 
 def _unanswered(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from stillhouse.errors import EndpointError
 from stillhouse.synthesis.budget import Price
 from stillhouse.synthesis.link import HttpLink, Link, LinkError, OpenAILink, Reply
 from stillhouse.synthesis.request import Answer, FailureKind, Request, endpoint_of
+from stillhouse.teachers.keys import api_key
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EXCERPT = 300
@@ -62,7 +62,7 @@ class Client:
     ) -> None:
         self.endpoint, self.model = endpoint_of(base_url), model
         self.key_env, self.price, self.timeout = key_env, price, timeout
-        self._key = _key(key_env, self.endpoint)
+        self._key = api_key(key_env, where=self.endpoint, setting="api.key_env")
         self._link = _link(base_url, self._key, timeout, connections)
 
     async def __aenter__(self) -> Self:
@@ -126,25 +126,6 @@ class Client:
 
     def _redacted(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
-
-
-def _key(key_env: str | None, endpoint: str) -> str | None:
-    if key_env is None:
-        return None
-    key = os.environ.get(key_env, "").strip()
-    if not key:
-        raise EndpointError(
-            f"the environment variable {key_env} is not set, and holds the endpoint's key",
-            where=endpoint,
-            fix=f"export {key_env}=..., or remove api.key_env if the server wants no key",
-        )
-    if not (key.isascii() and key.isprintable()):
-        raise EndpointError(
-            f"the environment variable {key_env} holds characters that no key has",
-            where=endpoint,
-            fix="copy the key again: quotes, dots or line breaks may have come along",
-        )
-    return key
 
 
 def _link(base_url: str, key: str | None, timeout: float, connections: int) -> Link:

@@ -6,10 +6,11 @@ costs nothing to what costs most; a row is taken by the first that objects.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,16 +23,24 @@ from stillhouse.synthesis.request import Message
 
 @dataclass(frozen=True)
 class Row:
-    """One answered prompt. messages: those that stand before the answer in the training text."""
+    """One answered prompt. messages: those that stand before the answer in the training text.
+
+    likelihood: the mean log-probability of the answer's tokens, where the teacher told them. key:
+    the request's.
+    """
 
     messages: tuple[Message, ...]
     text: str
     finish_reason: str | None
     where: str
     sample: int = 0
+    likelihood: float | None = None
+    key: str = ""
 
 
 Filter = Callable[[Row], str | None]
+Chooser = Callable[[Sequence[Row]], Sequence[str | None]]
+"""Looks at all answers to one prompt, and says of each why it is to go, or None."""
 
 _REFUSALS = re.compile(
     r"^\W*(?:(?:i['’]?m|i am) (?:really |very |so )?(?:sorry|afraid|unable|not able)\b"
@@ -56,15 +65,48 @@ def refusal(row: Row) -> str | None:
     """English refusals by how they begin, and what the server itself calls one."""
     if row.finish_reason in ("refusal", "content_filter"):
         return f"the server says {row.finish_reason}"
-    found = _REFUSALS.match(_answer_only(row))
+    found = _REFUSALS.match(answer_only(row))
     return f"begins like a refusal: {found.group()!r}" if found else None
+
+
+LEAST_SURE = 0.5
+"""Probability of a language from which on an answer is said to be in it."""
+
+
+def languages(wanted: Sequence[str]) -> Filter:
+    """The answer (reasoning left out) is in one of the languages, or nobody can tell: a number, a
+    name, code. Raises RecipeError: an unknown code, or py3langid is not installed."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise RecipeError(
+            "the filter `languages` needs py3langid",
+            where="synthesize.filters.languages",
+            fix="pip install 'stillhouse[language]'",
+        ) from None
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    unknown = sorted(set(wanted) - set(identifier.labels))
+    if unknown:
+        raise RecipeError(
+            f"{', '.join(unknown)}: no language that py3langid knows",
+            where="synthesize.filters.languages",
+            fix="use ISO 639-1 codes, e.g. en, de, fr, es, zh, ja",
+        )
+
+    def judge(row: Row) -> str | None:
+        found, probability = identifier.classify(answer_only(row))
+        if found in wanted or probability < LEAST_SURE:
+            return None
+        return f"it is in the language {found} ({probability:.0%} sure)"
+
+    return judge
 
 
 def length(least: int | None, most: int | None) -> Filter:
     """Characters of the answer, reasoning left out, both ends included."""
 
     def judge(row: Row) -> str | None:
-        size = len(_answer_only(row))
+        size = len(answer_only(row))
         if least is not None and size < least:
             return f"{size} characters are fewer than {least}"
         if most is not None and size > most:
@@ -87,7 +129,7 @@ def pattern(expression: str, *, wanted: bool = True) -> Filter:
         ) from None
 
     def judge(row: Row) -> str | None:
-        found = compiled.search(_answer_only(row))
+        found = compiled.search(answer_only(row))
         if wanted:
             return None if found else f"nothing in it matches {expression!r}"
         return f"it matches {expression!r}: {found.group()!r}" if found else None
@@ -111,7 +153,7 @@ def json_schema(schema: dict[str, Any]) -> Filter:
 
     def judge(row: Row) -> str | None:
         try:
-            value = json.loads(_answer_only(row))
+            value = json.loads(answer_only(row))
         except (ValueError, RecursionError) as error:
             return f"not JSON: {error}"
         problem = jsonschema.exceptions.best_match(validator.iter_errors(value))
@@ -184,49 +226,88 @@ def _grams(found: list[str], size: int) -> Iterable[str]:
     return (" ".join(found[at : at + size]) for at in range(len(found) - size + 1))
 
 
-def _answer_only(row: Row) -> str:
+def answer_only(row: Row) -> str:
     return row.text.rpartition("</think>")[2].strip()
 
 
 # --- all of them ------------------------------------------------------------------------------
 
+BEST_OF = "best_of"
+"""The chooser's name among the filters."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """By name and in their order. before: look at one answer alone. chooser: at all that are left
+    of a prompt's. after: remember those that came before."""
+
+    before: dict[str, Filter]
+    chooser: Chooser | None = None
+    after: dict[str, Filter] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        return [*self.before, *([BEST_OF] if self.chooser else []), *self.after]
+
+    def groups(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
+        """What `before` leaves of each prompt's answers, prompt by prompt."""
+        left = (row for row in rows if _objection(self.before, row) is None)
+        for _, group in itertools.groupby(left, key=lambda row: row.where):
+            yield list(group)
+
 
 @dataclass
 class Sieve:
-    """Applies named filters in their order. taken: how many rows each took, zeros included.
+    """Applies filters in their order. taken: how many rows each took, zeros included.
 
     victims: a JSONL file with every row that was taken, by what and why.
     """
 
-    filters: dict[str, Filter]
+    filters: Filters
     victims: Path
     taken: Counter[str] = field(default_factory=Counter)
 
     def keep(self, rows: Iterable[Row]) -> Iterable[Row]:
-        """The rows that no filter takes, one at a time. Writes the victims' file anew."""
-        self.taken = Counter(dict.fromkeys(self.filters, 0))
+        """The rows that no filter takes, in their order. Writes the victims' file anew."""
+        self.taken = Counter(dict.fromkeys(self.filters.names, 0))
         with self.victims.open("w", encoding="utf-8", errors="replace") as file:
-            for row in rows:
-                name, reason = self._objection(row)
-                if name is None:
-                    yield row
-                    continue
-                self.taken[name] += 1
-                victim = {
-                    "filter": name,
-                    "reason": reason,
-                    "where": row.where,
-                    "sample": row.sample,
-                    "messages": [*row.messages, {"role": "assistant", "content": row.text}],
-                }
-                file.write(json.dumps(victim, ensure_ascii=False) + "\n")
+            for _, answers in itertools.groupby(rows, key=lambda row: row.where):
+                for row, objection in self._judged(list(answers)):
+                    if objection is None:
+                        yield row
+                    else:
+                        self.taken[objection[0]] += 1
+                        file.write(_victim(row, *objection))
 
-    def _objection(self, row: Row) -> tuple[str | None, str | None]:
-        for name, judge in self.filters.items():
-            reason = judge(row)
-            if reason is not None:
-                return name, reason
-        return None, None
+    def _judged(self, answers: list[Row]) -> Iterator[tuple[Row, tuple[str, str] | None]]:
+        """All answers to one prompt, each with the filter that takes it and why."""
+        found = [_objection(self.filters.before, row) for row in answers]
+        if self.filters.chooser is not None:
+            left = [number for number, objection in enumerate(found) if objection is None]
+            chosen = self.filters.chooser([answers[number] for number in left])
+            for number, reason in zip(left, chosen, strict=True):
+                found[number] = None if reason is None else (BEST_OF, reason)
+        for row, objection in zip(answers, found, strict=True):
+            yield row, objection or _objection(self.filters.after, row)
+
+
+def _objection(filters: dict[str, Filter], row: Row) -> tuple[str, str] | None:
+    for name, judge in filters.items():
+        reason = judge(row)
+        if reason is not None:
+            return name, reason
+    return None
+
+
+def _victim(row: Row, name: str, reason: str) -> str:
+    facts = {
+        "filter": name,
+        "reason": reason,
+        "where": row.where,
+        "sample": row.sample,
+        "messages": [*row.messages, {"role": "assistant", "content": row.text}],
+    }
+    return json.dumps(facts, ensure_ascii=False) + "\n"
 
 
 def read_schema(path: Path) -> dict[str, Any]:

@@ -34,7 +34,8 @@ Outcome = Answer | Failure
 
 @dataclass
 class _Writing:
-    """One answer as it grows. length: tokens whose keys and values are in its slot."""
+    """One answer as it grows. length: tokens whose keys and values are in its slot. logprobs: of
+    the tokens, where the request asks for them."""
 
     request: Request
     prompt: list[int]
@@ -43,6 +44,13 @@ class _Writing:
     started: float = 0.0
     length: int = 0
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+    def add(self, token: int, logits_V: Tensor) -> None:
+        """The model's own log-probability is that at temperature 1, whatever the sampling."""
+        self.tokens.append(token)
+        if self.request.parameters.get("logprobs"):
+            self.logprobs.append(float(logits_V.float().log_softmax(-1)[token]))
 
     def ended(self, ends: frozenset[int]) -> bool:
         return self.tokens[-1] in ends or len(self.tokens) >= self.most
@@ -51,7 +59,8 @@ class _Writing:
 class Generator:
     """model, tokenizer: a causal language model in eval mode, and its own tokenizer.
 
-    Known parameters of a request: temperature (0 is greedy), top_p, max_tokens, seed. Greedy
+    Known parameters of a request: temperature (0 is greedy), top_p, max_tokens, seed, logprobs.
+    Greedy
     answers are those of `model.generate`, token by token, as far as a batch's sums round alike.
     A sampled answer depends on its request alone, rounding aside, and not on its neighbours.
     """
@@ -133,6 +142,7 @@ class Generator:
             completion_tokens=len(writing.tokens),
             cost=0.0,
             seconds=time.monotonic() - writing.started,
+            logprobs=[{"logprob": value} for value in writing.logprobs] or None,
         )
 
     def _alone(self, writing: _Writing) -> Answer:
@@ -142,7 +152,8 @@ class Generator:
         while not writing.tokens or not writing.ended(self.ends):
             output = self.model(input_ids=new, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            writing.tokens.append(self.choose(output.logits[0, -1], writing))
+            logits_V = output.logits[0, -1]
+            writing.add(self.choose(logits_V, writing), logits_V)
             new = new.new_tensor([writing.tokens[-1:]])
         return self.finished(writing)
 
@@ -189,7 +200,8 @@ class _Batch:
         ).logits
         for row, writing in enumerate(chosen):
             writing.length = len(writing.prompt)
-            writing.tokens.append(self.generator.choose(logits_NUV[row, where_N[row]], writing))
+            logits_V = logits_NUV[row, where_N[row]]
+            writing.add(self.generator.choose(logits_V, writing), logits_V)
         self.now += chosen
 
     def _step(self) -> None:
@@ -209,7 +221,7 @@ class _Batch:
             writing.length += 1
             sampled = float(writing.request.parameters.get("temperature", 0.0)) > 0
             token = self.generator.choose(logits_BV[row], writing) if sampled else greedy[row]
-            writing.tokens.append(token)
+            writing.add(token, logits_BV[row])
 
     def _take_finished(self) -> Iterator[tuple[Request, Outcome]]:
         """Finished answers leave; the last ones move into their slots."""

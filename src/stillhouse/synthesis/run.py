@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from stillhouse.errors import DataError
 from stillhouse.progress import note
-from stillhouse.recipe.synthesize import FiltersRecipe, SynthesizeRecipe
+from stillhouse.recipe.synthesize import (
+    FiltersRecipe,
+    LikelihoodChoice,
+    MajorityChoice,
+    SynthesizeRecipe,
+)
 from stillhouse.runfolder import write_atomically
 from stillhouse.synthesis import filters
 from stillhouse.synthesis.asking import (
     Asked,
     Origins,
+    Questions,
+    TextSource,
     journal_path,
-    known_before,
     text_teacher,
 )
-from stillhouse.synthesis.filters import Filter, Row, Sieve
+from stillhouse.synthesis.choose import likelihood, majority
+from stillhouse.synthesis.estimate import Known, known_before
+from stillhouse.synthesis.filters import Chooser, Filter, Filters, Row, Sieve
 from stillhouse.synthesis.journal import Journal
+from stillhouse.synthesis.judging import Verdicts, open_judge
 from stillhouse.synthesis.prompts import answer_text, read_prompts
+from stillhouse.synthesis.request import Answer
 
-VICTIMS, SUMMARY = "filtered.jsonl", "summary.json"
+TEXT, VICTIMS, SUMMARY = "synthetic.jsonl", "filtered.jsonl", "summary.json"
+REQUESTS = "requests.txt"
+"""The key in the journal of each row of TEXT, a line each."""
+
+
+_PATHS = ("out", "victims", "journal")
 
 
 @dataclass(frozen=True)
@@ -32,7 +48,8 @@ class Synthesis:
 
     new: answered in this run. failed: given up in this run. kept: rows in `out`. taken: rows that
     each filter took. tokens, usd: of all answers, whichever run paid. unpriced: answers of unknown
-    cost, which `usd` leaves out.
+    cost, which `usd` leaves out. judged, unjudged: verdicts of a judge, and those
+    that it did not give; judge_*: what they took.
     """
 
     out: Path
@@ -47,6 +64,10 @@ class Synthesis:
     usd: float
     unpriced: int
     out_of_budget: bool
+    judged: int = 0
+    unjudged: int = 0
+    judge_tokens: int = 0
+    judge_usd: float = 0.0
     taken: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -54,6 +75,10 @@ class Synthesis:
         if self.unpriced == 0:
             return f"${self.usd:,.4f}"
         return "unknown" + (f" (${self.usd:,.4f} of it known)" if self.usd else "")
+
+    def facts(self) -> dict[str, Any]:
+        """All but the paths."""
+        return {name: value for name, value in asdict(self).items() if name not in _PATHS}
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values for people."""
@@ -66,36 +91,48 @@ class Synthesis:
             ("filtered", f"{taken or 'none'}  {self.victims if taken else ''}".rstrip()),
             ("tokens", f"{self.tokens:,}"),
             ("cost", self.cost),
+            *self._judge_line(),
             ("journal", str(self.journal)),
             ("rows", f"{self.kept:,}  {self.out}"),
         ]
+
+    def _judge_line(self) -> list[tuple[str, str]]:
+        if not self.judged + self.unjudged:
+            return []
+        missing = f" ({self.unjudged:,} missing)" if self.unjudged else ""
+        cost = f", ${self.judge_usd:,.4f}" if self.judge_usd else ""
+        return [("judge", f"{self.judged:,} verdicts{missing}, {self.judge_tokens:,} tokens{cost}")]
 
 
 def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) -> Synthesis:
     """Answers what the journal has no answer to, and writes what the filters leave.
 
-    Rows are in the order of the prompts: {"messages": [...]}, the answer last. An exhausted budget
-    ends the asking, not the rest. Raises DataError (prompts, or nothing is left), EndpointError,
-    ModelError, RunError (journal, disk).
+    Into origins.folder: TEXT with the rows in the order of the prompts, {"messages": [...]}, the
+    answer last; REQUESTS, VICTIMS and SUMMARY. An exhausted budget ends the asking, not the rest.
+    Raises DataError (prompts, or nothing is left), EndpointError, ModelError, RunError (journal,
+    disk).
     """
     path = journal_path(section, origins)
     teacher = text_teacher(section, origins, seed)
     # A broken filter is found before anything is paid.
     chosen = chosen_filters(section.filters, origins.base)
+    judge = open_judge(section, origins, seed)
     asked = Asked(section.prompts, origins.base, teacher.request)
+    origins.folder.mkdir(parents=True, exist_ok=True)
     with Journal(path) as journal:
-        known = known_before(asked, journal, teacher.price)
-        if known.missing:
-            new, failed, out_of_budget = teacher.answer(asked, journal, known)
-        else:
-            new, failed, out_of_budget = 0, 0, False
-        rows = _Rows(section, asked, journal)
+        known = known_before(asked.requests(), journal, teacher.price)
+        new, failed, out_of_budget = _answer(teacher, asked, journal, known)
+        verdicts = None
+        if judge is not None:
+            groups = Verdicts(judge, lambda: chosen.groups(Rows(section, asked, journal)))
+            verdicts, stopped = _judged(groups, journal)
+            out_of_budget = out_of_budget or stopped
+            chosen = replace(chosen, chooser=judge.chooser(journal))
+        rows = Rows(section, asked, journal)
         sieve = Sieve(chosen, origins.folder / VICTIMS)
-        origins.folder.mkdir(parents=True, exist_ok=True)
-        out = (origins.base / Path(section.out).expanduser()).absolute()
-        kept = _write(out, sieve.keep(rows))
+        kept = _write(origins.folder, sieve.keep(rows))
     result = Synthesis(
-        out=out,
+        out=origins.folder / TEXT,
         victims=sieve.victims,
         journal=path,
         requests=known.requests,
@@ -107,9 +144,13 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
         usd=rows.usd,
         unpriced=rows.unpriced,
         out_of_budget=out_of_budget,
+        judged=0 if verdicts is None else verdicts.answered,
+        unjudged=0 if verdicts is None else verdicts.missing,
+        judge_tokens=0 if verdicts is None else verdicts.spent.tokens,
+        judge_usd=0.0 if verdicts is None else verdicts.spent.usd,
         taken=dict(sieve.taken),
     )
-    facts = json.dumps({**asdict(result), "cost": result.cost}, indent=2, default=str)
+    facts = json.dumps({**result.facts(), "cost": result.cost}, indent=2)
     write_atomically(origins.folder / SUMMARY, facts)
     if out_of_budget:
         note("the budget is used up: raise synthesize.budget to go on where this stopped")
@@ -122,10 +163,31 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
     return result
 
 
+def _answer(
+    teacher: TextSource, asked: Questions, journal: Journal, known: Known
+) -> tuple[int, int, bool]:
+    """New answers, failures, and whether a budget ended it."""
+    if not known.missing:
+        return 0, 0, False
+    return teacher.answer(asked, journal, known)
+
+
+def _judged(verdicts: Verdicts, journal: Journal) -> tuple[Known, bool]:
+    """Has the judge asked what it was not asked before; what is known after that, and whether a
+    budget ended it."""
+    teacher = verdicts.judge.teacher
+    known = known_before(verdicts.requests(), journal, teacher.price)
+    if not known.missing:
+        return known, False
+    note(f"{known.missing:,} verdicts are to be asked for")
+    _, _, out_of_budget = _answer(teacher, verdicts, journal, known)
+    return known_before(verdicts.requests(), journal, teacher.price), out_of_budget
+
+
 # --- rows ------------------------------------------------------------------------------------
 
 
-class _Rows:
+class Rows:
     """The answered prompts as rows, in order; counts what it passes."""
 
     def __init__(self, section: SynthesizeRecipe, asked: Asked, journal: Journal) -> None:
@@ -153,25 +215,35 @@ class _Rows:
                 answer.finish_reason,
                 prompt.where,
                 request.sample,
+                _mean_log_probability(answer),
+                request.key,
             )
 
 
-def _write(out: Path, rows: Iterable[Row]) -> int:
-    """Writes the rows under a temporary name, then renames: the file is whole or the old one."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
+def _mean_log_probability(answer: Answer) -> float | None:
+    values = [float(entry["logprob"]) for entry in answer.logprobs or []]
+    return sum(values) / len(values) if values else None
+
+
+def _write(folder: Path, rows: Iterable[Row]) -> int:
     kept = 0
-    with temporary.open("w", encoding="utf-8", errors="replace") as file:
+    with (
+        (folder / TEXT).open("w", encoding="utf-8", errors="replace") as text,
+        (folder / REQUESTS).open("w", encoding="utf-8") as keys,
+    ):
         for row in rows:
             messages = [*row.messages, {"role": "assistant", "content": row.text}]
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            text.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            keys.write(f"{row.key}\n")
             kept += 1
-    temporary.replace(out)
     return kept
 
 
-def chosen_filters(section: FiltersRecipe, base: Path) -> dict[str, Filter]:
-    """The recipe's filters by name, the cheap ones first. Raises RecipeError, DataError."""
+def chosen_filters(section: FiltersRecipe, base: Path) -> Filters:
+    """The recipe's filters by name, the cheap ones first; a judge is put in later.
+
+    Raises RecipeError, DataError.
+    """
     chosen: dict[str, Filter] = {"empty": filters.empty}
     if section.truncated:
         chosen["truncated"] = filters.truncated
@@ -186,13 +258,25 @@ def chosen_filters(section: FiltersRecipe, base: Path) -> dict[str, Filter]:
     if section.json_schema is not None:
         schema = filters.read_schema(base / Path(section.json_schema).expanduser())
         chosen["json_schema"] = filters.json_schema(schema)
+    if section.languages is not None:
+        chosen["languages"] = filters.languages(section.languages)
     if section.decontaminate is not None:
         texts = section.decontaminate
         path = base / Path(texts.path).expanduser()
         items = read_prompts(path, format=texts.format, key=texts.key)
         chosen["decontaminate"] = filters.decontaminate(items, texts.ngram)
+    remembering: dict[str, Filter] = {}
     if section.exact_duplicates:
-        chosen["exact_duplicates"] = filters.exact_duplicates()
+        remembering["exact_duplicates"] = filters.exact_duplicates()
     if section.near_duplicates is not None:
-        chosen["near_duplicates"] = filters.near_duplicates(section.near_duplicates)
-    return chosen
+        remembering["near_duplicates"] = filters.near_duplicates(section.near_duplicates)
+    return Filters(chosen, _chooser(section), remembering)
+
+
+def _chooser(section: FiltersRecipe) -> Chooser | None:
+    match section.best_of:
+        case MajorityChoice() as choice:
+            return majority(choice.pattern, least=choice.least, keep_all=choice.keep == "all")
+        case LikelihoodChoice():
+            return likelihood()
+    return None

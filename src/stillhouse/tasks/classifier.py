@@ -34,13 +34,15 @@ TOKENS_TOGETHER = 4096
 class Facts:
     """labels: each with its phrase. prompt: of a language model, None for a classification head.
     prior: subtracted from a language model's log-probabilities. threshold: the confidence below
-    which it abstains, None where it was not chosen."""
+    which it abstains, None where it was not chosen. mean_pooling: the head `score` reads the mean
+    of the last hidden states, where the model's own class would read the last one."""
 
     labels: dict[str, str]
     max_tokens: int
     prompt: dict[str, Any] | None = None
     prior: list[float] | None = None
     threshold: float | None = None
+    mean_pooling: bool = False
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / FACTS, json.dumps(asdict(self), ensure_ascii=False, indent=2))
@@ -94,7 +96,14 @@ class Classifier:
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
         inputs = {"input_ids": ids, "attention_mask": mask}
         tensors = {name: torch.tensor(value, device=device) for name, value in inputs.items()}
-        return model(**tensors).logits.float()
+        return self.head_logits(model, **tensors)
+
+    def head_logits(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Of a classification head, [B, C] in float32."""
+        if self.facts.mean_pooling:
+            return _read_mean(model, input_ids, attention_mask)
+        logits_BC: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits_BC.float()
 
     @torch.inference_mode()
     def probabilities(self, texts: Sequence[str]) -> Tensor:
@@ -104,6 +113,15 @@ class Classifier:
         for chosen in batches(rows):
             found_NC[chosen] = self.logits([rows[index] for index in chosen]).softmax(-1).cpu()
         return found_NC
+
+
+def _read_mean(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    hidden_BLD = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state.float()
+    mask_BL1 = attention_mask[..., None]
+    mean_BD = (hidden_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
+    return model.score(mean_BD.to(model.score.weight.dtype)).float()
 
 
 def batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:

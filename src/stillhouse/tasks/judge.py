@@ -31,14 +31,15 @@ from stillhouse.recipe.synthesize import (
 )
 from stillhouse.runfolder import flush
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
-from stillhouse.synthesis.asking import Asked, known_before, text_teacher
+from stillhouse.synthesis.asking import Asked, text_teacher
+from stillhouse.synthesis.estimate import known_before
 from stillhouse.tasks.prompts import CONTENTLESS, LabelPrompt, prompt_tokens
 from stillhouse.tasks.scoring import score_labels
 from stillhouse.tasks.targets import distributions, prior_logits
 from stillhouse.tasks.texts import PARTS, Texts
 
 SCORES, CHUNKS = "scores.safetensors", "chunks"
-CHUNK = 256
+CHUNK = 128
 """Texts whose scores are written together: a killed process loses at most so many."""
 _ANSWER_TOKENS = 32
 _PROMPTS = "prompts.jsonl"
@@ -213,7 +214,7 @@ def ask_api(
     counts: Counter[str] = Counter()
     shares_NC = torch.zeros(len(texts.all), len(prompt.labels))
     with Journal(journal_path) as journal:
-        known = known_before(asked, journal, teacher.price)
+        known = known_before(asked.requests(), journal, teacher.price)
         if known.missing:
             teacher.answer(asked, journal, known)
         samples = section.prompts.samples

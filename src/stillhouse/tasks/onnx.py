@@ -49,6 +49,7 @@ def ship_onnx(
             folder,
             form=form,
             source=model,
+            read=classifier.head_logits,
             kl_limit=section.kl_limit,
         )
         for pattern in KEPT:

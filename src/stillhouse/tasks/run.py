@@ -13,10 +13,11 @@ from stillhouse.hardware import tune_allocator
 from stillhouse.recipe import ClassifyRecipe, load_any_recipe, recipe_yaml
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.shipping import push_exports, shipped_folder
-from stillhouse.stages import telling
-from stillhouse.tasks import stages
+from stillhouse.stages import EVALUATION, telling
+from stillhouse.tasks import measuring, products, stages
 from stillhouse.tasks.fit import MODEL
-from stillhouse.tasks.stages import EVALUATION, REPORT, TaskJob
+from stillhouse.tasks.job import TaskJob
+from stillhouse.tasks.products import REPORT
 from stillhouse.tasks.students import student_source
 from stillhouse.teachers import resolve_model
 
@@ -93,12 +94,12 @@ def _lead(recipe: ClassifyRecipe, base: Path, folder: RunFolder) -> TaskResult:
     trained = do(stages.training(job, texts, judged, student))
     plan = stages.baseline(job, texts, student)
     tuned = None if plan is None else do(plan)
-    evaluated = do(stages.evaluation(job, texts, judged, student, trained, tuned))
-    exported = do(stages.export(job, texts, trained, evaluated))
+    evaluated = do(measuring.evaluation(job, texts, judged, student, trained, tuned))
+    exported = do(products.export(job, texts, trained, evaluated))
     hub = recipe.export.push_to_hub
     if hub is not None:
         do(push_exports(hub, exported, recipe.export.formats, recipe.name))
-    report = do(stages.report(job, list(finished)))
+    report = do(products.report(job, list(finished)))
     for form in {"safetensors", *recipe.export.formats}:
         folder.point(shipped_folder(form), exported.path / shipped_folder(form))
     folder.point(REPORT, report.path / REPORT)

@@ -8,7 +8,6 @@ Shapes: L tokens of a segment, N supervised tokens, K likeliest tokens.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,6 +24,7 @@ from stillhouse.signals.encodings import TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.rows import EntryRows, split_ids
 from stillhouse.signals.segments import Segments
+from stillhouse.teachers.keys import api_key
 from stillhouse.teachers.scoring import Ask, Batch, Encoded
 
 RETRIES = 6
@@ -41,13 +41,14 @@ KEPT = "what is recorded is kept: the same command goes on from there"
 def server_teacher(section: SignalServer, settings: Settings) -> Ask:
     """Asks the server about each segment, some of them at a time.
 
-    Raises ModelError: the key's variable is not set. The answer's calls raise ModelError where the
-    server refuses, cannot be reached, or returns something else than was asked for.
+    Raises EndpointError: the key's variable is not set. The answer's calls raise ModelError where
+    the server refuses, cannot be reached, or returns something else than was asked for.
     """
     assert isinstance(settings.encoding, TopK)
+    key = api_key(section.key_env, where=server_name(section), setting="signals.server.key_env")
     client = openai.OpenAI(
         base_url=section.base_url,
-        api_key=_key(section),
+        api_key=key or "none",  # the client insists on one; servers without keys ignore it
         max_retries=RETRIES,
         timeout=TIMEOUT_SECONDS,
     )
@@ -74,19 +75,6 @@ def server_teacher(section: SignalServer, settings: Settings) -> Ask:
 
 def server_name(section: SignalServer) -> str:
     return f"{section.model} at {section.base_url}"
-
-
-def _key(section: SignalServer) -> str:
-    if section.key_env is None:
-        return "none"  # the client insists on one; servers without keys ignore it
-    key = os.environ.get(section.key_env)
-    if not key:
-        raise ModelError(
-            "the server's key is not set",
-            where=f"environment variable {section.key_env}",
-            fix=f"export {section.key_env}=..., or remove signals.server.key_env",
-        )
-    return key
 
 
 def _prompt_log_probabilities(

@@ -1,0 +1,182 @@
+"""What a recipe's teacher behind an API will cost, told before it is asked, and agreed to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from stillhouse import synthesizing
+from stillhouse.data.documents import Conversation
+from stillhouse.data.rows import document_from_row
+from stillhouse.data.sources import read_sources
+from stillhouse.errors import RecipeError
+from stillhouse.recipe import Recipe, load_recipe
+from stillhouse.recipe.family import first_member
+from stillhouse.recipe.schema import JsonlSource, Source
+from stillhouse.recipe.synthesize import (
+    ApiTeacher,
+    BudgetRecipe,
+    JudgeChoice,
+    SynthesizeRecipe,
+)
+from stillhouse.runner import run_folder
+from stillhouse.synthesis import Known, foreseen
+from stillhouse.synthesis.budget import Spending
+from stillhouse.synthesis.foresee import answered_rows, ask_some
+from stillhouse.synthesis.judging import most_requests
+from stillhouse.synthesis.run import TEXT
+from stillhouse.synthesis.text import names
+
+Told = tuple[Literal["ok", "estimate", "warning"], str, str, str | None]
+"""Level, topic, text and what to do, as `check` shows them."""
+
+
+def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Told]:
+    """How much is answered, and what the rest costs: by the answers there are, and at most.
+
+    calls: requests that are made first, so that there are answers to tell it from.
+    """
+    section = recipe.synthesize
+    if section is None:
+        return
+    origins = synthesizing.origins(recipe, base)
+    if calls:
+        ask_some(section, origins, calls, seed=recipe.seed)
+    known = foreseen(section, origins, seed=recipe.seed)
+    fix = None
+    if known.missing and known.between is None:
+        fix = "--calls 5 makes a few calls, which count, and tells the cost of the rest from them"
+    yield "estimate" if known.missing else "ok", "synthesis", told(known, section), fix
+    if verdicts := most_requests(section, known.requests):
+        yield "estimate", "judge", f"at most {verdicts:,} verdicts are asked for", None
+    if not synthesizing.wanted(recipe, base):
+        text = f"no source of data names {section.out}: `stillhouse run` synthesizes nothing"
+        fix = f"add {{kind: jsonl, path: {section.out}}} to data.sources, if it is to"
+        yield "warning", "synthesis", text, fix
+
+
+def told(known: Known, section: SynthesizeRecipe) -> str:
+    """One line about the cost."""
+    api = section.teacher.api
+    priced = api is not None and api.price is not None
+
+    def amount(spending: Spending) -> str:
+        cost = f"${spending.usd:,.2f}" if priced else "a price unknown"
+        return f"{spending.tokens:,} tokens" + (f", {cost}" if api is not None else "")
+
+    text = f"{known.answered:,} of {known.requests:,} requests are answered"
+    if known.missing == 0:
+        return text
+    about = ""
+    if known.likely is not None:
+        about = f"about {amount(known.likely)}; "
+    if known.between is not None:
+        low, high = known.between
+        span = f"${low.usd:,.2f} to ${high.usd:,.2f}" if priced else ""
+        span = span or f"{low.tokens:,} to {high.tokens:,} tokens"
+        about = f"{about.removesuffix('; ')} (95 % likely: {span}); "
+    return f"{text}; the rest takes {about}at most {amount(known.worst)}"
+
+
+# --- the text that is to come ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ComingText:
+    """documents: some rows of the text, made of the answers there are. times: how many times as
+    much there will be, filters aside. other_sources: those of `data` that read something else."""
+
+    documents: list[Conversation]
+    times: float
+    other_sources: list[Source]
+
+
+def coming_text(recipe: Recipe, base: Path, most: int) -> ComingText | None:
+    """None where `data` reads no synthesized text."""
+    section = recipe.synthesize
+    if section is None or not synthesizing.wanted(recipe, base):
+        return None
+    out = synthesizing.out_path(section, base)
+    others = [source for source in recipe.data.sources if not names(source, out, base)]
+    plan = synthesizing.synthesis(recipe, base)
+    stage = run_folder(recipe).finished(plan.name, plan.depends_on)
+    if stage is not None:
+        path = str((stage.path / TEXT).absolute())
+        source = JsonlSource(kind="jsonl", path=path, limit=most)
+        documents = [d for d in read_sources([source], base) if isinstance(d, Conversation)]
+        return ComingText(documents, stage.summary["kept"] / max(1, len(documents)), others)
+    origins = synthesizing.origins(recipe, base)
+    rows = answered_rows(section, origins, most, seed=recipe.seed)
+    made = [
+        {"messages": [*row.messages, {"role": "assistant", "content": row.text}]}
+        for row in rows
+        if row.text
+    ]
+    read = (document_from_row(row, "text", "the journal") for row in made)
+    documents = [document for document in read if isinstance(document, Conversation)]
+    known = foreseen(section, origins, seed=recipe.seed)
+    return ComingText(documents, known.requests / max(1, len(documents)), others)
+
+
+# --- consent ---------------------------------------------------------------------------------
+
+
+def agree_to_spend(
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    command: Literal["run", "synthesize"],
+    confirm: Callable[[str], bool] | None,
+) -> bool:
+    """Asks before an API is paid without a budget; True where the command may go on.
+
+    A budget is consent up to its limit. Nothing is asked where nothing is missing, and nothing
+    of a server that wants no key and has no price: nobody is paid.
+    confirm: shows a question and returns the answer; None where there is nobody to ask.
+    Raises RecipeError there.
+    """
+    recipe, base = first_member(load_recipe(path, overrides)), path.parent
+    section = recipe.synthesize
+    if section is None or (command == "run" and not synthesizing.wanted(recipe, base)):
+        return True
+    plan = synthesizing.synthesis(recipe, base)
+    finished = run_folder(recipe).finished(plan.name, plan.depends_on)
+    if finished is not None and (command == "run" or not synthesizing.lacks(finished)):
+        return True
+    unlimited = _unlimited(recipe, section, base)
+    if not unlimited:
+        return True
+    if confirm is None:
+        raise RecipeError(
+            f"this would pay an API without a limit: {unlimited}",
+            where="synthesize.budget",
+            fix="set max_usd or max_tokens there, or give --yes to spend without a limit",
+        )
+    return confirm(f"{unlimited}. There is no budget. Ask?")
+
+
+def _unlimited(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> str:
+    """What may be paid without a budget, in words; nothing where nothing may."""
+    choice = section.filters.best_of
+    judge = choice if isinstance(choice, JudgeChoice) else None
+    teacher_costs = _may_cost(section.teacher.api, section.budget)
+    judge_costs = judge is not None and _may_cost(judge.teacher.api, judge.budget)
+    if not teacher_costs and not judge_costs:
+        return ""
+    known = foreseen(section, synthesizing.origins(recipe, base), seed=recipe.seed)
+    parts = []
+    if teacher_costs and known.missing:
+        parts.append(told(known, section))
+    if judge_costs:
+        parts.append(f"the judge is asked at most {most_requests(section, known.requests):,} times")
+    return "; ".join(parts)
+
+
+def _may_cost(api: ApiTeacher | None, budget: BudgetRecipe) -> bool:
+    if api is None or budget.max_usd is not None or budget.max_tokens is not None:
+        return False
+    if api.price is None:
+        return api.key_env is not None
+    return api.price.input > 0 or api.price.output > 0

@@ -1,0 +1,99 @@
+"""The best of several answers to one prompt: by majority, or by the teacher's own likelihood."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+
+from stillhouse.errors import RecipeError
+from stillhouse.synthesis.filters import Chooser, Row, answer_only
+
+_AROUND = " \t\n.,;:!?\"'`*_()[]{}<>$"
+"""Characters at the ends of an answer that make no difference; a minus or % sign does."""
+
+
+def majority(pattern: str | None, *, least: float = 0.0, keep_all: bool = False) -> Chooser:
+    """Keeps the answers that say what most say: the first of them, or all.
+
+    What an answer says is the last match of the pattern, or its first group, normalized. Of two
+    that are said equally often, the one that came first. least: the share of the answers that must
+    say it. Raises RecipeError for what is no regular expression.
+    """
+    try:
+        compiled = None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(
+            f"{pattern!r} is no regular expression: {error}",
+            where="synthesize.filters.best_of.pattern",
+        ) from None
+
+    def choose(rows: Sequence[Row]) -> list[str | None]:
+        said = [what_is_said(answer_only(row), compiled) for row in rows]
+        votes = Counter(what for what in said if what is not None)
+        if not votes:
+            return [f"nothing in it matches {pattern!r}" for _ in rows]
+        winner, count = votes.most_common(1)[0]  # of equal ones, the first that was counted
+        first = said.index(winner)
+        enough = count >= least * len(rows)
+        reasons: list[str | None] = []
+        for number, what in enumerate(said):
+            if what is None:
+                reasons.append(f"nothing in it matches {pattern!r}")
+            elif not enough:
+                reasons.append(f"no answer is given by {least:.0%}: {dict(votes)}"[:200])
+            elif what != winner:
+                reasons.append(f"it says {what!r}, and {count} of {len(rows)} say {winner!r}"[:200])
+            elif number != first and not keep_all:
+                reasons.append("it says what an answer before it says")
+            else:
+                reasons.append(None)
+        return reasons
+
+    return choose
+
+
+def what_is_said(text: str, pattern: re.Pattern[str] | None) -> str | None:
+    """The part of an answer that is compared, normalized; None where nothing matches."""
+    if pattern is None:
+        return normalized(text)
+    found = None
+    for match in pattern.finditer(text):
+        found = match.group(1) if pattern.groups else match.group()
+    return None if found is None else normalized(found)
+
+
+def normalized(text: str) -> str:
+    """In one case and form, one space between words, no punctuation around; 1,000.0 is 1000."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    plain = " ".join(plain.split()).strip(_AROUND)
+    number = re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", plain)
+    try:
+        value = Decimal(number)
+    except InvalidOperation:
+        return plain
+    if not value.is_finite():
+        return plain
+    return format(value.normalize() if value else Decimal(0), "f")
+
+
+def likelihood() -> Chooser:
+    """Keeps the answer whose tokens have the highest mean log-probability; the first of equals."""
+
+    def choose(rows: Sequence[Row]) -> list[str | None]:
+        known = [row.likelihood for row in rows if row.likelihood is not None]
+        best = max(known, default=None)
+        reasons: list[str | None] = []
+        for row in rows:
+            if row.likelihood is None:
+                reasons.append("the teacher gave no log-probabilities")
+            elif row.likelihood == best and None not in reasons:
+                reasons.append(None)
+            else:
+                told = f"mean log-probability {row.likelihood:.4f}, and the best has {best:.4f}"
+                reasons.append(told)
+        return reasons
+
+    return choose

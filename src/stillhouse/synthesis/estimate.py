@@ -1,0 +1,103 @@
+"""What is answered already, and what the rest will take: at most, and by the answers there are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from stillhouse.synthesis.budget import Price, Spending, spent_on, worst_case
+from stillhouse.synthesis.journal import Journal
+from stillhouse.synthesis.request import Request
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the journal holds before anything is asked.
+
+    spent: on answers, and on those that may have been billed and got lost. worst: the most that
+    the missing ones can take. squares: the sums of the answered requests' squared spendings.
+    """
+
+    requests: int
+    missing: int
+    spent: Spending
+    worst: Spending
+    squares: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def answered(self) -> int:
+        return self.requests - self.missing
+
+    @property
+    def likely(self) -> Spending | None:
+        """What the missing ones take if they are like those before; None before the first."""
+        if self.answered == 0:
+            return None
+        share = self.missing / self.answered
+        return Spending(round(self.spent.tokens * share), self.spent.usd * share)
+
+    @property
+    def between(self) -> tuple[Spending, Spending] | None:
+        """The prediction interval of 95 % around `likely`; None with fewer than two answers.
+
+        For m new requests and the mean of n with standard deviation s: m · mean ± t · s ·
+        √(m + m²/n), t of Student's distribution with n − 1 degrees of freedom.
+        """
+        likely, n, m = self.likely, self.answered, self.missing
+        if likely is None or n < 2:
+            return None
+        factor = student_t(n - 1) * math.sqrt(m + m * m / n)
+        half = []
+        for total, squares in zip((self.spent.tokens, self.spent.usd), self.squares, strict=True):
+            variance = max(0.0, squares - total * total / n) / (n - 1)
+            half.append(factor * math.sqrt(variance))
+        low = Spending(max(0, round(likely.tokens - half[0])), max(0.0, likely.usd - half[1]))
+        high = Spending(round(likely.tokens + half[0]), likely.usd + half[1])
+        return _least(low, self.worst), _least(high, self.worst)
+
+
+def known_before(
+    requests: Iterable[Request], journal: Journal | None, price: Price | None
+) -> Known:
+    """Goes through all requests once, which also finds a bad prompt before anything is paid."""
+    number = missing = 0
+    squares = [0.0, 0.0]
+    spent = unspent = Spending()
+    for request in requests:
+        number += 1
+        answer = None if journal is None else journal.get(request.key)
+        taken = Spending()
+        if journal is not None:
+            usd, tokens = journal.billed_failures(request.key)
+            taken = Spending(tokens, usd)
+        worst = worst_case(request, price)
+        if answer is None:
+            missing += 1
+            unspent += worst
+        else:
+            taken += spent_on(answer, worst)
+            squares = [squares[0] + taken.tokens**2, squares[1] + taken.usd**2]
+        spent += taken
+    return Known(number, missing, spent, unspent, (squares[0], squares[1]))
+
+
+def student_t(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t: exact for 1 and 2 degrees of freedom, else by the
+    expansion of Cornish and Fisher (Abramowitz and Stegun 26.7.5), which is 0.2 % off at 3."""
+    if degrees == 1:
+        return 12.7062
+    if degrees == 2:
+        return 4.3027
+    x = 1.959964
+    terms = (
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
+    )
+    return x + sum(term / degrees ** (power + 1) for power, term in enumerate(terms))
+
+
+def _least(one: Spending, most: Spending) -> Spending:
+    return Spending(min(one.tokens, most.tokens), min(one.usd, most.usd))

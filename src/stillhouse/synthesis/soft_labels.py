@@ -1,0 +1,161 @@
+"""The log-probabilities that come with an API's answers, as the signal of a student's tokens.
+
+An answer's tokens are the student's where both are the same bytes, cut in the same places. Then
+each token has the distribution that the API told: its k likeliest tokens, and a tail with the mass
+of all others. Tokens without one (the end of the turn, most of all, which few servers tell about,
+and turns that stood in the prompt) are learnt as they stand: the token that is there has all the
+mass. Of a token that the teacher drew at temperature 1 that is right on average.
+
+Shapes: N supervised tokens of a row, E entries of all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+
+from stillhouse.data.tokens import TokenRow
+from stillhouse.errors import SignalError
+from stillhouse.signals.encode import Statistics
+from stillhouse.signals.rows import EntryRows, split_ids
+from stillhouse.teachers.token_bytes import token_bytes
+
+LEAST = float(np.finfo(np.float16).min)
+OVER_ONE = 1e-3
+"""By how much the probabilities of a token may pass 1, being rounded."""
+
+Entries = dict[int, float]
+"""Log-probabilities by token id, of one position."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """A tokenizer's tokens as bytes. Of several tokens of the same bytes, the one that the
+    tokenizer itself would use is not known: they have no id here, and stay in the tail."""
+
+    bytes_of: Mapping[int, bytes]
+    id_of: Mapping[bytes, int]
+
+    @classmethod
+    def of(cls, tokenizer: Any, vocabulary: int) -> Words:
+        bytes_of = {i: found for i, found in token_bytes(tokenizer).items() if i < vocabulary}
+        id_of: dict[bytes, int] = {}
+        twice: set[bytes] = set()
+        for i, found in bytes_of.items():
+            twice |= {found} & id_of.keys()
+            id_of[found] = i
+        return cls(bytes_of, {found: i for found, i in id_of.items() if found not in twice})
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """entries: one for each supervised token of the row, likeliest first. told: whether the API
+    told about it. matched: whether the answer's tokens are the student's."""
+
+    entries: list[Entries]
+    told: list[bool]
+    matched: bool
+
+
+def align(
+    row: TokenRow, text: str, logprobs: Sequence[Any] | None, k: int, words: Words
+) -> Aligned:
+    """The signal of a row whose last turn is `text`. logprobs: as the API gave them for the whole
+    answer, of which `text` is the last part. Raises SignalError: probabilities of more than 1."""
+    learnt = np.flatnonzero(row.supervised)
+    learnt = learnt[learnt > 0]
+    ids = row.ids[learnt].tolist()
+    entries: list[Entries] = [{i: 0.0} for i in ids]
+    found = _places(row, learnt, text, logprobs or [], words)
+    told = [False] * len(ids)
+    for place, position in found:
+        distribution = _entries(position, k, words)
+        if distribution:
+            entries[place] = distribution
+            told[place] = True
+    return Aligned(entries, told, bool(found))
+
+
+def _places(
+    row: TokenRow, learnt: Any, text: str, logprobs: Sequence[Any], words: Words
+) -> list[tuple[int, Any]]:
+    """Which supervised tokens the API's positions are about; nothing where they do not match."""
+    turn = len(learnt) - 1
+    while turn > 0 and learnt[turn - 1] == learnt[turn] - 1:
+        turn -= 1
+    ours = [words.bytes_of.get(i) for i in row.ids[learnt[turn:]].tolist()]
+    theirs = [_bytes(position) for position in logprobs]
+    at, end = _span(ours, text.encode())
+    first, last = _span(theirs, text.encode(), final=True)
+    if at == end or ours[at:end] != theirs[first:last]:
+        return []
+    places = [(turn + at + n, logprobs[first + n]) for n in range(end - at)]
+    if end < len(ours) and last < len(theirs) and ours[end] == theirs[last]:
+        places.append((turn + end, logprobs[last]))  # the server tells about the end of the turn
+    return places
+
+
+def _span(tokens: Sequence[bytes | None], text: bytes, *, final: bool = False) -> tuple[int, int]:
+    """The tokens that are exactly this text, the last ones if `final`; (0, 0) where none are."""
+    joined = b"".join(token or b"" for token in tokens)
+    start = joined.rfind(text) if final else joined.find(text)
+    offsets = [0, *accumulate(len(token or b"") for token in tokens)]
+    if not text or start < 0 or start not in offsets or start + len(text) not in offsets:
+        return 0, 0
+    # Tokens without bytes at either end are left out.
+    first = len(offsets) - 1 - offsets[::-1].index(start)
+    return first, offsets.index(start + len(text))
+
+
+def _bytes(position: Any) -> bytes | None:
+    """The bytes of a position's or an alternative's token; None where the server hides them."""
+    if isinstance(position.get("bytes"), list) and position["bytes"]:
+        return bytes(position["bytes"])
+    token = position.get("token")
+    if not isinstance(token, str) or "\ufffd" in token:
+        return None
+    return token.encode()
+
+
+def _entries(position: Any, k: int, words: Words) -> Entries:
+    """The k likeliest of the tokens that the position tells about and the tokenizer knows."""
+    ranked = sorted(position.get("top_logprobs") or [], key=lambda one: -float(one["logprob"]))
+    found: Entries = {}
+    for one in ranked[:k]:
+        known = _bytes(one)
+        token = None if known is None else words.id_of.get(known)
+        if token is not None and token not in found:
+            found[token] = max(float(one["logprob"]), LEAST)
+    mass = sum(map(math.exp, found.values()))
+    if not mass <= 1.0 + OVER_ONE:
+        raise SignalError(
+            f"the API's log-probabilities of the token {position.get('token')!r} have a mass of "
+            f"{mass:.4f}",
+            where="signals.answers",
+            fix="the server must tell log-probabilities before any sampling; or leave out "
+            "signals.answers",
+        )
+    return found
+
+
+def entry_rows(entries: Sequence[Entries], vocabulary: int) -> tuple[EntryRows, Statistics]:
+    """Encoded as `TopP` does."""
+    ids_E = np.array([i for row in entries for i in row], dtype=np.int64)
+    log_p_E = np.array([p for row in entries for p in row.values()], dtype=np.float64)
+    counts_N = np.array([len(row) for row in entries], dtype=np.uint8)
+    mass_N = np.array([sum(map(math.exp, row.values())) for row in entries])
+    low_E, high_E = split_ids(ids_E, vocabulary)
+    rows = EntryRows(
+        counts_N=counts_N,
+        valued_N=None,
+        low_E=low_E,
+        high_E=high_E,
+        values_X=log_p_E.astype("<f2"),
+        tail_N=(1.0 - mass_N).clip(0.0, 1.0).astype("<f4"),
+    )
+    return rows, Statistics(mass=float(mass_N.clip(max=1.0).sum()))

@@ -1,0 +1,272 @@
+"""The best of several answers to a prompt: by majority, the teacher's likelihood, or a judge."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from stillhouse.errors import RecipeError
+from stillhouse.recipe import parse_recipe
+from stillhouse.recipe.synthesize import SynthesizeRecipe
+from stillhouse.runner import synthesize_text
+from stillhouse.synthesis import Answer, Request, Synthesis
+from stillhouse.synthesis.choose import likelihood, majority, normalized
+from stillhouse.synthesis.filters import Filters, Row, Sieve
+from stillhouse.synthesis.local import Generator
+from stillhouse.synthesis.run import chosen_filters
+from tests import tiny
+from tests.synthesis.stub import Reply, Stub, error
+
+
+def row(text: str, sample: int = 0, **changes: Any) -> Row:
+    facts = {"finish_reason": "stop", "where": "p.txt:1", **changes}
+    return Row(({"role": "user", "content": "a question"},), text, sample=sample, **facts)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("42", " 42. "),
+        ("1,000", "1000.0"),
+        ("$1,234,567", "1234567"),
+        ("**Paris**", "paris"),
+        ("New  York\n", "new york"),
+        ("０", "0.00"),
+        ("-5", "-5.0"),
+    ],
+)
+def test_what_is_the_same_answer(one: str, other: str) -> None:
+    assert normalized(one) == normalized(other)
+
+
+@pytest.mark.parametrize(("one", "other"), [("-5", "5"), ("1,5", "15"), ("10%", "10"), ("a", "b")])
+def test_what_is_another_answer(one: str, other: str) -> None:
+    assert normalized(one) != normalized(other)
+
+
+TEXTS = [
+    "6 x 7 is 41",
+    "I think of 6, of 7, and of the answer: 42",
+    "<think>41? no</think> It is 42.",
+    "no idea",
+]
+
+
+def test_the_majority_answer_is_kept_once_or_as_often_as_it_came() -> None:
+    rows = [row(text, number) for number, text in enumerate(TEXTS)]
+    once = majority(r"\d+")(rows)
+    assert [reason is None for reason in once] == [False, True, False, False]
+    assert once[0] == "it says '41', and 2 of 4 say '42'"
+    assert once[2] == "it says what an answer before it says"
+    assert once[3] is not None
+    assert "nothing in it matches" in once[3]
+    every = majority(r"(?:is|answer:) (\d+)", keep_all=True)(rows)
+    assert [reason is None for reason in every] == [False, True, True, False]
+
+
+def test_without_enough_agreement_all_answers_go() -> None:
+    rows = [row(text) for text in ("1", "2", "2", "3")]
+    assert [reason is None for reason in majority(None)(rows)] == [False, True, False, False]
+    assert None not in majority(None, least=0.6)(rows)
+    assert None in majority(None, least=0.5)(rows)
+    first = majority(None)([row("1"), row("2")])
+    assert first[0] is None, "of two that are said equally often, the one that came first"
+
+
+def test_the_likeliest_answer_is_kept() -> None:
+    values = [-2.0, None, -0.5, -0.5]
+    reasons = likelihood()([row("x", likelihood=value) for value in values])
+    assert [reason is None for reason in reasons] == [False, False, True, False]
+    assert reasons[1] == "the teacher gave no log-probabilities"
+    assert likelihood()([]) == []
+
+
+def test_the_choice_is_among_what_the_filters_before_it_leave(tmp_path: Path) -> None:
+    """And what comes after it sees the chosen ones alone. Each prompt has a vote of its own."""
+    rows = [
+        row("bad", 0),
+        row("bad", 1),
+        row("7", 2),
+        row("8", 0, where="p.txt:2"),
+        row("9", 1, where="p.txt:2"),
+        row("9", 2, where="p.txt:2"),
+    ]
+    before = {"words": lambda r: "a word" if r.text.isalpha() else None}
+    seen: list[str] = []
+
+    def remember(one: Row) -> None:
+        seen.append(one.text)
+
+    filters = Filters(before, majority(None), {"remember": remember})
+    sieve = Sieve(filters, tmp_path / "filtered.jsonl")
+    assert [r.text for r in sieve.keep(rows)] == ["7", "9"]
+    assert sieve.taken == {"words": 2, "best_of": 2, "remember": 0}
+    assert seen == ["7", "9"]
+
+
+def test_a_local_model_tells_the_log_probability_of_its_tokens() -> None:
+    """Those of one whole pass over prompt and answer, at temperature 1 whatever the sampling."""
+    model, tokenizer = tiny.llama(), tiny.tokenizer()
+    asked = [
+        Request(
+            "local",
+            "m",
+            ({"role": "user", "content": f"question {number}"},),
+            {"max_tokens": 6, "temperature": 0.7 * (number % 2), "logprobs": True, "seed": 0},
+        )
+        for number in range(4)
+    ]
+    for request, answer in Generator(model, tokenizer, batch=2).answers(asked):
+        assert isinstance(answer, Answer)
+        assert answer.logprobs is not None
+        prompt = tokenizer.apply_chat_template(
+            [dict(m) for m in request.messages], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        told = [entry["logprob"] for entry in answer.logprobs]
+        assert len(told) == answer.completion_tokens
+        # The text may not give back the tokens, so the likeliest continuation is followed.
+        if request.parameters["temperature"] == 0:
+            ids = list(prompt)
+            for value in told:
+                logits_V = model(torch.tensor([ids])).logits[0, -1].detach()
+                best = logits_V.log_softmax(-1).max(-1)
+                assert value == pytest.approx(float(best.values), abs=1e-4)
+                ids.append(int(best.indices))
+
+
+# --- whole ---------------------------------------------------------------------------------------
+
+
+def synthesized(folder: Path, url: str, best_of: dict[str, Any], **changes: Any) -> Synthesis:
+    (folder / "prompts.txt").write_text("question 0\nquestion 1\nquestion 2\n")
+    section = {
+        "teacher": {"api": {"base_url": url, "model": "teacher"}},
+        "prompts": {"path": "prompts.txt", "samples": 3},
+        "sampling": {"max_tokens": 20},
+        "filters": {"best_of": best_of},
+        **changes,
+    }
+    raw = tiny.recipe(folder, folder=str(folder / "runs" / "tiny"), synthesize=section)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return synthesize_text(path)
+
+
+def answers(result: Synthesis) -> list[str]:
+    lines = result.out.read_text().splitlines()
+    return [json.loads(line)["messages"][-1]["content"] for line in lines]
+
+
+def numbered(number: int, payload: dict[str, Any]) -> Reply:
+    """The nth answer to a prompt says n, and is the likelier the larger n."""
+    asked = payload["messages"][-1]["content"]
+    nth = SAMPLES.setdefault(asked, [])
+    nth.append(number)
+    entries = [{"token": "x", "logprob": math.log(0.1 * len(nth))}] * 2
+    return Reply(text=f"answer {len(nth)}", logprobs=entries if payload.get("logprobs") else None)
+
+
+SAMPLES: dict[str, list[int]] = {}
+
+
+def test_the_answer_that_an_api_found_likeliest(tmp_path: Path) -> None:
+    SAMPLES.clear()
+    with Stub(numbered) as stub:
+        result = synthesized(tmp_path, stub.url, {"kind": "likelihood"})
+        assert all(payload["logprobs"] is True for payload in stub.payloads)
+    assert answers(result) == ["answer 3"] * 3
+    assert result.taken["best_of"] == 6
+
+
+def judged(number: int, payload: dict[str, Any]) -> Reply:
+    """A teacher, and a judge that likes the answer 2, and otherwise what it reads first."""
+    if payload["model"] == "teacher":
+        return numbered(number, payload)
+    question = payload["messages"][-1]["content"]
+    if "[Answer]" in question:
+        score = "<think>7 or 8?</think>9" if "answer 2" in question else "Score: 4/10"
+        return Reply(text=score)
+    first, _, second = question.partition("[Answer B]")
+    return Reply(text="B" if "answer 2" in second and "answer 2" not in first else "A")
+
+
+@pytest.mark.parametrize(
+    ("compare", "verdicts"), [("scores", 3 * 3), ("pairs", 3 * 6)], ids=["scores", "pairs"]
+)
+def test_the_answer_that_a_judge_likes_best(tmp_path: Path, compare: str, verdicts: int) -> None:
+    SAMPLES.clear()
+    with Stub(judged, models=("teacher", "judge")) as stub:
+        price = {"input": 1.0, "output": 1.0}
+        judge = {"api": {"base_url": stub.url, "model": "judge", "price": price}}
+        best_of = {"kind": "judge", "teacher": judge, "compare": compare, "criteria": "It is even."}
+        result = synthesized(tmp_path, stub.url, best_of)
+        questions = [p["messages"][-1]["content"] for p in stub.payloads if p["model"] == "judge"]
+        assert len(questions) == verdicts
+        assert all("It is even." in q and "user" not in q.split("[")[0] for q in questions)
+        asked = len(stub.payloads)
+        assert synthesized(tmp_path, stub.url, best_of).kept == 3
+        assert len(stub.payloads) == asked, "verdicts are in the journal too"
+    assert answers(result) == ["answer 2"] * 3
+    assert (result.judged, result.unjudged, result.judge_tokens) == (verdicts, 0, 15 * verdicts)
+    assert result.judge_usd == pytest.approx(15 * verdicts / 1e6)
+    victim = json.loads(result.victims.read_text().splitlines()[0])
+    points = {"scores": "it 4, and the best 9", "pairs": "it 0.5, and the best 2"}[compare]
+    assert victim["reason"] == f"the judge gives {points}"
+
+
+def test_what_a_judge_does_not_answer_is_not_kept_and_asked_again(tmp_path: Path) -> None:
+    SAMPLES.clear()
+    broken = True
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if payload["model"] == "judge" and broken and "answer 2" in str(payload["messages"]):
+            return error(400, "no")
+        return judged(number, payload)
+
+    with Stub(script, models=("teacher", "judge")) as stub:
+        best_of = {
+            "kind": "judge",
+            "teacher": {"api": {"base_url": stub.url, "model": "judge"}},
+        }
+        first = synthesized(tmp_path, stub.url, best_of)
+        assert (first.judged, first.unjudged) == (6, 3)
+        assert answers(first) == ["answer 1"] * 3
+        broken = False
+        assert answers(synthesized(tmp_path, stub.url, best_of)) == ["answer 2"] * 3
+
+
+@pytest.mark.parametrize(
+    ("best_of", "samples", "expected"),
+    [
+        ({"kind": "likelihood"}, 1, "set prompts.samples"),
+        ({"kind": "votes"}, 2, "kind"),
+        ({"kind": "majority", "pattern": "("}, 2, "no regular expression"),
+        (
+            {"kind": "judge", "teacher": {"local": {}}, "budget": {"max_usd": 1}},
+            2,
+            "a budget is for teacher.api",
+        ),
+    ],
+)
+def test_choices_that_cannot_be(
+    tmp_path: Path, best_of: dict[str, Any], samples: int, expected: str
+) -> None:
+    section = {
+        "teacher": {"api": {"base_url": "http://127.0.0.1:1/v1", "model": "m"}},
+        "prompts": {"path": "prompts.txt", "samples": samples},
+        "filters": {"best_of": best_of},
+    }
+    with pytest.raises(RecipeError, match=expected):
+        chosen_filters(parse_section(tmp_path, section).filters, tmp_path)
+
+
+def parse_section(folder: Path, section: dict[str, Any]) -> SynthesizeRecipe:
+    found = parse_recipe(tiny.recipe(folder, synthesize=section)).synthesize
+    assert found is not None
+    return found

@@ -1,0 +1,266 @@
+"""Synthesis as the first stage of a run, and what is told and agreed to before it is paid."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import stillhouse
+from stillhouse.check import check_recipe
+from stillhouse.cli import app
+from stillhouse.errors import DataError, RecipeError
+from stillhouse.runner import RunResult, prepare_data, synthesize_text
+from stillhouse.spending import agree_to_spend
+from stillhouse.synthesis import Known
+from stillhouse.synthesis.budget import Spending
+from tests import tiny
+from tests.synthesis.stub import Reply, Stub
+
+PRICE = {"input": 1000.0, "output": 10_000.0}
+OUT = {"kind": "jsonl", "path": "synthetic.jsonl"}
+
+
+def recipe(folder: Path, teacher: dict[str, Any], /, **changes: Any) -> dict[str, Any]:
+    """A tiny run whose only text is what a teacher answers to 80 prompts."""
+    if not (folder / "prompts.txt").exists():
+        (folder / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(80)))
+    section = {
+        "teacher": teacher,
+        "prompts": {"path": "prompts.txt"},
+        "sampling": {"max_tokens": 8},
+        "filters": {"truncated": False, "refusals": False},
+        **changes.pop("synthesize", {}),
+    }
+    data = {"sources": [OUT], "context": 64, "heldout_tokens": 256, "train_tokens": None}
+    folder_of_run = str(folder / "runs" / "tiny")
+    train = {"max_steps": 2}
+    sections = {"folder": folder_of_run, "synthesize": section, "data": data, "train": train}
+    return tiny.recipe(folder, **{**sections, **changes})
+
+
+def api(url: str, **changes: Any) -> dict[str, Any]:
+    return {"api": {"base_url": url, "model": "teacher", "concurrency": 4, **changes}}
+
+
+def write(folder: Path, raw: dict[str, Any]) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def run(folder: Path, raw: dict[str, Any]) -> RunResult:
+    result = stillhouse.run(raw, base=folder)
+    assert result is not None
+    return result
+
+
+def echo(number: int, payload: dict[str, Any]) -> Reply:
+    return Reply(text=f"answer to {payload['messages'][-1]['content']}")
+
+
+def done(result: RunResult) -> dict[str, bool]:
+    """Which stages were found done."""
+    return {stage.name: stage.reused for stage in result.stages}
+
+
+def test_a_run_makes_its_text_learns_from_it_and_then_has_nothing_to_do(
+    tmp_path: Path, in_process: None
+) -> None:
+    raw = recipe(tmp_path, {"local": {"precision": "float32"}})
+    first = run(tmp_path, raw)
+    assert list(done(first))[:3] == ["synthesis", "data", "student"]
+    assert not any(done(first).values())
+    made = first.stages[0]
+    assert made.summary["kept"] == 80
+    assert made.cost.flops > 0
+    published = (tmp_path / "synthetic.jsonl").read_bytes()
+    assert published == (tmp_path / "runs/tiny/synthesis/synthetic.jsonl").read_bytes()
+    assert (
+        published.count(b"\n")
+        == first.stages[1].summary["train"]["documents"]
+        + (first.stages[1].summary["heldout"]["documents"])
+    )
+    again = run(tmp_path, raw)
+    assert all(done(again).values())
+
+
+def test_the_content_of_the_text_decides_what_is_done_again(
+    tmp_path: Path, in_process: None
+) -> None:
+    with Stub(echo) as stub:
+        raw = recipe(tmp_path, api(stub.url))
+        run(tmp_path, raw)
+        assert len(stub.payloads) == 80
+        # Another rule that takes nothing: the same text, so that nothing after it is done again.
+        raw["synthesize"]["filters"]["max_characters"] = 1000
+        same = done(run(tmp_path, raw))
+        assert same.pop("synthesis") is False
+        assert same.pop("report") is False, "it shows the recipe"
+        assert all(same.values())
+        # A file that is overwritten by hand, or by another recipe, is not what is trained on.
+        (tmp_path / "synthetic.jsonl").write_text("{}")
+        assert all(done(run(tmp_path, raw)).values())
+        assert (tmp_path / "synthetic.jsonl").read_text() == "{}"
+        raw["synthesize"]["filters"]["forbid_pattern"] = "question 7$"
+        other = done(run(tmp_path, raw))
+        assert not other["data"]
+        assert not other["train"]
+        assert len(stub.payloads) == 80, "the journal has every answer"
+
+
+def test_a_run_that_is_killed_while_it_asks_buys_nothing_again(tmp_path: Path) -> None:
+    with Stub(lambda n, payload: Reply(text=f"answer {n}", delay=0.05)) as stub:
+        raw = recipe(tmp_path, api(stub.url))
+        command = [sys.executable, "-m", "stillhouse", "run", str(write(tmp_path, raw))]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        while len(stub.payloads) < 30:
+            time.sleep(0.01)
+            assert process.poll() is None, process.communicate()[1]
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=30)
+        assert not list((tmp_path / "runs/tiny/stages").glob("synthesis-*"))
+        sent = len(stub.payloads)
+        assert synthesize_text(tmp_path / "recipe.yaml").kept == 80
+        assert len(stub.payloads) <= 80 + 2 * 4
+        assert len(stub.payloads) < 80 + sent
+
+
+def test_requests_without_an_answer_are_asked_again_by_synthesize(tmp_path: Path) -> None:
+    fails = [3, 5]
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        which = int(payload["messages"][-1]["content"].split()[1])
+        return Reply(status=400, body=b"no") if which in fails else Reply(text=f"answer {which}")
+
+    with Stub(script) as stub:
+        path = write(tmp_path, recipe(tmp_path, api(stub.url)))
+        first = synthesize_text(path)
+        assert (first.answered, first.failed, first.kept) == (78, 2, 78)
+        prepare_data(path)
+        asked = len(stub.payloads)
+        prepare_data(path)
+        assert len(stub.payloads) == asked
+        fails.clear()
+        second = synthesize_text(path)
+        assert (second.answered, second.new, second.kept) == (80, 2, 80)
+        assert len((tmp_path / "synthetic.jsonl").read_text().splitlines()) == 80
+        assert synthesize_text(path).new == 0
+
+
+def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path, in_process: None) -> None:
+    with Stub(echo) as stub:
+        raw = recipe(tmp_path, api(stub.url))
+        raw["data"]["sources"] = [
+            {"kind": "text", "path": str(tmp_path / "text.txt"), "documents": "line"}
+        ]
+        assert "synthesis" not in done(run(tmp_path, raw))
+        assert stub.payloads == []
+        found = check_recipe(write(tmp_path, raw))
+    warnings = [finding.text for finding in found if finding.level == "warning"]
+    assert (
+        "no source of data names synthetic.jsonl: `stillhouse run` synthesizes nothing" in warnings
+    )
+
+
+def test_a_look_at_the_data_spends_nothing(tmp_path: Path) -> None:
+    with Stub(echo) as stub:
+        path = write(tmp_path, recipe(tmp_path, api(stub.url)))
+        with pytest.raises(DataError, match="not synthesized yet") as caught:
+            prepare_data(path)
+        assert stub.payloads == []
+    assert str(caught.value.fix) == f"stillhouse synthesize {path}"
+
+
+# --- what it will cost -----------------------------------------------------------------------
+
+
+def test_a_few_calls_tell_the_cost_of_the_rest_and_are_not_lost(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=f"answer {number}", usage=(10, 4 + number % 3))
+
+    with Stub(script) as stub:
+        path = write(tmp_path, recipe(tmp_path, api(stub.url, price=PRICE)))
+        before = {finding.topic: finding for finding in check_recipe(path)}
+        assert "cannot be foreseen" in before["data"].text
+        assert "training" not in before
+        found = {finding.topic: finding for finding in check_recipe(path, calls=6)}
+        asked = [payload["messages"][-1]["content"] for payload in stub.payloads]
+        assert sorted(asked) == sorted(f"question {n}" for n in (0, 13, 26, 40, 53, 66))
+        assert found["synthesis"].text.startswith(
+            "6 of 80 requests are answered; the rest takes about 1,110 tokens, $4.44 (95 % likely: "
+        )
+        assert "training" in found
+        synthesize_text(path)
+        assert len(stub.payloads) == 80
+
+
+def test_the_interval_is_that_of_predictions() -> None:
+    """Against numbers worked out by hand: 9, 10, 11 dollars, then 6 more requests."""
+    known = Known(9, 6, Spending(30, 30.0), Spending(999, 999.0), (302.0, 302.0))
+    assert known.likely == Spending(60, 60.0)
+    half = 4.3027 * 1.0 * (6 + 36 / 3) ** 0.5
+    low, high = known.between or (Spending(), Spending())
+    assert low.usd == pytest.approx(60 - half)
+    assert high.usd == pytest.approx(60 + half)
+    assert Known(9, 6, Spending(30, 30.0), Spending(70, 70.0), (302.0, 302.0)).between == (
+        Spending(round(60 - half), pytest.approx(60 - half)),
+        Spending(70, 70.0),
+    )
+    assert Known(9, 8, Spending(10, 10.0), Spending(999, 999.0), (100.0, 100.0)).between is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "asks"),
+    [
+        ({"price": PRICE}, True),
+        ({"price": {"input": 0.0, "output": 0.0}}, False),
+        ({"key_env": "TINY_KEY"}, True),
+        ({}, False),
+    ],
+    ids=["a price", "free", "a key, and the price unknown", "a server that wants no key"],
+)
+def test_without_a_budget_an_api_is_paid_only_when_that_is_agreed_to(
+    tmp_path: Path, changes: dict[str, Any], asks: bool
+) -> None:
+    questions: list[str] = []
+
+    def confirm(question: str) -> bool:
+        questions.append(question)
+        return False
+
+    raw = recipe(tmp_path, api("http://127.0.0.1:1/v1", **changes))
+    path = write(tmp_path, raw)
+    for command in ("run", "synthesize"):
+        assert agree_to_spend(path, [], command=command, confirm=confirm) is not asks
+    assert len(questions) == 2 * asks
+    assert all(question.startswith("0 of 80 requests are answered") for question in questions)
+    budget = ["synthesize.budget.max_tokens=100"]
+    assert agree_to_spend(path, budget, command="run", confirm=None)
+    if asks:
+        with pytest.raises(RecipeError, match="pay an API without a limit") as caught:
+            agree_to_spend(path, [], command="run", confirm=None)
+        assert "--yes" in str(caught.value.fix)
+
+
+def test_the_command_line_refuses_to_pay_unasked_where_nobody_can_be_asked(tmp_path: Path) -> None:
+    with Stub(echo) as stub:
+        path = str(write(tmp_path, recipe(tmp_path, api(stub.url, price=PRICE))))
+        refused = CliRunner().invoke(app, ["synthesize", path])
+        assert isinstance(refused.exception, RecipeError)
+        assert stub.payloads == []
+        agreed = CliRunner().invoke(app, ["synthesize", path, "--yes"])
+        assert agreed.exit_code == 0
+        assert len(stub.payloads) == 80
+        # Nothing is left to be paid, so nothing is asked.
+        assert CliRunner().invoke(app, ["synthesize", path]).exit_code == 0
+    summary = json.loads((tmp_path / "runs/tiny/synthesis/summary.json").read_text())
+    assert summary["usd"] == pytest.approx(80 * (10 * 1000 + 5 * 10_000) / 1e6)
