@@ -20,6 +20,13 @@ LARGEST = {4: (-8.5, -8.0, -7.5, -7.0, 7.0, 7.5), 8: (-128.0, 127.0)}
 one with the least squared error is taken. Past the grid's end, that number is clipped and the
 others gain; the sign chooses which side has the one whole number more."""
 
+WEIGHED = {
+    4: tuple(sign * float(place) for place in range(6, 15) for sign in (-1, 1)),
+    8: tuple(sign * float(place) for place in range(118, 135, 4) for sign in (-1, 1)),
+}
+"""The same where errors are weighed: a large number on an input that hardly matters may be clipped
+by far, so that its neighbours gain."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -53,7 +60,7 @@ def choose_scales(weight_OI: Tensor, grid: Grid, moment_I: Tensor | None = None)
         counts_Gg = moment_I.to(weight_OI.device).float().unflatten(-1, (-1, grid.group))
     best_OG = torch.zeros_like(extreme_OG)
     least_OG = torch.full_like(extreme_OG, torch.inf)
-    for largest in LARGEST[grid.bits]:
+    for largest in (LARGEST if moment_I is None else WEIGHED)[grid.bits]:
         scale_OG = (extreme_OG / largest).half().float()
         error_OGg = groups_OGg - _rounded(groups_OGg, scale_OG, grid) * scale_OG[..., None]
         error_OG = (error_OGg.square() * counts_Gg).sum(-1)
