@@ -448,6 +448,12 @@ class QuantizeRecipe(Section):
     max_bytes: int | None = Field(
         None, gt=0, description="Leave the most sensitive parts alone while the model fits."
     )
+    calibration_tokens: int | None = Field(
+        8192,
+        gt=0,
+        description="Training tokens on which it is measured how much each input of a matrix "
+        "matters, which chooses the scales; null: all inputs matter alike.",
+    )
     sensitivity_tokens: int = Field(
         1024, gt=0, description="Held-out tokens on which sensitivity is measured."
     )
