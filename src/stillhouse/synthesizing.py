@@ -78,6 +78,7 @@ def synthesis(recipe: Recipe, base: Path) -> StagePlan:
     inputs = {
         "recipe": section.model_dump(mode="json", exclude=rules),
         "asked": [[one.endpoint, one.model, dict(one.parameters)] for one in asked],
+        "seed": None if section.prompts.combine is None else recipe.seed,
         "files": {key: _content(base, key, path) for key, path in _files(section).items()},
     }
     return StagePlan(NAME, inputs, work)

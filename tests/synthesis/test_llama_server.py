@@ -78,7 +78,7 @@ class Server:
         command = [sys.executable, "-m", "llama_cpp.server", "--model", str(self.model)]
         command += ["--model_alias", "smollm2", "--host", HOST, "--port", str(self.port)]
         command += ["--api_key", KEY, "--n_ctx", "1024", "--logits_all", "True"]
-        command += ["--n_threads", str(os.cpu_count() or 1), "--verbose", "False"]
+        command += ["--n_threads", str(len(os.sched_getaffinity(0))), "--verbose", "False"]
         quiet = subprocess.DEVNULL
         self.process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
         header = {"authorization": f"Bearer {KEY}"}
