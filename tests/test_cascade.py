@@ -111,6 +111,26 @@ def test_the_account_from_scratch_is_measured_and_told(tmp_path: Path) -> None:
     assert json.loads((again.folder / "family.json").read_text())["scratch"] == scratch
 
 
+def test_the_last_member_alone_is_trained_rounded_and_shipped_as_gguf(tmp_path: Path) -> None:
+    words = tiny.merging_tokenizer()
+    tiny.llama(vocab_size=len(words)).save_pretrained(tmp_path / "teacher")
+    words.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text(tiny.text(400))
+    raw = recipe(tmp_path, ship="last")
+    raw["quantize"] = {"qat": {"tokens": 1000, "learning_rate": 1e-3}}
+    raw["export"] = {"formats": ["gguf-q4_0"]}
+    result = done(raw)
+    wide, narrow = result.members.values()
+    assert "quantize" not in [stage.name for stage in wide.stages]
+    assert (wide.model / "model.safetensors").is_file()
+    kl = {model.role: model.fidelity.kl for model in narrow.evaluation.models}
+    assert kl["quantized_trained"] < kl["quantized"]
+    file = narrow.model / "tiny-narrow-q4_0.gguf"
+    shipped = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name)
+    assert shipped.config.num_hidden_layers == 2
+    assert "trained quantized" in (result.folder / "family.html").read_text().lower()
+
+
 def test_one_shot_members_are_all_pruned_from_the_teacher(tmp_path: Path) -> None:
     result = done(recipe(tmp_path, start="original"))
     stages = {stage.name: stage for stage in result.members["narrow"].stages}

@@ -18,7 +18,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stillhouse
+from stillhouse import shipping
 from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseError
+from stillhouse.export import Pushed
 from stillhouse.runner import RunResult, evaluate_model, prepare_data
 from stillhouse.training import read_metrics
 from tests import tiny
@@ -159,6 +161,29 @@ def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> No
         "export",
         "report",
     ]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_what_passed_its_replay_is_pushed_once_and_what_failed_is_not(
+    finished: tuple[Path, RunResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = finished
+    asked: list[list[str]] = []
+
+    def push(section: Any, folders: dict[str, Path], name: str) -> Pushed:
+        asked.append([path.name for path in folders.values() if (path / "README.md").is_file()])
+        return Pushed(section.repo, dict.fromkeys(folders, "address"))
+
+    monkeypatch.setattr(shipping, "push", push)
+    raw = yaml.safe_load((folder / "recipe.yaml").read_text())
+    raw["export"] = {"kl_limit": 1e-15, "push_to_hub": {"repo": "me/small"}}
+    with pytest.raises(ModelError, match="differs from its source"):
+        run(raw)
+    assert asked == []
+    del raw["export"]["kl_limit"]
+    assert "push" in [stage.name for stage in run(raw).stages]
+    assert {stage.name: stage.reused for stage in run(raw).stages}["push"]
+    assert asked == [["model"]]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from the second stage on there is one vocabulary, as in every run.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from stillhouse.hardware import choose_precision, default_device, peak_memory_by
 from stillhouse.job import Job, find_models
 from stillhouse.pruning import load_kept_ids
 from stillhouse.recipe import Recipe
+from stillhouse.recipe.pruning import VocabularyFile
 from stillhouse.recipe.schema import PrunedStudent
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages import Do, StagePlan
@@ -76,11 +78,20 @@ def vocabulary(job: Job, data: Stage) -> StagePlan:
         return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=found)
 
     inputs = {
-        "vocabulary": section.vocabulary,
+        "vocabulary": _named_tokens(section, job.base),
         "teacher": job.teacher.fingerprint,
         "data": data.digest,
     }
     return StagePlan("vocabulary", inputs, work)
+
+
+def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:
+    """What the recipe keeps; of a file, its content."""
+    if not isinstance(section.vocabulary, VocabularyFile):
+        return section.vocabulary
+    file = base / section.vocabulary.path
+    # A missing file has its error where it is read.
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _perplexities(job: Job, cut: Path, windows: WindowSet) -> dict[str, Any]:

@@ -114,6 +114,7 @@ def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
                 tokens=_stage(result, "train").cost.tokens,
                 flops=sum(stage.cost.flops for stage in own if stage.name in PRODUCING),
                 seconds=sum(stage.cost.seconds for stage in own if stage.name in PRODUCING),
+                decoding=_decoding(evaluation),
             )
         )
     first = next(iter(members.values()))
@@ -137,6 +138,14 @@ def _generations(members: Mapping[str, RunResult]) -> list[Generation]:
             found.setdefault("teacher", generation.answers["teacher"])
             found[name] = generation.answers["student"]
     return [Generation(prompt, found) for prompt, found in answers.items()]
+
+
+def _decoding(evaluation: Evaluation) -> float | None:
+    """The student's speed over the teacher's: members are measured at different times."""
+    teacher, student = (_result(evaluation, role).speed for role in ("teacher", "student"))
+    if teacher is None or student is None:
+        return None
+    return student.decode_tokens_per_s / teacher.decode_tokens_per_s
 
 
 def _stage(result: RunResult, name: str) -> Stage:

@@ -17,11 +17,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from stillhouse import account
+from stillhouse.answering.plan import foresee_answers
 from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
-from stillhouse.export import announce_gguf, license_warning, require_torchao, teacher_license
+from stillhouse.export import (
+    announce_gguf,
+    license_warning,
+    require_token,
+    require_torchao,
+    teacher_license,
+)
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
 from stillhouse.job import (
     Job,
@@ -112,9 +119,13 @@ def _topic(error: StillhouseError) -> str:
 
 def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Finding]:
     whole = load_any_recipe(path, overrides)
-    if isinstance(whole, ClassifyRecipe):
+    if not isinstance(whole, Recipe):
         yield Finding("ok", "recipe", f"{path} is valid")
-        for level, topic, text, fix in foresee(whole, path.parent):
+        if isinstance(whole, ClassifyRecipe):
+            lines = foresee(whole, path.parent)
+        else:
+            lines = foresee_answers(whole, path.parent)
+        for level, topic, text, fix in lines:
             yield Finding(level, topic, text, fix)
         return
     yield Finding("ok", "recipe", f"{path} is valid")
@@ -179,6 +190,9 @@ def _exports(job: Job) -> Iterator[Finding]:
                 yield Finding("warning", "export", text, fix)
     if job.recipe.quantize is not None and "safetensors" in job.recipe.export.formats:
         require_torchao()
+    hub = job.recipe.export.push_to_hub
+    if hub is not None:
+        require_token(hub)
     yield Finding("ok", "export", ", ".join(job.recipe.export.formats))
     license_ = teacher_license(job.recipe.teacher.license, job.teacher.path)
     warning = license_warning(license_)

@@ -15,6 +15,7 @@ from stillhouse.errors import StillhouseError
 
 if TYPE_CHECKING:
     from stillhouse.evaluate import Evaluation
+    from stillhouse.recipe import AnsweringRecipe, ClassifyRecipe
 
 app = typer.Typer(
     name="stillhouse",
@@ -45,12 +46,12 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
     """
     from rich.console import Console
 
-    from stillhouse.recipe import ClassifyRecipe, load_any_recipe
+    from stillhouse.recipe import Recipe, load_any_recipe
     from stillhouse.runner import run as run_recipe
 
     loaded = load_any_recipe(recipe, set_ or [])
-    if isinstance(loaded, ClassifyRecipe):
-        _run_task(recipe, set_ or [])
+    if not isinstance(loaded, Recipe):
+        _run_task(loaded, recipe)
         return
     if loaded.cascade is not None:
         cascade(recipe, set_, yes)
@@ -261,18 +262,23 @@ def preview(
 ) -> None:
     """Shows some training windows, coloured by loss mask: what the student is asked to predict.
 
-    Of a recipe with `task`: what the teacher reads, and the answers that are scored.
+    Of a recipe with `task`: what the teacher reads.
 
     Example: `stillhouse preview recipes/demo.yaml --rows 2`
     """
     from rich.console import Console
 
     from stillhouse.data import preview as render
-    from stillhouse.recipe import ClassifyRecipe, load_any_recipe
+    from stillhouse.recipe import AnsweringRecipe, ClassifyRecipe, load_any_recipe
     from stillhouse.runner import prepare_data
     from stillhouse.teachers import load_tokenizer
 
     loaded = load_any_recipe(recipe, set_ or [])
+    if isinstance(loaded, AnsweringRecipe):
+        from stillhouse.answering.plan import preview_answers
+
+        Console().print(preview_answers(loaded, recipe.parent, rows))
+        return
     if isinstance(loaded, ClassifyRecipe):
         from stillhouse.tasks.plan import preview_task
 
@@ -319,12 +325,15 @@ def report(
     from rich.console import Console
 
     from stillhouse.report import ReportData, write_report
+    from stillhouse.report.answers import AnswersReport, write_answers_report
     from stillhouse.report.classifier import ClassifierReport, write_classifier_report
 
     target = out or (folder / "report.html").resolve()
     stored = (folder / "report.html").resolve().with_name("report.json")
     if (folder / "model" / "classifier.json").is_file():
         write_classifier_report(ClassifierReport.load(stored), target)
+    elif (folder / "model" / "answering.json").is_file():
+        write_answers_report(AnswersReport.load(stored), target)
     else:
         write_report(ReportData.load(stored), target)
     Console().print(f"report  {target}", highlight=False)
@@ -332,7 +341,7 @@ def report(
 
 @app.command()
 def predict(
-    folder: Annotated[Path, typer.Argument(help="The run folder of a classifier, or its model.")],
+    folder: Annotated[Path, typer.Argument(help="The run folder of a task, or its model.")],
     texts: Annotated[
         str, typer.Argument(help="JSONL, CSV, Parquet or a text a line; - is standard input.")
     ] = "-",
@@ -340,17 +349,23 @@ def predict(
         str, typer.Option("--text", help="The column or key that holds the text.")
     ] = "text",
 ) -> None:
-    """Labels texts with a finished classifier; writes a JSON line for each, in their order.
+    """Labels or answers texts with a task's student; writes a JSON line for each, in their order.
 
     Example: `echo "my card never came" | stillhouse predict runs/classify`
     """
     import json
 
+    from stillhouse.answering.predict import answers_folder, predicted_answers
     from stillhouse.tasks.predict import file_texts, open_classifier, predictions, stream_texts
 
     source = stream_texts(sys.stdin, text_key) if texts == "-" else None
-    classifier = open_classifier(folder)
-    for row in predictions(classifier, source or file_texts(Path(texts), text_key)):
+    source = source or file_texts(Path(texts), text_key)
+    student = answers_folder(folder)
+    if student is None:
+        rows = predictions(open_classifier(folder), source)
+    else:
+        rows = predicted_answers(student, source)
+    for row in rows:
         typer.echo(json.dumps(row, ensure_ascii=False))
 
 
@@ -399,14 +414,24 @@ def _agree(
         raise typer.Exit(1)
 
 
-def _run_task(recipe: Path, overrides: list[str]) -> None:
-    from rich.console import Console
+def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path) -> None:
+    from rich.console import Console, RenderableType
 
-    from stillhouse.tasks.run import run_task
+    from stillhouse.answering import AnsweringResult, run_answering
+    from stillhouse.answering.table import answers_table
+    from stillhouse.recipe import AnsweringRecipe
+    from stillhouse.tasks.run import TaskResult, run_task
     from stillhouse.tasks.table import classifier_table
 
-    result = run_task(recipe, overrides=overrides)
-    Console().print(classifier_table(result.evaluation))
+    result: TaskResult | AnsweringResult
+    table: RenderableType
+    if isinstance(loaded, AnsweringRecipe):
+        result = run_answering(loaded, base=path.parent)
+        table = answers_table(result.evaluation)
+    else:
+        result = run_task(loaded, base=path.parent)
+        table = classifier_table(result.evaluation)
+    Console().print(table)
     Console().print(f"model   {result.model}\nreport  {result.report}", highlight=False)
 
 

@@ -174,7 +174,7 @@ def read(
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, overrides), base or Path(recipe).parent
     if not isinstance(recipe, Recipe):
-        recipe = parse_recipe(dict(recipe))
+        recipe = parse_recipe(dict(recipe), overrides=overrides)
     return recipe, base or Path.cwd()
 
 
@@ -189,6 +189,9 @@ def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     job, data, student, trained, baseline, quantized = _stages_together(recipe, base, do)
     evaluated = do(stages.evaluation(job, data, student, trained, baseline, quantized))
     exported = do(shipping.export(job, data, [trained, *quantized][-1], evaluated))
+    hub = recipe.export.push_to_hub
+    if hub is not None:
+        do(shipping.push_exports(hub, exported, recipe.export.formats, recipe.name))
     report = do(shipping.report(job, list(finished)))
     for stage in finished:
         if stage.name == SIGNALS:

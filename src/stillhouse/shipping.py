@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from stillhouse import account
 from stillhouse.evaluate import Evaluation
 from stillhouse.export import (
+    K_QUANTS,
     CardFacts,
     Gate,
+    ReplayResult,
+    against_teacher,
     export_checkpoint,
     export_gguf,
     export_torchao,
+    has_llama_cpp,
+    push,
     teacher_license,
     write_card,
 )
-from stillhouse.hardware import machine, peak_memory_bytes
+from stillhouse.hardware import (
+    choose_precision,
+    default_device,
+    machine,
+    peak_memory_bytes,
+)
 from stillhouse.job import Job
-from stillhouse.quantize import FILE, Quantization
-from stillhouse.recipe import recipe_yaml
+from stillhouse.quantize import FILE, Quantization, draw_windows
+from stillhouse.quantize.moments import Moments, input_moments
+from stillhouse.recipe import Recipe, recipe_yaml
+from stillhouse.recipe.shipping import PushRecipe
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
 from stillhouse.stages import EVALUATION, StagePlan, open_data
+from stillhouse.teachers import load_model
 from stillhouse.training import METRICS, MODEL, read_metrics
 
 REPORT = "report.html"
@@ -47,33 +63,79 @@ def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan
         )
         grid = Quantization.load(grid_file) if grid_file.is_file() else None
         card = _card(job, data, shipped, Evaluation.load(evaluated.path / EVALUATION))
-        replays = []
-        for form in section.formats:
-            folder = out / shipped_folder(form)
-            if form != "safetensors":
-                kind, name = form.removeprefix("gguf-"), job.recipe.name
-                replay = export_gguf(gate, folder, kind=kind, name=name, quantization=grid)
-            elif grid is None:
-                replay = export_checkpoint(gate, folder, dtype=section.dtype)
-            else:
-                replay = export_torchao(gate, folder, quantization=grid, dtype=section.dtype)
-            write_card(folder, card, replay)
-            replays.append(replay)
+        dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
+        vocabulary, replays = job.vocabulary, []
+        moments = _moments(job, data, shipped.path / MODEL)
+        with against_teacher(gate, job.teacher.path, vocabulary=vocabulary, dtype=dtype) as asked:
+            for form in section.formats:
+                folder = out / shipped_folder(form)
+                replay = _export(asked, folder, form, job.recipe, grid, moments)
+                write_card(folder, card, replay)
+                replays.append(replay)
         return Outcome(
             summary={"replays": [asdict(replay) for replay in replays]},
             peak_memory_bytes=peak_memory_bytes(),
         )
 
     inputs = {
-        "recipe": section.model_dump(mode="json"),
+        "recipe": section.model_dump(mode="json", exclude={"push_to_hub"}),
         "name": job.recipe.name,
         "prompts": job.recipe.evaluate.prompts,
         "data": data.digest,
         "shipped": shipped.digest,
         "evaluated": evaluated.digest,
         "license": job.recipe.teacher.license,
+        "llama_cpp": has_llama_cpp(),
     }
-    return StagePlan("export", inputs, work, version=2)
+    return StagePlan("export", inputs, work, version=3)
+
+
+def _export(
+    gate: Gate,
+    folder: Path,
+    form: str,
+    recipe: Recipe,
+    grid: Quantization | None,
+    moments: Moments | None,
+) -> ReplayResult:
+    if form != "safetensors":
+        return export_gguf(
+            gate,
+            folder,
+            kind=form.removeprefix("gguf-"),
+            name=recipe.name,
+            quantization=grid,
+            moments=moments,
+        )
+    dtype = recipe.export.dtype
+    if grid is None:
+        return export_checkpoint(gate, folder, dtype=dtype)
+    return export_torchao(gate, folder, quantization=grid, dtype=dtype)
+
+
+def _moments(job: Job, data: Stage, model: Path) -> Moments | None:
+    """Of training text, where a format asks for them."""
+    section = job.recipe.export
+    k_quants = any(form.removeprefix("gguf-") in K_QUANTS for form in section.formats)
+    if section.importance_tokens is None or not k_quants:
+        return None
+    windows, _ = open_data(data)
+    loaded = load_model(model, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
+    chosen, _ = draw_windows(windows, section.importance_tokens, job.recipe.seed)
+    return input_moments(loaded.to(default_device()), chosen)
+
+
+def push_exports(
+    section: PushRecipe, exported: Stage, forms: Sequence[str], name: str
+) -> StagePlan:
+    """Uploads what has passed its replay: an export that fails ends the run before this stage."""
+
+    def work(_out: Path) -> Outcome:
+        folders = {form: exported.path / shipped_folder(form) for form in forms}
+        return Outcome(summary=asdict(push(section, folders, name)))
+
+    inputs = {"recipe": section.model_dump(mode="json"), "exported": exported.digest, "name": name}
+    return StagePlan("push", inputs, work)
 
 
 def shipped_folder(form: str) -> str:

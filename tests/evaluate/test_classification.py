@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from stillhouse.evaluate.classification import (
     Abstention,
@@ -53,12 +55,47 @@ def test_measure_compares_with_both_the_truth_and_the_teacher() -> None:
     assert measure("teacher", P_NC, P_NC, None).accuracy is None
 
 
-def test_the_threshold_is_the_lowest_that_is_good_enough() -> None:
-    # From 0.7 on two of two are right, from 0.6 on two of three, from 0.55 on three of four.
-    assert choose_threshold(P_NC, TRUE_N, 1.0) == pytest.approx(0.7)
-    assert choose_threshold(P_NC, TRUE_N, 0.75) == pytest.approx(0.55)
-    assert choose_threshold(P_NC, 1 - P_NC.argmax(-1), 0.5) is None
-    assert answered(P_NC, TRUE_N, choose_threshold(P_NC, TRUE_N, 1.0)) == (0.5, 1.0)
+def calibration(wrong: list[int]) -> tuple[Tensor, Tensor]:
+    """Texts of falling confidence; those at the given places are labelled wrongly."""
+    confidence_N = torch.linspace(0.99, 0.6, 60)
+    true_N = torch.zeros(60, dtype=torch.long)
+    true_N[wrong] = 1
+    return torch.stack([confidence_N, 1 - confidence_N], 1), true_N
+
+
+def clopper_pearson(right: int, total: int, sureness: float) -> float:
+    """The lower bound by its definition: the rate that would give so many in 1 - sureness."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        p = (low + high) / 2
+        tail = sum(
+            math.comb(total, k) * p**k * (1 - p) ** (total - k) for k in range(right, total + 1)
+        )
+        low, high = (p, high) if tail < 1 - sureness else (low, p)
+    return low
+
+
+@pytest.mark.parametrize("wrong", [[], [30], [10, 50], [40, 45, 50, 55]])
+def test_the_threshold_is_the_lowest_that_is_surely_good_enough(wrong: list[int]) -> None:
+    p_NC, true_N = calibration(wrong)
+    answered_at = [
+        total
+        for total in range(1, 61)
+        if clopper_pearson(total - sum(w < total for w in wrong), total, 0.9) >= 0.9
+    ]
+    expected = float(p_NC[max(answered_at) - 1, 0])
+    assert choose_threshold(p_NC, true_N, 0.9, 0.9) == pytest.approx(expected)
+
+
+def test_too_few_texts_show_nothing_however_good() -> None:
+    # With all of n right the bound is 0.1 ** (1 / n), which is 0.9 from n = 22 on.
+    p_NC, true_N = calibration([])
+    assert choose_threshold(p_NC[:21], true_N[:21], 0.9, 0.9) is None
+    assert choose_threshold(p_NC[:22], true_N[:22], 0.9, 0.9) == pytest.approx(float(p_NC[21, 0]))
+
+
+def test_answered_is_the_share_above_the_threshold_and_how_good_it_is() -> None:
+    assert answered(P_NC, TRUE_N, 0.7) == (0.5, 1.0)
     assert answered(P_NC, TRUE_N, None) == (0.0, None)
 
 
@@ -70,7 +107,7 @@ def test_the_curve_goes_from_the_most_confident_to_all() -> None:
 
 def test_an_evaluation_is_read_as_it_was_written(tmp_path: Path) -> None:
     result = measure("teacher", P_NC, P_NC, TRUE_N)
-    chosen = Abstention("agreement", 0.9, 0.7, 0.5, 1.0, 0.4, None)
+    chosen = Abstention("agreement", 0.9, 0.95, 0.7, 0.5, 1.0, 0.4, None)
     found = ClassificationEvaluation(["a", "b"], 4, [result], chosen, [(0.5, 1.0)], ["a note"])
     found.save(tmp_path / "evaluation.json")
     assert ClassificationEvaluation.load(tmp_path / "evaluation.json") == found

@@ -6,6 +6,7 @@ import ast
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,12 @@ def test_comparison_agrees_with_one_token_at_a_time(trained: Path) -> None:
     other = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight.mul_(0.5)
-    found = replay._compare(source, other, [windows[index] for index in range(len(windows))])
+    runtimes = {
+        "source": partial(replay.logits_of, source),
+        "exported": partial(replay.logits_of, other),
+    }
+    tokens, pairs = replay._compare(runtimes, {str(i): windows[i] for i in range(len(windows))})
+    found = {**pairs["source ‖ exported"], "tokens": tokens}
 
     total, same, count = 0.0, 0, 0
     with torch.no_grad():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +25,6 @@ from transformers import (
 
 from stillhouse.errors import ModelError
 from stillhouse.export import Gate, announce_gguf, export_gguf
-from stillhouse.export import gguf as gguf_export
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import for_gguf
 from stillhouse.export.gguf_tokenizer import SPLITS, pre_tokenizer_name
@@ -228,47 +225,6 @@ def test_rules_of_cutting_text_are_told_apart(pattern: str) -> None:
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([other, plain])
     with pytest.raises(ModelError, match="rules of its own"):
         pre_tokenizer_name(words)
-
-
-# --- k-quants ------------------------------------------------------------------------------------
-
-
-def test_k_quants_need_llama_cpp(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gguf_export.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match="not installed"):
-        export_gguf(gate(source), tmp_path / "out", kind="q4_k_m", name="toy")
-
-
-@pytest.mark.usefixtures("in_process")
-def test_k_quants_are_made_by_llama_cpp_from_the_float32_file(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """llama.cpp itself is played by a copy of the file: what is tested is how it is asked."""
-    asked: dict[str, Any] = {}
-
-    def quantize(whole: bytes, file: bytes, params: SimpleNamespace) -> int:
-        asked["ftype"] = params.ftype
-        assert all(
-            tensor.tensor_type == gguf.GGMLQuantizationType.F32
-            for tensor in gguf.GGUFReader(whole.decode()).tensors
-        )
-        shutil.copy(whole.decode(), file.decode())
-        return 0
-
-    fake = SimpleNamespace(
-        LLAMA_FTYPE_MOSTLY_Q4_K_M=15,
-        llama_model_quantize_default_params=SimpleNamespace,
-        llama_model_quantize=quantize,
-    )
-    monkeypatch.setattr(gguf_export, "require_llama_cpp", lambda: None)
-    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
-    result = export_gguf(gate(source), tmp_path / "out", kind="q4_k_m", name="toy")
-    assert asked == {"ftype": 15}
-    assert result.kl == pytest.approx(0, abs=1e-9)
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["Modelfile", "toy-q4_k_m.gguf"]
 
 
 def test_tensors_of_the_file_are_the_sources_numbers(source: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from stillhouse.pruning.correction import least_squares_change
 from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove, refit_to
 
 
@@ -26,6 +27,11 @@ def rows(count: int, ffn: int, hidden: int) -> tuple[Tensor, Tensor, Tensor, Ten
     return activations, torch.randn(hidden, ffn), torch.randn(count, hidden), torch.rand(count)
 
 
+def corrected(down: Tensor, moments: Moments) -> Tensor:
+    """The projection that undoes all of the error on these rows."""
+    return down + least_squares_change(moments, ridge=1e-12)
+
+
 def moments_of(activations: Tensor, error: Tensor | None, weight: Tensor) -> Moments:
     moments = Moments.zeros(activations.shape[1], 5)
     for part in torch.arange(len(activations)).split(37):
@@ -36,9 +42,8 @@ def moments_of(activations: Tensor, error: Tensor | None, weight: Tensor) -> Mom
 def test_the_refit_is_the_weighted_least_squares_solution() -> None:
     activations, down, error, weight = rows(200, 12, 5)
     target = activations @ down.T + error
-    kept, refit = refit_and_remove(
-        down, moments_of(activations, error, weight), 7, ridge=1e-12, correction=1.0
-    )
+    moments = moments_of(activations, error, weight)
+    kept, refit = refit_and_remove(corrected(down, moments), moments, 7, ridge=1e-12)
     scaled = weight[:, None]
     expected = torch.linalg.lstsq(activations[:, kept] * scaled, target * scaled).solution.T
     assert_close(refit, expected, rtol=1e-6, atol=1e-8)
@@ -56,9 +61,8 @@ def test_one_neuron_goes_where_it_costs_least() -> None:
         return (inputs @ solution - target * scaled).square().sum().item()
 
     best = min(itertools.combinations(range(9), 8), key=loss)
-    kept, _ = refit_and_remove(
-        down, moments_of(activations, error, weight), 8, ridge=1e-12, correction=1.0
-    )
+    moments = moments_of(activations, error, weight)
+    kept, _ = refit_and_remove(corrected(down, moments), moments, 8, ridge=1e-12)
     assert tuple(kept.tolist()) == best
 
 
@@ -66,7 +70,9 @@ def test_groups_and_single_removals_refit_alike() -> None:
     activations, down, error, weight = rows(300, 24, 5)
     moments = moments_of(activations, error, weight)
     for group in (1, 5):
-        kept, refit = refit_and_remove(down, moments, 10, ridge=1e-12, correction=1.0, group=group)
+        kept, refit = refit_and_remove(
+            corrected(down, moments), moments, 10, ridge=1e-12, group=group
+        )
         scaled = weight[:, None]
         target = (activations @ down.T + error) * scaled
         expected = torch.linalg.lstsq(activations[:, kept] * scaled, target).solution.T
@@ -111,7 +117,7 @@ def test_a_given_choice_is_refit_by_least_squares() -> None:
     activations, down, error, weight = rows(200, 12, 5)
     kept = torch.tensor([0, 3, 4, 7, 11])
     moments = moments_of(activations, error, weight)
-    refit = refit_to(down, moments, kept, ridge=1e-12, correction=1.0)
+    refit = refit_to(corrected(down, moments), moments, kept, ridge=1e-12)
     target = (activations @ down.T + error) * weight[:, None]
     inputs = activations[:, kept] * weight[:, None]
     assert_close(refit, torch.linalg.lstsq(inputs, target).solution.T, rtol=1e-6, atol=1e-8)

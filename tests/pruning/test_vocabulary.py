@@ -24,6 +24,7 @@ from stillhouse.pruning import (
     prune_model,
     prune_tokenizer,
 )
+from stillhouse.pruning.tokens import Merges
 from stillhouse.recipe.schema import PrunedStudent
 from stillhouse.students import build_student
 from stillhouse.teachers import load_model, load_tokenizer, resolve_model, save_tokenizer
@@ -232,6 +233,46 @@ def test_special_tokens_and_bytes_cannot_be_lost() -> None:
             prune_tokenizer(tokenizer, [id for id in kept if id != lost])
     with pytest.raises(RecipeError, match="comes twice"):
         prune_tokenizer(tokenizer, [*kept, kept[0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["lines", "names", "ids"])
+def test_a_file_names_the_tokens(kind: str, how: str, tmp_path: Path) -> None:
+    expected = kept_for_text(kind)
+    names = KINDS[kind].convert_ids_to_tokens(list(expected))
+    content = {"names": json.dumps(names), "ids": json.dumps(expected)}
+    file = tmp_path / ("tokens.txt" if how == "lines" else "tokens.json")
+    # A token that holds a line break cannot stand on a line of its own.
+    broken = {id for id, name in zip(expected, names, strict=True) if "\n" in name}
+    lines = "\n".join(name for name in names if "\n" not in name)
+    file.write_text(content.get(how, lines), encoding="utf-8")
+    lost = broken if how == "lines" else set()
+    assert set(kept_for_text(kind, file)) == set(expected) - lost
+
+
+def test_a_file_gets_the_tokens_that_its_own_are_made_of(tmp_path: Path) -> None:
+    tokenizer = KINDS["byte-level"]
+    merges = Merges(tokenizer)
+    always = merges.alphabet() | merges.added.keys()
+    word = max(set(kept_for_text("byte-level")) - always, key=lambda id: len(merges.parts(id)))
+    names = [merges.tokens[id] for id in (*always, word)]
+    file = tmp_path / "tokens.json"
+    file.write_text(json.dumps(names), encoding="utf-8")
+    assert set(kept_for_text("byte-level", file)) == always | merges.parts(word)
+
+
+def test_a_file_that_loses_what_any_text_needs_is_refused(tmp_path: Path) -> None:
+    tokenizer, file = KINDS["byte-level"], tmp_path / "tokens.json"
+    kept = tokenizer.convert_ids_to_tokens(list(kept_for_text("byte-level")))
+    for lost in ("</s>", "Ġ"):
+        file.write_text(json.dumps([name for name in kept if name != lost]), encoding="utf-8")
+        with pytest.raises(RecipeError, match=f"lack 1 that every text may need: {lost}"):
+            kept_for_text("byte-level", file)
+    file.write_text(json.dumps([*kept, "no such token"]), encoding="utf-8")
+    with pytest.raises(RecipeError, match="1 tokens to keep are none of the teacher's: no such"):
+        kept_for_text("byte-level", file)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        kept_for_text("byte-level", tmp_path / "missing.txt")
 
 
 def test_other_tokenizers_are_refused() -> None:

@@ -63,7 +63,7 @@ def test_the_resolved_recipe_reads_back_as_itself(path: Path, tmp_path: Path) ->
 
 
 def test_a_task_is_refused_by_verbs_for_language_models() -> None:
-    with pytest.raises(RecipeError, match="makes a classifier"):
+    with pytest.raises(RecipeError, match="has a task"):
         load_recipe(RECIPES / "classify.yaml")
 
 

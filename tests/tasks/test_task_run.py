@@ -57,10 +57,11 @@ def test_another_prior_asks_the_teacher_nothing_again(folder: Path) -> None:
     "student",
     [
         {"start": "truncated", "layers": 1},
+        {"start": "truncated", "layers": 1, "pooling": "last"},
         {"start": "pretrained", "model": "other", "head": "words"},
         {"start": "pretrained", "model": "other", "head": "classes"},
     ],
-    ids=["truncated", "words", "classes"],
+    ids=["truncated", "last token", "words", "classes"],
 )
 def test_every_kind_of_student_learns(tmp_path: Path, student: dict[str, Any]) -> None:
     raw = toys.recipe(tmp_path, student=student)

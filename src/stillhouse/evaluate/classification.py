@@ -6,6 +6,7 @@ Shapes: N texts, C labels.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class ClassifierResult:
 @dataclass(frozen=True)
 class Abstention:
     """threshold: the confidence from which on the student answers; None where none is enough.
+    sureness: with which it is as good as `wanted` there, by the calibration texts.
 
     coverage: the share of the calibration texts that it answers, and `reached` how good it is on
     them; test_*: the same on the test texts, on which nothing was chosen.
@@ -50,6 +52,7 @@ class Abstention:
 
     measure: str
     wanted: float
+    sureness: float
     threshold: float | None
     coverage: float
     reached: float | None
@@ -151,15 +154,32 @@ def coverage_curve(p_NC: Tensor, true_N: Tensor) -> list[tuple[float, float]]:
     )
 
 
-def choose_threshold(p_NC: Tensor, true_N: Tensor, wanted: float) -> float | None:
-    """The lowest confidence at which those who are at least so confident are right often enough;
-    None where even the most confident are not."""
+def choose_threshold(p_NC: Tensor, true_N: Tensor, wanted: float, sureness: float) -> float | None:
+    """The lowest confidence at which those who are at least so confident are right often enough,
+    beyond chance; None where the texts do not show it of any confidence.
+
+    Beyond chance: the lower Clopper-Pearson bound of their share, at `sureness`, is at least
+    `wanted`. It holds for each confidence by itself; that the lowest of many is taken makes it a
+    little less sure.
+    """
     confidence_N, said_N = p_NC.max(-1)
-    right_N = (said_N == true_N).double()
+    wrong_N = said_N != true_N
     for threshold in confidence_N.unique().tolist():  # sorted
-        if float(right_N[confidence_N >= threshold].mean()) >= wanted:
+        above_N = confidence_N >= threshold
+        wrong, total = int(wrong_N[above_N].sum()), int(above_N.sum())
+        if _chance_of_so_few(wrong, total, 1 - wanted) <= 1 - sureness:
             return float(threshold)
     return None
+
+
+def _chance_of_so_few(wrong: int, total: int, rate: float) -> float:
+    """P(at most `wrong` of `total` errors), where each is one with probability `rate`. The lower
+    Clopper-Pearson bound of the share that is right, at s, is 1 - rate where this is 1 - s."""
+    n = torch.tensor(float(total), dtype=torch.float64)
+    i = torch.arange(wrong + 1, dtype=torch.float64)
+    ways = (n + 1).lgamma() - (i + 1).lgamma() - (n - i + 1).lgamma()
+    terms = ways + i * math.log(rate) + (n - i) * math.log1p(-rate)
+    return float(terms.logsumexp(0).exp())
 
 
 def answered(p_NC: Tensor, true_N: Tensor, threshold: float | None) -> tuple[float, float | None]:

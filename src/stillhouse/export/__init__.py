@@ -2,20 +2,29 @@
 
 from stillhouse.export.card import CardFacts, license_warning, teacher_license, write_card
 from stillhouse.export.checkpoint import export_checkpoint
-from stillhouse.export.gate import Gate, ReplayResult, ReplayText
+from stillhouse.export.gate import Gate, Likeness, ReplayResult, ReplayText, against_teacher
 from stillhouse.export.gguf import announce_gguf, export_gguf
+from stillhouse.export.hub import Pushed, push, require_token
+from stillhouse.export.llama_quantizer import K_QUANTS, has_llama_cpp
 from stillhouse.export.torchao import export_torchao, require_torchao
 
 __all__ = [
+    "K_QUANTS",
     "CardFacts",
     "Gate",
+    "Likeness",
+    "Pushed",
     "ReplayResult",
     "ReplayText",
+    "against_teacher",
     "announce_gguf",
     "export_checkpoint",
     "export_gguf",
     "export_torchao",
+    "has_llama_cpp",
     "license_warning",
+    "push",
+    "require_token",
     "require_torchao",
     "teacher_license",
     "write_card",

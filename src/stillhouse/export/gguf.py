@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.gguf_blocks import pack
-from stillhouse.export.gguf_file import FORMATS, GGUFFormat, write_gguf
+from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import architecture
 from stillhouse.export.gguf_tokenizer import KNOWN_TO_TRANSFORMERS, pre_tokenizer_name
+from stillhouse.export.llama_quantizer import (
+    K_BLOCK,
+    K_QUANTS,
+    has_llama_cpp,
+    k_quantize,
+    require_llama_cpp,
+)
 from stillhouse.export.modelfile import modelfile
 from stillhouse.quantize import Quantization
+from stillhouse.quantize.moments import Moments
 from stillhouse.teachers import load_model, load_tokenizer
-
-K_QUANTS = {
-    "q2_k": 3.0,
-    "q3_k_m": 1.5,
-    "q4_k_s": 1.0,
-    "q4_k_m": 1.0,
-    "q5_k_m": 0.3,
-    "q6_k": 0.1,
-}
-"""Formats of llama.cpp's own quantizer, and the nats a token allowed to each."""
-
-K_BLOCK = 256
 
 
 def export_gguf(
@@ -39,13 +33,15 @@ def export_gguf(
     kind: str,
     name: str,
     quantization: Quantization | None = None,
+    moments: Moments | None = None,
 ) -> ReplayResult:
     """Writes `out`/NAME-KIND.gguf and a Modelfile from the gate's source, a float32 folder.
 
     kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed.
     quantization: the source's, where it is on a grid: a format that holds the grid then gets its
-    numbers as they are. Before the folder gets its name, transformers' GGUF loader reads the file
-    in a fresh process, and the model is compared with the source as every export is.
+    numbers as they are. moments: of every matrix's inputs, which k-quants weigh errors by. Before
+    the folder gets its name, transformers' GGUF loader reads the file in a fresh process, and so
+    does llama.cpp where it is installed; both are compared with the source as every export is.
     Raises ModelError: an architecture or tokenizer that GGUF cannot hold, an export that does not
     load or that differs by more than is allowed. RunError: no space, no permission, a full folder.
     """
@@ -53,25 +49,30 @@ def export_gguf(
 
     def work(folder: Path) -> ReplayResult:
         file = folder / file_name
-        if kind in FORMATS:
-            limit = FORMATS[kind].kl_limit
-            notes = _write(gate, file, FORMATS[kind], name, quantization)
-        else:
-            limit = K_QUANTS[kind]
-            notes = _k_quantize(gate, file, kind, name)
-        text = modelfile(gate.source, file_name, trust_remote_code=gate.trust_remote_code)
+        code = gate.trust_remote_code
+        notes = write_form(
+            gate.source,
+            file,
+            kind=kind,
+            name=name,
+            quantization=quantization,
+            moments=moments,
+            trust_remote_code=code,
+        )
+        text = modelfile(gate.source, file_name, trust_remote_code=code)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
-        tokenizer = load_tokenizer(gate.source, trust_remote_code=gate.trust_remote_code)
+        tokenizer = load_tokenizer(gate.source, trust_remote_code=code)
         rules = pre_tokenizer_name(tokenizer)
         return gate.pass_or_raise(
             file,
             [file],
             format=f"gguf-{kind}",
             dtype=kind,
-            limit=limit,
+            limit=FORMATS[kind].kl_limit if kind in FORMATS else K_QUANTS[kind],
             advice="use a format with more bits (gguf-q8_0), or quantization-aware distillation "
             "(quantize.qat)",
             same_tokens=rules in KNOWN_TO_TRANSFORMERS,
+            llama_cpp=has_llama_cpp(),
             notes=notes,
         )
 
@@ -101,50 +102,39 @@ def announce_gguf(kind: str, config: Any, tokenizer: Any) -> Iterator[tuple[str,
             )
 
 
-def _write(
-    gate: Gate, file: Path, form: GGUFFormat, name: str, quantization: Quantization | None
+def write_form(
+    source: Path,
+    file: Path,
+    *,
+    kind: str,
+    name: str,
+    quantization: Quantization | None = None,
+    moments: Moments | None = None,
+    trust_remote_code: bool = False,
 ) -> list[str]:
-    code = gate.trust_remote_code
-    packed = {}
+    """Writes `file` as `export_gguf` does, without replaying it: what the user should know of it.
+
+    Raises ModelError as `export_gguf`.
+    """
+    if kind not in FORMATS:
+        return k_quantize(
+            source,
+            file,
+            kind=kind,
+            name=name,
+            moments=moments,
+            trust_remote_code=trust_remote_code,
+        )
+    form, packed = FORMATS[kind], {}
     if quantization is not None:
-        model = load_model(gate.source, dtype=torch.float32, trust_remote_code=code)
+        model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
         packed = pack(dict(model.named_parameters()), quantization, form)
-    fallen = write_gguf(gate.source, file, form, name=name, packed=packed, trust_remote_code=code)
+    fallen = write_gguf(
+        source, file, form, name=name, packed=packed, trust_remote_code=trust_remote_code
+    )
     if not fallen:
         return []
     return [
         f"{len(fallen)} matrices, such as {fallen[0]}, are float16 in {file.name}: their rows do "
         f"not divide into blocks of {form.block}"
     ]
-
-
-def _k_quantize(gate: Gate, file: Path, kind: str, name: str) -> list[str]:
-    require_llama_cpp()
-    import llama_cpp
-
-    whole = file.with_suffix(".f32")
-    write_gguf(
-        gate.source, whole, FORMATS["f32"], name=name, trust_remote_code=gate.trust_remote_code
-    )
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
-    failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), params)
-    whole.unlink()
-    if failed:
-        raise ModelError(
-            f"llama.cpp could not quantize this model to {kind} (code {failed})",
-            where=gate.source,
-            fix="its message is above; gguf-q4_0 and gguf-q8_0 need no llama.cpp",
-        )
-    return []
-
-
-def require_llama_cpp() -> None:
-    """Raises ModelError where llama-cpp-python is not installed."""
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise ModelError(
-            "k-quants are made by llama.cpp, which is not installed",
-            where="export.formats",
-            fix="pip install 'stillhouse[llama-cpp]' (it is compiled, which takes minutes), or use "
-            "gguf-q4_0 or gguf-q8_0, which need nothing",
-        )

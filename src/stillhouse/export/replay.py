@@ -1,4 +1,4 @@
-"""The export's replay, run as a script: transformers, torch and safetensors only.
+"""The export's replay, run as a script: transformers, torch, safetensors, llama.cpp if it is there.
 
 `python -P replay.py FOLDER` reads FOLDER/request.json and FOLDER/windows.safetensors, and writes
 FOLDER/answer.json. It stands for a user who has never heard of Stillhouse, so it imports nothing
@@ -9,9 +9,15 @@ Shapes: L tokens of a window, N supervised rows of a window, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import statistics
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +28,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROWS = 512
 """The most supervised rows of one window that are compared: bounds the logits held at once."""
+SPEED_PROMPT, SPEED_TOKENS, SPEED_ROUNDS = 8, 12, 3
+"""Tokens read, tokens written and timed, and how often; runtimes take turns."""
+
+Window = dict[str, torch.Tensor]
+Answers = Callable[[str, Window, torch.Tensor], torch.Tensor]
+"""A runtime's logits [N, V] of the rows of a window, which has a name."""
+Step = Callable[[list[int]], int]
+"""Reads tokens after those that it has read, and gives the likeliest next one; [] forgets them."""
 
 
 def main(folder: Path) -> None:
@@ -39,15 +53,32 @@ def main(folder: Path) -> None:
     prompts = request["prompts"] if request["same_tokens"] else []
     problems = _problems(model, info, exported)
     problems += _tokenizer_problems(source_tokenizer, tokenizer, prompts)
+    runtimes: dict[str, Answers] = {
+        "source": partial(logits_of, source_model),
+        "exported": partial(logits_of, model),
+    }
+    steps: dict[str, Step] = {"source": stepping(source_model)}
+    write: Callable[[str, int], str] = partial(_greedy, model, tokenizer)
+    if request["llama_cpp"]:
+        llama = LlamaCpp.load(exported, windows)
+        runtimes["llama.cpp"], steps["exported"], write = llama.logits_of, llama.step, llama.greedy
+        problems += _cut_otherwise(source_tokenizer, llama.tokens, request["prompts"])
+    elif not exported.is_file():
+        # A GGUF file's own speed is not that of its numbers as float32 in transformers.
+        steps["exported"] = stepping(model)
+    if request["teacher_logits"]:
+        stored = safe_open(request["teacher_logits"], framework="pt")
+        runtimes["teacher"] = lambda name, window, rows_N: stored.get_tensor(name)
     answer: dict[str, Any] = {"problems": problems}
     if not answer["problems"]:
-        answer |= _compare(source_model, model, windows)
+        answer["tokens"], answer["pairs"] = _compare(runtimes, windows)
+        answer["decode_tokens_per_s"] = _speeds(steps, next(iter(windows.values()))["input_ids"])
         new = request["max_new_tokens"]
         answer["texts"] = [
             {
                 "prompt": prompt,
                 "source": _greedy(source_model, source_tokenizer, prompt, new),
-                "exported": _greedy(model, tokenizer, prompt, new),
+                "exported": write(prompt, new),
             }
             for prompt in request["prompts"]
         ]
@@ -67,12 +98,13 @@ def _load(exported: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any],
     return model.eval(), info, AutoTokenizer.from_pretrained(**where, **options)
 
 
-def _windows(file: Path) -> list[dict[str, torch.Tensor]]:
-    windows: dict[str, dict[str, torch.Tensor]] = {}
+def _windows(file: Path) -> dict[str, Window]:
+    """By their names, in order."""
+    windows: dict[str, Window] = {}
     for name, tensor in load_file(file).items():
         place, key = name.split(".")
         windows.setdefault(place, {})[key] = tensor
-    return [windows[place] for place in sorted(windows, key=int)]
+    return {place: windows[place] for place in sorted(windows, key=int)}
 
 
 def _problems(model: Any, info: dict[str, Any], exported: Path) -> list[str]:
@@ -102,32 +134,71 @@ def _tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[
     problems = [f"tokens with other ids: {', '.join(sorted(moved)[:4])}"] if moved else []
     if source.chat_template != exported.chat_template:
         problems.append("another chat template")
-    for prompt in prompts:
-        if source(prompt)["input_ids"] != exported(prompt)["input_ids"]:
-            problems.append(f"tokenized otherwise: {prompt[:40]!r}")
-    return problems
+    return problems + _cut_otherwise(source, lambda text: exported(text)["input_ids"], prompts)
+
+
+def _cut_otherwise(
+    source: Any, tokens: Callable[[str], list[int]], prompts: list[str]
+) -> list[str]:
+    return [
+        f"tokenized otherwise: {prompt[:40]!r}"
+        for prompt in prompts
+        if source(prompt)["input_ids"] != tokens(prompt)
+    ]
+
+
+# --- how near -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pair:
+    """kl: sum of KL(first ‖ second) in nats. same: tokens with the same likeliest one."""
+
+    kl: float = 0.0
+    same: int = 0
+
+    def add(self, p_NV: torch.Tensor, q_NV: torch.Tensor) -> None:
+        # A teacher's rows past the shared vocabulary are padding.
+        shared = min(p_NV.shape[1], q_NV.shape[1])
+        p_NV, q_NV = p_NV[:, :shared].cpu(), q_NV[:, :shared].cpu()
+        self.same += int((p_NV.argmax(-1) == q_NV.argmax(-1)).sum())
+        for p, q in zip(p_NV.split(64), q_NV.split(64), strict=True):
+            log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+            self.kl += float((log_p.exp() * (log_p - log_q)).sum())
 
 
 @torch.inference_mode()
 def _compare(
-    source: Any, exported: Any, windows: list[dict[str, torch.Tensor]]
-) -> dict[str, float | int]:
-    """Mean KL(source ‖ exported) in nats, and top-1 agreement, over supervised tokens."""
-    kl = 0.0
-    same = tokens = 0
-    for window in windows:
-        # The logits at t-1 predict the label at t.
-        rows_N = (window["labels"][1:] != -100).nonzero().flatten()[:ROWS]
-        p_NV, q_NV = _logits(source, window, rows_N), _logits(exported, window, rows_N)
-        same += int((p_NV.argmax(-1) == q_NV.argmax(-1)).sum())
+    runtimes: dict[str, Answers], windows: dict[str, Window]
+) -> tuple[int, dict[str, dict[str, float]]]:
+    """Supervised tokens, and of each pair "first ‖ second" the mean KL in nats and top-1 agreement.
+
+    The source against its exports, and the teacher, where it is there, against source and export.
+    """
+    others = [name for name in runtimes if name not in ("source", "teacher")]
+    pairs = {("source", name): Pair() for name in others}
+    if "teacher" in runtimes:
+        pairs |= {("teacher", name): Pair() for name in ("source", "exported")}
+    tokens = 0
+    for name, window in windows.items():
+        rows_N = rows_of(window["labels"])
+        logits = {runtime: ask(name, window, rows_N) for runtime, ask in runtimes.items()}
+        for (first, second), pair in pairs.items():
+            pair.add(logits[first], logits[second])
         tokens += len(rows_N)
-        for p, q in zip(p_NV.split(64), q_NV.split(64), strict=True):
-            log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-            kl += float((log_p.exp() * (log_p - log_q)).sum())
-    return {"kl": kl / tokens, "top1_agreement": same / tokens, "tokens": tokens}
+    return tokens, {
+        " ‖ ".join(names): {"kl": pair.kl / tokens, "top1_agreement": pair.same / tokens}
+        for names, pair in pairs.items()
+    }
 
 
-def _logits(model: Any, window: dict[str, torch.Tensor], rows_N: torch.Tensor) -> torch.Tensor:
+def rows_of(labels_L: torch.Tensor) -> torch.Tensor:
+    """The rows that are compared: the logits at t-1 predict the label at t."""
+    return (labels_L[1:] != -100).nonzero().flatten()[:ROWS]
+
+
+@torch.inference_mode()
+def logits_of(model: Any, _name: str, window: Window, rows_N: torch.Tensor) -> torch.Tensor:
     """Logits [N, V] of those rows. Without a mask, restarting positions part the documents."""
     end = int(rows_N[-1]) + 1
     logits_1NV: torch.Tensor = model(
@@ -136,7 +207,46 @@ def _logits(model: Any, window: dict[str, torch.Tensor], rows_N: torch.Tensor) -
         logits_to_keep=rows_N.to(model.device),
         use_cache=False,
     ).logits
-    return logits_1NV[0]
+    return logits_1NV[0].float()
+
+
+# --- how fast -------------------------------------------------------------------------------------
+
+
+def _speeds(steps: dict[str, Step], ids_L: torch.Tensor) -> dict[str, float]:
+    """Tokens a second that each writes, one after another: by the median step of all rounds."""
+    prompt = ids_L[:SPEED_PROMPT].tolist()
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(SPEED_ROUNDS):
+        for name, step in steps.items():
+            step([])
+            token = step(prompt)
+            for _ in range(SPEED_TOKENS):
+                began = time.perf_counter()
+                token = step([token])
+                seconds[name].append(time.perf_counter() - began)
+    return {name: 1 / statistics.median(taken) for name, taken in seconds.items()}
+
+
+def stepping(model: Any) -> Step:
+    """Of a transformers model, with its key-value cache."""
+    cache: list[Any] = []
+
+    @torch.inference_mode()
+    def step(ids: list[int]) -> int:
+        if not ids:
+            cache.clear()
+            return 0
+        ids_1L = torch.tensor([ids], device=model.device)
+        before = cache.pop() if cache else None
+        output = model(input_ids=ids_1L, past_key_values=before, use_cache=True)
+        cache.append(output.past_key_values)
+        return int(output.logits[0, -1].argmax())  # waits for a GPU
+
+    return step
+
+
+# --- what it writes -------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -163,6 +273,66 @@ def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str
     )
     text = tokenizer.decode(output_1L[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return str(text)
+
+
+# --- llama.cpp ------------------------------------------------------------------------------------
+
+
+@dataclass
+class LlamaCpp:
+    """A GGUF file in llama.cpp, asked as the others are."""
+
+    llama: Any
+
+    @classmethod
+    def load(cls, file: Path, windows: dict[str, Window]) -> LlamaCpp:
+        longest = max(int(window["position_ids"].max()) for window in windows.values()) + 1
+        return cls.open(file, max(512, longest))
+
+    @classmethod
+    def open(cls, file: Path, context: int = 512) -> LlamaCpp:
+        import llama_cpp
+
+        llama = llama_cpp.Llama(
+            str(file),
+            n_ctx=context,
+            n_threads=torch.get_num_threads(),
+            logits_all=True,
+            verbose=False,
+        )
+        return cls(llama)
+
+    def logits_of(self, _name: str, window: Window, rows_N: torch.Tensor) -> torch.Tensor:
+        """Each document of the window alone: its positions start from 0."""
+        end = int(rows_N[-1]) + 1
+        ids, positions = window["input_ids"][:end].tolist(), window["position_ids"][:end]
+        starts = [*(positions == 0).nonzero().flatten().tolist(), end]
+        parts = []
+        for start, stop in itertools.pairwise(starts):
+            self.llama.reset()
+            self.llama.eval(ids[start:stop])
+            parts.append(torch.from_numpy(self.llama.scores[: stop - start].copy()))
+        return torch.cat(parts)[rows_N]
+
+    def step(self, ids: list[int]) -> int:
+        if not ids:
+            self.llama.reset()
+            return 0
+        self.llama.eval(ids)
+        return int(self.llama.scores[self.llama.n_tokens - 1].argmax())
+
+    def tokens(self, text: str) -> list[int]:
+        """As the runtime cuts a prompt, special tokens understood."""
+        return list(self.llama.tokenize(text.encode(), special=True))
+
+    def greedy(self, prompt: str, max_new_tokens: int) -> str:
+        """Through the chat template in the file, where it has one."""
+        options = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": max_new_tokens}
+        if "tokenizer.chat_template" in self.llama.metadata:
+            chat = [{"role": "user", "content": prompt}]
+            choice = self.llama.create_chat_completion(chat, **options)["choices"][0]
+            return str(choice["message"]["content"])
+        return str(self.llama.create_completion(prompt, **options)["choices"][0]["text"])
 
 
 if __name__ == "__main__":

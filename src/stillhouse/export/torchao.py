@@ -40,7 +40,9 @@ def export_torchao(
     require_torchao()
 
     def work(folder: Path) -> ReplayResult:
-        _save(gate, folder, quantization, getattr(torch, dtype))
+        code = gate.trust_remote_code
+        kind = getattr(torch, dtype)
+        save_torchao(gate.source, folder, quantization, kind, trust_remote_code=code)
         limit = KL_LIMITS[dtype] + (DYNAMIC_KL if quantization.dynamic else 0.0)
         return gate.pass_or_raise(
             folder,
@@ -64,11 +66,18 @@ def require_torchao() -> None:
         )
 
 
-def _save(gate: Gate, out: Path, quantization: Quantization, dtype: torch.dtype) -> None:
+def save_torchao(
+    source: Path,
+    out: Path,
+    quantization: Quantization,
+    dtype: torch.dtype,
+    *,
+    trust_remote_code: bool = False,
+) -> None:
+    """Writes the folder, of a float32 checkpoint on the grid, without replaying it."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-    code = gate.trust_remote_code
-    model = load_model(gate.source, dtype=torch.float32, trust_remote_code=code)
+    model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
     weights: dict[str, Tensor] = {
         name: weight.detach().to(dtype) for name, weight in model.named_parameters()
     }
@@ -83,7 +92,7 @@ def _save(gate: Gate, out: Path, quantization: Quantization, dtype: torch.dtype)
     with quiet():
         model.config.save_pretrained(out)
         model.generation_config.save_pretrained(out)
-    save_tokenizer(load_tokenizer(gate.source, trust_remote_code=code), out)
+    save_tokenizer(load_tokenizer(source, trust_remote_code=trust_remote_code), out)
 
 
 def _tensor(

@@ -1,11 +1,10 @@
-"""Removes FFN neurons, and refits the down projection to the residual stream of the full model.
+"""Removes FFN neurons, and refits the down projection so that the others make up for them.
 
-With activations a (N × F, already cut streams feed them), down projection W (D × F) and the error
-E = (full model's stream - cut model's stream) after the layer:
+With activations a (N × F, already cut streams feed them) and down projection W (D × F):
 
-    C = aᵀ a + λ·mean(diag(aᵀ a))·I         W₀ = W + μ·Eᵀ a C⁻¹          (ridge least squares)
+    C = aᵀ a + λ·mean(diag(aᵀ a))·I
 
-Then neurons go in groups. Losing the set Q from W₀ costs at least, with the best refit of the rest,
+Neurons go in groups. Losing the set Q from W costs at least, with the best refit of the rest,
 ‖w_q‖² / [C⁻¹]_qq for one neuron (optimal brain surgeon: Hassibi and Stork 1993; per column of a
 layer: Frantar and Alistarh 2023, arXiv 2301.00774), and the refit and the new inverse are
 
@@ -23,10 +22,6 @@ from torch import Tensor
 
 RIDGE = 1e-3
 """λ: share of the mean activation energy that is added to the diagonal."""
-
-CORRECTION = 0.5
-"""μ: share of the error of the stream that the refit aims to undo. Undoing all of it fits the few
-calibration rows: the error on them falls, and the KL on other text rises (docs/pruning.md)."""
 
 GROUPS_PER_WIDTH = 48
 """Neurons go in groups of 1/48 of the width between two refits: 32 of 1536. Larger groups are
@@ -91,15 +86,14 @@ def refit_to(
     kept_K: Tensor,
     *,
     ridge: float = RIDGE,
-    correction: float = CORRECTION,
 ) -> Tensor:
     """The down projection [D, K] of these neurons, refit so that they do what all of them did."""
-    weight, inverse = corrected(down_DF, moments, ridge, correction)
     stays = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
     stays[kept_K] = True
     if stays.all():
-        return weight
-    return without_columns(weight, inverse, (~stays).nonzero()[:, 0], stays)[0]
+        return down_DF
+    inverse = inverse_moments(moments, ridge)
+    return without_columns(down_DF, inverse, (~stays).nonzero()[:, 0], stays)[0]
 
 
 def refit_and_remove(
@@ -108,12 +102,11 @@ def refit_and_remove(
     keep: int,
     *,
     ridge: float = RIDGE,
-    correction: float = CORRECTION,
     group: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The kept neurons [K], ascending, and their down projection [D, K]."""
     group = max(1, down_DF.shape[1] // GROUPS_PER_WIDTH) if group is None else group
-    weight, inverse = corrected(down_DF, moments, ridge, correction)
+    weight, inverse = down_DF, inverse_moments(moments, ridge)
     alive = torch.arange(down_DF.shape[1], device=down_DF.device)
     while len(alive) > keep:
         count = min(group, len(alive) - keep)
@@ -126,15 +119,11 @@ def refit_and_remove(
     return alive, weight
 
 
-def corrected(
-    weight_DF: Tensor, moments: Moments, ridge: float, correction: float
-) -> tuple[Tensor, Tensor]:
-    """W₀ [D, F] and C⁻¹ [F, F], the latter in units of the mean activation energy."""
+def inverse_moments(moments: Moments, ridge: float) -> Tensor:
+    """C⁻¹ [F, F] in units of the mean activation energy: nothing depends on their scale."""
     energy = moments.C_FF.diagonal().mean()
-    # In units of the mean energy, nothing that follows depends on the activations' scale.
     unit = torch.where(energy > 0, energy, 1.0)
-    inverse = regularized_inverse(moments.symmetric() / unit, ridge)
-    return weight_DF + correction * (moments.B_DF / unit) @ inverse, inverse
+    return regularized_inverse(moments.symmetric() / unit, ridge)
 
 
 def without_columns(

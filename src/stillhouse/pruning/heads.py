@@ -19,11 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillhouse.pruning.ffn import RIDGE, Moments, corrected, without_columns
-
-CORRECTION = 0.0
-"""μ for the output projection: see docs/pruning.md. Undoing earlier layers' error here and in the
-down projection fits the calibration rows twice."""
+from stillhouse.pruning.ffn import RIDGE, Moments, inverse_moments, without_columns
 
 Cost = Callable[[Sequence[int]], float]
 
@@ -49,10 +45,9 @@ def refit_and_remove_heads(
     share: int,
     *,
     ridge: float = RIDGE,
-    correction: float = CORRECTION,
 ) -> tuple[tuple[int, ...], Tensor]:
     """The kept heads, ascending, and the output projection that reads them [D, heads·head_dim]."""
-    weight, inverse = corrected(output_DA, moments, ridge, correction)
+    weight, inverse = output_DA, inverse_moments(moments, ridge)
     alive = list(range(before.groups * before.share))
 
     def places(heads: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ This is for CPUs and Linux; elsewhere, and for models below LARGE_BYTES, nothing
 from __future__ import annotations
 
 import ctypes
+import json
 import mmap
 import sys
 import tempfile
@@ -19,16 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from stillhouse.teachers.local import load_config, load_model
 from stillhouse.teachers.views import decoder_layers
 
 LARGE_BYTES = 2 << 30
 """Weights in float32 from which on they are left on disk."""
-SHARDS = 16
-"""Files that a large model is saved in: each is a copy in memory while it is written."""
 MAPS = Path("/proc/self/smaps")
 _MADV_DONTNEED = 4  # <sys/mman.h> of Linux
 
@@ -132,12 +133,45 @@ def let_go_after_use(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-def shard_size(model: Any) -> str | None:
-    """How large the files are that a model is saved in; None: transformers' own choice."""
+def save_model(model: Any, folder: Path) -> None:
+    """Writes a checkpoint as `save_pretrained` does; a large model's a layer at a time, one file
+    for each and one for its ends, so that no more than a layer is in memory for it."""
     if not is_large(model):
-        return None
-    total = 4 * sum(parameter.numel() for parameter in model.parameters())
-    return f"{max(1, total // SHARDS // 10**6)}MB"
+        model.save_pretrained(folder)
+        return
+    parts = _parts(model)
+    index: dict[str, str] = {}
+    total = 0
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part_folder:
+        for number, (part, names) in enumerate(parts, 1):
+            part_file = Path(part_folder) / SAFE_WEIGHTS_NAME
+            state = {name: value for name, value in model.state_dict().items() if name in names}
+            # It knows which weights are tied, and the names and shapes they have in a file.
+            model.save_pretrained(part_folder, state_dict=state, max_shard_size="1TB")
+            del state
+            let_go(mapped_ranges(part))
+            name = f"model-{number:05}-of-{len(parts):05}.safetensors"
+            with safe_open(part_file, "pt") as saved:
+                index |= dict.fromkeys(saved.keys(), name)
+            total += part_file.stat().st_size
+            part_file.rename(folder / name)
+        for other in Path(part_folder).iterdir():
+            other.rename(folder / other.name)
+    described = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(described, indent=2))
+
+
+def _parts(model: Any) -> list[tuple[nn.Module, set[str]]]:
+    """Each layer with the names of its weights, and the rest of the model."""
+    layers = {id(layer): layer for layer in decoder_layers(model)}
+    places = {name: layers[id(m)] for name, m in model.named_modules() if id(m) in layers}
+    names = list(model.state_dict())
+    found = [
+        (layer, {name for name in names if name.startswith(f"{place}.")})
+        for place, layer in places.items()
+    ]
+    rest = set(names).difference(*(inside for _, inside in found))
+    return [*found, (model, rest)]
 
 
 def _file_maps() -> list[Range]:

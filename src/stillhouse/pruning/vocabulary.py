@@ -29,7 +29,7 @@ MULTIPLE = 64
 def kept_token_ids(
     tokenizer: Any,
     windows: WindowSet,
-    vocabulary: int | Literal["data"],
+    vocabulary: int | Literal["data"] | Path,
     *,
     configs: Sequence[Any] = (),
 ) -> tuple[int, ...]:
@@ -38,17 +38,24 @@ def kept_token_ids(
     Always: added and special tokens, those that `configs` (configurations of the model and of its
     generation) name, and one token for every byte. "data": every token of the windows as well,
     filled up to a multiple of 64. A number: the most frequent ones in the windows, then those
-    that the tokenizer learned first, that many in all. Every token comes with those that BPE
-    makes it from. The model's padding rows, beyond the tokenizer's ids, go.
+    that the tokenizer learned first, that many in all. A file: those it names, and it must name
+    the ones that always stay. Every token comes with those that BPE makes it from. The model's
+    padding rows, beyond the tokenizer's ids, go.
 
-    Raises RecipeError for a number that is too small or larger than the tokenizer, and for
-    tokenizers that cannot be cut (anything but BPE).
+    Raises RecipeError for a number that is too small or larger than the tokenizer, for a file that
+    cannot be read or loses a token that is needed, and for tokenizers that cannot be cut (anything
+    but BPE).
     """
     merges = Merges(tokenizer)
     named = _named(configs)
     kept = named - merges.tokens.keys()
     total = len(merges.tokens) + len(kept)
-    for id in merges.alphabet() | merges.added.keys() | (named - kept):
+    needed = merges.alphabet() | merges.added.keys() | (named - kept)
+    if isinstance(vocabulary, Path):
+        wanted = _listed(vocabulary, merges)
+        _check_nothing_lost(vocabulary, merges, needed - wanted)
+        return tuple(sorted(kept.union(*map(merges.parts, wanted))))
+    for id in needed:
         kept |= merges.parts(id)
     counts = Counter({id: n for id, n in _counts(windows).items() if id in merges.tokens})
     if vocabulary == "data":
@@ -71,6 +78,44 @@ def kept_token_ids(
         if len(grown) <= size:
             kept = grown
     return tuple(sorted(kept))
+
+
+def _listed(file: Path, merges: Merges) -> set[int]:
+    """The ids of the tokens that a file names."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        listed = json.loads(text) if file.suffix == ".json" else text.split("\n")
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"the tokens to keep cannot be read: {error}",
+            where=file,
+            fix="write one token a line, as the tokenizer writes them, or a list in a .json file",
+        ) from error
+    # An id may be 0; an empty line names no token.
+    named = [one for one in listed if one != ""]
+    ids = [one if isinstance(one, int) else merges.every_id.get(one, -1) for one in named]
+    unknown = [str(one) for one, id in zip(named, ids, strict=True) if id not in merges.tokens]
+    if unknown:
+        raise RecipeError(
+            f"{len(unknown):,} tokens to keep are none of the teacher's: {_few(unknown)}",
+            where=file,
+            fix="write tokens as the tokenizer writes them: Ġhouse, not ' house'",
+        )
+    return set(ids)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+
+
+def _check_nothing_lost(file: Path, merges: Merges, lost: set[int]) -> None:
+    if lost:
+        names = [merges.tokens[id] for id in sorted(lost)]
+        raise RecipeError(
+            f"the tokens to keep lack {len(lost):,} that every text may need: {_few(names)}",
+            where=file,
+            fix="add them: special tokens, and one for each byte; or use vocabulary: data",
+        )
 
 
 def save_kept_ids(kept_ids: Sequence[int], folder: Path) -> None:

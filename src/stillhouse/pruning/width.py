@@ -31,11 +31,11 @@ from stillhouse.pruning.calibrate import (
     layer_inputs,
     products,
 )
+from stillhouse.pruning.correction import Evidence
 from stillhouse.pruning.depth import summed_kl
 from stillhouse.pruning.experts import best_experts, narrow_experts
-from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove, refit_to
+from stillhouse.pruning.ffn import activation_scores, best, refit_and_remove, refit_to
 from stillhouse.pruning.gradients import Fisher
-from stillhouse.pruning.heads import CORRECTION as HEADS_CORRECTION
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.hidden import Basis
 from stillhouse.pruning.local import after_layer, distill_block
@@ -263,7 +263,7 @@ def _cut_heads(streams: Streams, cut: Cut, index: int, narrow: Stream, full_mid:
         streams.after_attention(layer, index, narrow)
     width, hidden_size = output.in_features, output.out_features
     mean = cut.ranking.aggregation == "mean"
-    moments = Moments.zeros(width, hidden_size, output.weight.device, absolute=mean)
+    evidence = Evidence(width, hidden_size, output.weight.device, absolute=mean)
     basis = cut.basis
     for batch, heads_RLA, x_RLD, mid_RLD in zip(
         streams.batches, heads, narrow, full_mid, strict=True
@@ -271,24 +271,26 @@ def _cut_heads(streams: Streams, cut: Cut, index: int, narrow: Stream, full_mid:
         target_RLD = mid_RLD if basis is None else basis.project(mid_RLD)
         read_NA = heads_RLA[batch.counted_RL].float()
         error_ND = None
-        if axes.attention_output_norm is None:
+        if cut.reconstruct and axes.attention_output_norm is None:
             wrote_ND = nn.functional.linear(read_NA, output.weight, output.bias)
             error_ND = (target_RLD - x_RLD)[batch.counted_RL] - wrote_ND
-        moments.add(read_NA, error_ND, _row_weight(target_RLD, batch))
+        evidence.add(read_NA, error_ND, _row_weight(target_RLD, batch))
+    moments, change_DA = evidence.finish()
+    weight_DA = output.weight + change_DA
     if cut.reconstruct and cut.ranking.by == "refit":
         kept, output_DA = refit_and_remove_heads(
-            output.weight, moments, grouping, after.kv_heads, share
+            weight_DA, moments, grouping, after.kv_heads, share
         )
     else:
-        score_A = activation_scores(moments, output.weight)
+        score_A = activation_scores(moments, weight_DA)
         score_H = score_A.view(before.heads, before.head_dim).sum(1)
         if cut.ranking.fisher is not None:
             score_H = cut.ranking.fisher.heads[index]
         kept = heads_by_score(score_H, grouping, after.kv_heads, share)
         columns = torch.tensor(grouping.columns(kept), device=output.weight.device)
-        output_DA = output.weight[:, columns]
+        output_DA = weight_DA[:, columns]
         if cut.reconstruct:
-            output_DA = refit_to(output.weight, moments, columns, correction=HEADS_CORRECTION)
+            output_DA = refit_to(weight_DA, moments, columns)
     keep_heads(layer, axes, grouping, kept, output_DA)
     columns = torch.tensor(grouping.columns(kept), device=output.weight.device)
     with products(streams.model, streams.dtype):
@@ -323,7 +325,7 @@ def _cut_ffn(streams: Streams, cut: Cut, index: int, mids: Stream, target: Strea
     down = part(layer, f"{axes.ffn}.{axes.down}")
     width, ffn = down.weight.shape
     mean = ranking.aggregation == "mean"
-    moments = Moments.zeros(ffn, width, down.weight.device, absolute=mean)
+    evidence = Evidence(ffn, width, down.weight.device, absolute=mean)
     activations: list[Tensor] = []
     for batch, mid_RLD, target_RLD in zip(streams.batches, mids, target, strict=True):
         with products(streams.model, streams.dtype):
@@ -331,19 +333,22 @@ def _cut_ffn(streams: Streams, cut: Cut, index: int, mids: Stream, target: Strea
         read_NF = activations[-1][batch.counted_RL].float()
         error_ND = None
         # A norm after the FFN is no linear map, so there each layer refits to its own output.
-        if axes.ffn_output_norm is None:
+        if cut.reconstruct and axes.ffn_output_norm is None:
             wrote_ND = nn.functional.linear(read_NF, down.weight, down.bias)
             error_ND = (target_RLD - mid_RLD)[batch.counted_RL] - wrote_ND
-        moments.add(read_NF, error_ND, _row_weight(target_RLD, batch))
+        evidence.add(read_NF, error_ND, _row_weight(target_RLD, batch))
+    moments, change_DF = evidence.finish()
+    weight_DF = down.weight + change_DF
     if cut.reconstruct and ranking.by == "refit":
-        kept_K, down_DK = refit_and_remove(down.weight, moments, ffn_size)
+        kept_K, down_DK = refit_and_remove(weight_DF, moments, ffn_size)
     else:
-        score_F = activation_scores(moments, down.weight)
+        score_F = activation_scores(moments, weight_DF)
         if ranking.fisher is not None:
             score_F = ranking.fisher.neurons[index]
         kept_K = best(score_F, ffn_size)
-        refit = cut.reconstruct
-        down_DK = refit_to(down.weight, moments, kept_K) if refit else down.weight[:, kept_K]
+        down_DK = weight_DF[:, kept_K]
+        if cut.reconstruct:
+            down_DK = refit_to(weight_DF, moments, kept_K)
     keep_neurons(layer, axes, kept_K, down_DK)
     with products(streams.model, streams.dtype):
         return [

@@ -5,6 +5,7 @@ from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.quantize.quantize import (
     TRAINING,
     QuantizeResult,
+    draw_windows,
     planned_bytes,
     qat_section,
     quantize,
@@ -23,6 +24,7 @@ __all__ = [
     "Unit",
     "choose_kept",
     "choose_scales",
+    "draw_windows",
     "find_units",
     "from_codes",
     "measure",

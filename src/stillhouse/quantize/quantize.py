@@ -77,7 +77,7 @@ def quantize(
     units = find_units(model, grid)
     free = _without_named(units, section.keep)
     scales = scales_of(model, free, grid)
-    windows, tokens = _draw(heldout, section.sensitivity_tokens, seed)
+    windows, tokens = draw_windows(heldout, section.sensitivity_tokens, seed)
     found: list[Sensitivity] = []
     kept = list(section.keep)
     if section.max_kl is not None or section.max_bytes is not None:
@@ -211,7 +211,7 @@ def _without_named(units: list[Unit], keep: list[str]) -> list[Unit]:
     return [unit for unit in units if unit.name not in keep]
 
 
-def _draw(windows: WindowSet, tokens: int, seed: int) -> tuple[list[Any], int]:
+def draw_windows(windows: WindowSet, tokens: int, seed: int) -> tuple[list[Any], int]:
     """Windows in an order drawn by `seed`, until enough tokens are supervised; and how many are."""
     drawn, found = [], 0
     for index in random.Random(seed).sample(range(len(windows)), len(windows)):

@@ -1,9 +1,12 @@
 """One YAML file that says everything about one run."""
 
+from stillhouse.recipe.answering import AnsweringRecipe
 from stillhouse.recipe.classify import ClassifyRecipe
 from stillhouse.recipe.load import (
+    AnyRecipe,
     load_any_recipe,
     load_recipe,
+    parse_answering_recipe,
     parse_classify_recipe,
     parse_recipe,
     recipe_json_schema,
@@ -12,10 +15,13 @@ from stillhouse.recipe.load import (
 from stillhouse.recipe.schema import Recipe
 
 __all__ = [
+    "AnsweringRecipe",
+    "AnyRecipe",
     "ClassifyRecipe",
     "Recipe",
     "load_any_recipe",
     "load_recipe",
+    "parse_answering_recipe",
     "parse_classify_recipe",
     "parse_recipe",
     "recipe_json_schema",

@@ -154,7 +154,16 @@ class TextFile(Section):
     label: str | None = Field(
         None, description="The column or key of the true label, where it is known."
     )
-    limit: int | None = Field(None, gt=0, description="Use at most this many rows.")
+    limit: int | None = Field(None, gt=0, description="Use at most this many rows, the first.")
+    sample: int | None = Field(
+        None, gt=0, description="Use at most this many rows, drawn from all (of a sorted file)."
+    )
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> TextFile:
+        if self.limit is not None and self.sample is not None:
+            raise ValueError("limit takes the first rows and sample draws some: give one of them")
+        return self
 
 
 class TextsRecipe(Section):
@@ -193,6 +202,11 @@ class TruncatedClassifier(Section):
     start: Literal["truncated"]
     model: str | None = Field(None, description="As teacher.model; null: the teacher.")
     layers: int = Field(4, gt=0, description="Layers to keep.")
+    pooling: Literal["mean", "last"] = Field(
+        "mean",
+        description="What the head reads: the mean of the last hidden states, or that of the last "
+        "token, which in the first layers of a language model knows little of the text.",
+    )
 
 
 class RandomClassifier(Section):
@@ -245,7 +259,15 @@ class FitRecipe(Section):
 class AbstainRecipe(Section):
     """When the student would rather say nothing: below the confidence at which it is this good."""
 
-    wanted: float = Field(0.95, gt=0, le=1, strict=False, description="Of the texts it answers.")
+    wanted: float = Field(0.95, gt=0, lt=1, strict=False, description="Of the texts it answers.")
+    sureness: float = Field(
+        0.9,
+        gt=0,
+        lt=1,
+        strict=False,
+        description="With which the calibration texts must show that it is so good: the level of "
+        "the lower Clopper-Pearson bound.",
+    )
     measure: Literal["agreement", "accuracy"] = Field(
         "agreement", description="With the teacher, or with the true labels of the texts."
     )

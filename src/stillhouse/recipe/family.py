@@ -14,7 +14,7 @@ def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) ->
     """The recipe of one member, whose teacher is the recipe's.
 
     parent: the trained member before it; None for the first. A size that the hop leaves out is
-    that of `student`.
+    that of `student`. Members that are not shipped (`cascade.ship`) are not quantized.
     """
     cascade, student = recipe.cascade, recipe.student
     assert cascade is not None
@@ -33,12 +33,21 @@ def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) ->
         if cascade.teacher == "both":
             teachers.insert(0, ORIGINAL)
         train = train.model_copy(update={"teachers": teachers})
+    last = hop.name == cascade.hops[-1].name
+    # One repository holds one model: the smallest.
+    export = recipe.export if last else recipe.export.model_copy(update={"push_to_hub": None})
+    quantize = recipe.quantize
+    if cascade.ship == "last" and not last:
+        export = export.model_copy(update={"formats": ["safetensors"]})
+        quantize = None
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-{hop.name}",
             "folder": recipe.folder or str(Path("runs") / recipe.name),
             "student": student.model_copy(update=changes),
             "train": train,
+            "quantize": quantize,
+            "export": export,
             "cascade": None,
         }
     )

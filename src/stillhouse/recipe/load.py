@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import types
@@ -15,12 +16,19 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from stillhouse.errors import RecipeError
+from stillhouse.recipe.answering import AnsweringRecipe
 from stillhouse.recipe.classify import ClassifyRecipe
 from stillhouse.recipe.schema import Recipe
 
 Key = tuple[str | int, ...]
 Lines = dict[Key, int]
 R = TypeVar("R", bound=BaseModel)
+AnyRecipe = Recipe | ClassifyRecipe | AnsweringRecipe
+TASKS: dict[str, type[ClassifyRecipe | AnsweringRecipe]] = {
+    "classify": ClassifyRecipe,
+    "extract": AnsweringRecipe,
+    "generate": AnsweringRecipe,
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -30,16 +38,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     also where the recipe is of a task.
     """
     recipe = load_any_recipe(path, overrides)
-    if isinstance(recipe, ClassifyRecipe):
+    if not isinstance(recipe, Recipe):
         raise RecipeError(
-            "this recipe makes a classifier, and that verb is for language models",
+            "this recipe has a task, and that verb is for language models without one",
             where=path,
             fix="a recipe with `task` knows: run, check, preview, report, predict",
         )
     return recipe
 
 
-def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe | ClassifyRecipe:
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """As `load_recipe`; a recipe with the section `task` is that task's. Raises RecipeError."""
     path = Path(path)
     try:
@@ -52,13 +60,33 @@ def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe |
     for override in overrides:
         key = _apply_override(raw, override)
         lines[key] = 0
-    if "task" in raw:
-        return _validate(raw, lines, str(path), ClassifyRecipe)
-    return _validate(raw, lines, str(path), Recipe)
+    return _validate(raw, lines, str(path), _root(raw, str(path)))
 
 
-def parse_recipe(raw: dict[str, Any], source: str = "recipe") -> Recipe:
-    """Checks a recipe that is already a dictionary. Raises RecipeError."""
+def _root(raw: dict[str, Any], source: str) -> type[AnyRecipe]:
+    if "task" not in raw:
+        return Recipe
+    task = raw["task"]
+    kind = task.get("kind") if isinstance(task, dict) else None
+    if kind not in TASKS:
+        raise RecipeError(
+            f"unknown kind of task {kind!r}" if kind else "`task` needs the key `kind`",
+            where=source,
+            fix=f"kind is one of {', '.join(TASKS)}",
+        )
+    return TASKS[kind]
+
+
+def parse_recipe(
+    raw: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
+) -> Recipe:
+    """Checks a recipe that is already a dictionary, with overrides as `load_recipe`'s.
+
+    Raises RecipeError.
+    """
+    raw = copy.deepcopy(raw)
+    for override in overrides:
+        _apply_override(raw, override)
     return _validate(raw, {}, source, Recipe)
 
 
@@ -67,15 +95,20 @@ def parse_classify_recipe(raw: dict[str, Any], source: str = "recipe") -> Classi
     return _validate(raw, {}, source, ClassifyRecipe)
 
 
+def parse_answering_recipe(raw: dict[str, Any], source: str = "recipe") -> AnsweringRecipe:
+    """As `parse_recipe`, for a task of kind extract or generate."""
+    return _validate(raw, {}, source, AnsweringRecipe)
+
+
 def recipe_json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe, for editors (YAML language server, VS Code)."""
-    schema: dict[str, Any] = TypeAdapter(Recipe | ClassifyRecipe).json_schema()
+    schema: dict[str, Any] = TypeAdapter(AnyRecipe).json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Stillhouse recipe"
     return schema
 
 
-def recipe_yaml(recipe: Recipe | ClassifyRecipe) -> str:
+def recipe_yaml(recipe: AnyRecipe) -> str:
     """The resolved recipe, every default written out."""
     raw = json.loads(recipe.model_dump_json())
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)

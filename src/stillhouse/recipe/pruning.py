@@ -95,6 +95,15 @@ class TargetRecipe(Section):
         return self.key in ("decode_latency", "memory")
 
 
+class VocabularyFile(Section):
+    """Which tokens stay, by name."""
+
+    path: str = Field(
+        description="The tokens to keep: one a line, as the tokenizer writes them (Ġhouse), or in "
+        "a .json file a list of tokens or ids."
+    )
+
+
 class PruningMethod(Section):
     """What decides which parts of the model stay."""
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stillhouse.recipe.pruning import PruningMethod, SearchRecipe, TargetRecipe
+from stillhouse.recipe.pruning import PruningMethod, SearchRecipe, TargetRecipe, VocabularyFile
 from stillhouse.recipe.section import Section
+from stillhouse.recipe.shipping import PushRecipe
 from stillhouse.recipe.signals import SignalsRecipe
 from stillhouse.recipe.synthesize import SynthesizeRecipe
 
@@ -179,10 +180,10 @@ class PrunedStudent(PrunedSizes, PruningMethod):
     model: str | None = Field(
         None, description="What is pruned, as teacher.model; null: the teacher."
     )
-    vocabulary: Annotated[int, Field(gt=0)] | Literal["data"] | None = Field(
+    vocabulary: Annotated[int, Field(gt=0)] | Literal["data"] | VocabularyFile | None = Field(
         None,
-        description="Tokens to keep, the most frequent of the training text; data: all it has. "
-        "The tokenizer is rewritten, and the teacher answers with these tokens alone.",
+        description="Tokens to keep, the most frequent of the training text; data: all it has; or "
+        "those of a file. The tokenizer is rewritten, and the teacher answers with these alone.",
     )
     reconstruct: bool = Field(True, description="Refit what is left by least squares.")
     calibration_tokens: int = Field(16384, gt=0, description="Tokens seen to decide what goes.")
@@ -227,6 +228,12 @@ class CascadeRecipe(Section):
         "original",
         description="What a member learns from: the recipe's teacher, the trained member before "
         "it, or the mean of both; the first member always from the teacher.",
+    )
+
+    ship: Literal["all", "last"] = Field(
+        "all",
+        description="Which members are quantized, and exported in `export.formats`: all of them, "
+        "or the last, the others being plain checkpoints.",
     )
 
     from_scratch: FromScratchRecipe | None = Field(
@@ -512,6 +519,14 @@ class ExportRecipe(Section):
         description="Nats a token that an export may differ from the checkpoint; null: as the "
         "format needs (docs/evaluation.md).",
     )
+
+    importance_tokens: int | None = Field(
+        16384,
+        gt=0,
+        description="Training tokens on which llama.cpp's quantizer learns how much each input of "
+        "a matrix matters (gguf-*_k*); null: all matter alike.",
+    )
+    push_to_hub: PushRecipe | None = Field(None, description="null: nothing is uploaded.")
 
     @model_validator(mode="after")
     def _each_format_once(self) -> ExportRecipe:

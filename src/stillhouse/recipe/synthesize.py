@@ -228,7 +228,7 @@ class JudgeChoice(Section):
 
     @model_validator(mode="after")
     def _budget_fits(self) -> JudgeChoice:
-        _check_budget(self.teacher.api, self.budget)
+        check_budget(self.teacher.api, self.budget)
         return self
 
 
@@ -285,7 +285,7 @@ class SynthesizeRecipe(Section):
     @model_validator(mode="after")
     def _keys_fit_the_teacher(self) -> SynthesizeRecipe:
         api = self.teacher.api
-        _check_budget(api, self.budget)
+        check_budget(api, self.budget)
         if api is None and (self.sampling.extra or self.sampling.top_logprobs is not None):
             raise ValueError("sampling.extra and sampling.top_logprobs are for teacher.api")
         if self.filters.best_of is not None and self.prompts.samples < 2:
@@ -293,7 +293,8 @@ class SynthesizeRecipe(Section):
         return self
 
 
-def _check_budget(api: ApiTeacher | None, budget: BudgetRecipe) -> None:
+def check_budget(api: ApiTeacher | None, budget: BudgetRecipe) -> None:
+    """Raises ValueError where there is nothing that the budget could limit."""
     limited = budget.max_usd is not None or budget.max_tokens is not None
     if api is None and limited:
         raise ValueError("a budget is for teacher.api: a local teacher costs time alone")

@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Any
 
@@ -69,9 +69,13 @@ class Chart:
 
 @dataclass(frozen=True)
 class Point:
+    """name, color: None: those of the role."""
+
     role: str
     x: float
     y: float
+    name: str | None = None
+    color: str | None = None
 
 
 def training_chart(curve: Curve) -> Chart:
@@ -147,7 +151,7 @@ def size_chart(models: Sequence[ModelResult]) -> Chart:
 
     def draw(ax: Axes) -> None:
         x_label = f"parameters ({unit})" if unit else "parameters"
-        _scatter(ax, points, x_label, "KL to the teacher (nats a token)", down=True)
+        scatter(ax, points, x_label, "KL to the teacher (nats a token)", down=True)
 
     return svg_chart("size", "Quality against size", alt, draw)
 
@@ -167,7 +171,7 @@ def speed_chart(models: Sequence[ModelResult]) -> Chart | None:
     )
 
     def draw(ax: Axes) -> None:
-        _scatter(ax, points, "decoding speed (tokens/s)", "top-1 agreement (%)", down=False)
+        scatter(ax, points, "decoding speed (tokens/s)", "top-1 agreement (%)", down=False)
 
     return svg_chart("speed", "Quality against speed", alt, draw)
 
@@ -220,10 +224,10 @@ def _powers_of_ten(ax: Axes, top: float) -> None:
     ax.set_xlabel(f"floating-point operations (×{text.power_of_ten(10**exponent)[6:]})")
 
 
-def _scatter(ax: Axes, points: Sequence[Point], x_label: str, y_label: str, *, down: bool) -> None:
+def scatter(ax: Axes, points: Sequence[Point], x_label: str, y_label: str, *, down: bool) -> None:
     """Points with their names. `down`: small y is better, and a far-off untrained point is cut."""
     limit = _cut(points) if down else math.inf
-    shown = [Point(p.role, p.x, min(p.y, limit)) for p in points]
+    shown = [replace(p, y=min(p.y, limit)) for p in points]
     xs, ys = [p.x for p in shown], [p.y for p in shown]
     x_room = (max(xs) - min(xs)) or 0.1 * max(xs) or 1.0
     y_room = (max(ys) - min(ys)) or 1.0
@@ -235,7 +239,8 @@ def _scatter(ax: Axes, points: Sequence[Point], x_label: str, y_label: str, *, d
     ax.yaxis.set_major_locator(MaxNLocator(5))
     for original, point in zip(points, shown, strict=True):
         marker = "^" if original.y > limit else "o"
-        ax.plot(point.x, point.y, marker, color=role_color(point.role), markersize=9, clip_on=False)
+        color = point.color or role_color(point.role)
+        ax.plot(point.x, point.y, marker, color=color, markersize=9, clip_on=False)
     _name_points(ax, points, shown, limit)
 
 
@@ -258,7 +263,7 @@ def _name_points(ax: Axes, points: Sequence[Point], shown: Sequence[Point], limi
         height = (point.y - low) / (high - low) * span
         free = max([height, *(other + LABEL_GAP for other in placed[on_right])])
         placed[on_right].append(free)
-        name = role_name(point.role)
+        name = point.name or role_name(point.role)
         if original.y > limit:
             name += f": {text.digits(original.y)} ↑"
         ax.annotate(

@@ -109,12 +109,17 @@ def _headline(found: ClassificationEvaluation) -> str:
 def abstention_sentence(chosen: Abstention) -> str:
     of = "the teacher" if chosen.measure == "agreement" else "the true label"
     wanted = f"{text.percent(chosen.wanted)} {chosen.measure} with {of}"
+    sure = text.percent(chosen.sureness)
     if chosen.threshold is None:
-        return f"At no confidence does it reach {wanted}: it has no threshold to abstain below."
+        return (
+            f"The calibration texts do not show, at {sure} sureness, that it reaches {wanted} from "
+            "any confidence on: it has no threshold to abstain below."
+        )
     reached = "none" if chosen.test_reached is None else text.percent(chosen.test_reached, 1)
     return (
-        f"Wanted were {wanted}. Answering from a confidence of {chosen.threshold:.2f} on, it "
-        f"answers {text.percent(chosen.test_coverage)} of the test texts and reaches {reached}."
+        f"Wanted were {wanted}, at {sure} sureness. Answering from a confidence of "
+        f"{chosen.threshold:.2f} on, it answers {text.percent(chosen.test_coverage)} of the test "
+        f"texts and reaches {reached}."
     )
 
 

@@ -21,7 +21,8 @@ from stillhouse.report.write import environment, write_page
 @dataclass(frozen=True)
 class Member:
     """One student. untrained: as it was pruned. shape: sizes before and after, of what was cut.
-    report: its own page. tokens, flops, seconds: of what was done for it alone."""
+    report: its own page. tokens, flops, seconds: of what was done for it alone. decoding: its
+    speed over the teacher's in the same run, where that was measured."""
 
     name: str
     untrained: ModelResult
@@ -31,6 +32,7 @@ class Member:
     tokens: int
     flops: int
     seconds: float
+    decoding: float | None = None
 
     @property
     def recovered(self) -> float:
@@ -100,7 +102,7 @@ def render_family_report(report: FamilyReport) -> str:
         headline=_headline(report),
         heads=heads,
         rows=rows,
-        charts=[size_chart(report), recovery_chart(report)],
+        charts=[size_chart(report), *speed_charts(report), recovery_chart(report)],
         totals=_totals(report),
         scratch=None if report.scratch is None else _scratch(report, report.scratch),
         columns=["teacher", *(member.name for member in report.members)],
@@ -119,13 +121,13 @@ def _headline(report: FamilyReport) -> str:
 
 
 def _rows(report: FamilyReport) -> list[list[str]]:
-    rows = [["Teacher", "", *_measures(report.teacher), "", "", ""]]
+    rows = [["Teacher", "", *_measures(report.teacher, 1.0), "", "", ""]]
     for member in report.members:
         rows.append(
             [
                 member.name,
                 ", ".join(f"{text.label(k)} {b:,} → {a:,}" for k, (b, a) in member.shape.items()),
-                *_measures(member.student),
+                *_measures(member.student, member.decoding),
                 text.digits(member.untrained.fidelity.kl),
                 text.percent(member.recovered),
                 text.seconds(member.seconds),
@@ -151,13 +153,14 @@ COLUMNS = (
     "Top-1",
     "Perplexity",
     "Decoding",
+    "Memory",
     "KL as pruned",
     "Recovered",
     "Time",
 )
 
 
-def _measures(model: ModelResult) -> list[str]:
+def _measures(model: ModelResult, decoding: float | None) -> list[str]:
     fidelity, speed = model.fidelity, model.speed
     return [
         text.count(model.parameters),
@@ -165,7 +168,8 @@ def _measures(model: ModelResult) -> list[str]:
         text.tiny(fidelity.kl),
         text.percent(fidelity.top1_agreement, 1),
         text.digits(fidelity.perplexity),
-        f"{text.digits(speed.decode_tokens_per_s)} tokens/s" if speed else "",
+        f"{decoding:.2f} ×" if speed and decoding else "",
+        text.size(speed.peak_memory_bytes) if speed else "",
     ]
 
 
@@ -265,6 +269,36 @@ def size_chart(report: FamilyReport) -> Chart:
         for m in members
     )
     return svg_chart("family-size", "Quality against size", alt, draw)
+
+
+def speed_charts(report: FamilyReport) -> list[Chart]:
+    """KL against decoding speed, where every member's was measured."""
+    members = report.members
+    x = [member.decoding for member in members if member.decoding is not None]
+    if len(x) < len(members):
+        return []
+
+    def draw(ax: Axes) -> None:
+        y = [member.student.fidelity.kl for member in members]
+        ax.plot(x, y, "o-", color=role_color("student"), markersize=7)
+        ax.plot(1, 0, "D", color=role_color("teacher"), markersize=7, clip_on=False)
+        names = ["teacher", *(member.name for member in members)]
+        for label, at in zip(names, zip([1.0, *x], [0.0, *y], strict=True), strict=True):
+            ax.annotate(
+                label, at, xytext=(0, -15), ha="center", textcoords="offset points",
+                fontsize=11, color=MUTED,
+            )  # fmt: skip
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(0.0, low) - 0.12 * high, high)
+        ax.set_xlabel("decoding, times the teacher’s tokens/s in the same run")
+        ax.set_ylabel("KL to the teacher (nats a token)")
+
+    alt = "KL to the teacher against decoding speed. " + " ".join(
+        f"{member.name}: {times:.2f} times the teacher’s, KL "
+        f"{text.digits(member.student.fidelity.kl)}."
+        for member, times in zip(members, x, strict=True)
+    )
+    return [svg_chart("family-speed", "Quality against speed", alt, draw)]
 
 
 def recovery_chart(report: FamilyReport) -> Chart:

@@ -12,6 +12,7 @@ from stillhouse.evaluate.results import ModelResult
 from stillhouse.report import charts, history, text
 from stillhouse.report.charts import Chart
 from stillhouse.report.data import ReportData
+from stillhouse.report.formats import form_charts, form_rows, forms
 from stillhouse.report.palette import ACCENT, MUTED, role_color, role_name, role_order
 from stillhouse.report.retention import Column, Table, retention_table, speed_ratio
 
@@ -54,6 +55,8 @@ class Page:
     comparison: list[tuple[str, str, str]]
     student_facts: list[tuple[str, str]]
     export_rows: list[list[str]]
+    form_rows: list[list[str]]
+    form_charts: list[Chart]
     replayed_texts: list[tuple[str, list[Answer]]]
     notes: list[str]
     recipe_yaml: str
@@ -64,6 +67,7 @@ class Page:
 def build_page(data: ReportData) -> Page:
     """Draws the charts and formats every number."""
     models = _models(data)
+    shipped = forms(models, data.replays)
     curve = history.training_curve(data.history, _kl_temperature(data.recipe))
     return Page(
         data=data,
@@ -81,6 +85,8 @@ def build_page(data: ReportData) -> Page:
         comparison=_comparison(data),
         student_facts=_student_facts(data.student),
         export_rows=[_export_row(replay) for replay in data.replays],
+        form_rows=form_rows(shipped),
+        form_charts=form_charts(shipped),
         replayed_texts=_replayed_texts(data.replays),
         notes=list(dict.fromkeys(_notes(data))),
         recipe_yaml=yaml.safe_dump(data.recipe, sort_keys=False, allow_unicode=True, width=88)
@@ -316,7 +322,8 @@ def _notes(data: ReportData) -> Iterator[str]:
 
 
 def _export_row(replay: dict[str, Any]) -> list[str]:
-    """Format, number type, size, top-1 agreement, KL to the checkpoint, KL allowed."""
+    """Format, number type, size, top-1 agreement, KL to the checkpoint, KL allowed, llama.cpp's."""
+    llama = replay.get("llama_cpp")
     return [
         str(replay["format"]),
         str(replay["dtype"]),
@@ -324,6 +331,7 @@ def _export_row(replay: dict[str, Any]) -> list[str]:
         text.percent(float(replay["top1_agreement"]), 1),
         text.tiny(float(replay["kl"])),
         text.tiny(float(replay["kl_limit"])),
+        text.tiny(float(llama["kl"])) if llama else text.DASH,
     ]
 
 

@@ -24,9 +24,9 @@ from stillhouse.pruning import (
     save_kept_ids,
 )
 from stillhouse.pruning.domain import Domain, kl_on, read_text
-from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, shard_size
+from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
 from stillhouse.pruning.shapes import planned_shape
-from stillhouse.recipe.pruning import PruningMethod
+from stillhouse.recipe.pruning import PruningMethod, VocabularyFile
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students.random import overridden_config, random_model
 from stillhouse.teachers import (
@@ -77,7 +77,7 @@ def build_student(
             model, tokenizer, summary = _random(section, teacher, seed, base, trust_remote_code)
         case PrunedStudent():
             model, tokenizer, summary, kept_ids = _pruned(
-                section, teacher, windows, seed, trust_remote_code, heldout
+                section, teacher, windows, seed, base, trust_remote_code, heldout
             )
     _save(model, tokenizer, out, kept_ids)
     if not trust_remote_code and not getattr(section, "trust_remote_code", False):
@@ -124,6 +124,7 @@ def _pruned(
     teacher: ModelSource,
     windows: WindowSet,
     seed: int,
+    base: Path,
     trust_remote_code: bool,
     heldout: WindowSet | None,
 ) -> tuple[Any, Any, Summary, tuple[int, ...] | None]:
@@ -140,7 +141,9 @@ def _pruned(
     kept_ids = None
     if section.vocabulary is not None:
         configs = (model.config, model.generation_config)
-        kept_ids = kept_token_ids(tokenizer, windows, section.vocabulary, configs=configs)
+        wanted = section.vocabulary
+        keep = base / wanted.path if isinstance(wanted, VocabularyFile) else wanted
+        kept_ids = kept_token_ids(tokenizer, windows, keep, configs=configs)
         tokenizer = prune_tokenizer(tokenizer, kept_ids)
     device = default_device()
     precision = choose_precision("auto", device)
@@ -201,7 +204,8 @@ def planned_sizes(section: PrunedStudent, teacher_config: Any) -> Sizes:
     """
     if section.target is not None:
         return planned_shape(teacher_config, section.search, section.target)
-    vocabulary = section.vocabulary
+    # Known without the text: how many tokens it has is not.
+    vocabulary = section.vocabulary if isinstance(section.vocabulary, int) else None
     return check_sizes(
         teacher_config,
         section.ffn_size,
@@ -211,8 +215,8 @@ def planned_sizes(section: PrunedStudent, teacher_config: Any) -> Sizes:
         hidden_size=section.hidden_size,
         hidden_method=section.hidden_method,
         experts=section.experts,
-        vocabulary=None if vocabulary == "data" else vocabulary,
-        text_decides=vocabulary == "data",
+        vocabulary=vocabulary,
+        text_decides=vocabulary is None and section.vocabulary is not None,
     )
 
 
@@ -240,8 +244,7 @@ def _save(model: Any, tokenizer: Any, out: Path, kept_ids: Sequence[int] | None)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with quiet():
-            size = shard_size(model)
-            model.save_pretrained(out, **({} if size is None else {"max_shard_size": size}))
+            save_model(model, out)
             save_tokenizer(tokenizer, out)
         if kept_ids is not None:
             save_kept_ids(kept_ids, out)

@@ -9,6 +9,13 @@ from stillhouse.recipe import ClassifyRecipe, recipe_yaml
 from stillhouse.report.classifier import abstention_sentence, measures
 from stillhouse.report.palette import role_name
 from stillhouse.runfolder import write_atomically
+from stillhouse.tasks.classifier import Facts
+
+_POOLED = (
+    "",
+    "The head reads the mean of the last hidden states. The `forward` of transformers' own class "
+    "would read the last token alone: use Stillhouse, or `model.score(mean)` yourself.",
+)
 
 
 def write_card(
@@ -36,6 +43,7 @@ def write_card(
         "",
         "`stillhouse predict FOLDER texts.jsonl` writes a label, probabilities and whether to "
         "abstain for each text.",
+        *(_POOLED if Facts.load(folder).mean_pooling else ()),
         "",
         "<details><summary>Recipe</summary>",
         "",

@@ -34,13 +34,15 @@ TOKENS_TOGETHER = 4096
 class Facts:
     """labels: each with its phrase. prompt: of a language model, None for a classification head.
     prior: subtracted from a language model's log-probabilities. threshold: the confidence below
-    which it abstains, None where it was not chosen."""
+    which it abstains, None where it was not chosen. mean_pooling: the head `score` reads the mean
+    of the last hidden states, where the model's own class would read the last one."""
 
     labels: dict[str, str]
     max_tokens: int
     prompt: dict[str, Any] | None = None
     prior: list[float] | None = None
     threshold: float | None = None
+    mean_pooling: bool = False
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / FACTS, json.dumps(asdict(self), ensure_ascii=False, indent=2))
@@ -94,6 +96,8 @@ class Classifier:
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
         inputs = {"input_ids": ids, "attention_mask": mask}
         tensors = {name: torch.tensor(value, device=device) for name, value in inputs.items()}
+        if self.facts.mean_pooling:
+            return _read_mean(model, **tensors)
         return model(**tensors).logits.float()
 
     @torch.inference_mode()
@@ -104,6 +108,15 @@ class Classifier:
         for chosen in _batches(rows):
             found_NC[chosen] = self.logits([rows[index] for index in chosen]).softmax(-1).cpu()
         return found_NC
+
+
+def _read_mean(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    hidden_BLD = model.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state.float()
+    mask_BL1 = attention_mask[..., None]
+    mean_BD = (hidden_BLD * mask_BL1).sum(1) / mask_BL1.sum(1)
+    return model.score(mean_BD.to(model.score.weight.dtype)).float()
 
 
 def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:

@@ -116,8 +116,9 @@ class _Fitter(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Any:
-        # Over the wrapped model, so that autocast and gradients are the Trainer's.
-        logits_BC = self.classifier.logits(inputs["ids"], self.classifier.model)
+        # Some classifiers run the model's parts, past the forward that the Trainer wraps.
+        with self.accelerator.autocast():
+            logits_BC = self.classifier.logits(inputs["ids"], self.classifier.model)
         target_BC = inputs["target"].to(logits_BC.device)
         loss = -(target_BC * logits_BC.float().log_softmax(-1)).sum(-1).mean()
         return (loss, logits_BC) if return_outputs else loss

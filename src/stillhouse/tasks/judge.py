@@ -39,7 +39,7 @@ from stillhouse.tasks.targets import distributions, prior_logits
 from stillhouse.tasks.texts import PARTS, Texts
 
 SCORES, CHUNKS = "scores.safetensors", "chunks"
-CHUNK = 256
+CHUNK = 128
 """Texts whose scores are written together: a killed process loses at most so many."""
 _ANSWER_TOKENS = 32
 _PROMPTS = "prompts.jsonl"

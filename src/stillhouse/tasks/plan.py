@@ -17,11 +17,11 @@ from stillhouse import account
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.recipe import ClassifyRecipe
 from stillhouse.tasks.fit import planned_steps
+from stillhouse.tasks.job import TaskJob
 from stillhouse.tasks.judge import foreseen_questions
 from stillhouse.tasks.prompts import LabelPrompt, prompt_tokens
 from stillhouse.tasks.run import find_task
 from stillhouse.tasks.scoring import shared_prefix
-from stillhouse.tasks.stages import TaskJob
 from stillhouse.tasks.texts import Texts, prepare_texts
 from stillhouse.tasks.tree import label_tree
 from stillhouse.teachers import load_config, load_tokenizer

@@ -12,10 +12,11 @@ from stillhouse.evaluate.classification import ClassificationEvaluation
 from stillhouse.hardware import tune_allocator
 from stillhouse.recipe import ClassifyRecipe, load_any_recipe, recipe_yaml
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
-from stillhouse.stages import telling
-from stillhouse.tasks import stages
+from stillhouse.stages import EVALUATION, telling
+from stillhouse.tasks import measuring, products, stages
 from stillhouse.tasks.fit import MODEL
-from stillhouse.tasks.stages import EVALUATION, REPORT, TaskJob
+from stillhouse.tasks.job import TaskJob
+from stillhouse.tasks.products import REPORT
 from stillhouse.tasks.students import student_source
 from stillhouse.teachers import resolve_model
 
@@ -92,9 +93,9 @@ def _lead(recipe: ClassifyRecipe, base: Path, folder: RunFolder) -> TaskResult:
     trained = do(stages.training(job, texts, judged, student))
     plan = stages.baseline(job, texts, student)
     tuned = None if plan is None else do(plan)
-    evaluated = do(stages.evaluation(job, texts, judged, student, trained, tuned))
-    exported = do(stages.export(job, texts, trained, evaluated))
-    report = do(stages.report(job, list(finished)))
+    evaluated = do(measuring.evaluation(job, texts, judged, student, trained, tuned))
+    exported = do(products.export(job, texts, trained, evaluated))
+    report = do(products.report(job, list(finished)))
     folder.point(MODEL, exported.path / MODEL)
     folder.point(REPORT, report.path / REPORT)
     return TaskResult(

@@ -98,7 +98,8 @@ def build_classifier(
         model.to(torch.float32).save_pretrained(out)
         save_tokenizer(tokenizer, out)
     shown = asdict(prompt) if prior is not None else None
-    Facts(prompt.labels, most, shown, prior).save(out)
+    pooled = isinstance(section, TruncatedClassifier) and section.pooling == "mean"
+    Facts(prompt.labels, most, shown, prior, mean_pooling=pooled).save(out)
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "made_of": source.described,

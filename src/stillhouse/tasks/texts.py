@@ -6,6 +6,7 @@ import csv
 import difflib
 import glob
 import hashlib
+import heapq
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -96,8 +97,8 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
     for row in (*given, *tests):
         _check_gold(row, labels)
     seen: set[str] = set()
-    kept_tests = list(_new(tests, seen))
-    kept = list(_new(given, seen))
+    kept_tests = list(unrepeated(tests, seen))
+    kept = list(unrepeated(given, seen))
     repeated = len(given) + len(tests) - len(kept) - len(kept_tests)
     train, calibration, test = _divide(kept, kept_tests, section, recipe.seed)
     texts = Texts(labels, train, calibration, test, repeated)
@@ -158,7 +159,7 @@ def _nearest(label: str, labels: Mapping[str, str]) -> str:
     return f"{hint}labels are {', '.join(list(labels)[:12])}{' ...' if len(labels) > 12 else ''}"
 
 
-def _new(rows: Sequence[LabelledText], seen: set[str]) -> Iterator[LabelledText]:
+def unrepeated(rows: Sequence[LabelledText], seen: set[str]) -> Iterator[LabelledText]:
     """Rows whose text was not seen yet, whatever its case and spaces."""
     for row in rows:
         key = " ".join(row.text.casefold().split())
@@ -170,10 +171,7 @@ def _new(rows: Sequence[LabelledText], seen: set[str]) -> Iterator[LabelledText]
 def _divide(
     rows: list[LabelledText], tests: list[LabelledText], section: TextsRecipe, seed: int
 ) -> tuple[list[LabelledText], list[LabelledText], list[LabelledText]]:
-    def place(row: LabelledText) -> bytes:
-        return hashlib.sha256(f"{seed} {row.text}".encode("utf-8", "replace")).digest()
-
-    shuffled = sorted(rows, key=place)
+    shuffled = sorted(rows, key=lambda row: place(row, str(seed)))
     if not tests:
         apart = round(section.test_share * len(shuffled))
         tests, shuffled = shuffled[:apart], shuffled[apart:]
@@ -190,6 +188,18 @@ def files_sha256(files: Sequence[TextFile], base: Path) -> list[str]:
 
 def read_texts(file: TextFile, base: Path) -> Iterator[LabelledText]:
     """The rows of a file or of all files of a glob. Raises DataError with file and row."""
+    if file.sample is None:
+        return _read_all(file, base)
+    # By their content, so that a row that is added moves no other one.
+    drawn = heapq.nsmallest(file.sample, _read_all(file, base), key=lambda row: place(row, "draw"))
+    return iter(drawn)
+
+
+def place(row: LabelledText, purpose: str) -> bytes:
+    return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
+
+
+def _read_all(file: TextFile, base: Path) -> Iterator[LabelledText]:
     left = file.limit
     for path in _existing(file.path, base):
         for row, where in _rows(path, file):
@@ -299,4 +309,5 @@ def _labelled(row: Mapping[str, Any], file: TextFile, where: str) -> LabelledTex
             where=where,
             fix="name the label's column or key, or leave `label` out",
         )
-    return LabelledText(text, str(gold).strip(), where)
+    shown = json.dumps(gold, ensure_ascii=False) if isinstance(gold, dict | list) else str(gold)
+    return LabelledText(text, shown.strip(), where)

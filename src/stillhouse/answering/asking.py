@@ -1,0 +1,249 @@
+"""The first stages: the texts in two parts, and what the teacher answers, through the journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.answering.job import GOLD, HELDOUT, PROMPTS, TRAIN, AnsweringJob
+from stillhouse.errors import DataError, RunError
+from stillhouse.recipe import AnsweringRecipe
+from stillhouse.recipe.synthesize import SynthesizeRecipe
+from stillhouse.runfolder import Outcome, Stage, write_atomically
+from stillhouse.stages import StagePlan
+from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
+from stillhouse.synthesis.asking import Asked, text_teacher
+from stillhouse.synthesis.estimate import known_before
+from stillhouse.synthesis.filters import Filter, Row, Sieve
+from stillhouse.synthesis.prompts import answer_text
+from stillhouse.synthesis.run import VICTIMS, chosen_filters
+from stillhouse.tasks.texts import (
+    FEWEST,
+    LabelledText,
+    files_sha256,
+    place,
+    read_texts,
+    unrepeated,
+)
+
+TEXTS, ANSWERS = "texts.json", "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class AnswerTexts:
+    """gold: of a row, its true answer. repeated: texts left out as seen before."""
+
+    train: list[LabelledText]
+    test: list[LabelledText]
+    repeated: int = 0
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, json.dumps(asdict(self), ensure_ascii=False))
+
+    @classmethod
+    def load(cls, path: Path) -> AnswerTexts:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        train, test = ([LabelledText(**row) for row in raw[part]] for part in ("train", "test"))
+        return cls(train, test, raw["repeated"])
+
+
+def prepare_answer_texts(
+    recipe: AnsweringRecipe, base: Path, validity: Filter | None
+) -> AnswerTexts:
+    """Reads and divides the texts. Raises DataError: nothing readable, too few texts, or a true
+    answer that the schema does not allow."""
+    section = recipe.data
+    given = [row for file in section.texts for row in read_texts(file, base)]
+    tests = [row for file in section.test for row in read_texts(file, base)]
+    for row in (*given, *tests):
+        problem = None
+        if validity is not None and row.gold is not None:
+            problem = validity(Row((), row.gold, None, row.where))
+        if problem is not None:
+            raise DataError(
+                f"the true answer does not fit the schema: {problem}",
+                where=row.where,
+                fix="correct the row, or task.json_schema",
+            )
+    seen: set[str] = set()
+    test, train = list(unrepeated(tests, seen)), list(unrepeated(given, seen))
+    repeated = len(given) + len(tests) - len(train) - len(test)
+    train.sort(key=lambda row: place(row, str(recipe.seed)))
+    if not tests:
+        apart = round(section.test_share * len(train))
+        test, train = train[:apart], train[apart:]
+    for name, rows in (("train", train), ("test", test)):
+        if len(rows) < FEWEST:
+            raise DataError(
+                f"the {name} part has {len(rows)} texts, and {FEWEST} are the fewest",
+                where="data",
+                fix="give more texts, or change data.test_share",
+            )
+    return AnswerTexts(train, test, repeated)
+
+
+def texts(job: AnsweringJob) -> StagePlan:
+    recipe, section = job.recipe, job.recipe.data
+
+    def work(out: Path) -> Outcome:
+        found = prepare_answer_texts(recipe, job.base, job.validity)
+        found.save(out / TEXTS)
+        sizes = {"train": len(found.train), "test": len(found.test), "repeated": found.repeated}
+        return Outcome(summary=sizes)
+
+    inputs = {
+        "recipe": section.model_dump(mode="json", exclude={"context"}),
+        "files": files_sha256([*section.texts, *section.test], job.base),
+        "schema": job.schema,
+        "seed": recipe.seed,
+    }
+    return StagePlan("texts", inputs, work)
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def answered(
+    section: SynthesizeRecipe, origins: Origins, seed: int
+) -> Iterator[tuple[str, Answer | None]]:
+    """Where each prompt stands, and its answers in order; asked is what the journal lacks.
+
+    Raises RunError where the budget ends before the answers do: those that arrived are kept.
+    """
+    teacher = text_teacher(section, origins, seed)
+    asked = Asked(section.prompts, origins.base, teacher.request)
+    with Journal(origins.journal) as journal:
+        known = known_before(asked.requests(), journal, teacher.price)
+        if known.missing:
+            new, _, out_of_budget = teacher.answer(asked, journal, known)
+            if out_of_budget:
+                have = known.requests - known.missing + new
+                raise RunError(
+                    f"the budget is used up: {have:,} of {known.requests:,} answers are there",
+                    where=origins.journal,
+                    fix="raise the budget, or give fewer texts; nothing is asked twice",
+                )
+        for prompt, request in asked.pairs():
+            yield prompt.where, journal.get(request.key)
+
+
+def write_prompts(prompts: Iterable[str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"prompt": prompt}) for prompt in prompts)
+    (folder / PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def foreseen_answers(job: AnsweringJob, found: AnswerTexts, folder: Path) -> Known:
+    """How much the journal has, and what the rest can cost at most."""
+    write_prompts((job.question(row.text) for row in (*found.train, *found.test)), folder)
+    return foreseen(job.questions(folder), job.origins(folder), seed=job.recipe.seed)
+
+
+def answers(job: AnsweringJob, texts: Stage) -> StagePlan:
+    """The teacher answers every text; what the filters leave of its answers is learnt from."""
+    recipe, teacher = job.recipe, job.recipe.teacher
+
+    def work(out: Path) -> Outcome:
+        found = AnswerTexts.load(texts.path / TEXTS)
+        counts = _write_answers(job, found, out)
+        return Outcome(summary=counts)
+
+    asked: dict[str, Any] = {"teacher": job.teacher and job.teacher.fingerprint}
+    if teacher.api is not None:
+        asked = {"model": teacher.api.model, "endpoint": job.described}
+    inputs = {
+        **asked,
+        "task": recipe.task.model_dump(mode="json", exclude={"kind", "json_schema"}),
+        "schema": job.schema,
+        "sampling": teacher.sampling.model_dump(mode="json"),
+        "samples": teacher.samples,
+        "precision": teacher.precision,
+        "filters": recipe.filters.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "texts": texts.digest,
+    }
+    return StagePlan("answers", inputs, work)
+
+
+def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:
+    rows = [*found.train, *found.test]
+    write_prompts((job.question(row.text) for row in rows), out)
+    # A broken filter is found before anything is paid.
+    filters = chosen_filters(job.recipe.filters, job.base)
+    if job.validity is not None:
+        filters.before["json_schema"] = job.validity
+    got = [answer for _, answer in answered(job.questions(out), job.origins(out), job.recipe.seed)]
+    (out / PROMPTS).unlink()
+    samples = job.recipe.teacher.samples
+    train = [
+        Row(
+            job.taught(text.text),
+            _words(answer),
+            answer.finish_reason,
+            text.where,
+            number % samples,
+        )
+        for number, answer in enumerate(got[: samples * len(found.train)])
+        if answer is not None
+        for text in (rows[number // samples],)
+    ]
+    sieve = Sieve(filters, out / VICTIMS)
+    kept = _write_chats(out / TRAIN, ((row.messages, row.text) for row in sieve.keep(train)))
+    if kept == 0:
+        raise DataError(
+            f"no answer is left: {len(train):,} came, and the filters took them all",
+            where=job.journal,
+            fix=f"the filters took {dict(sieve.taken)}: look at answers in the journal, then mend "
+            "task.prompt or give examples",
+        )
+    tested = [None if a is None else _words(a) for a in got[samples * len(found.train) :: samples]]
+    said = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in tested)
+    (out / ANSWERS).write_text(said, encoding="utf-8")
+    shown = [(row.text, text) for row, text in zip(found.test, tested, strict=True) if text]
+    if not shown:
+        raise DataError(
+            "no test text has an answer of the teacher",
+            where=job.journal,
+            fix="look at the failures in the journal",
+        )
+    _write_chats(out / HELDOUT, ((job.taught(text), answer) for text, answer in shown))
+    gold = [(job.taught(row.text), row.gold) for row in found.train if row.gold is not None]
+    _write_chats(out / GOLD, gold)
+    return {
+        "answered": sum(answer is not None for answer in got),
+        "asked": len(got),
+        "kept": kept,
+        "gold": len(gold),
+        "taken": {name: count for name, count in sieve.taken.items() if count},
+        "usd": _cost(got),
+    }
+
+
+def _words(answer: Answer) -> str:
+    return answer_text(answer, keep_reasoning=False)
+
+
+def _cost(got: list[Answer | None]) -> float | None:
+    """Of all answers, whichever run paid; None where a price is unknown."""
+    costs = [answer.cost for answer in got if answer is not None]
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if len(known) == len(costs) else None
+
+
+def _write_chats(path: Path, chats: Iterable[tuple[Any, str]]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8", errors="replace") as file:
+        for messages, answer in chats:
+            turns = [*map(dict, messages), {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def read_answers(answered: Stage) -> list[str | None]:
+    """The teacher's answers to the test texts, None where it gave none."""
+    lines = (answered.path / ANSWERS).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]

@@ -1,0 +1,179 @@
+"""An answering recipe with its models found, and the ordinary recipe that trains its student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.recipe import AnsweringRecipe, Recipe
+from stillhouse.recipe.answering import ExtractTask
+from stillhouse.recipe.schema import (
+    DataRecipe,
+    EvaluateRecipe,
+    ExportRecipe,
+    JsonlSource,
+    LogitsTerm,
+    ObjectiveRecipe,
+    PretrainedStudent,
+    PrunedStudent,
+    TeacherRecipe,
+)
+from stillhouse.recipe.synthesize import (
+    ExampleRecipe,
+    LocalTeacher,
+    PromptsRecipe,
+    SynthesizeRecipe,
+    TextTeacher,
+)
+from stillhouse.runfolder import RunFolder
+from stillhouse.synthesis import Origins
+from stillhouse.synthesis.filters import Filter, json_schema, read_schema
+from stillhouse.synthesis.prompts import Frame, Prompt
+from stillhouse.synthesis.request import Message, endpoint_of
+from stillhouse.teachers import ModelSource, resolve_model
+
+PROMPTS = "prompts.jsonl"
+TRAIN, HELDOUT, GOLD = "train.jsonl", "heldout.jsonl", "gold.jsonl"
+"""Chats that end with the teacher's answers, of training and test texts; and with true ones."""
+
+
+@dataclass(frozen=True)
+class AnsweringJob:
+    """base: where relative paths start. teacher: None for an API. journal: of all answers."""
+
+    recipe: AnsweringRecipe
+    base: Path
+    teacher: ModelSource | None
+    journal: Path
+
+    @property
+    def described(self) -> str:
+        api = self.recipe.teacher.api
+        if api is not None:
+            return f"{api.model} at {endpoint_of(api.base_url)}"
+        assert self.teacher is not None
+        return self.teacher.described
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """Raises DataError where it cannot be read."""
+        task = self.recipe.task
+        if not isinstance(task, ExtractTask):
+            return None
+        return read_schema(self.base / Path(task.json_schema).expanduser())
+
+    @property
+    def validity(self) -> Filter | None:
+        """Says why an answer is no valid JSON. Raises DataError, RecipeError about the schema."""
+        schema = self.schema
+        return None if schema is None else json_schema(schema)
+
+    def question(self, text: str) -> str:
+        # One pass, so that a text may itself hold {text}.
+        return text.join(self.recipe.task.prompt.split("{text}"))
+
+    @property
+    def frame(self) -> Frame:
+        task = self.recipe.task
+        examples = tuple((self.question(one.text), one.answer) for one in task.examples)
+        return Frame(task.system, examples, task.student_sees)
+
+    def taught(self, text: str) -> tuple[Message, ...]:
+        """What the student reads before it answers."""
+        return self.frame.taught(self._prompt(text))
+
+    def asked(self, text: str) -> tuple[Message, ...]:
+        """What the teacher reads before it answers."""
+        return self.frame.asked(self._prompt(text))
+
+    def _prompt(self, text: str) -> Prompt:
+        return Prompt(({"role": "user", "content": self.question(text)},), "")
+
+    def questions(self, folder: Path) -> SynthesizeRecipe:
+        """What the teacher is asked, as a recipe for text; its prompts are in folder / PROMPTS."""
+        section, task = self.recipe.teacher, self.recipe.task
+        local = None
+        if section.model is not None:
+            local = LocalTeacher(
+                model=section.model,
+                revision=section.revision,
+                precision=section.precision,
+                batch=section.batch,
+            )
+        return SynthesizeRecipe(
+            teacher=TextTeacher(api=section.api, local=local),
+            prompts=PromptsRecipe(
+                path=str(folder.absolute() / PROMPTS),
+                samples=section.samples,
+                system=task.system,
+                examples=[
+                    ExampleRecipe(prompt=prompt, answer=answer)
+                    for prompt, answer in self.frame.examples
+                ],
+                student_sees=task.student_sees,
+            ),
+            sampling=section.sampling,
+            filters=self.recipe.filters,
+            budget=section.budget,
+        )
+
+    def origins(self, folder: Path) -> Origins:
+        code = self.recipe.teacher.trust_remote_code
+        return Origins(self.base, folder, self.journal, "", trust_remote_code=code)
+
+
+def answering_folder(recipe: AnsweringRecipe) -> RunFolder:
+    return RunFolder(Path(recipe.folder or Path("runs") / recipe.name))
+
+
+def find_answering(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:
+    """Finds the teacher. Raises ModelError."""
+    section, teacher = recipe.teacher, None
+    if section.model is not None:
+        teacher = resolve_model(section.model, revision=section.revision, base=base)
+    journal = answering_folder(recipe).root.parent / "answers.sqlite"
+    return AnsweringJob(recipe, base, teacher, journal)
+
+
+WORDS_ALONE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
+
+
+def training_recipe(recipe: AnsweringRecipe, chats: Path, rows: str = TRAIN) -> Recipe:
+    """The ordinary recipe that trains the student on the chats in a folder.
+
+    Where words alone are learnt, its `teacher` is what the student starts from: all that it gives
+    is the vocabulary.
+    """
+    teacher = TeacherRecipe(
+        model=recipe.teacher.model or "",
+        revision=recipe.teacher.revision,
+        trust_remote_code=recipe.teacher.trust_remote_code,
+        license=recipe.teacher.license,
+    )
+    if recipe.learns_text_alone:
+        student = recipe.student
+        assert isinstance(student, PretrainedStudent | PrunedStudent)
+        assert student.model is not None
+        revision = student.revision if isinstance(student, PretrainedStudent) else None
+        teacher = teacher.model_copy(update={"model": student.model, "revision": revision})
+    chats = chats.absolute()
+    return Recipe(
+        name=recipe.name,
+        folder=recipe.folder,
+        seed=recipe.seed,
+        teacher=teacher,
+        data=DataRecipe(
+            sources=[JsonlSource(kind="jsonl", path=str(chats / rows))],
+            heldout_sources=[JsonlSource(kind="jsonl", path=str(chats / HELDOUT))],
+            context=recipe.data.context,
+            long_rows="drop",
+        ),
+        student=recipe.student,
+        objective=WORDS_ALONE
+        if recipe.learns_text_alone
+        else recipe.objective or ObjectiveRecipe(),
+        train=recipe.train,
+        evaluate=EvaluateRecipe(),
+        export=ExportRecipe(dtype=recipe.export.dtype),
+    )

@@ -1,0 +1,38 @@
+"""How likely a teacher finds answers that others wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stillhouse.signals.head import head_logits
+from stillhouse.synthesis.request import Message
+from stillhouse.teachers import lm_head
+
+
+@torch.inference_mode()
+def mean_surprise(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
+) -> float:
+    """-log p(answer | prompt) under the model in nats, over all tokens of all answers. The token
+    that ends an answer is one of them, so that an empty answer is not free."""
+    total, tokens = 0.0, 0
+    device = next(model.parameters()).device
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    for messages, answer in zip(prompts, answers, strict=True):
+        encoded = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )
+        prompt = list(encoded["input_ids"])
+        said = [*tokenizer(answer, add_special_tokens=False)["input_ids"], *end]
+        ids_1L = torch.tensor([[*prompt, *said]], device=device)
+        states_LD = model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
+        logits_LV = head_logits(lm_head(model), states_LD[len(prompt) - 1 : -1]).float()
+        picked_L = logits_LV.log_softmax(-1).gather(1, ids_1L[0, len(prompt) :, None])
+        total, tokens = total - float(picked_L.sum()), tokens + len(said)
+    return total / max(1, tokens)

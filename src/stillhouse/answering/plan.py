@@ -1,0 +1,79 @@
+"""An answering recipe looked at before anything is spent."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.text import Text
+
+from stillhouse.answering.asking import AnswerTexts, foreseen_answers, prepare_answer_texts
+from stillhouse.answering.job import (
+    AnsweringJob,
+    answering_folder,
+    find_answering,
+    training_recipe,
+)
+from stillhouse.answering.measuring import load_scorer
+from stillhouse.job import configs, find_models, planned_size
+from stillhouse.recipe import AnsweringRecipe
+
+Line = tuple[Literal["ok", "estimate", "warning"], str, str, str | None]
+"""Level, topic, text, and what to do about a warning."""
+
+FEW = 50
+"""Training texts below which little can be learnt."""
+
+
+def foresee_answers(recipe: AnsweringRecipe, base: Path) -> Iterator[Line]:
+    """Raises StillhouseError for whatever would stop the run."""
+    job = find_answering(recipe, base)
+    texts = prepare_answer_texts(recipe, base, job.validity)
+    parts = f"{len(texts.train):,} to learn from, {len(texts.test):,} to measure on"
+    repeated = f"; {texts.repeated:,} repeated ones are left out" if texts.repeated else ""
+    yield "ok", "texts", parts + repeated, None
+    if len(texts.train) < FEW:
+        few = f"{len(texts.train):,} training texts are few"
+        yield "warning", "texts", few, "give more texts: they need no answers"
+    if recipe.evaluate.scorer is not None:
+        load_scorer(recipe.evaluate.scorer, base)
+        yield "ok", "scorer", recipe.evaluate.scorer, None
+    yield "ok", "teacher", job.described, None
+    ordinary = find_models(training_recipe(recipe, answering_folder(recipe).root), base)
+    student, teacher = (planned_size(config) for config in configs(ordinary))
+    size = f"{student.total / 1e6:,.1f}M parameters"
+    if not recipe.learns_text_alone:
+        size += f" ({student.total / teacher.total:.0%} of the teacher's)"
+    yield "estimate", "student", size, None
+    yield _cost(job, texts)
+
+
+def _cost(job: AnsweringJob, texts: AnswerTexts) -> Line:
+    with tempfile.TemporaryDirectory() as folder:
+        known = foreseen_answers(job, texts, Path(folder))
+    have = f"{known.requests - known.missing:,} of {known.requests:,} questions are answered"
+    api = job.recipe.teacher.api
+    if known.missing == 0:
+        return "ok", "answers", have, None
+    rest = f"; the rest takes at most {known.worst.tokens:,} tokens"
+    if api is not None:
+        rest += ", a price unknown" if api.price is None else f", ${known.worst.usd:,.2f}"
+    return "estimate", "answers", have + rest, None
+
+
+def preview_answers(recipe: AnsweringRecipe, base: Path, rows: int) -> RenderableType:
+    """What the teacher reads of the first texts; what the student does not see of it is dim."""
+    job = find_answering(recipe, base)
+    texts = prepare_answer_texts(recipe, base, job.validity)
+    parts: list[RenderableType] = []
+    for row in texts.train[:rows]:
+        parts.append(Rule(row.where, style="dim", align="left"))
+        seen = job.taught(row.text)
+        for turn in job.asked(row.text):
+            style = "" if turn in seen else "dim"
+            parts.append(Text.assemble((f"{turn['role']}: ", "dim"), (turn["content"], style)))
+    return Group(*parts)

@@ -1,0 +1,123 @@
+"""An answering run: its own stages around the ordinary ones that train a language model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from stillhouse import stages
+from stillhouse.answering import asking, measuring, products
+from stillhouse.answering.job import (
+    GOLD,
+    AnsweringJob,
+    answering_folder,
+    find_answering,
+    training_recipe,
+)
+from stillhouse.errors import RecipeError
+from stillhouse.evaluate.answers import AnswersEvaluation
+from stillhouse.hardware import tune_allocator
+from stillhouse.job import Job, find_models
+from stillhouse.recipe import AnsweringRecipe, load_any_recipe, recipe_yaml
+from stillhouse.runfolder import RunFolder, Stage, write_atomically
+from stillhouse.stages import EVALUATION, Do, telling
+from stillhouse.training import MODEL
+
+
+@dataclass(frozen=True)
+class AnsweringResult:
+    """Where an answering run has its products."""
+
+    folder: Path
+    model: Path
+    report: Path
+    evaluation: AnswersEvaluation
+    stages: list[Stage]
+
+
+def run_answering(
+    recipe: AnsweringRecipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    base: Path | None = None,
+) -> AnsweringResult:
+    """Runs a recipe with a task of kind extract or generate. Finished stages are not done again.
+
+    base: where relative paths start; by default the recipe file's folder, or the working one.
+    Raises StillhouseError; what is finished by then stays.
+    """
+    if not isinstance(recipe, AnsweringRecipe):
+        base = base or Path(recipe).parent
+        recipe = answering_recipe(recipe, overrides)
+    base = base or Path.cwd()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(
+            "a task's student is trained by one process",
+            where="torchrun",
+            fix="start it with `stillhouse run` alone",
+        )
+    tune_allocator()
+    folder = answering_folder(recipe)
+    with folder.locked():
+        write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
+        return _lead(recipe, base, folder)
+
+
+def answering_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnsweringRecipe:
+    """Raises RecipeError where the recipe has no such task."""
+    recipe = load_any_recipe(path, overrides)
+    if not isinstance(recipe, AnsweringRecipe):
+        raise RecipeError(
+            "the recipe has no task of kind extract or generate",
+            where=path,
+            fix="see docs/tasks.md",
+        )
+    return recipe
+
+
+def _lead(recipe: AnsweringRecipe, base: Path, folder: RunFolder) -> AnsweringResult:
+    finished: list[Stage] = []
+    do = telling(folder, finished)
+    asked = find_answering(recipe, base)
+    texts = do(asking.texts(asked))
+    # What is wrong with the student's model is found before a teacher is paid.
+    find_models(training_recipe(recipe, folder.root), base)
+    answers = do(asking.answers(asked, texts))
+    job = find_models(training_recipe(recipe, answers.path), base)
+    data = do(stages.data(job))
+    student = do(stages.student(job, data))
+    trained = do(_training(job, asked, data, student))
+    tuned = _fine_tuned(job, asked, answers, student, do)
+    evaluated = do(measuring.evaluation(asked, texts, answers, student, trained, tuned))
+    exported = do(products.export(asked, texts, data, trained, evaluated))
+    report = do(products.report(asked, list(finished)))
+    folder.point(MODEL, exported.path / MODEL)
+    folder.point(products.REPORT, report.path / products.REPORT)
+    return AnsweringResult(
+        folder=folder.root,
+        model=folder.root / MODEL,
+        report=folder.root / products.REPORT,
+        evaluation=AnswersEvaluation.load(evaluated.path / EVALUATION),
+        stages=finished,
+    )
+
+
+def _training(job: Job, asked: AnsweringJob, data: Stage, student: Stage) -> stages.StagePlan:
+    if asked.recipe.learns_text_alone:
+        return replace(stages.baseline(job, data, student), name="train")
+    return stages.training(job, data, student, None)
+
+
+def _fine_tuned(
+    job: Job, asked: AnsweringJob, answers: Stage, student: Stage, do: Do
+) -> Stage | None:
+    """The same student trained on the true answers of the same texts; None where there are none."""
+    wanted = asked.recipe.evaluate.fine_tuning_baseline
+    if not wanted or not answers.summary["gold"]:
+        return None
+    recipe = training_recipe(asked.recipe, answers.path, GOLD)
+    truly = replace(job, recipe=recipe)
+    data = do(replace(stages.data(truly), name="gold_data"))
+    return do(stages.baseline(truly, data, student))

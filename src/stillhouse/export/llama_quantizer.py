@@ -1,0 +1,127 @@
+"""llama.cpp's own quantizer, through llama-cpp-python: k-quants, with an importance matrix.
+
+Shapes: I inputs of a matrix.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.errors import ModelError
+from stillhouse.export.gguf_file import FORMATS, write_gguf
+from stillhouse.export.gguf_model import gguf_names
+from stillhouse.quantize.moments import Moments
+from stillhouse.teachers import load_config
+
+K_QUANTS = {
+    "q2_k": 3.0,
+    "q3_k_m": 1.5,
+    "q4_k_s": 1.0,
+    "q4_k_m": 1.0,
+    "q5_k_m": 0.3,
+    "q6_k": 0.1,
+}
+"""Formats of llama.cpp's own quantizer, and the nats a token allowed to each."""
+
+K_BLOCK = 256
+ERROR, CONTINUED = 3, 5
+"""ggml's log levels: what went wrong, and more of the line before."""
+
+
+def k_quantize(
+    source: Path,
+    file: Path,
+    *,
+    kind: str,
+    name: str,
+    moments: Moments | None = None,
+    trust_remote_code: bool = False,
+) -> list[str]:
+    """Writes `file` in a format of `K_QUANTS`; what the user should know of it.
+
+    moments: E[x²] of each matrix's inputs, by its Hugging Face name: a weight's rounding error then
+    counts as much as its input. Raises ModelError: llama.cpp is missing, or refuses the model.
+    """
+    require_llama_cpp()
+    import llama_cpp
+
+    whole = file.with_suffix(".f32")
+    write_gguf(source, whole, FORMATS["f32"], name=name, trust_remote_code=trust_remote_code)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
+    params.nthread = torch.get_num_threads()
+    if moments is not None:
+        config = load_config(source, trust_remote_code=trust_remote_code).get_text_config()
+        params.imatrix = importance_matrix(llama_cpp, moments, gguf_names(moments, config))
+    with _only_errors(llama_cpp) as errors:
+        failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), params)
+    whole.unlink()
+    if failed:
+        said = " ".join(errors).strip() or f"code {failed}"
+        raise ModelError(
+            f"llama.cpp could not quantize this model to {kind} ({said})",
+            where=source,
+            fix="gguf-q4_0 and gguf-q8_0 need no llama.cpp",
+        )
+    return []
+
+
+def importance_matrix(llama_cpp: Any, moments: Moments, names: Mapping[str, str]) -> Any:
+    """The moments as llama.cpp takes them: an array of structures that ends with an empty one."""
+    entry = llama_cpp.llama_model_imatrix_data
+    rows = (entry * (len(moments) + 1))()
+    for place, (name, moment_I) in enumerate(moments.items()):
+        numbers = (ctypes.c_float * len(moment_I))(*_positive(moment_I).tolist())
+        rows[place] = entry(names[name].encode(), numbers, len(moment_I))
+    return rows
+
+
+def _positive(moment_I: Tensor) -> Tensor:
+    """An input that was never seen still counts a little: where all count nothing, so does every
+    rounding error, and blocks come out as anything."""
+    return moment_I.float().clamp(min=1e-6 * float(moment_I.max()) + 1e-12)
+
+
+@contextmanager
+def _only_errors(llama_cpp: Any) -> Iterator[list[str]]:
+    """llama.cpp writes a line a tensor: inside the block only errors are kept, and given."""
+    errors: list[str] = []
+    level = 0
+
+    def keep(told: int, text: bytes, _data: Any) -> None:
+        nonlocal level
+        level = level if told == CONTINUED else told
+        if level == ERROR:
+            errors.append(text.decode(errors="replace").strip())
+
+    before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
+    callback = llama_cpp.llama_log_callback(keep)  # held by name for as long as it may be called
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield errors
+    finally:
+        llama_cpp.llama_log_set(before, data)
+
+
+def has_llama_cpp() -> bool:
+    return importlib.util.find_spec("llama_cpp") is not None
+
+
+def require_llama_cpp() -> None:
+    """Raises ModelError where llama-cpp-python is not installed, or does not load."""
+    if not has_llama_cpp():
+        raise ModelError(
+            "k-quants are made by llama.cpp, which is not installed",
+            where="export.formats",
+            fix="pip install 'stillhouse[llama-cpp]' (it is compiled, which takes minutes), or use "
+            "gguf-q4_0 or gguf-q8_0, which need nothing",
+        )

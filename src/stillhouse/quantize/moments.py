@@ -1,0 +1,68 @@
+"""How much each input of a matrix matters: its mean square over text.
+
+A rounding error e of a row changes its output by e·x, so that E[(e·x)²] is Σ e_i² E[x_i²] where the
+inputs are uncorrelated: the error of a weight counts as much as its input's mean square. This is
+also what llama.cpp calls an importance matrix.
+
+Shapes: R windows, L tokens, I inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.data import WindowSet
+from stillhouse.progress import bar
+from stillhouse.teachers import hidden_states
+
+Moments = dict[str, Tensor]
+
+
+@torch.no_grad()
+def input_moments(model: Any, windows: WindowSet) -> Moments:
+    """E[x²] of every linear layer's inputs [I], by the name of its weight, float32 on the CPU.
+
+    The head's inputs are the final hidden states; a head that is tied to the embeddings goes by
+    their name.
+    """
+    sums: Moments = {}
+    tokens = 0
+
+    def add(name: str, inputs: Tensor) -> None:
+        squares_I = inputs.detach().float().square().flatten(0, -2).sum(0)
+        sums[name] = sums[name] + squares_I if name in sums else squares_I
+
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _module, inputs, name=f"{name}.weight": add(name, inputs[0])
+        )
+        for name, module in model.base_model.named_modules(prefix=model.base_model_prefix)
+        if isinstance(module, nn.Linear)
+    ]
+    head = head_name(model)
+    device = next(model.parameters()).device
+    try:
+        with bar("Inputs of each layer", len(windows), unit="windows") as advance:
+            for index in range(len(windows)):
+                window = windows[index]
+                ids_1L = window["input_ids"][None].to(device)
+                hidden_1LD = hidden_states(model, ids_1L, window["position_ids"][None].to(device))
+                if head is not None:
+                    add(head, hidden_1LD)
+                tokens += ids_1L.numel()
+                advance(1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (sum_I / tokens).cpu() for name, sum_I in sums.items()}
+
+
+def head_name(model: Any) -> str | None:
+    """The head's weight by the first name that the model has for it; None: it has no head."""
+    head = model.get_output_embeddings()
+    if head is None:
+        return None
+    return next(name for name, weight in model.named_parameters() if weight is head.weight)

@@ -1,0 +1,45 @@
+"""A classifier's recipe whose models have been found: what every stage of its run starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.hardware import choose_precision, default_device
+from stillhouse.recipe import ClassifyRecipe
+from stillhouse.synthesis.request import endpoint_of
+from stillhouse.tasks.prompts import LabelPrompt
+from stillhouse.tasks.texts import Texts
+from stillhouse.teachers import ModelSource, load_model, load_tokenizer
+
+
+@dataclass(frozen=True)
+class TaskJob:
+    """base: where relative paths start. teacher: None for an API. journal: of an API's answers."""
+
+    recipe: ClassifyRecipe
+    base: Path
+    teacher: ModelSource | None
+    student: ModelSource
+    journal: Path
+
+    @property
+    def described(self) -> str:
+        api = self.recipe.teacher.api
+        if api is not None:
+            return f"{api.model} at {endpoint_of(api.base_url)}"
+        assert self.teacher is not None
+        return self.teacher.described
+
+    def load_teacher(self) -> tuple[Any, Any]:
+        """Model and tokenizer, in the recipe's precision."""
+        assert self.teacher is not None
+        section, device = self.recipe.teacher, default_device()
+        dtype = choose_precision(section.precision, device).dtype
+        code = section.trust_remote_code
+        model = load_model(self.teacher.path, dtype=dtype, trust_remote_code=code)
+        return model.to(device), load_tokenizer(self.teacher.path, trust_remote_code=code)
+
+    def prompt(self, texts: Texts) -> LabelPrompt:
+        return LabelPrompt.of(self.recipe.task, texts.labels)

@@ -1,0 +1,84 @@
+"""What a classifier's run ends with: its folder, read again and found the same, and its report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from stillhouse.errors import ModelError
+from stillhouse.evaluate.classification import ClassificationEvaluation
+from stillhouse.hardware import machine
+from stillhouse.report.classifier import ClassifierReport, write_classifier_report
+from stillhouse.report.data import StageCost
+from stillhouse.runfolder import Outcome, Stage, versions
+from stillhouse.stages import EVALUATION, StagePlan
+from stillhouse.tasks.card import write_card
+from stillhouse.tasks.classifier import Facts, load_classifier
+from stillhouse.tasks.fit import METRICS, MODEL
+from stillhouse.tasks.job import TaskJob
+from stillhouse.tasks.texts import PARTS, Texts
+from stillhouse.training import read_metrics
+
+REPORT, REPORT_DATA = "report.html", "report.json"
+REPLAY_LIMIT = 1e-4
+"""What a probability may differ by after a checkpoint is written and read."""
+
+
+def export(job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage) -> StagePlan:
+    """The trained folder with its threshold and card; read again, it must say the same."""
+
+    def work(out: Path) -> Outcome:
+        found = ClassificationEvaluation.load(evaluated.path / EVALUATION)
+        folder = out / MODEL
+        shutil.copytree(trained.path / MODEL, folder)
+        facts = asdict(Facts.load(folder)) | {"threshold": found.abstention.threshold}
+        Facts(**facts).save(folder)
+        write_card(folder, job.recipe, job.described, found)
+        rows = [row.text for row in Texts.load(texts.path).calibration]
+        before = load_classifier(trained.path / MODEL).probabilities(rows)
+        difference = float((load_classifier(folder).probabilities(rows) - before).abs().max())
+        if not difference <= REPLAY_LIMIT:
+            raise ModelError(
+                f"the exported classifier's probabilities differ by {difference:.2g}",
+                where=folder,
+                fix="the disk may be damaged: give the same command again",
+            )
+        return Outcome(summary={"difference": difference})
+
+    inputs = {
+        "name": job.recipe.name,
+        "trained": trained.digest,
+        "evaluated": evaluated.digest,
+        "texts": texts.digest,
+        "teacher": job.described,
+    }
+    return StagePlan("export", inputs, work)
+
+
+def report(job: TaskJob, finished: list[Stage]) -> StagePlan:
+    stages = {stage.name: stage for stage in finished}
+
+    def work(out: Path) -> Outcome:
+        data = ClassifierReport(
+            title=job.recipe.name,
+            created=time.strftime("%Y-%m-%d %H:%M"),
+            teacher=job.described,
+            evaluation=ClassificationEvaluation.load(stages["evaluate"].path / EVALUATION),
+            parts={name: stages["texts"].summary[name] for name in PARTS},
+            metrics=read_metrics(stages["train"].path / METRICS),
+            stages=[StageCost.of(stage) for stage in finished],
+            recipe=job.recipe.model_dump(mode="json"),
+            machine=machine(),
+            versions=versions(),
+        )
+        (out / REPORT_DATA).write_text(data.to_json(), encoding="utf-8")
+        write_classifier_report(data, out / REPORT)
+        return Outcome()
+
+    inputs = {
+        "recipe": job.recipe.model_dump(mode="json"),
+        "stages": {name: stage.digest for name, stage in stages.items()},
+    }
+    return StagePlan("report", inputs, work)

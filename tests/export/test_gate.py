@@ -1,0 +1,57 @@
+"""What a replay tells beside passing: how near an export is to the teacher, and how fast it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from stillhouse.export import Gate, against_teacher, export_checkpoint
+from tests.export.conftest import ToyWindows
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_export_is_compared_with_the_teacher_on_the_same_tokens(
+    trained: Path, tmp_path: Path
+) -> None:
+    """The teacher is the source itself: what is told of it must be what is told of the source."""
+    gate = Gate(trained, ToyWindows(), ["word3"], seed=0)
+    with against_teacher(gate, trained, vocabulary=64, dtype=torch.float32) as asked:
+        assert asked.teacher_logits is not None
+        stored = load_file(asked.teacher_logits)
+        assert {tuple(logits.shape) for logits in stored.values()} == {(20, 64)}
+        result = export_checkpoint(asked, tmp_path / "out", dtype="bfloat16")
+    assert not asked.teacher_logits.exists()
+    assert result.source_teacher is not None
+    assert result.teacher is not None
+    assert result.source_teacher.kl == pytest.approx(0, abs=1e-9)
+    assert result.source_teacher.top1_agreement == 1
+    assert result.teacher.kl == pytest.approx(result.kl, rel=1e-6)
+    assert result.teacher.top1_agreement == result.top1_agreement
+
+
+@pytest.mark.usefixtures("in_process")
+def test_rows_of_the_teacher_past_the_shared_vocabulary_are_no_answers(
+    trained: Path, tmp_path: Path
+) -> None:
+    gate = Gate(trained, ToyWindows(), [], seed=0)
+    with against_teacher(gate, trained, vocabulary=60, dtype=torch.float32) as asked:
+        result = export_checkpoint(asked, tmp_path / "out", dtype="float32")
+    assert result.kl == pytest.approx(0, abs=1e-9)
+    assert result.source_teacher is not None
+    assert result.source_teacher.kl == pytest.approx(0, abs=1e-9), "both over 60 tokens"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_speed_is_measured_beside_the_source(trained: Path, tmp_path: Path) -> None:
+    result = export_checkpoint(
+        Gate(trained, ToyWindows(), [], seed=0), tmp_path / "out", dtype="float32"
+    )
+    assert result.teacher is None
+    assert result.llama_cpp is None
+    assert result.decode_tokens_per_s is not None
+    assert result.source_decode_tokens_per_s is not None
+    ratio = result.decode_tokens_per_s / result.source_decode_tokens_per_s
+    assert 0.2 < ratio < 5, "the same weights again"

@@ -1,0 +1,82 @@
+"""What is uploaded, where to, with whose token; the Hub itself is played by a recorder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from huggingface_hub.errors import HFValidationError
+
+from stillhouse.errors import RunError
+from stillhouse.export import hub, push
+from stillhouse.recipe.shipping import PushRecipe
+
+SECRET = "hf_secret"
+
+
+class Recorder:
+    """In place of `HfApi`: what it was asked; `fails` is raised by every upload."""
+
+    calls: list[tuple[str, dict[str, Any]]]
+    fails: Exception | None = None
+
+    def __init__(self, *, token: str) -> None:
+        self.calls.append(("token", {"token": token}))
+
+    def create_repo(self, repo: str, **options: Any) -> None:
+        self.calls.append(("create", {"repo": repo, **options}))
+
+    def upload_folder(self, **options: Any) -> SimpleNamespace:
+        if self.fails is not None:
+            raise self.fails
+        self.calls.append(("upload", options))
+        return SimpleNamespace(commit_url=f"https://hub/commit/{len(self.calls)}")
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
+    monkeypatch.setattr(hub, "HfApi", Recorder)
+    monkeypatch.setattr(Recorder, "calls", [], raising=False)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    return Recorder
+
+
+def test_the_first_format_is_the_repositorys_root_and_others_are_folders(
+    recorder: type[Recorder], tmp_path: Path
+) -> None:
+    folders = {"safetensors": tmp_path / "model", "gguf-q8_0": tmp_path / "gguf-q8_0"}
+    done = push(PushRecipe(repo="me/small"), folders, "demo")
+    assert recorder.calls[0] == ("token", {"token": SECRET})
+    assert recorder.calls[1] == ("create", {"repo": "me/small", "private": True, "exist_ok": True})
+    uploads = [options for what, options in recorder.calls if what == "upload"]
+    assert [(u["folder_path"], u["path_in_repo"]) for u in uploads] == [
+        (tmp_path / "model", None),
+        (tmp_path / "gguf-q8_0", "gguf-q8_0"),
+    ]
+    assert list(done.commits) == ["safetensors", "gguf-q8_0"]
+    assert SECRET not in str(done)
+
+
+def test_a_token_of_another_name(recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "other")
+    push(PushRecipe(repo="me/small", token_env="MY_TOKEN"), {}, "demo")
+    assert recorder.calls[0] == ("token", {"token": "other"})
+
+
+def test_no_token(recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(RunError, match="no token") as caught:
+        push(PushRecipe(repo="me/small"), {}, "demo")
+    assert "HF_TOKEN" in str(caught.value.fix)
+    assert recorder.calls == []
+
+
+def test_what_the_hub_says_is_told_without_the_token(
+    recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(recorder, "fails", HFValidationError(f"{SECRET} may not write"))
+    with pytest.raises(RunError, match="may not write") as caught:
+        push(PushRecipe(repo="me/small"), {"safetensors": tmp_path}, "demo")
+    assert SECRET not in str(caught.value)

@@ -1,0 +1,93 @@
+"""A projection undoes as much of the stream's error as rows kept aside confirm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from stillhouse.pruning.correction import JUDGES, Evidence, least_squares_change
+from stillhouse.pruning.ffn import Moments
+
+WIDTH, HIDDEN = 24, 5
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _double() -> object:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def rows(count: int, noise: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Activations, an error that they explain but for the noise, and the rows' weights."""
+    torch.manual_seed(7)
+    explains, mixing = torch.randn(HIDDEN, WIDTH), torch.randn(WIDTH, WIDTH) + 3 * torch.eye(WIDTH)
+    torch.manual_seed(seed)
+    activations = torch.randn(count, WIDTH) @ mixing
+    error = activations @ explains.T + noise * torch.randn(count, HIDDEN)
+    return activations, error, torch.rand(count) + 0.5
+
+
+def evidence_of(activations: Tensor, error: Tensor | None, weight: Tensor) -> Evidence:
+    evidence = Evidence(WIDTH, HIDDEN, CPU)
+    for part in torch.arange(len(activations)).split(40):
+        evidence.add(activations[part], None if error is None else error[part], weight[part])
+    return evidence
+
+
+def squared_error(change: Tensor, activations: Tensor, error: Tensor, weight: Tensor) -> float:
+    left = (error - activations @ change.T) * weight[:, None]
+    return left.square().sum().item()
+
+
+def test_the_share_is_the_best_on_the_rows_kept_aside() -> None:
+    activations, error, weight = rows(160, noise=60.0)
+    _, change = evidence_of(activations, error, weight).finish()
+    fitted = (torch.arange(160) % 40) < 40 - 40 // JUDGES
+    moments, everything = Moments.zeros(WIDTH, HIDDEN), Moments.zeros(WIDTH, HIDDEN)
+    moments.add(activations[fitted], error[fitted], weight[fitted])
+    everything.add(activations, error, weight)
+    few = least_squares_change(moments)
+    aside = activations[~fitted], error[~fitted], weight[~fitted]
+    best = min(torch.linspace(0, 1, 1001), key=lambda mu: squared_error(mu * few, *aside))
+    assert 0.05 < best < 0.95
+    assert_close(change, best * least_squares_change(everything), rtol=2e-2, atol=1e-3)
+
+
+def test_the_least_squares_change_is_that_of_ridge_regression() -> None:
+    activations, error, weight = rows(160, noise=1.0)
+    moments = Moments.zeros(WIDTH, HIDDEN)
+    moments.add(activations, error, weight)
+    scaled = activations * weight[:, None]
+    ridge = 0.3 * scaled.square().sum(0).mean() * torch.eye(WIDTH)
+    expected = torch.linalg.solve(scaled.T @ scaled + ridge, scaled.T @ (error * weight[:, None]))
+    assert_close(least_squares_change(moments, 0.3), expected.T)
+
+
+@pytest.mark.parametrize("noise", [0.0, 30.0, 300.0])
+def test_other_rows_gain_and_are_not_harmed(noise: float) -> None:
+    _, change = evidence_of(*rows(80, noise)).finish()
+    fresh = rows(4000, noise, seed=1)
+    assert squared_error(change, *fresh) < 1.02 * squared_error(torch.zeros_like(change), *fresh)
+    if noise == 0:
+        assert squared_error(change, *fresh) < 0.5 * squared_error(0 * change, *fresh)
+
+
+def test_without_an_error_there_is_nothing_to_undo_and_the_moments_are_those_of_all_rows() -> None:
+    activations, error, weight = rows(100, noise=1.0)
+    for given in (None, error):
+        moments, change = evidence_of(activations, given, weight).finish()
+        plain = Moments.zeros(WIDTH, HIDDEN)
+        plain.add(activations, given, weight)
+        assert_close(moments.symmetric(), plain.symmetric())
+        assert_close(moments.B_DF, plain.B_DF)
+        assert change.any() == (given is not None)
+
+
+def test_too_few_rows_to_keep_any_aside_change_nothing() -> None:
+    evidence = Evidence(WIDTH, HIDDEN, CPU)
+    evidence.add(*(part[: JUDGES - 1] for part in rows(40, noise=0.0)))
+    assert not evidence.finish()[1].any()
