@@ -169,11 +169,28 @@ def test_one_shape_needs_no_measurement(tmp_path: Path) -> None:
 def test_shapes_are_ranked_by_what_their_axes_cost_alone() -> None:
     before = sizes_of(tiny_model().config)
     one, two = replace(before, ffn_size=32), replace(before, ffn_size=48, heads=2, layers=2)
-    assert [s.ffn_size for s in probed(before, [one, two])["ffn_size"]] == [32, 48]
-    known = curves(before, probed(before, [one, two]), lambda s: 64 - s.ffn_size + 4 - s.heads)
+    probes = probed(before, [one, two], lambda shape: True)
+    assert [s.ffn_size for s in probes["ffn_size"]] == [32, 48]
+    known = curves(before, probes, lambda s: 64 - s.ffn_size + 4 - s.heads)
     assert known["ffn_size"].points == ((0.5, 32.0), (0.75, 16.0), (1.0, 0.0))
     assert known["ffn_size"].at(0.875) == pytest.approx(8.0)
     assert known["ffn_size"].at(0.25) == pytest.approx(48.0)
     assert expected(before, two, known, {2: 0.5}) == pytest.approx(16 + 2 + 0.5)
     assert expected(before, two, known, {}) == float("inf")
     assert Curve(((1.0, 0.0),)).at(0.5) == 0.0
+
+
+def test_widths_that_the_heads_do_not_divide_are_probed_at_the_next_smaller_one(
+    tmp_path: Path,
+) -> None:
+    """As SmolLM2's nine heads, which divide 576 and 504 but not 512."""
+    sizes = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}
+    save_model(tmp_path / "teacher", tiny_model(**sizes))
+    before = sizes_of(load_model(tmp_path / "teacher", dtype=torch.float32).config)
+    wanted = [replace(before, hidden_size=64, heads=8), replace(before, heads=7)]
+    probes = probed(before, wanted, lambda shape: shape.hidden_size % shape.heads == 0)
+    assert [shape.hidden_size for shape in probes["hidden_size"]] == [63]
+    assert [shape.heads for shape in probes["attention"]] == [8]
+    found = search_shape(setting(tmp_path, target="70%", trained=0))
+    assert any(one.sizes.hidden_size < 72 for one in found.candidates)
+    assert all(one.sizes.hidden_size % one.sizes.heads == 0 for one in found.candidates)

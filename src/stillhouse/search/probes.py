@@ -49,19 +49,33 @@ def only(before: Sizes, shape: Sizes, axis: str) -> Sizes:
     return replace(before, **{axis: getattr(shape, axis)})
 
 
-def probed(before: Sizes, shapes: Sequence[Sizes]) -> dict[str, list[Sizes]]:
+def probed(
+    before: Sizes, shapes: Sequence[Sizes], possible: Callable[[Sizes], bool]
+) -> dict[str, list[Sizes]]:
     """For each axis the shapes to measure: the least and the largest cut that occur, and between.
 
-    A shape that the architecture refuses with the other axes whole is left to its neighbours.
+    possible: whether the architecture allows a shape. A hidden size that it refuses with all heads
+    gives way to the next smaller one that it allows; heads that it refuses are left to their
+    neighbours.
     """
     found = {}
     for axis in AXES:
-        cut = {only(before, shape, axis) for shape in shapes} - {before}
+        alone = [only(before, shape, axis) for shape in shapes]
+        if axis == "hidden_size":
+            alone = [_narrower(shape, possible) for shape in alone]
+        cut = {shape for shape in alone if possible(shape)} - {before}
         ordered = sorted(cut, key=lambda shape: share(before, shape, axis))
         most = min(MOST[axis], len(ordered))
         places = {round(i * (len(ordered) - 1) / max(1, most - 1)) for i in range(most)}
         found[axis] = [ordered[place] for place in sorted(places)]
     return found
+
+
+def _narrower(shape: Sizes, possible: Callable[[Sizes], bool]) -> Sizes:
+    """The widest stream of at most this one's width that is possible."""
+    sizes = range(shape.hidden_size, 0, -1)
+    narrower = (replace(shape, hidden_size=size) for size in sizes)
+    return next(filter(possible, narrower), shape)
 
 
 def curves(

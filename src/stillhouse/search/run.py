@@ -21,6 +21,7 @@ import torch
 from stillhouse.data import WindowSet
 from stillhouse.progress import note
 from stillhouse.pruning import Calibration, Sizes, prune_model, sizes_of
+from stillhouse.pruning.axes import Axes, axes_of
 from stillhouse.pruning.depth import DepthChoice
 from stillhouse.pruning.prune import rank_layers
 from stillhouse.pruning.shapes import Counter, described, feasible_shapes, sizes_to_prune
@@ -112,7 +113,7 @@ def search_shape(setting: Setting) -> Found:
     costs = costs_of(config, counter, search, target, setting.served, setting.device, journal)
     shapes = feasible_shapes(config, search, costs.of, costs.limit)
     found = [Candidate(shape, costs.of(shape), counter.total(shape)) for shape in shapes]
-    work = _Work(setting, journal, sizes_of(config))
+    work = _Work(setting, journal, sizes_of(config), axes_of(config))
     best = work.by_axes(found)
     left_out = len(found) - len(best)
     note(
@@ -143,11 +144,12 @@ def _plain(found: Found, costs: Costs) -> dict[str, Any]:
 class _Work:
     """Everything that the candidates of one search share."""
 
-    def __init__(self, setting: Setting, journal: Journal, before: Sizes) -> None:
+    def __init__(self, setting: Setting, journal: Journal, before: Sizes, rules: Axes) -> None:
         self.setting = setting
         self.search = setting.section.search
         self.journal = journal
         self.before = before
+        self.rules = rules
         self.shared: dict[int, Calibration] = {}
         self.depth: DepthChoice | None = None
         self.tokens = 0
@@ -214,7 +216,8 @@ class _Work:
             name = f"probe {described(self.before, shape)}"
             return max(0.0, self.journal.once(name, lambda: self._probe(shape)) - start)
 
-        known = curves(self.before, probed(self.before, [one.sizes for one in found]), lost)
+        probes = probed(self.before, [one.sizes for one in found], self._possible)
+        known = curves(self.before, probes, lost)
         whole = [one.sizes for one in found if one.sizes.layers == self.before.layers]
         limit = min((expected(self.before, s, known, {}) for s in whole), default=float("inf"))
         keep = min(one.sizes.layers for one in found)
@@ -222,6 +225,9 @@ class _Work:
         for one in found:
             one.expected = expected(self.before, one.sizes, known, depth)
         return sorted(found, key=_expected)[: self.search.candidates]
+
+    def _possible(self, shape: Sizes) -> bool:
+        return not self.rules.hidden_over_heads or shape.hidden_size % shape.heads == 0
 
     def _probe(self, shape: Sizes) -> float:
         """On as many tokens as the widest matrix that is refit needs, if there are so many."""
