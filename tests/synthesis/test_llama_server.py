@@ -20,8 +20,11 @@ import pytest
 import torch
 import yaml
 
+from stillhouse.data.sources import read_sources
+from stillhouse.data.tokens import tokenize
 from stillhouse.errors import EndpointError
 from stillhouse.recipe import load_recipe
+from stillhouse.recipe.schema import JsonlSource
 from stillhouse.runner import record_signals, synthesize_text
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.segments import find_segments
@@ -214,7 +217,7 @@ def test_what_it_tells_about_its_tokens_is_what_the_same_model_here_says(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file's weights are of few bits, and llama.cpp rounds activations to eight on the way:
-    the same likeliest token nearly everywhere, and probabilities that are close."""
+    probabilities that are close, and the same likeliest token wherever it is so by some margin."""
     monkeypatch.setenv(VARIABLE, KEY)
     path = write(tmp_path, server, sampling={"top_logprobs": 5})
     store = open_store(record_signals(path).resolve())
@@ -223,22 +226,23 @@ def test_what_it_tells_about_its_tokens_is_what_the_same_model_here_says(
     teacher = resolve_model(load_recipe(path).teacher.model, base=tmp_path).path
     model, tokenizer = load_model(teacher, dtype=torch.float32), load_tokenizer(teacher)
     same, differences = [], []
-    for line in (tmp_path / "synthetic.jsonl").read_text().splitlines():
-        messages = json.loads(line)["messages"]
-        prompt = tokenizer.apply_chat_template(
-            messages[:-1], add_generation_prompt=True, return_dict=True
-        )["input_ids"]
-        said = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
-        ids_1L = torch.tensor([[*prompt, *said, tokenizer.eos_token_id]])
-        labels_1L = ids_1L.clone()
-        labels_1L[:, : len(prompt)] = -100
+    source = JsonlSource(kind="jsonl", path="synthetic.jsonl")
+    for (row,) in tokenize(list(read_sources([source], tmp_path)), tokenizer):
+        ids_1L, learnt_1L = torch.from_numpy(row.ids[None]).long(), row.supervised[None]
+        labels_1L = ids_1L.masked_fill(torch.from_numpy(~learnt_1L), -100)
         signal = store.read(find_segments(ids_1L, labels_1L))
         assert isinstance(signal, SparseSignal)
         with torch.no_grad():
-            p_NV = model(ids_1L).logits[0, len(prompt) - 1 : -2].softmax(-1)
-        count = len(said)
-        same.append((signal.ids_NK[:count, 0] == p_NV.argmax(-1)).float().mean())
-        ours_NK = p_NV.gather(1, signal.ids_NK[:count].long())
-        differences.append((signal.log_probs_NK[:count].exp() - ours_NK).abs().mean())
-    assert float(torch.stack(same).mean()) > 0.9
-    assert float(torch.stack(differences).mean()) < 0.05
+            p_NV = model(ids_1L).logits[0, :-1].softmax(-1)[learnt_1L[0, 1:]]
+        told_N = signal.tail_N > 0  # nobody told about the end of the turn
+        p_NV, ids_NK = p_NV[told_N], signal.ids_NK[told_N].long()
+        best_N2 = p_NV.topk(2)
+        clear_N = best_N2.values[:, 0] - best_N2.values[:, 1] > 0.1
+        # This server cannot show parts of characters: where they are likely, the tail has them.
+        clear_N &= signal.tail_N[told_N] < 0.5
+        same.append((ids_NK[:, 0] == best_N2.indices[:, 0])[clear_N].float())
+        stored_NK = signal.log_probs_NK[told_N].exp()
+        differences.append((stored_NK[:, 0] - p_NV.gather(1, ids_NK)[:, 0]).abs())
+    assert len(torch.cat(same)) > 50
+    assert float(torch.cat(same).mean()) > 0.95
+    assert float(torch.cat(differences).mean()) < 0.03

@@ -140,7 +140,7 @@ def test_several_samples_of_a_prompt_are_several_requests(journal: Journal) -> N
 
 
 def test_many_requests_are_on_their_way_at_once_but_no_more_than_asked(journal: Journal) -> None:
-    with Stub(lambda number, payload: Reply(delay=0.05)) as stub:
+    with Stub(lambda number, payload: Reply(delay=0.2)) as stub:
         run(journal, stub, requests(stub, 150), concurrency=24)
         assert 20 <= stub.most_at_once <= 24
 

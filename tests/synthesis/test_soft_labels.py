@@ -196,6 +196,25 @@ def test_tokens_that_the_student_does_not_know_stay_in_the_tail() -> None:
     assert statistics.mass == pytest.approx(1.75)
 
 
+def test_parts_of_a_character_that_a_server_cannot_show() -> None:
+    """llama-cpp-python gives text alone, and drops bytes that are no whole character."""
+    given = positions("a?")[:1] + [
+        {"token": "", "bytes": None, "logprob": math.log(0.5), "top_logprobs": [
+            {"token": "", "bytes": None, "logprob": math.log(0.5)},
+            {"token": "", "bytes": None, "logprob": math.log(0.125)},
+            {"token": "b", "bytes": None, "logprob": math.log(0.25)},
+        ]}
+        for _ in range(2)
+    ]  # fmt: skip
+    aligned = align(row("q", "aä"), "aä", given, 5, WORDS)
+    assert aligned.matched
+    first, second = TOKENIZER("ä")["input_ids"]
+    b = TOKENIZER("b")["input_ids"][0]
+    # The token that was written is known; another one that shows as nothing stays in the tail.
+    assert aligned.entries[1] == {first: math.log(0.5), b: math.log(0.25)}
+    assert aligned.entries[2] == {second: math.log(0.5), b: math.log(0.25)}
+
+
 @pytest.mark.parametrize("text", ["ab", "ax", "xbc", ""])
 def test_other_text_or_none_does_not_match(text: str) -> None:
     aligned = align(row("q", "abc"), "abc", positions(text), 5, WORDS)

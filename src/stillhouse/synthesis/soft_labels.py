@@ -12,10 +12,10 @@ Shapes: N supervised tokens of a row, E entries of all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -35,21 +35,36 @@ Entries = dict[int, float]
 
 @dataclass(frozen=True)
 class Words:
-    """A tokenizer's tokens as bytes. Of several tokens of the same bytes, the one that the
-    tokenizer itself would use is not known: they have no id here, and stay in the tail."""
+    """A tokenizer's tokens as bytes. id_of: by all their bytes. shown_id_of: by the text that is
+    left of them where a server drops bytes that are no whole character. Several tokens that are
+    the same in either way cannot be told apart: they have no id there, and stay in the tail."""
 
     bytes_of: Mapping[int, bytes]
     id_of: Mapping[bytes, int]
+    shown_id_of: Mapping[str, int]
 
     @classmethod
     def of(cls, tokenizer: Any, vocabulary: int) -> Words:
         bytes_of = {i: found for i, found in token_bytes(tokenizer).items() if i < vocabulary}
-        id_of: dict[bytes, int] = {}
-        twice: set[bytes] = set()
-        for i, found in bytes_of.items():
-            twice |= {found} & id_of.keys()
-            id_of[found] = i
-        return cls(bytes_of, {found: i for found, i in id_of.items() if found not in twice})
+        shown = ((_shown(found), i) for i, found in bytes_of.items())
+        return cls(bytes_of, _unique((found, i) for i, found in bytes_of.items()), _unique(shown))
+
+
+K = TypeVar("K")
+
+
+def _unique(pairs: Iterable[tuple[K, int]]) -> dict[K, int]:
+    found: dict[K, int] = {}
+    twice: set[K] = set()
+    for key, i in pairs:
+        if key in found:
+            twice.add(key)
+        found[key] = i
+    return {key: i for key, i in found.items() if key not in twice}
+
+
+def _shown(token: bytes) -> str:
+    return token.decode("utf-8", "ignore")
 
 
 @dataclass(frozen=True)
@@ -74,7 +89,7 @@ def align(
     found = _places(row, learnt, text, logprobs or [], words)
     told = [False] * len(ids)
     for place, position in found:
-        distribution = _entries(position, k, words)
+        distribution = _entries(position, ids[place], k, words)
         if distribution:
             entries[place] = distribution
             told[place] = True
@@ -88,47 +103,53 @@ def _places(
     turn = len(learnt) - 1
     while turn > 0 and learnt[turn - 1] == learnt[turn] - 1:
         turn -= 1
-    ours = [words.bytes_of.get(i) for i in row.ids[learnt[turn:]].tolist()]
-    theirs = [_bytes(position) for position in logprobs]
+    ours = [words.bytes_of.get(i, b"") for i in row.ids[learnt[turn:]].tolist()]
     at, end = _span(ours, text.encode())
-    first, last = _span(theirs, text.encode(), final=True)
-    if at == end or ours[at:end] != theirs[first:last]:
-        return []
-    places = [(turn + at + n, logprobs[first + n]) for n in range(end - at)]
-    if end < len(ours) and last < len(theirs) and ours[end] == theirs[last]:
-        places.append((turn + end, logprobs[last]))  # the server tells about the end of the turn
-    return places
+    for first in range(len(logprobs) - (end - at), -1, -1) if at < end else ():
+        last = first + end - at
+        if all(map(_is_token, logprobs[first:last], ours[at:end])):
+            places = [(turn + at + n, logprobs[first + n]) for n in range(end - at)]
+            if end < len(ours) and last < len(logprobs) and _is_token(logprobs[last], ours[end]):
+                places.append((turn + end, logprobs[last]))  # it tells of the end of the turn too
+            return places
+    return []
 
 
-def _span(tokens: Sequence[bytes | None], text: bytes, *, final: bool = False) -> tuple[int, int]:
-    """The tokens that are exactly this text, the last ones if `final`; (0, 0) where none are."""
-    joined = b"".join(token or b"" for token in tokens)
-    start = joined.rfind(text) if final else joined.find(text)
-    offsets = [0, *accumulate(len(token or b"") for token in tokens)]
-    if not text or start < 0 or start not in offsets or start + len(text) not in offsets:
+def _span(tokens: Sequence[bytes], text: bytes) -> tuple[int, int]:
+    """The tokens that are exactly this text; (0, 0) where none are."""
+    start = b"".join(tokens).find(text)
+    offsets = [0, *accumulate(map(len, tokens))]
+    if not text or start not in offsets or start + len(text) not in offsets:
         return 0, 0
-    # Tokens without bytes at either end are left out.
-    first = len(offsets) - 1 - offsets[::-1].index(start)
-    return first, offsets.index(start + len(text))
+    return offsets.index(start), offsets.index(start + len(text))
+
+
+def _is_token(position: Any, token: bytes) -> bool:
+    """Whether a position is about these bytes. A server that gives text alone cannot show the
+    bytes of a part of a character: the rest of the token has to do."""
+    known = _bytes(position)
+    if known is not None:
+        return known == token
+    return position.get("token") in (_shown(token), token.decode("utf-8", "replace"))
 
 
 def _bytes(position: Any) -> bytes | None:
-    """The bytes of a position's or an alternative's token; None where the server hides them."""
-    if isinstance(position.get("bytes"), list) and position["bytes"]:
-        return bytes(position["bytes"])
-    token = position.get("token")
-    if not isinstance(token, str) or "\ufffd" in token:
-        return None
-    return token.encode()
+    """The bytes that the server gives for a position's or an alternative's token."""
+    given = position.get("bytes")
+    return bytes(given) if isinstance(given, list) and given else None
 
 
-def _entries(position: Any, k: int, words: Words) -> Entries:
-    """The k likeliest of the tokens that the position tells about and the tokenizer knows."""
+def _entries(position: Any, own: int, k: int, words: Words) -> Entries:
+    """The k likeliest of the tokens that the position tells about and the tokenizer knows.
+
+    own: the token that was written there.
+    """
     ranked = sorted(position.get("top_logprobs") or [], key=lambda one: -float(one["logprob"]))
     found: Entries = {}
     for one in ranked[:k]:
-        known = _bytes(one)
-        token = None if known is None else words.id_of.get(known)
+        token = _token_id(one, words)
+        if (one["token"], one["logprob"]) == (position.get("token"), position.get("logprob")):
+            token = own
         if token is not None and token not in found:
             found[token] = max(float(one["logprob"]), LEAST)
     mass = sum(map(math.exp, found.values()))
@@ -141,6 +162,13 @@ def _entries(position: Any, k: int, words: Words) -> Entries:
             "signals.answers",
         )
     return found
+
+
+def _token_id(alternative: Any, words: Words) -> int | None:
+    known = _bytes(alternative)
+    if known is not None:
+        return words.id_of.get(known)
+    return words.shown_id_of.get(alternative["token"])
 
 
 def entry_rows(entries: Sequence[Entries], vocabulary: int) -> tuple[EntryRows, Statistics]:
