@@ -93,6 +93,7 @@ def rounding(bench: Bench, with_control: bool) -> dict[str, Any]:
     job, folder = bench.job, bench.folder
     common: dict[str, Any] = {"vocabulary": job.vocabulary, "seed": job.recipe.seed}
     ways = {"section": bench.section, "heldout": bench.heldout, **common}
+    ways["windows"] = bench.windows
     rounded = quantize(bench.student, folder / "rounded", **ways)
     print(f"rounded: {rounded.kl:.4f} nats a token to its own full precision", flush=True)
     taught = {**common, "objective": job.recipe.objective}

@@ -27,7 +27,7 @@ from stillhouse.stages import doing
 from stillhouse.training import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"
-PRODUCING = ("synthesis", "data", "signals", "search", "student", "train")
+PRODUCING = ("synthesis", "data", "signals", "search", "student", "train", "quantize", "qat")
 """Stages that make a member; the others measure it and write it down."""
 
 
@@ -114,6 +114,7 @@ def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
                 tokens=_stage(result, "train").cost.tokens,
                 flops=sum(stage.cost.flops for stage in own if stage.name in PRODUCING),
                 seconds=sum(stage.cost.seconds for stage in own if stage.name in PRODUCING),
+                quantized=evaluation.result("quantized_trained") or evaluation.result("quantized"),
                 decoding=_decoding(evaluation),
             )
         )

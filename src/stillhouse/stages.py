@@ -425,7 +425,7 @@ def quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
     assert section is not None
 
     def work(out: Path) -> Outcome:
-        _, heldout = open_data(data)
+        windows, heldout = open_data(data)
         result = quantize(
             trained.path / MODEL,
             out,
@@ -433,6 +433,7 @@ def quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
             heldout=heldout,
             vocabulary=job.vocabulary,
             seed=job.recipe.seed,
+            windows=windows,
             trust_remote_code=job.trust_remote_code,
         )
         return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=asdict(result))
@@ -444,7 +445,7 @@ def quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
         "data": data.digest,
         "trained": trained.digest,
     }
-    return StagePlan("quantize", inputs, work)
+    return StagePlan("quantize", inputs, work, version=2)
 
 
 def quantized_training(

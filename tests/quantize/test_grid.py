@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.quantize import Grid, choose_scales, from_codes, on_grid, to_codes
-from stillhouse.quantize.grid import LARGEST
+from stillhouse.quantize.grid import LARGEST, WEIGHED
 
 GRIDS = [Grid(4, 8), Grid(8, 16)]
 
@@ -36,6 +36,24 @@ def test_scales_are_the_best_of_those_tried(grid: Grid) -> None:
                 )
             best = float(scales_OG[row, index])
             assert errors[best] == pytest.approx(min(errors.values()), rel=1e-3)
+
+
+def test_errors_on_inputs_that_matter_are_avoided() -> None:
+    """Against the definition: the scale is the best of those tried for the weighed error."""
+    grid, moment_I = Grid(4, 8), torch.ones(32)
+    moment_I[::8] = 1e-4
+    weight_OI = matrix()
+    weight_OI[:, ::8] *= 5  # the largest number of each group is on an input that hardly matters
+    plain_OG, weighed_OG = choose_scales(weight_OI, grid), choose_scales(weight_OI, grid, moment_I)
+
+    def error(scales_OG: Tensor) -> float:
+        off_OI = on_grid(weight_OI, scales_OG, grid) - weight_OI
+        return float((off_OI.square() * moment_I).sum())
+
+    assert error(weighed_OG) < 0.6 * error(plain_OG)
+    extreme_OG = weight_OI.unflatten(-1, (-1, 8))[..., 0]
+    candidates = [(extreme_OG / place).half().float() for place in WEIGHED[4]]
+    assert error(weighed_OG) <= min(map(error, candidates))
 
 
 @pytest.mark.parametrize("grid", GRIDS)

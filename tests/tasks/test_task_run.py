@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseErro
 from stillhouse.recipe import parse_classify_recipe
 from stillhouse.tasks import judge as judge_module
 from stillhouse.tasks import open_classifier, predictions, run_task
+from stillhouse.tasks.classifier import load_classifier
 from stillhouse.tasks.judge import Judgment
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub
@@ -247,3 +249,29 @@ def test_bad_rows_are_named(tmp_path: Path, row: str, said: str) -> None:
         run(raw)
     assert caught.value.where is not None
     assert caught.value.where.endswith("texts.jsonl:41")
+
+
+def test_a_classifier_is_shipped_as_onnx_and_its_page_tells(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    raw = toys.recipe(tmp_path, export={"formats": ["safetensors", "onnx", "onnx-int8"]})
+    result = run(raw)
+    session = onnxruntime.InferenceSession(result.folder / "onnx" / "model.onnx")
+    classifier = load_classifier(result.model)
+    ids = np.array(classifier.tokens(["bird number 7"]))
+    [logits] = session.run(None, {"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    expected = classifier.probabilities(["bird number 7"])
+    assert torch.allclose(torch.from_numpy(logits).softmax(-1), expected, atol=1e-5)
+    assert (result.folder / "onnx-int8" / "tokenizer.json").is_file()
+    assert (result.folder / "onnx" / "classifier.json").is_file()
+    assert not (result.folder / "onnx" / "model.safetensors").exists()
+    page = result.report.read_text()
+    assert "onnx-int8" in page
+    assert "Of the checkpoint’s" in page
+
+
+def test_a_language_model_that_scores_words_is_no_onnx_classifier(tmp_path: Path) -> None:
+    student = {"start": "pretrained", "model": str(tmp_path / "teacher"), "head": "words"}
+    raw = toys.recipe(tmp_path, student=student, export={"formats": ["onnx"]})
+    with pytest.raises(RecipeError, match="no ONNX classifier"):
+        run(raw)

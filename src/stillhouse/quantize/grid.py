@@ -20,6 +20,13 @@ LARGEST = {4: (-8.5, -8.0, -7.5, -7.0, 7.0, 7.5), 8: (-128.0, 127.0)}
 one with the least squared error is taken. Past the grid's end, that number is clipped and the
 others gain; the sign chooses which side has the one whole number more."""
 
+WEIGHED = {
+    4: tuple(sign * float(place) for place in range(6, 15) for sign in (-1, 1)),
+    8: tuple(sign * float(place) for place in range(118, 135, 4) for sign in (-1, 1)),
+}
+"""The same where errors are weighed: a large number on an input that hardly matters may be clipped
+by far, so that its neighbours gain."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -39,20 +46,24 @@ class Grid:
         return numbers * self.bits // 8 + numbers // self.group * 2
 
 
-def choose_scales(weight_OI: Tensor, grid: Grid) -> Tensor:
+def choose_scales(weight_OI: Tensor, grid: Grid, moment_I: Tensor | None = None) -> Tensor:
     """The scales [O, G] with the least squared error, float32 numbers that float16 holds.
 
-    A group of zeros has scale 0. The group size must divide the columns.
+    moment_I: E[x²] of each input, by which a weight's error counts (`stillhouse.quantize.moments`);
+    None: all count alike. A group of zeros has scale 0. The group size must divide the columns.
     """
     groups_OGg = weight_OI.detach().float().unflatten(-1, (-1, grid.group))
     place_OG1 = groups_OGg.abs().argmax(-1, keepdim=True)
     extreme_OG = groups_OGg.gather(-1, place_OG1).squeeze(-1)
+    counts_Gg: Tensor | float = 1.0
+    if moment_I is not None:
+        counts_Gg = moment_I.to(weight_OI.device).float().unflatten(-1, (-1, grid.group))
     best_OG = torch.zeros_like(extreme_OG)
     least_OG = torch.full_like(extreme_OG, torch.inf)
-    for largest in LARGEST[grid.bits]:
+    for largest in (LARGEST if moment_I is None else WEIGHED)[grid.bits]:
         scale_OG = (extreme_OG / largest).half().float()
         error_OGg = groups_OGg - _rounded(groups_OGg, scale_OG, grid) * scale_OG[..., None]
-        error_OG = error_OGg.square().sum(-1)
+        error_OG = (error_OGg.square() * counts_Gg).sum(-1)
         better_OG = error_OG < least_OG
         best_OG = torch.where(better_OG, scale_OG, best_OG)
         least_OG = torch.where(better_OG, error_OG, least_OG)

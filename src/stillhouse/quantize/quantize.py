@@ -17,6 +17,7 @@ from stillhouse.hardware import default_device
 from stillhouse.progress import note
 from stillhouse.quantize.activations import round_inputs_of
 from stillhouse.quantize.grid import Grid
+from stillhouse.quantize.moments import input_moments
 from stillhouse.quantize.qat import RoundedWeights
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.quantize.sensitivity import (
@@ -64,24 +65,31 @@ def quantize(
     heldout: WindowSet,
     vocabulary: int,
     seed: int,
+    windows: WindowSet | None = None,
     trust_remote_code: bool = False,
 ) -> QuantizeResult:
     """Rounds the trained student: `out/model`, float32 with its matrices on the grid, and scales.
 
-    Sensitivity is measured where a budget asks for it. Raises RecipeError: a group size that does
-    not divide a matrix, a part that the model does not have, a budget that cannot be met.
+    windows: training text, on which the importance of inputs is measured (`calibration_tokens`);
+    None: all weights count alike. Sensitivity is measured where a budget asks for it.
+    Raises RecipeError: a group size that does not divide a matrix, a part that the model does not
+    have, a budget that cannot be met.
     """
     model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.to(default_device())
     grid = Grid(section.bits, section.group_size)
     units = find_units(model, grid)
     free = _without_named(units, section.keep)
-    scales = scales_of(model, free, grid)
-    windows, tokens = draw_windows(heldout, section.sensitivity_tokens, seed)
+    moments = None
+    if windows is not None and section.calibration_tokens is not None:
+        calibration, _ = draw_windows(windows, section.calibration_tokens, seed)
+        moments = input_moments(model, calibration)
+    scales = scales_of(model, free, grid, moments)
+    measured, tokens = draw_windows(heldout, section.sensitivity_tokens, seed)
     found: list[Sensitivity] = []
     kept = list(section.keep)
     if section.max_kl is not None or section.max_bytes is not None:
-        found = measure(model, free, scales, grid, windows, vocabulary)
+        found = measure(model, free, scales, grid, measured, vocabulary)
         smallest = model_bytes(model, units, set(kept), grid)
         kept += choose_kept(
             found, smallest=smallest, max_kl=section.max_kl, max_bytes=section.max_bytes
@@ -89,7 +97,7 @@ def quantize(
         chosen = {name for unit in units if unit.name not in kept for name in unit.weights}
         scales = {name: scales_OG for name, scales_OG in scales.items() if name in chosen}
     quantization = Quantization(grid, section.dynamic, scales)
-    kl = _whole_kl(model, quantization, windows, vocabulary)
+    kl = _whole_kl(model, quantization, measured, vocabulary)
     result = QuantizeResult(
         kind=section.kind,
         group_size=section.group_size,

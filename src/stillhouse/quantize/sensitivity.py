@@ -14,6 +14,7 @@ from stillhouse.errors import RecipeError
 from stillhouse.evaluate import HeldoutAnswers, compare, heldout_answers
 from stillhouse.progress import bar
 from stillhouse.quantize.grid import Grid, choose_scales, on_grid
+from stillhouse.quantize.moments import Moments
 from stillhouse.quantize.units import Unit
 
 Scales = dict[str, Tensor]
@@ -31,10 +32,16 @@ class Sensitivity:
     saved: int
 
 
-def scales_of(model: nn.Module, units: list[Unit], grid: Grid) -> Scales:
+def scales_of(
+    model: nn.Module, units: list[Unit], grid: Grid, moments: Moments | None = None
+) -> Scales:
     """The scales of every matrix of the units, by the matrix's name."""
-    weights = dict(model.named_parameters())
-    return {name: choose_scales(weights[name], grid) for unit in units for name in unit.weights}
+    weights, known = dict(model.named_parameters()), moments or {}
+    return {
+        name: choose_scales(weights[name], grid, known.get(name))
+        for unit in units
+        for name in unit.weights
+    }
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from stillhouse.recipe.section import Section
+from stillhouse.recipe.shipping import ClassifierExportRecipe
 from stillhouse.recipe.synthesize import ApiTeacher, BudgetRecipe
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -293,6 +294,17 @@ class ClassifyRecipe(Section):
     student: ClassifierStudent
     train: FitRecipe = FitRecipe()
     evaluate: MeasureRecipe = MeasureRecipe()
+    export: ClassifierExportRecipe = ClassifierExportRecipe()
+
+    @model_validator(mode="after")
+    def _student_can_be_exported(self) -> ClassifyRecipe:
+        words = isinstance(self.student, PretrainedClassifier) and self.student.head == "words"
+        if words and self.export.formats != ["safetensors"]:
+            raise ValueError(
+                "a language model that scores words is no ONNX classifier: use "
+                "student.head: classes, or export safetensors alone"
+            )
+        return self
 
     @model_validator(mode="after")
     def _student_has_a_start(self) -> ClassifyRecipe:

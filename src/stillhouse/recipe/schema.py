@@ -186,7 +186,9 @@ class PrunedStudent(PrunedSizes, PruningMethod):
         "those of a file. The tokenizer is rewritten, and the teacher answers with these alone.",
     )
     reconstruct: bool = Field(True, description="Refit what is left by least squares.")
-    calibration_tokens: int = Field(16384, gt=0, description="Tokens seen to decide what goes.")
+    calibration_tokens: int = Field(
+        49152, gt=0, description="Tokens seen to decide what goes, and to refit what stays."
+    )
     local_distillation: int | None = Field(
         None,
         gt=0,
@@ -445,6 +447,12 @@ class QuantizeRecipe(Section):
     )
     max_bytes: int | None = Field(
         None, gt=0, description="Leave the most sensitive parts alone while the model fits."
+    )
+    calibration_tokens: int | None = Field(
+        8192,
+        gt=0,
+        description="Training tokens on which it is measured how much each input of a matrix "
+        "matters, which chooses the scales; null: all inputs matter alike.",
     )
     sensitivity_tokens: int = Field(
         1024, gt=0, description="Held-out tokens on which sensitivity is measured."

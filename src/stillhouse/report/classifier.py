@@ -31,7 +31,8 @@ _PAIRS = 15
 
 @dataclass(frozen=True)
 class ClassifierReport:
-    """parts: texts in each. metrics: of training, a row now and then, with step and loss."""
+    """parts: texts in each. metrics: of training, a row now and then, with step and loss. replays:
+    of the ONNX files, as dictionaries."""
 
     title: str
     created: str
@@ -43,6 +44,7 @@ class ClassifierReport:
     recipe: dict[str, Any]
     machine: dict[str, Any]
     versions: dict[str, str]
+    replays: Sequence[dict[str, Any]] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False, default=str)
@@ -84,9 +86,24 @@ def render_classifier_report(report: ClassifierReport) -> str:
             matrix=matrix,
             pairs=worst_pairs(student, found.labels),
             costs=stage_charts(report.stages),
+            export_rows=[_export_row(replay) for replay in report.replays],
             recipe_yaml=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
         )
     )
+
+
+def _export_row(replay: dict[str, Any]) -> list[str]:
+    """Format, size, KL and the most allowed, top-1 agreement, texts a second, of the checkpoint."""
+    rate, beside = replay["texts_per_s"], replay["checkpoint_texts_per_s"]
+    return [
+        replay["format"],
+        text.size(replay["bytes"]),
+        text.tiny(max(0.0, replay["kl"])),
+        text.tiny(replay["kl_limit"]),
+        text.percent(replay["top1_agreement"], 1),
+        text.digits(rate),
+        f"{text.digits(rate / beside)} ×",
+    ]
 
 
 def _headline(found: ClassificationEvaluation) -> str:

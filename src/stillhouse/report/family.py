@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from stillhouse.evaluate.results import Generation, ModelResult
 from stillhouse.report import text
 from stillhouse.report.charts import Chart, short_unit, svg_chart
-from stillhouse.report.palette import ACCENT, MUTED, role_color
+from stillhouse.report.palette import ACCENT, MUTED, role_color, role_name
 from stillhouse.report.write import environment, write_page
 
 
@@ -22,7 +22,8 @@ from stillhouse.report.write import environment, write_page
 class Member:
     """One student. untrained: as it was pruned. shape: sizes before and after, of what was cut.
     report: its own page. tokens, flops, seconds: of what was done for it alone. decoding: its
-    speed over the teacher's in the same run, where that was measured."""
+    speed over the teacher's in the same run, where that was measured. quantized: as it is shipped,
+    where that is in few bits."""
 
     name: str
     untrained: ModelResult
@@ -33,6 +34,7 @@ class Member:
     flops: int
     seconds: float
     decoding: float | None = None
+    quantized: ModelResult | None = None
 
     @property
     def recovered(self) -> float:
@@ -133,6 +135,9 @@ def _rows(report: FamilyReport) -> list[list[str]]:
                 text.seconds(member.seconds),
             ]
         )
+        if member.quantized is not None:
+            name = f"{member.name}, {role_name(member.quantized.role).removeprefix('Student, ')}"
+            rows.append([name, "", *_measures(member.quantized, None), "", "", ""])
     return rows
 
 

@@ -100,16 +100,21 @@ class Classifier:
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
         inputs = {"input_ids": ids, "attention_mask": mask}
         tensors = {name: torch.tensor(value, device=device) for name, value in inputs.items()}
+        return self.head_logits(model, **tensors)
+
+    def head_logits(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Of a classification head, [B, C] in float32."""
         if self.facts.mean_pooling:
-            return _read_mean(model, **tensors)
-        return model(**tensors).logits.float()
+            return _read_mean(model, input_ids, attention_mask)
+        logits_BC: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits_BC.float()
 
     @torch.inference_mode()
     def probabilities(self, texts: Sequence[str]) -> Tensor:
         """[N, C] in float32, on the CPU. Texts of a like length go through together."""
         rows = self.tokens(texts)
         found_NC = torch.zeros(len(rows), len(self.labels))
-        for chosen in _batches(rows):
+        for chosen in batches(rows):
             found_NC[chosen] = self.logits([rows[index] for index in chosen]).softmax(-1).cpu()
         return found_NC
 
@@ -123,9 +128,9 @@ def _read_mean(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return model.score(mean_BD.to(model.score.weight.dtype)).float()
 
 
-def _batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """By length, so that little of a batch is padding: on 64 short texts, that is 1.6 times as
-    fast as one batch on a CPU."""
+def batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """Places of rows of a like length, so that little of a batch is padding: on 64 short texts,
+    that is 1.6 times as fast as one batch on a CPU."""
     batch: list[int] = []
     for index in sorted(range(len(rows)), key=lambda index: len(rows[index])):
         tokens = len(rows[index])

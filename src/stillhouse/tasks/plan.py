@@ -14,6 +14,8 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM
 
 from stillhouse import account
+from stillhouse.export import require_token
+from stillhouse.export.onnx import require_onnx
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.recipe import ClassifyRecipe
 from stillhouse.synthesis import Known
@@ -59,6 +61,11 @@ def foresee(recipe: ClassifyRecipe, base: Path) -> Iterator[Line]:
         yield _local_cost(job, prompt, texts)
     steps = planned_steps(recipe.train, len(texts.train))
     yield "estimate", "training", f"{steps:,} steps of {recipe.train.batch_size} texts", None
+    if recipe.export.formats != ["safetensors"]:
+        require_onnx()
+    if recipe.export.push_to_hub is not None:
+        require_token(recipe.export.push_to_hub)
+    yield "ok", "export", ", ".join(recipe.export.formats), None
 
 
 def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Line:

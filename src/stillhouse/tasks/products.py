@@ -18,6 +18,7 @@ from stillhouse.tasks.card import write_card
 from stillhouse.tasks.classifier import Facts, load_classifier
 from stillhouse.tasks.fit import METRICS, MODEL
 from stillhouse.tasks.job import TaskJob
+from stillhouse.tasks.onnx import ship_onnx
 from stillhouse.tasks.texts import PARTS, Texts
 from stillhouse.training import read_metrics
 
@@ -45,7 +46,8 @@ def export(job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage) -> Stag
                 where=folder,
                 fix="the disk may be damaged: give the same command again",
             )
-        return Outcome(summary={"difference": difference})
+        replays = ship_onnx(job.recipe.export, folder, rows, out)
+        return Outcome(summary={"difference": difference, "replays": replays})
 
     inputs = {
         "name": job.recipe.name,
@@ -53,6 +55,7 @@ def export(job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage) -> Stag
         "evaluated": evaluated.digest,
         "texts": texts.digest,
         "teacher": job.described,
+        "recipe": job.recipe.export.model_dump(mode="json", exclude={"push_to_hub"}),
     }
     return StagePlan("export", inputs, work)
 
@@ -72,6 +75,7 @@ def report(job: TaskJob, finished: list[Stage]) -> StagePlan:
             recipe=job.recipe.model_dump(mode="json"),
             machine=machine(),
             versions=versions(),
+            replays=stages["export"].summary["replays"],
         )
         (out / REPORT_DATA).write_text(data.to_json(), encoding="utf-8")
         write_classifier_report(data, out / REPORT)

@@ -12,6 +12,7 @@ from stillhouse.evaluate.classification import ClassificationEvaluation
 from stillhouse.hardware import tune_allocator
 from stillhouse.recipe import ClassifyRecipe, load_any_recipe, recipe_yaml
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
+from stillhouse.shipping import push_exports, shipped_folder
 from stillhouse.stages import EVALUATION, telling
 from stillhouse.tasks import measuring, products, stages
 from stillhouse.tasks.fit import MODEL
@@ -95,8 +96,12 @@ def _lead(recipe: ClassifyRecipe, base: Path, folder: RunFolder) -> TaskResult:
     tuned = None if plan is None else do(plan)
     evaluated = do(measuring.evaluation(job, texts, judged, student, trained, tuned))
     exported = do(products.export(job, texts, trained, evaluated))
+    hub = recipe.export.push_to_hub
+    if hub is not None:
+        do(push_exports(hub, exported, recipe.export.formats, recipe.name))
     report = do(products.report(job, list(finished)))
-    folder.point(MODEL, exported.path / MODEL)
+    for form in {"safetensors", *recipe.export.formats}:
+        folder.point(shipped_folder(form), exported.path / shipped_folder(form))
     folder.point(REPORT, report.path / REPORT)
     return TaskResult(
         folder=folder.root,

@@ -1,0 +1,152 @@
+"""A classifier as ONNX: in onnxruntime it says what the checkpoint says, padded or not."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+)
+
+from stillhouse.errors import ModelError
+from stillhouse.export import onnx as onnx_export
+from stillhouse.export import replay_onnx
+from stillhouse.export.onnx import FILE, OnnxReplay, _compare, export_onnx
+
+onnxruntime = pytest.importorskip("onnxruntime")
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "num_labels": 3,
+    "pad_token_id": 0,
+}
+BATCHES = [[[5, 6, 7], [8]], [[9, 10, 11, 12, 13, 14, 15, 16, 17]], [[1, 2], [3, 4], [5, 99]]]
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        replay_onnx.main(Path(command[-1]))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(onnx_export, "subprocess", SimpleNamespace(run=run))
+
+
+def model(kind: str) -> Any:
+    torch.manual_seed(0)
+    match kind:
+        case "bert":
+            return BertForSequenceClassification(BertConfig(**SHAPE, initializer_range=0.3)).eval()
+        case "llama":
+            llama = LlamaConfig(**SHAPE, num_key_value_heads=2, initializer_range=0.3)
+            return LlamaForSequenceClassification(llama).eval()
+    modern = ModernBertConfig(
+        **SHAPE,
+        initializer_range=0.3,
+        layer_types=["full_attention"] * 2,
+        classifier_pooling="mean",
+        bos_token_id=None,
+        eos_token_id=None,
+        cls_token_id=None,
+        sep_token_id=None,
+    )
+    return ModernBertForSequenceClassification(modern).eval()
+
+
+@torch.no_grad()
+def alone(classifier: nn.Module) -> Tensor:
+    """Every text by itself, so that nothing is padded."""
+    rows = [row for batch in BATCHES for row in batch]
+    return torch.cat([classifier(input_ids=torch.tensor([row])).logits for row in rows])
+
+
+def export(classifier: Any, out: Path, form: str = "onnx", **changes: Any) -> OnnxReplay:
+    expected_NC = changes.pop("expected_NC", None)
+    expected_NC = alone(classifier).softmax(-1) if expected_NC is None else expected_NC
+    return export_onnx(classifier, BATCHES, 0, expected_NC, out, form=form, source=out, **changes)
+
+
+def test_the_replay_knows_nothing_of_stillhouse_or_torch() -> None:
+    script = ast.parse(Path(replay_onnx.__file__).read_text(encoding="utf-8"))
+    names = {node.module for node in ast.walk(script) if isinstance(node, ast.ImportFrom)}
+    names |= {
+        name.name
+        for node in ast.walk(script)
+        if isinstance(node, ast.Import)
+        for name in node.names
+    }
+    assert "onnxruntime" in names
+    assert not any(str(name).startswith(("stillhouse", "torch")) for name in names)
+
+
+@pytest.mark.usefixtures("in_process")
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_float32_is_the_checkpoint_padded_or_not(kind: str, tmp_path: Path) -> None:
+    result = export(model(kind), tmp_path)
+    assert result.kl == pytest.approx(0, abs=1e-9)
+    assert result.top1_agreement == 1
+    assert result.texts == 6
+    assert result.texts_per_s > 0
+    assert result.bytes == (tmp_path / FILE).stat().st_size
+    assert [path.name for path in tmp_path.iterdir()] == [FILE], "one file holds everything"
+
+
+def test_int8_is_smaller_and_near_in_a_fresh_process(tmp_path: Path) -> None:
+    classifier = model("modernbert")
+    whole = export(classifier, tmp_path / "whole")
+    rounded = export(classifier, tmp_path / "rounded", "onnx-int8")
+    assert rounded.bytes < whole.bytes
+    assert 0 < rounded.kl < rounded.kl_limit == 0.1
+    assert [path.name for path in (tmp_path / "rounded").iterdir()] == [FILE]
+
+
+@pytest.mark.parametrize(
+    ("shift", "limit", "message"), [(1, None, "at most 1e-05"), (0, 1e-20, "at most 1e-20")]
+)
+def test_a_file_that_says_something_else_is_refused(
+    tmp_path: Path, shift: int, limit: float | None, message: str
+) -> None:
+    logits_NC = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    said_NC = (logits_NC.roll(shift, dims=-1) + 1e-4 * torch.arange(3)).softmax(-1)
+    (tmp_path / FILE).touch()
+    with pytest.raises(ModelError, match=message) as caught:
+        _compare("onnx", tmp_path / FILE, logits_NC, said_NC, 1.0, limit, tmp_path)
+    assert caught.value.fix
+
+
+class Odd(nn.Module):
+    """What it does hangs on the numbers that it is given, which no graph can hold."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        if int(input_ids.sum()) % 2:
+            return SimpleNamespace(logits=input_ids[:, :3].float())
+        return SimpleNamespace(logits=attention_mask[:, :3].float())
+
+
+def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="torch cannot export Odd") as caught:
+        export(Odd(), tmp_path, expected_NC=torch.zeros(6, 3))
+    assert "safetensors" in str(caught.value.fix)
+
+
+def test_packages_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_export.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="onnxruntime, which is not installed") as caught:
+        export(model("bert"), tmp_path)
+    assert "stillhouse[onnx]" in str(caught.value.fix)
