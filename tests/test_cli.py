@@ -26,6 +26,7 @@ VERBS = (
     "evaluate",
     "report",
     "doctor",
+    "init",
     "schema",
 )
 

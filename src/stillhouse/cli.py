@@ -396,7 +396,8 @@ def init(
     """
     from rich.console import Console
 
-    from stillhouse.draft import wishes, write_draft
+    from stillhouse.draft import write_draft
+    from stillhouse.wishes import wishes
 
     given = {"job": job, "teacher": teacher, "data": data, "size": size, "out": out}
     given |= {"labels": labels, "fields": fields, "api_model": api_model}

@@ -46,6 +46,27 @@ def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
     assert all(stage.reused for stage in run(raw).stages)
 
 
+def test_the_banking_recipe_runs_on_a_file_of_its_shape(tmp_path: Path) -> None:
+    """Its labels are the file's, sorted by label as that one is; its examples name some of them."""
+    path = Path(__file__).parents[2] / "recipes" / "banking77.yaml"
+    teacher = tiny.save_model(tmp_path / "teacher", max_position_embeddings=4096)
+    raw = yaml.safe_load(path.read_text())
+    labels = sorted({example["label"] for example in raw["task"]["examples"]})
+    rows = [f"question {number} about {label},{label}" for label in labels for number in range(6)]
+    (tmp_path / "bank.csv").write_text("\n".join(["text,category", *rows]))
+    changes = {
+        "data.texts.0.path": tmp_path / "bank.csv",
+        "teacher.model": teacher,
+        "student.layers": 1,
+        "train.epochs": 1,
+        "folder": tmp_path / "run",
+    }
+    result = run_task(path, overrides=[f"{key}={value}" for key, value in changes.items()])
+    assert result.evaluation.labels == labels
+    roles = [one.role for one in result.evaluation.results]
+    assert roles == ["teacher", "untrained", "student", "fine_tuned"]
+
+
 def test_another_prior_asks_the_teacher_nothing_again(folder: Path) -> None:
     raw = toys.recipe(folder, data=toys.with_gold(folder))
     run(raw)
@@ -108,8 +129,8 @@ def test_killed_scoring_goes_on_where_it_stopped(
         run(raw)
     run(raw)
     # 40 texts and 3 without content, in chunks of 8: two chunks were kept, four were left; then
-    # the teacher's speed is measured on 4 texts, twice.
-    assert calls == [8, 8, 8, 8, 8, 8, 3, 4, 4]
+    # the teacher's speed is measured on 4 texts, twice after a first time.
+    assert calls == [8, 8, 8, 8, 8, 8, 3, 4, 4, 4]
 
 
 def test_predict_reads_lines_and_objects(folder: Path) -> None:

@@ -71,7 +71,7 @@ def write_answers_report(report: AnswersReport, path: Path) -> None:
     """One offline HTML page. Raises RunError where it cannot be written."""
     found = report.evaluation
     columns = [(r.role, role_name(r.role), role_color(r.role)) for r in found.results]
-    loss = loss_chart(report.metrics)
+    loss = loss_chart(report.metrics, "token")
     page = (
         environment()
         .get_template("answers.html.j2")

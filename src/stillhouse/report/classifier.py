@@ -249,7 +249,7 @@ def speed_chart(found: ClassificationEvaluation) -> Chart | None:
     return svg_chart("rate", "Speed", alt + ".", draw, height=(90 + 44 * len(timed)) / 72)
 
 
-def loss_chart(metrics: Sequence[dict[str, float]]) -> Chart | None:
+def loss_chart(metrics: Sequence[dict[str, float]], unit: str = "text") -> Chart | None:
     rows = [row for row in metrics if "loss" in row]
     if len(rows) < 2:
         return None
@@ -261,7 +261,7 @@ def loss_chart(metrics: Sequence[dict[str, float]]) -> Chart | None:
         ax.plot(steps, smoothed, color=ACCENT, linewidth=2.2)
         ax.set_ylim(bottom=0)
         ax.set_xlabel("optimizer steps")
-        ax.set_ylabel("cross-entropy (nats a text)")
+        ax.set_ylabel(f"loss (nats a {unit})")
 
     alt = f"Training loss: from {text.digits(smoothed[0])} to {text.digits(smoothed[-1])} nats."
     return svg_chart("loss", "Training", alt, draw)
