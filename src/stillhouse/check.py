@@ -23,8 +23,10 @@ from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
 from stillhouse.export import (
+    announce_compressed,
     announce_gguf,
     license_warning,
+    require_llm_compressor,
     require_token,
     require_torchao,
     teacher_license,
@@ -188,6 +190,12 @@ def _exports(job: Job) -> Iterator[Finding]:
         if form.startswith("gguf-"):
             for text, fix in announce_gguf(form.removeprefix("gguf-"), student, tokenizer):
                 yield Finding("warning", "export", text, fix)
+        elif form.startswith("compressed-"):
+            method = form.removeprefix("compressed-")
+            require_llm_compressor(job.recipe.export.llm_compressor, method)
+            found = announce_compressed(method, student)
+            if found is not None:
+                yield Finding("error", "export", *found)
     if job.recipe.quantize is not None and "safetensors" in job.recipe.export.formats:
         require_torchao()
     hub = job.recipe.export.push_to_hub
