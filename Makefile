@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint types contracts pytest test-slow test-smollm2 bench schema clean
+.PHONY: demo test lint types contracts pytest test-slow test-llama bench schema clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stillhouse run recipes/demo.yaml
@@ -29,6 +29,10 @@ pytest: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
 
+# llama.cpp's own server with the real SmolLM2 on loopback; its build takes some minutes.
+test-llama: $(VENV)/.llama
+	$(BIN)/pytest -m slow tests/synthesis/test_llama_server.py
+
 # One of bench/: losses, step, quality ... Writes bench/results/NAME.json.
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.$(NAME) $(ARGS)
@@ -50,6 +54,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.llama: $(VENV)/.dev
+	$(PIP) install -q -c constraints.txt 'llama-cpp-python[server]'
 	touch $@
 
 clean:

@@ -41,9 +41,10 @@ EQUAL: dict[str, dict[str, Any]] = {
     "mixed": {"ffn_size": 1280, "layers": 26},
 }
 """About 108M parameters each; the report has the exact numbers."""
-A_HOP = 1 / 3
-"""Epochs of 60,000 tokens a hop, so that a chain of three takes as many as one cut."""
-HALF = 0.5
+ALL = 0.5
+"""Epochs of 60,000 tokens: what every student takes, a chain of three hops together."""
+A_HOP = ALL / 3
+CALIBRATION_TOKENS = 16384
 Figure = dict[str, Any]
 
 
@@ -69,6 +70,8 @@ class Bench:
         start: the model that is pruned; None: the teacher. teachers: as train.teachers.
         """
         raw = {**self.raw, "student": {"start": "pruned", **section}}
+        if raw["student"]["start"] == "pruned":
+            raw["student"]["calibration_tokens"] = CALIBRATION_TOKENS
         if start is not None:
             raw["student"]["model"] = str(start)
         raw["train"] = {**raw["train"], "epochs": epochs, "teachers": teachers or []}
@@ -109,16 +112,16 @@ def measure(options: argparse.Namespace, texts: Path, seed: int) -> dict[str, Fi
     bench = Bench(options, texts, seed)
     with bench.folder.locked():
         found = {"chain, original teacher": bench.chain("original")}
-        found["one cut"], _ = bench.student(HOPS["70m"], 1.0)
+        found["one cut"], _ = bench.student(HOPS["70m"], ALL)
         found["chain, previous teacher"] = bench.chain("previous")
         found["chain, both teachers"] = bench.chain("both")
         for name, sizes in EQUAL.items():
-            found[name], _ = bench.student(sizes, HALF)
+            found[name], _ = bench.student(sizes, ALL)
         found["without reconstruction"], _ = bench.student(
-            {**EQUAL["width"], "reconstruct": False}, HALF
+            {**EQUAL["width"], "reconstruct": False}, ALL
         )
         shape = {"start": "random", "overrides": {"intermediate_size": 1024}}
-        found["random start"], _ = bench.student(shape, HALF)
+        found["random start"], _ = bench.student(shape, ALL)
     for name, figure in found.items():
         print(f"seed {seed}, {name}: KL {figure['trained kl']:.3f}", flush=True)
     return found

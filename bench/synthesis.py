@@ -5,13 +5,17 @@ against a stub server in a process of its own that answers each request after 50
 requests at once; the ideal rate is 256 / 0.05 s. The openai client on the same requests is beside
 it, as is the CPU time of one request, which other load on the machine does not change. With
 --teacher, local generation on prompts of mixed lengths: ours, `model.generate` one prompt at a
-time, and `generate` on fixed batches in the order in which the prompts come.
+time, and `generate` on fixed batches in the order in which the prompts come. With --labelled, a
+CSV whose columns `text` and `category` are real messages and their labels: how long a local model
+takes to score every label of some texts with their prefix shared, and by one pass for each pair of
+text and label, which is timed on a few texts and extrapolated.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import csv
 import random
 import subprocess
 import sys
@@ -215,6 +219,69 @@ def measure_local(teacher: Path, text: Path, count: int, batch: int) -> dict[str
     return figures
 
 
+# --- labels ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def one_pass_a_pair(model: Any, prompts: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
+    """The obvious way, with logits for the label's tokens alone. [N, C]."""
+    scores_NC = torch.zeros(len(prompts), len(labels))
+    for row, prompt in enumerate(prompts):
+        for column, label in enumerate(labels):
+            ids_1L = torch.tensor([[*prompt, *label]])
+            logits_SV = model(ids_1L, use_cache=False, logits_to_keep=len(label) + 1).logits[0]
+            log_p_SV = logits_SV[:-1].float().log_softmax(-1)
+            chosen_S1 = torch.tensor(label)[:, None]
+            scores_NC[row, column] = log_p_SV.gather(1, chosen_S1).sum()
+    return scores_NC
+
+
+def measure_labels(teacher: Path, labelled: Path, texts: int, by_pairs: int) -> dict[str, Any]:
+    from stillhouse.hardware import choose_precision, tune_allocator
+    from stillhouse.tasks.prompts import LabelPrompt, prompt_tokens
+    from stillhouse.tasks.scoring import score_labels
+    from stillhouse.teachers import load_model, load_tokenizer
+
+    tune_allocator()
+    with labelled.open(encoding="utf-8", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    labels = {label: label.replace("_", " ") for label in sorted({r["category"] for r in rows})}
+    chosen = [row["text"] for row in random.Random(0).sample(rows, texts)]
+    prompt = LabelPrompt(
+        labels,
+        "You sort the questions of a bank's customers.",
+        "Question: {text}\n\nWhat is this question about?",
+        "{label}",
+        (),
+        True,
+    )
+    precision = choose_precision("auto", "cpu")
+    model, tokenizer = load_model(teacher, dtype=precision.dtype), load_tokenizer(teacher)
+    words = prompt_tokens(prompt, tokenizer, 256)
+    prompts = words.of(chosen)
+    list(score_labels(model, prompts[:2], words.labels))  # the first pass is slower
+    started = time.perf_counter()
+    scores = torch.zeros(texts, len(labels))
+    for numbers, scored in score_labels(model, prompts, words.labels):
+        scores[numbers] = scored
+    shared = time.perf_counter() - started
+    started = time.perf_counter()
+    reference = one_pass_a_pair(model, prompts[:by_pairs], words.labels)
+    sample = time.perf_counter() - started
+    same = scores[:by_pairs].argmax(1) == reference.argmax(1)
+    return {
+        "texts": texts,
+        "labels": len(labels),
+        "precision": precision.reason,
+        "shared_seconds": shared,
+        "pair_texts_timed": by_pairs,
+        "pair_seconds_timed": sample,
+        "pair_seconds_extrapolated": sample * texts / by_pairs,
+        "largest_difference": float((scores[:by_pairs] - reference).abs().max()),
+        "same_best_label": float(same.float().mean()),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rows", type=int, default=100_000)
@@ -224,6 +291,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="text to cut prompts from")
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--labelled", type=Path, help="CSV with text and category: times labels")
+    parser.add_argument("--label-texts", type=int, default=1000)
+    parser.add_argument("--pair-texts", type=int, default=10, help="of them, scored pair by pair")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -237,7 +307,7 @@ def main() -> None:
         Bar("256 at once, 50 ms: share of the ideal rate", best, ">=", 0.9),
     ]
     figures: dict[str, Any] = {"journal": journal, "memory": memory, "pool": pool}
-    if options.teacher:
+    if options.teacher and options.text:
         figures["local"] = local = measure_local(
             options.teacher, options.text, options.prompts, options.batch
         )
@@ -246,6 +316,12 @@ def main() -> None:
             Bar("local: times one prompt at a time", rate["ours"] / rate["one_by_one"], ">=", 4),
             Bar("local: times generate in fixed batches", rate["ours"] / rate["fixed"], ">=", 1.5),
         ]
+    if options.teacher and options.labelled:
+        figures["labels"] = scored = measure_labels(
+            options.teacher, options.labelled, options.label_texts, options.pair_texts
+        )
+        ratio = scored["pair_seconds_extrapolated"] / scored["shared_seconds"]
+        bars.append(Bar("labels: times one pass for each text and label", ratio, ">=", 5))
     write_results("synthesis", figures, bars)
 
 

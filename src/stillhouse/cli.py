@@ -51,7 +51,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
 
     loaded = load_any_recipe(recipe, set_ or [])
     if not isinstance(loaded, Recipe):
-        _run_task(loaded, recipe)
+        _run_task(loaded, recipe, yes)
         return
     if loaded.cascade is not None:
         cascade(recipe, set_, yes)
@@ -370,6 +370,43 @@ def predict(
 
 
 @app.command()
+def init(
+    job: Annotated[str | None, typer.Option(help="distill, classify, extract or generate.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="A model, as teacher.model, or the URL of an API.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="A file with a text in each row.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="small, medium, large; or a model to start from.")
+    ] = None,
+    out: Annotated[str | None, typer.Option(help="The recipe that is written.")] = None,
+    logs: Annotated[
+        Path | None, typer.Option("--from", help="Logs of chat completions, JSONL.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="classify: with commas between.")] = None,
+    fields: Annotated[str | None, typer.Option(help="extract: with commas between.")] = None,
+    api_model: Annotated[str | None, typer.Option(help="The API's name of the model.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False,
+) -> None:
+    """Writes a recipe out of five answers, or out of logs that show the job.
+
+    It asks what no flag says.
+
+    Example: `stillhouse init --from logs.jsonl --out recipe.yaml`
+    """
+    from rich.console import Console
+
+    from stillhouse.draft import wishes, write_draft
+
+    given = {"job": job, "teacher": teacher, "data": data, "size": size, "out": out}
+    given |= {"labels": labels, "fields": fields, "api_model": api_model}
+    wish = wishes(given, lambda question, default: typer.prompt(question, default=default), logs)
+    for path in write_draft(wish, force=force):
+        Console().print(f"wrote   {path}", highlight=False)
+    Console().print(f"next    stillhouse check {wish.out}", highlight=False)
+
+
+@app.command()
 def schema() -> None:
     """Prints the recipe's JSON Schema, for completion and checks in an editor.
 
@@ -414,15 +451,20 @@ def _agree(
         raise typer.Exit(1)
 
 
-def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path) -> None:
+def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path, yes: bool) -> None:
     from rich.console import Console, RenderableType
 
     from stillhouse.answering import AnsweringResult, run_answering
     from stillhouse.answering.table import answers_table
     from stillhouse.recipe import AnsweringRecipe
+    from stillhouse.spending import agree_to_task
     from stillhouse.tasks.run import TaskResult, run_task
     from stillhouse.tasks.table import classifier_table
 
+    confirm = typer.confirm if sys.stdin.isatty() else None
+    if not yes and not agree_to_task(loaded, path.parent, confirm):
+        _say("nothing was asked")
+        raise typer.Exit(1)
     result: TaskResult | AnsweringResult
     table: RenderableType
     if isinstance(loaded, AnsweringRecipe):

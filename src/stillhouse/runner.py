@@ -109,8 +109,8 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
     folder = run_folder(loaded)
     with folder.locked():
         # Of a teacher that a server runs, only the configuration and the tokenizer are needed.
-        do = doing(folder)
-        job, data = begin(loaded, base, do, weights=loaded.signals.server is None)
+        do, here = doing(folder), loaded.signals.server is None and loaded.signals.answers is None
+        job, data = begin(loaded, base, do, weights=here)
         student = None
         if stages.for_one_head(job):
             job = _shaped(job, data, do)

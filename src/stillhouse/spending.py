@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from stillhouse import synthesizing
+from stillhouse.answering.plan import known_answers
 from stillhouse.data.documents import Conversation
 from stillhouse.data.rows import document_from_row
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import RecipeError
-from stillhouse.recipe import Recipe, load_recipe
+from stillhouse.recipe import AnsweringRecipe, ClassifyRecipe, Recipe, load_recipe
 from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import JsonlSource, Source
 from stillhouse.recipe.synthesize import (
@@ -28,6 +29,7 @@ from stillhouse.synthesis.foresee import answered_rows, ask_some
 from stillhouse.synthesis.judging import most_requests
 from stillhouse.synthesis.run import TEXT
 from stillhouse.synthesis.text import names
+from stillhouse.tasks.plan import known_judgment
 
 Told = tuple[Literal["ok", "estimate", "warning"], str, str, str | None]
 """Level, topic, text and what to do, as `check` shows them."""
@@ -155,6 +157,36 @@ def agree_to_spend(
             fix="set max_usd or max_tokens there, or give --yes to spend without a limit",
         )
     return confirm(f"{unlimited}. There is no budget. Ask?")
+
+
+def agree_to_task(
+    recipe: ClassifyRecipe | AnsweringRecipe, base: Path, confirm: Callable[[str], bool] | None
+) -> bool:
+    """As `agree_to_spend`, of a task's teacher and judge."""
+    teacher, unlimited = recipe.teacher, []
+    if _may_cost(teacher.api, teacher.budget):
+        if isinstance(recipe, ClassifyRecipe):
+            known = known_judgment(recipe, base)
+        else:
+            known = known_answers(recipe, base)
+        if known.missing:
+            cost = f", ${known.worst.usd:,.2f}" if teacher.api and teacher.api.price else ""
+            unlimited.append(
+                f"{known.missing:,} requests take at most {known.worst.tokens:,} tokens{cost}"
+            )
+    judge = recipe.evaluate.judge if isinstance(recipe, AnsweringRecipe) else None
+    if judge is not None and _may_cost(judge.api, judge.budget):
+        unlimited.append("the judge compares the answers to all test texts")
+    if not unlimited:
+        return True
+    if confirm is None:
+        raise RecipeError(
+            f"this would pay an API without a limit: {'; '.join(unlimited)}",
+            where="budget",
+            fix="set teacher.budget (and that of evaluate.judge), or give --yes to spend without "
+            "a limit",
+        )
+    return confirm(f"{'; '.join(unlimited)}. There is no budget. Ask?")
 
 
 def _unlimited(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> str:

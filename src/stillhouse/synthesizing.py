@@ -14,6 +14,7 @@ from typing import Any
 
 from stillhouse import account
 from stillhouse.errors import DataError
+from stillhouse.hardware import leads
 from stillhouse.job import planned_size, run_root
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe
@@ -77,6 +78,7 @@ def synthesis(recipe: Recipe, base: Path) -> StagePlan:
     inputs = {
         "recipe": section.model_dump(mode="json", exclude=rules),
         "asked": [[one.endpoint, one.model, dict(one.parameters)] for one in asked],
+        "seed": None if section.prompts.combine is None else recipe.seed,
         "files": {key: _content(base, key, path) for key, path in _files(section).items()},
     }
     return StagePlan(NAME, inputs, work)
@@ -91,15 +93,17 @@ def synthesized(recipe: Recipe, base: Path, do: Do) -> SynthesizedText | None:
     assert recipe.synthesize is not None
     stage = do(synthesis(recipe, base))
     out = out_path(recipe.synthesize, base)
-    if stage.reused:
-        _say_what_itlacks(stage, out)
+    if stage.reused and leads():
+        if not out.exists():
+            publish(stage.path / TEXT, out)
+        _say_what_it_lacks(stage, out)
     return SynthesizedText(out, stage.path / TEXT, stage.summary["sha256"])
 
 
-def _say_what_itlacks(stage: Stage, out: Path) -> None:
+def _say_what_it_lacks(stage: Stage, out: Path) -> None:
     if missing := lacks(stage):
         note(f"{missing:,} requests have no answer: `stillhouse synthesize` asks them again")
-    if out.exists() and sha(out) != stage.summary["sha256"]:
+    if sha(out) != stage.summary["sha256"]:
         note(
             f"{out} is not what this recipe made, and the run reads its own {stage.path / TEXT}; "
             "to train on a file that you changed, give it another name"

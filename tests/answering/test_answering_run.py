@@ -15,6 +15,7 @@ from stillhouse.check import check_recipe
 from stillhouse.cli import app
 from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from stillhouse.recipe import parse_answering_recipe
+from stillhouse.spending import agree_to_task
 from tests.answering import toys
 from tests.synthesis.stub import Reply, Stub
 
@@ -117,6 +118,19 @@ def test_a_budget_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
         raw["teacher"]["budget"] = None
         run(raw)
         assert len(stub.payloads) == 20
+
+
+def test_an_api_is_paid_without_a_budget_only_when_that_is_agreed_to(tmp_path: Path) -> None:
+    raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, "http://127.0.0.1:9/v1"))
+    raw["teacher"]["api"] |= {"price": {"input": 1.0, "output": 2.0}}
+    recipe = parse_answering_recipe(toys.clean(raw))
+    asked: list[str] = []
+    with pytest.raises(RecipeError, match="20 requests take at most"):
+        agree_to_task(recipe, tmp_path, None)
+    assert not agree_to_task(recipe, tmp_path, lambda question: bool(asked.append(question)))
+    assert "Ask?" in asked[0]
+    raw["teacher"]["budget"] = {"max_usd": 1.0}
+    assert agree_to_task(parse_answering_recipe(toys.clean(raw)), tmp_path, None)
 
 
 @pytest.mark.parametrize(

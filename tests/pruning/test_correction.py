@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stillhouse.pruning.correction import JUDGES, Evidence, least_squares_change
+from stillhouse.pruning.correction import JUDGES, NOISES, Evidence, least_squares_change
 from stillhouse.pruning.ffn import Moments
 
 WIDTH, HIDDEN = 24, 5
@@ -50,11 +50,17 @@ def test_the_share_is_the_best_on_the_rows_kept_aside() -> None:
     moments, everything = Moments.zeros(WIDTH, HIDDEN), Moments.zeros(WIDTH, HIDDEN)
     moments.add(activations[fitted], error[fitted], weight[fitted])
     everything.add(activations, error, weight)
-    few = least_squares_change(moments)
     aside = activations[~fitted], error[~fitted], weight[~fitted]
-    best = min(torch.linspace(0, 1, 1001), key=lambda mu: squared_error(mu * few, *aside))
+    tried = [
+        (squared_error(mu * few, *aside), float(mu), noise)
+        for noise in NOISES
+        for few in [least_squares_change(moments, noise * WIDTH / int(fitted.sum()))]
+        for mu in torch.linspace(0, 1, 1001)
+    ]
+    _, best, noise = min(tried)
     assert 0.05 < best < 0.95
-    assert_close(change, best * least_squares_change(everything), rtol=2e-2, atol=1e-3)
+    expected = best * least_squares_change(everything, noise * WIDTH / 160)
+    assert_close(change, expected, rtol=2e-2, atol=1e-3)
 
 
 def test_the_least_squares_change_is_that_of_ridge_regression() -> None:

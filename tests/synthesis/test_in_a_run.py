@@ -110,6 +110,9 @@ def test_the_content_of_the_text_decides_what_is_done_again(
         (tmp_path / "synthetic.jsonl").write_text("{}")
         assert all(done(run(tmp_path, raw)).values())
         assert (tmp_path / "synthetic.jsonl").read_text() == "{}"
+        (tmp_path / "synthetic.jsonl").unlink()
+        run(tmp_path, raw)
+        assert (tmp_path / "synthetic.jsonl").read_text().count("answer to") == 80
         raw["synthesize"]["filters"]["forbid_pattern"] = "question 7$"
         other = done(run(tmp_path, raw))
         assert not other["data"]

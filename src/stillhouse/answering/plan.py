@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from stillhouse.answering.asking import AnswerTexts, foreseen_answers, prepare_answer_texts
+from stillhouse.answering.asking import foreseen_answers, prepare_answer_texts
 from stillhouse.answering.job import (
     AnsweringJob,
     answering_folder,
@@ -21,6 +21,7 @@ from stillhouse.answering.job import (
 from stillhouse.answering.measuring import load_scorer
 from stillhouse.job import configs, find_models, planned_size
 from stillhouse.recipe import AnsweringRecipe
+from stillhouse.synthesis import Known
 
 Line = tuple[Literal["ok", "estimate", "warning"], str, str, str | None]
 """Level, topic, text, and what to do about a warning."""
@@ -49,12 +50,18 @@ def foresee_answers(recipe: AnsweringRecipe, base: Path) -> Iterator[Line]:
     if not recipe.learns_text_alone:
         size += f" ({student.total / teacher.total:.0%} of the teacher's)"
     yield "estimate", "student", size, None
-    yield _cost(job, texts)
+    yield _cost(job, known_answers(recipe, base))
 
 
-def _cost(job: AnsweringJob, texts: AnswerTexts) -> Line:
+def known_answers(recipe: AnsweringRecipe, base: Path) -> Known:
+    """How much the journal has of what the teacher is asked, and what the rest can cost."""
+    job = find_answering(recipe, base)
     with tempfile.TemporaryDirectory() as folder:
-        known = foreseen_answers(job, texts, Path(folder))
+        texts = prepare_answer_texts(recipe, base, job.validity)
+        return foreseen_answers(job, texts, Path(folder))
+
+
+def _cost(job: AnsweringJob, known: Known) -> Line:
     have = f"{known.requests - known.missing:,} of {known.requests:,} questions are answered"
     api = job.recipe.teacher.api
     if known.missing == 0:

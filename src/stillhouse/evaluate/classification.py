@@ -154,20 +154,26 @@ def coverage_curve(p_NC: Tensor, true_N: Tensor) -> list[tuple[float, float]]:
     )
 
 
-def choose_threshold(p_NC: Tensor, true_N: Tensor, wanted: float, sureness: float) -> float | None:
-    """The lowest confidence at which those who are at least so confident are right often enough,
-    beyond chance; None where the texts do not show it of any confidence.
+SHARES = 10
+"""Thresholds that are tried: those at which 1/10, 2/10, ... of the texts are answered."""
 
-    Beyond chance: the lower Clopper-Pearson bound of their share, at `sureness`, is at least
-    `wanted`. It holds for each confidence by itself; that the lowest of many is taken makes it a
-    little less sure.
+
+def choose_threshold(p_NC: Tensor, true_N: Tensor, wanted: float, sureness: float) -> float | None:
+    """The lowest of `SHARES` confidences from which on answers are right often enough, beyond
+    chance; None where the texts do not show it of any.
+
+    Beyond chance: at `sureness`, the share of right answers among texts like these is at least
+    `wanted`, by its lower Clopper-Pearson bound. As several thresholds are tried, each must pass
+    at 1 - (1 - sureness) / SHARES (Bonferroni), so that the one that is chosen holds too.
     """
     confidence_N, said_N = p_NC.max(-1)
     wrong_N = said_N != true_N
-    for threshold in confidence_N.unique().tolist():  # sorted
+    falling_N = confidence_N.sort(descending=True).values
+    for share in range(SHARES, 0, -1):
+        threshold = falling_N[math.ceil(share * len(falling_N) / SHARES) - 1]
         above_N = confidence_N >= threshold
         wrong, total = int(wrong_N[above_N].sum()), int(above_N.sum())
-        if _chance_of_so_few(wrong, total, 1 - wanted) <= 1 - sureness:
+        if _chance_of_so_few(wrong, total, 1 - wanted) <= (1 - sureness) / SHARES:
             return float(threshold)
     return None
 

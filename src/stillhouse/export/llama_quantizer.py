@@ -104,7 +104,7 @@ def _only_errors(llama_cpp: Any) -> Iterator[list[str]]:
 
     before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
     llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
-    callback = llama_cpp.llama_log_callback(keep)
+    callback = llama_cpp.llama_log_callback(keep)  # held by name for as long as it may be called
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     try:
         yield errors

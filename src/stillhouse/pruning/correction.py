@@ -11,7 +11,7 @@ them the squared error of W + μΔ is a parabola of μ, with its least value at
 
     μ = ⟨aΔᵀ, E⟩ / ‖aΔᵀ‖²
 
-which is taken, within 0 and 1, for the Δ of all rows.
+which is taken, within 0 and 1, for the Δ of all rows. So is the λ that undoes more.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from torch import Tensor
 
 from stillhouse.pruning.ffn import Moments, inverse_moments
 
-RIDGE = 0.3
-"""λ. Of 10⁻⁴ to 3, what undoes most on the rows kept aside (docs/pruning.md)."""
+NOISES = (0.3, 3.0)
+"""λ = noise · F / N, best where what activations explain of the error is 1/noise of the rest. The
+second suits a cut FFN: of 10⁻⁴ to 3, in SmolLM2's (F = 1,536) λ = 0.3 undid most on rows kept aside
+of 16,000, and 0.1 of 48,000. The first is for errors that activations explain better."""
 
 JUDGES = 8
 """One row of so many is kept aside: the last ones of every batch, which are whole windows of it."""
@@ -41,12 +43,14 @@ class Evidence:
         self, width: int, hidden: int, device: torch.device, *, absolute: bool = False
     ) -> None:
         self.moments = Moments.zeros(width, hidden, device, absolute=absolute)
+        self._fitted = 0
         self._judges: list[Judged] = []
 
     def add(self, activations_NF: Tensor, error_ND: Tensor | None, weight_N: Tensor) -> None:
         """error_ND: None where a change of this projection cannot undo it."""
         fitted = len(activations_NF) - len(activations_NF) // JUDGES
         rows, others = slice(fitted), slice(fitted, None)
+        self._fitted += fitted
         self.moments.add(
             activations_NF[rows], None if error_ND is None else error_ND[rows], weight_N[rows]
         )
@@ -61,30 +65,37 @@ class Evidence:
     def finish(self) -> tuple[Moments, Tensor]:
         """The moments of all rows, and the change [D, F] that the rows kept aside confirm."""
         judges, self._judges = self._judges, []
-        share = _confirmed(self.moments, judges)
+        per_row = len(self.moments.C_FF) / max(1, self._fitted)
+        found = [
+            (noise, *_confirmed(least_squares_change(self.moments, noise * per_row), judges))
+            for noise in NOISES
+            if any(len(weight_N) and error_ND is not None for _, error_ND, weight_N in judges)
+        ]
+        rows = self._fitted
         for activations_NF, error_ND, weight_N in judges:
             self.moments.add(activations_NF, error_ND, weight_N)
-        if share == 0.0:
+            rows += len(weight_N)
+        noise, share, gain = max(found, key=lambda one: one[2], default=(0.0, 0.0, 0.0))
+        if gain <= 0.0:
             return self.moments, torch.zeros_like(self.moments.B_DF)
-        return self.moments, share * least_squares_change(self.moments)
+        ridge = noise * len(self.moments.C_FF) / rows
+        return self.moments, share * least_squares_change(self.moments, ridge)
 
 
-def _confirmed(moments: Moments, judges: Sequence[Judged]) -> float:
-    """μ."""
-    if not any(len(activations_NF) and error is not None for activations_NF, error, _ in judges):
-        return 0.0
-    change_DF = least_squares_change(moments)
+def _confirmed(change_DF: Tensor, judges: Sequence[Judged]) -> tuple[float, float]:
+    """μ, and by how much it lowers the squared error on these rows."""
     along = across = 0.0
     for activations_NF, error_ND, weight_N in judges:
         assert error_ND is not None
         undone_ND = (activations_NF @ change_DF.T) * weight_N[:, None]
         along += float((undone_ND * error_ND * weight_N[:, None]).sum())
         across += float(undone_ND.square().sum())
-    return min(1.0, max(0.0, along / across)) if across > 0 else 0.0
+    share = min(1.0, max(0.0, along / across)) if across > 0 else 0.0
+    return share, share * (2 * along - share * across)
 
 
-def least_squares_change(moments: Moments, ridge: float = RIDGE) -> Tensor:
-    """Δ [D, F]."""
+def least_squares_change(moments: Moments, ridge: float) -> Tensor:
+    """Δ [D, F]; ridge: λ."""
     energy = moments.C_FF.diagonal().mean()
     unit = torch.where(energy > 0, energy, 1.0)
     return (moments.B_DF / unit) @ inverse_moments(moments, ridge)

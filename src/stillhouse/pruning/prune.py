@@ -99,7 +99,7 @@ def prune_model(
     experts: int | None = None,
     kept_ids: Sequence[int] | None = None,
     reconstruct: bool = True,
-    calibration_tokens: int = 16384,
+    calibration_tokens: int = 49152,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     shared: Calibration | None = None,

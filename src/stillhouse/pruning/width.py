@@ -34,7 +34,7 @@ from stillhouse.pruning.calibrate import (
 from stillhouse.pruning.correction import Evidence
 from stillhouse.pruning.depth import summed_kl
 from stillhouse.pruning.experts import best_experts, narrow_experts
-from stillhouse.pruning.ffn import activation_scores, best, refit_and_remove, refit_to
+from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove, refit_to
 from stillhouse.pruning.gradients import Fisher
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.hidden import Basis
@@ -263,34 +263,26 @@ def _cut_heads(streams: Streams, cut: Cut, index: int, narrow: Stream, full_mid:
         streams.after_attention(layer, index, narrow)
     width, hidden_size = output.in_features, output.out_features
     mean = cut.ranking.aggregation == "mean"
-    evidence = Evidence(width, hidden_size, output.weight.device, absolute=mean)
-    basis = cut.basis
-    for batch, heads_RLA, x_RLD, mid_RLD in zip(
-        streams.batches, heads, narrow, full_mid, strict=True
-    ):
-        target_RLD = mid_RLD if basis is None else basis.project(mid_RLD)
+    moments = Moments.zeros(width, hidden_size, output.weight.device, absolute=mean)
+    for batch, heads_RLA, mid_RLD in zip(streams.batches, heads, full_mid, strict=True):
+        target_RLD = mid_RLD if cut.basis is None else cut.basis.project(mid_RLD)
         read_NA = heads_RLA[batch.counted_RL].float()
-        error_ND = None
-        if cut.reconstruct and axes.attention_output_norm is None:
-            wrote_ND = nn.functional.linear(read_NA, output.weight, output.bias)
-            error_ND = (target_RLD - x_RLD)[batch.counted_RL] - wrote_ND
-        evidence.add(read_NA, error_ND, _row_weight(target_RLD, batch))
-    moments, change_DA = evidence.finish()
-    weight_DA = output.weight + change_DA
+        # No error: the down projection behind it undoes what there is (docs/pruning.md).
+        moments.add(read_NA, None, _row_weight(target_RLD, batch))
     if cut.reconstruct and cut.ranking.by == "refit":
         kept, output_DA = refit_and_remove_heads(
-            weight_DA, moments, grouping, after.kv_heads, share
+            output.weight, moments, grouping, after.kv_heads, share
         )
     else:
-        score_A = activation_scores(moments, weight_DA)
+        score_A = activation_scores(moments, output.weight)
         score_H = score_A.view(before.heads, before.head_dim).sum(1)
         if cut.ranking.fisher is not None:
             score_H = cut.ranking.fisher.heads[index]
         kept = heads_by_score(score_H, grouping, after.kv_heads, share)
         columns = torch.tensor(grouping.columns(kept), device=output.weight.device)
-        output_DA = weight_DA[:, columns]
+        output_DA = output.weight[:, columns]
         if cut.reconstruct:
-            output_DA = refit_to(weight_DA, moments, columns)
+            output_DA = refit_to(output.weight, moments, columns)
     keep_heads(layer, axes, grouping, kept, output_DA)
     columns = torch.tensor(grouping.columns(kept), device=output.weight.device)
     with products(streams.model, streams.dtype):

@@ -266,8 +266,8 @@ class AbstainRecipe(Section):
         gt=0,
         lt=1,
         strict=False,
-        description="With which the calibration texts must show that it is so good: the level of "
-        "the lower Clopper-Pearson bound.",
+        description="With which the calibration texts must show that it is so good, of all "
+        "thresholds that are tried together.",
     )
     measure: Literal["agreement", "accuracy"] = Field(
         "agreement", description="With the teacher, or with the true labels of the texts."

@@ -153,8 +153,8 @@ class SearchRecipe(Section):
     candidates: int = Field(
         6, gt=0, description="Shapes that are pruned, refit and measured; the best by each axis."
     )
-    calibration_tokens: int | None = Field(
-        None, gt=0, description="Tokens each of them is refit on; null: student.calibration_tokens."
+    calibration_tokens: int = Field(
+        16384, gt=0, description="Tokens each of them is refit on; the student's own are more."
     )
     heldout_tokens: int = Field(
         4096, gt=0, description="Training tokens that are kept aside to measure candidates on."

@@ -186,7 +186,9 @@ class PrunedStudent(PrunedSizes, PruningMethod):
         "those of a file. The tokenizer is rewritten, and the teacher answers with these alone.",
     )
     reconstruct: bool = Field(True, description="Refit what is left by least squares.")
-    calibration_tokens: int = Field(16384, gt=0, description="Tokens seen to decide what goes.")
+    calibration_tokens: int = Field(
+        49152, gt=0, description="Tokens seen to decide what goes, and to refit what stays."
+    )
     local_distillation: int | None = Field(
         None,
         gt=0,

@@ -154,7 +154,7 @@ class _Work:
 
     @property
     def calibration_tokens(self) -> int:
-        return self.search.calibration_tokens or self.setting.section.calibration_tokens
+        return min(self.search.calibration_tokens, self.setting.section.calibration_tokens)
 
     def _fits(self, tokens: int) -> bool:
         return 2 * 4 * tokens * self.before.layers * self.before.hidden_size <= KEPT_BYTES

@@ -49,13 +49,15 @@ class Origins:
 class Asked:
     """The recipe's requests, read from the prompts' file each time they are gone through.
 
-    only: those with these numbers in their order, 0 the first; None: all.
+    only: those with these numbers in their order, 0 the first; None: all. prompts: where they
+    come from, where that is no file.
     """
 
     section: PromptsRecipe
     base: Path
     request: Callable[[tuple[Any, ...], int], Request]
     only: frozenset[int] | None = None
+    prompts: Callable[[], Iterator[Prompt]] | None = None
 
     @property
     def frame(self) -> Frame:
@@ -64,15 +66,21 @@ class Asked:
 
     def pairs(self) -> Iterator[tuple[Prompt, Request]]:
         section, frame = self.section, self.frame
-        path = self.base / Path(section.path).expanduser()
-        prompts = read_prompts(path, format=section.format, key=section.key, limit=section.limit)
         number = 0
-        for prompt in prompts:
+        for prompt in self._prompts():
             messages = frame.asked(prompt)
             for sample in range(section.samples):
                 if self.only is None or number in self.only:
                     yield prompt, self.request(messages, sample)
                 number += 1
+
+    def _prompts(self) -> Iterator[Prompt]:
+        section = self.section
+        if self.prompts is not None:
+            return self.prompts()
+        assert section.path is not None
+        path = self.base / Path(section.path).expanduser()
+        return read_prompts(path, format=section.format, key=section.key, limit=section.limit)
 
     def requests(self) -> Iterator[Request]:
         return (request for _, request in self.pairs())

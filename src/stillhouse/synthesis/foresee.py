@@ -2,42 +2,53 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from stillhouse.recipe.synthesize import SynthesizeRecipe
-from stillhouse.synthesis.asking import Asked, Origins, journal_path, text_teacher
+from stillhouse.synthesis.asking import Asked, Origins, TextSource, journal_path, text_teacher
+from stillhouse.synthesis.budget import Spending, worst_case
 from stillhouse.synthesis.estimate import Known, known_before
 from stillhouse.synthesis.filters import Row
 from stillhouse.synthesis.journal import Journal
+from stillhouse.synthesis.prompts import Prompt
 from stillhouse.synthesis.run import Rows
+from stillhouse.synthesis.writing import Part, Writer, open_writer, prompt_source
 
 
 def foreseen(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) -> Known:
-    """What `synthesize` would find and ask; nothing is asked and nothing written."""
-    teacher = text_teacher(section, origins, seed, weights=False)
-    asked = Asked(section.prompts, origins.base, teacher.request)
+    """What `synthesize` would find and ask; nothing is asked and nothing written.
+
+    Prompts that are still to be written count as long as they can be.
+    """
     with _opened(section, origins) as journal:
-        return known_before(asked.requests(), journal, teacher.price)
+        view = _look(section, origins, seed, journal, weights=False)
+        known = known_before(view.asked.requests(), journal, view.teacher.price)
+        return known if view.writer is None else _with_unwritten(known, view, section, journal)
 
 
 def ask_some(section: SynthesizeRecipe, origins: Origins, calls: int, *, seed: int = 0) -> int:
     """Asks so many of the missing requests, spread evenly over them; returns how many there were.
 
-    Their answers are in the journal, so that nothing is asked twice. Raises as `synthesize`.
+    Where prompts are still to be written, one request for some is made first. All answers are in
+    the journal, so that nothing is asked twice. Raises as `synthesize`.
     """
-    teacher = text_teacher(section, origins, seed)
-    asked = Asked(section.prompts, origins.base, teacher.request)
     with Journal(journal_path(section, origins)) as journal:
-        requests = enumerate(asked.requests())
+        view = _look(section, origins, seed, journal)
+        if view.writer is not None and next(view.writer.prompts(journal), None) is None:
+            part = Part(view.writer, 0, 1)
+            known = known_before(part.requests(), journal, view.teacher.price)
+            view.writer.teacher.answer(part, journal, known)
+        requests = enumerate(view.asked.requests())
         missing = [number for number, request in requests if journal.get(request.key) is None]
         count = min(calls, len(missing))
         if count:
             chosen = frozenset(missing[len(missing) * n // count] for n in range(count))
-            whole = known_before(asked.requests(), journal, teacher.price)
+            whole = known_before(view.asked.requests(), journal, view.teacher.price)
             known = replace(whole, requests=count, missing=count)
-            teacher.answer(replace(asked, only=chosen), journal, known)
+            view.teacher.answer(replace(view.asked, only=chosen), journal, known)
     return count
 
 
@@ -45,13 +56,56 @@ def answered_rows(
     section: SynthesizeRecipe, origins: Origins, most: int, *, seed: int = 0
 ) -> list[Row]:
     """Up to `most` of the rows that the journal's answers make, before any filter."""
-    teacher = text_teacher(section, origins, seed, weights=False)
-    asked = Asked(section.prompts, origins.base, teacher.request)
     with _opened(section, origins) as journal:
         if journal is None:
             return []
-        rows = iter(Rows(section, asked, journal))
-        return [row for row, _ in zip(rows, range(most), strict=False)]
+        view = _look(section, origins, seed, journal, weights=False)
+        return list(itertools.islice(Rows(section, view.asked, journal), most))
+
+
+@dataclass(frozen=True)
+class _View:
+    teacher: TextSource
+    writer: Writer | None
+    asked: Asked
+
+
+def _look(
+    section: SynthesizeRecipe,
+    origins: Origins,
+    seed: int,
+    journal: Journal | None,
+    *,
+    weights: bool = True,
+) -> _View:
+    teacher = text_teacher(section, origins, seed, weights=weights)
+    writer = open_writer(section, origins, seed, weights=weights)
+    prompts = prompt_source(section.prompts, origins.base, seed, writer, journal)
+    asked = Asked(section.prompts, origins.base, teacher.request, prompts=prompts)
+    return _View(teacher, writer, asked)
+
+
+def _with_unwritten(
+    known: Known, view: _View, section: SynthesizeRecipe, journal: Journal | None
+) -> Known:
+    """With the answers to prompts that are not written yet, and the requests that write them."""
+    writer, samples = view.writer, section.prompts.samples
+    assert writer is not None
+    wanted = min(writer.section.count, section.prompts.limit or writer.section.count)
+    lacking = wanted - known.requests // samples
+    if lacking <= 0:
+        return known
+    writing = known_before(writer.requests(), journal, view.teacher.price)
+    # A prompt has at most as many tokens as the answer that it is a line of.
+    longest = Prompt(({"role": "user", "content": "x" * writer.section.max_tokens},), "")
+    one = worst_case(view.teacher.request(view.asked.frame.asked(longest), 0), view.teacher.price)
+    more = lacking * samples
+    return replace(
+        known,
+        requests=known.requests + more,
+        missing=known.missing + more,
+        worst=known.worst + writing.worst + Spending(one.tokens * more, one.usd * more),
+    )
 
 
 @contextmanager

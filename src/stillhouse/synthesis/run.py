@@ -26,6 +26,7 @@ from stillhouse.synthesis.asking import (
     journal_path,
     text_teacher,
 )
+from stillhouse.synthesis.budget import Spending
 from stillhouse.synthesis.choose import likelihood, majority
 from stillhouse.synthesis.estimate import Known, known_before
 from stillhouse.synthesis.filters import Chooser, Filter, Filters, Row, Sieve
@@ -33,6 +34,7 @@ from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.judging import Verdicts, open_judge
 from stillhouse.synthesis.prompts import answer_text, read_prompts
 from stillhouse.synthesis.request import Answer
+from stillhouse.synthesis.writing import open_writer, prompt_source, write_prompts
 
 TEXT, VICTIMS, SUMMARY = "synthetic.jsonl", "filtered.jsonl", "summary.json"
 REQUESTS = "requests.txt"
@@ -47,7 +49,8 @@ class Synthesis:
     """What was made. requests: prompts times samples. answered: of them, now in the journal.
 
     new: answered in this run. failed: given up in this run. kept: rows in `out`. taken: rows that
-    each filter took. tokens, usd: of all answers, whichever run paid. unpriced: answers of unknown
+    each filter took. tokens, usd: of all answers, whichever run paid, and of the requests that
+    wrote the prompts. unpriced: answers of unknown
     cost, which `usd` leaves out. judged, unjudged: verdicts of a judge, and those
     that it did not give; judge_*: what they took.
     """
@@ -117,10 +120,14 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
     # A broken filter is found before anything is paid.
     chosen = chosen_filters(section.filters, origins.base)
     judge = open_judge(section, origins, seed)
-    asked = Asked(section.prompts, origins.base, teacher.request)
+    writer = open_writer(section, origins, seed)
     origins.folder.mkdir(parents=True, exist_ok=True)
     with Journal(path) as journal:
+        writing = Spending() if writer is None else write_prompts(writer, journal)
+        prompts = prompt_source(section.prompts, origins.base, seed, writer, journal)
+        asked = Asked(section.prompts, origins.base, teacher.request, prompts=prompts)
         known = known_before(asked.requests(), journal, teacher.price)
+        known = replace(known, spent=known.spent + writing)
         new, failed, out_of_budget = _answer(teacher, asked, journal, known)
         verdicts = None
         if judge is not None:
@@ -140,8 +147,8 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
         new=new,
         failed=failed,
         kept=kept,
-        tokens=rows.tokens,
-        usd=rows.usd,
+        tokens=rows.tokens + writing.tokens,
+        usd=rows.usd + writing.usd,
         unpriced=rows.unpriced,
         out_of_budget=out_of_budget,
         judged=0 if verdicts is None else verdicts.answered,

@@ -54,7 +54,7 @@ def evaluation(
         "trained": trained.digest,
         "baseline": tuned and tuned.digest,
     }
-    return StagePlan("evaluate", inputs, work)
+    return StagePlan("evaluate", inputs, work, version=2)
 
 
 def _evaluate(

@@ -18,6 +18,7 @@ from stillhouse.export import require_token
 from stillhouse.export.onnx import require_onnx
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.recipe import ClassifyRecipe
+from stillhouse.synthesis import Known
 from stillhouse.tasks.fit import planned_steps
 from stillhouse.tasks.job import TaskJob
 from stillhouse.tasks.judge import foreseen_questions
@@ -54,7 +55,10 @@ def foresee(recipe: ClassifyRecipe, base: Path) -> Iterator[Line]:
     job = find_task(recipe, base)
     yield "ok", "teacher", job.described, None
     prompt = job.prompt(texts)
-    yield _api_cost(job, prompt, texts) if job.teacher is None else _local_cost(job, prompt, texts)
+    if job.teacher is None:
+        yield _api_cost(job, known_judgment(recipe, base))
+    else:
+        yield _local_cost(job, prompt, texts)
     steps = planned_steps(recipe.train, len(texts.train))
     yield "estimate", "training", f"{steps:,} steps of {recipe.train.batch_size} texts", None
     if recipe.export.formats != ["safetensors"]:
@@ -86,9 +90,14 @@ def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Line:
     return "estimate", "judgment", text, None
 
 
-def _api_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Line:
+def known_judgment(recipe: ClassifyRecipe, base: Path) -> Known:
+    """How much the journal has of what an API is asked, and what the rest can cost at most."""
+    job, texts = find_task(recipe, base), prepare_texts(recipe, base)
     with tempfile.TemporaryDirectory() as folder:
-        known = foreseen_questions(job.recipe, prompt, texts, Path(folder), job.journal)
+        return foreseen_questions(recipe, job.prompt(texts), texts, Path(folder), job.journal)
+
+
+def _api_cost(job: TaskJob, known: Known) -> Line:
     api = job.recipe.teacher.api
     priced = api is not None and api.price is not None
     cost = f"${known.worst.usd:,.2f}" if priced else "a price unknown"

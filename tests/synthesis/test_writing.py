@@ -1,0 +1,186 @@
+"""Prompts without a file of them: combined from templates, or written by the teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stillhouse.check import check_recipe
+from stillhouse.errors import DataError, RecipeError
+from stillhouse.recipe import parse_recipe
+from stillhouse.recipe.synthesize import CombineRecipe
+from stillhouse.runner import synthesize_text
+from stillhouse.synthesis import Synthesis
+from stillhouse.synthesis.writing import combinations, combined, prompt_lines
+from tests import tiny
+from tests.synthesis.stub import Reply, Stub
+
+COMBINE = {
+    "templates": ["Questions about {topic} of {persona}", "Riddles"],
+    "values": {"topic": ["tides", "bread"], "persona": ["a child", "a cook"]},
+}
+WORDS = ("amber", "birch", "cedar", "delta", "ember", "fjord", "grove", "heath")
+
+
+def write(folder: Path, url: str, prompts: dict[str, Any], **changes: Any) -> Path:
+    section = {
+        "teacher": {"api": {"base_url": url, "model": "teacher"}},
+        "prompts": prompts,
+        "sampling": {"max_tokens": 20},
+        **changes,
+    }
+    raw = tiny.recipe(folder, folder=str(folder / "runs" / "tiny"), synthesize=section)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def prompts_of(result: Synthesis) -> list[str]:
+    lines = result.out.read_text().splitlines()
+    return [json.loads(line)["messages"][0]["content"] for line in lines]
+
+
+def asked(stub: Stub) -> list[str]:
+    return [payload["messages"][-1]["content"] for payload in stub.payloads]
+
+
+def teacher(number: int, payload: dict[str, Any]) -> Reply:
+    """Writes four prompts for each request, the last of which it has written before."""
+    question = payload["messages"][-1]["content"]
+    if not question.startswith("Write 4 different prompts"):
+        return Reply(text=f"answer to {question}")
+    words = [WORDS[(number * 3 + n) % len(WORDS)] for n in range(3)]
+    lines = [f"{n}. Tell me about the {word} {number}" for n, word in enumerate(words, 1)]
+    return Reply(text="Here they are:\n" + "\n".join([*lines, "- Say the same thing again"]))
+
+
+# --- combined ----------------------------------------------------------------------------------
+
+
+def test_every_template_with_every_combination_of_its_values() -> None:
+    section = CombineRecipe.model_validate(COMBINE)
+    assert combinations(section) == [
+        "Questions about tides of a child",
+        "Questions about tides of a cook",
+        "Questions about bread of a child",
+        "Questions about bread of a cook",
+        "Riddles",
+    ]
+    shuffled = [prompt.messages[0]["content"] for prompt in combined(section, seed=3)]
+    assert sorted(shuffled) == sorted(combinations(section))
+    assert shuffled == [prompt.messages[0]["content"] for prompt in combined(section, seed=3)]
+    assert shuffled != [prompt.messages[0]["content"] for prompt in combined(section, seed=4)]
+
+
+def test_combinations_are_prompts(tmp_path: Path) -> None:
+    with Stub(teacher) as stub:
+        path = write(tmp_path, stub.url, {"combine": COMBINE, "limit": 4})
+        result = synthesize_text(path)
+        assert len(stub.payloads) == 4
+        first = prompts_of(result)
+        assert synthesize_text(path).new == 0
+        synthesize_text(path, ["synthesize.prompts.limit=5"])
+        assert len(stub.payloads) == 5
+    assert set(first) < set(prompts_of(result))
+    assert set(prompts_of(result)) == set(combinations(CombineRecipe.model_validate(COMBINE)))
+
+
+# --- written -----------------------------------------------------------------------------------
+
+
+def test_prompts_are_written_until_there_are_enough_different_ones(tmp_path: Path) -> None:
+    (tmp_path / "seeds.txt").write_text("".join(f"seed {word} of mine\n" for word in WORDS))
+    written = {"count": 11, "each": 4, "examples": 2}
+    prompts = {"path": "seeds.txt", "combine": COMBINE, "write": written}
+    with Stub(teacher) as stub:
+        path = write(tmp_path, stub.url, prompts, budget={"max_tokens": 10_000})
+        result = synthesize_text(path)
+        writing = [question for question in asked(stub) if question.startswith("Write 4")]
+        # Three requests would do, but every fourth prompt is an old one.
+        assert len(writing) == 4
+        assert len(asked(stub)) == 4 + 11
+        assert synthesize_text(path).new == 0
+        assert len(asked(stub)) == 4 + 11
+    found = prompts_of(result)
+    assert len(set(found)) == len(found) == 11
+    assert found.count("Say the same thing again") == 1
+    assert all(not line[0].isdigit() and not line.endswith(":") for line in found)
+    assert result.tokens == (4 + 11) * 15, "the requests that wrote them count"
+    shown = [[line for line in text.splitlines() if line.startswith("- seed")] for text in writing]
+    assert all(len(lines) == 2 for lines in shown)
+    assert len({tuple(lines) for lines in shown}) == 4
+    kinds = [next(k for k in ("tides", "bread", "Riddles") if k in text) for text in writing]
+    assert len(set(kinds)) > 1
+
+
+def test_a_teacher_that_repeats_itself_is_not_asked_for_ever(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if payload["messages"][-1]["content"].startswith("Write"):
+            return Reply(text="The only thing that I can think of")
+        return Reply(text="an answer")
+
+    prompts = {"combine": COMBINE, "write": {"count": 20, "each": 10}}
+    with Stub(script) as stub:
+        result = synthesize_text(write(tmp_path, stub.url, prompts))
+        assert len(stub.payloads) == 2 * 3 + 1
+    assert result.kept == 1
+
+
+def test_no_prompt_at_all_is_an_error(tmp_path: Path) -> None:
+    prompts = {"combine": COMBINE, "write": {"count": 5}}
+    with (
+        Stub(lambda n, p: Reply(text="No.")) as stub,
+        pytest.raises(DataError, match="wrote no prompt") as caught,
+    ):
+        synthesize_text(write(tmp_path, stub.url, prompts))
+    assert str(caught.value.where).endswith("answers.sqlite")
+
+
+def test_lines_of_an_answer() -> None:
+    text = 'Sure:\n\n1) "What is bread?"\n * Why do tides come\n(3) One\n4. 2 + 2 is what?\nCut o'
+    assert list(prompt_lines(text, whole=False)) == [
+        "What is bread?",
+        "Why do tides come",
+        "2 + 2 is what?",
+    ]
+    assert list(prompt_lines("Cut o", whole=True)) == ["Cut o"]
+
+
+def test_check_foresees_prompts_that_are_not_written_yet(tmp_path: Path) -> None:
+    prompts = {"combine": COMBINE, "write": {"count": 10, "each": 4}}
+
+    def told(calls: int = 0) -> str:
+        found = check_recipe(path, calls=calls)
+        return next(f.text for f in found if f.topic == "synthesis")
+
+    with Stub(teacher) as stub:
+        path = write(tmp_path, stub.url, prompts)
+        assert told().startswith("0 of 10 requests are answered; the rest takes at most ")
+        assert stub.payloads == []
+        assert told(calls=2).startswith("2 of 10 requests are answered")
+        assert len(stub.payloads) == 1 + 2
+        synthesize_text(path)
+        assert told() == "10 of 10 requests are answered"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        ({}, "either path or combine"),
+        ({"path": "p.txt", "combine": COMBINE}, "either path or combine"),
+        ({"path": "p.txt", "write": {"count": 3}}, "write needs combine"),
+        ({"combine": {"templates": ["about {topic}"]}}, "has {topic} and no values"),
+        ({"combine": {"templates": ["about {"]}}, "cannot be read"),
+    ],
+)
+def test_keys_that_do_not_fit(tmp_path: Path, prompts: dict[str, Any], expected: str) -> None:
+    section = {
+        "teacher": {"api": {"base_url": "http://127.0.0.1:1/v1", "model": "m"}},
+        "prompts": prompts,
+    }
+    with pytest.raises(RecipeError, match=expected):
+        parse_recipe(tiny.recipe(tmp_path, synthesize=section))

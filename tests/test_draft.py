@@ -1,0 +1,174 @@
+"""Every recipe that `stillhouse init` writes passes `stillhouse check`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from stillhouse.check import check_recipe
+from stillhouse.cli import app
+from stillhouse.errors import StillhouseError
+from stillhouse.recipe import load_any_recipe
+from stillhouse.synthesis.logs import read_logs
+from tests import tiny
+
+LABELS = ["pets", "food"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.save_model(tmp_path / "teacher", max_position_embeddings=512)
+    tiny.save_model(tmp_path / "small", seed=1, hidden_size=16, intermediate_size=32)
+    rows = [
+        {"id": n, "message": f"text number {n} about things", "topic": LABELS[n % 2]}
+        for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text.txt").write_text(tiny.text(400))
+    return tmp_path
+
+
+def init(folder: Path, *flags: str, typed: str = "") -> str:
+    """The command's output; it must succeed, and what it writes must pass the check."""
+    out = folder / "made" / "recipe.yaml"
+    answer = CliRunner().invoke(app, ["init", "--out", str(out), *flags], input=typed)
+    assert answer.exit_code == 0, answer.output + repr(answer.exception)
+    errors = [one for one in check_recipe(out) if one.level == "error"]
+    assert not errors
+    return answer.output
+
+
+def flags(folder: Path, job: str, data: str, size: str = "medium") -> list[str]:
+    teacher = ["--teacher", str(folder / "teacher")]
+    return ["--job", job, *teacher, "--data", str(folder / data), "--size", size]
+
+
+def test_a_recipe_to_distill(folder: Path) -> None:
+    init(folder, *flags(folder, "distill", "text.txt"))
+    recipe = load_any_recipe(folder / "made" / "recipe.yaml")
+    # The tiny teacher has 3 layers of 64 neurons; half of its blocks are a root of each.
+    assert (recipe.student.layers, recipe.student.ffn_size) == (2, 48)
+
+
+def test_what_is_given_from_here_is_found_from_the_recipe(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    init(
+        Path(), "--job", "generate", "--teacher", "teacher", "--data", "text.txt", "--size", "large"
+    )
+    recipe = load_any_recipe("made/recipe.yaml")
+    assert (recipe.teacher.model, recipe.data.texts[0].path) == ("../teacher", "../text.txt")
+
+
+def test_a_recipe_to_classify_finds_texts_and_labels_in_the_file(folder: Path) -> None:
+    init(folder, *flags(folder, "classify", "rows.jsonl", "small"))
+    recipe = load_any_recipe(folder / "made" / "recipe.yaml")
+    assert (recipe.data.texts[0].text, recipe.data.texts[0].label) == ("message", "topic")
+    assert recipe.student.layers == 3
+
+
+def test_a_recipe_to_extract_brings_its_schema(folder: Path) -> None:
+    init(folder, *flags(folder, "extract", "text.txt"), "--fields", "name,what")
+    schema = json.loads((folder / "made" / "recipe.schema.json").read_text())
+    assert list(schema["properties"]) == ["name", "what"]
+
+
+def test_a_recipe_to_generate_from_an_api(folder: Path) -> None:
+    told = ["--teacher", "http://127.0.0.1:9/v1", "--size", str(folder / "small")]
+    data = ["--data", str(folder / "text.txt")]
+    init(folder, "--job", "generate", *told, *data, "--api-model", "big")
+    recipe = load_any_recipe(folder / "made" / "recipe.yaml")
+    assert recipe.teacher.api.model == "big"
+    assert recipe.teacher.budget.max_tokens
+
+
+def test_what_no_flag_says_is_asked(folder: Path) -> None:
+    typed = f"classify\n{folder / 'teacher'}\n{folder / 'text.txt'}\nsmall\ncats, dogs\n"
+    shown = init(folder, typed=typed)
+    assert shown.count("?") >= 5
+    assert list(load_any_recipe(folder / "made" / "recipe.yaml").task.labels) == ["cats", "dogs"]
+
+
+# --- logs ----------------------------------------------------------------------------------------
+
+
+def log(folder: Path, answers: list[str], *, stored: bool = False) -> Path:
+    """Chats with a system prompt; stored: as a request beside its response."""
+    path = folder / "logs.jsonl"
+    rows = []
+    for number, answer in enumerate(answers):
+        asked = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"question {number}"},
+        ]
+        said = {"role": "assistant", "content": answer}
+        row = {"messages": [*asked, said]}
+        if stored:
+            row = {"request": {"messages": asked}, "response": {"choices": [{"message": said}]}}
+        rows.append(json.dumps(row) + "\n")
+    path.write_text("".join(rows))
+    return path
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_logs_with_few_short_answers_are_a_classifiers(folder: Path, stored: bool) -> None:
+    path = log(folder, [LABELS[n % 3 == 0] for n in range(30)], stored=stored)
+    init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
+    recipe = load_any_recipe(folder / "made" / "recipe.yaml")
+    assert list(recipe.task.labels) == ["pets", "food"]
+    assert recipe.task.system == "Be brief."
+    assert (folder / "made" / "recipe-texts.jsonl").read_text().count("\n") == 30
+
+
+def test_logs_with_json_answers_are_an_extraction(folder: Path) -> None:
+    path = log(folder, [json.dumps({"name": f"n{n}", "age": n}) for n in range(30)])
+    init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
+    schema = json.loads((folder / "made" / "recipe.schema.json").read_text())
+    assert schema["properties"] == {"name": {"type": "string"}, "age": {"type": "integer"}}
+    assert schema["required"] == ["name", "age"]
+
+
+def test_other_logs_are_free_text(folder: Path) -> None:
+    path = log(folder, [f"a long answer number {n} that never repeats" for n in range(30)])
+    assert read_logs(path).job == "generate"
+    init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
+    assert load_any_recipe(folder / "made" / "recipe.yaml").task.kind == "generate"
+
+
+# --- what a user can get wrong -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--job", "translate"], "no job"),
+        (["--job", "classify", "--data", "python-reference"], "no list of texts"),
+        (["--job", "distill", "--teacher", "https://api.example.com/v1"], "does not tell"),
+        (["--size", "medium", "--teacher", "https://api.example.com/v1"], "cannot be made"),
+    ],
+)
+def test_one_clear_message(folder: Path, more: list[str], said: str) -> None:
+    told = [*flags(folder, "generate", "text.txt"), "--api-model", "big", *more]
+    answer = CliRunner().invoke(app, ["init", "--out", str(folder / "recipe.yaml"), *told])
+    assert isinstance(answer.exception, StillhouseError)
+    assert said in str(answer.exception)
+    assert not (folder / "recipe.yaml").exists()
+
+
+def test_a_recipe_is_not_written_over(folder: Path) -> None:
+    init(folder, *flags(folder, "generate", "text.txt"))
+    out = str(folder / "made" / "recipe.yaml")
+    again = CliRunner().invoke(app, ["init", "--out", out, *flags(folder, "generate", "text.txt")])
+    assert "exists already" in str(again.exception)
+    init(folder, *flags(folder, "generate", "text.txt"), "--force")
+
+
+def test_logs_without_answers_are_refused(folder: Path) -> None:
+    path = folder / "logs.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    with pytest.raises(StillhouseError, match="have a text and an answer"):
+        read_logs(path)
