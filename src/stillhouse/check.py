@@ -22,24 +22,15 @@ from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
-from stillhouse.export import (
-    announce_gguf,
-    license_warning,
-    require_token,
-    require_torchao,
-    teacher_license,
-)
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
 from stillhouse.job import (
     Job,
     configs,
     find_models,
     planned_members,
-    planned_model,
     planned_objective,
     planned_size,
 )
-from stillhouse.quantize import planned_bytes
 from stillhouse.recipe import ClassifyRecipe, load_any_recipe
 from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import Recipe
@@ -54,6 +45,7 @@ from stillhouse.recipe.signals import (
     TopPSignals,
 )
 from stillhouse.runner import run_folder
+from stillhouse.shipping_plan import foresee_exports
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.spending import ComingText, coming_text, synthesis_findings
 from stillhouse.tasks.plan import foresee
@@ -137,7 +129,8 @@ def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Findi
     job = find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
-    yield from _exports(job)
+    for level, topic, text, fix in foresee_exports(whole, job):
+        yield Finding(level, topic, text, fix)
     coming = coming_text(recipe, path.parent, SAMPLE_DOCUMENTS)
     if coming is not None and not coming.documents:
         fix = f"stillhouse check {path} --calls 5 asks for some of it"
@@ -175,29 +168,6 @@ def _extras(recipe: Recipe) -> Iterator[Finding]:
     for module, install in wanted.items():
         if importlib.util.find_spec(module) is None:
             yield Finding("error", "extras", f"{module} is not installed", install)
-
-
-def _exports(job: Job) -> Iterator[Finding]:
-    student, _ = configs(job)
-    if job.recipe.quantize is not None:
-        plain, rounded = planned_bytes(planned_model(student), job.recipe.quantize)
-        text = f"{rounded / 1e6:,.1f} MB with every part quantized, {plain / 1e6:,.1f} MB without"
-        yield Finding("estimate", "quantize", text)
-    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
-    for form in job.recipe.export.formats:
-        if form.startswith("gguf-"):
-            for text, fix in announce_gguf(form.removeprefix("gguf-"), student, tokenizer):
-                yield Finding("warning", "export", text, fix)
-    if job.recipe.quantize is not None and "safetensors" in job.recipe.export.formats:
-        require_torchao()
-    hub = job.recipe.export.push_to_hub
-    if hub is not None:
-        require_token(hub)
-    yield Finding("ok", "export", ", ".join(job.recipe.export.formats))
-    license_ = teacher_license(job.recipe.teacher.license, job.teacher.path)
-    warning = license_warning(license_)
-    if warning is not None:
-        yield Finding("warning", "license", warning)
 
 
 # --- data ------------------------------------------------------------------------------------

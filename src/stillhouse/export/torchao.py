@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
-from stillhouse.quantize import Quantization, to_codes
+from stillhouse.quantize import Grid, Quantization, to_codes
 from stillhouse.teachers import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 
@@ -57,13 +57,34 @@ def export_torchao(
 
 
 def require_torchao() -> None:
-    """Raises ModelError where torchao is not installed."""
+    """Raises ModelError where torchao is not installed, or its tensors do not work here."""
+    instead = "or export gguf-q4_0 or gguf-q8_0 alone, which need no torchao"
     if importlib.util.find_spec("torchao") is None:
         raise ModelError(
             "a quantized student is written as safetensors by torchao, which is not installed",
             where="export.formats",
-            fix="pip install 'stillhouse[quantize]', or export gguf-q4_0 or gguf-q8_0 alone",
+            fix=f"pip install 'stillhouse[quantize]', {instead}",
         )
+    try:
+        _multiply()
+    except (ImportError, RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"torchao is installed and does not work with this torch ({first[0]})",
+            where="export.formats",
+            fix=f"install a torchao made for torch {torch.__version__}, {instead}",
+        ) from error
+
+
+def _multiply() -> None:
+    """A product with a quantized matrix, and what writes it: all that an export takes."""
+    from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+    quantization = Quantization(Grid(4, 32), True, {})
+    weight_OI = torch.ones(2, 32)
+    packed = _tensor(weight_OI, torch.ones(2, 1), quantization, torch.float32, True)
+    torch.nn.functional.linear(torch.ones(1, 32), packed)
+    flatten_tensor_state_dict({"layer.weight": packed})
 
 
 def save_torchao(

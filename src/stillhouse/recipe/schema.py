@@ -507,6 +507,10 @@ ExportFormat = Literal[
     "gguf-q4_k_m",
     "gguf-q5_k_m",
     "gguf-q6_k",
+    "compressed-gptq",
+    "compressed-awq",
+    "compressed-fp8",
+    "compressed-nvfp4",
 ]
 
 
@@ -515,7 +519,12 @@ class ExportRecipe(Section):
         default=["safetensors"],
         min_length=1,
         description="safetensors: for transformers and vLLM. gguf-*: for llama.cpp and Ollama; "
-        "those ending in _k, _s or _m need llama-cpp-python.",
+        "those ending in _k, _s or _m need llama-cpp-python. compressed-*: for vLLM, by "
+        "llm-compressor.",
+    )
+    llm_compressor: str | None = Field(
+        None,
+        description="The Python of an environment that has llm-compressor, for compressed-*.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Number type of the safetensors export."
@@ -532,7 +541,7 @@ class ExportRecipe(Section):
         16384,
         gt=0,
         description="Training tokens on which llama.cpp's quantizer learns how much each input of "
-        "a matrix matters (gguf-*_k*); null: all matter alike.",
+        "a matrix matters (gguf-*_k*), and that llm-compressor looks at; null: all matter alike.",
     )
     push_to_hub: PushRecipe | None = Field(None, description="null: nothing is uploaded.")
 
@@ -568,6 +577,15 @@ class Recipe(Section):
     )
     evaluate: EvaluateRecipe = EvaluateRecipe()
     export: ExportRecipe = ExportRecipe()
+
+    @model_validator(mode="after")
+    def _quantized_once(self) -> Recipe:
+        if self.quantize is not None and any("compressed" in f for f in self.export.formats):
+            raise ValueError(
+                "llm-compressor would round a second time what `quantize` has rounded: remove "
+                "quantize, or export.formats' compressed-*"
+            )
+        return self
 
     @model_validator(mode="after")
     def _signals_are_the_teachers(self) -> Recipe:

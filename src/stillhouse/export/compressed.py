@@ -1,0 +1,136 @@
+"""A student quantized by llm-compressor as compressed-tensors, which vLLM and transformers load.
+
+llm-compressor pins an older transformers than Stillhouse runs on, so it lives in an environment of
+its own, whose Python the recipe names; `llm_compressor.py` is run by it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from stillhouse.errors import ModelError
+from stillhouse.export.gate import Gate, ReplayResult, fill
+from stillhouse.progress import note
+from stillhouse.teachers import load_tokenizer, save_tokenizer
+
+KL_LIMITS = {"gptq": 1.0, "awq": 1.0, "fp8": 0.1, "nvfp4": 1.0}
+"""Nats a token that the rounding is believed to cost at most, by the method."""
+GROUPS = {"gptq": 128, "awq": 128, "nvfp4": 16}
+"""Inputs that share a scale: matrices' rows must divide into them."""
+
+
+def export_compressed(
+    gate: Gate, out: Path, *, method: str, python: str | None, windows: Sequence[Any]
+) -> ReplayResult:
+    """Writes a Hugging Face folder whose linear layers but the head are quantized by `method`.
+
+    method: a key of `KL_LIMITS`. python: an interpreter that has llm-compressor. windows: training
+    text, on which GPTQ, AWQ and NVFP4 look at what layers read.
+    Raises ModelError: a package is missing, llm-compressor fails, an export that does not load or
+    differs by more than is allowed. RunError: no space, no permission, `out` has files already.
+    """
+    interpreter = require_llm_compressor(python, method)
+
+    def work(folder: Path) -> ReplayResult:
+        note(f"llm-compressor: {method}")
+        _compress(gate, folder, method, interpreter, windows)
+        code = gate.trust_remote_code
+        save_tokenizer(load_tokenizer(gate.source, trust_remote_code=code), folder)
+        return gate.pass_or_raise(
+            folder,
+            list(folder.glob("*.safetensors")),
+            format=f"compressed-{method}",
+            dtype=method,
+            limit=KL_LIMITS[method],
+            advice="use compressed-fp8, or train it rounded and ship gguf-q4_0 (quantize.qat)",
+        )
+
+    return fill(out, work)
+
+
+def require_llm_compressor(python: str | None, method: str) -> str:
+    """The interpreter. Raises ModelError: none is named, it lacks llm-compressor, or this Python
+    lacks what reads its files, or this machine what the method takes."""
+    where = "export.llm_compressor"
+    if method == "awq" and not torch.accelerator.is_available():
+        raise ModelError(
+            "llm-compressor's AWQ runs on a GPU alone",
+            where="export.formats",
+            fix="use compressed-gptq, compressed-fp8 or compressed-nvfp4, which run on a CPU too",
+        )
+    if importlib.util.find_spec("compressed_tensors") is None:
+        raise ModelError(
+            "compressed-tensors, which reads these files again, is not installed",
+            where="export.formats",
+            fix="pip install 'stillhouse[llm-compressor]', or export safetensors or gguf-*",
+        )
+    if python is None:
+        raise ModelError(
+            "llm-compressor needs an environment of its own, and none is named",
+            where=where,
+            fix="python -m venv llmc && llmc/bin/pip install llmcompressor, then set "
+            "export.llm_compressor: llmc/bin/python",
+        )
+    try:
+        done = subprocess.run(
+            [python, "-c", "import importlib.util as u; print(u.find_spec('llmcompressor') and 1)"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        found = done.stdout.strip() == "1"
+    except OSError:
+        found = False
+    if not found:
+        raise ModelError(
+            f"{python} is no Python that has llm-compressor",
+            where=where,
+            fix="install it there: pip install llmcompressor",
+        )
+    return python
+
+
+def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence[Any]) -> None:
+    script = Path(__file__).with_name("llm_compressor.py")
+    with tempfile.TemporaryDirectory(prefix="stillhouse-compress-") as name:
+        folder = Path(name)
+        rows = {str(place): window["input_ids"] for place, window in enumerate(windows)}
+        save_file(rows, folder / "windows.safetensors")
+        request = {"source": str(gate.source.resolve()), "out": str(out), "method": method}
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        done = subprocess.run(
+            [python, "-P", str(script), str(folder)], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+            raise ModelError(
+                f"llm-compressor could not quantize this model by {method} ({last[0]})",
+                where=gate.source,
+                fix="see that its environment knows this architecture; safetensors and gguf-* need "
+                "no llm-compressor",
+            )
+
+
+def announce_compressed(method: str, config: Any) -> tuple[str, str] | None:
+    """What of a planned student this method cannot hold: a text, and what avoids it."""
+    group = GROUPS.get(method)
+    text = config.get_text_config()
+    for key in ("hidden_size", "intermediate_size"):
+        width = int(getattr(text, key))
+        if group is not None and width % group:
+            below = width // group * group
+            near = " or ".join(f"{size:,}" for size in (below, below + group) if size)
+            return (
+                f"compressed-{method}: {key} {width:,} does not divide into groups of {group}",
+                f"{key} {near}, or compressed-fp8, which has none",
+            )
+    return None

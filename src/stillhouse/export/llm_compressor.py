@@ -1,0 +1,63 @@
+"""Run as a script by a Python that has llm-compressor: one checkpoint to compressed-tensors.
+
+`python -P llm_compressor.py FOLDER` reads FOLDER/request.json and FOLDER/windows.safetensors, and
+writes the compressed checkpoint. It imports nothing of Stillhouse, since llm-compressor wants
+another transformers than Stillhouse does, and so an environment of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform import AWQModifier
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+SCHEMES = {"gptq": "W4A16", "awq": "W4A16_ASYM", "fp8": "FP8_DYNAMIC", "nvfp4": "NVFP4"}
+"""llm-compressor's names: 4 bits in groups of 128, FP8 with a scale an output and a token, NVFP4
+with two scales."""
+
+
+def main(folder: Path) -> None:
+    request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
+    model = AutoModelForCausalLM.from_pretrained(
+        request["source"], dtype=torch.bfloat16, local_files_only=True
+    )
+    method = request["method"]
+    options = {"targets": "Linear", "scheme": SCHEMES[method], "ignore": ["lm_head"]}
+    recipe: list[Any] = [GPTQModifier(**options)]
+    if method != "gptq":
+        recipe = [QuantizationModifier(**options)]
+    if method == "awq":
+        recipe.insert(0, AWQModifier())
+    tokenizer = request["source"]
+    oneshot(model=model, tokenizer=tokenizer, recipe=recipe, **_calibration(method, folder))
+    model.save_pretrained(request["out"], save_compressed=True)
+
+
+def _calibration(method: str, folder: Path) -> dict[str, Any]:
+    """Windows of tokens, where numbers are chosen by what layers read."""
+    if method == "fp8":
+        return {}
+    rows = [ids_L.tolist() for ids_L in load_file(folder / "windows.safetensors").values()]
+    masks = [[1] * len(row) for row in rows]
+    dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": masks})
+    longest = max(map(len, rows))
+    return {
+        "dataset": dataset,
+        "num_calibration_samples": len(rows),
+        "max_seq_length": longest,
+        "shuffle_calibration_samples": False,
+    }
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

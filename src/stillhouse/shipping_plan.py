@@ -1,0 +1,73 @@
+"""What is to be shipped, looked at before anything is spent: what a format cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from stillhouse.export import (
+    announce_compressed,
+    announce_gguf,
+    license_warning,
+    require_llm_compressor,
+    require_token,
+    require_torchao,
+    teacher_license,
+)
+from stillhouse.job import Job, configs, planned_members, planned_model
+from stillhouse.quantize import planned_bytes
+from stillhouse.recipe import Recipe
+from stillhouse.teachers import load_tokenizer
+
+Line = tuple[Literal["ok", "estimate", "warning", "error"], str, str, str | None]
+"""Level, topic, text, and what to do about it."""
+
+
+def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Line]:
+    """Of every student that is shipped; job: that of the recipe, or of its first member.
+
+    Raises StillhouseError for what no export could be made of.
+    """
+    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    section = recipe.export
+    for name, student in _shipped(recipe, job):
+        of = f"{name}: " if name else ""
+        if recipe.quantize is not None:
+            plain, rounded = planned_bytes(planned_model(student), recipe.quantize)
+            text = f"{rounded / 1e6:,.1f} MB with every part quantized, {plain / 1e6:,.1f} without"
+            yield "estimate", "quantize", of + text, None
+        for form in section.formats:
+            yield from (
+                (level, "export", of + text, fix)
+                for level, text, fix in _format(form, section.llm_compressor, student, tokenizer)
+            )
+    if recipe.quantize is not None and "safetensors" in section.formats:
+        require_torchao()
+    if section.push_to_hub is not None:
+        require_token(section.push_to_hub)
+    yield "ok", "export", ", ".join(section.formats), None
+    warning = license_warning(teacher_license(recipe.teacher.license, job.teacher.path))
+    if warning is not None:
+        yield "warning", "license", warning, None
+
+
+def _shipped(recipe: Recipe, job: Job) -> list[tuple[str, Any]]:
+    """Names and configurations; the name is empty where there is one student."""
+    if recipe.cascade is None:
+        return [("", configs(job)[0])]
+    members = list(planned_members(recipe, job))
+    return members[-1:] if recipe.cascade.ship == "last" else members
+
+
+def _format(
+    form: str, python: str | None, student: Any, tokenizer: Any
+) -> Iterator[tuple[Literal["warning", "error"], str, str]]:
+    kind, _, name = form.partition("-")
+    if kind == "gguf":
+        for text, fix in announce_gguf(name, student, tokenizer):
+            yield "warning", text, fix
+    elif kind == "compressed":
+        require_llm_compressor(python, name)
+        found = announce_compressed(name, student)
+        if found is not None:
+            yield "error", *found

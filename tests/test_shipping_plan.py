@@ -1,0 +1,95 @@
+"""What cannot be shipped as asked is said by `check`, each time with what works instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stillhouse.check import Finding, check_recipe
+from stillhouse.export import compressed, gguf_model, llama_quantizer
+from stillhouse.export import torchao as torchao_export
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher whose tokenizer GGUF can hold."""
+    folder = tmp_path_factory.mktemp("plan")
+    words = tiny.merging_tokenizer()
+    tiny.llama(vocab_size=len(words)).save_pretrained(folder / "teacher")
+    words.save_pretrained(folder / "teacher")
+    (folder / "text.txt").write_text(tiny.text(400))
+    return folder
+
+
+def check(folder: Path, **sections: Any) -> list[Finding]:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny.recipe(folder, **sections)))
+    return check_recipe(path)
+
+
+def refusal(folder: Path, **sections: Any) -> Finding:
+    last = check(folder, **sections)[-1]
+    assert last.level == "error"
+    assert last.fix
+    return last
+
+
+def test_an_architecture_that_gguf_does_not_know(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(gguf_model.ARCHITECTURES, "llama")
+    found = refusal(folder, export={"formats": ["gguf-q8_0"]})
+    assert "the architecture llama" in found.text
+    assert "export safetensors" in str(found.fix)
+
+
+def test_k_quants_without_llama_cpp(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_quantizer, "has_llama_cpp", lambda: False)
+    found = refusal(folder, export={"formats": ["gguf-q4_k_m"]})
+    assert "not installed" in found.text
+    assert "gguf-q4_0 or gguf-q8_0" in str(found.fix)
+
+
+def test_a_torchao_whose_kernels_do_not_load(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    assert "error" not in {finding.level for finding in check(folder, quantize={})}
+
+    def fail() -> None:
+        raise RuntimeError("undefined symbol: aoti_torch")
+
+    monkeypatch.setattr(torchao_export, "_multiply", fail)
+    found = refusal(folder, quantize={})
+    assert "undefined symbol" in found.text
+    assert "gguf-q4_0" in str(found.fix)
+
+
+def test_llm_compressor_that_is_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: True)
+    found = refusal(folder, export={"formats": ["compressed-fp8"]})
+    assert "environment of its own" in found.text
+    assert "pip install llmcompressor" in str(found.fix)
+
+
+def test_no_token_for_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    found = refusal(folder, export={"push_to_hub": {"repo": "me/small"}})
+    assert "no token" in found.text
+
+
+def test_the_member_that_is_shipped_is_the_one_that_is_looked_at(folder: Path) -> None:
+    """The first member's matrices divide into groups of 32 and into blocks, the last one's do not;
+    and it is the last alone that is shipped."""
+    hops = [{"name": "wide", "ffn_size": 32}, {"name": "narrow", "ffn_size": 24}]
+    sections: dict[str, Any] = {
+        "student": {"start": "pruned", "ffn_size": None},
+        "cascade": {"ship": "last", "hops": hops},
+    }
+    found = check(folder, **sections, export={"formats": ["gguf-q8_0"]})
+    [warning] = [finding for finding in found if finding.topic == "export" and finding.fix]
+    assert warning.text.startswith("narrow: gguf-q8_0: intermediate_size 24")
+    rounded = refusal(folder, **sections, quantize={"group_size": 32})
+    assert "groups of 32 do not divide" in rounded.text
