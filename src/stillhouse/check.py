@@ -129,8 +129,8 @@ def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Findi
     job = find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
-    for level, topic, text, fix in foresee_exports(whole, job):
-        yield Finding(level, topic, text, fix)
+    for line in foresee_exports(whole, job):
+        yield Finding(*line)
     coming = coming_text(recipe, path.parent, SAMPLE_DOCUMENTS)
     if coming is not None and not coming.documents:
         fix = f"stillhouse check {path} --calls 5 asks for some of it"
