@@ -76,9 +76,9 @@ class Bench:
             raw["student"]["model"] = str(start)
         raw["train"] = {**raw["train"], "epochs": epochs, "teachers": teachers or []}
         job = find_models(parse_recipe(raw), self.texts)
-        data = self._do(stages.data(job))
-        made = self._do(stages.student(job, data))
-        trained = self._do(stages.training(job, data, made, None))
+        data = self._do(stages.plan_data(job))
+        made = self._do(stages.plan_student(job, data))
+        trained = self._do(stages.plan_training(job, data, made, None))
         _, heldout = stages.open_data(data)
         if self.answers is None:
             dtype = choose_precision("auto", default_device()).dtype

@@ -83,9 +83,9 @@ def measure(options: argparse.Namespace, texts: Path, seed: int) -> dict[str, An
     job = find_models(parse_recipe(raw), texts)
     folder = run_folder(job.recipe)
     with folder.locked():
-        plan = stages.data(job)
+        plan = stages.plan_data(job)
         data = folder.stage(plan.name, plan.depends_on, plan.work)
-        plan = stages.student(job, data)
+        plan = stages.plan_student(job, data)
         student = folder.stage(plan.name, plan.depends_on, plan.work)
         windows, heldout = stages.open_data(data)
         device = default_device()

@@ -26,13 +26,13 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from bench.common import Bar, write_results
 from bench.quality import recipe, split
 from stillhouse import account, stages
-from stillhouse.beginning import begin
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes, tune_allocator
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.pruning.surgery import keep_tokens
 from stillhouse.recipe import parse_recipe
 from stillhouse.runfolder import RunFolder, Stage
 from stillhouse.signals import DenseSignal
+from stillhouse.stages.beginning import begin
 from stillhouse.teachers.backbone import hidden_states, lm_head
 
 WHOLE, KEPT = 262_144, (65_536, 16_384)

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from stillhouse import account, stages
-from stillhouse.beginning import begin
 from stillhouse.evaluate.curve import PowerLaw, fit_power_law
 from stillhouse.job import planned_size
 from stillhouse.recipe import Recipe
@@ -21,6 +20,7 @@ from stillhouse.recipe.schema import RandomStudent
 from stillhouse.report.family import FromScratch, Member, ScratchMember
 from stillhouse.runfolder import Stage
 from stillhouse.stages import Do
+from stillhouse.stages.beginning import begin
 from stillhouse.teachers import load_config
 from stillhouse.training import METRICS, read_metrics
 
@@ -63,8 +63,8 @@ def measured_curve(recipe: Recipe, base: Path, do: Do, largest: Path) -> Curve:
     )
     changed = {"data": data, "student": random, "train": train, "signals": None, "quantize": None}
     job, text = begin(first_member(recipe).model_copy(update=changed), base, do)
-    student = do(stages.student(job, text))
-    trained = do(replace(stages.training(job, text, student, None), name="scratch"))
+    student = do(stages.plan_student(job, text))
+    trained = do(replace(stages.plan_training(job, text, student, None), name="scratch"))
     points = [
         (int(row["tokens"]), float(row["heldout_kl"]))
         for row in _with_tokens(trained)

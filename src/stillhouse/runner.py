@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse import searching, shipping, stages, synthesizing
-from stillhouse.answer_signals import answer_signals
-from stillhouse.beginning import begin
+from stillhouse import stages
 from stillhouse.data import Windows
 from stillhouse.errors import DataError, ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
@@ -19,7 +17,9 @@ from stillhouse.job import Job, run_root, shared_vocabulary
 from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
 from stillhouse.recipe.family import first_member
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
-from stillhouse.stages import Do, StagePlan, doing, telling
+from stillhouse.stages import Do, StagePlan, doing, search, shipping, synthesis, telling
+from stillhouse.stages.answer_signals import answer_signals
+from stillhouse.stages.beginning import begin
 from stillhouse.synthesis import Synthesis
 from stillhouse.teachers import resolve_model
 from stillhouse.training import MODEL
@@ -79,8 +79,8 @@ def prepare_data(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Job
     loaded = first_member(loaded)
     folder = run_folder(loaded)
     with folder.locked():
-        if synthesizing.wanted(loaded, base):
-            plan = synthesizing.synthesis(loaded, base)
+        if synthesis.wanted(loaded, base):
+            plan = synthesis.synthesis(loaded, base)
             if folder.finished(plan.name, plan.depends_on) is None:
                 raise DataError(
                     "the text of this recipe is not synthesized yet",
@@ -114,7 +114,7 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         student = None
         if stages.for_one_head(job):
             job = _shaped(job, data, do)
-            student = do(stages.student(job, data))
+            student = do(stages.plan_student(job, data))
         recorded = do(_recording(job, data, student))
         folder.point(SIGNALS, recorded.path / stages.STORE)
         return folder.root / SIGNALS
@@ -137,7 +137,7 @@ def synthesize_text(recipe: str | Path, overrides: Sequence[str] = ()) -> Synthe
     folder = run_folder(loaded)
     with folder.locked():
         write_atomically(folder.root / "recipe.yaml", recipe_yaml(loaded))
-        return synthesizing.again(loaded, base, folder, doing(folder))
+        return synthesis.again(loaded, base, folder, doing(folder))
 
 
 def evaluate_model(
@@ -187,7 +187,7 @@ def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     finished: list[Stage] = []
     do = telling(folder, finished)
     job, data, student, trained, baseline, quantized = _stages_together(recipe, base, do)
-    evaluated = do(stages.evaluation(job, data, student, trained, baseline, quantized))
+    evaluated = do(stages.plan_evaluation(job, data, student, trained, baseline, quantized))
     exported = do(shipping.export(job, data, [trained, *quantized][-1], evaluated))
     hub = recipe.export.push_to_hub
     if hub is not None:
@@ -196,8 +196,8 @@ def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     for stage in finished:
         if stage.name == SIGNALS:
             folder.point(SIGNALS, stage.path / stages.STORE)
-        if stage.name == synthesizing.NAME:
-            folder.point(synthesizing.NAME, stage.path)
+        if stage.name == synthesis.NAME:
+            folder.point(synthesis.NAME, stage.path)
     shipped = [shipping.shipped_folder(form) for form in recipe.export.formats]
     for name in shipped:
         folder.point(name, exported.path / name)
@@ -220,19 +220,19 @@ def _stages_together(
     student = recorded = None
     if recipe.signals is not None and recipe.signals.store is None:
         if stages.for_one_head(job):
-            student = do(stages.student(job, data))
+            student = do(stages.plan_student(job, data))
         recorded = do(_recording(job, data, student))
-    student = student or do(stages.student(job, data))
+    student = student or do(stages.plan_student(job, data))
     stored = stages.stored_signals(job, recorded)
-    trained = do(stages.training(job, data, student, stored))
+    trained = do(stages.plan_training(job, data, student, stored))
     baseline = None
     if recipe.evaluate.fine_tuning_baseline:
-        baseline = do(stages.baseline(job, data, student))
+        baseline = do(stages.plan_baseline(job, data, student))
     quantized = []
     if recipe.quantize is not None:
-        quantized.append(do(stages.quantization(job, data, trained)))
+        quantized.append(do(stages.plan_quantization(job, data, trained)))
         if recipe.quantize.qat is not None:
-            plan = stages.quantized_training(job, data, trained, quantized[0], stored)
+            plan = stages.plan_quantized_training(job, data, trained, quantized[0], stored)
             quantized.append(do(plan))
     return job, data, student, trained, baseline, quantized
 
@@ -241,14 +241,14 @@ def _recording(job: Job, data: Stage, student: Stage | None) -> StagePlan:
     """The stage that fills the store: a teacher is asked, or has told already."""
     if job.recipe.signals is not None and job.recipe.signals.answers is not None:
         return answer_signals(job)
-    return stages.signals(job, data, student)
+    return stages.plan_signals(job, data, student)
 
 
 def _shaped(job: Job, data: Stage, do: Do) -> Job:
     """The job with the sizes of its student, which are searched for where there is a target."""
-    if not searching.wanted(job.recipe):
+    if not search.wanted(job.recipe):
         return job
-    return searching.shaped(job, do(searching.search(job, data)))
+    return search.shaped(job, do(search.search(job, data)))
 
 
 def follow(recipe: Recipe, base: Path, folder: RunFolder) -> Stage:

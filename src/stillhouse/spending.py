@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stillhouse import synthesizing
 from stillhouse.answering.plan import known_answers
 from stillhouse.data.documents import Conversation
 from stillhouse.data.rows import document_from_row
@@ -23,6 +22,7 @@ from stillhouse.recipe.synthesize import (
     SynthesizeRecipe,
 )
 from stillhouse.runner import run_folder
+from stillhouse.stages import synthesis
 from stillhouse.synthesis import Known, foreseen
 from stillhouse.synthesis.budget import Spending
 from stillhouse.synthesis.foresee import answered_rows, ask_some
@@ -43,7 +43,7 @@ def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Told]
     section = recipe.synthesize
     if section is None:
         return
-    origins = synthesizing.origins(recipe, base)
+    origins = synthesis.origins(recipe, base)
     if calls:
         ask_some(section, origins, calls, seed=recipe.seed)
     known = foreseen(section, origins, seed=recipe.seed)
@@ -53,7 +53,7 @@ def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Told]
     yield "estimate" if known.missing else "ok", "synthesis", told(known, section), fix
     if verdicts := most_requests(section, known.requests):
         yield "estimate", "judge", f"at most {verdicts:,} verdicts are asked for", None
-    if not synthesizing.wanted(recipe, base):
+    if not synthesis.wanted(recipe, base):
         text = f"no source of data names {section.out}: `stillhouse run` synthesizes nothing"
         fix = f"add {{kind: jsonl, path: {section.out}}} to data.sources, if it is to"
         yield "warning", "synthesis", text, fix
@@ -98,18 +98,18 @@ class ComingText:
 def coming_text(recipe: Recipe, base: Path, most: int) -> ComingText | None:
     """None where `data` reads no synthesized text."""
     section = recipe.synthesize
-    if section is None or not synthesizing.wanted(recipe, base):
+    if section is None or not synthesis.wanted(recipe, base):
         return None
-    out = synthesizing.out_path(section, base)
+    out = synthesis.out_path(section, base)
     others = [source for source in recipe.data.sources if not names(source, out, base)]
-    plan = synthesizing.synthesis(recipe, base)
+    plan = synthesis.synthesis(recipe, base)
     stage = run_folder(recipe).finished(plan.name, plan.depends_on)
     if stage is not None:
         path = str((stage.path / TEXT).absolute())
         source = JsonlSource(kind="jsonl", path=path, limit=most)
         documents = [d for d in read_sources([source], base) if isinstance(d, Conversation)]
         return ComingText(documents, stage.summary["kept"] / max(1, len(documents)), others)
-    origins = synthesizing.origins(recipe, base)
+    origins = synthesis.origins(recipe, base)
     rows = answered_rows(section, origins, most, seed=recipe.seed)
     made = [
         {"messages": [*row.messages, {"role": "assistant", "content": row.text}]}
@@ -141,11 +141,11 @@ def agree_to_spend(
     """
     recipe, base = first_member(load_recipe(path, overrides)), path.parent
     section = recipe.synthesize
-    if section is None or (command == "run" and not synthesizing.wanted(recipe, base)):
+    if section is None or (command == "run" and not synthesis.wanted(recipe, base)):
         return True
-    plan = synthesizing.synthesis(recipe, base)
+    plan = synthesis.synthesis(recipe, base)
     finished = run_folder(recipe).finished(plan.name, plan.depends_on)
-    if finished is not None and (command == "run" or not synthesizing.lacks(finished)):
+    if finished is not None and (command == "run" or not synthesis.lacks(finished)):
         return True
     unlimited = _unlimited(recipe, section, base)
     if not unlimited:
@@ -197,7 +197,7 @@ def _unlimited(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> str:
     judge_costs = judge is not None and _may_cost(judge.teacher.api, judge.budget)
     if not teacher_costs and not judge_costs:
         return ""
-    known = foreseen(section, synthesizing.origins(recipe, base), seed=recipe.seed)
+    known = foreseen(section, synthesis.origins(recipe, base), seed=recipe.seed)
     parts = []
     if teacher_costs and known.missing:
         parts.append(told(known, section))

@@ -86,8 +86,8 @@ def _lead(recipe: AnsweringRecipe, base: Path, folder: RunFolder) -> AnsweringRe
     find_models(training_recipe(recipe, folder.root), base)
     answers = do(asking.answers(asked, texts))
     job = find_models(training_recipe(recipe, answers.path), base)
-    data = do(stages.data(job))
-    student = do(stages.student(job, data))
+    data = do(stages.plan_data(job))
+    student = do(stages.plan_student(job, data))
     trained = do(_training(job, asked, data, student))
     tuned = _fine_tuned(job, asked, answers, student, do)
     evaluated = do(measuring.evaluation(asked, texts, answers, student, trained, tuned))
@@ -106,8 +106,8 @@ def _lead(recipe: AnsweringRecipe, base: Path, folder: RunFolder) -> AnsweringRe
 
 def _training(job: Job, asked: AnsweringJob, data: Stage, student: Stage) -> stages.StagePlan:
     if asked.recipe.learns_text_alone:
-        return replace(stages.baseline(job, data, student), name="train")
-    return stages.training(job, data, student, None)
+        return replace(stages.plan_baseline(job, data, student), name="train")
+    return stages.plan_training(job, data, student, None)
 
 
 def _fine_tuned(
@@ -119,5 +119,5 @@ def _fine_tuned(
         return None
     recipe = training_recipe(asked.recipe, answers.path, GOLD)
     truly = replace(job, recipe=recipe)
-    data = do(replace(stages.data(truly), name="gold_data"))
-    return do(stages.baseline(truly, data, student))
+    data = do(replace(stages.plan_data(truly), name="gold_data"))
+    return do(stages.plan_baseline(truly, data, student))

@@ -12,8 +12,8 @@ from stillhouse.evaluate.classification import ClassificationEvaluation
 from stillhouse.hardware import tune_allocator
 from stillhouse.recipe import ClassifyRecipe, load_any_recipe, recipe_yaml
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
-from stillhouse.shipping import push_exports, shipped_folder
 from stillhouse.stages import EVALUATION, telling
+from stillhouse.stages.shipping import push_exports, shipped_folder
 from stillhouse.tasks import measuring, products, stages
 from stillhouse.tasks.fit import MODEL
 from stillhouse.tasks.job import TaskJob

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse import stages
 from stillhouse.data import WindowSet
 from stillhouse.evaluate.fidelity import compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
@@ -25,9 +24,9 @@ from stillhouse.recipe import Recipe
 from stillhouse.recipe.pruning import VocabularyFile
 from stillhouse.recipe.schema import PrunedStudent
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.stages import Do, StagePlan
+from stillhouse.stages import Do, StagePlan, open_data, plan_data
+from stillhouse.stages.synthesis import synthesized
 from stillhouse.students import build_student
-from stillhouse.synthesizing import synthesized
 from stillhouse.teachers import ModelSource, load_model
 from stillhouse.training import MODEL
 
@@ -42,17 +41,17 @@ def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[
         job = find_models(recipe, base, weights=weights)
         # After the models: what is wrong with them is found before a teacher is paid.
         job = replace(job, text=synthesized(recipe, base, do))
-        return job, do(stages.data(job))
+        return job, do(plan_data(job))
     only_cut = PrunedStudent(start="pruned", vocabulary=section.vocabulary)
     whole = find_models(recipe.model_copy(update={"student": only_cut, "signals": None}), base)
     whole = replace(whole, text=synthesized(recipe, base, do))
-    cut = do(vocabulary(whole, do(stages.data(whole))))
+    cut = do(vocabulary(whole, do(plan_data(whole))))
     kept = cut.summary["vocabulary"][1]
     teacher = ModelSource(
         cut.path / MODEL, cut.digest, f"{whole.teacher.described}, cut to {kept:,} tokens"
     )
     job = replace(find_models(recipe, base, teacher=teacher), text=whole.text)
-    return job, do(stages.data(job))
+    return job, do(plan_data(job))
 
 
 def vocabulary(job: Job, data: Stage) -> StagePlan:
@@ -61,7 +60,7 @@ def vocabulary(job: Job, data: Stage) -> StagePlan:
     assert isinstance(section, PrunedStudent)
 
     def work(out: Path) -> Outcome:
-        windows, _ = stages.open_data(data)
+        windows, _ = open_data(data)
         summary = build_student(
             section,
             teacher=job.teacher,

@@ -6,11 +6,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
+from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, say
+from stillhouse.cli.signals import signals
 from stillhouse.errors import StillhouseError
 
 if TYPE_CHECKING:
@@ -25,15 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-
-RecipeArgument = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key; repeatable."),
-]
-YesOption = Annotated[
-    bool, typer.Option("--yes", help="Pay an API without a budget, and without being asked.")
-]
+app.add_typer(signals, name="signals")
 
 
 @app.command()
@@ -56,7 +49,7 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
     if loaded.cascade is not None:
         cascade(recipe, set_, yes)
         return
-    _agree(recipe, set_, yes)
+    agree(recipe, set_, yes)
     result = run_recipe(recipe, overrides=set_ or [])
     if result is None:
         return
@@ -78,7 +71,7 @@ def synthesize(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = 
 
     from stillhouse.runner import synthesize_text
 
-    _agree(recipe, set_, yes, command="synthesize")
+    agree(recipe, set_, yes, command="synthesize")
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, value in synthesize_text(recipe, set_ or []).lines():
         table.add_row(name, escape(value))
@@ -95,7 +88,7 @@ def cascade(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = Fal
 
     from stillhouse.cascade import run_cascade
 
-    _agree(recipe, set_, yes)
+    agree(recipe, set_, yes)
     result = run_cascade(recipe, overrides=set_ or [])
     if result is None:
         return
@@ -103,130 +96,6 @@ def cascade(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = Fal
         Console().print(f"[bold]{name}[/]  {member.model}", highlight=False)
         _print_evaluation(member.evaluation)
     Console().print(f"report  {result.report}", highlight=False)
-
-
-class _RecipeOrVerb(TyperGroup):
-    """`signals RECIPE` is `signals record RECIPE`."""
-
-    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] not in self.commands:
-            args = ["record", *args]
-        return super().resolve_command(ctx, args)
-
-
-signals = typer.Typer(cls=_RecipeOrVerb, no_args_is_help=True, rich_markup_mode="markdown")
-app.add_typer(signals, name="signals")
-StoreArgument = Annotated[Path, typer.Argument(help="A signal store, e.g. runs/NAME/signals.")]
-
-
-@signals.callback()
-def signals_group() -> None:
-    """Records the teacher's answers in a store, and looks after stores.
-
-    Example: `stillhouse signals recipes/stored.yaml`, then
-    `stillhouse signals info runs/stored/signals`
-    """
-
-
-@signals.command()
-def record(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
-    """Asks the teacher about every training window, once; training does not ask it again.
-
-    Example: `stillhouse signals recipes/stored.yaml --set signals.encoding.bytes=50`
-    """
-    from rich.console import Console
-
-    from stillhouse.runner import record_signals
-
-    _agree(recipe, set_, yes)
-    Console().print(f"signals {record_signals(recipe, set_ or [])}", highlight=False)
-
-
-@signals.command()
-def verify(store: StoreArgument) -> None:
-    """Reads a whole store and names what is damaged. Exit status 1 where something is.
-
-    Example: `stillhouse signals verify runs/stored/signals`
-    """
-    from rich.console import Console
-
-    from stillhouse.signals.verify import verify as wrong_in
-
-    wrong = wrong_in(store)
-    for error in wrong:
-        _say(f"error: {error}")
-    if wrong:
-        raise typer.Exit(1)
-    Console().print(f"{store} is sound", highlight=False)
-
-
-@signals.command()
-def info(store: StoreArgument) -> None:
-    """Shows what a store holds, what it lost, and which divergences it serves.
-
-    Example: `stillhouse signals info runs/stored/signals`
-    """
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from stillhouse.signals.verify import info as about
-
-    table = Table(show_header=False, box=None, padding=(0, 1))
-    for name, value in about(store).lines():
-        table.add_row(name, escape(value))
-    Console().print(table)
-
-
-@signals.command()
-def export(
-    store: StoreArgument,
-    parquet: Annotated[Path, typer.Option(help="The Parquet file to write.")],
-) -> None:
-    """Writes a store as Parquet, a row for each token, for other tools.
-
-    Example: `stillhouse signals export runs/stored/signals --parquet signals.parquet`
-    """
-    from rich.console import Console
-
-    from stillhouse.signals.export import export_parquet
-
-    Console().print(f"{export_parquet(store, parquet):,} rows  {parquet}", highlight=False)
-
-
-@signals.command()
-def push(
-    store: StoreArgument,
-    repository: Annotated[str, typer.Argument(help="A data set of the Hub: org/name.")],
-    public: Annotated[bool, typer.Option("--public", help="Let everybody read it.")] = False,
-) -> None:
-    """Uploads a finished store to the Hugging Face Hub, private unless you say otherwise.
-
-    Example: `stillhouse signals push runs/stored/signals my-name/my-signals`
-    """
-    from rich.console import Console
-
-    from stillhouse.signals.hub import upload_store
-
-    Console().print(upload_store(store, repository, private=not public), highlight=False)
-
-
-@signals.command()
-def pull(
-    repository: Annotated[str, typer.Argument(help="A data set of the Hub: org/name.")],
-    store: Annotated[Path, typer.Argument(help="The folder to write.")],
-    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
-) -> None:
-    """Downloads a store from the Hugging Face Hub and verifies it.
-
-    Example: `stillhouse signals pull my-name/my-signals signals`
-    """
-    from rich.console import Console
-
-    from stillhouse.signals.hub import download_store
-
-    path = download_store(repository, store, revision=revision)
-    Console().print(f"{path} is sound", highlight=False)
 
 
 @app.command()
@@ -433,25 +302,6 @@ def doctor() -> None:
     Console().print(examination())
 
 
-def _agree(
-    recipe: Path,
-    overrides: list[str] | None,
-    yes: bool,
-    *,
-    command: Literal["run", "synthesize"] = "run",
-) -> None:
-    """Asks before an API is paid without a budget, or refuses where there is nobody to ask."""
-    from stillhouse.hardware import leads
-    from stillhouse.spending import agree_to_spend
-
-    if yes or not leads():
-        return
-    confirm = typer.confirm if sys.stdin.isatty() else None
-    if not agree_to_spend(recipe, overrides or [], command=command, confirm=confirm):
-        _say("nothing was asked")
-        raise typer.Exit(1)
-
-
 def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path, yes: bool) -> None:
     from rich.console import Console, RenderableType
 
@@ -464,7 +314,7 @@ def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path, yes: bool) -
 
     confirm = typer.confirm if sys.stdin.isatty() else None
     if not yes and not agree_to_task(loaded, path.parent, confirm):
-        _say("nothing was asked")
+        say("nothing was asked")
         raise typer.Exit(1)
     result: TaskResult | AnsweringResult
     table: RenderableType
@@ -494,13 +344,13 @@ def main() -> None:
     try:
         app()
     except StillhouseError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         sys.exit(1)
     except _Stopped:
-        _say("stopped. What is finished is kept: the same command goes on from there.")
+        say("stopped. What is finished is kept: the same command goes on from there.")
         sys.exit(130)
     except MemoryError:
-        _say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")
+        say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")
         sys.exit(1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -509,7 +359,7 @@ def main() -> None:
         import traceback
 
         traceback.print_exc()
-        _say(
+        say(
             "error: this is a bug in Stillhouse, not in your recipe. What is finished is kept.\n"
             "  fix:   please report the lines above together with `stillhouse doctor`"
         )
@@ -522,11 +372,3 @@ class _Stopped(BaseException):
 
 def _stop(number: int, frame: Any) -> None:
     raise _Stopped
-
-
-def _say(text: str) -> None:
-    from rich.console import Console
-
-    Console(stderr=True).print(
-        text, style="bold red", markup=False, highlight=False, soft_wrap=True
-    )

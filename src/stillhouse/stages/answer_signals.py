@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from stillhouse import stages
 from stillhouse.data import IGNORED
 from stillhouse.data.rows import document_from_row
 from stillhouse.data.tokens import TokenRow, tokenize
@@ -22,12 +21,12 @@ from stillhouse.runfolder import Outcome
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.segments import find_segments
 from stillhouse.signals.writer import StoreWriter
-from stillhouse.stages import STORE, StagePlan
+from stillhouse.stages import STORE, StagePlan, signal_identity
+from stillhouse.stages.synthesis import origins
 from stillhouse.synthesis import Journal
 from stillhouse.synthesis.asking import journal_path
 from stillhouse.synthesis.run import REQUESTS
 from stillhouse.synthesis.soft_labels import Aligned, Words, align, entry_rows
-from stillhouse.synthesizing import origins
 from stillhouse.teachers import load_tokenizer
 from stillhouse.training import stored_temperature
 
@@ -75,7 +74,7 @@ def answer_signals(job: Job) -> StagePlan:
             where="objective.terms",
             fix="use temperature 1",
         )
-    identity = stages.signal_identity(job, None)
+    identity = signal_identity(job, None)
     most = section.answers.mismatched
 
     def work(out: Path) -> Outcome:
