@@ -50,7 +50,7 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("student", inputs, work, version=4)
+    return StagePlan("student", inputs, work, version=5)
 
 
 def plan_training(job: Job, data: Stage, student: Stage, stored: StoredSignals | None) -> StagePlan:
