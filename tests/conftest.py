@@ -20,10 +20,12 @@ torch.set_num_threads(1)
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports are replayed in this process: a fresh one takes seconds to import transformers."""
-    from stillhouse.export import gate, replay
+    from stillhouse.export import replay, replay_onnx, script
+
+    replays = {"replay.py": replay.main, "replay_onnx.py": replay_onnx.main}
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        replay.main(Path(command[-1]))
+        replays[Path(command[-2]).name](Path(command[-1]))
         return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(gate, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))

@@ -22,7 +22,13 @@ from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
-from stillhouse.hardware import choose_precision, default_device, matmul_rate, tune_allocator
+from stillhouse.hardware import (
+    choose_precision,
+    default_device,
+    matmul_rate,
+    tune_allocator,
+    world_size,
+)
 from stillhouse.job import (
     Job,
     configs,
@@ -263,7 +269,7 @@ def _costs(job: Job, sample: Sample) -> Iterator[Finding]:
     tokens = sample.tokens - (0 if recipe.data.heldout_sources else recipe.data.heldout_tokens)
     tokens = max(1, min(tokens, recipe.data.train_tokens or tokens))
     windows = max(1, -(-tokens // recipe.data.context))
-    plan = plan_batches(section, windows, int(os.environ.get("WORLD_SIZE", "1")))
+    plan = plan_batches(section, windows, world_size())
     steps_tokens = plan.steps * section.batch_size * recipe.data.context
     live = teacher.head_once if recipe.signals is None else 0
     flops = account.distillation_flops(student.head_once, live, steps_tokens)

@@ -207,6 +207,11 @@ def _cpu_info() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
+def world_size() -> int:
+    """Processes of a torchrun; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def leads() -> bool:
     """Whether this is the first process of a torchrun, or the only one."""
     return os.environ.get("RANK", "0") == "0"

@@ -61,11 +61,6 @@ class Job:
         return self.recipe.teacher.trust_remote_code
 
 
-def run_root(recipe: Recipe) -> Path:
-    """The run folder's path."""
-    return Path(recipe.folder or Path("runs") / recipe.name)
-
-
 def find_models(
     recipe: Recipe, base: Path, *, weights: bool = True, teacher: ModelSource | None = None
 ) -> Job:

@@ -13,13 +13,14 @@ from stillhouse.data import Windows
 from stillhouse.errors import DataError, ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.hardware import choose_precision, default_device, leads, tune_allocator
-from stillhouse.job import Job, run_root, shared_vocabulary
-from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml
+from stillhouse.job import Job, shared_vocabulary
+from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml, run_root
 from stillhouse.recipe.family import first_member
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.stages import Do, StagePlan, doing, search, shipping, synthesis, telling
 from stillhouse.stages.answer_signals import answer_signals
 from stillhouse.stages.beginning import begin
+from stillhouse.stages.report import REPORT
 from stillhouse.synthesis import Synthesis
 from stillhouse.teachers import resolve_model
 from stillhouse.training import MODEL
@@ -201,11 +202,11 @@ def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     shipped = [shipping.shipped_folder(form) for form in recipe.export.formats]
     for name in shipped:
         folder.point(name, exported.path / name)
-    folder.point("report.html", report.path / shipping.REPORT)
+    folder.point(REPORT, report.path / REPORT)
     return RunResult(
         folder=folder.links,
         model=folder.links / shipped[0],
-        report=folder.links / "report.html",
+        report=folder.links / REPORT,
         evaluation=Evaluation.load(evaluated.path / stages.EVALUATION),
         stages=finished,
     )

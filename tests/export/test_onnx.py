@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,15 +36,6 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 BATCHES = [[[5, 6, 7], [8]], [[9, 10, 11, 12, 13, 14, 15, 16, 17]], [[1, 2], [3, 4], [5, 99]]]
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        replay_onnx.main(Path(command[-1]))
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(onnx_export, "subprocess", SimpleNamespace(run=run))
 
 
 def model(kind: str) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse.recipe import AnsweringRecipe, Recipe
+from stillhouse.recipe import AnsweringRecipe, Recipe, answers_path
 from stillhouse.recipe.answering import ExtractTask
 from stillhouse.recipe.schema import (
     DataRecipe,
@@ -26,11 +26,10 @@ from stillhouse.recipe.synthesize import (
     SynthesizeRecipe,
     TextTeacher,
 )
-from stillhouse.runfolder import RunFolder
 from stillhouse.synthesis import Origins
 from stillhouse.synthesis.filters import Filter, json_schema, read_schema
 from stillhouse.synthesis.prompts import Frame, Prompt
-from stillhouse.synthesis.request import Message, endpoint_of
+from stillhouse.synthesis.request import Message, api_described
 from stillhouse.teachers import ModelSource, resolve_model
 
 PROMPTS = "prompts.jsonl"
@@ -51,7 +50,7 @@ class AnsweringJob:
     def described(self) -> str:
         api = self.recipe.teacher.api
         if api is not None:
-            return f"{api.model} at {endpoint_of(api.base_url)}"
+            return api_described(api)
         assert self.teacher is not None
         return self.teacher.described
 
@@ -70,8 +69,7 @@ class AnsweringJob:
         return None if schema is None else json_schema(schema)
 
     def question(self, text: str) -> str:
-        # One pass, so that a text may itself hold {text}.
-        return text.join(self.recipe.task.prompt.split("{text}"))
+        return filled(self.recipe.task.prompt, text)
 
     @property
     def frame(self) -> Frame:
@@ -123,8 +121,9 @@ class AnsweringJob:
         return Origins(self.base, folder, self.journal, "", trust_remote_code=code)
 
 
-def answering_folder(recipe: AnsweringRecipe) -> RunFolder:
-    return RunFolder(Path(recipe.folder or Path("runs") / recipe.name))
+def filled(prompt: str, text: str) -> str:
+    """In one pass, so that a text may itself hold {text}."""
+    return text.join(prompt.split("{text}"))
 
 
 def find_answering(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:
@@ -132,8 +131,7 @@ def find_answering(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:
     section, teacher = recipe.teacher, None
     if section.model is not None:
         teacher = resolve_model(section.model, revision=section.revision, base=base)
-    journal = answering_folder(recipe).root.parent / "answers.sqlite"
-    return AnsweringJob(recipe, base, teacher, journal)
+    return AnsweringJob(recipe, base, teacher, answers_path(recipe))
 
 
 WORDS_ALONE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])

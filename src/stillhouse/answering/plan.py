@@ -14,13 +14,12 @@ from rich.text import Text
 from stillhouse.answering.asking import foreseen_answers, prepare_answer_texts
 from stillhouse.answering.job import (
     AnsweringJob,
-    answering_folder,
     find_answering,
     training_recipe,
 )
 from stillhouse.answering.measuring import load_scorer
 from stillhouse.job import configs, find_models, planned_size
-from stillhouse.recipe import AnsweringRecipe
+from stillhouse.recipe import AnsweringRecipe, run_root
 from stillhouse.synthesis import Known
 
 Line = tuple[Literal["ok", "estimate", "warning"], str, str, str | None]
@@ -44,7 +43,7 @@ def foresee_answers(recipe: AnsweringRecipe, base: Path) -> Iterator[Line]:
         load_scorer(recipe.evaluate.scorer, base)
         yield "ok", "scorer", recipe.evaluate.scorer, None
     yield "ok", "teacher", job.described, None
-    ordinary = find_models(training_recipe(recipe, answering_folder(recipe).root), base)
+    ordinary = find_models(training_recipe(recipe, run_root(recipe)), base)
     student, teacher = (planned_size(config) for config in configs(ordinary))
     size = f"{student.total / 1e6:,.1f}M parameters"
     if not recipe.learns_text_alone:

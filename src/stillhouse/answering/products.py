@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.answering.asking import TEXTS, AnswerTexts
-from stillhouse.answering.job import AnsweringJob
+from stillhouse.answering.job import AnsweringJob, filled
 from stillhouse.errors import ModelError
 from stillhouse.evaluate.answers import AnswersEvaluation
 from stillhouse.export import Gate, export_checkpoint
@@ -24,12 +24,12 @@ from stillhouse.report.data import StageCost
 from stillhouse.report.palette import role_name
 from stillhouse.runfolder import Outcome, Stage, versions, write_atomically
 from stillhouse.stages import EVALUATION, StagePlan, open_data
+from stillhouse.stages.report import plan_report
 from stillhouse.synthesis.prompts import Frame, Prompt
 from stillhouse.synthesis.request import Message
 from stillhouse.training import METRICS, MODEL, read_metrics
 
 FACTS = "answering.json"
-REPORT, REPORT_DATA = "report.html", "report.json"
 _REPLAYED = 2
 
 
@@ -58,7 +58,7 @@ class AnsweringFacts:
         )
 
     def messages(self, text: str) -> tuple[Message, ...]:
-        question = text.join(self.prompt.split("{text}"))
+        question = filled(self.prompt, text)
         examples = tuple((prompt, answer) for prompt, answer in self.examples)
         frame = Frame(self.system, examples, "all")
         return frame.asked(Prompt(({"role": "user", "content": question},), ""))
@@ -148,8 +148,8 @@ def _write_card(folder: Path, job: AnsweringJob, found: AnswersEvaluation) -> No
 def report(job: AnsweringJob, finished: list[Stage]) -> StagePlan:
     stages = {stage.name: stage for stage in finished}
 
-    def work(out: Path) -> Outcome:
-        data = AnswersReport(
+    def collect() -> AnswersReport:
+        return AnswersReport(
             title=job.recipe.name,
             created=time.strftime("%Y-%m-%d %H:%M"),
             teacher=job.described,
@@ -162,12 +162,5 @@ def report(job: AnsweringJob, finished: list[Stage]) -> StagePlan:
             machine=machine(),
             versions=versions(),
         )
-        (out / REPORT_DATA).write_text(data.to_json(), encoding="utf-8")
-        write_answers_report(data, out / REPORT)
-        return Outcome()
 
-    inputs = {
-        "recipe": job.recipe.model_dump(mode="json"),
-        "stages": {name: stage.digest for name, stage in stages.items()},
-    }
-    return StagePlan("report", inputs, work)
+    return plan_report(job.recipe, stages, collect, write_answers_report)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,17 +11,17 @@ from stillhouse.answering import asking, measuring, products
 from stillhouse.answering.job import (
     GOLD,
     AnsweringJob,
-    answering_folder,
     find_answering,
     training_recipe,
 )
 from stillhouse.errors import RecipeError
 from stillhouse.evaluate.answers import AnswersEvaluation
-from stillhouse.hardware import tune_allocator
+from stillhouse.hardware import tune_allocator, world_size
 from stillhouse.job import Job, find_models
-from stillhouse.recipe import AnsweringRecipe, load_any_recipe, recipe_yaml
+from stillhouse.recipe import AnsweringRecipe, load_any_recipe, recipe_yaml, run_root
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.stages import EVALUATION, Do, telling
+from stillhouse.stages.report import REPORT
 from stillhouse.training import MODEL
 
 
@@ -52,14 +51,14 @@ def run_answering(
         base = base or Path(recipe).parent
         recipe = answering_recipe(recipe, overrides)
     base = base or Path.cwd()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise RecipeError(
             "a task's student is trained by one process",
             where="torchrun",
             fix="start it with `stillhouse run` alone",
         )
     tune_allocator()
-    folder = answering_folder(recipe)
+    folder = RunFolder(run_root(recipe))
     with folder.locked():
         write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
         return _lead(recipe, base, folder)
@@ -94,11 +93,11 @@ def _lead(recipe: AnsweringRecipe, base: Path, folder: RunFolder) -> AnsweringRe
     exported = do(products.export(asked, texts, data, trained, evaluated))
     report = do(products.report(asked, list(finished)))
     folder.point(MODEL, exported.path / MODEL)
-    folder.point(products.REPORT, report.path / products.REPORT)
+    folder.point(REPORT, report.path / REPORT)
     return AnsweringResult(
         folder=folder.root,
         model=folder.root / MODEL,
-        report=folder.root / products.REPORT,
+        report=folder.root / REPORT,
         evaluation=AnswersEvaluation.load(evaluated.path / EVALUATION),
         stages=finished,
     )

@@ -7,7 +7,6 @@ its own, whose Python the recipe names; `llm_compressor.py` is run by it.
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 
 from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
+from stillhouse.export.script import run_script
 from stillhouse.progress import note
 from stillhouse.teachers import load_tokenizer, save_tokenizer
 
@@ -100,24 +100,21 @@ def require_llm_compressor(python: str | None, method: str) -> str:
 
 
 def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence[Any]) -> None:
-    script = Path(__file__).with_name("llm_compressor.py")
     with tempfile.TemporaryDirectory(prefix="stillhouse-compress-") as name:
         folder = Path(name)
         rows = {str(place): window["input_ids"] for place, window in enumerate(windows)}
         save_file(rows, folder / "windows.safetensors")
         request = {"source": str(gate.source.resolve()), "out": str(out), "method": method}
-        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        done = subprocess.run(
-            [python, "-P", str(script), str(folder)], capture_output=True, text=True, check=False
+        run_script(
+            "llm_compressor.py",
+            folder,
+            request,
+            python=python,
+            what=f"llm-compressor could not quantize this model by {method}",
+            where=gate.source,
+            fix="see that its environment knows this architecture; safetensors and gguf-* need "
+            "no llm-compressor",
         )
-        if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            raise ModelError(
-                f"llm-compressor could not quantize this model by {method} ({last[0]})",
-                where=gate.source,
-                fix="see that its environment knows this architecture; safetensors and gguf-* need "
-                "no llm-compressor",
-            )
 
 
 def announce_compressed(method: str, config: Any) -> tuple[str, str] | None:

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ from torch import Tensor
 from stillhouse.data import IGNORED, WindowSet
 from stillhouse.errors import ModelError, RunError
 from stillhouse.export import replay
+from stillhouse.export.script import run_script
 from stillhouse.hardware import default_device
 from stillhouse.progress import note
 from stillhouse.runfolder import disk_errors
@@ -107,7 +106,6 @@ class Gate:
         exported: a folder, or a GGUF file. same_tokens: its tokenizer must cut the prompts alike.
         llama_cpp: llama.cpp reads the file too.
         """
-        script = Path(__file__).with_name("replay.py")
         with tempfile.TemporaryDirectory(prefix="stillhouse-replay-") as name:
             folder = Path(name)
             save_file(drawn_windows(self), folder / "windows.safetensors")
@@ -121,23 +119,16 @@ class Gate:
                 "llama_cpp": llama_cpp,
                 "teacher_logits": self.teacher_logits and str(self.teacher_logits),
             }
-            (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-            # -P: the script's own folder must not be searched for modules.
-            done = subprocess.run(
-                [sys.executable, "-P", str(script), str(folder)],
+            run_script(
+                "replay.py",
+                folder,
+                request,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
-                capture_output=True,
-                text=True,
-                check=False,
+                what="the exported checkpoint cannot be loaded and run again",
+                where=self.source,
+                fix="see that transformers alone can load this model, and that memory suffices "
+                "for it twice",
             )
-            if done.returncode != 0:
-                last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-                raise ModelError(
-                    f"the exported checkpoint cannot be loaded and run again ({last[0]})",
-                    where=self.source,
-                    fix="see that transformers alone can load this model, and that memory suffices "
-                    "for it twice",
-                )
             answer: dict[str, Any] = json.loads((folder / "answer.json").read_text("utf-8"))
             return answer
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stillhouse.errors import ModelError
+from stillhouse.export.script import run_script
 from stillhouse.progress import note
 from stillhouse.teachers.quiet import quiet
 
@@ -178,7 +176,6 @@ def _replay(
     file: Path, batches: Sequence[Sequence[Sequence[int]]], pad: int, source: Path
 ) -> tuple[Tensor, float]:
     """Logits [N, C] and seconds, by a process that knows onnxruntime alone."""
-    script = Path(__file__).with_name("replay_onnx.py")
     with tempfile.TemporaryDirectory(prefix="stillhouse-replay-") as name:
         folder = Path(name)
         request = {
@@ -187,21 +184,14 @@ def _replay(
             "pad": pad,
             "threads": torch.get_num_threads(),
         }
-        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        done = subprocess.run(
-            [sys.executable, "-P", str(script), str(folder)],
-            env=dict(os.environ),
-            capture_output=True,
-            text=True,
-            check=False,
+        run_script(
+            "replay_onnx.py",
+            folder,
+            request,
+            what="onnxruntime cannot run the exported file",
+            where=source,
+            fix="export safetensors alone, and report this with the model's config.json",
         )
-        if done.returncode != 0:
-            last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            raise ModelError(
-                f"onnxruntime cannot run the exported file ({last[0]})",
-                where=source,
-                fix="export safetensors alone, and report this with the model's config.json",
-            )
         answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         return load_file(folder / "logits.safetensors")["logits"], float(answer["seconds"])
 

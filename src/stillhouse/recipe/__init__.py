@@ -12,6 +12,7 @@ from stillhouse.recipe.load import (
     recipe_json_schema,
     recipe_yaml,
 )
+from stillhouse.recipe.paths import answers_path, run_root
 from stillhouse.recipe.schema import Recipe
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "AnyRecipe",
     "ClassifyRecipe",
     "Recipe",
+    "answers_path",
     "load_any_recipe",
     "load_recipe",
     "parse_answering_recipe",
@@ -26,4 +28,5 @@ __all__ = [
     "parse_recipe",
     "recipe_json_schema",
     "recipe_yaml",
+    "run_root",
 ]

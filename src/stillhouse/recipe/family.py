@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from stillhouse.recipe.paths import run_root
 from stillhouse.recipe.schema import HopRecipe, PrunedSizes, PrunedStudent, Recipe
 
 ORIGINAL = "teacher"
@@ -43,7 +44,7 @@ def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) ->
     return recipe.model_copy(
         update={
             "name": f"{recipe.name}-{hop.name}",
-            "folder": recipe.folder or str(Path("runs") / recipe.name),
+            "folder": str(run_root(recipe)),
             "student": student.model_copy(update=changes),
             "train": train,
             "quantize": quantize,

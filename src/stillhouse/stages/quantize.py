@@ -11,6 +11,7 @@ from stillhouse.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages.plan import StagePlan, open_data
 from stillhouse.stages.signals import StoredSignals, whom_to_ask
+from stillhouse.stages.train import training_outcome
 from stillhouse.training import (
     MODEL,
 )
@@ -74,13 +75,8 @@ def plan_quantized_training(
             asked_share=asked.share,
             trust_remote_code=job.trust_remote_code,
         )
-        return Outcome(
-            tokens=result.tokens,
-            flops=result.flops,
-            peak_memory_bytes=result.peak_memory_bytes,
-            seconds=result.seconds,
-            summary={**rounded.summary, "training": asdict(result)},
-        )
+        summary = {**rounded.summary, "training": asdict(result)}
+        return training_outcome(result, summary)
 
     inputs = {
         "qat": section.qat.model_dump(mode="json"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +42,9 @@ from stillhouse.recipe.shipping import PushRecipe
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
 from stillhouse.stages import EVALUATION, StagePlan, open_data
+from stillhouse.stages.report import plan_report
 from stillhouse.teachers import load_model
 from stillhouse.training import METRICS, MODEL, read_metrics
-
-REPORT = "report.html"
-REPORT_DATA = "report.json"
 
 
 def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan:
@@ -184,17 +183,8 @@ def _card(job: Job, data: Stage, shipped: Stage, evaluation: Evaluation) -> Card
 def report(job: Job, finished: list[Stage]) -> StagePlan:
     stages = {stage.name: stage for stage in finished}
 
-    def work(out: Path) -> Outcome:
-        found = report_data(job, stages)
-        (out / REPORT_DATA).write_text(found.to_json(), encoding="utf-8")
-        write_report(found, out / REPORT)
-        return Outcome()
-
-    inputs = {
-        "recipe": job.recipe.model_dump(mode="json"),
-        "stages": {name: stage.digest for name, stage in stages.items()},
-    }
-    return StagePlan("report", inputs, work, version=2)
+    collect = partial(report_data, job, stages)
+    return plan_report(job.recipe, stages, collect, write_report, version=2)
 
 
 def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:

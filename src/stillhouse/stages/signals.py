@@ -21,7 +21,7 @@ from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
 from stillhouse.signals.manifest import Settings, read_manifest
 from stillhouse.signals.store import Store, open_store
 from stillhouse.stages.plan import StagePlan, open_data
-from stillhouse.synthesis.request import endpoint_of
+from stillhouse.synthesis.request import api_described
 from stillhouse.teachers import load_model, load_tokenizer
 from stillhouse.teachers.hashing import code_sha256
 from stillhouse.teachers.head import head_sha256, load_head
@@ -141,7 +141,7 @@ def signal_identity(job: Job, student_head: LMHead | None) -> dict[str, str]:
         assert job.recipe.synthesize is not None
         api = job.recipe.synthesize.teacher.api
         assert api is not None
-        teacher = f"{api.model} at {endpoint_of(api.base_url)}"
+        teacher = api_described(api)
     identity = {"teacher": teacher, **tokenizer_identity(tokenizer)}
     return identity if student_head is None else {**identity, "head": head_sha256(student_head)}
 

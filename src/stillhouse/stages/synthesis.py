@@ -15,9 +15,9 @@ from typing import Any
 from stillhouse import account
 from stillhouse.errors import DataError
 from stillhouse.hardware import leads
-from stillhouse.job import planned_size, run_root
+from stillhouse.job import planned_size
 from stillhouse.progress import note
-from stillhouse.recipe import Recipe
+from stillhouse.recipe import Recipe, answers_path, run_root
 from stillhouse.recipe.synthesize import SynthesizeRecipe
 from stillhouse.runfolder import Outcome, RunFolder, Stage, flush, sha
 from stillhouse.stages import Do, StagePlan
@@ -33,11 +33,10 @@ NAME = "synthesis"
 
 
 def origins(recipe: Recipe, base: Path) -> Origins:
-    root = run_root(recipe)
     return Origins(
         base=base,
-        folder=root / NAME,
-        journal=root.parent / "answers.sqlite",
+        folder=run_root(recipe) / NAME,
+        journal=answers_path(recipe),
         model=recipe.teacher.model,
         revision=recipe.teacher.revision,
         trust_remote_code=recipe.teacher.trust_remote_code,

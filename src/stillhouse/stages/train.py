@@ -15,11 +15,7 @@ from stillhouse.stages.plan import StagePlan, open_data
 from stillhouse.stages.signals import StoredSignals, whom_to_ask
 from stillhouse.students import build_student
 from stillhouse.teachers import ModelSource
-from stillhouse.training import (
-    CHECKPOINTS,
-    MODEL,
-    train,
-)
+from stillhouse.training import CHECKPOINTS, MODEL, TrainingResult, train
 
 BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
@@ -96,13 +92,7 @@ def _training(
             more_teachers=[teacher.path for teacher in teachers[1:]],
             trust_remote_code=job.trust_remote_code,
         )
-        return Outcome(
-            tokens=result.tokens,
-            flops=result.flops,
-            peak_memory_bytes=result.peak_memory_bytes,
-            seconds=result.seconds,
-            summary=asdict(result),
-        )
+        return training_outcome(result, asdict(result))
 
     everything = {
         **inputs,
@@ -113,3 +103,14 @@ def _training(
         "student": student.digest,
     }
     return StagePlan(name, everything, work, resumable=True, together=True, scratch=(CHECKPOINTS,))
+
+
+def training_outcome(result: TrainingResult, summary: dict[str, Any]) -> Outcome:
+    """What a training took, for its stage's manifest."""
+    return Outcome(
+        tokens=result.tokens,
+        flops=result.flops,
+        peak_memory_bytes=result.peak_memory_bytes,
+        seconds=result.seconds,
+        summary=summary,
+    )

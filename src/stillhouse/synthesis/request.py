@@ -15,6 +15,8 @@ from functools import cached_property
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from stillhouse.recipe.synthesize import ApiTeacher
+
 Message = Mapping[str, Any]
 
 
@@ -81,6 +83,11 @@ def endpoint_of(base_url: str) -> str:
     host = parts.hostname or ""
     port = f":{parts.port}" if parts.port else ""
     return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
+def api_described(api: ApiTeacher) -> str:
+    """A teacher behind an API, as manifests and pages name it."""
+    return f"{api.model} at {endpoint_of(api.base_url)}"
 
 
 _ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.recipe import ClassifyRecipe
-from stillhouse.synthesis.request import endpoint_of
+from stillhouse.synthesis.request import api_described
 from stillhouse.tasks.prompts import LabelPrompt
 from stillhouse.tasks.texts import Texts
 from stillhouse.teachers import ModelSource, load_model, load_tokenizer
@@ -28,7 +28,7 @@ class TaskJob:
     def described(self) -> str:
         api = self.recipe.teacher.api
         if api is not None:
-            return f"{api.model} at {endpoint_of(api.base_url)}"
+            return api_described(api)
         assert self.teacher is not None
         return self.teacher.described
 

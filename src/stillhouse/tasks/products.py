@@ -14,6 +14,7 @@ from stillhouse.report.classifier import ClassifierReport, write_classifier_repo
 from stillhouse.report.data import StageCost
 from stillhouse.runfolder import Outcome, Stage, versions
 from stillhouse.stages import EVALUATION, StagePlan
+from stillhouse.stages.report import plan_report
 from stillhouse.tasks.card import write_card
 from stillhouse.tasks.classifier import Facts, load_classifier
 from stillhouse.tasks.fit import METRICS, MODEL
@@ -22,7 +23,6 @@ from stillhouse.tasks.onnx import ship_onnx
 from stillhouse.tasks.texts import PARTS, Texts
 from stillhouse.training import read_metrics
 
-REPORT, REPORT_DATA = "report.html", "report.json"
 REPLAY_LIMIT = 1e-4
 """What a probability may differ by after a checkpoint is written and read."""
 
@@ -63,8 +63,8 @@ def export(job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage) -> Stag
 def report(job: TaskJob, finished: list[Stage]) -> StagePlan:
     stages = {stage.name: stage for stage in finished}
 
-    def work(out: Path) -> Outcome:
-        data = ClassifierReport(
+    def collect() -> ClassifierReport:
+        return ClassifierReport(
             title=job.recipe.name,
             created=time.strftime("%Y-%m-%d %H:%M"),
             teacher=job.described,
@@ -77,12 +77,5 @@ def report(job: TaskJob, finished: list[Stage]) -> StagePlan:
             versions=versions(),
             replays=stages["export"].summary["replays"],
         )
-        (out / REPORT_DATA).write_text(data.to_json(), encoding="utf-8")
-        write_classifier_report(data, out / REPORT)
-        return Outcome()
 
-    inputs = {
-        "recipe": job.recipe.model_dump(mode="json"),
-        "stages": {name: stage.digest for name, stage in stages.items()},
-    }
-    return StagePlan("report", inputs, work)
+    return plan_report(job.recipe, stages, collect, write_classifier_report)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.errors import RecipeError
 from stillhouse.evaluate.classification import ClassificationEvaluation
-from stillhouse.hardware import tune_allocator
-from stillhouse.recipe import ClassifyRecipe, load_any_recipe, recipe_yaml
+from stillhouse.hardware import tune_allocator, world_size
+from stillhouse.recipe import (
+    ClassifyRecipe,
+    answers_path,
+    load_any_recipe,
+    recipe_yaml,
+    run_root,
+)
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.stages import EVALUATION, telling
+from stillhouse.stages.report import REPORT
 from stillhouse.stages.shipping import push_exports, shipped_folder
 from stillhouse.tasks import measuring, products, stages
 from stillhouse.tasks.fit import MODEL
 from stillhouse.tasks.job import TaskJob
-from stillhouse.tasks.products import REPORT
 from stillhouse.tasks.students import student_source
 from stillhouse.teachers import resolve_model
 
@@ -48,14 +53,14 @@ def run_task(
         base = base or Path(recipe).parent
         recipe = task_recipe(recipe, overrides)
     base = base or Path.cwd()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise RecipeError(
             "a classifier is trained by one process",
             where="torchrun",
             fix="start it with `stillhouse run` alone",
         )
     tune_allocator()
-    folder = task_folder(recipe)
+    folder = RunFolder(run_root(recipe))
     with folder.locked():
         write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
         return _lead(recipe, base, folder)
@@ -69,10 +74,6 @@ def task_recipe(path: str | Path, overrides: Sequence[str] = ()) -> ClassifyReci
     return recipe
 
 
-def task_folder(recipe: ClassifyRecipe) -> RunFolder:
-    return RunFolder(Path(recipe.folder or Path("runs") / recipe.name))
-
-
 def find_task(recipe: ClassifyRecipe, base: Path) -> TaskJob:
     """Finds the models. Raises ModelError."""
     section = recipe.teacher
@@ -80,8 +81,7 @@ def find_task(recipe: ClassifyRecipe, base: Path) -> TaskJob:
     if section.model is not None:
         teacher = resolve_model(section.model, revision=section.revision, base=base)
     student = student_source(recipe.student, teacher, base)
-    journal = task_folder(recipe).root.parent / "answers.sqlite"
-    return TaskJob(recipe, base, teacher, student, journal)
+    return TaskJob(recipe, base, teacher, student, answers_path(recipe))
 
 
 def _lead(recipe: ClassifyRecipe, base: Path, folder: RunFolder) -> TaskResult:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,13 @@ from transformers.trainer_callback import PrinterCallback
 from stillhouse import account
 from stillhouse.data import Windows, collate
 from stillhouse.errors import RecipeError, TrainingError
-from stillhouse.hardware import choose_precision, default_device, leads, peak_memory_bytes
+from stillhouse.hardware import (
+    choose_precision,
+    default_device,
+    leads,
+    peak_memory_bytes,
+    world_size,
+)
 from stillhouse.progress import bar, note
 from stillhouse.recipe.schema import ObjectiveRecipe, TrainRecipe
 from stillhouse.signals.encodings import FrozenHead, Hidden
@@ -118,7 +123,7 @@ def train(
     Goes on from the newest complete checkpoint in `out/checkpoints`, to the same weights as an
     undisturbed run gives. Under torchrun or accelerate launch every process calls this.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = world_size()
     plan = plan_batches(section, len(windows), processes)
     if windows.supervised_tokens == 0:
         raise TrainingError("no token of the training data is to be predicted", where=windows.path)

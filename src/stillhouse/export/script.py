@@ -1,0 +1,41 @@
+"""Runs a script of this folder by its path, in a process that imports nothing of Stillhouse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import ModelError
+
+
+def run_script(
+    script: str,
+    folder: Path,
+    request: Mapping[str, Any],
+    *,
+    what: str,
+    where: Path,
+    fix: str,
+    python: str = sys.executable,
+    env: Mapping[str, str] | None = None,
+) -> None:
+    """Writes the request to `folder`, which the script is given, and waits for its end.
+
+    env: None is this process's own. Raises ModelError with `what` and the last thing it said.
+    """
+    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    # -P: the script's own folder must not be searched for modules.
+    done = subprocess.run(
+        [python, "-P", str(Path(__file__).with_name(script)), str(folder)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        raise ModelError(f"{what} ({last[0]})", where=where, fix=fix)
