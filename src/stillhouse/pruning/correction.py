@@ -96,6 +96,4 @@ def _confirmed(change_DF: Tensor, judges: Sequence[Judged]) -> tuple[float, floa
 
 def least_squares_change(moments: Moments, ridge: float) -> Tensor:
     """Δ [D, F]; ridge: λ."""
-    energy = moments.C_FF.diagonal().mean()
-    unit = torch.where(energy > 0, energy, 1.0)
-    return (moments.B_DF / unit) @ inverse_moments(moments, ridge)
+    return (moments.B_DF / moments.unit) @ inverse_moments(moments, ridge)

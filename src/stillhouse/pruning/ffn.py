@@ -62,6 +62,12 @@ class Moments:
         if error_ND is not None:
             self.B_DF.addmm_((error_ND * weight_N[:, None]).T, weighted_NF)
 
+    @property
+    def unit(self) -> Tensor:
+        """The mean activation energy; 1 where nothing was active."""
+        energy = self.C_FF.diagonal().mean()
+        return torch.where(energy > 0, energy, 1.0)
+
     def symmetric(self) -> Tensor:
         """C whole: what was added lies on and above the diagonal."""
         upper_FF = self.C_FF.triu()
@@ -121,9 +127,7 @@ def refit_and_remove(
 
 def inverse_moments(moments: Moments, ridge: float) -> Tensor:
     """C⁻¹ [F, F] in units of the mean activation energy: nothing depends on their scale."""
-    energy = moments.C_FF.diagonal().mean()
-    unit = torch.where(energy > 0, energy, 1.0)
-    return regularized_inverse(moments.symmetric() / unit, ridge)
+    return regularized_inverse(moments.symmetric() / moments.unit, ridge)
 
 
 def without_columns(

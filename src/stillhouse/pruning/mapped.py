@@ -14,7 +14,7 @@ import json
 import mmap
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,16 +139,16 @@ def save_model(model: Any, folder: Path) -> None:
     if not is_large(model):
         model.save_pretrained(folder)
         return
-    parts = _parts(model)
+    weights = model.state_dict()
+    parts = _parts(model, weights)
     index: dict[str, str] = {}
     total = 0
     with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part_folder:
         for number, (part, names) in enumerate(parts, 1):
             part_file = Path(part_folder) / SAFE_WEIGHTS_NAME
-            state = {name: value for name, value in model.state_dict().items() if name in names}
+            state = {name: weights[name] for name in names}
             # It knows which weights are tied, and the names and shapes they have in a file.
             model.save_pretrained(part_folder, state_dict=state, max_shard_size="1TB")
-            del state
             let_go(mapped_ranges(part))
             name = f"model-{number:05}-of-{len(parts):05}.safetensors"
             with safe_open(part_file, "pt") as saved:
@@ -161,17 +161,16 @@ def save_model(model: Any, folder: Path) -> None:
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(described, indent=2))
 
 
-def _parts(model: Any) -> list[tuple[nn.Module, set[str]]]:
+def _parts(model: Any, names: Collection[str]) -> list[tuple[nn.Module, list[str]]]:
     """Each layer with the names of its weights, and the rest of the model."""
     layers = {id(layer): layer for layer in decoder_layers(model)}
     places = {name: layers[id(m)] for name, m in model.named_modules() if id(m) in layers}
-    names = list(model.state_dict())
     found = [
-        (layer, {name for name in names if name.startswith(f"{place}.")})
+        (layer, [name for name in names if name.startswith(f"{place}.")])
         for place, layer in places.items()
     ]
-    rest = set(names).difference(*(inside for _, inside in found))
-    return [*found, (model, rest)]
+    inside = {name for _, own in found for name in own}
+    return [*found, (model, [name for name in names if name not in inside])]
 
 
 def _file_maps() -> list[Range]:
