@@ -24,8 +24,11 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     replays = {"replay.py": replay.main, "replay_onnx.py": replay_onnx.main}
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        replays[Path(command[-2]).name](Path(command[-1]))
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        script_main = replays.get(Path(command[-2]).name)
+        if script_main is None:
+            return subprocess.run(command, **options)
+        script_main(Path(command[-1]))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
