@@ -11,7 +11,8 @@ them the squared error of W + μΔ is a parabola of μ, with its least value at
 
     μ = ⟨aΔᵀ, E⟩ / ‖aΔᵀ‖²
 
-which is taken, within 0 and 1, for the Δ of all rows. So is the λ that undoes more.
+which is taken for the Δ of all rows, up to one half: the layers behind have their own say, and
+what squared error calls undone is not what their answers miss. So is the λ that undoes more.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ NOISES = (0.3, 3.0)
 """λ = noise · F / N, best where what activations explain of the error is 1/noise of the rest. The
 second suits a cut FFN: of 10⁻⁴ to 3, in SmolLM2's (F = 1,536) λ = 0.3 undid most on rows kept aside
 of 16,000, and 0.1 of 48,000. The first is for errors that activations explain better."""
+
+LARGEST_SHARE = 0.5
+"""The most of Δ that is taken. SmolLM2-135M before any training, up to one half against up to all:
+6 of 9 heads and FFN 1,152 with 16,384 tokens, KL 0.475 against 0.517; FFN 1,024 with 49,152, 0.339
+against 0.340."""
 
 JUDGES = 8
 """One row of so many is kept aside: the last ones of every batch, which are whole windows of it."""
@@ -90,7 +96,7 @@ def _confirmed(change_DF: Tensor, judges: Sequence[Judged]) -> tuple[float, floa
         undone_ND = (activations_NF @ change_DF.T) * weight_N[:, None]
         along += float((undone_ND * error_ND * weight_N[:, None]).sum())
         across += float(undone_ND.square().sum())
-    share = min(1.0, max(0.0, along / across)) if across > 0 else 0.0
+    share = min(LARGEST_SHARE, max(0.0, along / across)) if across > 0 else 0.0
     return share, share * (2 * along - share * across)
 
 
