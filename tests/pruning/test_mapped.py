@@ -133,17 +133,21 @@ def warm_up(folder: Path) -> None:
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [{"ffn_size": 1024}, {"layers": 18, "heads": 8}])
+@pytest.mark.parametrize("sizes", [{"ffn_size": 1216}, {"layers": 29, "heads": 8}])
 def test_peak_memory_is_at_most_a_fifth_above_the_model_as_it_is_stored(
     tmp_path: Path, dtype: torch.dtype, sizes: dict[str, Any]
 ) -> None:
-    """590 MB in float32, half as much in bfloat16; the libraries' own memory is not counted."""
+    """Llama 3 8B at an eighth of its width, and all of its layers: 208 MB in bfloat16.
+
+    The libraries' own memory is not counted.
+    """
     model = tiny_model(
-        hidden_size=1024,
-        intermediate_size=1536,
-        num_hidden_layers=20,
+        hidden_size=512,
+        intermediate_size=1792,
+        num_hidden_layers=32,
         num_attention_heads=16,
         num_key_value_heads=4,
+        head_dim=32,
         initializer_range=0.02,
     ).to(dtype)
     own = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
