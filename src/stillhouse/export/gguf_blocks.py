@@ -23,15 +23,14 @@ BITS = {Kind.Q4_0: 4, Kind.Q8_0: 8}
 def fitting_kind(grid: Grid, form: GGUFFormat) -> Kind | None:
     """The block type of this format that holds the grid exactly; None: it has none."""
     bits = BITS.get(form.kind)
-    if bits is None or grid.group % BLOCK or grid.bits > bits:
-        return None
-    return form.kind
+    whole = not grid.floating and grid.group is not None and grid.group % BLOCK == 0
+    return form.kind if whole and bits is not None and grid.bits <= bits else None
 
 
 def packed_blocks(weight_OI: Tensor, scales_OG: Tensor, grid: Grid, kind: Kind) -> Packed:
     """The blocks of a matrix that is on the grid, uint8 [O, bytes of a row]."""
     codes_OKb = to_codes(weight_OI, scales_OG, grid).unflatten(-1, (-1, BLOCK))
-    scales_OK = scales_OG.repeat_interleave(grid.group // BLOCK, dim=-1)
+    scales_OK = scales_OG.repeat_interleave(codes_OKb.shape[-2] // scales_OG.shape[-1], dim=-1)
     d = scales_OK.half()[..., None].contiguous().view(torch.uint8)
     if kind is Kind.Q8_0:
         q = codes_OKb.contiguous().view(torch.uint8)
