@@ -68,7 +68,7 @@ def _format(
         for text, fix in announce_gguf(name, student, tokenizer):
             yield "warning", text, fix
     elif kind == "compressed":
-        require_llm_compressor(python, name)
+        require_llm_compressor(python)
         found = announce_compressed(name, student)
         if found is not None:
             yield "error", *found
