@@ -164,5 +164,5 @@ def test_the_training_recipe_of_so_many_tokens(prepared: tuple[Path, Windows, Wi
     recipe = qat_section(asked, TrainRecipe(batch_size=4, evaluate_every=5, early_stop=2), windows)
     assert recipe.max_steps == -(-20 * len(windows) // 4)
     assert recipe.epochs * len(windows) >= recipe.max_steps * 4
-    assert recipe.learning_rate == 5e-5
+    assert recipe.learning_rate == 2e-4
     assert recipe.evaluate_every is None

@@ -423,7 +423,12 @@ class QatRecipe(Section):
     """Quantization-aware distillation: the student learns with its weights rounded."""
 
     tokens: int = Field(30000, gt=0, description="Training tokens, about.")
-    learning_rate: float = Field(5e-5, gt=0, strict=False)
+    learning_rate: float = Field(
+        2e-4,
+        gt=0,
+        strict=False,
+        description="Higher than in full precision: a weight must cross to another place.",
+    )
 
 
 class QuantizeRecipe(Section):
