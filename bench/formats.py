@@ -3,17 +3,18 @@
     make bench NAME=formats
 
 The student of recipes/demo.yaml, embeddings included, in Stillhouse's own grids (int8 and int4 in
-groups of 32, float8) and in GGUF's formats. Grids and k-quants come twice: all weights' errors
-alike, and weighed by how much each input matters ("importance"), which is measured on training
-text. KL is on held-out text, which neither training nor the importance has seen. Everything is
-computed in float32 from the rounded weights, so that only the rounding is measured; the student in
-bfloat16 is there to compare with. k-quants are left out where llama-cpp-python is not installed.
+groups of 32, float8) and in GGUF's formats. Each comes twice: all weights' errors alike, and
+weighed by how much each input matters ("importance"), which is measured on training text. KL is on
+held-out text, which neither training nor the importance has seen. Everything is computed in float32
+from the rounded weights, so that only the rounding is measured; the student in bfloat16 is there to
+compare with. k-quants are left out where llama-cpp-python is not installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,9 +35,10 @@ from stillhouse.quantize.moments import Moments, input_moments
 from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
 from stillhouse.runner import prepare_data
 from stillhouse.teachers import load_model
+from stillhouse.teachers.quiet import quiet
 
 GRIDS = {"int8": Grid(8, 32), "float8": Grid(8, None, floating=True), "int4": Grid(4, 32)}
-GGUF = ("q8_0", "q4_0")
+GGUF: tuple[str, ...] = ("q8_0", "q4_0")
 K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m")
 
 
@@ -129,19 +131,18 @@ def on_grids(model: Any, reference: Reference, moments: Moments) -> Iterator[Row
 
 
 def in_gguf(student: Path, reference: Reference, moments: Moments) -> Iterator[Row]:
-    """Stillhouse writes q8_0 and q4_0 without importance; a q4_0 of the int4 grid has the grid's
-    numbers."""
-    forms: list[tuple[str, Moments | None]] = [(kind, None) for kind in GGUF]
+    kinds = GGUF
     if has_llama_cpp():
-        forms += [(kind, known) for kind in K_QUANTS for known in (None, moments)]
+        kinds += K_QUANTS
     else:
         print("k-quants: left out, llama-cpp-python is not installed", flush=True)
-    for kind, known in forms:
+    for kind, known in itertools.product(kinds, (None, moments)):
         with gguf_file(student, kind, known) as file:
             size = file.stat().st_size
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=torch.float32
-            )
+            with quiet():
+                model = AutoModelForCausalLM.from_pretrained(
+                    file.parent, gguf_file=file.name, dtype=torch.float32
+                )
             yield reference.row(model, f"gguf-{kind}", known is not None, size)
         del model
         gc.collect()

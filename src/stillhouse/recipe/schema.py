@@ -566,8 +566,8 @@ class ExportRecipe(Section):
     importance_tokens: int | None = Field(
         16384,
         gt=0,
-        description="Training tokens on which llama.cpp's quantizer learns how much each input of "
-        "a matrix matters (gguf-*_k*), and that llm-compressor looks at; null: all matter alike.",
+        description="Training tokens on which it is measured how much each input of a matrix "
+        "matters (gguf-*_k*, gguf-q4_0), and that llm-compressor looks at; null: all alike.",
     )
     push_to_hub: PushRecipe | None = Field(None, description="null: nothing is uploaded.")
 
