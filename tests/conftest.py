@@ -20,9 +20,13 @@ torch.set_num_threads(1)
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports are replayed in this process: a fresh one takes seconds to import transformers."""
-    from stillhouse.export import replay, replay_onnx, script
+    from stillhouse.export import replay, replay_classifier, replay_onnx, script
 
-    replays = {"replay.py": replay.main, "replay_onnx.py": replay_onnx.main}
+    replays = {
+        "replay.py": replay.main,
+        "replay_onnx.py": replay_onnx.main,
+        "replay_classifier.py": replay_classifier.main,
+    }
 
     def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         script_main = replays.get(Path(command[-2]).name)

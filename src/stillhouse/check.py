@@ -119,6 +119,7 @@ def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Findi
     whole = load_any_recipe(path, overrides)
     if not isinstance(whole, Recipe):
         yield Finding("ok", "recipe", f"{path} is valid")
+        lines: Iterator[tuple[Level, str, str, str | None]]
         if isinstance(whole, ClassifyRecipe):
             lines = foresee(whole, path.parent)
         else:

@@ -26,7 +26,12 @@ REQUIRED = (
     "gguf",
     "numpy",
 )
-EXTRAS = {"eval": ("lm_eval",), "quantize": ("torchao",), "llama-cpp": ("llama_cpp",)}
+EXTRAS = {
+    "eval": ("lm_eval",),
+    "quantize": ("torchao",),
+    "llama-cpp": ("llama_cpp",),
+    "vllm": ("vllm",),
+}
 """Modules that an extra brings."""
 
 

@@ -29,9 +29,10 @@ from stillhouse.synthesis.foresee import answered_rows, ask_some
 from stillhouse.synthesis.judging import most_requests
 from stillhouse.synthesis.run import TEXT
 from stillhouse.synthesis.text import names
+from stillhouse.synthesis.vllm_engine import lacks
 from stillhouse.tasks.plan import known_judgment
 
-Told = tuple[Literal["ok", "estimate", "warning"], str, str, str | None]
+Told = tuple[Literal["ok", "estimate", "warning", "error"], str, str, str | None]
 """Level, topic, text and what to do, as `check` shows them."""
 
 
@@ -51,6 +52,9 @@ def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Told]
     if known.missing and known.between is None:
         fix = "--calls 5 makes a few calls, which count, and tells the cost of the rest from them"
     yield "estimate" if known.missing else "ok", "synthesis", told(known, section), fix
+    if known.missing and section.teacher.vllm is not None:
+        for level, text, fix in lacks(section.teacher.vllm):
+            yield level, "vLLM", text, fix
     if verdicts := most_requests(section, known.requests):
         yield "estimate", "judge", f"at most {verdicts:,} verdicts are asked for", None
     if not synthesis.wanted(recipe, base):
@@ -174,6 +178,9 @@ def agree_to_task(
             unlimited.append(
                 f"{known.missing:,} requests take at most {known.worst.tokens:,} tokens{cost}"
             )
+    choice = recipe.filters.best_of if isinstance(recipe, AnsweringRecipe) else None
+    if isinstance(choice, JudgeChoice) and _may_cost(choice.teacher.api, choice.budget):
+        unlimited.append("the judge chooses among the answers to each training text")
     judge = recipe.evaluate.judge if isinstance(recipe, AnsweringRecipe) else None
     if judge is not None and _may_cost(judge.api, judge.budget):
         unlimited.append("the judge compares the answers to all test texts")
@@ -183,8 +190,8 @@ def agree_to_task(
         raise RecipeError(
             f"this would pay an API without a limit: {'; '.join(unlimited)}",
             where="budget",
-            fix="set teacher.budget (and that of evaluate.judge), or give --yes to spend without "
-            "a limit",
+            fix="set teacher.budget (and that of evaluate.judge or filters.best_of), or give --yes "
+            "to spend without a limit",
         )
     return confirm(f"{'; '.join(unlimited)}. There is no budget. Ask?")
 

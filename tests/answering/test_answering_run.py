@@ -141,12 +141,12 @@ def test_an_api_is_paid_without_a_budget_only_when_that_is_agreed_to(tmp_path: P
         ({"evaluate": {"scorer": "score"}}, RecipeError, "path.py:function"),
         ({"evaluate": {"judge": {"model": "x"}}}, RecipeError, "kind: generate"),
         (
-            {"objective": {"terms": [{"divergence": "cross_entropy"}]}},
+            {"teacher": {"model": None, "api": {"base_url": "http://x/v1", "model": "x"}}},
             RecipeError,
             "a model of its own",
         ),
     ],
-    ids=["schema", "prompt", "scorer", "judge", "words alone"],
+    ids=["schema", "prompt", "scorer", "judge", "an api's student"],
 )
 def test_one_clear_message(
     tmp_path: Path, changes: dict[str, Any], error: type[StillhouseError], said: str

@@ -207,7 +207,7 @@ def test_a_mistake_is_found_before_anything_is_paid(
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"teacher": {}}, "either api or local"),
+        ({"teacher": {}}, "one of api, local and vllm"),
         ({"budget": {"max_usd": 1}}, "max_usd needs teacher.api.price"),
         ({"sampling": {"extra": {"n": 4}}}, "n cannot be set"),
         (

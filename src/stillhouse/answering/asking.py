@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from stillhouse.stages import StagePlan
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
 from stillhouse.synthesis.asking import Asked, text_teacher
 from stillhouse.synthesis.estimate import known_before
-from stillhouse.synthesis.filters import Filter, Row, Sieve
+from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve
+from stillhouse.synthesis.judging import Verdicts, open_judge
 from stillhouse.synthesis.prompts import answer_text
-from stillhouse.synthesis.run import VICTIMS, chosen_filters
+from stillhouse.synthesis.run import VICTIMS, chosen_filters, judged, mean_log_probability
 from stillhouse.tasks.texts import (
     FEWEST,
     LabelledText,
@@ -154,6 +156,12 @@ def answers(job: AnsweringJob, texts: Stage) -> StagePlan:
     asked: dict[str, Any] = {"teacher": job.teacher and job.teacher.fingerprint}
     if teacher.api is not None:
         asked = {"model": teacher.api.model, "endpoint": job.described}
+    if teacher.vllm is not None:
+        asked["vllm"] = {"dtype": teacher.vllm.dtype, "options": teacher.vllm.options}
+    judge = open_judge(job.questions(Path()), job.origins(Path()), recipe.seed, weights=False)
+    if judge is not None:
+        one = judge.teacher.request((), 0)
+        asked["judge"] = [one.endpoint, one.model, dict(one.parameters)]
     inputs = {
         **asked,
         "task": recipe.task.model_dump(mode="json", exclude={"kind", "json_schema"}),
@@ -161,7 +169,7 @@ def answers(job: AnsweringJob, texts: Stage) -> StagePlan:
         "sampling": teacher.sampling.model_dump(mode="json"),
         "samples": teacher.samples,
         "precision": teacher.precision,
-        "filters": recipe.filters.model_dump(mode="json"),
+        "filters": recipe.filters.model_dump(mode="json", exclude={"best_of": {"teacher"}}),
         "seed": recipe.seed,
         "texts": texts.digest,
     }
@@ -185,20 +193,13 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
             answer.finish_reason,
             text.where,
             number % samples,
+            mean_log_probability(answer),
         )
         for number, answer in enumerate(got[: samples * len(found.train)])
         if answer is not None
         for text in (rows[number // samples],)
     ]
-    sieve = Sieve(filters, out / VICTIMS)
-    kept = _write_chats(out / TRAIN, ((row.messages, row.text) for row in sieve.keep(train)))
-    if kept == 0:
-        raise DataError(
-            f"no answer is left: {len(train):,} came, and the filters took them all",
-            where=job.journal,
-            fix=f"the filters took {dict(sieve.taken)}: look at answers in the journal, then mend "
-            "task.prompt or give examples",
-        )
+    kept, taken = _keep(job, filters, train, out)
     tested = [None if a is None else _words(a) for a in got[samples * len(found.train) :: samples]]
     said = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in tested)
     (out / ANSWERS).write_text(said, encoding="utf-8")
@@ -217,9 +218,47 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
         "asked": len(got),
         "kept": kept,
         "gold": len(gold),
-        "taken": {name: count for name, count in sieve.taken.items() if count},
+        "taken": {name: count for name, count in taken.items() if count},
         "usd": _cost(got),
     }
+
+
+def _keep(
+    job: AnsweringJob, filters: Filters, rows: list[Row], out: Path
+) -> tuple[int, Mapping[str, int]]:
+    """Writes the chats that the filters leave: how many, and what each filter took.
+
+    Raises DataError where none is left, RunError where a judge's budget ends before its verdicts.
+    """
+    with _judged(job, filters, rows, out) as chosen:
+        sieve = Sieve(chosen, out / VICTIMS)
+        kept = _write_chats(out / TRAIN, ((row.messages, row.text) for row in sieve.keep(rows)))
+    if kept == 0:
+        raise DataError(
+            f"no answer is left: {len(rows):,} came, and the filters took them all",
+            where=job.journal,
+            fix=f"the filters took {dict(sieve.taken)}: look at answers in the journal, then mend "
+            "task.prompt or give examples",
+        )
+    return kept, sieve.taken
+
+
+@contextmanager
+def _judged(job: AnsweringJob, filters: Filters, rows: list[Row], out: Path) -> Iterator[Filters]:
+    """The filters, with the verdicts of a judge where the recipe has one choose."""
+    judge = open_judge(job.questions(out), job.origins(out), job.recipe.seed)
+    if judge is None:
+        yield filters
+        return
+    with Journal(job.journal) as journal:
+        _, out_of_budget = judged(Verdicts(judge, lambda: filters.groups(rows)), journal)
+        if out_of_budget:
+            raise RunError(
+                "the judge's budget is used up",
+                where=job.journal,
+                fix="raise filters.best_of.budget; no verdict is asked for twice",
+            )
+        yield replace(filters, chooser=judge.chooser(journal))
 
 
 def _words(answer: Answer) -> str:

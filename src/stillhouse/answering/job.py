@@ -25,6 +25,7 @@ from stillhouse.recipe.synthesize import (
     PromptsRecipe,
     SynthesizeRecipe,
     TextTeacher,
+    VllmTeacher,
 )
 from stillhouse.synthesis import Origins
 from stillhouse.synthesis.filters import Filter, json_schema, read_schema
@@ -91,16 +92,14 @@ class AnsweringJob:
     def questions(self, folder: Path) -> SynthesizeRecipe:
         """What the teacher is asked, as a recipe for text; its prompts are in folder / PROMPTS."""
         section, task = self.recipe.teacher, self.recipe.task
-        local = None
-        if section.model is not None:
-            local = LocalTeacher(
-                model=section.model,
-                revision=section.revision,
-                precision=section.precision,
-                batch=section.batch,
-            )
+        local, vllm = None, None
+        model: dict[str, Any] = {"model": section.model, "revision": section.revision}
+        if section.vllm is not None:
+            vllm = VllmTeacher(**model, **section.vllm.model_dump())
+        elif section.model is not None:
+            local = LocalTeacher(**model, precision=section.precision, batch=section.batch)
         return SynthesizeRecipe(
-            teacher=TextTeacher(api=section.api, local=local),
+            teacher=TextTeacher(api=section.api, local=local, vllm=vllm),
             prompts=PromptsRecipe(
                 path=str(folder.absolute() / PROMPTS),
                 samples=section.samples,
@@ -117,8 +116,15 @@ class AnsweringJob:
         )
 
     def origins(self, folder: Path) -> Origins:
-        code = self.recipe.teacher.trust_remote_code
-        return Origins(self.base, folder, self.journal, "", trust_remote_code=code)
+        teacher = self.recipe.teacher
+        return Origins(
+            self.base,
+            folder,
+            self.journal,
+            teacher.model or "",
+            teacher.revision,
+            teacher.trust_remote_code,
+        )
 
 
 def filled(prompt: str, text: str) -> str:
@@ -140,8 +146,8 @@ WORDS_ALONE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 def training_recipe(recipe: AnsweringRecipe, chats: Path, rows: str = TRAIN) -> Recipe:
     """The ordinary recipe that trains the student on the chats in a folder.
 
-    Where words alone are learnt, its `teacher` is what the student starts from: all that it gives
-    is the vocabulary.
+    Where words alone are learnt and the student starts from a model of its own, that is its
+    `teacher`: all that it gives is the vocabulary.
     """
     teacher = TeacherRecipe(
         model=recipe.teacher.model or "",
@@ -149,12 +155,11 @@ def training_recipe(recipe: AnsweringRecipe, chats: Path, rows: str = TRAIN) -> 
         trust_remote_code=recipe.teacher.trust_remote_code,
         license=recipe.teacher.license,
     )
-    if recipe.learns_text_alone:
-        student = recipe.student
-        assert isinstance(student, PretrainedStudent | PrunedStudent)
-        assert student.model is not None
+    student = recipe.student
+    own = student.model if isinstance(student, PretrainedStudent | PrunedStudent) else None
+    if recipe.learns_text_alone and own is not None:
         revision = student.revision if isinstance(student, PretrainedStudent) else None
-        teacher = teacher.model_copy(update={"model": student.model, "revision": revision})
+        teacher = teacher.model_copy(update={"model": own, "revision": revision})
     chats = chats.absolute()
     return Recipe(
         name=recipe.name,

@@ -107,8 +107,11 @@ def _evaluate(
 
 
 def _notes(job: AnsweringJob, taught: list[str | None]) -> list[str]:
-    most = job.recipe.teacher.sampling.max_tokens
-    notes = [f"Every model answers greedily, with at most {most:,} tokens."]
+    sampling = job.recipe.teacher.sampling
+    notes = [f"Every model answers greedily, with at most {sampling.max_tokens:,} tokens."]
+    if sampling.temperature > 0:
+        drawn = f"The teacher's answers are drawn, at temperature {sampling.temperature:g}."
+        notes = [notes[0].replace("Every model answers", "The students answer"), drawn]
     missing = sum(text is None for text in taught)
     if missing:
         notes.append(f"The teacher gave no answer to {missing:,} test texts: they count as empty.")

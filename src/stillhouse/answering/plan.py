@@ -21,9 +21,11 @@ from stillhouse.answering.measuring import load_scorer
 from stillhouse.job import configs, find_models, planned_size
 from stillhouse.recipe import AnsweringRecipe, run_root
 from stillhouse.synthesis import Known
+from stillhouse.synthesis.judging import most_requests
+from stillhouse.synthesis.vllm_engine import lacks
 
-Line = tuple[Literal["ok", "estimate", "warning"], str, str, str | None]
-"""Level, topic, text, and what to do about a warning."""
+Line = tuple[Literal["ok", "estimate", "warning", "error"], str, str, str | None]
+"""Level, topic, text, and what to do about a warning or an error."""
 
 FEW = 50
 """Training texts below which little can be learnt."""
@@ -49,7 +51,23 @@ def foresee_answers(recipe: AnsweringRecipe, base: Path) -> Iterator[Line]:
     if not recipe.learns_text_alone:
         size += f" ({student.total / teacher.total:.0%} of the teacher's)"
     yield "estimate", "student", size, None
-    yield _cost(job, known_answers(recipe, base))
+    known = known_answers(recipe, base)
+    yield _cost(job, known)
+    yield from _told(job, known)
+
+
+def _told(job: AnsweringJob, known: Known) -> Iterator[Line]:
+    """What else the answers take, and what is doubtful about them."""
+    recipe = job.recipe
+    if known.missing and recipe.teacher.vllm is not None:
+        for level, text, fix in lacks(recipe.teacher.vllm):
+            yield level, "vLLM", text, fix
+    if verdicts := most_requests(job.questions(Path()), known.requests):
+        yield "estimate", "judge", f"at most {verdicts:,} verdicts are asked for", None
+    if recipe.teacher_sees_more and not recipe.learns_text_alone:
+        text = "the student learns what the teacher would say without its examples or system prompt"
+        fix = "remove objective, so that it learns the answers' text, or set student_sees: all"
+        yield "warning", "objective", text, fix
 
 
 def known_answers(recipe: AnsweringRecipe, base: Path) -> Known:

@@ -23,6 +23,10 @@ from stillhouse.teachers.views import decoder_layers
 CHUNK = 512
 """Rows of logits that are held at once."""
 
+HELD = 8
+"""Layers whose trials are judged together, against logits of the full model computed once. Their
+rows are all in memory till then: of all layers of a large model, they would weigh as a layer."""
+
 SHORTLIST = 8
 """Layers tried again in each round after the first: those that cost least so far."""
 
@@ -150,12 +154,19 @@ class _Scorer:
                 if index in wanted:
                     rows[index] = self._rows(batch, inputs, alive[place + 1 :], hidden_RLD)
                     advance(1)
+                    if len(rows) == HELD:
+                        self._add_kl(sums, full_ND, rows)
                 hidden_RLD = run_layer(self.layers[index], hidden_RLD, inputs.extras[index])
-            found = summed_kl(self.head, full_ND, list(rows.values()))
-            for index, value in zip(rows, found, strict=True):
-                sums[index] += value
+            self._add_kl(sums, full_ND, rows)
         counted = max(1, sum(len(full_ND) for full_ND in self.full))
         return {index: value / counted for index, value in sums.items()}
+
+    def _add_kl(self, sums: dict[int, float], full_ND: Tensor, rows: dict[int, Tensor]) -> None:
+        """Adds what each of `rows` loses to its sum, and empties `rows`."""
+        found = summed_kl(self.head, full_ND, list(rows.values()))
+        for index, value in zip(rows, found, strict=True):
+            sums[index] += value
+        rows.clear()
 
     def _pairs(self) -> list[tuple[Batch, LayerInputs]]:
         return list(zip(self.batches, self.inputs, strict=True))

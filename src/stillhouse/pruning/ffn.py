@@ -71,7 +71,7 @@ class Moments:
     def symmetric(self) -> Tensor:
         """C whole: what was added lies on and above the diagonal."""
         upper_FF = self.C_FF.triu()
-        return upper_FF + upper_FF.triu(1).T
+        return upper_FF.add_(upper_FF.triu(1).T)
 
 
 def activation_scores(moments: Moments, down_DF: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ def refit_and_remove(
 
 def inverse_moments(moments: Moments, ridge: float) -> Tensor:
     """C⁻¹ [F, F] in units of the mean activation energy: nothing depends on their scale."""
-    return regularized_inverse(moments.symmetric() / moments.unit, ridge)
+    return regularized_inverse(moments.symmetric().div_(moments.unit), ridge)
 
 
 def without_columns(
@@ -141,12 +141,15 @@ def without_columns(
 
 
 def regularized_inverse(C_FF: Tensor, ridge: float) -> Tensor:
-    """(C + ridge·I)⁻¹; the ridge grows until rounding no longer makes the sum indefinite."""
+    """(C + ridge·I)⁻¹, in the memory of C: of a wide FFN each such matrix has a layer's size.
+
+    The ridge grows until rounding no longer makes the sum indefinite.
+    """
+    added = 0.0
     while True:
-        ridged_FF = C_FF.clone()
-        ridged_FF.diagonal().add_(ridge)
-        factor_FF, failed = torch.linalg.cholesky_ex(ridged_FF)
+        C_FF.diagonal().add_(ridge - added)
+        factor_FF, failed = torch.linalg.cholesky_ex(C_FF)
         if not failed.item():
-            return torch.cholesky_inverse(factor_FF)
-        ridge = max(10 * ridge, 1e-6)
+            return torch.cholesky_inverse(factor_FF, out=C_FF)
+        added, ridge = ridge, max(10 * ridge, 1e-6)
         assert ridge < 1e3, "the moments are not finite"

@@ -109,8 +109,17 @@ def let_go(ranges: list[Range]) -> None:
             libc.madvise(first, last - first, _MADV_DONTNEED)
 
 
+def _leave(layer: nn.Module) -> None:
+    """Lets go of a layer that has run, and of what its activations took."""
+    let_go(mapped_ranges(layer))
+    _trim()
+
+
 def _trim() -> None:
-    """Gives freed memory back to the system, where the C library keeps it and can (glibc)."""
+    """Gives freed memory back to the system, where the C library keeps it and can (glibc).
+
+    It keeps what lies between blocks in use, as the rows that are kept of each layer are.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -123,7 +132,7 @@ def let_go_after_use(model: Any) -> Iterator[None]:
         yield
         return
     handles = [
-        layer.register_forward_hook(lambda module, *_: let_go(mapped_ranges(module)))
+        layer.register_forward_hook(lambda module, *_: _leave(module))
         for layer in decoder_layers(model)
     ]
     try:

@@ -21,8 +21,9 @@ from stillhouse.recipe.synthesize import (
     ApiTeacher,
     BudgetRecipe,
     FiltersRecipe,
-    MajorityChoice,
+    JudgeChoice,
     SamplingRecipe,
+    VllmEngine,
     check_budget,
 )
 
@@ -81,6 +82,9 @@ class AnswerTeacher(Section):
     license: str | None = Field(None, description="Its license, which the student inherits.")
     precision: Precision = "auto"
     batch: int = Field(32, gt=0, description="model: answers written at once.")
+    vllm: VllmEngine | None = Field(
+        None, description="model: its answers are written by vLLM. Needs stillhouse[vllm]."
+    )
     api: ApiTeacher | None = None
     sampling: SamplingRecipe = SamplingRecipe(temperature=0.0, max_tokens=256)
     samples: int = Field(
@@ -92,6 +96,8 @@ class AnswerTeacher(Section):
     def _is_one(self) -> AnswerTeacher:
         if (self.model is None) == (self.api is None):
             raise ValueError("give either model or api")
+        if self.api is not None and self.vllm is not None:
+            raise ValueError("vllm runs a model: give it, or remove vllm")
         if self.samples > 1 and self.sampling.temperature == 0:
             raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
         check_budget(self.api, self.budget)
@@ -179,17 +185,29 @@ class AnsweringRecipe(Section):
     objective: ObjectiveRecipe | None = Field(
         None,
         description="What is matched on the teacher's answers; null: a local teacher's "
-        "distributions (forward KL), an API's text.",
+        "distributions (forward KL); the text alone of an API, and of a teacher that saw more than "
+        "the student does (task.student_sees).",
     )
     train: TrainRecipe = TrainRecipe()
     evaluate: AnswerMeasureRecipe = AnswerMeasureRecipe()
     export: AnswerExport = AnswerExport()
 
     @property
+    def teacher_sees_more(self) -> bool:
+        """Whether the student answers without something that the teacher read."""
+        task = self.task
+        examples = bool(task.examples) and task.student_sees != "all"
+        return examples or (task.system is not None and task.student_sees == "prompt")
+
+    @property
     def learns_text_alone(self) -> bool:
-        """Whether only the teacher's words are learnt, and not its distributions."""
+        """Whether only the teacher's words are learnt, and not its distributions.
+
+        Of a teacher that saw more they are by default: asked again without its examples, as
+        training asks it, it would not say what it said.
+        """
         if self.objective is None:
-            return self.teacher.api is not None
+            return self.teacher.api is not None or self.teacher_sees_more
         return all(
             isinstance(term, LogitsTerm) and term.divergence == "cross_entropy"
             for term in self.objective.terms
@@ -202,12 +220,12 @@ class AnsweringRecipe(Section):
                 "an api's answers are text: remove objective, or use divergence: cross_entropy"
             )
         student = self.student
-        if self.learns_text_alone and not (
+        if self.teacher.api is not None and not (
             isinstance(student, PretrainedStudent | PrunedStudent) and student.model is not None
         ):
             raise ValueError(
-                "a student that learns words alone starts from a model of its own: set "
-                "student.start to pretrained or pruned, and student.model"
+                "an api's student starts from a model of its own: set student.start to pretrained "
+                "or pruned, and student.model"
             )
         if self.train.teachers:
             raise ValueError("the teacher is `teacher`: remove train.teachers")
@@ -216,10 +234,11 @@ class AnsweringRecipe(Section):
     @model_validator(mode="after")
     def _best_of_several(self) -> AnsweringRecipe:
         choice = self.filters.best_of
-        if choice is not None and not isinstance(choice, MajorityChoice):
-            raise ValueError("of a task, filters.best_of is of kind majority")
         if choice is not None and self.teacher.samples < 2:
             raise ValueError("filters.best_of chooses among several answers: set teacher.samples")
+        here = choice.teacher.here if isinstance(choice, JudgeChoice) else None
+        if here is not None and here.model is None and self.teacher.model is None:
+            raise ValueError("teacher is an api: name the judge's model, filters.best_of.teacher")
         return self
 
     @model_validator(mode="after")

@@ -60,16 +60,90 @@ class LocalTeacher(Section):
     batch: int = Field(32, gt=0, description="Answers written at once.")
 
 
+class VllmEngine(Section):
+    """How vLLM runs a model: on the GPUs of this machine or, with Ray, of several."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Of the weights; auto: as the model's configuration says."
+    )
+    tensor_parallel: int = Field(1, gt=0, description="GPUs that share each layer.")
+    pipeline_parallel: int = Field(
+        1,
+        gt=0,
+        description="Groups of such GPUs, each with some of the layers; with ray, mostly one a "
+        "machine.",
+    )
+    executor: Literal["auto", "mp", "ray"] = Field(
+        "auto",
+        description="ray: on a Ray cluster, which may span machines; mp: processes of this "
+        "machine; auto: vLLM's choice.",
+    )
+    context: int | None = Field(
+        None, gt=0, description="Tokens of a prompt with its answer; null: all the model can."
+    )
+    gpu_memory: float = Field(
+        0.9, gt=0, le=1, strict=False, description="Share of each GPU's memory that vLLM may take."
+    )
+    batch: int = Field(
+        1024, gt=0, description="Requests handed over at once, and committed together."
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="More arguments of vllm.LLM, e.g. {quantization: fp8}."
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _has_no_key_of_ours(cls, options: dict[str, Any]) -> dict[str, Any]:
+        ours = VLLM_ARGUMENTS & set(options)
+        if ours:
+            raise ValueError(f"{', '.join(sorted(ours))} cannot be set here: it has its own key")
+        return options
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+
+VLLM_ARGUMENTS = frozenset(
+    {
+        "model",
+        "tokenizer",
+        "trust_remote_code",
+        "dtype",
+        "seed",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "distributed_executor_backend",
+        "max_model_len",
+        "gpu_memory_utilization",
+    }
+)
+"""What Stillhouse gives vllm.LLM itself."""
+
+
+class VllmTeacher(VllmEngine):
+    """A model that vLLM runs in this process: many thousands of answers, large models."""
+
+    model: str | None = Field(None, description="As teacher.model; null: the recipe's teacher.")
+    revision: str | None = None
+
+
 class TextTeacher(Section):
-    """Who answers: `api` or `local`."""
+    """Who answers: `api`, `local` or `vllm`."""
 
     api: ApiTeacher | None = None
     local: LocalTeacher | None = None
+    vllm: VllmTeacher | None = None
+
+    @property
+    def here(self) -> LocalTeacher | VllmTeacher | None:
+        """The model whose weights are read by this process."""
+        return self.local or self.vllm
 
     @model_validator(mode="after")
     def _is_one(self) -> TextTeacher:
-        if (self.api is None) == (self.local is None):
-            raise ValueError("give either api or local")
+        if [self.api, self.local, self.vllm].count(None) != 2:
+            raise ValueError("give one of api, local and vllm")
         return self
 
 

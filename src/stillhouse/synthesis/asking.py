@@ -6,8 +6,10 @@ import asyncio
 import os
 import signal
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,14 +23,17 @@ from stillhouse.recipe.synthesize import (
     LocalTeacher,
     PromptsRecipe,
     SynthesizeRecipe,
+    VllmTeacher,
 )
 from stillhouse.synthesis.budget import Budget, Price
 from stillhouse.synthesis.client import Client
 from stillhouse.synthesis.estimate import Known
 from stillhouse.synthesis.journal import Journal
+from stillhouse.synthesis.local import Generator
 from stillhouse.synthesis.pool import Pool
 from stillhouse.synthesis.prompts import Frame, Prompt, read_prompts
 from stillhouse.synthesis.request import Answer, Request, endpoint_of
+from stillhouse.synthesis.vllm_engine import VllmGenerator, opened
 from stillhouse.teachers import load_model, load_tokenizer, resolve_model
 
 
@@ -107,8 +112,8 @@ def text_teacher(
     """weights: False fetches no more of a Hub model than it takes to know it."""
     if section.teacher.api is not None:
         return ApiText(section.teacher.api, section)
-    assert section.teacher.local is not None
-    return LocalText(section.teacher.local, section, origins, seed, weights)
+    assert section.teacher.here is not None
+    return LocalText(section.teacher.here, section, origins, seed, weights)
 
 
 def _sampling(whole: SynthesizeRecipe, token_limit: str) -> dict[str, Any]:
@@ -181,51 +186,77 @@ class ApiText:
 
 
 class LocalText:
+    """A model in this process: answered by `local.Generator`, or by vLLM."""
+
     price = Price(0.0, 0.0)
 
     def __init__(
         self,
-        local: LocalTeacher,
+        own: LocalTeacher | VllmTeacher,
         section: SynthesizeRecipe,
         origins: Origins,
         seed: int,
         weights: bool,
     ) -> None:
-        self.local, self.trust = local, origins.trust_remote_code
-        name, revision = local.model or origins.model, local.revision
-        if local.model is None:
+        self.own, self.seed, self.trust = own, seed, origins.trust_remote_code
+        name, revision = own.model or origins.model, own.revision
+        if own.model is None:
             revision = origins.revision
         self.source = resolve_model(name, revision=revision, base=origins.base, weights=weights)
-        self.precision = choose_precision(local.precision, default_device())
-        dtype = str(self.precision.dtype).removeprefix("torch.")
-        self.parameters = {**_sampling(section, "max_tokens"), "seed": seed, "dtype": dtype}
+        self.parameters = {**_sampling(section, "max_tokens"), "seed": seed, **_numbers(own)}
 
     def request(self, messages: tuple[Any, ...], sample: int) -> Request:
-        return Request("local", self.source.fingerprint, messages, self.parameters, sample)
+        endpoint = "vllm" if isinstance(self.own, VllmTeacher) else "local"
+        return Request(endpoint, self.source.fingerprint, messages, self.parameters, sample)
 
     def answer(self, asked: Questions, journal: Journal, known: Known) -> tuple[int, int, bool]:
         """New answers and failures; a local teacher has no budget."""
-        from stillhouse.synthesis.local import Generator
-
-        note(f"{self.source.described} answers in {self.precision.reason}")
-        model = load_model(
-            self.source.path, dtype=self.precision.dtype, trust_remote_code=self.trust
-        ).to(default_device())
-        tokenizer = load_tokenizer(self.source.path, trust_remote_code=self.trust)
-        generator = Generator(model, tokenizer, batch=self.local.batch)
         counts: Counter[str] = Counter()
         on_its_way: set[str] = set()
-        with bar("answering", known.missing, "answers") as advance:
+        handed_over: deque[tuple[str, Future[None]]] = deque()
+
+        def settle(*, all_of_them: bool = False) -> None:
+            """Forgets what is on the disk; one flush may have committed many answers."""
+            while handed_over and (all_of_them or handed_over[0][1].done()):
+                key, saved = handed_over.popleft()
+                saved.result()
+                on_its_way.discard(key)
+
+        with self._generator() as generator, bar("answering", known.missing, "answers") as advance:
             todo = _unanswered(asked.requests(), journal, on_its_way)
             for request, outcome in generator.answers(todo):
                 if isinstance(outcome, Answer):
-                    journal.record(request, outcome).result()
+                    saved = journal.record(request, outcome)
                 else:
-                    journal.record_failure(request, outcome).result()
-                on_its_way.discard(request.key)
+                    saved = journal.record_failure(request, outcome)
+                handed_over.append((request.key, saved))
+                settle()
                 counts[type(outcome).__name__] += 1
                 advance(1)
+            settle(all_of_them=True)
         return counts["Answer"], counts["Failure"], False
+
+    @contextmanager
+    def _generator(self) -> Iterator[Generator | VllmGenerator]:
+        path, trust = self.source.path, self.trust
+        if isinstance(self.own, VllmTeacher):
+            note(f"{self.source.described} answers in vLLM")
+            with opened(self.own, path, seed=self.seed, trust_remote_code=trust) as generator:
+                yield generator
+            return
+        precision = choose_precision(self.own.precision, default_device())
+        note(f"{self.source.described} answers in {precision.reason}")
+        model = load_model(path, dtype=precision.dtype, trust_remote_code=trust)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust)
+        yield Generator(model.to(default_device()), tokenizer, batch=self.own.batch)
+
+
+def _numbers(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:
+    """What decides in which numbers a model in this process computes: part of a request."""
+    if isinstance(own, VllmTeacher):
+        return {"dtype": own.dtype, **({"options": own.options} if own.options else {})}
+    precision = choose_precision(own.precision, default_device())
+    return {"dtype": str(precision.dtype).removeprefix("torch.")}
 
 
 TextSource = ApiText | LocalText

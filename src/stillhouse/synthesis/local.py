@@ -60,19 +60,12 @@ class Generator:
     """model, tokenizer: a causal language model in eval mode, and its own tokenizer.
 
     Known parameters of a request: temperature (0 is greedy), top_p, max_tokens, seed, logprobs.
-    Greedy
-    answers are those of `model.generate`, token by token, as far as a batch's sums round alike.
-    A sampled answer depends on its request alone, rounding aside, and not on its neighbours.
+    Greedy answers are those of `model.generate`, token by token, as far as a batch's sums round
+    alike. A sampled answer depends on its request alone, rounding aside, and not on its neighbours.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, batch: int = BATCH) -> None:
-        if not getattr(tokenizer, "chat_template", None):
-            raise ModelError(
-                "the tokenizer has no chat template, so the model cannot be asked",
-                where=model.config.name_or_path or None,
-                fix="use an instruction-tuned model, or put a chat_template.jinja beside its "
-                "tokenizer.json",
-            )
+        require_chat_template(tokenizer, model.config.name_or_path or None)
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
         self.ends = _end_tokens(model, tokenizer)
         self.window = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0))
@@ -104,19 +97,10 @@ class Generator:
         yield from batch.run([], to_the_end=True)
 
     def _begin(self, request: Request) -> _Writing | Failure:
-        encoded = self.tokenizer.apply_chat_template(
-            [dict(message) for message in request.messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )
-        prompt = list(encoded["input_ids"])
-        most = int(request.parameters["max_tokens"])
-        if self.window:
-            most = min(most, self.window - len(prompt))
-        if most < 1:
-            reason = f"the prompt has {len(prompt)} tokens, and the model reads {self.window}"
-            return Failure("refused", reason)
+        found = prompt_and_room(self.tokenizer, request, self.window)
+        if isinstance(found, Failure):
+            return found
+        prompt, most = found
         # The key tells samples of one prompt apart, and holds the recipe's seed.
         chance = torch.Generator().manual_seed(int(request.key[:15], 16))
         return _Writing(request, prompt, most, chance, time.monotonic())
@@ -234,6 +218,40 @@ class _Batch:
                 self.now[row] = last
                 self.cache.move(len(self.now), row, last.length)
             yield writing.request, self.generator.finished(writing)
+
+
+def require_chat_template(tokenizer: Any, where: str | None) -> None:
+    """Raises ModelError where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            "the tokenizer has no chat template, so the model cannot be asked",
+            where=where,
+            fix="use an instruction-tuned model, or put a chat_template.jinja beside its "
+            "tokenizer.json",
+        )
+
+
+def prompt_and_room(
+    tokenizer: Any, request: Request, window: int
+) -> tuple[list[int], int] | Failure:
+    """The prompt's tokens, and how many an answer may have; a failure where there is no room.
+
+    window: tokens that the model reads and writes in all, 0 where nobody knows.
+    """
+    encoded = tokenizer.apply_chat_template(
+        [dict(message) for message in request.messages],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    )
+    prompt = list(encoded["input_ids"])
+    most = int(request.parameters["max_tokens"])
+    if window:
+        most = min(most, window - len(prompt))
+    if most < 1:
+        reason = f"the prompt has {len(prompt)} tokens, and the model reads {window}"
+        return Failure("refused", reason)
+    return prompt, most
 
 
 def draw(probabilities_V: Tensor, top_p: float, uniform: float) -> int:

@@ -24,8 +24,9 @@ Message = Mapping[str, Any]
 class Request:
     """One chat completion. sample: 0, 1, ... where a prompt is answered several times.
 
-    endpoint: as `endpoint_of` gives it, or `local`. model: the endpoint's name of the model, or a
-    local model's fingerprint. parameters: what is sent beside the messages, e.g. temperature.
+    endpoint: as `endpoint_of` gives it, or `local`, or `vllm`. model: the endpoint's name of the
+    model, or the fingerprint of one in this process. parameters: what is sent beside the messages,
+    e.g. temperature.
     """
 
     endpoint: str

@@ -132,7 +132,7 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
         verdicts = None
         if judge is not None:
             groups = Verdicts(judge, lambda: chosen.groups(Rows(section, asked, journal)))
-            verdicts, stopped = _judged(groups, journal)
+            verdicts, stopped = judged(groups, journal)
             out_of_budget = out_of_budget or stopped
             chosen = replace(chosen, chooser=judge.chooser(journal))
         rows = Rows(section, asked, journal)
@@ -179,7 +179,7 @@ def _answer(
     return teacher.answer(asked, journal, known)
 
 
-def _judged(verdicts: Verdicts, journal: Journal) -> tuple[Known, bool]:
+def judged(verdicts: Verdicts, journal: Journal) -> tuple[Known, bool]:
     """Has the judge asked what it was not asked before; what is known after that, and whether a
     budget ended it."""
     teacher = verdicts.judge.teacher
@@ -222,12 +222,13 @@ class Rows:
                 answer.finish_reason,
                 prompt.where,
                 request.sample,
-                _mean_log_probability(answer),
+                mean_log_probability(answer),
                 request.key,
             )
 
 
-def _mean_log_probability(answer: Answer) -> float | None:
+def mean_log_probability(answer: Answer) -> float | None:
+    """Of the answer's tokens, where the teacher told them."""
     values = [float(entry["logprob"]) for entry in answer.logprobs or []]
     return sum(values) / len(values) if values else None
 

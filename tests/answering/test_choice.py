@@ -1,0 +1,107 @@
+"""Which of several answers to a text a task's student learns: by likelihood or by a judge."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.answering.asking import answers, texts
+from stillhouse.answering.job import TRAIN, find_answering
+from stillhouse.answering.plan import foresee_answers
+from stillhouse.errors import RecipeError, RunError
+from stillhouse.recipe import parse_answering_recipe
+from stillhouse.runfolder import RunFolder
+from stillhouse.spending import agree_to_task
+from stillhouse.stages import doing
+from tests.answering import toys
+from tests.synthesis.stub import Reply, Stub
+
+
+def teacher(number: int, payload: dict[str, Any]) -> Reply:
+    """Answers with its number; the larger it is modulo 3, the likelier it says the answer is."""
+    told = [{"token": "a", "logprob": number % 3 - 5.0, "bytes": [97], "top_logprobs": []}]
+    return Reply(text=f"answer {number}", logprobs=told if payload.get("logprobs") else None)
+
+
+def judge(number: int, payload: dict[str, Any]) -> Reply:
+    """Likes the answer with the larger number, wherever it stands."""
+    first, second = map(int, re.findall(r"answer (\d+)", payload["messages"][-1]["content"]))
+    return Reply(text="A" if first > second else "B")
+
+
+def kept(raw: dict[str, Any], folder: Path) -> list[str]:
+    """What the stage of answers leaves to learn from."""
+    job = find_answering(parse_answering_recipe(toys.clean(raw)), folder)
+    do = doing(RunFolder(folder / "run"))
+    stage = do(answers(job, do(texts(job))))
+    rows = (stage.path / TRAIN).read_text().splitlines()
+    return [json.loads(row)["messages"][-1]["content"] for row in rows]
+
+
+def recipe(folder: Path, url: str, choice: dict[str, Any]) -> dict[str, Any]:
+    raw = toys.recipe(folder, "generate", **toys.api(folder, url))
+    raw["teacher"] |= {"samples": 2, "sampling": {"temperature": 1.0, "max_tokens": 8}}
+    raw["teacher"]["api"]["concurrency"] = 1
+    raw["filters"] |= {"best_of": choice}
+    return raw
+
+
+def test_the_likeliest_answer_is_learnt(tmp_path: Path) -> None:
+    with Stub(teacher) as stub:
+        found = kept(recipe(tmp_path, stub.url, {"kind": "likelihood"}), tmp_path)
+    numbers = [int(text.split()[1]) for text in found]
+    # With one request at a time, answers 2n and 2n + 1 are to one text; the first of equals stays.
+    assert numbers == [max(n, n + 1, key=lambda one: one % 3) for n in range(0, 32, 2)]
+
+
+def test_a_judge_chooses_and_is_asked_nothing_twice(tmp_path: Path) -> None:
+    with Stub(teacher) as stub, Stub(judge) as other:
+        api = {"base_url": other.url, "model": "teacher"}
+        choice = {"kind": "judge", "compare": "pairs", "teacher": {"api": api}}
+        raw = recipe(tmp_path, stub.url, choice)
+        found = kept(raw, tmp_path)
+        assert [int(text.split()[1]) for text in found] == list(range(1, 32, 2))
+        assert len(other.payloads) == 2 * 16
+        raw["filters"]["truncated"] = True  # the stage is done anew
+        assert kept(raw, tmp_path) == found
+        assert (len(stub.payloads), len(other.payloads)) == (40, 32)
+
+
+def test_a_judges_budget_stops_the_run(tmp_path: Path) -> None:
+    with Stub(teacher) as stub, Stub(judge) as other:
+        api = {"base_url": other.url, "model": "teacher"}
+        budget = {"max_tokens": 500}
+        choice = {"kind": "judge", "compare": "pairs", "teacher": {"api": api}, "budget": budget}
+        with pytest.raises(RunError, match="judge's budget"):
+            kept(recipe(tmp_path, stub.url, choice), tmp_path)
+        assert 0 < len(other.payloads) < 32
+
+
+def test_check_counts_the_verdicts_and_a_paid_judge_is_agreed_to(tmp_path: Path) -> None:
+    api = {"base_url": "http://127.0.0.1:9/v1", "model": "judge", "key_env": "JUDGE_KEY"}
+    choice = {"kind": "judge", "teacher": {"api": api}}
+    raw = recipe(tmp_path, "http://127.0.0.1:9/v1", choice)
+    parsed = parse_answering_recipe(toys.clean(raw))
+    told = {topic: text for _, topic, text, _ in foresee_answers(parsed, tmp_path)}
+    assert told["judge"] == "at most 40 verdicts are asked for"
+    with pytest.raises(RecipeError, match="the judge chooses"):
+        agree_to_task(parsed, tmp_path, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"samples": 1}, "several answers"),
+        ({}, "name the judge's model"),
+    ],
+    ids=["one answer", "no judge"],
+)
+def test_one_clear_message(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    raw = recipe(tmp_path, "http://x", {"kind": "judge", "teacher": {"local": {}}})
+    raw["teacher"] |= changes
+    with pytest.raises(RecipeError, match=said):
+        parse_answering_recipe(toys.clean(raw))

@@ -1,0 +1,69 @@
+"""What a task's teacher is asked with, and what its student learns of the answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.answering.job import find_answering, training_recipe
+from stillhouse.answering.plan import foresee_answers
+from stillhouse.errors import RecipeError
+from stillhouse.recipe import AnsweringRecipe, parse_answering_recipe
+from stillhouse.recipe.schema import LogitsTerm
+from tests.answering import toys
+
+EXAMPLES = {"examples": [{"text": "Ann is 3.", "answer": "Ann"}]}
+
+
+def parsed(folder: Path, **sections: Any) -> AnsweringRecipe:
+    return parse_answering_recipe(toys.clean(toys.recipe(folder, "generate", **sections)))
+
+
+@pytest.mark.parametrize(
+    ("task", "alone"),
+    [
+        ({}, False),
+        ({**EXAMPLES, "student_sees": "all"}, False),
+        (EXAMPLES, True),
+        ({"system": "Be brief."}, False),
+        ({"system": "Be brief.", "student_sees": "prompt"}, True),
+    ],
+    ids=["a prompt", "all is seen", "examples", "system is seen", "system"],
+)
+def test_of_a_teacher_that_saw_more_the_words_alone_are_learnt(
+    tmp_path: Path, task: dict[str, Any], alone: bool
+) -> None:
+    recipe = parsed(tmp_path, task=task)
+    trained = training_recipe(recipe, tmp_path)
+    (term,) = trained.objective.terms
+    assert isinstance(term, LogitsTerm)
+    assert (term.divergence == "cross_entropy") == alone == recipe.learns_text_alone
+    # The pruned student is made of the teacher all the same.
+    assert trained.teacher.model == str(tmp_path / "teacher")
+
+
+def test_check_warns_of_distributions_that_the_teacher_would_not_have(tmp_path: Path) -> None:
+    objective = {"terms": [{"divergence": "forward_kl"}]}
+    recipe = parsed(tmp_path, task=EXAMPLES, objective=objective)
+    warned = [text for level, _, text, _ in foresee_answers(recipe, tmp_path) if level == "warning"]
+    assert any("without its examples" in text for text in warned)
+
+
+def test_vllm_writes_the_answers_of_a_model(tmp_path: Path) -> None:
+    recipe = parsed(tmp_path, teacher={"vllm": {"tensor_parallel": 2, "context": 512}})
+    asked = find_answering(recipe, tmp_path).questions(tmp_path).teacher
+    assert asked.local is None
+    assert asked.vllm is not None
+    assert asked.vllm.model == str(tmp_path / "teacher")
+    assert (asked.vllm.tensor_parallel, asked.vllm.context) == (2, 512)
+    errors = {topic for level, topic, _, _ in foresee_answers(recipe, tmp_path) if level == "error"}
+    assert errors == {"vLLM"}
+
+
+def test_vllm_runs_no_api(tmp_path: Path) -> None:
+    sections = toys.api(tmp_path, "http://x/v1")
+    sections["teacher"]["vllm"] = {}
+    with pytest.raises(RecipeError, match="vllm runs a model"):
+        parsed(tmp_path, **sections)

@@ -1,0 +1,42 @@
+"""The repository's recipes of tasks that answer, checked with a tiny teacher in place of theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stillhouse.answering.job import find_answering
+from stillhouse.check import check_recipe
+from stillhouse.recipe import AnsweringRecipe, load_any_recipe
+from stillhouse.synthesis.filters import Row
+from tests import tiny
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def overrides(folder: Path) -> list[str]:
+    model = tiny.save_model(folder / "teacher", max_position_embeddings=4096)
+    return [f"teacher.model={model}", "student.layers=1", f"folder={folder / 'run'}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("extract", "360 to learn from, 75 to measure on"),
+        ("generate", "290 to learn from, 60 to measure on"),
+    ],
+)
+def test_check_finds_nothing_wrong(tmp_path: Path, name: str, texts: str) -> None:
+    found = check_recipe(RECIPES / f"{name}.yaml", overrides(tmp_path))
+    assert [one for one in found if one.level in ("warning", "error")] == []
+    assert texts in [one.text for one in found]
+
+
+def test_the_examples_of_the_extraction_are_valid(tmp_path: Path) -> None:
+    recipe = load_any_recipe(RECIPES / "extract.yaml", overrides(tmp_path))
+    assert isinstance(recipe, AnsweringRecipe)
+    validity = find_answering(recipe, RECIPES).validity
+    assert validity is not None
+    problems = [validity(Row((), one.answer, None, "")) for one in recipe.task.examples]
+    assert problems == [None] * 4

@@ -1,0 +1,265 @@
+"""What vLLM is asked and what is made of its answers; a module of two classes plays it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from stillhouse.check import check_recipe
+from stillhouse.errors import ModelError, RecipeError
+from stillhouse.recipe import parse_recipe
+from stillhouse.runner import synthesize_text
+from stillhouse.synthesis import Journal, Synthesis
+from tests import tiny
+
+STUB = '''
+"""Answers with the number of the prompt's tokens; notes what it is told beside this file."""
+import json, os, signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+HERE = Path(__file__).parent
+
+def tell(name, facts):
+    with (HERE / name).open("a") as file:
+        file.write(json.dumps(facts) + "\\n")
+
+@dataclass
+class SamplingParams:
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = 16
+    seed: int | None = None
+    logprobs: int | None = None
+
+class LLM:
+    alive = 0
+
+    def __init__(self, model, **options):
+        tell("opened.jsonl", {"model": model, **options})
+        config = SimpleNamespace(max_model_len=options["max_model_len"] or 4096)
+        self.llm_engine = SimpleNamespace(model_config=config)
+        LLM.alive += 1
+
+    def __del__(self):
+        LLM.alive -= 1
+
+    def generate(self, prompts, *, sampling_params, use_tqdm):
+        if (HERE / "fail").exists():
+            raise RuntimeError("CUDA out of memory")
+        tell("asked.jsonl", [asdict(one) for one in sampling_params])
+        if (HERE / "kill").exists() and len((HERE / "asked.jsonl").read_text().splitlines()) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        pairs = zip(prompts, sampling_params, strict=True)
+        return [SimpleNamespace(outputs=[answer(**one, params=two)]) for one, two in pairs]
+
+def answer(prompt_token_ids, params):
+    size = len(prompt_token_ids)
+    told = None
+    if params.logprobs is not None:
+        last = SimpleNamespace(logprob=-((params.seed or 0) % 5) / 10)
+        told = [{7: SimpleNamespace(logprob=-1.0)}, {8: last}]
+    reason = "length" if params.max_tokens < 2 else "stop"
+    seed = "" if params.seed is None else f" by {params.seed}"
+    text = f"{size} tokens{seed}"
+    return SimpleNamespace(text=text, token_ids=[7, 8], finish_reason=reason, logprobs=told)
+'''
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a package `vllm`, in a machine that says it has two GPUs."""
+    package = tmp_path / "site" / "vllm"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(STUB)
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    importlib.invalidate_caches()
+    yield package
+    sys.modules.pop("vllm", None)
+
+
+def write(folder: Path, name: str = "tiny", **changes: Any) -> Path:
+    """A recipe whose prompts are twelve words, each longer than the one before."""
+    (folder / "prompts.txt").write_text("".join(f"{'a' * (n + 1)}\n" for n in range(12)))
+    section = {
+        "teacher": {"vllm": {"batch": 5, **changes.pop("vllm", {})}},
+        "prompts": {"path": "prompts.txt", **changes.pop("prompts", {})},
+        "sampling": {"temperature": 0.0, "max_tokens": 20, **changes.pop("sampling", {})},
+        **changes,
+    }
+    raw = tiny.recipe(folder, name=name, folder=str(folder / "runs" / name), synthesize=section)
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def told(stub: Path, name: str) -> list[Any]:
+    file = stub / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def answers(result: Synthesis) -> list[str]:
+    rows = [json.loads(line)["messages"] for line in result.out.read_text().splitlines()]
+    return [row[-1]["content"] for row in rows]
+
+
+def prompt_tokens(text: str) -> int:
+    chat = [{"role": "user", "content": text}]
+    encoded = tiny.tokenizer().apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=True
+    )
+    return len(encoded["input_ids"])
+
+
+def test_prompts_go_through_the_chat_template_in_batches_and_the_journal(
+    tmp_path: Path, stub: Path
+) -> None:
+    result = synthesize_text(write(tmp_path))
+    expected = [f"{prompt_tokens('a' * (n + 1))} tokens" for n in range(12)]
+    assert answers(result) == expected
+    assert [len(batch) for batch in told(stub, "asked")] == [5, 5, 2]
+    assert all(one["seed"] is None for batch in told(stub, "asked") for one in batch)
+    assert result.tokens == sum(prompt_tokens("a" * (n + 1)) + 2 for n in range(12))
+    with Journal(result.journal) as journal:
+        assert journal.counts() == (12, 0)
+    again = synthesize_text(write(tmp_path, name="other"))
+    assert (again.new, again.answered) == (0, 12)
+    assert len(told(stub, "opened")) == 1, "what the journal holds needs no vLLM"
+
+
+def test_the_model_is_opened_as_the_recipe_says_and_closed_at_the_end(
+    tmp_path: Path, stub: Path
+) -> None:
+    own = {"tensor_parallel": 2, "dtype": "bfloat16", "context": 64, "gpu_memory": 0.5}
+    synthesize_text(write(tmp_path, vllm={**own, "options": {"quantization": "fp8"}}))
+    (opened,) = told(stub, "opened")
+    assert Path(opened.pop("model")) == tmp_path / "teacher"
+    assert opened == {
+        "trust_remote_code": False,
+        "dtype": "bfloat16",
+        "seed": 0,
+        "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 1,
+        "distributed_executor_backend": None,
+        "max_model_len": 64,
+        "gpu_memory_utilization": 0.5,
+        "quantization": "fp8",
+    }
+    assert importlib.import_module("vllm").LLM.alive == 0
+
+
+def test_samples_have_seeds_of_their_own_that_another_run_repeats(
+    tmp_path: Path, stub: Path
+) -> None:
+    changes: dict[str, Any] = {"prompts": {"samples": 2}, "sampling": {"temperature": 0.7}}
+    first = answers(synthesize_text(write(tmp_path, **changes)))
+    assert len(set(first)) == 24
+    (tmp_path / "runs" / "answers.sqlite").unlink()
+    assert answers(synthesize_text(write(tmp_path, name="again", **changes))) == first
+
+
+def test_the_likeliest_answer_is_kept(tmp_path: Path, stub: Path) -> None:
+    """The stub finds an answer the less likely the larger its seed is modulo 5."""
+    changes: dict[str, Any] = {"prompts": {"samples": 2}, "sampling": {"temperature": 0.7}}
+    best_of = {"best_of": {"kind": "likelihood"}}
+    result = synthesize_text(write(tmp_path, filters=best_of, **changes))
+    assert (result.kept, result.taken["best_of"]) == (12, 12)
+    lost = [json.loads(line)["messages"] for line in result.victims.read_text().splitlines()]
+    for kept, other in zip(answers(result), lost, strict=True):
+        assert _seed(kept) % 5 <= _seed(other[-1]["content"]) % 5
+
+
+def _seed(answer: str) -> int:
+    return int(answer.split()[-1])
+
+
+def test_a_prompt_without_room_fails_alone(tmp_path: Path, stub: Path) -> None:
+    longest = prompt_tokens("a" * 12)
+    result = synthesize_text(write(tmp_path, vllm={"context": longest}, filters={}))
+    assert (result.answered, result.failed) == (11, 1)
+    assert result.taken["truncated"] == 1, "the answer that had room for one token"
+
+
+def test_killed_it_loses_the_batch_that_was_on_its_way(tmp_path: Path, stub: Path) -> None:
+    path = write(tmp_path)
+    (stub / "kill").touch()
+    code = (
+        "import torch\ntorch.cuda.device_count = lambda: 2\n"
+        f"import sys\nsys.path.insert(0, {str(stub.parent)!r})\n"
+        f"from stillhouse.runner import synthesize_text\nsynthesize_text({str(path)!r})\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    (stub / "kill").unlink()
+    with Journal(tmp_path / "runs" / "answers.sqlite") as journal:
+        assert journal.counts() == (5, 0)
+    assert synthesize_text(path).new == 7
+
+
+def test_what_vllm_says_is_told(tmp_path: Path, stub: Path) -> None:
+    (stub / "fail").touch()
+    with pytest.raises(ModelError, match="CUDA out of memory"):
+        synthesize_text(write(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("vllm", "gpus", "level", "said"),
+    [
+        ({}, 0, "warning", "no GPU is here"),
+        ({"tensor_parallel": 4}, 2, "error", "4 GPUs are asked for, and this machine has 2"),
+        ({"tensor_parallel": 4, "executor": "ray"}, 2, "error", "Ray is not installed"),
+        ({"tensor_parallel": 2}, 2, None, None),
+    ],
+    ids=["no GPU", "too few", "no Ray", "all there"],
+)
+@pytest.mark.usefixtures("stub")
+def test_check_says_what_this_machine_lacks(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    vllm: dict[str, Any],
+    gpus: int,
+    level: str | None,
+    said: str | None,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    found = [one for one in check_recipe(write(tmp_path, vllm=vllm)) if one.topic == "vLLM"]
+    assert [one.level for one in found] == ([level] if level else [])
+    assert all(said is not None and said in one.text for one in found)
+
+
+def test_without_vllm_check_and_run_say_how_to_go_on(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    (missing, _) = (one for one in check_recipe(path) if one.topic == "vLLM")
+    assert (missing.level, missing.text) == ("error", "vLLM is not installed")
+    assert "vllm serve" in (missing.fix or "")
+    with pytest.raises(ModelError, match="vLLM is not installed"):
+        synthesize_text(path)
+
+
+def test_a_ray_cluster_is_asked_for_by_its_name(
+    tmp_path: Path, stub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (stub.parent / "ray").mkdir()
+    (stub.parent / "ray" / "__init__.py").touch()
+    shape = {"executor": "ray", "tensor_parallel": 8, "pipeline_parallel": 2}
+    synthesize_text(write(tmp_path, vllm=shape))
+    (opened,) = told(stub, "opened")
+    assert opened["distributed_executor_backend"] == "ray"
+    assert (opened["tensor_parallel_size"], opened["pipeline_parallel_size"]) == (8, 2)
+
+
+def test_an_option_with_a_key_of_its_own_is_refused(tmp_path: Path) -> None:
+    section = {"teacher": {"vllm": {"options": {"seed": 3}}}, "prompts": {"path": "p.txt"}}
+    with pytest.raises(RecipeError, match="it has its own key"):
+        parse_recipe(tiny.recipe(tmp_path, synthesize=section))
