@@ -58,13 +58,34 @@ def test_a_torchao_whose_kernels_do_not_load(folder: Path, monkeypatch: pytest.M
     pytest.importorskip("torchao")
     assert "error" not in {finding.level for finding in check(folder, quantize={})}
 
-    def fail() -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("undefined symbol: aoti_torch")
 
     monkeypatch.setattr(torchao_export, "_multiply", fail)
     found = refusal(folder, quantize={})
     assert "undefined symbol" in found.text
     assert "gguf-q4_0" in str(found.fix)
+
+
+def test_float8_products_that_the_machine_lacks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao")
+    original = torchao_export._multiply
+
+    def old_gpu(grid: Any, dynamic: bool, dtype: Any) -> None:
+        if dynamic:
+            raise RuntimeError("torch._scaled_mm is only supported on compute capability >= 8.9")
+        original(grid, dynamic, dtype)
+
+    monkeypatch.setattr(torchao_export, "_multiply", old_gpu)
+    sections = {"student": {"start": "pruned", "ffn_size": 32}}
+    found = refusal(folder, **sections, quantize={"kind": "float8_dynamic_float8"})
+    assert "float8 products in bfloat16 do not run on this" in found.text
+    assert "compute capability >= 8.9" in found.text
+    assert "kind: float8 rounds weights alone" in str(found.fix)
+    weights_alone = check(folder, **sections, quantize={"kind": "float8"})
+    assert "error" not in {finding.level for finding in weights_alone}
 
 
 def test_llm_compressor_that_is_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from stillhouse.export import (
     teacher_license,
 )
 from stillhouse.job import Job, configs, planned_members, planned_model
-from stillhouse.quantize import planned_bytes
+from stillhouse.quantize import grid_of, planned_bytes
 from stillhouse.recipe import Recipe
 from stillhouse.teachers import load_tokenizer
 
@@ -42,7 +42,8 @@ def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Line]:
                 for level, text, fix in _format(form, section.llm_compressor, student, tokenizer)
             )
     if recipe.quantize is not None and "safetensors" in section.formats:
-        require_torchao()
+        grid, dynamic = grid_of(recipe.quantize), recipe.quantize.dynamic
+        require_torchao(grid, dynamic, section.dtype)
     if section.push_to_hub is not None:
         require_token(section.push_to_hub)
     yield "ok", "export", ", ".join(section.formats), None
@@ -67,7 +68,7 @@ def _format(
         for text, fix in announce_gguf(name, student, tokenizer):
             yield "warning", text, fix
     elif kind == "compressed":
-        require_llm_compressor(python, name)
+        require_llm_compressor(python)
         found = announce_compressed(name, student)
         if found is not None:
             yield "error", *found

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import LlamaConfig
 
 from stillhouse.errors import ModelError
 from stillhouse.export import Gate, announce_compressed, compressed, export_compressed
-from stillhouse.export.compressed import require_llm_compressor
+from stillhouse.export.compressed import fitting_group
 from tests.export.conftest import ToyWindows
 
 STUB = """
@@ -26,7 +25,7 @@ def oneshot(model, tokenizer, recipe, dataset=None, **options):
         "rows": None if dataset is None else len(dataset),
         "samples": options.get("num_calibration_samples"),
     }
-    Path(__file__).with_name("asked.json").write_text(json.dumps(told))
+    Path(__file__).with_name("asked.json").write_text(json.dumps(told, default=vars))
     save = model.save_pretrained
     model.save_pretrained = lambda out, save_compressed: save(out)
 
@@ -34,28 +33,38 @@ class Modifier:
     def __init__(self, **options):
         self.options = options
 """
-MODIFIERS = {
-    "gptq": "GPTQModifier",
-    "transform": "AWQModifier",
-    "quantization": "QuantizationModifier",
+SCHEMES = """
+from types import SimpleNamespace
+
+def preset_name_to_scheme(name, targets):
+    return SimpleNamespace(
+        preset=name, targets=targets, weights=SimpleNamespace(group_size=128)
+    )
+"""
+MODIFIER = "from llmcompressor import Modifier\nclass {}(Modifier): pass\n"
+MODULES = {
+    "llmcompressor/__init__": STUB,
+    "llmcompressor/modifiers/gptq": MODIFIER.format("GPTQModifier"),
+    "llmcompressor/modifiers/transform": MODIFIER.format("AWQModifier"),
+    "llmcompressor/modifiers/quantization": MODIFIER.format("QuantizationModifier"),
+    "llmcompressor/pipelines/cache": "class IntermediatesCache: pass\n",
+    "compressed_tensors/__init__": "",
+    "compressed_tensors/quantization": SCHEMES,
 }
 
 
 @pytest.fixture
 def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """An interpreter that has the package."""
-    package = tmp_path / "site" / "llmcompressor"
-    (package / "modifiers").mkdir(parents=True)
-    (package / "__init__.py").write_text(STUB)
-    (package / "modifiers" / "__init__.py").touch()
-    for module, name in MODIFIERS.items():
-        text = f"from llmcompressor import Modifier\nclass {name}(Modifier):\n    pass\n"
-        (package / "modifiers" / f"{module}.py").write_text(text)
+    site = tmp_path / "site"
+    for name, text in MODULES.items():
+        module = site / f"{name}.py"
+        module.parent.mkdir(parents=True, exist_ok=True)
+        module.write_text(text)
     script = tmp_path / "python"
-    script.write_text(f'#!/bin/sh\nPYTHONPATH="{package.parent}" exec "{sys.executable}" "$@"\n')
+    script.write_text(f'#!/bin/sh\nPYTHONPATH="{site}" exec "{sys.executable}" "$@"\n')
     script.chmod(0o755)
     monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     return str(script)
 
 
@@ -67,10 +76,11 @@ def export(source: Path, out: Path, python: str | None, method: str) -> Any:
 
 @pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
-    ("method", "modifiers", "scheme", "rows"),
+    ("method", "modifiers", "scheme", "group", "rows"),
     [
-        ("awq", ["AWQModifier", "QuantizationModifier"], "W4A16_ASYM", 3),
-        ("fp8", ["QuantizationModifier"], "FP8_DYNAMIC", None),
+        ("gptq", ["GPTQModifier"], "W4A16", 16, 3),
+        ("awq", ["AWQModifier", "QuantizationModifier"], "W4A16", 16, 3),
+        ("fp8", ["QuantizationModifier"], "FP8_DYNAMIC", None, None),
     ],
 )
 def test_it_is_asked_for_a_scheme_and_its_answer_is_replayed(
@@ -80,12 +90,18 @@ def test_it_is_asked_for_a_scheme_and_its_answer_is_replayed(
     method: str,
     modifiers: list[str],
     scheme: str,
+    group: int | None,
     rows: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if group is not None:
+        monkeypatch.setitem(compressed.GROUPS, method, (128, group))
     result = export(trained, tmp_path / "out", python, method)
     asked = json.loads((tmp_path / "site" / "llmcompressor" / "asked.json").read_text())
     assert [name for name, _ in asked["recipe"]] == modifiers
-    options = {"targets": "Linear", "scheme": scheme, "ignore": ["lm_head"]}
+    weights = {"group_size": group or 128}
+    asked_scheme = {"preset": scheme, "targets": ["Linear"], "weights": weights}
+    options = {"config_groups": {"group_0": asked_scheme}, "ignore": ["lm_head"]}
     assert asked["recipe"][-1][1] == options
     assert asked["rows"] == asked["samples"] == rows
     assert result.format == f"compressed-{method}"
@@ -120,18 +136,34 @@ def test_an_interpreter_without_llm_compressor_is_refused(
     assert "install llmcompressor" in str(caught.value.fix)
 
 
-def test_awq_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-    with pytest.raises(ModelError, match="on a GPU alone") as caught:
-        require_llm_compressor(sys.executable, "awq")
-    assert "compressed-gptq" in str(caught.value.fix)
+@pytest.mark.parametrize(
+    ("method", "hidden", "ffn", "group"),
+    [
+        ("gptq", 512, 1536, 128),
+        ("gptq", 576, 1536, 64),
+        ("awq", 576, 1568, 32),
+        ("fp8", 576, 1, None),
+    ],
+)
+def test_the_largest_group_that_every_width_divides_into(
+    method: str, hidden: int, ffn: int, group: int | None
+) -> None:
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=ffn, num_attention_heads=8)
+    assert fitting_group(method, config) == group
+    assert announce_compressed(method, config) is None
 
 
 def test_rows_that_do_not_divide_into_groups_are_announced() -> None:
-    config = LlamaConfig(hidden_size=576, intermediate_size=1536)
+    config = LlamaConfig(hidden_size=576, intermediate_size=1000, num_attention_heads=9)
     found = announce_compressed("gptq", config)
     assert found is not None
-    assert "hidden_size 576" in found[0]
-    assert "512 or 640" in found[1]
-    assert announce_compressed("nvfp4", config) is None
+    assert "intermediate_size 1,000 does not divide into groups of 32" in found[0]
+    assert "992 or 1,024" in found[1]
     assert announce_compressed("fp8", config) is None
+
+
+def test_attention_narrower_than_the_groups_is_announced() -> None:
+    config = LlamaConfig(hidden_size=64, intermediate_size=64, num_attention_heads=1, head_dim=24)
+    found = announce_compressed("awq", config)
+    assert found is not None
+    assert "num_attention_heads × head_dim 24" in found[0]

@@ -12,13 +12,17 @@ from transformers import AutoModelForCausalLM
 from stillhouse.errors import ModelError
 from stillhouse.export import Gate, export_gguf, export_torchao
 from stillhouse.export import torchao as torchao_export
+from stillhouse.export.gguf import write_form
 from stillhouse.export.gguf_blocks import fitting_kind, packed_blocks
 from stillhouse.export.gguf_file import FORMATS
 from stillhouse.quantize import FILE, Grid, Quantization, choose_scales, on_grid, quantize
+from stillhouse.quantize.activations import rounded_inputs
 from stillhouse.recipe.schema import QuantizeRecipe
 from stillhouse.teachers import load_model
 from tests import tiny
 from tests.export.conftest import ToyWindows
+
+KINDS = ("int4", "int8", "float8", "int8_dynamic_int4", "float8_dynamic_float8")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     )
     model.save_pretrained(folder / "student")
     words.save_pretrained(folder / "student")
-    for kind in ("int4", "int8", "int8_dynamic_int4"):
+    for kind in KINDS:
         section = QuantizeRecipe(kind=kind, keep=["layers.1"])
         quantize(
             folder / "student",
@@ -41,7 +45,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             vocabulary=len(words),
             seed=0,
         )
-    return {kind: folder / kind for kind in ("int4", "int8", "int8_dynamic_int4")}
+    return {kind: folder / kind for kind in KINDS}
 
 
 def gate(folder: Path) -> Gate:
@@ -51,7 +55,7 @@ def gate(folder: Path) -> Gate:
 # --- torchao -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("kind", ["int4", "int8", "float8"])
 @pytest.mark.usefixtures("in_process")
 def test_torchao_in_float32_has_exactly_the_trained_numbers(
     rounded: dict[str, Path], tmp_path: Path, kind: str
@@ -71,17 +75,48 @@ def test_torchao_in_float32_has_exactly_the_trained_numbers(
         assert torch.equal(plain, source[name]), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("int8_dynamic_int4", "int4"), ("float8_dynamic_float8", "float8")]
+)
 def test_torchao_with_rounded_inputs_is_replayed_in_a_fresh_process(
-    rounded: dict[str, Path], tmp_path: Path
+    rounded: dict[str, Path], tmp_path: Path, kind: str, name: str
 ) -> None:
     pytest.importorskip("torchao")
-    folder = rounded["int8_dynamic_int4"]
+    folder = rounded[kind]
     quantization = Quantization.load(folder / FILE)
     result = export_torchao(
         gate(folder), tmp_path / "out", quantization=quantization, dtype="bfloat16"
     )
     assert 0 < result.kl < result.kl_limit
-    assert result.dtype == "torchao int4, bfloat16"
+    assert result.dtype == f"torchao {name}, bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "limit"),
+    [
+        ("cpu", torch.float32, 1e-5),
+        pytest.param("cuda", torch.bfloat16, 5e-3, marks=pytest.mark.cuda),
+    ],
+)
+@pytest.mark.parametrize("kind", ["int8_dynamic_int4", "float8_dynamic_float8"])
+def test_torchaos_product_is_that_of_the_inputs_that_are_rounded_here(
+    rounded: dict[str, Path], kind: str, device: str, dtype: torch.dtype, limit: float
+) -> None:
+    pytest.importorskip("torchao")
+    quantization = Quantization.load(rounded[kind] / FILE)
+    model = load_model(rounded[kind] / "model", dtype=torch.float32)
+    name = quantization.linear_layers(model)[0]
+    weight_OI = dict(model.named_parameters())[name].detach()
+    packed = torchao_export._tensor(
+        weight_OI, quantization.scales[name], quantization, dtype, dynamic=True
+    )
+    inputs_NI = torch.randn(16, weight_OI.shape[1], generator=torch.Generator().manual_seed(0))
+    inputs_NI = inputs_NI.to(device, dtype)
+    theirs_NO = torch.nn.functional.linear(inputs_NI, packed.to(device)).float().cpu()
+    seen_NI = rounded_inputs(inputs_NI, floating=quantization.grid.floating).float().cpu()
+    ours_NO = seen_NI @ weight_OI.T
+    assert (theirs_NO - ours_NO).norm() < limit * ours_NO.norm()
+    assert (inputs_NI.float().cpu() @ weight_OI.T - ours_NO).norm() > 1e-3 * ours_NO.norm()
 
 
 def test_without_torchao_it_is_said_what_works(
@@ -115,7 +150,13 @@ def test_blocks_hold_the_grid_exactly(bits: int, group: int, form: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "form"), [(Grid(8, 32), "q4_0"), (Grid(4, 16), "q4_0"), (Grid(4, 32), "f16")]
+    ("grid", "form"),
+    [
+        (Grid(8, 32), "q4_0"),
+        (Grid(4, 16), "q4_0"),
+        (Grid(4, 32), "f16"),
+        (Grid(8, None, floating=True), "q8_0"),
+    ],
 )
 def test_formats_that_do_not_hold_the_grid(grid: Grid, form: str) -> None:
     assert fitting_kind(grid, FORMATS[form]) is None
@@ -137,3 +178,33 @@ def test_gguf_ships_the_trained_numbers(
     for name, weight in loaded.named_parameters():
         if name in quantization.scales:
             assert torch.equal(weight, source[name]), name
+
+
+@pytest.mark.parametrize("form", ["q4_0", "q8_0"])
+def test_gguf_of_no_grid_weighs_errors_where_moments_are_known(
+    rounded: dict[str, Path], tmp_path: Path, form: str
+) -> None:
+    """Against the same format without them, as transformers reads both: no matrix's weighed error
+    is larger, and all together it is much smaller."""
+    student = rounded["int4"].parent / "student"
+    source = dict(load_model(student, dtype=torch.float32).named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    moments = {
+        name: torch.randn(weight.shape[-1], generator=generator).exp().square()
+        for name, weight in source.items()
+        if weight.ndim == 2
+    }
+    errors = {}
+    for known in (None, moments):
+        file = tmp_path / f"{known is not None}.gguf"
+        write_form(student, file, kind=form, name="toy", moments=known)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path, gguf_file=file.name, dtype=torch.float32
+        )
+        errors[known is not None] = {
+            name: float(((weight - source[name]).detach().square() * moments[name]).sum())
+            for name, weight in loaded.named_parameters()
+            if name in moments
+        }
+    assert all(errors[True][name] < 1.01 * error for name, error in errors[False].items())
+    assert sum(errors[True].values()) < 0.8 * sum(errors[False].values())

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from stillhouse.quantize import Grid, choose_scales, from_codes, on_grid, to_codes
-from stillhouse.quantize.grid import LARGEST, WEIGHED
+from stillhouse.quantize.grid import WEIGHED
 
-GRIDS = [Grid(4, 8), Grid(8, 16)]
+GRIDS = [Grid(4, 8), Grid(8, 16), Grid(8, None, floating=True)]
 
 
 def matrix(seed: int = 0) -> Tensor:
@@ -17,20 +17,26 @@ def matrix(seed: int = 0) -> Tensor:
     return 0.05 * torch.randn(5, 32, generator=generator)
 
 
+def every_code(grid: Grid) -> Tensor:
+    if not grid.floating:
+        return torch.arange(grid.lowest, grid.highest + 1).float()
+    numbers = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float()
+    return numbers[numbers.isfinite()]
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_scales_are_the_best_of_those_tried(grid: Grid) -> None:
     """Against a search by plain Python, group by group and number by number."""
     weight_OI = matrix()
     scales_OG = choose_scales(weight_OI, grid)
+    every = every_code(grid).tolist()
     for row in range(len(weight_OI)):
-        for index, group in enumerate(weight_OI[row].split(grid.group)):
+        for index, group in enumerate(weight_OI[row].split(grid.group or 32)):
             extreme = max(group.tolist(), key=abs)
             errors = {}
-            for largest in LARGEST[grid.bits]:
+            for largest in grid.places(weighed=False):
                 scale = float(torch.tensor(extreme / largest).half())
-                codes = [
-                    min(max(round(w / scale), grid.lowest), grid.highest) for w in group.tolist()
-                ]
+                codes = [min(every, key=lambda q: abs(w - scale * q)) for w in group.tolist()]
                 errors[scale] = sum(
                     (w - scale * q) ** 2 for w, q in zip(group.tolist(), codes, strict=True)
                 )
@@ -61,8 +67,7 @@ def test_no_weight_on_the_grid_is_nearer(grid: Grid) -> None:
     weight_OI = matrix()
     scales_OG = choose_scales(weight_OI, grid)
     near_OI = on_grid(weight_OI, scales_OG, grid)
-    all_codes = torch.arange(grid.lowest, grid.highest + 1)
-    points_OIq = scales_OG.repeat_interleave(grid.group, -1)[..., None] * all_codes
+    points_OIq = scales_OG.repeat_interleave(grid.group or 32, -1)[..., None] * every_code(grid)
     least_OI = (points_OIq - weight_OI[..., None]).abs().amin(-1)
     assert torch.allclose((near_OI - weight_OI).abs(), least_OI, atol=1e-9)
 
@@ -74,11 +79,10 @@ def test_codes_and_scales_are_the_weights_exactly(grid: Grid) -> None:
     assert torch.equal(scales_OG, scales_OG.half().float()), "float16 holds every scale"
     once_OI = on_grid(matrix(), scales_OG, grid)
     codes_OI = to_codes(once_OI, scales_OG, grid)
-    assert codes_OI.dtype == torch.int8
+    assert codes_OI.dtype == (torch.float8_e4m3fn if grid.floating else torch.int8)
     assert torch.equal(from_codes(codes_OI, scales_OG), once_OI)
     assert torch.equal(on_grid(once_OI, scales_OG, grid), once_OI)
-    assert codes_OI.min() >= grid.lowest
-    assert codes_OI.max() <= grid.highest
+    assert torch.isin(codes_OI.float(), every_code(grid)).all()
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
@@ -90,5 +94,13 @@ def test_a_group_of_zeros_stays_zero() -> None:
 
 
 def test_bytes_are_codes_and_scales() -> None:
-    assert Grid(4, 32).bytes(32) == 16 + 2, "as a q4_0 block of GGUF"
-    assert Grid(8, 32).bytes(64) == 2 * (32 + 2)
+    assert Grid(4, 32).bytes(32, rows=1) == 16 + 2, "as a q4_0 block of GGUF"
+    assert Grid(8, 32).bytes(64, rows=1) == 2 * (32 + 2)
+    assert Grid(8, None, floating=True).bytes(64, rows=4) == 64 + 4 * 2
+
+
+def test_what_is_past_float8_is_its_largest_number() -> None:
+    """float8 would make NaN of it."""
+    grid = Grid(8, None, floating=True)
+    codes_OI = to_codes(torch.tensor([[1e6, -1e6, 1.0]]), torch.ones(1, 1), grid)
+    assert codes_OI.float().tolist() == [[448, -448, 1]]

@@ -30,15 +30,14 @@ from stillhouse.runner import prepare_data
 from stillhouse.teachers import load_model
 from tests import tiny
 
-GRID = Grid(4, 32)
 
-
-def test_two_steps_are_those_of_a_straight_through_estimator() -> None:
+@pytest.mark.parametrize("grid", [Grid(4, 32), Grid(8, None, floating=True)])
+def test_two_steps_are_those_of_a_straight_through_estimator(grid: Grid) -> None:
     """Against functional calls of the rounded weights, with SGD on the unrounded ones."""
     model, other = tiny.llama(), tiny.llama()
-    units = find_units(model, GRID)
-    scales = scales_of(model, units, GRID)
-    rounded = RoundedWeights(Quantization(GRID, False, scales))
+    units = find_units(model, grid)
+    scales = scales_of(model, units, grid)
+    rounded = RoundedWeights(Quantization(grid, False, scales))
     ids_RL = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     rounded.on_train_begin(None, None, None, model=model)
@@ -53,7 +52,7 @@ def test_two_steps_are_those_of_a_straight_through_estimator() -> None:
     parameters = dict(other.named_parameters())
     for _ in range(2):
         on = {
-            name: (on_grid(p, scales[name], GRID) if name in scales else p.detach().clone())
+            name: (on_grid(p, scales[name], grid) if name in scales else p.detach().clone())
             for name, p in parameters.items()
         }
         on = {name: p.requires_grad_() for name, p in on.items()}
@@ -165,5 +164,5 @@ def test_the_training_recipe_of_so_many_tokens(prepared: tuple[Path, Windows, Wi
     recipe = qat_section(asked, TrainRecipe(batch_size=4, evaluate_every=5, early_stop=2), windows)
     assert recipe.max_steps == -(-20 * len(windows) // 4)
     assert recipe.epochs * len(windows) >= recipe.max_steps * 4
-    assert recipe.learning_rate == 5e-5
+    assert recipe.learning_rate == 2e-4
     assert recipe.evaluate_every is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from stillhouse.errors import RecipeError
@@ -18,6 +19,7 @@ from stillhouse.quantize import (
     Sensitivity,
     choose_kept,
     find_units,
+    grid_of,
     measure,
     model_bytes,
     quantize,
@@ -87,6 +89,25 @@ def test_rows_that_the_group_size_does_not_divide(student: Path, tmp_path: Path)
     with pytest.raises(RecipeError, match="groups of 64 do not divide") as caught:
         call(student, tmp_path, group_size=64)
     assert "group_size 32" in str(caught.value.fix)
+
+
+def test_widths_that_float8_kernels_do_not_multiply(tmp_path: Path) -> None:
+    """Weights alone may be float8 nevertheless; the embeddings are looked up, not multiplied."""
+    student = tiny.save_model(tmp_path / "student", intermediate_size=72)
+    with pytest.raises(RecipeError, match="72 by 32: float8 kernels multiply what 16") as caught:
+        call(student, tmp_path / "refused", kind="float8_dynamic_float8")
+    assert "kind: float8" in str(caught.value.fix)
+    assert call(student, tmp_path / "weights", kind="float8").group_size is None
+
+
+def test_float8_has_a_scale_a_row() -> None:
+    model, grid = tiny.llama(), grid_of(QuantizeRecipe(kind="float8"))
+    units = find_units(model, grid)
+    norms, matrices = 7 * 32, [p for p in model.parameters() if p.ndim == 2]
+    stored = sum(p.numel() + 2 * len(p) for p in matrices)
+    assert model_bytes(model, units, set(), grid) == stored + norms * 2
+    with pytest.raises(ValidationError, match="leave group_size out"):
+        QuantizeRecipe(kind="float8", group_size=32)
 
 
 # --- sensitivity ---------------------------------------------------------------------------------
@@ -210,6 +231,16 @@ def test_rounded_inputs_are_torchaos() -> None:
     assert torch.allclose(rounded_inputs(inputs_LI), expected_LI, atol=1e-6)
 
 
+def test_float8_inputs_are_torchaos() -> None:
+    """A token of zeros stays zeros, where torchao divides by its scale of 0."""
+    torchao = pytest.importorskip("torchao.quantization")
+    inputs_LI = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    expected_LI = torchao.Float8Tensor.from_hp(inputs_LI, torch.float8_e4m3fn, torchao.PerRow())
+    found_LI = rounded_inputs(inputs_LI, floating=True)
+    assert torch.allclose(found_LI, expected_LI.dequantize(), atol=1e-6)
+    assert not rounded_inputs(torch.zeros(1, 8), floating=True).any()
+
+
 def test_gradients_pass_rounded_inputs_unchanged() -> None:
     inputs_LI = torch.randn(2, 8, requires_grad=True)
     rounded_inputs(inputs_LI).sum().backward()
@@ -221,7 +252,7 @@ def test_inputs_are_rounded_until_the_hook_is_removed() -> None:
     layer = model.model.layers[0].mlp.up_proj
     x = torch.randn(1, 32)
     plain = layer(x)
-    [hook] = round_inputs_of(model, ["model.layers.0.mlp.up_proj.weight"])
+    [hook] = round_inputs_of(model, ["model.layers.0.mlp.up_proj.weight"], GRID)
     assert torch.equal(layer(x), torch.nn.functional.linear(rounded_inputs(x), layer.weight))
     hook.remove()
     assert torch.equal(layer(x), plain)

@@ -8,13 +8,13 @@ from stillhouse.export.compressed import (
     require_llm_compressor,
 )
 from stillhouse.export.gate import Gate, Likeness, ReplayResult, ReplayText, against_teacher
-from stillhouse.export.gguf import announce_gguf, export_gguf
+from stillhouse.export.gguf import WEIGHED, announce_gguf, export_gguf
 from stillhouse.export.hub import Pushed, push, require_token
-from stillhouse.export.llama_quantizer import K_QUANTS, has_llama_cpp
+from stillhouse.export.llama_quantizer import has_llama_cpp
 from stillhouse.export.torchao import export_torchao, require_torchao
 
 __all__ = [
-    "K_QUANTS",
+    "WEIGHED",
     "CardFacts",
     "Gate",
     "Likeness",

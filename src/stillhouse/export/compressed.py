@@ -13,19 +13,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.script import run_script
 from stillhouse.progress import note
-from stillhouse.teachers import load_tokenizer, save_tokenizer
+from stillhouse.teachers import load_config, load_tokenizer, save_tokenizer
 
 KL_LIMITS = {"gptq": 1.0, "awq": 1.0, "fp8": 0.1, "nvfp4": 1.0}
 """Nats a token that the rounding is believed to cost at most, by the method."""
-GROUPS = {"gptq": 128, "awq": 128, "nvfp4": 16}
-"""Inputs that share a scale: matrices' rows must divide into them."""
+GROUPS = {"gptq": (128, 64, 32), "awq": (128, 64, 32), "nvfp4": (16,)}
+"""Inputs that share a scale: the first that every matrix's rows divide into is taken."""
 
 
 def export_compressed(
@@ -38,7 +37,7 @@ def export_compressed(
     Raises ModelError: a package is missing, llm-compressor fails, an export that does not load or
     differs by more than is allowed. RunError: no space, no permission, `out` has files already.
     """
-    interpreter = require_llm_compressor(python, method)
+    interpreter = require_llm_compressor(python)
 
     def work(folder: Path) -> ReplayResult:
         note(f"llm-compressor: {method}")
@@ -57,16 +56,10 @@ def export_compressed(
     return fill(out, work)
 
 
-def require_llm_compressor(python: str | None, method: str) -> str:
+def require_llm_compressor(python: str | None) -> str:
     """The interpreter. Raises ModelError: none is named, it lacks llm-compressor, or this Python
-    lacks what reads its files, or this machine what the method takes."""
+    lacks what reads its files."""
     where = "export.llm_compressor"
-    if method == "awq" and not torch.accelerator.is_available():
-        raise ModelError(
-            "llm-compressor's AWQ runs on a GPU alone",
-            where="export.formats",
-            fix="use compressed-gptq, compressed-fp8 or compressed-nvfp4, which run on a CPU too",
-        )
     if importlib.util.find_spec("compressed_tensors") is None:
         raise ModelError(
             "compressed-tensors, which reads these files again, is not installed",
@@ -104,7 +97,13 @@ def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence
         folder = Path(name)
         rows = {str(place): window["input_ids"] for place, window in enumerate(windows)}
         save_file(rows, folder / "windows.safetensors")
-        request = {"source": str(gate.source.resolve()), "out": str(out), "method": method}
+        config = load_config(gate.source, trust_remote_code=gate.trust_remote_code)
+        request = {
+            "source": str(gate.source.resolve()),
+            "out": str(out),
+            "method": method,
+            "group_size": fitting_group(method, config),
+        }
         run_script(
             "llm_compressor.py",
             folder,
@@ -117,17 +116,34 @@ def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence
         )
 
 
+def fitting_group(method: str, config: Any) -> int | None:
+    """The largest group that the method has and the model's widths divide into; None: it has none,
+    or there is none (see `announce_compressed`)."""
+    widths = _widths(config).values()
+    fitting = [g for g in GROUPS.get(method, ()) if not any(width % g for width in widths)]
+    return fitting[0] if fitting else None
+
+
 def announce_compressed(method: str, config: Any) -> tuple[str, str] | None:
     """What of a planned student this method cannot hold: a text, and what avoids it."""
-    group = GROUPS.get(method)
+    if method not in GROUPS or fitting_group(method, config) is not None:
+        return None
+    group = GROUPS[method][-1]
+    key, width = next((key, width) for key, width in _widths(config).items() if width % group)
+    below = width // group * group
+    near = " or ".join(f"{size:,}" for size in (below, below + group) if size)
+    return (
+        f"compressed-{method}: {key} {width:,} does not divide into groups of {group}",
+        f"{key} {near}, or compressed-fp8, which has none",
+    )
+
+
+def _widths(config: Any) -> dict[str, int]:
+    """Of what linear layers read, by their names in the configuration."""
     text = config.get_text_config()
-    for key in ("hidden_size", "intermediate_size"):
-        width = int(getattr(text, key))
-        if group is not None and width % group:
-            below = width // group * group
-            near = " or ".join(f"{size:,}" for size in (below, below + group) if size)
-            return (
-                f"compressed-{method}: {key} {width:,} does not divide into groups of {group}",
-                f"{key} {near}, or compressed-fp8, which has none",
-            )
-    return None
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return {
+        "hidden_size": int(text.hidden_size),
+        "intermediate_size": int(text.intermediate_size),
+        "num_attention_heads × head_dim": int(head * text.num_attention_heads),
+    }

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from stillhouse.export.gate import Gate, ReplayResult, fill
-from stillhouse.export.gguf_blocks import pack
+from stillhouse.export.gguf_blocks import BITS, pack, pack_weighed
 from stillhouse.export.gguf_file import FORMATS, write_gguf
-from stillhouse.export.gguf_model import architecture
+from stillhouse.export.gguf_model import architecture, gguf_names
 from stillhouse.export.gguf_tokenizer import KNOWN_TO_TRANSFORMERS, pre_tokenizer_name
 from stillhouse.export.llama_quantizer import (
     K_BLOCK,
@@ -24,6 +24,9 @@ from stillhouse.export.modelfile import modelfile
 from stillhouse.quantize import Quantization
 from stillhouse.quantize.moments import Moments
 from stillhouse.teachers import load_model, load_tokenizer
+
+WEIGHED = frozenset({*K_QUANTS, "q4_0"})
+"""Formats of so few bits that weighing their errors is worth measuring each input's importance."""
 
 
 def export_gguf(
@@ -39,9 +42,10 @@ def export_gguf(
 
     kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed.
     quantization: the source's, where it is on a grid: a format that holds the grid then gets its
-    numbers as they are. moments: of every matrix's inputs, which k-quants weigh errors by. Before
-    the folder gets its name, transformers' GGUF loader reads the file in a fresh process, and so
-    does llama.cpp where it is installed; both are compared with the source as every export is.
+    numbers as they are. moments: of every matrix's inputs: rounding errors are weighed by them in
+    k-quants, and in q4_0 and q8_0 of a source that is on no grid. Before the folder gets its name,
+    transformers' GGUF loader reads the file in a fresh process, and so does llama.cpp where it is
+    installed; both are compared with the source as every export is.
     Raises ModelError: an architecture or tokenizer that GGUF cannot hold, an export that does not
     load or that differs by more than is allowed. RunError: no space, no permission, a full folder.
     """
@@ -126,9 +130,14 @@ def write_form(
             trust_remote_code=trust_remote_code,
         )
     form, packed = FORMATS[kind], {}
-    if quantization is not None:
+    if quantization is not None or (moments is not None and {form.kind, form.embeddings} & {*BITS}):
         model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        packed = pack(dict(model.named_parameters()), quantization, form)
+        weights = dict(model.named_parameters())
+        if quantization is not None:
+            packed = pack(weights, quantization, form)
+        elif moments is not None:
+            names = gguf_names(moments, model.config.get_text_config())
+            packed = pack_weighed(weights, moments, names, form)
     fallen = write_gguf(
         source, file, form, name=name, packed=packed, trust_remote_code=trust_remote_code
     )

@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compressed_tensors.quantization import preset_name_to_scheme
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-SCHEMES = {"gptq": "W4A16", "awq": "W4A16_ASYM", "fp8": "FP8_DYNAMIC", "nvfp4": "NVFP4"}
-"""llm-compressor's names: 4 bits in groups of 128, FP8 with a scale an output and a token, NVFP4
-with two scales."""
+SCHEMES = {"gptq": "W4A16", "awq": "W4A16", "fp8": "FP8_DYNAMIC", "nvfp4": "NVFP4"}
+"""llm-compressor's names: 4 bits in groups, FP8 with a scale an output and a token, NVFP4 with two
+scales."""
 
 
 def main(folder: Path) -> None:
@@ -32,12 +34,18 @@ def main(folder: Path) -> None:
         request["source"], dtype=torch.bfloat16, local_files_only=True
     )
     method = request["method"]
-    options = {"targets": "Linear", "scheme": SCHEMES[method], "ignore": ["lm_head"]}
+    scheme = preset_name_to_scheme(SCHEMES[method], ["Linear"])
+    if request["group_size"] is not None:
+        scheme.weights.group_size = request["group_size"]
+    options = {"config_groups": {"group_0": scheme}, "ignore": ["lm_head"]}
     recipe: list[Any] = [GPTQModifier(**options)]
     if method != "gptq":
         recipe = [QuantizationModifier(**options)]
     if method == "awq":
         recipe.insert(0, AWQModifier())
+        if not torch.accelerator.is_available():
+            # Pinned memory is for copies to an accelerator; without one, torch refuses to pin.
+            IntermediatesCache.pin_memory = lambda *_, **__: None
     tokenizer = request["source"]
     oneshot(model=model, tokenizer=tokenizer, recipe=recipe, **_calibration(method, folder))
     model.save_pretrained(request["out"], save_compressed=True)

@@ -2,7 +2,7 @@
 
 torchao's int4 kernels want a GPU; the tensors that also run on a CPU hold one number a byte and
 multiply in floating point. So this format is for transformers and for PyTorch's own exporters; the
-small file is GGUF's.
+small file is GGUF's. float8 with rounded inputs is what newer GPUs multiply directly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
-from stillhouse.quantize import Grid, Quantization, to_codes
+from stillhouse.hardware import default_device
+from stillhouse.quantize import FLOAT8_WIDTH, Grid, Quantization, to_codes
 from stillhouse.teachers import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 
@@ -34,10 +35,11 @@ def export_torchao(
     """Writes a Hugging Face folder whose quantized matrices are torchao tensors.
 
     gate: its source is the float32 checkpoint on the grid. dtype: of everything else.
-    Raises ModelError: torchao is missing, an export that does not load or differs by more than is
-    allowed. RunError: no space, no permission, `out` has files already.
+    Raises ModelError: torchao is missing, float8 products that this machine does not have, an
+    export that does not load or differs by more than is allowed. RunError: no space, no permission,
+    `out` has files already.
     """
-    require_torchao()
+    require_torchao(quantization.grid, quantization.dynamic, dtype)
 
     def work(folder: Path) -> ReplayResult:
         code = gate.trust_remote_code
@@ -48,7 +50,7 @@ def export_torchao(
             folder,
             list(folder.glob("*.safetensors")),
             format="safetensors",
-            dtype=f"torchao int{quantization.grid.bits}, {dtype}",
+            dtype=f"torchao {quantization.grid.name}, {dtype}",
             limit=limit,
             advice="export float32 (export.dtype: float32), or quantize weights only",
         )
@@ -56,9 +58,11 @@ def export_torchao(
     return fill(out, work)
 
 
-def require_torchao() -> None:
-    """Raises ModelError where torchao is not installed, or its tensors do not work here."""
+def require_torchao(grid: Grid, dynamic: bool, dtype: str) -> None:
+    """Raises ModelError where torchao is not installed, or such tensors do not work here."""
     instead = "or export gguf-q4_0 or gguf-q8_0 alone, which need no torchao"
+    if grid.floating:
+        instead = "or use quantize.kind int8 or int4 and export gguf-q8_0 or gguf-q4_0 alone"
     if importlib.util.find_spec("torchao") is None:
         raise ModelError(
             "a quantized student is written as safetensors by torchao, which is not installed",
@@ -66,9 +70,17 @@ def require_torchao() -> None:
             fix=f"pip install 'stillhouse[quantize]', {instead}",
         )
     try:
-        _multiply()
+        _multiply(grid, dynamic, getattr(torch, dtype))
     except (ImportError, RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
+        if grid.floating and dynamic:
+            raise ModelError(
+                f"float8 products in {dtype} do not run on this {_device_name()} ({first[0]})",
+                where="quantize.kind",
+                fix="kind: float8 rounds weights alone and int8_dynamic_int8 inputs too, on any "
+                "machine; products of float8 want a GPU of NVIDIA's Ada or Hopper generation or "
+                "newer (compute capability 8.9), or AMD's MI300, and export.dtype: bfloat16",
+            ) from error
         raise ModelError(
             f"torchao is installed and does not work with this torch ({first[0]})",
             where="export.formats",
@@ -76,15 +88,23 @@ def require_torchao() -> None:
         ) from error
 
 
-def _multiply() -> None:
-    """A product with a quantized matrix, and what writes it: all that an export takes."""
+def _multiply(grid: Grid, dynamic: bool, dtype: torch.dtype) -> None:
+    """A product with a quantized matrix where it will be asked for, and what writes it: all that an
+    export takes."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
-    quantization = Quantization(Grid(4, 32), True, {})
-    weight_OI = torch.ones(2, 32)
-    packed = _tensor(weight_OI, torch.ones(2, 1), quantization, torch.float32, True)
-    torch.nn.functional.linear(torch.ones(1, 32), packed)
+    width, device = grid.group or FLOAT8_WIDTH, default_device()
+    weight_OI = torch.ones(FLOAT8_WIDTH, width)
+    quantization = Quantization(grid, dynamic, {})
+    packed = _tensor(weight_OI, torch.ones(FLOAT8_WIDTH, 1), quantization, dtype, dynamic)
+    rows = torch.ones(FLOAT8_WIDTH, width, dtype=dtype, device=device)
+    torch.nn.functional.linear(rows, packed.to(device))
     flatten_tensor_state_dict({"layer.weight": packed})
+
+
+def _device_name() -> str:
+    device = default_device()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def save_torchao(
@@ -122,31 +142,58 @@ def _tensor(
     from torchao.quantization import IntxUnpackedToInt8Tensor
 
     grid = quantization.grid
+    if grid.floating:
+        return _float8_tensor(weight_OI, scales_OG, grid, dtype, dynamic)
     return IntxUnpackedToInt8Tensor(
         qdata=to_codes(weight_OI, scales_OG, grid),
         scale=scales_OG.half(),
         zero_point=torch.zeros(scales_OG.shape, dtype=torch.int8),
-        target_dtype=getattr(torch, f"int{grid.bits}"),
+        target_dtype=getattr(torch, grid.name),
         block_size=[1, grid.group],
         dtype=dtype,
         activation_quantization="int8_asym_per_token" if dynamic else None,
     )
 
 
-def _config(quantization: Quantization, weights: dict[str, Tensor]) -> Any:
-    from torchao.quantization import (
-        Int8DynamicActivationIntxWeightConfig,
-        IntxWeightOnlyConfig,
-        PerGroup,
+def _float8_tensor(
+    weight_OI: Tensor, scales_O1: Tensor, grid: Grid, dtype: Any, dynamic: bool
+) -> Tensor:
+    """Its kernels want float32 scales."""
+    from torchao.float8.inference import Float8MMConfig
+    from torchao.quantization import Float8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
+
+    rounded: dict[str, Any] = {
+        "act_quant_kwargs": QuantizeTensorToFloat8Kwargs(grid.dtype, PerRow()),
+        "mm_config": Float8MMConfig(use_fast_accum=True),
+    }
+    return Float8Tensor(
+        to_codes(weight_OI, scales_O1, grid),
+        scales_O1.float(),
+        block_size=[1, weight_OI.shape[-1]],
+        dtype=dtype,
+        **(rounded if dynamic else {}),
     )
+
+
+def _config(quantization: Quantization, weights: dict[str, Tensor]) -> Any:
+    from torchao import quantization as torchao
     from transformers import TorchAoConfig
 
-    grid = quantization.grid
-    kind, group = getattr(torch, f"int{grid.bits}"), PerGroup(grid.group)
-    config = (
-        Int8DynamicActivationIntxWeightConfig(weight_dtype=kind, weight_granularity=group)
-        if quantization.dynamic
-        else IntxWeightOnlyConfig(weight_dtype=kind, granularity=group)
-    )
+    grid, dynamic = quantization.grid, quantization.dynamic
+    config: Any
+    if grid.floating:
+        kind = torchao.Float8WeightOnlyConfig
+        if dynamic:
+            kind = torchao.Float8DynamicActivationFloat8WeightConfig
+        config = kind(granularity=torchao.PerRow())
+    elif dynamic:
+        config = torchao.Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=getattr(torch, grid.name), weight_granularity=torchao.PerGroup(grid.group)
+        )
+    else:
+        config = torchao.IntxWeightOnlyConfig(
+            weight_dtype=getattr(torch, grid.name), granularity=torchao.PerGroup(grid.group)
+        )
     kept = [name.removesuffix(".weight") for name in weights if name not in quantization.scales]
     return TorchAoConfig(config, modules_to_not_convert=kept, include_input_output_embeddings=True)

@@ -1,11 +1,13 @@
-"""The student in whole numbers of few bits: rounded as it is, or trained while it is rounded."""
+"""The student in numbers of few bits: rounded as it is, or trained while it is rounded."""
 
 from stillhouse.quantize.grid import Grid, choose_scales, from_codes, on_grid, to_codes
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.quantize.quantize import (
+    FLOAT8_WIDTH,
     TRAINING,
     QuantizeResult,
     draw_windows,
+    grid_of,
     planned_bytes,
     qat_section,
     quantize,
@@ -16,6 +18,7 @@ from stillhouse.quantize.units import Unit, find_units, model_bytes
 
 __all__ = [
     "FILE",
+    "FLOAT8_WIDTH",
     "TRAINING",
     "Grid",
     "Quantization",
@@ -27,6 +30,7 @@ __all__ = [
     "draw_windows",
     "find_units",
     "from_codes",
+    "grid_of",
     "measure",
     "model_bytes",
     "on_grid",

@@ -1,4 +1,4 @@
-"""Inputs of linear layers rounded to int8, each token by its own range, as torchao's are.
+"""Inputs of linear layers rounded to 8 bits, each token by its own range, as torchao's are.
 
 Shapes: ... tokens, I inputs of a layer.
 """
@@ -12,31 +12,49 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from stillhouse.quantize.grid import FLOAT8, Grid
+
 LOWEST, HIGHEST = -128, 127
 
 
-def rounded_inputs(inputs_I: Tensor) -> Tensor:
+def rounded_inputs(inputs_I: Tensor, *, floating: bool = False) -> Tensor:
     """Inputs on a grid of 256 steps from the token's least number to its greatest, 0 included.
 
-    Gradients pass as if nothing was rounded (straight-through estimator, arXiv 1308.3432).
+    floating: as float8, the token's number of largest size being float8's largest. Gradients pass
+    as if nothing was rounded (straight-through estimator, arXiv 1308.3432).
     """
     with torch.no_grad():
-        low_1 = inputs_I.amin(-1, keepdim=True).clamp(max=0)
-        high_1 = inputs_I.amax(-1, keepdim=True).clamp(min=0)
-        scale_1 = (high_1 - low_1) / (HIGHEST - LOWEST)
-        scale_1 = scale_1.clamp(min=torch.finfo(inputs_I.dtype).eps)
-        zero_1 = (LOWEST - (low_1 / scale_1).round()).clamp(LOWEST, HIGHEST)
-        codes_I = (inputs_I * (1 / scale_1)).round().add(zero_1).clamp(LOWEST, HIGHEST)
-        on_grid_I = (codes_I - zero_1) * scale_1
+        on_grid_I = _in_float8(inputs_I) if floating else _in_int8(inputs_I)
     return inputs_I + (on_grid_I - inputs_I).detach()
 
 
-def round_inputs_of(model: nn.Module, weights: Iterable[str]) -> list[RemovableHandle]:
-    """From now on those linear layers see rounded inputs; `remove()` each handle to end it."""
+def _in_int8(inputs_I: Tensor) -> Tensor:
+    low_1 = inputs_I.amin(-1, keepdim=True).clamp(max=0)
+    high_1 = inputs_I.amax(-1, keepdim=True).clamp(min=0)
+    scale_1 = (high_1 - low_1) / (HIGHEST - LOWEST)
+    scale_1 = scale_1.clamp(min=torch.finfo(inputs_I.dtype).eps)
+    zero_1 = (LOWEST - (low_1 / scale_1).round()).clamp(LOWEST, HIGHEST)
+    codes_I = (inputs_I * (1 / scale_1)).round().add(zero_1).clamp(LOWEST, HIGHEST)
+    return (codes_I - zero_1) * scale_1
+
+
+def _in_float8(inputs_I: Tensor) -> Tensor:
+    largest = torch.finfo(FLOAT8).max
+    scale_1 = (inputs_I.abs().amax(-1, keepdim=True) / largest).float()
+    scale_1 = scale_1.clamp(min=torch.finfo(torch.float32).tiny)  # a token of zeros
+    codes_I = (inputs_I.float() / scale_1).clamp(-largest, largest).to(FLOAT8)
+    return (codes_I.float() * scale_1).to(inputs_I.dtype)
+
+
+def round_inputs_of(model: nn.Module, weights: Iterable[str], grid: Grid) -> list[RemovableHandle]:
+    """From now on those linear layers see inputs rounded as that grid's weights are.
+
+    `remove()` each handle to end it.
+    """
     modules = dict(model.named_modules())
 
     def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (rounded_inputs(inputs[0]), *inputs[1:])
+        return (rounded_inputs(inputs[0], floating=grid.floating), *inputs[1:])
 
     chosen = [modules[name.removesuffix(".weight")] for name in weights]
     return [module.register_forward_pre_hook(before) for module in chosen]

@@ -1,10 +1,11 @@
-"""The grid of whole numbers that a quantized matrix lives on, and the rounding onto it.
+"""The grid that a quantized matrix lives on, and the rounding onto it.
 
 Shapes: O rows (outputs), I columns (inputs), G groups in a row.
 
-A weight is w = s·q: q a whole number of 4 or 8 bits, s a scale that `group` neighbours in a row
-share. Scales are float16 numbers, so that s·q is exact in float32, and every format that stores q
-and s (torchao's, GGUF's q4_0 and q8_0) holds exactly the same weights.
+A weight is w = s·q: q a whole number of 4 or 8 bits, or a float8 number (e4m3: 4 bits of exponent,
+3 of mantissa); s a scale that `group` neighbours in a row share, or the whole row. Scales are
+float16 numbers, so that s·q is exact in float32, and every format that stores q and s (torchao's,
+GGUF's q4_0 and q8_0) holds exactly the same weights.
 """
 
 from __future__ import annotations
@@ -27,23 +28,52 @@ WEIGHED = {
 """The same where errors are weighed: a large number on an input that hardly matters may be clipped
 by far, so that its neighbours gain."""
 
+FLOAT8 = torch.float8_e4m3fn
+FLOAT8_PLACES = tuple(float(place) for place in range(256, 449, 32))
+"""The same of float8, weighed or not: all places within its last octave, whose neighbours only
+differ by where they lie between two numbers."""
+
 
 @dataclass(frozen=True)
 class Grid:
+    """group: None is the whole row. floating: q is float8, else a whole number."""
+
     bits: Literal[4, 8]
-    group: int
+    group: int | None
+    floating: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{'float' if self.floating else 'int'}{self.bits}"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the codes q."""
+        return FLOAT8 if self.floating else torch.int8
 
     @property
     def lowest(self) -> int:
-        return -(2 ** (self.bits - 1))
+        return -self.highest if self.floating else -(2 ** (self.bits - 1))
 
     @property
     def highest(self) -> int:
-        return 2 ** (self.bits - 1) - 1
+        return int(torch.finfo(FLOAT8).max) if self.floating else 2 ** (self.bits - 1) - 1
 
-    def bytes(self, numbers: int) -> int:
+    def bytes(self, numbers: int, rows: int) -> int:
         """Of a matrix that is stored whole: q packed, and two bytes for each scale."""
-        return numbers * self.bits // 8 + numbers // self.group * 2
+        scales = rows if self.group is None else numbers // self.group
+        return numbers * self.bits // 8 + scales * 2
+
+    def places(self, weighed: bool) -> tuple[float, ...]:
+        """Where a group's number of largest size may come to lie."""
+        if self.floating:
+            return FLOAT8_PLACES
+        return (WEIGHED if weighed else LARGEST)[self.bits]
+
+    def groups(self, numbers_I: Tensor) -> Tensor:
+        """[..., I] as [..., G, numbers of a group], float32."""
+        width = numbers_I.shape[-1] if self.group is None else self.group
+        return numbers_I.detach().float().unflatten(-1, (-1, width))
 
 
 def choose_scales(weight_OI: Tensor, grid: Grid, moment_I: Tensor | None = None) -> Tensor:
@@ -52,15 +82,15 @@ def choose_scales(weight_OI: Tensor, grid: Grid, moment_I: Tensor | None = None)
     moment_I: E[x²] of each input, by which a weight's error counts (`stillhouse.quantize.moments`);
     None: all count alike. A group of zeros has scale 0. The group size must divide the columns.
     """
-    groups_OGg = weight_OI.detach().float().unflatten(-1, (-1, grid.group))
+    groups_OGg = grid.groups(weight_OI)
     place_OG1 = groups_OGg.abs().argmax(-1, keepdim=True)
     extreme_OG = groups_OGg.gather(-1, place_OG1).squeeze(-1)
     counts_Gg: Tensor | float = 1.0
     if moment_I is not None:
-        counts_Gg = moment_I.to(weight_OI.device).float().unflatten(-1, (-1, grid.group))
+        counts_Gg = grid.groups(moment_I.to(weight_OI.device))
     best_OG = torch.zeros_like(extreme_OG)
     least_OG = torch.full_like(extreme_OG, torch.inf)
-    for largest in (LARGEST if moment_I is None else WEIGHED)[grid.bits]:
+    for largest in grid.places(weighed=moment_I is not None):
         scale_OG = (extreme_OG / largest).half().float()
         error_OGg = groups_OGg - _rounded(groups_OGg, scale_OG, grid) * scale_OG[..., None]
         error_OG = (error_OGg.square() * counts_Gg).sum(-1)
@@ -71,9 +101,8 @@ def choose_scales(weight_OI: Tensor, grid: Grid, moment_I: Tensor | None = None)
 
 
 def to_codes(weight_OI: Tensor, scales_OG: Tensor, grid: Grid) -> Tensor:
-    """The whole numbers q, int8 [O, I], nearest to weight ÷ scale; ties go to the even one."""
-    groups_OGg = weight_OI.detach().float().unflatten(-1, (-1, grid.group))
-    return _rounded(groups_OGg, scales_OG, grid).flatten(-2).to(torch.int8)
+    """The numbers q, int8 or float8 [O, I], nearest to weight ÷ scale; ties go to the even one."""
+    return _rounded(grid.groups(weight_OI), scales_OG, grid).flatten(-2).to(grid.dtype)
 
 
 def from_codes(codes_OI: Tensor, scales_OG: Tensor) -> Tensor:
@@ -84,10 +113,12 @@ def from_codes(codes_OI: Tensor, scales_OG: Tensor) -> Tensor:
 
 def on_grid(weight_OI: Tensor, scales_OG: Tensor, grid: Grid) -> Tensor:
     """The nearest weights on the grid, float32."""
-    groups_OGg = weight_OI.detach().float().unflatten(-1, (-1, grid.group))
-    return (_rounded(groups_OGg, scales_OG, grid) * scales_OG[..., None]).flatten(-2)
+    return (_rounded(grid.groups(weight_OI), scales_OG, grid) * scales_OG[..., None]).flatten(-2)
 
 
 def _rounded(groups_OGg: Tensor, scales_OG: Tensor, grid: Grid) -> Tensor:
     safe_OG1 = torch.where(scales_OG == 0, torch.inf, scales_OG)[..., None]
-    return (groups_OGg / safe_OG1).round_().clamp_(grid.lowest, grid.highest)
+    codes_OGg = groups_OGg / safe_OG1
+    if grid.floating:  # past its largest number, float8 has none: clamped first
+        return codes_OGg.clamp_(grid.lowest, grid.highest).to(FLOAT8).float()
+    return codes_OGg.round_().clamp_(grid.lowest, grid.highest)

@@ -30,8 +30,8 @@ class RoundedWeights(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.quantization.dynamic:
-            layers = self.quantization.linear_layers(kwargs["model"])
-            self._hooks = round_inputs_of(kwargs["model"], layers)
+            model, grid = kwargs["model"], self.quantization.grid
+            self._hooks = round_inputs_of(model, self.quantization.linear_layers(model), grid)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert not self._unrounded, "two steps have begun and none was taken"

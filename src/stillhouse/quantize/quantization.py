@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Quantization:
         ]
 
     def save(self, file: Path) -> None:
-        facts = {"bits": self.grid.bits, "group": self.grid.group, "dynamic": self.dynamic}
+        facts = {**asdict(self.grid), "dynamic": self.dynamic}
         scales = {
             name: scales_OG.half().cpu().contiguous() for name, scales_OG in self.scales.items()
         }
@@ -58,4 +58,5 @@ class Quantization:
             facts = json.loads(opened.metadata()["quantization"])
             names = list(opened.keys())
             scales = {name: opened.get_tensor(name).float() for name in names}
-        return cls(Grid(facts["bits"], facts["group"]), facts["dynamic"], scales)
+        grid = Grid(facts["bits"], facts["group"], facts.get("floating", False))
+        return cls(grid, facts["dynamic"], scales)

@@ -28,7 +28,14 @@ from stillhouse.quantize.sensitivity import (
     reference_answers,
     scales_of,
 )
-from stillhouse.quantize.units import Unit, find_units, model_bytes
+from stillhouse.quantize.units import (
+    EMBEDDINGS,
+    HEAD,
+    Unit,
+    find_units,
+    matrices,
+    model_bytes,
+)
 from stillhouse.recipe.schema import ObjectiveRecipe, QuantizeRecipe, TrainRecipe
 from stillhouse.signals.store import Store
 from stillhouse.teachers import load_model, load_tokenizer, save_tokenizer
@@ -36,19 +43,22 @@ from stillhouse.teachers.quiet import quiet
 from stillhouse.training import METRICS, MODEL, TrainingResult, train
 
 TRAINING = "training"
+DEFAULT_GROUP = 32
+FLOAT8_WIDTH = 16
+"""What torch's products of two float8 matrices want their widths to be multiples of."""
 
 
 @dataclass(frozen=True)
 class QuantizeResult:
     """kept: units left alone. sensitivity: of every unit where it was measured, largest KL first.
 
-    kl: KL(student ‖ quantized), nats a token, on `tokens` held-out ones. bytes: of the whole model,
-    codes packed and scales in two bytes, what is kept in two bytes a number; plain_bytes: with
-    nothing quantized.
+    group_size: None is a whole row. kl: KL(student ‖ quantized), nats a token, on `tokens` held-out
+    ones. bytes: of the whole model, codes packed and scales in two bytes, what is kept in two bytes
+    a number; plain_bytes: with nothing quantized.
     """
 
     kind: str
-    group_size: int
+    group_size: int | None
     kept: list[str]
     sensitivity: list[Sensitivity]
     kl: float
@@ -77,8 +87,8 @@ def quantize(
     """
     model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.to(default_device())
-    grid = Grid(section.bits, section.group_size)
-    units = find_units(model, grid)
+    grid = grid_of(section)
+    units = _units(model, section)
     free = _without_named(units, section.keep)
     moments = None
     if windows is not None and section.calibration_tokens is not None:
@@ -100,7 +110,7 @@ def quantize(
     kl = _whole_kl(model, quantization, measured, vocabulary)
     result = QuantizeResult(
         kind=section.kind,
-        group_size=section.group_size,
+        group_size=grid.group,
         kept=kept,
         sensitivity=sorted(found, key=lambda s: s.kl, reverse=True),
         kl=kl,
@@ -116,11 +126,36 @@ def quantize(
     return result
 
 
+def grid_of(section: QuantizeRecipe) -> Grid:
+    """Where the recipe names no group size: 32 for whole numbers, and float8 has the row's."""
+    if section.floating:
+        return Grid(8, None, floating=True)
+    return Grid(section.bits, section.group_size or DEFAULT_GROUP)
+
+
+def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
+    """As `find_units`. Raises RecipeError too where float8's kernels could not multiply."""
+    units = find_units(model, grid_of(section))
+    if section.floating and section.dynamic:
+        shapes = {name: weight.shape for name, weight in matrices(model)}
+        layers = [unit for unit in units if unit.name not in (EMBEDDINGS, HEAD)]
+        for name in [name for unit in layers for name in unit.weights]:
+            if any(width % FLOAT8_WIDTH for width in shapes[name]):
+                raise RecipeError(
+                    f"{name} is {' by '.join(map(str, shapes[name]))}: float8 kernels multiply "
+                    f"what {FLOAT8_WIDTH} divides",
+                    where="quantize.kind",
+                    fix="kind: float8, which rounds weights alone, or int8_dynamic_int8; or make "
+                    f"the student's widths multiples of {FLOAT8_WIDTH}",
+                )
+    return units
+
+
 def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabulary: int) -> float:
     """KL(model ‖ model quantized), inputs rounded too where they will be."""
     reference = reference_answers(model, windows)
     layers = quantization.linear_layers(model) if quantization.dynamic else []
-    hooks = round_inputs_of(model, layers)
+    hooks = round_inputs_of(model, layers, quantization.grid)
     kl = kl_of(model, quantization.scales, quantization.grid, windows, reference, vocabulary)
     for hook in hooks:
         hook.remove()
@@ -132,8 +167,8 @@ def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:
 
     Raises RecipeError as `quantize` does, a budget that cannot be met among them.
     """
-    grid = Grid(section.bits, section.group_size)
-    units = find_units(model, grid)
+    grid = grid_of(section)
+    units = _units(model, section)
     _without_named(units, section.keep)
     smallest = model_bytes(model, units, set(section.keep), grid)
     choose_kept([], smallest=smallest, max_bytes=section.max_bytes)

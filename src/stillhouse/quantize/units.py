@@ -21,6 +21,7 @@ KEPT_BYTES = 2
 @dataclass(frozen=True)
 class Unit:
     """name: `embeddings`, `head`, or `layers.N`. weights: names of its matrices in the model.
+    numbers, rows: of all of them together.
 
     A head that is tied to the embeddings is part of them and counts once.
     """
@@ -28,10 +29,11 @@ class Unit:
     name: str
     weights: list[str]
     numbers: int
+    rows: int
 
     def bytes(self, grid: Grid | None) -> int:
         """On that grid; None: left alone."""
-        return self.numbers * KEPT_BYTES if grid is None else grid.bytes(self.numbers)
+        return self.numbers * KEPT_BYTES if grid is None else grid.bytes(self.numbers, self.rows)
 
 
 def find_units(model: Any, grid: Grid) -> list[Unit]:
@@ -41,11 +43,19 @@ def find_units(model: Any, grid: Grid) -> list[Unit]:
     """
     found: dict[str, list[str]] = {}
     for name, weight in matrices(model):
-        if weight.shape[-1] % grid.group:
+        if grid.group is not None and weight.shape[-1] % grid.group:
             raise _uneven(name, weight.shape[-1], grid)
         found.setdefault(_unit_name(model, name, weight), []).append(name)
-    numbers = {name: weight.numel() for name, weight in matrices(model)}
-    return [Unit(name, names, sum(numbers[n] for n in names)) for name, names in found.items()]
+    weights = dict(matrices(model))
+    return [
+        Unit(
+            name,
+            names,
+            numbers=sum(weights[n].numel() for n in names),
+            rows=sum(len(weights[n]) for n in names),
+        )
+        for name, names in found.items()
+    ]
 
 
 def matrices(model: Any) -> Iterator[tuple[str, Tensor]]:

@@ -423,18 +423,34 @@ class QatRecipe(Section):
     """Quantization-aware distillation: the student learns with its weights rounded."""
 
     tokens: int = Field(30000, gt=0, description="Training tokens, about.")
-    learning_rate: float = Field(5e-5, gt=0, strict=False)
+    learning_rate: float = Field(
+        2e-4,
+        gt=0,
+        strict=False,
+        description="Higher than in full precision: a weight must cross to another place.",
+    )
 
 
 class QuantizeRecipe(Section):
-    """The trained student's matrices as whole numbers of few bits; what is kept, by measurement."""
+    """The trained student's matrices as numbers of few bits; what is kept, by measurement."""
 
-    kind: Literal["int8", "int4", "int8_dynamic_int8", "int8_dynamic_int4"] = Field(
+    kind: Literal[
+        "int8",
         "int4",
-        description="Of the weights; int8_dynamic_*: layers' inputs are rounded to int8 too, "
-        "token by token, while the model runs.",
+        "float8",
+        "int8_dynamic_int8",
+        "int8_dynamic_int4",
+        "float8_dynamic_float8",
+    ] = Field(
+        "int4",
+        description="Of the weights; *_dynamic_*: layers' inputs are rounded too, to 8 bits, "
+        "token by token, while the model runs. float8 ships as safetensors (torchao).",
     )
-    group_size: int = Field(32, gt=0, description="Neighbours in a row that share a scale.")
+    group_size: int | None = Field(
+        None,
+        gt=0,
+        description="Neighbours in a row that share a scale; null: 32. float8 has one scale a row.",
+    )
     keep: list[str] = Field(
         default=[], description="Parts to leave alone: embeddings, head, layers.N (0 the first)."
     )
@@ -467,7 +483,17 @@ class QuantizeRecipe(Section):
 
     @property
     def dynamic(self) -> bool:
-        return self.kind.startswith("int8_dynamic")
+        return "_dynamic_" in self.kind
+
+    @property
+    def floating(self) -> bool:
+        return self.kind.startswith("float8")
+
+    @model_validator(mode="after")
+    def _float8_has_no_groups(self) -> QuantizeRecipe:
+        if self.floating and self.group_size is not None:
+            raise ValueError(f"{self.kind} has one scale a row: leave group_size out")
+        return self
 
 
 class LmEvalRecipe(Section):
@@ -540,8 +566,8 @@ class ExportRecipe(Section):
     importance_tokens: int | None = Field(
         16384,
         gt=0,
-        description="Training tokens on which llama.cpp's quantizer learns how much each input of "
-        "a matrix matters (gguf-*_k*), and that llm-compressor looks at; null: all matter alike.",
+        description="Training tokens on which it is measured how much each input of a matrix "
+        "matters (gguf-*_k*, gguf-q4_0), and that llm-compressor looks at; null: all alike.",
     )
     push_to_hub: PushRecipe | None = Field(None, description="null: nothing is uploaded.")
 

@@ -14,7 +14,7 @@ import torch
 from stillhouse import account
 from stillhouse.evaluate import Evaluation
 from stillhouse.export import (
-    K_QUANTS,
+    WEIGHED,
     CardFacts,
     Gate,
     ReplayResult,
@@ -89,7 +89,7 @@ def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan
         "license": job.recipe.teacher.license,
         "llama_cpp": has_llama_cpp(),
     }
-    return StagePlan("export", inputs, work, version=3)
+    return StagePlan("export", inputs, work, version=4)
 
 
 def _export(
@@ -137,7 +137,7 @@ def _calibration(job: Job, data: Stage) -> list[Any]:
 def _moments(job: Job, model: Path, calibration: list[Any]) -> Moments | None:
     """Where a format asks for them."""
     forms = job.recipe.export.formats
-    if not calibration or not any(form.removeprefix("gguf-") in K_QUANTS for form in forms):
+    if not calibration or not any(form.removeprefix("gguf-") in WEIGHED for form in forms):
         return None
     loaded = load_model(model, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
     return input_moments(loaded.to(default_device()), calibration)
