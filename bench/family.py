@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -108,23 +109,46 @@ class Bench:
         return {**figure, "tokens": tokens, "kl of each member": on_the_way}
 
 
-def measure(options: argparse.Namespace, texts: Path, seed: int) -> dict[str, Figure]:
+def students(bench: Bench) -> dict[str, Callable[[], Figure]]:
+    """What makes and measures each student, by its name in the results."""
+    unrefitted = {**EQUAL["width"], "reconstruct": False}
+    random = {"start": "random", "overrides": {"intermediate_size": 1024}}
+    return {
+        "width": lambda: bench.student(EQUAL["width"], ALL)[0],
+        "without reconstruction": lambda: bench.student(unrefitted, ALL)[0],
+        "mixed": lambda: bench.student(EQUAL["mixed"], ALL)[0],
+        "depth": lambda: bench.student(EQUAL["depth"], ALL)[0],
+        "one cut": lambda: bench.student(HOPS["70m"], ALL)[0],
+        "chain, original teacher": lambda: bench.chain("original"),
+        "chain, previous teacher": lambda: bench.chain("previous"),
+        "chain, both teachers": lambda: bench.chain("both"),
+        "random start": lambda: bench.student(random, ALL)[0],
+    }
+
+
+def measure(
+    options: argparse.Namespace, texts: Path, seed: int, seeds: dict[int, dict[str, Figure]]
+) -> None:
+    """Adds a seed's students to `seeds`, and writes the results with each."""
     bench = Bench(options, texts, seed)
     with bench.folder.locked():
-        found = {"chain, original teacher": bench.chain("original")}
-        found["one cut"], _ = bench.student(HOPS["70m"], ALL)
-        found["chain, previous teacher"] = bench.chain("previous")
-        found["chain, both teachers"] = bench.chain("both")
-        for name, sizes in EQUAL.items():
-            found[name], _ = bench.student(sizes, ALL)
-        found["without reconstruction"], _ = bench.student(
-            {**EQUAL["width"], "reconstruct": False}, ALL
-        )
-        shape = {"start": "random", "overrides": {"intermediate_size": 1024}}
-        found["random start"], _ = bench.student(shape, ALL)
-    for name, figure in found.items():
-        print(f"seed {seed}, {name}: KL {figure['trained kl']:.3f}", flush=True)
-    return found
+        for name, make in students(bench).items():
+            seeds.setdefault(seed, {})[name] = make()
+            print(f"seed {seed}, {name}: KL {seeds[seed][name]['trained kl']:.3f}", flush=True)
+            write(seeds)
+
+
+def write(seeds: dict[int, dict[str, Figure]]) -> None:
+    """The figures of all seeds, and of each student its KL by seed and their mean."""
+    by_student: dict[str, dict[int, float]] = {}
+    for seed, found in seeds.items():
+        for name, figure in found.items():
+            by_student.setdefault(name, {})[seed] = figure["trained kl"]
+    summary = {
+        name: {"kl by seed": kl, "mean kl": statistics.fmean(kl.values())}
+        for name, kl in by_student.items()
+    }
+    write_results("family", {"students": summary, "seeds": seeds}, [], list(seeds))
 
 
 def main() -> None:
@@ -135,18 +159,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/family-bench"))
     options = parser.parse_args()
     tune_allocator()
+    seeds: dict[int, dict[str, Figure]] = {}
     with tempfile.TemporaryDirectory() as folder:
         texts = Path(folder)
         split(options.text, texts, options.teacher)
-        seeds = {seed: measure(options, texts, seed) for seed in options.seeds}
-    spread = {
-        name: {
-            "kl": [found[name]["trained kl"] for found in seeds.values()],
-            "mean kl": statistics.fmean(found[name]["trained kl"] for found in seeds.values()),
-        }
-        for name in next(iter(seeds.values()))
-    }
-    write_results("family", {"students": spread, "seeds": seeds}, [], options.seeds)
+        for seed in options.seeds:
+            measure(options, texts, seed, seeds)
 
 
 if __name__ == "__main__":
