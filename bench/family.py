@@ -98,15 +98,15 @@ class Bench:
     def chain(self, teacher: str) -> Figure:
         """The last member of a cascade, and each one's KL on the way."""
         start: Path | None = None
-        on_the_way, tokens = {}, 0
+        on_the_way, spent = {}, {"tokens": 0, "flops": 0.0}
         for name, sizes in HOPS.items():
             teachers: list[str] = []
             if start is not None and teacher != "original":
                 teachers = [str(start)] if teacher == "previous" else ["teacher", str(start)]
             figure, start = self.student(sizes, A_HOP, start, teachers)
             on_the_way[name] = figure["trained kl"]
-            tokens += figure["tokens"]
-        return {**figure, "tokens": tokens, "kl of each member": on_the_way}
+            spent = {what: spent[what] + figure[what] for what in spent}
+        return {**figure, **spent, "kl of each member": on_the_way}
 
 
 def students(bench: Bench) -> dict[str, Callable[[], Figure]]:
