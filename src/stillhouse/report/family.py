@@ -202,14 +202,16 @@ def _scratch(report: FamilyReport, scratch: FromScratch) -> dict[str, Any]:
             f"{text.count(round(member.tokens))} ({text.count(round(member.low))} to "
             f"{text.count(round(member.high))})",
             text.flops(round(member.tokens * member.flops_a_token)),
-            "measured" if member.extrapolated <= 1 else f"{member.extrapolated:,.0f} × beyond",
+            "measured"
+            if member.extrapolated <= 1
+            else f"{text.ratio(member.extrapolated)} × beyond",
         )
         for member, report_member in zip(scratch.members, report.members, strict=True)
     ]
     times = [scratch.flops(which) / family for which in ("tokens", "low", "high")]
     return {
         "rows": rows,
-        "times": [f"{value:,.0f}" if value >= 10 else f"{value:.1f}" for value in times],
+        "times": list(map(text.ratio, times)),
         "chart": scratch_chart(report, scratch),
     }
 

@@ -121,3 +121,11 @@ def _ranges(numbers: list[int]) -> str:
         [f"{run[0]}–{run[-1]}"] if len(run) > 2 else [str(number) for number in run] for run in runs
     ]
     return ", ".join(part for group in parts for part in group)
+
+
+def ratio(value: float) -> str:
+    """1.5, 38 or 2,700, two digits of it; from a million on as a power of ten."""
+    if value >= 1e6:
+        return power_of_ten(value)
+    rounded = float(f"{value:.2g}")
+    return f"{rounded:,.0f}" if value >= 10 else f"{rounded:.1f}"
