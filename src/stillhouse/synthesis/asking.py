@@ -215,25 +215,30 @@ class LocalText:
         on_its_way: set[str] = set()
         handed_over: deque[tuple[str, Future[None]]] = deque()
 
-        def settle(*, all_of_them: bool = False) -> None:
-            """Forgets what is on the disk; one flush may have committed many answers."""
-            while handed_over and (all_of_them or handed_over[0][1].done()):
+        def settle() -> None:
+            """Waits until what was answered is on the disk, and forgets it."""
+            while handed_over:
                 key, saved = handed_over.popleft()
                 saved.result()
                 on_its_way.discard(key)
 
+        def requests() -> Iterator[Request]:
+            # A generator reads a batch before it begins it: the one before is on the disk by then.
+            for request in asked.requests():
+                settle()
+                yield request
+
         with self._generator() as generator, bar("answering", known.missing, "answers") as advance:
-            todo = _unanswered(asked.requests(), journal, on_its_way)
+            todo = _unanswered(requests(), journal, on_its_way)
             for request, outcome in generator.answers(todo):
                 if isinstance(outcome, Answer):
                     saved = journal.record(request, outcome)
                 else:
                     saved = journal.record_failure(request, outcome)
                 handed_over.append((request.key, saved))
-                settle()
                 counts[type(outcome).__name__] += 1
                 advance(1)
-            settle(all_of_them=True)
+            settle()
         return counts["Answer"], counts["Failure"], False
 
     @contextmanager
