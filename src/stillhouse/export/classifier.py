@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stillhouse.errors import ModelError
-from stillhouse.export.script import run_script
+from stillhouse.export.script import offline, run_script
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def replay_classifier(exported: Path, asked: ClassifierRows) -> Tensor:
             "replay_classifier.py",
             folder,
             {"exported": str(exported.resolve()), **asdict(asked)},
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+            env=offline(),
             what="the exported classifier cannot be loaded and run again",
             where=exported,
             fix="see that transformers alone can load this model",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import random
 import shutil
 import tempfile
@@ -21,7 +20,7 @@ from torch import Tensor
 from stillhouse.data import IGNORED, WindowSet
 from stillhouse.errors import ModelError, RunError
 from stillhouse.export import replay
-from stillhouse.export.script import run_script
+from stillhouse.export.script import offline, run_script
 from stillhouse.hardware import default_device
 from stillhouse.progress import note
 from stillhouse.runfolder import disk_errors
@@ -123,7 +122,7 @@ class Gate:
                 "replay.py",
                 folder,
                 request,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+                env=offline(),
                 what="the exported checkpoint cannot be loaded and run again",
                 where=self.source,
                 fix="see that transformers alone can load this model, and that memory suffices "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -39,3 +40,8 @@ def run_script(
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
         raise ModelError(f"{what} ({last[0]})", where=where, fix=fix)
+
+
+def offline() -> dict[str, str]:
+    """This process's environment, in which transformers asks no hub and says errors alone."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
