@@ -70,8 +70,14 @@ class Moments:
 
     def symmetric(self) -> Tensor:
         """C whole: what was added lies on and above the diagonal."""
-        upper_FF = self.C_FF.triu()
-        return upper_FF.add_(upper_FF.triu(1).T)
+        whole_FF = self.C_FF.triu()
+        width = -(-len(whole_FF) // SYMMETRIC_BLOCKS)
+        for start in range(0, len(whole_FF), width):
+            block, after = slice(start, start + width), slice(start + width, None)
+            whole_FF[after, block] = whole_FF[block, after].T
+            corner = whole_FF[block, block]
+            corner += corner.triu(1).T
+        return whole_FF
 
 
 def activation_scores(moments: Moments, down_DF: Tensor) -> Tensor:
@@ -133,15 +139,22 @@ def inverse_moments(moments: Moments, ridge: float) -> Tensor:
 def without_columns(
     weight: Tensor, inverse: Tensor, removed: Tensor, stays: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """W and C⁻¹ after the columns `removed` went and the columns `stays` (a mask) were refit."""
+    """W and C⁻¹ after the columns `removed` went and the columns `stays` (a mask) were refit.
+
+    The inverse given is used up: of a wide FFN each such matrix has a layer's size.
+    """
     rows_QF = inverse[removed]
     solved_QF = torch.linalg.solve(rows_QF[:, removed], rows_QF)
     weight = (weight - weight[:, removed] @ solved_QF)[:, stays]
-    return weight, (inverse - rows_QF.T @ solved_QF)[stays][:, stays]
+    inverse.addmm_(rows_QF.T, solved_QF, alpha=-1)
+    kept_K = stays.nonzero()[:, 0]
+    kept_KF = inverse[: len(kept_K)]
+    kept_KF.copy_(inverse.index_select(0, kept_K))
+    return weight, kept_KF.index_select(1, kept_K)
 
 
 def regularized_inverse(C_FF: Tensor, ridge: float) -> Tensor:
-    """(C + ridge·I)⁻¹, in the memory of C: of a wide FFN each such matrix has a layer's size.
+    """(C + ridge·I)⁻¹, in the memory of C.
 
     The ridge grows until rounding no longer makes the sum indefinite.
     """
