@@ -71,6 +71,16 @@ def test_a_second_run_cuts_nothing_again(folder: Path) -> None:
     assert all(stage.reused for stage in run(raw).stages)
 
 
+def test_a_student_that_loses_tokens_alone_starts_as_the_cut_teacher(folder: Path) -> None:
+    raw = tiny.recipe(folder, student={"vocabulary": 320})
+    del raw["student"]["ffn_size"]
+    result = run(raw)
+    untrained = result.evaluation.result("untrained")
+    assert untrained is not None
+    assert untrained.fidelity.kl < 1e-6
+    assert AutoModelForCausalLM.from_pretrained(result.model).config.vocab_size == 320
+
+
 def test_a_family_shares_the_cut_teacher(folder: Path) -> None:
     hops = [{"name": "a", "ffn_size": 48}, {"name": "b", "ffn_size": 32}]
     family = tiny.recipe(folder, student={"vocabulary": 320}, cascade={"hops": hops})

@@ -12,9 +12,16 @@ from transformers import AutoModelForCausalLM
 from stillhouse import account
 from stillhouse.errors import RecipeError, SignalError
 from stillhouse.progress import note
+from stillhouse.pruning import sizes_of
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import ORIGINAL, member_recipe
-from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.recipe.schema import (
+    PretrainedStudent,
+    PrunedSizes,
+    PrunedStudent,
+    RandomStudent,
+    StudentRecipe,
+)
 from stillhouse.recipe.signals import FrozenHeadSignals, HiddenSignals
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopP
 from stillhouse.signals.manifest import read_settings
@@ -71,8 +78,7 @@ def find_models(
     """
     section = recipe.teacher
     if teacher is not None:
-        cut = recipe.student.model_copy(update={"vocabulary": None})
-        recipe = recipe.model_copy(update={"student": cut})
+        recipe = recipe.model_copy(update={"student": _left_to_prune(recipe.student, teacher)})
     else:
         teacher = resolve_model(
             section.model, revision=section.revision, base=base, weights=weights
@@ -97,6 +103,19 @@ def find_models(
     if recipe.signals is not None:
         stored_temperature(objective, signals_encoding(job, objective))
     return job
+
+
+def _left_to_prune(section: StudentRecipe, teacher: ModelSource) -> StudentRecipe:
+    """A student's section once the teacher has lost the tokens.
+
+    Where nothing else was to go, the student is that teacher, with as many layers.
+    """
+    assert isinstance(section, PrunedStudent)
+    left: dict[str, Any] = {"vocabulary": None}
+    sizes = PrunedSizes.model_fields.keys() - {"hidden_method"}
+    if all(getattr(section, name) is None for name in sizes):
+        left["layers"] = sizes_of(load_config(teacher.path)).layers
+    return section.model_copy(update=left)
 
 
 def _guides(
