@@ -48,7 +48,7 @@ def drafted(wish: Wishes) -> Draft:
         return _distill(wish)
     if wish.data == CORPUS:
         raise RecipeError(
-            f"{CORPUS} is text to distil on, and no list of texts for a task",
+            f"{CORPUS} is text to distill on, and no list of texts for a task",
             where="--data",
             fix="give a file with a text in each row",
         )

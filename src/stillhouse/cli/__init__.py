@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="stillhouse",
-    help="Distil language models: a small student learns to reproduce a large teacher.",
+    help="Distill language models: a small student learns to reproduce a large teacher.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -129,7 +129,7 @@ def preview(
     rows: Annotated[int, typer.Option(help="Windows to show.", min=1)] = 3,
     set_: SetOption = None,
 ) -> None:
-    """Shows some training windows, coloured by loss mask: what the student is asked to predict.
+    """Shows some training windows, colored by loss mask: what the student is asked to predict.
 
     Of a recipe with `task`: what the teacher reads.
 

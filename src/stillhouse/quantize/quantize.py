@@ -194,7 +194,7 @@ def train_quantized(
     asked_share: float = 1.0,
     trust_remote_code: bool = False,
 ) -> TrainingResult:
-    """Distils on from the unquantized `student`, its weights rounded at every step.
+    """Distills on from the unquantized `student`, its weights rounded at every step.
 
     quantized: the folder that `quantize` filled: which matrices, and their scales, are its. Writes
     the same files. main: of several processes, the one that does. The rest is as in `train`.
