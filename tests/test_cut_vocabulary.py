@@ -93,3 +93,43 @@ def test_a_family_shares_the_cut_teacher(folder: Path) -> None:
     hops[1]["vocabulary"] = 300
     with pytest.raises(RecipeError, match="vocabulary"):
         run_cascade(family)
+
+
+def test_a_family_with_all_else_is_told_beside_training_from_scratch(folder: Path) -> None:
+    words = AutoTokenizer.from_pretrained(folder / "teacher")
+    words.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    )
+    words.save_pretrained(folder / "teacher")
+    (folder / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(12)))
+    family = tiny.recipe(
+        folder,
+        student={"vocabulary": 320},
+        signals={"encoding": {"kind": "top_k", "k": 64}},
+        synthesize={
+            "teacher": {"local": {"precision": "float32"}},
+            "prompts": {"path": str(folder / "prompts.txt")},
+            "sampling": {"max_tokens": 8},
+            "filters": {"truncated": False, "refusals": False},
+            "out": str(folder / "chats.jsonl"),
+        },
+        # More text than the members have, with tokens that they have lost.
+        cascade={
+            "hops": [{"name": "a", "ffn_size": 48}, {"name": "b", "ffn_size": 32}],
+            "from_scratch": {"tokens": 6000, "learning_rate": 3e-3},
+        },
+    )
+    family["data"]["context"] = 64
+    family["data"]["sources"].append({"kind": "jsonl", "path": str(folder / "chats.jsonl")})
+    del family["student"]["ffn_size"]
+    result = run_cascade(family)
+    assert result is not None
+    sizes = {
+        AutoModelForCausalLM.from_pretrained(member.model).config.vocab_size
+        for member in result.members.values()
+    }
+    assert sizes == {320}
+    assert "From random weights, to the same KL" in result.report.read_text()
+    again = run_cascade(family)
+    assert again is not None
+    assert all(s.reused for member in again.members.values() for s in member.stages)

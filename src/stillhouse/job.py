@@ -12,15 +12,12 @@ from transformers import AutoModelForCausalLM
 from stillhouse import account
 from stillhouse.errors import RecipeError, SignalError
 from stillhouse.progress import note
-from stillhouse.pruning import sizes_of
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import ORIGINAL, member_recipe
 from stillhouse.recipe.schema import (
     PretrainedStudent,
-    PrunedSizes,
     PrunedStudent,
     RandomStudent,
-    StudentRecipe,
 )
 from stillhouse.recipe.signals import FrozenHeadSignals, HiddenSignals
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopP
@@ -73,13 +70,11 @@ def find_models(
 ) -> Job:
     """Finds and checks the models on disk, or downloads them (False: all but their weights).
 
-    teacher: takes the place of the recipe's; it has lost tokens already (see `beginning`).
+    teacher: takes the place of the recipe's, as one that has lost tokens does (see `beginning`).
     Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
     """
     section = recipe.teacher
-    if teacher is not None:
-        recipe = recipe.model_copy(update={"student": _left_to_prune(recipe.student, teacher)})
-    else:
+    if teacher is None:
         teacher = resolve_model(
             section.model, revision=section.revision, base=base, weights=weights
         )
@@ -103,19 +98,6 @@ def find_models(
     if recipe.signals is not None:
         stored_temperature(objective, signals_encoding(job, objective))
     return job
-
-
-def _left_to_prune(section: StudentRecipe, teacher: ModelSource) -> StudentRecipe:
-    """A student's section once the teacher has lost the tokens.
-
-    Where nothing else was to go, the student is that teacher, with as many layers.
-    """
-    assert isinstance(section, PrunedStudent)
-    left: dict[str, Any] = {"vocabulary": None}
-    sizes = PrunedSizes.model_fields.keys() - {"hidden_method"}
-    if all(getattr(section, name) is None for name in sizes):
-        left["layers"] = sizes_of(load_config(teacher.path)).layers
-    return section.model_copy(update=left)
 
 
 def _guides(

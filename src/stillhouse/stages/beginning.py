@@ -19,15 +19,15 @@ from stillhouse.data import WindowSet
 from stillhouse.evaluate.fidelity import compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.job import Job, find_models
-from stillhouse.pruning import load_kept_ids
+from stillhouse.pruning import load_kept_ids, sizes_of
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.pruning import VocabularyFile
-from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.recipe.schema import PrunedSizes, PrunedStudent
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages import Do, StagePlan, open_data, plan_data
 from stillhouse.stages.synthesis import synthesized
 from stillhouse.students import build_student
-from stillhouse.teachers import ModelSource, load_model
+from stillhouse.teachers import ModelSource, load_config, load_model
 from stillhouse.training import MODEL
 
 MEASURED_TOKENS = 8192
@@ -50,8 +50,21 @@ def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[
     teacher = ModelSource(
         cut.path / MODEL, cut.digest, f"{whole.teacher.described}, cut to {kept:,} tokens"
     )
-    job = replace(find_models(recipe, base, teacher=teacher), text=whole.text)
+    left = recipe.model_copy(update={"student": _left_to_prune(section, teacher)})
+    job = replace(find_models(left, base, teacher=teacher), text=whole.text)
     return job, do(plan_data(job))
+
+
+def _left_to_prune(section: PrunedStudent, teacher: ModelSource) -> PrunedStudent:
+    """A student's section once the teacher has lost the tokens.
+
+    Where nothing else was to go, the student is that teacher, with as many layers.
+    """
+    left: dict[str, Any] = {"vocabulary": None}
+    sizes = PrunedSizes.model_fields.keys() - {"hidden_method"}
+    if all(getattr(section, name) is None for name in sizes):
+        left["layers"] = sizes_of(load_config(teacher.path)).layers
+    return section.model_copy(update=left)
 
 
 def vocabulary(job: Job, data: Stage) -> StagePlan:
