@@ -133,3 +133,17 @@ def test_a_family_with_all_else_is_told_beside_training_from_scratch(folder: Pat
     again = run_cascade(family)
     assert again is not None
     assert all(s.reused for member in again.members.values() for s in member.stages)
+
+
+@pytest.mark.parametrize("teacher", ["previous", "both"])
+def test_a_member_learns_from_the_one_before_which_has_lost_the_tokens(
+    folder: Path, teacher: str
+) -> None:
+    hops = [{"name": "a", "ffn_size": 48}, {"name": "b", "ffn_size": 32}]
+    family = tiny.recipe(
+        folder, student={"vocabulary": 320}, cascade={"hops": hops, "teacher": teacher}
+    )
+    del family["student"]["ffn_size"]
+    result = run_cascade(family)
+    assert result is not None
+    assert AutoModelForCausalLM.from_pretrained(result.members["b"].model).config.vocab_size == 320

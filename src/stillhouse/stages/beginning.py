@@ -43,7 +43,10 @@ def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[
         job = replace(job, text=synthesized(recipe, base, do))
         return job, do(plan_data(job))
     only_cut = PrunedStudent(start="pruned", vocabulary=section.vocabulary)
-    whole = find_models(recipe.model_copy(update={"student": only_cut, "signals": None}), base)
+    # Whom else it learns from has lost the tokens already, as the members of a family have.
+    alone = recipe.train.model_copy(update={"teachers": []})
+    changes = {"student": only_cut, "signals": None, "train": alone}
+    whole = find_models(recipe.model_copy(update=changes), base)
     whole = replace(whole, text=synthesized(recipe, base, do))
     cut = do(vocabulary(whole, do(plan_data(whole))))
     kept = cut.summary["vocabulary"][1]
