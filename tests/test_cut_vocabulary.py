@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stillhouse
 from stillhouse.cascade import run_cascade
-from stillhouse.errors import RecipeError
+from stillhouse.errors import ModelError, RecipeError
 from stillhouse.runner import RunResult
 from tests import tiny
 from tests.pruning.test_vocabulary import KINDS
@@ -147,3 +147,30 @@ def test_a_member_learns_from_the_one_before_which_has_lost_the_tokens(
     result = run_cascade(family)
     assert result is not None
     assert AutoModelForCausalLM.from_pretrained(result.members["b"].model).config.vocab_size == 320
+
+
+def test_what_is_pruned_and_whom_it_learns_from_lose_the_same_tokens(folder: Path) -> None:
+    words = KINDS["byte-level"]
+    for name, seed, layers in (("start", 1, 2), ("other", 2, 3)):
+        tiny.save_model(folder / name, seed, vocab_size=432, num_hidden_layers=layers)
+        words.save_pretrained(folder / name)
+    raw = tiny.recipe(
+        folder,
+        student={"vocabulary": 320, "model": str(folder / "start")},
+        train={"teachers": ["teacher", str(folder / "other")]},
+    )
+    del raw["student"]["ffn_size"]
+    result = run(raw)
+    names = [stage.name for stage in result.stages]
+    assert names[:5] == ["data", "vocabulary", "vocabulary", "vocabulary", "data"]
+    student = AutoModelForCausalLM.from_pretrained(result.model)
+    # Nothing else is cut: it has the layers of its own start.
+    assert (student.config.vocab_size, student.config.num_hidden_layers) == (320, 2)
+
+
+def test_a_start_of_another_vocabulary_is_refused_before_anything_is_done(folder: Path) -> None:
+    tiny.save_model(folder / "start")
+    raw = tiny.recipe(folder, student={"vocabulary": 320, "model": str(folder / "start")})
+    with pytest.raises(ModelError, match="different vocabularies"):
+        run(raw)
+    assert not list(folder.glob("run/stages/*"))
