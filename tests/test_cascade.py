@@ -13,6 +13,9 @@ from transformers import AutoModelForCausalLM
 from stillhouse import account, cascade
 from stillhouse.cascade import FamilyResult, run_cascade
 from stillhouse.errors import RecipeError, StillhouseError
+from stillhouse.job import find_models, planned_members
+from stillhouse.recipe import parse_recipe
+from stillhouse.recipe.family import first_member
 from stillhouse.runner import run
 from tests import tiny
 
@@ -171,7 +174,7 @@ def test_the_familys_page_has_every_member_and_links_to_its_report(
     [
         ([HOPS[0], {"name": "wide", "ffn_size": 32}], "same name"),
         ([{"name": "wide", "ffn_size": 65}], "ffn_size: 65 is not possible: the teacher has 64"),
-        ([HOPS[0], {"name": "more", "ffn_size": 64}], "ffn_size: 64 is not possible"),
+        ([HOPS[0], {"name": "more", "ffn_size": 64}], "ffn_size: 64 is not possible: wide has 48"),
         ([{"name": "none"}], "needs a size"),
     ],
 )
@@ -217,6 +220,34 @@ def test_hops_with_targets_are_searched_and_shrink(tmp_path: Path) -> None:
     assert 0.7 * whole <= total <= 0.85 * whole
     again = done(raw)
     assert all(stage.reused for stage in again.members["first"].stages)
+
+
+def planned(raw: dict[str, Any]) -> list[Any]:
+    loaded = parse_recipe(raw)
+    return [c for _, c in planned_members(loaded, find_models(first_member(loaded), Path()))]
+
+
+def test_a_hop_after_a_searched_one_is_refused_only_if_no_shape_of_that_allows_it(
+    tmp_path: Path,
+) -> None:
+    hops = [{"name": "first", "target": {"params": "85%"}}, {"name": "second", "ffn_size": 60}]
+    raw = recipe(tmp_path, hops)
+    raw["student"] = {**STUDENT, "search": SEARCH}
+    first, second = planned(raw)
+    # The guess is narrower than that, and the search may find a shape of fewer layers.
+    assert first.intermediate_size < 60
+    assert second.intermediate_size == 60
+    hops[1]["ffn_size"] = 65
+    with pytest.raises(RecipeError, match="ffn_size: 65 is not possible"):
+        planned(raw)
+
+
+def test_a_family_of_another_start_is_planned_from_that(tmp_path: Path) -> None:
+    raw = recipe(tmp_path, [{"name": "wide", "ffn_size": 72}])
+    tiny.save_model(tmp_path / "start", intermediate_size=80, num_hidden_layers=2)
+    raw["student"] = {**STUDENT, "model": str(tmp_path / "start")}
+    (wide,) = planned(raw)
+    assert (wide.intermediate_size, wide.num_hidden_layers) == (72, 2)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,16 @@ def configs(job: Job) -> tuple[Any, Any]:
     teacher = load_config(job.teacher.path, trust_remote_code=code)
     section = job.recipe.student
     if isinstance(section, PrunedStudent | RandomStudent):
-        start = teacher
-        if job.pruned is not None:
-            start = load_config(job.pruned.path, trust_remote_code=code)
-        return planned_config(section, start, base=job.base), teacher
+        served = getattr(torch, job.recipe.export.dtype)
+        return planned_config(section, _start_config(job), base=job.base, served=served), teacher
     assert job.pretrained is not None
     return load_config(job.pretrained.path, trust_remote_code=code), teacher
+
+
+def _start_config(job: Job) -> Any:
+    """Of what a pruned student is made of."""
+    start = job.pruned or job.teacher
+    return load_config(start.path, trust_remote_code=job.trust_remote_code)
 
 
 def shared_vocabulary(
@@ -234,17 +239,27 @@ def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
     Raises RecipeError for a member that cannot be cut so.
     """
     assert recipe.cascade is not None
-    start = configs(first)[1]
+    start = _start_config(first)
+    served = getattr(torch, recipe.export.dtype)
+    largest, owner = start, "the teacher" if first.pruned is None else "student.model"
     members = []
     for hop in recipe.cascade.hops:
         section = member_recipe(recipe, hop).student
         assert isinstance(section, PrunedStudent)
+        plan = partial(planned_config, section, base=first.base, served=served, owner=owner)
         try:
-            planned = planned_config(section, start, base=first.base)
+            try:
+                planned = plan(start)
+            except RecipeError:
+                # Of a searched member only a guess of the shape is known: what the largest that
+                # it can be allows is not refused.
+                planned = plan(largest)
         except RecipeError as error:
             where = f"cascade.hops, {hop.name}"
             raise RecipeError(error.what, where=where, fix=error.fix) from None
         members.append((hop.name, planned))
         if recipe.cascade.start == "previous":
-            start = planned
+            start, owner = planned, hop.name
+            if section.target is None:
+                largest = planned
     return members
