@@ -266,3 +266,11 @@ def test_hops_with_impossible_targets_are_refused(
     with pytest.raises(StillhouseError, match=message):
         run_cascade(raw)
     assert not list(tmp_path.glob("run/stages/*"))
+
+
+def test_sizes_that_all_share_are_refused_beside_a_target(tmp_path: Path) -> None:
+    hops = [{"name": "wide", "ffn_size": 48}, {"name": "found", "target": {"params": "85%"}}]
+    raw = recipe(tmp_path, hops)
+    raw["student"] = {**STUDENT, "layers": 2}
+    with pytest.raises(RecipeError, match=r"student.layers would apply .*\(found\)"):
+        run_cascade(raw)

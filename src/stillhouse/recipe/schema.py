@@ -643,10 +643,15 @@ class Recipe(Section):
     def _cascade_prunes(self) -> Recipe:
         if self.cascade is not None and not isinstance(self.student, PrunedStudent):
             raise ValueError("a cascade prunes: set student.start to pruned, or remove cascade")
-        if (
-            self.cascade is not None
-            and isinstance(self.student, PrunedStudent)
-            and self.student.target is not None
-        ):
+        if self.cascade is None or not isinstance(self.student, PrunedStudent):
+            return self
+        if self.student.target is not None:
             raise ValueError("in a cascade every hop has its own target: move student.target there")
+        given = [f"student.{key}" for key in SIZE_KEYS if getattr(self.student, key) is not None]
+        searched = [hop.name for hop in self.cascade.hops if hop.target is not None]
+        if given and searched:
+            raise ValueError(
+                f"{', '.join(given)} would apply to hops that have a target "
+                f"({', '.join(searched)}): give sizes in the other hops"
+            )
         return self
