@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from stillhouse import account, cascade
+from stillhouse import account, cascade, runner
 from stillhouse.cascade import FamilyResult, run_cascade
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.job import find_models, planned_members
 from stillhouse.recipe import parse_recipe
 from stillhouse.recipe.family import first_member
+from stillhouse.recipe.schema import RUN_FOLDER_NAMES
 from stillhouse.runner import run
+from stillhouse.stages import synthesis
+from stillhouse.training import MODEL
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -173,6 +176,9 @@ def test_the_familys_page_has_every_member_and_links_to_its_report(
     ("hops", "message"),
     [
         ([HOPS[0], {"name": "wide", "ffn_size": 32}], "same name"),
+        ([{"name": "stages", "ffn_size": 32}], "cannot be called stages"),
+        ([{"name": "Family.html", "ffn_size": 32}], "cannot be called Family.html"),
+        ([{"name": "gguf-q8_0", "ffn_size": 32}], "cannot be called gguf-q8_0"),
         ([{"name": "wide", "ffn_size": 65}], "ffn_size: 65 is not possible: the teacher has 64"),
         ([HOPS[0], {"name": "more", "ffn_size": 64}], "ffn_size: 64 is not possible: wide has 48"),
         ([{"name": "none"}], "needs a size"),
@@ -248,6 +254,23 @@ def test_a_family_of_another_start_is_planned_from_that(tmp_path: Path) -> None:
     raw["student"] = {**STUDENT, "model": str(tmp_path / "start")}
     (wide,) = planned(raw)
     assert (wide.intermediate_size, wide.num_hidden_layers) == (72, 2)
+    raw["cascade"]["hops"][0]["ffn_size"] = 81
+    with pytest.raises(RecipeError, match="the model that is pruned has 80"):
+        planned(raw)
+
+
+def test_names_of_the_run_folder_are_known(family: tuple[Path, FamilyResult]) -> None:
+    folder, _ = family
+    names = {
+        cascade.REPORT,
+        cascade.REPORT_DATA,
+        runner.SIGNALS,
+        runner.REPORT,
+        MODEL,
+        synthesis.NAME,
+    }
+    names |= {path.name for path in (folder / "run").iterdir() if not path.name.startswith(".")}
+    assert names - set(RUN_FOLDER_NAMES) <= {"wide", "narrow", "least"}
 
 
 @pytest.mark.parametrize(

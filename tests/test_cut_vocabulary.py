@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import stillhouse
 from stillhouse.cascade import run_cascade
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.runfolder import Stage
 from stillhouse.runner import RunResult
 from tests import tiny
 from tests.pruning.test_vocabulary import KINDS
@@ -36,6 +38,10 @@ def run(raw: dict[str, Any]) -> RunResult:
     result = stillhouse.run(raw)
     assert result is not None
     return result
+
+
+def stage(result: RunResult, name: str) -> Stage:
+    return next(stage for stage in result.stages if stage.name == name)
 
 
 def test_the_teacher_loses_the_same_tokens_and_the_student_is_trained_on_the_others(
@@ -89,7 +95,15 @@ def test_a_family_shares_the_cut_teacher(folder: Path) -> None:
     assert result is not None
     for member in result.members.values():
         assert AutoModelForCausalLM.from_pretrained(member.model).config.vocab_size == 320
-    assert next(s for s in result.members["b"].stages if s.name == "vocabulary").reused
+    cut = {name: stage(member, "vocabulary") for name, member in result.members.items()}
+    assert cut["b"].reused
+    told = json.loads((result.folder / "family.json").read_text())["members"]
+    assert told[0]["shape"] == {"vocabulary": [440, 320], "ffn_size": [64, 48]}
+    assert told[1]["shape"] == {"ffn_size": [48, 32]}
+    # The cut is made for the first member, whose time it is a part of.
+    making = [s for s in result.members["a"].stages if s.name in ("data", "vocabulary")]
+    making += [stage(result.members["a"], name) for name in ("student", "train")]
+    assert told[0]["seconds"] == pytest.approx(sum(s.cost.seconds for s in making))
     hops[1]["vocabulary"] = 300
     with pytest.raises(RecipeError, match="vocabulary"):
         run_cascade(family)

@@ -241,7 +241,7 @@ def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
     assert recipe.cascade is not None
     start = _start_config(first)
     served = getattr(torch, recipe.export.dtype)
-    largest, owner = start, "the teacher" if first.pruned is None else "student.model"
+    largest, owner = start, None
     members = []
     for hop in recipe.cascade.hops:
         section = member_recipe(recipe, hop).student

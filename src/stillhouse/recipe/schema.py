@@ -200,6 +200,19 @@ class PrunedStudent(PrunedSizes, PruningMethod):
     )
 
 
+RUN_FOLDER_NAMES = (
+    "stages",
+    "recipe.yaml",
+    "model",
+    "report.html",
+    "signals",
+    "synthesis",
+    "family.html",
+    "family.json",
+)
+"""What a run folder holds or links to, besides the formats that are exported."""
+
+
 class HopRecipe(PrunedSizes):
     """One member of a family: what it keeps of the model before it, and how long it is trained."""
 
@@ -249,6 +262,11 @@ class CascadeRecipe(Section):
         names = [hop.name for hop in self.hops]
         if len(set(names)) < len(names):
             raise ValueError("two hops have the same name")
+        taken = {*RUN_FOLDER_NAMES, *ExportFormat.__args__}  # type: ignore[attr-defined]
+        for name in names:
+            # Some file systems do not tell capitals from small letters.
+            if name.lower() in taken:
+                raise ValueError(f"a member's folder cannot be called {name}, as the run has that")
         return self
 
 

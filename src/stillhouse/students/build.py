@@ -194,9 +194,9 @@ def method_of(section: PrunedStudent) -> PruningMethod:
     return PruningMethod(**{key: getattr(section, key) for key in PruningMethod.model_fields})
 
 
-def explicit_sizes(section: PrunedStudent, config: Any, *, owner: str = "the teacher") -> Sizes:
+def explicit_sizes(section: PrunedStudent, config: Any, *, owner: str | None = None) -> Sizes:
     """The sizes of the student without a target, all tokens counted where the text or a file
-    decides. config: of what is pruned. owner: what an error calls it.
+    decides. config: of what is pruned. owner: what an error calls it; None: as the section does.
 
     Raises RecipeError where they are not possible.
     """
@@ -213,7 +213,7 @@ def explicit_sizes(section: PrunedStudent, config: Any, *, owner: str = "the tea
         experts=section.experts,
         vocabulary=vocabulary,
         text_decides=vocabulary is None and section.vocabulary is not None,
-        owner=owner,
+        owner=owner or ("the teacher" if section.model is None else "the model that is pruned"),
     )
 
 

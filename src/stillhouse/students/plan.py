@@ -20,13 +20,13 @@ def planned_config(
     base: Path,
     *,
     served: torch.dtype = torch.bfloat16,
-    owner: str = "the teacher",
+    owner: str | None = None,
 ) -> Any:
     """A configuration of the student's size. Which layers a pruned one keeps is not known yet,
     nor how many tokens `vocabulary: data` means: all are counted.
 
     served: the number type of the exported weights, for a target in bytes. owner: what an error
-    calls the model that is pruned.
+    calls the model that is pruned; None: as the section does.
     Raises RecipeError where the sizes are not possible; of a target, where that is certain.
     """
     if isinstance(section, RandomStudent):
