@@ -137,6 +137,21 @@ def test_the_last_member_alone_is_trained_rounded_and_shipped_as_gguf(tmp_path: 
     assert "trained quantized" in (result.folder / "family.html").read_text().lower()
 
 
+def test_a_run_folder_that_is_moved_is_done(tmp_path: Path) -> None:
+    hops = [{"name": "wide", "ffn_size": 48}, {"name": "found", "target": {"params": "85%"}}]
+    raw = recipe(tmp_path, hops, from_scratch={"tokens": 3000}, teacher="both")
+    raw["student"] = {**STUDENT, "search": SEARCH}
+    del raw["signals"]
+    done(raw)
+    before = {path.name for path in tmp_path.glob("run/stages/*")}
+    (tmp_path / "run").rename(tmp_path / "moved")
+    raw["folder"] = str(tmp_path / "moved")
+    done(raw)
+    new = {path.name for path in tmp_path.glob("moved/stages/*")} - before
+    # A report tells the recipe, and with it the folder.
+    assert {name.partition("-")[0] for name in new} == {"report"}
+
+
 def test_one_shot_members_are_all_pruned_from_the_teacher(tmp_path: Path) -> None:
     result = done(recipe(tmp_path, start="original"))
     stages = {stage.name: stage for stage in result.members["narrow"].stages}

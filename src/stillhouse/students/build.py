@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -222,6 +223,14 @@ def start_config(section: RandomStudent, teacher_config: Any, base: Path) -> Any
     if section.config is None:
         return teacher_config
     return load_config(_config_folder(section.config, base))
+
+
+def config_sha256(section: RandomStudent, base: Path) -> str | None:
+    """Names the content of `section.config`; None where the teacher's is the start."""
+    if section.config is None:
+        return None
+    file = _config_folder(section.config, base) / "config.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _config_folder(name: str, base: Path) -> Path:
