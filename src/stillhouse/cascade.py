@@ -108,7 +108,7 @@ def _members(recipe: Recipe, base: Path, folder: RunFolder) -> dict[str, RunResu
 
 def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
     assert recipe.cascade is not None
-    rows = []
+    rows: list[Member] = []
     counted: set[Path] = set()
     for name, result in members.items():
         own = [stage for stage in result.stages if stage.path not in counted]
