@@ -27,7 +27,17 @@ from stillhouse.stages import doing
 from stillhouse.training import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"
-PRODUCING = ("synthesis", "data", "signals", "search", "student", "train", "quantize", "qat")
+PRODUCING = (
+    "synthesis",
+    "data",
+    "vocabulary",
+    "signals",
+    "search",
+    "student",
+    "train",
+    "quantize",
+    "qat",
+)
 """Stages that make a member; the others measure it and write it down."""
 
 
@@ -98,7 +108,7 @@ def _members(recipe: Recipe, base: Path, folder: RunFolder) -> dict[str, RunResu
 
 def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
     assert recipe.cascade is not None
-    rows = []
+    rows: list[Member] = []
     counted: set[Path] = set()
     for name, result in members.items():
         own = [stage for stage in result.stages if stage.path not in counted]
@@ -109,7 +119,7 @@ def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
                 name=name,
                 untrained=_result(evaluation, "untrained"),
                 student=_result(evaluation, "student"),
-                shape=_stage(result, "student").summary["pruning"]["changed"],
+                shape=_cut_here(result, first=not rows or recipe.cascade.start == "original"),
                 report=f"{name}/report.html",
                 tokens=_stage(result, "train").cost.tokens,
                 flops=sum(stage.cost.flops for stage in own if stage.name in PRODUCING),
@@ -128,6 +138,15 @@ def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
         learned_from=recipe.cascade.teacher,
         watts=assumed_watts(),
     )
+
+
+def _cut_here(result: RunResult, *, first: bool) -> dict[str, tuple[int, int]]:
+    """Sizes before and after. first: the member before it is the teacher with all its tokens."""
+    shape = dict(_stage(result, "student").summary["pruning"]["changed"])
+    cut = next((stage for stage in result.stages if stage.name == "vocabulary"), None)
+    if first and cut is not None:
+        shape["vocabulary"] = tuple(cut.summary["vocabulary"])
+    return shape
 
 
 def _generations(members: Mapping[str, RunResult]) -> list[Generation]:

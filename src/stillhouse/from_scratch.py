@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stillhouse import account, stages
 from stillhouse.evaluate.curve import PowerLaw, fit_power_law
-from stillhouse.job import planned_size
+from stillhouse.job import find_models, planned_size
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import RandomStudent
@@ -62,7 +62,12 @@ def measured_curve(recipe: Recipe, base: Path, do: Do, largest: Path) -> Curve:
         }
     )
     changed = {"data": data, "student": random, "train": train, "signals": None, "quantize": None}
-    job, text = begin(first_member(recipe).model_copy(update=changed), base, do)
+    first = first_member(recipe)
+    # The family's teacher, which may have lost tokens, and its text; both are there.
+    family, _ = begin(first, base, do)
+    found = find_models(first.model_copy(update=changed), base, teacher=family.teacher)
+    job = replace(found, text=family.text)
+    text = do(stages.plan_data(job))
     student = do(stages.plan_student(job, text))
     trained = do(replace(stages.plan_training(job, text, student, None), name="scratch"))
     points = [

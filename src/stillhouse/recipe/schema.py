@@ -200,6 +200,19 @@ class PrunedStudent(PrunedSizes, PruningMethod):
     )
 
 
+RUN_FOLDER_NAMES = (
+    "stages",
+    "recipe.yaml",
+    "model",
+    "report.html",
+    "signals",
+    "synthesis",
+    "family.html",
+    "family.json",
+)
+"""What a run folder holds or links to, besides the formats that are exported."""
+
+
 class HopRecipe(PrunedSizes):
     """One member of a family: what it keeps of the model before it, and how long it is trained."""
 
@@ -249,6 +262,11 @@ class CascadeRecipe(Section):
         names = [hop.name for hop in self.hops]
         if len(set(names)) < len(names):
             raise ValueError("two hops have the same name")
+        taken = {*RUN_FOLDER_NAMES, *ExportFormat.__args__}  # type: ignore[attr-defined]
+        for name in names:
+            # Some file systems do not tell capitals from small letters.
+            if name.lower() in taken:
+                raise ValueError(f"a member's folder cannot be called {name}, as the run has that")
         return self
 
 
@@ -643,10 +661,15 @@ class Recipe(Section):
     def _cascade_prunes(self) -> Recipe:
         if self.cascade is not None and not isinstance(self.student, PrunedStudent):
             raise ValueError("a cascade prunes: set student.start to pruned, or remove cascade")
-        if (
-            self.cascade is not None
-            and isinstance(self.student, PrunedStudent)
-            and self.student.target is not None
-        ):
+        if self.cascade is None or not isinstance(self.student, PrunedStudent):
+            return self
+        if self.student.target is not None:
             raise ValueError("in a cascade every hop has its own target: move student.target there")
+        given = [f"student.{key}" for key in SIZE_KEYS if getattr(self.student, key) is not None]
+        searched = [hop.name for hop in self.cascade.hops if hop.target is not None]
+        if given and searched:
+            raise ValueError(
+                f"{', '.join(given)} would apply to hops that have a target "
+                f"({', '.join(searched)}): give sizes in the other hops"
+            )
         return self

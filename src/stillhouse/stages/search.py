@@ -70,7 +70,8 @@ def search(job: Job, data: Stage) -> StagePlan:
 def _inputs(job: Job, data: Stage, section: PrunedStudent) -> dict[str, Any]:
     assert section.target is not None
     return {
-        "recipe": section.model_dump(mode="json"),
+        # What is pruned is known by its fingerprint, wherever it is.
+        "recipe": section.model_dump(mode="json", exclude={"model"}),
         "train": {key: getattr(job.recipe.train, key) for key in SHORT_TRAINING},
         "precision": job.recipe.train.precision,
         "dtype": job.recipe.export.dtype,

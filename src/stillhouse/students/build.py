@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,6 @@ from stillhouse.pruning import (
 )
 from stillhouse.pruning.domain import Domain, kl_on, read_text
 from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
-from stillhouse.pruning.shapes import planned_shape
 from stillhouse.recipe.pruning import PruningMethod, VocabularyFile
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students.random import overridden_config, random_model
@@ -136,7 +136,7 @@ def _pruned(
             where="student.target",
             fix="search first (search.search_shape), as `stillhouse run` does",
         )
-    planned_sizes(section, model.config)
+    explicit_sizes(section, model.config)
     tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
     kept_ids = None
     if section.vocabulary is not None:
@@ -195,19 +195,16 @@ def method_of(section: PrunedStudent) -> PruningMethod:
     return PruningMethod(**{key: getattr(section, key) for key in PruningMethod.model_fields})
 
 
-def planned_sizes(section: PrunedStudent, teacher_config: Any) -> Sizes:
-    """The sizes of the student, all tokens counted where the text decides.
-
-    Of a target, the shape with the fewest cuts that meets it: which is best is for a search to say.
+def explicit_sizes(section: PrunedStudent, config: Any, *, owner: str | None = None) -> Sizes:
+    """The sizes of the student without a target, all tokens counted where the text or a file
+    decides. config: of what is pruned. owner: what an error calls it; None: as the section does.
 
     Raises RecipeError where they are not possible.
     """
-    if section.target is not None:
-        return planned_shape(teacher_config, section.search, section.target)
     # Known without the text: how many tokens it has is not.
     vocabulary = section.vocabulary if isinstance(section.vocabulary, int) else None
     return check_sizes(
-        teacher_config,
+        config,
         section.ffn_size,
         section.layers,
         heads=section.heads,
@@ -217,6 +214,7 @@ def planned_sizes(section: PrunedStudent, teacher_config: Any) -> Sizes:
         experts=section.experts,
         vocabulary=vocabulary,
         text_decides=vocabulary is None and section.vocabulary is not None,
+        owner=owner or ("the teacher" if section.model is None else "the model that is pruned"),
     )
 
 
@@ -225,6 +223,14 @@ def start_config(section: RandomStudent, teacher_config: Any, base: Path) -> Any
     if section.config is None:
         return teacher_config
     return load_config(_config_folder(section.config, base))
+
+
+def config_sha256(section: RandomStudent, base: Path) -> str | None:
+    """Names the content of `section.config`; None where the teacher's is the start."""
+    if section.config is None:
+        return None
+    file = _config_folder(section.config, base) / "config.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _config_folder(name: str, base: Path) -> Path:
