@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.limit import AdaptiveLimit
 from stillhouse.synthesis.link import OpenAILink
 from stillhouse.synthesis.pool import Patience, Pool, Tally
-from stillhouse.synthesis.request import Request
+from stillhouse.synthesis.request import Answer, Request
 from tests.synthesis.stub import Reply, Script, Stub, error
 
 QUICK = Patience(attempts=3, backoff=0.02)
@@ -227,9 +228,9 @@ def test_what_failed_is_asked_again_by_the_next_run(journal: Journal) -> None:
         (error(422, "no such parameter"), "refused", "HTTP 422: no such parameter"),
         (Reply(body=b'{"choices": [{"mess'), "invalid", "not a chat completion"),
         (Reply(body=b'{"hello": 1}'), "invalid", "KeyError: 'choices'"),
-        (Reply(message={"content": None}), "invalid", "no text"),
+        (Reply(body=b'{"choices": [{"text": "old"}]}'), "invalid", "KeyError: 'message'"),
     ],
-    ids=["400", "422", "invalid JSON", "other JSON", "no text"],
+    ids=["400", "422", "invalid JSON", "other JSON", "a completion that is no chat"],
 )
 def test_a_fault_of_one_request_fails_it_alone_and_at_once(
     journal: Journal, fault: Reply, kind: str, reason: str
@@ -251,6 +252,57 @@ def test_a_refusal_in_its_own_field_is_text(journal: Journal) -> None:
     answer = journal.get(asked.key)
     assert answer is not None
     assert (answer.text, answer.finish_reason) == ("I cannot help with that.", "refusal")
+
+
+ODD: dict[str, Any] = {
+    "choices": [
+        {
+            "message": {"content": "4", "reasoning_content": ["2 + 2"]},
+            "finish_reason": {"type": "stop"},
+            "logprobs": "none",
+        }
+    ],
+    "usage": {"prompt_tokens": 2**70, "completion_tokens": True},
+}
+
+
+def test_a_field_of_an_odd_kind_counts_as_not_given(journal: Journal) -> None:
+    with Stub(once(Reply(body=json.dumps(ODD).encode()))) as stub:
+        asked = requests(stub, 3)
+        tally = run(journal, stub, asked, concurrency=1, price=Price(1.0, 1.0))
+    assert (tally.answered, tally.failed) == (3, 0)
+    answer = journal.get(asked[0].key)
+    assert answer == Answer("4", seconds=answer.seconds if answer else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"choices": [{"message": {"content": None}, "finish_reason": "length"}]}, ""),
+        ({"choices": [{"message": {}, "finish_reason": "content_filter"}]}, ""),
+        ({"choices": []}, ""),
+        (
+            {"choices": [{"message": {"content": [{"type": "text", "text": "1"}, {"text": "2"}]}}]},
+            "12",
+        ),
+    ],
+    ids=["null", "nothing", "no choice", "parts"],
+)
+def test_an_answer_without_a_text_is_kept_and_not_bought_again(
+    journal: Journal, change: dict[str, Any], text: str
+) -> None:
+    whole = {"usage": {"prompt_tokens": 9, "completion_tokens": 20}, **change}
+    for choice in whole["choices"]:
+        choice["message"]["reasoning_content"] = "hm"
+    with Stub(lambda number, payload: Reply(body=json.dumps(whole).encode())) as stub:
+        (asked,) = requests(stub, 1)
+        assert run(journal, stub, [asked]).answered == 1
+        assert run(journal, stub, [asked]).reused == 1
+        assert len(stub.payloads) == 1
+    answer = journal.get(asked.key)
+    assert answer is not None
+    assert (answer.text, answer.prompt_tokens, answer.completion_tokens) == (text, 9, 20)
+    assert answer.reasoning == ("hm" if whole["choices"] else None)
 
 
 # --- what stops everything ---------------------------------------------------------------------

@@ -24,6 +24,8 @@ from stillhouse.teachers.keys import api_key
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EXCERPT = 300
 """Characters of a server's message that are kept."""
+_MOST_TOKENS = 10**9
+"""In one prompt or answer; a server that counts more miscounts."""
 
 
 @dataclass(frozen=True)
@@ -158,30 +160,56 @@ def _server_error(body: bytes) -> tuple[str, str | None]:
 
 
 def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
-    choice = whole["choices"][0]
+    """Whatever was paid for is an answer, if only an empty one; a field of a kind that it cannot
+    have counts as not given. Raises KeyError and the like where this is no chat completion."""
+    choices = whole["choices"]
+    choice = choices[0] if choices else {"message": {}}
     message = choice["message"]
-    text, finish_reason = message.get("content"), choice.get("finish_reason")
-    if text is None and message.get("refusal"):
-        text, finish_reason = message["refusal"], "refusal"
-    if not isinstance(text, str):
-        raise TypeError("the message has no text")
-    usage = whole.get("usage") or {}
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    text, finish_reason = _text(message.get("content")), _string(choice.get("finish_reason"))
+    refusal = _string(message.get("refusal"))
+    if not text and refusal:
+        text, finish_reason = refusal, "refusal"
+    usage = _object(whole.get("usage"))
+    prompt, completion = (
+        _tokens(usage.get("prompt_tokens")),
+        _tokens(usage.get("completion_tokens")),
+    )
     cost = None
-    if not isinstance(prompt, int) or not isinstance(completion, int):
+    if prompt is None or completion is None:
         prompt = completion = None
     elif price is not None:
         cost = price.of(prompt, completion)
+    logprobs = _object(choice.get("logprobs")).get("content")
     return Answer(
         text=text,
         finish_reason=finish_reason,
-        reasoning=message.get("reasoning_content") or message.get("reasoning") or None,
+        reasoning=_string(message.get("reasoning_content")) or _string(message.get("reasoning")),
         prompt_tokens=prompt,
         completion_tokens=completion,
         cost=cost,
         seconds=seconds,
-        logprobs=(choice.get("logprobs") or {}).get("content"),
+        logprobs=logprobs if isinstance(logprobs, list) else None,
     )
+
+
+def _text(content: Any) -> str:
+    """A message's text: a string, or the text parts of a list; empty where there is none."""
+    if isinstance(content, list):
+        return "".join(_string(_object(part).get("text")) or "" for part in content)
+    return _string(content) or ""
+
+
+def _string(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _tokens(value: Any) -> int | None:
+    sane = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
+    return value if sane else None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
