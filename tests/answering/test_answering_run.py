@@ -17,9 +17,11 @@ from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from stillhouse.recipe import parse_answering_recipe
 from stillhouse.spending import agree_to_task
 from tests.answering import toys
-from tests.synthesis.stub import Reply, Stub
+from tests.synthesis.stub import Reply, Stub, error
 
 pytestmark = pytest.mark.usefixtures("in_process")
+
+KEY = "sk-very-secret-1234567890"
 
 
 def run(raw: dict[str, Any]) -> Any:
@@ -118,6 +120,35 @@ def test_a_budget_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
         raw["teacher"]["budget"] = None
         run(raw)
         assert len(stub.payloads) == 20
+
+
+@pytest.mark.parametrize("kind", ["extract", "generate"])
+def test_no_file_of_a_run_holds_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Even where the server repeats it, in an answer and in an error; nor that of a judge."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if number == 0:
+            return error(400, f"you sent {KEY}")
+        said = extraction(number, payload).text if kind == "extract" else f"answer {number}"
+        return Reply(text=KEY if number == 1 else said)
+
+    def judge(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=f"{KEY}: A")
+
+    with Stub(script, key=KEY) as stub, Stub(judge, key=KEY) as other:
+        raw = toys.recipe(tmp_path, kind, **toys.api(tmp_path, stub.url))
+        raw["teacher"]["api"]["key_env"] = "TEACHER_KEY"
+        raw["train"]["epochs"] = 1
+        if kind == "generate":
+            api = {"base_url": other.url, "model": "teacher", "key_env": "TEACHER_KEY"}
+            raw["evaluate"]["judge"] = {"api": api}
+        run(raw)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "answers.sqlite", "report.html"} <= {path.name for path in files}
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
 def test_an_api_is_paid_without_a_budget_only_when_that_is_agreed_to(tmp_path: Path) -> None:

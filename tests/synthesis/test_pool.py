@@ -390,6 +390,46 @@ def test_the_key_is_sent_and_appears_nowhere_even_where_the_server_repeats_it(
     assert "bearer [key]" in str(caught.value).lower()
 
 
+def test_a_key_across_the_end_of_what_is_kept_of_a_message_is_not_cut_into(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    body = ("x" * 290 + KEY + "y" * 300).encode()
+    with Stub(lambda n, p: Reply(body=body), key=KEY) as stub:
+        assert run(journal, stub, requests(stub, 1), key_env="TEACHER_KEY").failed == 1
+    ((_, _, reason),) = journal.failures()
+    assert "sk-very" not in reason
+    assert "x[key]" in reason
+
+
+def test_an_answer_that_repeats_the_key_is_kept_without_it(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    tokens = [{"token": KEY[:9], "logprob": -0.1}, {"token": KEY[9:], "logprob": -0.1}]
+    thought = {"reasoning_content": f"The key is {KEY}."}
+    reply = Reply(text=f"Bearer {KEY}!", message=thought, logprobs=tokens)
+    with Stub(lambda n, p: reply, key=KEY) as stub:
+        (asked,) = requests(stub, 1)
+        run(journal, stub, [asked], key_env="TEACHER_KEY")
+    answer = journal.get(asked.key)
+    assert answer is not None
+    assert (answer.text, answer.reasoning) == ("Bearer [key]!", "The key is [key].")
+    assert answer.logprobs is None
+
+
+def test_a_placeholder_for_a_key_is_a_word_that_answers_may_hold(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "EMPTY")
+    with Stub(lambda n, p: Reply(text="The list is EMPTY."), key="EMPTY") as stub:
+        (asked,) = requests(stub, 1)
+        run(journal, stub, [asked], key_env="TEACHER_KEY")
+    answer = journal.get(asked.key)
+    assert answer is not None
+    assert answer.text == "The list is EMPTY."
+
+
 # --- how many at once --------------------------------------------------------------------------
 
 

@@ -22,8 +22,10 @@ from stillhouse.tasks import open_classifier, predictions, run_task
 from stillhouse.tasks.classifier import load_classifier
 from stillhouse.tasks.judge import Judgment
 from tests import tiny
-from tests.synthesis.stub import Reply, Stub
+from tests.synthesis.stub import Reply, Stub, error
 from tests.tasks import toys
+
+KEY = "sk-very-secret-1234567890"
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,24 @@ def test_an_api_is_asked_once_and_its_labels_are_learnt(tmp_path: Path) -> None:
     assert "40 labels" in result.evaluation.notes[0]
 
 
+def test_no_file_of_a_run_holds_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the server repeats it, in an answer and in an error."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if number == 0:
+            return error(400, f"you sent {KEY}")
+        return Reply(text=KEY if number == 1 else said_label(payload))
+
+    with Stub(script, key=KEY) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        raw["teacher"]["api"]["key_env"] = "TEACHER_KEY"
+        run(raw)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "answers.sqlite", "report.html"} <= {path.name for path in files}
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+
+
 def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(text="no idea" if number % 4 == 0 else said_label(payload))
@@ -226,7 +246,7 @@ def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "kind", "said"),
     [
         ({"task": {"kind": "classify"}}, RecipeError, "no labels"),
         ({"task": {"kind": "classify", "labels": ["pets", "toys"]}}, DataError, "'food' is not in"),
@@ -236,12 +256,12 @@ def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
     ids=["no labels", "unknown label", "no file", "too many layers"],
 )
 def test_one_clear_message(
-    tmp_path: Path, changes: dict[str, Any], error: type[StillhouseError], said: str
+    tmp_path: Path, changes: dict[str, Any], kind: type[StillhouseError], said: str
 ) -> None:
     raw = toys.recipe(tmp_path, data=toys.with_gold(tmp_path))
     if changes.get("task") == {"kind": "classify"}:
         raw["data"] = {"texts": [{"path": str(tmp_path / "texts.jsonl")}]}
-    with pytest.raises(error, match=said) as caught:
+    with pytest.raises(kind, match=said) as caught:
         run({**raw, **changes})
     assert caught.value.fix
 

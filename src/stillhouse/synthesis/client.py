@@ -9,7 +9,7 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -24,6 +24,9 @@ from stillhouse.teachers.keys import api_key
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EXCERPT = 300
 """Characters of a server's message that are kept."""
+_SHORTEST_SECRET = 8
+"""Characters. Servers that want no key are given words such as `none` and `EMPTY`, which answers
+may hold."""
 _MOST_TOKENS = 10**9
 """In one prompt or answer; a server that counts more miscounts."""
 
@@ -90,16 +93,17 @@ class Client:
         except LinkError as error:
             return Trouble("connection", self._redacted(str(error)), again=True, billed=error.sent)
         if reply.status == 200:
-            return self._answer(reply.body, time.monotonic() - started)
+            return self._answer(reply, time.monotonic() - started)
         return self._status_trouble(reply)
 
-    def _answer(self, body: bytes, seconds: float) -> Answer | Trouble:
+    def _answer(self, reply: Reply, seconds: float) -> Answer | Trouble:
         try:
-            return _parse(json.loads(body), self.price, seconds)
+            answer = _parse(json.loads(reply.body), self.price, seconds)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            start = self._redacted(body[:_EXCERPT].decode("utf-8", "replace"))
+            start = self._redacted(reply.body.decode("utf-8", "replace"))[:_EXCERPT]
             reason = f"not a chat completion ({type(error).__name__}: {error}): {start}"
             return Trouble("invalid", reason, again=False, billed=True)
+        return self._without_key(answer)
 
     def _status_trouble(self, reply: Reply) -> Trouble:
         status = reply.status
@@ -125,6 +129,21 @@ class Client:
         }.get(status, ("the account has no credit left", "add credit, then go on with the same "
                        "command: what arrived is kept"))  # fmt: skip
         return EndpointError(f"{what} (HTTP {status}: {said})", where=self.endpoint, fix=fix)
+
+    def _without_key(self, answer: Answer) -> Answer:
+        """The answer, where it repeats the key, without it; its tokens would spell the key too."""
+        said = (answer.text, answer.reasoning or "", answer.finish_reason or "")
+        key = self._key or ""
+        if len(key) < _SHORTEST_SECRET or not any(key in text for text in said):
+            return answer
+        text, reasoning, finish_reason = map(self._redacted, said)
+        return replace(
+            answer,
+            text=text,
+            reasoning=reasoning or None,
+            finish_reason=finish_reason or None,
+            logprobs=None,
+        )
 
     def _redacted(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
