@@ -474,6 +474,13 @@ def test_the_worst_case_of_a_request_bounds_its_tokens() -> None:
     assert worst.usd == pytest.approx(((worst.tokens - 50) * 2 + 50 * 8) / 1e6)
 
 
+def test_the_worst_case_of_a_request_knows_what_its_parameters_put_into_the_prompt() -> None:
+    plain = Request("local", "m", ({"role": "user", "content": "hi"},), {"max_tokens": 50})
+    tools = [{"type": "function", "function": {"name": "f", "description": "x" * 4000}}]
+    more = replace(plain, parameters={"max_tokens": 50, "tools": tools, "temperature": 0.5})
+    assert worst_case(more, None).tokens >= worst_case(plain, None).tokens + 4000
+
+
 @pytest.mark.parametrize("limit", ["usd", "tokens"])
 def test_a_budget_is_never_passed_even_by_what_is_on_its_way(journal: Journal, limit: str) -> None:
     """Every answer takes exactly its worst case: the hardest for a budget."""

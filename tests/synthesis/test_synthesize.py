@@ -21,7 +21,9 @@ from stillhouse.errors import DataError, EndpointError, RecipeError
 from stillhouse.recipe import parse_recipe
 from stillhouse.recipe.schema import JsonlSource
 from stillhouse.runner import synthesize_text
-from stillhouse.synthesis import Journal, Synthesis
+from stillhouse.stages.synthesis import origins
+from stillhouse.synthesis import Journal, Synthesis, foreseen
+from stillhouse.synthesis.budget import Spending
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub, error
 
@@ -140,6 +142,23 @@ def test_the_budget_counts_what_earlier_runs_paid(tmp_path: Path) -> None:
     assert again.out_of_budget
     assert 0 < first.kept == again.kept < 12
     assert first.tokens <= 400
+
+
+def test_a_prompt_that_is_there_ten_times_is_paid_for_once(tmp_path: Path) -> None:
+    """An answer takes 50 tokens; the budget has room for two different ones."""
+    (tmp_path / "prompts.txt").write_text("the same\n" * 10 + "another\n")
+    with Stub(lambda n, p: Reply(text=f"{n}", usage=(30, 20))) as stub:
+        recipe = write(tmp_path, stub.url, filters={"exact_duplicates": False})
+        synthesize_text(recipe, ["synthesize.prompts.limit=10"])
+        loaded = parse_recipe(yaml.safe_load(recipe.read_text()))
+        assert loaded.synthesize is not None
+        known = foreseen(loaded.synthesize, origins(loaded, tmp_path))
+        again = synthesize_text(recipe, ["synthesize.budget.max_tokens=200"])
+        assert len(stub.payloads) == 2
+    assert (known.requests, known.missing, known.spent.tokens) == (11, 1, 50)
+    assert known.likely == Spending(50, 0.0)
+    assert known.worst.tokens < 100
+    assert (again.kept, again.tokens) == (11, 100)
 
 
 def test_an_unknown_price_is_said_to_be_unknown(tmp_path: Path) -> None:

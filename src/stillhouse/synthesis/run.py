@@ -123,9 +123,12 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
     writer = open_writer(section, origins, seed)
     origins.folder.mkdir(parents=True, exist_ok=True)
     with Journal(path) as journal:
-        writing = Spending() if writer is None else write_prompts(writer, journal)
         prompts = prompt_source(section.prompts, origins.base, seed, writer, journal)
         asked = Asked(section.prompts, origins.base, teacher.request, prompts=prompts)
+        writing = Spending()
+        if writer is not None:
+            before = known_before(asked.requests(), journal, teacher.price)
+            writing = write_prompts(writer, journal, before.spent)
         known = known_before(asked.requests(), journal, teacher.price)
         known = replace(known, spent=known.spent + writing)
         new, failed, out_of_budget = _answer(teacher, asked, journal, known)
