@@ -15,6 +15,7 @@ import pytest
 
 from stillhouse.errors import EndpointError
 from stillhouse.synthesis import client as client_module
+from stillhouse.synthesis import pool as pool_module
 from stillhouse.synthesis.budget import Budget, Price, Spending, worst_case
 from stillhouse.synthesis.client import Client, retry_after
 from stillhouse.synthesis.journal import Journal
@@ -179,6 +180,37 @@ def test_retry_after_is_obeyed(journal: Journal) -> None:
         tally = run(journal, stub, requests(stub, 1))
         assert time.monotonic() - started >= 0.5
     assert tally.throttled == 1
+
+
+def test_a_slow_server_is_waited_for_while_it_answers_anyone(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives one answer every 50 ms, and says when; the longest wait is much shorter than all."""
+    monkeypatch.setattr(pool_module, "LONGEST_WAIT", 0.8)
+    monkeypatch.setattr(pool_module, "LONGEST_BACKOFF", 0.1)
+    next_one = [0.0]
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        now = time.monotonic()
+        if now < next_one[0]:
+            return error(429, "slow down", {"retry-after": f"{next_one[0] - now:.3f}"})
+        next_one[0] = now + 0.05
+        return Reply()
+
+    with Stub(script) as stub:
+        tally = run(journal, stub, requests(stub, 40), concurrency=32)
+    assert (tally.answered, tally.failed) == (40, 0)
+
+
+def test_a_server_that_answers_nobody_is_not_waited_for_for_ever(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "LONGEST_WAIT", 0.6)
+    with Stub(lambda n, p: error(429, "slow down", {"retry-after": "0.1"})) as stub:
+        started = time.monotonic()
+        tally = run(journal, stub, requests(stub, 2))
+        assert 0.3 < time.monotonic() - started < 3
+    assert tally.failed == 2
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ Ask = Callable[[Request], Awaitable[Answer | Trouble]]
 HOPELESS_FAILURES = 50
 """Requests given up in a row, with no answer between them, after which nothing more is sent."""
 LONGEST_WAIT = 600.0
-"""Seconds: a server that wants a longer pause, or answers 429 for longer, is not waited for."""
+"""Seconds: a server that wants a longer pause, or answers nobody for longer, is not waited for."""
 LONGEST_BACKOFF = 30.0
 _LOOKED_UP = 256
 GRACE = 15.0
@@ -84,6 +84,7 @@ class Pool:
         self._sending: set[asyncio.Task[None] | None] = set()
         self._stopped: BaseException | None = None
         self._failures_in_a_row = 0
+        self._last_answer = 0.0
         self._settled = asyncio.Event()
 
     async def answer_all(self, requests: Iterable[Request]) -> Tally:
@@ -138,9 +139,11 @@ class Pool:
     async def _answer(self, request: Request) -> None:
         """Sends one request until it is answered, hopeless, or out of attempts."""
         worst = worst_case(request, self.price)
-        first, attempts, tries = time.monotonic(), 0, 0
+        attempts = tries = 0
+        first = None
         while await self._reserve(worst):
             sent = await self.limit.acquire()
+            first = sent if first is None else first
             spent = Spending()
             try:
                 outcome = await self._send(request)
@@ -159,7 +162,8 @@ class Pool:
             if outcome.kind == "rate_limit":
                 self.tally.throttled += 1
                 self.limit.throttled(sent, outcome.wait or 0.0)
-            waited_for = time.monotonic() - first + pause
+            # The time in our own queue, while the server answers others, says nothing about it.
+            waited_for = time.monotonic() - max(first, self._last_answer) + pause
             patient = attempts < self.patience.attempts and waited_for < LONGEST_WAIT
             if not outcome.again or not patient or self._stopped is not None:
                 return self._give_up(request, outcome, spent, tries)
@@ -201,7 +205,7 @@ class Pool:
 
     def _keep(self, request: Request, answer: Answer) -> None:
         self.limit.answered()
-        self._failures_in_a_row = 0
+        self._failures_in_a_row, self._last_answer = 0, time.monotonic()
         self.tally.answered += 1
         self.tally.unpriced += answer.cost is None
         commit = self.journal.record(request, answer)
