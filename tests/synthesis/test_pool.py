@@ -21,7 +21,7 @@ from stillhouse.synthesis.client import Client, retry_after
 from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.limit import AdaptiveLimit
 from stillhouse.synthesis.link import OpenAILink
-from stillhouse.synthesis.pool import Patience, Pool, Tally
+from stillhouse.synthesis.pool import HOPELESS_FAILURES, Patience, Pool, Tally
 from stillhouse.synthesis.request import Answer, Request
 from tests.synthesis.stub import Reply, Script, Stub, error
 
@@ -370,12 +370,60 @@ def test_an_answer_on_its_way_still_arrives_after_a_hopeless_fault(journal: Jour
     assert journal.counts() == (1, 0)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_is_on_its_way_arrives_unless_it_is_cancelled_twice(
+    journal: Journal, times: int
+) -> None:
+    async def whole(stub: Stub, asked: list[Request]) -> None:
+        async with Client(stub.url, "teacher", timeout=5.0) as client:
+            pool = Pool(client.ask, journal, Budget(), concurrency=4, patience=QUICK)
+            work = asyncio.create_task(pool.answer_all(asked))
+            while len(stub.payloads) < 4:
+                await asyncio.sleep(0.01)
+            began[0] = time.monotonic()
+            for _ in range(times):
+                work.cancel()
+                await asyncio.sleep(0.1)
+            await work
+
+    began = [0.0]
+    with Stub(lambda n, p: Reply(delay=1.5)) as stub:
+        asked = requests(stub, 40)
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(whole(stub, asked))
+        seconds = time.monotonic() - began[0]
+        assert len(stub.payloads) == 4
+    assert journal.counts() == ((4, 0) if times == 1 else (0, 4))
+    assert (seconds < 1.2) == (times == 2)
+
+
 def test_a_server_that_is_not_there_stops_after_a_while(journal: Journal) -> None:
     with Stub() as stub:
         asked = requests(stub, 200)
     with pytest.raises(EndpointError, match="in a row were given up"):
         run(journal, stub, asked, concurrency=32)
     assert {kind for _, kind, _ in journal.failures()} == {"connection"}
+
+
+def test_refused_prompts_stop_nothing_where_others_are_answered(journal: Journal) -> None:
+    """Twice as many in a row as may fail; the others come after them, or before."""
+    many = 2 * HOPELESS_FAILURES
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        n = int(payload["messages"][0]["content"].split()[1])
+        return error(400, "the prompt is too long") if n < many else Reply()
+
+    with Stub(script) as stub:
+        asked = requests(stub, many + 5)
+        with pytest.raises(EndpointError, match="in a row were given up"):
+            run(journal, stub, asked, concurrency=1)
+        assert len(stub.payloads) == HOPELESS_FAILURES
+        with pytest.raises(EndpointError):  # the other refused ones come first now
+            run(journal, stub, asked, concurrency=1)
+        tally = run(journal, stub, asked, concurrency=1)
+        assert (tally.answered, tally.failed) == (5, many)
+        tally = run(journal, stub, asked, concurrency=1)
+        assert (tally.reused, tally.failed) == (5, many)
 
 
 def test_an_exhausted_daily_quota_is_not_waited_for(journal: Journal) -> None:

@@ -309,7 +309,7 @@ def test_a_run_that_is_stopped_goes_on_and_buys_nothing_again(
             answers, _ = journal.counts()
         result = synthesize_text(recipe)
         # Lost at most: what was on its way, four at once, and what came in the last moment.
-        assert sent - answers <= 2 * 4
+        assert sent - answers <= (2 * 4 if number == signal.SIGKILL else 0)
         assert len(stub.payloads) == sent + 150 - answers
     assert result.kept == 150
 

@@ -277,7 +277,8 @@ def _unanswered(
 
 
 def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
-    """Runs `work`; Ctrl-C or SIGTERM cancels it, and does what it always does after that.
+    """Runs `work`; Ctrl-C or SIGTERM cancels it, and does what it always does after that. A second
+    one cancels it again, while it waits for what is on its way.
 
     An exception out of a signal handler could be lost inside the event loop.
     """
@@ -288,6 +289,8 @@ def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
         assert task is not None
 
         def stop(number: int) -> None:
+            if not caught:
+                note("waiting for the answers on their way; once more to leave them")
             caught.append(number)
             task.cancel()
 

@@ -168,6 +168,13 @@ class Journal:
         with self._reading:
             return {key for (key,) in self._reader.execute(statement, keys)}
 
+    def refused(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys (a few hundred) that an endpoint has refused to answer."""
+        marks = ", ".join("?" * len(keys))
+        statement = f"SELECT key FROM failures WHERE kind = 'refused' AND key IN ({marks})"
+        with self._reading:
+            return {key for (key,) in self._reader.execute(statement, keys)}
+
     def billed_failures(self, key: str) -> tuple[float, int]:
         """Dollars and tokens that a provider may have billed for lost answers to this request."""
         with self._reading:
