@@ -156,11 +156,13 @@ def test_many_requests_are_on_their_way_at_once_but_no_more_than_asked(journal: 
         (error(429, "slow down"), False),
         (error(500, "oh"), False),
         (error(503, "loading the model"), False),
+        (error(200, "slow down", code=429), False),
+        (error(200, "upstream is down", code="502"), False),
         (Reply(how="hang"), True),
         (Reply(how="trickle"), True),
         (Reply(how="cut"), True),
     ],
-    ids=["429", "500", "503", "hangs", "trickles", "is cut"],
+    ids=["429", "500", "503", "200 with 429", "200 with 502", "hangs", "trickles", "is cut"],
 )
 def test_a_passing_fault_is_asked_again(journal: Journal, fault: Reply, billed: bool) -> None:
     with Stub(once(fault)) as stub:
@@ -258,11 +260,19 @@ def test_what_failed_is_asked_again_by_the_next_run(journal: Journal) -> None:
     [
         (error(400, "the prompt is too long"), "refused", "HTTP 400: the prompt is too long"),
         (error(422, "no such parameter"), "refused", "HTTP 422: no such parameter"),
+        (error(200, "no such thing", code="oops"), "invalid", "not a chat completion"),
         (Reply(body=b'{"choices": [{"mess'), "invalid", "not a chat completion"),
         (Reply(body=b'{"hello": 1}'), "invalid", "KeyError: 'choices'"),
         (Reply(body=b'{"choices": [{"text": "old"}]}'), "invalid", "KeyError: 'message'"),
     ],
-    ids=["400", "422", "invalid JSON", "other JSON", "a completion that is no chat"],
+    ids=[
+        "400",
+        "422",
+        "200 with an error",
+        "invalid JSON",
+        "other JSON",
+        "a completion that is no chat",
+    ],
 )
 def test_a_fault_of_one_request_fails_it_alone_and_at_once(
     journal: Journal, fault: Reply, kind: str, reason: str
@@ -347,8 +357,11 @@ def test_an_answer_without_a_text_is_kept_and_not_bought_again(
         (error(403, "not for you"), "may not use the model"),
         (error(404, "no such model"), "has no model 'teacher'"),
         (error(429, "pay first", code="insufficient_quota"), "no credit left"),
+        (error(402, "Insufficient Balance"), "no credit left"),
+        (error(200, "key limit exceeded", code=403), "may not use the model"),
+        (error(200, "pay first", code="insufficient_quota"), "no credit left"),
     ],
-    ids=["401", "403", "404", "no credit"],
+    ids=["401", "403", "404", "no credit", "402", "200 with 403", "200 and no credit"],
 )
 def test_a_hopeless_fault_stops_at_once(journal: Journal, fault: Reply, expected: str) -> None:
     with Stub(lambda number, payload: fault) as stub:

@@ -230,6 +230,10 @@ def test_a_mistake_is_found_before_anything_is_paid(
         ({"budget": {"max_usd": 1}}, "max_usd needs teacher.api.price"),
         ({"sampling": {"extra": {"n": 4}}}, "n cannot be set"),
         (
+            {"prompts": {"path": "p.txt", "samples": 4}, "sampling": {"temperature": 0}},
+            "all samples are the same",
+        ),
+        (
             {"teacher": {"local": {}}, "budget": {"max_tokens": 9}},
             "a budget is for teacher.api",
         ),

@@ -25,6 +25,7 @@ from stillhouse.recipe.synthesize import (
     SamplingRecipe,
     VllmEngine,
     check_budget,
+    check_samples,
 )
 
 
@@ -98,8 +99,7 @@ class AnswerTeacher(Section):
             raise ValueError("give either model or api")
         if self.api is not None and self.vllm is not None:
             raise ValueError("vllm runs a model: give it, or remove vllm")
-        if self.samples > 1 and self.sampling.temperature == 0:
-            raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
+        check_samples(self.samples, self.sampling)
         check_budget(self.api, self.budget)
         return self
 

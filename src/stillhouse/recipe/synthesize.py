@@ -362,9 +362,16 @@ class SynthesizeRecipe(Section):
         check_budget(api, self.budget)
         if api is None and (self.sampling.extra or self.sampling.top_logprobs is not None):
             raise ValueError("sampling.extra and sampling.top_logprobs are for teacher.api")
+        check_samples(self.prompts.samples, self.sampling)
         if self.filters.best_of is not None and self.prompts.samples < 2:
             raise ValueError("filters.best_of chooses among several answers: set prompts.samples")
         return self
+
+
+def check_samples(samples: int, sampling: SamplingRecipe) -> None:
+    """Raises ValueError where several answers would all be the same."""
+    if samples > 1 and sampling.extra.get("temperature", sampling.temperature) == 0:
+        raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
 
 
 def check_budget(api: ApiTeacher | None, budget: BudgetRecipe) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -98,7 +99,11 @@ class Client:
 
     def _answer(self, reply: Reply, seconds: float) -> Answer | Trouble:
         try:
-            answer = _parse(json.loads(reply.body), self.price, seconds)
+            whole = json.loads(reply.body)
+            status = _status_within(whole)
+            if status is not None:
+                return self._status_trouble(replace(reply, status=status))
+            answer = _parse(whole, self.price, seconds)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             start = self._redacted(reply.body.decode("utf-8", "replace"))[:_EXCERPT]
             reason = f"not a chat completion ({type(error).__name__}: {error}): {start}"
@@ -109,7 +114,7 @@ class Client:
         status = reply.status
         message, code = _server_error(reply.body)
         said = self._redacted(message)[:_EXCERPT]
-        if status in (401, 403, 404) or code == "insufficient_quota":
+        if status in (401, 402, 403, 404) or code == "insufficient_quota":
             raise self._hopeless(status, said)
         wait = retry_after(reply.headers)
         if status == 429:
@@ -176,6 +181,15 @@ def _server_error(body: bytes) -> tuple[str, str | None]:
         return str(error), None
     message = error.get("message") or error.get("detail") or text
     return str(message), error.get("code")
+
+
+def _status_within(whole: Any) -> int | None:
+    """The status of an error that gateways send with the status 200, where it tells one."""
+    error = _object(_object(whole).get("error"))
+    code = str(error.get("code"))
+    if code == "insufficient_quota":
+        return 402
+    return int(code) if re.fullmatch("[45][0-9]{2}", code) else None
 
 
 def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
