@@ -11,6 +11,7 @@ import yaml
 from typer.testing import CliRunner
 
 from stillhouse.answering import run_answering
+from stillhouse.answering.compare import read_verdict
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
 from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
@@ -92,6 +93,39 @@ def test_a_judge_that_prefers_the_first_answer_prefers_none(tmp_path: Path) -> N
         result = run(toys.recipe(tmp_path, "generate", evaluate={"judge": judge}))
     figures = result.evaluation.of("student").figures
     assert (figures["preferred"], figures["consistent"], figures["judge_read"]) == (0.5, 0.0, 1.0)
+
+
+def test_a_judge_that_reasons_is_read_by_what_it_says_after_that(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text="<think>Is A better, or B? A tie?</think>\n\nTie")
+
+    with Stub(script) as stub:
+        judge = {
+            "api": {"base_url": stub.url, "model": "teacher"},
+            "sampling": {"temperature": None, "max_tokens": 300, "extra": {"seed": 3}},
+        }
+        result = run(toys.recipe(tmp_path, "generate", evaluate={"judge": judge}))
+        sent = stub.payloads[0]
+    figures = result.evaluation.of("student").figures
+    assert (figures["judge_read"], figures["preferred"], figures["consistent"]) == (1.0, 0.5, 1.0)
+    assert (sent["max_tokens"], sent["seed"], "temperature" in sent) == (300, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("A", "A"),
+        ("**B**.", "B"),
+        ("It is a tie.", "tie"),
+        ("Tie", "tie"),
+        ("B is a better answer", "B"),
+        ("A and B are alike", None),
+        ("a hard question", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_one_capital_or_a_tie(text: str, verdict: str | None) -> None:
+    assert read_verdict(text) == verdict
 
 
 def test_check_and_preview_know_what_is_asked(tmp_path: Path) -> None:

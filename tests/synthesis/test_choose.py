@@ -234,6 +234,19 @@ def test_the_answer_that_a_judge_likes_best(tmp_path: Path, compare: str, verdic
     assert victim["reason"] == f"the judge gives {points}"
 
 
+def test_a_judge_is_sampled_as_its_endpoint_wants(tmp_path: Path) -> None:
+    SAMPLES.clear()
+    with Stub(judged, models=("teacher", "judge")) as stub:
+        best_of = {"kind": "judge", "teacher": {"api": {"base_url": stub.url, "model": "judge"}}}
+        synthesized(tmp_path, stub.url, best_of)
+        sampling = {"temperature": None, "max_tokens": 300, "extra": {"reasoning_effort": "low"}}
+        synthesized(tmp_path, stub.url, {**best_of, "sampling": sampling})
+        sent = [payload for payload in stub.payloads if payload["model"] == "judge"]
+    assert (sent[0]["temperature"], sent[0]["max_tokens"]) == (0.0, 16)
+    assert (sent[-1]["max_tokens"], sent[-1]["reasoning_effort"]) == (300, "low")
+    assert "temperature" not in sent[-1]
+
+
 def test_what_a_judge_does_not_answer_is_not_kept_and_asked_again(tmp_path: Path) -> None:
     SAMPLES.clear()
     broken = True

@@ -89,6 +89,14 @@ def test_a_second_run_and_another_recipe_buy_nothing_twice(tmp_path: Path) -> No
     assert (other.requests, other.new) == (24, 12)
 
 
+def test_a_temperature_of_null_is_not_sent(tmp_path: Path) -> None:
+    sampling = {"temperature": None, "max_tokens": 20}
+    with Stub(echo) as stub:
+        synthesize_text(write(tmp_path, stub.url, sampling=sampling, prompts={"samples": 2}))
+        assert len(stub.payloads) == 24
+        assert all("temperature" not in payload for payload in stub.payloads)
+
+
 def test_the_student_sees_less_than_the_teacher(tmp_path: Path) -> None:
     prompts = {"system": "Be brief.", "examples": [{"prompt": "1 + 1?", "answer": "2"}]}
     with Stub(echo) as stub:
@@ -232,6 +240,10 @@ def test_a_mistake_is_found_before_anything_is_paid(
         (
             {"prompts": {"path": "p.txt", "samples": 4}, "sampling": {"temperature": 0}},
             "all samples are the same",
+        ),
+        (
+            {"teacher": {"local": {}}, "sampling": {"temperature": None}},
+            "no temperature of its own",
         ),
         (
             {"teacher": {"local": {}}, "budget": {"max_tokens": 9}},

@@ -242,6 +242,54 @@ def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
     torch.testing.assert_close(shares, torch.tensor([0.75, 0.25]))
 
 
+def test_an_api_that_reasons_is_sampled_as_it_wants_and_read_after_that(tmp_path: Path) -> None:
+    """Its reasoning names every label; `extra` can constrain the answer."""
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=f"<think>pets or food?</think>\n{said_label(payload)}")
+
+    extra = {"guided_choice": ["pets", "food"]}
+    sampling = {"temperature": None, "max_tokens": 900, "extra": extra}
+    with Stub(script) as stub:
+        result = run(api_recipe(tmp_path, stub.url, sampling=sampling))
+        sent = stub.payloads[0]
+    assert result.evaluation.of("teacher").accuracy == 1.0
+    assert "40 labels" in result.evaluation.notes[0]
+    assert (sent["max_tokens"], sent["guided_choice"]) == (900, ["pets", "food"])
+    assert "temperature" not in sent
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        ({}, (0.0, 32)),
+        ({"samples": 3}, (1.0, 32)),
+        ({"samples": 3, "sampling": {"max_tokens": 99}}, (1.0, 99)),
+        ({"samples": 3, "sampling": {"temperature": 0.5}}, (0.5, 32)),
+    ],
+)
+def test_several_samples_are_drawn(
+    tmp_path: Path, teacher: dict[str, Any], expected: tuple[float, int]
+) -> None:
+    sampling = parse_classify_recipe(
+        api_recipe(tmp_path, "http://x/v1", **teacher)
+    ).teacher.sampling
+    assert (sampling.temperature, sampling.max_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({"samples": 3, "sampling": {"temperature": 0.0}}, "all samples are the same"),
+        ({"sampling": {"top_logprobs": 3}}, "give teacher.top_logprobs"),
+        ({"api": None, "model": "m", "sampling": {"max_tokens": 9}}, "sampling is for api"),
+    ],
+)
+def test_sampling_that_cannot_be(tmp_path: Path, teacher: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_classify_recipe(api_recipe(tmp_path, "http://x/v1", **teacher))
+
+
 # --- what a user can get wrong -------------------------------------------------------------------
 
 

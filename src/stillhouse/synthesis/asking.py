@@ -118,11 +118,10 @@ def text_teacher(
 
 def _sampling(whole: SynthesizeRecipe, token_limit: str) -> dict[str, Any]:
     section = whole.sampling
-    parameters: dict[str, Any] = {
-        "temperature": section.temperature,
-        token_limit: section.max_tokens,
-        **section.extra,
-    }
+    parameters: dict[str, Any] = {}
+    if section.temperature is not None:
+        parameters["temperature"] = section.temperature
+    parameters |= {token_limit: section.max_tokens, **section.extra}
     if section.top_p < 1:
         parameters["top_p"] = section.top_p
     if section.top_logprobs is not None:
