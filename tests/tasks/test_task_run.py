@@ -22,8 +22,10 @@ from stillhouse.tasks import open_classifier, predictions, run_task
 from stillhouse.tasks.classifier import load_classifier
 from stillhouse.tasks.judge import Judgment
 from tests import tiny
-from tests.synthesis.stub import Reply, Stub
+from tests.synthesis.stub import Reply, Stub, error
 from tests.tasks import toys
+
+KEY = "sk-very-secret-1234567890"
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +196,24 @@ def test_an_api_is_asked_once_and_its_labels_are_learnt(tmp_path: Path) -> None:
     assert "40 labels" in result.evaluation.notes[0]
 
 
+def test_no_file_of_a_run_holds_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the server repeats it, in an answer and in an error."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if number == 0:
+            return error(400, f"you sent {KEY}")
+        return Reply(text=KEY if number == 1 else said_label(payload))
+
+    with Stub(script, key=KEY) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        raw["teacher"]["api"]["key_env"] = "TEACHER_KEY"
+        run(raw)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "answers.sqlite", "report.html"} <= {path.name for path in files}
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+
+
 def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(text="no idea" if number % 4 == 0 else said_label(payload))
@@ -222,11 +242,59 @@ def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
     torch.testing.assert_close(shares, torch.tensor([0.75, 0.25]))
 
 
+def test_an_api_that_reasons_is_sampled_as_it_wants_and_read_after_that(tmp_path: Path) -> None:
+    """Its reasoning names every label; `extra` can constrain the answer."""
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=f"<think>pets or food?</think>\n{said_label(payload)}")
+
+    extra = {"guided_choice": ["pets", "food"]}
+    sampling = {"temperature": None, "max_tokens": 900, "extra": extra}
+    with Stub(script) as stub:
+        result = run(api_recipe(tmp_path, stub.url, sampling=sampling))
+        sent = stub.payloads[0]
+    assert result.evaluation.of("teacher").accuracy == 1.0
+    assert "40 labels" in result.evaluation.notes[0]
+    assert (sent["max_tokens"], sent["guided_choice"]) == (900, ["pets", "food"])
+    assert "temperature" not in sent
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        ({}, (0.0, 32)),
+        ({"samples": 3}, (1.0, 32)),
+        ({"samples": 3, "sampling": {"max_tokens": 99}}, (1.0, 99)),
+        ({"samples": 3, "sampling": {"temperature": 0.5}}, (0.5, 32)),
+    ],
+)
+def test_several_samples_are_drawn(
+    tmp_path: Path, teacher: dict[str, Any], expected: tuple[float, int]
+) -> None:
+    sampling = parse_classify_recipe(
+        api_recipe(tmp_path, "http://x/v1", **teacher)
+    ).teacher.sampling
+    assert (sampling.temperature, sampling.max_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({"samples": 3, "sampling": {"temperature": 0.0}}, "all samples are the same"),
+        ({"sampling": {"top_logprobs": 3}}, "give teacher.top_logprobs"),
+        ({"api": None, "model": "m", "sampling": {"max_tokens": 9}}, "sampling is for api"),
+    ],
+)
+def test_sampling_that_cannot_be(tmp_path: Path, teacher: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_classify_recipe(api_recipe(tmp_path, "http://x/v1", **teacher))
+
+
 # --- what a user can get wrong -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "kind", "said"),
     [
         ({"task": {"kind": "classify"}}, RecipeError, "no labels"),
         ({"task": {"kind": "classify", "labels": ["pets", "toys"]}}, DataError, "'food' is not in"),
@@ -236,12 +304,12 @@ def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
     ids=["no labels", "unknown label", "no file", "too many layers"],
 )
 def test_one_clear_message(
-    tmp_path: Path, changes: dict[str, Any], error: type[StillhouseError], said: str
+    tmp_path: Path, changes: dict[str, Any], kind: type[StillhouseError], said: str
 ) -> None:
     raw = toys.recipe(tmp_path, data=toys.with_gold(tmp_path))
     if changes.get("task") == {"kind": "classify"}:
         raw["data"] = {"texts": [{"path": str(tmp_path / "texts.jsonl")}]}
-    with pytest.raises(error, match=said) as caught:
+    with pytest.raises(kind, match=said) as caught:
         run({**raw, **changes})
     assert caught.value.fix
 

@@ -109,8 +109,11 @@ def _evaluate(
 def _notes(job: AnsweringJob, taught: list[str | None]) -> list[str]:
     sampling = job.recipe.teacher.sampling
     notes = [f"Every model answers greedily, with at most {sampling.max_tokens:,} tokens."]
-    if sampling.temperature > 0:
-        drawn = f"The teacher's answers are drawn, at temperature {sampling.temperature:g}."
+    if sampling.temperature != 0:
+        at = "its endpoint's own temperature"
+        if sampling.temperature is not None:
+            at = f"temperature {sampling.temperature:g}"
+        drawn = f"The teacher's answers are drawn, at {at}."
         notes = [notes[0].replace("Every model answers", "The students answer"), drawn]
     missing = sum(text is None for text in taught)
     if missing:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, mo
 
 from stillhouse.recipe.section import Section
 from stillhouse.recipe.shipping import ClassifierExportRecipe
-from stillhouse.recipe.synthesize import ApiTeacher, BudgetRecipe
+from stillhouse.recipe.synthesize import ApiTeacher, BudgetRecipe, SamplingRecipe, check_samples
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -118,6 +118,19 @@ def check_labels(labels: dict[str, str]) -> None:
             raise ValueError(f"the labels {other!r} and {label!r} have the same phrase")
 
 
+class LabelSampling(SamplingRecipe):
+    """How an API answers with a label; a model that reasons needs more tokens. `extra` may
+    constrain the answer, in the endpoint's way: {response_format: ...}, {guided_choice: [...]}."""
+
+    temperature: float | None = Field(
+        0.0,
+        ge=0,
+        strict=False,
+        description="0 is greedy, the default of one sample; 1 is that of several. null: not sent.",
+    )
+    max_tokens: int = Field(32, gt=0, description="Of one answer, its reasoning included.")
+
+
 class LabelTeacher(Section):
     """A model that is loaded here and scores every label, or an API that is asked for one."""
 
@@ -131,10 +144,20 @@ class LabelTeacher(Section):
     samples: int = Field(
         1, gt=0, description="api: answers for each text, drawn at temperature 1 if several."
     )
+    sampling: LabelSampling = Field(LabelSampling(), description="api: how it answers.")
     top_logprobs: int | None = Field(
         None, gt=0, le=20, description="api: ask for the likeliest first tokens, and use them."
     )
     budget: BudgetRecipe = BudgetRecipe()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _several_are_drawn(cls, raw: Any) -> Any:
+        """The default temperature of several samples is 1."""
+        sampling = raw.get("sampling", {}) if isinstance(raw, dict) else None
+        if not isinstance(sampling, dict) or raw.get("samples", 1) == 1:
+            return raw
+        return {**raw, "sampling": {"temperature": 1.0, **sampling}}
 
     @model_validator(mode="after")
     def _is_one(self) -> LabelTeacher:
@@ -144,6 +167,11 @@ class LabelTeacher(Section):
             raise ValueError("samples and top_logprobs are for api: a model gives all of them")
         if self.samples > 1 and self.top_logprobs is not None:
             raise ValueError("samples and top_logprobs both make a distribution: choose one")
+        if self.api is None and self.sampling != LabelSampling():
+            raise ValueError("sampling is for api: a model that is here scores every label")
+        if self.sampling.top_logprobs is not None:
+            raise ValueError("give teacher.top_logprobs instead of sampling.top_logprobs")
+        check_samples(self.samples, self.sampling)
         return self
 
 

@@ -118,11 +118,10 @@ def text_teacher(
 
 def _sampling(whole: SynthesizeRecipe, token_limit: str) -> dict[str, Any]:
     section = whole.sampling
-    parameters: dict[str, Any] = {
-        "temperature": section.temperature,
-        token_limit: section.max_tokens,
-        **section.extra,
-    }
+    parameters: dict[str, Any] = {}
+    if section.temperature is not None:
+        parameters["temperature"] = section.temperature
+    parameters |= {token_limit: section.max_tokens, **section.extra}
     if section.top_p < 1:
         parameters["top_p"] = section.top_p
     if section.top_logprobs is not None:
@@ -277,7 +276,8 @@ def _unanswered(
 
 
 def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
-    """Runs `work`; Ctrl-C or SIGTERM cancels it, and does what it always does after that.
+    """Runs `work`; Ctrl-C or SIGTERM cancels it, and does what it always does after that. A second
+    one cancels it again, while it waits for what is on its way.
 
     An exception out of a signal handler could be lost inside the event loop.
     """
@@ -288,6 +288,8 @@ def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
         assert task is not None
 
         def stop(number: int) -> None:
+            if not caught:
+                note("waiting for the answers on their way; once more to leave them")
             caught.append(number)
             task.cancel()
 

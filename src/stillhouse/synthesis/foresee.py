@@ -37,17 +37,19 @@ def ask_some(section: SynthesizeRecipe, origins: Origins, calls: int, *, seed: i
     """
     with Journal(journal_path(section, origins)) as journal:
         view = _look(section, origins, seed, journal)
+        writing = _spent_on_writing(view, journal)
         if view.writer is not None and next(view.writer.prompts(journal), None) is None:
             part = Part(view.writer, 0, 1)
             known = known_before(part.requests(), journal, view.teacher.price)
-            view.writer.teacher.answer(part, journal, known)
+            view.writer.teacher.answer(part, journal, replace(known, spent=writing))
+            writing = _spent_on_writing(view, journal)
         requests = enumerate(view.asked.requests())
         missing = [number for number, request in requests if journal.get(request.key) is None]
         count = min(calls, len(missing))
         if count:
             chosen = frozenset(missing[len(missing) * n // count] for n in range(count))
             whole = known_before(view.asked.requests(), journal, view.teacher.price)
-            known = replace(whole, requests=count, missing=count)
+            known = replace(whole, requests=count, missing=count, spent=whole.spent + writing)
             view.teacher.answer(replace(view.asked, only=chosen), journal, known)
     return count
 
@@ -83,6 +85,13 @@ def _look(
     prompts = prompt_source(section.prompts, origins.base, seed, writer, journal)
     asked = Asked(section.prompts, origins.base, teacher.request, prompts=prompts)
     return _View(teacher, writer, asked)
+
+
+def _spent_on_writing(view: _View, journal: Journal) -> Spending:
+    """By the requests that wrote the prompts, which are under the same budget."""
+    if view.writer is None:
+        return Spending()
+    return known_before(view.writer.requests(), journal, view.teacher.price).spent
 
 
 def _with_unwritten(

@@ -162,9 +162,10 @@ class Part:
         return self.writer.requests(self.first, self.last)
 
 
-def write_prompts(writer: Writer, journal: Journal) -> Spending:
+def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spending:
     """Asks until there are enough different prompts, or MOST_TIMES the requests are made; what all
-    of them took. Raises EndpointError; DataError where no prompt came out."""
+    of them took. answers: what the answers to prompts took that were written before, under the same
+    budget. Raises EndpointError; DataError where no prompt came out."""
     most, last = writer.fewest * MOST_TIMES, 0
     stopped = False
     while (found := sum(1 for _ in writer.prompts(journal))) < writer.section.count:
@@ -173,10 +174,10 @@ def write_prompts(writer: Writer, journal: Journal) -> Spending:
         lacking = writer.section.count - found
         part = Part(writer, last, min(most, last + -(-lacking // writer.section.each)))
         last = part.last
-        known = known_before(writer.requests(0, last), journal, writer.teacher.price)
-        here = known_before(part.requests(), journal, writer.teacher.price)
-        if here.missing:
-            known = replace(known, requests=here.requests, missing=here.missing)
+        known = known_before(part.requests(), journal, writer.teacher.price)
+        if known.missing:
+            spent = known_before(writer.requests(), journal, writer.teacher.price).spent
+            known = replace(known, spent=spent + answers)
             _, _, stopped = writer.teacher.answer(part, journal, known)
     if found == 0:
         raise DataError(

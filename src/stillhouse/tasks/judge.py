@@ -25,7 +25,6 @@ from stillhouse.recipe.classify import ClassifyRecipe
 from stillhouse.recipe.synthesize import (
     ExampleRecipe,
     PromptsRecipe,
-    SamplingRecipe,
     SynthesizeRecipe,
     TextTeacher,
 )
@@ -33,6 +32,7 @@ from stillhouse.runfolder import flush
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
 from stillhouse.synthesis.asking import Asked, text_teacher
 from stillhouse.synthesis.estimate import known_before
+from stillhouse.synthesis.prompts import answer_text
 from stillhouse.tasks.prompts import CONTENTLESS, LabelPrompt, prompt_tokens
 from stillhouse.tasks.scoring import score_labels
 from stillhouse.tasks.targets import distributions, prior_logits
@@ -41,7 +41,6 @@ from stillhouse.tasks.texts import PARTS, Texts
 SCORES, CHUNKS = "scores.safetensors", "chunks"
 CHUNK = 128
 """Texts whose scores are written together: a killed process loses at most so many."""
-_ANSWER_TOKENS = 32
 _PROMPTS = "prompts.jsonl"
 
 
@@ -169,10 +168,8 @@ def _questions(recipe: ClassifyRecipe, prompt: LabelPrompt) -> SynthesizeRecipe:
         prompts=PromptsRecipe(
             path=_PROMPTS, samples=recipe.teacher.samples, system=system, examples=examples
         ),
-        sampling=SamplingRecipe(
-            temperature=1.0 if recipe.teacher.samples > 1 else 0.0,
-            max_tokens=_ANSWER_TOKENS,
-            top_logprobs=recipe.teacher.top_logprobs,
+        sampling=recipe.teacher.sampling.model_copy(
+            update={"top_logprobs": recipe.teacher.top_logprobs}
         ),
         budget=recipe.teacher.budget,
     )
@@ -249,7 +246,7 @@ def label_shares(
         found = _first_token_shares(answer.logprobs[0], prompt)
         if found:
             return "label", found
-    said = _plain(answer.text)
+    said = _plain(answer_text(answer, keep_reasoning=False))
     names = {
         number: {_plain(label), _plain(phrase), _plain(prompt.answer_for(label))}
         for number, (label, phrase) in enumerate(prompt.labels.items())

@@ -85,6 +85,7 @@ def judgment(job: TaskJob, texts: Stage) -> StagePlan:
             "model": api.model,
             "samples": recipe.teacher.samples,
             "top_logprobs": recipe.teacher.top_logprobs,
+            "sampling": recipe.teacher.sampling.model_dump(mode="json"),
         }
     inputs = {
         "task": task,
