@@ -173,6 +173,31 @@ def test_every_choice_prunes_every_axis(method: PruningMethod, reconstruct: bool
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["l2", "mean", "gradients"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"layers": 2},
+        {"ffn_size": 40},
+        {"heads": 2},
+        {"kv_heads": 1},
+        {"hidden_size": 24},
+        {"hidden_size": 24, "hidden_method": "rotation"},
+    ],
+    ids=lambda sizes: "-".join(map(str, sizes.values())),
+)
+def test_every_choice_prunes_each_axis_alone(method: PruningMethod, sizes: dict[str, Any]) -> None:
+    model = tiny_model()
+    full = logits(tiny_model(), one_batch())
+    report = prune_model(model, ToyWindows(), method=method, **sizes)
+    found = logits(model, one_batch())
+    assert set(report.changed) == set(sizes) - {"hidden_method"} | (
+        {"heads"} if "kv_heads" in sizes else set()
+    )
+    # Nothing else than that axis was damaged.
+    assert 0 < (full.exp() * (full - found)).sum(-1).mean() < 2.0
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["l2", "mean", "gradients"])
 def test_useless_parts_go_first(method: PruningMethod) -> None:
     """Neurons that write nothing are the ones to lose, whoever decides."""
     model = tiny_model()

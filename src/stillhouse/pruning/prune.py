@@ -171,7 +171,9 @@ def prune_model(
             reconstruct=reconstruct and (narrower or bool(choice.dropped)),
             dtype=dtype,
             local_tokens=local_tokens,
-            ranking=_ranking(model, windows, before, after, method, seed, dtype, touched),
+            ranking=_ranking(
+                model, windows, before, after, method, seed, dtype, touched and not rotated
+            ),
             passages=None if shared is None else shared.passages,
         )
         kl, gains = damage.kl, damage.local_gains
@@ -224,7 +226,7 @@ def _ranking(
     method: PruningMethod,
     seed: int,
     dtype: torch.dtype,
-    hidden: bool,
+    channels: bool,
 ) -> Ranking:
     if method.importance != "gradients":
         return Ranking(method.importance, method.aggregation)
@@ -239,7 +241,7 @@ def _ranking(
         kinds.append("neurons")
     if after.heads < before.heads:
         kinds.append("heads")
-    if hidden:
+    if channels:
         kinds.append("channels")
     if not kinds:
         return Ranking()

@@ -331,7 +331,9 @@ def _cut_ffn(streams: Streams, cut: Cut, index: int, mids: Stream, target: Strea
         evidence.add(read_NF, error_ND, _row_weight(target_RLD, batch))
     moments, change_DF = evidence.finish()
     weight_DF = down.weight + change_DF
-    if cut.reconstruct and ranking.by == "refit":
+    if ffn_size == ffn:
+        kept_K, down_DK = torch.arange(ffn, device=weight_DF.device), weight_DF
+    elif cut.reconstruct and ranking.by == "refit":
         kept_K, down_DK = refit_and_remove(weight_DF, moments, ffn_size)
     else:
         score_F = activation_scores(moments, weight_DF)
