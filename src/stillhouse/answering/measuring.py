@@ -26,8 +26,9 @@ from stillhouse.hardware import choose_precision, default_device, peak_memory_by
 from stillhouse.recipe.classify import Precision
 from stillhouse.runfolder import Outcome, Stage, sha
 from stillhouse.stages import EVALUATION, StagePlan
-from stillhouse.synthesis.filters import Filter, Row
+from stillhouse.synthesis.filters import Filter, Row, answer_only
 from stillhouse.synthesis.local import Generator
+from stillhouse.synthesis.prompts import answer_text
 from stillhouse.synthesis.request import Answer, Message, Request
 from stillhouse.tasks.texts import LabelledText
 from stillhouse.teachers import load_model, load_tokenizer
@@ -136,10 +137,11 @@ def open_generator(
 
 
 def answer_all(generator: Generator, requests: Sequence[Request]) -> list[str]:
-    """In the order of the requests; empty where a prompt does not fit."""
+    """In the order of the requests, without reasoning; empty where a prompt does not fit."""
     said: dict[str, str] = {}
     for request, outcome in generator.answers(requests):
-        said[request.key] = outcome.text.strip() if isinstance(outcome, Answer) else ""
+        found = isinstance(outcome, Answer)
+        said[request.key] = answer_text(outcome, keep_reasoning=False) if found else ""
     return [said[request.key] for request in requests]
 
 
@@ -227,7 +229,8 @@ def _json_figures(
 
 def read_json(text: str, validity: Filter) -> Any:
     """The value, None where the schema does not allow it."""
-    return None if validity(Row((), text, None, "")) is not None else json.loads(text)
+    row = Row((), text, None, "")
+    return None if validity(row) is not None else json.loads(answer_only(row))
 
 
 def _mean(values: Sequence[float]) -> float:
