@@ -120,6 +120,24 @@ def test_a_budget_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
         assert len(stub.payloads) == 20
 
 
+def test_requests_that_failed_are_asked_again_by_the_same_command(tmp_path: Path) -> None:
+    failing = [True]
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if failing[0] and number == 7:
+            return Reply(body=b"no chat completion")
+        return Reply(text=json.dumps(toys.truth(payload["messages"][-1]["content"])))
+
+    with Stub(script) as stub:
+        raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
+        first = next(stage for stage in run(raw).stages if stage.name == "answers")
+        failing[0] = False
+        second = next(stage for stage in run(raw).stages if stage.name == "answers")
+        assert (first.summary["answered"], second.summary["answered"]) == (19, 20)
+        assert all(stage.reused for stage in run(raw).stages)
+        assert len(stub.payloads) == 21
+
+
 def test_an_api_is_paid_without_a_budget_only_when_that_is_agreed_to(tmp_path: Path) -> None:
     raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, "http://127.0.0.1:9/v1"))
     raw["teacher"]["api"] |= {"price": {"input": 1.0, "output": 2.0}}

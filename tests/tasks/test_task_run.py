@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from typer.testing import CliRunner
 
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
-from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseError
+from stillhouse.errors import DataError, ModelError, RecipeError, RunError, StillhouseError
 from stillhouse.recipe import parse_classify_recipe
 from stillhouse.tasks import judge as judge_module
 from stillhouse.tasks import open_classifier, predictions, run_task
 from stillhouse.tasks.classifier import load_classifier
 from stillhouse.tasks.judge import Judgment
+from stillhouse.tasks.texts import Texts
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub
 from tests.tasks import toys
@@ -180,6 +182,12 @@ def said_label(payload: dict[str, Any]) -> str:
     return "pets" if any(word in text for word in toys.WORDS["pets"]) else "food"
 
 
+def number_of(payload: dict[str, Any]) -> int:
+    found = re.search(r"number (\d+)", payload["messages"][-1]["content"])
+    assert found is not None
+    return int(found[1])
+
+
 def test_an_api_is_asked_once_and_its_labels_are_learnt(tmp_path: Path) -> None:
     with Stub(lambda number, payload: Reply(text=f' "{said_label(payload).title()}".')) as stub:
         raw = api_recipe(tmp_path, stub.url)
@@ -196,7 +204,7 @@ def test_an_api_is_asked_once_and_its_labels_are_learnt(tmp_path: Path) -> None:
 
 def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
-        return Reply(text="no idea" if number % 4 == 0 else said_label(payload))
+        return Reply(text="no idea" if number_of(payload) % 4 == 2 else said_label(payload))
 
     with Stub(script) as stub:
         result = run(api_recipe(tmp_path, stub.url))
@@ -205,6 +213,58 @@ def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> No
     judged = Judgment.load(stage.path)
     rows = torch.cat([judged.train, judged.calibration, judged.test])
     assert int(rows.isnan().any(-1).sum()) == 10
+
+
+def test_a_budget_stops_the_judgment_and_loses_nothing(tmp_path: Path) -> None:
+    with Stub(lambda number, payload: Reply(text=said_label(payload))) as stub:
+        raw = api_recipe(tmp_path, stub.url, budget={"max_tokens": 400})
+        with pytest.raises(RunError, match="budget is used up"):
+            run(raw)
+        paid = len(stub.payloads)
+        assert 0 < paid < 40
+        raw["teacher"]["budget"] = {}
+        run(raw)
+        assert len(stub.payloads) == 40
+
+
+def test_requests_that_failed_are_asked_again_by_the_same_command(tmp_path: Path) -> None:
+    failing = {3, 8}
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if number_of(payload) in failing:
+            return Reply(body=b"no chat completion")
+        if number_of(payload) == 5:
+            return Reply(status=400, body=b"refused")
+        return Reply(text=said_label(payload))
+
+    with Stub(script) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        assert "3 requests had no answer" in run(raw).evaluation.notes[0]
+        failing.clear()
+        assert "1 requests had no answer" in run(raw).evaluation.notes[0]
+        asked = len(stub.payloads)
+        # What was refused would be refused again.
+        assert all(stage.reused for stage in run(raw).stages)
+        assert len(stub.payloads) == asked == 43
+
+
+def test_a_part_without_labels_of_the_teacher_is_an_error(tmp_path: Path) -> None:
+    """The parts are found by a run whose teacher answers everything."""
+    with Stub(lambda number, payload: Reply(text=said_label(payload))) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        stage = next(stage for stage in run(raw).stages if stage.name == "texts")
+    silent = [row.text for row in Texts.load(stage.path).calibration]
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        asked = payload["messages"][-1]["content"]
+        known = not any(f"{text}\n" in asked for text in silent[:3])
+        return Reply(text=said_label(payload) if known else "no idea")
+
+    with Stub(script) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        raw["folder"] = str(tmp_path / "other" / "run")
+        with pytest.raises(DataError, match="2 texts of the calibration part"):
+            run(raw)
 
 
 def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:

@@ -16,8 +16,7 @@ from stillhouse.recipe.synthesize import SynthesizeRecipe
 from stillhouse.runfolder import Outcome, Stage, write_atomically
 from stillhouse.stages import StagePlan
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
-from stillhouse.synthesis.asking import Asked, text_teacher
-from stillhouse.synthesis.estimate import known_before
+from stillhouse.synthesis.asking import Asked, answer_all, may_answer, text_teacher
 from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve
 from stillhouse.synthesis.judging import Verdicts, open_judge
 from stillhouse.synthesis.prompts import answer_text
@@ -118,18 +117,16 @@ def answered(
     teacher = text_teacher(section, origins, seed)
     asked = Asked(section.prompts, origins.base, teacher.request)
     with Journal(origins.journal) as journal:
-        known = known_before(asked.requests(), journal, teacher.price)
-        if known.missing:
-            new, _, out_of_budget = teacher.answer(asked, journal, known)
-            if out_of_budget:
-                have = known.requests - known.missing + new
-                raise RunError(
-                    f"the budget is used up: {have:,} of {known.requests:,} answers are there",
-                    where=origins.journal,
-                    fix="raise the budget, or give fewer texts; nothing is asked twice",
-                )
+        answer_all(teacher, asked, journal)
         for prompt, request in asked.pairs():
             yield prompt.where, journal.get(request.key)
+
+
+def _open_requests(section: SynthesizeRecipe, origins: Origins, seed: int) -> int:
+    """Requests without an answer that are to be asked again."""
+    teacher = text_teacher(section, origins, seed, weights=False)
+    with Journal(origins.journal) as journal:
+        return may_answer(Asked(section.prompts, origins.base, teacher.request), journal)
 
 
 def write_prompts(prompts: Iterable[str], folder: Path) -> None:
@@ -183,7 +180,9 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
     filters = chosen_filters(job.recipe.filters, job.base)
     if job.validity is not None:
         filters.before["json_schema"] = job.validity
-    got = [answer for _, answer in answered(job.questions(out), job.origins(out), job.recipe.seed)]
+    questions, origins, seed = job.questions(out), job.origins(out), job.recipe.seed
+    got = [answer for _, answer in answered(questions, origins, seed)]
+    unanswered = _open_requests(questions, origins, seed) if None in got else 0
     (out / PROMPTS).unlink()
     samples = job.recipe.teacher.samples
     train = [
@@ -216,6 +215,7 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
     return {
         "answered": sum(answer is not None for answer in got),
         "asked": len(got),
+        "unanswered": unanswered,
         "kept": kept,
         "gold": len(gold),
         "taken": {name: count for name, count in taken.items() if count},

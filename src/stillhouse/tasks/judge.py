@@ -31,12 +31,11 @@ from stillhouse.recipe.synthesize import (
 )
 from stillhouse.runfolder import flush
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
-from stillhouse.synthesis.asking import Asked, text_teacher
-from stillhouse.synthesis.estimate import known_before
+from stillhouse.synthesis.asking import Asked, answer_all, may_answer, text_teacher
 from stillhouse.tasks.prompts import CONTENTLESS, LabelPrompt, prompt_tokens
 from stillhouse.tasks.scoring import score_labels
 from stillhouse.tasks.targets import distributions, prior_logits
-from stillhouse.tasks.texts import PARTS, Texts
+from stillhouse.tasks.texts import FEWEST, PARTS, Texts
 
 SCORES, CHUNKS = "scores.safetensors", "chunks"
 CHUNK = 128
@@ -198,13 +197,15 @@ def foreseen_questions(
 
 def ask_api(
     recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, out: Path, journal_path: Path
-) -> tuple[Judgment, dict[str, int]]:
+) -> tuple[Judgment, dict[str, Any]]:
     """Asks what the journal does not know, and reads labels out of the answers.
 
     An answer gives its label a share; with `top_logprobs`, each label's share is the probability of
     the first tokens that begin it. That is biased: a label below the k likeliest tokens gets
-    nothing, and labels that begin alike share alike. Returns how many answers said what.
-    Raises EndpointError; DataError where no answer is a label.
+    nothing, and labels that begin alike share alike. Returns, for the stage's summary, how many
+    answers said what, and how many requests are to be asked again.
+    Raises EndpointError; RunError where the budget is used up; DataError where too few texts of a
+    part have a label.
     """
     _write_questions(prompt, texts, out)
     section = _questions(recipe, prompt)
@@ -214,9 +215,7 @@ def ask_api(
     counts: Counter[str] = Counter()
     shares_NC = torch.zeros(len(texts.all), len(prompt.labels))
     with Journal(journal_path) as journal:
-        known = known_before(asked.requests(), journal, teacher.price)
-        if known.missing:
-            teacher.answer(asked, journal, known)
+        answer_all(teacher, asked, journal)
         samples = section.prompts.samples
         for number, (_, request) in enumerate(asked.pairs()):
             answer = journal.get(request.key)
@@ -224,19 +223,29 @@ def ask_api(
             counts[kind] += 1
             for column, share in shares.items():
                 shares_NC[number // samples, column] += share
+        unanswered = may_answer(asked, journal) if counts["none"] else 0
     (out / _PROMPTS).unlink()
-    if not bool(shares_NC.any()):
-        raise DataError(
-            f"no answer of {recipe.teacher.api.model if recipe.teacher.api else ''} is a label: "
-            f"{dict(counts)}",
-            where=journal_path,
-            fix="look at the answers in the journal, then mend task.prompt or task.answer",
-        )
-    shares_NC = shares_NC / shares_NC.sum(-1, keepdim=True)  # 0 / 0 is NaN: no answer
     sizes = [len(texts.part(name)) for name in PARTS]
+    for name, part_NC in zip(PARTS, shares_NC.split(sizes), strict=True):
+        _check_labelled(name, int(part_NC.any(-1).sum()), counts, journal_path)
+    shares_NC = shares_NC / shares_NC.sum(-1, keepdim=True)  # 0 / 0 is NaN: no answer
     train_NC, calibration_NC, test_NC = shares_NC.log().split(sizes)
     nothing_KC = torch.zeros(0, len(prompt.labels))
-    return Judgment(train_NC, calibration_NC, test_NC, nothing_KC), dict(counts)
+    judged = Judgment(train_NC, calibration_NC, test_NC, nothing_KC)
+    return judged, {"answers": dict(counts), "unanswered": unanswered}
+
+
+def _check_labelled(part: str, known: int, counts: Counter[str], journal: Path) -> None:
+    """Raises DataError where too few texts of a part have a label of the teacher's."""
+    if known < FEWEST:
+        raise DataError(
+            f"{known} texts of the {part} part have a label of the teacher's, and {FEWEST} are the "
+            f"fewest; of all answers, {counts['label']:,} are labels, {counts['outside']:,} are "
+            f"none of them, and {counts['none']:,} requests have no answer",
+            where=journal,
+            fix="look at the answers in the journal, then mend task.prompt or task.answer; the "
+            "same command asks again for those that are missing",
+        )
 
 
 def label_shares(

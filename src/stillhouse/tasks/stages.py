@@ -63,9 +63,9 @@ def judgment(job: TaskJob, texts: Stage) -> StagePlan:
         found = Texts.load(texts.path)
         prompt = job.prompt(found)
         if api is not None:
-            judged, counts = ask_api(recipe, prompt, found, out, job.journal)
+            judged, summary = ask_api(recipe, prompt, found, out, job.journal)
             judged.save(out)
-            return Outcome(summary={"answers": counts})
+            return Outcome(summary=summary)
         model, tokenizer = job.load_teacher()
         judged, tokens = score_texts(model, tokenizer, prompt, found, recipe.data.max_tokens, out)
         judged.save(out)
