@@ -48,6 +48,33 @@ def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
     assert all(stage.reused for stage in run(raw).stages)
 
 
+def test_true_labels_of_some_texts_measure_and_train_the_baseline(tmp_path: Path) -> None:
+    """Every fifth cell of the labels is empty, and a file without labels stands beside them."""
+    rows = [f"{word} number {n},{label if n % 5 else ''}" for n, word, label in toys.rows(40)]
+    more = [f"more {word} number {n}" for n, word, _ in toys.rows(20)]
+    (tmp_path / "some.csv").write_text("\n".join(["text,label", *rows]))
+    (tmp_path / "none.txt").write_text("\n".join(more))
+    files = [
+        {"path": str(tmp_path / "some.csv"), **toys.GOLD},
+        {"path": str(tmp_path / "none.txt")},
+    ]
+    raw = toys.recipe(tmp_path, data={"texts": files})
+    raw["evaluate"] |= {"abstain": {"measure": "accuracy", "wanted": 0.5}}
+    result = run(raw)
+    texts = next(Texts.load(stage.path) for stage in result.stages if stage.name == "texts")
+    known = [row for row in texts.all if row.gold is not None]
+    assert len(known) == 32
+    tuned = next(stage for stage in result.stages if stage.name == "baseline")
+    assert tuned.summary["texts"] == sum(row.gold is not None for row in texts.train)
+    student = result.evaluation.of("student")
+    measured = sum(row.gold is not None for row in texts.test)
+    assert sum(map(sum, student.confusion)) == measured < len(texts.test)
+    assert 0 <= student.accuracy <= 1
+    said = " ".join(result.evaluation.notes)
+    assert f"known of {measured} of the {len(texts.test)} test texts" in said
+    assert f"of the {len(texts.train)} training texts" in said
+
+
 def test_the_banking_recipe_runs_on_a_file_of_its_shape(tmp_path: Path) -> None:
     """Its labels are the file's, sorted by label as that one is; its examples name some of them."""
     path = Path(__file__).parents[2] / "recipes" / "banking77.yaml"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from stillhouse.errors import DataError
 from stillhouse.recipe.classify import TextFile
 from stillhouse.tasks.texts import read_texts
 
@@ -31,3 +34,11 @@ def test_one_row_more_changes_at_most_one_of_a_sample(tmp_path: Path) -> None:
     before = set(rows_of(path, sample=30))
     path.write_text("\n".join(["a new one", *lines]))
     assert len(before - set(rows_of(path, sample=30))) <= 1
+
+
+def test_an_empty_cell_is_a_label_that_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\none,a\ntwo,\nthree, b \n")
+    file = TextFile(path="texts.csv", label="label")
+    assert [row.gold for row in read_texts(file, tmp_path)] == ["a", None, "b"]
+    with pytest.raises(DataError, match="no label under 'topic'"):
+        list(read_texts(TextFile(path="texts.csv", label="topic"), tmp_path))

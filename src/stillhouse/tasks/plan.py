@@ -25,7 +25,7 @@ from stillhouse.tasks.judge import foreseen_questions
 from stillhouse.tasks.prompts import LabelPrompt, prompt_tokens
 from stillhouse.tasks.run import find_task
 from stillhouse.tasks.scoring import shared_prefix
-from stillhouse.tasks.texts import Texts, prepare_texts
+from stillhouse.tasks.texts import FEWEST, Texts, prepare_texts
 from stillhouse.tasks.tree import label_tree
 from stillhouse.teachers import load_config, load_tokenizer
 
@@ -49,9 +49,7 @@ def foresee(recipe: ClassifyRecipe, base: Path) -> Iterator[Line]:
     if len(texts.train) < FEW * len(texts.labels):
         few = f"{len(texts.train):,} training texts are few for {len(texts.labels)} labels"
         yield "warning", "texts", few, "give more texts: they need no labels"
-    if any(row.gold is None for row in texts.test):
-        unknown = "the test texts have no true labels: the student is compared with the teacher"
-        yield "warning", "texts", unknown, "name their column: data.test.0.label"
+    yield from _gold(texts)
     job = find_task(recipe, base)
     yield "ok", "teacher", job.described, None
     prompt = job.prompt(texts)
@@ -66,6 +64,22 @@ def foresee(recipe: ClassifyRecipe, base: Path) -> Iterator[Line]:
     if recipe.export.push_to_hub is not None:
         require_token(recipe.export.push_to_hub)
     yield "ok", "export", ", ".join(recipe.export.formats), None
+
+
+def _gold(texts: Texts) -> Iterator[Line]:
+    """What the true labels are known of, where that is not everything or nothing to learn from."""
+    known, learnt = (sum(row.gold is not None for row in p) for p in (texts.test, texts.train))
+    if known < FEWEST:
+        few = f"{known:,} of the {len(texts.test):,} test texts have true labels"
+        unknown = few if known else "the test texts have no true labels"
+        unknown += ": the student is compared with the teacher"
+        yield "warning", "texts", unknown, "name their column: data.test.0.label"
+    elif known < len(texts.test):
+        some = f"{known:,} of the {len(texts.test):,} test texts have true labels to measure on"
+        yield "ok", "texts", some, None
+    if FEWEST <= learnt < len(texts.train):
+        text = f"the fine-tuned student learns from {learnt:,} texts with true labels"
+        yield "ok", "texts", text, None
 
 
 def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Line:
