@@ -30,5 +30,10 @@ def test_reasoning_is_no_part_of_an_answer_and_a_cut_one_is_no_answer() -> None:
 def test_json_after_reasoning_is_read() -> None:
     validity = json_schema(toys.SCHEMA)
     text = '<think>{"name": 1}</think> {"name": "Al", "age": 3}'
-    assert read_json(text, validity) == {"name": "Al", "age": 3}
-    assert read_json("<think>Al</think> Al", validity) is None
+    assert read_json(text, validity) == (True, {"name": "Al", "age": 3})
+    assert read_json("<think>Al</think> Al", validity) == (False, None)
+
+
+def test_null_is_a_value_where_the_schema_allows_it() -> None:
+    assert read_json("null", json_schema({"type": ["object", "null"]})) == (True, None)
+    assert read_json("null", json_schema({"type": "object"})) == (False, None)

@@ -12,12 +12,13 @@ from typing import Any
 from stillhouse.answering.job import GOLD, HELDOUT, PROMPTS, TRAIN, AnsweringJob
 from stillhouse.errors import DataError, RunError
 from stillhouse.recipe import AnsweringRecipe
+from stillhouse.recipe.answering import ExtractTask
 from stillhouse.recipe.synthesize import SynthesizeRecipe
 from stillhouse.runfolder import Outcome, Stage, write_atomically
 from stillhouse.stages import StagePlan
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
 from stillhouse.synthesis.asking import Asked, answer_all, may_answer, text_teacher
-from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve
+from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve, unfenced
 from stillhouse.synthesis.judging import Verdicts, open_judge
 from stillhouse.synthesis.prompts import answer_text
 from stillhouse.synthesis.run import VICTIMS, chosen_filters, judged, mean_log_probability
@@ -170,7 +171,7 @@ def answers(job: AnsweringJob, texts: Stage) -> StagePlan:
         "seed": recipe.seed,
         "texts": texts.digest,
     }
-    return StagePlan("answers", inputs, work)
+    return StagePlan("answers", inputs, work, version=2)
 
 
 def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
     train = [
         Row(
             job.taught(text.text),
-            _words(answer),
+            _words(job, answer),
             answer.finish_reason,
             text.where,
             number % samples,
@@ -199,7 +200,7 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
         for text in (rows[number // samples],)
     ]
     kept, taken = _keep(job, filters, train, out)
-    tested = [None if a is None else _words(a) for a in got[samples * len(found.train) :: samples]]
+    tested = [a and _words(job, a) for a in got[samples * len(found.train) :: samples]]
     said = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in tested)
     (out / ANSWERS).write_text(said, encoding="utf-8")
     shown = [(row.text, text) for row, text in zip(found.test, tested, strict=True) if text]
@@ -261,8 +262,10 @@ def _judged(job: AnsweringJob, filters: Filters, rows: list[Row], out: Path) -> 
         yield replace(filters, chooser=judge.chooser(journal))
 
 
-def _words(answer: Answer) -> str:
-    return answer_text(answer, keep_reasoning=False)
+def _words(job: AnsweringJob, answer: Answer) -> str:
+    """What the student is to write: no reasoning, and JSON without a code fence around it."""
+    text = answer_text(answer, keep_reasoning=False)
+    return unfenced(text) if isinstance(job.recipe.task, ExtractTask) else text
 
 
 def _cost(got: list[Answer | None]) -> float | None:

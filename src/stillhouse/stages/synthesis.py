@@ -80,7 +80,7 @@ def synthesis(recipe: Recipe, base: Path) -> StagePlan:
         "seed": None if section.prompts.combine is None else recipe.seed,
         "files": {key: _content(base, key, path) for key, path in _files(section).items()},
     }
-    return StagePlan(NAME, inputs, work)
+    return StagePlan(NAME, inputs, work, version=2)
 
 
 def synthesized(recipe: Recipe, base: Path, do: Do) -> SynthesizedText | None:
