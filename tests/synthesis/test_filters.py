@@ -219,6 +219,20 @@ def test_rows_that_share_a_run_of_words_with_the_evaluation_set_go() -> None:
     assert all(judge(one) is None for one in left)
 
 
+def test_an_evaluation_question_in_chinese_is_found_in_a_longer_text() -> None:
+    evaluation = [Prompt(({"role": "user", "content": "中国的首都是哪一座城市？"},), "e:1")]
+    judge = filters.decontaminate(evaluation, ngram=13)
+    assert judge(row("x", prompt="请回答：中国的首都是哪一座城市？谢谢")) is not None
+    assert judge(row("x", prompt="请回答：法国的首都在哪里？")) is None
+
+
+def test_texts_in_japanese_that_are_nearly_the_same_are_found() -> None:
+    judge = filters.near_duplicates(0.7)
+    text = "私のカードはまだ届いていません。いつ届くのか教えてください。"
+    assert judge(row(text)) is None
+    assert judge(row(text + "お願い")) is not None
+
+
 def test_languages_by_what_they_surely_are() -> None:
     judge = filters.languages(["en", "de"])
     taken = ["Bonjour tout le monde, comment allez-vous ?", "これは日本語の文章です。"]
