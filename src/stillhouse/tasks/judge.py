@@ -32,6 +32,7 @@ from stillhouse.recipe.synthesize import (
 from stillhouse.runfolder import flush
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
 from stillhouse.synthesis.asking import Asked, answer_all, may_answer, text_teacher
+from stillhouse.synthesis.prompts import UNSPACED
 from stillhouse.tasks.prompts import CONTENTLESS, LabelPrompt, prompt_tokens
 from stillhouse.tasks.scoring import score_labels
 from stillhouse.tasks.targets import distributions, prior_logits
@@ -42,6 +43,9 @@ CHUNK = 128
 """Texts whose scores are written together: a killed process loses at most so many."""
 _ANSWER_TOKENS = 32
 _PROMPTS = "prompts.jsonl"
+LEAST_MASS = 0.5
+"""Probability of the first tokens that begin a label, below which they tell nothing: an answer that
+begins with a mark or another word may still be a label."""
 
 
 @dataclass(frozen=True)
@@ -201,9 +205,10 @@ def ask_api(
     """Asks what the journal does not know, and reads labels out of the answers.
 
     An answer gives its label a share; with `top_logprobs`, each label's share is the probability of
-    the first tokens that begin it. That is biased: a label below the k likeliest tokens gets
-    nothing, and labels that begin alike share alike. Returns, for the stage's summary, how many
-    answers said what, and how many requests are to be asked again.
+    the first tokens that begin it, where the answer names a label and these tokens have LEAST_MASS.
+    That is biased: a label below the k likeliest tokens gets nothing, and labels that begin alike
+    share alike. Returns, for the stage's summary, how many answers said what, and how many requests
+    are to be asked again.
     Raises EndpointError; RunError where the budget is used up; DataError where too few texts of a
     part have a label.
     """
@@ -254,27 +259,53 @@ def label_shares(
     """What kind of answer it is (label, outside, none), and the share of each label's number."""
     if answer is None:
         return "none", {}
+    named = _named(answer.text, prompt)
+    if named is None:
+        return "outside", {}
     if use_logprobs and answer.logprobs:
-        found = _first_token_shares(answer.logprobs[0], prompt)
-        if found:
-            return "label", found
-    said = _plain(answer.text)
-    names = {
-        number: {_plain(label), _plain(phrase), _plain(prompt.answer_for(label))}
+        shares = _first_token_shares(answer.logprobs[0], prompt)
+        mass = sum(shares.values())
+        if mass >= LEAST_MASS:
+            return "label", {number: share / mass for number, share in shares.items()}
+    return "label", {named: 1.0}
+
+
+def _named(text: str, prompt: LabelPrompt) -> int | None:
+    """The number of the one label that the text is, or holds; None where it holds none or several.
+    Where a label is a part of another, the longer one takes its words."""
+    said = _plain(text)
+    ways = [
+        (_plain(way), number)
         for number, (label, phrase) in enumerate(prompt.labels.items())
-    }
-    exact = [number for number, ways in names.items() if said in ways]
-    if len(exact) == 1:
-        return "label", {exact[0]: 1.0}
-    inside = [
-        number
-        for number, ways in names.items()
-        if any(re.search(rf"\b{re.escape(way)}\b", said) for way in ways)
+        for way in {label, phrase, prompt.answer_for(label)}
     ]
-    return ("label", {inside[0]: 1.0}) if len(inside) == 1 else ("outside", {})
+    exact = {number for way, number in ways if said and said == way}
+    if len(exact) == 1:
+        return exact.pop()
+    inside = set()
+    # Longest first: the labels of equal ways are all counted before the ways' words are taken.
+    for way in sorted({way for way, _ in ways if way}, key=len, reverse=True):
+        found, said_without = _taken_out(way, said)
+        if found:
+            inside |= {number for other, number in ways if other == way}
+            said = said_without
+    return inside.pop() if len(inside) == 1 else None
+
+
+def _taken_out(way: str, said: str) -> tuple[bool, str]:
+    """Whether the words are in the text, and the text without them.
+
+    They begin and end where words do, but for scripts that put no spaces between words.
+    """
+    letter = rf"[^\W{UNSPACED}]"
+    before = rf"(?<!{letter})" if re.match(letter, way) else ""
+    after = rf"(?!{letter})" if re.match(letter, way[-1]) else ""
+    without, count = re.subn(f"{before}{re.escape(way)}{after}", "\n", said)
+    return count > 0, without
 
 
 def _first_token_shares(first: Mapping[str, Any], prompt: LabelPrompt) -> dict[int, float]:
+    """The probability of the first tokens that each label begins with."""
     answers = [_plain(prompt.answer_for(label)) for label in prompt.labels]
     shares: dict[int, float] = {}
     for choice in first.get("top_logprobs") or []:
@@ -283,10 +314,10 @@ def _first_token_shares(first: Mapping[str, Any], prompt: LabelPrompt) -> dict[i
         for number in fitting:
             probability = float(torch.tensor(float(choice["logprob"])).exp())
             shares[number] = shares.get(number, 0.0) + probability / len(fitting)
-    total = sum(shares.values())
-    return {number: share / total for number, share in shares.items()} if total > 0 else {}
+    return shares
 
 
 def _plain(text: str) -> str:
-    """In lower case, without the spaces and marks around it."""
-    return " ".join(text.casefold().split()).strip(" .,:;!?\"'`*()[]")
+    """In lower case, without the spaces and marks around it; marks alone stay."""
+    bare = " ".join(text.casefold().split())
+    return bare.strip(" .,:;!?\"'`*()[]") or bare

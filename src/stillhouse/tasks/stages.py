@@ -93,7 +93,8 @@ def judgment(job: TaskJob, texts: Stage) -> StagePlan:
         "teacher": job.teacher and job.teacher.fingerprint,
         "texts": texts.digest,
     }
-    return StagePlan("judgment", inputs, work, resumable=True, scratch=(CHUNKS,))
+    version = 1 if api is None else 2
+    return StagePlan("judgment", inputs, work, version, resumable=True, scratch=(CHUNKS,))
 
 
 def student(job: TaskJob, texts: Stage) -> StagePlan:
