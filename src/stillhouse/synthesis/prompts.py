@@ -116,7 +116,7 @@ def read_prompts(
 
 def text_of(messages: Sequence[Message], roles: Sequence[str] = ("user",)) -> str:
     """The contents of the messages of these roles, a line each; parts that are no text left out."""
-    return "\n".join(_content(m.get("content")) for m in messages if m["role"] in roles)
+    return "\n".join(content_text(m.get("content")) for m in messages if m["role"] in roles)
 
 
 def answer_text(answer: Answer, *, keep_reasoning: bool) -> str:
@@ -139,6 +139,11 @@ def answer_text(answer: Answer, *, keep_reasoning: bool) -> str:
 # --- rows of the formats -------------------------------------------------------------------------
 
 _Rows = Iterator[tuple[Any, str]]
+
+
+def read_rows(path: Path, format: Literal["json", "jsonl"]) -> _Rows:
+    """The rows as they stand in the file, each with its place. Raises DataError, OSError."""
+    return _json_whole(path) if format == "json" else _json_lines(path)
 
 
 def _texts(path: Path) -> _Rows:
@@ -243,7 +248,8 @@ def _chat(messages: list[Any], where: str) -> tuple[Message, ...]:
     return tuple(kept)
 
 
-def _content(content: Any) -> str:
+def content_text(content: Any) -> str:
+    """Of a message: a text, or a list of parts of which some are."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
