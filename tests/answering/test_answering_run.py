@@ -107,6 +107,20 @@ def test_check_and_preview_know_what_is_asked(tmp_path: Path) -> None:
     assert "About: Hi" in shown.stdout
 
 
+def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    with Stub(extraction) as stub:
+        raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
+        path.write_text(yaml.safe_dump(toys.clean(raw)))
+        found = {one.topic: one.text for one in check_recipe(path, calls=3)}
+        assert found["answers"].startswith(
+            "3 of 20 questions are answered; the rest takes about 255 tokens, a price unknown"
+        )
+        assert len(stub.payloads) == 3
+        run(raw)
+        assert len(stub.payloads) == 20
+
+
 def test_a_budget_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
     with Stub(extraction) as stub:
         raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))

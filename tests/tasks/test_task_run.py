@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
 from stillhouse.errors import DataError, ModelError, RecipeError, RunError, StillhouseError
-from stillhouse.recipe import parse_classify_recipe
+from stillhouse.recipe import answers_path, parse_classify_recipe
+from stillhouse.synthesis import Journal
 from stillhouse.tasks import judge as judge_module
 from stillhouse.tasks import open_classifier, predictions, run_task
 from stillhouse.tasks.classifier import load_classifier
@@ -191,6 +192,35 @@ def test_check_says_what_an_api_can_cost(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(api_recipe(tmp_path, "http://127.0.0.1:9/v1")))
     found = {(one.level, one.topic): one.text for one in check_recipe(path)}
     assert "0 of 40 requests are answered" in found[("estimate", "judgment")]
+
+
+def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=said_label(payload), usage=(20, 1 + number % 2))
+
+    path = tmp_path / "recipe.yaml"
+    with Stub(script) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        path.write_text(yaml.safe_dump(raw))
+        before = {one.topic: one for one in check_recipe(path)}
+        assert "--calls 5" in str(before["judgment"].fix)
+        found = {one.topic: one for one in check_recipe(path, calls=4)}
+        assert len(stub.payloads) == 4
+        said = "4 of 40 requests are answered; the rest takes about 774 tokens"
+        assert found["judgment"].text.startswith(said)
+        assert "95 % likely" in found["judgment"].text
+        run(raw)
+        assert len(stub.payloads) == 40
+
+
+def test_check_says_that_a_run_is_asking(tmp_path: Path) -> None:
+    raw = api_recipe(tmp_path, "http://127.0.0.1:9/v1")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with Journal(answers_path(parse_classify_recipe(raw))):
+        found = [(one.level, one.text) for one in check_recipe(path, calls=3)]
+    assert not [text for level, text in found if level == "error"]
+    assert any(level == "warning" and "a run is asking now" in text for level, text in found)
 
 
 # --- a teacher behind an API ---------------------------------------------------------------------

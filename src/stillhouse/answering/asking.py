@@ -19,6 +19,7 @@ from stillhouse.stages import StagePlan
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
 from stillhouse.synthesis.asking import Asked, answer_all, may_answer, text_teacher
 from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve, unfenced
+from stillhouse.synthesis.foresee import Told, ask_some, findings
 from stillhouse.synthesis.judging import Verdicts, open_judge
 from stillhouse.synthesis.prompts import answer_text
 from stillhouse.synthesis.run import VICTIMS, chosen_filters, judged, mean_log_probability
@@ -136,10 +137,16 @@ def write_prompts(prompts: Iterable[str], folder: Path) -> None:
     (folder / PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def foreseen_answers(job: AnsweringJob, found: AnswerTexts, folder: Path) -> Known:
-    """How much the journal has, and what the rest can cost at most."""
+def foreseen_answers(
+    job: AnsweringJob, found: AnswerTexts, folder: Path, calls: int
+) -> tuple[Known, list[Told]]:
+    """How much the journal has, and what the rest can cost; and how `check` tells it. calls:
+    requests that are made first."""
     write_prompts((job.question(row.text) for row in (*found.train, *found.test)), folder)
-    return foreseen(job.questions(folder), job.origins(folder), seed=job.recipe.seed)
+    section, origins, seed = job.questions(folder), job.origins(folder), job.recipe.seed
+    ask_some(section, origins, calls, seed=seed)
+    known = foreseen(section, origins, seed=seed)
+    return known, list(findings(known, section, origins, "answers", "questions"))
 
 
 def answers(job: AnsweringJob, texts: Stage) -> StagePlan:
@@ -200,7 +207,8 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
         for text in (rows[number // samples],)
     ]
     kept, taken = _keep(job, filters, train, out)
-    tested = [a and _words(job, a) for a in got[samples * len(found.train) :: samples]]
+    of_test = got[samples * len(found.train) :: samples]
+    tested = [None if one is None else _words(job, one) for one in of_test]
     said = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in tested)
     (out / ANSWERS).write_text(said, encoding="utf-8")
     shown = [(row.text, text) for row, text in zip(found.test, tested, strict=True) if text]

@@ -139,8 +139,9 @@ def answer_all(generator: Generator, requests: Sequence[Request]) -> list[str]:
     """In the order of the requests, without reasoning; empty where a prompt does not fit."""
     said: dict[str, str] = {}
     for request, outcome in generator.answers(requests):
-        found = isinstance(outcome, Answer)
-        said[request.key] = answer_text(outcome, keep_reasoning=False) if found else ""
+        said[request.key] = (
+            answer_text(outcome, keep_reasoning=False) if isinstance(outcome, Answer) else ""
+        )
     return [said[request.key] for request in requests]
 
 

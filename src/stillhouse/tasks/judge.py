@@ -32,6 +32,7 @@ from stillhouse.recipe.synthesize import (
 from stillhouse.runfolder import flush
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
 from stillhouse.synthesis.asking import Asked, answer_all, may_answer, text_teacher
+from stillhouse.synthesis.foresee import Told, ask_some, findings
 from stillhouse.synthesis.prompts import UNSPACED
 from stillhouse.tasks.prompts import CONTENTLESS, LabelPrompt, prompt_tokens
 from stillhouse.tasks.scoring import score_labels
@@ -192,11 +193,15 @@ def _origins(out: Path, journal: Path) -> Origins:
 
 
 def foreseen_questions(
-    recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, out: Path, journal: Path
-) -> Known:
-    """How much of an API's judgment is in the journal, and what the rest can cost at most."""
+    recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, out: Path, journal: Path, calls: int
+) -> tuple[Known, list[Told]]:
+    """How much of an API's judgment is in the journal, and what the rest can cost; and how `check`
+    tells it. calls: requests that are made first."""
     _write_questions(prompt, texts, out)
-    return foreseen(_questions(recipe, prompt), _origins(out, journal), seed=recipe.seed)
+    section, origins = _questions(recipe, prompt), _origins(out, journal)
+    ask_some(section, origins, calls, seed=recipe.seed)
+    known = foreseen(section, origins, seed=recipe.seed)
+    return known, list(findings(known, section, origins, "judgment"))
 
 
 def ask_api(
