@@ -92,7 +92,7 @@ def read_prompts(
     Raises DataError with the line for whatever is no prompt.
     """
     chosen = _FORMATS.get(path.suffix.lower(), "text") if format == "auto" else format
-    read = {"text": _texts, "csv": _csv_rows, "jsonl": _json_lines, "json": _json_whole}[chosen]
+    read = {"text": _texts, "csv": csv_rows, "jsonl": _json_lines, "json": _json_whole}[chosen]
     found = False
     try:
         for row, where in itertools.islice(read(path), limit):
@@ -108,7 +108,7 @@ def read_prompts(
         raise DataError(
             f"the file of prompts is not UTF-8 ({error.reason})", where=path, fix="convert it"
         ) from error
-    except (OSError, csv.Error) as error:
+    except OSError as error:
         raise DataError(f"the file of prompts cannot be read: {error}", where=path) from error
     if not found:
         raise DataError("the file of prompts is empty", where=path, fix="give another one")
@@ -153,13 +153,25 @@ def _texts(path: Path) -> _Rows:
                 yield line.strip(), f"{path}:{number}"
 
 
-def _csv_rows(path: Path) -> _Rows:
+def csv_rows(path: Path) -> _Rows:
+    """The rows of a .csv or .tsv file with their places. Raises DataError, OSError,
+    UnicodeDecodeError."""
     csv.field_size_limit(1 << 24)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter=delimiter)
-        for row in reader:
-            yield row, f"{path}:{reader.line_num}"
+        # Strict: a quote that is never closed would make one cell of the rest of the file.
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        begins = 1
+        try:
+            for row in reader:
+                yield row, f"{path}:{reader.line_num}"
+                begins = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"the row that begins here is no CSV ({error})",
+                where=f"{path}:{begins}",
+                fix="close its quotes; a quote inside a quoted cell is written twice",
+            ) from error
 
 
 def _json_lines(path: Path) -> _Rows:

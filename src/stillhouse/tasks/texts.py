@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import glob
 import hashlib
@@ -23,6 +22,7 @@ from stillhouse.recipe.classify import (
     phrase_of,
 )
 from stillhouse.runfolder import sha, write_atomically
+from stillhouse.synthesis.prompts import csv_rows
 
 Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
@@ -248,13 +248,10 @@ def _rows(
         if suffix == ".parquet":
             yield from _parquet_rows(path, None if every_column else {file.text, file.label})
             return
+        if suffix in (".csv", ".tsv"):
+            yield from csv_rows(path)
+            return
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            if suffix in (".csv", ".tsv"):
-                csv.field_size_limit(1 << 24)
-                reader = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
-                for row in reader:
-                    yield row, f"{path}:{reader.line_num}"
-                return
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
@@ -267,7 +264,7 @@ def _rows(
         raise DataError(
             f"the file is not UTF-8: {error.reason}", where=path, fix="convert it"
         ) from error
-    except (OSError, csv.Error) as error:
+    except OSError as error:
         raise DataError(f"the file cannot be read: {error}", where=path) from error
 
 
