@@ -23,7 +23,7 @@ def _text(label: Any) -> str:
         return label
     if isinstance(label, bool):
         raise ValueError(
-            f"a label is {str(label).lower()}, which YAML makes of words such as yes, no, on and off: "
+            f"a label is {str(label).lower()}, which YAML makes of yes, no, on and off: "
             'write it in quotes, such as "yes"'
         )
     if not isinstance(label, int):
