@@ -86,7 +86,7 @@ def check_recipe(
 ) -> list[Finding]:
     """Everything found, in the order of the run; an error ends what depends on it.
 
-    calls: real requests to make of `synthesize`, to foresee what the others cost.
+    calls: real requests to make of a teacher of text, to foresee what the others cost.
     Weights are not loaded (except a local text teacher's, for calls) and nothing is trained. Of a
     model of the Hub only the configuration and tokenizer are fetched; a GGUF file is converted,
     since only then are they there.
@@ -121,9 +121,9 @@ def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Findi
         yield Finding("ok", "recipe", f"{path} is valid")
         lines: Iterator[tuple[Level, str, str, str | None]]
         if isinstance(whole, ClassifyRecipe):
-            lines = foresee(whole, path.parent)
+            lines = foresee(whole, path.parent, calls)
         else:
-            lines = foresee_answers(whole, path.parent)
+            lines = foresee_answers(whole, path.parent, calls)
         for level, topic, text, fix in lines:
             yield Finding(level, topic, text, fix)
         return

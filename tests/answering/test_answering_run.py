@@ -143,6 +143,20 @@ def test_check_and_preview_know_what_is_asked(tmp_path: Path) -> None:
     assert "About: Hi" in shown.stdout
 
 
+def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    with Stub(extraction) as stub:
+        raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
+        path.write_text(yaml.safe_dump(toys.clean(raw)))
+        found = {one.topic: one.text for one in check_recipe(path, calls=3)}
+        assert found["answers"].startswith(
+            "3 of 20 questions are answered; the rest takes about 255 tokens, a price unknown"
+        )
+        assert len(stub.payloads) == 3
+        run(raw)
+        assert len(stub.payloads) == 20
+
+
 def test_a_budget_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
     with Stub(extraction) as stub:
         raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
@@ -183,6 +197,24 @@ def test_no_file_of_a_run_holds_the_key(
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"recipe.yaml", "answers.sqlite", "report.html"} <= {path.name for path in files}
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+
+
+def test_requests_that_failed_are_asked_again_by_the_same_command(tmp_path: Path) -> None:
+    failing = [True]
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if failing[0] and number == 7:
+            return Reply(body=b"no chat completion")
+        return Reply(text=json.dumps(toys.truth(payload["messages"][-1]["content"])))
+
+    with Stub(script) as stub:
+        raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
+        first = next(stage for stage in run(raw).stages if stage.name == "answers")
+        failing[0] = False
+        second = next(stage for stage in run(raw).stages if stage.name == "answers")
+        assert (first.summary["answered"], second.summary["answered"]) == (19, 20)
+        assert all(stage.reused for stage in run(raw).stages)
+        assert len(stub.payloads) == 21
 
 
 def test_an_api_is_paid_without_a_budget_only_when_that_is_agreed_to(tmp_path: Path) -> None:

@@ -220,3 +220,8 @@ def test_keys_that_do_not_fit(tmp_path: Path, prompts: dict[str, Any], expected:
     }
     with pytest.raises(RecipeError, match=expected):
         parse_recipe(tiny.recipe(tmp_path, synthesize=section))
+
+
+def test_chinese_lines_are_prompts_too() -> None:
+    text = "以下是提示：\n1、怎么开户？\n2. 卡丢了怎么办？\n好"
+    assert list(prompt_lines(text, whole=True)) == ["怎么开户？", "卡丢了怎么办？"]

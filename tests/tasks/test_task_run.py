@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from typer.testing import CliRunner
 
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
-from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseError
-from stillhouse.recipe import parse_classify_recipe
+from stillhouse.errors import DataError, ModelError, RecipeError, RunError, StillhouseError
+from stillhouse.recipe import answers_path, parse_classify_recipe
+from stillhouse.synthesis import Journal
 from stillhouse.tasks import judge as judge_module
 from stillhouse.tasks import open_classifier, predictions, run_task
 from stillhouse.tasks.classifier import load_classifier
 from stillhouse.tasks.judge import Judgment
+from stillhouse.tasks.texts import Texts
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub, error
 from tests.tasks import toys
@@ -46,6 +49,33 @@ def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
     assert "<svg" in result.report.read_text()
     assert "text-classification" in (result.model / "README.md").read_text()
     assert all(stage.reused for stage in run(raw).stages)
+
+
+def test_true_labels_of_some_texts_measure_and_train_the_baseline(tmp_path: Path) -> None:
+    """Every fifth cell of the labels is empty, and a file without labels stands beside them."""
+    rows = [f"{word} number {n},{label if n % 5 else ''}" for n, word, label in toys.rows(40)]
+    more = [f"more {word} number {n}" for n, word, _ in toys.rows(20)]
+    (tmp_path / "some.csv").write_text("\n".join(["text,label", *rows]))
+    (tmp_path / "none.txt").write_text("\n".join(more))
+    files = [
+        {"path": str(tmp_path / "some.csv"), **toys.GOLD},
+        {"path": str(tmp_path / "none.txt")},
+    ]
+    raw = toys.recipe(tmp_path, data={"texts": files})
+    raw["evaluate"] |= {"abstain": {"measure": "accuracy", "wanted": 0.5}}
+    result = run(raw)
+    texts = next(Texts.load(stage.path) for stage in result.stages if stage.name == "texts")
+    known = [row for row in texts.all if row.gold is not None]
+    assert len(known) == 32
+    tuned = next(stage for stage in result.stages if stage.name == "baseline")
+    assert tuned.summary["texts"] == sum(row.gold is not None for row in texts.train)
+    student = result.evaluation.of("student")
+    measured = sum(row.gold is not None for row in texts.test)
+    assert sum(map(sum, student.confusion)) == measured < len(texts.test)
+    assert 0 <= student.accuracy <= 1
+    said = " ".join(result.evaluation.notes)
+    assert f"known of {measured} of the {len(texts.test)} test texts" in said
+    assert f"of the {len(texts.train)} training texts" in said
 
 
 def test_the_banking_recipe_runs_on_a_file_of_its_shape(tmp_path: Path) -> None:
@@ -166,6 +196,35 @@ def test_check_says_what_an_api_can_cost(tmp_path: Path) -> None:
     assert "0 of 40 requests are answered" in found[("estimate", "judgment")]
 
 
+def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=said_label(payload), usage=(20, 1 + number % 2))
+
+    path = tmp_path / "recipe.yaml"
+    with Stub(script) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        path.write_text(yaml.safe_dump(raw))
+        before = {one.topic: one for one in check_recipe(path)}
+        assert "--calls 5" in str(before["judgment"].fix)
+        found = {one.topic: one for one in check_recipe(path, calls=4)}
+        assert len(stub.payloads) == 4
+        said = "4 of 40 requests are answered; the rest takes about 774 tokens"
+        assert found["judgment"].text.startswith(said)
+        assert "95 % likely" in found["judgment"].text
+        run(raw)
+        assert len(stub.payloads) == 40
+
+
+def test_check_says_that_a_run_is_asking(tmp_path: Path) -> None:
+    raw = api_recipe(tmp_path, "http://127.0.0.1:9/v1")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with Journal(answers_path(parse_classify_recipe(raw))):
+        found = [(one.level, one.text) for one in check_recipe(path, calls=3)]
+    assert not [text for level, text in found if level == "error"]
+    assert any(level == "warning" and "a run is asking now" in text for level, text in found)
+
+
 # --- a teacher behind an API ---------------------------------------------------------------------
 
 
@@ -180,6 +239,12 @@ def api_recipe(folder: Path, url: str, **more: Any) -> dict[str, Any]:
 def said_label(payload: dict[str, Any]) -> str:
     text = payload["messages"][-1]["content"]
     return "pets" if any(word in text for word in toys.WORDS["pets"]) else "food"
+
+
+def number_of(payload: dict[str, Any]) -> int:
+    found = re.search(r"number (\d+)", payload["messages"][-1]["content"])
+    assert found is not None
+    return int(found[1])
 
 
 def test_an_api_is_asked_once_and_its_labels_are_learnt(tmp_path: Path) -> None:
@@ -216,7 +281,7 @@ def test_no_file_of_a_run_holds_the_key(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
-        return Reply(text="no idea" if number % 4 == 0 else said_label(payload))
+        return Reply(text="no idea" if number_of(payload) % 4 == 2 else said_label(payload))
 
     with Stub(script) as stub:
         result = run(api_recipe(tmp_path, stub.url))
@@ -225,6 +290,58 @@ def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> No
     judged = Judgment.load(stage.path)
     rows = torch.cat([judged.train, judged.calibration, judged.test])
     assert int(rows.isnan().any(-1).sum()) == 10
+
+
+def test_a_budget_stops_the_judgment_and_loses_nothing(tmp_path: Path) -> None:
+    with Stub(lambda number, payload: Reply(text=said_label(payload))) as stub:
+        raw = api_recipe(tmp_path, stub.url, budget={"max_tokens": 400})
+        with pytest.raises(RunError, match="budget is used up"):
+            run(raw)
+        paid = len(stub.payloads)
+        assert 0 < paid < 40
+        raw["teacher"]["budget"] = {}
+        run(raw)
+        assert len(stub.payloads) == 40
+
+
+def test_requests_that_failed_are_asked_again_by_the_same_command(tmp_path: Path) -> None:
+    failing = {3, 8}
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if number_of(payload) in failing:
+            return Reply(body=b"no chat completion")
+        if number_of(payload) == 5:
+            return Reply(status=400, body=b"refused")
+        return Reply(text=said_label(payload))
+
+    with Stub(script) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        assert "3 requests had no answer" in run(raw).evaluation.notes[0]
+        failing.clear()
+        assert "1 requests had no answer" in run(raw).evaluation.notes[0]
+        asked = len(stub.payloads)
+        # What was refused would be refused again.
+        assert all(stage.reused for stage in run(raw).stages)
+        assert len(stub.payloads) == asked == 43
+
+
+def test_a_part_without_labels_of_the_teacher_is_an_error(tmp_path: Path) -> None:
+    """The parts are found by a run whose teacher answers everything."""
+    with Stub(lambda number, payload: Reply(text=said_label(payload))) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        stage = next(stage for stage in run(raw).stages if stage.name == "texts")
+    silent = [row.text for row in Texts.load(stage.path).calibration]
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        asked = payload["messages"][-1]["content"]
+        known = not any(f"{text}\n" in asked for text in silent[:3])
+        return Reply(text=said_label(payload) if known else "no idea")
+
+    with Stub(script) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        raw["folder"] = str(tmp_path / "other" / "run")
+        with pytest.raises(DataError, match="2 texts of the calibration part"):
+            run(raw)
 
 
 def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def check(
     set_: SetOption = None,
     calls: Annotated[
         int,
-        typer.Option(help="Requests of `synthesize` to make, to tell what the rest costs.", min=0),
+        typer.Option(help="Requests to make of a teacher, to tell what the rest costs.", min=0),
     ] = 0,
 ) -> None:
     """Checks a recipe before anything is spent, and estimates memory, tokens, time and cost.

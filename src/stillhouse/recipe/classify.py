@@ -18,11 +18,26 @@ def phrase_of(label: str) -> str:
     return label.replace("_", " ").strip()
 
 
+def _text(label: Any) -> str:
+    if isinstance(label, str):
+        return label
+    if isinstance(label, bool):
+        raise ValueError(
+            f"a label is {str(label).lower()}, which YAML makes of yes, no, on and off: "
+            'write it in quotes, such as "yes"'
+        )
+    if not isinstance(label, int):
+        raise ValueError(f'the label {label!r} is no text: write it in quotes, such as "1.5"')
+    return str(label)
+
+
 def _with_phrases(labels: Any) -> Any:
-    """A list of labels as a mapping of each to its phrase."""
+    """A list of labels as a mapping of each to its phrase; whole numbers as text."""
+    if isinstance(labels, dict):
+        return {_text(label): _text(phrase) for label, phrase in labels.items()}
     if not isinstance(labels, list):
         return labels
-    names = [label if isinstance(label, str) else str(label) for label in labels]
+    names = [_text(label) for label in labels]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"a label is given twice: {', '.join(sorted(twice))}")
@@ -217,7 +232,6 @@ class PretrainedClassifier(Section):
     start: Literal["pretrained"]
     model: str = Field(description="A folder, a Hub id, or pypi:PACKAGE.")
     revision: str | None = None
-    trust_remote_code: bool = False
     head: Literal["classes", "words"] = Field(
         "classes",
         description="classes: a new classification head; words: the language model's own, which "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stillhouse.errors import EndpointError
+from stillhouse.errors import EndpointError, RunError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import bar, note
 from stillhouse.recipe.synthesize import (
@@ -27,7 +27,7 @@ from stillhouse.recipe.synthesize import (
 )
 from stillhouse.synthesis.budget import Budget, Price
 from stillhouse.synthesis.client import Client
-from stillhouse.synthesis.estimate import Known
+from stillhouse.synthesis.estimate import Known, known_before
 from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.local import Generator
 from stillhouse.synthesis.pool import Pool
@@ -264,6 +264,35 @@ def _numbers(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:
 
 
 TextSource = ApiText | LocalText
+
+
+def answer_all(teacher: TextSource, asked: Questions, journal: Journal) -> None:
+    """Asks what the journal lacks. Some may be without an answer after that, see `may_answer`.
+
+    Raises EndpointError; RunError where the budget ends before the answers do: those that arrived
+    are kept.
+    """
+    known = known_before(asked.requests(), journal, teacher.price)
+    if not known.missing:
+        return
+    new, _, out_of_budget = teacher.answer(asked, journal, known)
+    if out_of_budget:
+        raise RunError(
+            f"the budget is used up: {known.answered + new:,} of {known.requests:,} answers are "
+            "there",
+            where=journal.path,
+            fix="raise the budget, or give fewer texts; nothing is asked twice",
+        )
+
+
+def may_answer(asked: Questions, journal: Journal) -> int:
+    """Requests without an answer that may have one when they are asked again: all but those that
+    were refused for what they are."""
+    last = {key: kind for key, kind, _ in journal.failures()}
+    return sum(
+        last.get(request.key) != "refused" and journal.get(request.key) is None
+        for request in asked.requests()
+    )
 
 
 def _unanswered(

@@ -41,7 +41,7 @@ Write {each} different prompts that people could send to an assistant.
 What they are to be: {what}
 {examples}
 Write one prompt a line, without numbers, and no answers."""
-_MARK = re.compile(r"^\s*(?:[-*•]\s+|\(?\d{1,4}[.):]\s*)")
+_MARK = re.compile(r"^\s*(?:[-*•]\s+|\(?\d{1,4}[.):、．]\s*)")
 """What lists put before a line."""
 _MOST_CHARACTERS = 4000
 
@@ -121,7 +121,8 @@ def prompt_lines(text: str, *, whole: bool) -> Iterator[str]:
     lines = [line for line in lines if line]
     for line in lines if whole else lines[:-1]:
         # A line that ends with a colon introduces the list.
-        if len(words(line)) >= 2 and len(line) <= _MOST_CHARACTERS and not line.endswith(":"):
+        introduces = line.endswith((":", "："))
+        if len(words(line)) >= 2 and len(line) <= _MOST_CHARACTERS and not introduces:
             yield line
 
 

@@ -85,7 +85,7 @@ def build_classifier(
                 scores[chosen] = rows
             prior = prior_logits("texts", scores, scores).tolist()
         elif isinstance(section, PretrainedClassifier):
-            model = _with_head(source.path, list(prompt.labels), section.trust_remote_code)
+            model = _with_head(source.path, list(prompt.labels))
         elif isinstance(section, TruncatedClassifier):
             model = _truncated(source.path, section.layers, list(prompt.labels))
         else:
@@ -115,7 +115,7 @@ def _names(labels: list[str]) -> dict[str, Any]:
     }
 
 
-def _with_head(path: Path, labels: list[str], trust_remote_code: bool) -> Any:
+def _with_head(path: Path, labels: list[str]) -> Any:
     """The checkpoint with a new classification head; the rest of its weights must be there."""
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -125,7 +125,6 @@ def _with_head(path: Path, labels: list[str], trust_remote_code: bool) -> Any:
             local_files_only=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
@@ -156,7 +155,7 @@ def _truncated(path: Path, layers: int, labels: list[str]) -> Any:
             where="student.layers",
             fix=f"keep {had} at the most",
         )
-    model = _with_head(path, labels, False)
+    model = _with_head(path, labels)
     stack = getattr(model.base_model, "layers", None)
     if stack is None:
         raise ModelError(
