@@ -44,8 +44,8 @@ def k_quantize(
     name: str,
     moments: Moments | None = None,
     trust_remote_code: bool = False,
-) -> list[str]:
-    """Writes `file` in a format of `K_QUANTS`; what the user should know of it.
+) -> None:
+    """Writes `file` in a format of `K_QUANTS`.
 
     moments: E[x²] of each matrix's inputs, by its Hugging Face name: a weight's rounding error then
     counts as much as its input. Raises ModelError: llama.cpp is missing, or refuses the model.
@@ -71,7 +71,6 @@ def k_quantize(
             where=source,
             fix="gguf-q4_0 and gguf-q8_0 need no llama.cpp",
         )
-    return []
 
 
 def importance_matrix(llama_cpp: Any, moments: Moments, names: Mapping[str, str]) -> Any:
