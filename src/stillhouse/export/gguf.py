@@ -29,6 +29,7 @@ from stillhouse.export.llama_quantizer import (
     require_llama_cpp,
 )
 from stillhouse.export.modelfile import modelfile
+from stillhouse.export.widths import nearest, row_widths
 from stillhouse.quantize import Grid, Quantization
 from stillhouse.quantize.moments import Moments
 from stillhouse.teachers import load_model, load_tokenizer
@@ -109,15 +110,12 @@ def announce_gguf(
     if again is not None:
         yield again
     block = FORMATS[kind].block if kind in FORMATS else K_BLOCK
-    for key in ("hidden_size", "intermediate_size"):
-        width = int(getattr(config, key))
+    for key, width in row_widths(config).items():
         if width % block:
-            below = width // block * block
-            near = " or ".join(f"{size:,}" for size in (below, below + block) if size)
             yield (
                 f"gguf-{kind}: {key} {width:,} does not divide into blocks of {block}: matrices "
                 "with rows of that length stay larger",
-                f"{key} {near} avoids it",
+                f"{key} {nearest(width, block)} avoids it",
             )
 
 
