@@ -57,7 +57,7 @@ def test_a_grid_that_the_format_does_not_hold(folder: Path) -> None:
 
 
 def test_k_quants_without_llama_cpp(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_quantizer, "has_llama_cpp", lambda: False)
+    monkeypatch.setattr(llama_quantizer, "llama_cpp_fault", lambda: "is not installed")
     found = refusal(folder, export={"formats": ["gguf-q4_k_m"]})
     assert "not installed" in found.text
     assert "gguf-q4_0 or gguf-q8_0" in str(found.fix)
