@@ -33,7 +33,7 @@ of products rounded to 8 bits."""
 MODULES = ("onnx", "onnxscript", "onnxruntime")
 INPUTS = ("input_ids", "attention_mask")
 LARGEST = 2**31
-"""Bytes of an ONNX file, one protobuf message, whose numbers are float32 before they are rounded."""
+"""Bytes of an ONNX file, one protobuf message; its numbers are float32 before they are rounded."""
 
 
 @dataclass(frozen=True)
