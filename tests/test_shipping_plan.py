@@ -47,8 +47,17 @@ def test_an_architecture_that_gguf_does_not_know(
     assert "export safetensors" in str(found.fix)
 
 
+def test_a_grid_that_the_format_does_not_hold(folder: Path) -> None:
+    found = check(folder, quantize={"group_size": 16}, export={"formats": ["gguf-q4_0"]})
+    [warning] = [finding for finding in found if finding.topic == "export" and finding.fix]
+    assert "does not hold int4 in groups of 16" in warning.text
+    assert "group_size: 32" in str(warning.fix)
+    found = check(folder, quantize={"group_size": 32}, export={"formats": ["gguf-q4_0"]})
+    assert [finding for finding in found if finding.topic == "export" and finding.fix] == []
+
+
 def test_k_quants_without_llama_cpp(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_quantizer, "has_llama_cpp", lambda: False)
+    monkeypatch.setattr(llama_quantizer, "llama_cpp_fault", lambda: "is not installed")
     found = refusal(folder, export={"formats": ["gguf-q4_k_m"]})
     assert "not installed" in found.text
     assert "gguf-q4_0 or gguf-q8_0" in str(found.fix)

@@ -39,7 +39,7 @@ def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Line]:
         for form in section.formats:
             yield from (
                 (level, "export", of + text, fix)
-                for level, text, fix in _format(form, section.llm_compressor, student, tokenizer)
+                for level, text, fix in _format(form, recipe, student, tokenizer)
             )
     if recipe.quantize is not None and "safetensors" in section.formats:
         grid, dynamic = grid_of(recipe.quantize), recipe.quantize.dynamic
@@ -61,14 +61,15 @@ def _shipped(recipe: Recipe, job: Job) -> list[tuple[str, Any]]:
 
 
 def _format(
-    form: str, python: str | None, student: Any, tokenizer: Any
+    form: str, recipe: Recipe, student: Any, tokenizer: Any
 ) -> Iterator[tuple[Literal["warning", "error"], str, str]]:
     kind, _, name = form.partition("-")
     if kind == "gguf":
-        for text, fix in announce_gguf(name, student, tokenizer):
+        grid = None if recipe.quantize is None else grid_of(recipe.quantize)
+        for text, fix in announce_gguf(name, student, tokenizer, grid):
             yield "warning", text, fix
     elif kind == "compressed":
-        require_llm_compressor(python)
+        require_llm_compressor(recipe.export.llm_compressor)
         found = announce_compressed(name, student)
         if found is not None:
             yield "error", *found

@@ -17,13 +17,16 @@ from typer.testing import CliRunner
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
 from stillhouse.errors import DataError, ModelError, RecipeError, RunError, StillhouseError
+from stillhouse.export import onnx
 from stillhouse.recipe import answers_path, parse_classify_recipe
 from stillhouse.synthesis import Journal
 from stillhouse.tasks import judge as judge_module
 from stillhouse.tasks import open_classifier, predictions, run_task
 from stillhouse.tasks.classifier import load_classifier
 from stillhouse.tasks.judge import Judgment
-from stillhouse.tasks.texts import Texts
+from stillhouse.tasks.run import find_task
+from stillhouse.tasks.students import build_classifier
+from stillhouse.tasks.texts import Texts, prepare_texts
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub, error
 from tests.tasks import toys
@@ -474,6 +477,44 @@ def test_a_classifier_is_shipped_as_onnx_and_its_page_tells(tmp_path: Path) -> N
     page = result.report.read_text()
     assert "onnx-int8" in page
     assert "Of the checkpoint’s" in page
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"start": "random", "hidden_size": 16, "layers": 2, "heads": 2},
+        {"start": "truncated", "layers": 1},
+        {"start": "pretrained", "model": "teacher"},
+    ],
+)
+def test_a_student_too_large_for_an_onnx_file_is_refused_before_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: dict[str, Any]
+) -> None:
+    """By its parameters, each counted once, which are those of the model that is made."""
+    monkeypatch.setattr(onnx, "MODULES", ())
+    if "model" in student:
+        student = {**student, "model": str(tmp_path / "teacher")}
+    raw = toys.recipe(tmp_path, student=student, export={"formats": ["onnx"]})
+    job = find_task(parse_classify_recipe(raw), tmp_path)
+    texts = prepare_texts(job.recipe, tmp_path)
+    made = build_classifier(
+        job.recipe.student,
+        job.student,
+        job.teacher,
+        job.prompt(texts),
+        ["a cat"],
+        max_tokens=32,
+        seed=0,
+        out=tmp_path / "made",
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    monkeypatch.setattr(onnx, "LARGEST", 4 * made["parameters"])
+    assert check_recipe(path)[-1].level == "ok"
+    monkeypatch.setattr(onnx, "LARGEST", 4 * made["parameters"] - 1)
+    last = check_recipe(path)[-1]
+    assert last.level == "error"
+    assert f"{made['parameters']:,} parameters in float32 are more than" in last.text
 
 
 def test_a_language_model_that_scores_words_is_no_onnx_classifier(tmp_path: Path) -> None:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from stillhouse.export.gate import Gate, ReplayResult, fill
-from stillhouse.export.gguf_blocks import BITS, pack, pack_weighed
+from stillhouse.export.gguf_blocks import (
+    BITS,
+    fitting_kind,
+    for_kept,
+    pack,
+    pack_weighed,
+    second_rounding,
+)
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import architecture, gguf_names
 from stillhouse.export.gguf_tokenizer import KNOWN_TO_TRANSFORMERS, pre_tokenizer_name
@@ -21,7 +29,8 @@ from stillhouse.export.llama_quantizer import (
     require_llama_cpp,
 )
 from stillhouse.export.modelfile import modelfile
-from stillhouse.quantize import Quantization
+from stillhouse.export.widths import nearest, row_widths
+from stillhouse.quantize import Grid, Quantization
 from stillhouse.quantize.moments import Moments
 from stillhouse.teachers import load_model, load_tokenizer
 
@@ -42,8 +51,9 @@ def export_gguf(
 
     kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed.
     quantization: the source's, where it is on a grid: a format that holds the grid then gets its
-    numbers as they are. moments: of every matrix's inputs: rounding errors are weighed by them in
-    k-quants, and in q4_0 and q8_0 of a source that is on no grid. Before the folder gets its name,
+    numbers as they are, and what was left alone as 16-bit floats. moments: of every matrix's
+    inputs: rounding errors are weighed by them in k-quants, and in q4_0 and q8_0 of numbers that
+    are not on their grid. Before the folder gets its name,
     transformers' GGUF loader reads the file in a fresh process, and so does llama.cpp where it is
     installed; both are compared with the source as every export is.
     Raises ModelError: an architecture or tokenizer that GGUF cannot hold, an export that does not
@@ -54,7 +64,7 @@ def export_gguf(
     def work(folder: Path) -> ReplayResult:
         file = folder / file_name
         code = gate.trust_remote_code
-        notes = write_form(
+        written = write_form(
             gate.source,
             file,
             kind=kind,
@@ -72,38 +82,51 @@ def export_gguf(
             [file],
             format=f"gguf-{kind}",
             dtype=kind,
-            limit=FORMATS[kind].kl_limit if kind in FORMATS else K_QUANTS[kind],
+            limit=written.kl_limit,
             advice="use a format with more bits (gguf-q8_0), or quantization-aware distillation "
             "(quantize.qat)",
             same_tokens=rules in KNOWN_TO_TRANSFORMERS,
             llama_cpp=has_llama_cpp(),
-            notes=notes,
+            notes=written.notes,
         )
 
     return fill(out, work)
 
 
-def announce_gguf(kind: str, config: Any, tokenizer: Any) -> Iterator[tuple[str, str]]:
+def announce_gguf(
+    kind: str, config: Any, tokenizer: Any, grid: Grid | None = None
+) -> Iterator[tuple[str, str]]:
     """What of a planned student this format cannot hold as asked: a text, and what avoids it.
 
-    Raises ModelError where it can hold nothing of it: see `export_gguf`.
+    grid: what the student is quantized to. Raises ModelError where it can hold nothing of it: see
+    `export_gguf`.
     """
     config = config.get_text_config()
     architecture(config)
     pre_tokenizer_name(tokenizer)
     if kind not in FORMATS:
         require_llama_cpp()
+    again = None if grid is None else second_rounding(grid, kind)
+    if again is not None:
+        yield again
     block = FORMATS[kind].block if kind in FORMATS else K_BLOCK
-    for key in ("hidden_size", "intermediate_size"):
-        width = int(getattr(config, key))
+    for key, width in row_widths(config).items():
         if width % block:
-            below = width // block * block
-            near = " or ".join(f"{size:,}" for size in (below, below + block) if size)
             yield (
                 f"gguf-{kind}: {key} {width:,} does not divide into blocks of {block}: matrices "
                 "with rows of that length stay larger",
-                f"{key} {near} avoids it",
+                f"{key} {nearest(width, block)} avoids it",
             )
+
+
+@dataclass(frozen=True)
+class Written:
+    """kl_limit: nats a token that the file's rounding is believed to cost at most, which is that of
+    16-bit floats where every number is on the source's grid or was left alone. notes: what the user
+    should know of it."""
+
+    kl_limit: float
+    notes: list[str]
 
 
 def write_form(
@@ -115,13 +138,12 @@ def write_form(
     quantization: Quantization | None = None,
     moments: Moments | None = None,
     trust_remote_code: bool = False,
-) -> list[str]:
-    """Writes `file` as `export_gguf` does, without replaying it: what the user should know of it.
-
-    Raises ModelError as `export_gguf`.
-    """
+) -> Written:
+    """Writes `file` as `export_gguf` does, without replaying it. Raises ModelError as that does."""
+    again = None if quantization is None else second_rounding(quantization.grid, kind)
+    notes = [] if again is None else [again[0]]
     if kind not in FORMATS:
-        return k_quantize(
+        k_quantize(
             source,
             file,
             kind=kind,
@@ -129,21 +151,24 @@ def write_form(
             moments=moments,
             trust_remote_code=trust_remote_code,
         )
+        return Written(K_QUANTS[kind], notes)
     form, packed = FORMATS[kind], {}
-    if quantization is not None or (moments is not None and {form.kind, form.embeddings} & {*BITS}):
+    held = quantization is not None and fitting_kind(quantization.grid, form) is not None
+    if held or (moments is not None and {form.kind, form.embeddings} & {*BITS}):
         model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        weights = dict(model.named_parameters())
-        if quantization is not None:
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        if held and quantization is not None:
             packed = pack(weights, quantization, form)
+            form = for_kept(weights, packed, form)
         elif moments is not None:
             names = gguf_names(moments, model.config.get_text_config())
             packed = pack_weighed(weights, moments, names, form)
     fallen = write_gguf(
         source, file, form, name=name, packed=packed, trust_remote_code=trust_remote_code
     )
-    if not fallen:
-        return []
-    return [
-        f"{len(fallen)} matrices, such as {fallen[0]}, are float16 in {file.name}: their rows do "
-        f"not divide into blocks of {form.block}"
-    ]
+    if fallen:
+        notes.append(
+            f"{len(fallen)} matrices, such as {fallen[0]}, are float16 in {file.name}: their rows "
+            f"do not divide into blocks of {form.block}"
+        )
+    return Written(form.kl_limit, notes)

@@ -595,6 +595,16 @@ class ExportRecipe(Section):
             raise ValueError("a format is given twice")
         return self
 
+    @model_validator(mode="after")
+    def _text_to_calibrate_on(self) -> ExportRecipe:
+        found = {"compressed-gptq", "compressed-awq", "compressed-nvfp4"} & {*self.formats}
+        if found and self.importance_tokens is None:
+            raise ValueError(
+                f"{min(found)} looks at what layers read: give importance_tokens a number, or use "
+                "compressed-fp8"
+            )
+        return self
+
 
 class Recipe(Section):
     """One run, whole."""

@@ -89,7 +89,7 @@ def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan
         "license": job.recipe.teacher.license,
         "llama_cpp": has_llama_cpp(),
     }
-    return StagePlan("export", inputs, work, version=4)
+    return StagePlan("export", inputs, work, version=5)
 
 
 def _export(

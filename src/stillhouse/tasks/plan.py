@@ -26,6 +26,7 @@ from stillhouse.tasks.judge import foreseen_questions
 from stillhouse.tasks.prompts import LabelPrompt, prompt_tokens
 from stillhouse.tasks.run import find_task
 from stillhouse.tasks.scoring import shared_prefix
+from stillhouse.tasks.students import planned_parameters
 from stillhouse.tasks.texts import FEWEST, Texts, prepare_texts
 from stillhouse.tasks.tree import label_tree
 from stillhouse.teachers import load_config, load_tokenizer
@@ -59,7 +60,8 @@ def foresee(recipe: ClassifyRecipe, base: Path, calls: int = 0) -> Iterator[Told
     steps = planned_steps(recipe.train, len(texts.train))
     yield "estimate", "training", f"{steps:,} steps of {recipe.train.batch_size} texts", None
     if recipe.export.formats != ["safetensors"]:
-        require_onnx()
+        labels = list(texts.labels)
+        require_onnx(planned_parameters(recipe.student, job.student, labels))
     if recipe.export.push_to_hub is not None:
         require_token(recipe.export.push_to_hub)
     yield "ok", "export", ", ".join(recipe.export.formats), None
