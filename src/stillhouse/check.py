@@ -22,6 +22,7 @@ from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
+from stillhouse.export import license_lines
 from stillhouse.hardware import (
     choose_precision,
     default_device,
@@ -54,6 +55,7 @@ from stillhouse.runner import run_folder
 from stillhouse.shipping_plan import foresee_exports
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.spending import ComingText, coming_text, synthesis_findings
+from stillhouse.stages.origins import origins_of
 from stillhouse.tasks.plan import foresee
 from stillhouse.teachers import load_tokenizer
 from stillhouse.training import plan_batches, stored_layers
@@ -119,13 +121,10 @@ def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Findi
     whole = load_any_recipe(path, overrides)
     if not isinstance(whole, Recipe):
         yield Finding("ok", "recipe", f"{path} is valid")
-        lines: Iterator[tuple[Level, str, str, str | None]]
         if isinstance(whole, ClassifyRecipe):
-            lines = foresee(whole, path.parent)
+            yield from (Finding(*line) for line in foresee(whole, path.parent))
         else:
-            lines = foresee_answers(whole, path.parent)
-        for level, topic, text, fix in lines:
-            yield Finding(level, topic, text, fix)
+            yield from (Finding(*line) for line in foresee_answers(whole, path.parent))
         return
     yield Finding("ok", "recipe", f"{path} is valid")
     recipe = first_member(whole)
@@ -136,7 +135,7 @@ def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Findi
     job = find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
-    for line in foresee_exports(whole, job):
+    for line in [*foresee_exports(whole, job), *license_lines(origins_of(job)[1:])]:
         yield Finding(*line)
     coming = coming_text(recipe, path.parent, SAMPLE_DOCUMENTS)
     if coming is not None and not coming.documents:

@@ -48,7 +48,10 @@ def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[
     cut = do(vocabulary(whole, do(plan_data(whole))))
     kept = cut.summary["vocabulary"][1]
     teacher = ModelSource(
-        cut.path / MODEL, cut.digest, f"{whole.teacher.described}, cut to {kept:,} tokens"
+        cut.path / MODEL,
+        cut.digest,
+        f"{whole.teacher.described}, cut to {kept:,} tokens",
+        card=whole.teacher.path,
     )
     job = replace(find_models(recipe, base, teacher=teacher), text=whole.text)
     return job, do(plan_data(job))
