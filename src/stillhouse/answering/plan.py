@@ -18,6 +18,7 @@ from stillhouse.answering.job import (
     training_recipe,
 )
 from stillhouse.answering.measuring import load_scorer
+from stillhouse.export import license_lines
 from stillhouse.job import configs, find_models, planned_size
 from stillhouse.recipe import AnsweringRecipe, run_root
 from stillhouse.synthesis import Known
@@ -54,6 +55,7 @@ def foresee_answers(recipe: AnsweringRecipe, base: Path) -> Iterator[Line]:
     known = known_answers(recipe, base)
     yield _cost(job, known)
     yield from _told(job, known)
+    yield from license_lines(job.made_with)
 
 
 def _told(job: AnsweringJob, known: Known) -> Iterator[Line]:

@@ -20,7 +20,7 @@ WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data")
 LIMITS = (
     "It inherits the teacher's faults and adds its own where it is further from it than the table "
     "says, which is everywhere but on text like that it was distilled on. Nothing else was "
-    "measured: no safety, no other language, no longer context."
+    "measured: no safety, no other language, no longer text."
 )
 
 
@@ -60,9 +60,7 @@ def model_card(facts: CardFacts, replay: ReplayResult, files: dict[str, str]) ->
         _retention(facts.evaluation),
         f"Measured on {facts.evaluation.models[0].fidelity.tokens:,} tokens of held-out text. KL "
         "is KL(teacher ‖ model) in nats a token.",
-        f"This export differs from the checkpoint that was measured by {replay.kl:.2g} nats a "
-        f"token and has {replay.top1_agreement:.1%} of its likeliest tokens, on "
-        f"{replay.tokens:,} tokens.",
+        replay_sentence(replay),
         "## License",
         licenses_section(facts.origins),
         "## Limits",
@@ -74,6 +72,14 @@ def model_card(facts: CardFacts, replay: ReplayResult, files: dict[str, str]) ->
         f"```yaml\n{facts.recipe}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def replay_sentence(replay: ReplayResult) -> str:
+    return (
+        f"This export differs from the checkpoint that was measured by {replay.kl:.2g} nats a "
+        f"token and has {replay.top1_agreement:.1%} of its likeliest tokens, on "
+        f"{replay.tokens:,} tokens."
+    )
 
 
 def _head(facts: CardFacts, replay: ReplayResult) -> dict[str, Any]:
