@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def quantize(
         f"{section.kind}: {result.bytes / 1e6:,.1f} MB of {result.plain_bytes / 1e6:,.1f} MB, "
         f"KL to the unquantized student {kl:.4f}; left alone: {', '.join(kept) or 'nothing'}"
     )
-    _save(model, quantization, student, out)
+    _save(model, quantization, student, out, trust_remote_code)
     return result
 
 
@@ -192,6 +193,7 @@ def train_quantized(
     store: Store | None = None,
     stored_teacher: Path | None = None,
     asked_share: float = 1.0,
+    more_teachers: Sequence[Path] = (),
     trust_remote_code: bool = False,
 ) -> TrainingResult:
     """Distils on from the unquantized `student`, its weights rounded at every step.
@@ -214,6 +216,7 @@ def train_quantized(
         store=store,
         stored_teacher=stored_teacher,
         asked_share=asked_share,
+        more_teachers=more_teachers,
         callbacks=[RoundedWeights(quantization)],
         trust_remote_code=trust_remote_code,
     )
@@ -221,7 +224,7 @@ def train_quantized(
         model = load_model(
             out / TRAINING / MODEL, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-        _save(model, quantization, student, out)
+        _save(model, quantization, student, out, trust_remote_code)
         shutil.copy(out / TRAINING / METRICS, out / METRICS)
     return result
 
@@ -266,9 +269,12 @@ def draw_windows(windows: WindowSet, tokens: int, seed: int) -> tuple[list[Any],
     return drawn, found
 
 
-def _save(model: Any, quantization: Quantization, student: Path, out: Path) -> None:
+def _save(
+    model: Any, quantization: Quantization, student: Path, out: Path, trust_remote_code: bool
+) -> None:
     quantization.apply(model)
     with quiet():
         model.save_pretrained(out / MODEL)
-    save_tokenizer(load_tokenizer(student), out / MODEL)
+    tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code)
+    save_tokenizer(tokenizer, out / MODEL)
     quantization.save(out / FILE)
