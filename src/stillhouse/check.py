@@ -35,9 +35,11 @@ from stillhouse.job import (
     configs,
     find_models,
     planned_members,
+    planned_model,
     planned_objective,
     planned_size,
 )
+from stillhouse.quantize import told_left_over
 from stillhouse.recipe import ClassifyRecipe, load_any_recipe
 from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import Recipe
@@ -137,6 +139,8 @@ def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Findi
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
     for line in [*foresee_exports(whole, job), *license_lines(origins_of(job)[1:])]:
         yield Finding(*line)
+    if whole.quantize and (left := told_left_over(planned_model(configs(job)[0]))):
+        yield Finding("warning", "quantize", left)
     coming = coming_text(recipe, path.parent, SAMPLE_DOCUMENTS)
     if coming is not None and not coming.documents:
         fix = f"stillhouse check {path} --calls 5 asks for some of it"
@@ -366,7 +370,8 @@ def _training_memory(
     """Bytes at the peak of a step. Activations by the usual count of tensors kept a layer."""
     text = config.get_text_config()
     tokens = micro * recipe.data.context
-    kept_a_layer = 12 * text.hidden_size + 4 * text.intermediate_size
+    wide = getattr(text, "intermediate_size", 4 * text.hidden_size)  # GPT-2 has no such key
+    kept_a_layer = 12 * text.hidden_size + 4 * wide
     layers = 1 if recipe.train.gradient_checkpointing else text.num_hidden_layers
     activations = tokens * layers * kept_a_layer * 4
     low = dtype.itemsize if dtype != torch.float32 else 0

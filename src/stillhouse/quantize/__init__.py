@@ -14,7 +14,7 @@ from stillhouse.quantize.quantize import (
     train_quantized,
 )
 from stillhouse.quantize.sensitivity import Sensitivity, choose_kept, measure
-from stillhouse.quantize.units import Unit, find_units, model_bytes
+from stillhouse.quantize.units import Unit, find_units, model_bytes, told_left_over
 
 __all__ = [
     "FILE",
@@ -38,5 +38,6 @@ __all__ = [
     "qat_section",
     "quantize",
     "to_codes",
+    "told_left_over",
     "train_quantized",
 ]

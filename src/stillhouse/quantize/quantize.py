@@ -6,7 +6,7 @@ import math
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from stillhouse.quantize.units import (
     find_units,
     matrices,
     model_bytes,
+    told_left_over,
 )
 from stillhouse.recipe.schema import ObjectiveRecipe, QuantizeRecipe, TrainRecipe
 from stillhouse.signals.store import Store
@@ -55,7 +56,7 @@ class QuantizeResult:
 
     group_size: None is a whole row. kl: KL(student ‖ quantized), nats a token, on `tokens` held-out
     ones. bytes: of the whole model, codes packed and scales in two bytes, what is kept in two bytes
-    a number; plain_bytes: with nothing quantized.
+    a number; plain_bytes: with nothing quantized. notes: what the user should know of it.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class QuantizeResult:
     tokens: int
     bytes: int
     plain_bytes: int
+    notes: list[str] = field(default_factory=list)
 
 
 def quantize(
@@ -118,13 +120,30 @@ def quantize(
         tokens=tokens,
         bytes=model_bytes(model, units, set(kept), grid),
         plain_bytes=model_bytes(model, [], set(), grid),
+        notes=quantization_notes(model, kl, section.max_kl),
     )
+    for text in result.notes:
+        note(text)
     note(
         f"{section.kind}: {result.bytes / 1e6:,.1f} MB of {result.plain_bytes / 1e6:,.1f} MB, "
         f"KL to the unquantized student {kl:.4f}; left alone: {', '.join(kept) or 'nothing'}"
     )
     _save(model, quantization, student, out, trust_remote_code)
     return result
+
+
+def quantization_notes(model: Any, kl: float, max_kl: float | None) -> list[str]:
+    """What stays as it is, and a budget that is met by the parts' sum alone."""
+    notes = []
+    left = told_left_over(model)
+    if left is not None:
+        notes.append(f"Quantization: {left}.")
+    if max_kl is not None and kl > max_kl:
+        notes.append(
+            f"Quantization: the parts' KL, each measured alone, adds up to at most {max_kl:g} "
+            f"(quantize.max_kl), and the whole quantized model's is {kl:.3g} nats a token."
+        )
+    return notes
 
 
 def grid_of(section: QuantizeRecipe) -> Grid:

@@ -217,5 +217,9 @@ def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:
         replays=stages["export"].summary["replays"],
         machine=machine(),
         versions=versions(),
-        notes=evaluated.notes,
+        notes=[*evaluated.notes, *_quantization_notes(stages.get("quantize"))],
     )
+
+
+def _quantization_notes(rounded: Stage | None) -> list[str]:
+    return [] if rounded is None else rounded.summary.get("notes", [])
