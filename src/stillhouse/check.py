@@ -137,7 +137,8 @@ def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Findi
     job = find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
-    for line in [*foresee_exports(whole, job), *license_lines(origins_of(job)[1:])]:
+    shipping = foresee_exports(whole.with_programs(path.parent), job)
+    for line in [*shipping, *license_lines(origins_of(job)[1:])]:
         yield Finding(*line)
     if whole.quantize and (left := told_left_over(planned_model(configs(job)[0]))):
         yield Finding("warning", "quantize", left)

@@ -54,7 +54,7 @@ def export(
 ) -> StagePlan:
     """shipped: the run's last model, trained or quantized. ancestors: of the family's first member,
     which this one comes from."""
-    section = job.recipe.export
+    recipe, section = job.recipe.with_programs(job.base), job.recipe.export
     origins = distinct([*origins_of(job), *ancestors])
     grid_file = shipped.path / FILE
 
@@ -77,7 +77,7 @@ def export(
         with against_teacher(gate, job.teacher.path, vocabulary=vocabulary, dtype=dtype) as asked:
             for form in section.formats:
                 folder = out / shipped_folder(form)
-                replay = _export(asked, folder, form, job.recipe, grid, moments, calibration)
+                replay = _export(asked, folder, form, recipe, grid, moments, calibration)
                 write_card(folder, card, replay)
                 replays.append(replay)
         return Outcome(
