@@ -12,9 +12,10 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from stillhouse import stages
 from stillhouse.check import check_recipe
 from stillhouse.errors import RecipeError
-from stillhouse.evaluate import compare, heldout_answers
+from stillhouse.evaluate import Evaluation, compare, heldout_answers
 from stillhouse.quantize import (
     FILE,
     Grid,
@@ -32,6 +33,8 @@ from stillhouse.quantize.quantize import quantization_notes
 from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
 from stillhouse.quantize.units import left_over, told_left_over
 from stillhouse.recipe.schema import QuantizeRecipe
+from stillhouse.runfolder import Cost, Stage
+from stillhouse.runner import prepare_data
 from stillhouse.teachers import load_model
 from tests import tiny
 
@@ -311,3 +314,23 @@ def test_inputs_are_rounded_until_the_hook_is_removed() -> None:
     assert torch.equal(layer(x), torch.nn.functional.linear(rounded_inputs(x), layer.weight))
     hook.remove()
     assert torch.equal(layer(x), plain)
+
+
+def test_a_dynamic_student_is_evaluated_with_its_inputs_rounded(tmp_path: Path) -> None:
+    """The same checkpoint on the same grid, by a kind that rounds inputs and one that does not."""
+    kl = {}
+    for kind in ("int8", "int8_dynamic_int8"):
+        folder = tmp_path / kind
+        raw = tiny.recipe(folder, quantize={"kind": kind, "calibration_tokens": None})
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+        job, windows, _ = prepare_data(folder / "recipe.yaml")
+        call(folder / "teacher", folder / "rounded", kind=kind)
+        stage = Stage("quantize", folder / "rounded", "", Cost(), {"bytes": 1}, False)
+        teacher = Stage("train", folder, "", Cost(), {}, False)
+        (folder / "model").symlink_to(folder / "teacher")
+        data = Stage("data", Path(windows.path).parent, "", Cost(), {}, False)
+        stages.plan_evaluation(job, data, teacher, teacher, None, [stage]).work(folder)
+        found = Evaluation.load(folder / stages.EVALUATION).result("quantized")
+        assert found is not None
+        kl[kind] = found.fidelity.kl
+    assert kl["int8_dynamic_int8"] > 1.2 * kl["int8"]

@@ -16,7 +16,7 @@ from stillhouse.data import Windows, WindowSet, supervised_targets
 from stillhouse.errors import RecipeError
 from stillhouse.hardware import default_device
 from stillhouse.progress import note
-from stillhouse.quantize.activations import round_inputs_of
+from stillhouse.quantize.activations import round_inputs
 from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.moments import input_moments
 from stillhouse.quantize.qat import RoundedWeights
@@ -174,8 +174,7 @@ def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
 def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabulary: int) -> float:
     """KL(model ‖ model quantized), inputs rounded too where they will be."""
     reference = reference_answers(model, windows)
-    layers = quantization.linear_layers(model) if quantization.dynamic else []
-    hooks = round_inputs_of(model, layers, quantization.grid)
+    hooks = round_inputs(quantization, model)
     kl = kl_of(model, quantization.scales, quantization.grid, windows, reference, vocabulary)
     for hook in hooks:
         hook.remove()
