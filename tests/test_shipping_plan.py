@@ -104,6 +104,19 @@ def test_llm_compressor_that_is_nowhere(folder: Path, monkeypatch: pytest.Monkey
     assert "pip install llmcompressor" in str(found.fix)
 
 
+def test_llm_compressor_beside_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: True)
+    python = folder / "llmc" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 1\n")
+    python.chmod(0o755)
+    export = {"formats": ["compressed-fp8"], "llm_compressor": "llmc/bin/python"}
+    assert "error" not in {finding.level for finding in check(folder, export=export)}
+    export["llm_compressor"] = "elsewhere/python"
+    found = refusal(folder, export=export)
+    assert "elsewhere/python is no Python" in found.text, "named as it is"
+
+
 def test_no_token_for_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     found = refusal(folder, export={"push_to_hub": {"repo": "me/small"}})

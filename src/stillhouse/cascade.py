@@ -14,6 +14,7 @@ from typing import Any
 
 from stillhouse.errors import RecipeError
 from stillhouse.evaluate import Evaluation, Generation, ModelResult
+from stillhouse.export import Origin
 from stillhouse.from_scratch import measured_curve, scratch_account
 from stillhouse.hardware import assumed_watts, leads, tune_allocator
 from stillhouse.job import find_models, planned_members
@@ -24,6 +25,7 @@ from stillhouse.report.family import FamilyReport, Member, write_family_report
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.runner import RunResult, follow, lead, read, run_folder, taking_part
 from stillhouse.stages import doing
+from stillhouse.stages.origins import origins_of
 from stillhouse.training import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"
@@ -70,7 +72,8 @@ def run_cascade(
         )
     tune_allocator()
     # A later hop that cannot be is refused before the first one is paid for.
-    planned_members(recipe, find_models(first_member(recipe), base))
+    first = find_models(first_member(recipe), base)
+    planned_members(recipe, first)
     folder = run_folder(recipe)
     if not leads():
         models: list[Path] = []
@@ -82,7 +85,7 @@ def run_cascade(
         return None
     with folder.locked():
         write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
-        members = _members(recipe, base, folder)
+        members = _members(recipe, base, folder, origins_of(first))
         report = _report(recipe, members)
         if recipe.cascade.from_scratch is not None:
             largest = _stage(next(iter(members.values())), "train").path / MODEL
@@ -93,14 +96,16 @@ def run_cascade(
     return FamilyResult(folder.root, members, folder.root / REPORT)
 
 
-def _members(recipe: Recipe, base: Path, folder: RunFolder) -> dict[str, RunResult]:
+def _members(
+    recipe: Recipe, base: Path, folder: RunFolder, ancestors: Sequence[Origin]
+) -> dict[str, RunResult]:
     assert recipe.cascade is not None
     members: dict[str, RunResult] = {}
     parent = None
     for number, hop in enumerate(recipe.cascade.hops, 1):
         note(f"--- {hop.name} ({number} of {len(recipe.cascade.hops)}) ---")
         links = RunFolder(folder.root, links=folder.root / hop.name)
-        result = lead(member_recipe(recipe, hop, parent), base, links)
+        result = lead(member_recipe(recipe, hop, parent), base, links, ancestors)
         members[hop.name] = result
         parent = _stage(result, "train").path / MODEL
     return members

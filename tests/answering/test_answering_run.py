@@ -58,7 +58,15 @@ def test_json_of_an_api_is_checked_learnt_and_measured_beside_every_baseline(
     assert answers["taken"]["json_schema"] == 4 - round(4 * (1 - teacher["valid"]))
     page = result.report.read_text()
     assert "Field by field" in page
-    assert "F1 of the fields, to the true answers" in (result.model / "README.md").read_text()
+    card = (result.model / "README.md").read_text()
+    assert "F1 of the fields, to the true answers" in card
+    assert "**the provider's terms**. Warning: terms of an API" in card
+    for part in ("| model.safetensors | ", "This export differs", "## Limits", "training texts"):
+        assert part in card
+    path = tmp_path / "recipe.yaml"
+    path.write_text((tmp_path / "run" / "recipe.yaml").read_text())
+    warned = [one.text for one in check_recipe(path) if one.topic == "license"]
+    assert len(warned) == 2, "the API, and the model that the student starts from"
 
 
 def test_a_student_learns_to_write_the_teachers_json(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -50,7 +51,12 @@ def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
     assert roles == ["teacher", "untrained", "student", "fine_tuned"]
     assert all(one.accuracy is not None for one in result.evaluation.results)
     assert "<svg" in result.report.read_text()
-    assert "text-classification" in (result.model / "README.md").read_text()
+    card = (result.model / "README.md").read_text()
+    assert "text-classification" in card
+    digest = hashlib.sha256((result.model / "model.safetensors").read_bytes()).hexdigest()
+    assert f"| model.safetensors | {digest} |" in card
+    for part in ("## License", "## Limits", "| teacher |", "training texts", "Read again"):
+        assert part in card
     assert all(stage.reused for stage in run(raw).stages)
 
 
@@ -190,6 +196,21 @@ def test_check_and_preview_know_a_task(tmp_path: Path) -> None:
     assert shown.exit_code == 0
     assert "What is the topic" in shown.stdout
     assert "pets | food" in shown.stdout
+
+
+def test_licenses_of_all_models_are_in_the_card_and_warned_of_by_check(tmp_path: Path) -> None:
+    raw = toys.recipe(tmp_path, student={"start": "truncated", "layers": 1, "model": "other"})
+    tiny.save_model(tmp_path / "other", seed=1)
+    (tmp_path / "other" / "README.md").write_text("---\nlicense: gemma\n---\n")
+    raw["student"]["model"] = str(tmp_path / "other")
+    raw["teacher"]["license"] = "llama3.2"
+    card = (run(raw).model / "README.md").read_text()
+    assert "The teacher's: **llama3.2**. Warning: " in card
+    assert f"The student's start, {tmp_path / 'other'}: **gemma**. Warning: " in card
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    warned = [one.text for one in check_recipe(path) if one.topic == "license"]
+    assert [text.split(",")[0] for text in warned] == ["The teacher", "The student's start"]
 
 
 def test_check_says_what_an_api_can_cost(tmp_path: Path) -> None:
@@ -474,6 +495,13 @@ def test_a_classifier_is_shipped_as_onnx_and_its_page_tells(tmp_path: Path) -> N
     assert (result.folder / "onnx-int8" / "tokenizer.json").is_file()
     assert (result.folder / "onnx" / "classifier.json").is_file()
     assert not (result.folder / "onnx" / "model.safetensors").exists()
+    card = (result.folder / "onnx-int8" / "README.md").read_text()
+    assert "library_name: onnx" in card
+    assert "for onnxruntime" in card
+    assert "inputs while it runs" in card
+    assert re.search(r"In onnxruntime this file \(onnx-int8, .* nats a text", card)
+    assert "| model.onnx | " in card
+    assert "inputs while it runs" not in (result.folder / "onnx" / "README.md").read_text()
     page = result.report.read_text()
     assert "onnx-int8" in page
     assert "Of the checkpoint’s" in page

@@ -17,6 +17,7 @@ from stillhouse.answering.job import (
     training_recipe,
 )
 from stillhouse.answering.measuring import load_scorer
+from stillhouse.export import license_lines
 from stillhouse.job import configs, find_models, planned_size
 from stillhouse.recipe import AnsweringRecipe, run_root
 from stillhouse.synthesis import Known
@@ -52,6 +53,7 @@ def foresee_answers(recipe: AnsweringRecipe, base: Path, calls: int = 0) -> Iter
     known, lines = _asked(recipe, base, calls)
     yield from lines
     yield from _besides(job, known)
+    yield from license_lines(job.made_with)
 
 
 def _besides(job: AnsweringJob, known: Known) -> Iterator[Told]:

@@ -154,6 +154,11 @@ class LabelTeacher(Section):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
     trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
+    license: str | None = Field(
+        None,
+        description="Its license as the Hub names it (apache-2.0, llama3.2), or what an API's "
+        "terms are; the student's model card inherits it. null: as the model's own card says.",
+    )
     precision: Precision = "auto"
     api: ApiTeacher | None = None
     samples: int = Field(

@@ -6,6 +6,7 @@ beside its key, and a description here is what editors show (`stillhouse schema`
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -568,7 +569,8 @@ class ExportRecipe(Section):
     )
     llm_compressor: str | None = Field(
         None,
-        description="The Python of an environment that has llm-compressor, for compressed-*.",
+        description="The Python of an environment that has llm-compressor, for compressed-*; a "
+        "path starts from the recipe's folder, or from the working directory.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Number type of the safetensors export."
@@ -683,3 +685,14 @@ class Recipe(Section):
                 f"({', '.join(searched)}): give sizes in the other hops"
             )
         return self
+
+    def with_programs(self, base: Path) -> Recipe:
+        """The recipe whose programs' paths start from `base` where they are there, else as they
+        are."""
+        named = self.export.llm_compressor
+        if named is None:
+            return self
+        # Not resolved: an environment's Python is a link, and knows its environment by that path.
+        beside = (base / Path(named).expanduser()).absolute()
+        found = {"llm_compressor": str(beside) if beside.exists() else named}
+        return self.model_copy(update={"export": self.export.model_copy(update=found)})

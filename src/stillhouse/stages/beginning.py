@@ -61,7 +61,10 @@ def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[
     cut = do(vocabulary(whole, data))
     kept = cut.summary["vocabulary"][1]
     teacher = ModelSource(
-        cut.path / MODEL, cut.digest, f"{whole.teacher.described}, cut to {kept:,} tokens"
+        cut.path / MODEL,
+        cut.digest,
+        f"{whole.teacher.described}, cut to {kept:,} tokens",
+        card=whole.teacher.path,
     )
     stages = {
         name: do(vocabulary(replace(whole, teacher=source), data))

@@ -14,7 +14,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM
 
 from stillhouse import account
-from stillhouse.export import require_token
+from stillhouse.export import license_lines, require_token
 from stillhouse.export.onnx import require_onnx
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.recipe import ClassifyRecipe
@@ -65,6 +65,7 @@ def foresee(recipe: ClassifyRecipe, base: Path, calls: int = 0) -> Iterator[Told
     if recipe.export.push_to_hub is not None:
         require_token(recipe.export.push_to_hub)
     yield "ok", "export", ", ".join(recipe.export.formats), None
+    yield from license_lines(job.made_with)
 
 
 def _gold(texts: Texts) -> Iterator[Told]:
