@@ -61,18 +61,17 @@ def planned_parameters(section: ClassifierStudent, source: ModelSource, labels: 
 
     Raises ModelError where the architecture has no such head.
     """
-    code = isinstance(section, PretrainedClassifier) and section.trust_remote_code
     if isinstance(section, RandomClassifier):
         config = _random_config(section, load_tokenizer(source.path), labels)
     else:
-        config = load_config(source.path, trust_remote_code=code)
+        config = load_config(source.path)
         config.num_labels = len(labels)
     if isinstance(section, TruncatedClassifier):
         text = config.get_text_config()
         keep_config_layers(text, list(range(min(section.layers, text.num_hidden_layers))))
     try:
         with torch.device("meta"), quiet():
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=code)
+            model = AutoModelForSequenceClassification.from_config(config)
     except (ValueError, KeyError) as error:
         raise _headless(source.path, error) from error
     return sum(parameter.numel() for parameter in model.parameters())
