@@ -18,7 +18,7 @@ from torch import Tensor
 
 from stillhouse.data import WindowSet
 from stillhouse.pruning.calibrate import Batch, calibration_batches, products
-from stillhouse.pruning.depth import CHUNK, summed_kl
+from stillhouse.pruning.depth import chunks, summed_kl
 from stillhouse.signals import LMHead
 from stillhouse.signals.head import head_logits
 from stillhouse.teachers.backbone import hidden_states, lm_head
@@ -91,8 +91,7 @@ def kl_on(known: Reading, model: Any, dtype: torch.dtype) -> float:
 
 def _cross_entropy(head: LMHead, rows_ND: Tensor, targets_N: Tensor) -> float:
     total = 0.0
-    for start in range(0, len(rows_ND), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    for chunk in chunks(head, len(rows_ND)):
         logits_nV = head_logits(head, rows_ND[chunk]).float().log_softmax(-1)
         total -= logits_nV.gather(1, targets_N[chunk, None]).sum().item()
     return total

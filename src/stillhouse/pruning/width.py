@@ -39,7 +39,7 @@ from stillhouse.pruning.gradients import Fisher
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.hidden import Basis
 from stillhouse.pruning.local import after_layer, distill_block
-from stillhouse.pruning.mapped import is_large, let_go, mapped_ranges, move_to_disk
+from stillhouse.pruning.mapped import is_large, let_go, let_go_of_ends, mapped_ranges, move_to_disk
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
 from stillhouse.pruning.streams import Stream, Streams
 from stillhouse.pruning.surgery import keep_experts, keep_heads, keep_neurons
@@ -126,10 +126,10 @@ def cut_width(
     inputs = [layer_inputs(model, batch) for batch in batches]
     streams = Streams(model, axes, batches, inputs, dtype)
     norm, full_head = model.base_model.norm, lm_head(model)
-    centered = full_head.weight_VD - full_head.weight_VD.mean(0)
-    basis = None
+    basis = head_DD = None
     if hidden_method is not None:
-        moments = hidden.measure_stream(streams, kept_layers, centered)
+        head_DD = hidden.head_gram(full_head.weight_VD)
+        moments = hidden.measure_stream(streams, kept_layers, head_DD)
         if hidden_method == "channels":
             score_D = None if fisher is None else fisher.channels
             scored = reconstruct and ranking.by == "refit"
@@ -140,9 +140,9 @@ def cut_width(
     full, narrow, gains = _cut_layers(streams, cut, passages)
     few = batches[:KL_BATCHES]
     full_rows = [norm(x_RLD)[one.counted_RL] for x_RLD, one in zip(full, few, strict=False)]
-    if basis is not None:
+    if basis is not None and head_DD is not None:
         found = hidden.guess(streams, norm, basis, full, narrow, reconstruct)
-        hidden.narrow_ends(model, axes, basis, found, centered)
+        hidden.narrow_ends(model, axes, basis, found, head_DD)
         hidden.note_hidden_size(model, after.hidden_size)
     total, rows = 0.0, 0
     for one, full_ND, x_RLD in zip(few, full_rows, narrow, strict=False):
@@ -157,6 +157,8 @@ def _cut_layers(
     """Cuts all layers; returns the full and the cut stream behind the last one, and the gains."""
     gains: list[float] = []
     large = is_large(streams.model)
+    if large:
+        let_go_of_ends(streams.model)
     layers, tokens = streams.layers, streams.tokens()
     full = narrow = streams.start()
     if cut.basis is not None:

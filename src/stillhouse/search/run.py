@@ -23,6 +23,7 @@ from stillhouse.progress import note
 from stillhouse.pruning import Calibration, Sizes, prune_model, sizes_of
 from stillhouse.pruning.axes import Axes, axes_of
 from stillhouse.pruning.depth import DepthChoice
+from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
 from stillhouse.pruning.prune import rank_layers
 from stillhouse.pruning.shapes import Counter, described, feasible_shapes, sizes_to_prune
 from stillhouse.recipe.schema import PrunedStudent, TrainRecipe
@@ -34,7 +35,7 @@ from stillhouse.search.short import distill_shortly
 from stillhouse.search.table import candidates_table, show
 from stillhouse.search.text import Answers, SearchText, answers, batches_of, kl_to, split_text
 from stillhouse.students.build import method_of
-from stillhouse.teachers import load_config, load_model
+from stillhouse.teachers import load_config
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training.attention import use_short_attention
 
@@ -183,26 +184,27 @@ class _Work:
         parts = [(self.text.heldout, 8), (self.text.training, setting.train.batch_size)]
         if self.search.trained < 2:
             parts[1] = (self.text.heldout, 8)
-        found = [
-            answers(
-                teacher,
-                batches_of(windows, together, setting.device),
-                setting.vocabulary,
-                setting.dtype,
-            )
-            for windows, together in parts
-        ]
+        with let_go_after_use(teacher):
+            found = [
+                answers(
+                    teacher,
+                    batches_of(windows, together, setting.device),
+                    setting.vocabulary,
+                    setting.dtype,
+                )
+                for windows, together in parts
+            ]
         return found[0], found[1]
 
     def _load(self, path: Path) -> Any:
         setting = self.setting
         gc.collect()
         code = setting.trust_remote_code
-        model = load_model(path, dtype=torch.float32, trust_remote_code=code)
-        return model.to(setting.device)
+        return load_on_disk(path, trust_remote_code=code).to(setting.device)
 
     def _measure(self, model: Any) -> float:
-        return kl_to(self.known[0], model, self.setting.dtype)
+        with let_go_after_use(model):
+            return kl_to(self.known[0], model, self.setting.dtype)
 
     # --- 2. every axis alone ----------------------------------------------------------------
 
@@ -360,8 +362,10 @@ class _Work:
     def _save(self, model: Any, folder: Path) -> None:
         """Whole or not at all: a killed search must not go on with half a candidate."""
         partial = folder.with_name(f".{folder.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         with quiet():
-            model.save_pretrained(partial)
+            save_model(model, partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 

@@ -43,6 +43,10 @@ from stillhouse.teachers.quiet import quiet
 
 Summary = dict[str, Any]
 
+STREAMS = 16
+"""Copies of the residual stream on the calibration rows that fit beside a layer's cut: two streams
+in a few places, and the activations of the FFN."""
+
 CHECKED_TOKENS = 64
 """Tokens on which the saved student must give the logits of the one in memory."""
 
@@ -145,7 +149,7 @@ def _pruned(
         keep = base / wanted.path if isinstance(wanted, VocabularyFile) else wanted
         kept_ids = kept_token_ids(tokenizer, windows, keep, configs=configs)
         tokenizer = prune_tokenizer(tokenizer, kept_ids)
-    device = default_device()
+    device = _roomy_device(model, section.calibration_tokens)
     precision = choose_precision("auto", device)
     note(f"Pruning on {device} with products in {precision.reason}")
     model.to(device)
@@ -188,6 +192,21 @@ def _pruned(
             summary["notes"].append(warning)
     model.to("cpu")
     return model, tokenizer, summary, kept_ids
+
+
+def _roomy_device(model: Any, tokens: int) -> torch.device:
+    """The GPU, where the float32 weights and the calibration rows fit into what is free there;
+    else the CPU."""
+    device = default_device()
+    if device.type != "cuda":
+        return device
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    needed = 4 * (weights + STREAMS * tokens * model.config.hidden_size)
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed <= free:
+        return device
+    note(f"{free / 2**30:.1f} GiB are free on {device}, and pruning needs {needed / 2**30:.1f}")
+    return torch.device("cpu")
 
 
 def method_of(section: PrunedStudent) -> PruningMethod:
