@@ -29,12 +29,14 @@ MEASUREMENTS = 12
 
 @dataclass(frozen=True)
 class Curve:
-    """law: of held-out KL. tokens: trained on. student, teacher: parameters that compute."""
+    """law: of held-out KL. tokens: trained on. student, teacher: parameters that compute. rate:
+    FLOPs a second of this training, measurements on the way included."""
 
     law: PowerLaw
     tokens: int
     student: int
     teacher: int
+    rate: float
 
 
 def measured_curve(recipe: Recipe, base: Path, do: Do, largest: Path) -> Curve:
@@ -72,7 +74,8 @@ def measured_curve(recipe: Recipe, base: Path, do: Do, largest: Path) -> Curve:
     ]
     size = planned_size(load_config(largest)).head_once
     asked = planned_size(load_config(job.teacher.path)).head_once
-    return Curve(fit_power_law(points), trained.cost.tokens, size, asked)
+    rate = trained.cost.flops / trained.cost.seconds
+    return Curve(fit_power_law(points), trained.cost.tokens, size, asked, rate)
 
 
 def scratch_account(curve: Curve, members: Sequence[Member]) -> FromScratch:
@@ -90,6 +93,7 @@ def scratch_account(curve: Curve, members: Sequence[Member]) -> FromScratch:
         points=curve.law.points,
         exponent=curve.law.exponent,
         scale=curve.law.scale,
+        rate=curve.rate,
     )
 
 

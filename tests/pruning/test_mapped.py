@@ -183,7 +183,7 @@ def warm_up(folder: Path) -> None:
 def test_peak_memory_is_at_most_a_fifth_above_the_model_as_it_is_stored(
     tmp_path: Path, dtype: torch.dtype, sizes: dict[str, Any]
 ) -> None:
-    """Llama 3 8B at an eighth of its width and vocabulary, and all of its layers: 241 MB in bfloat16.
+    """Llama 3 8B at an eighth of its width and vocabulary, and all layers: 241 MB in bfloat16.
 
     The libraries' own memory is not counted.
     """

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from stillhouse.account import count_parameters, forward_flops, training_flops
 from stillhouse.errors import DataError
 from stillhouse.pruning import prune_model, sizes_of
 from stillhouse.recipe.schema import PrunedStudent, TrainRecipe
@@ -149,6 +150,31 @@ def test_a_killed_search_goes_on_and_does_nothing_twice(
     assert again == found[1]
     # The journal also holds the start model's own KL and the order of the layers.
     assert total + len(did) == undisturbed - 2
+
+
+def test_all_that_is_measured_is_counted_in_every_process(
+    found: tuple[Setting, Found], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, result = found
+    teacher = count_parameters(load_model(chosen.teacher, dtype=torch.float32)).head_once
+    # More than the short distillations and one reading of the calibration rows a candidate.
+    least = training_flops(teacher // 2, result.tokens) + forward_flops(teacher // 2, 4 * 256)
+    assert result.flops > 2 * least
+    again = search_shape(chosen)
+    # Nothing is measured again: what the first process took is remembered.
+    assert again.flops == result.flops
+    assert again.seconds > result.seconds / 2
+    timed = replace(chosen, out=chosen.out.with_name("counted"))
+    monkeypatch.setattr(searching, "prune_model", stop)
+    with pytest.raises(KeyboardInterrupt):
+        search_shape(timed)
+    spent = json.loads((timed.out / WORK / "spent.json").read_text())
+    assert 0 < spent["flops"] < result.flops
+    assert spent["seconds"] > 0
+
+
+def stop(*args: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_explicitly_untrained_searches_choose_by_one_shot_kl(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from stillhouse import account
 from stillhouse.errors import ModelError, RecipeError, RunError
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students import build as making
@@ -51,6 +52,9 @@ def test_pruned(teacher: ModelSource, tmp_path: Path) -> None:
     assert summary["teacher_parameters"]["total"] == tiny_model().num_parameters()
     assert tuple(summary["pruning"]["layers"]) == (3, 2)
     assert "calibrated on all" in summary["notes"][0]
+    # At the very least both streams of the calibration rows, two layers of the three.
+    least = account.forward_flops(2 * tiny_model().num_parameters() // 2, ToyWindows().ids.numel())
+    assert summary["flops"] > least
     assert load_tokenizer(tmp_path / "student").chat_template == "{{ messages }}"
 
 

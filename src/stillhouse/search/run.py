@@ -12,7 +12,7 @@ import gc
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +90,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """sizes: what `prune_model` is told. tokens: trained on in short distillations."""
+    """sizes: what `prune_model` is told. tokens: trained on in short distillations. flops, seconds:
+    of all that was measured for it, in every process that took part."""
 
     sizes: dict[str, int]
     candidates: list[Candidate]
     tokens: int
     described: str
+    flops: int = field(default=0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
 
 
 def search_shape(setting: Setting) -> Found:
@@ -128,7 +131,8 @@ def search_shape(setting: Setting) -> Found:
     name = described(work.before, chosen.sizes)
     show(candidates_table(work.before, found, chosen, costs))
     note(f"chosen: {name}")
-    result = Found(sizes_to_prune(work.before, chosen.sizes), found, work.tokens, name)
+    sizes = sizes_to_prune(work.before, chosen.sizes)
+    result = Found(sizes, found, work.tokens, name, journal.flops, journal.seconds)
     write_atomically(setting.out / CANDIDATES, json.dumps(_plain(result, costs), indent=2))
     return result
 
@@ -212,11 +216,13 @@ class _Work:
         """Those that promise most, at most `candidates`; all of them where they are few."""
         if len(found) <= self.search.candidates:
             return found
-        start = self.journal.once("start", lambda: self._measure(self._load(self.setting.start)))
+        start = self.journal.once_counted(
+            "start", lambda: self._measure(self._load(self.setting.start))
+        )
 
         def lost(shape: Sizes) -> float:
             name = f"probe {described(self.before, shape)}"
-            return max(0.0, self.journal.once(name, lambda: self._probe(shape)) - start)
+            return max(0.0, self.journal.once_counted(name, lambda: self._probe(shape)) - start)
 
         probes = probed(self.before, [one.sizes for one in found], self._possible)
         known = curves(self.before, probes, lost)
@@ -279,7 +285,7 @@ class _Work:
                 )
             )
 
-        raw = self.journal.once("depth", find)
+        raw = self.journal.once_counted("depth", find)
         dropped = tuple((int(index), float(kl)) for index, kl in raw["dropped"])
         self.depth = DepthChoice(tuple(raw["kept"]), dropped, tuple(raw["single_kl"]))
         return {total - place: kl for place, (_, kl) in enumerate(dropped, 1)}
@@ -293,7 +299,9 @@ class _Work:
             name = described(self.before, one.sizes)
             if f"one-shot {name}" not in self.journal:
                 note(f"pruning {name}")
-            one.one_shot_kl = self.journal.once(f"one-shot {name}", lambda: self._one_shot(one))  # noqa: B023
+            one.one_shot_kl = self.journal.once_counted(
+                f"one-shot {name}", partial(self._one_shot, one)
+            )
             measured = sorted([*measured, one], key=_one_shot)
             for loser in measured[self.search.trained :]:
                 shutil.rmtree(self._folder(loser, 0), ignore_errors=True)
@@ -317,7 +325,7 @@ class _Work:
             self.shared.clear()
             for one in alive:
                 name = f"round {round_} {described(self.before, one.sizes)}"
-                kl = self.journal.once(
+                kl = self.journal.once_counted(
                     name,
                     lambda: self._train(one, round_, first, steps),  # noqa: B023
                 )

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from stillhouse import account
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
-from stillhouse.job import Job, configs, planned_size
+from stillhouse.job import Job
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.schema import PrunedStudent
 from stillhouse.runfolder import Outcome, Stage
@@ -50,10 +49,10 @@ def search(job: Job, data: Stage) -> StagePlan:
                 trust_remote_code=job.trust_remote_code,
             )
         )
-        size = planned_size(configs(job)[0]).head_once
         return Outcome(
             tokens=found.tokens,
-            flops=account.training_flops(size, found.tokens),
+            flops=found.flops,
+            seconds=found.seconds,
             peak_memory_bytes=peak_memory_bytes(),
             summary={
                 "sizes": found.sizes,

@@ -35,7 +35,8 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
             out=out / MODEL,
             trust_remote_code=job.trust_remote_code,
         )
-        return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=summary)
+        flops = summary.get("flops", 0)
+        return Outcome(flops=flops, peak_memory_bytes=peak_memory_bytes(), summary=summary)
 
     inputs = {
         # How the shape was searched does not matter once it is found.
@@ -46,7 +47,7 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("student", inputs, work, version=5)
+    return StagePlan("student", inputs, work, version=6)
 
 
 def plan_training(job: Job, data: Stage, student: Stage, stored: StoredSignals | None) -> StagePlan:

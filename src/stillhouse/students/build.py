@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stillhouse.account import count_parameters
+from stillhouse.account import count_flops, count_parameters
 from stillhouse.data import WindowSet
 from stillhouse.errors import RecipeError, RunError
 from stillhouse.hardware import choose_precision, default_device
@@ -68,9 +68,9 @@ def build_student(
     given, is only compared with it: a note warns of another domain, with the measured KL. `base`
     is what paths in the recipe are relative to. `trust_remote_code` is the teacher's. The summary
     is plain data for JSON: start, parameters (total, non_embedding, head_once), the teacher's
-    parameters, notes, and for a pruned student `pruning` (see pruning.PruneReport). A student with
-    fewer tokens than its teacher gets a tokenizer of its own, and the map to the teacher's ids
-    beside it (see pruning.kept_token_ids).
+    parameters, notes, and for a pruned student `pruning` (see pruning.PruneReport) and its `flops`.
+    A student with fewer tokens than its teacher gets a tokenizer of its own, and the map to the
+    teacher's ids beside it (see pruning.kept_token_ids).
     Raises ModelError, RecipeError, DataError as its parts do; RunError when `out` is not writable.
     """
     kept_ids: tuple[int, ...] | None = None
@@ -153,9 +153,26 @@ def _pruned(
     precision = choose_precision("auto", device)
     note(f"Pruning on {device} with products in {precision.reason}")
     model.to(device)
+    with count_flops() as counted:
+        summary = _cut(model, section, windows, heldout, kept_ids, seed, precision.dtype)
+    summary |= {"teacher_parameters": asdict(before), "flops": counted.flops}
+    model.to("cpu")
+    return model, tokenizer, summary, kept_ids
+
+
+def _cut(
+    model: Any,
+    section: PrunedStudent,
+    windows: WindowSet,
+    heldout: WindowSet | None,
+    kept_ids: Sequence[int] | None,
+    seed: int,
+    dtype: torch.dtype,
+) -> Summary:
+    """Prunes in place, and compares the calibration text with the held-out text."""
     with let_go_after_use(model):
         read = [
-            None if text is None else read_text(model, text, seed, precision.dtype)
+            None if text is None else read_text(model, text, seed, dtype)
             for text in (None if heldout is None else windows, heldout)
         ]
     report = prune_model(
@@ -172,26 +189,24 @@ def _pruned(
         reconstruct=section.reconstruct,
         calibration_tokens=section.calibration_tokens,
         seed=seed,
-        dtype=precision.dtype,
+        dtype=dtype,
         method=method_of(section),
         local_tokens=section.local_distillation or 0,
     )
     summary: Summary = {
-        "teacher_parameters": asdict(before),
         "pruning": asdict(report),
         "notes": list(report.notes),
     }
     if read[0] is not None and read[1] is not None:
         with let_go_after_use(model):
-            kl = None if kept_ids is not None else kl_on(read[1], model, precision.dtype)
+            kl = None if kept_ids is not None else kl_on(read[1], model, dtype)
         domain = Domain(read[0].perplexity, read[1].perplexity, kl)
         summary["domain"] = asdict(domain)
         warning = domain.warning()
         if warning is not None:
             note(f"warning: {warning}")
             summary["notes"].append(warning)
-    model.to("cpu")
-    return model, tokenizer, summary, kept_ids
+    return summary
 
 
 def _roomy_device(model: Any, tokens: int) -> torch.device:
