@@ -208,6 +208,37 @@ def test_useless_parts_go_first(method: PruningMethod) -> None:
     assert_close(logits(model, one_batch()), full)
 
 
+@pytest.mark.parametrize("method", METHODS[:2], ids=["l2", "mean"])
+def test_experts_neurons_are_ranked_as_asked(method: PruningMethod) -> None:
+    """The same neurons stay with a refit as without one, and the refit changes what they write."""
+    kept = []
+    for reconstruct in (True, False):
+        model = tiny_model("qwen3_moe")
+        prune_model(model, ToyWindows(), ffn_size=16, reconstruct=reconstruct, method=method)
+        kept.append(model.base_model.layers[0].mlp.experts)
+    assert torch.equal(kept[0].gate_up_proj, kept[1].gate_up_proj)
+    assert not torch.allclose(kept[0].down_proj, kept[1].down_proj)
+
+
+def test_experts_neurons_are_aggregated_as_asked() -> None:
+    kept = []
+    for method in METHODS[:2]:
+        model = tiny_model("qwen3_moe")
+        prune_model(model, ToyWindows(), ffn_size=16, reconstruct=False, method=method)
+        kept.append(model.base_model.layers[0].mlp.experts.gate_up_proj)
+    assert not torch.equal(*kept)
+
+
+def test_experts_have_no_gradients() -> None:
+    with pytest.raises(RecipeError, match="do not rank experts"):
+        prune_model(
+            tiny_model("qwen3_moe"),
+            ToyWindows(),
+            experts=4,
+            method=PruningMethod(importance="gradients"),
+        )
+
+
 def test_experts_neurons_have_no_gradients() -> None:
     with pytest.raises(RecipeError, match="neurons of experts"):
         prune_model(

@@ -14,6 +14,7 @@ from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of, check_parameters
 from stillhouse.pruning.calibrate import calibration_batches, products
 from stillhouse.pruning.depth import DepthChoice, choose_layers, layer_scores
+from stillhouse.pruning.ffn import Ranking
 from stillhouse.pruning.gradients import BATCH_TOKENS as GRADIENT_TOKENS
 from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
 from stillhouse.pruning.mapped import let_go_after_use
@@ -27,7 +28,7 @@ from stillhouse.pruning.sizes import (
     sizes_of,
 )
 from stillhouse.pruning.surgery import check_tokens, keep_layers, keep_tokens, own_config
-from stillhouse.pruning.width import Passage, Ranking, cut_width
+from stillhouse.pruning.width import Passage, cut_width
 from stillhouse.recipe.pruning import PruningMethod
 
 DEPTH_TOKENS = 2048
@@ -230,6 +231,12 @@ def _ranking(
 ) -> Ranking:
     if method.importance != "gradients":
         return Ranking(method.importance, method.aggregation)
+    if after.experts != before.experts:
+        raise RecipeError(
+            "gradients do not rank experts",
+            where="student.importance",
+            fix="leave importance out: experts are ranked by what they add to the stream",
+        )
     kinds: list[Part] = []
     if after.ffn_size < before.ffn_size:
         if before.experts is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,14 @@ from stillhouse.pruning.calibrate import (
 from stillhouse.pruning.correction import Evidence
 from stillhouse.pruning.depth import summed_kl
 from stillhouse.pruning.experts import best_experts, narrow_experts
-from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove, refit_to
-from stillhouse.pruning.gradients import Fisher
+from stillhouse.pruning.ffn import (
+    Moments,
+    Ranking,
+    activation_scores,
+    best,
+    refit_and_remove,
+    refit_to,
+)
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.hidden import Basis
 from stillhouse.pruning.local import after_layer, distill_block
@@ -58,18 +64,6 @@ class Damage:
 
     kl: float
     local_gains: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """by: refit (what the loss costs after the best refit of the rest), activations, gradients.
-
-    aggregation: of activations over rows, where they decide. fisher: where gradients do.
-    """
-
-    by: Literal["refit", "activations", "gradients"] = "refit"
-    aggregation: Literal["l2", "mean"] = "l2"
-    fisher: Fisher | None = None
 
 
 @dataclass(frozen=True)
@@ -308,7 +302,8 @@ def _cut_mixture(
         assert cut.after.experts is not None
         keep_experts(layer, axes, best_experts(layer, axes, rows, weights, cut.after.experts))
     if cut.after.ffn_size < cut.before.ffn_size:
-        narrow_experts(layer, axes, rows, weights, cut.after.ffn_size, cut.reconstruct)
+        keep = cut.after.ffn_size
+        narrow_experts(layer, axes, rows, weights, keep, cut.reconstruct, cut.ranking)
     return streams.after_ffn(layer, mids)
 
 
