@@ -156,6 +156,8 @@ def prune_model(
             if shared is not None:
                 shared.depth = known
         choice = known
+        if reconstruct and (axes.ffn_output_norm is not None or axes.experts is not None):
+            notes.append(_not_made_up_for(model.config))
     kl = choice.dropped[-1][1] if choice.dropped else None
     narrower = replace(after, layers=before.layers, vocabulary=before.vocabulary) != before
     gains: tuple[float, ...] = ()
@@ -261,6 +263,13 @@ def _fisher(
     tokens = GRADIENT_CALIBRATION_TOKENS
     batches = calibration_batches(windows, tokens, seed, model.device, GRADIENT_TOKENS)
     return mask_fisher(model, axes_of(model.config), batches, kinds, seed=seed, dtype=dtype)
+
+
+def _not_made_up_for(config: Any) -> str:
+    return (
+        f"{config.model_type}: dropped layers are not made up for by the refit of those before "
+        "them, each of which is refit to its own output; local_distillation does so"
+    )
 
 
 def _notes(config: Any, before: Sizes, after: Sizes, rotated: bool) -> list[str]:
