@@ -23,6 +23,7 @@ from stillhouse.pruning import (
     prune_tokenizer,
     save_kept_ids,
 )
+from stillhouse.pruning.calibrate import unseen
 from stillhouse.pruning.domain import Domain, kl_on, read_text
 from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
 from stillhouse.pruning.shapes import planned_shape
@@ -170,10 +171,11 @@ def _cut(
     dtype: torch.dtype,
 ) -> Summary:
     """Prunes in place, and compares the calibration text with the held-out text."""
+    rest = unseen(windows, section.calibration_tokens, seed) if len(windows) else windows
     with let_go_after_use(model):
         read = [
             None if text is None else read_text(model, text, seed, dtype)
-            for text in (None if heldout is None else windows, heldout)
+            for text in (None if heldout is None else rest if len(rest) else windows, heldout)
         ]
     report = prune_model(
         model,
@@ -198,9 +200,12 @@ def _cut(
         "notes": list(report.notes),
     }
     if read[0] is not None and read[1] is not None:
-        with let_go_after_use(model):
-            kl = None if kept_ids is not None else kl_on(read[1], model, dtype)
-        domain = Domain(read[0].perplexity, read[1].perplexity, kl)
+        kl = own = None
+        if kept_ids is None:
+            with let_go_after_use(model):
+                kl = kl_on(read[1], model, dtype)
+                own = kl_on(read[0], model, dtype) if len(rest) else None
+        domain = Domain(read[0].perplexity, read[1].perplexity, kl, own)
         summary["domain"] = asdict(domain)
         warning = domain.warning()
         if warning is not None:
