@@ -164,7 +164,9 @@ class _Work:
         return min(self.search.calibration_tokens, self.setting.section.calibration_tokens)
 
     def _fits(self, tokens: int) -> bool:
-        return 2 * 4 * tokens * self.before.layers * self.before.hidden_size <= KEPT_BYTES
+        # Between attention and FFN, behind the layer, and what norms behind the blocks read.
+        kept = 2 + len(self.rules.output_norms())
+        return kept * 4 * tokens * self.before.layers * self.before.hidden_size <= KEPT_BYTES
 
     def _share(self, tokens: int) -> Calibration:
         """What all prunes on so many tokens share; the order of the layers is the same for all."""
