@@ -48,20 +48,22 @@ def main(folder: Path) -> None:
         request["source"], dtype=torch.float32, **options
     ).to(device)
     source_tokenizer = AutoTokenizer.from_pretrained(request["source"], **options)
-    model, info, tokenizer = _load(exported, options)
-    model = model.to(device)
-    prompts = request["prompts"] if request["same_tokens"] else []
-    problems = _problems(model, info, exported)
-    problems += _tokenizer_problems(source_tokenizer, tokenizer, prompts)
-    runtimes: dict[str, Answers] = {
-        "source": partial(logits_of, source_model),
-        "exported": partial(logits_of, model),
-    }
+    runtimes: dict[str, Answers] = {"source": partial(logits_of, source_model)}
     steps: dict[str, Step] = {"source": stepping(source_model)}
-    write: Callable[[str, int], str] = partial(_greedy, model, tokenizer)
+    problems: list[str] = []
+    if request["transformers"]:
+        model, info, tokenizer = _load(exported, options)
+        model = model.to(device)
+        prompts = request["prompts"] if request["same_tokens"] else []
+        problems += _problems(model, info, exported)
+        problems += _tokenizer_problems(source_tokenizer, tokenizer, prompts)
+        runtimes["exported"] = partial(logits_of, model)
+        write: Callable[[str, int], str] = partial(_greedy, model, tokenizer)
     if request["llama_cpp"]:
         llama = LlamaCpp.load(exported, windows)
-        runtimes["llama.cpp"], steps["exported"], write = llama.logits_of, llama.step, llama.greedy
+        # Where transformers does not read the file, llama.cpp alone answers for it.
+        runtimes["llama.cpp" if "exported" in runtimes else "exported"] = llama.logits_of
+        steps["exported"], write = llama.step, llama.greedy
         problems += _cut_otherwise(source_tokenizer, llama.tokens, request["prompts"])
     elif not exported.is_file():
         # A GGUF file's own speed is not that of its numbers as float32 in transformers.
@@ -132,9 +134,15 @@ def _tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[
     theirs = exported.get_vocab()
     moved = [token for token, index in source.get_vocab().items() if theirs.get(token) != index]
     problems = [f"tokens with other ids: {', '.join(sorted(moved)[:4])}"] if moved else []
-    if source.chat_template != exported.chat_template:
+    if _template(source) != _template(exported):
         problems.append("another chat template")
     return problems + _cut_otherwise(source, lambda text: exported(text)["input_ids"], prompts)
+
+
+def _template(tokenizer: Any) -> str | None:
+    """The chat template; of several, the one that is used unless another is asked for."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def _cut_otherwise(
@@ -251,7 +259,7 @@ def stepping(model: Any) -> Step:
 
 @torch.inference_mode()
 def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    if tokenizer.chat_template:
+    if _template(tokenizer):
         inputs = tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}],
             add_generation_prompt=True,
