@@ -241,7 +241,7 @@ def test_a_cut_in_depth_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("in_process")
 def test_llama_cpp_alone_replays_what_transformers_misreads(tmp_path: Path) -> None:
     words = tiny.merging_tokenizer()
-    changes = {"vocab_size": len(words), "head_dim": 16, "initializer_range": 0.05}
+    changes: dict[str, Any] = {"vocab_size": len(words), "head_dim": 16, "initializer_range": 0.05}
     tiny_model("qwen3", **changes).save_pretrained(tmp_path / "source")
     words.save_pretrained(tmp_path / "source")
     gate = Gate(tmp_path / "source", ToyWindows(), ["the cat sees 42 trees"], seed=0)

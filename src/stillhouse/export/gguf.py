@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.gguf_blocks import BITS, pack, pack_weighed
-from stillhouse.errors import ModelError
 from stillhouse.export.gguf_config import misread_by_transformers
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import family, gguf_names, unsupported

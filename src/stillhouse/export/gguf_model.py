@@ -166,9 +166,9 @@ def unknown_tokenizer(kind: str) -> ModelError:
     return ModelError(
         f"the GGUF writer does not know this tokenizer: it is {kind}",
         where="export.formats",
-        fix="byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen can be written, and BPE with byte "
-        "fallback as in Llama 2, Mistral and Gemma; for others export safetensors, and convert "
-        "that folder with llama.cpp's convert_hf_to_gguf.py",
+        fix="byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen can be written, and BPE with "
+        "byte fallback as in Llama 2, Mistral and Gemma; for others export safetensors, and "
+        "convert that folder with llama.cpp's convert_hf_to_gguf.py",
     )
 
 

@@ -137,7 +137,7 @@ def _kind(index: int, token: str, tokenizer: Any, known: bool, added: Any) -> gg
         return gguf.TokenType.NORMAL
     if added.special:
         return gguf.TokenType.CONTROL
-    # Spelled with ▁ and searched in text that has none of these yet, it is only ever made by merges.
+    # Spelled with ▁, and searched in text that has none yet, it is only ever made by merges.
     spelled = SPACE in token and not added.normalized
     return gguf.TokenType.NORMAL if spelled else gguf.TokenType.USER_DEFINED
 
