@@ -48,7 +48,7 @@ YARN = {
     "original_max_position_embeddings": 32,
 }
 GEMMA_3_ROPES = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
 }
 READ: dict[str, tuple[str, dict[str, Any]]] = {
@@ -78,7 +78,7 @@ LLAMA_CPP: dict[str, tuple[str, dict[str, Any], str]] = {
     "yarn": ("llama", {"rope_parameters": YARN}, "the scaling of rotary embeddings"),
     "qwen2 of another head size": ("qwen2", {"head_dim": 16}, "biases"),
     "qwen3 of another head size": ("qwen3", {"head_dim": 16}, "the head size"),
-    "qwen3_moe": ("qwen3_moe", {}, "moe_intermediate_size"),
+    "qwen3_moe of narrow experts": ("qwen3_moe", {}, "moe_intermediate_size"),
     "smollm3": (
         "smollm3",
         {"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
@@ -103,17 +103,17 @@ LLAMA_CPP: dict[str, tuple[str, dict[str, Any], str]] = {
         "the architecture mistral3",
     ),
     "gemma": ("gemma", {}, "the architecture gemma"),
-    "gemma2": ("gemma2", {}, "query_pre_attn_scalar"),
+    "gemma2 of small heads": ("gemma2", {}, "query_pre_attn_scalar"),
     "gemma2 cut in depth": (
         "gemma2",
         {"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
         "which layers have a window",
     ),
-    "gemma3": ("gemma3_text", {}, "which layers have a window"),
+    "gemma3 with a pattern of its own": ("gemma3_text", {}, "which layers have a window"),
     "gemma3 with a long context": (
         "gemma3_text",
         {"rope_parameters": GEMMA_3_ROPES},
-        "the scaling of rotary embeddings",
+        "the base of rotary embeddings",
     ),
 }
 """What it takes for another model, and the first thing that it misreads."""
@@ -235,6 +235,16 @@ def test_a_cut_in_depth_is_foreseen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(announce_gguf("f16", whole, words, layers_before=3)) == []
     [(text, _)] = announce_gguf("f16", whole, words, layers_before=4)
     assert "which layers have a window" in text
+
+
+def test_rows_of_experts_that_do_not_divide_into_blocks_are_announced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: True)
+    config = CONFIGS["qwen3_moe"](moe_intermediate_size=40, intermediate_size=33)
+    found = [text for text, _ in announce_gguf("q8_0", config, tiny.merging_tokenizer())]
+    assert "moe_intermediate_size 40" in found[-1]
+    assert len(found) == 2
 
 
 @real

@@ -119,7 +119,8 @@ def announce_gguf(
     if kind not in FORMATS:
         require_llama_cpp()
     block = FORMATS[kind].block if kind in FORMATS else K_BLOCK
-    for key in ("hidden_size", "intermediate_size"):
+    experts = getattr(config, "num_experts", None)
+    for key in ("hidden_size", "moe_intermediate_size" if experts else "intermediate_size"):
         width = int(getattr(config, key))
         if width % block:
             below = width // block * block
