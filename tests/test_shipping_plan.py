@@ -47,6 +47,21 @@ def test_an_architecture_that_gguf_does_not_know(
     assert "export safetensors" in str(found.fix)
 
 
+def test_how_many_layers_a_student_is_cut_from_is_known(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers are computed by their place, which those of a cut student have changed."""
+    asked: list[int | None] = []
+
+    def announce(*_: Any, layers_before: int | None) -> list[tuple[str, str]]:
+        asked.append(layers_before)
+        return []
+
+    monkeypatch.setattr("stillhouse.shipping_plan.announce_gguf", announce)
+    check(folder, student={"layers": 2}, export={"formats": ["gguf-f16"]})
+    assert asked == [3]
+
+
 def test_k_quants_without_llama_cpp(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama_quantizer, "has_llama_cpp", lambda: False)
     found = refusal(folder, export={"formats": ["gguf-q4_k_m"]})
