@@ -29,9 +29,11 @@ pytest: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
 
-# llama.cpp's own server with the real SmolLM2 on loopback; its build takes some minutes.
+# llama.cpp itself, which is no part of `make test`: its server with the real SmolLM2 on loopback, its
+# quantizer, and our GGUF files in it; its build takes some minutes.
 test-llama: $(VENV)/.llama
-	$(BIN)/pytest -m slow tests/synthesis/test_llama_server.py
+	$(BIN)/pytest tests/synthesis/test_llama_server.py \
+		tests/export/test_llama_quantizer.py tests/export/test_gguf_smollm2.py
 
 # One of bench/: losses, step, quality ... Writes bench/results/NAME.json.
 bench: $(VENV)/.dev

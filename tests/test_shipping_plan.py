@@ -62,8 +62,17 @@ def test_how_many_layers_a_student_is_cut_from_is_known(
     assert asked == [3]
 
 
+def test_a_grid_that_the_format_does_not_hold(folder: Path) -> None:
+    found = check(folder, quantize={"group_size": 16}, export={"formats": ["gguf-q4_0"]})
+    [warning] = [finding for finding in found if finding.topic == "export" and finding.fix]
+    assert "does not hold int4 in groups of 16" in warning.text
+    assert "group_size: 32" in str(warning.fix)
+    found = check(folder, quantize={"group_size": 32}, export={"formats": ["gguf-q4_0"]})
+    assert [finding for finding in found if finding.topic == "export" and finding.fix] == []
+
+
 def test_k_quants_without_llama_cpp(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_quantizer, "has_llama_cpp", lambda: False)
+    monkeypatch.setattr(llama_quantizer, "llama_cpp_fault", lambda: "is not installed")
     found = refusal(folder, export={"formats": ["gguf-q4_k_m"]})
     assert "not installed" in found.text
     assert "gguf-q4_0 or gguf-q8_0" in str(found.fix)
@@ -108,6 +117,19 @@ def test_llm_compressor_that_is_nowhere(folder: Path, monkeypatch: pytest.Monkey
     found = refusal(folder, export={"formats": ["compressed-fp8"]})
     assert "environment of its own" in found.text
     assert "pip install llmcompressor" in str(found.fix)
+
+
+def test_llm_compressor_beside_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: True)
+    python = folder / "llmc" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 1\n")
+    python.chmod(0o755)
+    export = {"formats": ["compressed-fp8"], "llm_compressor": "llmc/bin/python"}
+    assert "error" not in {finding.level for finding in check(folder, export=export)}
+    export["llm_compressor"] = "elsewhere/python"
+    found = refusal(folder, export=export)
+    assert "elsewhere/python is no Python" in found.text, "named as it is"
 
 
 def test_no_token_for_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Distil language models: a small student learns to reproduce a large teacher's behavior.
+"""Distill language models: a small student learns to reproduce a large teacher's behavior.
 
     import stillhouse
     result = stillhouse.run("recipes/demo.yaml")

@@ -3,13 +3,20 @@
 A training token costs 6 FLOPs a parameter (2 forward, 4 backward) and a forward-only token 2,
 embeddings counted once, as the head (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 Attention's own products are left out: they are small at the context lengths used here.
+
+Pruning has no such rule, so its FLOPs are counted as they are made (`count_flops`).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass(frozen=True)
@@ -47,3 +54,49 @@ def training_flops(student: int, tokens: int) -> int:
 
 def forward_flops(parameters: int, tokens: int) -> int:
     return 2 * parameters * tokens
+
+
+class CountedFlops(TorchDispatchMode):
+    """flops: of the matrix products, factorizations and solutions made in its block so far.
+
+    2·m·n·k for a product, of a forward pass as of Gram matrices; n³ in all for an inverse by
+    Cholesky's factors, 2·n³/3 + 2·n²·k for a solution of k right sides, 9·n³ for eigenvectors
+    (Golub and Van Loan, Matrix Computations). What is done element by element is left out, and so
+    are attention's products where they are one fused operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.partition(".")[0].strip("_")
+        if name in ("mm", "bmm", "grouped_mm"):
+            self.flops += 2 * result.numel() * args[0].shape[-1]
+        elif name in ("addmm", "baddbmm"):
+            self.flops += 2 * result.numel() * args[1].shape[-1]
+        elif name in _CUBED:
+            *many, n, _ = args[0].shape
+            self.flops += round(math.prod(many) * _CUBED[name] * n**3)
+            if name == "linalg_solve_ex":
+                self.flops += 2 * n * args[1].numel()
+        return result
+
+
+_CUBED = {
+    "linalg_cholesky_ex": 1 / 3,
+    "cholesky_inverse": 2 / 3,
+    "linalg_solve_ex": 2 / 3,
+    "linalg_eigh": 9.0,
+}
+
+
+@contextmanager
+def count_flops() -> Iterator[CountedFlops]:
+    """Counts what torch computes while the block lasts, on this thread and in its backward passes.
+
+    Every operation takes some microseconds longer: not for what is timed.
+    """
+    with CountedFlops() as counted:
+        yield counted

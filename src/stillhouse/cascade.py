@@ -14,6 +14,7 @@ from typing import Any
 
 from stillhouse.errors import RecipeError
 from stillhouse.evaluate import Evaluation, Generation, ModelResult
+from stillhouse.export import Origin
 from stillhouse.from_scratch import measured_curve, scratch_account
 from stillhouse.hardware import assumed_watts, leads, tune_allocator
 from stillhouse.job import find_models, planned_members
@@ -24,10 +25,21 @@ from stillhouse.report.family import FamilyReport, Member, write_family_report
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.runner import RunResult, follow, lead, read, run_folder, taking_part
 from stillhouse.stages import doing
+from stillhouse.stages.origins import origins_of
 from stillhouse.training import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"
-PRODUCING = ("synthesis", "data", "signals", "search", "student", "train", "quantize", "qat")
+PRODUCING = (
+    "synthesis",
+    "data",
+    "vocabulary",
+    "signals",
+    "search",
+    "student",
+    "train",
+    "quantize",
+    "qat",
+)
 """Stages that make a member; the others measure it and write it down."""
 
 
@@ -60,7 +72,8 @@ def run_cascade(
         )
     tune_allocator()
     # A later hop that cannot be is refused before the first one is paid for.
-    planned_members(recipe, find_models(first_member(recipe), base))
+    first = find_models(first_member(recipe), base)
+    planned_members(recipe, first)
     folder = run_folder(recipe)
     if not leads():
         models: list[Path] = []
@@ -72,7 +85,7 @@ def run_cascade(
         return None
     with folder.locked():
         write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
-        members = _members(recipe, base, folder)
+        members = _members(recipe, base, folder, origins_of(first))
         report = _report(recipe, members)
         if recipe.cascade.from_scratch is not None:
             largest = _stage(next(iter(members.values())), "train").path / MODEL
@@ -83,14 +96,16 @@ def run_cascade(
     return FamilyResult(folder.root, members, folder.root / REPORT)
 
 
-def _members(recipe: Recipe, base: Path, folder: RunFolder) -> dict[str, RunResult]:
+def _members(
+    recipe: Recipe, base: Path, folder: RunFolder, ancestors: Sequence[Origin]
+) -> dict[str, RunResult]:
     assert recipe.cascade is not None
     members: dict[str, RunResult] = {}
     parent = None
     for number, hop in enumerate(recipe.cascade.hops, 1):
         note(f"--- {hop.name} ({number} of {len(recipe.cascade.hops)}) ---")
         links = RunFolder(folder.root, links=folder.root / hop.name)
-        result = lead(member_recipe(recipe, hop, parent), base, links)
+        result = lead(member_recipe(recipe, hop, parent), base, links, ancestors)
         members[hop.name] = result
         parent = _stage(result, "train").path / MODEL
     return members
@@ -98,7 +113,7 @@ def _members(recipe: Recipe, base: Path, folder: RunFolder) -> dict[str, RunResu
 
 def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
     assert recipe.cascade is not None
-    rows = []
+    rows: list[Member] = []
     counted: set[Path] = set()
     for name, result in members.items():
         own = [stage for stage in result.stages if stage.path not in counted]
@@ -109,7 +124,7 @@ def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
                 name=name,
                 untrained=_result(evaluation, "untrained"),
                 student=_result(evaluation, "student"),
-                shape=_stage(result, "student").summary["pruning"]["changed"],
+                shape=_cut_here(result, first=not rows or recipe.cascade.start == "original"),
                 report=f"{name}/report.html",
                 tokens=_stage(result, "train").cost.tokens,
                 flops=sum(stage.cost.flops for stage in own if stage.name in PRODUCING),
@@ -128,6 +143,15 @@ def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
         learned_from=recipe.cascade.teacher,
         watts=assumed_watts(),
     )
+
+
+def _cut_here(result: RunResult, *, first: bool) -> dict[str, tuple[int, int]]:
+    """Sizes before and after. first: the member before it is the teacher with all its tokens."""
+    shape = dict(_stage(result, "student").summary["pruning"]["changed"])
+    cut = next((stage for stage in result.stages if stage.name == "vocabulary"), None)
+    if first and cut is not None:
+        shape["vocabulary"] = tuple(cut.summary["vocabulary"])
+    return shape
 
 
 def _generations(members: Mapping[str, RunResult]) -> list[Generation]:

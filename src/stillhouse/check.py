@@ -22,6 +22,7 @@ from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import StillhouseError
+from stillhouse.export import license_lines
 from stillhouse.hardware import (
     choose_precision,
     default_device,
@@ -34,9 +35,11 @@ from stillhouse.job import (
     configs,
     find_models,
     planned_members,
+    planned_model,
     planned_objective,
     planned_size,
 )
+from stillhouse.quantize import told_left_over
 from stillhouse.recipe import ClassifyRecipe, load_any_recipe
 from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import Recipe
@@ -54,6 +57,7 @@ from stillhouse.runner import run_folder
 from stillhouse.shipping_plan import foresee_exports
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.spending import ComingText, coming_text, synthesis_findings
+from stillhouse.stages.origins import origins_of
 from stillhouse.tasks.plan import foresee
 from stillhouse.teachers import load_tokenizer
 from stillhouse.training import plan_batches, stored_layers
@@ -86,7 +90,7 @@ def check_recipe(
 ) -> list[Finding]:
     """Everything found, in the order of the run; an error ends what depends on it.
 
-    calls: real requests to make of `synthesize`, to foresee what the others cost.
+    calls: real requests to make of a teacher of text, to foresee what the others cost.
     Weights are not loaded (except a local text teacher's, for calls) and nothing is trained. Of a
     model of the Hub only the configuration and tokenizer are fetched; a GGUF file is converted,
     since only then are they there.
@@ -119,13 +123,10 @@ def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Findi
     whole = load_any_recipe(path, overrides)
     if not isinstance(whole, Recipe):
         yield Finding("ok", "recipe", f"{path} is valid")
-        lines: Iterator[tuple[Level, str, str, str | None]]
         if isinstance(whole, ClassifyRecipe):
-            lines = foresee(whole, path.parent)
+            yield from (Finding(*line) for line in foresee(whole, path.parent, calls))
         else:
-            lines = foresee_answers(whole, path.parent)
-        for level, topic, text, fix in lines:
-            yield Finding(level, topic, text, fix)
+            yield from (Finding(*line) for line in foresee_answers(whole, path.parent, calls))
         return
     yield Finding("ok", "recipe", f"{path} is valid")
     recipe = first_member(whole)
@@ -136,8 +137,11 @@ def _examine(path: Path, overrides: Sequence[str], calls: int) -> Iterator[Findi
     job = find_models(recipe, path.parent, weights=False)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
-    for line in foresee_exports(whole, job):
+    shipping = foresee_exports(whole.with_programs(path.parent), job)
+    for line in [*shipping, *license_lines(origins_of(job)[1:])]:
         yield Finding(*line)
+    if whole.quantize and (left := told_left_over(planned_model(configs(job)[0]))):
+        yield Finding("warning", "quantize", left)
     coming = coming_text(recipe, path.parent, SAMPLE_DOCUMENTS)
     if coming is not None and not coming.documents:
         fix = f"stillhouse check {path} --calls 5 asks for some of it"
@@ -367,7 +371,8 @@ def _training_memory(
     """Bytes at the peak of a step. Activations by the usual count of tensors kept a layer."""
     text = config.get_text_config()
     tokens = micro * recipe.data.context
-    kept_a_layer = 12 * text.hidden_size + 4 * text.intermediate_size
+    wide = getattr(text, "intermediate_size", 4 * text.hidden_size)  # GPT-2 has no such key
+    kept_a_layer = 12 * text.hidden_size + 4 * wide
     layers = 1 if recipe.train.gradient_checkpointing else text.num_hidden_layers
     activations = tokens * layers * kept_a_layer * 4
     low = dtype.itemsize if dtype != torch.float32 else 0

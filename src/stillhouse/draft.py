@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import DataError, RecipeError, RunError
-from stillhouse.recipe import load_any_recipe
+from stillhouse.recipe import recipe_from_text
 from stillhouse.runfolder import write_atomically
 from stillhouse.teachers import load_config, resolve_model
 from stillhouse.wishes import CORPUS, JOBS, SIZES, Wishes
@@ -27,8 +27,10 @@ class Draft:
 
 def write_draft(wish: Wishes, *, force: bool = False) -> list[Path]:
     """Writes the recipe and what it reads; all paths. Raises RunError where one exists already
-    (unless forced), ModelError about the teacher, RecipeError about the wishes."""
+    (unless forced), ModelError about the teacher, RecipeError about the wishes; nothing is written
+    then."""
     draft = drafted(wish)
+    recipe_from_text(draft.text, wish.out)
     files = {wish.out: draft.text, **draft.files}
     for path in files:
         if path.exists() and not force:
@@ -38,7 +40,6 @@ def write_draft(wish: Wishes, *, force: bool = False) -> list[Path]:
     for path, text in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
-    load_any_recipe(wish.out)
     return list(files)
 
 
@@ -48,7 +49,7 @@ def drafted(wish: Wishes) -> Draft:
         return _distill(wish)
     if wish.data == CORPUS:
         raise RecipeError(
-            f"{CORPUS} is text to distil on, and no list of texts for a task",
+            f"{CORPUS} is text to distill on, and no list of texts for a task",
             where="--data",
             fix="give a file with a text in each row",
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from stillhouse import account, stages
 from stillhouse.evaluate.curve import PowerLaw, fit_power_law
-from stillhouse.job import planned_size
+from stillhouse.job import find_models, planned_size
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import first_member
 from stillhouse.recipe.schema import RandomStudent
@@ -29,12 +29,14 @@ MEASUREMENTS = 12
 
 @dataclass(frozen=True)
 class Curve:
-    """law: of held-out KL. tokens: trained on. student, teacher: parameters that compute."""
+    """law: of held-out KL. tokens: trained on. student, teacher: parameters that compute. rate:
+    FLOPs a second of this training, measurements on the way included."""
 
     law: PowerLaw
     tokens: int
     student: int
     teacher: int
+    rate: float
 
 
 def measured_curve(recipe: Recipe, base: Path, do: Do, largest: Path) -> Curve:
@@ -62,7 +64,12 @@ def measured_curve(recipe: Recipe, base: Path, do: Do, largest: Path) -> Curve:
         }
     )
     changed = {"data": data, "student": random, "train": train, "signals": None, "quantize": None}
-    job, text = begin(first_member(recipe).model_copy(update=changed), base, do)
+    first = first_member(recipe)
+    # The family's teacher, which may have lost tokens, and its text; both are there.
+    family, _ = begin(first, base, do)
+    found = find_models(first.model_copy(update=changed), base, teacher=family.teacher)
+    job = replace(found, text=family.text)
+    text = do(stages.plan_data(job))
     student = do(stages.plan_student(job, text))
     trained = do(replace(stages.plan_training(job, text, student, None), name="scratch"))
     points = [
@@ -72,7 +79,8 @@ def measured_curve(recipe: Recipe, base: Path, do: Do, largest: Path) -> Curve:
     ]
     size = planned_size(load_config(largest)).head_once
     asked = planned_size(load_config(job.teacher.path)).head_once
-    return Curve(fit_power_law(points), trained.cost.tokens, size, asked)
+    rate = trained.cost.flops / trained.cost.seconds
+    return Curve(fit_power_law(points), trained.cost.tokens, size, asked, rate)
 
 
 def scratch_account(curve: Curve, members: Sequence[Member]) -> FromScratch:
@@ -90,6 +98,7 @@ def scratch_account(curve: Curve, members: Sequence[Member]) -> FromScratch:
         points=curve.law.points,
         exponent=curve.law.exponent,
         scale=curve.law.scale,
+        rate=curve.rate,
     )
 
 

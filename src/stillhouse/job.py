@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,12 @@ from transformers import AutoModelForCausalLM
 from stillhouse import account
 from stillhouse.errors import RecipeError, SignalError
 from stillhouse.progress import note
-from stillhouse.pruning import sizes_of
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import ORIGINAL, member_recipe
 from stillhouse.recipe.schema import (
     PretrainedStudent,
-    PrunedSizes,
     PrunedStudent,
     RandomStudent,
-    StudentRecipe,
 )
 from stillhouse.recipe.signals import FrozenHeadSignals, HiddenSignals
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopP
@@ -73,13 +71,11 @@ def find_models(
 ) -> Job:
     """Finds and checks the models on disk, or downloads them (False: all but their weights).
 
-    teacher: takes the place of the recipe's; it has lost tokens already (see `beginning`).
+    teacher: takes the place of the recipe's, as one that has lost tokens does (see `beginning`).
     Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
     """
     section = recipe.teacher
-    if teacher is not None:
-        recipe = recipe.model_copy(update={"student": _left_to_prune(recipe.student, teacher)})
-    else:
+    if teacher is None:
         teacher = resolve_model(
             section.model, revision=section.revision, base=base, weights=weights
         )
@@ -103,19 +99,6 @@ def find_models(
     if recipe.signals is not None:
         stored_temperature(objective, signals_encoding(job, objective))
     return job
-
-
-def _left_to_prune(section: StudentRecipe, teacher: ModelSource) -> StudentRecipe:
-    """A student's section once the teacher has lost the tokens.
-
-    Where nothing else was to go, the student is that teacher, with as many layers.
-    """
-    assert isinstance(section, PrunedStudent)
-    left: dict[str, Any] = {"vocabulary": None}
-    sizes = PrunedSizes.model_fields.keys() - {"hidden_method"}
-    if all(getattr(section, name) is None for name in sizes):
-        left["layers"] = sizes_of(load_config(teacher.path)).layers
-    return section.model_copy(update=left)
 
 
 def _guides(
@@ -212,12 +195,16 @@ def configs(job: Job) -> tuple[Any, Any]:
     teacher = load_config(job.teacher.path, trust_remote_code=code)
     section = job.recipe.student
     if isinstance(section, PrunedStudent | RandomStudent):
-        start = teacher
-        if job.pruned is not None:
-            start = load_config(job.pruned.path, trust_remote_code=code)
-        return planned_config(section, start, base=job.base), teacher
+        served = getattr(torch, job.recipe.export.dtype)
+        return planned_config(section, _start_config(job), base=job.base, served=served), teacher
     assert job.pretrained is not None
     return load_config(job.pretrained.path, trust_remote_code=code), teacher
+
+
+def _start_config(job: Job) -> Any:
+    """Of what a pruned student is made of."""
+    start = job.pruned or job.teacher
+    return load_config(start.path, trust_remote_code=job.trust_remote_code)
 
 
 def shared_vocabulary(
@@ -252,17 +239,27 @@ def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
     Raises RecipeError for a member that cannot be cut so.
     """
     assert recipe.cascade is not None
-    start = configs(first)[1]
+    start = _start_config(first)
+    served = getattr(torch, recipe.export.dtype)
+    largest, owner = start, None
     members = []
     for hop in recipe.cascade.hops:
         section = member_recipe(recipe, hop).student
         assert isinstance(section, PrunedStudent)
+        plan = partial(planned_config, section, base=first.base, served=served, owner=owner)
         try:
-            planned = planned_config(section, start, base=first.base)
+            try:
+                planned = plan(start)
+            except RecipeError:
+                # Of a searched member only a guess of the shape is known: what the largest that
+                # it can be allows is not refused.
+                planned = plan(largest)
         except RecipeError as error:
             where = f"cascade.hops, {hop.name}"
             raise RecipeError(error.what, where=where, fix=error.fix) from None
         members.append((hop.name, planned))
         if recipe.cascade.start == "previous":
-            start = planned
+            start, owner = planned, hop.name
+            if section.target is None:
+                largest = planned
     return members

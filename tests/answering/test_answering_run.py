@@ -11,15 +11,18 @@ import yaml
 from typer.testing import CliRunner
 
 from stillhouse.answering import run_answering
+from stillhouse.answering.compare import read_verdict
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
 from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from stillhouse.recipe import parse_answering_recipe
 from stillhouse.spending import agree_to_task
 from tests.answering import toys
-from tests.synthesis.stub import Reply, Stub
+from tests.synthesis.stub import Reply, Stub, error
 
 pytestmark = pytest.mark.usefixtures("in_process")
+
+KEY = "sk-very-secret-1234567890"
 
 
 def run(raw: dict[str, Any]) -> Any:
@@ -55,7 +58,15 @@ def test_json_of_an_api_is_checked_learnt_and_measured_beside_every_baseline(
     assert answers["taken"]["json_schema"] == 4 - round(4 * (1 - teacher["valid"]))
     page = result.report.read_text()
     assert "Field by field" in page
-    assert "F1 of the fields, to the true answers" in (result.model / "README.md").read_text()
+    card = (result.model / "README.md").read_text()
+    assert "F1 of the fields, to the true answers" in card
+    assert "**the provider's terms**. Warning: terms of an API" in card
+    for part in ("| model.safetensors | ", "This export differs", "## Limits", "training texts"):
+        assert part in card
+    path = tmp_path / "recipe.yaml"
+    path.write_text((tmp_path / "run" / "recipe.yaml").read_text())
+    warned = [one.text for one in check_recipe(path) if one.topic == "license"]
+    assert len(warned) == 2, "the API, and the model that the student starts from"
 
 
 def test_a_student_learns_to_write_the_teachers_json(tmp_path: Path) -> None:
@@ -92,6 +103,39 @@ def test_a_judge_that_prefers_the_first_answer_prefers_none(tmp_path: Path) -> N
     assert (figures["preferred"], figures["consistent"], figures["judge_read"]) == (0.5, 0.0, 1.0)
 
 
+def test_a_judge_that_reasons_is_read_by_what_it_says_after_that(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text="<think>Is A better, or B? A tie?</think>\n\nTie")
+
+    with Stub(script) as stub:
+        judge = {
+            "api": {"base_url": stub.url, "model": "teacher"},
+            "sampling": {"temperature": None, "max_tokens": 300, "extra": {"seed": 3}},
+        }
+        result = run(toys.recipe(tmp_path, "generate", evaluate={"judge": judge}))
+        sent = stub.payloads[0]
+    figures = result.evaluation.of("student").figures
+    assert (figures["judge_read"], figures["preferred"], figures["consistent"]) == (1.0, 0.5, 1.0)
+    assert (sent["max_tokens"], sent["seed"], "temperature" in sent) == (300, 3, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict"),
+    [
+        ("A", "A"),
+        ("**B**.", "B"),
+        ("It is a tie.", "tie"),
+        ("Tie", "tie"),
+        ("B is a better answer", "B"),
+        ("A and B are alike", None),
+        ("a hard question", None),
+        ("", None),
+    ],
+)
+def test_a_verdict_is_one_capital_or_a_tie(text: str, verdict: str | None) -> None:
+    assert read_verdict(text) == verdict
+
+
 def test_check_and_preview_know_what_is_asked(tmp_path: Path) -> None:
     raw = toys.recipe(tmp_path, "extract", task={"student_sees": "prompt"})
     raw["task"] |= {"system": "Be exact.", "examples": [{"text": "Hi", "answer": "{}"}]}
@@ -107,6 +151,20 @@ def test_check_and_preview_know_what_is_asked(tmp_path: Path) -> None:
     assert "About: Hi" in shown.stdout
 
 
+def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    with Stub(extraction) as stub:
+        raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
+        path.write_text(yaml.safe_dump(toys.clean(raw)))
+        found = {one.topic: one.text for one in check_recipe(path, calls=3)}
+        assert found["answers"].startswith(
+            "3 of 20 questions are answered; the rest takes about 255 tokens, a price unknown"
+        )
+        assert len(stub.payloads) == 3
+        run(raw)
+        assert len(stub.payloads) == 20
+
+
 def test_a_budget_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
     with Stub(extraction) as stub:
         raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
@@ -118,6 +176,53 @@ def test_a_budget_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
         raw["teacher"]["budget"] = None
         run(raw)
         assert len(stub.payloads) == 20
+
+
+@pytest.mark.parametrize("kind", ["extract", "generate"])
+def test_no_file_of_a_run_holds_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Even where the server repeats it, in an answer and in an error; nor that of a judge."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if number == 0:
+            return error(400, f"you sent {KEY}")
+        said = extraction(number, payload).text if kind == "extract" else f"answer {number}"
+        return Reply(text=KEY if number == 1 else said)
+
+    def judge(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=f"{KEY}: A")
+
+    with Stub(script, key=KEY) as stub, Stub(judge, key=KEY) as other:
+        raw = toys.recipe(tmp_path, kind, **toys.api(tmp_path, stub.url))
+        raw["teacher"]["api"]["key_env"] = "TEACHER_KEY"
+        raw["train"]["epochs"] = 1
+        if kind == "generate":
+            api = {"base_url": other.url, "model": "teacher", "key_env": "TEACHER_KEY"}
+            raw["evaluate"]["judge"] = {"api": api}
+        run(raw)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "answers.sqlite", "report.html"} <= {path.name for path in files}
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+
+
+def test_requests_that_failed_are_asked_again_by_the_same_command(tmp_path: Path) -> None:
+    failing = [True]
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if failing[0] and number == 7:
+            return Reply(body=b"no chat completion")
+        return Reply(text=json.dumps(toys.truth(payload["messages"][-1]["content"])))
+
+    with Stub(script) as stub:
+        raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
+        first = next(stage for stage in run(raw).stages if stage.name == "answers")
+        failing[0] = False
+        second = next(stage for stage in run(raw).stages if stage.name == "answers")
+        assert (first.summary["answered"], second.summary["answered"]) == (19, 20)
+        assert all(stage.reused for stage in run(raw).stages)
+        assert len(stub.payloads) == 21
 
 
 def test_an_api_is_paid_without_a_budget_only_when_that_is_agreed_to(tmp_path: Path) -> None:

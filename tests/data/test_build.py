@@ -269,7 +269,7 @@ def test_preview_shows_what_is_learnt(tmp_path: Path) -> None:
     assert "[red]what[/red]" in shown
     assert "padding" in shown
     assert shown.count("<|im_start|>assistant") == int(shown.split("window 0: ")[1].split()[0])
-    # Everything in the learnt colour is learnt, and nothing else.
+    # Everything in the learned color is learnt, and nothing else.
     by_style: dict[str, str] = {LEARNT: "", CONTEXT: ""}
     for segment in console.render(preview(train, TOKENIZER, 1)):
         by_style[str(segment.style)] = by_style.get(str(segment.style), "") + segment.text

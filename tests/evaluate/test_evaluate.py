@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +57,31 @@ def test_the_student_is_compared_with_the_teacher(run: Run) -> None:
         heldout_answers(student, windows), heldout_answers(teacher, windows), VOCABULARY
     )
     assert run.evaluation.models[1].fidelity == expected
+
+
+def test_a_model_is_measured_as_it_was_prepared(run: Run) -> None:
+    """With its last norm doubled, it is another one than that of the checkpoint."""
+
+    def double(model: Any) -> None:
+        with torch.no_grad():
+            model.model.norm.weight.mul_(2)
+
+    found = evaluate(
+        run.paths,
+        section=EvaluateRecipe(speed=False),
+        windows=mixed_windows(),
+        seed=0,
+        vocabulary=VOCABULARY,
+        precision=FLOAT32,
+        prepare={"student": double},
+    )
+    student, teacher, windows = toy_model(1, layers=1), toy_model(0), mixed_windows()
+    double(student)
+    expected = compare(
+        heldout_answers(student, windows), heldout_answers(teacher, windows), VOCABULARY
+    )
+    assert found.models[1].fidelity == expected
+    assert found.models[1].fidelity != run.evaluation.models[1].fidelity
 
 
 def test_sizes_are_those_of_the_checkpoint(run: Run) -> None:

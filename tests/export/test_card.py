@@ -10,29 +10,36 @@ import yaml
 
 from stillhouse.evaluate import Evaluation, Fidelity, ModelResult
 from stillhouse.export import (
+    TEACHER,
     CardFacts,
+    License,
+    Origin,
     ReplayResult,
+    license_lines,
     license_warning,
     teacher_license,
     write_card,
 )
+from stillhouse.export.licenses import find_license
+
+FREE = License("apache-2.0")
 
 
-def facts(**changes: str) -> CardFacts:
+def facts(license_: License = FREE, *others: Origin) -> CardFacts:
     def result(role: str, kl: float) -> ModelResult:
         return ModelResult(
             role, 1_000_000, 800_000, 2_000_000, Fidelity(10 + kl, kl, 0.9, 0.1, 512)
         )
 
     evaluation = Evaluation([result("teacher", 0), result("student", 0.25)], [])
-    plain = {
-        "name": "small",
-        "teacher": "org/large (commit 0123)",
-        "license": "apache-2.0",
-        "data": "1,000 training tokens from corpus python-reference",
-        "recipe": "name: small\n",
-    }
-    return CardFacts(**{**plain, **changes}, hashes={"teacher": "abc"}, evaluation=evaluation)
+    return CardFacts(
+        name="small",
+        origins=[Origin(TEACHER, "org/large (commit 0123)", license_), *others],
+        data="1,000 training tokens from corpus python-reference",
+        recipe="name: small\n",
+        hashes={"teacher": "abc"},
+        evaluation=evaluation,
+    )
 
 
 REPLAY = ReplayResult("gguf-q8_0", "q8_0", 0.001, 0.02, 0.98, 256, 1_000, [], ["a note"])
@@ -59,9 +66,24 @@ def test_a_card_names_teacher_data_recipe_hashes_and_what_was_kept(tmp_path: Pat
     [
         ("llama2", "forbids"),
         ("llama3", "forbids"),
+        ("llama-3", "forbids"),
+        ("Meta Llama 3 Community License", "forbids"),
         ("llama3.2", "Built with Llama"),
+        ("Llama 3.1 Community License", "student of any kind is allowed"),
+        ("llama4", "student of any kind is allowed"),
+        ("llama", "is not said"),
         ("gemma", "passed on"),
         ("cc-by-nc-4.0", "commercial"),
+        ("fair-noncommercial-research-license", "commercial"),
+        ("apple-amlr", "for research"),
+        ("qwen-research", "for research"),
+        ("intel-research", "for research"),
+        ("tongyi-qianwen", "Built with Qwen"),
+        ("openrail", "passed on"),
+        ("cc-by-nd-4.0", "no changed version"),
+        ("gpl-3.0", "same license"),
+        ("proprietary", "read it before you share"),
+        ("a license that nobody knows", "read it before you share"),
         ("other", "of its own"),
         ("unknown", "look it up"),
     ],
@@ -70,11 +92,24 @@ def test_licenses_that_restrict_students_are_warned_of(
     tmp_path: Path, license_: str, word: str
 ) -> None:
     assert word in str(license_warning(license_))
-    write_card(tmp_path, facts(license=license_), REPLAY)
+    write_card(tmp_path, facts(License(license_)), REPLAY)
     assert f"**{license_}**. Warning: " in (tmp_path / "README.md").read_text()
 
 
-@pytest.mark.parametrize("license_", ["apache-2.0", "mit", "bsd-3-clause"])
+@pytest.mark.parametrize(
+    "license_",
+    [
+        "apache-2.0",
+        "Apache License, Version 2.0",
+        "mit",
+        "MIT License",
+        "bsd-3-clause",
+        "isc",
+        "cc0-1.0",
+        "CC BY 4.0",
+        "unlicense",
+    ],
+)
 def test_free_licenses_are_not(license_: str) -> None:
     assert license_warning(license_) is None
 
@@ -95,3 +130,36 @@ def test_the_license_is_read_from_the_teachers_card(
     (tmp_path / "README.md").write_text(card)
     assert teacher_license(None, tmp_path) == license_
     assert teacher_license("mit", tmp_path) == "mit"
+
+
+def test_a_license_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: apple-amlr\nlicense_link: LICENSE\n---\n"
+    )
+    found = find_license(None, tmp_path)
+    write_card(tmp_path, facts(found), REPLAY)
+    card = (tmp_path / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "other"
+    assert head["license_name"] == "apple-amlr"
+    assert head["license_link"] == "LICENSE"
+    assert "**apple-amlr**. Warning: this license is for research" in card
+
+
+def test_every_model_that_took_part_is_named_with_its_license(tmp_path: Path) -> None:
+    start = Origin("The student's start", "meta/small (commit 4567)", License("llama3.2"))
+    write_card(tmp_path, facts(FREE, start), REPLAY)
+    card = (tmp_path / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == ["org/large", "meta/small"]
+    assert head["license"] == "llama3.2", "the one that binds"
+    assert "The student's start, meta/small (commit 4567): **llama3.2**. Warning: Meta" in card
+    guide = Origin("Another teacher", "google/large (commit 89)", License("gemma"))
+    write_card(tmp_path, facts(FREE, start, guide), REPLAY)
+    head = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
+    assert head["license"] == "other", "two bind, and neither speaks for both"
+    warned = [line[2].split(":")[0] for line in license_lines([start, guide])]
+    assert warned == [
+        "The student's start, meta/small (commit 4567)",
+        "Another teacher, google/large (commit 89)",
+    ]

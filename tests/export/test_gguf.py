@@ -167,6 +167,15 @@ def test_rows_that_do_not_divide_into_blocks_stay_float16_and_are_announced(
     assert list(announce_gguf("f16", config, words)) == []
 
 
+def test_rows_of_the_attentions_output_are_announced_too() -> None:
+    """Qwen 3's heads need not add up to the hidden size."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 3}
+    config = Qwen3Config(num_key_value_heads=1, **shape)
+    [(text, fix)] = announce_gguf("q8_0", config, tiny.merging_tokenizer())
+    assert "num_attention_heads × head_dim 48 does not divide into blocks of 32" in text
+    assert "32 or 64 avoids it" in fix
+
+
 def test_blocks_that_are_ready_are_written_as_they_are(source: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     blocks = gguf.quantize(np.full((64, 96), 3.0, np.float32), gguf.GGMLQuantizationType.Q4_0)

@@ -19,7 +19,7 @@ from stillhouse.export import Gate, announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import ARCHITECTURES
 from stillhouse.export.gguf_tokenizer import check_tokenizer, cut_otherwise_by_transformers
-from stillhouse.export.replay import LlamaCpp
+from stillhouse.export.replay import LlamaCpp, prompt_ids
 from stillhouse.pruning import prune_tokenizer
 from stillhouse.pruning.tokens import Merges
 from tests import tiny
@@ -171,6 +171,34 @@ def test_a_student_with_such_a_tokenizer_is_exported(tmp_path: Path) -> None:
     result = export_gguf(gate, tmp_path / "out", kind="q8_0", name="toy")
     assert result.kl < 0.02
     assert result.notes == []
+
+
+CHAT = "<s><turn>{{ messages[0]['content'] }}<turn>"
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_tokenizer_that_puts_a_space_before_the_first_text_only_is_written_for_chats(
+    tmp_path: Path,
+) -> None:
+    words = write(tmp_path, "mistral")
+    words.chat_template = CHAT
+    words.save_pretrained(tmp_path / "source")
+    gate = Gate(tmp_path / "source", ToyWindows(), TEXTS[:2], seed=0)
+    result = export_gguf(gate, tmp_path / "out", kind="f16", name="toy")
+    assert "written for chats" in result.notes[0]
+    fields = gguf.GGUFReader(tmp_path / "out" / "toy-f16.gguf").fields
+    assert fields["tokenizer.ggml.add_space_prefix"].contents() is False
+
+
+@real
+def test_llama_cpp_reads_chats_as_such_a_tokenizer_does(tmp_path: Path) -> None:
+    words = write(tmp_path, "mistral")
+    words.chat_template = CHAT
+    words.save_pretrained(tmp_path / "source")
+    write_gguf(tmp_path / "source", tmp_path / "toy.gguf", FORMATS["f32"], name="toy")
+    runtime = LlamaCpp.open(tmp_path / "toy.gguf")
+    for text in TEXTS:
+        assert runtime.chat_tokens(text) == prompt_ids(words, text), text
 
 
 @pytest.mark.parametrize(

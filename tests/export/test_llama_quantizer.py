@@ -74,7 +74,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         llama_log_get=lambda callback, data: None,
         llama_log_set=lambda callback, data: asked.setdefault("log", []).append(callback),
     )
-    monkeypatch.setattr(llama_quantizer, "has_llama_cpp", lambda: True)
+    monkeypatch.setattr(llama_quantizer, "llama_cpp_fault", lambda: None)
     monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: False)
     monkeypatch.setitem(sys.modules, "llama_cpp", fake)
     return asked
@@ -87,6 +87,19 @@ def test_k_quants_need_llama_cpp(
     with pytest.raises(ModelError, match="not installed") as caught:
         export_gguf(gate(source), tmp_path / "out", kind="q4_k_m", name="toy")
     assert "gguf-q4_0" in str(caught.value.fix)
+
+
+def test_a_build_of_llama_cpp_that_does_not_load_is_as_good_as_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llama_cpp.py").write_text(
+        "raise RuntimeError('Failed to load shared library: GLIBC_2.99 not found')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    assert not has_llama_cpp()
+    with pytest.raises(ModelError, match=r"does not load .*GLIBC_2.99 not found"):
+        llama_quantizer.require_llama_cpp()
 
 
 @pytest.mark.usefixtures("in_process")

@@ -43,6 +43,20 @@ def test_a_known_template_is_written_for_ollama(folder: Path) -> None:
     )
 
 
+def test_every_token_that_ends_an_answer_is_a_stop(folder: Path) -> None:
+    """As in Llama 3, whose chats end with another token than its texts."""
+    words = tiny.tokenizer()
+    ends = [words.eos_token_id, words.convert_tokens_to_ids("<|user|>")]
+    GenerationConfig(eos_token_id=ends).save_pretrained(folder)
+    stops = [line for line in modelfile(folder, "toy.gguf").splitlines() if " stop " in line]
+    assert [line.split()[-1] for line in stops] == ['"<|end|>"', '"<|user|>"', '"<|im_end|>"']
+
+
+def test_a_context_that_costs_gigabytes_is_not_asked_for(folder: Path) -> None:
+    tiny.llama(max_position_embeddings=40960).save_pretrained(folder)
+    assert "PARAMETER num_ctx 8192\n" in modelfile(folder, "toy.gguf")
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats_are_recognized_by_what_they_write(name: str) -> None:
     form = FORMATS[name]

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError
-from stillhouse.export import Gate, export_gguf, export_torchao
+from stillhouse.export import Gate, announce_gguf, export_gguf, export_torchao
+from stillhouse.export import gguf as gguf_export
 from stillhouse.export import torchao as torchao_export
 from stillhouse.export.gguf import write_form
-from stillhouse.export.gguf_blocks import fitting_kind, packed_blocks
+from stillhouse.export.gguf_blocks import fitting_kind, packed_blocks, second_rounding
 from stillhouse.export.gguf_file import FORMATS
 from stillhouse.quantize import FILE, Grid, Quantization, choose_scales, on_grid, quantize
 from stillhouse.quantize.activations import rounded_inputs
@@ -46,6 +49,10 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             seed=0,
         )
     return {kind: folder / kind for kind in KINDS}
+
+
+def read(file: Path) -> list[gguf.ReaderTensor]:
+    return list(gguf.GGUFReader(file).tensors)
 
 
 def gate(folder: Path) -> Gate:
@@ -163,21 +170,106 @@ def test_formats_that_do_not_hold_the_grid(grid: Grid, form: str) -> None:
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize(("kind", "form"), [("int4", "q4_0"), ("int8", "q8_0")])
+@pytest.mark.parametrize(("kind", "form"), [("int4", "q4_0"), ("int4", "q8_0"), ("int8", "q8_0")])
 def test_gguf_ships_the_trained_numbers(
     rounded: dict[str, Path], tmp_path: Path, kind: str, form: str
 ) -> None:
+    """On the grid as they are, and the layer that was left alone in 16 bits."""
     folder = rounded[kind]
     quantization = Quantization.load(folder / FILE)
     out = tmp_path / "out"
-    export_gguf(gate(folder), out, kind=form, name="toy", quantization=quantization)
+    result = export_gguf(gate(folder), out, kind=form, name="toy", quantization=quantization)
+    assert result.notes == []
+    assert result.kl_limit == 0.001
     loaded = AutoModelForCausalLM.from_pretrained(
         out, gguf_file=f"toy-{form}.gguf", dtype=torch.float32
     )
     source = dict(load_model(folder / "model", dtype=torch.float32).named_parameters())
     for name, weight in loaded.named_parameters():
-        if name in quantization.scales:
-            assert torch.equal(weight, source[name]), name
+        kept = weight.ndim > 1 and name not in quantization.scales
+        assert torch.equal(weight, source[name].half().float() if kept else source[name]), name
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in read(out / f"toy-{form}.gguf")}
+    assert kinds["blk.0.ffn_down.weight"] == form.upper()
+    assert kinds["blk.1.ffn_down.weight"] == "F16"
+
+
+def test_what_is_left_alone_and_past_float16_is_bfloat16(
+    rounded: dict[str, Path], tmp_path: Path
+) -> None:
+    source = shutil.copytree(rounded["int4"], tmp_path / "int4") / "model"
+    weights = load_file(source / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name][0, 0] = 1e5
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    quantization = Quantization.load(source.parent / FILE)
+    file = tmp_path / "toy.gguf"
+    written = write_form(source, file, kind="q4_0", name="toy", quantization=quantization)
+    assert written.kl_limit == FORMATS["bf16"].kl_limit
+    found = {tensor.name: tensor for tensor in read(file)}["blk.1.ffn_down.weight"]
+    assert found.tensor_type.name == "BF16"
+    numbers = torch.from_numpy(gguf.dequantize(found.data, found.tensor_type))
+    assert torch.equal(numbers, weights[name].bfloat16().float())
+
+
+def test_a_model_that_is_left_alone_as_a_whole_stays_in_16_bits(
+    rounded: dict[str, Path], tmp_path: Path
+) -> None:
+    file = tmp_path / "toy.gguf"
+    nothing = Quantization(Grid(4, 32), False, {})
+    write_form(rounded["int4"] / "model", file, kind="q4_0", name="toy", quantization=nothing)
+    assert {tensor.tensor_type.name for tensor in read(file)} == {"F16", "F32"}
+
+
+@pytest.mark.parametrize(
+    ("grid", "form", "fix"),
+    [
+        (Grid(4, 16), "q4_0", "group_size: 32 with gguf-q4_0"),
+        (Grid(8, 16), "q8_0", "group_size: 32 with gguf-q8_0"),
+        (Grid(8, 32), "q4_0", "gguf-q8_0 holds"),
+        (Grid(4, 32), "q4_k_m", "gguf-q8_0 or gguf-q4_0 holds"),
+        (Grid(8, None, floating=True), "q8_0", "safetensors"),
+    ],
+)
+def test_a_grid_that_a_format_does_not_hold_is_said_with_one_that_does(
+    rounded: dict[str, Path], monkeypatch: pytest.MonkeyPatch, grid: Grid, form: str, fix: str
+) -> None:
+    monkeypatch.setattr(gguf_export, "require_llama_cpp", lambda: None)
+    monkeypatch.setattr(gguf_export, "k_quantize", lambda *_, **__: None)
+    model = rounded["int4"] / "model"
+    config, words = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    found = [line for line in announce_gguf(form, config, words, grid) if "second time" in line[0]]
+    [(text, instead)] = found
+    assert grid.name in text
+    assert fix in instead
+    file, quantization = rounded["int4"].parent / "second.gguf", Quantization(grid, False, {})
+    written = write_form(model, file, kind=form, name="toy", quantization=quantization)
+    assert written.notes == [text]
+
+
+@pytest.mark.parametrize(
+    ("grid", "form"), [(Grid(4, 32), "q4_0"), (Grid(4, 64), "q8_0"), (Grid(4, 16), "f16")]
+)
+def test_a_grid_that_a_format_holds_is_not_spoken_of(grid: Grid, form: str) -> None:
+    assert second_rounding(grid, form) is None
+
+
+def test_what_is_rounded_a_second_time_is_weighed_too(
+    rounded: dict[str, Path], tmp_path: Path
+) -> None:
+    """The very blocks of the same numbers on no grid at all."""
+    model = rounded["int8"] / "model"
+    quantization = Quantization.load(rounded["int8"] / FILE)
+    generator = torch.Generator().manual_seed(0)
+    moments = {
+        name: torch.randn(scales_OG.shape[1] * 32, generator=generator).exp().square()
+        for name, scales_OG in quantization.scales.items()
+    }
+    found = []
+    for known in (quantization, None):
+        file = tmp_path / "toy.gguf"
+        write_form(model, file, kind="q4_0", name="toy", quantization=known, moments=moments)
+        found.append({tensor.name: tensor.data.copy() for tensor in read(file)})
+    assert all((found[0][name] == data).all() for name, data in found[1].items())
 
 
 @pytest.mark.parametrize("form", ["q4_0", "q8_0"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from stillhouse.pruning import prune_model
+from stillhouse.pruning.calibrate import calibration_batches, unseen
 from stillhouse.pruning.domain import Domain, kl_on, read_text
 from stillhouse.recipe.schema import PrunedStudent
 from stillhouse.students import build_student
@@ -38,6 +39,47 @@ def test_only_a_large_difference_is_foreign() -> None:
         assert told is not None
         assert "KL 0.123" in told
         assert f"{first:.1f} on it and {second:.1f} there" in told
+
+
+def test_a_cut_that_costs_much_more_on_the_heldout_text_is_foreign() -> None:
+    assert Domain(30.0, 40.0, 0.3, 0.2).warning() is None
+    assert Domain(30.0, 40.0, 0.3, None).warning() is None
+    told = Domain(30.0, 40.0, 0.45, 0.2).warning()
+    assert told is not None
+    assert "KL 0.200 on text like" in told
+    assert "0.450 on the held-out text" in told
+
+
+def test_unseen_windows_are_those_that_are_not_calibrated_on() -> None:
+    windows = ToyWindows()
+    batches = calibration_batches(windows, 10 * 32, 5)
+    rest = unseen(windows, 10 * 32, 5)
+    rows = [*(ids for batch in batches for ids in batch.input_ids_RL.tolist())]
+    rows += [rest[place]["input_ids"].tolist() for place in range(len(rest))]
+    assert len(rest) == len(windows) - 10
+    assert sorted(rows) == sorted(windows.ids.tolist())
+    assert len(unseen(windows, 10**6, 5)) == 0
+
+
+@pytest.mark.parametrize(("tokens", "some"), [(10 * 32, True), (10**6, False)])
+def test_a_student_knows_what_its_cut_costs_on_text_it_did_not_see(
+    tmp_path: Path, tokens: int, some: bool
+) -> None:
+    save_model(tmp_path / "teacher")
+    summary = build_student(
+        PrunedStudent(start="pruned", ffn_size=40, calibration_tokens=tokens),
+        teacher=resolve_model("teacher", base=tmp_path),
+        windows=ToyWindows(),
+        heldout=ToyWindows(seed=3),
+        seed=0,
+        base=tmp_path,
+        out=tmp_path / "student",
+    )
+    found = summary["domain"]
+    assert (found["unseen_kl"] is not None) == some
+    if some:
+        # Both texts are random tokens.
+        assert found["unseen_kl"] == pytest.approx(found["heldout_kl"], rel=0.3)
 
 
 class Familiar(ToyWindows):

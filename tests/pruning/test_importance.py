@@ -173,6 +173,31 @@ def test_every_choice_prunes_every_axis(method: PruningMethod, reconstruct: bool
 
 
 @pytest.mark.parametrize("method", METHODS, ids=["l2", "mean", "gradients"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"layers": 2},
+        {"ffn_size": 40},
+        {"heads": 2},
+        {"kv_heads": 1},
+        {"hidden_size": 24},
+        {"hidden_size": 24, "hidden_method": "rotation"},
+    ],
+    ids=lambda sizes: "-".join(map(str, sizes.values())),
+)
+def test_every_choice_prunes_each_axis_alone(method: PruningMethod, sizes: dict[str, Any]) -> None:
+    model = tiny_model()
+    full = logits(tiny_model(), one_batch())
+    report = prune_model(model, ToyWindows(), method=method, **sizes)
+    found = logits(model, one_batch())
+    assert set(report.changed) == set(sizes) - {"hidden_method"} | (
+        {"heads"} if "kv_heads" in sizes else set()
+    )
+    # Nothing else than that axis was damaged.
+    assert 0 < (full.exp() * (full - found)).sum(-1).mean() < 2.0
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["l2", "mean", "gradients"])
 def test_useless_parts_go_first(method: PruningMethod) -> None:
     """Neurons that write nothing are the ones to lose, whoever decides."""
     model = tiny_model()
@@ -181,6 +206,37 @@ def test_useless_parts_go_first(method: PruningMethod) -> None:
     full = logits(model, one_batch())
     prune_model(model, ToyWindows(), ffn_size=32, reconstruct=False, method=method)
     assert_close(logits(model, one_batch()), full)
+
+
+@pytest.mark.parametrize("method", METHODS[:2], ids=["l2", "mean"])
+def test_experts_neurons_are_ranked_as_asked(method: PruningMethod) -> None:
+    """The same neurons stay with a refit as without one, and the refit changes what they write."""
+    kept = []
+    for reconstruct in (True, False):
+        model = tiny_model("qwen3_moe")
+        prune_model(model, ToyWindows(), ffn_size=16, reconstruct=reconstruct, method=method)
+        kept.append(model.base_model.layers[0].mlp.experts)
+    assert torch.equal(kept[0].gate_up_proj, kept[1].gate_up_proj)
+    assert not torch.allclose(kept[0].down_proj, kept[1].down_proj)
+
+
+def test_experts_neurons_are_aggregated_as_asked() -> None:
+    kept = []
+    for method in METHODS[:2]:
+        model = tiny_model("qwen3_moe")
+        prune_model(model, ToyWindows(), ffn_size=16, reconstruct=False, method=method)
+        kept.append(model.base_model.layers[0].mlp.experts.gate_up_proj)
+    assert not torch.equal(*kept)
+
+
+def test_experts_have_no_gradients() -> None:
+    with pytest.raises(RecipeError, match="do not rank experts"):
+        prune_model(
+            tiny_model("qwen3_moe"),
+            ToyWindows(),
+            experts=4,
+            method=PruningMethod(importance="gradients"),
+        )
 
 
 def test_experts_neurons_have_no_gradients() -> None:

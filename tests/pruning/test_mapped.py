@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from stillhouse.pruning import mapped, prune_model
+from stillhouse.pruning import depth, hidden, mapped, prune_model
 from stillhouse.pruning.mapped import (
     let_go,
     let_go_after_use,
@@ -22,7 +22,7 @@ from stillhouse.pruning.mapped import (
     move_to_disk,
 )
 from stillhouse.pruning.mapped import save_model as write_model
-from stillhouse.teachers import load_model
+from stillhouse.teachers import lm_head, load_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are let go on Linux only")
@@ -71,6 +71,9 @@ def test_a_large_model_is_pruned_to_the_same_weights(
     prune_model(usual, ToyWindows(), **sizes)
     monkeypatch.setattr(mapped, "LARGE_BYTES", 0)
     large = load_on_disk(tmp_path)
+    # Layers, embeddings and head; the last norm is too small to matter.
+    on_disk = len(list(large.parameters())) - 1
+    assert len(mapped_ranges(large)) >= on_disk
     assert {parameter.dtype for parameter in large.parameters()} == {torch.float32}
     prune_model(large, ToyWindows(), **sizes)
     with let_go_after_use(large):
@@ -103,6 +106,47 @@ def test_a_checkpoint_written_layer_by_layer_is_the_one_that_transformers_writes
     }
 
 
+def test_a_head_is_worked_on_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_VD = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 3
+    centered_VD = weight_VD - weight_VD.mean(0)
+    monkeypatch.setattr(hidden, "BLOCK", 7)
+    assert_close(hidden.head_gram(weight_VD), centered_VD.T @ centered_VD)
+    whole, cut = tiny_model(), tiny_model()
+    prune_model(cut, ToyWindows(), hidden_size=24)
+    monkeypatch.undo()
+    prune_model(whole, ToyWindows(), hidden_size=24)
+    assert_close(logits(cut), logits(whole), rtol=1e-4, atol=1e-4)
+
+
+def test_the_head_is_not_worked_on_where_the_hidden_size_stays(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+    monkeypatch.setattr(hidden, "head_gram", refuse)
+    prune_model(tiny_model(), ToyWindows(), ffn_size=40)
+
+
+def test_fewer_rows_of_a_large_vocabulary_have_logits_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    head, rows_ND = lm_head(tiny_model()), torch.randn(20, 32)
+    expected = depth.summed_kl(head, rows_ND, [rows_ND + 0.1])
+    asked: list[int] = []
+    real = depth.head_logits
+
+    def noted(head: Any, rows_nD: torch.Tensor) -> torch.Tensor:
+        asked.append(len(rows_nD))
+        return real(head, rows_nD)
+
+    monkeypatch.setattr(depth, "head_logits", noted)
+    monkeypatch.setattr(depth, "CHUNK_LOGITS", 3 * len(head.weight_VD))
+    assert depth.summed_kl(head, rows_ND, [rows_ND + 0.1]) == pytest.approx(expected, rel=1e-4)
+    assert max(asked) == 3
+    assert sum(asked) == 2 * 20
+
+
 PROGRAM = """
 import json, sys
 from pathlib import Path
@@ -133,15 +177,18 @@ def warm_up(folder: Path) -> None:
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sizes", [{"ffn_size": 1216}, {"layers": 29, "heads": 8}])
+@pytest.mark.parametrize(
+    "sizes", [{"ffn_size": 1216}, {"layers": 29, "heads": 8}, {"hidden_size": 448}]
+)
 def test_peak_memory_is_at_most_a_fifth_above_the_model_as_it_is_stored(
     tmp_path: Path, dtype: torch.dtype, sizes: dict[str, Any]
 ) -> None:
-    """Llama 3 8B at an eighth of its width, and all of its layers: 208 MB in bfloat16.
+    """Llama 3 8B at an eighth of its width and vocabulary, and all layers: 241 MB in bfloat16.
 
     The libraries' own memory is not counted.
     """
     model = tiny_model(
+        vocab_size=16032,
         hidden_size=512,
         intermediate_size=1792,
         num_hidden_layers=32,

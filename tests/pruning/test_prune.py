@@ -91,6 +91,17 @@ def test_a_pruned_model_is_saved_loaded_and_generates(kind: str, tmp_path: Path)
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "qwen3_moe", "llama"])
+def test_dropped_layers_that_no_refit_makes_up_for_are_noted(kind: str) -> None:
+    told = {
+        layers: prune_model(tiny_model(kind), ToyWindows(), layers=layers, ffn_size=24).notes
+        for layers in (2, 3)
+    }
+    expected = kind != "llama"
+    assert any("not made up for" in note for note in told[2]) == expected
+    assert not any("not made up for" in note for note in told[3])
+
+
 def test_mlp_biases_are_cut_too(tmp_path: Path) -> None:
     model = tiny_model("llama", mlp_bias=True)
     for layer in model.base_model.layers:

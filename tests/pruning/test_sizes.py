@@ -7,12 +7,25 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from transformers import Gemma3Config, Mistral3Config
 
-from stillhouse.errors import RecipeError
+from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning import check_sizes, prune_model
 from stillhouse.recipe.schema import PrunedStudent
 from stillhouse.students import planned_config
 from tests.teachers.toys import ToyWindows, tiny_model
+
+
+@pytest.mark.parametrize(
+    ("config", "inside"),
+    [(Gemma3Config(), "gemma3_text"), (Mistral3Config(), "mistral")],
+    ids=["gemma3", "mistral3"],
+)
+def test_models_that_read_images_too_are_refused_with_a_way_out(config: Any, inside: str) -> None:
+    with pytest.raises(ModelError, match="read more than text") as caught:
+        check_sizes(config, 16)
+    assert f"the text model inside ({inside})" in str(caught.value.fix)
+
 
 GROUPED = {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 96, "head_dim": 8}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from stillhouse.data import Windows
 from stillhouse.evaluate import compare, heldout_answers
+from stillhouse.job import find_models
 from stillhouse.quantize import (
     FILE,
     Grid,
@@ -25,8 +27,11 @@ from stillhouse.quantize import (
 )
 from stillhouse.quantize.qat import RoundedWeights
 from stillhouse.quantize.sensitivity import scales_of
+from stillhouse.recipe import parse_recipe
 from stillhouse.recipe.schema import ObjectiveRecipe, QatRecipe, QuantizeRecipe, TrainRecipe
+from stillhouse.runfolder import Cost, Stage
 from stillhouse.runner import prepare_data
+from stillhouse.stages import quantize as stages
 from stillhouse.teachers import load_model
 from tests import tiny
 
@@ -166,3 +171,43 @@ def test_the_training_recipe_of_so_many_tokens(prepared: tuple[Path, Windows, Wi
     assert recipe.epochs * len(windows) >= recipe.max_steps * 4
     assert recipe.learning_rate == 2e-4
     assert recipe.evaluate_every is None
+
+
+def test_a_student_learns_rounded_from_the_teachers_that_it_learnt_from(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path, quantize={"qat": {"tokens": 200}})
+    guide = tiny.save_model(tmp_path / "guide", seed=3)
+    raw["train"]["teachers"] = [str(guide), "teacher"]
+    job = find_models(parse_recipe(raw), tmp_path)
+    asked: list[Any] = []
+
+    def remember(student: Path, quantized: Path, teacher: Path, *_: Any, **more: Any) -> Any:
+        asked.extend([teacher, *more["more_teachers"]])
+        raise KeyboardInterrupt
+
+    stage = Stage("data", tmp_path, "", Cost(), {}, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages, "open_data", lambda _: (None, None))
+        patch.setattr(stages, "train_quantized", remember)
+        plan = stages.plan_quantized_training(job, stage, stage, stage, None)
+        with pytest.raises(KeyboardInterrupt):
+            plan.work(tmp_path / "out")
+    assert asked == [guide, tmp_path / "teacher"]
+    assert len(plan.inputs["teachers"]) == 2
+
+
+def test_a_tokenizer_with_code_of_its_own_is_loaded_as_the_model_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tiny.save_model(tmp_path / "student")
+    trusted: list[bool] = []
+
+    def remember(path: Path, *, trust_remote_code: bool = False) -> Any:
+        trusted.append(trust_remote_code)
+        return tiny.tokenizer()
+
+    module = sys.modules["stillhouse.quantize.quantize"]  # a function of its name hides it
+    monkeypatch.setattr(module, "load_tokenizer", remember)
+    model = load_model(student, dtype=torch.float32)
+    quantization = Quantization(Grid(4, 32), False, {})
+    module._save(model, quantization, student, tmp_path / "out", True)
+    assert trusted == [True]

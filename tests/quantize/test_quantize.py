@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from stillhouse import stages
+from stillhouse.check import check_recipe
 from stillhouse.errors import RecipeError
-from stillhouse.evaluate import compare, heldout_answers
+from stillhouse.evaluate import Evaluation, compare, heldout_answers
 from stillhouse.quantize import (
     FILE,
     Grid,
@@ -25,8 +29,12 @@ from stillhouse.quantize import (
     quantize,
 )
 from stillhouse.quantize.activations import round_inputs_of, rounded_inputs
+from stillhouse.quantize.quantize import quantization_notes
 from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
+from stillhouse.quantize.units import left_over, told_left_over
 from stillhouse.recipe.schema import QuantizeRecipe
+from stillhouse.runfolder import Cost, Stage
+from stillhouse.runner import prepare_data
 from stillhouse.teachers import load_model
 from tests import tiny
 
@@ -108,6 +116,48 @@ def test_float8_has_a_scale_a_row() -> None:
     assert model_bytes(model, units, set(), grid) == stored + norms * 2
     with pytest.raises(ValidationError, match="leave group_size out"):
         QuantizeRecipe(kind="float8", group_size=32)
+
+
+def test_what_is_no_linear_layers_is_named_and_counted_in_16_bits() -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    experts = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            **sizes,
+            vocab_size=VOCABULARY,
+            num_key_value_heads=2,
+            head_dim=8,
+            moe_intermediate_size=32,
+            num_experts=4,
+            num_experts_per_tok=2,
+        )
+    )
+    left = left_over(experts)
+    assert left["model.layers.1.mlp.experts.gate_up_proj"] == 4 * 64 * 32
+    assert len(left) == 2 * 3, "two fused matrices and a router a layer"
+    text = str(told_left_over(experts))
+    assert text.startswith("6 parameters with ")
+    assert "experts.gate_up_proj" in text
+    units = find_units(experts, GRID)
+    rounded = sum(unit.numbers for unit in units)
+    rest = sum(p.numel() for p in experts.parameters()) - rounded
+    assert model_bytes(experts, units, set(), GRID) == rounded * 18 // 32 + rest * 2
+    transposed = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=VOCABULARY))
+    assert "transformer.h.0.mlp.c_fc.weight" in left_over(transposed)
+    assert told_left_over(tiny.llama()) is None
+
+
+def test_check_names_what_no_quantization_touches(tmp_path: Path) -> None:
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=VOCABULARY, n_positions=256)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "teacher")
+    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text(tiny.text(400))
+    raw = tiny.recipe(tmp_path, quantize={"kind": "int4"})
+    raw["student"] = {"start": "random"}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    told = [one for one in check_recipe(path) if one.topic == "quantize"]
+    assert "such as transformer.h.0.mlp" in told[-1].text
+    assert told[-1].level == "warning"
 
 
 # --- sensitivity ---------------------------------------------------------------------------------
@@ -199,9 +249,17 @@ def test_a_kl_budget_keeps_the_sensitive_parts(student: Path, tmp_path: Path) ->
     result = call(student, tmp_path / "some", max_kl=everything.kl / 3)
     assert result.kept
     assert result.kl < everything.kl
+    assert result.notes == []
     assert len(result.sensitivity) == 4
     kls = [s.kl for s in result.sensitivity]
     assert kls == sorted(kls, reverse=True)
+
+
+def test_a_kl_budget_that_the_whole_model_does_not_meet_is_noted(student: Path) -> None:
+    model = load_model(student, dtype=torch.float32)
+    [note] = quantization_notes(model, 0.31, 0.3)
+    assert "at most 0.3 (quantize.max_kl), and the whole quantized model's is 0.31" in note
+    assert quantization_notes(model, 0.3, 0.3) == quantization_notes(model, 0.3, None) == []
 
 
 def test_more_bits_cost_less(student: Path, tmp_path: Path) -> None:
@@ -256,3 +314,23 @@ def test_inputs_are_rounded_until_the_hook_is_removed() -> None:
     assert torch.equal(layer(x), torch.nn.functional.linear(rounded_inputs(x), layer.weight))
     hook.remove()
     assert torch.equal(layer(x), plain)
+
+
+def test_a_dynamic_student_is_evaluated_with_its_inputs_rounded(tmp_path: Path) -> None:
+    """The same checkpoint on the same grid, by a kind that rounds inputs and one that does not."""
+    kl = {}
+    for kind in ("int8", "int8_dynamic_int8"):
+        folder = tmp_path / kind
+        raw = tiny.recipe(folder, quantize={"kind": kind, "calibration_tokens": None})
+        (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
+        job, windows, _ = prepare_data(folder / "recipe.yaml")
+        call(folder / "teacher", folder / "rounded", kind=kind)
+        stage = Stage("quantize", folder / "rounded", "", Cost(), {"bytes": 1}, False)
+        teacher = Stage("train", folder, "", Cost(), {}, False)
+        (folder / "model").symlink_to(folder / "teacher")
+        data = Stage("data", Path(windows.path).parent, "", Cost(), {}, False)
+        stages.plan_evaluation(job, data, teacher, teacher, None, [stage]).work(folder)
+        found = Evaluation.load(folder / stages.EVALUATION).result("quantized")
+        assert found is not None
+        kl[kind] = found.fidelity.kl
+    assert kl["int8_dynamic_int8"] > 1.2 * kl["int8"]

@@ -96,6 +96,13 @@ def test_an_unknown_key_inside_a_list_item_names_its_index(tmp_path: Path) -> No
         (("  start: random", "  config: x"), "needs the key `start`"),
         (("  model: teacher", "  revision: main"), "`teacher.model` is missing"),
         (("name: small", "name: ../up"), "`name`"),
+        (
+            (
+                "name: small",
+                "name: small\nexport: {formats: [compressed-awq], importance_tokens: null}",
+            ),
+            "compressed-awq looks at what layers read: give importance_tokens a number",
+        ),
     ],
 )
 def test_each_mistake_is_said_once_and_clearly(

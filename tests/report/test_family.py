@@ -8,7 +8,13 @@ import pytest
 
 from stillhouse.evaluate.results import Fidelity
 from stillhouse.report import text
-from stillhouse.report.family import FamilyReport, Member, render_family_report
+from stillhouse.report.family import (
+    FamilyReport,
+    FromScratch,
+    Member,
+    ScratchMember,
+    render_family_report,
+)
 from tests.report.conftest import model
 
 
@@ -47,6 +53,26 @@ def test_every_member_has_its_size_quality_speed_and_memory(report: FamilyReport
         assert text.count(parameters) in page
     assert "Quality against speed" in page
     assert "70m: 1.75 times the teacher’s, KL 0.612" in page
+
+
+def test_what_random_weights_would_take_has_time_and_energy(report: FamilyReport) -> None:
+    members = [
+        ScratchMember(name, tokens, tokens / 2, 2 * tokens, 5.0, 10**9)
+        for name, tokens in (("108m", 3.6e6), ("70m", 3.6e12))
+    ]
+    scratch = FromScratch(members, 10**5, [(10**4, 4.0), (10**5, 3.0)], 0.1, 10.0, rate=1e12)
+    page = render_family_report(replace(report, scratch=scratch, watts=20.0))
+    # 3.6 million tokens of 10⁹ FLOPs at 10¹² a second: an hour at 20 W.
+    assert "1 h 00 min" in text_of(page)
+    assert "0.02 kWh" in page
+    assert f"{text.ratio(3.6e9 / 31_557_600)} years" in text_of(page)
+    assert "1,000 GFLOP/s" in text_of(page)
+    assert "Time and energy are extrapolated" in page
+    assert "kWh" not in render_family_report(replace(report, scratch=scratch))
+
+
+def text_of(page: str) -> str:
+    return page.replace(text.NBSP, " ")
 
 
 def test_what_was_not_measured_for_every_member_is_not_drawn(report: FamilyReport) -> None:

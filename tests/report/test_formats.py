@@ -27,6 +27,29 @@ def test_teacher_checkpoint_and_every_export_are_forms(data: ReportData) -> None
     assert form_rows(found)[3][4:] == ["–", "–"]
 
 
+def test_of_a_quantized_student_the_full_precision_and_the_grid_are_forms(
+    data: ReportData,
+) -> None:
+    assert data.evaluation is not None
+    models = {model.role: model for model in data.evaluation.models}
+    student = models["student"]
+    small = replace(student, role="quantized", bytes_on_disk=60_000_000, speed=None)
+    found = forms({**models, "quantized": small}, data.replays)
+    names = ["Teacher", "Student", "On the grid", "safetensors", "gguf-q4_k_m"]
+    assert [form.name for form in found] == names
+    _, whole, grid = found[:3]
+    assert whole.bytes == student.bytes_on_disk
+    assert (whole.kl, whole.top1_agreement) == (0.481, 0.662), "the evaluation's"
+    assert grid.bytes == 60_000_000
+    assert (grid.kl, grid.tokens_per_s) == (0.482, 20.0)
+    trained = replace(small, role="quantized_trained", bytes_on_disk=50_000_000)
+    both = forms({**models, "quantized": small, "quantized_trained": trained}, data.replays)
+    assert both[2].bytes == 50_000_000, "the last one is shipped"
+    size, speed = form_charts(found)
+    assert "Student: " in size.alt
+    assert "On the grid: " in speed.alt
+
+
 def test_charts_leave_out_what_was_not_measured(data: ReportData) -> None:
     assert data.evaluation is not None
     models = {model.role: model for model in data.evaluation.models}

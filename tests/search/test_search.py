@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from stillhouse.account import count_parameters, forward_flops, training_flops
 from stillhouse.errors import DataError
 from stillhouse.pruning import prune_model, sizes_of
+from stillhouse.pruning.axes import axes_of
 from stillhouse.recipe.schema import PrunedStudent, TrainRecipe
 from stillhouse.search import CANDIDATES, WORK, Found, search_shape
 from stillhouse.search import run as searching
@@ -151,6 +153,31 @@ def test_a_killed_search_goes_on_and_does_nothing_twice(
     assert total + len(did) == undisturbed - 2
 
 
+def test_all_that_is_measured_is_counted_in_every_process(
+    found: tuple[Setting, Found], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, result = found
+    teacher = count_parameters(load_model(chosen.teacher, dtype=torch.float32)).head_once
+    # More than the short distillations and one reading of the calibration rows a candidate.
+    least = training_flops(teacher // 2, result.tokens) + forward_flops(teacher // 2, 4 * 256)
+    assert result.flops > 2 * least
+    again = search_shape(chosen)
+    # Nothing is measured again: what the first process took is remembered.
+    assert again.flops == result.flops
+    assert again.seconds > result.seconds / 2
+    timed = replace(chosen, out=chosen.out.with_name("counted"))
+    monkeypatch.setattr(searching, "prune_model", stop)
+    with pytest.raises(KeyboardInterrupt):
+        search_shape(timed)
+    spent = json.loads((timed.out / WORK / "spent.json").read_text())
+    assert 0 < spent["flops"] < result.flops
+    assert spent["seconds"] > 0
+
+
+def stop(*args: Any, **options: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_explicitly_untrained_searches_choose_by_one_shot_kl(tmp_path: Path) -> None:
     result = search_shape(setting(tmp_path, trained=0, candidates=2))
     pruned = [one for one in result.candidates if one.one_shot_kl is not None]
@@ -178,6 +205,31 @@ def test_shapes_are_ranked_by_what_their_axes_cost_alone() -> None:
     assert expected(before, two, known, {2: 0.5}) == pytest.approx(16 + 2 + 0.5)
     assert expected(before, two, known, {}) == float("inf")
     assert Curve(((1.0, 0.0),)).at(0.5) == 0.0
+
+
+def test_an_axis_that_could_not_be_probed_is_not_favored() -> None:
+    before = sizes_of(tiny_model().config)
+    narrow = replace(before, hidden_size=16)
+    known = {
+        "ffn_size": Curve(((0.5, 2.0), (1.0, 0.0))),
+        "attention": Curve(((0.5, 3.0), (1.0, 0.0))),
+        "hidden_size": Curve(((1.0, 0.0),)),
+    }
+    assert expected(before, narrow, known, {}) == pytest.approx(3.0)
+    assert expected(before, before, known, {}) == 0.0
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("llama", 2), ("gemma2", 4)])
+def test_what_is_kept_for_all_candidates_is_measured_by_all_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, kept: int
+) -> None:
+    config = tiny_model(kind).config
+    journal = searching.Journal(tmp_path / "journal.json")
+    work = searching._Work(setting(tmp_path), journal, sizes_of(config), axes_of(config))
+    bytes_a_token = 4 * kept * config.num_hidden_layers * config.hidden_size
+    monkeypatch.setattr(searching, "KEPT_BYTES", 100 * bytes_a_token)
+    assert work._fits(100)
+    assert not work._fits(101)
 
 
 def test_widths_that_the_heads_do_not_divide_are_probed_at_the_next_smaller_one(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,11 +19,23 @@ from stillhouse.pruning.shapes import (
     feasible_shapes,
     limit_of,
     planned_shape,
+    possible_shapes,
     shown,
     sizes_to_prune,
 )
 from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.pruning import Amount, SearchRecipe, TargetRecipe, read_amount
+from stillhouse.recipe.pruning import (
+    Amount,
+    SearchRecipe,
+    TargetRecipe,
+    VocabularyFile,
+    read_amount,
+)
+from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.search import costs
+from stillhouse.search.journal import Journal
+from stillhouse.search.timing import Timing
+from stillhouse.students import planned_config
 from tests import tiny
 from tests.teachers.toys import CONFIGS, ToyWindows, tiny_model
 
@@ -31,7 +45,7 @@ SEARCH = SearchRecipe(multiple_of=8, tolerance=0.1)
 def shapes(config: Any, search: SearchRecipe = SEARCH, **target: Any) -> list[Sizes]:
     wanted = TargetRecipe(**target)
     counter = Counter(config)
-    cost = counted(counter, wanted.key)
+    cost = counted(counter, wanted.key, 2)
     limit = limit_of(wanted, cost(counter.start), search.tolerance)
     return feasible_shapes(config, search, cost, limit)
 
@@ -160,6 +174,109 @@ def test_a_gap_between_aligned_shapes_names_the_nearest_one() -> None:
 def test_a_plan_knows_the_size_before_the_search() -> None:
     config = CONFIGS["llama"]()
     counter = Counter(config)
-    planned = planned_shape(config, SEARCH, TargetRecipe(params="70%"))
+    planned = planned_shape(config, SEARCH, TargetRecipe(params="70%"), width=2)
     assert 0.63 <= counter.total(planned) / counter.total(counter.start) <= 0.7
-    assert planned_shape(config, SEARCH, TargetRecipe(decode_latency="1ms")) == counter.start
+    timed = TargetRecipe(decode_latency="1ms")
+    assert planned_shape(config, SEARCH, timed, width=2) == counter.start
+
+
+def test_a_plan_counts_the_bytes_of_the_exported_type() -> None:
+    config = CONFIGS["llama"]()
+    whole = Counter(config).total(sizes_of(config))
+    section = PrunedStudent(start="pruned", search=SEARCH, target=TargetRecipe(bytes=3 * whole))
+    planned = planned_config(section, config, Path(), served=torch.float32)
+    assert 0.67 <= Counter(config).total(sizes_of(planned)) / whole <= 0.75
+    with pytest.raises(RecipeError, match="not below what the model has"):
+        planned_config(section, config, Path(), served=torch.bfloat16)
+
+
+def test_a_plan_counts_the_tokens_that_are_left() -> None:
+    config = CONFIGS["llama"](vocab_size=400)
+    cut = resized_config(config, replace(sizes_of(config), vocabulary=80))
+    total = round(0.8 * Counter(cut).total(sizes_of(cut)))
+    depth = SearchRecipe(axes=["layers", "ffn_size"], multiple_of=8, tolerance=0.1)
+    section = PrunedStudent(start="pruned", search=depth, target=TargetRecipe(params=total))
+    with pytest.raises(RecipeError, match="below what the axes"):
+        planned_config(section, config, Path())
+    section = section.model_copy(update={"vocabulary": 80})
+    planned = planned_config(section, config, Path())
+    assert planned.vocab_size == 80
+    assert 0.9 * total <= Counter(planned).total(sizes_of(planned)) <= total
+    # How many tokens these are is known later: nothing is certain enough to be refused.
+    for later in ("data", VocabularyFile(path="kept.json")):
+        section = section.model_copy(update={"vocabulary": later})
+        assert sizes_of(planned_config(section, config, Path())) == sizes_of(config)
+
+
+@pytest.mark.parametrize("key", ["decode_latency", "memory"])
+def test_what_must_be_measured_is_not_refused_before(key: str) -> None:
+    config = CONFIGS["llama"]()
+    target = TargetRecipe.model_validate({key: "5%"})
+    assert planned_shape(config, SEARCH, target, width=2) == sizes_of(config)
+
+
+SMOLLM2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize(
+    ("search", "sizes", "nearest"),
+    [
+        ({"tensor_parallel": 8}, SMOLLM2, "tensor_parallel: 6"),
+        ({"tensor_parallel": 2, "axes": ["layers"]}, SMOLLM2, "tensor_parallel: 1"),
+        (
+            {"tensor_parallel": 4, "axes": ["heads", "layers"]},
+            {"num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 90},
+            "tensor_parallel: 2",
+        ),
+    ],
+)
+def test_what_does_not_divide_among_the_gpus_is_refused(
+    search: dict[str, Any], sizes: dict[str, int], nearest: str
+) -> None:
+    config = CONFIGS["qwen3"](hidden_size=72, head_dim=8, **sizes)
+    wanted = SearchRecipe(multiple_of=8, **search)
+    for target in (TargetRecipe(params="60%"), TargetRecipe(decode_latency="60%")):
+        with pytest.raises(RecipeError, match="divide evenly") as caught:
+            planned_shape(config, wanted, target, width=2)
+        assert caught.value.where == "student.search.tensor_parallel"
+        assert nearest in str(caught.value.fix)
+
+
+def test_an_uncut_ffn_divides_too() -> None:
+    config = CONFIGS["qwen3"](num_attention_heads=8, num_key_value_heads=4, intermediate_size=90)
+    search = SearchRecipe(multiple_of=8, tolerance=0.3, tensor_parallel=4)
+    found = shapes(config, search, params="70%")
+    assert found
+    assert all(shape.ffn_size % 4 == 0 for shape in found)
+    assert max(s.ffn_size for s in possible_shapes(config, search)) == 90
+
+
+def test_the_start_is_timed_where_it_does_not_divide_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIGS["qwen3"](hidden_size=72, head_dim=8, **SMOLLM2)
+    search = SearchRecipe(multiple_of=8, tensor_parallel=2, tolerance=0.3)
+
+    def timed(config: Any, sizes: Sizes, *_: Any) -> Timing:
+        parts = {"attention": sizes.heads, "ffn": sizes.ffn_size, "rest": 0.0, "ends": 0.0}
+        named = {key: getattr(sizes, key) for key in ("hidden_size", "heads", "kv_heads")}
+        return Timing(**named, ffn_size=sizes.ffn_size, layers=1, **parts)
+
+    monkeypatch.setattr(costs, "time_shape", timed)
+    target = TargetRecipe(decode_latency="70%")
+    journal = Journal(tmp_path / "journal.json")
+    found = costs.costs_of(
+        config, Counter(config), search, target, torch.bfloat16, torch.device("cpu"), journal
+    )
+    start = sizes_of(config)
+    assert found.limit.whole == start.layers * (start.heads + start.ffn_size)
+    chosen = feasible_shapes(config, search, found.of, found.limit)
+    assert all(shape.heads % 2 == 0 for shape in chosen)
+
+
+def test_axes_that_allow_no_smaller_shape_name_no_shape() -> None:
+    config = CONFIGS["llama"](hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+    search = SearchRecipe(axes=["hidden_size"], multiple_of=32)
+    with pytest.raises(RecipeError, match="the axes hidden_size allow no smaller shape") as caught:
+        shapes(config, search, params="80%")
+    assert "choose more axes" in str(caught.value.fix)

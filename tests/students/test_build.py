@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from stillhouse import account
 from stillhouse.errors import ModelError, RecipeError, RunError
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.students import build as making
 from stillhouse.students import build_student
 from stillhouse.teachers import ModelSource, load_model, load_tokenizer, resolve_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
@@ -50,7 +52,19 @@ def test_pruned(teacher: ModelSource, tmp_path: Path) -> None:
     assert summary["teacher_parameters"]["total"] == tiny_model().num_parameters()
     assert tuple(summary["pruning"]["layers"]) == (3, 2)
     assert "calibrated on all" in summary["notes"][0]
+    # At the very least both streams of the calibration rows, two layers of the three.
+    least = account.forward_flops(2 * tiny_model().num_parameters() // 2, ToyWindows().ids.numel())
+    assert summary["flops"] > least
     assert load_tokenizer(tmp_path / "student").chat_template == "{{ messages }}"
+
+
+@pytest.mark.parametrize(("free", "device"), [(10**9, "cuda"), (10**4, "cpu")])
+def test_a_gpu_that_is_too_small_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, free: int, device: str
+) -> None:
+    monkeypatch.setattr(making, "default_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**10))
+    assert making._roomy_device(tiny_model(), 4096).type == device
 
 
 def test_pruned_to_impossible_sizes(teacher: ModelSource, tmp_path: Path) -> None:

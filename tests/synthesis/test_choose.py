@@ -19,7 +19,7 @@ from stillhouse.synthesis import Answer, Request, Synthesis
 from stillhouse.synthesis.choose import likelihood, majority, normalized
 from stillhouse.synthesis.filters import Filters, Row, Sieve
 from stillhouse.synthesis.local import Generator
-from stillhouse.synthesis.run import chosen_filters
+from stillhouse.synthesis.run import chosen_filters, mean_log_probability
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub, error
 
@@ -184,6 +184,20 @@ def test_the_answer_that_an_api_found_likeliest(tmp_path: Path) -> None:
     assert result.taken["best_of"] == 6
 
 
+@pytest.mark.parametrize(
+    ("logprobs", "expected"),
+    [
+        ([{"logprob": -1.0}, {"logprob": None}, {"token": "x"}, "x", {"logprob": -2}], -1.5),
+        ([{"logprob": None}], None),
+        (None, None),
+    ],
+)
+def test_tokens_without_a_log_probability_are_left_out(
+    logprobs: list[Any] | None, expected: float | None
+) -> None:
+    assert mean_log_probability(Answer("x", logprobs=logprobs)) == expected
+
+
 def judged(number: int, payload: dict[str, Any]) -> Reply:
     """A teacher, and a judge that likes the answer 2, and otherwise what it reads first."""
     if payload["model"] == "teacher":
@@ -220,6 +234,19 @@ def test_the_answer_that_a_judge_likes_best(tmp_path: Path, compare: str, verdic
     assert victim["reason"] == f"the judge gives {points}"
 
 
+def test_a_judge_is_sampled_as_its_endpoint_wants(tmp_path: Path) -> None:
+    SAMPLES.clear()
+    with Stub(judged, models=("teacher", "judge")) as stub:
+        best_of = {"kind": "judge", "teacher": {"api": {"base_url": stub.url, "model": "judge"}}}
+        synthesized(tmp_path, stub.url, best_of)
+        sampling = {"temperature": None, "max_tokens": 300, "extra": {"reasoning_effort": "low"}}
+        synthesized(tmp_path, stub.url, {**best_of, "sampling": sampling})
+        sent = [payload for payload in stub.payloads if payload["model"] == "judge"]
+    assert (sent[0]["temperature"], sent[0]["max_tokens"]) == (0.0, 16)
+    assert (sent[-1]["max_tokens"], sent[-1]["reasoning_effort"]) == (300, "low")
+    assert "temperature" not in sent[-1]
+
+
 def test_what_a_judge_does_not_answer_is_not_kept_and_asked_again(tmp_path: Path) -> None:
     SAMPLES.clear()
     broken = True
@@ -235,6 +262,7 @@ def test_what_a_judge_does_not_answer_is_not_kept_and_asked_again(tmp_path: Path
             "teacher": {"api": {"base_url": stub.url, "model": "judge"}},
         }
         first = synthesized(tmp_path, stub.url, best_of)
+        assert dict(first.lines())["judge"] == "6 verdicts (3 missing), 90 tokens, cost unknown"
         assert (first.judged, first.unjudged) == (6, 3)
         assert answers(first) == ["answer 1"] * 3
         broken = False

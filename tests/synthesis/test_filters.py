@@ -91,6 +91,45 @@ def test_json_by_its_schema() -> None:
         filters.json_schema({"type": "no such type"})
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"a": {"items": {"$ref": "#/$defs/no"}}}},
+        {"type": "object", "properties": {"a": {"$ref": "https://example.com/a.json"}}},
+        {"$schema": "http://json-schema.org/draft-07/schema#", "anyOf": [{"$ref": "other.json"}]},
+    ],
+)
+def test_a_schema_that_refers_to_nothing_is_refused_at_once(schema: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="refers to"):
+        filters.json_schema(schema)
+
+
+def test_references_inside_a_schema_are_followed() -> None:
+    schema = {
+        "$id": "https://example.com/whole",
+        "properties": {"a": {"$ref": "#/$defs/a"}, "b": {"$ref": "part"}},
+        "$defs": {
+            "a": {"type": "integer"},
+            "b": {"$id": "part", "items": {"$ref": "#/$defs/c"}, "$defs": {"c": {"type": "null"}}},
+        },
+    }
+    texts = ['{"a": 1, "b": [null]}', '{"a": "1"}', '{"b": [1]}']
+    assert kept(filters.json_schema(schema), texts) == texts[:1]
+
+
+def test_what_is_no_json_is_not_valid_and_formats_are_checked() -> None:
+    judge = filters.json_schema({"properties": {"day": {"type": "string", "format": "date"}}})
+    texts = ['{"day": "2024-02-29"}', '{"day": "2024-02-30"}', '{"a": NaN}', '{"a": -Infinity}']
+    assert kept(judge, texts) == texts[:1]
+
+
+def test_json_may_stand_in_one_code_fence() -> None:
+    judge = filters.json_schema({"type": "object"})
+    good = ["```json\n{}\n```", "```\n{}```", "<think>```</think> ```JSON \n{}\n```\n"]
+    bad = ["Here:\n```json\n{}\n```", "```python\n{}\n```", "```json\n{}\n```\n```json\n{}\n```"]
+    assert kept(judge, [*good, *bad]) == good
+
+
 def test_exact_duplicates_need_the_same_prompt_and_answer() -> None:
     judge = filters.exact_duplicates()
     assert judge(row("Yes.")) is None
@@ -178,6 +217,20 @@ def test_rows_that_share_a_run_of_words_with_the_evaluation_set_go() -> None:
     ]
     assert all(judge(one) is not None for one in taken)
     assert all(judge(one) is None for one in left)
+
+
+def test_an_evaluation_question_in_chinese_is_found_in_a_longer_text() -> None:
+    evaluation = [Prompt(({"role": "user", "content": "中国的首都是哪一座城市？"},), "e:1")]
+    judge = filters.decontaminate(evaluation, ngram=13)
+    assert judge(row("x", prompt="请回答：中国的首都是哪一座城市？谢谢")) is not None
+    assert judge(row("x", prompt="请回答：法国的首都在哪里？")) is None
+
+
+def test_texts_in_japanese_that_are_nearly_the_same_are_found() -> None:
+    judge = filters.near_duplicates(0.7)
+    text = "私のカードはまだ届いていません。いつ届くのか教えてください。"
+    assert judge(row(text)) is None
+    assert judge(row(text + "お願い")) is not None
 
 
 def test_languages_by_what_they_surely_are() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.errors import RunError
+from stillhouse.synthesis import journal as journal_module
 from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.request import Answer, Failure, Request, endpoint_of
 
@@ -108,6 +109,21 @@ def test_text_that_is_no_unicode_is_stored_as_well_as_it_can_be(tmp_path: Path) 
         assert answer.text == "half ?"
 
 
+def test_a_row_that_cannot_be_stored_fails_alone(tmp_path: Path) -> None:
+    odd = replace(ANSWER, finish_reason={"type": "stop"})  # type: ignore[arg-type]
+    with Journal(tmp_path / "j.sqlite") as journal:
+        with journal._reading:  # all of them wait for one commit
+            journal._reader.execute("BEGIN IMMEDIATE")
+            done = [
+                journal.record(replace(REQUEST, sample=n), odd if n == 7 else ANSWER)
+                for n in range(20)
+            ]
+            journal._reader.execute("COMMIT")
+        failed = [n for n, future in enumerate(done) if future.exception(timeout=10)]
+        assert failed == [7]
+        assert journal.counts() == (19, 0)
+
+
 def test_closing_commits_what_still_waits(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j.sqlite")
     for sample in range(3000):
@@ -166,6 +182,31 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a database"):
         Journal(path)
     assert path.read_text().startswith("these are my notes")
+
+
+def test_a_journal_that_cannot_be_opened_to_write_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only the second connection fails, nobody may wait for what is never written."""
+    plain, opened = journal_module._connect, []
+
+    def connect(path: Path) -> sqlite3.Connection:
+        opened.append(path)
+        if len(opened) == 2:
+            raise sqlite3.OperationalError("unable to open database file")
+        return plain(path)
+
+    monkeypatch.setattr(journal_module, "_connect", connect)
+    with pytest.raises(RunError, match="unable to open"):
+        Journal(tmp_path / "j.sqlite")
+    Journal(tmp_path / "j.sqlite").close()
+
+
+def test_nobody_can_cancel_a_commit(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j.sqlite") as journal:
+        assert not journal.record(REQUEST, ANSWER).cancel()
+    with Journal(tmp_path / "j.sqlite") as journal:
+        assert journal.get(REQUEST.key) == ANSWER
 
 
 def test_a_journal_of_a_later_format_is_refused(tmp_path: Path) -> None:

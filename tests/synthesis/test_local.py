@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, MistralConfig, MistralForCausalLM, Qwen3Config
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+)
 from transformers import Qwen3ForCausalLM as Qwen3
 
 from stillhouse.errors import ModelError
@@ -87,6 +94,12 @@ MODELS = {
     "llama": lambda: tiny.llama(),
     "qwen3": lambda: small(Qwen3, Qwen3Config),
     "mistral with a window": lambda: small(MistralForCausalLM, MistralConfig, sliding_window=16),
+    "gemma3 with some windows": lambda: small(
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
 
 
@@ -121,8 +134,19 @@ def test_answers_come_while_later_prompts_are_not_yet_read() -> None:
     assert read <= 8 * 4
 
 
-def test_a_sampled_answer_depends_on_its_request_alone() -> None:
-    model, asked = tiny.llama(), requests(12, temperature=1.0, top_p=0.9, seed=7)
+def test_models_with_windows_write_answers_beside_each_other() -> None:
+    model = MODELS["gemma3 with some windows"]()
+    asked = requests(40)
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    answered(model, asked, 16)
+    longest = max(request.parameters["max_tokens"] for request in asked)
+    assert len(passes) <= 3 * longest
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral with a window"])
+def test_a_sampled_answer_depends_on_its_request_alone(name: str) -> None:
+    model, asked = MODELS[name](), requests(12, temperature=1.0, top_p=0.9, seed=7)
     alone = answered(model, asked, 1)
     together = answered(model, reversed(asked), 6)
     for request in asked:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stillhouse.errors import DataError
-from stillhouse.synthesis.prompts import Frame, Prompt, answer_text, read_prompts, text_of
+from stillhouse.synthesis.prompts import Frame, Prompt, answer_text, read_prompts, text_of, words
 from stillhouse.synthesis.request import Answer
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
@@ -108,6 +108,14 @@ def test_what_is_no_prompt_is_named_with_its_place(
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         list(read_prompts(tmp_path / "nowhere.txt"))
+
+
+def test_every_character_is_a_word_where_scripts_have_no_spaces() -> None:
+    assert words("Re-type 3 Wörter!") == ["re", "type", "3", "wörter"]
+    assert words("用GPT写诗。") == ["用", "gpt", "写", "诗"]
+    assert words("カードは、いつ") == list("カードはいつ")
+    assert words("카드가 왔다") == ["카드가", "왔다"]
+    assert len(words("สวัสดี")) == 6
 
 
 # --- the frame ---------------------------------------------------------------------------------

@@ -21,7 +21,9 @@ from stillhouse.errors import DataError, EndpointError, RecipeError
 from stillhouse.recipe import parse_recipe
 from stillhouse.recipe.schema import JsonlSource
 from stillhouse.runner import synthesize_text
-from stillhouse.synthesis import Journal, Synthesis
+from stillhouse.stages.synthesis import origins
+from stillhouse.synthesis import Journal, Synthesis, foreseen
+from stillhouse.synthesis.budget import Spending
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub, error
 
@@ -87,6 +89,14 @@ def test_a_second_run_and_another_recipe_buy_nothing_twice(tmp_path: Path) -> No
     assert (other.requests, other.new) == (24, 12)
 
 
+def test_a_temperature_of_null_is_not_sent(tmp_path: Path) -> None:
+    sampling = {"temperature": None, "max_tokens": 20}
+    with Stub(echo) as stub:
+        synthesize_text(write(tmp_path, stub.url, sampling=sampling, prompts={"samples": 2}))
+        assert len(stub.payloads) == 24
+        assert all("temperature" not in payload for payload in stub.payloads)
+
+
 def test_the_student_sees_less_than_the_teacher(tmp_path: Path) -> None:
     prompts = {"system": "Be brief.", "examples": [{"prompt": "1 + 1?", "answer": "2"}]}
     with Stub(echo) as stub:
@@ -140,6 +150,23 @@ def test_the_budget_counts_what_earlier_runs_paid(tmp_path: Path) -> None:
     assert again.out_of_budget
     assert 0 < first.kept == again.kept < 12
     assert first.tokens <= 400
+
+
+def test_a_prompt_that_is_there_ten_times_is_paid_for_once(tmp_path: Path) -> None:
+    """An answer takes 50 tokens; the budget has room for two different ones."""
+    (tmp_path / "prompts.txt").write_text("the same\n" * 10 + "another\n")
+    with Stub(lambda n, p: Reply(text=f"{n}", usage=(30, 20))) as stub:
+        recipe = write(tmp_path, stub.url, filters={"exact_duplicates": False})
+        synthesize_text(recipe, ["synthesize.prompts.limit=10"])
+        loaded = parse_recipe(yaml.safe_load(recipe.read_text()))
+        assert loaded.synthesize is not None
+        known = foreseen(loaded.synthesize, origins(loaded, tmp_path))
+        again = synthesize_text(recipe, ["synthesize.budget.max_tokens=200"])
+        assert len(stub.payloads) == 2
+    assert (known.requests, known.missing, known.spent.tokens) == (11, 1, 50)
+    assert known.likely == Spending(50, 0.0)
+    assert known.worst.tokens < 100
+    assert (again.kept, again.tokens) == (11, 100)
 
 
 def test_an_unknown_price_is_said_to_be_unknown(tmp_path: Path) -> None:
@@ -210,6 +237,14 @@ def test_a_mistake_is_found_before_anything_is_paid(
         ({"teacher": {}}, "one of api, local and vllm"),
         ({"budget": {"max_usd": 1}}, "max_usd needs teacher.api.price"),
         ({"sampling": {"extra": {"n": 4}}}, "n cannot be set"),
+        (
+            {"prompts": {"path": "p.txt", "samples": 4}, "sampling": {"temperature": 0}},
+            "all samples are the same",
+        ),
+        (
+            {"teacher": {"local": {}}, "sampling": {"temperature": None}},
+            "no temperature of its own",
+        ),
         (
             {"teacher": {"local": {}}, "budget": {"max_tokens": 9}},
             "a budget is for teacher.api",
@@ -290,7 +325,7 @@ def test_a_run_that_is_stopped_goes_on_and_buys_nothing_again(
             answers, _ = journal.counts()
         result = synthesize_text(recipe)
         # Lost at most: what was on its way, four at once, and what came in the last moment.
-        assert sent - answers <= 2 * 4
+        assert sent - answers <= (2 * 4 if number == signal.SIGKILL else 0)
         assert len(stub.payloads) == sent + 150 - answers
     assert result.kept == 150
 

@@ -15,6 +15,8 @@ from stillhouse.recipe import parse_recipe
 from stillhouse.recipe.synthesize import CombineRecipe
 from stillhouse.runner import synthesize_text
 from stillhouse.synthesis import Synthesis
+from stillhouse.synthesis.budget import worst_case
+from stillhouse.synthesis.request import Request
 from stillhouse.synthesis.writing import combinations, combined, prompt_lines
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub
@@ -117,6 +119,40 @@ def test_prompts_are_written_until_there_are_enough_different_ones(tmp_path: Pat
     assert len(set(kinds)) > 1
 
 
+def test_what_answers_took_is_not_spent_on_more_prompts(tmp_path: Path) -> None:
+    """One budget is for both: 15 tokens an answer, of 1 request for prompts and of 4 prompts."""
+    prompts = {"combine": {"templates": ["Riddles"]}, "write": {"count": 4, "each": 4}}
+    with Stub(teacher) as stub:
+        path = write(tmp_path, stub.url, prompts)
+        first = synthesize_text(path)
+        assert (len(stub.payloads), first.tokens) == (5, 75)
+        one = stub.payloads[0]
+        limits = {"max_tokens": one["max_tokens"]}
+        worst = worst_case(Request(stub.url, "teacher", tuple(one["messages"]), limits), None)
+        more = ["synthesize.prompts.write.count=11"]
+        again = synthesize_text(path, [*more, f"synthesize.budget.max_tokens={74 + worst.tokens}"])
+        assert len(stub.payloads) == 5
+        assert again.kept == 4
+        synthesize_text(path, [*more, f"synthesize.budget.max_tokens={75 + worst.tokens}"])
+        assert len(stub.payloads) > 5
+
+
+def test_calls_that_are_tried_leave_what_the_writing_took(tmp_path: Path) -> None:
+    prompts = {"combine": COMBINE, "write": {"count": 10, "each": 4}}
+    with Stub(teacher) as stub:
+        path = write(tmp_path, stub.url, prompts)
+        check_recipe(path, calls=1)
+        assert len(stub.payloads) == 2
+        one = stub.payloads[1]
+        limits = {"max_tokens": one["max_tokens"]}
+        worst = worst_case(Request(stub.url, "teacher", tuple(one["messages"]), limits), None)
+        # The requests are as long as this one, to a few bytes.
+        check_recipe(path, [f"synthesize.budget.max_tokens={20 + worst.tokens}"], calls=1)
+        assert len(stub.payloads) == 2
+        check_recipe(path, [f"synthesize.budget.max_tokens={40 + worst.tokens}"], calls=1)
+        assert len(stub.payloads) == 3
+
+
 def test_a_teacher_that_repeats_itself_is_not_asked_for_ever(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         if payload["messages"][-1]["content"].startswith("Write"):
@@ -184,3 +220,8 @@ def test_keys_that_do_not_fit(tmp_path: Path, prompts: dict[str, Any], expected:
     }
     with pytest.raises(RecipeError, match=expected):
         parse_recipe(tiny.recipe(tmp_path, synthesize=section))
+
+
+def test_chinese_lines_are_prompts_too() -> None:
+    text = "以下是提示：\n1、怎么开户？\n2. 卡丢了怎么办？\n好"
+    assert list(prompt_lines(text, whole=True)) == ["怎么开户？", "卡丢了怎么办？"]

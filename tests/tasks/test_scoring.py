@@ -64,17 +64,24 @@ def test_batches_of_one_text_give_the_same(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(all_scores(model, prompts, labels), together)
 
 
-def test_a_model_with_windows_is_run_pair_by_pair() -> None:
+@pytest.mark.parametrize("together", [16384, 40])
+def test_a_model_with_windows_gives_what_pairs_give(
+    monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    monkeypatch.setattr(scoring, "_CACHED_TOKENS", together)
     config = MistralConfig(
         vocab_size=300, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, sliding_window=4,
     )  # fmt: skip
     torch.manual_seed(0)
     model = MistralForCausalLM(config).eval()
-    prompts, labels = ids(["a longer text than the window"]), ids(["yes", "no"])
-    torch.testing.assert_close(
-        all_scores(model, prompts, labels), score_pairs(model, prompts, labels)
-    )
+    prompts, labels = ids(["a longer text than the window", "so"]), ids(["yes", "no", "z"])
+    passes = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = all_scores(model, prompts, labels)
+    if together > 1000:
+        assert len(passes) == 2 * len(prompts)
+    torch.testing.assert_close(found, score_pairs(model, prompts, labels))
 
 
 def test_gradients_flow_through_the_tree() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,22 @@ from typer.testing import CliRunner
 
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
-from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseError
-from stillhouse.recipe import parse_classify_recipe
+from stillhouse.errors import DataError, ModelError, RecipeError, RunError, StillhouseError
+from stillhouse.export import onnx
+from stillhouse.recipe import answers_path, parse_classify_recipe
+from stillhouse.synthesis import Journal
 from stillhouse.tasks import judge as judge_module
 from stillhouse.tasks import open_classifier, predictions, run_task
 from stillhouse.tasks.classifier import load_classifier
 from stillhouse.tasks.judge import Judgment
+from stillhouse.tasks.run import find_task
+from stillhouse.tasks.students import build_classifier
+from stillhouse.tasks.texts import Texts, prepare_texts
 from tests import tiny
-from tests.synthesis.stub import Reply, Stub
+from tests.synthesis.stub import Reply, Stub, error
 from tests.tasks import toys
+
+KEY = "sk-very-secret-1234567890"
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +51,40 @@ def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
     assert roles == ["teacher", "untrained", "student", "fine_tuned"]
     assert all(one.accuracy is not None for one in result.evaluation.results)
     assert "<svg" in result.report.read_text()
-    assert "text-classification" in (result.model / "README.md").read_text()
+    card = (result.model / "README.md").read_text()
+    assert "text-classification" in card
+    digest = hashlib.sha256((result.model / "model.safetensors").read_bytes()).hexdigest()
+    assert f"| model.safetensors | {digest} |" in card
+    for part in ("## License", "## Limits", "| teacher |", "training texts", "Read again"):
+        assert part in card
     assert all(stage.reused for stage in run(raw).stages)
+
+
+def test_true_labels_of_some_texts_measure_and_train_the_baseline(tmp_path: Path) -> None:
+    """Every fifth cell of the labels is empty, and a file without labels stands beside them."""
+    rows = [f"{word} number {n},{label if n % 5 else ''}" for n, word, label in toys.rows(40)]
+    more = [f"more {word} number {n}" for n, word, _ in toys.rows(20)]
+    (tmp_path / "some.csv").write_text("\n".join(["text,label", *rows]))
+    (tmp_path / "none.txt").write_text("\n".join(more))
+    files = [
+        {"path": str(tmp_path / "some.csv"), **toys.GOLD},
+        {"path": str(tmp_path / "none.txt")},
+    ]
+    raw = toys.recipe(tmp_path, data={"texts": files})
+    raw["evaluate"] |= {"abstain": {"measure": "accuracy", "wanted": 0.5}}
+    result = run(raw)
+    texts = next(Texts.load(stage.path) for stage in result.stages if stage.name == "texts")
+    known = [row for row in texts.all if row.gold is not None]
+    assert len(known) == 32
+    tuned = next(stage for stage in result.stages if stage.name == "baseline")
+    assert tuned.summary["texts"] == sum(row.gold is not None for row in texts.train)
+    student = result.evaluation.of("student")
+    measured = sum(row.gold is not None for row in texts.test)
+    assert sum(map(sum, student.confusion)) == measured < len(texts.test)
+    assert 0 <= student.accuracy <= 1
+    said = " ".join(result.evaluation.notes)
+    assert f"known of {measured} of the {len(texts.test)} test texts" in said
+    assert f"of the {len(texts.train)} training texts" in said
 
 
 def test_the_banking_recipe_runs_on_a_file_of_its_shape(tmp_path: Path) -> None:
@@ -157,11 +198,55 @@ def test_check_and_preview_know_a_task(tmp_path: Path) -> None:
     assert "pets | food" in shown.stdout
 
 
+def test_licenses_of_all_models_are_in_the_card_and_warned_of_by_check(tmp_path: Path) -> None:
+    raw = toys.recipe(tmp_path, student={"start": "truncated", "layers": 1, "model": "other"})
+    tiny.save_model(tmp_path / "other", seed=1)
+    (tmp_path / "other" / "README.md").write_text("---\nlicense: gemma\n---\n")
+    raw["student"]["model"] = str(tmp_path / "other")
+    raw["teacher"]["license"] = "llama3.2"
+    card = (run(raw).model / "README.md").read_text()
+    assert "The teacher's: **llama3.2**. Warning: " in card
+    assert f"The student's start, {tmp_path / 'other'}: **gemma**. Warning: " in card
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    warned = [one.text for one in check_recipe(path) if one.topic == "license"]
+    assert [text.split(",")[0] for text in warned] == ["The teacher", "The student's start"]
+
+
 def test_check_says_what_an_api_can_cost(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(api_recipe(tmp_path, "http://127.0.0.1:9/v1")))
     found = {(one.level, one.topic): one.text for one in check_recipe(path)}
     assert "0 of 40 requests are answered" in found[("estimate", "judgment")]
+
+
+def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=said_label(payload), usage=(20, 1 + number % 2))
+
+    path = tmp_path / "recipe.yaml"
+    with Stub(script) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        path.write_text(yaml.safe_dump(raw))
+        before = {one.topic: one for one in check_recipe(path)}
+        assert "--calls 5" in str(before["judgment"].fix)
+        found = {one.topic: one for one in check_recipe(path, calls=4)}
+        assert len(stub.payloads) == 4
+        said = "4 of 40 requests are answered; the rest takes about 774 tokens"
+        assert found["judgment"].text.startswith(said)
+        assert "95 % likely" in found["judgment"].text
+        run(raw)
+        assert len(stub.payloads) == 40
+
+
+def test_check_says_that_a_run_is_asking(tmp_path: Path) -> None:
+    raw = api_recipe(tmp_path, "http://127.0.0.1:9/v1")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    with Journal(answers_path(parse_classify_recipe(raw))):
+        found = [(one.level, one.text) for one in check_recipe(path, calls=3)]
+    assert not [text for level, text in found if level == "error"]
+    assert any(level == "warning" and "a run is asking now" in text for level, text in found)
 
 
 # --- a teacher behind an API ---------------------------------------------------------------------
@@ -180,6 +265,12 @@ def said_label(payload: dict[str, Any]) -> str:
     return "pets" if any(word in text for word in toys.WORDS["pets"]) else "food"
 
 
+def number_of(payload: dict[str, Any]) -> int:
+    found = re.search(r"number (\d+)", payload["messages"][-1]["content"])
+    assert found is not None
+    return int(found[1])
+
+
 def test_an_api_is_asked_once_and_its_labels_are_learnt(tmp_path: Path) -> None:
     with Stub(lambda number, payload: Reply(text=f' "{said_label(payload).title()}".')) as stub:
         raw = api_recipe(tmp_path, stub.url)
@@ -194,9 +285,27 @@ def test_an_api_is_asked_once_and_its_labels_are_learnt(tmp_path: Path) -> None:
     assert "40 labels" in result.evaluation.notes[0]
 
 
+def test_no_file_of_a_run_holds_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the server repeats it, in an answer and in an error."""
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if number == 0:
+            return error(400, f"you sent {KEY}")
+        return Reply(text=KEY if number == 1 else said_label(payload))
+
+    with Stub(script, key=KEY) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        raw["teacher"]["api"]["key_env"] = "TEACHER_KEY"
+        run(raw)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"recipe.yaml", "answers.sqlite", "report.html"} <= {path.name for path in files}
+    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
+
+
 def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
-        return Reply(text="no idea" if number % 4 == 0 else said_label(payload))
+        return Reply(text="no idea" if number_of(payload) % 4 == 2 else said_label(payload))
 
     with Stub(script) as stub:
         result = run(api_recipe(tmp_path, stub.url))
@@ -205,6 +314,58 @@ def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> No
     judged = Judgment.load(stage.path)
     rows = torch.cat([judged.train, judged.calibration, judged.test])
     assert int(rows.isnan().any(-1).sum()) == 10
+
+
+def test_a_budget_stops_the_judgment_and_loses_nothing(tmp_path: Path) -> None:
+    with Stub(lambda number, payload: Reply(text=said_label(payload))) as stub:
+        raw = api_recipe(tmp_path, stub.url, budget={"max_tokens": 400})
+        with pytest.raises(RunError, match="budget is used up"):
+            run(raw)
+        paid = len(stub.payloads)
+        assert 0 < paid < 40
+        raw["teacher"]["budget"] = {}
+        run(raw)
+        assert len(stub.payloads) == 40
+
+
+def test_requests_that_failed_are_asked_again_by_the_same_command(tmp_path: Path) -> None:
+    failing = {3, 8}
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        if number_of(payload) in failing:
+            return Reply(body=b"no chat completion")
+        if number_of(payload) == 5:
+            return Reply(status=400, body=b"refused")
+        return Reply(text=said_label(payload))
+
+    with Stub(script) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        assert "3 requests had no answer" in run(raw).evaluation.notes[0]
+        failing.clear()
+        assert "1 requests had no answer" in run(raw).evaluation.notes[0]
+        asked = len(stub.payloads)
+        # What was refused would be refused again.
+        assert all(stage.reused for stage in run(raw).stages)
+        assert len(stub.payloads) == asked == 43
+
+
+def test_a_part_without_labels_of_the_teacher_is_an_error(tmp_path: Path) -> None:
+    """The parts are found by a run whose teacher answers everything."""
+    with Stub(lambda number, payload: Reply(text=said_label(payload))) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        stage = next(stage for stage in run(raw).stages if stage.name == "texts")
+    silent = [row.text for row in Texts.load(stage.path).calibration]
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        asked = payload["messages"][-1]["content"]
+        known = not any(f"{text}\n" in asked for text in silent[:3])
+        return Reply(text=said_label(payload) if known else "no idea")
+
+    with Stub(script) as stub:
+        raw = api_recipe(tmp_path, stub.url)
+        raw["folder"] = str(tmp_path / "other" / "run")
+        with pytest.raises(DataError, match="2 texts of the calibration part"):
+            run(raw)
 
 
 def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
@@ -222,11 +383,59 @@ def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
     torch.testing.assert_close(shares, torch.tensor([0.75, 0.25]))
 
 
+def test_an_api_that_reasons_is_sampled_as_it_wants_and_read_after_that(tmp_path: Path) -> None:
+    """Its reasoning names every label; `extra` can constrain the answer."""
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=f"<think>pets or food?</think>\n{said_label(payload)}")
+
+    extra = {"guided_choice": ["pets", "food"]}
+    sampling = {"temperature": None, "max_tokens": 900, "extra": extra}
+    with Stub(script) as stub:
+        result = run(api_recipe(tmp_path, stub.url, sampling=sampling))
+        sent = stub.payloads[0]
+    assert result.evaluation.of("teacher").accuracy == 1.0
+    assert "40 labels" in result.evaluation.notes[0]
+    assert (sent["max_tokens"], sent["guided_choice"]) == (900, ["pets", "food"])
+    assert "temperature" not in sent
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        ({}, (0.0, 32)),
+        ({"samples": 3}, (1.0, 32)),
+        ({"samples": 3, "sampling": {"max_tokens": 99}}, (1.0, 99)),
+        ({"samples": 3, "sampling": {"temperature": 0.5}}, (0.5, 32)),
+    ],
+)
+def test_several_samples_are_drawn(
+    tmp_path: Path, teacher: dict[str, Any], expected: tuple[float, int]
+) -> None:
+    sampling = parse_classify_recipe(
+        api_recipe(tmp_path, "http://x/v1", **teacher)
+    ).teacher.sampling
+    assert (sampling.temperature, sampling.max_tokens) == expected
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({"samples": 3, "sampling": {"temperature": 0.0}}, "all samples are the same"),
+        ({"sampling": {"top_logprobs": 3}}, "give teacher.top_logprobs"),
+        ({"api": None, "model": "m", "sampling": {"max_tokens": 9}}, "sampling is for api"),
+    ],
+)
+def test_sampling_that_cannot_be(tmp_path: Path, teacher: dict[str, Any], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        parse_classify_recipe(api_recipe(tmp_path, "http://x/v1", **teacher))
+
+
 # --- what a user can get wrong -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "said"),
+    ("changes", "kind", "said"),
     [
         ({"task": {"kind": "classify"}}, RecipeError, "no labels"),
         ({"task": {"kind": "classify", "labels": ["pets", "toys"]}}, DataError, "'food' is not in"),
@@ -236,12 +445,12 @@ def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
     ids=["no labels", "unknown label", "no file", "too many layers"],
 )
 def test_one_clear_message(
-    tmp_path: Path, changes: dict[str, Any], error: type[StillhouseError], said: str
+    tmp_path: Path, changes: dict[str, Any], kind: type[StillhouseError], said: str
 ) -> None:
     raw = toys.recipe(tmp_path, data=toys.with_gold(tmp_path))
     if changes.get("task") == {"kind": "classify"}:
         raw["data"] = {"texts": [{"path": str(tmp_path / "texts.jsonl")}]}
-    with pytest.raises(error, match=said) as caught:
+    with pytest.raises(kind, match=said) as caught:
         run({**raw, **changes})
     assert caught.value.fix
 
@@ -286,9 +495,54 @@ def test_a_classifier_is_shipped_as_onnx_and_its_page_tells(tmp_path: Path) -> N
     assert (result.folder / "onnx-int8" / "tokenizer.json").is_file()
     assert (result.folder / "onnx" / "classifier.json").is_file()
     assert not (result.folder / "onnx" / "model.safetensors").exists()
+    card = (result.folder / "onnx-int8" / "README.md").read_text()
+    assert "library_name: onnx" in card
+    assert "for onnxruntime" in card
+    assert "inputs while it runs" in card
+    assert re.search(r"In onnxruntime this file \(onnx-int8, .* nats a text", card)
+    assert "| model.onnx | " in card
+    assert "inputs while it runs" not in (result.folder / "onnx" / "README.md").read_text()
     page = result.report.read_text()
     assert "onnx-int8" in page
     assert "Of the checkpoint’s" in page
+
+
+@pytest.mark.parametrize(
+    "student",
+    [
+        {"start": "random", "hidden_size": 16, "layers": 2, "heads": 2},
+        {"start": "truncated", "layers": 1},
+        {"start": "pretrained", "model": "teacher"},
+    ],
+)
+def test_a_student_too_large_for_an_onnx_file_is_refused_before_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: dict[str, Any]
+) -> None:
+    """By its parameters, each counted once, which are those of the model that is made."""
+    monkeypatch.setattr(onnx, "MODULES", ())
+    if "model" in student:
+        student = {**student, "model": str(tmp_path / "teacher")}
+    raw = toys.recipe(tmp_path, student=student, export={"formats": ["onnx"]})
+    job = find_task(parse_classify_recipe(raw), tmp_path)
+    texts = prepare_texts(job.recipe, tmp_path)
+    made = build_classifier(
+        job.recipe.student,
+        job.student,
+        job.teacher,
+        job.prompt(texts),
+        ["a cat"],
+        max_tokens=32,
+        seed=0,
+        out=tmp_path / "made",
+    )
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    monkeypatch.setattr(onnx, "LARGEST", 4 * made["parameters"])
+    assert check_recipe(path)[-1].level == "ok"
+    monkeypatch.setattr(onnx, "LARGEST", 4 * made["parameters"] - 1)
+    last = check_recipe(path)[-1]
+    assert last.level == "error"
+    assert f"{made['parameters']:,} parameters in float32 are more than" in last.text
 
 
 def test_a_language_model_that_scores_words_is_no_onnx_classifier(tmp_path: Path) -> None:

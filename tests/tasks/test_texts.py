@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from stillhouse.recipe.classify import TextFile
+import pytest
+from pydantic import ValidationError
+
+from stillhouse.errors import DataError
+from stillhouse.recipe.classify import ClassifyTask, TextFile
 from stillhouse.tasks.texts import read_texts
 
 
@@ -31,3 +36,39 @@ def test_one_row_more_changes_at_most_one_of_a_sample(tmp_path: Path) -> None:
     before = set(rows_of(path, sample=30))
     path.write_text("\n".join(["a new one", *lines]))
     assert len(before - set(rows_of(path, sample=30))) <= 1
+
+
+def test_an_empty_cell_is_a_label_that_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\none,a\ntwo,\nthree, b \n")
+    file = TextFile(path="texts.csv", label="label")
+    assert [row.gold for row in read_texts(file, tmp_path)] == ["a", None, "b"]
+    with pytest.raises(DataError, match="no label under 'topic'"):
+        list(read_texts(TextFile(path="texts.csv", label="topic"), tmp_path))
+
+
+def test_a_quote_that_is_never_closed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text('text\none\n"two\nlines"\n"three\nfour\nfive\n')
+    with pytest.raises(DataError, match="no CSV") as caught:
+        rows_of(tmp_path / "texts.csv")
+    assert str(caught.value.where).endswith("texts.csv:5")
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["yes", True], 'write it in quotes, such as "yes"'),
+        ({"a": "the a", False: "b"}, "a label is false"),
+        ({"a": "the a", "b": True}, "a label is true"),
+        (["a", 1.5], "the label 1.5 is no text"),
+    ],
+)
+def test_a_label_that_is_no_text_is_refused(labels: Any, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        ClassifyTask.model_validate({"kind": "classify", "labels": labels})
+
+
+def test_numbers_are_labels() -> None:
+    task = ClassifyTask.model_validate({"kind": "classify", "labels": [1, 2]})
+    assert task.labels == {"1": "1", "2": "2"}
+    task = ClassifyTask.model_validate({"kind": "classify", "labels": {1: "bad", 2: "good"}})
+    assert task.labels == {"1": "bad", "2": "good"}

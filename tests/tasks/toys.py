@@ -11,13 +11,21 @@ from tests import tiny
 WORDS = {"pets": ["cat", "dog", "bird"], "food": ["soup", "cake", "bread"]}
 
 
+def rows(count: int) -> list[tuple[int, str, str]]:
+    """A number, a word and its label, `count` times."""
+    names = ["pets", "food"]
+    return [
+        (number, WORDS[names[number % 2]][number // 2 % 3], names[number % 2])
+        for number in range(count)
+    ]
+
+
 def write_texts(path: Path, count: int, label: bool) -> None:
-    rows = []
-    for number in range(count):
-        name = ["pets", "food"][number % 2]
-        row = {"text": f"{WORDS[name][number // 2 % 3]} number {number}"}
-        rows.append({**row, "label": name} if label else row)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows_made = []
+    for number, word, name in rows(count):
+        row = {"text": f"{word} number {number}"}
+        rows_made.append({**row, "label": name} if label else row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_made))
 
 
 def recipe(folder: Path, **sections: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     Ministral3Config,
+    MinistralConfig,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -65,6 +66,7 @@ CONFIGS: dict[str, Any] = {
             **more,
         }
     ),
+    "ministral": lambda **more: MinistralConfig(**{**SIZES, "head_dim": 8, **more}),
     "ministral3": lambda **more: Ministral3Config(**{**SIZES, "head_dim": 8, **more}),
     "qwen3_moe": lambda **more: Qwen3MoeConfig(
         **{

@@ -12,13 +12,14 @@ from typing import Any
 from stillhouse.answering.job import GOLD, HELDOUT, PROMPTS, TRAIN, AnsweringJob
 from stillhouse.errors import DataError, RunError
 from stillhouse.recipe import AnsweringRecipe
+from stillhouse.recipe.answering import ExtractTask
 from stillhouse.recipe.synthesize import SynthesizeRecipe
 from stillhouse.runfolder import Outcome, Stage, write_atomically
 from stillhouse.stages import StagePlan
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
-from stillhouse.synthesis.asking import Asked, text_teacher
-from stillhouse.synthesis.estimate import known_before
-from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve
+from stillhouse.synthesis.asking import Asked, answer_all, may_answer, text_teacher
+from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve, unfenced
+from stillhouse.synthesis.foresee import Told, ask_some, findings
 from stillhouse.synthesis.judging import Verdicts, open_judge
 from stillhouse.synthesis.prompts import answer_text
 from stillhouse.synthesis.run import VICTIMS, chosen_filters, judged, mean_log_probability
@@ -118,18 +119,16 @@ def answered(
     teacher = text_teacher(section, origins, seed)
     asked = Asked(section.prompts, origins.base, teacher.request)
     with Journal(origins.journal) as journal:
-        known = known_before(asked.requests(), journal, teacher.price)
-        if known.missing:
-            new, _, out_of_budget = teacher.answer(asked, journal, known)
-            if out_of_budget:
-                have = known.requests - known.missing + new
-                raise RunError(
-                    f"the budget is used up: {have:,} of {known.requests:,} answers are there",
-                    where=origins.journal,
-                    fix="raise the budget, or give fewer texts; nothing is asked twice",
-                )
+        answer_all(teacher, asked, journal)
         for prompt, request in asked.pairs():
             yield prompt.where, journal.get(request.key)
+
+
+def _open_requests(section: SynthesizeRecipe, origins: Origins, seed: int) -> int:
+    """Requests without an answer that are to be asked again."""
+    teacher = text_teacher(section, origins, seed, weights=False)
+    with Journal(origins.journal) as journal:
+        return may_answer(Asked(section.prompts, origins.base, teacher.request), journal)
 
 
 def write_prompts(prompts: Iterable[str], folder: Path) -> None:
@@ -138,10 +137,16 @@ def write_prompts(prompts: Iterable[str], folder: Path) -> None:
     (folder / PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def foreseen_answers(job: AnsweringJob, found: AnswerTexts, folder: Path) -> Known:
-    """How much the journal has, and what the rest can cost at most."""
+def foreseen_answers(
+    job: AnsweringJob, found: AnswerTexts, folder: Path, calls: int
+) -> tuple[Known, list[Told]]:
+    """How much the journal has, and what the rest can cost; and how `check` tells it. calls:
+    requests that are made first."""
     write_prompts((job.question(row.text) for row in (*found.train, *found.test)), folder)
-    return foreseen(job.questions(folder), job.origins(folder), seed=job.recipe.seed)
+    section, origins, seed = job.questions(folder), job.origins(folder), job.recipe.seed
+    ask_some(section, origins, calls, seed=seed)
+    known = foreseen(section, origins, seed=seed)
+    return known, list(findings(known, section, origins, "answers", "questions"))
 
 
 def answers(job: AnsweringJob, texts: Stage) -> StagePlan:
@@ -173,7 +178,7 @@ def answers(job: AnsweringJob, texts: Stage) -> StagePlan:
         "seed": recipe.seed,
         "texts": texts.digest,
     }
-    return StagePlan("answers", inputs, work)
+    return StagePlan("answers", inputs, work, version=2)
 
 
 def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:
@@ -183,13 +188,15 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
     filters = chosen_filters(job.recipe.filters, job.base)
     if job.validity is not None:
         filters.before["json_schema"] = job.validity
-    got = [answer for _, answer in answered(job.questions(out), job.origins(out), job.recipe.seed)]
+    questions, origins, seed = job.questions(out), job.origins(out), job.recipe.seed
+    got = [answer for _, answer in answered(questions, origins, seed)]
+    unanswered = _open_requests(questions, origins, seed) if None in got else 0
     (out / PROMPTS).unlink()
     samples = job.recipe.teacher.samples
     train = [
         Row(
             job.taught(text.text),
-            _words(answer),
+            _words(job, answer),
             answer.finish_reason,
             text.where,
             number % samples,
@@ -200,7 +207,8 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
         for text in (rows[number // samples],)
     ]
     kept, taken = _keep(job, filters, train, out)
-    tested = [None if a is None else _words(a) for a in got[samples * len(found.train) :: samples]]
+    of_test = got[samples * len(found.train) :: samples]
+    tested = [None if one is None else _words(job, one) for one in of_test]
     said = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in tested)
     (out / ANSWERS).write_text(said, encoding="utf-8")
     shown = [(row.text, text) for row, text in zip(found.test, tested, strict=True) if text]
@@ -216,6 +224,7 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
     return {
         "answered": sum(answer is not None for answer in got),
         "asked": len(got),
+        "unanswered": unanswered,
         "kept": kept,
         "gold": len(gold),
         "taken": {name: count for name, count in taken.items() if count},
@@ -261,8 +270,10 @@ def _judged(job: AnsweringJob, filters: Filters, rows: list[Row], out: Path) -> 
         yield replace(filters, chooser=judge.chooser(journal))
 
 
-def _words(answer: Answer) -> str:
-    return answer_text(answer, keep_reasoning=False)
+def _words(job: AnsweringJob, answer: Answer) -> str:
+    """What the student is to write: no reasoning, and JSON without a code fence around it."""
+    text = answer_text(answer, keep_reasoning=False)
+    return unfenced(text) if isinstance(job.recipe.task, ExtractTask) else text
 
 
 def _cost(got: list[Answer | None]) -> float | None:

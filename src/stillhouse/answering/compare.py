@@ -12,14 +12,15 @@ from stillhouse.recipe.answering import ComparisonRecipe
 from stillhouse.recipe.synthesize import (
     LocalTeacher,
     PromptsRecipe,
-    SamplingRecipe,
     SynthesizeRecipe,
     TextTeacher,
 )
 from stillhouse.synthesis import Origins
+from stillhouse.synthesis.prompts import answer_text
 from stillhouse.tasks.texts import LabelledText
 
-_VERDICT = re.compile(r"\b(a|b|tie)\b", re.IGNORECASE)
+_VERDICT = re.compile(r"\b(A|B|tie|Tie|TIE)\b")
+"""In capitals: `a` is mostly the article."""
 
 
 def compare_answers(
@@ -40,7 +41,7 @@ def compare_answers(
     origins = Origins(job.base, out, job.journal, "")
     section = _section(judge, out)
     verdicts = [
-        read_verdict(None if answer is None else answer.text)
+        None if answer is None else read_verdict(answer_text(answer, keep_reasoning=False))
         for _, answer in answered(section, origins, job.recipe.seed)
     ]
     (out / PROMPTS).unlink()
@@ -60,7 +61,7 @@ def _section(judge: ComparisonRecipe, folder: Path) -> SynthesizeRecipe:
     return SynthesizeRecipe(
         teacher=TextTeacher(api=judge.api, local=local),
         prompts=PromptsRecipe(path=str(folder.absolute() / PROMPTS)),
-        sampling=SamplingRecipe(temperature=0.0, max_tokens=judge.max_tokens),
+        sampling=judge.sampling,
         budget=judge.budget,
     )
 
@@ -72,7 +73,7 @@ def verdict_prompt(question: str, text: str, first: str, second: str) -> str:
     )
 
 
-def read_verdict(text: str | None) -> str | None:
+def read_verdict(text: str) -> str | None:
     """A, B or tie; None where it is not exactly one of them."""
-    found = {word.lower() for word in _VERDICT.findall(text or "")}
-    return {"a": "A", "b": "B", "tie": "tie"}[found.pop()] if len(found) == 1 else None
+    found = {word if word in "AB" else "tie" for word in _VERDICT.findall(text)}
+    return found.pop() if len(found) == 1 else None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillhouse.export import TEACHER, Origin, api_origin, distinct, origin
 from stillhouse.recipe import AnsweringRecipe, Recipe, answers_path
 from stillhouse.recipe.answering import ExtractTask
 from stillhouse.recipe.schema import (
@@ -54,6 +55,20 @@ class AnsweringJob:
             return api_described(api)
         assert self.teacher is not None
         return self.teacher.described
+
+    @property
+    def made_with(self) -> list[Origin]:
+        """The models that the student is made with, the teacher first. Raises ModelError."""
+        section, student = self.recipe.teacher, self.recipe.student
+        if self.teacher is None:
+            found = [api_origin(TEACHER, self.described, section.license)]
+        else:
+            found = [origin(TEACHER, self.teacher, section.license)]
+        if isinstance(student, PretrainedStudent | PrunedStudent) and student.model is not None:
+            revision = student.revision if isinstance(student, PretrainedStudent) else None
+            start = resolve_model(student.model, revision=revision, base=self.base, weights=False)
+            found.append(origin("The student's start", start))
+        return distinct(found)
 
     @property
     def schema(self) -> dict[str, Any] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,8 +25,9 @@ from stillhouse.hardware import choose_precision, default_device, peak_memory_by
 from stillhouse.recipe.classify import Precision
 from stillhouse.runfolder import Outcome, Stage, sha
 from stillhouse.stages import EVALUATION, StagePlan
-from stillhouse.synthesis.filters import Filter, Row
+from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value
 from stillhouse.synthesis.local import Generator
+from stillhouse.synthesis.prompts import answer_text
 from stillhouse.synthesis.request import Answer, Message, Request
 from stillhouse.tasks.texts import LabelledText
 from stillhouse.teachers import load_model, load_tokenizer
@@ -109,8 +109,11 @@ def _evaluate(
 def _notes(job: AnsweringJob, taught: list[str | None]) -> list[str]:
     sampling = job.recipe.teacher.sampling
     notes = [f"Every model answers greedily, with at most {sampling.max_tokens:,} tokens."]
-    if sampling.temperature > 0:
-        drawn = f"The teacher's answers are drawn, at temperature {sampling.temperature:g}."
+    if sampling.temperature != 0:
+        at = "its endpoint's own temperature"
+        if sampling.temperature is not None:
+            at = f"temperature {sampling.temperature:g}"
+        drawn = f"The teacher's answers are drawn, at {at}."
         notes = [notes[0].replace("Every model answers", "The students answer"), drawn]
     missing = sum(text is None for text in taught)
     if missing:
@@ -136,10 +139,12 @@ def open_generator(
 
 
 def answer_all(generator: Generator, requests: Sequence[Request]) -> list[str]:
-    """In the order of the requests; empty where a prompt does not fit."""
+    """In the order of the requests, without reasoning; empty where a prompt does not fit."""
     said: dict[str, str] = {}
     for request, outcome in generator.answers(requests):
-        said[request.key] = outcome.text.strip() if isinstance(outcome, Answer) else ""
+        said[request.key] = (
+            answer_text(outcome, keep_reasoning=False) if isinstance(outcome, Answer) else ""
+        )
     return [said[request.key] for request in requests]
 
 
@@ -205,29 +210,31 @@ def _figures(
 def _json_figures(
     validity: Filter, rows: list[LabelledText], said: list[str], taught: list[str | None]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    values = [read_json(text, validity) for text in said]
-    figures = {"valid": _mean([value is not None for value in values])}
-    teacher = [None if text is None else read_json(text, validity) for text in taught]
-    heard = [(one, other) for one, other in zip(values, teacher, strict=True) if other is not None]
+    read = [read_json(text, validity) for text in said]
+    values = [value for _, value in read]
+    figures = {"valid": _mean([valid for valid, _ in read])}
+    teacher = [(False, None) if text is None else read_json(text, validity) for text in taught]
+    heard = [(one, other) for one, (ok, other) in zip(values, teacher, strict=True) if ok]
     fields: dict[str, float] = {}
     if heard:
         figures["agreement_f1"], fields = field_f1(*map(list, zip(*heard, strict=True)))
-    known = [(one, row.gold) for one, row in zip(values, rows, strict=True) if row.gold is not None]
+    known = [(one, row.gold) for one, row in zip(read, rows, strict=True) if row.gold is not None]
     if known:
-        golds = [json.loads(gold) for _, gold in known]
-        ours = [one for one, _ in known]
-        figures["field_f1"], fields = field_f1(ours, golds)
+        golds = [json_value(gold) for _, gold in known]
+        figures["field_f1"], fields = field_f1([one for (_, one), _ in known], golds)
         right = [
-            one is not None and field_f1([one], [g])[0] == 1
-            for one, g in zip(ours, golds, strict=True)
+            valid and field_f1([one], [gold])[0] == 1
+            for ((valid, one), _), gold in zip(known, golds, strict=True)
         ]
         figures["exact"] = _mean(right)
     return figures, fields
 
 
-def read_json(text: str, validity: Filter) -> Any:
-    """The value, None where the schema does not allow it."""
-    return None if validity(Row((), text, None, "")) is not None else json.loads(text)
+def read_json(text: str, validity: Filter) -> tuple[bool, Any]:
+    """Whether the schema allows it, and the value; None where it does not."""
+    row = Row((), text, None, "")
+    valid = validity(row) is None
+    return valid, json_value(answer_only(row)) if valid else None
 
 
 def _mean(values: Sequence[float]) -> float:

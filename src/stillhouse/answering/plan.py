@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Group, RenderableType
 from rich.rule import Rule
@@ -18,21 +17,21 @@ from stillhouse.answering.job import (
     training_recipe,
 )
 from stillhouse.answering.measuring import load_scorer
+from stillhouse.export import license_lines
 from stillhouse.job import configs, find_models, planned_size
 from stillhouse.recipe import AnsweringRecipe, run_root
 from stillhouse.synthesis import Known
+from stillhouse.synthesis.foresee import Told
 from stillhouse.synthesis.judging import most_requests
 from stillhouse.synthesis.vllm_engine import lacks
-
-Line = tuple[Literal["ok", "estimate", "warning", "error"], str, str, str | None]
-"""Level, topic, text, and what to do about a warning or an error."""
 
 FEW = 50
 """Training texts below which little can be learnt."""
 
 
-def foresee_answers(recipe: AnsweringRecipe, base: Path) -> Iterator[Line]:
-    """Raises StillhouseError for whatever would stop the run."""
+def foresee_answers(recipe: AnsweringRecipe, base: Path, calls: int = 0) -> Iterator[Told]:
+    """Raises StillhouseError for whatever would stop the run. calls: requests that are made of the
+    teacher first, so that there are answers to tell the cost from."""
     job = find_answering(recipe, base)
     texts = prepare_answer_texts(recipe, base, job.validity)
     parts = f"{len(texts.train):,} to learn from, {len(texts.test):,} to measure on"
@@ -51,12 +50,13 @@ def foresee_answers(recipe: AnsweringRecipe, base: Path) -> Iterator[Line]:
     if not recipe.learns_text_alone:
         size += f" ({student.total / teacher.total:.0%} of the teacher's)"
     yield "estimate", "student", size, None
-    known = known_answers(recipe, base)
-    yield _cost(job, known)
-    yield from _told(job, known)
+    known, lines = _asked(recipe, base, calls)
+    yield from lines
+    yield from _besides(job, known)
+    yield from license_lines(job.made_with)
 
 
-def _told(job: AnsweringJob, known: Known) -> Iterator[Line]:
+def _besides(job: AnsweringJob, known: Known) -> Iterator[Told]:
     """What else the answers take, and what is doubtful about them."""
     recipe = job.recipe
     if known.missing and recipe.teacher.vllm is not None:
@@ -72,21 +72,14 @@ def _told(job: AnsweringJob, known: Known) -> Iterator[Line]:
 
 def known_answers(recipe: AnsweringRecipe, base: Path) -> Known:
     """How much the journal has of what the teacher is asked, and what the rest can cost."""
+    return _asked(recipe, base, 0)[0]
+
+
+def _asked(recipe: AnsweringRecipe, base: Path, calls: int) -> tuple[Known, list[Told]]:
     job = find_answering(recipe, base)
     with tempfile.TemporaryDirectory() as folder:
         texts = prepare_answer_texts(recipe, base, job.validity)
-        return foreseen_answers(job, texts, Path(folder))
-
-
-def _cost(job: AnsweringJob, known: Known) -> Line:
-    have = f"{known.requests - known.missing:,} of {known.requests:,} questions are answered"
-    api = job.recipe.teacher.api
-    if known.missing == 0:
-        return "ok", "answers", have, None
-    rest = f"; the rest takes at most {known.worst.tokens:,} tokens"
-    if api is not None:
-        rest += ", a price unknown" if api.price is None else f", ${known.worst.usd:,.2f}"
-    return "estimate", "answers", have + rest, None
+        return foreseen_answers(job, texts, Path(folder), calls)
 
 
 def preview_answers(recipe: AnsweringRecipe, base: Path, rows: int) -> RenderableType:

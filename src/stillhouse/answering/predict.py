@@ -32,6 +32,5 @@ def predicted_answers(folder: Path, texts: Iterable[str]) -> Iterator[dict[str, 
         for text, answer in zip(some, answer_all(generator, requests), strict=True):
             row: dict[str, Any] = {"text": text, "answer": answer}
             if validity is not None:
-                value = read_json(answer, validity)
-                row |= {"valid": value is not None, "value": value}
+                row["valid"], row["value"] = read_json(answer, validity)
             yield row

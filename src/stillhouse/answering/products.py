@@ -12,7 +12,9 @@ from stillhouse.answering.asking import TEXTS, AnswerTexts
 from stillhouse.answering.job import AnsweringJob, filled
 from stillhouse.errors import ModelError
 from stillhouse.evaluate.answers import AnswersEvaluation
-from stillhouse.export import Gate, export_checkpoint
+from stillhouse.export import Gate, ReplayResult, export_checkpoint
+from stillhouse.export.card import replay_sentence
+from stillhouse.export.task_card import TaskCard, write_task_card
 from stillhouse.hardware import machine, peak_memory_bytes
 from stillhouse.recipe import recipe_yaml
 from stillhouse.report.answers import (
@@ -95,54 +97,56 @@ def export(
         replay = export_checkpoint(gate, out / MODEL, dtype=recipe.export.dtype)
         AnsweringFacts.of(job).save(out / MODEL)
         found = AnswersEvaluation.load(evaluated.path / EVALUATION)
-        _write_card(out / MODEL, job, found)
+        _write_card(out / MODEL, job, texts, trained, found, replay)
         return Outcome(summary={"replays": [asdict(replay)]}, peak_memory_bytes=peak_memory_bytes())
 
     inputs = {
         "recipe": recipe.model_dump(mode="json", include={"name", "task", "export"}),
         "schema": job.schema,
         "teacher": job.described,
+        "origins": [asdict(one) for one in job.made_with],
         "texts": texts.digest,
         "data": data.digest,
         "trained": trained.digest,
         "evaluated": evaluated.digest,
     }
-    return StagePlan("export", inputs, work)
+    return StagePlan("export", inputs, work, version=2)
 
 
-def _write_card(folder: Path, job: AnsweringJob, found: AnswersEvaluation) -> None:
-    names = [role_name(result.role) for result in found.results]
-    license_ = job.recipe.teacher.license
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [stillhouse, distillation]",
-        *([f"license: {license_}"] if license_ else []),
-        "---",
-        f"# {job.recipe.name}",
-        "",
-        f"A language model for one job ({found.kind}), distilled from {job.described} with "
-        "Stillhouse.",
-        "",
-        f"On {found.texts:,} test texts:",
-        "",
-        f"| | {' | '.join(names)} |",
-        "|---" * (len(names) + 1) + "|",
-        *(f"| {name} | {' | '.join(cells)} |" for name, cells in answer_measures(found)),
-        "",
-        f"`stillhouse predict FOLDER texts.jsonl` writes an answer for each text. Its prompt is in "
-        f"`{FACTS}`.",
-        "",
-        "<details><summary>Recipe</summary>",
-        "",
-        "```yaml",
-        recipe_yaml(job.recipe).rstrip(),
-        "```",
-        "</details>",
-        "",
-    ]
-    write_atomically(folder / "README.md", "\n".join(lines))
+def _write_card(
+    folder: Path,
+    job: AnsweringJob,
+    texts: Stage,
+    trained: Stage,
+    found: AnswersEvaluation,
+    replay: ReplayResult,
+) -> None:
+    recipe, parts = job.recipe, texts.summary
+    files = ", ".join(file.path for file in [*recipe.data.texts, *recipe.data.test])
+    hashes = {"texts": texts.digest, "checkpoint": trained.digest}
+    if job.teacher is not None:
+        hashes = {"teacher": job.teacher.fingerprint, **hashes}
+    card = TaskCard(
+        name=recipe.name,
+        pipeline="text-generation",
+        origins=job.made_with,
+        about=[
+            f"A language model for one job ({found.kind}), distilled from {job.described} with "
+            "Stillhouse."
+        ],
+        models=[role_name(result.role) for result in found.results],
+        measures=answer_measures(found),
+        texts=found.texts,
+        data=f"{parts['train']:,} training texts and {parts['test']:,} to measure on, from {files}",
+        recipe=recipe_yaml(recipe),
+        hashes=hashes,
+        limits=["It was measured on this one job, asked with this one prompt.", *found.notes],
+    )
+    use = (
+        "`stillhouse predict FOLDER texts.jsonl` writes an answer for each text. Its prompt is in "
+        f"`{FACTS}`."
+    )
+    write_task_card(folder, card, library="transformers", use=use, replay=replay_sentence(replay))
 
 
 def report(job: AnsweringJob, finished: list[Stage]) -> StagePlan:

@@ -20,7 +20,7 @@ from stillhouse.hardware import tune_allocator, world_size
 from stillhouse.job import Job, find_models
 from stillhouse.recipe import AnsweringRecipe, load_any_recipe, recipe_yaml, run_root
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
-from stillhouse.stages import EVALUATION, Do, telling
+from stillhouse.stages import EVALUATION, Do, redone, telling, unanswered
 from stillhouse.stages.report import REPORT
 from stillhouse.training import MODEL
 
@@ -83,7 +83,7 @@ def _lead(recipe: AnsweringRecipe, base: Path, folder: RunFolder) -> AnsweringRe
     texts = do(asking.texts(asked))
     # What is wrong with the student's model is found before a teacher is paid.
     find_models(training_recipe(recipe, folder.root), base)
-    answers = do(asking.answers(asked, texts))
+    answers = do(redone(folder, asking.answers(asked, texts), unanswered))
     job = find_models(training_recipe(recipe, answers.path), base)
     data = do(stages.plan_data(job))
     student = do(stages.plan_student(job, data))

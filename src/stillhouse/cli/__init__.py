@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="stillhouse",
-    help="Distil language models: a small student learns to reproduce a large teacher.",
+    help="Distill language models: a small student learns to reproduce a large teacher.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -104,7 +104,7 @@ def check(
     set_: SetOption = None,
     calls: Annotated[
         int,
-        typer.Option(help="Requests of `synthesize` to make, to tell what the rest costs.", min=0),
+        typer.Option(help="Requests to make of a teacher, to tell what the rest costs.", min=0),
     ] = 0,
 ) -> None:
     """Checks a recipe before anything is spent, and estimates memory, tokens, time and cost.
@@ -129,7 +129,7 @@ def preview(
     rows: Annotated[int, typer.Option(help="Windows to show.", min=1)] = 3,
     set_: SetOption = None,
 ) -> None:
-    """Shows some training windows, coloured by loss mask: what the student is asked to predict.
+    """Shows some training windows, colored by loss mask: what the student is asked to predict.
 
     Of a recipe with `task`: what the teacher reads.
 

@@ -20,7 +20,7 @@ PADDING = "dim"
 
 
 def preview(windows: Windows, tokenizer: Any, rows: int) -> RenderableType:
-    """A rich renderable of the first `rows` windows, coloured by loss mask.
+    """A rich renderable of the first `rows` windows, colored by loss mask.
 
     The first token of a document is context: nothing stands before it. Windows are stored in
     random order, so the first ones are a sample.

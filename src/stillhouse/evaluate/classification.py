@@ -92,12 +92,14 @@ class ClassificationEvaluation:
 
 
 def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) -> ClassifierResult:
-    """p_NC, teacher_NC: probabilities. gold_N: indices of the true labels."""
+    """p_NC, teacher_NC: probabilities. gold_N: indices of the true labels, negative where one is
+    not known; what is measured against them is of the others alone."""
     said_N, taught_N = p_NC.argmax(-1), teacher_NC.argmax(-1)
     floor = torch.finfo(torch.float32).tiny
     log_ratio_NC = teacher_NC.clamp_min(floor).log() - p_NC.clamp_min(floor).log()
-    reference_N = taught_N if gold_N is None else gold_N
-    confusion_CC = confusion(reference_N, said_N, p_NC.shape[1])
+    known_N = torch.ones_like(said_N, dtype=torch.bool) if gold_N is None else gold_N >= 0
+    reference_N = (taught_N if gold_N is None else gold_N)[known_N]
+    confusion_CC = confusion(reference_N, said_N[known_N], p_NC.shape[1])
     result: dict[str, Any] = {
         "role": role,
         "agreement": float((said_N == taught_N).float().mean()),
@@ -106,12 +108,12 @@ def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) 
         "confusion": confusion_CC.tolist(),
     }
     if gold_N is not None:
-        truth_NC = torch.nn.functional.one_hot(gold_N, p_NC.shape[1])
+        truth_NC = torch.nn.functional.one_hot(reference_N, p_NC.shape[1])
         result |= {
-            "accuracy": float((said_N == gold_N).float().mean()),
+            "accuracy": float((said_N[known_N] == reference_N).float().mean()),
             "macro_f1": macro_f1(confusion_CC),
-            "ece": calibration_error(p_NC, gold_N),
-            "brier": float((p_NC - truth_NC).square().sum(-1).mean()),
+            "ece": calibration_error(p_NC[known_N], reference_N),
+            "brier": float((p_NC[known_N] - truth_NC).square().sum(-1).mean()),
         }
     return ClassifierResult(**result)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ def evaluate(
     precision: Precision,
     export_dtype: torch.dtype | None = None,
     sizes: Mapping[str, int] | None = None,
+    prepare: Mapping[str, Callable[[Any], object]] | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measures the models in `paths` by role (teacher, untrained, student, fine_tuned, quantized).
@@ -54,6 +55,8 @@ def evaluate(
     export_dtype: sizes are given as if the weights were stored in this type; None: as they are.
     sizes: bytes of the roles that are stored in another way, such as quantized ones. Their speed
     and memory are not measured: what is in `paths` is a floating-point stand-in.
+    prepare: done to the roles' models once they are loaded, for what a checkpoint does not hold,
+    such as inputs that are rounded. `lm_eval` loads them without.
 
     Raises:
         ModelError: no teacher, or a model that cannot be loaded or does not fit.
@@ -62,7 +65,9 @@ def evaluate(
     if TEACHER not in paths:
         raise ModelError("an evaluation needs the teacher to compare with", where=", ".join(paths))
     paths = {TEACHER: paths[TEACHER], **paths}
-    setup = _Setup(default_device(), precision.dtype, trust_remote_code, vocabulary, seed)
+    setup = _Setup(
+        default_device(), precision.dtype, trust_remote_code, vocabulary, seed, prepare or {}
+    )
     results, answers = _one_by_one(paths, setup, section, windows, export_dtype)
     notes = [
         f"Fidelity: {results[TEACHER].fidelity.tokens:,} tokens in {len(windows):,} held-out "
@@ -104,6 +109,7 @@ class _Setup:
     trust_remote_code: bool
     vocabulary: int
     seed: int
+    prepare: Mapping[str, Callable[[Any], object]]
 
     def load(self, path: Path) -> Any:
         model = load_model(path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
@@ -125,6 +131,8 @@ def _one_by_one(
     tokens = sum(len(windows[index]["input_ids"]) for index in range(len(windows)))
     for role, path in paths.items():
         model = setup.load(path)
+        if role in setup.prepare:
+            setup.prepare[role](model)
         with bar(f"Held-out: {role}", tokens) as advance:
             answers = heldout_answers(model, windows, advance=advance)
             teacher = teacher or answers

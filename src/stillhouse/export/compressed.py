@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.script import run_script
+from stillhouse.export.widths import nearest, row_widths
 from stillhouse.progress import note
 from stillhouse.teachers import load_config, load_tokenizer, save_tokenizer
 
@@ -119,7 +120,7 @@ def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence
 def fitting_group(method: str, config: Any) -> int | None:
     """The largest group that the method has and the model's widths divide into; None: it has none,
     or there is none (see `announce_compressed`)."""
-    widths = _widths(config).values()
+    widths = row_widths(config).values()
     fitting = [g for g in GROUPS.get(method, ()) if not any(width % g for width in widths)]
     return fitting[0] if fitting else None
 
@@ -129,21 +130,8 @@ def announce_compressed(method: str, config: Any) -> tuple[str, str] | None:
     if method not in GROUPS or fitting_group(method, config) is not None:
         return None
     group = GROUPS[method][-1]
-    key, width = next((key, width) for key, width in _widths(config).items() if width % group)
-    below = width // group * group
-    near = " or ".join(f"{size:,}" for size in (below, below + group) if size)
+    key, width = next((key, width) for key, width in row_widths(config).items() if width % group)
     return (
         f"compressed-{method}: {key} {width:,} does not divide into groups of {group}",
-        f"{key} {near}, or compressed-fp8, which has none",
+        f"{key} {nearest(width, group)}, or compressed-fp8, which has none",
     )
-
-
-def _widths(config: Any) -> dict[str, int]:
-    """Of what linear layers read, by their names in the configuration."""
-    text = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return {
-        "hidden_size": int(text.hidden_size),
-        "intermediate_size": int(text.intermediate_size),
-        "num_attention_heads × head_dim": int(head * text.num_attention_heads),
-    }

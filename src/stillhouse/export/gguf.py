@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,22 @@ import torch
 
 from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
-from stillhouse.export.gguf_blocks import BITS, pack, pack_weighed
+from stillhouse.export.gguf_blocks import (
+    BITS,
+    fitting_kind,
+    for_kept,
+    pack,
+    pack_weighed,
+    second_rounding,
+)
 from stillhouse.export.gguf_config import misread_by_transformers
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import family, gguf_names, unsupported
-from stillhouse.export.gguf_tokenizer import check_tokenizer, cut_otherwise_by_transformers
+from stillhouse.export.gguf_tokenizer import (
+    check_tokenizer,
+    cut_otherwise_by_llama_cpp,
+    cut_otherwise_by_transformers,
+)
 from stillhouse.export.llama_quantizer import (
     K_BLOCK,
     K_QUANTS,
@@ -23,7 +35,8 @@ from stillhouse.export.llama_quantizer import (
     require_llama_cpp,
 )
 from stillhouse.export.modelfile import modelfile
-from stillhouse.quantize import Quantization
+from stillhouse.export.widths import nearest, row_widths
+from stillhouse.quantize import Grid, Quantization
 from stillhouse.quantize.moments import Moments
 from stillhouse.teachers import load_config, load_model, load_tokenizer
 
@@ -44,8 +57,9 @@ def export_gguf(
 
     kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed.
     quantization: the source's, where it is on a grid: a format that holds the grid then gets its
-    numbers as they are. moments: of every matrix's inputs: rounding errors are weighed by them in
-    k-quants, and in q4_0 and q8_0 of a source that is on no grid. Before the folder gets its name,
+    numbers as they are, and what was left alone as 16-bit floats. moments: of every matrix's
+    inputs: rounding errors are weighed by them in k-quants, and in q4_0 and q8_0 of numbers that
+    are not on their grid. Before the folder gets its name,
     transformers' GGUF loader reads the file in a fresh process, and so does llama.cpp where it is
     installed; both are compared with the source as every export is.
     Raises ModelError: an architecture or tokenizer that GGUF cannot hold, an export that does not
@@ -59,7 +73,7 @@ def export_gguf(
         config = load_config(gate.source, trust_remote_code=code).get_text_config()
         misread = misread_by_transformers(config)
         _require_reader(misread)
-        notes = write_form(
+        written = write_form(
             gate.source,
             file,
             kind=kind,
@@ -72,21 +86,21 @@ def export_gguf(
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         tokenizer = load_tokenizer(gate.source, trust_remote_code=code)
         otherwise = cut_otherwise_by_transformers(tokenizer, family(config))
-        if misread is not None:
-            notes.append(_for_llama_cpp(misread))
-        elif otherwise is not None:
-            notes.append(otherwise)
+        reader = otherwise if misread is None else _for_llama_cpp(misread)
+        chats = cut_otherwise_by_llama_cpp(tokenizer)
+        notes = [*written.notes, *(text for text in (reader, chats) if text is not None)]
         return gate.pass_or_raise(
             file,
             [file],
             format=f"gguf-{kind}",
             dtype=kind,
-            limit=FORMATS[kind].kl_limit if kind in FORMATS else K_QUANTS[kind],
+            limit=written.kl_limit,
             advice="use a format with more bits (gguf-q8_0), or quantization-aware distillation "
             "(quantize.qat)",
             same_tokens=otherwise is None,
             llama_cpp=has_llama_cpp(),
             transformers=misread is None,
+            plain_prompts=chats is None,
             notes=notes,
         )
 
@@ -94,12 +108,18 @@ def export_gguf(
 
 
 def announce_gguf(
-    kind: str, config: Any, tokenizer: Any, *, layers_before: int | None = None
+    kind: str,
+    config: Any,
+    tokenizer: Any,
+    grid: Grid | None = None,
+    *,
+    layers_before: int | None = None,
 ) -> Iterator[tuple[str, str]]:
     """What of a planned student this format cannot hold as asked: a text, and what avoids it.
 
-    layers_before: of the model that it is cut from; which of them it keeps is not known yet.
-    Raises ModelError where it can hold nothing of it: see `export_gguf`.
+    grid: what the student is quantized to. layers_before: of the model that it is cut from; which
+    of them it keeps is not known yet. Raises ModelError where it can hold nothing of it: see
+    `export_gguf`.
     """
     config = config.get_text_config()
     there = family(config)
@@ -118,17 +138,16 @@ def announce_gguf(
         yield f"gguf-{kind}: {_for_llama_cpp(misread)}", "safetensors is read by transformers"
     if kind not in FORMATS:
         require_llama_cpp()
+    again = None if grid is None else second_rounding(grid, kind)
+    if again is not None:
+        yield again
     block = FORMATS[kind].block if kind in FORMATS else K_BLOCK
-    experts = getattr(config, "num_experts", None)
-    for key in ("hidden_size", "moe_intermediate_size" if experts else "intermediate_size"):
-        width = int(getattr(config, key))
+    for key, width in row_widths(config).items():
         if width % block:
-            below = width // block * block
-            near = " or ".join(f"{size:,}" for size in (below, below + block) if size)
             yield (
                 f"gguf-{kind}: {key} {width:,} does not divide into blocks of {block}: matrices "
                 "with rows of that length stay larger",
-                f"{key} {near} avoids it",
+                f"{key} {nearest(width, block)} avoids it",
             )
 
 
@@ -150,6 +169,16 @@ def _require_reader(misread: str | None) -> None:
         )
 
 
+@dataclass(frozen=True)
+class Written:
+    """kl_limit: nats a token that the file's rounding is believed to cost at most, which is that of
+    16-bit floats where every number is on the source's grid or was left alone. notes: what the user
+    should know of it."""
+
+    kl_limit: float
+    notes: list[str]
+
+
 def write_form(
     source: Path,
     file: Path,
@@ -159,13 +188,12 @@ def write_form(
     quantization: Quantization | None = None,
     moments: Moments | None = None,
     trust_remote_code: bool = False,
-) -> list[str]:
-    """Writes `file` as `export_gguf` does, without replaying it: what the user should know of it.
-
-    Raises ModelError as `export_gguf`.
-    """
+) -> Written:
+    """Writes `file` as `export_gguf` does, without replaying it. Raises ModelError as that does."""
+    again = None if quantization is None else second_rounding(quantization.grid, kind)
+    notes = [] if again is None else [again[0]]
     if kind not in FORMATS:
-        return k_quantize(
+        k_quantize(
             source,
             file,
             kind=kind,
@@ -173,21 +201,24 @@ def write_form(
             moments=moments,
             trust_remote_code=trust_remote_code,
         )
+        return Written(K_QUANTS[kind], notes)
     form, packed = FORMATS[kind], {}
-    if quantization is not None or (moments is not None and {form.kind, form.embeddings} & {*BITS}):
+    held = quantization is not None and fitting_kind(quantization.grid, form) is not None
+    if held or (moments is not None and {form.kind, form.embeddings} & {*BITS}):
         model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        weights = dict(model.named_parameters())
-        if quantization is not None:
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        if held and quantization is not None:
             packed = pack(weights, quantization, form)
+            form = for_kept(weights, packed, form)
         elif moments is not None:
             names = gguf_names(moments, model.config.get_text_config())
             packed = pack_weighed(weights, moments, names, form)
     fallen = write_gguf(
         source, file, form, name=name, packed=packed, trust_remote_code=trust_remote_code
     )
-    if not fallen:
-        return []
-    return [
-        f"{len(fallen)} matrices, such as {fallen[0]}, are float16 in {file.name}: their rows do "
-        f"not divide into blocks of {form.block}"
-    ]
+    if fallen:
+        notes.append(
+            f"{len(fallen)} matrices, such as {fallen[0]}, are float16 in {file.name}: their rows "
+            f"do not divide into blocks of {form.block}"
+        )
+    return Written(form.kl_limit, notes)

@@ -9,6 +9,7 @@ q4_0 and q8_0 hold d·q with d in float16 and q a whole number of 4 or 8 bits, w
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -16,12 +17,13 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from stillhouse.export.gguf_file import GGUFFormat, Packed, kind_of
+from stillhouse.export.gguf_file import FORMATS, GGUFFormat, Packed, kind_of
 from stillhouse.quantize import Grid, Quantization, choose_scales, to_codes
 from stillhouse.quantize.moments import Moments
 
 BLOCK = 32
 BITS: dict[Kind, Literal[4, 8]] = {Kind.Q4_0: 4, Kind.Q8_0: 8}
+FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 
 
 def fitting_kind(grid: Grid, form: GGUFFormat) -> Kind | None:
@@ -29,6 +31,37 @@ def fitting_kind(grid: Grid, form: GGUFFormat) -> Kind | None:
     bits = BITS.get(form.kind)
     whole = not grid.floating and grid.group is not None and grid.group % BLOCK == 0
     return form.kind if whole and bits is not None and grid.bits <= bits else None
+
+
+def second_rounding(grid: Grid, kind: str) -> tuple[str, str] | None:
+    """Where `kind` has a grid of its own, which is not this one: a text, and what avoids it."""
+    form = FORMATS.get(kind)  # None: a k-quant
+    if form is not None and (form.kind in FLOATS or fitting_kind(grid, form) is not None):
+        return None
+    holding = [f"gguf-{name}" for name, form in FORMATS.items() if fitting_kind(grid, form)]
+    fix = f"{' or '.join(holding)} holds them as they are"
+    if grid.floating:
+        fix = "export safetensors, which holds them, or use quantize.kind: int8 with gguf-q8_0"
+    elif not holding:
+        fix = f"use quantize.group_size: {BLOCK} with gguf-q{grid.bits}_0, or export safetensors"
+    width = "" if grid.group is None else f" in groups of {grid.group}"
+    text = f"gguf-{kind} does not hold {grid.name}{width}: the numbers are rounded a second time"
+    return text, fix
+
+
+def for_kept(
+    weights: Mapping[str, Tensor], packed: Mapping[str, Packed], form: GGUFFormat
+) -> GGUFFormat:
+    """The format for what quantization has left alone: 16-bit floats, as its bytes are counted.
+
+    float16 has three more bits of mantissa than bfloat16, whose range is float32's.
+    """
+    largest = max(
+        (float(w.abs().max()) for name, w in weights.items() if w.ndim > 1 and name not in packed),
+        default=0.0,
+    )
+    kept = FORMATS["f16" if largest <= torch.finfo(torch.float16).max else "bf16"]
+    return replace(form, kind=kept.kind, embeddings=kept.kind, kl_limit=kept.kl_limit)
 
 
 def packed_blocks(weight_OI: Tensor, scales_OG: Tensor, grid: Grid, kind: Kind) -> Packed:

@@ -123,7 +123,26 @@ def add_pieces(writer: gguf.GGUFWriter, pieces: Pieces, tokenizer: Any, rows: in
     writer.add_token_list(tokens)
     writer.add_token_scores(scores)
     writer.add_token_types(kinds)
-    writer.add_add_space_prefix(pieces.prefix is not None)
+    writer.add_add_space_prefix(pieces.prefix is not None and not _for_chats(pieces, tokenizer))
+
+
+def _for_chats(pieces: Pieces, tokenizer: Any) -> bool:
+    """llama.cpp puts a space before every stretch of text between special tokens, or before none.
+
+    A tokenizer that puts one before the first stretch only puts none into a chat, which begins with
+    a special token; without a chat template, texts are read as they are.
+    """
+    return pieces.prefix == "first" and bool(tokenizer.chat_template)
+
+
+def pieces_otherwise_by_llama_cpp(pieces: Pieces, tokenizer: Any) -> str | None:
+    """Which texts llama.cpp cuts otherwise, in words; None: it cuts all alike."""
+    if not _for_chats(pieces, tokenizer):
+        return None
+    return (
+        "llama.cpp puts a space before every stretch of text or before none: the file is written "
+        "for chats, and a prompt without the chat template lacks the space before it"
+    )
 
 
 def _kind(index: int, token: str, tokenizer: Any, known: bool, added: Any) -> gguf.TokenType:

@@ -17,6 +17,7 @@ from stillhouse.export.gguf_sentencepiece import (
     Pieces,
     add_pieces,
     pieces_of,
+    pieces_otherwise_by_llama_cpp,
     pieces_otherwise_by_transformers,
 )
 
@@ -83,6 +84,12 @@ def cut_otherwise_by_transformers(tokenizer: Any, family: Family) -> str | None:
         "may become one token): use the file in llama.cpp, or with the checkpoint's own tokenizer; "
         "the prompts' tokens were not compared in transformers"
     )
+
+
+def cut_otherwise_by_llama_cpp(tokenizer: Any) -> str | None:
+    """Which texts llama.cpp cuts otherwise, in words; None: it cuts all alike."""
+    pieces = check_tokenizer(tokenizer)
+    return None if pieces is None else pieces_otherwise_by_llama_cpp(pieces, tokenizer)
 
 
 def _add_byte_level(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:

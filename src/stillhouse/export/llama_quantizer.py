@@ -6,6 +6,7 @@ Shapes: I inputs of a matrix.
 from __future__ import annotations
 
 import ctypes
+import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,8 +45,8 @@ def k_quantize(
     name: str,
     moments: Moments | None = None,
     trust_remote_code: bool = False,
-) -> list[str]:
-    """Writes `file` in a format of `K_QUANTS`; what the user should know of it.
+) -> None:
+    """Writes `file` in a format of `K_QUANTS`.
 
     moments: E[x²] of each matrix's inputs, by its Hugging Face name: a weight's rounding error then
     counts as much as its input. Raises ModelError: llama.cpp is missing, or refuses the model.
@@ -71,7 +72,6 @@ def k_quantize(
             where=source,
             fix="gguf-q4_0 and gguf-q8_0 need no llama.cpp",
         )
-    return []
 
 
 def importance_matrix(llama_cpp: Any, moments: Moments, names: Mapping[str, str]) -> Any:
@@ -113,15 +113,31 @@ def _only_errors(llama_cpp: Any) -> Iterator[list[str]]:
 
 
 def has_llama_cpp() -> bool:
-    return importlib.util.find_spec("llama_cpp") is not None
+    """Whether it is installed and its library loads."""
+    return llama_cpp_fault() is None
+
+
+def llama_cpp_fault() -> str | None:
+    """Why llama.cpp cannot be used, in words; None: it can."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        return "is not installed"
+    try:
+        importlib.import_module("llama_cpp")
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        # A library of another machine or C library; one without a function that is asked for.
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        return f"is installed and does not load ({first[0]})"
+    return None
 
 
 def require_llama_cpp() -> None:
     """Raises ModelError where llama-cpp-python is not installed, or does not load."""
-    if not has_llama_cpp():
+    fault = llama_cpp_fault()
+    if fault is not None:
         raise ModelError(
-            "k-quants are made by llama.cpp, which is not installed",
+            f"k-quants are made by llama.cpp, which {fault}",
             where="export.formats",
-            fix="pip install 'stillhouse[llama-cpp]' (it is compiled, which takes minutes), or use "
-            "gguf-q4_0 or gguf-q8_0, which need nothing",
+            fix="pip install 'stillhouse[llama-cpp]' (it is compiled, which takes minutes; a build "
+            "that does not load is made again by pip install --force-reinstall --no-deps "
+            "--no-cache-dir llama-cpp-python), or use gguf-q4_0 or gguf-q8_0, which need nothing",
         )

@@ -24,6 +24,9 @@ SAMPLING = {
     "repetition_penalty": "repeat_penalty",
 }
 """transformers' names of sampling settings, and Ollama's."""
+CONTEXT = 8192
+"""Tokens at the most: Ollama keeps room for all of them, and the 40,960 of Qwen 3 0.6B are 4.7 GB
+of keys and values."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,12 @@ def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     config = load_config(model, trust_remote_code=trust_remote_code).get_text_config()
     lines = [f"FROM ./{gguf_name}"]
+    own = _generation_config(model)
     stops = [tokenizer.eos_token] if tokenizer.eos_token else []
+    ends = own.get("eos_token_id")
+    for index in ends if isinstance(ends, list) else [ends]:
+        token = None if index is None else tokenizer.convert_ids_to_tokens(index)
+        stops += [token] if token else []
     form = chat_format(tokenizer)
     if form is None:
         lines.append("# The chat template is none that is known: Ollama reads it from the file.")
@@ -112,14 +120,17 @@ def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -
         if system:
             lines.append(f'SYSTEM """{system}"""')
     lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops)]
-    lines.append(f"PARAMETER num_ctx {config.max_position_embeddings}")
-    lines += [f"PARAMETER {key} {value}" for key, value in _sampling(model).items()]
+    lines.append(f"PARAMETER num_ctx {min(config.max_position_embeddings, CONTEXT)}")
+    lines += [
+        f"PARAMETER {theirs} {own[ours]}"
+        for ours, theirs in SAMPLING.items()
+        if own.get(ours) is not None
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _sampling(model: Path) -> dict[str, Any]:
-    """What the model's generation config says about sampling, under Ollama's names."""
+def _generation_config(model: Path) -> dict[str, Any]:
+    """What of it is not transformers' default."""
     if not (model / "generation_config.json").is_file():
         return {}
-    own = GenerationConfig.from_pretrained(model, local_files_only=True).to_diff_dict()
-    return {theirs: own[ours] for ours, theirs in SAMPLING.items() if own.get(ours) is not None}
+    return dict(GenerationConfig.from_pretrained(model, local_files_only=True).to_diff_dict())

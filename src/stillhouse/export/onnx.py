@@ -32,6 +32,8 @@ KL_LIMITS = {"onnx": 1e-5, "onnx-int8": 0.1}
 of products rounded to 8 bits."""
 MODULES = ("onnx", "onnxscript", "onnxruntime")
 INPUTS = ("input_ids", "attention_mask")
+LARGEST = 2**31
+"""Bytes of an ONNX file, one protobuf message; its numbers are float32 before they are rounded."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def export_onnx(
     Raises ModelError: a package is missing, a model that cannot be exported, a file that does not
     run or that differs by more than is allowed.
     """
-    require_onnx()
+    require_onnx(sum(parameter.numel() for parameter in model.parameters()))
     out.mkdir(parents=True, exist_ok=True)
     file = out / FILE
     _write(model, read, file, source)
@@ -94,14 +96,22 @@ def export_onnx(
     return _compare(form, file, logits_NC, expected_NC, seconds, kl_limit, source)
 
 
-def require_onnx() -> None:
-    """Raises ModelError where a package that it takes is not installed."""
+def require_onnx(parameters: int) -> None:
+    """Raises ModelError where a package that it takes is not installed, or where a model of so many
+    parameters is too large for the file."""
     missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(
             f"an ONNX file takes {', '.join(missing)}, which is not installed",
             where="export.formats",
             fix="pip install 'stillhouse[onnx]', or export safetensors alone",
+        )
+    if parameters * 4 > LARGEST:
+        raise ModelError(
+            f"{parameters:,} parameters in float32 are more than the 2 GiB of an ONNX file",
+            where="export.formats",
+            fix=f"use a student of at most {LARGEST // 4:,} parameters (student), or export "
+            "safetensors alone",
         )
 
 

@@ -28,6 +28,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROWS = 512
 """The most supervised rows of one window that are compared: bounds the logits held at once."""
+SURE = 1.0
+"""Nats by which a model's likeliest token is ahead of every other one where the model is sure."""
+ROLES = ("eos", "bos", "pad")
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+GREEDY |= dict.fromkeys(("temperature", "top_p", "top_k"))
 SPEED_PROMPT, SPEED_TOKENS, SPEED_ROUNDS = 8, 12, 3
 """Tokens read, tokens written and timed, and how often; runtimes take turns."""
 
@@ -48,23 +53,25 @@ def main(folder: Path) -> None:
         request["source"], dtype=torch.float32, **options
     ).to(device)
     source_tokenizer = AutoTokenizer.from_pretrained(request["source"], **options)
+    prompts, new, same = request["prompts"], request["max_new_tokens"], request["same_tokens"]
     runtimes: dict[str, Answers] = {"source": partial(logits_of, source_model)}
     steps: dict[str, Step] = {"source": stepping(source_model)}
     problems: list[str] = []
     if request["transformers"]:
         model, info, tokenizer = _load(exported, options)
         model = model.to(device)
-        prompts = request["prompts"] if request["same_tokens"] else []
         problems += _problems(model, info, exported)
-        problems += _tokenizer_problems(source_tokenizer, tokenizer, prompts)
+        problems += _tokenizer_problems(source_tokenizer, tokenizer, prompts if same else [])
         runtimes["exported"] = partial(logits_of, model)
-        write: Callable[[str, int], str] = partial(_greedy, model, tokenizer)
+        write: Callable[[str, int], str] = partial(_text, model, tokenizer)
     if request["llama_cpp"]:
-        llama = LlamaCpp.load(exported, windows)
+        lengths = [len(prompt_ids(source_tokenizer, prompt)) + new for prompt in prompts]
+        lengths += [int(window["position_ids"].max()) + 1 for window in windows.values()]
+        llama = LlamaCpp.open(exported, max(512, *lengths))
         # Where transformers does not read the file, llama.cpp alone answers for it.
         runtimes["llama.cpp" if "exported" in runtimes else "exported"] = llama.logits_of
         steps["exported"], write = llama.step, llama.greedy
-        problems += _cut_otherwise(source_tokenizer, llama.tokens, request["prompts"])
+        problems += llama.problems(source_tokenizer, prompts, plain=request["plain_prompts"])
     elif not exported.is_file():
         # A GGUF file's own speed is not that of its numbers as float32 in transformers.
         steps["exported"] = stepping(model)
@@ -75,15 +82,12 @@ def main(folder: Path) -> None:
     if not answer["problems"]:
         answer["tokens"], answer["pairs"] = _compare(runtimes, windows)
         answer["decode_tokens_per_s"] = _speeds(steps, next(iter(windows.values()))["input_ids"])
-        new = request["max_new_tokens"]
-        answer["texts"] = [
-            {
-                "prompt": prompt,
-                "source": _greedy(source_model, source_tokenizer, prompt, new),
-                "exported": write(prompt, new),
-            }
-            for prompt in request["prompts"]
-        ]
+        answer["texts"] = []
+        for prompt in prompts:
+            text, sure = _greedy(source_model, source_tokenizer, prompt, new)
+            told = {"prompt": prompt, "source": text, "exported": write(prompt, new)}
+            # A tokenizer that is known to cut prompts otherwise makes no text to compare.
+            answer["texts"].append({**told, "sure": sure if same or request["llama_cpp"] else ""})
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
 
@@ -130,13 +134,17 @@ def _parameter(stored: str) -> str:
 
 
 def _tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[str]:
-    """Tokens with other ids, and prompts that are cut otherwise."""
+    """Tokens with other ids, special ones of another role, and prompts that are cut otherwise."""
     theirs = exported.get_vocab()
     moved = [token for token, index in source.get_vocab().items() if theirs.get(token) != index]
     problems = [f"tokens with other ids: {', '.join(sorted(moved)[:4])}"] if moved else []
     if _template(source) != _template(exported):
         problems.append("another chat template")
-    return problems + _cut_otherwise(source, lambda text: exported(text)["input_ids"], prompts)
+    problems += _other_roles(
+        source, {role: getattr(exported, f"{role}_token_id") for role in ROLES}
+    )
+    read = partial(prompt_ids, exported)
+    return problems + _cut_otherwise(source, lambda t: exported(t)["input_ids"], read, prompts)
 
 
 def _template(tokenizer: Any) -> str | None:
@@ -145,14 +153,37 @@ def _template(tokenizer: Any) -> str | None:
     return template.get("default") if isinstance(template, dict) else template
 
 
-def _cut_otherwise(
-    source: Any, tokens: Callable[[str], list[int]], prompts: list[str]
-) -> list[str]:
+def _other_roles(source: Any, found: dict[str, int | None]) -> list[str]:
+    """Loaders have defaults of their own for the roles that the source does not fill."""
+    ids = {role: getattr(source, f"{role}_token_id") for role in found}
     return [
-        f"tokenized otherwise: {prompt[:40]!r}"
-        for prompt in prompts
-        if source(prompt)["input_ids"] != tokens(prompt)
+        f"another {role} token: {found[role]} in place of {index}"
+        for role, index in ids.items()
+        if index is not None and found[role] != index
     ]
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """A prompt as a model reads it: through the chat template, where there is one."""
+    if not _template(tokenizer):
+        return list(tokenizer(prompt)["input_ids"])
+    chat = [{"role": "user", "content": prompt}]
+    told = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    return list(told["input_ids"])
+
+
+Cut = Callable[[str], list[int]]
+
+
+def _cut_otherwise(source: Any, plain: Cut, read: Cut, prompts: list[str]) -> list[str]:
+    """plain, read: the export's ids of a text alone, and as `prompt_ids` gives them."""
+    problems = []
+    for prompt in prompts:
+        if source(prompt)["input_ids"] != plain(prompt):
+            problems.append(f"tokenized otherwise: {prompt[:40]!r}")
+        elif prompt_ids(source, prompt) != read(prompt):
+            problems.append(f"written otherwise through the chat template: {prompt[:40]!r}")
+    return problems
 
 
 # --- how near -------------------------------------------------------------------------------------
@@ -160,31 +191,47 @@ def _cut_otherwise(
 
 @dataclass
 class Pair:
-    """kl: sum of KL(first ‖ second) in nats. same: tokens with the same likeliest one."""
+    """kl: sum of KL(first ‖ second) in nats. same: tokens with the same likeliest one. sure: tokens
+    of which the first is sure; moved: those of them of which the second has another likeliest."""
 
     kl: float = 0.0
     same: int = 0
+    sure: int = 0
+    moved: int = 0
 
     def add(self, p_NV: torch.Tensor, q_NV: torch.Tensor) -> None:
         # A teacher's rows past the shared vocabulary are padding.
         shared = min(p_NV.shape[1], q_NV.shape[1])
         p_NV, q_NV = p_NV[:, :shared].cpu(), q_NV[:, :shared].cpu()
-        self.same += int((p_NV.argmax(-1) == q_NV.argmax(-1)).sum())
+        same_N = p_NV.argmax(-1) == q_NV.argmax(-1)
+        best_N2 = p_NV.topk(2).values
+        sure_N = best_N2[:, 0] - best_N2[:, 1] >= SURE
+        self.same += int(same_N.sum())
+        self.sure += int(sure_N.sum())
+        self.moved += int((sure_N & ~same_N).sum())
         for p, q in zip(p_NV.split(64), q_NV.split(64), strict=True):
             log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
             self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+
+    def told(self, tokens: int) -> dict[str, float]:
+        """Of so many tokens: mean KL and top-1 agreement; of how many the first is sure."""
+        mean = {"kl": self.kl / tokens, "top1_agreement": self.same / tokens}
+        return {**mean, "sure": self.sure, "moved": self.moved}
 
 
 @torch.inference_mode()
 def _compare(
     runtimes: dict[str, Answers], windows: dict[str, Window]
 ) -> tuple[int, dict[str, dict[str, float]]]:
-    """Supervised tokens, and of each pair "first ‖ second" the mean KL in nats and top-1 agreement.
+    """Supervised tokens, and of each pair "first ‖ second" what `Pair` tells.
 
-    The source against its exports, and the teacher, where it is there, against source and export.
+    The source against its exports, the export against llama.cpp, which reads the same file, and the
+    teacher, where it is there, against source and export.
     """
     others = [name for name in runtimes if name not in ("source", "teacher")]
     pairs = {("source", name): Pair() for name in others}
+    if "llama.cpp" in runtimes:
+        pairs["exported", "llama.cpp"] = Pair()
     if "teacher" in runtimes:
         pairs |= {("teacher", name): Pair() for name in ("source", "exported")}
     tokens = 0
@@ -194,10 +241,7 @@ def _compare(
         for (first, second), pair in pairs.items():
             pair.add(logits[first], logits[second])
         tokens += len(rows_N)
-    return tokens, {
-        " ‖ ".join(names): {"kl": pair.kl / tokens, "top1_agreement": pair.same / tokens}
-        for names, pair in pairs.items()
-    }
+    return tokens, {" ‖ ".join(names): pair.told(tokens) for names, pair in pairs.items()}
 
 
 def rows_of(labels_L: torch.Tensor) -> torch.Tensor:
@@ -258,29 +302,37 @@ def stepping(model: Any) -> Step:
 
 
 @torch.inference_mode()
-def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    if _template(tokenizer):
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    inputs = inputs.to(model.device)
-    output_1L = model.generate(
-        **inputs,
-        do_sample=False,
-        num_beams=1,
-        temperature=None,
-        top_p=None,
-        top_k=None,
+def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tuple[str, str]:
+    """What the model writes, and what of it comes before the first token that it is not sure of.
+
+    Sampling settings of the model's own, which not every format holds, do not count.
+    """
+    ids_1L = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
+    output = model.generate(
+        input_ids=ids_1L,
+        attention_mask=torch.ones_like(ids_1L),
+        **GREEDY,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
-    text = tokenizer.decode(output_1L[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return str(text)
+    ids = output.sequences[0, ids_1L.shape[1] :].tolist()
+    sure = 0
+    for index, logits_1V in zip(ids, output.logits, strict=True):
+        others_V = logits_1V[0].clone()
+        others_V[index] = -torch.inf
+        # Where a text ends is the runtime's own affair: it may know more tokens that end one.
+        if logits_1V[0, index] - others_V.max() < SURE or index in tokenizer.added_tokens_decoder:
+            break
+        sure += 1
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    whole, part = tokenizer.decode(ids, **options), tokenizer.decode(ids[:sure], **options)
+    return str(whole), str(part).rstrip("\N{REPLACEMENT CHARACTER}")  # half a character
+
+
+def _text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
+    return _greedy(model, tokenizer, prompt, max_new_tokens)[0]
 
 
 # --- llama.cpp ------------------------------------------------------------------------------------
@@ -291,11 +343,6 @@ class LlamaCpp:
     """A GGUF file in llama.cpp, asked as the others are."""
 
     llama: Any
-
-    @classmethod
-    def load(cls, file: Path, windows: dict[str, Window]) -> LlamaCpp:
-        longest = max(int(window["position_ids"].max()) for window in windows.values()) + 1
-        return cls.open(file, max(512, longest))
 
     @classmethod
     def open(cls, file: Path, context: int = 512) -> LlamaCpp:
@@ -332,6 +379,32 @@ class LlamaCpp:
     def tokens(self, text: str) -> list[int]:
         """As the runtime cuts a prompt, special tokens understood."""
         return list(self.llama.tokenize(text.encode(), special=True))
+
+    def chat_tokens(self, prompt: str) -> list[int]:
+        """A prompt through the chat template in the file, where it has one."""
+        from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+        known = self.llama.metadata
+        if "tokenizer.chat_template" not in known:
+            return self.tokens(prompt)
+        words = {}
+        for role in ("eos", "bos"):
+            index = known.get(f"tokenizer.ggml.{role}_token_id")
+            token = b"" if index is None else self.llama.detokenize([int(index)], special=True)
+            words[f"{role}_token"] = token.decode()
+        write = Jinja2ChatFormatter(template=known["tokenizer.chat_template"], **words)
+        written = write(messages=[{"role": "user", "content": prompt}]).prompt
+        return list(self.llama.tokenize(written.encode(), add_bos=False, special=True))
+
+    def problems(self, source: Any, prompts: list[str], *, plain: bool) -> list[str]:
+        """How it cuts and writes what is asked otherwise than the source's tokenizer, in words.
+
+        plain: without the chat template too.
+        """
+        found = _other_roles(source, {"eos": self.llama.token_eos(), "bos": self.llama.token_bos()})
+        tokens = self.tokens if plain else lambda text: source(text)["input_ids"]
+        found += _cut_otherwise(source, tokens, self.chat_tokens, prompts)
+        return [f"in llama.cpp, {problem}" for problem in found]
 
     def greedy(self, prompt: str, max_new_tokens: int) -> str:
         """Through the chat template in the file, where it has one."""

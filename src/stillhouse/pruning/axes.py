@@ -128,6 +128,14 @@ from the new layer numbers), they would silently change which layers use RoPE or
 def axes_of(config: Any) -> Axes:
     """The axes of a model's configuration; ModelError names the architectures that have any."""
     axes = ARCHITECTURES.get(config.model_type)
+    if axes is None and getattr(config, "text_config", None) is not None:
+        raise ModelError(
+            f"models of type {config.model_type!r} read more than text, and cannot be pruned whole",
+            where="student.start",
+            fix=f"save the text model inside ({config.text_config.model_type}) as a checkpoint of "
+            "its own and name that one: load this one with transformers and copy the weights of "
+            "its language model into AutoModelForCausalLM.from_config(config.text_config)",
+        )
     if axes is None:
         raise ModelError(
             f"models of type {config.model_type!r} cannot be pruned",

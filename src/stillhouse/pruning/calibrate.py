@@ -36,6 +36,20 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Some:
+    """A few windows of a set."""
+
+    windows: WindowSet
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
+        return self.windows[self.numbers[index]]
+
+
+@dataclass(frozen=True)
 class LayerInputs:
     """What the model gives its layers for one batch: the embedded tokens and each one's extras."""
 
@@ -63,15 +77,23 @@ def calibration_batches(
             fix="add sources, or lower heldout_tokens",
         )
     length = len(windows[0]["input_ids"])
-    count = min(len(windows), -(-tokens // length))
-    # Not torch's generator with this seed: training would meet the same windows first.
-    order = random.Random(f"calibration {seed}").sample(range(len(windows)), len(windows))
-    chosen = sorted(order[:count])
+    chosen = sorted(_in_order(windows, seed)[: -(-tokens // length)])
     at_once = max(1, together // length)
     return [
         _batch([windows[index] for index in chosen[start : start + at_once]], device)
-        for start in range(0, count, at_once)
+        for start in range(0, len(chosen), at_once)
     ]
+
+
+def unseen(windows: WindowSet, tokens: int, seed: int) -> Some:
+    """The windows that are in no calibration batch of so many tokens."""
+    length = len(windows[0]["input_ids"])
+    return Some(windows, _in_order(windows, seed)[-(-tokens // length) :])
+
+
+def _in_order(windows: WindowSet, seed: int) -> list[int]:
+    # Not torch's generator with this seed: training would meet the same windows first.
+    return random.Random(f"calibration {seed}").sample(range(len(windows)), len(windows))
 
 
 def _batch(rows: Sequence[dict[str, Tensor]], device: torch.device | str) -> Batch:

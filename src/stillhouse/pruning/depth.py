@@ -20,8 +20,8 @@ from stillhouse.signals.head import head_logits
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.views import decoder_layers
 
-CHUNK = 512
-"""Rows of logits that are held at once."""
+CHUNK_LOGITS = 1 << 24
+"""Logits that are held at once, of one model: 64 MiB, whatever the vocabulary."""
 
 HELD = 8
 """Layers whose trials are judged together, against logits of the full model computed once. Their
@@ -185,18 +185,23 @@ class _Scorer:
         return rows_ND
 
 
+def chunks(head: LMHead, rows: int) -> list[slice]:
+    """As many rows at a time as have CHUNK_LOGITS."""
+    size = max(1, CHUNK_LOGITS // len(head.weight_VD))
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
 def summed_kl(
     head: LMHead, full_ND: Tensor, others: Sequence[Tensor], other_head: LMHead | None = None
 ) -> list[float]:
     """Σ KL(softmax of full ‖ softmax of other) over rows, in nats, for each of `others` [N, D].
 
-    CHUNK rows at a time; the full model's distribution is computed once for all. `other_head` is
+    A few rows at a time; the full model's distribution is computed once for all. `other_head` is
     the others' head where it is not the full model's.
     """
     other_head = head if other_head is None else other_head
     totals = [0.0] * len(others)
-    for start in range(0, len(full_ND), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    for chunk in chunks(head, len(full_ND)):
         full_nV = head_logits(head, full_ND[chunk]).float().log_softmax(-1)
         probability_nV = full_nV.exp()
         for place, other_ND in enumerate(others):

@@ -1,7 +1,7 @@
 """Whether the calibration text is of the domain that the student will be measured on.
 
 A model that is pruned on one kind of text keeps what that kind needs. The full model's perplexity
-tells the two kinds apart, and the pruned model's KL on the held-out text tells what it cost.
+tells the two kinds apart, and so does the pruned model's KL, on text of either that it did not see.
 
 Shapes: R windows of a batch, L tokens, N counted rows, D hidden width.
 """
@@ -18,14 +18,15 @@ from torch import Tensor
 
 from stillhouse.data import WindowSet
 from stillhouse.pruning.calibrate import Batch, calibration_batches, products
-from stillhouse.pruning.depth import CHUNK, summed_kl
+from stillhouse.pruning.depth import chunks, summed_kl
 from stillhouse.signals import LMHead
 from stillhouse.signals.head import head_logits
 from stillhouse.teachers.backbone import hidden_states, lm_head
 
 TOKENS = 2048
 FOREIGN = 2.0
-"""Times that the full model's perplexity on one text is that on the other, to be called foreign."""
+"""Times that the full model's perplexity on one text is that on the other, or the pruned model's KL
+on the held-out text that on text like the calibration text, to be called foreign."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,26 @@ class Reading:
 
 @dataclass(frozen=True)
 class Domain:
-    """The full model's perplexities; heldout_kl: KL(full ‖ pruned) in nats a token, or None."""
+    """The full model's perplexities; heldout_kl: KL(full ‖ pruned) in nats a token, or None;
+    unseen_kl: on training text that was not calibrated on, None where there is none."""
 
     calibration_perplexity: float
     heldout_perplexity: float
     heldout_kl: float | None
+    unseen_kl: float | None = None
 
     def warning(self) -> str | None:
         """What to say where calibration and held-out text are of different domains."""
         both = (self.calibration_perplexity, self.heldout_perplexity)
+        kl, own = self.heldout_kl, self.unseen_kl
         if max(both) < FOREIGN * min(both):
-            return None
-        kl = self.heldout_kl
+            if kl is None or own is None or kl < FOREIGN * own:
+                return None
+            return (
+                f"the cut costs KL {own:.3f} on text like the calibration text that it did not "
+                f"see, and {kl:.3f} on the held-out text: that seems to be of another domain. Add "
+                "training text of that domain"
+            )
         cost = "" if kl is None else f"; on the latter the cut costs KL {kl:.3f}"
         return (
             "the calibration text is of another domain than the held-out text: the teacher's "
@@ -91,8 +100,7 @@ def kl_on(known: Reading, model: Any, dtype: torch.dtype) -> float:
 
 def _cross_entropy(head: LMHead, rows_ND: Tensor, targets_N: Tensor) -> float:
     total = 0.0
-    for start in range(0, len(rows_ND), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    for chunk in chunks(head, len(rows_ND)):
         logits_nV = head_logits(head, rows_ND[chunk]).float().log_softmax(-1)
         total -= logits_nV.gather(1, targets_N[chunk, None]).sum().item()
     return total

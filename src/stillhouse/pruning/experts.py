@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.pruning.axes import Axes, part
-from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove
+from stillhouse.pruning.ffn import (
+    Moments,
+    Ranking,
+    activation_scores,
+    best,
+    refit_and_remove,
+    refit_to,
+)
 from stillhouse.pruning.surgery import set_parameter
 
 
@@ -61,25 +68,27 @@ def narrow_experts(
     weights: list[Tensor],
     keep: int,
     reconstruct: bool,
+    ranking: Ranking,
 ) -> None:
     """Cuts every expert to `keep` neurons by the rows that go to it, each refit to its own output.
 
-    As for a plain FFN (see ffn.py), rows also weighted by the router.
+    As for a plain FFN (see ffn.py), rows also weighted by the router. No ranking by gradients.
     """
+    mean = ranking.aggregation == "mean"
     mixture = _Mixture(layer, axes)
     experts, hidden, width = mixture.down_EDF.shape
     gate_ups, downs = [], []
     for expert in range(experts):
         down_DF = mixture.down_EDF[expert]
-        moments = Moments.zeros(width, hidden, down_DF.device)
+        moments = Moments.zeros(width, hidden, down_DF.device, absolute=mean)
         for mid_ND, weight_N in zip(mids, weights, strict=True):
             rows_n, activations_nF, share_n = mixture.routed(mid_ND, expert)
             moments.add(activations_nF, None, share_n * weight_N[rows_n])
-        if reconstruct:
+        if reconstruct and ranking.by == "refit":
             kept_K, down_DK = refit_and_remove(down_DF, moments, keep)
         else:
             kept_K = best(activation_scores(moments, down_DF), keep)
-            down_DK = down_DF[:, kept_K]
+            down_DK = refit_to(down_DF, moments, kept_K) if reconstruct else down_DF[:, kept_K]
         downs.append(down_DK)
         gate_ups.append(mixture.gate_up_EOD[expert][torch.cat([kept_K, kept_K + width])])
     set_parameter(mixture.experts, mixture.names.gate_up, torch.stack(gate_ups))

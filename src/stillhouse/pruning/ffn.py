@@ -16,9 +16,12 @@ Shapes: N rows, F neurons, K kept ones, Q removed ones, D hidden width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from stillhouse.pruning.gradients import Fisher
 
 RIDGE = 1e-3
 """λ: share of the mean activation energy that is added to the diagonal."""
@@ -28,6 +31,18 @@ GROUPS_PER_WIDTH = 48
 faster, and lose pairs of neurons that could have stood in for each other."""
 
 SYMMETRIC_BLOCKS = 4
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """by: refit (what the loss costs after the best refit of the rest), activations, gradients.
+
+    aggregation: of activations over rows, where they decide. fisher: where gradients do.
+    """
+
+    by: Literal["refit", "activations", "gradients"] = "refit"
+    aggregation: Literal["l2", "mean"] = "l2"
+    fisher: Fisher | None = None
 
 
 @dataclass

@@ -33,6 +33,9 @@ from stillhouse.pruning.surgery import set_parameter, set_weight
 CORRECTION = 1.0
 """μ: share of the guess of the removed channels that the readers are given."""
 
+BLOCK = 4096
+"""Rows of a weight that are worked on at once: a large vocabulary's head is as wide as a layer."""
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -62,13 +65,27 @@ class StreamMoments:
     C_DD: Tensor
     G_DD: Tensor
 
-    def add(self, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        """Rows y [N, D] of one norm, and the readers' weights [O, D] with the gain folded in."""
+    def add(self, rows: Sequence[Tensor], grams: Sequence[Tensor]) -> None:
+        """Rows y [N, D] of one norm, and WᵀW [D, D] of its readers, with the gain folded in."""
         C_DD = sum((y_ND.T @ y_ND for y_ND in rows), torch.zeros_like(self.C_DD))
         self.C_DD += C_DD
-        for W_OD in weights:
-            G_DD = W_OD.T @ W_OD
+        for G_DD in grams:
             self.G_DD += G_DD / (G_DD * C_DD).sum().clamp_min(1e-12)
+
+
+def gram(weight_OD: Tensor, less_D: Tensor | float = 0.0) -> Tensor:
+    """WᵀW [D, D] of the rows of a weight, each less `less_D`."""
+    hidden = weight_OD.shape[1]
+    G_DD = torch.zeros(hidden, hidden, device=weight_OD.device)
+    for rows_OD in weight_OD.split(BLOCK):
+        less_OD = rows_OD - less_D
+        G_DD.addmm_(less_OD.T, less_OD)
+    return G_DD
+
+
+def head_gram(weight_VD: Tensor) -> Tensor:
+    """Of the head's weight less its mean row, which the softmax does not see."""
+    return gram(weight_VD, weight_VD.mean(0))
 
 
 def best_channels(
@@ -126,14 +143,14 @@ def ffn_readers(layer: nn.Module, axes: Axes) -> list[tuple[Any, str]]:
     return [(router, "weight"), (part(layer, f"{axes.ffn}.{names.experts}"), names.gate_up)]
 
 
-def measure_stream(streams: Streams, kept_layers: Sequence[int], centered: Tensor) -> StreamMoments:
+def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor) -> StreamMoments:
     """Moments of the full model's stream at every norm of the layers that stay, and the last one.
 
-    `centered`: the head's weight [V, D] less its mean row, which the softmax does not see.
+    head_DD: see `head_gram`.
     """
     axes, norm = streams.axes, streams.model.base_model.norm
-    hidden = centered.shape[1]
-    zeros = torch.zeros(hidden, hidden, device=centered.device)
+    hidden = len(head_DD)
+    zeros = torch.zeros_like(head_DD)
     moments = StreamMoments(zeros, zeros.clone())
     stream = streams.start()
     for index, layer in enumerate(streams.layers):
@@ -147,14 +164,20 @@ def measure_stream(streams: Streams, kept_layers: Sequence[int], centered: Tenso
                 moments.add(
                     [unit_rows(read_norm, x_ND) for x_ND in streams.rows(values)],
                     [
-                        getattr(module, weight).reshape(-1, hidden) * gain(read_norm, axes)
+                        _scaled(gram(getattr(module, weight).reshape(-1, hidden)), read_norm, axes)
                         for module, weight in readers
                     ],
                 )
         stream = streams.after_ffn(layer, mids)
     last = [unit_rows(norm, x_ND) for x_ND in streams.rows(stream)]
-    moments.add(last, [centered * gain(norm, axes)])
+    moments.add(last, [_scaled(head_DD, norm, axes)])
     return moments
+
+
+def _scaled(G_DD: Tensor, norm: Any, axes: Axes) -> Tensor:
+    """WᵀW with the norm's gain folded into W."""
+    gain_D = gain(norm, axes)
+    return gain_D[:, None] * G_DD * gain_D
 
 
 @dataclass(frozen=True)
@@ -205,9 +228,11 @@ def narrow_reader(
             narrow = weight[..., basis.kept_H]
         else:
             A_DH = found.scale * basis.matrix_DH if found.A_DH is None else found.A_DH
-            narrow = (weight * old_D) @ A_DH
-            # A gain of zero passes nothing, whatever the weight behind it.
-            narrow = torch.where(new_H == 0, 0.0, narrow / new_H)
+            narrow = weight.new_empty(*weight.shape[:-1], len(new_H))
+            for rows, into in zip(weight.split(BLOCK), narrow.split(BLOCK), strict=True):
+                read = (rows * old_D) @ A_DH
+                # A gain of zero passes nothing, whatever the weight behind it.
+                into.copy_(torch.where(new_H == 0, 0.0, read / new_H))
         set_parameter(module, name, narrow)
         if isinstance(module, nn.Linear):
             module.in_features = narrow.shape[-1]
@@ -247,11 +272,11 @@ def narrow_output_norm(
     set_parameter(norm, "weight", scale * gain(norm, axes)[basis.kept_H] - axes.norm_offset)
 
 
-def narrow_ends(model: Any, axes: Axes, basis: Basis, found: Guess, centered: Tensor) -> None:
+def narrow_ends(model: Any, axes: Axes, basis: Basis, found: Guess, head_DD: Tensor) -> None:
     """Cuts the embeddings, the last norm and the head. A rotation unties the head.
 
     A tied head cannot be refit alone, so the last norm's gain is: the d that brings the logits
-    (less their mean) nearest, (Gₖₖ ∘ ZᵀZ) d = diag(Gₖ diag(g) YᵀZ), with G of `centered`.
+    (less their mean) nearest, (Gₖₖ ∘ ZᵀZ) d = diag(Gₖ diag(g) YᵀZ), with G of `head_gram`.
     """
     embedding, head, norm = (
         model.get_input_embeddings(),
@@ -266,7 +291,7 @@ def narrow_ends(model: Any, axes: Axes, basis: Basis, found: Guess, centered: Te
         old_D, kept_H = gain(norm, axes), basis.kept_H
         new_H = found.scale * old_D[kept_H]
         if found.A_DH is not None:
-            new_H = _best_gain(centered, old_D, kept_H, found, new_H)
+            new_H = _best_gain(head_DD, old_D, kept_H, found, new_H)
         set_parameter(norm, "weight", new_H / stretch - axes.norm_offset)
         set_weight(head, basis.project(head.weight) * stretch)
         embedding.weight = head.weight
@@ -283,9 +308,9 @@ def narrow_ends(model: Any, axes: Axes, basis: Basis, found: Guess, centered: Te
 
 
 def _best_gain(
-    centered: Tensor, old_D: Tensor, kept_H: Tensor, found: Guess, start_H: Tensor
+    head_DD: Tensor, old_D: Tensor, kept_H: Tensor, found: Guess, start_H: Tensor
 ) -> Tensor:
-    G_HD = centered[:, kept_H].T @ centered
+    G_HD = head_DD[kept_H]
     system_HH = G_HD[:, kept_H] * found.ZZ_HH
     wanted_H = ((G_HD * old_D) * found.YZ_DH.T).sum(1)
     unit = system_HH.diagonal().mean().clamp_min(1e-12)

@@ -2,7 +2,7 @@
 
 A safetensors file is mapped, so its pages come into memory when a layer is used. Here they are let
 go again behind it, and a layer that was cut is written to a file and mapped in its turn. What is in
-memory at a time is then a layer or two, the ends of the model, and the calibration rows.
+memory at a time is then a layer or two, or an end of the model, and the calibration rows.
 
 This is for CPUs and Linux; elsewhere, and for models below LARGE_BYTES, nothing is done.
 """
@@ -45,7 +45,8 @@ def is_large(model: Any) -> bool:
 
 def load_on_disk(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The model in float32. A large one stays in its files; stored in another number type, each
-    layer is converted in a file of its own, which takes its float32 size in the temporary folder.
+    layer and each of its ends is converted in a file of its own, which takes its float32 size in
+    the temporary folder.
 
     Raises ModelError as `load_model` does.
     """
@@ -56,8 +57,13 @@ def load_on_disk(path: Path, *, trust_remote_code: bool = False) -> Any:
     model = load_model(path, dtype=stored, trust_remote_code=trust_remote_code)
     if not is_large(model):
         return model.float()
-    for layer in decoder_layers(model):
-        move_to_disk(layer)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    # One after the other: a large vocabulary's embeddings are as large as some layers.
+    for module in (*decoder_layers(model), embedding, *([] if tied else [head])):
+        move_to_disk(module)
+    if tied:
+        head.weight = embedding.weight
     model.float()
     model.config.dtype = torch.float32
     return model
@@ -109,6 +115,12 @@ def let_go(ranges: list[Range]) -> None:
             libc.madvise(first, last - first, _MADV_DONTNEED)
 
 
+def let_go_of_ends(model: Any) -> None:
+    """Takes the embeddings and the head out of memory."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        let_go(mapped_ranges(module))
+
+
 def _leave(layer: nn.Module) -> None:
     """Lets go of a layer that has run, and of what its activations took."""
     let_go(mapped_ranges(layer))
@@ -127,7 +139,8 @@ def _trim() -> None:
 
 @contextmanager
 def let_go_after_use(model: Any) -> Iterator[None]:
-    """While the block lasts, each layer of a large model leaves memory as soon as it has run."""
+    """While the block lasts, each layer of a large model leaves memory as soon as it has run; its
+    ends do after it."""
     if not is_large(model):
         yield
         return
@@ -140,6 +153,7 @@ def let_go_after_use(model: Any) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        let_go_of_ends(model)
 
 
 def save_model(model: Any, folder: Path) -> None:

@@ -14,6 +14,7 @@ from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of, check_parameters
 from stillhouse.pruning.calibrate import calibration_batches, products
 from stillhouse.pruning.depth import DepthChoice, choose_layers, layer_scores
+from stillhouse.pruning.ffn import Ranking
 from stillhouse.pruning.gradients import BATCH_TOKENS as GRADIENT_TOKENS
 from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
 from stillhouse.pruning.mapped import let_go_after_use
@@ -27,7 +28,7 @@ from stillhouse.pruning.sizes import (
     sizes_of,
 )
 from stillhouse.pruning.surgery import check_tokens, keep_layers, keep_tokens, own_config
-from stillhouse.pruning.width import Passage, Ranking, cut_width
+from stillhouse.pruning.width import Passage, cut_width
 from stillhouse.recipe.pruning import PruningMethod
 
 DEPTH_TOKENS = 2048
@@ -155,6 +156,8 @@ def prune_model(
             if shared is not None:
                 shared.depth = known
         choice = known
+        if reconstruct and (axes.ffn_output_norm is not None or axes.experts is not None):
+            notes.append(_not_made_up_for(model.config))
     kl = choice.dropped[-1][1] if choice.dropped else None
     narrower = replace(after, layers=before.layers, vocabulary=before.vocabulary) != before
     gains: tuple[float, ...] = ()
@@ -171,7 +174,9 @@ def prune_model(
             reconstruct=reconstruct and (narrower or bool(choice.dropped)),
             dtype=dtype,
             local_tokens=local_tokens,
-            ranking=_ranking(model, windows, before, after, method, seed, dtype, touched),
+            ranking=_ranking(
+                model, windows, before, after, method, seed, dtype, touched and not rotated
+            ),
             passages=None if shared is None else shared.passages,
         )
         kl, gains = damage.kl, damage.local_gains
@@ -224,10 +229,16 @@ def _ranking(
     method: PruningMethod,
     seed: int,
     dtype: torch.dtype,
-    hidden: bool,
+    channels: bool,
 ) -> Ranking:
     if method.importance != "gradients":
         return Ranking(method.importance, method.aggregation)
+    if after.experts != before.experts:
+        raise RecipeError(
+            "gradients do not rank experts",
+            where="student.importance",
+            fix="leave importance out: experts are ranked by what they add to the stream",
+        )
     kinds: list[Part] = []
     if after.ffn_size < before.ffn_size:
         if before.experts is not None:
@@ -239,7 +250,7 @@ def _ranking(
         kinds.append("neurons")
     if after.heads < before.heads:
         kinds.append("heads")
-    if hidden:
+    if channels:
         kinds.append("channels")
     if not kinds:
         return Ranking()
@@ -252,6 +263,13 @@ def _fisher(
     tokens = GRADIENT_CALIBRATION_TOKENS
     batches = calibration_batches(windows, tokens, seed, model.device, GRADIENT_TOKENS)
     return mask_fisher(model, axes_of(model.config), batches, kinds, seed=seed, dtype=dtype)
+
+
+def _not_made_up_for(config: Any) -> str:
+    return (
+        f"{config.model_type}: dropped layers are not made up for by the refit of those before "
+        "them, each of which is refit to its own output; local_distillation does so"
+    )
 
 
 def _notes(config: Any, before: Sizes, after: Sizes, rotated: bool) -> list[str]:

@@ -8,6 +8,7 @@ for each, the widest aligned FFN that still meets the target.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -30,6 +31,7 @@ does not come back with training (docs/pruning.md)."""
 LEAST_FFN_SHARE = 0.25
 HIDDEN_SIZES = 5
 """Hidden sizes that are tried, at most."""
+MORE_AXES = "choose more axes in student.search.axes"
 
 Cost = Callable[[Sizes], float]
 
@@ -124,10 +126,11 @@ def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit)
     """Every shape between limit.least and limit.most, the fewest cuts first.
 
     Raises RecipeError, which names the nearest shape that can be had, where the target is not
-    below the model's own, below what the axes allow, or between two aligned shapes.
+    below the model's own, below what the axes allow, or between two aligned shapes; and as
+    `possible_shapes`.
     """
     before = sizes_of(config)
-    possible = list(combinations(config, search))
+    possible = possible_shapes(config, search)
     if limit.most >= limit.whole:
         raise _too_large(before, possible, search, cost, limit)
     found: list[Sizes] = []
@@ -145,26 +148,65 @@ def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit)
     return sorted(found, key=lambda s: (len(sizes_to_prune(before, s)), -cost(s)))
 
 
-def planned_shape(config: Any, search: SearchRecipe, target: TargetRecipe) -> Sizes:
+def planned_shape(
+    config: Any, search: SearchRecipe, target: TargetRecipe, *, width: int, certain: bool = True
+) -> Sizes:
     """About how large the student will be, before a search: the shape with the fewest cuts.
 
-    What only this machine can tell is taken to go with the parameters; an absolute amount of it
-    is not known yet, and the model's own sizes are given.
+    What only this machine can tell is taken to go with the parameters. Where that meets no target,
+    or the amount is absolute, nothing is known yet, and the model's own sizes are given.
+    width: bytes a parameter. certain: False where the search will have another model to prune.
+    Raises RecipeError as `feasible_shapes`, where nothing has to be measured and all is certain.
     """
     counter = Counter(config)
-    cost = counted(counter, target.key)
-    whole = cost(counter.start)
+    cost = counted(counter, target.key, width)
+    possible_shapes(config, search)
     if target.measured and not target.amount.relative:
         return counter.start
-    return feasible_shapes(config, search, cost, limit_of(target, whole, search.tolerance))[0]
+    limit = limit_of(target, cost(counter.start), search.tolerance)
+    try:
+        return feasible_shapes(config, search, cost, limit)[0]
+    except RecipeError:
+        if certain and not target.measured:
+            raise
+        return counter.start
 
 
-def counted(counter: Counter, key: TargetKey, width: int = 2) -> Cost:
+def counted(counter: Counter, key: TargetKey, width: int) -> Cost:
     """The cost of a shape without measuring; `width`: bytes a parameter."""
     if key == "non_embedding_params":
         return counter.non_embedding
     factor = width if key in ("bytes", "memory") else 1
     return lambda sizes: float(counter.total(sizes) * factor)
+
+
+def possible_shapes(config: Any, search: SearchRecipe) -> list[Sizes]:
+    """Every choice of all axes but the FFN width for which there is a width.
+
+    Raises RecipeError where nothing divides among `search.tensor_parallel` GPUs.
+    """
+
+    def having_a_width(search: SearchRecipe) -> Iterator[Sizes]:
+        for shape in combinations(config, search):
+            if next(_all_widths(shape, search), None) is not None:
+                yield shape
+
+    found = list(having_a_width(search))
+    if not found:
+        among = search.tensor_parallel
+        fewer = range(min(among - 1, sizes_of(config).heads), 0, -1)
+        narrower = (search.model_copy(update={"tensor_parallel": gpus}) for gpus in fewer)
+        largest = next((s for s in narrower if next(having_a_width(s), None) is not None), None)
+        works = (
+            "" if largest is None else f"tensor_parallel: {largest.tensor_parallel} at most; or "
+        )
+        raise RecipeError(
+            f"no shape of the axes {', '.join(search.axes)} has heads and FFN that divide evenly "
+            f"among {among} GPUs",
+            where="student.search.tensor_parallel",
+            fix=works + MORE_AXES,
+        )
+    return found
 
 
 def combinations(config: Any, search: SearchRecipe) -> Iterator[Sizes]:
@@ -201,10 +243,11 @@ def _hidden_sizes(size: int, search: SearchRecipe) -> list[int]:
 
 
 def _widths(shape: Sizes, search: SearchRecipe, step: int) -> Iterator[Sizes]:
-    """The shape with every aligned FFN width, the widest first."""
-    yield shape
+    """The shape with every aligned FFN width, the widest first, its own among them."""
+    if shape.ffn_size % search.tensor_parallel == 0:
+        yield shape
     if "ffn_size" in search.axes:
-        step = step * search.tensor_parallel if step % search.tensor_parallel else step
+        step = math.lcm(step, search.tensor_parallel)
         widest = (shape.ffn_size - 1) // step * step
         for size in range(widest, 0, -step):
             if size >= shape.ffn_size * LEAST_FFN_SHARE:
@@ -232,7 +275,7 @@ def _too_large(
     where = f"student.target.{limit.key}"
     own = shown(limit.key, limit.whole)
     fix = (
-        "choose more axes in student.search.axes"
+        MORE_AXES
         if nearest is None
         else (
             f"nearest: {shown(limit.key, cost(nearest))} ({cost(nearest) / limit.whole:.0%}) with "
@@ -263,6 +306,12 @@ def _out_of_reach(
             f"set student.search.tolerance to {gap + 0.01:.2f}, or multiple_of lower",
         )
     smallest = min((s for shape in possible for s in _all_widths(shape, search)), key=cost)
+    if smallest == before:
+        return RecipeError(
+            f"the axes {', '.join(search.axes)} allow no smaller shape, and the target is {limit}",
+            where="student.search.axes",
+            fix=f"{MORE_AXES}, or another student.search.multiple_of",
+        )
     return RecipeError(
         f"the target {limit} is below what the axes {', '.join(search.axes)} allow in one step",
         where=where,

@@ -60,12 +60,13 @@ def check_sizes(
     experts: int | None = None,
     vocabulary: int | None = None,
     text_decides: bool = False,
+    owner: str = "the teacher",
 ) -> Sizes:
     """The sizes that a student pruned so will have; None leaves an axis as it is.
 
     `text_decides`: the vocabulary will be cut to what the text needs, so no other size must be
-    given. Raises RecipeError, which names the nearest size that can be had; ModelError for an
-    architecture that cannot be pruned.
+    given. `owner`: what an error calls the model that is pruned. Raises RecipeError, which names
+    the nearest size that can be had; ModelError for an architecture that cannot be pruned.
     """
     axes = axes_of(config)
     before = sizes_of(config)
@@ -93,7 +94,7 @@ def check_sizes(
             fix="remove the key; ffn_size narrows their FFN",
         )
     for key, value in given.items():
-        _check_range(config, axes, key, value, getattr(before, key))
+        _check_range(config, axes, key, value, getattr(before, key), owner)
     after = replace(before, **{key: value for key, value in given.items() if "heads" not in key})
     after = _with_heads(before, after, heads, kv_heads)
     if after.hidden_size % after.heads and axes.hidden_over_heads:
@@ -120,7 +121,7 @@ def _check_rotation(config: Any, axes: Axes) -> None:
         )
 
 
-def _check_range(config: Any, axes: Axes, key: str, value: int, largest: int) -> None:
+def _check_range(config: Any, axes: Axes, key: str, value: int, largest: int, owner: str) -> None:
     least = 1
     if key == "experts" and axes.experts is not None:
         least = getattr(config, axes.experts.chosen)
@@ -132,7 +133,7 @@ def _check_range(config: Any, axes: Axes, key: str, value: int, largest: int) ->
         )
     if not least <= value <= largest:
         raise RecipeError(
-            f"{key}: {value} is not possible: the teacher has {largest}",
+            f"{key}: {value} is not possible: {owner} has {largest}",
             where=f"student.{key}",
             fix=f"choose {least} to {largest}",
         )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +34,18 @@ from stillhouse.pruning.calibrate import (
 from stillhouse.pruning.correction import Evidence
 from stillhouse.pruning.depth import summed_kl
 from stillhouse.pruning.experts import best_experts, narrow_experts
-from stillhouse.pruning.ffn import Moments, activation_scores, best, refit_and_remove, refit_to
-from stillhouse.pruning.gradients import Fisher
+from stillhouse.pruning.ffn import (
+    Moments,
+    Ranking,
+    activation_scores,
+    best,
+    refit_and_remove,
+    refit_to,
+)
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.hidden import Basis
 from stillhouse.pruning.local import after_layer, distill_block
-from stillhouse.pruning.mapped import is_large, let_go, mapped_ranges, move_to_disk
+from stillhouse.pruning.mapped import is_large, let_go, let_go_of_ends, mapped_ranges, move_to_disk
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
 from stillhouse.pruning.streams import Stream, Streams
 from stillhouse.pruning.surgery import keep_experts, keep_heads, keep_neurons
@@ -58,18 +64,6 @@ class Damage:
 
     kl: float
     local_gains: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """by: refit (what the loss costs after the best refit of the rest), activations, gradients.
-
-    aggregation: of activations over rows, where they decide. fisher: where gradients do.
-    """
-
-    by: Literal["refit", "activations", "gradients"] = "refit"
-    aggregation: Literal["l2", "mean"] = "l2"
-    fisher: Fisher | None = None
 
 
 @dataclass(frozen=True)
@@ -126,10 +120,10 @@ def cut_width(
     inputs = [layer_inputs(model, batch) for batch in batches]
     streams = Streams(model, axes, batches, inputs, dtype)
     norm, full_head = model.base_model.norm, lm_head(model)
-    centered = full_head.weight_VD - full_head.weight_VD.mean(0)
-    basis = None
+    basis = head_DD = None
     if hidden_method is not None:
-        moments = hidden.measure_stream(streams, kept_layers, centered)
+        head_DD = hidden.head_gram(full_head.weight_VD)
+        moments = hidden.measure_stream(streams, kept_layers, head_DD)
         if hidden_method == "channels":
             score_D = None if fisher is None else fisher.channels
             scored = reconstruct and ranking.by == "refit"
@@ -140,9 +134,9 @@ def cut_width(
     full, narrow, gains = _cut_layers(streams, cut, passages)
     few = batches[:KL_BATCHES]
     full_rows = [norm(x_RLD)[one.counted_RL] for x_RLD, one in zip(full, few, strict=False)]
-    if basis is not None:
+    if basis is not None and head_DD is not None:
         found = hidden.guess(streams, norm, basis, full, narrow, reconstruct)
-        hidden.narrow_ends(model, axes, basis, found, centered)
+        hidden.narrow_ends(model, axes, basis, found, head_DD)
         hidden.note_hidden_size(model, after.hidden_size)
     total, rows = 0.0, 0
     for one, full_ND, x_RLD in zip(few, full_rows, narrow, strict=False):
@@ -157,6 +151,8 @@ def _cut_layers(
     """Cuts all layers; returns the full and the cut stream behind the last one, and the gains."""
     gains: list[float] = []
     large = is_large(streams.model)
+    if large:
+        let_go_of_ends(streams.model)
     layers, tokens = streams.layers, streams.tokens()
     full = narrow = streams.start()
     if cut.basis is not None:
@@ -306,7 +302,8 @@ def _cut_mixture(
         assert cut.after.experts is not None
         keep_experts(layer, axes, best_experts(layer, axes, rows, weights, cut.after.experts))
     if cut.after.ffn_size < cut.before.ffn_size:
-        narrow_experts(layer, axes, rows, weights, cut.after.ffn_size, cut.reconstruct)
+        keep = cut.after.ffn_size
+        narrow_experts(layer, axes, rows, weights, keep, cut.reconstruct, cut.ranking)
     return streams.after_ffn(layer, mids)
 
 
@@ -331,7 +328,9 @@ def _cut_ffn(streams: Streams, cut: Cut, index: int, mids: Stream, target: Strea
         evidence.add(read_NF, error_ND, _row_weight(target_RLD, batch))
     moments, change_DF = evidence.finish()
     weight_DF = down.weight + change_DF
-    if cut.reconstruct and ranking.by == "refit":
+    if ffn_size == ffn:
+        kept_K, down_DK = torch.arange(ffn, device=weight_DF.device), weight_DF
+    elif cut.reconstruct and ranking.by == "refit":
         kept_K, down_DK = refit_and_remove(weight_DF, moments, ffn_size)
     else:
         score_F = activation_scores(moments, weight_DF)

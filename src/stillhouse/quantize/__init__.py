@@ -1,5 +1,6 @@
 """The student in numbers of few bits: rounded as it is, or trained while it is rounded."""
 
+from stillhouse.quantize.activations import round_inputs
 from stillhouse.quantize.grid import Grid, choose_scales, from_codes, on_grid, to_codes
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.quantize.quantize import (
@@ -14,7 +15,7 @@ from stillhouse.quantize.quantize import (
     train_quantized,
 )
 from stillhouse.quantize.sensitivity import Sensitivity, choose_kept, measure
-from stillhouse.quantize.units import Unit, find_units, model_bytes
+from stillhouse.quantize.units import Unit, find_units, model_bytes, told_left_over
 
 __all__ = [
     "FILE",
@@ -37,6 +38,8 @@ __all__ = [
     "planned_bytes",
     "qat_section",
     "quantize",
+    "round_inputs",
     "to_codes",
+    "told_left_over",
     "train_quantized",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from stillhouse.quantize.grid import FLOAT8, Grid
+from stillhouse.quantize.quantization import Quantization
 
 LOWEST, HIGHEST = -128, 127
 
@@ -58,3 +59,11 @@ def round_inputs_of(model: nn.Module, weights: Iterable[str], grid: Grid) -> lis
 
     chosen = [modules[name.removesuffix(".weight")] for name in weights]
     return [module.register_forward_pre_hook(before) for module in chosen]
+
+
+def round_inputs(quantization: Quantization, model: Any) -> list[RemovableHandle]:
+    """As `round_inputs_of`, of the layers whose inputs are rounded in what is shipped; those of a
+    kind that is not dynamic are none."""
+    if not quantization.dynamic:
+        return []
+    return round_inputs_of(model, quantization.linear_layers(model), quantization.grid)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from stillhouse.quantize.activations import round_inputs_of
+from stillhouse.quantize.activations import round_inputs
 from stillhouse.quantize.grid import on_grid
 from stillhouse.quantize.quantization import Quantization
 
@@ -29,9 +29,7 @@ class RoundedWeights(TrainerCallback):
         self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.quantization.dynamic:
-            model, grid = kwargs["model"], self.quantization.grid
-            self._hooks = round_inputs_of(model, self.quantization.linear_layers(model), grid)
+        self._hooks = round_inputs(self.quantization, kwargs["model"])
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert not self._unrounded, "two steps have begun and none was taken"

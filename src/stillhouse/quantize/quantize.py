@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import random
 import shutil
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from stillhouse.data import Windows, WindowSet, supervised_targets
 from stillhouse.errors import RecipeError
 from stillhouse.hardware import default_device
 from stillhouse.progress import note
-from stillhouse.quantize.activations import round_inputs_of
+from stillhouse.quantize.activations import round_inputs
 from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.moments import input_moments
 from stillhouse.quantize.qat import RoundedWeights
@@ -35,6 +36,7 @@ from stillhouse.quantize.units import (
     find_units,
     matrices,
     model_bytes,
+    told_left_over,
 )
 from stillhouse.recipe.schema import ObjectiveRecipe, QuantizeRecipe, TrainRecipe
 from stillhouse.signals.store import Store
@@ -54,7 +56,7 @@ class QuantizeResult:
 
     group_size: None is a whole row. kl: KL(student ‖ quantized), nats a token, on `tokens` held-out
     ones. bytes: of the whole model, codes packed and scales in two bytes, what is kept in two bytes
-    a number; plain_bytes: with nothing quantized.
+    a number; plain_bytes: with nothing quantized. notes: what the user should know of it.
     """
 
     kind: str
@@ -65,6 +67,7 @@ class QuantizeResult:
     tokens: int
     bytes: int
     plain_bytes: int
+    notes: list[str] = field(default_factory=list)
 
 
 def quantize(
@@ -117,13 +120,30 @@ def quantize(
         tokens=tokens,
         bytes=model_bytes(model, units, set(kept), grid),
         plain_bytes=model_bytes(model, [], set(), grid),
+        notes=quantization_notes(model, kl, section.max_kl),
     )
+    for text in result.notes:
+        note(text)
     note(
         f"{section.kind}: {result.bytes / 1e6:,.1f} MB of {result.plain_bytes / 1e6:,.1f} MB, "
         f"KL to the unquantized student {kl:.4f}; left alone: {', '.join(kept) or 'nothing'}"
     )
-    _save(model, quantization, student, out)
+    _save(model, quantization, student, out, trust_remote_code)
     return result
+
+
+def quantization_notes(model: Any, kl: float, max_kl: float | None) -> list[str]:
+    """What stays as it is, and a budget that is met by the parts' sum alone."""
+    notes = []
+    left = told_left_over(model)
+    if left is not None:
+        notes.append(f"Quantization: {left}.")
+    if max_kl is not None and kl > max_kl:
+        notes.append(
+            f"Quantization: the parts' KL, each measured alone, adds up to at most {max_kl:g} "
+            f"(quantize.max_kl), and the whole quantized model's is {kl:.3g} nats a token."
+        )
+    return notes
 
 
 def grid_of(section: QuantizeRecipe) -> Grid:
@@ -154,8 +174,7 @@ def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
 def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabulary: int) -> float:
     """KL(model ‖ model quantized), inputs rounded too where they will be."""
     reference = reference_answers(model, windows)
-    layers = quantization.linear_layers(model) if quantization.dynamic else []
-    hooks = round_inputs_of(model, layers, quantization.grid)
+    hooks = round_inputs(quantization, model)
     kl = kl_of(model, quantization.scales, quantization.grid, windows, reference, vocabulary)
     for hook in hooks:
         hook.remove()
@@ -192,9 +211,10 @@ def train_quantized(
     store: Store | None = None,
     stored_teacher: Path | None = None,
     asked_share: float = 1.0,
+    more_teachers: Sequence[Path] = (),
     trust_remote_code: bool = False,
 ) -> TrainingResult:
-    """Distils on from the unquantized `student`, its weights rounded at every step.
+    """Distills on from the unquantized `student`, its weights rounded at every step.
 
     quantized: the folder that `quantize` filled: which matrices, and their scales, are its. Writes
     the same files. main: of several processes, the one that does. The rest is as in `train`.
@@ -214,6 +234,7 @@ def train_quantized(
         store=store,
         stored_teacher=stored_teacher,
         asked_share=asked_share,
+        more_teachers=more_teachers,
         callbacks=[RoundedWeights(quantization)],
         trust_remote_code=trust_remote_code,
     )
@@ -221,7 +242,7 @@ def train_quantized(
         model = load_model(
             out / TRAINING / MODEL, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-        _save(model, quantization, student, out)
+        _save(model, quantization, student, out, trust_remote_code)
         shutil.copy(out / TRAINING / METRICS, out / METRICS)
     return result
 
@@ -266,9 +287,12 @@ def draw_windows(windows: WindowSet, tokens: int, seed: int) -> tuple[list[Any],
     return drawn, found
 
 
-def _save(model: Any, quantization: Quantization, student: Path, out: Path) -> None:
+def _save(
+    model: Any, quantization: Quantization, student: Path, out: Path, trust_remote_code: bool
+) -> None:
     quantization.apply(model)
     with quiet():
         model.save_pretrained(out / MODEL)
-    save_tokenizer(load_tokenizer(student), out / MODEL)
+    tokenizer = load_tokenizer(student, trust_remote_code=trust_remote_code)
+    save_tokenizer(tokenizer, out / MODEL)
     quantization.save(out / FILE)

@@ -67,6 +67,31 @@ def matrices(model: Any) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.weight", module.weight
 
 
+def left_over(model: Any) -> dict[str, int]:
+    """Parameters of two dimensions or more that are no linear layer's and no embedding's, by name,
+    with their numbers: fused experts, transposed or convolved matrices, routers. No unit has them.
+    """
+    in_units = {id(weight) for _, weight in matrices(model)}
+    return {
+        name: weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.ndim > 1 and id(weight) not in in_units
+    }
+
+
+def told_left_over(model: Any) -> str | None:
+    """What of a model no kind of quantization touches, in words; None: nothing."""
+    left = left_over(model)
+    if not left:
+        return None
+    share = sum(left.values()) / sum(weight.numel() for weight in model.parameters())
+    largest = max(left, key=lambda name: left[name])
+    return (
+        f"{len(left):,} parameters with {share:.0%} of the numbers, such as {largest}, are no "
+        f"linear layer's weights: they are not quantized and ship in {8 * KEPT_BYTES} bits"
+    )
+
+
 def model_bytes(model: Any, units: list[Unit], kept: set[str], grid: Grid) -> int:
     """Of all parameters, each once: matrices on the grid, and what is kept as 16-bit floats."""
     total = sum(parameter.numel() for parameter in model.parameters())

@@ -9,6 +9,7 @@ from stillhouse.recipe.load import (
     parse_answering_recipe,
     parse_classify_recipe,
     parse_recipe,
+    recipe_from_text,
     recipe_json_schema,
     recipe_yaml,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "parse_answering_recipe",
     "parse_classify_recipe",
     "parse_recipe",
+    "recipe_from_text",
     "recipe_json_schema",
     "recipe_yaml",
     "run_root",

@@ -23,8 +23,11 @@ from stillhouse.recipe.synthesize import (
     FiltersRecipe,
     JudgeChoice,
     SamplingRecipe,
+    VerdictSampling,
     VllmEngine,
     check_budget,
+    check_samples,
+    check_sampling,
 )
 
 
@@ -79,7 +82,11 @@ class AnswerTeacher(Section):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
     trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
-    license: str | None = Field(None, description="Its license, which the student inherits.")
+    license: str | None = Field(
+        None,
+        description="Its license as the Hub names it (apache-2.0, llama3.2), or what an API's "
+        "terms are; the student's model card inherits it. null: as the model's own card says.",
+    )
     precision: Precision = "auto"
     batch: int = Field(32, gt=0, description="model: answers written at once.")
     vllm: VllmEngine | None = Field(
@@ -98,8 +105,8 @@ class AnswerTeacher(Section):
             raise ValueError("give either model or api")
         if self.api is not None and self.vllm is not None:
             raise ValueError("vllm runs a model: give it, or remove vllm")
-        if self.samples > 1 and self.sampling.temperature == 0:
-            raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
+        check_samples(self.samples, self.sampling)
+        check_sampling(self.api, self.sampling)
         check_budget(self.api, self.budget)
         return self
 
@@ -119,6 +126,12 @@ class AnswerTextsRecipe(Section):
     )
 
 
+class ComparisonSampling(VerdictSampling):
+    """How the judge answers; one that reasons needs more tokens."""
+
+    max_tokens: int = Field(8, gt=0, description="Of one verdict, its reasoning included.")
+
+
 class ComparisonRecipe(Section):
     """A model that is shown two answers and says which is better, in both orders."""
 
@@ -128,7 +141,7 @@ class ComparisonRecipe(Section):
         "Which answer is better: more correct, more helpful, and as long as it needs to be?",
         description="What it is asked about the two.",
     )
-    max_tokens: int = Field(8, gt=0)
+    sampling: ComparisonSampling = ComparisonSampling()
     budget: BudgetRecipe = BudgetRecipe()
 
     @model_validator(mode="after")
@@ -136,6 +149,7 @@ class ComparisonRecipe(Section):
         if (self.model is None) == (self.api is None):
             raise ValueError("give either model or api")
         check_budget(self.api, self.budget)
+        check_sampling(self.api, self.sampling)
         return self
 
 

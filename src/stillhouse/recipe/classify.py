@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, mo
 
 from stillhouse.recipe.section import Section
 from stillhouse.recipe.shipping import ClassifierExportRecipe
-from stillhouse.recipe.synthesize import ApiTeacher, BudgetRecipe
+from stillhouse.recipe.synthesize import ApiTeacher, BudgetRecipe, SamplingRecipe, check_samples
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -18,11 +18,26 @@ def phrase_of(label: str) -> str:
     return label.replace("_", " ").strip()
 
 
+def _text(label: Any) -> str:
+    if isinstance(label, str):
+        return label
+    if isinstance(label, bool):
+        raise ValueError(
+            f"a label is {str(label).lower()}, which YAML makes of yes, no, on and off: "
+            'write it in quotes, such as "yes"'
+        )
+    if not isinstance(label, int):
+        raise ValueError(f'the label {label!r} is no text: write it in quotes, such as "1.5"')
+    return str(label)
+
+
 def _with_phrases(labels: Any) -> Any:
-    """A list of labels as a mapping of each to its phrase."""
+    """A list of labels as a mapping of each to its phrase; whole numbers as text."""
+    if isinstance(labels, dict):
+        return {_text(label): _text(phrase) for label, phrase in labels.items()}
     if not isinstance(labels, list):
         return labels
-    names = [label if isinstance(label, str) else str(label) for label in labels]
+    names = [_text(label) for label in labels]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"a label is given twice: {', '.join(sorted(twice))}")
@@ -118,6 +133,19 @@ def check_labels(labels: dict[str, str]) -> None:
             raise ValueError(f"the labels {other!r} and {label!r} have the same phrase")
 
 
+class LabelSampling(SamplingRecipe):
+    """How an API answers with a label; a model that reasons needs more tokens. `extra` may
+    constrain the answer, in the endpoint's way: {response_format: ...}, {guided_choice: [...]}."""
+
+    temperature: float | None = Field(
+        0.0,
+        ge=0,
+        strict=False,
+        description="0 is greedy, the default of one sample; 1 is that of several. null: not sent.",
+    )
+    max_tokens: int = Field(32, gt=0, description="Of one answer, its reasoning included.")
+
+
 class LabelTeacher(Section):
     """A model that is loaded here and scores every label, or an API that is asked for one."""
 
@@ -126,15 +154,30 @@ class LabelTeacher(Section):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
     trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
+    license: str | None = Field(
+        None,
+        description="Its license as the Hub names it (apache-2.0, llama3.2), or what an API's "
+        "terms are; the student's model card inherits it. null: as the model's own card says.",
+    )
     precision: Precision = "auto"
     api: ApiTeacher | None = None
     samples: int = Field(
         1, gt=0, description="api: answers for each text, drawn at temperature 1 if several."
     )
+    sampling: LabelSampling = Field(LabelSampling(), description="api: how it answers.")
     top_logprobs: int | None = Field(
         None, gt=0, le=20, description="api: ask for the likeliest first tokens, and use them."
     )
     budget: BudgetRecipe = BudgetRecipe()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _several_are_drawn(cls, raw: Any) -> Any:
+        """The default temperature of several samples is 1."""
+        sampling = raw.get("sampling", {}) if isinstance(raw, dict) else None
+        if not isinstance(sampling, dict) or raw.get("samples", 1) == 1:
+            return raw
+        return {**raw, "sampling": {"temperature": 1.0, **sampling}}
 
     @model_validator(mode="after")
     def _is_one(self) -> LabelTeacher:
@@ -144,6 +187,11 @@ class LabelTeacher(Section):
             raise ValueError("samples and top_logprobs are for api: a model gives all of them")
         if self.samples > 1 and self.top_logprobs is not None:
             raise ValueError("samples and top_logprobs both make a distribution: choose one")
+        if self.api is None and self.sampling != LabelSampling():
+            raise ValueError("sampling is for api: a model that is here scores every label")
+        if self.sampling.top_logprobs is not None:
+            raise ValueError("give teacher.top_logprobs instead of sampling.top_logprobs")
+        check_samples(self.samples, self.sampling)
         return self
 
 
@@ -189,7 +237,6 @@ class PretrainedClassifier(Section):
     start: Literal["pretrained"]
     model: str = Field(description="A folder, a Hub id, or pypi:PACKAGE.")
     revision: str | None = None
-    trust_remote_code: bool = False
     head: Literal["classes", "words"] = Field(
         "classes",
         description="classes: a new classification head; words: the language model's own, which "

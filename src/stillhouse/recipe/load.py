@@ -56,6 +56,11 @@ def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecip
         raise RecipeError("the recipe file is missing", where=path, fix=_other_yaml(path)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the recipe cannot be read: {error}", where=path) from None
+    return recipe_from_text(text, path, overrides)
+
+
+def recipe_from_text(text: str, path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
+    """As `load_any_recipe`, of the text that the file holds or will hold."""
     raw, lines = _parse(text, path)
     for override in overrides:
         key = _apply_override(raw, override)

@@ -6,6 +6,7 @@ beside its key, and a description here is what editors show (`stillhouse schema`
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -200,6 +201,19 @@ class PrunedStudent(PrunedSizes, PruningMethod):
     )
 
 
+RUN_FOLDER_NAMES = (
+    "stages",
+    "recipe.yaml",
+    "model",
+    "report.html",
+    "signals",
+    "synthesis",
+    "family.html",
+    "family.json",
+)
+"""What a run folder holds or links to, besides the formats that are exported."""
+
+
 class HopRecipe(PrunedSizes):
     """One member of a family: what it keeps of the model before it, and how long it is trained."""
 
@@ -249,6 +263,11 @@ class CascadeRecipe(Section):
         names = [hop.name for hop in self.hops]
         if len(set(names)) < len(names):
             raise ValueError("two hops have the same name")
+        taken = {*RUN_FOLDER_NAMES, *ExportFormat.__args__}  # type: ignore[attr-defined]
+        for name in names:
+            # Some file systems do not tell capitals from small letters.
+            if name.lower() in taken:
+                raise ValueError(f"a member's folder cannot be called {name}, as the run has that")
         return self
 
 
@@ -550,7 +569,8 @@ class ExportRecipe(Section):
     )
     llm_compressor: str | None = Field(
         None,
-        description="The Python of an environment that has llm-compressor, for compressed-*.",
+        description="The Python of an environment that has llm-compressor, for compressed-*; a "
+        "path starts from the recipe's folder, or from the working directory.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Number type of the safetensors export."
@@ -575,6 +595,16 @@ class ExportRecipe(Section):
     def _each_format_once(self) -> ExportRecipe:
         if len(set(self.formats)) < len(self.formats):
             raise ValueError("a format is given twice")
+        return self
+
+    @model_validator(mode="after")
+    def _text_to_calibrate_on(self) -> ExportRecipe:
+        found = {"compressed-gptq", "compressed-awq", "compressed-nvfp4"} & {*self.formats}
+        if found and self.importance_tokens is None:
+            raise ValueError(
+                f"{min(found)} looks at what layers read: give importance_tokens a number, or use "
+                "compressed-fp8"
+            )
         return self
 
 
@@ -643,10 +673,26 @@ class Recipe(Section):
     def _cascade_prunes(self) -> Recipe:
         if self.cascade is not None and not isinstance(self.student, PrunedStudent):
             raise ValueError("a cascade prunes: set student.start to pruned, or remove cascade")
-        if (
-            self.cascade is not None
-            and isinstance(self.student, PrunedStudent)
-            and self.student.target is not None
-        ):
+        if self.cascade is None or not isinstance(self.student, PrunedStudent):
+            return self
+        if self.student.target is not None:
             raise ValueError("in a cascade every hop has its own target: move student.target there")
+        given = [f"student.{key}" for key in SIZE_KEYS if getattr(self.student, key) is not None]
+        searched = [hop.name for hop in self.cascade.hops if hop.target is not None]
+        if given and searched:
+            raise ValueError(
+                f"{', '.join(given)} would apply to hops that have a target "
+                f"({', '.join(searched)}): give sizes in the other hops"
+            )
         return self
+
+    def with_programs(self, base: Path) -> Recipe:
+        """The recipe whose programs' paths start from `base` where they are there, else as they
+        are."""
+        named = self.export.llm_compressor
+        if named is None:
+            return self
+        # Not resolved: an environment's Python is a link, and knows its environment by that path.
+        beside = (base / Path(named).expanduser()).absolute()
+        found = {"llm_compressor": str(beside) if beside.exists() else named}
+        return self.model_copy(update={"export": self.export.model_copy(update=found)})

@@ -224,7 +224,12 @@ class PromptsRecipe(Section):
 
 
 class SamplingRecipe(Section):
-    temperature: float = Field(1.0, ge=0, strict=False, description="0 is greedy.")
+    temperature: float | None = Field(
+        1.0,
+        ge=0,
+        strict=False,
+        description="0 is greedy; null (api): not sent, where an endpoint accepts only its own.",
+    )
     top_p: float = Field(1.0, gt=0, le=1, strict=False)
     max_tokens: int = Field(512, gt=0, description="Of one answer, its reasoning included.")
     top_logprobs: int | None = Field(
@@ -244,6 +249,15 @@ class SamplingRecipe(Section):
         if ours:
             raise ValueError(f"{', '.join(sorted(ours))} cannot be set here")
         return extra
+
+
+class VerdictSampling(SamplingRecipe):
+    """How a judge answers; one that reasons needs more tokens."""
+
+    temperature: float | None = Field(
+        0.0, ge=0, strict=False, description="0 is greedy; null (api): not sent."
+    )
+    max_tokens: int = Field(16, gt=0, description="Of one verdict, its reasoning included.")
 
 
 class EvaluationTexts(Section):
@@ -297,12 +311,13 @@ class JudgeChoice(Section):
         description="scores: each answer gets 1 to 10; pairs: each pair is compared twice, in "
         "either order, n(n - 1) requests for n answers.",
     )
-    max_tokens: int = Field(16, gt=0, description="Of a verdict; more for a judge that reasons.")
+    sampling: VerdictSampling = VerdictSampling()
     budget: BudgetRecipe = Field(BudgetRecipe(), description="Of the judge alone.")
 
     @model_validator(mode="after")
-    def _budget_fits(self) -> JudgeChoice:
+    def _keys_fit_the_judge(self) -> JudgeChoice:
         check_budget(self.teacher.api, self.budget)
+        check_sampling(self.teacher.api, self.sampling)
         return self
 
 
@@ -360,11 +375,25 @@ class SynthesizeRecipe(Section):
     def _keys_fit_the_teacher(self) -> SynthesizeRecipe:
         api = self.teacher.api
         check_budget(api, self.budget)
-        if api is None and (self.sampling.extra or self.sampling.top_logprobs is not None):
-            raise ValueError("sampling.extra and sampling.top_logprobs are for teacher.api")
+        check_sampling(api, self.sampling)
+        check_samples(self.prompts.samples, self.sampling)
         if self.filters.best_of is not None and self.prompts.samples < 2:
             raise ValueError("filters.best_of chooses among several answers: set prompts.samples")
         return self
+
+
+def check_sampling(api: ApiTeacher | None, sampling: SamplingRecipe) -> None:
+    """Raises ValueError where a model in this process is given what only an API is."""
+    if api is None and (sampling.extra or sampling.top_logprobs is not None):
+        raise ValueError("sampling.extra and sampling.top_logprobs are for an api")
+    if api is None and sampling.temperature is None:
+        raise ValueError("a local model has no temperature of its own: give sampling.temperature")
+
+
+def check_samples(samples: int, sampling: SamplingRecipe) -> None:
+    """Raises ValueError where several answers would all be the same."""
+    if samples > 1 and sampling.extra.get("temperature", sampling.temperature) == 0:
+        raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
 
 
 def check_budget(api: ApiTeacher | None, budget: BudgetRecipe) -> None:

@@ -60,13 +60,15 @@ class ScratchMember:
 
 @dataclass(frozen=True)
 class FromScratch:
-    """points: measured (tokens, held-out KL); KL = scale · tokens^(-exponent) is fitted to them."""
+    """points: measured (tokens, held-out KL); KL = scale · tokens^(-exponent) is fitted to them.
+    rate: FLOPs a second of the training that was measured."""
 
     members: Sequence[ScratchMember]
     tokens: int
     points: Sequence[tuple[int, float]]
     exponent: float
     scale: float
+    rate: float
 
     def flops(self, which: Literal["tokens", "low", "high"] = "tokens") -> float:
         """Of all members."""
@@ -202,6 +204,7 @@ def _scratch(report: FamilyReport, scratch: FromScratch) -> dict[str, Any]:
             f"{text.count(round(member.tokens))} ({text.count(round(member.low))} to "
             f"{text.count(round(member.high))})",
             text.flops(round(member.tokens * member.flops_a_token)),
+            *_time_and_energy(report, member.tokens * member.flops_a_token / scratch.rate),
             "measured"
             if member.extrapolated <= 1
             else f"{text.ratio(member.extrapolated)} × beyond",
@@ -212,8 +215,15 @@ def _scratch(report: FamilyReport, scratch: FromScratch) -> dict[str, Any]:
     return {
         "rows": rows,
         "times": list(map(text.ratio, times)),
+        "rate": f"{text.digits(scratch.rate / 1e9)}{text.NBSP}GFLOP/s",
         "chart": scratch_chart(report, scratch),
     }
+
+
+def _time_and_energy(report: FamilyReport, seconds: float) -> tuple[str, str]:
+    """At the rate that was measured, and the power that is assumed."""
+    energy = f"{seconds * report.watts / 3.6e6:.2g} kWh" if report.watts else ""
+    return text.long_time(seconds), energy
 
 
 def scratch_chart(report: FamilyReport, scratch: FromScratch) -> Chart:

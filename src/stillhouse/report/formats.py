@@ -17,7 +17,8 @@ from stillhouse.report.retention import speed_ratio
 
 @dataclass(frozen=True)
 class Form:
-    """kl, top1_agreement: to the teacher, on the replay's tokens.
+    """kl, top1_agreement: to the teacher, on the replay's tokens; of the full-precision student
+    beside a quantized one, on all held-out tokens.
 
     speedup: decoding speed as a multiple of the float32 checkpoint's, each pair measured in turns
     in one process; None where it was not measured. tokens_per_s: where the replay measured it.
@@ -33,7 +34,7 @@ class Form:
 
 
 def forms(models: dict[str, ModelResult], replays: Sequence[dict[str, Any]]) -> list[Form]:
-    """Teacher, checkpoint, exports; none where replays did not know the teacher.
+    """Teacher, what was exported, exports; none where replays did not know the teacher.
 
     The teacher's speed is the evaluation's multiple of the student's, both in one number type.
     """
@@ -46,19 +47,9 @@ def forms(models: dict[str, ModelResult], replays: Sequence[dict[str, Any]]) -> 
         faster = speed_ratio(teacher, student, "decode_tokens_per_s") if student else None
         size = float(teacher.bytes_on_disk)
         found.append(Form("Teacher", size, 0.0, 1.0, faster, None, role_color("teacher")))
-    first = known[0]
     if student is not None:
-        found.append(
-            Form(
-                "Checkpoint",
-                4.0 * student.parameters,
-                first["source_teacher"]["kl"],
-                first["source_teacher"]["top1_agreement"],
-                1.0,
-                first["source_decode_tokens_per_s"],
-                ACCENT,
-            )
-        )
+        rounded = models.get("quantized_trained") or models.get("quantized")
+        found += _sources(student, rounded, known[0])
     for replay in known:
         speed, beside = replay["decode_tokens_per_s"], replay["source_decode_tokens_per_s"]
         found.append(
@@ -72,6 +63,29 @@ def forms(models: dict[str, ModelResult], replays: Sequence[dict[str, Any]]) -> 
                 SECOND,
             )
         )
+    return found
+
+
+def _sources(
+    student: ModelResult, rounded: ModelResult | None, replay: dict[str, Any]
+) -> list[Form]:
+    """What was exported: the float32 checkpoint; of a quantized student, that which is on the grid,
+    with the bytes of its codes and scales, and before it the student in full precision.
+
+    That one is not in the replay: its quality is the evaluation's, and its speed the checkpoint's,
+    since both have the same shapes.
+    """
+    source = replay["source_teacher"]
+    found = []
+    name, size, color = "Checkpoint", 4.0 * student.parameters, ACCENT
+    if rounded is not None:
+        own = student.fidelity
+        whole = float(student.bytes_on_disk)
+        found.append(Form("Student", whole, own.kl, own.top1_agreement, 1.0, None, ACCENT))
+        name, size = "On the grid", float(rounded.bytes_on_disk)
+        color = role_color(rounded.role)
+    speed = replay["source_decode_tokens_per_s"]
+    found.append(Form(name, size, source["kl"], source["top1_agreement"], 1.0, speed, color))
     return found
 
 

@@ -71,6 +71,12 @@ def seconds(value: float) -> str:
     return f"{hours:,}{NBSP}h {minutes:02d}{NBSP}min"
 
 
+def long_time(value: float) -> str:
+    """As `seconds`; from a year on in years."""
+    years = value / (365.25 * 86400)
+    return seconds(value) if years < 1 else f"{ratio(years)}{NBSP}years"
+
+
 def flops(value: float) -> str:
     return power_of_ten(value) if value else DASH
 

@@ -14,9 +14,9 @@ from stillhouse.pruning.shapes import (
     Cost,
     Counter,
     Limit,
-    combinations,
     counted,
     limit_of,
+    possible_shapes,
 )
 from stillhouse.recipe.pruning import SearchRecipe, TargetRecipe
 from stillhouse.search.journal import Journal
@@ -76,10 +76,11 @@ def _latency_table(
     device: torch.device,
     journal: Journal,
 ) -> LatencyTable:
+    # The start's own time is what a share is of, also where it does not divide among the GPUs.
     start = counter.start
     least = int(start.ffn_size * LEAST_FFN_SHARE) if "ffn_size" in search.axes else start.ffn_size
     shapes = shapes_to_time(
-        list(combinations(config, search)), timed_widths(start.ffn_size, max(1, least))
+        [start, *possible_shapes(config, search)], timed_widths(start.ffn_size, max(1, least))
     )
     rows = []
     for number, shape in enumerate(shapes, 1):

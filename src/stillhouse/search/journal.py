@@ -3,28 +3,59 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stillhouse.account import count_flops
 from stillhouse.runfolder import write_atomically
+
+SPENT = "spent.json"
 
 
 class Journal:
-    """One JSON file: a name and a value for everything that took time to find."""
+    """One JSON file: a name and a value for everything that took time to find.
+
+    seconds, flops: what finding took, in all processes up to their last entry; in SPENT beside it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.found: dict[str, Any] = {}
+        self.flops = 0
+        self._earlier = 0.0
+        self._began = time.monotonic()
         if path.is_file():
             self.found = json.loads(path.read_text(encoding="utf-8"))
+        spent = path.with_name(SPENT)
+        if spent.is_file():
+            before = json.loads(spent.read_text(encoding="utf-8"))
+            self._earlier, self.flops = before["seconds"], before["flops"]
 
     def __contains__(self, name: str) -> bool:
         return name in self.found
+
+    @property
+    def seconds(self) -> float:
+        return self._earlier + time.monotonic() - self._began
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
         """The value written under `name`, or what `find` gives, which is written first."""
         if name not in self.found:
             self.found[name] = find()
             write_atomically(self.path, json.dumps(self.found, indent=1))
+            spent = {"seconds": self.seconds, "flops": self.flops}
+            write_atomically(self.path.with_name(SPENT), json.dumps(spent))
         return self.found[name]
+
+    def once_counted(self, name: str, find: Callable[[], Any]) -> Any:
+        """As `once`, and what `find` computes is counted: not for what is timed."""
+
+        def counted() -> Any:
+            with count_flops() as work:
+                value = find()
+            self.flops += work.flops
+            return value
+
+        return self.once(name, counted)

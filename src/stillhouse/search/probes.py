@@ -94,7 +94,14 @@ def expected(
 ) -> float:
     """The sum of what a shape's cuts cost alone; infinite for a depth that was given up on.
 
-    depth: by the number of layers that are left.
+    depth: by the number of layers that are left. An axis that could not be probed costs what the
+    dearest of the others would, cut as far.
     """
     layers = 0.0 if shape.layers == before.layers else depth.get(shape.layers, float("inf"))
-    return layers + sum(known[axis].at(share(before, shape, axis)) for axis in AXES)
+    return layers + sum(_alone(known, axis, share(before, shape, axis)) for axis in AXES)
+
+
+def _alone(known: Mapping[str, Curve], axis: str, left: float) -> float:
+    if len(known[axis].points) > 1:
+        return known[axis].at(left)
+    return max(curve.at(left) for curve in known.values())

@@ -12,7 +12,7 @@ import gc
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from stillhouse.progress import note
 from stillhouse.pruning import Calibration, Sizes, prune_model, sizes_of
 from stillhouse.pruning.axes import Axes, axes_of
 from stillhouse.pruning.depth import DepthChoice
+from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
 from stillhouse.pruning.prune import rank_layers
 from stillhouse.pruning.shapes import Counter, described, feasible_shapes, sizes_to_prune
 from stillhouse.recipe.schema import PrunedStudent, TrainRecipe
@@ -34,7 +35,7 @@ from stillhouse.search.short import distill_shortly
 from stillhouse.search.table import candidates_table, show
 from stillhouse.search.text import Answers, SearchText, answers, batches_of, kl_to, split_text
 from stillhouse.students.build import method_of
-from stillhouse.teachers import load_config, load_model
+from stillhouse.teachers import load_config
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training.attention import use_short_attention
 
@@ -89,12 +90,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """sizes: what `prune_model` is told. tokens: trained on in short distillations."""
+    """sizes: what `prune_model` is told. tokens: trained on in short distillations. flops, seconds:
+    of all that was measured for it, in every process that took part."""
 
     sizes: dict[str, int]
     candidates: list[Candidate]
     tokens: int
     described: str
+    flops: int = field(default=0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
 
 
 def search_shape(setting: Setting) -> Found:
@@ -127,7 +131,8 @@ def search_shape(setting: Setting) -> Found:
     name = described(work.before, chosen.sizes)
     show(candidates_table(work.before, found, chosen, costs))
     note(f"chosen: {name}")
-    result = Found(sizes_to_prune(work.before, chosen.sizes), found, work.tokens, name)
+    sizes = sizes_to_prune(work.before, chosen.sizes)
+    result = Found(sizes, found, work.tokens, name, journal.flops, journal.seconds)
     write_atomically(setting.out / CANDIDATES, json.dumps(_plain(result, costs), indent=2))
     return result
 
@@ -159,7 +164,9 @@ class _Work:
         return min(self.search.calibration_tokens, self.setting.section.calibration_tokens)
 
     def _fits(self, tokens: int) -> bool:
-        return 2 * 4 * tokens * self.before.layers * self.before.hidden_size <= KEPT_BYTES
+        # Between attention and FFN, behind the layer, and what norms behind the blocks read.
+        kept = 2 + len(self.rules.output_norms())
+        return kept * 4 * tokens * self.before.layers * self.before.hidden_size <= KEPT_BYTES
 
     def _share(self, tokens: int) -> Calibration:
         """What all prunes on so many tokens share; the order of the layers is the same for all."""
@@ -183,26 +190,27 @@ class _Work:
         parts = [(self.text.heldout, 8), (self.text.training, setting.train.batch_size)]
         if self.search.trained < 2:
             parts[1] = (self.text.heldout, 8)
-        found = [
-            answers(
-                teacher,
-                batches_of(windows, together, setting.device),
-                setting.vocabulary,
-                setting.dtype,
-            )
-            for windows, together in parts
-        ]
+        with let_go_after_use(teacher):
+            found = [
+                answers(
+                    teacher,
+                    batches_of(windows, together, setting.device),
+                    setting.vocabulary,
+                    setting.dtype,
+                )
+                for windows, together in parts
+            ]
         return found[0], found[1]
 
     def _load(self, path: Path) -> Any:
         setting = self.setting
         gc.collect()
         code = setting.trust_remote_code
-        model = load_model(path, dtype=torch.float32, trust_remote_code=code)
-        return model.to(setting.device)
+        return load_on_disk(path, trust_remote_code=code).to(setting.device)
 
     def _measure(self, model: Any) -> float:
-        return kl_to(self.known[0], model, self.setting.dtype)
+        with let_go_after_use(model):
+            return kl_to(self.known[0], model, self.setting.dtype)
 
     # --- 2. every axis alone ----------------------------------------------------------------
 
@@ -210,11 +218,13 @@ class _Work:
         """Those that promise most, at most `candidates`; all of them where they are few."""
         if len(found) <= self.search.candidates:
             return found
-        start = self.journal.once("start", lambda: self._measure(self._load(self.setting.start)))
+        start = self.journal.once_counted(
+            "start", lambda: self._measure(self._load(self.setting.start))
+        )
 
         def lost(shape: Sizes) -> float:
             name = f"probe {described(self.before, shape)}"
-            return max(0.0, self.journal.once(name, lambda: self._probe(shape)) - start)
+            return max(0.0, self.journal.once_counted(name, lambda: self._probe(shape)) - start)
 
         probes = probed(self.before, [one.sizes for one in found], self._possible)
         known = curves(self.before, probes, lost)
@@ -277,7 +287,7 @@ class _Work:
                 )
             )
 
-        raw = self.journal.once("depth", find)
+        raw = self.journal.once_counted("depth", find)
         dropped = tuple((int(index), float(kl)) for index, kl in raw["dropped"])
         self.depth = DepthChoice(tuple(raw["kept"]), dropped, tuple(raw["single_kl"]))
         return {total - place: kl for place, (_, kl) in enumerate(dropped, 1)}
@@ -291,7 +301,9 @@ class _Work:
             name = described(self.before, one.sizes)
             if f"one-shot {name}" not in self.journal:
                 note(f"pruning {name}")
-            one.one_shot_kl = self.journal.once(f"one-shot {name}", lambda: self._one_shot(one))  # noqa: B023
+            one.one_shot_kl = self.journal.once_counted(
+                f"one-shot {name}", partial(self._one_shot, one)
+            )
             measured = sorted([*measured, one], key=_one_shot)
             for loser in measured[self.search.trained :]:
                 shutil.rmtree(self._folder(loser, 0), ignore_errors=True)
@@ -315,7 +327,7 @@ class _Work:
             self.shared.clear()
             for one in alive:
                 name = f"round {round_} {described(self.before, one.sizes)}"
-                kl = self.journal.once(
+                kl = self.journal.once_counted(
                     name,
                     lambda: self._train(one, round_, first, steps),  # noqa: B023
                 )
@@ -360,8 +372,10 @@ class _Work:
     def _save(self, model: Any, folder: Path) -> None:
         """Whole or not at all: a killed search must not go on with half a candidate."""
         partial = folder.with_name(f".{folder.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         with quiet():
-            model.save_pretrained(partial)
+            save_model(model, partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 

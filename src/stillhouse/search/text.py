@@ -9,7 +9,6 @@ Shapes: R windows of a batch, L tokens, N counted rows, D hidden width.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,24 +17,10 @@ from torch import Tensor
 
 from stillhouse.data import WindowSet
 from stillhouse.errors import DataError
-from stillhouse.pruning.calibrate import Batch, calibration_batches, products
+from stillhouse.pruning.calibrate import Batch, Some, calibration_batches, products
 from stillhouse.pruning.depth import summed_kl
 from stillhouse.signals import LMHead
 from stillhouse.teachers import hidden_states, lm_head, trim_head
-
-
-@dataclass(frozen=True)
-class Some:
-    """A few windows of a set."""
-
-    windows: WindowSet
-    numbers: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
-        return self.windows[self.numbers[index]]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,15 @@ A function named plan_… takes the job and the finished stages that it reads, a
 
 from stillhouse.stages.data import plan_data
 from stillhouse.stages.evaluate import EVALUATION, plan_evaluation
-from stillhouse.stages.plan import Do, StagePlan, doing, open_data, telling
+from stillhouse.stages.plan import (
+    Do,
+    StagePlan,
+    doing,
+    open_data,
+    redone,
+    telling,
+    unanswered,
+)
 from stillhouse.stages.quantize import plan_quantization, plan_quantized_training
 from stillhouse.stages.signals import (
     STORE,
@@ -35,7 +43,9 @@ __all__ = [
     "plan_signals",
     "plan_student",
     "plan_training",
+    "redone",
     "signal_identity",
     "stored_signals",
     "telling",
+    "unanswered",
 ]

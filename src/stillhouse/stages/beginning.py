@@ -1,13 +1,15 @@
 """A run's first stages: the text that it makes, its data, and the teacher cut to fewer tokens.
 
 A student with fewer tokens is trained under a teacher that has lost the same rows of its embeddings
-and head: its distribution over the tokens that are left is the teacher's own, made to sum to 1. So
-from the second stage on there is one vocabulary, as in every run.
+and head: its distribution over the tokens that are left is the teacher's own, made to sum to 1.
+Other models that the recipe prunes or learns from lose the same ones. So from there on there is
+one vocabulary, as in every run.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,16 +20,23 @@ from torch import Tensor
 from stillhouse.data import WindowSet
 from stillhouse.evaluate.fidelity import compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
-from stillhouse.job import Job, find_models
-from stillhouse.pruning import load_kept_ids
+from stillhouse.job import Job, find_models, shared_vocabulary
+from stillhouse.pruning import load_kept_ids, sizes_of
 from stillhouse.recipe import Recipe
+from stillhouse.recipe.family import ORIGINAL
 from stillhouse.recipe.pruning import VocabularyFile
-from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.recipe.schema import PrunedSizes, PrunedStudent
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages import Do, StagePlan, open_data, plan_data
 from stillhouse.stages.synthesis import synthesized
 from stillhouse.students import build_student
-from stillhouse.teachers import ModelSource, load_model
+from stillhouse.teachers import (
+    ModelSource,
+    load_config,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+)
 from stillhouse.training import MODEL
 
 MEASURED_TOKENS = 8192
@@ -43,19 +52,75 @@ def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[
         job = replace(job, text=synthesized(recipe, base, do))
         return job, do(plan_data(job))
     only_cut = PrunedStudent(start="pruned", vocabulary=section.vocabulary)
-    whole = find_models(recipe.model_copy(update={"student": only_cut, "signals": None}), base)
+    alone = recipe.train.model_copy(update={"teachers": []})
+    changes = {"student": only_cut, "signals": None, "train": alone}
+    whole = find_models(recipe.model_copy(update=changes), base)
+    others = _other_models(recipe, whole)
     whole = replace(whole, text=synthesized(recipe, base, do))
-    cut = do(vocabulary(whole, do(plan_data(whole))))
+    data = do(plan_data(whole))
+    cut = do(vocabulary(whole, data))
     kept = cut.summary["vocabulary"][1]
     teacher = ModelSource(
-        cut.path / MODEL, cut.digest, f"{whole.teacher.described}, cut to {kept:,} tokens"
+        cut.path / MODEL,
+        cut.digest,
+        f"{whole.teacher.described}, cut to {kept:,} tokens",
+        card=whole.teacher.path,
     )
-    job = replace(find_models(recipe, base, teacher=teacher), text=whole.text)
+    stages = {
+        name: do(vocabulary(replace(whole, teacher=source), data))
+        for name, source in others.items()
+    }
+    paths = {name: str((stage.path / MODEL).absolute()) for name, stage in stages.items()}
+    left = _left(recipe, paths, teacher)
+    job = replace(find_models(left, base, teacher=teacher), text=whole.text)
     return job, do(plan_data(job))
 
 
+def _other_models(recipe: Recipe, whole: Job) -> dict[str, ModelSource]:
+    """By their names, the models beside the teacher that have all of its tokens.
+
+    A member of a family, which has lost some of them already, is none of them.
+    Raises ModelError for a model of another vocabulary.
+    """
+    assert isinstance(recipe.student, PrunedStudent)
+    names = [recipe.student.model, *recipe.train.teachers]
+    found = {}
+    for name in dict.fromkeys(name for name in names if name not in (None, ORIGINAL)):
+        source = resolve_model(name, base=whole.base)
+        code = whole.trust_remote_code
+        own, all_tokens = (
+            load_tokenizer(model.path, trust_remote_code=code).get_vocab().keys()
+            for model in (source, whole.teacher)
+        )
+        if not own < all_tokens:
+            shared_vocabulary(whole.teacher, source, code)
+            found[name] = source
+    return found
+
+
+def _left(recipe: Recipe, cut: Mapping[str, str], teacher: ModelSource) -> Recipe:
+    """The recipe once its models have lost the tokens; cut: where they are, by their names.
+
+    Where nothing else was to go, the student is its start model, with as many layers.
+    """
+    section = recipe.student
+    assert isinstance(section, PrunedStudent)
+    model = section.model and cut.get(section.model, section.model)
+    left: dict[str, Any] = {"vocabulary": None, "model": model}
+    sizes = PrunedSizes.model_fields.keys() - {"hidden_method"}
+    if all(getattr(section, name) is None for name in sizes):
+        left["layers"] = sizes_of(load_config(Path(model) if model else teacher.path)).layers
+    teachers = [cut.get(name, name) for name in recipe.train.teachers]
+    return recipe.model_copy(
+        update={
+            "student": section.model_copy(update=left),
+            "train": recipe.train.model_copy(update={"teachers": teachers}),
+        }
+    )
+
+
 def vocabulary(job: Job, data: Stage) -> StagePlan:
-    """The teacher, with the tokens that the recipe keeps and a tokenizer for them."""
+    """The job's teacher, with the tokens that the recipe keeps and a tokenizer for them."""
     section = job.recipe.student
     assert isinstance(section, PrunedStudent)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,6 +12,7 @@ from stillhouse import account
 from stillhouse.evaluate import evaluate
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.job import Job
+from stillhouse.quantize import FILE, Quantization, round_inputs
 from stillhouse.recipe.schema import EvaluateRecipe
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages.plan import StagePlan, open_data
@@ -39,10 +42,11 @@ def plan_evaluation(
         }
         if baseline is not None:
             paths["fine_tuned"] = baseline.path / MODEL
-        sizes = {}
+        sizes, prepare = {}, {}
         for stage in quantized:
             role = {"quantize": "quantized", "qat": "quantized_trained"}[stage.name]
             paths[role], sizes[role] = stage.path / MODEL, stage.summary["bytes"]
+            prepare[role] = partial(round_inputs, Quantization.load(stage.path / FILE))
         found = evaluate(
             paths,
             section=section,
@@ -52,6 +56,7 @@ def plan_evaluation(
             precision=choose_precision(job.recipe.train.precision, default_device()),
             export_dtype=getattr(torch, job.recipe.export.dtype),
             sizes=sizes,
+            prepare=prepare,
             trust_remote_code=job.trust_remote_code,
         )
         found.save(out / EVALUATION)
@@ -61,7 +66,7 @@ def plan_evaluation(
         )
         return Outcome(tokens, flops, peak_memory_bytes())
 
-    inputs = {
+    inputs: dict[str, Any] = {
         "recipe": job.recipe.evaluate.model_dump(mode="json"),
         "precision": job.recipe.train.precision,
         "dtype": job.recipe.export.dtype,
@@ -73,6 +78,8 @@ def plan_evaluation(
         "baseline": baseline and baseline.digest,
         "quantized": [stage.digest for stage in quantized],
     }
+    if job.recipe.quantize is not None and job.recipe.quantize.dynamic:
+        inputs["rounded_inputs"] = True
     return StagePlan("evaluate", inputs, work, version=2)
 
 

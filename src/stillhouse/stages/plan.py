@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -65,6 +66,19 @@ def telling(folder: RunFolder, finished: list[Stage]) -> Do:
         return stage
 
     return do
+
+
+def redone(folder: RunFolder, plan: StagePlan, lacks: Callable[[Stage], int]) -> StagePlan:
+    """The plan; what is finished of it and lacks something is removed, so that it is done anew."""
+    found = folder.finished(plan.name, plan.depends_on)
+    if found is not None and lacks(found):
+        shutil.rmtree(found.path)
+    return plan
+
+
+def unanswered(stage: Stage) -> int:
+    """Requests of the stage that had no answer, and may have one when they are asked again."""
+    return int(stage.summary.get("unanswered", 0))
 
 
 def open_data(data: Stage) -> tuple[Windows, Windows]:

@@ -56,7 +56,7 @@ def plan_quantized_training(
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        asked = whom_to_ask(job, job.teacher.path, stored, windows, trained)
+        asked = whom_to_ask(job, job.guides[0].path, stored, windows, trained)
         result = train_quantized(
             trained.path / MODEL,
             rounded.path,
@@ -73,6 +73,7 @@ def plan_quantized_training(
             store=asked.store,
             stored_teacher=asked.stored_teacher,
             asked_share=asked.share,
+            more_teachers=[guide.path for guide in job.guides[1:]],
             trust_remote_code=job.trust_remote_code,
         )
         summary = {**rounded.summary, "training": asdict(result)}
@@ -84,7 +85,7 @@ def plan_quantized_training(
         "signals": stored and stored.key,
         "recipe": train_section.model_dump(mode="json", exclude={"report_to", "teachers"}),
         "seed": job.recipe.seed,
-        "teacher": job.teacher.fingerprint,
+        "teachers": [guide.fingerprint for guide in job.guides],
         "data": data.digest,
         "trained": trained.digest,
         "rounded": rounded.digest,

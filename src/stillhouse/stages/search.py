@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from stillhouse import account
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
-from stillhouse.job import Job, configs, planned_size
+from stillhouse.job import Job
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.schema import PrunedStudent
 from stillhouse.runfolder import Outcome, Stage
@@ -50,10 +49,10 @@ def search(job: Job, data: Stage) -> StagePlan:
                 trust_remote_code=job.trust_remote_code,
             )
         )
-        size = planned_size(configs(job)[0]).head_once
         return Outcome(
             tokens=found.tokens,
-            flops=account.training_flops(size, found.tokens),
+            flops=found.flops,
+            seconds=found.seconds,
             peak_memory_bytes=peak_memory_bytes(),
             summary={
                 "sizes": found.sizes,
@@ -70,7 +69,8 @@ def search(job: Job, data: Stage) -> StagePlan:
 def _inputs(job: Job, data: Stage, section: PrunedStudent) -> dict[str, Any]:
     assert section.target is not None
     return {
-        "recipe": section.model_dump(mode="json"),
+        # What is pruned is known by its fingerprint, wherever it is.
+        "recipe": section.model_dump(mode="json", exclude={"model"}),
         "train": {key: getattr(job.recipe.train, key) for key in SHORT_TRAINING},
         "precision": job.recipe.train.precision,
         "dtype": job.recipe.export.dtype,

@@ -17,15 +17,16 @@ from stillhouse.export import (
     WEIGHED,
     CardFacts,
     Gate,
+    Origin,
     ReplayResult,
     against_teacher,
+    distinct,
     export_checkpoint,
     export_compressed,
     export_gguf,
     export_torchao,
     has_llama_cpp,
     push,
-    teacher_license,
     write_card,
 )
 from stillhouse.hardware import (
@@ -42,14 +43,19 @@ from stillhouse.recipe.shipping import PushRecipe
 from stillhouse.report import ReportData, ScratchCost, StageCost, write_report
 from stillhouse.runfolder import Outcome, Stage, versions
 from stillhouse.stages import EVALUATION, StagePlan, open_data
+from stillhouse.stages.origins import origins_of
 from stillhouse.stages.report import plan_report
 from stillhouse.teachers import load_model
 from stillhouse.training import METRICS, MODEL, read_metrics
 
 
-def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan:
-    """shipped: the run's last model, trained or quantized."""
-    section = job.recipe.export
+def export(
+    job: Job, data: Stage, shipped: Stage, evaluated: Stage, ancestors: Sequence[Origin] = ()
+) -> StagePlan:
+    """shipped: the run's last model, trained or quantized. ancestors: of the family's first member,
+    which this one comes from."""
+    recipe, section = job.recipe.with_programs(job.base), job.recipe.export
+    origins = distinct([*origins_of(job), *ancestors])
     grid_file = shipped.path / FILE
 
     def work(out: Path) -> Outcome:
@@ -63,7 +69,7 @@ def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan
             job.trust_remote_code,
         )
         grid = Quantization.load(grid_file) if grid_file.is_file() else None
-        card = _card(job, data, shipped, Evaluation.load(evaluated.path / EVALUATION))
+        card = _card(job, data, shipped, Evaluation.load(evaluated.path / EVALUATION), origins)
         dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
         vocabulary, replays = job.vocabulary, []
         calibration = _calibration(job, data)
@@ -71,7 +77,7 @@ def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan
         with against_teacher(gate, job.teacher.path, vocabulary=vocabulary, dtype=dtype) as asked:
             for form in section.formats:
                 folder = out / shipped_folder(form)
-                replay = _export(asked, folder, form, job.recipe, grid, moments, calibration)
+                replay = _export(asked, folder, form, recipe, grid, moments, calibration)
                 write_card(folder, card, replay)
                 replays.append(replay)
         return Outcome(
@@ -86,10 +92,10 @@ def export(job: Job, data: Stage, shipped: Stage, evaluated: Stage) -> StagePlan
         "data": data.digest,
         "shipped": shipped.digest,
         "evaluated": evaluated.digest,
-        "license": job.recipe.teacher.license,
+        "origins": [asdict(one) for one in origins],
         "llama_cpp": has_llama_cpp(),
     }
-    return StagePlan("export", inputs, work, version=4)
+    return StagePlan("export", inputs, work, version=5)
 
 
 def _export(
@@ -161,13 +167,14 @@ def shipped_folder(form: str) -> str:
     return MODEL if form == "safetensors" else form
 
 
-def _card(job: Job, data: Stage, shipped: Stage, evaluation: Evaluation) -> CardFacts:
+def _card(
+    job: Job, data: Stage, shipped: Stage, evaluation: Evaluation, origins: Sequence[Origin]
+) -> CardFacts:
     sources = [source.model_dump(exclude_none=True) for source in job.recipe.data.sources]
     windows, _ = open_data(data)
     return CardFacts(
         name=job.recipe.name,
-        teacher=job.teacher.described,
-        license=teacher_license(job.recipe.teacher.license, job.teacher.path),
+        origins=origins,
         data=f"{windows.supervised_tokens:,} training tokens from "
         + "; ".join(" ".join(str(value) for value in source.values()) for source in sources),
         recipe=recipe_yaml(job.recipe),
@@ -210,5 +217,9 @@ def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:
         replays=stages["export"].summary["replays"],
         machine=machine(),
         versions=versions(),
-        notes=evaluated.notes,
+        notes=[*evaluated.notes, *_quantization_notes(stages.get("quantize"))],
     )
+
+
+def _quantization_notes(rounded: Stage | None) -> list[str]:
+    return [] if rounded is None else rounded.summary.get("notes", [])

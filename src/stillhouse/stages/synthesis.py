@@ -20,7 +20,7 @@ from stillhouse.progress import note
 from stillhouse.recipe import Recipe, answers_path, run_root
 from stillhouse.recipe.synthesize import SynthesizeRecipe
 from stillhouse.runfolder import Outcome, RunFolder, Stage, flush, sha
-from stillhouse.stages import Do, StagePlan
+from stillhouse.stages import Do, StagePlan, redone
 from stillhouse.synthesis import Origins, Synthesis, synthesize
 from stillhouse.synthesis.asking import LocalText, text_teacher
 from stillhouse.synthesis.judging import open_judge
@@ -80,7 +80,7 @@ def synthesis(recipe: Recipe, base: Path) -> StagePlan:
         "seed": None if section.prompts.combine is None else recipe.seed,
         "files": {key: _content(base, key, path) for key, path in _files(section).items()},
     }
-    return StagePlan(NAME, inputs, work)
+    return StagePlan(NAME, inputs, work, version=2)
 
 
 def synthesized(recipe: Recipe, base: Path, do: Do) -> SynthesizedText | None:
@@ -120,10 +120,7 @@ def again(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synthesis:
     section = recipe.synthesize
     assert section is not None
     plan = synthesis(recipe, base)
-    found = folder.finished(plan.name, plan.depends_on)
-    if found is not None and lacks(found):
-        shutil.rmtree(found.path)
-    stage = do(plan)
+    stage = do(redone(folder, plan, lacks))
     folder.point(NAME, stage.path)
     out = out_path(section, base)
     publish(stage.path / TEXT, out)

@@ -9,11 +9,11 @@ from typing import Any
 
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.job import Job
-from stillhouse.recipe.schema import LogitsTerm, ObjectiveRecipe
+from stillhouse.recipe.schema import LogitsTerm, ObjectiveRecipe, RandomStudent
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages.plan import StagePlan, open_data
 from stillhouse.stages.signals import StoredSignals, whom_to_ask
-from stillhouse.students import build_student
+from stillhouse.students import build_student, config_sha256
 from stillhouse.teachers import ModelSource
 from stillhouse.training import CHECKPOINTS, MODEL, TrainingResult, train
 
@@ -35,18 +35,21 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
             out=out / MODEL,
             trust_remote_code=job.trust_remote_code,
         )
-        return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=summary)
+        flops = summary.get("flops", 0)
+        return Outcome(flops=flops, peak_memory_bytes=peak_memory_bytes(), summary=summary)
 
     inputs = {
-        # How the shape was searched does not matter once it is found.
-        "recipe": section.model_dump(mode="json", exclude={"search", "target"}),
+        # How the shape was searched does not matter once it is found, nor where the models are:
+        # their content is named below.
+        "recipe": section.model_dump(mode="json", exclude={"search", "target", "model", "config"}),
+        "config": config_sha256(section, job.base) if isinstance(section, RandomStudent) else None,
         "seed": job.recipe.seed,
         "teacher": job.teacher.fingerprint,
         "pretrained": job.pretrained and job.pretrained.fingerprint,
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("student", inputs, work, version=5)
+    return StagePlan("student", inputs, work, version=6)
 
 
 def plan_training(job: Job, data: Stage, student: Stage, stored: StoredSignals | None) -> StagePlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stillhouse.account import count_parameters
+from stillhouse.account import count_flops, count_parameters
 from stillhouse.data import WindowSet
 from stillhouse.errors import RecipeError, RunError
 from stillhouse.hardware import choose_precision, default_device
@@ -23,9 +24,9 @@ from stillhouse.pruning import (
     prune_tokenizer,
     save_kept_ids,
 )
+from stillhouse.pruning.calibrate import unseen
 from stillhouse.pruning.domain import Domain, kl_on, read_text
 from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
-from stillhouse.pruning.shapes import planned_shape
 from stillhouse.recipe.pruning import PruningMethod, VocabularyFile
 from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students.random import overridden_config, random_model
@@ -42,6 +43,10 @@ from stillhouse.teachers import (
 from stillhouse.teachers.quiet import quiet
 
 Summary = dict[str, Any]
+
+STREAMS = 16
+"""Copies of the residual stream on the calibration rows that fit beside a layer's cut: two streams
+in a few places, and the activations of the FFN."""
 
 CHECKED_TOKENS = 64
 """Tokens on which the saved student must give the logits of the one in memory."""
@@ -64,9 +69,9 @@ def build_student(
     given, is only compared with it: a note warns of another domain, with the measured KL. `base`
     is what paths in the recipe are relative to. `trust_remote_code` is the teacher's. The summary
     is plain data for JSON: start, parameters (total, non_embedding, head_once), the teacher's
-    parameters, notes, and for a pruned student `pruning` (see pruning.PruneReport). A student with
-    fewer tokens than its teacher gets a tokenizer of its own, and the map to the teacher's ids
-    beside it (see pruning.kept_token_ids).
+    parameters, notes, and for a pruned student `pruning` (see pruning.PruneReport) and its `flops`.
+    A student with fewer tokens than its teacher gets a tokenizer of its own, and the map to the
+    teacher's ids beside it (see pruning.kept_token_ids).
     Raises ModelError, RecipeError, DataError as its parts do; RunError when `out` is not writable.
     """
     kept_ids: tuple[int, ...] | None = None
@@ -136,7 +141,7 @@ def _pruned(
             where="student.target",
             fix="search first (search.search_shape), as `stillhouse run` does",
         )
-    planned_sizes(section, model.config)
+    explicit_sizes(section, model.config)
     tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
     kept_ids = None
     if section.vocabulary is not None:
@@ -145,14 +150,32 @@ def _pruned(
         keep = base / wanted.path if isinstance(wanted, VocabularyFile) else wanted
         kept_ids = kept_token_ids(tokenizer, windows, keep, configs=configs)
         tokenizer = prune_tokenizer(tokenizer, kept_ids)
-    device = default_device()
+    device = _roomy_device(model, section.calibration_tokens)
     precision = choose_precision("auto", device)
     note(f"Pruning on {device} with products in {precision.reason}")
     model.to(device)
+    with count_flops() as counted:
+        summary = _cut(model, section, windows, heldout, kept_ids, seed, precision.dtype)
+    summary |= {"teacher_parameters": asdict(before), "flops": counted.flops}
+    model.to("cpu")
+    return model, tokenizer, summary, kept_ids
+
+
+def _cut(
+    model: Any,
+    section: PrunedStudent,
+    windows: WindowSet,
+    heldout: WindowSet | None,
+    kept_ids: Sequence[int] | None,
+    seed: int,
+    dtype: torch.dtype,
+) -> Summary:
+    """Prunes in place, and compares the calibration text with the held-out text."""
+    rest = unseen(windows, section.calibration_tokens, seed) if len(windows) else windows
     with let_go_after_use(model):
         read = [
-            None if text is None else read_text(model, text, seed, precision.dtype)
-            for text in (None if heldout is None else windows, heldout)
+            None if text is None else read_text(model, text, seed, dtype)
+            for text in (None if heldout is None else rest if len(rest) else windows, heldout)
         ]
     report = prune_model(
         model,
@@ -168,26 +191,42 @@ def _pruned(
         reconstruct=section.reconstruct,
         calibration_tokens=section.calibration_tokens,
         seed=seed,
-        dtype=precision.dtype,
+        dtype=dtype,
         method=method_of(section),
         local_tokens=section.local_distillation or 0,
     )
     summary: Summary = {
-        "teacher_parameters": asdict(before),
         "pruning": asdict(report),
         "notes": list(report.notes),
     }
     if read[0] is not None and read[1] is not None:
-        with let_go_after_use(model):
-            kl = None if kept_ids is not None else kl_on(read[1], model, precision.dtype)
-        domain = Domain(read[0].perplexity, read[1].perplexity, kl)
+        kl = own = None
+        if kept_ids is None:
+            with let_go_after_use(model):
+                kl = kl_on(read[1], model, dtype)
+                own = kl_on(read[0], model, dtype) if len(rest) else None
+        domain = Domain(read[0].perplexity, read[1].perplexity, kl, own)
         summary["domain"] = asdict(domain)
         warning = domain.warning()
         if warning is not None:
             note(f"warning: {warning}")
             summary["notes"].append(warning)
-    model.to("cpu")
-    return model, tokenizer, summary, kept_ids
+    return summary
+
+
+def _roomy_device(model: Any, tokens: int) -> torch.device:
+    """The GPU, where the float32 weights and the calibration rows fit into what is free there;
+    else the CPU."""
+    device = default_device()
+    if device.type != "cuda":
+        return device
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    needed = 4 * (weights + STREAMS * tokens * model.config.hidden_size)
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed <= free:
+        return device
+    note(f"{free / 2**30:.1f} GiB are free on {device}, and pruning needs {needed / 2**30:.1f}")
+    return torch.device("cpu")
 
 
 def method_of(section: PrunedStudent) -> PruningMethod:
@@ -195,19 +234,16 @@ def method_of(section: PrunedStudent) -> PruningMethod:
     return PruningMethod(**{key: getattr(section, key) for key in PruningMethod.model_fields})
 
 
-def planned_sizes(section: PrunedStudent, teacher_config: Any) -> Sizes:
-    """The sizes of the student, all tokens counted where the text decides.
-
-    Of a target, the shape with the fewest cuts that meets it: which is best is for a search to say.
+def explicit_sizes(section: PrunedStudent, config: Any, *, owner: str | None = None) -> Sizes:
+    """The sizes of the student without a target, all tokens counted where the text or a file
+    decides. config: of what is pruned. owner: what an error calls it; None: as the section does.
 
     Raises RecipeError where they are not possible.
     """
-    if section.target is not None:
-        return planned_shape(teacher_config, section.search, section.target)
     # Known without the text: how many tokens it has is not.
     vocabulary = section.vocabulary if isinstance(section.vocabulary, int) else None
     return check_sizes(
-        teacher_config,
+        config,
         section.ffn_size,
         section.layers,
         heads=section.heads,
@@ -217,6 +253,7 @@ def planned_sizes(section: PrunedStudent, teacher_config: Any) -> Sizes:
         experts=section.experts,
         vocabulary=vocabulary,
         text_decides=vocabulary is None and section.vocabulary is not None,
+        owner=owner or ("the teacher" if section.model is None else "the model that is pruned"),
     )
 
 
@@ -225,6 +262,14 @@ def start_config(section: RandomStudent, teacher_config: Any, base: Path) -> Any
     if section.config is None:
         return teacher_config
     return load_config(_config_folder(section.config, base))
+
+
+def config_sha256(section: RandomStudent, base: Path) -> str | None:
+    """Names the content of `section.config`; None where the teacher's is the start."""
+    if section.config is None:
+        return None
+    file = _config_folder(section.config, base) / "config.json"
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _config_folder(name: str, base: Path) -> Path:

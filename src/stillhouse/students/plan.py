@@ -5,19 +5,50 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stillhouse.pruning import resized_config
+import torch
+
+from stillhouse.pruning import Sizes, check_sizes, resized_config
+from stillhouse.pruning.shapes import planned_shape
 from stillhouse.recipe.schema import PrunedStudent, RandomStudent
-from stillhouse.students.build import planned_sizes, start_config
+from stillhouse.students.build import explicit_sizes, start_config
 from stillhouse.students.random import overridden_config
 
 
-def planned_config(section: PrunedStudent | RandomStudent, teacher_config: Any, base: Path) -> Any:
+def planned_config(
+    section: PrunedStudent | RandomStudent,
+    teacher_config: Any,
+    base: Path,
+    *,
+    served: torch.dtype = torch.bfloat16,
+    owner: str | None = None,
+) -> Any:
     """A configuration of the student's size. Which layers a pruned one keeps is not known yet,
     nor how many tokens `vocabulary: data` means: all are counted.
 
-    Raises RecipeError where the sizes are not possible.
+    served: the number type of the exported weights, for a target in bytes. owner: what an error
+    calls the model that is pruned; None: as the section does.
+    Raises RecipeError where the sizes are not possible; of a target, where that is certain.
     """
     if isinstance(section, RandomStudent):
         return overridden_config(start_config(section, teacher_config, base), section.overrides)
-    after = planned_sizes(section, teacher_config)
+    if section.target is None:
+        after = explicit_sizes(section, teacher_config, owner=owner)
+    else:
+        after = _searched_sizes(section, teacher_config, served)
     return resized_config(teacher_config, after, rotated=section.hidden_method == "rotation")
+
+
+def _searched_sizes(section: PrunedStudent, config: Any, served: torch.dtype) -> Sizes:
+    """Of the shape with the fewest cuts that meets the target: a search says which is best."""
+    assert section.target is not None
+    wanted = section.vocabulary
+    if isinstance(wanted, int):
+        # The search prunes what has lost the tokens.
+        config = resized_config(config, check_sizes(config, vocabulary=wanted))
+    return planned_shape(
+        config,
+        section.search,
+        section.target,
+        width=served.itemsize,
+        certain=wanted is None or isinstance(wanted, int),
+    )

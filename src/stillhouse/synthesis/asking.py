@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stillhouse.errors import EndpointError
+from stillhouse.errors import EndpointError, RunError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import bar, note
 from stillhouse.recipe.synthesize import (
@@ -27,7 +27,7 @@ from stillhouse.recipe.synthesize import (
 )
 from stillhouse.synthesis.budget import Budget, Price
 from stillhouse.synthesis.client import Client
-from stillhouse.synthesis.estimate import Known
+from stillhouse.synthesis.estimate import Known, known_before
 from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.local import Generator
 from stillhouse.synthesis.pool import Pool
@@ -118,11 +118,10 @@ def text_teacher(
 
 def _sampling(whole: SynthesizeRecipe, token_limit: str) -> dict[str, Any]:
     section = whole.sampling
-    parameters: dict[str, Any] = {
-        "temperature": section.temperature,
-        token_limit: section.max_tokens,
-        **section.extra,
-    }
+    parameters: dict[str, Any] = {}
+    if section.temperature is not None:
+        parameters["temperature"] = section.temperature
+    parameters |= {token_limit: section.max_tokens, **section.extra}
     if section.top_p < 1:
         parameters["top_p"] = section.top_p
     if section.top_logprobs is not None:
@@ -267,6 +266,35 @@ def _numbers(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:
 TextSource = ApiText | LocalText
 
 
+def answer_all(teacher: TextSource, asked: Questions, journal: Journal) -> None:
+    """Asks what the journal lacks. Some may be without an answer after that, see `may_answer`.
+
+    Raises EndpointError; RunError where the budget ends before the answers do: those that arrived
+    are kept.
+    """
+    known = known_before(asked.requests(), journal, teacher.price)
+    if not known.missing:
+        return
+    new, _, out_of_budget = teacher.answer(asked, journal, known)
+    if out_of_budget:
+        raise RunError(
+            f"the budget is used up: {known.answered + new:,} of {known.requests:,} answers are "
+            "there",
+            where=journal.path,
+            fix="raise the budget, or give fewer texts; nothing is asked twice",
+        )
+
+
+def may_answer(asked: Questions, journal: Journal) -> int:
+    """Requests without an answer that may have one when they are asked again: all but those that
+    were refused for what they are."""
+    last = {key: kind for key, kind, _ in journal.failures()}
+    return sum(
+        last.get(request.key) != "refused" and journal.get(request.key) is None
+        for request in asked.requests()
+    )
+
+
 def _unanswered(
     requests: Iterable[Request], journal: Journal, on_its_way: set[str]
 ) -> Iterator[Request]:
@@ -277,7 +305,8 @@ def _unanswered(
 
 
 def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
-    """Runs `work`; Ctrl-C or SIGTERM cancels it, and does what it always does after that.
+    """Runs `work`; Ctrl-C or SIGTERM cancels it, and does what it always does after that. A second
+    one cancels it again, while it waits for what is on its way.
 
     An exception out of a signal handler could be lost inside the event loop.
     """
@@ -288,6 +317,8 @@ def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
         assert task is not None
 
         def stop(number: int) -> None:
+            if not caught:
+                note("waiting for the answers on their way; once more to leave them")
             caught.append(number)
             task.cancel()
 

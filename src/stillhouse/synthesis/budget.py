@@ -2,7 +2,8 @@
 
 The sum of what was billed and what is set aside never passes a limit, so that no answer still on
 its way can. A prompt has at most as many tokens as bytes, with some more for the chat template
-around each message; an answer has at most its token limit.
+around each message; an answer has at most its token limit. Parameters that are no numbers (tools, a
+schema) count as part of the prompt: servers put them there.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ class Spending:
 
 def worst_case(request: Request, price: Price | None) -> Spending:
     """The most that one answer can take; the request has a token limit."""
+    shown = [value for value in request.parameters.values() if not isinstance(value, int | float)]
     prompt = _TEMPLATE_TOKENS + sum(
-        _TEMPLATE_TOKENS + len(str(message).encode("utf-8", "replace"))
-        for message in request.messages
+        _TEMPLATE_TOKENS + len(str(part).encode("utf-8", "replace"))
+        for part in (*request.messages, *shown)
     )
     answer = next(int(request.parameters[k]) for k in TOKEN_LIMITS if k in request.parameters)
     return Spending(prompt + answer, price.of(prompt, answer) if price else 0.0)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -24,6 +25,11 @@ from stillhouse.teachers.keys import api_key
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EXCERPT = 300
 """Characters of a server's message that are kept."""
+_SHORTEST_SECRET = 8
+"""Characters. Servers that want no key are given words such as `none` and `EMPTY`, which answers
+may hold."""
+_MOST_TOKENS = 10**9
+"""In one prompt or answer; a server that counts more miscounts."""
 
 
 @dataclass(frozen=True)
@@ -88,22 +94,27 @@ class Client:
         except LinkError as error:
             return Trouble("connection", self._redacted(str(error)), again=True, billed=error.sent)
         if reply.status == 200:
-            return self._answer(reply.body, time.monotonic() - started)
+            return self._answer(reply, time.monotonic() - started)
         return self._status_trouble(reply)
 
-    def _answer(self, body: bytes, seconds: float) -> Answer | Trouble:
+    def _answer(self, reply: Reply, seconds: float) -> Answer | Trouble:
         try:
-            return _parse(json.loads(body), self.price, seconds)
+            whole = json.loads(reply.body)
+            status = _status_within(whole)
+            if status is not None:
+                return self._status_trouble(replace(reply, status=status))
+            answer = _parse(whole, self.price, seconds)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            start = self._redacted(body[:_EXCERPT].decode("utf-8", "replace"))
+            start = self._redacted(reply.body.decode("utf-8", "replace"))[:_EXCERPT]
             reason = f"not a chat completion ({type(error).__name__}: {error}): {start}"
             return Trouble("invalid", reason, again=False, billed=True)
+        return self._without_key(answer)
 
     def _status_trouble(self, reply: Reply) -> Trouble:
         status = reply.status
         message, code = _server_error(reply.body)
         said = self._redacted(message)[:_EXCERPT]
-        if status in (401, 403, 404) or code == "insufficient_quota":
+        if status in (401, 402, 403, 404) or code == "insufficient_quota":
             raise self._hopeless(status, said)
         wait = retry_after(reply.headers)
         if status == 429:
@@ -123,6 +134,21 @@ class Client:
         }.get(status, ("the account has no credit left", "add credit, then go on with the same "
                        "command: what arrived is kept"))  # fmt: skip
         return EndpointError(f"{what} (HTTP {status}: {said})", where=self.endpoint, fix=fix)
+
+    def _without_key(self, answer: Answer) -> Answer:
+        """The answer, where it repeats the key, without it; its tokens would spell the key too."""
+        said = (answer.text, answer.reasoning or "", answer.finish_reason or "")
+        key = self._key or ""
+        if len(key) < _SHORTEST_SECRET or not any(key in text for text in said):
+            return answer
+        text, reasoning, finish_reason = map(self._redacted, said)
+        return replace(
+            answer,
+            text=text,
+            reasoning=reasoning or None,
+            finish_reason=finish_reason or None,
+            logprobs=None,
+        )
 
     def _redacted(self, text: str) -> str:
         return text.replace(self._key, "[key]") if self._key else text
@@ -157,31 +183,66 @@ def _server_error(body: bytes) -> tuple[str, str | None]:
     return str(message), error.get("code")
 
 
+def _status_within(whole: Any) -> int | None:
+    """The status of an error that gateways send with the status 200, where it tells one."""
+    error = _object(_object(whole).get("error"))
+    code = str(error.get("code"))
+    if code == "insufficient_quota":
+        return 402
+    return int(code) if re.fullmatch("[45][0-9]{2}", code) else None
+
+
 def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
-    choice = whole["choices"][0]
+    """Whatever was paid for is an answer, if only an empty one; a field of a kind that it cannot
+    have counts as not given. Raises KeyError and the like where this is no chat completion."""
+    choices = whole["choices"]
+    choice = choices[0] if choices else {"message": {}}
     message = choice["message"]
-    text, finish_reason = message.get("content"), choice.get("finish_reason")
-    if text is None and message.get("refusal"):
-        text, finish_reason = message["refusal"], "refusal"
-    if not isinstance(text, str):
-        raise TypeError("the message has no text")
-    usage = whole.get("usage") or {}
-    prompt, completion = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    text, finish_reason = _text(message.get("content")), _string(choice.get("finish_reason"))
+    refusal = _string(message.get("refusal"))
+    if not text and refusal:
+        text, finish_reason = refusal, "refusal"
+    usage = _object(whole.get("usage"))
+    prompt, completion = (
+        _tokens(usage.get("prompt_tokens")),
+        _tokens(usage.get("completion_tokens")),
+    )
     cost = None
-    if not isinstance(prompt, int) or not isinstance(completion, int):
+    if prompt is None or completion is None:
         prompt = completion = None
     elif price is not None:
         cost = price.of(prompt, completion)
+    logprobs = _object(choice.get("logprobs")).get("content")
     return Answer(
         text=text,
         finish_reason=finish_reason,
-        reasoning=message.get("reasoning_content") or message.get("reasoning") or None,
+        reasoning=_string(message.get("reasoning_content")) or _string(message.get("reasoning")),
         prompt_tokens=prompt,
         completion_tokens=completion,
         cost=cost,
         seconds=seconds,
-        logprobs=(choice.get("logprobs") or {}).get("content"),
+        logprobs=logprobs if isinstance(logprobs, list) else None,
     )
+
+
+def _text(content: Any) -> str:
+    """A message's text: a string, or the text parts of a list; empty where there is none."""
+    if isinstance(content, list):
+        return "".join(_string(_object(part).get("text")) or "" for part in content)
+    return _string(content) or ""
+
+
+def _string(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _tokens(value: Any) -> int | None:
+    sane = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
+    return value if sane else None
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

@@ -17,6 +17,8 @@ class Known:
 
     spent: on answers, and on those that may have been billed and got lost. worst: the most that
     the missing ones can take. squares: the sums of the answered requests' squared spendings.
+    again: how many of the answered requests, and of the missing, are the same as one before them;
+    these cost nothing.
     """
 
     requests: int
@@ -24,17 +26,24 @@ class Known:
     spent: Spending
     worst: Spending
     squares: tuple[float, float] = (0.0, 0.0)
+    again: tuple[int, int] = (0, 0)
 
     @property
     def answered(self) -> int:
         return self.requests - self.missing
 
     @property
+    def paid(self) -> tuple[int, int]:
+        """Requests that were paid for, and those that are to be."""
+        return self.answered - self.again[0], self.missing - self.again[1]
+
+    @property
     def likely(self) -> Spending | None:
         """What the missing ones take if they are like those before; None before the first."""
-        if self.answered == 0:
+        answered, missing = self.paid
+        if answered == 0:
             return None
-        share = self.missing / self.answered
+        share = missing / answered
         return Spending(round(self.spent.tokens * share), self.spent.usd * share)
 
     @property
@@ -44,7 +53,7 @@ class Known:
         For m new requests and the mean of n with standard deviation s: m · mean ± t · s ·
         √(m + m²/n), t of Student's distribution with n − 1 degrees of freedom.
         """
-        likely, n, m = self.likely, self.answered, self.missing
+        likely, (n, m) = self.likely, self.paid
         if likely is None or n < 2:
             return None
         factor = student_t(n - 1) * math.sqrt(m + m * m / n)
@@ -62,11 +71,18 @@ def known_before(
 ) -> Known:
     """Goes through all requests once, which also finds a bad prompt before anything is paid."""
     number = missing = 0
-    squares = [0.0, 0.0]
+    squares, again = [0.0, 0.0], [0, 0]
     spent = unspent = Spending()
+    seen: set[bytes] = set()
     for request in requests:
         number += 1
         answer = None if journal is None else journal.get(request.key)
+        digest = bytes.fromhex(request.key)[:16]
+        if digest in seen:  # it is paid for once
+            missing += answer is None
+            again[answer is None] += 1
+            continue
+        seen.add(digest)
         taken = Spending()
         if journal is not None:
             usd, tokens = journal.billed_failures(request.key)
@@ -79,7 +95,7 @@ def known_before(
             taken += spent_on(answer, worst)
             squares = [squares[0] + taken.tokens**2, squares[1] + taken.usd**2]
         spent += taken
-    return Known(number, missing, spent, unspent, (squares[0], squares[1]))
+    return Known(number, missing, spent, unspent, (squares[0], squares[1]), (again[0], again[1]))
 
 
 def student_t(degrees: int) -> float:

@@ -15,10 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from jsonschema_specifications import REGISTRY
+from referencing.exceptions import Unresolvable
+
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.synthesis.near import NearDuplicates
 from stillhouse.synthesis.prompts import Prompt, text_of, words
+from stillhouse.synthesis.references import check_references
 from stillhouse.synthesis.request import Message
+
+_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -138,28 +144,59 @@ def pattern(expression: str, *, wanted: bool = True) -> Filter:
 
 
 def json_schema(schema: dict[str, Any]) -> Filter:
-    """The answer (reasoning left out) is JSON that the schema allows. Raises RecipeError for a
-    schema that is none."""
+    """The answer (reasoning and one code fence around it left out) is JSON that the schema allows,
+    its `format` included. Raises RecipeError for a schema that is none, or that refers to what is
+    not in it."""
     import jsonschema
 
     kind = jsonschema.validators.validator_for(schema)
     try:
         kind.check_schema(schema)
+        check_references(schema)
     except jsonschema.SchemaError as error:
-        raise RecipeError(
-            f"the JSON schema is not valid: {error.message}", where="synthesize.filters.json_schema"
-        ) from None
-    validator = kind(schema)
+        raise _unusable_schema(f"the JSON schema is not valid: {error.message}") from None
+    except Unresolvable as error:
+        raise _unresolved(error) from None
+    validator = kind(schema, registry=REGISTRY, format_checker=kind.FORMAT_CHECKER)
 
     def judge(row: Row) -> str | None:
         try:
-            value = json.loads(answer_only(row))
+            value = json_value(answer_only(row))
         except (ValueError, RecursionError) as error:
             return f"not JSON: {error}"
-        problem = jsonschema.exceptions.best_match(validator.iter_errors(value))
+        try:
+            problem = jsonschema.exceptions.best_match(validator.iter_errors(value))
+        except Unresolvable as error:
+            raise _unresolved(error) from None
         return None if problem is None else f"{problem.json_path}: {problem.message[:200]}"
 
     return judge
+
+
+def _unusable_schema(what: str) -> RecipeError:
+    return RecipeError(what, where="json_schema", fix="mend the schema's file")
+
+
+def _unresolved(error: Unresolvable) -> RecipeError:
+    return _unusable_schema(
+        f"the JSON schema refers to {error.ref!r}, which is not in it (nothing is fetched)"
+    )
+
+
+def unfenced(text: str) -> str:
+    """Without the one Markdown code fence (``` or ```json) that the whole text stands in."""
+    found = _FENCE.fullmatch(text.strip())
+    return text if found is None or "```" in found[1] else found[1].strip()
+
+
+def json_value(text: str) -> Any:
+    """The value of JSON, which may stand in a code fence. Raises ValueError, RecursionError; also
+    for NaN and Infinity, which are no JSON."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is no JSON value")
+
+    return json.loads(unfenced(text), parse_constant=refuse)
 
 
 def exact_duplicates() -> Filter:
@@ -227,6 +264,7 @@ def _grams(found: list[str], size: int) -> Iterable[str]:
 
 
 def answer_only(row: Row) -> str:
+    """Without reasoning."""
     return row.text.rpartition("</think>")[2].strip()
 
 

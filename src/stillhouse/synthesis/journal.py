@@ -90,7 +90,7 @@ class Journal:
         self.path = path
         self._lock_file = _locked(path)
         try:
-            self._reader = _open(path)
+            self._reader, self._writer = _open(path), _open(path)
         except BaseException:
             self._lock_file.close()
             raise
@@ -168,6 +168,13 @@ class Journal:
         with self._reading:
             return {key for (key,) in self._reader.execute(statement, keys)}
 
+    def refused(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys (a few hundred) that an endpoint has refused to answer."""
+        marks = ", ".join("?" * len(keys))
+        statement = f"SELECT key FROM failures WHERE kind = 'refused' AND key IN ({marks})"
+        with self._reading:
+            return {key for (key,) in self._reader.execute(statement, keys)}
+
     def billed_failures(self, key: str) -> tuple[float, int]:
         """Dollars and tokens that a provider may have billed for lost answers to this request."""
         with self._reading:
@@ -194,11 +201,12 @@ class Journal:
 
     def _hand_over(self, statement: str, values: tuple[Any, ...]) -> Future[None]:
         row = _Row(statement, tuple(map(_storable, values)), Future())
+        row.done.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         self._arrived.put(row)
         return row.done
 
     def _write(self) -> None:
-        with closing(_connect(self.path)) as connection:
+        with closing(self._writer) as connection:
             closing_down = False
             while not closing_down:
                 taken = self._take()
@@ -217,7 +225,10 @@ class Journal:
 
 
 def _commit(connection: sqlite3.Connection, rows: Iterable[_Row], path: Path) -> None:
-    """One transaction; each row's future is told how it went."""
+    """One transaction; each row's future is told how it went.
+
+    A row that the database cannot take (its values, not the file, are wrong) fails alone.
+    """
     rows = list(rows)
     try:
         with connection:
@@ -226,6 +237,10 @@ def _commit(connection: sqlite3.Connection, rows: Iterable[_Row], path: Path) ->
                 connection.execute(row.statement, row.values)
     # Of every kind: an error that ended this thread would leave its askers waiting for ever.
     except Exception as error:
+        if len(rows) > 1 and not isinstance(error, sqlite3.OperationalError):
+            for row in rows:
+                _commit(connection, [row], path)
+            return
         for row in rows:
             row.done.set_exception(_unusable(path, error))
     else:

@@ -11,12 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from stillhouse.recipe.synthesize import (
-    FiltersRecipe,
-    JudgeChoice,
-    SamplingRecipe,
-    SynthesizeRecipe,
-)
+from stillhouse.recipe.synthesize import FiltersRecipe, JudgeChoice, SynthesizeRecipe
 from stillhouse.synthesis.asking import Origins, TextSource, text_teacher
 from stillhouse.synthesis.filters import Row, answer_only
 from stillhouse.synthesis.journal import Journal
@@ -145,7 +140,7 @@ def open_judge(
         return None
     asked = {
         "teacher": choice.teacher,
-        "sampling": SamplingRecipe(temperature=0.0, max_tokens=choice.max_tokens),
+        "sampling": choice.sampling,
         "budget": choice.budget,
         "filters": FiltersRecipe(),
     }

@@ -2,7 +2,9 @@
 
 One pass of the model adds a token to each of up to `batch` answers. An answer that ends gives its
 slot to the next prompt, so that no pass works for answers that are finished, and prompts of any
-length share it. Prompts are read several at a time, sorted by length.
+length share it. Prompts are read several at a time, sorted by length. A model whose layers attend
+to a window of tokens has no such slots: its answers are written in batches of prompts of a like
+length.
 
 Shapes: B answers being written, N prompts being read, L tokens, V vocabulary.
 """
@@ -21,7 +23,7 @@ from torch import Tensor
 from stillhouse.errors import ModelError
 from stillhouse.progress import note
 from stillhouse.synthesis.request import Answer, Failure, Request
-from stillhouse.synthesis.slots import SlotCache, fits_slots
+from stillhouse.synthesis.slots import SlotCache, fits_padding, fits_slots
 
 BATCH = 32
 _AHEAD = 8
@@ -69,8 +71,9 @@ class Generator:
         self.model, self.tokenizer, self.batch = model, tokenizer, batch
         self.ends = _end_tokens(model, tokenizer)
         self.window = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0))
-        if not fits_slots(model):
-            note(f"{type(model).__name__} has windows or states: prompts are answered one by one")
+        self.slots = fits_slots(model)
+        if not self.slots and not fits_padding(model):
+            note(f"{type(model).__name__} has states or chunks: prompts are answered one by one")
             self.batch = 1
 
     @torch.inference_mode()
@@ -78,7 +81,6 @@ class Generator:
         """Each request with its answer, or with the reason why there is none, in the order in
         which they are finished. `requests` is read lazily, some batches ahead."""
         requests = iter(requests)
-        one_by_one = not fits_slots(self.model)
         batch = _Batch(self)
         while ahead := list(itertools.islice(requests, _AHEAD * self.batch)):
             waiting: list[_Writing] = []
@@ -89,11 +91,11 @@ class Generator:
                 else:
                     waiting.append(writing)
             waiting.sort(key=lambda writing: len(writing.prompt), reverse=True)
-            if one_by_one:
-                for writing in waiting:
-                    yield writing.request, self._alone(writing)
-            else:
+            if self.slots:
                 yield from batch.run(waiting)
+                continue
+            for at in range(0, len(waiting), self.batch):
+                yield from self._together(waiting[at : at + self.batch])
         yield from batch.run([], to_the_end=True)
 
     def _begin(self, request: Request) -> _Writing | Failure:
@@ -129,17 +131,35 @@ class Generator:
             logprobs=[{"logprob": value} for value in writing.logprobs] or None,
         )
 
-    def _alone(self, writing: _Writing) -> Answer:
-        """For models whose cache has no slots: transformers' cache, one answer at a time."""
-        new = torch.tensor([writing.prompt], device=self.model.device)
-        cache = None
-        while not writing.tokens or not writing.ended(self.ends):
-            output = self.model(input_ids=new, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            logits_V = output.logits[0, -1]
-            writing.add(self.choose(logits_V, writing), logits_V)
-            new = new.new_tensor([writing.tokens[-1:]])
-        return self.finished(writing)
+    def _together(self, writings: list[_Writing]) -> Iterator[tuple[Request, Outcome]]:
+        """For models whose cache has no slots: transformers' cache, prompts padded on the left,
+        until the last answer has ended."""
+        longest = max(len(w.prompt) for w in writings)
+        pads = [longest - len(w.prompt) for w in writings]
+        rows = [[0] * pad + w.prompt for pad, w in zip(pads, writings, strict=True)]
+        new_BL = torch.tensor(rows, device=self.model.device)
+        pads_B = new_BL.new_tensor(pads)
+        seen, cache, going = longest, None, list(writings)
+        while going:
+            places_L = torch.arange(seen, device=new_BL.device)
+            more: dict[str, Any] = {}
+            if len(writings) > 1:  # of one row, not every model wants to know more
+                positions_BL = (places_L - pads_B[:, None]).clamp_min(0)
+                more = {
+                    "attention_mask": (places_L >= pads_B[:, None]).long(),
+                    "position_ids": positions_BL[:, -new_BL.shape[1] :],
+                    "logits_to_keep": 1,
+                }
+            output = self.model(input_ids=new_BL, past_key_values=cache, use_cache=True, **more)
+            cache, seen = output.past_key_values, seen + 1
+            for row, writing in enumerate(writings):
+                if not writing.tokens or not writing.ended(self.ends):
+                    logits_V = output.logits[row, -1]
+                    writing.add(self.choose(logits_V, writing), logits_V)
+            new_BL = new_BL.new_tensor([writing.tokens[-1:] for writing in writings])
+            for writing in [one for one in going if one.ended(self.ends)]:
+                going.remove(writing)
+                yield writing.request, self.finished(writing)
 
 
 class _Batch:

@@ -6,11 +6,13 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from stillhouse.errors import DataError
-from stillhouse.synthesis.prompts import read_prompts, text_of
+from stillhouse.progress import note
+from stillhouse.synthesis.prompts import content_text, read_prompts, read_rows, text_of
 
 FEWEST = 8
 """Rows below which logs show nothing."""
@@ -39,7 +41,7 @@ class Logs:
         values = [json_object(answer) for _, answer in self.pairs]
         if sum(value is not None for value in values) >= _JSON_SHARE * len(values):
             return "extract"
-        counts = Counter(answer for _, answer in self.pairs)
+        counts = Counter(self._spelled(answer) for _, answer in self.pairs)
         short = all(len(answer) <= _LABEL_CHARACTERS for answer in counts)
         if short and 2 <= len(counts) <= min(_MOST_LABELS, len(self.pairs) / 3):
             return "classify"
@@ -50,7 +52,17 @@ class Logs:
         """The answers of a classifier, the most frequent first; none of another job."""
         if self.job != "classify":
             return []
-        return [answer for answer, _ in Counter(answer for _, answer in self.pairs).most_common()]
+        counts = Counter(self._spelled(answer) for _, answer in self.pairs)
+        return [answer for answer, _ in counts.most_common()]
+
+    def _spelled(self, answer: str) -> str:
+        """The most frequent spelling of the same label."""
+        return self._spellings[_plain(answer)]
+
+    @cached_property
+    def _spellings(self) -> dict[str, str]:
+        counts = Counter(answer for _, answer in self.pairs)
+        return {_plain(answer): answer for answer, _ in reversed(counts.most_common())}
 
     @property
     def schema(self) -> dict[str, Any]:
@@ -73,9 +85,10 @@ class Logs:
         }
 
     def rows(self, job: str) -> str:
-        """JSON lines of text and answer; of an extraction those whose answer is JSON."""
+        """JSON lines of text and answer; of an extraction those whose answer is JSON, and of a
+        classifier with its label in the one spelling that `labels` has."""
         pairs = [
-            (text, answer)
+            (text, self._spelled(answer) if job == "classify" else answer)
             for text, answer in self.pairs
             if job != "extract" or json_object(answer) is not None
         ]
@@ -84,21 +97,24 @@ class Logs:
 
 
 def read_logs(path: Path) -> Logs:
-    """Reads JSON lines of chats: messages with their answer, or a request with its response.
+    """Reads chats, JSON lines or a list in a .json file: messages with their answer, or a request
+    with its response. Of a chat of several turns only the last is used, which is said.
 
     Raises DataError: nothing readable, or too few rows with an answer.
     """
-    prompts = list(read_prompts(path, format="jsonl"))
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
-    rows = [json.loads(line) for line in lines if line.strip()]
+    kind: Literal["json", "jsonl"] = "json" if path.suffix.lower() == ".json" else "jsonl"
+    prompts = list(read_prompts(path, format=kind))
+    rows = [row for row, _ in read_rows(path, kind)]
     pairs: list[tuple[str, str]] = []
     systems: Counter[str] = Counter()
+    longer = 0
     for prompt, row in zip(prompts, rows, strict=True):
         answer = _answer(row)
         text = text_of(prompt.messages[-1:])
         if answer is None or not text.strip():
             continue
         pairs.append((text, answer))
+        longer += sum(message["role"] == "user" for message in prompt.messages) > 1
         systems[text_of(prompt.messages, ("system", "developer"))] += 1
     if len(pairs) < FEWEST:
         raise DataError(
@@ -106,6 +122,11 @@ def read_logs(path: Path) -> Logs:
             "fewest",
             where=path,
             fix='write each line as {"messages": [...]}, the answer last',
+        )
+    if longer:
+        note(
+            f"{longer:,} of {len(pairs):,} chats have several turns: only the user's last and the "
+            "answer to it are used"
         )
     system = systems.most_common(1)[0][0]
     return Logs(pairs, system or None)
@@ -127,8 +148,13 @@ def _answer(row: Any) -> str | None:
 
 
 def _said(message: Any) -> str | None:
-    content = _at(message, ("content",))
-    return content.strip() if isinstance(content, str) and content.strip() else None
+    return content_text(_at(message, ("content",))).strip() or None
+
+
+def _plain(answer: str) -> str:
+    """What spellings of one label have in common: case, underscores and marks around it aside."""
+    bare = " ".join(answer.replace("_", " ").casefold().split())
+    return bare.strip(" .,:;!?\"'`*()[]") or bare
 
 
 def _at(value: Any, place: tuple[str, ...]) -> Any:

@@ -26,11 +26,12 @@ Ask = Callable[[Request], Awaitable[Answer | Trouble]]
 HOPELESS_FAILURES = 50
 """Requests given up in a row, with no answer between them, after which nothing more is sent."""
 LONGEST_WAIT = 600.0
-"""Seconds: a server that wants a longer pause, or answers 429 for longer, is not waited for."""
+"""Seconds: a server that wants a longer pause, or answers nobody for longer, is not waited for."""
 LONGEST_BACKOFF = 30.0
 _LOOKED_UP = 256
 GRACE = 15.0
-"""Seconds that answers on their way have to arrive, after an error that ends everything."""
+"""Seconds that answers on their way have to arrive, after an error that ends everything, or after
+this work is cancelled for the first time."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ class Pool:
         self._sending: set[asyncio.Task[None] | None] = set()
         self._stopped: BaseException | None = None
         self._failures_in_a_row = 0
+        self._last_answer = 0.0
+        self._answers = False  # whether the endpoint ever answered one of these requests
         self._settled = asyncio.Event()
 
     async def answer_all(self, requests: Iterable[Request]) -> Tally:
@@ -91,14 +94,18 @@ class Pool:
 
         Returns when all are answered or given up, or the budget allows no more.
         Raises EndpointError where no request can succeed, RunError where the journal cannot be
-        written; what arrived is kept in either case.
+        written; what arrived is kept in either case. Cancelled once, it sends no more and waits for
+        what is on its way; a second time, it does not wait.
         """
         todo = self._unanswered(iter(requests))
         workers = [asyncio.create_task(self._work(todo)) for _ in range(self.concurrency)]
         try:
             await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-            _cancel(worker for worker in workers if worker not in self._sending)
-            await asyncio.wait(workers, timeout=GRACE)
+            await self._last_answers(workers)
+        except asyncio.CancelledError as cancelled:
+            self._stopped = self._stopped or cancelled
+            await self._last_answers(workers)
+            raise
         finally:
             _cancel(workers)
             await asyncio.gather(*workers, return_exceptions=True)
@@ -108,23 +115,41 @@ class Pool:
             raise self._stopped
         return self.tally
 
+    async def _last_answers(self, workers: Iterable[asyncio.Task[None]]) -> None:
+        _cancel(worker for worker in workers if worker not in self._sending)
+        await asyncio.wait(workers, timeout=GRACE)
+
     def _unanswered(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """Looks many up in the journal at a time, which costs little more than one."""
+        """Looks many up in the journal at a time, which costs little more than one. Those that an
+        earlier run was refused come last: so many in a row would look like a server that refuses
+        everything."""
+        refused_before = []
         while chunk := list(itertools.islice(requests, _LOOKED_UP)):
+            keys = [request.key for request in chunk]
             # What is on its way now may be answered before its double in this chunk is reached.
             # In this order: a key leaves `_asked` only when the journal has its answer.
             known = set(self._asked)
-            known |= self.journal.known([request.key for request in chunk])
+            answered = self.journal.known(keys)
+            self._answers = self._answers or bool(answered)
+            known |= answered
+            refused = self.journal.refused(keys)
             for request in chunk:
                 if self._stopped is not None or self.tally.out_of_budget:
                     return
                 if request.key in known:
                     self.tally.reused += 1
                     self.advance(1)
+                    continue
+                known.add(request.key)
+                self._asked.add(request.key)
+                if request.key in refused:
+                    refused_before.append(request)
                 else:
-                    known.add(request.key)
-                    self._asked.add(request.key)
                     yield request
+        for request in refused_before:
+            if self._stopped is not None or self.tally.out_of_budget:
+                return
+            yield request
 
     async def _work(self, todo: Iterator[Request]) -> None:
         try:
@@ -138,9 +163,11 @@ class Pool:
     async def _answer(self, request: Request) -> None:
         """Sends one request until it is answered, hopeless, or out of attempts."""
         worst = worst_case(request, self.price)
-        first, attempts, tries = time.monotonic(), 0, 0
+        attempts = tries = 0
+        first = None
         while await self._reserve(worst):
             sent = await self.limit.acquire()
+            first = sent if first is None else first
             spent = Spending()
             try:
                 outcome = await self._send(request)
@@ -159,7 +186,8 @@ class Pool:
             if outcome.kind == "rate_limit":
                 self.tally.throttled += 1
                 self.limit.throttled(sent, outcome.wait or 0.0)
-            waited_for = time.monotonic() - first + pause
+            # The time in our own queue, while the server answers others, says nothing about it.
+            waited_for = time.monotonic() - max(first, self._last_answer) + pause
             patient = attempts < self.patience.attempts and waited_for < LONGEST_WAIT
             if not outcome.again or not patient or self._stopped is not None:
                 return self._give_up(request, outcome, spent, tries)
@@ -201,7 +229,8 @@ class Pool:
 
     def _keep(self, request: Request, answer: Answer) -> None:
         self.limit.answered()
-        self._failures_in_a_row = 0
+        self._failures_in_a_row, self._last_answer = 0, time.monotonic()
+        self._answers = True
         self.tally.answered += 1
         self.tally.unpriced += answer.cost is None
         commit = self.journal.record(request, answer)
@@ -214,7 +243,8 @@ class Pool:
         self._asked.discard(request.key)
         self.tally.failed += 1
         self.advance(1)
-        self._failures_in_a_row += 1
+        # A server that answers others and refuses these refuses what they say.
+        self._failures_in_a_row += trouble.kind != "refused" or not self._answers
         if (trouble.wait or 0.0) >= LONGEST_WAIT or self._failures_in_a_row >= HOPELESS_FAILURES:
             raise EndpointError(
                 f"{self._failures_in_a_row} requests in a row were given up; the last: "

@@ -92,7 +92,7 @@ def read_prompts(
     Raises DataError with the line for whatever is no prompt.
     """
     chosen = _FORMATS.get(path.suffix.lower(), "text") if format == "auto" else format
-    read = {"text": _texts, "csv": _csv_rows, "jsonl": _json_lines, "json": _json_whole}[chosen]
+    read = {"text": _texts, "csv": csv_rows, "jsonl": _json_lines, "json": _json_whole}[chosen]
     found = False
     try:
         for row, where in itertools.islice(read(path), limit):
@@ -108,7 +108,7 @@ def read_prompts(
         raise DataError(
             f"the file of prompts is not UTF-8 ({error.reason})", where=path, fix="convert it"
         ) from error
-    except (OSError, csv.Error) as error:
+    except OSError as error:
         raise DataError(f"the file of prompts cannot be read: {error}", where=path) from error
     if not found:
         raise DataError("the file of prompts is empty", where=path, fix="give another one")
@@ -116,7 +116,7 @@ def read_prompts(
 
 def text_of(messages: Sequence[Message], roles: Sequence[str] = ("user",)) -> str:
     """The contents of the messages of these roles, a line each; parts that are no text left out."""
-    return "\n".join(_content(m.get("content")) for m in messages if m["role"] in roles)
+    return "\n".join(content_text(m.get("content")) for m in messages if m["role"] in roles)
 
 
 def answer_text(answer: Answer, *, keep_reasoning: bool) -> str:
@@ -141,6 +141,11 @@ def answer_text(answer: Answer, *, keep_reasoning: bool) -> str:
 _Rows = Iterator[tuple[Any, str]]
 
 
+def read_rows(path: Path, format: Literal["json", "jsonl"]) -> _Rows:
+    """The rows as they stand in the file, each with its place. Raises DataError, OSError."""
+    return _json_whole(path) if format == "json" else _json_lines(path)
+
+
 def _texts(path: Path) -> _Rows:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
@@ -148,13 +153,25 @@ def _texts(path: Path) -> _Rows:
                 yield line.strip(), f"{path}:{number}"
 
 
-def _csv_rows(path: Path) -> _Rows:
+def csv_rows(path: Path) -> _Rows:
+    """The rows of a .csv or .tsv file with their places. Raises DataError, OSError,
+    UnicodeDecodeError."""
     csv.field_size_limit(1 << 24)
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines, delimiter=delimiter)
-        for row in reader:
-            yield row, f"{path}:{reader.line_num}"
+        # Strict: a quote that is never closed would make one cell of the rest of the file.
+        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+        begins = 1
+        try:
+            for row in reader:
+                yield row, f"{path}:{reader.line_num}"
+                begins = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"the row that begins here is no CSV ({error})",
+                where=f"{path}:{begins}",
+                fix="close its quotes; a quote inside a quoted cell is written twice",
+            ) from error
 
 
 def _json_lines(path: Path) -> _Rows:
@@ -243,13 +260,24 @@ def _chat(messages: list[Any], where: str) -> tuple[Message, ...]:
     return tuple(kept)
 
 
-def _content(content: Any) -> str:
+def content_text(content: Any) -> str:
+    """Of a message: a text, or a list of parts of which some are."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
     return " ".join(part["text"] for part in parts if isinstance(part, Mapping) and "text" in part)
 
 
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai and Lao, Burmese, Khmer
+    "\u3005-\u3007\u3041-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese characters
+)
+"""Characters of scripts that put no spaces between words, for a regular expression's brackets."""
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
+
+
 def words(text: str) -> list[str]:
-    """Words in lower case, without punctuation: what texts are compared by."""
-    return re.findall(r"\w+", text.casefold())
+    """Words in lower case, without punctuation: what texts are compared by. Of a script that puts
+    no spaces between words, every character is one."""
+    return _WORD.findall(text.casefold())

@@ -52,7 +52,7 @@ class Synthesis:
     each filter took. tokens, usd: of all answers, whichever run paid, and of the requests that
     wrote the prompts. unpriced: answers of unknown
     cost, which `usd` leaves out. judged, unjudged: verdicts of a judge, and those
-    that it did not give; judge_*: what they took.
+    that it did not give; judge_*: what they took, judge_usd None where the price is unknown.
     """
 
     out: Path
@@ -70,7 +70,7 @@ class Synthesis:
     judged: int = 0
     unjudged: int = 0
     judge_tokens: int = 0
-    judge_usd: float = 0.0
+    judge_usd: float | None = 0.0
     taken: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -103,8 +103,9 @@ class Synthesis:
         if not self.judged + self.unjudged:
             return []
         missing = f" ({self.unjudged:,} missing)" if self.unjudged else ""
-        cost = f", ${self.judge_usd:,.4f}" if self.judge_usd else ""
-        return [("judge", f"{self.judged:,} verdicts{missing}, {self.judge_tokens:,} tokens{cost}")]
+        cost = "cost unknown" if self.judge_usd is None else f"${self.judge_usd:,.4f}"
+        tokens = f"{self.judge_tokens:,} tokens"
+        return [("judge", f"{self.judged:,} verdicts{missing}, {tokens}, {cost}")]
 
 
 def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) -> Synthesis:
@@ -123,13 +124,16 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
     writer = open_writer(section, origins, seed)
     origins.folder.mkdir(parents=True, exist_ok=True)
     with Journal(path) as journal:
-        writing = Spending() if writer is None else write_prompts(writer, journal)
         prompts = prompt_source(section.prompts, origins.base, seed, writer, journal)
         asked = Asked(section.prompts, origins.base, teacher.request, prompts=prompts)
+        writing = Spending()
+        if writer is not None:
+            before = known_before(asked.requests(), journal, teacher.price)
+            writing = write_prompts(writer, journal, before.spent)
         known = known_before(asked.requests(), journal, teacher.price)
         known = replace(known, spent=known.spent + writing)
         new, failed, out_of_budget = _answer(teacher, asked, journal, known)
-        verdicts = None
+        verdicts, priced = None, judge is None or judge.teacher.price is not None
         if judge is not None:
             groups = Verdicts(judge, lambda: chosen.groups(Rows(section, asked, journal)))
             verdicts, stopped = judged(groups, journal)
@@ -154,7 +158,7 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
         judged=0 if verdicts is None else verdicts.answered,
         unjudged=0 if verdicts is None else verdicts.missing,
         judge_tokens=0 if verdicts is None else verdicts.spent.tokens,
-        judge_usd=0.0 if verdicts is None else verdicts.spent.usd,
+        judge_usd=(0.0 if verdicts is None else verdicts.spent.usd) if priced else None,
         taken=dict(sieve.taken),
     )
     facts = json.dumps({**result.facts(), "cost": result.cost}, indent=2)
@@ -228,8 +232,10 @@ class Rows:
 
 
 def mean_log_probability(answer: Answer) -> float | None:
-    """Of the answer's tokens, where the teacher told them."""
-    values = [float(entry["logprob"]) for entry in answer.logprobs or []]
+    """Of the answer's tokens, those of which the teacher told it; None where it told of none."""
+    entries = [entry for entry in answer.logprobs or [] if isinstance(entry, dict)]
+    told = [entry.get("logprob") for entry in entries]
+    values = [float(value) for value in told if isinstance(value, int | float)]
     return sum(values) / len(values) if values else None
 
 

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 _GROWTH = 128
 """Token places are added in multiples of it."""
@@ -119,10 +125,22 @@ class SlotCache(Cache):
 
 def fits_slots(model: Any) -> bool:
     """Whether every layer attends to all tokens before it: no window, no recurrent state."""
-    config = model.config
-    plain = all(type(layer) is DynamicLayer for layer in DynamicCache(config=config).layers)
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     return (
-        plain
-        and config._attn_implementation == "sdpa"
+        kinds <= {DynamicLayer}
+        and model.config._attn_implementation == "sdpa"
+        and not getattr(model, "_is_stateful", False)
+    )
+
+
+def fits_padding(model: Any) -> bool:
+    """Whether rows of a batch may be padded on the left: layers attend to the tokens before them,
+    all or those in a window. A recurrent state or a chunk would take the padding in."""
+    config = model.config
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    chunked = "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
+    return (
+        kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+        and not chunked
         and not getattr(model, "_is_stateful", False)
     )

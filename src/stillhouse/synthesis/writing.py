@@ -41,7 +41,7 @@ Write {each} different prompts that people could send to an assistant.
 What they are to be: {what}
 {examples}
 Write one prompt a line, without numbers, and no answers."""
-_MARK = re.compile(r"^\s*(?:[-*•]\s+|\(?\d{1,4}[.):]\s*)")
+_MARK = re.compile(r"^\s*(?:[-*•]\s+|\(?\d{1,4}[.):、．]\s*)")
 """What lists put before a line."""
 _MOST_CHARACTERS = 4000
 
@@ -121,7 +121,8 @@ def prompt_lines(text: str, *, whole: bool) -> Iterator[str]:
     lines = [line for line in lines if line]
     for line in lines if whole else lines[:-1]:
         # A line that ends with a colon introduces the list.
-        if len(words(line)) >= 2 and len(line) <= _MOST_CHARACTERS and not line.endswith(":"):
+        introduces = line.endswith((":", "："))
+        if len(words(line)) >= 2 and len(line) <= _MOST_CHARACTERS and not introduces:
             yield line
 
 
@@ -162,9 +163,10 @@ class Part:
         return self.writer.requests(self.first, self.last)
 
 
-def write_prompts(writer: Writer, journal: Journal) -> Spending:
+def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spending:
     """Asks until there are enough different prompts, or MOST_TIMES the requests are made; what all
-    of them took. Raises EndpointError; DataError where no prompt came out."""
+    of them took. answers: what the answers to prompts took that were written before, under the same
+    budget. Raises EndpointError; DataError where no prompt came out."""
     most, last = writer.fewest * MOST_TIMES, 0
     stopped = False
     while (found := sum(1 for _ in writer.prompts(journal))) < writer.section.count:
@@ -173,10 +175,10 @@ def write_prompts(writer: Writer, journal: Journal) -> Spending:
         lacking = writer.section.count - found
         part = Part(writer, last, min(most, last + -(-lacking // writer.section.each)))
         last = part.last
-        known = known_before(writer.requests(0, last), journal, writer.teacher.price)
-        here = known_before(part.requests(), journal, writer.teacher.price)
-        if here.missing:
-            known = replace(known, requests=here.requests, missing=here.missing)
+        known = known_before(part.requests(), journal, writer.teacher.price)
+        if known.missing:
+            spent = known_before(writer.requests(), journal, writer.teacher.price).spent
+            known = replace(known, spent=spent + answers)
             _, _, stopped = writer.teacher.answer(part, journal, known)
     if found == 0:
         raise DataError(

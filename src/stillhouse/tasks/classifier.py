@@ -144,14 +144,12 @@ def batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         yield batch
 
 
-def load_classifier(
-    folder: Path, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
-) -> Classifier:
+def load_classifier(folder: Path, *, dtype: torch.dtype = torch.float32) -> Classifier:
     """Raises ModelError: no classifier there, damaged, or weights missing."""
     facts = Facts.load(folder)
-    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder)
     if facts.prompt is not None:
-        model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = load_model(folder, dtype=dtype)
     else:
         weight_files(folder)
         with quiet():
@@ -160,7 +158,6 @@ def load_classifier(
                 dtype=dtype,
                 local_files_only=True,
                 use_safetensors=True,
-                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
         if info["missing_keys"]:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillhouse.export import TEACHER, Origin, api_origin, distinct, origin
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.recipe import ClassifyRecipe
+from stillhouse.recipe.classify import RandomClassifier
 from stillhouse.synthesis.request import api_described
 from stillhouse.tasks.prompts import LabelPrompt
 from stillhouse.tasks.texts import Texts
@@ -31,6 +33,18 @@ class TaskJob:
             return api_described(api)
         assert self.teacher is not None
         return self.teacher.described
+
+    @property
+    def made_with(self) -> list[Origin]:
+        """The models that the student is made with, the teacher first."""
+        section, student = self.recipe.teacher, self.recipe.student
+        if self.teacher is None:
+            teacher = api_origin(TEACHER, self.described, section.license)
+        else:
+            teacher = origin(TEACHER, self.teacher, section.license)
+        random = isinstance(student, RandomClassifier)
+        part = "The student's tokenizer" if random else "The student's start"
+        return distinct([teacher, origin(part, self.student)])
 
     def load_teacher(self) -> tuple[Any, Any]:
         """Model and tokenizer, in the recipe's precision."""

@@ -25,24 +25,26 @@ from stillhouse.recipe.classify import ClassifyRecipe
 from stillhouse.recipe.synthesize import (
     ExampleRecipe,
     PromptsRecipe,
-    SamplingRecipe,
     SynthesizeRecipe,
     TextTeacher,
 )
 from stillhouse.runfolder import flush
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
-from stillhouse.synthesis.asking import Asked, text_teacher
-from stillhouse.synthesis.estimate import known_before
+from stillhouse.synthesis.asking import Asked, answer_all, may_answer, text_teacher
+from stillhouse.synthesis.foresee import Told, ask_some, findings
+from stillhouse.synthesis.prompts import UNSPACED, answer_text
 from stillhouse.tasks.prompts import CONTENTLESS, LabelPrompt, prompt_tokens
 from stillhouse.tasks.scoring import score_labels
 from stillhouse.tasks.targets import distributions, prior_logits
-from stillhouse.tasks.texts import PARTS, Texts
+from stillhouse.tasks.texts import FEWEST, PARTS, Texts
 
 SCORES, CHUNKS = "scores.safetensors", "chunks"
 CHUNK = 128
 """Texts whose scores are written together: a killed process loses at most so many."""
-_ANSWER_TOKENS = 32
 _PROMPTS = "prompts.jsonl"
+LEAST_MASS = 0.5
+"""Probability of the first tokens that begin a label, below which they tell nothing: an answer that
+begins with a mark or another word may still be a label."""
 
 
 @dataclass(frozen=True)
@@ -169,10 +171,8 @@ def _questions(recipe: ClassifyRecipe, prompt: LabelPrompt) -> SynthesizeRecipe:
         prompts=PromptsRecipe(
             path=_PROMPTS, samples=recipe.teacher.samples, system=system, examples=examples
         ),
-        sampling=SamplingRecipe(
-            temperature=1.0 if recipe.teacher.samples > 1 else 0.0,
-            max_tokens=_ANSWER_TOKENS,
-            top_logprobs=recipe.teacher.top_logprobs,
+        sampling=recipe.teacher.sampling.model_copy(
+            update={"top_logprobs": recipe.teacher.top_logprobs}
         ),
         budget=recipe.teacher.budget,
     )
@@ -189,22 +189,29 @@ def _origins(out: Path, journal: Path) -> Origins:
 
 
 def foreseen_questions(
-    recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, out: Path, journal: Path
-) -> Known:
-    """How much of an API's judgment is in the journal, and what the rest can cost at most."""
+    recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, out: Path, journal: Path, calls: int
+) -> tuple[Known, list[Told]]:
+    """How much of an API's judgment is in the journal, and what the rest can cost; and how `check`
+    tells it. calls: requests that are made first."""
     _write_questions(prompt, texts, out)
-    return foreseen(_questions(recipe, prompt), _origins(out, journal), seed=recipe.seed)
+    section, origins = _questions(recipe, prompt), _origins(out, journal)
+    ask_some(section, origins, calls, seed=recipe.seed)
+    known = foreseen(section, origins, seed=recipe.seed)
+    return known, list(findings(known, section, origins, "judgment"))
 
 
 def ask_api(
     recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, out: Path, journal_path: Path
-) -> tuple[Judgment, dict[str, int]]:
+) -> tuple[Judgment, dict[str, Any]]:
     """Asks what the journal does not know, and reads labels out of the answers.
 
     An answer gives its label a share; with `top_logprobs`, each label's share is the probability of
-    the first tokens that begin it. That is biased: a label below the k likeliest tokens gets
-    nothing, and labels that begin alike share alike. Returns how many answers said what.
-    Raises EndpointError; DataError where no answer is a label.
+    the first tokens that begin it, where the answer names a label and these tokens have LEAST_MASS.
+    That is biased: a label below the k likeliest tokens gets nothing, and labels that begin alike
+    share alike. Returns, for the stage's summary, how many answers said what, and how many requests
+    are to be asked again.
+    Raises EndpointError; RunError where the budget is used up; DataError where too few texts of a
+    part have a label.
     """
     _write_questions(prompt, texts, out)
     section = _questions(recipe, prompt)
@@ -214,9 +221,7 @@ def ask_api(
     counts: Counter[str] = Counter()
     shares_NC = torch.zeros(len(texts.all), len(prompt.labels))
     with Journal(journal_path) as journal:
-        known = known_before(asked.requests(), journal, teacher.price)
-        if known.missing:
-            teacher.answer(asked, journal, known)
+        answer_all(teacher, asked, journal)
         samples = section.prompts.samples
         for number, (_, request) in enumerate(asked.pairs()):
             answer = journal.get(request.key)
@@ -224,19 +229,29 @@ def ask_api(
             counts[kind] += 1
             for column, share in shares.items():
                 shares_NC[number // samples, column] += share
+        unanswered = may_answer(asked, journal) if counts["none"] else 0
     (out / _PROMPTS).unlink()
-    if not bool(shares_NC.any()):
-        raise DataError(
-            f"no answer of {recipe.teacher.api.model if recipe.teacher.api else ''} is a label: "
-            f"{dict(counts)}",
-            where=journal_path,
-            fix="look at the answers in the journal, then mend task.prompt or task.answer",
-        )
-    shares_NC = shares_NC / shares_NC.sum(-1, keepdim=True)  # 0 / 0 is NaN: no answer
     sizes = [len(texts.part(name)) for name in PARTS]
+    for name, part_NC in zip(PARTS, shares_NC.split(sizes), strict=True):
+        _check_labelled(name, int(part_NC.any(-1).sum()), counts, journal_path)
+    shares_NC = shares_NC / shares_NC.sum(-1, keepdim=True)  # 0 / 0 is NaN: no answer
     train_NC, calibration_NC, test_NC = shares_NC.log().split(sizes)
     nothing_KC = torch.zeros(0, len(prompt.labels))
-    return Judgment(train_NC, calibration_NC, test_NC, nothing_KC), dict(counts)
+    judged = Judgment(train_NC, calibration_NC, test_NC, nothing_KC)
+    return judged, {"answers": dict(counts), "unanswered": unanswered}
+
+
+def _check_labelled(part: str, known: int, counts: Counter[str], journal: Path) -> None:
+    """Raises DataError where too few texts of a part have a label of the teacher's."""
+    if known < FEWEST:
+        raise DataError(
+            f"{known} texts of the {part} part have a label of the teacher's, and {FEWEST} are the "
+            f"fewest; of all answers, {counts['label']:,} are labels, {counts['outside']:,} are "
+            f"none of them, and {counts['none']:,} requests have no answer",
+            where=journal,
+            fix="look at the answers in the journal, then mend task.prompt or task.answer; the "
+            "same command asks again for those that are missing",
+        )
 
 
 def label_shares(
@@ -245,27 +260,53 @@ def label_shares(
     """What kind of answer it is (label, outside, none), and the share of each label's number."""
     if answer is None:
         return "none", {}
+    named = _named(answer_text(answer, keep_reasoning=False), prompt)
+    if named is None:
+        return "outside", {}
     if use_logprobs and answer.logprobs:
-        found = _first_token_shares(answer.logprobs[0], prompt)
-        if found:
-            return "label", found
-    said = _plain(answer.text)
-    names = {
-        number: {_plain(label), _plain(phrase), _plain(prompt.answer_for(label))}
+        shares = _first_token_shares(answer.logprobs[0], prompt)
+        mass = sum(shares.values())
+        if mass >= LEAST_MASS:
+            return "label", {number: share / mass for number, share in shares.items()}
+    return "label", {named: 1.0}
+
+
+def _named(text: str, prompt: LabelPrompt) -> int | None:
+    """The number of the one label that the text is, or holds; None where it holds none or several.
+    Where a label is a part of another, the longer one takes its words."""
+    said = _plain(text)
+    ways = [
+        (_plain(way), number)
         for number, (label, phrase) in enumerate(prompt.labels.items())
-    }
-    exact = [number for number, ways in names.items() if said in ways]
-    if len(exact) == 1:
-        return "label", {exact[0]: 1.0}
-    inside = [
-        number
-        for number, ways in names.items()
-        if any(re.search(rf"\b{re.escape(way)}\b", said) for way in ways)
+        for way in {label, phrase, prompt.answer_for(label)}
     ]
-    return ("label", {inside[0]: 1.0}) if len(inside) == 1 else ("outside", {})
+    exact = {number for way, number in ways if said and said == way}
+    if len(exact) == 1:
+        return exact.pop()
+    inside = set()
+    # Longest first: the labels of equal ways are all counted before the ways' words are taken.
+    for way in sorted({way for way, _ in ways if way}, key=len, reverse=True):
+        found, said_without = _taken_out(way, said)
+        if found:
+            inside |= {number for other, number in ways if other == way}
+            said = said_without
+    return inside.pop() if len(inside) == 1 else None
+
+
+def _taken_out(way: str, said: str) -> tuple[bool, str]:
+    """Whether the words are in the text, and the text without them.
+
+    They begin and end where words do, but for scripts that put no spaces between words.
+    """
+    letter = rf"[^\W{UNSPACED}]"
+    before = rf"(?<!{letter})" if re.match(letter, way) else ""
+    after = rf"(?!{letter})" if re.match(letter, way[-1]) else ""
+    without, count = re.subn(f"{before}{re.escape(way)}{after}", "\n", said)
+    return count > 0, without
 
 
 def _first_token_shares(first: Mapping[str, Any], prompt: LabelPrompt) -> dict[int, float]:
+    """The probability of the first tokens that each label begins with."""
     answers = [_plain(prompt.answer_for(label)) for label in prompt.labels]
     shares: dict[int, float] = {}
     for choice in first.get("top_logprobs") or []:
@@ -274,10 +315,10 @@ def _first_token_shares(first: Mapping[str, Any], prompt: LabelPrompt) -> dict[i
         for number in fitting:
             probability = float(torch.tensor(float(choice["logprob"])).exp())
             shares[number] = shares.get(number, 0.0) + probability / len(fitting)
-    total = sum(shares.values())
-    return {number: share / total for number, share in shares.items()} if total > 0 else {}
+    return shares
 
 
 def _plain(text: str) -> str:
-    """In lower case, without the spaces and marks around it."""
-    return " ".join(text.casefold().split()).strip(" .,:;!?\"'`*()[]")
+    """In lower case, without the spaces and marks around it; marks alone stay."""
+    bare = " ".join(text.casefold().split())
+    return bare.strip(" .,:;!?\"'`*()[]") or bare

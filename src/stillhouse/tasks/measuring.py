@@ -28,7 +28,7 @@ from stillhouse.tasks.classifier import Classifier, load_classifier
 from stillhouse.tasks.fit import MODEL
 from stillhouse.tasks.job import TaskJob
 from stillhouse.tasks.judge import Judgment, time_teacher
-from stillhouse.tasks.texts import LabelledText, Part, Texts, gold_ids
+from stillhouse.tasks.texts import UNKNOWN, LabelledText, Part, Texts, gold_ids
 
 _SPEED_SECONDS, _ROUNDS = 1.0, 2
 
@@ -54,7 +54,7 @@ def evaluation(
         "trained": trained.digest,
         "baseline": tuned and tuned.digest,
     }
-    return StagePlan("evaluate", inputs, work, version=2)
+    return StagePlan("evaluate", inputs, work, version=3)
 
 
 def _evaluate(
@@ -65,8 +65,9 @@ def _evaluate(
     measured: tuple[Part, ...] = ("calibration", "test")
     teacher = {part: scores.distribution(part, recipe) for part in measured}
     known = {part: ~q_NC.isnan().any(-1) for part, q_NC in teacher.items()}
-    notes = _notes(job, found, judged, int((~known["test"]).sum()))
     rows = {part: _only(found.part(part), known[part]) for part in measured}
+    notes = _notes(job, found, judged, int((~known["test"]).sum()))
+    notes += _gold_notes(rows["test"], found.train if "fine_tuned" in folders else [])
     gold = {part: _gold(rows[part], labels) for part in measured}
     shown = {part: [row.text for row in rows[part]] for part in measured}
     taught = {part: q_NC[known[part]] for part, q_NC in teacher.items()}
@@ -161,6 +162,19 @@ def _notes(job: TaskJob, found: Texts, judged: Stage, unknown: int) -> list[str]
     return notes
 
 
+def _gold_notes(test: list[LabelledText], tuned_on: list[LabelledText]) -> list[str]:
+    """How many texts the figures about true labels rest on, where that is not all."""
+    notes = []
+    for rows, said in (
+        (test, "test texts: what is measured against them is of those alone."),
+        (tuned_on, "training texts: the fine-tuned student learns from those alone."),
+    ):
+        known = sum(row.gold is not None for row in rows)
+        if 0 < known < len(rows):
+            notes.append(f"The true labels are known of {known:,} of the {len(rows):,} {said}")
+    return notes
+
+
 def _abstention(
     recipe: ClassifyRecipe,
     p: Mapping[str, Tensor],
@@ -173,15 +187,15 @@ def _abstention(
     if measured == "accuracy" and (gold["calibration"] is None or gold["test"] is None):
         notes.append("The true labels are not known: the threshold is for agreement.")
         measured = "agreement"
-    truth = {}
+    on: dict[str, tuple[Tensor, Tensor]] = {}
     for part, q_NC in taught.items():
-        known_N = gold[part]
-        truth[part] = q_NC.argmax(-1) if measured == "agreement" or known_N is None else known_N
-    threshold = choose_threshold(
-        p["calibration"], truth["calibration"], section.wanted, section.sureness
-    )
-    coverage, reached = answered(p["calibration"], truth["calibration"], threshold)
-    test_coverage, test_reached = answered(p["test"], truth["test"], threshold)
+        gold_N = gold[part]
+        truth_N = q_NC.argmax(-1) if measured == "agreement" or gold_N is None else gold_N
+        known_N = truth_N != UNKNOWN
+        on[part] = p[part][known_N], truth_N[known_N]
+    threshold = choose_threshold(*on["calibration"], section.wanted, section.sureness)
+    coverage, reached = answered(*on["calibration"], threshold)
+    test_coverage, test_reached = answered(*on["test"], threshold)
     chosen = Abstention(
         measure=measured,
         wanted=section.wanted,
@@ -192,4 +206,4 @@ def _abstention(
         test_coverage=test_coverage,
         test_reached=test_reached,
     )
-    return chosen, coverage_curve(p["test"], truth["test"])
+    return chosen, coverage_curve(*on["test"])

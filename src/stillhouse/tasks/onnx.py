@@ -14,8 +14,8 @@ from stillhouse.export.onnx import export_onnx
 from stillhouse.recipe.shipping import ClassifierExportRecipe
 from stillhouse.tasks.classifier import batches, load_classifier
 
-KEPT = ("*.json", "*.jinja", "*.txt", "README.md")
-"""What of the checkpoint's folder belongs beside the file: configuration, tokenizer, card."""
+KEPT = ("*.json", "*.jinja", "*.txt")
+"""What of the checkpoint's folder belongs beside the file: configuration and tokenizer."""
 
 
 def ship_onnx(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
@@ -14,23 +14,22 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM
 
 from stillhouse import account
-from stillhouse.export import require_token
+from stillhouse.export import license_lines, require_token
 from stillhouse.export.onnx import require_onnx
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.recipe import ClassifyRecipe
 from stillhouse.synthesis import Known
+from stillhouse.synthesis.foresee import Told
 from stillhouse.tasks.fit import planned_steps
 from stillhouse.tasks.job import TaskJob
 from stillhouse.tasks.judge import foreseen_questions
 from stillhouse.tasks.prompts import LabelPrompt, prompt_tokens
 from stillhouse.tasks.run import find_task
 from stillhouse.tasks.scoring import shared_prefix
-from stillhouse.tasks.texts import Texts, prepare_texts
+from stillhouse.tasks.students import planned_parameters
+from stillhouse.tasks.texts import FEWEST, Texts, prepare_texts
 from stillhouse.tasks.tree import label_tree
 from stillhouse.teachers import load_config, load_tokenizer
-
-Line = tuple[Literal["ok", "estimate", "warning"], str, str, str | None]
-"""Level, topic, text, and what to do about a warning."""
 
 EFFICIENCY = 0.35
 """Share of the measured matrix product rate that scoring reaches: its batches are small."""
@@ -38,8 +37,9 @@ FEW = 20
 """Training texts a label below which little can be learnt."""
 
 
-def foresee(recipe: ClassifyRecipe, base: Path) -> Iterator[Line]:
-    """Raises StillhouseError for whatever would stop the run."""
+def foresee(recipe: ClassifyRecipe, base: Path, calls: int = 0) -> Iterator[Told]:
+    """Raises StillhouseError for whatever would stop the run. calls: requests that are made of an
+    API first, so that there are answers to tell the cost from."""
     texts = prepare_texts(recipe, base)
     yield "ok", "labels", f"{len(texts.labels)}: {', '.join(list(texts.labels)[:12])}", None
     parts = f"{len(texts.train):,} to learn from, {len(texts.calibration):,} for the threshold, "
@@ -49,26 +49,42 @@ def foresee(recipe: ClassifyRecipe, base: Path) -> Iterator[Line]:
     if len(texts.train) < FEW * len(texts.labels):
         few = f"{len(texts.train):,} training texts are few for {len(texts.labels)} labels"
         yield "warning", "texts", few, "give more texts: they need no labels"
-    if any(row.gold is None for row in texts.test):
-        unknown = "the test texts have no true labels: the student is compared with the teacher"
-        yield "warning", "texts", unknown, "name their column: data.test.0.label"
+    yield from _gold(texts)
     job = find_task(recipe, base)
     yield "ok", "teacher", job.described, None
     prompt = job.prompt(texts)
     if job.teacher is None:
-        yield _api_cost(job, known_judgment(recipe, base))
+        yield from _judgment(recipe, base, calls)[1]
     else:
         yield _local_cost(job, prompt, texts)
     steps = planned_steps(recipe.train, len(texts.train))
     yield "estimate", "training", f"{steps:,} steps of {recipe.train.batch_size} texts", None
     if recipe.export.formats != ["safetensors"]:
-        require_onnx()
+        labels = list(texts.labels)
+        require_onnx(planned_parameters(recipe.student, job.student, labels))
     if recipe.export.push_to_hub is not None:
         require_token(recipe.export.push_to_hub)
     yield "ok", "export", ", ".join(recipe.export.formats), None
+    yield from license_lines(job.made_with)
 
 
-def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Line:
+def _gold(texts: Texts) -> Iterator[Told]:
+    """What the true labels are known of, where that is not everything or nothing to learn from."""
+    known, learnt = (sum(row.gold is not None for row in p) for p in (texts.test, texts.train))
+    if known < FEWEST:
+        few = f"{known:,} of the {len(texts.test):,} test texts have true labels"
+        unknown = few if known else "the test texts have no true labels"
+        unknown += ": the student is compared with the teacher"
+        yield "warning", "texts", unknown, "name their column: data.test.0.label"
+    elif known < len(texts.test):
+        some = f"{known:,} of the {len(texts.test):,} test texts have true labels to measure on"
+        yield "ok", "texts", some, None
+    if FEWEST <= learnt < len(texts.train):
+        text = f"the fine-tuned student learns from {learnt:,} texts with true labels"
+        yield "ok", "texts", text, None
+
+
+def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Told:
     assert job.teacher is not None
     recipe = job.recipe
     words = prompt_tokens(prompt, load_tokenizer(job.teacher.path), recipe.data.max_tokens)
@@ -91,19 +107,15 @@ def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Line:
 
 
 def known_judgment(recipe: ClassifyRecipe, base: Path) -> Known:
-    """How much the journal has of what an API is asked, and what the rest can cost at most."""
+    """How much the journal has of what an API is asked, and what the rest can cost."""
+    return _judgment(recipe, base, 0)[0]
+
+
+def _judgment(recipe: ClassifyRecipe, base: Path, calls: int) -> tuple[Known, list[Told]]:
     job, texts = find_task(recipe, base), prepare_texts(recipe, base)
     with tempfile.TemporaryDirectory() as folder:
-        return foreseen_questions(recipe, job.prompt(texts), texts, Path(folder), job.journal)
-
-
-def _api_cost(job: TaskJob, known: Known) -> Line:
-    api = job.recipe.teacher.api
-    priced = api is not None and api.price is not None
-    cost = f"${known.worst.usd:,.2f}" if priced else "a price unknown"
-    text = f"{known.requests - known.missing:,} of {known.requests:,} requests are answered; "
-    text += f"the rest takes at most {known.worst.tokens:,} tokens, {cost}"
-    return "estimate", "judgment", text, None
+        out = Path(folder)
+        return foreseen_questions(recipe, job.prompt(texts), texts, out, job.journal, calls)
 
 
 def preview_task(recipe: ClassifyRecipe, base: Path, rows: int) -> RenderableType:

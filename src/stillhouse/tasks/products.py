@@ -18,7 +18,7 @@ from stillhouse.report.data import StageCost
 from stillhouse.runfolder import Outcome, Stage, versions
 from stillhouse.stages import EVALUATION, StagePlan
 from stillhouse.stages.report import plan_report
-from stillhouse.tasks.card import write_card
+from stillhouse.tasks.card import classifier_card, write_checkpoint_card, write_onnx_card
 from stillhouse.tasks.classifier import Classifier, Facts, load_classifier
 from stillhouse.tasks.fit import METRICS, MODEL
 from stillhouse.tasks.job import TaskJob
@@ -34,7 +34,8 @@ REPLAY_PASSES = 128
 
 
 def export(job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage) -> StagePlan:
-    """The trained folder with its threshold and card; read again, it must say the same."""
+    """The trained folder with its threshold, and ONNX files, each with its card; read again, they
+    must say the same."""
 
     def work(out: Path) -> Outcome:
         found = ClassificationEvaluation.load(evaluated.path / EVALUATION)
@@ -42,10 +43,13 @@ def export(job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage) -> Stag
         shutil.copytree(trained.path / MODEL, folder)
         facts = asdict(Facts.load(folder)) | {"threshold": found.abstention.threshold}
         Facts(**facts).save(folder)
-        write_card(folder, job.recipe, job.described, found)
         rows = [row.text for row in Texts.load(texts.path).calibration]
         difference = _replay(load_classifier(trained.path / MODEL), folder, rows)
         replays = ship_onnx(job.recipe.export, folder, rows, out)
+        card = classifier_card(job, texts, trained, found)
+        write_checkpoint_card(folder, card, difference)
+        for replay in replays:
+            write_onnx_card(out / replay["format"], card, replay)
         return Outcome(summary={"difference": difference, "replays": replays})
 
     inputs = {
@@ -54,9 +58,10 @@ def export(job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage) -> Stag
         "evaluated": evaluated.digest,
         "texts": texts.digest,
         "teacher": job.described,
+        "origins": [asdict(one) for one in job.made_with],
         "recipe": job.recipe.export.model_dump(mode="json", exclude={"push_to_hub"}),
     }
-    return StagePlan("export", inputs, work)
+    return StagePlan("export", inputs, work, version=2)
 
 
 def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:

@@ -17,7 +17,7 @@ from stillhouse.recipe import (
     run_root,
 )
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
-from stillhouse.stages import EVALUATION, telling
+from stillhouse.stages import EVALUATION, redone, telling, unanswered
 from stillhouse.stages.report import REPORT
 from stillhouse.stages.shipping import push_exports, shipped_folder
 from stillhouse.tasks import measuring, products, stages
@@ -89,7 +89,7 @@ def _lead(recipe: ClassifyRecipe, base: Path, folder: RunFolder) -> TaskResult:
     do = telling(folder, finished)
     texts = do(stages.texts(recipe, base))
     job = find_task(recipe, base)
-    judged = do(stages.judgment(job, texts))
+    judged = do(redone(folder, stages.judgment(job, texts), unanswered))
     student = do(stages.student(job, texts))
     trained = do(stages.training(job, texts, judged, student))
     plan = stages.baseline(job, texts, student)

@@ -23,7 +23,7 @@ from stillhouse.tasks.fit import CHECKPOINTS, MODEL, fit
 from stillhouse.tasks.job import TaskJob
 from stillhouse.tasks.judge import CHUNKS, Judgment, ask_api, score_texts
 from stillhouse.tasks.students import build_classifier
-from stillhouse.tasks.texts import Texts, files_sha256, gold_ids, prepare_texts
+from stillhouse.tasks.texts import UNKNOWN, Texts, files_sha256, gold_ids, prepare_texts
 
 
 def texts(recipe: ClassifyRecipe, base: Path) -> StagePlan:
@@ -63,9 +63,9 @@ def judgment(job: TaskJob, texts: Stage) -> StagePlan:
         found = Texts.load(texts.path)
         prompt = job.prompt(found)
         if api is not None:
-            judged, counts = ask_api(recipe, prompt, found, out, job.journal)
+            judged, summary = ask_api(recipe, prompt, found, out, job.journal)
             judged.save(out)
-            return Outcome(summary={"answers": counts})
+            return Outcome(summary=summary)
         model, tokenizer = job.load_teacher()
         judged, tokens = score_texts(model, tokenizer, prompt, found, recipe.data.max_tokens, out)
         judged.save(out)
@@ -85,6 +85,7 @@ def judgment(job: TaskJob, texts: Stage) -> StagePlan:
             "model": api.model,
             "samples": recipe.teacher.samples,
             "top_logprobs": recipe.teacher.top_logprobs,
+            "sampling": recipe.teacher.sampling.model_dump(mode="json"),
         }
     inputs = {
         "task": task,
@@ -93,7 +94,8 @@ def judgment(job: TaskJob, texts: Stage) -> StagePlan:
         "teacher": job.teacher and job.teacher.fingerprint,
         "texts": texts.digest,
     }
-    return StagePlan("judgment", inputs, work, resumable=True, scratch=(CHUNKS,))
+    version = 1 if api is None else 2
+    return StagePlan("judgment", inputs, work, version, resumable=True, scratch=(CHUNKS,))
 
 
 def student(job: TaskJob, texts: Stage) -> StagePlan:
@@ -145,15 +147,18 @@ def training(job: TaskJob, texts: Stage, judged: Stage, student: Stage) -> Stage
 
 
 def baseline(job: TaskJob, texts: Stage, student: Stage) -> StagePlan | None:
-    """The same student trained on the true labels of the same texts; None where they lack."""
+    """The same student trained on those of the same texts whose true labels are known; None where
+    nearly none are."""
     found = Texts.load(texts.path)
     gold = gold_ids(found.train, list(found.labels))
     if gold is None or not job.recipe.evaluate.fine_tuning_baseline:
         return None
 
     def targets() -> tuple[list[str], Tensor]:
-        truth_NC = torch.nn.functional.one_hot(torch.tensor(gold), len(found.labels))
-        return [row.text for row in found.train], truth_NC.float()
+        known = [index for index, label in enumerate(gold) if label != UNKNOWN]
+        gold_N = torch.tensor(gold)[known]
+        truth_NC = torch.nn.functional.one_hot(gold_N, len(found.labels))
+        return [found.train[index].text for index in known], truth_NC.float()
 
     return _training("baseline", job, student, texts, {}, targets)
 

@@ -56,6 +56,28 @@ def student_source(
     return teacher
 
 
+def planned_parameters(section: ClassifierStudent, source: ModelSource, labels: list[str]) -> int:
+    """Of the student with its classification head, as its configuration alone says it.
+
+    Raises ModelError where the architecture has no such head.
+    """
+    code = isinstance(section, PretrainedClassifier) and section.trust_remote_code
+    if isinstance(section, RandomClassifier):
+        config = _random_config(section, load_tokenizer(source.path), labels)
+    else:
+        config = load_config(source.path, trust_remote_code=code)
+        config.num_labels = len(labels)
+    if isinstance(section, TruncatedClassifier):
+        text = config.get_text_config()
+        keep_config_layers(text, list(range(min(section.layers, text.num_hidden_layers))))
+    try:
+        with torch.device("meta"), quiet():
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=code)
+    except (ValueError, KeyError) as error:
+        raise _headless(source.path, error) from error
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def build_classifier(
     section: ClassifierStudent,
     source: ModelSource,
@@ -85,7 +107,7 @@ def build_classifier(
                 scores[chosen] = rows
             prior = prior_logits("texts", scores, scores).tolist()
         elif isinstance(section, PretrainedClassifier):
-            model = _with_head(source.path, list(prompt.labels), section.trust_remote_code)
+            model = _with_head(source.path, list(prompt.labels))
         elif isinstance(section, TruncatedClassifier):
             model = _truncated(source.path, section.layers, list(prompt.labels))
         else:
@@ -115,7 +137,7 @@ def _names(labels: list[str]) -> dict[str, Any]:
     }
 
 
-def _with_head(path: Path, labels: list[str], trust_remote_code: bool) -> Any:
+def _with_head(path: Path, labels: list[str]) -> Any:
     """The checkpoint with a new classification head; the rest of its weights must be there."""
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -125,15 +147,10 @@ def _with_head(path: Path, labels: list[str], trust_remote_code: bool) -> Any:
             local_files_only=True,
             use_safetensors=True,
             ignore_mismatched_sizes=True,
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
-        raise ModelError(
-            f"no classification head can be put on this model ({error})",
-            where=path,
-            fix="use a model whose architecture transformers has for sequence classification",
-        ) from error
+        raise _headless(path, error) from error
     prefix = f"{model.base_model_prefix}."
     lost = [name for name in sorted(info["missing_keys"]) if name.startswith(prefix)]
     # A pooler is new where the encoder was trained without one; anything else would be a guess.
@@ -147,6 +164,14 @@ def _with_head(path: Path, labels: list[str], trust_remote_code: bool) -> Any:
     return model
 
 
+def _headless(path: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"no classification head can be put on this model ({error})",
+        where=path,
+        fix="use a model whose architecture transformers has for sequence classification",
+    )
+
+
 def _truncated(path: Path, layers: int, labels: list[str]) -> Any:
     config = load_config(path)
     had = config.get_text_config().num_hidden_layers
@@ -156,7 +181,7 @@ def _truncated(path: Path, layers: int, labels: list[str]) -> Any:
             where="student.layers",
             fix=f"keep {had} at the most",
         )
-    model = _with_head(path, labels, False)
+    model = _with_head(path, labels)
     stack = getattr(model.base_model, "layers", None)
     if stack is None:
         raise ModelError(
@@ -174,9 +199,20 @@ def _random(
 ) -> Any:
     """A ModernBERT that reads the mean of its last hidden states: with few texts, what a text's
     words mean is learnt long before what their order means."""
-    rows = len(tokenizer)
-    config = ModernBertConfig(
-        vocab_size=rows,
+    model = ModernBertForSequenceClassification(_random_config(section, tokenizer, labels))
+    if section.teacher_embeddings:
+        assert teacher is not None
+        words = model.get_input_embeddings().weight
+        with torch.no_grad():
+            words.copy_(_principal(teacher, len(tokenizer), section.hidden_size, words.std()))
+    return model
+
+
+def _random_config(
+    section: RandomClassifier, tokenizer: Any, labels: list[str]
+) -> ModernBertConfig:
+    return ModernBertConfig(
+        vocab_size=len(tokenizer),
         hidden_size=section.hidden_size,
         num_hidden_layers=section.layers,
         num_attention_heads=section.heads,
@@ -191,13 +227,6 @@ def _random(
         sep_token_id=None,
         **_names(labels),
     )
-    model = ModernBertForSequenceClassification(config)
-    if section.teacher_embeddings:
-        assert teacher is not None
-        words = model.get_input_embeddings().weight
-        with torch.no_grad():
-            words.copy_(_principal(teacher, rows, section.hidden_size, words.std()))
-    return model
 
 
 def _principal(teacher: ModelSource, rows: int, width: int, scale: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import difflib
 import glob
 import hashlib
@@ -23,12 +22,16 @@ from stillhouse.recipe.classify import (
     phrase_of,
 )
 from stillhouse.runfolder import sha, write_atomically
+from stillhouse.synthesis.prompts import csv_rows
 
 Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 LABELS = "labels.json"
 FEWEST = 4
 """Texts in a part below which nothing can be learnt or measured."""
+
+UNKNOWN = -1
+"""Stands for the index of a true label that is not known."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +79,12 @@ class Texts:
 
 
 def gold_ids(texts: Sequence[LabelledText], labels: Sequence[str]) -> list[int] | None:
-    """Index of each text's true label; None unless all are known."""
-    if not texts or any(row.gold is None for row in texts):
+    """Index of each text's true label, UNKNOWN where it has none; None where fewer than FEWEST
+    have one."""
+    if sum(row.gold is not None for row in texts) < FEWEST:
         return None
     index = {label: number for number, label in enumerate(labels)}
-    return [index[row.gold or ""] for row in texts]
+    return [UNKNOWN if row.gold is None else index[row.gold] for row in texts]
 
 
 def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
@@ -244,13 +248,10 @@ def _rows(
         if suffix == ".parquet":
             yield from _parquet_rows(path, None if every_column else {file.text, file.label})
             return
+        if suffix in (".csv", ".tsv"):
+            yield from csv_rows(path)
+            return
         with path.open(encoding="utf-8-sig", newline="") as lines:
-            if suffix in (".csv", ".tsv"):
-                csv.field_size_limit(1 << 24)
-                reader = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
-                for row in reader:
-                    yield row, f"{path}:{reader.line_num}"
-                return
             for number, line in enumerate(lines, 1):
                 if not line.strip():
                     continue
@@ -263,7 +264,7 @@ def _rows(
         raise DataError(
             f"the file is not UTF-8: {error.reason}", where=path, fix="convert it"
         ) from error
-    except (OSError, csv.Error) as error:
+    except OSError as error:
         raise DataError(f"the file cannot be read: {error}", where=path) from error
 
 
@@ -314,12 +315,14 @@ def _labelled(row: Mapping[str, Any], file: TextFile, where: str) -> LabelledTex
         raise DataError("the text is empty", where=where, fix="remove the row")
     if file.label is None:
         return LabelledText(text, None, where)
-    gold = row.get(file.label)
-    if gold is None or str(gold).strip() == "":
+    if file.label not in row:
         raise DataError(
             f"the row has no label under {file.label!r}; it has {', '.join(map(str, row))}",
             where=where,
             fix="name the label's column or key, or leave `label` out",
         )
+    gold = row[file.label]
+    if gold is None or str(gold).strip() == "":
+        return LabelledText(text, None, where)
     shown = json.dumps(gold, ensure_ascii=False) if isinstance(gold, dict | list) else str(gold)
     return LabelledText(text, shown.strip(), where)

@@ -52,11 +52,13 @@ class ModelSource:
     path: a Hugging Face folder with safetensors weights; for GGUF, the converted one.
     fingerprint: names the content: the Hub's commit, or a hash of files.
     described: what the user wrote, and what it became, in one line.
+    card: the folder of the model card, of a model that a run has made of another; None: `path`.
     """
 
     path: Path
     fingerprint: str
     described: str
+    card: Path | None = None
 
 
 def resolve_model(

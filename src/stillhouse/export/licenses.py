@@ -1,0 +1,217 @@
+"""Licenses of the models that a student was made with, and what they say about students."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from stillhouse.teachers import ModelSource
+
+CARD = "README.md"
+UNKNOWN = "unknown"
+OTHER = "other"
+"""The Hub's name of a license that it does not know; the card has its own name beside it."""
+API_TERMS = "the provider's terms"
+TEACHER = "The teacher"
+
+Line = tuple[Literal["warning"], str, str, None]
+"""Level, topic, text of a check's line, and nothing to do about it."""
+
+FREE = re.compile(
+    r"apache-?2(\.0)?|mit(-0)?|0?bsd(-.*)?|isc|zlib|cc0(-1\.0)?|cc-by-[1-4]\.0|unlicense|wtfpl|bsl-1\.0"
+    r"|postgresql|ncsa|afl-3\.0|pddl|odc-by|cdla-permissive-[12]\.0"
+)
+"""Licenses, as the Hub names them, whose only demands are a notice and the author's name."""
+
+NEW_LLAMA = (
+    "Meta's license wants a student's name to begin with “Llama”, and “Built with Llama” to be "
+    "shown where it is used; with that, a student of any kind is allowed."
+)
+OLD_LLAMA = (
+    "Meta's license forbids using the model or its answers to improve any large language model "
+    "that is not made of Llama itself; Llama 3's also wants the name to begin with “Llama 3”, and "
+    "“Built with Meta Llama 3” to be shown."
+)
+SOME_LLAMA = (
+    "which version of Meta's license it is, is not said: those before 3.1 forbid using the model "
+    "or its answers to improve a large language model that is not Llama itself, later ones want "
+    "the name to begin with “Llama”, and “Built with Llama” to be shown."
+)
+
+RESTRICTIONS = {
+    r"llama\D*(3\.[1-9]|[4-9])": NEW_LLAMA,
+    r"llama\D*[123]": OLD_LLAMA,
+    r"llama": SOME_LLAMA,
+    r"gemma": "Google's terms count a student as a model derivative: they hold for it too, and "
+    "their use restrictions must be passed on with it.",
+    r"non-?commercial|(?<![a-z])nc(?![a-z])": "this license allows no commercial use, nor of what "
+    "is derived from the model.",
+    r"research|amlr|mrl|mnpl": "this license is for research: read what else it allows of a "
+    "student before you share or use one.",
+    r"tongyi|qianwen|qwen": "its first version forbids using the model or its answers to improve "
+    "other large language models, later ones want “Built with Qwen” to be shown: read the model's "
+    "own.",
+    r"(?<![a-z])nd(?![a-z])": "this license allows no changed version to be shared, and a student "
+    "may be one.",
+    r"rail": "its use restrictions hold for what is derived from the model: they must be passed "
+    "on with a student.",
+    r"gpl|(?<![a-z])(sa|mpl|osl|eupl)(?![a-z])": "what is derived from the model is shared under "
+    "the same license, if it is: read whether that is meant of a student.",
+    r"^other$": "the model has a license of its own: read whether it allows distillation before "
+    "you share a student.",
+}
+"""What a license says about students, by a pattern of its name: the first match."""
+
+
+@dataclass(frozen=True)
+class License:
+    """id: as the Hub names it, or as a recipe states it. name, link: of one that the Hub does not
+    know, whose id is `other`."""
+
+    id: str
+    name: str | None = None
+    link: str | None = None
+
+    @property
+    def shown(self) -> str:
+        return self.name if self.id == OTHER and self.name else self.id
+
+    @property
+    def head(self) -> dict[str, str]:
+        """As a model card's head has it; nothing where it is not known."""
+        if self.id in (UNKNOWN, API_TERMS):
+            return {}
+        named = {"license": self.id, "license_name": self.name, "license_link": self.link}
+        return {key: value for key, value in named.items() if value}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A model that a student was made with. part: what it was. model: as it was found."""
+
+    part: str
+    model: str
+    license: License
+
+    @property
+    def warning(self) -> str | None:
+        """What its license says about students; None where it allows them freely."""
+        warning = license_warning(self.license.shown)
+        if self.license.id == UNKNOWN and self.part == TEACHER:
+            return f"{warning}, and state it in the recipe (teacher.license)"
+        return warning
+
+    @property
+    def repository(self) -> str | None:
+        """Its name on the Hub, where it came from there."""
+        name = self.model.split(" ")[0]
+        found = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and "(commit " in self.model
+        return name if found else None
+
+
+def origin(part: str, source: ModelSource, stated: str | None = None) -> Origin:
+    return Origin(part, source.described, find_license(stated, source.card or source.path))
+
+
+def api_origin(part: str, described: str, stated: str | None = None) -> Origin:
+    return Origin(part, described, License(stated or API_TERMS))
+
+
+def distinct(origins: Sequence[Origin]) -> list[Origin]:
+    """Each model once, as the first part that it had."""
+    first: dict[str, Origin] = {}
+    for one in origins:
+        first.setdefault(one.model, one)
+    return list(first.values())
+
+
+def find_license(stated: str | None, folder: Path) -> License:
+    """The license that the recipe states, else the one in the model's own card, else `unknown`."""
+    if stated:
+        return License(stated)
+    head = _card_head(folder / CARD)
+    named = head.get("license")
+    if not named:
+        return License(UNKNOWN)
+    names = named if isinstance(named, list) else [named]
+    name, link = head.get("license_name"), head.get("license_link")
+    return License(", ".join(map(str, names)), name and str(name), link and str(link))
+
+
+def teacher_license(stated: str | None, teacher: Path) -> str:
+    """The name of the teacher's license, as `find_license` finds it."""
+    return find_license(stated, teacher).shown
+
+
+def _card_head(card: Path) -> dict[str, Any]:
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = re.match(r"---\n(.*?)\n---", text, flags=re.DOTALL)
+    try:
+        found = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def license_warning(license_: str) -> str | None:
+    """What a license says about students; None where it allows them freely.
+
+    license_: as the Hub names it, or in any other words.
+    """
+    if license_ == UNKNOWN:
+        return "the license is not known: look it up before you publish a student"
+    if license_ == API_TERMS:
+        return (
+            "terms of an API often forbid that another model is trained on its answers: read them "
+            "before you share a student"
+        )
+    plain = _plain(license_)
+    if FREE.fullmatch(plain):
+        return None
+    for pattern, warning in RESTRICTIONS.items():
+        if re.search(pattern, plain):
+            return warning
+    return "it is no license that is known to allow students freely: read it before you share one."
+
+
+def _plain(license_: str) -> str:
+    """“Apache License, Version 2.0” as apache-2.0; `unlicense` and the like stay."""
+    words = re.sub(r"\b(the|licen[sc]e|version)\b|[,()]", " ", license_.lower())
+    return re.sub(r"[\s_]+", "-", words.strip()).strip("-")
+
+
+def license_lines(origins: Sequence[Origin]) -> Iterator[Line]:
+    """What a check says of them: those whose license restricts students."""
+    for one in origins:
+        if one.warning is not None:
+            yield "warning", "license", f"{one.part}, {one.model}: {one.warning}", None
+
+
+def licenses_section(origins: Sequence[Origin]) -> str:
+    """Each model's license and what it warns of, a paragraph each; the teacher's is the first."""
+    return "\n\n".join(_of(one) for one in origins)
+
+
+def _of(one: Origin) -> str:
+    whose = f"{one.part}'s" if one.part == TEACHER else f"{one.part}, {one.model}"
+    text = f"{whose}: **{one.license.shown}**."
+    return text if one.warning is None else f"{text} Warning: {one.warning}"
+
+
+def origins_head(origins: Sequence[Origin]) -> dict[str, Any]:
+    """A card's `license` and `base_model`: the one license that restricts students, where there is
+    one, else the teacher's; of several that do, none speaks for all."""
+    binding = list(dict.fromkeys(one.license for one in origins if one.warning is not None))
+    if len(binding) > 1:
+        head: dict[str, Any] = {"license": OTHER, "license_name": "several-see-below"}
+    else:
+        head = {**(binding[0] if binding else origins[0].license).head}
+    models = [one.repository for one in origins if one.repository]
+    if models:
+        head["base_model"] = models[0] if len(models) == 1 else models
+    return head

@@ -1,0 +1,23 @@
+"""How long the rows of a model's matrices are: what blocks and groups have to divide."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def row_widths(config: Any) -> dict[str, int]:
+    """Of what linear layers read, by their names in the configuration."""
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    ffn = "moe_intermediate_size" if getattr(text, "num_experts", 0) else "intermediate_size"
+    widths = {"hidden_size": int(text.hidden_size), ffn: int(getattr(text, ffn))}
+    heads = int(head * text.num_attention_heads)
+    if heads != widths["hidden_size"]:
+        widths["num_attention_heads × head_dim"] = heads
+    return widths
+
+
+def nearest(width: int, block: int) -> str:
+    """The multiples of `block` on both sides, in words."""
+    below = width // block * block
+    return " or ".join(f"{size:,}" for size in (below, below + block) if size)

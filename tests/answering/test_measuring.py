@@ -1,0 +1,39 @@
+"""What is made of the answers of a model that is measured."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+from stillhouse.answering.measuring import answer_all, read_json, request_for
+from stillhouse.synthesis.filters import json_schema
+from stillhouse.synthesis.request import Answer, Failure
+from tests.answering import toys
+
+
+def said(texts: list[str | None]) -> list[str]:
+    """What `answer_all` makes of a model's texts; None: a prompt that does not fit."""
+    requests = [
+        request_for(({"role": "user", "content": str(n)},), "student", 9) for n in range(len(texts))
+    ]
+    outcomes = [Failure("refused", "too long") if t is None else Answer(t) for t in texts]
+    pairs = list(zip(requests, outcomes, strict=True))
+    generator: Any = SimpleNamespace(answers=lambda asked: iter(pairs[::-1]))
+    return answer_all(cast(Any, generator), requests)
+
+
+def test_reasoning_is_no_part_of_an_answer_and_a_cut_one_is_no_answer() -> None:
+    thought = "<think>\nhm\n</think>\n\nyes"
+    assert said([thought, " no ", "<think>and so", None]) == ["yes", "no", "", ""]
+
+
+def test_json_after_reasoning_is_read() -> None:
+    validity = json_schema(toys.SCHEMA)
+    text = '<think>{"name": 1}</think> {"name": "Al", "age": 3}'
+    assert read_json(text, validity) == (True, {"name": "Al", "age": 3})
+    assert read_json("<think>Al</think> Al", validity) == (False, None)
+
+
+def test_null_is_a_value_where_the_schema_allows_it() -> None:
+    assert read_json("null", json_schema({"type": ["object", "null"]})) == (True, None)
+    assert read_json("null", json_schema({"type": "object"})) == (False, None)

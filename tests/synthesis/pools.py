@@ -1,0 +1,59 @@
+"""Requests to a stub, and a pool that has them answered."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+from stillhouse.synthesis.budget import Budget, Price
+from stillhouse.synthesis.client import Client
+from stillhouse.synthesis.journal import Journal
+from stillhouse.synthesis.pool import Patience, Pool, Tally
+from stillhouse.synthesis.request import Request
+from tests.synthesis.stub import Reply, Script, Stub
+
+QUICK = Patience(attempts=3, backoff=0.02)
+KEY = "sk-very-secret-1234567890"
+
+
+def requests(stub: Stub, count: int, **changes: Any) -> list[Request]:
+    first = Request(stub.url, "teacher", (), {"max_tokens": 20, "temperature": 0.5})
+    return [
+        replace(first, messages=({"role": "user", "content": f"question {n}"},), **changes)
+        for n in range(count)
+    ]
+
+
+def run(
+    journal: Journal,
+    stub: Stub,
+    asked: list[Request],
+    *,
+    concurrency: int = 8,
+    budget: Budget | None = None,
+    price: Price | None = None,
+    timeout: float = 5.0,
+    key_env: str | None = None,
+    patience: Patience = QUICK,
+) -> Tally:
+    async def whole() -> Tally:
+        async with Client(
+            stub.url, "teacher", key_env=key_env, price=price, timeout=timeout
+        ) as client:
+            pool = Pool(
+                client.ask,
+                journal,
+                budget or Budget(),
+                concurrency=concurrency,
+                price=price,
+                patience=patience,
+            )
+            return await pool.answer_all(asked)
+
+    return asyncio.run(whole())
+
+
+def once(fault: Reply) -> Script:
+    """The first request meets the fault, all others are answered."""
+    return lambda number, payload: fault if number == 0 else Reply()

@@ -1,0 +1,289 @@
+"""What stops everything; how many are asked at once; the budget that is never passed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from stillhouse.errors import EndpointError
+from stillhouse.synthesis.budget import Budget, Price, Spending, worst_case
+from stillhouse.synthesis.client import Client
+from stillhouse.synthesis.journal import Journal
+from stillhouse.synthesis.limit import AdaptiveLimit
+from stillhouse.synthesis.pool import HOPELESS_FAILURES, Pool
+from stillhouse.synthesis.request import Request
+from tests.synthesis.pools import KEY, QUICK, requests, run
+from tests.synthesis.stub import Reply, Stub, error
+
+pytestmark = pytest.mark.usefixtures("link")
+
+
+# --- what stops everything ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (error(401, "bad key"), "refuses the key"),
+        (error(403, "not for you"), "may not use the model"),
+        (error(404, "no such model"), "has no model 'teacher'"),
+        (error(429, "pay first", code="insufficient_quota"), "no credit left"),
+        (error(402, "Insufficient Balance"), "no credit left"),
+        (error(200, "key limit exceeded", code=403), "may not use the model"),
+        (error(200, "pay first", code="insufficient_quota"), "no credit left"),
+    ],
+    ids=["401", "403", "404", "no credit", "402", "200 with 403", "200 and no credit"],
+)
+def test_a_hopeless_fault_stops_at_once(journal: Journal, fault: Reply, expected: str) -> None:
+    with Stub(lambda number, payload: fault) as stub:
+        started = time.monotonic()
+        with pytest.raises(EndpointError, match=expected) as caught:
+            run(journal, stub, requests(stub, 500), concurrency=4)
+        assert time.monotonic() - started < 3
+        assert len(stub.payloads) <= 8
+    assert caught.value.where == stub.url
+    assert caught.value.fix
+
+
+def test_an_answer_on_its_way_still_arrives_after_a_hopeless_fault(journal: Journal) -> None:
+    with Stub(lambda n, p: error(401, "revoked") if n == 1 else Reply(delay=0.5)) as stub:
+        asked = requests(stub, 40)
+        with pytest.raises(EndpointError):
+            run(journal, stub, asked, concurrency=2)
+        assert len(stub.payloads) == 2
+    assert journal.counts() == (1, 0)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_what_is_on_its_way_arrives_unless_it_is_cancelled_twice(
+    journal: Journal, times: int
+) -> None:
+    async def whole(stub: Stub, asked: list[Request]) -> None:
+        async with Client(stub.url, "teacher", timeout=5.0) as client:
+            pool = Pool(client.ask, journal, Budget(), concurrency=4, patience=QUICK)
+            work = asyncio.create_task(pool.answer_all(asked))
+            while len(stub.payloads) < 4:
+                await asyncio.sleep(0.01)
+            began[0] = time.monotonic()
+            for _ in range(times):
+                work.cancel()
+                await asyncio.sleep(0.1)
+            await work
+
+    began = [0.0]
+    with Stub(lambda n, p: Reply(delay=1.5)) as stub:
+        asked = requests(stub, 40)
+        with pytest.raises(asyncio.CancelledError):
+            asyncio.run(whole(stub, asked))
+        seconds = time.monotonic() - began[0]
+        assert len(stub.payloads) == 4
+    assert journal.counts() == ((4, 0) if times == 1 else (0, 4))
+    assert (seconds < 1.2) == (times == 2)
+
+
+def test_a_server_that_is_not_there_stops_after_a_while(journal: Journal) -> None:
+    with Stub() as stub:
+        asked = requests(stub, 200)
+    with pytest.raises(EndpointError, match="in a row were given up"):
+        run(journal, stub, asked, concurrency=32)
+    assert {kind for _, kind, _ in journal.failures()} == {"connection"}
+
+
+def test_refused_prompts_stop_nothing_where_others_are_answered(journal: Journal) -> None:
+    """Twice as many in a row as may fail; the others come after them, or before."""
+    many = 2 * HOPELESS_FAILURES
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        n = int(payload["messages"][0]["content"].split()[1])
+        return error(400, "the prompt is too long") if n < many else Reply()
+
+    with Stub(script) as stub:
+        asked = requests(stub, many + 5)
+        with pytest.raises(EndpointError, match="in a row were given up"):
+            run(journal, stub, asked, concurrency=1)
+        assert len(stub.payloads) == HOPELESS_FAILURES
+        with pytest.raises(EndpointError):  # the other refused ones come first now
+            run(journal, stub, asked, concurrency=1)
+        tally = run(journal, stub, asked, concurrency=1)
+        assert (tally.answered, tally.failed) == (5, many)
+        tally = run(journal, stub, asked, concurrency=1)
+        assert (tally.reused, tally.failed) == (5, many)
+
+
+def test_an_exhausted_daily_quota_is_not_waited_for(journal: Journal) -> None:
+    with (
+        Stub(lambda n, p: error(429, "per day", {"retry-after": "86400"})) as stub,
+        pytest.raises(EndpointError, match="per day"),
+    ):
+        run(journal, stub, requests(stub, 3), concurrency=1)
+
+
+def test_a_key_that_is_not_set_is_said_before_anything_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TEACHER_KEY", raising=False)
+    with pytest.raises(EndpointError, match="TEACHER_KEY is not set"):
+        Client("http://127.0.0.1:1/v1", "teacher", key_env="TEACHER_KEY")
+
+
+@pytest.mark.parametrize("key", ["sk-123…", "sk-1\nx-other: header"])
+def test_a_key_that_can_be_none_is_not_sent(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEACHER_KEY", key)
+    with pytest.raises(EndpointError, match="characters that no key has") as caught:
+        Client("http://127.0.0.1:1/v1", "teacher", key_env="TEACHER_KEY")
+    assert key not in str(caught.value)
+
+
+def test_a_base_url_that_is_none() -> None:
+    with pytest.raises(EndpointError, match="not an http"):
+        Client("127.0.0.1:8080/v1", "teacher")
+
+
+def test_the_key_is_sent_and_appears_nowhere_even_where_the_server_repeats_it(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    with Stub(lambda n, p: error(400, f"your key is {KEY}"), key=KEY) as stub:
+        assert run(journal, stub, requests(stub, 1), key_env="TEACHER_KEY").failed == 1
+    assert [reason for _, _, reason in journal.failures()] == ["HTTP 400: your key is [key]"]
+    wrong = "sk-wrong-0987654321"
+    monkeypatch.setenv("TEACHER_KEY", wrong)
+    with Stub(key=KEY) as stub, pytest.raises(EndpointError) as caught:
+        run(journal, stub, requests(stub, 1), key_env="TEACHER_KEY")
+    assert wrong not in str(caught.value)
+    assert "bearer [key]" in str(caught.value).lower()
+
+
+def test_a_key_across_the_end_of_what_is_kept_of_a_message_is_not_cut_into(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    body = ("x" * 290 + KEY + "y" * 300).encode()
+    with Stub(lambda n, p: Reply(body=body), key=KEY) as stub:
+        assert run(journal, stub, requests(stub, 1), key_env="TEACHER_KEY").failed == 1
+    ((_, _, reason),) = journal.failures()
+    assert "sk-very" not in reason
+    assert "x[key]" in reason
+
+
+def test_an_answer_that_repeats_the_key_is_kept_without_it(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", KEY)
+    tokens = [{"token": KEY[:9], "logprob": -0.1}, {"token": KEY[9:], "logprob": -0.1}]
+    thought = {"reasoning_content": f"The key is {KEY}."}
+    reply = Reply(text=f"Bearer {KEY}!", message=thought, logprobs=tokens)
+    with Stub(lambda n, p: reply, key=KEY) as stub:
+        (asked,) = requests(stub, 1)
+        run(journal, stub, [asked], key_env="TEACHER_KEY")
+    answer = journal.get(asked.key)
+    assert answer is not None
+    assert (answer.text, answer.reasoning) == ("Bearer [key]!", "The key is [key].")
+    assert answer.logprobs is None
+
+
+def test_a_placeholder_for_a_key_is_a_word_that_answers_may_hold(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "EMPTY")
+    with Stub(lambda n, p: Reply(text="The list is EMPTY."), key="EMPTY") as stub:
+        (asked,) = requests(stub, 1)
+        run(journal, stub, [asked], key_env="TEACHER_KEY")
+    answer = journal.get(asked.key)
+    assert answer is not None
+    assert answer.text == "The list is EMPTY."
+
+
+# --- how many at once --------------------------------------------------------------------------
+
+
+def test_the_limit_doubles_each_round_then_halves_once_a_burst_and_then_creeps() -> None:
+    limit = AdaptiveLimit(256)
+    assert limit.limit == 16
+    for _ in range(16):
+        limit.answered()
+    assert limit.limit == 32
+    sent = time.monotonic()
+    limit.throttled(sent, 0.0)
+    limit.throttled(sent, 0.0)
+    assert limit.limit == 16
+    for _ in range(16):
+        limit.answered()
+    assert 16.9 < limit.limit < 17
+
+
+def test_a_server_with_a_limit_is_neither_flooded_nor_starved(journal: Journal) -> None:
+    """It answers 429 beyond ten at once; every request is answered in the end."""
+    stub: Stub
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return error(429, "too many") if stub.now >= 10 else Reply(delay=0.02)
+
+    with Stub(script) as stub:
+        tally = run(journal, stub, requests(stub, 200), concurrency=64)
+        refused = len(stub.payloads) - 200
+    assert (tally.answered, tally.failed) == (200, 0)
+    assert tally.throttled == refused
+    assert refused < 100
+
+
+# --- the budget --------------------------------------------------------------------------------
+
+
+def test_the_worst_case_of_a_request_bounds_its_tokens() -> None:
+    text = "naïve 你好 " * 20
+    asked = Request("local", "m", ({"role": "user", "content": text},), {"max_tokens": 50})
+    worst = worst_case(asked, Price(input=2.0, output=8.0))
+    assert worst.tokens >= len(text.encode()) + 50
+    assert worst.usd == pytest.approx(((worst.tokens - 50) * 2 + 50 * 8) / 1e6)
+
+
+def test_the_worst_case_of_a_request_knows_what_its_parameters_put_into_the_prompt() -> None:
+    plain = Request("local", "m", ({"role": "user", "content": "hi"},), {"max_tokens": 50})
+    tools = [{"type": "function", "function": {"name": "f", "description": "x" * 4000}}]
+    more = replace(plain, parameters={"max_tokens": 50, "tools": tools, "temperature": 0.5})
+    assert worst_case(more, None).tokens >= worst_case(plain, None).tokens + 4000
+
+
+@pytest.mark.parametrize("limit", ["usd", "tokens"])
+def test_a_budget_is_never_passed_even_by_what_is_on_its_way(journal: Journal, limit: str) -> None:
+    """Every answer takes exactly its worst case: the hardest for a budget."""
+    price = Price(input=10.0, output=30.0)
+    with Stub() as stub:
+        asked = requests(stub, 60)
+        worst = worst_case(asked[0], price)
+        reply = Reply(usage=(worst.tokens - 20, 20), delay=0.02)
+        stub.script = lambda number, payload: reply
+        budget = Budget(
+            max_usd=worst.usd * 7.5 if limit == "usd" else None,
+            max_tokens=int(worst.tokens * 7.5) if limit == "tokens" else None,
+        )
+        tally = run(journal, stub, asked, concurrency=16, budget=budget, price=price)
+        assert len(stub.payloads) == 7
+    assert tally.answered == 7
+    assert tally.out_of_budget
+    assert budget.reserved == Spending()
+
+
+def test_cheap_answers_make_room_for_more(journal: Journal) -> None:
+    """The worst case of all at once does not fit; what they really take does."""
+    with Stub(lambda number, payload: Reply(usage=(10, 5), delay=0.01)) as stub:
+        asked = requests(stub, 30)
+        budget = Budget(max_tokens=worst_case(asked[0], None).tokens * 2 + 30 * 15)
+        tally = run(journal, stub, asked, concurrency=16, budget=budget)
+    assert tally.answered == 30
+    assert not tally.out_of_budget
+
+
+def test_an_answer_without_usage_counts_as_its_worst_case(journal: Journal) -> None:
+    with Stub(lambda number, payload: Reply(usage=None)) as stub:
+        (asked,) = requests(stub, 1)
+        tally = run(journal, stub, [asked], price=Price(1.0, 1.0))
+    answer = journal.get(asked.key)
+    assert answer is not None
+    assert answer.cost is None
+    assert tally.spent == worst_case(asked, Price(1.0, 1.0))
