@@ -42,7 +42,7 @@ OTHER_PARTS = {
     "model.norm": "output_norm",
     "lm_head": "output",
 }
-PAIRED = ("llama", "mistral", "ministral3", "smollm3")
+PAIRED = ("llama", "mistral", "ministral", "ministral3", "smollm3")
 """Model types whose queries and keys llama.cpp turns by neighbouring pairs."""
 
 

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
+    MistralConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -168,9 +169,9 @@ def test_rows_that_do_not_divide_into_blocks_stay_float16_and_are_announced(
 
 
 def test_rows_of_the_attentions_output_are_announced_too() -> None:
-    """Qwen 3's heads need not add up to the hidden size."""
-    shape = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 3}
-    config = Qwen3Config(num_key_value_heads=1, **shape)
+    """Mistral's heads need not add up to the hidden size."""
+    shape = {"hidden_size": 96, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 3}
+    config = MistralConfig(num_key_value_heads=1, sliding_window=None, **shape)
     [(text, fix)] = announce_gguf("q8_0", config, tiny.merging_tokenizer())
     assert "num_attention_heads × head_dim 48 does not divide into blocks of 32" in text
     assert "32 or 64 avoids it" in fix

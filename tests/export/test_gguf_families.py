@@ -166,6 +166,12 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, name: str) -> None:
     assert_alike(llama_cpp_logits(file, IDS[0]), expected.detach())
 
 
+def test_sizes_that_transformers_refuses_are_known() -> None:
+    """A Mistral's file is read as a Llama, whose width must be a multiple of its heads."""
+    config = CONFIGS["mistral"](head_dim=8, num_attention_heads=3, num_key_value_heads=1)
+    assert misread_by_transformers(config) == "sizes that it does not allow"
+
+
 def test_rotary_frequencies_of_llama_3_are_divided_as_transformers_does() -> None:
     config = LlamaConfig(head_dim=64, max_position_embeddings=1024, rope_parameters=LLAMA_3)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
@@ -214,7 +220,7 @@ def test_without_llama_cpp_a_file_that_transformers_misreads_is_refused_at_check
 ) -> None:
     config, words = CONFIGS["qwen3"](head_dim=16), tiny.merging_tokenizer()
     monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: False)
-    with pytest.raises(ModelError, match="the head size for something else") as caught:
+    with pytest.raises(ModelError, match="not read the head size as it is") as caught:
         list(announce_gguf("f16", config, words))
     assert "llama-cpp" in str(caught.value.fix)
     assert list(announce_gguf("f16", CONFIGS["qwen3"](head_dim=128), words)) == []

@@ -154,7 +154,7 @@ def announce_gguf(
 def _for_llama_cpp(misread: str) -> str:
     return (
         "the file is for llama.cpp and what is built on it: transformers' own GGUF loader would "
-        f"take {misread} for something else"
+        f"not read {misread} as it is"
     )
 
 

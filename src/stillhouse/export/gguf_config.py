@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from stillhouse.export.gguf_model import (
@@ -105,6 +106,8 @@ def misread_by_transformers(config: Any) -> str | None:
         try:
             with quiet():
                 read = AutoConfig.from_pretrained(folder, gguf_file=file.name)
+        except StrictDataclassError:
+            return "sizes that it does not allow"
         except (KeyError, ValueError):
             return f"the architecture {gguf.MODEL_ARCH_NAMES[architecture(config)]}"
     mine, theirs = _meaning(config), _meaning(read)
