@@ -71,6 +71,8 @@ def export_gguf(
         file = folder / file_name
         code = gate.trust_remote_code
         config = load_config(gate.source, trust_remote_code=code).get_text_config()
+        if kind not in FORMATS:
+            require_llama_cpp()
         misread = misread_by_transformers(config)
         _require_reader(misread)
         written = write_form(
@@ -130,14 +132,14 @@ def announce_gguf(
             f"{there.rope_period}th layer no rotary embedding, whichever layers were kept"
         )
     check_tokenizer(tokenizer)
+    if kind not in FORMATS:
+        require_llama_cpp()
     misread = misread_by_transformers(config)
     if cut and there.window_period:
         misread = misread or "which layers have a window"
     _require_reader(misread)
     if misread is not None:
         yield f"gguf-{kind}: {_for_llama_cpp(misread)}", "safetensors is read by transformers"
-    if kind not in FORMATS:
-        require_llama_cpp()
     again = None if grid is None else second_rounding(grid, kind)
     if again is not None:
         yield again
