@@ -47,6 +47,21 @@ def test_an_architecture_that_gguf_does_not_know(
     assert "export safetensors" in str(found.fix)
 
 
+def test_how_many_layers_a_student_is_cut_from_is_known(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers are computed by their place, which those of a cut student have changed."""
+    asked: list[int | None] = []
+
+    def announce(*_: Any, layers_before: int | None) -> list[tuple[str, str]]:
+        asked.append(layers_before)
+        return []
+
+    monkeypatch.setattr("stillhouse.shipping_plan.announce_gguf", announce)
+    check(folder, student={"layers": 2}, export={"formats": ["gguf-f16"]})
+    assert asked == [3]
+
+
 def test_a_grid_that_the_format_does_not_hold(folder: Path) -> None:
     found = check(folder, quantize={"group_size": 16}, export={"formats": ["gguf-q4_0"]})
     [warning] = [finding for finding in found if finding.topic == "export" and finding.fix]

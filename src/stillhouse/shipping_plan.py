@@ -17,7 +17,8 @@ from stillhouse.export import (
 from stillhouse.job import Job, configs, planned_members, planned_model
 from stillhouse.quantize import grid_of, planned_bytes
 from stillhouse.recipe import Recipe
-from stillhouse.teachers import load_tokenizer
+from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.teachers import load_config, load_tokenizer
 
 Line = tuple[Literal["ok", "estimate", "warning", "error"], str, str, str | None]
 """Level, topic, text, and what to do about it."""
@@ -30,6 +31,7 @@ def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Line]:
     """
     tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
     section = recipe.export
+    layers = _layers_before(recipe, job)
     for name, student in _shipped(recipe, job):
         of = f"{name}: " if name else ""
         if recipe.quantize is not None:
@@ -39,7 +41,7 @@ def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Line]:
         for form in section.formats:
             yield from (
                 (level, "export", of + text, fix)
-                for level, text, fix in _format(form, recipe, student, tokenizer)
+                for level, text, fix in _format(form, recipe, student, tokenizer, layers)
             )
     if recipe.quantize is not None and "safetensors" in section.formats:
         grid, dynamic = grid_of(recipe.quantize), recipe.quantize.dynamic
@@ -60,13 +62,22 @@ def _shipped(recipe: Recipe, job: Job) -> list[tuple[str, Any]]:
     return members[-1:] if recipe.cascade.ship == "last" else members
 
 
+def _layers_before(recipe: Recipe, job: Job) -> int | None:
+    """Of the model that a pruned student is cut from; None: no student is cut."""
+    if recipe.cascade is None and not isinstance(recipe.student, PrunedStudent):
+        return None
+    source = job.pruned or job.teacher
+    config = load_config(source.path, trust_remote_code=job.trust_remote_code)
+    return int(config.get_text_config().num_hidden_layers)
+
+
 def _format(
-    form: str, recipe: Recipe, student: Any, tokenizer: Any
+    form: str, recipe: Recipe, student: Any, tokenizer: Any, layers_before: int | None
 ) -> Iterator[tuple[Literal["warning", "error"], str, str]]:
     kind, _, name = form.partition("-")
     if kind == "gguf":
         grid = None if recipe.quantize is None else grid_of(recipe.quantize)
-        for text, fix in announce_gguf(name, student, tokenizer, grid):
+        for text, fix in announce_gguf(name, student, tokenizer, grid, layers_before=layers_before):
             yield "warning", text, fix
     elif kind == "compressed":
         require_llm_compressor(recipe.export.llm_compressor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
+    MistralConfig,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -25,6 +27,7 @@ from transformers import (
 
 from stillhouse.errors import ModelError
 from stillhouse.export import Gate, announce_gguf, export_gguf
+from stillhouse.export import gguf as gguf_export
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import for_gguf
 from stillhouse.export.gguf_tokenizer import SPLITS, pre_tokenizer_name
@@ -111,8 +114,10 @@ def test_ternary_rounding_of_a_model_not_trained_for_it_is_refused(
     ],
 )
 def test_other_architectures_in_float32_are_the_source(
-    tmp_path: Path, model: type, config: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: type, config: Any
 ) -> None:
+    """In transformers: a random model writes bytes that are no text, and llama.cpp omits those."""
+    monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: False)
     torch.manual_seed(0)
     words = tiny.merging_tokenizer()
     small = {
@@ -164,9 +169,9 @@ def test_rows_that_do_not_divide_into_blocks_stay_float16_and_are_announced(
 
 
 def test_rows_of_the_attentions_output_are_announced_too() -> None:
-    """Qwen 3's heads need not add up to the hidden size."""
-    shape = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 3}
-    config = Qwen3Config(num_key_value_heads=1, **shape)
+    """Mistral's heads need not add up to the hidden size."""
+    shape = {"hidden_size": 96, "intermediate_size": 96, "head_dim": 16, "num_attention_heads": 3}
+    config = MistralConfig(num_key_value_heads=1, sliding_window=None, **shape)
     [(text, fix)] = announce_gguf("q8_0", config, tiny.merging_tokenizer())
     assert "num_attention_heads × head_dim 48 does not divide into blocks of 32" in text
     assert "32 or 64 avoids it" in fix
@@ -201,7 +206,10 @@ def test_rows_in_the_wrong_order_are_caught(
     [
         ({"model_type": "gpt_neox"}, "architecture gpt_neox"),
         ({"hidden_act": "gelu"}, "activation gelu"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "scaled by llama3"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "scaled by longrope"),
+        ({"rope_parameters": {"rope_type": "yarn", "attention_factor": 2.0}}, "attention_factor"),
+        ({"model_type": "mistral", "sliding_window": 512}, "sliding-window attention"),
+        ({"model_type": "qwen3", "attention_bias": True}, "a bias of k_proj in a qwen3"),
     ],
 )
 def test_what_the_writer_does_not_know_is_refused(change: dict[str, Any], message: str) -> None:
@@ -229,11 +237,45 @@ def test_rules_of_cutting_text_are_told_apart(pattern: str) -> None:
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, plain])
+    whole_words = SPLITS[pattern] in ("llama-bpe", "tekken")
+    words.backend_tokenizer.model.ignore_merges = whole_words
     assert pre_tokenizer_name(words) == SPLITS[pattern]
+    words.backend_tokenizer.model.ignore_merges = not whole_words
+    with pytest.raises(ModelError, match="ignore_merges"):
+        pre_tokenizer_name(words)
+    words.backend_tokenizer.model.ignore_merges = False
     other = pre_tokenizers.Split(Regex("x+"), "isolated")
     words.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([other, plain])
     with pytest.raises(ModelError, match="rules of its own"):
         pre_tokenizer_name(words)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_named_chat_templates_are_all_written(source: Path, tmp_path: Path) -> None:
+    words = AutoTokenizer.from_pretrained(source)
+    named = {"default": words.chat_template, "tool_use": "{{ tools }}"}
+    words.chat_template = named
+    folder = shutil.copytree(source, tmp_path / "source")
+    words.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).chat_template == named
+    export_gguf(gate(folder), tmp_path / "out", kind="f16", name="toy")
+    fields = gguf.GGUFReader(tmp_path / "out" / "toy-f16.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == named["default"]
+    assert fields["tokenizer.chat_template.tool_use"].contents() == named["tool_use"]
+    assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_digits_that_transformers_cuts_otherwise_are_noted(source: Path, tmp_path: Path) -> None:
+    words = AutoTokenizer.from_pretrained(source)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    rules = pre_tokenizers.Sequence([digits, words.backend_tokenizer.pre_tokenizer])
+    words.backend_tokenizer.pre_tokenizer = rules
+    folder = shutil.copytree(source, tmp_path / "source")
+    words.save_pretrained(folder)
+    [note] = export_gguf(gate(folder), tmp_path / "out", kind="f16", name="toy").notes
+    assert "not by smollm's (several digits" in note
+    assert "not compared" in note
 
 
 def test_tensors_of_the_file_are_the_sources_numbers(source: Path, tmp_path: Path) -> None:

@@ -2,7 +2,8 @@
 
 1. A prune to the same size changes nothing. 2. A rotation alone changes no logit. 3. Saved, then
 loaded in a fresh process by plain transformers, no weight is missing or left over. 4. Its logits
-are those of the model in memory. 5. Every weight has its place in a GGUF file.
+are those of the model in memory. 5. It converts to GGUF: the file has its numbers, and computes the
+same logits in transformers, where that reads the file, and in llama.cpp.
 Besides: the sizes are the predicted ones, and generation with and without a cache agrees.
 """
 
@@ -14,20 +15,33 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import gguf
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stillhouse.account import count_parameters
+from stillhouse.errors import ModelError
+from stillhouse.export.gguf_config import misread_by_transformers
+from stillhouse.export.gguf_file import FORMATS, write_gguf
+from stillhouse.export.gguf_model import architecture
 from stillhouse.pruning import (
     ARCHITECTURES,
     check_sizes,
     prune_model,
     resized_config,
     sizes_of,
+)
+from tests.gguf_files import (
+    assert_alike,
+    expected_tensors,
+    letters,
+    llama_cpp_logits,
+    real,
+    tensors_of,
+    transformers_logits,
 )
 from tests.teachers.toys import VOCABULARY, ToyWindows, tiny_model
 
@@ -73,9 +87,9 @@ CASES = [
 ]
 
 
-def family(kind: str) -> Any:
+def family(kind: str, changes: dict[str, Any] | None = None) -> Any:
     """A tiny model whose norms' gains and biases are not the ones of initialization."""
-    model = tiny_model(kind, **FAMILIES[kind])
+    model = tiny_model(kind, **{**FAMILIES[kind], **(changes or {})})
     generator = torch.Generator().manual_seed(3)
     for name, parameter in model.named_parameters():
         if "norm" in name or name.endswith("bias"):
@@ -88,9 +102,13 @@ def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
     return found
 
 
-def cut(kind: str, axis: str) -> Any:
-    model = family(kind)
-    prune_model(model, ToyWindows(), calibration_tokens=256, **AXES[axis])
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def cut(kind: str, axis: str, changes: dict[str, Any] | None = None, **sizes: Any) -> Any:
+    model = family(kind, changes)
+    prune_model(model, ToyWindows(), calibration_tokens=256, **{**AXES[axis], **sizes})
     return model
 
 
@@ -201,27 +219,64 @@ def test_gates_3_and_4_a_fresh_process_loads_the_same_model(checkpoints: Path) -
     assert [name for name, one in found.items() if one["keys"] or one["error"] > 1e-5] == []
 
 
-GGUF_NAMES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "ministral3": "mistral3"}
+LIKE_LLAMA_CPP = {
+    "smollm3": {"attention_bias": False, "num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]}
+}
+"""What llama.cpp has built in for a family: no bias, and no RoPE in every fourth layer."""
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF file, float32, of every case."""
+    folder = tmp_path_factory.mktemp("converted")
+    words = letters()
+    for kind, axis in CASES:
+        place = checkpoints / f"{kind}-{axis}"
+        if kind in LIKE_LLAMA_CPP:
+            place = folder / f"{kind}-{axis}"
+            changes = {"layers": 3} if "layers" in AXES[axis] else {}
+            cut(kind, axis, LIKE_LLAMA_CPP[kind], **changes).save_pretrained(place)
+        words.save_pretrained(place)
+        form = FORMATS["f32"]
+        write_gguf(place, place / "toy.gguf", form, name="toy")
+    return folder
+
+
+def place_of(kind: str, axis: str, checkpoints: Path, converted: Path) -> Path:
+    return (converted if kind in LIKE_LLAMA_CPP else checkpoints) / f"{kind}-{axis}"
 
 
 @pytest.mark.parametrize(("kind", "axis"), CASES)
-def test_gate_5_every_weight_has_its_place_in_gguf(kind: str, axis: str, checkpoints: Path) -> None:
-    known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    # llama.cpp stores Mistral's weights as Llama's; Ministral's parts are the same.
-    name = "llama" if kind in ("mistral", "ministral") else GGUF_NAMES.get(kind, kind)
-    config = json.loads((checkpoints / f"{kind}-{axis}" / "config.json").read_text())
-    places = gguf.get_tensor_name_map(known[name], config["num_hidden_layers"])
-    found = {}
-    for weight, values in load_file(checkpoints / f"{kind}-{axis}" / "model.safetensors").items():
-        # The converter stacks the experts of a layer.
-        stacked = ".".join(
-            step
-            for step, last in zip(weight.split("."), ["", *weight.split(".")], strict=False)
-            if not (step.isdigit() and last == "experts")
-        )
-        found[weight] = places.get_name(stacked, try_suffixes=(".weight", ".bias"))
-        assert values.is_contiguous()
-    assert [weight for weight, place in found.items() if place is None] == []
-    # What the converter reads where head_dim is not hidden_size / heads.
-    if config["hidden_size"] // config["num_attention_heads"] != 8:
-        assert config["head_dim"] == 8
+def test_gate_5_it_converts_to_gguf(
+    kind: str, axis: str, checkpoints: Path, converted: Path
+) -> None:
+    place = place_of(kind, axis, checkpoints, converted)
+    config = AutoConfig.from_pretrained(place)
+    expected, written = expected_tensors(place, config), tensors_of(place / "toy.gguf")
+    assert written.keys() == expected.keys()
+    for name, values in expected.items():
+        assert np.array_equal(written[name], values), name
+    if misread_by_transformers(config) is None:
+        ids = IDS % config.vocab_size
+        found = transformers_logits(place / "toy.gguf", ids)
+        assert_close(found, logits(loaded(place), ids), rtol=1e-5, atol=1e-5)
+    else:
+        assert kind not in ("llama", "mistral")
+
+
+@real
+@pytest.mark.parametrize(("kind", "axis"), CASES)
+def test_gate_5_llama_cpp_computes_the_same(
+    kind: str, axis: str, checkpoints: Path, converted: Path
+) -> None:
+    place = place_of(kind, axis, checkpoints, converted)
+    model = loaded(place)
+    ids = IDS[:1] % model.config.vocab_size
+    assert_alike(llama_cpp_logits(place / "toy.gguf", ids[0]), logits(model, ids)[0])
+
+
+def test_a_cut_in_depth_may_leave_layers_that_llama_cpp_computes_otherwise() -> None:
+    config = family("smollm3").config
+    config.attention_bias = False
+    with pytest.raises(ModelError, match="other layers than every 4th"):
+        architecture(config)

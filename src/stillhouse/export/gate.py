@@ -109,12 +109,19 @@ class Gate:
     teacher_logits: Path | None = None
 
     def replay(
-        self, exported: Path, *, same_tokens: bool = True, llama_cpp: bool = False
+        self,
+        exported: Path,
+        *,
+        same_tokens: bool = True,
+        llama_cpp: bool = False,
+        transformers: bool = True,
+        plain_prompts: bool = True,
     ) -> dict[str, Any]:
         """Runs `replay.py` by its path, so that it imports nothing of Stillhouse; its answer.
 
         exported: a folder, or a GGUF file. same_tokens: its tokenizer must cut the prompts alike.
-        llama_cpp: llama.cpp reads the file too.
+        llama_cpp: llama.cpp reads the file too; alone, where transformers cannot. plain_prompts: it
+        must cut them alike without the chat template too.
         """
         with tempfile.TemporaryDirectory(prefix="stillhouse-replay-") as name:
             folder = Path(name)
@@ -127,6 +134,8 @@ class Gate:
                 "trust_remote_code": self.trust_remote_code,
                 "same_tokens": same_tokens,
                 "llama_cpp": llama_cpp,
+                "transformers": transformers,
+                "plain_prompts": plain_prompts,
                 "teacher_logits": self.teacher_logits and str(self.teacher_logits),
             }
             run_script(
@@ -153,18 +162,30 @@ class Gate:
         advice: str,
         same_tokens: bool = True,
         llama_cpp: bool = False,
+        transformers: bool = True,
+        plain_prompts: bool = True,
         notes: list[str] | None = None,
     ) -> ReplayResult:
         """Replays an export whose weights are in `files`.
 
         limit: the format's own. advice: what helps where the rounding costs more than that.
-        llama_cpp: it must be the model in llama.cpp too.
+        llama_cpp: it must be the model in llama.cpp too; alone, where transformers cannot read it.
         Raises ModelError: it does not load, is not the model, or differs by more than is allowed.
         """
         limit = limit if self.kl_limit is None else self.kl_limit
-        also = ", in transformers and in llama.cpp" if llama_cpp else ""
+        also = ""
+        if llama_cpp:
+            also = ", in transformers and in llama.cpp" if transformers else ", in llama.cpp"
+        if not transformers:
+            limit += LLAMA_CPP_KL
         note(f"Replaying the {format} export ({dtype}) in a fresh process{also}")
-        found = self.replay(exported, same_tokens=same_tokens, llama_cpp=llama_cpp)
+        found = self.replay(
+            exported,
+            same_tokens=same_tokens,
+            llama_cpp=llama_cpp,
+            transformers=transformers,
+            plain_prompts=plain_prompts,
+        )
         check_replay(found, limit, max(LLAMA_CPP_KL, self.kl_limit or 0.0), self.source, advice)
         pairs = {
             name: Likeness(pair["kl"], pair["top1_agreement"])
@@ -188,7 +209,7 @@ class Gate:
             source_teacher=pairs.get("teacher ‖ source"),
             decode_tokens_per_s=speed.get("exported"),
             source_decode_tokens_per_s=speed["source"],
-            llama_cpp=pairs.get("source ‖ llama.cpp"),
+            llama_cpp=pairs.get("source ‖ llama.cpp") if transformers else own,
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.gguf_blocks import (
     BITS,
@@ -18,9 +19,14 @@ from stillhouse.export.gguf_blocks import (
     pack_weighed,
     second_rounding,
 )
+from stillhouse.export.gguf_config import misread_by_transformers
 from stillhouse.export.gguf_file import FORMATS, write_gguf
-from stillhouse.export.gguf_model import architecture, gguf_names
-from stillhouse.export.gguf_tokenizer import KNOWN_TO_TRANSFORMERS, pre_tokenizer_name
+from stillhouse.export.gguf_model import family, gguf_names, unsupported
+from stillhouse.export.gguf_tokenizer import (
+    check_tokenizer,
+    cut_otherwise_by_llama_cpp,
+    cut_otherwise_by_transformers,
+)
 from stillhouse.export.llama_quantizer import (
     K_BLOCK,
     K_QUANTS,
@@ -32,7 +38,7 @@ from stillhouse.export.modelfile import modelfile
 from stillhouse.export.widths import nearest, row_widths
 from stillhouse.quantize import Grid, Quantization
 from stillhouse.quantize.moments import Moments
-from stillhouse.teachers import load_model, load_tokenizer
+from stillhouse.teachers import load_config, load_model, load_tokenizer
 
 WEIGHED = frozenset({*K_QUANTS, "q4_0"})
 """Formats of so few bits that weighing their errors is worth measuring each input's importance."""
@@ -64,6 +70,11 @@ def export_gguf(
     def work(folder: Path) -> ReplayResult:
         file = folder / file_name
         code = gate.trust_remote_code
+        config = load_config(gate.source, trust_remote_code=code).get_text_config()
+        if kind not in FORMATS:
+            require_llama_cpp()
+        misread = misread_by_transformers(config)
+        _require_reader(misread)
         written = write_form(
             gate.source,
             file,
@@ -76,7 +87,10 @@ def export_gguf(
         text = modelfile(gate.source, file_name, trust_remote_code=code)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
         tokenizer = load_tokenizer(gate.source, trust_remote_code=code)
-        rules = pre_tokenizer_name(tokenizer)
+        otherwise = cut_otherwise_by_transformers(tokenizer, family(config))
+        reader = otherwise if misread is None else _for_llama_cpp(misread)
+        chats = cut_otherwise_by_llama_cpp(tokenizer)
+        notes = [*written.notes, *(text for text in (reader, chats) if text is not None)]
         return gate.pass_or_raise(
             file,
             [file],
@@ -85,27 +99,47 @@ def export_gguf(
             limit=written.kl_limit,
             advice="use a format with more bits (gguf-q8_0), or quantization-aware distillation "
             "(quantize.qat)",
-            same_tokens=rules in KNOWN_TO_TRANSFORMERS,
+            same_tokens=otherwise is None,
             llama_cpp=has_llama_cpp(),
-            notes=written.notes,
+            transformers=misread is None,
+            plain_prompts=chats is None,
+            notes=notes,
         )
 
     return fill(out, work)
 
 
 def announce_gguf(
-    kind: str, config: Any, tokenizer: Any, grid: Grid | None = None
+    kind: str,
+    config: Any,
+    tokenizer: Any,
+    grid: Grid | None = None,
+    *,
+    layers_before: int | None = None,
 ) -> Iterator[tuple[str, str]]:
     """What of a planned student this format cannot hold as asked: a text, and what avoids it.
 
-    grid: what the student is quantized to. Raises ModelError where it can hold nothing of it: see
+    grid: what the student is quantized to. layers_before: of the model that it is cut from; which
+    of them it keeps is not known yet. Raises ModelError where it can hold nothing of it: see
     `export_gguf`.
     """
     config = config.get_text_config()
-    architecture(config)
-    pre_tokenizer_name(tokenizer)
+    there = family(config)
+    cut = layers_before not in (None, config.num_hidden_layers)
+    if cut and there.rope_period:
+        raise unsupported(
+            f"a {config.model_type} with fewer layers: llama.cpp gives every "
+            f"{there.rope_period}th layer no rotary embedding, whichever layers were kept"
+        )
+    check_tokenizer(tokenizer)
     if kind not in FORMATS:
         require_llama_cpp()
+    misread = misread_by_transformers(config)
+    if cut and there.window_period:
+        misread = misread or "which layers have a window"
+    _require_reader(misread)
+    if misread is not None:
+        yield f"gguf-{kind}: {_for_llama_cpp(misread)}", "safetensors is read by transformers"
     again = None if grid is None else second_rounding(grid, kind)
     if again is not None:
         yield again
@@ -117,6 +151,24 @@ def announce_gguf(
                 "with rows of that length stay larger",
                 f"{key} {nearest(width, block)} avoids it",
             )
+
+
+def _for_llama_cpp(misread: str) -> str:
+    return (
+        "the file is for llama.cpp and what is built on it: transformers' own GGUF loader would "
+        f"not read {misread} as it is"
+    )
+
+
+def _require_reader(misread: str | None) -> None:
+    """Raises ModelError where nothing that is installed can replay the file."""
+    if misread is not None and not has_llama_cpp():
+        raise ModelError(
+            f"{_for_llama_cpp(misread)}, and llama.cpp, which could replay it, is not installed",
+            where="export.formats",
+            fix="pip install 'stillhouse[llama-cpp]' (it is compiled, which takes minutes), or "
+            "export safetensors",
+        )
 
 
 @dataclass(frozen=True)

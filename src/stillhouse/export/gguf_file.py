@@ -6,21 +6,21 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType as Kind
-from safetensors import safe_open
 
-from stillhouse.export.gguf_model import add_configuration, architecture, for_gguf, gguf_names
+from stillhouse.export.gguf_config import add_configuration
+from stillhouse.export.gguf_model import architecture, for_gguf, gguf_names
+from stillhouse.export.gguf_source import open_tensors
 from stillhouse.export.gguf_tokenizer import add_tokenizer
 from stillhouse.teachers import load_config, load_tokenizer
-from stillhouse.teachers.weights import weight_files
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
+ROUTER = "ffn_gate_inp.weight"
 FALLBACK = Kind.F16
 """For rows that do not divide into the format's blocks, as llama.cpp's converter does."""
 
@@ -89,9 +89,7 @@ def write_gguf(
     add_configuration(writer, config)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     with ExitStack() as stack:
-        tensors = _open(source, stack)
-        if config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
+        tensors = open_tensors(source, config, stack)
         names = gguf_names(tensors, config)
         kinds, fallen = {}, []
         for key, there in names.items():
@@ -115,20 +113,12 @@ def write_gguf(
 
 
 def kind_of(there: str, shape: list[int], form: GGUFFormat) -> Kind:
-    """A tensor's number type: vectors float32; rows that do not divide into blocks float16."""
-    if len(shape) == 1:
+    """A tensor's number type: vectors and the choice of experts, which is small and decides over
+    whole experts, float32; rows that do not divide into blocks float16."""
+    if len(shape) == 1 or there.endswith(ROUTER):
         return Kind.F32
     kind = form.embeddings if there in EMBEDDINGS else form.kind
     return kind if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else FALLBACK
-
-
-def _open(source: Path, stack: ExitStack) -> dict[str, Any]:
-    """The opened file that holds each tensor, by its name."""
-    opened: dict[str, Any] = {}
-    for file in weight_files(source):
-        tensors = stack.enter_context(safe_open(file, framework="pt"))
-        opened |= dict.fromkeys(tensors.keys(), tensors)
-    return opened
 
 
 def _announce(writer: gguf.GGUFWriter, there: str, shape: list[int], kind: Kind) -> None:

@@ -1,7 +1,8 @@
-"""The tokenizer of a Hugging Face folder as GGUF metadata: byte-level BPE, which small models have.
+"""The tokenizer of a Hugging Face folder as GGUF metadata: BPE on bytes, or on characters.
 
 llama.cpp does not read a tokenizer's rules from the file. It knows some by name, so what matters is
-that the name written is that of the rules which the tokenizer really has.
+that the name written is that of the rules which the tokenizer really has. BPE on characters, with
+tokens for the bytes of others, is SentencePiece's (`gguf_sentencepiece`).
 """
 
 from __future__ import annotations
@@ -11,26 +12,87 @@ from typing import Any
 
 import gguf
 
-from stillhouse.errors import ModelError
+from stillhouse.export.gguf_model import Family, unknown_tokenizer
+from stillhouse.export.gguf_sentencepiece import (
+    Pieces,
+    add_pieces,
+    pieces_of,
+    pieces_otherwise_by_llama_cpp,
+    pieces_otherwise_by_transformers,
+)
 
 SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
 """Regular expressions by which a text is cut before merging, and llama.cpp's names of them."""
 
-KNOWN_TO_TRANSFORMERS = ("gpt-2", "qwen2", "llama-bpe")
+WHOLE_WORDS = ("llama-bpe", "tekken")
+"""Rules by which llama.cpp takes a word that is a token as it is, whatever merges would make of it
+(`ignore_merges` in tokenizer.json)."""
+
+KNOWN_TO_TRANSFORMERS = ("gpt-2", "qwen2", "llama-bpe", "tekken")
 """Names by which transformers' GGUF loader restores the same rules; it takes others for GPT-2's."""
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
-    """Writes vocabulary, merges, special tokens and chat template.
+    """Writes vocabulary, merges, special tokens and chat templates.
 
     rows: of the model's embedding; ids that the tokenizer does not have become unused tokens.
     Raises ModelError: a tokenizer that GGUF cannot hold.
     """
+    pieces = check_tokenizer(tokenizer)
+    if pieces is not None:
+        add_pieces(writer, pieces, tokenizer, rows)
+    else:
+        _add_byte_level(writer, tokenizer, rows)
+    _add_special_tokens(writer, tokenizer)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        named = [{"name": name, "template": text} for name, text in template.items()]
+        writer.add_chat_template(named)
+    elif template:
+        writer.add_chat_template(template)
+
+
+def check_tokenizer(tokenizer: Any) -> Pieces | None:
+    """The pieces of a SentencePiece-like tokenizer; None: it is a byte-level one that can be held.
+
+    Raises ModelError: GGUF cannot hold it.
+    """
+    if _state(tokenizer).get("model", {}).get("byte_fallback"):
+        return pieces_of(tokenizer)
+    pre_tokenizer_name(tokenizer)
+    return None
+
+
+def cut_otherwise_by_transformers(tokenizer: Any, family: Family) -> str | None:
+    """Which texts transformers' GGUF loader cuts otherwise, in words; None: it cuts all alike."""
+    pieces = check_tokenizer(tokenizer)
+    if pieces is not None:
+        return pieces_otherwise_by_transformers(pieces, family)
+    name = pre_tokenizer_name(tokenizer)
+    if name in KNOWN_TO_TRANSFORMERS:
+        return None
+    return (
+        f"transformers' GGUF loader cuts text by GPT-2's rules, not by {name}'s (several digits "
+        "may become one token): use the file in llama.cpp, or with the checkpoint's own tokenizer; "
+        "the prompts' tokens were not compared in transformers"
+    )
+
+
+def cut_otherwise_by_llama_cpp(tokenizer: Any) -> str | None:
+    """Which texts llama.cpp cuts otherwise, in words; None: it cuts all alike."""
+    pieces = check_tokenizer(tokenizer)
+    return None if pieces is None else pieces_otherwise_by_llama_cpp(pieces, tokenizer)
+
+
+def _add_byte_level(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
     state = tokenizer_state(tokenizer)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre_tokenizer_name(tokenizer))
@@ -50,9 +112,6 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
     writer.add_token_types(kinds)
     merges = state["model"]["merges"]
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    _add_special_tokens(writer, tokenizer)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
 
 
 def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
@@ -70,25 +129,41 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)
 
 
-def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """The content of tokenizer.json. Raises ModelError where it is no byte-level BPE."""
+def _state(tokenizer: Any) -> dict[str, Any]:
+    """The content of tokenizer.json; empty where there is none."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = json.loads(core.to_str()) if core is not None else {}
+    return state
+
+
+def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
+    """The content of tokenizer.json. Raises ModelError where it is no byte-level BPE."""
+    state = _state(tokenizer)
     model = state.get("model", {})
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        kind = model.get("type", type(tokenizer).__name__)
-        raise _unknown(f"a {'SentencePiece-like ' if model.get('byte_fallback') else ''}{kind} one")
+    if model.get("type") != "BPE":
+        raise unknown_tokenizer(f"a {model.get('type', type(tokenizer).__name__)} one")
     if not model["merges"]:
-        raise _unknown("one without merges")
+        raise unknown_tokenizer("one without merges")
     normalizer = state["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
-        raise _unknown(f"one that normalizes text ({normalizer['type']})")
+        raise unknown_tokenizer(f"one that normalizes text ({normalizer['type']})")
     return state
 
 
 def pre_tokenizer_name(tokenizer: Any) -> str:
     """llama.cpp's name for how this tokenizer cuts a text. Raises ModelError: it has none."""
-    rules = tokenizer_state(tokenizer)["pre_tokenizer"] or {"type": "none"}
+    state = tokenizer_state(tokenizer)
+    name = _split_name(state["pre_tokenizer"] or {"type": "none"})
+    whole = bool(state["model"].get("ignore_merges"))
+    if whole != (name in WHOLE_WORDS):
+        raise unknown_tokenizer(
+            f"one that cuts text as {name} does, with ignore_merges: {str(whole).lower()}, which "
+            "llama.cpp has the other way round"
+        )
+    return name
+
+
+def _split_name(rules: dict[str, Any]) -> str:
     parts = rules["pretokenizers"] if rules["type"] == "Sequence" else [rules]
     kinds = [part["type"] for part in parts]
     last = parts[-1]
@@ -101,13 +176,4 @@ def pre_tokenizer_name(tokenizer: Any) -> str:
             name = SPLITS.get(parts[0]["pattern"].get("Regex"))
             if name and parts[0]["behavior"] == "Isolated" and not parts[0]["invert"]:
                 return name
-    raise _unknown(f"one that cuts text by {', '.join(kinds)} rules of its own")
-
-
-def _unknown(kind: str) -> ModelError:
-    return ModelError(
-        f"the GGUF writer does not know this tokenizer: it is {kind}",
-        where="export.formats",
-        fix="byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen can be written; for others "
-        "export safetensors, and convert that folder with llama.cpp's convert_hf_to_gguf.py",
-    )
+    raise unknown_tokenizer(f"one that cuts text by {', '.join(kinds)} rules of its own")

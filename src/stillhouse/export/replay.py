@@ -53,24 +53,25 @@ def main(folder: Path) -> None:
         request["source"], dtype=torch.float32, **options
     ).to(device)
     source_tokenizer = AutoTokenizer.from_pretrained(request["source"], **options)
-    model, info, tokenizer = _load(exported, options)
-    model = model.to(device)
-    prompts, new = request["prompts"], request["max_new_tokens"]
-    problems = _problems(model, info, exported)
-    same = request["same_tokens"]
-    problems += _tokenizer_problems(source_tokenizer, tokenizer, prompts if same else [])
-    runtimes: dict[str, Answers] = {
-        "source": partial(logits_of, source_model),
-        "exported": partial(logits_of, model),
-    }
+    prompts, new, same = request["prompts"], request["max_new_tokens"], request["same_tokens"]
+    runtimes: dict[str, Answers] = {"source": partial(logits_of, source_model)}
     steps: dict[str, Step] = {"source": stepping(source_model)}
-    write: Callable[[str, int], str] = partial(_text, model, tokenizer)
+    problems: list[str] = []
+    if request["transformers"]:
+        model, info, tokenizer = _load(exported, options)
+        model = model.to(device)
+        problems += _problems(model, info, exported)
+        problems += _tokenizer_problems(source_tokenizer, tokenizer, prompts if same else [])
+        runtimes["exported"] = partial(logits_of, model)
+        write: Callable[[str, int], str] = partial(_text, model, tokenizer)
     if request["llama_cpp"]:
         lengths = [len(prompt_ids(source_tokenizer, prompt)) + new for prompt in prompts]
         lengths += [int(window["position_ids"].max()) + 1 for window in windows.values()]
         llama = LlamaCpp.open(exported, max(512, *lengths))
-        runtimes["llama.cpp"], steps["exported"], write = llama.logits_of, llama.step, llama.greedy
-        problems += llama.problems(source_tokenizer, prompts)
+        # Where transformers does not read the file, llama.cpp alone answers for it.
+        runtimes["llama.cpp" if "exported" in runtimes else "exported"] = llama.logits_of
+        steps["exported"], write = llama.step, llama.greedy
+        problems += llama.problems(source_tokenizer, prompts, plain=request["plain_prompts"])
     elif not exported.is_file():
         # A GGUF file's own speed is not that of its numbers as float32 in transformers.
         steps["exported"] = stepping(model)
@@ -137,13 +138,19 @@ def _tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[
     theirs = exported.get_vocab()
     moved = [token for token, index in source.get_vocab().items() if theirs.get(token) != index]
     problems = [f"tokens with other ids: {', '.join(sorted(moved)[:4])}"] if moved else []
-    if source.chat_template != exported.chat_template:
+    if _template(source) != _template(exported):
         problems.append("another chat template")
     problems += _other_roles(
         source, {role: getattr(exported, f"{role}_token_id") for role in ROLES}
     )
     read = partial(prompt_ids, exported)
     return problems + _cut_otherwise(source, lambda t: exported(t)["input_ids"], read, prompts)
+
+
+def _template(tokenizer: Any) -> str | None:
+    """The chat template; of several, the one that is used unless another is asked for."""
+    template = tokenizer.chat_template
+    return template.get("default") if isinstance(template, dict) else template
 
 
 def _other_roles(source: Any, found: dict[str, int | None]) -> list[str]:
@@ -158,7 +165,7 @@ def _other_roles(source: Any, found: dict[str, int | None]) -> list[str]:
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """A prompt as a model reads it: through the chat template, where there is one."""
-    if not tokenizer.chat_template:
+    if not _template(tokenizer):
         return list(tokenizer(prompt)["input_ids"])
     chat = [{"role": "user", "content": prompt}]
     told = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
@@ -389,10 +396,14 @@ class LlamaCpp:
         written = write(messages=[{"role": "user", "content": prompt}]).prompt
         return list(self.llama.tokenize(written.encode(), add_bos=False, special=True))
 
-    def problems(self, source: Any, prompts: list[str]) -> list[str]:
-        """How it cuts and writes what is asked otherwise than the source's tokenizer, in words."""
+    def problems(self, source: Any, prompts: list[str], *, plain: bool) -> list[str]:
+        """How it cuts and writes what is asked otherwise than the source's tokenizer, in words.
+
+        plain: without the chat template too.
+        """
         found = _other_roles(source, {"eos": self.llama.token_eos(), "bos": self.llama.token_bos()})
-        found += _cut_otherwise(source, self.tokens, self.chat_tokens, prompts)
+        tokens = self.tokens if plain else lambda text: source(text)["input_ids"]
+        found += _cut_otherwise(source, tokens, self.chat_tokens, prompts)
         return [f"in llama.cpp, {problem}" for problem in found]
 
     def greedy(self, prompt: str, max_new_tokens: int) -> str:

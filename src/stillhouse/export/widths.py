@@ -9,10 +9,8 @@ def row_widths(config: Any) -> dict[str, int]:
     """Of what linear layers read, by their names in the configuration."""
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    widths = {
-        "hidden_size": int(text.hidden_size),
-        "intermediate_size": int(text.intermediate_size),
-    }
+    ffn = "moe_intermediate_size" if getattr(text, "num_experts", 0) else "intermediate_size"
+    widths = {"hidden_size": int(text.hidden_size), ffn: int(getattr(text, ffn))}
     heads = int(head * text.num_attention_heads)
     if heads != widths["hidden_size"]:
         widths["num_attention_heads × head_dim"] = heads

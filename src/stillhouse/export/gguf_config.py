@@ -1,0 +1,129 @@
+"""A model's shapes and constants as GGUF metadata, and what transformers makes of them again."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
+
+from stillhouse.export.gguf_model import (
+    architecture,
+    biased_parts,
+    built_in_windows,
+    family,
+    head_size,
+    ropes,
+    window_pattern,
+    windows,
+)
+from stillhouse.teachers.quiet import quiet
+
+PLAIN_KEYS = (
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+)
+"""Of the configuration: what a forward pass depends on, besides the shapes that every file has."""
+
+
+def add_configuration(writer: gguf.GGUFWriter, config: Any) -> None:
+    """The shapes and constants that a runtime needs to build the model."""
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_size(config))
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
+    writer.add_vocab_size(config.vocab_size)
+    _add_ropes(writer, config)
+    if family(config).window_period:
+        _add_windows(writer, config)
+    if getattr(config, "num_experts", 0):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+def _add_ropes(writer: gguf.GGUFWriter, config: Any) -> None:
+    found = ropes(config)
+    rope = found["full_attention"]
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if "sliding_attention" in found:
+        writer.add_rope_freq_base_swa(float(found["sliding_attention"]["rope_theta"]))
+    if rope["rope_type"] not in ("linear", "yarn"):
+        return
+    writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+    writer.add_rope_scaling_factor(float(rope["factor"]))
+    if rope["rope_type"] == "yarn":
+        original = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        writer.add_rope_scaling_orig_ctx_len(original)
+        writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32.0))
+        writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1.0))
+        if rope.get("mscale_all_dim"):
+            writer.add_rope_scaling_yarn_log_mul(float(rope["mscale_all_dim"]))
+        if rope.get("llama_4_scaling_beta"):
+            writer.add_attn_temperature_scale(float(rope["llama_4_scaling_beta"]))
+
+
+def _add_windows(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_sliding_window(config.sliding_window)
+    pattern = window_pattern(config)
+    if pattern != built_in_windows(config, family(config)):
+        writer.add_sliding_window_pattern(pattern)
+    if config.attn_logit_softcapping is not None:
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    if config.final_logit_softcapping is not None:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def misread_by_transformers(config: Any) -> str | None:
+    """What transformers' GGUF loader would take for something else in a file of this model.
+
+    Its configuration is written, read back by the installed transformers, and compared. None: the
+    loader builds the same model. Raises ModelError as `architecture`.
+    """
+    with tempfile.TemporaryDirectory(prefix="stillhouse-gguf-") as folder:
+        file = Path(folder) / "header.gguf"
+        writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture(config)])
+        add_configuration(writer, config)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        try:
+            with quiet():
+                read = AutoConfig.from_pretrained(folder, gguf_file=file.name)
+        except StrictDataclassError:
+            return "sizes that it does not allow"
+        except (KeyError, ValueError):
+            return f"the architecture {gguf.MODEL_ARCH_NAMES[architecture(config)]}"
+    mine, theirs = _meaning(config), _meaning(read)
+    return next((key for key, value in mine.items() if value != theirs[key]), None)
+
+
+def _meaning(config: Any) -> dict[str, Any]:
+    """What a forward pass depends on, under names for people."""
+    bases = {kind: np.float32(rope["rope_theta"]) for kind, rope in ropes(config).items()}
+    scalings = {kind: rope["rope_type"] for kind, rope in ropes(config).items()}
+    seen = window_pattern(config) if len(bases) > 1 else windows(config)
+    return {
+        "the head size": head_size(config),
+        "biases": biased_parts(config),
+        "the base of rotary embeddings": bases,
+        "the scaling of rotary embeddings": scalings,
+        "which layers have a window": seen,
+        **{key: getattr(config, key, None) for key in PLAIN_KEYS},
+    }

@@ -1,0 +1,181 @@
+"""SentencePiece-like BPE, on characters with tokens for single bytes, as GGUF metadata.
+
+llama.cpp has no merges for it. It joins any two neighbours whose text is a token, the one with the
+highest score first, and puts a space before the text where the file says so. So a token's score is
+less the later its merge comes, and a tokenizer is refused whose merges leave out a pair that
+llama.cpp would join.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+
+from stillhouse.export.gguf_model import Family, unknown_tokenizer
+
+SPACE = "▁"
+BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """ids: of each token that is not added. ranks: of the first merge that makes a token.
+
+    prefix: what puts a space before a text: "Prepend" before each stretch of text between special
+    tokens; "always" and "first" (of Metaspace) where there is none yet, the latter only before the
+    first stretch; None: nothing does.
+    """
+
+    ids: dict[str, int]
+    ranks: dict[str, int]
+    prefix: str | None
+
+
+def pieces_of(tokenizer: Any) -> Pieces:
+    """Raises ModelError: a tokenizer whose tokens llama.cpp would find otherwise."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = state["model"]
+    pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    added = {token["content"] for token in state["added_tokens"]}
+    ranks: dict[str, int] = {}
+    for rank, pair in enumerate(pairs):
+        ranks.setdefault("".join(pair), rank)
+    pieces = Pieces(model["vocab"], ranks, _prefix(state))
+    if model.get("ignore_merges"):
+        raise unknown_tokenizer("one with byte fallback that ignores merges")
+    lacking = [token for token in BYTES if token not in pieces.ids]
+    if lacking:
+        raise unknown_tokenizer(f"one with byte fallback and without the token {lacking[0]}")
+    missing = next(_missing_pairs(pieces, set(pairs), added), None)
+    if missing is not None:
+        raise unknown_tokenizer(
+            f"one with byte fallback that never merges {missing[0]!r} and {missing[1]!r}, which "
+            "llama.cpp would"
+        )
+    return pieces
+
+
+def _prefix(state: dict[str, Any]) -> str | None:
+    """What puts a space before a text. Raises ModelError: rules that llama.cpp does not have."""
+    steps = _steps(state["normalizer"], "normalizers")
+    parts = _steps(state["pre_tokenizer"], "pretokenizers")
+    prefix, spaces = None, False
+    for step in steps:
+        if step == {"type": "Prepend", "prepend": SPACE} and not spaces:
+            prefix = "Prepend"
+        elif step == {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}:
+            spaces = True
+        else:
+            raise unknown_tokenizer(f"one with byte fallback and the normalizer {step['type']}")
+    for part in parts:
+        if part["type"] == "Metaspace" and part["replacement"] == SPACE and not part["split"]:
+            scheme, spaces = part["prepend_scheme"], True
+            prefix = prefix if scheme == "never" else scheme
+        elif not (part["type"] == "Split" and part["pattern"] == {"String": " "} and spaces):
+            # Splitting at spaces changes nothing where there are none any more.
+            raise unknown_tokenizer(f"one with byte fallback that cuts text by {part['type']}")
+    if not spaces:
+        raise unknown_tokenizer(f"one with byte fallback that does not write a space as {SPACE}")
+    return prefix
+
+
+def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    if part is None:
+        return []
+    return list(part[inner]) if part["type"] == "Sequence" else [part]
+
+
+def _missing_pairs(
+    pieces: Pieces, pairs: set[tuple[str, ...]], added: set[str]
+) -> Iterator[tuple[str, str]]:
+    """Neighbours that merges leave apart although together they are a token.
+
+    A neighbour is a character, which needs no token for that, or what a merge has made.
+    """
+    for token in pieces.ids:
+        if token in added or token in BYTES:
+            continue
+        for place in range(1, len(token)):
+            pair = token[:place], token[place:]
+            if pair not in pairs and all(len(half) == 1 or half in pieces.ranks for half in pair):
+                yield pair
+
+
+def add_pieces(writer: gguf.GGUFWriter, pieces: Pieces, tokenizer: Any, rows: int) -> None:
+    """Writes the tokens; `rows` as in `add_tokenizer`."""
+    by_id = {index: token for token, index in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder
+    tokens, scores, kinds = [], [], []
+    for index in range(rows):
+        token = by_id.get(index, f"[PAD{index}]")
+        kind = _kind(index, token, tokenizer, index in by_id, added.get(index))
+        if kind == gguf.TokenType.USER_DEFINED and added[index].normalized:
+            token = token.replace(SPACE, " ")  # it is found in text as it was typed
+        tokens.append(token)
+        scores.append(-float(pieces.ranks.get(token, len(pieces.ranks))))
+        kinds.append(kind)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_add_space_prefix(pieces.prefix is not None and not _for_chats(pieces, tokenizer))
+
+
+def _for_chats(pieces: Pieces, tokenizer: Any) -> bool:
+    """llama.cpp puts a space before every stretch of text between special tokens, or before none.
+
+    A tokenizer that puts one before the first stretch only puts none into a chat, which begins with
+    a special token; without a chat template, texts are read as they are.
+    """
+    return pieces.prefix == "first" and bool(tokenizer.chat_template)
+
+
+def pieces_otherwise_by_llama_cpp(pieces: Pieces, tokenizer: Any) -> str | None:
+    """Which texts llama.cpp cuts otherwise, in words; None: it cuts all alike."""
+    if not _for_chats(pieces, tokenizer):
+        return None
+    return (
+        "llama.cpp puts a space before every stretch of text or before none: the file is written "
+        "for chats, and a prompt without the chat template lacks the space before it"
+    )
+
+
+def _kind(index: int, token: str, tokenizer: Any, known: bool, added: Any) -> gguf.TokenType:
+    if not known:
+        return gguf.TokenType.UNUSED
+    if index == tokenizer.unk_token_id:
+        return gguf.TokenType.UNKNOWN
+    if token in BYTES:
+        return gguf.TokenType.BYTE
+    if added is None:
+        return gguf.TokenType.NORMAL
+    if added.special:
+        return gguf.TokenType.CONTROL
+    # Spelled with ▁, and searched in text that has none yet, it is only ever made by merges.
+    spelled = SPACE in token and not added.normalized
+    return gguf.TokenType.NORMAL if spelled else gguf.TokenType.USER_DEFINED
+
+
+def pieces_otherwise_by_transformers(pieces: Pieces, family: Family) -> str | None:
+    """Which texts transformers' GGUF loader cuts otherwise, in words; None: it cuts all alike.
+
+    It takes the tokenizer of a Gemma file for Gemma's, any other for Llama's, with a space before
+    the first text.
+    """
+    if family.norm_offset:
+        expected: tuple[str | None, ...] = (None,)
+    else:
+        expected = ("first", "always", "Prepend")
+    if pieces.prefix in expected:
+        return None
+    puts = "no space" if family.norm_offset else "a space"
+    return (
+        f"transformers' GGUF loader puts {puts} before a text, unlike the tokenizer: use the file "
+        "in llama.cpp, or with the checkpoint's own tokenizer; the prompts' tokens were not "
+        "compared in transformers"
+    )
