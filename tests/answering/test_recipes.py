@@ -17,7 +17,8 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 def overrides(folder: Path) -> list[str]:
     model = tiny.save_model(folder / "teacher", max_position_embeddings=4096)
-    return [f"teacher.model={model}", "student.layers=1", f"folder={folder / 'run'}"]
+    teacher = [f"teacher.model={model}", "teacher.license=apache-2.0"]
+    return [*teacher, "student.layers=1", f"folder={folder / 'run'}"]
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def llama_order(weight: torch.Tensor, heads: int) -> torch.Tensor:
 def write_gguf(path: Path, model: Any, architecture: str = "llama") -> None:
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("A Toy Of No Use")
+    writer.add_license("apache-2.0")
     writer.add_context_length(128)
     writer.add_embedding_length(SIZES["hidden_size"])
     writer.add_block_count(SIZES["num_hidden_layers"])
@@ -96,6 +97,7 @@ def test_the_converted_model_is_the_original(toy: Path, tmp_path: Path) -> None:
     assert tokenizer.eos_token == "<|c|>"
     config = json.loads((folder / "config.json").read_text())
     assert not {"quantization_config", "_model_name_or_path", "_name_or_path"} & config.keys()
+    assert (folder / "README.md").read_text() == "---\nlicense: apache-2.0\n---\n"
 
 
 def test_a_second_use_converts_nothing(

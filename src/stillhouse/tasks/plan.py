@@ -64,8 +64,8 @@ def foresee(recipe: ClassifyRecipe, base: Path, calls: int = 0) -> Iterator[Told
         require_onnx(planned_parameters(recipe.student, job.student, labels))
     if recipe.export.push_to_hub is not None:
         require_token(recipe.export.push_to_hub)
-    yield "ok", "export", ", ".join(recipe.export.formats), None
     yield from license_lines(job.made_with)
+    yield "ok", "export", ", ".join(recipe.export.formats), None
 
 
 def _gold(texts: Texts) -> Iterator[Told]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
@@ -25,7 +26,7 @@ from stillhouse.teachers.local import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Part of the cache's key: raise it when the conversion writes something else."""
 
 
@@ -137,6 +138,18 @@ def _convert(path: Path, folder: Path) -> None:
     with quiet():
         model.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
+    _write_license(path, folder)
+
+
+def _write_license(path: Path, folder: Path) -> None:
+    """As the head of a model card, where the Hub's models say it too."""
+    fields = GGUFReader(path).fields
+    names = {"license": "general.license"}
+    names |= {f"license_{part}": f"general.license.{part}" for part in ("name", "link")}
+    head = {name: fields[key].contents() for name, key in names.items() if key in fields}
+    if head:
+        card = f"---\n{yaml.safe_dump(head)}---\n"
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 @contextmanager
