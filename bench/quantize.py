@@ -29,7 +29,8 @@ from stillhouse.export import Gate, export_gguf
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.job import Job
 from stillhouse.quantize import qat_section, quantize, train_quantized
-from stillhouse.recipe.schema import EvaluateRecipe, QatRecipe, QuantizeRecipe
+from stillhouse.recipe.evaluate import EvaluateRecipe
+from stillhouse.recipe.quantize import QatRecipe, QuantizeRecipe
 from stillhouse.runner import prepare_data
 from stillhouse.training import MODEL, train
 

@@ -30,7 +30,9 @@ from stillhouse.hardware import (
 )
 from stillhouse.job import find_models
 from stillhouse.recipe import load_recipe
-from stillhouse.recipe.schema import LogitsTerm, ObjectiveRecipe, RandomStudent, Recipe
+from stillhouse.recipe.objective import LogitsTerm, ObjectiveRecipe
+from stillhouse.recipe.schema import Recipe
+from stillhouse.recipe.student import RandomStudent
 from stillhouse.signals.encodings import Threshold
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.store import open_store

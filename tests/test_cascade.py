@@ -16,7 +16,7 @@ from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.job import find_models, planned_members
 from stillhouse.recipe import parse_recipe
 from stillhouse.recipe.family import first_member
-from stillhouse.recipe.schema import RUN_FOLDER_NAMES
+from stillhouse.recipe.student import RUN_FOLDER_NAMES
 from stillhouse.runner import run
 from stillhouse.stages import synthesis
 from stillhouse.training import MODEL

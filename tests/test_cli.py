@@ -12,8 +12,9 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from stillhouse import cli
-from stillhouse.check import Finding, check_recipe
+from stillhouse.check import check_recipe
 from stillhouse.errors import StillhouseError
+from stillhouse.finding import Finding
 from tests import tiny
 
 VERBS = (
@@ -267,7 +268,7 @@ def test_an_error_has_what_where_and_fix() -> None:
 
 
 def test_lm_eval_paths_start_from_the_recipes_folder(tmp_path: Path) -> None:
-    from stillhouse.recipe.schema import EvaluateRecipe, LmEvalRecipe
+    from stillhouse.recipe.evaluate import EvaluateRecipe, LmEvalRecipe
     from stillhouse.stages.evaluate import _with_found_tasks
 
     (tmp_path / "mine.yaml").write_text("task: mine")

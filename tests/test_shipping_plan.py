@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from stillhouse.check import Finding, check_recipe
+from stillhouse.check import check_recipe
 from stillhouse.export import compressed, gguf_model, llama_quantizer
 from stillhouse.export import torchao as torchao_export
+from stillhouse.finding import Finding
 from tests import tiny
 
 

@@ -16,7 +16,7 @@ from stillhouse.evaluate.curve import PowerLaw, fit_power_law
 from stillhouse.job import find_models, planned_size
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import first_member
-from stillhouse.recipe.schema import RandomStudent
+from stillhouse.recipe.student import RandomStudent
 from stillhouse.report.family import FromScratch, Member, ScratchMember
 from stillhouse.runfolder import Stage
 from stillhouse.stages import Do

@@ -15,12 +15,8 @@ from stillhouse.errors import RecipeError, SignalError
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import ORIGINAL, member_recipe
-from stillhouse.recipe.schema import (
-    PretrainedStudent,
-    PrunedStudent,
-    RandomStudent,
-)
 from stillhouse.recipe.signals import FrozenHeadSignals, HiddenSignals
+from stillhouse.recipe.student import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopP
 from stillhouse.signals.manifest import read_settings
 from stillhouse.students import planned_config

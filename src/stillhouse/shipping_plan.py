@@ -14,17 +14,15 @@ from stillhouse.export import (
     require_torchao,
     teacher_license,
 )
+from stillhouse.finding import Finding
 from stillhouse.job import Job, configs, planned_members, planned_model
-from stillhouse.quantize import grid_of, planned_bytes
+from stillhouse.quantize import grid_of, planned_bytes, told_left_over
 from stillhouse.recipe import Recipe
-from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.recipe.student import PrunedStudent
 from stillhouse.teachers import load_config, load_tokenizer
 
-Line = tuple[Literal["ok", "estimate", "warning", "error"], str, str, str | None]
-"""Level, topic, text, and what to do about it."""
 
-
-def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Line]:
+def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Finding]:
     """Of every student that is shipped; job: that of the recipe, or of its first member.
 
     Raises StillhouseError for what no export could be made of.
@@ -37,10 +35,12 @@ def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Line]:
         if recipe.quantize is not None:
             plain, rounded = planned_bytes(planned_model(student), recipe.quantize)
             text = f"{rounded / 1e6:,.1f} MB with every part quantized, {plain / 1e6:,.1f} without"
-            yield "estimate", "quantize", of + text, None
+            yield Finding("estimate", "quantize", of + text)
+            if left := told_left_over(planned_model(student)):
+                yield Finding("warning", "quantize", of + left)
         for form in section.formats:
             yield from (
-                (level, "export", of + text, fix)
+                Finding(level, "export", of + text, fix)
                 for level, text, fix in _format(form, recipe, student, tokenizer, layers)
             )
     if recipe.quantize is not None and "safetensors" in section.formats:
@@ -48,10 +48,10 @@ def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Line]:
         require_torchao(grid, dynamic, section.dtype)
     if section.push_to_hub is not None:
         require_token(section.push_to_hub)
-    yield "ok", "export", ", ".join(section.formats), None
+    yield Finding("ok", "export", ", ".join(section.formats))
     warning = license_warning(teacher_license(recipe.teacher.license, job.teacher.path))
     if warning is not None:
-        yield "warning", "license", warning, None
+        yield Finding("warning", "license", warning)
 
 
 def _shipped(recipe: Recipe, job: Job) -> list[tuple[str, Any]]:

@@ -12,9 +12,10 @@ from stillhouse.data.documents import Conversation
 from stillhouse.data.rows import document_from_row
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import RecipeError
+from stillhouse.finding import Finding
 from stillhouse.recipe import AnsweringRecipe, ClassifyRecipe, Recipe, load_recipe
+from stillhouse.recipe.data import JsonlSource, Source
 from stillhouse.recipe.family import first_member
-from stillhouse.recipe.schema import JsonlSource, Source
 from stillhouse.recipe.synthesize import (
     ApiTeacher,
     BudgetRecipe,
@@ -24,7 +25,7 @@ from stillhouse.recipe.synthesize import (
 from stillhouse.runner import run_folder
 from stillhouse.stages import synthesis
 from stillhouse.synthesis import foreseen
-from stillhouse.synthesis.foresee import Told, answered_rows, ask_some, findings, told
+from stillhouse.synthesis.foresee import answered_rows, ask_some, findings, told
 from stillhouse.synthesis.judging import most_requests
 from stillhouse.synthesis.run import TEXT
 from stillhouse.synthesis.text import names
@@ -32,7 +33,7 @@ from stillhouse.synthesis.vllm_engine import lacks
 from stillhouse.tasks.plan import known_judgment
 
 
-def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Told]:
+def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Finding]:
     """How much is answered, and what the rest costs: by the answers there are, and at most.
 
     calls: requests that are made first, so that there are answers to tell it from.
@@ -46,13 +47,13 @@ def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Told]
     yield from findings(known, section, origins, "synthesis")
     if known.missing and section.teacher.vllm is not None:
         for level, text, fix in lacks(section.teacher.vllm):
-            yield level, "vLLM", text, fix
+            yield Finding(level, "vLLM", text, fix)
     if verdicts := most_requests(section, known.requests):
-        yield "estimate", "judge", f"at most {verdicts:,} verdicts are asked for", None
+        yield Finding("estimate", "judge", f"at most {verdicts:,} verdicts are asked for")
     if not synthesis.wanted(recipe, base):
         text = f"no source of data names {section.out}: `stillhouse run` synthesizes nothing"
         fix = f"add {{kind: jsonl, path: {section.out}}} to data.sources, if it is to"
-        yield "warning", "synthesis", text, fix
+        yield Finding("warning", "synthesis", text, fix)
 
 
 # --- the text that is to come ----------------------------------------------------------------

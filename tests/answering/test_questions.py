@@ -11,7 +11,7 @@ from stillhouse.answering.job import find_answering, training_recipe
 from stillhouse.answering.plan import foresee_answers
 from stillhouse.errors import RecipeError
 from stillhouse.recipe import AnsweringRecipe, parse_answering_recipe
-from stillhouse.recipe.schema import LogitsTerm
+from stillhouse.recipe.objective import LogitsTerm
 from tests.answering import toys
 
 EXAMPLES = {"examples": [{"text": "Ann is 3.", "answer": "Ann"}]}

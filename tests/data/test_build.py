@@ -14,7 +14,7 @@ from rich.console import Console
 from stillhouse.data import DataSummary, Windows, build, collate, open_windows, preview
 from stillhouse.data.preview import CONTEXT, LEARNT
 from stillhouse.errors import DataError
-from stillhouse.recipe.schema import DataRecipe
+from stillhouse.recipe.data import DataRecipe
 
 from .toys import byte_level, chat, write_jsonl
 

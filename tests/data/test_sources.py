@@ -20,7 +20,7 @@ from stillhouse.data.documents import (
 from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.errors import DataError
-from stillhouse.recipe.schema import (
+from stillhouse.recipe.data import (
     CorpusSource,
     HubSource,
     JsonlSource,

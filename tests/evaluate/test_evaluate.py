@@ -12,7 +12,7 @@ import torch
 from stillhouse.errors import ModelError
 from stillhouse.evaluate import Evaluation, compare, evaluate, heldout_answers
 from stillhouse.hardware import Precision
-from stillhouse.recipe.schema import EvaluateRecipe
+from stillhouse.recipe.evaluate import EvaluateRecipe
 
 from .toys import VOCABULARY, mixed_windows, save_toy, toy_model
 

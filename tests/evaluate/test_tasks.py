@@ -14,7 +14,7 @@ import torch
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.evaluate import run_tasks
 from stillhouse.evaluate.tasks import _scores
-from stillhouse.recipe.schema import LmEvalRecipe
+from stillhouse.recipe.evaluate import LmEvalRecipe
 
 from .toys import save_toy, toy_model
 

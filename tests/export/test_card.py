@@ -158,7 +158,7 @@ def test_every_model_that_took_part_is_named_with_its_license(tmp_path: Path) ->
     write_card(tmp_path, facts(FREE, start, guide), REPLAY)
     head = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
     assert head["license"] == "other", "two bind, and neither speaks for both"
-    warned = [line[2].split(":")[0] for line in license_lines([start, guide])]
+    warned = [line.text.split(":")[0] for line in license_lines([start, guide])]
     assert warned == [
         "The student's start, meta/small (commit 4567)",
         "Another teacher, google/large (commit 89)",

@@ -20,7 +20,7 @@ from stillhouse.export.gguf_blocks import fitting_kind, packed_blocks, second_ro
 from stillhouse.export.gguf_file import FORMATS
 from stillhouse.quantize import FILE, Grid, Quantization, choose_scales, on_grid, quantize
 from stillhouse.quantize.activations import rounded_inputs
-from stillhouse.recipe.schema import QuantizeRecipe
+from stillhouse.recipe.quantize import QuantizeRecipe
 from stillhouse.teachers import load_model
 from tests import tiny
 from tests.export.conftest import ToyWindows

@@ -23,7 +23,7 @@ from stillhouse.export import Gate, ReplayResult, export_checkpoint, export_gguf
 from stillhouse.export import gguf as gguf_export
 from stillhouse.export.gate import LLAMA_CPP_KL, check_replay
 from stillhouse.quantize import FILE, Quantization, quantize
-from stillhouse.recipe.schema import QuantizeRecipe
+from stillhouse.recipe.quantize import QuantizeRecipe
 from tests import tiny
 from tests.export.conftest import ToyWindows
 

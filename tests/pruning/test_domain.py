@@ -10,7 +10,7 @@ import torch
 from stillhouse.pruning import prune_model
 from stillhouse.pruning.calibrate import calibration_batches, unseen
 from stillhouse.pruning.domain import Domain, kl_on, read_text
-from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.recipe.student import PrunedStudent
 from stillhouse.students import build_student
 from stillhouse.teachers import resolve_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model

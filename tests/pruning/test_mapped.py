@@ -152,7 +152,7 @@ import json, sys
 from pathlib import Path
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.pruning import mapped
-from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.recipe.student import PrunedStudent
 from stillhouse.students import build_student
 from stillhouse.teachers import resolve_model
 from tests.teachers.toys import ToyWindows, tiny_model

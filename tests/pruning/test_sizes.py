@@ -11,7 +11,7 @@ from transformers import Gemma3Config, Mistral3Config
 
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning import check_sizes, prune_model
-from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.recipe.student import PrunedStudent
 from stillhouse.students import planned_config
 from tests.teachers.toys import ToyWindows, tiny_model
 

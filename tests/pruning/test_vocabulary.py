@@ -25,7 +25,7 @@ from stillhouse.pruning import (
     prune_tokenizer,
 )
 from stillhouse.pruning.tokens import Merges
-from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.recipe.student import PrunedStudent
 from stillhouse.students import build_student
 from stillhouse.teachers import load_model, load_tokenizer, resolve_model, save_tokenizer
 from tests import tiny

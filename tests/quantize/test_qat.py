@@ -28,7 +28,9 @@ from stillhouse.quantize import (
 from stillhouse.quantize.qat import RoundedWeights
 from stillhouse.quantize.sensitivity import scales_of
 from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.schema import ObjectiveRecipe, QatRecipe, QuantizeRecipe, TrainRecipe
+from stillhouse.recipe.objective import ObjectiveRecipe
+from stillhouse.recipe.quantize import QatRecipe, QuantizeRecipe
+from stillhouse.recipe.train import TrainRecipe
 from stillhouse.runfolder import Cost, Stage
 from stillhouse.runner import prepare_data
 from stillhouse.stages import quantize as stages

@@ -32,7 +32,7 @@ from stillhouse.quantize.activations import round_inputs_of, rounded_inputs
 from stillhouse.quantize.quantize import quantization_notes
 from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
 from stillhouse.quantize.units import left_over, told_left_over
-from stillhouse.recipe.schema import QuantizeRecipe
+from stillhouse.recipe.quantize import QuantizeRecipe
 from stillhouse.runfolder import Cost, Stage
 from stillhouse.runner import prepare_data
 from stillhouse.teachers import load_model

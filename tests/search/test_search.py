@@ -14,7 +14,8 @@ from stillhouse.account import count_parameters, forward_flops, training_flops
 from stillhouse.errors import DataError
 from stillhouse.pruning import prune_model, sizes_of
 from stillhouse.pruning.axes import axes_of
-from stillhouse.recipe.schema import PrunedStudent, TrainRecipe
+from stillhouse.recipe.student import PrunedStudent
+from stillhouse.recipe.train import TrainRecipe
 from stillhouse.search import CANDIDATES, WORK, Found, search_shape
 from stillhouse.search import run as searching
 from stillhouse.search.probes import Curve, curves, expected, probed

@@ -31,7 +31,7 @@ from stillhouse.recipe.pruning import (
     VocabularyFile,
     read_amount,
 )
-from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.recipe.student import PrunedStudent
 from stillhouse.search import costs
 from stillhouse.search.journal import Journal
 from stillhouse.search.timing import Timing

@@ -11,7 +11,7 @@ import torch
 
 from stillhouse import account
 from stillhouse.errors import ModelError, RecipeError, RunError
-from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.recipe.student import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students import build as making
 from stillhouse.students import build_student
 from stillhouse.teachers import ModelSource, load_model, load_tokenizer, resolve_model

@@ -24,7 +24,7 @@ from stillhouse.data.sources import read_sources
 from stillhouse.data.tokens import tokenize
 from stillhouse.errors import EndpointError
 from stillhouse.recipe import load_recipe
-from stillhouse.recipe.schema import JsonlSource
+from stillhouse.recipe.data import JsonlSource
 from stillhouse.runner import record_signals, synthesize_text
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.segments import find_segments

@@ -19,7 +19,7 @@ from stillhouse.data.documents import Conversation
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError, EndpointError, RecipeError
 from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.schema import JsonlSource
+from stillhouse.recipe.data import JsonlSource
 from stillhouse.runner import synthesize_text
 from stillhouse.stages.synthesis import origins
 from stillhouse.synthesis import Journal, Synthesis, foreseen

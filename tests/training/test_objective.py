@@ -15,7 +15,7 @@ from torch import Tensor
 from stillhouse.data import collate
 from stillhouse.errors import SignalError
 from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.schema import ObjectiveRecipe
+from stillhouse.recipe.objective import ObjectiveRecipe
 from stillhouse.teachers import load_model
 from stillhouse.training import make_objective, read_metrics
 from stillhouse.training.loss import same_document

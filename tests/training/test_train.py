@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stillhouse.errors import RecipeError, TrainingError
-from stillhouse.recipe.schema import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe, TrainRecipe
+from stillhouse.recipe.objective import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe
+from stillhouse.recipe.train import TrainRecipe
 from stillhouse.teachers import load_model
 from stillhouse.training import plan_batches, read_metrics, train
 from tests.training.conftest import Setting
@@ -113,7 +114,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from stillhouse.data import open_windows
-from stillhouse.recipe.schema import ObjectiveRecipe, TrainRecipe
+from stillhouse.recipe.objective import ObjectiveRecipe
+from stillhouse.recipe.train import TrainRecipe
 from stillhouse.training import train
 from stillhouse.errors import StillhouseError
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from stillhouse.answering.job import GOLD, HELDOUT, PROMPTS, TRAIN, AnsweringJob
 from stillhouse.errors import DataError, RunError
+from stillhouse.finding import Finding
 from stillhouse.recipe import AnsweringRecipe
 from stillhouse.recipe.answering import ExtractTask
 from stillhouse.recipe.synthesize import SynthesizeRecipe
@@ -19,7 +20,7 @@ from stillhouse.stages import StagePlan
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
 from stillhouse.synthesis.asking import Asked, answer_all, may_answer, text_teacher
 from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve, unfenced
-from stillhouse.synthesis.foresee import Told, ask_some, findings
+from stillhouse.synthesis.foresee import ask_some, findings
 from stillhouse.synthesis.judging import Verdicts, open_judge
 from stillhouse.synthesis.prompts import answer_text
 from stillhouse.synthesis.run import VICTIMS, chosen_filters, judged, mean_log_probability
@@ -139,7 +140,7 @@ def write_prompts(prompts: Iterable[str], folder: Path) -> None:
 
 def foreseen_answers(
     job: AnsweringJob, found: AnswerTexts, folder: Path, calls: int
-) -> tuple[Known, list[Told]]:
+) -> tuple[Known, list[Finding]]:
     """How much the journal has, and what the rest can cost; and how `check` tells it. calls:
     requests that are made first."""
     write_prompts((job.question(row.text) for row in (*found.train, *found.test)), folder)

@@ -9,17 +9,12 @@ from typing import Any
 from stillhouse.export import TEACHER, Origin, api_origin, distinct, origin
 from stillhouse.recipe import AnsweringRecipe, Recipe, answers_path
 from stillhouse.recipe.answering import ExtractTask
-from stillhouse.recipe.schema import (
-    DataRecipe,
-    EvaluateRecipe,
-    ExportRecipe,
-    JsonlSource,
-    LogitsTerm,
-    ObjectiveRecipe,
-    PretrainedStudent,
-    PrunedStudent,
-    TeacherRecipe,
-)
+from stillhouse.recipe.data import DataRecipe, JsonlSource
+from stillhouse.recipe.evaluate import EvaluateRecipe
+from stillhouse.recipe.objective import LogitsTerm, ObjectiveRecipe
+from stillhouse.recipe.schema import TeacherRecipe
+from stillhouse.recipe.shipping import ExportRecipe
+from stillhouse.recipe.student import PretrainedStudent, PrunedStudent
 from stillhouse.recipe.synthesize import (
     ExampleRecipe,
     LocalTeacher,

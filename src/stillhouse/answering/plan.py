@@ -18,10 +18,10 @@ from stillhouse.answering.job import (
 )
 from stillhouse.answering.measuring import load_scorer
 from stillhouse.export import license_lines
+from stillhouse.finding import Finding
 from stillhouse.job import configs, find_models, planned_size
 from stillhouse.recipe import AnsweringRecipe, run_root
 from stillhouse.synthesis import Known
-from stillhouse.synthesis.foresee import Told
 from stillhouse.synthesis.judging import most_requests
 from stillhouse.synthesis.vllm_engine import lacks
 
@@ -29,45 +29,45 @@ FEW = 50
 """Training texts below which little can be learnt."""
 
 
-def foresee_answers(recipe: AnsweringRecipe, base: Path, calls: int = 0) -> Iterator[Told]:
+def foresee_answers(recipe: AnsweringRecipe, base: Path, calls: int = 0) -> Iterator[Finding]:
     """Raises StillhouseError for whatever would stop the run. calls: requests that are made of the
     teacher first, so that there are answers to tell the cost from."""
     job = find_answering(recipe, base)
     texts = prepare_answer_texts(recipe, base, job.validity)
     parts = f"{len(texts.train):,} to learn from, {len(texts.test):,} to measure on"
     repeated = f"; {texts.repeated:,} repeated ones are left out" if texts.repeated else ""
-    yield "ok", "texts", parts + repeated, None
+    yield Finding("ok", "texts", parts + repeated)
     if len(texts.train) < FEW:
         few = f"{len(texts.train):,} training texts are few"
-        yield "warning", "texts", few, "give more texts: they need no answers"
+        yield Finding("warning", "texts", few, "give more texts: they need no answers")
     if recipe.evaluate.scorer is not None:
         load_scorer(recipe.evaluate.scorer, base)
-        yield "ok", "scorer", recipe.evaluate.scorer, None
-    yield "ok", "teacher", job.described, None
+        yield Finding("ok", "scorer", recipe.evaluate.scorer)
+    yield Finding("ok", "teacher", job.described)
     ordinary = find_models(training_recipe(recipe, run_root(recipe)), base)
     student, teacher = (planned_size(config) for config in configs(ordinary))
     size = f"{student.total / 1e6:,.1f}M parameters"
     if not recipe.learns_text_alone:
         size += f" ({student.total / teacher.total:.0%} of the teacher's)"
-    yield "estimate", "student", size, None
+    yield Finding("estimate", "student", size)
     known, lines = _asked(recipe, base, calls)
     yield from lines
     yield from _besides(job, known)
     yield from license_lines(job.made_with)
 
 
-def _besides(job: AnsweringJob, known: Known) -> Iterator[Told]:
+def _besides(job: AnsweringJob, known: Known) -> Iterator[Finding]:
     """What else the answers take, and what is doubtful about them."""
     recipe = job.recipe
     if known.missing and recipe.teacher.vllm is not None:
         for level, text, fix in lacks(recipe.teacher.vllm):
-            yield level, "vLLM", text, fix
+            yield Finding(level, "vLLM", text, fix)
     if verdicts := most_requests(job.questions(Path()), known.requests):
-        yield "estimate", "judge", f"at most {verdicts:,} verdicts are asked for", None
+        yield Finding("estimate", "judge", f"at most {verdicts:,} verdicts are asked for")
     if recipe.teacher_sees_more and not recipe.learns_text_alone:
         text = "the student learns what the teacher would say without its examples or system prompt"
         fix = "remove objective, so that it learns the answers' text, or set student_sees: all"
-        yield "warning", "objective", text, fix
+        yield Finding("warning", "objective", text, fix)
 
 
 def known_answers(recipe: AnsweringRecipe, base: Path) -> Known:
@@ -75,7 +75,7 @@ def known_answers(recipe: AnsweringRecipe, base: Path) -> Known:
     return _asked(recipe, base, 0)[0]
 
 
-def _asked(recipe: AnsweringRecipe, base: Path, calls: int) -> tuple[Known, list[Told]]:
+def _asked(recipe: AnsweringRecipe, base: Path, calls: int) -> tuple[Known, list[Finding]]:
     job = find_answering(recipe, base)
     with tempfile.TemporaryDirectory() as folder:
         texts = prepare_answer_texts(recipe, base, job.validity)

@@ -18,7 +18,7 @@ from stillhouse.data.split import Taken, check_split, divide
 from stillhouse.data.tokens import TokenRow, end_of_text, tokenize
 from stillhouse.data.windows import WindowsInfo, write_windows
 from stillhouse.errors import DataError
-from stillhouse.recipe.schema import DataRecipe, Source
+from stillhouse.recipe.data import DataRecipe, Source
 
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1_000_000

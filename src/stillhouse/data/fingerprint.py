@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stillhouse.data.sources import source_files
-from stillhouse.recipe.schema import CorpusSource, HubSource, Source
+from stillhouse.recipe.data import CorpusSource, HubSource, Source
 
 
 def sources_fingerprint(sources: Sequence[Source], base: Path) -> list[str]:

@@ -15,7 +15,7 @@ from stillhouse.data.corpus import python_reference
 from stillhouse.data.documents import AnyDocument, Document
 from stillhouse.data.rows import document_from_row
 from stillhouse.errors import DataError
-from stillhouse.recipe.schema import (
+from stillhouse.recipe.data import (
     CorpusSource,
     HubSource,
     JsonlSource,

@@ -26,7 +26,7 @@ from stillhouse.evaluate.speed import (
 from stillhouse.evaluate.tasks import run_tasks
 from stillhouse.hardware import Precision, default_device
 from stillhouse.progress import bar
-from stillhouse.recipe.schema import EvaluateRecipe
+from stillhouse.recipe.evaluate import EvaluateRecipe
 from stillhouse.teachers import load_model, load_tokenizer
 
 TEACHER = "teacher"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stillhouse.errors import RecipeError, StillhouseError
-from stillhouse.recipe.schema import LmEvalRecipe
+from stillhouse.recipe.evaluate import LmEvalRecipe
 
 
 def run_tasks(

@@ -6,10 +6,11 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from stillhouse.finding import Finding
 from stillhouse.teachers import ModelSource
 
 CARD = "README.md"
@@ -18,9 +19,6 @@ OTHER = "other"
 """The Hub's name of a license that it does not know; the card has its own name beside it."""
 API_TERMS = "the provider's terms"
 TEACHER = "The teacher"
-
-Line = tuple[Literal["warning"], str, str, None]
-"""Level, topic, text of a check's line, and nothing to do about it."""
 
 FREE = re.compile(
     r"apache-?2(\.0)?|mit(-0)?|0?bsd(-.*)?|isc|zlib|cc0(-1\.0)?|cc-by-[1-4]\.0|unlicense|wtfpl|bsl-1\.0"
@@ -185,11 +183,11 @@ def _plain(license_: str) -> str:
     return re.sub(r"[\s_]+", "-", words.strip()).strip("-")
 
 
-def license_lines(origins: Sequence[Origin]) -> Iterator[Line]:
+def license_lines(origins: Sequence[Origin]) -> Iterator[Finding]:
     """What a check says of them: those whose license restricts students."""
     for one in origins:
         if one.warning is not None:
-            yield "warning", "license", f"{one.part}, {one.model}: {one.warning}", None
+            yield Finding("warning", "license", f"{one.part}, {one.model}: {one.warning}")
 
 
 def licenses_section(origins: Sequence[Origin]) -> str:

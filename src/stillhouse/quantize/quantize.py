@@ -38,7 +38,9 @@ from stillhouse.quantize.units import (
     model_bytes,
     told_left_over,
 )
-from stillhouse.recipe.schema import ObjectiveRecipe, QuantizeRecipe, TrainRecipe
+from stillhouse.recipe.objective import ObjectiveRecipe
+from stillhouse.recipe.quantize import QuantizeRecipe
+from stillhouse.recipe.train import TrainRecipe
 from stillhouse.signals.store import Store
 from stillhouse.teachers import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet

@@ -8,15 +8,9 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from stillhouse.recipe.classify import Precision, TextFile
-from stillhouse.recipe.schema import (
-    LogitsTerm,
-    ObjectiveRecipe,
-    PretrainedStudent,
-    PrunedStudent,
-    StudentRecipe,
-    TrainRecipe,
-)
+from stillhouse.recipe.objective import LogitsTerm, ObjectiveRecipe
 from stillhouse.recipe.section import Section
+from stillhouse.recipe.student import PretrainedStudent, PrunedStudent, StudentRecipe
 from stillhouse.recipe.synthesize import (
     ApiTeacher,
     BudgetRecipe,
@@ -29,6 +23,7 @@ from stillhouse.recipe.synthesize import (
     check_samples,
     check_sampling,
 )
+from stillhouse.recipe.train import TrainRecipe
 
 
 class AnsweredExample(Section):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from stillhouse.recipe.paths import run_root
-from stillhouse.recipe.schema import HopRecipe, PrunedSizes, PrunedStudent, Recipe
+from stillhouse.recipe.schema import Recipe
+from stillhouse.recipe.student import HopRecipe, PrunedSizes, PrunedStudent
 
 ORIGINAL = "teacher"
 """In train.teachers: the recipe's own."""

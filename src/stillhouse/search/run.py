@@ -26,7 +26,8 @@ from stillhouse.pruning.depth import DepthChoice
 from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
 from stillhouse.pruning.prune import rank_layers
 from stillhouse.pruning.shapes import Counter, described, feasible_shapes, sizes_to_prune
-from stillhouse.recipe.schema import PrunedStudent, TrainRecipe
+from stillhouse.recipe.student import PrunedStudent
+from stillhouse.recipe.train import TrainRecipe
 from stillhouse.runfolder import write_atomically
 from stillhouse.search.costs import Costs, costs_of
 from stillhouse.search.journal import Journal

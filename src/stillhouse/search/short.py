@@ -13,7 +13,7 @@ import torch
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.progress import bar
 from stillhouse.pruning.calibrate import products
-from stillhouse.recipe.schema import TrainRecipe
+from stillhouse.recipe.train import TrainRecipe
 from stillhouse.search.text import Answers, rows_of
 from stillhouse.signals import DenseSignal
 from stillhouse.teachers import lm_head

@@ -25,7 +25,7 @@ from stillhouse.pruning import load_kept_ids, sizes_of
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import ORIGINAL
 from stillhouse.recipe.pruning import VocabularyFile
-from stillhouse.recipe.schema import PrunedSizes, PrunedStudent
+from stillhouse.recipe.student import PrunedSizes, PrunedStudent
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages import Do, StagePlan, open_data, plan_data
 from stillhouse.stages.synthesis import synthesized

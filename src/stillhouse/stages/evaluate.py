@@ -13,7 +13,7 @@ from stillhouse.evaluate import evaluate
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.job import Job
 from stillhouse.quantize import FILE, Quantization, round_inputs
-from stillhouse.recipe.schema import EvaluateRecipe
+from stillhouse.recipe.evaluate import EvaluateRecipe
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages.plan import StagePlan, open_data
 from stillhouse.training import (

@@ -11,7 +11,7 @@ import torch
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
 from stillhouse.job import Job
 from stillhouse.recipe import Recipe
-from stillhouse.recipe.schema import PrunedStudent
+from stillhouse.recipe.student import PrunedStudent
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.search import WORK, search_shape
 from stillhouse.search.run import Setting

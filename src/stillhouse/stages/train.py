@@ -9,7 +9,8 @@ from typing import Any
 
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.job import Job
-from stillhouse.recipe.schema import LogitsTerm, ObjectiveRecipe, RandomStudent
+from stillhouse.recipe.objective import LogitsTerm, ObjectiveRecipe
+from stillhouse.recipe.student import RandomStudent
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages.plan import StagePlan, open_data
 from stillhouse.stages.signals import StoredSignals, whom_to_ask

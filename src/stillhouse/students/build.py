@@ -28,7 +28,7 @@ from stillhouse.pruning.calibrate import unseen
 from stillhouse.pruning.domain import Domain, kl_on, read_text
 from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
 from stillhouse.recipe.pruning import PruningMethod, VocabularyFile
-from stillhouse.recipe.schema import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.recipe.student import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students.random import overridden_config, random_model
 from stillhouse.teachers import (
     ModelSource,

@@ -9,7 +9,7 @@ import torch
 
 from stillhouse.pruning import Sizes, check_sizes, resized_config
 from stillhouse.pruning.shapes import planned_shape
-from stillhouse.recipe.schema import PrunedStudent, RandomStudent
+from stillhouse.recipe.student import PrunedStudent, RandomStudent
 from stillhouse.students.build import explicit_sizes, start_config
 from stillhouse.students.random import overridden_config
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from stillhouse.finding import Finding
 from stillhouse.recipe.synthesize import SynthesizeRecipe
 from stillhouse.synthesis.asking import Asked, Origins, TextSource, journal_path, text_teacher
 from stillhouse.synthesis.budget import Spending, worst_case
@@ -19,9 +19,6 @@ from stillhouse.synthesis.journal import Journal
 from stillhouse.synthesis.prompts import Prompt
 from stillhouse.synthesis.run import Rows
 from stillhouse.synthesis.writing import Part, Writer, open_writer, prompt_source
-
-Told = tuple[Literal["ok", "estimate", "warning", "error"], str, str, str | None]
-"""Level, topic, text, and what to do, as `check` shows them."""
 
 
 def foreseen(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) -> Known:
@@ -152,15 +149,15 @@ def told(known: Known, section: SynthesizeRecipe, things: str = "requests") -> s
 
 def findings(
     known: Known, section: SynthesizeRecipe, origins: Origins, topic: str, things: str = "requests"
-) -> Iterator[Told]:
+) -> Iterator[Finding]:
     """The lines of `check` about what is answered, and what the rest costs."""
     fix = None
     if known.missing and known.between is None:
         fix = "--calls 5 makes a few calls, which count, and tells the cost of the rest from them"
-    yield "estimate" if known.missing else "ok", topic, told(known, section, things), fix
+    yield Finding("estimate" if known.missing else "ok", topic, told(known, section, things), fix)
     if being_written(journal_path(section, origins)):
         text = "a run is asking now: what the journal holds is not counted, and no call is made"
-        yield "warning", topic, text, "give the command again when the run has ended"
+        yield Finding("warning", topic, text, "give the command again when the run has ended")
 
 
 def being_written(journal: Path) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse.recipe.schema import DataRecipe, JsonlSource, Source
+from stillhouse.recipe.data import DataRecipe, JsonlSource, Source
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stillhouse.errors import DataError, ModelError
+from stillhouse.finding import Finding
 from stillhouse.progress import bar
 from stillhouse.recipe.classify import ClassifyRecipe
 from stillhouse.recipe.synthesize import (
@@ -31,7 +32,7 @@ from stillhouse.recipe.synthesize import (
 from stillhouse.runfolder import flush
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
 from stillhouse.synthesis.asking import Asked, answer_all, may_answer, text_teacher
-from stillhouse.synthesis.foresee import Told, ask_some, findings
+from stillhouse.synthesis.foresee import ask_some, findings
 from stillhouse.synthesis.prompts import UNSPACED, answer_text
 from stillhouse.tasks.prompts import CONTENTLESS, LabelPrompt, prompt_tokens
 from stillhouse.tasks.scoring import score_labels
@@ -190,7 +191,7 @@ def _origins(out: Path, journal: Path) -> Origins:
 
 def foreseen_questions(
     recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, out: Path, journal: Path, calls: int
-) -> tuple[Known, list[Told]]:
+) -> tuple[Known, list[Finding]]:
     """How much of an API's judgment is in the journal, and what the rest can cost; and how `check`
     tells it. calls: requests that are made first."""
     _write_questions(prompt, texts, out)

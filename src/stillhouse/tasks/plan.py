@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from stillhouse import account
 from stillhouse.export import license_lines, require_token
 from stillhouse.export.onnx import require_onnx
+from stillhouse.finding import Finding
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.recipe import ClassifyRecipe
 from stillhouse.synthesis import Known
-from stillhouse.synthesis.foresee import Told
 from stillhouse.tasks.fit import planned_steps
 from stillhouse.tasks.job import TaskJob
 from stillhouse.tasks.judge import foreseen_questions
@@ -37,54 +37,54 @@ FEW = 20
 """Training texts a label below which little can be learnt."""
 
 
-def foresee(recipe: ClassifyRecipe, base: Path, calls: int = 0) -> Iterator[Told]:
+def foresee(recipe: ClassifyRecipe, base: Path, calls: int = 0) -> Iterator[Finding]:
     """Raises StillhouseError for whatever would stop the run. calls: requests that are made of an
     API first, so that there are answers to tell the cost from."""
     texts = prepare_texts(recipe, base)
-    yield "ok", "labels", f"{len(texts.labels)}: {', '.join(list(texts.labels)[:12])}", None
+    yield Finding("ok", "labels", f"{len(texts.labels)}: {', '.join(list(texts.labels)[:12])}")
     parts = f"{len(texts.train):,} to learn from, {len(texts.calibration):,} for the threshold, "
     parts += f"{len(texts.test):,} to measure on"
     repeated = f"; {texts.repeated:,} repeated ones are left out" if texts.repeated else ""
-    yield "ok", "texts", parts + repeated, None
+    yield Finding("ok", "texts", parts + repeated)
     if len(texts.train) < FEW * len(texts.labels):
         few = f"{len(texts.train):,} training texts are few for {len(texts.labels)} labels"
-        yield "warning", "texts", few, "give more texts: they need no labels"
+        yield Finding("warning", "texts", few, "give more texts: they need no labels")
     yield from _gold(texts)
     job = find_task(recipe, base)
-    yield "ok", "teacher", job.described, None
+    yield Finding("ok", "teacher", job.described)
     prompt = job.prompt(texts)
     if job.teacher is None:
         yield from _judgment(recipe, base, calls)[1]
     else:
         yield _local_cost(job, prompt, texts)
     steps = planned_steps(recipe.train, len(texts.train))
-    yield "estimate", "training", f"{steps:,} steps of {recipe.train.batch_size} texts", None
+    yield Finding("estimate", "training", f"{steps:,} steps of {recipe.train.batch_size} texts")
     if recipe.export.formats != ["safetensors"]:
         labels = list(texts.labels)
         require_onnx(planned_parameters(recipe.student, job.student, labels))
     if recipe.export.push_to_hub is not None:
         require_token(recipe.export.push_to_hub)
     yield from license_lines(job.made_with)
-    yield "ok", "export", ", ".join(recipe.export.formats), None
+    yield Finding("ok", "export", ", ".join(recipe.export.formats))
 
 
-def _gold(texts: Texts) -> Iterator[Told]:
+def _gold(texts: Texts) -> Iterator[Finding]:
     """What the true labels are known of, where that is not everything or nothing to learn from."""
     known, learnt = (sum(row.gold is not None for row in p) for p in (texts.test, texts.train))
     if known < FEWEST:
         few = f"{known:,} of the {len(texts.test):,} test texts have true labels"
         unknown = few if known else "the test texts have no true labels"
         unknown += ": the student is compared with the teacher"
-        yield "warning", "texts", unknown, "name their column: data.test.0.label"
+        yield Finding("warning", "texts", unknown, "name their column: data.test.0.label")
     elif known < len(texts.test):
         some = f"{known:,} of the {len(texts.test):,} test texts have true labels to measure on"
-        yield "ok", "texts", some, None
+        yield Finding("ok", "texts", some)
     if FEWEST <= learnt < len(texts.train):
         text = f"the fine-tuned student learns from {learnt:,} texts with true labels"
-        yield "ok", "texts", text, None
+        yield Finding("ok", "texts", text)
 
 
-def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Told:
+def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Finding:
     assert job.teacher is not None
     recipe = job.recipe
     words = prompt_tokens(prompt, load_tokenizer(job.teacher.path), recipe.data.max_tokens)
@@ -103,7 +103,7 @@ def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Told:
         f"{tokens:,} tokens for {pairs:,} pairs of text and label, about {seconds:,.0f} s "
         f"({precision.reason}); {shared:,} tokens of the prompt are read once"
     )
-    return "estimate", "judgment", text, None
+    return Finding("estimate", "judgment", text)
 
 
 def known_judgment(recipe: ClassifyRecipe, base: Path) -> Known:
@@ -111,7 +111,7 @@ def known_judgment(recipe: ClassifyRecipe, base: Path) -> Known:
     return _judgment(recipe, base, 0)[0]
 
 
-def _judgment(recipe: ClassifyRecipe, base: Path, calls: int) -> tuple[Known, list[Told]]:
+def _judgment(recipe: ClassifyRecipe, base: Path, calls: int) -> tuple[Known, list[Finding]]:
     job, texts = find_task(recipe, base), prepare_texts(recipe, base)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)

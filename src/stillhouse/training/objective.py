@@ -17,7 +17,7 @@ from stillhouse.objectives import (
     Term,
     map_layers,
 )
-from stillhouse.recipe.schema import (
+from stillhouse.recipe.objective import (
     AttentionRelationsTerm,
     HiddenStatesTerm,
     LayerTerm,

@@ -26,7 +26,8 @@ from stillhouse.hardware import (
     world_size,
 )
 from stillhouse.progress import bar, note
-from stillhouse.recipe.schema import ObjectiveRecipe, TrainRecipe
+from stillhouse.recipe.objective import ObjectiveRecipe
+from stillhouse.recipe.train import TrainRecipe
 from stillhouse.signals.encodings import FrozenHead, Hidden
 from stillhouse.signals.store import Store
 from stillhouse.teachers.head import load_head

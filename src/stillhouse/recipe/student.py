@@ -1,0 +1,173 @@
+"""Where a student starts, and a family of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stillhouse.recipe.pruning import PruningMethod, SearchRecipe, TargetRecipe, VocabularyFile
+from stillhouse.recipe.section import Section
+from stillhouse.recipe.shipping import ExportFormat
+
+
+class PretrainedStudent(Section):
+    """A smaller model that exists already."""
+
+    start: Literal["pretrained"]
+    model: str = Field(description="As teacher.model.")
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class RandomStudent(Section):
+    """Random weights: distillation during pretraining."""
+
+    start: Literal["random"]
+    config: str | None = Field(
+        None, description="Folder or Hub id whose config.json is the start; null: the teacher's."
+    )
+    overrides: dict[str, int | float | bool | str] = Field(
+        default={}, description="Config values to change, e.g. hidden_size: 256."
+    )
+
+
+SIZE_KEYS = ("ffn_size", "layers", "heads", "kv_heads", "hidden_size", "experts")
+
+
+class PrunedSizes(Section):
+    """What is kept of a model; a size that is left out stays."""
+
+    ffn_size: int | None = Field(
+        None, gt=0, description="FFN neurons to keep in every layer (of every expert)."
+    )
+    layers: int | None = Field(None, gt=0, description="Layers to keep.")
+    heads: int | None = Field(
+        None, gt=0, description="Query heads to keep, equally many in every key-value group."
+    )
+    kv_heads: int | None = Field(None, gt=0, description="Key-value groups to keep.")
+    hidden_size: int | None = Field(None, gt=0, description="Width of the residual stream to keep.")
+    hidden_method: Literal["channels", "rotation"] = Field(
+        "channels",
+        description="channels: the channels that matter most; rotation: the principal directions, "
+        "which unties the head from the embeddings.",
+    )
+    experts: int | None = Field(None, gt=0, description="Experts to keep in every layer.")
+    target: TargetRecipe | None = Field(
+        None, description="Search for the best shape of a size, in place of explicit sizes."
+    )
+
+    @model_validator(mode="after")
+    def _sizes_or_a_target(self) -> Self:
+        given = [key for key in SIZE_KEYS if getattr(self, key) is not None]
+        if self.target is not None and given:
+            raise ValueError(f"give a target or sizes, not both: remove {', '.join(given)}")
+        return self
+
+    @model_validator(mode="after")
+    def _method_needs_a_size(self) -> Self:
+        if self.hidden_size is None and self.hidden_method != "channels":
+            raise ValueError("hidden_method does nothing without hidden_size: set both, or neither")
+        return self
+
+
+class PrunedStudent(PrunedSizes, PruningMethod):
+    """The teacher, or another model of its vocabulary, made smaller on the training text."""
+
+    start: Literal["pruned"]
+    model: str | None = Field(
+        None, description="What is pruned, as teacher.model; null: the teacher."
+    )
+    vocabulary: Annotated[int, Field(gt=0)] | Literal["data"] | VocabularyFile | None = Field(
+        None,
+        description="Tokens to keep, the most frequent of the training text; data: all it has; or "
+        "those of a file. The tokenizer is rewritten, and the teacher answers with these alone.",
+    )
+    reconstruct: bool = Field(True, description="Refit what is left by least squares.")
+    calibration_tokens: int = Field(
+        49152, gt=0, description="Tokens seen to decide what goes, and to refit what stays."
+    )
+    local_distillation: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens on which each block is trained, right after its cut, to do what the "
+        "whole one did; null: none.",
+    )
+    search: SearchRecipe = Field(
+        SearchRecipe(), description="How the shape that meets a target is found."
+    )
+
+
+RUN_FOLDER_NAMES = (
+    "stages",
+    "recipe.yaml",
+    "model",
+    "report.html",
+    "signals",
+    "synthesis",
+    "family.html",
+    "family.json",
+)
+"""What a run folder holds or links to, besides the formats that are exported."""
+
+
+class HopRecipe(PrunedSizes):
+    """One member of a family: what it keeps of the model before it, and how long it is trained."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The member's folder.")
+    epochs: float | None = Field(
+        None, gt=0, strict=False, description="As train.epochs, which it overrides."
+    )
+
+
+class FromScratchRecipe(Section):
+    """The largest member's shape, trained from random weights under the same teacher."""
+
+    tokens: int = Field(gt=0, description="To train on; more make the account more certain.")
+    learning_rate: float = Field(1e-3, gt=0, strict=False)
+
+
+class CascadeRecipe(Section):
+    """Prune, distill, prune again: each member is the start of the next smaller one."""
+
+    hops: list[HopRecipe] = Field(min_length=1, description="The members, the largest first.")
+    start: Literal["previous", "original"] = Field(
+        "previous",
+        description="What is pruned: the trained member before (a cascade), or always the "
+        "teacher (one-shot).",
+    )
+
+    teacher: Literal["original", "previous", "both"] = Field(
+        "original",
+        description="What a member learns from: the recipe's teacher, the trained member before "
+        "it, or the mean of both; the first member always from the teacher.",
+    )
+
+    ship: Literal["all", "last"] = Field(
+        "all",
+        description="Which members are quantized, and exported in `export.formats`: all of them, "
+        "or the last, the others being plain checkpoints.",
+    )
+
+    from_scratch: FromScratchRecipe | None = Field(
+        None,
+        description="Measure how KL falls in training from random weights, to tell what every "
+        "member would take so; null: not told.",
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> CascadeRecipe:
+        names = [hop.name for hop in self.hops]
+        if len(set(names)) < len(names):
+            raise ValueError("two hops have the same name")
+        taken = {*RUN_FOLDER_NAMES, *ExportFormat.__args__}  # type: ignore[attr-defined]
+        for name in names:
+            # Some file systems do not tell capitals from small letters.
+            if name.lower() in taken:
+                raise ValueError(f"a member's folder cannot be called {name}, as the run has that")
+        return self
+
+
+StudentRecipe = Annotated[
+    PretrainedStudent | RandomStudent | PrunedStudent, Field(discriminator="start")
+]
