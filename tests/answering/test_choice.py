@@ -86,7 +86,7 @@ def test_check_counts_the_verdicts_and_a_paid_judge_is_agreed_to(tmp_path: Path)
     choice = {"kind": "judge", "teacher": {"api": api}}
     raw = recipe(tmp_path, "http://127.0.0.1:9/v1", choice)
     parsed = parse_answering_recipe(toys.clean(raw))
-    told = {topic: text for _, topic, text, _ in foresee_answers(parsed, tmp_path)}
+    told = {one.topic: one.text for one in foresee_answers(parsed, tmp_path)}
     assert told["judge"] == "at most 40 verdicts are asked for"
     with pytest.raises(RecipeError, match="the judge chooses"):
         agree_to_task(parsed, tmp_path, None)

@@ -47,7 +47,8 @@ def test_of_a_teacher_that_saw_more_the_words_alone_are_learnt(
 def test_check_warns_of_distributions_that_the_teacher_would_not_have(tmp_path: Path) -> None:
     objective = {"terms": [{"divergence": "forward_kl"}]}
     recipe = parsed(tmp_path, task=EXAMPLES, objective=objective)
-    warned = [text for level, _, text, _ in foresee_answers(recipe, tmp_path) if level == "warning"]
+    told = foresee_answers(recipe, tmp_path)
+    warned = [one.text for one in told if one.level == "warning"]
     assert any("without its examples" in text for text in warned)
 
 
@@ -58,7 +59,8 @@ def test_vllm_writes_the_answers_of_a_model(tmp_path: Path) -> None:
     assert asked.vllm is not None
     assert asked.vllm.model == str(tmp_path / "teacher")
     assert (asked.vllm.tensor_parallel, asked.vllm.context) == (2, 512)
-    errors = {topic for level, topic, _, _ in foresee_answers(recipe, tmp_path) if level == "error"}
+    told = foresee_answers(recipe, tmp_path)
+    errors = {one.topic for one in told if one.level == "error"}
     assert errors == {"vLLM"}
 
 
