@@ -253,7 +253,9 @@ _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 def _storable(value: Any) -> Any:
     """Half of a surrogate pair, which JSON can carry, is no text that SQLite takes."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return value.encode("utf-8", "replace").decode()
 
 
 # --- opening -----------------------------------------------------------------------------------

@@ -97,9 +97,10 @@ class HttpLink:
         self._url = f"{base_url.rstrip('/')}/chat/completions"
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=connections),
-            timeout=aiohttp.ClientTimeout(total=timeout),
+            # The caller's limit is the one that counts; a second timer a request takes time too.
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=timeout),
+            cookie_jar=aiohttp.DummyCookieJar(),
             headers=headers,
-            auto_decompress=True,
         )
 
     async def post(self, payload: dict[str, Any]) -> Reply:
