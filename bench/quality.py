@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import stillhouse
-from bench.common import Bar, write_results
+from bench.common import Bar, commit, earlier, write_results
 from stillhouse.job import find_models
 from stillhouse.recipe import parse_recipe
 from stillhouse.teachers import load_tokenizer
@@ -37,11 +37,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--folder", type=Path, default=Path("runs/quality"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the results of other seeds, of whatever commit"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         texts = Path(folder)
         split(options.text, texts, options.teacher)
         figures = [measure(options, texts, seed) for seed in options.seeds]
+    if options.add:
+        last = earlier("quality")
+        others = [one for one in last["figures"] if one["seed"] not in options.seeds]
+        figures = [*({"commit": last["commit"], **one} for one in others), *figures]
 
     def mean(role: str, key: str) -> float:
         return statistics.fmean(figure[role][key] for figure in figures)
@@ -56,7 +63,7 @@ def main() -> None:
             0.70,
         ),
     ]
-    write_results("quality", figures, bars, options.seeds)
+    write_results("quality", figures, bars, [figure["seed"] for figure in figures])
 
 
 def split(text: Path, folder: Path, teacher: str) -> None:
@@ -99,7 +106,7 @@ def measure(options: argparse.Namespace, texts: Path, seed: int) -> dict[str, An
     raw["folder"] = str(options.folder / str(seed))
     result = stillhouse.run(raw, overrides=options.set)
     assert result is not None
-    figure: dict[str, Any] = {"seed": seed}
+    figure: dict[str, Any] = {"seed": seed, "commit": commit()}
     for model in result.evaluation.models:
         figure[model.role] = {
             "parameters": model.parameters,
