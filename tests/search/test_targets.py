@@ -96,6 +96,7 @@ def test_parameters_of_a_shape_are_those_of_its_model(kind: str) -> None:
     for shape in (
         start,
         Sizes(**{**vars(start), "layers": 2, "ffn_size": 40, "heads": 2, "hidden_size": 24}),
+        replace(start, experts=start.experts and start.experts - 1),
     ):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(resized_config(config, shape))
@@ -125,6 +126,33 @@ def test_only_the_axes_that_may_be_searched_are_cut() -> None:
     assert [
         set(sizes_to_prune(start, shape)) for shape in shapes(config, search, params="80%")
     ] == [{"ffn_size"}]
+
+
+def test_experts_go_down_to_half_or_to_what_a_token_needs() -> None:
+    config = CONFIGS["qwen3_moe"](num_experts=6, num_experts_per_tok=4)
+    search = SearchRecipe(axes=["experts"], tolerance=0.5)
+    assert [shape.experts for shape in possible_shapes(config, search)] == [6, 5, 4]
+    found = shapes(config, search, params="95%")
+    assert found
+    for shape in found:
+        assert set(sizes_to_prune(sizes_of(config), shape)) == {"experts"}
+    # In steps that many GPUs divide.
+    config = CONFIGS["qwen3_moe"](num_experts=64, num_experts_per_tok=4)
+    assert [shape.experts for shape in possible_shapes(config, search)] == [*range(64, 31, -4)]
+    assert all(shape.experts is None for shape in possible_shapes(CONFIGS["llama"](), SEARCH))
+
+
+def test_a_search_whose_axes_gradients_cannot_rank_is_refused_before_it() -> None:
+    config, target = CONFIGS["qwen3_moe"](), TargetRecipe(params="80%")
+    section = PrunedStudent(start="pruned", search=SEARCH, target=target, importance="gradients")
+    with pytest.raises(RecipeError, match="gradients do not rank experts"):
+        planned_config(section, config, Path())
+    depth = SearchRecipe(axes=["layers", "hidden_size"], multiple_of=8, tolerance=0.3)
+    planned_config(section.model_copy(update={"search": depth}), config, Path())
+    with pytest.raises(RecipeError, match="gradients do not rank the neurons of experts"):
+        planned_config(
+            PrunedStudent(start="pruned", ffn_size=8, importance="gradients"), config, Path()
+        )
 
 
 def test_coarse_alignment_is_preferred_where_it_fits() -> None:

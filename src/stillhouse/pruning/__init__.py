@@ -1,7 +1,7 @@
 """Makes a model smaller: fewer layers, narrower ones, fewer tokens; every layer alike."""
 
 from stillhouse.pruning.axes import ARCHITECTURES
-from stillhouse.pruning.prune import Calibration, PruneReport, prune_model
+from stillhouse.pruning.prune import Calibration, PruneReport, check_importance, prune_model
 from stillhouse.pruning.sizes import Sizes, check_sizes, resized_config, sizes_of
 from stillhouse.pruning.surgery import check_saved
 from stillhouse.pruning.tokens import prune_tokenizer
@@ -12,6 +12,7 @@ __all__ = [
     "Calibration",
     "PruneReport",
     "Sizes",
+    "check_importance",
     "check_saved",
     "check_sizes",
     "kept_token_ids",

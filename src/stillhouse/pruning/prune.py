@@ -135,11 +135,12 @@ def prune_model(
         experts=experts,
         vocabulary=None if kept_ids is None else len(kept_ids),
     )
+    before = sizes_of(model.config)
+    check_importance(method, before, after)
     check_parameters(model, axes)
     if kept_ids is not None:
         check_tokens(model, kept_ids)
     own_config(model)
-    before = sizes_of(model.config)
     batches = calibration_batches(windows, calibration_tokens, seed, model.device)
     seen = sum(int(batch.counted_RL.sum()) for batch in batches)
     rotated = hidden_size is not None and hidden_method == "rotation"
@@ -157,7 +158,7 @@ def prune_model(
                 shared.depth = known
         choice = known
         if reconstruct and (axes.ffn_output_norm is not None or axes.experts is not None):
-            notes.append(_not_made_up_for(model.config))
+            notes.append(_made_up_for_in_part(model.config))
     kl = choice.dropped[-1][1] if choice.dropped else None
     narrower = replace(after, layers=before.layers, vocabulary=before.vocabulary) != before
     gains: tuple[float, ...] = ()
@@ -221,6 +222,24 @@ def rank_layers(
         return choose_layers(model, few, keep, scores=scores, most_kl=most_kl)
 
 
+def check_importance(method: PruningMethod, before: Sizes, after: Sizes) -> None:
+    """RecipeError where `method` cannot rank what goes."""
+    if method.importance != "gradients" or before.experts is None:
+        return
+    if after.experts != before.experts:
+        raise RecipeError(
+            "gradients do not rank experts",
+            where="student.importance",
+            fix="leave importance out: experts are ranked by what they add to the stream",
+        )
+    if after.ffn_size < before.ffn_size:
+        raise RecipeError(
+            "gradients do not rank the neurons of experts",
+            where="student.importance",
+            fix="use importance: refit or activations",
+        )
+
+
 def _ranking(
     model: Any,
     windows: WindowSet,
@@ -233,20 +252,8 @@ def _ranking(
 ) -> Ranking:
     if method.importance != "gradients":
         return Ranking(method.importance, method.aggregation)
-    if after.experts != before.experts:
-        raise RecipeError(
-            "gradients do not rank experts",
-            where="student.importance",
-            fix="leave importance out: experts are ranked by what they add to the stream",
-        )
     kinds: list[Part] = []
     if after.ffn_size < before.ffn_size:
-        if before.experts is not None:
-            raise RecipeError(
-                "gradients do not rank the neurons of experts",
-                where="student.importance",
-                fix="use importance: refit or activations",
-            )
         kinds.append("neurons")
     if after.heads < before.heads:
         kinds.append("heads")
@@ -265,10 +272,10 @@ def _fisher(
     return mask_fisher(model, axes_of(model.config), batches, kinds, seed=seed, dtype=dtype)
 
 
-def _not_made_up_for(config: Any) -> str:
+def _made_up_for_in_part(config: Any) -> str:
     return (
-        f"{config.model_type}: dropped layers are not made up for by the refit of those before "
-        "them, each of which is refit to its own output; local_distillation does so"
+        f"{config.model_type}: dropped layers are made up for in part, by the gain of the FFN's "
+        "output before them, not by its projections; local_distillation does more"
     )
 
 

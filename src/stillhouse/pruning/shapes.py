@@ -1,8 +1,8 @@
 """The shapes a model can be pruned to: what each holds, and which of them meet a target.
 
 A shape is one `Sizes`, the same for every layer. Which combinations there are follows from the
-start model: fewer layers, key-value groups, query heads in every group, and a narrower stream;
-for each, the widest aligned FFN that still meets the target.
+start model: fewer layers, key-value groups, query heads in every group, experts, and a narrower
+stream; for each, the widest aligned FFN that still meets the target.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from stillhouse.recipe.pruning import UNITS, SearchedAxis, SearchRecipe, TargetK
 ALIGNMENTS = (256, 128, 64, 32)
 """Multiples that kernels and GGUF's block formats want, the best first."""
 LEAST_SHARE = 0.5
-"""Of layers, heads and hidden size that a search leaves at least: what goes beyond it in one step
-does not come back with training (docs/pruning.md)."""
+"""Of layers, heads, experts and hidden size that a search leaves at least: what goes beyond it in
+one step does not come back with training (docs/pruning.md)."""
 LEAST_FFN_SHARE = 0.25
 HIDDEN_SIZES = 5
 """Hidden sizes that are tried, at most."""
+EXPERT_STEPS = 16
+"""Experts go in sixteenths of all: whole numbers of them on 2, 4 or 8 GPUs, where all are too."""
 MORE_AXES = "choose more axes in student.search.axes"
 
 Cost = Callable[[Sizes], float]
@@ -39,8 +41,8 @@ Cost = Callable[[Sizes], float]
 class Counter:
     """Parameters of every shape of one model, exactly, from a few models without memory.
 
-    Parameters are linear in the number of layers and in the FFN width, so three models of one or
-    two layers tell those of all shapes with the same heads and hidden size.
+    Parameters are linear in the numbers of layers and experts and in the FFN width, so a few models
+    of one or two layers and experts tell those of all shapes with the same heads and hidden size.
     """
 
     def __init__(self, config: Any) -> None:
@@ -55,16 +57,21 @@ class Counter:
         return self._count(sizes, 1)
 
     def _count(self, sizes: Sizes, which: int) -> int:
-        ends, layer, neuron = self._lines(replace(sizes, layers=1, ffn_size=1))[which]
-        return ends + sizes.layers * (layer + sizes.ffn_size * neuron)
+        one = replace(sizes, layers=1, ffn_size=1, experts=sizes.experts and 1)
+        ends, layer, expert, neuron = self._lines(one)[which]
+        return ends + sizes.layers * (
+            layer + (sizes.experts or 1) * (expert + sizes.ffn_size * neuron)
+        )
 
-    def _measure(self, sizes: Sizes) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-        """Ends, a layer without its FFN's neurons, and a neuron: of all, and of non-embedding."""
+    def _measure(self, one: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ends, a layer without its FFN, an expert without its neurons (0 of a plain FFN), and a
+        neuron: of all parameters, and of non-embedding ones."""
         layers = min(2, self.start.layers)
         shapes = [
-            replace(sizes, ffn_size=1),
-            replace(sizes, ffn_size=2),
-            replace(sizes, layers=layers, ffn_size=1),
+            one,
+            replace(one, ffn_size=2),
+            replace(one, experts=one.experts and 2),
+            replace(one, layers=layers),
         ]
         counts = []
         for shape in shapes:
@@ -73,9 +80,11 @@ class Counter:
             found = count_parameters(model)
             counts.append((found.total, found.non_embedding))
         lines = []
-        for one, wider, deeper in zip(*counts, strict=True):
-            layer = deeper - one if layers > 1 else one
-            lines.append((one - layer, layer - (wider - one), wider - one))
+        for smallest, wider, richer, deeper in zip(*counts, strict=True):
+            neuron = wider - smallest
+            expert = richer - smallest - neuron if one.experts else 0
+            layer = deeper - smallest if layers > 1 else smallest
+            lines.append((smallest - layer, layer - expert - neuron, expert, neuron))
         return lines[0], lines[1]
 
 
@@ -221,15 +230,22 @@ def combinations(config: Any, search: SearchRecipe) -> Iterator[Sizes]:
     groups = down("heads" if share == 1 and "heads" in search.axes else "kv_heads", before.kv_heads)
     shares = down("heads", share)
     hidden = _hidden_sizes(before.hidden_size, search)
-    for size, kv_heads, each, layers in itertools.product(
-        hidden, groups, shares, down("layers", before.layers)
+    for size, kv_heads, each, experts, layers in itertools.product(
+        hidden, groups, shares, _expert_counts(config, search), down("layers", before.layers)
     ):
         heads, parallel = kv_heads * each, search.tensor_parallel
         if size % heads and rules.hidden_over_heads:
             continue
         if heads % parallel or (kv_heads % parallel and parallel % kv_heads):
             continue
-        yield replace(before, hidden_size=size, kv_heads=kv_heads, heads=heads, layers=layers)
+        yield replace(
+            before,
+            hidden_size=size,
+            kv_heads=kv_heads,
+            heads=heads,
+            experts=experts,
+            layers=layers,
+        )
 
 
 def _hidden_sizes(size: int, search: SearchRecipe) -> list[int]:
@@ -240,6 +256,14 @@ def _hidden_sizes(size: int, search: SearchRecipe) -> list[int]:
     step = next((step for step in steps if size - 3 * step >= least), steps[-1])
     below = [value for value in range(step, size, step) if value >= least]
     return [size, *below[::-1][:HIDDEN_SIZES]]
+
+
+def _expert_counts(config: Any, search: SearchRecipe) -> list[int | None]:
+    total, names = sizes_of(config).experts, axes_of(config).experts
+    if total is None or names is None or "experts" not in search.axes:
+        return [total]
+    least = max(getattr(config, names.chosen), math.ceil(total * LEAST_SHARE))
+    return list(range(total, least - 1, -max(1, total // EXPERT_STEPS)))
 
 
 def _widths(shape: Sizes, search: SearchRecipe, step: int) -> Iterator[Sizes]:

@@ -42,6 +42,7 @@ from stillhouse.pruning.ffn import (
     refit_and_remove,
     refit_to,
 )
+from stillhouse.pruning.gains import channel_gains, scale_ffn_output
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.hidden import Basis
 from stillhouse.pruning.local import after_layer, distill_block
@@ -304,7 +305,8 @@ def _cut_mixture(
     if cut.after.ffn_size < cut.before.ffn_size:
         keep = cut.after.ffn_size
         narrow_experts(layer, axes, rows, weights, keep, cut.reconstruct, cut.ranking)
-    return streams.after_ffn(layer, mids)
+    after = streams.after_ffn(layer, mids)
+    return _with_gains(streams, cut, layer, mids, after, target)
 
 
 def _cut_ffn(streams: Streams, cut: Cut, index: int, mids: Stream, target: Stream) -> Stream:
@@ -342,10 +344,34 @@ def _cut_ffn(streams: Streams, cut: Cut, index: int, mids: Stream, target: Strea
             down_DK = refit_to(weight_DF, moments, kept_K)
     keep_neurons(layer, axes, kept_K, down_DK)
     with products(streams.model, streams.dtype):
-        return [
+        after = [
             add_ffn(layer, axes, mid_RLD, activations_RLF[..., kept_K])
             for mid_RLD, activations_RLF in zip(mids, activations, strict=True)
         ]
+    if axes.ffn_output_norm is None:
+        return after
+    return _with_gains(streams, cut, layer, mids, after, target)
+
+
+def _with_gains(
+    streams: Streams, cut: Cut, layer: nn.Module, mids: Stream, after: Stream, target: Stream
+) -> Stream:
+    """The stream behind a layer whose FFN's output is brought nearer to the target by its gain."""
+    if not cut.reconstruct:
+        return after
+    batches = []
+    for batch, mid_RLD, after_RLD, target_RLD in zip(
+        streams.batches, mids, after, target, strict=True
+    ):
+        rows, weight_N1 = batch.counted_RL, _row_weight(target_RLD, batch)[:, None]
+        wrote_ND = (after_RLD - mid_RLD)[rows].float() * weight_N1
+        batches.append((wrote_ND, (target_RLD - after_RLD)[rows].float() * weight_N1))
+    gain_D = channel_gains(batches)
+    scale_ffn_output(layer, streams.axes, gain_D)
+    return [
+        mid_RLD + gain_D * (after_RLD - mid_RLD)
+        for mid_RLD, after_RLD in zip(mids, after, strict=True)
+    ]
 
 
 def _row_weight(target_RLD: Tensor, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from stillhouse.recipe.section import Section
 
-SearchedAxis = Literal["layers", "ffn_size", "heads", "kv_heads", "hidden_size"]
+SearchedAxis = Literal["layers", "ffn_size", "heads", "kv_heads", "hidden_size", "experts"]
 TargetKey = Literal["params", "non_embedding_params", "bytes", "decode_latency", "memory"]
 
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
@@ -134,9 +134,9 @@ class SearchRecipe(Section):
     """How the shape that meets a target is found."""
 
     axes: list[SearchedAxis] = Field(
-        default=["layers", "ffn_size", "heads", "kv_heads", "hidden_size"],
+        default=["layers", "ffn_size", "heads", "kv_heads", "hidden_size", "experts"],
         min_length=1,
-        description="What may be made smaller.",
+        description="What may be made smaller, where the architecture has it.",
     )
     tolerance: float = Field(
         0.03, gt=0, lt=1, strict=False, description="How far under the target a shape may be."

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from stillhouse.pruning import Sizes
 
-AXES = ("ffn_size", "attention", "hidden_size")
+AXES = ("ffn_size", "attention", "hidden_size", "experts")
 """Those that are probed; layers are tried one after the other by `choose_layers` anyway."""
-MOST = {"ffn_size": 3, "attention": 4, "hidden_size": 2}
+MOST = {"ffn_size": 3, "attention": 4, "hidden_size": 2, "experts": 2}
 """Sizes of an axis that are measured."""
 
 
@@ -38,6 +38,8 @@ def share(before: Sizes, shape: Sizes, axis: str) -> float:
     """How much of an axis a shape has left. Attention counts query heads and groups alike."""
     if axis == "attention":
         return (shape.heads + shape.kv_heads) / (before.heads + before.kv_heads)
+    if axis == "experts" and before.experts is None:
+        return 1.0
     left: float = getattr(shape, axis) / getattr(before, axis)
     return left
 
@@ -98,7 +100,7 @@ def expected(
     dearest of the others would, cut as far.
     """
     layers = 0.0 if shape.layers == before.layers else depth.get(shape.layers, float("inf"))
-    return layers + sum(_alone(known, axis, share(before, shape, axis)) for axis in AXES)
+    return layers + sum(_alone(known, axis, share(before, shape, axis)) for axis in known)
 
 
 def _alone(known: Mapping[str, Curve], axis: str, left: float) -> float:

@@ -21,6 +21,7 @@ AXES = {
     "heads": "heads",
     "kv_heads": "groups",
     "hidden_size": "hidden",
+    "experts": "experts",
 }
 ROWS = 12
 """Shapes that are shown; candidates.json has all."""
@@ -32,15 +33,16 @@ def candidates_table(
     """The chosen shape, then those that went furthest, each with what it was measured by."""
     rounds = max((len(one.trained_kl) for one in found), default=0)
     table = Table(title="Shapes", show_edge=False)
-    for head in AXES.values():
-        table.add_column(head, justify="right")
+    axes = [axis for axis in AXES if getattr(before, axis) is not None]
+    for axis in axes:
+        table.add_column(AXES[axis], justify="right")
     heads = [costs.limit.key.replace("_", " "), "KL by axes", "KL one-shot"]
     for head in [*heads, *(f"KL round {number}" for number in range(1, rounds + 1))]:
         table.add_column(head, justify="right")
     for one in sorted(found, key=lambda one: _order(one, chosen))[:ROWS]:
         trained = [_number(kl) for kl in one.trained_kl]
         table.add_row(
-            *(_size(before, one.sizes, axis) for axis in AXES),
+            *(_size(before, one.sizes, axis) for axis in axes),
             shown(costs.limit.key, one.cost),
             _number(one.expected),
             _number(one.one_shot_kl),

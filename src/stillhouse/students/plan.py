@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stillhouse.pruning import Sizes, check_sizes, resized_config
+from stillhouse.pruning import Sizes, check_importance, check_sizes, resized_config, sizes_of
 from stillhouse.pruning.shapes import planned_shape
 from stillhouse.recipe.student import PrunedStudent, RandomStudent
-from stillhouse.students.build import explicit_sizes, start_config
+from stillhouse.students.build import explicit_sizes, method_of, start_config
 from stillhouse.students.random import overridden_config
 
 
@@ -33,6 +34,7 @@ def planned_config(
         return overridden_config(start_config(section, teacher_config, base), section.overrides)
     if section.target is None:
         after = explicit_sizes(section, teacher_config, owner=owner)
+        check_importance(method_of(section), sizes_of(teacher_config), after)
     else:
         after = _searched_sizes(section, teacher_config, served)
     return resized_config(teacher_config, after, rotated=section.hidden_method == "rotation")
@@ -41,6 +43,10 @@ def planned_config(
 def _searched_sizes(section: PrunedStudent, config: Any, served: torch.dtype) -> Sizes:
     """Of the shape with the fewest cuts that meets the target: a search says which is best."""
     assert section.target is not None
+    before, axes = sizes_of(config), section.search.axes
+    # All that the search may cut must be ranked, whichever shape it will choose.
+    cut = {key: 0 for key in ("ffn_size", "experts") if key in axes}
+    check_importance(method_of(section), before, replace(before, **cut))
     wanted = section.vocabulary
     if isinstance(wanted, int):
         # The search prunes what has lost the tokens.
