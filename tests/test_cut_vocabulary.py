@@ -97,7 +97,12 @@ def test_a_family_shares_the_cut_teacher(folder: Path) -> None:
         assert AutoModelForCausalLM.from_pretrained(member.model).config.vocab_size == 320
     cut = {name: stage(member, "vocabulary") for name, member in result.members.items()}
     assert cut["b"].reused
-    told = json.loads((result.folder / "family.json").read_text())["members"]
+    family_data = json.loads((result.folder / "family.json").read_text())
+    told = family_data["members"]
+    whole = AutoModelForCausalLM.from_pretrained(family["teacher"]["model"]).num_parameters()
+    lost = (440 - 320) * 32
+    assert family_data["cut"]["tokens"] == [440, 320]
+    assert family_data["cut"]["parameters"] == [whole, whole - lost]
     assert told[0]["shape"] == {"vocabulary": [440, 320], "ffn_size": [64, 48]}
     assert told[1]["shape"] == {"ffn_size": [48, 32]}
     # The cut is made for the first member, whose time it is a part of.

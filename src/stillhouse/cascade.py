@@ -21,7 +21,7 @@ from stillhouse.job import find_models, planned_members
 from stillhouse.progress import note
 from stillhouse.recipe import Recipe, recipe_yaml
 from stillhouse.recipe.family import first_member, member_recipe
-from stillhouse.report.family import FamilyReport, Member, write_family_report
+from stillhouse.report.family import CutTeacher, FamilyReport, Member, write_family_report
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.runner import RunResult, follow, lead, read, run_folder, taking_part
 from stillhouse.stages import doing
@@ -142,13 +142,30 @@ def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
         generations=_generations(members),
         learned_from=recipe.cascade.teacher,
         watts=assumed_watts(),
+        cut=_cut_teacher(first),
     )
+
+
+def _cut_teacher(result: RunResult) -> CutTeacher | None:
+    stage = _cutting(result)
+    if stage is None:
+        return None
+    found = stage.summary
+    perplexity = None
+    if "cut_perplexity" in found:
+        perplexity = found["teacher_perplexity"], found["cut_perplexity"]
+    return CutTeacher(tuple(found["vocabulary"]), tuple(found["parameters"]), perplexity)
+
+
+def _cutting(result: RunResult) -> Stage | None:
+    """The stage that took tokens from the teacher; the first of several models'."""
+    return next((stage for stage in result.stages if stage.name == "vocabulary"), None)
 
 
 def _cut_here(result: RunResult, *, first: bool) -> dict[str, tuple[int, int]]:
     """Sizes before and after. first: the member before it is the teacher with all its tokens."""
     shape = dict(_stage(result, "student").summary["pruning"]["changed"])
-    cut = next((stage for stage in result.stages if stage.name == "vocabulary"), None)
+    cut = _cutting(result)
     if first and cut is not None:
         shape["vocabulary"] = tuple(cut.summary["vocabulary"])
     return shape

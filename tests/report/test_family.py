@@ -9,6 +9,7 @@ import pytest
 from stillhouse.evaluate.results import Fidelity
 from stillhouse.report import text
 from stillhouse.report.family import (
+    CutTeacher,
     FamilyReport,
     FromScratch,
     Member,
@@ -43,6 +44,21 @@ def report() -> FamilyReport:
         ],
         chained=True,
     )
+
+
+def test_a_teacher_that_lost_tokens_is_told_apart_from_the_whole_one(
+    report: FamilyReport,
+) -> None:
+    cut = CutTeacher((49152, 24576), (148_670_784, 134_515_008), (18.5, 18.1))
+    page = render_family_report(replace(report, cut=cut))
+    assert f"down to {text.percent(70_000_000 / 148_670_784)} of the teacher’s parameters" in page
+    assert "the cut teacher’s likeliest next token" in page
+    assert "24,576 of its 49,152 tokens" in page
+    assert "its perplexity is 18.1, where the whole teacher’s is 18.5" in page
+    assert "perplexity is" not in render_family_report(
+        replace(report, cut=replace(cut, perplexity=None))
+    )
+    assert "cut teacher" not in render_family_report(report)
 
 
 def test_every_member_has_its_size_quality_speed_and_memory(report: FamilyReport) -> None:

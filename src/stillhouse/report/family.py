@@ -44,6 +44,16 @@ class Member:
 
 
 @dataclass(frozen=True)
+class CutTeacher:
+    """What losing tokens made of the teacher, before and after. perplexity: on training text that
+    has lost none of them; None where there was none."""
+
+    tokens: tuple[int, int]
+    parameters: tuple[int, int]
+    perplexity: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
 class ScratchMember:
     """Tokens from random weights to a member's KL, with a 90 % interval of the fit.
 
@@ -78,7 +88,8 @@ class FromScratch:
 @dataclass(frozen=True)
 class FamilyReport:
     """members: the largest first. chained: each was pruned from the one before it. learned_from:
-    as cascade.teacher. watts: assumed of the machine, for the energy."""
+    as cascade.teacher. watts: assumed of the machine, for the energy. cut: where the teacher, whose
+    measures are given, had lost tokens itself."""
 
     title: str
     teacher: ModelResult
@@ -88,6 +99,7 @@ class FamilyReport:
     learned_from: str = "original"
     scratch: FromScratch | None = None
     watts: float = 0.0
+    cut: CutTeacher | None = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
@@ -104,6 +116,7 @@ def render_family_report(report: FamilyReport) -> str:
     return template.render(
         report=report,
         headline=_headline(report),
+        cut=None if report.cut is None else _cut(report.cut),
         heads=heads,
         rows=rows,
         charts=[size_chart(report), *speed_charts(report), recovery_chart(report)],
@@ -115,17 +128,43 @@ def render_family_report(report: FamilyReport) -> str:
 
 def _headline(report: FamilyReport) -> str:
     last = report.members[-1]
-    share = last.student.parameters / report.teacher.parameters
+    cut = "" if report.cut is None else "cut "
+    whole = report.cut.parameters[0] if report.cut else report.teacher.parameters
+    share = last.student.parameters / whole
     names = f"{len(report.members)} students" if len(report.members) > 1 else "One student"
     return (
         f"{names}, down to {text.percent(share)} of the teacher’s parameters; the smallest has "
-        f"the teacher’s likeliest next token in "
+        f"the {cut}teacher’s likeliest next token in "
         f"{text.percent(last.student.fidelity.top1_agreement, 1)} of places."
     )
 
 
+def _cut(cut: CutTeacher) -> str:
+    (tokens, left), (whole, parameters) = cut.tokens, cut.parameters
+    sentence = (
+        f"The teacher here has {left:,} of its {tokens:,} tokens, and {text.count(parameters)} of "
+        f"{text.count(whole)} parameters; all measures are against it."
+    )
+    if cut.perplexity is not None:
+        before, after = map(text.digits, cut.perplexity)
+        sentence += (
+            f" On training text that has lost none of its tokens its perplexity is {after}, where "
+            f"the whole teacher’s is {before}; other text takes more tokens than before."
+        )
+    return sentence
+
+
 def _rows(report: FamilyReport) -> list[list[str]]:
-    rows = [["Teacher", "", *_measures(report.teacher, 1.0), "", "", ""]]
+    rows = [
+        [
+            "Teacher, cut" if report.cut else "Teacher",
+            "",
+            *_measures(report.teacher, 1.0),
+            "",
+            "",
+            "",
+        ]
+    ]
     for member in report.members:
         rows.append(
             [

@@ -22,6 +22,7 @@ from stillhouse.evaluate.fidelity import compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.job import Job, find_models, shared_vocabulary
 from stillhouse.pruning import load_kept_ids, sizes_of
+from stillhouse.pruning.shapes import Counter
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import ORIGINAL
 from stillhouse.recipe.pruning import VocabularyFile
@@ -135,8 +136,11 @@ def vocabulary(job: Job, data: Stage) -> StagePlan:
             out=out / MODEL,
             trust_remote_code=job.trust_remote_code,
         )
+        config = load_config(job.teacher.path, trust_remote_code=job.trust_remote_code)
+        whole = Counter(config).total(sizes_of(config))
         found = {
             "vocabulary": summary["pruning"]["changed"].get("vocabulary", [job.vocabulary] * 2),
+            "parameters": [whole, summary["parameters"]["total"]],
             **_perplexities(job, out / MODEL, windows),
         }
         return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=found)
@@ -146,7 +150,7 @@ def vocabulary(job: Job, data: Stage) -> StagePlan:
         "teacher": job.teacher.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("vocabulary", inputs, work)
+    return StagePlan("vocabulary", inputs, work, version=2)
 
 
 def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:
