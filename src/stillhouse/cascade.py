@@ -19,12 +19,13 @@ from stillhouse.from_scratch import measured_curve, scratch_account
 from stillhouse.hardware import assumed_watts, leads, tune_allocator
 from stillhouse.job import find_models, planned_members
 from stillhouse.progress import note
-from stillhouse.recipe import Recipe, recipe_yaml
+from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import first_member, member_recipe
 from stillhouse.report.family import CutTeacher, FamilyReport, Member, write_family_report
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.runner import RunResult, follow, lead, read, run_folder, taking_part
 from stillhouse.stages import doing
+from stillhouse.stages.folder import locked_folder
 from stillhouse.stages.origins import origins_of
 from stillhouse.training import MODEL
 
@@ -74,8 +75,8 @@ def run_cascade(
     # A later hop that cannot be is refused before the first one is paid for.
     first = find_models(first_member(recipe), base)
     planned_members(recipe, first)
-    folder = run_folder(recipe)
     if not leads():
+        folder = run_folder(recipe)
         models: list[Path] = []
         for hop in recipe.cascade.hops:
             parent = models[-1] if models else None
@@ -83,8 +84,7 @@ def run_cascade(
         if recipe.cascade.from_scratch is not None:
             measured_curve(recipe, base, taking_part(folder), models[0])
         return None
-    with folder.locked():
-        write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
+    with locked_folder(recipe) as folder:
         members = _members(recipe, base, folder, origins_of(first))
         report = _report(recipe, members)
         if recipe.cascade.from_scratch is not None:

@@ -15,12 +15,13 @@ from stillhouse.evaluate import Evaluation, evaluate
 from stillhouse.export import Origin
 from stillhouse.hardware import choose_precision, default_device, leads, tune_allocator
 from stillhouse.job import Job, shared_vocabulary
-from stillhouse.recipe import Recipe, load_recipe, parse_recipe, recipe_yaml, run_root
+from stillhouse.recipe import Recipe, load_recipe, parse_recipe, run_root
 from stillhouse.recipe.family import first_member
-from stillhouse.runfolder import RunFolder, Stage, write_atomically
+from stillhouse.runfolder import RunFolder, Stage
 from stillhouse.stages import Do, StagePlan, doing, search, shipping, synthesis, telling
 from stillhouse.stages.answer_signals import answer_signals
 from stillhouse.stages.beginning import begin
+from stillhouse.stages.folder import locked_folder
 from stillhouse.stages.report import REPORT
 from stillhouse.synthesis import Synthesis
 from stillhouse.teachers import resolve_model
@@ -62,13 +63,11 @@ def run(
             where="cascade",
             fix="call stillhouse.cascade.run_cascade, or remove the section",
         )
-    tune_allocator()
-    folder = run_folder(recipe)
     if not leads():
-        follow(recipe, base, folder)
+        tune_allocator()
+        follow(recipe, base, run_folder(recipe))
         return None
-    with folder.locked():
-        write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
+    with locked_folder(recipe) as folder:
         return lead(recipe, base, folder)
 
 
@@ -135,10 +134,7 @@ def synthesize_text(recipe: str | Path, overrides: Sequence[str] = ()) -> Synthe
             where=recipe,
             fix="add the section `synthesize`, see docs/synthesis.md",
         )
-    tune_allocator()
-    folder = run_folder(loaded)
-    with folder.locked():
-        write_atomically(folder.root / "recipe.yaml", recipe_yaml(loaded))
+    with locked_folder(loaded) as folder:
         return synthesis.again(loaded, base, folder, doing(folder))
 
 

@@ -16,12 +16,9 @@ from stillhouse.finding import Finding
 from stillhouse.recipe import AnsweringRecipe, ClassifyRecipe, Recipe, load_recipe
 from stillhouse.recipe.data import JsonlSource, Source
 from stillhouse.recipe.family import first_member
-from stillhouse.recipe.synthesize import (
-    ApiTeacher,
-    BudgetRecipe,
-    JudgeChoice,
-    SynthesizeRecipe,
-)
+from stillhouse.recipe.filters import JudgeChoice
+from stillhouse.recipe.synthesize import SynthesizeRecipe
+from stillhouse.recipe.text_teachers import ApiTeacher, BudgetRecipe
 from stillhouse.runner import run_folder
 from stillhouse.stages import synthesis
 from stillhouse.synthesis import foreseen

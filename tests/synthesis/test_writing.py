@@ -12,7 +12,7 @@ import yaml
 from stillhouse.check import check_recipe
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.synthesize import CombineRecipe
+from stillhouse.recipe.prompts import CombineRecipe
 from stillhouse.runner import synthesize_text
 from stillhouse.synthesis import Synthesis
 from stillhouse.synthesis.budget import worst_case

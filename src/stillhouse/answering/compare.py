@@ -9,12 +9,9 @@ from stillhouse.answering.asking import answered, write_prompts
 from stillhouse.answering.job import PROMPTS, AnsweringJob
 from stillhouse.evaluate.answers import compare
 from stillhouse.recipe.answering import ComparisonRecipe
-from stillhouse.recipe.synthesize import (
-    LocalTeacher,
-    PromptsRecipe,
-    SynthesizeRecipe,
-    TextTeacher,
-)
+from stillhouse.recipe.prompts import PromptsRecipe
+from stillhouse.recipe.synthesize import SynthesizeRecipe
+from stillhouse.recipe.text_teachers import LocalTeacher, TextTeacher
 from stillhouse.synthesis import Origins
 from stillhouse.synthesis.prompts import answer_text
 from stillhouse.tasks.texts import LabelledText

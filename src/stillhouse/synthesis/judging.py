@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from stillhouse.recipe.synthesize import FiltersRecipe, JudgeChoice, SynthesizeRecipe
+from stillhouse.recipe.filters import FiltersRecipe, JudgeChoice
+from stillhouse.recipe.synthesize import SynthesizeRecipe
 from stillhouse.synthesis.asking import Origins, TextSource, text_teacher
 from stillhouse.synthesis.filters import Row, answer_only
 from stillhouse.synthesis.journal import Journal

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from stillhouse.recipe.synthesize import ApiTeacher
+from stillhouse.recipe.text_teachers import ApiTeacher
 
 Message = Mapping[str, Any]
 

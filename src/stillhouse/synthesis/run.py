@@ -10,12 +10,8 @@ from typing import Any
 
 from stillhouse.errors import DataError
 from stillhouse.progress import note
-from stillhouse.recipe.synthesize import (
-    FiltersRecipe,
-    LikelihoodChoice,
-    MajorityChoice,
-    SynthesizeRecipe,
-)
+from stillhouse.recipe.filters import FiltersRecipe, LikelihoodChoice, MajorityChoice
+from stillhouse.recipe.synthesize import SynthesizeRecipe
 from stillhouse.runfolder import write_atomically
 from stillhouse.synthesis import filters
 from stillhouse.synthesis.asking import (

@@ -20,7 +20,7 @@ import torch
 
 from stillhouse.errors import ModelError
 from stillhouse.progress import note
-from stillhouse.recipe.synthesize import VllmEngine
+from stillhouse.recipe.text_teachers import VllmEngine
 from stillhouse.synthesis.local import Outcome, prompt_and_room, require_chat_template
 from stillhouse.synthesis.request import Answer, Failure, Request
 from stillhouse.teachers import load_tokenizer

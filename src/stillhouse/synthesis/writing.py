@@ -17,14 +17,10 @@ from string import Formatter
 
 from stillhouse.errors import DataError
 from stillhouse.progress import note
-from stillhouse.recipe.synthesize import (
-    CombineRecipe,
-    FiltersRecipe,
-    PromptsRecipe,
-    SamplingRecipe,
-    SynthesizeRecipe,
-    WriteRecipe,
-)
+from stillhouse.recipe.filters import FiltersRecipe
+from stillhouse.recipe.prompts import CombineRecipe, PromptsRecipe, WriteRecipe
+from stillhouse.recipe.synthesize import SynthesizeRecipe
+from stillhouse.recipe.text_teachers import SamplingRecipe
 from stillhouse.synthesis.asking import Origins, TextSource, text_teacher
 from stillhouse.synthesis.budget import Spending
 from stillhouse.synthesis.estimate import known_before

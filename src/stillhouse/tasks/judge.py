@@ -23,12 +23,9 @@ from stillhouse.errors import DataError, ModelError
 from stillhouse.finding import Finding
 from stillhouse.progress import bar
 from stillhouse.recipe.classify import ClassifyRecipe
-from stillhouse.recipe.synthesize import (
-    ExampleRecipe,
-    PromptsRecipe,
-    SynthesizeRecipe,
-    TextTeacher,
-)
+from stillhouse.recipe.prompts import ExampleRecipe, PromptsRecipe
+from stillhouse.recipe.synthesize import SynthesizeRecipe
+from stillhouse.recipe.text_teachers import TextTeacher
 from stillhouse.runfolder import flush
 from stillhouse.synthesis import Answer, Journal, Known, Origins, foreseen
 from stillhouse.synthesis.asking import Asked, answer_all, may_answer, text_teacher

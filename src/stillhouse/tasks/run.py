@@ -8,16 +8,14 @@ from pathlib import Path
 
 from stillhouse.errors import RecipeError
 from stillhouse.evaluate.classification import ClassificationEvaluation
-from stillhouse.hardware import tune_allocator, world_size
 from stillhouse.recipe import (
     ClassifyRecipe,
     answers_path,
     load_any_recipe,
-    recipe_yaml,
-    run_root,
 )
-from stillhouse.runfolder import RunFolder, Stage, write_atomically
+from stillhouse.runfolder import RunFolder, Stage
 from stillhouse.stages import EVALUATION, redone, telling, unanswered
+from stillhouse.stages.folder import locked_folder, refuse_torchrun
 from stillhouse.stages.report import REPORT
 from stillhouse.stages.shipping import push_exports, shipped_folder
 from stillhouse.tasks import measuring, products, stages
@@ -53,16 +51,8 @@ def run_task(
         base = base or Path(recipe).parent
         recipe = task_recipe(recipe, overrides)
     base = base or Path.cwd()
-    if world_size() > 1:
-        raise RecipeError(
-            "a classifier is trained by one process",
-            where="torchrun",
-            fix="start it with `stillhouse run` alone",
-        )
-    tune_allocator()
-    folder = RunFolder(run_root(recipe))
-    with folder.locked():
-        write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
+    refuse_torchrun()
+    with locked_folder(recipe) as folder:
         return _lead(recipe, base, folder)
 
 
