@@ -33,6 +33,7 @@ from stillhouse.teachers import (
 )
 
 CONTEXT = 256
+CALIBRATION_TOKENS = 16_384
 TRAIN_TOKENS = 60_000
 HELDOUT_FROM = 62_000
 HELDOUT_TOKENS = 8192
@@ -82,7 +83,14 @@ def main() -> None:
             student = copy.deepcopy(teacher)
             started = time.perf_counter()
             dtype = choose_precision("auto", torch.device("cpu")).dtype
-            report = prune_model(student, train, seed=seed, dtype=dtype, **SHAPES[name])
+            report = prune_model(
+                student,
+                train,
+                calibration_tokens=CALIBRATION_TOKENS,
+                seed=seed,
+                dtype=dtype,
+                **SHAPES[name],
+            )
             figure["seconds"] = round(time.perf_counter() - started, 1)
             figure["calibration_kl"] = report.calibration_kl
             figure |= measure(teacher, student, heldout_RL)
