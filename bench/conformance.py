@@ -56,7 +56,7 @@ def gap(found: Tensor, expected: Tensor) -> float:
 def compare(loss: Loss, problem: Problem, tolerance: float = TOLERANCE) -> str:
     """An empty string, or what differs."""
     value = run(loss, problem)
-    grads = [torch.zeros_like(x) if x.grad is None else x.grad for x in problem.leaves]
+    grads = problem.grads
     expected, expected_grads = reference(problem)
     if not (torch.isfinite(value) and all(torch.isfinite(g).all() for g in grads)):
         return "NaN or infinity"
@@ -117,8 +117,9 @@ def split_batches_add_up(loss: Loss) -> str:
         )
         run(loss, part)
         share = len(part.labels_N) / 404
-        grads[0][rows] += part.hidden_ND.grad * share
-        grads[1] += part.weight_VD.grad * share
+        of_hidden, of_weight = part.grads
+        grads[0][rows] += of_hidden * share
+        grads[1] += of_weight * share
     off = max(gap(a, b) for a, b in zip(grads, expected_grads, strict=True))
     return f"gradient off by {off:.1%}" if off > TOLERANCE else ""
 
@@ -164,8 +165,8 @@ def saturated_jsd(loss: Loss) -> str:
     expected, expected_grads = reference(problem)
     _, of_kl = reference(replace(problem, beta=0.0))
     found = [f"loss {float(value):.5g}"] if gap(value, expected) > TOLERANCE else []
-    for leaf, want, scale in zip(problem.leaves, expected_grads, of_kl, strict=True):
-        off = float((leaf.grad.double() - want).norm() / scale.norm())
+    for grad, want, scale in zip(problem.grads, expected_grads, of_kl, strict=True):
+        off = float((grad.double() - want).norm() / scale.norm())
         if not off < 1e-6:
             found.append(f"a gradient off by {off:.1e} of forward KL's")
     return ", ".join(found)
@@ -186,7 +187,7 @@ def a_scaled_loss(loss: Loss) -> str:
     for leaf in problem.leaves:
         leaf.grad = None
     (loss(problem) * 0.5).backward()
-    off = max(gap(x.grad * 2, g) for x, g in zip(problem.leaves, expected, strict=True))
+    off = max(gap(x * 2, g) for x, g in zip(problem.grads, expected, strict=True))
     return f"gradient off by {off:.1%}" if off > TOLERANCE else ""
 
 

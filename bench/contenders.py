@@ -36,6 +36,11 @@ class Problem:
     def leaves(self) -> tuple[Tensor, Tensor]:
         return self.hidden_ND, self.weight_VD
 
+    @property
+    def grads(self) -> list[Tensor]:
+        """What `run` left behind: of the leaves that a loss gave none, zeros."""
+        return [torch.zeros_like(x) if x.grad is None else x.grad for x in self.leaves]
+
 
 Loss = Callable[[Problem], Tensor]
 

@@ -17,6 +17,7 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -30,7 +31,7 @@ from stillhouse.quantize import Grid, Quantization, find_units
 from stillhouse.quantize.sensitivity import scales_of
 from stillhouse.teachers import load_model, load_tokenizer, resolve_model, save_tokenizer
 
-TORCHAO = {
+TORCHAO: dict[str, tuple[Literal[4, 8], bool]] = {
     "int8": (8, False),
     "int4": (4, False),
     "int8_dynamic_int8": (8, True),
@@ -64,7 +65,7 @@ def main() -> None:
     if has_llama_cpp():
         forms |= in_llama_cpp(source, options.folder)
     rates = measure(forms, options.tokens, options.rounds)
-    figures = [
+    figures: list[dict[str, Any]] = [
         {"form": name, "runtime": form.runtime, "bytes": form.bytes, **rates[name]}
         for name, form in forms.items()
     ]

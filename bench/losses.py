@@ -23,7 +23,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def seconds(work: Callable[[], object], device: str) -> float:
     return time.perf_counter() - started
 
 
-def rounds_of(contenders: dict[str, Callable[[], object]], rounds: int, device: str):
+def rounds_of(
+    contenders: Mapping[str, Callable[[], object]], rounds: int, device: str
+) -> dict[str, list[float]]:
     """Each contender's times, the order rotated from round to round."""
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -100,28 +103,29 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     problem = problem_of(options)
     wanted = [n for n in CONTENDERS if installed(n) and defined(n, options.beta)]
     # Held outside of the problem, so that the next contender cannot overwrite them.
-    reference = [run(stillhouse, problem), *(leaf.grad.clone() for leaf in problem.leaves)]
-    agreement, contenders = {}, {}
+    reference = [run(stillhouse, problem), *(grad.clone() for grad in problem.grads)]
+    agreement: dict[str, str | list[float]] = {}
+    contenders: dict[str, Callable[[], object]] = {}
     for name in wanted:
         try:
-            found = [run(CONTENDERS[name], problem), *(leaf.grad for leaf in problem.leaves)]
+            computed = [run(CONTENDERS[name], problem), *problem.grads]
         except RuntimeError as error:  # a peer that cannot run this dtype or device
             agreement[name] = f"does not run: {str(error).splitlines()[0]}"
             continue
         gaps = [
             float((a.float() - b.float()).norm() / b.float().norm())
-            for a, b in zip(found, reference, strict=True)
+            for a, b in zip(computed, reference, strict=True)
         ]
         agreement[name] = gaps
         if max(gaps) > AGREEMENT[options.dtype]:
             print(f"{name} computes something else: {gaps}", file=sys.stderr)
             continue
-        contenders[name] = lambda name=name: run(CONTENDERS[name], problem)
+        contenders[name] = partial(run, CONTENDERS[name], problem)
     for rows in FLOOR_ROWS[options.device]:
-        contenders[f"floor {rows}"] = lambda rows=rows: matmul_floor(problem, rows)
+        contenders[f"floor {rows}"] = partial(matmul_floor, problem, rows)
     rounds_of({n: c for n, c in contenders.items() if n.startswith("floor")}, 1, options.device)
     times = rounds_of(contenders, options.rounds, options.device)
-    found = {"relative_gaps_of_loss_and_gradients": agreement, "seconds": times}
+    found: dict[str, Any] = {"relative_gaps_of_loss_and_gradients": agreement, "seconds": times}
     if options.device == "cuda":
         supervised = int((problem.labels_N != -100).sum())
         found["operations"] = 8 * supervised * options.vocab * options.width
@@ -167,7 +171,7 @@ def _status(key: str) -> int:
 
 def measure_fractions(options: argparse.Namespace) -> dict[str, Any]:
     problems = {f: problem_of(options, masked=1 - f) for f in (0.1, 0.5, 1.0)}
-    contenders = {str(f): lambda p=p: run(stillhouse, p) for f, p in problems.items()}
+    contenders = {str(f): partial(run, stillhouse, p) for f, p in problems.items()}
     rounds_of(contenders, 1, options.device)
     return {"seconds": rounds_of(contenders, options.rounds, options.device)}
 
@@ -183,7 +187,8 @@ def measure_sparse(options: argparse.Namespace) -> dict[str, Any]:
             sparse_parts.append(
                 (top.indices, top.values, (1 - top.values.exp().sum(-1)).clamp_min(0))
             )
-    sparse = SparseSignal(*(torch.cat(parts) for parts in zip(*sparse_parts, strict=True)))
+    indices, values, tails = zip(*sparse_parts, strict=True)
+    sparse = SparseSignal(torch.cat(indices), torch.cat(values), torch.cat(tails))
     dense = DenseSignal(problem.teacher_ND, LMHead(problem.teacher_VD))
 
     def of(signal: DenseSignal | SparseSignal) -> Callable[[], object]:

@@ -32,7 +32,7 @@ from stillhouse.job import find_models
 from stillhouse.recipe import load_recipe
 from stillhouse.recipe.objective import LogitsTerm, ObjectiveRecipe
 from stillhouse.recipe.schema import Recipe
-from stillhouse.recipe.student import RandomStudent
+from stillhouse.recipe.student import PrunedStudent, RandomStudent
 from stillhouse.signals.encodings import Threshold
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.store import open_store
@@ -108,6 +108,8 @@ class Setting:
         build(recipe.data, tokenizer, seed=0, base=RECIPE.parent, out=folder / "data")
         self.windows = open_windows(folder / "data" / "train")
         self.heldout = open_windows(folder / "data" / "heldout")
+        assert isinstance(recipe.student, PrunedStudent)
+        assert recipe.student.ffn_size is not None
         section = RandomStudent(
             start="random", overrides={"intermediate_size": recipe.student.ffn_size}
         )

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -224,9 +225,7 @@ def measure_selection(teacher: Path, text: Path, rounds: int) -> dict[str, Any]:
             seconds(lambda: [head_logits(head, part_nD) for part_nD in chunks]) / rows
         )
         answer = DenseSignal(hidden_ND, head)
-        times["head_and_record"].append(
-            seconds(lambda a=answer: recorder.encode(segments, a)) / rows
-        )
+        times["head_and_record"].append(seconds(partial(recorder.encode, segments, answer)) / rows)
         times["select"].append(seconds(lambda: encoder(logits_nV, uniforms_nU)) / len(logits_nV))
     return {
         "tau": tuned.encoding.tau,

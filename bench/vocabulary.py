@@ -65,10 +65,10 @@ def main() -> None:
             name = f"{what} of a step with {kept:,} tokens of {WHOLE:,}, over what is counted"
             bars.append(Bar(name, measured / counted, "<=", 1.1))
     perplexities = {} if options.text is None else measured_perplexities(options)
-    for kept, found in perplexities.items():
+    for share, found in perplexities.items():
         # It falls by what the lost tokens had of the probability: all other logits are the same.
         rise = found["cut_perplexity"] / found["teacher_perplexity"] - 1
-        bars.append(Bar(f"rise of perplexity, cut to {kept}", rise, "<=", 0.0005))
+        bars.append(Bar(f"rise of perplexity, cut to {share}", rise, "<=", 0.0005))
     write_results("vocabulary", {"gemma_shape": sizes, "smollm2": perplexities}, bars)
 
 

@@ -199,8 +199,8 @@ def _json_object(line: str, number: int, where: str) -> dict[str, Any]:
 
 
 def _read_parquet(source: ParquetSource, path: Path) -> Iterator[AnyDocument]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(path)

@@ -31,8 +31,8 @@ def export_parquet(path: Path, out: Path) -> int:
     `layer_N`. The manifest is in the file's metadata under `stillhouse`.
     Raises StoreError: the store is damaged, or `out` cannot be written.
     """
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     store = open_store(path)
     metadata = {"stillhouse": json.dumps(store.manifest.to_json(), ensure_ascii=False)}

@@ -285,8 +285,8 @@ def _json_row(line: str, where: str) -> Mapping[str, Any]:
 def _parquet_rows(
     path: Path, wanted: set[str | None] | None
 ) -> Iterator[tuple[Mapping[str, Any], str]]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(path)
