@@ -7,8 +7,8 @@ adds to the stream, and E (N × D) what the stream lacks behind it,
     g_d = 1 + μ ⟨y_d, E_d⟩ / ‖y_d‖²
 
 is least squares, one unknown a channel. μ is what rows kept aside confirm, up to one half, for the
-reasons given in correction.py. SmolLM2-135M with 26 of its 30 layers, projections refit to their own
-output alone and 16,384 tokens, costs KL 0.607; with gains 0.539, and with up to all of them 0.583.
+reasons given in correction.py. SmolLM2-135M with 26 of its 30 layers, projections refit only to
+their own output on 16,384 tokens, costs KL 0.607; with gains 0.539, with up to all of them 0.583.
 """
 
 from __future__ import annotations
