@@ -22,7 +22,7 @@ from stillhouse.search.probes import Curve, curves, expected, probed
 from stillhouse.search.run import Setting
 from stillhouse.search.short import distill_shortly
 from stillhouse.search.text import answers, batches_of, kl_to, split_text
-from stillhouse.teachers import load_model
+from stillhouse.teachers import load_config, load_model
 from tests.teachers.toys import VOCABULARY, ToyWindows, save_model, tiny_model
 
 WINDOWS = ToyWindows(count=48)
@@ -98,6 +98,23 @@ def test_one_shot_kl_is_that_of_the_shape_pruned_alone(found: tuple[Setting, Fou
             cut: Any = searching.sizes_to_prune(before, one.sizes)
             prune_model(model, text.calibration, calibration_tokens=256, **cut)
             assert kl_to(known, model, torch.float32) == pytest.approx(one.one_shot_kl, rel=1e-4)
+
+
+def test_a_mixture_may_lose_experts(tmp_path: Path) -> None:
+    """They are probed, pruned and measured as any other cut."""
+    save_model(tmp_path / "teacher", tiny_model("qwen3_moe", num_experts=8))
+    axes = ["experts", "layers"]
+    chosen = setting(tmp_path, axes=axes, target="75%", tolerance=0.2, candidates=2, trained=1)
+    result = search_shape(chosen)
+    measured = json.loads((chosen.out / WORK / "journal.json").read_text())
+    assert any(name.startswith("probe experts") for name in measured)
+    tried = [one for one in result.candidates if one.one_shot_kl is not None]
+    fewer = next(one for one in tried if one.sizes.experts != 8)
+    model = load_model(chosen.start, dtype=torch.float32)
+    prune_model(model, WINDOWS, calibration_tokens=256, experts=fewer.sizes.experts)
+    assert count_parameters(model).total == fewer.parameters
+    best = min(tried, key=lambda one: one.one_shot_kl or 0)
+    assert {**vars(sizes_of(load_config(chosen.start))), **result.sizes} == vars(best.sizes)
 
 
 def test_all_candidates_are_written_down(found: tuple[Setting, Found]) -> None:
