@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from stillhouse.errors import ModelError
 from stillhouse.evaluate import Evaluation, compare, evaluate, heldout_answers
 from stillhouse.hardware import Precision
 from stillhouse.recipe.evaluate import EvaluateRecipe
+from stillhouse.teachers.weights import stored_dtypes
 
 from .toys import VOCABULARY, mixed_windows, save_toy, toy_model
 
@@ -98,6 +100,34 @@ def test_speed_and_memory_are_there_for_every_model(run: Run) -> None:
         assert model.speed is not None
         assert model.speed.prefill_tokens_per_s > model.speed.decode_tokens_per_s > 0
         assert model.speed.peak_memory_bytes > 100 << 20  # torch alone
+
+
+def test_memory_is_that_of_weights_stored_as_they_are_used(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of other numbers than the model computes in would be in memory beside the model."""
+    measured: list[Path] = []
+
+    def peak(path: Path, *_: Any, **__: Any) -> int:
+        assert stored_dtypes(path) == {"BF16"}
+        measured.append(path)
+        return 1
+
+    # The package has a function of the module's name.
+    module = importlib.import_module("stillhouse.evaluate.evaluate")
+    monkeypatch.setattr(module, "measure_peak_memory", peak)
+    as_used = save_toy(run.paths["student"].with_name("as-used"), toy_model(1).bfloat16())
+    evaluate(
+        {"teacher": run.paths["teacher"], "student": as_used},
+        section=EvaluateRecipe(speed=True),
+        windows=mixed_windows(),
+        seed=0,
+        vocabulary=VOCABULARY,
+        precision=Precision(torch.bfloat16, "bfloat16, for the test"),
+    )
+    assert measured[1] == as_used
+    assert measured[0] != run.paths["teacher"]
+    assert not measured[0].exists()
 
 
 def test_generations_are_side_by_side(run: Run) -> None:

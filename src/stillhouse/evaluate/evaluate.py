@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ from stillhouse.hardware import Precision, default_device
 from stillhouse.progress import bar
 from stillhouse.recipe.evaluate import EvaluateRecipe
 from stillhouse.teachers import load_model, load_tokenizer
+from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.weights import stored_dtypes
 
 TEACHER = "teacher"
 
@@ -166,9 +171,10 @@ def _with_speed(
     peaks = {}
     with bar("Memory and speed", len(paths) + ROUNDS + 1, unit="measurements") as advance:
         for role, path in paths.items():
-            peaks[role] = measure_peak_memory(
-                path, setup.dtype, setup.device, trust_remote_code=setup.trust_remote_code
-            )
+            with _stored_as_used(path, setup) as stored:
+                peaks[role] = measure_peak_memory(
+                    stored, setup.dtype, setup.device, trust_remote_code=setup.trust_remote_code
+                )
             advance(1)
         models = {role: setup.load(path) for role, path in paths.items()}
         rates = measure_rates(models, setup.vocabulary, seed=setup.seed, advance=advance)
@@ -183,6 +189,23 @@ def _with_speed(
         )
         for role, result in results.items()
     }
+
+
+@contextmanager
+def _stored_as_used(path: Path, setup: _Setup) -> Iterator[Path]:
+    """The checkpoint in the number type that it is used in, as it is shipped: a copy for as long as
+    it is measured where its files have another one, for their pages count as memory too."""
+    name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(setup.dtype)
+    if setup.device.type != "cpu" or stored_dtypes(path) in (set(), {name}):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="stillhouse-memory-") as folder:
+        with quiet():
+            setup.load(path).save_pretrained(folder)
+        gc.collect()
+        for code in path.glob("*.py"):
+            shutil.copy(code, folder)
+        yield Path(folder)
 
 
 def weight_bytes(path: Path, parameters: int, dtype: torch.dtype | None) -> int:

@@ -50,6 +50,16 @@ def tensor_names(file: Path) -> set[str]:
         ) from error
 
 
+def stored_dtypes(folder: Path) -> set[str]:
+    """The number types of a checkpoint's tensors as safetensors names them (F32, BF16); empty
+    where it has no safetensors files."""
+    found = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+    return found
+
+
 def read_json(file: Path) -> dict[str, object]:
     """One JSON object from a model folder; ModelError when it is none."""
     try:
