@@ -20,8 +20,8 @@ from stillhouse.signals.head import head_logits
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.views import decoder_layers
 
-CHUNK_LOGITS = 1 << 24
-"""Logits that are held at once, of one model: 64 MiB, whatever the vocabulary."""
+CHUNK_LOGITS = 1 << 23
+"""Logits that are held at once, of one model: 32 MiB, whatever the vocabulary."""
 
 HELD = 8
 """Layers whose trials are judged together, against logits of the full model computed once. Their
@@ -206,5 +206,5 @@ def summed_kl(
         probability_nV = full_nV.exp()
         for place, other_ND in enumerate(others):
             other_nV = head_logits(other_head, other_ND[chunk]).float().log_softmax(-1)
-            totals[place] += (probability_nV * (full_nV - other_nV)).sum().item()
+            totals[place] -= other_nV.sub_(full_nV).mul_(probability_nV).sum().item()
     return totals
