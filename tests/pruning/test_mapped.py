@@ -175,6 +175,14 @@ def warm_up(folder: Path) -> None:
 
 
 @linux
+@linux
+def test_memory_that_took_a_files_place_is_not_let_go() -> None:
+    values = torch.arange(1 << 20)
+    start = values.data_ptr()
+    let_go([(start, start + values.numel() * values.element_size())])
+    assert torch.equal(values, torch.arange(1 << 20))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(

@@ -105,13 +105,17 @@ def mapped_ranges(module: nn.Module) -> list[Range]:
 
 
 def let_go(ranges: list[Range]) -> None:
-    """Takes whole pages out of this process's memory; the next use reads them from the file."""
+    """Takes whole pages out of this process's memory; the next use reads them from the file.
+
+    Where a file is mapped no more, the address may be other memory by now, which must stay.
+    """
+    files = _file_maps()
     libc = ctypes.CDLL(None)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     page = mmap.PAGESIZE
     for start, stop in ranges:
         first, last = -(-start // page) * page, stop // page * page
-        if first < last:
+        if first < last and any(low <= first and last <= high for low, high in files):
             libc.madvise(first, last - first, _MADV_DONTNEED)
 
 
