@@ -17,7 +17,7 @@ what squared error calls undone is not what their answers miss. So is the λ tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -90,11 +90,22 @@ class Evidence:
 
 def _confirmed(change_DF: Tensor, judges: Sequence[Judged]) -> tuple[float, float]:
     """μ, and by how much it lowers the squared error on these rows."""
+
+    def rows() -> Iterator[tuple[Tensor, Tensor]]:
+        for activations_NF, error_ND, weight_N in judges:
+            assert error_ND is not None
+            undone_ND = (activations_NF @ change_DF.T) * weight_N[:, None]
+            yield undone_ND, error_ND * weight_N[:, None]
+
+    return confirmed_share(rows())
+
+
+def confirmed_share(rows: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float]:
+    """μ, and by how much it lowers the squared error: of rows [n, D] of what a change undoes, and
+    of what there is to undo."""
     along = across = 0.0
-    for activations_NF, error_ND, weight_N in judges:
-        assert error_ND is not None
-        undone_ND = (activations_NF @ change_DF.T) * weight_N[:, None]
-        along += float((undone_ND * error_ND * weight_N[:, None]).sum())
+    for undone_ND, error_ND in rows:
+        along += float((undone_ND * error_ND).sum())
         across += float(undone_ND.square().sum())
     share = min(LARGEST_SHARE, max(0.0, along / across)) if across > 0 else 0.0
     return share, share * (2 * along - share * across)

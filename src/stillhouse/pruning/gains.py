@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.pruning.axes import Axes, part
-from stillhouse.pruning.correction import JUDGES, LARGEST_SHARE
+from stillhouse.pruning.correction import JUDGES, confirmed_share
 from stillhouse.pruning.surgery import set_parameter
 
 Rows = tuple[Tensor, Tensor]
@@ -34,12 +34,7 @@ def channel_gains(batches: Sequence[Rows]) -> Tensor:
         fitted.append((wrote_ND[:aside], lacking_ND[:aside]))
         judges.append((wrote_ND[aside:], lacking_ND[aside:]))
     change_D = _best_change(fitted)
-    along = across = 0.0
-    for wrote_ND, lacking_ND in judges:
-        undone_ND = wrote_ND * change_D
-        along += float((undone_ND * lacking_ND).sum())
-        across += float(undone_ND.square().sum())
-    share = min(LARGEST_SHARE, max(0.0, along / across)) if across > 0 else 0.0
+    share, _ = confirmed_share((wrote_ND * change_D, lacking_ND) for wrote_ND, lacking_ND in judges)
     return 1 + share * _best_change(batches)
 
 
