@@ -86,14 +86,19 @@ def test_a_gpu_is_asked_for_native_bfloat16(
 
 PAGE_FAULTS = """
 import resource, sys, torch
-from stillhouse.hardware import tune_allocator
-if sys.argv[1] == "tuned":
+from stillhouse.hardware import hand_back_freed_memory, tune_allocator
+if sys.argv[1] != "plain":
     assert tune_allocator() is None
+if sys.argv[1] == "handed back":
+    assert hand_back_freed_memory() is None
 torch.set_num_threads(1)
 for _ in range(20):
     torch.ones(16 << 20)  # 64 MiB, freed at once
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 """
+
+
+PAGES_OF_TWENTY_TENSORS = 20 * (64 << 20) // 4096
 
 
 def page_faults(mode: str) -> int:
@@ -103,8 +108,12 @@ def page_faults(mode: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_the_tuned_allocator_reuses_freed_memory() -> None:
-    pages_of_twenty_tensors = 20 * (64 << 20) // 4096
-    assert page_faults("plain") - page_faults("tuned") > pages_of_twenty_tensors / 2
+    assert page_faults("plain") - page_faults("tuned") > PAGES_OF_TWENTY_TENSORS / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_freed_memory_is_handed_back_even_after_the_allocator_was_tuned() -> None:
+    assert page_faults("handed back") - page_faults("tuned") > PAGES_OF_TWENTY_TENSORS / 2
 
 
 def test_the_allocator_is_left_alone_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:

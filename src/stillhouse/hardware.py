@@ -28,6 +28,7 @@ WATTS_A_CORE = 10.0
 
 _TORCH_NAMES = {"avx512f": "avx512_f"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # <malloc.h> of glibc
+_MAPPINGS = 1 << 16  # at once, as glibc has it
 _MATMUL_SECONDS = 0.6
 
 
@@ -78,17 +79,34 @@ def tune_allocator() -> str | None:
     """Lets glibc keep freed memory instead of handing it back to the kernel after each tensor.
 
     A training step frees and takes the same large blocks again and again; by default each is a
-    new mapping whose pages the kernel must zero. Call it once, before the first big allocation.
+    new mapping whose pages the kernel must zero. Call it before the first big allocation.
 
     Returns: None when it is done, else the reason why the allocator was left as it is.
     """
+    return _set_malloc(mapped_from=1 << 30, trimmed_from=2**31 - 1)
+
+
+def hand_back_freed_memory() -> str | None:
+    """The opposite of `tune_allocator`, for work that is to take little memory.
+
+    Blocks from 1 MiB on are mappings of their own. On the heap, one that stays would keep what was
+    freed below it, which adds up to more than all that is in use.
+
+    Returns: as `tune_allocator`.
+    """
+    return _set_malloc(mapped_from=1 << 20, trimmed_from=1 << 20)
+
+
+def _set_malloc(*, mapped_from: int, trimmed_from: int) -> str | None:
+    """Tells glibc from how many bytes on a block is a mapping, and free memory is handed back."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return f"the allocator is left as it is: no glibc on this {platform.system()} system"
     libc = ctypes.CDLL(None)
     libc.mallopt.argtypes, libc.mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
-    # Some versions of glibc cap the mmap threshold; allowing no mapping at all does the same.
-    from_heap = libc.mallopt(_M_MMAP_THRESHOLD, 1 << 30) or libc.mallopt(_M_MMAP_MAX, 0)
-    if not (from_heap and libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)):
+    libc.mallopt(_M_MMAP_MAX, _MAPPINGS)
+    # Some versions of glibc cap the threshold; allowing no mapping at all does the same.
+    threshold = libc.mallopt(_M_MMAP_THRESHOLD, mapped_from) or libc.mallopt(_M_MMAP_MAX, 0)
+    if not (threshold and libc.mallopt(_M_TRIM_THRESHOLD, trimmed_from)):
         return "the allocator is left as it is: mallopt refused"
     return None
 

@@ -106,7 +106,6 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
             fix="add `signals: {}` to it, without a store, or "
             "--set signals.encoding.kind=threshold",
         )
-    tune_allocator()
     folder = run_folder(loaded)
     with folder.locked():
         # Of a teacher that a server runs, only the configuration and the tokenizer are needed.

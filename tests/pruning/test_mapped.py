@@ -175,7 +175,6 @@ def warm_up(folder: Path) -> None:
 
 
 @linux
-@linux
 def test_memory_that_took_a_files_place_is_not_let_go() -> None:
     values = torch.arange(1 << 20)
     start = values.data_ptr()

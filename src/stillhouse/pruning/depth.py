@@ -21,7 +21,7 @@ from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.views import decoder_layers
 
 CHUNK_LOGITS = 1 << 23
-"""Logits that are held at once, of one model: 32 MiB, whatever the vocabulary."""
+"""Logits that are held at once, of one model: 32 MiB at most, whatever the vocabulary."""
 
 HELD = 8
 """Layers whose trials are judged together, against logits of the full model computed once. Their
@@ -186,8 +186,9 @@ class _Scorer:
 
 
 def chunks(head: LMHead, rows: int) -> list[slice]:
-    """As many rows at a time as have CHUNK_LOGITS."""
-    size = max(1, CHUNK_LOGITS // len(head.weight_VD))
+    """As many rows at a time as have CHUNK_LOGITS, and logits half as large as the head itself."""
+    vocabulary, hidden = head.weight_VD.shape
+    size = max(1, min(CHUNK_LOGITS // vocabulary, hidden // 2))
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 

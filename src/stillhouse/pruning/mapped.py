@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from stillhouse.hardware import hand_back_freed_memory
 from stillhouse.teachers.local import load_config, load_model
 from stillhouse.teachers.views import decoder_layers
 
@@ -46,17 +47,18 @@ def is_large(model: Any) -> bool:
 def load_on_disk(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The model in float32. A large one stays in its files; stored in another number type, each
     layer and each of its ends is converted in a file of its own, which takes its float32 size in
-    the temporary folder.
+    the temporary folder. The allocator is then set to hand back what is freed.
 
     Raises ModelError as `load_model` does.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
     stored = getattr(config, "dtype", None) or torch.float32
-    if stored == torch.float32:
-        return load_model(path, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model = load_model(path, dtype=stored, trust_remote_code=trust_remote_code)
     if not is_large(model):
         return model.float()
+    hand_back_freed_memory()
+    if stored == torch.float32:
+        return model
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     # One after the other: a large vocabulary's embeddings are as large as some layers.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stillhouse.errors import RecipeError
-from stillhouse.hardware import tune_allocator, world_size
+from stillhouse.hardware import world_size
 from stillhouse.recipe import AnsweringRecipe, ClassifyRecipe, Recipe, recipe_yaml, run_root
 from stillhouse.runfolder import RunFolder, write_atomically
 
@@ -17,7 +17,6 @@ def locked_folder(recipe: Recipe | ClassifyRecipe | AnsweringRecipe) -> Iterator
 
     Raises RunError where another process has it.
     """
-    tune_allocator()
     folder = RunFolder(run_root(recipe))
     with folder.locked():
         write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))

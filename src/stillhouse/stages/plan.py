@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data import Windows, open_windows
+from stillhouse.hardware import tune_allocator
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, RunFolder, Stage
 
@@ -42,6 +43,7 @@ def doing(folder: RunFolder) -> Do:
     """How the leading process does a stage."""
 
     def do(plan: StagePlan) -> Stage:
+        tune_allocator()  # the stage before may have been short of memory
         return folder.stage(
             plan.name,
             plan.depends_on,
