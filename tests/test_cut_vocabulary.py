@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import stillhouse
 from stillhouse.cascade import run_cascade
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.pruning import load_kept_ids
 from stillhouse.runfolder import Stage
 from stillhouse.runner import RunResult
 from tests import tiny
@@ -182,6 +183,9 @@ def test_what_is_pruned_and_whom_it_learns_from_lose_the_same_tokens(folder: Pat
     result = run(raw)
     names = [stage.name for stage in result.stages]
     assert names[:5] == ["data", "vocabulary", "vocabulary", "vocabulary", "data"]
+    cut = [load_kept_ids(stage.path / "model") for stage in result.stages[1:4]]
+    assert cut[0] is not None
+    assert cut == [cut[0]] * 3
     student = AutoModelForCausalLM.from_pretrained(result.model)
     # Nothing else is cut: it has the layers of its own start.
     assert (student.config.vocab_size, student.config.num_hidden_layers) == (320, 2)

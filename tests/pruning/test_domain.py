@@ -44,6 +44,8 @@ def test_only_a_large_difference_is_foreign() -> None:
 def test_a_cut_that_costs_much_more_on_the_heldout_text_is_foreign() -> None:
     assert Domain(30.0, 40.0, 0.3, 0.2).warning() is None
     assert Domain(30.0, 40.0, 0.3, None).warning() is None
+    # Ratios of next to nothing.
+    assert Domain(30.0, 40.0, 0.009, 0.0001).warning() is None
     told = Domain(30.0, 40.0, 0.45, 0.2).warning()
     assert told is not None
     assert "KL 0.200 on text like" in told

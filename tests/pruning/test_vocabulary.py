@@ -14,17 +14,21 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 from torch.testing import assert_close
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning import (
     check_saved,
+    depth,
+    expected_tokens,
     kept_token_ids,
     load_kept_ids,
     prune_model,
     prune_tokenizer,
+    save_kept_ids,
 )
 from stillhouse.pruning.tokens import Merges
+from stillhouse.pruning.vocabulary import KEPT_IDS
 from stillhouse.recipe.student import PrunedStudent
 from stillhouse.students import build_student
 from stillhouse.teachers import load_model, load_tokenizer, resolve_model, save_tokenizer
@@ -208,6 +212,54 @@ def test_a_number_keeps_the_most_frequent_tokens(kind: str) -> None:
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
+def test_tokens_that_the_teacher_expects_are_kept_before_others() -> None:
+    """Though the text has none of them: what it has not, other text may have."""
+    tokenizer = KINDS["byte-level"]
+    merges = Merges(tokenizer)
+    windows = TextWindows(tokenizer, "the cat")
+    least = len(kept_token_ids(tokenizer, windows, "data"))
+    usual = set(kept_token_ids(tokenizer, windows, least))
+    last = max(merges.tokens.keys() - merges.added.keys() - usual)
+    expected_V = torch.zeros(last + 1)
+    expected_V[last] = 0.1
+    size = len(usual | merges.parts(last))
+    assert last not in kept_token_ids(tokenizer, windows, size)
+    assert last in kept_token_ids(tokenizer, windows, size, expect=lambda: expected_V)
+
+
+def test_what_is_expected_is_the_mean_probability_at_every_position(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, windows = tiny_model(), ToyWindows(count=5, padding=3)
+    found_V = expected_tokens(model, windows, 10_000, 0, torch.float32)
+    positions = windows.positions.expand(5, -1)
+    logits_RLV = model(input_ids=windows.ids, position_ids=positions, use_cache=False).logits
+    assert_close(found_V.float(), logits_RLV[:, :-3].softmax(-1).mean((0, 1)))
+    monkeypatch.setattr(depth, "CHUNK_LOGITS", 3 * model.config.vocab_size)
+    assert_close(expected_tokens(model, windows, 10_000, 0, torch.float32), found_V)
+
+
+def test_an_impossible_number_is_refused_before_the_teacher_runs() -> None:
+    def runs() -> torch.Tensor:
+        raise AssertionError
+
+    windows = TextWindows(KINDS["byte-level"], KEPT_TEXT)
+    with pytest.raises(RecipeError, match="vocabulary: 10 is not possible"):
+        kept_token_ids(KINDS["byte-level"], windows, 10, expect=runs)
+
+
+def test_another_students_tokens_can_be_kept(tmp_path: Path) -> None:
+    kept = kept_for_text("byte-level")
+    save_kept_ids(kept, tmp_path)
+    assert kept_for_text("byte-level", tmp_path / KEPT_IDS) == kept
+    # Ids beyond the tokenizer's, which a configuration names.
+    config = LlamaConfig(eos_token_id=450)
+    save_kept_ids([*kept, 450], tmp_path)
+    windows = TextWindows(KINDS["byte-level"], KEPT_TEXT)
+    found = kept_token_ids(KINDS["byte-level"], windows, tmp_path / KEPT_IDS, configs=[config])
+    assert set(found) >= {*kept, 450}
+
+
 def test_all_tokens_change_nothing() -> None:
     for kind, tokenizer in KINDS.items():
         kept = kept_for_text(kind, len(tokenizer.get_vocab()))
@@ -273,6 +325,10 @@ def test_a_file_that_loses_what_any_text_needs_is_refused(tmp_path: Path) -> Non
         kept_for_text("byte-level", file)
     with pytest.raises(RecipeError, match="cannot be read"):
         kept_for_text("byte-level", tmp_path / "missing.txt")
+    for content in ("3", '{"tokens": []}', "["):
+        file.write_text(content, encoding="utf-8")
+        with pytest.raises(RecipeError, match="cannot be read"):
+            kept_for_text("byte-level", file)
 
 
 def test_other_tokenizers_are_refused() -> None:

@@ -5,7 +5,12 @@ from stillhouse.pruning.prune import Calibration, PruneReport, check_importance,
 from stillhouse.pruning.sizes import Sizes, check_sizes, resized_config, sizes_of
 from stillhouse.pruning.surgery import check_saved
 from stillhouse.pruning.tokens import prune_tokenizer
-from stillhouse.pruning.vocabulary import kept_token_ids, load_kept_ids, save_kept_ids
+from stillhouse.pruning.vocabulary import (
+    expected_tokens,
+    kept_token_ids,
+    load_kept_ids,
+    save_kept_ids,
+)
 
 __all__ = [
     "ARCHITECTURES",
@@ -15,6 +20,7 @@ __all__ = [
     "check_importance",
     "check_saved",
     "check_sizes",
+    "expected_tokens",
     "kept_token_ids",
     "load_kept_ids",
     "prune_model",

@@ -27,6 +27,8 @@ TOKENS = 2048
 FOREIGN = 2.0
 """Times that the full model's perplexity on one text is that on the other, or the pruned model's KL
 on the held-out text that on text like the calibration text, to be called foreign."""
+LEAST_KL = 0.01
+"""Nats a token below which a cut costs too little for its ratio to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Domain:
         both = (self.calibration_perplexity, self.heldout_perplexity)
         kl, own = self.heldout_kl, self.unseen_kl
         if max(both) < FOREIGN * min(both):
-            if kl is None or own is None or kl < FOREIGN * own:
+            if kl is None or own is None or kl < max(FOREIGN * own, LEAST_KL):
                 return None
             return (
                 f"the cut costs KL {own:.3f} on text like the calibration text that it did not "

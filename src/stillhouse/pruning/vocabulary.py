@@ -2,22 +2,31 @@
 
 A student with fewer tokens numbers them anew. `kept_ids[new] = old` maps its ids to the teacher's:
 the teacher's distribution over the kept tokens is the softmax of its head's rows `kept_ids`.
+
+Shapes: N counted positions, D hidden width, V rows of the teacher's head.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from stillhouse.data import WindowSet
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.progress import bar
+from stillhouse.pruning.calibrate import calibration_batches, products
+from stillhouse.pruning.depth import chunks
+from stillhouse.pruning.mapped import let_go_after_use
 from stillhouse.pruning.surgery import special_ids
 from stillhouse.pruning.tokens import Merges
+from stillhouse.signals.head import head_logits
+from stillhouse.teachers.backbone import hidden_states, lm_head
 
 KEPT_IDS = "kept_ids.json"
 """Beside a student with fewer tokens than its teacher: {"kept_ids": [...]}."""
@@ -32,15 +41,20 @@ def kept_token_ids(
     vocabulary: int | Literal["data"] | Path,
     *,
     configs: Sequence[Any] = (),
+    expect: Callable[[], Tensor] | None = None,
 ) -> tuple[int, ...]:
     """The tokens to keep, ascending: kept_ids[new id] = old id.
 
     Always: added and special tokens, those that `configs` (configurations of the model and of its
     generation) name, and one token for every byte. "data": every token of the windows as well,
-    filled up to a multiple of 64. A number: the most frequent ones in the windows, then those
-    that the tokenizer learned first, that many in all. A file: those it names, and it must name
-    the ones that always stay. Every token comes with those that BPE makes it from. The model's
-    padding rows, beyond the tokenizer's ids, go.
+    filled up to a multiple of 64. A number: that many in all. What fills up are the tokens with the
+    largest sum of their share in the windows and, where `expect` is given, of that which the
+    teacher expects (see `expected_tokens`): text that is not in the windows needs those, and the
+    probability of a token that goes falls to the others. It is called once nothing is left to
+    refuse, for it runs the teacher. Equal ones stay in the order in which the
+    tokenizer learned them. A file: those it names, and it must name the ones that always stay.
+    Every token comes with those that BPE makes it from. The model's padding rows, beyond the
+    tokenizer's ids, go.
 
     Raises RecipeError for a number that is too small or larger than the tokenizer, for a file that
     cannot be read or loses a token that is needed, and for tokenizers that cannot be cut (anything
@@ -52,7 +66,7 @@ def kept_token_ids(
     total = len(merges.tokens) + len(kept)
     needed = merges.alphabet() | merges.added.keys() | (named - kept)
     if isinstance(vocabulary, Path):
-        wanted = _listed(vocabulary, merges)
+        wanted = _listed(vocabulary, merges, kept)
         _check_nothing_lost(vocabulary, merges, needed - wanted)
         return tuple(sorted(kept.union(*map(merges.parts, wanted))))
     for id in needed:
@@ -71,7 +85,7 @@ def kept_token_ids(
                 where="student.vocabulary",
                 fix=f"nearest: {len(kept) if size < len(kept) else total}; or vocabulary: data",
             )
-    for id in _candidates(merges, counts):
+    for id in _by_share(merges, counts, None if expect is None else expect()):
         if len(kept) == size:
             break
         grown = kept | merges.parts(id) if id not in kept else kept
@@ -80,21 +94,55 @@ def kept_token_ids(
     return tuple(sorted(kept))
 
 
-def _listed(file: Path, merges: Merges) -> set[int]:
-    """The ids of the tokens that a file names."""
+@torch.no_grad()
+def expected_tokens(
+    model: Any, windows: WindowSet, tokens: int, seed: int, dtype: torch.dtype
+) -> Tensor:
+    """Each token's share of text as the model expects it, [V]: the mean of its probabilities over
+    the positions of about `tokens` tokens of the windows.
+
+    Raises DataError when there are no windows.
+    """
+    batches = calibration_batches(windows, tokens, seed, model.device)
+    head = lm_head(model)
+    sum_V = torch.zeros(len(head.weight_VD), dtype=torch.float64)
+    total = 0
+    with (
+        products(model, dtype),
+        let_go_after_use(model),
+        bar("What tokens the teacher expects", tokens) as advance,
+    ):
+        for batch in batches:
+            hidden_RLD = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
+            rows_ND = hidden_RLD[batch.counted_RL].float()
+            for chunk in chunks(head, len(rows_ND)):
+                probability_nV = head_logits(head, rows_ND[chunk]).float().softmax(-1)
+                sum_V += probability_nV.sum(0).cpu()
+            total += len(rows_ND)
+            advance(batch.input_ids_RL.numel())
+    return sum_V / max(total, 1)
+
+
+def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
+    """The ids of the tokens that a file names; ids that a configuration has named may be among
+    them."""
     try:
         text = file.read_text(encoding="utf-8")
         listed = json.loads(text) if file.suffix == ".json" else text.split("\n")
-    except (OSError, ValueError) as error:
+        if isinstance(listed, dict):
+            listed = listed["kept_ids"]
+        if not isinstance(listed, list):
+            raise ValueError("it holds no list")
+    except (OSError, ValueError, KeyError) as error:
         raise RecipeError(
             f"the tokens to keep cannot be read: {error}",
             where=file,
             fix="write one token a line, as the tokenizer writes them, or a list in a .json file",
         ) from error
     # An id may be 0; an empty line names no token.
-    named = [one for one in listed if one != ""]
-    ids = [one if isinstance(one, int) else merges.every_id.get(one, -1) for one in named]
-    unknown = [str(one) for one, id in zip(named, ids, strict=True) if id not in merges.tokens]
+    wanted = [one for one in listed if one != "" and one not in named]
+    ids = [one if isinstance(one, int) else merges.every_id.get(one, -1) for one in wanted]
+    unknown = [str(one) for one, id in zip(wanted, ids, strict=True) if id not in merges.tokens]
     if unknown:
         raise RecipeError(
             f"{len(unknown):,} tokens to keep are none of the teacher's: {_few(unknown)}",
@@ -157,11 +205,18 @@ def _counts(windows: WindowSet) -> Counter[int]:
     return counts
 
 
-def _candidates(merges: Merges, counts: Counter[int]) -> Iterator[int]:
-    """By frequency in the text, then in the order in which the tokenizer learned them."""
-    yield from sorted(counts, key=lambda id: (-counts[id], id))
+def _by_share(merges: Merges, counts: Counter[int], expected_V: Tensor | None) -> list[int]:
+    """All tokens, the one with the largest share first."""
+    learned: dict[int, int] = {}
     for first, second in merges.pairs:
         id = merges.ids.get(first + second)
-        if id is not None and id not in counts:
-            yield id
-    yield from sorted(merges.tokens.keys() - counts.keys())
+        if id is not None:
+            learned.setdefault(id, len(learned))
+    read = max(1, counts.total())
+    expected = [] if expected_V is None else expected_V.tolist()
+
+    def share(id: int) -> float:
+        found: float = counts[id] / read + (expected[id] if id < len(expected) else 0.0)
+        return found
+
+    return sorted(merges.tokens, key=lambda id: (-share(id), learned.get(id, len(learned)), id))

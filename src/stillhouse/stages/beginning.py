@@ -23,6 +23,7 @@ from stillhouse.hardware import choose_precision, default_device, peak_memory_by
 from stillhouse.job import Job, find_models, shared_vocabulary
 from stillhouse.pruning import load_kept_ids, sizes_of
 from stillhouse.pruning.shapes import Counter
+from stillhouse.pruning.vocabulary import KEPT_IDS
 from stillhouse.recipe import Recipe
 from stillhouse.recipe.family import ORIGINAL
 from stillhouse.recipe.pruning import VocabularyFile
@@ -52,7 +53,11 @@ def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[
         # After the models: what is wrong with them is found before a teacher is paid.
         job = replace(job, text=synthesized(recipe, base, do))
         return job, do(plan_data(job))
-    only_cut = PrunedStudent(start="pruned", vocabulary=section.vocabulary)
+    only_cut = PrunedStudent(
+        start="pruned",
+        vocabulary=section.vocabulary,
+        calibration_tokens=section.calibration_tokens,
+    )
     alone = recipe.train.model_copy(update={"teachers": []})
     changes = {"student": only_cut, "signals": None, "train": alone}
     whole = find_models(recipe.model_copy(update=changes), base)
@@ -68,8 +73,7 @@ def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[
         card=whole.teacher.path,
     )
     stages = {
-        name: do(vocabulary(replace(whole, teacher=source), data))
-        for name, source in others.items()
+        name: do(vocabulary(_alike(whole, source, cut), data)) for name, source in others.items()
     }
     paths = {name: str((stage.path / MODEL).absolute()) for name, stage in stages.items()}
     left = _left(recipe, paths, teacher)
@@ -97,6 +101,15 @@ def _other_models(recipe: Recipe, whole: Job) -> dict[str, ModelSource]:
             shared_vocabulary(whole.teacher, source, code)
             found[name] = source
     return found
+
+
+def _alike(whole: Job, other: ModelSource, cut: Stage) -> Job:
+    """The job that leaves another model the tokens which the teacher has kept."""
+    kept = VocabularyFile(path=str((cut.path / MODEL / KEPT_IDS).absolute()))
+    section = PrunedStudent(start="pruned", vocabulary=kept)
+    return replace(
+        whole, teacher=other, recipe=whole.recipe.model_copy(update={"student": section})
+    )
 
 
 def _left(recipe: Recipe, cut: Mapping[str, str], teacher: ModelSource) -> Recipe:
@@ -147,10 +160,12 @@ def vocabulary(job: Job, data: Stage) -> StagePlan:
 
     inputs = {
         "vocabulary": _named_tokens(section, job.base),
+        "calibration_tokens": section.calibration_tokens,
+        "seed": job.recipe.seed,
         "teacher": job.teacher.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("vocabulary", inputs, work, version=2)
+    return StagePlan("vocabulary", inputs, work, version=3)
 
 
 def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:

@@ -19,6 +19,7 @@ from stillhouse.pruning import (
     Sizes,
     check_saved,
     check_sizes,
+    expected_tokens,
     kept_token_ids,
     prune_model,
     prune_tokenizer,
@@ -143,22 +144,40 @@ def _pruned(
         )
     explicit_sizes(section, model.config)
     tokenizer = load_tokenizer(teacher.path, trust_remote_code=trust_remote_code)
-    kept_ids = None
-    if section.vocabulary is not None:
-        configs = (model.config, model.generation_config)
-        wanted = section.vocabulary
-        keep = base / wanted.path if isinstance(wanted, VocabularyFile) else wanted
-        kept_ids = kept_token_ids(tokenizer, windows, keep, configs=configs)
-        tokenizer = prune_tokenizer(tokenizer, kept_ids)
     device = _roomy_device(model, section.calibration_tokens)
     precision = choose_precision("auto", device)
     note(f"Pruning on {device} with products in {precision.reason}")
     model.to(device)
     with count_flops() as counted:
+        kept_ids = _kept_ids(model, tokenizer, section, windows, seed, base, precision.dtype)
+        if kept_ids is not None:
+            tokenizer = prune_tokenizer(tokenizer, kept_ids)
         summary = _cut(model, section, windows, heldout, kept_ids, seed, precision.dtype)
     summary |= {"teacher_parameters": asdict(before), "flops": counted.flops}
     model.to("cpu")
     return model, tokenizer, summary, kept_ids
+
+
+def _kept_ids(
+    model: Any,
+    tokenizer: Any,
+    section: PrunedStudent,
+    windows: WindowSet,
+    seed: int,
+    base: Path,
+    dtype: torch.dtype,
+) -> tuple[int, ...] | None:
+    """The tokens that stay, where some are to go."""
+    if section.vocabulary is None:
+        return None
+    wanted = section.vocabulary
+    return kept_token_ids(
+        tokenizer,
+        windows,
+        base / wanted.path if isinstance(wanted, VocabularyFile) else wanted,
+        configs=(model.config, model.generation_config),
+        expect=lambda: expected_tokens(model, windows, section.calibration_tokens, seed, dtype),
+    )
 
 
 def _cut(
