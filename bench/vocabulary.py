@@ -41,7 +41,7 @@ STEPS = 5
 OPTIMIZER_BYTES = 16
 """Of a parameter: weight, gradient, two moments, all float32."""
 TEACHER_BYTES = 2
-PRUNED_TO: tuple[int | str, ...] = (32_768, 16_384, "data")
+PRUNED_TO: tuple[int | str, ...] = (40_960, 32_768, 16_384, "data")
 
 
 def main() -> None:
