@@ -80,8 +80,8 @@ class PrunedStudent(PrunedSizes, PruningMethod):
     )
     vocabulary: Annotated[int, Field(gt=0)] | Literal["data"] | VocabularyFile | None = Field(
         None,
-        description="Tokens to keep, the most frequent in the training text and in what the teacher "
-        "expects there; data: all that the text has; or those of a file. The tokenizer is "
+        description="Tokens to keep, the most frequent in the training text and in what the "
+        "teacher expects there; data: all that the text has; or those of a file. The tokenizer is "
         "rewritten, and the teacher answers with these alone.",
     )
     reconstruct: bool = Field(True, description="Refit what is left by least squares.")
