@@ -48,13 +48,13 @@ def kept_token_ids(
     Always: added and special tokens, those that `configs` (configurations of the model and of its
     generation) name, and one token for every byte. "data": every token of the windows as well,
     filled up to a multiple of 64. A number: that many in all. What fills up are the tokens with the
-    largest sum of their share in the windows and, where `expect` is given, of that which the
-    teacher expects (see `expected_tokens`): text that is not in the windows needs those, and the
-    probability of a token that goes falls to the others. It is called once nothing is left to
-    refuse, for it runs the teacher. Equal ones stay in the order in which the
-    tokenizer learned them. A file: those it names, and it must name the ones that always stay.
-    Every token comes with those that BPE makes it from. The model's padding rows, beyond the
-    tokenizer's ids, go.
+    largest sum of three shares: that in the windows; that which the teacher expects, where
+    `expect` is given (see `expected_tokens`), as the probability of a token that goes falls to
+    the others; and that in text at large, by Zipf's law on the order in which the tokenizer
+    learned them, as the windows may be of a narrow domain. `expect` is called once nothing is left
+    to refuse, for it runs the teacher. A file: those it names, and it must name the ones that
+    always stay. Every token comes with those that BPE makes it from. The model's padding rows,
+    beyond the tokenizer's ids, go.
 
     Raises RecipeError for a number that is too small or larger than the tokenizer, for a file that
     cannot be read or loses a token that is needed, and for tokenizers that cannot be cut (anything
@@ -206,17 +206,18 @@ def _counts(windows: WindowSet) -> Counter[int]:
 
 
 def _by_share(merges: Merges, counts: Counter[int], expected_V: Tensor | None) -> list[int]:
-    """All tokens, the one with the largest share first."""
+    """All tokens, the one with the largest sum of its shares first."""
     learned: dict[int, int] = {}
     for first, second in merges.pairs:
         id = merges.ids.get(first + second)
         if id is not None:
-            learned.setdefault(id, len(learned))
+            learned.setdefault(id, len(learned) + 1)
+    harmonic = sum(1 / rank for rank in learned.values())
     read = max(1, counts.total())
     expected = [] if expected_V is None else expected_V.tolist()
 
     def share(id: int) -> float:
         found: float = counts[id] / read + (expected[id] if id < len(expected) else 0.0)
-        return found
+        return found + (1 / learned[id] / harmonic if id in learned else 0.0)
 
-    return sorted(merges.tokens, key=lambda id: (-share(id), learned.get(id, len(learned)), id))
+    return sorted(merges.tokens, key=lambda id: (-share(id), id))

@@ -156,9 +156,7 @@ def vocabulary(job: Job, data: Stage) -> StagePlan:
             "parameters": [whole, summary["parameters"]["total"]],
             **_perplexities(job, out / MODEL, windows),
         }
-        return Outcome(
-            flops=summary["flops"], peak_memory_bytes=peak_memory_bytes(), summary=found
-        )
+        return Outcome(flops=summary["flops"], peak_memory_bytes=peak_memory_bytes(), summary=found)
 
     inputs = {
         "vocabulary": _named_tokens(section, job.base),
