@@ -182,6 +182,7 @@ def test_memory_that_took_a_files_place_is_not_let_go() -> None:
     assert torch.equal(values, torch.arange(1 << 20))
 
 
+@linux
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
