@@ -5,7 +5,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint types contracts pytest test-slow test-llama bench schema clean
+.PHONY: demo test lint types contracts pytest test-slow test-install test-llama bench schema clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stillhouse run recipes/demo.yaml
@@ -23,11 +23,15 @@ contracts: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 pytest: $(VENV)/.dev
-	$(BIN)/pytest -n 2 -m "not slow and not cuda"
+	$(BIN)/pytest -n 2 -m "not slow and not cuda and not install"
 
 # Everything that takes minutes: the demo killed and resumed, bit for bit; the demo's recipe itself.
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
+
+# Every extra has a solution under constraints.txt. Needs a package index; installs nothing.
+test-install: $(VENV)/.dev
+	$(BIN)/pytest -m install
 
 # llama.cpp itself, which is no part of `make test`: its server with the real SmolLM2 on loopback, its
 # quantizer, and our GGUF files in it; its build takes some minutes.

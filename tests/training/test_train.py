@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import TrainingArguments
 
 from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.recipe.objective import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe
 from stillhouse.recipe.train import TrainRecipe
 from stillhouse.teachers import load_model
 from stillhouse.training import plan_batches, read_metrics, train
+from stillhouse.training.train import checkpointing_key
 from tests.training.conftest import Setting
 
 KL = ObjectiveRecipe()
@@ -269,3 +272,18 @@ def test_every_file_of_the_result_is_a_plain_checkpoint(setting: Setting, tmp_pa
     names = {path.name for path in (tmp_path / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not any(name.endswith((".bin", ".pt")) for name in names)
+
+
+@dataclass
+class Before523:
+    gradient_checkpointing: bool = False
+
+
+@dataclass
+class Since523:
+    activation_checkpointing: bool = False
+
+
+@pytest.mark.parametrize("arguments", [Before523, Since523, TrainingArguments])
+def test_activation_checkpointing_has_the_name_that_transformers_gives_it(arguments: Any) -> None:
+    assert checkpointing_key(arguments) in {field.name for field in fields(arguments)}

@@ -6,7 +6,7 @@ import atexit
 import gc
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -264,7 +264,6 @@ def _arguments(
         use_cpu=device.type == "cpu",
         ddp_find_unused_parameters=False,
         ddp_backend="gloo" if device.type == "cpu" and plan.processes > 1 else None,
-        activation_checkpointing=section.gradient_checkpointing,
         logging_strategy="steps",
         logging_steps=max(1, plan.steps // 500),
         logging_nan_inf_filter=False,
@@ -277,7 +276,15 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=device.type != "cpu",
         average_tokens_across_devices=True,
+        **{checkpointing_key(): section.gradient_checkpointing},
     )
+
+
+def checkpointing_key(arguments: Any = TrainingArguments) -> str:
+    """The name of the option for activation checkpointing, which transformers 5.23 changed."""
+    known = {field.name for field in fields(arguments)}
+    new = "activation_checkpointing"
+    return new if new in known else "gradient_checkpointing"
 
 
 class _Housekeeping(TrainerCallback):
