@@ -22,15 +22,11 @@ from torch import Tensor
 from bench.common import Bar, write_results
 from stillhouse.account import count_parameters
 from stillhouse.hardware import choose_precision
-from stillhouse.pruning import prune_model
-from stillhouse.signals.head import head_logits
-from stillhouse.teachers import (
-    hidden_states,
-    lm_head,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-)
+from stillhouse.pruning.prune import prune_model
+from stillhouse.signals.lm_head import head_logits
+from stillhouse.teachers.backbone import hidden_states, lm_head
+from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.model_source import resolve_model
 
 CONTEXT = 256
 CALIBRATION_TOKENS = 16_384

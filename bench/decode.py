@@ -23,13 +23,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.common import write_results
-from stillhouse.export import has_llama_cpp
-from stillhouse.export.gguf import write_form
+from stillhouse.export.gguf_export import write_form
+from stillhouse.export.llama_quantizer import has_llama_cpp
 from stillhouse.export.replay import LlamaCpp, Step, stepping
 from stillhouse.export.torchao import save_torchao
-from stillhouse.quantize import Grid, Quantization, find_units
+from stillhouse.quantize.grid import Grid
+from stillhouse.quantize.quantization import Quantization
 from stillhouse.quantize.sensitivity import scales_of
-from stillhouse.teachers import load_model, load_tokenizer, resolve_model, save_tokenizer
+from stillhouse.quantize.units import find_units
+from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.model_source import resolve_model
 
 TORCHAO: dict[str, tuple[Literal[4, 8], bool]] = {
     "int8": (8, False),

@@ -22,14 +22,16 @@ from typing import Any
 from bench.common import commit, earlier, write_results
 from bench.quality import recipe, split
 from bench.store_quality import fidelity
-from stillhouse import stages
+from stillhouse.config.load import parse_recipe
 from stillhouse.evaluate.fidelity import HeldoutAnswers, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.job import find_models
-from stillhouse.recipe import parse_recipe
 from stillhouse.runfolder import RunFolder
-from stillhouse.teachers import load_model
-from stillhouse.training import MODEL
+from stillhouse.stages.data_stage import plan_data
+from stillhouse.stages.stage_plan import doing, open_data
+from stillhouse.stages.train_stage import plan_student, plan_training
+from stillhouse.teachers.load import load_model
+from stillhouse.training.train import MODEL
 
 HOPS: dict[str, dict[str, Any]] = {
     "108m": {"ffn_size": 1024},
@@ -68,7 +70,7 @@ class Bench:
         self.texts = texts
         self.folder = RunFolder(options.folder / str(seed))
         self.answers: HeldoutAnswers | None = None
-        self._do = stages.doing(self.folder)
+        self._do = doing(self.folder)
 
     def student(
         self,
@@ -88,10 +90,10 @@ class Bench:
             raw["student"]["model"] = str(start)
         raw["train"] = {**raw["train"], "epochs": epochs, "teachers": teachers or []}
         job = find_models(parse_recipe(raw), self.texts)
-        data = self._do(stages.plan_data(job))
-        made = self._do(stages.plan_student(job, data))
-        trained = self._do(stages.plan_training(job, data, made, None))
-        _, heldout = stages.open_data(data)
+        data = self._do(plan_data(job))
+        made = self._do(plan_student(job, data))
+        trained = self._do(plan_training(job, data, made, None))
+        _, heldout = open_data(data)
         if self.answers is None:
             dtype = choose_precision("auto", default_device()).dtype
             teacher = load_model(job.teacher.path, dtype=dtype).to(default_device())

@@ -27,14 +27,16 @@ from transformers import AutoModelForCausalLM
 
 from bench.common import write_results
 from bench.quantize import RECIPE, trained_student
-from stillhouse.evaluate import HeldoutAnswers, compare, heldout_answers
-from stillhouse.export import has_llama_cpp
-from stillhouse.export.gguf import write_form
-from stillhouse.quantize import Grid, draw_windows, find_units, model_bytes
+from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
+from stillhouse.export.gguf_export import write_form
+from stillhouse.export.llama_quantizer import has_llama_cpp
+from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.moments import Moments, input_moments
+from stillhouse.quantize.quantize import draw_windows
 from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
+from stillhouse.quantize.units import find_units, model_bytes
 from stillhouse.runner import prepare_data
-from stillhouse.teachers import load_model
+from stillhouse.teachers.load import load_model
 from stillhouse.teachers.quiet import quiet
 
 GRIDS = {"int8": Grid(8, 32), "float8": Grid(8, None, floating=True), "int4": Grid(4, 32)}

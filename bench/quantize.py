@@ -23,16 +23,17 @@ import torch
 
 import stillhouse
 from bench.common import Bar, write_results
-from stillhouse.data import Windows
-from stillhouse.evaluate import evaluate
-from stillhouse.export import Gate, export_gguf
+from stillhouse.data.windows import Windows
+from stillhouse.evaluate.evaluate import evaluate
+from stillhouse.evaluate.evaluate_config import EvaluateRecipe
+from stillhouse.export.gate import Gate
+from stillhouse.export.gguf_export import export_gguf
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.job import Job
-from stillhouse.quantize import qat_section, quantize, train_quantized
-from stillhouse.recipe.evaluate import EvaluateRecipe
-from stillhouse.recipe.quantize import QatRecipe, QuantizeRecipe
+from stillhouse.quantize.quantize import qat_section, quantize, train_quantized
+from stillhouse.quantize.quantize_config import QatRecipe, QuantizeRecipe
 from stillhouse.runner import prepare_data
-from stillhouse.training import MODEL, train
+from stillhouse.training.train import MODEL, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 QAT_TOKENS = 30_000

@@ -20,7 +20,10 @@ import torch
 
 from bench.common import Bar, write_results
 from stillhouse import account
-from stillhouse.data import build, open_windows
+from stillhouse.config.load import load_recipe
+from stillhouse.config.recipe import Recipe
+from stillhouse.data.build_data import build
+from stillhouse.data.windows import open_windows
 from stillhouse.hardware import (
     choose_precision,
     default_device,
@@ -29,17 +32,16 @@ from stillhouse.hardware import (
     tune_allocator,
 )
 from stillhouse.job import find_models
-from stillhouse.recipe import load_recipe
-from stillhouse.recipe.objective import LogitsTerm, ObjectiveRecipe
-from stillhouse.recipe.schema import Recipe
-from stillhouse.recipe.student import PrunedStudent, RandomStudent
+from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.signals.encodings import Threshold
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.store import open_store
-from stillhouse.students import build_student
-from stillhouse.teachers import load_model, load_tokenizer
-from stillhouse.teachers.scoring import local_teacher, score
-from stillhouse.training import read_metrics, train
+from stillhouse.students.build_student import build_student
+from stillhouse.students.student_config import PrunedStudent, RandomStudent
+from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.record_store import local_teacher, score
+from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.train import train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 DISTILLATION = ObjectiveRecipe()

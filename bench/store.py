@@ -26,15 +26,15 @@ import torch
 from bench.common import Bar, write_results
 from stillhouse.signals import DenseSignal, LMHead, SampledSignal
 from stillhouse.signals.encode import Encoder, Statistics
+from stillhouse.signals.encoded_rows import EntryRows
 from stillhouse.signals.encodings import Threshold
-from stillhouse.signals.export import export_parquet
-from stillhouse.signals.head import head_logits
+from stillhouse.signals.lm_head import head_logits
 from stillhouse.signals.manifest import Settings
+from stillhouse.signals.parquet_export import export_parquet
 from stillhouse.signals.record import Recorder
-from stillhouse.signals.rows import EntryRows
 from stillhouse.signals.segments import Segments, find_segments
 from stillhouse.signals.store import Store, open_store
-from stillhouse.signals.tune import likeliest_probabilities, tune_threshold
+from stillhouse.signals.tune_threshold import likeliest_probabilities, tune_threshold
 from stillhouse.signals.writer import StoreWriter
 
 SEED = 0
@@ -190,7 +190,7 @@ def measure_reading(path: Path, windows: tuple[torch.Tensor, ...], rounds: int) 
 def measure_selection(teacher: Path, text: Path, rounds: int) -> dict[str, Any]:
     """Seconds a token: the teacher's forward pass with its head, and selection on its logits."""
     from stillhouse.teachers.backbone import hidden_states, lm_head
-    from stillhouse.teachers.local import load_model, load_tokenizer
+    from stillhouse.teachers.load import load_model, load_tokenizer
 
     model = load_model(teacher, dtype=torch.float32)
     words = load_tokenizer(teacher)(text.read_text(encoding="utf-8")[:20_000])["input_ids"]

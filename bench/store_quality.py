@@ -22,22 +22,25 @@ import torch
 
 from bench.common import Bar, write_results
 from bench.quality import recipe, split
-from stillhouse import stages
-from stillhouse.data import Windows, collate, predicting
+from stillhouse.config.load import parse_recipe
+from stillhouse.data.shift import predicting
+from stillhouse.data.windows import Windows, collate
 from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.job import Job, find_models
-from stillhouse.recipe import parse_recipe
 from stillhouse.runner import run_folder
 from stillhouse.signals.encodings import Encoding, Sampled, Stratified, TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.store import open_store
 from stillhouse.signals.writer import StoreWriter
-from stillhouse.teachers import load_model
+from stillhouse.stages.data_stage import plan_data
+from stillhouse.stages.stage_plan import open_data
+from stillhouse.stages.train_stage import plan_student
 from stillhouse.teachers.backbone import dense_signal
-from stillhouse.teachers.scoring import segments_of, tuned_threshold
-from stillhouse.training import MODEL, train
+from stillhouse.teachers.load import load_model
+from stillhouse.teachers.record_store import segments_of, tuned_threshold
+from stillhouse.training.train import MODEL, train
 
 FEW_BYTES = 40
 DENSE = "dense (live teacher)"
@@ -83,11 +86,11 @@ def measure(options: argparse.Namespace, texts: Path, seed: int) -> dict[str, An
     job = find_models(parse_recipe(raw), texts)
     folder = run_folder(job.recipe)
     with folder.locked():
-        plan = stages.plan_data(job)
+        plan = plan_data(job)
         data = folder.stage(plan.name, plan.depends_on, plan.work)
-        plan = stages.plan_student(job, data)
+        plan = plan_student(job, data)
         student = folder.stage(plan.name, plan.depends_on, plan.work)
-        windows, heldout = stages.open_data(data)
+        windows, heldout = open_data(data)
         device = default_device()
         dtype = choose_precision("auto", device).dtype
         teacher = load_model(job.teacher.path, dtype=dtype).to(device)

@@ -29,12 +29,13 @@ import psutil
 import torch
 
 from bench.common import Bar, write_results
-from stillhouse.synthesis import Answer, Journal, Request
-from stillhouse.synthesis import client as client_module
-from stillhouse.synthesis.budget import Budget
-from stillhouse.synthesis.client import Client
-from stillhouse.synthesis.link import OpenAILink
-from stillhouse.synthesis.pool import Pool
+from stillhouse.generation import client as client_module
+from stillhouse.generation.budget import Budget
+from stillhouse.generation.client import Client
+from stillhouse.generation.http_link import OpenAILink
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Answer, Request
+from stillhouse.generation.request_pool import Pool
 
 AT_ONCE = 256
 LATENCY = 0.05
@@ -185,9 +186,9 @@ def generate(model: Any, tokenizer: Any, batch: list[Request]) -> int:
 
 
 def measure_local(teacher: Path, text: Path, count: int, batch: int) -> dict[str, Any]:
+    from stillhouse.generation.local_generator import Generator
     from stillhouse.hardware import choose_precision, tune_allocator
-    from stillhouse.synthesis.local import Generator
-    from stillhouse.teachers import load_model, load_tokenizer
+    from stillhouse.teachers.load import load_model, load_tokenizer
 
     tune_allocator()
     precision = choose_precision("auto", "cpu")
@@ -237,10 +238,10 @@ def one_pass_a_pair(model: Any, prompts: list[list[int]], labels: list[list[int]
 
 
 def measure_labels(teacher: Path, labelled: Path, texts: int, by_pairs: int) -> dict[str, Any]:
+    from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
+    from stillhouse.classify.label_scoring import score_labels
     from stillhouse.hardware import choose_precision, tune_allocator
-    from stillhouse.tasks.prompts import LabelPrompt, prompt_tokens
-    from stillhouse.tasks.scoring import score_labels
-    from stillhouse.teachers import load_model, load_tokenizer
+    from stillhouse.teachers.load import load_model, load_tokenizer
 
     tune_allocator()
     with labelled.open(encoding="utf-8", newline="") as lines:

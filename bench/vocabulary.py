@@ -25,14 +25,15 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from bench.common import Bar, write_results
 from bench.quality import recipe, split
-from stillhouse import account, stages
+from stillhouse import account
+from stillhouse.config.load import parse_recipe
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes, tune_allocator
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.pruning.surgery import keep_tokens
-from stillhouse.recipe import parse_recipe
 from stillhouse.runfolder import RunFolder, Stage
 from stillhouse.signals import DenseSignal
-from stillhouse.stages.beginning import begin
+from stillhouse.stages.stage_plan import telling
+from stillhouse.stages.vocabulary_stage import begin
 from stillhouse.teachers.backbone import hidden_states, lm_head
 
 WHOLE, KEPT = 262_144, (65_536, 16_384)
@@ -154,7 +155,7 @@ def measured_perplexities(options: argparse.Namespace) -> dict[str, Any]:
                 raw = recipe(options.teacher, texts, None, 0)
                 raw["student"] = {"start": "pruned", "vocabulary": kept}
                 finished: list[Stage] = []
-                begin(parse_recipe(raw), texts, stages.telling(folder, finished))
+                begin(parse_recipe(raw), texts, telling(folder, finished))
                 cut = next(stage for stage in finished if stage.name == "vocabulary")
                 found[str(kept)] = cut.summary
                 print(f"SmolLM2 cut to {kept}: {cut.summary}", flush=True)

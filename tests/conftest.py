@@ -20,7 +20,8 @@ torch.set_num_threads(1)
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports are replayed in this process: a fresh one takes seconds to import transformers."""
-    from stillhouse.export import replay, replay_classifier, replay_onnx, script
+    from stillhouse.export import fresh_process as script
+    from stillhouse.export import replay, replay_classifier, replay_onnx
 
     replays = {
         "replay.py": replay.main,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from stillhouse.export import has_llama_cpp
+from stillhouse.export.llama_quantizer import has_llama_cpp
 from stillhouse.export.replay import LlamaCpp
 
 real = pytest.mark.skipif(not has_llama_cpp(), reason="llama-cpp-python is not installed")

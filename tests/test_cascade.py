@@ -12,14 +12,14 @@ from transformers import AutoModelForCausalLM
 
 from stillhouse import account, cascade, runner
 from stillhouse.cascade import FamilyResult, run_cascade
+from stillhouse.config.cascade_config import RUN_FOLDER_NAMES
+from stillhouse.config.load import parse_recipe
+from stillhouse.config.members import first_member
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.job import find_models, planned_members
-from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.family import first_member
-from stillhouse.recipe.student import RUN_FOLDER_NAMES
 from stillhouse.runner import run
-from stillhouse.stages import synthesis
-from stillhouse.training import MODEL
+from stillhouse.stages import synthesis_stage as synthesis
+from stillhouse.training.train import MODEL
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import stillhouse
 from stillhouse.cascade import run_cascade
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.pruning import load_kept_ids
+from stillhouse.pruning.vocabulary_cut import load_kept_ids
 from stillhouse.runfolder import Stage
 from stillhouse.runner import RunResult
 from tests import tiny

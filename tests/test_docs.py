@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stillhouse.recipe import load_any_recipe, parse_recipe
+from stillhouse.config.load import load_any_recipe, parse_recipe
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]

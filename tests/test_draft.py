@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
+from stillhouse.config.load import load_any_recipe
 from stillhouse.errors import StillhouseError
-from stillhouse.recipe import load_any_recipe
-from stillhouse.synthesis.logs import read_logs
-from stillhouse.wishes import wishes
+from stillhouse.init_answers import wishes
+from stillhouse.synthesis.chat_logs import read_logs
 from tests import tiny
 
 LABELS = ["pets", "food"]

@@ -8,10 +8,10 @@ import yaml
 
 from stillhouse.cascade import run_cascade
 from stillhouse.check import check_recipe
+from stillhouse.config.load import parse_recipe
 from stillhouse.job import find_models
-from stillhouse.recipe import parse_recipe
 from stillhouse.runner import run
-from stillhouse.stages.origins import origins_of
+from stillhouse.stages.model_origins import origins_of
 from tests import tiny
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.evaluate import Evaluation
+from stillhouse.evaluate.results import Evaluation
 
 pytestmark = [
     pytest.mark.slow,

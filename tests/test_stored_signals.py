@@ -18,9 +18,9 @@ from stillhouse.runner import RunResult
 from stillhouse.signals.encodings import Hidden
 from stillhouse.signals.store import open_store
 from stillhouse.signals.verify import verify
-from stillhouse.stages import STORE
-from stillhouse.teachers import scoring
-from stillhouse.training import read_metrics
+from stillhouse.stages.signals_stage import STORE
+from stillhouse.teachers import record_store as scoring
+from stillhouse.training.checkpoints import read_metrics
 from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("in_process")

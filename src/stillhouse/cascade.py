@@ -12,22 +12,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stillhouse.config.members import first_member, member_recipe
+from stillhouse.config.recipe import Recipe
 from stillhouse.errors import RecipeError
-from stillhouse.evaluate import Evaluation, Generation, ModelResult
-from stillhouse.export import Origin
+from stillhouse.evaluate.results import Evaluation, Generation, ModelResult
+from stillhouse.export.licenses import Origin
 from stillhouse.from_scratch import measured_curve, scratch_account
 from stillhouse.hardware import assumed_watts, leads, tune_allocator
 from stillhouse.job import find_models, planned_members
 from stillhouse.progress import note
-from stillhouse.recipe import Recipe
-from stillhouse.recipe.family import first_member, member_recipe
-from stillhouse.report.family import CutTeacher, FamilyReport, Member, write_family_report
+from stillhouse.report.family_page import CutTeacher, FamilyReport, Member, write_family_report
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.runner import RunResult, follow, lead, read, run_folder, taking_part
-from stillhouse.stages import doing
-from stillhouse.stages.folder import locked_folder
-from stillhouse.stages.origins import origins_of
-from stillhouse.training import MODEL
+from stillhouse.stages.locked_folder import locked_folder
+from stillhouse.stages.model_origins import origins_of
+from stillhouse.stages.stage_plan import doing
+from stillhouse.training.train import MODEL
 
 REPORT, REPORT_DATA = "family.html", "family.json"
 PRODUCING = (

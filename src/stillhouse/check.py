@@ -12,13 +12,19 @@ from pathlib import Path
 from rich.markup import escape
 from rich.table import Table
 
-from stillhouse.answering.plan import foresee_answers
-from stillhouse.costs import foresee_costs
+from stillhouse.answering.answering_check import foresee_answers
+from stillhouse.classify.classify_check import foresee
+from stillhouse.classify.classify_config import ClassifyRecipe
+from stillhouse.config.load import load_any_recipe
+from stillhouse.config.members import first_member
+from stillhouse.config.recipe import Recipe
+from stillhouse.consent import ComingText, coming_text, synthesis_findings
 from stillhouse.data.documents import AnyDocument, Conversation, Document
 from stillhouse.data.sources import read_sources, size_estimate
-from stillhouse.data.tokens import tokenize
+from stillhouse.data.tokenize_rows import tokenize
 from stillhouse.errors import StillhouseError
-from stillhouse.export import license_lines
+from stillhouse.export.licenses import license_lines
+from stillhouse.export_check import foresee_exports
 from stillhouse.finding import Finding, Level
 from stillhouse.hardware import (
     tune_allocator,
@@ -30,15 +36,10 @@ from stillhouse.job import (
     planned_members,
     planned_size,
 )
-from stillhouse.recipe import ClassifyRecipe, load_any_recipe
-from stillhouse.recipe.family import first_member
-from stillhouse.recipe.schema import Recipe
 from stillhouse.runner import run_folder
-from stillhouse.shipping_plan import foresee_exports
-from stillhouse.spending import ComingText, coming_text, synthesis_findings
-from stillhouse.stages.origins import origins_of
-from stillhouse.tasks.plan import foresee
-from stillhouse.teachers import load_tokenizer
+from stillhouse.stages.model_origins import origins_of
+from stillhouse.teachers.load import load_tokenizer
+from stillhouse.training_estimate import foresee_costs
 
 SAMPLE_DOCUMENTS = 400
 SAMPLE_CHARACTERS = 400_000

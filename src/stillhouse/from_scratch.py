@@ -11,18 +11,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from stillhouse import account, stages
-from stillhouse.evaluate.curve import PowerLaw, fit_power_law
+from stillhouse import account
+from stillhouse.config.members import first_member
+from stillhouse.config.recipe import Recipe
+from stillhouse.evaluate.power_law import PowerLaw, fit_power_law
 from stillhouse.job import find_models, planned_size
-from stillhouse.recipe import Recipe
-from stillhouse.recipe.family import first_member
-from stillhouse.recipe.student import RandomStudent
-from stillhouse.report.family import FromScratch, Member, ScratchMember
+from stillhouse.report.family_page import FromScratch, Member, ScratchMember
 from stillhouse.runfolder import Stage
-from stillhouse.stages import Do
-from stillhouse.stages.beginning import begin
-from stillhouse.teachers import load_config
-from stillhouse.training import METRICS, read_metrics
+from stillhouse.stages.data_stage import plan_data
+from stillhouse.stages.stage_plan import Do
+from stillhouse.stages.train_stage import plan_student, plan_training
+from stillhouse.stages.vocabulary_stage import begin
+from stillhouse.students.student_config import RandomStudent
+from stillhouse.teachers.load import load_config
+from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.train import METRICS
 
 MEASUREMENTS = 12
 
@@ -69,9 +72,9 @@ def measured_curve(recipe: Recipe, base: Path, do: Do, largest: Path) -> Curve:
     family, _ = begin(first, base, do)
     found = find_models(first.model_copy(update=changed), base, teacher=family.teacher)
     job = replace(found, text=family.text)
-    text = do(stages.plan_data(job))
-    student = do(stages.plan_student(job, text))
-    trained = do(replace(stages.plan_training(job, text, student, None), name="scratch"))
+    text = do(plan_data(job))
+    student = do(plan_student(job, text))
+    trained = do(replace(plan_training(job, text, student, None), name="scratch"))
     points = [
         (int(row["tokens"]), float(row["heldout_kl"]))
         for row in _with_tokens(trained)

@@ -11,26 +11,26 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stillhouse import account
+from stillhouse.config.members import ORIGINAL, member_recipe
+from stillhouse.config.recipe import Recipe
 from stillhouse.errors import RecipeError, SignalError
 from stillhouse.progress import note
-from stillhouse.recipe import Recipe
-from stillhouse.recipe.family import ORIGINAL, member_recipe
-from stillhouse.recipe.signals import FrozenHeadSignals, HiddenSignals
-from stillhouse.recipe.student import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopP
 from stillhouse.signals.manifest import read_settings
-from stillhouse.students import planned_config
-from stillhouse.synthesis.text import SynthesizedText
-from stillhouse.teachers import (
-    ModelSource,
-    VocabularyMatch,
-    check_same_vocabulary,
-    load_config,
-    load_tokenizer,
-    resolve_model,
+from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals
+from stillhouse.students.planned_config import planned_config
+from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.synthesis.synthesized_text import SynthesizedText
+from stillhouse.teachers.load import load_config, load_tokenizer
+from stillhouse.teachers.model_source import ModelSource, resolve_model
+from stillhouse.teachers.record_store import encoding_of
+from stillhouse.teachers.shared_vocabulary import VocabularyMatch, check_same_vocabulary
+from stillhouse.training.objective import (
+    Objective,
+    make_objective,
+    stored_layers,
+    stored_temperature,
 )
-from stillhouse.teachers.scoring import encoding_of
-from stillhouse.training import Objective, make_objective, stored_layers, stored_temperature
 
 
 @dataclass(frozen=True)

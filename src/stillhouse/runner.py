@@ -8,24 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse import stages
-from stillhouse.data import Windows
+from stillhouse.config.load import load_recipe, parse_recipe
+from stillhouse.config.members import first_member
+from stillhouse.config.recipe import Recipe
+from stillhouse.data.windows import Windows
 from stillhouse.errors import DataError, ModelError, RecipeError
-from stillhouse.evaluate import Evaluation, evaluate
-from stillhouse.export import Origin
+from stillhouse.evaluate.evaluate import evaluate
+from stillhouse.evaluate.results import Evaluation
+from stillhouse.export.licenses import Origin
 from stillhouse.hardware import choose_precision, default_device, leads, tune_allocator
 from stillhouse.job import Job, shared_vocabulary
-from stillhouse.recipe import Recipe, load_recipe, parse_recipe, run_root
-from stillhouse.recipe.family import first_member
+from stillhouse.run_paths import run_root
 from stillhouse.runfolder import RunFolder, Stage
-from stillhouse.stages import Do, StagePlan, doing, search, shipping, synthesis, telling
-from stillhouse.stages.answer_signals import answer_signals
-from stillhouse.stages.beginning import begin
-from stillhouse.stages.folder import locked_folder
-from stillhouse.stages.report import REPORT
-from stillhouse.synthesis import Synthesis
-from stillhouse.teachers import resolve_model
-from stillhouse.training import MODEL
+from stillhouse.stages import export_stage as shipping
+from stillhouse.stages import search_stage as search
+from stillhouse.stages import synthesis_stage as synthesis
+from stillhouse.stages.api_signals_stage import answer_signals
+from stillhouse.stages.evaluate_stage import EVALUATION, plan_evaluation
+from stillhouse.stages.locked_folder import locked_folder
+from stillhouse.stages.quantize_stage import plan_quantization, plan_quantized_training
+from stillhouse.stages.report_stage import REPORT
+from stillhouse.stages.signals_stage import STORE, for_one_head, plan_signals, stored_signals
+from stillhouse.stages.stage_plan import Do, StagePlan, doing, open_data, telling
+from stillhouse.stages.train_stage import plan_baseline, plan_student, plan_training
+from stillhouse.stages.vocabulary_stage import begin
+from stillhouse.synthesis.synthesize import Synthesis
+from stillhouse.teachers.model_source import resolve_model
+from stillhouse.training.train import MODEL
 
 POLL_SECONDS = 0.5
 SIGNALS = "signals"
@@ -89,7 +98,7 @@ def prepare_data(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Job
                     fix=f"stillhouse synthesize {recipe}",
                 )
         job, data = begin(loaded, base, doing(folder))
-        return job, *stages.open_data(data)
+        return job, *open_data(data)
 
 
 def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
@@ -112,11 +121,11 @@ def record_signals(recipe: str | Path, overrides: Sequence[str] = ()) -> Path:
         do, here = doing(folder), loaded.signals.server is None and loaded.signals.answers is None
         job, data = begin(loaded, base, do, weights=here)
         student = None
-        if stages.for_one_head(job):
+        if for_one_head(job):
             job = _shaped(job, data, do)
-            student = do(stages.plan_student(job, data))
+            student = do(plan_student(job, data))
         recorded = do(_recording(job, data, student))
-        folder.point(SIGNALS, recorded.path / stages.STORE)
+        folder.point(SIGNALS, recorded.path / STORE)
         return folder.root / SIGNALS
 
 
@@ -186,7 +195,7 @@ def lead(
     finished: list[Stage] = []
     do = telling(folder, finished)
     job, data, student, trained, baseline, quantized = _stages_together(recipe, base, do)
-    evaluated = do(stages.plan_evaluation(job, data, student, trained, baseline, quantized))
+    evaluated = do(plan_evaluation(job, data, student, trained, baseline, quantized))
     shipped = [trained, *quantized][-1]
     exported = do(shipping.export(job, data, shipped, evaluated, ancestors))
     hub = recipe.export.push_to_hub
@@ -195,7 +204,7 @@ def lead(
     report = do(shipping.report(job, list(finished)))
     for stage in finished:
         if stage.name == SIGNALS:
-            folder.point(SIGNALS, stage.path / stages.STORE)
+            folder.point(SIGNALS, stage.path / STORE)
         if stage.name == synthesis.NAME:
             folder.point(synthesis.NAME, stage.path)
     links = [shipping.shipped_folder(form) for form in recipe.export.formats]
@@ -206,7 +215,7 @@ def lead(
         folder=folder.links,
         model=folder.links / links[0],
         report=folder.links / REPORT,
-        evaluation=Evaluation.load(evaluated.path / stages.EVALUATION),
+        evaluation=Evaluation.load(evaluated.path / EVALUATION),
         stages=finished,
     )
 
@@ -219,20 +228,20 @@ def _stages_together(
     job = _shaped(job, data, do)
     student = recorded = None
     if recipe.signals is not None and recipe.signals.store is None:
-        if stages.for_one_head(job):
-            student = do(stages.plan_student(job, data))
+        if for_one_head(job):
+            student = do(plan_student(job, data))
         recorded = do(_recording(job, data, student))
-    student = student or do(stages.plan_student(job, data))
-    stored = stages.stored_signals(job, recorded)
-    trained = do(stages.plan_training(job, data, student, stored))
+    student = student or do(plan_student(job, data))
+    stored = stored_signals(job, recorded)
+    trained = do(plan_training(job, data, student, stored))
     baseline = None
     if recipe.evaluate.fine_tuning_baseline:
-        baseline = do(stages.plan_baseline(job, data, student))
+        baseline = do(plan_baseline(job, data, student))
     quantized = []
     if recipe.quantize is not None:
-        quantized.append(do(stages.plan_quantization(job, data, trained)))
+        quantized.append(do(plan_quantization(job, data, trained)))
         if recipe.quantize.qat is not None:
-            plan = stages.plan_quantized_training(job, data, trained, quantized[0], stored)
+            plan = plan_quantized_training(job, data, trained, quantized[0], stored)
             quantized.append(do(plan))
     return job, data, student, trained, baseline, quantized
 
@@ -241,7 +250,7 @@ def _recording(job: Job, data: Stage, student: Stage | None) -> StagePlan:
     """The stage that fills the store: a teacher is asked, or has told already."""
     if job.recipe.signals is not None and job.recipe.signals.answers is not None:
         return answer_signals(job)
-    return stages.plan_signals(job, data, student)
+    return plan_signals(job, data, student)
 
 
 def _shaped(job: Job, data: Stage, do: Do) -> Job:

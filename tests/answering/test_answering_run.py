@@ -10,13 +10,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from stillhouse.answering import run_answering
-from stillhouse.answering.compare import read_verdict
+from stillhouse.answering.answering_run import run_answering
+from stillhouse.answering.comparison_judge import read_verdict
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
+from stillhouse.config.load import parse_answering_recipe
+from stillhouse.consent import agree_to_task
 from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
-from stillhouse.recipe import parse_answering_recipe
-from stillhouse.spending import agree_to_task
 from tests.answering import toys
 from tests.synthesis.stub import Reply, Stub, error
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from stillhouse.answering.asking import answers, texts
-from stillhouse.answering.job import TRAIN, find_answering
-from stillhouse.answering.plan import foresee_answers
+from stillhouse.answering.answer_stages import answers, texts
+from stillhouse.answering.answering_check import foresee_answers
+from stillhouse.answering.answering_job import TRAIN, find_answering
+from stillhouse.config.load import parse_answering_recipe
+from stillhouse.consent import agree_to_task
 from stillhouse.errors import RecipeError, RunError
-from stillhouse.recipe import parse_answering_recipe
 from stillhouse.runfolder import RunFolder
-from stillhouse.spending import agree_to_task
-from stillhouse.stages import doing
+from stillhouse.stages.stage_plan import doing
 from tests.answering import toys
 from tests.synthesis.stub import Reply, Stub
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
-from stillhouse.answering.measuring import answer_all, read_json, request_for
+from stillhouse.answering.answering_evaluation import answer_all, read_json, request_for
+from stillhouse.generation.request import Answer, Failure
 from stillhouse.synthesis.filters import json_schema
-from stillhouse.synthesis.request import Answer, Failure
 from tests.answering import toys
 
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from stillhouse.answering.job import find_answering, training_recipe
-from stillhouse.answering.plan import foresee_answers
+from stillhouse.answering.answering_check import foresee_answers
+from stillhouse.answering.answering_config import AnsweringRecipe
+from stillhouse.answering.answering_job import find_answering, training_recipe
+from stillhouse.config.load import parse_answering_recipe
 from stillhouse.errors import RecipeError
-from stillhouse.recipe import AnsweringRecipe, parse_answering_recipe
-from stillhouse.recipe.objective import LogitsTerm
+from stillhouse.objectives.objective_config import LogitsTerm
 from tests.answering import toys
 
 EXAMPLES = {"examples": [{"text": "Ann is 3.", "answer": "Ann"}]}

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.answering.job import find_answering
+from stillhouse.answering.answering_config import AnsweringRecipe
+from stillhouse.answering.answering_job import find_answering
 from stillhouse.check import check_recipe
-from stillhouse.recipe import AnsweringRecipe, load_any_recipe
+from stillhouse.config.load import load_any_recipe
 from stillhouse.synthesis.filters import Row
 from tests import tiny
 

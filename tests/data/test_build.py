@@ -11,10 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from stillhouse.data import DataSummary, Windows, build, collate, open_windows, preview
-from stillhouse.data.preview import CONTEXT, LEARNT
+from stillhouse.data.build_data import DataSummary, build
+from stillhouse.data.data_config import DataRecipe
+from stillhouse.data.preview import CONTEXT, LEARNT, preview
+from stillhouse.data.windows import Windows, collate, open_windows
 from stillhouse.errors import DataError
-from stillhouse.recipe.data import DataRecipe
 
 from .toys import byte_level, chat, write_jsonl
 

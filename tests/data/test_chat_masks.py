@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from stillhouse.data.chat import Piece
 from stillhouse.data.documents import Completion, Conversation, Document
-from stillhouse.data.tokens import TokenRow, encode_pieces, tokenize
+from stillhouse.data.tokenize_rows import TokenRow, encode_pieces, tokenize
 from stillhouse.errors import DataError
 
 from .toys import (

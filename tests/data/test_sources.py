@@ -10,6 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stillhouse.data.data_config import (
+    CorpusSource,
+    HubSource,
+    JsonlSource,
+    ParquetSource,
+    Source,
+    TextSource,
+)
 from stillhouse.data.documents import (
     Completion,
     Conversation,
@@ -20,14 +28,6 @@ from stillhouse.data.documents import (
 from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.errors import DataError
-from stillhouse.recipe.data import (
-    CorpusSource,
-    HubSource,
-    JsonlSource,
-    ParquetSource,
-    Source,
-    TextSource,
-)
 
 from .toys import chat, write_jsonl
 

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.data.documents import Document, content_hash, group_hash
-from stillhouse.data.pool import Pool
+from stillhouse.data.row_pool import Pool
 from stillhouse.data.split import check_split, divide
-from stillhouse.data.tokens import TokenRow
+from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import DataError
 
 # Few letters and much whitespace: many texts are equal, exactly or but for whitespace.

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stillhouse.errors import DataError
-from stillhouse.evaluate.curve import fit_power_law
+from stillhouse.evaluate.power_law import fit_power_law
 
 TOKENS = [10_000 * n for n in range(1, 13)]
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from stillhouse.errors import ModelError
-from stillhouse.evaluate import Evaluation, compare, evaluate, heldout_answers
+from stillhouse.evaluate.evaluate import evaluate
+from stillhouse.evaluate.evaluate_config import EvaluateRecipe
+from stillhouse.evaluate.fidelity import compare, heldout_answers
+from stillhouse.evaluate.results import Evaluation
 from stillhouse.hardware import Precision
-from stillhouse.recipe.evaluate import EvaluateRecipe
 from stillhouse.teachers.weights import stored_dtypes
 
 from .toys import VOCABULARY, mixed_windows, save_toy, toy_model

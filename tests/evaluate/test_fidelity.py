@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import DataError, ModelError
-from stillhouse.evaluate import HeldoutAnswers, compare, fidelity, heldout_answers
+from stillhouse.evaluate import fidelity
+from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.evaluate.results import Fidelity
 from stillhouse.signals import DenseSignal, LMHead
 

@@ -11,7 +11,8 @@ import torch
 from transformers import DynamicCache
 
 from stillhouse.errors import ModelError
-from stillhouse.evaluate import measure_peak_memory, measure_rates, speed
+from stillhouse.evaluate import speed
+from stillhouse.evaluate.speed import measure_peak_memory, measure_rates
 
 from .toys import VOCABULARY, save_toy, toy_model
 

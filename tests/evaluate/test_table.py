@@ -9,16 +9,8 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from stillhouse.evaluate import (
-    Evaluation,
-    Fidelity,
-    Generation,
-    ModelResult,
-    Speed,
-    perplexity_retention,
-    retention_table,
-    task_table,
-)
+from stillhouse.evaluate.results import Evaluation, Fidelity, Generation, ModelResult, Speed
+from stillhouse.evaluate.retention_table import perplexity_retention, retention_table, task_table
 
 TEACHER = ModelResult(
     role="teacher",

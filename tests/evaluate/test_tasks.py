@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from stillhouse.errors import RecipeError, StillhouseError
-from stillhouse.evaluate import run_tasks
-from stillhouse.evaluate.tasks import _scores
-from stillhouse.recipe.evaluate import LmEvalRecipe
+from stillhouse.evaluate.evaluate_config import LmEvalRecipe
+from stillhouse.evaluate.lm_eval import _scores, run_tasks
 
 from .toys import save_toy, toy_model
 

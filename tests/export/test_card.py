@@ -8,19 +8,18 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stillhouse.evaluate import Evaluation, Fidelity, ModelResult
-from stillhouse.export import (
+from stillhouse.evaluate.results import Evaluation, Fidelity, ModelResult
+from stillhouse.export.gate import ReplayResult
+from stillhouse.export.licenses import (
     TEACHER,
-    CardFacts,
     License,
     Origin,
-    ReplayResult,
+    find_license,
     license_lines,
     license_warning,
     teacher_license,
-    write_card,
 )
-from stillhouse.export.licenses import find_license
+from stillhouse.export.model_card import CardFacts, write_card
 
 FREE = License("apache-2.0")
 

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError, RunError
-from stillhouse.export import Gate, ReplayResult, checkpoint, export_checkpoint, replay
+from stillhouse.export import checkpoint, replay
+from stillhouse.export.checkpoint import export_checkpoint
+from stillhouse.export.gate import Gate, ReplayResult
 from tests.export.conftest import TEMPLATE, ToyWindows
 
 Export = Callable[..., ReplayResult]

@@ -11,8 +11,9 @@ import pytest
 from transformers import LlamaConfig
 
 from stillhouse.errors import ModelError
-from stillhouse.export import Gate, announce_compressed, compressed, export_compressed
-from stillhouse.export.compressed import fitting_group
+from stillhouse.export import compressed
+from stillhouse.export.compressed import announce_compressed, export_compressed, fitting_group
+from stillhouse.export.gate import Gate
 from tests.export.conftest import ToyWindows
 
 STUB = """

@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stillhouse.export import Gate, against_teacher, export_checkpoint
+from stillhouse.export.checkpoint import export_checkpoint
+from stillhouse.export.gate import Gate, against_teacher
 from tests.export.conftest import ToyWindows
 
 

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from stillhouse.errors import ModelError
-from stillhouse.export import Gate, announce_gguf, export_gguf
-from stillhouse.export import gguf as gguf_export
+from stillhouse.export import gguf_export
+from stillhouse.export.gate import Gate
+from stillhouse.export.gguf_export import announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import for_gguf
 from stillhouse.export.gguf_tokenizer import SPLITS, pre_tokenizer_name

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stillhouse.errors import ModelError
-from stillhouse.export import Gate, announce_gguf, export_gguf
-from stillhouse.export import gguf as gguf_export
+from stillhouse.export import gguf_export
+from stillhouse.export.gate import Gate
 from stillhouse.export.gguf_config import misread_by_transformers
+from stillhouse.export.gguf_export import announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import architecture, rope_factors
 from tests import tiny

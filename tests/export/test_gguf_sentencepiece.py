@@ -15,13 +15,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from stillhouse.errors import ModelError
-from stillhouse.export import Gate, announce_gguf, export_gguf
+from stillhouse.export.gate import Gate
+from stillhouse.export.gguf_export import announce_gguf, export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import ARCHITECTURES
 from stillhouse.export.gguf_tokenizer import check_tokenizer, cut_otherwise_by_transformers
 from stillhouse.export.replay import LlamaCpp, prompt_ids
-from stillhouse.pruning import prune_tokenizer
-from stillhouse.pruning.tokens import Merges
+from stillhouse.pruning.kept_tokens import Merges, prune_tokenizer
 from tests import tiny
 from tests.export.conftest import ToyWindows
 from tests.gguf_files import real

@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from stillhouse.export import Gate, export_gguf, has_llama_cpp
+from stillhouse.export.gate import Gate
+from stillhouse.export.gguf_export import export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
-from stillhouse.teachers import load_tokenizer, resolve_model
+from stillhouse.export.llama_quantizer import has_llama_cpp
+from stillhouse.teachers.load import load_tokenizer
+from stillhouse.teachers.model_source import resolve_model
 
 ENGLISH = (
     "The river rises in the hills, runs past three villages and a mill that no longer turns, and "

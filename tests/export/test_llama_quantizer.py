@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from stillhouse.errors import ModelError
-from stillhouse.export import Gate, export_gguf, llama_quantizer
-from stillhouse.export import gguf as gguf_export
+from stillhouse.export import gguf_export, llama_quantizer
+from stillhouse.export.gate import Gate
+from stillhouse.export.gguf_export import export_gguf
 from stillhouse.export.llama_quantizer import has_llama_cpp, importance_matrix, k_quantize
 from stillhouse.quantize.moments import input_moments
 from tests import tiny

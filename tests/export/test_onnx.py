@@ -20,9 +20,8 @@ from transformers import (
 )
 
 from stillhouse.errors import ModelError
-from stillhouse.export import onnx as onnx_export
-from stillhouse.export import replay_onnx
-from stillhouse.export.onnx import FILE, OnnxReplay, _compare, export_onnx
+from stillhouse.export import onnx_export, replay_onnx
+from stillhouse.export.onnx_export import FILE, OnnxReplay, _compare, export_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

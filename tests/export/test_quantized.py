@@ -12,16 +12,19 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError
-from stillhouse.export import Gate, announce_gguf, export_gguf, export_torchao
-from stillhouse.export import gguf as gguf_export
+from stillhouse.export import gguf_export
 from stillhouse.export import torchao as torchao_export
-from stillhouse.export.gguf import write_form
+from stillhouse.export.gate import Gate
 from stillhouse.export.gguf_blocks import fitting_kind, packed_blocks, second_rounding
+from stillhouse.export.gguf_export import announce_gguf, export_gguf, write_form
 from stillhouse.export.gguf_file import FORMATS
-from stillhouse.quantize import FILE, Grid, Quantization, choose_scales, on_grid, quantize
+from stillhouse.export.torchao import export_torchao
 from stillhouse.quantize.activations import rounded_inputs
-from stillhouse.recipe.quantize import QuantizeRecipe
-from stillhouse.teachers import load_model
+from stillhouse.quantize.grid import Grid, choose_scales, on_grid
+from stillhouse.quantize.quantization import FILE, Quantization
+from stillhouse.quantize.quantize import quantize
+from stillhouse.quantize.quantize_config import QuantizeRecipe
+from stillhouse.teachers.load import load_model
 from tests import tiny
 from tests.export.conftest import ToyWindows
 

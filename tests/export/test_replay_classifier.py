@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from stillhouse.classify.classifier import load_classifier
+from stillhouse.classify.classifier_export import _replay
+from stillhouse.classify.classifier_students import build_classifier
+from stillhouse.classify.classify_config import PretrainedClassifier, TruncatedClassifier
+from stillhouse.classify.label_prompts import LabelPrompt
 from stillhouse.errors import ModelError
 from stillhouse.export import replay_classifier as script
-from stillhouse.export.classifier import ClassifierRows, replay_classifier
-from stillhouse.recipe.classify import PretrainedClassifier, TruncatedClassifier
-from stillhouse.tasks.classifier import load_classifier
-from stillhouse.tasks.products import _replay
-from stillhouse.tasks.prompts import LabelPrompt
-from stillhouse.tasks.students import build_classifier
-from stillhouse.teachers import resolve_model
+from stillhouse.export.classifier_gate import ClassifierRows, replay_classifier
+from stillhouse.teachers.model_source import resolve_model
 from tests import tiny
 
 TEXTS = ["a cat", "the soup of the day was cold and the bread was old", "birds"]

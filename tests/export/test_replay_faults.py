@@ -19,11 +19,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError
-from stillhouse.export import Gate, ReplayResult, export_checkpoint, export_gguf, replay
-from stillhouse.export import gguf as gguf_export
-from stillhouse.export.gate import LLAMA_CPP_KL, check_replay
-from stillhouse.quantize import FILE, Quantization, quantize
-from stillhouse.recipe.quantize import QuantizeRecipe
+from stillhouse.export import gguf_export, replay
+from stillhouse.export.checkpoint import export_checkpoint
+from stillhouse.export.gate import LLAMA_CPP_KL, Gate, ReplayResult, check_replay
+from stillhouse.export.gguf_export import export_gguf
+from stillhouse.quantize.quantization import FILE, Quantization
+from stillhouse.quantize.quantize import quantize
+from stillhouse.quantize.quantize_config import QuantizeRecipe
 from tests import tiny
 from tests.export.conftest import ToyWindows
 

@@ -243,7 +243,7 @@ def test_a_frozen_head_costs_no_head_gradient(monkeypatch) -> None:
         fused_loss(case.hidden_ND, case.head, [Term("forward_kl")], signal=case.signal).total,
         case.hidden_ND,
     )[0]
-    monkeypatch.setattr("stillhouse.objectives.work.accumulate_outer_", fail)
+    monkeypatch.setattr("stillhouse.objectives.chunk_loop.accumulate_outer_", fail)
     frozen = LMHead(case.head.weight_VD.detach())
     loss = fused_loss(case.hidden_ND, frozen, [Term("forward_kl")], signal=case.signal)
     torch.testing.assert_close(torch.autograd.grad(loss.total, case.hidden_ND)[0], expected)
@@ -256,7 +256,7 @@ def test_without_grad_only_the_value_is_computed(monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a gradient was computed")
 
-    monkeypatch.setattr("stillhouse.objectives.work.Work._carry_back", fail)
+    monkeypatch.setattr("stillhouse.objectives.chunk_loop.Work._carry_back", fail)
     with torch.no_grad():
         found = fused_loss(case.hidden_ND, case.head, [Term("forward_kl")], signal=case.signal)
     assert not found.total.requires_grad

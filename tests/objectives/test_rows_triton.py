@@ -16,8 +16,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
 pytest.importorskip("triton")
 
-from stillhouse.objectives import Term, blocks, fused_loss, rows_triton
-from stillhouse.objectives.rows import KINDS, fitting
+from stillhouse.objectives import Term, fused_loss
+from stillhouse.objectives import block_losses as blocks
+from stillhouse.objectives import triton_kernel as rows_triton
+from stillhouse.objectives.triton_dispatch import KINDS, fitting
 from stillhouse.signals import LogitsSignal
 from tests.objectives.cases import Case, make_case, relative_error
 from tests.objectives.test_divergences import VARIANTS, at, name
@@ -115,8 +117,8 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from stillhouse.objectives import rows_triton
-from stillhouse.objectives.rows import KINDS
+from stillhouse.objectives import triton_kernel as rows_triton
+from stillhouse.objectives.triton_dispatch import KINDS
 
 names = rows_triton._row.arg_names
 pointers = dict(student="*bf16", teacher="*bf16", values="*fp32", cross="*fp32")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from stillhouse.pruning import prune_model
 from stillhouse.pruning.calibrate import calibration_batches, unseen
 from stillhouse.pruning.domain import Domain, kl_on, read_text
-from stillhouse.recipe.student import PrunedStudent
-from stillhouse.students import build_student
-from stillhouse.teachers import resolve_model
+from stillhouse.pruning.prune import prune_model
+from stillhouse.students.build_student import build_student
+from stillhouse.students.student_config import PrunedStudent
+from stillhouse.teachers.model_source import resolve_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model
 
 

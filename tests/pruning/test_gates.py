@@ -27,14 +27,9 @@ from stillhouse.errors import ModelError
 from stillhouse.export.gguf_config import misread_by_transformers
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import architecture
-from stillhouse.pruning import (
-    ARCHITECTURES,
-    check_sizes,
-    prune_model,
-    resized_config,
-    sizes_of,
-)
-from stillhouse.pruning.axes import axes_of
+from stillhouse.pruning.axes import ARCHITECTURES, axes_of
+from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.sizes import check_sizes, resized_config, sizes_of
 from tests.gguf_files import (
     assert_alike,
     expected_tensors,

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from stillhouse.config.load import parse_recipe
 from stillhouse.errors import RecipeError
-from stillhouse.pruning import prune_model
 from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.calibrate import Batch, calibration_batches
 from stillhouse.pruning.depth import choose_layers, layer_scores
 from stillhouse.pruning.gradients import Fisher, mask_fisher
-from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.pruning import PruningMethod
+from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.pruning_config import PruningMethod
 from tests import tiny
 from tests.teachers.toys import ToyWindows, tiny_model
 

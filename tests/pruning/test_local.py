@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from stillhouse.pruning import local, prune_model
+from stillhouse.pruning import local_distillation as local
+from stillhouse.pruning.prune import prune_model
 from tests.teachers.toys import ToyWindows, tiny_model
 
 

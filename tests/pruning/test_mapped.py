@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from stillhouse.pruning import depth, hidden, mapped, prune_model
+from stillhouse.pruning import depth, hidden, mapped
 from stillhouse.pruning.mapped import (
     let_go,
     let_go_after_use,
@@ -22,7 +22,9 @@ from stillhouse.pruning.mapped import (
     move_to_disk,
 )
 from stillhouse.pruning.mapped import save_model as write_model
-from stillhouse.teachers import lm_head, load_model
+from stillhouse.pruning.prune import prune_model
+from stillhouse.teachers.backbone import lm_head
+from stillhouse.teachers.load import load_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are let go on Linux only")
@@ -152,9 +154,9 @@ import json, sys
 from pathlib import Path
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.pruning import mapped
-from stillhouse.recipe.student import PrunedStudent
-from stillhouse.students import build_student
-from stillhouse.teachers import resolve_model
+from stillhouse.students.student_config import PrunedStudent
+from stillhouse.students.build_student import build_student
+from stillhouse.teachers.model_source import resolve_model
 from tests.teachers.toys import ToyWindows, tiny_model
 mapped.LARGE_BYTES = 0
 folder = Path(sys.argv[1])

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from stillhouse.errors import DataError, ModelError, RecipeError
-from stillhouse.pruning import ARCHITECTURES, check_saved, check_sizes, prune_model
-from stillhouse.pruning.axes import axes_of
+from stillhouse.pruning.axes import ARCHITECTURES, axes_of
 from stillhouse.pruning.calibrate import (
     add_ffn,
     after_attention,
@@ -22,7 +21,9 @@ from stillhouse.pruning.calibrate import (
     run_layer,
 )
 from stillhouse.pruning.depth import choose_layers
-from stillhouse.pruning.surgery import keep_layers, own_config
+from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.sizes import check_sizes
+from stillhouse.pruning.surgery import check_saved, keep_layers, own_config
 from tests.teachers.toys import VOCABULARY, ToyWindows, tiny_model
 
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(9))

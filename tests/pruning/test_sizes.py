@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from transformers import Gemma3Config, Mistral3Config
 
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.pruning import check_sizes, prune_model
-from stillhouse.recipe.student import PrunedStudent
-from stillhouse.students import planned_config
+from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.sizes import check_sizes
+from stillhouse.students.planned_config import planned_config
+from stillhouse.students.student_config import PrunedStudent
 from tests.teachers.toys import ToyWindows, tiny_model
 
 

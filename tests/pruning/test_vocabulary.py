@@ -17,21 +17,21 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.pruning import (
-    check_saved,
-    depth,
+from stillhouse.pruning import depth
+from stillhouse.pruning.kept_tokens import Merges, prune_tokenizer
+from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.surgery import check_saved
+from stillhouse.pruning.vocabulary_cut import (
+    KEPT_IDS,
     expected_tokens,
     kept_token_ids,
     load_kept_ids,
-    prune_model,
-    prune_tokenizer,
     save_kept_ids,
 )
-from stillhouse.pruning.tokens import Merges
-from stillhouse.pruning.vocabulary import KEPT_IDS
-from stillhouse.recipe.student import PrunedStudent
-from stillhouse.students import build_student
-from stillhouse.teachers import load_model, load_tokenizer, resolve_model, save_tokenizer
+from stillhouse.students.build_student import build_student
+from stillhouse.students.student_config import PrunedStudent
+from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.model_source import resolve_model
 from tests import tiny
 from tests.teachers.toys import ToyWindows, tiny_model, toy_tokenizer
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillhouse.quantize import Grid, choose_scales, from_codes, on_grid, to_codes
-from stillhouse.quantize.grid import WEIGHED
+from stillhouse.quantize.grid import WEIGHED, Grid, choose_scales, from_codes, on_grid, to_codes
 
 GRIDS = [Grid(4, 8), Grid(8, 16), Grid(8, None, floating=True)]
 

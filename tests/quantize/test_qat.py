@@ -12,29 +12,23 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from stillhouse.data import Windows
-from stillhouse.evaluate import compare, heldout_answers
+from stillhouse.config.load import parse_recipe
+from stillhouse.data.windows import Windows
+from stillhouse.evaluate.fidelity import compare, heldout_answers
 from stillhouse.job import find_models
-from stillhouse.quantize import (
-    FILE,
-    Grid,
-    Quantization,
-    find_units,
-    on_grid,
-    qat_section,
-    quantize,
-    train_quantized,
-)
+from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.quantize.grid import Grid, on_grid
 from stillhouse.quantize.qat import RoundedWeights
+from stillhouse.quantize.quantization import FILE, Quantization
+from stillhouse.quantize.quantize import qat_section, quantize, train_quantized
+from stillhouse.quantize.quantize_config import QatRecipe, QuantizeRecipe
 from stillhouse.quantize.sensitivity import scales_of
-from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.objective import ObjectiveRecipe
-from stillhouse.recipe.quantize import QatRecipe, QuantizeRecipe
-from stillhouse.recipe.train import TrainRecipe
+from stillhouse.quantize.units import find_units
 from stillhouse.runfolder import Cost, Stage
 from stillhouse.runner import prepare_data
-from stillhouse.stages import quantize as stages
-from stillhouse.teachers import load_model
+from stillhouse.stages import quantize_stage as stages
+from stillhouse.teachers.load import load_model
+from stillhouse.training.train_config import TrainRecipe
 from tests import tiny
 
 

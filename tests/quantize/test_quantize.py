@@ -12,30 +12,28 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from stillhouse import stages
 from stillhouse.check import check_recipe
 from stillhouse.errors import RecipeError
-from stillhouse.evaluate import Evaluation, compare, heldout_answers
-from stillhouse.quantize import (
-    FILE,
-    Grid,
-    Quantization,
+from stillhouse.evaluate.fidelity import compare, heldout_answers
+from stillhouse.evaluate.results import Evaluation
+from stillhouse.quantize.activations import round_inputs_of, rounded_inputs
+from stillhouse.quantize.grid import Grid
+from stillhouse.quantize.quantization import FILE, Quantization
+from stillhouse.quantize.quantize import grid_of, quantization_notes, quantize
+from stillhouse.quantize.quantize_config import QuantizeRecipe
+from stillhouse.quantize.sensitivity import (
     Sensitivity,
     choose_kept,
-    find_units,
-    grid_of,
     measure,
-    model_bytes,
-    quantize,
+    quantized,
+    reference_answers,
+    scales_of,
 )
-from stillhouse.quantize.activations import round_inputs_of, rounded_inputs
-from stillhouse.quantize.quantize import quantization_notes
-from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
-from stillhouse.quantize.units import left_over, told_left_over
-from stillhouse.recipe.quantize import QuantizeRecipe
+from stillhouse.quantize.units import find_units, left_over, model_bytes, told_left_over
 from stillhouse.runfolder import Cost, Stage
 from stillhouse.runner import prepare_data
-from stillhouse.teachers import load_model
+from stillhouse.stages.evaluate_stage import EVALUATION, plan_evaluation
+from stillhouse.teachers.load import load_model
 from tests import tiny
 
 GRID = Grid(4, 32)
@@ -329,8 +327,8 @@ def test_a_dynamic_student_is_evaluated_with_its_inputs_rounded(tmp_path: Path) 
         teacher = Stage("train", folder, "", Cost(), {}, False)
         (folder / "model").symlink_to(folder / "teacher")
         data = Stage("data", Path(windows.path).parent, "", Cost(), {}, False)
-        stages.plan_evaluation(job, data, teacher, teacher, None, [stage]).work(folder)
-        found = Evaluation.load(folder / stages.EVALUATION).result("quantized")
+        plan_evaluation(job, data, teacher, teacher, None, [stage]).work(folder)
+        found = Evaluation.load(folder / EVALUATION).result("quantized")
         assert found is not None
         kl[kind] = found.fidelity.kl
     assert kl["int8_dynamic_int8"] > 1.2 * kl["int8"]

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from stillhouse.evaluate.results import Evaluation, Fidelity, Generation, ModelResult, Speed
-from stillhouse.report import ReportData, ScratchCost, StageCost
+from stillhouse.report.report_data import ReportData, ScratchCost, StageCost
 
 TEACHER, STUDENT, TOKENS = 134_515_008, 107_961_408, 61_320
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 
 from stillhouse.evaluate.results import Evaluation
-from stillhouse.report import StageCost, charts
+from stillhouse.report import charts
 from stillhouse.report.charts import Chart
 from stillhouse.report.history import training_curve
+from stillhouse.report.report_data import StageCost
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 

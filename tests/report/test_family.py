@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from stillhouse.evaluate.results import Fidelity
-from stillhouse.report import text
-from stillhouse.report.family import (
+from stillhouse.report import report_text as text
+from stillhouse.report.family_page import (
     CutTeacher,
     FamilyReport,
     FromScratch,

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from stillhouse.report import ReportData
 from stillhouse.report.formats import form_charts, form_rows, forms
+from stillhouse.report.report_data import ReportData
 from stillhouse.report.write import render_report
 
 

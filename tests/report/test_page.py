@@ -12,8 +12,10 @@ import pytest
 
 from stillhouse.errors import RunError
 from stillhouse.evaluate.results import Evaluation, Generation
-from stillhouse.report import ReportData, StageCost, render_report, write, write_report
+from stillhouse.report import write
+from stillhouse.report.report_data import ReportData, StageCost
 from stillhouse.report.view import build_page
+from stillhouse.report.write import render_report, write_report
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 LOADING = {"src", "href", "xlink:href", "data", "poster", "srcset", "action", "background"}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.report import text
+from stillhouse.report import report_text as text
 
 
 @pytest.mark.parametrize(

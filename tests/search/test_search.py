@@ -12,17 +12,17 @@ import torch
 
 from stillhouse.account import count_parameters, forward_flops, training_flops
 from stillhouse.errors import DataError
-from stillhouse.pruning import prune_model, sizes_of
 from stillhouse.pruning.axes import axes_of
-from stillhouse.recipe.student import PrunedStudent
-from stillhouse.recipe.train import TrainRecipe
-from stillhouse.search import CANDIDATES, WORK, Found, search_shape
-from stillhouse.search import run as searching
+from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.sizes import sizes_of
 from stillhouse.search.probes import Curve, curves, expected, probed
-from stillhouse.search.run import Setting
-from stillhouse.search.short import distill_shortly
-from stillhouse.search.text import answers, batches_of, kl_to, split_text
-from stillhouse.teachers import load_config, load_model
+from stillhouse.search.search_shape import CANDIDATES, WORK, Found, Setting, search_shape
+from stillhouse.search.search_shape import search_shape as searching
+from stillhouse.search.search_text import answers, batches_of, kl_to, split_text
+from stillhouse.search.short_training import distill_shortly
+from stillhouse.students.student_config import PrunedStudent
+from stillhouse.teachers.load import load_config, load_model
+from stillhouse.training.train_config import TrainRecipe
 from tests.teachers.toys import VOCABULARY, ToyWindows, save_model, tiny_model
 
 WINDOWS = ToyWindows(count=48)

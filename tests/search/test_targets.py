@@ -11,8 +11,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stillhouse.account import count_parameters
+from stillhouse.config.load import parse_recipe
 from stillhouse.errors import RecipeError
-from stillhouse.pruning import ARCHITECTURES, Sizes, prune_model, resized_config, sizes_of
+from stillhouse.pruning.axes import ARCHITECTURES
+from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.pruning_config import (
+    Amount,
+    SearchRecipe,
+    TargetRecipe,
+    VocabularyFile,
+    read_amount,
+)
 from stillhouse.pruning.shapes import (
     Counter,
     counted,
@@ -23,19 +32,12 @@ from stillhouse.pruning.shapes import (
     shown,
     sizes_to_prune,
 )
-from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.pruning import (
-    Amount,
-    SearchRecipe,
-    TargetRecipe,
-    VocabularyFile,
-    read_amount,
-)
-from stillhouse.recipe.student import PrunedStudent
-from stillhouse.search import costs
-from stillhouse.search.journal import Journal
-from stillhouse.search.timing import Timing
-from stillhouse.students import planned_config
+from stillhouse.pruning.sizes import Sizes, resized_config, sizes_of
+from stillhouse.search import shape_costs as costs
+from stillhouse.search.block_timing import Timing
+from stillhouse.search.trial_log import Journal
+from stillhouse.students.planned_config import planned_config
+from stillhouse.students.student_config import PrunedStudent
 from tests import tiny
 from tests.teachers.toys import CONFIGS, ToyWindows, tiny_model
 

@@ -9,12 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from stillhouse.pruning import sizes_of
+from stillhouse.pruning.pruning_config import SearchRecipe, TargetRecipe
 from stillhouse.pruning.shapes import Counter, combinations
-from stillhouse.recipe.pruning import SearchRecipe, TargetRecipe
-from stillhouse.search.costs import costs_of
-from stillhouse.search.journal import Journal
-from stillhouse.search.timing import (
+from stillhouse.pruning.sizes import sizes_of
+from stillhouse.search.block_timing import (
     LatencyTable,
     MemoryLine,
     Timing,
@@ -22,6 +20,8 @@ from stillhouse.search.timing import (
     time_shape,
     timed_widths,
 )
+from stillhouse.search.shape_costs import costs_of
+from stillhouse.search.trial_log import Journal
 from tests.teachers.toys import CONFIGS
 
 

@@ -21,7 +21,7 @@ from stillhouse.signals.encodings import (
     encoding_to_json,
 )
 from stillhouse.signals.selection import at_least, likeliest, locate, probabilities, take_out_
-from stillhouse.signals.tune import expected, likeliest_probabilities, tune_threshold
+from stillhouse.signals.tune_threshold import expected, likeliest_probabilities, tune_threshold
 from tests.signals import toys
 from tests.signals.decoding import decode
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from stillhouse.errors import StoreError
-from stillhouse.signals import hub
+from stillhouse.signals import store_hub as hub
 from stillhouse.signals.encodings import Threshold, TopP
-from stillhouse.signals.export import export_parquet
+from stillhouse.signals.parquet_export import export_parquet
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.store import open_store
 from tests.signals import toys

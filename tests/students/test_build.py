@@ -11,10 +11,11 @@ import torch
 
 from stillhouse import account
 from stillhouse.errors import ModelError, RecipeError, RunError
-from stillhouse.recipe.student import PretrainedStudent, PrunedStudent, RandomStudent
-from stillhouse.students import build as making
-from stillhouse.students import build_student
-from stillhouse.teachers import ModelSource, load_model, load_tokenizer, resolve_model
+from stillhouse.students.build_student import build_student
+from stillhouse.students.build_student import build_student as making
+from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.model_source import ModelSource, resolve_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from stillhouse.errors import RecipeError
-from stillhouse.students import overridden_config, random_model
+from stillhouse.students.random_student import overridden_config, random_model
 from tests.teachers.toys import tiny_model
 
 

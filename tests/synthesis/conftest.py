@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.synthesis import client as client_module
-from stillhouse.synthesis.journal import Journal
-from stillhouse.synthesis.link import OpenAILink
+from stillhouse.generation import client as client_module
+from stillhouse.generation.http_link import OpenAILink
+from stillhouse.generation.journal import Journal
 
 
 @pytest.fixture(params=["http", "openai"])

@@ -6,11 +6,11 @@ import asyncio
 from dataclasses import replace
 from typing import Any
 
-from stillhouse.synthesis.budget import Budget, Price
-from stillhouse.synthesis.client import Client
-from stillhouse.synthesis.journal import Journal
-from stillhouse.synthesis.pool import Patience, Pool, Tally
-from stillhouse.synthesis.request import Request
+from stillhouse.generation.budget import Budget, Price
+from stillhouse.generation.client import Client
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Request
+from stillhouse.generation.request_pool import Patience, Pool, Tally
 from tests.synthesis.stub import Reply, Script, Stub
 
 QUICK = Patience(attempts=3, backoff=0.02)

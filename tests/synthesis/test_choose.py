@@ -11,15 +11,15 @@ import pytest
 import torch
 import yaml
 
+from stillhouse.config.load import parse_recipe
 from stillhouse.errors import RecipeError
-from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.synthesize import SynthesizeRecipe
+from stillhouse.generation.local_generator import Generator
+from stillhouse.generation.request import Answer, Request
 from stillhouse.runner import synthesize_text
-from stillhouse.synthesis import Answer, Request, Synthesis
-from stillhouse.synthesis.choose import likelihood, majority, normalized
+from stillhouse.synthesis.best_of import likelihood, majority, normalized
 from stillhouse.synthesis.filters import Filters, Row, Sieve
-from stillhouse.synthesis.local import Generator
-from stillhouse.synthesis.run import chosen_filters, mean_log_probability
+from stillhouse.synthesis.synthesize import Synthesis, chosen_filters, mean_log_probability
+from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub, error
 

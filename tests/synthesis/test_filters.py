@@ -12,7 +12,7 @@ import pytest
 from stillhouse.errors import RecipeError
 from stillhouse.synthesis import filters
 from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve
-from stillhouse.synthesis.near import NearDuplicates, shingles
+from stillhouse.synthesis.near_duplicates import NearDuplicates, shingles
 from stillhouse.synthesis.prompts import Prompt, words
 
 

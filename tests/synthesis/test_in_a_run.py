@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 import stillhouse
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
+from stillhouse.consent import agree_to_spend
 from stillhouse.errors import DataError, RecipeError
+from stillhouse.generation.budget import Spending
 from stillhouse.runner import RunResult, prepare_data, synthesize_text
-from stillhouse.spending import agree_to_spend
-from stillhouse.synthesis import Known
-from stillhouse.synthesis.budget import Spending
+from stillhouse.synthesis.estimate import Known
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from stillhouse.errors import RunError
-from stillhouse.synthesis import journal as journal_module
-from stillhouse.synthesis.journal import Journal
-from stillhouse.synthesis.request import Answer, Failure, Request, endpoint_of
+from stillhouse.generation import journal as journal_module
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Answer, Failure, Request, endpoint_of
 
 REQUEST = Request(
     "https://api.example.org/v1",
@@ -138,8 +138,8 @@ def test_closing_commits_what_still_waits(tmp_path: Path) -> None:
 _WRITER = """
 import sys
 from pathlib import Path
-from stillhouse.synthesis.journal import Journal
-from stillhouse.synthesis.request import Answer, Request
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Answer, Request
 journal = Journal(Path(sys.argv[1]))
 for sample in range(10**9):
     request = Request("local", "m", ({"role": "user", "content": "x"},), {}, sample)

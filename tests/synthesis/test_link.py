@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from stillhouse.synthesis.client import Client
-from stillhouse.synthesis.link import HttpLink, LinkError, OpenAILink, Reply
+from stillhouse.generation.client import Client
+from stillhouse.generation.http_link import HttpLink, LinkError, OpenAILink, Reply
 
 LENGTH = b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\nX-Say:  hi \r\n\r\nhello world"
 CHUNKED = (

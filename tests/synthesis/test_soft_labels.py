@@ -12,17 +12,17 @@ import pytest
 import torch
 
 import stillhouse
-from stillhouse.data.tokens import TokenRow
+from stillhouse.config.load import parse_recipe
+from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import RecipeError, SignalError
-from stillhouse.recipe import parse_recipe
 from stillhouse.runner import RunResult
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.segments import find_segments
+from stillhouse.signals.signal_types import SparseSignal
 from stillhouse.signals.store import open_store
-from stillhouse.signals.types import SparseSignal
 from stillhouse.signals.verify import verify
 from stillhouse.synthesis.soft_labels import Words, align, entry_rows
-from stillhouse.training import read_metrics
+from stillhouse.training.checkpoints import read_metrics
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub
 from tests.synthesis.test_in_a_run import api, recipe

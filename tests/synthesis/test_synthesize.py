@@ -15,15 +15,17 @@ import pytest
 import yaml
 
 from stillhouse.check import check_recipe
+from stillhouse.config.load import parse_recipe
+from stillhouse.data.data_config import JsonlSource
 from stillhouse.data.documents import Conversation
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError, EndpointError, RecipeError
-from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.data import JsonlSource
+from stillhouse.generation.budget import Spending
+from stillhouse.generation.journal import Journal
 from stillhouse.runner import synthesize_text
-from stillhouse.stages.synthesis import origins
-from stillhouse.synthesis import Journal, Synthesis, foreseen
-from stillhouse.synthesis.budget import Spending
+from stillhouse.stages.synthesis_stage import origins
+from stillhouse.synthesis.preflight import foreseen
+from stillhouse.synthesis.synthesize import Synthesis
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub, error
 

@@ -16,10 +16,11 @@ import torch
 import yaml
 
 from stillhouse.check import check_recipe
+from stillhouse.config.load import parse_recipe
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.recipe import parse_recipe
+from stillhouse.generation.journal import Journal
 from stillhouse.runner import synthesize_text
-from stillhouse.synthesis import Journal, Synthesis
+from stillhouse.synthesis.synthesize import Synthesis
 from tests import tiny
 
 STUB = '''

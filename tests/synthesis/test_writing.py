@@ -10,14 +10,14 @@ import pytest
 import yaml
 
 from stillhouse.check import check_recipe
+from stillhouse.config.load import parse_recipe
 from stillhouse.errors import DataError, RecipeError
-from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.prompts import CombineRecipe
+from stillhouse.generation.budget import worst_case
+from stillhouse.generation.request import Request
 from stillhouse.runner import synthesize_text
-from stillhouse.synthesis import Synthesis
-from stillhouse.synthesis.budget import worst_case
-from stillhouse.synthesis.request import Request
-from stillhouse.synthesis.writing import combinations, combined, prompt_lines
+from stillhouse.synthesis.prompts_config import CombineRecipe
+from stillhouse.synthesis.synthesize import Synthesis
+from stillhouse.synthesis.write_prompts import combinations, combined, prompt_lines
 from tests import tiny
 from tests.synthesis.stub import Reply, Stub
 

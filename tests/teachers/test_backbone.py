@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from stillhouse.errors import ModelError
-from stillhouse.signals.head import head_logits
-from stillhouse.teachers import check_head, dense_signal, hidden_states, lm_head
+from stillhouse.signals.lm_head import head_logits
+from stillhouse.teachers.backbone import check_head, dense_signal, hidden_states, lm_head
 from tests.teachers.toys import CONFIGS, tiny_model
 
 IDS = torch.arange(3, 43).view(2, 20)

@@ -13,8 +13,9 @@ import torch
 from torch.testing import assert_close
 
 from stillhouse.errors import ModelError
-from stillhouse.teachers import gguf as converter
-from stillhouse.teachers import load_model, load_tokenizer, resolve_model
+from stillhouse.teachers import gguf_import as converter
+from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.model_source import resolve_model
 from tests.teachers.toys import SIZES, tiny_model
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

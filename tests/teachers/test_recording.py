@@ -6,7 +6,7 @@ import torch
 
 from stillhouse.data.shift import supervised_rows
 from stillhouse.signals.encodings import TopK
-from stillhouse.signals.head import head_logits
+from stillhouse.signals.lm_head import head_logits
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import find_segments

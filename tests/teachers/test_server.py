@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from stillhouse.errors import EndpointError, ModelError
-from stillhouse.recipe.signals import SignalServer
 from stillhouse.signals.encodings import TopK
 from stillhouse.signals.manifest import Settings
+from stillhouse.signals.signals_config import SignalServer
 from stillhouse.signals.store import open_store
-from stillhouse.teachers import scoring
-from stillhouse.teachers.scoring import local_teacher, score, segments_of
-from stillhouse.teachers.server import server_teacher
+from stillhouse.teachers import record_store as scoring
+from stillhouse.teachers.record_store import local_teacher, score, segments_of
+from stillhouse.teachers.scoring_server import server_teacher
 from tests import tiny
 
 K = 5

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from stillhouse.errors import ModelError
-from stillhouse.teachers import load_model, load_tokenizer, resolve_model, source
+from stillhouse.teachers import model_source as source
 from stillhouse.teachers.hashing import file_sha256
+from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.model_source import resolve_model
 from tests.teachers.toys import save_model, tiny_model
 
 

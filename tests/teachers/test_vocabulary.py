@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stillhouse.errors import ModelError
-from stillhouse.teachers import check_same_vocabulary
+from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
 from tests.teachers.toys import toy_tokenizer
 
 

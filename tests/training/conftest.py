@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.data import Windows, build, open_windows
-from stillhouse.recipe import parse_recipe
+from stillhouse.config.load import parse_recipe
+from stillhouse.data.build_data import build
+from stillhouse.data.windows import Windows, open_windows
 from tests import tiny
 
 

@@ -12,7 +12,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from stillhouse.teachers import hidden_states
+from stillhouse.teachers.backbone import hidden_states
 from stillhouse.training import attention
 from stillhouse.training.attention import use_short_attention
 

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stillhouse.data import collate
+from stillhouse.config.load import parse_recipe
+from stillhouse.data.windows import collate
 from stillhouse.errors import SignalError
-from stillhouse.recipe import parse_recipe
-from stillhouse.recipe.objective import ObjectiveRecipe
-from stillhouse.teachers import load_model
-from stillhouse.training import make_objective, read_metrics
+from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.teachers.load import load_model
+from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.loss import same_document
+from stillhouse.training.objective import make_objective
 from tests import tiny
 from tests.training.conftest import Setting
 from tests.training.test_train import run

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.training import checkpoints, read_metrics
+from stillhouse.training import checkpoints
+from stillhouse.training.checkpoints import read_metrics
 from tests.training.conftest import Setting
 from tests.training.test_train import SCRIPT, job_arguments
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from stillhouse.errors import RecipeError, TrainingError
-from stillhouse.recipe.objective import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe
-from stillhouse.recipe.train import TrainRecipe
-from stillhouse.teachers import load_model
-from stillhouse.training import plan_batches, read_metrics, train
-from stillhouse.training.train import checkpointing_key
+from stillhouse.objectives.objective_config import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe
+from stillhouse.teachers.load import load_model
+from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.train import checkpointing_key, plan_batches, train
+from stillhouse.training.train_config import TrainRecipe
 from tests.training.conftest import Setting
 
 KL = ObjectiveRecipe()
@@ -116,10 +116,10 @@ def test_accumulation_changes_nothing(setting: Setting, tmp_path: Path, micro: i
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from stillhouse.data import open_windows
-from stillhouse.recipe.objective import ObjectiveRecipe
-from stillhouse.recipe.train import TrainRecipe
-from stillhouse.training import train
+from stillhouse.data.windows import open_windows
+from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.training.train_config import TrainRecipe
+from stillhouse.training.train import train
 from stillhouse.errors import StillhouseError
 
 job = json.loads(sys.argv[1])

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from stillhouse.signals.head import head_logits
-from stillhouse.synthesis.request import Message
-from stillhouse.teachers import lm_head
+from stillhouse.generation.request import Message
+from stillhouse.signals.lm_head import head_logits
+from stillhouse.teachers.backbone import lm_head
 
 
 @torch.inference_mode()

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, say
-from stillhouse.cli.signals import signals
+from stillhouse.cli.signals_commands import signals
 from stillhouse.errors import StillhouseError
 
 if TYPE_CHECKING:
-    from stillhouse.evaluate import Evaluation
-    from stillhouse.recipe import AnsweringRecipe, ClassifyRecipe
+    from stillhouse.answering.answering_config import AnsweringRecipe
+    from stillhouse.classify.classify_config import ClassifyRecipe
+    from stillhouse.evaluate.results import Evaluation
 
 app = typer.Typer(
     name="stillhouse",
@@ -39,7 +40,8 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
     """
     from rich.console import Console
 
-    from stillhouse.recipe import Recipe, load_any_recipe
+    from stillhouse.config.load import load_any_recipe
+    from stillhouse.config.recipe import Recipe
     from stillhouse.runner import run as run_recipe
 
     loaded = load_any_recipe(recipe, set_ or [])
@@ -137,19 +139,21 @@ def preview(
     """
     from rich.console import Console
 
-    from stillhouse.data import preview as render
-    from stillhouse.recipe import AnsweringRecipe, ClassifyRecipe, load_any_recipe
+    from stillhouse.answering.answering_config import AnsweringRecipe
+    from stillhouse.classify.classify_config import ClassifyRecipe
+    from stillhouse.config.load import load_any_recipe
+    from stillhouse.data.preview import preview as render
     from stillhouse.runner import prepare_data
-    from stillhouse.teachers import load_tokenizer
+    from stillhouse.teachers.load import load_tokenizer
 
     loaded = load_any_recipe(recipe, set_ or [])
     if isinstance(loaded, AnsweringRecipe):
-        from stillhouse.answering.plan import preview_answers
+        from stillhouse.answering.answering_check import preview_answers
 
         Console().print(preview_answers(loaded, recipe.parent, rows))
         return
     if isinstance(loaded, ClassifyRecipe):
-        from stillhouse.tasks.plan import preview_task
+        from stillhouse.classify.classify_check import preview_task
 
         Console().print(preview_task(loaded, recipe.parent, rows))
         return
@@ -193,9 +197,10 @@ def report(
     """
     from rich.console import Console
 
-    from stillhouse.report import ReportData, write_report
-    from stillhouse.report.answers import AnswersReport, write_answers_report
-    from stillhouse.report.classifier import ClassifierReport, write_classifier_report
+    from stillhouse.report.answers_page import AnswersReport, write_answers_report
+    from stillhouse.report.classifier_page import ClassifierReport, write_classifier_report
+    from stillhouse.report.report_data import ReportData
+    from stillhouse.report.write import write_report
 
     target = out or (folder / "report.html").resolve()
     stored = (folder / "report.html").resolve().with_name("report.json")
@@ -224,8 +229,13 @@ def predict(
     """
     import json
 
-    from stillhouse.answering.predict import answers_folder, predicted_answers
-    from stillhouse.tasks.predict import file_texts, open_classifier, predictions, stream_texts
+    from stillhouse.answering.predict_answers import answers_folder, predicted_answers
+    from stillhouse.classify.predict_labels import (
+        file_texts,
+        open_classifier,
+        predictions,
+        stream_texts,
+    )
 
     source = stream_texts(sys.stdin, text_key) if texts == "-" else None
     source = source or file_texts(Path(texts), text_key)
@@ -265,8 +275,8 @@ def init(
     """
     from rich.console import Console
 
-    from stillhouse.draft import write_draft
-    from stillhouse.wishes import wishes
+    from stillhouse.init_answers import wishes
+    from stillhouse.init_recipe import write_draft
 
     given = {"job": job, "teacher": teacher, "data": data, "size": size, "out": out}
     given |= {"labels": labels, "fields": fields, "api_model": api_model}
@@ -284,7 +294,7 @@ def schema() -> None:
     """
     import json
 
-    from stillhouse.recipe import recipe_json_schema
+    from stillhouse.config.load import recipe_json_schema
 
     typer.echo(json.dumps(recipe_json_schema(), indent=2))
 
@@ -305,12 +315,12 @@ def doctor() -> None:
 def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path, yes: bool) -> None:
     from rich.console import Console, RenderableType
 
-    from stillhouse.answering import AnsweringResult, run_answering
-    from stillhouse.answering.table import answers_table
-    from stillhouse.recipe import AnsweringRecipe
-    from stillhouse.spending import agree_to_task
-    from stillhouse.tasks.run import TaskResult, run_task
-    from stillhouse.tasks.table import classifier_table
+    from stillhouse.answering.answering_config import AnsweringRecipe
+    from stillhouse.answering.answering_run import AnsweringResult, run_answering
+    from stillhouse.answering.answers_table import answers_table
+    from stillhouse.classify.classifier_table import classifier_table
+    from stillhouse.classify.classify_run import TaskResult, run_task
+    from stillhouse.consent import agree_to_task
 
     confirm = typer.confirm if sys.stdin.isatty() else None
     if not yes and not agree_to_task(loaded, path.parent, confirm):
@@ -331,7 +341,7 @@ def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path, yes: bool) -
 def _print_evaluation(evaluation: Evaluation) -> None:
     from rich.console import Console
 
-    from stillhouse.evaluate import retention_table, task_table
+    from stillhouse.evaluate.retention_table import retention_table, task_table
 
     tasks = task_table(evaluation)
     Console().print(retention_table(evaluation), *([tasks] if tasks else []))

@@ -26,8 +26,8 @@ def agree(
     command: Literal["run", "synthesize"] = "run",
 ) -> None:
     """Asks before an API is paid without a budget, or refuses where there is nobody to ask."""
+    from stillhouse.consent import agree_to_spend
     from stillhouse.hardware import leads
-    from stillhouse.spending import agree_to_spend
 
     if yes or not leads():
         return

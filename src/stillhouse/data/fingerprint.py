@@ -6,8 +6,8 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+from stillhouse.data.data_config import CorpusSource, HubSource, Source
 from stillhouse.data.sources import source_files
-from stillhouse.recipe.data import CorpusSource, HubSource, Source
 
 
 def sources_fingerprint(sources: Sequence[Source], base: Path) -> list[str]:

@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data.corpus import python_reference
-from stillhouse.data.documents import AnyDocument, Document
-from stillhouse.data.rows import document_from_row
-from stillhouse.errors import DataError
-from stillhouse.recipe.data import (
+from stillhouse.data.data_config import (
     CorpusSource,
     HubSource,
     JsonlSource,
@@ -23,6 +20,9 @@ from stillhouse.recipe.data import (
     Source,
     TextSource,
 )
+from stillhouse.data.documents import AnyDocument, Document
+from stillhouse.data.row_formats import document_from_row
+from stillhouse.errors import DataError
 
 _PARQUET_BATCH = 256
 """Rows decoded at a time: memory stays flat however large a row group is."""

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from stillhouse.account import count_parameters
-from stillhouse.data import WindowSet
+from stillhouse.data.windows import WindowSet
 from stillhouse.errors import ModelError
+from stillhouse.evaluate.evaluate_config import EvaluateRecipe
 from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.evaluate.generate import generate
+from stillhouse.evaluate.lm_eval import run_tasks
 from stillhouse.evaluate.results import Evaluation, Generation, ModelResult, Speed
 from stillhouse.evaluate.speed import (
     DECODE_TOKENS,
@@ -26,11 +28,9 @@ from stillhouse.evaluate.speed import (
     measure_peak_memory,
     measure_rates,
 )
-from stillhouse.evaluate.tasks import run_tasks
 from stillhouse.hardware import Precision, default_device
 from stillhouse.progress import bar
-from stillhouse.recipe.evaluate import EvaluateRecipe
-from stillhouse.teachers import load_model, load_tokenizer
+from stillhouse.teachers.load import load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import stored_dtypes
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from stillhouse.data import WindowSet, supervised_rows, supervised_targets
+from stillhouse.data.shift import supervised_rows, supervised_targets
+from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError, ModelError
 from stillhouse.evaluate.results import Fidelity
 from stillhouse.signals import DenseSignal, LMHead
-from stillhouse.signals.head import head_logits
-from stillhouse.teachers import hidden_states, lm_head, trim_head
+from stillhouse.signals.lm_head import head_logits
+from stillhouse.teachers.backbone import hidden_states, lm_head, trim_head
 
 BINS = 15
 TOKENS_PER_FORWARD = 2048

@@ -9,7 +9,7 @@ import torch
 
 from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
-from stillhouse.teachers import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 
 KL_LIMITS = {"float32": 1e-6, "bfloat16": 0.01}

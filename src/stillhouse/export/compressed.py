@@ -16,11 +16,11 @@ from typing import Any
 from safetensors.torch import save_file
 
 from stillhouse.errors import ModelError
+from stillhouse.export.fresh_process import run_script
 from stillhouse.export.gate import Gate, ReplayResult, fill
-from stillhouse.export.script import run_script
 from stillhouse.export.widths import nearest, row_widths
 from stillhouse.progress import note
-from stillhouse.teachers import load_config, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load import load_config, load_tokenizer, save_tokenizer
 
 KL_LIMITS = {"gptq": 1.0, "awq": 1.0, "fp8": 0.1, "nvfp4": 1.0}
 """Nats a token that the rounding is believed to cost at most, by the method."""

@@ -17,14 +17,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stillhouse.data import IGNORED, WindowSet
+from stillhouse.data.shift import IGNORED
+from stillhouse.data.windows import WindowSet
 from stillhouse.errors import ModelError, RunError
 from stillhouse.export import replay
-from stillhouse.export.script import offline, run_script
+from stillhouse.export.fresh_process import offline, run_script
 from stillhouse.hardware import default_device
 from stillhouse.progress import note
 from stillhouse.runfolder import disk_errors
-from stillhouse.teachers import load_model
+from stillhouse.teachers.load import load_model
 
 REPLAY_TOKENS = 1024
 REPLAY_PROMPTS = 3

@@ -18,8 +18,9 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from stillhouse.export.gguf_file import FORMATS, GGUFFormat, Packed, kind_of
-from stillhouse.quantize import Grid, Quantization, choose_scales, to_codes
+from stillhouse.quantize.grid import Grid, choose_scales, to_codes
 from stillhouse.quantize.moments import Moments
+from stillhouse.quantize.quantization import Quantization
 
 BLOCK = 32
 BITS: dict[Kind, Literal[4, 8]] = {Kind.Q4_0: 4, Kind.Q8_0: 8}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from stillhouse.finding import Finding
-from stillhouse.teachers import ModelSource
+from stillhouse.teachers.model_source import ModelSource
 
 CARD = "README.md"
 UNKNOWN = "unknown"

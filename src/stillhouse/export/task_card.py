@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from stillhouse.export.card import LIMITS, TAGS, table, weight_hashes
 from stillhouse.export.licenses import CARD, Origin, licenses_section, origins_head
+from stillhouse.export.model_card import LIMITS, TAGS, table, weight_hashes
 from stillhouse.runfolder import write_atomically
 
 

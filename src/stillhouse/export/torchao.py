@@ -18,8 +18,10 @@ from torch import Tensor
 from stillhouse.errors import ModelError
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.hardware import default_device
-from stillhouse.quantize import FLOAT8_WIDTH, Grid, Quantization, to_codes
-from stillhouse.teachers import load_model, load_tokenizer, save_tokenizer
+from stillhouse.quantize.grid import Grid, to_codes
+from stillhouse.quantize.quantization import Quantization
+from stillhouse.quantize.quantize import FLOAT8_WIDTH
+from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 
 KL_LIMITS = {"float32": 1e-6, "bfloat16": 0.01}

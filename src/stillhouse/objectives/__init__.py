@@ -3,12 +3,15 @@
 Usable on its own with plain PyTorch: `fused_loss` takes hidden rows, an LM head and a signal.
 """
 
-from stillhouse.objectives.features import HiddenStateLoss, layer_logits_loss
-from stillhouse.objectives.fused import fused_loss
-from stillhouse.objectives.layers import LayerMap, map_layers
-from stillhouse.objectives.mixtures import Mixture, Schedule, Tally
-from stillhouse.objectives.relation import AttentionStates, capture, relation_loss
-from stillhouse.objectives.terms import PARAMETERS, LossSum, Term
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stillhouse.objectives.features import HiddenStateLoss, layer_logits_loss
+    from stillhouse.objectives.fused import fused_loss
+    from stillhouse.objectives.layers import LayerMap, map_layers
+    from stillhouse.objectives.mixtures import Mixture, Schedule, Tally
+    from stillhouse.objectives.relation import AttentionStates, capture, relation_loss
+    from stillhouse.objectives.terms import PARAMETERS, LossSum, Term
 
 __all__ = [
     "PARAMETERS",
@@ -26,3 +29,42 @@ __all__ = [
     "map_layers",
     "relation_loss",
 ]
+
+_OWNERS = {
+    "features": [
+        "HiddenStateLoss",
+        "layer_logits_loss",
+    ],
+    "fused": [
+        "fused_loss",
+    ],
+    "layers": [
+        "LayerMap",
+        "map_layers",
+    ],
+    "mixtures": [
+        "Mixture",
+        "Schedule",
+        "Tally",
+    ],
+    "relation": [
+        "AttentionStates",
+        "capture",
+        "relation_loss",
+    ],
+    "terms": [
+        "LossSum",
+        "PARAMETERS",
+        "Term",
+    ],
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Only what is used is imported: a recipe's types must not wait for torch.
+    for module, names in _OWNERS.items():
+        if name in names:
+            from importlib import import_module
+
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

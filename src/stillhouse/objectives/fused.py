@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.objectives.checks import check_inputs
+from stillhouse.objectives.chunk_loop import Plan, Work
+from stillhouse.objectives.input_checks import check_inputs
 from stillhouse.objectives.terms import LossSum, Term, term_names
-from stillhouse.objectives.work import Plan, Work
 from stillhouse.signals import LMHead, Signal
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.data import IGNORED, WindowSet
+from stillhouse.data.shift import IGNORED
+from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.teachers.views import decoder_layers

@@ -16,7 +16,7 @@ from torch import Tensor
 from stillhouse.progress import bar
 from stillhouse.pruning.calibrate import Batch, LayerInputs, layer_inputs, run_layer
 from stillhouse.signals import LMHead
-from stillhouse.signals.head import head_logits
+from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.views import decoder_layers
 

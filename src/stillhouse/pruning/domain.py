@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.data import WindowSet
+from stillhouse.data.windows import WindowSet
 from stillhouse.pruning.calibrate import Batch, calibration_batches, products
 from stillhouse.pruning.depth import chunks, summed_kl
 from stillhouse.signals import LMHead
-from stillhouse.signals.head import head_logits
+from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.backbone import hidden_states, lm_head
 
 TOKENS = 2048

@@ -29,7 +29,7 @@ from stillhouse.progress import bar
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.calibrate import Batch, products
 from stillhouse.pruning.sizes import sizes_of
-from stillhouse.signals.head import head_logits
+from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.backbone import hidden_states, lm_head
 from stillhouse.teachers.views import decoder_layers
 

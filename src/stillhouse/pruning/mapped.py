@@ -26,7 +26,7 @@ from torch import nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from stillhouse.hardware import hand_back_freed_memory
-from stillhouse.teachers.local import load_config, load_model
+from stillhouse.teachers.load import load_config, load_model
 from stillhouse.teachers.views import decoder_layers
 
 LARGE_BYTES = 2 << 30

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from stillhouse.data import WindowSet
+from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of, check_parameters
 from stillhouse.pruning.calibrate import calibration_batches, products
@@ -18,6 +18,7 @@ from stillhouse.pruning.ffn import Ranking
 from stillhouse.pruning.gradients import BATCH_TOKENS as GRADIENT_TOKENS
 from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
 from stillhouse.pruning.mapped import let_go_after_use
+from stillhouse.pruning.pruning_config import PruningMethod
 from stillhouse.pruning.sizes import (
     HiddenMethod,
     Sizes,
@@ -29,7 +30,6 @@ from stillhouse.pruning.sizes import (
 )
 from stillhouse.pruning.surgery import check_tokens, keep_layers, keep_tokens, own_config
 from stillhouse.pruning.width import Passage, cut_width
-from stillhouse.recipe.pruning import PruningMethod
 
 DEPTH_TOKENS = 2048
 """Tokens on which layers are tried: each try runs half the model, so few must do."""

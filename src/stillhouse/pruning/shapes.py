@@ -20,8 +20,14 @@ from transformers import AutoModelForCausalLM
 from stillhouse.account import count_parameters
 from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of
+from stillhouse.pruning.pruning_config import (
+    UNITS,
+    SearchedAxis,
+    SearchRecipe,
+    TargetKey,
+    TargetRecipe,
+)
 from stillhouse.pruning.sizes import Sizes, resized_config, sizes_of
-from stillhouse.recipe.pruning import UNITS, SearchedAxis, SearchRecipe, TargetKey, TargetRecipe
 
 ALIGNMENTS = (256, 128, 64, 32)
 """Multiples that kernels and GGUF's block formats want, the best first."""

@@ -18,7 +18,7 @@ from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.heads import Grouping
 from stillhouse.pruning.mapped import let_go_after_use
 from stillhouse.pruning.sizes import keep_config_layers
-from stillhouse.teachers.local import load_model
+from stillhouse.teachers.load import load_model
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.views import decoder_layers
 

@@ -45,7 +45,7 @@ from stillhouse.pruning.ffn import (
 from stillhouse.pruning.gains import channel_gains, scale_ffn_output
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.hidden import Basis
-from stillhouse.pruning.local import after_layer, distill_block
+from stillhouse.pruning.local_distillation import after_layer, distill_block
 from stillhouse.pruning.mapped import is_large, let_go, let_go_of_ends, mapped_ranges, move_to_disk
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
 from stillhouse.pruning.streams import Stream, Streams

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stillhouse.data import WindowSet
+from stillhouse.data.windows import WindowSet
 from stillhouse.progress import bar
-from stillhouse.teachers import hidden_states
+from stillhouse.teachers.backbone import hidden_states
 
 Moments = dict[str, Tensor]
 

@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
-from stillhouse.data import Windows, WindowSet, supervised_targets
+from stillhouse.data.shift import supervised_targets
+from stillhouse.data.windows import Windows, WindowSet
 from stillhouse.errors import RecipeError
 from stillhouse.hardware import default_device
+from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.progress import note
 from stillhouse.quantize.activations import round_inputs
 from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.moments import input_moments
 from stillhouse.quantize.qat import RoundedWeights
 from stillhouse.quantize.quantization import FILE, Quantization
+from stillhouse.quantize.quantize_config import QuantizeRecipe
 from stillhouse.quantize.sensitivity import (
     Sensitivity,
     choose_kept,
@@ -38,13 +41,11 @@ from stillhouse.quantize.units import (
     model_bytes,
     told_left_over,
 )
-from stillhouse.recipe.objective import ObjectiveRecipe
-from stillhouse.recipe.quantize import QuantizeRecipe
-from stillhouse.recipe.train import TrainRecipe
 from stillhouse.signals.store import Store
-from stillhouse.teachers import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
-from stillhouse.training import METRICS, MODEL, TrainingResult, train
+from stillhouse.training.train import METRICS, MODEL, TrainingResult, train
+from stillhouse.training.train_config import TrainRecipe
 
 TRAINING = "training"
 DEFAULT_GROUP = 32

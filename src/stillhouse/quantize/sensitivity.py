@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stillhouse.data import WindowSet
+from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
-from stillhouse.evaluate import HeldoutAnswers, compare, heldout_answers
+from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.progress import bar
 from stillhouse.quantize.grid import Grid, choose_scales, on_grid
 from stillhouse.quantize.moments import Moments

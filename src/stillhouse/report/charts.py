@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from stillhouse.evaluate.results import ModelResult
-from stillhouse.report import text
-from stillhouse.report.data import StageCost
+from stillhouse.report import report_text as text
 from stillhouse.report.history import Curve
 from stillhouse.report.palette import ACCENT, INK, MUTED, RULE, role_color, role_name
+from stillhouse.report.report_data import StageCost
 
 WIDTH, HEIGHT = 430 / 72, 282 / 72
 LABEL_GAP = 17.0

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from stillhouse.evaluate.results import ModelResult
-from stillhouse.report import text
+from stillhouse.report import report_text as text
 from stillhouse.report.charts import Chart, Point, scatter, short_unit, svg_chart
 from stillhouse.report.palette import ACCENT, SECOND, role_color
 from stillhouse.report.retention import speed_ratio

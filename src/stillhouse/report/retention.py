@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from stillhouse.evaluate.results import ModelResult
-from stillhouse.report import text
+from stillhouse.report import report_text as text
 from stillhouse.report.palette import role_color, role_name
 
 

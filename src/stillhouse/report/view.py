@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from stillhouse.evaluate.results import ModelResult
-from stillhouse.report import charts, history, text
+from stillhouse.report import charts, history
+from stillhouse.report import report_text as text
 from stillhouse.report.charts import Chart
-from stillhouse.report.data import ReportData
 from stillhouse.report.formats import form_charts, form_rows, forms
 from stillhouse.report.palette import ACCENT, MUTED, role_color, role_name, role_order
+from stillhouse.report.report_data import ReportData
 from stillhouse.report.retention import Column, Table, retention_table, speed_ratio
 
 OPTIMAL_TOKENS = 20

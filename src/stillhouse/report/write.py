@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from stillhouse.errors import RunError
-from stillhouse.report.data import ReportData
+from stillhouse.report.report_data import ReportData
 from stillhouse.report.view import build_page
 from stillhouse.runfolder import disk_errors
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from stillhouse.pruning import Sizes
+from stillhouse.pruning.sizes import Sizes
 
 AXES = ("ffn_size", "attention", "hidden_size", "experts")
 """Those that are probed; layers are tried one after the other by `choose_layers` anyway."""

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stillhouse.signals.encoded_rows import DenseRows, EntryRows
 from stillhouse.signals.encodings import (
     UNITS,
     Encoding,
@@ -26,8 +27,7 @@ from stillhouse.signals.encodings import (
     TopK,
     TopP,
 )
-from stillhouse.signals.rows import DenseRows, EntryRows
-from stillhouse.signals.types import (
+from stillhouse.signals.signal_types import (
     FrozenHeadSignal,
     HiddenSignal,
     SampledSignal,

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stillhouse.errors import SignalError
+from stillhouse.signals.encoded_rows import DenseRows, EntryRows, concatenate, split_ids
 from stillhouse.signals.encodings import (
     UNITS,
     EntryEncoding,
@@ -25,7 +26,6 @@ from stillhouse.signals.encodings import (
     TopK,
     TopP,
 )
-from stillhouse.signals.rows import DenseRows, EntryRows, concatenate, split_ids
 from stillhouse.signals.selection import (
     Blocks,
     Entries,

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from stillhouse.errors import SignalError
 from stillhouse.signals.encode import Encoder, Statistics, frozen_head_rows, hidden_rows
+from stillhouse.signals.encoded_rows import Rows, concatenate
 from stillhouse.signals.encodings import FrozenHead, Hidden
-from stillhouse.signals.head import head_logits
+from stillhouse.signals.lm_head import head_logits
 from stillhouse.signals.manifest import Settings
-from stillhouse.signals.rows import Rows, concatenate
 from stillhouse.signals.segments import Segments
-from stillhouse.signals.types import DenseSignal, HiddenSignal, LogitsSignal
+from stillhouse.signals.signal_types import DenseSignal, HiddenSignal, LogitsSignal
 from stillhouse.signals.writer import uniforms
 
 CHUNK_LOGITS = 1 << 24

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from stillhouse.errors import StoreError
 from stillhouse.signals.encode import Statistics
-from stillhouse.signals.rows import GUARD, DenseRows, EntryRows, Rows
+from stillhouse.signals.encoded_rows import GUARD, DenseRows, EntryRows, Rows
 from stillhouse.signals.segments import KEY_BYTES
 
 MAGIC = b"STILLSIG"

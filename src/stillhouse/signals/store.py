@@ -19,6 +19,7 @@ from stillhouse.signals.decode import (
     pad,
     ranges,
 )
+from stillhouse.signals.encoded_rows import GUARD, EntryRows, Rows
 from stillhouse.signals.encodings import FrozenHead, Hidden
 from stillhouse.signals.manifest import (
     SHARDS,
@@ -27,7 +28,6 @@ from stillhouse.signals.manifest import (
     check_expected,
     read_manifest,
 )
-from stillhouse.signals.rows import GUARD, EntryRows, Rows
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.shards import Shard, open_shard, read_keys
 from stillhouse.signals.writer import check_belongs

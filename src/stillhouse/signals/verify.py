@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.errors import SignalError, StillhouseError, StoreError
+from stillhouse.signals.encoded_rows import EntryRows
 from stillhouse.signals.manifest import (
     MANIFEST,
     SHARDS,
@@ -16,7 +17,6 @@ from stillhouse.signals.manifest import (
     read_manifest,
     read_settings,
 )
-from stillhouse.signals.rows import EntryRows
 from stillhouse.signals.shards import Shard, open_shard
 from stillhouse.signals.writer import check_belongs, describe, open_shards
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stillhouse.errors import StoreError
+from stillhouse.signals.atomic_files import PARTIAL, write_whole
 from stillhouse.signals.encode import Statistics
-from stillhouse.signals.files import PARTIAL, write_whole
+from stillhouse.signals.encoded_rows import DenseRows, EntryRows, Rows, concatenate
 from stillhouse.signals.manifest import (
     MANIFEST,
     SETTINGS,
@@ -30,7 +31,6 @@ from stillhouse.signals.manifest import (
     write_manifest,
     write_settings,
 )
-from stillhouse.signals.rows import DenseRows, EntryRows, Rows, concatenate
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.shards import Shard, open_shard, shard_bytes
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stillhouse.synthesis.budget import Price, Spending, spent_on, worst_case
-from stillhouse.synthesis.journal import Journal
-from stillhouse.synthesis.request import Request
+from stillhouse.generation.budget import Price, Spending, spent_on, worst_case
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Request
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from jsonschema_specifications import REGISTRY
 from referencing.exceptions import Unresolvable
 
 from stillhouse.errors import DataError, RecipeError
-from stillhouse.synthesis.near import NearDuplicates
+from stillhouse.generation.request import Message
+from stillhouse.synthesis.near_duplicates import NearDuplicates
 from stillhouse.synthesis.prompts import Prompt, text_of, words
-from stillhouse.synthesis.references import check_references
-from stillhouse.synthesis.request import Message
+from stillhouse.synthesis.schema_references import check_references
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
 

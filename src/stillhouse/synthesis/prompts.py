@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillhouse.errors import DataError
-from stillhouse.synthesis.request import Answer, Message
+from stillhouse.generation.request import Answer, Message
 
 Format = Literal["auto", "text", "jsonl", "json", "csv"]
 Shown = Literal["prompt", "system", "all"]

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from stillhouse.data.tokens import TokenRow
+from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import SignalError
 from stillhouse.signals.encode import Statistics
-from stillhouse.signals.rows import EntryRows, split_ids
+from stillhouse.signals.encoded_rows import EntryRows, split_ids
 from stillhouse.teachers.token_bytes import token_bytes
 
 LEAST = float(np.finfo(np.float16).min)

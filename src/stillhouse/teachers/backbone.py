@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stillhouse.errors import ModelError
 from stillhouse.signals import DenseSignal, LMHead
-from stillhouse.signals.head import head_logits
+from stillhouse.signals.lm_head import head_logits
 
 
 def lm_head(model: Any) -> LMHead:

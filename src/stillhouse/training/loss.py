@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.data import predicting, supervised_rows, supervised_targets
+from stillhouse.data.shift import predicting, supervised_rows, supervised_targets
 from stillhouse.objectives import (
     AttentionStates,
     LossSum,

@@ -17,7 +17,7 @@ from stillhouse.objectives import (
     Term,
     map_layers,
 )
-from stillhouse.recipe.objective import (
+from stillhouse.objectives.objective_config import (
     AttentionRelationsTerm,
     HiddenStatesTerm,
     LayerTerm,

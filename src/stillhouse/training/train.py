@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from stillhouse import account
-from stillhouse.data import Windows, collate
+from stillhouse.data.windows import Windows, collate
 from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.hardware import (
     choose_precision,
@@ -25,17 +25,17 @@ from stillhouse.hardware import (
     peak_memory_bytes,
     world_size,
 )
+from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.progress import bar, note
-from stillhouse.recipe.objective import ObjectiveRecipe
-from stillhouse.recipe.train import TrainRecipe
 from stillhouse.signals.encodings import FrozenHead, Hidden
 from stillhouse.signals.store import Store
-from stillhouse.teachers.head import load_head
-from stillhouse.teachers.local import load_config, load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load import load_config, load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.stored_head import load_head
 from stillhouse.training import checkpoints
 from stillhouse.training.attention import use_short_attention
 from stillhouse.training.objective import make_objective
+from stillhouse.training.train_config import TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
 
 SCHEDULES = {

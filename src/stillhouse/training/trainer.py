@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from stillhouse.data import IGNORED, supervised_rows
+from stillhouse.data.shift import IGNORED, supervised_rows
 from stillhouse.errors import TrainingError
 from stillhouse.objectives import LossSum, Mixture, Tally, Term
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.encodings import Hidden
 from stillhouse.signals.store import Store
 from stillhouse.teachers.backbone import lm_head
-from stillhouse.teachers.scoring import local_teacher, segments_of
+from stillhouse.teachers.record_store import local_teacher, segments_of
 from stillhouse.teachers.views import Wanted, look
 from stillhouse.training.checkpoints import Meter, MetricsFile
 from stillhouse.training.loss import (

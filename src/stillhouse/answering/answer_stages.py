@@ -1,0 +1,301 @@
+"""The first stages: the texts in two parts, and what the teacher answers, through the journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
+from stillhouse.answering.answering_job import GOLD, HELDOUT, PROMPTS, TRAIN, AnsweringJob
+from stillhouse.classify.task_texts import (
+    FEWEST,
+    LabelledText,
+    files_sha256,
+    place,
+    read_texts,
+    unrepeated,
+)
+from stillhouse.errors import DataError, RunError
+from stillhouse.finding import Finding
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Answer
+from stillhouse.runfolder import Outcome, Stage, write_atomically
+from stillhouse.stages.stage_plan import StagePlan
+from stillhouse.synthesis.estimate import Known
+from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve, unfenced
+from stillhouse.synthesis.judge_answers import Verdicts, open_judge
+from stillhouse.synthesis.preflight import ask_some, findings, foreseen
+from stillhouse.synthesis.prompts import answer_text
+from stillhouse.synthesis.synthesize import VICTIMS, chosen_filters, judged, mean_log_probability
+from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
+from stillhouse.synthesis.text_teacher import Asked, Origins, answer_all, may_answer, text_teacher
+
+TEXTS, ANSWERS = "texts.json", "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class AnswerTexts:
+    """gold: of a row, its true answer. repeated: texts left out as seen before."""
+
+    train: list[LabelledText]
+    test: list[LabelledText]
+    repeated: int = 0
+
+    def save(self, path: Path) -> None:
+        write_atomically(path, json.dumps(asdict(self), ensure_ascii=False))
+
+    @classmethod
+    def load(cls, path: Path) -> AnswerTexts:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        train, test = ([LabelledText(**row) for row in raw[part]] for part in ("train", "test"))
+        return cls(train, test, raw["repeated"])
+
+
+def prepare_answer_texts(
+    recipe: AnsweringRecipe, base: Path, validity: Filter | None
+) -> AnswerTexts:
+    """Reads and divides the texts. Raises DataError: nothing readable, too few texts, or a true
+    answer that the schema does not allow."""
+    section = recipe.data
+    given = [row for file in section.texts for row in read_texts(file, base)]
+    tests = [row for file in section.test for row in read_texts(file, base)]
+    for row in (*given, *tests):
+        problem = None
+        if validity is not None and row.gold is not None:
+            problem = validity(Row((), row.gold, None, row.where))
+        if problem is not None:
+            raise DataError(
+                f"the true answer does not fit the schema: {problem}",
+                where=row.where,
+                fix="correct the row, or task.json_schema",
+            )
+    seen: set[str] = set()
+    test, train = list(unrepeated(tests, seen)), list(unrepeated(given, seen))
+    repeated = len(given) + len(tests) - len(train) - len(test)
+    train.sort(key=lambda row: place(row, str(recipe.seed)))
+    if not tests:
+        apart = round(section.test_share * len(train))
+        test, train = train[:apart], train[apart:]
+    for name, rows in (("train", train), ("test", test)):
+        if len(rows) < FEWEST:
+            raise DataError(
+                f"the {name} part has {len(rows)} texts, and {FEWEST} are the fewest",
+                where="data",
+                fix="give more texts, or change data.test_share",
+            )
+    return AnswerTexts(train, test, repeated)
+
+
+def texts(job: AnsweringJob) -> StagePlan:
+    recipe, section = job.recipe, job.recipe.data
+
+    def work(out: Path) -> Outcome:
+        found = prepare_answer_texts(recipe, job.base, job.validity)
+        found.save(out / TEXTS)
+        sizes = {"train": len(found.train), "test": len(found.test), "repeated": found.repeated}
+        return Outcome(summary=sizes)
+
+    inputs = {
+        "recipe": section.model_dump(mode="json", exclude={"context"}),
+        "files": files_sha256([*section.texts, *section.test], job.base),
+        "schema": job.schema,
+        "seed": recipe.seed,
+    }
+    return StagePlan("texts", inputs, work)
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def answered(
+    section: SynthesizeRecipe, origins: Origins, seed: int
+) -> Iterator[tuple[str, Answer | None]]:
+    """Where each prompt stands, and its answers in order; asked is what the journal lacks.
+
+    Raises RunError where the budget ends before the answers do: those that arrived are kept.
+    """
+    teacher = text_teacher(section, origins, seed)
+    asked = Asked(section.prompts, origins.base, teacher.request)
+    with Journal(origins.journal) as journal:
+        answer_all(teacher, asked, journal)
+        for prompt, request in asked.pairs():
+            yield prompt.where, journal.get(request.key)
+
+
+def _open_requests(section: SynthesizeRecipe, origins: Origins, seed: int) -> int:
+    """Requests without an answer that are to be asked again."""
+    teacher = text_teacher(section, origins, seed, weights=False)
+    with Journal(origins.journal) as journal:
+        return may_answer(Asked(section.prompts, origins.base, teacher.request), journal)
+
+
+def write_prompts(prompts: Iterable[str], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"prompt": prompt}) for prompt in prompts)
+    (folder / PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def foreseen_answers(
+    job: AnsweringJob, found: AnswerTexts, folder: Path, calls: int
+) -> tuple[Known, list[Finding]]:
+    """How much the journal has, and what the rest can cost; and how `check` tells it. calls:
+    requests that are made first."""
+    write_prompts((job.question(row.text) for row in (*found.train, *found.test)), folder)
+    section, origins, seed = job.questions(folder), job.origins(folder), job.recipe.seed
+    ask_some(section, origins, calls, seed=seed)
+    known = foreseen(section, origins, seed=seed)
+    return known, list(findings(known, section, origins, "answers", "questions"))
+
+
+def answers(job: AnsweringJob, texts: Stage) -> StagePlan:
+    """The teacher answers every text; what the filters leave of its answers is learnt from."""
+    recipe, teacher = job.recipe, job.recipe.teacher
+
+    def work(out: Path) -> Outcome:
+        found = AnswerTexts.load(texts.path / TEXTS)
+        counts = _write_answers(job, found, out)
+        return Outcome(summary=counts)
+
+    asked: dict[str, Any] = {"teacher": job.teacher and job.teacher.fingerprint}
+    if teacher.api is not None:
+        asked = {"model": teacher.api.model, "endpoint": job.described}
+    if teacher.vllm is not None:
+        asked["vllm"] = {"dtype": teacher.vllm.dtype, "options": teacher.vllm.options}
+    judge = open_judge(job.questions(Path()), job.origins(Path()), recipe.seed, weights=False)
+    if judge is not None:
+        one = judge.teacher.request((), 0)
+        asked["judge"] = [one.endpoint, one.model, dict(one.parameters)]
+    inputs = {
+        **asked,
+        "task": recipe.task.model_dump(mode="json", exclude={"kind", "json_schema"}),
+        "schema": job.schema,
+        "sampling": teacher.sampling.model_dump(mode="json"),
+        "samples": teacher.samples,
+        "precision": teacher.precision,
+        "filters": recipe.filters.model_dump(mode="json", exclude={"best_of": {"teacher"}}),
+        "seed": recipe.seed,
+        "texts": texts.digest,
+    }
+    return StagePlan("answers", inputs, work, version=2)
+
+
+def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:
+    rows = [*found.train, *found.test]
+    write_prompts((job.question(row.text) for row in rows), out)
+    # A broken filter is found before anything is paid.
+    filters = chosen_filters(job.recipe.filters, job.base)
+    if job.validity is not None:
+        filters.before["json_schema"] = job.validity
+    questions, origins, seed = job.questions(out), job.origins(out), job.recipe.seed
+    got = [answer for _, answer in answered(questions, origins, seed)]
+    unanswered = _open_requests(questions, origins, seed) if None in got else 0
+    (out / PROMPTS).unlink()
+    samples = job.recipe.teacher.samples
+    train = [
+        Row(
+            job.taught(text.text),
+            _words(job, answer),
+            answer.finish_reason,
+            text.where,
+            number % samples,
+            mean_log_probability(answer),
+        )
+        for number, answer in enumerate(got[: samples * len(found.train)])
+        if answer is not None
+        for text in (rows[number // samples],)
+    ]
+    kept, taken = _keep(job, filters, train, out)
+    of_test = got[samples * len(found.train) :: samples]
+    tested = [None if one is None else _words(job, one) for one in of_test]
+    said = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in tested)
+    (out / ANSWERS).write_text(said, encoding="utf-8")
+    shown = [(row.text, text) for row, text in zip(found.test, tested, strict=True) if text]
+    if not shown:
+        raise DataError(
+            "no test text has an answer of the teacher",
+            where=job.journal,
+            fix="look at the failures in the journal",
+        )
+    _write_chats(out / HELDOUT, ((job.taught(text), answer) for text, answer in shown))
+    gold = [(job.taught(row.text), row.gold) for row in found.train if row.gold is not None]
+    _write_chats(out / GOLD, gold)
+    return {
+        "answered": sum(answer is not None for answer in got),
+        "asked": len(got),
+        "unanswered": unanswered,
+        "kept": kept,
+        "gold": len(gold),
+        "taken": {name: count for name, count in taken.items() if count},
+        "usd": _cost(got),
+    }
+
+
+def _keep(
+    job: AnsweringJob, filters: Filters, rows: list[Row], out: Path
+) -> tuple[int, Mapping[str, int]]:
+    """Writes the chats that the filters leave: how many, and what each filter took.
+
+    Raises DataError where none is left, RunError where a judge's budget ends before its verdicts.
+    """
+    with _judged(job, filters, rows, out) as chosen:
+        sieve = Sieve(chosen, out / VICTIMS)
+        kept = _write_chats(out / TRAIN, ((row.messages, row.text) for row in sieve.keep(rows)))
+    if kept == 0:
+        raise DataError(
+            f"no answer is left: {len(rows):,} came, and the filters took them all",
+            where=job.journal,
+            fix=f"the filters took {dict(sieve.taken)}: look at answers in the journal, then mend "
+            "task.prompt or give examples",
+        )
+    return kept, sieve.taken
+
+
+@contextmanager
+def _judged(job: AnsweringJob, filters: Filters, rows: list[Row], out: Path) -> Iterator[Filters]:
+    """The filters, with the verdicts of a judge where the recipe has one choose."""
+    judge = open_judge(job.questions(out), job.origins(out), job.recipe.seed)
+    if judge is None:
+        yield filters
+        return
+    with Journal(job.journal) as journal:
+        _, out_of_budget = judged(Verdicts(judge, lambda: filters.groups(rows)), journal)
+        if out_of_budget:
+            raise RunError(
+                "the judge's budget is used up",
+                where=job.journal,
+                fix="raise filters.best_of.budget; no verdict is asked for twice",
+            )
+        yield replace(filters, chooser=judge.chooser(journal))
+
+
+def _words(job: AnsweringJob, answer: Answer) -> str:
+    """What the student is to write: no reasoning, and JSON without a code fence around it."""
+    text = answer_text(answer, keep_reasoning=False)
+    return unfenced(text) if isinstance(job.recipe.task, ExtractTask) else text
+
+
+def _cost(got: list[Answer | None]) -> float | None:
+    """Of all answers, whichever run paid; None where a price is unknown."""
+    costs = [answer.cost for answer in got if answer is not None]
+    known = [cost for cost in costs if cost is not None]
+    return sum(known) if len(known) == len(costs) else None
+
+
+def _write_chats(path: Path, chats: Iterable[tuple[Any, str]]) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8", errors="replace") as file:
+        for messages, answer in chats:
+            turns = [*map(dict, messages), {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def read_answers(answered: Stage) -> list[str | None]:
+    """The teacher's answers to the test texts, None where it gave none."""
+    lines = (answered.path / ANSWERS).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]

@@ -1,0 +1,97 @@
+"""An answering recipe looked at before anything is spent."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.text import Text
+
+from stillhouse.answering.answer_stages import foreseen_answers, prepare_answer_texts
+from stillhouse.answering.answering_config import AnsweringRecipe
+from stillhouse.answering.answering_evaluation import load_scorer
+from stillhouse.answering.answering_job import (
+    AnsweringJob,
+    find_answering,
+    training_recipe,
+)
+from stillhouse.export.licenses import license_lines
+from stillhouse.finding import Finding
+from stillhouse.generation.vllm_engine import lacks
+from stillhouse.job import configs, find_models, planned_size
+from stillhouse.run_paths import run_root
+from stillhouse.synthesis.estimate import Known
+from stillhouse.synthesis.judge_answers import most_requests
+
+FEW = 50
+"""Training texts below which little can be learnt."""
+
+
+def foresee_answers(recipe: AnsweringRecipe, base: Path, calls: int = 0) -> Iterator[Finding]:
+    """Raises StillhouseError for whatever would stop the run. calls: requests that are made of the
+    teacher first, so that there are answers to tell the cost from."""
+    job = find_answering(recipe, base)
+    texts = prepare_answer_texts(recipe, base, job.validity)
+    parts = f"{len(texts.train):,} to learn from, {len(texts.test):,} to measure on"
+    repeated = f"; {texts.repeated:,} repeated ones are left out" if texts.repeated else ""
+    yield Finding("ok", "texts", parts + repeated)
+    if len(texts.train) < FEW:
+        few = f"{len(texts.train):,} training texts are few"
+        yield Finding("warning", "texts", few, "give more texts: they need no answers")
+    if recipe.evaluate.scorer is not None:
+        load_scorer(recipe.evaluate.scorer, base)
+        yield Finding("ok", "scorer", recipe.evaluate.scorer)
+    yield Finding("ok", "teacher", job.described)
+    ordinary = find_models(training_recipe(recipe, run_root(recipe)), base)
+    student, teacher = (planned_size(config) for config in configs(ordinary))
+    size = f"{student.total / 1e6:,.1f}M parameters"
+    if not recipe.learns_text_alone:
+        size += f" ({student.total / teacher.total:.0%} of the teacher's)"
+    yield Finding("estimate", "student", size)
+    known, lines = _asked(recipe, base, calls)
+    yield from lines
+    yield from _besides(job, known)
+    yield from license_lines(job.made_with)
+
+
+def _besides(job: AnsweringJob, known: Known) -> Iterator[Finding]:
+    """What else the answers take, and what is doubtful about them."""
+    recipe = job.recipe
+    if known.missing and recipe.teacher.vllm is not None:
+        for level, text, fix in lacks(recipe.teacher.vllm):
+            yield Finding(level, "vLLM", text, fix)
+    if verdicts := most_requests(job.questions(Path()), known.requests):
+        yield Finding("estimate", "judge", f"at most {verdicts:,} verdicts are asked for")
+    if recipe.teacher_sees_more and not recipe.learns_text_alone:
+        text = "the student learns what the teacher would say without its examples or system prompt"
+        fix = "remove objective, so that it learns the answers' text, or set student_sees: all"
+        yield Finding("warning", "objective", text, fix)
+
+
+def known_answers(recipe: AnsweringRecipe, base: Path) -> Known:
+    """How much the journal has of what the teacher is asked, and what the rest can cost."""
+    return _asked(recipe, base, 0)[0]
+
+
+def _asked(recipe: AnsweringRecipe, base: Path, calls: int) -> tuple[Known, list[Finding]]:
+    job = find_answering(recipe, base)
+    with tempfile.TemporaryDirectory() as folder:
+        texts = prepare_answer_texts(recipe, base, job.validity)
+        return foreseen_answers(job, texts, Path(folder), calls)
+
+
+def preview_answers(recipe: AnsweringRecipe, base: Path, rows: int) -> RenderableType:
+    """What the teacher reads of the first texts; what the student does not see of it is dim."""
+    job = find_answering(recipe, base)
+    texts = prepare_answer_texts(recipe, base, job.validity)
+    parts: list[RenderableType] = []
+    for row in texts.train[:rows]:
+        parts.append(Rule(row.where, style="dim", align="left"))
+        seen = job.taught(row.text)
+        for turn in job.asked(row.text):
+            style = "" if turn in seen else "dim"
+            parts.append(Text.assemble((f"{turn['role']}: ", "dim"), (turn["content"], style)))
+    return Group(*parts)

@@ -1,0 +1,245 @@
+"""The recipe of a task of kind extract or generate: a teacher answers texts, and a small language
+model learns to."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from stillhouse.classify.classify_config import TextFile
+from stillhouse.generation.generation_config import (
+    ApiTeacher,
+    BudgetRecipe,
+    SamplingRecipe,
+    TaskTeacher,
+    VerdictSampling,
+    VllmEngine,
+    check_budget,
+    check_samples,
+    check_sampling,
+)
+from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
+from stillhouse.section import Section
+from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, StudentRecipe
+from stillhouse.synthesis.filters_config import FiltersRecipe, JudgeChoice
+from stillhouse.training.train_config import TrainRecipe
+
+
+class AnsweredExample(Section):
+    text: str
+    answer: str
+
+
+class AnsweringTask(Section):
+    """What is asked about each text."""
+
+    system: str | None = Field(None, description="System prompt.")
+    prompt: str = Field("{text}", description="What the user's turn says; {text} is the text.")
+    examples: list[AnsweredExample] = Field(
+        default=[], description="Texts with answers that are put before every prompt."
+    )
+    student_sees: Literal["prompt", "system", "all"] = Field(
+        "system",
+        description="Of what stands around the prompt: nothing, the system prompt, or the "
+        "examples too. What it does not see, it learns to do without.",
+    )
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_has_a_place(cls, prompt: str) -> str:
+        if "{text}" not in prompt:
+            raise ValueError("it has no {text}, so the teacher would not see the text")
+        return prompt
+
+
+class ExtractTask(AnsweringTask):
+    """Facts of a text as JSON."""
+
+    kind: Literal["extract"]
+    json_schema: str = Field(
+        description="A file with the JSON schema of an answer. Only answers that it allows are "
+        "learnt from."
+    )
+
+
+class GenerateTask(AnsweringTask):
+    """Free text."""
+
+    kind: Literal["generate"]
+
+
+class AnswerTeacher(TaskTeacher):
+    """A model that is loaded here, or an API."""
+
+    batch: int = Field(32, gt=0, description="model: answers written at once.")
+    vllm: VllmEngine | None = Field(
+        None, description="model: its answers are written by vLLM. Needs stillhouse[vllm]."
+    )
+    sampling: SamplingRecipe = SamplingRecipe(temperature=0.0, max_tokens=256)
+    samples: int = Field(
+        1, gt=0, description="Answers to each training text, drawn where the temperature is not 0."
+    )
+
+    @model_validator(mode="after")
+    def _keys_fit_the_teacher(self) -> AnswerTeacher:
+        if self.api is not None and self.vllm is not None:
+            raise ValueError("vllm runs a model: give it, or remove vllm")
+        check_samples(self.samples, self.sampling)
+        check_sampling(self.api, self.sampling)
+        check_budget(self.api, self.budget)
+        return self
+
+
+class AnswerTextsRecipe(Section):
+    texts: list[TextFile] = Field(
+        min_length=1,
+        description="What the student learns from. The true answers, if any (`label`: a column of "
+        "text or, of an extraction, JSON), train the fine-tuned student beside it alone.",
+    )
+    test: list[TextFile] = Field(
+        default=[], description="Texts to measure on; without it, some of `texts` are kept apart."
+    )
+    test_share: float = Field(0.2, gt=0, lt=1, description="Of texts, where there is no `test`.")
+    context: int = Field(
+        1024, ge=8, description="Tokens in one training window; longer rows are left out."
+    )
+
+
+class ComparisonSampling(VerdictSampling):
+    """How the judge answers; one that reasons needs more tokens."""
+
+    max_tokens: int = Field(8, gt=0, description="Of one verdict, its reasoning included.")
+
+
+class ComparisonRecipe(Section):
+    """A model that is shown two answers and says which is better, in both orders."""
+
+    model: str | None = Field(None, description="As teacher.model.")
+    api: ApiTeacher | None = None
+    question: str = Field(
+        "Which answer is better: more correct, more helpful, and as long as it needs to be?",
+        description="What it is asked about the two.",
+    )
+    sampling: ComparisonSampling = ComparisonSampling()
+    budget: BudgetRecipe = BudgetRecipe()
+
+    @model_validator(mode="after")
+    def _is_one(self) -> ComparisonRecipe:
+        if (self.model is None) == (self.api is None):
+            raise ValueError("give either model or api")
+        check_budget(self.api, self.budget)
+        check_sampling(self.api, self.sampling)
+        return self
+
+
+class AnswerMeasureRecipe(Section):
+    fine_tuning_baseline: bool = Field(
+        True, description="Also train the same student on the true answers, where there are any."
+    )
+    likelihood: bool = Field(
+        True, description="generate: how likely a local teacher finds each model's answers."
+    )
+    scorer: str | None = Field(
+        None,
+        description="path.py:function, called with the text, an answer and the true answer (or "
+        "None); it returns a number, the more the better.",
+    )
+    judge: ComparisonRecipe | None = Field(
+        None, description="generate: compares the students' answers with the teacher's."
+    )
+    speed_texts: int = Field(16, gt=0, description="Texts on which speed is measured.")
+
+    @field_validator("scorer")
+    @classmethod
+    def _scorer_names_a_function(cls, scorer: str | None) -> str | None:
+        path, colon, name = (scorer or "a.py:f").rpartition(":")
+        if not colon or not path.endswith(".py") or not name.isidentifier():
+            raise ValueError("it is not of the form path.py:function")
+        return scorer
+
+
+class AnswerExport(Section):
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class AnsweringRecipe(Section):
+    """One student that answers, whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    folder: str | None = Field(None, description="The run folder; null: runs/NAME.")
+    seed: int = Field(0, ge=0)
+    task: Annotated[ExtractTask | GenerateTask, Field(discriminator="kind")]
+    teacher: AnswerTeacher
+    data: AnswerTextsRecipe
+    filters: FiltersRecipe = Field(
+        FiltersRecipe(), description="Which of the teacher's answers are not learnt from."
+    )
+    student: StudentRecipe
+    objective: ObjectiveRecipe | None = Field(
+        None,
+        description="What is matched on the teacher's answers; null: a local teacher's "
+        "distributions (forward KL); the text alone of an API, and of a teacher that saw more than "
+        "the student does (task.student_sees).",
+    )
+    train: TrainRecipe = TrainRecipe()
+    evaluate: AnswerMeasureRecipe = AnswerMeasureRecipe()
+    export: AnswerExport = AnswerExport()
+
+    @property
+    def teacher_sees_more(self) -> bool:
+        """Whether the student answers without something that the teacher read."""
+        task = self.task
+        examples = bool(task.examples) and task.student_sees != "all"
+        return examples or (task.system is not None and task.student_sees == "prompt")
+
+    @property
+    def learns_text_alone(self) -> bool:
+        """Whether only the teacher's words are learnt, and not its distributions.
+
+        Of a teacher that saw more they are by default: asked again without its examples, as
+        training asks it, it would not say what it said.
+        """
+        if self.objective is None:
+            return self.teacher.api is not None or self.teacher_sees_more
+        return all(
+            isinstance(term, LogitsTerm) and term.divergence == "cross_entropy"
+            for term in self.objective.terms
+        )
+
+    @model_validator(mode="after")
+    def _words_or_distributions(self) -> AnsweringRecipe:
+        if self.teacher.api is not None and not self.learns_text_alone:
+            raise ValueError(
+                "an api's answers are text: remove objective, or use divergence: cross_entropy"
+            )
+        student = self.student
+        if self.teacher.api is not None and not (
+            isinstance(student, PretrainedStudent | PrunedStudent) and student.model is not None
+        ):
+            raise ValueError(
+                "an api's student starts from a model of its own: set student.start to pretrained "
+                "or pruned, and student.model"
+            )
+        if self.train.teachers:
+            raise ValueError("the teacher is `teacher`: remove train.teachers")
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_several(self) -> AnsweringRecipe:
+        choice = self.filters.best_of
+        if choice is not None and self.teacher.samples < 2:
+            raise ValueError("filters.best_of chooses among several answers: set teacher.samples")
+        here = choice.teacher.here if isinstance(choice, JudgeChoice) else None
+        if here is not None and here.model is None and self.teacher.model is None:
+            raise ValueError("teacher is an api: name the judge's model, filters.best_of.teacher")
+        return self
+
+    @model_validator(mode="after")
+    def _measures_fit_the_task(self) -> AnsweringRecipe:
+        if isinstance(self.task, ExtractTask):
+            if self.evaluate.judge is not None:
+                raise ValueError("evaluate.judge is for kind: generate")
+            if self.filters.json_schema is not None:
+                raise ValueError("the schema is task.json_schema: remove filters.json_schema")
+        return self

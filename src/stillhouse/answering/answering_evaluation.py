@@ -1,0 +1,298 @@
+"""The stage that has every model answer the test texts, and says how good the answers are."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from stillhouse import account
+from stillhouse.answering.answer_stages import TEXTS, AnswerTexts, read_answers
+from stillhouse.answering.answering_job import AnsweringJob
+from stillhouse.answering.comparison_judge import compare_answers
+from stillhouse.answering.likelihood import mean_surprise
+from stillhouse.classify.task_texts import LabelledText
+from stillhouse.errors import DataError, RecipeError
+from stillhouse.evaluate.answers import (
+    AnsweredText,
+    AnswersEvaluation,
+    AnswersResult,
+    field_f1,
+    same_text,
+)
+from stillhouse.generation.generation_config import Precision
+from stillhouse.generation.local_generator import Generator
+from stillhouse.generation.request import Answer, Message, Request
+from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.runfolder import Outcome, Stage, sha
+from stillhouse.stages.evaluate_stage import EVALUATION
+from stillhouse.stages.stage_plan import StagePlan
+from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value
+from stillhouse.synthesis.prompts import answer_text
+from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.training.train import MODEL
+
+EXAMPLES = 12
+"""Test texts whose answers the report shows."""
+
+Scorer = Callable[[str, str, str | None], float]
+
+
+def evaluation(
+    job: AnsweringJob,
+    texts: Stage,
+    answers: Stage,
+    student: Stage,
+    trained: Stage,
+    tuned: Stage | None,
+) -> StagePlan:
+    section = job.recipe.evaluate
+    scorer = None if section.scorer is None else job.base / section.scorer.rpartition(":")[0]
+
+    def work(out: Path) -> Outcome:
+        folders = {"untrained": student.path / MODEL, "student": trained.path / MODEL}
+        if tuned is not None:
+            folders["fine_tuned"] = tuned.path / MODEL
+        found = AnswerTexts.load(texts.path / TEXTS)
+        _evaluate(job, found.test, read_answers(answers), folders, out).save(out / EVALUATION)
+        return Outcome(peak_memory_bytes=peak_memory_bytes())
+
+    inputs = {
+        "recipe": section.model_dump(mode="json"),
+        "scorer": scorer and (sha(scorer) if scorer.is_file() else None),
+        "precision": job.recipe.train.precision,
+        "teacher": job.described,
+        "texts": texts.digest,
+        "answers": answers.digest,
+        "student": student.digest,
+        "trained": trained.digest,
+        "baseline": tuned and tuned.digest,
+    }
+    return StagePlan("evaluate", inputs, work)
+
+
+def _evaluate(
+    job: AnsweringJob,
+    rows: list[LabelledText],
+    taught: list[str | None],
+    folders: dict[str, Path],
+    out: Path,
+) -> AnswersEvaluation:
+    section = job.recipe.evaluate
+    scorer = None if section.scorer is None else load_scorer(section.scorer, job.base)
+    answered = {"teacher": [text or "" for text in taught]}
+    more: dict[str, dict[str, float]] = {"teacher": _speed_of_teacher(job, rows)}
+    for role, folder in folders.items():
+        answered[role], more[role] = _answers_of(job, role, folder, rows)
+    if job.validity is None and section.likelihood and job.teacher is not None:
+        for role, nats in _surprises(job, rows, answered).items():
+            more[role]["surprise"] = nats
+    if section.judge is not None:
+        for role, figures in compare_answers(job, rows, answered, out).items():
+            more[role] |= figures
+    results = []
+    for role, said in answered.items():
+        figures, fields = _figures(job.validity, rows, said, taught)
+        if scorer is not None:
+            figures["score"] = _score(scorer, section.scorer or "", rows, said)
+        results.append(AnswersResult(role, {**figures, **more[role]}, fields))
+    examples = [
+        AnsweredText(row.text, row.gold, {role: said[number] for role, said in answered.items()})
+        for number, row in enumerate(rows[:EXAMPLES])
+    ]
+    return AnswersEvaluation(
+        job.recipe.task.kind, len(rows), results, examples, _notes(job, taught)
+    )
+
+
+def _notes(job: AnsweringJob, taught: list[str | None]) -> list[str]:
+    sampling = job.recipe.teacher.sampling
+    notes = [f"Every model answers greedily, with at most {sampling.max_tokens:,} tokens."]
+    if sampling.temperature != 0:
+        at = "its endpoint's own temperature"
+        if sampling.temperature is not None:
+            at = f"temperature {sampling.temperature:g}"
+        drawn = f"The teacher's answers are drawn, at {at}."
+        notes = [notes[0].replace("Every model answers", "The students answer"), drawn]
+    missing = sum(text is None for text in taught)
+    if missing:
+        notes.append(f"The teacher gave no answer to {missing:,} test texts: they count as empty.")
+    return notes
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def request_for(messages: tuple[Message, ...], name: str, max_tokens: int) -> Request:
+    return Request("local", name, messages, {"temperature": 0.0, "max_tokens": max_tokens})
+
+
+def open_generator(
+    folder: Path, *, precision: Precision = "auto", batch: int = 32, trust_remote_code: bool = False
+) -> Generator:
+    device = default_device()
+    dtype = choose_precision(precision, device).dtype
+    model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return Generator(model, tokenizer, batch=batch)
+
+
+def answer_all(generator: Generator, requests: Sequence[Request]) -> list[str]:
+    """In the order of the requests, without reasoning; empty where a prompt does not fit."""
+    said: dict[str, str] = {}
+    for request, outcome in generator.answers(requests):
+        said[request.key] = (
+            answer_text(outcome, keep_reasoning=False) if isinstance(outcome, Answer) else ""
+        )
+    return [said[request.key] for request in requests]
+
+
+def _answers_of(
+    job: AnsweringJob, role: str, folder: Path, rows: list[LabelledText]
+) -> tuple[list[str], dict[str, float]]:
+    recipe = job.recipe
+    generator = open_generator(folder, precision=recipe.train.precision, batch=recipe.teacher.batch)
+    most = recipe.teacher.sampling.max_tokens
+    requests = [request_for(job.taught(row.text), role, most) for row in rows]
+    figures: dict[str, float] = {"parameters": account.count_parameters(generator.model).total}
+    if role == "student":
+        figures["answers_per_s"] = _rate(generator, requests[: recipe.evaluate.speed_texts])
+    return answer_all(generator, requests), figures
+
+
+def _speed_of_teacher(job: AnsweringJob, rows: list[LabelledText]) -> dict[str, float]:
+    if job.teacher is None:
+        return {}
+    section = job.recipe.teacher
+    generator = open_generator(
+        job.teacher.path,
+        precision=section.precision,
+        batch=section.batch,
+        trust_remote_code=section.trust_remote_code,
+    )
+    some = rows[: job.recipe.evaluate.speed_texts]
+    most = section.sampling.max_tokens
+    requests = [request_for(job.asked(row.text), "teacher", most) for row in some]
+    return {
+        "parameters": account.count_parameters(generator.model).total,
+        "answers_per_s": _rate(generator, requests),
+    }
+
+
+def _rate(generator: Generator, requests: Sequence[Request]) -> float:
+    """Answers a second; they end when the model says so, so that fewer words are faster."""
+    answer_all(generator, requests[:1])  # the first pass is slower
+    began = time.perf_counter()
+    answer_all(generator, requests)
+    return len(requests) / (time.perf_counter() - began)
+
+
+# --- how good they are ---------------------------------------------------------------------------
+
+
+def _figures(
+    validity: Filter | None,
+    rows: list[LabelledText],
+    said: list[str],
+    taught: list[str | None],
+) -> tuple[dict[str, float], dict[str, float]]:
+    if validity is not None:
+        return _json_figures(validity, rows, said, taught)
+    heard = [(one, other) for one, other in zip(said, taught, strict=True) if other is not None]
+    figures = {"agreement": _mean([same_text(one, other) for one, other in heard])}
+    golds = [(one, row.gold) for one, row in zip(said, rows, strict=True) if row.gold is not None]
+    if golds:
+        figures["exact"] = _mean([same_text(one, gold) for one, gold in golds])
+    return figures, {}
+
+
+def _json_figures(
+    validity: Filter, rows: list[LabelledText], said: list[str], taught: list[str | None]
+) -> tuple[dict[str, float], dict[str, float]]:
+    read = [read_json(text, validity) for text in said]
+    values = [value for _, value in read]
+    figures = {"valid": _mean([valid for valid, _ in read])}
+    teacher = [(False, None) if text is None else read_json(text, validity) for text in taught]
+    heard = [(one, other) for one, (ok, other) in zip(values, teacher, strict=True) if ok]
+    fields: dict[str, float] = {}
+    if heard:
+        figures["agreement_f1"], fields = field_f1(*map(list, zip(*heard, strict=True)))
+    known = [(one, row.gold) for one, row in zip(read, rows, strict=True) if row.gold is not None]
+    if known:
+        golds = [json_value(gold) for _, gold in known]
+        figures["field_f1"], fields = field_f1([one for (_, one), _ in known], golds)
+        right = [
+            valid and field_f1([one], [gold])[0] == 1
+            for ((valid, one), _), gold in zip(known, golds, strict=True)
+        ]
+        figures["exact"] = _mean(right)
+    return figures, fields
+
+
+def read_json(text: str, validity: Filter) -> tuple[bool, Any]:
+    """Whether the schema allows it, and the value; None where it does not."""
+    row = Row((), text, None, "")
+    valid = validity(row) is None
+    return valid, json_value(answer_only(row)) if valid else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _surprises(
+    job: AnsweringJob, rows: list[LabelledText], answered: dict[str, list[str]]
+) -> dict[str, float]:
+    assert job.teacher is not None
+    section = job.recipe.teacher
+    code, device = section.trust_remote_code, default_device()
+    dtype = choose_precision(section.precision, device).dtype
+    model = load_model(job.teacher.path, dtype=dtype, trust_remote_code=code).to(device)
+    tokenizer = load_tokenizer(job.teacher.path, trust_remote_code=code)
+    prompts = [job.asked(row.text) for row in rows]
+    return {role: mean_surprise(model, tokenizer, prompts, said) for role, said in answered.items()}
+
+
+# --- a user's scorer -----------------------------------------------------------------------------
+
+
+def load_scorer(name: str, base: Path) -> Scorer:
+    """The function of `path.py:function`. Raises RecipeError."""
+    file, _, function = name.rpartition(":")
+    path = (base / Path(file).expanduser()).absolute()
+    where = "evaluate.scorer"
+    if not path.is_file():
+        raise RecipeError(f"the scorer's file {path} does not exist", where=where, fix="check it")
+    spec = importlib.util.spec_from_file_location(f"scorer_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise RecipeError(
+            f"the scorer's file cannot be run: {type(error).__name__}: {error}",
+            where=path,
+            fix="mend it",
+        ) from error
+    scorer = getattr(module, function, None)
+    if not callable(scorer):
+        raise RecipeError(f"{path.name} has no function {function!r}", where=where, fix="check it")
+    return scorer
+
+
+def _score(scorer: Scorer, name: str, rows: list[LabelledText], said: list[str]) -> float:
+    scores = []
+    for row, answer in zip(rows, said, strict=True):
+        try:
+            scores.append(float(scorer(row.text, answer, row.gold)))
+        except Exception as error:
+            raise DataError(
+                f"the scorer {name} failed: {type(error).__name__}: {error}",
+                where=row.where,
+                fix="it is called with the text, an answer and the true answer or None, and "
+                "returns a number",
+            ) from error
+    return _mean(scores)

@@ -1,0 +1,187 @@
+"""An answering recipe with its models found, and the ordinary recipe that trains its student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
+from stillhouse.config.recipe import Recipe, TeacherRecipe
+from stillhouse.data.data_config import DataRecipe, JsonlSource
+from stillhouse.evaluate.evaluate_config import EvaluateRecipe
+from stillhouse.export.export_config import ExportRecipe
+from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, origin
+from stillhouse.generation.generation_config import LocalTeacher, TextTeacher, VllmTeacher
+from stillhouse.generation.request import Message, api_described
+from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
+from stillhouse.run_paths import answers_path
+from stillhouse.students.student_config import PretrainedStudent, PrunedStudent
+from stillhouse.synthesis.filters import Filter, json_schema, read_schema
+from stillhouse.synthesis.prompts import Frame, Prompt
+from stillhouse.synthesis.prompts_config import ExampleRecipe, PromptsRecipe
+from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
+from stillhouse.synthesis.text_teacher import Origins
+from stillhouse.teachers.model_source import ModelSource, resolve_model
+
+PROMPTS = "prompts.jsonl"
+TRAIN, HELDOUT, GOLD = "train.jsonl", "heldout.jsonl", "gold.jsonl"
+"""Chats that end with the teacher's answers, of training and test texts; and with true ones."""
+
+
+@dataclass(frozen=True)
+class AnsweringJob:
+    """base: where relative paths start. teacher: None for an API. journal: of all answers."""
+
+    recipe: AnsweringRecipe
+    base: Path
+    teacher: ModelSource | None
+    journal: Path
+
+    @property
+    def described(self) -> str:
+        api = self.recipe.teacher.api
+        if api is not None:
+            return api_described(api)
+        assert self.teacher is not None
+        return self.teacher.described
+
+    @property
+    def made_with(self) -> list[Origin]:
+        """The models that the student is made with, the teacher first. Raises ModelError."""
+        section, student = self.recipe.teacher, self.recipe.student
+        if self.teacher is None:
+            found = [api_origin(TEACHER, self.described, section.license)]
+        else:
+            found = [origin(TEACHER, self.teacher, section.license)]
+        if isinstance(student, PretrainedStudent | PrunedStudent) and student.model is not None:
+            revision = student.revision if isinstance(student, PretrainedStudent) else None
+            start = resolve_model(student.model, revision=revision, base=self.base, weights=False)
+            found.append(origin("The student's start", start))
+        return distinct(found)
+
+    @property
+    def schema(self) -> dict[str, Any] | None:
+        """Raises DataError where it cannot be read."""
+        task = self.recipe.task
+        if not isinstance(task, ExtractTask):
+            return None
+        return read_schema(self.base / Path(task.json_schema).expanduser())
+
+    @property
+    def validity(self) -> Filter | None:
+        """Says why an answer is no valid JSON. Raises DataError, RecipeError about the schema."""
+        schema = self.schema
+        return None if schema is None else json_schema(schema)
+
+    def question(self, text: str) -> str:
+        return filled(self.recipe.task.prompt, text)
+
+    @property
+    def frame(self) -> Frame:
+        task = self.recipe.task
+        examples = tuple((self.question(one.text), one.answer) for one in task.examples)
+        return Frame(task.system, examples, task.student_sees)
+
+    def taught(self, text: str) -> tuple[Message, ...]:
+        """What the student reads before it answers."""
+        return self.frame.taught(self._prompt(text))
+
+    def asked(self, text: str) -> tuple[Message, ...]:
+        """What the teacher reads before it answers."""
+        return self.frame.asked(self._prompt(text))
+
+    def _prompt(self, text: str) -> Prompt:
+        return Prompt(({"role": "user", "content": self.question(text)},), "")
+
+    def questions(self, folder: Path) -> SynthesizeRecipe:
+        """What the teacher is asked, as a recipe for text; its prompts are in folder / PROMPTS."""
+        section, task = self.recipe.teacher, self.recipe.task
+        local, vllm = None, None
+        model: dict[str, Any] = {"model": section.model, "revision": section.revision}
+        if section.vllm is not None:
+            vllm = VllmTeacher(**model, **section.vllm.model_dump())
+        elif section.model is not None:
+            local = LocalTeacher(**model, precision=section.precision, batch=section.batch)
+        return SynthesizeRecipe(
+            teacher=TextTeacher(api=section.api, local=local, vllm=vllm),
+            prompts=PromptsRecipe(
+                path=str(folder.absolute() / PROMPTS),
+                samples=section.samples,
+                system=task.system,
+                examples=[
+                    ExampleRecipe(prompt=prompt, answer=answer)
+                    for prompt, answer in self.frame.examples
+                ],
+                student_sees=task.student_sees,
+            ),
+            sampling=section.sampling,
+            filters=self.recipe.filters,
+            budget=section.budget,
+        )
+
+    def origins(self, folder: Path) -> Origins:
+        teacher = self.recipe.teacher
+        return Origins(
+            self.base,
+            folder,
+            self.journal,
+            teacher.model or "",
+            teacher.revision,
+            teacher.trust_remote_code,
+        )
+
+
+def filled(prompt: str, text: str) -> str:
+    """In one pass, so that a text may itself hold {text}."""
+    return text.join(prompt.split("{text}"))
+
+
+def find_answering(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:
+    """Finds the teacher. Raises ModelError."""
+    section, teacher = recipe.teacher, None
+    if section.model is not None:
+        teacher = resolve_model(section.model, revision=section.revision, base=base)
+    return AnsweringJob(recipe, base, teacher, answers_path(recipe))
+
+
+WORDS_ALONE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
+
+
+def training_recipe(recipe: AnsweringRecipe, chats: Path, rows: str = TRAIN) -> Recipe:
+    """The ordinary recipe that trains the student on the chats in a folder.
+
+    Where words alone are learnt and the student starts from a model of its own, that is its
+    `teacher`: all that it gives is the vocabulary.
+    """
+    teacher = TeacherRecipe(
+        model=recipe.teacher.model or "",
+        revision=recipe.teacher.revision,
+        trust_remote_code=recipe.teacher.trust_remote_code,
+        license=recipe.teacher.license,
+    )
+    student = recipe.student
+    own = student.model if isinstance(student, PretrainedStudent | PrunedStudent) else None
+    if recipe.learns_text_alone and own is not None:
+        revision = student.revision if isinstance(student, PretrainedStudent) else None
+        teacher = teacher.model_copy(update={"model": own, "revision": revision})
+    chats = chats.absolute()
+    return Recipe(
+        name=recipe.name,
+        folder=recipe.folder,
+        seed=recipe.seed,
+        teacher=teacher,
+        data=DataRecipe(
+            sources=[JsonlSource(kind="jsonl", path=str(chats / rows))],
+            heldout_sources=[JsonlSource(kind="jsonl", path=str(chats / HELDOUT))],
+            context=recipe.data.context,
+            long_rows="drop",
+        ),
+        student=recipe.student,
+        objective=WORDS_ALONE
+        if recipe.learns_text_alone
+        else recipe.objective or ObjectiveRecipe(),
+        train=recipe.train,
+        evaluate=EvaluateRecipe(),
+        export=ExportRecipe(dtype=recipe.export.dtype),
+    )

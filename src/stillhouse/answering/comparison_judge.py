@@ -1,0 +1,76 @@
+"""A judge compares the students' answers with the teacher's, each pair in both orders."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from stillhouse.answering.answer_stages import answered, write_prompts
+from stillhouse.answering.answering_config import ComparisonRecipe
+from stillhouse.answering.answering_job import PROMPTS, AnsweringJob
+from stillhouse.classify.task_texts import LabelledText
+from stillhouse.evaluate.answers import compare
+from stillhouse.generation.generation_config import LocalTeacher, TextTeacher
+from stillhouse.synthesis.prompts import answer_text
+from stillhouse.synthesis.prompts_config import PromptsRecipe
+from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
+from stillhouse.synthesis.text_teacher import Origins
+
+_VERDICT = re.compile(r"\b(A|B|tie|Tie|TIE)\b")
+"""In capitals: `a` is mostly the article."""
+
+
+def compare_answers(
+    job: AnsweringJob, rows: list[LabelledText], said: dict[str, list[str]], out: Path
+) -> dict[str, dict[str, float]]:
+    """By role, all but the teacher's: `preferred`, wins and half of the ties among all pairs; and
+    `consistent`, the share of pairs of which the verdict does not depend on the order."""
+    judge = job.recipe.evaluate.judge
+    assert judge is not None
+    roles = [role for role in said if role != "teacher"]
+    pairs = [
+        pair
+        for role in roles
+        for row, ours, theirs in zip(rows, said[role], said["teacher"], strict=True)
+        for pair in ((row.text, ours, theirs), (row.text, theirs, ours))
+    ]
+    write_prompts((verdict_prompt(judge.question, *pair) for pair in pairs), out)
+    origins = Origins(job.base, out, job.journal, "")
+    section = _section(judge, out)
+    verdicts = [
+        None if answer is None else read_verdict(answer_text(answer, keep_reasoning=False))
+        for _, answer in answered(section, origins, job.recipe.seed)
+    ]
+    (out / PROMPTS).unlink()
+    found: dict[str, dict[str, float]] = {}
+    for number, role in enumerate(roles):
+        part = verdicts[2 * len(rows) * number : 2 * len(rows) * (number + 1)]
+        result = compare(list(zip(part[::2], part[1::2], strict=True)))
+        read = len(rows) - result.unread
+        found[role] = {"judge_read": read / len(rows)}
+        if read:
+            found[role] |= {"preferred": result.preferred, "consistent": result.consistent / read}
+    return found
+
+
+def _section(judge: ComparisonRecipe, folder: Path) -> SynthesizeRecipe:
+    local = None if judge.model is None else LocalTeacher(model=judge.model)
+    return SynthesizeRecipe(
+        teacher=TextTeacher(api=judge.api, local=local),
+        prompts=PromptsRecipe(path=str(folder.absolute() / PROMPTS)),
+        sampling=judge.sampling,
+        budget=judge.budget,
+    )
+
+
+def verdict_prompt(question: str, text: str, first: str, second: str) -> str:
+    return (
+        f"A text:\n{text}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\n{question} "
+        "Say A, B or tie, and nothing else."
+    )
+
+
+def read_verdict(text: str) -> str | None:
+    """A, B or tie; None where it is not exactly one of them."""
+    found = {word if word in "AB" else "tie" for word in _VERDICT.findall(text)}
+    return found.pop() if len(found) == 1 else None

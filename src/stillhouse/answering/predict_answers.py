@@ -1,0 +1,41 @@
+"""Answers to new texts, from a finished student."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from stillhouse.answering.answering_evaluation import (
+    answer_all,
+    open_generator,
+    read_json,
+    request_for,
+)
+from stillhouse.answering.answering_export import FACTS, AnsweringFacts
+from stillhouse.synthesis.filters import json_schema
+from stillhouse.training.train import MODEL
+
+TOGETHER = 64
+
+
+def answers_folder(folder: Path) -> Path | None:
+    """The folder of the student in a run folder, or itself; None where none answers."""
+    return next((one for one in (folder, folder / MODEL) if (one / FACTS).is_file()), None)
+
+
+def predicted_answers(folder: Path, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """In the order of the texts: text and answer; of an extraction also valid, and value, None
+    where the answer is not valid. Raises ModelError."""
+    facts = AnsweringFacts.load(folder)
+    validity = None if facts.json_schema is None else json_schema(facts.json_schema)
+    generator = open_generator(folder)
+    texts = iter(texts)
+    while some := list(itertools.islice(texts, TOGETHER)):
+        requests = [request_for(facts.messages(t), "student", facts.max_tokens) for t in some]
+        for text, answer in zip(some, answer_all(generator, requests), strict=True):
+            row: dict[str, Any] = {"text": text, "answer": answer}
+            if validity is not None:
+                row["valid"], row["value"] = read_json(answer, validity)
+            yield row

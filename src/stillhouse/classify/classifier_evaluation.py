@@ -1,0 +1,210 @@
+"""The stage that measures a classifier beside its teacher, and chooses when it abstains."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.classify.classifier import Classifier, load_classifier
+from stillhouse.classify.classify_config import ClassifyRecipe
+from stillhouse.classify.classify_job import TaskJob
+from stillhouse.classify.fit import MODEL
+from stillhouse.classify.label_judgment import Judgment, time_teacher
+from stillhouse.classify.task_texts import UNKNOWN, LabelledText, Part, Texts, gold_ids
+from stillhouse.evaluate.classification import (
+    Abstention,
+    ClassificationEvaluation,
+    ClassifierResult,
+    answered,
+    choose_threshold,
+    coverage_curve,
+    measure,
+)
+from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.runfolder import Outcome, Stage
+from stillhouse.stages.evaluate_stage import EVALUATION
+from stillhouse.stages.stage_plan import StagePlan
+
+_SPEED_SECONDS, _ROUNDS = 1.0, 2
+
+
+def evaluation(
+    job: TaskJob, texts: Stage, judged: Stage, student: Stage, trained: Stage, tuned: Stage | None
+) -> StagePlan:
+    def work(out: Path) -> Outcome:
+        folders = {"untrained": student.path / MODEL, "student": trained.path / MODEL}
+        if tuned is not None:
+            folders["fine_tuned"] = tuned.path / MODEL
+        found = _evaluate(job, Texts.load(texts.path), judged, folders)
+        found.save(out / EVALUATION)
+        return Outcome(peak_memory_bytes=peak_memory_bytes())
+
+    inputs = {
+        "recipe": job.recipe.evaluate.model_dump(mode="json"),
+        "precision": job.recipe.train.precision,
+        "judgment": judged.digest,
+        "prior": job.recipe.task.prior,
+        "texts": texts.digest,
+        "student": student.digest,
+        "trained": trained.digest,
+        "baseline": tuned and tuned.digest,
+    }
+    return StagePlan("evaluate", inputs, work, version=3)
+
+
+def _evaluate(
+    job: TaskJob, found: Texts, judged: Stage, folders: dict[str, Path]
+) -> ClassificationEvaluation:
+    recipe, labels = job.recipe, list(found.labels)
+    scores = Judgment.load(judged.path)
+    measured: tuple[Part, ...] = ("calibration", "test")
+    teacher = {part: scores.distribution(part, recipe) for part in measured}
+    known = {part: ~q_NC.isnan().any(-1) for part, q_NC in teacher.items()}
+    rows = {part: _only(found.part(part), known[part]) for part in measured}
+    notes = _notes(job, found, judged, int((~known["test"]).sum()))
+    notes += _gold_notes(rows["test"], found.train if "fine_tuned" in folders else [])
+    gold = {part: _gold(rows[part], labels) for part in measured}
+    shown = {part: [row.text for row in rows[part]] for part in measured}
+    taught = {part: q_NC[known[part]] for part, q_NC in teacher.items()}
+    sample = shown["test"][: recipe.evaluate.speed_texts]
+    teacher_facts: dict[str, Any] = {}
+    if job.teacher is not None:
+        teacher_facts["parameters"] = judged.summary["parameters"]
+    results = []
+    p: dict[str, Tensor] = {}
+    for role, folder in folders.items():
+        classifier = _loaded(folder, recipe)
+        p_NC = classifier.probabilities(shown["test"])
+        facts = _facts_of(classifier, folder)
+        if role == "student":
+            p = {"test": p_NC, "calibration": classifier.probabilities(shown["calibration"])}
+            teacher_rate, facts["texts_per_s"] = _rates(job, found, classifier, sample)
+            teacher_facts["texts_per_s"] = teacher_rate
+        result = measure(role, p_NC, taught["test"], gold["test"])
+        results.append(ClassifierResult(**{**asdict(result), **facts}))
+    own = asdict(measure("teacher", taught["test"], taught["test"], gold["test"]))
+    results.insert(0, ClassifierResult(**{**own, **teacher_facts}))
+    abstention, curve = _abstention(recipe, p, taught, gold, notes)
+    return ClassificationEvaluation(labels, len(shown["test"]), results, abstention, curve, notes)
+
+
+def _only(rows: list[LabelledText], known_N: Tensor) -> list[LabelledText]:
+    return [row for row, known in zip(rows, known_N.tolist(), strict=True) if known]
+
+
+def _gold(rows: list[LabelledText], labels: list[str]) -> Tensor | None:
+    ids = gold_ids(rows, labels)
+    return None if ids is None else torch.tensor(ids)
+
+
+def _loaded(folder: Path, recipe: ClassifyRecipe) -> Classifier:
+    dtype = choose_precision(recipe.train.precision, default_device()).dtype
+    return load_classifier(folder, dtype=dtype)
+
+
+def _facts_of(classifier: Classifier, folder: Path) -> dict[str, Any]:
+    files = folder.glob("*.safetensors")
+    return {
+        "parameters": sum(parameter.numel() for parameter in classifier.model.parameters()),
+        "bytes_on_disk": sum(file.stat().st_size for file in files),
+    }
+
+
+def _rates(
+    job: TaskJob, found: Texts, student: Classifier, sample: list[str]
+) -> tuple[float | None, float]:
+    """Texts a second of the teacher, None of an API, and of the student: the best of some rounds
+    in alternation, so that what else the machine does disturbs both alike."""
+    asked = None if job.teacher is None else job.load_teacher()
+    teacher, ours = [], []
+    for round_ in range(_ROUNDS):
+        if asked is not None:
+            prompt, most = job.prompt(found), job.recipe.data.max_tokens
+            if round_ == 0:
+                time_teacher(*asked, prompt, sample[:4], most)  # the first pass is slower
+            teacher.append(time_teacher(*asked, prompt, sample, most))
+        ours.append(_time_student(student, sample))
+    return max(teacher, default=None), max(ours)
+
+
+def _time_student(classifier: Classifier, sample: list[str]) -> float:
+    """Texts a second over as many rounds as a second holds."""
+    classifier.probabilities(sample[:4])
+    began, rounds = time.perf_counter(), 0
+    while rounds == 0 or time.perf_counter() - began < _SPEED_SECONDS:
+        classifier.probabilities(sample)
+        rounds += 1
+    return rounds * len(sample) / (time.perf_counter() - began)
+
+
+def _notes(job: TaskJob, found: Texts, judged: Stage, unknown: int) -> list[str]:
+    notes = []
+    if found.repeated:
+        notes.append(f"{found.repeated:,} texts stood more than once and were used once.")
+    if job.teacher is None:
+        answers = judged.summary["answers"]
+        notes.append(
+            f"The teacher gave {answers.get('label', 0):,} labels; {answers.get('outside', 0):,} "
+            f"answers were none of them, and {answers.get('none', 0):,} requests had no answer. "
+            f"Of the test texts, {unknown:,} are left out for that reason."
+        )
+        if job.recipe.teacher.top_logprobs is not None:
+            notes.append(
+                f"The teacher's distribution is that of its first token: labels below the "
+                f"{job.recipe.teacher.top_logprobs} likeliest got nothing, and labels that begin "
+                "alike share alike."
+            )
+    return notes
+
+
+def _gold_notes(test: list[LabelledText], tuned_on: list[LabelledText]) -> list[str]:
+    """How many texts the figures about true labels rest on, where that is not all."""
+    notes = []
+    for rows, said in (
+        (test, "test texts: what is measured against them is of those alone."),
+        (tuned_on, "training texts: the fine-tuned student learns from those alone."),
+    ):
+        known = sum(row.gold is not None for row in rows)
+        if 0 < known < len(rows):
+            notes.append(f"The true labels are known of {known:,} of the {len(rows):,} {said}")
+    return notes
+
+
+def _abstention(
+    recipe: ClassifyRecipe,
+    p: Mapping[str, Tensor],
+    taught: Mapping[Part, Tensor],
+    gold: Mapping[Part, Tensor | None],
+    notes: list[str],
+) -> tuple[Abstention, list[tuple[float, float]]]:
+    section = recipe.evaluate.abstain
+    measured: str = section.measure
+    if measured == "accuracy" and (gold["calibration"] is None or gold["test"] is None):
+        notes.append("The true labels are not known: the threshold is for agreement.")
+        measured = "agreement"
+    on: dict[str, tuple[Tensor, Tensor]] = {}
+    for part, q_NC in taught.items():
+        gold_N = gold[part]
+        truth_N = q_NC.argmax(-1) if measured == "agreement" or gold_N is None else gold_N
+        known_N = truth_N != UNKNOWN
+        on[part] = p[part][known_N], truth_N[known_N]
+    threshold = choose_threshold(*on["calibration"], section.wanted, section.sureness)
+    coverage, reached = answered(*on["calibration"], threshold)
+    test_coverage, test_reached = answered(*on["test"], threshold)
+    chosen = Abstention(
+        measure=measured,
+        wanted=section.wanted,
+        sureness=section.sureness,
+        threshold=threshold,
+        coverage=coverage,
+        reached=reached,
+        test_coverage=test_coverage,
+        test_reached=test_reached,
+    )
+    return chosen, coverage_curve(*on["test"])

@@ -1,0 +1,113 @@
+"""What a classifier's run ends with: its folder, found the same by a process that knows
+transformers alone, and its report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from stillhouse.classify.classifier import Classifier, Facts, load_classifier
+from stillhouse.classify.classifier_card import (
+    classifier_card,
+    write_checkpoint_card,
+    write_onnx_card,
+)
+from stillhouse.classify.classifier_onnx import ship_onnx
+from stillhouse.classify.classify_job import TaskJob
+from stillhouse.classify.fit import METRICS, MODEL
+from stillhouse.classify.label_prompts import cut
+from stillhouse.classify.task_texts import PARTS, Texts
+from stillhouse.errors import ModelError
+from stillhouse.evaluate.classification import ClassificationEvaluation
+from stillhouse.export.classifier_gate import ClassifierRows, replay_classifier
+from stillhouse.hardware import machine
+from stillhouse.progress import note
+from stillhouse.report.classifier_page import ClassifierReport, write_classifier_report
+from stillhouse.report.report_data import StageCost
+from stillhouse.runfolder import Outcome, Stage, versions
+from stillhouse.stages.evaluate_stage import EVALUATION
+from stillhouse.stages.report_stage import plan_report
+from stillhouse.stages.stage_plan import StagePlan
+from stillhouse.training.checkpoints import read_metrics
+
+REPLAY_LIMIT = 1e-4
+"""What a probability may differ by after a checkpoint is written and read by transformers alone."""
+REPLAY_PASSES = 128
+"""Passes of a replay: texts, or of a language model texts times labels."""
+
+
+def export(job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage) -> StagePlan:
+    """The trained folder with its threshold, and ONNX files, each with its card; read again, they
+    must say the same."""
+
+    def work(out: Path) -> Outcome:
+        found = ClassificationEvaluation.load(evaluated.path / EVALUATION)
+        folder = out / MODEL
+        shutil.copytree(trained.path / MODEL, folder)
+        facts = asdict(Facts.load(folder)) | {"threshold": found.abstention.threshold}
+        Facts(**facts).save(folder)
+        rows = [row.text for row in Texts.load(texts.path).calibration]
+        difference = _replay(load_classifier(trained.path / MODEL), folder, rows)
+        replays = ship_onnx(job.recipe.export, folder, rows, out)
+        card = classifier_card(job, texts, trained, found)
+        write_checkpoint_card(folder, card, difference)
+        for replay in replays:
+            write_onnx_card(out / replay["format"], card, replay)
+        return Outcome(summary={"difference": difference, "replays": replays})
+
+    inputs = {
+        "name": job.recipe.name,
+        "trained": trained.digest,
+        "evaluated": evaluated.digest,
+        "texts": texts.digest,
+        "teacher": job.described,
+        "origins": [asdict(one) for one in job.made_with],
+        "recipe": job.recipe.export.model_dump(mode="json", exclude={"push_to_hub"}),
+    }
+    return StagePlan("export", inputs, work, version=2)
+
+
+def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:
+    """The most by which a probability of some of the texts differs from the source's, where
+    transformers alone reads the folder. Raises ModelError: it does not, or by too much."""
+    labels = None if source.words is None else source.words.labels
+    texts = texts[: max(1, REPLAY_PASSES // len(labels or [0]))]
+    rows, facts, most = source.tokens(texts), source.facts, source.facts.max_tokens
+    whole = [
+        text if len(row) < most and cut(text, source.tokenizer, most) == text else None
+        for text, row in zip(texts, rows, strict=True)
+    ]
+    asked = ClassifierRows(rows, whole, facts.mean_pooling, labels, facts.prior)
+    note("Replaying the exported classifier in a fresh process")
+    said_NC = replay_classifier(exported, asked)
+    difference = float((said_NC - source.probabilities(texts)).abs().max())
+    if not difference <= REPLAY_LIMIT:  # NaN fails too
+        raise ModelError(
+            f"the exported classifier's probabilities differ by {difference:.2g}",
+            where=exported,
+            fix="the disk may be damaged: give the same command again",
+        )
+    return difference
+
+
+def report(job: TaskJob, finished: list[Stage]) -> StagePlan:
+    stages = {stage.name: stage for stage in finished}
+
+    def collect() -> ClassifierReport:
+        return ClassifierReport(
+            title=job.recipe.name,
+            created=time.strftime("%Y-%m-%d %H:%M"),
+            teacher=job.described,
+            evaluation=ClassificationEvaluation.load(stages["evaluate"].path / EVALUATION),
+            parts={name: stages["texts"].summary[name] for name in PARTS},
+            metrics=read_metrics(stages["train"].path / METRICS),
+            stages=[StageCost.of(stage) for stage in finished],
+            recipe=job.recipe.model_dump(mode="json"),
+            machine=machine(),
+            versions=versions(),
+            replays=stages["export"].summary["replays"],
+        )
+
+    return plan_report(job.recipe, stages, collect, write_classifier_report)

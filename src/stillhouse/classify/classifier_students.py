@@ -1,0 +1,257 @@
+"""A student before training: where its weights come from, and its untrained head."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForSequenceClassification,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+)
+
+from stillhouse.classify.classifier import Facts
+from stillhouse.classify.classify_config import (
+    ClassifierStudent,
+    PretrainedClassifier,
+    RandomClassifier,
+    TruncatedClassifier,
+)
+from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
+from stillhouse.classify.label_scoring import score_labels
+from stillhouse.classify.targets import prior_logits
+from stillhouse.errors import ModelError, RecipeError
+from stillhouse.pruning.sizes import keep_config_layers
+from stillhouse.teachers.load import load_config, load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.model_source import ModelSource, resolve_model
+from stillhouse.teachers.quiet import quiet
+
+_PRIOR_TEXTS = 256
+
+
+def student_source(
+    section: ClassifierStudent, teacher: ModelSource | None, base: Path
+) -> ModelSource:
+    """The model that the student is made of, or whose tokenizer it takes. Raises ModelError."""
+    match section:
+        case PretrainedClassifier():
+            return resolve_model(section.model, revision=section.revision, base=base)
+        case TruncatedClassifier():
+            named = section.model
+        case RandomClassifier():
+            named = section.tokenizer
+    if named is not None:
+        return resolve_model(named, base=base)
+    assert teacher is not None
+    return teacher
+
+
+def planned_parameters(section: ClassifierStudent, source: ModelSource, labels: list[str]) -> int:
+    """Of the student with its classification head, as its configuration alone says it.
+
+    Raises ModelError where the architecture has no such head.
+    """
+    if isinstance(section, RandomClassifier):
+        config = _random_config(section, load_tokenizer(source.path), labels)
+    else:
+        config = load_config(source.path)
+        config.num_labels = len(labels)
+    if isinstance(section, TruncatedClassifier):
+        text = config.get_text_config()
+        keep_config_layers(text, list(range(min(section.layers, text.num_hidden_layers))))
+    try:
+        with torch.device("meta"), quiet():
+            model = AutoModelForSequenceClassification.from_config(config)
+    except (ValueError, KeyError) as error:
+        raise _headless(source.path, error) from error
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def build_classifier(
+    section: ClassifierStudent,
+    source: ModelSource,
+    teacher: ModelSource | None,
+    prompt: LabelPrompt,
+    texts: list[str],
+    *,
+    max_tokens: int,
+    seed: int,
+    out: Path,
+) -> dict[str, Any]:
+    """Writes the untrained student to `out`, in float32; what it is, for the report.
+
+    texts: of the training part; a language model's prior is its mean answer to some of them.
+    Raises ModelError, RecipeError where the student cannot be made so.
+    """
+    tokenizer = load_tokenizer(source.path)
+    prior = None
+    with torch.random.fork_rng(devices=[]), quiet():
+        torch.manual_seed(seed)
+        if isinstance(section, PretrainedClassifier) and section.head == "words":
+            model = load_model(source.path, dtype=torch.float32)
+            words = prompt_tokens(prompt, tokenizer, max_tokens)
+            prompts = words.of(texts[:_PRIOR_TEXTS])
+            scores = torch.zeros(len(prompts), len(prompt.labels))
+            for chosen, rows in score_labels(model, prompts, words.labels):
+                scores[chosen] = rows
+            prior = prior_logits("texts", scores, scores).tolist()
+        elif isinstance(section, PretrainedClassifier):
+            model = _with_head(source.path, list(prompt.labels))
+        elif isinstance(section, TruncatedClassifier):
+            model = _truncated(source.path, section.layers, list(prompt.labels))
+        else:
+            model = _random(section, tokenizer, list(prompt.labels), teacher)
+    if prior is None:
+        _agree_on_padding(model, tokenizer)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = min(max_tokens, limit) if isinstance(limit, int) else max_tokens
+    with quiet():
+        model.to(torch.float32).save_pretrained(out)
+        save_tokenizer(tokenizer, out)
+    shown = asdict(prompt) if prior is not None else None
+    pooled = isinstance(section, TruncatedClassifier) and section.pooling == "mean"
+    Facts(prompt.labels, most, shown, prior, mean_pooling=pooled).save(out)
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "made_of": source.described,
+        "kind": type(model).__name__,
+    }
+
+
+def _names(labels: list[str]) -> dict[str, Any]:
+    return {
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: number for number, label in enumerate(labels)},
+    }
+
+
+def _with_head(path: Path, labels: list[str]) -> Any:
+    """The checkpoint with a new classification head; the rest of its weights must be there."""
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path,
+            **_names(labels),
+            dtype=torch.float32,
+            local_files_only=True,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        raise _headless(path, error) from error
+    prefix = f"{model.base_model_prefix}."
+    lost = [name for name in sorted(info["missing_keys"]) if name.startswith(prefix)]
+    # A pooler is new where the encoder was trained without one; anything else would be a guess.
+    lost = [name for name in lost if not name.startswith(f"{prefix}pooler.")]
+    if lost:
+        raise ModelError(
+            f"{len(lost)} weights are missing, such as {lost[0]}",
+            where=path,
+            fix="config.json and the weights are of two models: copy the model again",
+        )
+    return model
+
+
+def _headless(path: Path, error: Exception) -> ModelError:
+    return ModelError(
+        f"no classification head can be put on this model ({error})",
+        where=path,
+        fix="use a model whose architecture transformers has for sequence classification",
+    )
+
+
+def _truncated(path: Path, layers: int, labels: list[str]) -> Any:
+    config = load_config(path)
+    had = config.get_text_config().num_hidden_layers
+    if layers > had:
+        raise RecipeError(
+            f"the model has {had} layers, and {layers} are to be kept",
+            where="student.layers",
+            fix=f"keep {had} at the most",
+        )
+    model = _with_head(path, labels)
+    stack = getattr(model.base_model, "layers", None)
+    if stack is None:
+        raise ModelError(
+            f"{type(model).__name__} has no list of layers to cut",
+            where=path,
+            fix="use student.start: pretrained, or a model of the Llama family",
+        )
+    model.base_model.layers = stack[:layers]
+    keep_config_layers(model.config, list(range(layers)))
+    return model
+
+
+def _random(
+    section: RandomClassifier, tokenizer: Any, labels: list[str], teacher: ModelSource | None
+) -> Any:
+    """A ModernBERT that reads the mean of its last hidden states: with few texts, what a text's
+    words mean is learnt long before what their order means."""
+    model = ModernBertForSequenceClassification(_random_config(section, tokenizer, labels))
+    if section.teacher_embeddings:
+        assert teacher is not None
+        words = model.get_input_embeddings().weight
+        with torch.no_grad():
+            words.copy_(_principal(teacher, len(tokenizer), section.hidden_size, words.std()))
+    return model
+
+
+def _random_config(
+    section: RandomClassifier, tokenizer: Any, labels: list[str]
+) -> ModernBertConfig:
+    return ModernBertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=section.hidden_size,
+        num_hidden_layers=section.layers,
+        num_attention_heads=section.heads,
+        intermediate_size=2 * section.hidden_size,
+        layer_types=["full_attention"] * section.layers,
+        max_position_embeddings=512,
+        classifier_pooling="mean",
+        pad_token_id=tokenizer.pad_token_id or 0,
+        bos_token_id=None,
+        eos_token_id=None,
+        cls_token_id=None,
+        sep_token_id=None,
+        **_names(labels),
+    )
+
+
+def _principal(teacher: ModelSource, rows: int, width: int, scale: Any) -> Any:
+    """The teacher's token embeddings less their mean, scaled; where the student is narrower, along
+    their first principal directions."""
+    loaded = AutoModel.from_pretrained(
+        teacher.path, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )
+    table_VD = loaded.get_input_embeddings().weight.detach()
+    if rows > len(table_VD) or width > table_VD.shape[1]:
+        raise RecipeError(
+            f"the teacher's embeddings are {len(table_VD):,} x {table_VD.shape[1]}, and the "
+            f"student wants {rows:,} x {width}",
+            where="student.hidden_size",
+            fix="choose a smaller hidden_size, the teacher's tokenizer, or "
+            "teacher_embeddings: false",
+        )
+    centred_VD = table_VD[:rows] - table_VD[:rows].mean(0)
+    if width < table_VD.shape[1]:
+        _, _, directions_DW = torch.svd_lowrank(centred_VD, q=width, niter=4)
+        centred_VD = centred_VD @ directions_DW
+    return centred_VD / centred_VD.std() * scale
+
+
+def _agree_on_padding(model: Any, tokenizer: Any) -> None:
+    """A decoder's head looks for the last token that is not padding."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token_id is None:
+        raise ModelError(
+            "the tokenizer has neither a padding token nor one that ends a text",
+            where=getattr(tokenizer, "name_or_path", None) or None,
+            fix="name one in its tokenizer_config.json: pad_token",
+        )

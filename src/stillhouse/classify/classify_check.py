@@ -1,0 +1,137 @@
+"""A task's recipe looked at before anything is spent: what it has, and what it will take."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.text import Text
+from transformers import AutoModelForCausalLM
+
+from stillhouse import account
+from stillhouse.classify.classifier_students import planned_parameters
+from stillhouse.classify.classify_config import ClassifyRecipe
+from stillhouse.classify.classify_job import TaskJob
+from stillhouse.classify.classify_run import find_task
+from stillhouse.classify.fit import planned_steps
+from stillhouse.classify.label_judgment import foreseen_questions
+from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
+from stillhouse.classify.label_scoring import shared_prefix
+from stillhouse.classify.label_tree import label_tree
+from stillhouse.classify.task_texts import FEWEST, Texts, prepare_texts
+from stillhouse.export.licenses import license_lines
+from stillhouse.export.onnx_export import require_onnx
+from stillhouse.export.push import require_token
+from stillhouse.finding import Finding
+from stillhouse.hardware import choose_precision, default_device, matmul_rate
+from stillhouse.synthesis.estimate import Known
+from stillhouse.teachers.load import load_config, load_tokenizer
+
+EFFICIENCY = 0.35
+"""Share of the measured matrix product rate that scoring reaches: its batches are small."""
+FEW = 20
+"""Training texts a label below which little can be learnt."""
+
+
+def foresee(recipe: ClassifyRecipe, base: Path, calls: int = 0) -> Iterator[Finding]:
+    """Raises StillhouseError for whatever would stop the run. calls: requests that are made of an
+    API first, so that there are answers to tell the cost from."""
+    texts = prepare_texts(recipe, base)
+    yield Finding("ok", "labels", f"{len(texts.labels)}: {', '.join(list(texts.labels)[:12])}")
+    parts = f"{len(texts.train):,} to learn from, {len(texts.calibration):,} for the threshold, "
+    parts += f"{len(texts.test):,} to measure on"
+    repeated = f"; {texts.repeated:,} repeated ones are left out" if texts.repeated else ""
+    yield Finding("ok", "texts", parts + repeated)
+    if len(texts.train) < FEW * len(texts.labels):
+        few = f"{len(texts.train):,} training texts are few for {len(texts.labels)} labels"
+        yield Finding("warning", "texts", few, "give more texts: they need no labels")
+    yield from _gold(texts)
+    job = find_task(recipe, base)
+    yield Finding("ok", "teacher", job.described)
+    prompt = job.prompt(texts)
+    if job.teacher is None:
+        yield from _judgment(recipe, base, calls)[1]
+    else:
+        yield _local_cost(job, prompt, texts)
+    steps = planned_steps(recipe.train, len(texts.train))
+    yield Finding("estimate", "training", f"{steps:,} steps of {recipe.train.batch_size} texts")
+    if recipe.export.formats != ["safetensors"]:
+        labels = list(texts.labels)
+        require_onnx(planned_parameters(recipe.student, job.student, labels))
+    if recipe.export.push_to_hub is not None:
+        require_token(recipe.export.push_to_hub)
+    yield from license_lines(job.made_with)
+    yield Finding("ok", "export", ", ".join(recipe.export.formats))
+
+
+def _gold(texts: Texts) -> Iterator[Finding]:
+    """What the true labels are known of, where that is not everything or nothing to learn from."""
+    known, learnt = (sum(row.gold is not None for row in p) for p in (texts.test, texts.train))
+    if known < FEWEST:
+        few = f"{known:,} of the {len(texts.test):,} test texts have true labels"
+        unknown = few if known else "the test texts have no true labels"
+        unknown += ": the student is compared with the teacher"
+        yield Finding("warning", "texts", unknown, "name their column: data.test.0.label")
+    elif known < len(texts.test):
+        some = f"{known:,} of the {len(texts.test):,} test texts have true labels to measure on"
+        yield Finding("ok", "texts", some)
+    if FEWEST <= learnt < len(texts.train):
+        text = f"the fine-tuned student learns from {learnt:,} texts with true labels"
+        yield Finding("ok", "texts", text)
+
+
+def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Finding:
+    assert job.teacher is not None
+    recipe = job.recipe
+    words = prompt_tokens(prompt, load_tokenizer(job.teacher.path), recipe.data.max_tokens)
+    sample = words.of([row.text for row in texts.all[:200]])
+    shared, inner = shared_prefix(sample), label_tree(words.labels).inner
+    each = sum(map(len, sample)) / len(sample) - shared + inner
+    tokens = round(each * len(texts.all)) + shared
+    device = default_device()
+    precision = choose_precision(recipe.teacher.precision, device)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(load_config(job.teacher.path))
+    flops = account.forward_flops(account.count_parameters(model).head_once, tokens)
+    seconds = flops / (EFFICIENCY * matmul_rate(precision.dtype, device))
+    pairs = len(texts.all) * len(words.labels)
+    text = (
+        f"{tokens:,} tokens for {pairs:,} pairs of text and label, about {seconds:,.0f} s "
+        f"({precision.reason}); {shared:,} tokens of the prompt are read once"
+    )
+    return Finding("estimate", "judgment", text)
+
+
+def known_judgment(recipe: ClassifyRecipe, base: Path) -> Known:
+    """How much the journal has of what an API is asked, and what the rest can cost."""
+    return _judgment(recipe, base, 0)[0]
+
+
+def _judgment(recipe: ClassifyRecipe, base: Path, calls: int) -> tuple[Known, list[Finding]]:
+    job, texts = find_task(recipe, base), prepare_texts(recipe, base)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        return foreseen_questions(recipe, job.prompt(texts), texts, out, job.journal, calls)
+
+
+def preview_task(recipe: ClassifyRecipe, base: Path, rows: int) -> RenderableType:
+    """What the teacher reads for the first texts, and what it would answer for each label."""
+    texts = prepare_texts(recipe, base)
+    prompt = LabelPrompt.of(recipe.task, texts.labels)
+    parts: list[RenderableType] = []
+    for row in texts.train[:rows]:
+        parts.append(Rule(row.where, style="dim", align="left"))
+        if recipe.task.chat:
+            for turn in prompt.turns(row.text):
+                parts.append(Text.assemble((f"{turn['role']}: ", "dim"), turn["content"]))
+        else:
+            parts.append(Text(prompt.plain(row.text)))
+    answers = [prompt.answer_for(label) for label in texts.labels]
+    parts.append(Rule("answers that are scored", style="dim", align="left"))
+    parts.append(Text(" | ".join(answers), style="bold green"))
+    return Group(*parts)

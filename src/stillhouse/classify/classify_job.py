@@ -1,0 +1,59 @@
+"""A classifier's recipe whose models have been found: what every stage of its run starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.classify.classify_config import ClassifyRecipe, RandomClassifier
+from stillhouse.classify.label_prompts import LabelPrompt
+from stillhouse.classify.task_texts import Texts
+from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, origin
+from stillhouse.generation.request import api_described
+from stillhouse.hardware import choose_precision, default_device
+from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.model_source import ModelSource
+
+
+@dataclass(frozen=True)
+class TaskJob:
+    """base: where relative paths start. teacher: None for an API. journal: of an API's answers."""
+
+    recipe: ClassifyRecipe
+    base: Path
+    teacher: ModelSource | None
+    student: ModelSource
+    journal: Path
+
+    @property
+    def described(self) -> str:
+        api = self.recipe.teacher.api
+        if api is not None:
+            return api_described(api)
+        assert self.teacher is not None
+        return self.teacher.described
+
+    @property
+    def made_with(self) -> list[Origin]:
+        """The models that the student is made with, the teacher first."""
+        section, student = self.recipe.teacher, self.recipe.student
+        if self.teacher is None:
+            teacher = api_origin(TEACHER, self.described, section.license)
+        else:
+            teacher = origin(TEACHER, self.teacher, section.license)
+        random = isinstance(student, RandomClassifier)
+        part = "The student's tokenizer" if random else "The student's start"
+        return distinct([teacher, origin(part, self.student)])
+
+    def load_teacher(self) -> tuple[Any, Any]:
+        """Model and tokenizer, in the recipe's precision."""
+        assert self.teacher is not None
+        section, device = self.recipe.teacher, default_device()
+        dtype = choose_precision(section.precision, device).dtype
+        code = section.trust_remote_code
+        model = load_model(self.teacher.path, dtype=dtype, trust_remote_code=code)
+        return model.to(device), load_tokenizer(self.teacher.path, trust_remote_code=code)
+
+    def prompt(self, texts: Texts) -> LabelPrompt:
+        return LabelPrompt.of(self.recipe.task, texts.labels)

@@ -1,0 +1,193 @@
+"""The stages that make a classifier: what each depends on, and the work that fills its folder.
+
+`tasks.measuring` has the stage that measures it, `tasks.products` what it is shipped as.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse import account
+from stillhouse.classify.classifier_students import build_classifier
+from stillhouse.classify.classify_config import (
+    ClassifyRecipe,
+    PretrainedClassifier,
+    RandomClassifier,
+)
+from stillhouse.classify.classify_job import TaskJob
+from stillhouse.classify.fit import CHECKPOINTS, MODEL, fit
+from stillhouse.classify.label_judgment import CHUNKS, Judgment, ask_api, score_texts
+from stillhouse.classify.task_texts import UNKNOWN, Texts, files_sha256, gold_ids, prepare_texts
+from stillhouse.generation.request import endpoint_of
+from stillhouse.hardware import peak_memory_bytes
+from stillhouse.runfolder import Outcome, Stage
+from stillhouse.stages.stage_plan import StagePlan
+
+
+def texts(recipe: ClassifyRecipe, base: Path) -> StagePlan:
+    section = recipe.data
+
+    def work(out: Path) -> Outcome:
+        found = prepare_texts(recipe, base)
+        found.save(out)
+        return Outcome(
+            summary={
+                "labels": len(found.labels),
+                "train": len(found.train),
+                "calibration": len(found.calibration),
+                "test": len(found.test),
+                "repeated": found.repeated,
+            }
+        )
+
+    labels_file = recipe.task.labels_path
+    inputs = {
+        "recipe": section.model_dump(mode="json", exclude={"max_tokens"}),
+        "labels": recipe.task.labels,
+        "labels_file": labels_file and (base / labels_file).read_text(encoding="utf-8"),
+        "files": files_sha256([*section.texts, *section.test], base),
+        "seed": recipe.seed,
+    }
+    return StagePlan("texts", inputs, work)
+
+
+def judgment(job: TaskJob, texts: Stage) -> StagePlan:
+    """The teacher sees every text, once. What is made of its scores comes later, so that another
+    prior asks nothing again."""
+    recipe = job.recipe
+    api = recipe.teacher.api
+
+    def work(out: Path) -> Outcome:
+        found = Texts.load(texts.path)
+        prompt = job.prompt(found)
+        if api is not None:
+            judged, summary = ask_api(recipe, prompt, found, out, job.journal)
+            judged.save(out)
+            return Outcome(summary=summary)
+        model, tokenizer = job.load_teacher()
+        judged, tokens = score_texts(model, tokenizer, prompt, found, recipe.data.max_tokens, out)
+        judged.save(out)
+        size = account.count_parameters(model)
+        return Outcome(
+            tokens=tokens,
+            flops=account.forward_flops(size.head_once, tokens),
+            peak_memory_bytes=peak_memory_bytes(),
+            summary={"parameters": size.total},
+        )
+
+    task = recipe.task.model_dump(mode="json", exclude={"prior", "labels", "labels_path", "kind"})
+    asked: dict[str, Any] = {"precision": recipe.teacher.precision}
+    if api is not None:
+        asked = {
+            "endpoint": endpoint_of(api.base_url),
+            "model": api.model,
+            "samples": recipe.teacher.samples,
+            "top_logprobs": recipe.teacher.top_logprobs,
+            "sampling": recipe.teacher.sampling.model_dump(mode="json"),
+        }
+    inputs = {
+        "task": task,
+        "asked": asked,
+        "max_tokens": recipe.data.max_tokens,
+        "teacher": job.teacher and job.teacher.fingerprint,
+        "texts": texts.digest,
+    }
+    version = 1 if api is None else 2
+    return StagePlan("judgment", inputs, work, version, resumable=True, scratch=(CHUNKS,))
+
+
+def student(job: TaskJob, texts: Stage) -> StagePlan:
+    recipe, section = job.recipe, job.recipe.student
+    words = isinstance(section, PretrainedClassifier) and section.head == "words"
+    uses_teacher = isinstance(section, RandomClassifier) and section.teacher_embeddings
+
+    def work(out: Path) -> Outcome:
+        found = Texts.load(texts.path)
+        summary = build_classifier(
+            section,
+            job.student,
+            job.teacher,
+            job.prompt(found),
+            [row.text for row in found.train],
+            max_tokens=recipe.data.max_tokens,
+            seed=recipe.seed,
+            out=out / MODEL,
+        )
+        return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=summary)
+
+    task = recipe.task.model_dump(mode="json", exclude={"prior", "labels", "labels_path", "kind"})
+    inputs = {
+        "recipe": section.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "max_tokens": recipe.data.max_tokens,
+        "model": job.student.fingerprint,
+        "teacher": job.teacher.fingerprint if job.teacher and uses_teacher else None,
+        "task": task if words else None,
+        "texts": texts.digest,
+    }
+    return StagePlan("student", inputs, work)
+
+
+def training(job: TaskJob, texts: Stage, judged: Stage, student: Stage) -> StagePlan:
+    recipe = job.recipe
+
+    def targets() -> tuple[list[str], Tensor]:
+        found = Texts.load(texts.path)
+        q_NC = Judgment.load(judged.path).distribution("train", recipe)
+        known = (~q_NC.isnan().any(-1)).nonzero().flatten().tolist()
+        return [found.train[index].text for index in known], q_NC[known]
+
+    inputs = {
+        "prior": recipe.task.prior if recipe.teacher.api is None else None,
+        "judgment": judged.digest,
+    }
+    return _training("train", job, student, texts, inputs, targets)
+
+
+def baseline(job: TaskJob, texts: Stage, student: Stage) -> StagePlan | None:
+    """The same student trained on those of the same texts whose true labels are known; None where
+    nearly none are."""
+    found = Texts.load(texts.path)
+    gold = gold_ids(found.train, list(found.labels))
+    if gold is None or not job.recipe.evaluate.fine_tuning_baseline:
+        return None
+
+    def targets() -> tuple[list[str], Tensor]:
+        known = [index for index, label in enumerate(gold) if label != UNKNOWN]
+        gold_N = torch.tensor(gold)[known]
+        truth_NC = torch.nn.functional.one_hot(gold_N, len(found.labels))
+        return [found.train[index].text for index in known], truth_NC.float()
+
+    return _training("baseline", job, student, texts, {}, targets)
+
+
+def _training(
+    name: str, job: TaskJob, student: Stage, texts: Stage, inputs: dict[str, Any], targets: Any
+) -> StagePlan:
+    section, seed = job.recipe.train, job.recipe.seed
+
+    def work(out: Path) -> Outcome:
+        learnt, target_NC = targets()
+        result = fit(student.path / MODEL, learnt, target_NC, section=section, seed=seed, out=out)
+        parameters = student.summary["parameters"]
+        return Outcome(
+            tokens=result.tokens,
+            flops=account.training_flops(parameters, result.tokens),
+            peak_memory_bytes=result.peak_memory_bytes,
+            seconds=result.seconds,
+            summary=asdict(result),
+        )
+
+    everything = {
+        **inputs,
+        "recipe": section.model_dump(mode="json"),
+        "seed": seed,
+        "texts": texts.digest,
+        "student": student.digest,
+    }
+    return StagePlan(name, everything, work, resumable=True, scratch=(CHECKPOINTS,))

@@ -1,0 +1,194 @@
+"""Trains a classifier on distributions over labels, resumable at any moment.
+
+Shapes: B texts of a batch, N texts, C labels.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from stillhouse.classify.classifier import Classifier, load_classifier
+from stillhouse.classify.classify_config import FitRecipe
+from stillhouse.errors import TrainingError
+from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.progress import bar, note
+from stillhouse.teachers.load import save_tokenizer
+from stillhouse.teachers.quiet import quiet
+from stillhouse.training import checkpoints
+
+MODEL, METRICS, CHECKPOINTS = "model", "metrics.jsonl", "checkpoints"
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """loss: mean cross-entropy with the targets over the last tenth of the steps, in nats."""
+
+    steps: int
+    texts: int
+    tokens: int
+    seconds: float
+    loss: float
+    peak_memory_bytes: int
+    precision: str
+
+
+def planned_steps(section: FitRecipe, texts: int) -> int:
+    return max(1, math.ceil(section.epochs * math.ceil(texts / section.batch_size)))
+
+
+def fit(
+    student: Path,
+    texts: Sequence[str],
+    targets_NC: Tensor,
+    *,
+    section: FitRecipe,
+    seed: int,
+    out: Path,
+) -> FitResult:
+    """Trains the classifier in `student` and writes `out/model` (float32) and `out/metrics.jsonl`.
+
+    The loss is -sum_c q(c) log p(c), its mean over texts, which differs from KL(q || p) by the
+    targets' own entropy. Goes on from the newest complete checkpoint in `out/checkpoints`.
+    """
+    classifier = load_classifier(student)
+    classifier.model.requires_grad_(True)
+    if section.freeze_embeddings:
+        classifier.model.get_input_embeddings().requires_grad_(False)
+    precision = choose_precision(section.precision, default_device())
+    note(f"precision: {precision.reason}")
+    folder = out / CHECKPOINTS
+    found = checkpoints.latest(folder)
+    checkpoints.drop_incomplete(folder)
+    checkpoint, meter = found if found else (None, checkpoints.Meter())
+    if checkpoint:
+        note(f"going on from step {meter.step}")
+    metrics = checkpoints.MetricsFile(out / METRICS, keep_to_step=meter.step)
+    rows = classifier.tokens(texts)
+    examples = [{"ids": ids, "target": q} for ids, q in zip(rows, targets_NC, strict=True)]
+    steps = planned_steps(section, len(examples))
+    arguments = _arguments(section, steps, folder, precision.dtype, seed)
+    with bar("train", total=steps * section.batch_size, unit="texts") as advance, quiet():
+        advance(meter.step * section.batch_size)
+        trainer = _Fitter(classifier, args=arguments, train_dataset=examples)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(_Housekeeping(section, metrics, meter, advance))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    losses = [row["loss"] for row in metrics.rows if "loss" in row]
+    if not losses or not all(map(math.isfinite, losses)):
+        raise TrainingError(
+            "the loss is not finite",
+            where="train",
+            fix="lower train.learning_rate, or set train.precision to float32",
+        )
+    with quiet():
+        classifier.model.save_pretrained(out / MODEL)
+        save_tokenizer(classifier.tokenizer, out / MODEL)
+    classifier.facts.save(out / MODEL)
+    last = losses[-max(1, len(losses) // 10) :]
+    epochs = steps / math.ceil(len(examples) / section.batch_size)
+    return FitResult(
+        steps=steps,
+        texts=len(examples),
+        tokens=round(epochs * sum(map(len, rows))),
+        seconds=metrics.rows[-1]["seconds"],
+        loss=sum(last) / len(last),
+        peak_memory_bytes=peak_memory_bytes(),
+        precision=precision.reason,
+    )
+
+
+class _Fitter(Trainer):
+    def __init__(self, classifier: Classifier, **more: Any) -> None:
+        self.classifier = classifier
+        super().__init__(model=classifier.model, data_collator=_collate, **more)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Any:
+        # Some classifiers run the model's parts, past the forward that the Trainer wraps.
+        with self.accelerator.autocast():
+            logits_BC = self.classifier.logits(inputs["ids"], self.classifier.model)
+        target_BC = inputs["target"].to(logits_BC.device)
+        loss = -(target_BC * logits_BC.float().log_softmax(-1)).sum(-1).mean()
+        return (loss, logits_BC) if return_outputs else loss
+
+
+def _collate(examples: list[dict[str, Any]]) -> dict[str, Any]:
+    targets = torch.stack([example["target"] for example in examples])
+    return {"ids": [example["ids"] for example in examples], "target": targets}
+
+
+def _arguments(
+    section: FitRecipe, steps: int, folder: Path, dtype: torch.dtype, seed: int
+) -> TrainingArguments:
+    device = default_device()
+    return TrainingArguments(
+        output_dir=str(folder),
+        seed=seed,
+        data_seed=seed,
+        max_steps=steps,
+        per_device_train_batch_size=section.batch_size,
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=SCHEDULES[section.schedule],
+        warmup_steps=round(section.warmup * steps),
+        weight_decay=section.weight_decay,
+        max_grad_norm=section.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=dtype == torch.bfloat16,
+        use_cpu=device.type == "cpu",
+        logging_strategy="steps",
+        logging_steps=max(1, steps // 200),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=section.checkpoint_every,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type != "cpu",
+    )
+
+
+class _Housekeeping(TrainerCallback):
+    """The bar, the metrics, and checkpoints that count only once they are whole."""
+
+    def __init__(
+        self,
+        section: FitRecipe,
+        metrics: checkpoints.MetricsFile,
+        meter: checkpoints.Meter,
+        advance: Any,
+    ) -> None:
+        self.section, self.metrics, self.advance = section, metrics, advance
+        self.before, self.began = meter.seconds, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(self.section.batch_size)
+        if control.should_save:
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.metrics.append(
+                {"step": state.global_step, "loss": logs["loss"], "seconds": self.seconds}
+            )
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir)
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        checkpoints.seal(checkpoint, checkpoints.Meter(state.global_step, 0, self.seconds))
+        checkpoints.keep_newest(folder, 2)

@@ -1,0 +1,324 @@
+"""The teacher's judgment of every text: scored by a model that is here, or asked of an API.
+
+Shapes: N texts, K contentless texts, C labels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stillhouse.classify.classify_config import ClassifyRecipe
+from stillhouse.classify.label_prompts import CONTENTLESS, LabelPrompt, prompt_tokens
+from stillhouse.classify.label_scoring import score_labels
+from stillhouse.classify.targets import distributions, prior_logits
+from stillhouse.classify.task_texts import FEWEST, PARTS, Texts
+from stillhouse.errors import DataError, ModelError
+from stillhouse.finding import Finding
+from stillhouse.generation.generation_config import TextTeacher
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Answer
+from stillhouse.progress import bar
+from stillhouse.runfolder import flush
+from stillhouse.synthesis.estimate import Known
+from stillhouse.synthesis.preflight import ask_some, findings, foreseen
+from stillhouse.synthesis.prompts import UNSPACED, answer_text
+from stillhouse.synthesis.prompts_config import ExampleRecipe, PromptsRecipe
+from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
+from stillhouse.synthesis.text_teacher import Asked, Origins, answer_all, may_answer, text_teacher
+
+SCORES, CHUNKS = "scores.safetensors", "chunks"
+CHUNK = 128
+"""Texts whose scores are written together: a killed process loses at most so many."""
+_PROMPTS = "prompts.jsonl"
+LEAST_MASS = 0.5
+"""Probability of the first tokens that begin a label, below which they tell nothing: an answer that
+begins with a mark or another word may still be a label."""
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """Log-probabilities of labels, [N, C] for each part, NaN where the teacher gave none; and for
+    contentless texts, [K, C]. A black box's are logarithms of shares, without a prior."""
+
+    train: Tensor
+    calibration: Tensor
+    test: Tensor
+    neutral: Tensor
+
+    def save(self, folder: Path) -> None:
+        tensors = {name: getattr(self, name).contiguous() for name in self.__dataclass_fields__}
+        save_file(tensors, folder / SCORES)
+
+    @classmethod
+    def load(cls, folder: Path) -> Judgment:
+        return cls(**load_file(folder / SCORES))
+
+    def prior(self, recipe: ClassifyRecipe) -> Tensor:
+        """Estimated on the training part alone."""
+        kind = "none" if recipe.teacher.api is not None else recipe.task.prior
+        known = self.train[~self.train.isnan().any(-1)]
+        return prior_logits(kind, known, self.neutral)
+
+    def distribution(self, part: str, recipe: ClassifyRecipe) -> Tensor:
+        """The teacher's distribution over the labels, [N, C]; rows of NaN where it gave none."""
+        return distributions(getattr(self, part), self.prior(recipe))
+
+
+# --- a model that is here --------------------------------------------------------------------
+
+
+def score_texts(
+    model: Any, tokenizer: Any, prompt: LabelPrompt, texts: Texts, max_tokens: int, out: Path
+) -> tuple[Judgment, int]:
+    """Scores all texts, chunk by chunk in `out/chunks`; what is there already is not done again.
+
+    Returns the judgment, and the tokens that were read. Raises ModelError: prompts too long.
+    """
+    words = prompt_tokens(prompt, tokenizer, max_tokens)
+    rows = [row.text for row in texts.all] + list(CONTENTLESS)
+    folder = out / CHUNKS
+    folder.mkdir(exist_ok=True)
+    _check_length(model, words.of([max(rows, key=len)])[0], words.labels)
+    found, tokens = [], 0
+    with bar("teacher", total=len(rows), unit="texts") as advance:
+        for number, at in enumerate(range(0, len(rows), CHUNK)):
+            chunk = rows[at : at + CHUNK]
+            file = folder / f"{number:05d}.safetensors"
+            scores_NC = _finished(file, len(chunk), len(words.labels))
+            if scores_NC is None:
+                prompts = words.of(chunk)
+                tokens += sum(map(len, prompts))
+                scores_NC = torch.zeros(len(chunk), len(words.labels))
+                for chosen, scored in score_labels(model, prompts, words.labels):
+                    scores_NC[chosen] = scored
+                    advance(len(chosen))
+                _write_chunk(file, scores_NC)
+            else:
+                advance(len(chunk))
+            found.append(scores_NC)
+    sizes = [len(texts.part(name)) for name in PARTS]
+    return Judgment(*torch.cat(found).split([*sizes, len(CONTENTLESS)])), tokens
+
+
+def _check_length(model: Any, longest: Sequence[int], labels: Sequence[Sequence[int]]) -> None:
+    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    need = len(longest) + max(map(len, labels))
+    if isinstance(window, int) and need > window:
+        raise ModelError(
+            f"a prompt with its label has {need} tokens, and the teacher reads {window}",
+            where="task.prompt",
+            fix="lower data.max_tokens, or give fewer examples",
+        )
+
+
+def _finished(file: Path, rows: int, columns: int) -> Tensor | None:
+    try:
+        scores_NC = load_file(file)["scores"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return scores_NC if scores_NC.shape == (rows, columns) else None
+
+
+def _write_chunk(file: Path, scores_NC: Tensor) -> None:
+    temporary = file.with_suffix(".tmp")
+    save_file({"scores": scores_NC}, temporary)
+    flush(temporary)
+    temporary.replace(file)
+
+
+def time_teacher(
+    model: Any, tokenizer: Any, prompt: LabelPrompt, texts: Sequence[str], max_tokens: int
+) -> float:
+    """Texts a second, the reading of the shared beginning included."""
+    words = prompt_tokens(prompt, tokenizer, max_tokens)
+    began = time.perf_counter()
+    for _ in score_labels(model, words.of(texts), words.labels):
+        pass
+    return len(texts) / (time.perf_counter() - began)
+
+
+# --- an API ------------------------------------------------------------------------------------
+
+
+def _questions(recipe: ClassifyRecipe, prompt: LabelPrompt) -> SynthesizeRecipe:
+    """What an API is asked, as a recipe for text. Without a word about the labels in the prompt,
+    the system prompt lists them."""
+    api = recipe.teacher.api
+    assert api is not None
+    system = prompt.system
+    if "{labels}" not in prompt.prompt:
+        answers = ", ".join(f'"{prompt.answer_for(label)}"' for label in prompt.labels)
+        rule = f"Answer with exactly one of these and nothing else: {answers}."
+        system = rule if system is None else f"{system}\n{rule}"
+    examples = [
+        ExampleRecipe(prompt=prompt.question(text), answer=prompt.answer_for(label))
+        for text, label in prompt.examples
+    ]
+    return SynthesizeRecipe(
+        teacher=TextTeacher(api=api),
+        prompts=PromptsRecipe(
+            path=_PROMPTS, samples=recipe.teacher.samples, system=system, examples=examples
+        ),
+        sampling=recipe.teacher.sampling.model_copy(
+            update={"top_logprobs": recipe.teacher.top_logprobs}
+        ),
+        budget=recipe.teacher.budget,
+    )
+
+
+def _write_questions(prompt: LabelPrompt, texts: Texts, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({"prompt": prompt.question(row.text)}) for row in texts.all)
+    (out / _PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _origins(out: Path, journal: Path) -> Origins:
+    return Origins(base=out, folder=out, journal=journal, model="")
+
+
+def foreseen_questions(
+    recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, out: Path, journal: Path, calls: int
+) -> tuple[Known, list[Finding]]:
+    """How much of an API's judgment is in the journal, and what the rest can cost; and how `check`
+    tells it. calls: requests that are made first."""
+    _write_questions(prompt, texts, out)
+    section, origins = _questions(recipe, prompt), _origins(out, journal)
+    ask_some(section, origins, calls, seed=recipe.seed)
+    known = foreseen(section, origins, seed=recipe.seed)
+    return known, list(findings(known, section, origins, "judgment"))
+
+
+def ask_api(
+    recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, out: Path, journal_path: Path
+) -> tuple[Judgment, dict[str, Any]]:
+    """Asks what the journal does not know, and reads labels out of the answers.
+
+    An answer gives its label a share; with `top_logprobs`, each label's share is the probability of
+    the first tokens that begin it, where the answer names a label and these tokens have LEAST_MASS.
+    That is biased: a label below the k likeliest tokens gets nothing, and labels that begin alike
+    share alike. Returns, for the stage's summary, how many answers said what, and how many requests
+    are to be asked again.
+    Raises EndpointError; RunError where the budget is used up; DataError where too few texts of a
+    part have a label.
+    """
+    _write_questions(prompt, texts, out)
+    section = _questions(recipe, prompt)
+    origins = _origins(out, journal_path)
+    teacher = text_teacher(section, origins, recipe.seed)
+    asked = Asked(section.prompts, out, teacher.request)
+    counts: Counter[str] = Counter()
+    shares_NC = torch.zeros(len(texts.all), len(prompt.labels))
+    with Journal(journal_path) as journal:
+        answer_all(teacher, asked, journal)
+        samples = section.prompts.samples
+        for number, (_, request) in enumerate(asked.pairs()):
+            answer = journal.get(request.key)
+            kind, shares = label_shares(answer, prompt, section.sampling.top_logprobs is not None)
+            counts[kind] += 1
+            for column, share in shares.items():
+                shares_NC[number // samples, column] += share
+        unanswered = may_answer(asked, journal) if counts["none"] else 0
+    (out / _PROMPTS).unlink()
+    sizes = [len(texts.part(name)) for name in PARTS]
+    for name, part_NC in zip(PARTS, shares_NC.split(sizes), strict=True):
+        _check_labelled(name, int(part_NC.any(-1).sum()), counts, journal_path)
+    shares_NC = shares_NC / shares_NC.sum(-1, keepdim=True)  # 0 / 0 is NaN: no answer
+    train_NC, calibration_NC, test_NC = shares_NC.log().split(sizes)
+    nothing_KC = torch.zeros(0, len(prompt.labels))
+    judged = Judgment(train_NC, calibration_NC, test_NC, nothing_KC)
+    return judged, {"answers": dict(counts), "unanswered": unanswered}
+
+
+def _check_labelled(part: str, known: int, counts: Counter[str], journal: Path) -> None:
+    """Raises DataError where too few texts of a part have a label of the teacher's."""
+    if known < FEWEST:
+        raise DataError(
+            f"{known} texts of the {part} part have a label of the teacher's, and {FEWEST} are the "
+            f"fewest; of all answers, {counts['label']:,} are labels, {counts['outside']:,} are "
+            f"none of them, and {counts['none']:,} requests have no answer",
+            where=journal,
+            fix="look at the answers in the journal, then mend task.prompt or task.answer; the "
+            "same command asks again for those that are missing",
+        )
+
+
+def label_shares(
+    answer: Answer | None, prompt: LabelPrompt, use_logprobs: bool
+) -> tuple[str, dict[int, float]]:
+    """What kind of answer it is (label, outside, none), and the share of each label's number."""
+    if answer is None:
+        return "none", {}
+    named = _named(answer_text(answer, keep_reasoning=False), prompt)
+    if named is None:
+        return "outside", {}
+    if use_logprobs and answer.logprobs:
+        shares = _first_token_shares(answer.logprobs[0], prompt)
+        mass = sum(shares.values())
+        if mass >= LEAST_MASS:
+            return "label", {number: share / mass for number, share in shares.items()}
+    return "label", {named: 1.0}
+
+
+def _named(text: str, prompt: LabelPrompt) -> int | None:
+    """The number of the one label that the text is, or holds; None where it holds none or several.
+    Where a label is a part of another, the longer one takes its words."""
+    said = _plain(text)
+    ways = [
+        (_plain(way), number)
+        for number, (label, phrase) in enumerate(prompt.labels.items())
+        for way in {label, phrase, prompt.answer_for(label)}
+    ]
+    exact = {number for way, number in ways if said and said == way}
+    if len(exact) == 1:
+        return exact.pop()
+    inside = set()
+    # Longest first: the labels of equal ways are all counted before the ways' words are taken.
+    for way in sorted({way for way, _ in ways if way}, key=len, reverse=True):
+        found, said_without = _taken_out(way, said)
+        if found:
+            inside |= {number for other, number in ways if other == way}
+            said = said_without
+    return inside.pop() if len(inside) == 1 else None
+
+
+def _taken_out(way: str, said: str) -> tuple[bool, str]:
+    """Whether the words are in the text, and the text without them.
+
+    They begin and end where words do, but for scripts that put no spaces between words.
+    """
+    letter = rf"[^\W{UNSPACED}]"
+    before = rf"(?<!{letter})" if re.match(letter, way) else ""
+    after = rf"(?!{letter})" if re.match(letter, way[-1]) else ""
+    without, count = re.subn(f"{before}{re.escape(way)}{after}", "\n", said)
+    return count > 0, without
+
+
+def _first_token_shares(first: Mapping[str, Any], prompt: LabelPrompt) -> dict[int, float]:
+    """The probability of the first tokens that each label begins with."""
+    answers = [_plain(prompt.answer_for(label)) for label in prompt.labels]
+    shares: dict[int, float] = {}
+    for choice in first.get("top_logprobs") or []:
+        begun = _plain(str(choice["token"]))
+        fitting = [n for n, text in enumerate(answers) if begun and text.startswith(begun)]
+        for number in fitting:
+            probability = float(torch.tensor(float(choice["logprob"])).exp())
+            shares[number] = shares.get(number, 0.0) + probability / len(fitting)
+    return shares
+
+
+def _plain(text: str) -> str:
+    """In lower case, without the spaces and marks around it; marks alone stay."""
+    bare = " ".join(text.casefold().split())
+    return bare.strip(" .,:;!?\"'`*()[]") or bare

@@ -1,0 +1,137 @@
+"""What a teacher reads about a text, and what it would answer for each label."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from stillhouse.classify.classify_config import ClassifyTask
+from stillhouse.errors import ModelError, RecipeError
+
+CONTENTLESS = ("N/A", "[MASK]", "...")
+"""Texts that say nothing, for what a teacher answers anyway (Zhao et al. 2021, arXiv 2102.09690,
+who take "N/A", "[MASK]" and the empty string)."""
+
+
+@dataclass(frozen=True)
+class LabelPrompt:
+    """labels: each with its phrase. examples: pairs of a text and its label."""
+
+    labels: dict[str, str]
+    system: str | None
+    prompt: str
+    answer: str
+    examples: tuple[tuple[str, str], ...] = ()
+    chat: bool = True
+
+    @classmethod
+    def of(cls, task: ClassifyTask, labels: dict[str, str]) -> LabelPrompt:
+        examples = tuple((example.text, example.label) for example in task.examples)
+        return cls(labels, task.system, task.prompt, task.answer, examples, task.chat)
+
+    def question(self, text: str) -> str:
+        """The user's turn."""
+        listed = ", ".join(self.labels.values())
+        # One pass, so that a text may itself hold a word in braces.
+        before, *rest = self.prompt.replace("{labels}", listed).split("{text}")
+        return text.join([before, *rest])
+
+    def answer_for(self, label: str) -> str:
+        """The assistant's turn."""
+        return self.answer.replace("{label}", self.labels[label])
+
+    def turns(self, text: str) -> list[dict[str, str]]:
+        """The chat up to the user's last turn."""
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
+        few = []
+        for example, label in self.examples:
+            few.append({"role": "user", "content": self.question(example)})
+            few.append({"role": "assistant", "content": self.answer_for(label)})
+        return [*system, *few, {"role": "user", "content": self.question(text)}]
+
+    def plain(self, text: str) -> str:
+        """The same without a chat template: paragraphs, the answer after a line's end."""
+        system = [self.system] if self.system is not None else []
+        few = [f"{self.question(one)}\n{self.answer_for(label)}" for one, label in self.examples]
+        return "\n\n".join([*system, *few, self.question(text)]) + "\n"
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """A prompt in a model's tokens. ended: answers end with the token that ends a turn."""
+
+    prompt: LabelPrompt
+    tokenizer: Any
+    max_tokens: int
+    labels: list[list[int]]
+    ended: bool
+
+    def of(self, texts: Iterable[str]) -> list[list[int]]:
+        """The prompt's tokens for each text, which is cut to max_tokens first."""
+        return [self._one(cut(text, self.tokenizer, self.max_tokens)) for text in texts]
+
+    def _one(self, text: str) -> list[int]:
+        if not self.prompt.chat:
+            return list(self.tokenizer(self.prompt.plain(text))["input_ids"])
+        encoded = self.tokenizer.apply_chat_template(
+            self.prompt.turns(text), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+
+def prompt_tokens(prompt: LabelPrompt, tokenizer: Any, max_tokens: int) -> PromptTokens:
+    """Raises ModelError: no chat template; RecipeError: labels that are the same or nothing in
+    this tokenizer's tokens."""
+    if prompt.chat and not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            "the tokenizer has no chat template, so the model cannot be asked as in a chat",
+            where=getattr(tokenizer, "name_or_path", None) or None,
+            fix="set task.chat to false, or use an instruction-tuned model",
+        )
+    answers = [prompt.answer_for(label) for label in prompt.labels]
+    labels = [list(tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in answers]
+    for name, ids in zip(prompt.labels, labels, strict=True):
+        if not ids:
+            raise RecipeError(
+                f"the label {name!r} is nothing in the tokens of this tokenizer",
+                where="task.labels",
+                fix="give it another phrase",
+            )
+    ended = _one_begins_another(labels)
+    if ended:
+        labels = [[*ids, _end_of_turn(tokenizer)] for ids in labels]
+    if len({tuple(ids) for ids in labels}) < len(labels):
+        raise RecipeError(
+            "two labels are the same in the tokens of this tokenizer",
+            where="task.labels",
+            fix="give them phrases that differ in more than spaces",
+        )
+    return PromptTokens(prompt, tokenizer, max_tokens, labels, ended)
+
+
+def cut(text: str, tokenizer: Any, max_tokens: int) -> str:
+    """The text's first `max_tokens` tokens, as text."""
+    if len(text) <= max_tokens:  # no token is shorter than a character
+        return text
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return text if len(ids) <= max_tokens else str(tokenizer.decode(ids[:max_tokens]))
+
+
+def _one_begins_another(labels: Sequence[Sequence[int]]) -> bool:
+    """In lexicographic order, a label that begins others stands right before one of them."""
+    ordered = sorted(list(label) for label in labels)
+    return any(
+        len(one) < len(other) and other[: len(one)] == one for one, other in pairwise(ordered)
+    )
+
+
+def _end_of_turn(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            "one label begins another, and this tokenizer has no token to end the shorter with",
+            where="task.labels",
+            fix="end task.answer with something after {label}, such as a full stop",
+        )
+    return int(tokenizer.eos_token_id)

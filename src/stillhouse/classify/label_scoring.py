@@ -1,0 +1,235 @@
+"""How likely a language model finds each label after a text: exactly, and once for all labels.
+
+The prompts of all texts begin alike (instruction, examples): those tokens are run once and their
+keys and values kept. A pass then reads the rest of some prompts and, after each, the inner nodes
+of the labels' tree, by a mask that lets a node look at its prompt and at the tokens before it in
+its own label. So a text with 77 labels takes one pass over its tokens, not 77.
+
+Shapes: B prompts of a batch, P tokens that all begin with, L tokens of the longest rest, T inner
+nodes of the labels' tree, E its edges, C labels, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from stillhouse.classify.label_tree import ROOT, LabelTree, label_tree
+from stillhouse.generation.kv_cache import fits_padding, fits_slots
+from stillhouse.signals.lm_head import head_logits
+from stillhouse.teachers.backbone import lm_head
+
+TOKENS_TOGETHER = 4096
+"""Tokens of one pass, padding and label nodes included."""
+ROWS_TOGETHER, PADDING = 8, 1.2
+"""A batch of so many rows ends before one that is longer than its first by this factor: on short
+texts and a CPU, that is 1.2 times as fast."""
+_CACHED_TOKENS = 16384
+"""Tokens whose keys and values are copied at a time, for models with windows."""
+_HEAD_ROWS = 512
+"""Rows whose logits over the whole vocabulary exist at a time."""
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What all prompts begin with, and its keys and values; nothing where cache is None."""
+
+    length: int
+    cache: Any
+
+    def rows(self, count: int) -> Any:
+        """A cache that a pass over `count` prompts may write to."""
+        if self.cache is None:
+            return None
+        cache = copy.deepcopy(self.cache)
+        cache.batch_repeat_interleave(count)
+        return cache
+
+
+def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with; each keeps at least one of its own."""
+    # The two that differ earliest, in lexicographic order.
+    first, last = min(map(list, prompts)), max(map(list, prompts))
+    most = min(len(prompt) for prompt in prompts) - 1
+    same = 0
+    while same < most and first[same] == last[same]:
+        same += 1
+    return same
+
+
+@torch.no_grad()
+def score_labels(
+    model: Any, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Log-probability of each label's tokens after each prompt: indices of some prompts, and
+    their rows [B, C], float32 on the CPU, until all are done.
+
+    model: a causal language model in eval mode. No label may begin another one. Models with
+    windows are run twice for each prompt, and those with recurrent states once for each prompt and
+    label.
+    """
+    if not prompts:
+        return
+    if not fits_slots(model):
+        windows = fits_padding(model)
+        for index, prompt in enumerate(prompts):
+            if windows:
+                yield [index], score_with_cache(model, prompt, labels)[None]
+            else:
+                yield [index], score_pairs(model, [prompt], labels)
+        return
+    device = next(model.parameters()).device
+    tree = label_tree(labels).to(device)
+    prefix = _read_prefix(model, prompts[0][: shared_prefix(prompts)])
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for chosen in _batches(order, prompts, prefix.length, tree.inner):
+        rests = [prompts[index][prefix.length :] for index in chosen]
+        yield chosen, tree_log_probabilities(model, rests, tree, prefix).cpu()
+
+
+def _read_prefix(model: Any, ids: Sequence[int]) -> Prefix:
+    if not ids:
+        return Prefix(0, None)
+    cache = DynamicCache(config=model.config)
+    device = next(model.parameters()).device
+    model.base_model(
+        input_ids=torch.tensor([list(ids)], device=device), past_key_values=cache, use_cache=True
+    )
+    return Prefix(len(ids), cache)
+
+
+def _batches(
+    order: Sequence[int], prompts: Sequence[Sequence[int]], prefix: int, inner: int
+) -> Iterator[list[int]]:
+    """`order` is by length, so the last prompt of a batch is its longest, and little is padding."""
+    batch: list[int] = []
+    widths = [len(prompts[index]) - prefix + inner for index in order]
+    shortest = 0
+    for index, width in zip(order, widths, strict=True):
+        full = bool(batch) and (len(batch) + 1) * width > TOKENS_TOGETHER
+        padded = len(batch) >= ROWS_TOGETHER and width > PADDING * shortest
+        if full or padded:
+            yield batch
+            batch = []
+        if not batch:
+            shortest = width
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+NO_PREFIX = Prefix(0, None)
+
+
+def tree_log_probabilities(
+    model: Any, rests: Sequence[Sequence[int]], tree: LabelTree, prefix: Prefix = NO_PREFIX
+) -> Tensor:
+    """Log-probability of each label after each prompt, [B, C] in float32, in one pass.
+
+    rests: the prompts without the prefix. Gradients flow where they are asked for.
+    """
+    device = tree.nodes_T.device
+    lengths_B = torch.tensor([len(rest) for rest in rests], device=device)
+    longest = int(lengths_B.max())
+    padded = [[*rest, *[0] * (longest - len(rest))] for rest in rests]
+    ids_BL = torch.tensor(padded, device=device)
+    nodes_BT = tree.nodes_T.expand(len(rests), -1)
+    places_BL = torch.arange(longest, device=device).expand(len(rests), -1)
+    positions = torch.cat([places_BL, lengths_B[:, None] + tree.depths_T], 1) + prefix.length
+    cache = prefix.rows(len(rests))
+    hidden = model.base_model(
+        input_ids=torch.cat([ids_BL, nodes_BT], 1),
+        position_ids=positions,
+        attention_mask=_mask(lengths_B, longest, tree, prefix.length),
+        past_key_values=cache,
+        use_cache=cache is not None,
+    ).last_hidden_state
+    rows_B = torch.arange(len(rests), device=device)
+    ends_B1D = hidden[rows_B, lengths_B - 1][:, None]
+    # Row 0 is the prompt's last token, row 1 + t the node t: ROOT, which is -1, comes out as 0.
+    states_BSD = torch.cat([ends_B1D, hidden[:, longest:]], 1)
+    return _edges(model, states_BSD, tree) @ tree.members_CE.T
+
+
+def _mask(lengths_B: Tensor, longest: int, tree: LabelTree, prefix: int) -> Tensor:
+    """[B, 1, L + T, P + L + T]: True where the row's token looks at the column's."""
+    device, count, inner = lengths_B.device, len(lengths_B), tree.inner
+    total = longest + inner
+    mask = torch.zeros(count, total, prefix + total, dtype=torch.bool, device=device)
+    mask[:, :, :prefix] = True
+    places_L = torch.arange(longest, device=device)
+    mask[:, :longest, prefix : prefix + longest] = places_L[:, None] >= places_L
+    own_BL = places_L < lengths_B[:, None]
+    mask[:, longest:, prefix : prefix + longest] = own_BL[:, None]
+    mask[:, longest:, prefix + longest :] = tree.sees_TT
+    return mask[:, None]
+
+
+def _edges(model: Any, states_BSD: Tensor, tree: LabelTree) -> Tensor:
+    """Log-probability of each edge's token after its node, [B, E]."""
+    head = lm_head(model)
+    count, _, width = states_BSD.shape
+    flat_ND = states_BSD.reshape(-1, width)
+    sources_E = tree.edge_nodes_E - ROOT
+    at_NE = (torch.arange(count, device=sources_E.device)[:, None] * states_BSD.shape[1]) + (
+        sources_E
+    )
+    totals, chosen = [], []
+    tokens = tree.edge_tokens_E.unique()
+    columns_E = torch.searchsorted(tokens, tree.edge_tokens_E)
+    for part_ND in flat_ND.split(_HEAD_ROWS):
+        logits_NV = head_logits(head, part_ND).float()
+        totals.append(logits_NV.logsumexp(-1))
+        chosen.append(logits_NV[:, tokens])
+    total_N, chosen_NU = torch.cat(totals), torch.cat(chosen)
+    return chosen_NU[at_NE, columns_E] - total_N[at_NE]
+
+
+@torch.no_grad()
+def score_with_cache(model: Any, prompt: Sequence[int], labels: Sequence[Sequence[int]]) -> Tensor:
+    """As `score_labels`, [C] for one prompt: it is read once, and then the labels beside each
+    other, each after a copy of its keys and values."""
+    device = next(model.parameters()).device
+    read = model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=True)
+    first_1V = read.logits[:, -1].float().log_softmax(-1)
+    together = max(1, _CACHED_TOKENS // (len(prompt) + max(map(len, labels))))
+    scores = []
+    for at in range(0, len(labels), together):
+        some = labels[at : at + together]
+        longest = max(map(len, some))
+        ids_CL = torch.tensor([[*label, *[0] * (longest - len(label))] for label in some])
+        ids_CL = ids_CL.to(device)
+        log_p_CLV = first_1V.expand(len(some), 1, -1)
+        if longest > 1:
+            cache = copy.deepcopy(read.past_key_values)
+            cache.batch_repeat_interleave(len(some))
+            rest = model(input_ids=ids_CL[:, :-1], past_key_values=cache, use_cache=True)
+            log_p_CLV = torch.cat([log_p_CLV, rest.logits.float().log_softmax(-1)], 1)
+        picked_CL = log_p_CLV.gather(2, ids_CL[..., None])[..., 0]
+        lengths_C = torch.tensor([len(label) for label in some], device=device)
+        own_CL = torch.arange(longest, device=device) < lengths_C[:, None]
+        scores.append((picked_CL * own_CL).sum(-1).cpu())
+    return torch.cat(scores)
+
+
+@torch.no_grad()
+def score_pairs(
+    model: Any, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
+) -> Tensor:
+    """As `score_labels`, by one pass for each prompt and label: [B, C]. Any causal model."""
+    device = next(model.parameters()).device
+    scores_BC = torch.zeros(len(prompts), len(labels))
+    for row, prompt in enumerate(prompts):
+        for column, label in enumerate(labels):
+            ids_L = torch.tensor([*prompt, *label], device=device)
+            logits_LV = model(input_ids=ids_L[None], use_cache=False).logits[0].float()
+            log_p_LV = logits_LV[len(prompt) - 1 : -1].log_softmax(-1)
+            picked = log_p_LV.gather(1, ids_L[len(prompt) :, None])
+            scores_BC[row, column] = picked.sum().cpu()
+    return scores_BC

@@ -1,0 +1,80 @@
+"""Labels for new texts, from a finished classifier: JSON lines in, JSON lines out."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from stillhouse.classify.classifier import FACTS, Classifier, load_classifier
+from stillhouse.classify.classify_config import TextFile
+from stillhouse.classify.fit import MODEL
+from stillhouse.classify.task_texts import read_texts
+from stillhouse.errors import DataError, ModelError
+from stillhouse.hardware import choose_precision, default_device
+
+TOGETHER = 256
+
+
+def open_classifier(folder: Path) -> Classifier:
+    """The classifier of a run folder, or of a folder that holds one itself. Raises ModelError."""
+    for candidate in (folder, folder / MODEL):
+        if (candidate / FACTS).is_file():
+            dtype = choose_precision("auto", default_device()).dtype
+            return load_classifier(candidate, dtype=dtype)
+    raise ModelError(
+        "there is no finished classifier here",
+        where=folder,
+        fix="give the run folder of a recipe with `task`, after `stillhouse run`",
+    )
+
+
+def file_texts(path: Path, key: str) -> Iterator[str]:
+    """JSONL, CSV, Parquet, or a text a line. Raises DataError."""
+    return (row.text for row in read_texts(TextFile(path=str(path), text=key), Path.cwd()))
+
+
+def stream_texts(lines: TextIO, key: str) -> Iterator[str]:
+    """A text a line, or an object a line with the text under `key`. Raises DataError."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if not line.lstrip().startswith("{"):
+            yield line.rstrip("\n")
+            continue
+        try:
+            text = json.loads(line).get(key)
+        except (json.JSONDecodeError, RecursionError) as error:
+            where = f"standard input, line {number}"
+            raise DataError(f"invalid JSON ({error})", where=where, fix="correct it") from None
+        if not isinstance(text, str):
+            raise DataError(
+                f"the line has no text under {key!r}",
+                where=f"standard input, line {number}",
+                fix="name the key with --text",
+            )
+        yield text
+
+
+def predictions(classifier: Classifier, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """In the order of the texts: text, label, confidence, probabilities, abstain.
+
+    abstain: whether the confidence is below the threshold that the run chose; None without one.
+    """
+    texts = iter(texts)
+    threshold = classifier.facts.threshold
+    while some := list(itertools.islice(texts, TOGETHER)):
+        p_NC = classifier.probabilities(some)
+        for text, p_C in zip(some, p_NC.tolist(), strict=True):
+            best = max(range(len(p_C)), key=p_C.__getitem__)
+            yield {
+                "text": text,
+                "label": classifier.labels[best],
+                "confidence": round(p_C[best], 6),
+                "abstain": None if threshold is None else p_C[best] < threshold,
+                "probabilities": {
+                    label: round(p, 6) for label, p in zip(classifier.labels, p_C, strict=True)
+                },
+            }

@@ -1,0 +1,134 @@
+"""The verbs of `stillhouse signals`: record, verify, info, export, push, pull."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, say
+
+
+class _RecipeOrVerb(TyperGroup):
+    """`signals RECIPE` is `signals record RECIPE`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands:
+            args = ["record", *args]
+        return super().resolve_command(ctx, args)
+
+
+signals = typer.Typer(cls=_RecipeOrVerb, no_args_is_help=True, rich_markup_mode="markdown")
+StoreArgument = Annotated[Path, typer.Argument(help="A signal store, e.g. runs/NAME/signals.")]
+
+
+@signals.callback()
+def signals_group() -> None:
+    """Records the teacher's answers in a store, and looks after stores.
+
+    Example: `stillhouse signals recipes/stored.yaml`, then
+    `stillhouse signals info runs/stored/signals`
+    """
+
+
+@signals.command()
+def record(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
+    """Asks the teacher about every training window, once; training does not ask it again.
+
+    Example: `stillhouse signals recipes/stored.yaml --set signals.encoding.bytes=50`
+    """
+    from rich.console import Console
+
+    from stillhouse.runner import record_signals
+
+    agree(recipe, set_, yes)
+    Console().print(f"signals {record_signals(recipe, set_ or [])}", highlight=False)
+
+
+@signals.command()
+def verify(store: StoreArgument) -> None:
+    """Reads a whole store and names what is damaged. Exit status 1 where something is.
+
+    Example: `stillhouse signals verify runs/stored/signals`
+    """
+    from rich.console import Console
+
+    from stillhouse.signals.verify import verify as wrong_in
+
+    wrong = wrong_in(store)
+    for error in wrong:
+        say(f"error: {error}")
+    if wrong:
+        raise typer.Exit(1)
+    Console().print(f"{store} is sound", highlight=False)
+
+
+@signals.command()
+def info(store: StoreArgument) -> None:
+    """Shows what a store holds, what it lost, and which divergences it serves.
+
+    Example: `stillhouse signals info runs/stored/signals`
+    """
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from stillhouse.signals.verify import info as about
+
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    for name, value in about(store).lines():
+        table.add_row(name, escape(value))
+    Console().print(table)
+
+
+@signals.command()
+def export(
+    store: StoreArgument,
+    parquet: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+) -> None:
+    """Writes a store as Parquet, a row for each token, for other tools.
+
+    Example: `stillhouse signals export runs/stored/signals --parquet signals.parquet`
+    """
+    from rich.console import Console
+
+    from stillhouse.signals.parquet_export import export_parquet
+
+    Console().print(f"{export_parquet(store, parquet):,} rows  {parquet}", highlight=False)
+
+
+@signals.command()
+def push(
+    store: StoreArgument,
+    repository: Annotated[str, typer.Argument(help="A data set of the Hub: org/name.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read it.")] = False,
+) -> None:
+    """Uploads a finished store to the Hugging Face Hub, private unless you say otherwise.
+
+    Example: `stillhouse signals push runs/stored/signals my-name/my-signals`
+    """
+    from rich.console import Console
+
+    from stillhouse.signals.store_hub import upload_store
+
+    Console().print(upload_store(store, repository, private=not public), highlight=False)
+
+
+@signals.command()
+def pull(
+    repository: Annotated[str, typer.Argument(help="A data set of the Hub: org/name.")],
+    store: Annotated[Path, typer.Argument(help="The folder to write.")],
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
+) -> None:
+    """Downloads a store from the Hugging Face Hub and verifies it.
+
+    Example: `stillhouse signals pull my-name/my-signals signals`
+    """
+    from rich.console import Console
+
+    from stillhouse.signals.store_hub import download_store
+
+    path = download_store(repository, store, revision=revision)
+    Console().print(f"{path} is sound", highlight=False)

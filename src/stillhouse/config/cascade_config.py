@@ -1,0 +1,80 @@
+"""A family of students, pruned and distilled in turn."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stillhouse.export.export_config import ExportFormat
+from stillhouse.section import Section
+from stillhouse.students.student_config import PrunedSizes
+
+RUN_FOLDER_NAMES = (
+    "stages",
+    "recipe.yaml",
+    "model",
+    "report.html",
+    "signals",
+    "synthesis",
+    "family.html",
+    "family.json",
+)
+"""What a run folder holds or links to, besides the formats that are exported."""
+
+
+class HopRecipe(PrunedSizes):
+    """One member of a family: what it keeps of the model before it, and how long it is trained."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The member's folder.")
+    epochs: float | None = Field(
+        None, gt=0, strict=False, description="As train.epochs, which it overrides."
+    )
+
+
+class FromScratchRecipe(Section):
+    """The largest member's shape, trained from random weights under the same teacher."""
+
+    tokens: int = Field(gt=0, description="To train on; more make the account more certain.")
+    learning_rate: float = Field(1e-3, gt=0, strict=False)
+
+
+class CascadeRecipe(Section):
+    """Prune, distill, prune again: each member is the start of the next smaller one."""
+
+    hops: list[HopRecipe] = Field(min_length=1, description="The members, the largest first.")
+    start: Literal["previous", "original"] = Field(
+        "previous",
+        description="What is pruned: the trained member before (a cascade), or always the "
+        "teacher (one-shot).",
+    )
+
+    teacher: Literal["original", "previous", "both"] = Field(
+        "original",
+        description="What a member learns from: the recipe's teacher, the trained member before "
+        "it, or the mean of both; the first member always from the teacher.",
+    )
+
+    ship: Literal["all", "last"] = Field(
+        "all",
+        description="Which members are quantized, and exported in `export.formats`: all of them, "
+        "or the last, the others being plain checkpoints.",
+    )
+
+    from_scratch: FromScratchRecipe | None = Field(
+        None,
+        description="Measure how KL falls in training from random weights, to tell what every "
+        "member would take so; null: not told.",
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> CascadeRecipe:
+        names = [hop.name for hop in self.hops]
+        if len(set(names)) < len(names):
+            raise ValueError("two hops have the same name")
+        taken = {*RUN_FOLDER_NAMES, *ExportFormat.__args__}  # type: ignore[attr-defined]
+        for name in names:
+            # Some file systems do not tell capitals from small letters.
+            if name.lower() in taken:
+                raise ValueError(f"a member's folder cannot be called {name}, as the run has that")
+        return self

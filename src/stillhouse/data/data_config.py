@@ -1,0 +1,83 @@
+"""Where training text comes from, and the windows that it becomes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stillhouse.section import Section
+
+
+class CorpusSource(Section):
+    """Text that is on every Python: no download."""
+
+    kind: Literal["corpus"]
+    name: Literal["python-reference"] = "python-reference"
+    limit: int | None = Field(None, gt=0, description="Use at most this many documents.")
+
+
+class TextSource(Section):
+    """Plain text files."""
+
+    kind: Literal["text"]
+    path: str = Field(description="A file, a folder of .txt files, or a glob.")
+    documents: Literal["file", "blank-line", "line"] = Field(
+        "file", description="What separates two documents inside a file."
+    )
+    limit: int | None = Field(None, gt=0)
+
+
+class JsonlSource(Section):
+    """One JSON object a line: `text`, or `messages`, or `prompt` and `completion`."""
+
+    kind: Literal["jsonl"]
+    path: str
+    text_key: str = Field("text", description="The key that holds plain text.")
+    limit: int | None = Field(None, gt=0)
+
+
+class ParquetSource(Section):
+    """Parquet columns: `text`, or `messages`, or `prompt` and `completion`."""
+
+    kind: Literal["parquet"]
+    path: str
+    text_key: str = "text"
+    limit: int | None = Field(None, gt=0)
+
+
+class HubSource(Section):
+    """A data set of the Hugging Face Hub, or a local folder that `datasets` can load."""
+
+    kind: Literal["hub"]
+    dataset: str
+    config: str | None = None
+    split: str = "train"
+    text_key: str = "text"
+    limit: int | None = Field(None, gt=0)
+
+
+Source = Annotated[
+    CorpusSource | TextSource | JsonlSource | ParquetSource | HubSource,
+    Field(discriminator="kind"),
+]
+
+
+class DataRecipe(Section):
+    sources: list[Source] = Field(min_length=1, description="Where the training text comes from.")
+    heldout_sources: list[Source] = Field(
+        default=[], description="Text for evaluation; without it, documents are split off."
+    )
+    context: int = Field(1024, ge=8, description="Tokens in one training window.")
+    packing: Literal["isolated", "none"] = Field(
+        "isolated",
+        description="isolated: documents share a window and never see each other; "
+        "none: one document a window, padded.",
+    )
+    train_tokens: int | None = Field(
+        None, gt=0, description="Stop after about this many training tokens; null: all."
+    )
+    heldout_tokens: int = Field(8192, gt=0, description="About how many tokens to hold out.")
+    long_rows: Literal["error", "truncate", "drop"] = Field(
+        "error", description="What to do with a chat row that is longer than the context."
+    )

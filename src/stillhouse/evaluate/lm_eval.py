@@ -1,0 +1,108 @@
+"""Benchmark tasks by EleutherAI's lm-eval, an extra: `pip install stillhouse[eval]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.errors import RecipeError, StillhouseError
+from stillhouse.evaluate.evaluate_config import LmEvalRecipe
+
+
+def run_tasks(
+    model: Path,
+    section: LmEvalRecipe,
+    *,
+    tokenizer: Path,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> dict[str, float]:
+    """Scores by `task/metric`, or `task/metric/filter` where a task filters the answers.
+
+    Tasks are lm-eval's names, names from `section.include_path`, or paths of task files. Prompts
+    are plain text: no chat template is applied. Standard errors are left out.
+
+    Raises:
+        StillhouseError: lm-eval is not installed.
+        RecipeError: a task is not known, its data cannot be read, or include_path is no folder.
+    """
+    manager = _task_manager(section)
+    from lm_eval import simple_evaluate
+
+    _check_names(manager, section)
+    options: dict[str, Any] = {
+        "pretrained": str(model),
+        "tokenizer": str(tokenizer),
+        "dtype": str(dtype).removeprefix("torch."),
+        "trust_remote_code": trust_remote_code,
+    }
+    try:
+        report = simple_evaluate(
+            model="hf",
+            model_args=options,
+            tasks=list(section.tasks),
+            num_fewshot=section.num_fewshot,
+            limit=section.limit,
+            device=str(device),
+            task_manager=manager,
+            bootstrap_iters=0,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"lm-eval could not run these tasks ({type(error).__name__}: {error})",
+            where=", ".join(section.tasks),
+            fix="check the tasks' data files, or that this machine reaches the Hugging Face Hub",
+        ) from error
+    return _scores(report["results"])
+
+
+def _task_manager(section: LmEvalRecipe) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise StillhouseError(
+            f"evaluate.lm_eval needs lm-eval, which cannot be imported ({error})",
+            fix="pip install stillhouse[eval], or remove evaluate.lm_eval from the recipe",
+        ) from error
+    if section.include_path is not None and not Path(section.include_path).is_dir():
+        raise RecipeError(
+            "evaluate.lm_eval.include_path is not a folder",
+            where=section.include_path,
+            fix="name the folder that holds your task files (.yaml)",
+        )
+    return TaskManager(include_path=section.include_path)
+
+
+def _check_names(manager: Any, section: LmEvalRecipe) -> None:
+    unknown = [
+        task for task in section.tasks if task not in manager.all_tasks and not Path(task).is_file()
+    ]
+    if unknown:
+        raise RecipeError(
+            f"lm-eval does not know {', '.join(unknown)}",
+            where="evaluate.lm_eval.tasks",
+            fix="list the names with `lm-eval ls tasks`; for your own, set include_path "
+            "or give the path of a task file",
+        )
+
+
+def _scores(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """lm-eval's `acc,none` becomes `TASK/acc`, its `acc,FILTER` becomes `TASK/acc/FILTER`."""
+    scores = {}
+    for task, metrics in results.items():
+        for key, value in metrics.items():
+            metric, comma, filtered = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            name = f"{task}/{metric}" if filtered == "none" else f"{task}/{metric}/{filtered}"
+            scores[name] = float(value)
+    return scores

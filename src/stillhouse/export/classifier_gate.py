@@ -1,0 +1,60 @@
+"""A classifier's folder, read again by a process that does not know Stillhouse."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stillhouse.errors import ModelError
+from stillhouse.export.fresh_process import offline, run_script
+
+
+@dataclass(frozen=True)
+class ClassifierRows:
+    """What a classifier is asked in a replay.
+
+    rows: token ids of each text, or of a language model its whole prompt. texts: of rows that are a
+    text and nothing else, to be tokenized again. mean_pooling: the head reads the mean of the last
+    states. labels, prior: of a language model, each label's tokens, and what is subtracted from
+    their log-probabilities.
+    """
+
+    rows: Sequence[Sequence[int]]
+    texts: Sequence[str | None]
+    mean_pooling: bool = False
+    labels: Sequence[Sequence[int]] | None = None
+    prior: Sequence[float] | None = None
+
+
+def replay_classifier(exported: Path, asked: ClassifierRows) -> Tensor:
+    """Probabilities [N, C] of the labels, by transformers alone, in float32, a text at a time.
+
+    Raises ModelError: the folder does not load, has other weights than its model, or a tokenizer
+    that cuts a text otherwise.
+    """
+    with tempfile.TemporaryDirectory(prefix="stillhouse-replay-") as name:
+        folder = Path(name)
+        run_script(
+            "replay_classifier.py",
+            folder,
+            {"exported": str(exported.resolve()), **asdict(asked)},
+            env=offline(),
+            what="the exported classifier cannot be loaded and run again",
+            where=exported,
+            fix="see that transformers alone can load this model",
+        )
+        problems = json.loads((folder / "answer.json").read_text(encoding="utf-8"))["problems"]
+        if problems:
+            raise ModelError(
+                f"the exported folder is not the classifier: {'; '.join(problems)}",
+                where=exported,
+                fix="the disk may be damaged: give the same command again",
+            )
+        logits_NC = load_file(folder / "logits.safetensors")["logits"]
+    return logits_NC.float().softmax(-1)

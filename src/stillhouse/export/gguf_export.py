@@ -1,0 +1,227 @@
+"""GGUF files for llama.cpp and Ollama, with a Modelfile, each replayed before it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.errors import ModelError
+from stillhouse.export.gate import Gate, ReplayResult, fill
+from stillhouse.export.gguf_blocks import (
+    BITS,
+    fitting_kind,
+    for_kept,
+    pack,
+    pack_weighed,
+    second_rounding,
+)
+from stillhouse.export.gguf_config import misread_by_transformers
+from stillhouse.export.gguf_file import FORMATS, write_gguf
+from stillhouse.export.gguf_model import family, gguf_names, unsupported
+from stillhouse.export.gguf_tokenizer import (
+    check_tokenizer,
+    cut_otherwise_by_llama_cpp,
+    cut_otherwise_by_transformers,
+)
+from stillhouse.export.llama_quantizer import (
+    K_BLOCK,
+    K_QUANTS,
+    has_llama_cpp,
+    k_quantize,
+    require_llama_cpp,
+)
+from stillhouse.export.modelfile import modelfile
+from stillhouse.export.widths import nearest, row_widths
+from stillhouse.quantize.grid import Grid
+from stillhouse.quantize.moments import Moments
+from stillhouse.quantize.quantization import Quantization
+from stillhouse.teachers.load import load_config, load_model, load_tokenizer
+
+WEIGHED = frozenset({*K_QUANTS, "q4_0"})
+"""Formats of so few bits that weighing their errors is worth measuring each input's importance."""
+
+
+def export_gguf(
+    gate: Gate,
+    out: Path,
+    *,
+    kind: str,
+    name: str,
+    quantization: Quantization | None = None,
+    moments: Moments | None = None,
+) -> ReplayResult:
+    """Writes `out`/NAME-KIND.gguf and a Modelfile from the gate's source, a float32 folder.
+
+    kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed.
+    quantization: the source's, where it is on a grid: a format that holds the grid then gets its
+    numbers as they are, and what was left alone as 16-bit floats. moments: of every matrix's
+    inputs: rounding errors are weighed by them in k-quants, and in q4_0 and q8_0 of numbers that
+    are not on their grid. Before the folder gets its name,
+    transformers' GGUF loader reads the file in a fresh process, and so does llama.cpp where it is
+    installed; both are compared with the source as every export is.
+    Raises ModelError: an architecture or tokenizer that GGUF cannot hold, an export that does not
+    load or that differs by more than is allowed. RunError: no space, no permission, a full folder.
+    """
+    file_name = f"{name}-{kind}.gguf"
+
+    def work(folder: Path) -> ReplayResult:
+        file = folder / file_name
+        code = gate.trust_remote_code
+        config = load_config(gate.source, trust_remote_code=code).get_text_config()
+        if kind not in FORMATS:
+            require_llama_cpp()
+        misread = misread_by_transformers(config)
+        _require_reader(misread)
+        written = write_form(
+            gate.source,
+            file,
+            kind=kind,
+            name=name,
+            quantization=quantization,
+            moments=moments,
+            trust_remote_code=code,
+        )
+        text = modelfile(gate.source, file_name, trust_remote_code=code)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+        tokenizer = load_tokenizer(gate.source, trust_remote_code=code)
+        otherwise = cut_otherwise_by_transformers(tokenizer, family(config))
+        reader = otherwise if misread is None else _for_llama_cpp(misread)
+        chats = cut_otherwise_by_llama_cpp(tokenizer)
+        notes = [*written.notes, *(text for text in (reader, chats) if text is not None)]
+        return gate.pass_or_raise(
+            file,
+            [file],
+            format=f"gguf-{kind}",
+            dtype=kind,
+            limit=written.kl_limit,
+            advice="use a format with more bits (gguf-q8_0), or quantization-aware distillation "
+            "(quantize.qat)",
+            same_tokens=otherwise is None,
+            llama_cpp=has_llama_cpp(),
+            transformers=misread is None,
+            plain_prompts=chats is None,
+            notes=notes,
+        )
+
+    return fill(out, work)
+
+
+def announce_gguf(
+    kind: str,
+    config: Any,
+    tokenizer: Any,
+    grid: Grid | None = None,
+    *,
+    layers_before: int | None = None,
+) -> Iterator[tuple[str, str]]:
+    """What of a planned student this format cannot hold as asked: a text, and what avoids it.
+
+    grid: what the student is quantized to. layers_before: of the model that it is cut from; which
+    of them it keeps is not known yet. Raises ModelError where it can hold nothing of it: see
+    `export_gguf`.
+    """
+    config = config.get_text_config()
+    there = family(config)
+    cut = layers_before not in (None, config.num_hidden_layers)
+    if cut and there.rope_period:
+        raise unsupported(
+            f"a {config.model_type} with fewer layers: llama.cpp gives every "
+            f"{there.rope_period}th layer no rotary embedding, whichever layers were kept"
+        )
+    check_tokenizer(tokenizer)
+    if kind not in FORMATS:
+        require_llama_cpp()
+    misread = misread_by_transformers(config)
+    if cut and there.window_period:
+        misread = misread or "which layers have a window"
+    _require_reader(misread)
+    if misread is not None:
+        yield f"gguf-{kind}: {_for_llama_cpp(misread)}", "safetensors is read by transformers"
+    again = None if grid is None else second_rounding(grid, kind)
+    if again is not None:
+        yield again
+    block = FORMATS[kind].block if kind in FORMATS else K_BLOCK
+    for key, width in row_widths(config).items():
+        if width % block:
+            yield (
+                f"gguf-{kind}: {key} {width:,} does not divide into blocks of {block}: matrices "
+                "with rows of that length stay larger",
+                f"{key} {nearest(width, block)} avoids it",
+            )
+
+
+def _for_llama_cpp(misread: str) -> str:
+    return (
+        "the file is for llama.cpp and what is built on it: transformers' own GGUF loader would "
+        f"not read {misread} as it is"
+    )
+
+
+def _require_reader(misread: str | None) -> None:
+    """Raises ModelError where nothing that is installed can replay the file."""
+    if misread is not None and not has_llama_cpp():
+        raise ModelError(
+            f"{_for_llama_cpp(misread)}, and llama.cpp, which could replay it, is not installed",
+            where="export.formats",
+            fix="pip install 'stillhouse[llama-cpp]' (it is compiled, which takes minutes), or "
+            "export safetensors",
+        )
+
+
+@dataclass(frozen=True)
+class Written:
+    """kl_limit: nats a token that the file's rounding is believed to cost at most, which is that of
+    16-bit floats where every number is on the source's grid or was left alone. notes: what the user
+    should know of it."""
+
+    kl_limit: float
+    notes: list[str]
+
+
+def write_form(
+    source: Path,
+    file: Path,
+    *,
+    kind: str,
+    name: str,
+    quantization: Quantization | None = None,
+    moments: Moments | None = None,
+    trust_remote_code: bool = False,
+) -> Written:
+    """Writes `file` as `export_gguf` does, without replaying it. Raises ModelError as that does."""
+    again = None if quantization is None else second_rounding(quantization.grid, kind)
+    notes = [] if again is None else [again[0]]
+    if kind not in FORMATS:
+        k_quantize(
+            source,
+            file,
+            kind=kind,
+            name=name,
+            moments=moments,
+            trust_remote_code=trust_remote_code,
+        )
+        return Written(K_QUANTS[kind], notes)
+    form, packed = FORMATS[kind], {}
+    held = quantization is not None and fitting_kind(quantization.grid, form) is not None
+    if held or (moments is not None and {form.kind, form.embeddings} & {*BITS}):
+        model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        weights = {name: weight.detach() for name, weight in model.named_parameters()}
+        if held and quantization is not None:
+            packed = pack(weights, quantization, form)
+            form = for_kept(weights, packed, form)
+        elif moments is not None:
+            names = gguf_names(moments, model.config.get_text_config())
+            packed = pack_weighed(weights, moments, names, form)
+    fallen = write_gguf(
+        source, file, form, name=name, packed=packed, trust_remote_code=trust_remote_code
+    )
+    if fallen:
+        notes.append(
+            f"{len(fallen)} matrices, such as {fallen[0]}, are float16 in {file.name}: their rows "
+            f"do not divide into blocks of {form.block}"
+        )
+    return Written(form.kl_limit, notes)

@@ -1,0 +1,238 @@
+"""A classifier as an ONNX file, replayed in onnxruntime before it is kept.
+
+Shapes: B texts of a batch, L tokens, N texts, C labels.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from stillhouse.errors import ModelError
+from stillhouse.export.fresh_process import run_script
+from stillhouse.progress import note
+from stillhouse.teachers.quiet import quiet
+
+FILE = "model.onnx"
+KL_LIMITS = {"onnx": 1e-5, "onnx-int8": 0.1}
+"""Nats a text between the checkpoint and the file: the same float32 numbers, and weights and inputs
+of products rounded to 8 bits."""
+MODULES = ("onnx", "onnxscript", "onnxruntime")
+INPUTS = ("input_ids", "attention_mask")
+LARGEST = 2**31
+"""Bytes of an ONNX file, one protobuf message; its numbers are float32 before they are rounded."""
+
+
+@dataclass(frozen=True)
+class OnnxReplay:
+    """How an ONNX file in onnxruntime compares with its float32 checkpoint on texts.
+
+    kl: mean KL(checkpoint ‖ file), nats a text; kl_limit: the most that was allowed.
+    top1_agreement: share of texts with the same likeliest label. texts_per_s: on a CPU, in the
+    batches of the comparison.
+    """
+
+    format: str
+    bytes: int
+    kl: float
+    kl_limit: float
+    top1_agreement: float
+    texts: int
+    texts_per_s: float
+
+
+Read = Callable[[Any, Tensor, Tensor], Tensor]
+"""A model's logits [B, C] of token ids and attention mask [B, L]."""
+
+
+def plain_logits(model: Any, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+    """As transformers' classifiers give them."""
+    logits_BC: Tensor = model(input_ids=ids_BL, attention_mask=mask_BL).logits
+    return logits_BC.float()
+
+
+def export_onnx(
+    model: Any,
+    batches: Sequence[Sequence[Sequence[int]]],
+    pad: int,
+    expected_NC: Tensor,
+    out: Path,
+    *,
+    form: str,
+    source: Path,
+    read: Read = plain_logits,
+    kl_limit: float | None = None,
+) -> OnnxReplay:
+    """Writes `out`/model.onnx: token ids and attention mask [B, L] to logits [B, C], float32.
+
+    model: a transformers classifier, float32, on the CPU. batches: token ids of texts, on which
+    the file is compared with `expected_NC`, the checkpoint's probabilities in their order; rows of
+    a batch are filled up with `pad`. form: onnx, or onnx-int8: weights of products in 8 bits, their
+    inputs rounded while it runs. source: the checkpoint's folder, for errors. read: its logits.
+    Raises ModelError: a package is missing, a model that cannot be exported, a file that does not
+    run or that differs by more than is allowed.
+    """
+    require_onnx(sum(parameter.numel() for parameter in model.parameters()))
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / FILE
+    _write(model, read, file, source)
+    if form == "onnx-int8":
+        _round(file)
+    note(f"Replaying the {form} export in onnxruntime, in a fresh process")
+    logits_NC, seconds = _replay(file, batches, pad, source)
+    return _compare(form, file, logits_NC, expected_NC, seconds, kl_limit, source)
+
+
+def require_onnx(parameters: int) -> None:
+    """Raises ModelError where a package that it takes is not installed, or where a model of so many
+    parameters is too large for the file."""
+    missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ModelError(
+            f"an ONNX file takes {', '.join(missing)}, which is not installed",
+            where="export.formats",
+            fix="pip install 'stillhouse[onnx]', or export safetensors alone",
+        )
+    if parameters * 4 > LARGEST:
+        raise ModelError(
+            f"{parameters:,} parameters in float32 are more than the 2 GiB of an ONNX file",
+            where="export.formats",
+            fix=f"use a student of at most {LARGEST // 4:,} parameters (student), or export "
+            "safetensors alone",
+        )
+
+
+class _Logits(nn.Module):
+    def __init__(self, model: Any, read: Read) -> None:
+        super().__init__()
+        self.model, self.read = model, read
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.read(self.model, input_ids, attention_mask)
+
+
+def _write(model: Any, read: Read, file: Path, source: Path) -> None:
+    # Three texts of seven tokens stand for all: sizes of 1 would be taken for constants.
+    ids_BL = torch.ones(3, 7, dtype=torch.long)
+    sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
+    try:
+        with quiet(), _hushed():
+            torch.onnx.export(
+                _Logits(model.eval(), read),
+                (ids_BL, torch.ones_like(ids_BL)),
+                file,
+                dynamo=True,
+                dynamic_shapes=dict.fromkeys(INPUTS, sizes),
+                input_names=list(INPUTS),
+                output_names=["logits"],
+                external_data=False,
+                verbose=False,
+            )
+    except (torch.onnx.OnnxExporterError, RuntimeError, TypeError, ValueError) as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(
+            f"torch cannot export {type(model).__name__} to ONNX ({first[0]})",
+            where=source,
+            fix="export safetensors alone, or use a student that torch.onnx knows, such as BERT, "
+            "ModernBERT or Llama",
+        ) from error
+
+
+def _round(file: Path) -> None:
+    """Weights of matrix products in 8 bits, a scale for each output."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = file.with_suffix(".prepared.onnx")
+    with _hushed():
+        quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
+        quantize_dynamic(
+            prepared,
+            file,
+            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+        )
+    prepared.unlink()
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Exporters warn of packages and rewrites that a user need not know of."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _replay(
+    file: Path, batches: Sequence[Sequence[Sequence[int]]], pad: int, source: Path
+) -> tuple[Tensor, float]:
+    """Logits [N, C] and seconds, by a process that knows onnxruntime alone."""
+    with tempfile.TemporaryDirectory(prefix="stillhouse-replay-") as name:
+        folder = Path(name)
+        request = {
+            "file": str(file.resolve()),
+            "batches": [[list(row) for row in batch] for batch in batches],
+            "pad": pad,
+            "threads": torch.get_num_threads(),
+        }
+        run_script(
+            "replay_onnx.py",
+            folder,
+            request,
+            what="onnxruntime cannot run the exported file",
+            where=source,
+            fix="export safetensors alone, and report this with the model's config.json",
+        )
+        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+        return load_file(folder / "logits.safetensors")["logits"], float(answer["seconds"])
+
+
+def _compare(
+    form: str,
+    file: Path,
+    logits_NC: Tensor,
+    expected_NC: Tensor,
+    seconds: float,
+    kl_limit: float | None,
+    source: Path,
+) -> OnnxReplay:
+    p_NC = expected_NC.double()
+    p_NC = p_NC / p_NC.sum(-1, keepdim=True)  # exactly 1: float32 numbers sum to nearly that
+    log_q_NC = logits_NC.double().log_softmax(-1)
+    kl = float(torch.xlogy(p_NC, p_NC).sub(p_NC * log_q_NC).sum(-1).mean())
+    limit = KL_LIMITS[form] if kl_limit is None else kl_limit
+    if not kl <= limit:  # NaN fails too
+        raise ModelError(
+            f"the {form} file differs from its checkpoint by {kl:.3g} nats a text on "
+            f"{len(p_NC)} texts; at most {limit:g} is allowed",
+            where=source,
+            fix="export onnx without int8, or raise export.kl_limit",
+        )
+    return OnnxReplay(
+        format=form,
+        bytes=file.stat().st_size,
+        kl=kl,
+        kl_limit=limit,
+        top1_agreement=float((p_NC.argmax(-1) == log_q_NC.argmax(-1)).double().mean()),
+        texts=len(p_NC),
+        texts_per_s=len(p_NC) / seconds,
+    )

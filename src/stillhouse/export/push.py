@@ -1,0 +1,66 @@
+"""Exports as a repository of the Hugging Face Hub: the first at its root, others in folders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from stillhouse.errors import RunError
+from stillhouse.export.export_config import PushRecipe
+from stillhouse.progress import note
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """commits: addresses, by the format."""
+
+    repo: str
+    commits: dict[str, str]
+
+
+def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
+    """Uploads each export's folder, its card among the files; the repository is made if need be.
+
+    folders: by format, the one for the repository's root first. name: of the run, for the commits.
+    Raises RunError: no token, no network, or the Hub refuses.
+    """
+    token = require_token(section)
+    api = HfApi(token=token)
+    commits = {}
+    try:
+        api.create_repo(section.repo, private=section.private, exist_ok=True)
+        for place, (form, folder) in enumerate(folders.items()):
+            done = api.upload_folder(
+                repo_id=section.repo,
+                folder_path=folder,
+                path_in_repo=None if place == 0 else form,
+                commit_message=f"{name}: {form}",
+            )
+            commits[form] = str(done.commit_url)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+        said = str(error).replace(token, "…").strip().splitlines() or [type(error).__name__]
+        raise RunError(
+            f"the Hub did not take the upload ({said[0]})",
+            where=f"export.push_to_hub.repo: {section.repo}",
+            fix="see that the token may write there and that the network works, then run again: "
+            "what is done stays done",
+        ) from error
+    note(f"Uploaded to {section.repo}: {', '.join(commits)}")
+    return Pushed(section.repo, commits)
+
+
+def require_token(section: PushRecipe) -> str:
+    """Raises RunError where the environment has no token."""
+    token = os.environ.get(section.token_env, "").strip()
+    if not token:
+        raise RunError(
+            f"there is no token for the Hub in {section.token_env}",
+            where="export.push_to_hub",
+            fix=f"set {section.token_env} to a token with write access, or remove the section",
+        )
+    return token

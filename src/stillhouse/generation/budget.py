@@ -1,0 +1,88 @@
+"""What may be spent. The worst case of a request is set aside before it is sent.
+
+The sum of what was billed and what is set aside never passes a limit, so that no answer still on
+its way can. A prompt has at most as many tokens as bytes, with some more for the chat template
+around each message; an answer has at most its token limit. Parameters that are no numbers (tools, a
+schema) count as part of the prompt: servers put them there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stillhouse.generation.request import Answer, Request
+
+_TEMPLATE_TOKENS = 16
+"""Tokens that a chat template may put around a message, and around all of them."""
+
+TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
+"""Parameters that bound an answer's tokens."""
+
+
+@dataclass(frozen=True)
+class Price:
+    """US dollars for a million tokens."""
+
+    input: float
+    output: float
+
+    def of(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return (self.input * prompt_tokens + self.output * completion_tokens) / 1e6
+
+
+@dataclass(frozen=True)
+class Spending:
+    """Tokens, and US dollars where the price is known (else 0)."""
+
+    tokens: int = 0
+    usd: float = 0.0
+
+    def __add__(self, other: Spending) -> Spending:
+        return Spending(self.tokens + other.tokens, self.usd + other.usd)
+
+    def __sub__(self, other: Spending) -> Spending:
+        return Spending(self.tokens - other.tokens, self.usd - other.usd)
+
+
+def worst_case(request: Request, price: Price | None) -> Spending:
+    """The most that one answer can take; the request has a token limit."""
+    shown = [value for value in request.parameters.values() if not isinstance(value, int | float)]
+    prompt = _TEMPLATE_TOKENS + sum(
+        _TEMPLATE_TOKENS + len(str(part).encode("utf-8", "replace"))
+        for part in (*request.messages, *shown)
+    )
+    answer = next(int(request.parameters[k]) for k in TOKEN_LIMITS if k in request.parameters)
+    return Spending(prompt + answer, price.of(prompt, answer) if price else 0.0)
+
+
+def spent_on(answer: Answer, worst: Spending) -> Spending:
+    """What an answer took: the worst case in whatever the server did not say."""
+    if answer.prompt_tokens is None or answer.completion_tokens is None:
+        return worst
+    tokens = answer.prompt_tokens + answer.completion_tokens
+    return Spending(tokens, worst.usd if answer.cost is None else answer.cost)
+
+
+class Budget:
+    """spent: what is billed, or may be. reserved: the worst case of what is on its way."""
+
+    def __init__(self, max_usd: float | None = None, max_tokens: int | None = None) -> None:
+        self.max_usd, self.max_tokens = max_usd, max_tokens
+        self.spent = self.reserved = Spending()
+
+    def reserve(self, worst: Spending) -> bool:
+        """Sets `worst` aside, unless a limit would be passed if it came true."""
+        after = self.spent + self.reserved + worst
+        if self.max_usd is not None and after.usd > self.max_usd:
+            return False
+        if self.max_tokens is not None and after.tokens > self.max_tokens:
+            return False
+        self.reserved += worst
+        return True
+
+    def settle(self, worst: Spending, spent: Spending) -> None:
+        """Puts what was spent in the place of what was set aside."""
+        self.reserved -= worst
+        self.spent += spent
+        if self.reserved.tokens == 0:  # no rounding error of many differences stays behind
+            self.reserved = Spending()

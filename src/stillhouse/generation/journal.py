@@ -1,0 +1,317 @@
+"""Every answer that was paid for, in one SQLite file, committed when it arrives.
+
+One thread writes. It takes whatever has arrived since its last commit and commits that as one
+transaction, so that thousands of answers a second share a few flushes of the disk, and an answer
+waits for no other than those before it. The journal is in WAL mode with full synchronization: what
+is committed survives a killed process and a power cut.
+
+A journal belongs to one process at a time: two could buy the same answer twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any, Self
+
+from stillhouse.errors import RunError
+from stillhouse.generation.request import Answer, Failure, Request
+
+VERSION = 1
+_MOST_IN_A_COMMIT = 1024
+_MOST_WAITING = 8192
+"""Rows that may wait for the writer; beyond it, `record` blocks. Bounds memory."""
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS answers (
+    key TEXT PRIMARY KEY,
+    endpoint TEXT NOT NULL,
+    model TEXT NOT NULL,
+    messages TEXT NOT NULL,
+    parameters TEXT NOT NULL,
+    sample INTEGER NOT NULL,
+    text TEXT NOT NULL,
+    finish_reason TEXT,
+    reasoning TEXT,
+    prompt_tokens INTEGER,
+    completion_tokens INTEGER,
+    cost REAL,
+    seconds REAL NOT NULL,
+    logprobs TEXT,
+    arrived REAL NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS failures (
+    number INTEGER PRIMARY KEY,
+    key TEXT NOT NULL,
+    model TEXT NOT NULL,
+    messages TEXT NOT NULL,
+    kind TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    attempts INTEGER NOT NULL,
+    cost REAL,
+    tokens INTEGER NOT NULL,
+    happened REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS failures_by_key ON failures (key);
+"""
+# An answer that is there already stays: the journal never replaces what was paid for.
+_ADD_ANSWER = f"INSERT OR IGNORE INTO answers VALUES ({', '.join('?' * 15)})"
+_ADD_FAILURE = f"INSERT INTO failures VALUES (NULL, {', '.join('?' * 9)})"
+_ANSWER = (
+    "SELECT text, finish_reason, reasoning, prompt_tokens, completion_tokens, cost, seconds, "
+    "logprobs FROM answers WHERE key = ?"
+)
+_BILLED_FAILURES = "SELECT sum(cost), sum(tokens) FROM failures WHERE key = ?"
+
+
+@dataclass(frozen=True)
+class _Row:
+    statement: str
+    values: tuple[Any, ...]
+    done: Future[None]
+
+
+class Journal:
+    """Opens the journal at `path`, or makes it. Use it as a context manager.
+
+    Raises RunError: another process has it, it is damaged, or it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock_file = _locked(path)
+        try:
+            self._reader, self._writer = _open(path), _open(path)
+        except BaseException:
+            self._lock_file.close()
+            raise
+        self._reading = threading.Lock()
+        self._arrived: queue.Queue[_Row | None] = queue.Queue(_MOST_WAITING)
+        self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Commits everything that was recorded, then closes the file."""
+        self._arrived.put(None)
+        self._thread.join()
+        self._reader.close()
+        self._lock_file.close()
+
+    def record(self, request: Request, answer: Answer) -> Future[None]:
+        """Commits an answer; the future is done when it is on the disk. Blocks no longer than
+        it takes to hand it over. The future raises RunError where the disk refuses."""
+        logprobs = None if answer.logprobs is None else _json(answer.logprobs)
+        values = (
+            request.key,
+            request.endpoint,
+            request.model,
+            _json(list(request.messages)),
+            _json(dict(request.parameters)),
+            request.sample,
+            answer.text,
+            answer.finish_reason,
+            answer.reasoning,
+            answer.prompt_tokens,
+            answer.completion_tokens,
+            answer.cost,
+            answer.seconds,
+            logprobs,
+            time.time(),
+        )
+        return self._hand_over(_ADD_ANSWER, values)
+
+    def record_failure(self, request: Request, failure: Failure) -> Future[None]:
+        """Commits why a request has no answer, as `record` does. Later runs ask it again."""
+        values = (
+            request.key,
+            request.model,
+            _json(list(request.messages)),
+            failure.kind,
+            failure.reason,
+            failure.attempts,
+            failure.cost,
+            failure.tokens,
+            time.time(),
+        )
+        return self._hand_over(_ADD_FAILURE, values)
+
+    def get(self, key: str) -> Answer | None:
+        """The committed answer to the request with this key."""
+        with self._reading:
+            row = self._reader.execute(_ANSWER, (key,)).fetchone()
+        if row is None:
+            return None
+        answer = Answer(*row)
+        if answer.logprobs is None:
+            return answer
+        return replace(answer, logprobs=json.loads(row[-1]))
+
+    def known(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys (a few hundred) that have a committed answer."""
+        marks = ", ".join("?" * len(keys))
+        statement = f"SELECT key FROM answers WHERE key IN ({marks})"
+        with self._reading:
+            return {key for (key,) in self._reader.execute(statement, keys)}
+
+    def refused(self, keys: Sequence[str]) -> set[str]:
+        """Those of the keys (a few hundred) that an endpoint has refused to answer."""
+        marks = ", ".join("?" * len(keys))
+        statement = f"SELECT key FROM failures WHERE kind = 'refused' AND key IN ({marks})"
+        with self._reading:
+            return {key for (key,) in self._reader.execute(statement, keys)}
+
+    def billed_failures(self, key: str) -> tuple[float, int]:
+        """Dollars and tokens that a provider may have billed for lost answers to this request."""
+        with self._reading:
+            cost, tokens = self._reader.execute(_BILLED_FAILURES, (key,)).fetchone()
+        return cost or 0.0, tokens or 0
+
+    def counts(self) -> tuple[int, int]:
+        """How many answers and how many failures are committed."""
+        with self._reading:
+            return (
+                self._reader.execute("SELECT count(*) FROM answers").fetchone()[0],
+                self._reader.execute("SELECT count(*) FROM failures").fetchone()[0],
+            )
+
+    def failures(self) -> Iterator[tuple[str, str, str]]:
+        """Key, kind and reason of every failure, oldest first."""
+        with self._reading:
+            rows = self._reader.execute(
+                "SELECT key, kind, reason FROM failures ORDER BY number"
+            ).fetchall()
+        yield from rows
+
+    # --- the writer's thread -----------------------------------------------------------------
+
+    def _hand_over(self, statement: str, values: tuple[Any, ...]) -> Future[None]:
+        row = _Row(statement, tuple(map(_storable, values)), Future())
+        row.done.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
+        self._arrived.put(row)
+        return row.done
+
+    def _write(self) -> None:
+        with closing(self._writer) as connection:
+            closing_down = False
+            while not closing_down:
+                taken = self._take()
+                closing_down = None in taken
+                _commit(connection, [row for row in taken if row is not None], self.path)
+
+    def _take(self) -> list[_Row | None]:
+        """Waits for one row, and takes what else is there."""
+        taken = [self._arrived.get()]
+        while len(taken) < _MOST_IN_A_COMMIT:
+            try:
+                taken.append(self._arrived.get_nowait())
+            except queue.Empty:
+                break
+        return taken
+
+
+def _commit(connection: sqlite3.Connection, rows: Iterable[_Row], path: Path) -> None:
+    """One transaction; each row's future is told how it went.
+
+    A row that the database cannot take (its values, not the file, are wrong) fails alone.
+    """
+    rows = list(rows)
+    try:
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            for row in rows:
+                connection.execute(row.statement, row.values)
+    # Of every kind: an error that ended this thread would leave its askers waiting for ever.
+    except Exception as error:
+        if len(rows) > 1 and not isinstance(error, sqlite3.OperationalError):
+            for row in rows:
+                _commit(connection, [row], path)
+            return
+        for row in rows:
+            row.done.set_exception(_unusable(path, error))
+    else:
+        for row in rows:
+            row.done.set_result(None)
+
+
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def _storable(value: Any) -> Any:
+    """Half of a surrogate pair, which JSON can carry, is no text that SQLite takes."""
+    if not isinstance(value, str) or value.isascii():
+        return value
+    return value.encode("utf-8", "replace").decode()
+
+
+# --- opening -----------------------------------------------------------------------------------
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        connection = _connect(path)
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version not in (0, VERSION):
+            connection.close()
+            raise RunError(
+                f"this journal has format {version}; this Stillhouse writes format {VERSION}",
+                where=path,
+                fix="use a newer Stillhouse, or give another file as synthesize.journal",
+            )
+        connection.executescript(_SCHEMA)
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+    except sqlite3.Error as error:
+        raise _unusable(path, error) from error
+    return connection
+
+
+def _locked(path: Path) -> IO[str]:
+    """Holds the journal for this process, by a lock on a file beside it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_name(path.name + ".lock").open("a", encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"the journal cannot be written here: {error.strerror}",
+            where=path,
+            fix="give another file as synthesize.journal",
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise RunError(
+            "another process is writing this journal",
+            where=path,
+            fix="wait for it, or give this run a journal of its own: synthesize.journal",
+        ) from None
+    return lock
+
+
+def _unusable(path: Path, error: Exception) -> RunError:
+    if "full" in str(error):
+        fix = "free some space and give the same command again: committed answers are kept"
+    else:
+        fix = "give another file as synthesize.journal, and keep this one: what it holds was paid"
+    return RunError(f"the journal cannot be used: {error}", where=path, fix=fix)

@@ -1,0 +1,105 @@
+"""What a teacher is asked, what it answers, and how an answer is known again.
+
+A request is identified by everything that shapes its answer and by nothing else: where it goes,
+the model, the messages, the sampling parameters, and the number of the sample. No API key and no
+user name or password of a URL is part of it, so none can reach a file through it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from stillhouse.generation.generation_config import ApiTeacher
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One chat completion. sample: 0, 1, ... where a prompt is answered several times.
+
+    endpoint: as `endpoint_of` gives it, or `local`, or `vllm`. model: the endpoint's name of the
+    model, or the fingerprint of one in this process. parameters: what is sent beside the messages,
+    e.g. temperature.
+    """
+
+    endpoint: str
+    model: str
+    messages: tuple[Message, ...]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    sample: int = 0
+
+    @cached_property
+    def key(self) -> str:
+        """SHA-256 of the canonical JSON of all five fields, in hexadecimal."""
+        return hashlib.sha256(_canonical(self).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. None where the server did not say.
+
+    reasoning: thinking that the server sent apart from the text. cost: US dollars, None where the
+    price is unknown. seconds: from sending to the last byte, retries not counted. logprobs: a JSON
+    list with an entry for each token, as the server gave it.
+    """
+
+    text: str
+    finish_reason: str | None = None
+    reasoning: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cost: float | None = None
+    seconds: float = 0.0
+    logprobs: list[Any] | None = None
+
+
+FailureKind = Literal["rate_limit", "server", "timeout", "connection", "refused", "invalid"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request has no answer. attempts: how often it was sent.
+
+    refused: a 4xx for this request alone. invalid: an answer that is not a chat completion.
+    cost, tokens: the most that a provider may have billed for attempts whose answer never arrived.
+    """
+
+    kind: FailureKind
+    reason: str
+    attempts: int = 1
+    cost: float | None = None
+    tokens: int = 0
+
+
+def endpoint_of(base_url: str) -> str:
+    """The URL without user, password, query and closing slash: fit to be written to a file."""
+    parts = urlsplit(base_url)
+    host = parts.hostname or ""
+    port = f":{parts.port}" if parts.port else ""
+    return f"{parts.scheme}://{host}{port}{parts.path.rstrip('/')}"
+
+
+def api_described(api: ApiTeacher) -> str:
+    """A teacher behind an API, as manifests and pages name it."""
+    return f"{api.model} at {endpoint_of(api.base_url)}"
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+
+
+def _canonical(request: Request) -> str:
+    facts = {
+        "endpoint": request.endpoint,
+        "model": request.model,
+        "messages": [dict(message) for message in request.messages],
+        "parameters": dict(request.parameters),
+        "sample": request.sample,
+    }
+    return _ENCODER.encode(facts)

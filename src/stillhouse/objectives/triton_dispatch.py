@@ -1,0 +1,129 @@
+"""Whether a block can be done by the Triton kernel of `rows_triton`, and with what."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stillhouse.objectives.groups import Group, Member
+from stillhouse.objectives.head_logits import ComputeHead
+from stillhouse.objectives.terms import Term
+
+KINDS: dict[str, str | None] = {
+    "forward_kl": None,
+    "reverse_kl": None,
+    "total_variation": None,
+    "jsd": "beta",
+    "normalized_jsd": "beta",
+    "skew_forward_kl": "alpha",
+    "skew_reverse_kl": "alpha",
+}
+"""Divergences that the kernel has, and their parameter."""
+
+
+@dataclass(frozen=True)
+class RowKernel:
+    """One divergence, with or without cross-entropy: a launch a block, and no scratch."""
+
+    divergence: Member
+    data: Member | None
+    student_scale: float
+    teacher_scale: float
+
+    def run(
+        self,
+        student_bV: Tensor,
+        teacher_bV: Tensor,
+        targets_b: Tensor | None,
+        losses_Mb: Tensor,
+        *,
+        grad: bool,
+    ) -> None:
+        """As `Blocks.run`."""
+        from stillhouse.objectives import triton_kernel as rows_triton
+
+        kind, parameter, divisor = reduced(self.divergence.term)
+        values_b, cross_b = rows_triton.run(
+            student_bV,
+            teacher_bV,
+            None if self.data is None else targets_b,
+            kind,
+            parameter,
+            student_scale=self.student_scale,
+            teacher_scale=self.teacher_scale,
+            coefficient=self.divergence.coefficient,
+            of_data=0.0 if self.data is None else self.data.coefficient,
+            grad=grad,
+        )
+        term = self.divergence.term
+        losses_Mb[self.divergence.place] = values_b * (term.factor / divisor)
+        if self.data is not None:
+            losses_Mb[self.data.place] = cross_b * self.data.term.factor
+
+
+def row_kernel(
+    groups: Sequence[Group],
+    student: ComputeHead,
+    teacher: ComputeHead | None,
+    device: torch.device,
+    reduce_dtype: torch.dtype,
+) -> RowKernel | None:
+    """The kernel for these terms; None where PyTorch's operators must do.
+
+    They do on a CPU, in float64, with a bias or a soft-cap, for several divergences or
+    temperatures, for adaptive_kl (it sorts) and alpha_beta, and where Triton is not installed.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    return fitting(groups, student, teacher, reduce_dtype)
+
+
+def fitting(
+    groups: Sequence[Group],
+    student: ComputeHead,
+    teacher: ComputeHead | None,
+    reduce_dtype: torch.dtype,
+) -> RowKernel | None:
+    """`row_kernel`, wherever the tensors are."""
+    heads = [head for head in (student, teacher) if head is not None]
+    plain = all(head.bias_V is None and head.softcap is None for head in heads)
+    if len(groups) != 1 or reduce_dtype != torch.float32 or not plain:
+        return None
+    group = groups[0]
+    if len(group.of_teacher) != 1 or len(group.of_data) > 1:
+        return None
+    divergence = group.of_teacher[0]
+    if divergence.term.divergence not in KINDS:
+        return None
+    teacher_scale = 1.0 if teacher is None else teacher.scale
+    return RowKernel(
+        divergence,
+        group.of_data[0] if group.of_data else None,
+        student.scale / group.temperature,
+        teacher_scale / group.temperature,
+    )
+
+
+def reduced(term: Term) -> tuple[str, float, float]:
+    """The kernel's kind and parameter, and what its value is to be divided by.
+
+    The ends of a family are simpler members of it: see `divergences`.
+    """
+    name = KINDS[term.divergence]
+    parameter = 0.0 if name is None else term.parameters[name]
+    match term.divergence:
+        case "normalized_jsd" if parameter == 0.0:
+            return "forward_kl", 0.0, 1.0
+        case "normalized_jsd" if parameter == 1.0:
+            return "reverse_kl", 0.0, 1.0
+        case "normalized_jsd":
+            return "jsd", parameter, parameter * (1.0 - parameter)
+        case "skew_forward_kl" if parameter == 0.0:
+            return "forward_kl", 0.0, 1.0
+        case "skew_reverse_kl" if parameter == 0.0:
+            return "reverse_kl", 0.0, 1.0
+    return term.divergence, parameter, 1.0

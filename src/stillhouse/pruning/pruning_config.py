@@ -1,0 +1,170 @@
+"""How a pruned student's shape is searched, and what decides which parts of the model stay."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from stillhouse.section import Section
+
+SearchedAxis = Literal["layers", "ffn_size", "heads", "kv_heads", "hidden_size", "experts"]
+TargetKey = Literal["params", "non_embedding_params", "bytes", "decode_latency", "memory"]
+
+_COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
+_BYTES = {
+    unit + suffix: factor
+    for unit, factor in {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9}.items()
+    for suffix in ("", "b")
+} | {"kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
+UNITS: dict[TargetKey, dict[str, float]] = {
+    "params": _COUNTS,
+    "non_embedding_params": _COUNTS,
+    "bytes": _BYTES,
+    "decode_latency": _SECONDS,
+    "memory": _BYTES,
+}
+_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*")
+
+AmountText = int | float | str
+
+
+@dataclass(frozen=True)
+class Amount:
+    """value: in parameters, bytes or seconds; relative: a share of what the start model has."""
+
+    value: float
+    relative: bool
+
+
+def read_amount(key: TargetKey, text: int | float | str) -> Amount:
+    """60% or 108M or 250MB or 20ms. Raises ValueError, which says what can be written."""
+    found = _AMOUNT.fullmatch(str(text))
+    number, unit = found.groups() if found else ("0", "")
+    if float(number) > 0 and unit == "%":
+        return Amount(float(number) / 100, relative=True)
+    factor = UNITS[key].get(unit.lower())
+    if float(number) <= 0 or factor is None:
+        units = ", ".join(unit for unit in UNITS[key] if unit)
+        raise ValueError(
+            f"{key}: {text} is no amount: write a percentage of the model that is pruned, such as "
+            f"60%, or a positive number, alone or with one of {units}"
+        )
+    return Amount(float(number) * factor, relative=False)
+
+
+class TargetRecipe(Section):
+    """How large the student may be; exactly one key. A share is of the model that is pruned."""
+
+    params: AmountText | None = Field(None, description="All parameters: 60% or 108M.")
+    non_embedding_params: AmountText | None = Field(
+        None, description="Without the embeddings and an untied head: 60% or 80M."
+    )
+    bytes: AmountText | None = Field(
+        None, description="Of the weights in export.dtype: 60% or 250MB."
+    )
+    decode_latency: AmountText | None = Field(
+        None, description="Seconds a token on this machine, one sequence: 60% or 20ms."
+    )
+    memory: AmountText | None = Field(
+        None, description="Peak memory of loading and decoding on this machine: 60% or 1.5GB."
+    )
+
+    @model_validator(mode="after")
+    def _one_key(self) -> TargetRecipe:
+        given = [key for key in UNITS if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a target has exactly one of {', '.join(UNITS)}")
+        read_amount(given[0], getattr(self, given[0]))
+        return self
+
+    @property
+    def key(self) -> TargetKey:
+        return next(key for key in UNITS if getattr(self, key) is not None)
+
+    @property
+    def amount(self) -> Amount:
+        return read_amount(self.key, getattr(self, self.key))
+
+    @property
+    def measured(self) -> bool:
+        """Whether this machine must be timed or filled to know what a shape needs."""
+        return self.key in ("decode_latency", "memory")
+
+
+class VocabularyFile(Section):
+    """Which tokens stay, by name."""
+
+    path: str = Field(
+        description="The tokens to keep: one a line, as the tokenizer writes them (Ġhouse), or in "
+        "a .json file a list of tokens or ids."
+    )
+
+
+class PruningMethod(Section):
+    """What decides which parts of the model stay."""
+
+    importance: Literal["refit", "activations", "gradients"] = Field(
+        "refit",
+        description="Of neurons, heads and channels. refit: what is lost after the others were "
+        "refit (activations, with reconstruct: false); activations: norm of activations x norm of "
+        "the weights that read them; gradients: Fisher information of the KL.",
+    )
+    aggregation: Literal["l2", "mean"] = Field(
+        "l2", description="Of activations over calibration rows, for importance: activations."
+    )
+    depth_importance: Literal["kl", "block_influence", "norm_ratio", "gradients"] = Field(
+        "kl",
+        description="Of layers. kl: what the output loses without each, tried one after the "
+        "other; block_influence: 1 - cosine of the stream before and after; norm_ratio: norm after "
+        "over norm before; gradients: Fisher information.",
+    )
+
+    @model_validator(mode="after")
+    def _aggregation_needs_activations(self) -> Self:
+        if self.aggregation != "l2" and self.importance != "activations":
+            raise ValueError("aggregation does nothing without importance: activations")
+        return self
+
+
+class SearchRecipe(Section):
+    """How the shape that meets a target is found."""
+
+    axes: list[SearchedAxis] = Field(
+        default=["layers", "ffn_size", "heads", "kv_heads", "hidden_size", "experts"],
+        min_length=1,
+        description="What may be made smaller, where the architecture has it.",
+    )
+    tolerance: float = Field(
+        0.03, gt=0, lt=1, strict=False, description="How far under the target a shape may be."
+    )
+    multiple_of: int | None = Field(
+        None,
+        gt=0,
+        description="FFN and hidden sizes are multiples of it; null: of 256 where one fits, else "
+        "of 128, 64 or 32.",
+    )
+    tensor_parallel: int = Field(
+        1, gt=0, description="GPUs among which heads and FFN must divide evenly."
+    )
+    candidates: int = Field(
+        6, gt=0, description="Shapes that are pruned, refit and measured; the best by each axis."
+    )
+    calibration_tokens: int = Field(
+        16384, gt=0, description="Tokens each of them is refit on; the student's own are more."
+    )
+    heldout_tokens: int = Field(
+        4096, gt=0, description="Training tokens that are kept aside to measure candidates on."
+    )
+    trained: int = Field(
+        4, ge=0, description="Best of them that are distilled for a short while; 0 or 1: none."
+    )
+    steps: int = Field(
+        8,
+        gt=0,
+        description="Optimizer steps of the first round; half of the shapes go on to the next, "
+        "which has twice as many.",
+    )

@@ -1,0 +1,223 @@
+"""Which tokens a student keeps: what its text needs, and what any text needs.
+
+A student with fewer tokens numbers them anew. `kept_ids[new] = old` maps its ids to the teacher's:
+the teacher's distribution over the kept tokens is the softmax of its head's rows `kept_ids`.
+
+Shapes: N counted positions, D hidden width, V rows of the teacher's head.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from stillhouse.data.windows import WindowSet
+from stillhouse.errors import ModelError, RecipeError
+from stillhouse.progress import bar
+from stillhouse.pruning.calibrate import calibration_batches, products
+from stillhouse.pruning.depth import chunks
+from stillhouse.pruning.kept_tokens import Merges
+from stillhouse.pruning.mapped import let_go_after_use
+from stillhouse.pruning.surgery import special_ids
+from stillhouse.signals.lm_head import head_logits
+from stillhouse.teachers.backbone import hidden_states, lm_head
+
+KEPT_IDS = "kept_ids.json"
+"""Beside a student with fewer tokens than its teacher: {"kept_ids": [...]}."""
+
+MULTIPLE = 64
+"""A vocabulary that the text decides is filled up to a multiple of this, for fast products."""
+
+
+def kept_token_ids(
+    tokenizer: Any,
+    windows: WindowSet,
+    vocabulary: int | Literal["data"] | Path,
+    *,
+    configs: Sequence[Any] = (),
+    expect: Callable[[], Tensor] | None = None,
+) -> tuple[int, ...]:
+    """The tokens to keep, ascending: kept_ids[new id] = old id.
+
+    Always: added and special tokens, those that `configs` (configurations of the model and of its
+    generation) name, and one token for every byte. "data": every token of the windows as well,
+    filled up to a multiple of 64. A number: that many in all. What fills up are the tokens with the
+    largest sum of three shares: that in the windows; that which the teacher expects, where
+    `expect` is given (see `expected_tokens`), as the probability of a token that goes falls to
+    the others; and that in text at large, by Zipf's law on the order in which the tokenizer
+    learned them, as the windows may be of a narrow domain. `expect` is called once nothing is left
+    to refuse, for it runs the teacher. A file: those it names, and it must name the ones that
+    always stay. Every token comes with those that BPE makes it from. The model's padding rows,
+    beyond the tokenizer's ids, go.
+
+    Raises RecipeError for a number that is too small or larger than the tokenizer, for a file that
+    cannot be read or loses a token that is needed, and for tokenizers that cannot be cut (anything
+    but BPE).
+    """
+    merges = Merges(tokenizer)
+    named = _named(configs)
+    kept = named - merges.tokens.keys()
+    total = len(merges.tokens) + len(kept)
+    needed = merges.alphabet() | merges.added.keys() | (named - kept)
+    if isinstance(vocabulary, Path):
+        wanted = _listed(vocabulary, merges, kept)
+        _check_nothing_lost(vocabulary, merges, needed - wanted)
+        return tuple(sorted(kept.union(*map(merges.parts, wanted))))
+    for id in needed:
+        kept |= merges.parts(id)
+    counts = Counter({id: n for id, n in _counts(windows).items() if id in merges.tokens})
+    if vocabulary == "data":
+        for id in counts:
+            kept |= merges.parts(id)
+        size = min(-(-len(kept) // MULTIPLE) * MULTIPLE, total)
+    else:
+        size = vocabulary
+        if not len(kept) <= size <= total:
+            raise RecipeError(
+                f"vocabulary: {size} is not possible: special tokens and single bytes need "
+                f"{len(kept)}, and the teacher has {total}",
+                where="student.vocabulary",
+                fix=f"nearest: {len(kept) if size < len(kept) else total}; or vocabulary: data",
+            )
+    for id in _by_share(merges, counts, None if expect is None else expect()):
+        if len(kept) == size:
+            break
+        grown = kept | merges.parts(id) if id not in kept else kept
+        if len(grown) <= size:
+            kept = grown
+    return tuple(sorted(kept))
+
+
+@torch.no_grad()
+def expected_tokens(
+    model: Any, windows: WindowSet, tokens: int, seed: int, dtype: torch.dtype
+) -> Tensor:
+    """Each token's share of text as the model expects it, [V]: the mean of its probabilities over
+    the positions of about `tokens` tokens of the windows.
+
+    Raises DataError when there are no windows.
+    """
+    batches = calibration_batches(windows, tokens, seed, model.device)
+    head = lm_head(model)
+    sum_V = torch.zeros(len(head.weight_VD), dtype=torch.float64)
+    total = 0
+    with (
+        products(model, dtype),
+        let_go_after_use(model),
+        bar("What tokens the teacher expects", tokens) as advance,
+    ):
+        for batch in batches:
+            hidden_RLD = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
+            rows_ND = hidden_RLD[batch.counted_RL].float()
+            for chunk in chunks(head, len(rows_ND)):
+                probability_nV = head_logits(head, rows_ND[chunk]).float().softmax(-1)
+                sum_V += probability_nV.sum(0).cpu()
+            total += len(rows_ND)
+            advance(batch.input_ids_RL.numel())
+    return sum_V / max(total, 1)
+
+
+def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
+    """The ids of the tokens that a file names; ids that a configuration has named may be among
+    them."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        listed = json.loads(text) if file.suffix == ".json" else text.split("\n")
+        if isinstance(listed, dict):
+            listed = listed["kept_ids"]
+        if not isinstance(listed, list):
+            raise ValueError("it holds no list")
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(
+            f"the tokens to keep cannot be read: {error}",
+            where=file,
+            fix="write one token a line, as the tokenizer writes them, or a list in a .json file",
+        ) from error
+    # An id may be 0; an empty line names no token.
+    wanted = [one for one in listed if one != "" and one not in named]
+    ids = [one if isinstance(one, int) else merges.every_id.get(one, -1) for one in wanted]
+    unknown = [str(one) for one, id in zip(wanted, ids, strict=True) if id not in merges.tokens]
+    if unknown:
+        raise RecipeError(
+            f"{len(unknown):,} tokens to keep are none of the teacher's: {_few(unknown)}",
+            where=file,
+            fix="write tokens as the tokenizer writes them: Ġhouse, not ' house'",
+        )
+    return set(ids)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (" …" if len(names) > 5 else "")
+
+
+def _check_nothing_lost(file: Path, merges: Merges, lost: set[int]) -> None:
+    if lost:
+        names = [merges.tokens[id] for id in sorted(lost)]
+        raise RecipeError(
+            f"the tokens to keep lack {len(lost):,} that every text may need: {_few(names)}",
+            where=file,
+            fix="add them: special tokens, and one for each byte; or use vocabulary: data",
+        )
+
+
+def save_kept_ids(kept_ids: Sequence[int], folder: Path) -> None:
+    """Writes KEPT_IDS into a student's folder."""
+    (folder / KEPT_IDS).write_text(json.dumps({"kept_ids": list(kept_ids)}), encoding="utf-8")
+
+
+def load_kept_ids(folder: Path) -> tuple[int, ...] | None:
+    """The teacher's id of every id of the student in `folder`; None: they are the same.
+
+    Raises ModelError when the file is damaged.
+    """
+    file = folder / KEPT_IDS
+    if not file.exists():
+        return None
+    try:
+        return tuple(int(id) for id in json.loads(file.read_text(encoding="utf-8"))["kept_ids"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"the map to the teacher's tokens cannot be read ({error})",
+            where=file,
+            fix="prune the student again",
+        ) from error
+
+
+def _named(configs: Sequence[Any]) -> set[int]:
+    found: set[int] = set()
+    for config in configs:
+        for value in special_ids(config).values():
+            found |= set(value if isinstance(value, list) else [value])
+    return found
+
+
+def _counts(windows: WindowSet) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for index in range(len(windows)):
+        ids, times = torch.unique(windows[index]["input_ids"], return_counts=True)
+        counts.update(dict(zip(ids.tolist(), times.tolist(), strict=True)))
+    return counts
+
+
+def _by_share(merges: Merges, counts: Counter[int], expected_V: Tensor | None) -> list[int]:
+    """All tokens, the one with the largest sum of its shares first."""
+    learned: dict[int, int] = {}
+    for first, second in merges.pairs:
+        id = merges.ids.get(first + second)
+        if id is not None:
+            learned.setdefault(id, len(learned) + 1)
+    harmonic = sum(1 / rank for rank in learned.values())
+    read = max(1, counts.total())
+    expected = [] if expected_V is None else expected_V.tolist()
+
+    def share(id: int) -> float:
+        found: float = counts[id] / read + (expected[id] if id < len(expected) else 0.0)
+        return found + (1 / learned[id] / harmonic if id in learned else 0.0)
+
+    return sorted(merges.tokens, key=lambda id: (-share(id), id))

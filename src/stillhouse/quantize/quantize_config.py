@@ -1,0 +1,86 @@
+"""What is rounded to few bits, and the training of a student that is."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stillhouse.section import Section
+
+
+class QatRecipe(Section):
+    """Quantization-aware distillation: the student learns with its weights rounded."""
+
+    tokens: int = Field(30000, gt=0, description="Training tokens, about.")
+    learning_rate: float = Field(
+        2e-4,
+        gt=0,
+        strict=False,
+        description="Higher than in full precision: a weight must cross to another place.",
+    )
+
+
+class QuantizeRecipe(Section):
+    """The trained student's matrices as numbers of few bits; what is kept, by measurement."""
+
+    kind: Literal[
+        "int8",
+        "int4",
+        "float8",
+        "int8_dynamic_int8",
+        "int8_dynamic_int4",
+        "float8_dynamic_float8",
+    ] = Field(
+        "int4",
+        description="Of the weights; *_dynamic_*: layers' inputs are rounded too, to 8 bits, "
+        "token by token, while the model runs. float8 ships as safetensors (torchao).",
+    )
+    group_size: int | None = Field(
+        None,
+        gt=0,
+        description="Neighbours in a row that share a scale; null: 32. float8 has one scale a row.",
+    )
+    keep: list[str] = Field(
+        default=[], description="Parts to leave alone: embeddings, head, layers.N (0 the first)."
+    )
+    max_kl: float | None = Field(
+        None,
+        gt=0,
+        strict=False,
+        description="Leave the most sensitive parts alone until the others cost at most this, in "
+        "nats a token.",
+    )
+    max_bytes: int | None = Field(
+        None, gt=0, description="Leave the most sensitive parts alone while the model fits."
+    )
+    calibration_tokens: int | None = Field(
+        8192,
+        gt=0,
+        description="Training tokens on which it is measured how much each input of a matrix "
+        "matters, which chooses the scales; null: all inputs matter alike.",
+    )
+    sensitivity_tokens: int = Field(
+        1024, gt=0, description="Held-out tokens on which sensitivity is measured."
+    )
+    qat: QatRecipe | None = Field(
+        None, description="Train with rounded weights; null: only round the trained ones."
+    )
+
+    @property
+    def bits(self) -> Literal[4, 8]:
+        return 4 if self.kind.endswith("int4") else 8
+
+    @property
+    def dynamic(self) -> bool:
+        return "_dynamic_" in self.kind
+
+    @property
+    def floating(self) -> bool:
+        return self.kind.startswith("float8")
+
+    @model_validator(mode="after")
+    def _float8_has_no_groups(self) -> QuantizeRecipe:
+        if self.floating and self.group_size is not None:
+            raise ValueError(f"{self.kind} has one scale a row: leave group_size out")
+        return self

@@ -1,0 +1,257 @@
+"""What a shape needs on this machine: seconds a token from timed blocks, and peak memory.
+
+Models of random weights decode a few tokens with a key-value cache, while their attention blocks,
+FFN blocks, layers and whole steps are timed. Each block's time depends on few sizes: attention's
+on the heads and the hidden size, the FFN's on its width and the hidden size. So a handful of models
+tells the time of every shape:
+
+    seconds a token = ends + layers · (attention + FFN + what a layer adds to them)
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from stillhouse.errors import ModelError
+from stillhouse.evaluate.speed import measure_peak_memory
+from stillhouse.hardware import synchronize
+from stillhouse.pruning.axes import axes_of, part
+from stillhouse.pruning.shapes import Counter
+from stillhouse.pruning.sizes import Sizes, resized_config, sizes_of
+from stillhouse.teachers.load import attention_for
+from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.views import decoder_layers
+
+PROMPT_TOKENS, DECODE_TOKENS, WARMUP_TOKENS = 128, 16, 3
+TIMED_BYTES = 256 << 20
+"""Weights that a timed model has at least, where the real one does: fewer would stay in the
+processor's caches from one token to the next, and be read faster than a whole model's are."""
+FFN_WIDTHS = 4
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Median seconds of one decoded token in one timed model of `layers` layers.
+
+    attention, ffn: of one block. rest: what a layer takes beyond them (norms, sums). ends: what a
+    step takes beyond its layers (embeddings, last norm, head).
+    """
+
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    ffn_size: int
+    layers: int
+    attention: float
+    ffn: float
+    rest: float
+    ends: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    timings: tuple[Timing, ...]
+
+    def seconds(self, sizes: Sizes) -> float:
+        """Seconds a decoded token takes; FFN widths between two timed ones by a straight line."""
+        here = [one for one in self.timings if one.hidden_size == sizes.hidden_size]
+        heads = (sizes.heads, sizes.kv_heads)
+        attention = [one.attention for one in here if (one.heads, one.kv_heads) == heads]
+        assert attention, "every pair of heads and hidden size is timed"
+        widths = sorted({one.ffn_size for one in here})
+        ffn = [
+            statistics.median(one.ffn for one in here if one.ffn_size == width) for width in widths
+        ]
+        layer = statistics.median(attention) + _between(widths, ffn, sizes.ffn_size)
+        layer += statistics.median(one.rest for one in here)
+        return statistics.median(one.ends for one in here) + sizes.layers * layer
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [asdict(one) for one in self.timings]
+
+    @classmethod
+    def from_json(cls, rows: Sequence[dict[str, Any]]) -> LatencyTable:
+        return cls(tuple(Timing(**row) for row in rows))
+
+
+def shapes_to_time(combinations: Sequence[Sizes], widths: Sequence[int]) -> list[Sizes]:
+    """Few shapes in which every hidden size meets every choice of heads and every FFN width."""
+    found = []
+    for hidden in sorted({shape.hidden_size for shape in combinations}, reverse=True):
+        here = [shape for shape in combinations if shape.hidden_size == hidden]
+        pairs = sorted({(s.heads, s.kv_heads) for s in here}, reverse=True)
+        count = max(len(pairs), len(widths))
+        for place in range(count):
+            heads, kv_heads = pairs[place % len(pairs)]
+            width = widths[place % len(widths)]
+            found.append(replace(here[0], heads=heads, kv_heads=kv_heads, ffn_size=width))
+    return found
+
+
+def timed_widths(ffn_size: int, least: int) -> list[int]:
+    """FFN widths from the whole down to `least`, evenly spread."""
+    if least >= ffn_size:
+        return [ffn_size]
+    last = FFN_WIDTHS - 1
+    return sorted({ffn_size - round((ffn_size - least) * i / last) for i in range(FFN_WIDTHS)})[
+        ::-1
+    ]
+
+
+def time_shape(
+    config: Any, sizes: Sizes, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Timing:
+    """Decodes with random weights of these sizes, on as many layers as the caches cannot hold."""
+    layers = _enough_layers(config, sizes, dtype.itemsize)
+    model = random_like(config, replace(sizes, layers=layers), dtype).to(device)
+    axes = axes_of(config)
+    groups = {
+        "attention": [part(layer, axes.attention) for layer in decoder_layers(model)],
+        "ffn": [part(layer, axes.ffn) for layer in decoder_layers(model)],
+        "layer": list(decoder_layers(model)),
+        "step": [model],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in groups}
+    for timed in _decode(model, groups, torch.device(device)):
+        for name, value in timed.items():
+            seconds[name].append(value)
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    blocks = median["attention"] + median["ffn"]
+    return Timing(
+        hidden_size=sizes.hidden_size,
+        heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        ffn_size=sizes.ffn_size,
+        layers=layers,
+        attention=median["attention"] / layers,
+        ffn=median["ffn"] / layers,
+        rest=max(0.0, median["layer"] - blocks) / layers,
+        ends=max(0.0, median["step"] - median["layer"]),
+    )
+
+
+def random_like(config: Any, sizes: Sizes, dtype: torch.dtype) -> Any:
+    """A model of these sizes whose weights nobody trained."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            resized_config(config, sizes),
+            dtype=dtype,
+            attn_implementation=attention_for(config),
+        )
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def _decode(
+    model: Any, groups: dict[str, list[nn.Module]], device: torch.device
+) -> Iterator[dict[str, float]]:
+    """Yields, for every decoded token after the first few, each group's seconds in all."""
+    vocabulary = model.config.vocab_size
+    prompt_RL = torch.arange(PROMPT_TOKENS, device=device)[None] % vocabulary
+    output = model(input_ids=prompt_RL, use_cache=True, logits_to_keep=1)
+    for step in range(WARMUP_TOKENS + DECODE_TOKENS):
+        next_R1 = output.logits[:, -1:].argmax(-1)
+        with _timed(groups, device) as spent:
+            output = model(
+                input_ids=next_R1, past_key_values=output.past_key_values, use_cache=True
+            )
+        if step >= WARMUP_TOKENS:
+            yield spent
+
+
+@contextmanager
+def _timed(groups: dict[str, list[nn.Module]], device: torch.device) -> Iterator[dict[str, float]]:
+    spent = dict.fromkeys(groups, 0.0)
+    began: dict[str, float] = {}
+
+    def start(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            synchronize(device)
+            began[name] = time.perf_counter()
+
+        return hook
+
+    def stop(name: str) -> Any:
+        def hook(*_: Any) -> None:
+            synchronize(device)
+            spent[name] += time.perf_counter() - began[name]
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, modules in groups.items():
+            for module in modules:
+                stack.callback(module.register_forward_pre_hook(start(name)).remove)
+                stack.callback(module.register_forward_hook(stop(name)).remove)
+        yield spent
+
+
+def _enough_layers(config: Any, sizes: Sizes, width: int) -> int:
+    counter = Counter(config)
+    one = counter.non_embedding(replace(sizes, layers=1)) * width
+    return max(1, min(sizes_of(config).layers, -(-TIMED_BYTES // one)))
+
+
+def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
+    """A straight line between the two neighbours; beyond the ends, the outermost one's."""
+    if len(places) == 1:
+        return values[0]
+    pairs = list(itertools.pairwise(zip(places, values, strict=True)))
+    (left, low), (right, high) = next((pair for pair in pairs if place <= pair[1][0]), pairs[-1])
+    return low + (high - low) * (place - left) / (right - left)
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MemoryLine:
+    """Peak bytes of loading and decoding, as a straight line in the weights' bytes."""
+
+    base: float
+    factor: float
+
+    def bytes(self, weights: float) -> float:
+        return self.base + self.factor * weights
+
+
+def measure_memory(config: Any, dtype: torch.dtype, device: torch.device | str) -> MemoryLine:
+    """Two models of random weights, of all layers and of half of them, each in its own process.
+
+    Raises ModelError where a process fails.
+    """
+    start = sizes_of(config)
+    counter = Counter(config)
+    points = []
+    with tempfile.TemporaryDirectory(prefix="stillhouse-memory-") as folder:
+        for layers in {start.layers, max(1, start.layers // 2)}:
+            sizes = replace(start, layers=layers)
+            path = Path(folder) / str(layers)
+            with quiet():
+                random_like(config, sizes, dtype).save_pretrained(path)
+            weights = counter.total(sizes) * dtype.itemsize
+            points.append((weights, measure_peak_memory(path, dtype, device)))
+    if len(points) == 1:
+        return MemoryLine(points[0][1] - points[0][0], 1.0)
+    (small, low), (large, high) = sorted(points)
+    factor = (high - low) / (large - small)
+    if factor <= 0:
+        raise ModelError(
+            "peak memory does not grow with the model here, so no shape can be chosen by it",
+            where="student.target.memory",
+            fix="give the target in bytes",
+        )
+    return MemoryLine(low - factor * small, factor)

@@ -1,0 +1,396 @@
+"""The search: count, probe, prune, try by training; at each step the best go on to the next.
+
+1. All aligned shapes that meet the target are listed (pruning.shapes).
+2. Where they are many, each axis is probed alone, and they are ranked by the sum (probes).
+3. The best `candidates` are pruned and refit, and measured on text that neither saw.
+4. The best `trained` of them are distilled for a few steps; half go on, for twice as many.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.data.windows import WindowSet
+from stillhouse.progress import note
+from stillhouse.pruning.axes import Axes, axes_of
+from stillhouse.pruning.depth import DepthChoice
+from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
+from stillhouse.pruning.prune import Calibration, prune_model, rank_layers
+from stillhouse.pruning.shapes import Counter, described, feasible_shapes, sizes_to_prune
+from stillhouse.pruning.sizes import Sizes, sizes_of
+from stillhouse.runfolder import write_atomically
+from stillhouse.search.candidates import candidates_table, show
+from stillhouse.search.probes import curves, expected, probed
+from stillhouse.search.search_text import (
+    Answers,
+    SearchText,
+    answers,
+    batches_of,
+    kl_to,
+    split_text,
+)
+from stillhouse.search.shape_costs import Costs, costs_of
+from stillhouse.search.short_training import distill_shortly
+from stillhouse.search.trial_log import Journal
+from stillhouse.students.build_student import method_of
+from stillhouse.students.student_config import PrunedStudent
+from stillhouse.teachers.load import load_config
+from stillhouse.teachers.quiet import quiet
+from stillhouse.training.attention import use_short_attention
+from stillhouse.training.train_config import TrainRecipe
+
+CANDIDATES = "candidates.json"
+WORK = "work"
+"""Pruned candidates and the journal, for as long as the search goes on."""
+PROBE_ROWS = 8
+"""Calibration tokens of a probe for each column that is refit. On fewer the refit fits their noise:
+SmolLM2's FFN (1,536 neurons) cut to 1,024 costs KL 1.00 refit on 2,048 tokens, 0.41 on 16,384."""
+DEPTH_TOKENS = 1024
+WORTH = 2.0
+"""Depth is given up on where it costs so many times what the best shape of full depth does."""
+KEPT_BYTES = 4 << 30
+"""The start model's stream on the calibration rows is kept for all candidates up to this size."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a search is about. dtype: of matrix products; served: of the exported weights.
+
+    vocabulary: token ids below it are those of both models.
+    """
+
+    section: PrunedStudent
+    train: TrainRecipe
+    start: Path
+    teacher: Path
+    windows: WindowSet
+    vocabulary: int
+    seed: int
+    dtype: torch.dtype
+    served: torch.dtype
+    device: torch.device
+    out: Path
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Candidate:
+    """One shape. cost: in the target's unit. expected: nats a token by each axis alone.
+
+    one_shot_kl: to the teacher, pruned and refit. trained_kl: after each round of steps.
+    """
+
+    sizes: Sizes
+    cost: float
+    parameters: int
+    expected: float | None = None
+    one_shot_kl: float | None = None
+    trained_kl: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Found:
+    """sizes: what `prune_model` is told. tokens: trained on in short distillations. flops, seconds:
+    of all that was measured for it, in every process that took part."""
+
+    sizes: dict[str, int]
+    candidates: list[Candidate]
+    tokens: int
+    described: str
+    flops: int = field(default=0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+
+
+def search_shape(setting: Setting) -> Found:
+    """Finds the shape, prints all that were measured as a table, and writes CANDIDATES.
+
+    Goes on where a killed search of the same setting stopped.
+    Raises RecipeError where no shape meets the target, which names the nearest one; DataError
+    where the text is too short.
+    """
+    (setting.out / WORK).mkdir(parents=True, exist_ok=True)
+    journal = Journal(setting.out / WORK / "journal.json")
+    config = load_config(setting.start, trust_remote_code=setting.trust_remote_code)
+    counter = Counter(config)
+    search, target = setting.section.search, setting.section.target
+    assert target is not None
+    costs = costs_of(config, counter, search, target, setting.served, setting.device, journal)
+    shapes = feasible_shapes(config, search, costs.of, costs.limit)
+    found = [Candidate(shape, costs.of(shape), counter.total(shape)) for shape in shapes]
+    work = _Work(setting, journal, sizes_of(config), axes_of(config))
+    best = work.by_axes(found)
+    left_out = len(found) - len(best)
+    note(
+        f"{len(found)} shapes are within {search.tolerance:.0%} under {costs.limit}"
+        + (f"; {left_out} are left out by what each axis costs alone" if left_out else "")
+    )
+    if len(best) > 1:
+        best = work.by_pruning(best)
+        best = work.by_training(best)
+    chosen = best[0]
+    name = described(work.before, chosen.sizes)
+    show(candidates_table(work.before, found, chosen, costs))
+    note(f"chosen: {name}")
+    sizes = sizes_to_prune(work.before, chosen.sizes)
+    result = Found(sizes, found, work.tokens, name, journal.flops, journal.seconds)
+    write_atomically(setting.out / CANDIDATES, json.dumps(_plain(result, costs), indent=2))
+    return result
+
+
+def _plain(found: Found, costs: Costs) -> dict[str, Any]:
+    return {
+        "target": asdict(costs.limit),
+        "measured": costs.measured,
+        "chosen": found.sizes,
+        "candidates": [asdict(candidate) for candidate in found.candidates],
+    }
+
+
+class _Work:
+    """Everything that the candidates of one search share."""
+
+    def __init__(self, setting: Setting, journal: Journal, before: Sizes, rules: Axes) -> None:
+        self.setting = setting
+        self.search = setting.section.search
+        self.journal = journal
+        self.before = before
+        self.rules = rules
+        self.shared: dict[int, Calibration] = {}
+        self.depth: DepthChoice | None = None
+        self.tokens = 0
+
+    @property
+    def calibration_tokens(self) -> int:
+        return min(self.search.calibration_tokens, self.setting.section.calibration_tokens)
+
+    def _fits(self, tokens: int) -> bool:
+        # Between attention and FFN, behind the layer, and what norms behind the blocks read.
+        kept = 2 + len(self.rules.output_norms())
+        return kept * 4 * tokens * self.before.layers * self.before.hidden_size <= KEPT_BYTES
+
+    def _share(self, tokens: int) -> Calibration:
+        """What all prunes on so many tokens share; the order of the layers is the same for all."""
+        if tokens not in self.shared:
+            # One at a time: it may be as large as the model.
+            self.shared = {tokens: Calibration(passages=[] if self._fits(tokens) else None)}
+        self.shared[tokens].depth = self.depth
+        return self.shared[tokens]
+
+    @cached_property
+    def text(self) -> SearchText:
+        windows = self.setting.train.batch_size * self.rounds_steps()
+        setting = self.setting
+        return split_text(setting.windows, self.search.heldout_tokens, windows, setting.seed)
+
+    @cached_property
+    def known(self) -> tuple[Answers, Answers]:
+        """The teacher's answers to the text kept aside, and to that of short distillations."""
+        setting = self.setting
+        teacher = self._load(setting.teacher)
+        parts = [(self.text.heldout, 8), (self.text.training, setting.train.batch_size)]
+        if self.search.trained < 2:
+            parts[1] = (self.text.heldout, 8)
+        with let_go_after_use(teacher):
+            found = [
+                answers(
+                    teacher,
+                    batches_of(windows, together, setting.device),
+                    setting.vocabulary,
+                    setting.dtype,
+                )
+                for windows, together in parts
+            ]
+        return found[0], found[1]
+
+    def _load(self, path: Path) -> Any:
+        setting = self.setting
+        gc.collect()
+        code = setting.trust_remote_code
+        return load_on_disk(path, trust_remote_code=code).to(setting.device)
+
+    def _measure(self, model: Any) -> float:
+        with let_go_after_use(model):
+            return kl_to(self.known[0], model, self.setting.dtype)
+
+    # --- 2. every axis alone ----------------------------------------------------------------
+
+    def by_axes(self, found: list[Candidate]) -> list[Candidate]:
+        """Those that promise most, at most `candidates`; all of them where they are few."""
+        if len(found) <= self.search.candidates:
+            return found
+        start = self.journal.once_counted(
+            "start", lambda: self._measure(self._load(self.setting.start))
+        )
+
+        def lost(shape: Sizes) -> float:
+            name = f"probe {described(self.before, shape)}"
+            return max(0.0, self.journal.once_counted(name, lambda: self._probe(shape)) - start)
+
+        probes = probed(self.before, [one.sizes for one in found], self._possible)
+        known = curves(self.before, probes, lost)
+        whole = [one.sizes for one in found if one.sizes.layers == self.before.layers]
+        limit = min((expected(self.before, s, known, {}) for s in whole), default=float("inf"))
+        keep = min(one.sizes.layers for one in found)
+        depth = self._depth(keep, WORTH * limit)
+        for one in found:
+            one.expected = expected(self.before, one.sizes, known, depth)
+        return sorted(found, key=_expected)[: self.search.candidates]
+
+    def _possible(self, shape: Sizes) -> bool:
+        return not self.rules.hidden_over_heads or shape.hidden_size % shape.heads == 0
+
+    def _probe(self, shape: Sizes) -> float:
+        """On as many tokens as the widest matrix that is refit needs, if there are so many."""
+        note(f"probing {described(self.before, shape)}")
+        before = self.before
+        width = before.hidden_size
+        if shape.ffn_size < before.ffn_size:
+            width = before.ffn_size
+        elif shape.heads < before.heads:
+            width = before.heads * before.head_dim
+        return self._measure(self._pruned(shape, min(self.calibration_tokens, PROBE_ROWS * width)))
+
+    def _pruned(self, shape: Sizes, tokens: int) -> Any:
+        setting = self.setting
+        model = self._load(setting.start)
+        prune_model(
+            model,
+            self.text.calibration,
+            **sizes_to_prune(self.before, shape),  # type: ignore[arg-type]
+            reconstruct=setting.section.reconstruct,
+            calibration_tokens=tokens,
+            seed=setting.seed,
+            dtype=setting.dtype,
+            shared=self._share(tokens),
+            method=method_of(setting.section),
+        )
+        return model
+
+    def _depth(self, keep: int, most_kl: float) -> dict[int, float]:
+        """Nats a token by layers left, as far down as it is worth it; also kept for all prunes."""
+        total = self.before.layers
+        if keep == total:
+            return {}
+
+        def find() -> dict[str, Any]:
+            model, setting = self._load(self.setting.start), self.setting
+            return asdict(
+                rank_layers(
+                    model,
+                    self.text.calibration,
+                    keep,
+                    method_of(setting.section),
+                    setting.seed,
+                    setting.dtype,
+                    tokens=DEPTH_TOKENS,
+                    most_kl=most_kl,
+                )
+            )
+
+        raw = self.journal.once_counted("depth", find)
+        dropped = tuple((int(index), float(kl)) for index, kl in raw["dropped"])
+        self.depth = DepthChoice(tuple(raw["kept"]), dropped, tuple(raw["single_kl"]))
+        return {total - place: kl for place, (_, kl) in enumerate(dropped, 1)}
+
+    # --- 3. pruned and refit ----------------------------------------------------------------
+
+    def by_pruning(self, best: list[Candidate]) -> list[Candidate]:
+        """Measures each, and keeps the best `trained` of them on disk."""
+        measured: list[Candidate] = []
+        for one in best:
+            name = described(self.before, one.sizes)
+            if f"one-shot {name}" not in self.journal:
+                note(f"pruning {name}")
+            one.one_shot_kl = self.journal.once_counted(
+                f"one-shot {name}", partial(self._one_shot, one)
+            )
+            measured = sorted([*measured, one], key=_one_shot)
+            for loser in measured[self.search.trained :]:
+                shutil.rmtree(self._folder(loser, 0), ignore_errors=True)
+        return measured
+
+    def _one_shot(self, one: Candidate) -> float:
+        model = self._pruned(one.sizes, self.calibration_tokens)
+        if self.search.trained > 1:
+            self._save(model, self._folder(one, 0))
+        return self._measure(model)
+
+    # --- 4. by short distillations ----------------------------------------------------------
+
+    def by_training(self, best: list[Candidate]) -> list[Candidate]:
+        """Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943); the winner first."""
+        alive, round_, first = best[: self.search.trained], 1, 0
+        if len(alive) < 2:
+            return best
+        while len(alive) > 1:
+            steps = self.search.steps * 2 ** (round_ - 1)
+            self.shared.clear()
+            for one in alive:
+                name = f"round {round_} {described(self.before, one.sizes)}"
+                kl = self.journal.once_counted(
+                    name,
+                    lambda: self._train(one, round_, first, steps),  # noqa: B023
+                )
+                shutil.rmtree(self._folder(one, round_ - 1), ignore_errors=True)
+                one.trained_kl.append(kl)
+                self.tokens += self._trained_tokens(first, steps)
+            alive = sorted(alive, key=lambda one: one.trained_kl[-1])[: len(alive) // 2]
+            first, round_ = first + steps, round_ + 1
+        return [*alive, *(one for one in best if one not in alive)]
+
+    def rounds_steps(self) -> int:
+        """Optimizer steps that the winner takes, all rounds together."""
+        alive, steps, total = self.search.trained, self.search.steps, 0
+        while alive > 1:
+            total, steps, alive = total + steps, 2 * steps, alive // 2
+        return total
+
+    def _train(self, one: Candidate, round_: int, first: int, steps: int) -> float:
+        setting, known = self.setting, self.known[1]
+        before = self._folder(one, round_ - 1)
+        if not before.is_dir():
+            # Only the pruned start can be missing: a round is saved before it is written down.
+            assert round_ == 1
+            self._one_shot(one)
+        note(f"training {described(self.before, one.sizes)} for {steps} steps")
+        model = self._load(before)
+        use_short_attention(model, known.batches[0].input_ids_RL.shape[1])
+        distill_shortly(
+            model, known, first=first, steps=steps, section=setting.train, dtype=setting.dtype
+        )
+        self._save(model, self._folder(one, round_))
+        return self._measure(model)
+
+    def _trained_tokens(self, first: int, steps: int) -> int:
+        rows = self.known[1].rows
+        return sum(len(rows[(first + step) % len(rows)]) for step in range(steps))
+
+    def _folder(self, one: Candidate, round_: int) -> Path:
+        name = described(self.before, one.sizes).replace(": ", "-").replace(", ", "_")
+        return self.setting.out / WORK / f"{name}_round-{round_}"
+
+    def _save(self, model: Any, folder: Path) -> None:
+        """Whole or not at all: a killed search must not go on with half a candidate."""
+        partial = folder.with_name(f".{folder.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        with quiet():
+            save_model(model, partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def _expected(one: Candidate) -> float:
+    return float("inf") if one.expected is None else one.expected
+
+
+def _one_shot(one: Candidate) -> float:
+    return float("inf") if one.one_shot_kl is None else one.one_shot_kl

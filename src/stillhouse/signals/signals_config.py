@@ -1,0 +1,133 @@
+"""The recipe's section about storing the teacher's answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stillhouse.section import Section
+
+
+class ThresholdSignals(Section):
+    """Likely tokens exactly, the others by unbiased draws; hard positions get more of both."""
+
+    kind: Literal["threshold"]
+    bytes: float = Field(36.0, gt=0, strict=False, description="Of a token, on average.")
+
+
+class TopKSignals(Section):
+    """The k likeliest tokens and the mass of all others; serves nearly every divergence."""
+
+    kind: Literal["top_k"]
+    k: int = Field(32, gt=0, le=254)
+
+
+class TopPSignals(Section):
+    """The fewest tokens that hold the mass p, and the mass of all others."""
+
+    kind: Literal["top_p"]
+    p: float = Field(0.98, gt=0, le=1, strict=False)
+    most: int = Field(64, gt=0, le=254, description="Tokens stored at the most.")
+
+
+class SampledSignals(Section):
+    """Tokens drawn with replacement, and how often (Sparse Logit Sampling)."""
+
+    kind: Literal["sampled"]
+    draws: int = Field(50, gt=0, le=254)
+
+
+class StratifiedSignals(Section):
+    """The k likeliest tokens exactly, and unbiased draws from the rest."""
+
+    kind: Literal["stratified"]
+    k: int = Field(8, gt=0, le=253)
+    draws: int = Field(12, gt=0, le=253)
+
+
+class FrozenHeadSignals(Section):
+    """All that forward KL needs where the student's head is not trained (train.freeze_head)."""
+
+    kind: Literal["frozen_head"]
+
+
+class HiddenSignals(Section):
+    """The teacher's hidden states after the layers that the objective's terms look at.
+
+    With its last ones and its head every divergence is exact, at any temperature.
+    """
+
+    kind: Literal["hidden"]
+
+
+EntrySignals = ThresholdSignals | TopKSignals | TopPSignals | SampledSignals | StratifiedSignals
+SignalEncoding = Annotated[
+    EntrySignals | FrozenHeadSignals | HiddenSignals,
+    Field(discriminator="kind"),
+]
+
+
+class SignalServer(Section):
+    """A server of the teacher that returns log-probabilities of prompts, as vLLM does."""
+
+    base_url: str = Field(description="Of the OpenAI-compatible API, e.g. http://localhost:8000/v1")
+    model: str = Field(description="The teacher's name on the server.")
+    key_env: str | None = Field(
+        None, description="Environment variable that holds the server's key; null: it needs none."
+    )
+    concurrency: int = Field(16, gt=0, description="Requests under way at a time.")
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> SignalServer:
+        if "@" in self.base_url:
+            raise ValueError("base_url holds a user's name or key: name a variable in key_env")
+        return self
+
+
+class AnswerSignals(Section):
+    """The log-probabilities that come with an API's answers (synthesize.sampling.top_logprobs)."""
+
+    mismatched: float = Field(
+        0.02,
+        ge=0,
+        le=1,
+        strict=False,
+        description="Share of the answers that may be other tokens to the API than to the "
+        "student's tokenizer; they are learnt from their text alone. More stop the run.",
+    )
+
+
+class SignalsRecipe(Section):
+    """The teacher is asked once and its answers are stored; training reads them."""
+
+    encoding: SignalEncoding = ThresholdSignals(kind="threshold")
+    server: SignalServer | None = Field(
+        None, description="Ask this server, not a local model; for the encoding top_k."
+    )
+    answers: AnswerSignals | None = Field(
+        None,
+        description="Ask nobody: take what the API of `synthesize` told about its answers, as it "
+        "came.",
+    )
+    store: str | None = Field(
+        None, description="A finished store to read, e.g. another run's; nothing is recorded."
+    )
+    missing: Literal["error", "live"] = Field(
+        "error",
+        description="What to do about training text that `store` or `answers` lack: stop before "
+        "training, or ask the teacher live, as often as it is trained on.",
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SignalsRecipe:
+        asked = self.server is not None or self.encoding != ThresholdSignals(kind="threshold")
+        if self.store is not None and asked:
+            raise ValueError("store is read as it is: remove encoding and server, or store")
+        if self.answers is not None and (asked or self.store is not None):
+            raise ValueError("answers are stored as they came: remove encoding, server and store")
+        if self.store is None and self.answers is None and self.missing == "live":
+            raise ValueError("missing is about a given store: name it in store, or remove the key")
+        if self.server is not None and not isinstance(self.encoding, TopKSignals):
+            raise ValueError("a server gives the likeliest tokens: set encoding.kind to top_k")
+        return self

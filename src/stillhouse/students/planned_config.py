@@ -1,0 +1,61 @@
+"""The student's configuration before it exists: for estimates, and to refuse sizes early."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.pruning.prune import check_importance
+from stillhouse.pruning.shapes import planned_shape
+from stillhouse.pruning.sizes import Sizes, check_sizes, resized_config, sizes_of
+from stillhouse.students.build_student import explicit_sizes, method_of, start_config
+from stillhouse.students.random_student import overridden_config
+from stillhouse.students.student_config import PrunedStudent, RandomStudent
+
+
+def planned_config(
+    section: PrunedStudent | RandomStudent,
+    teacher_config: Any,
+    base: Path,
+    *,
+    served: torch.dtype = torch.bfloat16,
+    owner: str | None = None,
+) -> Any:
+    """A configuration of the student's size. Which layers a pruned one keeps is not known yet,
+    nor how many tokens `vocabulary: data` means: all are counted.
+
+    served: the number type of the exported weights, for a target in bytes. owner: what an error
+    calls the model that is pruned; None: as the section does.
+    Raises RecipeError where the sizes are not possible; of a target, where that is certain.
+    """
+    if isinstance(section, RandomStudent):
+        return overridden_config(start_config(section, teacher_config, base), section.overrides)
+    if section.target is None:
+        after = explicit_sizes(section, teacher_config, owner=owner)
+        check_importance(method_of(section), sizes_of(teacher_config), after)
+    else:
+        after = _searched_sizes(section, teacher_config, served)
+    return resized_config(teacher_config, after, rotated=section.hidden_method == "rotation")
+
+
+def _searched_sizes(section: PrunedStudent, config: Any, served: torch.dtype) -> Sizes:
+    """Of the shape with the fewest cuts that meets the target: a search says which is best."""
+    assert section.target is not None
+    before, axes = sizes_of(config), section.search.axes
+    # All that the search may cut must be ranked, whichever shape it will choose.
+    cut = {key: 0 for key in ("ffn_size", "experts") if key in axes}
+    check_importance(method_of(section), before, replace(before, **cut))
+    wanted = section.vocabulary
+    if isinstance(wanted, int):
+        # The search prunes what has lost the tokens.
+        config = resized_config(config, check_sizes(config, vocabulary=wanted))
+    return planned_shape(
+        config,
+        section.search,
+        section.target,
+        width=served.itemsize,
+        certain=wanted is None or isinstance(wanted, int),
+    )

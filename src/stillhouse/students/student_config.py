@@ -1,0 +1,108 @@
+"""Where a student starts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stillhouse.pruning.pruning_config import (
+    PruningMethod,
+    SearchRecipe,
+    TargetRecipe,
+    VocabularyFile,
+)
+from stillhouse.section import Section
+
+
+class PretrainedStudent(Section):
+    """A smaller model that exists already."""
+
+    start: Literal["pretrained"]
+    model: str = Field(description="As teacher.model.")
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class RandomStudent(Section):
+    """Random weights: distillation during pretraining."""
+
+    start: Literal["random"]
+    config: str | None = Field(
+        None, description="Folder or Hub id whose config.json is the start; null: the teacher's."
+    )
+    overrides: dict[str, int | float | bool | str] = Field(
+        default={}, description="Config values to change, e.g. hidden_size: 256."
+    )
+
+
+SIZE_KEYS = ("ffn_size", "layers", "heads", "kv_heads", "hidden_size", "experts")
+
+
+class PrunedSizes(Section):
+    """What is kept of a model; a size that is left out stays."""
+
+    ffn_size: int | None = Field(
+        None, gt=0, description="FFN neurons to keep in every layer (of every expert)."
+    )
+    layers: int | None = Field(None, gt=0, description="Layers to keep.")
+    heads: int | None = Field(
+        None, gt=0, description="Query heads to keep, equally many in every key-value group."
+    )
+    kv_heads: int | None = Field(None, gt=0, description="Key-value groups to keep.")
+    hidden_size: int | None = Field(None, gt=0, description="Width of the residual stream to keep.")
+    hidden_method: Literal["channels", "rotation"] = Field(
+        "channels",
+        description="channels: the channels that matter most; rotation: the principal directions, "
+        "which unties the head from the embeddings.",
+    )
+    experts: int | None = Field(None, gt=0, description="Experts to keep in every layer.")
+    target: TargetRecipe | None = Field(
+        None, description="Search for the best shape of a size, in place of explicit sizes."
+    )
+
+    @model_validator(mode="after")
+    def _sizes_or_a_target(self) -> Self:
+        given = [key for key in SIZE_KEYS if getattr(self, key) is not None]
+        if self.target is not None and given:
+            raise ValueError(f"give a target or sizes, not both: remove {', '.join(given)}")
+        return self
+
+    @model_validator(mode="after")
+    def _method_needs_a_size(self) -> Self:
+        if self.hidden_size is None and self.hidden_method != "channels":
+            raise ValueError("hidden_method does nothing without hidden_size: set both, or neither")
+        return self
+
+
+class PrunedStudent(PrunedSizes, PruningMethod):
+    """The teacher, or another model of its vocabulary, made smaller on the training text."""
+
+    start: Literal["pruned"]
+    model: str | None = Field(
+        None, description="What is pruned, as teacher.model; null: the teacher."
+    )
+    vocabulary: Annotated[int, Field(gt=0)] | Literal["data"] | VocabularyFile | None = Field(
+        None,
+        description="Tokens to keep, the most frequent in the training text and in what the "
+        "teacher expects there; data: all that the text has; or those of a file. The tokenizer is "
+        "rewritten, and the teacher answers with these alone.",
+    )
+    reconstruct: bool = Field(True, description="Refit what is left by least squares.")
+    calibration_tokens: int = Field(
+        49152, gt=0, description="Tokens seen to decide what goes, and to refit what stays."
+    )
+    local_distillation: int | None = Field(
+        None,
+        gt=0,
+        description="Tokens on which each block is trained, right after its cut, to do what the "
+        "whole one did; null: none.",
+    )
+    search: SearchRecipe = Field(
+        SearchRecipe(), description="How the shape that meets a target is found."
+    )
+
+
+StudentRecipe = Annotated[
+    PretrainedStudent | RandomStudent | PrunedStudent, Field(discriminator="start")
+]

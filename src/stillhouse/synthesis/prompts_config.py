@@ -1,0 +1,88 @@
+"""What a teacher is asked: prompts from a file, out of templates, or written by the teacher."""
+
+from __future__ import annotations
+
+from string import Formatter
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stillhouse.section import Section
+
+PromptFormat = Literal["auto", "text", "jsonl", "json", "csv"]
+
+
+class ExampleRecipe(Section):
+    prompt: str
+    answer: str
+
+
+class CombineRecipe(Section):
+    """Every template with every combination of values in its {names}."""
+
+    templates: list[str] = Field(min_length=1, description='E.g. "Explain {topic} to {persona}."')
+    values: dict[str, list[str]] = Field(
+        default={}, description="E.g. topic: [tides, rainbows]; persona: [a child, an engineer]."
+    )
+
+    @model_validator(mode="after")
+    def _names_have_values(self) -> CombineRecipe:
+        for template in self.templates:
+            try:
+                found = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+            except ValueError as error:
+                raise ValueError(f"the template {template!r} cannot be read: {error}") from None
+            lacking = [name for name in found if not self.values.get(name)]
+            if lacking:
+                raise ValueError(f"the template {template!r} has {{{lacking[0]}}} and no values")
+        return self
+
+
+class WriteRecipe(Section):
+    """The teacher writes the prompts: each combination is what a request for some of them says."""
+
+    count: int = Field(gt=0, description="Different prompts to have.")
+    each: int = Field(10, gt=0, description="Prompts to ask for in one request.")
+    examples: int = Field(
+        3, ge=0, description="Prompts of `path` that a request shows, others each time."
+    )
+    similar: float = Field(
+        0.6,
+        gt=0,
+        le=1,
+        strict=False,
+        description="Leave out prompts this similar (Jaccard) to one before, or to one of `path`.",
+    )
+    temperature: float = Field(1.0, ge=0, strict=False)
+    max_tokens: int = Field(1024, gt=0, description="Of one request's prompts together.")
+
+
+class PromptsRecipe(Section):
+    """From a file, or combined from templates, or written by the teacher."""
+
+    path: str | None = Field(
+        None,
+        description="Text, CSV, JSONL or JSON; also logs of chat completions. With `write`: "
+        "examples of what is to be written.",
+    )
+    combine: CombineRecipe | None = None
+    write: WriteRecipe | None = None
+    format: PromptFormat = Field("auto", description="auto: by the file's ending.")
+    key: str = Field("prompt", description="The column or key that holds the prompt.")
+    limit: int | None = Field(None, gt=0, description="Use at most this many prompts.")
+    samples: int = Field(1, gt=0, description="Answers to each prompt.")
+    system: str | None = Field(None, description="For prompts that bring no system prompt.")
+    examples: list[ExampleRecipe] = Field(default=[], description="Put before every prompt.")
+    student_sees: Literal["prompt", "system", "all"] = Field(
+        "system",
+        description="Of what stands around the prompt: nothing, the system prompt, or the "
+        "examples too.",
+    )
+
+    @model_validator(mode="after")
+    def _come_from_one_place(self) -> PromptsRecipe:
+        if self.write is None and (self.path is None) == (self.combine is None):
+            raise ValueError("give either path or combine")
+        if self.write is not None and self.combine is None:
+            raise ValueError("write needs combine, which says what is to be written")
+        return self

