@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
-from stillhouse.config.load import load_any_recipe
+from stillhouse.config.load import load_recipe
 from stillhouse.errors import StillhouseError
 from stillhouse.init_answers import wishes
 from stillhouse.synthesis.chat_logs import read_logs
@@ -51,7 +51,7 @@ def flags(folder: Path, job: str, data: str, size: str = "medium") -> list[str]:
 
 def test_a_recipe_to_distill(folder: Path) -> None:
     init(folder, *flags(folder, "distill", "text.txt"))
-    recipe = load_any_recipe(folder / "made" / "recipe.yaml")
+    recipe = load_recipe(folder / "made" / "recipe.yaml")
     # The tiny teacher has 3 layers of 64 neurons; half of its blocks are a root of each.
     assert (recipe.student.layers, recipe.student.ffn_size) == (2, 48)
 
@@ -63,13 +63,13 @@ def test_what_is_given_from_here_is_found_from_the_recipe(
     init(
         Path(), "--job", "generate", "--teacher", "teacher", "--data", "text.txt", "--size", "large"
     )
-    recipe = load_any_recipe("made/recipe.yaml")
+    recipe = load_recipe("made/recipe.yaml")
     assert (recipe.teacher.model, recipe.data.texts[0].path) == ("../teacher", "../text.txt")
 
 
 def test_a_recipe_to_classify_finds_texts_and_labels_in_the_file(folder: Path) -> None:
     init(folder, *flags(folder, "classify", "rows.jsonl", "small"))
-    recipe = load_any_recipe(folder / "made" / "recipe.yaml")
+    recipe = load_recipe(folder / "made" / "recipe.yaml")
     assert (recipe.data.texts[0].text, recipe.data.texts[0].label) == ("message", "topic")
     assert recipe.student.layers == 3
 
@@ -84,7 +84,7 @@ def test_a_recipe_to_generate_from_an_api(folder: Path) -> None:
     told = ["--teacher", "http://127.0.0.1:9/v1", "--size", str(folder / "small")]
     data = ["--data", str(folder / "text.txt")]
     init(folder, "--job", "generate", *told, *data, "--api-model", "big")
-    recipe = load_any_recipe(folder / "made" / "recipe.yaml")
+    recipe = load_recipe(folder / "made" / "recipe.yaml")
     assert recipe.teacher.api.model == "big"
     assert recipe.teacher.budget.max_tokens
 
@@ -93,12 +93,12 @@ def test_what_no_flag_says_is_asked(folder: Path) -> None:
     typed = f"classify\n{folder / 'teacher'}\n{folder / 'text.txt'}\nsmall\ncats, dogs\n"
     shown = init(folder, typed=typed)
     assert shown.count("?") >= 5
-    assert list(load_any_recipe(folder / "made" / "recipe.yaml").task.labels) == ["cats", "dogs"]
+    assert list(load_recipe(folder / "made" / "recipe.yaml").task.labels) == ["cats", "dogs"]
 
 
 def test_empty_answers_fit_each_other(folder: Path) -> None:
     init(folder, typed=f"\n{folder / 'teacher'}\n\n\n")
-    recipe = load_any_recipe(folder / "made" / "recipe.yaml")
+    recipe = load_recipe(folder / "made" / "recipe.yaml")
     assert recipe.data.sources[0].kind == "corpus"
 
 
@@ -121,7 +121,7 @@ def test_a_name_is_in_ascii(folder: Path) -> None:
     told = flags(folder, "generate", "text.txt")
     answer = CliRunner().invoke(app, ["init", "--out", str(out), *told])
     assert answer.exit_code == 0
-    assert load_any_recipe(out).name == "Gro-e-e"
+    assert load_recipe(out).name == "Gro-e-e"
 
 
 # --- logs ----------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def log(folder: Path, answers: Sequence[Any], *, stored: bool = False) -> Path:
 def test_logs_with_few_short_answers_are_a_classifiers(folder: Path, stored: bool) -> None:
     path = log(folder, [LABELS[n % 3 == 0] for n in range(30)], stored=stored)
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
-    recipe = load_any_recipe(folder / "made" / "recipe.yaml")
+    recipe = load_recipe(folder / "made" / "recipe.yaml")
     assert list(recipe.task.labels) == ["pets", "food"]
     assert recipe.task.system == "Be brief."
     assert (folder / "made" / "recipe-texts.jsonl").read_text().count("\n") == 30
@@ -160,7 +160,7 @@ def test_spellings_of_one_label_are_one_label(folder: Path) -> None:
         folder, [["Spam", "Spam", "spam.", "not_spam", "Not spam"][n % 5] for n in range(30)]
     )
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
-    assert list(load_any_recipe(folder / "made" / "recipe.yaml").task.labels) == [
+    assert list(load_recipe(folder / "made" / "recipe.yaml").task.labels) == [
         "Spam",
         "not_spam",
     ]
@@ -210,7 +210,7 @@ def test_other_logs_are_free_text(folder: Path) -> None:
     path = log(folder, [f"a long answer number {n} that never repeats" for n in range(30)])
     assert read_logs(path).job == "generate"
     init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
-    assert load_any_recipe(folder / "made" / "recipe.yaml").task.kind == "generate"
+    assert load_recipe(folder / "made" / "recipe.yaml").task.kind == "generate"
 
 
 # --- what a user can get wrong -------------------------------------------------------------------

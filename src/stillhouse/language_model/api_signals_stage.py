@@ -16,15 +16,15 @@ from stillhouse.data.shift import IGNORED
 from stillhouse.data.tokenize_rows import TokenRow, tokenize
 from stillhouse.errors import SignalError
 from stillhouse.generation.journal import Journal
-from stillhouse.job import Job, planned_objective, signals_encoding
+from stillhouse.language_model.job import Job, planned_objective, signals_encoding
+from stillhouse.language_model.signals_stage import STORE, signal_identity
+from stillhouse.language_model.synthesis_stage import origins
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import bar, note
 from stillhouse.runfolder import Outcome
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.segments import find_segments
 from stillhouse.signals.writer import StoreWriter
-from stillhouse.stages.signals_stage import STORE, signal_identity
-from stillhouse.stages.stage_plan import StagePlan
-from stillhouse.stages.synthesis_stage import origins
 from stillhouse.synthesis.soft_labels import Aligned, Words, align, entry_rows
 from stillhouse.synthesis.synthesize import REQUESTS
 from stillhouse.synthesis.text_teacher import journal_path
@@ -49,7 +49,7 @@ class Counted:
     told: int = 0
 
 
-def answer_signals(job: Job) -> StagePlan:
+def plan_api_signals(job: Job) -> StagePlan:
     """The store of the run's synthesized text.
 
     Raises SignalError: `data` reads no synthesized text, or a term asks for another temperature.

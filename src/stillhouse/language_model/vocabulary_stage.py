@@ -1,4 +1,4 @@
-"""A run's first stages: the text that it makes, its data, and the teacher cut to fewer tokens.
+"""The stage that cuts the teacher to fewer tokens.
 
 A student with fewer tokens is trained under a teacher that has lost the same rows of its embeddings
 and head: its distribution over the tokens that are left is the teacher's own, made to sum to 1.
@@ -17,38 +17,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stillhouse.config.members import ORIGINAL
-from stillhouse.config.recipe import Recipe
 from stillhouse.data.windows import WindowSet
 from stillhouse.evaluate.fidelity import compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
-from stillhouse.job import Job, find_models, shared_vocabulary
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job, find_models, shared_vocabulary
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.pipeline.stage_plan import Do, StagePlan
 from stillhouse.pruning.pruning_config import VocabularyFile
 from stillhouse.pruning.shapes import Counter
 from stillhouse.pruning.sizes import sizes_of
 from stillhouse.pruning.vocabulary_cut import KEPT_IDS, load_kept_ids
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.stages.data_stage import plan_data
-from stillhouse.stages.stage_plan import Do, StagePlan, open_data
-from stillhouse.stages.synthesis_stage import synthesized
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PrunedSizes, PrunedStudent
 from stillhouse.teachers.load import load_config, load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 from stillhouse.training.train import MODEL
+from stillhouse.training.train_config import ORIGINAL
 
 MEASURED_TOKENS = 8192
 """Of the training text, on which the cut teacher is compared with the whole one."""
 
 
-def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[Job, Stage]:
-    """A run's job and its data. weights: as in `find_models`."""
+def find_job(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
+    """The job that a run starts with. weights, errors: as in `find_models`."""
     section = recipe.student
     if not isinstance(section, PrunedStudent) or section.vocabulary is None:
-        job = find_models(recipe, base, weights=weights)
-        # After the models: what is wrong with them is found before a teacher is paid.
-        job = replace(job, text=synthesized(recipe, base, do))
-        return job, do(plan_data(job))
+        return find_models(recipe, base, weights=weights)
     only_cut = PrunedStudent(
         start="pruned",
         vocabulary=section.vocabulary,
@@ -56,25 +52,30 @@ def begin(recipe: Recipe, base: Path, do: Do, *, weights: bool = True) -> tuple[
     )
     alone = recipe.train.model_copy(update={"teachers": []})
     changes = {"student": only_cut, "signals": None, "train": alone}
-    whole = find_models(recipe.model_copy(update=changes), base)
-    others = _other_models(recipe, whole)
-    whole = replace(whole, text=synthesized(recipe, base, do))
-    data = do(plan_data(whole))
-    cut = do(vocabulary(whole, data))
+    job = find_models(recipe.model_copy(update=changes), base, weights=weights)
+    _other_models(recipe, job)
+    return replace(job, after_cut=recipe)
+
+
+def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
+    """The job once its teacher has lost tokens; the other models lose the same ones here."""
+    assert job.after_cut is not None
+    cut, data = finished["vocabulary"], finished["data"]
     kept = cut.summary["vocabulary"][1]
     teacher = ModelSource(
         cut.path / MODEL,
         cut.digest,
-        f"{whole.teacher.described}, cut to {kept:,} tokens",
-        card=whole.teacher.path,
+        f"{job.teacher.described}, cut to {kept:,} tokens",
+        card=job.teacher.path,
     )
+    others = _other_models(job.after_cut, job)
     stages = {
-        name: do(vocabulary(_alike(whole, source, cut), data)) for name, source in others.items()
+        name: do(plan_vocabulary(_alike(job, source, cut), data)) for name, source in others.items()
     }
     paths = {name: str((stage.path / MODEL).absolute()) for name, stage in stages.items()}
-    left = _left(recipe, paths, teacher)
-    job = replace(find_models(left, base, teacher=teacher), text=whole.text)
-    return job, do(plan_data(job))
+    left = _left(job.after_cut, paths, teacher)
+    found = find_models(left, job.base, teacher=teacher)
+    return replace(found, text=job.text, ancestors=job.ancestors, cut=True)
 
 
 def _other_models(recipe: Recipe, whole: Job) -> dict[str, ModelSource]:
@@ -129,7 +130,7 @@ def _left(recipe: Recipe, cut: Mapping[str, str], teacher: ModelSource) -> Recip
     )
 
 
-def vocabulary(job: Job, data: Stage) -> StagePlan:
+def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
     """The job's teacher, with the tokens that the recipe keeps and a tokenizer for them."""
     section = job.recipe.student
     assert isinstance(section, PrunedStudent)

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stillhouse.config.recipe import Recipe
 from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
-from stillhouse.job import Job
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job
+from stillhouse.pipeline.stage_plan import Do, StagePlan
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.search.search_shape import WORK, Setting, search_shape
-from stillhouse.stages.stage_plan import StagePlan, open_data
 from stillhouse.students.student_config import PrunedStudent
 
 SHORT_TRAINING = ("learning_rate", "betas", "weight_decay", "max_grad_norm", "batch_size")
 """What short distillations have of the recipe's `train`."""
 
 
-def wanted(recipe: Recipe) -> bool:
-    return isinstance(recipe.student, PrunedStudent) and recipe.student.target is not None
+def has_target(job: Job) -> bool:
+    student = job.recipe.student
+    return isinstance(student, PrunedStudent) and student.target is not None
 
 
-def search(job: Job, data: Stage) -> StagePlan:
+def plan_search(job: Job, data: Stage) -> StagePlan:
     section = job.recipe.student
     assert isinstance(section, PrunedStudent)
     start = job.pruned or job.teacher
@@ -82,8 +84,8 @@ def _inputs(job: Job, data: Stage, section: PrunedStudent) -> dict[str, Any]:
     }
 
 
-def shaped(job: Job, search: Stage) -> Job:
-    """The job with the sizes that the search found in the place of the target."""
+def with_sizes(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
+    """The job with the sizes that the search found, in place of the target."""
     section = job.recipe.student
-    student = section.model_copy(update={**search.summary["sizes"], "target": None})
+    student = section.model_copy(update={**stages["search"].summary["sizes"], "target": None})
     return replace(job, recipe=job.recipe.model_copy(update={"student": student}))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stillhouse.config.recipe import Recipe
 from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, origin
 from stillhouse.generation.request import api_described
-from stillhouse.job import Job
-from stillhouse.run_paths import run_root
-from stillhouse.stages.synthesis_stage import wanted
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.synthesis_stage import makes_text
+from stillhouse.runfolder import run_root
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 
@@ -37,7 +37,7 @@ def _made_here(source: ModelSource, recipe: Recipe) -> bool:
 
 def _of_text(recipe: Recipe, base: Path) -> list[Origin]:
     """Who writes the text, where that is not the teacher."""
-    if not wanted(recipe, base):
+    if not makes_text(recipe, base):
         return []
     assert recipe.synthesize is not None
     teacher, part = recipe.synthesize.teacher, "The text's teacher"

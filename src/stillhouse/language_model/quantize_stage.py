@@ -6,12 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from stillhouse.hardware import leads, peak_memory_bytes
-from stillhouse.job import Job
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.signals_stage import stored_signals, whom_to_ask
+from stillhouse.language_model.train_stage import training_outcome
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.stages.signals_stage import StoredSignals, whom_to_ask
-from stillhouse.stages.stage_plan import StagePlan, open_data
-from stillhouse.stages.train_stage import training_outcome
 from stillhouse.training.train import MODEL
 
 
@@ -45,10 +46,11 @@ def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
 
 
 def plan_quantized_training(
-    job: Job, data: Stage, trained: Stage, rounded: Stage, stored: StoredSignals | None
+    job: Job, data: Stage, trained: Stage, rounded: Stage, signals: Stage | None
 ) -> StagePlan:
     """The trained student distilled on while it is rounded: quantization-aware distillation."""
     section, train_section = job.recipe.quantize, job.recipe.train
+    stored = stored_signals(job, signals)
     assert section is not None
     assert section.qat is not None
 

@@ -1,9 +1,8 @@
-"""A recipe's models, found and fit together: what every stage of its run starts from."""
+"""A language-model recipe whose models have been found: what every stage of its run starts from."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stillhouse import account
-from stillhouse.config.members import ORIGINAL, member_recipe
-from stillhouse.config.recipe import Recipe
-from stillhouse.errors import RecipeError, SignalError
+from stillhouse.errors import SignalError
+from stillhouse.export.licenses import Origin
+from stillhouse.language_model.recipe import Recipe
 from stillhouse.progress import note
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopP
 from stillhouse.signals.manifest import read_settings
@@ -31,16 +30,20 @@ from stillhouse.training.objective import (
     stored_layers,
     stored_temperature,
 )
+from stillhouse.training.train_config import ORIGINAL
 
 
 @dataclass(frozen=True)
 class Job:
     """A recipe whose models have been found and fit together.
 
-    base: where relative paths start. pruned: what the student is made of, where that is not the
+    base: where relative paths start. pruned: the model that is pruned, where that is not the
     teacher. vocabulary: token ids below it are shared by both models; rows of a head beyond it are
-    padding. guides: what the student learns from, the teacher or others of its vocabulary. text:
-    what the run has synthesized.
+    padding. guides: the models that the student learns from, the teacher or others of its
+    vocabulary. text: what the run has synthesized. ancestors: of a member of a family, the models
+    that the first member was made with. after_cut: before the vocabulary is cut, the recipe that
+    goes on from there; this job's own then has no more than the cut. cut: whether it was cut.
+    family: of a first member, the recipe of the whole family.
     """
 
     recipe: Recipe
@@ -51,6 +54,10 @@ class Job:
     pruned: ModelSource | None = None
     guides: tuple[ModelSource, ...] = ()
     text: SynthesizedText | None = None
+    ancestors: tuple[Origin, ...] = ()
+    after_cut: Recipe | None = None
+    cut: bool = False
+    family: Recipe | None = None
 
     @property
     def tokenizer_path(self) -> Path:
@@ -192,13 +199,13 @@ def configs(job: Job) -> tuple[Any, Any]:
     section = job.recipe.student
     if isinstance(section, PrunedStudent | RandomStudent):
         served = getattr(torch, job.recipe.export.dtype)
-        return planned_config(section, _start_config(job), base=job.base, served=served), teacher
+        return planned_config(section, start_config(job), base=job.base, served=served), teacher
     assert job.pretrained is not None
     return load_config(job.pretrained.path, trust_remote_code=code), teacher
 
 
-def _start_config(job: Job) -> Any:
-    """Of what a pruned student is made of."""
+def start_config(job: Job) -> Any:
+    """The configuration of the model that is pruned."""
     start = job.pruned or job.teacher
     return load_config(start.path, trust_remote_code=job.trust_remote_code)
 
@@ -227,35 +234,3 @@ def planned_model(config: Any) -> Any:
     """A model that does not exist yet: shapes without memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
-
-
-def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
-    """Name and configuration of every member of a cascade; `first` is the first one's job.
-
-    Raises RecipeError for a member that cannot be cut so.
-    """
-    assert recipe.cascade is not None
-    start = _start_config(first)
-    served = getattr(torch, recipe.export.dtype)
-    largest, owner = start, None
-    members = []
-    for hop in recipe.cascade.hops:
-        section = member_recipe(recipe, hop).student
-        assert isinstance(section, PrunedStudent)
-        plan = partial(planned_config, section, base=first.base, served=served, owner=owner)
-        try:
-            try:
-                planned = plan(start)
-            except RecipeError:
-                # Of a searched member only a guess of the shape is known: what the largest that
-                # it can be allows is not refused.
-                planned = plan(largest)
-        except RecipeError as error:
-            where = f"cascade.hops, {hop.name}"
-            raise RecipeError(error.what, where=where, fix=error.fix) from None
-        members.append((hop.name, planned))
-        if recipe.cascade.start == "previous":
-            start, owner = planned, hop.name
-            if section.target is None:
-                largest = planned
-    return members

@@ -8,9 +8,10 @@ from typing import Any
 
 from stillhouse.data.build_data import build
 from stillhouse.data.fingerprint import sources_fingerprint
-from stillhouse.job import Job
-from stillhouse.runfolder import Outcome
-from stillhouse.stages.stage_plan import StagePlan
+from stillhouse.data.windows import Windows, open_windows
+from stillhouse.language_model.job import Job
+from stillhouse.pipeline.stage_plan import StagePlan
+from stillhouse.runfolder import Outcome, Stage
 from stillhouse.teachers.load import load_tokenizer
 
 
@@ -34,3 +35,8 @@ def plan_data(job: Job) -> StagePlan:
     if text is not None:
         inputs["synthesized"] = text.sha256
     return StagePlan("data", inputs, work, version=2)
+
+
+def open_data(data: Stage) -> tuple[Windows, Windows]:
+    """Training and held-out windows of a finished data stage."""
+    return open_windows(data.path / "train"), open_windows(data.path / "heldout")

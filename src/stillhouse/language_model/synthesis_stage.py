@@ -8,19 +8,19 @@ that a stage that was killed, or is done anew with another filter, buys nothing 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from stillhouse import account
-from stillhouse.config.recipe import Recipe
 from stillhouse.errors import DataError
 from stillhouse.hardware import leads
-from stillhouse.job import planned_size
+from stillhouse.language_model.job import Job, planned_size
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.pipeline.stage_plan import Do, StagePlan
 from stillhouse.progress import note
-from stillhouse.run_paths import answers_path, run_root
-from stillhouse.runfolder import Outcome, RunFolder, Stage, flush, sha
-from stillhouse.stages.stage_plan import Do, StagePlan, redone
+from stillhouse.runfolder import Outcome, RunFolder, Stage, answers_path, flush, run_root, sha
 from stillhouse.synthesis.judge_answers import open_judge
 from stillhouse.synthesis.synthesize import TEXT, VICTIMS, Synthesis, synthesize
 from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
@@ -47,13 +47,30 @@ def out_path(section: SynthesizeRecipe, base: Path) -> Path:
     return (base / Path(section.out).expanduser()).absolute()
 
 
-def wanted(recipe: Recipe, base: Path) -> bool:
+def makes_text(recipe: Recipe, base: Path) -> bool:
     """Whether a run makes its text: a source of `data` names `synthesize.out`."""
     section = recipe.synthesize
     return section is not None and reads(recipe.data, out_path(section, base), base)
 
 
-def synthesis(recipe: Recipe, base: Path) -> StagePlan:
+def require_text(recipe: Recipe, base: Path) -> None:
+    """Raises DataError where the run's text is not synthesized yet, which may cost money."""
+    if not makes_text(recipe, base):
+        return
+    plan = synthesis_plan(recipe, base)
+    if RunFolder(run_root(recipe)).finished(plan.name, plan.depends_on) is None:
+        raise DataError(
+            "the text of this recipe is not synthesized yet",
+            where=out_path(recipe.synthesize, base) if recipe.synthesize else None,
+            fix="run `stillhouse synthesize RECIPE` first",
+        )
+
+
+def plan_synthesis(job: Job) -> StagePlan:
+    return synthesis_plan(job.recipe, job.base)
+
+
+def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
     """Raises DataError where a file that the section names is missing."""
     section = recipe.synthesize
     assert section is not None
@@ -83,24 +100,19 @@ def synthesis(recipe: Recipe, base: Path) -> StagePlan:
     return StagePlan(NAME, inputs, work, version=2)
 
 
-def synthesized(recipe: Recipe, base: Path, do: Do) -> SynthesizedText | None:
-    """The run's text, which is made where it is not there yet; None where `data` reads none."""
-    if not wanted(recipe, base):
-        if recipe.synthesize is not None:
-            note("no source of data names synthesize.out: nothing is synthesized")
-        return None
-    assert recipe.synthesize is not None
-    stage = do(synthesis(recipe, base))
-    out = out_path(recipe.synthesize, base)
+def with_text(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
+    """The job that reads the text of this run."""
+    assert job.recipe.synthesize is not None
+    stage, out = stages[NAME], out_path(job.recipe.synthesize, job.base)
     if stage.reused and leads():
         if not out.exists():
             publish(stage.path / TEXT, out)
-        _say_what_it_lacks(stage, out)
-    return SynthesizedText(out, stage.path / TEXT, stage.summary["sha256"])
+        _report_missing(stage, out)
+    return replace(job, text=SynthesizedText(out, stage.path / TEXT, stage.summary["sha256"]))
 
 
-def _say_what_it_lacks(stage: Stage, out: Path) -> None:
-    if missing := lacks(stage):
+def _report_missing(stage: Stage, out: Path) -> None:
+    if missing := missing_answers(stage):
         note(f"{missing:,} requests have no answer: `stillhouse synthesize` asks them again")
     if sha(out) != stage.summary["sha256"]:
         note(
@@ -109,18 +121,17 @@ def _say_what_it_lacks(stage: Stage, out: Path) -> None:
         )
 
 
-def lacks(stage: Stage) -> int:
+def missing_answers(stage: Stage) -> int:
     """Requests to the teacher or the judge that have no answer."""
     facts = stage.summary
     return facts["requests"] - facts["answered"] + facts["unjudged"]
 
 
-def again(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synthesis:
-    """`stillhouse synthesize`: the stage, done once more where requests have no answer yet."""
+def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synthesis:
+    """`stillhouse synthesize`: the stage, run again while requests have no answer."""
     section = recipe.synthesize
     assert section is not None
-    plan = synthesis(recipe, base)
-    stage = do(redone(folder, plan, lacks))
+    stage = do(replace(synthesis_plan(recipe, base), missing=missing_answers))
     folder.point(NAME, stage.path)
     out = out_path(section, base)
     publish(stage.path / TEXT, out)

@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 
 from pydantic import BaseModel
 
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.stages.stage_plan import StagePlan
 
 REPORT, REPORT_DATA = "report.html", "report.json"
 

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 
 from stillhouse import account
-from stillhouse.config.load import recipe_yaml
-from stillhouse.config.recipe import Recipe
 from stillhouse.evaluate.results import Evaluation
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.compressed import export_compressed
-from stillhouse.export.export_config import PushRecipe
 from stillhouse.export.gate import Gate, ReplayResult, against_teacher
 from stillhouse.export.gguf_export import WEIGHED, export_gguf
 from stillhouse.export.licenses import Origin, distinct
@@ -31,29 +28,32 @@ from stillhouse.hardware import (
     machine,
     peak_memory_bytes,
 )
-from stillhouse.job import Job
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.model_origins import origins_of
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.pipeline.engine import EVALUATION
+from stillhouse.pipeline.report_stage import plan_report
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.moments import Moments, input_moments
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.quantize.quantize import draw_windows
 from stillhouse.report.report_data import ReportData, ScratchCost, StageCost
 from stillhouse.report.write import write_report
 from stillhouse.runfolder import Outcome, Stage, versions
-from stillhouse.stages.evaluate_stage import EVALUATION
-from stillhouse.stages.model_origins import origins_of
-from stillhouse.stages.report_stage import plan_report
-from stillhouse.stages.stage_plan import StagePlan, open_data
+from stillhouse.section import recipe_yaml
 from stillhouse.teachers.load import load_model
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.train import METRICS, MODEL
 
 
-def export(
-    job: Job, data: Stage, shipped: Stage, evaluated: Stage, ancestors: Sequence[Origin] = ()
+def plan_export(
+    job: Job, data: Stage, evaluated: Stage, trained: Stage, *quantized: Stage | None
 ) -> StagePlan:
-    """shipped: the run's last model, trained or quantized. ancestors: of the family's first member,
-    which this one comes from."""
+    """What is exported is the run's last model, trained or quantized."""
+    shipped = [stage for stage in (trained, *quantized) if stage is not None][-1]
     recipe, section = job.recipe.with_programs(job.base), job.recipe.export
-    origins = distinct([*origins_of(job), *ancestors])
+    origins = distinct([*origins_of(job), *job.ancestors])
     grid_file = shipped.path / FILE
 
     def work(out: Path) -> Outcome:
@@ -147,10 +147,16 @@ def _moments(job: Job, model: Path, calibration: list[Any]) -> Moments | None:
     return input_moments(loaded.to(default_device()), calibration)
 
 
-def push_exports(
-    section: PushRecipe, exported: Stage, forms: Sequence[str], name: str
-) -> StagePlan:
-    """Uploads what has passed its replay: an export that fails ends the run before this stage."""
+def pushes(job: Any) -> bool:
+    return job.recipe.export.push_to_hub is not None
+
+
+def plan_push(job: Any, exported: Stage) -> StagePlan:
+    """Uploads what has passed its replay: an export that fails ends the run before this stage.
+
+    job: of any kind of run whose recipe has the section `export`.
+    """
+    section, forms, name = job.recipe.export.push_to_hub, job.recipe.export.formats, job.recipe.name
 
     def work(_out: Path) -> Outcome:
         folders = {form: exported.path / shipped_folder(form) for form in forms}
@@ -185,9 +191,7 @@ def _card(
     )
 
 
-def report(job: Job, finished: list[Stage]) -> StagePlan:
-    stages = {stage.name: stage for stage in finished}
-
+def plan_language_model_report(job: Job, stages: dict[str, Stage]) -> StagePlan:
     collect = partial(report_data, job, stages)
     return plan_report(job.recipe, stages, collect, write_report, version=2)
 

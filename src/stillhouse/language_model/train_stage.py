@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.hardware import peak_memory_bytes
-from stillhouse.job import Job
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.signals_stage import StoredSignals, stored_signals, whom_to_ask
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.stages.signals_stage import StoredSignals, whom_to_ask
-from stillhouse.stages.stage_plan import StagePlan, open_data
 from stillhouse.students.build_student import build_student, config_sha256
 from stillhouse.students.student_config import RandomStudent
 from stillhouse.teachers.model_source import ModelSource
@@ -53,7 +54,9 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
     return StagePlan("student", inputs, work, version=6)
 
 
-def plan_training(job: Job, data: Stage, student: Stage, stored: StoredSignals | None) -> StagePlan:
+def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) -> StagePlan:
+    """signals: the stage of this run that recorded the teacher's answers."""
+    stored = stored_signals(job, signals)
     inputs: dict[str, Any] = {"objective": job.recipe.objective.model_dump(mode="json")}
     if stored is not None:
         inputs["signals"] = stored.key

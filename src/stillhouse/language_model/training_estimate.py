@@ -11,10 +11,12 @@ import psutil
 import torch
 
 from stillhouse import account
-from stillhouse.config.recipe import Recipe
 from stillhouse.finding import Finding
 from stillhouse.hardware import choose_precision, default_device, matmul_rate, world_size
-from stillhouse.job import Job, configs, planned_objective, planned_size
+from stillhouse.language_model.data_check import TOKENS
+from stillhouse.language_model.job import Job, configs, planned_objective, planned_size
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.pipeline.kind import Check
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.signals_config import (
     FrozenHeadSignals,
@@ -37,12 +39,15 @@ ADAM_BYTES = 16
 """A parameter: float32 weight, gradient and two moments."""
 
 
-def foresee_costs(job: Job, tokens: int) -> Iterator[Finding]:
-    """The student's size; what its training takes on this machine. tokens: of all sources.
+def check_training(check: Check) -> Iterator[Finding]:
+    """The student's size, and what its training takes on this machine.
 
     Raises StillhouseError as the plan of the objective does.
     """
-    recipe = job.recipe
+    if TOKENS not in check.found:
+        return
+    job: Job = check.job
+    recipe, tokens = job.recipe, int(check.found[TOKENS])
     section = recipe.train
     student_config, teacher_config = configs(job)
     teacher, student = planned_size(teacher_config), planned_size(student_config)

@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from stillhouse.config.recipe import Recipe
 from stillhouse.export.compressed import announce_compressed, require_llm_compressor
 from stillhouse.export.gguf_export import announce_gguf
 from stillhouse.export.licenses import license_warning, teacher_license
 from stillhouse.export.push import require_token
 from stillhouse.export.torchao import require_torchao
 from stillhouse.finding import Finding
-from stillhouse.job import Job, configs, planned_members, planned_model
+from stillhouse.language_model.job import Job, configs, planned_model
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.pipeline.kind import Check
 from stillhouse.quantize.quantize import grid_of, planned_bytes
 from stillhouse.quantize.units import told_left_over
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load import load_config, load_tokenizer
 
 
-def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Finding]:
-    """Of every student that is shipped; job: that of the recipe, or of its first member.
+def check_exports(check: Check) -> Iterator[Finding]:
+    """Raises StillhouseError for a student that cannot be exported."""
+    job: Job = check.job
+    yield from export_findings(job.recipe, job, [("", configs(job)[0])])
 
-    Raises StillhouseError for what no export could be made of.
-    """
+
+def export_findings(
+    recipe: Recipe, job: Job, students: Sequence[tuple[str, Any]]
+) -> Iterator[Finding]:
+    """students: name (empty for a single one) and configuration of each that is exported."""
+    recipe = recipe.with_programs(job.base)
     tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
     section = recipe.export
     layers = _layers_before(recipe, job)
-    for name, student in _shipped(recipe, job):
+    for name, student in students:
         of = f"{name}: " if name else ""
         if recipe.quantize is not None:
             plain, rounded = planned_bytes(planned_model(student), recipe.quantize)
@@ -49,14 +56,6 @@ def foresee_exports(recipe: Recipe, job: Job) -> Iterator[Finding]:
     warning = license_warning(teacher_license(recipe.teacher.license, job.teacher.path))
     if warning is not None:
         yield Finding("warning", "license", warning)
-
-
-def _shipped(recipe: Recipe, job: Job) -> list[tuple[str, Any]]:
-    """Names and configurations; the name is empty where there is one student."""
-    if recipe.cascade is None:
-        return [("", configs(job)[0])]
-    members = list(planned_members(recipe, job))
-    return members[-1:] if recipe.cascade.ship == "last" else members
 
 
 def _layers_before(recipe: Recipe, job: Job) -> int | None:

@@ -14,14 +14,21 @@ from stillhouse.data.windows import Windows
 from stillhouse.errors import SignalError
 from stillhouse.generation.request import api_described
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
-from stillhouse.job import Job, configs, planned_objective, planned_size, signals_encoding
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import (
+    Job,
+    configs,
+    planned_objective,
+    planned_size,
+    signals_encoding,
+)
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.signals import LMHead
 from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
 from stillhouse.signals.manifest import Settings, read_manifest
 from stillhouse.signals.store import Store, open_store
-from stillhouse.stages.stage_plan import StagePlan, open_data
 from stillhouse.teachers.hashing import code_sha256
 from stillhouse.teachers.load import load_model, load_tokenizer
 from stillhouse.teachers.record_store import chosen_encoding, lacking_tokens, local_teacher, score
@@ -124,6 +131,11 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         **identity,
     }
     return StagePlan("signals", inputs, work, version=2, resumable=True)
+
+
+def records_signals(job: Job) -> bool:
+    """Whether the run makes a store, rather than reading one or none."""
+    return job.recipe.signals is not None and job.recipe.signals.store is None
 
 
 def for_one_head(job: Job) -> bool:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from stillhouse.config.cascade_config import HopRecipe
-from stillhouse.config.recipe import Recipe
-from stillhouse.run_paths import run_root
+import torch
+
+from stillhouse.errors import RecipeError
+from stillhouse.language_model.cascade_config import HopRecipe
+from stillhouse.language_model.job import Job, start_config
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.runfolder import run_root
+from stillhouse.students.planned_config import planned_config
 from stillhouse.students.student_config import PrunedSizes, PrunedStudent
-
-ORIGINAL = "teacher"
-"""In train.teachers: the recipe's own."""
+from stillhouse.training.train_config import ORIGINAL
 
 
 def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) -> Recipe:
@@ -61,3 +66,35 @@ def first_member(recipe: Recipe) -> Recipe:
     if recipe.cascade is None:
         return recipe
     return member_recipe(recipe, recipe.cascade.hops[0])
+
+
+def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
+    """Name and configuration of every member of a cascade; `first` is the first one's job.
+
+    Raises RecipeError for a member that cannot be cut so.
+    """
+    assert recipe.cascade is not None
+    start = start_config(first)
+    served = getattr(torch, recipe.export.dtype)
+    largest, owner = start, None
+    members = []
+    for hop in recipe.cascade.hops:
+        section = member_recipe(recipe, hop).student
+        assert isinstance(section, PrunedStudent)
+        plan = partial(planned_config, section, base=first.base, served=served, owner=owner)
+        try:
+            try:
+                planned = plan(start)
+            except RecipeError:
+                # Of a searched member only a guess of the shape is known: what the largest that
+                # it can be allows is not refused.
+                planned = plan(largest)
+        except RecipeError as error:
+            where = f"cascade.hops, {hop.name}"
+            raise RecipeError(error.what, where=where, fix=error.fix) from None
+        members.append((hop.name, planned))
+        if recipe.cascade.start == "previous":
+            start, owner = planned, hop.name
+            if section.target is None:
+                largest = planned
+    return members

@@ -12,16 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from stillhouse import account
-from stillhouse.config.members import first_member
-from stillhouse.config.recipe import Recipe
 from stillhouse.evaluate.power_law import PowerLaw, fit_power_law
-from stillhouse.job import find_models, planned_size
+from stillhouse.family.members import first_member
+from stillhouse.language_model.data_stage import plan_data
+from stillhouse.language_model.job import Job, find_models, planned_size
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.train_stage import plan_student, plan_training
+from stillhouse.pipeline.stage_plan import Do
 from stillhouse.report.family_page import FromScratch, Member, ScratchMember
 from stillhouse.runfolder import Stage
-from stillhouse.stages.data_stage import plan_data
-from stillhouse.stages.stage_plan import Do
-from stillhouse.stages.train_stage import plan_student, plan_training
-from stillhouse.stages.vocabulary_stage import begin
 from stillhouse.students.student_config import RandomStudent
 from stillhouse.teachers.load import load_config
 from stillhouse.training.checkpoints import read_metrics
@@ -42,9 +41,10 @@ class Curve:
     rate: float
 
 
-def measured_curve(recipe: Recipe, base: Path, do: Do, largest: Path) -> Curve:
+def measured_curve(recipe: Recipe, job: Job, do: Do, largest: Path) -> Curve:
     """Trains `cascade.from_scratch.tokens` tokens from random weights, or finds it done.
 
+    job: the first member's, once its data are there.
     largest: the largest member's checkpoint, whose shape it has. The text is all of the recipe's,
     beyond `data.train_tokens`, and again from the start where it ends. Raises DataError where no
     curve can be fitted.
@@ -67,11 +67,10 @@ def measured_curve(recipe: Recipe, base: Path, do: Do, largest: Path) -> Curve:
         }
     )
     changed = {"data": data, "student": random, "train": train, "signals": None, "quantize": None}
-    first = first_member(recipe)
-    # The family's teacher, which may have lost tokens, and its text; both are there.
-    family, _ = begin(first, base, do)
-    found = find_models(first.model_copy(update=changed), base, teacher=family.teacher)
-    job = replace(found, text=family.text)
+    first = first_member(recipe).model_copy(update=changed)
+    # The family's teacher, which may have lost tokens, and its text.
+    found = find_models(first, job.base, teacher=job.teacher)
+    job = replace(found, text=job.text)
     text = do(plan_data(job))
     student = do(plan_student(job, text))
     trained = do(replace(plan_training(job, text, student, None), name="scratch"))

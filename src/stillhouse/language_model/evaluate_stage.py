@@ -12,14 +12,14 @@ from stillhouse import account
 from stillhouse.evaluate.evaluate import evaluate
 from stillhouse.evaluate.evaluate_config import EvaluateRecipe
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
-from stillhouse.job import Job
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job
+from stillhouse.pipeline.engine import EVALUATION
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.activations import round_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.stages.stage_plan import StagePlan, open_data
 from stillhouse.training.train import MODEL
-
-EVALUATION = "evaluation.json"
 
 
 def plan_evaluation(
@@ -28,8 +28,9 @@ def plan_evaluation(
     student: Stage,
     trained: Stage,
     baseline: Stage | None,
-    quantized: list[Stage],
+    *quantized_stages: Stage | None,
 ) -> StagePlan:
+    quantized = [stage for stage in quantized_stages if stage is not None]
     section = _with_found_tasks(job.recipe.evaluate, job.base)
 
     def work(out: Path) -> Outcome:
