@@ -175,8 +175,8 @@ def test_the_likeliest_answer_is_kept(tmp_path: Path, stub: Path) -> None:
     changes: dict[str, Any] = {"prompts": {"samples": 2}, "sampling": {"temperature": 0.7}}
     best_of = {"best_of": {"kind": "likelihood"}}
     result = synthesize_text(write(tmp_path, filters=best_of, **changes))
-    assert (result.kept, result.taken["best_of"]) == (12, 12)
-    lost = [json.loads(line)["messages"] for line in result.victims.read_text().splitlines()]
+    assert (result.kept, result.dropped["best_of"]) == (12, 12)
+    lost = [json.loads(line)["messages"] for line in result.dropped_rows.read_text().splitlines()]
     for kept, other in zip(answers(result), lost, strict=True):
         assert _seed(kept) % 5 <= _seed(other[-1]["content"]) % 5
 
@@ -189,7 +189,7 @@ def test_a_prompt_without_room_fails_alone(tmp_path: Path, stub: Path) -> None:
     longest = prompt_tokens("a" * 12)
     result = synthesize_text(write(tmp_path, vllm={"context": longest}, filters={}))
     assert (result.answered, result.failed) == (11, 1)
-    assert result.taken["truncated"] == 1, "the answer that had room for one token"
+    assert result.dropped["truncated"] == 1, "the answer that had room for one token"
 
 
 def test_killed_it_loses_the_batch_that_was_on_its_way(tmp_path: Path, stub: Path) -> None:

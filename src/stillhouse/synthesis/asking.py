@@ -35,7 +35,7 @@ from stillhouse.teachers import load_model, load_tokenizer, resolve_model
 
 @dataclass(frozen=True)
 class Origins:
-    """base: where the recipe's paths start. folder: takes the victims and the summary. journal:
+    """base: where the recipe's paths start. folder: for the dropped rows and the summary. journal:
     where it is unless the recipe says. model: the teacher of a recipe that names no other."""
 
     base: Path
