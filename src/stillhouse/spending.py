@@ -43,7 +43,7 @@ def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Findi
     known = foreseen(section, origins, seed=recipe.seed)
     yield from findings(known, section, origins, "synthesis")
     if known.missing and section.teacher.vllm is not None:
-        for level, text, fix in lacks(section.teacher.vllm):
+        for level, text, fix in lacks(section.teacher.vllm, base):
             yield Finding(level, "vLLM", text, fix)
     if verdicts := most_requests(section, known.requests):
         yield Finding("estimate", "judge", f"at most {verdicts:,} verdicts are asked for")
