@@ -69,7 +69,7 @@ def check_answers(check: Check) -> Iterator[Finding]:
     known, lines = _known(job, check.calls)
     yield from lines
     if known.missing and recipe.teacher.vllm is not None:
-        for level, text, fix in lacks(recipe.teacher.vllm):
+        for level, text, fix in lacks(recipe.teacher.vllm, job.base):
             yield Finding(level, "vLLM", text, fix)
     if verdicts := most_requests(job.questions(Path()), known.requests):
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")

@@ -42,7 +42,7 @@ def check_synthesis(check: Check) -> Iterator[Finding]:
     known = foreseen(section, source, seed=recipe.seed)
     yield from findings(known, section, source, "synthesis")
     if known.missing and section.teacher.vllm is not None:
-        for level, text, fix in lacks(section.teacher.vllm):
+        for level, text, fix in lacks(section.teacher.vllm, base):
             yield Finding(level, "vLLM", text, fix)
     if verdicts := most_requests(section, known.requests):
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")
