@@ -22,8 +22,6 @@ from stillhouse.stages import synthesis
 from stillhouse.training import MODEL
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("in_process")
-
 HOPS = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32, "layers": 2}]
 STUDENT = {"start": "pruned", "calibration_tokens": 512}
 

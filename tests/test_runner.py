@@ -120,7 +120,6 @@ def test_a_touched_source_redoes_the_data_and_nothing_after(
     assert [name for name, kept in reused.items() if not kept] == ["data"]
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> None:
     """Rounded, trained rounded, then as torchao tensors and as GGUF: the same model."""
     pytest.importorskip("torchao")
@@ -166,7 +165,6 @@ def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> No
     ]
 
 
-@pytest.mark.usefixtures("in_process")
 def test_what_passed_its_replay_is_pushed_once_and_what_failed_is_not(
     finished: tuple[Path, RunResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:

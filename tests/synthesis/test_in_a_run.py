@@ -72,9 +72,7 @@ def done(result: RunResult) -> dict[str, bool]:
     return {stage.name: stage.reused for stage in result.stages}
 
 
-def test_a_run_makes_its_text_learns_from_it_and_then_has_nothing_to_do(
-    tmp_path: Path, in_process: None
-) -> None:
+def test_a_run_makes_its_text_learns_from_it_and_then_has_nothing_to_do(tmp_path: Path) -> None:
     raw = recipe(tmp_path, {"local": {"precision": "float32"}})
     first = run(tmp_path, raw)
     assert list(done(first))[:3] == ["synthesis", "data", "student"]
@@ -93,9 +91,7 @@ def test_a_run_makes_its_text_learns_from_it_and_then_has_nothing_to_do(
     assert all(done(again).values())
 
 
-def test_the_content_of_the_text_decides_what_is_done_again(
-    tmp_path: Path, in_process: None
-) -> None:
+def test_the_content_of_the_text_decides_what_is_done_again(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         raw = recipe(tmp_path, api(stub.url))
         run(tmp_path, raw)
@@ -159,7 +155,7 @@ def test_requests_without_an_answer_are_asked_again_by_synthesize(tmp_path: Path
         assert synthesize_text(path).new == 0
 
 
-def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path, in_process: None) -> None:
+def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         raw = recipe(tmp_path, api(stub.url))
         raw["data"]["sources"] = [
