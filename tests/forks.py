@@ -82,13 +82,16 @@ def _begin(
 
 
 def stillhouse(*arguments: str, **options: Any) -> Fork:
-    """As `python -m stillhouse ...`."""
+    """As `python -m stillhouse ...`, whose exports are replayed in the same process."""
     return Fork(_stillhouse, *arguments, **options)
 
 
 def _stillhouse(*arguments: str) -> None:
     from stillhouse.cli import main
+    from stillhouse.export import script
+    from tests import replays
 
+    script.subprocess = replays.IN_THIS_PROCESS  # type: ignore[assignment]
     sys.argv = ["stillhouse", *arguments]
     main()
 

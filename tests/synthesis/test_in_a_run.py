@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from stillhouse.runner import RunResult, prepare_data, synthesize_text
 from stillhouse.spending import agree_to_spend
 from stillhouse.synthesis import Known
 from stillhouse.synthesis.budget import Spending
-from tests import tiny
+from tests import forks, tiny
 from tests.synthesis.stub import Reply, Stub
 
 PRICE = {"input": 1000.0, "output": 10_000.0}
@@ -119,8 +117,7 @@ def test_the_content_of_the_text_decides_what_is_done_again(tmp_path: Path) -> N
 def test_a_run_that_is_killed_while_it_asks_buys_nothing_again(tmp_path: Path) -> None:
     with Stub(lambda n, payload: Reply(text=f"answer {n}", delay=0.05)) as stub:
         raw = recipe(tmp_path, api(stub.url))
-        command = [sys.executable, "-m", "stillhouse", "run", str(write(tmp_path, raw))]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = forks.stillhouse("run", str(write(tmp_path, raw)))
         while len(stub.payloads) < 30:
             time.sleep(0.01)
             assert process.poll() is None, process.communicate()[1]
