@@ -75,7 +75,6 @@ def export(source: Path, out: Path, python: str | None, method: str) -> Any:
     return export_compressed(gate, out, method=method, python=python, windows=windows)
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("method", "modifiers", "scheme", "group", "rows"),
     [

@@ -13,7 +13,6 @@ from stillhouse.export.gate import Gate, against_teacher
 from tests.export.conftest import ToyWindows
 
 
-@pytest.mark.usefixtures("in_process")
 def test_an_export_is_compared_with_the_teacher_on_the_same_tokens(
     trained: Path, tmp_path: Path
 ) -> None:
@@ -33,7 +32,6 @@ def test_an_export_is_compared_with_the_teacher_on_the_same_tokens(
     assert result.teacher.top1_agreement == result.top1_agreement
 
 
-@pytest.mark.usefixtures("in_process")
 def test_rows_of_the_teacher_past_the_shared_vocabulary_are_no_answers(
     trained: Path, tmp_path: Path
 ) -> None:
@@ -45,7 +43,6 @@ def test_rows_of_the_teacher_past_the_shared_vocabulary_are_no_answers(
     assert result.source_teacher.kl == pytest.approx(0, abs=1e-9), "both over 60 tokens"
 
 
-@pytest.mark.usefixtures("in_process")
 def test_speed_is_measured_beside_the_source(trained: Path, tmp_path: Path) -> None:
     result = export_checkpoint(
         Gate(trained, ToyWindows(), [], seed=0), tmp_path / "out", dtype="float32"

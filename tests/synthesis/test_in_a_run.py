@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from stillhouse.errors import DataError, RecipeError
 from stillhouse.generation.budget import Spending
 from stillhouse.pipeline.kind import RunResult
 from stillhouse.synthesis.estimate import Known
-from tests import tiny
+from tests import forks, tiny
 from tests.synthesis.stub import Reply, Stub
 
 PRICE = {"input": 1000.0, "output": 10_000.0}
@@ -72,9 +70,7 @@ def done(result: RunResult) -> dict[str, bool]:
     return {stage.name: stage.reused for stage in result.stages}
 
 
-def test_a_run_makes_its_text_learns_from_it_and_then_has_nothing_to_do(
-    tmp_path: Path, in_process: None
-) -> None:
+def test_a_run_makes_its_text_learns_from_it_and_then_has_nothing_to_do(tmp_path: Path) -> None:
     raw = recipe(tmp_path, {"local": {"precision": "float32"}})
     first = run(tmp_path, raw)
     assert list(done(first))[:3] == ["synthesis", "data", "student"]
@@ -93,9 +89,7 @@ def test_a_run_makes_its_text_learns_from_it_and_then_has_nothing_to_do(
     assert all(done(again).values())
 
 
-def test_the_content_of_the_text_decides_what_is_done_again(
-    tmp_path: Path, in_process: None
-) -> None:
+def test_the_content_of_the_text_decides_what_is_done_again(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         raw = recipe(tmp_path, api(stub.url))
         run(tmp_path, raw)
@@ -123,8 +117,7 @@ def test_the_content_of_the_text_decides_what_is_done_again(
 def test_a_run_that_is_killed_while_it_asks_buys_nothing_again(tmp_path: Path) -> None:
     with Stub(lambda n, payload: Reply(text=f"answer {n}", delay=0.05)) as stub:
         raw = recipe(tmp_path, api(stub.url))
-        command = [sys.executable, "-m", "stillhouse", "run", str(write(tmp_path, raw))]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = forks.stillhouse("run", str(write(tmp_path, raw)))
         while len(stub.payloads) < 30:
             time.sleep(0.01)
             assert process.poll() is None, process.communicate()[1]
@@ -159,7 +152,7 @@ def test_requests_without_an_answer_are_asked_again_by_synthesize(tmp_path: Path
         assert synthesize_text(path).new == 0
 
 
-def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path, in_process: None) -> None:
+def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         raw = recipe(tmp_path, api(stub.url))
         raw["data"]["sources"] = [

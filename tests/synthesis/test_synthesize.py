@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +26,7 @@ from stillhouse.language_model.synthesis_stage import origins
 from stillhouse.runfolder import MANIFEST
 from stillhouse.synthesis.preflight import foreseen
 from stillhouse.synthesis.synthesize import Synthesis
-from tests import tiny
+from tests import forks, tiny
 from tests.synthesis.stub import Reply, Stub, error
 
 KEY = "sk-very-secret-1234567890"
@@ -328,17 +326,13 @@ def test_a_run_that_is_stopped_goes_on_and_buys_nothing_again(
         api = {"concurrency": 4}
         (tmp_path / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(150)))
         recipe = write(tmp_path, stub.url, api=api)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "stillhouse", "synthesize", str(recipe)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = forks.stillhouse("synthesize", str(recipe))
         while len(stub.payloads) < 40:
             time.sleep(0.01)
             assert process.poll() is None, process.communicate()[1]
         process.send_signal(number)
         process.communicate(timeout=30)
-        assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+        assert process.poll() == (-9 if number == signal.SIGKILL else 130)
         sent = len(stub.payloads)
         assert sent < 150
         with Journal(tmp_path / "runs" / "answers.sqlite") as journal:

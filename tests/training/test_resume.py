@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import read_metrics
+from tests.forks import Fork
 from tests.training.conftest import Setting
-from tests.training.test_train import SCRIPT, job_arguments
+from tests.training.test_train import run
 
 OPTIONS = {
     "max_steps": 24,
@@ -27,21 +27,17 @@ OPTIONS = {
 }
 
 
-def start(setting: Setting, out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, job_arguments(setting, out, **OPTIONS)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def start(setting: Setting, out: Path) -> Fork:
+    return Fork(partial(run, setting, out, **OPTIONS))
 
 
-def kill_when(process: subprocess.Popen[bytes], reached: Path, delay: float) -> None:
+def kill_when(process: Fork, reached: Path, delay: float) -> None:
     """SIGKILL, `delay` seconds after a path appears."""
     while not reached.exists():
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
     time.sleep(delay)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.wait()
 
 
@@ -75,7 +71,7 @@ def test_twelve_kills_at_random_moments(setting: Setting, tmp_path: Path) -> Non
         try:
             process.wait(timeout=4 + number * 0.37)
         except subprocess.TimeoutExpired:
-            process.kill()
+            process.send_signal(signal.SIGKILL)
             process.wait()
     assert start(setting, killed).wait() == 0
     assert weights(killed) == weights(undisturbed)
