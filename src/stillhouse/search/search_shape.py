@@ -362,7 +362,7 @@ class _Work:
             self._one_shot(one)
         note(f"training {described(self.before, one.sizes)} for {steps} steps")
         model = self._load(before)
-        use_short_attention(model, known.batches[0].input_ids_RL.shape[1])
+        use_short_attention(model, known.batches[0].input_ids_RL.shape[1], setting.device)
         distill_shortly(
             model, known, first=first, steps=steps, section=setting.train, dtype=setting.dtype
         )
