@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stillhouse.recipe import parse_classify_recipe
-from stillhouse.tasks.run import run_task
-from stillhouse.teachers.local import check_loadable
 
 import stillhouse
 from stillhouse import runfolder
+from stillhouse.commands import run as run_task
+from stillhouse.config.load import parse_recipe
 from stillhouse.errors import ModelError, TrainingError
+from stillhouse.teachers.load import check_loadable
 from stillhouse.training.trainer import DistillationTrainer
 from tests import tiny
 from tests.tasks import toys as tasks
@@ -88,7 +88,7 @@ def test_every_stage_of_a_task_that_writes_a_model_is_checked(
     tmp_path: Path, checked: list[str]
 ) -> None:
     raw = tasks.recipe(tmp_path, data=tasks.with_gold(tmp_path))
-    run_task(parse_classify_recipe(raw))
+    run_task(parse_recipe(raw))
     assert sorted(checked) == with_a_model(tmp_path / "run")
     assert {"student", "train"} <= set(checked)
 

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from stillhouse.teachers.head import load_head
 from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import stillhouse
 from stillhouse.errors import ModelError
-from stillhouse.teachers import check_head, load_model, local
+from stillhouse.teachers import load as local
+from stillhouse.teachers.backbone import check_head
+from stillhouse.teachers.load import load_model
+from stillhouse.teachers.stored_head import load_head
 from tests import tiny
 from tests.teachers.toys import CONFIGS, save_model, tiny_model
 
@@ -71,7 +73,7 @@ def test_a_head_alone_needs_no_other_weights(
     folder = save_model(tmp_path, tiny_model(kind))
     expected = load_model(folder, dtype=torch.float32).get_output_embeddings().weight
     local._checked.clear()
-    monkeypatch.setattr("stillhouse.teachers.head.load_model", None)
+    monkeypatch.setattr("stillhouse.teachers.stored_head.load_model", None)
     head = load_head(folder, dtype=torch.float32)
     assert torch.equal(head.weight_VD, expected)
     assert len(local._checked) == 1
