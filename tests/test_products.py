@@ -16,7 +16,7 @@ from stillhouse.errors import ModelError, TrainingError
 from stillhouse.teachers.load import check_loadable
 from stillhouse.training.trainer import DistillationTrainer
 from tests import tiny
-from tests.tasks import toys as tasks
+from tests.classify import toys as tasks
 from tests.teachers.toys import CONFIGS, save_model, tiny_model
 
 
