@@ -14,7 +14,7 @@ from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.config.load import load_recipe
 from stillhouse.config.members import first_member
 from stillhouse.config.recipe import Recipe
-from stillhouse.data.data_config import JsonlSource, Source
+from stillhouse.data.data_config import FileSource, Source
 from stillhouse.data.documents import Conversation
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.sources import read_sources
@@ -79,7 +79,7 @@ def coming_text(recipe: Recipe, base: Path, most: int) -> ComingText | None:
     stage = run_folder(recipe).finished(plan.name, plan.depends_on)
     if stage is not None:
         path = str((stage.path / TEXT).absolute())
-        source = JsonlSource(kind="jsonl", path=path, limit=most)
+        source = FileSource(kind="jsonl", path=path, limit=most)
         documents = [d for d in read_sources([source], base) if isinstance(d, Conversation)]
         return ComingText(documents, stage.summary["kept"] / max(1, len(documents)), others)
     origins = synthesis.origins(recipe, base)

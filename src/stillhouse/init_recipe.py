@@ -74,8 +74,9 @@ def _distill(wish: Wishes) -> Draft:
             where="--teacher",
             fix="give a model, or --job generate, which learns the API's text",
         )
-    kind, path = _source(wish)
-    source = "{kind: corpus}" if kind == "corpus" else f"{{kind: {kind}, path: {path}}}"
+    source = "{kind: corpus}"
+    if wish.data != CORPUS:
+        source = f"{{kind: file, path: {_path(wish, wish.data)}}}"
     return Draft(
         f"""{_head(wish)}
 teacher:
@@ -104,13 +105,6 @@ evaluate:
     - What is the capital of France?
 """
     )
-
-
-def _source(wish: Wishes) -> tuple[str, str]:
-    if wish.data == CORPUS:
-        return "corpus", ""
-    kinds = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
-    return kinds.get(Path(wish.data).suffix.lower(), "text"), _path(wish, wish.data)
 
 
 def _path(wish: Wishes, path: str | Path) -> str:
