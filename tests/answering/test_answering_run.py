@@ -18,7 +18,7 @@ from stillhouse.config.load import parse_answering_recipe
 from stillhouse.consent import agree_to_task
 from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from tests.answering import toys
-from tests.synthesis.stub import Reply, Stub, error
+from tests.generation.stub import Reply, Stub, error
 
 pytestmark = pytest.mark.usefixtures("in_process")
 

@@ -18,7 +18,7 @@ from stillhouse.errors import RecipeError, RunError
 from stillhouse.runfolder import RunFolder
 from stillhouse.stages.stage_plan import doing
 from tests.answering import toys
-from tests.synthesis.stub import Reply, Stub
+from tests.generation.stub import Reply, Stub
 
 
 def teacher(number: int, payload: dict[str, Any]) -> Reply:

@@ -23,7 +23,7 @@ from stillhouse.generation.budget import Spending
 from stillhouse.runner import RunResult, prepare_data, synthesize_text
 from stillhouse.synthesis.estimate import Known
 from tests import tiny
-from tests.synthesis.stub import Reply, Stub
+from tests.generation.stub import Reply, Stub
 
 PRICE = {"input": 1000.0, "output": 10_000.0}
 OUT = {"kind": "jsonl", "path": "synthetic.jsonl"}

@@ -27,7 +27,7 @@ from stillhouse.stages.synthesis_stage import origins
 from stillhouse.synthesis.preflight import foreseen
 from stillhouse.synthesis.synthesize import Synthesis
 from tests import tiny
-from tests.synthesis.stub import Reply, Stub, error
+from tests.generation.stub import Reply, Stub, error
 
 KEY = "sk-very-secret-1234567890"
 PRICE = {"input": 1.0, "output": 10.0}
