@@ -58,6 +58,12 @@ def test_every_stillhouse_command_of_the_readme_runs(folder: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
+def test_the_readme_activates_the_environment_before_its_first_command() -> None:
+    first = next(block for block in blocks() if re.search(r"^stillhouse ", block, re.MULTILINE))
+    assert first.startswith("source .venv/bin/activate ")
+    assert re.search(r"^VENV +\?= \.venv$", MAKEFILE, flags=re.MULTILINE)
+
+
 def test_every_python_block_of_the_readme_runs(folder: Path) -> None:
     found = blocks("python")
     assert len(found) == 2

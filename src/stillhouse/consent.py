@@ -1,4 +1,4 @@
-"""What a recipe's teacher behind an API will cost, told before it is asked, and agreed to."""
+"""What requests to an API will cost: an estimate before any is sent, and consent to it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def synthesis_findings(recipe: Recipe, base: Path, calls: int) -> Iterator[Findi
     known = foreseen(section, origins, seed=recipe.seed)
     yield from findings(known, section, origins, "synthesis")
     if known.missing and section.teacher.vllm is not None:
-        for level, text, fix in lacks(section.teacher.vllm):
+        for level, text, fix in lacks(section.teacher.vllm, base):
             yield Finding(level, "vLLM", text, fix)
     if verdicts := most_requests(section, known.requests):
         yield Finding("estimate", "judge", f"at most {verdicts:,} verdicts are asked for")
@@ -105,12 +105,12 @@ def agree_to_spend(
     command: Literal["run", "synthesize"],
     confirm: Callable[[str], bool] | None,
 ) -> bool:
-    """Asks before an API is paid without a budget; True where the command may go on.
+    """Asks for consent before an API is paid without a budget; True if the command may go on.
 
-    A budget is consent up to its limit. Nothing is asked where nothing is missing, and nothing
-    of a server that wants no key and has no price: nobody is paid.
-    confirm: shows a question and returns the answer; None where there is nobody to ask.
-    Raises RecipeError there.
+    A budget is consent up to its limit. No consent is needed where no answer is missing, or where
+    the server needs no key and has no price: nobody is paid.
+    confirm: shows a question and returns the answer; None without a terminal.
+    Raises RecipeError if consent is needed and `confirm` is None.
     """
     recipe, base = first_member(load_recipe(path, overrides)), path.parent
     section = recipe.synthesize
@@ -129,7 +129,7 @@ def agree_to_spend(
             where="synthesize.budget",
             fix="set max_usd or max_tokens there, or give --yes to spend without a limit",
         )
-    return confirm(f"{unlimited}. There is no budget. Ask?")
+    return confirm(f"{unlimited}. There is no budget. Send the requests?")
 
 
 def agree_to_task(
@@ -162,7 +162,7 @@ def agree_to_task(
             fix="set teacher.budget (and that of evaluate.judge or filters.best_of), or give --yes "
             "to spend without a limit",
         )
-    return confirm(f"{'; '.join(unlimited)}. There is no budget. Ask?")
+    return confirm(f"{'; '.join(unlimited)}. There is no budget. Send the requests?")
 
 
 def _unlimited(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> str:
@@ -178,7 +178,7 @@ def _unlimited(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> str:
     if teacher_costs and known.missing:
         parts.append(told(known, section))
     if judge_costs:
-        parts.append(f"the judge is asked at most {most_requests(section, known.requests):,} times")
+        parts.append(f"the judge gets at most {most_requests(section, known.requests):,} requests")
     return "; ".join(parts)
 
 

@@ -54,8 +54,8 @@ def test_json_of_an_api_is_checked_learnt_and_measured_beside_every_baseline(
     assert teacher["agreement_f1"] == 1.0
     assert set(found.of("teacher").fields) == {"name", "age"}
     answers = next(stage for stage in result.stages if stage.name == "answers").summary
-    assert answers["kept"] + answers["taken"]["json_schema"] == 16
-    assert answers["taken"]["json_schema"] == 4 - round(4 * (1 - teacher["valid"]))
+    assert answers["kept"] + answers["dropped"]["json_schema"] == 16
+    assert answers["dropped"]["json_schema"] == 4 - round(4 * (1 - teacher["valid"]))
     page = result.report.read_text()
     assert "Field by field" in page
     card = (result.model / "README.md").read_text()
@@ -233,7 +233,8 @@ def test_an_api_is_paid_without_a_budget_only_when_that_is_agreed_to(tmp_path: P
     with pytest.raises(RecipeError, match="20 requests take at most"):
         agree_to_task(recipe, tmp_path, None)
     assert not agree_to_task(recipe, tmp_path, lambda question: bool(asked.append(question)))
-    assert "Ask?" in asked[0]
+    assert asked[0].endswith("There is no budget. Send the requests?")
+    assert "20 requests take at most" in asked[0]
     raw["teacher"]["budget"] = {"max_usd": 1.0}
     assert agree_to_task(parse_answering_recipe(toys.clean(raw)), tmp_path, None)
 

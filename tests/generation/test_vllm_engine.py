@@ -1,12 +1,18 @@
-"""What vLLM is asked and what is made of its answers; a module of two classes plays it."""
+"""What vLLM is asked and what is made of its answers; a module of two classes plays it.
+
+Where it makes no difference, it is asked in this process and in one of another Python.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import signal
 import subprocess
 import sys
+import time
+import venv
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,14 +24,16 @@ import yaml
 from stillhouse.check import check_recipe
 from stillhouse.config.load import parse_recipe
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.generation import vllm_process
 from stillhouse.generation.journal import Journal
+from stillhouse.generation.vllm_process import VllmProcess
 from stillhouse.runner import synthesize_text
 from stillhouse.synthesis.synthesize import Synthesis
 from tests import tiny
 
 STUB = '''
 """Answers with the number of the prompt's tokens; notes what it is told beside this file."""
-import json, os, signal
+import fcntl, json, os, signal, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,6 +70,12 @@ class LLM:
         tell("asked.jsonl", [asdict(one) for one in sampling_params])
         if (HERE / "kill").exists() and len((HERE / "asked.jsonl").read_text().splitlines()) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
+        if (HERE / "hang").exists():
+            lock = (HERE / "alive").open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (HERE / "hangs").touch()
+            time.sleep(3600)
+        print("vLLM prints to standard output")
         pairs = zip(prompts, sampling_params, strict=True)
         return [SimpleNamespace(outputs=[answer(**one, params=two)]) for one, two in pairs]
 
@@ -91,11 +105,38 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("vllm", None)
 
 
+GPUS = """
+from types import SimpleNamespace
+cuda = SimpleNamespace(device_count=lambda: {gpus})
+"""
+
+
+def environment(folder: Path, *, gpus: int = 2, vllm: bool = True) -> Path:
+    """Makes a Python in folder / env that has nothing but a stub of vLLM, and of torch."""
+    venv.create(folder / "env", with_pip=False, symlinks=True)
+    (site,) = (folder / "env").glob("lib/python*/site-packages")
+    (site / "torch.py").write_text(GPUS.format(gpus=gpus))
+    if vllm:
+        (site / "vllm").mkdir()
+        (site / "vllm" / "__init__.py").write_text(STUB)
+    return site / "vllm"
+
+
+@pytest.fixture(params=["this process", "another Python"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """As `stub`; or in a process of its own, which `write` then puts into the recipe."""
+    if request.param == "this process":
+        stub: Path = request.getfixturevalue("stub")
+        return stub
+    return environment(tmp_path)
+
+
 def write(folder: Path, name: str = "tiny", **changes: Any) -> Path:
     """A recipe whose prompts are twelve words, each longer than the one before."""
     (folder / "prompts.txt").write_text("".join(f"{'a' * (n + 1)}\n" for n in range(12)))
+    python = {"python": "env/bin/python"} if (folder / "env").exists() else {}
     section = {
-        "teacher": {"vllm": {"batch": 5, **changes.pop("vllm", {})}},
+        "teacher": {"vllm": {"batch": 5, **python, **changes.pop("vllm", {})}},
         "prompts": {"path": "prompts.txt", **changes.pop("prompts", {})},
         "sampling": {"temperature": 0.0, "max_tokens": 20, **changes.pop("sampling", {})},
         **changes,
@@ -125,27 +166,27 @@ def prompt_tokens(text: str) -> int:
 
 
 def test_prompts_go_through_the_chat_template_in_batches_and_the_journal(
-    tmp_path: Path, stub: Path
+    tmp_path: Path, anywhere: Path
 ) -> None:
     result = synthesize_text(write(tmp_path))
     expected = [f"{prompt_tokens('a' * (n + 1))} tokens" for n in range(12)]
     assert answers(result) == expected
-    assert [len(batch) for batch in told(stub, "asked")] == [5, 5, 2]
-    assert all(one["seed"] is None for batch in told(stub, "asked") for one in batch)
+    assert [len(batch) for batch in told(anywhere, "asked")] == [5, 5, 2]
+    assert all(one["seed"] is None for batch in told(anywhere, "asked") for one in batch)
     assert result.tokens == sum(prompt_tokens("a" * (n + 1)) + 2 for n in range(12))
     with Journal(result.journal) as journal:
         assert journal.counts() == (12, 0)
     again = synthesize_text(write(tmp_path, name="other"))
     assert (again.new, again.answered) == (0, 12)
-    assert len(told(stub, "opened")) == 1, "what the journal holds needs no vLLM"
+    assert len(told(anywhere, "opened")) == 1, "what the journal holds needs no vLLM"
 
 
 def test_the_model_is_opened_as_the_recipe_says_and_closed_at_the_end(
-    tmp_path: Path, stub: Path
+    tmp_path: Path, anywhere: Path
 ) -> None:
     own = {"tensor_parallel": 2, "dtype": "bfloat16", "context": 64, "gpu_memory": 0.5}
     synthesize_text(write(tmp_path, vllm={**own, "options": {"quantization": "fp8"}}))
-    (opened,) = told(stub, "opened")
+    (opened,) = told(anywhere, "opened")
     assert Path(opened.pop("model")) == tmp_path / "teacher"
     assert opened == {
         "trust_remote_code": False,
@@ -158,11 +199,15 @@ def test_the_model_is_opened_as_the_recipe_says_and_closed_at_the_end(
         "gpu_memory_utilization": 0.5,
         "quantization": "fp8",
     }
+
+
+def test_vllm_gives_its_memory_back(tmp_path: Path, stub: Path) -> None:
+    synthesize_text(write(tmp_path))
     assert importlib.import_module("vllm").LLM.alive == 0
 
 
 def test_samples_have_seeds_of_their_own_that_another_run_repeats(
-    tmp_path: Path, stub: Path
+    tmp_path: Path, anywhere: Path
 ) -> None:
     changes: dict[str, Any] = {"prompts": {"samples": 2}, "sampling": {"temperature": 0.7}}
     first = answers(synthesize_text(write(tmp_path, **changes)))
@@ -171,13 +216,13 @@ def test_samples_have_seeds_of_their_own_that_another_run_repeats(
     assert answers(synthesize_text(write(tmp_path, name="again", **changes))) == first
 
 
-def test_the_likeliest_answer_is_kept(tmp_path: Path, stub: Path) -> None:
+def test_the_likeliest_answer_is_kept(tmp_path: Path, anywhere: Path) -> None:
     """The stub finds an answer the less likely the larger its seed is modulo 5."""
     changes: dict[str, Any] = {"prompts": {"samples": 2}, "sampling": {"temperature": 0.7}}
     best_of = {"best_of": {"kind": "likelihood"}}
     result = synthesize_text(write(tmp_path, filters=best_of, **changes))
-    assert (result.kept, result.taken["best_of"]) == (12, 12)
-    lost = [json.loads(line)["messages"] for line in result.victims.read_text().splitlines()]
+    assert (result.kept, result.dropped["best_of"]) == (12, 12)
+    lost = [json.loads(line)["messages"] for line in result.dropped_rows.read_text().splitlines()]
     for kept, other in zip(answers(result), lost, strict=True):
         assert _seed(kept) % 5 <= _seed(other[-1]["content"]) % 5
 
@@ -186,11 +231,11 @@ def _seed(answer: str) -> int:
     return int(answer.split()[-1])
 
 
-def test_a_prompt_without_room_fails_alone(tmp_path: Path, stub: Path) -> None:
+def test_a_prompt_without_room_fails_alone(tmp_path: Path, anywhere: Path) -> None:
     longest = prompt_tokens("a" * 12)
     result = synthesize_text(write(tmp_path, vllm={"context": longest}, filters={}))
     assert (result.answered, result.failed) == (11, 1)
-    assert result.taken["truncated"] == 1, "the answer that had room for one token"
+    assert result.dropped["truncated"] == 1, "the answer that had room for one token"
 
 
 def test_killed_it_loses_the_batch_that_was_on_its_way(tmp_path: Path, stub: Path) -> None:
@@ -208,8 +253,8 @@ def test_killed_it_loses_the_batch_that_was_on_its_way(tmp_path: Path, stub: Pat
     assert synthesize_text(path).new == 7
 
 
-def test_what_vllm_says_is_told(tmp_path: Path, stub: Path) -> None:
-    (stub / "fail").touch()
+def test_what_vllm_says_is_told(tmp_path: Path, anywhere: Path) -> None:
+    (anywhere / "fail").touch()
     with pytest.raises(ModelError, match="CUDA out of memory"):
         synthesize_text(write(tmp_path))
 
@@ -264,3 +309,98 @@ def test_an_option_with_a_key_of_its_own_is_refused(tmp_path: Path) -> None:
     section = {"teacher": {"vllm": {"options": {"seed": 3}}}, "prompts": {"path": "p.txt"}}
     with pytest.raises(RecipeError, match="it has its own key"):
         parse_recipe(tiny.recipe(tmp_path, synthesize=section))
+
+
+# --- an environment of its own -------------------------------------------------------------------
+
+
+def test_check_says_what_the_other_environment_lacks(tmp_path: Path) -> None:
+    environment(tmp_path, gpus=0, vllm=False)
+    path = write(tmp_path, vllm={"executor": "ray"})
+    found = [one for one in check_recipe(path) if one.topic == "vLLM"]
+    python = tmp_path / "env" / "bin" / "python"
+    assert [(one.level, one.text) for one in found] == [
+        ("error", f"vLLM is not installed for {python}"),
+        ("error", f"Ray is not installed for {python}"),
+        ("warning", "no GPU is here, and vLLM's usual build needs one"),
+    ]
+    assert f"{python} -m pip install vllm" in (found[0].fix or "")
+    with pytest.raises(ModelError, match="vLLM is not installed for"):
+        synthesize_text(path)
+
+
+def test_check_finds_nothing_missing_in_the_other_environment(tmp_path: Path) -> None:
+    environment(tmp_path, gpus=2)
+    path = write(tmp_path, vllm={"tensor_parallel": 2})
+    assert [one for one in check_recipe(path) if one.topic == "vLLM"] == []
+
+
+@pytest.mark.parametrize(
+    ("python", "said"),
+    [("nowhere/python", "cannot be run: No such file"), ("/bin/false", "is no Python")],
+)
+def test_a_python_that_is_none_is_said(tmp_path: Path, python: str, said: str) -> None:
+    path = write(tmp_path, vllm={"python": python})
+    (found,) = (one for one in check_recipe(path) if one.topic == "vLLM")
+    assert said in found.text
+    assert "vllm.python" in (found.fix or "")
+    with pytest.raises(ModelError, match=said):
+        synthesize_text(path)
+
+
+def test_an_error_while_the_model_is_opened_is_told(tmp_path: Path) -> None:
+    package = environment(tmp_path)
+    (package / "__init__.py").write_text("raise OSError('libcudart.so is not found')")
+    with pytest.raises(ModelError, match=r"cannot load .*\(OSError: libcudart.so is not found\)"):
+        synthesize_text(write(tmp_path))
+
+
+def test_a_process_that_dies_loses_the_batch_that_was_on_its_way(tmp_path: Path) -> None:
+    package = environment(tmp_path)
+    (package / "kill").touch()
+    path = write(tmp_path)
+    with pytest.raises(ModelError, match="its process ended: SIGKILL"):
+        synthesize_text(path)
+    (package / "kill").unlink()
+    with Journal(tmp_path / "runs" / "answers.sqlite") as journal:
+        assert journal.counts() == (5, 0)
+    assert synthesize_text(path).new == 7
+
+
+def dead(package: Path) -> bool:
+    """Waits until the stub, which holds a lock for as long as its process lives, is dead."""
+    with (package / "alive").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return True
+
+
+def test_vllm_dies_with_the_process_that_it_works_for(tmp_path: Path) -> None:
+    package = environment(tmp_path)
+    (package / "hang").touch()
+    path = write(tmp_path)
+    code = f"from stillhouse.runner import synthesize_text\nsynthesize_text({str(path)!r})\n"
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as parent:
+        try:
+            while not (package / "hangs").exists():
+                assert parent.poll() is None
+                time.sleep(0.05)
+        finally:
+            parent.kill()
+    assert dead(package)
+
+
+def test_vllm_dies_when_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = environment(tmp_path)
+    (package / "hang").touch()
+
+    def interrupted(*_: object) -> None:
+        while not (package / "hangs").exists():
+            time.sleep(0.05)
+        raise KeyboardInterrupt
+
+    engine = VllmProcess(str(tmp_path / "env/bin/python"), {"model": "m", "max_model_len": None})
+    monkeypatch.setattr(vllm_process.select, "select", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([{"prompt": [1], "sampling": {}}])
+    engine.close()
+    assert dead(package)

@@ -104,9 +104,9 @@ def test_the_choice_is_among_what_the_filters_before_it_leave(tmp_path: Path) ->
         seen.append(one.text)
 
     filters = Filters(before, majority(None), {"remember": remember})
-    sieve = Sieve(filters, tmp_path / "filtered.jsonl")
+    sieve = Sieve(filters, tmp_path / "dropped.jsonl")
     assert [r.text for r in sieve.keep(rows)] == ["7", "9"]
-    assert sieve.taken == {"words": 2, "best_of": 2, "remember": 0}
+    assert sieve.dropped == {"words": 2, "best_of": 2, "remember": 0}
     assert seen == ["7", "9"]
 
 
@@ -181,7 +181,7 @@ def test_the_answer_that_an_api_found_likeliest(tmp_path: Path) -> None:
         result = synthesized(tmp_path, stub.url, {"kind": "likelihood"})
         assert all(payload["logprobs"] is True for payload in stub.payloads)
     assert answers(result) == ["answer 3"] * 3
-    assert result.taken["best_of"] == 6
+    assert result.dropped["best_of"] == 6
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,9 @@ def test_the_answer_that_a_judge_likes_best(tmp_path: Path, compare: str, verdic
     assert answers(result) == ["answer 2"] * 3
     assert (result.judged, result.unjudged, result.judge_tokens) == (verdicts, 0, 15 * verdicts)
     assert result.judge_usd == pytest.approx(15 * verdicts / 1e6)
-    victim = json.loads(result.victims.read_text().splitlines()[0])
+    row = json.loads(result.dropped_rows.read_text().splitlines()[0])
     points = {"scores": "it 4, and the best 9", "pairs": "it 0.5, and the best 2"}[compare]
-    assert victim["reason"] == f"the judge gives {points}"
+    assert row["reason"] == f"the judge gives {points}"
 
 
 def test_a_judge_is_sampled_as_its_endpoint_wants(tmp_path: Path) -> None:

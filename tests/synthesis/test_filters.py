@@ -1,4 +1,4 @@
-"""What each filter takes and leaves, counted, with its victims in a file."""
+"""Which rows each filter drops and keeps, counted, with the dropped rows in a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from stillhouse.errors import RecipeError
 from stillhouse.synthesis import filters
-from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve
+from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve, dropped_counts, dropped_file
 from stillhouse.synthesis.near_duplicates import NearDuplicates, shingles
 from stillhouse.synthesis.prompts import Prompt, words
 
@@ -204,7 +204,7 @@ def test_rows_that_share_a_run_of_words_with_the_evaluation_set_go() -> None:
         Prompt(({"role": "user", "content": "Hello there"},), "e:3"),
     ]
     judge = filters.decontaminate(evaluation, ngram=6)
-    taken = [
+    dropped = [
         row("x", prompt="He counts: ONE, two three -- four five six. Then he sleeps."),
         row("and then three four five six seven eight nine"),
         row("x", prompt="Here is a short whole evaluation question for you"),
@@ -215,7 +215,7 @@ def test_rows_that_share_a_run_of_words_with_the_evaluation_set_go() -> None:
         row("hello there"),
         row("x", prompt="hello there, who are you"),
     ]
-    assert all(judge(one) is not None for one in taken)
+    assert all(judge(one) is not None for one in dropped)
     assert all(judge(one) is None for one in left)
 
 
@@ -235,7 +235,7 @@ def test_texts_in_japanese_that_are_nearly_the_same_are_found() -> None:
 
 def test_languages_by_what_they_surely_are() -> None:
     judge = filters.languages(["en", "de"])
-    taken = ["Bonjour tout le monde, comment allez-vous ?", "これは日本語の文章です。"]
+    dropped = ["Bonjour tout le monde, comment allez-vous ?", "これは日本語の文章です。"]
     left = [
         "The card was not accepted at the shop.",
         "Das ist ein kurzer Satz.",
@@ -244,8 +244,8 @@ def test_languages_by_what_they_surely_are() -> None:
         "x = [1, 2]",
         "<think>Je ne sais pas ce que cela veut dire.</think> I do not know what it means.",
     ]
-    assert kept(judge, [*taken, *left]) == left
-    assert judge(row(taken[0])) == "it is in the language fr (100% sure)"
+    assert kept(judge, [*dropped, *left]) == left
+    assert judge(row(dropped[0])) == "it is in the language fr (100% sure)"
     with pytest.raises(RecipeError, match="english: no language"):
         filters.languages(["english"])
 
@@ -253,19 +253,27 @@ def test_languages_by_what_they_surely_are() -> None:
 # --- all of them -------------------------------------------------------------------------------
 
 
-def test_each_take_is_counted_and_its_victims_can_be_looked_at(tmp_path: Path) -> None:
+def test_dropped_rows_are_counted_by_filter_and_written_to_a_file(tmp_path: Path) -> None:
     before = {
         "empty": filters.empty,
         "truncated": filters.truncated,
         "length": filters.length(None, 100),
     }
     remembering = {"exact_duplicates": filters.exact_duplicates()}
-    sieve = Sieve(Filters(before, None, remembering), tmp_path / "filtered.jsonl")
+    sieve = Sieve(Filters(before, None, remembering), tmp_path / "dropped.jsonl")
     rows = [row("good"), row(" "), row("good", finish_reason="length"), row("good", sample=1)]
     assert [r.text for r in sieve.keep(rows)] == ["good"]
-    assert sieve.taken == {"empty": 1, "truncated": 1, "length": 0, "exact_duplicates": 1}
-    victims = [json.loads(line) for line in (tmp_path / "filtered.jsonl").read_text().splitlines()]
-    assert [victim["filter"] for victim in victims] == ["empty", "truncated", "exact_duplicates"]
-    assert victims[2]["reason"] == "the same prompt and answer came before"
-    assert victims[2]["sample"] == 1
-    assert victims[2]["messages"][-1] == {"role": "assistant", "content": "good"}
+    assert sieve.dropped == {"empty": 1, "truncated": 1, "length": 0, "exact_duplicates": 1}
+    rows = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text().splitlines()]
+    assert [one["filter"] for one in rows] == ["empty", "truncated", "exact_duplicates"]
+    assert rows[2]["reason"] == "the same prompt and answer came before"
+    assert rows[2]["sample"] == 1
+    assert rows[2]["messages"][-1] == {"role": "assistant", "content": "good"}
+
+
+def test_what_an_older_stage_calls_its_dropped_rows_is_read(tmp_path: Path) -> None:
+    assert dropped_counts({"dropped": {"empty": 2}}) == {"empty": 2}
+    assert dropped_counts({"taken": {"empty": 2}}) == {"empty": 2}
+    assert dropped_file(tmp_path) == tmp_path / "dropped.jsonl"
+    (tmp_path / "filtered.jsonl").touch()
+    assert dropped_file(tmp_path) == tmp_path / "filtered.jsonl"

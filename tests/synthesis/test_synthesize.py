@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError, EndpointError, RecipeError
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.journal import Journal
+from stillhouse.runfolder import MANIFEST
 from stillhouse.runner import synthesize_text
 from stillhouse.stages.synthesis_stage import origins
 from stillhouse.synthesis.preflight import foreseen
@@ -108,7 +110,7 @@ def test_the_student_sees_less_than_the_teacher(tmp_path: Path) -> None:
     assert [m["role"] for m in rows(result)[0]] == ["system", "user", "assistant"]
 
 
-def test_filters_take_and_say_why(tmp_path: Path) -> None:
+def test_filters_drop_rows_with_a_reason(tmp_path: Path) -> None:
     (tmp_path / "exam.txt").write_text("question 7\n")
     texts = {1: "I'm sorry, but I can't.", 2: "no number", 3: "<think>3?</think> 3"}
 
@@ -119,7 +121,7 @@ def test_filters_take_and_say_why(tmp_path: Path) -> None:
     filters = {"require_pattern": r"^\d+$", "decontaminate": {"path": "exam.txt"}}
     with Stub(script) as stub:
         result = synthesize_text(write(tmp_path, stub.url, filters=filters))
-    assert result.taken == {
+    assert result.dropped == {
         "empty": 0,
         "truncated": 1,
         "refusals": 1,
@@ -137,8 +139,24 @@ def test_filters_take_and_say_why(tmp_path: Path) -> None:
         "10",
         "11",
     ]
-    victims = [json.loads(line) for line in result.victims.read_text().splitlines()]
-    assert {victim["where"].split(":")[-1] for victim in victims} == {"2", "3", "5", "8"}
+    dropped = [json.loads(line) for line in result.dropped_rows.read_text().splitlines()]
+    assert {row["where"].split(":")[-1] for row in dropped} == {"2", "3", "5", "8"}
+
+
+def test_the_folder_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """It names the dropped rows `filtered.jsonl`, and their counts `taken`."""
+    with Stub(echo) as stub:
+        path = write(tmp_path, stub.url, filters={"forbid_pattern": "question 7$"})
+        first = synthesize_text(path)
+        folder = first.dropped_rows.parent
+        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest["summary"]["taken"] = manifest["summary"].pop("dropped")
+        manifest["files"]["filtered.jsonl"] = manifest["files"].pop("dropped.jsonl")
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        first.dropped_rows.rename(folder / "filtered.jsonl")
+        again = synthesize_text(path)
+        assert len(stub.payloads) == 12
+    assert again == replace(first, new=0, dropped_rows=folder / "filtered.jsonl")
 
 
 def test_the_budget_counts_what_earlier_runs_paid(tmp_path: Path) -> None:
@@ -206,13 +224,13 @@ def test_when_nothing_is_answered_the_last_reason_is_the_error(tmp_path: Path) -
         synthesize_text(write(tmp_path, stub.url))
 
 
-def test_when_nothing_is_left_the_victims_are_named(tmp_path: Path) -> None:
+def test_when_no_row_is_left_the_file_of_dropped_rows_is_named(tmp_path: Path) -> None:
     with (
         Stub(lambda n, p: Reply(text="I cannot help with that.")) as stub,
-        pytest.raises(DataError, match="12 answers, and the filters took them all") as caught,
+        pytest.raises(DataError, match="12 answers, and the filters dropped them all") as caught,
     ):
         synthesize_text(write(tmp_path, stub.url))
-    assert str(caught.value.where).endswith("filtered.jsonl")
+    assert str(caught.value.where).endswith("dropped.jsonl")
 
 
 @pytest.mark.parametrize(

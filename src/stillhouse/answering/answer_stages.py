@@ -26,11 +26,11 @@ from stillhouse.generation.request import Answer
 from stillhouse.runfolder import Outcome, Stage, write_atomically
 from stillhouse.stages.stage_plan import StagePlan
 from stillhouse.synthesis.estimate import Known
-from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve, unfenced
+from stillhouse.synthesis.filters import DROPPED, Filter, Filters, Row, Sieve, unfenced
 from stillhouse.synthesis.judge_answers import Verdicts, open_judge
 from stillhouse.synthesis.preflight import ask_some, findings, foreseen
 from stillhouse.synthesis.prompts import answer_text
-from stillhouse.synthesis.synthesize import VICTIMS, chosen_filters, judged, mean_log_probability
+from stillhouse.synthesis.synthesize import chosen_filters, judged, mean_log_probability
 from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
 from stillhouse.synthesis.text_teacher import Asked, Origins, answer_all, may_answer, text_teacher
 
@@ -208,7 +208,7 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
         if answer is not None
         for text in (rows[number // samples],)
     ]
-    kept, taken = _keep(job, filters, train, out)
+    kept, dropped = _keep(job, filters, train, out)
     of_test = got[samples * len(found.train) :: samples]
     tested = [None if one is None else _words(job, one) for one in of_test]
     said = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in tested)
@@ -229,7 +229,7 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
         "unanswered": unanswered,
         "kept": kept,
         "gold": len(gold),
-        "taken": {name: count for name, count in taken.items() if count},
+        "dropped": {name: count for name, count in dropped.items() if count},
         "usd": _cost(got),
     }
 
@@ -237,21 +237,21 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
 def _keep(
     job: AnsweringJob, filters: Filters, rows: list[Row], out: Path
 ) -> tuple[int, Mapping[str, int]]:
-    """Writes the chats that the filters leave: how many, and what each filter took.
+    """Writes the chats that pass the filters: their number, and rows dropped by filter.
 
     Raises DataError where none is left, RunError where a judge's budget ends before its verdicts.
     """
     with _judged(job, filters, rows, out) as chosen:
-        sieve = Sieve(chosen, out / VICTIMS)
+        sieve = Sieve(chosen, out / DROPPED)
         kept = _write_chats(out / TRAIN, ((row.messages, row.text) for row in sieve.keep(rows)))
     if kept == 0:
         raise DataError(
-            f"no answer is left: {len(rows):,} came, and the filters took them all",
+            f"no answer is left: {len(rows):,} came, and the filters dropped them all",
             where=job.journal,
-            fix=f"the filters took {dict(sieve.taken)}: look at answers in the journal, then mend "
-            "task.prompt or give examples",
+            fix=f"dropped by filter: {dict(sieve.dropped)}; look at answers in the journal, then "
+            "improve task.prompt or give examples",
         )
-    return kept, sieve.taken
+    return kept, sieve.dropped
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def _besides(job: AnsweringJob, known: Known) -> Iterator[Finding]:
     """What else the answers take, and what is doubtful about them."""
     recipe = job.recipe
     if known.missing and recipe.teacher.vllm is not None:
-        for level, text, fix in lacks(recipe.teacher.vllm):
+        for level, text, fix in lacks(recipe.teacher.vllm, job.base):
             yield Finding(level, "vLLM", text, fix)
     if verdicts := most_requests(job.questions(Path()), known.requests):
         yield Finding("estimate", "judge", f"at most {verdicts:,} verdicts are asked for")

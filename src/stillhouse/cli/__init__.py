@@ -324,7 +324,7 @@ def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path, yes: bool) -
 
     confirm = typer.confirm if sys.stdin.isatty() else None
     if not yes and not agree_to_task(loaded, path.parent, confirm):
-        say("nothing was asked")
+        say("no request was sent")
         raise typer.Exit(1)
     result: TaskResult | AnsweringResult
     table: RenderableType

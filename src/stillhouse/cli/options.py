@@ -25,7 +25,7 @@ def agree(
     *,
     command: Literal["run", "synthesize"] = "run",
 ) -> None:
-    """Asks before an API is paid without a budget, or refuses where there is nobody to ask."""
+    """Asks for consent before an API is paid without a budget; without a terminal, refuses."""
     from stillhouse.consent import agree_to_spend
     from stillhouse.hardware import leads
 
@@ -33,7 +33,7 @@ def agree(
         return
     confirm = typer.confirm if sys.stdin.isatty() else None
     if not agree_to_spend(recipe, overrides or [], command=command, confirm=confirm):
-        say("nothing was asked")
+        say("no request was sent")
         raise typer.Exit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
@@ -62,6 +63,12 @@ class LocalTeacher(Section):
 class VllmEngine(Section):
     """How vLLM runs a model: on the GPUs of this machine or, with Ray, of several."""
 
+    python: str | None = Field(
+        None,
+        description="The Python of an environment that has vLLM, 3.11 or newer; vLLM runs in a "
+        "process of it. A path starts from the recipe's folder, or from the working directory. "
+        "null: vLLM runs in this process.",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Of the weights; auto: as the model's configuration says."
     )
@@ -98,6 +105,13 @@ class VllmEngine(Section):
             raise ValueError(f"{', '.join(sorted(ours))} cannot be set here: it has its own key")
         return options
 
+    def interpreter(self, base: Path) -> str | None:
+        """`python`, as it can be run. base: the recipe's folder."""
+        if self.python is None:
+            return None
+        beside = base / Path(self.python).expanduser()
+        return str(beside.absolute()) if beside.exists() else self.python
+
     @property
     def gpus(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel
@@ -121,7 +135,7 @@ VLLM_ARGUMENTS = frozenset(
 
 
 class VllmTeacher(VllmEngine):
-    """A model that vLLM runs in this process: many thousands of answers, large models."""
+    """A model that vLLM runs: many thousands of answers, large models."""
 
     model: str | None = Field(None, description="As teacher.model; null: the recipe's teacher.")
     revision: str | None = None

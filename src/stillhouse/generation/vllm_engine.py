@@ -1,27 +1,27 @@
-"""Answers from vLLM in this process: for many thousands of prompts, and models of several GPUs.
+"""Answers from vLLM: for many thousands of prompts, and models of several GPUs.
 
-vLLM batches what it is given by itself and keeps what prompts begin with alike. Requests go to it
-as token ids, through the tokenizer's own chat template, so that a prompt is what it is elsewhere.
+vLLM batches what it is given by itself and reuses the keys and values of common prefixes. Requests
+go to it as token ids, through the tokenizer's own chat template, so that a prompt is what it is
+elsewhere. It runs in this process or, with `python`, in a process of another interpreter.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Any, Literal, Protocol
 
 from stillhouse.errors import ModelError
 from stillhouse.generation.generation_config import VllmEngine
 from stillhouse.generation.local_generator import Outcome, prompt_and_room, require_chat_template
 from stillhouse.generation.request import Answer, Failure, Request
+from stillhouse.generation.vllm_process import EngineError, VllmProcess, probe_python
+from stillhouse.generation.vllm_worker import generate, open_llm, probe, reason
 from stillhouse.progress import note
 from stillhouse.teachers.load import load_tokenizer
 
@@ -29,18 +29,36 @@ Lack = tuple[Literal["warning", "error"], str, str]
 """How bad it is that something is not here, what it is, and what to do."""
 
 WITHOUT = "what the journal holds needs no vLLM; `local` and `api` (`vllm serve`) go without it"
+OWN_ENVIRONMENT = (
+    "python -m venv vllm-env && vllm-env/bin/pip install vllm, then set vllm.python: "
+    "vllm-env/bin/python"
+)
 
 
-def lacks(section: VllmEngine) -> list[Lack]:
-    """What this machine lacks of what the section asks for. Imports neither vLLM nor Ray."""
+def lacks(section: VllmEngine, base: Path) -> list[Lack]:
+    """What the section needs and this machine, or its `python`, lacks. Imports neither vLLM nor
+    Ray. base: where a relative `python` starts."""
+    python = section.interpreter(base)
+    if python is None:
+        has, install = probe(), "pip install 'stillhouse[{}]'"
+    else:
+        try:
+            has, install = probe_python(python), f"{python} -m pip install {{}}"
+        except ModelError as error:
+            return [("error", error.what, OWN_ENVIRONMENT)]
+    there = "" if python is None else f" for {python}"
     found: list[Lack] = []
-    if importlib.util.find_spec("vllm") is None:
-        fix = f"pip install 'stillhouse[vllm]'; {WITHOUT}"
-        found.append(("error", "vLLM is not installed", fix))
-    if section.executor == "ray" and importlib.util.find_spec("ray") is None:
-        fix = "pip install 'stillhouse[vllm,ray]' on every machine, or executor: auto on one"
-        found.append(("error", "Ray is not installed", fix))
-    gpus = torch.cuda.device_count()
+    if not has["vllm"]:
+        fix = install.format("vllm")
+        if python is None:
+            fix += f" here, or in an environment of its own ({OWN_ENVIRONMENT})"
+        fix += f"; {WITHOUT}"
+        found.append(("error", f"vLLM is not installed{there}", fix))
+    if section.executor == "ray" and not has["ray"]:
+        names = "vllm,ray" if python is None else "ray"
+        fix = f"{install.format(names)} on every machine, or executor: auto on one"
+        found.append(("error", f"Ray is not installed{there}", fix))
+    gpus = has["gpus"]
     if gpus == 0:
         fix = f"use a machine with one, or vLLM's build for CPUs; {WITHOUT}"
         found.append(("warning", "no GPU is here, and vLLM's usual build needs one", fix))
@@ -51,18 +69,39 @@ def lacks(section: VllmEngine) -> list[Lack]:
     return found
 
 
+class Engine(Protocol):
+    """window: tokens that it can read and write. Both raise what vLLM raises, or RuntimeError."""
+
+    window: int
+
+    def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]: ...
+
+    def close(self) -> None: ...
+
+
+class InProcess:
+    """vllm.LLM in this process."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self._llm, self.window = open_llm(options)
+
+    def generate(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return generate(self._llm, rows)
+
+    def close(self) -> None:
+        # The engine ends with the last reference to it, and training needs the memory.
+        del self._llm
+        gc.collect()
+
+
 @dataclass
 class VllmGenerator:
-    """llm: a vllm.LLM. sampling: vllm.SamplingParams. window: tokens that it can read and write.
-
-    Known parameters of a request are those of `local.Generator`. A sampled answer is drawn by a
+    """Known parameters of a request are those of `local.Generator`. A sampled answer is drawn by a
     seed of its request's own.
     """
 
-    llm: Any
-    sampling: Callable[..., Any]
+    engine: Engine
     tokenizer: Any
-    window: int
     batch: int
 
     def answers(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Outcome]]:
@@ -72,7 +111,7 @@ class VllmGenerator:
         while ahead := list(itertools.islice(requests, self.batch)):
             ready: list[tuple[Request, list[int], int]] = []
             for request in ahead:
-                found = prompt_and_room(self.tokenizer, request, self.window)
+                found = prompt_and_room(self.tokenizer, request, self.engine.window)
                 if isinstance(found, Failure):
                     yield request, found
                 else:
@@ -85,97 +124,91 @@ class VllmGenerator:
     ) -> Iterator[tuple[Request, Outcome]]:
         began = time.monotonic()
         try:
-            outputs = self.llm.generate(
-                [{"prompt_token_ids": prompt} for _, prompt, _ in ready],
-                sampling_params=[self._sampled(request, most) for request, _, most in ready],
-                use_tqdm=False,
+            answers = self.engine.generate(
+                [
+                    {"prompt": prompt, "sampling": _sampling(request, most)}
+                    for request, prompt, most in ready
+                ]
             )
         # It raises errors of many kinds, a GPU's among them.
         except Exception as error:
             raise _failed("vLLM stopped", error) from error
         seconds = time.monotonic() - began
-        for (request, prompt, _), output in zip(ready, outputs, strict=True):
-            yield request, _outcome(output.outputs[0], len(prompt), seconds)
-
-    def _sampled(self, request: Request, most: int) -> Any:
-        parameters = request.parameters
-        temperature = float(parameters.get("temperature", 0.0))
-        return self.sampling(
-            temperature=temperature,
-            top_p=float(parameters.get("top_p", 1.0)),
-            max_tokens=most,
-            # The key tells samples of one prompt apart, and holds the recipe's seed.
-            seed=int(request.key[:15], 16) if temperature > 0 else None,
-            # 0: of the token that was written, and of no other.
-            logprobs=0 if parameters.get("logprobs") else None,
-        )
+        for (request, prompt, _), answer in zip(ready, answers, strict=True):
+            yield request, _outcome(answer, len(prompt), seconds)
 
 
-def _outcome(written: Any, prompt_tokens: int, seconds: float) -> Outcome:
+def _sampling(request: Request, most: int) -> dict[str, Any]:
+    """Arguments of vllm.SamplingParams."""
+    parameters = request.parameters
+    temperature = float(parameters.get("temperature", 0.0))
+    return {
+        "temperature": temperature,
+        "top_p": float(parameters.get("top_p", 1.0)),
+        "max_tokens": most,
+        # The key tells samples of one prompt apart, and holds the recipe's seed.
+        "seed": int(request.key[:15], 16) if temperature > 0 else None,
+        # 0: of the token that was written, and of no other.
+        "logprobs": 0 if parameters.get("logprobs") else None,
+    }
+
+
+def _outcome(answer: dict[str, Any], prompt_tokens: int, seconds: float) -> Outcome:
     """seconds: of the whole batch, in which no answer has a time of its own."""
-    if written.finish_reason not in ("stop", "length"):
-        return Failure("server", f"vLLM ended the answer: {written.finish_reason}")
-    logprobs = None
-    if written.logprobs is not None:
-        places = zip(written.token_ids, written.logprobs, strict=True)
-        logprobs = [{"logprob": float(told[token].logprob)} for token, told in places]
+    if answer["finish_reason"] not in ("stop", "length"):
+        return Failure("server", f"vLLM ended the answer: {answer['finish_reason']}")
     return Answer(
-        text=written.text,
-        finish_reason=written.finish_reason,
+        text=answer["text"],
+        finish_reason=answer["finish_reason"],
         prompt_tokens=prompt_tokens,
-        completion_tokens=len(written.token_ids),
+        completion_tokens=answer["tokens"],
         cost=0.0,
         seconds=seconds,
-        logprobs=logprobs or None,
+        logprobs=[{"logprob": value} for value in answer["logprobs"] or ()] or None,
     )
 
 
 @contextmanager
 def opened(
-    section: VllmEngine, path: Path, *, seed: int, trust_remote_code: bool
+    section: VllmEngine, path: Path, *, base: Path, seed: int, trust_remote_code: bool
 ) -> Iterator[VllmGenerator]:
     """The model in a folder, run by vLLM, which gives its memory back at the end.
 
     Raises ModelError: something is not installed, too few GPUs, or vLLM cannot load the model.
     """
-    for level, text, fix in lacks(section):
+    for level, text, fix in lacks(section, base):
         if level == "error":
             raise ModelError(text, where="teacher.vllm", fix=fix)
         note(text)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     require_chat_template(tokenizer, str(path))
-    from vllm import LLM, SamplingParams
-
+    options = {
+        "model": str(path),
+        "trust_remote_code": trust_remote_code,
+        "dtype": section.dtype,
+        "seed": seed,
+        "tensor_parallel_size": section.tensor_parallel,
+        "pipeline_parallel_size": section.pipeline_parallel,
+        "distributed_executor_backend": None if section.executor == "auto" else section.executor,
+        "max_model_len": section.context,
+        "gpu_memory_utilization": section.gpu_memory,
+        **section.options,
+    }
+    python = section.interpreter(base)
     try:
-        llm = LLM(
-            model=str(path),
-            trust_remote_code=trust_remote_code,
-            dtype=section.dtype,
-            seed=seed,
-            tensor_parallel_size=section.tensor_parallel,
-            pipeline_parallel_size=section.pipeline_parallel,
-            distributed_executor_backend=None if section.executor == "auto" else section.executor,
-            max_model_len=section.context,
-            gpu_memory_utilization=section.gpu_memory,
-            **section.options,
-        )
+        engine = InProcess(options) if python is None else VllmProcess(python, options)
     except Exception as error:
         raise _failed(f"vLLM cannot load {path}", error) from error
-    window = int(llm.llm_engine.model_config.max_model_len)
-    generator = VllmGenerator(llm, SamplingParams, tokenizer, window, section.batch)
     try:
-        yield generator
+        yield VllmGenerator(engine, tokenizer, section.batch)
     finally:
-        # The engine ends with the last reference to it, and training needs the memory.
-        del llm
-        generator.llm = None
-        gc.collect()
+        engine.close()
 
 
 def _failed(what: str, error: Exception) -> ModelError:
-    said = str(error).strip().splitlines() or ["no reason given"]
+    said = str(error) if isinstance(error, EngineError) else reason(error)
     return ModelError(
-        f"{what} ({type(error).__name__}: {said[-1]})",
+        f"{what} ({said})",
         where="teacher.vllm",
         fix="lower context, gpu_memory or batch where memory is short; answers that arrived are "
         "in the journal",

@@ -17,6 +17,7 @@ from stillhouse.report.classifier_page import loss_chart
 from stillhouse.report.palette import role_color, role_name
 from stillhouse.report.report_data import StageCost
 from stillhouse.report.write import environment, write_page
+from stillhouse.synthesis.filters import dropped_counts
 
 
 def _percent(value: float) -> str:
@@ -124,10 +125,11 @@ def headline(found: AnswersEvaluation) -> str:
 
 
 def answers_sentence(answers: dict[str, Any]) -> str:
-    taken = ", ".join(f"{name} {count:,}" for name, count in answers["taken"].items())
+    counts = dropped_counts(answers).items()
+    dropped = ", ".join(f"{name} {count:,}" for name, count in counts)
     cost = "unknown" if answers["usd"] is None else f"${answers['usd']:,.4f}"
     return (
         f"The teacher answered {answers['answered']:,} of {answers['asked']:,} questions; the "
-        f"student learnt from {answers['kept']:,} answers. Filters took: {taken or 'none'}. "
-        f"Cost: {cost}."
+        f"student learned from {answers['kept']:,} answers. "
+        f"Dropped by filters: {dropped or 'none'}. Cost: {cost}."
     )

@@ -21,8 +21,9 @@ from stillhouse.progress import note
 from stillhouse.run_paths import answers_path, run_root
 from stillhouse.runfolder import Outcome, RunFolder, Stage, flush, sha
 from stillhouse.stages.stage_plan import Do, StagePlan, redone
+from stillhouse.synthesis.filters import dropped_counts, dropped_file
 from stillhouse.synthesis.judge_answers import open_judge
-from stillhouse.synthesis.synthesize import TEXT, VICTIMS, Synthesis, synthesize
+from stillhouse.synthesis.synthesize import TEXT, Synthesis, synthesize
 from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
 from stillhouse.synthesis.synthesized_text import SynthesizedText, reads
 from stillhouse.synthesis.text_teacher import LocalText, Origins, text_teacher
@@ -124,11 +125,12 @@ def again(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synthesis:
     folder.point(NAME, stage.path)
     out = out_path(section, base)
     publish(stage.path / TEXT, out)
-    facts = {key: value for key, value in stage.summary.items() if key != "sha256"}
+    facts = {key: value for key, value in stage.summary.items() if key not in ("sha256", "taken")}
+    facts["dropped"] = dropped_counts(stage.summary)
     if stage.reused:
         facts |= {"new": 0, "failed": 0}
     journal = origins(recipe, base).journal if section.journal is None else base / section.journal
-    return Synthesis(out, stage.path / VICTIMS, journal, **facts)
+    return Synthesis(out, dropped_file(stage.path), journal, **facts)
 
 
 def publish(text: Path, out: Path) -> None:

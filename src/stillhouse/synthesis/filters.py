@@ -1,7 +1,7 @@
-"""What is kept of the teacher's answers. Each filter's take is counted, and can be looked at.
+"""Which of the teacher's answers are kept. Dropped rows are counted by filter, and kept in a file.
 
-A filter is a function that says why a row is to go, or None. They stand in a fixed order, from what
-costs nothing to what costs most; a row is taken by the first that objects.
+A filter is a function that returns the reason to drop a row, or None. Filters run in a fixed order,
+the cheapest first; a row is dropped by the first that gives a reason.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Row:
 
 Filter = Callable[[Row], str | None]
 Chooser = Callable[[Sequence[Row]], Sequence[str | None]]
-"""Looks at all answers to one prompt, and says of each why it is to go, or None."""
+"""Takes all answers to one prompt; returns the reason to drop each, or None."""
 
 _REFUSALS = re.compile(
     r"^\W*(?:(?:i['’]?m|i am) (?:really |very |so )?(?:sorry|afraid|unable|not able)\b"
@@ -270,6 +270,7 @@ def answer_only(row: Row) -> str:
 
 # --- all of them ------------------------------------------------------------------------------
 
+DROPPED = "dropped.jsonl"
 BEST_OF = "best_of"
 """The chooser's name among the filters."""
 
@@ -288,7 +289,7 @@ class Filters:
         return [*self.before, *([BEST_OF] if self.chooser else []), *self.after]
 
     def groups(self, rows: Iterable[Row]) -> Iterator[list[Row]]:
-        """What `before` leaves of each prompt's answers, prompt by prompt."""
+        """The answers that pass `before`, prompt by prompt."""
         left = (row for row in rows if _objection(self.before, row) is None)
         for _, group in itertools.groupby(left, key=lambda row: row.where):
             yield list(group)
@@ -296,29 +297,29 @@ class Filters:
 
 @dataclass
 class Sieve:
-    """Applies filters in their order. taken: how many rows each took, zeros included.
+    """Applies filters in their order. dropped: the number of rows by filter, zeros included.
 
-    victims: a JSONL file with every row that was taken, by what and why.
+    file: JSONL with every dropped row, the filter and the reason.
     """
 
     filters: Filters
-    victims: Path
-    taken: Counter[str] = field(default_factory=Counter)
+    file: Path
+    dropped: Counter[str] = field(default_factory=Counter)
 
     def keep(self, rows: Iterable[Row]) -> Iterable[Row]:
-        """The rows that no filter takes, in their order. Writes the victims' file anew."""
-        self.taken = Counter(dict.fromkeys(self.filters.names, 0))
-        with self.victims.open("w", encoding="utf-8", errors="replace") as file:
+        """The rows that no filter drops, in their order. Overwrites `file`."""
+        self.dropped = Counter(dict.fromkeys(self.filters.names, 0))
+        with self.file.open("w", encoding="utf-8", errors="replace") as lines:
             for _, answers in itertools.groupby(rows, key=lambda row: row.where):
                 for row, objection in self._judged(list(answers)):
                     if objection is None:
                         yield row
                     else:
-                        self.taken[objection[0]] += 1
-                        file.write(_victim(row, *objection))
+                        self.dropped[objection[0]] += 1
+                        lines.write(_dropped_line(row, *objection))
 
     def _judged(self, answers: list[Row]) -> Iterator[tuple[Row, tuple[str, str] | None]]:
-        """All answers to one prompt, each with the filter that takes it and why."""
+        """All answers to one prompt, each with the filter that drops it and the reason."""
         found = [_objection(self.filters.before, row) for row in answers]
         if self.filters.chooser is not None:
             left = [number for number, objection in enumerate(found) if objection is None]
@@ -337,7 +338,7 @@ def _objection(filters: dict[str, Filter], row: Row) -> tuple[str, str] | None:
     return None
 
 
-def _victim(row: Row, name: str, reason: str) -> str:
+def _dropped_line(row: Row, name: str, reason: str) -> str:
     facts = {
         "filter": name,
         "reason": reason,
@@ -346,6 +347,17 @@ def _victim(row: Row, name: str, reason: str) -> str:
         "messages": [*row.messages, {"role": "assistant", "content": row.text}],
     }
     return json.dumps(facts, ensure_ascii=False) + "\n"
+
+
+def dropped_counts(facts: Mapping[str, Any]) -> dict[str, int]:
+    """Dropped rows by filter, from a stage's summary; older ones call them `taken`."""
+    return dict(facts["dropped"] if "dropped" in facts else facts["taken"])
+
+
+def dropped_file(folder: Path) -> Path:
+    """The dropped rows in a stage's folder; older ones have them in `filtered.jsonl`."""
+    old = folder / "filtered.jsonl"
+    return old if old.exists() else folder / DROPPED
 
 
 def read_schema(path: Path) -> dict[str, Any]:

@@ -78,26 +78,26 @@ Choice = Annotated[
 
 
 class FiltersRecipe(Section):
-    """Empty answers always go. What a filter takes is in filtered.jsonl, with the reason."""
+    """Empty answers are always dropped. dropped.jsonl has every dropped row and the reason."""
 
-    truncated: bool = Field(True, description="Take answers that were cut off.")
+    truncated: bool = Field(True, description="Drop answers that were cut off.")
     min_characters: int | None = Field(None, ge=0)
     max_characters: int | None = Field(None, gt=0)
-    refusals: bool = Field(True, description="Take answers that begin like an English refusal.")
+    refusals: bool = Field(True, description="Drop answers that begin like an English refusal.")
     require_pattern: str | None = Field(None, description="A regular expression to be found.")
     forbid_pattern: str | None = Field(None, description="A regular expression not to be found.")
     json_schema: str | None = Field(None, description="A file; answers must be JSON of its kind.")
     languages: list[str] | None = Field(
         None,
         min_length=1,
-        description="ISO 639-1 codes, e.g. [en, de]; take answers that are surely in none of "
+        description="ISO 639-1 codes, e.g. [en, de]; drop answers that are surely in none of "
         "them. Needs stillhouse[language].",
     )
     best_of: Choice | None = Field(
         None, description="Of several answers to a prompt (prompts.samples), keep the best."
     )
-    exact_duplicates: bool = Field(True, description="Take repeated pairs of prompt and answer.")
+    exact_duplicates: bool = Field(True, description="Drop repeated pairs of prompt and answer.")
     near_duplicates: float | None = Field(
-        None, gt=0, le=1, strict=False, description="Take pairs this similar (Jaccard), e.g. 0.8."
+        None, gt=0, le=1, strict=False, description="Drop pairs this similar (Jaccard), e.g. 0.8."
     )
     decontaminate: EvaluationTexts | None = None

@@ -17,7 +17,7 @@ from stillhouse.runfolder import write_atomically
 from stillhouse.synthesis import filters
 from stillhouse.synthesis.best_of import likelihood, majority
 from stillhouse.synthesis.estimate import Known, known_before
-from stillhouse.synthesis.filters import Chooser, Filter, Filters, Row, Sieve
+from stillhouse.synthesis.filters import DROPPED, Chooser, Filter, Filters, Row, Sieve
 from stillhouse.synthesis.filters_config import FiltersRecipe, LikelihoodChoice, MajorityChoice
 from stillhouse.synthesis.judge_answers import Verdicts, open_judge
 from stillhouse.synthesis.prompts import answer_text, read_prompts
@@ -32,27 +32,27 @@ from stillhouse.synthesis.text_teacher import (
 )
 from stillhouse.synthesis.write_prompts import open_writer, prompt_source, write_prompts
 
-TEXT, VICTIMS, SUMMARY = "synthetic.jsonl", "filtered.jsonl", "summary.json"
+TEXT, SUMMARY = "synthetic.jsonl", "summary.json"
 REQUESTS = "requests.txt"
 """The key in the journal of each row of TEXT, a line each."""
 
 
-_PATHS = ("out", "victims", "journal")
+_PATHS = ("out", "dropped_rows", "journal")
 
 
 @dataclass(frozen=True)
 class Synthesis:
     """What was made. requests: prompts times samples. answered: of them, now in the journal.
 
-    new: answered in this run. failed: given up in this run. kept: rows in `out`. taken: rows that
-    each filter took. tokens, usd: of all answers, whichever run paid, and of the requests that
-    wrote the prompts. unpriced: answers of unknown
-    cost, which `usd` leaves out. judged, unjudged: verdicts of a judge, and those
-    that it did not give; judge_*: what they took, judge_usd None where the price is unknown.
+    new: answered in this run. failed: given up in this run. kept: rows in `out`. dropped: rows by
+    the filter that dropped them. tokens, usd: of all answers, whichever run paid, and of the
+    requests that wrote the prompts. unpriced: answers of unknown cost, which `usd` leaves out.
+    judged, unjudged: verdicts of a judge, and those that it did not give; judge_*: what
+    they took, judge_usd None where the price is unknown.
     """
 
     out: Path
-    victims: Path
+    dropped_rows: Path
     journal: Path
     requests: int
     answered: int
@@ -67,7 +67,7 @@ class Synthesis:
     unjudged: int = 0
     judge_tokens: int = 0
     judge_usd: float | None = 0.0
-    taken: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
 
     @property
     def cost(self) -> str:
@@ -84,10 +84,10 @@ class Synthesis:
         missing = self.requests - self.answered
         rest = f", {missing:,} have none" if missing else ""
         rest += f" ({self.failed:,} given up now)" if self.failed else ""
-        taken = ", ".join(f"{name} {count:,}" for name, count in self.taken.items() if count)
+        dropped = ", ".join(f"{name} {count:,}" for name, count in self.dropped.items() if count)
         return [
             ("answers", f"{self.answered:,} of {self.requests:,}, {self.new:,} of them new{rest}"),
-            ("filtered", f"{taken or 'none'}  {self.victims if taken else ''}".rstrip()),
+            ("dropped", f"{dropped or 'none'}  {self.dropped_rows if dropped else ''}".rstrip()),
             ("tokens", f"{self.tokens:,}"),
             ("cost", self.cost),
             *self._judge_line(),
@@ -105,10 +105,10 @@ class Synthesis:
 
 
 def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) -> Synthesis:
-    """Answers what the journal has no answer to, and writes what the filters leave.
+    """Answers what the journal has no answer to, and writes the rows that pass the filters.
 
     Into origins.folder: TEXT with the rows in the order of the prompts, {"messages": [...]}, the
-    answer last; REQUESTS, VICTIMS and SUMMARY. An exhausted budget ends the asking, not the rest.
+    answer last; REQUESTS, DROPPED and SUMMARY. An exhausted budget ends the asking, not the rest.
     Raises DataError (prompts, or nothing is left), EndpointError, ModelError, RunError (journal,
     disk).
     """
@@ -136,11 +136,11 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
             out_of_budget = out_of_budget or stopped
             chosen = replace(chosen, chooser=judge.chooser(journal))
         rows = Rows(section, asked, journal)
-        sieve = Sieve(chosen, origins.folder / VICTIMS)
+        sieve = Sieve(chosen, origins.folder / DROPPED)
         kept = _write(origins.folder, sieve.keep(rows))
     result = Synthesis(
         out=origins.folder / TEXT,
-        victims=sieve.victims,
+        dropped_rows=sieve.file,
         journal=path,
         requests=known.requests,
         answered=rows.answered,
@@ -155,7 +155,7 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
         unjudged=0 if verdicts is None else verdicts.missing,
         judge_tokens=0 if verdicts is None else verdicts.spent.tokens,
         judge_usd=(0.0 if verdicts is None else verdicts.spent.usd) if priced else None,
-        taken=dict(sieve.taken),
+        dropped=dict(sieve.dropped),
     )
     facts = json.dumps({**result.facts(), "cost": result.cost}, indent=2)
     write_atomically(origins.folder / SUMMARY, facts)
@@ -163,9 +163,9 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
         note("the budget is used up: raise synthesize.budget to go on where this stopped")
     if kept == 0:
         raise DataError(
-            f"no row is left: {rows.answered} answers, and the filters took them all",
-            where=result.victims,
-            fix="look at what was taken and why, then loosen synthesize.filters",
+            f"no row is left: {rows.answered} answers, and the filters dropped them all",
+            where=result.dropped_rows,
+            fix="read which rows were dropped and why, then loosen synthesize.filters",
         )
     return result
 

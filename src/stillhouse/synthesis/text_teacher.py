@@ -36,7 +36,7 @@ from stillhouse.teachers.model_source import resolve_model
 
 @dataclass(frozen=True)
 class Origins:
-    """base: where the recipe's paths start. folder: takes the victims and the summary. journal:
+    """base: where the recipe's paths start. folder: for the dropped rows and the summary. journal:
     where it is unless the recipe says. model: the teacher of a recipe that names no other."""
 
     base: Path
@@ -182,7 +182,8 @@ class ApiText:
 
 
 class LocalText:
-    """A model in this process: answered by `local.Generator`, or by vLLM."""
+    """A model in this process: answered by `local.Generator`, or by vLLM, which may run in
+    a process of its own."""
 
     price = Price(0.0, 0.0)
 
@@ -194,7 +195,8 @@ class LocalText:
         seed: int,
         weights: bool,
     ) -> None:
-        self.own, self.seed, self.trust = own, seed, origins.trust_remote_code
+        self.own, self.seed, self.base = own, seed, origins.base
+        self.trust = origins.trust_remote_code
         name, revision = own.model or origins.model, own.revision
         if own.model is None:
             revision = origins.revision
@@ -242,7 +244,9 @@ class LocalText:
         path, trust = self.source.path, self.trust
         if isinstance(self.own, VllmTeacher):
             note(f"{self.source.described} answers in vLLM")
-            with opened(self.own, path, seed=self.seed, trust_remote_code=trust) as generator:
+            with opened(
+                self.own, path, base=self.base, seed=self.seed, trust_remote_code=trust
+            ) as generator:
                 yield generator
             return
         precision = choose_precision(self.own.precision, default_device())
