@@ -25,11 +25,11 @@ from bench.store_quality import fidelity
 from stillhouse.config.load import parse_recipe
 from stillhouse.evaluate.fidelity import HeldoutAnswers, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
-from stillhouse.job import find_models
+from stillhouse.language_model.data_stage import open_data, plan_data
+from stillhouse.language_model.language_model import LANGUAGE_MODEL
+from stillhouse.language_model.train_stage import plan_student, plan_training
+from stillhouse.pipeline.stage_plan import doing
 from stillhouse.runfolder import RunFolder
-from stillhouse.stages.data_stage import plan_data
-from stillhouse.stages.stage_plan import doing, open_data
-from stillhouse.stages.train_stage import plan_student, plan_training
 from stillhouse.teachers.load import load_model
 from stillhouse.training.train import MODEL
 
@@ -89,7 +89,7 @@ class Bench:
         if start is not None:
             raw["student"]["model"] = str(start)
         raw["train"] = {**raw["train"], "epochs": epochs, "teachers": teachers or []}
-        job = find_models(parse_recipe(raw), self.texts)
+        job = LANGUAGE_MODEL.find(parse_recipe(raw), self.texts)
         data = self._do(plan_data(job))
         made = self._do(plan_student(job, data))
         trained = self._do(plan_training(job, data, made, None))

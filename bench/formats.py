@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.common import write_results
 from bench.quantize import RECIPE, trained_student
+from stillhouse.commands import prepare_data
 from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.export.gguf_export import write_form
 from stillhouse.export.llama_quantizer import has_llama_cpp
@@ -35,7 +36,6 @@ from stillhouse.quantize.moments import Moments, input_moments
 from stillhouse.quantize.quantize import draw_windows
 from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
 from stillhouse.quantize.units import find_units, model_bytes
-from stillhouse.runner import prepare_data
 from stillhouse.teachers.load import load_model
 from stillhouse.teachers.quiet import quiet
 

@@ -19,7 +19,7 @@ from typing import Any
 import stillhouse
 from bench.common import Bar, commit, earlier, write_results
 from stillhouse.config.load import parse_recipe
-from stillhouse.job import find_models
+from stillhouse.language_model.language_model import LANGUAGE_MODEL
 from stillhouse.teachers.load import load_tokenizer
 
 TRAIN_TOKENS = 60_000
@@ -68,7 +68,7 @@ def main() -> None:
 
 def split(text: Path, folder: Path, teacher: str) -> None:
     """The first tokens as train.txt; evenly spaced passages of the rest as heldout/N.txt."""
-    job = find_models(parse_recipe(recipe(teacher, folder, 1024, 0)), folder)
+    job = LANGUAGE_MODEL.find(parse_recipe(recipe(teacher, folder, 1024, 0)), folder)
     tokenizer = load_tokenizer(job.teacher.path)
     ids = tokenizer(text.read_text(encoding="utf-8"), verbose=False)["input_ids"]
     (folder / "train.txt").write_text(tokenizer.decode(ids[: TRAIN_TOKENS + 500]))

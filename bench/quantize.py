@@ -23,16 +23,16 @@ import torch
 
 import stillhouse
 from bench.common import Bar, write_results
+from stillhouse.commands import prepare_data
 from stillhouse.data.windows import Windows
 from stillhouse.evaluate.evaluate import evaluate
 from stillhouse.evaluate.evaluate_config import EvaluateRecipe
 from stillhouse.export.gate import Gate
 from stillhouse.export.gguf_export import export_gguf
 from stillhouse.hardware import choose_precision, default_device
-from stillhouse.job import Job
+from stillhouse.language_model.job import Job
 from stillhouse.quantize.quantize import qat_section, quantize, train_quantized
 from stillhouse.quantize.quantize_config import QatRecipe, QuantizeRecipe
-from stillhouse.runner import prepare_data
 from stillhouse.training.train import MODEL, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"

@@ -20,8 +20,7 @@ import torch
 
 from bench.common import Bar, write_results
 from stillhouse import account
-from stillhouse.config.load import load_recipe
-from stillhouse.config.recipe import Recipe
+from stillhouse.config.load import load_language_model_recipe
 from stillhouse.data.build_data import build
 from stillhouse.data.windows import open_windows
 from stillhouse.hardware import (
@@ -31,7 +30,8 @@ from stillhouse.hardware import (
     peak_memory_bytes,
     tune_allocator,
 )
-from stillhouse.job import find_models
+from stillhouse.language_model.job import find_models
+from stillhouse.language_model.recipe import Recipe
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.signals.encodings import Threshold
 from stillhouse.signals.manifest import Settings
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     tune_allocator()
-    recipe = load_recipe(RECIPE, options.set)
+    recipe = load_language_model_recipe(RECIPE, options.set)
     device = default_device()
     precision = choose_precision(recipe.train.precision, device)
     with tempfile.TemporaryDirectory() as name:

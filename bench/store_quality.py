@@ -27,16 +27,16 @@ from stillhouse.data.shift import predicting
 from stillhouse.data.windows import Windows, collate
 from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
-from stillhouse.job import Job, find_models
-from stillhouse.runner import run_folder
+from stillhouse.language_model.data_stage import open_data, plan_data
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.language_model import LANGUAGE_MODEL
+from stillhouse.language_model.train_stage import plan_student
+from stillhouse.pipeline.engine import run_folder
 from stillhouse.signals.encodings import Encoding, Sampled, Stratified, TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.store import open_store
 from stillhouse.signals.writer import StoreWriter
-from stillhouse.stages.data_stage import plan_data
-from stillhouse.stages.stage_plan import open_data
-from stillhouse.stages.train_stage import plan_student
 from stillhouse.teachers.backbone import dense_signal
 from stillhouse.teachers.load import load_model
 from stillhouse.teachers.record_store import segments_of, tuned_threshold
@@ -83,7 +83,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, texts: Path, seed: int) -> dict[str, Any]:
     raw = recipe(options.teacher, texts, options.ffn_size, seed)
     raw["folder"] = str(options.folder / str(seed))
-    job = find_models(parse_recipe(raw), texts)
+    job = LANGUAGE_MODEL.find(parse_recipe(raw), texts)
     folder = run_folder(job.recipe)
     with folder.locked():
         plan = plan_data(job)

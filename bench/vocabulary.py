@@ -28,12 +28,12 @@ from bench.quality import recipe, split
 from stillhouse import account
 from stillhouse.config.load import parse_recipe
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes, tune_allocator
+from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
 from stillhouse.objectives import Term, fused_loss
+from stillhouse.pipeline.engine import reporting, run_steps
 from stillhouse.pruning.surgery import keep_tokens
 from stillhouse.runfolder import RunFolder, Stage
 from stillhouse.signals import DenseSignal
-from stillhouse.stages.stage_plan import telling
-from stillhouse.stages.vocabulary_stage import begin
 from stillhouse.teachers.backbone import hidden_states, lm_head
 
 WHOLE, KEPT = 262_144, (65_536, 16_384)
@@ -155,7 +155,9 @@ def measured_perplexities(options: argparse.Namespace) -> dict[str, Any]:
                 raw = recipe(options.teacher, texts, None, 0)
                 raw["student"] = {"start": "pruned", "vocabulary": kept}
                 finished: list[Stage] = []
-                begin(parse_recipe(raw), texts, telling(folder, finished))
+                job = LANGUAGE_MODEL.find(parse_recipe(raw), texts)
+                do = reporting(folder, finished)
+                run_steps(LANGUAGE_MODEL, job, do, only=DATA_STEPS)
                 cut = next(stage for stage in finished if stage.name == "vocabulary")
                 found[str(kept)] = cut.summary
                 print(f"SmolLM2 cut to {kept}: {cut.summary}", flush=True)

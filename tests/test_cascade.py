@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from stillhouse import account, cascade, runner
-from stillhouse.cascade import FamilyResult, run_cascade
-from stillhouse.config.cascade_config import RUN_FOLDER_NAMES
+from stillhouse import account
+from stillhouse.commands import run as run_cascade
 from stillhouse.config.load import parse_recipe
-from stillhouse.config.members import first_member
 from stillhouse.errors import RecipeError, StillhouseError
-from stillhouse.job import find_models, planned_members
-from stillhouse.runner import run
-from stillhouse.stages import synthesis_stage as synthesis
+from stillhouse.family import family as family_run
+from stillhouse.family.members import first_member, planned_members
+from stillhouse.kinds import kind_of
+from stillhouse.language_model import synthesis_stage as synthesis
+from stillhouse.language_model.cascade_config import RUN_FOLDER_NAMES
+from stillhouse.language_model.job import find_models
+from stillhouse.pipeline.kind import RunResult as FamilyResult
+from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.training.train import MODEL
 from tests import tiny
 
@@ -181,7 +184,7 @@ def test_the_familys_page_has_every_member_and_links_to_its_report(
     assert {"Teacher", "wide", "narrow"} <= set(page.words)
     assert page.links == ["wide/report.html", "narrow/report.html"]
     assert all((result.folder / link).exists() for link in page.links)
-    data = json.loads((result.folder / cascade.REPORT_DATA).read_text())
+    data = json.loads((result.folder / family_run.REPORT_DATA).read_text())
     assert [member["name"] for member in data["members"]] == ["wide", "narrow"]
     assert all(member["seconds"] > 0 and member["flops"] > 0 for member in data["members"])
     assert set(data["generations"][0]["answers"]) == {"teacher", "wide", "narrow"}
@@ -208,11 +211,9 @@ def test_hops_that_cannot_be_are_refused(
     assert not list(tmp_path.glob("run/stages/*"))
 
 
-def test_one_student_is_no_family_and_a_family_is_not_one_student(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="has no cascade"):
-        run_cascade(tiny.recipe(tmp_path))
-    with pytest.raises(RecipeError, match="a family of students"):
-        run(recipe(tmp_path))
+def test_the_recipe_says_whether_one_student_or_a_family_is_made(tmp_path: Path) -> None:
+    assert kind_of(parse_recipe(tiny.recipe(tmp_path))).name == "language model"
+    assert kind_of(parse_recipe(recipe(tmp_path))).name == "family"
 
 
 SEARCH = {
@@ -277,10 +278,10 @@ def test_a_family_of_another_start_is_planned_from_that(tmp_path: Path) -> None:
 def test_names_of_the_run_folder_are_known(family: tuple[Path, FamilyResult]) -> None:
     folder, _ = family
     names = {
-        cascade.REPORT,
-        cascade.REPORT_DATA,
-        runner.SIGNALS,
-        runner.REPORT,
+        family_run.REPORT,
+        family_run.REPORT_DATA,
+        "signals",
+        REPORT,
         MODEL,
         synthesis.NAME,
     }

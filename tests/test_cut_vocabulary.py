@@ -11,11 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stillhouse
-from stillhouse.cascade import run_cascade
+from stillhouse.commands import run as run_cascade
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.pipeline.kind import RunResult
 from stillhouse.pruning.vocabulary_cut import load_kept_ids
 from stillhouse.runfolder import Stage
-from stillhouse.runner import RunResult
 from tests import tiny
 from tests.pruning.test_vocabulary import KINDS
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stillhouse.config.load import load_any_recipe, parse_recipe
+from stillhouse.config.load import load_recipe, parse_recipe
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -87,14 +87,14 @@ def test_every_part_of_a_recipe_in_the_documents_is_valid(block: str, tmp_path: 
     if "task" in raw:
         path = tmp_path / "recipe.yaml"
         path.write_text(block)
-        load_any_recipe(path)
+        load_recipe(path)
     else:
         parse_recipe({**tiny.recipe(tmp_path), **raw})
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
 def test_every_recipe_of_the_repository_is_valid(recipe: Path) -> None:
-    load_any_recipe(recipe)
+    load_recipe(recipe)
 
 
 @pytest.mark.parametrize("line", commands("make"))

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import yaml
 
-from stillhouse.cascade import run_cascade
 from stillhouse.check import check_recipe
+from stillhouse.commands import run
+from stillhouse.commands import run as run_cascade
 from stillhouse.config.load import parse_recipe
-from stillhouse.job import find_models
-from stillhouse.runner import run
-from stillhouse.stages.model_origins import origins_of
+from stillhouse.language_model.job import find_models
+from stillhouse.language_model.model_origins import origins_of
 from tests import tiny
 
 

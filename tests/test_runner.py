@@ -18,10 +18,11 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import stillhouse
+from stillhouse.commands import evaluate_model, prepare_data
 from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseError
 from stillhouse.export.push import Pushed
-from stillhouse.runner import RunResult, evaluate_model, prepare_data
-from stillhouse.stages import export_stage as shipping
+from stillhouse.language_model import export_stage as shipping
+from stillhouse.pipeline.kind import RunResult
 from stillhouse.training.checkpoints import read_metrics
 from tests import tiny
 
@@ -364,14 +365,14 @@ def test_a_size_that_the_teacher_does_not_have(tmp_path: Path) -> None:
 def test_a_full_disk_stops_cleanly_and_keeps_what_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import stillhouse.stages.export_stage
+    import stillhouse.language_model.export_stage
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
     raw = tiny.recipe(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(stillhouse.stages.export_stage, "export_checkpoint", full)
+        patch.setattr(stillhouse.language_model.export_stage, "export_checkpoint", full)
         with pytest.raises(StillhouseError, match="disk is full"):
             stillhouse.run(raw)
     reused = {stage.name: stage.reused for stage in run(raw).stages}

@@ -58,7 +58,7 @@ def test_how_many_layers_a_student_is_cut_from_is_known(
         asked.append(layers_before)
         return []
 
-    monkeypatch.setattr("stillhouse.export_check.announce_gguf", announce)
+    monkeypatch.setattr("stillhouse.language_model.export_check.announce_gguf", announce)
     check(folder, student={"layers": 2}, export={"formats": ["gguf-f16"]})
     assert asked == [3]
 

@@ -11,14 +11,14 @@ import yaml
 from safetensors.torch import load_file
 
 import stillhouse
-from stillhouse import account, runner
+from stillhouse import account, commands
 from stillhouse.errors import SignalError
+from stillhouse.language_model.signals_stage import STORE
+from stillhouse.pipeline.kind import RunResult
 from stillhouse.runfolder import Stage
-from stillhouse.runner import RunResult
 from stillhouse.signals.encodings import Hidden
 from stillhouse.signals.store import open_store
 from stillhouse.signals.verify import verify
-from stillhouse.stages.signals_stage import STORE
 from stillhouse.teachers import record_store as scoring
 from stillhouse.training.checkpoints import read_metrics
 from tests import tiny
@@ -154,7 +154,7 @@ def losses(result: RunResult) -> list[float]:
 def record_signals(raw: dict[str, Any]) -> None:
     file = Path(raw["folder"]).parent / "recipe.yaml"
     file.write_text(yaml.safe_dump(raw))
-    runner.record_signals(file)
+    commands.record_signals(file)
 
 
 def test_a_frozen_head_learns_from_one_vector_a_token(tmp_path: Path) -> None:

@@ -15,16 +15,20 @@ from typing import TYPE_CHECKING
 from stillhouse.errors import StillhouseError
 
 if TYPE_CHECKING:
-    from stillhouse.runner import RunResult, run
+    from stillhouse.commands import run
+    from stillhouse.pipeline.kind import RunResult
 
 __version__ = "0.1.0"
 __all__ = ["RunResult", "StillhouseError", "__version__", "run"]
 
 
+_OWNERS = {"run": "commands", "RunResult": "pipeline.kind"}
+
+
 def __getattr__(name: str) -> object:
-    # torch and transformers take seconds to import: only `run` needs them.
-    if name in ("run", "RunResult"):
+    # torch and transformers take seconds to import: only what is used is imported.
+    if name in _OWNERS:
         from importlib import import_module
 
-        return getattr(import_module("stillhouse.runner"), name)
+        return getattr(import_module(f"stillhouse.{_OWNERS[name]}"), name)
     raise AttributeError(f"module 'stillhouse' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""What `stillhouse init` is told: five answers, or logs of chat completions that show the job."""
+"""The answers that `stillhouse init` needs: from flags, a prompt, or logs of chat completions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ QUESTIONS: dict[str, tuple[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Wishes:
+class InitAnswers:
     """What a recipe is drafted from. teacher: a model, or an API's URL. size: of `SIZES`, or a
     model. labels: of a classifier. fields: of an extraction. logs: where the data comes from, with
     the job that they show."""
@@ -72,33 +72,33 @@ Ask = Callable[[str, str], str]
 """Shows a question and what is meant by an empty answer; the answer."""
 
 
-def wishes(given: Mapping[str, str | None], ask: Ask, logs: Path | None) -> Wishes:
-    """The answers that are given, and those to the questions that are left.
+def init_answers(given: Mapping[str, str | None], ask: Ask, logs: Path | None) -> InitAnswers:
+    """The given answers, and the answers to the questions that are left.
 
     given: by the questions' names, and `labels`, `fields` and `api_model`. Raises DataError.
     """
-    answers = {name: value for name, value in given.items() if value}
-    found = None if logs is None else read_logs(logs)
-    if found is not None:
-        answers.setdefault("job", found.job)
-        answers["data"] = str(logs)
+    values = {name: value for name, value in given.items() if value}
+    read = None if logs is None else read_logs(logs)
+    if read is not None:
+        values.setdefault("job", read.job)
+        values["data"] = str(logs)
     for name, (question, default) in QUESTIONS.items():
-        if name not in answers:
-            answers[name] = ask(question, _default(name, default, answers))
+        if name not in values:
+            values[name] = ask(question, _default(name, default, values))
         if name == "job":
-            _check_job(answers["job"])
-    wish = Wishes(
-        job=answers["job"],
-        teacher=answers["teacher"],
-        data=answers["data"],
-        size=answers["size"],
-        out=Path(answers["out"]),
-        labels=_listed(answers.get("labels")),
-        fields=_listed(answers.get("fields")),
-        api_model=answers.get("api_model"),
-        logs=found,
+            _check_job(values["job"])
+    answers = InitAnswers(
+        job=values["job"],
+        teacher=values["teacher"],
+        data=values["data"],
+        size=values["size"],
+        out=Path(values["out"]),
+        labels=_listed(values.get("labels")),
+        fields=_listed(values.get("fields")),
+        api_model=values.get("api_model"),
+        logs=read,
     )
-    return _completed(wish, ask)
+    return _completed(answers, ask)
 
 
 def _default(name: str, usual: str, answers: Mapping[str, str]) -> str:
@@ -125,29 +125,28 @@ def _listed(text: str | None) -> list[str]:
     return [part.strip() for part in (text or "").split(",") if part.strip()]
 
 
-def _completed(wish: Wishes, ask: Ask) -> Wishes:
-    """With what the job or the teacher needs besides, read from the data or asked."""
-    if wish.is_api and wish.api_model is None:
-        wish = replace(wish, api_model=ask("What does the API call the model?", "gpt-4.1-mini"))
-    if wish.logs is not None:
-        keys: dict[str, Any] = {"label_key": "answer"} if wish.job == wish.logs.job else {}
-        labels = wish.labels or wish.logs.labels
-        return replace(wish, labels=labels, **keys)
-    if wish.job == "distill" or wish.data == CORPUS:
-        return wish
-    if not wish.data:
+def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
+    """With what else the job or the teacher needs, read from the data or asked."""
+    if answers.is_api and answers.api_model is None:
+        answers = replace(answers, api_model=ask("What is the model called there?", "gpt-4.1-mini"))
+    if answers.logs is not None:
+        keys: dict[str, Any] = {"label_key": "answer"} if answers.job == answers.logs.job else {}
+        return replace(answers, labels=answers.labels or answers.logs.labels, **keys)
+    if answers.job == "distill" or answers.data == CORPUS:
+        return answers
+    if not answers.data:
         raise RecipeError(
-            "a task needs texts", where="--data", fix="give a file with a text in each row"
+            "a task needs texts", where="--data", fix="give a file with one text per row"
         )
-    row = first_row(wish.data, Path.cwd())
-    # True answers of an extraction must fit its schema, which is not known yet.
-    label_key = None if wish.job == "extract" else _label_key(row)
-    wish = replace(wish, text_key=_text_key(row), label_key=label_key)
-    if wish.job == "classify" and not wish.labels and wish.label_key is None:
-        wish = replace(wish, labels=_listed(ask("Which labels? (with commas between)", "")))
-    if wish.job == "extract" and not wish.fields:
-        wish = replace(wish, fields=_listed(ask("Which fields? (with commas between)", "")))
-    return wish
+    row = first_row(answers.data, Path.cwd())
+    # Reference answers of an extraction must match its schema, which is not known yet.
+    label_key = None if answers.job == "extract" else _label_key(row)
+    answers = replace(answers, text_key=_text_key(row), label_key=label_key)
+    if answers.job == "classify" and not answers.labels and answers.label_key is None:
+        answers = replace(answers, labels=_listed(ask("Which labels? (separated by commas)", "")))
+    if answers.job == "extract" and not answers.fields:
+        answers = replace(answers, fields=_listed(ask("Which fields? (separated by commas)", "")))
+    return answers
 
 
 def _text_key(row: Mapping[str, Any]) -> str:

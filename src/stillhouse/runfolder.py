@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from stillhouse.errors import RunError
 from stillhouse.progress import note
@@ -274,3 +274,26 @@ def _free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+# --- where a run's folder is -----------------------------------------------------------------
+
+
+class NamedRecipe(Protocol):
+    """A recipe of any kind, as far as its folder goes."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> str | None: ...
+
+
+def run_root(recipe: NamedRecipe) -> Path:
+    """The path of the recipe's run folder."""
+    return Path(recipe.folder or Path("runs") / recipe.name)
+
+
+def answers_path(recipe: NamedRecipe) -> Path:
+    """The journal of paid answers, which all runs beside this one share."""
+    return run_root(recipe).parent / "answers.sqlite"

@@ -10,12 +10,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from stillhouse.answering.answering_run import run_answering
 from stillhouse.answering.comparison_judge import read_verdict
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
-from stillhouse.config.load import parse_answering_recipe
-from stillhouse.consent import agree_to_task
+from stillhouse.commands import agree_to_spend
+from stillhouse.commands import run as run_answering
+from stillhouse.config.load import parse_recipe
 from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from tests.answering import toys
 from tests.generation.stub import Reply, Stub, error
@@ -26,7 +26,7 @@ KEY = "sk-very-secret-1234567890"
 
 
 def run(raw: dict[str, Any]) -> Any:
-    return run_answering(parse_answering_recipe(toys.clean(raw)))
+    return run_answering(parse_recipe(toys.clean(raw)))
 
 
 def extraction(number: int, payload: dict[str, Any]) -> Reply:
@@ -228,15 +228,17 @@ def test_requests_that_failed_are_asked_again_by_the_same_command(tmp_path: Path
 def test_an_api_is_paid_without_a_budget_only_when_that_is_agreed_to(tmp_path: Path) -> None:
     raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, "http://127.0.0.1:9/v1"))
     raw["teacher"]["api"] |= {"price": {"input": 1.0, "output": 2.0}}
-    recipe = parse_answering_recipe(toys.clean(raw))
+    recipe = parse_recipe(toys.clean(raw))
     asked: list[str] = []
     with pytest.raises(RecipeError, match="20 requests take at most"):
-        agree_to_task(recipe, tmp_path, None)
-    assert not agree_to_task(recipe, tmp_path, lambda question: bool(asked.append(question)))
+        agree_to_spend(recipe, base=tmp_path)
+    assert not agree_to_spend(
+        recipe, base=tmp_path, confirm=lambda question: bool(asked.append(question))
+    )
     assert asked[0].endswith("There is no budget. Send the requests?")
     assert "20 requests take at most" in asked[0]
     raw["teacher"]["budget"] = {"max_usd": 1.0}
-    assert agree_to_task(parse_answering_recipe(toys.clean(raw)), tmp_path, None)
+    assert agree_to_spend(parse_recipe(toys.clean(raw)), base=tmp_path)
 
 
 @pytest.mark.parametrize(

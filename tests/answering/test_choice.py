@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from stillhouse.answering.answer_stages import answers, texts
-from stillhouse.answering.answering_check import foresee_answers
+from stillhouse.answering.answer_stages import plan_answer_texts, plan_answers
 from stillhouse.answering.answering_job import TRAIN, find_answering
-from stillhouse.config.load import parse_answering_recipe
-from stillhouse.consent import agree_to_task
+from stillhouse.check import check_recipe
+from stillhouse.commands import agree_to_spend
+from stillhouse.config.load import parse_recipe
 from stillhouse.errors import RecipeError, RunError
+from stillhouse.pipeline.stage_plan import doing
 from stillhouse.runfolder import RunFolder
-from stillhouse.stages.stage_plan import doing
 from tests.answering import toys
 from tests.generation.stub import Reply, Stub
 
@@ -35,9 +35,9 @@ def judge(number: int, payload: dict[str, Any]) -> Reply:
 
 def kept(raw: dict[str, Any], folder: Path) -> list[str]:
     """What the stage of answers leaves to learn from."""
-    job = find_answering(parse_answering_recipe(toys.clean(raw)), folder)
+    job = find_answering(parse_recipe(toys.clean(raw)), folder)
     do = doing(RunFolder(folder / "run"))
-    stage = do(answers(job, do(texts(job))))
+    stage = do(plan_answers(job, do(plan_answer_texts(job))))
     rows = (stage.path / TRAIN).read_text().splitlines()
     return [json.loads(row)["messages"][-1]["content"] for row in rows]
 
@@ -85,11 +85,11 @@ def test_check_counts_the_verdicts_and_a_paid_judge_is_agreed_to(tmp_path: Path)
     api = {"base_url": "http://127.0.0.1:9/v1", "model": "judge", "key_env": "JUDGE_KEY"}
     choice = {"kind": "judge", "teacher": {"api": api}}
     raw = recipe(tmp_path, "http://127.0.0.1:9/v1", choice)
-    parsed = parse_answering_recipe(toys.clean(raw))
-    told = {one.topic: one.text for one in foresee_answers(parsed, tmp_path)}
+    parsed = parse_recipe(toys.clean(raw))
+    told = {one.topic: one.text for one in check_recipe(parsed, base=tmp_path)}
     assert told["judge"] == "at most 40 verdicts are asked for"
     with pytest.raises(RecipeError, match="the judge chooses"):
-        agree_to_task(parsed, tmp_path, None)
+        agree_to_spend(parsed, base=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -104,4 +104,4 @@ def test_one_clear_message(tmp_path: Path, changes: dict[str, Any], said: str) -
     raw = recipe(tmp_path, "http://x", {"kind": "judge", "teacher": {"local": {}}})
     raw["teacher"] |= changes
     with pytest.raises(RecipeError, match=said):
-        parse_answering_recipe(toys.clean(raw))
+        parse_recipe(toys.clean(raw))

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from stillhouse.answering.answering_check import foresee_answers
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_job import find_answering, training_recipe
-from stillhouse.config.load import parse_answering_recipe
+from stillhouse.check import check_recipe
+from stillhouse.config.load import parse_recipe
 from stillhouse.errors import RecipeError
 from stillhouse.objectives.objective_config import LogitsTerm
 from tests.answering import toys
@@ -19,7 +19,7 @@ EXAMPLES = {"examples": [{"text": "Ann is 3.", "answer": "Ann"}]}
 
 
 def parsed(folder: Path, **sections: Any) -> AnsweringRecipe:
-    return parse_answering_recipe(toys.clean(toys.recipe(folder, "generate", **sections)))
+    return parse_recipe(toys.clean(toys.recipe(folder, "generate", **sections)))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_of_a_teacher_that_saw_more_the_words_alone_are_learnt(
 def test_check_warns_of_distributions_that_the_teacher_would_not_have(tmp_path: Path) -> None:
     objective = {"terms": [{"divergence": "forward_kl"}]}
     recipe = parsed(tmp_path, task=EXAMPLES, objective=objective)
-    told = foresee_answers(recipe, tmp_path)
+    told = check_recipe(recipe, base=tmp_path)
     warned = [one.text for one in told if one.level == "warning"]
     assert any("without its examples" in text for text in warned)
 
@@ -60,7 +60,7 @@ def test_vllm_writes_the_answers_of_a_model(tmp_path: Path) -> None:
     assert asked.vllm is not None
     assert asked.vllm.model == str(tmp_path / "teacher")
     assert (asked.vllm.tensor_parallel, asked.vllm.context) == (2, 512)
-    told = foresee_answers(recipe, tmp_path)
+    told = check_recipe(recipe, base=tmp_path)
     errors = {one.topic for one in told if one.level == "error"}
     assert errors == {"vLLM"}
 

@@ -9,7 +9,7 @@ import pytest
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_job import find_answering
 from stillhouse.check import check_recipe
-from stillhouse.config.load import load_any_recipe
+from stillhouse.config.load import load_recipe
 from stillhouse.synthesis.filters import Row
 from tests import tiny
 
@@ -36,7 +36,7 @@ def test_check_finds_nothing_wrong(tmp_path: Path, name: str, texts: str) -> Non
 
 
 def test_the_examples_of_the_extraction_are_valid(tmp_path: Path) -> None:
-    recipe = load_any_recipe(RECIPES / "extract.yaml", overrides(tmp_path))
+    recipe = load_recipe(RECIPES / "extract.yaml", overrides(tmp_path))
     assert isinstance(recipe, AnsweringRecipe)
     validity = find_answering(recipe, RECIPES).validity
     assert validity is not None

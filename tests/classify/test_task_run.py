@@ -19,16 +19,17 @@ from stillhouse.check import check_recipe
 from stillhouse.classify import label_judgment as judge_module
 from stillhouse.classify.classifier import load_classifier
 from stillhouse.classify.classifier_students import build_classifier
-from stillhouse.classify.classify_run import find_task, run_task
+from stillhouse.classify.classify_job import find_task
 from stillhouse.classify.label_judgment import Judgment
-from stillhouse.classify.predict_labels import open_classifier, predictions
 from stillhouse.classify.task_texts import Texts, prepare_texts
 from stillhouse.cli import app
-from stillhouse.config.load import parse_classify_recipe
+from stillhouse.commands import predict
+from stillhouse.commands import run as run_task
+from stillhouse.config.load import parse_recipe
 from stillhouse.errors import DataError, ModelError, RecipeError, RunError, StillhouseError
 from stillhouse.export import onnx_export as onnx
 from stillhouse.generation.journal import Journal
-from stillhouse.run_paths import answers_path
+from stillhouse.runfolder import answers_path
 from tests import tiny
 from tests.classify import toys
 from tests.generation.stub import Reply, Stub, error
@@ -42,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(raw: dict[str, Any]) -> Any:
-    return run_task(parse_classify_recipe(raw))
+    return run_task(parse_recipe(raw))
 
 
 def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
@@ -136,7 +137,7 @@ def test_every_kind_of_student_learns(tmp_path: Path, student: dict[str, Any]) -
     result = run(raw)
     untrained, trained = (result.evaluation.of(role) for role in ("untrained", "student"))
     assert trained.kl < untrained.kl
-    rows = list(predictions(open_classifier(result.folder), ["cat number 3", "soup"]))
+    rows = list(predict(result.folder, ["cat number 3", "soup"]))
     assert [row["text"] for row in rows] == ["cat number 3", "soup"]
     for row in rows:
         assert sum(row["probabilities"].values()) == pytest.approx(1, abs=1e-5)
@@ -244,7 +245,7 @@ def test_check_says_that_a_run_is_asking(tmp_path: Path) -> None:
     raw = api_recipe(tmp_path, "http://127.0.0.1:9/v1")
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
-    with Journal(answers_path(parse_classify_recipe(raw))):
+    with Journal(answers_path(parse_recipe(raw))):
         found = [(one.level, one.text) for one in check_recipe(path, calls=3)]
     assert not [text for level, text in found if level == "error"]
     assert any(level == "warning" and "a run is asking now" in text for level, text in found)
@@ -377,7 +378,7 @@ def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
     ]
     logprobs = [{"token": "Pe", "logprob": math.log(0.6), "top_logprobs": top}]
     with Stub(lambda number, payload: Reply(text="pets", logprobs=logprobs)) as stub:
-        recipe = parse_classify_recipe(api_recipe(tmp_path, stub.url, top_logprobs=3))
+        recipe = parse_recipe(api_recipe(tmp_path, stub.url, top_logprobs=3))
         result = run_task(recipe)
     stage = next(stage for stage in result.stages if stage.name == "judgment")
     shares = Judgment.load(stage.path).distribution("train", recipe)[0]
@@ -413,9 +414,7 @@ def test_an_api_that_reasons_is_sampled_as_it_wants_and_read_after_that(tmp_path
 def test_several_samples_are_drawn(
     tmp_path: Path, teacher: dict[str, Any], expected: tuple[float, int]
 ) -> None:
-    sampling = parse_classify_recipe(
-        api_recipe(tmp_path, "http://x/v1", **teacher)
-    ).teacher.sampling
+    sampling = parse_recipe(api_recipe(tmp_path, "http://x/v1", **teacher)).teacher.sampling
     assert (sampling.temperature, sampling.max_tokens) == expected
 
 
@@ -429,7 +428,7 @@ def test_several_samples_are_drawn(
 )
 def test_sampling_that_cannot_be(tmp_path: Path, teacher: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        parse_classify_recipe(api_recipe(tmp_path, "http://x/v1", **teacher))
+        parse_recipe(api_recipe(tmp_path, "http://x/v1", **teacher))
 
 
 # --- what a user can get wrong -------------------------------------------------------------------
@@ -524,7 +523,7 @@ def test_a_student_too_large_for_an_onnx_file_is_refused_before_anything(
     if "model" in student:
         student = {**student, "model": str(tmp_path / "teacher")}
     raw = toys.recipe(tmp_path, student=student, export={"formats": ["onnx"]})
-    job = find_task(parse_classify_recipe(raw), tmp_path)
+    job = find_task(parse_recipe(raw), tmp_path)
     texts = prepare_texts(job.recipe, tmp_path)
     made = build_classifier(
         job.recipe.student,

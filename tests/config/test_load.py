@@ -10,13 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillhouse.config.load import (
-    load_any_recipe,
     load_recipe,
     parse_recipe,
     recipe_json_schema,
-    recipe_yaml,
 )
 from stillhouse.errors import RecipeError
+from stillhouse.section import recipe_yaml
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -53,13 +52,13 @@ def test_the_smallest_recipe_gets_every_default(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
 def test_every_recipe_of_the_repository_is_valid(path: Path) -> None:
-    load_any_recipe(path)
+    load_recipe(path)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda p: p.name)
 def test_the_resolved_recipe_reads_back_as_itself(path: Path, tmp_path: Path) -> None:
-    recipe = load_any_recipe(path)
-    assert load_any_recipe(write(tmp_path, recipe_yaml(recipe))) == recipe
+    recipe = load_recipe(path)
+    assert load_recipe(write(tmp_path, recipe_yaml(recipe))) == recipe
 
 
 def test_a_task_is_refused_by_verbs_for_language_models() -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+from stillhouse.commands import record_signals, synthesize_text
 from stillhouse.config.load import load_recipe
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.sources import read_sources
@@ -28,7 +29,6 @@ from stillhouse.errors import EndpointError
 from stillhouse.generation import client as client_module
 from stillhouse.generation.http_link import OpenAILink
 from stillhouse.generation.journal import Journal
-from stillhouse.runner import record_signals, synthesize_text
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.segments import find_segments
 from stillhouse.signals.signal_types import SparseSignal

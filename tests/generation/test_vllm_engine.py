@@ -22,12 +22,12 @@ import torch
 import yaml
 
 from stillhouse.check import check_recipe
+from stillhouse.commands import synthesize_text
 from stillhouse.config.load import parse_recipe
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.generation import vllm_process
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.vllm_process import VllmProcess
-from stillhouse.runner import synthesize_text
 from stillhouse.synthesis.synthesize import Synthesis
 from tests import tiny
 
@@ -244,7 +244,7 @@ def test_killed_it_loses_the_batch_that_was_on_its_way(tmp_path: Path, stub: Pat
     code = (
         "import torch\ntorch.cuda.device_count = lambda: 2\n"
         f"import sys\nsys.path.insert(0, {str(stub.parent)!r})\n"
-        f"from stillhouse.runner import synthesize_text\nsynthesize_text({str(path)!r})\n"
+        f"from stillhouse.commands import synthesize_text\nsynthesize_text({str(path)!r})\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
     (stub / "kill").unlink()

@@ -12,10 +12,12 @@ import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from stillhouse.commands import prepare_data
 from stillhouse.config.load import parse_recipe
 from stillhouse.data.windows import Windows
 from stillhouse.evaluate.fidelity import compare, heldout_answers
-from stillhouse.job import find_models
+from stillhouse.language_model import quantize_stage as stages
+from stillhouse.language_model.job import find_models
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.quantize.grid import Grid, on_grid
 from stillhouse.quantize.qat import RoundedWeights
@@ -25,8 +27,6 @@ from stillhouse.quantize.quantize_config import QatRecipe, QuantizeRecipe
 from stillhouse.quantize.sensitivity import scales_of
 from stillhouse.quantize.units import find_units
 from stillhouse.runfolder import Cost, Stage
-from stillhouse.runner import prepare_data
-from stillhouse.stages import quantize_stage as stages
 from stillhouse.teachers.load import load_model
 from stillhouse.training.train_config import TrainRecipe
 from tests import tiny

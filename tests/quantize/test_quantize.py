@@ -13,9 +13,12 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from stillhouse.check import check_recipe
+from stillhouse.commands import prepare_data
 from stillhouse.errors import RecipeError
 from stillhouse.evaluate.fidelity import compare, heldout_answers
 from stillhouse.evaluate.results import Evaluation
+from stillhouse.language_model.evaluate_stage import plan_evaluation
+from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.quantize.activations import round_inputs_of, rounded_inputs
 from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.quantization import FILE, Quantization
@@ -31,8 +34,6 @@ from stillhouse.quantize.sensitivity import (
 )
 from stillhouse.quantize.units import find_units, left_over, model_bytes, told_left_over
 from stillhouse.runfolder import Cost, Stage
-from stillhouse.runner import prepare_data
-from stillhouse.stages.evaluate_stage import EVALUATION, plan_evaluation
 from stillhouse.teachers.load import load_model
 from tests import tiny
 
@@ -327,7 +328,7 @@ def test_a_dynamic_student_is_evaluated_with_its_inputs_rounded(tmp_path: Path) 
         teacher = Stage("train", folder, "", Cost(), {}, False)
         (folder / "model").symlink_to(folder / "teacher")
         data = Stage("data", Path(windows.path).parent, "", Cost(), {}, False)
-        plan_evaluation(job, data, teacher, teacher, None, [stage]).work(folder)
+        plan_evaluation(job, data, teacher, teacher, None, stage).work(folder)
         found = Evaluation.load(folder / EVALUATION).result("quantized")
         assert found is not None
         kl[kind] = found.fidelity.kl

@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
+from stillhouse.commands import synthesize_text
 from stillhouse.config.load import parse_recipe
 from stillhouse.errors import RecipeError
 from stillhouse.generation.local_generator import Generator
 from stillhouse.generation.request import Answer, Request
-from stillhouse.runner import synthesize_text
 from stillhouse.synthesis.best_of import likelihood, majority, normalized
 from stillhouse.synthesis.filters import Filters, Row, Sieve
 from stillhouse.synthesis.synthesize import Synthesis, chosen_filters, mean_log_probability

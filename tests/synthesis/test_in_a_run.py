@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 import stillhouse
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
-from stillhouse.consent import agree_to_spend
+from stillhouse.commands import agree_to_spend, prepare_data, synthesize_text
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.generation.budget import Spending
-from stillhouse.runner import RunResult, prepare_data, synthesize_text
+from stillhouse.pipeline.kind import RunResult
 from stillhouse.synthesis.estimate import Known
 from tests import tiny
 from tests.generation.stub import Reply, Stub
@@ -243,14 +243,14 @@ def test_without_a_budget_an_api_is_paid_only_when_that_is_agreed_to(
     raw = recipe(tmp_path, api("http://127.0.0.1:1/v1", **changes))
     path = write(tmp_path, raw)
     for command in ("run", "synthesize"):
-        assert agree_to_spend(path, [], command=command, confirm=confirm) is not asks
+        assert agree_to_spend(path, synthesize=command == "synthesize", confirm=confirm) is not asks
     assert len(questions) == 2 * asks
     assert all(question.startswith("0 of 80 requests are answered") for question in questions)
     budget = ["synthesize.budget.max_tokens=100"]
-    assert agree_to_spend(path, budget, command="run", confirm=None)
+    assert agree_to_spend(path, budget)
     if asks:
         with pytest.raises(RecipeError, match="pay an API without a limit") as caught:
-            agree_to_spend(path, [], command="run", confirm=None)
+            agree_to_spend(path)
         assert "--yes" in str(caught.value.fix)
 
 

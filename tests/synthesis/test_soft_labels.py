@@ -15,7 +15,7 @@ import stillhouse
 from stillhouse.config.load import parse_recipe
 from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import RecipeError, SignalError
-from stillhouse.runner import RunResult
+from stillhouse.pipeline.kind import RunResult
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.segments import find_segments
 from stillhouse.signals.signal_types import SparseSignal

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from stillhouse.check import check_recipe
+from stillhouse.commands import synthesize_text
 from stillhouse.config.load import parse_recipe
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.documents import Conversation
@@ -23,9 +24,8 @@ from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError, EndpointError, RecipeError
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.journal import Journal
+from stillhouse.language_model.synthesis_stage import origins
 from stillhouse.runfolder import MANIFEST
-from stillhouse.runner import synthesize_text
-from stillhouse.stages.synthesis_stage import origins
 from stillhouse.synthesis.preflight import foreseen
 from stillhouse.synthesis.synthesize import Synthesis
 from tests import tiny

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from stillhouse.check import check_recipe
+from stillhouse.commands import synthesize_text
 from stillhouse.config.load import parse_recipe
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.generation.budget import worst_case
 from stillhouse.generation.request import Request
-from stillhouse.runner import synthesize_text
 from stillhouse.synthesis.prompts_config import CombineRecipe
 from stillhouse.synthesis.synthesize import Synthesis
 from stillhouse.synthesis.write_prompts import combinations, combined, prompt_lines

@@ -23,8 +23,8 @@ from stillhouse.errors import DataError, RunError
 from stillhouse.finding import Finding
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer
+from stillhouse.pipeline.stage_plan import StagePlan, unanswered
 from stillhouse.runfolder import Outcome, Stage, write_atomically
-from stillhouse.stages.stage_plan import StagePlan
 from stillhouse.synthesis.estimate import Known
 from stillhouse.synthesis.filters import DROPPED, Filter, Filters, Row, Sieve, unfenced
 from stillhouse.synthesis.judge_answers import Verdicts, open_judge
@@ -90,7 +90,7 @@ def prepare_answer_texts(
     return AnswerTexts(train, test, repeated)
 
 
-def texts(job: AnsweringJob) -> StagePlan:
+def plan_answer_texts(job: AnsweringJob) -> StagePlan:
     recipe, section = job.recipe, job.recipe.data
 
     def work(out: Path) -> Outcome:
@@ -151,7 +151,7 @@ def foreseen_answers(
     return known, list(findings(known, section, origins, "answers", "questions"))
 
 
-def answers(job: AnsweringJob, texts: Stage) -> StagePlan:
+def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
     """The teacher answers every text; what the filters leave of its answers is learnt from."""
     recipe, teacher = job.recipe, job.recipe.teacher
 
@@ -180,7 +180,7 @@ def answers(job: AnsweringJob, texts: Stage) -> StagePlan:
         "seed": recipe.seed,
         "texts": texts.digest,
     }
-    return StagePlan("answers", inputs, work, version=2)
+    return StagePlan("answers", inputs, work, version=2, missing=unanswered)
 
 
 def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:

@@ -20,20 +20,22 @@ from stillhouse.answering.answering_job import (
 )
 from stillhouse.export.licenses import license_lines
 from stillhouse.finding import Finding
+from stillhouse.generation.generation_config import may_cost
 from stillhouse.generation.vllm_engine import lacks
-from stillhouse.job import configs, find_models, planned_size
-from stillhouse.run_paths import run_root
-from stillhouse.synthesis.estimate import Known
+from stillhouse.language_model.job import configs, find_models, planned_size
+from stillhouse.pipeline.kind import Check
+from stillhouse.runfolder import run_root
+from stillhouse.synthesis.estimate import Known, unlimited_requests
+from stillhouse.synthesis.filters_config import JudgeChoice
 from stillhouse.synthesis.judge_answers import most_requests
 
 FEW = 50
 """Training texts below which little can be learnt."""
 
 
-def foresee_answers(recipe: AnsweringRecipe, base: Path, calls: int = 0) -> Iterator[Finding]:
-    """Raises StillhouseError for whatever would stop the run. calls: requests that are made of the
-    teacher first, so that there are answers to tell the cost from."""
-    job = find_answering(recipe, base)
+def check_answer_texts(check: Check) -> Iterator[Finding]:
+    job: AnsweringJob = check.job
+    recipe, base = job.recipe, job.base
     texts = prepare_answer_texts(recipe, base, job.validity)
     parts = f"{len(texts.train):,} to learn from, {len(texts.test):,} to measure on"
     repeated = f"; {texts.repeated:,} repeated ones are left out" if texts.repeated else ""
@@ -45,41 +47,57 @@ def foresee_answers(recipe: AnsweringRecipe, base: Path, calls: int = 0) -> Iter
         load_scorer(recipe.evaluate.scorer, base)
         yield Finding("ok", "scorer", recipe.evaluate.scorer)
     yield Finding("ok", "teacher", job.described)
-    ordinary = find_models(training_recipe(recipe, run_root(recipe)), base)
+
+
+def check_answer_student(check: Check) -> Iterator[Finding]:
+    """The student's size, and the licenses of what it is made with."""
+    job: AnsweringJob = check.job
+    recipe = job.recipe
+    ordinary = find_models(training_recipe(recipe, run_root(recipe)), job.base)
     student, teacher = (planned_size(config) for config in configs(ordinary))
     size = f"{student.total / 1e6:,.1f}M parameters"
     if not recipe.learns_text_alone:
         size += f" ({student.total / teacher.total:.0%} of the teacher's)"
     yield Finding("estimate", "student", size)
-    known, lines = _asked(recipe, base, calls)
-    yield from lines
-    yield from _besides(job, known)
     yield from license_lines(job.made_with)
 
 
-def _besides(job: AnsweringJob, known: Known) -> Iterator[Finding]:
-    """What else the answers take, and what is doubtful about them."""
+def check_answers(check: Check) -> Iterator[Finding]:
+    """What the answers take, and what is doubtful about them."""
+    job: AnsweringJob = check.job
     recipe = job.recipe
+    known, lines = _known(job, check.calls)
+    yield from lines
     if known.missing and recipe.teacher.vllm is not None:
         for level, text, fix in lacks(recipe.teacher.vllm, job.base):
             yield Finding(level, "vLLM", text, fix)
     if verdicts := most_requests(job.questions(Path()), known.requests):
-        yield Finding("estimate", "judge", f"at most {verdicts:,} verdicts are asked for")
+        yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")
     if recipe.teacher_sees_more and not recipe.learns_text_alone:
         text = "the student learns what the teacher would say without its examples or system prompt"
         fix = "remove objective, so that it learns the answers' text, or set student_sees: all"
         yield Finding("warning", "objective", text, fix)
 
 
-def known_answers(recipe: AnsweringRecipe, base: Path) -> Known:
-    """How much the journal has of what the teacher is asked, and what the rest can cost."""
-    return _asked(recipe, base, 0)[0]
+def answers_spending(job: AnsweringJob) -> Iterator[str]:
+    """What the answers would cost without a budget, a judge among them included."""
+    teacher, choice = job.recipe.teacher, job.recipe.filters.best_of
+    if may_cost(teacher.api, teacher.budget):
+        yield from unlimited_requests(_known(job, 0)[0], teacher.api)
+    if isinstance(choice, JudgeChoice) and may_cost(choice.teacher.api, choice.budget):
+        yield "the judge chooses among the answers to each training text"
 
 
-def _asked(recipe: AnsweringRecipe, base: Path, calls: int) -> tuple[Known, list[Finding]]:
-    job = find_answering(recipe, base)
+def comparison_spending(job: AnsweringJob) -> Iterator[str]:
+    """What comparing the answers would cost without a budget."""
+    judge = job.recipe.evaluate.judge
+    if judge is not None and may_cost(judge.api, judge.budget):
+        yield "the judge compares the answers to all test texts"
+
+
+def _known(job: AnsweringJob, calls: int) -> tuple[Known, list[Finding]]:
     with tempfile.TemporaryDirectory() as folder:
-        texts = prepare_answer_texts(recipe, base, job.validity)
+        texts = prepare_answer_texts(job.recipe, job.base, job.validity)
         return foreseen_answers(job, texts, Path(folder), calls)
 
 

@@ -26,9 +26,9 @@ from stillhouse.generation.generation_config import Precision
 from stillhouse.generation.local_generator import Generator
 from stillhouse.generation.request import Answer, Message, Request
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.pipeline.engine import EVALUATION
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage, sha
-from stillhouse.stages.evaluate_stage import EVALUATION
-from stillhouse.stages.stage_plan import StagePlan
 from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value
 from stillhouse.synthesis.prompts import answer_text
 from stillhouse.teachers.load import load_model, load_tokenizer
@@ -40,7 +40,7 @@ EXAMPLES = 12
 Scorer = Callable[[str, str, str | None], float]
 
 
-def evaluation(
+def plan_answers_evaluation(
     job: AnsweringJob,
     texts: Stage,
     answers: Stage,

@@ -10,7 +10,6 @@ from typing import Any
 
 from stillhouse.answering.answer_stages import TEXTS, AnswerTexts
 from stillhouse.answering.answering_job import AnsweringJob, filled
-from stillhouse.config.load import recipe_yaml
 from stillhouse.errors import ModelError
 from stillhouse.evaluate.answers import AnswersEvaluation
 from stillhouse.export.checkpoint import export_checkpoint
@@ -19,6 +18,10 @@ from stillhouse.export.model_card import replay_sentence
 from stillhouse.export.task_card import TaskCard, write_task_card
 from stillhouse.generation.request import Message
 from stillhouse.hardware import machine, peak_memory_bytes
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.pipeline.engine import EVALUATION
+from stillhouse.pipeline.report_stage import plan_report
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.report.answers_page import (
     AnswersReport,
     answer_measures,
@@ -27,9 +30,7 @@ from stillhouse.report.answers_page import (
 from stillhouse.report.palette import role_name
 from stillhouse.report.report_data import StageCost
 from stillhouse.runfolder import Outcome, Stage, versions, write_atomically
-from stillhouse.stages.evaluate_stage import EVALUATION
-from stillhouse.stages.report_stage import plan_report
-from stillhouse.stages.stage_plan import StagePlan, open_data
+from stillhouse.section import recipe_yaml
 from stillhouse.synthesis.prompts import Frame, Prompt
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.train import METRICS, MODEL
@@ -84,7 +85,7 @@ class AnsweringFacts:
             ) from None
 
 
-def export(
+def plan_answers_export(
     job: AnsweringJob, texts: Stage, data: Stage, trained: Stage, evaluated: Stage
 ) -> StagePlan:
     """A plain checkpoint, loaded by transformers alone and compared with its source; its prompt and
@@ -152,9 +153,7 @@ def _write_card(
     write_task_card(folder, card, library="transformers", use=use, replay=replay_sentence(replay))
 
 
-def report(job: AnsweringJob, finished: list[Stage]) -> StagePlan:
-    stages = {stage.name: stage for stage in finished}
-
+def plan_answers_report(job: AnsweringJob, stages: dict[str, Stage]) -> StagePlan:
     def collect() -> AnswersReport:
         return AnswersReport(
             title=job.recipe.name,
@@ -164,7 +163,7 @@ def report(job: AnsweringJob, finished: list[Stage]) -> StagePlan:
             parts={part: stages["texts"].summary[part] for part in ("train", "test")},
             answers=stages["answers"].summary,
             metrics=read_metrics(stages["train"].path / METRICS),
-            stages=[StageCost.of(stage) for stage in finished],
+            stages=[StageCost.of(stage) for stage in stages.values()],
             recipe=job.recipe.model_dump(mode="json"),
             machine=machine(),
             versions=versions(),

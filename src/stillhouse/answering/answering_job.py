@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
-from stillhouse.config.recipe import Recipe, TeacherRecipe
 from stillhouse.data.data_config import DataRecipe, FileSource
 from stillhouse.evaluate.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe
 from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, origin
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher, VllmTeacher
 from stillhouse.generation.request import Message, api_described
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.recipe import Recipe, TeacherRecipe
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
-from stillhouse.run_paths import answers_path
+from stillhouse.runfolder import answers_path
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent
 from stillhouse.synthesis.filters import Filter, json_schema, read_schema
 from stillhouse.synthesis.prompts import Frame, Prompt
@@ -31,12 +32,19 @@ TRAIN, HELDOUT, GOLD = "train.jsonl", "heldout.jsonl", "gold.jsonl"
 
 @dataclass(frozen=True)
 class AnsweringJob:
-    """base: where relative paths start. teacher: None for an API. journal: of all answers."""
+    """base: where relative paths start. teacher: None for an API. journal: of all answers.
+
+    training, gold: the ordinary jobs that train the student on the teacher's answers and on the
+    reference answers; known once the answers are there. gold is None where there are no reference
+    answers.
+    """
 
     recipe: AnsweringRecipe
     base: Path
     teacher: ModelSource | None
     journal: Path
+    training: Job | None = None
+    gold: Job | None = None
 
     @property
     def described(self) -> str:

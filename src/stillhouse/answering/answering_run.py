@@ -1,119 +1,131 @@
-"""An answering run: its own stages around the ordinary ones that train a language model."""
+"""A run that makes a model which answers texts with JSON or free text: its stages, in order.
+
+The teacher's answers become chats, and the stages of a language-model run train the student on
+them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from stillhouse.answering import answer_stages as asking
-from stillhouse.answering import answering_evaluation as measuring
-from stillhouse.answering import answering_export as products
+from stillhouse.answering.answer_stages import plan_answer_texts, plan_answers
+from stillhouse.answering.answering_check import (
+    answers_spending,
+    check_answer_student,
+    check_answer_texts,
+    check_answers,
+    comparison_spending,
+    preview_answers,
+)
 from stillhouse.answering.answering_config import AnsweringRecipe
+from stillhouse.answering.answering_evaluation import plan_answers_evaluation
+from stillhouse.answering.answering_export import plan_answers_export, plan_answers_report
 from stillhouse.answering.answering_job import (
     GOLD,
     AnsweringJob,
     find_answering,
     training_recipe,
 )
-from stillhouse.config.load import load_any_recipe
-from stillhouse.errors import RecipeError
+from stillhouse.answering.answers_table import answers_table
+from stillhouse.answering.predict_answers import answers_predictor
 from stillhouse.evaluate.answers import AnswersEvaluation
-from stillhouse.job import Job, find_models
-from stillhouse.runfolder import RunFolder, Stage
-from stillhouse.stages.data_stage import plan_data
-from stillhouse.stages.evaluate_stage import EVALUATION
-from stillhouse.stages.locked_folder import locked_folder, refuse_torchrun
-from stillhouse.stages.report_stage import REPORT
-from stillhouse.stages.stage_plan import Do, StagePlan, redone, telling, unanswered
-from stillhouse.stages.train_stage import plan_baseline, plan_student, plan_training
+from stillhouse.language_model.data_stage import plan_data
+from stillhouse.language_model.job import find_models
+from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
+from stillhouse.pipeline.kind import ALL, Kind, Step
+from stillhouse.pipeline.report_stage import REPORT
+from stillhouse.pipeline.stage_plan import Do, StagePlan
+from stillhouse.runfolder import Stage, run_root
 from stillhouse.training.train import MODEL
 
 
-@dataclass(frozen=True)
-class AnsweringResult:
-    """Where an answering run has its products."""
-
-    folder: Path
-    model: Path
-    report: Path
-    evaluation: AnswersEvaluation
-    stages: list[Stage]
+def _find(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:
+    # What is wrong with the student's model is found before requests are sent.
+    find_models(training_recipe(recipe, run_root(recipe)), base)
+    return find_answering(recipe, base)
 
 
-def run_answering(
-    recipe: AnsweringRecipe | str | Path,
-    *,
-    overrides: Sequence[str] = (),
-    base: Path | None = None,
-) -> AnsweringResult:
-    """Runs a recipe with a task of kind extract or generate. Finished stages are not done again.
-
-    base: where relative paths start; by default the recipe file's folder, or the working one.
-    Raises StillhouseError; what is finished by then stays.
-    """
-    if not isinstance(recipe, AnsweringRecipe):
-        base = base or Path(recipe).parent
-        recipe = answering_recipe(recipe, overrides)
-    base = base or Path.cwd()
-    refuse_torchrun()
-    with locked_folder(recipe) as folder:
-        return _lead(recipe, base, folder)
+def _with_chats(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> AnsweringJob:
+    """The job that knows the chats which the student is trained on."""
+    answers = stages["answers"]
+    training = find_models(training_recipe(job.recipe, answers.path), job.base)
+    gold = None
+    if job.recipe.evaluate.fine_tuning_baseline and answers.summary["gold"]:
+        gold = replace(training, recipe=training_recipe(job.recipe, answers.path, GOLD))
+    return replace(job, training=training, gold=gold)
 
 
-def answering_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnsweringRecipe:
-    """Raises RecipeError where the recipe has no such task."""
-    recipe = load_any_recipe(path, overrides)
-    if not isinstance(recipe, AnsweringRecipe):
-        raise RecipeError(
-            "the recipe has no task of kind extract or generate",
-            where=path,
-            fix="see docs/tasks.md",
-        )
-    return recipe
+def _on_answers(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
+    """A stage of the ordinary job that trains on the teacher's answers."""
+    return lambda job, *stages: plan(job.training, *stages)
 
 
-def _lead(recipe: AnsweringRecipe, base: Path, folder: RunFolder) -> AnsweringResult:
-    finished: list[Stage] = []
-    do = telling(folder, finished)
-    asked = find_answering(recipe, base)
-    texts = do(asking.texts(asked))
-    # What is wrong with the student's model is found before a teacher is paid.
-    find_models(training_recipe(recipe, folder.root), base)
-    answers = do(redone(folder, asking.answers(asked, texts), unanswered))
-    job = find_models(training_recipe(recipe, answers.path), base)
-    data = do(plan_data(job))
-    student = do(plan_student(job, data))
-    trained = do(_training(job, asked, data, student))
-    tuned = _fine_tuned(job, asked, answers, student, do)
-    evaluated = do(measuring.evaluation(asked, texts, answers, student, trained, tuned))
-    exported = do(products.export(asked, texts, data, trained, evaluated))
-    report = do(products.report(asked, list(finished)))
-    folder.point(MODEL, exported.path / MODEL)
-    folder.point(REPORT, report.path / REPORT)
-    return AnsweringResult(
-        folder=folder.root,
-        model=folder.root / MODEL,
-        report=folder.root / REPORT,
-        evaluation=AnswersEvaluation.load(evaluated.path / EVALUATION),
-        stages=finished,
+def _on_gold(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
+    """A stage of the ordinary job that trains on the reference answers."""
+    return lambda job, *stages: plan(job.gold, *stages)
+
+
+def _plan_training(job: AnsweringJob, data: Stage, student: Stage) -> StagePlan:
+    assert job.training is not None
+    if job.recipe.learns_text_alone:
+        return replace(plan_baseline(job.training, data, student), name="train")
+    return plan_training(job.training, data, student, None)
+
+
+def _plan_gold_data(job: AnsweringJob) -> StagePlan:
+    assert job.gold is not None
+    return replace(plan_data(job.gold), name="gold_data")
+
+
+STEPS = (
+    Step("texts", plan_answer_texts, check=check_answer_texts),
+    Step(
+        "answers",
+        plan_answers,
+        ("texts",),
+        then=_with_chats,
+        check=check_answers,
+        spending=answers_spending,
+    ),
+    Step("data", _on_answers(plan_data)),
+    Step("student", _on_answers(plan_student), ("data",), check=check_answer_student),
+    Step("train", _plan_training, ("data", "student")),
+    Step("gold_data", _plan_gold_data, wanted=lambda job: job.gold is not None),
+    Step(
+        "baseline",
+        _on_gold(plan_baseline),
+        ("gold_data", "student"),
+        wanted=lambda job: job.gold is not None,
+    ),
+    Step(
+        "evaluate",
+        plan_answers_evaluation,
+        ("texts", "answers", "student", "train", "baseline"),
+        spending=comparison_spending,
+    ),
+    Step("export", plan_answers_export, ("texts", "data", "train", "evaluate")),
+    Step("report", plan_answers_report, ALL),
+)
+
+
+def _links(_job: AnsweringJob, stages: Mapping[str, Stage]) -> dict[str, Path]:
+    return {MODEL: stages["export"].path / MODEL, REPORT: stages["report"].path / REPORT}
+
+
+def _kind(name: str) -> Kind:
+    return Kind(
+        name=name,
+        find=_find,
+        find_to_check=find_answering,
+        steps=STEPS,
+        links=_links,
+        load_evaluation=AnswersEvaluation.load,
+        tables=lambda evaluation: [answers_table(evaluation)],
+        preview=preview_answers,
+        predictor=answers_predictor,
     )
 
 
-def _training(job: Job, asked: AnsweringJob, data: Stage, student: Stage) -> StagePlan:
-    if asked.recipe.learns_text_alone:
-        return replace(plan_baseline(job, data, student), name="train")
-    return plan_training(job, data, student, None)
-
-
-def _fine_tuned(
-    job: Job, asked: AnsweringJob, answers: Stage, student: Stage, do: Do
-) -> Stage | None:
-    """The same student trained on the true answers of the same texts; None where there are none."""
-    wanted = asked.recipe.evaluate.fine_tuning_baseline
-    if not wanted or not answers.summary["gold"]:
-        return None
-    recipe = training_recipe(asked.recipe, answers.path, GOLD)
-    truly = replace(job, recipe=recipe)
-    data = do(replace(plan_data(truly), name="gold_data"))
-    return do(plan_baseline(truly, data, student))
+EXTRACT, GENERATE = _kind("extract"), _kind("generate")

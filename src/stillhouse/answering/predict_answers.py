@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ from stillhouse.answering.answering_evaluation import (
     request_for,
 )
 from stillhouse.answering.answering_export import FACTS, AnsweringFacts
+from stillhouse.pipeline.kind import Rows
 from stillhouse.synthesis.filters import json_schema
-from stillhouse.training.train import MODEL
 
 TOGETHER = 64
 
 
-def answers_folder(folder: Path) -> Path | None:
-    """The folder of the student in a run folder, or itself; None where none answers."""
-    return next((one for one in (folder, folder / MODEL) if (one / FACTS).is_file()), None)
+def answers_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None:
+    """Answers texts with the student in the folder; None where it holds none."""
+    return partial(predicted_answers, folder) if (folder / FACTS).is_file() else None
 
 
 def predicted_answers(folder: Path, texts: Iterable[str]) -> Iterator[dict[str, Any]]:

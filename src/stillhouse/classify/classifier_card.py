@@ -8,12 +8,12 @@ from typing import Any
 
 from stillhouse.classify.classifier import Facts
 from stillhouse.classify.classify_job import TaskJob
-from stillhouse.config.load import recipe_yaml
 from stillhouse.evaluate.classification import ClassificationEvaluation
 from stillhouse.export.task_card import TaskCard, write_task_card
 from stillhouse.report.classifier_page import abstention_sentence, measures
 from stillhouse.report.palette import role_name
 from stillhouse.runfolder import Stage
+from stillhouse.section import recipe_yaml
 
 _USE = (
     "`stillhouse predict FOLDER texts.jsonl` writes a label, probabilities and whether to abstain "

@@ -27,14 +27,14 @@ from stillhouse.evaluate.classification import (
     measure,
 )
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.pipeline.engine import EVALUATION
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.stages.evaluate_stage import EVALUATION
-from stillhouse.stages.stage_plan import StagePlan
 
 _SPEED_SECONDS, _ROUNDS = 1.0, 2
 
 
-def evaluation(
+def plan_classifier_evaluation(
     job: TaskJob, texts: Stage, judged: Stage, student: Stage, trained: Stage, tuned: Stage | None
 ) -> StagePlan:
     def work(out: Path) -> Outcome:

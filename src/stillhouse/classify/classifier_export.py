@@ -23,13 +23,13 @@ from stillhouse.errors import ModelError
 from stillhouse.evaluate.classification import ClassificationEvaluation
 from stillhouse.export.classifier_gate import ClassifierRows, replay_classifier
 from stillhouse.hardware import machine
+from stillhouse.pipeline.engine import EVALUATION
+from stillhouse.pipeline.report_stage import plan_report
+from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
 from stillhouse.report.classifier_page import ClassifierReport, write_classifier_report
 from stillhouse.report.report_data import StageCost
 from stillhouse.runfolder import Outcome, Stage, versions
-from stillhouse.stages.evaluate_stage import EVALUATION
-from stillhouse.stages.report_stage import plan_report
-from stillhouse.stages.stage_plan import StagePlan
 from stillhouse.training.checkpoints import read_metrics
 
 REPLAY_LIMIT = 1e-4
@@ -38,7 +38,9 @@ REPLAY_PASSES = 128
 """Passes of a replay: texts, or of a language model texts times labels."""
 
 
-def export(job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage) -> StagePlan:
+def plan_classifier_export(
+    job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage
+) -> StagePlan:
     """The trained folder with its threshold, and ONNX files, each with its card; read again, they
     must say the same."""
 
@@ -92,9 +94,7 @@ def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:
     return difference
 
 
-def report(job: TaskJob, finished: list[Stage]) -> StagePlan:
-    stages = {stage.name: stage for stage in finished}
-
+def plan_classifier_report(job: TaskJob, stages: dict[str, Stage]) -> StagePlan:
     def collect() -> ClassifierReport:
         return ClassifierReport(
             title=job.recipe.name,
@@ -103,7 +103,7 @@ def report(job: TaskJob, finished: list[Stage]) -> StagePlan:
             evaluation=ClassificationEvaluation.load(stages["evaluate"].path / EVALUATION),
             parts={name: stages["texts"].summary[name] for name in PARTS},
             metrics=read_metrics(stages["train"].path / METRICS),
-            stages=[StageCost.of(stage) for stage in finished],
+            stages=[StageCost.of(stage) for stage in stages.values()],
             recipe=job.recipe.model_dump(mode="json"),
             machine=machine(),
             versions=versions(),

@@ -17,7 +17,6 @@ from stillhouse import account
 from stillhouse.classify.classifier_students import planned_parameters
 from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.classify_job import TaskJob
-from stillhouse.classify.classify_run import find_task
 from stillhouse.classify.fit import planned_steps
 from stillhouse.classify.label_judgment import foreseen_questions
 from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
@@ -28,8 +27,10 @@ from stillhouse.export.licenses import license_lines
 from stillhouse.export.onnx_export import require_onnx
 from stillhouse.export.push import require_token
 from stillhouse.finding import Finding
+from stillhouse.generation.generation_config import may_cost
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
-from stillhouse.synthesis.estimate import Known
+from stillhouse.pipeline.kind import Check
+from stillhouse.synthesis.estimate import Known, unlimited_requests
 from stillhouse.teachers.load import load_config, load_tokenizer
 
 EFFICIENCY = 0.35
@@ -38,10 +39,10 @@ FEW = 20
 """Training texts a label below which little can be learnt."""
 
 
-def foresee(recipe: ClassifyRecipe, base: Path, calls: int = 0) -> Iterator[Finding]:
-    """Raises StillhouseError for whatever would stop the run. calls: requests that are made of an
-    API first, so that there are answers to tell the cost from."""
-    texts = prepare_texts(recipe, base)
+def check_texts(check: Check) -> Iterator[Finding]:
+    job: TaskJob = check.job
+    texts = prepare_texts(job.recipe, job.base)
+    check.found["texts"] = texts
     yield Finding("ok", "labels", f"{len(texts.labels)}: {', '.join(list(texts.labels)[:12])}")
     parts = f"{len(texts.train):,} to learn from, {len(texts.calibration):,} for the threshold, "
     parts += f"{len(texts.test):,} to measure on"
@@ -51,15 +52,30 @@ def foresee(recipe: ClassifyRecipe, base: Path, calls: int = 0) -> Iterator[Find
         few = f"{len(texts.train):,} training texts are few for {len(texts.labels)} labels"
         yield Finding("warning", "texts", few, "give more texts: they need no labels")
     yield from _gold(texts)
-    job = find_task(recipe, base)
+
+
+def check_judgment(check: Check) -> Iterator[Finding]:
+    """What scoring takes here, or what an API's requests cost."""
+    job: TaskJob = check.job
+    texts: Texts = check.found["texts"]
     yield Finding("ok", "teacher", job.described)
-    prompt = job.prompt(texts)
     if job.teacher is None:
-        yield from _judgment(recipe, base, calls)[1]
+        yield from _judgment(job, texts, check.calls)[1]
     else:
-        yield _local_cost(job, prompt, texts)
+        yield _local_cost(job, job.prompt(texts), texts)
+
+
+def check_training(check: Check) -> Iterator[Finding]:
+    job: TaskJob = check.job
+    recipe, texts = job.recipe, check.found["texts"]
     steps = planned_steps(recipe.train, len(texts.train))
     yield Finding("estimate", "training", f"{steps:,} steps of {recipe.train.batch_size} texts")
+
+
+def check_classifier_export(check: Check) -> Iterator[Finding]:
+    """Raises StillhouseError for formats and uploads that would fail."""
+    job: TaskJob = check.job
+    recipe, texts = job.recipe, check.found["texts"]
     if recipe.export.formats != ["safetensors"]:
         labels = list(texts.labels)
         require_onnx(planned_parameters(recipe.student, job.student, labels))
@@ -107,16 +123,18 @@ def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Finding:
     return Finding("estimate", "judgment", text)
 
 
-def known_judgment(recipe: ClassifyRecipe, base: Path) -> Known:
-    """How much the journal has of what an API is asked, and what the rest can cost."""
-    return _judgment(recipe, base, 0)[0]
+def judgment_spending(job: TaskJob) -> Iterator[str]:
+    """What the judgment would pay without a budget."""
+    teacher = job.recipe.teacher
+    if may_cost(teacher.api, teacher.budget):
+        known, _ = _judgment(job, prepare_texts(job.recipe, job.base), 0)
+        yield from unlimited_requests(known, teacher.api)
 
 
-def _judgment(recipe: ClassifyRecipe, base: Path, calls: int) -> tuple[Known, list[Finding]]:
-    job, texts = find_task(recipe, base), prepare_texts(recipe, base)
+def _judgment(job: TaskJob, texts: Texts, calls: int) -> tuple[Known, list[Finding]]:
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder)
-        return foreseen_questions(recipe, job.prompt(texts), texts, out, job.journal, calls)
+        out, prompt = Path(folder), job.prompt(texts)
+        return foreseen_questions(job.recipe, prompt, texts, out, job.journal, calls)
 
 
 def preview_task(recipe: ClassifyRecipe, base: Path, rows: int) -> RenderableType:

@@ -6,25 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillhouse.classify.classifier_students import student_source
 from stillhouse.classify.classify_config import ClassifyRecipe, RandomClassifier
 from stillhouse.classify.label_prompts import LabelPrompt
 from stillhouse.classify.task_texts import Texts
 from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, origin
 from stillhouse.generation.request import api_described
 from stillhouse.hardware import choose_precision, default_device
+from stillhouse.runfolder import answers_path
 from stillhouse.teachers.load import load_model, load_tokenizer
-from stillhouse.teachers.model_source import ModelSource
+from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 
 @dataclass(frozen=True)
 class TaskJob:
-    """base: where relative paths start. teacher: None for an API. journal: of an API's answers."""
+    """base: where relative paths start. teacher: None for an API. journal: of an API's answers.
+    has_gold: whether enough training texts have true labels to train on these."""
 
     recipe: ClassifyRecipe
     base: Path
     teacher: ModelSource | None
     student: ModelSource
     journal: Path
+    has_gold: bool = False
 
     @property
     def described(self) -> str:
@@ -57,3 +61,13 @@ class TaskJob:
 
     def prompt(self, texts: Texts) -> LabelPrompt:
         return LabelPrompt.of(self.recipe.task, texts.labels)
+
+
+def find_task(recipe: ClassifyRecipe, base: Path) -> TaskJob:
+    """Finds the models. Raises ModelError."""
+    section = recipe.teacher
+    teacher = None
+    if section.model is not None:
+        teacher = resolve_model(section.model, revision=section.revision, base=base)
+    student = student_source(recipe.student, teacher, base)
+    return TaskJob(recipe, base, teacher, student, answers_path(recipe))

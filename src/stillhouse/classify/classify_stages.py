@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from torch import Tensor
 from stillhouse import account
 from stillhouse.classify.classifier_students import build_classifier
 from stillhouse.classify.classify_config import (
-    ClassifyRecipe,
     PretrainedClassifier,
     RandomClassifier,
 )
@@ -25,12 +25,12 @@ from stillhouse.classify.label_judgment import CHUNKS, Judgment, ask_api, score_
 from stillhouse.classify.task_texts import UNKNOWN, Texts, files_sha256, gold_ids, prepare_texts
 from stillhouse.generation.request import endpoint_of
 from stillhouse.hardware import peak_memory_bytes
+from stillhouse.pipeline.stage_plan import Do, StagePlan, unanswered
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.stages.stage_plan import StagePlan
 
 
-def texts(recipe: ClassifyRecipe, base: Path) -> StagePlan:
-    section = recipe.data
+def plan_texts(job: TaskJob) -> StagePlan:
+    recipe, base, section = job.recipe, job.base, job.recipe.data
 
     def work(out: Path) -> Outcome:
         found = prepare_texts(recipe, base)
@@ -56,7 +56,7 @@ def texts(recipe: ClassifyRecipe, base: Path) -> StagePlan:
     return StagePlan("texts", inputs, work)
 
 
-def judgment(job: TaskJob, texts: Stage) -> StagePlan:
+def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
     """The teacher sees every text, once. What is made of its scores comes later, so that another
     prior asks nothing again."""
     recipe = job.recipe
@@ -98,10 +98,18 @@ def judgment(job: TaskJob, texts: Stage) -> StagePlan:
         "texts": texts.digest,
     }
     version = 1 if api is None else 2
-    return StagePlan("judgment", inputs, work, version, resumable=True, scratch=(CHUNKS,))
+    return StagePlan(
+        "judgment",
+        inputs,
+        work,
+        version,
+        resumable=True,
+        scratch=(CHUNKS,),
+        missing=unanswered,
+    )
 
 
-def student(job: TaskJob, texts: Stage) -> StagePlan:
+def plan_classifier(job: TaskJob, texts: Stage) -> StagePlan:
     recipe, section = job.recipe, job.recipe.student
     words = isinstance(section, PretrainedClassifier) and section.head == "words"
     uses_teacher = isinstance(section, RandomClassifier) and section.teacher_embeddings
@@ -133,7 +141,9 @@ def student(job: TaskJob, texts: Stage) -> StagePlan:
     return StagePlan("student", inputs, work)
 
 
-def training(job: TaskJob, texts: Stage, judged: Stage, student: Stage) -> StagePlan:
+def plan_classifier_training(
+    job: TaskJob, texts: Stage, judged: Stage, student: Stage
+) -> StagePlan:
     recipe = job.recipe
 
     def targets() -> tuple[list[str], Tensor]:
@@ -149,13 +159,17 @@ def training(job: TaskJob, texts: Stage, judged: Stage, student: Stage) -> Stage
     return _training("train", job, student, texts, inputs, targets)
 
 
-def baseline(job: TaskJob, texts: Stage, student: Stage) -> StagePlan | None:
-    """The same student trained on those of the same texts whose true labels are known; None where
-    nearly none are."""
+def with_gold(job: TaskJob, stages: Mapping[str, Stage], _do: Do) -> TaskJob:
+    """The job that knows whether enough true labels are there to train on."""
+    found = Texts.load(stages["texts"].path)
+    return replace(job, has_gold=gold_ids(found.train, list(found.labels)) is not None)
+
+
+def plan_gold_training(job: TaskJob, texts: Stage, student: Stage) -> StagePlan:
+    """The same student trained on those of the same texts whose true labels are known."""
     found = Texts.load(texts.path)
     gold = gold_ids(found.train, list(found.labels))
-    if gold is None or not job.recipe.evaluate.fine_tuning_baseline:
-        return None
+    assert gold is not None
 
     def targets() -> tuple[list[str], Tensor]:
         known = [index for index, label in enumerate(gold) if label != UNKNOWN]

@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from stillhouse.classify.classifier import FACTS, Classifier, load_classifier
 from stillhouse.classify.classify_config import TextFile
-from stillhouse.classify.fit import MODEL
 from stillhouse.classify.task_texts import labelled_text, read_texts
 from stillhouse.data.row_reader import read_lines
-from stillhouse.errors import ModelError
 from stillhouse.hardware import choose_precision, default_device
+from stillhouse.pipeline.kind import Rows
 
 TOGETHER = 256
 
 
-def open_classifier(folder: Path) -> Classifier:
-    """The classifier of a run folder, or of a folder that holds one itself. Raises ModelError."""
-    for candidate in (folder, folder / MODEL):
-        if (candidate / FACTS).is_file():
-            dtype = choose_precision("auto", default_device()).dtype
-            return load_classifier(candidate, dtype=dtype)
-    raise ModelError(
-        "there is no finished classifier here",
-        where=folder,
-        fix="give the run folder of a recipe with `task`, after `stillhouse run`",
-    )
+def classifier_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None:
+    """Labels texts with the classifier in the folder; None where it holds none."""
+    if not (folder / FACTS).is_file():
+        return None
+    dtype = choose_precision("auto", default_device()).dtype
+    return partial(predictions, load_classifier(folder, dtype=dtype))
 
 
 def file_texts(path: Path, key: str) -> Iterator[str]:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -14,14 +14,9 @@ from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, 
 from stillhouse.cli.signals_commands import signals
 from stillhouse.errors import StillhouseError
 
-if TYPE_CHECKING:
-    from stillhouse.answering.answering_config import AnsweringRecipe
-    from stillhouse.classify.classify_config import ClassifyRecipe
-    from stillhouse.evaluate.results import Evaluation
-
 app = typer.Typer(
     name="stillhouse",
-    help="Distill language models: a small student learns to reproduce a large teacher.",
+    help="Distill language models: train a small student to reproduce a large teacher.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,7 +27,7 @@ app.add_typer(signals, name="signals")
 
 @app.command()
 def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
-    """Does every stage of a recipe that is not done yet, and ends with a table and a report.
+    """Run every unfinished stage of a recipe, and print a table and the report's path.
 
     Example: `stillhouse run recipes/demo.yaml --set train.learning_rate=1e-4`
 
@@ -40,30 +35,33 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
     """
     from rich.console import Console
 
-    from stillhouse.config.load import load_any_recipe
-    from stillhouse.config.recipe import Recipe
-    from stillhouse.runner import run as run_recipe
+    from stillhouse.commands import run as run_recipe
+    from stillhouse.kinds import tables
 
-    loaded = load_any_recipe(recipe, set_ or [])
-    if not isinstance(loaded, Recipe):
-        _run_task(loaded, recipe, yes)
-        return
-    if loaded.cascade is not None:
-        cascade(recipe, set_, yes)
-        return
     agree(recipe, set_, yes)
     result = run_recipe(recipe, overrides=set_ or [])
     if result is None:
         return
-    _print_evaluation(result.evaluation)
-    Console().print(f"model   {result.model}\nreport  {result.report}", highlight=False)
+    for name, part in (result.members or {"": result}).items():
+        if name:
+            Console().print(f"[bold]{name}[/]  {part.model}", highlight=False)
+        Console().print(*tables(part))
+    if not result.members:
+        Console().print(f"model   {result.model}", highlight=False)
+    Console().print(f"report  {result.report}", highlight=False)
+
+
+@app.command(hidden=True)
+def cascade(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
+    """Run a recipe with a cascade; the same as `stillhouse run`."""
+    run(recipe, set_, yes)
 
 
 @app.command()
 def synthesize(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
-    """Has a teacher answer the recipe's prompts, and writes a chat JSONL that `data` reads.
+    """Generate a teacher's answers to the recipe's prompts, as a chat JSONL that `data` reads.
 
-    What was answered before, by whichever run, is not asked again. `stillhouse run` does this too.
+    Requests that any run has sent before are not sent again. `stillhouse run` does this too.
 
     Example: `stillhouse synthesize recipe.yaml --set synthesize.prompts.limit=20`
     """
@@ -71,33 +69,13 @@ def synthesize(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = 
     from rich.markup import escape
     from rich.table import Table
 
-    from stillhouse.runner import synthesize_text
+    from stillhouse.commands import synthesize_text
 
-    agree(recipe, set_, yes, command="synthesize")
+    agree(recipe, set_, yes, synthesize=True)
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, value in synthesize_text(recipe, set_ or []).lines():
         table.add_row(name, escape(value))
     Console().print(table)
-
-
-@app.command()
-def cascade(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
-    """Makes a family: prunes and distills in turn, each student the start of the next smaller one.
-
-    Example: `stillhouse cascade recipes/cascade.yaml`
-    """
-    from rich.console import Console
-
-    from stillhouse.cascade import run_cascade
-
-    agree(recipe, set_, yes)
-    result = run_cascade(recipe, overrides=set_ or [])
-    if result is None:
-        return
-    for name, member in result.members.items():
-        Console().print(f"[bold]{name}[/]  {member.model}", highlight=False)
-        _print_evaluation(member.evaluation)
-    Console().print(f"report  {result.report}", highlight=False)
 
 
 @app.command()
@@ -106,10 +84,10 @@ def check(
     set_: SetOption = None,
     calls: Annotated[
         int,
-        typer.Option(help="Requests to make of a teacher, to tell what the rest costs.", min=0),
+        typer.Option(help="Requests to send to a text teacher, to estimate the cost.", min=0),
     ] = 0,
 ) -> None:
-    """Checks a recipe before anything is spent, and estimates memory, tokens, time and cost.
+    """Check a recipe before anything is spent; estimate memory, tokens, time and cost.
 
     Exit status 1 when something would fail.
 
@@ -131,34 +109,15 @@ def preview(
     rows: Annotated[int, typer.Option(help="Windows to show.", min=1)] = 3,
     set_: SetOption = None,
 ) -> None:
-    """Shows some training windows, colored by loss mask: what the student is asked to predict.
-
-    Of a recipe with `task`: what the teacher reads.
+    """Show training windows colored by loss mask; of a task, what the teacher reads.
 
     Example: `stillhouse preview recipes/demo.yaml --rows 2`
     """
     from rich.console import Console
 
-    from stillhouse.answering.answering_config import AnsweringRecipe
-    from stillhouse.classify.classify_config import ClassifyRecipe
-    from stillhouse.config.load import load_any_recipe
-    from stillhouse.data.preview import preview as render
-    from stillhouse.runner import prepare_data
-    from stillhouse.teachers.load import load_tokenizer
+    from stillhouse.commands import preview_recipe
 
-    loaded = load_any_recipe(recipe, set_ or [])
-    if isinstance(loaded, AnsweringRecipe):
-        from stillhouse.answering.answering_check import preview_answers
-
-        Console().print(preview_answers(loaded, recipe.parent, rows))
-        return
-    if isinstance(loaded, ClassifyRecipe):
-        from stillhouse.classify.classify_check import preview_task
-
-        Console().print(preview_task(loaded, recipe.parent, rows))
-        return
-    job, windows, _ = prepare_data(recipe, set_ or [])
-    Console().print(render(windows, load_tokenizer(job.tokenizer_path), rows))
+    Console().print(preview_recipe(recipe, set_ or [], rows=rows))
 
 
 @app.command()
@@ -172,14 +131,17 @@ def evaluate(
     ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Measures a model against the recipe's teacher, on the recipe's held-out text.
+    """Measure a model against the recipe's teacher, on the recipe's held-out text.
 
     Example: `stillhouse evaluate recipes/demo.yaml --model runs/demo/model`
     """
-    from stillhouse.runner import evaluate_model
+    from rich.console import Console
+
+    from stillhouse.commands import evaluate_model
+    from stillhouse.language_model.language_model import LANGUAGE_MODEL
 
     evaluation = evaluate_model(recipe, set_ or [], model)
-    _print_evaluation(evaluation)
+    Console().print(*LANGUAGE_MODEL.tables(evaluation))
     if json_ is not None:
         evaluation.save(json_)
 
@@ -191,7 +153,7 @@ def report(
         Path | None, typer.Option(help="Where to write; by default the run's own.")
     ] = None,
 ) -> None:
-    """Draws a finished run's report again, from its stored figures.
+    """Render a finished run's report again, from its stored figures.
 
     Example: `stillhouse report runs/demo --out report.html`
     """
@@ -223,28 +185,17 @@ def predict(
         str, typer.Option("--text", help="The column or key that holds the text.")
     ] = "text",
 ) -> None:
-    """Labels or answers texts with a task's student; writes a JSON line for each, in their order.
+    """Label or answer texts with a task's student; print a JSON line for each, in order.
 
     Example: `echo "my card never came" | stillhouse predict runs/classify`
     """
     import json
 
-    from stillhouse.answering.predict_answers import answers_folder, predicted_answers
-    from stillhouse.classify.predict_labels import (
-        file_texts,
-        open_classifier,
-        predictions,
-        stream_texts,
-    )
+    from stillhouse.classify.predict_labels import file_texts, stream_texts
+    from stillhouse.commands import predict as predict_texts
 
     source = stream_texts(sys.stdin, text_key) if texts == "-" else None
-    source = source or file_texts(Path(texts), text_key)
-    student = answers_folder(folder)
-    if student is None:
-        rows = predictions(open_classifier(folder), source)
-    else:
-        rows = predicted_answers(student, source)
-    for row in rows:
+    for row in predict_texts(folder, source or file_texts(Path(texts), text_key)):
         typer.echo(json.dumps(row, ensure_ascii=False))
 
 
@@ -267,28 +218,30 @@ def init(
     api_model: Annotated[str | None, typer.Option(help="The API's name of the model.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False,
 ) -> None:
-    """Writes a recipe out of five answers, or out of logs that show the job.
+    """Write a recipe from five answers, or from logs that show the job.
 
-    It asks what no flag says.
+    Prompts for every answer that no flag gives.
 
     Example: `stillhouse init --from logs.jsonl --out recipe.yaml`
     """
     from rich.console import Console
 
-    from stillhouse.init_answers import wishes
-    from stillhouse.init_recipe import write_draft
+    from stillhouse.init_answers import init_answers
+    from stillhouse.init_recipe import write_recipe
 
     given = {"job": job, "teacher": teacher, "data": data, "size": size, "out": out}
     given |= {"labels": labels, "fields": fields, "api_model": api_model}
-    wish = wishes(given, lambda question, default: typer.prompt(question, default=default), logs)
-    for path in write_draft(wish, force=force):
+    answers = init_answers(
+        given, lambda question, default: typer.prompt(question, default=default), logs
+    )
+    for path in write_recipe(answers, force=force):
         Console().print(f"wrote   {path}", highlight=False)
-    Console().print(f"next    stillhouse check {wish.out}", highlight=False)
+    Console().print(f"next    stillhouse check {answers.out}", highlight=False)
 
 
 @app.command()
 def schema() -> None:
-    """Prints the recipe's JSON Schema, for completion and checks in an editor.
+    """Print the recipe's JSON Schema, for completion and checks in an editor.
 
     Example: `stillhouse schema > recipes/recipe.schema.json`
     """
@@ -301,7 +254,7 @@ def schema() -> None:
 
 @app.command()
 def doctor() -> None:
-    """Shows versions, what this CPU and GPU can do, and what is missing for which extra.
+    """Show versions, what this CPU and GPU can do, and what is missing for which extra.
 
     Example: `stillhouse doctor`
     """
@@ -310,41 +263,6 @@ def doctor() -> None:
     from stillhouse.doctor import examination
 
     Console().print(examination())
-
-
-def _run_task(loaded: ClassifyRecipe | AnsweringRecipe, path: Path, yes: bool) -> None:
-    from rich.console import Console, RenderableType
-
-    from stillhouse.answering.answering_config import AnsweringRecipe
-    from stillhouse.answering.answering_run import AnsweringResult, run_answering
-    from stillhouse.answering.answers_table import answers_table
-    from stillhouse.classify.classifier_table import classifier_table
-    from stillhouse.classify.classify_run import TaskResult, run_task
-    from stillhouse.consent import agree_to_task
-
-    confirm = typer.confirm if sys.stdin.isatty() else None
-    if not yes and not agree_to_task(loaded, path.parent, confirm):
-        say("no request was sent")
-        raise typer.Exit(1)
-    result: TaskResult | AnsweringResult
-    table: RenderableType
-    if isinstance(loaded, AnsweringRecipe):
-        result = run_answering(loaded, base=path.parent)
-        table = answers_table(result.evaluation)
-    else:
-        result = run_task(loaded, base=path.parent)
-        table = classifier_table(result.evaluation)
-    Console().print(table)
-    Console().print(f"model   {result.model}\nreport  {result.report}", highlight=False)
-
-
-def _print_evaluation(evaluation: Evaluation) -> None:
-    from rich.console import Console
-
-    from stillhouse.evaluate.retention_table import retention_table, task_table
-
-    tasks = task_table(evaluation)
-    Console().print(retention_table(evaluation), *([tasks] if tasks else []))
 
 
 def main() -> None:

@@ -1,10 +1,10 @@
-"""What several verbs of the command line share: arguments, a question, a message."""
+"""What several commands share: arguments, a question, a message."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -14,25 +14,21 @@ SetOption = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Override any recipe key; repeatable."),
 ]
 YesOption = Annotated[
-    bool, typer.Option("--yes", help="Pay an API without a budget, and without being asked.")
+    bool, typer.Option("--yes", help="Pay an API without a budget, without a question.")
 ]
 
 
 def agree(
-    recipe: Path,
-    overrides: list[str] | None,
-    yes: bool,
-    *,
-    command: Literal["run", "synthesize"] = "run",
+    recipe: Path, overrides: list[str] | None, yes: bool, *, synthesize: bool = False
 ) -> None:
-    """Asks for consent before an API is paid without a budget; without a terminal, refuses."""
-    from stillhouse.consent import agree_to_spend
+    """Ask before an API is paid without a budget; refuse where nobody can answer."""
+    from stillhouse.commands import agree_to_spend
     from stillhouse.hardware import leads
 
     if yes or not leads():
         return
     confirm = typer.confirm if sys.stdin.isatty() else None
-    if not agree_to_spend(recipe, overrides or [], command=command, confirm=confirm):
+    if not agree_to_spend(recipe, overrides or [], synthesize=synthesize, confirm=confirm):
         say("no request was sent")
         raise typer.Exit(1)
 

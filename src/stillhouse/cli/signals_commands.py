@@ -1,4 +1,4 @@
-"""The verbs of `stillhouse signals`: record, verify, info, export, push, pull."""
+"""The commands of `stillhouse signals`: record, verify, info, export, push, pull."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ StoreArgument = Annotated[Path, typer.Argument(help="A signal store, e.g. runs/N
 
 @signals.callback()
 def signals_group() -> None:
-    """Records the teacher's answers in a store, and looks after stores.
+    """Cache teacher outputs in a store, and manage stores.
 
     Example: `stillhouse signals recipes/stored.yaml`, then
     `stillhouse signals info runs/stored/signals`
@@ -35,13 +35,13 @@ def signals_group() -> None:
 
 @signals.command()
 def record(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) -> None:
-    """Asks the teacher about every training window, once; training does not ask it again.
+    """Score every training window with the teacher once; training then reads the store.
 
     Example: `stillhouse signals recipes/stored.yaml --set signals.encoding.bytes=50`
     """
     from rich.console import Console
 
-    from stillhouse.runner import record_signals
+    from stillhouse.commands import record_signals
 
     agree(recipe, set_, yes)
     Console().print(f"signals {record_signals(recipe, set_ or [])}", highlight=False)
@@ -49,7 +49,7 @@ def record(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = Fals
 
 @signals.command()
 def verify(store: StoreArgument) -> None:
-    """Reads a whole store and names what is damaged. Exit status 1 where something is.
+    """Read a whole store and name what is damaged. Exit status 1 where something is.
 
     Example: `stillhouse signals verify runs/stored/signals`
     """
@@ -67,7 +67,7 @@ def verify(store: StoreArgument) -> None:
 
 @signals.command()
 def info(store: StoreArgument) -> None:
-    """Shows what a store holds, what it lost, and which divergences it serves.
+    """Show what a store holds, what it lost, and which divergences it serves.
 
     Example: `stillhouse signals info runs/stored/signals`
     """
@@ -88,7 +88,7 @@ def export(
     store: StoreArgument,
     parquet: Annotated[Path, typer.Option(help="The Parquet file to write.")],
 ) -> None:
-    """Writes a store as Parquet, a row for each token, for other tools.
+    """Write a store as Parquet, a row for each token, for other tools.
 
     Example: `stillhouse signals export runs/stored/signals --parquet signals.parquet`
     """
@@ -105,7 +105,7 @@ def push(
     repository: Annotated[str, typer.Argument(help="A data set of the Hub: org/name.")],
     public: Annotated[bool, typer.Option("--public", help="Let everybody read it.")] = False,
 ) -> None:
-    """Uploads a finished store to the Hugging Face Hub, private unless you say otherwise.
+    """Upload a finished store to the Hugging Face Hub, private unless you say otherwise.
 
     Example: `stillhouse signals push runs/stored/signals my-name/my-signals`
     """
@@ -122,7 +122,7 @@ def pull(
     store: Annotated[Path, typer.Argument(help="The folder to write.")],
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
 ) -> None:
-    """Downloads a store from the Hugging Face Hub and verifies it.
+    """Download a store from the Hugging Face Hub and verifies it.
 
     Example: `stillhouse signals pull my-name/my-signals signals`
     """

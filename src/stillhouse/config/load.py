@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
@@ -17,12 +16,11 @@ from pydantic_core import ErrorDetails
 
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.classify.classify_config import ClassifyRecipe
-from stillhouse.config.recipe import Recipe
 from stillhouse.errors import RecipeError
+from stillhouse.language_model.recipe import Recipe
 
 Key = tuple[str | int, ...]
 Lines = dict[Key, int]
-R = TypeVar("R", bound=BaseModel)
 AnyRecipe = Recipe | ClassifyRecipe | AnsweringRecipe
 TASKS: dict[str, type[ClassifyRecipe | AnsweringRecipe]] = {
     "classify": ClassifyRecipe,
@@ -31,24 +29,11 @@ TASKS: dict[str, type[ClassifyRecipe | AnsweringRecipe]] = {
 }
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """Reads the YAML file and applies overrides of the form `a.b=c` (c is YAML).
 
-    Raises RecipeError naming the file, the line, the key, the nearest valid key and what to do;
-    also where the recipe is of a task.
+    Raises RecipeError naming the file, the line, the key, the nearest valid key and what to do.
     """
-    recipe = load_any_recipe(path, overrides)
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(
-            "this recipe has a task, and that verb is for language models without one",
-            where=path,
-            fix="a recipe with `task` knows: run, check, preview, report, predict",
-        )
-    return recipe
-
-
-def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """As `load_recipe`; a recipe with the section `task` is that task's. Raises RecipeError."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -59,8 +44,36 @@ def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecip
     return recipe_from_text(text, path, overrides)
 
 
+def read_recipe(
+    recipe: AnyRecipe | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
+    base: Path | None = None,
+) -> tuple[AnyRecipe, Path]:
+    """A recipe from a path, a dictionary or a recipe, and the folder its relative paths start from.
+
+    base: by default the recipe file's folder, or the working directory. Raises RecipeError.
+    """
+    if isinstance(recipe, str | Path):
+        return load_recipe(recipe, overrides), base or Path(recipe).parent
+    if isinstance(recipe, Mapping):
+        recipe = parse_recipe(recipe, overrides=overrides)
+    return recipe, base or Path.cwd()
+
+
+def load_language_model_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`. Raises RecipeError where the recipe is of a task."""
+    recipe = load_recipe(path, overrides)
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(
+            "this recipe has a task, and the command is for language models without one",
+            where=path,
+            fix="use run, check, preview, report or predict with a recipe that has `task`",
+        )
+    return recipe
+
+
 def recipe_from_text(text: str, path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """As `load_any_recipe`, of the text that the file holds or will hold."""
+    """As `load_recipe`, from the text that the file holds or will hold."""
     raw, lines = _parse(text, path)
     for override in overrides:
         key = _apply_override(raw, override)
@@ -83,26 +96,13 @@ def _root(raw: dict[str, Any], source: str) -> type[AnyRecipe]:
 
 
 def parse_recipe(
-    raw: dict[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
-) -> Recipe:
-    """Checks a recipe that is already a dictionary, with overrides as `load_recipe`'s.
-
-    Raises RecipeError.
-    """
-    raw = copy.deepcopy(raw)
+    raw: Mapping[str, Any], source: str = "recipe", overrides: Sequence[str] = ()
+) -> AnyRecipe:
+    """As `load_recipe`, from a dictionary. Raises RecipeError."""
+    copied = copy.deepcopy(dict(raw))
     for override in overrides:
-        _apply_override(raw, override)
-    return _validate(raw, {}, source, Recipe)
-
-
-def parse_classify_recipe(raw: dict[str, Any], source: str = "recipe") -> ClassifyRecipe:
-    """As `parse_recipe`, for a recipe with the section `task`."""
-    return _validate(raw, {}, source, ClassifyRecipe)
-
-
-def parse_answering_recipe(raw: dict[str, Any], source: str = "recipe") -> AnsweringRecipe:
-    """As `parse_recipe`, for a task of kind extract or generate."""
-    return _validate(raw, {}, source, AnsweringRecipe)
+        _apply_override(copied, override)
+    return _validate(copied, {}, source, _root(copied, source))
 
 
 def recipe_json_schema() -> dict[str, Any]:
@@ -111,12 +111,6 @@ def recipe_json_schema() -> dict[str, Any]:
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["title"] = "Stillhouse recipe"
     return schema
-
-
-def recipe_yaml(recipe: AnyRecipe) -> str:
-    """The resolved recipe, every default written out."""
-    raw = json.loads(recipe.model_dump_json())
-    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 # --- YAML with line numbers ------------------------------------------------------------------
@@ -232,7 +226,7 @@ def _scientific(value: Any) -> Any:
 # --- types -----------------------------------------------------------------------------------
 
 
-def _validate(raw: dict[str, Any], lines: Lines, source: str, root: type[R]) -> R:
+def _validate(raw: dict[str, Any], lines: Lines, source: str, root: type[AnyRecipe]) -> AnyRecipe:
     try:
         return root.model_validate(_numbers(raw, root))
     except ValidationError as error:

@@ -249,3 +249,15 @@ def check_budget(api: ApiTeacher | None, budget: BudgetRecipe) -> None:
         raise ValueError("a budget is for teacher.api: a local teacher costs time alone")
     if api is not None and api.price is None and budget.max_usd is not None:
         raise ValueError("max_usd needs teacher.api.price; or limit max_tokens")
+
+
+def may_cost(api: ApiTeacher | None, budget: BudgetRecipe) -> bool:
+    """Whether requests to this API may cost money without a limit.
+
+    A budget is consent up to its limit, and a server that needs no key and has no price is free.
+    """
+    if api is None or budget.max_usd is not None or budget.max_tokens is not None:
+        return False
+    if api.price is None:
+        return api.key_env is not None
+    return api.price.input > 0 or api.price.output > 0

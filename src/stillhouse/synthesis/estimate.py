@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from stillhouse.generation.budget import Price, Spending, spent_on, worst_case
+from stillhouse.generation.generation_config import ApiTeacher
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
 
@@ -117,3 +118,10 @@ def student_t(degrees: int) -> float:
 
 def _least(one: Spending, most: Spending) -> Spending:
     return Spending(min(one.tokens, most.tokens), min(one.usd, most.usd))
+
+
+def unlimited_requests(known: Known, api: ApiTeacher | None) -> Iterator[str]:
+    """What the missing requests would cost at most, in words; nothing where none is missing."""
+    if known.missing:
+        cost = f", ${known.worst.usd:,.2f}" if api is not None and api.price else ""
+        yield f"{known.missing:,} requests take at most {known.worst.tokens:,} tokens{cost}"

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from stillhouse.section import Section
 
+ORIGINAL = "teacher"
+"""In `train.teachers`: the recipe's own teacher."""
+
 
 class TrainRecipe(Section):
     teachers: list[str] = Field(

@@ -1,0 +1,203 @@
+"""What the commands do: each reads a recipe, and walks the steps of its kind of run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from stillhouse.config.load import AnyRecipe, load_language_model_recipe, load_recipe, read_recipe
+from stillhouse.data.windows import Windows
+from stillhouse.errors import ModelError, RecipeError
+from stillhouse.evaluate.evaluate import evaluate
+from stillhouse.evaluate.results import Evaluation
+from stillhouse.family.members import first_member
+from stillhouse.hardware import choose_precision, default_device, tune_allocator
+from stillhouse.kinds import KINDS, kind_of
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job, shared_vocabulary
+from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
+from stillhouse.language_model.signals_stage import STORE
+from stillhouse.language_model.synthesis_check import synthesis_spending
+from stillhouse.language_model.synthesis_stage import complete_text, require_text
+from stillhouse.language_model.vocabulary_stage import find_job
+from stillhouse.pipeline.engine import locked_folder, run_folder, run_kind, run_steps
+from stillhouse.pipeline.kind import Rows, RunResult
+from stillhouse.pipeline.stage_plan import doing
+from stillhouse.signals.signals_config import FrozenHeadSignals
+from stillhouse.synthesis.synthesize import Synthesis
+from stillhouse.teachers.model_source import resolve_model
+from stillhouse.training.train import MODEL
+
+Confirm = Callable[[str], bool]
+
+
+def run(
+    recipe: AnyRecipe | Mapping[str, Any] | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    base: Path | None = None,
+) -> RunResult | None:
+    """Runs every unfinished stage of a recipe of any kind: a path, a dictionary, or a recipe.
+
+    base: the folder that relative paths in the recipe start from; by default the recipe file's
+    folder, or the working directory. Under torchrun every process calls this; the main process
+    gets the result, the others None.
+    Raises StillhouseError; what is finished by then is kept.
+    """
+    recipe, base = read_recipe(recipe, overrides, base)
+    return run_kind(kind_of(recipe), recipe, base)
+
+
+def preview_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, rows: int = 3
+) -> RenderableType:
+    """The first rows of a recipe's text, as the student or the teacher reads them."""
+    recipe, base = load_recipe(path, overrides), Path(path).parent
+    return kind_of(recipe).preview(recipe, base, rows)
+
+
+def predict(folder: Path, texts: Iterable[str]) -> Rows:
+    """What the model of a task makes of texts, in their order.
+
+    folder: a run folder, or a model in it. Raises ModelError where neither holds such a model.
+    """
+    for candidate in (folder, folder / MODEL):
+        for kind in KINDS:
+            predictor = kind.predictor and kind.predictor(candidate)
+            if predictor is not None:
+                return predictor(texts)
+    raise ModelError(
+        "this folder holds no model of a task",
+        where=folder,
+        fix="give the run folder of a recipe with `task`, after `stillhouse run`",
+    )
+
+
+# --- before money is spent -------------------------------------------------------------------
+
+
+def agree_to_spend(
+    recipe: AnyRecipe | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    base: Path | None = None,
+    synthesize: bool = False,
+    confirm: Confirm | None = None,
+) -> bool:
+    """Asks before an API is paid without a budget; True where the command may go on.
+
+    synthesize: the command is `stillhouse synthesize`, not `run`. confirm: shows a question and
+    returns the answer. None: nobody can answer, and RecipeError is raised instead.
+    """
+    recipe, base = read_recipe(recipe, overrides, base)
+    kind = kind_of(recipe)
+    job = kind.find_to_check(recipe, base)
+    if synthesize:
+        return _agreed(list(synthesis_spending(job, complete=True)), confirm)
+    spending = [step.spending for step in kind.steps if step.spending is not None]
+    return _agreed([line for each in spending for line in each(job)], confirm)
+
+
+def _agreed(unlimited: list[str], confirm: Confirm | None) -> bool:
+    if not unlimited:
+        return True
+    lines = "; ".join(unlimited)
+    if confirm is None:
+        raise RecipeError(
+            f"this would pay an API without a limit: {lines}",
+            where="budget",
+            fix="set max_usd or max_tokens in the budget of the teacher and of the judge, or pass "
+            "--yes to spend without a limit",
+        )
+    return confirm(f"{lines}. There is no budget. Send the requests?")
+
+
+# --- parts of a language-model run -----------------------------------------------------------
+
+
+def prepare_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, Windows, Windows]:
+    """Runs a recipe's data stage, or finds it finished: the job, training and held-out windows.
+
+    Raises DataError where its text is not synthesized yet, which may cost money.
+    """
+    recipe, base = first_member(load_language_model_recipe(path, overrides)), Path(path).parent
+    require_text(recipe, base)
+    folder = run_folder(recipe)
+    with folder.locked():
+        do = doing(folder)
+        job, stages = run_steps(LANGUAGE_MODEL, find_job(recipe, base), do, only=DATA_STEPS)
+    return job, *open_data(stages["data"])
+
+
+def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
+    """Runs a recipe's signals stage, or finds it finished: the folder of the store.
+
+    Raises RecipeError where the recipe has no `signals`.
+    """
+    recipe, base = first_member(load_language_model_recipe(path, overrides)), Path(path).parent
+    section = recipe.signals
+    if section is None or section.store is not None:
+        raise RecipeError(
+            "this recipe records no signals",
+            where=path,
+            fix="add `signals: {}` to it, without a store, or "
+            "--set signals.encoding.kind=threshold",
+        )
+    folder = run_folder(recipe)
+    with folder.locked():
+        # Of a teacher that a server runs, only the configuration and the tokenizer are needed.
+        here = section.server is None and section.answers is None
+        only: tuple[str, ...] = (*DATA_STEPS, "signals")
+        if isinstance(section.encoding, FrozenHeadSignals):
+            only += ("search", "student")  # the store is for this student's head
+        job = find_job(recipe, base, weights=here)
+        _, stages = run_steps(LANGUAGE_MODEL, job, doing(folder), only=only)
+        folder.point("signals", stages["signals"].path / STORE)
+        return folder.root / "signals"
+
+
+def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesis:
+    """Runs a recipe's `synthesize`; requests that have an answer are not sent again.
+
+    Raises RecipeError where the recipe has no such section.
+    """
+    recipe = load_language_model_recipe(path, overrides)
+    if recipe.synthesize is None:
+        raise RecipeError(
+            "this recipe synthesizes nothing",
+            where=path,
+            fix="add the section `synthesize`, see docs/synthesis.md",
+        )
+    with locked_folder(recipe) as folder:
+        return complete_text(recipe, Path(path).parent, folder, doing(folder))
+
+
+def evaluate_model(
+    path: str | Path, overrides: Sequence[str] = (), model: str | None = None
+) -> Evaluation:
+    """Measures a model, by default the run's own, beside the recipe's teacher.
+
+    Raises ModelError where the model is missing or has another vocabulary than the teacher.
+    """
+    tune_allocator()
+    job, _, heldout = prepare_data(path, overrides)
+    own = run_folder(job.recipe).root / MODEL
+    if model is None and not own.exists():
+        raise ModelError(
+            "this recipe has no finished model yet",
+            where=own,
+            fix=f"pass one with --model, or run `stillhouse run {path}` first",
+        )
+    source = resolve_model(str(own) if model is None else model, base=Path.cwd())
+    return evaluate(
+        {"teacher": job.teacher.path, "student": source.path},
+        section=job.recipe.evaluate,
+        windows=heldout,
+        seed=job.recipe.seed,
+        vocabulary=shared_vocabulary(job.teacher, source, job.trust_remote_code).rows,
+        precision=choose_precision(job.recipe.train.precision, default_device()),
+        trust_remote_code=job.trust_remote_code,
+    )

@@ -1,0 +1,233 @@
+"""A run that makes a family: prune and distill in turn, each student the start of the next.
+
+Every member is a language-model run. All members share one folder of stages, so that the data are
+built once, the teacher's signals are recorded once, and a finished hop does not run again when
+another one is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from stillhouse.evaluate.results import Evaluation, Generation, ModelResult
+from stillhouse.export.licenses import Origin
+from stillhouse.family.from_scratch import measured_curve, scratch_account
+from stillhouse.family.members import first_member, member_recipe, planned_members
+from stillhouse.finding import Finding
+from stillhouse.hardware import assumed_watts
+from stillhouse.language_model.export_check import export_findings
+from stillhouse.language_model.job import Job, configs, find_models, planned_size
+from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
+from stillhouse.language_model.model_origins import origins_of
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.vocabulary_stage import find_job
+from stillhouse.pipeline.engine import following, lead, run_steps
+from stillhouse.pipeline.kind import Check, Kind, RunResult
+from stillhouse.pipeline.stage_plan import doing
+from stillhouse.progress import note
+from stillhouse.report.family_page import CutTeacher, FamilyReport, Member, write_family_report
+from stillhouse.runfolder import RunFolder, Stage, write_atomically
+from stillhouse.training.train import MODEL
+
+REPORT, REPORT_DATA = "family.html", "family.json"
+PRODUCING = (
+    "synthesis",
+    "data",
+    "vocabulary",
+    "signals",
+    "search",
+    "student",
+    "train",
+    "quantize",
+    "qat",
+)
+"""Stages that make a member; the others measure it and write it down."""
+
+
+def _find(recipe: Recipe, base: Path) -> Job:
+    """The first member's job. Raises RecipeError for a later member that cannot be cut so."""
+    assert recipe.cascade is not None
+    first = find_models(first_member(recipe), base)
+    planned_members(recipe, first)
+    return find_job(first_member(recipe), base)
+
+
+def _find_to_check(recipe: Recipe, base: Path) -> Job:
+    return replace(find_models(first_member(recipe), base, weights=False), family=recipe)
+
+
+def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
+    assert recipe.cascade is not None
+    # A later hop that cannot be made is refused before the first one is paid for.
+    first = _find(recipe, base)
+    members = _members(recipe, base, folder, tuple(origins_of(first)))
+    report = _report(recipe, members)
+    if recipe.cascade.from_scratch is not None:
+        do, results = doing(folder), list(members.values())
+        job, _ = run_steps(LANGUAGE_MODEL, first, do, only=DATA_STEPS)
+        curve = measured_curve(recipe, job, do, results[0].stage("train").path / MODEL)
+        report = replace(report, scratch=scratch_account(curve, report.members))
+    write_atomically(folder.root / REPORT_DATA, report.to_json())
+    write_family_report(report, folder.root / REPORT)
+    last = list(members.values())[-1]
+    return RunResult(
+        kind=FAMILY.name,
+        folder=folder.root,
+        model=last.model,
+        report=folder.root / REPORT,
+        evaluation=last.evaluation,
+        stages=[stage for member in members.values() for stage in member.stages],
+        members=members,
+    )
+
+
+def _follow(recipe: Recipe, base: Path, folder: RunFolder) -> None:
+    """What the other processes of a torchrun do."""
+    assert recipe.cascade is not None
+    do, models = following(folder), list[Path]()
+    for hop in recipe.cascade.hops:
+        member = member_recipe(recipe, hop, models[-1] if models else None)
+        job = find_job(member, base)
+        _, stages = run_steps(LANGUAGE_MODEL, job, do, main_process=False)
+        models.append(stages["train"].path / MODEL)
+    if recipe.cascade.from_scratch is not None:
+        first = find_job(first_member(recipe), base)
+        job, _ = run_steps(LANGUAGE_MODEL, first, do, only=DATA_STEPS)
+        measured_curve(recipe, job, do, models[0])
+
+
+def _members(
+    recipe: Recipe, base: Path, folder: RunFolder, ancestors: tuple[Origin, ...]
+) -> dict[str, RunResult]:
+    assert recipe.cascade is not None
+    members: dict[str, RunResult] = {}
+    parent = None
+    for number, hop in enumerate(recipe.cascade.hops, 1):
+        note(f"--- {hop.name} ({number} of {len(recipe.cascade.hops)}) ---")
+        links = RunFolder(folder.root, links=folder.root / hop.name)
+        member = member_recipe(recipe, hop, parent)
+        job = replace(find_job(member, base), ancestors=ancestors)
+        members[hop.name] = lead(LANGUAGE_MODEL, member, base, links, job)
+        parent = members[hop.name].stage("train").path / MODEL
+    return members
+
+
+def _check_members(check: Check) -> Iterator[Finding]:
+    """The exports and the size of every member."""
+    job: Job = check.job
+    recipe = job.family
+    assert recipe is not None
+    assert recipe.cascade is not None
+    members = planned_members(recipe, job)
+    exported = members[-1:] if recipe.cascade.ship == "last" else members
+    yield from export_findings(recipe, job, exported)
+    teacher = planned_size(configs(job)[1]).total
+    for name, config in members:
+        size = planned_size(config).total
+        text = f"{name}: {size / 1e6:,.1f}M parameters, {size / teacher:.0%} of the teacher's"
+        yield Finding("estimate", "cascade", text)
+
+
+def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
+    assert recipe.cascade is not None
+    rows: list[Member] = []
+    counted: set[Path] = set()
+    for name, result in members.items():
+        own = [stage for stage in result.stages if stage.path not in counted]
+        counted.update(stage.path for stage in own)
+        evaluation = result.evaluation
+        rows.append(
+            Member(
+                name=name,
+                untrained=_result(evaluation, "untrained"),
+                student=_result(evaluation, "student"),
+                shape=_cut_here(result, first=not rows or recipe.cascade.start == "original"),
+                report=f"{name}/report.html",
+                tokens=result.stage("train").cost.tokens,
+                flops=sum(stage.cost.flops for stage in own if stage.name in PRODUCING),
+                seconds=sum(stage.cost.seconds for stage in own if stage.name in PRODUCING),
+                quantized=evaluation.result("quantized_trained") or evaluation.result("quantized"),
+                decoding=_decoding(evaluation),
+            )
+        )
+    first = next(iter(members.values()))
+    return FamilyReport(
+        title=recipe.name,
+        teacher=_result(first.evaluation, "teacher"),
+        members=rows,
+        chained=recipe.cascade.start == "previous",
+        generations=_generations(members),
+        learned_from=recipe.cascade.teacher,
+        watts=assumed_watts(),
+        cut=_cut_teacher(first),
+    )
+
+
+def _cut_teacher(result: RunResult) -> CutTeacher | None:
+    stage = _cutting(result)
+    if stage is None:
+        return None
+    found = stage.summary
+    perplexity = None
+    if "cut_perplexity" in found:
+        perplexity = found["teacher_perplexity"], found["cut_perplexity"]
+    return CutTeacher(tuple(found["vocabulary"]), tuple(found["parameters"]), perplexity)
+
+
+def _cutting(result: RunResult) -> Stage | None:
+    """The stage that took tokens from the teacher; the first of several models'."""
+    return next((stage for stage in result.stages if stage.name == "vocabulary"), None)
+
+
+def _cut_here(result: RunResult, *, first: bool) -> dict[str, tuple[int, int]]:
+    """Sizes before and after. first: the member before it is the teacher with all its tokens."""
+    shape = dict(result.stage("student").summary["pruning"]["changed"])
+    cut = _cutting(result)
+    if first and cut is not None:
+        shape["vocabulary"] = tuple(cut.summary["vocabulary"])
+    return shape
+
+
+def _generations(members: Mapping[str, RunResult]) -> list[Generation]:
+    """Each prompt's answers: the teacher's, and every member's by its name."""
+    answers: dict[str, dict[str, str]] = {}
+    for name, result in members.items():
+        for generation in result.evaluation.generations:
+            found = answers.setdefault(generation.prompt, {})
+            found.setdefault("teacher", generation.answers["teacher"])
+            found[name] = generation.answers["student"]
+    return [Generation(prompt, found) for prompt, found in answers.items()]
+
+
+def _decoding(evaluation: Evaluation) -> float | None:
+    """The student's speed over the teacher's: members are measured at different times."""
+    teacher, student = (_result(evaluation, role).speed for role in ("teacher", "student"))
+    if teacher is None or student is None:
+        return None
+    return student.decode_tokens_per_s / teacher.decode_tokens_per_s
+
+
+def _result(evaluation: Evaluation, role: str) -> ModelResult:
+    found = evaluation.result(role)
+    assert found is not None
+    return found
+
+
+FAMILY = Kind(
+    name="family",
+    find=_find,
+    find_to_check=_find_to_check,
+    steps=tuple(
+        replace(step, check=_check_members) if step.name == "export" else step
+        for step in LANGUAGE_MODEL.steps
+    ),
+    links=LANGUAGE_MODEL.links,
+    load_evaluation=LANGUAGE_MODEL.load_evaluation,
+    tables=LANGUAGE_MODEL.tables,
+    preview=lambda recipe, base, rows: LANGUAGE_MODEL.preview(first_member(recipe), base, rows),
+    lead=_lead,
+    follow=_follow,
+    many_processes=True,
+)

@@ -1,0 +1,100 @@
+"""A cascade's recipe taken apart: one plain recipe for each member."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.errors import RecipeError
+from stillhouse.language_model.cascade_config import HopRecipe
+from stillhouse.language_model.job import Job, start_config
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.runfolder import run_root
+from stillhouse.students.planned_config import planned_config
+from stillhouse.students.student_config import PrunedSizes, PrunedStudent
+from stillhouse.training.train_config import ORIGINAL
+
+
+def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) -> Recipe:
+    """The recipe of one member, whose teacher is the recipe's.
+
+    parent: the trained member before it; None for the first. A size that the hop leaves out is
+    that of `student`. Members that are not shipped (`cascade.ship`) are not quantized.
+    """
+    cascade, student = recipe.cascade, recipe.student
+    assert cascade is not None
+    assert isinstance(student, PrunedStudent)
+    named = PrunedSizes.model_fields.keys() - {"hidden_method"}
+    changes = {name: getattr(hop, name) for name in named if getattr(hop, name) is not None}
+    if hop.hidden_size is not None:
+        changes["hidden_method"] = hop.hidden_method
+    if parent is not None and cascade.start == "previous":
+        changes["model"] = str(parent.absolute())
+    train = recipe.train
+    if hop.epochs is not None:
+        train = train.model_copy(update={"epochs": hop.epochs})
+    if parent is not None and cascade.teacher != "original":
+        teachers = [str(parent.absolute())]
+        if cascade.teacher == "both":
+            teachers.insert(0, ORIGINAL)
+        train = train.model_copy(update={"teachers": teachers})
+    last = hop.name == cascade.hops[-1].name
+    # One repository holds one model: the smallest.
+    export = recipe.export if last else recipe.export.model_copy(update={"push_to_hub": None})
+    quantize = recipe.quantize
+    if cascade.ship == "last" and not last:
+        export = export.model_copy(update={"formats": ["safetensors"]})
+        quantize = None
+    return recipe.model_copy(
+        update={
+            "name": f"{recipe.name}-{hop.name}",
+            "folder": str(run_root(recipe)),
+            "student": student.model_copy(update=changes),
+            "train": train,
+            "quantize": quantize,
+            "export": export,
+            "cascade": None,
+        }
+    )
+
+
+def first_member(recipe: Recipe) -> Recipe:
+    """The recipe itself, or its first member's, whose data and signals are those of all."""
+    if recipe.cascade is None:
+        return recipe
+    return member_recipe(recipe, recipe.cascade.hops[0])
+
+
+def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
+    """Name and configuration of every member of a cascade; `first` is the first one's job.
+
+    Raises RecipeError for a member that cannot be cut so.
+    """
+    assert recipe.cascade is not None
+    start = start_config(first)
+    served = getattr(torch, recipe.export.dtype)
+    largest, owner = start, None
+    members = []
+    for hop in recipe.cascade.hops:
+        section = member_recipe(recipe, hop).student
+        assert isinstance(section, PrunedStudent)
+        plan = partial(planned_config, section, base=first.base, served=served, owner=owner)
+        try:
+            try:
+                planned = plan(start)
+            except RecipeError:
+                # Of a searched member only a guess of the shape is known: what the largest that
+                # it can be allows is not refused.
+                planned = plan(largest)
+        except RecipeError as error:
+            where = f"cascade.hops, {hop.name}"
+            raise RecipeError(error.what, where=where, fix=error.fix) from None
+        members.append((hop.name, planned))
+        if recipe.cascade.start == "previous":
+            start, owner = planned, hop.name
+            if section.target is None:
+                largest = planned
+    return members

@@ -1,0 +1,189 @@
+"""The stage that makes a signal store of the log-probabilities that came with an API's answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from stillhouse.data.row_formats import document_from_row
+from stillhouse.data.shift import IGNORED
+from stillhouse.data.tokenize_rows import TokenRow, tokenize
+from stillhouse.errors import SignalError
+from stillhouse.generation.journal import Journal
+from stillhouse.language_model.job import Job, planned_objective, signals_encoding
+from stillhouse.language_model.signals_stage import STORE, signal_identity
+from stillhouse.language_model.synthesis_stage import origins
+from stillhouse.pipeline.stage_plan import StagePlan
+from stillhouse.progress import bar, note
+from stillhouse.runfolder import Outcome
+from stillhouse.signals.manifest import Settings
+from stillhouse.signals.segments import find_segments
+from stillhouse.signals.writer import StoreWriter
+from stillhouse.synthesis.soft_labels import Aligned, Words, align, entry_rows
+from stillhouse.synthesis.synthesize import REQUESTS
+from stillhouse.synthesis.text_teacher import journal_path
+from stillhouse.teachers.load import load_tokenizer
+from stillhouse.training.objective import stored_temperature
+
+_TOGETHER = 256
+BIAS = (
+    "log-probabilities as the server told them, for its own context of each token, rounded to "
+    "float16; the tail is one bucket; tokens it did not tell about have all the mass themselves"
+)
+
+
+@dataclass
+class Counted:
+    """answers: rows of the text. mismatched: those whose tokens are not the student's. tokens:
+    supervised. told: of them, those that the API told about."""
+
+    answers: int = 0
+    mismatched: int = 0
+    tokens: int = 0
+    told: int = 0
+
+
+def plan_api_signals(job: Job) -> StagePlan:
+    """The store of the run's synthesized text.
+
+    Raises SignalError: `data` reads no synthesized text, or a term asks for another temperature.
+    The work raises it where too many answers are tokenized otherwise.
+    """
+    recipe = job.recipe
+    section, synthesis, text = recipe.signals, recipe.synthesize, job.text
+    assert section is not None
+    assert section.answers is not None
+    assert synthesis is not None
+    if text is None:
+        raise SignalError(
+            "no source of data names synthesize.out, and signals.answers are about that text",
+            where="data.sources",
+            fix=f"add {{kind: jsonl, path: {synthesis.out}}}",
+        )
+    objective = planned_objective(job)
+    encoding = signals_encoding(job, objective)
+    temperature = stored_temperature(objective, encoding)
+    if temperature != 1.0:
+        raise SignalError(
+            f"an API tells probabilities at temperature 1, and a term asks for {temperature:g}",
+            where="objective.terms",
+            fix="use temperature 1",
+        )
+    identity = signal_identity(job, None)
+    most = section.answers.mismatched
+
+    def work(out: Path) -> Outcome:
+        counted = _count(job, text.file)
+        _check(counted, most)
+        provenance = {
+            "asked": identity["teacher"],
+            "text": text.sha256,
+            "bias": BIAS,
+            "told": f"{counted.told} of {counted.tokens} tokens",
+            "mismatched": f"{counted.mismatched} of {counted.answers} answers",
+        }
+        settings = Settings(encoding, job.vocabulary, identity, 1.0, recipe.seed, provenance)
+        with StoreWriter(out / STORE, settings) as writer:
+            for row, aligned in _rows(job, text.file, "signals"):
+                ids_1L = torch.from_numpy(row.ids[None].astype(np.int64))
+                learnt_1L = torch.from_numpy(row.supervised[None].copy())
+                learnt_1L[:, 0] = False
+                segments = find_segments(ids_1L, ids_1L.masked_fill(~learnt_1L, IGNORED))
+                if len(segments) and writer.missing(segments).all():
+                    writer.add(segments, *entry_rows(aligned.entries, job.vocabulary))
+            manifest = writer.finish()
+        note(f"the API told about {counted.told:,} of {counted.tokens:,} tokens")
+        facts = {**asdict(manifest.quality), "store_bytes": manifest.bytes, **asdict(counted)}
+        return Outcome(summary=facts)
+
+    inputs = {
+        "recipe": section.answers.model_dump(mode="json"),
+        "k": synthesis.sampling.top_logprobs,
+        "text": text.sha256,
+        "reasoning": synthesis.reasoning,
+        "context": recipe.data.context,
+        "long_rows": recipe.data.long_rows,
+        "vocabulary": job.vocabulary,
+        **identity,
+    }
+    return StagePlan("signals", inputs, work)
+
+
+def _count(job: Job, file: Path) -> Counted:
+    counted = Counted()
+    for _, aligned in _rows(job, file, "comparing tokens"):
+        counted.answers += 1
+        counted.mismatched += not aligned.matched
+        counted.tokens += len(aligned.entries)
+        counted.told += sum(aligned.told)
+    return counted
+
+
+def _check(counted: Counted, most: float) -> None:
+    if not counted.mismatched:
+        return
+    told = (
+        f"{counted.mismatched:,} of {counted.answers:,} answers are other tokens to the API than "
+        "to the student's tokenizer, or came without log-probabilities"
+    )
+    if counted.mismatched > most * counted.answers:
+        raise SignalError(
+            told,
+            where="signals.answers",
+            fix="use a student whose tokenizer is the API model's; or raise "
+            "signals.answers.mismatched to learn those from their text alone; or remove `signals`",
+        )
+    note(f"{told}: these are learnt from their text alone")
+
+
+def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]:
+    """Every row of tokens that training may read, with its signal."""
+    section = job.recipe.synthesize
+    assert section is not None
+    k = section.sampling.top_logprobs
+    assert k is not None
+    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    words = Words.of(tokenizer, job.vocabulary)
+    keys = (file.parent / REQUESTS).read_text(encoding="utf-8").split()
+    path = journal_path(section, origins(job.recipe, job.base))
+    with (
+        Journal(path) as journal,
+        file.open(encoding="utf-8") as lines,
+        bar(what, len(keys), "answers") as advance,
+    ):
+        pairs = zip(lines, keys, strict=True)
+        while batch := list(islice(pairs, _TOGETHER)):
+            raw = [json.loads(line) for line, _ in batch]
+            documents = [document_from_row(one, "text", str(file)) for one in raw]
+            found = tokenize([one for one in documents if one is not None], tokenizer)
+            for one, (_, key), rows in zip(raw, batch, found, strict=True):
+                answer = journal.get(key)
+                logprobs = None if answer is None else answer.logprobs
+                said = one["messages"][-1]["content"]
+                for row in rows:
+                    if row is rows[-1]:
+                        aligned = align(row, said, logprobs, k, words)
+                    else:  # a turn before the last, of a template that rewrites turns
+                        aligned = replace(align(row, "", None, k, words), matched=True)
+                    cut = _cut(row, aligned, job)
+                    if cut is not None:
+                        yield cut
+            advance(len(batch))
+
+
+def _cut(row: TokenRow, aligned: Aligned, job: Job) -> tuple[TokenRow, Aligned] | None:
+    """As the data stage makes a row fit the context; None where it drops it."""
+    context = job.recipe.data.context
+    if len(row.ids) <= context:
+        return row, aligned
+    if job.recipe.data.long_rows != "truncate":
+        return None
+    short = TokenRow(row.ids[:context], row.supervised[:context], False)
+    kept = int(short.supervised[1:].sum())
+    return short, Aligned(aligned.entries[:kept], aligned.told[:kept], aligned.matched)

@@ -1,0 +1,122 @@
+"""What can be said about a recipe's training text before it is tokenized as a whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from stillhouse.data.documents import AnyDocument, Conversation, Document
+from stillhouse.data.sources import read_sources, size_estimate
+from stillhouse.data.tokenize_rows import tokenize
+from stillhouse.export.licenses import license_lines
+from stillhouse.finding import Finding, Level
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.model_origins import origins_of
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.synthesis_check import PlannedText, planned_text
+from stillhouse.pipeline.kind import Check
+from stillhouse.teachers.load import load_tokenizer
+
+SAMPLE_DOCUMENTS = 400
+SAMPLE_CHARACTERS = 400_000
+TOKENS = "tokens"
+"""In `Check.found`: how many tokens all sources hold; absent where it cannot be estimated yet."""
+
+
+def check_data(check: Check) -> Iterator[Finding]:
+    """The models, then a sample of the text."""
+    job: Job = check.job
+    yield from _extras(job.recipe)
+    yield Finding("ok", "teacher", job.teacher.described)
+    yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
+    yield from license_lines(origins_of(job)[1:])
+    planned = planned_text(job.recipe, job.base, SAMPLE_DOCUMENTS)
+    if planned is not None and not planned.documents:
+        fix = f"run `stillhouse check {check.path} --calls 5` to generate some of it"
+        text = "none of the synthesized text exists yet: its training cannot be estimated"
+        yield Finding("warning", "data", text, fix)
+        return
+    sample = _sample(job, planned)
+    check.found[TOKENS] = sample.tokens
+    yield from _findings(sample, job.recipe)
+
+
+def _extras(recipe: Recipe) -> Iterator[Finding]:
+    wanted = {name: f"pip install {name}" for name in recipe.train.report_to}
+    if recipe.evaluate.lm_eval is not None:
+        wanted["lm_eval"] = "pip install 'stillhouse[eval]'"
+    for module, install in wanted.items():
+        if importlib.util.find_spec(module) is None:
+            yield Finding("error", "extras", f"{module} is not installed", install)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The first documents, tokenized.
+
+    tokens: an estimate for all sources. complete: the sample is all there is.
+    """
+
+    documents: int
+    conversations: int
+    supervised_share: float
+    longest: int
+    tokens: int
+    complete: bool
+
+
+def _sample(job: Job, planned: PlannedText | None) -> Sample:
+    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    sources = job.recipe.data.sources if planned is None else planned.other_sources
+    documents: list[AnyDocument] = [] if planned is None else list(planned.documents)
+    characters, complete = sum(len(str(document)) for document in documents), planned is None
+    everything = size_estimate(sources, job.base)
+    if planned is not None:
+        everything += round(characters * planned.times)
+    for document in read_sources(sources, job.base):
+        if len(documents) >= SAMPLE_DOCUMENTS or characters >= SAMPLE_CHARACTERS:
+            complete = False
+            break
+        documents.append(document)
+        characters += len(document.text) if isinstance(document, Document) else len(str(document))
+    rows = list(itertools.chain.from_iterable(tokenize(documents, tokenizer)))
+    tokens = sum(len(row.ids) for row in rows)
+    supervised = sum(int(row.supervised.sum()) for row in rows)
+    expected = tokens if complete else round(tokens * max(1.0, everything / max(1, characters)))
+    return Sample(
+        documents=len(documents),
+        conversations=sum(isinstance(document, Conversation) for document in documents),
+        supervised_share=supervised / max(1, tokens),
+        longest=max((len(row.ids) for row in rows if not row.splittable), default=0),
+        tokens=expected,
+        complete=complete,
+    )
+
+
+def _findings(sample: Sample, recipe: Recipe) -> Iterator[Finding]:
+    section = recipe.data
+    about = "" if sample.complete else "about "
+    chats = f", {sample.conversations} of them chats" if sample.conversations else ""
+    yield Finding(
+        "ok",
+        "data",
+        f"{about}{sample.tokens:,} tokens; {sample.documents:,} documents sampled{chats}; "
+        f"the loss mask keeps {sample.supervised_share:.0%} of the tokens",
+    )
+    if sample.conversations:
+        yield Finding("ok", "chat template", "loss on assistant turns; see `stillhouse preview`")
+    if sample.longest > section.context:
+        text = f"a row has {sample.longest:,} tokens; the context is {section.context:,}"
+        fix = f"data.context={sample.longest}, or data.long_rows: truncate or drop"
+        level: Level = "error" if section.long_rows == "error" else "warning"
+        yield Finding(level, "data", text, fix)
+    held = 0 if section.heldout_sources else section.heldout_tokens
+    if section.train_tokens and sample.complete and sample.tokens < held + section.train_tokens:
+        yield Finding(
+            "warning",
+            "data",
+            f"{sample.tokens:,} tokens are fewer than train_tokens + heldout_tokens",
+            "all of them will be used",
+        )

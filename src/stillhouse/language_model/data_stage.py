@@ -1,0 +1,42 @@
+"""The stage that makes windows of tokens out of the recipe's sources."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stillhouse.data.build_data import build
+from stillhouse.data.fingerprint import sources_fingerprint
+from stillhouse.data.windows import Windows, open_windows
+from stillhouse.language_model.job import Job
+from stillhouse.pipeline.stage_plan import StagePlan
+from stillhouse.runfolder import Outcome, Stage
+from stillhouse.teachers.load import load_tokenizer
+
+
+def plan_data(job: Job) -> StagePlan:
+    section, text = job.recipe.data, job.text
+    read, files = section, [*section.sources, *section.heldout_sources]
+    if text is not None:
+        read, files = text.put_into(section, job.base), text.others(section, job.base)
+
+    def work(out: Path) -> Outcome:
+        tokenizer = load_tokenizer(job.tokenizer_path)
+        built = build(read, tokenizer, seed=job.recipe.seed, base=job.base, out=out)
+        return Outcome(summary=asdict(built))
+
+    inputs: dict[str, Any] = {
+        "recipe": section.model_dump(mode="json"),
+        "seed": job.recipe.seed,
+        "tokenizer": (job.pretrained or job.teacher).fingerprint,
+        "sources": sources_fingerprint(files, job.base),
+    }
+    if text is not None:
+        inputs["synthesized"] = text.sha256
+    return StagePlan("data", inputs, work, version=2)
+
+
+def open_data(data: Stage) -> tuple[Windows, Windows]:
+    """Training and held-out windows of a finished data stage."""
+    return open_windows(data.path / "train"), open_windows(data.path / "heldout")

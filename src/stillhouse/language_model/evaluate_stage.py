@@ -1,0 +1,93 @@
+"""The stage that measures the students beside their teacher."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse import account
+from stillhouse.evaluate.evaluate import evaluate
+from stillhouse.evaluate.evaluate_config import EvaluateRecipe
+from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job
+from stillhouse.pipeline.engine import EVALUATION
+from stillhouse.pipeline.stage_plan import StagePlan
+from stillhouse.quantize.activations import round_inputs
+from stillhouse.quantize.quantization import FILE, Quantization
+from stillhouse.runfolder import Outcome, Stage
+from stillhouse.training.train import MODEL
+
+
+def plan_evaluation(
+    job: Job,
+    data: Stage,
+    student: Stage,
+    trained: Stage,
+    baseline: Stage | None,
+    *quantized_stages: Stage | None,
+) -> StagePlan:
+    quantized = [stage for stage in quantized_stages if stage is not None]
+    section = _with_found_tasks(job.recipe.evaluate, job.base)
+
+    def work(out: Path) -> Outcome:
+        _, heldout = open_data(data)
+        paths = {
+            "teacher": job.teacher.path,
+            "untrained": student.path / MODEL,
+            "student": trained.path / MODEL,
+        }
+        if baseline is not None:
+            paths["fine_tuned"] = baseline.path / MODEL
+        sizes, prepare = {}, {}
+        for stage in quantized:
+            role = {"quantize": "quantized", "qat": "quantized_trained"}[stage.name]
+            paths[role], sizes[role] = stage.path / MODEL, stage.summary["bytes"]
+            prepare[role] = partial(round_inputs, Quantization.load(stage.path / FILE))
+        found = evaluate(
+            paths,
+            section=section,
+            windows=heldout,
+            seed=job.recipe.seed,
+            vocabulary=job.vocabulary,
+            precision=choose_precision(job.recipe.train.precision, default_device()),
+            export_dtype=getattr(torch, job.recipe.export.dtype),
+            sizes=sizes,
+            prepare=prepare,
+            trust_remote_code=job.trust_remote_code,
+        )
+        found.save(out / EVALUATION)
+        tokens = sum(model.fidelity.tokens for model in found.models)
+        flops = sum(
+            account.forward_flops(model.parameters, model.fidelity.tokens) for model in found.models
+        )
+        return Outcome(tokens, flops, peak_memory_bytes())
+
+    inputs: dict[str, Any] = {
+        "recipe": job.recipe.evaluate.model_dump(mode="json"),
+        "precision": job.recipe.train.precision,
+        "dtype": job.recipe.export.dtype,
+        "seed": job.recipe.seed,
+        "teacher": job.teacher.fingerprint,
+        "data": data.digest,
+        "student": student.digest,
+        "trained": trained.digest,
+        "baseline": baseline and baseline.digest,
+        "quantized": [stage.digest for stage in quantized],
+    }
+    if job.recipe.quantize is not None and job.recipe.quantize.dynamic:
+        inputs["rounded_inputs"] = True
+    return StagePlan("evaluate", inputs, work, version=3)
+
+
+def _with_found_tasks(section: EvaluateRecipe, base: Path) -> EvaluateRecipe:
+    """Paths of lm-eval tasks start from the recipe's folder; its task names stay names."""
+    if section.lm_eval is None:
+        return section
+    tasks = [str(base / task) if (base / task).exists() else task for task in section.lm_eval.tasks]
+    folder = section.lm_eval.include_path
+    found = {"tasks": tasks, "include_path": None if folder is None else str(base / folder)}
+    return section.model_copy(update={"lm_eval": section.lm_eval.model_copy(update=found)})

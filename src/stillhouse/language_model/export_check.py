@@ -1,0 +1,82 @@
+"""What is to be shipped, looked at before anything is spent: what a format cannot hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from stillhouse.export.compressed import announce_compressed, require_llm_compressor
+from stillhouse.export.gguf_export import announce_gguf
+from stillhouse.export.licenses import license_warning, teacher_license
+from stillhouse.export.push import require_token
+from stillhouse.export.torchao import require_torchao
+from stillhouse.finding import Finding
+from stillhouse.language_model.job import Job, configs, planned_model
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.pipeline.kind import Check
+from stillhouse.quantize.quantize import grid_of, planned_bytes
+from stillhouse.quantize.units import told_left_over
+from stillhouse.students.student_config import PrunedStudent
+from stillhouse.teachers.load import load_config, load_tokenizer
+
+
+def check_exports(check: Check) -> Iterator[Finding]:
+    """Raises StillhouseError for a student that cannot be exported."""
+    job: Job = check.job
+    yield from export_findings(job.recipe, job, [("", configs(job)[0])])
+
+
+def export_findings(
+    recipe: Recipe, job: Job, students: Sequence[tuple[str, Any]]
+) -> Iterator[Finding]:
+    """students: name (empty for a single one) and configuration of each that is exported."""
+    recipe = recipe.with_programs(job.base)
+    tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+    section = recipe.export
+    layers = _layers_before(recipe, job)
+    for name, student in students:
+        of = f"{name}: " if name else ""
+        if recipe.quantize is not None:
+            plain, rounded = planned_bytes(planned_model(student), recipe.quantize)
+            text = f"{rounded / 1e6:,.1f} MB with every part quantized, {plain / 1e6:,.1f} without"
+            yield Finding("estimate", "quantize", of + text)
+            if left := told_left_over(planned_model(student)):
+                yield Finding("warning", "quantize", of + left)
+        for form in section.formats:
+            yield from (
+                Finding(level, "export", of + text, fix)
+                for level, text, fix in _format(form, recipe, student, tokenizer, layers)
+            )
+    if recipe.quantize is not None and "safetensors" in section.formats:
+        grid, dynamic = grid_of(recipe.quantize), recipe.quantize.dynamic
+        require_torchao(grid, dynamic, section.dtype)
+    if section.push_to_hub is not None:
+        require_token(section.push_to_hub)
+    yield Finding("ok", "export", ", ".join(section.formats))
+    warning = license_warning(teacher_license(recipe.teacher.license, job.teacher.path))
+    if warning is not None:
+        yield Finding("warning", "license", warning)
+
+
+def _layers_before(recipe: Recipe, job: Job) -> int | None:
+    """Of the model that a pruned student is cut from; None: no student is cut."""
+    if recipe.cascade is None and not isinstance(recipe.student, PrunedStudent):
+        return None
+    source = job.pruned or job.teacher
+    config = load_config(source.path, trust_remote_code=job.trust_remote_code)
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def _format(
+    form: str, recipe: Recipe, student: Any, tokenizer: Any, layers_before: int | None
+) -> Iterator[tuple[Literal["warning", "error"], str, str]]:
+    kind, _, name = form.partition("-")
+    if kind == "gguf":
+        grid = None if recipe.quantize is None else grid_of(recipe.quantize)
+        for text, fix in announce_gguf(name, student, tokenizer, grid, layers_before=layers_before):
+            yield "warning", text, fix
+    elif kind == "compressed":
+        require_llm_compressor(recipe.export.llm_compressor)
+        found = announce_compressed(name, student)
+        if found is not None:
+            yield "error", *found

@@ -1,0 +1,227 @@
+"""The last stages of a run: what is shipped, checked and described, and the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse import account
+from stillhouse.evaluate.results import Evaluation
+from stillhouse.export.checkpoint import export_checkpoint
+from stillhouse.export.compressed import export_compressed
+from stillhouse.export.gate import Gate, ReplayResult, against_teacher
+from stillhouse.export.gguf_export import WEIGHED, export_gguf
+from stillhouse.export.licenses import Origin, distinct
+from stillhouse.export.llama_quantizer import has_llama_cpp
+from stillhouse.export.model_card import CardFacts, write_card
+from stillhouse.export.push import push
+from stillhouse.export.torchao import export_torchao
+from stillhouse.hardware import (
+    choose_precision,
+    default_device,
+    machine,
+    peak_memory_bytes,
+)
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.model_origins import origins_of
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.pipeline.engine import EVALUATION
+from stillhouse.pipeline.report_stage import plan_report
+from stillhouse.pipeline.stage_plan import StagePlan
+from stillhouse.quantize.moments import Moments, input_moments
+from stillhouse.quantize.quantization import FILE, Quantization
+from stillhouse.quantize.quantize import draw_windows
+from stillhouse.report.report_data import ReportData, ScratchCost, StageCost
+from stillhouse.report.write import write_report
+from stillhouse.runfolder import Outcome, Stage, versions
+from stillhouse.section import recipe_yaml
+from stillhouse.teachers.load import load_model
+from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.train import METRICS, MODEL
+
+
+def plan_export(
+    job: Job, data: Stage, evaluated: Stage, trained: Stage, *quantized: Stage | None
+) -> StagePlan:
+    """What is exported is the run's last model, trained or quantized."""
+    shipped = [stage for stage in (trained, *quantized) if stage is not None][-1]
+    recipe, section = job.recipe.with_programs(job.base), job.recipe.export
+    origins = distinct([*origins_of(job), *job.ancestors])
+    grid_file = shipped.path / FILE
+
+    def work(out: Path) -> Outcome:
+        _, heldout = open_data(data)
+        gate = Gate(
+            shipped.path / MODEL,
+            heldout,
+            job.recipe.evaluate.prompts,
+            job.recipe.seed,
+            section.kl_limit,
+            job.trust_remote_code,
+        )
+        grid = Quantization.load(grid_file) if grid_file.is_file() else None
+        card = _card(job, data, shipped, Evaluation.load(evaluated.path / EVALUATION), origins)
+        dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
+        vocabulary, replays = job.vocabulary, []
+        calibration = _calibration(job, data)
+        moments = _moments(job, shipped.path / MODEL, calibration)
+        with against_teacher(gate, job.teacher.path, vocabulary=vocabulary, dtype=dtype) as asked:
+            for form in section.formats:
+                folder = out / shipped_folder(form)
+                replay = _export(asked, folder, form, recipe, grid, moments, calibration)
+                write_card(folder, card, replay)
+                replays.append(replay)
+        return Outcome(
+            summary={"replays": [asdict(replay) for replay in replays]},
+            peak_memory_bytes=peak_memory_bytes(),
+        )
+
+    inputs = {
+        "recipe": section.model_dump(mode="json", exclude={"push_to_hub"}),
+        "name": job.recipe.name,
+        "prompts": job.recipe.evaluate.prompts,
+        "data": data.digest,
+        "shipped": shipped.digest,
+        "evaluated": evaluated.digest,
+        "origins": [asdict(one) for one in origins],
+        "llama_cpp": has_llama_cpp(),
+    }
+    return StagePlan("export", inputs, work, version=5)
+
+
+def _export(
+    gate: Gate,
+    folder: Path,
+    form: str,
+    recipe: Recipe,
+    grid: Quantization | None,
+    moments: Moments | None,
+    calibration: list[Any],
+) -> ReplayResult:
+    if form.startswith("compressed-"):
+        return export_compressed(
+            gate,
+            folder,
+            method=form.removeprefix("compressed-"),
+            python=recipe.export.llm_compressor,
+            windows=calibration,
+        )
+    if form != "safetensors":
+        return export_gguf(
+            gate,
+            folder,
+            kind=form.removeprefix("gguf-"),
+            name=recipe.name,
+            quantization=grid,
+            moments=moments,
+        )
+    dtype = recipe.export.dtype
+    if grid is None:
+        return export_checkpoint(gate, folder, dtype=dtype)
+    return export_torchao(gate, folder, quantization=grid, dtype=dtype)
+
+
+def _calibration(job: Job, data: Stage) -> list[Any]:
+    """Training windows, for the formats that look at what layers read."""
+    section = job.recipe.export
+    if section.importance_tokens is None:
+        return []
+    windows, _ = open_data(data)
+    chosen, _ = draw_windows(windows, section.importance_tokens, job.recipe.seed)
+    return chosen
+
+
+def _moments(job: Job, model: Path, calibration: list[Any]) -> Moments | None:
+    """Where a format asks for them."""
+    forms = job.recipe.export.formats
+    if not calibration or not any(form.removeprefix("gguf-") in WEIGHED for form in forms):
+        return None
+    loaded = load_model(model, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
+    return input_moments(loaded.to(default_device()), calibration)
+
+
+def pushes(job: Any) -> bool:
+    return job.recipe.export.push_to_hub is not None
+
+
+def plan_push(job: Any, exported: Stage) -> StagePlan:
+    """Uploads what has passed its replay: an export that fails ends the run before this stage.
+
+    job: of any kind of run whose recipe has the section `export`.
+    """
+    section, forms, name = job.recipe.export.push_to_hub, job.recipe.export.formats, job.recipe.name
+
+    def work(_out: Path) -> Outcome:
+        folders = {form: exported.path / shipped_folder(form) for form in forms}
+        return Outcome(summary=asdict(push(section, folders, name)))
+
+    inputs = {"recipe": section.model_dump(mode="json"), "exported": exported.digest, "name": name}
+    return StagePlan("push", inputs, work)
+
+
+def shipped_folder(form: str) -> str:
+    """A format's folder in the stage, and the link to it in the run folder."""
+    return MODEL if form == "safetensors" else form
+
+
+def _card(
+    job: Job, data: Stage, shipped: Stage, evaluation: Evaluation, origins: Sequence[Origin]
+) -> CardFacts:
+    sources = [source.model_dump(exclude_none=True) for source in job.recipe.data.sources]
+    windows, _ = open_data(data)
+    return CardFacts(
+        name=job.recipe.name,
+        origins=origins,
+        data=f"{windows.supervised_tokens:,} training tokens from "
+        + "; ".join(" ".join(str(value) for value in source.values()) for source in sources),
+        recipe=recipe_yaml(job.recipe),
+        hashes={
+            "teacher": job.teacher.fingerprint,
+            "data": data.digest,
+            "checkpoint": shipped.digest,
+        },
+        evaluation=evaluation,
+    )
+
+
+def plan_language_model_report(job: Job, stages: dict[str, Stage]) -> StagePlan:
+    collect = partial(report_data, job, stages)
+    return plan_report(job.recipe, stages, collect, write_report, version=2)
+
+
+def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:
+    trained, student, found = stages["train"], stages["student"], stages["evaluate"]
+    evaluated = Evaluation.load(found.path / EVALUATION)
+    tokens = trained.cost.tokens
+    return ReportData(
+        title=job.recipe.name,
+        created=time.strftime("%Y-%m-%d %H:%M"),
+        recipe=job.recipe.model_dump(mode="json"),
+        teacher=job.teacher.described,
+        evaluation=evaluated,
+        history=read_metrics(trained.path / METRICS),
+        stages=[StageCost.of(stage) for stage in stages.values()],
+        student=student.summary,
+        scratch=ScratchCost(
+            tokens=tokens,
+            distillation_flops=trained.cost.flops + student.cost.flops,
+            scratch_flops=account.training_flops(
+                student.summary["parameters"]["head_once"], tokens
+            ),
+        ),
+        replays=stages["export"].summary["replays"],
+        machine=machine(),
+        versions=versions(),
+        notes=[*evaluated.notes, *_quantization_notes(stages.get("quantize"))],
+    )
+
+
+def _quantization_notes(rounded: Stage | None) -> list[str]:
+    return [] if rounded is None else rounded.summary.get("notes", [])

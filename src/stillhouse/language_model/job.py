@@ -1,0 +1,236 @@
+"""A language-model recipe whose models have been found: what every stage of its run starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from stillhouse import account
+from stillhouse.errors import SignalError
+from stillhouse.export.licenses import Origin
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.progress import note
+from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopP
+from stillhouse.signals.manifest import read_settings
+from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals
+from stillhouse.students.planned_config import planned_config
+from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
+from stillhouse.synthesis.synthesized_text import SynthesizedText
+from stillhouse.teachers.load import load_config, load_tokenizer
+from stillhouse.teachers.model_source import ModelSource, resolve_model
+from stillhouse.teachers.record_store import encoding_of
+from stillhouse.teachers.shared_vocabulary import VocabularyMatch, check_same_vocabulary
+from stillhouse.training.objective import (
+    Objective,
+    make_objective,
+    stored_layers,
+    stored_temperature,
+)
+from stillhouse.training.train_config import ORIGINAL
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe whose models have been found and fit together.
+
+    base: where relative paths start. pruned: the model that is pruned, where that is not the
+    teacher. vocabulary: token ids below it are shared by both models; rows of a head beyond it are
+    padding. guides: the models that the student learns from, the teacher or others of its
+    vocabulary. text: what the run has synthesized. ancestors: of a member of a family, the models
+    that the first member was made with. after_cut: before the vocabulary is cut, the recipe that
+    goes on from there; this job's own then has no more than the cut. cut: whether it was cut.
+    family: of a first member, the recipe of the whole family.
+    """
+
+    recipe: Recipe
+    base: Path
+    teacher: ModelSource
+    pretrained: ModelSource | None
+    vocabulary: int
+    pruned: ModelSource | None = None
+    guides: tuple[ModelSource, ...] = ()
+    text: SynthesizedText | None = None
+    ancestors: tuple[Origin, ...] = ()
+    after_cut: Recipe | None = None
+    cut: bool = False
+    family: Recipe | None = None
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The student's own where it has one: its token ids are the teacher's, see `students`."""
+        return (self.pretrained or self.teacher).path
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return self.recipe.teacher.trust_remote_code
+
+
+def find_models(
+    recipe: Recipe, base: Path, *, weights: bool = True, teacher: ModelSource | None = None
+) -> Job:
+    """Finds and checks the models on disk, or downloads them (False: all but their weights).
+
+    teacher: takes the place of the recipe's, as one that has lost tokens does (see `beginning`).
+    Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
+    """
+    section = recipe.teacher
+    if teacher is None:
+        teacher = resolve_model(
+            section.model, revision=section.revision, base=base, weights=weights
+        )
+    pretrained = None
+    if isinstance(recipe.student, PretrainedStudent):
+        student = recipe.student
+        pretrained = resolve_model(
+            student.model, revision=student.revision, base=base, weights=weights
+        )
+    pruned = None
+    if isinstance(recipe.student, PrunedStudent) and recipe.student.model is not None:
+        pruned = resolve_model(recipe.student.model, base=base, weights=weights)
+    other = pretrained or pruned or teacher
+    match = shared_vocabulary(teacher, other, recipe.teacher.trust_remote_code)
+    for warning in match.warnings:
+        note(f"warning: {warning}")
+    guides = _guides(recipe, teacher, base, weights)
+    job = Job(recipe, base, teacher, pretrained, match.rows, pruned, guides)
+    # Refuses now what these models, or a store of the teacher's answers, cannot give.
+    objective = planned_objective(job)
+    if recipe.signals is not None:
+        stored_temperature(objective, signals_encoding(job, objective))
+    return job
+
+
+def _guides(
+    recipe: Recipe, teacher: ModelSource, base: Path, weights: bool
+) -> tuple[ModelSource, ...]:
+    guides = []
+    for name in recipe.train.teachers or [ORIGINAL]:
+        guide = teacher if name == ORIGINAL else resolve_model(name, base=base, weights=weights)
+        if guide is not teacher:
+            shared_vocabulary(teacher, guide, recipe.teacher.trust_remote_code)
+        guides.append(guide)
+    return tuple(guides)
+
+
+def signals_encoding(job: Job, objective: Objective) -> Encoding:
+    """What the teacher's answers are stored as.
+
+    Raises SignalError, StoreError about a given store that cannot serve this recipe.
+    """
+    section = job.recipe.signals
+    assert section is not None
+    student, teacher = (config.get_text_config() for config in configs(job))
+    if section.store is not None:
+        store = job.base / section.store
+        encoding = read_settings(store).encoding
+        if isinstance(encoding, Hidden):
+            _check_layers(encoding, stored_layers(objective, teacher), store)
+        if isinstance(encoding, FrozenHead):
+            _check_head_stays(job.recipe, store)
+        return encoding
+    if section.answers is not None:
+        assert job.recipe.synthesize is not None
+        most = job.recipe.synthesize.sampling.top_logprobs
+        assert most is not None
+        return TopP(1.0, most)
+    match section.encoding:
+        case HiddenSignals():
+            return Hidden(stored_layers(objective, teacher), teacher.hidden_size)
+        case FrozenHeadSignals():
+            _check_head_stays(job.recipe, "signals.encoding")
+            return FrozenHead(student.hidden_size)
+        case encoding_section:
+            return encoding_of(encoding_section)
+
+
+def _check_head_stays(recipe: Recipe, where: str | Path) -> None:
+    if not recipe.train.freeze_head:
+        raise SignalError(
+            "signals of kind frozen_head are for a student whose head is not trained",
+            where=where,
+            fix="set train.freeze_head: true, or use signals of another kind",
+        )
+    if recipe.quantize is not None and recipe.quantize.qat is not None:
+        raise SignalError(
+            "quantize.qat rounds the head, and signals of kind frozen_head are for the head as it "
+            "is",
+            where=where,
+            fix="remove quantize.qat, or use signals of another kind",
+        )
+
+
+def _check_layers(encoding: Hidden, wanted: tuple[int, ...], store: Path) -> None:
+    lacking = sorted(set(wanted) - set(encoding.layers))
+    if lacking:
+        raise SignalError(
+            f"the store has the teacher's layers {list(encoding.layers)}, and the objective needs "
+            f"{lacking} too",
+            where=store,
+            fix="use terms on the layers that it has, or record a store for these terms",
+        )
+
+
+def planned_objective(job: Job) -> Objective:
+    """The objective before there is a student: its learned maps have shapes and no memory.
+
+    Raises SignalError for terms that these models cannot give.
+    """
+    student, guide = configs(job)[0], job.guides[0]
+    shape = load_config(guide.path, trust_remote_code=job.trust_remote_code)
+    with torch.device("meta"):
+        objective = make_objective(job.recipe.objective, student, shape)
+    if len(job.guides) > 1 and (objective.hidden or objective.relations):
+        raise SignalError(
+            "terms on intermediate layers are for one teacher, and there are several",
+            where="objective.terms",
+            fix="use terms on the output alone, or one teacher",
+        )
+    return objective
+
+
+def configs(job: Job) -> tuple[Any, Any]:
+    """The student's configuration, as it will be, and the teacher's."""
+    code = job.trust_remote_code
+    teacher = load_config(job.teacher.path, trust_remote_code=code)
+    section = job.recipe.student
+    if isinstance(section, PrunedStudent | RandomStudent):
+        served = getattr(torch, job.recipe.export.dtype)
+        return planned_config(section, start_config(job), base=job.base, served=served), teacher
+    assert job.pretrained is not None
+    return load_config(job.pretrained.path, trust_remote_code=code), teacher
+
+
+def start_config(job: Job) -> Any:
+    """The configuration of the model that is pruned."""
+    start = job.pruned or job.teacher
+    return load_config(start.path, trust_remote_code=job.trust_remote_code)
+
+
+def shared_vocabulary(
+    teacher: ModelSource, student: ModelSource, trust_remote_code: bool
+) -> VocabularyMatch:
+    """Raises ModelError where the two models' tokens differ."""
+    sides = []
+    for source in (teacher, student):
+        tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
+        config = load_config(source.path, trust_remote_code=trust_remote_code)
+        sides.append((tokenizer, int(config.get_text_config().vocab_size)))
+    (teacher_tokenizer, teacher_rows), (student_tokenizer, student_rows) = sides
+    return check_same_vocabulary(
+        teacher_tokenizer, student_tokenizer, teacher_rows=teacher_rows, student_rows=student_rows
+    )
+
+
+def planned_size(config: Any) -> account.ParameterCount:
+    """The size of a model that does not exist yet."""
+    return account.count_parameters(planned_model(config))
+
+
+def planned_model(config: Any) -> Any:
+    """A model that does not exist yet: shapes without memory."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)

@@ -1,0 +1,152 @@
+"""A run that makes one language model: its stages, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+from rich.console import RenderableType
+
+from stillhouse.data.preview import preview
+from stillhouse.evaluate.results import Evaluation
+from stillhouse.evaluate.retention_table import retention_table, task_table
+from stillhouse.language_model.api_signals_stage import plan_api_signals
+from stillhouse.language_model.data_check import check_data
+from stillhouse.language_model.data_stage import open_data, plan_data
+from stillhouse.language_model.evaluate_stage import plan_evaluation
+from stillhouse.language_model.export_check import check_exports
+from stillhouse.language_model.export_stage import (
+    plan_export,
+    plan_language_model_report,
+    plan_push,
+    pushes,
+    shipped_folder,
+)
+from stillhouse.language_model.job import Job, find_models
+from stillhouse.language_model.quantize_stage import plan_quantization, plan_quantized_training
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.search_stage import has_target, plan_search, with_sizes
+from stillhouse.language_model.signals_stage import STORE, plan_signals, records_signals
+from stillhouse.language_model.synthesis_check import check_synthesis, synthesis_spending
+from stillhouse.language_model.synthesis_stage import (
+    makes_text,
+    plan_synthesis,
+    require_text,
+    with_text,
+)
+from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
+from stillhouse.language_model.training_estimate import check_training
+from stillhouse.language_model.vocabulary_stage import cut_job, find_job, plan_vocabulary
+from stillhouse.pipeline.engine import locked_folder, run_steps
+from stillhouse.pipeline.kind import ALL, Kind, Step
+from stillhouse.pipeline.report_stage import REPORT
+from stillhouse.pipeline.stage_plan import StagePlan, doing
+from stillhouse.runfolder import Stage
+from stillhouse.teachers.load import load_tokenizer
+
+
+def _plan_store(job: Job, data: Stage, student: Stage) -> StagePlan:
+    """The store is filled by the teacher, or from what came with an API's answers."""
+    section = job.recipe.signals
+    if section is not None and section.answers is not None:
+        return plan_api_signals(job)
+    return plan_signals(job, data, student)
+
+
+STEPS = (
+    Step(
+        "synthesis",
+        plan_synthesis,
+        wanted=lambda job: makes_text(job.recipe, job.base),
+        then=with_text,
+        check=check_synthesis,
+        spending=synthesis_spending,
+    ),
+    Step("data", plan_data, check=check_data),
+    Step(
+        "vocabulary",
+        plan_vocabulary,
+        ("data",),
+        wanted=lambda job: job.after_cut is not None,
+        then=cut_job,
+    ),
+    Step("data", plan_data, wanted=lambda job: job.cut),
+    Step("search", plan_search, ("data",), wanted=has_target, then=with_sizes),
+    Step("student", plan_student, ("data",)),
+    Step("signals", _plan_store, ("data", "student"), wanted=records_signals),
+    Step("train", plan_training, ("data", "student", "signals"), check=check_training),
+    Step(
+        "baseline",
+        plan_baseline,
+        ("data", "student"),
+        wanted=lambda job: job.recipe.evaluate.fine_tuning_baseline,
+    ),
+    Step(
+        "quantize",
+        plan_quantization,
+        ("data", "train"),
+        wanted=lambda job: job.recipe.quantize is not None,
+    ),
+    Step(
+        "qat",
+        plan_quantized_training,
+        ("data", "train", "quantize", "signals"),
+        wanted=lambda job: job.recipe.quantize is not None and job.recipe.quantize.qat is not None,
+    ),
+    Step(
+        "evaluate",
+        plan_evaluation,
+        ("data", "student", "train", "baseline", "quantize", "qat"),
+        main_process=True,
+    ),
+    Step(
+        "export",
+        plan_export,
+        ("data", "evaluate", "train", "quantize", "qat"),
+        main_process=True,
+        check=check_exports,
+    ),
+    Step("push", plan_push, ("export",), wanted=pushes, main_process=True),
+    Step("report", plan_language_model_report, ALL, main_process=True),
+)
+DATA_STEPS = ("synthesis", "data", "vocabulary")
+"""The steps that lead to the windows, and to the teacher that has their tokens."""
+
+
+def links(job: Job, stages: Mapping[str, Stage]) -> dict[str, Path]:
+    exported = stages["export"].path
+    found = {name: exported / name for name in map(shipped_folder, job.recipe.export.formats)}
+    found[REPORT] = stages["report"].path / REPORT
+    if "signals" in stages:
+        found["signals"] = stages["signals"].path / STORE
+    if "synthesis" in stages:
+        found["synthesis"] = stages["synthesis"].path
+    return found
+
+
+def tables(evaluation: Evaluation) -> list[RenderableType]:
+    return [retention_table(evaluation), *filter(None, [task_table(evaluation)])]
+
+
+def preview_windows(recipe: Recipe, base: Path, rows: int) -> RenderableType:
+    """Training windows, colored by loss mask. Runs the data stage where it is not finished."""
+    require_text(recipe, base)
+    with locked_folder(recipe) as folder:
+        job = find_job(recipe, base)
+        job, stages = run_steps(LANGUAGE_MODEL, job, doing(folder), only=DATA_STEPS)
+    windows, _ = open_data(stages["data"])
+    return preview(windows, load_tokenizer(job.tokenizer_path), rows)
+
+
+LANGUAGE_MODEL = Kind(
+    name="language model",
+    find=find_job,
+    find_to_check=partial(find_models, weights=False),
+    steps=STEPS,
+    links=links,
+    load_evaluation=Evaluation.load,
+    tables=tables,
+    preview=preview_windows,
+    many_processes=True,
+)

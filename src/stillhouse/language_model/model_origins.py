@@ -1,0 +1,50 @@
+"""Which models a run's student is made with: their licenses hold for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, origin
+from stillhouse.generation.request import api_described
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.synthesis_stage import makes_text
+from stillhouse.runfolder import run_root
+from stillhouse.teachers.model_source import ModelSource, resolve_model
+
+
+def origins_of(job: Job) -> list[Origin]:
+    """The teacher first, then what the student starts from and whatever else teaches it.
+
+    A model that the run itself has made, such as the member before this one, is left out: what it
+    is made with is among those of the first member.
+    """
+    started = [("The student's start", one) for one in (job.pretrained, job.pruned) if one]
+    taught = [("Another teacher", guide) for guide in job.guides]
+    others = [(part, one) for part, one in [*started, *taught] if not _made_here(one, job.recipe)]
+    return distinct(
+        [
+            origin(TEACHER, job.teacher, job.recipe.teacher.license),
+            *(origin(part, source) for part, source in others),
+            *_of_text(job.recipe, job.base),
+        ]
+    )
+
+
+def _made_here(source: ModelSource, recipe: Recipe) -> bool:
+    return source.path.is_relative_to(run_root(recipe).resolve())
+
+
+def _of_text(recipe: Recipe, base: Path) -> list[Origin]:
+    """Who writes the text, where that is not the teacher."""
+    if not makes_text(recipe, base):
+        return []
+    assert recipe.synthesize is not None
+    teacher, part = recipe.synthesize.teacher, "The text's teacher"
+    if teacher.api is not None:
+        return [api_origin(part, api_described(teacher.api))]
+    here = teacher.here
+    if here is None or here.model is None:
+        return []
+    found = resolve_model(here.model, revision=here.revision, base=base, weights=False)
+    return [origin(part, found)]

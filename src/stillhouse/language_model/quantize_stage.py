@@ -1,0 +1,93 @@
+"""The stages that round the trained student, and train it rounded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from stillhouse.hardware import leads, peak_memory_bytes
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.signals_stage import stored_signals, whom_to_ask
+from stillhouse.language_model.train_stage import training_outcome
+from stillhouse.pipeline.stage_plan import StagePlan
+from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
+from stillhouse.runfolder import Outcome, Stage
+from stillhouse.training.train import MODEL
+
+
+def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
+    """The trained student's matrices rounded onto a grid; which are left alone, by measurement."""
+    section = job.recipe.quantize
+    assert section is not None
+
+    def work(out: Path) -> Outcome:
+        windows, heldout = open_data(data)
+        result = quantize(
+            trained.path / MODEL,
+            out,
+            section=section,
+            heldout=heldout,
+            vocabulary=job.vocabulary,
+            seed=job.recipe.seed,
+            windows=windows,
+            trust_remote_code=job.trust_remote_code,
+        )
+        return Outcome(peak_memory_bytes=peak_memory_bytes(), summary=asdict(result))
+
+    inputs = {
+        "recipe": section.model_dump(mode="json", exclude={"qat"}),
+        "seed": job.recipe.seed,
+        "vocabulary": job.vocabulary,
+        "data": data.digest,
+        "trained": trained.digest,
+    }
+    return StagePlan("quantize", inputs, work, version=2)
+
+
+def plan_quantized_training(
+    job: Job, data: Stage, trained: Stage, rounded: Stage, signals: Stage | None
+) -> StagePlan:
+    """The trained student distilled on while it is rounded: quantization-aware distillation."""
+    section, train_section = job.recipe.quantize, job.recipe.train
+    stored = stored_signals(job, signals)
+    assert section is not None
+    assert section.qat is not None
+
+    def work(out: Path) -> Outcome:
+        windows, heldout = open_data(data)
+        asked = whom_to_ask(job, job.guides[0].path, stored, windows, trained)
+        result = train_quantized(
+            trained.path / MODEL,
+            rounded.path,
+            asked.teacher,
+            windows,
+            heldout,
+            section=section,
+            recipe=train_section,
+            objective=job.recipe.objective,
+            vocabulary=job.vocabulary,
+            seed=job.recipe.seed,
+            out=out,
+            main=leads(),
+            store=asked.store,
+            stored_teacher=asked.stored_teacher,
+            asked_share=asked.share,
+            more_teachers=[guide.path for guide in job.guides[1:]],
+            trust_remote_code=job.trust_remote_code,
+        )
+        summary = {**rounded.summary, "training": asdict(result)}
+        return training_outcome(result, summary)
+
+    inputs = {
+        "qat": section.qat.model_dump(mode="json"),
+        "objective": job.recipe.objective.model_dump(mode="json"),
+        "signals": stored and stored.key,
+        "recipe": train_section.model_dump(mode="json", exclude={"report_to", "teachers"}),
+        "seed": job.recipe.seed,
+        "teachers": [guide.fingerprint for guide in job.guides],
+        "data": data.digest,
+        "trained": trained.digest,
+        "rounded": rounded.digest,
+    }
+    return StagePlan("qat", inputs, work, resumable=True, together=True, scratch=(TRAINING,))

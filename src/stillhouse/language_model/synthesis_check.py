@@ -1,0 +1,116 @@
+"""What a recipe's synthesized text will be and cost, before requests are sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse.data.data_config import FileSource, Source
+from stillhouse.data.documents import Conversation
+from stillhouse.data.row_formats import document_from_row
+from stillhouse.data.sources import read_sources
+from stillhouse.finding import Finding
+from stillhouse.generation.generation_config import may_cost
+from stillhouse.generation.vllm_engine import lacks
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.synthesis_stage import (
+    makes_text,
+    missing_answers,
+    origins,
+    out_path,
+    synthesis_plan,
+)
+from stillhouse.pipeline.engine import run_folder
+from stillhouse.pipeline.kind import Check
+from stillhouse.synthesis.filters_config import JudgeChoice
+from stillhouse.synthesis.judge_answers import most_requests
+from stillhouse.synthesis.preflight import answered_rows, ask_some, findings, foreseen, told
+from stillhouse.synthesis.synthesize import TEXT
+from stillhouse.synthesis.synthesized_text import names
+
+
+def check_synthesis(check: Check) -> Iterator[Finding]:
+    """How much is answered, and what the rest costs: by the answers there are, and at most."""
+    recipe, base = check.job.recipe, check.job.base
+    section = recipe.synthesize
+    if section is None:
+        return
+    source = origins(recipe, base)
+    ask_some(section, source, check.calls, seed=recipe.seed)
+    known = foreseen(section, source, seed=recipe.seed)
+    yield from findings(known, section, source, "synthesis")
+    if known.missing and section.teacher.vllm is not None:
+        for level, text, fix in lacks(section.teacher.vllm, base):
+            yield Finding(level, "vLLM", text, fix)
+    if verdicts := most_requests(section, known.requests):
+        yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")
+    if not makes_text(recipe, base):
+        text = f"no source of data names {section.out}: `stillhouse run` synthesizes nothing"
+        fix = f"add {{kind: jsonl, path: {section.out}}} to data.sources to train on it"
+        yield Finding("warning", "synthesis", text, fix)
+
+
+def synthesis_spending(job: Job, *, complete: bool = False) -> Iterator[str]:
+    """What would be paid without a budget. complete: also for answers that a finished stage lacks,
+    which `stillhouse synthesize` requests again."""
+    recipe, base = job.recipe, job.base
+    section = recipe.synthesize
+    if section is None or not (complete or makes_text(recipe, base)):
+        return
+    plan = synthesis_plan(recipe, base)
+    finished = run_folder(recipe).finished(plan.name, plan.depends_on)
+    if finished is not None and not (complete and missing_answers(finished)):
+        return
+    choice = section.filters.best_of
+    judge = choice if isinstance(choice, JudgeChoice) else None
+    teacher_costs = may_cost(section.teacher.api, section.budget)
+    judge_costs = judge is not None and may_cost(judge.teacher.api, judge.budget)
+    if not teacher_costs and not judge_costs:
+        return
+    known = foreseen(section, origins(recipe, base), seed=recipe.seed)
+    if teacher_costs and known.missing:
+        yield told(known, section)
+    if judge_costs:
+        yield f"at most {most_requests(section, known.requests):,} requests to the judge"
+
+
+@dataclass(frozen=True)
+class PlannedText:
+    """Synthesized text that training will read.
+
+    documents: some of its rows, made of the answers there are. times: how many times as much there
+    will be, before filters. other_sources: the sources of `data` that read something else.
+    """
+
+    documents: list[Conversation]
+    times: float
+    other_sources: list[Source]
+
+
+def planned_text(recipe: Recipe, base: Path, most: int) -> PlannedText | None:
+    """None where `data` reads no synthesized text. most: documents at most."""
+    section = recipe.synthesize
+    if section is None or not makes_text(recipe, base):
+        return None
+    out = out_path(section, base)
+    others = [source for source in recipe.data.sources if not names(source, out, base)]
+    plan = synthesis_plan(recipe, base)
+    stage = run_folder(recipe).finished(plan.name, plan.depends_on)
+    if stage is not None:
+        path = str((stage.path / TEXT).absolute())
+        source = FileSource(kind="jsonl", path=path, limit=most)
+        documents = [d for d in read_sources([source], base) if isinstance(d, Conversation)]
+        return PlannedText(documents, stage.summary["kept"] / max(1, len(documents)), others)
+    origin = origins(recipe, base)
+    rows = answered_rows(section, origin, most, seed=recipe.seed)
+    made = [
+        {"messages": [*row.messages, {"role": "assistant", "content": row.text}]}
+        for row in rows
+        if row.text
+    ]
+    read = (document_from_row(row, "text", "the journal") for row in made)
+    documents = [document for document in read if isinstance(document, Conversation)]
+    known = foreseen(section, origin, seed=recipe.seed)
+    return PlannedText(documents, known.requests / max(1, len(documents)), others)

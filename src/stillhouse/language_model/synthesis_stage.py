@@ -1,0 +1,180 @@
+"""The stage of a run that makes its text: a teacher answers, and `data` reads it.
+
+It is keyed by what decides the text: the request's fields, the contents of the files that are
+read, and the section's rules. The answers themselves are in the journal, which all runs share, so
+that a stage that was killed, or is done anew with another filter, buys nothing again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from stillhouse import account
+from stillhouse.errors import DataError
+from stillhouse.hardware import leads
+from stillhouse.language_model.job import Job, planned_size
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.pipeline.stage_plan import Do, StagePlan
+from stillhouse.progress import note
+from stillhouse.runfolder import Outcome, RunFolder, Stage, answers_path, flush, run_root, sha
+from stillhouse.synthesis.filters import dropped_counts, dropped_file
+from stillhouse.synthesis.judge_answers import open_judge
+from stillhouse.synthesis.synthesize import TEXT, Synthesis, synthesize
+from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
+from stillhouse.synthesis.synthesized_text import SynthesizedText, reads
+from stillhouse.synthesis.text_teacher import LocalText, Origins, text_teacher
+from stillhouse.teachers.load import load_config
+
+NAME = "synthesis"
+"""The stage, and the link to it in the run folder."""
+
+
+def origins(recipe: Recipe, base: Path) -> Origins:
+    return Origins(
+        base=base,
+        folder=run_root(recipe) / NAME,
+        journal=answers_path(recipe),
+        model=recipe.teacher.model,
+        revision=recipe.teacher.revision,
+        trust_remote_code=recipe.teacher.trust_remote_code,
+    )
+
+
+def out_path(section: SynthesizeRecipe, base: Path) -> Path:
+    return (base / Path(section.out).expanduser()).absolute()
+
+
+def makes_text(recipe: Recipe, base: Path) -> bool:
+    """Whether a run makes its text: a source of `data` names `synthesize.out`."""
+    section = recipe.synthesize
+    return section is not None and reads(recipe.data, out_path(section, base), base)
+
+
+def require_text(recipe: Recipe, base: Path) -> None:
+    """Raises DataError where the run's text is not synthesized yet, which may cost money."""
+    if not makes_text(recipe, base):
+        return
+    plan = synthesis_plan(recipe, base)
+    if RunFolder(run_root(recipe)).finished(plan.name, plan.depends_on) is None:
+        raise DataError(
+            "the text of this recipe is not synthesized yet",
+            where=out_path(recipe.synthesize, base) if recipe.synthesize else None,
+            fix="run `stillhouse synthesize RECIPE` first",
+        )
+
+
+def plan_synthesis(job: Job) -> StagePlan:
+    return synthesis_plan(job.recipe, job.base)
+
+
+def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
+    """Raises DataError where a file that the section names is missing."""
+    section = recipe.synthesize
+    assert section is not None
+    found = origins(recipe, base)
+    teacher = text_teacher(section, found, recipe.seed, weights=False)
+
+    def work(out: Path) -> Outcome:
+        made = synthesize(section, replace(found, folder=out), seed=recipe.seed)
+        publish(out / TEXT, out_path(section, base))
+        flops = 0
+        if isinstance(teacher, LocalText):
+            size = planned_size(load_config(teacher.source.path))
+            flops = account.forward_flops(size.head_once, made.tokens)
+        summary = {**made.facts(), "sha256": sha(out / TEXT)}
+        return Outcome(tokens=made.tokens, flops=flops, summary=summary)
+
+    judge = open_judge(section, found, recipe.seed, weights=False)
+    asked = [source.request((), 0) for source in (teacher, judge and judge.teacher) if source]
+    plain = {"teacher": True, "sampling": True, "journal": True, "out": True}
+    rules: dict[str, Any] = {**plain, "filters": {"best_of": {"teacher"}}}
+    inputs = {
+        "recipe": section.model_dump(mode="json", exclude=rules),
+        "asked": [[one.endpoint, one.model, dict(one.parameters)] for one in asked],
+        "seed": None if section.prompts.combine is None else recipe.seed,
+        "files": {key: _content(base, key, path) for key, path in _files(section).items()},
+    }
+    return StagePlan(NAME, inputs, work, version=2)
+
+
+def with_text(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
+    """The job that reads the text of this run."""
+    assert job.recipe.synthesize is not None
+    stage, out = stages[NAME], out_path(job.recipe.synthesize, job.base)
+    if stage.reused and leads():
+        if not out.exists():
+            publish(stage.path / TEXT, out)
+        _report_missing(stage, out)
+    return replace(job, text=SynthesizedText(out, stage.path / TEXT, stage.summary["sha256"]))
+
+
+def _report_missing(stage: Stage, out: Path) -> None:
+    if missing := missing_answers(stage):
+        note(f"{missing:,} requests have no answer: `stillhouse synthesize` asks them again")
+    if sha(out) != stage.summary["sha256"]:
+        note(
+            f"{out} is not what this recipe made, and the run reads its own {stage.path / TEXT}; "
+            "to train on a file that you changed, give it another name"
+        )
+
+
+def missing_answers(stage: Stage) -> int:
+    """Requests to the teacher or the judge that have no answer."""
+    facts = stage.summary
+    return facts["requests"] - facts["answered"] + facts["unjudged"]
+
+
+def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synthesis:
+    """`stillhouse synthesize`: the stage, run again while requests have no answer."""
+    section = recipe.synthesize
+    assert section is not None
+    stage = do(replace(synthesis_plan(recipe, base), missing=missing_answers))
+    folder.point(NAME, stage.path)
+    out = out_path(section, base)
+    publish(stage.path / TEXT, out)
+    facts = {key: value for key, value in stage.summary.items() if key not in ("sha256", "taken")}
+    facts["dropped"] = dropped_counts(stage.summary)
+    if stage.reused:
+        facts |= {"new": 0, "failed": 0}
+    journal = origins(recipe, base).journal if section.journal is None else base / section.journal
+    return Synthesis(out, dropped_file(stage.path), journal, **facts)
+
+
+def publish(text: Path, out: Path) -> None:
+    """Copies the text to where the recipe wants it: whole, or the old file stays."""
+    if out.exists() and sha(out) == sha(text):
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.copyfile(text, temporary)
+    flush(temporary)
+    temporary.replace(out)
+
+
+def _files(section: SynthesizeRecipe) -> dict[str, str]:
+    """The files that are read, by the keys that name them."""
+    filters = section.filters
+    exam = filters.decontaminate.path if filters.decontaminate is not None else None
+    files = {
+        "prompts.path": section.prompts.path,
+        "filters.json_schema": filters.json_schema,
+        "filters.decontaminate.path": exam,
+    }
+    return {key: path for key, path in files.items() if path is not None}
+
+
+def _content(base: Path, key: str, path: str) -> str:
+    file = base / Path(path).expanduser()
+    try:
+        return sha(file)
+    except OSError as error:
+        kind = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise DataError(
+            f"the file of synthesize.{key} {kind}",
+            where=file,
+            fix="check the path; a relative one starts at the recipe's folder",
+        ) from None

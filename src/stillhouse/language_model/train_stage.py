@@ -1,0 +1,123 @@
+"""The stages that make a student and train it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stillhouse.hardware import peak_memory_bytes
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.signals_stage import StoredSignals, stored_signals, whom_to_ask
+from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
+from stillhouse.pipeline.stage_plan import StagePlan
+from stillhouse.runfolder import Outcome, Stage
+from stillhouse.students.build_student import build_student, config_sha256
+from stillhouse.students.student_config import RandomStudent
+from stillhouse.teachers.model_source import ModelSource
+from stillhouse.training.train import CHECKPOINTS, MODEL, TrainingResult, train
+
+BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
+
+
+def plan_student(job: Job, data: Stage) -> StagePlan:
+    section = job.recipe.student
+
+    def work(out: Path) -> Outcome:
+        windows, heldout = open_data(data)
+        summary = build_student(
+            section,
+            teacher=job.pruned or job.teacher,
+            windows=windows,
+            heldout=heldout,
+            seed=job.recipe.seed,
+            base=job.base,
+            out=out / MODEL,
+            trust_remote_code=job.trust_remote_code,
+        )
+        flops = summary.get("flops", 0)
+        return Outcome(flops=flops, peak_memory_bytes=peak_memory_bytes(), summary=summary)
+
+    inputs = {
+        # How the shape was searched does not matter once it is found, nor where the models are:
+        # their content is named below.
+        "recipe": section.model_dump(mode="json", exclude={"search", "target", "model", "config"}),
+        "config": config_sha256(section, job.base) if isinstance(section, RandomStudent) else None,
+        "seed": job.recipe.seed,
+        "teacher": job.teacher.fingerprint,
+        "pretrained": job.pretrained and job.pretrained.fingerprint,
+        "pruned": job.pruned and job.pruned.fingerprint,
+        "data": data.digest,
+    }
+    return StagePlan("student", inputs, work, version=6)
+
+
+def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) -> StagePlan:
+    """signals: the stage of this run that recorded the teacher's answers."""
+    stored = stored_signals(job, signals)
+    inputs: dict[str, Any] = {"objective": job.recipe.objective.model_dump(mode="json")}
+    if stored is not None:
+        inputs["signals"] = stored.key
+    objective = job.recipe.objective
+    return _training("train", inputs, job, data, student, objective, job.guides, stored)
+
+
+def plan_baseline(job: Job, data: Stage, student: Stage) -> StagePlan:
+    """The same student on the same data by plain next-token loss: what distillation adds to."""
+    return _training("baseline", {}, job, data, student, BASELINE, ())
+
+
+def _training(
+    name: str,
+    inputs: dict[str, Any],
+    job: Job,
+    data: Stage,
+    student: Stage,
+    objective: ObjectiveRecipe,
+    teachers: Sequence[ModelSource],
+    stored: StoredSignals | None = None,
+) -> StagePlan:
+    def work(out: Path) -> Outcome:
+        windows, heldout = open_data(data)
+        first = teachers[0].path if teachers else None
+        asked = whom_to_ask(job, first, stored, windows, student)
+        result = train(
+            student.path / MODEL,
+            asked.teacher,
+            windows,
+            heldout,
+            section=job.recipe.train,
+            objective=objective,
+            vocabulary=job.vocabulary,
+            seed=job.recipe.seed,
+            out=out,
+            store=asked.store,
+            stored_teacher=asked.stored_teacher,
+            asked_share=asked.share,
+            more_teachers=[teacher.path for teacher in teachers[1:]],
+            trust_remote_code=job.trust_remote_code,
+        )
+        return training_outcome(result, asdict(result))
+
+    everything = {
+        **inputs,
+        "recipe": job.recipe.train.model_dump(mode="json", exclude={"report_to", "teachers"}),
+        "seed": job.recipe.seed,
+        "teachers": [teacher.fingerprint for teacher in teachers],
+        "data": data.digest,
+        "student": student.digest,
+    }
+    return StagePlan(name, everything, work, resumable=True, together=True, scratch=(CHECKPOINTS,))
+
+
+def training_outcome(result: TrainingResult, summary: dict[str, Any]) -> Outcome:
+    """What a training took, for its stage's manifest."""
+    return Outcome(
+        tokens=result.tokens,
+        flops=result.flops,
+        peak_memory_bytes=result.peak_memory_bytes,
+        seconds=result.seconds,
+        summary=summary,
+    )

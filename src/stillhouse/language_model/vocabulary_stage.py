@@ -1,0 +1,203 @@
+"""The stage that cuts the teacher to fewer tokens.
+
+A student with fewer tokens is trained under a teacher that has lost the same rows of its embeddings
+and head: its distribution over the tokens that are left is the teacher's own, made to sum to 1.
+Other models that the recipe prunes or learns from lose the same ones. So from there on there is
+one vocabulary, as in every run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.data.windows import WindowSet
+from stillhouse.evaluate.fidelity import compare, heldout_answers
+from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.language_model.data_stage import open_data
+from stillhouse.language_model.job import Job, find_models, shared_vocabulary
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.pipeline.stage_plan import Do, StagePlan
+from stillhouse.pruning.pruning_config import VocabularyFile
+from stillhouse.pruning.shapes import Counter
+from stillhouse.pruning.sizes import sizes_of
+from stillhouse.pruning.vocabulary_cut import KEPT_IDS, load_kept_ids
+from stillhouse.runfolder import Outcome, Stage
+from stillhouse.students.build_student import build_student
+from stillhouse.students.student_config import PrunedSizes, PrunedStudent
+from stillhouse.teachers.load import load_config, load_model, load_tokenizer
+from stillhouse.teachers.model_source import ModelSource, resolve_model
+from stillhouse.training.train import MODEL
+from stillhouse.training.train_config import ORIGINAL
+
+MEASURED_TOKENS = 8192
+"""Of the training text, on which the cut teacher is compared with the whole one."""
+
+
+def find_job(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
+    """The job that a run starts with. weights, errors: as in `find_models`."""
+    section = recipe.student
+    if not isinstance(section, PrunedStudent) or section.vocabulary is None:
+        return find_models(recipe, base, weights=weights)
+    only_cut = PrunedStudent(
+        start="pruned",
+        vocabulary=section.vocabulary,
+        calibration_tokens=section.calibration_tokens,
+    )
+    alone = recipe.train.model_copy(update={"teachers": []})
+    changes = {"student": only_cut, "signals": None, "train": alone}
+    job = find_models(recipe.model_copy(update=changes), base, weights=weights)
+    _other_models(recipe, job)
+    return replace(job, after_cut=recipe)
+
+
+def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
+    """The job once its teacher has lost tokens; the other models lose the same ones here."""
+    assert job.after_cut is not None
+    cut, data = finished["vocabulary"], finished["data"]
+    kept = cut.summary["vocabulary"][1]
+    teacher = ModelSource(
+        cut.path / MODEL,
+        cut.digest,
+        f"{job.teacher.described}, cut to {kept:,} tokens",
+        card=job.teacher.path,
+    )
+    others = _other_models(job.after_cut, job)
+    stages = {
+        name: do(plan_vocabulary(_alike(job, source, cut), data)) for name, source in others.items()
+    }
+    paths = {name: str((stage.path / MODEL).absolute()) for name, stage in stages.items()}
+    left = _left(job.after_cut, paths, teacher)
+    found = find_models(left, job.base, teacher=teacher)
+    return replace(found, text=job.text, ancestors=job.ancestors, cut=True)
+
+
+def _other_models(recipe: Recipe, whole: Job) -> dict[str, ModelSource]:
+    """By their names, the models beside the teacher that have all of its tokens.
+
+    A member of a family, which has lost some of them already, is none of them.
+    Raises ModelError for a model of another vocabulary.
+    """
+    assert isinstance(recipe.student, PrunedStudent)
+    names = [recipe.student.model, *recipe.train.teachers]
+    found = {}
+    for name in dict.fromkeys(name for name in names if name not in (None, ORIGINAL)):
+        source = resolve_model(name, base=whole.base)
+        code = whole.trust_remote_code
+        own, all_tokens = (
+            load_tokenizer(model.path, trust_remote_code=code).get_vocab().keys()
+            for model in (source, whole.teacher)
+        )
+        if not own < all_tokens:
+            shared_vocabulary(whole.teacher, source, code)
+            found[name] = source
+    return found
+
+
+def _alike(whole: Job, other: ModelSource, cut: Stage) -> Job:
+    """The job that leaves another model the tokens which the teacher has kept."""
+    kept = VocabularyFile(path=str((cut.path / MODEL / KEPT_IDS).absolute()))
+    section = PrunedStudent(start="pruned", vocabulary=kept)
+    return replace(
+        whole, teacher=other, recipe=whole.recipe.model_copy(update={"student": section})
+    )
+
+
+def _left(recipe: Recipe, cut: Mapping[str, str], teacher: ModelSource) -> Recipe:
+    """The recipe once its models have lost the tokens; cut: where they are, by their names.
+
+    Where nothing else was to go, the student is its start model, with as many layers.
+    """
+    section = recipe.student
+    assert isinstance(section, PrunedStudent)
+    model = section.model and cut.get(section.model, section.model)
+    left: dict[str, Any] = {"vocabulary": None, "model": model}
+    sizes = PrunedSizes.model_fields.keys() - {"hidden_method"}
+    if all(getattr(section, name) is None for name in sizes):
+        left["layers"] = sizes_of(load_config(Path(model) if model else teacher.path)).layers
+    teachers = [cut.get(name, name) for name in recipe.train.teachers]
+    return recipe.model_copy(
+        update={
+            "student": section.model_copy(update=left),
+            "train": recipe.train.model_copy(update={"teachers": teachers}),
+        }
+    )
+
+
+def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
+    """The job's teacher, with the tokens that the recipe keeps and a tokenizer for them."""
+    section = job.recipe.student
+    assert isinstance(section, PrunedStudent)
+
+    def work(out: Path) -> Outcome:
+        windows, _ = open_data(data)
+        summary = build_student(
+            section,
+            teacher=job.teacher,
+            windows=windows,
+            seed=job.recipe.seed,
+            base=job.base,
+            out=out / MODEL,
+            trust_remote_code=job.trust_remote_code,
+        )
+        config = load_config(job.teacher.path, trust_remote_code=job.trust_remote_code)
+        whole = Counter(config).total(sizes_of(config))
+        found = {
+            "vocabulary": summary["pruning"]["changed"].get("vocabulary", [job.vocabulary] * 2),
+            "parameters": [whole, summary["parameters"]["total"]],
+            **_perplexities(job, out / MODEL, windows),
+        }
+        return Outcome(flops=summary["flops"], peak_memory_bytes=peak_memory_bytes(), summary=found)
+
+    inputs = {
+        "vocabulary": _named_tokens(section, job.base),
+        "calibration_tokens": section.calibration_tokens,
+        "seed": job.recipe.seed,
+        "teacher": job.teacher.fingerprint,
+        "data": data.digest,
+    }
+    return StagePlan("vocabulary", inputs, work, version=3)
+
+
+def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:
+    """What the recipe keeps; of a file, its content."""
+    if not isinstance(section.vocabulary, VocabularyFile):
+        return section.vocabulary
+    file = base / section.vocabulary.path
+    # A missing file has its error where it is read.
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _perplexities(job: Job, cut: Path, windows: WindowSet) -> dict[str, Any]:
+    """Of the whole teacher and the cut one on training text that has lost no token."""
+    kept_ids = load_kept_ids(cut)
+    assert kept_ids is not None
+    new_V = torch.full((max(job.vocabulary, max(kept_ids) + 1),), -1)
+    new_V[list(kept_ids)] = torch.arange(len(kept_ids))
+    wanted = range(min(len(windows), 1 + MEASURED_TOKENS // len(windows[0]["labels"])))
+    rows = [windows[i] for i in wanted if bool((new_V[windows[i]["input_ids"]] >= 0).all())]
+    found: dict[str, Any] = {"measured_share": len(rows) / len(wanted)}
+    if not rows:
+        return found
+    dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
+    for name, path, of_rows in (
+        ("teacher_perplexity", job.teacher.path, rows),
+        ("cut_perplexity", cut, [_renumbered(row, new_V) for row in rows]),
+    ):
+        model = load_model(path, dtype=dtype, trust_remote_code=job.trust_remote_code)
+        answers = heldout_answers(model.to(default_device()), of_rows)
+        size = model.get_output_embeddings().weight.shape[0]
+        found[name] = compare(answers, answers, min(size, job.vocabulary)).perplexity
+    return found
+
+
+def _renumbered(row: dict[str, Tensor], new_V: Tensor) -> dict[str, Tensor]:
+    labels_L = row["labels"]
+    new_L = torch.where(labels_L >= 0, new_V[labels_L.clamp(min=0)], labels_L)
+    return {**row, "input_ids": new_V[row["input_ids"]], "labels": new_L}

@@ -1,0 +1,138 @@
+"""Runs the steps of a kind of run, each stage once; the processes of a torchrun side by side."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from stillhouse.errors import RecipeError
+from stillhouse.hardware import leads, tune_allocator
+from stillhouse.pipeline.kind import ALL, Kind, RunResult, Step
+from stillhouse.pipeline.report_stage import REPORT
+from stillhouse.pipeline.stage_plan import Do, StagePlan, doing
+from stillhouse.progress import note
+from stillhouse.runfolder import NamedRecipe, RunFolder, Stage, run_root, write_atomically
+from stillhouse.section import recipe_yaml
+
+POLL_SECONDS = 0.5
+EVALUATION = "evaluation.json"
+
+
+def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
+    """Runs a recipe of this kind. Only the main process gets a result; the others get None.
+
+    Raises StillhouseError; what is finished by then is kept.
+    """
+    tune_allocator()
+    if leads():
+        with locked_folder(recipe) as folder:
+            return lead(kind, recipe, base, folder)
+    if not kind.many_processes:
+        raise RecipeError(
+            "a task's student is trained by one process",
+            where="torchrun",
+            fix="start it with `stillhouse run` alone",
+        )
+    if kind.follow is not None:
+        kind.follow(recipe, base, run_folder(recipe))
+    else:
+        run_steps(kind, kind.find(recipe, base), following(run_folder(recipe)), main_process=False)
+    return None
+
+
+def lead(kind: Kind, recipe: Any, base: Path, folder: RunFolder, job: Any = None) -> RunResult:
+    """Every step, in a folder that is locked. job: the recipe's, where it is found already."""
+    if kind.lead is not None:
+        return kind.lead(recipe, base, folder)
+    finished: list[Stage] = []
+    do = reporting(folder, finished)
+    job, stages = run_steps(kind, job or kind.find(recipe, base), do)
+    links = kind.links(job, stages)
+    for name, target in links.items():
+        folder.point(name, target)
+    return RunResult(
+        kind=kind.name,
+        folder=folder.links,
+        model=folder.links / next(iter(links)),
+        report=folder.links / REPORT,
+        evaluation=kind.load_evaluation(stages["evaluate"].path / EVALUATION),
+        stages=finished,
+    )
+
+
+def run_steps(
+    kind: Kind,
+    job: Any,
+    do: Do,
+    *,
+    main_process: bool = True,
+    only: Container[str] | None = None,
+) -> tuple[Any, dict[str, Stage]]:
+    """The steps in order: the job after the last one, and the finished stages by their step.
+
+    only: names of the steps to run; None for all.
+    """
+    stages: dict[str, Stage] = {}
+    for step in kind.steps:
+        if only is not None and step.name not in only:
+            continue
+        if not step.wanted(job) or (step.main_process and not main_process):
+            continue
+        stage = do(planned(step, job, stages))
+        stages[step.name] = stage
+        if step.then is not None:
+            job = step.then(job, stages, do)
+    return job, stages
+
+
+def planned(step: Step, job: Any, stages: dict[str, Stage]) -> StagePlan:
+    if step.reads == ALL:
+        return step.plan(job, dict(stages))
+    return step.plan(job, *(stages.get(name) for name in step.reads))
+
+
+def run_folder(recipe: NamedRecipe) -> RunFolder:
+    return RunFolder(run_root(recipe))
+
+
+@contextmanager
+def locked_folder(recipe: Any) -> Iterator[RunFolder]:
+    """The recipe's run folder, for this process alone, with the resolved recipe in it.
+
+    Raises RunError where another process has it.
+    """
+    folder = run_folder(recipe)
+    with folder.locked():
+        write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
+        yield folder
+
+
+def reporting(folder: RunFolder, finished: list[Stage]) -> Do:
+    """As `doing`; prints how long each stage took, and adds it to `finished`."""
+    run_stage = doing(folder)
+
+    def do(plan: StagePlan) -> Stage:
+        began = time.monotonic()
+        stage = run_stage(plan)
+        took = "already done" if stage.reused else f"{time.monotonic() - began:,.1f} s"
+        note(f"{plan.name + ':':<10} {took}")
+        finished.append(stage)
+        return stage
+
+    return do
+
+
+def following(folder: RunFolder) -> Do:
+    """How the other processes of a torchrun run a stage: take part in it, or wait for it."""
+
+    def do(plan: StagePlan) -> Stage:
+        if plan.together and folder.finished(plan.name, plan.depends_on) is None:
+            plan.work(folder.partial(plan.name, plan.depends_on))
+        while (stage := folder.finished(plan.name, plan.depends_on)) is None:
+            time.sleep(POLL_SECONDS)
+        return stage
+
+    return do

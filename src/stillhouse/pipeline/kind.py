@@ -1,0 +1,104 @@
+"""A kind of run: its recipe's type, its stages in order, and what the commands need of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+
+from stillhouse.finding import Finding
+from stillhouse.pipeline.stage_plan import Do, StagePlan
+from stillhouse.runfolder import RunFolder, Stage
+
+Rows = Iterator[dict[str, Any]]
+ALL = ("*",)
+"""In `Step.reads`: every stage that is finished, as one dictionary by name."""
+
+
+@dataclass
+class Check:
+    """A recipe that is looked at before anything is spent.
+
+    job: the recipe's models, found. calls: requests that may be sent to estimate what the others
+    cost. found: what the check of one step leaves for those after it.
+    """
+
+    path: Path
+    job: Any
+    calls: int = 0
+    found: dict[str, Any] = field(default_factory=dict)
+
+
+def _always(_job: Any) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage of a kind of run.
+
+    plan: from the job, and the stages named in `reads`; None stands for one that did not run.
+    wanted: whether this job has it. then: from the job, the finished stages and
+    a way to run others, the job that later steps see. main_process: other
+    processes of a torchrun neither take part nor wait. check: what can be said about it before the
+    run. spending: what it would pay without a limit, in words.
+    """
+
+    name: str
+    plan: Callable[..., StagePlan]
+    reads: tuple[str, ...] = ()
+    wanted: Callable[[Any], bool] = _always
+    then: Callable[[Any, Mapping[str, Stage], Do], Any] | None = None
+    main_process: bool = False
+    check: Callable[[Check], Iterable[Finding]] | None = None
+    spending: Callable[[Any], Iterable[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of run.
+
+    find: from recipe and base to the job: its models, found and checked. find_to_check: the same
+    before anything is spent, without the weights of Hub models. links: names in the run folder,
+    and what they point to. load_evaluation: reads what the step `evaluate` wrote. tables: the
+    evaluation for the terminal.
+    preview: the first rows, before a run. predictor: from a folder to what the model in it makes
+    of texts; None where it holds no such model. lead, follow: how the main process and the others
+    run it, where that is not its steps in order. many_processes: whether torchrun may run it.
+    """
+
+    name: str
+    find: Callable[..., Any]
+    find_to_check: Callable[[Any, Path], Any]
+    steps: tuple[Step, ...]
+    links: Callable[[Any, Mapping[str, Stage]], dict[str, Path]]
+    load_evaluation: Callable[[Path], Any]
+    tables: Callable[[Any], list[RenderableType]]
+    preview: Callable[[Any, Path, int], RenderableType]
+    predictor: Callable[[Path], Callable[[Iterable[str]], Rows] | None] | None = None
+    lead: Callable[[Any, Path, RunFolder], RunResult] | None = None
+    follow: Callable[[Any, Path, RunFolder], None] | None = None
+    many_processes: bool = False
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Where a run's products are.
+
+    model: the folder of the first format that is exported; of a family, the smallest member's.
+    evaluation: the one of its kind of run. members: of a family, by name, the largest first.
+    """
+
+    kind: str
+    folder: Path
+    model: Path
+    report: Path
+    evaluation: Any
+    stages: list[Stage]
+    members: dict[str, RunResult] = field(default_factory=dict)
+
+    def stage(self, name: str) -> Stage:
+        return next(stage for stage in self.stages if stage.name == name)

@@ -1,0 +1,65 @@
+"""What a stage depends on, and the work that fills its folder."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stillhouse.hardware import tune_allocator
+from stillhouse.runfolder import Outcome, RunFolder, Stage
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage that is ready to run.
+
+    inputs: all that the result depends on; `version` is raised when the code changes what it
+    writes. together: every process of a torchrun takes part. resumable: a half-written folder is
+    continued. scratch: names inside the folder that are deleted before it is finished.
+    missing: how many results a finished stage still lacks; it runs again while there are any.
+    """
+
+    name: str
+    inputs: dict[str, Any]
+    work: Callable[[Path], Outcome]
+    version: int = 1
+    resumable: bool = False
+    together: bool = False
+    scratch: tuple[str, ...] = ()
+    missing: Callable[[Stage], int] | None = None
+
+    @property
+    def depends_on(self) -> dict[str, Any]:
+        return {**self.inputs, "version": self.version}
+
+
+Do = Callable[[StagePlan], Stage]
+"""Runs a stage, or finds it finished."""
+
+
+def doing(folder: RunFolder) -> Do:
+    """How the main process runs a stage."""
+
+    def do(plan: StagePlan) -> Stage:
+        tune_allocator()  # the stage before may have been short of memory
+        if plan.missing is not None:
+            found = folder.finished(plan.name, plan.depends_on)
+            if found is not None and plan.missing(found):
+                shutil.rmtree(found.path)
+        return folder.stage(
+            plan.name,
+            plan.depends_on,
+            plan.work,
+            resumable=plan.resumable,
+            scratch=plan.scratch,
+        )
+
+    return do
+
+
+def unanswered(stage: Stage) -> int:
+    """Requests of the stage that have no answer and may get one when they are sent again."""
+    return int(stage.summary.get("unanswered", 0))

