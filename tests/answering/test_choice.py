@@ -87,7 +87,7 @@ def test_check_counts_the_verdicts_and_a_paid_judge_is_agreed_to(tmp_path: Path)
     raw = recipe(tmp_path, "http://127.0.0.1:9/v1", choice)
     parsed = parse_recipe(toys.clean(raw))
     told = {one.topic: one.text for one in check_recipe(parsed, base=tmp_path)}
-    assert told["judge"] == "at most 40 verdicts are asked for"
+    assert told["judge"] == "at most 40 requests to the judge"
     with pytest.raises(RecipeError, match="the judge chooses"):
         agree_to_spend(parsed, base=tmp_path)
 

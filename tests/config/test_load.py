@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stillhouse.config.load import (
+    load_language_model_recipe,
     load_recipe,
     parse_recipe,
     recipe_json_schema,
@@ -61,9 +62,9 @@ def test_the_resolved_recipe_reads_back_as_itself(path: Path, tmp_path: Path) ->
     assert load_recipe(write(tmp_path, recipe_yaml(recipe))) == recipe
 
 
-def test_a_task_is_refused_by_verbs_for_language_models() -> None:
+def test_a_task_is_refused_by_commands_for_language_models() -> None:
     with pytest.raises(RecipeError, match="has a task"):
-        load_recipe(RECIPES / "classify.yaml")
+        load_language_model_recipe(RECIPES / "classify.yaml")
 
 
 def test_the_schema_for_editors_is_the_committed_one() -> None:
