@@ -378,7 +378,7 @@ def test_vllm_dies_with_the_process_that_it_works_for(tmp_path: Path) -> None:
     package = environment(tmp_path)
     (package / "hang").touch()
     path = write(tmp_path)
-    code = f"from stillhouse.runner import synthesize_text\nsynthesize_text({str(path)!r})\n"
+    code = f"from stillhouse.commands import synthesize_text\nsynthesize_text({str(path)!r})\n"
     with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as parent:
         try:
             while not (package / "hangs").exists():
