@@ -25,9 +25,9 @@ from stillhouse.progress import bar, note
 from stillhouse.teachers.load import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
+from stillhouse.training.train_config import SCHEDULES
 
 MODEL, METRICS, CHECKPOINTS = "model", "metrics.jsonl", "checkpoints"
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)

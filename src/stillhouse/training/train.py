@@ -35,15 +35,9 @@ from stillhouse.teachers.stored_head import load_head
 from stillhouse.training import checkpoints
 from stillhouse.training.attention import use_short_attention
 from stillhouse.training.objective import make_objective
-from stillhouse.training.train_config import TrainRecipe
+from stillhouse.training.train_config import SCHEDULES, TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
 
-SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-    "wsd": "warmup_stable_decay",
-}
 MODEL = "model"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
