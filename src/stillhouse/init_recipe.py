@@ -19,7 +19,6 @@ from stillhouse.teachers.model_source import resolve_model
 
 _CLASSIFIER_LAYERS = {"small": 4, "medium": 6, "large": 10}
 _TEMPLATES = {"distill": "distill", "classify": "classify"}
-_SOURCE_KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
 def write_recipe(answers: InitAnswers, *, force: bool = False) -> list[Path]:
@@ -106,7 +105,7 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
         teacher=answers.teacher,
         api_model=answers.api_model if answers.is_api else None,
         data=answers.data,
-        source_kind=_source_kind(answers.data),
+        source_kind="corpus" if answers.data == CORPUS else "file",
         texts_path=files["texts"][0] if "texts" in files else answers.data,
         schema_path=files["schema"][0] if "schema" in files else None,
         text_key=answers.text_key,
@@ -120,10 +119,6 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _source_kind(data: str) -> str:
-    return "corpus" if data == CORPUS else _SOURCE_KINDS.get(Path(data).suffix.lower(), "text")
 
 
 def _start(answers: InitAnswers) -> dict[str, Any]:

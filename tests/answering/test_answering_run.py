@@ -18,7 +18,7 @@ from stillhouse.commands import run as run_answering
 from stillhouse.config.load import parse_recipe
 from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from tests.answering import toys
-from tests.synthesis.stub import Reply, Stub, error
+from tests.generation.stub import Reply, Stub, error
 
 KEY = "sk-very-secret-1234567890"
 

@@ -18,7 +18,7 @@ from stillhouse.errors import RecipeError, RunError
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.runfolder import RunFolder
 from tests.answering import toys
-from tests.synthesis.stub import Reply, Stub
+from tests.generation.stub import Reply, Stub
 
 
 def teacher(number: int, payload: dict[str, Any]) -> Reply:

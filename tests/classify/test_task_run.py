@@ -32,7 +32,7 @@ from stillhouse.generation.journal import Journal
 from stillhouse.runfolder import answers_path
 from tests import tiny
 from tests.classify import toys
-from tests.synthesis.stub import Reply, Stub, error
+from tests.generation.stub import Reply, Stub, error
 
 KEY = "sk-very-secret-1234567890"
 

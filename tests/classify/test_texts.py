@@ -48,7 +48,7 @@ def test_an_empty_cell_is_a_label_that_is_not_known(tmp_path: Path) -> None:
 
 def test_a_quote_that_is_never_closed_is_named(tmp_path: Path) -> None:
     (tmp_path / "texts.csv").write_text('text\none\n"two\nlines"\n"three\nfour\nfive\n')
-    with pytest.raises(DataError, match="no CSV") as caught:
+    with pytest.raises(DataError, match="not valid CSV") as caught:
         rows_of(tmp_path / "texts.csv")
     assert str(caught.value.where).endswith("texts.csv:5")
 

@@ -12,9 +12,8 @@ import pytest
 
 from stillhouse.data.data_config import (
     CorpusSource,
+    FileSource,
     HubSource,
-    JsonlSource,
-    ParquetSource,
     Source,
     TextSource,
 )
@@ -83,20 +82,20 @@ DOCUMENTS = [
 
 def test_jsonl_rows_are_recognised(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [*ROWS, {"text": " \n"}])
-    assert read(JsonlSource(kind="jsonl", path="a.jsonl"), tmp_path) == DOCUMENTS
+    assert read(FileSource(kind="jsonl", path="a.jsonl"), tmp_path) == DOCUMENTS
 
 
 def test_parquet_rows_are_recognised(tmp_path: Path) -> None:
     for number, (row, document) in enumerate(zip(ROWS, DOCUMENTS, strict=True)):
         path = tmp_path / f"{number}.parquet"
         pq.write_table(pa.Table.from_pylist([row]), path)
-        assert read(ParquetSource(kind="parquet", path=path.name), tmp_path) == [document]
-    assert len(read(ParquetSource(kind="parquet", path="."), tmp_path)) == len(ROWS)
+        assert read(FileSource(kind="parquet", path=path.name), tmp_path) == [document]
+    assert len(read(FileSource(kind="parquet", path="."), tmp_path)) == len(ROWS)
 
 
 def test_a_chosen_text_key_goes_before_messages(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"messages": chat("q", "a"), "body": "plain"}])
-    source = JsonlSource(kind="jsonl", path="a.jsonl", text_key="body")
+    source = FileSource(kind="jsonl", path="a.jsonl", text_key="body")
     assert read(source, tmp_path) == [Document("plain")]
 
 
@@ -187,7 +186,7 @@ def test_bad_jsonl(case: str, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(content)
     with pytest.raises(DataError) as error:
-        read(JsonlSource(kind="jsonl", path="a.jsonl"), tmp_path)
+        read(FileSource(kind="jsonl", path="a.jsonl"), tmp_path)
     assert what in error.value.what
     assert error.value.where == f"{path}{line}"
     assert error.value.fix
@@ -204,7 +203,7 @@ def refused(source: Source, base: Path) -> DataError:
 
 def test_half_a_surrogate_pair(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83e"}\n')
-    (document,) = read(JsonlSource(kind="jsonl", path="a.jsonl"), tmp_path)
+    (document,) = read(FileSource(kind="jsonl", path="a.jsonl"), tmp_path)
     with pytest.raises(DataError, match="surrogate pair") as error:
         content_hash(document)
     assert str(error.value.where).endswith("a.jsonl:1")
@@ -215,7 +214,7 @@ def test_text_that_is_not_utf8(documents: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("caf\xe9 noir".encode("latin-1"))
     source = TextSource.model_validate({"kind": "text", "path": "a.txt", "documents": documents})
     error = refused(source, tmp_path)
-    assert "byte 0xe9" in error.what
+    assert "byte 0xe9 in line 1" in error.what
     assert error.where == str(tmp_path / "a.txt")
     assert "iconv" in str(error.fix)
 
@@ -227,7 +226,7 @@ def test_missing_files_name_the_nearest(tmp_path: Path) -> None:
     )
     assert "does not exist" in refused(TextSource(kind="text", path="no/x"), tmp_path).what
     assert "No file matches" in refused(TextSource(kind="text", path="*.md"), tmp_path).what
-    folder = refused(JsonlSource(kind="jsonl", path="."), tmp_path)
+    folder = refused(FileSource(kind="jsonl", path="."), tmp_path)
     assert "holds no .jsonl file" in folder.what
 
 
@@ -241,7 +240,7 @@ def test_empty_text_file(tmp_path: Path) -> None:
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:
-    source = ParquetSource(kind="parquet", path="a.parquet")
+    source = FileSource(kind="parquet", path="a.parquet")
     path = tmp_path / "a.parquet"
     path.write_bytes(b"not parquet at all")
     assert "cannot be read" in refused(source, tmp_path).what
@@ -257,11 +256,11 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 def test_parquet_rows_are_named(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a", None]}), path)
-    error = refused(ParquetSource(kind="parquet", path="a.parquet"), tmp_path)
+    error = refused(FileSource(kind="parquet", path="a.parquet"), tmp_path)
     assert error.where == f"{path} row 1"
     assert "null" in error.what
     pq.write_table(pa.table({"body": ["a"], "id": [1]}), path)
-    error = refused(ParquetSource(kind="parquet", path="a.parquet"), tmp_path)
+    error = refused(FileSource(kind="parquet", path="a.parquet"), tmp_path)
     assert "its keys are body, id" in error.what
     assert "text_key: body" in str(error.fix)
 

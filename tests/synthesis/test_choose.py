@@ -21,7 +21,7 @@ from stillhouse.synthesis.filters import Filters, Row, Sieve
 from stillhouse.synthesis.synthesize import Synthesis, chosen_filters, mean_log_probability
 from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
 from tests import tiny
-from tests.synthesis.stub import Reply, Stub, error
+from tests.generation.stub import Reply, Stub, error
 
 
 def row(text: str, sample: int = 0, **changes: Any) -> Row:

@@ -21,7 +21,7 @@ from stillhouse.generation.budget import Spending
 from stillhouse.pipeline.kind import RunResult
 from stillhouse.synthesis.estimate import Known
 from tests import forks, tiny
-from tests.synthesis.stub import Reply, Stub
+from tests.generation.stub import Reply, Stub
 
 PRICE = {"input": 1000.0, "output": 10_000.0}
 OUT = {"kind": "jsonl", "path": "synthetic.jsonl"}
@@ -173,7 +173,7 @@ def test_a_look_at_the_data_spends_nothing(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="not synthesized yet") as caught:
             prepare_data(path)
         assert stub.payloads == []
-    assert str(caught.value.fix) == f"stillhouse synthesize {path}"
+    assert "stillhouse synthesize" in str(caught.value.fix)
 
 
 # --- what it will cost -----------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_a_few_calls_tell_the_cost_of_the_rest_and_are_not_lost(tmp_path: Path) 
     with Stub(script) as stub:
         path = write(tmp_path, recipe(tmp_path, api(stub.url, price=PRICE)))
         before = {finding.topic: finding for finding in check_recipe(path)}
-        assert "cannot be foreseen" in before["data"].text
+        assert "cannot be estimated" in before["data"].text
         assert "training" not in before
         found = {finding.topic: finding for finding in check_recipe(path, calls=6)}
         asked = [payload["messages"][-1]["content"] for payload in stub.payloads]

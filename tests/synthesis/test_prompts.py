@@ -86,12 +86,12 @@ def test_a_chat_of_several_turns_is_cut_after_the_users_last(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "invalid JSON"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "Invalid JSON"),
         ("p.jsonl", '{"question": "a"}\n', "no `prompt` and no `messages`"),
         ("p.jsonl", '{"prompt": " "}\n', "the prompt is empty"),
         ("p.jsonl", '{"messages": [{"role": "assistant", "content": "a"}]}', "no turn of the user"),
         ("p.jsonl", '{"messages": [{"text": "a"}]}', "a message has no role"),
-        ("p.jsonl", "3\n", "the row is a int"),
+        ("p.jsonl", "3\n", "is a JSON int, not an object"),
         ("p.json", '{"prompt": "a"}', "neither a list"),
         ("p.csv", "question\nwhy?\n", "its keys are question"),
         ("p.txt", "\n\n", "is empty"),

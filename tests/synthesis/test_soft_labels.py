@@ -24,7 +24,7 @@ from stillhouse.signals.verify import verify
 from stillhouse.synthesis.soft_labels import Words, align, entry_rows
 from stillhouse.training.checkpoints import read_metrics
 from tests import tiny
-from tests.synthesis.stub import Reply, Stub
+from tests.generation.stub import Reply, Stub
 from tests.synthesis.test_in_a_run import api, recipe
 
 K = 5

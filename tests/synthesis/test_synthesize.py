@@ -16,7 +16,7 @@ import yaml
 from stillhouse.check import check_recipe
 from stillhouse.commands import synthesize_text
 from stillhouse.config.load import parse_recipe
-from stillhouse.data.data_config import JsonlSource
+from stillhouse.data.data_config import FileSource
 from stillhouse.data.documents import Conversation
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError, EndpointError, RecipeError
@@ -27,7 +27,7 @@ from stillhouse.runfolder import MANIFEST
 from stillhouse.synthesis.preflight import foreseen
 from stillhouse.synthesis.synthesize import Synthesis
 from tests import forks, tiny
-from tests.synthesis.stub import Reply, Stub, error
+from tests.generation.stub import Reply, Stub, error
 
 KEY = "sk-very-secret-1234567890"
 PRICE = {"input": 1.0, "output": 10.0}
@@ -71,7 +71,7 @@ def test_prompts_become_chats_in_order_that_data_reads(tmp_path: Path) -> None:
     assert (result.requests, result.answered, result.new, result.kept) == (12, 12, 12, 12)
     assert result.tokens == 12 * 15
     assert result.usd == pytest.approx(12 * (10 * 1 + 5 * 10) / 1e6)
-    source = JsonlSource(kind="jsonl", path="synthetic.jsonl")
+    source = FileSource(kind="jsonl", path="synthetic.jsonl")
     documents = list(read_sources([source], tmp_path))
     assert len(documents) == 12
     assert all(isinstance(document, Conversation) for document in documents)

@@ -19,7 +19,7 @@ from stillhouse.synthesis.prompts_config import CombineRecipe
 from stillhouse.synthesis.synthesize import Synthesis
 from stillhouse.synthesis.write_prompts import combinations, combined, prompt_lines
 from tests import tiny
-from tests.synthesis.stub import Reply, Stub
+from tests.generation.stub import Reply, Stub
 
 COMBINE = {
     "templates": ["Questions about {topic} of {persona}", "Riddles"],

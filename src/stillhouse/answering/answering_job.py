@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
-from stillhouse.data.data_config import DataRecipe, JsonlSource
+from stillhouse.data.data_config import DataRecipe, FileSource
 from stillhouse.evaluate.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe
 from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, origin
@@ -180,8 +180,8 @@ def training_recipe(recipe: AnsweringRecipe, chats: Path, rows: str = TRAIN) -> 
         seed=recipe.seed,
         teacher=teacher,
         data=DataRecipe(
-            sources=[JsonlSource(kind="jsonl", path=str(chats / rows))],
-            heldout_sources=[JsonlSource(kind="jsonl", path=str(chats / HELDOUT))],
+            sources=[FileSource(kind="jsonl", path=str(chats / rows))],
+            heldout_sources=[FileSource(kind="jsonl", path=str(chats / HELDOUT))],
             context=recipe.data.context,
             long_rows="drop",
         ),

@@ -186,7 +186,10 @@ class LabelTeacher(TaskTeacher):
 class TextFile(Section):
     """Texts, a row each."""
 
-    path: str = Field(description="JSONL, CSV, TSV, Parquet, or plain text with a text a line.")
+    path: str = Field(
+        description="Text (a line each), JSONL, JSON, CSV, TSV or Parquet, also .gz or .zst; a "
+        "file, a folder or a glob."
+    )
     text: str = Field("text", description="The column or key of the text.")
     label: str | None = Field(
         None, description="The column or key of the true label, where it is known."

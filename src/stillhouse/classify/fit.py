@@ -26,9 +26,9 @@ from stillhouse.teachers.load import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
 from stillhouse.training.resuming import ResumingTrainer, train_from_newest
+from stillhouse.training.train_config import SCHEDULES
 
 MODEL, METRICS, CHECKPOINTS = "model", "metrics.jsonl", "checkpoints"
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,8 +10,8 @@ from typing import Any, TextIO
 
 from stillhouse.classify.classifier import FACTS, Classifier, load_classifier
 from stillhouse.classify.classify_config import TextFile
-from stillhouse.classify.task_texts import read_texts
-from stillhouse.errors import DataError
+from stillhouse.classify.task_texts import labelled_text, read_texts
+from stillhouse.data.row_reader import read_lines
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.pipeline.kind import Rows
 
@@ -28,30 +27,15 @@ def classifier_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None
 
 
 def file_texts(path: Path, key: str) -> Iterator[str]:
-    """JSONL, CSV, Parquet, or a text a line. Raises DataError."""
+    """The texts of a file, see `read_rows`. Raises DataError."""
     return (row.text for row in read_texts(TextFile(path=str(path), text=key), Path.cwd()))
 
 
 def stream_texts(lines: TextIO, key: str) -> Iterator[str]:
     """A text a line, or an object a line with the text under `key`. Raises DataError."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        if not line.lstrip().startswith("{"):
-            yield line.rstrip("\n")
-            continue
-        try:
-            text = json.loads(line).get(key)
-        except (json.JSONDecodeError, RecursionError) as error:
-            where = f"standard input, line {number}"
-            raise DataError(f"invalid JSON ({error})", where=where, fix="correct it") from None
-        if not isinstance(text, str):
-            raise DataError(
-                f"the line has no text under {key!r}",
-                where=f"standard input, line {number}",
-                fix="name the key with --text",
-            )
-        yield text
+    file = TextFile(path="-", text=key)
+    for row, where in read_lines(lines, "standard input", key):
+        yield labelled_text(row, file, where).text
 
 
 def predictions(classifier: Classifier, texts: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import glob
 import hashlib
 import heapq
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,9 +20,9 @@ from stillhouse.classify.classify_config import (
     check_labels,
     phrase_of,
 )
+from stillhouse.data.row_reader import find_files, not_empty, read_rows
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.runfolder import sha, write_atomically
-from stillhouse.synthesis.prompts import csv_rows
 
 Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
@@ -121,9 +121,9 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabelledText]) ->
     if task.labels is not None:
         return task.labels
     if task.labels_path is not None:
-        path = _existing(task.labels_path, base)[0]
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        names, where = [line.strip() for line in lines if line.strip()], str(path)
+        path = find_files(task.labels_path, base)[0]
+        lines = read_rows(path, format="text", text_key="label")
+        names, where = [line["label"] for line, _ in lines], str(path)
     else:
         names, where = sorted({row.gold for row in rows if row.gold is not None}), "task.labels"
         if not names:
@@ -187,129 +187,32 @@ def _divide(
 
 
 def files_sha256(files: Sequence[TextFile], base: Path) -> list[str]:
-    return [sha(path) for file in files for path in _existing(file.path, base)]
+    return [sha(path) for file in files for path in find_files(file.path, base)]
 
 
 def read_texts(file: TextFile, base: Path) -> Iterator[LabelledText]:
-    """The rows of a file or of all files of a glob. Raises DataError with file and row."""
+    """The rows of a file, or of all files of a folder or glob. Raises DataError."""
+    found = itertools.islice(_read_all(file, base), file.limit)
     if file.sample is None:
-        return _read_all(file, base)
+        return found
     # By their content, so that a row that is added moves no other one.
-    drawn = heapq.nsmallest(file.sample, _read_all(file, base), key=lambda row: place(row, "draw"))
-    return iter(drawn)
+    return iter(heapq.nsmallest(file.sample, found, key=lambda row: place(row, "draw")))
 
 
-def first_row(file: TextFile, base: Path) -> Mapping[str, Any]:
-    """All columns of the first row; of plain text, the line under file.text. Raises DataError."""
-    path = _existing(file.path, base)[0]
-    for row, _ in _rows(path, file, every_column=True):
-        return row
-    raise DataError("the file is empty", where=path, fix="give another one")
+def first_row(path: str, base: Path) -> Mapping[str, Any]:
+    """All columns of the first row; of plain text, the line under `text`. Raises DataError."""
+    file = find_files(path, base)[0]
+    return next(not_empty(read_rows(file, text_key="text"), "The file", file))[0]
 
 
-def place(row: LabelledText, purpose: str) -> bytes:
-    return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
-
-
-def _read_all(file: TextFile, base: Path) -> Iterator[LabelledText]:
-    left = file.limit
-    for path in _existing(file.path, base):
-        for row, where in _rows(path, file):
-            if left == 0:
-                return
-            yield _labelled(row, file, where)
-            left = None if left is None else left - 1
-
-
-def _existing(name: str, base: Path) -> list[Path]:
-    path = (base / Path(name).expanduser()).absolute()
-    if path.is_file():
-        return [path]
-    found = sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(name) else []
-    files = [Path(one) for one in found if Path(one).is_file()]
-    if files:
-        return files
-    names = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, 1)
-    raise DataError(
-        "the file does not exist",
-        where=path,
-        fix=f"did you mean {near[0]}?"
-        if near
-        else "check the path; a relative one starts at the recipe's folder",
-    )
-
-
-def _rows(
-    path: Path, file: TextFile, *, every_column: bool = False
-) -> Iterator[tuple[Mapping[str, Any], str]]:
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".parquet":
-            yield from _parquet_rows(path, None if every_column else {file.text, file.label})
-            return
-        if suffix in (".csv", ".tsv"):
-            yield from csv_rows(path)
-            return
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{number}"
-                if suffix in (".jsonl", ".ndjson"):
-                    yield _json_row(line, where), where
-                else:
-                    yield {file.text: line.strip()}, where
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"the file is not UTF-8: {error.reason}", where=path, fix="convert it"
-        ) from error
-    except OSError as error:
-        raise DataError(f"the file cannot be read: {error}", where=path) from error
-
-
-def _json_row(line: str, where: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"invalid JSON ({error})", where=where, fix="correct the line") from None
-    if not isinstance(row, Mapping):
-        raise DataError(
-            f"the line is a {type(row).__name__}, not an object",
-            where=where,
-            fix='write each line as {"text": "..."}',
-        )
-    return row
-
-
-def _parquet_rows(
-    path: Path, wanted: set[str | None] | None
-) -> Iterator[tuple[Mapping[str, Any], str]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path)
-        names = table.schema_arrow.names
-        columns = names if wanted is None else [name for name in names if name in wanted]
-        number = 0
-        for batch in table.iter_batches(1024, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield row, f"{path} row {number}"
-    except pa.ArrowException as error:
-        raise DataError(
-            f"the Parquet file cannot be read: {str(error).splitlines()[0]}", where=path
-        ) from error
-
-
-def _labelled(row: Mapping[str, Any], file: TextFile, where: str) -> LabelledText:
+def labelled_text(row: Mapping[str, Any], file: TextFile, where: str) -> LabelledText:
+    """The row's text and label, under the keys that `file` names. Raises DataError."""
     text = row.get(file.text)
     if file.text not in row or not isinstance(text, str):
         raise DataError(
             f"the row has no text under {file.text!r}; it has {', '.join(map(str, row))}",
             where=where,
-            fix="name the column or key of the text: text: NAME",
+            fix="name the column or key of the text: text: NAME (--text NAME of `predict`)",
         )
     if not text.strip():
         raise DataError("the text is empty", where=where, fix="remove the row")
@@ -326,3 +229,14 @@ def _labelled(row: Mapping[str, Any], file: TextFile, where: str) -> LabelledTex
         return LabelledText(text, None, where)
     shown = json.dumps(gold, ensure_ascii=False) if isinstance(gold, dict | list) else str(gold)
     return LabelledText(text, shown.strip(), where)
+
+
+def place(row: LabelledText, purpose: str) -> bytes:
+    return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
+
+
+def _read_all(file: TextFile, base: Path) -> Iterator[LabelledText]:
+    columns = [key for key in (file.text, file.label) if key is not None]
+    for path in find_files(file.path, base):
+        for row, where in read_rows(path, text_key=file.text, columns=columns):
+            yield labelled_text(row, file, where)

@@ -179,7 +179,7 @@ def report(
 def predict(
     folder: Annotated[Path, typer.Argument(help="The run folder of a task, or its model.")],
     texts: Annotated[
-        str, typer.Argument(help="JSONL, CSV, Parquet or a text a line; - is standard input.")
+        str, typer.Argument(help="A file with a text in each row; - is standard input.")
     ] = "-",
     text_key: Annotated[
         str, typer.Option("--text", help="The column or key that holds the text.")

@@ -28,22 +28,16 @@ class TextSource(Section):
     limit: int | None = Field(None, gt=0)
 
 
-class JsonlSource(Section):
-    """One JSON object a line: `text`, or `messages`, or `prompt` and `completion`."""
+class FileSource(Section):
+    """Rows with `text`, or `messages`, or `prompt` and `completion`."""
 
-    kind: Literal["jsonl"]
-    path: str
-    text_key: str = Field("text", description="The key that holds plain text.")
-    limit: int | None = Field(None, gt=0)
-
-
-class ParquetSource(Section):
-    """Parquet columns: `text`, or `messages`, or `prompt` and `completion`."""
-
-    kind: Literal["parquet"]
-    path: str
-    text_key: str = "text"
-    limit: int | None = Field(None, gt=0)
+    kind: Literal["file", "jsonl", "json", "csv", "tsv", "parquet"] = Field(
+        description="The files' format; file: by the extension, and a plain text file is one "
+        "document."
+    )
+    path: str = Field(description="A file, a folder or a glob; .gz and .zst are read too.")
+    text_key: str = Field("text", description="The key or column that holds plain text.")
+    limit: int | None = Field(None, gt=0, description="Use at most this many rows.")
 
 
 class HubSource(Section):
@@ -58,7 +52,7 @@ class HubSource(Section):
 
 
 Source = Annotated[
-    CorpusSource | TextSource | JsonlSource | ParquetSource | HubSource,
+    CorpusSource | TextSource | FileSource | HubSource,
     Field(discriminator="kind"),
 ]
 

@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
-import glob
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from stillhouse.data.corpus import python_reference
-from stillhouse.data.data_config import (
-    CorpusSource,
-    HubSource,
-    JsonlSource,
-    ParquetSource,
-    Source,
-    TextSource,
-)
+from stillhouse.data.data_config import CorpusSource, FileSource, HubSource, Source, TextSource
 from stillhouse.data.documents import AnyDocument, Document
 from stillhouse.data.row_formats import document_from_row
+from stillhouse.data.row_reader import (
+    FileFormat,
+    Rows,
+    find_files,
+    format_of,
+    not_empty,
+    open_text,
+    read_rows,
+    text_size,
+)
 from stillhouse.errors import DataError
 
-_PARQUET_BATCH = 256
-"""Rows decoded at a time: memory stays flat however large a row group is."""
+_CORPUS_CHARACTERS = 465_000
+_COLUMNS = ("messages", "prompt", "completion", "tools")
+"""What a row may hold besides plain text."""
 
 
 def read_sources(sources: Sequence[Source], base: Path) -> Iterator[AnyDocument]:
@@ -35,16 +36,8 @@ def read_sources(sources: Sequence[Source], base: Path) -> Iterator[AnyDocument]
     whatever cannot be read, and for a source that holds no text at all.
     """
     for source in sources:
-        found = False
-        for document in itertools.islice(_read(source, base), source.limit):
-            found = True
-            yield document
-        if not found:
-            raise DataError(
-                f"This {source.kind} source holds no text: it is empty",
-                where=_name(source, base),
-                fix="check that the path is the one you meant, or remove the source",
-            )
+        documents = itertools.islice(_read(source, base), source.limit)
+        yield from not_empty(documents, f"This {source.kind} source", _name(source, base))
 
 
 def size_estimate(sources: Sequence[Source], base: Path) -> int:
@@ -52,10 +45,19 @@ def size_estimate(sources: Sequence[Source], base: Path) -> int:
     total = 0
     for source in sources:
         if isinstance(source, CorpusSource):
-            total += 465_000
+            total += _CORPUS_CHARACTERS
         elif not isinstance(source, HubSource):
-            total += sum(path.stat().st_size for path in source_files(source, base))
+            total += sum(map(text_size, source_files(source, base)))
     return total
+
+
+def source_files(source: TextSource | FileSource, base: Path) -> list[Path]:
+    """Sorted. Raises DataError where there is none."""
+    return find_files(source.path, base, _format(source))
+
+
+def _format(source: TextSource | FileSource) -> FileFormat | None:
+    return None if source.kind == "file" else source.kind
 
 
 def _name(source: Source, base: Path) -> str:
@@ -67,84 +69,43 @@ def _name(source: Source, base: Path) -> str:
 def _read(source: Source, base: Path) -> Iterator[AnyDocument]:
     match source:
         case CorpusSource():
-            return python_reference()
+            yield from python_reference()
         case TextSource():
-            return _per_file(source, base, _read_text)
-        case JsonlSource():
-            return _per_file(source, base, _read_jsonl)
-        case ParquetSource():
-            return _per_file(source, base, _read_parquet)
+            for path in source_files(source, base):
+                yield from _text_documents(path, source.documents)
+        case FileSource():
+            for path in source_files(source, base):
+                yield from _file_documents(path, source)
         case HubSource():
-            return _read_hub(source, base)
+            with _hub_errors(source):
+                yield from _documents(_hub_rows(source, base), source.text_key)
 
 
-def _per_file(source: Any, base: Path, read: Any) -> Iterator[AnyDocument]:
-    for path in source_files(source, base):
-        try:
-            yield from read(source, path)
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"The file is not UTF-8: byte {error.object[error.start]:#04x} cannot be read",
-                where=path,
-                fix=f"convert it, e.g. iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}",
-            ) from error
-        except PermissionError as error:
-            raise DataError(
-                "The file cannot be opened: permission denied",
-                where=path,
-                fix=f"allow reading it: chmod u+r {path.name}",
-            ) from error
+def _documents(rows: Rows, text_key: str) -> Iterator[AnyDocument]:
+    for row, where in rows:
+        document = document_from_row(row, text_key, where)
+        if document is not None:
+            yield document
 
 
-_SUFFIX = {"text": ".txt", "jsonl": ".jsonl", "parquet": ".parquet"}
+# --- files -----------------------------------------------------------------------------------
 
 
-def source_files(source: TextSource | JsonlSource | ParquetSource, base: Path) -> list[Path]:
-    """The files of a path, folder or glob, sorted; DataError where there is none."""
-    path = (base / Path(source.path).expanduser()).absolute()
-    suffix = _SUFFIX[source.kind]
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob(f"*{suffix}") if file.is_file())
-        if files:
-            return files
-        raise DataError(
-            f"The folder holds no {suffix} file",
-            where=path,
-            fix=f"name the files themselves: path: {source.path.rstrip('/')}/*.EXT",
-        )
-    if glob.has_magic(source.path):
-        files = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-        files = [file for file in files if file.is_file()]
-        if files:
-            return files
-        raise DataError("No file matches", where=path, fix="check the pattern and its folder")
-    raise DataError(
-        "The file does not exist",
-        where=path,
-        fix=_nearest_file(path) or "check the path; a relative one starts at the recipe's folder",
-    )
+def _file_documents(path: Path, source: FileSource) -> Iterator[AnyDocument]:
+    format = _format(source) or format_of(path)
+    if format == "text":
+        return _text_documents(path, "file")
+    rows = read_rows(path, format=format, columns=(source.text_key, *_COLUMNS))
+    return _documents(rows, source.text_key)
 
 
-def _nearest_file(path: Path) -> str | None:
-    if not path.parent.is_dir():
-        return None
-    names = [file.name for file in path.parent.iterdir()]
-    near = difflib.get_close_matches(path.name, names, 1)
-    return f"did you mean {near[0]}?" if near else None
-
-
-# --- text ------------------------------------------------------------------------------------
-
-
-def _read_text(source: TextSource, path: Path) -> Iterator[Document]:
-    with path.open(encoding="utf-8-sig") as lines:
-        if source.documents == "file":
+def _text_documents(path: Path, divided_by: str) -> Iterator[Document]:
+    with open_text(path) as lines:
+        if divided_by == "file":
             text = lines.read()
             if text.strip():
                 yield Document(text, str(path))
-        elif source.documents == "line":
+        elif divided_by == "line":
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield Document(line.rstrip("\n"), f"{path}:{number}")
@@ -163,91 +124,19 @@ def _paragraphs(lines: Iterator[str], path: Path) -> Iterator[Document]:
             block = []
 
 
-# --- JSONL and Parquet -----------------------------------------------------------------------
-
-
-def _read_jsonl(source: JsonlSource, path: Path) -> Iterator[AnyDocument]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            document = document_from_row(_json_object(line, number, where), source.text_key, where)
-            if document is not None:
-                yield document
-
-
-def _json_object(line: str, number: int, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        if number == 1 and line.lstrip()[:1] == "[":
-            fix = "this looks like one JSON list: write one object a line (jq -c '.[]')"
-        else:
-            fix = "correct the line, or remove it; each line must be one whole JSON object"
-        detail = "nested too deeply"
-        if isinstance(error, json.JSONDecodeError):
-            detail = f"{error.msg}, column {error.colno}"
-        raise DataError(f"Invalid JSON: {detail}", where=where, fix=fix) from error
-    if isinstance(row, dict):
-        return row
-    raise DataError(
-        f"The line is a JSON {type(row).__name__}, not an object",
-        where=where,
-        fix='write each line as an object, e.g. {"text": "..."}',
-    )
-
-
-def _read_parquet(source: ParquetSource, path: Path) -> Iterator[AnyDocument]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path)
-        names = table.schema_arrow.names
-        wanted = {source.text_key, "messages", "prompt", "completion", "tools"}
-        columns = [name for name in names if name in wanted]
-        if not columns or columns == ["tools"]:
-            columns = names  # for the error message
-        number = 0
-        for batch in table.iter_batches(_PARQUET_BATCH, columns=columns):
-            for row in batch.to_pylist():
-                where = f"{path} row {number}"
-                document = document_from_row(row, source.text_key, where)
-                if document is not None:
-                    yield document
-                number += 1
-    except (pa.ArrowException, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
-        raise DataError(
-            f"The Parquet file cannot be read: {str(error).splitlines()[0]}",
-            where=path,
-            fix="it is damaged or not Parquet: download or write it again",
-        ) from error
-
-
 # --- Hugging Face data sets --------------------------------------------------------------------
 
 
-def _read_hub(source: HubSource, base: Path) -> Iterator[AnyDocument]:
-    with _hub_errors(source):
-        for number, row in enumerate(_load_dataset(source, base)):
-            where = f"{source.dataset} [{source.split}] row {number}"
-            document = document_from_row(row, source.text_key, where)
-            if document is not None:
-                yield document
-
-
-def _local_folder(source: HubSource, base: Path) -> Path:
-    return (base / Path(source.dataset).expanduser()).absolute()
+def _hub_rows(source: HubSource, base: Path) -> Rows:
+    for number, row in enumerate(_load_dataset(source, base)):
+        yield row, f"{source.dataset} [{source.split}] row {number}"
 
 
 def _load_dataset(source: HubSource, base: Path) -> Any:
     """Streams where a limit makes most of the data unneeded; else uses the local cache."""
     import datasets
 
-    local = _local_folder(source, base)
+    local = (base / Path(source.dataset).expanduser()).absolute()
     if (local / "state.json").exists() or (local / "dataset_dict.json").exists():
         loaded = datasets.load_from_disk(str(local))
         return loaded[source.split] if isinstance(loaded, dict) else loaded

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from stillhouse.data.data_config import JsonlSource, Source
+from stillhouse.data.data_config import FileSource, Source
 from stillhouse.data.documents import Conversation
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.sources import read_sources
@@ -100,7 +100,7 @@ def planned_text(recipe: Recipe, base: Path, most: int) -> PlannedText | None:
     stage = run_folder(recipe).finished(plan.name, plan.depends_on)
     if stage is not None:
         path = str((stage.path / TEXT).absolute())
-        source = JsonlSource(kind="jsonl", path=path, limit=most)
+        source = FileSource(kind="jsonl", path=path, limit=most)
         documents = [d for d in read_sources([source], base) if isinstance(d, Conversation)]
         return PlannedText(documents, stage.summary["kept"] / max(1, len(documents)), others)
     origin = origins(recipe, base)

@@ -11,7 +11,7 @@ import torch
 
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
-from stillhouse.pruning.axes import axes_of, check_parameters
+from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.calibrate import calibration_batches, products
 from stillhouse.pruning.depth import DepthChoice, choose_layers, layer_scores
 from stillhouse.pruning.ffn import Ranking
@@ -28,7 +28,13 @@ from stillhouse.pruning.sizes import (
     size_notes,
     sizes_of,
 )
-from stillhouse.pruning.surgery import check_tokens, keep_layers, keep_tokens, own_config
+from stillhouse.pruning.surgery import (
+    check_parameters,
+    check_tokens,
+    keep_layers,
+    keep_tokens,
+    own_config,
+)
 from stillhouse.pruning.width import Passage, cut_width
 
 DEPTH_TOKENS = 2048
@@ -91,13 +97,7 @@ def prune_model(
     model: Any,
     windows: WindowSet,
     *,
-    ffn_size: int | None = None,
-    layers: int | None = None,
-    heads: int | None = None,
-    kv_heads: int | None = None,
-    hidden_size: int | None = None,
     hidden_method: HiddenMethod = "channels",
-    experts: int | None = None,
     kept_ids: Sequence[int] | None = None,
     reconstruct: bool = True,
     calibration_tokens: int = 49152,
@@ -106,11 +106,12 @@ def prune_model(
     shared: Calibration | None = None,
     method: PruningMethod = METHOD,
     local_tokens: int = 0,
+    **sizes: int | None,
 ) -> PruneReport:
     """Prunes a float32 causal language model in place, calibrated on training windows.
 
-    Every size that is None stays. heads: query heads in all, as many in each of the kv_heads
-    groups. hidden_size with hidden_method: "rotation" unties the head, and rotates even where the
+    sizes: those to prune to, by their names in `sizes.AXES`; a size that is not given, or None,
+    stays. hidden_size with hidden_method: "rotation" unties the head, and rotates even where the
     size stays. kept_ids: the tokens to keep, old ids by new id (see vocabulary.kept_token_ids).
 
     The windows run through the model with matrix products in `dtype`; weights, statistics and
@@ -124,17 +125,9 @@ def prune_model(
     architecture that cannot be pruned, DataError when there are no windows.
     """
     axes = axes_of(model.config)
-    after = check_sizes(
-        model.config,
-        ffn_size,
-        layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        hidden_size=hidden_size,
-        hidden_method=hidden_method,
-        experts=experts,
-        vocabulary=None if kept_ids is None else len(kept_ids),
-    )
+    vocabulary = None if kept_ids is None else len(kept_ids)
+    wanted = {**sizes, "vocabulary": vocabulary}
+    after = check_sizes(model.config, wanted, hidden_method=hidden_method)
     before = sizes_of(model.config)
     check_importance(method, before, after)
     check_parameters(model, axes)
@@ -143,7 +136,7 @@ def prune_model(
     own_config(model)
     batches = calibration_batches(windows, calibration_tokens, seed, model.device)
     seen = sum(int(batch.counted_RL.sum()) for batch in batches)
-    rotated = hidden_size is not None and hidden_method == "rotation"
+    rotated = sizes.get("hidden_size") is not None and hidden_method == "rotation"
     notes = _notes(model.config, before, after, rotated)
     if sum(batch.input_ids_RL.numel() for batch in batches) < calibration_tokens:
         asked = f"{calibration_tokens:,} asked"

@@ -23,6 +23,20 @@ from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.views import decoder_layers
 
 
+def check_parameters(model: Any, axes: Axes) -> None:
+    """ModelError when a layer holds a parameter that no axis declares: it would stay uncut."""
+    declared = axes.parameters()
+    for number, layer in enumerate(decoder_layers(model)):
+        unknown = sorted({name for name, _ in layer.named_parameters()} - declared)
+        if unknown:
+            raise ModelError(
+                f"layer {number} has parameters that pruning does not know: "
+                f"{', '.join(unknown[:3])}",
+                where=model.config.name_or_path or "student.start",
+                fix="merge adapters first; a variant of an architecture cannot be pruned",
+            )
+
+
 def keep_neurons(layer: nn.Module, axes: Axes, kept_K: Tensor, down_DK: Tensor) -> None:
     """Leaves the FFN neurons `kept_K` of one layer, with `down_DK` as the new down projection."""
     ffn = part(layer, axes.ffn)

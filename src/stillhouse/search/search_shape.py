@@ -264,7 +264,7 @@ class _Work:
         prune_model(
             model,
             self.text.calibration,
-            **sizes_to_prune(self.before, shape),  # type: ignore[arg-type]
+            **sizes_to_prune(self.before, shape),
             reconstruct=setting.section.reconstruct,
             calibration_tokens=tokens,
             seed=setting.seed,

@@ -187,13 +187,7 @@ def _cut(
     report = prune_model(
         model,
         windows,
-        ffn_size=section.ffn_size,
-        layers=section.layers,
-        heads=section.heads,
-        kv_heads=section.kv_heads,
-        hidden_size=section.hidden_size,
         hidden_method=section.hidden_method,
-        experts=section.experts,
         kept_ids=kept_ids,
         reconstruct=section.reconstruct,
         calibration_tokens=section.calibration_tokens,
@@ -201,6 +195,7 @@ def _cut(
         dtype=dtype,
         method=method_of(section),
         local_tokens=section.local_distillation or 0,
+        **section.sizes,
     )
     summary: Summary = {
         "pruning": asdict(report),
@@ -251,14 +246,8 @@ def explicit_sizes(section: PrunedStudent, config: Any, *, owner: str | None = N
     vocabulary = section.vocabulary if isinstance(section.vocabulary, int) else None
     return check_sizes(
         config,
-        section.ffn_size,
-        section.layers,
-        heads=section.heads,
-        kv_heads=section.kv_heads,
-        hidden_size=section.hidden_size,
+        {**section.sizes, "vocabulary": vocabulary},
         hidden_method=section.hidden_method,
-        experts=section.experts,
-        vocabulary=vocabulary,
         text_decides=vocabulary is None and section.vocabulary is not None,
         owner=owner or ("the teacher" if section.model is None else "the model that is pruned"),
     )

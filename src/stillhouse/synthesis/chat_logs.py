@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from stillhouse.data.row_reader import format_of, read_rows
 from stillhouse.errors import DataError
 from stillhouse.progress import note
-from stillhouse.synthesis.prompts import content_text, read_prompts, read_rows, text_of
+from stillhouse.synthesis.prompts import content_text, prompt_messages, text_of
 
 FEWEST = 8
 """Rows below which logs show nothing."""
@@ -97,29 +98,26 @@ class Logs:
 
 
 def read_logs(path: Path) -> Logs:
-    """Reads chats, JSON lines or a list in a .json file: messages with their answer, or a request
-    with its response. Of a chat of several turns only the last is used, which is said.
+    """Reads chats: messages with their answer, or a request with its response. Of a chat of several
+    turns only the last is used, which is said. A file without a known extension is JSONL.
 
     Raises DataError: nothing readable, or too few rows with an answer.
     """
-    kind: Literal["json", "jsonl"] = "json" if path.suffix.lower() == ".json" else "jsonl"
-    prompts = list(read_prompts(path, format=kind))
-    rows = [row for row, _ in read_rows(path, kind)]
     pairs: list[tuple[str, str]] = []
     systems: Counter[str] = Counter()
-    longer = 0
-    for prompt, row in zip(prompts, rows, strict=True):
-        answer = _answer(row)
-        text = text_of(prompt.messages[-1:])
+    rows = longer = 0
+    for row, where in read_rows(path, format="jsonl" if format_of(path) == "text" else None):
+        messages, answer = prompt_messages(row, "prompt", where), _answer(row)
+        rows += 1
+        text = text_of(messages[-1:])
         if answer is None or not text.strip():
             continue
         pairs.append((text, answer))
-        longer += sum(message["role"] == "user" for message in prompt.messages) > 1
-        systems[text_of(prompt.messages, ("system", "developer"))] += 1
+        longer += sum(message["role"] == "user" for message in messages) > 1
+        systems[text_of(messages, ("system", "developer"))] += 1
     if len(pairs) < FEWEST:
         raise DataError(
-            f"{len(pairs)} of {len(rows)} rows have a text and an answer, and {FEWEST} are the "
-            "fewest",
+            f"{len(pairs)} of {rows} rows have a text and an answer, and {FEWEST} are the fewest",
             where=path,
             fix='write each line as {"messages": [...]}, the answer last',
         )
@@ -132,10 +130,8 @@ def read_logs(path: Path) -> Logs:
     return Logs(pairs, system or None)
 
 
-def _answer(row: Any) -> str | None:
+def _answer(row: Mapping[str, Any]) -> str | None:
     """The last turn of the assistant, where logs keep it."""
-    if not isinstance(row, Mapping):
-        return None
     for place in _CHATS:
         messages = _at(row, place)
         if isinstance(messages, list) and messages and _at(messages[-1], ("role",)) == "assistant":

@@ -6,23 +6,20 @@ is dropped, since the teacher is to write it anew.
 
 from __future__ import annotations
 
-import csv
 import itertools
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stillhouse.data.row_reader import not_empty, read_rows
 from stillhouse.errors import DataError
 from stillhouse.generation.request import Answer, Message
+from stillhouse.synthesis.prompts_config import PromptFormat
 
-Format = Literal["auto", "text", "jsonl", "json", "csv"]
 Shown = Literal["prompt", "system", "all"]
 
-_FORMATS: dict[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json"}
-_FORMATS |= {".csv": "csv", ".tsv": "csv"}
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
 _LOG_PLACES = (
     ("messages",),  # chat data, and lines of OpenAI's fine-tuning and stored-completions exports
@@ -82,36 +79,17 @@ class Frame:
 
 
 def read_prompts(
-    path: Path, *, format: Format = "auto", key: str = "prompt", limit: int | None = None
+    path: Path, *, format: PromptFormat = "auto", key: str = "prompt", limit: int | None = None
 ) -> Iterator[Prompt]:
     """The prompts of a file, one at a time.
 
-    text: one a line. csv: one a row, in the column `key`. jsonl: one object a line: a chat or its
-    log (see `_LOG_PLACES`), or `prompt`, a string or messages, or a string under `key`. json: a
-    list of such objects, or an object that holds one as `data`. auto: by the file's ending.
+    A row holds a chat or its log (see `_LOG_PLACES`), or `prompt`, a string or messages, or a
+    string under `key`; of plain text each line is one. auto: by the file's extension.
     Raises DataError with the line for whatever is no prompt.
     """
-    chosen = _FORMATS.get(path.suffix.lower(), "text") if format == "auto" else format
-    read = {"text": _texts, "csv": csv_rows, "jsonl": _json_lines, "json": _json_whole}[chosen]
-    found = False
-    try:
-        for row, where in itertools.islice(read(path), limit):
-            found = True
-            yield Prompt(_messages(row, key, where), where)
-    except FileNotFoundError:
-        raise DataError(
-            "the file of prompts does not exist",
-            where=path,
-            fix="check the path; a relative one starts at the recipe's folder",
-        ) from None
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"the file of prompts is not UTF-8 ({error.reason})", where=path, fix="convert it"
-        ) from error
-    except OSError as error:
-        raise DataError(f"the file of prompts cannot be read: {error}", where=path) from error
-    if not found:
-        raise DataError("the file of prompts is empty", where=path, fix="give another one")
+    rows = read_rows(path, format=None if format == "auto" else format, text_key=key)
+    for row, where in not_empty(itertools.islice(rows, limit), "The file of prompts", path):
+        yield Prompt(prompt_messages(row, key, where), where)
 
 
 def text_of(messages: Sequence[Message], roles: Sequence[str] = ("user",)) -> str:
@@ -136,82 +114,11 @@ def answer_text(answer: Answer, *, keep_reasoning: bool) -> str:
     return f"<think>\n{reasoning}\n</think>\n\n{rest}"
 
 
-# --- rows of the formats -------------------------------------------------------------------------
-
-_Rows = Iterator[tuple[Any, str]]
-
-
-def read_rows(path: Path, format: Literal["json", "jsonl"]) -> _Rows:
-    """The rows as they stand in the file, each with its place. Raises DataError, OSError."""
-    return _json_whole(path) if format == "json" else _json_lines(path)
-
-
-def _texts(path: Path) -> _Rows:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield line.strip(), f"{path}:{number}"
-
-
-def csv_rows(path: Path) -> _Rows:
-    """The rows of a .csv or .tsv file with their places. Raises DataError, OSError,
-    UnicodeDecodeError."""
-    csv.field_size_limit(1 << 24)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with path.open(encoding="utf-8-sig", newline="") as lines:
-        # Strict: a quote that is never closed would make one cell of the rest of the file.
-        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        begins = 1
-        try:
-            for row in reader:
-                yield row, f"{path}:{reader.line_num}"
-                begins = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(
-                f"the row that begins here is no CSV ({error})",
-                where=f"{path}:{begins}",
-                fix="close its quotes; a quote inside a quoted cell is written twice",
-            ) from error
-
-
-def _json_lines(path: Path) -> _Rows:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{path}:{number}"
-                yield _json(line, where), where
-
-
-def _json_whole(path: Path) -> _Rows:
-    whole = _json(path.read_text(encoding="utf-8-sig"), str(path))
-    rows = whole.get("data") if isinstance(whole, Mapping) else whole
-    if not isinstance(rows, list):
-        raise DataError(
-            "the JSON file is neither a list nor an object with a list under `data`",
-            where=path,
-            fix="write one object a line, as .jsonl",
-        )
-    for number, row in enumerate(rows):
-        yield row, f"{path}, item {number}"
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(
-            f"invalid JSON ({error})", where=where, fix="correct the line, or remove it"
-        ) from None
-
-
 # --- one row ---------------------------------------------------------------------------------
 
 
-def _messages(row: Any, key: str, where: str) -> tuple[Message, ...]:
-    if isinstance(row, str):
-        return _user(row, where)
-    if not isinstance(row, Mapping):
-        raise DataError(f"the row is a {type(row).__name__}, not an object", where=where)
+def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Message, ...]:
+    """The chat up to the user's last turn, wherever the row has it. Raises DataError."""
     found = row.get(key)
     if found is None:
         places = (_at(row, place) for place in _LOG_PLACES)

@@ -7,9 +7,10 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from stillhouse.data.row_reader import FileFormat
 from stillhouse.section import Section
 
-PromptFormat = Literal["auto", "text", "jsonl", "json", "csv"]
+PromptFormat = FileFormat | Literal["auto"]
 
 
 class ExampleRecipe(Section):
@@ -62,12 +63,12 @@ class PromptsRecipe(Section):
 
     path: str | None = Field(
         None,
-        description="Text, CSV, JSONL or JSON; also logs of chat completions. With `write`: "
-        "examples of what is to be written.",
+        description="Text, JSONL, JSON, CSV, TSV or Parquet, also .gz or .zst; logs of chat "
+        "completions too. With `write`: examples of what is to be written.",
     )
     combine: CombineRecipe | None = None
     write: WriteRecipe | None = None
-    format: PromptFormat = Field("auto", description="auto: by the file's ending.")
+    format: PromptFormat = Field("auto", description="auto: by the file's extension.")
     key: str = Field("prompt", description="The column or key that holds the prompt.")
     limit: int | None = Field(None, gt=0, description="Use at most this many prompts.")
     samples: int = Field(1, gt=0, description="Answers to each prompt.")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.data_config import DataRecipe, JsonlSource, Source
+from stillhouse.data.data_config import DataRecipe, FileSource, Source
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class SynthesizedText:
 
 def names(source: Source, out: Path, base: Path) -> bool:
     """Whether the source is this very file: a folder or a pattern with it inside is not."""
-    if not isinstance(source, JsonlSource):
+    if not isinstance(source, FileSource):
         return False
     return (base / Path(source.path).expanduser()).resolve() == out.resolve()
 

@@ -41,15 +41,9 @@ from stillhouse.teachers.stored_head import load_head
 from stillhouse.training import checkpoints
 from stillhouse.training.objective import make_objective
 from stillhouse.training.resuming import train_from_newest
-from stillhouse.training.train_config import TrainRecipe
+from stillhouse.training.train_config import SCHEDULES, TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
 
-SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-    "wsd": "warmup_stable_decay",
-}
 MODEL = "model"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"

@@ -1,7 +1,7 @@
 """A server of chat completions that misbehaves on demand; the standard library and nothing else.
 
 A script says how each request is answered. `Stub` runs the server in a thread of the test's own
-process; `python -m tests.synthesis.stub` runs it alone, for the benchmark.
+process; `python -m tests.generation.stub` runs it alone, for the benchmark.
 """
 
 from __future__ import annotations

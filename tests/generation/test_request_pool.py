@@ -15,8 +15,8 @@ from stillhouse.generation.budget import Price, Spending, worst_case
 from stillhouse.generation.client import retry_after
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer
-from tests.synthesis.pools import QUICK, once, requests, run
-from tests.synthesis.stub import Reply, Stub, error
+from tests.generation.pools import QUICK, once, requests, run
+from tests.generation.stub import Reply, Stub, error
 
 pytestmark = pytest.mark.usefixtures("link")
 

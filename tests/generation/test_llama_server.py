@@ -22,7 +22,7 @@ import yaml
 
 from stillhouse.commands import record_signals, synthesize_text
 from stillhouse.config.load import load_recipe
-from stillhouse.data.data_config import JsonlSource
+from stillhouse.data.data_config import FileSource
 from stillhouse.data.sources import read_sources
 from stillhouse.data.tokenize_rows import tokenize
 from stillhouse.errors import EndpointError
@@ -228,7 +228,7 @@ def test_what_it_tells_about_its_tokens_is_what_the_same_model_here_says(
     teacher = resolve_model(load_recipe(path).teacher.model, base=tmp_path).path
     model, tokenizer = load_model(teacher, dtype=torch.float32), load_tokenizer(teacher)
     same, differences = [], []
-    source = JsonlSource(kind="jsonl", path="synthetic.jsonl")
+    source = FileSource(kind="jsonl", path="synthetic.jsonl")
     for (row,) in tokenize(list(read_sources([source], tmp_path)), tokenizer):
         ids_1L, learnt_1L = torch.from_numpy(row.ids[None]).long(), row.supervised[None]
         labels_1L = ids_1L.masked_fill(torch.from_numpy(~learnt_1L), -100)

@@ -11,7 +11,7 @@ from stillhouse.generation.client import Client
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
 from stillhouse.generation.request_pool import Patience, Pool, Tally
-from tests.synthesis.stub import Reply, Script, Stub
+from tests.generation.stub import Reply, Script, Stub
 
 QUICK = Patience(attempts=3, backoff=0.02)
 KEY = "sk-very-secret-1234567890"

@@ -16,8 +16,8 @@ from stillhouse.generation.concurrency import AdaptiveLimit
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
 from stillhouse.generation.request_pool import HOPELESS_FAILURES, Pool
-from tests.synthesis.pools import KEY, QUICK, requests, run
-from tests.synthesis.stub import Reply, Stub, error
+from tests.generation.pools import KEY, QUICK, requests, run
+from tests.generation.stub import Reply, Stub, error
 
 pytestmark = pytest.mark.usefixtures("link")
 

@@ -1,0 +1,207 @@
+"""Every format with every compression, and what is said about files that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stillhouse.classify.classify_config import TextFile
+from stillhouse.classify.predict_labels import file_texts, stream_texts
+from stillhouse.classify.task_texts import first_row, read_texts
+from stillhouse.data.data_config import FileSource, Source
+from stillhouse.data.documents import Document
+from stillhouse.data.row_reader import find_files, read_lines, read_rows, text_size
+from stillhouse.data.sources import read_sources
+from stillhouse.errors import DataError
+from stillhouse.synthesis.prompts import read_prompts, text_of
+
+ROWS = [{"text": "one, é", "label": "a"}, {"text": "two\nlines", "label": "b"}]
+TEXTS = [row["text"] for row in ROWS]
+
+
+def as_csv(delimiter: str) -> bytes:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, ["text", "label"], delimiter=delimiter, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(ROWS)
+    return file.getvalue().encode()
+
+
+def as_parquet() -> bytes:
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(ROWS), file)
+    return file.getvalue().to_pybytes()
+
+
+def zstd(content: bytes) -> bytes:
+    file = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(file, "zstd") as stream:
+        stream.write(content)
+    return file.getvalue().to_pybytes()
+
+
+# extension: (content, where the second row is)
+FILES: dict[str, tuple[bytes, str]] = {
+    ".jsonl": ("\n".join(map(json.dumps, ROWS)).encode(), ":2"),
+    ".json": (json.dumps({"object": "list", "data": ROWS}).encode(), " row 1"),
+    ".csv": (as_csv(","), ":4"),
+    ".tsv": (as_csv("\t"), ":4"),
+    ".parquet": (as_parquet(), " row 1"),
+}
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstd,
+    ".GZ": gzip.compress,
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("extension", FILES)
+def test_every_format_and_compression_is_the_same_rows_to_everybody(
+    extension: str, compression: str, tmp_path: Path
+) -> None:
+    content, where = FILES[extension]
+    path = tmp_path / f"rows{extension}{compression}"
+    path.write_bytes(COMPRESSIONS[compression](content))
+    assert list(read_rows(path)) == [
+        (ROWS[0], str(path) + {":4": ":2", ":2": ":1"}.get(where, " row 0")),
+        (ROWS[1], str(path) + where),
+    ]
+    documents = read_sources([FileSource(kind="file", path=path.name)], tmp_path)
+    assert list(documents) == [Document(text) for text in TEXTS]
+    assert [text_of(prompt.messages) for prompt in read_prompts(path, key="text")] == TEXTS
+    texts = read_texts(TextFile(path=path.name, label="label"), tmp_path)
+    assert [(row.text, row.gold) for row in texts] == [(row["text"], row["label"]) for row in ROWS]
+    assert list(file_texts(path, "text")) == TEXTS
+    assert first_row(path.name, tmp_path) == ROWS[0]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_plain_text_is_a_row_a_line_or_one_document(compression: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.txt{compression}"
+    path.write_bytes(COMPRESSIONS[compression]("\ufeffone\r\n\n é two \n".encode()))
+    assert list(read_rows(path, text_key="prompt")) == [
+        ({"prompt": "one"}, f"{path}:1"),
+        ({"prompt": "é two"}, f"{path}:3"),
+    ]
+    for source in (FileSource(kind="file", path=path.name), FileSource(kind="file", path=".")):
+        assert list(read_sources([source], tmp_path)) == [Document("one\n\n é two \n")]
+
+
+@pytest.mark.parametrize("extension", [e for e in FILES if e != ".parquet"])
+def test_the_kind_of_a_source_names_the_format_of_a_file_without_extension(
+    extension: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows").write_bytes(FILES[extension][0])
+    source = FileSource.model_validate({"kind": extension[1:], "path": "rows"})
+    assert list(read_sources([source], tmp_path)) == [Document(text) for text in TEXTS]
+
+
+def test_a_folder_holds_files_of_all_formats(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.csv", "a.jsonl.gz", "deep/c.parquet", "notes.md", "d.txt"):
+        (tmp_path / name).write_bytes(gzip.compress(b"x") if name.endswith("gz") else b"x")
+    names = [path.name for path in find_files(".", tmp_path)]
+    assert names == ["a.jsonl.gz", "b.csv", "d.txt", "c.parquet"]
+    assert [path.name for path in find_files(".", tmp_path, "jsonl")] == ["a.jsonl.gz"]
+    assert [path.name for path in find_files("*.md", tmp_path)] == ["notes.md"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no known file"):
+        find_files("empty", tmp_path)
+
+
+def test_parts_that_were_compressed_one_by_one_are_one_file(tmp_path: Path) -> None:
+    for end, compress in ((".gz", gzip.compress), (".zst", zstd)):
+        path = tmp_path / f"a.jsonl{end}"
+        path.write_bytes(compress(b'{"text": "a"}\n{"te') + compress(b'xt": "b"}\n'))
+        assert [row["text"] for row, _ in read_rows(path)] == ["a", "b"]
+
+
+def test_the_size_of_a_compressed_text_is_about_what_it_becomes(tmp_path: Path) -> None:
+    plain, small = tmp_path / "a.txt", tmp_path / "a.txt.gz"
+    plain.write_text("some words of text " * 50)
+    small.write_bytes(gzip.compress(plain.read_bytes()))
+    assert text_size(plain) == 950
+    assert text_size(small) == 3 * small.stat().st_size
+
+
+def test_a_json_list_may_hold_texts(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('["one", "two"]')
+    assert [text_of(p.messages) for p in read_prompts(tmp_path / "a.json")] == ["one", "two"]
+    assert [row.text for row in read_texts(TextFile(path="a.json"), tmp_path)] == ["one", "two"]
+    (tmp_path / "b.json").write_text('{"version": 1, "rows": [{"text": "one"}]}')
+    assert [row["text"] for row, _ in read_rows(tmp_path / "b.json")] == ["one"]
+
+
+def test_a_stream_is_read_like_a_file() -> None:
+    lines = io.StringIO('plain\n\n{"text": "an object"}\n')
+    assert list(stream_texts(lines, "text")) == ["plain", "an object"]
+    for wrong, said in (('{"text": ', "Invalid JSON"), ('{"words": "a"}', "no text under 'text'")):
+        with pytest.raises(DataError, match=said) as caught:
+            list(stream_texts(io.StringIO(f"plain\n{wrong}\n"), "text"))
+        assert caught.value.where == "standard input:2"
+    assert list(read_lines(["[1]\n"], "here", "text")) == [({"text": "[1]"}, "here:1")]
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+# name: (content, what is said, where, what to do)
+WRONG: dict[str, tuple[bytes, str, str, str]] = {
+    "a.json": (b'[{"text": "a"},\n 5]', "JSON int, not an object", " row 1", "as an object"),
+    "b.json": (b'[{"text": "a"},\n {', "Invalid JSON: .* line 2, column", "", "correct"),
+    "c.json": (b'{"a": [], "b": []}', "neither a list nor an object with one", "", ".jsonl"),
+    "a.csv": (b"text,label\na,b\na,b,c\n", "more cells than the 2 columns", ":3", "double quotes"),
+    "b.csv": (b'text\n"never closed\n', "not valid CSV", ":2", "close its quotes"),
+    "a.jsonl": (b'{"text": "a"}\n{"text": "caf\xe9"}\n', "byte 0xe9 in line 2", "", "iconv"),
+    "c.csv": (b"text\na\nb\ncaf\xe9\n", "byte 0xe9 in line 4", "", "iconv"),
+    "a.txt.gz": (gzip.compress(b"caf\xe9"), "byte 0xe9 in line 1", "", "iconv"),
+    "a.csv.gz": (gzip.compress(as_csv(",") * 99)[:-9], "cannot be read: Trunc", "", "damaged"),
+    "a.json.zst": (b"{} or so, not compressed", "cannot be read: ZSTD", "", "format of its name"),
+    "a.parquet": (b"PAR1 not at all", "cannot be read", "", "damaged"),
+    "a.parquet.gz": (gzip.compress(as_parquet()[:200]), "cannot be read", "", "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_cannot_be_read_is_named_with_its_place(name: str, tmp_path: Path) -> None:
+    content, what, where, fix = WRONG[name]
+    path = tmp_path / name
+    path.write_bytes(content)
+    readers: list[Callable[[], Any]] = [
+        lambda: list(read_rows(path)),
+        lambda: list(read_sources([FileSource(kind="file", path=name)], tmp_path)),
+        lambda: list(read_prompts(path, key="text")),
+        lambda: list(read_texts(TextFile(path=name), tmp_path)),
+    ]
+    for read in readers:
+        with pytest.raises(DataError, match=what) as caught:
+            read()
+        assert caught.value.where == f"{path}{where}"
+        assert caught.value.fix
+        assert fix in caught.value.fix
+
+
+def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("text\n")
+    source: Source = FileSource(kind="file", path="empty.csv")
+    for read in (
+        lambda: list(read_sources([source], tmp_path)),
+        lambda: list(read_prompts(tmp_path / "empty.csv")),
+        lambda: first_row("empty.csv", tmp_path),
+    ):
+        with pytest.raises(DataError, match="holds no text: it is empty"):
+            read()
+    for name in ("empt.csv", "empt.csv.gz"):
+        with pytest.raises(DataError, match="does not exist") as caught:
+            list(read_rows(tmp_path / name))
+        assert caught.value.fix == "did you mean empty.csv?"
