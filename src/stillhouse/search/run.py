@@ -23,7 +23,7 @@ from stillhouse.progress import note
 from stillhouse.pruning import Calibration, Sizes, prune_model, sizes_of
 from stillhouse.pruning.axes import Axes, axes_of
 from stillhouse.pruning.depth import DepthChoice
-from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
+from stillhouse.pruning.offload import load_offloaded, released_after_use, save_model
 from stillhouse.pruning.prune import rank_layers
 from stillhouse.pruning.shapes import Counter, described, feasible_shapes, sizes_to_prune
 from stillhouse.recipe.student import PrunedStudent
@@ -36,7 +36,7 @@ from stillhouse.search.short import distill_shortly
 from stillhouse.search.table import candidates_table, show
 from stillhouse.search.text import Answers, SearchText, answers, batches_of, kl_to, split_text
 from stillhouse.students.build import method_of
-from stillhouse.teachers import load_config
+from stillhouse.teachers import load_config, load_model
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training.attention import use_short_attention
 
@@ -191,7 +191,7 @@ class _Work:
         parts = [(self.text.heldout, 8), (self.text.training, setting.train.batch_size)]
         if self.search.trained < 2:
             parts[1] = (self.text.heldout, 8)
-        with let_go_after_use(teacher):
+        with released_after_use(teacher):
             found = [
                 answers(
                     teacher,
@@ -207,10 +207,10 @@ class _Work:
         setting = self.setting
         gc.collect()
         code = setting.trust_remote_code
-        return load_on_disk(path, trust_remote_code=code).to(setting.device)
+        return load_offloaded(path, trust_remote_code=code).to(setting.device)
 
     def _measure(self, model: Any) -> float:
-        with let_go_after_use(model):
+        with released_after_use(model):
             return kl_to(self.known[0], model, self.setting.dtype)
 
     # --- 2. every axis alone ----------------------------------------------------------------
@@ -354,7 +354,9 @@ class _Work:
             assert round_ == 1
             self._one_shot(one)
         note(f"training {described(self.before, one.sizes)} for {steps} steps")
-        model = self._load(before)
+        # In memory, whatever its size: training changes all of it at every step.
+        model = load_model(before, dtype=torch.float32, trust_remote_code=setting.trust_remote_code)
+        model.to(setting.device)
         use_short_attention(model, known.batches[0].input_ids_RL.shape[1])
         distill_shortly(
             model, known, first=first, steps=steps, section=setting.train, dtype=setting.dtype

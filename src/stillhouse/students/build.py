@@ -27,7 +27,7 @@ from stillhouse.pruning import (
 )
 from stillhouse.pruning.calibrate import unseen
 from stillhouse.pruning.domain import Domain, kl_on, read_text
-from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
+from stillhouse.pruning.offload import load_offloaded, released_after_use, save_model
 from stillhouse.recipe.pruning import PruningMethod, VocabularyFile
 from stillhouse.recipe.student import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.students.random import overridden_config, random_model
@@ -134,7 +134,7 @@ def _pruned(
     trust_remote_code: bool,
     heldout: WindowSet | None,
 ) -> tuple[Any, Any, Summary, tuple[int, ...] | None]:
-    model = load_on_disk(teacher.path, trust_remote_code=trust_remote_code)
+    model = load_offloaded(teacher.path, trust_remote_code=trust_remote_code)
     before = count_parameters(model)
     if section.target is not None:
         raise RecipeError(
@@ -191,7 +191,7 @@ def _cut(
 ) -> Summary:
     """Prunes in place, and compares the calibration text with the held-out text."""
     rest = unseen(windows, section.calibration_tokens, seed) if len(windows) else windows
-    with let_go_after_use(model):
+    with released_after_use(model):
         read = [
             None if text is None else read_text(model, text, seed, dtype)
             for text in (None if heldout is None else rest if len(rest) else windows, heldout)
@@ -221,7 +221,7 @@ def _cut(
     if read[0] is not None and read[1] is not None:
         kl = own = None
         if kept_ids is None:
-            with let_go_after_use(model):
+            with released_after_use(model):
                 kl = kl_on(read[1], model, dtype)
                 own = kl_on(read[0], model, dtype) if len(rest) else None
         domain = Domain(read[0].perplexity, read[1].perplexity, kl, own)
