@@ -46,7 +46,7 @@ def is_large(model: Any) -> bool:
 
 def load_offloaded(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The model in float32. A large one is offloaded, which takes its float32 size in the temporary
-    folder; the allocator is then set to hand back what is freed.
+    folder.
 
     Raises ModelError as `load_model` does.
     """
@@ -54,15 +54,18 @@ def load_offloaded(path: Path, *, trust_remote_code: bool = False) -> Any:
     stored = getattr(config, "dtype", None) or torch.float32
     model = load_model(path, dtype=stored, trust_remote_code=trust_remote_code)
     if is_large(model):
-        hand_back_freed_memory()
         offload(model)
     return model.float()
 
 
 def offload(module: nn.Module) -> None:
-    """Moves a module's parameters to disk, in float32; releases those that are there already."""
+    """Moves a module's parameters to disk, in float32, and releases those that are there already.
+
+    From then on the allocator hands back what is freed.
+    """
     for parameter in module.parameters():
         _map(parameter, _file_of(parameter) or _written(parameter))
+    hand_back_freed_memory()
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from stillhouse.pruning.depth import DepthChoice, choose_layers, layer_scores
 from stillhouse.pruning.ffn import Ranking
 from stillhouse.pruning.gradients import BATCH_TOKENS as GRADIENT_TOKENS
 from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
-from stillhouse.pruning.offload import released_after_use
+from stillhouse.pruning.offload import is_offloaded, offload, released_after_use
 from stillhouse.pruning.sizes import (
     HiddenMethod,
     Sizes,
@@ -184,6 +184,8 @@ def prune_model(
     set_sizes(model.config, replace(after, vocabulary=before.vocabulary))
     if kept_ids is not None:
         keep_tokens(model, torch.tensor(kept_ids, device=model.device))
+    if is_offloaded(model):
+        offload(model)  # its ends too
     return PruneReport(
         ffn_size=(before.ffn_size, after.ffn_size),
         layers=(before.layers, after.layers),
