@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from stillhouse.errors import RunError
 from stillhouse.pruning import depth, hidden, offload, prune_model
@@ -25,6 +26,7 @@ from stillhouse.pruning.offload import (
     released_after_use,
 )
 from stillhouse.pruning.offload import save_model as write_model
+from stillhouse.pruning.surgery import check_saved
 from stillhouse.recipe.pruning import PruningMethod
 from stillhouse.teachers import lm_head, load_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
@@ -113,6 +115,15 @@ def test_weights_whose_file_someone_deleted_stay(scratch: Path) -> None:
     release(model)
     assert torch.equal(logits(model), expected)
     assert not list(scratch.iterdir())
+
+
+def test_a_model_in_memory_may_have_its_layers_anywhere(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64)).eval()
+    expected = logits(model, IDS % 64)
+    with released_after_use(model):
+        assert torch.equal(logits(model, IDS % 64), expected)
+    write_model(model, tmp_path)
+    check_saved(model, tmp_path, torch.arange(8)[None])
 
 
 def test_a_scratch_folder_that_cannot_be_written_is_an_error_that_names_it(

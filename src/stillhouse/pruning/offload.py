@@ -89,8 +89,11 @@ def release_ends(model: Any) -> None:
 
 @contextmanager
 def released_after_use(model: Any) -> Iterator[None]:
-    """Inside the block, each offloaded layer leaves memory as soon as it has run; the ends of the
-    model leave it after the block."""
+    """Inside the block, each layer of an offloaded model leaves memory as soon as it has run; the
+    model's ends leave it after the block."""
+    if not is_offloaded(model):
+        yield
+        return
 
     def hook(layer: nn.Module, *_: object) -> None:
         release(layer)

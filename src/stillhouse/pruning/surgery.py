@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.heads import Grouping
-from stillhouse.pruning.offload import released_after_use
+from stillhouse.pruning.offload import is_large, released_after_use
 from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.local import load_model
 from stillhouse.teachers.quiet import quiet
@@ -146,8 +146,9 @@ def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
         with released_after_use(model):
             expected = model(input_ids=input_ids_RL, use_cache=False).logits
         loaded = load_model(folder, dtype=torch.float32)
-        for layer in decoder_layers(loaded):
-            layer.register_forward_hook(_drop_weights)
+        if is_large(loaded):
+            for layer in decoder_layers(loaded):
+                layer.register_forward_hook(_drop_weights)
         found = loaded(input_ids=input_ids_RL, use_cache=False).logits
     error = (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-6)
     if not error <= 1e-5:
