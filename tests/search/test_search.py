@@ -17,12 +17,14 @@ from stillhouse.pruning.axes import axes_of
 from stillhouse.recipe.student import PrunedStudent
 from stillhouse.recipe.train import TrainRecipe
 from stillhouse.search import CANDIDATES, WORK, Found, search_shape
+from stillhouse.search import journal as search_journal
 from stillhouse.search import run as searching
 from stillhouse.search.probes import Curve, curves, expected, probed
 from stillhouse.search.run import Setting
 from stillhouse.search.short import distill_shortly
 from stillhouse.search.text import answers, batches_of, kl_to, split_text
 from stillhouse.teachers import load_config, load_model
+from tests.clocks import Clock
 from tests.teachers.toys import VOCABULARY, ToyWindows, save_model, tiny_model
 
 WINDOWS = ToyWindows(count=48)
@@ -61,8 +63,11 @@ def setting(folder: Path, out: str = "out", target: str = "65%", **search: Any) 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setting, Found]:
+    """By a clock on which every reading is a second later than the one before."""
     chosen = setting(tmp_path_factory.mktemp("search"))
-    return chosen, search_shape(chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_journal, "time", Clock(tick=1.0))
+        return chosen, search_shape(chosen)
 
 
 def test_few_are_pruned_fewer_are_trained_and_the_best_is_chosen(

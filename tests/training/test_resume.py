@@ -30,9 +30,10 @@ def start(setting: Setting, out: Path) -> Fork:
     return Fork(partial(run, setting, out, **OPTIONS))
 
 
-def kill_when(process: Fork, reached: Path, delay: float) -> None:
-    """SIGKILL, `delay` seconds after a path appears."""
-    while not reached.exists():
+def kill_when(process: Fork, out: Path, step: int, delay: float) -> None:
+    """SIGKILL, `delay` seconds after the checkpoint of a step appears, or a later one."""
+    later = [out / "checkpoints" / f"checkpoint-{at}" for at in range(step, 25, 4)]
+    while not any(path.exists() for path in later):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
     time.sleep(delay)
@@ -50,8 +51,8 @@ def test_killed_twice_and_resumed_is_bit_for_bit_the_undisturbed_run(
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     assert start(setting, undisturbed).wait() == 0
     # First in the middle of writing a checkpoint, then between two.
-    kill_when(start(setting, killed), killed / "checkpoints" / "checkpoint-8", 0.0)
-    kill_when(start(setting, killed), killed / "checkpoints" / "checkpoint-16", 0.05)
+    kill_when(start(setting, killed), killed, 8, 0.0)
+    kill_when(start(setting, killed), killed, 16, 0.05)
     assert start(setting, killed).wait() == 0
     assert weights(killed) == weights(undisturbed)
 
