@@ -357,7 +357,7 @@ class _Work:
         # In memory, whatever its size: training changes all of it at every step.
         model = load_model(before, dtype=torch.float32, trust_remote_code=setting.trust_remote_code)
         model.to(setting.device)
-        use_short_attention(model, known.batches[0].input_ids_RL.shape[1])
+        use_short_attention(model, known.batches[0].input_ids_RL.shape[1], setting.device)
         distill_shortly(
             model, known, first=first, steps=steps, section=setting.train, dtype=setting.dtype
         )

@@ -34,7 +34,6 @@ from stillhouse.teachers.head import load_head
 from stillhouse.teachers.local import load_config, load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
-from stillhouse.training.attention import use_short_attention
 from stillhouse.training.objective import make_objective
 from stillhouse.training.trainer import DistillationTrainer
 
@@ -154,8 +153,6 @@ def train(
         load_model(path, dtype=precision.dtype, trust_remote_code=trust_remote_code)
         for path in more_teachers
     ]
-    for trained_on in filter(None, (model, guide, *others)):
-        use_short_attention(trained_on, windows.context)
     code = trust_remote_code
     shaped = (guide or model).config
     if stored_teacher is not None:

@@ -26,6 +26,7 @@ from stillhouse.signals.store import Store
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.scoring import local_teacher, segments_of
 from stillhouse.teachers.views import Wanted, look
+from stillhouse.training.attention import use_short_attention
 from stillhouse.training.checkpoints import Meter, MetricsFile
 from stillhouse.training.loss import (
     Batch,
@@ -73,6 +74,8 @@ class DistillationTrainer(Trainer):
         self.advance = advance
         self.early_stop = early_stop
         self._teachers = [teacher.to(self.args.device).eval() for teacher in teachers]
+        for each in (student, *self._teachers):
+            use_short_attention(each, self.train_dataset.context, self.args.device)
         self._store = store
         self._teacher_head = None if teacher_head is None else teacher_head.to(self.args.device)
         self._ask = None
