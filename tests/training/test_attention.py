@@ -89,13 +89,15 @@ def test_it_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_long_windows_and_other_attention_stay_as_they_are() -> None:
-    assert not use_short_attention(made(CONFIGS["llama"]), context=attention.LONGEST + 1, device=CPU)
+    assert not use_short_attention(
+        made(CONFIGS["llama"]), context=attention.LONGEST + 1, device=CPU
+    )
     torch.manual_seed(0)
     eager = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="eager")
     assert not use_short_attention(eager, context=20, device=CPU)
 
 
-class _Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -106,10 +108,10 @@ def test_training_decides_by_the_device_that_it_runs_on(
     """Both models are loaded on the CPU; the trainer then moves them."""
     used = []
 
-    def stop(trainer: DistillationTrainer, **_: object) -> None:
-        for model in (trainer.model, *trainer._teachers):
+    def stop(trainer: DistillationTrainer, *_: object) -> None:
+        for model in (trainer.model, *trainer.teachers):
             used.append((model.device.type, model.config._attn_implementation))
-        raise _Stopped
+        raise StoppedError
 
     def on_device(arguments: TrainingArguments) -> torch.device:
         assert arguments._setup_devices.type == "cpu"
@@ -117,7 +119,7 @@ def test_training_decides_by_the_device_that_it_runs_on(
 
     monkeypatch.setattr(TrainingArguments, "device", property(on_device))
     monkeypatch.setattr(DistillationTrainer, "train", stop)
-    with pytest.raises(_Stopped):
+    with pytest.raises(StoppedError):
         train(
             setting.student,
             setting.teacher,

@@ -109,8 +109,8 @@ def check_head(model: Any) -> None:
     with _replaced_backbone(model, hidden_ND) as calls:
         try:
             output = model(input_ids=ids_RL, position_ids=positions_RL, use_cache=False)
-        except RuntimeError as error:
-            raise _unknown_head(model, str(error)) from error
+        except RuntimeError as failure:
+            raise _unknown_head(model, str(failure)) from failure
     if not calls:
         hidden_ND = hidden_states(model, ids_RL, positions_RL)[0]
     expected_NV, logits_NV = output.logits[0], head_logits(head, hidden_ND)
@@ -131,7 +131,7 @@ def _unknown_head(model: Any, found: str) -> ModelError:
 
 
 @dataclass
-class _BackboneOutput(ModelOutput):  # type: ignore[misc]
+class _BackboneOutput(ModelOutput):
     """The last hidden states alone: every other field that a model reads is None."""
 
     last_hidden_state: Tensor

@@ -15,7 +15,6 @@ from stillhouse.teachers.backbone import check_head
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
 
-
 _checked: set[tuple[Path, int]] = set()
 """Model folders whose head was compared with the model's logits, and the time of their config."""
 
@@ -70,6 +69,33 @@ def check_head_once(model: Any, path: Path) -> None:
     if known not in _checked:
         check_head(model)
         _checked.add(known)
+
+
+def check_loadable(
+    path: Path, kind: Any = AutoModelForCausalLM, *, trust_remote_code: bool = False
+) -> None:
+    """Compares names and shapes of a folder's weights with its configuration, without memory.
+
+    kind: the class of transformers that is to load it. Raises ModelError: no or damaged files,
+    weights that are missing, left over or of another shape.
+    """
+    weight_files(path)
+    try:
+        with quiet():
+            _, info = kind.from_pretrained(
+                path,
+                device_map="meta",
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f"this model cannot be loaded ({error})", where=path, fix="check its config.json"
+        ) from error
+    _check_loaded(info, path)
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
