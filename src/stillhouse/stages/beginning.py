@@ -30,6 +30,7 @@ from stillhouse.recipe.pruning import VocabularyFile
 from stillhouse.recipe.student import PrunedSizes, PrunedStudent
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages import Do, StagePlan, open_data, plan_data
+from stillhouse.stages.plan import model_check
 from stillhouse.stages.synthesis import synthesized
 from stillhouse.students import build_student
 from stillhouse.teachers import (
@@ -165,7 +166,9 @@ def vocabulary(job: Job, data: Stage) -> StagePlan:
         "teacher": job.teacher.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("vocabulary", inputs, work, version=3)
+    return StagePlan(
+        "vocabulary", inputs, work, version=3, check=model_check(job.trust_remote_code)
+    )
 
 
 def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:

@@ -13,6 +13,8 @@ from stillhouse.data import Windows, open_windows
 from stillhouse.hardware import tune_allocator
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, RunFolder, Stage
+from stillhouse.teachers.local import check_loadable
+from stillhouse.training import MODEL
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class StagePlan:
     """inputs: all that the result depends on. together: every process of a torchrun takes part.
 
     version: raised when the stage's code changes what it writes, so that it is done again.
+    check: raises StillhouseError where the filled folder lacks its product (`RunFolder.stage`).
     """
 
     name: str
@@ -29,6 +32,7 @@ class StagePlan:
     resumable: bool = False
     together: bool = False
     scratch: tuple[str, ...] = field(default=())
+    check: Callable[[Path], None] | None = None
 
     @property
     def depends_on(self) -> dict[str, Any]:
@@ -50,6 +54,7 @@ def doing(folder: RunFolder) -> Do:
             plan.work,
             resumable=plan.resumable,
             scratch=plan.scratch,
+            check=plan.check,
         )
 
     return do
@@ -68,6 +73,11 @@ def telling(folder: RunFolder, finished: list[Stage]) -> Do:
         return stage
 
     return do
+
+
+def model_check(trust_remote_code: bool) -> Callable[[Path], None]:
+    """The check of a stage that writes a causal language model."""
+    return lambda out: check_loadable(out / MODEL, trust_remote_code=trust_remote_code)
 
 
 def redone(folder: RunFolder, plan: StagePlan, lacks: Callable[[Stage], int]) -> StagePlan:

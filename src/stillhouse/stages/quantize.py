@@ -9,7 +9,7 @@ from stillhouse.hardware import leads, peak_memory_bytes
 from stillhouse.job import Job
 from stillhouse.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.stages.plan import StagePlan, open_data
+from stillhouse.stages.plan import StagePlan, model_check, open_data
 from stillhouse.stages.signals import StoredSignals, whom_to_ask
 from stillhouse.stages.train import training_outcome
 from stillhouse.training import (
@@ -43,7 +43,7 @@ def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
         "data": data.digest,
         "trained": trained.digest,
     }
-    return StagePlan("quantize", inputs, work, version=2)
+    return StagePlan("quantize", inputs, work, version=2, check=model_check(job.trust_remote_code))
 
 
 def plan_quantized_training(
@@ -90,4 +90,12 @@ def plan_quantized_training(
         "trained": trained.digest,
         "rounded": rounded.digest,
     }
-    return StagePlan("qat", inputs, work, resumable=True, together=True, scratch=(TRAINING,))
+    return StagePlan(
+        "qat",
+        inputs,
+        work,
+        resumable=True,
+        together=True,
+        scratch=(TRAINING,),
+        check=model_check(job.trust_remote_code),
+    )

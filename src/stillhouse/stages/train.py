@@ -12,7 +12,7 @@ from stillhouse.job import Job
 from stillhouse.recipe.objective import LogitsTerm, ObjectiveRecipe
 from stillhouse.recipe.student import RandomStudent
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.stages.plan import StagePlan, open_data
+from stillhouse.stages.plan import StagePlan, model_check, open_data
 from stillhouse.stages.signals import StoredSignals, whom_to_ask
 from stillhouse.students import build_student, config_sha256
 from stillhouse.teachers import ModelSource
@@ -50,7 +50,7 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("student", inputs, work, version=6)
+    return StagePlan("student", inputs, work, version=6, check=model_check(job.trust_remote_code))
 
 
 def plan_training(job: Job, data: Stage, student: Stage, stored: StoredSignals | None) -> StagePlan:
@@ -106,7 +106,15 @@ def _training(
         "data": data.digest,
         "student": student.digest,
     }
-    return StagePlan(name, everything, work, resumable=True, together=True, scratch=(CHECKPOINTS,))
+    return StagePlan(
+        name,
+        everything,
+        work,
+        resumable=True,
+        together=True,
+        scratch=(CHECKPOINTS,),
+        check=model_check(job.trust_remote_code),
+    )
 
 
 def training_outcome(result: TrainingResult, summary: dict[str, Any]) -> Outcome:

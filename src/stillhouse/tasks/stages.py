@@ -19,6 +19,7 @@ from stillhouse.recipe.classify import PretrainedClassifier, RandomClassifier
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.stages import StagePlan
 from stillhouse.synthesis.request import endpoint_of
+from stillhouse.tasks.classifier import check_classifier
 from stillhouse.tasks.fit import CHECKPOINTS, MODEL, fit
 from stillhouse.tasks.job import TaskJob
 from stillhouse.tasks.judge import CHUNKS, Judgment, ask_api, score_texts
@@ -127,7 +128,7 @@ def student(job: TaskJob, texts: Stage) -> StagePlan:
         "task": task if words else None,
         "texts": texts.digest,
     }
-    return StagePlan("student", inputs, work)
+    return StagePlan("student", inputs, work, check=lambda out: check_classifier(out / MODEL))
 
 
 def training(job: TaskJob, texts: Stage, judged: Stage, student: Stage) -> StagePlan:
@@ -187,4 +188,11 @@ def _training(
         "texts": texts.digest,
         "student": student.digest,
     }
-    return StagePlan(name, everything, work, resumable=True, scratch=(CHECKPOINTS,))
+    return StagePlan(
+        name,
+        everything,
+        work,
+        resumable=True,
+        scratch=(CHECKPOINTS,),
+        check=lambda out: check_classifier(out / MODEL),
+    )
