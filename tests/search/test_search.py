@@ -15,6 +15,7 @@ from stillhouse.errors import DataError
 from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.sizes import sizes_of
+from stillhouse.search import trial_log as search_journal
 from stillhouse.search.probes import Curve, curves, expected, probed
 from stillhouse.search.search_shape import CANDIDATES, WORK, Found, Setting, search_shape
 from stillhouse.search.search_shape import search_shape as searching
@@ -23,6 +24,7 @@ from stillhouse.search.short_training import distill_shortly
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load import load_config, load_model
 from stillhouse.training.train_config import TrainRecipe
+from tests.clocks import Clock
 from tests.teachers.toys import VOCABULARY, ToyWindows, save_model, tiny_model
 
 WINDOWS = ToyWindows(count=48)
@@ -61,8 +63,11 @@ def setting(folder: Path, out: str = "out", target: str = "65%", **search: Any) 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setting, Found]:
+    """By a clock on which every reading is a second later than the one before."""
     chosen = setting(tmp_path_factory.mktemp("search"))
-    return chosen, search_shape(chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_journal, "time", Clock(tick=1.0))
+        return chosen, search_shape(chosen)
 
 
 def test_few_are_pruned_fewer_are_trained_and_the_best_is_chosen(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from stillhouse.generation.budget import Spending
 from stillhouse.pipeline.kind import RunResult
 from stillhouse.synthesis.estimate import Known
 from tests import forks, tiny
+from tests.generation.pools import committed
 from tests.generation.stub import Reply, Stub
 
 PRICE = {"input": 1000.0, "output": 10_000.0}
@@ -115,18 +117,26 @@ def test_the_content_of_the_text_decides_what_is_done_again(tmp_path: Path) -> N
 
 
 def test_a_run_that_is_killed_while_it_asks_buys_nothing_again(tmp_path: Path) -> None:
-    with Stub(lambda n, payload: Reply(text=f"answer {n}", delay=0.05)) as stub:
+    """It is killed while 40 answers are in the journal, and four requests are on their way."""
+    released = threading.Event()
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=f"answer {number}", when=lambda: number < 40 or released.is_set())
+
+    with Stub(script) as stub:
         raw = recipe(tmp_path, api(stub.url))
         process = forks.stillhouse("run", str(write(tmp_path, raw)))
-        while len(stub.payloads) < 30:
+        journal = tmp_path / "runs" / "answers.sqlite"
+        while len(stub.payloads) < 44 or committed(journal) < 40:
             time.sleep(0.01)
             assert process.poll() is None, process.communicate()[1]
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)
+        process.communicate(timeout=300)
+        released.set()
         assert not list((tmp_path / "runs/tiny/stages").glob("synthesis-*"))
         sent = len(stub.payloads)
         assert synthesize_text(tmp_path / "recipe.yaml").kept == 80
-        assert len(stub.payloads) <= 80 + 2 * 4
+        assert len(stub.payloads) <= 80 + 4
         assert len(stub.payloads) < 80 + sent
 
 

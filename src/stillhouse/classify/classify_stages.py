@@ -16,10 +16,7 @@ from torch import Tensor
 from stillhouse import account
 from stillhouse.classify.classifier import check_classifier
 from stillhouse.classify.classifier_students import build_classifier
-from stillhouse.classify.classify_config import (
-    PretrainedClassifier,
-    RandomClassifier,
-)
+from stillhouse.classify.classify_config import PretrainedClassifier, RandomClassifier
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import CHECKPOINTS, MODEL, fit
 from stillhouse.classify.label_judgment import CHUNKS, Judgment, ask_api, score_texts

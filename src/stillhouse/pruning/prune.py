@@ -17,7 +17,7 @@ from stillhouse.pruning.depth import DepthChoice, choose_layers, layer_scores
 from stillhouse.pruning.ffn import Ranking
 from stillhouse.pruning.gradients import BATCH_TOKENS as GRADIENT_TOKENS
 from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
-from stillhouse.pruning.mapped import let_go_after_use
+from stillhouse.pruning.offload import is_offloaded, offload, released_after_use
 from stillhouse.pruning.pruning_config import PruningMethod
 from stillhouse.pruning.sizes import (
     HiddenMethod,
@@ -145,8 +145,7 @@ def prune_model(
     if after.layers < before.layers:
         known = None if shared is None else shared.choose_layers(after.layers, before.layers)
         if known is None:
-            with let_go_after_use(model):
-                known = rank_layers(model, windows, after.layers, method, seed, dtype)
+            known = rank_layers(model, windows, after.layers, method, seed, dtype)
             if shared is not None:
                 shared.depth = known
         choice = known
@@ -178,6 +177,8 @@ def prune_model(
     set_sizes(model.config, replace(after, vocabulary=before.vocabulary))
     if kept_ids is not None:
         keep_tokens(model, torch.tensor(kept_ids, device=model.device))
+    if is_offloaded(model):
+        offload(model)  # its ends too
     return PruneReport(
         ffn_size=(before.ffn_size, after.ffn_size),
         layers=(before.layers, after.layers),
@@ -207,12 +208,13 @@ def rank_layers(
     """The order in which layers go, by `method.depth_importance`, and the KL after each."""
     few = calibration_batches(windows, tokens, seed, model.device)
     by, scores = method.depth_importance, None
-    if by == "gradients":
-        scores = _fisher(model, windows, ["layers"], seed, dtype).layers.tolist()
-    with products(model, dtype):
-        if by in ("block_influence", "norm_ratio"):
-            scores = layer_scores(model, few, by)
-        return choose_layers(model, few, keep, scores=scores, most_kl=most_kl)
+    with released_after_use(model):
+        if by == "gradients":
+            scores = _fisher(model, windows, ["layers"], seed, dtype).layers.tolist()
+        with products(model, dtype):
+            if by in ("block_influence", "norm_ratio"):
+                scores = layer_scores(model, few, by)
+            return choose_layers(model, few, keep, scores=scores, most_kl=most_kl)
 
 
 def check_importance(method: PruningMethod, before: Sizes, after: Sizes) -> None:

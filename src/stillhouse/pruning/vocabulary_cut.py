@@ -23,7 +23,7 @@ from stillhouse.progress import bar
 from stillhouse.pruning.calibrate import calibration_batches, products
 from stillhouse.pruning.depth import chunks
 from stillhouse.pruning.kept_tokens import Merges
-from stillhouse.pruning.mapped import let_go_after_use
+from stillhouse.pruning.offload import released_after_use
 from stillhouse.pruning.surgery import special_ids
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.backbone import hidden_states, lm_head
@@ -109,7 +109,7 @@ def expected_tokens(
     total = 0
     with (
         products(model, dtype),
-        let_go_after_use(model),
+        released_after_use(model),
         bar("What tokens the teacher expects", tokens) as advance,
     ):
         for batch in batches:

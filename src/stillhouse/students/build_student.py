@@ -18,7 +18,7 @@ from stillhouse.progress import note
 from stillhouse.pruning.calibrate import unseen
 from stillhouse.pruning.domain import Domain, kl_on, read_text
 from stillhouse.pruning.kept_tokens import prune_tokenizer
-from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
+from stillhouse.pruning.offload import load_offloaded, released_after_use, save_model
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.pruning_config import PruningMethod, VocabularyFile
 from stillhouse.pruning.sizes import Sizes, check_sizes
@@ -122,7 +122,7 @@ def _pruned(
     trust_remote_code: bool,
     heldout: WindowSet | None,
 ) -> tuple[Any, Any, Summary, tuple[int, ...] | None]:
-    model = load_on_disk(teacher.path, trust_remote_code=trust_remote_code)
+    model = load_offloaded(teacher.path, trust_remote_code=trust_remote_code)
     before = count_parameters(model)
     if section.target is not None:
         raise RecipeError(
@@ -179,7 +179,7 @@ def _cut(
 ) -> Summary:
     """Prunes in place, and compares the calibration text with the held-out text."""
     rest = unseen(windows, section.calibration_tokens, seed) if len(windows) else windows
-    with let_go_after_use(model):
+    with released_after_use(model):
         read = [
             None if text is None else read_text(model, text, seed, dtype)
             for text in (None if heldout is None else rest if len(rest) else windows, heldout)
@@ -204,7 +204,7 @@ def _cut(
     if read[0] is not None and read[1] is not None:
         kl = own = None
         if kept_ids is None:
-            with let_go_after_use(model):
+            with released_after_use(model):
                 kl = kl_on(read[1], model, dtype)
                 own = kl_on(read[0], model, dtype) if len(rest) else None
         domain = Domain(read[0].perplexity, read[1].perplexity, kl, own)
