@@ -19,7 +19,8 @@ from stillhouse.export.export_formats import COMPRESSED, GGUF
 from stillhouse.objectives.divergences import DIVERGENCES
 from stillhouse.objectives.objective_names import PARAMETERS
 from stillhouse.objectives.triton_dispatch import KINDS
-from stillhouse.pruning.pruning_config import UNITS, TargetRecipe
+from stillhouse.pruning.depth import SCORES
+from stillhouse.pruning.pruning_config import UNITS, DepthImportance, TargetRecipe
 from stillhouse.pruning.sizes import AXES, Sizes
 from stillhouse.section import OneOf
 from stillhouse.signals.encode import ENCODERS
@@ -57,6 +58,10 @@ def test_every_axis_and_target_has_a_key() -> None:
     assert set(AXES) == PrunedSizes.model_fields.keys() - {"hidden_method", "target"}
     assert set(AXES) <= {one.name for one in fields(Sizes)}
     assert UNITS.keys() == TargetRecipe.model_fields.keys()
+
+
+def test_every_depth_importance_is_a_score_a_trial_or_a_gradient() -> None:
+    assert set(get_args(DepthImportance)) == {"kl", "gradients", *SCORES}
 
 
 def test_every_schedule_is_one_of_transformers() -> None:

@@ -18,12 +18,13 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from stillhouse.errors import RunError
-from stillhouse.pruning import depth, hidden, offload
+from stillhouse.pruning import hidden, offload
 from stillhouse.pruning.offload import is_offloaded, load_offloaded, release, released_after_use
 from stillhouse.pruning.offload import save_model as write_model
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.pruning_config import PruningMethod
 from stillhouse.pruning.surgery import check_saved
+from stillhouse.signals import lm_head as head_module
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load import load_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
@@ -213,17 +214,19 @@ def test_fewer_rows_of_a_large_vocabulary_have_logits_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     head, rows_ND = lm_head(tiny_model()), torch.randn(20, 32)
-    expected = depth.summed_kl(head, rows_ND, [rows_ND + 0.1])
+    expected = head_module.summed_kl(head, rows_ND, [rows_ND + 0.1])
     asked: list[int] = []
-    real = depth.head_logits
+    real = head_module.head_logits
 
     def noted(head: Any, rows_nD: torch.Tensor) -> torch.Tensor:
         asked.append(len(rows_nD))
         return real(head, rows_nD)
 
-    monkeypatch.setattr(depth, "head_logits", noted)
-    monkeypatch.setattr(depth, "CHUNK_LOGITS", 3 * len(head.weight_VD))
-    assert depth.summed_kl(head, rows_ND, [rows_ND + 0.1]) == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(head_module, "head_logits", noted)
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 3 * len(head.weight_VD))
+    assert head_module.summed_kl(head, rows_ND, [rows_ND + 0.1]) == pytest.approx(
+        expected, rel=1e-4
+    )
     assert max(asked) == 3
     assert sum(asked) == 2 * 20
 

@@ -13,7 +13,7 @@ from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.calibrate import calibration_batches, products
-from stillhouse.pruning.depth import DepthChoice, choose_layers, layer_scores
+from stillhouse.pruning.depth import SCORES, DepthChoice, choose_layers, layer_scores
 from stillhouse.pruning.ffn import Ranking
 from stillhouse.pruning.gradients import BATCH_TOKENS as GRADIENT_TOKENS
 from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
@@ -212,7 +212,7 @@ def rank_layers(
         if by == "gradients":
             scores = _fisher(model, windows, ["layers"], seed, dtype).layers.tolist()
         with products(model, dtype):
-            if by in ("block_influence", "norm_ratio"):
+            if by in SCORES:
                 scores = layer_scores(model, few, by)
             return choose_layers(model, few, keep, scores=scores, most_kl=most_kl)
 

@@ -32,7 +32,6 @@ from stillhouse.pruning.calibrate import (
     products,
 )
 from stillhouse.pruning.correction import Evidence
-from stillhouse.pruning.depth import summed_kl
 from stillhouse.pruning.experts import best_experts, narrow_experts
 from stillhouse.pruning.ffn import (
     Moments,
@@ -50,6 +49,7 @@ from stillhouse.pruning.offload import is_offloaded, offload, release_ends
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
 from stillhouse.pruning.streams import Stream, Streams
 from stillhouse.pruning.surgery import keep_experts, keep_heads, keep_neurons
+from stillhouse.signals.lm_head import summed_kl
 from stillhouse.teachers.backbone import lm_head
 
 KL_BATCHES = 2

@@ -24,19 +24,13 @@ from stillhouse.pruning.axes import Axes, axes_of
 from stillhouse.pruning.depth import DepthChoice
 from stillhouse.pruning.offload import load_offloaded, released_after_use, save_model
 from stillhouse.pruning.prune import Calibration, prune_model, rank_layers
+from stillhouse.pruning.reference import Reference, mean_kl, reference_on
 from stillhouse.pruning.shapes import Counter, described, feasible_shapes, sizes_to_prune
 from stillhouse.pruning.sizes import Sizes, sizes_of
 from stillhouse.runfolder import write_atomically
 from stillhouse.search.candidates import candidates_table, show
 from stillhouse.search.probes import curves, expected, probed
-from stillhouse.search.search_text import (
-    Answers,
-    SearchText,
-    answers,
-    batches_of,
-    kl_to,
-    split_text,
-)
+from stillhouse.search.search_text import SearchText, batches_of, split_text
 from stillhouse.search.shape_costs import Costs, costs_of
 from stillhouse.search.short_training import distill_shortly
 from stillhouse.search.trial_log import Journal
@@ -191,7 +185,7 @@ class _Work:
         return split_text(setting.windows, self.search.heldout_tokens, windows, setting.seed)
 
     @cached_property
-    def known(self) -> tuple[Answers, Answers]:
+    def known(self) -> tuple[Reference, Reference]:
         """The teacher's answers to the text kept aside, and to that of short distillations."""
         setting = self.setting
         teacher = self._load(setting.teacher)
@@ -200,11 +194,11 @@ class _Work:
             parts[1] = (self.text.heldout, 8)
         with released_after_use(teacher):
             found = [
-                answers(
+                reference_on(
                     teacher,
                     batches_of(windows, together, setting.device),
-                    setting.vocabulary,
                     setting.dtype,
+                    setting.vocabulary,
                 )
                 for windows, together in parts
             ]
@@ -218,7 +212,7 @@ class _Work:
 
     def _measure(self, model: Any) -> float:
         with released_after_use(model):
-            return kl_to(self.known[0], model, self.setting.dtype)
+            return mean_kl(self.known[0], model, self.setting.dtype)
 
     # --- 2. every axis alone ----------------------------------------------------------------
 

@@ -16,11 +16,12 @@ from stillhouse.errors import RecipeError, RunError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import note
 from stillhouse.pruning.calibrate import unseen
-from stillhouse.pruning.domain import Domain, kl_on, read_text
+from stillhouse.pruning.domain import Domain, read_text
 from stillhouse.pruning.kept_tokens import prune_tokenizer
 from stillhouse.pruning.offload import load_offloaded, released_after_use, save_model
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.pruning_config import PruningMethod, VocabularyFile
+from stillhouse.pruning.reference import mean_kl
 from stillhouse.pruning.sizes import Sizes, check_sizes
 from stillhouse.pruning.surgery import check_saved
 from stillhouse.pruning.vocabulary_cut import expected_tokens, kept_token_ids, save_kept_ids
@@ -205,8 +206,8 @@ def _cut(
         kl = own = None
         if kept_ids is None:
             with released_after_use(model):
-                kl = kl_on(read[1], model, dtype)
-                own = kl_on(read[0], model, dtype) if len(rest) else None
+                kl = mean_kl(read[1].reference, model, dtype)
+                own = mean_kl(read[0].reference, model, dtype) if len(rest) else None
         domain = Domain(read[0].perplexity, read[1].perplexity, kl, own)
         summary["domain"] = asdict(domain)
         warning = domain.warning()
