@@ -278,7 +278,7 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_too(tmp_path: P
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 7)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 7, "lo')
-    file = checkpoints.MetricsFile(path, keep_to_step=4)
+    file = checkpoints.Metrics(path, keep_to_step=4)
     file.append({"step": 5, "loss": 0.5})
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
     assert read_metrics(path)[-1]["loss"] == 0.5
