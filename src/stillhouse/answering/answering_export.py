@@ -16,6 +16,7 @@ from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import Gate, ReplayResult
 from stillhouse.export.model_card import replay_sentence
 from stillhouse.export.task_card import TaskCard, write_task_card
+from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.request import Message
 from stillhouse.hardware import machine, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
@@ -31,7 +32,6 @@ from stillhouse.report.palette import role_name
 from stillhouse.report.report_data import StageCost
 from stillhouse.runfolder import Outcome, Stage, versions, write_atomically
 from stillhouse.section import recipe_yaml
-from stillhouse.synthesis.prompts import Frame, Prompt
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.train import METRICS, MODEL
 
@@ -67,7 +67,7 @@ class AnsweringFacts:
         question = filled(self.prompt, text)
         examples = tuple((prompt, answer) for prompt, answer in self.examples)
         frame = Frame(self.system, examples, "all")
-        return frame.asked(Prompt(({"role": "user", "content": question},), ""))
+        return frame.teacher_sees(user_turn(question))
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / FACTS, json.dumps(asdict(self), ensure_ascii=False, indent=2))
