@@ -28,12 +28,12 @@ from transformers import AutoModelForCausalLM
 from bench.common import write_results
 from bench.quantize import RECIPE, trained_student
 from stillhouse.commands import prepare_data
+from stillhouse.data.draw_windows import draw_windows
 from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.export.gguf_export import write_form
 from stillhouse.export.llama_quantizer import has_llama_cpp
 from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.moments import Moments, input_moments
-from stillhouse.quantize.quantize import draw_windows
 from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
 from stillhouse.quantize.units import find_units, model_bytes
 from stillhouse.teachers.load import load_model

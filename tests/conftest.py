@@ -1,4 +1,4 @@
-"""Tiny tensors gain nothing from threads, and two test processes would fight over the cores."""
+"""What makes many small tests quick: few threads, few processes, and a small heap to collect."""
 
 import os
 
@@ -6,34 +6,36 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
 import subprocess
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
 
+from stillhouse.export import fresh_process as script
+from tests import replays
+
+# Tiny tensors gain nothing from threads, and two test processes would compete for the cores.
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exports are replayed in this process: a fresh one takes seconds to import transformers."""
-    from stillhouse.export import fresh_process as script
-    from stillhouse.export import replay, replay_classifier, replay_onnx
+def pytest_collection_finish() -> None:
+    """Exempt what is imported by now from garbage collection: half a million objects, 0.3 s."""
+    gc.collect()
+    gc.freeze()
 
-    replays = {
-        "replay.py": replay.main,
-        "replay_onnx.py": replay_onnx.main,
-        "replay_classifier.py": replay_classifier.main,
-    }
 
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        script_main = replays.get(Path(command[-2]).name)
-        if script_main is None:
-            return subprocess.run(command, **options)
-        script_main(Path(command[-1]))
-        return subprocess.CompletedProcess(command, 0, "", "")
+@pytest.fixture(scope="session", autouse=True)
+def _replays_in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "subprocess", replays.IN_THIS_PROCESS)
+        yield
 
-    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
+
+@pytest.fixture(autouse=True)
+def _replays_in_a_fresh_process(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if request.node.get_closest_marker("fresh_process"):
+        monkeypatch.setattr(script, "subprocess", subprocess)

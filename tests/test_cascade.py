@@ -25,8 +25,6 @@ from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.training.train import MODEL
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("in_process")
-
 HOPS = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32, "layers": 2}]
 STUDENT = {"start": "pruned", "calibration_tokens": 512}
 

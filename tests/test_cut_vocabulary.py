@@ -19,8 +19,6 @@ from stillhouse.runfolder import Stage
 from tests import tiny
 from tests.pruning.test_vocabulary import KINDS
 
-pytestmark = pytest.mark.usefixtures("in_process")
-
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

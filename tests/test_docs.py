@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from stillhouse.config.load import load_recipe, parse_recipe
-from tests import tiny
+from tests import forks, tiny
+from tests.forks import Fork
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,10 +51,8 @@ def test_every_stillhouse_command_of_the_readme_runs(folder: Path) -> None:
     expected = ["check", "preview", "run", "evaluate", "report", "signals", "cascade", "doctor"]
     assert verbs == expected
     for line in found:
-        done = subprocess.run(
-            [sys.executable, "-m", *shlex.split(line)], cwd=folder, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        done = forks.stillhouse(*shlex.split(line)[1:], cwd=folder)
+        assert done.wait() == 0, f"{line}\n{done.communicate()}"
 
 
 def test_the_readme_activates_the_environment_before_its_first_command() -> None:
@@ -68,10 +65,8 @@ def test_every_python_block_of_the_readme_runs(folder: Path) -> None:
     found = blocks("python")
     assert len(found) == 2
     for block in found:
-        done = subprocess.run(
-            [sys.executable, "-c", block], cwd=folder, capture_output=True, text=True
-        )
-        assert done.returncode == 0, f"{block}\n{done.stderr}"
+        done = Fork(exec, block, {"__name__": "__main__"}, cwd=folder)
+        assert done.wait() == 0, f"{block}\n{done.communicate()}"
 
 
 YAML_BLOCKS = [

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from stillhouse import hardware
+from tests.clocks import Clock
 
 
 def describe_cpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str) -> None:
@@ -123,11 +124,17 @@ def test_the_allocator_is_left_alone_without_glibc(monkeypatch: pytest.MonkeyPat
     assert "glibc" in reason
 
 
-def test_matmul_rate_is_the_speed_of_a_real_product() -> None:
-    rate = hardware.matmul_rate(torch.float32)
-    matrix = torch.randn(1024, 1024)
-    seconds = min(hardware._timed_product(matrix) for _ in range(10))
-    assert 0.2 < rate / (2 * 1024**3 / seconds) < 5
+def test_matmul_rate_is_the_speed_of_a_real_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product takes as many seconds as it has operations, and the rate is one of them."""
+    clock, product = Clock(), torch.mm
+
+    def timed(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        clock.now += 2 * left.shape[0] * left.shape[1] * right.shape[1] / 1e9
+        return product(left, right)
+
+    monkeypatch.setattr(hardware, "time", clock)
+    monkeypatch.setattr(torch, "mm", timed)
+    assert hardware.matmul_rate(torch.float32) == pytest.approx(1e9)
 
 
 GROWTH = """

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from stillhouse.errors import RunError
+from stillhouse.errors import ModelError, RunError
 from stillhouse.runfolder import Outcome, RunFolder
 
 
@@ -81,6 +82,27 @@ def test_only_a_resumable_stage_sees_what_a_killed_one_left(tmp_path: Path) -> N
     folder.stage("plain", {}, look("plain"))
     folder.stage("resumable", {}, look("resumable"), resumable=True)
     assert seen == {"plain": False, "resumable": True}
+
+
+def test_a_stage_without_its_product_is_not_finished_and_keeps_its_scratch(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def work(out: Path) -> Outcome:
+        (out / "checkpoints").mkdir(exist_ok=True)
+        (out / "checkpoints" / "state.bin").write_bytes(b"state")
+        return Outcome()
+
+    def lacks_weights(out: Path) -> None:
+        assert (out / "checkpoints").is_dir()
+        raise ModelError("weights are missing", where=out / "model")
+
+    options: dict[str, Any] = {"resumable": True, "scratch": ("checkpoints",)}
+    with pytest.raises(RunError, match="has not written what it should: weights are"):
+        folder.stage("train", {}, work, check=lacks_weights, **options)
+    assert folder.finished("train", {}) is None
+    assert (folder.partial("train", {}) / "checkpoints" / "state.bin").exists()
+    stage = folder.stage("train", {}, work, check=lambda out: None, **options)
+    assert not (stage.path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "delete", "manifest"])

@@ -24,7 +24,8 @@ from stillhouse.export.push import Pushed
 from stillhouse.language_model import export_stage as shipping
 from stillhouse.pipeline.kind import RunResult
 from stillhouse.training.checkpoints import read_metrics
-from tests import tiny
+from tests import forks, tiny
+from tests.forks import Fork
 
 
 def run(raw: dict[str, Any]) -> RunResult:
@@ -121,7 +122,6 @@ def test_a_touched_source_redoes_the_data_and_nothing_after(
     assert [name for name, kept in reused.items() if not kept] == ["data"]
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> None:
     """Rounded, trained rounded, then as torchao tensors and as GGUF: the same model."""
     pytest.importorskip("torchao")
@@ -167,7 +167,6 @@ def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> No
     ]
 
 
-@pytest.mark.usefixtures("in_process")
 def test_what_passed_its_replay_is_pushed_once_and_what_failed_is_not(
     finished: tuple[Path, RunResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,11 +242,13 @@ def model_bytes(folder: Path) -> bytes:
     return (folder / "model" / "model.safetensors").read_bytes()
 
 
-def kill_when(process: subprocess.Popen[bytes], seen: str, stages: Path) -> None:
-    while not list(stages.glob(seen)):
+def kill_when(process: Fork, seen: str, stages: Path) -> None:
+    """SIGKILL at the sight of a half-made stage, or of the finished one if that was missed."""
+    finished = seen.partition(".partial")[0].removeprefix(".")
+    while not list(stages.glob(seen)) and not list(stages.glob(finished)):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.wait()
 
 
@@ -263,12 +264,7 @@ def test_killed_in_every_stage_and_run_again_gives_the_same_model(tmp_path: Path
         ".export-*.partial",
     ]
     for moment in moments:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "stillhouse", "run", str(recipe)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        kill_when(process, moment, stages)
+        kill_when(forks.stillhouse("run", str(recipe)), moment, stages)
     done = command("run", str(recipe))
     assert done.returncode == 0, done.stderr
     assert model_bytes(tmp_path / "killed") == expected
@@ -382,15 +378,13 @@ def test_a_full_disk_stops_cleanly_and_keeps_what_is_done(
 
 def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path) -> None:
     recipe = write(tiny.recipe(tmp_path), tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stillhouse", "run", str(recipe)], stderr=subprocess.PIPE, text=True
-    )
+    process = forks.stillhouse("run", str(recipe))
     while not list((tmp_path / "run" / "stages").glob(".train-*.partial")):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    _, stderr = process.communicate(timeout=600)
+    assert process.poll() == 130
     assert "the same command goes on" in stderr
     assert "Traceback" not in stderr
 

@@ -23,8 +23,6 @@ from stillhouse.teachers import record_store as scoring
 from stillhouse.training.checkpoints import read_metrics
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("in_process")
-
 
 def run(raw: dict[str, Any]) -> RunResult:
     result = stillhouse.run(raw)

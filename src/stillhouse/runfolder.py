@@ -25,7 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
-from stillhouse.errors import RunError
+from stillhouse.errors import RunError, StillhouseError
 from stillhouse.progress import note
 
 MANIFEST = "manifest.json"
@@ -136,11 +136,14 @@ class RunFolder:
         *,
         resumable: bool = False,
         scratch: tuple[str, ...] = (),
+        check: Callable[[Path], None] | None = None,
     ) -> Stage:
         """Returns the finished stage, or does `work(folder)` and finishes it.
 
         resumable: a half-written folder is handed to `work` as it is, rather than emptied.
         scratch: names inside the folder that are deleted before it is finished.
+        check: raises StillhouseError where the folder lacks what the stage is to make. The stage
+        then stays unfinished, with its scratch. Raises RunError.
         """
         done = self.finished(name, depends_on)
         if done is not None:
@@ -154,6 +157,8 @@ class RunFolder:
             started = time.time()
             outcome = work(partial)
             seconds = time.time() - started if outcome.seconds is None else outcome.seconds
+            if check is not None:
+                _check_product(name, partial, check)
             for leftover in scratch:
                 shutil.rmtree(partial / leftover, ignore_errors=True)
             files = {
@@ -193,6 +198,18 @@ class RunFolder:
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(os.path.relpath(target, self.links))
             temporary.replace(link)
+
+
+def _check_product(name: str, folder: Path, check: Callable[[Path], None]) -> None:
+    try:
+        check(folder)
+    except StillhouseError as error:
+        raise RunError(
+            f"the {name} stage has not written what it should: {error.what}",
+            where=error.where or folder,
+            fix="the stage is not finished, and its checkpoints are kept: give the same command "
+            "again",
+        ) from error
 
 
 def versions() -> dict[str, str]:

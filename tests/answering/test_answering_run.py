@@ -20,8 +20,6 @@ from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from tests.answering import toys
 from tests.generation.stub import Reply, Stub, error
 
-pytestmark = pytest.mark.usefixtures("in_process")
-
 KEY = "sk-very-secret-1234567890"
 
 

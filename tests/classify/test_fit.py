@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from stillhouse.classify import fit as fit_module
 from stillhouse.classify.classifier_students import build_classifier
 from stillhouse.classify.classify_config import FitRecipe, TruncatedClassifier
-from stillhouse.classify.fit import MODEL, fit
+from stillhouse.classify.fit import CHECKPOINTS, MODEL, fit
 from stillhouse.classify.label_prompts import LabelPrompt
 from stillhouse.teachers.model_source import resolve_model
 from tests import tiny
@@ -73,3 +74,17 @@ def test_a_training_that_was_killed_ends_with_the_weights_of_one_that_was_not(
     assert whole.keys() == resumed.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_checkpoint_that_does_not_load_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    start = student(tmp_path)
+    out = tmp_path / "out"
+    train(start, out)
+    whole = (out / MODEL / "model.safetensors").read_bytes()
+    shutil.rmtree(out / MODEL)
+    weights = out / CHECKPOINTS / "checkpoint-12" / "model.safetensors"
+    weights.write_bytes(b"?" * weights.stat().st_size)
+    train(start, out)
+    assert (out / MODEL / "model.safetensors").read_bytes() == whole
+    left = sorted(path.name for path in (out / CHECKPOINTS).iterdir())
+    assert left == ["checkpoint-12", "checkpoint-9", "damaged-checkpoint-12"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,10 @@ from stillhouse.evaluate.evaluate import evaluate
 from stillhouse.evaluate.evaluate_config import EvaluateRecipe
 from stillhouse.evaluate.fidelity import compare, heldout_answers
 from stillhouse.evaluate.results import Evaluation
+from stillhouse.evaluate.speed import measure_rates
 from stillhouse.hardware import Precision
 from stillhouse.teachers.weights import stored_dtypes
+from tests.clocks import Clock
 
 from .toys import VOCABULARY, mixed_windows, save_toy, toy_model
 
@@ -31,20 +34,26 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Every reading of the clock is a second: a prompt takes one, and so do all tokens after it."""
     folder = tmp_path_factory.mktemp("run")
     paths = {
         "student": save_toy(folder / "student", toy_model(1, layers=1)),
         "teacher": save_toy(folder / "teacher", toy_model(0)),
     }
     section = EvaluateRecipe(prompts=["the cat", "run"], max_new_tokens=4, speed=True)
-    evaluation = evaluate(
-        paths,
-        section=section,
-        windows=mixed_windows(),
-        seed=0,
-        vocabulary=VOCABULARY,
-        precision=FLOAT32,
-    )
+    rates = functools.partial(measure_rates, clock=Clock(tick=1.0).read)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            importlib.import_module("stillhouse.evaluate.evaluate"), "measure_rates", rates
+        )
+        evaluation = evaluate(
+            paths,
+            section=section,
+            windows=mixed_windows(),
+            seed=0,
+            vocabulary=VOCABULARY,
+            precision=FLOAT32,
+        )
     return Run(paths, evaluation)
 
 

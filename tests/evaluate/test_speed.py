@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,24 @@ from transformers import DynamicCache
 from stillhouse.errors import ModelError
 from stillhouse.evaluate import speed
 from stillhouse.evaluate.speed import measure_peak_memory, measure_rates
+from tests.clocks import Clock
 
 from .toys import VOCABULARY, save_toy, toy_model
 
 
 class Sleeper(torch.nn.Module):
-    """Takes a known time: one second for a thousand tokens read, or for a hundred written."""
+    """Takes a second of its clock for a thousand tokens read, or for a hundred written."""
 
-    def __init__(self, name: str, log: list[str], slowdown: float = 1.0) -> None:
+    def __init__(self, name: str, log: list[str], clock: Clock, slowdown: float = 1.0) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.name, self.log, self.slowdown = name, log, slowdown
+        self.name, self.log, self.clock, self.slowdown = name, log, clock, slowdown
 
     def forward(self, input_ids: torch.Tensor, past_key_values: Any = None, **_: Any) -> Any:
         if past_key_values is None:
             self.log.append(self.name)
         seconds = input_ids.numel() / (1000 if past_key_values is None else 100)
-        time.sleep(seconds * self.slowdown)
+        self.clock.now += seconds * self.slowdown
         return _Output(torch.zeros(1, 1, VOCABULARY))
 
 
@@ -42,17 +42,23 @@ class _Output:
 
 def test_rates_are_tokens_a_second() -> None:
     log: list[str] = []
-    models = {"fast": Sleeper("fast", log), "slow": Sleeper("slow", log, slowdown=2.0)}
-    rates = measure_rates(models, VOCABULARY, prompt_tokens=50, decode_tokens=4, rounds=3)
-    assert rates["fast"].prefill_tokens_per_s == pytest.approx(1000, rel=0.25)
-    assert rates["fast"].decode_tokens_per_s == pytest.approx(100, rel=0.25)
-    assert rates["slow"].prefill_tokens_per_s == pytest.approx(500, rel=0.25)
-    assert rates["slow"].decode_tokens_per_s == pytest.approx(50, rel=0.25)
+    clock = Clock()
+    models = {
+        "fast": Sleeper("fast", log, clock),
+        "slow": Sleeper("slow", log, clock, slowdown=2.0),
+    }
+    rates = measure_rates(
+        models, VOCABULARY, prompt_tokens=50, decode_tokens=4, rounds=3, clock=clock.read
+    )
+    assert rates["fast"].prefill_tokens_per_s == pytest.approx(1000)
+    assert rates["fast"].decode_tokens_per_s == pytest.approx(100)
+    assert rates["slow"].prefill_tokens_per_s == pytest.approx(500)
+    assert rates["slow"].decode_tokens_per_s == pytest.approx(50)
 
 
 def test_models_take_turns_and_the_order_turns_too() -> None:
     log: list[str] = []
-    models = {name: Sleeper(name, log, slowdown=0.0) for name in "abc"}
+    models = {name: Sleeper(name, log, Clock()) for name in "abc"}
     measure_rates(models, VOCABULARY, prompt_tokens=4, decode_tokens=1, rounds=3)
     assert log == [*"abc", *"bca", *"cab", *"abc"]
 

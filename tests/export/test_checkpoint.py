@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError, RunError
 from stillhouse.export import checkpoint, replay
+from stillhouse.export import fresh_process as script
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import Gate, ReplayResult
 from tests.export.conftest import TEMPLATE, ToyWindows
@@ -39,7 +41,9 @@ def shipped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     """The bfloat16 export, replayed in a fresh process."""
     out = tmp_path_factory.mktemp("shipped") / "model"
     asked = Gate(trained, ToyWindows(), ["word3 word4"], seed=0)
-    result = export_checkpoint(asked, out, dtype="bfloat16")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "subprocess", subprocess)
+        result = export_checkpoint(asked, out, dtype="bfloat16")
     return out, result
 
 
@@ -88,7 +92,6 @@ def test_export_has_all_that_a_server_needs(
         assert str(trained) not in file.read_text(), "no path of this machine is shipped"
 
 
-@pytest.mark.usefixtures("in_process")
 def test_float32_export_is_the_source_bit_for_bit(
     trained: Path, tmp_path: Path, export: Export
 ) -> None:
@@ -132,7 +135,6 @@ def test_comparison_agrees_with_one_token_at_a_time(trained: Path) -> None:
     assert found["top1_agreement"] == pytest.approx(same / count)
 
 
-@pytest.mark.usefixtures("in_process")
 def test_export_that_differs_too_much_is_refused(
     trained: Path, tmp_path: Path, export: Export
 ) -> None:
@@ -142,7 +144,6 @@ def test_export_that_differs_too_much_is_refused(
     assert list(tmp_path.iterdir()) == [], "a refused export leaves nothing behind"
 
 
-@pytest.mark.usefixtures("in_process")
 def test_export_with_other_weights_is_refused(
     trained: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,7 +161,6 @@ def test_export_with_other_weights_is_refused(
         export(trained, tmp_path / "model")
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -201,6 +201,7 @@ def test_source_with_helper_weights_is_refused(
         export(source, tmp_path / "model")
 
 
+@pytest.mark.fresh_process
 def test_replay_process_that_fails_says_why(
     trained: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import LlamaConfig
 from stillhouse.errors import ModelError
 from stillhouse.export import compressed
 from stillhouse.export.compressed import announce_compressed, export_compressed, fitting_group
+from stillhouse.export.export_formats import COMPRESSED
 from stillhouse.export.gate import Gate
 from tests.export.conftest import ToyWindows
 
@@ -75,7 +77,6 @@ def export(source: Path, out: Path, python: str | None, method: str) -> Any:
     return export_compressed(gate, out, method=method, python=python, windows=windows)
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("method", "modifiers", "scheme", "group", "rows"),
     [
@@ -96,7 +97,8 @@ def test_it_is_asked_for_a_scheme_and_its_answer_is_replayed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if group is not None:
-        monkeypatch.setitem(compressed.GROUPS, method, (128, group))
+        known = replace(COMPRESSED[method], groups=(128, group))
+        monkeypatch.setitem(COMPRESSED, method, known)
     result = export(trained, tmp_path / "out", python, method)
     asked = json.loads((tmp_path / "site" / "llmcompressor" / "asked.json").read_text())
     assert [name for name, _ in asked["recipe"]] == modifiers

@@ -63,6 +63,7 @@ def read(file: Path) -> dict[str, gguf.ReaderTensor]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
 
 
+@pytest.mark.fresh_process
 def test_q8_0_is_loaded_by_transformers_and_answers_as_its_source(
     source: Path, tmp_path: Path
 ) -> None:
@@ -83,7 +84,6 @@ def test_q8_0_is_loaded_by_transformers_and_answers_as_its_source(
     assert loaded.eos_token_id == original.eos_token_id
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4"])
 def test_every_format_passes_its_own_gate(source: Path, tmp_path: Path, kind: str) -> None:
     result = export_gguf(gate(source), tmp_path / "out", kind=kind, name="toy")
@@ -95,7 +95,6 @@ def test_every_format_passes_its_own_gate(source: Path, tmp_path: Path, kind: st
     assert "output.weight" not in tensors, "a tied head is stored once"
 
 
-@pytest.mark.usefixtures("in_process")
 def test_ternary_rounding_of_a_model_not_trained_for_it_is_refused(
     tmp_path: Path,
 ) -> None:
@@ -106,7 +105,6 @@ def test_ternary_rounding_of_a_model_not_trained_for_it_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("model", "config"),
     [
@@ -152,7 +150,6 @@ def test_rows_of_query_and_key_are_reordered_as_llama_cpp_turns_pairs() -> None:
     assert for_gguf("model.layers.0.self_attn.v_proj.weight", rows, config) is rows
 
 
-@pytest.mark.usefixtures("in_process")
 def test_rows_that_do_not_divide_into_blocks_stay_float16_and_are_announced(
     tmp_path: Path,
 ) -> None:
@@ -188,7 +185,6 @@ def test_blocks_that_are_ready_are_written_as_they_are(source: Path, tmp_path: P
     assert np.array_equal(written.data, blocks)
 
 
-@pytest.mark.usefixtures("in_process")
 def test_rows_in_the_wrong_order_are_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,7 +247,6 @@ def test_rules_of_cutting_text_are_told_apart(pattern: str) -> None:
         pre_tokenizer_name(words)
 
 
-@pytest.mark.usefixtures("in_process")
 def test_named_chat_templates_are_all_written(source: Path, tmp_path: Path) -> None:
     words = AutoTokenizer.from_pretrained(source)
     named = {"default": words.chat_template, "tool_use": "{{ tools }}"}
@@ -266,7 +261,6 @@ def test_named_chat_templates_are_all_written(source: Path, tmp_path: Path) -> N
     assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
 
 
-@pytest.mark.usefixtures("in_process")
 def test_digits_that_transformers_cuts_otherwise_are_noted(source: Path, tmp_path: Path) -> None:
     words = AutoTokenizer.from_pretrained(source)
     digits = pre_tokenizers.Digits(individual_digits=True)

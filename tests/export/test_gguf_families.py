@@ -255,7 +255,6 @@ def test_rows_of_experts_that_do_not_divide_into_blocks_are_announced(
 
 
 @real
-@pytest.mark.usefixtures("in_process")
 def test_llama_cpp_alone_replays_what_transformers_misreads(tmp_path: Path) -> None:
     words = tiny.merging_tokenizer()
     changes: dict[str, Any] = {"vocab_size": len(words), "head_dim": 16, "initializer_range": 0.05}

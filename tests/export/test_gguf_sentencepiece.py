@@ -164,7 +164,6 @@ def test_scores_fall_with_the_merges_and_every_token_has_its_type(tmp_path: Path
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_student_with_such_a_tokenizer_is_exported(tmp_path: Path) -> None:
     write(tmp_path, "mistral", kept=1)
     gate = Gate(tmp_path / "source", ToyWindows(), TEXTS[:2], seed=0)
@@ -176,7 +175,6 @@ def test_a_student_with_such_a_tokenizer_is_exported(tmp_path: Path) -> None:
 CHAT = "<s><turn>{{ messages[0]['content'] }}<turn>"
 
 
-@pytest.mark.usefixtures("in_process")
 def test_a_tokenizer_that_puts_a_space_before_the_first_text_only_is_written_for_chats(
     tmp_path: Path,
 ) -> None:

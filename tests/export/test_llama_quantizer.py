@@ -103,7 +103,6 @@ def test_a_build_of_llama_cpp_that_does_not_load_is_as_good_as_none(
         llama_quantizer.require_llama_cpp()
 
 
-@pytest.mark.usefixtures("in_process")
 def test_k_quants_are_made_by_llama_cpp_from_the_float32_file(
     source: Path, tmp_path: Path, asked: dict[str, Any]
 ) -> None:

@@ -84,7 +84,6 @@ def test_the_replay_knows_nothing_of_stillhouse_or_torch() -> None:
     assert not any(str(name).startswith(("stillhouse", "torch")) for name in names)
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_float32_is_the_checkpoint_padded_or_not(kind: str, tmp_path: Path) -> None:
     result = export(model(kind), tmp_path)
@@ -96,6 +95,7 @@ def test_float32_is_the_checkpoint_padded_or_not(kind: str, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == [FILE], "one file holds everything"
 
 
+@pytest.mark.fresh_process
 def test_int8_is_smaller_and_near_in_a_fresh_process(tmp_path: Path) -> None:
     classifier = model("modernbert")
     whole = export(classifier, tmp_path / "whole")

@@ -51,13 +51,13 @@ def test_the_script_imports_nothing_of_stillhouse() -> None:
     assert not any(str(name).startswith("stillhouse") for name in modules | names)
 
 
-@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("kind", ["last", "mean", "words"])
 def test_every_head_says_what_the_classifier_says(tmp_path: Path, kind: str) -> None:
     folder = classifier(tmp_path, kind)
     assert _replay(load_classifier(folder), folder, TEXTS) < 1e-5
 
 
+@pytest.mark.fresh_process
 def test_a_fresh_process_says_it_too(tmp_path: Path) -> None:
     folder = classifier(tmp_path, "mean")
     source = load_classifier(folder)
@@ -67,7 +67,6 @@ def test_a_fresh_process_says_it_too(tmp_path: Path) -> None:
     torch.testing.assert_close(said_NC, source.probabilities(TEXTS), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.usefixtures("in_process")
 def test_other_weights_are_refused(tmp_path: Path) -> None:
     folder = classifier(tmp_path, "last")
     source = load_classifier(folder)
@@ -84,7 +83,6 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
         _replay(source, other, TEXTS)
 
 
-@pytest.mark.usefixtures("in_process")
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = classifier(tmp_path, "last")
     source = load_classifier(folder)

@@ -31,8 +31,6 @@ from tests.export.conftest import ToyWindows
 
 PROMPT = "the cat sees 42 trees"
 
-pytestmark = pytest.mark.usefixtures("in_process")
-
 
 @pytest.fixture
 def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from stillhouse.generation.budget import Budget, Price
@@ -17,8 +19,10 @@ QUICK = Patience(attempts=3, backoff=0.02)
 KEY = "sk-very-secret-1234567890"
 
 
-def requests(stub: Stub, count: int, **changes: Any) -> list[Request]:
-    first = Request(stub.url, "teacher", (), {"max_tokens": 20, "temperature": 0.5})
+def requests(stub: Stub | str, count: int, **changes: Any) -> list[Request]:
+    """stub: or its URL."""
+    url = stub if isinstance(stub, str) else stub.url
+    first = Request(url, "teacher", (), {"max_tokens": 20, "temperature": 0.5})
     return [
         replace(first, messages=({"role": "user", "content": f"question {n}"},), **changes)
         for n in range(count)
@@ -33,7 +37,7 @@ def run(
     concurrency: int = 8,
     budget: Budget | None = None,
     price: Price | None = None,
-    timeout: float = 5.0,
+    timeout: float = 60.0,
     key_env: str | None = None,
     patience: Patience = QUICK,
 ) -> Tally:
@@ -52,6 +56,15 @@ def run(
             return await pool.answer_all(asked)
 
     return asyncio.run(whole())
+
+
+def committed(journal: Path) -> int:
+    """The answers in a journal, counted beside the process that writes it."""
+    try:
+        with sqlite3.connect(f"file:{journal}?mode=ro", uri=True) as connection:
+            return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])
+    except sqlite3.OperationalError:
+        return 0
 
 
 def once(fault: Reply) -> Script:

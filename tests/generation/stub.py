@@ -22,7 +22,8 @@ HOST = "127.0.0.1"
 class Reply:
     """How one request is answered.
 
-    body: None makes a chat completion of `text`. delay: seconds before the first byte.
+    body: None makes a chat completion of `text`. when: it is held back until this returns True.
+    delay: seconds before the first byte.
     how: `hang` never answers; `cut` closes the connection in the middle of the body; `trickle`
     sends a byte of it now and then, so that it never ends.
     """
@@ -31,6 +32,7 @@ class Reply:
     status: int = 200
     body: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    when: Callable[[], bool] = lambda: True
     delay: float = 0.0
     how: Literal["whole", "hang", "cut", "trickle"] = "whole"
     finish_reason: str = "stop"
@@ -141,8 +143,14 @@ class _Connection(asyncio.Protocol):
         self.stub.most_at_once = max(self.stub.most_at_once, self.stub.now)
         if reply.how == "hang":
             return
+        self.wait(reply, str(payload.get("model")))
+
+    def wait(self, reply: Reply, model: str) -> None:
         loop = asyncio.get_running_loop()
-        loop.call_later(reply.delay, self.send, reply, str(payload.get("model")))
+        if reply.when():
+            loop.call_later(reply.delay, self.send, reply, model)
+        else:
+            loop.call_later(0.005, self.wait, reply, model)
 
     def send(self, reply: Reply, model: str) -> None:
         self.stub.now -= 1

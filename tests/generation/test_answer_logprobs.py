@@ -80,9 +80,7 @@ def run(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     return {stage.name: stage for stage in result.stages}
 
 
-def test_the_store_has_the_models_own_likeliest_tokens_and_their_tail(
-    tmp_path: Path, in_process: None
-) -> None:
+def test_the_store_has_the_models_own_likeliest_tokens_and_their_tail(tmp_path: Path) -> None:
     with Stub(script) as stub:
         raw = soft(tmp_path, stub.url, train={"max_steps": 2, "evaluate_every": 1})
         stages = run(tmp_path, raw)
@@ -135,7 +133,7 @@ def two_at_a_time(number: int, payload: dict[str, Any]) -> Reply:
     return Reply(text=text, logprobs=positions)
 
 
-def test_answers_of_other_tokens_are_counted_and_refused(tmp_path: Path, in_process: None) -> None:
+def test_answers_of_other_tokens_are_counted_and_refused(tmp_path: Path) -> None:
     with Stub(two_at_a_time) as stub:
         raw = soft(tmp_path, stub.url)
         with pytest.raises(SignalError, match="40 of 80 answers are other tokens") as caught:

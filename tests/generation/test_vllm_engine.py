@@ -9,7 +9,6 @@ import fcntl
 import importlib
 import json
 import signal
-import subprocess
 import sys
 import time
 import venv
@@ -30,6 +29,7 @@ from stillhouse.generation.journal import Journal
 from stillhouse.generation.vllm_process import VllmProcess
 from stillhouse.synthesis.synthesize import Synthesis
 from tests import tiny
+from tests.forks import Fork, stillhouse
 
 STUB = '''
 """Answers with the number of the prompt's tokens; notes what it is told beside this file."""
@@ -238,15 +238,16 @@ def test_a_prompt_without_room_fails_alone(tmp_path: Path, anywhere: Path) -> No
     assert result.dropped["truncated"] == 1, "the answer that had room for one token"
 
 
+def _synthesize_with_stub(path: Path, site: Path) -> None:
+    sys.path.insert(0, str(site))
+    torch.cuda.device_count = lambda: 2
+    synthesize_text(path)
+
+
 def test_killed_it_loses_the_batch_that_was_on_its_way(tmp_path: Path, stub: Path) -> None:
     path = write(tmp_path)
     (stub / "kill").touch()
-    code = (
-        "import torch\ntorch.cuda.device_count = lambda: 2\n"
-        f"import sys\nsys.path.insert(0, {str(stub.parent)!r})\n"
-        f"from stillhouse.commands import synthesize_text\nsynthesize_text({str(path)!r})\n"
-    )
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+    assert Fork(_synthesize_with_stub, path, stub.parent).wait() == -signal.SIGKILL
     (stub / "kill").unlink()
     with Journal(tmp_path / "runs" / "answers.sqlite") as journal:
         assert journal.counts() == (5, 0)
@@ -378,14 +379,12 @@ def test_vllm_dies_with_the_process_that_it_works_for(tmp_path: Path) -> None:
     package = environment(tmp_path)
     (package / "hang").touch()
     path = write(tmp_path)
-    code = f"from stillhouse.commands import synthesize_text\nsynthesize_text({str(path)!r})\n"
-    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL) as parent:
-        try:
-            while not (package / "hangs").exists():
-                assert parent.poll() is None
-                time.sleep(0.05)
-        finally:
-            parent.kill()
+    parent = stillhouse("synthesize", str(path))
+    while not (package / "hangs").exists():
+        assert parent.poll() is None, parent.communicate()[1]
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
     assert dead(package)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from stillhouse.errors import SignalError
 from stillhouse.objectives import Term, fused_loss
-from stillhouse.objectives.terms import PARAMETERS
+from stillhouse.objectives.objective_names import PARAMETERS
 from stillhouse.signals import LogitsSignal, SampledSignal, SparseSignal
 from tests.objectives import reference
 from tests.objectives.cases import assert_same_as_reference, make_case, with_signal

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import gc
-import os
-import socket
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from stillhouse.errors import SignalError
-from stillhouse.objectives import Term, fused_loss
-from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.objectives.fused import fused_loss
+from stillhouse.objectives.terms import Term
+from stillhouse.signals.signal_types import DenseSignal, LMHead
+from tests.forks import two_ranks
 
 ROWS, VOCAB, WIDTH = 9, 12, 8
 TERMS = [Term("jsd"), Term("cross_entropy", 0.5)]
@@ -63,10 +62,9 @@ def gradients_of_one_process() -> dict[str, Tensor]:
     return {name: p.grad for name, p in student.named_parameters()}
 
 
-def work(rank: int, port: int, folder: str, wrap: str, cut: int) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    patience = timedelta(seconds=120)
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=patience)
+def work(folder: Path, wrap: str, cut: int) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank = dist.get_rank()
     torch.set_num_threads(1)
     student = Student()
     if wrap == "ddp":
@@ -84,7 +82,7 @@ def work(rank: int, port: int, folder: str, wrap: str, cut: int) -> None:
         for name, p in student.named_parameters()
     }
     if rank == 0:
-        torch.save(grads, Path(folder) / "grads.pt")
+        torch.save(grads, folder / "grads.pt")
     dist.barrier()  # a rank that leaves early may take down what the other still waits for
     # The wrapper refers to the group: freed after it, gloo's threads and Python's lock wait for
     # each other for ever.
@@ -96,10 +94,8 @@ def work(rank: int, port: int, folder: str, wrap: str, cut: int) -> None:
 @pytest.mark.parametrize("cut", [4, 0])
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp2"])
 def test_two_processes_give_the_gradients_of_one(wrap: str, cut: int, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(work, args=(port, str(tmp_path), wrap, cut), nprocs=2)
+    for rank in two_ranks(work, tmp_path, wrap, cut):
+        assert rank.wait(timeout=300) == 0, rank.communicate()[1]
     found = torch.load(tmp_path / "grads.pt", weights_only=True)
     expected = gradients_of_one_process()
     assert set(found) == set(expected)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from stillhouse.pruning.calibrate import calibration_batches, unseen
-from stillhouse.pruning.domain import Domain, kl_on, read_text
+from stillhouse.pruning.domain import Domain, read_text
 from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.reference import mean_kl
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.model_source import resolve_model
@@ -29,7 +30,7 @@ def test_perplexity_and_kl_are_the_obvious_ones() -> None:
     losses = -p[:, :-1].gather(-1, windows.ids[:, 1:, None])[..., 0][follows]
     assert read.perplexity == pytest.approx(losses.mean().exp().item(), rel=1e-4)
     expected = (p.exp() * (p - q)).sum(-1).mean().item()
-    assert kl_on(read, pruned, torch.float32) == pytest.approx(expected, rel=1e-3)
+    assert mean_kl(read.reference, pruned, torch.float32) == pytest.approx(expected, rel=1e-3)
 
 
 def test_only_a_large_difference_is_foreign() -> None:

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from stillhouse.errors import ModelError
-from stillhouse.pruning.axes import axes_of, check_parameters
+from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.calibrate import calibration_batches
 from stillhouse.pruning.experts import best_experts
 from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.surgery import check_parameters
 from tests.pruning.test_gates import FAMILIES, NOT_ROTATED, family, logits
 from tests.teachers.toys import ToyWindows, tiny_model
 

@@ -29,6 +29,7 @@ from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import architecture
 from stillhouse.pruning.axes import ARCHITECTURES, axes_of
 from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.sizes import AXES as SIZES
 from stillhouse.pruning.sizes import check_sizes, resized_config, sizes_of
 from tests.gguf_files import (
     assert_alike,
@@ -158,10 +159,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("kind", "axis"), CASES)
 def test_the_sizes_are_as_predicted(kind: str, axis: str, checkpoints: Path) -> None:
-    sizes = {key: value for key, value in AXES[axis].items() if key != "kept_ids"}
+    sizes = {key: AXES[axis].get(key) for key in SIZES}
     config = family(kind).config
-    vocabulary = len(KEPT_IDS) if "kept_ids" in AXES[axis] else None
-    after = check_sizes(config, vocabulary=vocabulary, **sizes)
+    sizes["vocabulary"] = len(KEPT_IDS) if "kept_ids" in AXES[axis] else None
+    method = AXES[axis].get("hidden_method", "channels")
+    after = check_sizes(config, sizes, hidden_method=method)
     with torch.device("meta"):
         predicted = AutoModelForCausalLM.from_config(
             resized_config(config, after, rotated=axis == "rotation")

@@ -227,17 +227,15 @@ def test_the_same_seed_gives_the_same_model() -> None:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((65, None), "ffn_size: 65 is not possible: the teacher has 64"),
-        ((None, 4), "layers: 4 is not possible: the teacher has 3"),
-        ((None, 0), "layers: 0 is not possible"),
-        ((None, None), "needs a size"),
+        ({"ffn_size": 65}, "ffn_size: 65 is not possible: the teacher has 64"),
+        ({"layers": 4}, "layers: 4 is not possible: the teacher has 3"),
+        ({"layers": 0}, "layers: 0 is not possible"),
+        ({}, "needs a size"),
     ],
 )
-def test_impossible_sizes_name_the_range(
-    sizes: tuple[int | None, int | None], message: str
-) -> None:
+def test_impossible_sizes_name_the_range(sizes: dict[str, int], message: str) -> None:
     with pytest.raises(RecipeError, match=message) as caught:
-        check_sizes(tiny_model().config, *sizes)
+        check_sizes(tiny_model().config, sizes)
     assert "1 to" in str(caught.value)
 
 

@@ -24,7 +24,7 @@ from tests.teachers.toys import ToyWindows, tiny_model
 )
 def test_models_that_read_images_too_are_refused_with_a_way_out(config: Any, inside: str) -> None:
     with pytest.raises(ModelError, match="read more than text") as caught:
-        check_sizes(config, 16)
+        check_sizes(config, {"ffn_size": 16})
     assert f"the text model inside ({inside})" in str(caught.value.fix)
 
 
@@ -70,8 +70,10 @@ GROUPED = {"num_attention_heads": 12, "num_key_value_heads": 3, "hidden_size": 9
 def test_impossible_sizes_name_the_nearest(
     kind: str, sizes: dict[str, Any], message: str, nearest: str
 ) -> None:
+    wanted = {**sizes}
+    method = wanted.pop("hidden_method", "channels")
     with pytest.raises(RecipeError, match=message) as caught:
-        check_sizes(tiny_model(kind, **GROUPED).config, **sizes)
+        check_sizes(tiny_model(kind, **GROUPED).config, wanted, hidden_method=method)
     assert nearest in str(caught.value.fix)
     assert str(caught.value.where).startswith("student.")
 
@@ -79,12 +81,12 @@ def test_impossible_sizes_name_the_nearest(
 def test_what_is_named_as_nearest_is_possible() -> None:
     config = tiny_model("llama", **GROUPED).config
     for sizes in ({"hidden_size": 60}, {"hidden_size": 72}, {"heads": 8, "kv_heads": 2}):
-        check_sizes(config, **sizes)
+        check_sizes(config, sizes)
 
 
 def test_without_groups_a_head_goes_with_its_keys_and_values() -> None:
     config = tiny_model("mistral", num_attention_heads=4, num_key_value_heads=4).config
-    after = check_sizes(config, heads=3)
+    after = check_sizes(config, {"heads": 3})
     assert (after.heads, after.kv_heads, after.head_dim) == (3, 3, 8)
 
 

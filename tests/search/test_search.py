@@ -14,15 +14,18 @@ from stillhouse.account import count_parameters, forward_flops, training_flops
 from stillhouse.errors import DataError
 from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.reference import mean_kl, reference_on
 from stillhouse.pruning.sizes import sizes_of
+from stillhouse.search import search_shape as searching
+from stillhouse.search import trial_log as search_journal
 from stillhouse.search.probes import Curve, curves, expected, probed
 from stillhouse.search.search_shape import CANDIDATES, WORK, Found, Setting, search_shape
-from stillhouse.search.search_shape import search_shape as searching
-from stillhouse.search.search_text import answers, batches_of, kl_to, split_text
+from stillhouse.search.search_text import batches_of, split_text
 from stillhouse.search.short_training import distill_shortly
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load import load_config, load_model
 from stillhouse.training.train_config import TrainRecipe
+from tests.clocks import Clock
 from tests.teachers.toys import VOCABULARY, ToyWindows, save_model, tiny_model
 
 WINDOWS = ToyWindows(count=48)
@@ -61,8 +64,11 @@ def setting(folder: Path, out: str = "out", target: str = "65%", **search: Any) 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Setting, Found]:
+    """By a clock on which every reading is a second later than the one before."""
     chosen = setting(tmp_path_factory.mktemp("search"))
-    return chosen, search_shape(chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search_journal, "time", Clock(tick=1.0))
+        return chosen, search_shape(chosen)
 
 
 def test_few_are_pruned_fewer_are_trained_and_the_best_is_chosen(
@@ -90,14 +96,15 @@ def test_one_shot_kl_is_that_of_the_shape_pruned_alone(found: tuple[Setting, Fou
     chosen, result = found
     text = split_text(WINDOWS, 128, 2 * 6, 0)
     teacher = load_model(chosen.teacher, dtype=torch.float32)
-    known = answers(teacher, batches_of(text.heldout, 8, "cpu"), VOCABULARY, torch.float32)
+    heldout = batches_of(text.heldout, 8, "cpu")
+    known = reference_on(teacher, heldout, torch.float32, VOCABULARY)
     before = sizes_of(teacher.config)
     for one in result.candidates:
         if one.one_shot_kl is not None and one.sizes.layers == before.layers:
             model = load_model(chosen.start, dtype=torch.float32)
             cut: Any = searching.sizes_to_prune(before, one.sizes)
             prune_model(model, text.calibration, calibration_tokens=256, **cut)
-            assert kl_to(known, model, torch.float32) == pytest.approx(one.one_shot_kl, rel=1e-4)
+            assert mean_kl(known, model, torch.float32) == pytest.approx(one.one_shot_kl, rel=1e-4)
 
 
 def test_a_mixture_may_lose_experts(tmp_path: Path) -> None:

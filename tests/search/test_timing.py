@@ -12,6 +12,7 @@ import torch
 from stillhouse.pruning.pruning_config import SearchRecipe, TargetRecipe
 from stillhouse.pruning.shapes import Counter, combinations
 from stillhouse.pruning.sizes import sizes_of
+from stillhouse.search import block_timing as timing
 from stillhouse.search.block_timing import (
     LatencyTable,
     MemoryLine,
@@ -22,6 +23,7 @@ from stillhouse.search.block_timing import (
 )
 from stillhouse.search.shape_costs import costs_of
 from stillhouse.search.trial_log import Journal
+from tests.clocks import Clock
 from tests.teachers.toys import CONFIGS
 
 
@@ -53,15 +55,16 @@ def test_every_size_is_timed() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_moe"])
-def test_the_predicted_step_is_about_the_measured_one(kind: str) -> None:
-    """Timed on this machine, so only the order of magnitude is asked for."""
+def test_the_predicted_step_is_the_measured_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which every reading is a second later than the one before."""
+    monkeypatch.setattr(timing, "time", Clock(tick=1.0))
     config = CONFIGS[kind](num_hidden_layers=4)
     start = sizes_of(config)
     shapes = [start, replace(start, ffn_size=start.ffn_size // 2)]
     rows = [time_shape(config, shape, torch.float32) for shape in shapes]
     whole = rows[0].ends + rows[0].layers * (rows[0].attention + rows[0].ffn + rows[0].rest)
     predicted = LatencyTable(tuple(rows)).seconds(start)
-    assert predicted == pytest.approx(whole, rel=2)
+    assert predicted == pytest.approx(whole)
     assert all(value > 0 for value in (rows[0].attention, rows[0].ffn))
     half = LatencyTable(tuple(rows)).seconds(replace(start, layers=2))
     assert half < predicted

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from stillhouse.errors import DataError, RecipeError
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.estimate import Known
 from stillhouse.pipeline.kind import RunResult
-from tests import tiny
+from tests import forks, tiny
+from tests.generation.pools import committed
 from tests.generation.stub import Reply, Stub
 
 PRICE = {"input": 1000.0, "output": 10_000.0}
@@ -72,9 +72,7 @@ def done(result: RunResult) -> dict[str, bool]:
     return {stage.name: stage.reused for stage in result.stages}
 
 
-def test_a_run_makes_its_text_learns_from_it_and_then_has_nothing_to_do(
-    tmp_path: Path, in_process: None
-) -> None:
+def test_a_run_makes_its_text_learns_from_it_and_then_has_nothing_to_do(tmp_path: Path) -> None:
     raw = recipe(tmp_path, {"local": {"precision": "float32"}})
     first = run(tmp_path, raw)
     assert list(done(first))[:3] == ["synthesis", "data", "student"]
@@ -93,9 +91,7 @@ def test_a_run_makes_its_text_learns_from_it_and_then_has_nothing_to_do(
     assert all(done(again).values())
 
 
-def test_the_content_of_the_text_decides_what_is_done_again(
-    tmp_path: Path, in_process: None
-) -> None:
+def test_the_content_of_the_text_decides_what_is_done_again(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         raw = recipe(tmp_path, api(stub.url))
         run(tmp_path, raw)
@@ -121,19 +117,26 @@ def test_the_content_of_the_text_decides_what_is_done_again(
 
 
 def test_a_run_that_is_killed_while_it_asks_buys_nothing_again(tmp_path: Path) -> None:
-    with Stub(lambda n, payload: Reply(text=f"answer {n}", delay=0.05)) as stub:
+    """It is killed while 40 answers are in the journal, and four requests are on their way."""
+    released = threading.Event()
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=f"answer {number}", when=lambda: number < 40 or released.is_set())
+
+    with Stub(script) as stub:
         raw = recipe(tmp_path, api(stub.url))
-        command = [sys.executable, "-m", "stillhouse", "run", str(write(tmp_path, raw))]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        while len(stub.payloads) < 30:
+        process = forks.stillhouse("run", str(write(tmp_path, raw)))
+        journal = tmp_path / "runs" / "answers.sqlite"
+        while len(stub.payloads) < 44 or committed(journal) < 40:
             time.sleep(0.01)
             assert process.poll() is None, process.communicate()[1]
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=30)
+        process.communicate(timeout=300)
+        released.set()
         assert not list((tmp_path / "runs/tiny/stages").glob("synthesis-*"))
         sent = len(stub.payloads)
         assert synthesize_text(tmp_path / "recipe.yaml").kept == 80
-        assert len(stub.payloads) <= 80 + 2 * 4
+        assert len(stub.payloads) <= 80 + 4
         assert len(stub.payloads) < 80 + sent
 
 
@@ -159,7 +162,7 @@ def test_requests_without_an_answer_are_asked_again_by_synthesize(tmp_path: Path
         assert synthesize_text(path).new == 0
 
 
-def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path, in_process: None) -> None:
+def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         raw = recipe(tmp_path, api(stub.url))
         raw["data"]["sources"] = [

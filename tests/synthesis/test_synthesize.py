@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +27,8 @@ from stillhouse.language_model.synthesis_stage import synthesis_job
 from stillhouse.runfolder import MANIFEST
 from stillhouse.synthesis.preflight import estimate_synthesis
 from stillhouse.synthesis.synthesize import Synthesis
-from tests import tiny
+from tests import forks, tiny
+from tests.generation.pools import committed
 from tests.generation.stub import Reply, Stub, error
 
 KEY = "sk-very-secret-1234567890"
@@ -323,29 +323,32 @@ def test_check_tells_the_cost_from_the_answers_there_are(tmp_path: Path) -> None
 def test_a_run_that_is_stopped_goes_on_and_buys_nothing_again(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    slow = 0.05
-    with Stub(lambda n, payload: Reply(text=f"{n}", delay=slow)) as stub:
+    """It is stopped while 60 answers are in the journal, and four requests are on their way."""
+    released = threading.Event()
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(text=f"{number}", when=lambda: number < 60 or released.is_set())
+
+    journal_file = tmp_path / "runs" / "answers.sqlite"
+    with Stub(script) as stub:
         api = {"concurrency": 4}
         (tmp_path / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(150)))
         recipe = write(tmp_path, stub.url, api=api)
-        process = subprocess.Popen(
-            [sys.executable, "-m", "stillhouse", "synthesize", str(recipe)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        while len(stub.payloads) < 40:
+        process = forks.stillhouse("synthesize", str(recipe))
+        while len(stub.payloads) < 64 or committed(journal_file) < 60:
             time.sleep(0.01)
             assert process.poll() is None, process.communicate()[1]
         process.send_signal(number)
-        process.communicate(timeout=30)
-        assert process.returncode == (-9 if number == signal.SIGKILL else 130)
+        released.set()
+        process.communicate(timeout=300)
+        assert process.poll() == (-9 if number == signal.SIGKILL else 130)
         sent = len(stub.payloads)
-        assert sent < 150
-        with Journal(tmp_path / "runs" / "answers.sqlite") as journal:
+        assert sent == 64
+        with Journal(journal_file) as journal:
             answers, _ = journal.counts()
         result = synthesize_text(recipe)
-        # Lost at most: what was on its way, four at once, and what came in the last moment.
-        assert sent - answers <= (2 * 4 if number == signal.SIGKILL else 0)
+        # kill -9 loses at most what was on its way.
+        assert sent - answers <= (4 if number == signal.SIGKILL else 0)
         assert len(stub.payloads) == sent + 150 - answers
     assert result.kept == 150
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,11 +12,17 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     Qwen3Config,
+    TrainingArguments,
 )
 
+from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.teachers.backbone import hidden_states
 from stillhouse.training import attention
 from stillhouse.training.attention import use_short_attention
+from stillhouse.training.train import train
+from stillhouse.training.train_config import TrainRecipe
+from stillhouse.training.trainer import DistillationTrainer
+from tests.training.conftest import Setting
 
 SIZES = {
     "vocab_size": 50,
@@ -35,6 +43,7 @@ CONFIGS = {
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
 }
+CPU = torch.device("cpu")
 PACKED = torch.tensor([[*range(9), *range(7), *range(4)], [*range(20)]])
 PLAIN = torch.arange(20)[None].expand(2, -1)
 
@@ -57,7 +66,7 @@ def run(model: torch.nn.Module, positions_RL: Tensor) -> tuple[Tensor, list[Tens
 def test_hidden_states_and_gradients_are_those_of_pytorch(name: str, positions_RL: Tensor) -> None:
     model = made(CONFIGS[name])
     expected, expected_grads = run(model, positions_RL)
-    assert use_short_attention(model, context=20)
+    assert use_short_attention(model, context=20, device=CPU)
     found, grads = run(model, positions_RL)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert len(grads) == len(expected_grads)
@@ -75,20 +84,60 @@ def test_it_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(attention, "short_attention", counting)
     model = made(CONFIGS["llama"])
-    use_short_attention(model, context=20)
+    use_short_attention(model, context=20, device=CPU)
     run(model, PACKED)
     assert len(calls) == 3
 
 
 def test_long_windows_and_other_attention_stay_as_they_are() -> None:
-    assert not use_short_attention(made(CONFIGS["llama"]), context=attention.LONGEST + 1)
+    assert not use_short_attention(
+        made(CONFIGS["llama"]), context=attention.LONGEST + 1, device=CPU
+    )
     torch.manual_seed(0)
     eager = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="eager")
-    assert not use_short_attention(eager, context=20)
+    assert not use_short_attention(eager, context=20, device=CPU)
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_training_decides_by_the_device_that_it_runs_on(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Both models are loaded on the CPU; the trainer then moves them."""
+    used = []
+
+    def stop(trainer: DistillationTrainer, *_: object) -> None:
+        for model in (trainer.model, *trainer.teachers):
+            used.append((model.device.type, model.config._attn_implementation))
+        raise StoppedError
+
+    def on_device(arguments: TrainingArguments) -> torch.device:
+        assert arguments._setup_devices.type == "cpu"
+        return torch.device(device)
+
+    monkeypatch.setattr(TrainingArguments, "device", property(on_device))
+    monkeypatch.setattr(DistillationTrainer, "train", stop)
+    with pytest.raises(StoppedError):
+        train(
+            setting.student,
+            setting.teacher,
+            setting.windows,
+            setting.heldout,
+            section=TrainRecipe(precision="float32", max_steps=1),
+            objective=ObjectiveRecipe(),
+            vocabulary=None,
+            seed=0,
+            out=tmp_path,
+        )
+    expected = attention.NAME if device == "cpu" else "sdpa"
+    assert used == [(device, expected), (device, expected)]
 
 
 def test_the_saved_config_does_not_name_it(tmp_path) -> None:  # type: ignore[no-untyped-def]
     model = made(CONFIGS["llama"])
-    use_short_attention(model, context=20)
+    use_short_attention(model, context=20, device=CPU)
     model.save_pretrained(tmp_path)
     assert attention.NAME not in (tmp_path / "config.json").read_text()

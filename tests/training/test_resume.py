@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import Trainer
 
+from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.train import _Housekeeping, train
+from stillhouse.training.train_config import TrainRecipe
+from tests import forks
+from tests.forks import Fork
 from tests.training.conftest import Setting
-from tests.training.test_train import SCRIPT, job_arguments
+from tests.training.test_train import run
 
 OPTIONS = {
     "max_steps": 24,
@@ -27,21 +34,17 @@ OPTIONS = {
 }
 
 
-def start(setting: Setting, out: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, job_arguments(setting, out, **OPTIONS)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def start(setting: Setting, out: Path) -> Fork:
+    return Fork(partial(run, setting, out, **OPTIONS))
 
 
-def kill_when(process: subprocess.Popen[bytes], reached: Path, delay: float) -> None:
+def kill_when(process: Fork, reached: Path, delay: float) -> None:
     """SIGKILL, `delay` seconds after a path appears."""
     while not reached.exists():
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.002)
     time.sleep(delay)
-    os.kill(process.pid, signal.SIGKILL)
+    process.send_signal(signal.SIGKILL)
     process.wait()
 
 
@@ -75,10 +78,166 @@ def test_twelve_kills_at_random_moments(setting: Setting, tmp_path: Path) -> Non
         try:
             process.wait(timeout=4 + number * 0.37)
         except subprocess.TimeoutExpired:
-            process.kill()
+            process.send_signal(signal.SIGKILL)
             process.wait()
     assert start(setting, killed).wait() == 0
     assert weights(killed) == weights(undisturbed)
+
+
+SHORT = TrainRecipe(
+    batch_size=4,
+    max_steps=12,
+    checkpoint_every=4,
+    keep_checkpoints=3,
+    evaluate_every=4,
+    precision="float32",
+)
+
+
+def go_on(setting: Setting, out: Path) -> list[dict[str, float]]:
+    """Trains, or goes on; the metrics without what depends on time."""
+    train(
+        setting.student,
+        setting.teacher,
+        setting.windows,
+        setting.heldout,
+        section=SHORT,
+        objective=ObjectiveRecipe(),
+        vocabulary=None,
+        seed=0,
+        out=out,
+    )
+    return metrics(out)
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    rows = read_metrics(out / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished training of 12 steps with its checkpoints at 4, 8 and 12."""
+    out = tmp_path_factory.mktemp("trained")
+    go_on(setting, out)
+    return out
+
+
+def fill_with_garbage(file: Path) -> None:
+    """Of the right size, so that only loading it finds out."""
+    file.write_bytes(b"\x93garbage" * (file.stat().st_size // 8) + b"!" * (file.stat().st_size % 8))
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
+)
+def test_a_checkpoint_that_does_not_load_gives_way_to_the_one_before(
+    setting: Setting, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], file: str
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "checkpoint-12")
+    fill_with_garbage(out / "checkpoints" / "checkpoint-8" / file)
+    rows = go_on(setting, out)
+    said = capfd.readouterr().err
+    assert "checkpoint-8 cannot be loaded" in said
+    assert "going back to checkpoint-4" in said
+    assert weights(out) == weights(trained)
+    assert [row["step"] for row in rows] == [row["step"] for row in metrics(trained)]
+    left = {path.name for path in (out / "checkpoints").iterdir()}
+    assert left == {"checkpoint-4", "checkpoint-8", "checkpoint-12", "damaged-checkpoint-8"}
+
+
+def test_after_the_last_step_no_other_is_taken(
+    setting: Setting, trained: Path, tmp_path: Path
+) -> None:
+    """A process that was killed between its last checkpoint and its last file."""
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    shutil.rmtree(out / "model")
+    assert go_on(setting, out) == metrics(trained)
+    assert weights(out) == weights(trained)
+
+
+def test_where_no_checkpoint_loads_training_starts_anew(
+    setting: Setting, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    shutil.rmtree(out / "model")
+    for step in (4, 8, 12):
+        fill_with_garbage(out / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt")
+    go_on(setting, out)
+    assert "training starts anew" in capfd.readouterr().err
+    assert weights(out) == weights(trained)
+
+
+def test_no_memory_for_a_checkpoint_is_not_taken_for_damage(
+    setting: Setting, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+
+    def fails(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Trainer, "_load_optimizer_and_scheduler", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        go_on(setting, out)
+    assert (out / "checkpoints" / "checkpoint-12").is_dir()
+
+
+def test_all_processes_go_back_where_one_cannot_load(setting: Setting, tmp_path: Path) -> None:
+    """Each process has a file of random states of its own."""
+    out = tmp_path / "out"
+    options = {**OPTIONS, "max_steps": 10, "evaluate_every": None, "keep_checkpoints": 3}
+    finished = []
+    for _ in range(2):
+        first, second = forks.two_ranks(partial(run, setting, out, **options))
+        for rank in (first, second):
+            assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
+        shutil.rmtree(out / "checkpoints" / "checkpoint-10")
+        last = out / "checkpoints" / "checkpoint-8"
+        sealed = json.loads((last / checkpoints.COMPLETE).read_text())["bytes"]
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= sealed.keys()
+        finished.append(weights(out))
+        shutil.rmtree(out / "model")
+        fill_with_garbage(last / "rng_state_1.pth")
+    said = first.communicate()[1]
+    assert "checkpoint-8 cannot be loaded" in said
+    assert "going back to checkpoint-4" in said
+    assert (out / "checkpoints" / "damaged-checkpoint-8").is_dir()
+    assert finished[0] == finished[1]
+
+
+def test_a_checkpoint_is_sealed_once_every_process_has_written_its_part(tmp_path: Path) -> None:
+    """As sharded state dicts are: a folder with a file of each process."""
+    shards = checkpoint(tmp_path, 4) / "pytorch_model_fsdp_0"
+
+    class Accelerator:
+        def wait_for_everyone(self) -> None:
+            shards.mkdir()
+            for rank in range(2):
+                (shards / f"__{rank}_0.distcp").write_bytes(b"shard")
+
+    trainer = SimpleNamespace(accelerator=Accelerator(), meter=lambda: checkpoints.Meter(4))
+    housekeeping = _Housekeeping(trainer, SHORT, context=32)  # type: ignore[arg-type]
+    state = SimpleNamespace(is_world_process_zero=True, global_step=4)
+    housekeeping.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    found = checkpoints.latest(tmp_path)
+    assert found is not None
+    (shards / "__1_0.distcp").write_bytes(b"sha")
+    assert checkpoints.latest(tmp_path) is None
+
+
+def test_a_seal_of_the_flat_kind_still_counts(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, 4)
+    meter = {"step": 4, "tokens": 10, "seconds": 1.0}
+    sizes = {"model.safetensors": len(b"weights")}
+    (path / checkpoints.COMPLETE).write_text(json.dumps({"meter": meter, "bytes": sizes}))
+    assert checkpoints.latest(tmp_path) == (path, checkpoints.Meter(4, 10, 1.0))
 
 
 def checkpoint(folder: Path, step: int) -> Path:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from stillhouse.teachers.load import load_model
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.train import checkpointing_key, plan_batches, train
 from stillhouse.training.train_config import TrainRecipe
+from tests import forks
 from tests.training.conftest import Setting
 
 KL = ObjectiveRecipe()
@@ -113,65 +111,17 @@ def test_accumulation_changes_nothing(setting: Setting, tmp_path: Path, micro: i
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from stillhouse.data.windows import open_windows
-from stillhouse.objectives.objective_config import ObjectiveRecipe
-from stillhouse.training.train_config import TrainRecipe
-from stillhouse.training.train import train
-from stillhouse.errors import StillhouseError
-
-job = json.loads(sys.argv[1])
-train(Path(job["student"]), Path(job["teacher"]), open_windows(Path(job["windows"])),
-      open_windows(Path(job["heldout"])), section=TrainRecipe(**job["section"]),
-      objective=ObjectiveRecipe(**job["objective"]), vocabulary=None, seed=0, out=Path(job["out"]))
-"""
-
-
-def job_arguments(
-    setting: Setting, out: Path, objective: ObjectiveRecipe = KL, **changes: Any
-) -> str:
-    return json.dumps(
-        {
-            "student": str(setting.student),
-            "teacher": str(setting.teacher),
-            "windows": str(setting.windows.path),
-            "heldout": str(setting.heldout.path),
-            "section": section(**changes).model_dump(mode="json"),
-            "objective": objective.model_dump(mode="json"),
-            "out": str(out),
-        }
-    )
-
-
 def test_two_processes_take_the_same_steps_as_one(narrow: Setting, tmp_path: Path) -> None:
-    """Under torchrun with gloo: the same gradient norms, held-out values and final weights.
+    """As under torchrun, with gloo: the same gradient norms, held-out values and final weights.
 
     With a learned map of hidden states, whose gradients must be averaged as well.
     """
     hidden = HiddenStatesTerm(kind="hidden_states", weight=0.1)
     objective = ObjectiveRecipe(terms=[LogitsTerm(), hidden])
     options = {"evaluate_every": 2, "micro_batch_size": 2}
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(script), job_arguments(narrow, tmp_path / "two", objective, **options)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    work = partial(run, narrow, tmp_path / "two", objective, **options)
+    for rank in forks.two_ranks(work):
+        assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
     one = run(narrow, tmp_path / "one", objective, **options)
     two = load_file(tmp_path / "two" / "model" / "model.safetensors")
     assert_close(two, one)

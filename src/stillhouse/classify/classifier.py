@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from stillhouse.classify.label_prompts import LabelPrompt, PromptTokens, cut, prompt_tokens
 from stillhouse.classify.label_scoring import (
@@ -27,7 +27,7 @@ from stillhouse.classify.label_tree import LabelTree, label_tree
 from stillhouse.errors import ModelError
 from stillhouse.hardware import default_device
 from stillhouse.runfolder import write_atomically
-from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.load import check_loadable, load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
 
@@ -142,6 +142,15 @@ def batches(rows: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
+
+
+def check_classifier(folder: Path) -> None:
+    """Raises ModelError where `load_classifier` would; of the weights, headers alone are read."""
+    language_model = Facts.load(folder).prompt is not None
+    load_tokenizer(folder)
+    check_loadable(
+        folder, AutoModelForCausalLM if language_model else AutoModelForSequenceClassification
+    )
 
 
 def load_classifier(folder: Path, *, dtype: torch.dtype = torch.float32) -> Classifier:

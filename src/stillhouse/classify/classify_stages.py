@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from stillhouse import account
+from stillhouse.classify.classifier import check_classifier
 from stillhouse.classify.classifier_students import build_classifier
-from stillhouse.classify.classify_config import (
-    PretrainedClassifier,
-    RandomClassifier,
-)
+from stillhouse.classify.classify_config import PretrainedClassifier, RandomClassifier
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import CHECKPOINTS, MODEL, fit
 from stillhouse.classify.label_judgment import CHUNKS, Judgment, label_by_api, score_texts
@@ -138,7 +136,7 @@ def plan_classifier(job: TaskJob, texts: Stage) -> StagePlan:
         "task": task if words else None,
         "texts": texts.digest,
     }
-    return StagePlan("student", inputs, work)
+    return StagePlan("student", inputs, work, check=lambda out: check_classifier(out / MODEL))
 
 
 def plan_classifier_training(
@@ -204,4 +202,11 @@ def _training(
         "texts": texts.digest,
         "student": student.digest,
     }
-    return StagePlan(name, everything, work, resumable=True, scratch=(CHECKPOINTS,))
+    return StagePlan(
+        name,
+        everything,
+        work,
+        resumable=True,
+        scratch=(CHECKPOINTS,),
+        check=lambda out: check_classifier(out / MODEL),
+    )

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from stillhouse.classify.classifier import Classifier, load_classifier
@@ -25,9 +25,10 @@ from stillhouse.progress import bar, note
 from stillhouse.teachers.load import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
+from stillhouse.training.resuming import ResumingTrainer, train_from_newest
+from stillhouse.training.train_config import SCHEDULES
 
 MODEL, METRICS, CHECKPOINTS = "model", "metrics.jsonl", "checkpoints"
-SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 @dataclass(frozen=True)
@@ -59,31 +60,33 @@ def fit(
     """Trains the classifier in `student` and writes `out/model` (float32) and `out/metrics.jsonl`.
 
     The loss is -sum_c q(c) log p(c), its mean over texts, which differs from KL(q || p) by the
-    targets' own entropy. Goes on from the newest complete checkpoint in `out/checkpoints`.
+    targets' own entropy. Goes on from the newest checkpoint in `out/checkpoints` that loads.
     """
-    classifier = load_classifier(student)
-    classifier.model.requires_grad_(True)
-    if section.freeze_embeddings:
-        classifier.model.get_input_embeddings().requires_grad_(False)
     precision = choose_precision(section.precision, default_device())
     note(f"precision: {precision.reason}")
-    folder = out / CHECKPOINTS
-    found = checkpoints.latest(folder)
-    checkpoints.drop_incomplete(folder)
-    checkpoint, meter = found if found else (None, checkpoints.Meter())
-    if checkpoint:
-        note(f"going on from step {meter.step}")
-    metrics = checkpoints.MetricsFile(out / METRICS, keep_to_step=meter.step)
-    rows = classifier.tokens(texts)
-    examples = [{"ids": ids, "target": q} for ids, q in zip(rows, targets_NC, strict=True)]
-    steps = planned_steps(section, len(examples))
-    arguments = _arguments(section, steps, folder, precision.dtype, seed)
-    with bar("train", total=steps * section.batch_size, unit="texts") as advance, quiet():
-        advance(meter.step * section.batch_size)
+    steps = planned_steps(section, len(texts))
+    arguments = _arguments(section, steps, out / CHECKPOINTS, precision.dtype, seed)
+    shown = 0
+
+    def make(meter: checkpoints.Meter) -> _Fitter:
+        nonlocal shown
+        classifier = load_classifier(student)
+        classifier.model.requires_grad_(True)
+        if section.freeze_embeddings:
+            classifier.model.get_input_embeddings().requires_grad_(False)
+        rows = classifier.tokens(texts)
+        examples = [{"ids": ids, "target": q} for ids, q in zip(rows, targets_NC, strict=True)]
+        advance(meter.step * section.batch_size - shown)
+        shown = meter.step * section.batch_size
         trainer = _Fitter(classifier, args=arguments, train_dataset=examples)
+        trainer.metrics = checkpoints.MetricsFile(out / METRICS, keep_to_step=meter.step)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(_Housekeeping(section, metrics, meter, advance))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.add_callback(_Housekeeping(section, trainer.metrics, meter, advance))
+        return trainer
+
+    with bar("train", total=steps * section.batch_size, unit="texts") as advance, quiet():
+        trainer = train_from_newest(out / CHECKPOINTS, make, steps=steps)
+    classifier, metrics = trainer.classifier, trainer.metrics
     losses = [row["loss"] for row in metrics.rows if "loss" in row]
     if not losses or not all(map(math.isfinite, losses)):
         raise TrainingError(
@@ -96,11 +99,11 @@ def fit(
         save_tokenizer(classifier.tokenizer, out / MODEL)
     classifier.facts.save(out / MODEL)
     last = losses[-max(1, len(losses) // 10) :]
-    epochs = steps / math.ceil(len(examples) / section.batch_size)
+    epochs = steps / math.ceil(len(texts) / section.batch_size)
     return FitResult(
         steps=steps,
-        texts=len(examples),
-        tokens=round(epochs * sum(map(len, rows))),
+        texts=len(texts),
+        tokens=round(epochs * sum(len(row["ids"]) for row in trainer.train_dataset)),
         seconds=metrics.rows[-1]["seconds"],
         loss=sum(last) / len(last),
         peak_memory_bytes=peak_memory_bytes(),
@@ -108,7 +111,9 @@ def fit(
     )
 
 
-class _Fitter(Trainer):
+class _Fitter(ResumingTrainer):
+    metrics: checkpoints.MetricsFile
+
     def __init__(self, classifier: Classifier, **more: Any) -> None:
         self.classifier = classifier
         super().__init__(model=classifier.model, data_collator=_collate, **more)

@@ -17,7 +17,7 @@ from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError, ModelError
 from stillhouse.evaluate.results import Fidelity
 from stillhouse.signals import DenseSignal, LMHead
-from stillhouse.signals.lm_head import head_logits
+from stillhouse.signals.lm_head import kl_of_rows, log_probabilities
 from stillhouse.teachers.backbone import hidden_states, lm_head, trim_head
 
 BINS = 15
@@ -88,12 +88,8 @@ def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> 
     tally = _Tally.empty()
     for start in range(0, len(model.targets_N), ROWS_PER_CHUNK):
         rows = slice(start, start + ROWS_PER_CHUNK)
-        teacher_NV = _log_probabilities(teacher.signal.hidden_ND[rows], teacher_head)
-        model_NV = (
-            teacher_NV
-            if model is teacher
-            else _log_probabilities(model.signal.hidden_ND[rows], model_head)
-        )
+        teacher_NV = _log_probabilities(teacher, rows, teacher_head)
+        model_NV = teacher_NV if model is teacher else _log_probabilities(model, rows, model_head)
         tally.add(model_NV, teacher_NV, model.targets_N[rows])
     return tally.fidelity()
 
@@ -118,7 +114,7 @@ class _Tally:
     def add(self, model_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> None:
         """Takes log-probabilities of both models at the same rows."""
         targets_N = targets_N.to(model_NV.device)
-        kl_N = (teacher_NV.exp() * (teacher_NV - model_NV)).sum(-1)
+        kl_N = kl_of_rows(teacher_NV, model_NV)
         confidence_N, choice_N = model_NV.max(-1)
         self.rows += len(targets_N)
         self.negative_log_likelihood -= float(
@@ -157,9 +153,8 @@ def _float32_head(signal: DenseSignal, vocabulary: int) -> LMHead:
     return replace(head, weight_VD=head.weight_VD.float(), bias_V=bias_V)
 
 
-def _log_probabilities(hidden_ND: Tensor, head: LMHead) -> Tensor:
-    hidden_ND = hidden_ND.to(head.weight_VD.device, torch.float32)
-    return torch.log_softmax(head_logits(head, hidden_ND), dim=-1)
+def _log_probabilities(answers: HeldoutAnswers, rows: slice, head: LMHead) -> Tensor:
+    return log_probabilities(head, answers.signal.hidden_ND[rows].to(head.weight_VD.device))
 
 
 def _check_vocabulary(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> None:

@@ -21,6 +21,7 @@ from stillhouse.hardware import synchronize
 PROMPT_TOKENS = 128
 DECODE_TOKENS = 16
 ROUNDS = 5
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ def measure_rates(
     rounds: int = ROUNDS,
     seed: int = 0,
     advance: Callable[[int], object] = lambda rounds: None,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, Rates]:
     """Times all models on the same prompt, in alternation, and takes each one's median.
 
     In every round each model goes once, and the order turns by one from round to round, so that
     a machine that slows down, or is shared, is unfair to none of them. A first round, which pays
     for caches and compilation, is not counted. All models must be in memory, in one number type
-    and on one kind of device. `advance` is told of each round.
+    and on one kind of device. `advance` is called after each round. `clock`
+    returns seconds.
     """
     generator = torch.Generator().manual_seed(seed)
     prompt_RL = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
@@ -55,7 +58,7 @@ def measure_rates(
     for turn in range(rounds + 1):
         shift = turn % len(roles)
         for role in roles[shift:] + roles[:shift]:
-            timing = prefill_and_decode(models[role], prompt_RL, decode_tokens)
+            timing = prefill_and_decode(models[role], prompt_RL, decode_tokens, clock)
             if turn > 0:
                 seconds[role].append(timing)
         advance(1)
@@ -66,7 +69,7 @@ def measure_rates(
 
 @torch.inference_mode()
 def prefill_and_decode(
-    model: nn.Module, prompt_RL: Tensor, decode_tokens: int
+    model: nn.Module, prompt_RL: Tensor, decode_tokens: int, clock: Clock = time.perf_counter
 ) -> tuple[float, float]:
     """Reads the prompt, then writes `decode_tokens` tokens greedily with the KV cache.
 
@@ -77,15 +80,15 @@ def prefill_and_decode(
     prompt_RL = prompt_RL.to(device)
     step: Callable[..., Any] = model.eval()
     synchronize(device)
-    started = time.perf_counter()
+    started = clock()
     output = step(input_ids=prompt_RL, use_cache=True, logits_to_keep=1)
     synchronize(device)
-    prefilled = time.perf_counter()
+    prefilled = clock()
     for _ in range(decode_tokens):
         next_R1 = output.logits[:, -1:].argmax(-1)
         output = step(input_ids=next_R1, past_key_values=output.past_key_values, use_cache=True)
     synchronize(device)
-    return prefilled - started, time.perf_counter() - prefilled
+    return prefilled - started, clock() - prefilled
 
 
 def measure_peak_memory(

@@ -8,14 +8,10 @@ from typing import Literal
 import torch
 
 from stillhouse.errors import ModelError
+from stillhouse.export.export_formats import FLOATS
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
-
-KL_LIMITS = {"float32": 1e-6, "bfloat16": 0.01}
-"""Nats a token between the checkpoint and its export. float32 is the same weights again. Rounding
-SmolLM2-135M's weights and products to bfloat16 costs 0.0009 on English prose; a layer or a head
-that is not the source's costs whole nats."""
 
 
 def export_checkpoint(
@@ -28,8 +24,8 @@ def export_checkpoint(
     is loaded in a fresh process by transformers alone, must have exactly the model's weights, and
     is compared with its source on held-out windows and, greedily, on prompts.
     Raises ModelError: a damaged source, an export that does not load or that differs from the
-    source by more than is allowed (by default `KL_LIMITS`). RunError: no space, no permission,
-    `out` has files already.
+    source by more than is allowed (by default `FLOATS`). RunError: no space, no permission, `out`
+    has files already.
     """
     advice = (
         "export float32 (export.dtype: float32): this model's weights do not survive the rounding"
@@ -41,7 +37,7 @@ def export_checkpoint(
         _save(gate.source, folder, getattr(torch, dtype), gate.trust_remote_code)
         files = list(folder.glob("*.safetensors"))
         return gate.pass_or_raise(
-            folder, files, format="safetensors", dtype=dtype, limit=KL_LIMITS[dtype], advice=advice
+            folder, files, format="safetensors", dtype=dtype, limit=FLOATS[dtype], advice=advice
         )
 
     return fill(out, work)

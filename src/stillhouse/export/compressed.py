@@ -16,16 +16,12 @@ from typing import Any
 from safetensors.torch import save_file
 
 from stillhouse.errors import ModelError
+from stillhouse.export.export_formats import COMPRESSED
 from stillhouse.export.fresh_process import run_script
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.widths import nearest, row_widths
 from stillhouse.progress import note
 from stillhouse.teachers.load import load_config, load_tokenizer, save_tokenizer
-
-KL_LIMITS = {"gptq": 1.0, "awq": 1.0, "fp8": 0.1, "nvfp4": 1.0}
-"""Nats a token that the rounding is believed to cost at most, by the method."""
-GROUPS = {"gptq": (128, 64, 32), "awq": (128, 64, 32), "nvfp4": (16,)}
-"""Inputs that share a scale: the first that every matrix's rows divide into is taken."""
 
 
 def export_compressed(
@@ -33,7 +29,7 @@ def export_compressed(
 ) -> ReplayResult:
     """Writes a Hugging Face folder whose linear layers but the head are quantized by `method`.
 
-    method: a key of `KL_LIMITS`. python: an interpreter that has llm-compressor. windows: training
+    method: a key of `COMPRESSED`. python: an interpreter that has llm-compressor. windows: training
     text, on which GPTQ, AWQ and NVFP4 look at what layers read.
     Raises ModelError: a package is missing, llm-compressor fails, an export that does not load or
     differs by more than is allowed. RunError: no space, no permission, `out` has files already.
@@ -50,7 +46,7 @@ def export_compressed(
             list(folder.glob("*.safetensors")),
             format=f"compressed-{method}",
             dtype=method,
-            limit=KL_LIMITS[method],
+            limit=COMPRESSED[method].kl_limit,
             advice="use compressed-fp8, or train it rounded and ship gguf-q4_0 (quantize.qat)",
         )
 
@@ -121,15 +117,15 @@ def fitting_group(method: str, config: Any) -> int | None:
     """The largest group that the method has and the model's widths divide into; None: it has none,
     or there is none (see `announce_compressed`)."""
     widths = row_widths(config).values()
-    fitting = [g for g in GROUPS.get(method, ()) if not any(width % g for width in widths)]
+    fitting = [g for g in COMPRESSED[method].groups if not any(width % g for width in widths)]
     return fitting[0] if fitting else None
 
 
 def announce_compressed(method: str, config: Any) -> tuple[str, str] | None:
     """What of a planned student this method cannot hold: a text, and what avoids it."""
-    if method not in GROUPS or fitting_group(method, config) is not None:
+    if not COMPRESSED[method].groups or fitting_group(method, config) is not None:
         return None
-    group = GROUPS[method][-1]
+    group = COMPRESSED[method].groups[-1]
     key, width = next((key, width) for key, width in row_widths(config).items() if width % group)
     return (
         f"compressed-{method}: {key} {width:,} does not divide into groups of {group}",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from stillhouse.section import Section
+from stillhouse.export.export_formats import CLASSIFIER_FORMATS, COMPRESSED, FORMATS
+from stillhouse.section import OneOf, Section
 
 
 class PushRecipe(Section):
@@ -21,11 +22,16 @@ class PushRecipe(Section):
     )
 
 
-ClassifierFormat = Literal["safetensors", "onnx", "onnx-int8"]
+def _each_once(formats: list[str]) -> list[str]:
+    if len(set(formats)) < len(formats):
+        raise ValueError("a format is given twice")
+    return formats
 
 
 class ClassifierExportRecipe(Section):
-    formats: list[ClassifierFormat] = Field(
+    formats: Annotated[
+        list[Annotated[str, OneOf(CLASSIFIER_FORMATS)]], AfterValidator(_each_once)
+    ] = Field(
         default=["safetensors"],
         min_length=1,
         description="safetensors, which is always made; onnx, onnx-int8: for onnxruntime "
@@ -40,41 +46,9 @@ class ClassifierExportRecipe(Section):
     )
     push_to_hub: PushRecipe | None = Field(None, description="null: nothing is uploaded.")
 
-    @model_validator(mode="after")
-    def _each_format_once(self) -> ClassifierExportRecipe:
-        if len(set(self.formats)) < len(self.formats):
-            raise ValueError("a format is given twice")
-        return self
-
-
-ExportFormat = Literal[
-    "safetensors",
-    "gguf-f32",
-    "gguf-f16",
-    "gguf-bf16",
-    "gguf-q8_0",
-    "gguf-q5_1",
-    "gguf-q5_0",
-    "gguf-q4_1",
-    "gguf-q4_0",
-    "gguf-mxfp4",
-    "gguf-tq2_0",
-    "gguf-tq1_0",
-    "gguf-q2_k",
-    "gguf-q3_k_m",
-    "gguf-q4_k_s",
-    "gguf-q4_k_m",
-    "gguf-q5_k_m",
-    "gguf-q6_k",
-    "compressed-gptq",
-    "compressed-awq",
-    "compressed-fp8",
-    "compressed-nvfp4",
-]
-
 
 class ExportRecipe(Section):
-    formats: list[ExportFormat] = Field(
+    formats: Annotated[list[Annotated[str, OneOf(FORMATS)]], AfterValidator(_each_once)] = Field(
         default=["safetensors"],
         min_length=1,
         description="safetensors: for transformers and vLLM. gguf-*: for llama.cpp and Ollama; "
@@ -96,7 +70,6 @@ class ExportRecipe(Section):
         description="Nats a token that an export may differ from the checkpoint; null: as the "
         "format needs (docs/evaluation.md).",
     )
-
     importance_tokens: int | None = Field(
         16384,
         gt=0,
@@ -106,14 +79,9 @@ class ExportRecipe(Section):
     push_to_hub: PushRecipe | None = Field(None, description="null: nothing is uploaded.")
 
     @model_validator(mode="after")
-    def _each_format_once(self) -> ExportRecipe:
-        if len(set(self.formats)) < len(self.formats):
-            raise ValueError("a format is given twice")
-        return self
-
-    @model_validator(mode="after")
     def _text_to_calibrate_on(self) -> ExportRecipe:
-        found = {"compressed-gptq", "compressed-awq", "compressed-nvfp4"} & {*self.formats}
+        found = {f"compressed-{name}" for name, method in COMPRESSED.items() if method.groups}
+        found &= {*self.formats}
         if found and self.importance_tokens is None:
             raise ValueError(
                 f"{min(found)} looks at what layers read: give importance_tokens a number, or use "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,8 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stillhouse.data.shift import IGNORED
-from stillhouse.data.windows import WindowSet
+from stillhouse.data.draw_windows import draw_windows
+from stillhouse.data.shift import supervised_targets
+from stillhouse.data.windows import ARRAYS, WindowSet
 from stillhouse.errors import ModelError, RunError
 from stillhouse.export import replay
 from stillhouse.export.fresh_process import offline, run_script
@@ -272,21 +272,14 @@ def _check_free(out: Path) -> None:
 
 
 def drawn_windows(gate: Gate) -> dict[str, Tensor]:
-    """Windows in an order drawn by the gate's seed, until enough of their tokens are supervised."""
-    windows, seed = gate.windows, gate.seed
-    order = random.Random(seed).sample(range(len(windows)), len(windows))
-    tensors: dict[str, Tensor] = {}
-    tokens = 0
-    for place, index in enumerate(order):
-        window = windows[index]
-        supervised = int((window["labels"][1:] != IGNORED).sum())
-        if not supervised:
-            continue
-        for key in ("input_ids", "labels", "position_ids"):
-            tensors[f"{place}.{key}"] = window[key].clone()
-        tokens += supervised
-        if tokens >= REPLAY_TOKENS:
-            break
+    """What `draw_windows` gives and has a token to predict, as PLACE.ARRAY."""
+    drawn, _ = draw_windows(gate.windows, REPLAY_TOKENS, gate.seed)
+    tensors = {
+        f"{place}.{key}": window[key].clone()
+        for place, window in enumerate(drawn)
+        if len(supervised_targets(window["labels"][None]))
+        for key in ARRAYS
+    }
     if not tensors:
         raise ModelError(
             "there is no held-out token on which the export could be compared with its source",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from stillhouse.errors import ModelError
+from stillhouse.export.export_formats import K_QUANTS
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.gguf_blocks import (
     BITS,
@@ -29,7 +30,6 @@ from stillhouse.export.gguf_tokenizer import (
 )
 from stillhouse.export.llama_quantizer import (
     K_BLOCK,
-    K_QUANTS,
     has_llama_cpp,
     k_quantize,
     require_llama_cpp,

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType as Kind
 
+from stillhouse.export.export_formats import GGUF
 from stillhouse.export.gguf_config import add_configuration
 from stillhouse.export.gguf_model import architecture, for_gguf, gguf_names
 from stillhouse.export.gguf_source import open_tensors
@@ -27,11 +28,7 @@ FALLBACK = Kind.F16
 
 @dataclass(frozen=True)
 class GGUFFormat:
-    """kind: of matrices. embeddings: of the embedding and the head, which suffer more.
-
-    kl_limit: the most nats a token that the format's rounding is believed to cost; a layer or a
-    head that is not the source's costs whole nats.
-    """
+    """kind: of matrices. embeddings: of the embedding and the head, which suffer more."""
 
     kind: Kind
     file_type: gguf.LlamaFileType
@@ -43,25 +40,17 @@ class GGUFFormat:
         return int(gguf.GGML_QUANT_SIZES[self.kind][0])
 
 
-def _format(kind: str, kl_limit: float, embeddings: str | None = None) -> GGUFFormat:
-    file_type = {"F32": "ALL_F32", "MXFP4": "MOSTLY_MXFP4_MOE"}.get(kind, f"MOSTLY_{kind}")
-    return GGUFFormat(Kind[kind], gguf.LlamaFileType[file_type], kl_limit, Kind[embeddings or kind])
+def _format(name: str, kl_limit: float) -> GGUFFormat:
+    kind = Kind[name.upper()]
+    file_type = {Kind.F32: "ALL_F32", Kind.MXFP4: "MOSTLY_MXFP4_MOE"}.get(
+        kind, f"MOSTLY_{name.upper()}"
+    )
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    embeddings = kind if size >= block else Kind.Q8_0  # at least 8 bits a number
+    return GGUFFormat(kind, gguf.LlamaFileType[file_type], kl_limit, embeddings)
 
 
-FORMATS = {
-    "f32": _format("F32", 1e-6),
-    "f16": _format("F16", 0.001),
-    "bf16": _format("BF16", 0.01),
-    "q8_0": _format("Q8_0", 0.02),
-    "q5_1": _format("Q5_1", 0.3, "Q8_0"),
-    "q5_0": _format("Q5_0", 0.3, "Q8_0"),
-    "q4_1": _format("Q4_1", 1.0, "Q8_0"),
-    "q4_0": _format("Q4_0", 1.0, "Q8_0"),
-    "mxfp4": _format("MXFP4", 1.0, "Q8_0"),
-    "tq2_0": _format("TQ2_0", 1.0, "Q8_0"),
-    "tq1_0": _format("TQ1_0", 1.0, "Q8_0"),
-}
-"""What the gguf package's own quantizers write. The ternary ones fit models trained for them."""
+FORMATS = {name: _format(name, kl_limit) for name, kl_limit in GGUF.items()}
 
 Packed = tuple[Kind, npt.NDArray[np.uint8]]
 

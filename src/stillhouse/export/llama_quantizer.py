@@ -22,16 +22,6 @@ from stillhouse.export.gguf_model import gguf_names
 from stillhouse.quantize.moments import Moments
 from stillhouse.teachers.load import load_config
 
-K_QUANTS = {
-    "q2_k": 3.0,
-    "q3_k_m": 1.5,
-    "q4_k_s": 1.0,
-    "q4_k_m": 1.0,
-    "q5_k_m": 0.3,
-    "q6_k": 0.1,
-}
-"""Formats of llama.cpp's own quantizer, and the nats a token allowed to each."""
-
 K_BLOCK = 256
 ERROR, CONTINUED = 3, 5
 """ggml's log levels: what went wrong, and more of the line before."""

@@ -22,14 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from stillhouse.errors import ModelError
+from stillhouse.export.export_formats import ONNX
 from stillhouse.export.fresh_process import run_script
 from stillhouse.progress import note
 from stillhouse.teachers.quiet import quiet
 
 FILE = "model.onnx"
-KL_LIMITS = {"onnx": 1e-5, "onnx-int8": 0.1}
-"""Nats a text between the checkpoint and the file: the same float32 numbers, and weights and inputs
-of products rounded to 8 bits."""
 MODULES = ("onnx", "onnxscript", "onnxruntime")
 INPUTS = ("input_ids", "attention_mask")
 LARGEST = 2**31
@@ -219,7 +217,7 @@ def _compare(
     p_NC = p_NC / p_NC.sum(-1, keepdim=True)  # exactly 1: float32 numbers sum to nearly that
     log_q_NC = logits_NC.double().log_softmax(-1)
     kl = float(torch.xlogy(p_NC, p_NC).sub(p_NC * log_q_NC).sum(-1).mean())
-    limit = KL_LIMITS[form] if kl_limit is None else kl_limit
+    limit = ONNX[form] if kl_limit is None else kl_limit
     if not kl <= limit:  # NaN fails too
         raise ModelError(
             f"the {form} file differs from its checkpoint by {kl:.3g} nats a text on "

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from stillhouse.errors import ModelError
+from stillhouse.export.export_formats import FLOATS
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.hardware import default_device
 from stillhouse.quantize.grid import Grid, to_codes
@@ -24,9 +25,6 @@ from stillhouse.quantize.quantize import FLOAT8_WIDTH
 from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 
-KL_LIMITS = {"float32": 1e-6, "bfloat16": 0.01}
-"""Nats a token between the checkpoint on the grid and its export: the same numbers, see
-`stillhouse.export.checkpoint`."""
 DYNAMIC_KL = 0.05
 """Nats a token more where inputs are rounded too, which the checkpoint does not say."""
 
@@ -47,7 +45,7 @@ def export_torchao(
         code = gate.trust_remote_code
         kind = getattr(torch, dtype)
         save_torchao(gate.source, folder, quantization, kind, trust_remote_code=code)
-        limit = KL_LIMITS[dtype] + (DYNAMIC_KL if quantization.dynamic else 0.0)
+        limit = FLOATS[dtype] + (DYNAMIC_KL if quantization.dynamic else 0.0)
         return gate.pass_or_raise(
             folder,
             list(folder.glob("*.safetensors")),

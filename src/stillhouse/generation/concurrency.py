@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 
 FIRST_LIMIT = 16.0
 """Requests at once in the beginning; it doubles with every round of answers until a 429."""
+
+
+def now() -> float:
+    """The running event loop's time, in seconds."""
+    return asyncio.get_running_loop().time()
 
 
 class AdaptiveLimit:
@@ -28,12 +32,12 @@ class AdaptiveLimit:
     async def acquire(self) -> float:
         """Waits for a place; returns the time at which it was given."""
         while True:
-            pause = self._closed_until - time.monotonic()
+            pause = self._closed_until - now()
             if pause > 0:
                 await asyncio.sleep(pause)
             elif self.at_once < int(self.limit):
                 self.at_once += 1
-                return time.monotonic()
+                return now()
             else:
                 place = asyncio.get_running_loop().create_future()
                 self._waiting.append(place)
@@ -53,8 +57,7 @@ class AdaptiveLimit:
 
     def throttled(self, sent: float, pause: float) -> None:
         """A request sent at the time `sent` was answered 429: waits `pause` seconds at least."""
-        now = time.monotonic()
         self._growing_fast = False
-        self._closed_until = max(self._closed_until, now + pause)
+        self._closed_until = max(self._closed_until, now() + pause)
         if sent > self._halved:
-            self.limit, self._halved = max(1.0, self.limit / 2), now
+            self.limit, self._halved = max(1.0, self.limit / 2), now()

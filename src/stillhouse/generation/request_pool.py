@@ -10,7 +10,6 @@ import asyncio
 import gc
 import itertools
 import random
-import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from stillhouse.errors import EndpointError
 from stillhouse.generation.budget import Budget, Price, Spending, spent_on, worst_case
 from stillhouse.generation.client import Trouble
-from stillhouse.generation.concurrency import AdaptiveLimit
+from stillhouse.generation.concurrency import AdaptiveLimit, now
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Failure, Request
 
@@ -195,7 +194,7 @@ class Pool:
                 self.tally.throttled += 1
                 self.limit.throttled(sent, outcome.wait or 0.0)
             # The time in our own queue, while the server answers others, says nothing about it.
-            waited_for = time.monotonic() - max(first, self._last_answer) + pause
+            waited_for = now() - max(first, self._last_answer) + pause
             patient = attempts < self.patience.attempts and waited_for < LONGEST_WAIT
             if not outcome.again or not patient or self._stopped is not None:
                 return self._give_up(request, outcome, spent, tries)
@@ -237,7 +236,7 @@ class Pool:
 
     def _keep(self, request: Request, answer: Answer) -> None:
         self.limit.answered()
-        self._failures_in_a_row, self._last_answer = 0, time.monotonic()
+        self._failures_in_a_row, self._last_answer = 0, now()
         self._answers = True
         self.tally.answered += 1
         self.tally.unpriced += answer.cost is None

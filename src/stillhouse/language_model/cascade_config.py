@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from stillhouse.export.export_config import ExportFormat
+from stillhouse.export.export_formats import FORMATS
 from stillhouse.section import Section
 from stillhouse.students.student_config import PrunedSizes
 
@@ -72,7 +72,7 @@ class CascadeRecipe(Section):
         names = [hop.name for hop in self.hops]
         if len(set(names)) < len(names):
             raise ValueError("two hops have the same name")
-        taken = {*RUN_FOLDER_NAMES, *ExportFormat.__args__}  # type: ignore[attr-defined]
+        taken = {*RUN_FOLDER_NAMES, *FORMATS}
         for name in names:
             # Some file systems do not tell capitals from small letters.
             if name.lower() in taken:

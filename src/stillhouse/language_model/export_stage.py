@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from stillhouse import account
+from stillhouse.data.draw_windows import draw_windows
 from stillhouse.evaluate.results import Evaluation
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.compressed import export_compressed
@@ -37,7 +38,6 @@ from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.moments import Moments, input_moments
 from stillhouse.quantize.quantization import FILE, Quantization
-from stillhouse.quantize.quantize import draw_windows
 from stillhouse.report.report_data import ReportData, ScratchCost, StageCost
 from stillhouse.report.write import write_report
 from stillhouse.runfolder import Outcome, Stage, versions

@@ -22,7 +22,6 @@ from stillhouse.students.student_config import PretrainedStudent, PrunedStudent,
 from stillhouse.synthesis.synthesized_text import SynthesizedText
 from stillhouse.teachers.load import load_config, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
-from stillhouse.teachers.record_store import encoding_of
 from stillhouse.teachers.shared_vocabulary import VocabularyMatch, check_same_vocabulary
 from stillhouse.training.objective import (
     Objective,
@@ -144,7 +143,7 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
             _check_head_stays(job.recipe, "signals.encoding")
             return FrozenHead(student.hidden_size)
         case encoding_section:
-            return encoding_of(encoding_section)
+            return encoding_section.encoding()
 
 
 def _check_head_stays(recipe: Recipe, where: str | Path) -> None:

@@ -10,7 +10,7 @@ from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.signals_stage import stored_signals, whom_to_ask
 from stillhouse.language_model.train_stage import training_outcome
-from stillhouse.pipeline.stage_plan import StagePlan
+from stillhouse.pipeline.stage_plan import StagePlan, model_check
 from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.training.train import MODEL
@@ -42,7 +42,7 @@ def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
         "data": data.digest,
         "trained": trained.digest,
     }
-    return StagePlan("quantize", inputs, work, version=2)
+    return StagePlan("quantize", inputs, work, version=2, check=model_check(job.trust_remote_code))
 
 
 def plan_quantized_training(
@@ -90,4 +90,12 @@ def plan_quantized_training(
         "trained": trained.digest,
         "rounded": rounded.digest,
     }
-    return StagePlan("qat", inputs, work, resumable=True, together=True, scratch=(TRAINING,))
+    return StagePlan(
+        "qat",
+        inputs,
+        work,
+        resumable=True,
+        together=True,
+        scratch=(TRAINING,),
+        check=model_check(job.trust_remote_code),
+    )

@@ -18,7 +18,7 @@ from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.quantize.quantize_config import QuantizeRecipe
 from stillhouse.section import Section
 from stillhouse.signals.signals_config import SignalsRecipe
-from stillhouse.students.student_config import SIZE_KEYS, PrunedStudent, StudentRecipe
+from stillhouse.students.student_config import PrunedStudent, StudentRecipe
 from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
 from stillhouse.training.train_config import TrainRecipe
 
@@ -106,7 +106,7 @@ class Recipe(Section):
             return self
         if self.student.target is not None:
             raise ValueError("in a cascade every hop has its own target: move student.target there")
-        given = [f"student.{key}" for key in SIZE_KEYS if getattr(self.student, key) is not None]
+        given = [f"student.{axis}" for axis in self.student.sizes]
         searched = [hop.name for hop in self.cascade.hops if hop.target is not None]
         if given and searched:
             raise ValueError(

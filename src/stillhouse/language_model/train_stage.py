@@ -12,7 +12,7 @@ from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.signals_stage import StoredSignals, stored_signals, whom_to_ask
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
-from stillhouse.pipeline.stage_plan import StagePlan
+from stillhouse.pipeline.stage_plan import StagePlan, model_check
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.students.build_student import build_student, config_sha256
 from stillhouse.students.student_config import RandomStudent
@@ -51,7 +51,7 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("student", inputs, work, version=6)
+    return StagePlan("student", inputs, work, version=6, check=model_check(job.trust_remote_code))
 
 
 def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) -> StagePlan:
@@ -109,7 +109,15 @@ def _training(
         "data": data.digest,
         "student": student.digest,
     }
-    return StagePlan(name, everything, work, resumable=True, together=True, scratch=(CHECKPOINTS,))
+    return StagePlan(
+        name,
+        everything,
+        work,
+        resumable=True,
+        together=True,
+        scratch=(CHECKPOINTS,),
+        check=model_check(job.trust_remote_code),
+    )
 
 
 def training_outcome(result: TrainingResult, summary: dict[str, Any]) -> Outcome:

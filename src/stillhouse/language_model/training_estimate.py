@@ -18,16 +18,7 @@ from stillhouse.language_model.job import Job, configs, planned_objective, plann
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.pipeline.kind import Check
 from stillhouse.signals.manifest import read_manifest
-from stillhouse.signals.signals_config import (
-    FrozenHeadSignals,
-    HiddenSignals,
-    SampledSignals,
-    SignalsRecipe,
-    StratifiedSignals,
-    ThresholdSignals,
-    TopKSignals,
-    TopPSignals,
-)
+from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals, SignalsRecipe
 from stillhouse.training.objective import stored_layers
 from stillhouse.training.train import plan_batches
 
@@ -125,25 +116,16 @@ def _signals(
 
 
 def _row_bytes(job: Job, section: SignalsRecipe) -> float:
-    """Bytes of a stored token, about: docs/signal-store.md has the encodings' sizes."""
-    encoding = section.encoding
-    match encoding:
-        case ThresholdSignals():
-            row = encoding.bytes
-        case TopKSignals():
-            row = 5.0 + 4 * encoding.k
-        case TopPSignals():
-            row = 5.0 + 4 * encoding.most / 4
-        case SampledSignals():
-            row = 1.0 + 3 * encoding.draws / 2
-        case StratifiedSignals():
-            row = 2.0 + 3 * encoding.k + 2 * encoding.draws
+    """Bytes of a stored token, about."""
+    match section.encoding:
         case FrozenHeadSignals():
             row = 4.0 + 2 * configs(job)[0].get_text_config().hidden_size
         case HiddenSignals():
             teacher = configs(job)[1].get_text_config()
             layers = stored_layers(planned_objective(job), teacher)
             row = 2.0 * teacher.hidden_size * len(layers)
+        case entries:
+            row = entries.row_bytes
     return row + SEGMENT_BYTES
 
 

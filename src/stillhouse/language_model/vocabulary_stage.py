@@ -23,7 +23,7 @@ from stillhouse.hardware import choose_precision, default_device, peak_memory_by
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job, find_models, shared_vocabulary
 from stillhouse.language_model.recipe import Recipe
-from stillhouse.pipeline.stage_plan import Do, StagePlan
+from stillhouse.pipeline.stage_plan import Do, StagePlan, model_check
 from stillhouse.pruning.pruning_config import VocabularyFile
 from stillhouse.pruning.shapes import Counter
 from stillhouse.pruning.sizes import sizes_of
@@ -162,7 +162,9 @@ def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
         "teacher": job.teacher.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("vocabulary", inputs, work, version=3)
+    return StagePlan(
+        "vocabulary", inputs, work, version=3, check=model_check(job.trust_remote_code)
+    )
 
 
 def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:

@@ -3,6 +3,7 @@
 Usable on its own with plain PyTorch: `fused_loss` takes hidden rows, an LM head and a signal.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,8 +11,9 @@ if TYPE_CHECKING:
     from stillhouse.objectives.fused import fused_loss
     from stillhouse.objectives.layers import LayerMap, map_layers
     from stillhouse.objectives.mixtures import Mixture, Schedule, Tally
+    from stillhouse.objectives.objective_names import PARAMETERS
     from stillhouse.objectives.relation import AttentionStates, capture, relation_loss
-    from stillhouse.objectives.terms import PARAMETERS, LossSum, Term
+    from stillhouse.objectives.terms import LossSum, Term
 
 __all__ = [
     "PARAMETERS",
@@ -31,40 +33,19 @@ __all__ = [
 ]
 
 _OWNERS = {
-    "features": [
-        "HiddenStateLoss",
-        "layer_logits_loss",
-    ],
-    "fused": [
-        "fused_loss",
-    ],
-    "layers": [
-        "LayerMap",
-        "map_layers",
-    ],
-    "mixtures": [
-        "Mixture",
-        "Schedule",
-        "Tally",
-    ],
-    "relation": [
-        "AttentionStates",
-        "capture",
-        "relation_loss",
-    ],
-    "terms": [
-        "LossSum",
-        "PARAMETERS",
-        "Term",
-    ],
+    "features": ["HiddenStateLoss", "layer_logits_loss"],
+    "fused": ["fused_loss"],
+    "layers": ["LayerMap", "map_layers"],
+    "mixtures": ["Mixture", "Schedule", "Tally"],
+    "objective_names": ["PARAMETERS"],
+    "relation": ["AttentionStates", "capture", "relation_loss"],
+    "terms": ["LossSum", "Term"],
 }
 
 
 def __getattr__(name: str) -> Any:
-    # Only what is used is imported: a recipe's types must not wait for torch.
+    # Import only what is used: reading a recipe must not wait for torch.
     for module, names in _OWNERS.items():
         if name in names:
-            from importlib import import_module
-
             return getattr(import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,7 @@ Shapes: N supervised rows, D width (Ds of the student, Dt of the teacher).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from stillhouse.errors import SignalError
 from stillhouse.objectives.fused import fused_loss
 from stillhouse.objectives.layers import LayerMap
+from stillhouse.objectives.objective_names import Distance
 from stillhouse.objectives.signal_checks import same_rows
 from stillhouse.objectives.terms import LossSum, Term
 from stillhouse.signals import LMHead, Signal
@@ -34,10 +35,10 @@ class HiddenStateLoss(nn.Module):
         pairs: LayerMap,
         student_width: int,
         teacher_width: int,
-        kind: Literal["mse", "cosine"] = "mse",
+        kind: Distance = "mse",
     ) -> None:
         super().__init__()
-        if kind not in ("mse", "cosine"):
+        if kind not in get_args(Distance):
             raise SignalError(f"there is no hidden-state loss {kind!r}", fix="use mse or cosine")
         self.pairs = pairs
         self.kind = kind

@@ -7,9 +7,9 @@ i the output of block i, and the number of blocks the last hidden state (after t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from stillhouse.errors import SignalError
+from stillhouse.objectives.objective_names import LayerMapping
 
 LayerMap = tuple[tuple[int, int], ...]
 """(student's layer, teacher's layer) pairs."""
@@ -18,7 +18,7 @@ LayerMap = tuple[tuple[int, int], ...]
 def map_layers(
     student_layers: int,
     teacher_layers: int,
-    how: Literal["uniform", "last"] | Sequence[tuple[int, int]] = "uniform",
+    how: LayerMapping | Sequence[tuple[int, int]] = "uniform",
     *,
     count: int | None = None,
     embeddings: bool = False,

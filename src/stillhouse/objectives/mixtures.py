@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from stillhouse.errors import SignalError
+from stillhouse.objectives.objective_names import ScheduleShape
 from stillhouse.objectives.terms import LossSum, Term
 
 
@@ -25,7 +26,7 @@ class Schedule:
     end: float
     begin: float = 0.0
     finish: float = 1.0
-    shape: Literal["linear", "cosine"] = "linear"
+    shape: ScheduleShape = "linear"
 
     def __post_init__(self) -> None:
         if min(self.start, self.end) < 0:
@@ -38,7 +39,7 @@ class Schedule:
                 f"a schedule runs from {self.begin} to {self.finish} of the steps",
                 fix="0 <= begin < finish <= 1",
             )
-        if self.shape not in ("linear", "cosine"):
+        if self.shape not in get_args(ScheduleShape):
             raise SignalError(
                 f"there is no schedule shape {self.shape!r}", fix="use linear or cosine"
             )

@@ -6,20 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stillhouse.section import Section
-
-Divergence = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "normalized_jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "total_variation",
-    "alpha_beta",
-    "adaptive_kl",
-    "cross_entropy",
-]
+from stillhouse.objectives.objective_names import (
+    PARAMETERS,
+    Distance,
+    LayerMapping,
+    Relation,
+    ScheduleShape,
+)
+from stillhouse.section import OneOf, Section
 
 
 class ScheduleRecipe(Section):
@@ -29,7 +23,7 @@ class ScheduleRecipe(Section):
     end: float = Field(ge=0, strict=False, description="The factor from `finish` on.")
     begin: float = Field(0.0, ge=0, le=1, strict=False, description="Share of all steps.")
     finish: float = Field(1.0, ge=0, le=1, strict=False, description="Share of all steps.")
-    shape: Literal["linear", "cosine"] = "linear"
+    shape: ScheduleShape = "linear"
 
     @model_validator(mode="after")
     def _goes_forward(self) -> ScheduleRecipe:
@@ -46,7 +40,7 @@ class Weighted(Section):
 class LayerTerm(Weighted):
     """Which blocks of the student answer to which of the teacher; 1 is the first."""
 
-    layers: Literal["uniform", "last"] = Field(
+    layers: LayerMapping = Field(
         "uniform",
         description="uniform: the student's blocks spread over the teacher's depth; "
         "last: the last `count` blocks of both.",
@@ -61,7 +55,7 @@ class LogitsTerm(Weighted):
     """A divergence between the next-token distributions, or cross-entropy with the data."""
 
     kind: Literal["logits"] = "logits"
-    divergence: Divergence = "forward_kl"
+    divergence: Annotated[str, OneOf(PARAMETERS)] = "forward_kl"
     temperature: float = Field(
         1.0, gt=0, strict=False, description="Divides both models' logits; cross-entropy keeps 1."
     )
@@ -89,7 +83,7 @@ class HiddenStatesTerm(LayerTerm):
     """Distance between blocks' outputs, through a learned map where the widths differ."""
 
     kind: Literal["hidden_states"]
-    distance: Literal["mse", "cosine"] = "mse"
+    distance: Distance = "mse"
     embeddings: bool = Field(False, description="Pair the embeddings of both models too.")
 
 
@@ -98,10 +92,8 @@ class AttentionRelationsTerm(LayerTerm):
 
     kind: Literal["attention_relations"]
     heads: int = Field(gt=0, description="Relation heads; divides both models' q, k, v widths.")
-    relations: list[Literal["query", "key", "value"]] = Field(
-        default=["query", "key", "value"], min_length=1
-    )
-    layers: Literal["uniform", "last"] = "last"
+    relations: list[Relation] = Field(default=["query", "key", "value"], min_length=1)
+    layers: LayerMapping = "last"
     count: int | None = Field(1, gt=0, description="Blocks to pair; null: all of the student's.")
 
 

@@ -12,14 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from stillhouse.errors import SignalError
+from stillhouse.objectives.objective_names import Relation
 from stillhouse.objectives.terms import LossSum
 
-RELATIONS = ("query", "key", "value")
+RELATIONS: tuple[Relation, ...] = get_args(Relation)
 PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 
 

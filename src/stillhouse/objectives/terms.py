@@ -9,23 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stillhouse.errors import SignalError
-
-PARAMETERS: dict[str, dict[str, float]] = {
-    "forward_kl": {},
-    "reverse_kl": {},
-    "jsd": {"beta": 0.5},
-    "normalized_jsd": {"beta": 0.5},
-    "skew_forward_kl": {"alpha": 0.1},
-    "skew_reverse_kl": {"alpha": 0.1},
-    "total_variation": {},
-    "alpha_beta": {"alpha": 0.2, "beta": 0.7},
-    "adaptive_kl": {"mu": 0.5},
-    "cross_entropy": {},
-}
-"""Every divergence, with its parameters and their defaults; see `divergences` for the formulas.
-
-A parameter lies in [0, 1], except that those of `alpha_beta` may be larger.
-"""
+from stillhouse.objectives.objective_names import PARAMETERS
 
 
 @dataclass(frozen=True)

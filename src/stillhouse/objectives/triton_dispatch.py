@@ -13,16 +13,16 @@ from stillhouse.objectives.groups import Group, Member
 from stillhouse.objectives.head_logits import ComputeHead
 from stillhouse.objectives.terms import Term
 
-KINDS: dict[str, str | None] = {
-    "forward_kl": None,
-    "reverse_kl": None,
-    "total_variation": None,
-    "jsd": "beta",
-    "normalized_jsd": "beta",
-    "skew_forward_kl": "alpha",
-    "skew_reverse_kl": "alpha",
-}
-"""Divergences that the kernel has, and their parameter."""
+KINDS = (
+    "forward_kl",
+    "reverse_kl",
+    "total_variation",
+    "jsd",
+    "normalized_jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+)
+"""Divergences that the kernel computes; each has at most one parameter."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,7 @@ def reduced(term: Term) -> tuple[str, float, float]:
 
     The ends of a family are simpler members of it: see `divergences`.
     """
-    name = KINDS[term.divergence]
-    parameter = 0.0 if name is None else term.parameters[name]
+    parameter = next(iter(term.parameters.values()), 0.0)
     match term.divergence:
         case "normalized_jsd" if parameter == 0.0:
             return "forward_kl", 0.0, 1.0

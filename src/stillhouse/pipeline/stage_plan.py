@@ -10,6 +10,8 @@ from typing import Any
 
 from stillhouse.hardware import tune_allocator
 from stillhouse.runfolder import Outcome, RunFolder, Stage
+from stillhouse.teachers.load import check_loadable
+from stillhouse.training.train import MODEL
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class StagePlan:
     writes. together: every process of a torchrun takes part. resumable: a half-written folder is
     continued. scratch: names inside the folder that are deleted before it is finished.
     missing: how many results a finished stage still lacks; it runs again while there are any.
+    check: raises StillhouseError where the filled folder lacks its product.
     """
 
     name: str
@@ -30,6 +33,7 @@ class StagePlan:
     together: bool = False
     scratch: tuple[str, ...] = ()
     missing: Callable[[Stage], int] | None = None
+    check: Callable[[Path], None] | None = None
 
     @property
     def depends_on(self) -> dict[str, Any]:
@@ -55,6 +59,7 @@ def doing(folder: RunFolder) -> Do:
             plan.work,
             resumable=plan.resumable,
             scratch=plan.scratch,
+            check=plan.check,
         )
 
     return do
@@ -63,3 +68,8 @@ def doing(folder: RunFolder) -> Do:
 def unanswered(stage: Stage) -> int:
     """Requests of the stage that have no answer and may get one when they are sent again."""
     return int(stage.summary.get("unanswered", 0))
+
+
+def model_check(trust_remote_code: bool) -> Callable[[Path], None]:
+    """The check of a stage that writes a causal language model."""
+    return lambda out: check_loadable(out / MODEL, trust_remote_code=trust_remote_code)

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stillhouse.errors import ModelError
-from stillhouse.teachers.views import decoder_layers
 
 
 @dataclass(frozen=True)
@@ -155,20 +154,6 @@ def axes_of(config: Any) -> Axes:
                     fix="use start: pretrained or start: random",
                 )
     return axes
-
-
-def check_parameters(model: Any, axes: Axes) -> None:
-    """ModelError when a layer holds a parameter that no axis declares: it would stay uncut."""
-    declared = axes.parameters()
-    for number, layer in enumerate(decoder_layers(model)):
-        unknown = sorted({name for name, _ in layer.named_parameters()} - declared)
-        if unknown:
-            raise ModelError(
-                f"layer {number} has parameters that pruning does not know: "
-                f"{', '.join(unknown[:3])}",
-                where=model.config.name_or_path or "student.start",
-                fix="merge adapters first; a variant of an architecture cannot be pruned",
-            )
 
 
 def part(module: Any, name: str) -> Any:

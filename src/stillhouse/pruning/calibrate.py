@@ -8,7 +8,6 @@ A attention width (heads × head_dim).
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stillhouse.data.draw_windows import ChosenWindows, drawn_order
 from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError
@@ -34,20 +34,6 @@ class Batch:
     input_ids_RL: Tensor
     position_ids_RL: Tensor
     counted_RL: Tensor
-
-
-@dataclass(frozen=True)
-class Some:
-    """A few windows of a set."""
-
-    windows: WindowSet
-    numbers: Sequence[int]
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, index: int, /) -> dict[str, Tensor]:
-        return self.windows[self.numbers[index]]
 
 
 @dataclass(frozen=True)
@@ -78,7 +64,7 @@ def calibration_batches(
             fix="add sources, or lower heldout_tokens",
         )
     length = len(windows[0]["input_ids"])
-    chosen = sorted(_in_order(windows, seed)[: -(-tokens // length)])
+    chosen = sorted(_order(windows, seed)[: -(-tokens // length)])
     at_once = max(1, together // length)
     return [
         _batch([windows[index] for index in chosen[start : start + at_once]], device)
@@ -86,15 +72,14 @@ def calibration_batches(
     ]
 
 
-def unseen(windows: WindowSet, tokens: int, seed: int) -> Some:
+def unseen(windows: WindowSet, tokens: int, seed: int) -> ChosenWindows:
     """The windows that are in no calibration batch of so many tokens."""
     length = len(windows[0]["input_ids"])
-    return Some(windows, _in_order(windows, seed)[-(-tokens // length) :])
+    return ChosenWindows(windows, _order(windows, seed)[-(-tokens // length) :])
 
 
-def _in_order(windows: WindowSet, seed: int) -> list[int]:
-    # Not torch's generator with this seed: training would meet the same windows first.
-    return random.Random(f"calibration {seed}").sample(range(len(windows)), len(windows))
+def _order(windows: WindowSet, seed: int) -> list[int]:
+    return drawn_order(windows, f"calibration {seed}")
 
 
 def _batch(rows: Sequence[dict[str, Tensor]], device: torch.device | str) -> Batch:

@@ -6,22 +6,18 @@ Shapes: R windows of a batch, L tokens, N counted positions, D hidden width, V v
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from stillhouse.progress import bar
 from stillhouse.pruning.calibrate import Batch, LayerInputs, layer_inputs, run_layer
-from stillhouse.signals import LMHead
-from stillhouse.signals.lm_head import head_logits
+from stillhouse.signals.lm_head import summed_kl
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.views import decoder_layers
-
-CHUNK_LOGITS = 1 << 23
-"""Logits that are held at once, of one model: 32 MiB at most, whatever the vocabulary."""
 
 HELD = 8
 """Layers whose trials are judged together, against logits of the full model computed once. Their
@@ -97,14 +93,27 @@ def _by_scores(
     return DepthChoice(tuple(alive), tuple(dropped), ())
 
 
-@torch.no_grad()
-def layer_scores(
-    model: Any, batches: Sequence[Batch], by: Literal["block_influence", "norm_ratio"]
-) -> list[float]:
-    """What each layer does to the stream, averaged over the counted rows; little means redundant.
+def _block_influence(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    """1 - cos(in, out) (Men et al. 2024, ShortGPT, arXiv 2403.03853)."""
+    return 1 - torch.cosine_similarity(x_ND, y_ND, dim=-1)
 
-    block_influence: 1 - cos(in, out) (Men et al. 2024, ShortGPT, arXiv 2403.03853).
-    norm_ratio: ‖out‖ / ‖in‖ (Ministral 3, arXiv 2601.08584).
+
+def _norm_ratio(x_ND: Tensor, y_ND: Tensor) -> Tensor:
+    """‖out‖ / ‖in‖ (Ministral 3, arXiv 2601.08584)."""
+    return y_ND.norm(dim=-1) / x_ND.norm(dim=-1).clamp_min(1e-12)
+
+
+SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "block_influence": _block_influence,
+    "norm_ratio": _norm_ratio,
+}
+"""Importance of a layer by the stream [N, D] before and after it."""
+
+
+@torch.no_grad()
+def layer_scores(model: Any, batches: Sequence[Batch], by: str) -> list[float]:
+    """What each layer does to the stream, by `SCORES[by]`, averaged over the counted rows; little
+    means redundant.
     """
     layers = decoder_layers(model)
     sums = [0.0] * len(layers)
@@ -117,11 +126,7 @@ def layer_scores(
             after_RLD = run_layer(layer, before_RLD, inputs.extras[index])
             x_ND = before_RLD[batch.counted_RL].double()
             y_ND = after_RLD[batch.counted_RL].double()
-            if by == "block_influence":
-                value_N = 1 - torch.cosine_similarity(x_ND, y_ND, dim=-1)
-            else:
-                value_N = y_ND.norm(dim=-1) / x_ND.norm(dim=-1).clamp_min(1e-12)
-            sums[index] += value_N.sum().item()
+            sums[index] += SCORES[by](x_ND, y_ND).sum().item()
             before_RLD = after_RLD
     return [value / max(rows, 1) for value in sums]
 
@@ -183,29 +188,3 @@ class _Scorer:
             hidden_RLD = run_layer(self.layers[index], hidden_RLD, inputs.extras[index])
         rows_ND: Tensor = self.norm(hidden_RLD)[batch.counted_RL]
         return rows_ND
-
-
-def chunks(head: LMHead, rows: int) -> list[slice]:
-    """As many rows at a time as have CHUNK_LOGITS, and logits half as large as the head itself."""
-    vocabulary, hidden = head.weight_VD.shape
-    size = max(1, min(CHUNK_LOGITS // vocabulary, hidden // 2))
-    return [slice(start, start + size) for start in range(0, rows, size)]
-
-
-def summed_kl(
-    head: LMHead, full_ND: Tensor, others: Sequence[Tensor], other_head: LMHead | None = None
-) -> list[float]:
-    """Σ KL(softmax of full ‖ softmax of other) over rows, in nats, for each of `others` [N, D].
-
-    A few rows at a time; the full model's distribution is computed once for all. `other_head` is
-    the others' head where it is not the full model's.
-    """
-    other_head = head if other_head is None else other_head
-    totals = [0.0] * len(others)
-    for chunk in chunks(head, len(full_ND)):
-        full_nV = head_logits(head, full_ND[chunk]).float().log_softmax(-1)
-        probability_nV = full_nV.exp()
-        for place, other_ND in enumerate(others):
-            other_nV = head_logits(other_head, other_ND[chunk]).float().log_softmax(-1)
-            totals[place] -= other_nV.sub_(full_nV).mul_(probability_nV).sum().item()
-    return totals

@@ -9,7 +9,6 @@ Shapes: R windows of a batch, L tokens, N counted rows, D hidden width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from stillhouse.data.windows import WindowSet
-from stillhouse.pruning.calibrate import Batch, calibration_batches, products
-from stillhouse.pruning.depth import chunks, summed_kl
+from stillhouse.pruning.calibrate import calibration_batches, products
+from stillhouse.pruning.reference import Reference
 from stillhouse.signals import LMHead
-from stillhouse.signals.lm_head import head_logits
+from stillhouse.signals.lm_head import log_probabilities, row_chunks
 from stillhouse.teachers.backbone import hidden_states, lm_head
 
 TOKENS = 2048
@@ -33,11 +32,9 @@ LEAST_KL = 0.01
 
 @dataclass(frozen=True)
 class Reading:
-    """What the full model makes of some text: last hidden rows a batch, head, perplexity."""
+    """What the full model computes on some text, and its perplexity there."""
 
-    batches: list[Batch]
-    rows: list[Tensor]
-    head: LMHead
+    reference: Reference
     perplexity: float
 
 
@@ -84,25 +81,13 @@ def read_text(model: Any, windows: WindowSet, seed: int, dtype: torch.dtype) -> 
             targets_N = batch.input_ids_RL[:, 1:][follows_RL]
             loss += _cross_entropy(head, hidden_RLD[:, :-1][follows_RL], targets_N)
             count += len(targets_N)
-    return Reading(batches, rows, head, math.exp(min(loss / max(count, 1), 700.0)))
-
-
-@torch.no_grad()
-def kl_on(known: Reading, model: Any, dtype: torch.dtype) -> float:
-    """KL(full ‖ model) in nats a token on the text of `known`."""
-    total, count = 0.0, 0
-    with products(model, dtype):
-        for batch, full_ND in zip(known.batches, known.rows, strict=True):
-            own_RLD = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL).float()
-            own: Sequence[Tensor] = [own_RLD[batch.counted_RL]]
-            total += summed_kl(known.head, full_ND, own, lm_head(model))[0]
-            count += len(full_ND)
-    return total / max(count, 1)
+    perplexity = math.exp(min(loss / max(count, 1), 700.0))
+    return Reading(Reference(batches, rows, head), perplexity)
 
 
 def _cross_entropy(head: LMHead, rows_ND: Tensor, targets_N: Tensor) -> float:
     total = 0.0
-    for chunk in chunks(head, len(rows_ND)):
-        logits_nV = head_logits(head, rows_ND[chunk]).float().log_softmax(-1)
-        total -= logits_nV.gather(1, targets_N[chunk, None]).sum().item()
+    for chunk in row_chunks(head, len(rows_ND)):
+        log_p_nV = log_probabilities(head, rows_ND[chunk])
+        total -= log_p_nV.gather(1, targets_N[chunk, None]).sum().item()
     return total

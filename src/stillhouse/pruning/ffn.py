@@ -16,12 +16,12 @@ Shapes: N rows, F neurons, K kept ones, Q removed ones, D hidden width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from stillhouse.pruning.gradients import Fisher
+from stillhouse.pruning.pruning_config import Aggregation, Importance
 
 RIDGE = 1e-3
 """λ: share of the mean activation energy that is added to the diagonal."""
@@ -40,8 +40,8 @@ class Ranking:
     aggregation: of activations over rows, where they decide. fisher: where gradients do.
     """
 
-    by: Literal["refit", "activations", "gradients"] = "refit"
-    aggregation: Literal["l2", "mean"] = "l2"
+    by: Importance = "refit"
+    aggregation: Aggregation = "l2"
     fisher: Fisher | None = None
 
 

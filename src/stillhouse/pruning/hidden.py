@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.ffn import RIDGE, Moments, refit_and_remove, regularized_inverse
-from stillhouse.pruning.mapped import is_large, let_go, mapped_ranges
+from stillhouse.pruning.offload import release
 from stillhouse.pruning.streams import Stream, Streams
 from stillhouse.pruning.surgery import set_parameter, set_weight
 
@@ -154,7 +154,6 @@ def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor
     zeros = torch.zeros_like(head_DD)
     moments = StreamMoments(zeros, zeros.clone())
     stream = streams.start()
-    large = is_large(streams.model)
     for index, layer in enumerate(streams.layers):
         mids = streams.after_attention(layer, index, stream)
         if index in kept_layers:
@@ -171,8 +170,7 @@ def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor
                     ],
                 )
         stream = streams.after_ffn(layer, mids)
-        if large:
-            let_go(mapped_ranges(layer))
+        release(layer)
     last = [unit_rows(norm, x_ND) for x_ND in streams.rows(stream)]
     moments.add(last, [_scaled(head_DD, norm, axes)])
     return moments

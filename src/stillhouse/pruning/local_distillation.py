@@ -34,8 +34,6 @@ def distill_block(
     """
     layer, batches = streams.layers[index], streams.batches
     known = {name: value.detach().clone() for name, value in layer.named_parameters()}
-    for value in layer.parameters():
-        value.data = value.data.clone()  # not the pages of a file, which may be let go
     judged = [len(batches) - 1]
     trained = list(range(len(batches) - 1)) or judged
     start = _error(streams, index, before, target, judged)

@@ -11,13 +11,13 @@ import torch
 
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
-from stillhouse.pruning.axes import axes_of, check_parameters
+from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.calibrate import calibration_batches, products
-from stillhouse.pruning.depth import DepthChoice, choose_layers, layer_scores
+from stillhouse.pruning.depth import SCORES, DepthChoice, choose_layers, layer_scores
 from stillhouse.pruning.ffn import Ranking
 from stillhouse.pruning.gradients import BATCH_TOKENS as GRADIENT_TOKENS
 from stillhouse.pruning.gradients import Fisher, Part, mask_fisher
-from stillhouse.pruning.mapped import let_go_after_use
+from stillhouse.pruning.offload import is_offloaded, offload, released_after_use
 from stillhouse.pruning.pruning_config import PruningMethod
 from stillhouse.pruning.sizes import (
     HiddenMethod,
@@ -28,7 +28,13 @@ from stillhouse.pruning.sizes import (
     size_notes,
     sizes_of,
 )
-from stillhouse.pruning.surgery import check_tokens, keep_layers, keep_tokens, own_config
+from stillhouse.pruning.surgery import (
+    check_parameters,
+    check_tokens,
+    keep_layers,
+    keep_tokens,
+    own_config,
+)
 from stillhouse.pruning.width import Passage, cut_width
 
 DEPTH_TOKENS = 2048
@@ -91,13 +97,7 @@ def prune_model(
     model: Any,
     windows: WindowSet,
     *,
-    ffn_size: int | None = None,
-    layers: int | None = None,
-    heads: int | None = None,
-    kv_heads: int | None = None,
-    hidden_size: int | None = None,
     hidden_method: HiddenMethod = "channels",
-    experts: int | None = None,
     kept_ids: Sequence[int] | None = None,
     reconstruct: bool = True,
     calibration_tokens: int = 49152,
@@ -106,11 +106,12 @@ def prune_model(
     shared: Calibration | None = None,
     method: PruningMethod = METHOD,
     local_tokens: int = 0,
+    **sizes: int | None,
 ) -> PruneReport:
     """Prunes a float32 causal language model in place, calibrated on training windows.
 
-    Every size that is None stays. heads: query heads in all, as many in each of the kv_heads
-    groups. hidden_size with hidden_method: "rotation" unties the head, and rotates even where the
+    sizes: those to prune to, by their names in `sizes.AXES`; a size that is not given, or None,
+    stays. hidden_size with hidden_method: "rotation" unties the head, and rotates even where the
     size stays. kept_ids: the tokens to keep, old ids by new id (see vocabulary.kept_token_ids).
 
     The windows run through the model with matrix products in `dtype`; weights, statistics and
@@ -124,17 +125,9 @@ def prune_model(
     architecture that cannot be pruned, DataError when there are no windows.
     """
     axes = axes_of(model.config)
-    after = check_sizes(
-        model.config,
-        ffn_size,
-        layers,
-        heads=heads,
-        kv_heads=kv_heads,
-        hidden_size=hidden_size,
-        hidden_method=hidden_method,
-        experts=experts,
-        vocabulary=None if kept_ids is None else len(kept_ids),
-    )
+    vocabulary = None if kept_ids is None else len(kept_ids)
+    wanted = {**sizes, "vocabulary": vocabulary}
+    after = check_sizes(model.config, wanted, hidden_method=hidden_method)
     before = sizes_of(model.config)
     check_importance(method, before, after)
     check_parameters(model, axes)
@@ -143,7 +136,7 @@ def prune_model(
     own_config(model)
     batches = calibration_batches(windows, calibration_tokens, seed, model.device)
     seen = sum(int(batch.counted_RL.sum()) for batch in batches)
-    rotated = hidden_size is not None and hidden_method == "rotation"
+    rotated = sizes.get("hidden_size") is not None and hidden_method == "rotation"
     notes = _notes(model.config, before, after, rotated)
     if sum(batch.input_ids_RL.numel() for batch in batches) < calibration_tokens:
         asked = f"{calibration_tokens:,} asked"
@@ -152,8 +145,7 @@ def prune_model(
     if after.layers < before.layers:
         known = None if shared is None else shared.choose_layers(after.layers, before.layers)
         if known is None:
-            with let_go_after_use(model):
-                known = rank_layers(model, windows, after.layers, method, seed, dtype)
+            known = rank_layers(model, windows, after.layers, method, seed, dtype)
             if shared is not None:
                 shared.depth = known
         choice = known
@@ -185,6 +177,8 @@ def prune_model(
     set_sizes(model.config, replace(after, vocabulary=before.vocabulary))
     if kept_ids is not None:
         keep_tokens(model, torch.tensor(kept_ids, device=model.device))
+    if is_offloaded(model):
+        offload(model)  # its ends too
     return PruneReport(
         ffn_size=(before.ffn_size, after.ffn_size),
         layers=(before.layers, after.layers),
@@ -214,12 +208,13 @@ def rank_layers(
     """The order in which layers go, by `method.depth_importance`, and the KL after each."""
     few = calibration_batches(windows, tokens, seed, model.device)
     by, scores = method.depth_importance, None
-    if by == "gradients":
-        scores = _fisher(model, windows, ["layers"], seed, dtype).layers.tolist()
-    with products(model, dtype):
-        if by in ("block_influence", "norm_ratio"):
-            scores = layer_scores(model, few, by)
-        return choose_layers(model, few, keep, scores=scores, most_kl=most_kl)
+    with released_after_use(model):
+        if by == "gradients":
+            scores = _fisher(model, windows, ["layers"], seed, dtype).layers.tolist()
+        with products(model, dtype):
+            if by in SCORES:
+                scores = layer_scores(model, few, by)
+            return choose_layers(model, few, keep, scores=scores, most_kl=most_kl)
 
 
 def check_importance(method: PruningMethod, before: Sizes, after: Sizes) -> None:

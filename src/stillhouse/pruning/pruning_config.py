@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stillhouse.section import Section
-
-SearchedAxis = Literal["layers", "ffn_size", "heads", "kv_heads", "hidden_size", "experts"]
-TargetKey = Literal["params", "non_embedding_params", "bytes", "decode_latency", "memory"]
+from stillhouse.pruning.sizes import AXES
+from stillhouse.section import OneOf, Section
 
 _COUNTS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9}
 _BYTES = {
@@ -20,7 +18,7 @@ _BYTES = {
     for suffix in ("", "b")
 } | {"kib": 2.0**10, "mib": 2.0**20, "gib": 2.0**30}
 _SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6}
-UNITS: dict[TargetKey, dict[str, float]] = {
+UNITS: dict[str, dict[str, float]] = {
     "params": _COUNTS,
     "non_embedding_params": _COUNTS,
     "bytes": _BYTES,
@@ -40,7 +38,7 @@ class Amount:
     relative: bool
 
 
-def read_amount(key: TargetKey, text: int | float | str) -> Amount:
+def read_amount(key: str, text: int | float | str) -> Amount:
     """60% or 108M or 250MB or 20ms. Raises ValueError, which says what can be written."""
     found = _AMOUNT.fullmatch(str(text))
     number, unit = found.groups() if found else ("0", "")
@@ -82,7 +80,7 @@ class TargetRecipe(Section):
         return self
 
     @property
-    def key(self) -> TargetKey:
+    def key(self) -> str:
         return next(key for key in UNITS if getattr(self, key) is not None)
 
     @property
@@ -93,6 +91,11 @@ class TargetRecipe(Section):
     def measured(self) -> bool:
         """Whether this machine must be timed or filled to know what a shape needs."""
         return self.key in ("decode_latency", "memory")
+
+
+Importance = Literal["refit", "activations", "gradients"]
+Aggregation = Literal["l2", "mean"]
+DepthImportance = Literal["kl", "block_influence", "norm_ratio", "gradients"]
 
 
 class VocabularyFile(Section):
@@ -107,16 +110,16 @@ class VocabularyFile(Section):
 class PruningMethod(Section):
     """What decides which parts of the model stay."""
 
-    importance: Literal["refit", "activations", "gradients"] = Field(
+    importance: Importance = Field(
         "refit",
         description="Of neurons, heads and channels. refit: what is lost after the others were "
         "refit (activations, with reconstruct: false); activations: norm of activations x norm of "
         "the weights that read them; gradients: Fisher information of the KL.",
     )
-    aggregation: Literal["l2", "mean"] = Field(
+    aggregation: Aggregation = Field(
         "l2", description="Of activations over calibration rows, for importance: activations."
     )
-    depth_importance: Literal["kl", "block_influence", "norm_ratio", "gradients"] = Field(
+    depth_importance: DepthImportance = Field(
         "kl",
         description="Of layers. kl: what the output loses without each, tried one after the "
         "other; block_influence: 1 - cosine of the stream before and after; norm_ratio: norm after "
@@ -133,8 +136,8 @@ class PruningMethod(Section):
 class SearchRecipe(Section):
     """How the shape that meets a target is found."""
 
-    axes: list[SearchedAxis] = Field(
-        default=["layers", "ffn_size", "heads", "kv_heads", "hidden_size", "experts"],
+    axes: list[Annotated[str, OneOf(AXES)]] = Field(
+        default=list(AXES),
         min_length=1,
         description="What may be made smaller, where the architecture has it.",
     )

@@ -21,13 +21,10 @@ from stillhouse.account import count_parameters
 from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.pruning_config import (
-    UNITS,
-    SearchedAxis,
     SearchRecipe,
-    TargetKey,
     TargetRecipe,
 )
-from stillhouse.pruning.sizes import Sizes, resized_config, sizes_of
+from stillhouse.pruning.sizes import AXES, Sizes, resized_config, sizes_of
 
 ALIGNMENTS = (256, 128, 64, 32)
 """Multiples that kernels and GGUF's block formats want, the best first."""
@@ -98,7 +95,7 @@ class Counter:
 class Limit:
     """What a shape may cost at most, and at least; in the target's unit. whole: the start's."""
 
-    key: TargetKey
+    key: str
     most: float
     least: float
     whole: float
@@ -107,7 +104,7 @@ class Limit:
         return f"{shown(self.key, self.most)} ({self.most / self.whole:.0%} of the model's)"
 
 
-def shown(key: TargetKey, value: float) -> str:
+def shown(key: str, value: float) -> str:
     """A cost as a person writes it, and as a recipe reads it."""
     if key == "decode_latency":
         return f"{value * 1e3:.4g}ms"
@@ -125,9 +122,9 @@ def limit_of(target: TargetRecipe, whole: float, tolerance: float) -> Limit:
     return Limit(target.key, most, most * (1 - tolerance), whole)
 
 
-def sizes_to_prune(before: Sizes, after: Sizes) -> dict[str, int]:
+def sizes_to_prune(before: Sizes, after: Sizes) -> dict[str, Any]:
     """The axes that differ, as `prune_model` takes them."""
-    found = {key: getattr(after, key) for key in SearchedAxis.__args__}  # type: ignore[attr-defined]
+    found = {key: getattr(after, key) for key in AXES}
     if found["heads"] == before.heads and found["kv_heads"] == before.kv_heads:
         found = {key: value for key, value in found.items() if "heads" not in key}
     return {
@@ -187,7 +184,7 @@ def planned_shape(
         return counter.start
 
 
-def counted(counter: Counter, key: TargetKey, width: int) -> Cost:
+def counted(counter: Counter, key: str, width: int) -> Cost:
     """The cost of a shape without measuring; `width`: bytes a parameter."""
     if key == "non_embedding_params":
         return counter.non_embedding
@@ -229,7 +226,7 @@ def combinations(config: Any, search: SearchRecipe) -> Iterator[Sizes]:
     before, rules = sizes_of(config), axes_of(config)
     share = before.heads // before.kv_heads
 
-    def down(axis: SearchedAxis, size: int) -> list[int]:
+    def down(axis: str, size: int) -> list[int]:
         return list(range(size, -(-size // 2) - 1, -1)) if axis in search.axes else [size]
 
     # Without groups (share 1), a head goes with its keys and values.
@@ -353,6 +350,3 @@ def _out_of_reach(
 def _all_widths(shape: Sizes, search: SearchRecipe) -> Iterator[Sizes]:
     for step in _steps(search):
         yield from _widths(shape, search, step)
-
-
-assert set(UNITS) == set(TargetKey.__args__)  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -33,6 +33,10 @@ class Sizes:
     experts: int | None = None
 
 
+AXES = tuple(one.name for one in fields(Sizes) if one.name not in ("head_dim", "vocabulary"))
+"""The sizes that a recipe gives or a search chooses, as each of them is called everywhere."""
+
+
 def sizes_of(config: Any) -> Sizes:
     axes = axes_of(config)
     heads = config.num_attention_heads
@@ -50,19 +54,14 @@ def sizes_of(config: Any) -> Sizes:
 
 def check_sizes(
     config: Any,
-    ffn_size: int | None = None,
-    layers: int | None = None,
+    sizes: Mapping[str, int | None],
     *,
-    heads: int | None = None,
-    kv_heads: int | None = None,
-    hidden_size: int | None = None,
     hidden_method: HiddenMethod = "channels",
-    experts: int | None = None,
-    vocabulary: int | None = None,
     text_decides: bool = False,
     owner: str = "the teacher",
 ) -> Sizes:
-    """The sizes that a student pruned so will have; None leaves an axis as it is.
+    """The sizes that a student pruned to `sizes` (of AXES, and vocabulary) will have; None leaves
+    an axis as it is.
 
     `text_decides`: the vocabulary will be cut to what the text needs, so no other size must be
     given. `owner`: what an error calls the model that is pruned. Raises RecipeError, which names
@@ -70,16 +69,7 @@ def check_sizes(
     """
     axes = axes_of(config)
     before = sizes_of(config)
-    wanted = {
-        "ffn_size": ffn_size,
-        "layers": layers,
-        "heads": heads,
-        "kv_heads": kv_heads,
-        "hidden_size": hidden_size,
-        "experts": experts,
-        "vocabulary": vocabulary,
-    }
-    given = {key: value for key, value in wanted.items() if value is not None}
+    given = {key: value for key, value in sizes.items() if value is not None}
     if not given and not text_decides:
         raise RecipeError(
             "a pruned student needs a size to prune to",
@@ -96,9 +86,9 @@ def check_sizes(
     for key, value in given.items():
         _check_range(config, axes, key, value, getattr(before, key), owner)
     after = replace(before, **{key: value for key, value in given.items() if "heads" not in key})
-    after = _with_heads(before, after, heads, kv_heads)
+    after = _with_heads(before, after, given.get("heads"), given.get("kv_heads"))
     if after.hidden_size % after.heads and axes.hidden_over_heads:
-        raise _hidden_over_heads(config, before, after, hidden_size is not None)
+        raise _hidden_over_heads(config, before, after, "hidden_size" in given)
     if hidden_method == "rotation":
         _check_rotation(config, axes)
     return after

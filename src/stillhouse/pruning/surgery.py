@@ -16,11 +16,25 @@ from torch import Tensor, nn
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.heads import Grouping
-from stillhouse.pruning.mapped import let_go_after_use
+from stillhouse.pruning.offload import is_large, released_after_use
 from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.load import load_model
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.views import decoder_layers
+
+
+def check_parameters(model: Any, axes: Axes) -> None:
+    """ModelError when a layer holds a parameter that no axis declares: it would stay uncut."""
+    declared = axes.parameters()
+    for number, layer in enumerate(decoder_layers(model)):
+        unknown = sorted({name for name, _ in layer.named_parameters()} - declared)
+        if unknown:
+            raise ModelError(
+                f"layer {number} has parameters that pruning does not know: "
+                f"{', '.join(unknown[:3])}",
+                where=model.config.name_or_path or "student.start",
+                fix="merge adapters first; a variant of an architecture cannot be pruned",
+            )
 
 
 def keep_neurons(layer: nn.Module, axes: Axes, kept_K: Tensor, down_DK: Tensor) -> None:
@@ -143,11 +157,13 @@ def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
     Raises ModelError when a weight is missing or left over, or the logits differ.
     """
     with quiet():
-        with let_go_after_use(model):
+        with released_after_use(model):
             expected = model(input_ids=input_ids_RL, use_cache=False).logits
         loaded = load_model(folder, dtype=torch.float32)
-        with let_go_after_use(loaded):
-            found = loaded(input_ids=input_ids_RL, use_cache=False).logits
+        if is_large(loaded):
+            for layer in decoder_layers(loaded):
+                layer.register_forward_hook(_drop_weights)
+        found = loaded(input_ids=input_ids_RL, use_cache=False).logits
     error = (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-6)
     if not error <= 1e-5:
         raise ModelError(
@@ -155,6 +171,11 @@ def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
             where=folder,
             fix="this is a defect of Stillhouse for this architecture: please report it",
         )
+
+
+def _drop_weights(layer: nn.Module, *_: object) -> None:
+    """A hook: a layer that is used once need not stay in memory."""
+    layer.to("meta")
 
 
 def keep_rows(linear: Any, kept: Tensor) -> None:

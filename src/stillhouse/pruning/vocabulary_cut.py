@@ -21,11 +21,10 @@ from stillhouse.data.windows import WindowSet
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.progress import bar
 from stillhouse.pruning.calibrate import calibration_batches, products
-from stillhouse.pruning.depth import chunks
 from stillhouse.pruning.kept_tokens import Merges
-from stillhouse.pruning.mapped import let_go_after_use
+from stillhouse.pruning.offload import released_after_use
 from stillhouse.pruning.surgery import special_ids
-from stillhouse.signals.lm_head import head_logits
+from stillhouse.signals.lm_head import head_logits, row_chunks
 from stillhouse.teachers.backbone import hidden_states, lm_head
 
 KEPT_IDS = "kept_ids.json"
@@ -109,13 +108,13 @@ def expected_tokens(
     total = 0
     with (
         products(model, dtype),
-        let_go_after_use(model),
+        released_after_use(model),
         bar("What tokens the teacher expects", tokens) as advance,
     ):
         for batch in batches:
             hidden_RLD = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
             rows_ND = hidden_RLD[batch.counted_RL].float()
-            for chunk in chunks(head, len(rows_ND)):
+            for chunk in row_chunks(head, len(rows_ND)):
                 probability_nV = head_logits(head, rows_ND[chunk]).float().softmax(-1)
                 sum_V += probability_nV.sum(0).cpu()
             total += len(rows_ND)

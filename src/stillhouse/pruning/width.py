@@ -32,7 +32,6 @@ from stillhouse.pruning.calibrate import (
     products,
 )
 from stillhouse.pruning.correction import Evidence
-from stillhouse.pruning.depth import summed_kl
 from stillhouse.pruning.experts import best_experts, narrow_experts
 from stillhouse.pruning.ffn import (
     Moments,
@@ -46,10 +45,11 @@ from stillhouse.pruning.gains import channel_gains, scale_ffn_output
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
 from stillhouse.pruning.hidden import Basis
 from stillhouse.pruning.local_distillation import after_layer, distill_block
-from stillhouse.pruning.mapped import is_large, let_go, let_go_of_ends, mapped_ranges, move_to_disk
+from stillhouse.pruning.offload import is_offloaded, offload, release_ends
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
 from stillhouse.pruning.streams import Stream, Streams
 from stillhouse.pruning.surgery import keep_experts, keep_heads, keep_neurons
+from stillhouse.signals.lm_head import summed_kl
 from stillhouse.teachers.backbone import lm_head
 
 KL_BATCHES = 2
@@ -151,9 +151,8 @@ def _cut_layers(
 ) -> tuple[Stream, Stream, list[float]]:
     """Cuts all layers; returns the full and the cut stream behind the last one, and the gains."""
     gains: list[float] = []
-    large = is_large(streams.model)
-    if large:
-        let_go_of_ends(streams.model)
+    offloaded = is_offloaded(streams.model)
+    release_ends(streams.model)
     layers, tokens = streams.layers, streams.tokens()
     full = narrow = streams.start()
     if cut.basis is not None:
@@ -172,16 +171,14 @@ def _cut_layers(
                 for following in range(index + 1, _next(cut.kept_layers, index, len(layers))):
                     mids = streams.after_attention(layers[following], following, target)
                     target = streams.after_ffn(layers[following], mids)
-                before, old = narrow, mapped_ranges(layer) if large else []
+                before = narrow
                 narrow = _cut_layer(streams, cut, index, passage, narrow, target)
                 if cut.local_tokens:
                     wanted = target if cut.basis is None else list(map(cut.basis.project, target))
                     gains.append(distill_block(streams, index, before, wanted, cut.local_tokens))
                     narrow = after_layer(streams, index, before)
-                if large:
-                    # What was cut away is still mapped, and what is new is still in memory.
-                    move_to_disk(layer)
-                    let_go(old)
+            if offloaded:
+                offload(layer)
             full = passage.after
             advance(tokens)
     return full, narrow, gains

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from stillhouse.data.shift import supervised_targets
+from stillhouse.data.draw_windows import draw_windows
 from stillhouse.data.windows import Windows, WindowSet
 from stillhouse.errors import RecipeError
 from stillhouse.hardware import default_device
@@ -276,18 +275,6 @@ def _without_named(units: list[Unit], keep: list[str]) -> list[Unit]:
             fix=f"its parts: {', '.join(names)}",
         )
     return [unit for unit in units if unit.name not in keep]
-
-
-def draw_windows(windows: WindowSet, tokens: int, seed: int) -> tuple[list[Any], int]:
-    """Windows in an order drawn by `seed`, until enough tokens are supervised; and how many are."""
-    drawn, found = [], 0
-    for index in random.Random(seed).sample(range(len(windows)), len(windows)):
-        window = windows[index]
-        drawn.append(window)
-        found += len(supervised_targets(window["labels"][None]))
-        if found >= tokens:
-            break
-    return drawn, found
 
 
 def _save(

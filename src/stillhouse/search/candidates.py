@@ -9,20 +9,14 @@ from rich.table import Table
 
 from stillhouse.progress import console
 from stillhouse.pruning.shapes import shown
-from stillhouse.pruning.sizes import Sizes
+from stillhouse.pruning.sizes import AXES, Sizes
 from stillhouse.search.shape_costs import Costs
 
 if TYPE_CHECKING:
     from stillhouse.search.search_shape import Candidate
 
-AXES = {
-    "layers": "layers",
-    "ffn_size": "FFN",
-    "heads": "heads",
-    "kv_heads": "groups",
-    "hidden_size": "hidden",
-    "experts": "experts",
-}
+HEADS = {"ffn_size": "FFN", "kv_heads": "groups", "hidden_size": "hidden"}
+"""What heads the columns of axes whose names are long."""
 ROWS = 12
 """Shapes that are shown; candidates.json has all."""
 
@@ -35,7 +29,7 @@ def candidates_table(
     table = Table(title="Shapes", show_edge=False)
     axes = [axis for axis in AXES if getattr(before, axis) is not None]
     for axis in axes:
-        table.add_column(AXES[axis], justify="right")
+        table.add_column(HEADS.get(axis, axis), justify="right")
     heads = [costs.limit.key.replace("_", " "), "KL by axes", "KL one-shot"]
     for head in [*heads, *(f"KL round {number}" for number in range(1, rounds + 1))]:
         table.add_column(head, justify="right")

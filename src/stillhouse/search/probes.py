@@ -12,10 +12,8 @@ from dataclasses import dataclass, replace
 
 from stillhouse.pruning.sizes import Sizes
 
-AXES = ("ffn_size", "attention", "hidden_size", "experts")
-"""Those that are probed; layers are tried one after the other by `choose_layers` anyway."""
 MOST = {"ffn_size": 3, "attention": 4, "hidden_size": 2, "experts": 2}
-"""Sizes of an axis that are measured."""
+"""Sizes that are measured of each axis that is probed. `choose_layers` tries layers one by one."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +59,13 @@ def probed(
     neighbours.
     """
     found = {}
-    for axis in AXES:
+    for axis, limit in MOST.items():
         alone = [only(before, shape, axis) for shape in shapes]
         if axis == "hidden_size":
             alone = [_narrower(shape, possible) for shape in alone]
         cut = {shape for shape in alone if possible(shape)} - {before}
         ordered = sorted(cut, key=lambda shape: share(before, shape, axis))
-        most = min(MOST[axis], len(ordered))
+        most = min(limit, len(ordered))
         places = {round(i * (len(ordered) - 1) / max(1, most - 1)) for i in range(most)}
         found[axis] = [ordered[place] for place in sorted(places)]
     return found

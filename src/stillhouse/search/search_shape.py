@@ -22,27 +22,21 @@ from stillhouse.data.windows import WindowSet
 from stillhouse.progress import note
 from stillhouse.pruning.axes import Axes, axes_of
 from stillhouse.pruning.depth import DepthChoice
-from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
+from stillhouse.pruning.offload import load_offloaded, released_after_use, save_model
 from stillhouse.pruning.prune import Calibration, prune_model, rank_layers
+from stillhouse.pruning.reference import Reference, mean_kl, reference_on
 from stillhouse.pruning.shapes import Counter, described, feasible_shapes, sizes_to_prune
 from stillhouse.pruning.sizes import Sizes, sizes_of
 from stillhouse.runfolder import write_atomically
 from stillhouse.search.candidates import candidates_table, show
 from stillhouse.search.probes import curves, expected, probed
-from stillhouse.search.search_text import (
-    Answers,
-    SearchText,
-    answers,
-    batches_of,
-    kl_to,
-    split_text,
-)
+from stillhouse.search.search_text import SearchText, batches_of, split_text
 from stillhouse.search.shape_costs import Costs, costs_of
 from stillhouse.search.short_training import distill_shortly
 from stillhouse.search.trial_log import Journal
 from stillhouse.students.build_student import method_of
 from stillhouse.students.student_config import PrunedStudent
-from stillhouse.teachers.load import load_config
+from stillhouse.teachers.load import load_config, load_model
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training.attention import use_short_attention
 from stillhouse.training.train_config import TrainRecipe
@@ -191,20 +185,20 @@ class _Work:
         return split_text(setting.windows, self.search.heldout_tokens, windows, setting.seed)
 
     @cached_property
-    def known(self) -> tuple[Answers, Answers]:
+    def known(self) -> tuple[Reference, Reference]:
         """The teacher's answers to the text kept aside, and to that of short distillations."""
         setting = self.setting
         teacher = self._load(setting.teacher)
         parts = [(self.text.heldout, 8), (self.text.training, setting.train.batch_size)]
         if self.search.trained < 2:
             parts[1] = (self.text.heldout, 8)
-        with let_go_after_use(teacher):
+        with released_after_use(teacher):
             found = [
-                answers(
+                reference_on(
                     teacher,
                     batches_of(windows, together, setting.device),
-                    setting.vocabulary,
                     setting.dtype,
+                    setting.vocabulary,
                 )
                 for windows, together in parts
             ]
@@ -214,11 +208,11 @@ class _Work:
         setting = self.setting
         gc.collect()
         code = setting.trust_remote_code
-        return load_on_disk(path, trust_remote_code=code).to(setting.device)
+        return load_offloaded(path, trust_remote_code=code).to(setting.device)
 
     def _measure(self, model: Any) -> float:
-        with let_go_after_use(model):
-            return kl_to(self.known[0], model, self.setting.dtype)
+        with released_after_use(model):
+            return mean_kl(self.known[0], model, self.setting.dtype)
 
     # --- 2. every axis alone ----------------------------------------------------------------
 
@@ -264,7 +258,7 @@ class _Work:
         prune_model(
             model,
             self.text.calibration,
-            **sizes_to_prune(self.before, shape),  # type: ignore[arg-type]
+            **sizes_to_prune(self.before, shape),
             reconstruct=setting.section.reconstruct,
             calibration_tokens=tokens,
             seed=setting.seed,
@@ -361,8 +355,10 @@ class _Work:
             assert round_ == 1
             self._one_shot(one)
         note(f"training {described(self.before, one.sizes)} for {steps} steps")
-        model = self._load(before)
-        use_short_attention(model, known.batches[0].input_ids_RL.shape[1])
+        # In memory, whatever its size: training changes all of it at every step.
+        model = load_model(before, dtype=torch.float32, trust_remote_code=setting.trust_remote_code)
+        model.to(setting.device)
+        use_short_attention(model, known.batches[0].input_ids_RL.shape[1], setting.device)
         distill_shortly(
             model, known, first=first, steps=steps, section=setting.train, dtype=setting.dtype
         )

@@ -13,7 +13,7 @@ import torch
 from stillhouse.objectives import Term, fused_loss
 from stillhouse.progress import bar
 from stillhouse.pruning.calibrate import products
-from stillhouse.search.search_text import Answers, rows_of
+from stillhouse.pruning.reference import Reference, rows_of
 from stillhouse.signals import DenseSignal
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.training.train_config import TrainRecipe
@@ -23,7 +23,13 @@ WARMUP = 0.1
 
 
 def distill_shortly(
-    model: Any, known: Answers, *, first: int, steps: int, section: TrainRecipe, dtype: torch.dtype
+    model: Any,
+    known: Reference,
+    *,
+    first: int,
+    steps: int,
+    section: TrainRecipe,
+    dtype: torch.dtype,
 ) -> None:
     """Trains in place by forward KL to the teacher's answers, a batch of them a step.
 

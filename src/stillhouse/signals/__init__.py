@@ -3,6 +3,7 @@
 An objective never learns where a signal came from: a model in memory, a server, or a store.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,25 +29,9 @@ __all__ = [
     "SparseSignal",
 ]
 
-_OWNERS = {
-    "signal_types": [
-        "DenseSignal",
-        "FrozenHeadSignal",
-        "HiddenSignal",
-        "LMHead",
-        "LogitsSignal",
-        "SampledSignal",
-        "Signal",
-        "SparseSignal",
-    ],
-}
-
 
 def __getattr__(name: str) -> Any:
-    # Only what is used is imported: a recipe's types must not wait for torch.
-    for module, names in _OWNERS.items():
-        if name in names:
-            from importlib import import_module
-
-            return getattr(import_module(f"{__name__}.{module}"), name)
+    # Import only what is used: reading a recipe must not wait for torch.
+    if name in __all__:
+        return getattr(import_module(f"{__name__}.signal_types"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

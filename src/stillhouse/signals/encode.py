@@ -90,8 +90,8 @@ class Encoder:
         for start in range(0, len(logits_nV), step):
             part_nV = logits_nV[start : start + step].float()
             blocks = probabilities(part_nV, self.temperature, self._buffer_like(part_nV))
-            work = _WAYS[type(self.encoding)]
-            rows, more = work(self.encoding, blocks, uniforms_nU[start : start + step])
+            encode = ENCODERS[type(self.encoding)]
+            rows, more = encode(self.encoding, blocks, uniforms_nU[start : start + step])
             parts.append(rows)
             statistics += more
         return concatenate(parts), statistics
@@ -300,7 +300,7 @@ def _exact_and_drawn(
     return rows, Statistics(float(mass_n.sum() + p_D.sum()), variance, 0.0)
 
 
-_WAYS: Mapping[Any, Callable[[Any, Blocks, Tensor], tuple[EntryRows, Statistics]]] = {
+ENCODERS: Mapping[Any, Callable[[Any, Blocks, Tensor], tuple[EntryRows, Statistics]]] = {
     TopK: _top,
     TopP: _top,
     Sampled: _sampled,

@@ -7,9 +7,9 @@ for ids of `id_bytes` bytes: 2 where the vocabulary has at most 65,536 tokens, e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from stillhouse.errors import SignalError
 
@@ -190,15 +190,7 @@ class Hidden:
 EntryEncoding = TopK | TopP | Sampled | Stratified | Threshold
 DenseEncoding = FrozenHead | Hidden
 Encoding = EntryEncoding | DenseEncoding
-ENCODINGS: Mapping[str, Callable[..., Encoding]] = {
-    "top_k": TopK,
-    "top_p": TopP,
-    "sampled": Sampled,
-    "stratified": Stratified,
-    "threshold": Threshold,
-    "frozen_head": FrozenHead,
-    "hidden": Hidden,
-}
+ENCODINGS: Mapping[str, type[Encoding]] = {each.kind: each for each in get_args(Encoding)}
 
 
 def encoding_to_json(encoding: Encoding) -> dict[str, Any]:
@@ -218,7 +210,7 @@ def encoding_from_json(raw: Mapping[str, Any]) -> Encoding:
     try:
         return ENCODINGS[kind](**values)
     except TypeError as error:
-        known = [field.name for field in fields(ENCODINGS[kind])]  # type: ignore[arg-type]
+        known = [field.name for field in fields(ENCODINGS[kind])]
         raise SignalError(
             f"{kind} has not the parameters {sorted(values)}",
             fix=f"its parameters are {', '.join(known)}",

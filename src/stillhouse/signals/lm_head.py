@@ -1,11 +1,19 @@
-"""From hidden rows to logits. Shapes: N rows, D hidden width, V vocabulary."""
+"""From hidden rows to logits, to log-probabilities, and to the KL between two heads' rows.
+
+Shapes: N rows, n rows of a chunk, D hidden width, V vocabulary.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from stillhouse.signals.signal_types import LMHead
+
+CHUNK_LOGITS = 1 << 23
+"""Logits of one model that are held at once: 32 MiB at most, whatever the vocabulary."""
 
 
 def head_logits(head: LMHead, hidden_ND: Tensor) -> Tensor:
@@ -21,3 +29,40 @@ def head_logits(head: LMHead, hidden_ND: Tensor) -> Tensor:
     if head.softcap is not None:
         logits_NV = logits_NV.div_(head.softcap).tanh_().mul_(head.softcap)
     return logits_NV
+
+
+def log_probabilities(head: LMHead, hidden_ND: Tensor) -> Tensor:
+    """The log-softmax of `head_logits`, float32 [N, V]."""
+    return head_logits(head, hidden_ND).float().log_softmax(-1)
+
+
+def row_chunks(head: LMHead, rows: int) -> list[slice]:
+    """As many rows at a time as have CHUNK_LOGITS, and logits half as large as the head itself."""
+    vocabulary, hidden = head.weight_VD.shape
+    size = max(1, min(CHUNK_LOGITS // vocabulary, hidden // 2))
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def kl_of_rows(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    """KL(p ‖ q) of each row in nats, [N]."""
+    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(-1)
+
+
+def summed_kl(
+    head: LMHead, full_ND: Tensor, others: Sequence[Tensor], other_head: LMHead | None = None
+) -> list[float]:
+    """Σ KL(softmax of full ‖ softmax of other) over rows, in nats, for each of `others` [N, D].
+
+    A few rows at a time; the full model's distribution is computed once for all. other_head: of the
+    others, where it is not the full model's. Pruning and searches decide by these sums, so they
+    keep their order: over a whole chunk in float32, not row by row as `kl_of_rows`.
+    """
+    other_head = head if other_head is None else other_head
+    totals = [0.0] * len(others)
+    for chunk in row_chunks(head, len(full_ND)):
+        full_nV = log_probabilities(head, full_ND[chunk])
+        probability_nV = full_nV.exp()
+        for place, other_ND in enumerate(others):
+            other_nV = log_probabilities(other_head, other_ND[chunk])
+            totals[place] -= other_nV.sub_(full_nV).mul_(probability_nV).sum().item()
+    return totals

@@ -7,6 +7,15 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stillhouse.section import Section
+from stillhouse.signals.encodings import (
+    MOST_ENTRIES,
+    EntryEncoding,
+    Sampled,
+    Stratified,
+    Threshold,
+    TopK,
+    TopP,
+)
 
 
 class ThresholdSignals(Section):
@@ -15,12 +24,28 @@ class ThresholdSignals(Section):
     kind: Literal["threshold"]
     bytes: float = Field(36.0, gt=0, strict=False, description="Of a token, on average.")
 
+    def encoding(self) -> EntryEncoding:
+        """With a guess at tau, which recording tunes to `bytes`."""
+        return Threshold(0.02)
+
+    @property
+    def row_bytes(self) -> float:
+        """Bytes of a stored token, about: docs/signal-store.md has the encodings' sizes."""
+        return self.bytes
+
 
 class TopKSignals(Section):
     """The k likeliest tokens and the mass of all others; serves nearly every divergence."""
 
     kind: Literal["top_k"]
-    k: int = Field(32, gt=0, le=254)
+    k: int = Field(32, gt=0, le=MOST_ENTRIES)
+
+    def encoding(self) -> EntryEncoding:
+        return TopK(self.k)
+
+    @property
+    def row_bytes(self) -> float:
+        return 5.0 + 4 * self.k
 
 
 class TopPSignals(Section):
@@ -28,22 +53,43 @@ class TopPSignals(Section):
 
     kind: Literal["top_p"]
     p: float = Field(0.98, gt=0, le=1, strict=False)
-    most: int = Field(64, gt=0, le=254, description="Tokens stored at the most.")
+    most: int = Field(64, gt=0, le=MOST_ENTRIES, description="Tokens stored at the most.")
+
+    def encoding(self) -> EntryEncoding:
+        return TopP(self.p, self.most)
+
+    @property
+    def row_bytes(self) -> float:
+        return 5.0 + 4 * self.most / 4
 
 
 class SampledSignals(Section):
     """Tokens drawn with replacement, and how often (Sparse Logit Sampling)."""
 
     kind: Literal["sampled"]
-    draws: int = Field(50, gt=0, le=254)
+    draws: int = Field(50, gt=0, le=MOST_ENTRIES)
+
+    def encoding(self) -> EntryEncoding:
+        return Sampled(self.draws)
+
+    @property
+    def row_bytes(self) -> float:
+        return 1.0 + 3 * self.draws / 2
 
 
 class StratifiedSignals(Section):
     """The k likeliest tokens exactly, and unbiased draws from the rest."""
 
     kind: Literal["stratified"]
-    k: int = Field(8, gt=0, le=253)
-    draws: int = Field(12, gt=0, le=253)
+    k: int = Field(8, gt=0, le=MOST_ENTRIES - 1)
+    draws: int = Field(12, gt=0, le=MOST_ENTRIES - 1)
+
+    def encoding(self) -> EntryEncoding:
+        return Stratified(self.k, self.draws)
+
+    @property
+    def row_bytes(self) -> float:
+        return 2.0 + 3 * self.k + 2 * self.draws
 
 
 class FrozenHeadSignals(Section):

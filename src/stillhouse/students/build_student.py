@@ -16,11 +16,12 @@ from stillhouse.errors import RecipeError, RunError
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import note
 from stillhouse.pruning.calibrate import unseen
-from stillhouse.pruning.domain import Domain, kl_on, read_text
+from stillhouse.pruning.domain import Domain, read_text
 from stillhouse.pruning.kept_tokens import prune_tokenizer
-from stillhouse.pruning.mapped import let_go_after_use, load_on_disk, save_model
+from stillhouse.pruning.offload import load_offloaded, released_after_use, save_model
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.pruning_config import PruningMethod, VocabularyFile
+from stillhouse.pruning.reference import mean_kl
 from stillhouse.pruning.sizes import Sizes, check_sizes
 from stillhouse.pruning.surgery import check_saved
 from stillhouse.pruning.vocabulary_cut import expected_tokens, kept_token_ids, save_kept_ids
@@ -122,7 +123,7 @@ def _pruned(
     trust_remote_code: bool,
     heldout: WindowSet | None,
 ) -> tuple[Any, Any, Summary, tuple[int, ...] | None]:
-    model = load_on_disk(teacher.path, trust_remote_code=trust_remote_code)
+    model = load_offloaded(teacher.path, trust_remote_code=trust_remote_code)
     before = count_parameters(model)
     if section.target is not None:
         raise RecipeError(
@@ -179,7 +180,7 @@ def _cut(
 ) -> Summary:
     """Prunes in place, and compares the calibration text with the held-out text."""
     rest = unseen(windows, section.calibration_tokens, seed) if len(windows) else windows
-    with let_go_after_use(model):
+    with released_after_use(model):
         read = [
             None if text is None else read_text(model, text, seed, dtype)
             for text in (None if heldout is None else rest if len(rest) else windows, heldout)
@@ -187,13 +188,7 @@ def _cut(
     report = prune_model(
         model,
         windows,
-        ffn_size=section.ffn_size,
-        layers=section.layers,
-        heads=section.heads,
-        kv_heads=section.kv_heads,
-        hidden_size=section.hidden_size,
         hidden_method=section.hidden_method,
-        experts=section.experts,
         kept_ids=kept_ids,
         reconstruct=section.reconstruct,
         calibration_tokens=section.calibration_tokens,
@@ -201,6 +196,7 @@ def _cut(
         dtype=dtype,
         method=method_of(section),
         local_tokens=section.local_distillation or 0,
+        **section.sizes,
     )
     summary: Summary = {
         "pruning": asdict(report),
@@ -209,9 +205,9 @@ def _cut(
     if read[0] is not None and read[1] is not None:
         kl = own = None
         if kept_ids is None:
-            with let_go_after_use(model):
-                kl = kl_on(read[1], model, dtype)
-                own = kl_on(read[0], model, dtype) if len(rest) else None
+            with released_after_use(model):
+                kl = mean_kl(read[1].reference, model, dtype)
+                own = mean_kl(read[0].reference, model, dtype) if len(rest) else None
         domain = Domain(read[0].perplexity, read[1].perplexity, kl, own)
         summary["domain"] = asdict(domain)
         warning = domain.warning()
@@ -251,14 +247,8 @@ def explicit_sizes(section: PrunedStudent, config: Any, *, owner: str | None = N
     vocabulary = section.vocabulary if isinstance(section.vocabulary, int) else None
     return check_sizes(
         config,
-        section.ffn_size,
-        section.layers,
-        heads=section.heads,
-        kv_heads=section.kv_heads,
-        hidden_size=section.hidden_size,
+        {**section.sizes, "vocabulary": vocabulary},
         hidden_method=section.hidden_method,
-        experts=section.experts,
-        vocabulary=vocabulary,
         text_decides=vocabulary is None and section.vocabulary is not None,
         owner=owner or ("the teacher" if section.model is None else "the model that is pruned"),
     )

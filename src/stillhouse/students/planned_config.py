@@ -51,7 +51,7 @@ def _searched_sizes(section: PrunedStudent, config: Any, served: torch.dtype) ->
     wanted = section.vocabulary
     if isinstance(wanted, int):
         # The search prunes what has lost the tokens.
-        config = resized_config(config, check_sizes(config, vocabulary=wanted))
+        config = resized_config(config, check_sizes(config, {"vocabulary": wanted}))
     return planned_shape(
         config,
         section.search,

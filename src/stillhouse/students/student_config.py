@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -12,6 +12,7 @@ from stillhouse.pruning.pruning_config import (
     TargetRecipe,
     VocabularyFile,
 )
+from stillhouse.pruning.sizes import AXES, HiddenMethod
 from stillhouse.section import Section
 
 
@@ -36,9 +37,6 @@ class RandomStudent(Section):
     )
 
 
-SIZE_KEYS = ("ffn_size", "layers", "heads", "kv_heads", "hidden_size", "experts")
-
-
 class PrunedSizes(Section):
     """What is kept of a model; a size that is left out stays."""
 
@@ -51,7 +49,7 @@ class PrunedSizes(Section):
     )
     kv_heads: int | None = Field(None, gt=0, description="Key-value groups to keep.")
     hidden_size: int | None = Field(None, gt=0, description="Width of the residual stream to keep.")
-    hidden_method: Literal["channels", "rotation"] = Field(
+    hidden_method: HiddenMethod = Field(
         "channels",
         description="channels: the channels that matter most; rotation: the principal directions, "
         "which unties the head from the embeddings.",
@@ -61,11 +59,16 @@ class PrunedSizes(Section):
         None, description="Search for the best shape of a size, in place of explicit sizes."
     )
 
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Those that are given, by their names in `AXES`."""
+        found = {axis: getattr(self, axis) for axis in AXES}
+        return {axis: size for axis, size in found.items() if size is not None}
+
     @model_validator(mode="after")
     def _sizes_or_a_target(self) -> Self:
-        given = [key for key in SIZE_KEYS if getattr(self, key) is not None]
-        if self.target is not None and given:
-            raise ValueError(f"give a target or sizes, not both: remove {', '.join(given)}")
+        if self.target is not None and self.sizes:
+            raise ValueError(f"give a target or sizes, not both: remove {', '.join(self.sizes)}")
         return self
 
     @model_validator(mode="after")

@@ -5,10 +5,14 @@ Shapes: R windows, L tokens, N chosen rows, D hidden width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import ModelOutput
 
 from stillhouse.errors import ModelError
 from stillhouse.signals import DenseSignal, LMHead
@@ -86,23 +90,70 @@ def trim_head(head: LMHead, vocabulary: int | None) -> LMHead:
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Runs three tokens and compares the model's own logits with `head_logits`.
+    """Compares the model's own logits of three hidden states with `head_logits`.
 
     An architecture that does something else between hidden states and logits would otherwise be
-    distilled wrongly without a sign. Raises ModelError when they differ.
+    distilled wrongly without a sign. The backbone is not run, so that its weights may be on the
+    meta device or stay on disk, unless the model goes around `base_model`'s forward.
+    Raises ModelError when the logits differ.
     """
+    if model.base_model is model:
+        raise _unknown_head(model, "it has no backbone apart from the head")
     head = lm_head(model)
-    ids_RL = torch.arange(3, device=head.weight_VD.device)[None]
-    positions_RL = ids_RL.clone()
-    expected_NV = model(input_ids=ids_RL, position_ids=positions_RL, use_cache=False).logits[0]
-    logits_NV = head_logits(head, hidden_states(model, ids_RL, positions_RL)[0])
+    D = head.weight_VD.shape[1]
+    # Larger than the hidden states of a trained model, so that a cap on logits would show.
+    waves_ND = 4 * torch.arange(1, 3 * D + 1, dtype=torch.float32).sin().view(3, D)
+    hidden_ND = waves_ND.to(head.weight_VD.device, head.weight_VD.dtype)
+    ids_RL = torch.zeros(1, 3, dtype=torch.long, device=head.weight_VD.device)
+    positions_RL = torch.arange(3, device=ids_RL.device)[None]
+    with _replaced_backbone(model, hidden_ND) as calls:
+        try:
+            output = model(input_ids=ids_RL, position_ids=positions_RL, use_cache=False)
+        except RuntimeError as failure:
+            raise _unknown_head(model, str(failure)) from failure
+    if not calls:
+        hidden_ND = hidden_states(model, ids_RL, positions_RL)[0]
+    expected_NV, logits_NV = output.logits[0], head_logits(head, hidden_ND)
     scale = expected_NV.float().abs().max().clamp_min(1e-6)
     error = ((logits_NV.float() - expected_NV.float()).abs().max() / scale).item()
     tolerance = 1e-4 if expected_NV.dtype == torch.float32 else 0.05
     if not error <= tolerance:
-        raise ModelError(
-            f"the logits of {type(model).__name__} are not a linear map of its last hidden states "
-            f"with a scale and a cap that Stillhouse knows (relative difference {error:.2g})",
-            where=model.config.name_or_path or None,
-            fix="use another architecture, or report this one",
-        )
+        raise _unknown_head(model, f"relative difference {error:.2g}")
+
+
+def _unknown_head(model: Any, found: str) -> ModelError:
+    return ModelError(
+        f"the logits of {type(model).__name__} are not a linear map of its last hidden states "
+        f"with a scale and a cap that Stillhouse knows ({found})",
+        where=model.config.name_or_path or None,
+        fix="use another architecture, or report this one",
+    )
+
+
+@dataclass
+class _BackboneOutput(ModelOutput):
+    """The last hidden states alone: every other field that a model reads is None."""
+
+    last_hidden_state: Tensor
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@contextmanager
+def _replaced_backbone(model: Any, hidden_ND: Tensor) -> Iterator[list[Any]]:
+    """While the block lasts, the backbone answers `hidden_ND` to anything; yields its calls."""
+    backbone, calls = model.base_model, []
+
+    def forward(*args: Any, **kwargs: Any) -> ModelOutput:
+        calls.append(kwargs)
+        return _BackboneOutput(last_hidden_state=hidden_ND[None])
+
+    own = vars(backbone).get("forward")
+    backbone.forward = forward
+    try:
+        yield calls
+    finally:
+        del backbone.forward
+        if own is not None:
+            backbone.forward = own

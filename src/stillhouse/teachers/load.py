@@ -11,8 +11,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError
+from stillhouse.teachers.backbone import check_head
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
+
+_checked: set[tuple[Path, int]] = set()
+"""Model folders whose head was compared with the model's logits, and the time of their config."""
 
 
 def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
@@ -21,7 +25,7 @@ def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fals
     Attention is PyTorch's scaled_dot_product_attention, except where the model caps attention
     scores, which that function cannot do.
     Raises ModelError: damaged files, weights that are missing, left over or of another shape, an
-    architecture that is not known, too little memory.
+    architecture that is not known or whose logits Stillhouse cannot compute, too little memory.
     """
     files = weight_files(path)
     config = load_config(path, trust_remote_code=trust_remote_code)
@@ -54,8 +58,44 @@ def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fals
             "comes with a model runs only with trust_remote_code: true",
         ) from error
     _check_loaded(info, path)
-    model.requires_grad_(False)
-    return model.eval()
+    model.requires_grad_(False).eval()
+    check_head_once(model, path)
+    return model
+
+
+def check_head_once(model: Any, path: Path) -> None:
+    """Does `check_head` for the model in a folder, once in a process."""
+    known = path.resolve(), (path / "config.json").stat().st_mtime_ns
+    if known not in _checked:
+        check_head(model)
+        _checked.add(known)
+
+
+def check_loadable(
+    path: Path, kind: Any = AutoModelForCausalLM, *, trust_remote_code: bool = False
+) -> None:
+    """Compares names and shapes of a folder's weights with its configuration, without memory.
+
+    kind: the class of transformers that is to load it. Raises ModelError: no or damaged files,
+    weights that are missing, left over or of another shape.
+    """
+    weight_files(path)
+    try:
+        with quiet():
+            _, info = kind.from_pretrained(
+                path,
+                device_map="meta",
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (ValueError, KeyError, ImportError, OSError, RuntimeError) as error:
+        raise ModelError(
+            f"this model cannot be loaded ({error})", where=path, fix="check its config.json"
+        ) from error
+    _check_loaded(info, path)
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:

@@ -21,29 +21,12 @@ from stillhouse.progress import bar
 from stillhouse.signals import DenseSignal, HiddenSignal, LMHead
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import Rows
-from stillhouse.signals.encodings import (
-    Encoding,
-    EntryEncoding,
-    Hidden,
-    Sampled,
-    Stratified,
-    Threshold,
-    TopK,
-    TopP,
-)
+from stillhouse.signals.encodings import Encoding, Hidden, Threshold
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.signals.manifest import SETTINGS, Manifest, Settings, read_settings
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import Segments, find_segments
-from stillhouse.signals.signals_config import (
-    EntrySignals,
-    SampledSignals,
-    SignalsRecipe,
-    StratifiedSignals,
-    ThresholdSignals,
-    TopKSignals,
-    TopPSignals,
-)
+from stillhouse.signals.signals_config import SignalsRecipe, ThresholdSignals
 from stillhouse.signals.store import Store
 from stillhouse.signals.tune_threshold import likeliest_probabilities, tune_threshold
 from stillhouse.signals.writer import StoreWriter
@@ -59,21 +42,6 @@ Ask = Callable[[Batch, Segments, NDArray[np.bool_]], Encoded]
 TUNING_WINDOWS = 16
 SCORED_TOGETHER = 2048
 """Tokens in one forward pass."""
-
-
-def encoding_of(encoding: EntrySignals) -> EntryEncoding:
-    """The store's encoding. A threshold's tau is a guess that recording tunes to the asked size."""
-    match encoding:
-        case ThresholdSignals():
-            return Threshold(0.02)
-        case TopKSignals():
-            return TopK(encoding.k)
-        case TopPSignals():
-            return TopP(encoding.p, encoding.most)
-        case SampledSignals():
-            return Sampled(encoding.draws)
-        case StratifiedSignals():
-            return Stratified(encoding.k, encoding.draws)
 
 
 def chosen_encoding(

@@ -9,17 +9,22 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from stillhouse.signals import LMHead
+from stillhouse.errors import ModelError
+from stillhouse.signals.signal_types import LMHead
 from stillhouse.teachers.backbone import lm_head, trim_head
-from stillhouse.teachers.load import load_config, load_model
+from stillhouse.teachers.load import check_head_once, load_config, load_model
 from stillhouse.teachers.weights import tensor_names, weight_files
 
 
 def load_head(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> LMHead:
-    """The head of the model in a folder, on the CPU. Raises ModelError as `load_model`."""
+    """The head of the model in a folder, on the CPU. Raises ModelError as `load_model`.
+
+    Its other weights are read only where the model's logits do not come from `base_model`'s output
+    alone, or its files have the head under another name.
+    """
     config = load_config(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -28,7 +33,14 @@ def load_head(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False
     bias = head.bias_V
     bias_V = None if bias is None else _stored(path, _names(model, bias))
     if weight_VD is None or (bias is not None and bias_V is None):
-        # Its file has the head under another name than the model.
+        return lm_head(load_model(path, dtype=dtype, trust_remote_code=trust_remote_code))
+    output = model.get_output_embeddings()
+    output.weight = nn.Parameter(weight_VD, requires_grad=False)
+    if bias_V is not None:
+        output.bias = nn.Parameter(bias_V.to(weight_VD.dtype), requires_grad=False)
+    try:
+        check_head_once(model, path)
+    except (ModelError, RuntimeError):  # its logits need more of the model than is here
         return lm_head(load_model(path, dtype=dtype, trust_remote_code=trust_remote_code))
     bias_V = None if bias_V is None else bias_V.to(dtype)
     return replace(head, weight_VD=weight_VD.to(dtype), bias_V=bias_V)

@@ -22,9 +22,12 @@ LONGEST = 512
 """Tokens in a window. Above, the probabilities take more memory than the time is worth."""
 
 
-def use_short_attention(model: Any, context: int) -> bool:
-    """Switches a model on a CPU from PyTorch's attention to `short_attention`; says whether."""
-    device = next(model.parameters()).device
+def use_short_attention(model: Any, context: int, device: torch.device) -> bool:
+    """Switches a model that runs on a CPU from PyTorch's attention to `short_attention`.
+
+    device: where the model will run, which is not where it is before a wrapper has placed it.
+    Returns whether it was switched.
+    """
     if device.type != "cpu" or context > LONGEST or model.config._attn_implementation != "sdpa":
         return False
     AttentionInterface.register(NAME, short_attention)

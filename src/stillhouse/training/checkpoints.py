@@ -32,9 +32,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def seal(checkpoint: Path, meter: Meter) -> None:
-    """Flushes the checkpoint to disk and marks it complete."""
+    """Flushes the checkpoint to disk and marks it complete. All processes must have written it."""
     flush_tree(checkpoint)
-    sizes = {p.name: p.stat().st_size for p in sorted(checkpoint.iterdir()) if p.is_file()}
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
     write_atomically(checkpoint / COMPLETE, json.dumps({"meter": asdict(meter), "bytes": sizes}))
     flush_tree(checkpoint)
 
@@ -53,6 +54,16 @@ def drop_incomplete(folder: Path) -> None:
         if _meter(checkpoint) is None:
             note(f"{checkpoint.name} was cut off while it was written: ignored")
             shutil.rmtree(checkpoint)
+
+
+def set_aside(checkpoint: Path, why: str) -> None:
+    """Renames a checkpoint that cannot be loaded, so that it is neither used nor overwritten."""
+    aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    checkpoint.rename(aside)
+    before = latest(checkpoint.parent)
+    instead = "training starts anew" if before is None else f"going back to {before[0].name}"
+    note(f"{checkpoint.name} cannot be loaded ({why}), and is now {aside.name}: {instead}")
 
 
 def keep_newest(folder: Path, count: int) -> None:

@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from stillhouse import account
 from stillhouse.data.windows import Windows, collate
-from stillhouse.errors import RecipeError, TrainingError
+from stillhouse.errors import ModelError, RecipeError, TrainingError
 from stillhouse.hardware import (
     choose_precision,
     default_device,
@@ -29,21 +29,21 @@ from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.progress import bar, note
 from stillhouse.signals.encodings import FrozenHead, Hidden
 from stillhouse.signals.store import Store
-from stillhouse.teachers.load import load_config, load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load import (
+    check_loadable,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_tokenizer,
+)
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.stored_head import load_head
 from stillhouse.training import checkpoints
-from stillhouse.training.attention import use_short_attention
 from stillhouse.training.objective import make_objective
-from stillhouse.training.train_config import TrainRecipe
+from stillhouse.training.resuming import train_from_newest
+from stillhouse.training.train_config import SCHEDULES, TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
 
-SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant_with_warmup",
-    "wsd": "warmup_stable_decay",
-}
 MODEL = "model"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -121,7 +121,7 @@ def train(
     more_teachers: asked live beside `teacher`; the loss is the mean of all of theirs.
     vocabulary: ids below it are shared by both models; rows beyond it are padding.
     callbacks: transformers calls them at every step, beside our own.
-    Goes on from the newest complete checkpoint in `out/checkpoints`, to the same weights as an
+    Goes on from the newest checkpoint in `out/checkpoints` that loads, to the same weights as an
     undisturbed run gives. Under torchrun or accelerate launch every process calls this.
     """
     processes = world_size()
@@ -130,53 +130,44 @@ def train(
         raise TrainingError("no token of the training data is to be predicted", where=windows.path)
     device = default_device()
     precision = choose_precision(section.precision, device)
-    folder = out / CHECKPOINTS
     main = leads()
     if main:
         note(f"precision: {precision.reason}")
-    found = checkpoints.latest(folder)
-    if main:
-        checkpoints.drop_incomplete(folder)
-    checkpoint, meter = found if found else (None, checkpoints.Meter())
-    if checkpoint and main:
-        note(f"going on from step {meter.step} of {plan.steps}")
-    # Only the first process writes: what others left in the folder would become part of the stage.
-    metrics = checkpoints.MetricsFile(out / METRICS, keep_to_step=meter.step) if main else None
+    tokens_per_step = section.batch_size * windows.context
+    shown = 0
 
-    model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    model.requires_grad_(True)
-    if section.freeze_head:
-        model.get_output_embeddings().requires_grad_(False)
-    guide = None
-    if teacher is not None:
-        guide = load_model(teacher, dtype=precision.dtype, trust_remote_code=trust_remote_code)
-    others = [
-        load_model(path, dtype=precision.dtype, trust_remote_code=trust_remote_code)
-        for path in more_teachers
-    ]
-    for trained_on in filter(None, (model, guide, *others)):
-        use_short_attention(trained_on, windows.context)
-    code = trust_remote_code
-    shaped = (guide or model).config
-    if stored_teacher is not None:
-        shaped = load_config(stored_teacher, trust_remote_code=code)
-    terms = make_objective(objective, model.config, shaped, seed=seed)
-    encoding = None if store is None else store.settings.encoding
-    teacher_head = student_head = None
-    if isinstance(encoding, Hidden) and any(term.needs_teacher for term in terms.divergences):
-        assert stored_teacher is not None
-        teacher_head = load_head(stored_teacher, dtype=precision.dtype, trust_remote_code=code)
-    if isinstance(encoding, FrozenHead) and guide is not None:
-        student_head = load_head(student, dtype=torch.float32, trust_remote_code=code)
-    if len(projections := terms.projections()):
-        # A part of the module while it trains: optimizer, wrappers and checkpoints all see them.
-        model.add_module(PROJECTIONS, projections)
-    planned_tokens = plan.steps * section.batch_size * windows.context
-    with bar("train", total=planned_tokens) as advance:
-        advance(meter.step * section.batch_size * windows.context)
+    def make(meter: checkpoints.Meter) -> DistillationTrainer:
+        nonlocal shown
+        model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model.requires_grad_(True)
+        if section.freeze_head:
+            model.get_output_embeddings().requires_grad_(False)
+        guides = [
+            load_model(path, dtype=precision.dtype, trust_remote_code=trust_remote_code)
+            for path in ([] if teacher is None else [teacher, *more_teachers])
+        ]
+        code = trust_remote_code
+        shaped = (guides[0] if guides else model).config
+        if stored_teacher is not None:
+            shaped = load_config(stored_teacher, trust_remote_code=code)
+        terms = make_objective(objective, model.config, shaped, seed=seed)
+        encoding = None if store is None else store.settings.encoding
+        teacher_head = student_head = None
+        if isinstance(encoding, Hidden) and any(term.needs_teacher for term in terms.divergences):
+            assert stored_teacher is not None
+            teacher_head = load_head(stored_teacher, dtype=precision.dtype, trust_remote_code=code)
+        if isinstance(encoding, FrozenHead) and guides:
+            student_head = load_head(student, dtype=torch.float32, trust_remote_code=code)
+        if len(projections := terms.projections()):
+            # A part of the module while it trains: optimizer, wrappers and checkpoints see them.
+            model.add_module(PROJECTIONS, projections)
+        # Only the first process writes: what others left would become part of the stage.
+        metrics = checkpoints.MetricsFile(out / METRICS, keep_to_step=meter.step) if main else None
+        advance(meter.step * tokens_per_step - shown)
+        shown = meter.step * tokens_per_step
         trainer = DistillationTrainer(
             student=model,
-            teachers=[guide, *others] if guide is not None else [],
+            teachers=guides,
             store=store,
             teacher_head=teacher_head,
             student_head=student_head,
@@ -187,7 +178,7 @@ def train(
             meter=meter,
             advance=advance,
             early_stop=section.early_stop,
-            args=_arguments(section, plan, folder, precision.dtype, device, seed),
+            args=_arguments(section, plan, out / CHECKPOINTS, precision.dtype, device, seed),
             train_dataset=windows,
             eval_dataset=heldout,
             data_collator=collate,
@@ -195,10 +186,13 @@ def train(
         trainer.remove_callback(PrinterCallback)
         for callback in (_Housekeeping(trainer, section, windows.context), *callbacks):
             trainer.add_callback(callback)
-        with quiet():
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return trainer
+
+    with bar("train", total=plan.steps * tokens_per_step) as advance:
+        trainer = train_from_newest(out / CHECKPOINTS, make, steps=plan.steps)
     done = trainer.meter()
-    if len(projections):
+    model = trainer.student
+    if hasattr(model, PROJECTIONS):
         delattr(model, PROJECTIONS)
     with quiet():
         trainer.save_model(str(out / MODEL))
@@ -207,11 +201,11 @@ def train(
         trainer.accelerator.wait_for_everyone()
         atexit.register(_leave_group)
     if main:
+        _check_saved(out / MODEL, trust_remote_code)
         (out / MODEL / "training_args.bin").unlink(missing_ok=True)
         save_tokenizer(load_tokenizer(student), out / MODEL)
     student_size = account.count_parameters(model).head_once
-    teachers = [] if guide is None else [guide, *others]
-    teacher_size = sum(account.count_parameters(each).head_once for each in teachers)
+    teacher_size = sum(account.count_parameters(each).head_once for each in trainer.teachers)
     return TrainingResult(
         steps=done.step,
         planned_steps=plan.steps,
@@ -222,6 +216,20 @@ def train(
         peak_memory_bytes=peak_memory_bytes(),
         precision=precision.reason,
     )
+
+
+def _check_saved(model: Path, trust_remote_code: bool) -> None:
+    """Raises TrainingError where the trained weights are not all in the folder: of sharded state
+    dicts, transformers writes only checkpoints."""
+    try:
+        check_loadable(model, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        raise TrainingError(
+            f"the trained model was not saved: {error.what}",
+            where=model,
+            fix="the checkpoints are kept; with FSDP, set fsdp_state_dict_type: FULL_STATE_DICT in "
+            "the accelerate configuration, and give the same command again",
+        ) from error
 
 
 def _leave_group() -> None:
@@ -301,6 +309,7 @@ class _Housekeeping(TrainerCallback):
             control.should_log = True  # a checkpoint is written only after a finite-loss check
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.accelerator.wait_for_everyone()  # each process writes files of its own
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stillhouse.section import Section
+from stillhouse.section import OneOf, Section
+
+SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "wsd": "warmup_stable_decay",
+    "constant": "constant_with_warmup",
+}
+"""Of the learning rate, with transformers' names for them."""
 
 ORIGINAL = "teacher"
 """In `train.teachers`: the recipe's own teacher."""
@@ -25,7 +33,7 @@ class TrainRecipe(Section):
         None, gt=0, description="Windows in one forward pass of one process; null: batch_size."
     )
     learning_rate: float = Field(1e-4, gt=0, strict=False)
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"
     warmup: float = Field(0.05, ge=0, lt=1, strict=False, description="Share of all steps.")
     decay: float = Field(0.2, gt=0, le=1, strict=False, description="wsd: share that decays.")
     weight_decay: float = Field(0.0, ge=0, strict=False)

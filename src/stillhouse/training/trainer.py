@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from stillhouse.data.shift import IGNORED, supervised_rows
 from stillhouse.errors import TrainingError
@@ -26,6 +26,7 @@ from stillhouse.signals.store import Store
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.record_store import local_teacher, segments_of
 from stillhouse.teachers.views import Wanted, look
+from stillhouse.training.attention import use_short_attention
 from stillhouse.training.checkpoints import Meter, MetricsFile
 from stillhouse.training.loss import (
     Batch,
@@ -35,12 +36,13 @@ from stillhouse.training.loss import (
     stored_view,
 )
 from stillhouse.training.objective import Objective
+from stillhouse.training.resuming import ResumingTrainer
 
 HELDOUT_KL = Term("forward_kl")
 HELDOUT_CROSS_ENTROPY = Term("cross_entropy")
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(ResumingTrainer):
     """Losses are sums over rows, divided once by the batch's supervised tokens on all ranks."""
 
     loss_is_scaled_for_ga = True
@@ -68,16 +70,19 @@ class DistillationTrainer(Trainer):
         # exactly the rows that `supervised_rows` takes.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
+        self.student = student
         self.objective = objective
         self.metrics_file = metrics
         self.advance = advance
         self.early_stop = early_stop
-        self._teachers = [teacher.to(self.args.device).eval() for teacher in teachers]
+        self.teachers = [teacher.to(self.args.device).eval() for teacher in teachers]
+        for each in (student, *self.teachers):
+            use_short_attention(each, self.train_dataset.context, self.args.device)
         self._store = store
         self._teacher_head = None if teacher_head is None else teacher_head.to(self.args.device)
         self._ask = None
-        if store is not None and self._teachers:
-            self._ask = local_teacher(self._teachers[0], store.settings, student_head)
+        if store is not None and self.teachers:
+            self._ask = local_teacher(self.teachers[0], store.settings, student_head)
         self._before = meter
         self._started = time.monotonic()
         self._tokens: Tensor | int = meter.tokens
@@ -120,7 +125,7 @@ class DistillationTrainer(Trainer):
     def _look_at_teachers(self, inputs: Batch, wanted: Wanted) -> list[TeacherView]:
         views = []
         labels_RL = inputs["labels"]
-        for teacher in self._teachers:
+        for teacher in self.teachers:
             seen = look(teacher, inputs["input_ids"], inputs["position_ids"], wanted)
             signal = DenseSignal(supervised_rows(seen.last_RLD, labels_RL), lm_head(teacher))
             layers = {i: supervised_rows(seen.layers[i], labels_RL) for i in seen.layers}
@@ -185,9 +190,9 @@ class DistillationTrainer(Trainer):
         began = time.monotonic()
         self.model.eval()
         batches = self._heldout_batches()
-        store = None if self._teachers else self._store_of(batches)
+        store = None if self.teachers else self._store_of(batches)
         terms = [HELDOUT_CROSS_ENTROPY]
-        if self._teachers or store is not None:
+        if self.teachers or store is not None:
             terms.insert(0, HELDOUT_KL)
         objective = Objective(Mixture.of(*terms))
         sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.args.device)

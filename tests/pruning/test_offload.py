@@ -2,68 +2,150 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from stillhouse.pruning import depth, hidden, mapped
-from stillhouse.pruning.mapped import (
-    let_go,
-    let_go_after_use,
-    load_on_disk,
-    mapped_ranges,
-    move_to_disk,
-)
-from stillhouse.pruning.mapped import save_model as write_model
+from stillhouse.errors import RunError
+from stillhouse.pruning import hidden, offload
+from stillhouse.pruning.offload import is_offloaded, load_offloaded, release, released_after_use
+from stillhouse.pruning.offload import save_model as write_model
 from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.pruning_config import PruningMethod
+from stillhouse.pruning.surgery import check_saved
+from stillhouse.signals import lm_head as head_module
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load import load_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
 
-linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are let go on Linux only")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="resident pages are those of Linux")
 IDS = ToyWindows().ids[:2]
 
 
-def logits(model: Any) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=IDS, use_cache=False).logits
+def own_parameters(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters(recurse=False))
+
+
+def logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
     return found
 
 
-@linux
-def test_a_layer_on_disk_is_the_same_layer() -> None:
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the scratch files."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_an_offloaded_layer_is_the_same_layer(scratch: Path) -> None:
     model = tiny_model()
     expected = logits(model)
     for layer in model.base_model.layers:
-        assert not mapped_ranges(layer)
-        move_to_disk(layer)
-        assert len(mapped_ranges(layer)) == len(list(layer.parameters()))
-        let_go(mapped_ranges(layer))
+        assert not is_offloaded(layer)
+        offload.offload(layer)
+        assert is_offloaded(layer)
+        release(layer)
     assert torch.equal(logits(model), expected)
+    layers = model.base_model.layers
+    assert len(list(scratch.iterdir())) == len(list(layers.parameters()))
 
 
-@linux
-def test_weights_that_were_written_to_are_not_let_go() -> None:
+def test_weights_that_were_written_to_stay_so_when_they_are_released() -> None:
     model = tiny_model()
     layer = model.base_model.layers[0]
-    move_to_disk(layer)
+    offload.offload(layer)
     layer.mlp.down_proj.weight.mul_(2)
     expected = logits(model)
-    assert not mapped_ranges(layer)
-    let_go(mapped_ranges(layer))
+    release(layer)
     assert torch.equal(logits(model), expected)
 
 
-@linux
+def test_released_weights_that_something_still_holds_keep_their_values() -> None:
+    model = tiny_model()
+    offload.offload(model)
+    head = lm_head(model).weight_VD
+    rows_VD, expected_VD = head[:20], head[:20].clone()
+    release(model)
+    assert torch.equal(rows_VD, expected_VD)
+    model.get_output_embeddings().weight = nn.Parameter(torch.zeros(1))
+    del model
+    gc.collect()
+    assert torch.equal(rows_VD, expected_VD)
+    assert torch.equal(head[:20], expected_VD)
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = tiny_model(tie_word_embeddings=True)
+    offload.offload(model)
+    release(model)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_scratch_file_goes_with_its_parameter(scratch: Path) -> None:
+    model = tiny_model()
+    offload.offload(model)
+    assert list(scratch.iterdir())
+    del model
+    gc.collect()
+    assert not list(scratch.iterdir())
+
+
+def test_weights_whose_file_someone_deleted_stay(scratch: Path) -> None:
+    model = tiny_model()
+    expected = logits(model)
+    offload.offload(model)
+    for file in scratch.iterdir():
+        file.unlink()
+    release(model)
+    assert torch.equal(logits(model), expected)
+    assert not list(scratch.iterdir())
+
+
+def test_a_model_in_memory_may_have_its_layers_anywhere(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64)).eval()
+    expected = logits(model, IDS % 64)
+    with released_after_use(model):
+        assert torch.equal(logits(model, IDS % 64), expected)
+    write_model(model, tmp_path)
+    check_saved(model, tmp_path, torch.arange(8)[None])
+
+
+def test_a_scratch_folder_that_cannot_be_written_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(RunError, match="missing"):
+        offload.offload(tiny_model())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "sizes", [{"ffn_size": 40}, {"layers": 2}, {"heads": 2, "hidden_size": 24}]
+    "sizes",
+    [
+        {"ffn_size": 40},
+        {"ffn_size": 40, "local_tokens": 512},
+        {"layers": 2},
+        {"layers": 2, "ffn_size": 40, "method": PruningMethod(depth_importance="gradients")},
+        {"heads": 2, "hidden_size": 24},
+        {"heads": 2, "hidden_size": 24, "method": PruningMethod(importance="gradients")},
+        {"hidden_size": 24, "hidden_method": "rotation"},
+        {"ffn_size": 40, "kept_ids": range(60)},
+    ],
+    ids=str,
 )
 def test_a_large_model_is_pruned_to_the_same_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, sizes: dict[str, Any]
@@ -71,27 +153,25 @@ def test_a_large_model_is_pruned_to_the_same_weights(
     save_model(tmp_path, tiny_model().to(dtype))
     usual = load_model(tmp_path, dtype=torch.float32)
     prune_model(usual, ToyWindows(), **sizes)
-    monkeypatch.setattr(mapped, "LARGE_BYTES", 0)
-    large = load_on_disk(tmp_path)
-    # Layers, embeddings and head; the last norm is too small to matter.
-    on_disk = len(list(large.parameters())) - 1
-    assert len(mapped_ranges(large)) >= on_disk
+    monkeypatch.setattr(offload, "LARGE_BYTES", 0)
+    large = load_offloaded(tmp_path)
+    assert all(is_offloaded(module) for module in large.modules() if own_parameters(module))
     assert {parameter.dtype for parameter in large.parameters()} == {torch.float32}
     prune_model(large, ToyWindows(), **sizes)
-    with let_go_after_use(large):
-        assert_close(logits(large), logits(usual))
+    ids = IDS % len(usual.get_input_embeddings().weight)
+    with released_after_use(large):
+        assert torch.equal(logits(large, ids), logits(usual, ids))
     for name, value in usual.named_parameters():
-        assert_close(dict(large.named_parameters())[name], value, msg=name)
+        assert torch.equal(dict(large.named_parameters())[name], value), name
 
 
-@linux
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_checkpoint_written_layer_by_layer_is_the_one_that_transformers_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool
 ) -> None:
     model = tiny_model(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "usual")
-    monkeypatch.setattr(mapped, "LARGE_BYTES", 0)
+    monkeypatch.setattr(offload, "LARGE_BYTES", 0)
     (tmp_path / "large").mkdir()
     write_model(model, tmp_path / "large")
     usual = load_file(tmp_path / "usual" / "model.safetensors")
@@ -134,17 +214,19 @@ def test_fewer_rows_of_a_large_vocabulary_have_logits_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     head, rows_ND = lm_head(tiny_model()), torch.randn(20, 32)
-    expected = depth.summed_kl(head, rows_ND, [rows_ND + 0.1])
+    expected = head_module.summed_kl(head, rows_ND, [rows_ND + 0.1])
     asked: list[int] = []
-    real = depth.head_logits
+    real = head_module.head_logits
 
     def noted(head: Any, rows_nD: torch.Tensor) -> torch.Tensor:
         asked.append(len(rows_nD))
         return real(head, rows_nD)
 
-    monkeypatch.setattr(depth, "head_logits", noted)
-    monkeypatch.setattr(depth, "CHUNK_LOGITS", 3 * len(head.weight_VD))
-    assert depth.summed_kl(head, rows_ND, [rows_ND + 0.1]) == pytest.approx(expected, rel=1e-4)
+    monkeypatch.setattr(head_module, "head_logits", noted)
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 3 * len(head.weight_VD))
+    assert head_module.summed_kl(head, rows_ND, [rows_ND + 0.1]) == pytest.approx(
+        expected, rel=1e-4
+    )
     assert max(asked) == 3
     assert sum(asked) == 2 * 20
 
@@ -157,11 +239,15 @@ from stillhouse.pruning import mapped
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.students.build_student import build_student
 from stillhouse.teachers.model_source import resolve_model
+from stillhouse.pruning import offload
+from stillhouse.students.student_config import PrunedStudent
+from stillhouse.students.build_student import build_student
+from stillhouse.teachers.model_source import resolve_model
 from tests.teachers.toys import ToyWindows, tiny_model
-mapped.LARGE_BYTES = 0
+offload.LARGE_BYTES = 0
 folder = Path(sys.argv[1])
 # What Python, the libraries and one small model need, whatever the model's size.
-from tests.pruning.test_mapped import warm_up
+from tests.pruning.test_offload import warm_up
 warm_up(folder)
 start = peak_memory_bytes()
 section = PrunedStudent.model_validate({"start": "pruned", **json.loads(sys.argv[2])})
@@ -173,15 +259,7 @@ print(json.dumps({"start": start, "peak": peak_memory_bytes()}))
 
 def warm_up(folder: Path) -> None:
     save_model(folder / "small")
-    prune_model(load_on_disk(folder / "small"), ToyWindows(), ffn_size=40)
-
-
-@linux
-def test_memory_that_took_a_files_place_is_not_let_go() -> None:
-    values = torch.arange(1 << 20)
-    start = values.data_ptr()
-    let_go([(start, start + values.numel() * values.element_size())])
-    assert torch.equal(values, torch.arange(1 << 20))
+    prune_model(load_offloaded(folder / "small"), ToyWindows(), ffn_size=40)
 
 
 @linux

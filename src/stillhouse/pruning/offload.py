@@ -1,0 +1,180 @@
+"""Weights on disk: a large model is pruned without ever being in memory as a whole.
+
+Every parameter of an offloaded module is a memory-mapped scratch file of its own, mapped shared: it
+is read and written like any other tensor, and what is written goes to the file. Its pages are in
+memory from their first use on. To release them, the file is mapped anew, and PyTorch unmaps the old
+pages with the last tensor that uses them; so no live tensor ever loses its values. A file lasts as
+long as its parameter.
+
+What is in memory at a time is then a layer or two, or an end of the model, and the calibration
+rows. Models below LARGE_BYTES stay in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from stillhouse.errors import RunError
+from stillhouse.hardware import hand_back_freed_memory
+from stillhouse.teachers.load import load_config, load_model
+from stillhouse.teachers.views import decoder_layers
+
+LARGE_BYTES = 2 << 30
+"""Size of the weights in float32 from which on they are offloaded."""
+BLOCK = 1 << 20
+"""Values that are converted at once while a parameter is written."""
+
+
+def is_large(model: Any) -> bool:
+    """Whether the model is on the CPU, and so large that it should not be in memory as a whole."""
+    if model.device.type != "cpu":
+        return False
+    return 4 * sum(parameter.numel() for parameter in model.parameters()) >= LARGE_BYTES
+
+
+def load_offloaded(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """The model in float32. A large one is offloaded, which takes its float32 size in the temporary
+    folder.
+
+    Raises ModelError as `load_model` does.
+    """
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    stored = getattr(config, "dtype", None) or torch.float32
+    model = load_model(path, dtype=stored, trust_remote_code=trust_remote_code)
+    if is_large(model):
+        offload(model)
+    return model.float()
+
+
+def offload(module: nn.Module) -> None:
+    """Moves a module's parameters to disk, in float32, and releases those that are there already.
+
+    From then on the allocator hands back what is freed.
+    """
+    for parameter in module.parameters():
+        _map(parameter, _file_of(parameter) or _written(parameter))
+    hand_back_freed_memory()
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether any of the module's parameters is on disk."""
+    return any(_file_of(parameter) is not None for parameter in module.parameters())
+
+
+def release(module: nn.Module) -> None:
+    """Takes a module's offloaded parameters out of memory; the next use reads them from disk."""
+    for parameter in module.parameters():
+        file = _file_of(parameter)
+        if file is not None:
+            _map(parameter, file)
+
+
+def release_ends(model: Any) -> None:
+    """Takes the embeddings and the head out of memory."""
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        release(module)
+
+
+@contextmanager
+def released_after_use(model: Any) -> Iterator[None]:
+    """Inside the block, each layer of an offloaded model leaves memory as soon as it has run; the
+    model's ends leave it after the block."""
+    if not is_offloaded(model):
+        yield
+        return
+
+    def hook(layer: nn.Module, *_: object) -> None:
+        release(layer)
+
+    handles = [layer.register_forward_hook(hook) for layer in decoder_layers(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        release_ends(model)
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Writes a checkpoint as `save_pretrained` does; a large model's a layer at a time, one file
+    for each and one for its ends, so that no more than a layer is in memory for it."""
+    if not is_large(model):
+        model.save_pretrained(folder)
+        return
+    parts = _parts(model, model.state_dict().keys())
+    index: dict[str, str] = {}
+    total = 0
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder) as part_folder:
+        for number, (part, names) in enumerate(parts, 1):
+            part_file = Path(part_folder) / SAFE_WEIGHTS_NAME
+            state = {name: value for name, value in model.state_dict().items() if name in names}
+            # It knows which weights are tied, and the names and shapes they have in a file.
+            model.save_pretrained(part_folder, state_dict=state, max_shard_size="1TB")
+            del state
+            release(part)
+            name = f"model-{number:05}-of-{len(parts):05}.safetensors"
+            with safe_open(part_file, "pt") as saved:
+                index |= dict.fromkeys(saved.keys(), name)
+            total += part_file.stat().st_size
+            part_file.rename(folder / name)
+        for other in Path(part_folder).iterdir():
+            other.rename(folder / other.name)
+    described = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+    (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(described, indent=2))
+
+
+def _parts(model: Any, names: Collection[str]) -> list[tuple[nn.Module, set[str]]]:
+    """Each layer with the names of its weights, and the rest of the model."""
+    layers = {id(layer): layer for layer in decoder_layers(model)}
+    places = {name: layers[id(m)] for name, m in model.named_modules() if id(m) in layers}
+    found = [
+        (layer, {name for name in names if name.startswith(f"{place}.")})
+        for place, layer in places.items()
+    ]
+    return [*found, (model, set(names).difference(*(own for _, own in found)))]
+
+
+def _file_of(tensor: Tensor) -> str | None:
+    """The file that a tensor is mapped from; None: it is in memory, or on another device."""
+    return tensor.untyped_storage().filename
+
+
+def _written(parameter: Tensor) -> str:
+    """A file with the parameter's values in float32, which is deleted with the parameter."""
+    try:
+        handle, file = tempfile.mkstemp(prefix="stillhouse-weights-")
+        weakref.finalize(parameter, _remove, file)
+        with os.fdopen(handle, "wb") as opened:
+            for block in parameter.detach().reshape(-1).split(BLOCK):
+                block.float().numpy().tofile(opened)
+    except OSError as error:
+        raise RunError(
+            f"the weights of a large model cannot be written to disk ({error})",
+            where=tempfile.gettempdir(),
+            fix="free some disk space there, or set TMPDIR to a folder on a larger disk",
+        ) from error
+    return file
+
+
+def _map(parameter: Tensor, file: str) -> None:
+    # A file that was deleted would be created anew, all zeros: then the old mapping stays.
+    if os.path.exists(file):
+        values = torch.from_file(file, shared=True, size=parameter.numel(), dtype=torch.float32)
+        parameter.data = values.view(parameter.shape)
+
+
+def _remove(file: str) -> None:
+    with suppress(OSError):  # Windows keeps a file that is still mapped
+        os.remove(file)

@@ -1,0 +1,100 @@
+"""Training that goes on from its newest checkpoint that can be loaded."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from stillhouse.hardware import leads
+from stillhouse.progress import note
+from stillhouse.teachers.quiet import quiet
+from stillhouse.training import checkpoints
+from stillhouse.training.checkpoints import Meter
+
+
+class UnreadableCheckpointError(Exception):
+    """A complete checkpoint that cannot be loaded. Every process raises it where one must."""
+
+
+class ResumingTrainer(Trainer):
+    """transformers.Trainer that resumes at its last step too, and tells a checkpoint that fails to
+    load from other failures."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **more: Any) -> Any:
+        if resume_from_checkpoint is not None:
+            with self._loading():
+                state = Path(str(resume_from_checkpoint)) / TRAINER_STATE_NAME
+                TrainerState.load_from_json(str(state))
+        return super().train(resume_from_checkpoint, **more)
+
+    def _run_epoch(self, *args: Any, **more: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # A checkpoint of the last step: transformers would take one more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **more)
+
+    def _load_from_checkpoint(self, *args: Any, **more: Any) -> None:
+        with self._loading():
+            super()._load_from_checkpoint(*args, **more)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        with self._loading():
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with self._loading():
+            super()._load_rng_state(checkpoint)
+
+    @contextmanager
+    def _loading(self) -> Iterator[None]:
+        """Raises UnreadableCheckpointError on every process where the block fails on one."""
+        failure: Exception | None = None
+        try:
+            yield
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a damaged file makes safetensors, torch and json raise many
+            failure = error
+        failed = torch.tensor(float(failure is not None), device=self.args.device)
+        if float(self.accelerator.reduce(failed)) > 0:
+            raise UnreadableCheckpointError(str(failure or "another process cannot load it"))
+
+
+T = TypeVar("T", bound=ResumingTrainer)
+
+
+def train_from_newest(folder: Path, make: Callable[[Meter], T], *, steps: int) -> T:
+    """Trains from the newest checkpoint in `folder` that loads, or from the start.
+
+    make: builds the models and the trainer for what was done by then. It is called again where a
+    checkpoint fails to load, which is then set aside. Returns the trainer that finished.
+    """
+    while True:
+        found = checkpoints.latest(folder)
+        if leads():
+            checkpoints.drop_incomplete(folder)
+        checkpoint, meter = found if found else (None, Meter())
+        if checkpoint and leads():
+            note(f"going on from step {meter.step} of {steps}")
+        trainer = make(meter)
+        try:
+            with quiet():
+                trainer.train(None if checkpoint is None else str(checkpoint))
+            return trainer
+        except UnreadableCheckpointError as error:
+            assert checkpoint is not None
+            if leads():
+                checkpoints.set_aside(checkpoint, str(error))
+            trainer.accelerator.wait_for_everyone()
+        del trainer
+        gc.collect()  # it is in a cycle with its models, which are loaded anew

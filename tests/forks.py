@@ -1,0 +1,109 @@
+"""Processes that tests start and kill, forked from a server that has imported what takes seconds.
+
+A fork is a process as any other: killed, it leaves what a killed one leaves. Only imports are not
+done again, so each promise about a whole new process needs a test that starts one.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["stillhouse.commands", "transformers.trainer", "transformers.models.llama.modeling_llama"]
+)
+
+
+class Fork:
+    """`work(*arguments)` in a process of its own, with the methods of subprocess.Popen."""
+
+    def __init__(
+        self,
+        work: Callable[..., object],
+        *arguments: Any,
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._folder = TemporaryDirectory()
+        folder = Path(self._folder.name)
+        self._stdout, self._stderr = folder / "stdout", folder / "stderr"
+        written = (self._stdout, self._stderr)
+        start = (work, arguments, written, cwd or Path.cwd(), environment or {})
+        self._process = CONTEXT.Process(target=_begin, args=start, daemon=True)
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status; a signal's is negative."""
+        self._process.join(timeout)
+        status = self._process.exitcode
+        if status is None:
+            raise subprocess.TimeoutExpired(str(self._process), timeout or 0)
+        return status
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it has written to stdout and stderr when it ends."""
+        self.wait(timeout)
+        return self._stdout.read_text(), self._stderr.read_text()
+
+
+def _begin(
+    work: Callable[..., object],
+    arguments: tuple[Any, ...],
+    written: tuple[Path, Path],
+    cwd: Path,
+    environment: Mapping[str, str],
+) -> None:
+    gc.freeze()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    for number, file in enumerate(written, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    work(*arguments)
+
+
+def stillhouse(*arguments: str, **options: Any) -> Fork:
+    """As `python -m stillhouse ...`, whose exports are replayed in the same process."""
+    return Fork(_stillhouse, *arguments, **options)
+
+
+def _stillhouse(*arguments: str) -> None:
+    from stillhouse.cli import main
+    from stillhouse.export import fresh_process as script
+    from tests import replays
+
+    script.subprocess = replays.IN_THIS_PROCESS  # type: ignore[assignment]
+    sys.argv = ["stillhouse", *arguments]
+    main()
+
+
+def two_ranks(work: Callable[..., object], *arguments: Any) -> list[Fork]:
+    """Two processes with the environment that torchrun gives them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return [
+        Fork(work, *arguments, environment={**common, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    ]

@@ -1,0 +1,111 @@
+"""How long a pool waits, and how many requests it sends at once, by the event loop's own time."""
+
+from __future__ import annotations
+
+import asyncio
+
+from stillhouse.generation.budget import Budget
+from stillhouse.generation.client import Trouble
+from stillhouse.generation.concurrency import AdaptiveLimit
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Answer, Request
+from stillhouse.generation.request_pool import LONGEST_WAIT, Ask, Pool, Tally
+from tests.clocks import run_at_once
+from tests.generation.pools import QUICK, requests
+
+URL = "http://127.0.0.1:1/v1"
+
+
+def run(journal: Journal, ask: Ask, count: int, *, concurrency: int = 8) -> tuple[Tally, float]:
+    """What came of `count` requests, and the seconds that it took."""
+
+    async def whole() -> Tally:
+        pool = Pool(ask, journal, Budget(), concurrency=concurrency, patience=QUICK)
+        return await pool.answer_all(requests(URL, count))
+
+    return run_at_once(whole())
+
+
+def too_many(wait: float | None = None) -> Trouble:
+    return Trouble("rate_limit", "slow down", again=True, wait=wait)
+
+
+def test_a_slow_server_is_waited_for_while_it_answers_anyone(journal: Journal) -> None:
+    """It gives one answer every 20 s, and says when; all of them take longer than the longest
+    wait for a server that answers nobody."""
+    next_one = 0.0
+
+    async def ask(request: Request) -> Answer | Trouble:
+        nonlocal next_one
+        now = asyncio.get_running_loop().time()
+        if now < next_one:
+            return too_many(next_one - now)
+        next_one = now + 20
+        return Answer("an answer")
+
+    tally, seconds = run(journal, ask, 40, concurrency=32)
+    assert (tally.answered, tally.failed) == (40, 0)
+    assert seconds > LONGEST_WAIT
+
+
+def test_a_server_that_answers_nobody_is_not_waited_for_for_ever(journal: Journal) -> None:
+    async def ask(request: Request) -> Answer | Trouble:
+        await asyncio.sleep(1)
+        return too_many(100.0)
+
+    tally, seconds = run(journal, ask, 2)
+    assert tally.failed == 2
+    assert LONGEST_WAIT - 100 < seconds < LONGEST_WAIT + 100
+
+
+def test_a_pause_that_the_server_asks_for_holds_all_requests_back(journal: Journal) -> None:
+    sent: list[float] = []
+
+    async def ask(request: Request) -> Answer | Trouble:
+        sent.append(asyncio.get_running_loop().time())
+        return too_many(30.0) if len(sent) == 1 else Answer("an answer")
+
+    tally, _ = run(journal, ask, 3, concurrency=1)
+    assert tally.throttled == 1
+    assert sent[0] == 0
+    assert all(at >= 30 for at in sent[1:])
+
+
+def test_a_server_with_a_limit_is_neither_flooded_nor_starved(journal: Journal) -> None:
+    """It answers 429 beyond ten at once; every request is answered in the end."""
+    at_once = refused = 0
+
+    async def ask(request: Request) -> Answer | Trouble:
+        nonlocal at_once, refused
+        if at_once >= 10:
+            refused += 1
+            return too_many()
+        at_once += 1
+        await asyncio.sleep(0.02)
+        at_once -= 1
+        return Answer("an answer")
+
+    tally, _ = run(journal, ask, 200, concurrency=64)
+    assert (tally.answered, tally.failed) == (200, 0)
+    assert tally.throttled == refused
+    assert 0 < refused < 100
+
+
+def test_the_limit_doubles_each_round_then_halves_once_a_burst_and_then_creeps() -> None:
+    async def whole() -> None:
+        limit = AdaptiveLimit(256)
+        assert limit.limit == 16
+        for _ in range(16):
+            limit.answered()
+        assert limit.limit == 32
+        await asyncio.sleep(1)
+        sent = asyncio.get_running_loop().time()
+        await asyncio.sleep(1)
+        limit.throttled(sent, 0.0)
+        limit.throttled(sent, 0.0)
+        assert limit.limit == 16
+        for _ in range(16):
+            limit.answered()
+        assert 16.9 < limit.limit < 17
+
+    run_at_once(whole())
