@@ -102,10 +102,10 @@ def measure_endpoint(folder: Path, url: str, count: int, name: str) -> dict[str,
         with Journal(folder / f"{name}.sqlite") as journal:
             async with Client(url, "teacher", connections=AT_ONCE) as client:
                 # Opens the connections, and lets the limit find out that 256 are borne.
-                await Pool(client.ask, journal, Budget(), concurrency=AT_ONCE).answer_all(
+                await Pool(client.send, journal, Budget(), concurrency=AT_ONCE).answer_all(
                     requests(4 * AT_ONCE, "warm-up")
                 )
-                pool = Pool(client.ask, journal, Budget(), concurrency=AT_ONCE)
+                pool = Pool(client.send, journal, Budget(), concurrency=AT_ONCE)
                 pool.limit.limit = AT_ONCE
                 started, cpu = time.perf_counter(), time.process_time()
                 tally = await pool.answer_all(requests(count, client.endpoint))
@@ -186,7 +186,7 @@ def generate(model: Any, tokenizer: Any, batch: list[Request]) -> int:
 
 
 def measure_local(teacher: Path, text: Path, count: int, batch: int) -> dict[str, Any]:
-    from stillhouse.generation.local_generator import Generator
+    from stillhouse.generation.local_generator import local_text
     from stillhouse.hardware import choose_precision, tune_allocator
     from stillhouse.teachers.load import load_model, load_tokenizer
 
@@ -197,7 +197,7 @@ def measure_local(teacher: Path, text: Path, count: int, batch: int) -> dict[str
     asked = mixed_requests(count, text)
 
     def ours() -> int:
-        outcomes = Generator(model, tokenizer, batch=batch).answers(asked)
+        outcomes = local_text(model, tokenizer, batch=batch).answers(asked)
         return sum(o.completion_tokens or 0 for _, o in outcomes if isinstance(o, Answer))
 
     def fixed() -> int:

@@ -229,13 +229,13 @@ def test_an_api_is_paid_without_a_budget_only_when_that_is_agreed_to(tmp_path: P
     raw["teacher"]["api"] |= {"price": {"input": 1.0, "output": 2.0}}
     recipe = parse_recipe(toys.clean(raw))
     asked: list[str] = []
-    with pytest.raises(RecipeError, match="20 requests take at most"):
+    with pytest.raises(RecipeError, match="0 of 20 requests are answered; the rest takes at most"):
         agree_to_spend(recipe, base=tmp_path)
     assert not agree_to_spend(
         recipe, base=tmp_path, confirm=lambda question: bool(asked.append(question))
     )
     assert asked[0].endswith("There is no budget. Send the requests?")
-    assert "20 requests take at most" in asked[0]
+    assert "0 of 20 requests are answered; the rest takes at most" in asked[0]
     raw["teacher"]["budget"] = {"max_usd": 1.0}
     assert agree_to_spend(parse_recipe(toys.clean(raw)), base=tmp_path)
 

@@ -22,7 +22,8 @@ from stillhouse.data.documents import Document
 from stillhouse.data.row_reader import find_files, read_lines, read_rows, text_size
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError
-from stillhouse.synthesis.prompts import read_prompts, text_of
+from stillhouse.generation.chat_frame import text_of
+from stillhouse.synthesis.prompts import read_prompts
 
 ROWS = [{"text": "one, é", "label": "a"}, {"text": "two\nlines", "label": "b"}]
 TEXTS = [row["text"] for row in ROWS]

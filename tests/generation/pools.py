@@ -46,7 +46,7 @@ def run(
             stub.url, "teacher", key_env=key_env, price=price, timeout=timeout
         ) as client:
             pool = Pool(
-                client.ask,
+                client.send,
                 journal,
                 budget or Budget(),
                 concurrency=concurrency,

@@ -18,7 +18,7 @@ from transformers import (
 from transformers import Qwen3ForCausalLM as Qwen3
 
 from stillhouse.errors import ModelError
-from stillhouse.generation.local_generator import Generator, draw
+from stillhouse.generation.local_generator import draw, local_text
 from stillhouse.generation.request import Answer, Failure, Request
 from tests import tiny
 
@@ -47,7 +47,7 @@ def requests(count: int, seed: int = 0, **parameters: Any) -> list[Request]:
 
 def answered(model: Any, asked: Any, batch: int = 32) -> dict[str, Answer | Failure]:
     """Outcomes by the request's key."""
-    generator = Generator(model, tiny.tokenizer(), batch=batch)
+    generator = local_text(model, tiny.tokenizer(), batch=batch)
     return {request.key: outcome for request, outcome in generator.answers(asked)}
 
 
@@ -130,7 +130,7 @@ def test_answers_come_while_later_prompts_are_not_yet_read() -> None:
             read += 1
             yield request
 
-    next(iter(Generator(tiny.llama(), tiny.tokenizer(), batch=4).answers(many())))
+    next(iter(local_text(tiny.llama(), tiny.tokenizer(), batch=4).answers(many())))
     assert read <= 8 * 4
 
 
@@ -171,7 +171,7 @@ def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):
-        Generator(tiny.llama(), tokenizer)
+        local_text(tiny.llama(), tokenizer)
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])

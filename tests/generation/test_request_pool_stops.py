@@ -92,7 +92,7 @@ def test_what_is_on_its_way_arrives_unless_it_is_cancelled_twice(
 
     async def whole(stub: Stub, asked: list[Request]) -> None:
         async with Client(stub.url, "teacher", timeout=60.0) as client:
-            pool = Pool(client.ask, journal, Budget(), concurrency=4, patience=QUICK)
+            pool = Pool(client.send, journal, Budget(), concurrency=4, patience=QUICK)
             work = asyncio.create_task(pool.answer_all(asked))
             while len(stub.payloads) < 4:
                 await asyncio.sleep(0.01)

@@ -9,18 +9,18 @@ from stillhouse.generation.client import Trouble
 from stillhouse.generation.concurrency import AdaptiveLimit
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Request
-from stillhouse.generation.request_pool import LONGEST_WAIT, Ask, Pool, Tally
+from stillhouse.generation.request_pool import LONGEST_WAIT, Pool, Send, Tally
 from tests.clocks import run_at_once
 from tests.generation.pools import QUICK, requests
 
 URL = "http://127.0.0.1:1/v1"
 
 
-def run(journal: Journal, ask: Ask, count: int, *, concurrency: int = 8) -> tuple[Tally, float]:
+def run(journal: Journal, send: Send, count: int, *, concurrency: int = 8) -> tuple[Tally, float]:
     """What came of `count` requests, and the seconds that it took."""
 
     async def whole() -> Tally:
-        pool = Pool(ask, journal, Budget(), concurrency=concurrency, patience=QUICK)
+        pool = Pool(send, journal, Budget(), concurrency=concurrency, patience=QUICK)
         return await pool.answer_all(requests(URL, count))
 
     return run_at_once(whole())

@@ -14,11 +14,12 @@ import yaml
 from stillhouse.commands import synthesize_text
 from stillhouse.config.load import parse_recipe
 from stillhouse.errors import RecipeError
-from stillhouse.generation.local_generator import Generator
+from stillhouse.generation.answer_logprobs import mean_log_probability
+from stillhouse.generation.local_generator import local_text
 from stillhouse.generation.request import Answer, Request
 from stillhouse.synthesis.best_of import likelihood, majority, normalized
 from stillhouse.synthesis.filters import Filters, Row, Sieve
-from stillhouse.synthesis.synthesize import Synthesis, chosen_filters, mean_log_probability
+from stillhouse.synthesis.synthesize import Synthesis, chosen_filters
 from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
 from tests import tiny
 from tests.generation.stub import Reply, Stub, error
@@ -122,7 +123,7 @@ def test_a_local_model_tells_the_log_probability_of_its_tokens() -> None:
         )
         for number in range(4)
     ]
-    for request, answer in Generator(model, tokenizer, batch=2).answers(asked):
+    for request, answer in local_text(model, tokenizer, batch=2).answers(asked):
         assert isinstance(answer, Answer)
         assert answer.logprobs is not None
         prompt = tokenizer.apply_chat_template(

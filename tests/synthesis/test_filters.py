@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from stillhouse.data.words import words
 from stillhouse.errors import RecipeError
 from stillhouse.synthesis import filters
 from stillhouse.synthesis.filters import Filter, Filters, Row, Sieve, dropped_counts, dropped_file
 from stillhouse.synthesis.near_duplicates import NearDuplicates, shingles
-from stillhouse.synthesis.prompts import Prompt, words
+from stillhouse.synthesis.prompts import Prompt
 
 
 def row(text: str, *, prompt: str = "a question", **changes: Any) -> Row:

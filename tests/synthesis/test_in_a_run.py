@@ -19,8 +19,8 @@ from stillhouse.cli import app
 from stillhouse.commands import agree_to_spend, prepare_data, synthesize_text
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.generation.budget import Spending
+from stillhouse.generation.estimate import Known
 from stillhouse.pipeline.kind import RunResult
-from stillhouse.synthesis.estimate import Known
 from tests import forks, tiny
 from tests.generation.pools import committed
 from tests.generation.stub import Reply, Stub
@@ -202,7 +202,7 @@ def test_a_few_calls_tell_the_cost_of_the_rest_and_are_not_lost(tmp_path: Path) 
         asked = [payload["messages"][-1]["content"] for payload in stub.payloads]
         assert sorted(asked) == sorted(f"question {n}" for n in (0, 13, 26, 40, 53, 66))
         assert found["synthesis"].text.startswith(
-            "6 of 80 requests are answered; the rest takes about 1,110 tokens, $4.44 (95 % likely: "
+            "6 of 80 requests are answered; the rest takes about 1,110 tokens, $4.44 (95% likely: "
         )
         assert "training" in found
         synthesize_text(path)

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from stillhouse.data.words import words
 from stillhouse.errors import DataError
+from stillhouse.generation.chat_frame import Frame, answer_text, text_of
 from stillhouse.generation.request import Answer
-from stillhouse.synthesis.prompts import Frame, Prompt, answer_text, read_prompts, text_of, words
+from stillhouse.synthesis.prompts import Prompt, read_prompts
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
 ANSWERED = [USER, {"role": "assistant", "content": "4"}]
@@ -131,14 +133,14 @@ def test_the_teacher_sees_everything_and_the_student_what_it_is_shown() -> None:
         ("all", [system, *few, USER]),
     ):
         frame = Frame("Be brief.", (("1 + 1?", "2"),), shown)  # type: ignore[arg-type]
-        assert list(frame.asked(prompt)) == [system, *few, USER]
-        assert list(frame.taught(prompt)) == expected
+        assert list(frame.teacher_sees(prompt.messages)) == [system, *few, USER]
+        assert list(frame.student_sees(prompt.messages)) == expected
 
 
 def test_a_prompt_keeps_its_own_system_message() -> None:
     own = {"role": "developer", "content": "Be long."}
     frame = Frame("Be brief.", (("a", "b"),))
-    asked = frame.asked(Prompt((own, USER), "here"))
+    asked = frame.teacher_sees((own, USER))
     assert [message["content"] for message in asked] == ["Be long.", "a", "b", USER["content"]]
 
 

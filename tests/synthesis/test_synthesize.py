@@ -23,9 +23,9 @@ from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError, EndpointError, RecipeError
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.journal import Journal
-from stillhouse.language_model.synthesis_stage import origins
+from stillhouse.language_model.synthesis_stage import synthesis_job
 from stillhouse.runfolder import MANIFEST
-from stillhouse.synthesis.preflight import foreseen
+from stillhouse.synthesis.preflight import estimate_synthesis
 from stillhouse.synthesis.synthesize import Synthesis
 from tests import forks, tiny
 from tests.generation.pools import committed
@@ -180,7 +180,7 @@ def test_a_prompt_that_is_there_ten_times_is_paid_for_once(tmp_path: Path) -> No
         synthesize_text(recipe, ["synthesize.prompts.limit=10"])
         loaded = parse_recipe(yaml.safe_load(recipe.read_text()))
         assert loaded.synthesize is not None
-        known = foreseen(loaded.synthesize, origins(loaded, tmp_path))
+        known = estimate_synthesis(synthesis_job(loaded, tmp_path))
         again = synthesize_text(recipe, ["synthesize.budget.max_tokens=200"])
         assert len(stub.payloads) == 2
     assert (known.requests, known.missing, known.spent.tokens) == (11, 1, 50)
@@ -311,7 +311,7 @@ def test_check_tells_the_cost_from_the_answers_there_are(tmp_path: Path) -> None
     assert before.startswith("0 of 12 requests are answered; the rest takes at most ")
     assert after.startswith(
         "3 of 12 requests are answered; the rest takes about 135 tokens, $0.54 "
-        "(95 % likely: $0.54 to $0.54); at most "
+        "(95% likely: $0.54 to $0.54); at most "
     )
     assert done == "12 of 12 requests are answered"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
-from stillhouse.answering.answering_job import GOLD, HELDOUT, PROMPTS, TRAIN, AnsweringJob
+from stillhouse.answering.answering_job import GOLD, HELDOUT, TRAIN, AnsweringJob
 from stillhouse.classify.task_texts import (
     FEWEST,
     LabelledText,
@@ -20,19 +20,15 @@ from stillhouse.classify.task_texts import (
     unrepeated,
 )
 from stillhouse.errors import DataError, RunError
-from stillhouse.finding import Finding
+from stillhouse.generation.answer_logprobs import mean_log_probability
+from stillhouse.generation.answer_requests import answer_all
+from stillhouse.generation.chat_frame import answer_text
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer
 from stillhouse.pipeline.stage_plan import StagePlan, unanswered
 from stillhouse.runfolder import Outcome, Stage, write_atomically
-from stillhouse.synthesis.estimate import Known
 from stillhouse.synthesis.filters import DROPPED, Filter, Filters, Row, Sieve, unfenced
-from stillhouse.synthesis.judge_answers import Verdicts, open_judge
-from stillhouse.synthesis.preflight import ask_some, findings, foreseen
-from stillhouse.synthesis.prompts import answer_text
-from stillhouse.synthesis.synthesize import chosen_filters, judged, mean_log_probability
-from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
-from stillhouse.synthesis.text_teacher import Asked, Origins, answer_all, may_answer, text_teacher
+from stillhouse.synthesis.synthesize import chosen_filters
 
 TEXTS, ANSWERS = "texts.json", "answers.jsonl"
 
@@ -111,46 +107,6 @@ def plan_answer_texts(job: AnsweringJob) -> StagePlan:
 # --- answers -------------------------------------------------------------------------------------
 
 
-def answered(
-    section: SynthesizeRecipe, origins: Origins, seed: int
-) -> Iterator[tuple[str, Answer | None]]:
-    """Where each prompt stands, and its answers in order; asked is what the journal lacks.
-
-    Raises RunError where the budget ends before the answers do: those that arrived are kept.
-    """
-    teacher = text_teacher(section, origins, seed)
-    asked = Asked(section.prompts, origins.base, teacher.request)
-    with Journal(origins.journal) as journal:
-        answer_all(teacher, asked, journal)
-        for prompt, request in asked.pairs():
-            yield prompt.where, journal.get(request.key)
-
-
-def _open_requests(section: SynthesizeRecipe, origins: Origins, seed: int) -> int:
-    """Requests without an answer that are to be asked again."""
-    teacher = text_teacher(section, origins, seed, weights=False)
-    with Journal(origins.journal) as journal:
-        return may_answer(Asked(section.prompts, origins.base, teacher.request), journal)
-
-
-def write_prompts(prompts: Iterable[str], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"prompt": prompt}) for prompt in prompts)
-    (folder / PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def foreseen_answers(
-    job: AnsweringJob, found: AnswerTexts, folder: Path, calls: int
-) -> tuple[Known, list[Finding]]:
-    """How much the journal has, and what the rest can cost; and how `check` tells it. calls:
-    requests that are made first."""
-    write_prompts((job.question(row.text) for row in (*found.train, *found.test)), folder)
-    section, origins, seed = job.questions(folder), job.origins(folder), job.recipe.seed
-    ask_some(section, origins, calls, seed=seed)
-    known = foreseen(section, origins, seed=seed)
-    return known, list(findings(known, section, origins, "answers", "questions"))
-
-
 def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
     """The teacher answers every text; what the filters leave of its answers is learnt from."""
     recipe, teacher = job.recipe, job.recipe.teacher
@@ -165,9 +121,9 @@ def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
         asked = {"model": teacher.api.model, "endpoint": job.described}
     if teacher.vllm is not None:
         asked["vllm"] = {"dtype": teacher.vllm.dtype, "options": teacher.vllm.options}
-    judge = open_judge(job.questions(Path()), job.origins(Path()), recipe.seed, weights=False)
+    judge = job.judge(weights=False)
     if judge is not None:
-        one = judge.teacher.request((), 0)
+        one = judge.teacher.request(())
         asked["judge"] = [one.endpoint, one.model, dict(one.parameters)]
     inputs = {
         **asked,
@@ -185,15 +141,13 @@ def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
 
 def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:
     rows = [*found.train, *found.test]
-    write_prompts((job.question(row.text) for row in rows), out)
     # A broken filter is found before anything is paid.
     filters = chosen_filters(job.recipe.filters, job.base)
     if job.validity is not None:
         filters.before["json_schema"] = job.validity
-    questions, origins, seed = job.questions(out), job.origins(out), job.recipe.seed
-    got = [answer for _, answer in answered(questions, origins, seed)]
-    unanswered = _open_requests(questions, origins, seed) if None in got else 0
-    (out / PROMPTS).unlink()
+    source = job.source()
+    answers = answer_all(source, job.requests(source, rows), job.journal, "teacher.budget")
+    got = answers.found
     samples = job.recipe.teacher.samples
     train = [
         Row(
@@ -226,11 +180,11 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
     return {
         "answered": sum(answer is not None for answer in got),
         "asked": len(got),
-        "unanswered": unanswered,
+        "unanswered": answers.unanswered,
         "kept": kept,
         "gold": len(gold),
         "dropped": {name: count for name, count in dropped.items() if count},
-        "usd": _cost(got),
+        "usd": answers.usd,
     }
 
 
@@ -241,7 +195,7 @@ def _keep(
 
     Raises DataError where none is left, RunError where a judge's budget ends before its verdicts.
     """
-    with _judged(job, filters, rows, out) as chosen:
+    with _judged(job, filters, rows) as chosen:
         sieve = Sieve(chosen, out / DROPPED)
         kept = _write_chats(out / TRAIN, ((row.messages, row.text) for row in sieve.keep(rows)))
     if kept == 0:
@@ -255,34 +209,27 @@ def _keep(
 
 
 @contextmanager
-def _judged(job: AnsweringJob, filters: Filters, rows: list[Row], out: Path) -> Iterator[Filters]:
+def _judged(job: AnsweringJob, filters: Filters, rows: list[Row]) -> Iterator[Filters]:
     """The filters, with the verdicts of a judge where the recipe has one choose."""
-    judge = open_judge(job.questions(out), job.origins(out), job.recipe.seed)
+    judge = job.judge()
     if judge is None:
         yield filters
         return
     with Journal(job.journal) as journal:
-        _, out_of_budget = judged(Verdicts(judge, lambda: filters.groups(rows)), journal)
+        _, out_of_budget = judge.judge(lambda: filters.groups(rows), journal)
         if out_of_budget:
             raise RunError(
                 "the judge's budget is used up",
                 where=job.journal,
-                fix="raise filters.best_of.budget; no verdict is asked for twice",
+                fix="raise filters.best_of.budget; no verdict is paid for twice",
             )
         yield replace(filters, chooser=judge.chooser(journal))
 
 
 def _words(job: AnsweringJob, answer: Answer) -> str:
     """What the student is to write: no reasoning, and JSON without a code fence around it."""
-    text = answer_text(answer, keep_reasoning=False)
+    text = answer_text(answer)
     return unfenced(text) if isinstance(job.recipe.task, ExtractTask) else text
-
-
-def _cost(got: list[Answer | None]) -> float | None:
-    """Of all answers, whichever run paid; None where a price is unknown."""
-    costs = [answer.cost for answer in got if answer is not None]
-    known = [cost for cost in costs if cost is not None]
-    return sum(known) if len(known) == len(costs) else None
 
 
 def _write_chats(path: Path, chats: Iterable[tuple[Any, str]]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from stillhouse.answering.answer_stages import foreseen_answers, prepare_answer_texts
+from stillhouse.answering.answer_stages import prepare_answer_texts
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_evaluation import load_scorer
 from stillhouse.answering.answering_job import (
@@ -20,12 +19,13 @@ from stillhouse.answering.answering_job import (
 )
 from stillhouse.export.licenses import license_lines
 from stillhouse.finding import Finding
+from stillhouse.generation.answer_requests import estimate, findings
+from stillhouse.generation.estimate import Known
 from stillhouse.generation.generation_config import may_cost
 from stillhouse.generation.vllm_engine import lacks
 from stillhouse.language_model.job import configs, find_models, planned_size
 from stillhouse.pipeline.kind import Check
 from stillhouse.runfolder import run_root
-from stillhouse.synthesis.estimate import Known, unlimited_requests
 from stillhouse.synthesis.filters_config import JudgeChoice
 from stillhouse.synthesis.judge_answers import most_requests
 
@@ -66,12 +66,13 @@ def check_answers(check: Check) -> Iterator[Finding]:
     """What the answers take, and what is doubtful about them."""
     job: AnsweringJob = check.job
     recipe = job.recipe
-    known, lines = _known(job, check.calls)
-    yield from lines
+    known = _known(job, check.calls)
+    yield from findings(known, job.journal, "answers", "questions")
     if known.missing and recipe.teacher.vllm is not None:
         for level, text, fix in lacks(recipe.teacher.vllm, job.base):
             yield Finding(level, "vLLM", text, fix)
-    if verdicts := most_requests(job.questions(Path()), known.requests):
+    choice, samples = recipe.filters.best_of, recipe.teacher.samples
+    if verdicts := most_requests(choice, known.requests, samples):
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")
     if recipe.teacher_sees_more and not recipe.learns_text_alone:
         text = "the student learns what the teacher would say without its examples or system prompt"
@@ -83,7 +84,9 @@ def answers_spending(job: AnsweringJob) -> Iterator[str]:
     """What the answers would cost without a budget, a judge among them included."""
     teacher, choice = job.recipe.teacher, job.recipe.filters.best_of
     if may_cost(teacher.api, teacher.budget):
-        yield from unlimited_requests(_known(job, 0)[0], teacher.api)
+        known = _known(job)
+        if known.missing:
+            yield known.described()
     if isinstance(choice, JudgeChoice) and may_cost(choice.teacher.api, choice.budget):
         yield "the judge chooses among the answers to each training text"
 
@@ -95,10 +98,11 @@ def comparison_spending(job: AnsweringJob) -> Iterator[str]:
         yield "the judge compares the answers to all test texts"
 
 
-def _known(job: AnsweringJob, calls: int) -> tuple[Known, list[Finding]]:
-    with tempfile.TemporaryDirectory() as folder:
-        texts = prepare_answer_texts(job.recipe, job.base, job.validity)
-        return foreseen_answers(job, texts, Path(folder), calls)
+def _known(job: AnsweringJob, calls: int = 0) -> Known:
+    texts = prepare_answer_texts(job.recipe, job.base, job.validity)
+    source = job.source(weights=calls > 0)
+    requests = job.requests(source, [*texts.train, *texts.test])
+    return estimate(source, requests, job.journal, calls)
 
 
 def preview_answers(recipe: AnsweringRecipe, base: Path, rows: int) -> RenderableType:

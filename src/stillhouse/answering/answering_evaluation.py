@@ -22,15 +22,16 @@ from stillhouse.evaluate.answers import (
     field_f1,
     same_text,
 )
+from stillhouse.generation.chat_frame import answer_text
 from stillhouse.generation.generation_config import Precision
-from stillhouse.generation.local_generator import Generator
+from stillhouse.generation.local_generator import LocalGenerator, local_text
 from stillhouse.generation.request import Answer, Message, Request
+from stillhouse.generation.text_generator import TextGenerator
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage, sha
 from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value
-from stillhouse.synthesis.prompts import answer_text
 from stillhouse.teachers.load import load_model, load_tokenizer
 from stillhouse.training.train import MODEL
 
@@ -56,7 +57,7 @@ def plan_answers_evaluation(
         if tuned is not None:
             folders["fine_tuned"] = tuned.path / MODEL
         found = AnswerTexts.load(texts.path / TEXTS)
-        _evaluate(job, found.test, read_answers(answers), folders, out).save(out / EVALUATION)
+        _evaluate(job, found.test, read_answers(answers), folders).save(out / EVALUATION)
         return Outcome(peak_memory_bytes=peak_memory_bytes())
 
     inputs = {
@@ -78,7 +79,6 @@ def _evaluate(
     rows: list[LabelledText],
     taught: list[str | None],
     folders: dict[str, Path],
-    out: Path,
 ) -> AnswersEvaluation:
     section = job.recipe.evaluate
     scorer = None if section.scorer is None else load_scorer(section.scorer, job.base)
@@ -90,7 +90,7 @@ def _evaluate(
         for role, nats in _surprises(job, rows, answered).items():
             more[role]["surprise"] = nats
     if section.judge is not None:
-        for role, figures in compare_answers(job, rows, answered, out).items():
+        for role, figures in compare_answers(job, rows, answered).items():
             more[role] |= figures
     results = []
     for role, said in answered.items():
@@ -131,21 +131,19 @@ def request_for(messages: tuple[Message, ...], name: str, max_tokens: int) -> Re
 
 def open_generator(
     folder: Path, *, precision: Precision = "auto", batch: int = 32, trust_remote_code: bool = False
-) -> Generator:
+) -> TextGenerator[LocalGenerator]:
     device = default_device()
     dtype = choose_precision(precision, device).dtype
     model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code).to(device)
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
-    return Generator(model, tokenizer, batch=batch)
+    return local_text(model, tokenizer, batch=batch)
 
 
-def answer_all(generator: Generator, requests: Sequence[Request]) -> list[str]:
+def answer_all(generator: TextGenerator[LocalGenerator], requests: Sequence[Request]) -> list[str]:
     """In the order of the requests, without reasoning; empty where a prompt does not fit."""
     said: dict[str, str] = {}
     for request, outcome in generator.answers(requests):
-        said[request.key] = (
-            answer_text(outcome, keep_reasoning=False) if isinstance(outcome, Answer) else ""
-        )
+        said[request.key] = answer_text(outcome) if isinstance(outcome, Answer) else ""
     return [said[request.key] for request in requests]
 
 
@@ -156,7 +154,9 @@ def _answers_of(
     generator = open_generator(folder, precision=recipe.train.precision, batch=recipe.teacher.batch)
     most = recipe.teacher.sampling.max_tokens
     requests = [request_for(job.taught(row.text), role, most) for row in rows]
-    figures: dict[str, float] = {"parameters": account.count_parameters(generator.model).total}
+    figures: dict[str, float] = {
+        "parameters": account.count_parameters(generator.generator.model).total
+    }
     if role == "student":
         figures["answers_per_s"] = _rate(generator, requests[: recipe.evaluate.speed_texts])
     return answer_all(generator, requests), figures
@@ -176,12 +176,12 @@ def _speed_of_teacher(job: AnsweringJob, rows: list[LabelledText]) -> dict[str, 
     most = section.sampling.max_tokens
     requests = [request_for(job.asked(row.text), "teacher", most) for row in some]
     return {
-        "parameters": account.count_parameters(generator.model).total,
+        "parameters": account.count_parameters(generator.generator.model).total,
         "answers_per_s": _rate(generator, requests),
     }
 
 
-def _rate(generator: Generator, requests: Sequence[Request]) -> float:
+def _rate(generator: TextGenerator[LocalGenerator], requests: Sequence[Request]) -> float:
     """Answers a second; they end when the model says so, so that fewer words are faster."""
     answer_all(generator, requests[:1])  # the first pass is slower
     began = time.perf_counter()

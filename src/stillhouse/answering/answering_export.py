@@ -15,6 +15,7 @@ from stillhouse.evaluate.metrics import metrics_of
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import Gate
 from stillhouse.export.model_card import ModelCard, write_language_model_card
+from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.request import Message
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
@@ -26,7 +27,6 @@ from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage, write_atomically
 from stillhouse.section import recipe_yaml
-from stillhouse.synthesis.prompts import Frame, Prompt
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.train import METRICS, MODEL
 
@@ -66,7 +66,7 @@ class AnsweringFacts:
         question = filled(self.prompt, text)
         examples = tuple((prompt, answer) for prompt, answer in self.examples)
         frame = Frame(self.system, examples, "all")
-        return frame.asked(Prompt(({"role": "user", "content": question},), ""))
+        return frame.teacher_sees(user_turn(question))
 
     def save(self, folder: Path) -> None:
         write_atomically(folder / FACTS, json.dumps(asdict(self), ensure_ascii=False, indent=2))

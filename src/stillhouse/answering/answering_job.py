@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
+from stillhouse.classify.task_texts import LabelledText
 from stillhouse.data.data_config import DataRecipe, FileSource
 from stillhouse.evaluate.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe
 from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, origin
+from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher, VllmTeacher
-from stillhouse.generation.request import Message, api_described
+from stillhouse.generation.request import Message, Requests, api_described
+from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.recipe import Recipe, TeacherRecipe
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.runfolder import answers_path
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent
 from stillhouse.synthesis.filters import Filter, json_schema, read_schema
-from stillhouse.synthesis.prompts import Frame, Prompt
-from stillhouse.synthesis.prompts_config import ExampleRecipe, PromptsRecipe
-from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
-from stillhouse.synthesis.text_teacher import Origins
+from stillhouse.synthesis.filters_config import LikelihoodChoice
+from stillhouse.synthesis.judge_answers import Judge, open_judge
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 
-PROMPTS = "prompts.jsonl"
 TRAIN, HELDOUT, GOLD = "train.jsonl", "heldout.jsonl", "gold.jsonl"
 """Chats that end with the teacher's answers, of training and test texts; and with true ones."""
 
@@ -93,51 +94,46 @@ class AnsweringJob:
 
     def taught(self, text: str) -> tuple[Message, ...]:
         """What the student reads before it answers."""
-        return self.frame.taught(self._prompt(text))
+        return self.frame.student_sees(user_turn(self.question(text)))
 
     def asked(self, text: str) -> tuple[Message, ...]:
         """What the teacher reads before it answers."""
-        return self.frame.asked(self._prompt(text))
+        return self.frame.teacher_sees(user_turn(self.question(text)))
 
-    def _prompt(self, text: str) -> Prompt:
-        return Prompt(({"role": "user", "content": self.question(text)},), "")
-
-    def questions(self, folder: Path) -> SynthesizeRecipe:
-        """What the teacher is asked, as a recipe for text; its prompts are in folder / PROMPTS."""
-        section, task = self.recipe.teacher, self.recipe.task
-        local, vllm = None, None
-        model: dict[str, Any] = {"model": section.model, "revision": section.revision}
-        if section.vllm is not None:
-            vllm = VllmTeacher(**model, **section.vllm.model_dump())
-        elif section.model is not None:
-            local = LocalTeacher(**model, precision=section.precision, batch=section.batch)
-        return SynthesizeRecipe(
-            teacher=TextTeacher(api=section.api, local=local, vllm=vllm),
-            prompts=PromptsRecipe(
-                path=str(folder.absolute() / PROMPTS),
-                samples=section.samples,
-                system=task.system,
-                examples=[
-                    ExampleRecipe(prompt=prompt, answer=answer)
-                    for prompt, answer in self.frame.examples
-                ],
-                student_sees=task.student_sees,
-            ),
-            sampling=section.sampling,
-            filters=self.recipe.filters,
-            budget=section.budget,
-        )
-
-    def origins(self, folder: Path) -> Origins:
+    @property
+    def default(self) -> DefaultModel:
         teacher = self.recipe.teacher
-        return Origins(
-            self.base,
-            folder,
-            self.journal,
-            teacher.model or "",
-            teacher.revision,
-            teacher.trust_remote_code,
+        return DefaultModel(
+            self.base, teacher.model or "", teacher.revision, teacher.trust_remote_code
         )
+
+    def source(self, *, weights: bool = True) -> TextSource:
+        """The teacher, as it answers requests. weights: as for `text_source`. Raises ModelError."""
+        section = self.recipe.teacher
+        local, vllm = None, None
+        if section.vllm is not None:
+            vllm = VllmTeacher(**section.vllm.model_dump())
+        elif section.model is not None:
+            local = LocalTeacher(precision=section.precision, batch=section.batch)
+        return text_source(
+            TextTeacher(api=section.api, local=local, vllm=vllm),
+            section.sampling,
+            section.budget,
+            self.default,
+            self.recipe.seed,
+            logprobs=isinstance(self.recipe.filters.best_of, LikelihoodChoice),
+            weights=weights,
+        )
+
+    def requests(self, source: TextSource, texts: Sequence[LabelledText]) -> Requests:
+        """Each text, `samples` times."""
+        samples = range(self.recipe.teacher.samples)
+        return lambda: (source.request(self.asked(r.text), n) for r in texts for n in samples)
+
+    def judge(self, *, weights: bool = True) -> Judge | None:
+        """Of several answers to a text. Raises ModelError."""
+        choice = self.recipe.filters.best_of
+        return open_judge(choice, self.default, self.recipe.seed, weights=weights)
 
 
 def filled(prompt: str, text: str) -> str:

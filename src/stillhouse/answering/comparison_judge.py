@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-from stillhouse.answering.answer_stages import answered, write_prompts
-from stillhouse.answering.answering_config import ComparisonRecipe
-from stillhouse.answering.answering_job import PROMPTS, AnsweringJob
+from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.classify.task_texts import LabelledText
 from stillhouse.evaluate.answers import compare
+from stillhouse.generation.answer_requests import answer_all
+from stillhouse.generation.chat_frame import answer_text, user_turn
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher
-from stillhouse.synthesis.prompts import answer_text
-from stillhouse.synthesis.prompts_config import PromptsRecipe
-from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
-from stillhouse.synthesis.text_teacher import Origins
+from stillhouse.generation.text_teacher import DefaultModel, text_source
 
 _VERDICT = re.compile(r"\b(A|B|tie|Tie|TIE)\b")
 """In capitals: `a` is mostly the article."""
 
 
 def compare_answers(
-    job: AnsweringJob, rows: list[LabelledText], said: dict[str, list[str]], out: Path
+    job: AnsweringJob, rows: list[LabelledText], said: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
     """By role, all but the teacher's: `preferred`, wins and half of the ties among all pairs; and
     `consistent`, the share of pairs of which the verdict does not depend on the order."""
@@ -34,14 +30,14 @@ def compare_answers(
         for row, ours, theirs in zip(rows, said[role], said["teacher"], strict=True)
         for pair in ((row.text, ours, theirs), (row.text, theirs, ours))
     ]
-    write_prompts((verdict_prompt(judge.question, *pair) for pair in pairs), out)
-    origins = Origins(job.base, out, job.journal, "")
-    section = _section(judge, out)
-    verdicts = [
-        None if answer is None else read_verdict(answer_text(answer, keep_reasoning=False))
-        for _, answer in answered(section, origins, job.recipe.seed)
-    ]
-    (out / PROMPTS).unlink()
+    local = None if judge.model is None else LocalTeacher(model=judge.model)
+    teacher, default = TextTeacher(api=judge.api, local=local), DefaultModel(job.base)
+    source = text_source(teacher, judge.sampling, judge.budget, default, job.recipe.seed)
+    prompts = [user_turn(verdict_prompt(judge.question, *pair)) for pair in pairs]
+    answers = answer_all(
+        source, lambda: map(source.request, prompts), job.journal, "evaluate.judge.budget"
+    )
+    verdicts = [None if one is None else read_verdict(answer_text(one)) for one in answers.found]
     found: dict[str, dict[str, float]] = {}
     for number, role in enumerate(roles):
         part = verdicts[2 * len(rows) * number : 2 * len(rows) * (number + 1)]
@@ -51,16 +47,6 @@ def compare_answers(
         if read:
             found[role] |= {"preferred": result.preferred, "consistent": result.consistent / read}
     return found
-
-
-def _section(judge: ComparisonRecipe, folder: Path) -> SynthesizeRecipe:
-    local = None if judge.model is None else LocalTeacher(model=judge.model)
-    return SynthesizeRecipe(
-        teacher=TextTeacher(api=judge.api, local=local),
-        prompts=PromptsRecipe(path=str(folder.absolute() / PROMPTS)),
-        sampling=judge.sampling,
-        budget=judge.budget,
-    )
 
 
 def verdict_prompt(question: str, text: str, first: str, second: str) -> str:

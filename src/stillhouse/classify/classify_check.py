@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from stillhouse.classify.classifier_students import planned_parameters
 from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import planned_steps
-from stillhouse.classify.label_judgment import foreseen_questions
+from stillhouse.classify.label_judgment import estimate_judgment
 from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
 from stillhouse.classify.label_scoring import shared_prefix
 from stillhouse.classify.label_tree import label_tree
@@ -27,10 +26,10 @@ from stillhouse.export.licenses import license_lines
 from stillhouse.export.onnx_export import require_onnx
 from stillhouse.export.push import require_token
 from stillhouse.finding import Finding
+from stillhouse.generation.answer_requests import findings
 from stillhouse.generation.generation_config import may_cost
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.pipeline.kind import Check
-from stillhouse.synthesis.estimate import Known, unlimited_requests
 from stillhouse.teachers.load import load_config, load_tokenizer
 
 EFFICIENCY = 0.35
@@ -60,7 +59,9 @@ def check_judgment(check: Check) -> Iterator[Finding]:
     texts: Texts = check.found["texts"]
     yield Finding("ok", "teacher", job.described)
     if job.teacher is None:
-        yield from _judgment(job, texts, check.calls)[1]
+        prompt = job.prompt(texts)
+        known = estimate_judgment(job.recipe, prompt, texts, job.journal, check.calls)
+        yield from findings(known, job.journal, "judgment")
     else:
         yield _local_cost(job, job.prompt(texts), texts)
 
@@ -127,14 +128,10 @@ def judgment_spending(job: TaskJob) -> Iterator[str]:
     """What the judgment would pay without a budget."""
     teacher = job.recipe.teacher
     if may_cost(teacher.api, teacher.budget):
-        known, _ = _judgment(job, prepare_texts(job.recipe, job.base), 0)
-        yield from unlimited_requests(known, teacher.api)
-
-
-def _judgment(job: TaskJob, texts: Texts, calls: int) -> tuple[Known, list[Finding]]:
-    with tempfile.TemporaryDirectory() as folder:
-        out, prompt = Path(folder), job.prompt(texts)
-        return foreseen_questions(job.recipe, prompt, texts, out, job.journal, calls)
+        texts = prepare_texts(job.recipe, job.base)
+        known = estimate_judgment(job.recipe, job.prompt(texts), texts, job.journal)
+        if known.missing:
+            yield known.described()
 
 
 def preview_task(recipe: ClassifyRecipe, base: Path, rows: int) -> RenderableType:

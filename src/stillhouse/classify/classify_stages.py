@@ -19,7 +19,7 @@ from stillhouse.classify.classifier_students import build_classifier
 from stillhouse.classify.classify_config import PretrainedClassifier, RandomClassifier
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import CHECKPOINTS, MODEL, fit
-from stillhouse.classify.label_judgment import CHUNKS, Judgment, ask_api, score_texts
+from stillhouse.classify.label_judgment import CHUNKS, Judgment, label_by_api, score_texts
 from stillhouse.classify.task_texts import UNKNOWN, Texts, files_sha256, gold_ids, prepare_texts
 from stillhouse.generation.request import endpoint_of
 from stillhouse.hardware import peak_memory_bytes
@@ -64,7 +64,7 @@ def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
         found = Texts.load(texts.path)
         prompt = job.prompt(found)
         if api is not None:
-            judged, summary = ask_api(recipe, prompt, found, out, job.journal)
+            judged, summary = label_by_api(recipe, prompt, found, job.journal)
             judged.save(out)
             return Outcome(summary=summary)
         model, tokenizer = job.load_teacher()

@@ -5,12 +5,11 @@ Shapes: N texts, K contentless texts, C labels.
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +23,20 @@ from stillhouse.classify.label_prompts import CONTENTLESS, LabelPrompt, prompt_t
 from stillhouse.classify.label_scoring import score_labels
 from stillhouse.classify.targets import distributions, prior_logits
 from stillhouse.classify.task_texts import FEWEST, PARTS, Texts
+from stillhouse.data.words import UNSPACED
 from stillhouse.errors import DataError, ModelError
-from stillhouse.finding import Finding
+from stillhouse.generation.answer_requests import answer_all, estimate
+from stillhouse.generation.chat_frame import answer_text
+from stillhouse.generation.estimate import Known
 from stillhouse.generation.generation_config import TextTeacher
-from stillhouse.generation.journal import Journal
-from stillhouse.generation.request import Answer
+from stillhouse.generation.request import Answer, Request, Requests
+from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
 from stillhouse.progress import bar
 from stillhouse.runfolder import flush
-from stillhouse.synthesis.estimate import Known
-from stillhouse.synthesis.preflight import ask_some, findings, foreseen
-from stillhouse.synthesis.prompts import UNSPACED, answer_text
-from stillhouse.synthesis.prompts_config import ExampleRecipe, PromptsRecipe
-from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
-from stillhouse.synthesis.text_teacher import Asked, Origins, answer_all, may_answer, text_teacher
 
 SCORES, CHUNKS = "scores.safetensors", "chunks"
 CHUNK = 128
 """Texts whose scores are written together: a killed process loses at most so many."""
-_PROMPTS = "prompts.jsonl"
 LEAST_MASS = 0.5
 """Probability of the first tokens that begin a label, below which they tell nothing: an answer that
 begins with a mark or another word may still be a label."""
@@ -152,93 +147,67 @@ def time_teacher(
 # --- an API ------------------------------------------------------------------------------------
 
 
-def _questions(recipe: ClassifyRecipe, prompt: LabelPrompt) -> SynthesizeRecipe:
-    """What an API is asked, as a recipe for text. Without a word about the labels in the prompt,
-    the system prompt lists them."""
-    api = recipe.teacher.api
-    assert api is not None
-    system = prompt.system
+def _requests(
+    recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts
+) -> tuple[TextSource, Requests]:
+    """The API, and the requests to it: each text, `samples` times. Where the prompt does not name
+    the labels, the system prompt lists them."""
+    section = recipe.teacher
     if "{labels}" not in prompt.prompt:
         answers = ", ".join(f'"{prompt.answer_for(label)}"' for label in prompt.labels)
         rule = f"Answer with exactly one of these and nothing else: {answers}."
-        system = rule if system is None else f"{system}\n{rule}"
-    examples = [
-        ExampleRecipe(prompt=prompt.question(text), answer=prompt.answer_for(label))
-        for text, label in prompt.examples
-    ]
-    return SynthesizeRecipe(
-        teacher=TextTeacher(api=api),
-        prompts=PromptsRecipe(
-            path=_PROMPTS, samples=recipe.teacher.samples, system=system, examples=examples
-        ),
-        sampling=recipe.teacher.sampling.model_copy(
-            update={"top_logprobs": recipe.teacher.top_logprobs}
-        ),
-        budget=recipe.teacher.budget,
-    )
+        system = rule if prompt.system is None else f"{prompt.system}\n{rule}"
+        prompt = replace(prompt, system=system)
+    sampling = section.sampling.model_copy(update={"top_logprobs": section.top_logprobs})
+    teacher, default = TextTeacher(api=section.api), DefaultModel(Path())
+    source = text_source(teacher, sampling, section.budget, default, recipe.seed)
+
+    def requests() -> Iterator[Request]:
+        for row in texts.all:
+            messages = tuple(prompt.turns(row.text))
+            yield from (source.request(messages, n) for n in range(section.samples))
+
+    return source, requests
 
 
-def _write_questions(prompt: LabelPrompt, texts: Texts, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({"prompt": prompt.question(row.text)}) for row in texts.all)
-    (out / _PROMPTS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+def estimate_judgment(
+    recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, journal: Path, calls: int = 0
+) -> Known:
+    """How much of an API's judgment is in the journal, and what the rest takes. calls: requests
+    that are sent first."""
+    return estimate(*_requests(recipe, prompt, texts), journal, calls)
 
 
-def _origins(out: Path, journal: Path) -> Origins:
-    return Origins(base=out, folder=out, journal=journal, model="")
-
-
-def foreseen_questions(
-    recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, out: Path, journal: Path, calls: int
-) -> tuple[Known, list[Finding]]:
-    """How much of an API's judgment is in the journal, and what the rest can cost; and how `check`
-    tells it. calls: requests that are made first."""
-    _write_questions(prompt, texts, out)
-    section, origins = _questions(recipe, prompt), _origins(out, journal)
-    ask_some(section, origins, calls, seed=recipe.seed)
-    known = foreseen(section, origins, seed=recipe.seed)
-    return known, list(findings(known, section, origins, "judgment"))
-
-
-def ask_api(
-    recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, out: Path, journal_path: Path
+def label_by_api(
+    recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, journal: Path
 ) -> tuple[Judgment, dict[str, Any]]:
-    """Asks what the journal does not know, and reads labels out of the answers.
+    """Requests what the journal does not have, and reads labels out of the answers.
 
     An answer gives its label a share; with `top_logprobs`, each label's share is the probability of
     the first tokens that begin it, where the answer names a label and these tokens have LEAST_MASS.
-    That is biased: a label below the k likeliest tokens gets nothing, and labels that begin alike
-    share alike. Returns, for the stage's summary, how many answers said what, and how many requests
-    are to be asked again.
+    That is biased: a label below the k most probable tokens gets nothing, and labels that begin
+    alike share alike. Returns, for the stage's summary, how many answers said what, and how many
+    requests are to be sent again.
     Raises EndpointError; RunError where the budget is used up; DataError where too few texts of a
     part have a label.
     """
-    _write_questions(prompt, texts, out)
-    section = _questions(recipe, prompt)
-    origins = _origins(out, journal_path)
-    teacher = text_teacher(section, origins, recipe.seed)
-    asked = Asked(section.prompts, out, teacher.request)
+    section = recipe.teacher
+    answers = answer_all(*_requests(recipe, prompt, texts), journal, "teacher.budget")
     counts: Counter[str] = Counter()
     shares_NC = torch.zeros(len(texts.all), len(prompt.labels))
-    with Journal(journal_path) as journal:
-        answer_all(teacher, asked, journal)
-        samples = section.prompts.samples
-        for number, (_, request) in enumerate(asked.pairs()):
-            answer = journal.get(request.key)
-            kind, shares = label_shares(answer, prompt, section.sampling.top_logprobs is not None)
-            counts[kind] += 1
-            for column, share in shares.items():
-                shares_NC[number // samples, column] += share
-        unanswered = may_answer(asked, journal) if counts["none"] else 0
-    (out / _PROMPTS).unlink()
+    for number, answer in enumerate(answers.found):
+        kind, shares = label_shares(answer, prompt, section.top_logprobs is not None)
+        counts[kind] += 1
+        for column, share in shares.items():
+            shares_NC[number // section.samples, column] += share
     sizes = [len(texts.part(name)) for name in PARTS]
     for name, part_NC in zip(PARTS, shares_NC.split(sizes), strict=True):
-        _check_labelled(name, int(part_NC.any(-1).sum()), counts, journal_path)
+        _check_labelled(name, int(part_NC.any(-1).sum()), counts, journal)
     shares_NC = shares_NC / shares_NC.sum(-1, keepdim=True)  # 0 / 0 is NaN: no answer
     train_NC, calibration_NC, test_NC = shares_NC.log().split(sizes)
     nothing_KC = torch.zeros(0, len(prompt.labels))
     judged = Judgment(train_NC, calibration_NC, test_NC, nothing_KC)
-    return judged, {"answers": dict(counts), "unanswered": unanswered}
+    return judged, {"answers": dict(counts), "unanswered": answers.unanswered}
 
 
 def _check_labelled(part: str, known: int, counts: Counter[str], journal: Path) -> None:
@@ -260,7 +229,7 @@ def label_shares(
     """What kind of answer it is (label, outside, none), and the share of each label's number."""
     if answer is None:
         return "none", {}
-    named = _named(answer_text(answer, keep_reasoning=False), prompt)
+    named = _named(answer_text(answer), prompt)
     if named is None:
         return "outside", {}
     if use_logprobs and answer.logprobs:

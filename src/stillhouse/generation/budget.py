@@ -30,6 +30,9 @@ class Price:
         return (self.input * prompt_tokens + self.output * completion_tokens) / 1e6
 
 
+FREE = Price(0.0, 0.0)
+
+
 @dataclass(frozen=True)
 class Spending:
     """Tokens, and US dollars where the price is known (else 0)."""

@@ -77,7 +77,7 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._link.close()
 
-    async def ask(self, request: Request) -> Answer | Trouble:
+    async def send(self, request: Request) -> Answer | Trouble:
         """Sends the request once. Raises EndpointError where no request can succeed."""
         payload = {
             "model": request.model,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -76,6 +76,12 @@ class Failure:
     attempts: int = 1
     cost: float | None = None
     tokens: int = 0
+
+
+Outcome = Answer | Failure
+
+Requests = Callable[[], Iterator[Request]]
+"""Gives the same requests each time it is called: they are read lazily, and more than once."""
 
 
 def endpoint_of(base_url: str) -> str:

@@ -22,7 +22,7 @@ from stillhouse.generation.concurrency import AdaptiveLimit, now
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Failure, Request
 
-Ask = Callable[[Request], Awaitable[Answer | Trouble]]
+Send = Callable[[Request], Awaitable[Answer | Trouble]]
 
 HOPELESS_FAILURES = 50
 """Requests given up in a row, with no answer between them, after which nothing more is sent."""
@@ -66,11 +66,11 @@ class Tally:
 
 
 class Pool:
-    """Answers requests through `ask`; see `answer_all`."""
+    """Answers requests through `send`; see `answer_all`."""
 
     def __init__(
         self,
-        ask: Ask,
+        send: Send,
         journal: Journal,
         budget: Budget,
         *,
@@ -79,7 +79,7 @@ class Pool:
         patience: Patience = Patience(),
         advance: Callable[[int], None] = lambda done: None,
     ) -> None:
-        self.ask, self.journal, self.budget, self.price = ask, journal, budget, price
+        self.send, self.journal, self.budget, self.price = send, journal, budget, price
         self.concurrency, self.patience, self.advance = concurrency, patience, advance
         self.limit = AdaptiveLimit(concurrency)
         self.tally = Tally()
@@ -208,7 +208,7 @@ class Pool:
         task = asyncio.current_task()
         self._sending.add(task)
         try:
-            return await self.ask(request)
+            return await self.send(request)
         except asyncio.CancelledError:
             spent = worst_case(request, self.price)
             trouble = Trouble("connection", "stopped on its way", again=False, billed=True)

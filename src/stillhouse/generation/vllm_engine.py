@@ -1,8 +1,7 @@
-"""Answers from vLLM: for many thousands of prompts, and models of several GPUs.
+"""Continuations from vLLM: for many thousands of prompts, and models of several GPUs.
 
-vLLM batches what it is given by itself and reuses the keys and values of common prefixes. Requests
-go to it as token ids, through the tokenizer's own chat template, so that a prompt is what it is
-elsewhere. It runs in this process or, with `python`, in a process of another interpreter.
+vLLM batches what it is given by itself and reuses the keys and values of common prefixes. It runs
+in this process or, with `python`, in a process of another interpreter.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from typing import Any, Literal, Protocol
 
 from stillhouse.errors import ModelError
 from stillhouse.generation.generation_config import VllmEngine
-from stillhouse.generation.local_generator import Outcome, prompt_and_room, require_chat_template
-from stillhouse.generation.request import Answer, Failure, Request
+from stillhouse.generation.generator import Continuation, TokenPrompt
+from stillhouse.generation.text_generator import TextGenerator, require_chat_template
 from stillhouse.generation.vllm_process import EngineError, VllmProcess, probe_python
 from stillhouse.generation.vllm_worker import generate, open_llm, probe, reason
 from stillhouse.progress import note
@@ -96,82 +95,47 @@ class InProcess:
 
 @dataclass
 class VllmGenerator:
-    """Known parameters of a request are those of `local.Generator`. A sampled answer is drawn by a
-    seed of its request's own.
-    """
+    """batch: prompts that the engine is given at once."""
 
     engine: Engine
-    tokenizer: Any
     batch: int
 
-    def answers(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Outcome]]:
-        """Each request with its answer, or with the reason why there is none. `requests` is read
-        lazily, a batch at a time. Raises ModelError where vLLM fails."""
-        requests = iter(requests)
-        while ahead := list(itertools.islice(requests, self.batch)):
-            ready: list[tuple[Request, list[int], int]] = []
-            for request in ahead:
-                found = prompt_and_room(self.tokenizer, request, self.engine.window)
-                if isinstance(found, Failure):
-                    yield request, found
-                else:
-                    ready.append((request, *found))
-            if ready:
-                yield from self._written(ready)
+    @property
+    def window(self) -> int:
+        return self.engine.window
 
-    def _written(
-        self, ready: list[tuple[Request, list[int], int]]
-    ) -> Iterator[tuple[Request, Outcome]]:
-        began = time.monotonic()
-        try:
-            answers = self.engine.generate(
-                [
-                    {"prompt": prompt, "sampling": _sampling(request, most)}
-                    for request, prompt, most in ready
-                ]
-            )
-        # It raises errors of many kinds, a GPU's among them.
-        except Exception as error:
-            raise _failed("vLLM stopped", error) from error
-        seconds = time.monotonic() - began
-        for (request, prompt, _), answer in zip(ready, answers, strict=True):
-            yield request, _outcome(answer, len(prompt), seconds)
+    def generate(self, prompts: Iterable[TokenPrompt]) -> Iterator[tuple[int, Continuation]]:
+        """See `Generator`. The seconds of a continuation are those of its batch."""
+        numbered = enumerate(prompts)
+        while batch := list(itertools.islice(numbered, self.batch)):
+            rows = [{"prompt": list(p.ids), "sampling": _sampling(p)} for _, p in batch]
+            began = time.monotonic()
+            try:
+                written = self.engine.generate(rows)
+            # It raises errors of many kinds, a GPU's among them.
+            except Exception as error:
+                raise _failed("vLLM stopped", error) from error
+            seconds = time.monotonic() - began
+            for (number, _), one in zip(batch, written, strict=True):
+                yield number, Continuation(**one, seconds=seconds)
 
 
-def _sampling(request: Request, most: int) -> dict[str, Any]:
+def _sampling(prompt: TokenPrompt) -> dict[str, Any]:
     """Arguments of vllm.SamplingParams."""
-    parameters = request.parameters
-    temperature = float(parameters.get("temperature", 0.0))
     return {
-        "temperature": temperature,
-        "top_p": float(parameters.get("top_p", 1.0)),
-        "max_tokens": most,
-        # The key tells samples of one prompt apart, and holds the recipe's seed.
-        "seed": int(request.key[:15], 16) if temperature > 0 else None,
+        "temperature": prompt.temperature,
+        "top_p": prompt.top_p,
+        "max_tokens": prompt.max_tokens,
+        "seed": prompt.seed if prompt.temperature > 0 else None,
         # 0: of the token that was written, and of no other.
-        "logprobs": 0 if parameters.get("logprobs") else None,
+        "logprobs": 0 if prompt.logprobs else None,
     }
-
-
-def _outcome(answer: dict[str, Any], prompt_tokens: int, seconds: float) -> Outcome:
-    """seconds: of the whole batch, in which no answer has a time of its own."""
-    if answer["finish_reason"] not in ("stop", "length"):
-        return Failure("server", f"vLLM ended the answer: {answer['finish_reason']}")
-    return Answer(
-        text=answer["text"],
-        finish_reason=answer["finish_reason"],
-        prompt_tokens=prompt_tokens,
-        completion_tokens=answer["tokens"],
-        cost=0.0,
-        seconds=seconds,
-        logprobs=[{"logprob": value} for value in answer["logprobs"] or ()] or None,
-    )
 
 
 @contextmanager
 def opened(
     section: VllmEngine, path: Path, *, base: Path, seed: int, trust_remote_code: bool
-) -> Iterator[VllmGenerator]:
+) -> Iterator[TextGenerator[VllmGenerator]]:
     """The model in a folder, run by vLLM, which gives its memory back at the end.
 
     Raises ModelError: something is not installed, too few GPUs, or vLLM cannot load the model.
@@ -181,7 +145,7 @@ def opened(
             raise ModelError(text, where="teacher.vllm", fix=fix)
         note(text)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    require_chat_template(tokenizer, str(path))
+    require_chat_template(tokenizer)  # before the weights are loaded
     options = {
         "model": str(path),
         "trust_remote_code": trust_remote_code,
@@ -200,7 +164,7 @@ def opened(
     except Exception as error:
         raise _failed(f"vLLM cannot load {path}", error) from error
     try:
-        yield VllmGenerator(engine, tokenizer, section.batch)
+        yield TextGenerator(VllmGenerator(engine, section.batch), tokenizer)
     finally:
         engine.close()
 

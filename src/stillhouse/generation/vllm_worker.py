@@ -56,8 +56,8 @@ def _answer(output: Any) -> dict[str, Any]:
         logprobs = [float(at[token].logprob) for token, at in positions]
     return {
         "text": output.text,
-        "tokens": len(output.token_ids),
-        "finish_reason": output.finish_reason,
+        "ids": list(output.token_ids),
+        "stop": output.finish_reason,
         "logprobs": logprobs,
     }
 

@@ -15,19 +15,18 @@ from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.shift import IGNORED
 from stillhouse.data.tokenize_rows import TokenRow, tokenize
 from stillhouse.errors import SignalError
+from stillhouse.generation.answer_logprobs import Aligned, Words, align, entry_rows
 from stillhouse.generation.journal import Journal
 from stillhouse.language_model.job import Job, planned_objective, signals_encoding
 from stillhouse.language_model.signals_stage import STORE, signal_identity
-from stillhouse.language_model.synthesis_stage import origins
+from stillhouse.language_model.synthesis_stage import synthesis_job
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import bar, note
 from stillhouse.runfolder import Outcome
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.segments import find_segments
 from stillhouse.signals.writer import StoreWriter
-from stillhouse.synthesis.soft_labels import Aligned, Words, align, entry_rows
 from stillhouse.synthesis.synthesize import REQUESTS
-from stillhouse.synthesis.text_teacher import journal_path
 from stillhouse.teachers.load import load_tokenizer
 from stillhouse.training.objective import stored_temperature
 
@@ -151,7 +150,7 @@ def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]
     tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
     words = Words.of(tokenizer, job.vocabulary)
     keys = (file.parent / REQUESTS).read_text(encoding="utf-8").split()
-    path = journal_path(section, origins(job.recipe, job.base))
+    path = synthesis_job(job.recipe, job.base).journal
     with (
         Journal(path) as journal,
         file.open(encoding="utf-8") as lines,

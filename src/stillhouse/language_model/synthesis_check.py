@@ -11,6 +11,7 @@ from stillhouse.data.documents import Conversation
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.sources import read_sources
 from stillhouse.finding import Finding
+from stillhouse.generation.answer_requests import findings
 from stillhouse.generation.generation_config import may_cost
 from stillhouse.generation.vllm_engine import lacks
 from stillhouse.language_model.job import Job
@@ -18,15 +19,15 @@ from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.synthesis_stage import (
     makes_text,
     missing_answers,
-    origins,
     out_path,
+    synthesis_job,
     synthesis_plan,
 )
 from stillhouse.pipeline.engine import run_folder
 from stillhouse.pipeline.kind import Check
 from stillhouse.synthesis.filters_config import JudgeChoice
 from stillhouse.synthesis.judge_answers import most_requests
-from stillhouse.synthesis.preflight import answered_rows, ask_some, findings, foreseen, told
+from stillhouse.synthesis.preflight import answered_rows, estimate_synthesis
 from stillhouse.synthesis.synthesize import TEXT
 from stillhouse.synthesis.synthesized_text import names
 
@@ -37,14 +38,14 @@ def check_synthesis(check: Check) -> Iterator[Finding]:
     section = recipe.synthesize
     if section is None:
         return
-    source = origins(recipe, base)
-    ask_some(section, source, check.calls, seed=recipe.seed)
-    known = foreseen(section, source, seed=recipe.seed)
-    yield from findings(known, section, source, "synthesis")
+    job = synthesis_job(recipe, base)
+    known = estimate_synthesis(job, check.calls)
+    yield from findings(known, job.journal, "synthesis")
     if known.missing and section.teacher.vllm is not None:
         for level, text, fix in lacks(section.teacher.vllm, base):
             yield Finding(level, "vLLM", text, fix)
-    if verdicts := most_requests(section, known.requests):
+    choice, samples = section.filters.best_of, section.prompts.samples
+    if verdicts := most_requests(choice, known.requests, samples):
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")
     if not makes_text(recipe, base):
         text = f"no source of data names {section.out}: `stillhouse run` synthesizes nothing"
@@ -69,11 +70,12 @@ def synthesis_spending(job: Job, *, complete: bool = False) -> Iterator[str]:
     judge_costs = judge is not None and may_cost(judge.teacher.api, judge.budget)
     if not teacher_costs and not judge_costs:
         return
-    known = foreseen(section, origins(recipe, base), seed=recipe.seed)
+    known = estimate_synthesis(synthesis_job(recipe, base))
     if teacher_costs and known.missing:
-        yield told(known, section)
+        yield known.described()
     if judge_costs:
-        yield f"at most {most_requests(section, known.requests):,} requests to the judge"
+        verdicts = most_requests(choice, known.requests, section.prompts.samples)
+        yield f"at most {verdicts:,} requests to the judge"
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def planned_text(recipe: Recipe, base: Path, most: int) -> PlannedText | None:
         source = FileSource(kind="jsonl", path=path, limit=most)
         documents = [d for d in read_sources([source], base) if isinstance(d, Conversation)]
         return PlannedText(documents, stage.summary["kept"] / max(1, len(documents)), others)
-    origin = origins(recipe, base)
-    rows = answered_rows(section, origin, most, seed=recipe.seed)
+    job = synthesis_job(recipe, base)
+    rows = answered_rows(job, most)
     made = [
         {"messages": [*row.messages, {"role": "assistant", "content": row.text}]}
         for row in rows
@@ -112,5 +114,5 @@ def planned_text(recipe: Recipe, base: Path, most: int) -> PlannedText | None:
     ]
     read = (document_from_row(row, "text", "the journal") for row in made)
     documents = [document for document in read if isinstance(document, Conversation)]
-    known = foreseen(section, origin, seed=recipe.seed)
+    known = estimate_synthesis(job)
     return PlannedText(documents, known.requests / max(1, len(documents)), others)

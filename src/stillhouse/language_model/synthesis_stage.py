@@ -15,6 +15,7 @@ from typing import Any
 
 from stillhouse import account
 from stillhouse.errors import DataError
+from stillhouse.generation.text_teacher import DefaultModel, LocalText
 from stillhouse.hardware import leads
 from stillhouse.language_model.job import Job, planned_size
 from stillhouse.language_model.recipe import Recipe
@@ -22,26 +23,24 @@ from stillhouse.pipeline.stage_plan import Do, StagePlan
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, RunFolder, Stage, answers_path, flush, run_root, sha
 from stillhouse.synthesis.filters import dropped_counts, dropped_file
-from stillhouse.synthesis.judge_answers import open_judge
+from stillhouse.synthesis.synthesis_job import SynthesisJob
 from stillhouse.synthesis.synthesize import TEXT, Synthesis, synthesize
 from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
 from stillhouse.synthesis.synthesized_text import SynthesizedText, reads
-from stillhouse.synthesis.text_teacher import LocalText, Origins, text_teacher
 from stillhouse.teachers.load import load_config
 
 NAME = "synthesis"
 """The stage, and the link to it in the run folder."""
 
 
-def origins(recipe: Recipe, base: Path) -> Origins:
-    return Origins(
-        base=base,
-        folder=run_root(recipe) / NAME,
-        journal=answers_path(recipe),
-        model=recipe.teacher.model,
-        revision=recipe.teacher.revision,
-        trust_remote_code=recipe.teacher.trust_remote_code,
-    )
+def synthesis_job(recipe: Recipe, base: Path) -> SynthesisJob:
+    section, teacher = recipe.synthesize, recipe.teacher
+    assert section is not None
+    journal = answers_path(recipe)
+    if section.journal is not None:
+        journal = base / Path(section.journal).expanduser()
+    model = DefaultModel(base, teacher.model, teacher.revision, teacher.trust_remote_code)
+    return SynthesisJob(section, model, journal, recipe.seed)
 
 
 def out_path(section: SynthesizeRecipe, base: Path) -> Path:
@@ -73,13 +72,11 @@ def plan_synthesis(job: Job) -> StagePlan:
 
 def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
     """Raises DataError where a file that the section names is missing."""
-    section = recipe.synthesize
-    assert section is not None
-    found = origins(recipe, base)
-    teacher = text_teacher(section, found, recipe.seed, weights=False)
+    job = synthesis_job(recipe, base)
+    section, teacher, judge = job.section, job.teacher(weights=False), job.judge(weights=False)
 
     def work(out: Path) -> Outcome:
-        made = synthesize(section, replace(found, folder=out), seed=recipe.seed)
+        made = synthesize(job, out)
         publish(out / TEXT, out_path(section, base))
         flops = 0
         if isinstance(teacher, LocalText):
@@ -88,8 +85,7 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
         summary = {**made.facts(), "sha256": sha(out / TEXT)}
         return Outcome(tokens=made.tokens, flops=flops, summary=summary)
 
-    judge = open_judge(section, found, recipe.seed, weights=False)
-    asked = [source.request((), 0) for source in (teacher, judge and judge.teacher) if source]
+    asked = [source.request(()) for source in (teacher, judge and judge.teacher) if source]
     plain = {"teacher": True, "sampling": True, "journal": True, "out": True}
     rules: dict[str, Any] = {**plain, "filters": {"best_of": {"teacher"}}}
     inputs = {
@@ -140,7 +136,7 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
     facts["dropped"] = dropped_counts(stage.summary)
     if stage.reused:
         facts |= {"new": 0, "failed": 0}
-    journal = origins(recipe, base).journal if section.journal is None else base / section.journal
+    journal = synthesis_job(recipe, base).journal
     return Synthesis(out, dropped_file(stage.path), journal, **facts)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from stillhouse.data.row_reader import format_of, read_rows
 from stillhouse.errors import DataError
+from stillhouse.generation.chat_frame import SYSTEM, content_text, text_of
 from stillhouse.progress import note
-from stillhouse.synthesis.prompts import content_text, prompt_messages, text_of
+from stillhouse.synthesis.prompts import prompt_messages
 
 FEWEST = 8
 """Rows below which logs show nothing."""
@@ -114,7 +115,7 @@ def read_logs(path: Path) -> Logs:
             continue
         pairs.append((text, answer))
         longer += sum(message["role"] == "user" for message in messages) > 1
-        systems[text_of(messages, ("system", "developer"))] += 1
+        systems[text_of(messages, SYSTEM)] += 1
     if len(pairs) < FEWEST:
         raise DataError(
             f"{len(pairs)} of {rows} rows have a text and an answer, and {FEWEST} are the fewest",

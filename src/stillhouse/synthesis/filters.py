@@ -18,10 +18,12 @@ from typing import Any
 from jsonschema_specifications import REGISTRY
 from referencing.exceptions import Unresolvable
 
+from stillhouse.data.words import words
 from stillhouse.errors import DataError, RecipeError
+from stillhouse.generation.chat_frame import text_of
 from stillhouse.generation.request import Message
 from stillhouse.synthesis.near_duplicates import NearDuplicates
-from stillhouse.synthesis.prompts import Prompt, text_of, words
+from stillhouse.synthesis.prompts import Prompt
 from stillhouse.synthesis.schema_references import check_references
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)

@@ -1,7 +1,7 @@
-"""A judge among several answers to one prompt: a model is asked, and its verdicts are journaled.
+"""A model that judges several answers to one prompt; its verdicts are journaled.
 
-Scores: one request an answer. Pairs: each pair twice, in either order, so that a judge that likes
-what it reads first (or last) likes both alike.
+Scores: one request for each answer. Pairs: each pair twice, in either order, so that a preference
+for what comes first (or last) cancels.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from stillhouse.generation.answer_requests import send_missing
+from stillhouse.generation.chat_frame import answer_text, text_of, user_turn
+from stillhouse.generation.estimate import Known, known_before
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
-from stillhouse.synthesis.filters import Row, answer_only
-from stillhouse.synthesis.filters_config import FiltersRecipe, JudgeChoice
-from stillhouse.synthesis.prompts import answer_text, text_of
-from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
-from stillhouse.synthesis.text_teacher import Origins, TextSource, text_teacher
+from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
+from stillhouse.synthesis.filters import Chooser, Row, answer_only
+from stillhouse.synthesis.filters_config import Choice, JudgeChoice
 
 _SCORE = """\
 Rate the answer to a question.
@@ -56,17 +57,27 @@ class Judge:
     section: JudgeChoice
     teacher: TextSource
 
-    def requests(self, rows: Sequence[Row]) -> Iterator[Request]:
-        """What the judge is asked about the answers to one prompt; nothing about a single one."""
-        if len(rows) < 2:
-            return
-        if self.section.compare == "scores":
-            yield from (self._score(row) for row in rows)
-        else:
-            for one, other in itertools.permutations(rows, 2):
-                yield self._pair(one, other)
+    def requests(self, groups: Iterable[Sequence[Row]]) -> Iterator[Request]:
+        """The requests about the answers to each prompt; none about a single answer."""
+        for rows in groups:
+            if len(rows) < 2:
+                continue
+            if self.section.compare == "scores":
+                yield from map(self._score, rows)
+            else:
+                for one, other in itertools.permutations(rows, 2):
+                    yield self._pair(one, other)
 
-    def chooser(self, journal: Journal) -> Callable[[Sequence[Row]], list[str | None]]:
+    def judge(
+        self, groups: Callable[[], Iterable[Sequence[Row]]], journal: Journal
+    ) -> tuple[Known, bool]:
+        """Requests the verdicts that the journal lacks; what it has then, and whether a budget
+        stopped the rest. groups: the answers to each prompt, each time it is called."""
+        _, sent = send_missing(self.teacher, lambda: self.requests(groups()), journal)
+        known = known_before(self.requests(groups()), journal, self.teacher.price)
+        return known, sent.out_of_budget
+
+    def chooser(self, journal: Journal) -> Chooser:
         """Keeps the answer with the most points, by the verdicts in the journal; the first of
         equals. An answer without a verdict is never kept."""
 
@@ -109,7 +120,7 @@ class Judge:
         answer = journal.get(request.key)
         if answer is None:
             return None
-        found = re.search(pattern, answer_text(answer, keep_reasoning=False))
+        found = re.search(pattern, answer_text(answer))
         return found.group(1) if found else None
 
     def _score(self, row: Row) -> Request:
@@ -123,7 +134,7 @@ class Judge:
         return {"question": text_of(row.messages, _ROLES), "criteria": self.section.criteria}
 
     def _request(self, text: str) -> Request:
-        return self.teacher.request(({"role": "user", "content": text},), 0)
+        return self.teacher.request(user_turn(text))
 
 
 def _reason(point: float | None, best: float) -> str:
@@ -133,37 +144,19 @@ def _reason(point: float | None, best: float) -> str:
 
 
 def open_judge(
-    section: SynthesizeRecipe, origins: Origins, seed: int, *, weights: bool = True
+    choice: Choice | None, default: DefaultModel, seed: int, *, weights: bool = True
 ) -> Judge | None:
-    """The recipe's judge; None where it chooses otherwise. weights: as in `text_teacher`."""
-    choice = section.filters.best_of
+    """The judge of a recipe; None where it chooses otherwise. weights: as in `text_source`."""
     if not isinstance(choice, JudgeChoice):
         return None
-    asked = {
-        "teacher": choice.teacher,
-        "sampling": choice.sampling,
-        "budget": choice.budget,
-        "filters": FiltersRecipe(),
-    }
-    judging = section.model_copy(update=asked)
-    return Judge(choice, text_teacher(judging, origins, seed, weights=weights))
+    source = text_source(
+        choice.teacher, choice.sampling, choice.budget, default, seed, weights=weights
+    )
+    return Judge(choice, source)
 
 
-def most_requests(section: SynthesizeRecipe, requests: int) -> int:
-    """How often the judge is asked at most, where the teacher is asked `requests` times."""
-    choice = section.filters.best_of
+def most_requests(choice: Choice | None, answers: int, samples: int) -> int:
+    """Verdicts at most, on so many answers, of which `samples` are to each prompt."""
     if not isinstance(choice, JudgeChoice):
         return 0
-    return requests * (section.prompts.samples - 1 if choice.compare == "pairs" else 1)
-
-
-@dataclass(frozen=True)
-class Verdicts:
-    """All that the judge is asked about groups of answers, each time they are gone through."""
-
-    judge: Judge
-    groups: Callable[[], Iterable[list[Row]]]
-
-    def requests(self) -> Iterator[Request]:
-        for group in self.groups():
-            yield from self.judge.requests(group)
+    return answers * (samples - 1 if choice.compare == "pairs" else 1)

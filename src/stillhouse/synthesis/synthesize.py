@@ -9,28 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import DataError
+from stillhouse.generation.answer_logprobs import mean_log_probability
+from stillhouse.generation.answer_requests import send_missing
 from stillhouse.generation.budget import Spending
+from stillhouse.generation.chat_frame import answer_text
+from stillhouse.generation.estimate import known_before
 from stillhouse.generation.journal import Journal
-from stillhouse.generation.request import Answer
 from stillhouse.progress import note
 from stillhouse.runfolder import write_atomically
 from stillhouse.synthesis import filters
 from stillhouse.synthesis.best_of import likelihood, majority
-from stillhouse.synthesis.estimate import Known, known_before
 from stillhouse.synthesis.filters import DROPPED, Chooser, Filter, Filters, Row, Sieve
 from stillhouse.synthesis.filters_config import FiltersRecipe, LikelihoodChoice, MajorityChoice
-from stillhouse.synthesis.judge_answers import Verdicts, open_judge
-from stillhouse.synthesis.prompts import answer_text, read_prompts
-from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
-from stillhouse.synthesis.text_teacher import (
-    Asked,
-    Origins,
-    Questions,
-    TextSource,
-    journal_path,
-    text_teacher,
-)
-from stillhouse.synthesis.write_prompts import open_writer, prompt_source, write_prompts
+from stillhouse.synthesis.prompts import read_prompts
+from stillhouse.synthesis.synthesis_job import SynthesisJob, SynthesisRequests
+from stillhouse.synthesis.write_prompts import write_prompts
 
 TEXT, SUMMARY = "synthetic.jsonl", "summary.json"
 REQUESTS = "requests.txt"
@@ -104,61 +97,59 @@ class Synthesis:
         return [("judge", f"{self.judged:,} verdicts{missing}, {tokens}, {cost}")]
 
 
-def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) -> Synthesis:
-    """Answers what the journal has no answer to, and writes the rows that pass the filters.
+def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
+    """Has the teacher answer what the journal has no answer to, and writes the rows that pass the
+    filters.
 
-    Into origins.folder: TEXT with the rows in the order of the prompts, {"messages": [...]}, the
-    answer last; REQUESTS, DROPPED and SUMMARY. An exhausted budget ends the asking, not the rest.
+    Into the folder: TEXT with the rows in the order of the prompts, {"messages": [...]}, the answer
+    last; REQUESTS, DROPPED and SUMMARY. A budget that is used up stops the requests, not the rest.
     Raises DataError (prompts, or nothing is left), EndpointError, ModelError, RunError (journal,
     disk).
     """
-    path = journal_path(section, origins)
-    teacher = text_teacher(section, origins, seed)
     # A broken filter is found before anything is paid.
-    chosen = chosen_filters(section.filters, origins.base)
-    judge = open_judge(section, origins, seed)
-    writer = open_writer(section, origins, seed)
-    origins.folder.mkdir(parents=True, exist_ok=True)
-    with Journal(path) as journal:
-        prompts = prompt_source(section.prompts, origins.base, seed, writer, journal)
-        asked = Asked(section.prompts, origins.base, teacher.request, prompts=prompts)
-        writing = Spending()
-        if writer is not None:
-            before = known_before(asked.requests(), journal, teacher.price)
-            writing = write_prompts(writer, journal, before.spent)
-        known = known_before(asked.requests(), journal, teacher.price)
-        known = replace(known, spent=known.spent + writing)
-        new, failed, out_of_budget = _answer(teacher, asked, journal, known)
-        verdicts, priced = None, judge is None or judge.teacher.price is not None
+    chosen, judge = chosen_filters(job.section.filters, job.base), job.judge()
+    folder.mkdir(parents=True, exist_ok=True)
+    judged: dict[str, Any] = {}
+    with Journal(job.journal) as journal:
+        requests = SynthesisRequests(job, journal)
+        teacher, writing, spent = requests.teacher, Spending(), None
+        if requests.writer is not None:
+            answers = known_before(requests(), journal, teacher.price).spent
+            writing = write_prompts(requests.writer, journal, answers)
+            spent = known_before(requests(), journal, teacher.price).spent + writing
+        known, sent = send_missing(teacher, requests, journal, spent)
+        out_of_budget = sent.out_of_budget
         if judge is not None:
-            groups = Verdicts(judge, lambda: chosen.groups(Rows(section, asked, journal)))
-            verdicts, stopped = judged(groups, journal)
+            verdicts, stopped = judge.judge(lambda: chosen.groups(Rows(requests, journal)), journal)
+            judged = {
+                "judged": verdicts.answered,
+                "unjudged": verdicts.missing,
+                "judge_tokens": verdicts.spent.tokens,
+                "judge_usd": None if judge.teacher.price is None else verdicts.spent.usd,
+            }
             out_of_budget = out_of_budget or stopped
             chosen = replace(chosen, chooser=judge.chooser(journal))
-        rows = Rows(section, asked, journal)
-        sieve = Sieve(chosen, origins.folder / DROPPED)
-        kept = _write(origins.folder, sieve.keep(rows))
+        rows = Rows(requests, journal)
+        sieve = Sieve(chosen, folder / DROPPED)
+        kept = _write(folder, sieve.keep(rows))
     result = Synthesis(
-        out=origins.folder / TEXT,
+        out=folder / TEXT,
         dropped_rows=sieve.file,
-        journal=path,
+        journal=job.journal,
         requests=known.requests,
         answered=rows.answered,
-        new=new,
-        failed=failed,
+        new=sent.new,
+        failed=sent.failed,
         kept=kept,
         tokens=rows.tokens + writing.tokens,
         usd=rows.usd + writing.usd,
         unpriced=rows.unpriced,
         out_of_budget=out_of_budget,
-        judged=0 if verdicts is None else verdicts.answered,
-        unjudged=0 if verdicts is None else verdicts.missing,
-        judge_tokens=0 if verdicts is None else verdicts.spent.tokens,
-        judge_usd=(0.0 if verdicts is None else verdicts.spent.usd) if priced else None,
         dropped=dict(sieve.dropped),
+        **judged,
     )
     facts = json.dumps({**result.facts(), "cost": result.cost}, indent=2)
-    write_atomically(origins.folder / SUMMARY, facts)
+    write_atomically(folder / SUMMARY, facts)
     if out_of_budget:
         note("the budget is used up: raise synthesize.budget to go on where this stopped")
     if kept == 0:
@@ -170,42 +161,21 @@ def synthesize(section: SynthesizeRecipe, origins: Origins, *, seed: int = 0) ->
     return result
 
 
-def _answer(
-    teacher: TextSource, asked: Questions, journal: Journal, known: Known
-) -> tuple[int, int, bool]:
-    """New answers, failures, and whether a budget ended it."""
-    if not known.missing:
-        return 0, 0, False
-    return teacher.answer(asked, journal, known)
-
-
-def judged(verdicts: Verdicts, journal: Journal) -> tuple[Known, bool]:
-    """Has the judge asked what it was not asked before; what is known after that, and whether a
-    budget ended it."""
-    teacher = verdicts.judge.teacher
-    known = known_before(verdicts.requests(), journal, teacher.price)
-    if not known.missing:
-        return known, False
-    note(f"{known.missing:,} verdicts are to be asked for")
-    _, _, out_of_budget = _answer(teacher, verdicts, journal, known)
-    return known_before(verdicts.requests(), journal, teacher.price), out_of_budget
-
-
 # --- rows ------------------------------------------------------------------------------------
 
 
 class Rows:
     """The answered prompts as rows, in order; counts what it passes."""
 
-    def __init__(self, section: SynthesizeRecipe, asked: Asked, journal: Journal) -> None:
-        self.section, self.asked, self.journal = section, asked, journal
+    def __init__(self, requests: SynthesisRequests, journal: Journal) -> None:
+        self.requests, self.journal = requests, journal
         self.answered = self.tokens = self.unpriced = 0
         self.usd = 0.0
 
     def __iter__(self) -> Iterator[Row]:
-        frame, keep = self.asked.frame, self.section.reasoning == "keep"
+        keep = self.requests.job.section.reasoning == "keep"
         seen: set[bytes] = set()
-        for prompt, request in self.asked.pairs():
+        for prompt, request in self.requests.pairs():
             answer = self.journal.get(request.key)
             if answer is None:
                 continue
@@ -217,7 +187,7 @@ class Rows:
                 self.usd += answer.cost or 0.0
                 self.unpriced += answer.cost is None
             yield Row(
-                frame.taught(prompt),
+                self.requests.frame.student_sees(prompt.messages),
                 answer_text(answer, keep_reasoning=keep),
                 answer.finish_reason,
                 prompt.where,
@@ -225,14 +195,6 @@ class Rows:
                 mean_log_probability(answer),
                 request.key,
             )
-
-
-def mean_log_probability(answer: Answer) -> float | None:
-    """Of the answer's tokens, those of which the teacher told it; None where it told of none."""
-    entries = [entry for entry in answer.logprobs or [] if isinstance(entry, dict)]
-    told = [entry.get("logprob") for entry in entries]
-    values = [float(value) for value in told if isinstance(value, int | float)]
-    return sum(values) / len(values) if values else None
 
 
 def _write(folder: Path, rows: Iterable[Row]) -> int:

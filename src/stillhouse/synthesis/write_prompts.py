@@ -10,24 +10,24 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
 from string import Formatter
 
+from stillhouse.data.words import words
 from stillhouse.errors import DataError
+from stillhouse.generation.answer_requests import send_missing
 from stillhouse.generation.budget import Spending
-from stillhouse.generation.generation_config import SamplingRecipe
+from stillhouse.generation.chat_frame import answer_text, user_turn
+from stillhouse.generation.estimate import known_before
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
+from stillhouse.generation.text_teacher import TextSource
 from stillhouse.progress import note
-from stillhouse.synthesis.estimate import known_before
-from stillhouse.synthesis.filters_config import FiltersRecipe
 from stillhouse.synthesis.near_duplicates import NearDuplicates
-from stillhouse.synthesis.prompts import Prompt, answer_text, read_prompts, text_of, words
-from stillhouse.synthesis.prompts_config import CombineRecipe, PromptsRecipe, WriteRecipe
-from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
-from stillhouse.synthesis.text_teacher import Origins, TextSource, text_teacher
+from stillhouse.synthesis.prompts import Prompt
+from stillhouse.synthesis.prompts_config import CombineRecipe, WriteRecipe
 
 MOST_TIMES = 3
 """How many times the requests that would do are made at most, where prompts come out alike."""
@@ -58,12 +58,12 @@ def combined(section: CombineRecipe, seed: int) -> Iterator[Prompt]:
     texts = combinations(section)
     random.Random(seed).shuffle(texts)
     for number, text in enumerate(texts):
-        yield Prompt(({"role": "user", "content": text},), f"combination {number}")
+        yield Prompt(user_turn(text), f"combination {number}")
 
 
 @dataclass(frozen=True)
 class Writer:
-    """What the teacher is asked for new prompts, and what is made of its answers."""
+    """Requests for new prompts, and what is made of the answers."""
 
     section: WriteRecipe
     combine: CombineRecipe
@@ -82,7 +82,7 @@ class Writer:
         random.Random(self.seed).shuffle(texts)
         for number in range(first, self.fewest * MOST_TIMES if last is None else last):
             ask = self._ask(texts[number % len(texts)], number)
-            yield self.teacher.request(({"role": "user", "content": ask},), number)
+            yield self.teacher.request(user_turn(ask), number)
 
     def _ask(self, what: str, number: int) -> str:
         chance = random.Random(f"{self.seed} {number}")
@@ -101,12 +101,12 @@ class Writer:
             answer = None if journal is None else journal.get(request.key)
             if answer is None:
                 continue
-            text = answer_text(answer, keep_reasoning=False)
+            text = answer_text(answer)
             for line in prompt_lines(text, whole=answer.finish_reason != "length"):
                 if seen.add(words(line)) is not None:
                     continue
                 kept += 1
-                yield Prompt(({"role": "user", "content": line},), f"written prompt {kept}")
+                yield Prompt(user_turn(line), f"written prompt {kept}")
                 if kept == self.section.count:
                     return
 
@@ -122,85 +122,35 @@ def prompt_lines(text: str, *, whole: bool) -> Iterator[str]:
             yield line
 
 
-def open_writer(
-    whole: SynthesizeRecipe, origins: Origins, seed: int, *, weights: bool = True
-) -> Writer | None:
-    """None where the recipe's prompts are not written. weights: as in `text_teacher`.
-
-    Raises DataError about the file of examples.
-    """
-    section = whole.prompts
-    if section.write is None:
-        return None
-    assert section.combine is not None
-    sampling = SamplingRecipe(
-        temperature=section.write.temperature, max_tokens=section.write.max_tokens
-    )
-    writing = whole.model_copy(update={"sampling": sampling, "filters": FiltersRecipe()})
-    teacher = text_teacher(writing, origins, seed, weights=weights)
-    examples: list[str] = []
-    if section.path is not None:
-        path = origins.base / Path(section.path).expanduser()
-        read = read_prompts(path, format=section.format, key=section.key)
-        # A prompt is shown as one line.
-        examples = [" ".join(text_of(prompt.messages).split()) for prompt in read]
-    return Writer(section.write, section.combine, teacher, tuple(examples), seed)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Some of a writer's requests, each time they are gone through."""
-
-    writer: Writer
-    first: int
-    last: int
-
-    def requests(self) -> Iterator[Request]:
-        return self.writer.requests(self.first, self.last)
-
-
 def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spending:
-    """Asks until there are enough different prompts, or MOST_TIMES the requests are made; what all
-    of them took. answers: what the answers to prompts took that were written before, under the same
-    budget. Raises EndpointError; DataError where no prompt came out."""
+    """Sends requests until there are enough different prompts, or MOST_TIMES the requests are made;
+    what all of them took. answers: what the answers to prompts took that were written before, under
+    the same budget. Raises EndpointError; DataError where no prompt came out."""
     most, last = writer.fewest * MOST_TIMES, 0
     stopped = False
     while (found := sum(1 for _ in writer.prompts(journal))) < writer.section.count:
         if stopped or last == most:
             break
-        lacking = writer.section.count - found
-        part = Part(writer, last, min(most, last + -(-lacking // writer.section.each)))
-        last = part.last
-        known = known_before(part.requests(), journal, writer.teacher.price)
-        if known.missing:
-            spent = known_before(writer.requests(), journal, writer.teacher.price).spent
-            known = replace(known, spent=spent + answers)
-            _, _, stopped = writer.teacher.answer(part, journal, known)
+        first, lacking = last, writer.section.count - found
+        last = min(most, first + -(-lacking // writer.section.each))
+        stopped = send_part(writer, first, last, journal, answers)
     if found == 0:
         raise DataError(
             "the teacher wrote no prompt that can be used",
             where=journal.path,
-            fix="look at its answers there, then mend synthesize.prompts.combine",
+            fix="look at its answers there, then improve synthesize.prompts.combine",
         )
     if found < writer.section.count:
         note(f"{found:,} different prompts were written, of {writer.section.count:,} wanted")
+    return spent_on_writing(writer, journal)
+
+
+def send_part(writer: Writer, first: int, last: int, journal: Journal, answers: Spending) -> bool:
+    """Sends a writer's requests first to last - 1; whether the budget stopped some."""
+    spent = spent_on_writing(writer, journal) + answers
+    part = partial(writer.requests, first, last)
+    return send_missing(writer.teacher, part, journal, spent)[1].out_of_budget
+
+
+def spent_on_writing(writer: Writer, journal: Journal) -> Spending:
     return known_before(writer.requests(), journal, writer.teacher.price).spent
-
-
-def prompt_source(
-    section: PromptsRecipe, base: Path, seed: int, writer: Writer | None, journal: Journal | None
-) -> Callable[[], Iterator[Prompt]]:
-    """The recipe's prompts, each time they are gone through."""
-
-    def read() -> Iterator[Prompt]:
-        if writer is not None:
-            found = writer.prompts(journal)
-        elif section.combine is not None:
-            found = combined(section.combine, seed)
-        else:
-            assert section.path is not None
-            path = base / Path(section.path).expanduser()
-            return read_prompts(path, format=section.format, key=section.key, limit=section.limit)
-        return itertools.islice(found, section.limit)
-
-    return read

@@ -21,6 +21,7 @@ import numpy as np
 
 from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import SignalError
+from stillhouse.generation.request import Answer
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import EntryRows, split_ids
 from stillhouse.teachers.token_bytes import token_bytes
@@ -187,3 +188,11 @@ def entry_rows(entries: Sequence[Entries], vocabulary: int) -> tuple[EntryRows, 
         tail_N=(1.0 - mass_N).clip(0.0, 1.0).astype("<f4"),
     )
     return rows, Statistics(mass=float(mass_N.clip(max=1.0).sum()))
+
+
+def mean_log_probability(answer: Answer) -> float | None:
+    """Of the answer's tokens that the teacher gave one for; None where it gave none."""
+    entries = [entry for entry in answer.logprobs or [] if isinstance(entry, dict)]
+    given = [entry.get("logprob") for entry in entries]
+    values = [float(value) for value in given if isinstance(value, int | float)]
+    return sum(values) / len(values) if values else None

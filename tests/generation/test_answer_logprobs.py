@@ -15,13 +15,13 @@ import stillhouse
 from stillhouse.config.load import parse_recipe
 from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import RecipeError, SignalError
+from stillhouse.generation.answer_logprobs import Words, align, entry_rows
 from stillhouse.pipeline.kind import RunResult
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.segments import find_segments
 from stillhouse.signals.signal_types import SparseSignal
 from stillhouse.signals.store import open_store
 from stillhouse.signals.verify import verify
-from stillhouse.synthesis.soft_labels import Words, align, entry_rows
 from stillhouse.training.checkpoints import read_metrics
 from tests import tiny
 from tests.generation.stub import Reply, Stub

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from stillhouse.generation.budget import Price, Spending, spent_on, worst_case
-from stillhouse.generation.generation_config import ApiTeacher
+from stillhouse.generation.budget import FREE, Price, Spending, spent_on, worst_case
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
 
 
 @dataclass(frozen=True)
 class Known:
-    """What the journal holds before anything is asked.
+    """What the journal holds of some requests.
 
     spent: on answers, and on those that may have been billed and got lost. worst: the most that
     the missing ones can take. squares: the sums of the answered requests' squared spendings.
     again: how many of the answered requests, and of the missing, are the same as one before them;
-    these cost nothing.
+    these cost nothing. price: None where unknown.
     """
 
     requests: int
@@ -28,6 +27,7 @@ class Known:
     worst: Spending
     squares: tuple[float, float] = (0.0, 0.0)
     again: tuple[int, int] = (0, 0)
+    price: Price | None = None
 
     @property
     def answered(self) -> int:
@@ -49,7 +49,7 @@ class Known:
 
     @property
     def between(self) -> tuple[Spending, Spending] | None:
-        """The prediction interval of 95 % around `likely`; None with fewer than two answers.
+        """The prediction interval of 95% around `likely`; None with fewer than two answers.
 
         For m new requests and the mean of n with standard deviation s: m · mean ± t · s ·
         √(m + m²/n), t of Student's distribution with n − 1 degrees of freedom.
@@ -65,6 +65,27 @@ class Known:
         low = Spending(max(0, round(likely.tokens - half[0])), max(0.0, likely.usd - half[1]))
         high = Spending(round(likely.tokens + half[0]), likely.usd + half[1])
         return _least(low, self.worst), _least(high, self.worst)
+
+    def described(self, things: str = "requests") -> str:
+        """One line: what is answered, and what the rest takes. things: what requests are called."""
+
+        def amount(spending: Spending) -> str:
+            cost = ", a price unknown" if self.price is None else f", ${spending.usd:,.2f}"
+            return f"{spending.tokens:,} tokens" + ("" if self.price == FREE else cost)
+
+        text = f"{self.answered:,} of {self.requests:,} {things} are answered"
+        if self.missing == 0:
+            return text
+        about = ""
+        if self.likely is not None:
+            about = f"about {amount(self.likely)}; "
+        if self.between is not None:
+            low, high = self.between
+            span = f"{low.tokens:,} to {high.tokens:,} tokens"
+            if self.price is not None and self.price != FREE:
+                span = f"${low.usd:,.2f} to ${high.usd:,.2f}"
+            about = f"{about.removesuffix('; ')} (95% likely: {span}); "
+        return f"{text}; the rest takes {about}at most {amount(self.worst)}"
 
 
 def known_before(
@@ -96,12 +117,14 @@ def known_before(
             taken += spent_on(answer, worst)
             squares = [squares[0] + taken.tokens**2, squares[1] + taken.usd**2]
         spent += taken
-    return Known(number, missing, spent, unspent, (squares[0], squares[1]), (again[0], again[1]))
+    return Known(
+        number, missing, spent, unspent, (squares[0], squares[1]), (again[0], again[1]), price
+    )
 
 
 def student_t(degrees: int) -> float:
-    """The 97.5 % quantile of Student's t: exact for 1 and 2 degrees of freedom, else by the
-    expansion of Cornish and Fisher (Abramowitz and Stegun 26.7.5), which is 0.2 % off at 3."""
+    """The 97.5% quantile of Student's t: exact for 1 and 2 degrees of freedom, else by the
+    expansion of Cornish and Fisher (Abramowitz and Stegun 26.7.5), which is 0.2% off at 3."""
     if degrees == 1:
         return 12.7062
     if degrees == 2:
@@ -118,10 +141,3 @@ def student_t(degrees: int) -> float:
 
 def _least(one: Spending, most: Spending) -> Spending:
     return Spending(min(one.tokens, most.tokens), min(one.usd, most.usd))
-
-
-def unlimited_requests(known: Known, api: ApiTeacher | None) -> Iterator[str]:
-    """What the missing requests would cost at most, in words; nothing where none is missing."""
-    if known.missing:
-        cost = f", ${known.worst.usd:,.2f}" if api is not None and api.price else ""
-        yield f"{known.missing:,} requests take at most {known.worst.tokens:,} tokens{cost}"

@@ -1,0 +1,82 @@
+"""What is put around a prompt, and the text of messages and answers."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stillhouse.generation.request import Answer, Message
+
+SYSTEM = ("system", "developer")
+"""Roles of a system prompt."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What is put around every prompt. examples: pairs of a prompt and its answer.
+
+    The system prompt is for prompts that bring none. student: what the student sees of the frame;
+    few-shot examples that only the teacher sees are how their effect is distilled.
+    """
+
+    system: str | None = None
+    examples: tuple[tuple[str, str], ...] = ()
+    student: Literal["prompt", "system", "all"] = "system"
+
+    def teacher_sees(self, prompt: Sequence[Message]) -> tuple[Message, ...]:
+        return self._around(prompt, self.system, self.examples)
+
+    def student_sees(self, prompt: Sequence[Message]) -> tuple[Message, ...]:
+        """What stands before the answer in the student's training text."""
+        system = None if self.student == "prompt" else self.system
+        return self._around(prompt, system, self.examples if self.student == "all" else ())
+
+    def _around(
+        self, prompt: Sequence[Message], system: str | None, examples: Sequence[tuple[str, str]]
+    ) -> tuple[Message, ...]:
+        own = tuple(itertools.takewhile(lambda m: m["role"] in SYSTEM, prompt))
+        rest = prompt[len(own) :]
+        if not own and system is not None:
+            own = ({"role": "system", "content": system},)
+        few = [
+            {"role": role, "content": content}
+            for example in examples
+            for role, content in zip(("user", "assistant"), example, strict=True)
+        ]
+        return (*own, *few, *rest)
+
+
+def user_turn(text: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": text},)
+
+
+def text_of(messages: Sequence[Message], roles: Sequence[str] = ("user",)) -> str:
+    """The contents of the messages of these roles, a line each; parts that are no text left out."""
+    return "\n".join(content_text(m.get("content")) for m in messages if m["role"] in roles)
+
+
+def content_text(content: Any) -> str:
+    """Of a message: a text, or a list of parts of which some are."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    return " ".join(part["text"] for part in parts if isinstance(part, Mapping) and "text" in part)
+
+
+def answer_text(answer: Answer, *, keep_reasoning: bool = False) -> str:
+    """The answer as the student is to write it, with its reasoning in <think> or without.
+
+    A reasoning that was cut off before its end leaves no answer: the text is empty.
+    """
+    reasoning, closed, rest = answer.text.rpartition("</think>")
+    if closed:
+        reasoning = reasoning.replace("<think>", "", 1)
+    elif answer.text.lstrip().startswith("<think>"):
+        reasoning, rest = answer.text.replace("<think>", "", 1), ""
+    reasoning = reasoning.strip() or (answer.reasoning or "").strip()
+    rest = rest.strip()
+    if not keep_reasoning or not reasoning or not rest:
+        return rest
+    return f"<think>\n{reasoning}\n</think>\n\n{rest}"

@@ -1,0 +1,270 @@
+"""Models that answer requests, behind an API or on this machine; answers go to the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from stillhouse.errors import EndpointError
+from stillhouse.generation.budget import FREE, Budget, Price, Spending
+from stillhouse.generation.client import Client
+from stillhouse.generation.estimate import Known
+from stillhouse.generation.generation_config import (
+    ApiTeacher,
+    BudgetRecipe,
+    LocalTeacher,
+    SamplingRecipe,
+    TextTeacher,
+    VllmTeacher,
+)
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.local_generator import local_text
+from stillhouse.generation.request import Answer, Message, Request, Requests, endpoint_of
+from stillhouse.generation.request_pool import Pool
+from stillhouse.generation.text_generator import TextGenerator
+from stillhouse.generation.vllm_engine import opened
+from stillhouse.hardware import choose_precision, default_device
+from stillhouse.progress import bar, note
+from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.model_source import resolve_model
+
+
+@dataclass(frozen=True)
+class DefaultModel:
+    """The recipe's own teacher: the model of a text teacher that names none.
+
+    base: the recipe's folder, where relative paths start.
+    """
+
+    base: Path
+    name: str = ""
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+
+class Sent(NamedTuple):
+    """new: answers that arrived. failed: requests that were given up. out_of_budget: whether the
+    budget stopped the rest."""
+
+    new: int
+    failed: int
+    out_of_budget: bool
+
+
+def text_source(
+    section: TextTeacher,
+    sampling: SamplingRecipe,
+    budget: BudgetRecipe,
+    default: DefaultModel,
+    seed: int,
+    *,
+    logprobs: bool = False,
+    weights: bool = True,
+) -> TextSource:
+    """The teacher of a section. logprobs: ask for those of the answers' tokens.
+
+    weights: False fetches no more of a Hub model than its identity takes.
+    """
+    if section.api is not None:
+        api = section.api
+        return ApiText(api, _parameters(sampling, api.token_limit, logprobs), budget)
+    assert section.here is not None
+    parameters = _parameters(sampling, "max_tokens", logprobs)
+    return LocalText(section.here, parameters, default, seed, weights)
+
+
+def _parameters(section: SamplingRecipe, token_limit: str, logprobs: bool) -> dict[str, Any]:
+    parameters: dict[str, Any] = {}
+    if section.temperature is not None:
+        parameters["temperature"] = section.temperature
+    parameters |= {token_limit: section.max_tokens, **section.extra}
+    if section.top_p < 1:
+        parameters["top_p"] = section.top_p
+    if section.top_logprobs is not None:
+        parameters |= {"logprobs": True, "top_logprobs": section.top_logprobs}
+    elif logprobs:
+        parameters["logprobs"] = True
+    return parameters
+
+
+class ApiText:
+    """A model behind an OpenAI-compatible endpoint."""
+
+    def __init__(self, api: ApiTeacher, parameters: dict[str, Any], budget: BudgetRecipe) -> None:
+        self.api, self.parameters, self.budget = api, parameters, budget
+        self.price = Price(api.price.input, api.price.output) if api.price else None
+        self.endpoint = endpoint_of(api.base_url)
+
+    def request(self, messages: tuple[Message, ...], sample: int = 0) -> Request:
+        return Request(self.endpoint, self.api.model, messages, self.parameters, sample)
+
+    def send(self, requests: Requests, journal: Journal, known: Known, spent: Spending) -> Sent:
+        """Sends what the journal has no answer to. known: of these requests. spent: of the budget
+        until now. Raises EndpointError where no request can succeed."""
+        budget = Budget(self.budget.max_usd, self.budget.max_tokens)
+        budget.spent = spent
+        if self.price is None:
+            note("the price is unknown, and so is the cost: set api.price")
+        with bar(f"requests to {self.api.model}", known.requests, "answers") as advance:
+            tally = _stoppable(self._answer_all(requests, journal, budget, advance)).tally
+        if tally.failed and not tally.answered and known.missing == known.requests:
+            *_, (_, kind, reason) = journal.failures()
+            raise EndpointError(
+                f"no request was answered; the last failure: {kind}: {reason}",
+                where=self.endpoint,
+                fix="correct what it says, then give the same command again",
+            )
+        return Sent(tally.answered, tally.failed, tally.out_of_budget)
+
+    async def _answer_all(
+        self, requests: Requests, journal: Journal, budget: Budget, advance: Callable[[int], None]
+    ) -> Pool:
+        api, price = self.api, self.price
+        async with Client(
+            api.base_url,
+            api.model,
+            key_env=api.key_env,
+            price=price,
+            timeout=api.timeout,
+            connections=api.concurrency,
+        ) as client:
+            pool = Pool(
+                client.send,
+                journal,
+                budget,
+                concurrency=api.concurrency,
+                price=price,
+                advance=advance,
+            )
+            await pool.answer_all(requests())
+            return pool
+
+
+class LocalText:
+    """A model on this machine, run in this process or by vLLM; it costs time alone."""
+
+    price = FREE
+
+    def __init__(
+        self,
+        own: LocalTeacher | VllmTeacher,
+        parameters: dict[str, Any],
+        default: DefaultModel,
+        seed: int,
+        weights: bool,
+    ) -> None:
+        self.own, self.default, self.seed = own, default, seed
+        self.source = resolve_model(
+            own.model or default.name,
+            revision=default.revision if own.model is None else own.revision,
+            base=default.base,
+            weights=weights,
+        )
+        self.parameters = {**parameters, "seed": seed, **_numerics(own)}
+
+    def request(self, messages: tuple[Message, ...], sample: int = 0) -> Request:
+        endpoint = "vllm" if isinstance(self.own, VllmTeacher) else "local"
+        return Request(endpoint, self.source.fingerprint, messages, self.parameters, sample)
+
+    def send(self, requests: Requests, journal: Journal, known: Known, spent: Spending) -> Sent:
+        """As `ApiText.send`; there is no budget. Raises ModelError."""
+        counts: Counter[str] = Counter()
+        on_its_way: set[str] = set()
+        handed_over: deque[tuple[str, Future[None]]] = deque()
+
+        def settle() -> None:
+            """Waits until what was answered is on the disk, and forgets it."""
+            while handed_over:
+                key, saved = handed_over.popleft()
+                saved.result()
+                on_its_way.discard(key)
+
+        def unanswered() -> Iterator[Request]:
+            # A generator reads a batch before it begins it: the one before is on the disk by then.
+            for request in requests():
+                settle()
+                if request.key not in on_its_way and journal.get(request.key) is None:
+                    on_its_way.add(request.key)
+                    yield request
+
+        with self._generator() as generator, bar("answering", known.missing, "answers") as advance:
+            for request, outcome in generator.answers(unanswered()):
+                if isinstance(outcome, Answer):
+                    saved = journal.record(request, outcome)
+                else:
+                    saved = journal.record_failure(request, outcome)
+                handed_over.append((request.key, saved))
+                counts[type(outcome).__name__] += 1
+                advance(1)
+            settle()
+        return Sent(counts["Answer"], counts["Failure"], False)
+
+    @contextmanager
+    def _generator(self) -> Iterator[TextGenerator[Any]]:
+        path, own, trust = self.source.path, self.own, self.default.trust_remote_code
+        if isinstance(own, VllmTeacher):
+            note(f"{self.source.described} answers in vLLM")
+            base = self.default.base
+            with opened(own, path, base=base, seed=self.seed, trust_remote_code=trust) as generator:
+                yield generator
+            return
+        precision = choose_precision(own.precision, default_device())
+        note(f"{self.source.described} answers in {precision.reason}")
+        model = load_model(path, dtype=precision.dtype, trust_remote_code=trust)
+        tokenizer = load_tokenizer(path, trust_remote_code=trust)
+        yield local_text(model.to(default_device()), tokenizer, batch=own.batch)
+
+
+TextSource = ApiText | LocalText
+
+
+def _numerics(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:
+    """What decides in which numbers a model in this process computes: part of a request."""
+    if isinstance(own, VllmTeacher):
+        return {"dtype": own.dtype, **({"options": own.options} if own.options else {})}
+    precision = choose_precision(own.precision, default_device())
+    return {"dtype": str(precision.dtype).removeprefix("torch.")}
+
+
+def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
+    """Runs `work`; Ctrl-C or SIGTERM cancels it, and does what it always does after that. A second
+    one cancels it again, while it waits for what is on its way.
+
+    An exception out of a signal handler could be lost inside the event loop.
+    """
+    caught: list[int] = []
+
+    async def whole() -> Pool:
+        task = asyncio.current_task()
+        assert task is not None
+
+        def stop(number: int) -> None:
+            if not caught:
+                note("waiting for the answers on their way; once more to leave them")
+            caught.append(number)
+            task.cancel()
+
+        loop = asyncio.get_running_loop()
+        for number in before:
+            loop.add_signal_handler(number, stop, number)
+        return await work
+
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        return asyncio.run(whole())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if caught:
+            os.kill(os.getpid(), caught[0])

@@ -1,0 +1,120 @@
+"""A recipe's section `synthesize` with its models, and the requests that it makes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse.generation.budget import Spending
+from stillhouse.generation.chat_frame import Frame, text_of
+from stillhouse.generation.generation_config import SamplingRecipe
+from stillhouse.generation.journal import Journal
+from stillhouse.generation.request import Request
+from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
+from stillhouse.synthesis.filters_config import LikelihoodChoice
+from stillhouse.synthesis.judge_answers import Judge, open_judge
+from stillhouse.synthesis.prompts import Prompt, read_prompts
+from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
+from stillhouse.synthesis.write_prompts import Writer, combined, spent_on_writing
+
+
+@dataclass(frozen=True)
+class SynthesisJob:
+    """default: the recipe's own teacher. journal: of all answers.
+
+    weights, here and below: False fetches no more of a Hub model than its identity takes.
+    """
+
+    section: SynthesizeRecipe
+    default: DefaultModel
+    journal: Path
+    seed: int = 0
+
+    @property
+    def base(self) -> Path:
+        """Where relative paths start."""
+        return self.default.base
+
+    def teacher(self, *, weights: bool = True) -> TextSource:
+        """Raises ModelError."""
+        logprobs = isinstance(self.section.filters.best_of, LikelihoodChoice)
+        return self._source(self.section.sampling, logprobs, weights)
+
+    def judge(self, *, weights: bool = True) -> Judge | None:
+        """Raises ModelError."""
+        choice = self.section.filters.best_of
+        return open_judge(choice, self.default, self.seed, weights=weights)
+
+    def writer(self, *, weights: bool = True) -> Writer | None:
+        """None where no prompts are written. Raises ModelError; DataError about the examples."""
+        section = self.section.prompts
+        if section.write is None:
+            return None
+        assert section.combine is not None
+        sampling = SamplingRecipe(
+            temperature=section.write.temperature, max_tokens=section.write.max_tokens
+        )
+        # A prompt is shown as one line.
+        examples = [" ".join(text_of(p.messages).split()) for p in self._prompts_of_file(None)]
+        source = self._source(sampling, False, weights)
+        return Writer(section.write, section.combine, source, tuple(examples), self.seed)
+
+    def prompts(self, writer: Writer | None, journal: Journal | None) -> Iterator[Prompt]:
+        """Those of the file, or the combined ones, or those that the journal's answers hold."""
+        section = self.section.prompts
+        if writer is not None:
+            found = writer.prompts(journal)
+        elif section.combine is not None:
+            found = combined(section.combine, self.seed)
+        else:
+            return self._prompts_of_file(section.limit)
+        return itertools.islice(found, section.limit)
+
+    def _source(self, sampling: SamplingRecipe, logprobs: bool, weights: bool) -> TextSource:
+        return text_source(
+            self.section.teacher,
+            sampling,
+            self.section.budget,
+            self.default,
+            self.seed,
+            logprobs=logprobs,
+            weights=weights,
+        )
+
+    def _prompts_of_file(self, limit: int | None) -> Iterator[Prompt]:
+        section = self.section.prompts
+        if section.path is None:
+            return iter(())
+        path = self.base / Path(section.path).expanduser()
+        return read_prompts(path, format=section.format, key=section.key, limit=limit)
+
+
+class SynthesisRequests:
+    """The job's requests: each prompt, `samples` times. Call it to go through them.
+
+    journal: has the prompts that were written; None: there are none yet.
+    """
+
+    def __init__(self, job: SynthesisJob, journal: Journal | None, *, weights: bool = True) -> None:
+        self.job, self.journal = job, journal
+        self.teacher, self.writer = job.teacher(weights=weights), job.writer(weights=weights)
+        section = job.section.prompts
+        examples = tuple((example.prompt, example.answer) for example in section.examples)
+        self.frame = Frame(section.system, examples, section.student_sees)
+
+    def pairs(self) -> Iterator[tuple[Prompt, Request]]:
+        for prompt in self.job.prompts(self.writer, self.journal):
+            messages = self.frame.teacher_sees(prompt.messages)
+            for sample in range(self.job.section.prompts.samples):
+                yield prompt, self.teacher.request(messages, sample)
+
+    def __call__(self) -> Iterator[Request]:
+        return (request for _, request in self.pairs())
+
+    def spent_on_writing(self) -> Spending:
+        """By the requests that wrote the prompts, which are under the same budget."""
+        if self.writer is None or self.journal is None:
+            return Spending()
+        return spent_on_writing(self.writer, self.journal)
