@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 from pydantic_core import core_schema
+
+from stillhouse.progress import note
 
 
 class Section(BaseModel):
+    """A section of a recipe.
+
+    renamed: from old names of keys to new ones. The old ones work for one version, with a warning.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        found = {old: new for old, new in cls.renamed.items() if old in values}
+        for old, new in found.items():
+            if new in values:
+                raise ValueError(f"`{old}` is the old name of `{new}`: remove it")
+            note(f"warning: the key `{old}` is now called `{new}`; the old name will be removed")
+        return {found.get(key, key): value for key, value in values.items()}
 
 
 class OneOf:

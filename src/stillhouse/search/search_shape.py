@@ -259,7 +259,7 @@ class _Work:
             model,
             self.text.calibration,
             **sizes_to_prune(self.before, shape),
-            reconstruct=setting.section.reconstruct,
+            reconstruct=setting.section.refit,
             calibration_tokens=tokens,
             seed=setting.seed,
             dtype=setting.dtype,

@@ -190,7 +190,7 @@ def _cut(
         windows,
         hidden_method=section.hidden_method,
         kept_ids=kept_ids,
-        reconstruct=section.reconstruct,
+        reconstruct=section.refit,
         calibration_tokens=section.calibration_tokens,
         seed=seed,
         dtype=dtype,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from string import Formatter
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,12 +43,14 @@ class CombineRecipe(Section):
 class WriteRecipe(Section):
     """The teacher writes the prompts: each combination is what a request for some of them says."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"each": "per_request", "similar": "max_similarity"}
+
     count: int = Field(gt=0, description="Different prompts to have.")
-    each: int = Field(10, gt=0, description="Prompts to ask for in one request.")
+    per_request: int = Field(10, gt=0, description="Prompts to ask for in one request.")
     examples: int = Field(
         3, ge=0, description="Prompts of `path` that a request shows, others each time."
     )
-    similar: float = Field(
+    max_similarity: float = Field(
         0.6,
         gt=0,
         le=1,

@@ -74,7 +74,7 @@ class Writer:
     @property
     def fewest(self) -> int:
         """Requests that would do if all prompts were different."""
-        return -(-self.section.count // self.section.each)
+        return -(-self.section.count // self.section.per_request)
 
     def requests(self, first: int = 0, last: int | None = None) -> Iterator[Request]:
         """Those with the numbers first to last - 1; by default all that may be made."""
@@ -89,11 +89,11 @@ class Writer:
         count = min(self.section.examples, len(self.examples))
         shown = "".join(f"- {text}\n" for text in chance.sample(self.examples, count))
         examples = f"\nSome that are there already:\n{shown}" if shown else ""
-        return _ASK.format(each=self.section.each, what=what, examples=examples)
+        return _ASK.format(each=self.section.per_request, what=what, examples=examples)
 
     def prompts(self, journal: Journal | None) -> Iterator[Prompt]:
         """The different ones among what the journal holds, up to `count`."""
-        seen = NearDuplicates(self.section.similar)
+        seen = NearDuplicates(self.section.max_similarity)
         for text in self.examples:
             seen.add(words(text))
         kept = 0
@@ -132,7 +132,7 @@ def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spendi
         if stopped or last == most:
             break
         first, lacking = last, writer.section.count - found
-        last = min(most, first + -(-lacking // writer.section.each))
+        last = min(most, first + -(-lacking // writer.section.per_request))
         stopped = send_part(writer, first, last, journal, answers)
     if found == 0:
         raise DataError(
