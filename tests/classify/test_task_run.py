@@ -57,7 +57,7 @@ def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
     assert "text-classification" in card
     digest = hashlib.sha256((result.model / "model.safetensors").read_bytes()).hexdigest()
     assert f"| model.safetensors | {digest} |" in card
-    for part in ("## License", "## Limits", "| teacher |", "training texts", "Read again"):
+    for part in ("## License", "## Limits", "| teacher |", "training texts", "Loaded by a process"):
         assert part in card
     assert all(stage.reused for stage in run(raw).stages)
 
@@ -498,13 +498,13 @@ def test_a_classifier_is_shipped_as_onnx_and_its_page_tells(tmp_path: Path) -> N
     card = (result.folder / "onnx-int8" / "README.md").read_text()
     assert "library_name: onnx" in card
     assert "for onnxruntime" in card
-    assert "inputs while it runs" in card
-    assert re.search(r"In onnxruntime this file \(onnx-int8, .* nats a text", card)
+    assert "their inputs dynamically" in card
+    assert re.search(r"In onnxruntime this file \(onnx-int8, .* nats/text", card)
     assert "| model.onnx | " in card
-    assert "inputs while it runs" not in (result.folder / "onnx" / "README.md").read_text()
+    assert "their inputs dynamically" not in (result.folder / "onnx" / "README.md").read_text()
     page = result.report.read_text()
     assert "onnx-int8" in page
-    assert "Of the checkpoint’s" in page
+    assert "Relative to the checkpoint" in page
 
 
 @pytest.mark.parametrize(
