@@ -236,7 +236,7 @@ def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> 
         assert len(stub.payloads) == 4
         said = "4 of 40 requests are answered; the rest takes about 774 tokens"
         assert found["judgment"].text.startswith(said)
-        assert "95 % likely" in found["judgment"].text
+        assert "95% likely" in found["judgment"].text
         run(raw)
         assert len(stub.payloads) == 40
 
@@ -248,7 +248,7 @@ def test_check_says_that_a_run_is_asking(tmp_path: Path) -> None:
     with Journal(answers_path(parse_recipe(raw))):
         found = [(one.level, one.text) for one in check_recipe(path, calls=3)]
     assert not [text for level, text in found if level == "error"]
-    assert any(level == "warning" and "a run is asking now" in text for level, text in found)
+    assert any(level == "warning" and "a run has the journal open" in text for level, text in found)
 
 
 # --- a teacher behind an API ---------------------------------------------------------------------
