@@ -200,7 +200,7 @@ def test_packed_documents_are_not_related() -> None:
     ("term", "message"),
     [
         ({"kind": "hidden_states", "pairs": [[1, 9]]}, "the teacher has no layer 9"),
-        ({"kind": "hidden_states", "layers": "last", "count": 3}, "3 pairs is asked of 2"),
+        ({"kind": "hidden_states", "layers": "last", "count": 3}, "3 pairs does not fit 2"),
         ({"kind": "hidden_states", "pairs": [[0, 0]]}, "block 0"),
         ({"kind": "attention_relations", "heads": 5}, "do not divide the student's query width"),
         ({"divergence": "jsd", "layers": [2]}, "a student with 2 blocks"),
