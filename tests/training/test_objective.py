@@ -24,6 +24,8 @@ from tests import tiny
 from tests.training.conftest import Setting
 from tests.training.test_train import run
 
+pytestmark = pytest.mark.run
+
 HIDDEN = {"kind": "hidden_states", "weight": 0.3, "embeddings": True}
 COSINE = {"kind": "hidden_states", "distance": "cosine", "pairs": [[1, 3]]}
 RELATIONS = {"kind": "attention_relations", "heads": 2, "weight": 0.2, "pairs": [[1, 2], [2, 3]]}
