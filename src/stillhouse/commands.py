@@ -90,7 +90,7 @@ def agree_to_spend(
     """Asks before an API is paid without a budget; True where the command may go on.
 
     synthesize: the command is `stillhouse synthesize`, not `run`. confirm: shows a question and
-    returns the answer. None: nobody can answer, and RecipeError is raised instead.
+    returns the answer. None: there is no terminal, and RecipeError is raised instead.
     """
     recipe, base = read_recipe(recipe, overrides, base)
     kind = kind_of(recipe)

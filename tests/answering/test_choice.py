@@ -50,7 +50,7 @@ def recipe(folder: Path, url: str, choice: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def test_the_likeliest_answer_is_learnt(tmp_path: Path) -> None:
+def test_the_most_likely_answer_is_learnt(tmp_path: Path) -> None:
     with Stub(teacher) as stub:
         found = kept(recipe(tmp_path, stub.url, {"kind": "likelihood"}), tmp_path)
     numbers = [int(text.split()[1]) for text in found]

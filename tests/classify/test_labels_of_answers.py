@@ -17,7 +17,7 @@ LABELS = ["card", "card_arrival", "refund", "insurance", "退款", "?"]
 def shares(
     text: str, first: dict[str, float] | None = None, labels: list[str] = LABELS
 ) -> tuple[str, dict[str, float]]:
-    """first: the likeliest first tokens with their probabilities."""
+    """first: the most likely first tokens with their probabilities."""
     task = ClassifyTask.model_validate({"kind": "classify", "labels": labels})
     assert task.labels is not None
     top = [{"token": token, "logprob": math.log(p)} for token, p in (first or {}).items()]

@@ -1,4 +1,4 @@
-"""Which tokens of a chat are learnt."""
+"""Which tokens of a chat are learned."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def rows_of(document: Any, tokenizer: Any) -> list[TokenRow]:
     return tokenize([document], tokenizer)[0]
 
 
-def learnt(row: TokenRow, tokenizer: Any) -> list[str]:
-    """The text of every run of learnt tokens."""
+def learned(row: TokenRow, tokenizer: Any) -> list[str]:
+    """The text of every run of learned tokens."""
     runs: list[list[int]] = [[]]
     for token, supervised in zip(row.ids.tolist(), row.supervised.tolist(), strict=True):
         if supervised:
@@ -87,7 +87,7 @@ def test_end_of_turn_is_learnt_and_header_is_not_though_padding_is_the_same_toke
     tokenizer = byte_level()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     (row,) = rows_of(conversation(chat("what is it", "rain", "and then", "wind")), tokenizer)
-    assert learnt(row, tokenizer) == ["rain<|im_end|>", "wind<|im_end|>"]
+    assert learned(row, tokenizer) == ["rain<|im_end|>", "wind<|im_end|>"]
 
 
 def test_a_template_with_bos_gets_no_second_one() -> None:
@@ -104,7 +104,7 @@ def test_a_tokenizer_that_prefixes_a_space_is_cut_without_new_spaces(template: s
     (row,) = rows_of(conversation(messages), tokenizer)
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert row.ids.tolist() == tokenizer(whole, add_special_tokens=False)["input_ids"]
-    assert [text.split() for text in learnt(row, tokenizer)] == [
+    assert [text.split() for text in learned(row, tokenizer)] == [
         ["the", "fox", "</s>"],
         ["the", "dog", "</s>"],
     ]
@@ -126,7 +126,7 @@ def test_a_template_that_rewrites_earlier_turns_gives_each_turn_its_own_row() ->
     tokenizer = byte_level(FORGETS_REASONING)
     messages = chat("one", "so</think>first", "two", "hm</think>second")
     rows = rows_of(conversation(messages), tokenizer)
-    assert [learnt(row, tokenizer) for row in rows] == [
+    assert [learned(row, tokenizer) for row in rows] == [
         ["so</think>first<|im_end|>"],
         ["hm</think>second<|im_end|>"],
     ]
@@ -137,7 +137,7 @@ def test_prompt_and_completion_messages_learn_the_completion_only() -> None:
     tokenizer = byte_level()
     messages = chat("one", "first", "two", "second")
     (row,) = rows_of(conversation(messages, supervised_from=3), tokenizer)
-    assert learnt(row, tokenizer) == ["second<|im_end|>"]
+    assert learned(row, tokenizer) == ["second<|im_end|>"]
 
 
 @pytest.mark.parametrize("bos", [False, True])
@@ -145,7 +145,7 @@ def test_prompt_and_completion_strings_learn_the_completion_and_eos(bos: bool) -
     tokenizer = byte_level(None, bos=bos)
     (row,) = rows_of(Completion("the quick", " brown fox"), tokenizer)
     assert tokenizer.decode(row.ids) == "<s>" * bos + "the quick brown fox<|im_end|>"
-    assert learnt(row, tokenizer) == [" brown fox<|im_end|>"]
+    assert learned(row, tokenizer) == [" brown fox<|im_end|>"]
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -163,11 +163,11 @@ def test_every_model_that_took_part_is_named_with_its_license(tmp_path: Path) ->
     assert head["base_model"] == ["org/large", "meta/small"]
     assert head["license"] == "llama3.2", "the one that binds"
     assert "The student's start, meta/small (commit 4567): **llama3.2**. Warning: Meta" in card
-    guide = Origin("Another teacher", "google/large (commit 89)", License("gemma"))
-    write_language_model_card(tmp_path, card_of(FREE, start, guide), REPLAY)
+    teacher = Origin("Another teacher", "google/large (commit 89)", License("gemma"))
+    write_language_model_card(tmp_path, card_of(FREE, start, teacher), REPLAY)
     head = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
     assert head["license"] == "other", "two bind, and neither speaks for both"
-    warned = [line.text.split(":")[0] for line in license_lines([start, guide])]
+    warned = [line.text.split(":")[0] for line in license_lines([start, teacher])]
     assert warned == [
         "The student's start, meta/small (commit 4567)",
         "Another teacher, google/large (commit 89)",

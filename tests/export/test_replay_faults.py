@@ -312,13 +312,13 @@ def found(**changes: Any) -> dict[str, Any]:
         (3.0, 900, True),
     ],
 )
-def test_likeliest_tokens_that_are_clear_stay_so_as_far_as_a_formats_bits_allow(
+def test_most_likely_tokens_that_are_clear_stay_so_as_far_as_a_formats_bits_allow(
     limit: float, moved: int, passes: bool
 ) -> None:
     if passes:
         check_replay(found(moved=moved), limit, 0.02, Path("source"), "more bits")
     else:
-        with pytest.raises(ModelError, match=f"likeliest token at {moved} of the 900"):
+        with pytest.raises(ModelError, match=f"most likely token at {moved} of the 900"):
             check_replay(found(moved=moved), limit, 0.02, Path("source"), "more bits")
 
 

@@ -1,4 +1,4 @@
-"""Soft labels through an API: what it tells about its answers' tokens is what is learnt."""
+"""Soft labels through an API: what it tells about its answers' tokens is what is learned."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def told(token: int, log_probs_V: torch.Tensor) -> dict[str, Any]:
 
 
 def ask_the_model(payload: dict[str, Any]) -> tuple[str, list[dict[str, Any]]]:
-    """A teacher whose distribution is known: it writes the likeliest letters of a tiny model."""
+    """A teacher whose distribution is known: it writes the most likely letters of a tiny model."""
     ids = prompt_ids(payload["messages"])
     positions = []
     for _ in range(LENGTH):
@@ -82,7 +82,7 @@ def run(folder: Path, raw: dict[str, Any]) -> dict[str, Any]:
     return {stage.name: stage for stage in result.stages}
 
 
-def test_the_store_has_the_models_own_likeliest_tokens_and_their_tail(tmp_path: Path) -> None:
+def test_the_store_has_the_models_own_most_likely_tokens_and_their_tail(tmp_path: Path) -> None:
     with Stub(script) as stub:
         raw = soft(tmp_path, stub.url, train={"max_steps": 2, "evaluate_every": 1})
         stages = run(tmp_path, raw)
@@ -112,7 +112,7 @@ def test_the_store_has_the_models_own_likeliest_tokens_and_their_tail(tmp_path: 
         torch.testing.assert_close(stored_NK[:LENGTH], best.values[:LENGTH], rtol=2e-3, atol=0)
         tail_N = 1 - best.values.sum(-1)
         torch.testing.assert_close(signal.tail_N[:LENGTH], tail_N[:LENGTH], rtol=0, atol=1e-6)
-        # Nobody told about the end of the turn: it is learnt as it stands.
+        # Nobody told about the end of the turn: it is learned as it stands.
         assert int(signal.ids_NK[LENGTH, 0]) == TOKENIZER.eos_token_id
         assert stored_NK[LENGTH].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
         assert float(signal.tail_N[LENGTH]) == 0.0

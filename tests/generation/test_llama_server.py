@@ -209,7 +209,7 @@ def test_what_it_tells_about_its_tokens_is_what_the_same_model_here_says(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file's weights are of few bits, and llama.cpp rounds activations to eight on the way:
-    probabilities that are close, and the same likeliest token wherever it is so by some margin."""
+    probabilities that are close, and the same top token wherever it is so by some margin."""
     monkeypatch.setenv(VARIABLE, KEY)
     path = write(tmp_path, server, sampling={"top_logprobs": 5})
     store = open_store(record_signals(path).resolve())

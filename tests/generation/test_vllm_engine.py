@@ -216,7 +216,7 @@ def test_samples_have_seeds_of_their_own_that_another_run_repeats(
     assert answers(synthesize_text(write(tmp_path, name="again", **changes))) == first
 
 
-def test_the_likeliest_answer_is_kept(tmp_path: Path, anywhere: Path) -> None:
+def test_the_most_likely_answer_is_kept(tmp_path: Path, anywhere: Path) -> None:
     """The stub finds an answer the less likely the larger its seed is modulo 5."""
     changes: dict[str, Any] = {"prompts": {"samples": 2}, "sampling": {"temperature": 0.7}}
     best_of = {"best_of": {"kind": "likelihood"}}

@@ -86,7 +86,7 @@ def test_a_student_knows_what_its_cut_costs_on_text_it_did_not_see(
 
 
 class Familiar(ToyWindows):
-    """What the tiny model itself would say, its likeliest token each time."""
+    """What the tiny model itself would say, its most likely token each time."""
 
     def __init__(self) -> None:
         super().__init__(count=8)

@@ -178,8 +178,8 @@ def test_the_training_recipe_of_so_many_tokens(prepared: tuple[Path, Windows, Wi
 
 def test_a_student_learns_rounded_from_the_teachers_that_it_learnt_from(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path, quantize={"qat": {"tokens": 200}})
-    guide = tiny.save_model(tmp_path / "guide", seed=3)
-    raw["train"]["teachers"] = [str(guide), "teacher"]
+    teacher = tiny.save_model(tmp_path / "teacher", seed=3)
+    raw["train"]["teachers"] = [str(teacher), "teacher"]
     job = find_models(parse_recipe(raw), tmp_path)
     learned_from: list[str] = []
 
@@ -195,7 +195,7 @@ def test_a_student_learns_rounded_from_the_teachers_that_it_learnt_from(tmp_path
         plan = stages.plan_quantized_training(job, stage, stage, stage, None)
         with pytest.raises(KeyboardInterrupt):
             plan.work(tmp_path / "out")
-    assert learned_from == [str(guide), str(tmp_path / "teacher")]
+    assert learned_from == [str(teacher), str(tmp_path / "teacher")]
     assert len(plan.inputs["teachers"]) == 2
 
 

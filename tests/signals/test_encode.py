@@ -133,7 +133,7 @@ def test_threshold_agrees_with_one_token_at_a_time(probability_bytes):
         assert [next(values) for _ in range(valued)] == values_wanted
 
 
-def test_top_k_keeps_the_likeliest_and_the_rest():
+def test_top_k_keeps_the_most_likely_and_the_rest():
     logits_nV = random_logits(8, 300)
     rows, statistics = Encoder(TopK(6), 300)(logits_nV, torch.empty(8, 0))
     signal = decode(TopK(6), rows)

@@ -80,7 +80,7 @@ def test_without_enough_agreement_all_answers_go() -> None:
     assert first[0] is None, "of two that are said equally often, the one that came first"
 
 
-def test_the_likeliest_answer_is_kept() -> None:
+def test_the_most_likely_answer_is_kept() -> None:
     values = [-2.0, None, -0.5, -0.5]
     reasons = likelihood()([row("x", likelihood=value) for value in values])
     assert [reason is None for reason in reasons] == [False, False, True, False]
@@ -131,7 +131,7 @@ def test_a_local_model_tells_the_log_probability_of_its_tokens() -> None:
         )["input_ids"]
         told = [entry["logprob"] for entry in answer.logprobs]
         assert len(told) == answer.completion_tokens
-        # The text may not give back the tokens, so the likeliest continuation is followed.
+        # The text may not give back the tokens, so the most likely continuation is followed.
         if request.parameters["temperature"] == 0:
             ids = list(prompt)
             for value in told:
@@ -176,7 +176,7 @@ def numbered(number: int, payload: dict[str, Any]) -> Reply:
 SAMPLES: dict[str, list[int]] = {}
 
 
-def test_the_answer_that_an_api_found_likeliest(tmp_path: Path) -> None:
+def test_the_answer_that_an_api_found_most_likely(tmp_path: Path) -> None:
     SAMPLES.clear()
     with Stub(numbered) as stub:
         result = synthesized(tmp_path, stub.url, {"kind": "likelihood"})

@@ -87,7 +87,7 @@ def teacher(section: SignalServer) -> ServedTeacher:
 
 
 class TwoDocuments:
-    """Windows of two segments each; the first four tokens of a window are not learnt from."""
+    """Windows of two segments each; the first four tokens of a window are not learned from."""
 
     def __len__(self) -> int:
         return 3

@@ -108,7 +108,7 @@ def plan_answer_texts(job: AnsweringJob) -> StagePlan:
 
 
 def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
-    """The teacher answers every text; what the filters leave of its answers is learnt from."""
+    """The teacher answers every text; what the filters leave of its answers is learned from."""
     recipe, teacher = job.recipe, job.recipe.teacher
 
     def work(out: Path) -> Outcome:

@@ -30,7 +30,7 @@ from stillhouse.synthesis.filters_config import JudgeChoice
 from stillhouse.synthesis.judge_answers import most_requests
 
 FEW = 50
-"""Training texts below which little can be learnt."""
+"""Training texts below which little can be learned."""
 
 
 def check_answer_texts(check: Check) -> Iterator[Finding]:

@@ -59,7 +59,7 @@ class ExtractTask(AnsweringTask):
     kind: Literal["extract"]
     json_schema: str = Field(
         description="A file with the JSON schema of an answer. Only answers that it allows are "
-        "learnt from."
+        "learned from."
     )
 
 
@@ -173,7 +173,7 @@ class AnsweringRecipe(Section):
     teacher: AnswerTeacher
     data: AnswerTextsRecipe
     filters: FiltersRecipe = Field(
-        FiltersRecipe(), description="Which of the teacher's answers are not learnt from."
+        FiltersRecipe(), description="Which of the teacher's answers are dropped before training."
     )
     student: StudentRecipe
     objective: ObjectiveRecipe | None = Field(
@@ -195,7 +195,7 @@ class AnsweringRecipe(Section):
 
     @property
     def learns_text_alone(self) -> bool:
-        """Whether only the teacher's words are learnt, and not its distributions.
+        """Whether only the teacher's words are learned, and not its distributions.
 
         Of a teacher that saw more they are by default: asked again without its examples, as
         training asks it, it would not say what it said.

@@ -155,7 +155,7 @@ WORDS_ALONE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 def training_recipe(recipe: AnsweringRecipe, chats: Path, rows: str = TRAIN) -> Recipe:
     """The ordinary recipe that trains the student on the chats in a folder.
 
-    Where words alone are learnt and the student starts from a model of its own, that is its
+    Where words alone are learned and the student starts from a model of its own, that is its
     `teacher`: all that it gives is the vocabulary.
     """
     teacher = TeacherRecipe(

@@ -157,7 +157,7 @@ def _notes(job: TaskJob, found: Texts, judged: Stage, unknown: int) -> list[str]
         if job.recipe.teacher.top_logprobs is not None:
             notes.append(
                 f"The teacher's distribution is that of its first token: labels below the "
-                f"{job.recipe.teacher.top_logprobs} likeliest got nothing, and labels that begin "
+                f"{job.recipe.teacher.top_logprobs} most likely got nothing, and labels that begin "
                 "alike share alike."
             )
     return notes

@@ -191,7 +191,7 @@ def _random(
     section: RandomClassifier, tokenizer: Any, labels: list[str], teacher: ModelSource | None
 ) -> Any:
     """A ModernBERT that reads the mean of its last hidden states: with few texts, what a text's
-    words mean is learnt long before what their order means."""
+    words mean is learned long before what their order means."""
     model = ModernBertForSequenceClassification(_random_config(section, tokenizer, labels))
     if section.teacher_embeddings:
         assert teacher is not None

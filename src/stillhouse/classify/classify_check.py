@@ -35,7 +35,7 @@ from stillhouse.teachers.load import load_config, load_tokenizer
 EFFICIENCY = 0.35
 """Share of the measured matrix product rate that scoring reaches: its batches are small."""
 FEW = 20
-"""Training texts a label below which little can be learnt."""
+"""Training texts a label below which little can be learned."""
 
 
 def check_texts(check: Check) -> Iterator[Finding]:
@@ -88,7 +88,7 @@ def check_classifier_export(check: Check) -> Iterator[Finding]:
 
 def _gold(texts: Texts) -> Iterator[Finding]:
     """What the true labels are known of, where that is not everything or nothing to learn from."""
-    known, learnt = (sum(row.gold is not None for row in p) for p in (texts.test, texts.train))
+    known, learned = (sum(row.gold is not None for row in p) for p in (texts.test, texts.train))
     if known < FEWEST:
         few = f"{known:,} of the {len(texts.test):,} test texts have true labels"
         unknown = few if known else "the test texts have no true labels"
@@ -97,8 +97,8 @@ def _gold(texts: Texts) -> Iterator[Finding]:
     elif known < len(texts.test):
         some = f"{known:,} of the {len(texts.test):,} test texts have true labels to measure on"
         yield Finding("ok", "texts", some)
-    if FEWEST <= learnt < len(texts.train):
-        text = f"the fine-tuned student learns from {learnt:,} texts with true labels"
+    if FEWEST <= learned < len(texts.train):
+        text = f"the fine-tuned student learns from {learned:,} texts with true labels"
         yield Finding("ok", "texts", text)
 
 

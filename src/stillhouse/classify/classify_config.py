@@ -158,7 +158,7 @@ class LabelTeacher(TaskTeacher):
     )
     sampling: LabelSampling = Field(LabelSampling(), description="api: how it answers.")
     top_logprobs: int | None = Field(
-        None, gt=0, le=20, description="api: ask for the likeliest first tokens, and use them."
+        None, gt=0, le=20, description="api: request the most likely first tokens, and use them."
     )
 
     @model_validator(mode="before")

@@ -184,8 +184,8 @@ def _training(
     section, seed = job.recipe.train, job.recipe.seed
 
     def work(out: Path) -> Outcome:
-        learnt, target_NC = targets()
-        result = fit(student.path / MODEL, learnt, target_NC, section=section, seed=seed, out=out)
+        learned, target_NC = targets()
+        result = fit(student.path / MODEL, learned, target_NC, section=section, seed=seed, out=out)
         parameters = student.summary["parameters"]
         return Outcome(
             tokens=result.tokens,

@@ -28,7 +28,7 @@ Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 LABELS = "labels.json"
 FEWEST = 4
-"""Texts in a part below which nothing can be learnt or measured."""
+"""Texts in a part below which nothing can be learned or measured."""
 
 UNKNOWN = -1
 """Stands for the index of a true label that is not known."""

@@ -21,7 +21,7 @@ YesOption = Annotated[
 def agree(
     recipe: Path, overrides: list[str] | None, yes: bool, *, synthesize: bool = False
 ) -> None:
-    """Ask before an API is paid without a budget; refuse where nobody can answer."""
+    """Ask before an API is paid without a budget; refuse without a terminal."""
     from stillhouse.commands import agree_to_spend
     from stillhouse.hardware import leads
 

@@ -1,4 +1,4 @@
-"""Which part of a conversation is learnt, found by rendering prefixes with the chat template.
+"""Which part of a conversation is learned, found by rendering prefixes with the chat template.
 
 A chat template is a program: it says nowhere which characters belong to which turn. But
 `render(messages[:i], add_generation_prompt=True)` is what the model is given before it writes
@@ -7,7 +7,7 @@ rendering, the characters between them are exactly what the model has to write.
 
 Templates that rewrite earlier turns (most of those that strip earlier reasoning) break the second
 condition for all but the last turns. Such a turn becomes a row of its own, rendered as the model
-would see it at that moment, so that each turn is learnt once and in its true context.
+would see it at that moment, so that each turn is learned once and in its true context.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stillhouse.errors import DataError
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive characters of a row, all of them learnt or none."""
+    """Consecutive characters of a row, all of them learned or none."""
 
     text: str
     supervised: bool
@@ -41,7 +41,7 @@ def render_conversation(conversation: Conversation, tokenizer: Any) -> list[list
 
     Usually one row; more where the template rewrites earlier turns. A leading assistant turn has
     nothing before it that a model could be given: it is context only. Raises DataError where the
-    tokenizer has no template, the template refuses the messages, or nothing would be learnt.
+    tokenizer has no template, the template refuses the messages, or nothing would be learned.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -61,7 +61,7 @@ def render_conversation(conversation: Conversation, tokenizer: Any) -> list[list
             "The row has no assistant turn to learn: 0 % of its tokens are supervised",
             where=conversation.where,
             fix="remove the row, or check its roles: `assistant` turns after the first message "
-            "are what is learnt",
+            "are what is learned",
         )
     rendered = [_render_turn(conversation, index, tokenizer) for index in turns]
     rows = []
@@ -108,7 +108,7 @@ def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any
 
 
 def _pieces(turns: Sequence[_Turn], tokenizer: Any) -> list[Piece]:
-    """Context and learnt text in turn, up to the end of the last learnt text."""
+    """Context and learned text in turn, up to the end of the last learned text."""
     pieces: list[Piece] = []
     whole, done = turns[-1].after, 0
     for turn in turns:

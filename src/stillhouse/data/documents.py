@@ -20,7 +20,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text: every token but the first is learnt."""
+    """Plain text: every token but the first is learned."""
 
     text: str
     where: str = field(default="", compare=False)
@@ -31,7 +31,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what follows it, as plain strings: only the completion is learnt."""
+    """A prompt and what follows it, as plain strings: only the completion is learned."""
 
     prompt: str
     completion: str
@@ -43,7 +43,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat: only assistant turns are learnt, and of those only `messages[supervised_from:]`."""
+    """A chat: only assistant turns are learned, and of those only `messages[supervised_from:]`."""
 
     messages: tuple[Message, ...]
     supervised_from: int = 0

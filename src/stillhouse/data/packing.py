@@ -24,7 +24,7 @@ from stillhouse.data.shift import IGNORED
 
 
 def smallest_part(context: int) -> int:
-    """A text is not cut to fill fewer tokens: they would be learnt almost without context."""
+    """A text is not cut to fill fewer tokens: they would be learned almost without context."""
     return max(2, min(16, context // 16))
 
 

@@ -146,5 +146,5 @@ def _missing_key(row: Mapping[str, Any], text_key: str, where: str) -> DataError
 
 
 def _texty(row: Mapping[str, Any]) -> str:
-    """The key with the longest string: the likeliest to be the text."""
+    """The key with the longest string: the most likely to be the text."""
     return max(row, key=lambda key: len(row[key]) if isinstance(row[key], str) else -1)

@@ -1,4 +1,4 @@
-"""Documents made into tokens, with a mask of those that are learnt.
+"""Documents made into tokens, with a mask of those that are learned.
 
 Rows are arrays, not lists: five bytes a token, so that large text stays small in memory.
 """
@@ -22,7 +22,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row: token ids, which of them are learnt, and whether it may be cut into parts."""
+    """One row: token ids, which of them are learned, and whether it may be cut into parts."""
 
     ids: Ids
     supervised: Mask
@@ -32,8 +32,8 @@ class TokenRow:
 def tokenize(documents: Sequence[AnyDocument], tokenizer: Any) -> list[list[TokenRow]]:
     """The rows of each document (several only for a chat whose template rewrites turns).
 
-    Text: BOS where the tokenizer adds one, the text, EOS, all learnt. Prompt and completion: BOS,
-    prompt, then learnt completion and EOS. Chat: as the template renders it, with no token added.
+    Text: BOS where the tokenizer adds one, the text, EOS, all learned. Prompt and completion: BOS,
+    prompt, then learned completion and EOS. Chat: as the template renders it, with no token added.
     The first token of a row cannot be predicted from anything; packing leaves it out.
     """
     eos = end_of_text(tokenizer)

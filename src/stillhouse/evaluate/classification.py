@@ -21,7 +21,7 @@ BINS = 15
 class ClassifierResult:
     """One model on the test texts. Figures against true labels are None where there are none.
 
-    kl: KL(teacher || model) in nats. ece: expected calibration error of the likeliest label, in
+    kl: KL(teacher || model) in nats. ece: expected calibration error of the most likely label, in
     `BINS` equal bins (Guo et al. 2017, arXiv 1706.04599); ece_teacher takes the teacher's label
     for the true one. brier: squared distance to the true label, 0 to 2. confusion: [true][said],
     or [teacher's][said] where no true labels are known.

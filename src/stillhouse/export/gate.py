@@ -36,9 +36,9 @@ inputs to int8 and whose cache is float16."""
 NEAR_EXACT = 0.001
 """The limit, in nats/token, of exports that hold the source's numbers or nearly."""
 MOVED = ((NEAR_EXACT, 0.02), (0.02, 0.05), (0.3, 0.2), (1.0, 0.5))
-"""Of tokens that the source is sure of, the share of which an export may have another likeliest
+"""Of tokens that the source is sure of, the share of which an export may have another top
 one, up to each limit of KL. With a nat between the best two, which hold nearly all of the
-probability, another likeliest token costs 0.11 nats there, so that a mean of 0.001 has room for 1 %
+probability, another top token costs 0.11 nats there, so that a mean of 0.001 has room for 1 %
 at most. An export at its limit moves the difference of two logits by about √(2 KL) nats: 0.2, 0.8
 and 1.4 for the other three. Were every lead just a nat, 0.00003 %, 10 % and 24 % would fall to
 that."""
@@ -68,7 +68,7 @@ class ReplayResult:
     """How an exported model compares with its float32 source on held-out text.
 
     format: as the recipe names it. kl: mean KL(source ‖ exported), nats/token; kl_limit: the most
-    that was allowed. top1_agreement: share of positions with the same likeliest token. tokens:
+    that was allowed. top1_agreement: share of positions with the same top token. tokens:
     positions compared. bytes: of the weights' files. notes: what the user should know of it.
     teacher, source_teacher: KL(teacher ‖ exported) and KL(teacher ‖ source) on the same tokens.
     decode_tokens_per_s: in the format's own runtime, None where that is not installed, beside the
@@ -335,7 +335,7 @@ def _check_pair(
     share = next((share for most, share in MOVED if limit <= most), 1.0)
     if pair["sure"] >= MOVED_OF and pair["moved"] > share * pair["sure"]:
         raise ModelError(
-            f"{told} in the likeliest token at {pair['moved']} of the {pair['sure']} held-out "
+            f"{told} in the most likely token at {pair['moved']} of the {pair['sure']} held-out "
             f"places where the choice is clear; at most {share:.0%} is allowed",
             where=source,
             fix=fix,

@@ -39,7 +39,7 @@ class OnnxReplay:
     """How an ONNX file in onnxruntime compares with its float32 checkpoint on texts.
 
     kl: mean KL(checkpoint ‖ file), nats a text; kl_limit: the most that was allowed.
-    top1_agreement: share of texts with the same likeliest label. texts_per_s: on a CPU, in the
+    top1_agreement: share of texts with the same top label. texts_per_s: on a CPU, in the
     batches of the comparison.
     """
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROWS = 512
 """The most supervised rows of one window that are compared: bounds the logits held at once."""
 SURE = 1.0
-"""Nats by which a model's likeliest token is ahead of every other one where the model is sure."""
+"""Nats by which a model's most likely token is ahead of every other one where the model is sure."""
 ROLES = ("eos", "bos", "pad")
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 GREEDY |= dict.fromkeys(("temperature", "top_p", "top_k"))
@@ -40,7 +40,7 @@ Window = dict[str, torch.Tensor]
 Answers = Callable[[str, Window, torch.Tensor], torch.Tensor]
 """A runtime's logits [N, V] of the rows of a window, which has a name."""
 Step = Callable[[list[int]], int]
-"""Reads tokens after those that it has read, and gives the likeliest next one; [] forgets them."""
+"""Reads tokens after those that it has read, and gives the most likely next; [] forgets them."""
 
 
 def main(folder: Path) -> None:
@@ -191,8 +191,8 @@ def _cut_otherwise(source: Any, plain: Cut, read: Cut, prompts: list[str]) -> li
 
 @dataclass
 class Pair:
-    """kl: sum of KL(first ‖ second) in nats. same: tokens with the same likeliest one. sure: tokens
-    of which the first is sure; moved: those of them of which the second has another likeliest."""
+    """kl: sum of KL(first ‖ second) in nats. same: tokens with the same top token. sure: tokens
+    of which the first is sure; moved: those of them of which the second has another top."""
 
     kl: float = 0.0
     same: int = 0

@@ -1,9 +1,9 @@
 """The log-probabilities that come with an API's answers, as the signal of a student's tokens.
 
 An answer's tokens are the student's where both are the same bytes, cut in the same places. Then
-each token has the distribution that the API told: its k likeliest tokens, and a tail with the mass
-of all others. Tokens without one (the end of the turn, most of all, which few servers tell about,
-and turns that stood in the prompt) are learnt as they stand: the token that is there has all the
+each token has the distribution that the API returned: its k most likely tokens, and a tail with
+the mass of all others. Tokens without one (the end of the turn, most of all, which few servers tell about,
+and turns that stood in the prompt) are learned as they stand: the token that is there has all the
 mass. Of a token that the teacher drew at temperature 1 that is right on average.
 
 Shapes: N supervised tokens of a row, E entries of all of them.
@@ -70,7 +70,7 @@ def _shown(token: bytes) -> str:
 
 @dataclass(frozen=True)
 class Aligned:
-    """entries: one for each supervised token of the row, likeliest first. told: whether the API
+    """entries: one for each supervised token of the row, most likely first. told: whether the API
     told about it. matched: whether the answer's tokens are the student's."""
 
     entries: list[Entries]
@@ -83,11 +83,11 @@ def align(
 ) -> Aligned:
     """The signal of a row whose last turn is `text`. logprobs: as the API gave them for the whole
     answer, of which `text` is the last part. Raises SignalError: probabilities of more than 1."""
-    learnt = np.flatnonzero(row.supervised)
-    learnt = learnt[learnt > 0]
-    ids = row.ids[learnt].tolist()
+    learned = np.flatnonzero(row.supervised)
+    learned = learned[learned > 0]
+    ids = row.ids[learned].tolist()
     entries: list[Entries] = [{i: 0.0} for i in ids]
-    found = _places(row, learnt, text, logprobs or [], words)
+    found = _places(row, learned, text, logprobs or [], words)
     told = [False] * len(ids)
     for place, position in found:
         distribution = _entries(position, ids[place], k, words)
@@ -98,13 +98,13 @@ def align(
 
 
 def _places(
-    row: TokenRow, learnt: Any, text: str, logprobs: Sequence[Any], words: Words
+    row: TokenRow, learned: Any, text: str, logprobs: Sequence[Any], words: Words
 ) -> list[tuple[int, Any]]:
     """Which supervised tokens the API's positions are about; nothing where they do not match."""
-    turn = len(learnt) - 1
-    while turn > 0 and learnt[turn - 1] == learnt[turn] - 1:
+    turn = len(learned) - 1
+    while turn > 0 and learned[turn - 1] == learned[turn] - 1:
         turn -= 1
-    ours = [words.bytes_of.get(i, b"") for i in row.ids[learnt[turn:]].tolist()]
+    ours = [words.bytes_of.get(i, b"") for i in row.ids[learned[turn:]].tolist()]
     at, end = _span(ours, text.encode())
     for first in range(len(logprobs) - (end - at), -1, -1) if at < end else ():
         last = first + end - at
@@ -141,7 +141,7 @@ def _bytes(position: Any) -> bytes | None:
 
 
 def _entries(position: Any, own: int, k: int, words: Words) -> Entries:
-    """The k likeliest of the tokens that the position tells about and the tokenizer knows.
+    """The k most likely of the tokens that the position tells about and the tokenizer knows.
 
     own: the token that was written there.
     """

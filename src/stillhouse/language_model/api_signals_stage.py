@@ -138,7 +138,7 @@ def _check(counted: Counted, most: float) -> None:
             fix="use a student whose tokenizer is the API model's; or raise "
             "signals.answers.mismatched to learn those from their text alone; or remove `signals`",
         )
-    note(f"{told}: these are learnt from their text alone")
+    note(f"{told}: these are learned from their text alone")
 
 
 def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]:

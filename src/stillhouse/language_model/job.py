@@ -38,7 +38,7 @@ class Job:
 
     base: where relative paths start. pruned: the model that is pruned, where that is not the
     teacher. vocabulary: token ids below it are shared by both models; rows of a head beyond it are
-    padding. guides: the models that the student learns from, the teacher or others of its
+    padding. teachers: the models that the student learns from, the teacher or others of its
     vocabulary. text: what the run has synthesized. ancestors: of a member of a family, the models
     that the first member was made with. after_cut: before the vocabulary is cut, the recipe that
     goes on from there; this job's own then has no more than the cut. cut: whether it was cut.
@@ -51,7 +51,7 @@ class Job:
     pretrained: ModelSource | None
     vocabulary: int
     pruned: ModelSource | None = None
-    guides: tuple[ModelSource, ...] = ()
+    teachers: tuple[ModelSource, ...] = ()
     text: SynthesizedText | None = None
     ancestors: tuple[Origin, ...] = ()
     after_cut: Recipe | None = None
@@ -94,8 +94,8 @@ def find_models(
     match = shared_vocabulary(teacher, other, recipe.teacher.trust_remote_code)
     for warning in match.warnings:
         note(f"warning: {warning}")
-    guides = _guides(recipe, teacher, base, weights)
-    job = Job(recipe, base, teacher, pretrained, match.rows, pruned, guides)
+    teachers = _teachers(recipe, teacher, base, weights)
+    job = Job(recipe, base, teacher, pretrained, match.rows, pruned, teachers)
     # Refuses now what these models, or a store of the teacher's answers, cannot give.
     objective = planned_objective(job)
     if recipe.signals is not None:
@@ -103,16 +103,16 @@ def find_models(
     return job
 
 
-def _guides(
+def _teachers(
     recipe: Recipe, teacher: ModelSource, base: Path, weights: bool
 ) -> tuple[ModelSource, ...]:
-    guides = []
+    teachers = []
     for name in recipe.train.teachers or [ORIGINAL]:
-        guide = teacher if name == ORIGINAL else resolve_model(name, base=base, weights=weights)
-        if guide is not teacher:
-            shared_vocabulary(teacher, guide, recipe.teacher.trust_remote_code)
-        guides.append(guide)
-    return tuple(guides)
+        found = teacher if name == ORIGINAL else resolve_model(name, base=base, weights=weights)
+        if found is not teacher:
+            shared_vocabulary(teacher, found, recipe.teacher.trust_remote_code)
+        teachers.append(found)
+    return tuple(teachers)
 
 
 def signals_encoding(job: Job, objective: Objective) -> Encoding:
@@ -178,11 +178,11 @@ def planned_objective(job: Job) -> Objective:
 
     Raises SignalError for terms that these models cannot give.
     """
-    student, guide = configs(job)[0], job.guides[0]
-    shape = load_config(guide.path, trust_remote_code=job.trust_remote_code)
+    student, teacher = configs(job)[0], job.teachers[0]
+    shape = load_config(teacher.path, trust_remote_code=job.trust_remote_code)
     with torch.device("meta"):
         objective = make_objective(job.recipe.objective, student, shape)
-    if len(job.guides) > 1 and (objective.hidden or objective.relations):
+    if len(job.teachers) > 1 and (objective.hidden or objective.relations):
         raise SignalError(
             "terms on intermediate layers are for one teacher, and there are several",
             where="objective.terms",

@@ -20,7 +20,7 @@ def origins_of(job: Job) -> list[Origin]:
     is made with is among those of the first member.
     """
     started = [("The student's start", one) for one in (job.pretrained, job.pruned) if one]
-    taught = [("Another teacher", guide) for guide in job.guides]
+    taught = [("Another teacher", teacher) for teacher in job.teachers]
     others = [(part, one) for part, one in [*started, *taught] if not _made_here(one, job.recipe)]
     return distinct(
         [

@@ -61,7 +61,7 @@ def plan_quantized_training(
         result = train_quantized(
             start,
             rounded.path,
-            training_teacher(job, job.guides, stored, start),
+            training_teacher(job, job.teachers, stored, start),
             windows,
             job.recipe.objective,
             train_section,
@@ -79,7 +79,7 @@ def plan_quantized_training(
         "signals": stored and stored.key,
         "recipe": train_section.model_dump(mode="json", exclude={"report_to", "teachers"}),
         "seed": job.recipe.seed,
-        "teachers": [guide.fingerprint for guide in job.guides],
+        "teachers": [teacher.fingerprint for teacher in job.teachers],
         "data": data.digest,
         "trained": trained.digest,
         "rounded": rounded.digest,

@@ -61,7 +61,7 @@ def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) 
     if stored is not None:
         inputs["signals"] = stored.key
     objective = job.recipe.objective
-    return _training("train", inputs, job, data, student, objective, job.guides, stored)
+    return _training("train", inputs, job, data, student, objective, job.teachers, stored)
 
 
 def plan_baseline(job: Job, data: Stage, student: Stage) -> StagePlan:

@@ -85,7 +85,7 @@ def _order(windows: WindowSet, seed: int) -> list[int]:
 def _batch(rows: Sequence[dict[str, Tensor]], device: torch.device | str) -> Batch:
     labels_RL = torch.stack([row["labels"] for row in rows])
     # Everything up to a window's last supervised label is text; what follows is padding, or text
-    # whose prediction nobody learns.
+    # that is not predicted.
     counted_RL = (labels_RL != IGNORED).flip(1).cumsum(1).flip(1) > 0
     return Batch(
         torch.stack([row["input_ids"] for row in rows]).to(device),

@@ -143,7 +143,7 @@ def time_shape(
 
 
 def random_like(config: Any, sizes: Sizes, dtype: torch.dtype) -> Any:
-    """A model of these sizes whose weights nobody trained."""
+    """A model of these sizes with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(

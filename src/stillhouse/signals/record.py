@@ -95,7 +95,7 @@ class Recorder:
         encoding, found = self.settings.encoding, answer.ids_NK.shape[1]
         if encoding != TopK(found) or answer.temperature != self.settings.temperature:
             raise SignalError(
-                f"the {found} likeliest tokens at temperature {answer.temperature:g} cannot be "
+                f"the {found} most likely tokens at temperature {answer.temperature:g} cannot be "
                 f"recorded as {encoding} at temperature {self.settings.temperature:g}"
             )
         return top_k_rows(answer, self.settings.vocabulary)

@@ -36,7 +36,7 @@ class ThresholdSignals(Section):
 
 
 class TopKSignals(Section):
-    """The k likeliest tokens and the mass of all others; serves nearly every divergence."""
+    """The k most likely tokens and the mass of all others; serves nearly every divergence."""
 
     kind: Literal["top_k"]
     k: int = Field(32, gt=0, le=MOST_ENTRIES)
@@ -81,7 +81,7 @@ class SampledSignals(Section):
 
 
 class StratifiedSignals(Section):
-    """The k likeliest tokens exactly, and unbiased draws from the rest."""
+    """The k most likely tokens exactly, and unbiased draws from the rest."""
 
     kind: Literal["stratified"]
     k: int = Field(8, gt=0, le=MOST_ENTRIES - 1)
@@ -143,7 +143,7 @@ class AnswerSignals(Section):
         le=1,
         strict=False,
         description="Share of the answers that may be other tokens to the API than to the "
-        "student's tokenizer; they are learnt from their text alone. More stop the run.",
+        "student's tokenizer; they are learned from their text alone. More stop the run.",
     )
 
 
@@ -178,5 +178,5 @@ class SignalsRecipe(Section):
         if self.store is None and self.answers is None and self.missing == "live":
             raise ValueError("missing is about a given store: name it in store, or remove the key")
         if self.server is not None and not isinstance(self.encoding, TopKSignals):
-            raise ValueError("a server gives the likeliest tokens: set encoding.kind to top_k")
+            raise ValueError("a server gives the most likely tokens: set encoding.kind to top_k")
         return self

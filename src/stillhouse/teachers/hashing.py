@@ -44,7 +44,7 @@ def code_sha256(*packages: ModuleType) -> str:
 
 
 def _remember(path: Path, digest: str) -> None:
-    """A cache that cannot be written costs time, not correctness, so it stops nobody."""
+    """A cache that cannot be written costs time, not correctness, so it is not an error."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")

@@ -1,9 +1,9 @@
 """A teacher behind an OpenAI-compatible server that returns log-probabilities of prompts.
 
 vLLM's completions take token ids as the prompt and, with `prompt_logprobs: k`, give for each token
-of it the k likeliest tokens of that position, by id, and the token itself.
+of it the k most likely tokens of that position, by id, and the token itself.
 
-Shapes: L tokens of a segment, N supervised tokens, K likeliest tokens.
+Shapes: L tokens of a segment, N supervised tokens, K most likely tokens.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ RESUMED = "what is recorded is kept: the same command goes on from there"
 
 
 class ServedTeacher(Teacher):
-    """The k likeliest tokens of each position and the mass of all others, at temperature 1.
+    """The k most likely tokens of each position and the mass of all others, at temperature 1.
 
     A divergence is taken between distributions over these k tokens and one bucket for the rest:
     never larger than the whole one, and blind to how the student orders the tail.
@@ -109,7 +109,7 @@ class ServedTeacher(Teacher):
                 fix="use temperature 1, or a local teacher",
             )
         note(
-            f"{self.described} gives the {self.k} likeliest tokens of each position; bias: "
+            f"{self.described} gives the {self.k} most likely tokens of each position; bias: "
             f"{TopK(self.k).bias}"
         )
 
@@ -117,7 +117,7 @@ class ServedTeacher(Teacher):
         return forward_flops(self._parameters, tokens)
 
     def __repr__(self) -> str:
-        return f"Teacher({self.described}: {self.k} likeliest of {self.vocabulary:,} tokens)"
+        return f"Teacher({self.described}: {self.k} most likely of {self.vocabulary:,} tokens)"
 
     def _prompt_log_probabilities(self, ids_L: Sequence[int]) -> list[Any]:
         """For each token of the prompt, its position's {token id: {"logprob": ...}}; None for the
@@ -165,7 +165,7 @@ class ServedTeacher(Teacher):
         return found
 
     def _row(self, position: Any, token: int) -> tuple[list[int], list[float]]:
-        """The k likeliest tokens of a position, and their log-probabilities."""
+        """The k most likely tokens of a position, and their log-probabilities."""
         where, k = self.described, self.k
         if not isinstance(position, Mapping) or str(token) not in position:
             raise ModelError(
