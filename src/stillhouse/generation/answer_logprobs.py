@@ -2,9 +2,9 @@
 
 An answer's tokens are the student's where both are the same bytes, cut in the same places. Then
 each token has the distribution that the API returned: its k most likely tokens, and a tail with
-the mass of all others. Tokens without one (the end of the turn, most of all, which few servers tell about,
-and turns that stood in the prompt) are learned as they stand: the token that is there has all the
-mass. Of a token that the teacher drew at temperature 1 that is right on average.
+the mass of all others. Tokens without one (above all the end of the turn, which few servers
+return, and turns that stood in the prompt) are learned as they stand: the token that is there has
+all the mass. For a token that the teacher sampled at temperature 1 that is right on average.
 
 Shapes: N supervised tokens of a row, E entries of all of them.
 """
