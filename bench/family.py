@@ -23,7 +23,7 @@ from bench.common import commit, earlier, write_results
 from bench.quality import recipe, split
 from bench.store_quality import fidelity
 from stillhouse.config.load import parse_recipe
-from stillhouse.evaluate.fidelity import HeldoutAnswers, heldout_answers
+from stillhouse.evaluation.fidelity import HeldoutAnswers, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.language_model.data_stage import open_data, plan_data
 from stillhouse.language_model.language_model import LANGUAGE_MODEL

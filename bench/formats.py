@@ -29,7 +29,7 @@ from bench.common import write_results
 from bench.quantize import RECIPE, trained_student
 from stillhouse.commands import prepare_data
 from stillhouse.data.draw_windows import draw_windows
-from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
+from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.export.gguf_export import write_form
 from stillhouse.export.llama_quantizer import has_llama_cpp
 from stillhouse.quantize.grid import Grid

@@ -25,8 +25,8 @@ import stillhouse
 from bench.common import Bar, write_results
 from stillhouse.commands import prepare_data
 from stillhouse.data.windows import Windows
-from stillhouse.evaluate.evaluate import evaluate
-from stillhouse.evaluate.evaluate_config import EvaluateRecipe
+from stillhouse.evaluation.evaluate import evaluate
+from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.export.gate import Gate
 from stillhouse.export.gguf_export import export_gguf
 from stillhouse.hardware import choose_precision, default_device

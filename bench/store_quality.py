@@ -26,7 +26,7 @@ from stillhouse.config.load import parse_recipe
 from stillhouse.data.batches import collate
 from stillhouse.data.shift import predicting
 from stillhouse.data.windows import Windows
-from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
+from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.language_model.data_stage import open_data, plan_data
 from stillhouse.language_model.job import Job

@@ -271,7 +271,7 @@ def test_an_error_has_what_where_and_fix() -> None:
 
 
 def test_lm_eval_paths_start_from_the_recipes_folder(tmp_path: Path) -> None:
-    from stillhouse.evaluate.evaluate_config import EvaluateRecipe, LmEvalRecipe
+    from stillhouse.evaluation.evaluate_config import EvaluateRecipe, LmEvalRecipe
     from stillhouse.language_model.evaluate_stage import _with_found_tasks
 
     (tmp_path / "mine.yaml").write_text("task: mine")

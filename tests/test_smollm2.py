@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from stillhouse.evaluate.results import Evaluation
+from stillhouse.evaluation.results import Evaluation
 
 pytestmark = [
     pytest.mark.slow,

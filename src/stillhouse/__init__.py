@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stillhouse.commands import run
     from stillhouse.data.batches import collate
     from stillhouse.data.data import Data
-    from stillhouse.evaluate.results import Evaluation
+    from stillhouse.evaluation.results import Evaluation
     from stillhouse.objectives import Term, fused_loss
     from stillhouse.pipeline.kind import RunResult
     from stillhouse.python_api import (

@@ -11,8 +11,8 @@ from rich.console import RenderableType
 from stillhouse.config.load import AnyRecipe, load_language_model_recipe, load_recipe, read_recipe
 from stillhouse.data.windows import Windows
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.evaluate.evaluate import evaluate
-from stillhouse.evaluate.results import Evaluation
+from stillhouse.evaluation.evaluate import evaluate
+from stillhouse.evaluation.results import Evaluation
 from stillhouse.family.members import first_member
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.kinds import KINDS, kind_of

@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 
 from stillhouse.data.batches import Batches
 from stillhouse.data.data import Data
-from stillhouse.evaluate.evaluate import evaluate_models
-from stillhouse.evaluate.results import Evaluation
+from stillhouse.evaluation.evaluate import evaluate_models
+from stillhouse.evaluation.results import Evaluation
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.objectives.objective_config import (
     AttentionRelationsTerm,

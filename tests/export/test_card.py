@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from stillhouse.evaluate.metrics import metrics_of
-from stillhouse.evaluate.results import Evaluation, Fidelity, ModelResult
+from stillhouse.evaluation.metrics import metrics_of
+from stillhouse.evaluation.results import Evaluation, Fidelity, ModelResult
 from stillhouse.export.gate import ReplayResult
 from stillhouse.export.licenses import (
     TEACHER,

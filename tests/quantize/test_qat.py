@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from stillhouse.commands import prepare_data
 from stillhouse.config.load import parse_recipe
 from stillhouse.data.windows import Windows
-from stillhouse.evaluate.fidelity import compare, heldout_answers
+from stillhouse.evaluation.fidelity import compare, heldout_answers
 from stillhouse.language_model import quantize_stage as stages
 from stillhouse.language_model.job import find_models
 from stillhouse.objectives import Mixture

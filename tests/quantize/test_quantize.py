@@ -15,8 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen3MoeConfig, Qwen3MoeFo
 from stillhouse.check import check_recipe
 from stillhouse.commands import prepare_data
 from stillhouse.errors import RecipeError
-from stillhouse.evaluate.fidelity import compare, heldout_answers
-from stillhouse.evaluate.results import Evaluation
+from stillhouse.evaluation.fidelity import compare, heldout_answers
+from stillhouse.evaluation.results import Evaluation
 from stillhouse.language_model.evaluate_stage import plan_evaluation
 from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.quantize.activations import round_inputs_of, rounded_inputs

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.evaluate.results import Evaluation, Fidelity, Generation, ModelResult, Speed
+from stillhouse.evaluation.results import Evaluation, Fidelity, Generation, ModelResult, Speed
 from stillhouse.report.language_model_report import language_model_report
 from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from stillhouse.evaluate.results import Evaluation
+from stillhouse.evaluation.results import Evaluation
 from stillhouse.report.charts import Chart, MatrixChart, draw
 from stillhouse.report.history import training_charts
 from stillhouse.report.language_model_report import size_chart, speed_charts

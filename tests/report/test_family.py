@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from stillhouse import number_format as text
-from stillhouse.evaluate.family_evaluation import (
+from stillhouse.evaluation.family_evaluation import (
     CutTeacher,
     FamilyEvaluation,
     Member,
     ScratchTraining,
 )
-from stillhouse.evaluate.results import Fidelity
+from stillhouse.evaluation.results import Fidelity
 from stillhouse.report.family_report import family_report
 from stillhouse.report.page import render
 from stillhouse.report.sections import RunFacts

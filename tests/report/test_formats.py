@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.evaluate.results import Evaluation
+from stillhouse.evaluation.results import Evaluation
 from stillhouse.report.formats import form_charts, form_table, forms
 from stillhouse.report.language_model_report import language_model_report
 from stillhouse.report.page import render

@@ -12,7 +12,7 @@ import pytest
 
 from stillhouse import runfolder
 from stillhouse.errors import RunError
-from stillhouse.evaluate.results import Evaluation, Generation
+from stillhouse.evaluation.results import Evaluation, Generation
 from stillhouse.report.language_model_report import language_model_report, student_facts
 from stillhouse.report.page import (
     Report,

@@ -11,7 +11,7 @@ import torch
 
 from stillhouse import account
 from stillhouse.errors import ModelError, RecipeError, RunError
-from stillhouse.students import build_student as making
+from stillhouse.students import pruned_student as making
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.teachers.load import load_model, load_tokenizer

@@ -15,7 +15,7 @@ from stillhouse.answering.comparison_judge import compare_answers
 from stillhouse.answering.likelihood import mean_surprise
 from stillhouse.classify.task_texts import LabelledText
 from stillhouse.errors import DataError, RecipeError
-from stillhouse.evaluate.answers import (
+from stillhouse.evaluation.answers import (
     AnsweredText,
     AnswersEvaluation,
     AnswersResult,

@@ -10,8 +10,8 @@ from typing import Any
 from stillhouse.answering.answer_stages import TEXTS, AnswerTexts
 from stillhouse.answering.answering_job import AnsweringJob, filled
 from stillhouse.errors import ModelError
-from stillhouse.evaluate.answers import AnswersEvaluation
-from stillhouse.evaluate.metrics import metrics_of
+from stillhouse.evaluation.answers import AnswersEvaluation
+from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.gate import Gate
 from stillhouse.export.model_card import ModelCard, write_language_model_card

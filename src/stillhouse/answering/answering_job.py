@@ -10,7 +10,7 @@ from typing import Any
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
 from stillhouse.classify.task_texts import LabelledText
 from stillhouse.data.data_config import DataRecipe, FileSource
-from stillhouse.evaluate.evaluate_config import EvaluateRecipe
+from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe
 from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, origin
 from stillhouse.generation.chat_frame import Frame, user_turn

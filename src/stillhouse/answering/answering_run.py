@@ -29,7 +29,7 @@ from stillhouse.answering.answering_job import (
     training_recipe,
 )
 from stillhouse.answering.predict_answers import answers_predictor
-from stillhouse.evaluate.answers import AnswersEvaluation
+from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.language_model.data_stage import plan_data
 from stillhouse.language_model.job import find_models
 from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training

@@ -6,7 +6,7 @@ import re
 
 from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.classify.task_texts import LabelledText
-from stillhouse.evaluate.answers import compare
+from stillhouse.evaluation.answers import compare
 from stillhouse.generation.answer_requests import answer_all
 from stillhouse.generation.chat_frame import answer_text, user_turn
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher

@@ -17,7 +17,7 @@ from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import MODEL
 from stillhouse.classify.label_judgment import Judgment, time_teacher
 from stillhouse.classify.task_texts import UNKNOWN, LabelledText, Part, Texts, gold_ids
-from stillhouse.evaluate.classification import (
+from stillhouse.evaluation.classification import (
     Abstention,
     ClassificationEvaluation,
     ClassifierResult,

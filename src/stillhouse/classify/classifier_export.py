@@ -19,7 +19,7 @@ from stillhouse.classify.fit import METRICS, MODEL
 from stillhouse.classify.label_prompts import cut
 from stillhouse.classify.task_texts import Texts
 from stillhouse.errors import ModelError
-from stillhouse.evaluate.classification import ClassificationEvaluation
+from stillhouse.evaluation.classification import ClassificationEvaluation
 from stillhouse.export.classifier_gate import ClassifierRows, replay_classifier
 from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.report_stage import plan_report

@@ -36,8 +36,8 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
     from rich.console import Console
 
     from stillhouse.commands import run as run_recipe
-    from stillhouse.evaluate.metrics import metrics_of
-    from stillhouse.evaluate.metrics_table import to_rich
+    from stillhouse.evaluation.metrics import metrics_of
+    from stillhouse.evaluation.metrics_table import to_rich
 
     agree(recipe, set_, yes)
     result = run_recipe(recipe, overrides=set_ or [])
@@ -136,8 +136,8 @@ def evaluate(
     from rich.console import Console
 
     from stillhouse.commands import evaluate_model
-    from stillhouse.evaluate.metrics import metrics_of
-    from stillhouse.evaluate.metrics_table import to_rich
+    from stillhouse.evaluation.metrics import metrics_of
+    from stillhouse.evaluation.metrics_table import to_rich
 
     evaluation = evaluate_model(recipe, set_ or [], model)
     Console().print(to_rich(metrics_of(evaluation)))

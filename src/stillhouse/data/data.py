@@ -20,7 +20,7 @@ from stillhouse.section import made
 Boundary = Literal["file", "blank-line", "line"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Data:
     """train: to learn from. heldout: to measure on; no document is in both."""
 
@@ -58,6 +58,9 @@ class Data:
         held = None if heldout is None else _texts(heldout, text_key, documents)
         out = None if folder is None else Path(folder)
         return cls(*make_windows(train, held, tokenizer, section, seed=seed, out=out))
+
+    def __repr__(self) -> str:
+        return f"Data(train: {self.train!r}; held-out: {self.heldout!r})"
 
     @classmethod
     def open(cls, folder: str | Path) -> Data:

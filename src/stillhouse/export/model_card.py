@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from stillhouse import number_format as text
-from stillhouse.evaluate.metrics_table import MetricsTable, to_markdown
+from stillhouse.evaluation.metrics_table import MetricsTable, to_markdown
 from stillhouse.export.gate import ReplayResult
 from stillhouse.export.licenses import CARD, Origin, licenses_section, origins_head
 from stillhouse.runfolder import sha, write_atomically

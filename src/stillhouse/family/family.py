@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from stillhouse.evaluate.family_evaluation import CutTeacher, FamilyEvaluation, Member
-from stillhouse.evaluate.results import Evaluation, Generation, ModelResult
+from stillhouse.evaluation.family_evaluation import CutTeacher, FamilyEvaluation, Member
+from stillhouse.evaluation.results import Evaluation, Generation, ModelResult
 from stillhouse.export.licenses import Origin
 from stillhouse.family.from_scratch import train_from_scratch
 from stillhouse.family.members import first_member, member_recipe, planned_members

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from stillhouse.evaluate.family_evaluation import ScratchTraining
+from stillhouse.evaluation.family_evaluation import ScratchTraining
 from stillhouse.family.members import first_member
 from stillhouse.language_model.data_stage import plan_data
 from stillhouse.language_model.job import Job, find_models

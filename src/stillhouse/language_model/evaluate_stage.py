@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from stillhouse import account
-from stillhouse.evaluate.evaluate import evaluate
-from stillhouse.evaluate.evaluate_config import EvaluateRecipe
+from stillhouse.evaluation.evaluate import evaluate
+from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from stillhouse.data.draw_windows import draw_windows
-from stillhouse.evaluate.metrics import metrics_of
-from stillhouse.evaluate.results import Evaluation
+from stillhouse.evaluation.metrics import metrics_of
+from stillhouse.evaluation.results import Evaluation
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.compressed import export_compressed
 from stillhouse.export.gate import Gate, ReplayResult, against_teacher

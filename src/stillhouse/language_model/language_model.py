@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import RenderableType
 
 from stillhouse.data.preview import preview
-from stillhouse.evaluate.results import Evaluation
+from stillhouse.evaluation.results import Evaluation
 from stillhouse.language_model.api_signals_stage import plan_api_signals
 from stillhouse.language_model.data_check import check_data
 from stillhouse.language_model.data_stage import open_data, plan_data

@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from stillhouse.data.data_config import DataRecipe
-from stillhouse.evaluate.evaluate_config import EvaluateRecipe
+from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe
 from stillhouse.language_model.cascade_config import CascadeRecipe
 from stillhouse.objectives.objective_config import ObjectiveRecipe

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.data.windows import WindowSet
-from stillhouse.evaluate.fidelity import compare, heldout_answers
+from stillhouse.evaluation.fidelity import compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job, find_models, shared_vocabulary

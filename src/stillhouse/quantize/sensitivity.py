@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
-from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
+from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.progress import bar
 from stillhouse.quantize.grid import Grid, choose_scales, on_grid
 from stillhouse.quantize.moments import Moments

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stillhouse.evaluate.answers import AnsweredText, AnswersEvaluation
-from stillhouse.evaluate.metrics import ANSWER_METRICS, metrics_of
-from stillhouse.evaluate.roles import role_name
+from stillhouse.evaluation.answers import AnsweredText, AnswersEvaluation
+from stillhouse.evaluation.metrics import ANSWER_METRICS, metrics_of
+from stillhouse.evaluation.roles import role_name
 from stillhouse.report.history import Rows
 from stillhouse.report.language_model_report import training_section
 from stillhouse.report.page import Answer, Report, Section, SideBySide

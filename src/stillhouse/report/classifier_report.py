@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from stillhouse import number_format as text
-from stillhouse.evaluate.classification import ClassificationEvaluation
-from stillhouse.evaluate.metrics import abstention_sentence, metrics_of
-from stillhouse.evaluate.metrics_table import MetricsTable
-from stillhouse.evaluate.roles import role_name
+from stillhouse.evaluation.classification import ClassificationEvaluation
+from stillhouse.evaluation.metrics import abstention_sentence, metrics_of
+from stillhouse.evaluation.metrics_table import MetricsTable
+from stillhouse.evaluation.roles import role_name
 from stillhouse.report.charts import (
     Bar,
     BarChart,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stillhouse import number_format as text
-from stillhouse.evaluate.family_evaluation import (
+from stillhouse.evaluation.family_evaluation import (
     CutTeacher,
     FamilyEvaluation,
     Member,
     ScratchTraining,
 )
-from stillhouse.evaluate.metrics import metrics_of
+from stillhouse.evaluation.metrics import metrics_of
 from stillhouse.report.charts import Bar, BarChart, Chart, Line, LineChart, in_units
 from stillhouse.report.formats import KL_LABEL
 from stillhouse.report.page import Report, Section

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillhouse import number_format as text
-from stillhouse.evaluate.metrics_table import MetricsTable
-from stillhouse.evaluate.results import ModelResult
+from stillhouse.evaluation.metrics_table import MetricsTable
+from stillhouse.evaluation.results import ModelResult
 from stillhouse.report.charts import Chart, LineChart, dot, in_units
 from stillhouse.report.page import Section
 from stillhouse.report.palette import ACCENT, SECOND, role_color

@@ -7,10 +7,10 @@ from typing import Any
 
 from stillhouse import account
 from stillhouse import number_format as text
-from stillhouse.evaluate.metrics import metrics_of
-from stillhouse.evaluate.metrics_table import MetricsTable
-from stillhouse.evaluate.results import Evaluation, ModelResult
-from stillhouse.evaluate.roles import role_name, role_order
+from stillhouse.evaluation.metrics import metrics_of
+from stillhouse.evaluation.metrics_table import MetricsTable
+from stillhouse.evaluation.results import Evaluation, ModelResult
+from stillhouse.evaluation.roles import role_name, role_order
 from stillhouse.report.charts import Chart, LineChart, dot, in_units
 from stillhouse.report.formats import KL_LABEL, Replays, forms, forms_section
 from stillhouse.report.history import Rows, median, series, training_charts

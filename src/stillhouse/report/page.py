@@ -13,7 +13,7 @@ from markupsafe import Markup
 from pydantic import Field, TypeAdapter, ValidationError
 
 from stillhouse.errors import RunError
-from stillhouse.evaluate.metrics_table import MetricsTable
+from stillhouse.evaluation.metrics_table import MetricsTable
 from stillhouse.report.charts import Chart, draw
 from stillhouse.report.palette import role_color
 from stillhouse.runfolder import disk_errors, write_atomically

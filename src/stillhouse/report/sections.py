@@ -11,9 +11,9 @@ import yaml
 from pydantic import BaseModel
 
 from stillhouse import number_format as text
-from stillhouse.evaluate.metrics_table import MetricsTable
-from stillhouse.evaluate.results import Generation
-from stillhouse.evaluate.roles import role_name, role_order
+from stillhouse.evaluation.metrics_table import MetricsTable
+from stillhouse.evaluation.results import Generation
+from stillhouse.evaluation.roles import role_name, role_order
 from stillhouse.hardware import machine
 from stillhouse.report.charts import Bar, BarChart, Chart, in_powers
 from stillhouse.report.page import Answer, Figure, Folded, Report, Section, SideBySide

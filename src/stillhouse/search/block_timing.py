@@ -25,7 +25,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from stillhouse.errors import ModelError
-from stillhouse.evaluate.speed import measure_peak_memory
+from stillhouse.evaluation.speed import measure_peak_memory
 from stillhouse.hardware import synchronize
 from stillhouse.pruning.axes import axes_of, part
 from stillhouse.pruning.shapes import Counter

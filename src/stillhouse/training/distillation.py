@@ -20,11 +20,18 @@ from torch import Tensor, nn
 from stillhouse.data.batches import Batch
 from stillhouse.data.shift import predicting, supervised_rows, supervised_targets
 from stillhouse.objectives import LossSum, fused_loss, layer_logits_loss, relation_loss
+from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
 from stillhouse.signals import SampledSignal, Signal
-from stillhouse.teachers.activations import Activations, final_norm, run_backbone
+from stillhouse.students.student import Student
+from stillhouse.teachers.activations import (
+    ActivationRequest,
+    Activations,
+    final_norm,
+    run_backbone,
+)
 from stillhouse.teachers.backbone import lm_head
-from stillhouse.teachers.teacher import TeacherView
-from stillhouse.training.objective import Objective
+from stillhouse.teachers.teacher import Teacher, TeacherView
+from stillhouse.training.objective import Objective, objective_for
 
 PROJECTIONS = "distillation_projections.safetensors"
 STUDENT = "student."
@@ -35,20 +42,37 @@ NO_TEACHER = TeacherView()
 class Distillation(nn.Module):
     """A student, its objective, and the objective's learned projections.
 
-    vocabulary: token ids below it are the teacher's too; rows of a head beyond it are padding.
-    None: the heads of both have the same rows.
+    student: a Student, or a transformers model; the attribute is the model. objective: an
+    `Objective`, or what `objective_for` makes one of. teacher: gives the shapes of terms on
+    intermediate layers, and the vocabulary that both share; rows of heads beyond it are padding.
+    seed: of the projections.
+    Raises SignalError: terms that these two models cannot have.
     """
 
-    def __init__(self, student: Any, objective: Objective, vocabulary: int | None = None) -> None:
+    def __init__(
+        self,
+        student: Student | Any,
+        objective: Objective | ObjectiveRecipe | Sequence[ObjectiveTerm] | None = None,
+        teacher: Teacher | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
-        self.student = student
-        self.objective = objective
-        self.vocabulary = vocabulary
+        given = student if isinstance(student, Student) else Student(student)
+        self.student = given.model
+        config = None if teacher is None else teacher.config
+        self.objective = objective_for(objective, self.student.config, config, seed=seed)
+        self.vocabulary = min(each.vocabulary for each in (given, teacher) if each is not None)
         # Parameters of this module: optimizer, wrappers and checkpoints all see them.
-        self.projections = objective.projections()
+        self.projections = self.objective.projections()
         # What FSDP wraps, and what transformers.Trainer asks a model that it has loaded.
-        self._no_split_modules = getattr(student, "_no_split_modules", None)
-        self._keys_to_ignore_on_save = getattr(student, "_keys_to_ignore_on_save", None)
+        self._no_split_modules = getattr(self.student, "_no_split_modules", None)
+        self._keys_to_ignore_on_save = getattr(self.student, "_keys_to_ignore_on_save", None)
+
+    @property
+    def request(self) -> ActivationRequest:
+        """The teacher's activations that the terms need, for `Teacher.answer`."""
+        return self.objective.needs.activations
 
     def forward(
         self,
@@ -59,8 +83,8 @@ class Distillation(nn.Module):
     ) -> LossSum:
         """The weighted sum of the terms over the batch's supervised rows.
 
-        view: what the teacher answers, with the activations of `objective.needs`; None where no
-        term needs a teacher. Of several signals, the loss is the mean of the losses under each.
+        view: what the teacher answers, with the activations of `request`; None where no term needs
+        a teacher. Of several signals, the loss is the mean of the losses under each.
         progress: share of all steps that are done. objective: another one than the module's own.
         """
         objective, view = objective or self.objective, view or NO_TEACHER

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from stillhouse.objectives.objective_config import (
     LayerTerm,
     LogitsTerm,
     ObjectiveRecipe,
+    ObjectiveTerm,
     ScheduleRecipe,
 )
 from stillhouse.signals.encodings import Encoding
@@ -102,6 +104,24 @@ class Objective:
 
 
 # --- from the recipe -------------------------------------------------------------------------
+
+
+def objective_for(
+    objective: Objective | ObjectiveRecipe | Sequence[ObjectiveTerm] | None,
+    student_config: Any,
+    teacher_config: Any | None,
+    *,
+    seed: int = 0,
+) -> Objective:
+    """The objective that is given: ready, a recipe's section, terms, or None for KL alone.
+
+    teacher_config: None where it is not known. Raises SignalError as `make_objective`.
+    """
+    if isinstance(objective, Objective):
+        return objective
+    if not isinstance(objective, ObjectiveRecipe):
+        objective = ObjectiveRecipe(terms=list(objective)) if objective else ObjectiveRecipe()
+    return make_objective(objective, student_config, teacher_config or student_config, seed=seed)
 
 
 def make_objective(

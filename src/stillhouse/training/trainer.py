@@ -26,7 +26,7 @@ from stillhouse.teachers.short_attention import use_short_attention
 from stillhouse.teachers.teacher import Teacher, TeacherView
 from stillhouse.training.checkpoints import Meter, Metrics
 from stillhouse.training.distillation import Distillation
-from stillhouse.training.objective import Objective, make_objective
+from stillhouse.training.objective import Objective
 from stillhouse.training.resuming import ResumingTrainer
 
 HELDOUT_KL = Term("forward_kl")
@@ -67,17 +67,9 @@ class DistillationTrainer(ResumingTrainer):
         self.teacher = teacher
         if not any(parameter.requires_grad for parameter in self.student.model.parameters()):
             self.student.trainable()
-        self.objective = _objective(objective, self.student, teacher, args.seed)
-        if teacher is not None:
-            text = kwargs.get("train_dataset")
-            needs = replace(
-                self.objective.needs,
-                tokenizer=self.student.tokenizer,
-                frozen_head=self.student.frozen_head,
-            )
-            teacher.prepare(needs, text if hasattr(text, "supervised_tokens") else None)
-        sizes = [each.vocabulary for each in (self.student, teacher) if each is not None]
-        model = Distillation(self.student.model, self.objective, min(sizes))
+        model = Distillation(self.student, objective, teacher, seed=args.seed)
+        self.objective = model.objective
+        self._prepare_teacher(kwargs.get("train_dataset"))
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         # Trainer counts labels[..., 1:] that are not -100, over accumulation steps and ranks:
         # exactly the rows that `supervised_rows` takes.
@@ -95,6 +87,15 @@ class DistillationTrainer(ResumingTrainer):
         self._tally = Tally()
         self._paused = 0.0
         self._measured: tuple[int, dict[str, float]] | None = None
+
+    def _prepare_teacher(self, text: Any) -> None:
+        if self.teacher is not None:
+            needs = replace(
+                self.objective.needs,
+                tokenizer=self.student.tokenizer,
+                frozen_head=self.student.frozen_head,
+            )
+            self.teacher.prepare(needs, text if hasattr(text, "supervised_tokens") else None)
 
     def _place_models(self) -> None:
         """Trainer has moved the student; attention is chosen by the device it is on now."""
@@ -271,17 +272,3 @@ class DistillationTrainer(ResumingTrainer):
         # Of a run that goes on, only rank zero holds the history; all must stop at the same step.
         if float(self.accelerator.reduce(stop)) > 0:
             self.control.should_training_stop = True
-
-
-def _objective(
-    objective: Objective | ObjectiveRecipe | Sequence[ObjectiveTerm] | None,
-    student: Student,
-    teacher: Teacher | None,
-    seed: int,
-) -> Objective:
-    if isinstance(objective, Objective):
-        return objective
-    if not isinstance(objective, ObjectiveRecipe):
-        objective = ObjectiveRecipe(terms=list(objective)) if objective else ObjectiveRecipe()
-    shape = None if teacher is None else teacher.config
-    return make_objective(objective, student.model.config, shape or student.model.config, seed=seed)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from stillhouse.data.shift import supervised_rows, supervised_targets
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError, ModelError
-from stillhouse.evaluate.results import Fidelity
+from stillhouse.evaluation.results import Fidelity
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.lm_head import kl_of_rows, log_probabilities
 from stillhouse.teachers.backbone import hidden_states, lm_head, trim_head

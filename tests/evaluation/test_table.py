@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stillhouse.evaluate.metrics import metrics_of, perplexity_retention
-from stillhouse.evaluate.metrics_table import MetricsTable, to_markdown, to_rich
-from stillhouse.evaluate.results import Evaluation, Fidelity, Generation, ModelResult, Speed
-from stillhouse.evaluate.roles import ROLE_NAMES
+from stillhouse.evaluation.metrics import metrics_of, perplexity_retention
+from stillhouse.evaluation.metrics_table import MetricsTable, to_markdown, to_rich
+from stillhouse.evaluation.results import Evaluation, Fidelity, Generation, ModelResult, Speed
+from stillhouse.evaluation.roles import ROLE_NAMES
 
 TEACHER = ModelResult(
     role="teacher",

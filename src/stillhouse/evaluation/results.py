@@ -77,13 +77,13 @@ class Evaluation:
         return next((model for model in self.models if model.role == role), None)
 
     def __repr__(self) -> str:
-        from stillhouse.evaluate.metrics import metrics_of
-        from stillhouse.evaluate.metrics_table import to_rich
+        from stillhouse.evaluation.metrics import metrics_of
+        from stillhouse.evaluation.metrics_table import to_rich
 
         console = Console(width=100, color_system=None)
         with console.capture() as captured:
             console.print(to_rich(metrics_of(self)))
-        return captured.get().rstrip()
+        return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip()
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False), encoding="utf-8")

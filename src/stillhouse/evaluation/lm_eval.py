@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stillhouse.errors import RecipeError, StillhouseError
-from stillhouse.evaluate.evaluate_config import LmEvalRecipe
+from stillhouse.evaluation.evaluate_config import LmEvalRecipe
 
 
 def run_tasks(

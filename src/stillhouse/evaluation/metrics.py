@@ -7,12 +7,12 @@ from functools import singledispatch
 from typing import Any, NamedTuple
 
 from stillhouse import number_format as text
-from stillhouse.evaluate.answers import AnswersEvaluation
-from stillhouse.evaluate.classification import Abstention, ClassificationEvaluation
-from stillhouse.evaluate.family_evaluation import FamilyEvaluation
-from stillhouse.evaluate.metrics_table import Cell, Column, MetricsTable, Row
-from stillhouse.evaluate.results import Evaluation, ModelResult
-from stillhouse.evaluate.roles import role_name, role_order
+from stillhouse.evaluation.answers import AnswersEvaluation
+from stillhouse.evaluation.classification import Abstention, ClassificationEvaluation
+from stillhouse.evaluation.family_evaluation import FamilyEvaluation
+from stillhouse.evaluation.metrics_table import Cell, Column, MetricsTable, Row
+from stillhouse.evaluation.results import Evaluation, ModelResult
+from stillhouse.evaluation.roles import role_name, role_order
 
 
 class Metric(NamedTuple):

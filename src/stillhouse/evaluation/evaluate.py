@@ -16,12 +16,12 @@ import torch
 from stillhouse.account import count_parameters
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import ModelError
-from stillhouse.evaluate.evaluate_config import EvaluateRecipe
-from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
-from stillhouse.evaluate.generate import generate
-from stillhouse.evaluate.lm_eval import run_tasks
-from stillhouse.evaluate.results import Evaluation, Generation, ModelResult, Speed
-from stillhouse.evaluate.speed import (
+from stillhouse.evaluation.evaluate_config import EvaluateRecipe
+from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answers
+from stillhouse.evaluation.generate import generate
+from stillhouse.evaluation.lm_eval import run_tasks
+from stillhouse.evaluation.results import Evaluation, Generation, ModelResult, Speed
+from stillhouse.evaluation.speed import (
     DECODE_TOKENS,
     PROMPT_TOKENS,
     ROUNDS,

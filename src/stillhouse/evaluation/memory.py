@@ -1,6 +1,6 @@
 """One model's peak memory, as JSON.
 
-`python -m stillhouse.evaluate.memory PATH DTYPE DEVICE [trust_remote_code]`. It runs in
+`python -m stillhouse.evaluation.memory PATH DTYPE DEVICE [trust_remote_code]`. It runs in
 a process of its own because a process never forgets its peak.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from stillhouse.evaluate.speed import DECODE_TOKENS, PROMPT_TOKENS, prefill_and_decode
+from stillhouse.evaluation.speed import DECODE_TOKENS, PROMPT_TOKENS, prefill_and_decode
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.teachers.load import load_model
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from stillhouse.errors import ModelError
-from stillhouse.evaluate.evaluate import evaluate
-from stillhouse.evaluate.evaluate_config import EvaluateRecipe
-from stillhouse.evaluate.fidelity import compare, heldout_answers
-from stillhouse.evaluate.results import Evaluation
-from stillhouse.evaluate.speed import measure_rates
+from stillhouse.evaluation.evaluate import evaluate
+from stillhouse.evaluation.evaluate_config import EvaluateRecipe
+from stillhouse.evaluation.fidelity import compare, heldout_answers
+from stillhouse.evaluation.results import Evaluation
+from stillhouse.evaluation.speed import measure_rates
 from stillhouse.hardware import Precision
 from stillhouse.teachers.weights import stored_dtypes
 from tests.clocks import Clock
@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     rates = functools.partial(measure_rates, clock=Clock(tick=1.0).read)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            importlib.import_module("stillhouse.evaluate.evaluate"), "measure_rates", rates
+            importlib.import_module("stillhouse.evaluation.evaluate"), "measure_rates", rates
         )
         evaluation = evaluate(
             paths,
@@ -127,7 +127,7 @@ def test_memory_is_that_of_weights_stored_as_they_are_used(
         return 1
 
     # The package has a function of the module's name.
-    module = importlib.import_module("stillhouse.evaluate.evaluate")
+    module = importlib.import_module("stillhouse.evaluation.evaluate")
     monkeypatch.setattr(module, "measure_peak_memory", peak)
     as_used = save_toy(run.paths["student"].with_name("as-used"), toy_model(1).bfloat16())
     evaluate(

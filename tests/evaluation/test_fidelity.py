@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import DataError, ModelError
-from stillhouse.evaluate import fidelity
-from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
-from stillhouse.evaluate.results import Fidelity
+from stillhouse.evaluation import fidelity
+from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answers
+from stillhouse.evaluation.results import Fidelity
 from stillhouse.signals import DenseSignal, LMHead
 
 from .toys import VOCABULARY, mixed_windows, random_documents, toy_model, window

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from stillhouse.errors import RecipeError, StillhouseError
-from stillhouse.evaluate.evaluate_config import LmEvalRecipe
-from stillhouse.evaluate.lm_eval import _scores, run_tasks
+from stillhouse.evaluation.evaluate_config import LmEvalRecipe
+from stillhouse.evaluation.lm_eval import _scores, run_tasks
 
 from .toys import save_toy, toy_model
 

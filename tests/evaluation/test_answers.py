@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stillhouse.evaluate.answers import compare, facts_of, field_f1, same_text
+from stillhouse.evaluation.answers import compare, facts_of, field_f1, same_text
 
 
 def test_facts_are_scalars_with_their_paths() -> None:

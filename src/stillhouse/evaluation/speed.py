@@ -109,7 +109,7 @@ def measure_peak_memory(
         ModelError: the process failed; the message carries its last line.
     """
     name = str(dtype).removeprefix("torch.")
-    command = [sys.executable, "-m", "stillhouse.evaluate.memory", str(path), name, str(device)]
+    command = [sys.executable, "-m", "stillhouse.evaluation.memory", str(path), name, str(device)]
     command += ["trust_remote_code"] if trust_remote_code else []
     finished = subprocess.run(command, capture_output=True, text=True, check=False)
     if finished.returncode != 0:

@@ -10,8 +10,8 @@ import torch
 from transformers import DynamicCache
 
 from stillhouse.errors import ModelError
-from stillhouse.evaluate import speed
-from stillhouse.evaluate.speed import measure_peak_memory, measure_rates
+from stillhouse.evaluation import speed
+from stillhouse.evaluation.speed import measure_peak_memory, measure_rates
 from tests.clocks import Clock
 
 from .toys import VOCABULARY, save_toy, toy_model

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from stillhouse.evaluate.generate import generate
+from stillhouse.evaluation.generate import generate
 
 from .toys import VOCABULARY, toy_model, toy_tokenizer
 

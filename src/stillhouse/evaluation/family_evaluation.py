@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
-from stillhouse.evaluate.results import Generation, ModelResult
+from stillhouse.evaluation.results import Generation, ModelResult
 
 
 @dataclass(frozen=True)

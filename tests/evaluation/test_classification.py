@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillhouse.evaluate.classification import (
+from stillhouse.evaluation.classification import (
     Abstention,
     ClassificationEvaluation,
     answered,
