@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from stillhouse.config.load import load_recipe, parse_recipe
 from tests import forks, tiny
@@ -69,6 +71,20 @@ def test_every_python_block_of_the_readme_runs(folder: Path) -> None:
     for block in found:
         done = Fork(exec, block, {"__name__": "__main__"}, cwd=folder)
         assert done.wait() == 0, f"{block}\n{done.communicate()}"
+
+
+def test_the_python_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block in one session, as a reader would."""
+    sizes = {"hidden_size": 64, "intermediate_size": 512, "num_hidden_layers": 4}
+    tiny.save_model(tmp_path / "teacher", **sizes)
+    rows = [json.dumps({"text": line}) + "\n" for line in tiny.text(400).splitlines()]
+    (tmp_path / "texts.jsonl").write_text("".join(rows))
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    session: dict[str, object] = {}
+    for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(compile(block, "docs/python.md", "exec"), session)
+    assert AutoModelForCausalLM.from_pretrained("out").config.hidden_size <= 64
 
 
 YAML_BLOCKS = [

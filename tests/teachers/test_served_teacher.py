@@ -11,14 +11,23 @@ from typing import Any
 import pytest
 import torch
 
-from stillhouse.errors import EndpointError, ModelError
+from stillhouse.data.data import Data
+from stillhouse.errors import EndpointError, ModelError, SignalError
+from stillhouse.objectives import Term
+from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.python_api import record as record_signals
 from stillhouse.signals.encodings import TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.signals_config import SignalServer
 from stillhouse.signals.store import open_store
+from stillhouse.students.student import Student
+from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.record_store import record, segments_of
 from stillhouse.teachers.served_teacher import ServedTeacher
+from stillhouse.teachers.teacher import TeacherNeeds
+from stillhouse.training.train import train
+from stillhouse.training.train_config import TrainRecipe
 from tests import tiny
 
 K = 5
@@ -185,3 +194,45 @@ def test_the_key_is_read_from_the_environment_and_named_when_it_is_missing(serve
     batch = {name: rows[None] for name, rows in TwoDocuments()[0].items()}
     (signal,) = teacher(section).answer(batch).signals
     assert len(signal.ids_NK) == segments_of(batch).rows
+
+
+def test_a_server_teaches_live_what_its_store_would(tmp_path, server):
+    """No store is needed; its k tokens and their tail are rounded less than a store's."""
+    words = tiny.tokenizer()
+    lines = tiny.text(60).splitlines()
+    data = Data.build(lines, words, context=32, heldout_tokens=128, train_tokens=400)
+    served = ServedTeacher(server.section, k=200, vocabulary=260, tokenizer=words)
+    section = TrainRecipe(batch_size=4, precision="float32", max_steps=3, evaluate_every=3)
+    found = []
+    for taught_by in (served, record_signals(served, data, tmp_path, encoding=TopK(200)), None):
+        student = Student(tiny.llama(seed=1), words)
+        taught_by = taught_by or LocalTeacher(server.model, words)
+        result = train(
+            student, taught_by, data.train, ObjectiveRecipe(), section, heldout=data.heldout
+        )
+        found.append([row["loss"] for row in result.metrics if "loss" in row])
+        if taught_by is served:
+            assert any("heldout_kl" in row for row in result.metrics)
+    live, stored, whole = found
+    assert live == pytest.approx(stored, rel=2e-3)
+    assert live == pytest.approx(whole, rel=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        (TeacherNeeds((Term("forward_kl", temperature=2.0),)), "at temperature 1"),
+        (TeacherNeeds((Term("adaptive_kl"),)), "adaptive_kl cannot be taken"),
+        (TeacherNeeds((), ActivationRequest(frozenset({1}))), "intermediate layers"),
+    ],
+)
+def test_what_a_server_cannot_teach_is_refused_before_it_is_called(server, needs, message):
+    with pytest.raises(SignalError, match=message) as caught:
+        teacher(server.section).prepare(needs)
+    assert caught.value.fix
+    assert not server.asked
+
+
+def test_the_bias_of_its_likely_tokens_is_said(server, capfd):
+    teacher(server.section).prepare(TeacherNeeds((Term("forward_kl"),)))
+    assert "5 most likely tokens" in capfd.readouterr().err

@@ -181,7 +181,7 @@ class ServedTeacher(Teacher):
         if len(found) < k or max(ids) >= self.vocabulary or not total <= 1.0 + OVER_ONE:
             raise ModelError(
                 f"the answer has {len(found)} tokens up to id {max(ids)} of mass {total:.4f}; "
-                f"asked for were {k} of a vocabulary of {self.vocabulary:,}",
+                f"requested were {k} of a vocabulary of {self.vocabulary:,}",
                 where=where,
                 fix="check that the server has the teacher of the recipe, at temperature 1",
             )

@@ -1,0 +1,107 @@
+"""Data in memory, from whatever text is in: what a folder of it would hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+
+from stillhouse.data.batches import Batches, in_order
+from stillhouse.data.data import Data
+from stillhouse.errors import DataError, RecipeError
+from tests import tiny
+
+LINES = tiny.text(400).splitlines()
+OPTIONS: dict[str, Any] = {"context": 32, "heldout_tokens": 256}
+
+
+def ids(batches: Batches) -> list[list[int]]:
+    return [batches[number]["input_ids"].tolist() for number in range(len(batches))]
+
+
+def same(left: Data, right: Data) -> bool:
+    return ids(left.train) == ids(right.train) and ids(left.heldout) == ids(right.heldout)
+
+
+@pytest.fixture(scope="module")
+def of_strings() -> Data:
+    return Data.build(LINES, tiny.tokenizer(), **OPTIONS)
+
+
+@pytest.mark.parametrize("form", ["rows", "data set", "jsonl", "lines", "other key"])
+def test_every_form_of_the_same_text_gives_the_same_windows(
+    of_strings: Data, tmp_path: Path, form: str
+) -> None:
+    rows = [{"text": line} for line in LINES]
+    texts: Any = rows
+    more: dict[str, Any] = {}
+    if form == "data set":
+        texts = datasets.Dataset.from_list(rows)
+    elif form == "jsonl":
+        texts = tmp_path / "texts.jsonl"
+        texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif form == "lines":
+        texts, more = str(tmp_path / "texts.txt"), {"documents": "line"}
+        Path(texts).write_text("\n".join(LINES))
+    elif form == "other key":
+        texts, more = [{"body": line} for line in LINES], {"text_key": "body"}
+    assert same(Data.build(texts, tiny.tokenizer(), **OPTIONS, **more), of_strings)
+
+
+def test_a_folder_keeps_what_memory_held(of_strings: Data, tmp_path: Path) -> None:
+    kept = Data.build(LINES, tiny.tokenizer(), folder=tmp_path / "windows", **OPTIONS)
+    assert same(kept, of_strings)
+    assert same(Data.open(tmp_path / "windows"), of_strings)
+
+
+def test_of_chats_only_the_answers_are_supervised() -> None:
+    chats = [
+        [{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+        for a, b in zip(LINES[::2], LINES[1::2], strict=True)
+    ]
+    data = Data.build(chats, tiny.tokenizer(), context=96, heldout_tokens=256)
+    assert 0.2 < data.train.supervised_tokens / (len(data.train) * 96) < 0.6
+
+
+def test_held_out_text_of_its_own_is_not_trained_on(of_strings: Data) -> None:
+    data = Data.build(LINES[:300], tiny.tokenizer(), heldout=LINES[250:], **OPTIONS)
+    words = tiny.tokenizer()
+    trained = "".join(words.decode(row) for row in ids(data.train))
+    assert LINES[0] in trained or LINES[1] in trained
+    assert not any(line in trained for line in LINES[250:300])
+
+
+def test_batches_go_through_the_text_in_order(of_strings: Data) -> None:
+    found = torch.cat([batch["input_ids"] for batch in in_order(of_strings.train, 100)])
+    assert found.tolist() == ids(of_strings.train)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"text": ["a"]}, "dict is no text"),
+        ([3], "int is no document"),
+        ([{"body": "a"}], "no `text`"),
+        ("missing.jsonl", "does not exist"),
+        ([], "sources are empty"),
+    ],
+)
+def test_what_is_no_text_is_refused(texts: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        Data.build(texts, tiny.tokenizer(), **OPTIONS)
+    assert caught.value.fix
+
+
+def test_an_unknown_option_is_named_with_its_neighbor() -> None:
+    with pytest.raises(RecipeError, match="no option heldout_token") as caught:
+        Data.build(LINES, tiny.tokenizer(), heldout_token=3)
+    assert "heldout_tokens" in str(caught.value)
+
+
+def test_it_says_how_much_there_is(of_strings: Data) -> None:
+    learned = of_strings.train.supervised_tokens
+    assert f"windows of 32 tokens, {learned:,} to predict" in repr(of_strings)
