@@ -117,20 +117,11 @@ class VllmEngine(Section):
         return self.tensor_parallel * self.pipeline_parallel
 
 
-VLLM_ARGUMENTS = frozenset(
-    {
-        "model",
-        "tokenizer",
-        "trust_remote_code",
-        "dtype",
-        "seed",
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "distributed_executor_backend",
-        "max_model_len",
-        "gpu_memory_utilization",
-    }
-)
+VLLM_ARGUMENTS = frozenset((
+    "model", "tokenizer", "trust_remote_code", "dtype", "seed", "tensor_parallel_size",
+    "pipeline_parallel_size", "distributed_executor_backend", "max_model_len",
+    "gpu_memory_utilization",
+))  # fmt: skip
 """What Stillhouse gives vllm.LLM itself."""
 
 
@@ -228,27 +219,22 @@ class VerdictSampling(SamplingRecipe):
     max_tokens: int = Field(16, gt=0, description="Of one verdict, its reasoning included.")
 
 
-def check_sampling(api: ApiTeacher | None, sampling: SamplingRecipe) -> None:
-    """Raises ValueError where a model in this process is given what only an API is."""
-    if api is None and (sampling.extra or sampling.top_logprobs is not None):
-        raise ValueError("sampling.extra and sampling.top_logprobs are for an api")
-    if api is None and sampling.temperature is None:
-        raise ValueError("a local model has no temperature of its own: give sampling.temperature")
-
-
-def check_samples(samples: int, sampling: SamplingRecipe) -> None:
-    """Raises ValueError where several answers would all be the same."""
-    if samples > 1 and sampling.extra.get("temperature", sampling.temperature) == 0:
-        raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
-
-
-def check_budget(api: ApiTeacher | None, budget: BudgetRecipe) -> None:
-    """Raises ValueError where there is nothing that the budget could limit."""
+def check_text_teacher(
+    api: ApiTeacher | None, sampling: SamplingRecipe, budget: BudgetRecipe, samples: int = 1
+) -> None:
+    """Raises ValueError where a model on this machine is given what only an API has, where there is
+    nothing that the budget could limit, or where several answers would all be the same."""
     limited = budget.max_usd is not None or budget.max_tokens is not None
     if api is None and limited:
         raise ValueError("a budget is for teacher.api: a local teacher costs time alone")
     if api is not None and api.price is None and budget.max_usd is not None:
         raise ValueError("max_usd needs teacher.api.price; or limit max_tokens")
+    if api is None and (sampling.extra or sampling.top_logprobs is not None):
+        raise ValueError("sampling.extra and sampling.top_logprobs are for an api")
+    if api is None and sampling.temperature is None:
+        raise ValueError("a local model has no temperature of its own: set sampling.temperature")
+    if samples > 1 and sampling.extra.get("temperature", sampling.temperature) == 0:
+        raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
 
 
 def may_cost(api: ApiTeacher | None, budget: BudgetRecipe) -> bool:

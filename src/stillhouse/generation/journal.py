@@ -16,7 +16,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -71,6 +71,7 @@ _ANSWER = (
     "logprobs FROM answers WHERE key = ?"
 )
 _BILLED_FAILURES = "SELECT sum(cost), sum(tokens) FROM failures WHERE key = ?"
+_COUNTS = "SELECT count(*) FROM answers UNION ALL SELECT count(*) FROM failures"
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Journal:
     def record(self, request: Request, answer: Answer) -> Future[None]:
         """Commits an answer; the future is done when it is on the disk. Blocks no longer than
         it takes to hand it over. The future raises RunError where the disk refuses."""
-        logprobs = None if answer.logprobs is None else _json(answer.logprobs)
+        logprobs: Any = None if answer.logprobs is None else _json(answer.logprobs)
         values = (
             request.key,
             request.endpoint,
@@ -123,79 +124,55 @@ class Journal:
             _json(list(request.messages)),
             _json(dict(request.parameters)),
             request.sample,
-            answer.text,
-            answer.finish_reason,
-            answer.reasoning,
-            answer.prompt_tokens,
-            answer.completion_tokens,
-            answer.cost,
-            answer.seconds,
-            logprobs,
+            *vars(replace(answer, logprobs=logprobs)).values(),  # the table has their order
             time.time(),
         )
         return self._hand_over(_ADD_ANSWER, values)
 
     def record_failure(self, request: Request, failure: Failure) -> Future[None]:
-        """Commits why a request has no answer, as `record` does. Later runs ask it again."""
-        values = (
-            request.key,
-            request.model,
-            _json(list(request.messages)),
-            failure.kind,
-            failure.reason,
-            failure.attempts,
-            failure.cost,
-            failure.tokens,
-            time.time(),
-        )
+        """Commits why a request has no answer, as `record` does. Later runs send it again."""
+        messages = _json(list(request.messages))
+        values = (request.key, request.model, messages, *vars(failure).values(), time.time())
         return self._hand_over(_ADD_FAILURE, values)
 
     def get(self, key: str) -> Answer | None:
         """The committed answer to the request with this key."""
-        with self._reading:
-            row = self._reader.execute(_ANSWER, (key,)).fetchone()
+        row = next(iter(self._rows(_ANSWER, key)), None)
         if row is None:
             return None
         answer = Answer(*row)
-        if answer.logprobs is None:
-            return answer
-        return replace(answer, logprobs=json.loads(row[-1]))
+        return answer if row[-1] is None else replace(answer, logprobs=json.loads(row[-1]))
 
     def known(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys (a few hundred) that have a committed answer."""
-        marks = ", ".join("?" * len(keys))
-        statement = f"SELECT key FROM answers WHERE key IN ({marks})"
-        with self._reading:
-            return {key for (key,) in self._reader.execute(statement, keys)}
+        return self._among(keys, "answers")
 
     def refused(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys (a few hundred) that an endpoint has refused to answer."""
+        return self._among(keys, "failures", "AND kind = 'refused'")
+
+    def _among(self, keys: Sequence[str], table: str, condition: str = "") -> set[str]:
         marks = ", ".join("?" * len(keys))
-        statement = f"SELECT key FROM failures WHERE kind = 'refused' AND key IN ({marks})"
-        with self._reading:
-            return {key for (key,) in self._reader.execute(statement, keys)}
+        statement = f"SELECT key FROM {table} WHERE key IN ({marks}) {condition}"
+        return {key for (key,) in self._rows(statement, *keys)}
 
     def billed_failures(self, key: str) -> tuple[float, int]:
         """Dollars and tokens that a provider may have billed for lost answers to this request."""
-        with self._reading:
-            cost, tokens = self._reader.execute(_BILLED_FAILURES, (key,)).fetchone()
+        ((cost, tokens),) = self._rows(_BILLED_FAILURES, key)
         return cost or 0.0, tokens or 0
 
     def counts(self) -> tuple[int, int]:
         """How many answers and how many failures are committed."""
-        with self._reading:
-            return (
-                self._reader.execute("SELECT count(*) FROM answers").fetchone()[0],
-                self._reader.execute("SELECT count(*) FROM failures").fetchone()[0],
-            )
+        ((answers,), (failures,)) = self._rows(_COUNTS)
+        return answers, failures
 
-    def failures(self) -> Iterator[tuple[str, str, str]]:
+    def failures(self) -> list[tuple[str, str, str]]:
         """Key, kind and reason of every failure, oldest first."""
+        return self._rows("SELECT key, kind, reason FROM failures ORDER BY number")
+
+    def _rows(self, statement: str, *values: str) -> list[Any]:
         with self._reading:
-            rows = self._reader.execute(
-                "SELECT key, kind, reason FROM failures ORDER BY number"
-            ).fetchall()
-        yield from rows
+            return self._reader.execute(statement, values).fetchall()
 
     # --- the writer's thread -----------------------------------------------------------------
 

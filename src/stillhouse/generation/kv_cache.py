@@ -125,22 +125,19 @@ class SlotCache(Cache):
 
 def fits_slots(model: Any) -> bool:
     """Whether every layer attends to all tokens before it: no window, no recurrent state."""
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    return (
-        kinds <= {DynamicLayer}
-        and model.config._attn_implementation == "sdpa"
-        and not getattr(model, "_is_stateful", False)
-    )
+    return model.config._attn_implementation == "sdpa" and _layers_are(model, DynamicLayer)
 
 
 def fits_padding(model: Any) -> bool:
     """Whether rows of a batch may be padded on the left: layers attend to the tokens before them,
     all or those in a window. A recurrent state or a chunk would take the padding in."""
-    config = model.config
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    chunked = "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
-    return (
-        kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-        and not chunked
-        and not getattr(model, "_is_stateful", False)
+    config = model.config.get_text_config()
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    return not chunked and _layers_are(model, DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _layers_are(model: Any, *kinds: type) -> bool:
+    stateful = getattr(model, "_is_stateful", False)
+    return not stateful and all(
+        type(layer) in kinds for layer in DynamicCache(config=model.config).layers
     )

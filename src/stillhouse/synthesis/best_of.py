@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-from stillhouse.errors import RecipeError
-from stillhouse.synthesis.filters import Chooser, Row, answer_only
+from stillhouse.synthesis.filters import Chooser, Row, answer_only, compiled_pattern
 
 _AROUND = " \t\n.,;:!?\"'`*_()[]{}<>$"
 """Characters at the ends of an answer that make no difference; a minus or % sign does."""
@@ -22,13 +21,7 @@ def majority(pattern: str | None, *, least: float = 0.0, keep_all: bool = False)
     that are said equally often, the one that came first. least: the share of the answers that must
     say it. Raises RecipeError for what is no regular expression.
     """
-    try:
-        compiled = None if pattern is None else re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(
-            f"{pattern!r} is no regular expression: {error}",
-            where="synthesize.filters.best_of.pattern",
-        ) from None
+    compiled = None if pattern is None else compiled_pattern(pattern)
 
     def choose(rows: Sequence[Row]) -> list[str | None]:
         said = [what_is_said(answer_only(row), compiled) for row in rows]
@@ -81,19 +74,21 @@ def normalized(text: str) -> str:
 
 def likelihood() -> Chooser:
     """Keeps the answer whose tokens have the highest mean log-probability; the first of equals."""
+    return lambda rows: keep_best(
+        [row.likelihood for row in rows],
+        "the teacher gave no log-probabilities",
+        "mean log-probability {:.4f}, and the best has {:.4f}",
+    )
 
-    def choose(rows: Sequence[Row]) -> list[str | None]:
-        known = [row.likelihood for row in rows if row.likelihood is not None]
-        best = max(known, default=None)
-        reasons: list[str | None] = []
-        for row in rows:
-            if row.likelihood is None:
-                reasons.append("the teacher gave no log-probabilities")
-            elif row.likelihood == best and None not in reasons:
-                reasons.append(None)
-            else:
-                told = f"mean log-probability {row.likelihood:.4f}, and the best has {best:.4f}"
-                reasons.append(told)
-        return reasons
 
-    return choose
+def keep_best(points: Sequence[float | None], without: str, fewer: str) -> list[str | None]:
+    """The reasons to drop all answers but the one with the most points, the first of equals.
+
+    without: the reason where there are no points. fewer: the reason for fewer than the best has.
+    """
+    best = max((one for one in points if one is not None), default=None)
+    kept = None if best is None else points.index(best)
+    return [
+        None if number == kept else without if one is None else fewer.format(one, best)
+        for number, one in enumerate(points)
+    ]

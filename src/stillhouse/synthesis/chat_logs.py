@@ -14,7 +14,7 @@ from stillhouse.data.row_reader import format_of, read_rows
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import SYSTEM, content_text, text_of
 from stillhouse.progress import note
-from stillhouse.synthesis.prompts import prompt_messages
+from stillhouse.synthesis.prompts import at, prompt_messages
 
 FEWEST = 8
 """Rows below which logs show nothing."""
@@ -28,6 +28,15 @@ _CHOICES: tuple[tuple[str, ...], ...] = (
 )
 """Where logs keep a chat that ends with its answer, or the answer beside the chat."""
 _JSON_SHARE = 0.9
+_JSON_TYPES: dict[type, str] = {
+    type(None): "null",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class Logs:
         kinds: dict[str, set[str]] = {}
         for value in objects:
             for key, part in value.items():
-                kinds.setdefault(key, set()).add(_kind(part))
+                kinds.setdefault(key, set()).add(_JSON_TYPES[type(part)])
         properties = {
             key: {"type": next(iter(found)) if len(found) == 1 else sorted(found)}
             for key, found in kinds.items()
@@ -134,18 +143,18 @@ def read_logs(path: Path) -> Logs:
 def _answer(row: Mapping[str, Any]) -> str | None:
     """The last turn of the assistant, where logs keep it."""
     for place in _CHATS:
-        messages = _at(row, place)
-        if isinstance(messages, list) and messages and _at(messages[-1], ("role",)) == "assistant":
+        messages = at(row, place)
+        if isinstance(messages, list) and messages and at(messages[-1], ("role",)) == "assistant":
             return _said(messages[-1])
     for place in _CHOICES:
-        choices = _at(row, place)
+        choices = at(row, place)
         if isinstance(choices, list) and choices:
-            return _said(_at(choices[0], ("message",)))
+            return _said(at(choices[0], ("message",)))
     return None
 
 
 def _said(message: Any) -> str | None:
-    return content_text(_at(message, ("content",))).strip() or None
+    return content_text(at(message, ("content",))).strip() or None
 
 
 def _plain(answer: str) -> str:
@@ -154,33 +163,9 @@ def _plain(answer: str) -> str:
     return bare.strip(" .,:;!?\"'`*()[]") or bare
 
 
-def _at(value: Any, place: tuple[str, ...]) -> Any:
-    for key in place:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
-
-
 def json_object(text: str) -> dict[str, Any] | None:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _kind(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "boolean"
-        case int():
-            return "integer"
-        case float():
-            return "number"
-        case str():
-            return "string"
-        case list():
-            return "array"
-        case _:
-            return "object"

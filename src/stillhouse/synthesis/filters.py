@@ -129,12 +129,7 @@ def pattern(expression: str, *, wanted: bool = True) -> Filter:
 
     Raises RecipeError for what is no regular expression.
     """
-    try:
-        compiled = re.compile(expression)
-    except re.error as error:
-        raise RecipeError(
-            f"{expression!r} is no regular expression: {error}", where="synthesize.filters"
-        ) from None
+    compiled = compiled_pattern(expression)
 
     def judge(row: Row) -> str | None:
         found = compiled.search(answer_only(row))
@@ -143,6 +138,16 @@ def pattern(expression: str, *, wanted: bool = True) -> Filter:
         return f"it matches {expression!r}: {found.group()!r}" if found else None
 
     return judge
+
+
+def compiled_pattern(expression: str) -> re.Pattern[str]:
+    """Raises RecipeError for what is no regular expression."""
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise RecipeError(
+            f"{expression!r} is no regular expression: {error}", where="synthesize.filters"
+        ) from None
 
 
 def json_schema(schema: dict[str, Any]) -> Filter:

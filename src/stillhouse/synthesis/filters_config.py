@@ -10,8 +10,7 @@ from stillhouse.generation.generation_config import (
     BudgetRecipe,
     TextTeacher,
     VerdictSampling,
-    check_budget,
-    check_sampling,
+    check_text_teacher,
 )
 from stillhouse.section import Section
 from stillhouse.synthesis.prompts_config import PromptFormat
@@ -66,8 +65,7 @@ class JudgeChoice(Section):
 
     @model_validator(mode="after")
     def _keys_fit_the_judge(self) -> JudgeChoice:
-        check_budget(self.teacher.api, self.budget)
-        check_sampling(self.teacher.api, self.sampling)
+        check_text_teacher(self.teacher.api, self.sampling, self.budget)
         return self
 
 

@@ -17,6 +17,7 @@ from stillhouse.generation.estimate import Known, known_before
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
+from stillhouse.synthesis.best_of import keep_best
 from stillhouse.synthesis.filters import Chooser, Row, answer_only
 from stillhouse.synthesis.filters_config import Choice, JudgeChoice
 
@@ -85,15 +86,8 @@ class Judge:
             if len(rows) < 2:
                 return [None for _ in rows]
             of = self._scores if self.section.compare == "scores" else self._wins
-            points = of(rows, journal)
-            known = [p for p in points if p is not None]
-            if not known:
-                return ["the judge gave no verdict" for _ in rows]
-            best = points.index(max(known))
-            return [
-                None if number == best else _reason(point, max(known))
-                for number, point in enumerate(points)
-            ]
+            fewer = "the judge gives it {:g}, and the best {:g}"
+            return keep_best(of(rows, journal), "the judge gave no verdict", fewer)
 
         return choose
 
@@ -135,12 +129,6 @@ class Judge:
 
     def _request(self, text: str) -> Request:
         return self.teacher.request(user_turn(text))
-
-
-def _reason(point: float | None, best: float) -> str:
-    if point is None:
-        return "the judge gave no verdict"
-    return f"the judge gives it {point:g}, and the best {best:g}"
 
 
 def open_judge(

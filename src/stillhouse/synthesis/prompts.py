@@ -60,7 +60,7 @@ def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Messa
     """The chat up to the user's last turn, wherever the row has it. Raises DataError."""
     found = row.get(key)
     if found is None:
-        places = (_at(row, place) for place in _LOG_PLACES)
+        places = (at(row, place) for place in _LOG_PLACES)
         found = next((value for value in places if isinstance(value, list)), row.get("prompt"))
     if isinstance(found, str):
         return _user(found, where)
@@ -79,7 +79,8 @@ def _user(text: str, where: str) -> tuple[Message, ...]:
     return user_turn(text)
 
 
-def _at(row: Any, place: tuple[str, ...]) -> Any:
+def at(row: Any, place: tuple[str, ...]) -> Any:
+    """The value under nested keys; None where there is none."""
     for key in place:
         row = row.get(key) if isinstance(row, Mapping) else None
     return row

@@ -10,9 +10,7 @@ from stillhouse.generation.generation_config import (
     BudgetRecipe,
     SamplingRecipe,
     TextTeacher,
-    check_budget,
-    check_samples,
-    check_sampling,
+    check_text_teacher,
 )
 from stillhouse.section import Section
 from stillhouse.synthesis.filters_config import FiltersRecipe
@@ -39,10 +37,8 @@ class SynthesizeRecipe(Section):
 
     @model_validator(mode="after")
     def _keys_fit_the_teacher(self) -> SynthesizeRecipe:
-        api = self.teacher.api
-        check_budget(api, self.budget)
-        check_sampling(api, self.sampling)
-        check_samples(self.prompts.samples, self.sampling)
-        if self.filters.best_of is not None and self.prompts.samples < 2:
+        samples = self.prompts.samples
+        check_text_teacher(self.teacher.api, self.sampling, self.budget, samples)
+        if self.filters.best_of is not None and samples < 2:
             raise ValueError("filters.best_of chooses among several answers: set prompts.samples")
         return self
