@@ -15,7 +15,7 @@ import argparse
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ from stillhouse.hardware import choose_precision, default_device
 from stillhouse.language_model.job import Job
 from stillhouse.quantize.quantize import qat_section, quantize, train_quantized
 from stillhouse.quantize.quantize_config import QatRecipe, QuantizeRecipe
+from stillhouse.students.student import Student
+from stillhouse.teachers.local_teacher import load_teacher
+from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.train import MODEL, train
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
@@ -50,6 +53,10 @@ class Bench:
     student: Path
     section: QuantizeRecipe
     folder: Path
+
+    def load_teacher(self) -> Teacher:
+        precision = choose_precision(self.job.recipe.train.precision, default_device())
+        return load_teacher(self.job.teacher, dtype=precision.dtype)
 
 
 def main() -> None:
@@ -108,18 +115,18 @@ def rounding(bench: Bench, seeds: list[int], with_control: bool) -> dict[str, An
     ways["windows"] = bench.windows
     rounded = quantize(bench.student, folder / "rounded", **ways)
     print(f"rounded: {rounded.kl:.4f} nats a token to its own full precision", flush=True)
-    taught = {**common, "objective": job.recipe.objective}
     trained = {
         seed: train_quantized(
-            bench.student,
+            Student.load(bench.student),
             folder / "rounded",
-            job.teacher.path,
+            bench.load_teacher(),
             bench.windows,
-            bench.heldout,
+            job.recipe.objective,
+            job.recipe.train,
             section=bench.section,
-            recipe=job.recipe.train,
-            out=folder / "qat" / str(seed),
-            **{**taught, "seed": seed},
+            heldout=bench.heldout,
+            folder=folder / "qat" / str(seed),
+            seed=seed,
         )
         for seed in seeds
     }
@@ -130,7 +137,7 @@ def rounding(bench: Bench, seeds: list[int], with_control: bool) -> dict[str, An
         **{trained_role(seed): folder / "qat" / str(seed) / MODEL for seed in seeds},
     }
     if with_control:
-        paths |= control(bench, taught, ways)
+        paths |= control(bench, ways)
     found = evaluate(
         paths,
         section=EvaluateRecipe(speed=False),
@@ -147,21 +154,21 @@ def rounding(bench: Bench, seeds: list[int], with_control: bool) -> dict[str, An
         "kl_to_own_full_precision": rounded.kl,
         "bytes": rounded.bytes,
         "plain_bytes": rounded.plain_bytes,
-        "training": {seed: asdict(result) for seed, result in trained.items()},
+        "training": {seed: result.summary() for seed, result in trained.items()},
     }
 
 
-def control(bench: Bench, taught: dict[str, Any], ways: dict[str, Any]) -> dict[str, Path]:
+def control(bench: Bench, ways: dict[str, Any]) -> dict[str, Path]:
     folder = bench.folder / "control"
-    section = qat_section(bench.section, bench.job.recipe.train, bench.windows)
     train(
-        bench.student,
-        bench.job.teacher.path,
+        Student.load(bench.student),
+        bench.load_teacher(),
         bench.windows,
-        bench.heldout,
-        section=section,
-        out=folder,
-        **taught,
+        bench.job.recipe.objective,
+        qat_section(bench.section, bench.job.recipe.train, bench.windows),
+        heldout=bench.heldout,
+        seed=bench.job.recipe.seed,
+        folder=folder,
     )
     quantize(folder / MODEL, folder / "rounded", **ways)
     return {"control": folder / MODEL, "control_quantized": folder / "rounded" / MODEL}

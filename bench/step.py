@@ -37,9 +37,13 @@ from stillhouse.signals.encodings import Threshold
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.store import open_store
 from stillhouse.students.build_student import build_student
+from stillhouse.students.student import Student
 from stillhouse.students.student_config import PrunedStudent, RandomStudent
-from stillhouse.teachers.load import load_model, load_tokenizer
-from stillhouse.teachers.record_store import local_teacher, score
+from stillhouse.teachers.load import load_tokenizer
+from stillhouse.teachers.local_teacher import load_teacher
+from stillhouse.teachers.record_store import record
+from stillhouse.teachers.stored_teacher import StoredTeacher
+from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.train import train
 
@@ -105,7 +109,7 @@ class Setting:
         self.recipe = recipe
         self.folder = folder
         job = find_models(recipe, RECIPE.parent)
-        self.teacher_path = job.teacher.path
+        self.source = job.teacher
         tokenizer = load_tokenizer(job.teacher.path)
         build(recipe.data, tokenizer, seed=0, base=RECIPE.parent, out=folder / "data")
         self.windows = open_windows(folder / "data" / "train")
@@ -126,10 +130,11 @@ class Setting:
         self.student = int(summary["parameters"]["head_once"])
         device = default_device()
         dtype = choose_precision(recipe.train.precision, device).dtype
-        teacher = load_model(self.teacher_path, dtype=dtype).to(device)
-        self.teacher = account.count_parameters(teacher).head_once
+        teacher = load_teacher(job.teacher, dtype=dtype)
+        teacher.place(device, self.windows.context)
+        self.teacher = account.count_parameters(teacher.model).head_once
         settings = Settings(Threshold(STORED_TAU), job.vocabulary, identity={})
-        score(local_teacher(teacher, settings), [self.windows], settings, folder / "store")
+        record(teacher, [self.windows], settings, folder / "store")
         self.store = open_store(folder / "store")
 
     def round(self, number: int, steps: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -155,17 +160,20 @@ class Setting:
         section = self.recipe.train.model_copy(
             update={"max_steps": steps, "checkpoint_every": steps + 1, "evaluate_every": None}
         )
+        teacher: Teacher | None = None
+        if kind == "distillation":
+            dtype = choose_precision(section.precision, default_device()).dtype
+            teacher = load_teacher(self.source, dtype=dtype)
+        elif kind == "cached":
+            teacher = StoredTeacher(self.store)
         train(
-            self.folder / "student",
-            self.teacher_path if kind == "distillation" else None,
+            Student.load(self.folder / "student"),
+            teacher,
             self.windows,
-            self.heldout,
-            section=section,
-            objective=FINE_TUNING if kind == "fine_tuning" else DISTILLATION,
-            vocabulary=None,
-            seed=0,
-            out=out,
-            store=self.store if kind == "cached" else None,
+            FINE_TUNING if kind == "fine_tuning" else DISTILLATION,
+            section,
+            heldout=self.heldout,
+            folder=out,
         )
         rows = [r["tokens_per_s"] for r in read_metrics(out / "metrics.jsonl") if "loss" in r]
         # Rows count supervised tokens; all tokens of a window are computed.

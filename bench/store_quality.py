@@ -23,8 +23,9 @@ import torch
 from bench.common import Bar, write_results
 from bench.quality import recipe, split
 from stillhouse.config.load import parse_recipe
+from stillhouse.data.batches import collate
 from stillhouse.data.shift import predicting
-from stillhouse.data.windows import Windows, collate
+from stillhouse.data.windows import Windows
 from stillhouse.evaluate.fidelity import HeldoutAnswers, compare, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.language_model.data_stage import open_data, plan_data
@@ -37,9 +38,12 @@ from stillhouse.signals.manifest import Settings
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.store import open_store
 from stillhouse.signals.writer import StoreWriter
+from stillhouse.students.student import Student
 from stillhouse.teachers.backbone import dense_signal
 from stillhouse.teachers.load import load_model
+from stillhouse.teachers.local_teacher import LocalTeacher, load_teacher
 from stillhouse.teachers.record_store import segments_of, tuned_threshold
+from stillhouse.teachers.stored_teacher import StoredTeacher
 from stillhouse.training.train import MODEL, train
 
 FEW_BYTES = 40
@@ -104,16 +108,16 @@ def measure(options: argparse.Namespace, texts: Path, seed: int) -> dict[str, An
             live = name == DENSE
             if not (out / "result.json").exists():
                 train(
-                    student.path / MODEL,
-                    job.teacher.path if live else None,
+                    Student.load(student.path / MODEL),
+                    load_teacher(job.teacher, dtype=dtype)
+                    if live
+                    else StoredTeacher(open_store(stores[name])),
                     windows,
-                    heldout,
-                    section=job.recipe.train,
-                    objective=job.recipe.objective,
-                    vocabulary=job.vocabulary,
+                    job.recipe.objective,
+                    job.recipe.train,
+                    heldout=heldout,
                     seed=seed,
-                    out=out,
-                    store=None if live else open_store(stores[name]),
+                    folder=out,
                 )
                 result = fidelity(out / MODEL, heldout, answers, job.vocabulary)
                 (out / "result.json").write_text(json.dumps(result))
@@ -142,7 +146,9 @@ def record_all(
         writers = {}
         for name, wanted in todo.items():
             if isinstance(wanted, float):
-                wanted = tuned_threshold(teacher, windows, size=wanted, **about)
+                wanted = tuned_threshold(
+                    LocalTeacher(teacher), windows, temperature=1.0, size=wanted
+                )
             settings = Settings(wanted, identity={}, seed=job.recipe.seed, **about)
             writer = stack.enter_context(StoreWriter(paths[name], settings))
             writers[name] = writer, Recorder(settings)

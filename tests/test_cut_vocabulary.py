@@ -149,7 +149,7 @@ def test_a_family_with_all_else_is_told_beside_training_from_scratch(folder: Pat
         for member in result.members.values()
     }
     assert sizes == {320}
-    assert "From random weights, to the same KL" in result.report.read_text()
+    assert "trained from random weights under the same teacher" in result.report.read_text()
     again = run_cascade(family)
     assert again is not None
     assert all(s.reused for member in again.members.values() for s in member.stages)

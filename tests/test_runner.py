@@ -153,10 +153,10 @@ def test_a_run_ships_its_student_quantized_in_every_format(tmp_path: Path) -> No
     torch.testing.assert_close(weights[kept].float(), others[kept], rtol=0.004, atol=1e-6)
     html = result.report.read_text()
     assert "gguf-q4_0" in html
-    assert "trained quantized" in html.lower()
+    assert "Student, QAT" in html
     for folder in ("model", "gguf-q4_0"):
         card = (result.folder / folder / "README.md").read_text()
-        assert "| trained quantized |" in card
+        assert "| Student, QAT |" in card
     raw["quantize"]["qat"]["tokens"] = 500
     reused = {stage.name: stage.reused for stage in run(raw).stages}
     assert [name for name, kept in reused.items() if not kept] == [

@@ -19,7 +19,8 @@ from stillhouse.runfolder import Stage
 from stillhouse.signals.encodings import Hidden
 from stillhouse.signals.store import open_store
 from stillhouse.signals.verify import verify
-from stillhouse.teachers import record_store as scoring
+from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.teachers.record_store import segments_of
 from stillhouse.training.checkpoints import read_metrics
 from tests import tiny
 
@@ -76,7 +77,7 @@ def test_a_second_student_and_more_epochs_ask_nothing_again(
     stored: tuple[Path, RunResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = stored
-    monkeypatch.setattr(scoring, "dense_signal", _never)
+    monkeypatch.setattr(LocalTeacher, "answer", _never)
     student = {"ffn_size": 48}
     encoding = {"kind": "top_k", "k": 254}
     second = run(recipe(folder, encoding, student=student, train={"epochs": 2}))
@@ -92,17 +93,17 @@ def test_recording_that_was_cut_off_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = recipe(tmp_path, {"kind": "threshold", "bytes": 60})
-    monkeypatch.setattr(scoring, "SCORED_TOGETHER", 320)
+    monkeypatch.setattr(LocalTeacher, "tokens_together", 320)
     asked: list[int] = []
-    dense_signal = scoring.dense_signal
+    answer = LocalTeacher.answer
 
     def cut_off(*args: Any, **kwargs: Any) -> Any:
         if len(asked) == 25:
             raise KeyboardInterrupt
         asked.append(1)
-        return dense_signal(*args, **kwargs)
+        return answer(*args, **kwargs)
 
-    monkeypatch.setattr(scoring, "dense_signal", cut_off)
+    monkeypatch.setattr(LocalTeacher, "answer", cut_off)
     with pytest.raises(KeyboardInterrupt):
         run(raw)
     before = list(asked)
@@ -133,7 +134,7 @@ def test_stored_hidden_states_serve_every_divergence_and_every_layer(
     live = run(tiny.recipe(tmp_path, objective=EVERYTHING, folder=str(tmp_path / "live")))
     raw = recipe(tmp_path, {"kind": "hidden"}, objective=EVERYTHING)
     record_signals(raw)
-    monkeypatch.setattr(scoring, "look", _never)
+    monkeypatch.setattr(LocalTeacher, "answer", _never)
     stored = run(raw)
     steps = [losses(result) for result in (live, stored)]
     for theirs, ours in zip(*steps, strict=True):
@@ -257,7 +258,7 @@ def part(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_a_run_reads_the_store_of_another(part: tuple[Path, Path], monkeypatch: Any) -> None:
     folder, store = part
-    monkeypatch.setattr(scoring, "dense_signal", _never)
+    monkeypatch.setattr(LocalTeacher, "answer", _never)
     changes = {"data": {**WHOLE, "train_tokens": 1500}, "train": {"batch_size": 2}}
     signals = {"store": str(store)}
     result = run(tiny.recipe(folder, folder=str(folder / "b"), signals=signals, **changes))
@@ -322,5 +323,5 @@ def test_a_batch_without_supervised_tokens_can_be_read(part: tuple[Path, Path]) 
     _, store = part
     ids_RL = torch.arange(8)[None]
     batch = {"input_ids": ids_RL, "labels": torch.full_like(ids_RL, -100), "position_ids": ids_RL}
-    signal = open_store(store).read(scoring.segments_of(batch))
+    signal = open_store(store).read(segments_of(batch))
     assert signal.ids_NK.shape[0] == signal.tail_N.shape[0] == 0

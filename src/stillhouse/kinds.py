@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from rich.console import RenderableType
-
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_run import EXTRACT, GENERATE
 from stillhouse.classify.classify_config import ClassifyRecipe
@@ -11,7 +9,7 @@ from stillhouse.classify.classify_run import CLASSIFY
 from stillhouse.config.load import AnyRecipe
 from stillhouse.family.family import FAMILY
 from stillhouse.language_model.language_model import LANGUAGE_MODEL
-from stillhouse.pipeline.kind import Kind, RunResult
+from stillhouse.pipeline.kind import Kind
 
 KINDS = (LANGUAGE_MODEL, FAMILY, CLASSIFY, EXTRACT, GENERATE)
 
@@ -20,9 +18,3 @@ def kind_of(recipe: AnyRecipe) -> Kind:
     if isinstance(recipe, ClassifyRecipe | AnsweringRecipe):
         return next(kind for kind in KINDS if kind.name == recipe.task.kind)
     return LANGUAGE_MODEL if recipe.cascade is None else FAMILY
-
-
-def tables(result: RunResult) -> list[RenderableType]:
-    """A result's evaluation for the terminal."""
-    kind = next(kind for kind in KINDS if kind.name == result.kind)
-    return kind.tables(result.evaluation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,11 @@ def test_json_of_an_api_is_checked_learnt_and_measured_beside_every_baseline(
     assert answers["kept"] + answers["dropped"]["json_schema"] == 16
     assert answers["dropped"]["json_schema"] == 4 - round(4 * (1 - teacher["valid"]))
     page = result.report.read_text()
-    assert "Field by field" in page
+    assert {"Field F1: name", "Field F1: age"} <= set(re.findall("Field F1: [a-z]+", page))
     card = (result.model / "README.md").read_text()
-    assert "F1 of the fields, to the true answers" in card
+    assert "Field F1, reference answers" in card
     assert "**the provider's terms**. Warning: terms of an API" in card
-    for part in ("| model.safetensors | ", "This export differs", "## Limits", "training texts"):
+    for part in ("| model.safetensors | ", "This export (", "## Limits", "training texts"):
         assert part in card
     path = tmp_path / "recipe.yaml"
     path.write_text((tmp_path / "run" / "recipe.yaml").read_text())

@@ -12,6 +12,8 @@ from stillhouse.answering.answering_job import find_answering, training_recipe
 from stillhouse.check import check_recipe
 from stillhouse.config.load import parse_recipe
 from stillhouse.errors import RecipeError
+from stillhouse.generation.generation_config import VllmTeacher
+from stillhouse.generation.text_teacher import LocalText
 from stillhouse.objectives.objective_config import LogitsTerm
 from tests.answering import toys
 
@@ -55,11 +57,11 @@ def test_check_warns_of_distributions_that_the_teacher_would_not_have(tmp_path: 
 
 def test_vllm_writes_the_answers_of_a_model(tmp_path: Path) -> None:
     recipe = parsed(tmp_path, teacher={"vllm": {"tensor_parallel": 2, "context": 512}})
-    asked = find_answering(recipe, tmp_path).questions(tmp_path).teacher
-    assert asked.local is None
-    assert asked.vllm is not None
-    assert asked.vllm.model == str(tmp_path / "teacher")
-    assert (asked.vllm.tensor_parallel, asked.vllm.context) == (2, 512)
+    source = find_answering(recipe, tmp_path).source()
+    assert isinstance(source, LocalText)
+    assert isinstance(source.own, VllmTeacher)
+    assert source.source.path == tmp_path / "teacher"
+    assert (source.own.tensor_parallel, source.own.context) == (2, 512)
     told = check_recipe(recipe, base=tmp_path)
     errors = {one.topic for one in told if one.level == "error"}
     assert errors == {"vLLM"}

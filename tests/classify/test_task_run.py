@@ -57,7 +57,7 @@ def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
     assert "text-classification" in card
     digest = hashlib.sha256((result.model / "model.safetensors").read_bytes()).hexdigest()
     assert f"| model.safetensors | {digest} |" in card
-    for part in ("## License", "## Limits", "| teacher |", "training texts", "Read again"):
+    for part in ("## License", "## Limits", "| teacher |", "training texts", "Loaded by a process"):
         assert part in card
     assert all(stage.reused for stage in run(raw).stages)
 
@@ -236,7 +236,7 @@ def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> 
         assert len(stub.payloads) == 4
         said = "4 of 40 requests are answered; the rest takes about 774 tokens"
         assert found["judgment"].text.startswith(said)
-        assert "95 % likely" in found["judgment"].text
+        assert "95% likely" in found["judgment"].text
         run(raw)
         assert len(stub.payloads) == 40
 
@@ -248,7 +248,7 @@ def test_check_says_that_a_run_is_asking(tmp_path: Path) -> None:
     with Journal(answers_path(parse_recipe(raw))):
         found = [(one.level, one.text) for one in check_recipe(path, calls=3)]
     assert not [text for level, text in found if level == "error"]
-    assert any(level == "warning" and "a run is asking now" in text for level, text in found)
+    assert any(level == "warning" and "a run has the journal open" in text for level, text in found)
 
 
 # --- a teacher behind an API ---------------------------------------------------------------------
@@ -498,13 +498,13 @@ def test_a_classifier_is_shipped_as_onnx_and_its_page_tells(tmp_path: Path) -> N
     card = (result.folder / "onnx-int8" / "README.md").read_text()
     assert "library_name: onnx" in card
     assert "for onnxruntime" in card
-    assert "inputs while it runs" in card
-    assert re.search(r"In onnxruntime this file \(onnx-int8, .* nats a text", card)
+    assert "their inputs dynamically" in card
+    assert re.search(r"In onnxruntime this file \(onnx-int8, .* nats/text", card)
     assert "| model.onnx | " in card
-    assert "inputs while it runs" not in (result.folder / "onnx" / "README.md").read_text()
+    assert "their inputs dynamically" not in (result.folder / "onnx" / "README.md").read_text()
     page = result.report.read_text()
     assert "onnx-int8" in page
-    assert "Of the checkpoint’s" in page
+    assert "Relative to the checkpoint" in page
 
 
 @pytest.mark.parametrize(

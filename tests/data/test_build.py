@@ -11,10 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from stillhouse.data.batches import collate
 from stillhouse.data.build_data import DataSummary, build
 from stillhouse.data.data_config import DataRecipe
 from stillhouse.data.preview import CONTEXT, LEARNT, preview
-from stillhouse.data.windows import Windows, collate, open_windows
+from stillhouse.data.windows import Windows, open_windows
 from stillhouse.errors import DataError
 
 from .toys import byte_level, chat, write_jsonl

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from rich.table import Table
 
+from stillhouse.evaluate.metrics import metrics_of, perplexity_retention
+from stillhouse.evaluate.metrics_table import MetricsTable, to_markdown, to_rich
 from stillhouse.evaluate.results import Evaluation, Fidelity, Generation, ModelResult, Speed
-from stillhouse.evaluate.retention_table import perplexity_retention, retention_table, task_table
+from stillhouse.evaluate.roles import ROLE_NAMES
 
 TEACHER = ModelResult(
     role="teacher",
@@ -32,31 +35,49 @@ STUDENT = ModelResult(
 )
 
 
-def render(table: Table, width: int = 100) -> str:
+def render(evaluation: Evaluation, width: int = 100) -> str:
     out = StringIO()
-    Console(file=out, width=width, color_system=None).print(table)
+    Console(file=out, width=width, color_system=None).print(to_rich(metrics_of(evaluation)))
     return out.getvalue()
 
 
+def shown(text: str, name: str) -> list[list[str]]:
+    """The cells of a row and of the line below it."""
+    lines = text.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.strip().startswith(name))
+    return [re.split(r"\s{2,}", line.strip()) for line in lines[start : start + 2]]
+
+
 def test_figures_and_their_percent_of_the_teacher() -> None:
-    text = render(retention_table(Evaluation([TEACHER, STUDENT], [])))
-    student = text[text.index("student") :].splitlines()
-    first, second = (line.replace("│", " ").split() for line in student[:2])
-    assert first == [
-        *("student", "48.5", "0.431", "66.1%", "0.031"),
-        *("108.0M", "216.0MB", "1,250", "25.0", "800.0MB"),
-    ]
-    percents = [cell for cell in second if cell.endswith("%")]
-    assert percents == ["80%", "80%", "80%", "125%", "125%", "80%"]
+    text = render(Evaluation([TEACHER, STUDENT], [], ["A note."]))
+    for name, figure, percent in (
+        ("Top-1 agreement", "66.1%", None),
+        ("KL to the teacher (nats/token)", "0.431", None),
+        ("Perplexity", "48.50", "80% of teacher"),
+        ("Calibration error", "3.1%", None),
+        ("Parameters", "108.0M", "80% of teacher"),
+        ("Size on disk", "216\u00a0MB", "80% of teacher"),
+        ("Prefill (tokens/s)", "1,250", "125% of teacher"),
+        ("Decoding (tokens/s)", "25.0", "125% of teacher"),
+        ("Peak memory", "800\u00a0MB", "80% of teacher"),
+    ):
+        first, second = shown(text, name)
+        assert first[-1] == figure, name
+        assert percent is None or second == [percent], name
+    assert text.rstrip().endswith("A note.")
 
 
-def test_usual_figures_fit_a_terminal_of_80_columns() -> None:
-    text = render(retention_table(Evaluation([TEACHER, STUDENT], [])), width=80)
+@pytest.mark.parametrize("roles", [["student"], list(ROLE_NAMES)[1:]])
+def test_it_fits_a_terminal_of_80_columns(roles: list[str]) -> None:
+    models = [replace(STUDENT, role=role) for role in roles]
+    text = render(Evaluation([TEACHER, *models], []), width=80)
     assert "…" not in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+    assert text.count("0.431") == len(roles), "no figure is broken"
 
 
 @pytest.mark.parametrize("speed", [STUDENT.speed, None])
-def test_it_fits_a_terminal_of_100_columns(speed: Speed | None) -> None:
+def test_long_figures_fit_a_terminal_of_100_columns(speed: Speed | None) -> None:
     worst = ModelResult(
         role="fine_tuned",
         parameters=888_888_888_888,
@@ -65,19 +86,19 @@ def test_it_fits_a_terminal_of_100_columns(speed: Speed | None) -> None:
         fidelity=Fidelity(88888.88, 18.888, 0.8888, 0.888, 1),
         speed=Speed(88888.8, 8888.8, 888_888_888_888) if speed else None,
     )
-    text = render(retention_table(Evaluation([TEACHER, worst], [])))
+    text = render(Evaluation([TEACHER, worst], []))
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "…" not in text
 
 
-def test_speed_columns_are_left_out_when_speed_was_not_measured() -> None:
+def test_speed_rows_are_left_out_when_speed_was_not_measured() -> None:
     silent = ModelResult("teacher", 10, 5, 40, Fidelity(38.8, 0.0, 1.0, 0.028, 8))
-    assert "decode" not in render(retention_table(Evaluation([silent], [])))
+    assert "Decoding" not in render(Evaluation([silent], []))
 
 
 def test_without_a_teacher_there_are_figures_but_no_percent_lines() -> None:
-    text = render(retention_table(Evaluation([STUDENT], [])))
-    assert "48.5" in text
+    text = render(Evaluation([STUDENT], []))
+    assert "48.50" in text
     assert "80%" not in text
 
 
@@ -86,13 +107,25 @@ def test_perplexity_retention_is_the_inverse_ratio() -> None:
     assert perplexity_retention(TEACHER, TEACHER) == 1.0
 
 
-def test_tasks_have_a_table_of_their_own() -> None:
-    table = task_table(Evaluation([TEACHER, STUDENT], []))
-    assert table is not None
-    text = render(table)
-    assert "toy/acc" in text
-    assert "75%" in text
-    assert task_table(Evaluation([], [])) is None
+def test_tasks_have_a_row_each() -> None:
+    first, second = shown(render(Evaluation([TEACHER, STUDENT], [])), "toy/acc")
+    assert first == ["toy/acc", "0.800", "0.600"]
+    assert second == ["75% of teacher"]
+    assert metrics_of(Evaluation([], [])).rows == []
+
+
+def test_the_terminal_and_the_card_read_the_same() -> None:
+    table = metrics_of(Evaluation([TEACHER, STUDENT], [], ["A note."]))
+    card = to_markdown(table)
+    assert card.startswith(
+        "Measured on 8,160 positions of held-out text:\n\n|  | Teacher | Student, distilled |"
+    )
+    assert "| Perplexity, held-out text | 38.80 | 48.50 (80% of teacher) |" in card
+    assert "| Size on disk | 269 MB | 216 MB (80% of teacher) |" in card
+    assert "\n- Top-1 agreement: share of held-out positions" in card
+    assert card.endswith("- A note.")
+    named = MetricsTable.of_text(["what", "a|b"], [["x\ny", "1"]])
+    assert to_markdown(named) == "| what | a\\|b |\n| --- | --- |\n| x y | 1 |"
 
 
 def test_an_evaluation_survives_being_saved(tmp_path: Path) -> None:

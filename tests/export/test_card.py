@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from stillhouse.evaluate.metrics import metrics_of
 from stillhouse.evaluate.results import Evaluation, Fidelity, ModelResult
 from stillhouse.export.gate import ReplayResult
 from stillhouse.export.licenses import (
@@ -19,25 +20,27 @@ from stillhouse.export.licenses import (
     license_warning,
     teacher_license,
 )
-from stillhouse.export.model_card import CardFacts, write_card
+from stillhouse.export.model_card import ModelCard, write_language_model_card
 
 FREE = License("apache-2.0")
 
 
-def facts(license_: License = FREE, *others: Origin) -> CardFacts:
+def card_of(license_: License = FREE, *others: Origin) -> ModelCard:
     def result(role: str, kl: float) -> ModelResult:
         return ModelResult(
             role, 1_000_000, 800_000, 2_000_000, Fidelity(10 + kl, kl, 0.9, 0.1, 512)
         )
 
     evaluation = Evaluation([result("teacher", 0), result("student", 0.25)], [])
-    return CardFacts(
+    return ModelCard(
         name="small",
+        pipeline="text-generation",
+        about=["A student distilled from org/large."],
+        metrics=metrics_of(evaluation),
         origins=[Origin(TEACHER, "org/large (commit 0123)", license_), *others],
         data="1,000 training tokens from corpus python-reference",
         recipe="name: small\n",
         hashes={"teacher": "abc"},
-        evaluation=evaluation,
     )
 
 
@@ -46,13 +49,20 @@ REPLAY = ReplayResult("gguf-q8_0", "q8_0", 0.001, 0.02, 0.98, 256, 1_000, [], ["
 
 def test_a_card_names_teacher_data_recipe_hashes_and_what_was_kept(tmp_path: Path) -> None:
     (tmp_path / "small.gguf").write_bytes(b"weights")
-    write_card(tmp_path, facts(), REPLAY)
+    write_language_model_card(tmp_path, card_of(), REPLAY)
     card = (tmp_path / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["license"] == "apache-2.0"
     assert head["base_model"] == "org/large"
     assert head["library_name"] == "gguf"
-    assert "| student | 0.250 | 90.0% | 10.25 (98%) | 1.0 M | 2.0 MB |" in card
+    for row in (
+        "| KL to the teacher (nats/token) | 0 | 0.250 |",
+        "| Top-1 agreement | 90.0% | 90.0% |",
+        "| Perplexity, held-out text | 10.00 | 10.25 (98% of teacher) |",
+        "| Parameters | 1.000M | 1.000M (100% of teacher) |",
+        "| Size on disk | 2.00 MB | 2.00 MB (100% of teacher) |",
+    ):
+        assert row in card
     assert "| teacher | abc |" in card
     assert f"| small.gguf | {hashlib.sha256(b'weights').hexdigest()} |" in card
     for part in ("1,000 training tokens", "name: small", "- a note", "differs", "98.0%"):
@@ -91,7 +101,7 @@ def test_licenses_that_restrict_students_are_warned_of(
     tmp_path: Path, license_: str, word: str
 ) -> None:
     assert word in str(license_warning(license_))
-    write_card(tmp_path, facts(License(license_)), REPLAY)
+    write_language_model_card(tmp_path, card_of(License(license_)), REPLAY)
     assert f"**{license_}**. Warning: " in (tmp_path / "README.md").read_text()
 
 
@@ -136,7 +146,7 @@ def test_a_license_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
         "---\nlicense: other\nlicense_name: apple-amlr\nlicense_link: LICENSE\n---\n"
     )
     found = find_license(None, tmp_path)
-    write_card(tmp_path, facts(found), REPLAY)
+    write_language_model_card(tmp_path, card_of(found), REPLAY)
     card = (tmp_path / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["license"] == "other"
@@ -147,14 +157,14 @@ def test_a_license_of_its_own_keeps_its_name_and_link(tmp_path: Path) -> None:
 
 def test_every_model_that_took_part_is_named_with_its_license(tmp_path: Path) -> None:
     start = Origin("The student's start", "meta/small (commit 4567)", License("llama3.2"))
-    write_card(tmp_path, facts(FREE, start), REPLAY)
+    write_language_model_card(tmp_path, card_of(FREE, start), REPLAY)
     card = (tmp_path / "README.md").read_text()
     head = yaml.safe_load(card.split("---")[1])
     assert head["base_model"] == ["org/large", "meta/small"]
     assert head["license"] == "llama3.2", "the one that binds"
     assert "The student's start, meta/small (commit 4567): **llama3.2**. Warning: Meta" in card
     guide = Origin("Another teacher", "google/large (commit 89)", License("gemma"))
-    write_card(tmp_path, facts(FREE, start, guide), REPLAY)
+    write_language_model_card(tmp_path, card_of(FREE, start, guide), REPLAY)
     head = yaml.safe_load((tmp_path / "README.md").read_text().split("---")[1])
     assert head["license"] == "other", "two bind, and neither speaks for both"
     warned = [line.text.split(":")[0] for line in license_lines([start, guide])]

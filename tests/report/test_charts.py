@@ -8,38 +8,40 @@ from dataclasses import replace
 import pytest
 
 from stillhouse.evaluate.results import Evaluation
-from stillhouse.report import charts
-from stillhouse.report.charts import Chart
-from stillhouse.report.history import training_curve
-from stillhouse.report.report_data import StageCost
+from stillhouse.report.charts import Chart, MatrixChart, draw
+from stillhouse.report.history import training_charts
+from stillhouse.report.language_model_report import size_chart, speed_charts
+from stillhouse.report.sections import stage_charts
+from stillhouse.runfolder import Cost
+from tests.report.conftest import finished
 
 NAMESPACE = "{http://www.w3.org/2000/svg}"
 
 
 def words(chart: Chart) -> list[str]:
-    root = ElementTree.fromstring(chart.svg)
+    root = ElementTree.fromstring(draw(chart, "key"))
     assert root.attrib["role"] == "img"
     assert root.attrib["aria-label"] == chart.alt
     return ["".join(node.itertext()) for node in root.iter(f"{NAMESPACE}text")]
 
 
-def test_training_chart(history: list[dict[str, float]]) -> None:
-    curve = training_curve(history)
-    assert curve is not None
-    chart = charts.training_chart(curve)
+def test_training_charts(history: list[dict[str, float]]) -> None:
+    chart, gradient = training_charts(history, "token")
     shown = words(chart)
     assert "training tokens (thousands)" in shown
-    assert "KL to the teacher (nats a token)" in shown
-    assert "held-out text" in shown
-    assert chart.svg == charts.training_chart(curve).svg, "the same data, the same bytes"
-    assert "<metadata" not in chart.svg
+    assert "KL to the teacher (nats/token)" in shown
+    assert {"each step", "smoothed", "held-out text"} <= set(shown)
+    assert "smoothed: 2.7" in chart.alt
+    assert "gradient norm before clipping" in words(gradient)
+    drawn = draw(chart, "key")
+    assert drawn == draw(chart, "key"), "the same data, the same bytes"
+    assert "<metadata" not in drawn
 
 
 def test_quality_charts(evaluation: Evaluation) -> None:
-    size, speed = charts.size_chart(evaluation.models), charts.speed_chart(evaluation.models)
-    assert speed is not None
+    size, [speed] = size_chart(evaluation.models), speed_charts(evaluation.models)
     assert "parameters (millions)" in words(size)
-    assert "KL to the teacher (nats a token)" in words(size)
+    assert "KL to the teacher (nats/token)" in words(size)
     assert {"decoding speed (tokens/s)", "top-1 agreement (%)"} <= set(words(speed))
     for chart in (size, speed):
         shown = " ".join(words(chart))
@@ -50,7 +52,7 @@ def test_quality_charts(evaluation: Evaluation) -> None:
 
 def test_far_off_untrained_student_does_not_squash_the_others(evaluation: Evaluation) -> None:
     """It is drawn at the edge, with its true value in its label."""
-    shown = words(charts.size_chart(evaluation.models))
+    shown = words(size_chart(evaluation.models))
     assert "Student, untrained: 3.14 ↑" in shown
     assert "Student, distilled" in shown
 
@@ -58,7 +60,7 @@ def test_far_off_untrained_student_does_not_squash_the_others(evaluation: Evalua
 def test_close_points_get_labels_that_do_not_overlap(evaluation: Evaluation) -> None:
     fidelity = replace(evaluation.models[2].fidelity, kl=0.481)
     models = [replace(model, fidelity=fidelity) for model in evaluation.models[1:]]
-    root = ElementTree.fromstring(charts.size_chart(models).svg)
+    root = ElementTree.fromstring(draw(size_chart(models), "key"))
     heights = []
     for node in root.iter(f"{NAMESPACE}text"):
         if "".join(node.itertext()).startswith("Student"):
@@ -69,19 +71,29 @@ def test_close_points_get_labels_that_do_not_overlap(evaluation: Evaluation) -> 
 
 
 def test_no_speed_no_chart(evaluation: Evaluation) -> None:
-    assert charts.speed_chart([replace(m, speed=None) for m in evaluation.models]) is None
+    assert speed_charts([replace(m, speed=None) for m in evaluation.models]) == []
 
 
 def test_stage_charts() -> None:
-    stages = [StageCost("data", 3.0), StageCost("train", 125.0, 10, 5_000_000, reused=True)]
-    seconds, flops = charts.stage_charts(stages)
+    stages = [
+        finished("data", Cost(3.0)),
+        finished("train", Cost(125.0, 10, 5_000_000), reused=True),
+    ]
+    seconds, flops = stage_charts(stages)
     assert {"seconds", "data", "train (reused)", "2 min 05 s"} <= set(words(seconds))
     assert "floating-point operations (×\u00a010⁶)" in words(flops)
-    assert charts.stage_charts([StageCost("data", 3.0)])[0].title == "Time by stage"
-    assert len(charts.stage_charts([StageCost("data", 3.0)])) == 1
-    assert charts.stage_charts([]) == []
+    assert stage_charts([finished("data", Cost(3.0))])[0].title == "Time by stage"
+    assert len(stage_charts([finished("data", Cost(3.0))])) == 1
+    assert stage_charts([]) == []
 
 
 @pytest.mark.parametrize("name", ["<script>&", "$x_1$", "100 %", "a\\frac{b"])
 def test_names_are_shown_as_they_are(name: str) -> None:
-    assert name in words(charts.stage_charts([StageCost(name, 3.0)])[0])
+    assert name in words(stage_charts([finished(name, Cost(3.0))])[0])
+
+
+def test_a_confusion_matrix_says_what_is_taken_for_what() -> None:
+    matrix = MatrixChart("Errors", "student", "true", ["cat", "dog"], [[3, 1], [2, 4]])
+    assert matrix.errors() == [("dog", "cat", 2), ("cat", "dog", 1)]
+    assert matrix.alt.startswith("Errors: 7 of 10 on the diagonal. dog taken for cat: 2.")
+    assert {"cat", "dog", "3", "4", "student", "true"} <= set(words(matrix))

@@ -1,4 +1,4 @@
-"""The family's page: what it shows of every member, and what it leaves out when nobody measured."""
+"""The family's page: what it shows of every member, and what it leaves out."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ from dataclasses import replace
 
 import pytest
 
-from stillhouse.evaluate.results import Fidelity
-from stillhouse.report import report_text as text
-from stillhouse.report.family_page import (
+from stillhouse import number_format as text
+from stillhouse.evaluate.family_evaluation import (
     CutTeacher,
-    FamilyReport,
-    FromScratch,
+    FamilyEvaluation,
     Member,
-    ScratchMember,
-    render_family_report,
+    ScratchTraining,
 )
+from stillhouse.evaluate.results import Fidelity
+from stillhouse.report.family_report import family_report
+from stillhouse.report.page import render
+from stillhouse.report.sections import RunFacts
 from tests.report.conftest import model
+
+
+def page_of(family: FamilyEvaluation) -> str:
+    return render(family_report(RunFacts("family", "2026-11-24 04:12", {}), family))
 
 
 def member(name: str, parameters: int, kl: float, decoding: float | None) -> Member:
@@ -34,65 +39,65 @@ def member(name: str, parameters: int, kl: float, decoding: float | None) -> Mem
 
 
 @pytest.fixture
-def report() -> FamilyReport:
-    return FamilyReport(
-        title="family",
+def family() -> FamilyEvaluation:
+    return FamilyEvaluation(
         teacher=model("teacher", 134_515_008, Fidelity(18.7, 0.0, 1.0, 0.02, 8123), 20.0),
         members=[
             member("108m", 107_961_408, 0.3512, 1.25),
             member("70m", 70_000_000, 0.6123, 1.75),
         ],
         chained=True,
+        watts=20.0,
     )
 
 
 def test_a_teacher_that_lost_tokens_is_told_apart_from_the_whole_one(
-    report: FamilyReport,
+    family: FamilyEvaluation,
 ) -> None:
     cut = CutTeacher((49152, 24576), (148_670_784, 134_515_008), (18.5, 18.1))
-    page = render_family_report(replace(report, cut=cut))
+    page = page_of(replace(family, cut=cut))
     assert f"down to {text.percent(70_000_000 / 148_670_784)} of the teacher’s parameters" in page
-    assert "the cut teacher’s likeliest next token" in page
+    assert "the cut teacher’s top-1 token" in page
     assert "24,576 of its 49,152 tokens" in page
     assert "its perplexity is 18.1, where the whole teacher’s is 18.5" in page
-    assert "perplexity is" not in render_family_report(
-        replace(report, cut=replace(cut, perplexity=None))
-    )
-    assert "cut teacher" not in render_family_report(report)
+    assert "perplexity is" not in page_of(replace(family, cut=replace(cut, perplexity=None)))
+    assert "cut teacher" not in page_of(family)
 
 
-def test_every_member_has_its_size_quality_speed_and_memory(report: FamilyReport) -> None:
-    page = render_family_report(report)
-    for shown in ("0.351", "1.25 ×", "0.612", "1.75 ×", text.size(1_200_000_000)):
+def test_every_member_has_its_size_quality_speed_and_memory(family: FamilyEvaluation) -> None:
+    page = page_of(family)
+    for shown in ("0.351", "1.25\u00a0×", "0.612", "1.75\u00a0×", text.size(1_200_000_000)):
         assert shown in page
     for parameters in (134_515_008, 107_961_408, 70_000_000):
         assert text.count(parameters) in page
     assert "Quality against speed" in page
-    assert "70m: 1.75 times the teacher’s, KL 0.612" in page
+    assert "108m: 1.25, 0.351; 70m: 1.75, 0.612" in page
+    assert "FFN size 1,536 → 1,024" in page
+    assert "0.0033 kWh, at an assumed 20 W" in page  # 600 s
 
 
-def test_what_random_weights_would_take_has_time_and_energy(report: FamilyReport) -> None:
-    members = [
-        ScratchMember(name, tokens, tokens / 2, 2 * tokens, 5.0, 10**9)
-        for name, tokens in (("108m", 3.6e6), ("70m", 3.6e12))
-    ]
-    scratch = FromScratch(members, 10**5, [(10**4, 4.0), (10**5, 3.0)], 0.1, 10.0, rate=1e12)
-    page = render_family_report(replace(report, scratch=scratch, watts=20.0))
-    # 3.6 million tokens of 10⁹ FLOPs at 10¹² a second: an hour at 20 W.
-    assert "1 h 00 min" in text_of(page)
-    assert "0.02 kWh" in page
-    assert f"{text.ratio(3.6e9 / 31_557_600)} years" in text_of(page)
-    assert "1,000 GFLOP/s" in text_of(page)
-    assert "Time and energy are extrapolated" in page
-    assert "kWh" not in render_family_report(replace(report, scratch=scratch))
+def test_training_from_random_weights_stands_beside_the_member_at_equal_tokens(
+    family: FamilyEvaluation,
+) -> None:
+    """Where it was measured; between two measurements by a straight line, and never beyond."""
+    scratch = ScratchTraining([(40_000, 4.0), (80_000, 3.0)], flops=10**13, seconds=3600.0)
+    assert scratch.kl_at(40_000) == 4.0
+    assert scratch.kl_at(60_000) == 3.5
+    assert scratch.kl_at(80_001) is None
+    page = page_of(replace(family, scratch=scratch))
+    assert (
+        "After 60,000 tokens it has a KL of 3.50 nats/token; 108m has 0.351 after as many" in page
+    )
+    assert "1 h 00 min" in page.replace(text.NBSP, " ")
+    short = ScratchTraining([(10_000, 6.0), (20_000, 5.0)], flops=10**12, seconds=60.0)
+    page = page_of(replace(family, scratch=short))
+    assert "After 20,000 tokens, its last measurement, it has a KL of 5.00 nats/token" in page
+    assert "108m has 0.351 after 60,000" in page
+    assert "random weights" not in page_of(family)
 
 
-def text_of(page: str) -> str:
-    return page.replace(text.NBSP, " ")
-
-
-def test_what_was_not_measured_for_every_member_is_not_drawn(report: FamilyReport) -> None:
-    members = [report.members[0], replace(report.members[1], decoding=None)]
-    page = render_family_report(replace(report, members=members))
-    assert "1.25 ×" in page
+def test_what_was_not_measured_for_every_member_is_not_drawn(family: FamilyEvaluation) -> None:
+    members = [family.members[0], replace(family.members[1], decoding=None)]
+    page = page_of(replace(family, members=members))
+    assert "1.25\u00a0×" in page
     assert "Quality against speed" not in page

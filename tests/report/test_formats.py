@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from stillhouse.report.formats import form_charts, form_rows, forms
-from stillhouse.report.report_data import ReportData
-from stillhouse.report.write import render_report
+from stillhouse.evaluate.results import Evaluation
+from stillhouse.report.formats import form_charts, form_table, forms
+from stillhouse.report.language_model_report import language_model_report
+from stillhouse.report.page import render
+from stillhouse.report.sections import RunFacts
 
 
-def test_teacher_checkpoint_and_every_export_are_forms(data: ReportData) -> None:
-    assert data.evaluation is not None
-    models = {model.role: model for model in data.evaluation.models}
-    found = forms(models, data.replays)
+def test_teacher_checkpoint_and_every_export_are_forms(
+    evaluation: Evaluation, replays: list[dict[str, Any]]
+) -> None:
+    models = {model.role: model for model in evaluation.models}
+    found = forms(models, replays)
     assert [form.name for form in found] == ["Teacher", "Checkpoint", "safetensors", "gguf-q4_k_m"]
     teacher, checkpoint, plain, quantized = found
     assert teacher.kl == 0
@@ -24,17 +27,17 @@ def test_teacher_checkpoint_and_every_export_are_forms(data: ReportData) -> None
     assert checkpoint.bytes == 4 * models["student"].parameters
     assert plain.speedup == pytest.approx(30 / 20)
     assert quantized.speedup is None, "its own runtime was not there"
-    assert form_rows(found)[3][4:] == ["–", "–"]
+    assert [cell.value for cell in form_table(found).rows[3].cells[3:]] == ["–", "–"]
 
 
 def test_of_a_quantized_student_the_full_precision_and_the_grid_are_forms(
-    data: ReportData,
+    evaluation: Evaluation,
+    replays: list[dict[str, Any]],
 ) -> None:
-    assert data.evaluation is not None
-    models = {model.role: model for model in data.evaluation.models}
+    models = {model.role: model for model in evaluation.models}
     student = models["student"]
     small = replace(student, role="quantized", bytes_on_disk=60_000_000, speed=None)
-    found = forms({**models, "quantized": small}, data.replays)
+    found = forms({**models, "quantized": small}, replays)
     names = ["Teacher", "Student", "On the grid", "safetensors", "gguf-q4_k_m"]
     assert [form.name for form in found] == names
     _, whole, grid = found[:3]
@@ -43,27 +46,30 @@ def test_of_a_quantized_student_the_full_precision_and_the_grid_are_forms(
     assert grid.bytes == 60_000_000
     assert (grid.kl, grid.tokens_per_s) == (0.482, 20.0)
     trained = replace(small, role="quantized_trained", bytes_on_disk=50_000_000)
-    both = forms({**models, "quantized": small, "quantized_trained": trained}, data.replays)
+    both = forms({**models, "quantized": small, "quantized_trained": trained}, replays)
     assert both[2].bytes == 50_000_000, "the last one is shipped"
     size, speed = form_charts(found)
     assert "Student: " in size.alt
     assert "On the grid: " in speed.alt
 
 
-def test_charts_leave_out_what_was_not_measured(data: ReportData) -> None:
-    assert data.evaluation is not None
-    models = {model.role: model for model in data.evaluation.models}
-    size, speed = form_charts(forms(models, data.replays))
-    assert "gguf-q4_k_m" in size.svg
-    assert "KL to the teacher (nats a token)" in size.svg
-    assert "gguf-q4_k_m" not in speed.svg
+def test_charts_leave_out_what_was_not_measured(
+    evaluation: Evaluation, replays: list[dict[str, Any]]
+) -> None:
+    models = {model.role: model for model in evaluation.models}
+    size, speed = form_charts(forms(models, replays))
+    assert "gguf-q4_k_m" in size.alt
+    assert "KL to the teacher (nats/token)" in size.y_label
+    assert "gguf-q4_k_m" not in speed.alt
     assert "safetensors: 1.50" in speed.alt
     assert form_charts([]) == []
 
 
-def test_replays_that_did_not_know_the_teacher_show_no_forms(data: ReportData) -> None:
-    without = [{**row, "teacher": None} for row in data.replays]
+def test_replays_that_did_not_know_the_teacher_show_no_forms(
+    facts: RunFacts, parts: dict[str, Any]
+) -> None:
+    without = [{**row, "teacher": None} for row in parts["replays"]]
     assert forms({}, without) == []
-    page = render_report(replace(data, replays=without))
+    page = render(language_model_report(facts, **{**parts, "replays": without}))
     assert "Quality against bytes" not in page
-    assert re.search("Quality against bytes and speed", render_report(data))
+    assert "Quality against bytes and speed" in render(language_model_report(facts, **parts))

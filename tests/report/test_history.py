@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from stillhouse.report.history import median, smooth, training_curve
+from stillhouse.report.history import median, smooth, training_charts
 
 
 def test_held_out_points_stand_at_the_tokens_of_their_step() -> None:
-    curve = training_curve(
+    chart = training_charts(
         [
             {"step": 0, "heldout_kl": 3.0},
             {"step": 10, "tokens": 1000, "loss": 2.0, "forward_kl": 2.0},
@@ -18,35 +18,41 @@ def test_held_out_points_stand_at_the_tokens_of_their_step() -> None:
             {"step": 20, "tokens": 3000, "loss": 1.0, "forward_kl": 1.0},
             {"step": 20, "heldout_kl": 1.5},
             {"step": 99, "heldout_kl": 1.4},
-        ]
-    )
-    assert curve is not None
-    assert curve.heldout_tokens == [0, 2000, 3000, 3000]
-    assert curve.heldout == [3.0, 2.0, 1.5, 1.4]
+        ],
+        "token",
+    )[0]
+    heldout = chart.lines[-1]
+    assert chart.x_label == "training tokens (thousands)"
+    assert heldout.x == [0, 2, 3, 3]
+    assert heldout.y == [3.0, 2.0, 1.5, 1.4]
 
 
 def test_loss_is_drawn_where_there_is_no_kl() -> None:
-    curve = training_curve([{"step": s, "tokens": s, "loss": 2.0} for s in (1, 2)])
-    assert curve is not None
-    assert curve.name == "Loss"
-    assert not curve.same_measure
+    rows: list[dict[str, float]] = [{"step": s, "tokens": s, "loss": 2.0} for s in (1, 2)]
+    [chart] = training_charts([*rows, {"step": 2, "heldout_kl": 1.0}], "token")
+    assert chart.y_label == "Loss (nats/token)"
+    assert chart.lines[-1].label == "held-out KL"
+
+
+def test_a_training_without_tokens_is_drawn_against_steps() -> None:
+    [chart] = training_charts([{"step": s, "loss": 2.0} for s in (1, 2)], "text")
+    assert (chart.x_label, chart.y_label) == ("optimizer steps", "Loss (nats/text)")
 
 
 def test_kl_at_a_temperature_is_not_the_held_out_measure() -> None:
     rows = [{"step": s, "tokens": s, "loss": 2.0, "forward_kl": 2.0} for s in (1, 2)]
-    curve = training_curve(rows, temperature=2.0)
-    assert curve is not None
-    assert curve.name == "KL to the teacher at temperature 2"
-    assert not curve.same_measure
+    rows.append({"step": 2, "heldout_kl": 1.0})
+    [chart] = training_charts(rows, "token", temperature=2.0)
+    assert chart.title == "KL to the teacher at temperature 2"
+    assert chart.lines[-1].label == "held-out KL"
 
 
 def test_values_that_are_not_finite_are_left_out() -> None:
     rows = [{"step": s, "tokens": s, "loss": v} for s, v in enumerate([1.0, math.nan, 3.0, None])]
-    curve = training_curve(rows)
-    assert curve is not None
-    assert curve.values == [1.0, 3.0]
-    assert training_curve(rows[:2]) is None
-    assert training_curve([]) is None
+    [chart] = training_charts(rows, "token")
+    assert chart.lines[0].y == [1.0, 3.0]
+    assert training_charts(rows[:2], "token") == []
+    assert training_charts([], "token") == []
 
 
 def test_smoothing_keeps_a_line_and_the_start() -> None:

@@ -10,12 +10,21 @@ from typing import Any
 
 import pytest
 
+from stillhouse import runfolder
 from stillhouse.errors import RunError
 from stillhouse.evaluate.results import Evaluation, Generation
-from stillhouse.report import write
-from stillhouse.report.report_data import ReportData, StageCost
-from stillhouse.report.view import build_page
-from stillhouse.report.write import render_report, write_report
+from stillhouse.report.language_model_report import language_model_report, student_facts
+from stillhouse.report.page import (
+    Report,
+    read_report,
+    redraw_report,
+    render,
+    write_page,
+    write_report,
+)
+from stillhouse.report.sections import RunFacts
+from stillhouse.runfolder import Cost
+from tests.report.conftest import finished
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 LOADING = {"src", "href", "xlink:href", "data", "poster", "srcset", "action", "background"}
@@ -65,8 +74,8 @@ class Reader(HTMLParser):
             self.text += data
 
 
-def test_page_is_well_formed_and_has_every_section(data: ReportData) -> None:
-    page = Reader(render_report(data))
+def test_page_is_well_formed_and_has_every_section(report: Report) -> None:
+    page = Reader(render(report))
     assert page.sections == [
         "kept",
         "training",
@@ -81,8 +90,8 @@ def test_page_is_well_formed_and_has_every_section(data: ReportData) -> None:
     assert page.tags.count("svg") == 8
 
 
-def test_page_loads_nothing(data: ReportData) -> None:
-    html = render_report(data)
+def test_page_loads_nothing(report: Report) -> None:
+    html = render(report)
     page = Reader(html)
     assert all(link.startswith("#") for link in page.links), page.links
     assert {link[1:] for link in page.links} <= set(page.ids), "a link leads nowhere"
@@ -90,65 +99,68 @@ def test_page_loads_nothing(data: ReportData) -> None:
     assert not re.search(r"@import|url\((?!#)", html)
 
 
-def test_headline_says_what_was_measured(data: ReportData) -> None:
-    text = Reader(render_report(data)).text.replace("\u00a0", " ")
+def test_headline_says_what_was_measured(report: Report) -> None:
+    text = Reader(render(report)).text.replace("\u00a0", " ")
     assert (
-        "The student keeps 66 % of the teacher’s top-1 choices at 80 % of its parameters and "
+        "The student keeps 66% of the teacher’s top-1 choices at 80% of its parameters and "
         "1.25 times its decoding speed, after 61,320 tokens of distillation." in text
     )
-    assert "Before training it kept 31 %; plain fine-tuning on the same tokens keeps 61 %." in text
+    assert "Before training it kept 31%; plain fine-tuning on the same tokens keeps 61%." in text
 
 
-def test_retention_is_given_as_percent_of_the_teacher(data: ReportData) -> None:
-    text = Reader(render_report(data)).text.replace("\u00a0", " ")
-    assert "85 % of the gap closed" in text  # 1 - 0.481 / 3.14
-    assert "75 % of teacher" in text  # perplexity: 18.7 / 24.9
-    assert "125 % of teacher" in text  # decoding speed: 25 / 20
+def test_retention_is_given_as_percent_of_the_teacher(report: Report) -> None:
+    text = Reader(render(report)).text.replace("\u00a0", " ")
+    assert "85% of the gap closed" in text  # 1 - 0.481 / 3.14
+    assert "75% of teacher" in text  # perplexity: 18.7 / 24.9
+    assert "125% of teacher" in text  # decoding speed: 25 / 20
 
 
-def test_costs_stand_beside_training_from_scratch(data: ReportData) -> None:
-    text = Reader(render_report(data)).text.replace("\u00a0", " ")
+def test_costs_stand_beside_training_from_scratch(report: Report) -> None:
+    text = Reader(render(report)).text.replace("\u00a0", " ")
     assert "From scratch, same tokens61,3203.97 × 10¹³" in re.sub(r"\s*\n\s*", "", text)
-    assert "From scratch, 20 tokens a parameter2.159 B1.40 × 10¹⁸" in re.sub(r"\s*\n\s*", "", text)
+    assert "From scratch, 20 tokens/parameter2.159B1.40 × 10¹⁸" in re.sub(r"\s*\n\s*", "", text)
     assert "5 min 44 s" in text  # the sum of the stages' seconds
 
 
 ATTACK = "<script>alert('&amp;')</script> & \"quoted\" $x_1$"
 
 
-def test_every_text_is_escaped(data: ReportData, evaluation: Evaluation) -> None:
+def test_every_text_is_escaped(
+    facts: RunFacts, parts: dict[str, Any], evaluation: Evaluation
+) -> None:
     """Titles, recipes, prompts, answers, stage names (in charts too), tasks, notes, versions."""
     student = evaluation.models[2]
     hostile = replace(
-        data,
+        facts,
         title=ATTACK,
         created=ATTACK,
         teacher=ATTACK,
         recipe={ATTACK: [ATTACK]},
-        evaluation=Evaluation(
+        stages=[finished(ATTACK, Cost(1.0, 2, 3))],
+        machine={ATTACK: ATTACK},
+        versions={ATTACK: ATTACK},
+    )
+    replay = {
+        "format": ATTACK,
+        "dtype": ATTACK,
+        "kl": 0.0,
+        "kl_limit": 0.0,
+        "top1_agreement": 1.0,
+        "bytes": 1,
+        "texts": [dict.fromkeys(("prompt", "source", "exported"), ATTACK)],
+        "notes": [ATTACK],
+    }
+    parts |= {
+        "evaluation": Evaluation(
             [*evaluation.models, replace(student, role=ATTACK, tasks={ATTACK: 0.1})],
             [Generation(ATTACK, {"teacher": ATTACK, ATTACK: ATTACK})],
             [ATTACK],
         ),
-        stages=[StageCost(ATTACK, 1.0, 2, 3)],
-        student={ATTACK: ATTACK},
-        replays=[
-            {
-                "format": ATTACK,
-                "dtype": ATTACK,
-                "kl": 0.0,
-                "kl_limit": 0.0,
-                "top1_agreement": 1.0,
-                "bytes": 1,
-                "texts": [dict.fromkeys(("prompt", "source", "exported"), ATTACK)],
-                "notes": [ATTACK],
-            }
-        ],
-        machine={ATTACK: ATTACK},
-        versions={ATTACK: ATTACK},
-        notes=[ATTACK],
-    )
-    page = Reader(render_report(hostile))
+        "student": {ATTACK: ATTACK},
+        "replays": [replay],
+        "notes": [ATTACK],
+    }
+    page = Reader(render(language_model_report(hostile, **parts)))
     assert "script" not in page.tags
     assert not [name for name in page.attributes if "quoted" in name]
     assert page.text.count(ATTACK) >= 15, "the text itself is shown as it is"
@@ -159,44 +171,51 @@ def test_every_text_is_escaped(data: ReportData, evaluation: Evaluation) -> None
     [
         ({"evaluation": None}, {"kept", "generations"}),
         ({"history": []}, {"training"}),
-        ({"stages": [], "scratch": None}, {"cost"}),
+        ({"stages": []}, {"cost"}),
         ({"student": {}}, {"student"}),
         ({"replays": []}, {"export"}),
         ({"recipe": {}, "machine": {}, "versions": {}}, {"again"}),
     ],
 )
 def test_section_hides_when_its_data_is_missing(
-    data: ReportData, missing: dict[str, Any], sections: set[str]
+    facts: RunFacts, parts: dict[str, Any], missing: dict[str, Any], sections: set[str]
 ) -> None:
-    whole = Reader(render_report(data))
-    less = Reader(render_report(replace(data, **missing)))
+    whole = Reader(render(language_model_report(facts, **parts)))
+    of_run = {key: value for key, value in missing.items() if key not in parts}
+    parts |= {key: value for key, value in missing.items() if key in parts}
+    less = Reader(render(language_model_report(replace(facts, **of_run), **parts)))
     assert set(whole.sections) - set(less.sections) == sections
 
 
 def test_report_of_nothing_but_a_name() -> None:
-    page = Reader(render_report(ReportData(title="empty", created="", recipe={})))
+    page = Reader(render(language_model_report(RunFacts("empty", "", {}))))
     assert page.sections == []
     assert "the student was not evaluated" in page.text
 
 
-def test_no_speed_no_baseline_no_generations(data: ReportData, evaluation: Evaluation) -> None:
+def test_no_speed_no_baseline_no_generations(
+    facts: RunFacts, parts: dict[str, Any], evaluation: Evaluation
+) -> None:
     models = [replace(m, speed=None, tasks={}) for m in evaluation.models if m.role != "fine_tuned"]
-    replays = [{**replay, "teacher": None} for replay in data.replays]
-    page = Reader(render_report(replace(data, evaluation=Evaluation(models, []), replays=replays)))
+    parts["replays"] = [{**replay, "teacher": None} for replay in parts["replays"]]
+    parts["evaluation"] = Evaluation(models, [])
+    page = Reader(render(language_model_report(facts, **parts)))
     assert "kept" in page.sections
     assert "generations" not in page.sections
-    for word in ("Decoding", "Peak memory7", "fine-tun", "decoding speed", "piqa"):
+    for word in ("Decoding", "Peak memory7", "fine-tun", "decoding", "piqa"):
         assert word not in page.text
 
 
-def test_student_without_a_teacher_has_no_ratio(data: ReportData, evaluation: Evaluation) -> None:
-    alone = Evaluation([m for m in evaluation.models if m.role == "student"], [])
-    text = Reader(render_report(replace(data, evaluation=alone))).text
+def test_student_without_a_teacher_has_no_ratio(
+    facts: RunFacts, parts: dict[str, Any], evaluation: Evaluation
+) -> None:
+    parts["evaluation"] = Evaluation([m for m in evaluation.models if m.role == "student"], [])
+    text = Reader(render(language_model_report(facts, **parts))).text
     assert "of teacher" not in text
     assert "66" in text
 
 
-def test_student_summary_is_read_to_its_parts(data: ReportData) -> None:
+def test_student_summary_is_read_to_its_parts(facts: RunFacts) -> None:
     """A part's facts stand beside the others, empty ones are left out, notes join the notes."""
     summary = {
         "start": "pruned",
@@ -209,57 +228,72 @@ def test_student_summary_is_read_to_its_parts(data: ReportData) -> None:
         },
         "notes": ["The vocabulary has 3 padding rows."],
     }
-    page = build_page(replace(data, student=summary))
-    assert page.student_facts == [
+    assert student_facts(summary) == [
         ("Start", "pruned"),
         ("Parameters", "107,972,928"),
         ("FFN size", "1,536 → 1,024"),
         ("Kept layers", "0–2, 5"),
     ]
-    assert {"Layer 3 was hard to refit.", "The vocabulary has 3 padding rows."} <= set(page.notes)
+    notes = language_model_report(facts, student=summary).section("notes")
+    assert notes is not None
+    assert set(notes.items) == {"Layer 3 was hard to refit.", "The vocabulary has 3 padding rows."}
 
 
-def test_data_survives_json(data: ReportData, tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text(data.to_json(), encoding="utf-8")
-    loaded = ReportData.load(tmp_path / "report.json")
-    for part in fields(ReportData):
-        assert getattr(loaded, part.name) == getattr(data, part.name), part.name
-    assert render_report(loaded) == render_report(data), "the page depends on the data alone"
+def test_report_survives_json(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path / "report.html")
+    loaded = read_report(tmp_path / "report.json")
+    for part in fields(Report):
+        assert getattr(loaded, part.name) == getattr(report, part.name), part.name
+    assert render(loaded) == render(report), "the page depends on the data alone"
+
+
+def test_the_page_of_a_run_folder_is_drawn_again(report: Report, tmp_path: Path) -> None:
+    """Through the link to the stage that wrote it; of a family, its own page."""
+    page = tmp_path / "stages" / "report-1" / "report.html"
+    write_report(report, page)
+    (tmp_path / "report.html").symlink_to(page)
+    first = page.read_text(encoding="utf-8")
+    page.write_text("", encoding="utf-8")
+    assert redraw_report(tmp_path) == page
+    assert page.read_text(encoding="utf-8") == first
+    write_report(replace(report, title="a family"), tmp_path / "family.html")
+    assert redraw_report(tmp_path, tmp_path / "other.html") == tmp_path / "other.html"
+    assert "a family" in (tmp_path / "other.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"evaluation": 3}'])
 def test_damaged_data_is_a_clear_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text, encoding="utf-8")
     with pytest.raises(RunError, match="not the data of a report"):
-        ReportData.load(tmp_path / "report.json")
+        read_report(tmp_path / "report.json")
 
 
 def test_missing_data_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be read"):
-        ReportData.load(tmp_path / "report.json")
+        redraw_report(tmp_path)
 
 
 def test_writing_replaces_the_old_page_whole(
-    data: ReportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "new" / "report.html"
-    write_report(data, path)
+    write_page(report, path)
     first = path.read_text(encoding="utf-8")
-    assert first == render_report(data)
+    assert first == render(report)
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write.os, "fsync", full)
+    monkeypatch.setattr(runfolder.os, "fsync", full)
     with pytest.raises(RunError, match="disk is full"):
-        write_report(replace(data, title="another"), path)
+        write_page(replace(report, title="another"), path)
     assert path.read_text(encoding="utf-8") == first
     assert list(path.parent.iterdir()) == [path], "no half-written file stays"
 
 
-def test_place_that_cannot_be_written(data: ReportData, tmp_path: Path) -> None:
+def test_place_that_cannot_be_written(report: Report, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     for path in (tmp_path / "file" / "report.html", tmp_path):
         with pytest.raises(RunError) as caught:
-            write_report(data, path)
+            write_page(report, path)
         assert caught.value.fix

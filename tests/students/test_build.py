@@ -11,8 +11,8 @@ import torch
 
 from stillhouse import account
 from stillhouse.errors import ModelError, RecipeError, RunError
+from stillhouse.students import build_student as making
 from stillhouse.students.build_student import build_student
-from stillhouse.students.build_student import build_student as making
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.teachers.load import load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model

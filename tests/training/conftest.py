@@ -2,10 +2,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from stillhouse.config.load import parse_recipe
 from stillhouse.data.build_data import build
 from stillhouse.data.windows import Windows, open_windows
+from stillhouse.teachers.load import load_model
+from stillhouse.teachers.local_teacher import LocalTeacher
 from tests import tiny
 
 
@@ -14,9 +17,14 @@ class Setting:
     """A student and a teacher on disk, and windows of text."""
 
     student: Path
-    teacher: Path
+    teacher: Path | None
     windows: Windows
     heldout: Windows
+
+    def load_teacher(self) -> LocalTeacher | None:
+        if self.teacher is None:
+            return None
+        return LocalTeacher(load_model(self.teacher, dtype=torch.float32))
 
 
 @pytest.fixture(scope="session")

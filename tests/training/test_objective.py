@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stillhouse.config.load import parse_recipe
-from stillhouse.data.windows import collate
+from stillhouse.data.batches import collate
 from stillhouse.errors import SignalError
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.teachers.load import load_model
 from stillhouse.training.checkpoints import read_metrics
-from stillhouse.training.loss import same_document
+from stillhouse.training.distillation import PROJECTIONS, same_document
 from stillhouse.training.objective import make_objective
 from tests import tiny
 from tests.training.conftest import Setting
@@ -161,10 +161,11 @@ def test_projections_are_trained_and_stay_behind(narrow: Setting, tmp_path: Path
     trained = run(narrow, tmp_path / "out", objective(tmp_path, {}, HIDDEN), checkpoint_every=2)
     assert trained.keys() == load_file(narrow.student / "model.safetensors").keys()
     files = [tmp_path / "out" / "checkpoints" / f"checkpoint-{n}" for n in (2, 4)]
-    early, late = (load_file(file / "model.safetensors") for file in files)
-    learned = [name for name in late if "distillation_projections" in name]
-    assert len(learned) == 3  # the embeddings and two blocks
-    assert all(not torch.equal(early[name], late[name]) for name in learned)
+    early, late = (load_file(file / PROJECTIONS) for file in files)
+    assert len(late) == 3  # the embeddings and two blocks
+    assert all(not torch.equal(early[name], late[name]) for name in late)
+    assert not (tmp_path / "out" / "model" / PROJECTIONS).exists()
+    assert load_file(files[1] / "model.safetensors").keys() == trained.keys()
 
 
 def test_projections_survive_a_resume_bit_for_bit(narrow: Setting, tmp_path: Path) -> None:

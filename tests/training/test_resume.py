@@ -15,11 +15,9 @@ import pytest
 import torch
 from transformers import Trainer
 
-from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import read_metrics
-from stillhouse.training.train import _Housekeeping, train
-from stillhouse.training.train_config import TrainRecipe
+from stillhouse.training.train import _Housekeeping
 from tests import forks
 from tests.forks import Fork
 from tests.training.conftest import Setting
@@ -84,29 +82,18 @@ def test_twelve_kills_at_random_moments(setting: Setting, tmp_path: Path) -> Non
     assert weights(killed) == weights(undisturbed)
 
 
-SHORT = TrainRecipe(
-    batch_size=4,
-    max_steps=12,
-    checkpoint_every=4,
-    keep_checkpoints=3,
-    evaluate_every=4,
-    precision="float32",
-)
+SHORT = {
+    "batch_size": 4,
+    "max_steps": 12,
+    "checkpoint_every": 4,
+    "keep_checkpoints": 3,
+    "evaluate_every": 4,
+}
 
 
 def go_on(setting: Setting, out: Path) -> list[dict[str, float]]:
     """Trains, or goes on; the metrics without what depends on time."""
-    train(
-        setting.student,
-        setting.teacher,
-        setting.windows,
-        setting.heldout,
-        section=SHORT,
-        objective=ObjectiveRecipe(),
-        vocabulary=None,
-        seed=0,
-        out=out,
-    )
+    run(setting, out, **SHORT)
     return metrics(out)
 
 
@@ -223,7 +210,7 @@ def test_a_checkpoint_is_sealed_once_every_process_has_written_its_part(tmp_path
                 (shards / f"__{rank}_0.distcp").write_bytes(b"shard")
 
     trainer = SimpleNamespace(accelerator=Accelerator(), meter=lambda: checkpoints.Meter(4))
-    housekeeping = _Housekeeping(trainer, SHORT, context=32)  # type: ignore[arg-type]
+    housekeeping = _Housekeeping(trainer, 3, lambda: None)  # type: ignore[arg-type]
     state = SimpleNamespace(is_world_process_zero=True, global_step=4)
     housekeeping.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
     found = checkpoints.latest(tmp_path)
@@ -278,7 +265,7 @@ def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_too(tmp_path: P
     path = tmp_path / "metrics.jsonl"
     rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 7)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 7, "lo')
-    file = checkpoints.MetricsFile(path, keep_to_step=4)
+    file = checkpoints.Metrics(path, keep_to_step=4)
     file.append({"step": 5, "loss": 0.5})
     assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4, 5]
     assert read_metrics(path)[-1]["loss"] == 0.5

@@ -15,10 +15,13 @@ from transformers import TrainingArguments
 
 from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.objectives.objective_config import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe
+from stillhouse.students.student import Student
+from stillhouse.teachers import short_attention
 from stillhouse.teachers.load import load_model
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.train import checkpointing_key, plan_batches, train
 from stillhouse.training.train_config import TrainRecipe
+from stillhouse.training.trainer import DistillationTrainer
 from tests import forks
 from tests.training.conftest import Setting
 
@@ -33,15 +36,13 @@ def run(
     setting: Setting, out: Path, objective: ObjectiveRecipe = KL, **changes: Any
 ) -> dict[str, Tensor]:
     train(
-        setting.student,
-        setting.teacher,
+        Student.load(setting.student),
+        setting.load_teacher(),
         setting.windows,
-        setting.heldout,
-        section=section(**changes),
-        objective=objective,
-        vocabulary=None,
-        seed=0,
-        out=out,
+        objective,
+        section(**changes),
+        heldout=setting.heldout,
+        folder=out,
     )
     return load_file(out / "model" / "model.safetensors")
 
@@ -55,6 +56,7 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 def reference_losses(setting: Setting, rows: range) -> tuple[float, float, int]:
     """KL and cross-entropy summed token by token in float64, and the tokens."""
+    assert setting.teacher is not None
     student = load_model(setting.student, dtype=torch.float64)
     teacher = load_model(setting.teacher, dtype=torch.float64)
     kl = cross_entropy = 0.0
@@ -160,7 +162,7 @@ def test_distillation_brings_the_student_nearer(setting: Setting, tmp_path: Path
 
 
 def test_training_without_a_teacher_is_plain_fine_tuning(setting: Setting, tmp_path: Path) -> None:
-    alone = Setting(setting.student, None, setting.windows, setting.heldout)  # type: ignore[arg-type]
+    alone = Setting(setting.student, None, setting.windows, setting.heldout)
     run(
         alone,
         tmp_path,
@@ -237,3 +239,31 @@ class Since523:
 @pytest.mark.parametrize("arguments", [Before523, Since523, TrainingArguments])
 def test_activation_checkpointing_has_the_name_that_transformers_gives_it(arguments: Any) -> None:
     assert checkpointing_key(arguments) in {field.name for field in fields(arguments)}
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_attention_is_chosen_by_the_device_that_it_runs_on(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Both models are loaded on the CPU; the trainer then moves them."""
+    used = []
+
+    def stop(trainer: DistillationTrainer, *_: object) -> None:
+        for model in (trainer.student.model, trainer.teacher.model):
+            used.append((model.device.type, model.config._attn_implementation))
+        raise StoppedError
+
+    def on_device(arguments: TrainingArguments) -> torch.device:
+        assert arguments._setup_devices.type == "cpu"
+        return torch.device(device)
+
+    monkeypatch.setattr(TrainingArguments, "device", property(on_device))
+    monkeypatch.setattr(DistillationTrainer, "train", stop)
+    with pytest.raises(StoppedError):
+        run(setting, tmp_path, max_steps=1)
+    expected = short_attention.NAME if device == "cpu" else "sdpa"
+    assert used == [(device, expected), (device, expected)]

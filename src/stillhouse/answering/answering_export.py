@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,31 +11,31 @@ from stillhouse.answering.answer_stages import TEXTS, AnswerTexts
 from stillhouse.answering.answering_job import AnsweringJob, filled
 from stillhouse.errors import ModelError
 from stillhouse.evaluate.answers import AnswersEvaluation
+from stillhouse.evaluate.metrics import metrics_of
 from stillhouse.export.checkpoint import export_checkpoint
-from stillhouse.export.gate import Gate, ReplayResult
-from stillhouse.export.model_card import replay_sentence
-from stillhouse.export.task_card import TaskCard, write_task_card
+from stillhouse.export.gate import Gate
+from stillhouse.export.model_card import ModelCard, write_language_model_card
 from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.request import Message
-from stillhouse.hardware import machine, peak_memory_bytes
+from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.pipeline.stage_plan import StagePlan
-from stillhouse.report.answers_page import (
-    AnswersReport,
-    answer_measures,
-    write_answers_report,
-)
-from stillhouse.report.palette import role_name
-from stillhouse.report.report_data import StageCost
-from stillhouse.runfolder import Outcome, Stage, versions, write_atomically
+from stillhouse.report.answers_report import answers_report
+from stillhouse.report.page import Report
+from stillhouse.report.sections import RunFacts
+from stillhouse.runfolder import Outcome, Stage, write_atomically
 from stillhouse.section import recipe_yaml
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.train import METRICS, MODEL
 
 FACTS = "answering.json"
 _REPLAYED = 2
+_USE = (
+    "`stillhouse predict FOLDER texts.jsonl` writes an answer for each text. Its prompt is in "
+    f"`{FACTS}`."
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def plan_answers_export(
         replay = export_checkpoint(gate, out / MODEL, dtype=recipe.export.dtype)
         AnsweringFacts.of(job).save(out / MODEL)
         found = AnswersEvaluation.load(evaluated.path / EVALUATION)
-        _write_card(out / MODEL, job, texts, trained, found, replay)
+        write_language_model_card(out / MODEL, _card(job, texts, trained, found), replay, _USE)
         return Outcome(summary={"replays": [asdict(replay)]}, peak_memory_bytes=peak_memory_bytes())
 
     inputs = {
@@ -114,23 +113,16 @@ def plan_answers_export(
         "trained": trained.digest,
         "evaluated": evaluated.digest,
     }
-    return StagePlan("export", inputs, work, version=2)
+    return StagePlan("export", inputs, work, version=3)
 
 
-def _write_card(
-    folder: Path,
-    job: AnsweringJob,
-    texts: Stage,
-    trained: Stage,
-    found: AnswersEvaluation,
-    replay: ReplayResult,
-) -> None:
+def _card(job: AnsweringJob, texts: Stage, trained: Stage, found: AnswersEvaluation) -> ModelCard:
     recipe, parts = job.recipe, texts.summary
     files = ", ".join(file.path for file in [*recipe.data.texts, *recipe.data.test])
     hashes = {"texts": texts.digest, "checkpoint": trained.digest}
     if job.teacher is not None:
         hashes = {"teacher": job.teacher.fingerprint, **hashes}
-    card = TaskCard(
+    return ModelCard(
         name=recipe.name,
         pipeline="text-generation",
         origins=job.made_with,
@@ -138,35 +130,22 @@ def _write_card(
             f"A language model for one job ({found.kind}), distilled from {job.described} with "
             "Stillhouse."
         ],
-        models=[role_name(result.role) for result in found.results],
-        measures=answer_measures(found),
-        texts=found.texts,
-        data=f"{parts['train']:,} training texts and {parts['test']:,} to measure on, from {files}",
+        metrics=metrics_of(found),
+        data=f"{parts['train']:,} training texts and {parts['test']:,} test texts, from {files}",
         recipe=recipe_yaml(recipe),
         hashes=hashes,
-        limits=["It was measured on this one job, asked with this one prompt.", *found.notes],
+        limits=["It was evaluated on this one job, with this one prompt."],
     )
-    use = (
-        "`stillhouse predict FOLDER texts.jsonl` writes an answer for each text. Its prompt is in "
-        f"`{FACTS}`."
-    )
-    write_task_card(folder, card, library="transformers", use=use, replay=replay_sentence(replay))
 
 
 def plan_answers_report(job: AnsweringJob, stages: dict[str, Stage]) -> StagePlan:
-    def collect() -> AnswersReport:
-        return AnswersReport(
-            title=job.recipe.name,
-            created=time.strftime("%Y-%m-%d %H:%M"),
-            teacher=job.described,
+    def collect() -> Report:
+        return answers_report(
+            RunFacts.gather(job.recipe, job.described, stages.values()),
             evaluation=AnswersEvaluation.load(stages["evaluate"].path / EVALUATION),
-            parts={part: stages["texts"].summary[part] for part in ("train", "test")},
+            parts=stages["texts"].summary,
             answers=stages["answers"].summary,
-            metrics=read_metrics(stages["train"].path / METRICS),
-            stages=[StageCost.of(stage) for stage in stages.values()],
-            recipe=job.recipe.model_dump(mode="json"),
-            machine=machine(),
-            versions=versions(),
+            history=read_metrics(stages["train"].path / METRICS),
         )
 
-    return plan_report(job.recipe, stages, collect, write_answers_report)
+    return plan_report(job.recipe, stages, collect, version=2)

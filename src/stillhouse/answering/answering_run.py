@@ -28,7 +28,6 @@ from stillhouse.answering.answering_job import (
     find_answering,
     training_recipe,
 )
-from stillhouse.answering.answers_table import answers_table
 from stillhouse.answering.predict_answers import answers_predictor
 from stillhouse.evaluate.answers import AnswersEvaluation
 from stillhouse.language_model.data_stage import plan_data
@@ -122,7 +121,6 @@ def _kind(name: str) -> Kind:
         steps=STEPS,
         links=_links,
         load_evaluation=AnswersEvaluation.load,
-        tables=lambda evaluation: [answers_table(evaluation)],
         preview=preview_answers,
         predictor=answers_predictor,
     )

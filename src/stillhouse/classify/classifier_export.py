@@ -4,7 +4,6 @@ transformers alone, and its report."""
 from __future__ import annotations
 
 import shutil
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,18 +17,18 @@ from stillhouse.classify.classifier_onnx import ship_onnx
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import METRICS, MODEL
 from stillhouse.classify.label_prompts import cut
-from stillhouse.classify.task_texts import PARTS, Texts
+from stillhouse.classify.task_texts import Texts
 from stillhouse.errors import ModelError
 from stillhouse.evaluate.classification import ClassificationEvaluation
 from stillhouse.export.classifier_gate import ClassifierRows, replay_classifier
-from stillhouse.hardware import machine
 from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
-from stillhouse.report.classifier_page import ClassifierReport, write_classifier_report
-from stillhouse.report.report_data import StageCost
-from stillhouse.runfolder import Outcome, Stage, versions
+from stillhouse.report.classifier_report import classifier_report
+from stillhouse.report.page import Report
+from stillhouse.report.sections import RunFacts
+from stillhouse.runfolder import Outcome, Stage
 from stillhouse.training.checkpoints import read_metrics
 
 REPLAY_LIMIT = 1e-4
@@ -68,7 +67,7 @@ def plan_classifier_export(
         "origins": [asdict(one) for one in job.made_with],
         "recipe": job.recipe.export.model_dump(mode="json", exclude={"push_to_hub"}),
     }
-    return StagePlan("export", inputs, work, version=2)
+    return StagePlan("export", inputs, work, version=3)
 
 
 def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:
@@ -95,19 +94,13 @@ def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:
 
 
 def plan_classifier_report(job: TaskJob, stages: dict[str, Stage]) -> StagePlan:
-    def collect() -> ClassifierReport:
-        return ClassifierReport(
-            title=job.recipe.name,
-            created=time.strftime("%Y-%m-%d %H:%M"),
-            teacher=job.described,
+    def collect() -> Report:
+        return classifier_report(
+            RunFacts.gather(job.recipe, job.described, stages.values()),
             evaluation=ClassificationEvaluation.load(stages["evaluate"].path / EVALUATION),
-            parts={name: stages["texts"].summary[name] for name in PARTS},
-            metrics=read_metrics(stages["train"].path / METRICS),
-            stages=[StageCost.of(stage) for stage in stages.values()],
-            recipe=job.recipe.model_dump(mode="json"),
-            machine=machine(),
-            versions=versions(),
+            parts=stages["texts"].summary,
+            history=read_metrics(stages["train"].path / METRICS),
             replays=stages["export"].summary["replays"],
         )
 
-    return plan_report(job.recipe, stages, collect, write_classifier_report)
+    return plan_report(job.recipe, stages, collect, version=2)

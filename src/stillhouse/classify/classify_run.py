@@ -7,7 +7,6 @@ from pathlib import Path
 
 from stillhouse.classify.classifier_evaluation import plan_classifier_evaluation
 from stillhouse.classify.classifier_export import plan_classifier_export, plan_classifier_report
-from stillhouse.classify.classifier_table import classifier_table
 from stillhouse.classify.classify_check import (
     check_classifier_export,
     check_judgment,
@@ -84,7 +83,6 @@ CLASSIFY = Kind(
     steps=STEPS,
     links=_links,
     load_evaluation=ClassificationEvaluation.load,
-    tables=lambda evaluation: [classifier_table(evaluation)],
     preview=preview_task,
     predictor=classifier_predictor,
 )

@@ -79,7 +79,7 @@ def fit(
         advance(meter.step * section.batch_size - shown)
         shown = meter.step * section.batch_size
         trainer = _Fitter(classifier, args=arguments, train_dataset=examples)
-        trainer.metrics = checkpoints.MetricsFile(out / METRICS, keep_to_step=meter.step)
+        trainer.metrics = checkpoints.Metrics(out / METRICS, keep_to_step=meter.step)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Housekeeping(section, trainer.metrics, meter, advance))
         return trainer
@@ -112,7 +112,7 @@ def fit(
 
 
 class _Fitter(ResumingTrainer):
-    metrics: checkpoints.MetricsFile
+    metrics: checkpoints.Metrics
 
     def __init__(self, classifier: Classifier, **more: Any) -> None:
         self.classifier = classifier
@@ -170,7 +170,7 @@ class _Housekeeping(TrainerCallback):
     def __init__(
         self,
         section: FitRecipe,
-        metrics: checkpoints.MetricsFile,
+        metrics: checkpoints.Metrics,
         meter: checkpoints.Meter,
         advance: Any,
     ) -> None:

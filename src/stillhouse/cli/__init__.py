@@ -36,18 +36,16 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
     from rich.console import Console
 
     from stillhouse.commands import run as run_recipe
-    from stillhouse.kinds import tables
+    from stillhouse.evaluate.metrics import metrics_of
+    from stillhouse.evaluate.metrics_table import to_rich
 
     agree(recipe, set_, yes)
     result = run_recipe(recipe, overrides=set_ or [])
     if result is None:
         return
-    for name, part in (result.members or {"": result}).items():
-        if name:
-            Console().print(f"[bold]{name}[/]  {part.model}", highlight=False)
-        Console().print(*tables(part))
-    if not result.members:
-        Console().print(f"model   {result.model}", highlight=False)
+    Console().print(to_rich(metrics_of(result.evaluation)))
+    for name, member in (result.members or {"model": result}).items():
+        Console().print(f"{name:<7} {member.model}", highlight=False)
     Console().print(f"report  {result.report}", highlight=False)
 
 
@@ -138,10 +136,11 @@ def evaluate(
     from rich.console import Console
 
     from stillhouse.commands import evaluate_model
-    from stillhouse.language_model.language_model import LANGUAGE_MODEL
+    from stillhouse.evaluate.metrics import metrics_of
+    from stillhouse.evaluate.metrics_table import to_rich
 
     evaluation = evaluate_model(recipe, set_ or [], model)
-    Console().print(*LANGUAGE_MODEL.tables(evaluation))
+    Console().print(to_rich(metrics_of(evaluation)))
     if json_ is not None:
         evaluation.save(json_)
 
@@ -153,26 +152,15 @@ def report(
         Path | None, typer.Option(help="Where to write; by default the run's own.")
     ] = None,
 ) -> None:
-    """Render a finished run's report again, from its stored figures.
+    """Render a finished run's report again, from its stored data.
 
     Example: `stillhouse report runs/demo --out report.html`
     """
     from rich.console import Console
 
-    from stillhouse.report.answers_page import AnswersReport, write_answers_report
-    from stillhouse.report.classifier_page import ClassifierReport, write_classifier_report
-    from stillhouse.report.report_data import ReportData
-    from stillhouse.report.write import write_report
+    from stillhouse.report.page import redraw_report
 
-    target = out or (folder / "report.html").resolve()
-    stored = (folder / "report.html").resolve().with_name("report.json")
-    if (folder / "model" / "classifier.json").is_file():
-        write_classifier_report(ClassifierReport.load(stored), target)
-    elif (folder / "model" / "answering.json").is_file():
-        write_answers_report(AnswersReport.load(stored), target)
-    else:
-        write_report(ReportData.load(stored), target)
-    Console().print(f"report  {target}", highlight=False)
+    Console().print(f"report  {redraw_report(folder, out)}", highlight=False)
 
 
 @app.command()

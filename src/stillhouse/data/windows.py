@@ -7,7 +7,7 @@ R windows, L tokens in a window. `input_ids.npy`, `labels.npy` and `position_ids
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,11 +88,6 @@ class Windows:
             name: torch.from_numpy(getattr(self, f"{name}_RL")[index].astype(np.int64))
             for name in ARRAYS
         }
-
-
-def collate(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stacks rows of `Windows` into a batch: each tensor [rows, L]."""
-    return {name: torch.stack([row[name] for row in rows]) for name in ARRAYS}
 
 
 def write_windows(

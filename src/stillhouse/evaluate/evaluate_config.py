@@ -21,5 +21,5 @@ class EvaluateRecipe(Section):
     prompts: list[str] = Field(default=[], description="Prompts for side-by-side generations.")
     max_new_tokens: int = Field(64, gt=0)
     temperature: float = Field(0.0, ge=0, strict=False, description="0 is greedy.")
-    speed: bool = Field(True, description="Measure prefill and decode tokens a second.")
+    speed: bool = Field(True, description="Measure prefill and decode tokens/s.")
     lm_eval: LmEvalRecipe | None = None

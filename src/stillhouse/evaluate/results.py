@@ -13,8 +13,8 @@ class Fidelity:
     """How near a model's next-token distribution is to the teacher's, on held-out text.
 
     perplexity: exp of the mean negative log-likelihood of the text's own next tokens.
-    kl: mean KL(teacher ‖ model) in nats a token; 0 for the teacher itself.
-    top1_agreement: share of positions where both models' likeliest token is the same.
+    kl: mean KL(teacher ‖ model) in nats/token; 0 for the teacher itself.
+    top1_agreement: share of positions where both models have the same top-1 token.
     calibration_error: expected calibration error of the top-1 probability, 15 equal-width bins.
     tokens: supervised positions measured.
     """
@@ -28,7 +28,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured in one run with the other models, in alternation. Tokens a second, bytes."""
+    """Measured in one run with the other models, in alternation: tokens/s and bytes."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -37,7 +37,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One row of the retention table. `role`: teacher, untrained, student or fine_tuned."""
+    """The measures of one model. role: a key of `ROLE_NAMES`."""
 
     role: str
     parameters: int
@@ -46,6 +46,13 @@ class ModelResult:
     fidelity: Fidelity
     speed: Speed | None = None
     tasks: dict[str, float] = field(default_factory=dict)
+
+    def decoding_speedup(self, over: ModelResult | None) -> float | None:
+        """Decoding speed as a multiple of another model's; None where one was not measured."""
+        if over is None or self.speed is None or over.speed is None:
+            return None
+        theirs = over.speed.decode_tokens_per_s
+        return self.speed.decode_tokens_per_s / theirs if theirs else None
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens a second for one sequence: reading a prompt, and writing one token after another."""
+    """Tokens/s for one sequence: reading a prompt, and writing one token after another."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float

@@ -67,7 +67,7 @@ class ExportRecipe(Section):
         None,
         gt=0,
         strict=False,
-        description="Nats a token that an export may differ from the checkpoint; null: as the "
+        description="Nats/token that an export may differ from the checkpoint; null: as the "
         "format needs (docs/evaluation.md).",
     )
     importance_tokens: int | None = Field(

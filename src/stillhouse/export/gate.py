@@ -31,10 +31,10 @@ REPLAY_TOKENS = 1024
 REPLAY_PROMPTS = 3
 REPLAY_NEW_TOKENS = 24
 LLAMA_CPP_KL = 0.02
-"""Nats a token between a file's numbers in float32 and in llama.cpp, whose products round their
+"""Nats/token between a file's numbers in float32 and in llama.cpp, whose products round their
 inputs to int8 and whose cache is float16."""
 NEAR_EXACT = 0.001
-"""The limit, in nats a token, of exports that hold the source's numbers or nearly."""
+"""The limit, in nats/token, of exports that hold the source's numbers or nearly."""
 MOVED = ((NEAR_EXACT, 0.02), (0.02, 0.05), (0.3, 0.2), (1.0, 0.5))
 """Of tokens that the source is sure of, the share of which an export may have another likeliest
 one, up to each limit of KL. With a nat between the best two, which hold nearly all of the
@@ -48,7 +48,7 @@ MOVED_OF = 100
 
 @dataclass(frozen=True)
 class Likeness:
-    """How near one model is to another on the same tokens: nats a token, and equal top-1 tokens."""
+    """How near one model is to another on the same tokens; KL in nats/token."""
 
     kl: float
     top1_agreement: float
@@ -67,7 +67,7 @@ class ReplayText:
 class ReplayResult:
     """How an exported model compares with its float32 source on held-out text.
 
-    format: as the recipe names it. kl: mean KL(source ‖ exported), nats a token; kl_limit: the most
+    format: as the recipe names it. kl: mean KL(source ‖ exported), nats/token; kl_limit: the most
     that was allowed. top1_agreement: share of positions with the same likeliest token. tokens:
     positions compared. bytes: of the weights' files. notes: what the user should know of it.
     teacher, source_teacher: KL(teacher ‖ exported) and KL(teacher ‖ source) on the same tokens.
@@ -97,7 +97,7 @@ class Gate:
     """What exports of one source are compared on.
 
     windows: held-out text, drawn by `seed`. prompts: answered greedily through the chat template.
-    kl_limit: nats a token allowed; None: each format's own. teacher_logits: a file of the teacher's
+    kl_limit: nats/token allowed; None: each format's own. teacher_logits: a file of the teacher's
     answers to the same text (`against_teacher`).
     """
 
@@ -293,7 +293,7 @@ def check_replay(
 ) -> None:
     """Raises ModelError where the replay's answer is not that of the source's model.
 
-    limit: nats a token between source and export; runtime_limit: between the export and the same
+    limit: nats/token between source and export; runtime_limit: between the export and the same
     file in llama.cpp.
     """
     if found["problems"]:
@@ -327,7 +327,7 @@ def _check_pair(
     pair, tokens = found["pairs"][name], found["tokens"]
     if not pair["kl"] <= limit:  # NaN fails too
         raise ModelError(
-            f"{told} by {pair['kl']:.3g} nats a token on {tokens} held-out tokens; at most "
+            f"{told} by {pair['kl']:.3g} nats/token on {tokens} held-out tokens; at most "
             f"{limit:g} is allowed",
             where=source,
             fix=fix,

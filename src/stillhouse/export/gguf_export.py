@@ -174,7 +174,7 @@ def _require_reader(misread: str | None) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """kl_limit: nats a token that the file's rounding is believed to cost at most, which is that of
+    """kl_limit: nats/token that the file's rounding is believed to cost at most, which is that of
     16-bit floats where every number is on the source's grid or was left alone. notes: what the user
     should know of it."""
 

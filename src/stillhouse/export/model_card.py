@@ -1,4 +1,4 @@
-"""The model card: where a student comes from, what it kept, what it must not be used for."""
+"""The model card: what a student is, how good it is, and where it comes from."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from stillhouse.evaluate.results import Evaluation
-from stillhouse.evaluate.retention_table import ROLE_NAMES, perplexity_retention
+from stillhouse import number_format as text
+from stillhouse.evaluate.metrics_table import MetricsTable, to_markdown
 from stillhouse.export.gate import ReplayResult
 from stillhouse.export.licenses import CARD, Origin, licenses_section, origins_head
 from stillhouse.runfolder import sha, write_atomically
@@ -18,99 +18,88 @@ from stillhouse.runfolder import sha, write_atomically
 TAGS = ["distillation", "stillhouse"]
 WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data")
 LIMITS = (
-    "It inherits the teacher's faults and adds its own where it is further from it than the table "
-    "says, which is everywhere but on text like that it was distilled on. Nothing else was "
-    "measured: no safety, no other language, no longer text."
+    "It inherits the teacher's faults, and adds its own wherever it is further from the teacher "
+    "than the table says: expect that on all text unlike the text it was distilled on. Nothing "
+    "else was measured: no safety, no other language, no longer text."
 )
 
 
 @dataclass(frozen=True)
-class CardFacts:
-    """What a card tells. origins: the teacher, and what else took part. recipe: resolved YAML.
-    hashes: of what the run started from, by name."""
+class ModelCard:
+    """What the cards of one student say, whatever the format.
+
+    pipeline: the Hub's name of the job. origins: the teacher first, and what else took part. about:
+    a paragraph each. limits: beside those of every student. recipe: resolved YAML. hashes: of what
+    the run started from, by name.
+    """
 
     name: str
+    pipeline: str
     origins: Sequence[Origin]
+    about: list[str]
+    metrics: MetricsTable
     data: str
     recipe: str
     hashes: dict[str, str]
-    evaluation: Evaluation
-    notes: list[str] = field(default_factory=list)
+    limits: list[str] = field(default_factory=list)
 
 
-def write_card(folder: Path, facts: CardFacts, replay: ReplayResult) -> None:
-    """Writes the card as README.md beside the exported files, which it names with their SHA-256."""
-    write_atomically(folder / CARD, model_card(facts, replay, weight_hashes(folder)))
+def write_card(
+    folder: Path,
+    card: ModelCard,
+    *,
+    library: str,
+    replay: str,
+    use: str = "",
+    limits: Sequence[str] = (),
+) -> None:
+    """Writes the card as README.md beside the exported files, which it names with their SHA-256.
+
+    library: the Hub's name of what loads the folder. replay: what was found when the files were
+    loaded again. use: how to use this format. limits: of this format.
+    """
+    head: dict[str, Any] = {
+        **origins_head(card.origins),
+        "pipeline_tag": card.pipeline,
+        "library_name": library,
+        "tags": TAGS,
+    }
+    hashes = [*card.hashes.items(), *_weight_hashes(folder).items()]
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {card.name}",
+        *card.about,
+        *(["## How to use it", use] if use else []),
+        "## Evaluation",
+        to_markdown(card.metrics),
+        replay,
+        "## License",
+        licenses_section(card.origins),
+        "## Limits",
+        LIMITS,
+        "\n".join(f"- {limit}" for limit in [*card.limits, *limits]),
+        "## Provenance",
+        f"Data: {card.data}.",
+        to_markdown(MetricsTable.of_text(["what", "SHA-256 or key"], hashes)),
+        f"```yaml\n{card.recipe}```",
+    ]
+    write_atomically(folder / CARD, "\n\n".join(part for part in parts if part) + "\n")
 
 
-def weight_hashes(folder: Path) -> dict[str, str]:
+def write_language_model_card(
+    folder: Path, card: ModelCard, replay: ReplayResult, use: str = ""
+) -> None:
+    """The card of a checkpoint or a GGUF file that has passed its replay."""
+    library = "gguf" if replay.format.startswith("gguf") else "transformers"
+    sentence = (
+        f"This export ({replay.format}, {replay.dtype}, {text.size(replay.bytes)}) differs from "
+        f"the checkpoint that was evaluated by {text.tiny(replay.kl)} nats/token and has the same "
+        f"top-1 token at {text.percent(replay.top1_agreement, 1)} of {replay.tokens:,} positions."
+    )
+    write_card(folder, card, library=library, replay=sentence, use=use, limits=replay.notes)
+
+
+def _weight_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of the files that hold weights, by their names."""
     weights = [file for kind in WEIGHTS for file in sorted(folder.glob(kind))]
     return {file.name: sha(file) for file in weights}
-
-
-def model_card(facts: CardFacts, replay: ReplayResult, files: dict[str, str]) -> str:
-    """The card's text: YAML for the Hub, then Markdown for people."""
-    parts = [
-        f"---\n{yaml.safe_dump(_head(facts, replay), sort_keys=False)}---",
-        f"# {facts.name}",
-        f"A student distilled from {facts.origins[0].model} with Stillhouse; this folder: "
-        f"{replay.format}, {replay.dtype}, {replay.bytes / 1e6:,.1f} MB.",
-        "## What it kept",
-        _retention(facts.evaluation),
-        f"Measured on {facts.evaluation.models[0].fidelity.tokens:,} tokens of held-out text. KL "
-        "is KL(teacher ‖ model) in nats a token.",
-        replay_sentence(replay),
-        "## License",
-        licenses_section(facts.origins),
-        "## Limits",
-        LIMITS,
-        *(f"- {text}" for text in [*facts.notes, *replay.notes]),
-        "## Where it comes from",
-        f"Data: {facts.data}.",
-        table(("what", "SHA-256 or key"), [*facts.hashes.items(), *files.items()]),
-        f"```yaml\n{facts.recipe}```",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def replay_sentence(replay: ReplayResult) -> str:
-    return (
-        f"This export differs from the checkpoint that was measured by {replay.kl:.2g} nats a "
-        f"token and has {replay.top1_agreement:.1%} of its likeliest tokens, on "
-        f"{replay.tokens:,} tokens."
-    )
-
-
-def _head(facts: CardFacts, replay: ReplayResult) -> dict[str, Any]:
-    return {
-        **origins_head(facts.origins),
-        "pipeline_tag": "text-generation",
-        "library_name": "gguf" if replay.format.startswith("gguf") else "transformers",
-        "tags": TAGS,
-    }
-
-
-def _retention(evaluation: Evaluation) -> str:
-    teacher = evaluation.result("teacher")
-    rows = []
-    for model in evaluation.models:
-        kept = f"{perplexity_retention(model, teacher):.0%}" if teacher else ""
-        rows.append(
-            (
-                ROLE_NAMES.get(model.role, model.role),
-                f"{model.fidelity.kl:.3f}",
-                f"{model.fidelity.top1_agreement:.1%}",
-                f"{model.fidelity.perplexity:.2f} ({kept})",
-                f"{model.parameters / 1e6:,.1f} M",
-                f"{model.bytes_on_disk / 1e6:,.1f} MB",
-            )
-        )
-    heads = ("model", "KL", "top-1", "perplexity (of teacher)", "parameters", "size")
-    return table(heads, rows)
-
-
-def table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """In Markdown."""
-    lines = [heads, tuple("---" for _ in heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

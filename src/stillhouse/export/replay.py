@@ -266,7 +266,7 @@ def logits_of(model: Any, _name: str, window: Window, rows_N: torch.Tensor) -> t
 
 
 def _speeds(steps: dict[str, Step], ids_L: torch.Tensor) -> dict[str, float]:
-    """Tokens a second that each writes, one after another: by the median step of all rounds."""
+    """Tokens/s that each writes, one after another: by the median step of all rounds."""
     prompt = ids_L[:SPEED_PROMPT].tolist()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(SPEED_ROUNDS):

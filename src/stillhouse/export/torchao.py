@@ -26,7 +26,7 @@ from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 
 DYNAMIC_KL = 0.05
-"""Nats a token more where inputs are rounded too, which the checkpoint does not say."""
+"""Nats/token more where inputs are rounded too, which the checkpoint does not say."""
 
 
 def export_torchao(

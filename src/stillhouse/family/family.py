@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from stillhouse.evaluate.family_evaluation import CutTeacher, FamilyEvaluation, Member
 from stillhouse.evaluate.results import Evaluation, Generation, ModelResult
 from stillhouse.export.licenses import Origin
-from stillhouse.family.from_scratch import measured_curve, scratch_account
+from stillhouse.family.from_scratch import train_from_scratch
 from stillhouse.family.members import first_member, member_recipe, planned_members
 from stillhouse.finding import Finding
 from stillhouse.hardware import assumed_watts
@@ -27,11 +28,13 @@ from stillhouse.pipeline.engine import following, lead, run_steps
 from stillhouse.pipeline.kind import Check, Kind, RunResult
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.progress import note
-from stillhouse.report.family_page import CutTeacher, FamilyReport, Member, write_family_report
+from stillhouse.report.family_report import family_report
+from stillhouse.report.page import FAMILY_REPORT, write_report
+from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.training.train import MODEL
 
-REPORT, REPORT_DATA = "family.html", "family.json"
+EVALUATION = "family.json"
 PRODUCING = (
     "synthesis",
     "data",
@@ -63,21 +66,21 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     # A later hop that cannot be made is refused before the first one is paid for.
     first = _find(recipe, base)
     members = _members(recipe, base, folder, tuple(origins_of(first)))
-    report = _report(recipe, members)
+    found = _evaluation(recipe, members)
     if recipe.cascade.from_scratch is not None:
         do, results = doing(folder), list(members.values())
         job, _ = run_steps(LANGUAGE_MODEL, first, do, only=DATA_STEPS)
-        curve = measured_curve(recipe, job, do, results[0].stage("train").path / MODEL)
-        report = replace(report, scratch=scratch_account(curve, report.members))
-    write_atomically(folder.root / REPORT_DATA, report.to_json())
-    write_family_report(report, folder.root / REPORT)
-    last = list(members.values())[-1]
+        largest = results[0].stage("train").path / MODEL
+        found = replace(found, scratch=train_from_scratch(recipe, job, do, largest))
+    write_atomically(folder.root / EVALUATION, found.to_json())
+    page = folder.root / FAMILY_REPORT
+    write_report(family_report(RunFacts.gather(recipe, first.teacher.described, []), found), page)
     return RunResult(
         kind=FAMILY.name,
         folder=folder.root,
-        model=last.model,
-        report=folder.root / REPORT,
-        evaluation=last.evaluation,
+        model=list(members.values())[-1].model,
+        report=page,
+        evaluation=found,
         stages=[stage for member in members.values() for stage in member.stages],
         members=members,
     )
@@ -95,7 +98,7 @@ def _follow(recipe: Recipe, base: Path, folder: RunFolder) -> None:
     if recipe.cascade.from_scratch is not None:
         first = find_job(first_member(recipe), base)
         job, _ = run_steps(LANGUAGE_MODEL, first, do, only=DATA_STEPS)
-        measured_curve(recipe, job, do, models[0])
+        train_from_scratch(recipe, job, do, models[0])
 
 
 def _members(
@@ -130,7 +133,7 @@ def _check_members(check: Check) -> Iterator[Finding]:
         yield Finding("estimate", "cascade", text)
 
 
-def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
+def _evaluation(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyEvaluation:
     assert recipe.cascade is not None
     rows: list[Member] = []
     counted: set[Path] = set()
@@ -149,12 +152,13 @@ def _report(recipe: Recipe, members: Mapping[str, RunResult]) -> FamilyReport:
                 flops=sum(stage.cost.flops for stage in own if stage.name in PRODUCING),
                 seconds=sum(stage.cost.seconds for stage in own if stage.name in PRODUCING),
                 quantized=evaluation.result("quantized_trained") or evaluation.result("quantized"),
-                decoding=_decoding(evaluation),
+                decoding=_result(evaluation, "student").decoding_speedup(
+                    evaluation.result("teacher")
+                ),
             )
         )
     first = next(iter(members.values()))
-    return FamilyReport(
-        title=recipe.name,
+    return FamilyEvaluation(
         teacher=_result(first.evaluation, "teacher"),
         members=rows,
         chained=recipe.cascade.start == "previous",
@@ -201,14 +205,6 @@ def _generations(members: Mapping[str, RunResult]) -> list[Generation]:
     return [Generation(prompt, found) for prompt, found in answers.items()]
 
 
-def _decoding(evaluation: Evaluation) -> float | None:
-    """The student's speed over the teacher's: members are measured at different times."""
-    teacher, student = (_result(evaluation, role).speed for role in ("teacher", "student"))
-    if teacher is None or student is None:
-        return None
-    return student.decode_tokens_per_s / teacher.decode_tokens_per_s
-
-
 def _result(evaluation: Evaluation, role: str) -> ModelResult:
     found = evaluation.result(role)
     assert found is not None
@@ -225,7 +221,6 @@ FAMILY = Kind(
     ),
     links=LANGUAGE_MODEL.links,
     load_evaluation=LANGUAGE_MODEL.load_evaluation,
-    tables=LANGUAGE_MODEL.tables,
     preview=lambda recipe, base, rows: LANGUAGE_MODEL.preview(first_member(recipe), base, rows),
     lead=_lead,
     follow=_follow,

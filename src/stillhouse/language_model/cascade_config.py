@@ -15,6 +15,7 @@ RUN_FOLDER_NAMES = (
     "recipe.yaml",
     "model",
     "report.html",
+    "report.json",
     "signals",
     "synthesis",
     "family.html",
@@ -35,7 +36,7 @@ class HopRecipe(PrunedSizes):
 class FromScratchRecipe(Section):
     """The largest member's shape, trained from random weights under the same teacher."""
 
-    tokens: int = Field(gt=0, description="To train on; more make the account more certain.")
+    tokens: int = Field(gt=0, description="Training tokens.")
     learning_rate: float = Field(1e-3, gt=0, strict=False)
 
 
@@ -63,8 +64,8 @@ class CascadeRecipe(Section):
 
     from_scratch: FromScratchRecipe | None = Field(
         None,
-        description="Measure how KL falls in training from random weights, to tell what every "
-        "member would take so; null: not told.",
+        description="Also train the largest member's shape from random weights under the same "
+        "teacher, and report its KL beside the member's; null: do not.",
     )
 
     @model_validator(mode="after")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -11,8 +10,8 @@ from typing import Any
 
 import torch
 
-from stillhouse import account
 from stillhouse.data.draw_windows import draw_windows
+from stillhouse.evaluate.metrics import metrics_of
 from stillhouse.evaluate.results import Evaluation
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.compressed import export_compressed
@@ -20,15 +19,10 @@ from stillhouse.export.gate import Gate, ReplayResult, against_teacher
 from stillhouse.export.gguf_export import WEIGHED, export_gguf
 from stillhouse.export.licenses import Origin, distinct
 from stillhouse.export.llama_quantizer import has_llama_cpp
-from stillhouse.export.model_card import CardFacts, write_card
+from stillhouse.export.model_card import ModelCard, write_language_model_card
 from stillhouse.export.push import push
 from stillhouse.export.torchao import export_torchao
-from stillhouse.hardware import (
-    choose_precision,
-    default_device,
-    machine,
-    peak_memory_bytes,
-)
+from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.model_origins import origins_of
@@ -38,9 +32,10 @@ from stillhouse.pipeline.report_stage import plan_report
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.moments import Moments, input_moments
 from stillhouse.quantize.quantization import FILE, Quantization
-from stillhouse.report.report_data import ReportData, ScratchCost, StageCost
-from stillhouse.report.write import write_report
-from stillhouse.runfolder import Outcome, Stage, versions
+from stillhouse.report.language_model_report import language_model_report
+from stillhouse.report.page import Report
+from stillhouse.report.sections import RunFacts
+from stillhouse.runfolder import Outcome, Stage
 from stillhouse.section import recipe_yaml
 from stillhouse.teachers.load import load_model
 from stillhouse.training.checkpoints import read_metrics
@@ -76,7 +71,7 @@ def plan_export(
             for form in section.formats:
                 folder = out / shipped_folder(form)
                 replay = _export(asked, folder, form, recipe, grid, moments, calibration)
-                write_card(folder, card, replay)
+                write_language_model_card(folder, card, replay)
                 replays.append(replay)
         return Outcome(
             summary={"replays": [asdict(replay) for replay in replays]},
@@ -93,7 +88,7 @@ def plan_export(
         "origins": [asdict(one) for one in origins],
         "llama_cpp": has_llama_cpp(),
     }
-    return StagePlan("export", inputs, work, version=5)
+    return StagePlan("export", inputs, work, version=6)
 
 
 def _export(
@@ -173,12 +168,15 @@ def shipped_folder(form: str) -> str:
 
 def _card(
     job: Job, data: Stage, shipped: Stage, evaluation: Evaluation, origins: Sequence[Origin]
-) -> CardFacts:
+) -> ModelCard:
     sources = [source.model_dump(exclude_none=True) for source in job.recipe.data.sources]
     windows, _ = open_data(data)
-    return CardFacts(
+    return ModelCard(
         name=job.recipe.name,
+        pipeline="text-generation",
         origins=origins,
+        about=[f"A student distilled from {origins[0].model} with Stillhouse."],
+        metrics=metrics_of(evaluation),
         data=f"{windows.supervised_tokens:,} training tokens from "
         + "; ".join(" ".join(str(value) for value in source.values()) for source in sources),
         recipe=recipe_yaml(job.recipe),
@@ -187,41 +185,20 @@ def _card(
             "data": data.digest,
             "checkpoint": shipped.digest,
         },
-        evaluation=evaluation,
     )
 
 
 def plan_language_model_report(job: Job, stages: dict[str, Stage]) -> StagePlan:
-    collect = partial(report_data, job, stages)
-    return plan_report(job.recipe, stages, collect, write_report, version=2)
+    return plan_report(job.recipe, stages, partial(run_report, job, stages), version=3)
 
 
-def report_data(job: Job, stages: dict[str, Stage]) -> ReportData:
-    trained, student, found = stages["train"], stages["student"], stages["evaluate"]
-    evaluated = Evaluation.load(found.path / EVALUATION)
-    tokens = trained.cost.tokens
-    return ReportData(
-        title=job.recipe.name,
-        created=time.strftime("%Y-%m-%d %H:%M"),
-        recipe=job.recipe.model_dump(mode="json"),
-        teacher=job.teacher.described,
-        evaluation=evaluated,
-        history=read_metrics(trained.path / METRICS),
-        stages=[StageCost.of(stage) for stage in stages.values()],
-        student=student.summary,
-        scratch=ScratchCost(
-            tokens=tokens,
-            distillation_flops=trained.cost.flops + student.cost.flops,
-            scratch_flops=account.training_flops(
-                student.summary["parameters"]["head_once"], tokens
-            ),
-        ),
+def run_report(job: Job, stages: dict[str, Stage]) -> Report:
+    student, rounded = stages["student"].summary, stages.get("quantize")
+    return language_model_report(
+        RunFacts.gather(job.recipe, job.teacher.described, stages.values()),
+        evaluation=Evaluation.load(stages["evaluate"].path / EVALUATION),
+        history=read_metrics(stages["train"].path / METRICS),
+        student=student,
         replays=stages["export"].summary["replays"],
-        machine=machine(),
-        versions=versions(),
-        notes=[*evaluated.notes, *_quantization_notes(stages.get("quantize"))],
+        notes=[] if rounded is None else rounded.summary.get("notes", []),
     )
-
-
-def _quantization_notes(rounded: Stage | None) -> list[str]:
-    return [] if rounded is None else rounded.summary.get("notes", [])

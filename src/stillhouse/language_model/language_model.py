@@ -10,7 +10,6 @@ from rich.console import RenderableType
 
 from stillhouse.data.preview import preview
 from stillhouse.evaluate.results import Evaluation
-from stillhouse.evaluate.retention_table import retention_table, task_table
 from stillhouse.language_model.api_signals_stage import plan_api_signals
 from stillhouse.language_model.data_check import check_data
 from stillhouse.language_model.data_stage import open_data, plan_data
@@ -125,10 +124,6 @@ def links(job: Job, stages: Mapping[str, Stage]) -> dict[str, Path]:
     return found
 
 
-def tables(evaluation: Evaluation) -> list[RenderableType]:
-    return [retention_table(evaluation), *filter(None, [task_table(evaluation)])]
-
-
 def preview_windows(recipe: Recipe, base: Path, rows: int) -> RenderableType:
     """Training windows, colored by loss mask. Runs the data stage where it is not finished."""
     require_text(recipe, base)
@@ -146,7 +141,6 @@ LANGUAGE_MODEL = Kind(
     steps=STEPS,
     links=links,
     load_evaluation=Evaluation.load,
-    tables=tables,
     preview=preview_windows,
     many_processes=True,
 )

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from stillhouse.hardware import leads, peak_memory_bytes
+from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
-from stillhouse.language_model.signals_stage import stored_signals, whom_to_ask
+from stillhouse.language_model.signals_stage import stored_signals, training_teacher
 from stillhouse.language_model.train_stage import training_outcome
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
 from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage
+from stillhouse.students.student import Student
 from stillhouse.training.train import MODEL
 
 
@@ -56,27 +57,20 @@ def plan_quantized_training(
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        asked = whom_to_ask(job, job.guides[0].path, stored, windows, trained)
+        start = Student.load(trained.path / MODEL, trust_remote_code=job.trust_remote_code)
         result = train_quantized(
-            trained.path / MODEL,
+            start,
             rounded.path,
-            asked.teacher,
+            training_teacher(job, job.guides, stored, start),
             windows,
-            heldout,
+            job.recipe.objective,
+            train_section,
             section=section,
-            recipe=train_section,
-            objective=job.recipe.objective,
-            vocabulary=job.vocabulary,
+            heldout=heldout,
             seed=job.recipe.seed,
-            out=out,
-            main=leads(),
-            store=asked.store,
-            stored_teacher=asked.stored_teacher,
-            asked_share=asked.share,
-            more_teachers=[guide.path for guide in job.guides[1:]],
-            trust_remote_code=job.trust_remote_code,
+            folder=out,
         )
-        summary = {**rounded.summary, "training": asdict(result)}
+        summary = {**rounded.summary, "training": result.summary()}
         return training_outcome(result, summary)
 
     inputs = {

@@ -1,16 +1,16 @@
-"""The stage that asks the teacher about every window, and where training finds the answers."""
+"""The stage that records the teacher's answers, and the teacher that training gets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import stillhouse.signals
 import stillhouse.teachers
-from stillhouse import account
-from stillhouse.data.windows import Windows
 from stillhouse.errors import SignalError
 from stillhouse.generation.request import api_described
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
@@ -26,14 +26,21 @@ from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.signals import LMHead
-from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
+from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopK
 from stillhouse.signals.manifest import Settings, read_manifest
 from stillhouse.signals.store import Store, open_store
+from stillhouse.students.student import Student
+from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.hashing import code_sha256
-from stillhouse.teachers.load import load_model, load_tokenizer
-from stillhouse.teachers.record_store import chosen_encoding, lacking_tokens, local_teacher, score
+from stillhouse.teachers.load import load_config, load_tokenizer
+from stillhouse.teachers.local_teacher import load_teacher
+from stillhouse.teachers.model_source import ModelSource
+from stillhouse.teachers.record_store import chosen_encoding, record
+from stillhouse.teachers.several_teachers import combined
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
 from stillhouse.teachers.stored_head import head_sha256, load_head
+from stillhouse.teachers.stored_teacher import StoredTeacher
+from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.objective import stored_temperature
 from stillhouse.training.train import MODEL
 
@@ -49,7 +56,7 @@ class StoredSignals:
 
 
 def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
-    """The teacher is asked about every training window, once; students then read its answers.
+    """The teacher answers every training window once; students then read its answers.
 
     student: whose head its answers are for, where they are for one (`for_one_head`).
     """
@@ -60,9 +67,9 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
     temperature = stored_temperature(objective, encoding)
     if section.server is not None and temperature != 1.0:
         raise SignalError(
-            f"a server answers at temperature 1, and a term asks for {temperature:g}",
+            f"a server answers at temperature 1, and a term has {temperature:g}",
             where="objective.terms",
-            fix="use temperature 1, or ask a local teacher (no signals.server)",
+            fix="use temperature 1, or a local teacher (no signals.server)",
         )
     student_head = None
     if isinstance(encoding, FrozenHead):
@@ -80,42 +87,27 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
 
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        asked = [windows, heldout] if with_heldout else [windows]
-        if section.server is not None:
-            from stillhouse.teachers.scoring_server import (
-                ASKED_TOGETHER,
-                server_name,
-                server_teacher,
-            )
-
-            wanted = settings(encoding, server_name(section.server))
-            ask = server_teacher(section.server, wanted)
-            size, together = planned_size(configs(job)[1]), ASKED_TOGETHER
-        else:
-            device = default_device()
-            dtype = choose_precision(job.recipe.train.precision, device).dtype
-            code = job.trust_remote_code
-            teacher = load_model(job.teacher.path, dtype=dtype, trust_remote_code=code).to(device)
+        texts = [windows, heldout] if with_heldout else [windows]
+        teacher = _recorded_teacher(job, encoding)
+        chosen = encoding
+        if section.server is None:
             chosen = chosen_encoding(
-                section,
-                encoding,
-                teacher,
-                windows,
-                vocabulary=job.vocabulary,
-                temperature=temperature,
-                out=out / STORE,
+                section, encoding, teacher, windows, temperature=temperature, out=out / STORE
             )
-            wanted = settings(chosen, f"{job.teacher.described} in {dtype}")
-            ask = local_teacher(teacher, wanted, student_head)
-            size, together = account.count_parameters(teacher), None
-        manifest = score(ask, asked, wanted, out / STORE, together=together)
+        manifest = record(
+            teacher,
+            texts,
+            settings(chosen, teacher.described),
+            out / STORE,
+            student_head=student_head,
+        )
         quality = manifest.quality
         kept = f": {quality.entries:.1f} tokens of {job.vocabulary:,}" if quality.entries else ""
         note(f"{quality.bytes:,.1f} bytes a token{kept}")
-        tokens = sum(each.supervised_tokens for each in asked)
+        tokens = sum(each.supervised_tokens for each in texts)
         return Outcome(
             tokens=tokens,
-            flops=account.forward_flops(size.head_once, tokens),
+            flops=teacher.flops(tokens),
             peak_memory_bytes=peak_memory_bytes(),
             summary={**asdict(quality), "store_bytes": manifest.bytes},
         )
@@ -136,6 +128,27 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
 def records_signals(job: Job) -> bool:
     """Whether the run makes a store, rather than reading one or none."""
     return job.recipe.signals is not None and job.recipe.signals.store is None
+
+
+def _recorded_teacher(job: Job, encoding: Encoding) -> Teacher:
+    """Whose answers are recorded: the server's, or the teacher's on this machine."""
+    section = job.recipe.signals
+    if section is None or section.server is None:
+        device = default_device()
+        dtype = choose_precision(job.recipe.train.precision, device).dtype
+        teacher = load_teacher(job.teacher, dtype=dtype, trust_remote_code=job.trust_remote_code)
+        teacher.described = f"{job.teacher.described} in {dtype}"
+        teacher.model.to(device)
+        return teacher
+    from stillhouse.teachers.served_teacher import ServedTeacher
+
+    assert isinstance(encoding, TopK)
+    return ServedTeacher(
+        section.server,
+        k=encoding.k,
+        vocabulary=job.vocabulary,
+        parameters=planned_size(configs(job)[1]).head_once,
+    )
 
 
 def for_one_head(job: Job) -> bool:
@@ -178,66 +191,36 @@ def stored_signals(job: Job, recorded: Stage | None) -> StoredSignals | None:
     return StoredSignals(path, read_manifest(path).digest())
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """teacher: loaded beside the student, or None. share: of the tokens it is asked about.
-
-    stored_teacher: the store's, where its hidden states are stored.
-    """
-
-    teacher: Path | None
-    store: Store | None
-    share: float
-    stored_teacher: Path | None = None
-
-
-def whom_to_ask(
-    job: Job,
-    teacher: Path | None,
-    stored: StoredSignals | None,
-    windows: Windows,
-    student: Stage,
-) -> _Asked:
-    """A live teacher, a store, or both where the store lacks some of the windows."""
+def training_teacher(
+    job: Job, sources: Sequence[ModelSource], stored: StoredSignals | None, student: Student
+) -> Teacher | None:
+    """What the student learns from: the models of `sources`, or the store and, where the recipe
+    allows it, the first of them for what the store lacks."""
+    dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
+    code = job.trust_remote_code
+    loads = [partial(load_teacher, one, dtype=dtype, trust_remote_code=code) for one in sources]
     if stored is None:
-        return _Asked(teacher, None, 1.0)
+        return combined([load() for load in loads])
     store = _open(job, stored, student)
-    lacking = _lacking(job, store, windows)
-    hidden = isinstance(store.settings.encoding, Hidden)
-    return _Asked(
-        teacher if lacking else None,
-        store,
-        lacking / windows.supervised_tokens,
-        teacher if hidden else None,
-    )
+    encoding, config, head = store.settings.encoding, None, None
+    if isinstance(encoding, Hidden):
+        config = load_config(sources[0].path, trust_remote_code=code)
+        if config.get_text_config().num_hidden_layers in encoding.layers:
+            head = load_head(sources[0].path, dtype=dtype, trust_remote_code=code)
+    section = job.recipe.signals
+    live = section is not None and section.missing == "live"
+    return StoredTeacher(store, config=config, head=head, load_missing=loads[0] if live else None)
 
 
-def _open(job: Job, stored: StoredSignals, student: Stage) -> Store:
+def _open(job: Job, stored: StoredSignals, student: Student) -> Store:
     """Raises SignalError: the store is of another teacher, tokenizer, template, temperature or
     head."""
     objective = planned_objective(job)
     encoding = signals_encoding(job, objective)
-    head = _head(job, student) if isinstance(encoding, FrozenHead) else None
+    head = lm_head(student.model) if isinstance(encoding, FrozenHead) else None
     return open_store(
         stored.path,
         signal_identity(job, head),
         temperature=stored_temperature(objective, encoding),
         vocabulary=job.vocabulary,
     )
-
-
-def _lacking(job: Job, store: Store, windows: Windows) -> int:
-    """Training tokens that are to be asked about live. Raises SignalError where they may not."""
-    lacking = lacking_tokens(store, windows)
-    if lacking:
-        told = f"the store lacks {lacking:,} of {windows.supervised_tokens:,} training tokens"
-        section = job.recipe.signals
-        if section is None or section.missing == "error":
-            raise SignalError(
-                told,
-                where=store.path,
-                fix="set signals.missing: live to ask the teacher about them, or record a store "
-                "of this data",
-            )
-        note(f"{told}: the teacher is asked about them live")
-    return lacking

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
-from stillhouse.language_model.signals_stage import StoredSignals, stored_signals, whom_to_ask
+from stillhouse.language_model.signals_stage import StoredSignals, stored_signals, training_teacher
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.students.build_student import build_student, config_sha256
+from stillhouse.students.student import Student
 from stillhouse.students.student_config import RandomStudent
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.training.train import CHECKPOINTS, MODEL, TrainingResult, train
@@ -81,25 +81,18 @@ def _training(
 ) -> StagePlan:
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
-        first = teachers[0].path if teachers else None
-        asked = whom_to_ask(job, first, stored, windows, student)
+        start = Student.load(student.path / MODEL, trust_remote_code=job.trust_remote_code)
         result = train(
-            student.path / MODEL,
-            asked.teacher,
+            start,
+            training_teacher(job, teachers, stored, start),
             windows,
-            heldout,
-            section=job.recipe.train,
-            objective=objective,
-            vocabulary=job.vocabulary,
+            objective,
+            job.recipe.train,
+            heldout=heldout,
             seed=job.recipe.seed,
-            out=out,
-            store=asked.store,
-            stored_teacher=asked.stored_teacher,
-            asked_share=asked.share,
-            more_teachers=[teacher.path for teacher in teachers[1:]],
-            trust_remote_code=job.trust_remote_code,
+            folder=out,
         )
-        return training_outcome(result, asdict(result))
+        return training_outcome(result, result.summary())
 
     everything = {
         **inputs,

@@ -1,4 +1,4 @@
-"""What a student is trained to match, and how far it is from it.
+"""What a student is trained to match, and the distance to it.
 
 Usable on its own with plain PyTorch: `fused_loss` takes hidden rows, an LM head and a signal.
 """

@@ -1,4 +1,4 @@
-"""Losses and ∂loss/∂logits of one block of rows, whatever the signal.
+"""Losses and ∂loss/∂logits of one block of rows, for every kind of signal.
 
 Shapes: b rows of a block, K entries of a row, M terms, V vocabulary.
 """
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from stillhouse.objectives.dense import (
     Counted,
+    GroupBlock,
     Projected,
     any_divergence,
     forward_kl_and_counted,
 )
 from stillhouse.objectives.groups import Group, Workspace
-from stillhouse.objectives.head_logits import ComputeHead
+from stillhouse.objectives.products import ComputeHead
 from stillhouse.objectives.sparse import bucketed
-from stillhouse.objectives.triton_dispatch import row_kernel
+from stillhouse.objectives.triton_dispatch import row_kernel, runs_kernels
 from stillhouse.signals import SampledSignal, SparseSignal
 
 
@@ -33,25 +34,22 @@ class ProjectedRows:
 
 
 Teacher = Tensor | SparseSignal | SampledSignal | ProjectedRows | None
-"""What one block is compared with: raw logits [b, V], or a block of a stored signal."""
+"""What a block is compared with: raw logits [b, V], or a block of a stored signal."""
 
 
+@dataclass
 class Blocks:
-    """Works on one block of rows after another, in scratch that is allocated once."""
+    """Computes one block of rows after another, in scratch that is allocated once."""
 
-    def __init__(
-        self,
-        groups: Sequence[Group],
-        student: ComputeHead,
-        teacher: ComputeHead | None,
-        space: Workspace,
-    ) -> None:
-        self.groups = groups
-        self.student = student
-        self.teacher = teacher
-        self.space = space
-        like = space.like
-        self.kernel = row_kernel(groups, student, teacher, like.device, like.dtype)
+    groups: Sequence[Group]
+    student: ComputeHead
+    teacher: ComputeHead | None
+    space: Workspace
+
+    def __post_init__(self) -> None:
+        like = self.space.like
+        kernel = row_kernel(self.groups, self.student, self.teacher, like.dtype)
+        self.kernel = kernel if runs_kernels(like.device) else None
 
     def run(
         self,
@@ -62,7 +60,7 @@ class Blocks:
         *,
         grad: bool,
     ) -> None:
-        """Fills the losses; with `grad`, writes ∂loss/∂(raw logits) over `student_bV`.
+        """Fill the losses; with `grad`, write ∂loss/∂(raw logits) over `student_bV`.
 
         Logits come in as raw products of hidden rows and head, and are overwritten.
         """
@@ -83,49 +81,38 @@ class Blocks:
             last = place == len(self.groups) - 1
             zs_group_bV = self._at_temperature("zs", zs_bV, group, last)
             part_bV = out_bV if simple else zs_group_bV
-            self._run_group(
-                group, zs_group_bV, teacher, targets_b, losses_Mb, part_bV if grad else None, last
-            )
+            counted: list[Counted | Projected] = []
+            if group.of_data and targets_b is not None:
+                ones_b1 = zs_bV.new_ones(len(zs_bV), 1)
+                counted.append(Counted(group.of_data, targets_b[:, None], ones_b1))
+            out = part_bV if grad else None
+            block = GroupBlock(group, zs_group_bV, counted, losses_Mb, out, self.space)
+            self._run_group(block, teacher if group.of_teacher else None, last)
             if total_bV is not None:
                 total_bV.copy_(part_bV) if place == 0 else total_bV.add_(part_bV)
         if total_bV is not None:
             out_bV.copy_(total_bV if slope_bV is None else total_bV.mul_(slope_bV))
 
-    def _run_group(
-        self,
-        group: Group,
-        zs_bV: Tensor,
-        teacher: Teacher,
-        targets_b: Tensor | None,
-        losses_Mb: Tensor,
-        out_bV: Tensor | None,
-        last: bool,
-    ) -> None:
-        counted: list[Counted] = []
-        if group.of_data and targets_b is not None:
-            ones_b1 = zs_bV.new_ones(len(zs_bV), 1)
-            counted.append(Counted(group.of_data, targets_b[:, None], ones_b1))
-        if not group.of_teacher:
-            teacher = None
+    def _run_group(self, block: GroupBlock, teacher: Teacher, last: bool) -> None:
+        group, zt_bV = block.group, None
         if isinstance(teacher, SparseSignal):
-            bucketed(group, zs_bV, teacher, counted, losses_Mb, out_bV)
+            bucketed(block, teacher)
             return
         if isinstance(teacher, ProjectedRows):
             score_b = teacher.score_b / group.temperature
             projected = Projected(group.of_teacher, score_b, teacher.negative_entropy_b)
-            targets: list[Counted | Projected] = [*counted, projected]
-            forward_kl_and_counted(group, zs_bV, None, targets, losses_Mb, out_bV, self.space)
-            return
-        if isinstance(teacher, SampledSignal):
-            shares_bK = teacher.counts_NK.to(zs_bV.dtype)
+            block.counted = [*block.counted, projected]
+        elif isinstance(teacher, SampledSignal):
+            shares_bK = teacher.counts_NK.to(block.zs_bV.dtype)
             shares_bK = shares_bK / shares_bK.sum(1, keepdim=True)
-            counted.append(Counted(group.of_teacher, teacher.ids_NK, shares_bK))
-            teacher = None
-        zt_bV = None if teacher is None else self._at_temperature("zt", teacher, group, last)
+            sampled = Counted(group.of_teacher, teacher.ids_NK, shares_bK)
+            block.counted = [*block.counted, sampled]
+        elif teacher is not None:
+            zt_bV = self._at_temperature("zt", teacher, group, last)
         if zt_bV is None or group.only("forward_kl"):
-            forward_kl_and_counted(group, zs_bV, zt_bV, counted, losses_Mb, out_bV, self.space)
+            forward_kl_and_counted(block, zt_bV)
         else:
-            any_divergence(group, zs_bV, zt_bV, counted, losses_Mb, out_bV, self.space)
+            any_divergence(block, zt_bV)
 
     def _cap_slope(self, logits_bV: Tensor) -> Tensor | None:
         """dz/du of z = c·tanh(u / c), from z; None where there is no cap."""
@@ -136,7 +123,7 @@ class Blocks:
         return slope_bV.square_().neg_().add_(1.0)
 
     def _at_temperature(self, name: str, z_bV: Tensor, group: Group, last: bool) -> Tensor:
-        """z / T: in place for the last group, else in a buffer, since others still need z."""
+        """z / T: in place for the last group, else in a buffer, since other groups still need z."""
         if last:
             return z_bV if group.temperature == 1.0 else z_bV.div_(group.temperature)
         return torch.div(z_bV, group.temperature, out=self.space.buffer(name, len(z_bV)))

@@ -1,8 +1,8 @@
-"""The loop of the fused loss over chunks of rows, and what it accumulates.
+"""The fused loss's loop over chunks of rows, and what it accumulates.
 
-Shapes: N rows, n rows of a chunk, b rows of a block, M terms, D hidden width, V vocabulary.
-A *chunk* is large enough for fast matrix products; a *block* is small enough that its float32
-scratch stays in the processor's cache while some ten elementwise passes go over it.
+Shapes: N rows, n rows of a chunk, b rows of a block, M terms, D hidden width, V vocabulary. A
+*chunk* is large enough for fast matrix products; a *block* is small enough that its float32 scratch
+stays in the processor's cache while some ten elementwise passes go over it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from torch import Tensor
 
 from stillhouse.objectives.block_losses import Blocks, ProjectedRows, Teacher
 from stillhouse.objectives.groups import Workspace, group_by_temperature
-from stillhouse.objectives.head_logits import ComputeHead
-from stillhouse.objectives.products import accumulate_columns_, accumulate_outer_
+from stillhouse.objectives.products import ComputeHead, accumulate_columns_, accumulate_outer_
 from stillhouse.objectives.terms import Term
 from stillhouse.signals import (
     DenseSignal,
@@ -28,14 +27,14 @@ from stillhouse.signals import (
 )
 
 CHUNK_ROWS_CPU = 64, 256
-"""The least and the most. More rows make faster products, up to a point."""
+"""Fewest and most. More rows make faster products, up to a point."""
 NARROW_CHUNK_ROWS_CPU = 64, 512
-"""In 16 bits, where products are some three times as fast, so that the rest weighs more."""
+"""In 16 bits, where products are about three times as fast, so the rest weighs more."""
 CHUNK_ROWS_CUDA = 2048
 BLOCK_ELEMENTS_CPU = 1 << 19
 BLOCK_ELEMENTS_CUDA = 1 << 26
 IMPOSSIBLE = -1e4
-"""A logit whose probability is 0 in every dtype, in place of −inf (−inf · 0 would be NaN)."""
+"""A logit whose probability is 0 in every dtype; −inf would give −inf · 0 = NaN."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Plan:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def chunk(self, hidden_ND: Tensor) -> int:
-        """Rows of a chunk: on a CPU, logits half as large as the head's gradient in float32."""
+        """Rows of a chunk: on a CPU, with logits half as large as the head's float32 gradient."""
         rows, width = hidden_ND.shape
         if self.chunk_rows is not None:
             wanted = self.chunk_rows
@@ -85,7 +84,7 @@ class Work:
         plan: Plan,
         needs: list[bool],
     ) -> None:
-        """`needs`: whether the hidden rows, the head's weight and its bias want a gradient."""
+        """needs: whether the hidden rows, the head's weight and its bias need a gradient."""
         self.plan = plan
         self.rows = len(hidden_ND)
         self.hidden_ND = hidden_ND.detach().to(plan.dtype)
@@ -144,7 +143,7 @@ class Work:
             self._scale_rows_(self.dhidden_ND, slice(None), self.factor)
 
     def _teacher_block(self, teacher_nV: Tensor | None, part: slice, here: slice) -> Teacher:
-        """The signal's rows of one block; `part` counts in the chunk, `here` in all rows."""
+        """The signal's rows of one block: `part` within the chunk, `here` within all rows."""
         signal = self.signal
         if isinstance(signal, LogitsSignal):
             logits_bV = signal.logits_NV[here, : self.plan.vocab_size].detach()
@@ -158,9 +157,8 @@ class Work:
                 tail_N=signal.tail_N[here].to(self.losses_MN.dtype),
             )
         if isinstance(signal, SampledSignal):
-            return replace(
-                signal, ids_NK=signal.ids_NK[here].long(), counts_NK=signal.counts_NK[here]
-            )
+            counts_bK = signal.counts_NK[here]
+            return replace(signal, ids_NK=signal.ids_NK[here].long(), counts_NK=counts_bK)
         if isinstance(signal, FrozenHeadSignal):
             wide = self.losses_MN.dtype
             score_b = (signal.vector_ND[here].to(wide) * self.hidden_ND[here].to(wide)).sum(1)
@@ -168,9 +166,9 @@ class Work:
         return None if teacher_nV is None else teacher_nV[part]
 
     def _carry_back(self, dlogits_nV: Tensor, rows: slice) -> None:
-        """∂loss/∂logits to the hidden rows, the weight and the bias.
+        """Carry ∂loss/∂logits to the hidden rows, the weight and the bias.
 
-        A row's weight is applied to the narrow side of each product, never to the logits.
+        A row's weight multiplies the narrow side of each product, never the logits.
         """
         if self.dhidden_ND is not None:
             self._carry_to_hidden(dlogits_nV, self.dhidden_ND[rows], rows)
@@ -188,7 +186,7 @@ class Work:
 
     def _carry_to_hidden(self, dlogits_nV: Tensor, out_nD: Tensor, rows: slice) -> None:
         if isinstance(self.signal, FrozenHeadSignal):
-            # Added before the product is rounded: the two nearly cancel in a good student.
+            # Added before the product is rounded: in a good student the two nearly cancel.
             vector_nD = self.signal.vector_ND[rows]
             beta = -self.of_teacher / self.head.scale
             torch.addmm(vector_nD, dlogits_nV, self.head.weight_VD, beta=beta, out=out_nD)

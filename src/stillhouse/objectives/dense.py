@@ -1,9 +1,9 @@
-"""One block of rows against a teacher's whole distribution, against samples of it, or against data.
+"""One block of rows against a teacher's whole distribution, samples of it, or data.
 
 With q = softmax(z_s), p = softmax(z_t) and h = ∂loss/∂log q, ∂loss/∂z_s = h − q·Σh (the
-temperature's factor is in the coefficients). For KL(p ‖ q), h = −p; for cross-entropy with
-counted tokens, h = −share: the gradient is q minus something, and no logarithm of a whole row is
-needed, since KL(p ‖ q) = Σ p (z_t − z_s) − lse(z_t) + lse(z_s). That is the fast path.
+temperature's factor is in the coefficients). For KL(p ‖ q), h = −p; for cross-entropy with counted
+tokens, h = −share: the gradient is q minus something, and needs no logarithm of a whole row, since
+KL(p ‖ q) = Σ p (z_t − z_s) − lse(z_t) + lse(z_s). That is the fast path.
 
 Shapes: b rows of a block, K entries of a row, M terms, V vocabulary.
 """
@@ -21,16 +21,20 @@ from stillhouse.objectives.groups import Group, Member, Workspace
 
 
 @dataclass(frozen=True)
-class Counted:
-    """Target tokens and their shares of each row: data (one token) or samples of a teacher."""
-
+class _Target:
     members: tuple[Member, ...]
-    ids_bK: Tensor
-    shares_bK: Tensor
 
     @property
     def coefficient(self) -> float:
         return sum(member.coefficient for member in self.members)
+
+
+@dataclass(frozen=True)
+class Counted(_Target):
+    """Target tokens and their shares of each row: data (one token) or samples of a teacher."""
+
+    ids_bK: Tensor
+    shares_bK: Tensor
 
     def score(self, z_bV: Tensor) -> Tensor:
         """Σ share · z of each row."""
@@ -46,20 +50,15 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Projected:
+class Projected(_Target):
     """A teacher's distribution p as the head W sees it: Wᵀp · h, and Σ p log p, of each row.
 
-    What it takes off the gradient goes to the hidden rows directly, beside the product that
-    carries the softmax there.
+    Its part of the gradient goes to the hidden rows directly, beside the product that carries the
+    softmax there.
     """
 
-    members: tuple[Member, ...]
     score_b: Tensor
     negative_entropy_b: Tensor
-
-    @property
-    def coefficient(self) -> float:
-        return sum(member.coefficient for member in self.members)
 
     def score(self, z_bV: Tensor) -> Tensor:
         """Σ p · z of each row."""
@@ -71,33 +70,45 @@ class Projected:
             losses_Mb[member.place] = value_b * member.term.factor
 
     def subtract_from_(self, gradient_bV: Tensor) -> None:
-        """Nothing: see the class."""
+        """Nothing to subtract: see the class."""
 
 
-def forward_kl_and_counted(
-    group: Group,
-    zs_bV: Tensor,
-    zt_bV: Tensor | None,
-    counted: Sequence[Counted | Projected],
-    losses_Mb: Tensor,
-    out_bV: Tensor | None,
-    space: Workspace,
-) -> None:
-    """Forward KL and cross-entropies. Overwrites zs and zt; out = ∂loss/∂zs unless None."""
-    scores = [each.score(zs_bV) for each in counted]
+@dataclass
+class GroupBlock:
+    """A block's losses of one group. zs_bV: the student's logits at the group's temperature, which
+    are overwritten. out_bV: becomes ∂loss/∂zs; None: no gradient."""
+
+    group: Group
+    zs_bV: Tensor
+    counted: Sequence[Counted | Projected]
+    losses_Mb: Tensor
+    out_bV: Tensor | None
+    space: Workspace
+
+    def scores(self) -> list[Tensor]:
+        return [each.score(self.zs_bV) for each in self.counted]
+
+    def write_losses(self, lse_b: Tensor, scores: Sequence[Tensor]) -> None:
+        for each, score_b in zip(self.counted, scores, strict=True):
+            each.write_losses(lse_b, score_b, self.losses_Mb)
+
+
+def forward_kl_and_counted(block: GroupBlock, zt_bV: Tensor | None) -> None:
+    """Forward KL and cross-entropies. Overwrite zt."""
+    group, counted, zs_bV, out_bV = block.group, block.counted, block.zs_bV, block.out_bV
+    scores = block.scores()
     of_teacher = 0.0
     gap_b = None
     if zt_bV is not None:
-        gap_bV = torch.sub(zt_bV, zs_bV, out=space.buffer("work", len(zs_bV)))
+        gap_bV = torch.sub(zt_bV, zs_bV, out=block.space.buffer("work", len(zs_bV)))
         lse_t_b = softmax_(zt_bV)
         gap_b = gap_bV.mul_(zt_bV).sum(-1).sub_(lse_t_b)
         of_teacher = sum(member.coefficient for member in group.of_teacher)
     lse_s_b = softmax_(zs_bV)
     if gap_b is not None:
         for member in group.of_teacher:
-            losses_Mb[member.place] = (gap_b + lse_s_b) * member.term.factor
-    for each, score_b in zip(counted, scores, strict=True):
-        each.write_losses(lse_s_b, score_b, losses_Mb)
+            block.losses_Mb[member.place] = (gap_b + lse_s_b) * member.term.factor
+    block.write_losses(lse_s_b, scores)
     if out_bV is None:
         return
     whole = of_teacher + sum(each.coefficient for each in counted)
@@ -111,18 +122,10 @@ def forward_kl_and_counted(
         out_bV.copy_(zs_bV)
 
 
-def any_divergence(
-    group: Group,
-    zs_bV: Tensor,
-    zt_bV: Tensor,
-    counted: list[Counted],
-    losses_Mb: Tensor,
-    out_bV: Tensor | None,
-    space: Workspace,
-) -> None:
-    """Every divergence, by its h. Overwrites zs and zt; out = ∂loss/∂zs unless None."""
-    rows = len(zs_bV)
-    scores = [each.score(zs_bV) for each in counted]
+def any_divergence(block: GroupBlock, zt_bV: Tensor) -> None:
+    """Every divergence, by its h. Overwrite zt."""
+    zs_bV, out_bV, space, rows = block.zs_bV, block.out_bV, block.space, len(block.zs_bV)
+    scores = block.scores()
     q_bV = space.buffer("q", rows)
     p_bV = space.buffer("p", rows)
     lse_s_b = softmax_(zs_bV, out_bV=q_bV)
@@ -137,13 +140,11 @@ def any_divergence(
         work_bX=space.buffer("work", rows),
         more_bX=space.buffer("more", rows),
     )
-    several = len(group.of_teacher) > 1
+    several = len(block.group.of_teacher) > 1
     h_bV = space.buffer("h", rows)
-    h_bV = sum_divergences(
-        group, pair, losses_Mb, h_bV, space.buffer("next h", rows) if several else h_bV
-    )
-    for each, score_b in zip(counted, scores, strict=True):
-        each.write_losses(lse_s_b, score_b, losses_Mb)
+    sum_divergences(block, pair, h_bV, space.buffer("next h", rows) if several else h_bV)
+    block.write_losses(lse_s_b, scores)
+    for each in block.counted:
         each.subtract_from_(h_bV)
     if out_bV is None:
         return
@@ -154,28 +155,25 @@ def any_divergence(
         out_bV.copy_(target_bV)
 
 
-def sum_divergences(
-    group: Group, pair: Pair, losses_Mb: Tensor, h_bX: Tensor, next_h_bX: Tensor
-) -> Tensor:
-    """Each divergence's value, and Σ coefficient · h over the group's terms, in `h_bX`."""
-    for number, member in enumerate(group.of_teacher):
+def sum_divergences(block: GroupBlock, pair: Pair, h_bX: Tensor, next_h_bX: Tensor) -> None:
+    """Each divergence's value, and in `h_bX` Σ coefficient · h over the group's terms."""
+    for number, member in enumerate(block.group.of_teacher):
         term = member.term
         target_bX = h_bX if number == 0 else next_h_bX
         value_b = DIVERGENCES[term.divergence](pair, term, target_bX)
-        losses_Mb[member.place] = value_b * term.factor
+        block.losses_Mb[member.place] = value_b * term.factor
         if number:
             h_bX.add_(target_bX, alpha=member.coefficient)
         elif member.coefficient != 1.0:
             h_bX.mul_(member.coefficient)
-    return h_bX
 
 
 def softmax_(z_bV: Tensor, out_bV: Tensor | None = None) -> Tensor:
     """Softmax of each row, in place or in `out_bV`; returns its logsumexp.
 
-    lse = max z − log max softmax(z): one exponential an element, where logsumexp beside softmax
-    would take two. The largest probability of a row is at least 1/V, so that its logarithm is as
-    exact as the softmax.
+    lse = max z − log max softmax(z): one exponential per element, where logsumexp beside softmax
+    takes two. A row's largest probability is at least 1/V, so its logarithm is as exact as the
+    softmax.
     """
     top_b = z_bV.amax(-1)
     out_bV = torch.softmax(z_bV, -1, out=z_bV if out_bV is None else out_bV)

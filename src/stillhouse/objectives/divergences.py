@@ -1,8 +1,8 @@
 """Every divergence between a teacher's p and a student's q: its value and h = ∂value/∂log q.
 
-From h follows the gradient with respect to logits, ∂value/∂z = (h − q·Σh) / T, for any of them:
-see docs/objectives.md. A summand of h that is a constant times q cancels there and is left out.
-Work is done in place, since on a CPU each pass over [b, X] is a good part of the whole cost.
+From h follows the gradient with respect to logits, ∂value/∂z = (h − q·Σh) / T, for any of them: see
+docs/objectives.md. A summand of h that is a constant times q cancels there and is left out.
+Operations are in place, since on a CPU each pass over [b, X] is a good part of the whole cost.
 
 Shapes: b rows, X outcomes (the vocabulary, or a sparse signal's K tokens and its tail).
 """
@@ -18,15 +18,15 @@ from torch import Tensor
 from stillhouse.objectives.terms import Term
 
 NUCLEUS_GUESS = 1024
-"""Likeliest tokens that are looked at first when a row's nucleus is sought on a CPU."""
+"""Top tokens among which a row's nucleus is first sought on a CPU."""
 
 
 @dataclass
 class Pair:
-    """Both distributions of a block of rows, and two buffers of the same shape to work in.
+    """Both distributions of a block of rows, and two buffers of the same shape.
 
-    log p = score_p − lse_p. Most formulas take the scores as they are, since a constant of a row
-    is cheaper to subtract from a sum than from the row.
+    log p = score_p − lse_p. Most formulas use the scores, since subtracting a row's constant from a
+    sum is cheaper than from the row.
     """
 
     score_p_bX: Tensor
@@ -52,10 +52,8 @@ class Pair:
 
 
 Divergence = Callable[[Pair, Term, Tensor], Tensor]
-"""(both distributions, the term, h to be filled) → value of each row.
-
-h is left divided by the term's `gradient_factor`.
-"""
+"""(both distributions, the term, h to fill) → value of each row; h is divided by the term's
+`gradient_factor`."""
 
 
 def forward_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
@@ -156,9 +154,9 @@ def alpha_beta(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
 def adaptive_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
     """AKL (Wu et al. 2024, arXiv 2404.02657): forward KL where the head of p is off, else reverse.
 
-    The head is the smallest set of likeliest tokens with a mass of at least μ. Both KL
-    divergences are weighted by the share of Σ|p − q| that lies in the head and outside of it;
-    these weights are constants for the gradient.
+    The head is the smallest set of most likely tokens with a mass of at least μ. The KL divergences
+    are weighted by the shares of Σ|p − q| inside and outside the head; the weights are constants
+    for the gradient.
     """
     threshold_b1 = _nucleus_threshold(pair.p_bX, term.parameters["mu"])
     gap_bX = torch.sub(pair.p_bX, pair.q_bX, out=pair.work_bX).abs_()
@@ -174,24 +172,27 @@ def adaptive_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "jsd": jsd,
-    "normalized_jsd": normalized_jsd,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "total_variation": total_variation,
-    "alpha_beta": alpha_beta,
-    "adaptive_kl": adaptive_kl,
+    function.__name__: function
+    for function in (
+        forward_kl,
+        reverse_kl,
+        jsd,
+        normalized_jsd,
+        skew_forward_kl,
+        skew_reverse_kl,
+        total_variation,
+        alpha_beta,
+        adaptive_kl,
+    )
 }
-"""Those that compare with a teacher's distribution; cross_entropy compares with the data."""
+"""Those that compare with a teacher's distribution; cross_entropy compares with data."""
 
 
 def _mixture(pair: Pair, of_teacher: float) -> Tensor:
     """of_teacher · p + (1 − of_teacher) · q, never 0.
 
-    Where both underflow, the smallest normal number stands in: what it is multiplied with is 0
-    there, and the logarithm of 0 would turn the product into NaN.
+    Where both underflow, the smallest normal number replaces 0: it is multiplied with 0, and the
+    logarithm of 0 would make that NaN.
     """
     mixture_bX = torch.lerp(pair.q_bX, pair.p_bX, of_teacher, out=pair.work_bX)
     return mixture_bX.clamp_(min=torch.finfo(mixture_bX.dtype).tiny)
@@ -200,8 +201,8 @@ def _mixture(pair: Pair, of_teacher: float) -> Tensor:
 def _both_from_mixture(pair: Pair, log_m_bX: Tensor, h_bX: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p ‖ M) and KL(q ‖ M) of each row; h = q log(q / M).
 
-    From log q and not from scores: log(q / M) is bounded, a score may be in the hundreds, and the
-    gradient is a difference in which its rounding would stay.
+    From log q, not from scores: log(q / M) is bounded, while a score may be in the hundreds, and
+    its rounding would stay in the gradient, a difference.
     """
     torch.sub(pair.log_q(), log_m_bX, out=h_bX)
     of_student_b = _expect(pair.q_bX, h_bX)
@@ -216,14 +217,14 @@ def _expect(weights_bX: Tensor, values_bX: Tensor) -> Tensor:
 
 def _nucleus_threshold(p_bX: Tensor, mass: float) -> Tensor:
     """The smallest probability in each row's smallest set of tokens that holds `mass`."""
-    sorted_bG = _likeliest(p_bX, mass)
+    sorted_bG = _top_probabilities(p_bX, mass)
     inside_bG = sorted_bG.cumsum(-1) - sorted_bG < mass
     inside_bG[:, 0] = True
     last_b1 = inside_bG.sum(-1, keepdim=True) - 1
     return sorted_bG.gather(1, last_b1)
 
 
-def _likeliest(p_bX: Tensor, mass: float) -> Tensor:
+def _top_probabilities(p_bX: Tensor, mass: float) -> Tensor:
     """Each row's probabilities, largest first: enough of them to hold `mass`."""
     if p_bX.device.type == "cpu" and p_bX.shape[1] > NUCLEUS_GUESS:
         top_bG = p_bX.topk(NUCLEUS_GUESS, dim=-1).values

@@ -21,13 +21,13 @@ from stillhouse.signals import LMHead, Signal
 
 
 class HiddenStateLoss(nn.Module):
-    """Distance between paired layers of two models, whatever their depths and widths.
+    """Distance between paired layers of two models, of any depths and widths.
 
     Where the widths differ, each pair has a linear map from the student's to the teacher's
-    (TinyBERT, Jiao et al. 2020, arXiv 1909.10351). These maps are parameters of this module and
-    not of the student: give them to the optimizer, and the student's checkpoint never holds them.
+    (TinyBERT, Jiao et al. 2020, arXiv 1909.10351). The maps are parameters of this module, not of
+    the student: give them to the optimizer, and the student's checkpoint never holds them.
 
-    "mse": mean over the width of the squared difference. "cosine": 1 − cosine.
+    kind "mse": mean over the width of the squared difference. "cosine": 1 − cosine.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class HiddenStateLoss(nn.Module):
             row_weights_N: a factor for each row.
 
         Raises:
-            SignalError: a missing layer, or rows and widths that do not fit.
+            SignalError: a missing layer, or rows and widths that do not match.
         """
         values: dict[str, Tensor] = {}
         total: Tensor | None = None
@@ -122,7 +122,7 @@ def layer_logits_loss(
     vocab_size: int | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> LossSum:
-    """Every chosen layer of the student predicts the teacher's distribution through one head.
+    """Loss of chosen layers of the student that predict the teacher's distribution.
 
     Each layer's rows pass the model's final `norm` and its head; values are named
     "forward_kl@layer3". The total is the mean over layers; see `fused_loss` for the rest.

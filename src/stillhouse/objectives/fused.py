@@ -1,8 +1,8 @@
 """The LM head and its losses in one autograd function, with gradients in closed form.
 
-Rows are worked through in chunks: logits of both models, the losses, ∂loss/∂logits in place of
-the student's logits, then the two products that carry it to the hidden rows and to the head.
-No [N, V] tensor exists, the head's gradient is summed in float32, and backward is one multiply.
+Rows are processed in chunks: logits of both models, the losses, ∂loss/∂logits in place of the
+student's logits, then the two products that carry it to the hidden rows and to the head. No [N, V]
+tensor exists, the head's gradient is summed in float32, and backward is one multiplication.
 
 Shapes: N rows, M terms, D hidden width, V vocabulary.
 """
@@ -40,13 +40,13 @@ def fused_loss(
         hidden_ND: the student's last hidden states (after the final norm), supervised rows only.
         head: the student's LM head. A weight that needs no gradient costs no gradient product.
         terms: what to sum; see `Term`.
-        signal: the teacher's answer for the same rows; None where no term needs one.
+        signal: the teacher's, for the same rows; None where no term needs one.
         targets_N: the data's own next tokens, for `cross_entropy`.
         row_weights_N: a factor for each row; 1 where None.
-        scale: a factor for `total` alone, such as 1 / the global number of supervised rows.
-        vocab_size: rows of both heads that are real tokens; padded rows beyond have
+        scale: a factor for `total` only, such as 1 / the global number of supervised rows.
+        vocab_size: rows of both heads that are real tokens; rows of padding beyond them get
             probability 0. None: as many as both heads have.
-        chunk_rows: rows whose logits exist at one time; None: by the device and the vocabulary.
+        chunk_rows: rows whose logits exist at a time; None: by the device and the vocabulary.
         compute_dtype: of the matrix products. None: autocast's where it is on, else the
             hidden rows' own. Reductions are in float32 (float64 if that is the compute dtype).
 
@@ -54,7 +54,7 @@ def fused_loss(
         The sums. `total` is connected to the graph even with no rows at all.
 
     Raises:
-        SignalError: rows, widths, ids or weights that do not fit together; NaN.
+        SignalError: rows, widths, ids or weights that do not match; NaN.
     """
     terms = tuple(terms)
     names = term_names(terms)

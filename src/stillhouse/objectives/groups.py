@@ -1,4 +1,4 @@
-"""Terms that share a temperature share their softmaxes; and the scratch they work in."""
+"""Terms that share a temperature share their softmaxes; and the scratch for them."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Group:
 def group_by_temperature(terms: Sequence[Term]) -> tuple[list[Group], float]:
     """The groups, and the factor that was taken out of every coefficient.
 
-    A term's gradient with respect to logits carries weight · T² / T (or weight / T). Dividing
-    all of them by their sum makes the coefficient of a lone term 1, so that no pass over the
-    logits is spent on it: the sum is folded into the matrix products that follow.
+    A term's gradient with respect to logits carries weight · T² / T (or weight / T). Dividing all
+    of them by their sum makes the coefficient of a lone term 1, which saves a pass over the logits:
+    the sum is folded into the matrix products that follow.
     """
     raw = [term.weight * term.factor * term.gradient_factor / term.temperature for term in terms]
     common = sum(raw) or 1.0
@@ -60,16 +60,16 @@ def group_by_temperature(terms: Sequence[Term]) -> tuple[list[Group], float]:
 
 
 class Workspace:
-    """Named buffers of one shape, made when first asked for and used again for every block."""
+    """Named buffers of one shape, made on first use and reused for every block."""
 
     def __init__(self, shape: tuple[int, int], like: Tensor) -> None:
-        """`shape` is of the largest block; `like` has the device and dtype of reductions."""
+        """shape: of the largest block. like: has the device and dtype of reductions."""
         self.shape = shape
         self.like = like
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, rows: int) -> Tensor:
-        """[rows, V], holding whatever was left there."""
+        """[rows, V], with arbitrary content."""
         if name not in self._buffers:
             self._buffers[name] = self.like.new_empty(self.shape)
         return self._buffers[name][:rows]

@@ -1,6 +1,6 @@
-"""What can be wrong with a loss's inputs, said before any product is computed.
+"""Checks of a loss's inputs, before any product is computed.
 
-Values are looked at on the CPU only: on an accelerator that would stall the queue.
+Values are checked on the CPU only: on an accelerator that would stall the queue.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def check_inputs(
     row_weights_N: Tensor | None,
     vocab_size: int | None,
 ) -> int:
-    """Checks shapes and, on a CPU, values; gives the number of shared vocabulary rows."""
+    """Check shapes and, on a CPU, values; returns the number of shared vocabulary rows."""
     if not terms:
         raise SignalError("the loss has no terms", fix="give at least one Term")
     _refuse_sharded(hidden_ND, head, signal)
@@ -57,7 +57,7 @@ def check_inputs(
 
 
 def _refuse_sharded(hidden_ND: Tensor, head: LMHead, signal: Signal | None) -> None:
-    """A part of a head gives a part of each softmax: a wrong loss, not a slow one."""
+    """A shard of a head gives a part of each softmax: a wrong loss, not a slow one."""
     named = {"hidden_ND": hidden_ND, "head.weight_VD": head.weight_VD}
     if isinstance(signal, DenseSignal):
         named["signal.head.weight_VD"] = signal.head.weight_VD
@@ -82,7 +82,7 @@ def _vocabulary(shared: int, asked: int | None) -> int:
 
 
 def _check_frozen_head(head: LMHead, signal: FrozenHeadSignal) -> None:
-    """The vector was made with one linear head: it says nothing about another."""
+    """The vector was computed with one linear head and says nothing about another."""
     if head.bias_V is not None or head.softcap is not None:
         raise SignalError(
             "a frozen-head signal is for a head without bias and without a cap on its logits",

@@ -1,7 +1,7 @@
-"""Which layer of the student answers to which layer of the teacher.
+"""Which layer of the student is compared with which layer of the teacher.
 
-A layer's index is the place of its output in transformers' `hidden_states`: 0 is the embeddings,
-i the output of block i, and the number of blocks the last hidden state (after the final norm).
+A layer's index is that of its output in transformers' `hidden_states`: 0 is the embeddings, i the
+output of block i, and the number of blocks the last hidden state (after the final norm).
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ def map_layers(
         SignalError: a layer that a model does not have, or more pairs than it has blocks.
     """
     if student_layers < 1 or teacher_layers < 1:
-        raise SignalError(
-            f"a layer map needs blocks: {student_layers} and {teacher_layers} were given"
-        )
+        raise SignalError(f"a layer map needs blocks, not {student_layers} and {teacher_layers}")
     if not isinstance(how, str):
         return _explicit(how, student_layers, teacher_layers)
     wanted = student_layers if count is None else count
@@ -47,13 +45,13 @@ def map_layers(
         wanted = most
     if not 1 <= wanted <= most:
         raise SignalError(
-            f"a {how} layer map of {wanted} pairs is asked of {student_layers} student and "
+            f"a {how} layer map of {wanted} pairs does not fit {student_layers} student and "
             f"{teacher_layers} teacher blocks",
-            fix=f"ask for 1 to {most}",
+            fix=f"use 1 to {most} pairs",
         )
     chosen = range(student_layers - wanted + 1, student_layers + 1)
     if how == "uniform":
-        # Half-integers go up, so that no two equal steps are rounded in different directions.
+        # Half-integers round up, so that equal steps are never rounded in different directions.
         pairs = [(s, (2 * s * teacher_layers + student_layers) // (2 * student_layers))
                  for s in chosen]  # fmt: skip
     else:

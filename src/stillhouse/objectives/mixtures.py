@@ -1,4 +1,4 @@
-"""Mixtures of terms whose weights move as training goes on, and their values for the log."""
+"""Mixtures of terms with scheduled weights, and their values for the log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.objectives.terms import LossSum, Term
 
 @dataclass(frozen=True)
 class Schedule:
-    """A factor that goes from `start` to `end` between two points of the training's progress.
+    """A factor that goes from `start` to `end` over a part of the training's progress.
 
     Before `begin` it is `start`, after `finish` it is `end`; both are shares of all steps.
     """
@@ -60,13 +60,13 @@ class Mixture:
 
     @classmethod
     def of(cls, *terms: Term) -> Mixture:
-        """Terms with weights that stay."""
+        """Terms with constant weights."""
         return cls(tuple((term, None) for term in terms))
 
     def at(self, progress: float) -> tuple[Term, ...]:
         """The terms with their weights where `progress` in [0, 1] of all steps are done.
 
-        A term whose weight is 0 stays among them: its value is still measured.
+        A term of weight 0 is kept: its value is still measured.
         """
         return tuple(
             term if schedule is None else replace(term, weight=term.weight * schedule.at(progress))
@@ -99,7 +99,7 @@ class Tally:
         return names, sums
 
     def read(self) -> dict[str, float]:
-        """Each term's mean a row since the last reading; then starts again."""
+        """Each term's mean per row since the last reading; starts again."""
         rows = self._rows
         names, sums = self.take()
         return dict(zip(names, (sums / rows).tolist(), strict=True)) if rows else {}

@@ -1,4 +1,4 @@
-"""What a student matches of its teacher: the terms of the loss."""
+"""What a student matches: the terms of the loss."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Weighted(Section):
 
 
 class LayerTerm(Weighted):
-    """Which blocks of the student answer to which of the teacher; 1 is the first."""
+    """Which blocks of the student are compared with which of the teacher; 1 is the first."""
 
     layers: LayerMapping = Field(
         "uniform",

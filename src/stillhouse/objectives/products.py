@@ -1,28 +1,65 @@
-"""Matrix products with the LM head: its logits, and its gradient summed in a wider dtype.
+"""Products with the LM head: its logits, and its gradient summed in a wider dtype.
 
 Shapes: n rows of a chunk, D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from stillhouse.signals import LMHead
+
 HEAD_BLOCK_ROWS = 4096
-"""Vocabulary rows in one low-precision product on a CPU: its result stays in the cache."""
-HEAD_BLOCK_ROWS_CUDA = 1 << 15
-"""The same on a GPU, where it bounds the memory of the product."""
+"""Vocabulary rows of one low-precision product on a CPU: its result stays in the cache."""
+HEAD_BLOCK_ROWS_CUDA = 1 << 15  # bounds the memory of the product
 TILE_ELEMENTS = 1 << 18
-"""Logits that oneDNN gives at one time; they are in the cache when they are copied."""
+"""Logits that oneDNN computes at a time; they are in the cache when they are copied."""
+
+
+@dataclass(frozen=True)
+class ComputeHead:
+    """An LM head, trimmed to V rows and cast once to the dtype of the matrix products."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None
+    scale: float
+    softcap: float | None
+
+    @classmethod
+    def of(cls, head: LMHead, vocab_size: int, dtype: torch.dtype) -> ComputeHead:
+        bias = head.bias_V
+        return cls(
+            head.weight_VD.detach()[:vocab_size].to(dtype),
+            None if bias is None else bias.detach()[:vocab_size],
+            float(head.scale),
+            None if head.softcap is None else float(head.softcap),
+        )
+
+    def raw_logits(self, hidden_nD: Tensor, out_nV: Tensor) -> None:
+        """h Wᵀ in the compute dtype; `finish_` applies bias, scale and cap."""
+        product_(out_nV, hidden_nD, self.weight_VD)
+
+    def finish_(self, logits_nV: Tensor) -> None:
+        """Turn raw logits into the model's logits, in place, in the dtype of reductions."""
+        if self.bias_V is not None:
+            logits_nV.add_(self.bias_V)
+        if self.scale != 1.0:
+            logits_nV.mul_(self.scale)
+        if self.softcap is not None:
+            logits_nV.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 def product_(out_nV: Tensor, hidden_nD: Tensor, weight_VD: Tensor) -> None:
     """out = hidden weightᵀ.
 
-    In float32 on an x86 CPU `torch.mm` calls MKL. oneDNN, asked for tile by tile, took 17 % less
-    time for 256 rows against a whole vocabulary and 28 % less for 128, on the CPU it was measured
-    on (Zen 4, 2 cores). In 16 bits `torch.mm` calls oneDNN by itself.
+    In float32 on an x86 CPU `torch.mm` calls MKL; oneDNN, called per tile, took 17% less time for
+    256 rows against a whole vocabulary and 28% less for 128 (Zen 4, 2 cores). In 16 bits `torch.mm`
+    calls oneDNN itself.
     """
     if not _by_onednn(out_nV):
         torch.mm(hidden_nD, weight_VD.T, out=out_nV)
@@ -37,30 +74,27 @@ def product_(out_nV: Tensor, hidden_nD: Tensor, weight_VD: Tensor) -> None:
 def accumulate_outer_(
     total_VD: Tensor, dlogits_nV: Tensor, hidden_nD: Tensor, factor: float, *, first: bool
 ) -> None:
-    """total += factor · dlogitsᵀ hidden; `first` overwrites what `total` held instead.
+    """total += factor · dlogitsᵀ hidden; with `first`, total is overwritten.
 
-    Products in a narrow dtype come out in that dtype on a CPU, so each is rounded once and the
-    sum over chunks is taken in the dtype of `total`. On a GPU they come out in the wider one.
+    On a CPU, products in a narrow dtype come out in that dtype, so each is rounded once and the sum
+    over chunks is in the dtype of `total`. On a GPU they come out in the wider one.
     """
     if total_VD.dtype == dlogits_nV.dtype:
-        torch.addmm(
-            total_VD,
-            dlogits_nV.T,
-            hidden_nD,
-            beta=0.0 if first else 1.0,
-            alpha=factor,
-            out=total_VD,
-        )
+        beta = 0.0 if first else 1.0
+        torch.addmm(total_VD, dlogits_nV.T, hidden_nD, beta=beta, alpha=factor, out=total_VD)
         return
     rows = HEAD_BLOCK_ROWS_CUDA if total_VD.is_cuda else HEAD_BLOCK_ROWS
     for start in range(0, len(total_VD), rows):
         part = slice(start, start + rows)
         columns_Pn = dlogits_nV[:, part].T
-        if total_VD.is_cuda:
-            product_PD = torch.mm(columns_Pn, hidden_nD, out_dtype=total_VD.dtype)
-        else:
-            product_PD = torch.mm(columns_Pn, hidden_nD)
-        _add_(total_VD[part], product_PD, factor, first=first)
+        wide: dict[str, Any] = {"out_dtype": total_VD.dtype} if total_VD.is_cuda else {}
+        product_PD = torch.mm(columns_Pn, hidden_nD, **wide)
+        if not first:
+            total_VD[part].add_(product_PD, alpha=factor)
+            continue
+        total_VD[part].copy_(product_PD)
+        if factor != 1.0:
+            total_VD[part].mul_(factor)
 
 
 def accumulate_columns_(
@@ -80,12 +114,3 @@ def _by_onednn(out_nV: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
     )
-
-
-def _add_(total: Tensor, product: Tensor, factor: float, *, first: bool) -> None:
-    if first:
-        total.copy_(product)
-        if factor != 1.0:
-            total.mul_(factor)
-    else:
-        total.add_(product, alpha=factor)

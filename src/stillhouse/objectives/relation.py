@@ -1,8 +1,8 @@
 """Self-attention relation transfer (MiniLMv2, Wang et al. 2021, arXiv 2012.15828).
 
 A relation is softmax(X Xᵀ / √d) over positions, for X the queries, keys or values of one layer,
-cut into relation heads of width d. It has the shape of an attention map whatever the model's
-width and number of heads, so that student and teacher may differ in both.
+split into relation heads of width d. It has the shape of an attention map for any width and number
+of heads, so student and teacher may differ in both.
 
 Shapes: R windows, L positions, A relation heads, W width of a projection's output.
 """
@@ -34,7 +34,7 @@ class AttentionStates:
 
 @contextmanager
 def capture(attention: nn.Module) -> Iterator[AttentionStates]:
-    """Keeps what an attention layer's q_proj, k_proj and v_proj give while the context is open.
+    """Keep the outputs of an attention layer's q_proj, k_proj and v_proj inside the block.
 
     Raises:
         SignalError: a layer without these projections.
@@ -81,7 +81,7 @@ def relation_loss(
         relations: some of "query", "key", "value".
 
     Raises:
-        SignalError: widths that cannot be cut into heads, or states that do not fit together.
+        SignalError: widths that cannot be split into heads, or states that do not match.
     """
     first = _states("student", student, relations[0])
     windows, length = first.shape[:2]
@@ -128,11 +128,11 @@ def _log_relation(states_RLW: Tensor, heads: int, mask_RLL: Tensor, name: str) -
     windows, length, width = states_RLW.shape
     if width % heads:
         raise SignalError(
-            f"the {name} states are {width} wide: that cannot be cut into {heads} relation heads",
+            f"the {name} states are {width} wide: that cannot be split into {heads} relation heads",
             fix="choose a number of heads that divides the widths of both models",
         )
     x_RALd = states_RLW.float().reshape(windows, length, heads, width // heads).transpose(1, 2)
     scores_RALL = x_RALd @ x_RALd.transpose(-1, -2) / (width // heads) ** 0.5
-    # A finite floor: a position that may be related to none gets a uniform row, not NaN.
+    # A finite floor: a position that is related to none gets a uniform row, not NaN.
     floor = torch.finfo(scores_RALL.dtype).min
     return torch.log_softmax(scores_RALL.masked_fill(~mask_RLL[:, None], floor), -1)

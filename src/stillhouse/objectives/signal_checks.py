@@ -1,6 +1,6 @@
-"""What can be wrong with a signal, and which divergence is defined on which.
+"""Checks of a signal, and of which divergence is defined on which signal.
 
-Values are looked at on the CPU only: on an accelerator that would stall the queue.
+Values are checked on the CPU only: on an accelerator that would stall the queue.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MASS_TOLERANCE = 0.05
 
 
 def check_terms_fit(terms: Sequence[Term], signal: Signal | None) -> None:
-    """Refuses a divergence that this signal cannot give, and says why."""
+    """Refuse a divergence that this signal cannot serve."""
     for term in terms:
         if not term.needs_teacher:
             continue
@@ -46,8 +46,8 @@ def check_terms_fit(terms: Sequence[Term], signal: Signal | None) -> None:
             )
         if isinstance(signal, FrozenHeadSignal) and name != "forward_kl":
             raise SignalError(
-                f"{name} cannot be taken from a frozen-head signal: it holds what forward_kl needs "
-                "of the teacher, and no more",
+                f"{name} cannot be computed from a frozen-head signal, which holds only what "
+                "forward_kl needs",
                 fix="use forward_kl, or a dense or sparse signal",
             )
         if isinstance(signal, SparseSignal) and name == "adaptive_kl":
@@ -66,8 +66,8 @@ def _check_temperature(term: Term, signal: SparseSignal | SampledSignal | Frozen
     whats = {SparseSignal: "its tail", SampledSignal: "a sample", FrozenHeadSignal: "its vector"}
     what = whats[type(signal)]
     raise SignalError(
-        f"{term.divergence} asks for temperature {term.temperature:g}, and the signal was recorded "
-        f"at {signal.temperature:g}: {what} cannot be moved to another temperature",
+        f"{term.divergence} has temperature {term.temperature:g}, and the signal was recorded "
+        f"at {signal.temperature:g}: {what} cannot be converted to another temperature",
         fix=f"use temperature {signal.temperature:g}, or record the signal again",
     )
 
@@ -120,13 +120,12 @@ def check_finite(name: str, tensor: Tensor) -> None:
         float(tensor.detach().sum(dtype=torch.float64))
     ):
         return
-    bad = (~torch.isfinite(tensor.detach().flatten(1))).any(1) if tensor.ndim > 1 else None
-    bad_rows = bad if bad is not None else ~torch.isfinite(tensor.detach())
+    bad_rows = (~torch.isfinite(tensor.detach())).reshape(len(tensor), -1).any(1)
     if bad_rows.any():
         row = int(bad_rows.nonzero()[0])
         raise SignalError(
             f"{name} is not finite in row {row} ({int(bad_rows.sum())} such rows)",
-            fix="look at the model that made it: an overflow in float16, or a diverged step",
+            fix="check the model that made it: an overflow in float16, or a diverged step",
         )
 
 
@@ -208,7 +207,7 @@ def _refuse(wrong_N: Tensor, what: str, fix: str | None = None) -> None:
 
 
 def check_ids(name: str, ids: Tensor, vocab: int) -> None:
-    """Every id in [0, vocab); looked at on a CPU only."""
+    """Every id in [0, vocab); checked on a CPU only."""
     if ids.device.type != "cpu" or ids.numel() == 0:
         return
     low, high = torch.aminmax(ids)

@@ -1,10 +1,9 @@
-"""One block of rows against a teacher's K likeliest tokens and the mass of all others.
+"""One block of rows against a teacher's top K tokens and the mass of all others.
 
-The outcomes are B = K + 1 buckets: each of the K tokens, and the tail. Every divergence is taken
-between the two distributions over buckets. With r = softmax of z_s over the tail's tokens alone
-(so that q_j = q_tail · r_j there) and g = h − q·Σh over buckets, ∂loss/∂z_j is g_j for a token
-among the K and r_j · g_tail in the tail: one softmax of the row, and nothing is ever taken as a
-difference from 1.
+The outcomes are B = K + 1 buckets: each of the K tokens, and the tail. Every divergence is between
+the two distributions over buckets. With r = softmax of z_s over the tail's tokens alone (so that
+q_j = q_tail · r_j there) and g = h − q·Σh over buckets, ∂loss/∂z_j is g_j for a token among the K
+and r_j · g_tail in the tail: one softmax of the row, and no difference from 1.
 
 Shapes: b rows of a block, K entries of a row, B = K + 1 buckets, M terms, V vocabulary.
 """
@@ -14,25 +13,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from stillhouse.objectives.dense import Counted, softmax_, sum_divergences
+from stillhouse.objectives.dense import GroupBlock, softmax_, sum_divergences
 from stillhouse.objectives.divergences import Pair
-from stillhouse.objectives.groups import Group
 from stillhouse.signals import SparseSignal
 
 LOG_FLOOR = -100.0
 """Stands in for the logarithm of a probability of 0, so that 0 · log 0 is 0 and not NaN."""
 
 
-def bucketed(
-    group: Group,
-    zs_bV: Tensor,
-    teacher: SparseSignal,
-    counted: list[Counted],
-    losses_Mb: Tensor,
-    out_bV: Tensor | None,
-) -> None:
-    """Every divergence over buckets. Overwrites zs; out = ∂loss/∂zs unless None."""
-    scores = [each.score(zs_bV) for each in counted]
+def bucketed(block: GroupBlock, teacher: SparseSignal) -> None:
+    """Every divergence over buckets."""
+    zs_bV, out_bV, counted = block.zs_bV, block.out_bV, block.counted
+    scores = block.scores()
     filling_bK = teacher.ids_NK == teacher.ids_NK[:, :1]  # short rows repeat their first token
     filling_bK[:, 0] = False
     z_bK = zs_bV.gather(1, teacher.ids_NK).masked_fill_(filling_bK, -torch.inf)
@@ -54,11 +46,9 @@ def bucketed(
         work_bX=torch.empty_like(log_q_bB),
         more_bX=torch.empty_like(log_q_bB),
     )
-    h_bB = sum_divergences(
-        group, pair, losses_Mb, torch.empty_like(log_q_bB), torch.empty_like(log_q_bB)
-    )
-    for each, score_b in zip(counted, scores, strict=True):
-        each.write_losses(lse_b, score_b, losses_Mb)
+    h_bB = torch.empty_like(log_q_bB)
+    sum_divergences(block, pair, h_bB, torch.empty_like(log_q_bB))
+    block.write_losses(lse_b, scores)
     if out_bV is None:
         return
     of_data = sum(each.coefficient for each in counted)

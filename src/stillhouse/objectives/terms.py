@@ -1,4 +1,4 @@
-"""What a loss is asked for, and what it gives back."""
+"""The terms of a loss, and its value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Term:
     The temperature T divides both models' logits. With `t_squared` (Hinton et al. 2015,
     arXiv 1503.02531, section 2.1) the divergence is multiplied by T², so that its gradient
     keeps its size as T grows. Cross-entropy with the data's own tokens is always at T = 1.
-    A parameter left at None takes its default from `PARAMETERS`.
+    A parameter that is None has its default in `PARAMETERS`.
 
     Raises:
         SignalError: an unknown divergence, a negative weight, a temperature that is not positive,
@@ -88,12 +88,12 @@ class Term:
 
     @property
     def factor(self) -> float:
-        """What the divergence is multiplied by before its weight: T², or 1."""
+        """The factor of the divergence before its weight: T², or 1."""
         return self.temperature**2 if self.t_squared else 1.0
 
     @property
     def gradient_factor(self) -> float:
-        """A constant of the divergence's h that is taken out of it, to save a pass."""
+        """A constant that is taken out of the divergence's h, to save a pass."""
         beta = self.parameters.get("beta", 0.0)
         if self.divergence == "jsd":
             return 1.0 - beta
@@ -108,8 +108,8 @@ class LossSum:
 
     total: differentiable scalar, `scale · Σ_terms weight · term`.
     terms: each term's own sum over rows (with row weights and T², without its weight and
-        without `scale`), detached, still on the device. Terms that share a divergence are told
-        apart by what differs: "forward_kl@T2", "jsd@beta0.1".
+        without `scale`), detached, still on the device. Terms that share a divergence are named
+        with what differs: "forward_kl@T2", "jsd@beta0.1".
     rows: supervised rows summed.
     """
 
@@ -119,7 +119,7 @@ class LossSum:
 
 
 def term_names(terms: Sequence[Term]) -> list[str]:
-    """A unique name for each term: its divergence, with what tells it from its like."""
+    """A unique name for each term: its divergence, and what distinguishes it from others of it."""
     kinds = [term.divergence for term in terms]
     names = [
         term.divergence if kinds.count(term.divergence) == 1 else _long_name(term, terms)

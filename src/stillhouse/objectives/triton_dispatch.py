@@ -1,4 +1,4 @@
-"""Whether a block can be done by the Triton kernel of `rows_triton`, and with what."""
+"""Whether the Triton kernel can compute a block, and with which arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.objectives.groups import Group, Member
-from stillhouse.objectives.head_logits import ComputeHead
+from stillhouse.objectives.products import ComputeHead
 from stillhouse.objectives.terms import Term
 
 KINDS = (
@@ -27,7 +27,7 @@ KINDS = (
 
 @dataclass(frozen=True)
 class RowKernel:
-    """One divergence, with or without cross-entropy: a launch a block, and no scratch."""
+    """One divergence, with or without cross-entropy: one launch per block, and no scratch."""
 
     divergence: Member
     data: Member | None
@@ -44,10 +44,10 @@ class RowKernel:
         grad: bool,
     ) -> None:
         """As `Blocks.run`."""
-        from stillhouse.objectives import triton_kernel as rows_triton
+        from stillhouse.objectives import triton_kernel
 
         kind, parameter, divisor = reduced(self.divergence.term)
-        values_b, cross_b = rows_triton.run(
+        values_b, cross_b = triton_kernel.run(
             student_bV,
             teacher_bV,
             None if self.data is None else targets_b,
@@ -65,30 +65,19 @@ class RowKernel:
             losses_Mb[self.data.place] = cross_b * self.data.term.factor
 
 
+def runs_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 def row_kernel(
     groups: Sequence[Group],
     student: ComputeHead,
     teacher: ComputeHead | None,
-    device: torch.device,
     reduce_dtype: torch.dtype,
 ) -> RowKernel | None:
-    """The kernel for these terms; None where PyTorch's operators must do.
-
-    They do on a CPU, in float64, with a bias or a soft-cap, for several divergences or
-    temperatures, for adaptive_kl (it sorts) and alpha_beta, and where Triton is not installed.
-    """
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return None
-    return fitting(groups, student, teacher, reduce_dtype)
-
-
-def fitting(
-    groups: Sequence[Group],
-    student: ComputeHead,
-    teacher: ComputeHead | None,
-    reduce_dtype: torch.dtype,
-) -> RowKernel | None:
-    """`row_kernel`, wherever the tensors are."""
+    """The kernel for these terms; None where only PyTorch's operators can compute them: in float64,
+    with a bias or a soft-cap, for several divergences or temperatures, and for adaptive_kl (it
+    sorts) and alpha_beta."""
     heads = [head for head in (student, teacher) if head is not None]
     plain = all(head.bias_V is None and head.softcap is None for head in heads)
     if len(groups) != 1 or reduce_dtype != torch.float32 or not plain:
@@ -109,7 +98,7 @@ def fitting(
 
 
 def reduced(term: Term) -> tuple[str, float, float]:
-    """The kernel's kind and parameter, and what its value is to be divided by.
+    """The kernel's kind and parameter, and the divisor of its value.
 
     The ends of a family are simpler members of it: see `divergences`.
     """

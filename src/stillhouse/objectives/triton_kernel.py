@@ -1,8 +1,8 @@
 """A block's losses and ∂loss/∂logits in one Triton kernel, for the usual objectives on a GPU.
 
-PyTorch's operators pass over a block's logits a dozen times, and on a GPU that takes longer than
-the matrix products. Here a program works on one row: logits are read two or three times in the
-dtype they have, and written once. The formulas are those of `divergences`.
+PyTorch's operators pass over a block's logits a dozen times, which on a GPU takes longer than the
+matrix products. Here a program processes one row: logits are read two or three times in their own
+dtype, and written once. The formulas are those of `divergences`.
 
 Shapes: b rows of a block, M terms, V vocabulary.
 """
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 COLUMNS = 4096
-"""Logits of a row that are worked on at a time."""
+"""Logits of a row that are processed at a time."""
 WARPS = 8
 DONE = tl.constexpr(-1e30)
 """A logit of probability 0 that is finite, so that 0 · log 0 is 0 and not NaN."""
@@ -38,9 +38,9 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Each row's divergence and its cross-entropy with `targets_b`, in float32.
 
-    With `grad`, coefficient · ∂divergence/∂z (less the divergence's `gradient_factor`) +
+    With `grad`, coefficient · ∂divergence/∂z (divided by the divergence's `gradient_factor`) +
     of_data · ∂cross-entropy/∂z is written over `student_bV`. z is a logit times its scale, which
-    has 1/T in it. kind: a key of `rows.KINDS`; parameter: its α or β.
+    includes 1/T. kind: one of `triton_dispatch.KINDS`; parameter: its α or β.
     """
     assert student_bV.stride(1) == teacher_bV.stride(1) == 1
     rows, vocabulary = student_bV.shape
@@ -105,7 +105,7 @@ def _scores(row, at, vocabulary, scale):
 
 
 @triton.jit
-def _take_in(top, total, scores):
+def _add(top, total, scores):
     """The running maximum and Σ exp(score − maximum), lane by lane."""
     higher = tl.maximum(top, scores)
     return higher, total * tl.exp(top - higher) + tl.exp(scores - higher)
@@ -148,8 +148,8 @@ def _row(
     total_t = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, vocabulary, COLUMNS):
         at = start + lanes
-        top_s, total_s = _take_in(top_s, total_s, _scores(student, at, vocabulary, student_scale))
-        top_t, total_t = _take_in(top_t, total_t, _scores(teacher, at, vocabulary, teacher_scale))
+        top_s, total_s = _add(top_s, total_s, _scores(student, at, vocabulary, student_scale))
+        top_t, total_t = _add(top_t, total_t, _scores(teacher, at, vocabulary, teacher_scale))
     lse_s = _logsumexp(top_s, total_s)
     lse_t = _logsumexp(top_t, total_t)
 

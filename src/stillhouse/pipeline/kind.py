@@ -63,8 +63,7 @@ class Kind:
 
     find: from recipe and base to the job: its models, found and checked. find_to_check: the same
     before anything is spent, without the weights of Hub models. links: names in the run folder,
-    and what they point to. load_evaluation: reads what the step `evaluate` wrote. tables: the
-    evaluation for the terminal.
+    and what they point to. load_evaluation: reads what the step `evaluate` wrote.
     preview: the first rows, before a run. predictor: from a folder to what the model in it makes
     of texts; None where it holds no such model. lead, follow: how the main process and the others
     run it, where that is not its steps in order. many_processes: whether torchrun may run it.
@@ -76,7 +75,6 @@ class Kind:
     steps: tuple[Step, ...]
     links: Callable[[Any, Mapping[str, Stage]], dict[str, Path]]
     load_evaluation: Callable[[Path], Any]
-    tables: Callable[[Any], list[RenderableType]]
     preview: Callable[[Any, Path, int], RenderableType]
     predictor: Callable[[Path], Callable[[Iterable[str]], Rows] | None] | None = None
     lead: Callable[[Any, Path, RunFolder], RunResult] | None = None

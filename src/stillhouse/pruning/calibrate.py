@@ -21,7 +21,7 @@ from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError
 from stillhouse.pruning.axes import Axes, part
-from stillhouse.teachers.views import decoder_layers
+from stillhouse.teachers.activations import decoder_layers
 
 BATCH_TOKENS = 2048
 """Tokens that go through a layer at once: large enough for fast products, small in memory."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from stillhouse.progress import bar
 from stillhouse.pruning.calibrate import Batch, LayerInputs, layer_inputs, run_layer
 from stillhouse.signals.lm_head import summed_kl
+from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.backbone import lm_head
-from stillhouse.teachers.views import decoder_layers
 
 HELD = 8
 """Layers whose trials are judged together, against logits of the full model computed once. Their

@@ -30,8 +30,8 @@ from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.calibrate import Batch, products
 from stillhouse.pruning.sizes import sizes_of
 from stillhouse.signals.lm_head import head_logits
+from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.backbone import hidden_states, lm_head
-from stillhouse.teachers.views import decoder_layers
 
 Part = Literal["neurons", "heads", "channels", "layers"]
 CHUNK = 512

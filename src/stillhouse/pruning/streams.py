@@ -21,7 +21,7 @@ from stillhouse.pruning.calibrate import (
     products,
     run_ffn,
 )
-from stillhouse.teachers.views import decoder_layers
+from stillhouse.teachers.activations import decoder_layers
 
 Stream = list[Tensor]
 """The residual stream [R, L, D] of every batch, at one place of the model."""

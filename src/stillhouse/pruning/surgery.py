@@ -18,9 +18,9 @@ from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.heads import Grouping
 from stillhouse.pruning.offload import is_large, released_after_use
 from stillhouse.pruning.sizes import keep_config_layers
+from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load import load_model
 from stillhouse.teachers.quiet import quiet
-from stillhouse.teachers.views import decoder_layers
 
 
 def check_parameters(model: Any, axes: Axes) -> None:

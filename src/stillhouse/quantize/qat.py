@@ -29,7 +29,7 @@ class RoundedWeights(TrainerCallback):
         self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._hooks = round_inputs(self.quantization, kwargs["model"])
+        self._hooks = round_inputs(self.quantization, kwargs["model"].student)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert not self._unrounded, "two steps have begun and none was taken"
@@ -46,6 +46,6 @@ class RoundedWeights(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
 
-    def _weights(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        weights = dict(model.named_parameters())
+    def _weights(self, model: Any) -> list[tuple[str, nn.Parameter]]:
+        weights = dict(model.student.named_parameters())
         return [(name, weights[name]) for name in self.quantization.scales]

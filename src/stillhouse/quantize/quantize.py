@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stillhouse.data.batches import Batches
 from stillhouse.data.draw_windows import draw_windows
-from stillhouse.data.windows import Windows, WindowSet
+from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
-from stillhouse.hardware import default_device
+from stillhouse.hardware import default_device, leads
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.progress import note
 from stillhouse.quantize.activations import round_inputs
@@ -40,9 +40,10 @@ from stillhouse.quantize.units import (
     model_bytes,
     told_left_over,
 )
-from stillhouse.signals.store import Store
+from stillhouse.students.student import Student
 from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.train import METRICS, MODEL, TrainingResult, train
 from stillhouse.training.train_config import TrainRecipe
 
@@ -197,59 +198,47 @@ def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:
 
 
 def train_quantized(
-    student: Path,
+    student: Student,
     quantized: Path,
-    teacher: Path | None,
-    windows: Windows,
-    heldout: Windows,
+    teacher: Teacher | None,
+    batches: Batches,
+    objective: ObjectiveRecipe,
+    settings: TrainRecipe,
     *,
     section: QuantizeRecipe,
-    recipe: TrainRecipe,
-    objective: ObjectiveRecipe,
-    vocabulary: int,
-    seed: int,
-    out: Path,
-    main: bool = True,
-    store: Store | None = None,
-    stored_teacher: Path | None = None,
-    asked_share: float = 1.0,
-    more_teachers: Sequence[Path] = (),
-    trust_remote_code: bool = False,
+    folder: Path,
+    heldout: Batches | None = None,
+    seed: int = 0,
 ) -> TrainingResult:
-    """Distills on from the unquantized `student`, its weights rounded at every step.
+    """Distill on from the unquantized student, its weights rounded at every step.
 
-    quantized: the folder that `quantize` filled: which matrices, and their scales, are its. Writes
-    the same files. main: of several processes, the one that does. The rest is as in `train`.
+    quantized: the folder that `quantize` filled, with its choice of matrices and their scales; the
+    same files are written to `folder`. settings: of the training before; the rest is as in `train`.
     """
-    assert section.qat is not None
     quantization = Quantization.load(quantized / FILE)
     result = train(
         student,
         teacher,
-        windows,
-        heldout,
-        section=qat_section(section, recipe, windows),
-        objective=objective,
-        vocabulary=vocabulary,
+        batches,
+        objective,
+        qat_section(section, settings, batches),
+        heldout=heldout,
         seed=seed,
-        out=out / TRAINING,
-        store=store,
-        stored_teacher=stored_teacher,
-        asked_share=asked_share,
-        more_teachers=more_teachers,
+        folder=folder / TRAINING,
         callbacks=[RoundedWeights(quantization)],
-        trust_remote_code=trust_remote_code,
     )
-    if main:
-        model = load_model(
-            out / TRAINING / MODEL, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-        _save(model, quantization, student, out, trust_remote_code)
-        shutil.copy(out / TRAINING / METRICS, out / METRICS)
+    if leads():
+        # From its file: what a process has in memory may be a part of it.
+        code = student.trust_remote_code
+        trained = Student.load(folder / TRAINING / MODEL, trust_remote_code=code)
+        quantization.apply(trained.model)
+        trained.save(folder / MODEL)
+        quantization.save(folder / FILE)
+        shutil.copy(folder / TRAINING / METRICS, folder / METRICS)
     return result
 
 
-def qat_section(section: QuantizeRecipe, recipe: TrainRecipe, windows: Windows) -> TrainRecipe:
+def qat_section(section: QuantizeRecipe, recipe: TrainRecipe, windows: Batches) -> TrainRecipe:
     """The training recipe for `qat.tokens` tokens at `qat.learning_rate`."""
     assert section.qat is not None
     steps = math.ceil(section.qat.tokens / (recipe.batch_size * windows.context))

@@ -1,6 +1,6 @@
-"""The report's charts as SVG text: the same data give the same bytes, and nothing is loaded.
+"""Charts as plain data, and their drawing as SVG: the same data give the same bytes.
 
-Each chart is drawn at 430 points' width, so that its 12-point text is still read at the width of a
+Each chart is drawn 430 points wide, so that its 12-point text is still legible at the width of a
 phone; the page puts two side by side where there is room.
 """
 
@@ -9,28 +9,28 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from html import escape
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
-from stillhouse.evaluate.results import ModelResult
-from stillhouse.report import report_text as text
-from stillhouse.report.history import Curve
-from stillhouse.report.palette import ACCENT, INK, MUTED, RULE, role_color, role_name
-from stillhouse.report.report_data import StageCost
+from stillhouse import number_format as text
+from stillhouse.report.palette import ACCENT, INK, MUTED, RULE
 
 WIDTH, HEIGHT = 430 / 72, 282 / 72
 LABEL_GAP = 17.0
-"""Points between two labels of a scatter chart."""
+"""Points of the page between two names."""
+_INSIDE = 0.84 * WIDTH * 72, 0.72 * HEIGHT * 72
+"""About the width and height of a chart's axes, in points of the page."""
 OFF_SCALE = 2.5
-"""An untrained student this many times worse than the others is drawn at the chart's edge."""
+"""A line that may be cut and is this many times higher than the others is drawn at the edge."""
 
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 _STYLE = {
@@ -56,220 +56,243 @@ _STYLE = {
     "ytick.minor.size": 0,
     "figure.constrained_layout.use": True,
 }
+_LINE_STYLES: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 2.2},
+    "faint": {"linewidth": 1.0, "alpha": 0.3},
+    "level": {"linewidth": 1.0, "linestyle": (0, (3, 3))},
+    "measured": {
+        "marker": "o",
+        "markersize": 5.5,
+        "linewidth": 1.0,
+        "linestyle": (0, (3, 3)),
+        "clip_on": False,
+    },
+    "joined": {"marker": "o", "markersize": 7},
+    "dots": {"marker": "o", "markersize": 9, "linestyle": "", "clip_on": False},
+    "diamond": {"marker": "D", "markersize": 7, "linestyle": "", "clip_on": False},
+}
+
+Limits = tuple[float | None, float | None]
 
 
 @dataclass(frozen=True)
-class Chart:
-    """svg: a whole <svg> element, its text escaped. alt: what it shows, in words."""
+class Line:
+    """Points, joined or alone. label: in the legend. names: of the points, written beside them.
+    may_be_cut: drawn at the upper edge where it is far above the other lines."""
+
+    x: list[float]
+    y: list[float]
+    color: str
+    label: str = ""
+    style: Literal["line", "faint", "level", "measured", "joined", "dots", "diamond"] = "line"
+    names: list[str] = field(default_factory=list)
+    may_be_cut: bool = False
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """log: the y axis is logarithmic where values span more than a factor of six, else from 0."""
 
     title: str
-    svg: str
-    alt: str
+    x_label: str
+    y_label: str
+    lines: list[Line]
+    log: bool = False
+    x_limits: Limits = (None, None)
+    y_limits: Limits = (None, None)
+    kind: Literal["lines"] = "lines"
+
+    height = HEIGHT
+
+    @property
+    def alt(self) -> str:
+        parts = []
+        for line in self.lines:
+            label = f"{line.label}: " if line.label else ""
+            if not line.names:
+                parts.append(f"{label}{text.tiny(line.y[0])} to {text.tiny(line.y[-1])}")
+            for name, x, y in zip(line.names, line.x, line.y, strict=False):
+                parts.append(f"{label}{name}: {text.digits(x)}, {text.tiny(y)}")
+        return f"{self.y_label} against {self.x_label}. {'; '.join(parts)}."
+
+    def draw(self, ax: Axes) -> None:
+        ax.set(xlabel=self.x_label, ylabel=self.y_label)
+        others = [y for line in self.lines if not line.may_be_cut for y in line.y]
+        limit = OFF_SCALE * max(others) if others and max(others) > 0 else math.inf
+        named: list[_Named] = []
+        for line in self.lines:
+            shown = [min(y, limit) if line.may_be_cut else y for y in line.y]
+            style = _LINE_STYLES[line.style]
+            if shown != line.y:
+                style = {**style, "marker": "^"}
+            ax.plot(line.x, shown, color=line.color, label=line.label or None, **style)
+            for name, x, y, whole in zip(line.names, line.x, shown, line.y, strict=False):
+                cut = f": {text.digits(whole)} ↑" if whole > y else ""
+                named.append(_Named(x, y, name + cut, 10.0 if line.style == "joined" else 0.0))
+        if self.log:
+            _plain_log(ax, [value for line in self.lines for value in line.y])
+        ax.set_xlim(*self.x_limits)
+        ax.set_ylim(*self.y_limits)
+        if named:
+            _name_points(ax, named)
+        if any(line.label for line in self.lines):
+            ax.legend(frameon=False, fontsize=11, loc="upper right", labelcolor=MUTED)
 
 
 @dataclass(frozen=True)
-class Point:
-    """name, color: None: those of the role."""
+class Bar:
+    """text: the value as it is written beside the bar."""
 
-    role: str
-    x: float
-    y: float
-    name: str | None = None
-    color: str | None = None
-
-
-def training_chart(curve: Curve) -> Chart:
-    """Training measure against tokens: every step faint, smoothed over it, held-out as points."""
-    train_x, train_y = curve.tokens, curve.values
-
-    def draw(ax: Axes) -> None:
-        unit, scale = short_unit(max([*train_x, *curve.heldout_tokens]))
-        x = [value / scale for value in train_x]
-        ax.plot(x, train_y, color=ACCENT, alpha=0.28, linewidth=1.0, label="each step")
-        ax.plot(x, curve.smoothed, color=ACCENT, linewidth=2.2, label="smoothed")
-        if curve.heldout:
-            ax.plot(
-                [value / scale for value in curve.heldout_tokens],
-                curve.heldout,
-                color=INK,
-                marker="o",
-                markersize=5.5,
-                linewidth=1.0,
-                linestyle=(0, (3, 3)),
-                clip_on=False,
-                label="held-out text" if curve.same_measure else "held-out KL",
-            )
-        _plain_log(ax, [*train_y, *curve.heldout])
-        ax.set_xlim(left=0)
-        ax.set_xlabel(f"training tokens ({unit})" if unit else "training tokens")
-        ax.set_ylabel(f"{curve.name} (nats a token)")
-        ax.legend(frameon=False, fontsize=11, loc="upper right", labelcolor=MUTED)
-
-    alt = (
-        f"{curve.name} over {text.count(train_x[-1])} training tokens: smoothed, it goes from "
-        f"{text.digits(curve.smoothed[0])} to {text.digits(curve.smoothed[-1])} nats a token."
-    )
-    if curve.heldout:
-        alt += (
-            f" On held-out text it is {text.digits(curve.heldout[0])} at the first measurement and "
-            f"{text.digits(curve.heldout[-1])} at the last."
-        )
-    return svg_chart("training", f"{curve.name} against tokens", alt, draw)
+    name: str
+    value: float
+    text: str
+    color: str = ACCENT
 
 
-def gradient_chart(
-    tokens: Sequence[float], norms: Sequence[float], smooth: Sequence[float]
-) -> Chart:
-    """The gradient's norm before clipping, against tokens."""
+@dataclass(frozen=True)
+class BarChart:
+    """Horizontal bars, the first on top."""
 
-    def draw(ax: Axes) -> None:
-        unit, scale = short_unit(max(tokens))
-        x = [value / scale for value in tokens]
-        ax.plot(x, norms, color=MUTED, alpha=0.35, linewidth=1.0)
-        ax.plot(x, smooth, color=MUTED, linewidth=2.2)
-        _plain_log(ax, norms)
-        ax.set_xlim(left=0)
-        ax.set_xlabel(f"training tokens ({unit})" if unit else "training tokens")
-        ax.set_ylabel("norm of the gradient (no unit)")
+    title: str
+    x_label: str
+    bars: list[Bar]
+    kind: Literal["bars"] = "bars"
 
-    alt = (
-        f"Norm of the gradient before clipping: at most {text.digits(max(norms))}, "
-        f"{text.digits(smooth[-1])} at the end."
-    )
-    return svg_chart("gradient", "Gradient norm", alt, draw)
+    @property
+    def height(self) -> float:
+        return (80 + 36 * len(self.bars)) / 72
 
+    @property
+    def alt(self) -> str:
+        return f"{self.title}: {', '.join(f'{bar.name} {bar.text}' for bar in self.bars)}."
 
-def size_chart(models: Sequence[ModelResult]) -> Chart:
-    """KL to the teacher against parameters; nearer to the bottom left is better."""
-    unit, scale = short_unit(max(m.parameters for m in models))
-    points = [Point(m.role, m.parameters / scale, m.fidelity.kl) for m in models]
-    alt = "KL divergence to the teacher against parameters. " + " ".join(
-        f"{role_name(m.role)}: {text.count(m.parameters)} parameters, "
-        f"{text.tiny(m.fidelity.kl)} nats a token."
-        for m in models
-    )
-
-    def draw(ax: Axes) -> None:
-        x_label = f"parameters ({unit})" if unit else "parameters"
-        scatter(ax, points, x_label, "KL to the teacher (nats a token)", down=True)
-
-    return svg_chart("size", "Quality against size", alt, draw)
-
-
-def speed_chart(models: Sequence[ModelResult]) -> Chart | None:
-    """Top-1 agreement against decoding speed; nearer to the top right is better."""
-    timed = [(m, m.speed) for m in models if m.speed is not None]
-    if len(timed) < 2:
-        return None
-    points = [
-        Point(m.role, s.decode_tokens_per_s, 100 * m.fidelity.top1_agreement) for m, s in timed
-    ]
-    alt = "Top-1 agreement with the teacher against decoding speed. " + " ".join(
-        f"{role_name(m.role)}: {text.percent(m.fidelity.top1_agreement, 1)} at "
-        f"{text.digits(s.decode_tokens_per_s)} tokens a second."
-        for m, s in timed
-    )
-
-    def draw(ax: Axes) -> None:
-        scatter(ax, points, "decoding speed (tokens/s)", "top-1 agreement (%)", down=False)
-
-    return svg_chart("speed", "Quality against speed", alt, draw)
-
-
-def stage_charts(stages: Sequence[StageCost]) -> list[Chart]:
-    """Horizontal bars of each stage: seconds, and FLOPs, where any stage has some."""
-    charts = []
-    for key, title, unit, show in (
-        ("seconds", "Time by stage", "seconds", text.seconds),
-        ("flops", "Computation by stage", "FLOPs", text.flops),
-    ):
-        rows = [(stage, float(getattr(stage, key))) for stage in stages]
-        if any(value > 0 for _, value in rows):
-            charts.append(_bars(key, title, unit, rows, show))
-    return charts
-
-
-def _bars(
-    key: str,
-    title: str,
-    unit: str,
-    rows: Sequence[tuple[StageCost, float]],
-    show: Callable[[float], str],
-) -> Chart:
-    values = [value for _, value in rows]
-    names = [f"{stage.name} (reused)" if stage.reused else stage.name for stage, _ in rows]
-
-    def draw(ax: Axes) -> None:
-        colors = ["#e3b99f" if stage.reused else ACCENT for stage, _ in rows]
-        bars = ax.barh(range(len(rows)), values, color=colors, height=0.62)
-        labels = [show(value).replace(text.NBSP, " ") for value in values]
-        ax.bar_label(bars, labels=labels, padding=5, fontsize=11, color=INK)
-        ax.set_yticks(range(len(rows)), names, color=INK)
+    def draw(self, ax: Axes) -> None:
+        values, places = [bar.value for bar in self.bars], range(len(self.bars))
+        drawn = ax.barh(places, values, color=[bar.color for bar in self.bars], height=0.6)
+        labels = [bar.text.replace(text.NBSP, " ") for bar in self.bars]
+        ax.bar_label(drawn, labels=labels, padding=5, fontsize=11, color=INK)
+        ax.set_yticks(places, [bar.name for bar in self.bars], color=INK)
         ax.invert_yaxis()
-        ax.set_xlim(0, max(values) * 1.38)
+        ax.set(xlabel=self.x_label, xlim=(0, max(values) * 1.38 or 1.0))
         ax.grid(axis="y", visible=False)
         ax.xaxis.set_major_locator(MaxNLocator(4))
-        ax.set_xlabel(unit)
-        if key == "flops":
-            _powers_of_ten(ax, max(values))
-
-    listed = ", ".join(f"{name} {show(value)}" for name, value in zip(names, values, strict=True))
-    height = (70 + 34 * len(rows)) / 72
-    return svg_chart(key, title, f"{title}: {listed}.", draw, height=height)
 
 
-def _powers_of_ten(ax: Axes, top: float) -> None:
-    exponent = math.floor(math.log10(top))
-    ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 10**exponent:g}"))
-    ax.set_xlabel(f"floating-point operations (×{text.power_of_ten(10**exponent)[6:]})")
+@dataclass(frozen=True)
+class MatrixChart:
+    """counts: [row][column]. A square's color is its share of the row."""
+
+    title: str
+    x_label: str
+    y_label: str
+    labels: list[str]
+    counts: list[list[int]]
+    kind: Literal["matrix"] = "matrix"
+
+    @property
+    def height(self) -> float:
+        return (110 + 30 * len(self.labels)) / 72
+
+    @property
+    def alt(self) -> str:
+        right = sum(line[place] for place, line in enumerate(self.counts))
+        errors = "".join(
+            f" {row} taken for {column}: {count}." for row, column, count in self.errors()[:15]
+        )
+        return f"{self.title}: {right} of {sum(map(sum, self.counts))} on the diagonal.{errors}"
+
+    def errors(self) -> list[tuple[str, str, int]]:
+        """(row, column, count) off the diagonal, the most frequent first."""
+        found = [
+            (self.labels[row], self.labels[column], count)
+            for row, line in enumerate(self.counts)
+            for column, count in enumerate(line)
+            if row != column and count
+        ]
+        return sorted(found, key=lambda one: -one[2])
+
+    def draw(self, ax: Axes) -> None:
+        shares = [[count / max(1, sum(line)) for count in line] for line in self.counts]
+        colors = LinearSegmentedColormap.from_list("share", ["#ffffff", ACCENT])
+        ax.pcolormesh(shares, cmap=colors, vmin=0, vmax=1, edgecolors=RULE)
+        for row, line in enumerate(self.counts):
+            for column, count in enumerate(line):
+                if count:
+                    color = "white" if shares[row][column] > 0.55 else INK
+                    ax.text(column + 0.5, row + 0.5, str(count), ha="center", va="center",
+                            fontsize=10, color=color)  # fmt: skip
+        places = [place + 0.5 for place in range(len(self.labels))]
+        ax.set_xticks(places, self.labels, rotation=45, ha="right")
+        ax.set_yticks(places, self.labels)
+        ax.set(xlabel=self.x_label, ylabel=self.y_label)
+        ax.invert_yaxis()
+        ax.grid(visible=False)
 
 
-def scatter(ax: Axes, points: Sequence[Point], x_label: str, y_label: str, *, down: bool) -> None:
-    """Points with their names. `down`: small y is better, and a far-off untrained point is cut."""
-    limit = _cut(points) if down else math.inf
-    shown = [replace(p, y=min(p.y, limit)) for p in points]
-    xs, ys = [p.x for p in shown], [p.y for p in shown]
-    x_room = (max(xs) - min(xs)) or 0.1 * max(xs) or 1.0
-    y_room = (max(ys) - min(ys)) or 1.0
-    ax.set_xlim(min(xs) - 0.5 * x_room, max(xs) + 0.5 * x_room)
-    ax.set_ylim(min(ys) - 0.14 * y_room, max(ys) + 0.16 * y_room)
-    ax.set_xlabel(x_label)
-    ax.set_ylabel(y_label)
+Chart = LineChart | BarChart | MatrixChart
+
+
+def dot(name: str, x: float, y: float, color: str, *, may_be_cut: bool = False) -> Line:
+    """One named point."""
+    return Line([x], [y], color, style="dots", names=[name], may_be_cut=may_be_cut)
+
+
+def in_units(values: Sequence[float], name: str) -> tuple[list[float], str]:
+    """The values in thousands, millions or billions where they are large, and the axis label."""
+    for scale, unit in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
+        if max(values) >= 2 * scale:
+            return [value / scale for value in values], f"{name} ({unit})"
+    return list(values), name
+
+
+def in_powers(values: Sequence[float], name: str) -> tuple[list[float], str]:
+    """The values divided by the power of ten of the largest, and the axis label."""
+    exponent = math.floor(math.log10(max(values)))
+    label = f"{name} (×{text.NBSP}10{text.superscript(exponent)})"
+    return [value / 10**exponent for value in values], label
+
+
+def draw(chart: Chart, key: str) -> str:
+    """The chart as a whole <svg> element, its text escaped. key: unique on the page."""
+    with rc_context({**_STYLE, "svg.hashsalt": f"stillhouse-{key}"}):
+        figure = Figure(figsize=(WIDTH, chart.height))
+        FigureCanvasSVG(figure)
+        chart.draw(figure.add_subplot())
+        buffer = io.StringIO()
+        nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    return _inline(buffer.getvalue(), key, chart.alt)
+
+
+class _Named(NamedTuple):
+    """drop: points of the page by which the name is below its place, off a line."""
+
+    x: float
+    y: float
+    name: str
+    drop: float
+
+
+def _name_points(ax: Axes, points: Sequence[_Named]) -> None:
+    """Names beside the points, moved apart vertically where they would overlap; makes room."""
+    (left, right), (low, high) = ax.dataLim.intervalx, ax.dataLim.intervaly
+    x_room, y_room = 0.3 * ((right - left) or 0.1 * right or 1.0), 0.15 * ((high - low) or 1.0)
+    ax.set(xlim=(left - x_room, right + x_room), ylim=(low - y_room, high + y_room))
     ax.xaxis.set_major_locator(MaxNLocator(5))
     ax.yaxis.set_major_locator(MaxNLocator(5))
-    for original, point in zip(points, shown, strict=True):
-        marker = "^" if original.y > limit else "o"
-        color = point.color or role_color(point.role)
-        ax.plot(point.x, point.y, marker, color=color, markersize=9, clip_on=False)
-    _name_points(ax, points, shown, limit)
-
-
-def _cut(points: Sequence[Point]) -> float:
-    """The y beyond which an untrained student is drawn at the edge, for the others' sake."""
-    others = [p.y for p in points if p.role != "untrained"]
-    return OFF_SCALE * max(others) if others and max(others) > 0 else math.inf
-
-
-def _name_points(ax: Axes, points: Sequence[Point], shown: Sequence[Point], limit: float) -> None:
-    """Labels beside the points, moved apart vertically where they would overlap."""
-    span = HEIGHT * 72 * 0.72
-    low, high = ax.get_ylim()
-    left, right = ax.get_xlim()
-    placed: dict[bool, list[float]] = {True: [], False: []}
-    order = sorted(range(len(shown)), key=lambda index: shown[index].y)
-    for index in order:
-        point, original = shown[index], points[index]
-        on_right = point.x < (left + right) / 2
-        height = (point.y - low) / (high - low) * span
-        free = max([height, *(other + LABEL_GAP for other in placed[on_right])])
-        placed[on_right].append(free)
-        name = point.name or role_name(point.role)
-        if original.y > limit:
-            name += f": {text.digits(original.y)} ↑"
+    placed: list[tuple[float, float, float]] = []  # left, right and height of a name, in points
+    for point in sorted(points, key=lambda point: point.y):
+        on_right = point.x <= (left + right) / 2
+        height = (point.y - low) / (high - low + 2 * y_room) * _INSIDE[1] - point.drop
+        start = (point.x - left) / (right - left + 2 * x_room) * _INSIDE[0]
+        ends = sorted((start, start + (1 if on_right else -1) * (9 + 6.5 * len(point.name))))
+        above = [y + LABEL_GAP for a, b, y in placed if a < ends[1] and ends[0] < b]
+        free = max([height, *above])
+        placed.append((ends[0], ends[1], free))
         ax.annotate(
-            name,
+            point.name,
             (point.x, point.y),
-            xytext=(9 if on_right else -9, free - height),
+            xytext=(9 if on_right else -9, free - height - point.drop),
             textcoords="offset points",
             ha="left" if on_right else "right",
             va="center",
@@ -294,27 +317,6 @@ def _plain_log(ax: Axes, values: Sequence[float]) -> None:
     ax.yaxis.set_minor_formatter(NullFormatter())
 
 
-def short_unit(top: float) -> tuple[str, float]:
-    """The name and size of the unit in which `top` is a short number."""
-    for scale, name in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
-        if top >= 2 * scale:
-            return name, scale
-    return "", 1.0
-
-
-def svg_chart(
-    key: str, title: str, alt: str, draw: Callable[[Axes], None], *, height: float = HEIGHT
-) -> Chart:
-    with rc_context({**_STYLE, "svg.hashsalt": f"stillhouse-{key}"}):
-        figure = Figure(figsize=(WIDTH, height))
-        FigureCanvasSVG(figure)
-        draw(figure.add_subplot())
-        buffer = io.StringIO()
-        nothing: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    return Chart(title, _inline(buffer.getvalue(), key, alt), alt)
-
-
 def _inline(svg: str, key: str, alt: str) -> str:
     """A file's SVG as an element of a page: own ids, system fonts, a name for screen readers."""
     svg = svg[svg.index("<svg") :].strip()
@@ -324,5 +326,4 @@ def _inline(svg: str, key: str, alt: str) -> str:
     svg = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", _FONTS, svg)
     opening, rest = svg.split(">", 1)
     opening = re.sub(r'\s(width|height)="[^"]*"', "", opening)
-    label = escape(alt, quote=True)
-    return f'{opening} role="img" aria-label="{label}">{rest}'
+    return f'{opening} role="img" aria-label="{escape(alt, quote=True)}">{rest}'

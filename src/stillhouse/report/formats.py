@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.axes import Axes
-
+from stillhouse import number_format as text
+from stillhouse.evaluate.metrics_table import MetricsTable
 from stillhouse.evaluate.results import ModelResult
-from stillhouse.report import report_text as text
-from stillhouse.report.charts import Chart, Point, scatter, short_unit, svg_chart
+from stillhouse.report.charts import Chart, LineChart, dot, in_units
+from stillhouse.report.page import Section
 from stillhouse.report.palette import ACCENT, SECOND, role_color
-from stillhouse.report.retention import speed_ratio
+
+Replays = Sequence[Mapping[str, Any]]
+KL_LABEL = "KL to the teacher (nats/token)"
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,9 @@ class Form:
     """kl, top1_agreement: to the teacher, on the replay's tokens; of the full-precision student
     beside a quantized one, on all held-out tokens.
 
-    speedup: decoding speed as a multiple of the float32 checkpoint's, each pair measured in turns
-    in one process; None where it was not measured. tokens_per_s: where the replay measured it.
+    speedup: decoding speed as a multiple of the float32 checkpoint's, each pair measured in
+    alternation in one process; None where it was not measured. tokens_per_s: where the replay
+    measured it.
     """
 
     name: str
@@ -33,8 +36,8 @@ class Form:
     color: str
 
 
-def forms(models: dict[str, ModelResult], replays: Sequence[dict[str, Any]]) -> list[Form]:
-    """Teacher, what was exported, exports; none where replays did not know the teacher.
+def forms(models: Mapping[str, ModelResult], replays: Replays) -> list[Form]:
+    """Teacher, what was exported, exports; none where replays have no teacher to compare with.
 
     The teacher's speed is the evaluation's multiple of the student's, both in one number type.
     """
@@ -44,7 +47,7 @@ def forms(models: dict[str, ModelResult], replays: Sequence[dict[str, Any]]) -> 
     found = []
     teacher, student = models.get("teacher"), models.get("student")
     if teacher is not None:
-        faster = speed_ratio(teacher, student, "decode_tokens_per_s") if student else None
+        faster = teacher.decoding_speedup(student)
         size = float(teacher.bytes_on_disk)
         found.append(Form("Teacher", size, 0.0, 1.0, faster, None, role_color("teacher")))
     if student is not None:
@@ -67,10 +70,10 @@ def forms(models: dict[str, ModelResult], replays: Sequence[dict[str, Any]]) -> 
 
 
 def _sources(
-    student: ModelResult, rounded: ModelResult | None, replay: dict[str, Any]
+    student: ModelResult, rounded: ModelResult | None, replay: Mapping[str, Any]
 ) -> list[Form]:
-    """What was exported: the float32 checkpoint; of a quantized student, that which is on the grid,
-    with the bytes of its codes and scales, and before it the student in full precision.
+    """What was exported: the float32 checkpoint; of a quantized student, the one on the grid, with
+    the bytes of its codes and scales, and before it the student in full precision.
 
     That one is not in the replay: its quality is the evaluation's, and its speed the checkpoint's,
     since both have the same shapes.
@@ -89,42 +92,49 @@ def _sources(
     return found
 
 
-def form_rows(found: Sequence[Form]) -> list[list[str]]:
-    """Name, bytes, KL and top-1 agreement with the teacher, tokens a second, multiple."""
-    return [
+def forms_section(found: Sequence[Form]) -> Section:
+    """Quality against bytes and speed, as a table and as charts."""
+    lead = (
+        "To the teacher, on the replay's tokens (a full-precision student beside a quantized one: "
+        "on all held-out tokens). Speed is that of the format's own runtime relative to the "
+        "float32 checkpoint, in alternation; a dash: not measured here."
+    )
+    title = "Quality against bytes and speed"
+    table = form_table(found) if found else None
+    return Section(title, lead=lead, table=table, charts=form_charts(found))
+
+
+def form_table(found: Sequence[Form]) -> MetricsTable:
+    heads = ["Form", "Size", KL_LABEL, "Top-1 agreement", "Decoding (tokens/s)",
+             "Relative to the checkpoint"]  # fmt: skip
+    rows = [
         [
             form.name,
             text.size(form.bytes),
             text.tiny(form.kl),
             text.percent(form.top1_agreement, 1),
             text.DASH if form.tokens_per_s is None else text.digits(form.tokens_per_s),
-            text.DASH if form.speedup is None else f"{text.digits(form.speedup)} ×",
+            text.DASH if form.speedup is None else text.times(form.speedup),
         ]
         for form in found
     ]
+    return MetricsTable.of_text(heads, rows)
 
 
 def form_charts(found: Sequence[Form]) -> list[Chart]:
     """KL to the teacher against bytes, and against speed; the bottom is better."""
     if len(found) < 2:
         return []
-    unit, scale = short_unit(max(form.bytes for form in found))
-    axis = f"{unit} of bytes" if unit else "bytes"
-    charts = [_chart("bytes", "Quality against bytes", axis, [(f, f.bytes / scale) for f in found])]
-    timed = [(form, form.speedup) for form in found if form.speedup is not None]
+    sizes, label = in_units([form.bytes for form in found], "bytes")
+    charts: list[Chart] = [_chart("Quality against bytes", label, found, sizes)]
+    timed = [form for form in found if form.speedup is not None]
     if len(timed) > 1:
-        axis = "decoding speed (1: the float32 checkpoint)"
-        charts.append(_chart("form-speed", "Quality against decoding speed", axis, timed))
+        label = "decoding speed (1: the float32 checkpoint)"
+        speeds = [form.speedup or 0.0 for form in timed]
+        charts.append(_chart("Quality against decoding speed", label, timed, speeds))
     return charts
 
 
-def _chart(key: str, title: str, axis: str, placed: Sequence[tuple[Form, float]]) -> Chart:
-    points = [Point(form.name, x, form.kl, form.name, form.color) for form, x in placed]
-    told = " ".join(
-        f"{form.name}: {text.digits(x)}, {text.tiny(form.kl)} nats a token." for form, x in placed
-    )
-
-    def draw(ax: Axes) -> None:
-        scatter(ax, points, axis, "KL to the teacher (nats a token)", down=True)
-
-    return svg_chart(key, title, f"KL to the teacher against {axis}. {told}", draw)
+def _chart(title: str, axis: str, found: Sequence[Form], xs: Sequence[float]) -> LineChart:
+    dots = [dot(f.name, x, f.kl, f.color) for f, x in zip(found, xs, strict=True)]
+    return LineChart(title, axis, KL_LABEL, dots)

@@ -4,63 +4,65 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-Row = Mapping[str, Any]
+from stillhouse.report.charts import Line, LineChart, in_units
+from stillhouse.report.palette import ACCENT, INK, MUTED
+
+Rows = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A measure of training against tokens, in nats a token, with held-out measurements.
+def training_charts(rows: Rows, unit: str, temperature: float = 1.0) -> list[LineChart]:
+    """KL to the teacher, or the loss where the objective has no KL, and the gradient's norm.
 
-    same_measure: the held-out values are of the same measure as the training values.
+    Against tokens, or optimizer steps where tokens are not counted; none below two rows. unit: what
+    the loss is a mean over. temperature: of the objective's KL; held-out KL is always at 1.
     """
-
-    name: str
-    tokens: list[float]
-    values: list[float]
-    smoothed: list[float]
-    heldout_tokens: list[float]
-    heldout: list[float]
-    same_measure: bool
-
-
-def training_curve(history: Sequence[Row], temperature: float = 1.0) -> Curve | None:
-    """Forward KL against tokens, or the loss where the objective has no KL; None below two rows.
-
-    temperature: of the objective's KL; held-out KL is always at temperature 1.
-    """
+    axis, axis_name = ("tokens", "training tokens")
+    if not any(_finite(row, axis) for row in rows):
+        axis, axis_name = "step", "optimizer steps"
     key, name = "forward_kl", "KL to the teacher"
     if temperature != 1.0:
         name += f" at temperature {temperature:g}"
-    tokens, values = series(history, key)
-    if len(values) < 2:
+    if len(series(rows, key, axis)[1]) < 2:
         key, name = "loss", "Loss"
-        tokens, values = series(history, key)
-    if len(values) < 2:
-        return None
-    heldout = [row for row in history if _finite(row, "heldout_kl") and _finite(row, "step")]
-    return Curve(
-        name=name,
-        tokens=tokens,
-        values=values,
-        smoothed=smooth(values),
-        heldout_tokens=[_tokens_at(history, float(row["step"])) for row in heldout],
-        heldout=[float(row["heldout_kl"]) for row in heldout],
-        same_measure=key == "forward_kl" and temperature == 1.0,
-    )
+    x, y = series(rows, key, axis)
+    if len(y) < 2:
+        return []
+    heldout = [row for row in rows if _finite(row, "heldout_kl") and _finite(row, "step")]
+    heldout_x = [_at_step(rows, float(row["step"]), axis) for row in heldout]
+    scaled, label = in_units([*x, *heldout_x], axis_name)
+    lines = [
+        Line(scaled[: len(x)], y, ACCENT, "each step", "faint"),
+        Line(scaled[: len(x)], smooth(y), ACCENT, "smoothed"),
+    ]
+    if heldout:
+        same = key == "forward_kl" and temperature == 1.0
+        heldout_y = [float(row["heldout_kl"]) for row in heldout]
+        named = "held-out text" if same else "held-out KL"
+        lines.append(Line(scaled[len(x) :], heldout_y, INK, named, "measured"))
+    charts = [_chart(name, f"{name} (nats/{unit})", label, lines)]
+    x, y = series(rows, "grad_norm", axis)
+    if len(y) >= 2:
+        x, label = in_units(x, axis_name)
+        lines = [Line(x, y, MUTED, style="faint"), Line(x, smooth(y), MUTED)]
+        charts.append(_chart("Gradient norm", "gradient norm before clipping", label, lines))
+    return charts
 
 
-def series(history: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
-    """Tokens and finite values of `key`, over the training rows that have both."""
-    rows = [row for row in history if _finite(row, key) and _finite(row, "tokens")]
-    return [float(row["tokens"]) for row in rows], [float(row[key]) for row in rows]
+def _chart(title: str, y_label: str, x_label: str, lines: list[Line]) -> LineChart:
+    return LineChart(title, x_label, y_label, lines, log=True, x_limits=(0, None))
 
 
-def median(history: Sequence[Row], key: str) -> float | None:
-    values = sorted(float(row[key]) for row in history if _finite(row, key))
+def series(rows: Rows, key: str, axis: str = "tokens") -> tuple[list[float], list[float]]:
+    """Finite values of `axis` and `key`, over the training rows that have both."""
+    found = [row for row in rows if _finite(row, key) and _finite(row, axis)]
+    return [float(row[axis]) for row in found], [float(row[key]) for row in found]
+
+
+def median(rows: Rows, key: str) -> float | None:
+    values = sorted(float(row[key]) for row in rows if _finite(row, key))
     return values[len(values) // 2] if values else None
 
 
@@ -68,7 +70,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     """Centered mean over a twelfth of the run; at the start only as wide as both sides allow.
 
     The start stays narrow because the measure falls fastest there; the last values are means over
-    the half window that exists, so that one step's noise is not taken for the result.
+    the half window that exists, so that the noise of one step is not taken for the result.
     """
     reach = max(1, len(values) // 24)
     means = []
@@ -79,17 +81,17 @@ def smooth(values: Sequence[float]) -> list[float]:
     return means
 
 
-def _tokens_at(history: Sequence[Row], step: float) -> float:
-    """Training tokens after `step` steps, by straight lines between the rows that say so."""
-    said = [row for row in history if _finite(row, "step") and _finite(row, "tokens")]
-    known = sorted([(0.0, 0.0), *((float(row["step"]), float(row["tokens"])) for row in said)])
-    for (step_a, tokens_a), (step_b, tokens_b) in pairwise(known):
+def _at_step(rows: Rows, step: float, axis: str) -> float:
+    """Training tokens after `step` steps, by straight lines between the rows that have both."""
+    both = [row for row in rows if _finite(row, "step") and _finite(row, axis)]
+    known = sorted([(0.0, 0.0), *((float(row["step"]), float(row[axis])) for row in both)])
+    for (step_a, a), (step_b, b) in pairwise(known):
         if step_a <= step <= step_b:
             share = (step - step_a) / (step_b - step_a) if step_b > step_a else 1.0
-            return tokens_a + share * (tokens_b - tokens_a)
+            return a + share * (b - a)
     return known[-1][1]
 
 
-def _finite(row: Row, key: str) -> bool:
+def _finite(row: Mapping[str, Any], key: str) -> bool:
     value = row.get(key)
     return isinstance(value, int | float) and math.isfinite(value)

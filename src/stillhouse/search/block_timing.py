@@ -30,9 +30,9 @@ from stillhouse.hardware import synchronize
 from stillhouse.pruning.axes import axes_of, part
 from stillhouse.pruning.shapes import Counter
 from stillhouse.pruning.sizes import Sizes, resized_config, sizes_of
+from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load import attention_for
 from stillhouse.teachers.quiet import quiet
-from stillhouse.teachers.views import decoder_layers
 
 PROMPT_TOKENS, DECODE_TOKENS, WARMUP_TOKENS = 128, 16, 3
 TIMED_BYTES = 256 << 20

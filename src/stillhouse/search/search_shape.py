@@ -38,7 +38,7 @@ from stillhouse.students.build_student import method_of
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load import load_config, load_model
 from stillhouse.teachers.quiet import quiet
-from stillhouse.training.attention import use_short_attention
+from stillhouse.teachers.short_attention import use_short_attention
 from stillhouse.training.train_config import TrainRecipe
 
 CANDIDATES = "candidates.json"

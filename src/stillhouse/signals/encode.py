@@ -37,6 +37,7 @@ from stillhouse.signals.selection import (
     sum_of_squares,
     take_out_,
 )
+from stillhouse.signals.signal_types import SparseSignal
 
 CACHED_NUMBERS = 1 << 22
 """Logits that are worked on at a time on a CPU; an accelerator takes 64 times as many."""
@@ -113,6 +114,21 @@ def frozen_head_rows(
     negative_entropy_N = torch.where(p_NV > 0, p_NV * log_p_NV, 0.0).sum(1)
     rows = DenseRows(_bf16_bits(p_NV @ weight_VD.float()), negative_entropy_N.cpu().numpy())
     return rows, Statistics(mass=float(len(rows)))
+
+
+def top_k_rows(signal: SparseSignal, vocabulary: int) -> tuple[EntryRows, Statistics]:
+    """The rows of a signal that was read from likely tokens, as `TopK` stores them."""
+    ids_NK, log_p_NK = signal.ids_NK.cpu().numpy(), signal.log_probs_NK.cpu().double().numpy()
+    low_E, high_E = split_ids(ids_NK.ravel(), vocabulary)
+    rows = EntryRows(
+        counts_N=np.full(len(ids_NK), ids_NK.shape[1], dtype=np.uint8),
+        valued_N=None,
+        low_E=low_E,
+        high_E=high_E,
+        values_X=log_p_NK.ravel().astype("<f2"),
+        tail_N=signal.tail_N.cpu().numpy().astype("<f4"),
+    )
+    return rows, Statistics(mass=float(np.exp(log_p_NK).sum(1).clip(max=1.0).sum()))
 
 
 def hidden_rows(hidden_ND: Mapping[int, Tensor]) -> tuple[DenseRows, Statistics]:

@@ -6,19 +6,29 @@ import torch
 from torch import Tensor
 
 from stillhouse.errors import SignalError
-from stillhouse.signals.encode import Encoder, Statistics, frozen_head_rows, hidden_rows
+from stillhouse.signals.encode import (
+    Encoder,
+    Statistics,
+    frozen_head_rows,
+    hidden_rows,
+    top_k_rows,
+)
 from stillhouse.signals.encoded_rows import Rows, concatenate
-from stillhouse.signals.encodings import FrozenHead, Hidden
+from stillhouse.signals.encodings import FrozenHead, Hidden, TopK
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.segments import Segments
-from stillhouse.signals.signal_types import DenseSignal, HiddenSignal, LogitsSignal
+from stillhouse.signals.signal_types import (
+    DenseSignal,
+    HiddenSignal,
+    LogitsSignal,
+    Signal,
+    SparseSignal,
+)
 from stillhouse.signals.writer import uniforms
 
 CHUNK_LOGITS = 1 << 24
 """Logits that are made at a time; on an accelerator 16 times as many."""
-
-Answer = DenseSignal | LogitsSignal | HiddenSignal
 
 
 class Recorder:
@@ -45,7 +55,7 @@ class Recorder:
                 )
 
     @torch.no_grad()
-    def encode(self, segments: Segments, answer: Answer) -> tuple[Rows, Statistics]:
+    def encode(self, segments: Segments, answer: Signal | HiddenSignal) -> tuple[Rows, Statistics]:
         """The encoded rows of these segments; row n of `answer` is for their n-th supervised
         token. Raises SignalError: the answer does not fit the settings, or is not finite."""
         encoding = self.settings.encoding
@@ -55,6 +65,10 @@ class Recorder:
                     f"hidden states of layers {tuple(answer.hidden_ND)} do not fit {encoding}"
                 )
             return hidden_rows(answer.hidden_ND)
+        if isinstance(answer, SparseSignal):
+            return self._top_k(answer)
+        if not isinstance(answer, DenseSignal | LogitsSignal):
+            raise SignalError(f"a {type(answer).__name__} cannot be recorded as {encoding.kind}")
         rows_N = answer.logits_NV if isinstance(answer, LogitsSignal) else answer.hidden_ND
         if len(rows_N) != segments.rows or not len(rows_N):
             raise SignalError(
@@ -76,6 +90,15 @@ class Recorder:
             parts.append(rows)
             statistics += more
         return concatenate(parts), statistics
+
+    def _top_k(self, answer: SparseSignal) -> tuple[Rows, Statistics]:
+        encoding, found = self.settings.encoding, answer.ids_NK.shape[1]
+        if encoding != TopK(found) or answer.temperature != self.settings.temperature:
+            raise SignalError(
+                f"the {found} likeliest tokens at temperature {answer.temperature:g} cannot be "
+                f"recorded as {encoding} at temperature {self.settings.temperature:g}"
+            )
+        return top_k_rows(answer, self.settings.vocabulary)
 
     def _chunk(self, logits_nV: Tensor, uniforms_nU: Tensor) -> tuple[Rows, Statistics]:
         if self._encoder is not None:

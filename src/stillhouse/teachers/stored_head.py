@@ -53,7 +53,7 @@ def linear_map(head: LMHead, vocabulary: int) -> Tensor:
 
 def head_sha256(head: LMHead) -> str:
     """Names the linear map: of two heads that are equal in float32 it is the same."""
-    values = head.weight_VD.detach().float().contiguous().numpy()
+    values = head.weight_VD.detach().float().contiguous().cpu().numpy()
     return hashlib.sha256(f"{values.shape} {head.scale} ".encode() + values.tobytes()).hexdigest()
 
 

@@ -20,7 +20,7 @@ COMPLETE = "complete.json"
 
 @dataclass(frozen=True)
 class Meter:
-    """What training had done at a checkpoint: supervised tokens, and seconds of work."""
+    """What training had done at a checkpoint: steps, supervised tokens, and seconds of work."""
 
     step: int = 0
     tokens: int = 0
@@ -32,7 +32,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def seal(checkpoint: Path, meter: Meter) -> None:
-    """Flushes the checkpoint to disk and marks it complete. All processes must have written it."""
+    """Flush the checkpoint to disk and mark it complete. All processes must have written it."""
     flush_tree(checkpoint)
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
@@ -80,20 +80,24 @@ def _meter(checkpoint: Path) -> Meter | None:
     return Meter(**raw["meter"]) if whole else None
 
 
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, each with the optimizer step it belongs to."""
+class Metrics:
+    """The rows that training logs, each with its optimizer step; in metrics.jsonl, one a line."""
 
-    def __init__(self, path: Path, *, keep_to_step: int) -> None:
-        """Keeps the rows up to that step; what a killed process wrote after it is redone."""
+    def __init__(self, path: Path | None = None, *, keep_to_step: int = 0) -> None:
+        """path: None keeps them in memory alone. keep_to_step: rows of the file up to that step
+        stay; what a killed process wrote after it is done again."""
         self.path = path
-        self.rows = [row for row in read_metrics(path) if row["step"] <= keep_to_step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self.rows: list[dict[str, float]] = []
+        if path is not None:
+            self.rows = [row for row in read_metrics(path) if row["step"] <= keep_to_step]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def append(self, row: Mapping[str, float]) -> None:
         self.rows.append(dict(row))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

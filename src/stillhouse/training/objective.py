@@ -1,4 +1,4 @@
-"""The recipe's objective, made for two models of known shapes: its terms, and what they look at."""
+"""The terms of an objective, made for two models of known shapes, and the layers they need."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from stillhouse.objectives.objective_config import (
     ObjectiveRecipe,
     ScheduleRecipe,
 )
-from stillhouse.signals.encodings import Encoding, Hidden
-from stillhouse.teachers.views import Wanted
+from stillhouse.signals.encodings import Encoding
+from stillhouse.teachers.activations import ActivationRequest
+from stillhouse.teachers.stored_teacher import recorded_temperature
+from stillhouse.teachers.teacher import TeacherNeeds
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Relations:
 
 @dataclass(frozen=True)
 class Objective:
-    """Every term of a recipe, ready for two models of known shapes."""
+    """Terms, ready for two models of known shapes."""
 
     output: Mixture
     layer_logits: tuple[LayerLogits, ...] = ()
@@ -74,17 +76,19 @@ class Objective:
     relations: tuple[Relations, ...] = ()
 
     @property
-    def of_student(self) -> Wanted:
+    def student_request(self) -> ActivationRequest:
         layers = {layer for term in self.layer_logits for layer in term.layers}
         layers |= {student for term in self.hidden for student, _ in term.loss.pairs}
         attention = {student for term in self.relations for student, _ in term.pairs}
-        return Wanted(frozenset(layers), frozenset(attention))
+        return ActivationRequest(frozenset(layers), frozenset(attention))
 
     @property
-    def of_teacher(self) -> Wanted:
+    def needs(self) -> TeacherNeeds:
+        """Of the teacher."""
         layers = {teacher for term in self.hidden for _, teacher in term.loss.pairs}
         attention = {teacher for term in self.relations for _, teacher in term.pairs}
-        return Wanted(frozenset(layers), frozenset(attention))
+        request = ActivationRequest(frozenset(layers), frozenset(attention))
+        return TeacherNeeds(tuple(self.divergences), request)
 
     @property
     def divergences(self) -> list[Term]:
@@ -144,7 +148,7 @@ def _own_layers(layers: list[int], blocks: int) -> tuple[int, ...]:
     for layer in layers:
         if not 1 <= layer < blocks:
             raise SignalError(
-                f"logits of layer {layer} are asked of a student with {blocks} blocks",
+                f"a term is about the logits of layer {layer}, of a student with {blocks} blocks",
                 fix=f"choose from 1 to {blocks - 1}; the last block's are those of a term "
                 "without `layers`",
             )
@@ -190,11 +194,11 @@ def _relations(
 
 
 def stored_layers(objective: Objective, teacher_config: Any) -> tuple[int, ...]:
-    """The teacher's layers that a store of hidden states must hold for these terms; see `views`.
+    """The teacher's layers that a store of hidden states must hold for these terms.
 
     Raises SignalError: no term asks for any.
     """
-    layers = set(objective.of_teacher.layers)
+    layers = set(objective.needs.activations.layers)
     if any(term.needs_teacher for term in objective.divergences):
         layers.add(teacher_config.get_text_config().num_hidden_layers)
     if not layers:
@@ -209,39 +213,9 @@ def stored_layers(objective: Objective, teacher_config: Any) -> tuple[int, ...]:
 def stored_temperature(objective: Objective, encoding: Encoding) -> float:
     """The one temperature at which a store must be recorded for these terms.
 
-    Raises SignalError: a term that this encoding cannot serve, or terms at several temperatures.
+    Raises SignalError as `recorded_temperature`.
     """
-    where = "objective.terms"
-    if objective.relations or (objective.hidden and not isinstance(encoding, Hidden)):
-        raise SignalError(
-            f"a term asks for the teacher's intermediate layers, and signals of kind "
-            f"{encoding.kind} serve {encoding.serves}",
-            where=where,
-            fix="use signals of kind hidden (they serve all but attention relations), or a live "
-            "teacher (no `signals`)",
-        )
-    if isinstance(encoding, Hidden):
-        return 1.0  # of the softmax: there is none yet
-    of_teacher = [term for term in objective.divergences if term.needs_teacher]
-    for term in of_teacher:
-        name = term.divergence
-        only_forward = encoding.signal in ("SampledSignal", "FrozenHeadSignal")
-        if (only_forward and name != "forward_kl") or name == "adaptive_kl":
-            raise SignalError(
-                f"{name} cannot be taken from signals of kind {encoding.kind}: they serve "
-                f"{encoding.serves}",
-                where=where,
-                fix="use signals of kind top_k or hidden, or forward_kl, or a live teacher",
-            )
-    temperatures = sorted({term.temperature for term in of_teacher}) or [1.0]
-    if len(temperatures) > 1:
-        raise SignalError(
-            f"terms ask for temperatures {', '.join(f'{t:g}' for t in temperatures)}: a store is "
-            "recorded at one",
-            where=where,
-            fix="use one temperature, or a live teacher (no `signals`)",
-        )
-    return temperatures[0]
+    return recorded_temperature(encoding, objective.needs)
 
 
 def _one_of_a_kind(names: list[str]) -> None:

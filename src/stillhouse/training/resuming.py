@@ -28,9 +28,9 @@ class ResumingTrainer(Trainer):
     load from other failures."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **more: Any) -> Any:
-        if resume_from_checkpoint is not None:
+        if isinstance(resume_from_checkpoint, str):
             with self._loading():
-                state = Path(str(resume_from_checkpoint)) / TRAINER_STATE_NAME
+                state = Path(resume_from_checkpoint) / TRAINER_STATE_NAME
                 TrainerState.load_from_json(str(state))
         return super().train(resume_from_checkpoint, **more)
 
@@ -74,7 +74,7 @@ T = TypeVar("T", bound=ResumingTrainer)
 
 
 def train_from_newest(folder: Path, make: Callable[[Meter], T], *, steps: int) -> T:
-    """Trains from the newest checkpoint in `folder` that loads, or from the start.
+    """Train from the newest checkpoint in `folder` that loads, or from the start.
 
     make: builds the models and the trainer for what was done by then. It is called again where a
     checkpoint fails to load, which is then set aside. Returns the trainer that finished.

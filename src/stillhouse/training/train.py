@@ -1,12 +1,15 @@
-"""Trains one student: from checkpoints on disk to a checkpoint on disk, resumable at any moment."""
+"""Trains a student under a teacher; with a folder, resumable at any moment."""
 
 from __future__ import annotations
 
 import atexit
 import gc
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from stillhouse import account
-from stillhouse.data.windows import Windows, collate
+from stillhouse.data.batches import Batches
 from stillhouse.errors import ModelError, RecipeError, TrainingError
 from stillhouse.hardware import (
     choose_precision,
@@ -27,19 +30,12 @@ from stillhouse.hardware import (
 )
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.progress import bar, note
-from stillhouse.signals.encodings import FrozenHead, Hidden
-from stillhouse.signals.store import Store
-from stillhouse.teachers.load import (
-    check_loadable,
-    load_config,
-    load_model,
-    load_tokenizer,
-    save_tokenizer,
-)
+from stillhouse.students.student import Student
+from stillhouse.teachers.load import check_loadable, save_tokenizer
 from stillhouse.teachers.quiet import quiet
-from stillhouse.teachers.stored_head import load_head
+from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints
-from stillhouse.training.objective import make_objective
+from stillhouse.training.checkpoints import Meter, Metrics
 from stillhouse.training.resuming import train_from_newest
 from stillhouse.training.train_config import SCHEDULES, TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
@@ -47,12 +43,15 @@ from stillhouse.training.trainer import DistillationTrainer
 MODEL = "model"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
-PROJECTIONS = "distillation_projections"
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """`tokens` are supervised positions; `seconds` leave out held-out measurements."""
+    """What a training did.
+
+    tokens: supervised positions. seconds: without held-out measurements. metrics: what was logged,
+    a row a step; the keys are the objective's terms, and those of `heldout_` measurements.
+    """
 
     steps: int
     planned_steps: int
@@ -61,6 +60,22 @@ class TrainingResult:
     flops: int
     peak_memory_bytes: int
     precision: str
+    metrics: Sequence[Mapping[str, float]] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """All but the metrics, as plain values for JSON."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "metrics"}
+
+    def __repr__(self) -> str:
+        losses = [row["loss"] for row in self.metrics if "loss" in row]
+        found = f", loss {losses[0]:.4g} to {losses[-1]:.4g}" if losses else ""
+        measured = [row for row in self.metrics if "heldout_perplexity" in row]
+        for name in measured[-1] if measured else ():
+            found += f", {name} {measured[-1][name]:.4g}" if name.startswith("heldout_") else ""
+        return (
+            f"TrainingResult({self.steps:,} of {self.planned_steps:,} steps, {self.tokens:,} "
+            f"tokens in {self.seconds:,.1f} s{found})"
+        )
 
 
 @dataclass(frozen=True)
@@ -93,143 +108,149 @@ def plan_batches(section: TrainRecipe, windows: int, processes: int) -> Batching
 
 
 def train(
-    student: Path,
-    teacher: Path | None,
-    windows: Windows,
-    heldout: Windows,
-    *,
-    section: TrainRecipe,
+    student: Student,
+    teacher: Teacher | None,
+    batches: Batches,
     objective: ObjectiveRecipe,
-    vocabulary: int | None,
-    seed: int,
-    out: Path,
-    store: Store | None = None,
-    stored_teacher: Path | None = None,
-    asked_share: float = 1.0,
-    more_teachers: Sequence[Path] = (),
+    settings: TrainRecipe,
+    *,
+    heldout: Batches | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    trust_remote_code: bool = False,
 ) -> TrainingResult:
-    """Trains the checkpoint in `student` and writes `out/model` (float32) and `out/metrics.jsonl`.
+    """Train the student in place, in float32.
 
-    teacher: None trains on the objective's terms alone, which must then need no teacher.
-    store: the teacher's recorded answers. With a teacher beside it, what the store lacks is asked
-    live; asked_share is then the share of tokens that it lacks, for the account. Without a
-    teacher, held-out measurements know the perplexity alone.
-    stored_teacher: the checkpoint of the store's teacher, whose head and shape a store of hidden
-    states needs; its other weights are not read.
-    more_teachers: asked live beside `teacher`; the loss is the mean of all of theirs.
-    vocabulary: ids below it are shared by both models; rows beyond it are padding.
-    callbacks: transformers calls them at every step, beside our own.
-    Goes on from the newest checkpoint in `out/checkpoints` that loads, to the same weights as an
-    undisturbed run gives. Under torchrun or accelerate launch every process calls this.
+    teacher: None where no term needs one. heldout: measured every `settings.evaluate_every` steps.
+    callbacks: of transformers, beside our own; their `model` is a `Distillation`.
+    folder: gets `model` (a plain Hugging Face folder), `metrics.jsonl`, and `checkpoints`; a run
+    that was killed goes on from the newest checkpoint that loads, to the same weights as an
+    undisturbed run gives. None: nothing is written.
+    Under torchrun or accelerate launch every process calls this.
+    Raises RecipeError, SignalError, ModelError: parts that do not fit together. TrainingError:
+    nothing to learn or to measure on, a loss that is not finite, weights that were not saved.
     """
-    processes = world_size()
-    plan = plan_batches(section, len(windows), processes)
-    if windows.supervised_tokens == 0:
-        raise TrainingError("no token of the training data is to be predicted", where=windows.path)
-    device = default_device()
-    precision = choose_precision(section.precision, device)
-    main = leads()
-    if main:
+    plan = plan_batches(settings, len(batches), world_size())
+    _check_text(batches, heldout, settings)
+    precision = choose_precision(settings.precision, default_device())
+    if leads():
         note(f"precision: {precision.reason}")
-    tokens_per_step = section.batch_size * windows.context
+    # Only the first process writes: what others left would become part of the stage.
+    file = folder / METRICS if folder is not None and leads() else None
+    step_tokens = settings.batch_size * batches.context
     shown = 0
+    begin_again: Callable[[], None] | None = None
 
-    def make(meter: checkpoints.Meter) -> DistillationTrainer:
-        nonlocal shown
-        model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        model.requires_grad_(True)
-        if section.freeze_head:
-            model.get_output_embeddings().requires_grad_(False)
-        guides = [
-            load_model(path, dtype=precision.dtype, trust_remote_code=trust_remote_code)
-            for path in ([] if teacher is None else [teacher, *more_teachers])
-        ]
-        code = trust_remote_code
-        shaped = (guides[0] if guides else model).config
-        if stored_teacher is not None:
-            shaped = load_config(stored_teacher, trust_remote_code=code)
-        terms = make_objective(objective, model.config, shaped, seed=seed)
-        encoding = None if store is None else store.settings.encoding
-        teacher_head = student_head = None
-        if isinstance(encoding, Hidden) and any(term.needs_teacher for term in terms.divergences):
-            assert stored_teacher is not None
-            teacher_head = load_head(stored_teacher, dtype=precision.dtype, trust_remote_code=code)
-        if isinstance(encoding, FrozenHead) and guides:
-            student_head = load_head(student, dtype=torch.float32, trust_remote_code=code)
-        if len(projections := terms.projections()):
-            # A part of the module while it trains: optimizer, wrappers and checkpoints see them.
-            model.add_module(PROJECTIONS, projections)
-        # Only the first process writes: what others left would become part of the stage.
-        metrics = checkpoints.MetricsFile(out / METRICS, keep_to_step=meter.step) if main else None
-        advance(meter.step * tokens_per_step - shown)
-        shown = meter.step * tokens_per_step
+    def make(meter: Meter) -> DistillationTrainer:
+        nonlocal shown, begin_again
+        if begin_again is not None:
+            begin_again()
+        elif meter.step:
+            begin_again = student.remember()  # a checkpoint that does not load may change it
+        student.trainable(freeze_head=settings.freeze_head)
+        advance(meter.step * step_tokens - shown)
+        shown = meter.step * step_tokens
         trainer = DistillationTrainer(
-            student=model,
-            teachers=guides,
-            store=store,
-            teacher_head=teacher_head,
-            student_head=student_head,
-            objective=terms,
-            dtype=precision.dtype,
-            vocabulary=vocabulary,
-            metrics=metrics,
+            student,
+            teacher,
+            objective,
+            metrics=Metrics(file, keep_to_step=meter.step),
             meter=meter,
-            advance=advance,
-            early_stop=section.early_stop,
-            args=_arguments(section, plan, out / CHECKPOINTS, precision.dtype, device, seed),
-            train_dataset=windows,
+            early_stop=settings.early_stop,
+            args=_arguments(settings, plan, written, precision.dtype, seed, folder is not None),
+            train_dataset=batches,
             eval_dataset=heldout,
-            data_collator=collate,
         )
         trainer.remove_callback(PrinterCallback)
-        for callback in (_Housekeeping(trainer, section, windows.context), *callbacks):
+        own = _Housekeeping(trainer, settings.keep_checkpoints, partial(advance, step_tokens))
+        for callback in (own, *callbacks):
             trainer.add_callback(callback)
         return trainer
 
-    with bar("train", total=plan.steps * tokens_per_step) as advance:
-        trainer = train_from_newest(out / CHECKPOINTS, make, steps=plan.steps)
-    done = trainer.meter()
-    model = trainer.student
-    if hasattr(model, PROJECTIONS):
-        delattr(model, PROJECTIONS)
-    with quiet():
-        trainer.save_model(str(out / MODEL))
-    if processes > 1:
+    with (
+        bar("train", total=plan.steps * step_tokens) as advance,
+        _checkpoint_folder(folder) as written,
+        _as_it_came(student),
+    ):
+        trainer = train_from_newest(written, make, steps=plan.steps)
+        done = trainer.meter()
+        student.folder = None
+        if folder is not None:
+            _save(trainer, student, folder / MODEL)
+    if plan.processes > 1:
         # A process that ends with its group still open may be aborted by gloo's own threads.
         trainer.accelerator.wait_for_everyone()
         atexit.register(_leave_group)
-    if main:
-        _check_saved(out / MODEL, trust_remote_code)
-        (out / MODEL / "training_args.bin").unlink(missing_ok=True)
-        save_tokenizer(load_tokenizer(student), out / MODEL)
-    student_size = account.count_parameters(model).head_once
-    teacher_size = sum(account.count_parameters(each).head_once for each in trainer.teachers)
+    size = account.count_parameters(student.model).head_once
     return TrainingResult(
         steps=done.step,
         planned_steps=plan.steps,
         tokens=done.tokens,
         seconds=done.seconds,
-        flops=account.training_flops(student_size, done.tokens)
-        + account.forward_flops(teacher_size, round(asked_share * done.tokens)),
+        flops=account.training_flops(size, done.tokens)
+        + (0 if teacher is None else teacher.flops(done.tokens)),
         peak_memory_bytes=peak_memory_bytes(),
         precision=precision.reason,
+        metrics=trainer.metrics.rows,
     )
 
 
-def _check_saved(model: Path, trust_remote_code: bool) -> None:
-    """Raises TrainingError where the trained weights are not all in the folder: of sharded state
-    dicts, transformers writes only checkpoints."""
+def _check_text(batches: Batches, heldout: Batches | None, settings: TrainRecipe) -> None:
+    if batches.supervised_tokens == 0:
+        raise TrainingError(
+            "no token of the training data is to be predicted", where=getattr(batches, "path", None)
+        )
+    if heldout is None and settings.evaluate_every is not None:
+        raise TrainingError(
+            "there is no held-out text to measure on",
+            where="train.evaluate_every",
+            fix="give held-out text, or leave evaluate_every out",
+        )
+
+
+@contextmanager
+def _checkpoint_folder(folder: Path | None) -> Iterator[Path]:
+    if folder is not None:
+        yield folder / CHECKPOINTS
+        return
+    with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
+        yield Path(scratch)  # transformers insists on a folder, and writes nothing there
+
+
+@contextmanager
+def _as_it_came(student: Student) -> Iterator[None]:
+    """After the block the student's model has its own attention and cache again, in eval mode."""
+    config = student.model.config
+    attention, use_cache = config._attn_implementation, config.use_cache
     try:
-        check_loadable(model, trust_remote_code=trust_remote_code)
+        yield
+    finally:
+        student.model.set_attn_implementation(attention)
+        student.model.config.use_cache = use_cache
+        student.model.eval()
+
+
+def _save(trainer: DistillationTrainer, student: Student, folder: Path) -> None:
+    """The student as a plain model folder; every process takes part.
+
+    Raises TrainingError where not all weights are there: of sharded state dicts, transformers
+    writes only checkpoints.
+    """
+    with quiet():
+        trainer.save_model(str(folder))
+    if not leads():
+        return
+    try:
+        check_loadable(folder, trust_remote_code=student.trust_remote_code)
     except ModelError as error:
         raise TrainingError(
             f"the trained model was not saved: {error.what}",
-            where=model,
+            where=folder,
             fix="the checkpoints are kept; with FSDP, set fsdp_state_dict_type: FULL_STATE_DICT in "
             "the accelerate configuration, and give the same command again",
         ) from error
+    if student.tokenizer is not None:
+        save_tokenizer(student.tokenizer, folder)
 
 
 def _leave_group() -> None:
@@ -243,9 +264,10 @@ def _arguments(
     plan: Batching,
     folder: Path,
     dtype: torch.dtype,
-    device: torch.device,
     seed: int,
+    save: bool,
 ) -> TrainingArguments:
+    device = default_device()
     scheduler_kwargs: dict[str, Any] = {}
     warmup = round(section.warmup * plan.steps)
     if section.schedule == "wsd":
@@ -275,7 +297,7 @@ def _arguments(
         logging_strategy="steps",
         logging_steps=max(1, plan.steps // 500),
         logging_nan_inf_filter=False,
-        save_strategy="steps",
+        save_strategy="steps" if save else "no",
         save_steps=section.checkpoint_every,
         eval_strategy="no" if every is None else "steps",
         eval_steps=every,
@@ -298,13 +320,15 @@ def checkpointing_key(arguments: Any = TrainingArguments) -> str:
 class _Housekeeping(TrainerCallback):
     """Moves the bar, and makes each checkpoint count only once it is whole on disk."""
 
-    def __init__(self, trainer: DistillationTrainer, section: TrainRecipe, context: int) -> None:
+    def __init__(
+        self, trainer: DistillationTrainer, keep_checkpoints: int, advance: Callable[[], None]
+    ) -> None:
         self.trainer = trainer
-        self.section = section
-        self.context = context
+        self.keep_checkpoints = keep_checkpoints
+        self.advance = advance
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.advance(self.section.batch_size * self.context)
+        self.advance()
         if control.should_save:
             control.should_log = True  # a checkpoint is written only after a finite-loss check
 
@@ -315,4 +339,4 @@ class _Housekeeping(TrainerCallback):
         folder = Path(args.output_dir)
         checkpoint = folder / f"checkpoint-{state.global_step}"
         checkpoints.seal(checkpoint, self.trainer.meter())
-        checkpoints.keep_newest(folder, self.section.keep_checkpoints)
+        checkpoints.keep_newest(folder, self.keep_checkpoints)

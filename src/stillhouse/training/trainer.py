@@ -1,41 +1,32 @@
-"""transformers.Trainer, taught to distill.
+"""transformers.Trainer for distillation: it trains a `Distillation`, asking a teacher as it goes.
 
-Shapes: R windows, L tokens a window, N supervised rows, D hidden width.
-
-The student keeps its class; only this instance's `forward` is replaced, by one that goes from
-tokens to the loss without ever making logits. So DDP and FSDP wrap a plain transformers model, and
-their hooks fire around everything that uses its parameters, the head included.
+Shapes: R windows, L tokens a window, N supervised rows.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
-from stillhouse.data.shift import IGNORED, supervised_rows
+from stillhouse.data.batches import Batch, collate
+from stillhouse.data.shift import IGNORED
+from stillhouse.data.windows import ARRAYS
 from stillhouse.errors import TrainingError
-from stillhouse.objectives import LossSum, Mixture, Tally, Term
-from stillhouse.signals import DenseSignal, LMHead
-from stillhouse.signals.encodings import Hidden
-from stillhouse.signals.store import Store
-from stillhouse.teachers.backbone import lm_head
-from stillhouse.teachers.record_store import local_teacher, segments_of
-from stillhouse.teachers.views import Wanted, look
-from stillhouse.training.attention import use_short_attention
-from stillhouse.training.checkpoints import Meter, MetricsFile
-from stillhouse.training.loss import (
-    Batch,
-    TeacherView,
-    mean_loss,
-    objective_loss,
-    stored_view,
-)
-from stillhouse.training.objective import Objective
+from stillhouse.objectives import Mixture, Tally, Term
+from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
+from stillhouse.students.student import Student
+from stillhouse.teachers.short_attention import use_short_attention
+from stillhouse.teachers.teacher import Teacher, TeacherView
+from stillhouse.training.checkpoints import Meter, Metrics
+from stillhouse.training.distillation import Distillation
+from stillhouse.training.objective import Objective, make_objective
 from stillhouse.training.resuming import ResumingTrainer
 
 HELDOUT_KL = Term("forward_kl")
@@ -43,54 +34,75 @@ HELDOUT_CROSS_ENTROPY = Term("cross_entropy")
 
 
 class DistillationTrainer(ResumingTrainer):
-    """Losses are sums over rows, divided once by the batch's supervised tokens on all ranks."""
+    """Trains a student to match a teacher; subclass it as you would transformers.Trainer.
+
+    Losses are sums over rows, divided once by the batch's supervised tokens on all ranks. The
+    model that it trains, and that callbacks get, is a `Distillation`: its `student` is the plain
+    transformers model, which can generate at any moment. Checkpoints are plain folders of it.
+
+    student: its weights are trained in place. teacher: None where no term needs one. objective:
+    terms, a recipe's section, or an `Objective`. metrics, meter: of a run that goes on. early_stop:
+    stop after so many held-out measurements without a better one.
+    Raises ModelError: vocabularies that differ. SignalError: terms that the teacher cannot serve.
+    """
 
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
+        student: Student | PreTrainedModel,
+        teacher: Teacher | PreTrainedModel | None = None,
+        objective: Objective | ObjectiveRecipe | Sequence[ObjectiveTerm] | None = None,
         *,
-        student: PreTrainedModel,
-        teachers: Sequence[PreTrainedModel],
-        store: Store | None,
-        teacher_head: LMHead | None,
-        student_head: LMHead | None,
-        objective: Objective,
-        dtype: torch.dtype,
-        vocabulary: int | None,
-        metrics: MetricsFile | None,
-        meter: Meter,
-        advance: Callable[[int], None],
-        early_stop: int | None,
+        metrics: Metrics | None = None,
+        meter: Meter | None = None,
+        early_stop: int | None = None,
+        data_collator: Any = collate,
         **kwargs: Any,
     ) -> None:
-        student.forward = _loss_forward(student, dtype, vocabulary)
-        super().__init__(model=student, **kwargs)
+        args: TrainingArguments = kwargs.pop("args", None) or TrainingArguments()
+        self.student = student if isinstance(student, Student) else Student(student)
+        if teacher is not None and not isinstance(teacher, Teacher):
+            teacher = Teacher.from_model(teacher)
+        self.teacher = teacher
+        if not any(parameter.requires_grad for parameter in self.student.model.parameters()):
+            self.student.trainable()
+        self.objective = _objective(objective, self.student, teacher, args.seed)
+        if teacher is not None:
+            text = kwargs.get("train_dataset")
+            needs = replace(
+                self.objective.needs,
+                tokenizer=self.student.tokenizer,
+                frozen_head=self.student.frozen_head,
+            )
+            teacher.prepare(needs, text if hasattr(text, "supervised_tokens") else None)
+        sizes = [each.vocabulary for each in (self.student, teacher) if each is not None]
+        model = Distillation(self.student.model, self.objective, min(sizes))
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         # Trainer counts labels[..., 1:] that are not -100, over accumulation steps and ranks:
         # exactly the rows that `supervised_rows` takes.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.student = student
-        self.objective = objective
-        self.metrics_file = metrics
-        self.advance = advance
+        self._signature_columns = list(ARRAYS)
+        self._place_models()
+        self.metrics = metrics or Metrics()
         self.early_stop = early_stop
-        self.teachers = [teacher.to(self.args.device).eval() for teacher in teachers]
-        for each in (student, *self.teachers):
-            use_short_attention(each, self.train_dataset.context, self.args.device)
-        self._store = store
-        self._teacher_head = None if teacher_head is None else teacher_head.to(self.args.device)
-        self._ask = None
-        if store is not None and self.teachers:
-            self._ask = local_teacher(self.teachers[0], store.settings, student_head)
-        self._before = meter
+        self._before = meter or Meter()
         self._started = time.monotonic()
-        self._tokens: Tensor | int = meter.tokens
-        self._logged_tokens = meter.tokens
+        self._tokens: Tensor | int = self._before.tokens
+        self._logged_tokens = self._before.tokens
         self._logged_at = self._started
         self._tally = Tally()
         self._paused = 0.0
         self._measured: tuple[int, dict[str, float]] | None = None
+
+    def _place_models(self) -> None:
+        """Trainer has moved the student; attention is chosen by the device it is on now."""
+        text = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        context = len(text[0]["input_ids"])
+        use_short_attention(self.student.model, context, self.args.device)
+        if self.teacher is not None:
+            self.teacher.place(self.args.device, context)
 
     # --- the loss ----------------------------------------------------------------------------
 
@@ -102,17 +114,18 @@ class DistillationTrainer(ResumingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         progress = self.state.global_step / max(1, self.state.max_steps)
-        if self._store is None:
-            teachers = self._look_at_teachers(inputs, self.objective.of_teacher)
-        else:
-            teachers = [self._look_up(inputs, self._store)]
-        outputs = model(**inputs, teachers=teachers, objective=self.objective, progress=progress)
+        outputs = model(inputs, self._view(inputs), progress)
         self._tally.add(outputs)
-        assert num_items_in_batch is not None
-        rows = torch.as_tensor(num_items_in_batch, device=outputs.total.device).clamp(min=1)
+        count = outputs.rows if num_items_in_batch is None else num_items_in_batch
+        rows = torch.as_tensor(count, device=outputs.total.device).clamp(min=1)
         # DDP and FSDP average gradients over ranks; the rows are already counted over all of them.
         loss = outputs.total * (self.accelerator.num_processes / rows)
         return (loss, outputs) if return_outputs else loss
+
+    def _view(self, inputs: Batch) -> TeacherView | None:
+        if self.teacher is None:
+            return None
+        return self.teacher.answer(inputs, self.objective.needs.activations)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
@@ -121,28 +134,38 @@ class DistillationTrainer(ResumingTrainer):
         self._tokens = self._tokens + items  # a tensor on a GPU: read only when it is logged
         return batches, items
 
-    @torch.no_grad()
-    def _look_at_teachers(self, inputs: Batch, wanted: Wanted) -> list[TeacherView]:
-        views = []
-        labels_RL = inputs["labels"]
-        for teacher in self.teachers:
-            seen = look(teacher, inputs["input_ids"], inputs["position_ids"], wanted)
-            signal = DenseSignal(supervised_rows(seen.last_RLD, labels_RL), lm_head(teacher))
-            layers = {i: supervised_rows(seen.layers[i], labels_RL) for i in seen.layers}
-            views.append(TeacherView(signal, layers, seen.attention))
-        return views
+    # --- checkpoints ---------------------------------------------------------------------------
 
-    def _look_up(self, inputs: Batch, store: Store) -> TeacherView:
-        segments = segments_of(inputs)
-        live = None
-        missing_S = store.missing(segments)
-        if self._ask is not None and missing_S.any():
-            live, _ = self._ask(inputs, segments, missing_S)
-        return stored_view(store.read(segments, live), self._teacher_head, self.args.device)
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            self._distillation.save_student(Path(output_dir or self.args.output_dir), state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save and not self._sharded:
+            self._distillation.save_projections(Path(output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, self.student.model)
+            with self._loading():
+                self._distillation.load_projections(Path(resume_from_checkpoint))
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether a checkpoint has the whole module in a format of its own."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    @property
+    def _distillation(self) -> Distillation:
+        return self.accelerator.unwrap_model(self.model)
 
     # --- what is measured on the way -----------------------------------------------------------
 
     def meter(self) -> Meter:
+        """What training has done so far, in all processes."""
         seconds = self._before.seconds + time.monotonic() - self._started - self._paused
         return Meter(self.state.global_step, int(self._tokens), seconds)
 
@@ -151,9 +174,9 @@ class DistillationTrainer(ResumingTrainer):
             logs.update(self._step_metrics())
             self._check_finite(logs)
         super().log(logs, start_time)
-        if self.metrics_file and ("loss" in logs or "heldout_perplexity" in logs):
+        if "loss" in logs or "heldout_perplexity" in logs:
             row = {"step": self.state.global_step, **logs}
-            self.metrics_file.append({key: value for key, value in row.items() if key != "epoch"})
+            self.metrics.append({key: value for key, value in row.items() if key != "epoch"})
 
     def _step_metrics(self) -> dict[str, float]:
         now = time.monotonic()
@@ -182,29 +205,22 @@ class DistillationTrainer(ResumingTrainer):
     # --- held-out measurement ------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out KL to the teacher (nats a token; of several, the mean) and perplexity, over all
+        """Held-out KL to the teacher (nats/token; of several, the mean) and perplexity, over all
         ranks. From a store of samples, the teacher's cross-entropy: the KL and a constant."""
         step = self.state.global_step
         if self._measured is not None and self._measured[0] == step:
-            return self._measured[1]  # transformers asks again when the last step was measured
+            return self._measured[1]  # transformers evaluates again after the last step
         began = time.monotonic()
         self.model.eval()
         batches = self._heldout_batches()
-        store = None if self.teachers else self._store_of(batches)
-        terms = [HELDOUT_CROSS_ENTROPY]
-        if self.teachers or store is not None:
-            terms.insert(0, HELDOUT_KL)
+        teacher = self._heldout_teacher(batches)
+        terms = [HELDOUT_CROSS_ENTROPY] if teacher is None else [HELDOUT_KL, HELDOUT_CROSS_ENTROPY]
         objective = Objective(Mixture.of(*terms))
         sums = torch.zeros(len(terms) + 1, dtype=torch.float64, device=self.args.device)
         with torch.no_grad():
             for batch in batches:
-                if store is not None:
-                    teachers = [self._look_up(batch, store)]
-                else:
-                    teachers = self._look_at_teachers(batch, objective.of_teacher)
-                outputs = self.model_wrapped(
-                    **batch, teachers=teachers, objective=objective, progress=0.0
-                )
+                view = None if teacher is None else teacher.answer(batch)
+                outputs = self.model_wrapped(batch, view, objective=objective)
                 rows = (batch["labels"][:, 1:] != IGNORED).sum()
                 values = list(outputs.terms.values())
                 names = list(outputs.terms)
@@ -223,17 +239,14 @@ class DistillationTrainer(ResumingTrainer):
         self._measured = step, metrics
         return metrics
 
-    def _store_of(self, batches: Sequence[Batch]) -> Store | None:
-        """The store, if it can tell what the teacher says about these batches."""
-        store = self._store
-        if store is None or store.settings.temperature != 1.0:
+    def _heldout_teacher(self, batches: Sequence[Batch]) -> Teacher | None:
+        """The teacher, if it can answer these batches on every rank: all must measure the same."""
+        if self.teacher is None:
             return None
-        unknown = isinstance(store.settings.encoding, Hidden) and self._teacher_head is None
-        covered = all(store.covers(segments_of(batch)) for batch in batches)
-        # Another run's store may know some of the text: all ranks must measure the same.
-        able = torch.tensor(float(covered and not unknown), device=self.args.device)
-        every = float(self.accelerator.reduce(able)) == self.accelerator.num_processes
-        return store if every else None
+        teacher = self.teacher.for_heldout(batches)
+        able = torch.tensor(float(teacher is not None), device=self.args.device)
+        everywhere = float(self.accelerator.reduce(able)) == self.accelerator.num_processes
+        return teacher if everywhere else None
 
     def _heldout_batches(self) -> list[Batch]:
         """As many batches on every rank, since a wrapped model's forward may be collective."""
@@ -252,31 +265,23 @@ class DistillationTrainer(ResumingTrainer):
     def _stop_when_no_better(self, key: str) -> None:
         if self.early_stop is None:
             return
-        rows = self.metrics_file.rows if self.metrics_file else []
-        history = [row[key] for row in rows if key in row]
+        history = [row[key] for row in self.metrics.rows if key in row]
         since_best = len(history) - 1 - history.index(min(history)) if history else 0
         stop = torch.tensor(float(since_best >= self.early_stop), device=self.args.device)
-        # Only rank zero holds the history; every rank must stop at the same step.
+        # Of a run that goes on, only rank zero holds the history; all must stop at the same step.
         if float(self.accelerator.reduce(stop)) > 0:
             self.control.should_training_stop = True
 
 
-def _loss_forward(
-    student: PreTrainedModel, dtype: torch.dtype, vocabulary: int | None
-) -> Callable[..., LossSum]:
-    def forward(
-        input_ids: Tensor,
-        position_ids: Tensor,
-        labels: Tensor,
-        teachers: Sequence[TeacherView],
-        objective: Objective,
-        progress: float,
-    ) -> LossSum:
-        batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
-        seen = look(student, input_ids, position_ids, objective.of_student)
-        about: dict[str, Any] = {"progress": progress, "vocabulary": vocabulary, "dtype": dtype}
-        views: Sequence[TeacherView | None] = teachers or [None]
-        losses = [objective_loss(objective, student, seen, view, batch, **about) for view in views]
-        return mean_loss(losses)
-
-    return forward
+def _objective(
+    objective: Objective | ObjectiveRecipe | Sequence[ObjectiveTerm] | None,
+    student: Student,
+    teacher: Teacher | None,
+    seed: int,
+) -> Objective:
+    if isinstance(objective, Objective):
+        return objective
+    if not isinstance(objective, ObjectiveRecipe):
+        objective = ObjectiveRecipe(terms=list(objective)) if objective else ObjectiveRecipe()
+    shape = None if teacher is None else teacher.config
+    return make_objective(objective, student.model.config, shape or student.model.config, seed=seed)

@@ -23,17 +23,21 @@ LONGEST = 512
 
 
 def use_short_attention(model: Any, context: int, device: torch.device) -> bool:
-    """Switches a model that runs on a CPU from PyTorch's attention to `short_attention`.
+    """Choose a model's attention: `short_attention` for short windows on a CPU, else PyTorch's own.
 
     device: where the model will run, which is not where it is before a wrapper has placed it.
-    Returns whether it was switched.
+    Returns whether it is `short_attention`; attention of any other kind stays.
     """
-    if device.type != "cpu" or context > LONGEST or model.config._attn_implementation != "sdpa":
+    current = model.config._attn_implementation
+    if current not in ("sdpa", NAME):
         return False
+    short = device.type == "cpu" and context <= LONGEST
     AttentionInterface.register(NAME, short_attention)
     AttentionMaskInterface.register(NAME, eager_mask)
-    model.set_attn_implementation(NAME)
-    return True
+    chosen = NAME if short else "sdpa"
+    if chosen != current:
+        model.set_attn_implementation(chosen)
+    return short
 
 
 def short_attention(

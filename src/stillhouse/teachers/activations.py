@@ -1,4 +1,4 @@
-"""One pass over a model that also shows what lies between its embeddings and its head.
+"""One pass over a model that keeps activations between its embeddings and its head.
 
 Shapes: R windows, L tokens, D hidden width. Layer 0 is the embeddings, layer i the output of block
 i; the last layer is the last hidden state, after the final norm.
@@ -19,15 +19,21 @@ from stillhouse.teachers.backbone import hidden_states
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What to keep of a pass: layers' outputs, and projections of blocks' attention (1: first)."""
+class ActivationRequest:
+    """What to keep of a pass: outputs of layers, and projections of blocks' attention.
+
+    Layer 0 is the embeddings; block 1 is the first.
+    """
 
     layers: frozenset[int] = frozenset()
     attention: frozenset[int] = frozenset()
 
+    def __bool__(self) -> bool:
+        return bool(self.layers or self.attention)
+
 
 @dataclass(frozen=True)
-class Views:
+class Activations:
     """layers: [R, L, D] by layer. attention: by block."""
 
     last_RLD: Tensor
@@ -35,21 +41,23 @@ class Views:
     attention: dict[int, AttentionStates] = field(default_factory=dict)
 
 
-def look(model: Any, input_ids_RL: Tensor, position_ids_RL: Tensor | None, wanted: Wanted) -> Views:
-    """Runs the backbone as `hidden_states` does. Raises ModelError where it has no such parts."""
-    if not (wanted.layers or wanted.attention):
-        return Views(hidden_states(model, input_ids_RL, position_ids_RL))
+def run_backbone(
+    model: Any, input_ids_RL: Tensor, position_ids_RL: Tensor | None, request: ActivationRequest
+) -> Activations:
+    """Run the backbone as `hidden_states` does. Raises ModelError where it has no such parts."""
+    if not request:
+        return Activations(hidden_states(model, input_ids_RL, position_ids_RL))
     blocks = decoder_layers(model)
     with ExitStack() as stack:
-        layers = stack.enter_context(_outputs(blocks, wanted.layers - {len(blocks)}))
+        layers = stack.enter_context(_outputs(blocks, request.layers - {len(blocks)}))
         attention = {
             number: stack.enter_context(capture(_attention(blocks[number - 1])))
-            for number in sorted(wanted.attention)
+            for number in sorted(request.attention)
         }
         last_RLD = hidden_states(model, input_ids_RL, position_ids_RL)
-    if len(blocks) in wanted.layers:
+    if len(blocks) in request.layers:
         layers[len(blocks)] = last_RLD
-    return Views(last_RLD, layers, attention)
+    return Activations(last_RLD, layers, attention)
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -77,7 +85,7 @@ def _attention(block: nn.Module) -> nn.Module:
 
 def _unknown(module: nn.Module, what: str) -> ModelError:
     return ModelError(
-        f"{type(module).__name__} keeps its {what} where Stillhouse does not know to look",
+        f"Stillhouse cannot find the {what} of {type(module).__name__}",
         where="objective.terms",
         fix="use terms on the output alone: they need no part of a model by name",
     )

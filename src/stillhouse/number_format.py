@@ -1,8 +1,9 @@
-"""Numbers as people read them. A non-breaking space joins a number and its unit."""
+"""Numbers and plain values as text. A non-breaking space joins a number and its unit."""
 
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 NBSP = "\u00a0"
@@ -11,10 +12,11 @@ DASH = "–"
 _COUNTS = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
 _BYTES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_PROPER = {"ffn": "FFN", "kl": "KL", "cpu": "CPU", "gpu": "GPU", "gpus": "GPUs"}
 
 
 def digits(value: float, significant: int = 3) -> str:
-    """`value` to so many significant digits, without an exponent, thousands separated."""
+    """`value` to `significant` digits, without an exponent, thousands separated."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -25,7 +27,7 @@ def digits(value: float, significant: int = 3) -> str:
 
 
 def tiny(value: float) -> str:
-    """As `digits`, but a value below 0.0001 is written with a power of ten."""
+    """As `digits`, with a power of ten below 0.0001."""
     if value != 0 and math.isfinite(value) and abs(value) < 1e-4:
         return power_of_ten(value)
     return digits(value)
@@ -36,14 +38,18 @@ def power_of_ten(value: float) -> str:
     if value == 0 or not math.isfinite(value):
         return digits(value)
     mantissa, exponent = f"{value:.2e}".split("e")
-    return f"{mantissa}{NBSP}×{NBSP}10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+    return f"{mantissa}{NBSP}×{NBSP}10{superscript(int(exponent))}"
+
+
+def superscript(number: int) -> str:
+    return str(number).translate(_SUPERSCRIPT)
 
 
 def count(value: float) -> str:
-    """Parameters or tokens: 134.5 M, 60,416."""
+    """Parameters or tokens: 134.5M, 60,416."""
     for size, unit in _COUNTS:
         if value >= size:
-            return f"{digits(value / size, 4)}{NBSP}{unit}"
+            return f"{digits(value / size, 4)}{unit}"
     return f"{value:,.0f}"
 
 
@@ -56,8 +62,12 @@ def size(value: float) -> str:
 
 
 def percent(share: float, places: int = 0) -> str:
-    """0.8 as 80 %."""
-    return f"{100 * share:,.{places}f}{NBSP}%" if math.isfinite(share) else "not finite"
+    """0.8 as 80%."""
+    return f"{100 * share:,.{places}f}%" if math.isfinite(share) else "not finite"
+
+
+def times(value: float) -> str:
+    return f"{digits(value)}{NBSP}×"
 
 
 def seconds(value: float) -> str:
@@ -71,12 +81,6 @@ def seconds(value: float) -> str:
     return f"{hours:,}{NBSP}h {minutes:02d}{NBSP}min"
 
 
-def long_time(value: float) -> str:
-    """As `seconds`; from a year on in years."""
-    years = value / (365.25 * 86400)
-    return seconds(value) if years < 1 else f"{ratio(years)}{NBSP}years"
-
-
 def flops(value: float) -> str:
     return power_of_ten(value) if value else DASH
 
@@ -85,19 +89,11 @@ def label(key: str) -> str:
     """A dictionary's key as a label: ffn_size becomes FFN size."""
     words = key.replace("_", " ").replace("heldout", "held-out").strip()
     words = words[:1].upper() + words[1:]
-    for plain, proper in (
-        ("ffn", "FFN"),
-        ("kl", "KL"),
-        ("cpu", "CPU"),
-        ("gpu", "GPU"),
-        ("gpus", "GPUs"),
-    ):
-        words = " ".join(proper if word.lower() == plain else word for word in words.split(" "))
-    return words
+    return " ".join(_PROPER.get(word.lower(), word) for word in words.split(" "))
 
 
 def describe(value: Any) -> str:
-    """Any JSON value as one line: whole numbers that follow each other become ranges."""
+    """Any JSON value on one line; consecutive whole numbers become ranges."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -117,21 +113,8 @@ def describe(value: Any) -> str:
 
 def _ranges(numbers: list[int]) -> str:
     """[0, 1, 2, 5] as 0–2, 5; runs of two stay apart."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    parts = [
-        [f"{run[0]}–{run[-1]}"] if len(run) > 2 else [str(number) for number in run] for run in runs
-    ]
-    return ", ".join(part for group in parts for part in group)
-
-
-def ratio(value: float) -> str:
-    """1.5, 38 or 2,700, two digits of it; from a million on as a power of ten."""
-    if value >= 1e6:
-        return power_of_ten(value)
-    rounded = float(f"{value:.2g}")
-    return f"{rounded:,.0f}" if value >= 10 else f"{rounded:.1f}"
+    breaks = [at for at, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1]
+    runs = [numbers[start:end] for start, end in pairwise([0, *breaks, len(numbers)])]
+    return ", ".join(
+        f"{run[0]}–{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs
+    )

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -17,9 +16,9 @@ from stillhouse.signals.encodings import TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.signals.signals_config import SignalServer
 from stillhouse.signals.store import open_store
-from stillhouse.teachers import record_store as scoring
-from stillhouse.teachers.record_store import local_teacher, score, segments_of
-from stillhouse.teachers.scoring_server import server_teacher
+from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.teachers.record_store import record, segments_of
+from stillhouse.teachers.served_teacher import ServedTeacher
 from tests import tiny
 
 K = 5
@@ -83,6 +82,10 @@ def server() -> Iterator[Server]:
     found.server_close()
 
 
+def teacher(section: SignalServer) -> ServedTeacher:
+    return ServedTeacher(section, k=K, vocabulary=SETTINGS.vocabulary)
+
+
 class TwoDocuments:
     """Windows of two segments each; the first four tokens of a window are not learnt from."""
 
@@ -99,8 +102,8 @@ class TwoDocuments:
 
 def test_a_server_fills_the_store_that_a_local_teacher_would(tmp_path, server):
     windows = TwoDocuments()
-    score(local_teacher(server.model, SETTINGS), [windows], SETTINGS, tmp_path / "local")
-    score(server_teacher(server.section, SETTINGS), [windows], SETTINGS, tmp_path / "served")
+    record(LocalTeacher(server.model), [windows], SETTINGS, tmp_path / "local")
+    record(teacher(server.section), [windows], SETTINGS, tmp_path / "served")
     assert len(server.asked) == 6
     assert {len(request["prompt"]) for request in server.asked} == {10, 14}
     signals = []
@@ -127,12 +130,12 @@ def test_what_was_recorded_before_the_server_went_away_is_not_asked_again(
         return (400, {"error": {"message": "gone"}}) if next(answers) >= 4 else (status, answer)
 
     server.spoil = fails_after_four
-    monkeypatch.setattr(scoring, "SCORED_TOGETHER", 24)  # one window at a time
+    monkeypatch.setattr(ServedTeacher, "tokens_together", 24)  # one window at a time
     with pytest.raises(ModelError, match=r"refuses \(400\).*gone"):
-        score(server_teacher(server.section, SETTINGS), [windows], SETTINGS, tmp_path)
+        record(teacher(server.section), [windows], SETTINGS, tmp_path)
     server.spoil = lambda status, answer: (status, answer)
     server.asked.clear()
-    score(server_teacher(server.section, SETTINGS), [windows], SETTINGS, tmp_path)
+    record(teacher(server.section), [windows], SETTINGS, tmp_path)
     assert len(server.asked) == 2
 
 
@@ -167,7 +170,7 @@ def of_more_than_one(status: int, answer: Any) -> tuple[int, Any]:
 def test_a_server_that_does_not_answer_what_was_asked_is_named(tmp_path, server, spoil, message):
     server.spoil = spoil
     with pytest.raises(ModelError, match=message) as caught:
-        score(server_teacher(server.section, SETTINGS), [TwoDocuments()], SETTINGS, tmp_path)
+        record(teacher(server.section), [TwoDocuments()], SETTINGS, tmp_path)
     assert server.section.base_url in str(caught.value)
     assert caught.value.fix
 
@@ -176,10 +179,9 @@ def test_the_key_is_read_from_the_environment_and_named_when_it_is_missing(serve
     section = server.section.model_copy(update={"key_env": "TINY_KEY"})
     monkeypatch.delenv("TINY_KEY", raising=False)
     with pytest.raises(EndpointError, match="TINY_KEY is not set") as caught:
-        server_teacher(section, SETTINGS)
+        teacher(section)
     assert "signals.server.key_env" in str(caught.value)
     monkeypatch.setenv("TINY_KEY", "secret")
     batch = {name: rows[None] for name, rows in TwoDocuments()[0].items()}
-    segments = segments_of(batch)
-    rows, _ = server_teacher(section, SETTINGS)(batch, segments, np.ones(2, dtype=np.bool_))
-    assert len(rows) == segments.rows
+    (signal,) = teacher(section).answer(batch).signals
+    assert len(signal.ids_NK) == segments_of(batch).rows

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.report import report_text as text
+from stillhouse import number_format as text
 
 
 @pytest.mark.parametrize(
@@ -20,22 +20,19 @@ from stillhouse.report import report_text as text
         (text.digits(math.nan), "not finite"),
         (text.digits(9.999), "10.0"),
         (text.tiny(0.0000123), "1.23 × 10⁻⁵"),
-        (text.count(107_961_408), "108.0 M"),
+        (text.count(107_961_408), "108.0M"),
         (text.count(61_320), "61,320"),
-        (text.count(7_240_000_000), "7.240 B"),
+        (text.count(7_240_000_000), "7.240B"),
         (text.size(215_922_816), "216 MB"),
         (text.size(12), "12 bytes"),
-        (text.percent(0.8026), "80 %"),
-        (text.percent(0.662, 1), "66.2 %"),
+        (text.percent(0.8026), "80%"),
+        (text.percent(0.662, 1), "66.2%"),
         (text.seconds(3.2), "3.2 s"),
         (text.seconds(59.7), "1 min 00 s"),
         (text.seconds(302.7), "5 min 03 s"),
         (text.seconds(3_900), "1 h 05 min"),
         (text.flops(5.62e13), "5.62 × 10¹³"),
         (text.flops(0), "–"),
-        (text.ratio(1.46), "1.5"),
-        (text.ratio(3018.0), "3,000"),
-        (text.ratio(122_671_534.0), "1.23 × 10⁸"),
         (text.label("ffn_size"), "FFN size"),
         (text.label("removed_layers"), "Removed layers"),
     ],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,17 +10,11 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     Qwen3Config,
-    TrainingArguments,
 )
 
-from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.teachers import short_attention as attention
 from stillhouse.teachers.backbone import hidden_states
-from stillhouse.training import attention
-from stillhouse.training.attention import use_short_attention
-from stillhouse.training.train import train
-from stillhouse.training.train_config import TrainRecipe
-from stillhouse.training.trainer import DistillationTrainer
-from tests.training.conftest import Setting
+from stillhouse.teachers.short_attention import use_short_attention
 
 SIZES = {
     "vocab_size": 50,
@@ -96,44 +88,6 @@ def test_long_windows_and_other_attention_stay_as_they_are() -> None:
     torch.manual_seed(0)
     eager = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="eager")
     assert not use_short_attention(eager, context=20, device=CPU)
-
-
-class StoppedError(Exception):
-    pass
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_training_decides_by_the_device_that_it_runs_on(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
-) -> None:
-    """Both models are loaded on the CPU; the trainer then moves them."""
-    used = []
-
-    def stop(trainer: DistillationTrainer, *_: object) -> None:
-        for model in (trainer.model, *trainer.teachers):
-            used.append((model.device.type, model.config._attn_implementation))
-        raise StoppedError
-
-    def on_device(arguments: TrainingArguments) -> torch.device:
-        assert arguments._setup_devices.type == "cpu"
-        return torch.device(device)
-
-    monkeypatch.setattr(TrainingArguments, "device", property(on_device))
-    monkeypatch.setattr(DistillationTrainer, "train", stop)
-    with pytest.raises(StoppedError):
-        train(
-            setting.student,
-            setting.teacher,
-            setting.windows,
-            setting.heldout,
-            section=TrainRecipe(precision="float32", max_steps=1),
-            objective=ObjectiveRecipe(),
-            vocabulary=None,
-            seed=0,
-            out=tmp_path,
-        )
-    expected = attention.NAME if device == "cpu" else "sdpa"
-    assert used == [(device, expected), (device, expected)]
 
 
 def test_the_saved_config_does_not_name_it(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -9,7 +9,12 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from stillhouse.errors import ModelError
-from stillhouse.teachers.views import Wanted, decoder_layers, final_norm, look
+from stillhouse.teachers.activations import (
+    ActivationRequest,
+    decoder_layers,
+    final_norm,
+    run_backbone,
+)
 from tests import tiny
 
 
@@ -33,12 +38,14 @@ def test_every_layer_is_the_one_that_transformers_numbers_so(model: Any) -> None
     ids_RL = torch.arange(12).view(2, 6)
     positions_RL = torch.arange(6).expand(2, 6)
     expected = model(input_ids=ids_RL, output_hidden_states=True, use_cache=False).hidden_states
-    seen = look(model, ids_RL, positions_RL, Wanted(layers=frozenset(range(len(expected)))))
-    assert sorted(seen.layers) == list(range(len(expected)))
+    found = run_backbone(
+        model, ids_RL, positions_RL, ActivationRequest(layers=frozenset(range(len(expected))))
+    )
+    assert sorted(found.layers) == list(range(len(expected)))
     for layer, hidden_RLD in enumerate(expected):
-        torch.testing.assert_close(seen.layers[layer], hidden_RLD)
-    torch.testing.assert_close(seen.last_RLD, expected[-1])
-    torch.testing.assert_close(seen.last_RLD, final_norm(model)(_before_norm(model, ids_RL)))
+        torch.testing.assert_close(found.layers[layer], hidden_RLD)
+    torch.testing.assert_close(found.last_RLD, expected[-1])
+    torch.testing.assert_close(found.last_RLD, final_norm(model)(_before_norm(model, ids_RL)))
 
 
 def _before_norm(model: Any, ids_RL: torch.Tensor) -> torch.Tensor:
@@ -54,19 +61,21 @@ def _before_norm(model: Any, ids_RL: torch.Tensor) -> torch.Tensor:
 def test_attention_of_a_block_is_its_projections_of_the_normed_stream() -> None:
     model = tiny.llama()
     ids_RL = torch.arange(6)[None]
-    seen = look(model, ids_RL, None, Wanted(layers=frozenset({1}), attention=frozenset({2})))
+    found = run_backbone(
+        model, ids_RL, None, ActivationRequest(layers=frozenset({1}), attention=frozenset({2}))
+    )
     block = decoder_layers(model)[1]
-    stream_RLD = block.input_layernorm(seen.layers[1])
-    assert set(seen.attention) == {2}
+    stream_RLD = block.input_layernorm(found.layers[1])
+    assert set(found.attention) == {2}
     for name, projection in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
         expected = getattr(block.self_attn, projection)(stream_RLD)
-        torch.testing.assert_close(seen.attention[2].states[name], expected)
+        torch.testing.assert_close(found.attention[2].states[name], expected)
 
 
 def test_nothing_is_left_hooked() -> None:
     model = tiny.llama()
-    wanted = Wanted(layers=frozenset({0, 1, 3}), attention=frozenset({1}))
-    look(model, torch.arange(6)[None], None, wanted)
+    request = ActivationRequest(layers=frozenset({0, 1, 3}), attention=frozenset({1}))
+    run_backbone(model, torch.arange(6)[None], None, request)
     hooks = [m._forward_hooks or m._forward_pre_hooks for m in model.modules()]
     assert not any(hooks)
 
@@ -75,4 +84,4 @@ def test_a_model_with_its_blocks_elsewhere_is_refused() -> None:
     model = tiny.llama()
     model.base_model.layers = torch.nn.Sequential(*model.base_model.layers)
     with pytest.raises(ModelError, match="decoder blocks"):
-        look(model, torch.arange(6)[None], None, Wanted(layers=frozenset({1})))
+        run_backbone(model, torch.arange(6)[None], None, ActivationRequest(layers=frozenset({1})))

@@ -1,0 +1,42 @@
+"""What training needs of text: rows of equal length by index, and how much there is to learn.
+
+Shapes: R rows of a batch, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from stillhouse.data.windows import ARRAYS, WindowSet
+
+Batch = dict[str, Tensor]
+"""input_ids, labels and position_ids, each [R, L]; see `WindowSet` for what they mean."""
+
+
+class Batches(WindowSet, Protocol):
+    """Text to train on or to measure on; `Windows` is text that is there.
+
+    context: tokens in every row. supervised_tokens: labels to predict, in all rows together.
+    """
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def supervised_tokens(self) -> int: ...
+
+
+def collate(rows: Sequence[Batch]) -> Batch:
+    """Stack rows into a batch: each tensor [R, L]."""
+    return {name: torch.stack([row[name] for row in rows]) for name in ARRAYS}
+
+
+def in_order(windows: WindowSet, tokens: int) -> Iterator[Batch]:
+    """The rows in their order, in batches of about `tokens` tokens, of one row at least."""
+    together = max(1, tokens // len(windows[0]["labels"]))
+    for start in range(0, len(windows), together):
+        yield collate([windows[i] for i in range(start, min(start + together, len(windows)))])

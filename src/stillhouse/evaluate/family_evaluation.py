@@ -1,0 +1,87 @@
+"""What was measured of a family of students, as plain data that is written to JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+from stillhouse.evaluate.results import Generation, ModelResult
+
+
+@dataclass(frozen=True)
+class Member:
+    """One student of a family.
+
+    untrained: as pruned. shape: sizes before and after, of what was cut. report: its own page.
+    tokens, flops, seconds: of the work for this member alone. decoding: its speed as a multiple of
+    the teacher's in the same run, where it was measured. quantized: the exported model, where that
+    is quantized.
+    """
+
+    name: str
+    untrained: ModelResult
+    student: ModelResult
+    shape: dict[str, tuple[int, int]]
+    report: str
+    tokens: int
+    flops: int
+    seconds: float
+    decoding: float | None = None
+    quantized: ModelResult | None = None
+
+    @property
+    def recovered(self) -> float:
+        """The share of the pruning's KL that training took back."""
+        before, after = self.untrained.fidelity.kl, self.student.fidelity.kl
+        return 1.0 - after / before if before > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class CutTeacher:
+    """A teacher that lost tokens: before and after. perplexity: on training text that has none of
+    the lost tokens; None where there was no such text."""
+
+    tokens: tuple[int, int]
+    parameters: tuple[int, int]
+    perplexity: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class ScratchTraining:
+    """The largest member's shape, trained from random weights under the same teacher.
+
+    points: measured (training tokens, held-out KL), tokens ascending. flops, seconds: of that
+    training.
+    """
+
+    points: list[tuple[int, float]]
+    flops: int
+    seconds: float
+
+    def kl_at(self, tokens: int) -> float | None:
+        """KL after so many tokens, by a straight line between two measurements; None outside."""
+        for (before, kl_before), (after, kl_after) in pairwise(self.points):
+            if before <= tokens <= after:
+                return kl_before + (kl_after - kl_before) * (tokens - before) / (after - before)
+        return None
+
+
+@dataclass(frozen=True)
+class FamilyEvaluation:
+    """members: the largest first. chained: each was pruned from the one before it. learned_from:
+    as cascade.teacher. watts: assumed of the machine, for the energy. cut: where the teacher, whose
+    measures are given, lost tokens itself."""
+
+    teacher: ModelResult
+    members: Sequence[Member]
+    chained: bool
+    generations: Sequence[Generation] = ()
+    learned_from: str = "original"
+    scratch: ScratchTraining | None = None
+    watts: float = 0.0
+    cut: CutTeacher | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)

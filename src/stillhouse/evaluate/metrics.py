@@ -1,0 +1,289 @@
+"""The table of metrics of each kind of evaluation, made once and shown everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import singledispatch
+from typing import Any, NamedTuple
+
+from stillhouse import number_format as text
+from stillhouse.evaluate.answers import AnswersEvaluation
+from stillhouse.evaluate.classification import Abstention, ClassificationEvaluation
+from stillhouse.evaluate.family_evaluation import FamilyEvaluation
+from stillhouse.evaluate.metrics_table import Cell, Column, MetricsTable, Row
+from stillhouse.evaluate.results import Evaluation, ModelResult
+from stillhouse.evaluate.roles import role_name, role_order
+
+
+class Metric(NamedTuple):
+    """A row of a table. path: where its value is, attributes or keys from a column's data on."""
+
+    name: str
+    path: Sequence[str]
+    show: Callable[[Any], str]
+    definition: str = ""
+
+
+Remark = Callable[[Metric, Any], str]
+
+
+@singledispatch
+def metrics_of(evaluation: Any) -> MetricsTable:
+    """The table of an Evaluation, ClassificationEvaluation, AnswersEvaluation or FamilyEvaluation:
+    a column for each model, a row for each metric that was measured."""
+    raise TypeError(f"{type(evaluation).__name__} is not an evaluation")
+
+
+def _table(
+    title: str,
+    results: Iterable[Any],
+    metrics: Iterable[Metric],
+    notes: list[str],
+    remark: Remark = lambda metric, model: "",
+) -> MetricsTable:
+    """Of results that have a role, in the order of `ROLE_NAMES`."""
+    ordered = sorted(results, key=lambda result: role_order(result.role))
+    columns = [Column(role_name(result.role), result.role) for result in ordered]
+    return MetricsTable(title, columns, _rows(metrics, ordered, remark), notes)
+
+
+def _rows(
+    metrics: Iterable[Metric],
+    columns: Sequence[Any],
+    remark: Remark = lambda metric, model: "",
+) -> list[Row]:
+    """A dash where a model was not measured; no row where none was."""
+    rows = []
+    for metric in metrics:
+        values = [_value(column, metric.path) for column in columns]
+        if any(value is not None for value in values):
+            cells = [
+                Cell(text.DASH)
+                if value is None
+                else Cell(metric.show(value), remark(metric, column))
+                for column, value in zip(columns, values, strict=True)
+            ]
+            rows.append(Row(metric.name, cells, metric.definition))
+    return rows
+
+
+def _value(data: Any, path: Sequence[str]) -> Any:
+    """None where a part of the path is missing or None."""
+    for key in path:
+        data = data.get(key) if isinstance(data, Mapping) else getattr(data, key, None)
+    return data
+
+
+def _percent(share: float) -> str:
+    return text.percent(share, 1)
+
+
+def _perplexity(value: float) -> str:
+    return text.digits(value, 4)
+
+
+# --- language models ---------------------------------------------------------------------------
+
+_TOP1 = (
+    "Top-1 agreement: share of held-out positions where the model's top-1 token is the teacher's."
+)
+_KL = "KL to the teacher: mean KL(teacher ‖ model) of the next-token distributions; 0 is a copy."
+_DISK = "Bytes of the weights; in a run, every model is counted in the export's number type."
+_SPEED = (
+    "One sequence at a time, all models in one run, in alternation; medians. Peak memory: of each "
+    "model alone."
+)
+_KL_PATH, _PERPLEXITY_PATH = ("fidelity", "kl"), ("fidelity", "perplexity")
+_FIDELITY = (
+    Metric("Top-1 agreement", ("fidelity", "top1_agreement"), _percent, _TOP1),
+    Metric(
+        "KL to the teacher (nats/token)",
+        _KL_PATH,
+        text.tiny,
+        f"{_KL} Gap closed: 1 − KL ÷ KL of the untrained student.",
+    ),
+    Metric(
+        "Perplexity, held-out text",
+        _PERPLEXITY_PATH,
+        _perplexity,
+        "Perplexity: exp of the mean negative log-likelihood of the text's own tokens; lower is "
+        "better. Percent: the teacher's perplexity ÷ the model's.",
+    ),
+    Metric(
+        "Calibration error",
+        ("fidelity", "calibration_error"),
+        _percent,
+        "Calibration error: mean distance between the top-1 probability and its accuracy, in 15 "
+        "bins of equal width; lower is better.",
+    ),
+)
+_COST = (
+    Metric("Parameters", ("parameters",), text.count),
+    Metric("Non-embedding parameters", ("non_embedding_parameters",), text.count),
+    Metric("Size on disk", ("bytes_on_disk",), text.size, _DISK),
+    Metric("Prefill (tokens/s)", ("speed", "prefill_tokens_per_s"), text.digits, _SPEED),
+    Metric("Decoding (tokens/s)", ("speed", "decode_tokens_per_s"), text.digits, _SPEED),
+    Metric("Peak memory", ("speed", "peak_memory_bytes"), text.size, _SPEED),
+)
+
+
+@metrics_of.register
+def _(found: Evaluation) -> MetricsTable:
+    score = "Score of an evaluation task, as lm-eval reports it."
+    names = dict.fromkeys(name for model in found.models for name in model.tasks)
+    tasks = [Metric(name, ("tasks", name), text.digits, score) for name in names]
+
+    def remark(metric: Metric, model: ModelResult) -> str:
+        return _beside_the_others(metric, model, found)
+
+    positions = found.models[0].fidelity.tokens if found.models else 0
+    title = f"Measured on {positions:,} positions of held-out text"
+    return _table(title, found.models, [*_FIDELITY, *tasks, *_COST], found.notes, remark)
+
+
+def perplexity_retention(model: ModelResult, teacher: ModelResult) -> float:
+    """Teacher's perplexity ÷ model's: 1 for the teacher, exp(-d) for d more nats/token."""
+    return teacher.fidelity.perplexity / model.fidelity.perplexity
+
+
+def _beside_the_others(metric: Metric, model: ModelResult, found: Evaluation) -> str:
+    """The value as percent of the teacher's, KL as the part of the gap that training closed; empty
+    where there is nothing to compare with, or a percentage is no fair comparison."""
+    teacher, untrained = found.result("teacher"), found.result("untrained")
+    if metric.path == _KL_PATH:
+        if untrained is None or model.role in ("teacher", "untrained") or not untrained.fidelity.kl:
+            return ""
+        return f"{text.percent(1 - model.fidelity.kl / untrained.fidelity.kl)} of the gap closed"
+    theirs = _value(teacher, metric.path)
+    if not theirs or model is teacher or metric in (_FIDELITY[0], _FIDELITY[3]):
+        return ""
+    kept = _value(model, metric.path) / theirs
+    return f"{text.percent(1 / kept if metric.path == _PERPLEXITY_PATH else kept)} of teacher"
+
+
+# --- classifiers -------------------------------------------------------------------------------
+
+_CLASSIFIER = (
+    Metric("Accuracy", ("accuracy",), _percent),
+    Metric("Macro-F1", ("macro_f1",), "{:.3f}".format),
+    Metric("Agreement with the teacher", ("agreement",), _percent),
+    Metric("KL to the teacher (nats/text)", ("kl",), text.tiny),
+    Metric(
+        "Calibration error",
+        ("ece",),
+        "{:.3f}".format,
+        "Calibration error: distance between confidence and accuracy, in 15 bins (ECE).",
+    ),
+    Metric("Calibration error, teacher's labels", ("ece_teacher",), "{:.3f}".format),
+    Metric(
+        "Brier score",
+        ("brier",),
+        "{:.3f}".format,
+        "Brier score: squared distance to the true label, 0 to 2.",
+    ),
+    Metric("Parameters", ("parameters",), text.count),
+    Metric("Size on disk", ("bytes_on_disk",), text.size),
+    Metric(
+        "Texts/s",
+        ("texts_per_s",),
+        text.digits,
+        "Texts/s: the same texts, one model after the other; the teacher scores all labels of a "
+        "text in one pass and reads its prompt prefix once.",
+    ),
+)
+
+
+@metrics_of.register
+def _(found: ClassificationEvaluation) -> MetricsTable:
+    title = f"Measured on {found.texts:,} test texts, {len(found.labels)} labels"
+    notes = [abstention_sentence(found.abstention), *found.notes]
+    return _table(title, found.results, _CLASSIFIER, notes)
+
+
+def abstention_sentence(chosen: Abstention) -> str:
+    """What the threshold promises, and what it gives on the test texts."""
+    reference = "the teacher" if chosen.measure == "agreement" else "the true label"
+    goal = f"{text.percent(chosen.wanted)} {chosen.measure} with {reference}"
+    confidence = text.percent(chosen.sureness)
+    if chosen.threshold is None:
+        return (
+            f"No threshold to abstain below: on the calibration texts no confidence threshold "
+            f"reaches {goal} at a confidence level of {confidence}."
+        )
+    reached = "none" if chosen.test_reached is None else text.percent(chosen.test_reached, 1)
+    return (
+        f"Goal: {goal}, at a confidence level of {confidence}. With a threshold of "
+        f"{chosen.threshold:.2f}, the student answers {text.percent(chosen.test_coverage)} of the "
+        f"test texts and reaches {reached}."
+    )
+
+
+# --- answers -----------------------------------------------------------------------------------
+
+ANSWER_METRICS = {
+    key: Metric(name, ("figures", key), show)
+    for key, name, show in (
+        ("valid", "Valid by the schema", _percent),
+        ("field_f1", "Field F1, reference answers", "{:.3f}".format),
+        ("exact", "Exact match, reference answers", _percent),
+        ("agreement_f1", "Field F1, teacher's answers", "{:.3f}".format),
+        ("agreement", "Exact match, teacher's answers", _percent),
+        ("surprise", "Negative log-likelihood under the teacher (nats/token)", "{:.3f}".format),
+        ("preferred", "Preferred to the teacher's answer by the judge", _percent),
+        ("consistent", "Same verdict of the judge in both orders", _percent),
+        ("judge_read", "Verdicts that could be read", _percent),
+        ("score", "Score", text.digits),
+        ("parameters", "Parameters", text.count),
+        ("answers_per_s", "Answers/s", text.digits),
+    )
+}
+
+
+@metrics_of.register
+def _(found: AnswersEvaluation) -> MetricsTable:
+    names = sorted({name for result in found.results for name in result.fields})
+    fields = [Metric(f"Field F1: {name}", ("fields", name), "{:.3f}".format) for name in names]
+    title = f"Measured on {found.texts:,} test texts"
+    return _table(title, found.results, [*ANSWER_METRICS.values(), *fields], found.notes)
+
+
+# --- families ----------------------------------------------------------------------------------
+
+
+def _changes(shape: Mapping[str, tuple[int, int]]) -> str:
+    return ", ".join(f"{text.label(key)} {old:,} → {new:,}" for key, (old, new) in shape.items())
+
+
+_FAMILY = (
+    Metric("Cut here", ("shape",), _changes),
+    Metric("Parameters", ("student", "parameters"), text.count),
+    Metric("Size on disk", ("student", "bytes_on_disk"), text.size,
+           "Bytes of the weights in the export's number type."),
+    Metric("Top-1 agreement", ("student", "fidelity", "top1_agreement"), _percent, _TOP1),
+    Metric("KL to the teacher (nats/token)", ("student", "fidelity", "kl"), text.tiny, _KL),
+    Metric("KL as pruned (nats/token)", ("untrained", "fidelity", "kl"), text.digits,
+           "KL as pruned: before training."),
+    Metric("Recovered", ("recovered",), text.percent,
+           "Recovered: the share of the pruning's KL that training took back."),
+    Metric("Perplexity, held-out text", ("student", "fidelity", "perplexity"), _perplexity),
+    Metric("Decoding, relative to the teacher", ("decoding",),
+           lambda value: f"{value:.2f}{text.NBSP}×"),
+    Metric("Peak memory", ("student", "speed", "peak_memory_bytes"), text.size),
+    Metric("Time", ("seconds",), text.seconds, "Time: of the work for this member alone."),
+)  # fmt: skip
+
+
+@metrics_of.register
+def _(found: FamilyEvaluation) -> MetricsTable:
+    """A column for the teacher, each member, and each member's quantized model."""
+    columns = [Column("Teacher, cut" if found.cut else "Teacher", "teacher")]
+    models: list[Any] = [{"student": found.teacher, "decoding": found.teacher.speed and 1.0}]
+    for member in found.members:
+        columns.append(Column(member.name))
+        models.append(member)
+        if member.quantized is not None:
+            kind = role_name(member.quantized.role).removeprefix("Student, ")
+            columns.append(Column(f"{member.name}, {kind}"))
+            models.append({"student": member.quantized})
+    title = f"Measured on {found.teacher.fidelity.tokens:,} positions of held-out text"
+    return MetricsTable(title, columns, _rows(_FAMILY, models))

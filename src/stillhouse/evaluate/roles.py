@@ -1,0 +1,22 @@
+"""The names of the models that an evaluation compares, in the order of its columns."""
+
+from __future__ import annotations
+
+ROLE_NAMES = {
+    "teacher": "Teacher",
+    "student": "Student, distilled",
+    "untrained": "Student, untrained",
+    "fine_tuned": "Student, fine-tuned",
+    "quantized": "Student, quantized",
+    "quantized_trained": "Student, QAT",
+}
+
+
+def role_name(role: str) -> str:
+    """Any other name, such as that of a family's member, stays as it is."""
+    return ROLE_NAMES.get(role, role)
+
+
+def role_order(role: str) -> int:
+    """Place of a role among the columns; unknown roles come last."""
+    return list(ROLE_NAMES).index(role) if role in ROLE_NAMES else len(ROLE_NAMES)

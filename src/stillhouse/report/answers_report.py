@@ -1,0 +1,79 @@
+"""The report about a student that answers: how good its answers are, and what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stillhouse.evaluate.answers import AnsweredText, AnswersEvaluation
+from stillhouse.evaluate.metrics import ANSWER_METRICS, metrics_of
+from stillhouse.evaluate.roles import role_name
+from stillhouse.report.history import Rows
+from stillhouse.report.language_model_report import training_section
+from stillhouse.report.page import Answer, Report, Section, SideBySide
+from stillhouse.report.palette import INK, role_color
+from stillhouse.report.sections import (
+    RunFacts,
+    assemble,
+    cost_section,
+    notes_section,
+)
+from stillhouse.synthesis.filters import dropped_counts
+
+_HEADLINE = ("field_f1", "agreement_f1", "score", "exact", "agreement", "valid")
+"""The first of these that was measured is in the headline."""
+
+
+def answers_report(
+    run: RunFacts,
+    *,
+    evaluation: AnswersEvaluation,
+    parts: Mapping[str, int],
+    answers: Mapping[str, Any],
+    history: Rows = (),
+) -> Report:
+    """parts: texts in each. answers: the summary of the teacher's answers. history: of training."""
+    examples = [_side_by_side(example) for example in evaluation.examples]
+    data = f"Texts: {parts['train']:,} for training, {parts['test']:,} for testing."
+    return assemble(
+        "answers",
+        run,
+        _headline(evaluation),
+        Section("Quality", "kept", table=metrics_of(evaluation)),
+        Section("Answers side by side", "examples", texts=examples),
+        training_section(history),
+        cost_section(run.stages),
+        notes_section(evaluation.notes),
+        remarks=[_answers_sentence(answers), data],
+    )
+
+
+def _side_by_side(example: AnsweredText) -> SideBySide:
+    answers = [] if example.gold is None else [Answer("Reference answer", example.gold, INK)]
+    answers += [Answer(role_name(r), said, role_color(r)) for r, said in example.answers.items()]
+    return SideBySide(example.text, answers)
+
+
+def _headline(found: AnswersEvaluation) -> str:
+    """The first metric of the student, beside its teacher's and its start's."""
+    student = found.of("student")
+    assert student is not None
+    key = next(key for key in _HEADLINE if key in student.figures)
+    metric = ANSWER_METRICS[key]
+    values = [
+        f"{metric.show(result.figures[key])} ({role_name(result.role).lower()})"
+        for result in found.results
+        if key in result.figures
+    ]
+    return f"{metric.name}: {', '.join(values)}."
+
+
+def _answers_sentence(answers: Mapping[str, Any]) -> str:
+    counts = dropped_counts(answers).items()
+    dropped = ", ".join(f"{name} {count:,}" for name, count in counts)
+    cost = "unknown" if answers["usd"] is None else f"${answers['usd']:,.4f}"
+    return (
+        f"The teacher answered {answers['answered']:,} of {answers['asked']:,} requests; "
+        f"{answers['kept']:,} answers were kept for training. Dropped by filters: "
+        f"{dropped or 'none'}. Cost: {cost}."
+    )

@@ -1,0 +1,170 @@
+"""The report about a family: quality against size for every member, and what each hop cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stillhouse import number_format as text
+from stillhouse.evaluate.family_evaluation import (
+    CutTeacher,
+    FamilyEvaluation,
+    Member,
+    ScratchTraining,
+)
+from stillhouse.evaluate.metrics import metrics_of
+from stillhouse.report.charts import Bar, BarChart, Chart, Line, LineChart, in_units
+from stillhouse.report.formats import KL_LABEL
+from stillhouse.report.page import Report, Section
+from stillhouse.report.palette import role_color
+from stillhouse.report.sections import (
+    RunFacts,
+    assemble,
+    filled,
+    generations_section,
+)
+
+_LEARNED_FROM = {
+    "original": "the original teacher",
+    "previous": "the trained member before it, the first one the teacher",
+    "both": "the original teacher and the trained member before it",
+}
+
+
+def family_report(run: RunFacts, family: FamilyEvaluation) -> Report:
+    chain = "starts from the trained member before it" if family.chained else "is pruned from it"
+    remarks = [f"Every member learns from {_LEARNED_FROM[family.learned_from]}, and {chain}."]
+    if family.cut is not None:
+        remarks.append(_cut_sentence(family.cut))
+    charts = [_size_chart(family), *_speed_charts(family), _agreement_chart(family)]
+    links = [(f"Report of {member.name}", member.report) for member in family.members]
+    scratch = _scratch_part(family.members[0], family.scratch)
+    return assemble(
+        "family",
+        run,
+        _headline(family),
+        Section("Members", "members", table=metrics_of(family), charts=charts, links=links),
+        generations_section(family.generations),
+        Section("Cost of the family", "cost", facts=_totals(family), parts=filled(scratch)),
+        remarks=remarks,
+    )
+
+
+def _headline(family: FamilyEvaluation) -> str:
+    last = family.members[-1]
+    cut = "" if family.cut is None else "cut "
+    whole = family.cut.parameters[0] if family.cut else family.teacher.parameters
+    share = last.student.parameters / whole
+    names = f"{len(family.members)} students" if len(family.members) > 1 else "One student"
+    return (
+        f"{names}, down to {text.percent(share)} of the teacher’s parameters; the smallest has "
+        f"the {cut}teacher’s top-1 token at "
+        f"{text.percent(last.student.fidelity.top1_agreement, 1)} of positions."
+    )
+
+
+def _cut_sentence(cut: CutTeacher) -> str:
+    (tokens, left), (whole, parameters) = cut.tokens, cut.parameters
+    sentence = (
+        f"The teacher here has {left:,} of its {tokens:,} tokens, and {text.count(parameters)} of "
+        f"{text.count(whole)} parameters; all metrics are relative to it."
+    )
+    if cut.perplexity is not None:
+        before, after = map(text.digits, cut.perplexity)
+        sentence += (
+            f" On training text that has none of the lost tokens its perplexity is {after}, where "
+            f"the whole teacher’s is {before}; other text takes more tokens than before."
+        )
+    return sentence
+
+
+def _totals(family: FamilyEvaluation) -> list[tuple[str, str]]:
+    members = family.members
+    seconds = sum(member.seconds for member in members)
+    totals = [
+        ("Training tokens", text.count(sum(member.tokens for member in members))),
+        ("Computation (FLOPs)", text.flops(sum(member.flops for member in members))),
+        ("Time", text.seconds(seconds)),
+    ]
+    if family.watts:
+        energy = f"{seconds * family.watts / 3.6e6:.2g} kWh, at an assumed {family.watts:,.0f} W"
+        totals.append(("Energy", energy))
+    return totals
+
+
+def _scratch_part(member: Member, scratch: ScratchTraining | None) -> Section:
+    """The largest member beside its shape trained from random weights."""
+    title = "Training from random weights"
+    if scratch is None:
+        return Section(title)
+    kl, (last, last_kl) = member.student.fidelity.kl, scratch.points[-1]
+    same = scratch.kl_at(member.tokens)
+    lead = (
+        f"The shape of {member.name}, trained from random weights under the same teacher, with "
+        "its held-out KL measured on the way. "
+    )
+    if same is not None:
+        lead += (
+            f"After {member.tokens:,} tokens it has a KL of {text.digits(same)} nats/token; "
+            f"{member.name} has {text.digits(kl)} after as many."
+        )
+    else:
+        lead += (
+            f"After {last:,} tokens, its last measurement, it has a KL of {text.digits(last_kl)} "
+            f"nats/token; {member.name} has {text.digits(kl)} after {member.tokens:,}."
+        )
+    tokens, label = in_units([*(x for x, _ in scratch.points), member.tokens], "training tokens")
+    kls = [kl for _, kl in scratch.points]
+    lines = [
+        Line(tokens[:-1], kls, role_color("untrained"), "random weights", "measured"),
+        Line(tokens[-1:], [kl], role_color("student"), member.name, "diamond"),
+    ]
+    chart = LineChart(
+        "KL from random weights", label, KL_LABEL, lines, log=True, x_limits=(0, None)
+    )
+    facts = [
+        ("Training tokens from random weights", text.count(last)),
+        ("Computation (FLOPs)", text.flops(scratch.flops)),
+        ("Time", text.seconds(scratch.seconds)),
+    ]
+    return Section(title, lead=lead, charts=[chart], facts=facts)
+
+
+def _size_chart(family: FamilyEvaluation) -> Chart:
+    """KL against parameters: the members as a line, as pruned and as trained."""
+    members = family.members
+    sizes = [family.teacher.parameters, *(member.student.parameters for member in members)]
+    (whole, *x), label = in_units(sizes, "parameters")
+    names = [member.name for member in members]
+    pruned = [member.untrained.fidelity.kl for member in members]
+    lines = [
+        Line(x, pruned, role_color("untrained"), "as pruned", "joined"),
+        Line(x, _kls(members), role_color("student"), "distilled", "joined", names),
+        Line([whole], [0.0], role_color("teacher"), "teacher", "diamond"),
+    ]
+    return LineChart("Quality against size", label, KL_LABEL, lines)
+
+
+def _speed_charts(family: FamilyEvaluation) -> list[Chart]:
+    """KL against decoding speed, where every member's was measured."""
+    members = family.members
+    x = [member.decoding for member in members if member.decoding is not None]
+    if len(x) < len(members):
+        return []
+    names = [member.name for member in members]
+    lines = [
+        Line(x, _kls(members), role_color("student"), style="joined", names=names),
+        Line([1.0], [0.0], role_color("teacher"), style="diamond", names=["teacher"]),
+    ]
+    label = "decoding speed (1: the teacher in the same run)"
+    return [LineChart("Quality against speed", label, KL_LABEL, lines)]
+
+
+def _agreement_chart(family: FamilyEvaluation) -> Chart:
+    """Top-1 agreement of every member."""
+    shares = [(member.name, member.student.fidelity.top1_agreement) for member in family.members]
+    bars = [Bar(name, 100 * share, text.percent(share, 1)) for name, share in shares]
+    return BarChart("Agreement", "top-1 agreement with the teacher (%)", bars)
+
+
+def _kls(members: Sequence[Member]) -> list[float]:
+    return [member.student.fidelity.kl for member in members]

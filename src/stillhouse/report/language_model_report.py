@@ -1,0 +1,289 @@
+"""The report about a language model: what the student kept, how it learned, what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from stillhouse import account
+from stillhouse import number_format as text
+from stillhouse.evaluate.metrics import metrics_of
+from stillhouse.evaluate.metrics_table import MetricsTable
+from stillhouse.evaluate.results import Evaluation, ModelResult
+from stillhouse.evaluate.roles import role_name, role_order
+from stillhouse.report.charts import Chart, LineChart, dot, in_units
+from stillhouse.report.formats import KL_LABEL, Replays, forms, forms_section
+from stillhouse.report.history import Rows, median, series, training_charts
+from stillhouse.report.page import Answer, Figure, Report, Section, SideBySide
+from stillhouse.report.palette import ACCENT, MUTED, role_color
+from stillhouse.report.sections import (
+    RunFacts,
+    assemble,
+    cost_section,
+    filled,
+    generations_section,
+    notes_section,
+)
+
+OPTIMAL_TOKENS = 20
+"""Training tokens per parameter from which more parameters are the better use of FLOPs
+(Hoffmann et al. 2022, arXiv 2203.15556)."""
+
+
+def language_model_report(
+    run: RunFacts,
+    *,
+    evaluation: Evaluation | None = None,
+    history: Rows = (),
+    student: Mapping[str, Any] | None = None,
+    replays: Replays = (),
+    notes: Sequence[str] = (),
+) -> Report:
+    """A part that is empty or None hides its section.
+
+    history: rows of metrics.jsonl, training rows with `step`, `tokens` and `loss`, held-out rows
+    with `step` and `heldout_kl`. student: how it was made (`stillhouse.students.build_student`);
+    its `notes` join the page's. replays: each export's comparison with its source
+    (`stillhouse.export.gate.ReplayResult` as a dictionary).
+    """
+    student = student or {}
+    results = evaluation.models if evaluation else []
+    models = {m.role: m for m in sorted(results, key=lambda m: role_order(m.role))}
+    return assemble(
+        "distillation",
+        run,
+        _headline(models, run),
+        kept_section(evaluation),
+        training_section(history, kl_temperature(run.recipe)),
+        generations_section(evaluation.generations if evaluation else []),
+        cost_section(run.stages, _scratch_part(run, student)),
+        Section("The student", "student", facts=student_facts(student)),
+        _export_section(models, replays),
+        notes_section(
+            notes,
+            _student_notes(student),
+            evaluation.notes if evaluation else [],
+            *(replay.get("notes", []) for replay in replays),
+        ),
+        remarks=_remarks(models),
+        figures=_figures(run, models),
+    )
+
+
+# --- headline and key figures ----------------------------------------------------------------
+
+
+def _headline(models: Mapping[str, ModelResult], run: RunFacts) -> str:
+    teacher, student = models.get("teacher"), models.get("student")
+    if student is None:
+        return "What this run made and what it cost; the student was not evaluated."
+    kept = text.percent(student.fidelity.top1_agreement)
+    sentence = f"The student keeps {kept} of the teacher’s top-1 choices"
+    if teacher is not None:
+        sentence += f" at {text.percent(student.parameters / teacher.parameters)} of its parameters"
+        faster = student.decoding_speedup(teacher)
+        if faster is not None:
+            sentence += f" and {text.digits(faster)} times its decoding speed"
+    trained = run.cost("train")
+    if trained is not None:
+        sentence += f", after {text.count(trained.tokens)} tokens of distillation"
+    return sentence + "."
+
+
+def _remarks(models: Mapping[str, ModelResult]) -> list[str]:
+    student, untrained = models.get("student"), models.get("untrained")
+    tuned = models.get("fine_tuned")
+    parts = []
+    if student and untrained:
+        parts.append(f"before training it kept {text.percent(untrained.fidelity.top1_agreement)}")
+    if student and tuned:
+        parts.append(
+            "plain fine-tuning on the same tokens keeps "
+            f"{text.percent(tuned.fidelity.top1_agreement)}"
+        )
+    line = "; ".join(parts)
+    return [f"{line[0].upper()}{line[1:]}."] if line else []
+
+
+_FIGURES: tuple[tuple[str, str, Callable[[ModelResult], str]], ...] = (
+    ("top-1 agreement", "untrained", lambda m: text.percent(m.fidelity.top1_agreement, 1)),
+    ("KL to the teacher, nats/token", "untrained", lambda m: text.tiny(m.fidelity.kl)),
+    ("held-out perplexity", "teacher", lambda m: text.digits(m.fidelity.perplexity)),
+    ("parameters", "teacher", lambda m: text.count(m.parameters)),
+    ("decoding, tokens/s", "teacher",
+     lambda m: text.digits(m.speed.decode_tokens_per_s) if m.speed else ""),
+)  # fmt: skip
+"""Name of a figure, the model to compare the student's with, and what is shown of both."""
+
+
+def _figures(run: RunFacts, models: Mapping[str, ModelResult]) -> Iterator[Figure]:
+    student = models.get("student")
+    for name, role, show in _FIGURES if student else ():
+        other = models.get(role)
+        remark = show(other) if other else ""
+        if student and show(student):
+            yield Figure(show(student), name, f"{role}: {remark}" if remark else "")
+    if run.stages:
+        total = sum(stage.cost.seconds for stage in run.stages)
+        yield Figure(text.seconds(total), "whole run", f"{len(run.stages)} stages")
+
+
+# --- what was measured -------------------------------------------------------------------------
+
+
+def kept_section(evaluation: Evaluation | None) -> Section:
+    """The metrics of every model, and quality against size and speed."""
+    if evaluation is None or not evaluation.models:
+        return Section("What the student kept", "kept")
+    table, models = metrics_of(evaluation), evaluation.models
+    charts = [size_chart(models), *speed_charts(models)] if len(models) > 1 else []
+    return Section("What the student kept", "kept", table=table, charts=charts)
+
+
+def size_chart(models: Sequence[ModelResult]) -> Chart:
+    """KL to the teacher against parameters; nearer to the bottom left is better."""
+    sizes, label = in_units([model.parameters for model in models], "parameters")
+    dots = [
+        dot(role_name(m.role), x, m.fidelity.kl, role_color(m.role),
+            may_be_cut=m.role == "untrained")
+        for m, x in zip(models, sizes, strict=True)
+    ]  # fmt: skip
+    return LineChart("Quality against size", label, KL_LABEL, dots)
+
+
+def speed_charts(models: Sequence[ModelResult]) -> list[Chart]:
+    """Top-1 agreement against decoding speed; nearer to the top right is better."""
+    dots = [
+        dot(role_name(m.role), m.speed.decode_tokens_per_s, 100 * m.fidelity.top1_agreement,
+            role_color(m.role))
+        for m in models
+        if m.speed is not None
+    ]  # fmt: skip
+    if len(dots) < 2:
+        return []
+    x_label, y_label = "decoding speed (tokens/s)", "top-1 agreement (%)"
+    return [LineChart("Quality against speed", x_label, y_label, dots)]
+
+
+def kl_temperature(recipe: Mapping[str, Any]) -> float:
+    """The temperature of the objective's KL on the output logits."""
+    terms = recipe.get("objective", {}).get("terms", [])
+    of_output = (t for t in terms if t.get("divergence") == "forward_kl" and not t.get("layers"))
+    return next((float(t["temperature"]) for t in of_output), 1.0)
+
+
+def training_section(history: Rows, temperature: float = 1.0) -> Section:
+    """The curves of a training on tokens."""
+    charts = training_charts(history, "token", temperature)
+    facts = _training_facts(history) if charts else []
+    return Section("Training", "training", charts=[*charts], facts=facts)
+
+
+def _training_facts(history: Rows) -> list[tuple[str, str]]:
+    steps, tokens = series(history, "tokens", "step")
+    facts = [("Steps", text.count(max(steps))), ("Training tokens", text.count(max(tokens)))]
+    rate = median(history, "tokens_per_s")
+    if rate is not None:
+        facts.append(("Throughput, median", f"{text.digits(rate)}{text.NBSP}tokens/s"))
+    _, learning_rates = series(history, "learning_rate")
+    if learning_rates:
+        facts.append(("Highest learning rate", text.power_of_ten(max(learning_rates))))
+    return facts
+
+
+# --- costs, student, exports -------------------------------------------------------------------
+
+
+def _scratch_part(run: RunFacts, student: Mapping[str, Any]) -> Section:
+    """This run beside training the student from scratch, by the rules of `stillhouse.account`."""
+    title = "Compared with training the student from scratch"
+    trained, made = run.cost("train"), run.cost("student")
+    parameters = student.get("parameters", {}).get("head_once")
+    if trained is None or not trained.tokens or not parameters:
+        return Section(title)
+    same, tokens = account.training_flops(parameters, trained.tokens), trained.tokens
+    rows = [
+        ("This distillation", tokens, trained.flops + (made.flops if made else 0)),
+        ("From scratch, same tokens", tokens, same),
+    ]
+    optimal = OPTIMAL_TOKENS * parameters
+    if optimal > tokens:
+        name = f"From scratch, {OPTIMAL_TOKENS} tokens/parameter"
+        rows.append((name, optimal, account.training_flops(parameters, optimal)))
+    table = MetricsTable.of_text(
+        ["Training", "Tokens", "FLOPs"],
+        [(name, text.count(tokens), text.flops(flops)) for name, tokens, flops in rows],
+    )
+    small = (
+        "Counted, not measured: 6 FLOPs per parameter and training token, 2 per parameter and "
+        "token that only passes forward. Training from scratch on the same tokens saves the "
+        "teacher’s share; the quality it would reach was not measured. 20 tokens/parameter is the "
+        "compute-optimal rule of thumb (Hoffmann et al. 2022, arXiv 2203.15556)."
+    )
+    return Section(title, table=table, small=small)
+
+
+def student_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The facts of the summary and of its parts (pruning); what is empty is left out."""
+    facts = []
+    for key, value in summary.items():
+        if key == "notes" or value in (None, [], {}, ()):
+            continue
+        if key.endswith("parameters") and isinstance(value, dict):
+            facts.append((text.label(key), text.describe(value.get("total"))))
+        elif isinstance(value, dict):
+            facts += student_facts(value)
+        elif key in ("ffn_size", "layers") and isinstance(value, list | tuple):
+            facts.append((text.label(key), " → ".join(text.describe(size) for size in value)))
+        else:
+            facts.append((text.label(key), text.describe(value)))
+    return facts
+
+
+def _student_notes(summary: Mapping[str, Any]) -> list[str]:
+    """The notes of the summary and of its parts."""
+    parts = [summary, *(part for part in summary.values() if isinstance(part, dict))]
+    return [str(note) for part in parts for note in part.get("notes", [])]
+
+
+def _export_section(models: Mapping[str, ModelResult], replays: Replays) -> Section:
+    """Each export beside the checkpoint, every form of the model, and the replayed prompts."""
+    heads = ["Format", "Number type", "Size", "Top-1 agreement", "KL (nats/token)", "KL limit",
+             "KL in llama.cpp"]  # fmt: skip
+    lead = (
+        "Each export, loaded in a fresh process without Stillhouse and compared with the trained "
+        "checkpoint on held-out text."
+    )
+    rows = [_export_row(replay) for replay in replays]
+    return Section(
+        "Exports, replayed",
+        "export",
+        lead=lead,
+        table=MetricsTable.of_text(heads, rows) if rows else None,
+        parts=filled(
+            forms_section(forms(models, replays)),
+            Section("Prompts, replayed", texts=[*_replayed_texts(replays)]),
+        ),
+    )
+
+
+def _export_row(replay: Mapping[str, Any]) -> list[str]:
+    llama = replay.get("llama_cpp")
+    return [
+        str(replay["format"]),
+        str(replay["dtype"]),
+        text.size(float(replay["bytes"])),
+        text.percent(float(replay["top1_agreement"]), 1),
+        text.tiny(float(replay["kl"])),
+        text.tiny(float(replay["kl_limit"])),
+        text.tiny(float(llama["kl"])) if llama else text.DASH,
+    ]
+
+
+def _replayed_texts(replays: Replays) -> Iterator[SideBySide]:
+    """Each prompt, with what the checkpoint and every export write after it."""
+    for texts in zip(*(replay["texts"] for replay in replays), strict=True):
+        answers = [Answer("Trained checkpoint", texts[0]["source"], MUTED)]
+        for replay, answer in zip(replays, texts, strict=True):
+            answers.append(Answer(replay["format"], answer["exported"], ACCENT))
+        yield SideBySide(texts[0]["prompt"], answers)

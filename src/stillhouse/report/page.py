@@ -1,0 +1,175 @@
+"""The report: sections as plain data, in one JSON file, and the one HTML page made of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import Field, TypeAdapter, ValidationError
+
+from stillhouse.errors import RunError
+from stillhouse.evaluate.metrics_table import MetricsTable
+from stillhouse.report.charts import Chart, draw
+from stillhouse.report.palette import role_color
+from stillhouse.runfolder import disk_errors, write_atomically
+
+REPORT, FAMILY_REPORT, REPORT_DATA = "report.html", "family.html", "report.json"
+"""The page of a run, the page of a family, and the data that lie beside either."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One key figure: a number, what it is, and a line that puts it into proportion."""
+
+    value: str
+    name: str
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """color: of the line above the text."""
+
+    name: str
+    text: str
+    color: str
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """What each model wrote after one prompt."""
+
+    prompt: str
+    answers: list[Answer]
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A part that the reader opens: preformatted text, or facts."""
+
+    title: str
+    text: str = ""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; what is empty is not shown. The page has the fields in this order.
+
+    id: anchor, unique on the page; empty for a part of another section. lead, table, small: text
+    above the table, the table, small print below it. facts: (name, value). links: (name, address).
+    """
+
+    title: str
+    id: str = ""
+    lead: str = ""
+    table: MetricsTable | None = None
+    small: str = ""
+    charts: list[Annotated[Chart, Field(discriminator="kind")]] = field(default_factory=list)
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    texts: list[SideBySide] = field(default_factory=list)
+    items: list[str] = field(default_factory=list)
+    folded: list[Folded] = field(default_factory=list)
+    links: list[tuple[str, str]] = field(default_factory=list)
+    parts: list[Section] = field(default_factory=list)
+
+    @property
+    def is_empty(self) -> bool:
+        shown = (self.charts, self.facts, self.texts, self.items, self.folded, self.links)
+        return not (self.table or self.small or any(shown) or any(self.parts))
+
+
+@dataclass(frozen=True)
+class Report:
+    """kind: distillation, classifier, answers or family. title: the run's name. created: date and
+    time as text. remarks: lines below the headline."""
+
+    kind: str
+    title: str
+    created: str
+    headline: str
+    teacher: str = ""
+    remarks: list[str] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    sections: list[Section] = field(default_factory=list)
+
+    def section(self, id_: str) -> Section | None:
+        return next((section for section in self.sections if section.id == id_), None)
+
+
+def write_report(report: Report, page: Path) -> None:
+    """Writes the page, and its data beside it as `report.json`.
+
+    Raises RunError where the folder cannot be written or the disk is full.
+    """
+    write_page(report, page)
+    data = json.dumps(asdict(report), indent=1, ensure_ascii=False)
+    with disk_errors(page):
+        write_atomically(page.with_name(REPORT_DATA), data)
+
+
+def write_page(report: Report, path: Path) -> None:
+    """Writes the page alone; `path` holds the old page or the new one, whole."""
+    if path.is_dir():
+        raise RunError("the report's path is a folder", where=path, fix="give a file's path")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, render(report))
+
+
+def read_report(path: Path) -> Report:
+    """Raises RunError where the `report.json` is missing, damaged or of an older version."""
+    try:
+        return TypeAdapter(Report).validate_json(path.read_bytes())
+    except OSError as error:
+        raise RunError(
+            f"the report's data cannot be read: {error.strerror}",
+            where=path,
+            fix="check the path and its permissions, or give `stillhouse run` again",
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "its text"
+        raise RunError(
+            f"this is not the data of a report of this version: {place}: {first['msg']}",
+            where=path,
+            fix="give `stillhouse run` again: it writes the report anew, and no other stage",
+        ) from error
+
+
+def redraw_report(folder: Path, out: Path | None = None) -> Path:
+    """Writes the page of a run folder again from its data. out: by default the run's own page.
+
+    Returns the page's path. Raises RunError.
+    """
+    family = folder / FAMILY_REPORT
+    page = (family if family.exists() else folder / REPORT).resolve()
+    report = read_report(page.with_name(REPORT_DATA))
+    write_page(report, out or page)
+    return out or page
+
+
+def render(report: Report) -> str:
+    """The page as text; every string of the report is escaped."""
+    return _environment().get_template("page.html.j2").render(report=report)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("stillhouse", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    css = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
+    environment.globals["css"] = Markup(css)
+    environment.filters["svg"] = lambda chart, key: Markup(draw(chart, key))
+    environment.filters["color"] = role_color
+    return environment

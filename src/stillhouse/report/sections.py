@@ -1,0 +1,204 @@
+"""The parts of a report that every kind of run has, and the facts that they are made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from stillhouse import number_format as text
+from stillhouse.evaluate.metrics_table import MetricsTable
+from stillhouse.evaluate.results import Generation
+from stillhouse.evaluate.roles import role_name, role_order
+from stillhouse.hardware import machine
+from stillhouse.report.charts import Bar, BarChart, Chart, in_powers
+from stillhouse.report.page import Answer, Figure, Folded, Report, Section, SideBySide
+from stillhouse.report.palette import ACCENT, PALE, role_color
+from stillhouse.runfolder import Cost, Stage, versions
+
+_REUSED = (
+    "Reused: found complete from an earlier start of this run; the figures are those of the work "
+    "itself."
+)
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run of any kind.
+
+    title: the run's name. created: date and time as text. recipe: resolved, as plain data. teacher:
+    one line of text. stages: all that are finished.
+    """
+
+    title: str
+    created: str
+    recipe: Mapping[str, Any]
+    teacher: str = ""
+    stages: Sequence[Stage] = ()
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def cost(self, stage: str) -> Cost | None:
+        """What the (last) stage of that name took."""
+        return {one.name: one.cost for one in self.stages}.get(stage)
+
+    @classmethod
+    def gather(cls, recipe: BaseModel, teacher: str, finished: Iterable[Stage]) -> RunFacts:
+        """Of a run on this machine, now."""
+        data = recipe.model_dump(mode="json")
+        return cls(
+            title=data["name"],
+            created=time.strftime("%Y-%m-%d %H:%M"),
+            recipe=data,
+            teacher=teacher,
+            stages=list(finished),
+            machine=machine(),
+            versions=versions(),
+        )
+
+
+def cost_section(stages: Sequence[Stage], *parts: Section) -> Section:
+    """Tokens, FLOPs, time and peak memory of each stage."""
+    return Section(
+        "Cost",
+        "cost",
+        table=_stage_table(stages) if stages else None,
+        small=_REUSED if any(stage.reused for stage in stages) else "",
+        charts=stage_charts(stages),
+        parts=filled(*parts),
+    )
+
+
+def _stage_table(stages: Sequence[Stage]) -> MetricsTable:
+    rows = [_cost_row(_stage_name(stage), stage.cost) for stage in stages]
+    total: list[str] = []
+    if len(stages) > 1:
+        whole = Cost(
+            sum(stage.cost.seconds for stage in stages),
+            sum(stage.cost.tokens for stage in stages),
+            sum(stage.cost.flops for stage in stages),
+            max(stage.cost.peak_memory_bytes for stage in stages),
+        )
+        total = _cost_row("Whole run", whole)
+    return MetricsTable.of_text(["Stage", "Tokens", "FLOPs", "Time", "Peak memory"], rows, total)
+
+
+def _stage_name(stage: Stage) -> str:
+    return f"{stage.name} (reused)" if stage.reused else stage.name
+
+
+def _cost_row(name: str, cost: Cost) -> list[str]:
+    """A dash for what was not measured, or does not apply."""
+    tokens, memory = cost.tokens, cost.peak_memory_bytes
+    return [
+        name,
+        text.count(tokens) if tokens else text.DASH,
+        text.flops(cost.flops),
+        text.seconds(cost.seconds),
+        text.size(memory) if memory else text.DASH,
+    ]
+
+
+def stage_charts(stages: Sequence[Stage]) -> list[Chart]:
+    """Bars of each stage: seconds, and FLOPs, where any stage has some."""
+    charts: list[Chart] = []
+    seconds = [stage.cost.seconds for stage in stages]
+    flops = [stage.cost.flops for stage in stages]
+    if any(seconds):
+        shown = map(text.seconds, seconds)
+        charts.append(_stage_bars("Time by stage", "seconds", stages, seconds, shown))
+    if any(flops):
+        values, label = in_powers(flops, "floating-point operations")
+        shown = map(text.flops, flops)
+        charts.append(_stage_bars("Computation by stage", label, stages, values, shown))
+    return charts
+
+
+def _stage_bars(
+    title: str,
+    label: str,
+    stages: Sequence[Stage],
+    values: Sequence[float],
+    shown: Iterable[str],
+) -> BarChart:
+    bars = [
+        Bar(_stage_name(stage), value, words, PALE if stage.reused else ACCENT)
+        for stage, value, words in zip(stages, values, shown, strict=True)
+    ]
+    return BarChart(title, label, bars)
+
+
+def generations_section(generations: Iterable[Generation]) -> Section:
+    """The same prompts after every model. Answers by role, or by a member's name."""
+    texts = [
+        SideBySide(
+            one.prompt,
+            [
+                Answer(role_name(role), one.answers[role], role_color(role))
+                for role in sorted(one.answers, key=role_order)
+            ],
+        )
+        for one in generations
+    ]
+    lead = "The same prompts and decoding settings for every model, unedited."
+    return Section("Side by side", "generations", lead=lead, texts=texts)
+
+
+def notes_section(*notes: Iterable[str]) -> Section:
+    """Each note once."""
+    items = list(dict.fromkeys(note for some in notes for note in some))
+    return Section("Notes", "notes", items=items)
+
+
+def _reproduction_section(run: RunFacts) -> Section:
+    """The resolved recipe, the machine and the versions."""
+    folded = []
+    if run.recipe:
+        recipe = yaml.safe_dump(dict(run.recipe), sort_keys=False, allow_unicode=True, width=88)
+        folded.append(Folded("The recipe, with every default resolved", recipe))
+    if run.machine:
+        folded.append(Folded("Machine", facts=plain_facts(run.machine)))
+    if run.versions:
+        folded.append(Folded("Versions", facts=[*run.versions.items()]))
+    return Section("To reproduce it", "again", folded=folded)
+
+
+def plain_facts(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Labels and values as text; a key that ends in `_bytes` is a size."""
+    facts = []
+    for key, value in values.items():
+        if key.endswith("_bytes") and isinstance(value, int):
+            facts.append((text.label(key.removesuffix("_bytes")), text.size(value)))
+        else:
+            facts.append((text.label(key), text.describe(value)))
+    return facts
+
+
+def filled(*sections: Section) -> list[Section]:
+    """The sections that have something to show."""
+    return [section for section in sections if not section.is_empty]
+
+
+def assemble(
+    kind: str,
+    run: RunFacts,
+    headline: str,
+    *sections: Section,
+    remarks: Sequence[str] = (),
+    figures: Iterable[Figure] = (),
+) -> Report:
+    """The report of a run, with what every kind ends with: how to reproduce it."""
+    return Report(
+        kind=kind,
+        title=run.title,
+        created=run.created,
+        headline=headline,
+        teacher=run.teacher,
+        remarks=list(remarks),
+        figures=list(figures),
+        sections=filled(*sections, _reproduction_section(run)),
+    )

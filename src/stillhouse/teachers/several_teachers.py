@@ -1,0 +1,81 @@
+"""Several teachers of one vocabulary: the loss is the mean of the losses under each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from stillhouse.data.batches import Batch, Batches
+from stillhouse.errors import ModelError, SignalError
+from stillhouse.teachers.activations import ActivationRequest
+from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, TeacherView
+
+
+class SeveralTeachers(Teacher):
+    """Answers with the signals of all. Raises ModelError: none, or of several vocabularies."""
+
+    def __init__(self, teachers: Sequence[Teacher]) -> None:
+        self.teachers = tuple(teachers)
+        sizes = sorted({teacher.vocabulary for teacher in self.teachers})
+        if len(sizes) != 1:
+            raise ModelError(
+                f"{len(self.teachers)} teachers have vocabularies of {sizes} tokens",
+                fix="choose teachers of one vocabulary",
+            )
+        self.vocabulary = sizes[0]
+        self.described = " and ".join(teacher.described for teacher in self.teachers)
+        self.fingerprint = " ".join(teacher.fingerprint for teacher in self.teachers)
+        self.collective = any(teacher.collective for teacher in self.teachers)
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.teachers[0].tokenizer
+
+    @property
+    def config(self) -> Any:
+        return self.teachers[0].config
+
+    def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
+        views = [teacher.answer(batch) for teacher in self.teachers]
+        return TeacherView(tuple(signal for view in views for signal in view.signals))
+
+    def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
+        check_one_teacher(needs.activations)
+        for teacher in self.teachers:
+            teacher.prepare(needs, text)
+
+    def place(self, device: torch.device, context: int) -> None:
+        for teacher in self.teachers:
+            teacher.place(device, context)
+
+    def for_heldout(self, batches: Sequence[Batch]) -> Teacher | None:
+        found = [teacher.for_heldout(batches) for teacher in self.teachers]
+        known = [teacher for teacher in found if teacher is not None]
+        return SeveralTeachers(known) if len(known) == len(found) else None
+
+    def flops(self, tokens: int) -> int:
+        return sum(teacher.flops(tokens) for teacher in self.teachers)
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(teacher.memory_bytes for teacher in self.teachers)
+
+    def __repr__(self) -> str:
+        return f"SeveralTeachers({', '.join(map(repr, self.teachers))})"
+
+
+def combined(teachers: Sequence[Teacher]) -> Teacher | None:
+    """The teacher that learning from all of these means: None where there are none."""
+    return SeveralTeachers(teachers) if len(teachers) > 1 else next(iter(teachers), None)
+
+
+def check_one_teacher(request: ActivationRequest) -> None:
+    """Raises SignalError where activations of several teachers are requested."""
+    if request:
+        raise SignalError(
+            "terms on intermediate layers are for one teacher, and there are several",
+            where="objective.terms",
+            fix="use terms on the output alone, or one teacher",
+        )

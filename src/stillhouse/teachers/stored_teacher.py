@@ -1,0 +1,242 @@
+"""A teacher whose answers were recorded, and another one for those that were not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stillhouse.data.batches import Batch, Batches, in_order
+from stillhouse.data.windows import WindowSet
+from stillhouse.errors import SignalError
+from stillhouse.progress import note
+from stillhouse.signals import (
+    DenseSignal,
+    FrozenHeadSignal,
+    HiddenSignal,
+    LMHead,
+    SampledSignal,
+    SparseSignal,
+)
+from stillhouse.signals.encoded_rows import Rows
+from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden
+from stillhouse.signals.manifest import check_expected
+from stillhouse.signals.record import Recorder
+from stillhouse.signals.segments import Segments
+from stillhouse.signals.store import Store
+from stillhouse.teachers.activations import ActivationRequest
+from stillhouse.teachers.record_store import encoded_answer, recorder_of, segments_of
+from stillhouse.teachers.shared_vocabulary import tokenizer_identity
+from stillhouse.teachers.stored_head import head_sha256
+from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, TeacherView
+
+
+class StoredTeacher(Teacher):
+    """Reads what a store holds about a batch.
+
+    config, head: of the model that was recorded, for a store of hidden states: the last layer's
+    are whole distributions through the head. load_missing: gives the teacher that answers about
+    rows which the store lacks; called at most once, when there are any. None: they are an error.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        config: Any = None,
+        head: LMHead | None = None,
+        load_missing: Callable[[], Teacher] | None = None,
+    ) -> None:
+        self.store = store
+        self.vocabulary = store.settings.vocabulary
+        self.described = f"{store.settings.encoding.kind} signals in {store.path}"
+        self.fingerprint = store.manifest.digest()
+        self._config, self._head = config, head
+        self._load_missing = load_missing
+        self._missing: Teacher | None = None
+        self._missing_share = 0.0
+        self._student_head: LMHead | None = None
+        self._recorder: Recorder | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        return None if self._missing is None else self._missing.tokenizer
+
+    @property
+    def config(self) -> Any:
+        return self._config
+
+    def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
+        segments = segments_of(batch)
+        missing_S = self.store.missing(segments)
+        stored = self.store.read(segments, self._missing_rows(batch, segments, missing_S))
+        device = batch["labels"].device
+        if not isinstance(stored, HiddenSignal):
+            return TeacherView((_moved(stored, device),))
+        layers = {layer: hidden_ND.to(device) for layer, hidden_ND in stored.hidden_ND.items()}
+        if self._head is None:
+            return TeacherView((), layers)
+        return TeacherView((DenseSignal(layers[max(layers)], self._head),), layers)
+
+    def _missing_rows(
+        self, batch: Batch, segments: Segments, missing_S: NDArray[np.bool_]
+    ) -> Rows | None:
+        if not missing_S.any():
+            if self._missing is not None and self._missing.collective:
+                self._missing.answer(batch)  # other processes may need its answer
+            return None
+        teacher = self._teacher_of_missing()
+        if teacher is None:
+            return None
+        if self._recorder is None:
+            self._recorder = recorder_of(self.store.settings, self._student_head)
+        return encoded_answer(teacher, self._recorder, batch, segments, missing_S)[0]
+
+    def _teacher_of_missing(self) -> Teacher | None:
+        if self._missing is None and self._load_missing is not None:
+            self._missing = self._load_missing()
+        return self._missing
+
+    def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
+        self._check_needs(needs)
+        lacking = 0 if text is None else lacking_tokens(self.store, text)
+        if text is None or not lacking:
+            return
+        what = f"the store lacks {lacking:,} of {text.supervised_tokens:,} training tokens"
+        teacher = self._teacher_of_missing()
+        if teacher is None:
+            raise SignalError(
+                what,
+                where=self.store.path,
+                fix="set signals.missing: live to ask the teacher about them, or record a store "
+                "of this data",
+            )
+        note(f"{what}: the teacher answers them live")
+        teacher.prepare(needs, text)
+        self._missing_share = lacking / text.supervised_tokens
+
+    def _check_needs(self, needs: TeacherNeeds) -> None:
+        settings, path = self.store.settings, self.store.path
+        temperature = recorded_temperature(settings.encoding, needs)
+        identity = {}
+        if needs.tokenizer is not None:
+            identity["tokenizer"] = tokenizer_identity(needs.tokenizer)["tokenizer"]
+        if isinstance(settings.encoding, FrozenHead):
+            check_head_frozen(needs.frozen_head is not None, path)
+            assert needs.frozen_head is not None
+            identity["head"] = head_sha256(needs.frozen_head)
+            self._student_head = needs.frozen_head
+        if isinstance(settings.encoding, Hidden):
+            check_layers(settings.encoding, needs.activations.layers, path)
+        named = {key: value for key, value in identity.items() if key in settings.identity}
+        check_expected(settings, path, named, temperature, None)
+
+    def place(self, device: torch.device, context: int) -> None:
+        self._head = None if self._head is None else self._head.to(device)
+        if self._missing is not None:
+            self._missing.place(device, context)
+
+    def for_heldout(self, batches: Sequence[Batch]) -> Teacher | None:
+        if self._missing is not None:
+            return self._missing.for_heldout(batches)
+        settings = self.store.settings
+        if isinstance(settings.encoding, Hidden) and self._head is None:
+            return None
+        covered = all(self.store.covers(segments_of(batch)) for batch in batches)
+        return self if covered and settings.temperature == 1.0 else None
+
+    def flops(self, tokens: int) -> int:
+        if self._missing is None:
+            return 0
+        return self._missing.flops(round(self._missing_share * tokens))
+
+    @property
+    def memory_bytes(self) -> int:
+        return 0 if self._missing is None else self._missing.memory_bytes
+
+    def __repr__(self) -> str:
+        rows = self.store.manifest.rows
+        return f"StoredTeacher({self.described}: {rows:,} tokens of {self.vocabulary:,})"
+
+
+def recorded_temperature(encoding: Encoding, needs: TeacherNeeds) -> float:
+    """The one temperature at which a store of this encoding must be recorded.
+
+    Raises SignalError: a term that the encoding cannot serve, or terms at several temperatures.
+    """
+    where, activations = "objective.terms", needs.activations
+    if activations.attention or (activations.layers and not isinstance(encoding, Hidden)):
+        raise SignalError(
+            f"a term needs the teacher's intermediate layers, and signals of kind "
+            f"{encoding.kind} serve {encoding.serves}",
+            where=where,
+            fix="use signals of kind hidden (they serve all but attention relations), or a live "
+            "teacher (no `signals`)",
+        )
+    if isinstance(encoding, Hidden):
+        return 1.0  # of the softmax: there is none yet
+    of_teacher = [term for term in needs.terms if term.needs_teacher]
+    for term in of_teacher:
+        name = term.divergence
+        only_forward = encoding.signal in ("SampledSignal", "FrozenHeadSignal")
+        if (only_forward and name != "forward_kl") or name == "adaptive_kl":
+            raise SignalError(
+                f"{name} cannot be taken from signals of kind {encoding.kind}: they serve "
+                f"{encoding.serves}",
+                where=where,
+                fix="use signals of kind top_k or hidden, or forward_kl, or a live teacher",
+            )
+    temperatures = sorted({term.temperature for term in of_teacher}) or [1.0]
+    if len(temperatures) > 1:
+        raise SignalError(
+            f"terms have temperatures {', '.join(f'{t:g}' for t in temperatures)}: a store is "
+            "recorded at one",
+            where=where,
+            fix="use one temperature, or a live teacher (no `signals`)",
+        )
+    return temperatures[0]
+
+
+def check_layers(encoding: Hidden, needed: Iterable[int], where: Path) -> None:
+    """Raises SignalError where a store of hidden states lacks some of the layers."""
+    lacking = sorted(set(needed) - set(encoding.layers))
+    if lacking:
+        raise SignalError(
+            f"the store has the teacher's layers {list(encoding.layers)}, and the objective needs "
+            f"{lacking} too",
+            where=where,
+            fix="use terms on the layers that it has, or record a store for these terms",
+        )
+
+
+def check_head_frozen(frozen: bool, where: str | Path) -> None:
+    """Raises SignalError where signals for a frozen head would train the head too."""
+    if not frozen:
+        raise SignalError(
+            "signals of kind frozen_head are for a student whose head is not trained",
+            where=where,
+            fix="set train.freeze_head: true, or use signals of another kind",
+        )
+
+
+def lacking_tokens(store: Store, text: WindowSet) -> int:
+    """How many supervised tokens of the text the store has no row for."""
+    lacking = 0
+    for batch in in_order(text, Teacher.tokens_together):
+        segments = segments_of(batch)
+        lacking += int(segments.rows_S[store.missing(segments)].sum())
+    return lacking
+
+
+def _moved(
+    signal: SparseSignal | SampledSignal | FrozenHeadSignal, device: torch.device
+) -> SparseSignal | SampledSignal | FrozenHeadSignal:
+    values = ((each.name, getattr(signal, each.name)) for each in fields(signal))
+    tensors: dict[str, Any] = {n: v.to(device) for n, v in values if isinstance(v, Tensor)}
+    return replace(signal, **tensors)

@@ -1,0 +1,124 @@
+"""What a student learns from: a teacher answers batches of tokens.
+
+Shapes: N supervised rows of a batch, D hidden width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stillhouse.data.batches import Batch, Batches
+from stillhouse.objectives import AttentionStates, Term
+from stillhouse.signals import LMHead, Signal
+from stillhouse.teachers.activations import ActivationRequest
+from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
+
+OUTPUT_ONLY = ActivationRequest()
+
+
+@dataclass(frozen=True)
+class TeacherView:
+    """What a student can learn about one batch. Row n is for its n-th supervised token.
+
+    signals: next-token distributions, one for each teacher; empty where none is known.
+    layers: hidden rows [N, D] by layer. attention: by block.
+    """
+
+    signals: tuple[Signal, ...] = ()
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+    attention: Mapping[int, AttentionStates] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TeacherNeeds:
+    """What a training needs of its teacher.
+
+    terms: divergences from its distributions. activations: of its layers. tokenizer: the student's,
+    where it is known. frozen_head: the student's head, where it is not trained.
+    """
+
+    terms: tuple[Term, ...] = ()
+    activations: ActivationRequest = OUTPUT_ONLY
+    tokenizer: Any = None
+    frozen_head: LMHead | None = None
+
+
+class Teacher(ABC):
+    """A model, a store of signals, a server, or several of these.
+
+    vocabulary: token ids below it are those of the student; rows of a head beyond it are padding.
+    described: one line for people. fingerprint: names the content.
+    collective: every process must call `answer` equally often, as sharded models need.
+    tokens_together: in one call of `answer`, where a whole text is answered.
+    """
+
+    vocabulary: int
+    described: str
+    fingerprint: str
+    collective: bool = False
+    tokens_together: int = 2048
+
+    @abstractmethod
+    def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
+        """What the teacher says about the batch, without gradients, on the batch's device.
+
+        request: activations that the view must have, beside the signals.
+        Raises SignalError: it cannot answer this batch.
+        """
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """The tokenizer whose ids `answer` reads; None where only the ids are known."""
+
+    @property
+    @abstractmethod
+    def config(self) -> Any:
+        """The model's configuration, which terms on intermediate layers need; None: unknown."""
+
+    def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
+        """Get ready to teach a student, on `text` where it is known.
+
+        Raises SignalError: terms or text that this teacher cannot serve. ModelError: the student
+        has another vocabulary.
+        """
+        check_tokenizers(self, needs.tokenizer)
+
+    def place(self, device: torch.device, context: int) -> None:  # noqa: B027  (most have nothing)
+        """Move to a device, for windows of `context` tokens."""
+
+    def for_heldout(self, batches: Sequence[Batch]) -> Teacher | None:
+        """The teacher that can measure a student on all of these batches; None: there is none."""
+        return self
+
+    def flops(self, tokens: int) -> int:
+        """Floating-point operations that answering about so many tokens takes on this machine."""
+        return 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of weights on this machine."""
+        return 0
+
+    @staticmethod
+    def from_model(model: Any, tokenizer: Any = None) -> Teacher:
+        """A loaded causal language model as a teacher. Raises ModelError: its head is not known."""
+        from stillhouse.teachers.backbone import check_head
+        from stillhouse.teachers.local_teacher import LocalTeacher
+
+        check_head(model)
+        return LocalTeacher(model, tokenizer)
+
+
+def check_tokenizers(teacher: Teacher, student: Any) -> None:
+    """Raises ModelError where both tokenizers are known and their ids differ."""
+    if teacher.tokenizer is None or student is None:
+        return
+    rows = teacher.vocabulary
+    check_same_vocabulary(teacher.tokenizer, student, teacher_rows=rows, student_rows=rows)

@@ -1,0 +1,198 @@
+"""What is trained: a student and its objective in one module whose forward is the loss.
+
+Shapes: R windows, L tokens, N supervised rows, D hidden width.
+
+The student inside stays a plain transformers model with a forward of its own, so it can generate
+in the middle of a training. DDP and FSDP wrap the module around it, so their hooks fire around
+everything that uses its parameters, the head included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stillhouse.data.batches import Batch
+from stillhouse.data.shift import predicting, supervised_rows, supervised_targets
+from stillhouse.objectives import LossSum, fused_loss, layer_logits_loss, relation_loss
+from stillhouse.signals import SampledSignal, Signal
+from stillhouse.teachers.activations import Activations, final_norm, run_backbone
+from stillhouse.teachers.backbone import lm_head
+from stillhouse.teachers.teacher import TeacherView
+from stillhouse.training.objective import Objective
+
+PROJECTIONS = "distillation_projections.safetensors"
+STUDENT = "student."
+"""Before the names of the student's parameters among the module's."""
+NO_TEACHER = TeacherView()
+
+
+class Distillation(nn.Module):
+    """A student, its objective, and the objective's learned projections.
+
+    vocabulary: token ids below it are the teacher's too; rows of a head beyond it are padding.
+    None: the heads of both have the same rows.
+    """
+
+    def __init__(self, student: Any, objective: Objective, vocabulary: int | None = None) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.vocabulary = vocabulary
+        # Parameters of this module: optimizer, wrappers and checkpoints all see them.
+        self.projections = objective.projections()
+        # What FSDP wraps, and what transformers.Trainer asks a model that it has loaded.
+        self._no_split_modules = getattr(student, "_no_split_modules", None)
+        self._keys_to_ignore_on_save = getattr(student, "_keys_to_ignore_on_save", None)
+
+    def forward(
+        self,
+        batch: Batch,
+        view: TeacherView | None = None,
+        progress: float = 0.0,
+        objective: Objective | None = None,
+    ) -> LossSum:
+        """The weighted sum of the terms over the batch's supervised rows.
+
+        view: what the teacher answers, with the activations of `objective.needs`; None where no
+        term needs a teacher. Of several signals, the loss is the mean of the losses under each.
+        progress: share of all steps that are done. objective: another one than the module's own.
+        """
+        objective, view = objective or self.objective, view or NO_TEACHER
+        found = run_backbone(
+            self.student, batch["input_ids"], batch["position_ids"], objective.student_request
+        )
+        signals: Sequence[Signal | None] = view.signals or (None,)
+        under = [
+            list(self._divergences(objective, found, signal, batch, progress)) for signal in signals
+        ]
+        shared = list(_activation_losses(objective, found, view, batch, progress))
+        return _mean(
+            [_sum([*own, *shared], signal) for own, signal in zip(under, signals, strict=True)]
+        )
+
+    def _divergences(
+        self,
+        objective: Objective,
+        found: Activations,
+        signal: Signal | None,
+        batch: Batch,
+        progress: float,
+    ) -> Iterator[LossSum]:
+        """At the output and at intermediate layers, which share the signal and the head."""
+        labels_RL, head = batch["labels"], lm_head(self.student)
+        common: dict[str, Any] = {
+            "signal": signal,
+            "targets_N": supervised_targets(labels_RL),
+            "vocab_size": self.vocabulary,
+        }
+        if objective.output.terms:
+            rows_ND = supervised_rows(found.last_RLD, labels_RL)
+            yield fused_loss(rows_ND, head, objective.output.at(progress), **common)
+        for logits in objective.layer_logits:
+            layers = {i: supervised_rows(found.layers[i], labels_RL) for i in logits.layers}
+            norm = final_norm(self.student)
+            yield layer_logits_loss(layers, norm, head, logits.term.at(progress), **common)
+
+    # --- what transformers.Trainer and accelerate look for in a model ---------------------------
+
+    @property
+    def config(self) -> Any:
+        return self.student.config
+
+    def tie_weights(self) -> None:
+        self.student.tie_weights()
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        self.student.activation_checkpointing_enable(**options)
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        self.student.gradient_checkpointing_enable(**options)
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def save_student(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the student as a plain Hugging Face folder.
+
+        state: of all parameters by their names in this module; None: they are this process's.
+        """
+        if state is not None:
+            state = {n.removeprefix(STUDENT): v for n, v in state.items() if n.startswith(STUDENT)}
+        self.student.save_pretrained(folder, state_dict=state)
+
+    def save_projections(self, folder: Path) -> None:
+        """Write the learned projections, where there are any."""
+        if len(self.projections):
+            save_file(self.projections.state_dict(), folder / PROJECTIONS)
+
+    def load_projections(self, folder: Path) -> None:
+        """Read what `save_projections` wrote."""
+        if len(self.projections):
+            self.projections.load_state_dict(load_file(folder / PROJECTIONS))
+
+
+def _sum(parts: Sequence[LossSum], signal: Signal | None) -> LossSum:
+    """The parts of one batch's loss under one signal."""
+    values = {name: value for part in parts for name, value in part.terms.items()}
+    if isinstance(signal, SampledSignal):
+        # Samples do not know the teacher's entropy: what they give is not a divergence.
+        values = {n.replace("forward_kl", "teacher_cross_entropy"): v for n, v in values.items()}
+    total = torch.stack([part.total.float() for part in parts]).sum()
+    return LossSum(total, values, parts[0].rows)
+
+
+def _mean(losses: Sequence[LossSum]) -> LossSum:
+    """The mean of one batch's losses under several signals."""
+    if len(losses) == 1:
+        return losses[0]
+    terms = {
+        name: torch.stack([loss.terms[name] for loss in losses]).mean(0) for name in losses[0].terms
+    }
+    total = torch.stack([loss.total for loss in losses]).mean()
+    return LossSum(total, terms, losses[0].rows)
+
+
+def _activation_losses(
+    objective: Objective, student: Activations, teacher: TeacherView, batch: Batch, progress: float
+) -> Iterator[LossSum]:
+    """The terms on hidden states and on attention relations, each with its weight."""
+    labels_RL = batch["labels"]
+    count = len(supervised_targets(labels_RL))
+    for hidden in objective.hidden:
+        pairs = hidden.loss.pairs
+        rows = {i: supervised_rows(student.layers[i], labels_RL) for i, _ in pairs}
+        total = hidden.loss(rows, teacher.layers).total
+        yield _weighted(hidden.name, hidden.weight.at(progress), total, count)
+    if objective.relations:
+        mask_RLL = same_document(batch["position_ids"])
+        predicting_RL = predicting(labels_RL)
+    for term in objective.relations:
+        totals = [
+            relation_loss(
+                student.attention[i],
+                teacher.attention[j],
+                heads=term.heads,
+                mask_RLL=mask_RLL,
+                rows_RL=predicting_RL,
+                relations=term.relations,
+            ).total
+            for i, j in term.pairs
+        ]
+        total = torch.stack(totals).mean()
+        yield _weighted(term.name, term.weight.at(progress), total, count)
+
+
+def _weighted(name: str, weight: float, total: Tensor, rows: int) -> LossSum:
+    return LossSum(total * weight, {name: total.detach()}, rows)
+
+
+def same_document(position_ids_RL: Tensor) -> Tensor:
+    """[R, L, L], True where position i may see position j: not after it, and in its document."""
+    document_RL = (position_ids_RL == 0).cumsum(-1)
+    same_RLL = document_RL[:, :, None] == document_RL[:, None, :]
+    return same_RLL.tril()
