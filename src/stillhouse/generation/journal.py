@@ -1,11 +1,10 @@
-"""Every answer that was paid for, in one SQLite file, committed when it arrives.
+"""All answers that were paid for, in one SQLite file, each committed when it arrives.
 
-One thread writes. It takes whatever has arrived since its last commit and commits that as one
-transaction, so that thousands of answers a second share a few flushes of the disk, and an answer
-waits for no other than those before it. The journal is in WAL mode with full synchronization: what
-is committed survives a killed process and a power cut.
+One thread writes. It commits everything that arrived since its last commit as one transaction, so
+that thousands of answers per second share a few disk flushes. The journal is in WAL mode with full
+synchronization: committed answers survive a killed process and a power failure.
 
-A journal belongs to one process at a time: two could buy the same answer twice.
+Only one process can open a journal at a time: two could pay for the same answer twice.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from stillhouse.generation.request import Answer, Failure, Request
 VERSION = 1
 _MOST_IN_A_COMMIT = 1024
 _MOST_WAITING = 8192
-"""Rows that may wait for the writer; beyond it, `record` blocks. Bounds memory."""
+"""Rows that may wait for the writer; `record` blocks beyond that. Bounds memory."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -82,9 +81,9 @@ class _Row:
 
 
 class Journal:
-    """Opens the journal at `path`, or makes it. Use it as a context manager.
+    """Opens or creates the journal at `path`. Use it as a context manager.
 
-    Raises RunError: another process has it, it is damaged, or it cannot be written.
+    Raises RunError: another process has it open, it is damaged, or it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,8 +113,8 @@ class Journal:
         self._lock_file.close()
 
     def record(self, request: Request, answer: Answer) -> Future[None]:
-        """Commits an answer; the future is done when it is on the disk. Blocks no longer than
-        it takes to hand it over. The future raises RunError where the disk refuses."""
+        """Commits an answer; the future is done when it is on disk, and raises RunError if that
+        fails."""
         logprobs: Any = None if answer.logprobs is None else _json(answer.logprobs)
         values = (
             request.key,
@@ -157,7 +156,7 @@ class Journal:
         return {key for (key,) in self._rows(statement, *keys)}
 
     def billed_failures(self, key: str) -> tuple[float, int]:
-        """Dollars and tokens that a provider may have billed for lost answers to this request."""
+        """Dollars and tokens that may have been billed for lost answers to this request."""
         ((cost, tokens),) = self._rows(_BILLED_FAILURES, key)
         return cost or 0.0, tokens or 0
 
@@ -191,7 +190,7 @@ class Journal:
                 _commit(connection, [row for row in taken if row is not None], self.path)
 
     def _take(self) -> list[_Row | None]:
-        """Waits for one row, and takes what else is there."""
+        """Waits for a row; takes all that have arrived."""
         taken = [self._arrived.get()]
         while len(taken) < _MOST_IN_A_COMMIT:
             try:
@@ -202,9 +201,9 @@ class Journal:
 
 
 def _commit(connection: sqlite3.Connection, rows: Iterable[_Row], path: Path) -> None:
-    """One transaction; each row's future is told how it went.
+    """Commits the rows in one transaction, and resolves their futures.
 
-    A row that the database cannot take (its values, not the file, are wrong) fails alone.
+    A row with values that the database rejects fails alone.
     """
     rows = list(rows)
     try:
@@ -212,7 +211,7 @@ def _commit(connection: sqlite3.Connection, rows: Iterable[_Row], path: Path) ->
             connection.execute("BEGIN IMMEDIATE")
             for row in rows:
                 connection.execute(row.statement, row.values)
-    # Of every kind: an error that ended this thread would leave its askers waiting for ever.
+    # Every exception: if this thread ended, callers would wait forever.
     except Exception as error:
         if len(rows) > 1 and not isinstance(error, sqlite3.OperationalError):
             for row in rows:
@@ -229,7 +228,7 @@ _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _storable(value: Any) -> Any:
-    """Half of a surrogate pair, which JSON can carry, is no text that SQLite takes."""
+    """Replaces halves of surrogate pairs, which JSON allows and SQLite does not."""
     if not isinstance(value, str) or value.isascii():
         return value
     return value.encode("utf-8", "replace").decode()
@@ -264,7 +263,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _locked(path: Path) -> IO[str]:
-    """Holds the journal for this process, by a lock on a file beside it."""
+    """Locks a file beside the journal for this process."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(path.name + ".lock").open("a", encoding="utf-8")
@@ -281,14 +280,16 @@ def _locked(path: Path) -> IO[str]:
         raise RunError(
             "another process is writing this journal",
             where=path,
-            fix="wait for it, or give this run a journal of its own: synthesize.journal",
+            fix="wait for it, or give this run its own journal: synthesize.journal",
         ) from None
     return lock
 
 
 def _unusable(path: Path, error: Exception) -> RunError:
     if "full" in str(error):
-        fix = "free some space and give the same command again: committed answers are kept"
+        fix = "free some disk space and repeat the command: committed answers are kept"
     else:
-        fix = "give another file as synthesize.journal, and keep this one: what it holds was paid"
+        fix = (
+            "give another file as synthesize.journal, and keep this one: its answers were paid for"
+        )
     return RunError(f"the journal cannot be used: {error}", where=path, fix=fix)

@@ -25,7 +25,7 @@ _GROWTH = 128
 
 
 class _SlotLayer(CacheLayerMixin):
-    """The keys and values of one layer; `slots` says what the model is doing."""
+    """The keys and values of one layer; `slots` has the state of the current pass."""
 
     is_sliding = False
 
@@ -77,7 +77,7 @@ class _SlotLayer(CacheLayerMixin):
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Only asked for when slots are filled: a new sequence has nothing before it."""
+        """Only used when slots are filled: a new sequence has nothing before it."""
         return 0
 
     def get_max_length(self) -> int:
