@@ -14,7 +14,7 @@ from rich.console import Console
 from stillhouse.data.batches import collate
 from stillhouse.data.build_data import DataSummary, build
 from stillhouse.data.data_config import DataRecipe
-from stillhouse.data.preview import CONTEXT, LEARNT, preview
+from stillhouse.data.preview import CONTEXT, SUPERVISED, preview
 from stillhouse.data.windows import Windows, open_windows
 from stillhouse.errors import DataError
 
@@ -267,18 +267,18 @@ def test_preview_shows_what_is_learnt(tmp_path: Path) -> None:
     shown = console.export_text(clear=False)
     first = train[0]
     learnt = int((first["labels"] != -100).sum())
-    assert f"{learnt} learnt" in shown
+    assert f"{learnt} supervised" in shown
     assert "[red]what[/red]" in shown
     assert "padding" in shown
     assert shown.count("<|im_start|>assistant") == int(shown.split("window 0: ")[1].split()[0])
     # Everything in the learned color is learnt, and nothing else.
-    by_style: dict[str, str] = {LEARNT: "", CONTEXT: ""}
+    by_style: dict[str, str] = {SUPERVISED: "", CONTEXT: ""}
     for segment in console.render(preview(train, TOKENIZER, 1)):
         by_style[str(segment.style)] = by_style.get(str(segment.style), "") + segment.text
     labels, ids = first["labels"], first["input_ids"]
     answers = TOKENIZER.decode(ids[labels != -100])
     assert "🦊<|im_end|>" in answers
-    assert "".join(by_style[LEARNT].split()) == "learnt" + "".join(answers.split())
+    assert "".join(by_style[SUPERVISED].split()) == "supervised" + "".join(answers.split())
     assert "it is" not in by_style[CONTEXT]
 
 

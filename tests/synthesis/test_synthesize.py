@@ -238,7 +238,7 @@ def test_when_no_row_is_left_the_file_of_dropped_rows_is_named(tmp_path: Path) -
     [
         ({"prompts": {"path": "nowhere.txt"}}, "does not exist"),
         ({"filters": {"json_schema": "nowhere.json"}}, "json_schema does not exist"),
-        ({"filters": {"require_pattern": "("}}, "no regular expression"),
+        ({"filters": {"require_pattern": "("}}, "not a regular expression"),
         ({"api": {"key_env": "NOT_SET_AT_ALL"}}, "NOT_SET_AT_ALL is not set"),
     ],
 )

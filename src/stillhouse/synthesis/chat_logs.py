@@ -1,4 +1,4 @@
-"""Logs of chat completions, and what job they show."""
+"""Logs of chat completions, and the task that they show."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.progress import note
 from stillhouse.synthesis.prompts import at, prompt_messages
 
 FEWEST = 8
-"""Rows below which logs show nothing."""
+"""The fewest rows that a task can be read from."""
 _LABEL_CHARACTERS = 60
 _MOST_LABELS = 200
 _CHATS: tuple[tuple[str, ...], ...] = (("messages",), ("request", "messages"), ("messages", "data"))
@@ -26,7 +26,7 @@ _CHOICES: tuple[tuple[str, ...], ...] = (
     ("response", "choices"),
     ("choices",),
 )
-"""Where logs keep a chat that ends with its answer, or the answer beside the chat."""
+"""Where logs keep a chat with its answer, or the answer beside the chat."""
 _JSON_SHARE = 0.9
 _JSON_TYPES: dict[type, str] = {
     type(None): "null",
@@ -48,7 +48,7 @@ class Logs:
 
     @property
     def job(self) -> str:
-        """classify: few short answers, again and again; extract: JSON objects; else generate."""
+        """classify: few short answers that repeat; extract: JSON objects; otherwise generate."""
         values = [json_object(answer) for _, answer in self.pairs]
         if sum(value is not None for value in values) >= _JSON_SHARE * len(values):
             return "extract"
@@ -60,7 +60,7 @@ class Logs:
 
     @property
     def labels(self) -> list[str]:
-        """The answers of a classifier, the most frequent first; none of another job."""
+        """The labels of a classifier, the most frequent first; empty for other tasks."""
         if self.job != "classify":
             return []
         counts = Counter(self._spelled(answer) for _, answer in self.pairs)
@@ -77,7 +77,7 @@ class Logs:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What all JSON objects among the answers have in common."""
+        """A schema that allows all JSON objects among the answers."""
         objects = [value for _, answer in self.pairs if (value := json_object(answer)) is not None]
         kinds: dict[str, set[str]] = {}
         for value in objects:
@@ -96,8 +96,8 @@ class Logs:
         }
 
     def rows(self, job: str) -> str:
-        """JSON lines of text and answer; of an extraction those whose answer is JSON, and of a
-        classifier with its label in the one spelling that `labels` has."""
+        """JSON lines of text and answer; for extraction only those with JSON answers, for a
+        classifier with the label's spelling in `labels`."""
         pairs = [
             (text, self._spelled(answer) if job == "classify" else answer)
             for text, answer in self.pairs
@@ -108,8 +108,8 @@ class Logs:
 
 
 def read_logs(path: Path) -> Logs:
-    """Reads chats: messages with their answer, or a request with its response. Of a chat of several
-    turns only the last is used, which is said. A file without a known extension is JSONL.
+    """Reads chats: messages with their answer, or a request with its response. Only the last turn
+    of a longer chat is used, which is reported. A file without a known extension is JSONL.
 
     Raises DataError: nothing readable, or too few rows with an answer.
     """
@@ -158,7 +158,7 @@ def _said(message: Any) -> str | None:
 
 
 def _plain(answer: str) -> str:
-    """What spellings of one label have in common: case, underscores and marks around it aside."""
+    """A label without case, underscores and punctuation at the ends."""
     bare = " ".join(answer.replace("_", " ").casefold().split())
     return bare.strip(" .,:;!?\"'`*()[]") or bare
 

@@ -18,22 +18,25 @@ from stillhouse.synthesis.prompts_config import PromptsRecipe
 
 
 class SynthesizeRecipe(Section):
-    """Text from a teacher: a chat JSONL that `data` reads."""
+    """Training text from a teacher: chats as JSONL, which `data` reads."""
 
     teacher: TextTeacher
     prompts: PromptsRecipe
     sampling: SamplingRecipe = SamplingRecipe()
     reasoning: Literal["strip", "keep"] = Field(
-        "strip", description="What the teacher thinks in <think> before it answers."
+        "strip", description="The teacher's reasoning in <think> before its answer."
     )
     filters: FiltersRecipe = FiltersRecipe()
     budget: BudgetRecipe = BudgetRecipe()
     journal: str | None = Field(
         None,
-        description="SQLite file with every answer ever paid for; null: answers.sqlite beside "
+        description="SQLite file with every answer that was paid for; null: answers.sqlite beside "
         "the run folder, shared by all runs there.",
     )
-    out: str = Field("synthetic.jsonl", description="The result; starts at the recipe's folder.")
+    out: str = Field(
+        "synthetic.jsonl",
+        description="The result; a relative path starts from the recipe's folder.",
+    )
 
     @model_validator(mode="after")
     def _keys_fit_the_teacher(self) -> SynthesizeRecipe:
