@@ -124,7 +124,7 @@ class Bench:
 
 def students(bench: Bench) -> dict[str, Callable[[], Figure]]:
     """What makes and measures each student, by its name in the results."""
-    unrefitted = {**EQUAL["width"], "reconstruct": False}
+    unrefitted = {**EQUAL["width"], "refit": False}
     random = {"start": "random", "overrides": {"intermediate_size": 1024}}
     return {
         "width": lambda: bench.student(EQUAL["width"], ALL)[0],

@@ -34,7 +34,7 @@ from stillhouse.signals.parquet_export import export_parquet
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import Segments, find_segments
 from stillhouse.signals.store import Store, open_store
-from stillhouse.signals.tune_threshold import likeliest_probabilities, tune_threshold
+from stillhouse.signals.tune_threshold import top_probabilities, tune_threshold
 from stillhouse.signals.writer import StoreWriter
 
 SEED = 0
@@ -203,9 +203,7 @@ def measure_selection(teacher: Path, text: Path, rounds: int) -> dict[str, Any]:
 
     hidden_ND = forward().flatten(0, 1)
     chunks = hidden_ND.split(256)
-    sample_nK = torch.cat(
-        [likeliest_probabilities(head_logits(head, part_nD)) for part_nD in chunks]
-    )
+    sample_nK = torch.cat([top_probabilities(head_logits(head, part_nD)) for part_nD in chunks])
     vocabulary = head.weight_VD.shape[0]
     tuned = tune_threshold(sample_nK, vocabulary, entries=ENTRIES)
     recorder = Recorder(Settings(tuned.encoding, vocabulary, {}))
@@ -229,8 +227,8 @@ def measure_selection(teacher: Path, text: Path, rounds: int) -> dict[str, Any]:
         times["select"].append(seconds(lambda: encoder(logits_nV, uniforms_nU)) / len(logits_nV))
     return {
         "tau": tuned.encoding.tau,
-        "entries_a_token": tuned.entries_a_row,
-        "bytes_a_token": tuned.bytes_a_row,
+        "entries_a_token": tuned.entries_per_row,
+        "bytes_a_token": tuned.bytes_per_row,
         **{f"seconds_a_token_{name}": values for name, values in times.items()},
     }
 

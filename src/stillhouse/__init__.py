@@ -1,11 +1,14 @@
 """Distill language models: a small student learns to reproduce a large teacher's behavior.
 
-    import stillhouse
-    result = stillhouse.run("recipes/demo.yaml")
-    result.evaluation.result("student").fidelity.kl
+    import stillhouse as sh
+    sh.run("recipes/demo.yaml")                      # a recipe, or in memory:
+    teacher = sh.Teacher.load("Qwen/Qwen3-8B")
+    data = sh.Data.build("texts.jsonl", teacher.tokenizer)
+    student = sh.Student.prune(teacher, data, params="60%")
+    sh.distill(student, teacher, data, objective=[sh.KL()])
+    print(sh.evaluate(student, teacher, data))
 
-The pieces have the names of the concepts and work alone: `stillhouse.objectives`, `.data`,
-`.teachers`, `.students`, `.training`, `.evaluate`, `.export`, `.report`.
+See docs/python.md.
 """
 
 from __future__ import annotations
@@ -16,19 +19,100 @@ from stillhouse.errors import StillhouseError
 
 if TYPE_CHECKING:
     from stillhouse.commands import run
+    from stillhouse.data.batches import collate
+    from stillhouse.data.data import Data
+    from stillhouse.evaluate.results import Evaluation
+    from stillhouse.objectives import Term, fused_loss
     from stillhouse.pipeline.kind import RunResult
+    from stillhouse.python_api import (
+        JSD,
+        KL,
+        AttentionRelations,
+        CrossEntropy,
+        HiddenStates,
+        ReverseKL,
+        distill,
+        divergence,
+        evaluate,
+        record,
+        search_sizes,
+    )
+    from stillhouse.signals import DenseSignal, LMHead
+    from stillhouse.students.student import Student
+    from stillhouse.teachers.teacher import Teacher
+    from stillhouse.training.distillation import Distillation
+    from stillhouse.training.train import TrainingResult
+    from stillhouse.training.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
-__all__ = ["RunResult", "StillhouseError", "__version__", "run"]
+__all__ = [
+    "JSD",
+    "KL",
+    "AttentionRelations",
+    "CrossEntropy",
+    "Data",
+    "DenseSignal",
+    "Distillation",
+    "DistillationTrainer",
+    "Evaluation",
+    "HiddenStates",
+    "LMHead",
+    "ReverseKL",
+    "RunResult",
+    "StillhouseError",
+    "Student",
+    "Teacher",
+    "Term",
+    "TrainingResult",
+    "__version__",
+    "collate",
+    "distill",
+    "divergence",
+    "evaluate",
+    "fused_loss",
+    "record",
+    "run",
+    "search_sizes",
+]
 
-
-_OWNERS = {"run": "commands", "RunResult": "pipeline.kind"}
+_OWNERS = {
+    "commands": ["run"],
+    "data.batches": ["collate"],
+    "data.data": ["Data"],
+    "evaluate.results": ["Evaluation"],
+    "objectives": ["Term", "fused_loss"],
+    "pipeline.kind": ["RunResult"],
+    "python_api": [
+        "JSD",
+        "KL",
+        "AttentionRelations",
+        "CrossEntropy",
+        "HiddenStates",
+        "ReverseKL",
+        "distill",
+        "divergence",
+        "evaluate",
+        "record",
+        "search_sizes",
+    ],
+    "signals": ["DenseSignal", "LMHead"],
+    "students.student": ["Student"],
+    "teachers.teacher": ["Teacher"],
+    "training.distillation": ["Distillation"],
+    "training.train": ["TrainingResult"],
+    "training.trainer": ["DistillationTrainer"],
+}
 
 
 def __getattr__(name: str) -> object:
     # torch and transformers take seconds to import: only what is used is imported.
-    if name in _OWNERS:
-        from importlib import import_module
+    for module, names in _OWNERS.items():
+        if name in names:
+            from importlib import import_module
 
-        return getattr(import_module(f"stillhouse.{_OWNERS[name]}"), name)
+            return getattr(import_module(f"stillhouse.{module}"), name)
     raise AttributeError(f"module 'stillhouse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -18,6 +18,8 @@ from typing import Any
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from stillhouse.number_format import count
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -40,6 +42,12 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         non_embedding=total - embedding.numel() - head_size,
         head_once=total if tied else total - embedding.numel(),
     )
+
+
+def described(model: Any) -> str:
+    """A model in a few words: 134.5M parameters in bfloat16 on cuda:0."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{count(count_parameters(model).total)} parameters in {dtype} on {model.device}"
 
 
 def distillation_flops(student: int, teacher: int, tokens: int) -> int:

@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import core_schema
+
+from stillhouse.errors import RecipeError
+from stillhouse.progress import note
 
 
 class Section(BaseModel):
+    """A section of a recipe.
+
+    renamed: from old names of keys to new ones. The old ones work for one version, with a warning.
+    """
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_old_names(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        found = {old: new for old, new in cls.renamed.items() if old in values}
+        for old, new in found.items():
+            if new in values:
+                raise ValueError(f"`{old}` is the old name of `{new}`: remove it")
+            note(f"warning: the key `{old}` is now called `{new}`; the old name will be removed")
+        return {found.get(key, key): value for key, value in values.items()}
 
 
 class OneOf:
@@ -24,6 +46,26 @@ class OneOf:
 
     def __get_pydantic_core_schema__(self, _source: Any, _handler: Any) -> core_schema.CoreSchema:
         return core_schema.literal_schema([*self.names])
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def made(section: type[S], values: Mapping[str, Any], where: str) -> S:
+    """A section from keyword arguments of `where`, a function or class.
+
+    Raises RecipeError: an unknown one, or a value that it cannot have.
+    """
+    try:
+        return section.model_validate(dict(values))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"])) or where
+        near = difflib.get_close_matches(key, section.model_fields, 1)
+        known = f"did you mean {near[0]}?" if near else f"known: {', '.join(section.model_fields)}"
+        unknown = problem["type"] == "extra_forbidden"
+        what = f"there is no option {key}" if unknown else f"{key}: {problem['msg']}"
+        raise RecipeError(what, where=where, fix=known if unknown else None) from None
 
 
 def recipe_yaml(recipe: BaseModel) -> str:

@@ -73,7 +73,7 @@ def test_true_labels_of_some_texts_measure_and_train_the_baseline(tmp_path: Path
         {"path": str(tmp_path / "none.txt")},
     ]
     raw = toys.recipe(tmp_path, data={"texts": files})
-    raw["evaluate"] |= {"abstain": {"measure": "accuracy", "wanted": 0.5}}
+    raw["evaluate"] |= {"abstain": {"measure": "accuracy", "target": 0.5}}
     result = run(raw)
     texts = next(Texts.load(stage.path) for stage in result.stages if stage.name == "texts")
     known = [row for row in texts.all if row.gold is not None]

@@ -176,3 +176,18 @@ def test_no_value_anywhere_causes_anything_but_a_recipe_error(value: object) -> 
     for key in ("name", "teacher", "data", "student", "objective", "train", "extra"):
         with contextlib.suppress(RecipeError):
             parse_recipe({**raw, key: value})
+
+
+def test_an_old_name_of_a_key_works_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = "student: {start: pruned, layers: 2, reconstruct: false}"
+    recipe = load_recipe(write(tmp_path, SMALLEST.replace("student:\n  start: random\n", student)))
+    assert not recipe.student.refit
+    assert "`reconstruct` is now called `refit`" in capsys.readouterr().err
+
+
+def test_a_key_under_both_of_its_names_is_refused(tmp_path: Path) -> None:
+    student = "student: {start: pruned, layers: 2, reconstruct: false, refit: false}"
+    with pytest.raises(RecipeError, match="`reconstruct` is the old name of `refit`"):
+        load_recipe(write(tmp_path, SMALLEST.replace("student:\n  start: random\n", student)))

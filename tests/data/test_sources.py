@@ -161,7 +161,12 @@ BAD_JSONL = {
     ),
     "NaN": ('{"text": NaN}\n', "it is NaN", ":1", "remove the row"),
     "number": ('{"text": 5}\n', "it is of type int", ":1", "as a string"),
-    "empty completion": ('{"prompt": "a", "completion": ""}\n', "nothing to train on", ":1", "fill"),
+    "empty completion": (
+        '{"prompt": "a", "completion": ""}\n',
+        "nothing to train on",
+        ":1",
+        "fill",
+    ),
     "mixed pair": ('{"prompt": "a", "completion": []}\n', "must both be", ":1", "both as lists"),
     "no messages": ('{"messages": []}\n', "it is an empty list", ":1", "role"),
     "messages text": ('{"messages": "hi"}\n', "it is str", ":1", "role"),

@@ -20,8 +20,8 @@ from stillhouse.signals.encodings import (
     encoding_from_json,
     encoding_to_json,
 )
-from stillhouse.signals.selection import at_least, likeliest, locate, probabilities, take_out_
-from stillhouse.signals.tune_threshold import expected, likeliest_probabilities, tune_threshold
+from stillhouse.signals.selection import at_least, locate, probabilities, take_out_, top_tokens
+from stillhouse.signals.tune_threshold import expected, top_probabilities, tune_threshold
 from tests.signals import toys
 from tests.signals.decoding import decode
 
@@ -42,7 +42,7 @@ def random_logits(rows: int, vocabulary: int, seed: int = 0) -> torch.Tensor:
 
 def uniforms_for(encoding, rows: int, seed: int = 1) -> torch.Tensor:
     g = torch.Generator().manual_seed(seed)
-    return torch.rand(rows, encoding.draws_a_row, generator=g, dtype=torch.float64)
+    return torch.rand(rows, encoding.draws_per_row, generator=g, dtype=torch.float64)
 
 
 # --- finding tokens ------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_selection_agrees_with_looking_at_every_token(vocabulary):
     torch.testing.assert_close(p_nV, logits_nV.softmax(1))
     found = at_least(blocks, 0.02)
     assert torch.stack([found.rows_X, found.ids_X], 1).tolist() == (p_nV >= 0.02).nonzero().tolist()
-    values_nk, ids_nk = likeliest(blocks, 5)
+    values_nk, ids_nk = top_tokens(blocks, 5)
     assert torch.equal(values_nk, p_nV.topk(5).values)
     assert torch.equal(p_nV.gather(1, ids_nk), values_nk)
 
@@ -81,7 +81,7 @@ def test_probabilities_of_zero_are_never_found():
     blocks = probabilities(logits_nV, 1.0)
     ids_D, _ = locate(blocks, torch.tensor([0, 1, 1]), torch.tensor([0.0, 0.5, 1 - 1e-16]).double())
     assert ids_D.tolist() == [998, 998, 998]
-    assert int(likeliest(blocks, 3)[1].max()) < 1000
+    assert int(top_tokens(blocks, 3)[1].max()) < 1000
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -253,17 +253,17 @@ def test_wrong_settings_are_refused(raw, said):
 @pytest.mark.parametrize("wanted", [{"entries": 12.0}, {"size": 30.0}])
 def test_tuning_finds_the_tau_of_a_size(wanted):
     logits_nV = random_logits(400, 2000)
-    tuned = tune_threshold(likeliest_probabilities(logits_nV), 2000, **wanted)
-    found = tuned.entries_a_row if "entries" in wanted else tuned.bytes_a_row
+    tuned = tune_threshold(top_probabilities(logits_nV), 2000, **wanted)
+    found = tuned.entries_per_row if "entries" in wanted else tuned.bytes_per_row
     assert found == pytest.approx(next(iter(wanted.values())), rel=0.02)
     rows, _ = Encoder(tuned.encoding, 2000)(logits_nV, uniforms_for(tuned.encoding, 400))
-    assert float(rows.counts_N.mean()) == pytest.approx(tuned.entries_a_row, rel=0.02)
+    assert float(rows.counts_N.mean()) == pytest.approx(tuned.entries_per_row, rel=0.02)
 
 
 def test_one_tau_for_all_rows_beats_one_budget_for_each():
     """The reason for `threshold`: at equal total size, its total variance is the least."""
     logits_nV = random_logits(300, 2000)
-    tuned = tune_threshold(likeliest_probabilities(logits_nV), 2000, entries=12.0)
+    tuned = tune_threshold(top_probabilities(logits_nV), 2000, entries=12.0)
     _, ours = Encoder(tuned.encoding, 2000)(logits_nV, uniforms_for(tuned.encoding, 300))
     for k in (2, 4, 6, 8, 10):
         other = Stratified(k, 12 - k)
@@ -272,7 +272,7 @@ def test_one_tau_for_all_rows_beats_one_budget_for_each():
 
 
 def test_a_size_out_of_reach_is_refused():
-    sample_nK = likeliest_probabilities(random_logits(50, 300))
-    with pytest.raises(SignalError, match="are possible"):
+    sample_nK = top_probabilities(random_logits(50, 300))
+    with pytest.raises(SignalError, match="not possible"):
         tune_threshold(sample_nK, 300, entries=1000.0)
-    assert expected(sample_nK, Threshold(0.05), 300).entries_a_row < 21
+    assert expected(sample_nK, Threshold(0.05), 300).entries_per_row < 21

@@ -96,7 +96,7 @@ def test_combinations_are_prompts(tmp_path: Path) -> None:
 
 def test_prompts_are_written_until_there_are_enough_different_ones(tmp_path: Path) -> None:
     (tmp_path / "seeds.txt").write_text("".join(f"seed {word} of mine\n" for word in WORDS))
-    written = {"count": 11, "each": 4, "examples": 2}
+    written = {"count": 11, "per_request": 4, "examples": 2}
     prompts = {"path": "seeds.txt", "combine": COMBINE, "write": written}
     with Stub(teacher) as stub:
         path = write(tmp_path, stub.url, prompts, budget={"max_tokens": 10_000})
@@ -121,7 +121,7 @@ def test_prompts_are_written_until_there_are_enough_different_ones(tmp_path: Pat
 
 def test_what_answers_took_is_not_spent_on_more_prompts(tmp_path: Path) -> None:
     """One budget is for both: 15 tokens an answer, of 1 request for prompts and of 4 prompts."""
-    prompts = {"combine": {"templates": ["Riddles"]}, "write": {"count": 4, "each": 4}}
+    prompts = {"combine": {"templates": ["Riddles"]}, "write": {"count": 4, "per_request": 4}}
     with Stub(teacher) as stub:
         path = write(tmp_path, stub.url, prompts)
         first = synthesize_text(path)
@@ -138,7 +138,7 @@ def test_what_answers_took_is_not_spent_on_more_prompts(tmp_path: Path) -> None:
 
 
 def test_calls_that_are_tried_leave_what_the_writing_took(tmp_path: Path) -> None:
-    prompts = {"combine": COMBINE, "write": {"count": 10, "each": 4}}
+    prompts = {"combine": COMBINE, "write": {"count": 10, "per_request": 4}}
     with Stub(teacher) as stub:
         path = write(tmp_path, stub.url, prompts)
         check_recipe(path, calls=1)
@@ -159,7 +159,7 @@ def test_a_teacher_that_repeats_itself_is_not_asked_for_ever(tmp_path: Path) -> 
             return Reply(text="The only thing that I can think of")
         return Reply(text="an answer")
 
-    prompts = {"combine": COMBINE, "write": {"count": 20, "each": 10}}
+    prompts = {"combine": COMBINE, "write": {"count": 20, "per_request": 10}}
     with Stub(script) as stub:
         result = synthesize_text(write(tmp_path, stub.url, prompts))
         assert len(stub.payloads) == 2 * 3 + 1
@@ -187,7 +187,7 @@ def test_lines_of_an_answer() -> None:
 
 
 def test_check_foresees_prompts_that_are_not_written_yet(tmp_path: Path) -> None:
-    prompts = {"combine": COMBINE, "write": {"count": 10, "each": 4}}
+    prompts = {"combine": COMBINE, "write": {"count": 10, "per_request": 4}}
 
     def told(calls: int = 0) -> str:
         found = check_recipe(path, calls=calls)

@@ -194,13 +194,13 @@ def _abstention(
         truth_N = q_NC.argmax(-1) if measured == "agreement" or gold_N is None else gold_N
         known_N = truth_N != UNKNOWN
         on[part] = p[part][known_N], truth_N[known_N]
-    threshold = choose_threshold(*on["calibration"], section.wanted, section.sureness)
+    threshold = choose_threshold(*on["calibration"], section.target, section.confidence)
     coverage, reached = answered(*on["calibration"], threshold)
     test_coverage, test_reached = answered(*on["test"], threshold)
     chosen = Abstention(
         measure=measured,
-        wanted=section.wanted,
-        sureness=section.sureness,
+        wanted=section.target,
+        sureness=section.confidence,
         threshold=threshold,
         coverage=coverage,
         reached=reached,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
@@ -298,8 +299,10 @@ class FitRecipe(Section):
 class AbstainRecipe(Section):
     """When the student would rather say nothing: below the confidence at which it is this good."""
 
-    wanted: float = Field(0.95, gt=0, lt=1, strict=False, description="Of the texts it answers.")
-    sureness: float = Field(
+    renamed: ClassVar[Mapping[str, str]] = {"wanted": "target", "sureness": "confidence"}
+
+    target: float = Field(0.95, gt=0, lt=1, strict=False, description="Of the texts it answers.")
+    confidence: float = Field(
         0.9,
         gt=0,
         lt=1,

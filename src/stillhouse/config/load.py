@@ -245,9 +245,11 @@ def _numbers(raw: Any, annotation: Any) -> Any:
     if isinstance(raw, dict) and models:
         model = _chosen(models, raw)
         fields = model.model_fields if model else {}
+        renamed = getattr(model, "renamed", {})
         return {
-            key: _numbers(value, fields[key].annotation) if key in fields else value
+            key: _numbers(value, fields[name].annotation) if name in fields else value
             for key, value in raw.items()
+            for name in (renamed.get(key, key),)
         }
     if isinstance(raw, list):
         return [_numbers(item, annotation) for item in raw]

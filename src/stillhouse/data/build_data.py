@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from stillhouse import progress
-from stillhouse.data.data_config import DataRecipe, Source
+from stillhouse.data.data_config import DataRecipe, Source, WindowsRecipe
 from stillhouse.data.documents import AnyDocument, Completion, Document, content_hash, group_hash
 from stillhouse.data.packing import fill_windows, plan_isolated, plan_single
 from stillhouse.data.row_pool import Pool
 from stillhouse.data.sources import read_sources, size_estimate
 from stillhouse.data.split import Taken, check_split, divide
 from stillhouse.data.tokenize_rows import TokenRow, end_of_text, tokenize
-from stillhouse.data.windows import WindowsInfo, write_windows
+from stillhouse.data.windows import Windows, write_windows
 from stillhouse.errors import DataError
 
 _BATCH_DOCUMENTS = 512
@@ -26,62 +26,80 @@ _BATCH_CHARACTERS = 1_000_000
 
 
 @dataclass(frozen=True)
-class DataSummary:
-    """What the data stage made."""
+class Texts:
+    """Documents to read once. characters: about how many there are, for a progress bar."""
 
-    train: WindowsInfo
-    heldout: WindowsInfo
+    documents: Iterable[AnyDocument]
+    characters: int = 0
+
+    @classmethod
+    def of_sources(cls, sources: Sequence[Source], base: Path) -> Texts:
+        return cls(read_sources(sources, base), size_estimate(sources, base))
 
 
-def build(section: DataRecipe, tokenizer: Any, *, seed: int, base: Path, out: Path) -> DataSummary:
-    """Reads, tokenizes, divides and packs; writes out/train and out/heldout.
+def build(
+    section: DataRecipe, tokenizer: Any, *, seed: int, base: Path, out: Path
+) -> tuple[Windows, Windows]:
+    """Training and held-out windows of a recipe's sources, in out/train and out/heldout.
 
-    `base`: the folder that relative paths start from. The result depends on the seed and on the
-    documents' content, not on their order. Raises DataError for any text that cannot be used.
+    base: the folder that relative paths start from. Raises DataError as `make_windows`.
     """
-    held_groups: set[bytes] = set()
-    if section.heldout_sources:
+    heldout = Texts.of_sources(section.heldout_sources, base) if section.heldout_sources else None
+    texts = Texts.of_sources(section.sources, base)
+    return make_windows(texts, heldout, tokenizer, section, seed=seed, out=out)
+
+
+def make_windows(
+    texts: Texts,
+    heldout: Texts | None,
+    tokenizer: Any,
+    section: WindowsRecipe,
+    *,
+    seed: int = 0,
+    out: Path | None = None,
+) -> tuple[Windows, Windows]:
+    """Tokenize, divide and pack text: training and held-out windows.
+
+    heldout: text of its own; None: documents of `texts` are split off. out: a folder for both; None
+    keeps them in memory. The result depends on the seed and on the documents' content, not on their
+    order. Raises DataError for any text that cannot be used.
+    """
+    if heldout is not None:
         heldout_pool = Pool(seed, 0, section.heldout_tokens)
-        _gather(section, section.heldout_sources, tokenizer, base, heldout_pool, "held-out ")
-        held_groups = heldout_pool.groups
-        heldout = divide(heldout_pool.candidates, 0, section.heldout_tokens).train
-        pool = Pool(seed, 0, section.train_tokens, held_groups)
-        _gather(section, section.sources, tokenizer, base, pool)
+        _gather(heldout, tokenizer, section, heldout_pool, "held-out ")
+        pool = Pool(seed, 0, section.train_tokens, heldout_pool.groups)
+        _gather(texts, tokenizer, section, pool)
+        held = divide(heldout_pool.candidates, 0, section.heldout_tokens).train
         train = divide(pool.candidates, 0, section.train_tokens).train
     else:
         pool = heldout_pool = Pool(seed, section.heldout_tokens, section.train_tokens)
-        _gather(section, section.sources, tokenizer, base, pool)
+        _gather(texts, tokenizer, section, pool)
         split = divide(pool.candidates, section.heldout_tokens, section.train_tokens)
         if pool.candidates:
             check_split(pool.candidates, split, section.heldout_tokens, section.train_tokens)
-        heldout, train = split.heldout, split.train
+        held, train = split.heldout, split.train
     _refuse_empty(train, pool, section)
-    _refuse_empty(heldout, heldout_pool, section)
-    return DataSummary(
-        train=_write(section, tokenizer, pool, train, seed, out / "train"),
-        heldout=_write(section, tokenizer, heldout_pool, heldout, seed, out / "heldout"),
+    _refuse_empty(held, heldout_pool, section)
+    return (
+        _write(section, tokenizer, pool, train, seed, out and out / "train"),
+        _write(section, tokenizer, heldout_pool, held, seed, out and out / "heldout"),
     )
 
 
 def _gather(
-    section: DataRecipe,
-    sources: Sequence[Source],
-    tokenizer: Any,
-    base: Path,
-    pool: Pool,
-    kind: str = "",
+    texts: Texts, tokenizer: Any, section: WindowsRecipe, pool: Pool, kind: str = ""
 ) -> None:
-    """Tokenizes the documents of the sources that the pool admits."""
-    size = size_estimate(sources, base)
+    """Tokenizes the documents that the pool admits."""
+    size = texts.characters
     with progress.bar(f"Tokenizing {kind}text", size, "characters") as advance:
-        for batch in _batches(read_sources(sources, base)):
-            wanted = []
+        for batch in _batches(texts.documents):
+            admitted = []
             for document in batch:
                 key = pool.admit(group_hash(document), content_hash(document))
                 if key is not None:
-                    wanted.append((document, key))
-            encoded = tokenize([document for document, _ in wanted], tokenizer)
-            for (document, key), rows in zip(wanted, encoded, strict=True):
+                    admitted.append((document, key))
+            encoded = tokenize([document for document, _ in admitted], tokenizer)
+            for (document, key), rows in zip(admitted, encoded, strict=True):
                 fitting = [_fit(row, document, section, pool) for row in rows]
                 pool.add(key, [row for row in fitting if row is not None])
             pool.prune()
@@ -113,7 +131,9 @@ def _size(document: AnyDocument) -> int:
     return sum(len(str(message.get("content"))) for message in document.messages)
 
 
-def _fit(row: TokenRow, document: AnyDocument, section: DataRecipe, pool: Pool) -> TokenRow | None:
+def _fit(
+    row: TokenRow, document: AnyDocument, section: WindowsRecipe, pool: Pool
+) -> TokenRow | None:
     """The row, made to fit the context by the recipe's `long_rows`; None if it is dropped."""
     length, context = len(row.ids), section.context
     if row.splittable or length <= context:
@@ -131,7 +151,7 @@ def _fit(row: TokenRow, document: AnyDocument, section: DataRecipe, pool: Pool) 
     return None
 
 
-def _refuse_empty(taken: Sequence[Taken], pool: Pool, section: DataRecipe) -> None:
+def _refuse_empty(taken: Sequence[Taken], pool: Pool, section: WindowsRecipe) -> None:
     if taken:
         return
     reasons = {
@@ -149,8 +169,13 @@ def _refuse_empty(taken: Sequence[Taken], pool: Pool, section: DataRecipe) -> No
 
 
 def _write(
-    section: DataRecipe, tokenizer: Any, pool: Pool, taken: Sequence[Taken], seed: int, out: Path
-) -> WindowsInfo:
+    section: WindowsRecipe,
+    tokenizer: Any,
+    pool: Pool,
+    taken: Sequence[Taken],
+    seed: int,
+    out: Path | None,
+) -> Windows:
     """Packs the rows taken; the order of windows is shuffled, because packing sorts by length."""
     rows = [pool.row(part.index) for part in taken]
     lengths = [part.tokens for part in taken]
@@ -163,7 +188,7 @@ def _write(
     ids = [row.ids for row in rows]
     supervised = [row.supervised for row in rows]
     shuffled = [plan[index] for index in order]
-    info = write_windows(
+    windows = write_windows(
         out,
         fill_windows(shuffled, ids, supervised, section.context, pad_id),
         rows=len(plan),
@@ -178,10 +203,10 @@ def _write(
         pad_token_id=pad_id,
         tokenizer=str(getattr(tokenizer, "name_or_path", "")),
     )
-    if not info.supervised_tokens:
+    if not windows.supervised_tokens:
         raise DataError(
-            f"None of the {info.tokens:,} tokens is supervised: there is nothing to train on",
+            f"None of the {windows.info.tokens:,} tokens is supervised",
             where=out,
             fix="raise data.train_tokens and data.heldout_tokens, or give longer text",
         )
-    return info
+    return windows

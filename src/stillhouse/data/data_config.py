@@ -57,11 +57,9 @@ Source = Annotated[
 ]
 
 
-class DataRecipe(Section):
-    sources: list[Source] = Field(min_length=1, description="Where the training text comes from.")
-    heldout_sources: list[Source] = Field(
-        default=[], description="Text for evaluation; without it, documents are split off."
-    )
+class WindowsRecipe(Section):
+    """How text becomes windows of tokens."""
+
     context: int = Field(1024, ge=8, description="Tokens in one training window.")
     packing: Literal["isolated", "none"] = Field(
         "isolated",
@@ -74,4 +72,11 @@ class DataRecipe(Section):
     heldout_tokens: int = Field(8192, gt=0, description="About how many tokens to hold out.")
     long_rows: Literal["error", "truncate", "drop"] = Field(
         "error", description="What to do with a chat row that is longer than the context."
+    )
+
+
+class DataRecipe(WindowsRecipe):
+    sources: list[Source] = Field(min_length=1, description="Where the training text comes from.")
+    heldout_sources: list[Source] = Field(
+        default=[], description="Text for evaluation; without it, documents are split off."
     )

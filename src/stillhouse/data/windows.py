@@ -1,4 +1,4 @@
-"""Windows of tokens on disk: three memory-mapped arrays and a description.
+"""Windows of tokens: three arrays, memory-mapped where they are in a folder, and a description.
 
 R windows, L tokens in a window. `input_ids.npy`, `labels.npy` and `position_ids.npy` are int32
 [R, L]; `windows.json` is written last, so a folder that has it is complete.
@@ -62,11 +62,14 @@ class WindowsInfo:
     tokenizer: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Windows:
-    """A map-style dataset: `len(windows)` rows, each a dict of int64 tensors of length L."""
+    """A map-style dataset: `len(windows)` rows, each a dict of int64 tensors of length L.
 
-    path: Path
+    path: the folder that they are in; None: they are in memory.
+    """
+
+    path: Path | None
     info: WindowsInfo
     input_ids_RL: NDArray[np.int32]
     labels_RL: NDArray[np.int32]
@@ -83,6 +86,10 @@ class Windows:
     def __len__(self) -> int:
         return self.info.rows
 
+    def __repr__(self) -> str:
+        learned = f"{self.supervised_tokens:,} to predict"
+        return f"{len(self):,} windows of {self.context:,} tokens, {learned}"
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {
             name: torch.from_numpy(getattr(self, f"{name}_RL")[index].astype(np.int64))
@@ -91,23 +98,20 @@ class Windows:
 
 
 def write_windows(
-    path: Path, windows: Iterable[Window], rows: int, context: int, **about: Any
-) -> WindowsInfo:
-    """Writes `rows` windows one at a time; `about`: the fields of WindowsInfo not counted here."""
-    path.mkdir(parents=True, exist_ok=True)
-    arrays = {
-        name: np.lib.format.open_memmap(
-            path / f"{name}.npy", mode="w+", dtype=np.int32, shape=(rows, context)
-        )
-        for name in ARRAYS
-    }
+    path: Path | None, windows: Iterable[Window], rows: int, context: int, **about: Any
+) -> Windows:
+    """Keeps `rows` windows in a folder, or in memory where there is none.
+
+    about: the fields of WindowsInfo that are not counted here.
+    """
+    if path is not None:
+        path.mkdir(parents=True, exist_ok=True)
+    arrays = [_new_array(path, name, (rows, context)) for name in ARRAYS]
     supervised = 0
     for row, window in enumerate(windows):
-        for name in ARRAYS:
-            arrays[name][row] = getattr(window, f"{name}_L")
+        for name, array in zip(ARRAYS, arrays, strict=True):
+            array[row] = getattr(window, f"{name}_L")
         supervised += int((window.labels_L != IGNORED).sum())
-    for array in arrays.values():
-        array.flush()
     info = WindowsInfo(
         context=context,
         rows=rows,
@@ -115,10 +119,19 @@ def write_windows(
         fill=about["tokens"] / (rows * context),
         **about,
     )
-    (path / "windows.json").write_text(
-        json.dumps(asdict(info), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    return info
+    if path is not None:
+        for array in arrays:
+            array.flush()  # type: ignore[attr-defined]  # a memory map
+        text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
+        (path / "windows.json").write_text(text + "\n", encoding="utf-8")
+    return Windows(path, info, *arrays)
+
+
+def _new_array(path: Path | None, name: str, shape: tuple[int, int]) -> NDArray[np.int32]:
+    if path is None:
+        return np.empty(shape, np.int32)
+    file = path / f"{name}.npy"
+    return np.lib.format.open_memmap(file, mode="w+", dtype=np.int32, shape=shape)
 
 
 def open_windows(path: Path) -> Windows:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import gc
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +70,18 @@ def evaluate(
     if TEACHER not in paths:
         raise ModelError("an evaluation needs the teacher to compare with", where=", ".join(paths))
     paths = {TEACHER: paths[TEACHER], **paths}
-    setup = _Setup(
-        default_device(), precision.dtype, trust_remote_code, vocabulary, seed, prepare or {}
-    )
-    results, answers = _one_by_one(paths, setup, section, windows, export_dtype)
+    setup = _Setup(default_device(), precision.dtype, trust_remote_code, vocabulary, seed)
+    tokenizer = load_tokenizer(paths[TEACHER], trust_remote_code=trust_remote_code)
+    measuring = _Measuring(section, tokenizer, windows, vocabulary, seed)
+    for role, path in paths.items():
+        model = setup.load(path)
+        if prepare is not None and role in prepare:
+            prepare[role](model)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        measuring.add(role, model, weight_bytes(path, parameters, export_dtype))
+        del model
+        gc.collect()  # a model refers to itself: without this, two would be in memory
+    results = measuring.results
     notes = [
         f"Fidelity: {results[TEACHER].fidelity.tokens:,} tokens in {len(windows):,} held-out "
         f"windows. Matrix products: {precision.reason}."
@@ -100,11 +108,7 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
             )
             results[role] = replace(results[role], tasks=scores)
-    generations = [
-        Generation(prompt, {role: answers[role][index] for role in paths})
-        for index, prompt in enumerate(section.prompts)
-    ]
-    return Evaluation(list(results.values()), generations, notes)
+    return Evaluation(list(results.values()), measuring.generations(), notes)
 
 
 @dataclass(frozen=True)
@@ -114,53 +118,79 @@ class _Setup:
     trust_remote_code: bool
     vocabulary: int
     seed: int
-    prepare: Mapping[str, Callable[[Any], object]]
 
     def load(self, path: Path) -> Any:
         model = load_model(path, dtype=self.dtype, trust_remote_code=self.trust_remote_code)
         return model.to(self.device)
 
 
-def _one_by_one(
-    paths: dict[str, Path],
-    setup: _Setup,
-    section: EvaluateRecipe,
+def evaluate_models(
+    models: Mapping[str, Any],
+    tokenizer: Any,
     windows: WindowSet,
-    export_dtype: torch.dtype | None,
-) -> tuple[dict[str, ModelResult], dict[str, list[str]]]:
-    """What needs one model at a time: its answers to the windows and to the prompts, its size."""
-    tokenizer = load_tokenizer(paths[TEACHER], trust_remote_code=setup.trust_remote_code)
-    results: dict[str, ModelResult] = {}
-    written: dict[str, list[str]] = {}
-    teacher: HeldoutAnswers | None = None
-    tokens = sum(len(windows[index]["input_ids"]) for index in range(len(windows)))
-    for role, path in paths.items():
-        model = setup.load(path)
-        if role in setup.prepare:
-            setup.prepare[role](model)
+    *,
+    vocabulary: int,
+    prompts: Sequence[str] = (),
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> Evaluation:
+    """Fidelity and generations of models in memory, by role, each in its own number type.
+
+    models: the teacher first, all on one device. tokenizer: for the prompts.
+    Raises DataError: held-out text that cannot be measured on.
+    """
+    section = EvaluateRecipe(prompts=list(prompts), max_new_tokens=max_new_tokens, speed=False)
+    measuring = _Measuring(section, tokenizer, windows, vocabulary, seed)
+    for role, model in models.items():
+        weights = sum(each.numel() * each.element_size() for each in model.parameters())
+        measuring.add(role, model, weights)
+    notes = [f"{len(windows):,} held-out windows; each model computes in its own number type."]
+    return Evaluation(list(measuring.results.values()), measuring.generations(), notes)
+
+
+@dataclass
+class _Measuring:
+    """What needs one model at a time, the teacher first: its answers to the windows and to the
+    prompts, and its size."""
+
+    section: EvaluateRecipe
+    tokenizer: Any
+    windows: WindowSet
+    vocabulary: int
+    seed: int
+    results: dict[str, ModelResult] = field(default_factory=dict)
+    _written: dict[str, list[str]] = field(default_factory=dict)
+    _teacher: HeldoutAnswers | None = None
+
+    def add(self, role: str, model: Any, bytes_on_disk: int) -> None:
+        windows = self.windows
+        tokens = sum(len(windows[index]["input_ids"]) for index in range(len(windows)))
         with bar(f"Held-out: {role}", tokens) as advance:
             answers = heldout_answers(model, windows, advance=advance)
-            teacher = teacher or answers
-            fidelity = compare(answers, teacher, setup.vocabulary)
-        parameters = count_parameters(model)
-        results[role] = ModelResult(
+            self._teacher = self._teacher or answers
+            fidelity = compare(answers, self._teacher, self.vocabulary)
+        size = count_parameters(model)
+        self.results[role] = ModelResult(
             role=role,
-            parameters=parameters.total,
-            non_embedding_parameters=parameters.non_embedding,
-            bytes_on_disk=weight_bytes(path, parameters.total, export_dtype),
+            parameters=size.total,
+            non_embedding_parameters=size.non_embedding,
+            bytes_on_disk=bytes_on_disk,
             fidelity=fidelity,
         )
-        written[role] = generate(
+        self._written[role] = generate(
             model,
-            tokenizer,
-            section.prompts,
-            max_new_tokens=section.max_new_tokens,
-            temperature=section.temperature,
-            seed=setup.seed,
+            self.tokenizer,
+            self.section.prompts,
+            max_new_tokens=self.section.max_new_tokens,
+            temperature=self.section.temperature,
+            seed=self.seed,
         )
-        del model, answers
-        gc.collect()  # a model refers to itself: without this, two would be in memory
-    return results, written
+
+    def generations(self) -> list[Generation]:
+        return [
+            Generation(prompt, {role: texts[number] for role, texts in self._written.items()})
+            for number, prompt in enumerate(self.section.prompts)
+        ]
 
 
 def _with_speed(

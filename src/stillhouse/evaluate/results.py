@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -63,14 +65,25 @@ class Generation:
     answers: dict[str, str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evaluation:
+    """Every model of a run beside its teacher; as text, the table of metrics."""
+
     models: list[ModelResult]
     generations: list[Generation]
     notes: list[str] = field(default_factory=list)
 
     def result(self, role: str) -> ModelResult | None:
         return next((model for model in self.models if model.role == role), None)
+
+    def __repr__(self) -> str:
+        from stillhouse.evaluate.metrics import metrics_of
+        from stillhouse.evaluate.metrics_table import to_rich
+
+        console = Console(width=100, color_system=None)
+        with console.capture() as captured:
+            console.print(to_rich(metrics_of(self)))
+        return captured.get().rstrip()
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False), encoding="utf-8")

@@ -23,8 +23,8 @@ def plan_data(job: Job) -> StagePlan:
 
     def work(out: Path) -> Outcome:
         tokenizer = load_tokenizer(job.tokenizer_path)
-        built = build(read, tokenizer, seed=job.recipe.seed, base=job.base, out=out)
-        return Outcome(summary=asdict(built))
+        train, heldout = build(read, tokenizer, seed=job.recipe.seed, base=job.base, out=out)
+        return Outcome(summary={"train": asdict(train.info), "heldout": asdict(heldout.info)})
 
     inputs: dict[str, Any] = {
         "recipe": section.model_dump(mode="json"),

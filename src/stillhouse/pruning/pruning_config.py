@@ -113,7 +113,7 @@ class PruningMethod(Section):
     importance: Importance = Field(
         "refit",
         description="Of neurons, heads and channels. refit: what is lost after the others were "
-        "refit (activations, with reconstruct: false); activations: norm of activations x norm of "
+        "refit (activations, with refit: false); activations: norm of activations x norm of "
         "the weights that read them; gradients: Fisher information of the KL.",
     )
     aggregation: Aggregation = Field(

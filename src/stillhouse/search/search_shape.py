@@ -34,7 +34,7 @@ from stillhouse.search.search_text import SearchText, batches_of, split_text
 from stillhouse.search.shape_costs import Costs, costs_of
 from stillhouse.search.short_training import distill_shortly
 from stillhouse.search.trial_log import Journal
-from stillhouse.students.build_student import method_of
+from stillhouse.students.pruned_student import method_of
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load import load_config, load_model
 from stillhouse.teachers.quiet import quiet
@@ -259,7 +259,7 @@ class _Work:
             model,
             self.text.calibration,
             **sizes_to_prune(self.before, shape),
-            reconstruct=setting.section.reconstruct,
+            reconstruct=setting.section.refit,
             calibration_tokens=tokens,
             seed=setting.seed,
             dtype=setting.dtype,

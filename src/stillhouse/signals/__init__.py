@@ -1,4 +1,4 @@
-"""What a student learns to match: the teacher's answer for given tokens.
+"""What a student learns to match: the teacher's distribution for given tokens.
 
 An objective never learns where a signal came from: a model in memory, a server, or a store.
 """

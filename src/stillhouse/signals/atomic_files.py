@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and JSON that notices a flipped bit."""
+"""Files that are whole or absent, and JSON with a checksum."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PARTIAL = ".partial"
 
 
 def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
-    """Writes a file under a temporary name, flushes it to disk, and gives it its name.
+    """Write a file under a temporary name, flush it to disk, and rename it.
 
     Raises StoreError: the disk is full or the folder cannot be written. The temporary file is
-    gone then, and what was there before is untouched.
+    removed then, and what was there before is untouched.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -36,19 +36,19 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
             raise StoreError(
                 "the disk is full; every shard before this one is kept",
                 where=path.parent,
-                fix="make room and run the same command again: it goes on from there",
+                fix="free some space and run the same command again: it resumes there",
             ) from error
         raise StoreError(
             f"the store cannot be written ({error.strerror})",
             where=path,
-            fix="check that the folder exists and may be written",
+            fix="check that the folder exists and is writable",
         ) from error
 
 
 def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
-    except OSError:  # it lies about as a .partial file, which nothing reads
+    except OSError:  # a .partial file stays, which nothing reads
         return
 
 
@@ -61,12 +61,12 @@ def _flush_folder(folder: Path) -> None:
 
 
 def checked_json(content: dict[str, Any]) -> bytes:
-    """The content as JSON, the checksum of the rest as its last key."""
+    """The content as JSON, with a checksum of the rest as its last key."""
     return _text({**content, "checksum": _checksum(content)})
 
 
 def read_checked_json(path: Path, what: str) -> dict[str, Any]:
-    """What `checked_json` wrote. Raises StoreError unless every byte of the file is as it was."""
+    """What `checked_json` wrote. Raises StoreError unless every byte is as it was."""
     try:
         data = path.read_bytes()
     except OSError as error:

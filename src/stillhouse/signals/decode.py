@@ -1,4 +1,4 @@
-"""From the rows of a store to a signal: no loop over rows, nothing copied twice.
+"""From the rows of a store to a signal, without a loop over rows.
 
 Shapes: S segments, n rows of a source, N rows of a batch, K entries of the longest row.
 """
@@ -39,11 +39,11 @@ StoredSignal = SparseSignal | SampledSignal | FrozenHeadSignal | HiddenSignal
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Segments of a batch that lie in one shard, or in memory.
+    """Segments of a batch that are in one shard, or in memory.
 
     rows: all of the source; the planes of ragged rows end in GUARD more elements. rows_S,
-    first_row_S, first_entry_S and first_value_S: where in it each segment lies. place_n: which
-    rows of the batch they are, in order.
+    first_row_S, first_entry_S and first_value_S: where each segment is in it. place_n: which rows
+    of the batch they are, in order.
     """
 
     rows: EntryRows | DenseRows
@@ -57,7 +57,7 @@ class Source:
         return ranges(self.first_row_S, self.rows_S)
 
     def place(self) -> slice | NDArray[np.int64]:
-        """`place_n` as an index: a slice where the rows stand together, which is faster."""
+        """`place_n` as an index: a slice where the rows are contiguous, which is faster."""
         first, last = int(self.place_n[0]), int(self.place_n[-1])
         together = last - first + 1 == len(self.place_n)
         return slice(first, last + 1) if together else self.place_n
@@ -71,8 +71,8 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """Rows of a batch side by side. What lies past counts_N (valued_N) in a row is of no meaning,
-    but the ids there are ids."""
+    """Rows of a batch side by side. What is past counts_N (valued_N) in a row is arbitrary, but the
+    ids there are ids."""
 
     counts_N: NDArray[np.uint8]
     valued_N: NDArray[np.uint8]
@@ -88,7 +88,7 @@ def ranges(first_S: NDArray[np.int64], lengths_S: NDArray[np.int64]) -> NDArray[
 
 
 def pad(sources: Sequence[Source], rows: int) -> Padded:
-    """The rows of a batch, taken together from where they lie. All sources hold entries."""
+    """The rows of a batch, gathered from their sources, which all hold entries."""
     counts_N, valued_N = np.empty(rows, np.uint8), np.empty(rows, np.uint8)
     found = []
     for source in sources:
@@ -96,7 +96,7 @@ def pad(sources: Sequence[Source], rows: int) -> Padded:
         assert isinstance(held, EntryRows)
         row_n = source.row_indices()
         counts_n = held.counts_N[row_n]
-        valued_n = counts_n if held.valued_N is None else held.valued_N[row_n]
+        valued_n = held.valued_counts[row_n]
         counts_N[source.place()], valued_N[source.place()] = counts_n, valued_n
         found.append((source, held, row_n, counts_n, valued_n))
     most = max(int(counts_N.max(initial=0)), 1)
@@ -152,7 +152,7 @@ def entries_signal(encoding: EntryEncoding, rows: Padded, temperature: float) ->
 
 
 def _shared_weights(rows: Padded, units: int) -> NDArray[np.float32]:
-    """Exact probabilities, and behind them draws that share what these leave of 1: [N, K]."""
+    """Exact probabilities, then draws that share what these leave of 1: [N, K]."""
     wide = rows.values_NK.shape[1]
     column_K = np.arange(rows.ids_NK.shape[1], dtype=np.uint8)
     valued_NX = column_K[:wide] < rows.valued_N[:, None]

@@ -1,7 +1,7 @@
 """From rows of a teacher's logits to the rows of a store.
 
-Shapes: n rows of a chunk, V vocabulary, U uniform numbers a row, k likeliest tokens, X entries
-with a value, D draws. Rows of a chunk are worked on a few at a time, so that they stay in cache.
+Shapes: n rows of a chunk, V vocabulary, U uniform numbers per row, k top tokens, X entries with a
+value, D draws. A few rows of a chunk are processed at a time, so that they stay in the cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stillhouse.errors import SignalError
-from stillhouse.signals.encoded_rows import DenseRows, EntryRows, concatenate, split_ids
+from stillhouse.signals.encoded_rows import DenseRows, EntryRows, concatenate
 from stillhouse.signals.encodings import (
     UNITS,
     EntryEncoding,
@@ -30,26 +30,26 @@ from stillhouse.signals.selection import (
     Blocks,
     Entries,
     at_least,
-    likeliest,
     locate,
     place_in_row,
     probabilities,
     sum_of_squares,
     take_out_,
+    top_tokens,
 )
 from stillhouse.signals.signal_types import SparseSignal
 
 CACHED_NUMBERS = 1 << 22
-"""Logits that are worked on at a time on a CPU; an accelerator takes 64 times as many."""
+"""Logits that are processed at a time on a CPU; 64 times as many on an accelerator."""
 
 
 @dataclass(frozen=True)
 class Statistics:
     """Sums over rows of what an encoding kept and lost; the means are in the manifest.
 
-    mass: the teacher's probability of the tokens that were stored. variance: of the estimate,
-    Σ_i Var(p̂_i), in closed form from the true p. squared_bias: Σ_i (E p̂_i − p_i)², where the
-    encoding's p̂ is a whole distribution.
+    mass: the teacher's probability of the stored tokens. variance: of the estimate, Σ_i Var(p̂_i),
+    in closed form from the true p. squared_bias: Σ_i (E p̂_i − p_i)², where the encoding's p̂ is a
+    whole distribution.
     """
 
     mass: float = 0.0
@@ -62,10 +62,10 @@ class Statistics:
 
 @dataclass
 class Encoder:
-    """Encodes chunks of logits, one after the other, in one buffer that is used again.
+    """Encodes chunks of logits in a buffer that is reused.
 
-    `uniforms_nU` of a call are `encoding.draws_a_row` numbers in [0, 1) for each row: all of the
-    chance there is, so that equal numbers give equal rows.
+    `uniforms_nU` of a call are `encoding.draws_per_row` numbers in [0, 1) for each row: the only
+    randomness, so that equal numbers give equal rows.
     """
 
     encoding: EntryEncoding
@@ -117,17 +117,10 @@ def frozen_head_rows(
 
 
 def top_k_rows(signal: SparseSignal, vocabulary: int) -> tuple[EntryRows, Statistics]:
-    """The rows of a signal that was read from likely tokens, as `TopK` stores them."""
-    ids_NK, log_p_NK = signal.ids_NK.cpu().numpy(), signal.log_probs_NK.cpu().double().numpy()
-    low_E, high_E = split_ids(ids_NK.ravel(), vocabulary)
-    rows = EntryRows(
-        counts_N=np.full(len(ids_NK), ids_NK.shape[1], dtype=np.uint8),
-        valued_N=None,
-        low_E=low_E,
-        high_E=high_E,
-        values_X=log_p_NK.ravel().astype("<f2"),
-        tail_N=signal.tail_N.cpu().numpy().astype("<f4"),
-    )
+    """The rows of a signal of top tokens, as `TopK` stores them."""
+    ids_NK, log_p_NK = signal.ids_NK, signal.log_probs_NK.cpu().double().numpy()
+    counts_N, values_X = torch.full((len(ids_NK),), ids_NK.shape[1]), log_p_NK.ravel().astype("<f2")
+    rows = EntryRows.of(vocabulary, counts_N, ids_NK.flatten(), values_X, tail_N=signal.tail_N)
     return rows, Statistics(mass=float(np.exp(log_p_NK).sum(1).clip(max=1.0).sum()))
 
 
@@ -141,14 +134,14 @@ def _bf16_bits(values_NW: Tensor) -> NDArray[np.uint16]:
     return values_NW.to(torch.bfloat16).view(torch.int16).cpu().numpy().view("<u2")
 
 
-# --- the likeliest tokens ------------------------------------------------------------------
+# --- top tokens ----------------------------------------------------------------------------
 
 
 def _top(
     encoding: TopK | TopP, blocks: Blocks, uniforms_nU: Tensor
 ) -> tuple[EntryRows, Statistics]:
     most = encoding.k if isinstance(encoding, TopK) else encoding.most
-    p_nk, ids_nk = likeliest(blocks, _checked_k(most, blocks))
+    p_nk, ids_nk = top_tokens(blocks, _checked_k(most, blocks))
     p_nk = p_nk.double()
     if isinstance(encoding, TopP):
         kept_nk = p_nk.cumsum(1) - p_nk < encoding.p
@@ -161,16 +154,9 @@ def _top(
         squares_n = p_nk.square().sum(1)
         more_n = sum_of_squares(blocks.p_nV) - squares_n
         squared_bias = float((squares_n * (tail_n / mass_n).square() + more_n).sum())
-    low_E, high_E = split_ids(ids_nk[kept_nk].cpu().numpy(), blocks.vocabulary)
-    log_p_X = p_nk[kept_nk].log().clamp(min=torch.finfo(torch.float16).min)
-    rows = EntryRows(
-        counts_N=kept_nk.sum(1).to(torch.uint8).cpu().numpy(),
-        valued_N=None,
-        low_E=low_E,
-        high_E=high_E,
-        values_X=log_p_X.half().cpu().numpy(),
-        tail_N=tail_n.float().cpu().numpy(),
-    )
+    log_p_X = p_nk[kept_nk].log().clamp(min=torch.finfo(torch.float16).min).half().cpu().numpy()
+    counts_n, ids_E = kept_nk.sum(1), ids_nk[kept_nk]
+    rows = EntryRows.of(blocks.vocabulary, counts_n, ids_E, log_p_X, tail_N=tail_n)
     return rows, Statistics(float(mass_n.sum()), 0.0, squared_bias)
 
 
@@ -178,8 +164,8 @@ def _checked_k(k: int, blocks: Blocks) -> int:
     if k <= blocks.vocabulary:
         return k
     raise SignalError(
-        f"{k} tokens a row are asked for, and the vocabulary has {blocks.vocabulary}",
-        fix="ask for fewer",
+        f"{k} tokens per row are more than the {blocks.vocabulary} of the vocabulary",
+        fix="store fewer",
     )
 
 
@@ -212,15 +198,8 @@ def _sampled(
         # A row's scale is free, since it is divided by its sum: its largest weight becomes 1.
         largest_n = torch.zeros_like(squares_n).scatter_reduce(0, rows_E, weights_E, "amax")
         values_E = (weights_E / largest_n[rows_E]).half()
-    low_E, high_E = split_ids(ids_E.cpu().numpy(), blocks.vocabulary)
-    rows = EntryRows(
-        counts_N=torch.bincount(rows_E, minlength=blocks.rows).to(torch.uint8).cpu().numpy(),
-        valued_N=None,
-        low_E=low_E,
-        high_E=high_E,
-        values_X=values_E.cpu().numpy(),
-        tail_N=None,
-    )
+    counts_n = torch.bincount(rows_E, minlength=blocks.rows)
+    rows = EntryRows.of(blocks.vocabulary, counts_n, ids_E, values_E.cpu().numpy())
     variance = float((second_moment_n - squares_n).sum()) / draws
     return rows, Statistics(float(p_E.sum()), variance, 0.0)
 
@@ -231,7 +210,7 @@ def _sampled(
 def _stratified(
     encoding: Stratified, blocks: Blocks, uniforms_nU: Tensor
 ) -> tuple[EntryRows, Statistics]:
-    p_nk, ids_nk = likeliest(blocks, _checked_k(encoding.k, blocks))
+    p_nk, ids_nk = top_tokens(blocks, _checked_k(encoding.k, blocks))
     ids_nk, order_nk = ids_nk.sort(1)
     rows_nk = torch.arange(blocks.rows, device=ids_nk.device)[:, None].expand_as(ids_nk)
     p_nk = p_nk.gather(1, order_nk).double()
@@ -239,7 +218,7 @@ def _stratified(
     take_out_(blocks, exact)
     tail_n = blocks.sums_nB.sum(1, dtype=torch.float64)
     draws_n = torch.where(tail_n > 0, encoding.draws, 0)
-    # A token likelier than one draw's weight w comes ⌊p/w⌋ times or once more.
+    # A token that is more likely than one draw's weight w comes ⌊p/w⌋ times or once more.
     weight_n1 = (tail_n / encoding.draws).clamp(min=1e-30).float()[:, None]
     part_nV = (blocks.p_nV / weight_n1).frac_()
     drawn_n = (part_nV.sum(1) - sum_of_squares(part_nV)) * weight_n1[:, 0].double().square()
@@ -267,12 +246,13 @@ def _exact_and_drawn(
     units: int,
     drawn_variance_n: Tensor,
 ) -> tuple[EntryRows, Statistics]:
-    """Exact entries as whole numbers of 1/units, and `draws_n` systematic draws from what is left
-    in `blocks`. `drawn_variance_n`: of the draws, were the exact entries not rounded.
+    """Exact entries as multiples of 1/units, and `draws_n` systematic draws from the rest in
+    `blocks`.
 
-    Rounding is systematic as well: the running sum of a row is moved by one uniform number and
-    cut to whole units. Every value is p · units on average and less than 1 off, and so is the sum,
-    which therefore never passes `units`.
+    drawn_variance_n: of the draws, if the exact entries were not rounded. Rounding is systematic as
+    well: the running sum of a row is shifted by one uniform number and cut to whole units. Every
+    value is p · units on average and less than 1 off, and so is the sum, which therefore never
+    exceeds `units`.
     """
     n, rows_X = blocks.rows, exact.rows_X
     tail_n = blocks.sums_nB.sum(1, dtype=torch.float64)
@@ -302,15 +282,8 @@ def _exact_and_drawn(
     ids_E = torch.empty(len(rows_X) + len(rows_D), dtype=torch.long, device=rows_X.device)
     ids_E[start_n[rows_X] + place_in_row(rows_X, valued_n)] = exact.ids_X
     ids_E[start_n[rows_D] + valued_n[rows_D] + place_D] = ids_D
-    low_E, high_E = split_ids(ids_E.cpu().numpy(), blocks.vocabulary)
-    rows = EntryRows(
-        counts_N=counts_n.to(torch.uint8).cpu().numpy(),
-        valued_N=valued_n.to(torch.uint8).cpu().numpy(),
-        low_E=low_E,
-        high_E=high_E,
-        values_X=values_X.cpu().numpy().astype("<u1" if units == UNITS[1] else "<u2"),
-        tail_N=None,
-    )
+    whole_X = values_X.cpu().numpy().astype("<u1" if units == UNITS[1] else "<u2")
+    rows = EntryRows.of(blocks.vocabulary, counts_n, ids_E, whole_X, valued_N=valued_n)
     rounding = float((scaled_X.frac() * (1.0 - scaled_X.frac())).sum()) / units**2
     variance = float(drawn_variance_n.clamp(min=0.0).sum()) + rounding
     return rows, Statistics(float(mass_n.sum() + p_D.sum()), variance, 0.0)

@@ -1,4 +1,4 @@
-"""Encoded rows in memory: what an encoder gives, a shard holds and a decoder takes.
+"""Encoded rows in memory: what an encoder returns, a shard holds and a decoder reads.
 
 Shapes: N rows, E entries of all rows, X stored values of all rows, W numbers of a dense row.
 """
@@ -10,21 +10,23 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 GUARD = 256
-"""Zero elements after each ragged plane: a reader may take a row of 255 entries anywhere in it."""
+"""Zero elements after each ragged plane: a reader may read 255 entries from anywhere in it."""
 
 
 @dataclass(frozen=True, eq=False)
 class EntryRows:
     """Rows of token ids, some or all of them with a value.
 
-    counts_N: ids of each row. valued_N: how many of them, the first ones, have a value (None:
-    all of them); the others are draws that share what the values leave of 1. low_E and high_E:
-    the lowest 16 and, where the vocabulary needs them, the next 8 bits of the ids. values_X:
-    probabilities or counts (u8, u16), log-probabilities or weights (f16). tail_N: the mass of all
-    tokens without an entry (None: not stored).
+    counts_N: ids of each row. valued_N: how many of them, the first ones, have a value (None: all);
+    the others are draws that share what the values leave of 1. low_E, high_E: the lowest 16 bits of
+    the ids and, where the vocabulary needs them, the next 8. values_X: probabilities or counts (u8,
+    u16), log-probabilities or weights (f16). tail_N: the mass of all tokens without an entry (None:
+    not stored).
     """
 
     counts_N: NDArray[np.uint8]
@@ -34,13 +36,40 @@ class EntryRows:
     values_X: NDArray[Any]
     tail_N: NDArray[np.float32] | None
 
+    @classmethod
+    def of(
+        cls,
+        vocabulary: int,
+        counts_N: Tensor,
+        ids_E: Tensor,
+        values_X: NDArray[Any],
+        *,
+        valued_N: Tensor | None = None,
+        tail_N: Tensor | None = None,
+    ) -> EntryRows:
+        """From torch's numbers, on any device."""
+        low_E, high_E = split_ids(ids_E.cpu().numpy(), vocabulary)
+        return cls(
+            counts_N=_bytes(counts_N),
+            valued_N=None if valued_N is None else _bytes(valued_N),
+            low_E=low_E,
+            high_E=high_E,
+            values_X=values_X,
+            tail_N=None if tail_N is None else tail_N.float().cpu().numpy(),
+        )
+
     def __len__(self) -> int:
         return len(self.counts_N)
+
+    @property
+    def valued_counts(self) -> NDArray[np.uint8]:
+        """How many ids of each row have a value."""
+        return self.counts_N if self.valued_N is None else self.valued_N
 
 
 @dataclass(frozen=True, eq=False)
 class DenseRows:
-    """Rows of W numbers: bfloat16 as its 16 bits. scalar_N: one more number a row, or None."""
+    """Rows of W numbers, bfloat16 as its 16 bits. scalar_N: one more number per row, or None."""
 
     bits_NW: NDArray[np.uint16]
     scalar_N: NDArray[np.float32] | None
@@ -54,7 +83,7 @@ RowsT = TypeVar("RowsT", EntryRows, DenseRows, Rows)
 
 
 def concatenate(parts: Sequence[RowsT]) -> RowsT:
-    """The parts' rows one after the other; all parts are of one kind."""
+    """The rows of all parts, which are of one kind."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -71,6 +100,10 @@ def split_ids(ids_E: NDArray[Any], vocabulary: int) -> tuple[NDArray[Any], NDArr
     """The lowest 16 bits of the ids, and the next 8 where the vocabulary needs them."""
     low_E = (ids_E & 0xFFFF).astype("<u2")
     return low_E, (ids_E >> 16).astype(np.uint8) if id_bytes(vocabulary) == 3 else None
+
+
+def _bytes(counts_N: Tensor) -> NDArray[np.uint8]:
+    return counts_N.to(torch.uint8).cpu().numpy()
 
 
 def id_bytes(vocabulary: int) -> int:

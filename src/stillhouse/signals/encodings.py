@@ -1,8 +1,9 @@
-"""What of the teacher's answer a store keeps: one frozen dataclass for each encoding.
+"""What of a teacher's distribution a store keeps: one frozen dataclass per encoding.
 
-Every class says what it keeps a row, which signal that gives back (`signal`), which divergences
-the signal serves, and whether the teacher's probabilities are estimated without bias. Sizes are
-for ids of `id_bytes` bytes: 2 where the vocabulary has at most 65,536 tokens, else 3.
+Each says what it keeps per row, which signal that is read back as (`signal`), which divergences the
+signal serves, and whether the teacher's probabilities are estimated without bias. These texts are
+part of a manifest and of its digest, so they must not change. Sizes are for ids of `id_bytes`
+bytes: 2 where the vocabulary has at most 65,536 tokens, else 3.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ MOST_ENTRIES = 254
 BUCKETED = "every divergence except adaptive_kl"
 FORWARD_ONLY = "forward_kl"
 UNITS = {1: 255, 2: 65535}
-"""A probability of n bytes is a whole number of 1/UNITS[n]."""
+"""A probability of n bytes is a multiple of 1/UNITS[n]."""
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The k likeliest tokens: id and log-probability (float16), and the mass of all others.
+    """The k most likely tokens: id and log-probability (float16), and the mass of all others.
 
-    With `tail: false` the k probabilities are made to sum to 1 when they are read. That is the
-    usual baseline; its error does not average out.
+    With `tail: false` the k probabilities are normalized to sum to 1 when they are read. That is
+    the usual baseline; its error does not average out.
     """
 
     k: int
     tail: bool = True
 
     kind: ClassVar[str] = "top_k"
-    draws_a_row: ClassVar[int] = 0
+    draws_per_row: ClassVar[int] = 0
 
     @property
     def signal(self) -> str:
@@ -55,7 +56,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class TopP:
-    """The fewest tokens whose mass reaches p, `most` at the most, stored as in `TopK`."""
+    """The fewest tokens whose mass reaches p, at most `most`, stored as in `TopK`."""
 
     p: float
     most: int = 64
@@ -64,7 +65,7 @@ class TopP:
     signal: ClassVar[str] = "SparseSignal"
     serves: ClassVar[str] = BUCKETED
     bias: ClassVar[str] = "none within its buckets; tokens of the tail are not told apart"
-    draws_a_row: ClassVar[int] = 0
+    draws_per_row: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         _within("top_p.p", self.p, 0.0, 1.0)
@@ -75,9 +76,9 @@ class TopP:
 class Sampled:
     """`draws` tokens drawn with replacement from q ∝ p^exponent: the different ids and counts.
 
-    Sparse Logit Sampling (Anshumann et al. 2025, arXiv 2503.16870). At an exponent of 1 a count
-    is one byte. Otherwise each id carries count · p/q as a float16, and since the reader makes
-    every row sum to 1, the estimate is a ratio: consistent, with a bias of order 1/draws.
+    Sparse Logit Sampling (Anshumann et al. 2025, arXiv 2503.16870). At an exponent of 1 a count is
+    one byte. Otherwise each id carries count · p/q as a float16, and since rows are normalized when
+    they are read, the estimate is a ratio: consistent, with a bias of order 1/draws.
     """
 
     draws: int
@@ -88,7 +89,7 @@ class Sampled:
     serves: ClassVar[str] = FORWARD_ONLY
 
     @property
-    def draws_a_row(self) -> int:
+    def draws_per_row(self) -> int:
         return self.draws
 
     @property
@@ -102,10 +103,10 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Stratified:
-    """The k likeliest tokens with their probabilities, and systematic draws from the rest.
+    """The k most likely tokens with their probabilities, and systematic draws from the rest.
 
-    Each draw weighs the rest's mass / draws. That mass is 1 less the stored probabilities, so
-    that a draw is an id and nothing else.
+    Each draw weighs the rest's mass / draws. That mass is 1 less the stored probabilities, so a
+    draw is only an id.
     """
 
     k: int
@@ -116,7 +117,7 @@ class Stratified:
     signal: ClassVar[str] = "SampledSignal"
     serves: ClassVar[str] = FORWARD_ONLY
     bias: ClassVar[str] = "unbiased"
-    draws_a_row: ClassVar[int] = 2
+    draws_per_row: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         _within("stratified.k", self.k, 1, MOST_ENTRIES)
@@ -128,10 +129,10 @@ class Stratified:
 class Threshold:
     """Every token of probability ≥ tau exactly, and the rest by systematic draws of ≥ tau each.
 
-    The rest's mass T gets max(1, ⌊T/tau⌋) draws, each weighing T / draws: a position whose tail is
-    heavy gets more of them, and no token comes twice. One tau for the whole store gives the least
-    total variance for the total number of entries: see docs/signal-store.md. `tune_threshold`
-    finds the tau of a wanted size.
+    The rest's mass T gets max(1, ⌊T/tau⌋) draws, each weighing T / draws: a position with a heavy
+    tail gets more of them, and no token comes twice. One tau for the whole store gives the least
+    total variance for the total number of entries: see docs/signal-store.md. `tune_threshold` finds
+    the tau of a size.
     """
 
     tau: float
@@ -141,7 +142,7 @@ class Threshold:
     signal: ClassVar[str] = "SampledSignal"
     serves: ClassVar[str] = FORWARD_ONLY
     bias: ClassVar[str] = "unbiased"
-    draws_a_row: ClassVar[int] = 2
+    draws_per_row: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         _within("threshold.tau", self.tau, 1 / (MOST_ENTRIES - 1), 1.0)
@@ -150,9 +151,9 @@ class Threshold:
 
 @dataclass(frozen=True)
 class FrozenHead:
-    """Wᵀp in bfloat16 for a student's head W [V, width] that stays as it is, and Σ p log p.
+    """Wᵀp in bfloat16 for a student's head W [V, width] that is not trained, and Σ p log p.
 
-    Forward KL from it is exact but for the rounding: 2 · width + 4 bytes a row.
+    Forward KL from it is exact up to rounding: 2 · width + 4 bytes per row.
     """
 
     width: int
@@ -161,7 +162,7 @@ class FrozenHead:
     signal: ClassVar[str] = "FrozenHeadSignal"
     serves: ClassVar[str] = "forward_kl of a student whose head is frozen"
     bias: ClassVar[str] = "exact up to bfloat16"
-    draws_a_row: ClassVar[int] = 0
+    draws_per_row: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         _within("frozen_head.width", self.width, 1, 2**24)
@@ -178,7 +179,7 @@ class Hidden:
     signal: ClassVar[str] = "HiddenSignal"
     serves: ClassVar[str] = "losses on these hidden states; of the last, every divergence"
     bias: ClassVar[str] = "exact up to bfloat16"
-    draws_a_row: ClassVar[int] = 0
+    draws_per_row: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))  # JSON has lists only
@@ -200,7 +201,7 @@ def encoding_to_json(encoding: Encoding) -> dict[str, Any]:
 
 
 def encoding_from_json(raw: Mapping[str, Any]) -> Encoding:
-    """The reverse of `encoding_to_json`. Raises SignalError: an unknown kind or parameter."""
+    """The inverse of `encoding_to_json`. Raises SignalError: an unknown kind or parameter."""
     values = dict(raw)
     kind = values.pop("kind", None)
     if kind not in ENCODINGS:
@@ -212,16 +213,9 @@ def encoding_from_json(raw: Mapping[str, Any]) -> Encoding:
     except TypeError as error:
         known = [field.name for field in fields(ENCODINGS[kind])]
         raise SignalError(
-            f"{kind} has not the parameters {sorted(values)}",
+            f"{kind} does not have the parameters {sorted(values)}",
             fix=f"its parameters are {', '.join(known)}",
         ) from error
-
-
-def value_bytes(encoding: EntryEncoding) -> int:
-    """Bytes of one stored probability, log-probability, count or weight."""
-    if isinstance(encoding, Stratified | Threshold):
-        return encoding.probability_bytes
-    return 1 if isinstance(encoding, Sampled) and encoding.exponent == 1.0 else 2
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:

@@ -17,7 +17,7 @@ CHUNK_LOGITS = 1 << 23
 
 
 def head_logits(head: LMHead, hidden_ND: Tensor) -> Tensor:
-    """softcap(scale · (h Wᵀ + b)) as [N, V], in float32 or wider: all of it, so for few rows.
+    """softcap(scale · (h Wᵀ + b)) as [N, V], in float32 or wider; whole, so only for a few rows.
 
     The product is taken in the head's dtype.
     """

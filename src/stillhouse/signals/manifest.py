@@ -1,4 +1,4 @@
-"""What a store says about itself: the settings, fixed when it is begun, and the manifest."""
+"""A store's settings, fixed when it is begun, and its manifest."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SETTINGS, MANIFEST, SHARDS = "settings.json", "manifest.json", "shards"
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what the rows of a store are, and where they come from.
+    """Everything that decides what the rows of a store are, and where they come from.
 
-    identity: whatever must be the same where the store is read, by name: hashes of the teacher,
-    the tokenizer, the chat template. vocabulary: tokens of the distribution. provenance: what is
-    good to know and need not be the same: hashes of the data and the code.
+    identity: what must be the same where the store is read, by name: hashes of the teacher, the
+    tokenizer, the chat template. vocabulary: tokens of the distribution. provenance: for
+    information: hashes of the data and the code.
     """
 
     encoding: Encoding
@@ -46,7 +46,7 @@ class Settings:
         }
 
     def fingerprint(self) -> bytes:
-        """16 bytes that every shard carries: a shard of another store is not taken for ours."""
+        """16 bytes in every shard, so that a shard of another store is never read as ours."""
         text = json.dumps(self._decisive(), sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
@@ -68,7 +68,7 @@ class Quality:
 
     captured_mass: the teacher's probability of the stored tokens. variance: Σ_i Var(p̂_i) of the
     estimate. squared_bias: Σ_i (E p̂_i − p_i)². entries: stored tokens. bytes: of all files,
-    keys, offsets and checksums included.
+    including keys, offsets and checksums.
     """
 
     captured_mass: float
@@ -106,7 +106,7 @@ class Manifest:
         }
 
     def digest(self) -> str:
-        """Names what the store holds: 16 bytes in hex."""
+        """Identifies what the store holds: 16 bytes in hex."""
         text = json.dumps(self.to_json(), sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -137,7 +137,7 @@ def read_manifest(path: Path) -> Manifest:
         raise StoreError(
             f"the store ({settings.encoding.kind}) is not finished: it has no manifest",
             where=path,
-            fix="run what recorded it again: it goes on where it stopped",
+            fix="run what recorded it again: it resumes where it stopped",
         )
     raw = read_checked_json(file, "the manifest")
     settings = _settings(raw, file)
@@ -169,11 +169,9 @@ def _settings(raw: Mapping[str, Any], file: Path) -> Settings:
 
 
 def check_same(stored: Settings, wanted: Settings, path: Path) -> None:
-    """Refuses to go on with a store that was begun with other settings."""
+    """Raises SignalError: the store was begun with other settings than these."""
     theirs, ours = _flat(stored), _flat(wanted)
-    for name in [*ours, *theirs]:
-        if theirs.get(name) != ours.get(name):
-            raise _mismatch(name, theirs.get(name), ours.get(name), path)
+    _check({name: ours.get(name) for name in [*ours, *theirs]}, theirs, path)
 
 
 def check_expected(
@@ -189,10 +187,7 @@ def check_expected(
         expected["temperature"] = float(temperature)
     if vocabulary is not None:
         expected["vocabulary"] = vocabulary
-    theirs = _flat(stored)
-    for name, value in expected.items():
-        if theirs.get(name) != value:
-            raise _mismatch(name, theirs.get(name), value, path)
+    _check(expected, _flat(stored), path)
 
 
 def _flat(settings: Settings) -> dict[str, Any]:
@@ -205,9 +200,13 @@ def _flat(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _mismatch(name: str, theirs: object, ours: object, path: Path) -> SignalError:
-    return SignalError(
-        f"the signal store was recorded with another {name}: it has {theirs}, and this run {ours}",
-        where=path,
-        fix=f"use the {name} that the store was recorded with, or record a store of its own",
-    )
+def _check(expected: Mapping[str, Any], theirs: Mapping[str, Any], path: Path) -> None:
+    for name, value in expected.items():
+        found = theirs.get(name)
+        if found != value:
+            raise SignalError(
+                f"the signal store was recorded with another {name}: it has {found}, and this run "
+                f"{value}",
+                where=path,
+                fix=f"use the {name} that the store was recorded with, or record another store",
+            )

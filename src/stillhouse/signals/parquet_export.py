@@ -1,4 +1,4 @@
-"""A store as one Parquet file, for exchange: a row for each supervised token."""
+"""A store as one Parquet file, for exchange: one row per supervised token."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ ROWS_AT_A_TIME = 16384
 
 
 def export_parquet(path: Path, out: Path) -> int:
-    """Writes a finished store to the file `out`; returns the number of rows.
+    """Write a finished store to the file `out`; returns the number of rows.
 
-    Columns: `key` (the segment's, in hex), `position` (0 for the segment's first supervised
-    token), and `ids` with `probabilities` and, where it is stored, `tail`. Sampled encodings give
-    probabilities that sum to 1. Dense encodings give `vector` and `negative_entropy`, or
-    `layer_N`. The manifest is in the file's metadata under `stillhouse`.
-    Raises StoreError: the store is damaged, or `out` cannot be written.
+    Columns: `key` (the segment's, in hex), `position` (0 for the segment's first supervised token),
+    and `ids` with `probabilities` and, where it is stored, `tail`. Sampled encodings give
+    probabilities that sum to 1. Dense encodings give `vector` and `negative_entropy`, or `layer_N`.
+    The manifest is in the file's metadata under `stillhouse`. Raises StoreError: the store is
+    damaged, or `out` cannot be written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -86,7 +86,7 @@ def _signal_columns(signal: StoredSignal) -> dict[str, Any]:
 
 
 def _lists(ids_NK: Tensor, p_NK: Tensor) -> dict[str, Any]:
-    """Ragged lists of the entries that weigh something."""
+    """Ragged lists of the entries with a weight."""
     import pyarrow as pa
 
     kept_NK = p_NK > 0

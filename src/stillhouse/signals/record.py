@@ -1,4 +1,4 @@
-"""Puts a teacher's answer into a store: from hidden rows and a head to encoded rows."""
+"""Encode a teacher's outputs, from hidden rows and a head to the rows of a store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from stillhouse.signals.signal_types import (
 from stillhouse.signals.writer import uniforms
 
 CHUNK_LOGITS = 1 << 24
-"""Logits that are made at a time; on an accelerator 16 times as many."""
+"""Logits that are computed at a time; 16 times as many on an accelerator."""
 
 
 class Recorder:

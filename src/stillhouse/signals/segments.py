@@ -1,8 +1,8 @@
-"""Cuts a batch of windows into segments and names each by a hash of its content.
+"""Divide a batch of windows into segments and name each by a hash of its content.
 
 A segment is a run of tokens whose position_ids count up from where they restarted. The teacher's
-answer inside it depends on its own tokens only, so that a stored answer can be found again by the
-segment's content, in whatever window, batch or process the segment turns up.
+output inside it depends on its own tokens only, so a stored row can be found by the segment's
+content, in whatever window, batch or process the segment is.
 
 Shapes: R windows, L tokens in a window, S segments with a supervised token, N supervised tokens.
 """
@@ -21,9 +21,9 @@ from stillhouse.errors import SignalError
 
 KEY_BYTES = 16
 KEY_VERSION = b"stillhouse-seg-1"
-"""BLAKE2b's `person`: another rule of cutting or hashing gets another one."""
+"""BLAKE2b's `person`: another rule of segmenting or hashing needs another one."""
 IGNORED = -100
-"""The label of a token that is not to be predicted."""
+"""The label of a token that is not supervised."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def find_segments(
 ) -> Segments:
     """The segments of a batch. Without `position_ids_RL`, each window is one segment.
 
-    labels_RL[r, t] is the token at t where it is to be predicted, else -100; a label in the first
-    column is never predicted and not looked at. The key of n tokens is BLAKE2b with a digest of 16
-    bytes and the personalization `stillhouse-seg-1`, over the ids as little-endian 32-bit integers
-    and then, eight to a byte with the first in the highest bit, whether each is supervised.
+    labels_RL[r, t] is the token at t where it is supervised, else -100; a label in the first column
+    is ignored. The key of n tokens is BLAKE2b with a digest of 16 bytes and the personalization
+    `stillhouse-seg-1`, over the ids as little-endian 32-bit integers and then, eight to a byte with
+    the first in the highest bit, whether each is supervised.
 
     Raises SignalError: another shape, or a label on the first token of a segment inside a window,
     which nothing of the segment predicts.

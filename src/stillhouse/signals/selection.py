@@ -1,8 +1,8 @@
-"""Finds likely tokens and draws tokens in rows of probabilities without sorting or summing whole
-rows more than once: a row is cut into blocks, and only blocks that matter are looked into.
+"""Top tokens and draws of tokens in rows of probabilities, without sorting or summing whole rows
+more than once: a row is divided into blocks, and only blocks that matter are searched.
 
-Shapes: n rows, V vocabulary filled up to whole blocks, B blocks of a row, C tokens of a block,
-X chosen entries of all rows, D draws of all rows.
+Shapes: n rows, V vocabulary padded to whole blocks, B blocks of a row, C tokens of a block, X
+chosen entries of all rows, D draws of all rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stillhouse.errors import SignalError
 BLOCK = 128
 SMALLEST_BLOCK = 64
 BELOW_ONE, BELOW_ONE_32 = 1.0 - 1e-9, 1.0 - 2.0**-23
-"""Draws stay this far below a mass that two summations may see differently."""
+"""Draws stay this far below a mass that two summations may round differently."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Blocks:
 
 
 def probabilities(logits_nV: Tensor, temperature: float, out: Tensor | None = None) -> Blocks:
-    """softmax(logits / temperature) in blocks; `out` takes it where its shape fits.
+    """softmax(logits / temperature) in blocks, written to `out` where its shape fits.
 
     Raises SignalError: a row with NaN, +inf, or nothing but -inf.
     """
@@ -73,7 +73,7 @@ def probabilities(logits_nV: Tensor, temperature: float, out: Tensor | None = No
         row = int((~torch.isfinite(sums_nB.sum(1))).nonzero()[0])
         raise SignalError(
             f"the teacher's logits hold NaN, +inf, or nothing but -inf in row {row}",
-            fix="look at the model that made them: an overflow in float16, or a damaged file",
+            fix="check the model that made them: an overflow in float16, or a damaged file",
         )
     return Blocks(p_nV, sums_nB, vocabulary)
 
@@ -88,10 +88,10 @@ def at_least(blocks: Blocks, tau: float) -> Entries:
     return Entries(rows_P[place_X], ids_X, p_PC[place_X, column_X].double())
 
 
-def likeliest(blocks: Blocks, k: int) -> tuple[Tensor, Tensor]:
-    """The k likeliest tokens of each row, likeliest first: probabilities and ids, [n, k].
+def top_tokens(blocks: Blocks, k: int) -> tuple[Tensor, Tensor]:
+    """The k most likely tokens of each row, in order: probabilities and ids, [n, k].
 
-    They are all in the k blocks whose largest probabilities are the largest.
+    They are all in the k blocks with the largest maxima.
     """
     if 2 * k * blocks.block <= blocks.p_nV.shape[1]:
         most_nB = blocks.p_nV.unflatten(1, (-1, blocks.block)).amax(2)
@@ -104,13 +104,13 @@ def likeliest(blocks: Blocks, k: int) -> tuple[Tensor, Tensor]:
         ids_nk = first_nk + top.indices % blocks.block
         if bool((ids_nk < blocks.vocabulary).all()):
             return top.values, ids_nk
-    # Also where so many probabilities are 0 that a token of the filling came among the k.
+    # Also where so many probabilities are 0 that a token of the padding is among the k.
     top = blocks.p_nV[:, : blocks.vocabulary].topk(k, 1)
     return top.values, top.indices
 
 
 def take_out_(blocks: Blocks, entries: Entries) -> None:
-    """Sets the entries' probabilities to 0, in the rows and in the sums of their blocks."""
+    """Set the entries' probabilities to 0, in the rows and in the sums of their blocks."""
     blocks.p_nV.view(-1)[entries.rows_X * blocks.p_nV.shape[1] + entries.ids_X] = 0.0
     flat_X = entries.rows_X * blocks.sums_nB.shape[1] + entries.ids_X // blocks.block
     blocks.sums_nB.view(-1)[flat_X] = blocks.p_blocks.index_select(0, flat_X).sum(1)
@@ -119,13 +119,13 @@ def take_out_(blocks: Blocks, entries: Entries) -> None:
 def locate(blocks: Blocks, rows_D: Tensor, shares_D: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens at which a row's running sum passes the given shares of its mass.
 
-    shares_D: in [0, 1), of the row that rows_D names. Returns ids_D and their probabilities. The
-    first search is among the running sums of blocks, the second within one block each.
+    shares_D: in [0, 1), of the row in rows_D. Returns ids_D and their probabilities. The first
+    search is among the running sums of blocks, the second within one block each.
     """
     sums_nB = blocks.sums_nB.double()
     upto_nB = sums_nB.cumsum(1)
     mass_n1 = upto_nB[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
-    # Each row's sums are moved into an interval of their own, so that one search serves all rows.
+    # Each row's sums get an interval of their own, so that one search serves all rows.
     shift_n1 = 2.0 * torch.arange(blocks.rows, device=rows_D.device, dtype=torch.float64)[:, None]
     shares_D = shares_D.clamp(max=BELOW_ONE)
     flat_D = torch.searchsorted(

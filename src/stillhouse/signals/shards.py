@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from stillhouse.errors import StoreError
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import GUARD, DenseRows, EntryRows, Rows
+from stillhouse.signals.manifest import ShardEntry
 from stillhouse.signals.segments import KEY_BYTES
 
 MAGIC = b"STILLSIG"
@@ -29,15 +30,15 @@ HEADER_BYTES = 128
 _HEADER = struct.Struct("<8sII16sQQQQ4B3I3d")
 _CHECKS = struct.Struct("<II")
 VALUES = {"u1": 1, "u2": 2, "f2": 3}
-"""How a header writes the values' type: unsigned bytes, unsigned 16 bits, float16."""
+"""The header's codes of the values' types: unsigned bytes, unsigned 16 bits, float16."""
 _DAMAGED = "delete this file and record its segments again, or restore it from a copy"
 
 
 @dataclass(frozen=True)
 class ShardHeader:
-    """What a shard's first 128 bytes say. `width` is 0 for entries; `values` 0 for dense rows.
+    """A shard's first 128 bytes. `width` is 0 for entries; `value_kind` 0 for dense rows.
 
-    store: the fingerprint of the settings that the rows were made with.
+    store: the fingerprint of the settings of its rows.
     """
 
     store: bytes
@@ -110,8 +111,10 @@ class Shard:
         return np.cumsum(self.rows_S) - self.rows_S
 
     @property
-    def bytes(self) -> int:
-        return HEADER_BYTES + self.header.payload_bytes
+    def entry(self) -> ShardEntry:
+        """What a manifest lists."""
+        size = HEADER_BYTES + self.header.payload_bytes
+        return ShardEntry(self.path.name, self.crc32, size, self.header.segments, self.header.rows)
 
 
 def shard_bytes(
@@ -123,10 +126,7 @@ def shard_bytes(
     statistics: Statistics,
 ) -> list[bytes]:
     """The header and the planes of one shard, to be written one after the other."""
-    if isinstance(rows, EntryRows):
-        planes, header = _entry_planes(rows_S, rows)
-    else:
-        planes, header = _dense_planes(rows)
+    planes, header = _planes(rows_S, rows)
     planes |= {"keys": np.frombuffer(b"".join(keys), np.uint8), "segment_rows": rows_S}
     head = ShardHeader(
         store=store,
@@ -145,14 +145,17 @@ def shard_bytes(
     return [head.pack(crc), *pieces]
 
 
-def _entry_planes(
-    rows_S: NDArray[np.int64], rows: EntryRows
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    valued_N = rows.counts_N if rows.valued_N is None else rows.valued_N
+def _planes(rows_S: NDArray[np.int64], rows: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Planes and header fields of rows."""
+    if isinstance(rows, DenseRows):
+        numbers = ("entries", "stored_values", "id_bytes", "value_kind", "has_valued", "most")
+        header = dict.fromkeys(numbers, 0)
+        header |= {"has_scalar": int(rows.scalar_N is not None), "width": rows.bits_NW.shape[1]}
+        return {"bits": rows.bits_NW, "scalar": rows.scalar_N}, header
     starts_S = np.cumsum(rows_S) - rows_S
     planes = {
         "segment_entries": np.add.reduceat(rows.counts_N, starts_S, dtype=np.int64),
-        "segment_values": np.add.reduceat(valued_N, starts_S, dtype=np.int64),
+        "segment_values": np.add.reduceat(rows.valued_counts, starts_S, dtype=np.int64),
         "counts": rows.counts_N,
         "valued": rows.valued_N,
         "low": rows.low_E,
@@ -173,25 +176,10 @@ def _entry_planes(
     return planes, header
 
 
-def _dense_planes(rows: DenseRows) -> tuple[dict[str, Any], dict[str, Any]]:
-    planes = {"bits": rows.bits_NW, "scalar": rows.scalar_N}
-    header = {
-        "entries": 0,
-        "stored_values": 0,
-        "id_bytes": 0,
-        "value_kind": 0,
-        "has_valued": 0,
-        "has_scalar": int(rows.scalar_N is not None),
-        "width": rows.bits_NW.shape[1],
-        "most": 0,
-    }
-    return planes, header
-
-
 def open_shard(path: Path) -> Shard:
-    """Maps a shard and checks its checksum, its lengths and its counts.
+    """Map a shard and check its checksum, lengths and counts.
 
-    Raises StoreError, naming the file: missing, truncated, of another version, or damaged.
+    Raises StoreError, with the file: missing, truncated, of another version, or damaged.
     """
     try:
         with path.open("rb") as file:
@@ -240,9 +228,9 @@ def open_shard(path: Path) -> Shard:
 
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
-    """The keys of a shard's segments. Its header is checked, the rest of it is not read.
+    """The keys of a shard's segments. Only its header is checked; the rest is not read.
 
-    A damaged key names no segment; `open_shard` refuses the file when one of its rows is wanted.
+    A damaged key names no segment; `open_shard` refuses the file when one of its rows is read.
     """
     try:
         with path.open("rb") as file:
@@ -283,20 +271,19 @@ def _read_header(mapped: mmap.mmap | bytes, path: Path) -> tuple[ShardHeader, in
 
 
 def _check_counts(shard: Shard) -> None:
-    """The counts that a reader goes by must add up, whatever wrote the file."""
+    """The counts that a reader relies on must add up, whatever wrote the file."""
     head, rows = shard.header, shard.rows
     fits = int(shard.rows_S.sum()) == head.rows and bool((shard.rows_S > 0).all())
     if isinstance(rows, EntryRows) and fits and head.rows:
-        valued_N = rows.counts_N if rows.valued_N is None else rows.valued_N
         first_S = shard.first_rows()
         entries_S = np.add.reduceat(rows.counts_N, first_S, dtype=np.int64)
-        values_S = np.add.reduceat(valued_N, first_S, dtype=np.int64)
+        values_S = np.add.reduceat(rows.valued_counts, first_S, dtype=np.int64)
         fits = (
             np.array_equal(entries_S, shard.entries_S)
             and np.array_equal(values_S, shard.values_S)
             and int(entries_S.sum()) == head.entries
             and int(values_S.sum()) == head.stored_values
-            and bool((valued_N <= rows.counts_N).all())
+            and bool((rows.valued_counts <= rows.counts_N).all())
         )
     if not fits:
         raise StoreError("the shard's counts do not add up", where=shard.path, fix=_DAMAGED)

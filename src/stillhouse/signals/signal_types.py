@@ -28,10 +28,10 @@ class LMHead:
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """The teacher's full distribution, as hidden rows and the head that turns them to logits.
+    """The teacher's full distribution, as hidden rows and the head that maps them to logits.
 
-    Row n predicts the same token as row n of the student. The logits are never materialized
-    for all rows at once.
+    Row n predicts the same token as row n of the student. The logits of all rows never exist at
+    once.
     """
 
     hidden_ND: Tensor
@@ -42,8 +42,8 @@ class DenseSignal:
 class LogitsSignal:
     """The teacher's full distribution, as logits before any temperature.
 
-    −inf marks a token the teacher cannot say. Columns beyond the student's vocabulary are left
-    out of the softmax.
+    −inf marks a token that is impossible. Columns beyond the student's vocabulary are left out of
+    the softmax.
     """
 
     logits_NV: Tensor
@@ -51,13 +51,13 @@ class LogitsSignal:
 
 @dataclass(frozen=True)
 class SparseSignal:
-    """The teacher's likeliest tokens, and the probability of all others together.
+    """The teacher's top tokens, and the probability of all others together.
 
-    ids_NK: K different tokens a row. A row with fewer than K of them is filled up with its first
-        id again at a log-probability of -inf.
+    ids_NK: K different tokens per row. A shorter row is padded with its first id at a
+        log-probability of -inf.
     log_probs_NK: their log-probabilities in the full distribution: not renormalized over K.
-    tail_N: the mass of every token that is not among them, in [0, 1].
-    temperature: of the softmax that they were read from; a tail cannot be moved to another.
+    tail_N: the mass of all other tokens, in [0, 1].
+    temperature: of the softmax; a tail cannot be converted to another temperature.
     """
 
     ids_NK: Tensor
@@ -70,8 +70,7 @@ class SparseSignal:
 class SampledSignal:
     """Tokens drawn from the teacher's distribution with replacement, and how often.
 
-    ids_NK: the tokens that were drawn. A row with fewer than K of them is filled up with any id
-        at a count of 0.
+    ids_NK: the drawn tokens. A shorter row is padded with any id at a count of 0.
     counts_NK: how often each was drawn, or any non-negative importance weight; a row's counts
         divided by their sum estimate the teacher's probabilities without bias.
     temperature: of the softmax that they were drawn from.
@@ -86,8 +85,8 @@ class SampledSignal:
 class FrozenHeadSignal:
     """All that forward KL needs of the teacher where the student's head W [V, D] is frozen.
 
-    KL(p ‖ softmax(W h / T)) = Σ p log p − (Wᵀp)·h / T + logsumexp(W h / T),
-    W with the head's scale in it.
+    KL(p ‖ softmax(W h / T)) = Σ p log p − (Wᵀp)·h / T + logsumexp(W h / T), W scaled by the head's
+    scale.
 
     vector_ND: Wᵀp. negative_entropy_N: Σ p log p, in nats. temperature: of the softmax p.
     """

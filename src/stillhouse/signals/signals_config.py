@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -51,16 +52,18 @@ class TopKSignals(Section):
 class TopPSignals(Section):
     """The fewest tokens that hold the mass p, and the mass of all others."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"most": "max_tokens"}
+
     kind: Literal["top_p"]
     p: float = Field(0.98, gt=0, le=1, strict=False)
-    most: int = Field(64, gt=0, le=MOST_ENTRIES, description="Tokens stored at the most.")
+    max_tokens: int = Field(64, gt=0, le=MOST_ENTRIES, description="Tokens stored at the most.")
 
     def encoding(self) -> EntryEncoding:
-        return TopP(self.p, self.most)
+        return TopP(self.p, self.max_tokens)
 
     @property
     def row_bytes(self) -> float:
-        return 5.0 + 4 * self.most / 4
+        return 5.0 + 4 * self.max_tokens / 4
 
 
 class SampledSignals(Section):

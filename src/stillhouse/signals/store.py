@@ -1,9 +1,9 @@
-"""Reads a finished store: from the segments of a batch to the teacher's signal for it."""
+"""Read a finished store: from the segments of a batch to the teacher's signal for it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,32 +21,27 @@ from stillhouse.signals.decode import (
 )
 from stillhouse.signals.encoded_rows import GUARD, EntryRows, Rows
 from stillhouse.signals.encodings import FrozenHead, Hidden
-from stillhouse.signals.manifest import (
-    SHARDS,
-    Manifest,
-    Settings,
-    check_expected,
-    read_manifest,
-)
+from stillhouse.signals.manifest import SHARDS, Manifest, Settings, check_expected, read_manifest
 from stillhouse.signals.segments import Segments
 from stillhouse.signals.shards import Shard, open_shard, read_keys
 from stillhouse.signals.writer import check_belongs
 
+_OpenShard = tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""A shard, and the first row, entry and value of each of its segments."""
+
 
 @dataclass(eq=False)
 class Store:
-    """An open store. `open_store` makes it; forked processes may go on to use it.
+    """An open store, made by `open_store`; forked processes may go on using it.
 
-    A shard is mapped, and its checksum compared, when one of its rows is first asked for.
+    A shard is mapped, and its checksum verified, when one of its rows is first read.
     """
 
     path: Path
     manifest: Manifest
     _numbers: dict[bytes, int]
     _first_S: NDArray[np.int64]
-    _open: dict[int, tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = field(
-        default_factory=dict
-    )
+    _open: dict[int, _OpenShard] = field(default_factory=dict)
 
     @property
     def settings(self) -> Settings:
@@ -63,9 +58,8 @@ class Store:
     def read(self, segments: Segments, live: Rows | None = None) -> StoredSignal:
         """The teacher's signal for a batch: row n is for its n-th supervised token.
 
-        live: encoded rows of the segments that are `missing`, in their order, of a teacher that
-        was asked just now. Raises SignalError: segments are missing and `live` is None. StoreError:
-        a shard is damaged.
+        live: encoded rows of the segments that are `missing`, in their order, from a live teacher.
+        Raises SignalError: segments are missing and `live` is None. StoreError: a shard is damaged.
         """
         lacking_S = self.missing(segments)
         if lacking_S.any() and live is None:
@@ -102,9 +96,7 @@ class Store:
             sources.append(Source(shard.rows, rows_S, *at, place_n))
         return sources
 
-    def _shard(
-        self, index: int
-    ) -> tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def _shard(self, index: int) -> _OpenShard:
         if index not in self._open:
             listed = self.manifest.shards[index]
             shard = open_shard(self.path / SHARDS / listed.name)
@@ -124,8 +116,8 @@ class Store:
         return SignalError(
             f"the store lacks {count} of {len(segments)} segments of this batch",
             where=self.path,
-            fix="record this data set (what is there is not done again), or score what is "
-            "missing with a live teacher",
+            fix="record this data set (what is there is kept), or score what is missing with a "
+            "live teacher",
         )
 
 
@@ -136,11 +128,11 @@ def open_store(
     temperature: float | None = None,
     vocabulary: int | None = None,
 ) -> Store:
-    """Opens a finished store, if it is the one that is expected.
+    """Open a finished store, if it is the expected one.
 
-    expect: fields of the identity it was recorded with, e.g. {"teacher": "sha256..."}.
-    Raises SignalError: one of them, the temperature or the vocabulary is another; the message has
-    both values. StoreError: not finished, damaged, or a shard is missing.
+    expect: fields of the identity it was recorded with, e.g. {"teacher": "sha256..."}. Raises
+    SignalError: one of them, the temperature or the vocabulary differs; the message has both
+    values. StoreError: not finished, damaged, or a shard is missing.
     """
     manifest = read_manifest(path)
     check_expected(manifest.settings, path, expect or {}, temperature, vocabulary)
@@ -160,15 +152,12 @@ def live_source(rows: Rows, rows_S: NDArray[np.int64], place_n: NDArray[np.int64
     first_S = np.cumsum(rows_S) - rows_S
     if not isinstance(rows, EntryRows):
         return Source(rows, rows_S, first_S, first_S, first_S, place_n)
-    guarded = EntryRows(
-        counts_N=rows.counts_N,
-        valued_N=rows.valued_N,
+    guarded = replace(
+        rows,
         low_E=np.pad(rows.low_E, (0, GUARD)),
         high_E=None if rows.high_E is None else np.pad(rows.high_E, (0, GUARD)),
         values_X=np.pad(rows.values_X, (0, GUARD)),
-        tail_N=rows.tail_N,
     )
-    valued_N = rows.counts_N if rows.valued_N is None else rows.valued_N
     entry_N = np.cumsum(rows.counts_N, dtype=np.int64) - rows.counts_N
-    value_N = np.cumsum(valued_N, dtype=np.int64) - valued_N
+    value_N = np.cumsum(rows.valued_counts, dtype=np.int64) - rows.valued_counts
     return Source(guarded, rows_S, first_S, entry_N[first_S], value_N[first_S], place_n)

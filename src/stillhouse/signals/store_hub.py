@@ -12,7 +12,7 @@ from stillhouse.signals.verify import verify
 
 
 def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
-    """Uploads a sound, finished store to a data set repository; returns the commit's address.
+    """Upload a sound, finished store to a data set repository; returns the commit's URL.
 
     The Hub's token comes from the environment. Raises StoreError: the store is damaged, or the Hub
     refuses.
@@ -29,12 +29,12 @@ def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
             commit_message="A store of a teacher's signals",
         )
     except (HfHubHTTPError, OSError) as error:
-        raise _refused(repository, error) from error
+        raise _hub_error(repository, error) from error
     return str(commit.commit_url)
 
 
 def download_store(repository: str, path: Path, *, revision: str | None = None) -> Path:
-    """Downloads a store into the folder `path` and verifies it. Raises StoreError."""
+    """Download a store into the folder `path` and verify it. Raises StoreError."""
     try:
         snapshot_download(
             repository,
@@ -44,7 +44,7 @@ def download_store(repository: str, path: Path, *, revision: str | None = None) 
             allow_patterns=["*.json", "shards/*.bin"],
         )
     except (HfHubHTTPError, OSError) as error:
-        raise _refused(repository, error) from error
+        raise _hub_error(repository, error) from error
     _refuse_damaged(path)
     return path
 
@@ -53,13 +53,13 @@ def _refuse_damaged(path: Path) -> None:
     wrong = verify(path)
     if wrong:
         raise StoreError(
-            f"the store is not sound: {wrong[0].what}", where=wrong[0].where, fix=wrong[0].fix
+            f"the store is damaged: {wrong[0].what}", where=wrong[0].where, fix=wrong[0].fix
         )
 
 
-def _refused(repository: str, error: Exception) -> StoreError:
+def _hub_error(repository: str, error: Exception) -> StoreError:
     return StoreError(
-        f"the Hub did not do it ({error})",
+        f"the Hub refused ({error})",
         where=repository,
-        fix="check the repository's name and that HF_TOKEN may use it",
+        fix="check the repository's name and the permissions of HF_TOKEN",
     )

@@ -1,6 +1,6 @@
-"""Finds the tau of `Threshold` that gives a wanted size, from a sample of the teacher's rows.
+"""The tau of `Threshold` for a given size, from a sample of the teacher's rows.
 
-Shapes: n rows of the sample, V vocabulary, K likeliest tokens.
+Shapes: n rows of the sample, V vocabulary, K top tokens.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from torch import Tensor
 from stillhouse.errors import SignalError
 from stillhouse.signals.encoded_rows import id_bytes
 from stillhouse.signals.encodings import MOST_ENTRIES, UNITS, Threshold
-from stillhouse.signals.selection import likeliest, probabilities
+from stillhouse.signals.selection import probabilities, top_tokens
 
 ROW_BYTES = 2
-"""Two counts a row. Keys and offsets, 28 bytes a segment, are not in a tuned size."""
+"""Two counts per row. Keys and offsets, 28 bytes per segment, are not in a tuned size."""
 STEPS = 40
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A tuned encoding, and what it is expected to take of each row."""
+    """A tuned encoding, and what it is expected to store per row."""
 
     encoding: Threshold
-    entries_a_row: float
-    bytes_a_row: float
+    entries_per_row: float
+    bytes_per_row: float
 
 
-def likeliest_probabilities(logits_nV: Tensor, temperature: float = 1.0) -> Tensor:
-    """The sample that `tune_threshold` takes: the largest probabilities of each row, in order."""
+def top_probabilities(logits_nV: Tensor, temperature: float = 1.0) -> Tensor:
+    """The sample for `tune_threshold`: the largest probabilities of each row, in order."""
     k = min(MOST_ENTRIES, logits_nV.shape[1])
-    return likeliest(probabilities(logits_nV.float(), temperature), k)[0]
+    return top_tokens(probabilities(logits_nV.float(), temperature), k)[0]
 
 
 def tune_threshold(
@@ -45,26 +45,25 @@ def tune_threshold(
 ) -> Tuned:
     """The tau at which rows have `entries` entries, or `size` bytes, on average.
 
-    p_nK: of `likeliest_probabilities`. By bisection of the closed forms, which fall as tau grows.
-    Raises SignalError: no tau gives that; or neither, or both, of `entries` and `size` were asked
-    for.
+    p_nK: of `top_probabilities`. By bisection of the closed forms, which fall as tau grows. Raises
+    SignalError: no tau gives that; or not exactly one of `entries` and `size` is given.
     """
     wanted = entries if entries is not None else size
     if wanted is None or (entries is not None and size is not None):
-        raise SignalError("ask for entries or for a size of a row, one of the two")
+        raise SignalError("give either entries or a size")
 
     def at(tau: float) -> Tuned:
         return expected(p_nK, Threshold(tau, probability_bytes), vocabulary)
 
     def measure(tuned: Tuned) -> float:
-        return tuned.entries_a_row if entries is not None else tuned.bytes_a_row
+        return tuned.entries_per_row if entries is not None else tuned.bytes_per_row
 
     low, high = 1 / (MOST_ENTRIES - 1), 1.0
     least, most = measure(at(high)), measure(at(low))
     if not least <= wanted <= most:
         name = "entries" if entries is not None else "bytes"
         raise SignalError(
-            f"{wanted:g} {name} a row are out of reach: from {least:.1f} to {most:.1f} are possible"
+            f"{wanted:g} {name} per row are not possible: from {least:.1f} to {most:.1f} are"
         )
     for _ in range(STEPS):
         middle = (low * high) ** 0.5
@@ -73,13 +72,13 @@ def tune_threshold(
 
 
 def expected(p_nK: Tensor, encoding: Threshold, vocabulary: int) -> Tuned:
-    """What `encoding` takes of a row on average, for a sample of `likeliest_probabilities`."""
+    """What `encoding` stores per row on average, for a sample of `top_probabilities`."""
     p_nK = p_nK.double()
     exact_nK = p_nK >= encoding.tau
     exact_n = exact_nK.sum(1)
     tail_n = (1.0 - (p_nK * exact_nK).sum(1)).clamp(min=0.0)
     draws_n = (tail_n / encoding.tau).floor().clamp(min=1.0)
-    # A tail of less than one unit is rounded away, with its draw, in proportion.
+    # A tail of less than one unit is rounded to zero, with its draw, in proportion.
     draws_n *= (tail_n * UNITS[encoding.probability_bytes]).clamp(max=1.0)
     entries, exact = float((exact_n + draws_n).mean()), float(exact_n.double().mean())
     size = ROW_BYTES + id_bytes(vocabulary) * entries + encoding.probability_bytes * exact

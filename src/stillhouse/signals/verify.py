@@ -1,4 +1,4 @@
-"""Reads a whole store and says what is wrong with it; and what is in it."""
+"""Read a whole store and report what is wrong with it, or what is in it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _AGAIN = "delete this file, record its segments again, and finish the store"
 def verify(path: Path) -> list[StillhouseError]:
     """Everything that is wrong with a finished store; an empty list where nothing is.
 
-    Every byte of every file is covered by a checksum. Checked as well: that counts add up, ids are
-    in the vocabulary, a shard has no key twice, the manifest lists what is there and its figures
-    are those of the shards.
+    Checksums cover every byte of every file. Also checked: that counts add up, ids are in the
+    vocabulary, a shard has no key twice, the manifest lists what is there, and its figures are
+    those of the shards.
     """
     try:
         settings = read_settings(path)
@@ -68,11 +68,9 @@ def _sound_shard(file: Path, listed: ShardEntry, settings: Settings) -> Shard:
     shard = open_shard(file)
     check_belongs(shard, settings)
     header = shard.header
-    found = ShardEntry(file.name, shard.crc32, shard.bytes, header.segments, header.rows)
-    if found != listed:
-        raise StoreError(
-            f"the manifest lists {listed}, and the file is {found}", where=file, fix=_AGAIN
-        )
+    if shard.entry != listed:
+        message = f"the manifest lists {listed}, and the file is {shard.entry}"
+        raise StoreError(message, where=file, fix=_AGAIN)
     if len(set(shard.keys_S)) != len(shard.keys_S):
         raise StoreError("a segment is in the shard twice", where=file, fix=_AGAIN)
     rows = shard.rows
@@ -98,7 +96,7 @@ class Info:
     manifest: Manifest
 
     def lines(self) -> list[tuple[str, str]]:
-        """Names and values, to be shown as a table."""
+        """Names and values, for a table."""
         raw, quality = self.manifest.to_json(), self.manifest.quality
         encoding = dict(raw["encoding"])
         parameters = ", ".join(f"{name} {value}" for name, value in list(encoding.items())[1:])

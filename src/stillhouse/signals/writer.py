@@ -1,4 +1,4 @@
-"""Writes a store: shards that are whole once they have their name, and the manifest at the end."""
+"""Write a store: shards that are whole once they have their name, and the manifest at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from stillhouse.signals.manifest import (
     Manifest,
     Quality,
     Settings,
-    ShardEntry,
     check_same,
     read_settings,
     write_manifest,
@@ -39,11 +38,11 @@ SHARD_SECONDS = 600.0
 
 
 class StoreWriter:
-    """Adds segments to a store, which it begins or goes on with.
+    """Adds segments to a store, new or begun.
 
     Rows are held until they fill `most_bytes` or are `most_seconds` old, and then become a shard:
     that is all that a killed process loses. Any number of processes may write to one store, each
-    with a writer of its own; once all are closed, `finish_store` writes the manifest.
+    with its own writer; once all are closed, `finish_store` writes the manifest.
 
     Raises SignalError: the store was begun with other settings. StoreError: it is damaged, cannot
     be written, or the disk is full.
@@ -72,7 +71,7 @@ class StoreWriter:
         self._bytes, self._since = 0, time.monotonic()
 
     def missing(self, segments: Segments) -> NDArray[np.bool_]:
-        """Which segments the store lacks, [S]; of equal ones among them, the first only."""
+        """Which segments the store lacks, [S]; of equal ones, only the first."""
         seen: set[bytes] = set()
         wanted = []
         for key in segments.keys:
@@ -81,11 +80,11 @@ class StoreWriter:
         return np.array(wanted, dtype=np.bool_)
 
     def uniforms(self, segments: Segments) -> Tensor:
-        """The uniform numbers that `Encoder` takes for these segments' rows, [N, U]."""
+        """The uniform numbers that `Encoder` reads for these segments' rows, [N, U]."""
         return uniforms(segments, self.settings)
 
     def add(self, segments: Segments, rows: Rows, statistics: Statistics) -> None:
-        """Takes the encoded rows of segments that are all `missing`, in their order."""
+        """Add the encoded rows of segments that are all `missing`, in their order."""
         assert len(rows) == segments.rows
         assert bool(self.missing(segments).all())
         if not len(segments):
@@ -100,7 +99,7 @@ class StoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Makes a shard of what was added since the last one."""
+        """Write what was added since the last shard as a shard."""
         if self._keys:
             pieces = shard_bytes(
                 self._fingerprint,
@@ -114,7 +113,7 @@ class StoreWriter:
         self._forget_pending()
 
     def finish(self) -> Manifest:
-        """Flushes and writes the manifest; for the one process that writes, or the last one."""
+        """Flush and write the manifest; for the only process that writes, or the last one."""
         self.flush()
         return finish_store(self.path)
 
@@ -127,14 +126,14 @@ class StoreWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # What was added is right even where the work after it failed; a full disk stays full.
+        # What was added is valid even where the work after it failed; a full disk stays full.
         if not isinstance(error, StoreError):
             self.flush()
 
 
 def uniforms(segments: Segments, settings: Settings) -> Tensor:
-    """Numbers in [0, 1) that depend on the seed and each segment's key alone, [N, U] float64."""
-    draws = settings.encoding.draws_a_row
+    """Numbers in [0, 1) that depend only on the seed and each segment's key, [N, U] float64."""
+    draws = settings.encoding.draws_per_row
     if not draws or not len(segments):
         return torch.empty(segments.rows, draws, dtype=torch.float64)
     generator, seed = torch.Generator(), settings.seed.to_bytes(8, "little", signed=True)
@@ -147,7 +146,7 @@ def uniforms(segments: Segments, settings: Settings) -> Tensor:
 
 
 def finish_store(path: Path) -> Manifest:
-    """Checks every shard, removes what killed writers left, and writes the manifest.
+    """Check every shard, remove what killed writers left, and write the manifest.
 
     Call it once no process writes any more. Raises StoreError: a shard is damaged.
     """
@@ -163,7 +162,7 @@ def finish_store(path: Path) -> Manifest:
 def describe(settings: Settings, shards: Sequence[Shard]) -> Manifest:
     total = sum((shard.header.statistics for shard in shards), Statistics())
     rows = sum(shard.header.rows for shard in shards)
-    size = sum(shard.bytes for shard in shards)
+    size = sum(shard.entry.bytes for shard in shards)
     of_rows = max(rows, 1)
     return Manifest(
         settings=settings,
@@ -177,12 +176,7 @@ def describe(settings: Settings, shards: Sequence[Shard]) -> Manifest:
         segments=sum(shard.header.segments for shard in shards),
         rows=rows,
         bytes=size,
-        shards=tuple(
-            ShardEntry(
-                shard.path.name, shard.crc32, shard.bytes, shard.header.segments, shard.header.rows
-            )
-            for shard in shards
-        ),
+        shards=tuple(shard.entry for shard in shards),
     )
 
 
@@ -209,7 +203,7 @@ def open_shards(path: Path, settings: Settings) -> list[Shard]:
 
 
 def check_belongs(shard: Shard, settings: Settings) -> None:
-    """Refuses a shard that was made with other settings."""
+    """Refuse a shard that was made with other settings."""
     if shard.header.store != settings.fingerprint():
         raise StoreError(
             "the shard belongs to another store",

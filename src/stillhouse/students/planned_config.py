@@ -11,7 +11,8 @@ import torch
 from stillhouse.pruning.prune import check_importance
 from stillhouse.pruning.shapes import planned_shape
 from stillhouse.pruning.sizes import Sizes, check_sizes, resized_config, sizes_of
-from stillhouse.students.build_student import explicit_sizes, method_of, start_config
+from stillhouse.students.build_student import start_config
+from stillhouse.students.pruned_student import explicit_sizes, method_of
 from stillhouse.students.random_student import overridden_config
 from stillhouse.students.student_config import PrunedStudent, RandomStudent
 

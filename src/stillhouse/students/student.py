@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 
-from stillhouse.account import count_parameters
+from stillhouse.account import described
+from stillhouse.data.data import Data
+from stillhouse.errors import RecipeError, RunError
+from stillhouse.pruning.offload import load_offloaded, save_model
+from stillhouse.pruning.pruning_config import UNITS
+from stillhouse.section import made
 from stillhouse.signals import LMHead
+from stillhouse.students.pruned_student import prune_to, target_sizes
+from stillhouse.students.random_student import Value, overridden_config, random_model
+from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.local_teacher import LocalTeacher, local
+from stillhouse.teachers.model_source import resolve_model
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.shared_vocabulary import check_rows
+from stillhouse.teachers.teacher import Teacher
 
 
 class Student:
     """A causal language model that stays a plain transformers model, and its tokenizer.
 
     tokenizer: None where only token ids are known; the vocabulary is then all rows of the head.
-    folder: a checkpoint that has these very weights. trust_remote_code: its code may run.
+    folder: a checkpoint that has these very weights. trust_remote_code: its code may run. summary:
+    of a pruned student: what was cut, and what it cost.
     Raises ModelError: the tokenizer has ids for which the model has no row.
     """
 
@@ -31,13 +44,72 @@ class Student:
         *,
         folder: Path | None = None,
         trust_remote_code: bool = False,
+        summary: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
+        self.summary = dict(summary or {})
         self.tokenizer = tokenizer
         self.folder = folder
         self.trust_remote_code = trust_remote_code
         rows = lm_head(model).weight_VD.shape[0]
         self.vocabulary = rows if tokenizer is None else check_rows(tokenizer, rows, "student")
+
+    # --- where a student starts -----------------------------------------------------------------
+
+    @classmethod
+    def pretrained(
+        cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    ) -> Self:
+        """A model that exists, in float32: a folder, a Hub id, a .gguf file, or pypi:PACKAGE.
+
+        Raises ModelError as `resolve_model` and `load_model`.
+        """
+        source = resolve_model(str(model), revision=revision, base=Path.cwd())
+        return cls.load(source.path, trust_remote_code=trust_remote_code)
+
+    @classmethod
+    def random(
+        cls, like: Teacher | Any, tokenizer: Any = None, *, seed: int = 0, **overrides: Value
+    ) -> Self:
+        """Random weights in the architecture's own initialization: one seed, one set of weights.
+
+        like: a teacher, whose tokenizer is taken too, or a transformers configuration. overrides:
+        values of the configuration to change, such as hidden_size=256.
+        Raises RecipeError: an unknown key, or a configuration that is not possible. ModelError: the
+        teacher's configuration is not known.
+        """
+        if isinstance(like, Teacher):
+            like, tokenizer = local(like).config, tokenizer or like.tokenizer
+        return cls(random_model(overridden_config(like, overrides), seed), tokenizer)
+
+    @classmethod
+    def prune(cls, teacher: Teacher, data: Data, *, seed: int = 0, **options: Any) -> Self:
+        """A local teacher made smaller, calibrated on the training text; the teacher stays whole.
+
+        options: what is kept, as sizes (layers=12, ffn_size=1024, ...) or as one target for the
+        whole (params="60%", non_embedding_params="80M", bytes="250MB"), of which the shape with
+        the fewest cuts is taken; and how it is pruned, as in a recipe's `student`.
+        Raises RecipeError: an unknown option, or sizes that the teacher cannot have. ModelError:
+        the teacher is no model on this machine.
+        """
+        start = local(teacher)
+        target = {key: options.pop(key) for key in UNITS if key in options}
+        values = {"start": "pruned", "target": target or None, **options}
+        section = made(PrunedStudent, values, "Student.prune")
+        if section.target is not None:
+            sizes = target_sizes(section, start.config)
+            values = {"start": "pruned", **options, **sizes}
+            section = made(PrunedStudent, values, "Student.prune")
+        if section.vocabulary is not None or section.model is not None:
+            raise RecipeError(
+                "vocabulary and model are for recipes, which prune the teacher's tokens too",
+                where="Student.prune",
+                fix="leave them out, or use stillhouse.run",
+            )
+        pruned = prune_to(
+            section, _copy(start), start.tokenizer, data.train, data.heldout, seed=seed
+        )
+        return cls(pruned.model, pruned.tokenizer, summary=pruned.summary)
 
     @classmethod
     def load(cls, folder: Path, *, trust_remote_code: bool = False) -> Self:
@@ -46,6 +118,8 @@ class Student:
         model = load_model(folder, dtype=torch.float32, trust_remote_code=code)
         tokenizer = load_tokenizer(folder, trust_remote_code=code)
         return cls(model, tokenizer, folder=folder, trust_remote_code=code)
+
+    # --- training -------------------------------------------------------------------------------
 
     def remember(self) -> Callable[[], None]:
         """A function that gives the model the weights back that it has now."""
@@ -75,21 +149,31 @@ class Student:
         training = any(each.requires_grad for each in self.model.parameters())
         return head if training and not head.weight_VD.requires_grad else None
 
-    @property
-    def parameters(self) -> int:
-        """Of the model, a tied head counted once."""
-        return count_parameters(self.model).total
-
     def save(self, folder: str | Path) -> None:
-        """Write a plain Hugging Face folder: configuration, safetensors weights and tokenizer."""
-        with quiet():
-            self.model.save_pretrained(folder)
-        if self.tokenizer is not None:
-            save_tokenizer(self.tokenizer, Path(folder))
+        """Write a plain Hugging Face folder: configuration, safetensors weights and tokenizer.
+
+        Raises RunError where the folder cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with quiet():
+                save_model(self.model, folder)
+                if self.tokenizer is not None:
+                    save_tokenizer(self.tokenizer, folder)
+        except OSError as error:
+            raise RunError(
+                f"the student cannot be written ({error})",
+                where=folder,
+                fix="free some disk space, or choose a folder that can be written",
+            ) from error
 
     def __repr__(self) -> str:
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return (
-            f"Student({type(self.model).__name__}: {self.parameters / 1e6:,.1f}M parameters in "
-            f"{dtype} on {self.model.device}, {self.vocabulary:,} tokens)"
-        )
+        return f"Student({described(self.model)}, {self.vocabulary:,} tokens)"
+
+
+def _copy(teacher: LocalTeacher) -> Any:
+    """A float32 model of the teacher's weights; from its checkpoint, which may be more precise."""
+    if teacher.folder is None:
+        return copy.deepcopy(teacher.model).cpu().float()
+    return load_offloaded(teacher.folder, trust_remote_code=teacher.trust_remote_code)

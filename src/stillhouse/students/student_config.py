@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -81,6 +82,8 @@ class PrunedSizes(Section):
 class PrunedStudent(PrunedSizes, PruningMethod):
     """The teacher, or another model of its vocabulary, made smaller on the training text."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"reconstruct": "refit"}
+
     start: Literal["pruned"]
     model: str | None = Field(
         None, description="What is pruned, as teacher.model; null: the teacher."
@@ -91,7 +94,7 @@ class PrunedStudent(PrunedSizes, PruningMethod):
         "teacher expects there; data: all that the text has; or those of a file. The tokenizer is "
         "rewritten, and the teacher answers with these alone.",
     )
-    reconstruct: bool = Field(True, description="Refit what is left by least squares.")
+    refit: bool = Field(True, description="Refit what is left by least squares.")
     calibration_tokens: int = Field(
         49152, gt=0, description="Tokens seen to decide what goes, and to refit what stays."
     )

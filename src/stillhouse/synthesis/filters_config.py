@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,13 +29,15 @@ class EvaluationTexts(Section):
 class MajorityChoice(Section):
     """The answers to a prompt that agree with the majority (self-consistency)."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"least": "min_agreement"}
+
     kind: Literal["majority"]
     pattern: str | None = Field(
         None,
         description="A regular expression; its last match in an answer, or the first group of it, "
         "is compared. null: the whole answer.",
     )
-    least: float = Field(
+    min_agreement: float = Field(
         0.0, ge=0, le=1, strict=False, description="Share of the answers that must agree."
     )
     keep: Literal["one", "all"] = Field(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from string import Formatter
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,12 +43,14 @@ class CombineRecipe(Section):
 class WriteRecipe(Section):
     """The teacher writes the prompts; each request for some of them uses one combination."""
 
+    renamed: ClassVar[Mapping[str, str]] = {"each": "per_request", "similar": "max_similarity"}
+
     count: int = Field(gt=0, description="Number of different prompts.")
-    each: int = Field(10, gt=0, description="Prompts per request.")
+    per_request: int = Field(10, gt=0, description="Prompts per request.")
     examples: int = Field(
         3, ge=0, description="Prompts of `path` to show in a request, different ones each time."
     )
-    similar: float = Field(
+    max_similarity: float = Field(
         0.6,
         gt=0,
         le=1,

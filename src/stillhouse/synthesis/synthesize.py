@@ -248,7 +248,8 @@ def chosen_filters(section: FiltersRecipe, base: Path) -> Filters:
 def _chooser(section: FiltersRecipe) -> Chooser | None:
     match section.best_of:
         case MajorityChoice() as choice:
-            return majority(choice.pattern, least=choice.least, keep_all=choice.keep == "all")
+            least, keep_all = choice.min_agreement, choice.keep == "all"
+            return majority(choice.pattern, least=least, keep_all=keep_all)
         case LikelihoodChoice():
             return likelihood()
     return None

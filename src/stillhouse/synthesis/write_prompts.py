@@ -73,7 +73,7 @@ class Writer:
     @property
     def fewest(self) -> int:
         """The number of requests that is enough if all prompts are different."""
-        return -(-self.section.count // self.section.each)
+        return -(-self.section.count // self.section.per_request)
 
     def requests(self, first: int = 0, last: int | None = None) -> Iterator[Request]:
         """Requests number first to last - 1; by default all that may be sent."""
@@ -88,11 +88,11 @@ class Writer:
         count = min(self.section.examples, len(self.examples))
         shown = "".join(f"- {text}\n" for text in chance.sample(self.examples, count))
         examples = f"\nSome that are there already:\n{shown}" if shown else ""
-        return _ASK.format(each=self.section.each, what=what, examples=examples)
+        return _ASK.format(each=self.section.per_request, what=what, examples=examples)
 
     def prompts(self, journal: Journal | None) -> Iterator[Prompt]:
         """The different prompts in the journal's answers, up to `count`."""
-        seen = NearDuplicates(self.section.similar)
+        seen = NearDuplicates(self.section.max_similarity)
         for text in self.examples:
             seen.add(words(text))
         kept = 0
@@ -131,7 +131,7 @@ def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spendi
         if stopped or last == most:
             break
         first, lacking = last, writer.section.count - found
-        last = min(most, first + -(-lacking // writer.section.each))
+        last = min(most, first + -(-lacking // writer.section.per_request))
         stopped = send_part(writer, first, last, journal, answers)
     if found == 0:
         raise DataError(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from stillhouse.account import count_parameters, forward_flops
+from stillhouse.account import count_parameters, described, forward_flops
 from stillhouse.data.batches import Batch
 from stillhouse.data.shift import supervised_rows
-from stillhouse.signals import DenseSignal
+from stillhouse.errors import ModelError
+from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.teachers.activations import ActivationRequest, run_backbone
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.load import load_model, load_tokenizer
@@ -23,7 +25,8 @@ class LocalTeacher(Teacher):
     """Whole distributions and every activation, by a forward pass for each batch.
 
     model: a causal language model; it is put into eval mode. tokenizer: None where only token ids
-    are known; the vocabulary is then all rows of the head.
+    are known; the vocabulary is then all rows of the head. folder: the checkpoint that the model
+    was loaded from. trust_remote_code: its code may run.
     Raises ModelError: the tokenizer has ids for which the model has no row.
     """
 
@@ -34,8 +37,11 @@ class LocalTeacher(Teacher):
         *,
         described: str | None = None,
         fingerprint: str = "",
+        folder: Path | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         self.model = model.eval()
+        self.folder, self.trust_remote_code = folder, trust_remote_code
         self.described = described or model.config.name_or_path or type(model).__name__
         self.fingerprint = fingerprint
         self._tokenizer = tokenizer
@@ -50,13 +56,17 @@ class LocalTeacher(Teacher):
     def config(self) -> Any:
         return self.model.config
 
+    @property
+    def head(self) -> LMHead:
+        return lm_head(self.model)
+
     @torch.no_grad()
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         device = self.model.device
         labels_RL = batch["labels"].to(device)
         ids_RL, positions_RL = batch["input_ids"].to(device), batch["position_ids"].to(device)
         found = run_backbone(self.model, ids_RL, positions_RL, request)
-        signal = DenseSignal(supervised_rows(found.last_RLD, labels_RL), lm_head(self.model))
+        signal = DenseSignal(supervised_rows(found.last_RLD, labels_RL), self.head)
         layers = {i: supervised_rows(rows_RLD, labels_RL) for i, rows_RLD in found.layers.items()}
         return TeacherView((signal,), layers, found.attention)
 
@@ -72,12 +82,7 @@ class LocalTeacher(Teacher):
         return sum(each.numel() * each.element_size() for each in self.model.parameters())
 
     def __repr__(self) -> str:
-        size = count_parameters(self.model).total
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return (
-            f"Teacher({self.described}: {size / 1e6:,.1f}M parameters in {dtype} on "
-            f"{self.model.device}, {self.vocabulary:,} tokens)"
-        )
+        return f"Teacher({self.described}: {described(self.model)}, {self.vocabulary:,} tokens)"
 
 
 def load_teacher(
@@ -90,4 +95,14 @@ def load_teacher(
         load_tokenizer(source.path, trust_remote_code=code),
         described=source.described,
         fingerprint=source.fingerprint,
+        folder=source.path,
+        trust_remote_code=code,
     )
+
+
+def local(teacher: Teacher | None) -> LocalTeacher:
+    """The teacher, where it is a model on this machine; else raises ModelError."""
+    if isinstance(teacher, LocalTeacher):
+        return teacher
+    what = "there is no teacher" if teacher is None else f"{teacher.described} is not loaded here"
+    raise ModelError(what, where="teacher", fix="load a model with Teacher.load")

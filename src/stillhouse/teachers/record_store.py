@@ -28,7 +28,7 @@ from stillhouse.signals.manifest import SETTINGS, Manifest, Settings, read_setti
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import Segments, find_segments
 from stillhouse.signals.signals_config import SignalsRecipe, ThresholdSignals
-from stillhouse.signals.tune_threshold import likeliest_probabilities, tune_threshold
+from stillhouse.signals.tune_threshold import top_probabilities, tune_threshold
 from stillhouse.signals.writer import StoreWriter
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.backbone import trim_head
@@ -150,5 +150,5 @@ def tuned_threshold(
         if len(signal.hidden_ND):
             head = trim_head(signal.head, teacher.vocabulary)
             logits_NV = head_logits(head, signal.hidden_ND)
-            sample.append(likeliest_probabilities(logits_NV, temperature).cpu())
+            sample.append(top_probabilities(logits_NV, temperature).cpu())
     return tune_threshold(torch.cat(sample), teacher.vocabulary, size=size).encoding

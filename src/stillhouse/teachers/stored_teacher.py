@@ -80,9 +80,15 @@ class StoredTeacher(Teacher):
         if not isinstance(stored, HiddenSignal):
             return TeacherView((_moved(stored, device),))
         layers = {layer: hidden_ND.to(device) for layer, hidden_ND in stored.hidden_ND.items()}
-        if self._head is None:
+        last = layers.get(self._last_layer())
+        if last is None or self._head is None:
             return TeacherView((), layers)
-        return TeacherView((DenseSignal(layers[max(layers)], self._head),), layers)
+        return TeacherView((DenseSignal(last, self._head),), layers)
+
+    def _last_layer(self) -> int:
+        if self._config is None:
+            return -1
+        return int(self._config.get_text_config().num_hidden_layers)
 
     def _missing_rows(
         self, batch: Batch, segments: Segments, missing_S: NDArray[np.bool_]
@@ -146,7 +152,9 @@ class StoredTeacher(Teacher):
         if self._missing is not None:
             return self._missing.for_heldout(batches)
         settings = self.store.settings
-        if isinstance(settings.encoding, Hidden) and self._head is None:
+        if isinstance(settings.encoding, Hidden) and (
+            self._head is None or self._last_layer() not in settings.encoding.layers
+        ):
             return None
         covered = all(self.store.covers(segments_of(batch)) for batch in batches)
         return self if covered and settings.temperature == 1.0 else None

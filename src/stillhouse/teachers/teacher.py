@@ -8,16 +8,24 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from stillhouse.data.batches import Batch, Batches
+from stillhouse.hardware import Requested, choose_precision, default_device
 from stillhouse.objectives import AttentionStates, Term
+from stillhouse.section import made
 from stillhouse.signals import LMHead, Signal
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
+
+if TYPE_CHECKING:
+    from stillhouse.teachers.local_teacher import LocalTeacher
+    from stillhouse.teachers.served_teacher import ServedTeacher
+    from stillhouse.teachers.stored_teacher import StoredTeacher
 
 OUTPUT_ONLY = ActivationRequest()
 
@@ -106,14 +114,81 @@ class Teacher(ABC):
         """Of weights on this machine."""
         return 0
 
+    # --- where a teacher comes from -------------------------------------------------------------
+
     @staticmethod
-    def from_model(model: Any, tokenizer: Any = None) -> Teacher:
-        """A loaded causal language model as a teacher. Raises ModelError: its head is not known."""
+    def load(
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: Requested = "auto",
+        device: str | torch.device | None = None,
+        trust_remote_code: bool = False,
+    ) -> LocalTeacher:
+        """A folder, a Hub id, a .gguf file or pypi:PACKAGE, on this machine.
+
+        dtype: auto is bfloat16 where the device multiplies it natively. device: None is the first
+        GPU, or the CPU. Raises ModelError as `resolve_model` and `load_model`.
+        """
+        from stillhouse.teachers.local_teacher import load_teacher
+        from stillhouse.teachers.model_source import resolve_model
+
+        source = resolve_model(str(model), revision=revision, base=Path.cwd())
+        place = default_device() if device is None else torch.device(device)
+        found = choose_precision(dtype, place).dtype
+        teacher = load_teacher(source, dtype=found, trust_remote_code=trust_remote_code)
+        teacher.model.to(place)
+        return teacher
+
+    @staticmethod
+    def from_model(model: Any, tokenizer: Any = None) -> LocalTeacher:
+        """A causal language model in memory. Raises ModelError where its head is not known."""
         from stillhouse.teachers.backbone import check_head
         from stillhouse.teachers.local_teacher import LocalTeacher
 
         check_head(model)
         return LocalTeacher(model, tokenizer)
+
+    @staticmethod
+    def stored(
+        folder: str | Path, *, recorded: LocalTeacher | None = None, missing: Teacher | None = None
+    ) -> StoredTeacher:
+        """A signal store in a folder.
+
+        recorded: the model whose hidden states it holds, where it holds those: its configuration
+        and head are used. missing: answers about rows that the store lacks; None: they are an
+        error. Raises StoreError: the store is not finished, or damaged.
+        """
+        from stillhouse.signals.store import open_store
+        from stillhouse.teachers.stored_teacher import StoredTeacher
+
+        config, head = (None, None) if recorded is None else (recorded.config, recorded.head)
+        load = None if missing is None else lambda: missing
+        return StoredTeacher(open_store(Path(folder)), config=config, head=head, load_missing=load)
+
+    @staticmethod
+    def served(
+        base_url: str,
+        model: str,
+        tokenizer: Any,
+        *,
+        k: int = 32,
+        key_env: str | None = None,
+        concurrency: int = 16,
+    ) -> ServedTeacher:
+        """A server that returns log-probabilities of prompts, as vLLM does: k tokens a position.
+
+        base_url: of the OpenAI-compatible API. model: the name there. tokenizer: of that model.
+        key_env: the environment variable with the server's key. concurrency: requests at a time.
+        """
+        from stillhouse.signals.signals_config import SignalServer
+        from stillhouse.teachers.served_teacher import ServedTeacher
+
+        values: dict[str, Any] = {"base_url": base_url, "model": model, "key_env": key_env}
+        values["concurrency"] = concurrency
+        server = made(SignalServer, values, "Teacher.served")
+        ids = tokenizer.get_vocab().values()
+        return ServedTeacher(server, k=k, vocabulary=max(ids) + 1, tokenizer=tokenizer)
 
 
 def check_tokenizers(teacher: Teacher, student: Any) -> None:

@@ -1,0 +1,101 @@
+"""Text to train on and text to measure on, from whatever it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from stillhouse.data.batches import Batches
+from stillhouse.data.build_data import Texts, make_windows
+from stillhouse.data.data_config import FileSource, TextSource, WindowsRecipe
+from stillhouse.data.documents import AnyDocument
+from stillhouse.data.row_formats import document_from_row
+from stillhouse.data.row_reader import find_files, format_of
+from stillhouse.data.windows import open_windows
+from stillhouse.errors import DataError
+from stillhouse.section import made
+
+Boundary = Literal["file", "blank-line", "line"]
+
+
+@dataclass(frozen=True)
+class Data:
+    """train: to learn from. heldout: to measure on; no document is in both."""
+
+    train: Batches
+    heldout: Batches
+
+    @classmethod
+    def build(
+        cls,
+        texts: Any,
+        tokenizer: Any,
+        *,
+        heldout: Any = None,
+        context: int = 1024,
+        text_key: str = "text",
+        documents: Boundary = "blank-line",
+        seed: int = 0,
+        folder: str | Path | None = None,
+        **options: Any,
+    ) -> Data:
+        """Tokenize, divide and pack text.
+
+        texts: a path (a file, a folder or a glob pattern of text, JSONL, JSON, CSV, TSV or
+        Parquet), a `datasets.Dataset`, or a list of strings, of chats (lists of messages), or of
+        rows with `text`, `messages`, or `prompt` and `completion`. heldout: text to measure on, in
+        any of these forms; None: documents of `texts` are split off.
+        context: tokens in a window. text_key: of a row, where its plain text is. documents: what
+        separates two documents inside a plain text file. folder: keeps the windows there, for
+        `Data.open`; None: in memory.
+        options: train_tokens, heldout_tokens, packing and long_rows, as in a recipe's `data`.
+        Raises DataError for any text that cannot be used, RecipeError for an unknown option.
+        """
+        section = made(WindowsRecipe, {"context": context, **options}, "Data.build")
+        train = _texts(texts, text_key, documents)
+        held = None if heldout is None else _texts(heldout, text_key, documents)
+        out = None if folder is None else Path(folder)
+        return cls(*make_windows(train, held, tokenizer, section, seed=seed, out=out))
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Data:
+        """What `build` kept in a folder. Raises DataError where it is not whole."""
+        return cls(open_windows(Path(folder) / "train"), open_windows(Path(folder) / "heldout"))
+
+
+def _texts(texts: Any, text_key: str, boundary: Boundary) -> Texts:
+    if isinstance(texts, str | Path):
+        here = Path.cwd()
+        files = find_files(str(texts), here)
+        return Texts.of_sources([_source(file, text_key, boundary) for file in files], here)
+    if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
+        raise DataError(
+            f"{type(texts).__name__} is no text to learn from",
+            where="Data.build",
+            fix="give a path, a list of strings, chats or rows, or one split of a data set",
+        )
+    return Texts(_documents(texts, text_key))
+
+
+def _source(file: Path, text_key: str, boundary: Boundary) -> TextSource | FileSource:
+    if format_of(file) == "text":
+        return TextSource(kind="text", path=str(file), documents=boundary)
+    return FileSource(kind="file", path=str(file), text_key=text_key)
+
+
+def _documents(items: Iterable[Any], text_key: str) -> Iterator[AnyDocument]:
+    for number, item in enumerate(items):
+        where = f"texts[{number}]"
+        row = {"text": item} if isinstance(item, str) else item
+        row = {"messages": row} if isinstance(row, list) else row
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"a {type(item).__name__} is no document",
+                where=where,
+                fix="give strings, chats (lists of messages) or rows",
+            )
+        document = document_from_row(row, "text" if isinstance(item, str) else text_key, where)
+        if document is not None:
+            yield document

@@ -1,0 +1,226 @@
+"""The functions of the Python API that bring the packages together; `stillhouse` exports them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from stillhouse.data.batches import Batches
+from stillhouse.data.data import Data
+from stillhouse.evaluate.evaluate import evaluate_models
+from stillhouse.evaluate.results import Evaluation
+from stillhouse.hardware import choose_precision, default_device
+from stillhouse.objectives.objective_config import (
+    AttentionRelationsTerm,
+    HiddenStatesTerm,
+    LogitsTerm,
+    ObjectiveRecipe,
+    ObjectiveTerm,
+)
+from stillhouse.pruning.pruning_config import UNITS
+from stillhouse.search.search_shape import Setting, search_shape
+from stillhouse.section import made
+from stillhouse.signals.encodings import Encoding, Hidden, TopK
+from stillhouse.signals.manifest import Settings
+from stillhouse.students.student import Student
+from stillhouse.students.student_config import PrunedStudent
+from stillhouse.teachers import record_store
+from stillhouse.teachers.local_teacher import LocalTeacher, local
+from stillhouse.teachers.several_teachers import combined
+from stillhouse.teachers.shared_vocabulary import tokenizer_identity
+from stillhouse.teachers.stored_teacher import StoredTeacher
+from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.train import TrainingResult, train
+from stillhouse.training.train_config import TrainRecipe
+
+# --- terms of an objective -------------------------------------------------------------------
+
+
+def divergence(name: str, **options: Any) -> LogitsTerm:
+    """A term on the next-token distributions, by the divergence's name.
+
+    options: weight, temperature, t_squared, schedule, layers, and the divergence's parameters, as
+    in a recipe's `objective.terms`. Raises RecipeError for an unknown name or option.
+    """
+    return made(LogitsTerm, {"divergence": name, **options}, name)
+
+
+KL = partial(divergence, "forward_kl")
+"""KL(teacher ‖ student)."""
+ReverseKL = partial(divergence, "reverse_kl")
+"""KL(student ‖ teacher)."""
+JSD = partial(divergence, "jsd")
+"""Jensen-Shannon divergence; beta: the teacher's share of the mixture."""
+CrossEntropy = partial(divergence, "cross_entropy")
+"""With the text's own next tokens: needs no teacher."""
+
+
+def HiddenStates(**options: Any) -> HiddenStatesTerm:  # noqa: N802
+    """A term on the outputs of blocks; options as in a recipe's `objective.terms`."""
+    return made(HiddenStatesTerm, {"kind": "hidden_states", **options}, "HiddenStates")
+
+
+def AttentionRelations(**options: Any) -> AttentionRelationsTerm:  # noqa: N802
+    """A term on relations of queries, keys and values; options as in a recipe's
+    `objective.terms`."""
+    values = {"kind": "attention_relations", **options}
+    return made(AttentionRelationsTerm, values, "AttentionRelations")
+
+
+# --- functions -------------------------------------------------------------------------------
+
+
+def distill(
+    student: Student | Any,
+    teacher: Teacher | Any | Sequence[Teacher] | None,
+    data: Data | Batches,
+    *,
+    objective: Sequence[ObjectiveTerm] = (),
+    seed: int = 0,
+    folder: str | Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    **settings: Any,
+) -> TrainingResult:
+    """Train the student in place to match the teacher.
+
+    student: a Student, or a transformers model. teacher: a Teacher, a transformers model, several
+    of them (the loss is the mean of the losses under each), or None where no term needs one.
+    data: its held-out part is measured where `evaluate_every` is given. objective: terms whose
+    weighted sum is the loss; KL alone where there are none.
+    folder: keeps checkpoints, metrics and the model, so that a run that was killed goes on when it
+    is called again; None: nothing is written. callbacks: of transformers; their `model` is a
+    Distillation, and `model.student` can generate.
+    settings: learning_rate, batch_size, epochs, max_steps, evaluate_every, ... as in a recipe's
+    `train`.
+    Raises StillhouseError: parts that do not fit together, or a loss that is not finite.
+    """
+    batches, heldout = (data.train, data.heldout) if isinstance(data, Data) else (data, None)
+    terms = {"terms": list(objective)} if objective else {}
+    return train(
+        _student(student),
+        _teacher(teacher),
+        batches,
+        made(ObjectiveRecipe, terms, "distill"),
+        made(TrainRecipe, settings, "distill"),
+        heldout=heldout,
+        seed=seed,
+        folder=None if folder is None else Path(folder),
+        callbacks=callbacks,
+    )
+
+
+def evaluate(
+    student: Student | Any,
+    teacher: LocalTeacher | Any,
+    data: Data | Batches,
+    *,
+    prompts: Sequence[str] = (),
+    max_new_tokens: int = 64,
+    seed: int = 0,
+) -> Evaluation:
+    """Measure the student beside its teacher on held-out text: KL, agreement, perplexity, size.
+
+    data: its held-out part, or batches. prompts: both models answer each.
+    Raises ModelError: the teacher is no model on this machine, or of another vocabulary.
+    """
+    own, other = _student(student), local(_teacher(teacher))
+    device = default_device()
+    models = {"teacher": other.model.to(device), "student": own.model.to(device)}
+    return evaluate_models(
+        models,
+        other.tokenizer or own.tokenizer,
+        data.heldout if isinstance(data, Data) else data,
+        vocabulary=min(own.vocabulary, other.vocabulary),
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+    )
+
+
+def record(
+    teacher: Teacher,
+    data: Data | Batches,
+    folder: str | Path,
+    *,
+    encoding: Encoding | None = None,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> StoredTeacher:
+    """Store the teacher's answers about the training text, and return the store as a teacher.
+
+    A store that was begun goes on. encoding: what is kept of each answer (`signals.encodings`);
+    None: the 32 most likely tokens and the mass of all others.
+    Raises SignalError: the store was begun with other settings. StoreError: it is damaged.
+    """
+    text = data.train if isinstance(data, Data) else data
+    identity = {"teacher": teacher.fingerprint or teacher.described}
+    if teacher.tokenizer is not None:
+        identity |= tokenizer_identity(teacher.tokenizer)
+    kept = encoding or TopK(32)
+    settings = Settings(kept, teacher.vocabulary, identity, temperature, seed)
+    record_store.record(teacher, [text], settings, Path(folder))
+    recorded = teacher if isinstance(kept, Hidden) and isinstance(teacher, LocalTeacher) else None
+    return Teacher.stored(folder, recorded=recorded)
+
+
+def search_sizes(
+    teacher: LocalTeacher,
+    data: Data,
+    *,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    settings: TrainRecipe | None = None,
+    **options: Any,
+) -> dict[str, int]:
+    """The sizes for `Student.prune` that keep the most of a teacher within one target.
+
+    Shapes are pruned and measured, and the best of them distilled for a few steps.
+    folder: keeps what was measured, so that a search that was killed goes on. settings: of the
+    short distillations. options: a target (params="60%", bytes, decode_latency="20ms", memory),
+    and search, calibration_tokens and the like, as in a recipe's `student`.
+    Raises RecipeError where no shape meets the target.
+    """
+    start, settings = local(teacher), settings or TrainRecipe()
+    target = {key: options.pop(key) for key in UNITS if key in options}
+    section = made(PrunedStudent, {"start": "pruned", "target": target, **options}, "search_sizes")
+    with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
+        model = start.folder
+        if model is None:
+            model = Path(scratch) / "teacher"
+            Student(start.model, start.tokenizer).save(model)
+        device = default_device()
+        found = search_shape(
+            Setting(
+                section=section,
+                train=settings,
+                start=model,
+                teacher=model,
+                windows=data.train,
+                vocabulary=start.vocabulary,
+                seed=seed,
+                dtype=choose_precision(settings.precision, device).dtype,
+                served=torch.bfloat16,
+                device=device,
+                out=Path(scratch) / "search" if folder is None else Path(folder),
+                trust_remote_code=start.trust_remote_code,
+            )
+        )
+    return found.sizes
+
+
+def _student(given: Student | Any) -> Student:
+    return given if isinstance(given, Student) else Student(given)
+
+
+def _teacher(given: Teacher | Any | Sequence[Teacher] | None) -> Teacher | None:
+    if given is None or isinstance(given, Teacher):
+        return given
+    if isinstance(given, Sequence):
+        return combined([teacher for teacher in map(_teacher, given) if teacher is not None])
+    return Teacher.from_model(given)

@@ -1,0 +1,209 @@
+"""A student cut out of a larger model: which parts go is decided on the training text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stillhouse.account import count_flops, count_parameters
+from stillhouse.data.windows import WindowSet
+from stillhouse.errors import RecipeError
+from stillhouse.hardware import choose_precision, default_device
+from stillhouse.progress import note
+from stillhouse.pruning.calibrate import unseen
+from stillhouse.pruning.domain import Domain, read_text
+from stillhouse.pruning.kept_tokens import prune_tokenizer
+from stillhouse.pruning.offload import released_after_use
+from stillhouse.pruning.prune import prune_model
+from stillhouse.pruning.pruning_config import PruningMethod, VocabularyFile
+from stillhouse.pruning.reference import mean_kl
+from stillhouse.pruning.shapes import planned_shape, sizes_to_prune
+from stillhouse.pruning.sizes import Sizes, check_sizes, sizes_of
+from stillhouse.pruning.vocabulary_cut import expected_tokens, kept_token_ids
+from stillhouse.students.student_config import PrunedStudent
+
+Summary = dict[str, Any]
+
+STREAMS = 16
+"""Copies of the residual stream on the calibration rows that fit beside a layer's cut: two streams
+in a few places, and the activations of the FFN."""
+
+SERVED_BYTES = 2
+"""Of a parameter, for a target in bytes: bfloat16."""
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """summary: plain data for JSON: `pruning` (see PruneReport), notes, the parameters before, and
+    FLOPs. kept_ids: of tokens, by their ids before; None where all are kept."""
+
+    model: Any
+    tokenizer: Any
+    summary: Summary
+    kept_ids: tuple[int, ...] | None
+
+
+def prune_to(
+    section: PrunedStudent,
+    model: Any,
+    tokenizer: Any,
+    windows: WindowSet,
+    heldout: WindowSet | None = None,
+    *,
+    seed: int = 0,
+    base: Path = Path(),
+) -> Pruned:
+    """Prune a float32 model in place to the sizes of `section`, calibrated on training windows.
+
+    heldout: compared with the training text; a note warns of another domain, with the measured KL.
+    base: the folder that relative paths of the section start from.
+    Raises RecipeError: sizes that the model cannot have, or a target in place of sizes.
+    """
+    before = count_parameters(model)
+    if section.target is not None:
+        raise RecipeError(
+            "a student is made from sizes, and this one has a target",
+            where="student.target",
+            fix="search first (search.search_shape), as `stillhouse run` does",
+        )
+    explicit_sizes(section, model.config)
+    device = _roomy_device(model, section.calibration_tokens)
+    precision = choose_precision("auto", device)
+    note(f"Pruning on {device} with products in {precision.reason}")
+    model.to(device)
+    with count_flops() as counted:
+        kept_ids = _kept_ids(model, tokenizer, section, windows, seed, base, precision.dtype)
+        if kept_ids is not None:
+            tokenizer = prune_tokenizer(tokenizer, kept_ids)
+        summary = _cut(model, section, windows, heldout, kept_ids, seed, precision.dtype)
+    summary |= {"teacher_parameters": asdict(before), "flops": counted.flops}
+    model.to("cpu")
+    return Pruned(model, tokenizer, summary, kept_ids)
+
+
+def _kept_ids(
+    model: Any,
+    tokenizer: Any,
+    section: PrunedStudent,
+    windows: WindowSet,
+    seed: int,
+    base: Path,
+    dtype: torch.dtype,
+) -> tuple[int, ...] | None:
+    """The tokens that stay, where some are to go."""
+    if section.vocabulary is None:
+        return None
+    wanted = section.vocabulary
+    return kept_token_ids(
+        tokenizer,
+        windows,
+        base / wanted.path if isinstance(wanted, VocabularyFile) else wanted,
+        configs=(model.config, model.generation_config),
+        expect=lambda: expected_tokens(model, windows, section.calibration_tokens, seed, dtype),
+    )
+
+
+def _cut(
+    model: Any,
+    section: PrunedStudent,
+    windows: WindowSet,
+    heldout: WindowSet | None,
+    kept_ids: Sequence[int] | None,
+    seed: int,
+    dtype: torch.dtype,
+) -> Summary:
+    """Prunes in place, and compares the calibration text with the held-out text."""
+    rest = unseen(windows, section.calibration_tokens, seed) if len(windows) else windows
+    with released_after_use(model):
+        read = [
+            None if text is None else read_text(model, text, seed, dtype)
+            for text in (None if heldout is None else rest if len(rest) else windows, heldout)
+        ]
+    report = prune_model(
+        model,
+        windows,
+        hidden_method=section.hidden_method,
+        kept_ids=kept_ids,
+        reconstruct=section.refit,
+        calibration_tokens=section.calibration_tokens,
+        seed=seed,
+        dtype=dtype,
+        method=method_of(section),
+        local_tokens=section.local_distillation or 0,
+        **section.sizes,
+    )
+    summary: Summary = {
+        "pruning": asdict(report),
+        "notes": list(report.notes),
+    }
+    if read[0] is not None and read[1] is not None:
+        kl = own = None
+        if kept_ids is None:
+            with released_after_use(model):
+                kl = mean_kl(read[1].reference, model, dtype)
+                own = mean_kl(read[0].reference, model, dtype) if len(rest) else None
+        domain = Domain(read[0].perplexity, read[1].perplexity, kl, own)
+        summary["domain"] = asdict(domain)
+        warning = domain.warning()
+        if warning is not None:
+            note(f"warning: {warning}")
+            summary["notes"].append(warning)
+    return summary
+
+
+def _roomy_device(model: Any, tokens: int) -> torch.device:
+    """The GPU, where the float32 weights and the calibration rows fit into what is free there;
+    else the CPU."""
+    device = default_device()
+    if device.type != "cuda":
+        return device
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    needed = 4 * (weights + STREAMS * tokens * model.config.hidden_size)
+    free, _ = torch.cuda.mem_get_info(device)
+    if needed <= free:
+        return device
+    note(f"{free / 2**30:.1f} GiB are free on {device}, and pruning needs {needed / 2**30:.1f}")
+    return torch.device("cpu")
+
+
+def target_sizes(section: PrunedStudent, config: Any) -> dict[str, int]:
+    """Sizes of the shape with the fewest cuts that meets the section's target. config: of the model
+    that is pruned.
+
+    Raises RecipeError: a target that is only known by measuring shapes, or that no shape meets.
+    """
+    assert section.target is not None
+    if section.target.measured:
+        raise RecipeError(
+            f"{section.target.key} is known only by measuring shapes",
+            where=f"target.{section.target.key}",
+            fix="search for the shape: stillhouse.search_sizes, or a recipe's student.target",
+        )
+    planned = planned_shape(config, section.search, section.target, width=SERVED_BYTES)
+    return sizes_to_prune(sizes_of(config), planned)
+
+
+def method_of(section: PrunedStudent) -> PruningMethod:
+    """What decides which parts stay, without the section's sizes."""
+    return PruningMethod(**{key: getattr(section, key) for key in PruningMethod.model_fields})
+
+
+def explicit_sizes(section: PrunedStudent, config: Any, *, owner: str | None = None) -> Sizes:
+    """The sizes of the student without a target, all tokens counted where the text or a file
+    decides. config: of what is pruned. owner: what an error calls it; None: as the section does.
+
+    Raises RecipeError where they are not possible.
+    """
+    # Known without the text: how many tokens it has is not.
+    vocabulary = section.vocabulary if isinstance(section.vocabulary, int) else None
+    return check_sizes(
+        config,
+        {**section.sizes, "vocabulary": vocabulary},
+        hidden_method=section.hidden_method,
+        text_decides=vocabulary is None and section.vocabulary is not None,
+        owner=owner or ("the teacher" if section.model is None else "the model that is pruned"),
+    )
