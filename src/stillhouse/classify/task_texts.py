@@ -1,4 +1,4 @@
-"""The texts of a task: read, cleaned of repetitions, and divided into parts, once and for all."""
+"""Reads the texts of a task, drops repeated ones, and splits them into parts."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 LABELS = "labels.json"
 FEWEST = 4
-"""Texts in a part below which nothing can be learnt or measured."""
+"""The fewest texts in a part to train or measure on."""
 
 UNKNOWN = -1
-"""Stands for the index of a true label that is not known."""
+"""The index of an unknown reference label."""
 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """gold: the true label, None where it is not known. where: file and row."""
+    """gold: the reference label or answer, None if unknown. where: file and row."""
 
     text: str
     gold: str | None = None
@@ -44,7 +44,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class Texts:
-    """labels: each with its phrase, in order. repeated: texts left out as seen before."""
+    """labels: each with its phrase, in order. repeated: texts that were dropped as repeated."""
 
     labels: dict[str, str]
     train: list[LabelledText]
@@ -78,8 +78,8 @@ class Texts:
 
 
 def gold_ids(texts: Sequence[LabelledText], labels: Sequence[str]) -> list[int] | None:
-    """Index of each text's true label, UNKNOWN where it has none; None where fewer than FEWEST
-    have one."""
+    """Index of each text's reference label, UNKNOWN if it has none; None if fewer than FEWEST have
+    one."""
     if sum(row.gold is not None for row in texts) < FEWEST:
         return None
     index = {label: number for number, label in enumerate(labels)}
@@ -87,11 +87,10 @@ def gold_ids(texts: Sequence[LabelledText], labels: Sequence[str]) -> list[int] 
 
 
 def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
-    """Reads a recipe's texts and divides them. A text belongs to a part by its content and the
-    seed, so that neither order nor other texts move it far.
+    """Reads a recipe's texts and splits them.
 
-    Raises DataError: nothing readable, empty texts, too few texts, a label that is not in the
-    list; RecipeError: no labels, or labels that cannot be told apart.
+    Raises DataError: unreadable files, empty texts, too few texts, a label that is not in the list;
+    RecipeError: no labels, or labels that cannot be distinguished.
     """
     section = recipe.data
     given, tests = read_files(section.texts, base), read_files(section.test, base)
@@ -108,10 +107,10 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
 def divide_texts(
     given: Sequence[LabelledText], tests: Sequence[LabelledText], test_share: float, seed: int
 ) -> tuple[list[LabelledText], list[LabelledText], int]:
-    """Training texts in random order and test texts, of which none is repeated; how many were.
+    """Training texts in random order, and test texts; none is repeated. Also how many were.
 
-    A text belongs to a part by its content and the seed. test_share: of `given`, where there are no
-    test texts.
+    The content of a text and the seed decide its part, so that the order of the files and other
+    texts hardly matter. test_share: of `given`, if there are no test texts.
     """
     seen: set[str] = set()
     kept_tests = list(_unrepeated(tests, seen))
@@ -124,7 +123,7 @@ def divide_texts(
 
 
 def require_enough(parts: Mapping[str, Sequence[LabelledText]]) -> None:
-    """Raises DataError for a part of too few texts."""
+    """Raises DataError for a part with too few texts."""
     for name, rows in parts.items():
         if len(rows) < FEWEST:
             raise DataError(
@@ -182,7 +181,7 @@ def _nearest(label: str, labels: Mapping[str, str]) -> str:
 
 
 def _unrepeated(rows: Sequence[LabelledText], seen: set[str]) -> Iterator[LabelledText]:
-    """Rows whose text was not seen yet, whatever its case and spaces."""
+    """Rows whose text was not seen yet, ignoring case and whitespace."""
     for row in rows:
         key = " ".join(row.text.casefold().split())
         if key not in seen:
@@ -207,7 +206,7 @@ def read_texts(file: TextFile, base: Path) -> Iterator[LabelledText]:
     found = itertools.islice(_read_all(file, base), file.limit)
     if file.sample is None:
         return found
-    # By their content, so that a row that is added moves no other one.
+    # By content, so that an added row does not move others.
     return iter(heapq.nsmallest(file.sample, found, key=lambda row: _place(row, "draw")))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from stillhouse.errors import RunError
 from stillhouse.finding import Finding
 from stillhouse.generation.budget import Spending
-from stillhouse.generation.estimate import Known, known_before
+from stillhouse.generation.estimate import Estimate, estimate_requests
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Requests
 from stillhouse.generation.text_teacher import Sent, TextSource
@@ -29,22 +29,23 @@ class Answers:
     def usd(self) -> float | None:
         """The cost of all answers, from every run; None if a price is unknown."""
         costs = [answer.cost for answer in self.found if answer is not None]
-        known = [cost for cost in costs if cost is not None]
-        return sum(known) if len(known) == len(costs) else None
+        return None if None in costs else sum(cost or 0.0 for cost in costs)
 
 
 def send_missing(
     source: TextSource, requests: Requests, journal: Journal, spent: Spending | None = None
-) -> tuple[Known, Sent]:
+) -> tuple[Estimate, Sent]:
     """Sends the requests without an answer in the journal; what it had before, and what arrived.
 
     spent: of the budget until now; None: on these requests.
     Raises EndpointError, ModelError, RunError.
     """
-    known = known_before(requests(), journal, source.price)
-    if not known.missing:
-        return known, Sent(0, 0, False)
-    return known, source.send(requests, journal, known, known.spent if spent is None else spent)
+    estimate = estimate_requests(requests(), journal, source.price)
+    if not estimate.missing:
+        return estimate, Sent(0, 0, False)
+    return estimate, source.send(
+        requests, journal, estimate, estimate.spent if spent is None else spent
+    )
 
 
 def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) -> Answers:
@@ -54,10 +55,10 @@ def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) 
     last: answers that arrived are kept.
     """
     with Journal(path) as journal:
-        known, sent = send_missing(source, requests, journal)
+        estimate, sent = send_missing(source, requests, journal)
         if sent.out_of_budget:
             raise RunError(
-                f"the budget is used up: {known.answered + sent.new:,} of {known.requests:,} "
+                f"the budget is used up: {estimate.answered + sent.new:,} of {estimate.requests:,} "
                 "requests are answered",
                 where=path,
                 fix=f"raise {budget}, or give fewer texts; no request is paid for twice",
@@ -73,7 +74,7 @@ def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) 
 # --- before anything is spent ------------------------------------------------------------------
 
 
-def estimate(source: TextSource, requests: Requests, path: Path, calls: int = 0) -> Known:
+def estimate_cost(source: TextSource, requests: Requests, path: Path, calls: int = 0) -> Estimate:
     """What the journal at `path` has of the requests, and what the rest costs.
 
     calls: the number of missing requests to send first (see `send_some`).
@@ -82,7 +83,7 @@ def estimate(source: TextSource, requests: Requests, path: Path, calls: int = 0)
         with Journal(path) as journal:
             send_some(source, requests, journal, calls, Spending())
     with opened_journal(path) as found:
-        return known_before(requests(), found, source.price)
+        return estimate_requests(requests(), found, source.price)
 
 
 def send_some(
@@ -99,17 +100,19 @@ def send_some(
     count = min(calls, len(missing))
     if count:
         chosen = frozenset(missing[len(missing) * n // count] for n in range(count))
-        known = known_before(requests(), journal, source.price)
+        estimate = estimate_requests(requests(), journal, source.price)
         some = lambda: (r for n, r in enumerate(requests()) if n in chosen)  # noqa: E731
-        send_missing(source, some, journal, known.spent + spent)
+        send_missing(source, some, journal, estimate.spent + spent)
 
 
-def findings(known: Known, path: Path, topic: str, things: str = "requests") -> Iterator[Finding]:
+def findings(
+    estimate: Estimate, path: Path, topic: str, things: str = "requests"
+) -> Iterator[Finding]:
     """The lines of `check` about what is answered and what the rest costs. path: the journal."""
     fix = None
-    if known.missing and known.between is None:
+    if estimate.missing and estimate.between is None:
         fix = "--calls 5 sends a few requests, which count, to estimate the cost of the rest"
-    yield Finding("estimate" if known.missing else "ok", topic, known.described(things), fix)
+    yield Finding("estimate" if estimate.missing else "ok", topic, estimate.described(things), fix)
     if being_written(path):
         text = "a run has the journal open: what it holds is not counted, and no request is sent"
         yield Finding("warning", topic, text, "repeat the command after the run")

@@ -12,7 +12,7 @@ from stillhouse.generation.request import Request
 
 
 @dataclass(frozen=True)
-class Known:
+class Estimate:
     """What the journal has of some requests.
 
     spent: on answers, and on lost ones that may have been billed. worst: the most that the missing
@@ -88,9 +88,9 @@ class Known:
         return f"{text}; the rest takes {about}at most {amount(self.worst)}"
 
 
-def known_before(
+def estimate_requests(
     requests: Iterable[Request], journal: Journal | None, price: Price | None
-) -> Known:
+) -> Estimate:
     """Reads all requests once, which also finds an invalid prompt before anything is paid."""
     number = missing = 0
     squares, again = [0.0, 0.0], [0, 0]
@@ -117,7 +117,7 @@ def known_before(
             taken += spent_on(answer, worst)
             squares = [squares[0] + taken.tokens**2, squares[1] + taken.usd**2]
         spent += taken
-    return Known(
+    return Estimate(
         number, missing, spent, unspent, (squares[0], squares[1]), (again[0], again[1]), price
     )
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from stillhouse.errors import EndpointError
 from stillhouse.generation.budget import FREE, Budget, Price, Spending
 from stillhouse.generation.client import Client
-from stillhouse.generation.estimate import Known
+from stillhouse.generation.estimate import Estimate
 from stillhouse.generation.generation_config import (
     ApiTeacher,
     BudgetRecipe,
@@ -107,16 +107,18 @@ class ApiText:
     def request(self, messages: tuple[Message, ...], sample: int = 0) -> Request:
         return Request(self.endpoint, self.api.model, messages, self.parameters, sample)
 
-    def send(self, requests: Requests, journal: Journal, known: Known, spent: Spending) -> Sent:
-        """Sends the requests without an answer in the journal. known: of these requests. spent: of
+    def send(
+        self, requests: Requests, journal: Journal, estimate: Estimate, spent: Spending
+    ) -> Sent:
+        """Sends the requests without an answer in the journal. estimate: of these. spent: of
         the budget until now. Raises EndpointError if no request can succeed."""
         budget = Budget(self.budget.max_usd, self.budget.max_tokens)
         budget.spent = spent
         if self.price is None:
             note("the price is unknown, and so is the cost: set api.price")
-        with bar(f"requests to {self.api.model}", known.requests, "answers") as advance:
+        with bar(f"requests to {self.api.model}", estimate.requests, "answers") as advance:
             tally = _stoppable(self._answer_all(requests, journal, budget, advance)).tally
-        if tally.failed and not tally.answered and known.missing == known.requests:
+        if tally.failed and not tally.answered and estimate.missing == estimate.requests:
             *_, (_, kind, reason) = journal.failures()
             raise EndpointError(
                 f"no request was answered; the last failure: {kind}: {reason}",
@@ -175,7 +177,9 @@ class LocalText:
         endpoint = "vllm" if isinstance(self.own, VllmTeacher) else "local"
         return Request(endpoint, self.source.fingerprint, messages, self.parameters, sample)
 
-    def send(self, requests: Requests, journal: Journal, known: Known, spent: Spending) -> Sent:
+    def send(
+        self, requests: Requests, journal: Journal, estimate: Estimate, spent: Spending
+    ) -> Sent:
         """As `ApiText.send`; there is no budget. Raises ModelError."""
         counts: Counter[str] = Counter()
         on_its_way: set[str] = set()
@@ -196,7 +200,10 @@ class LocalText:
                     on_its_way.add(request.key)
                     yield request
 
-        with self._generator() as generator, bar("answering", known.missing, "answers") as advance:
+        with (
+            self._generator() as generator,
+            bar("answering", estimate.missing, "answers") as advance,
+        ):
             for request, outcome in generator.answers(unanswered()):
                 if isinstance(outcome, Answer):
                     saved = journal.record(request, outcome)

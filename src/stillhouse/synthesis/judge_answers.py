@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from stillhouse.generation.answer_requests import send_missing
 from stillhouse.generation.chat_frame import answer_text, text_of, user_turn
-from stillhouse.generation.estimate import Known, known_before
+from stillhouse.generation.estimate import Estimate, estimate_requests
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
@@ -71,12 +71,12 @@ class Judge:
 
     def judge(
         self, groups: Callable[[], Iterable[Sequence[Row]]], journal: Journal
-    ) -> tuple[Known, bool]:
+    ) -> tuple[Estimate, bool]:
         """Requests the verdicts that are not in the journal. Returns what it has then, and whether
         the budget stopped the rest. groups: returns the answers to each prompt."""
         _, sent = send_missing(self.teacher, lambda: self.requests(groups()), journal)
-        known = known_before(self.requests(groups()), journal, self.teacher.price)
-        return known, sent.out_of_budget
+        estimate = estimate_requests(self.requests(groups()), journal, self.teacher.price)
+        return estimate, sent.out_of_budget
 
     def chooser(self, journal: Journal) -> Chooser:
         """Keeps the answer with the most points by the verdicts in the journal; ties go to the

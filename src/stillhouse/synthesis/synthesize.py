@@ -13,7 +13,7 @@ from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.answer_requests import send_missing
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.chat_frame import answer_text
-from stillhouse.generation.estimate import known_before
+from stillhouse.generation.estimate import estimate_requests
 from stillhouse.generation.journal import Journal
 from stillhouse.progress import note
 from stillhouse.runfolder import write_atomically
@@ -114,10 +114,10 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
         requests = SynthesisRequests(job, journal)
         teacher, writing, spent = requests.teacher, Spending(), None
         if requests.writer is not None:
-            answers = known_before(requests(), journal, teacher.price).spent
+            answers = estimate_requests(requests(), journal, teacher.price).spent
             writing = write_prompts(requests.writer, journal, answers)
-            spent = known_before(requests(), journal, teacher.price).spent + writing
-        known, sent = send_missing(teacher, requests, journal, spent)
+            spent = estimate_requests(requests(), journal, teacher.price).spent + writing
+        estimate, sent = send_missing(teacher, requests, journal, spent)
         out_of_budget = sent.out_of_budget
         if judge is not None:
             verdicts, stopped = judge.judge(lambda: chosen.groups(Rows(requests, journal)), journal)
@@ -136,7 +136,7 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
         out=folder / TEXT,
         dropped_rows=sieve.file,
         journal=job.journal,
-        requests=known.requests,
+        requests=estimate.requests,
         answered=rows.answered,
         new=sent.new,
         failed=sent.failed,

@@ -19,7 +19,7 @@ from stillhouse.errors import DataError
 from stillhouse.generation.answer_requests import send_missing
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.chat_frame import answer_text, user_turn
-from stillhouse.generation.estimate import known_before
+from stillhouse.generation.estimate import estimate_requests
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
 from stillhouse.generation.text_teacher import TextSource
@@ -152,4 +152,4 @@ def send_part(writer: Writer, first: int, last: int, journal: Journal, answers: 
 
 
 def spent_on_writing(writer: Writer, journal: Journal) -> Spending:
-    return known_before(writer.requests(), journal, writer.teacher.price).spent
+    return estimate_requests(writer.requests(), journal, writer.teacher.price).spent
