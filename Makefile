@@ -1,14 +1,21 @@
 # make demo   distills a real model from a clean machine: Python 3.11+ and make are enough
+# make quick  all checks, and the tests that neither run, train nor start processes: a minute
 # make test   lint, types, import contracts, tests
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+PYTEST  = $(BIN)/pytest -n 2 --dist worksteal
+EVERY   = not slow and not cuda and not install
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint types contracts pytest test-slow test-install test-llama bench schema clean
+.PHONY: demo quick test lint types contracts pytest unit test-slow test-install test-llama bench schema clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stillhouse run recipes/demo.yaml
+
+# Two jobs at once: the checks are done while the tests are collected.
+quick:
+	$(MAKE) -j 2 unit lint types contracts
 
 test: lint types contracts pytest
 
@@ -23,7 +30,10 @@ contracts: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 pytest: $(VENV)/.dev
-	$(BIN)/pytest -n 2 -m "not slow and not cuda and not install"
+	$(PYTEST) -m "$(EVERY)"
+
+unit: $(VENV)/.dev
+	$(PYTEST) -m "$(EVERY) and not run"
 
 # Everything that takes minutes: the demo killed and resumed, bit for bit; the demo's recipe itself.
 test-slow: $(VENV)/.dev

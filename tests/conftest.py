@@ -1,4 +1,4 @@
-"""What makes many small tests quick: few threads, few processes, and a small heap to collect."""
+"""What makes many small tests quick: few threads and processes, and little to collect."""
 
 import os
 
@@ -8,34 +8,53 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import gc
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
-import torch
 
-from stillhouse.export import fresh_process as script
-from tests import replays
-
-# Tiny tensors gain nothing from threads, and two test processes would compete for the cores.
-torch.set_num_threads(1)
-
-
-def pytest_collection_finish() -> None:
-    """Exempt what is imported by now from garbage collection: half a million objects, 0.3 s."""
-    gc.collect()
-    gc.freeze()
+# torch and transformers are imported where they are needed: xdist's main process runs no test.
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _replays_in_this_process() -> Iterator[None]:
+def _small_and_alone() -> Iterator[None]:
+    import torch
+
+    from stillhouse import hardware
+    from stillhouse.export import fresh_process as script
+    from tests import replays
+
+    # Tiny tensors gain nothing from threads, and two test processes would compete for the cores.
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "subprocess", replays.IN_THIS_PROCESS)
+        patch.setattr(hardware, "_MATMUL_SECONDS", 0.01)
         yield
 
 
-@pytest.fixture(autouse=True)
-def _replays_in_a_fresh_process(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if request.node.get_closest_marker("fresh_process"):
-        monkeypatch.setattr(script, "subprocess", subprocess)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("fresh_process"):
+            from stillhouse.export import fresh_process as script
+
+            patch.setattr(script, "subprocess", subprocess)
+        return (yield)
+
+
+def pytest_collection_finish() -> None:
+    _keep_what_is_imported()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    if nextitem is None or nextitem.path != item.path:
+        _keep_what_is_imported()
+
+
+def _keep_what_is_imported() -> None:
+    """Exempt all that there is from garbage collection, or each takes 0.3 s for imported modules.
+
+    A whole run collects ten times.
+    """
+    gc.collect()
+    gc.freeze()

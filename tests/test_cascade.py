@@ -25,6 +25,8 @@ from stillhouse.report.page import FAMILY_REPORT, REPORT, REPORT_DATA
 from stillhouse.training.train import MODEL
 from tests import tiny
 
+pytestmark = pytest.mark.run
+
 HOPS = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "ffn_size": 32, "layers": 2}]
 STUDENT = {"start": "pruned", "calibration_tokens": 512}
 

@@ -104,6 +104,7 @@ def test_check_warns_of_a_license_that_restricts_students(
     assert [f.level for f in found if f.topic == "license"] == ["warning"] * warns
 
 
+@pytest.mark.run
 def test_a_store_is_recorded_looked_at_exported_and_a_flipped_bit_is_found(tmp_path: Path) -> None:
     recipe = write(tmp_path, signals={"encoding": {"kind": "top_k", "k": 8}})
     recorded = call("signals", str(recipe))
@@ -143,6 +144,7 @@ def test_preview_shows_the_text(tmp_path: Path) -> None:
     assert any(word in output for word in ("cat", "dog", "friend", "man", "she"))
 
 
+@pytest.mark.run
 def test_run_then_report_and_evaluate(tmp_path: Path) -> None:
     recipe = write(tmp_path)
     result = call("run", str(recipe))
@@ -250,6 +252,7 @@ def test_check_says_when_a_store_pays(tmp_path: Path, sections: Any, text: str) 
     assert "MB" in found["signals"].text + str(found["signals"].fix)
 
 
+@pytest.mark.run
 def test_check_opens_the_store_that_a_recipe_names(tmp_path: Path) -> None:
     recipe = write(tmp_path, signals={"encoding": {"kind": "top_k", "k": 8}})
     assert call("signals", str(recipe)).exit_code == 0

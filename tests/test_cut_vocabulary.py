@@ -19,6 +19,8 @@ from stillhouse.runfolder import Stage
 from tests import tiny
 from tests.pruning.test_vocabulary import KINDS
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:

@@ -45,6 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.run
 def test_every_stillhouse_command_of_the_readme_runs(folder: Path) -> None:
     found = commands("stillhouse")
     verbs = [shlex.split(line)[1] for line in found]
@@ -61,6 +62,7 @@ def test_the_readme_activates_the_environment_before_its_first_command() -> None
     assert re.search(r"^VENV +\?= \.venv$", MAKEFILE, flags=re.MULTILINE)
 
 
+@pytest.mark.run
 def test_every_python_block_of_the_readme_runs(folder: Path) -> None:
     found = blocks("python")
     assert len(found) == 2

@@ -107,11 +107,13 @@ def page_faults(mode: str) -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.run
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_the_tuned_allocator_reuses_freed_memory() -> None:
     assert page_faults("plain") - page_faults("tuned") > PAGES_OF_TWENTY_TENSORS / 2
 
 
+@pytest.mark.run
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_freed_memory_is_handed_back_even_after_the_allocator_was_tuned() -> None:
     assert page_faults("handed back") - page_faults("tuned") > PAGES_OF_TWENTY_TENSORS / 2
@@ -151,10 +153,12 @@ def memory_growth() -> int:
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+@pytest.mark.run
 def test_peak_memory_is_in_bytes_and_remembers_what_was_freed() -> None:
     assert memory_growth() == pytest.approx(512 << 20, rel=0.2)
 
 
+@pytest.mark.run
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS cannot tell the two apart")
 def test_peak_memory_does_not_start_at_that_of_the_parent() -> None:
     held = torch.ones(512 << 20)  # 2 GiB here must not hide the child's growth

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from stillhouse.check import check_recipe
@@ -13,6 +14,8 @@ from stillhouse.config.load import parse_recipe
 from stillhouse.language_model.job import find_models
 from stillhouse.language_model.model_origins import origins_of
 from tests import tiny
+
+pytestmark = pytest.mark.run
 
 
 def licensed(folder: Path, license_: str, seed: int = 1) -> str:

@@ -68,6 +68,7 @@ def with_a_model(run: Path) -> list[str]:
     return sorted(name for name in names if name != "export")
 
 
+@pytest.mark.run
 def test_every_stage_that_writes_a_model_is_checked(tmp_path: Path, checked: list[str]) -> None:
     words = tiny.merging_tokenizer()
     tiny.save_model(tmp_path / "teacher", vocab_size=len(words))
@@ -84,6 +85,7 @@ def test_every_stage_that_writes_a_model_is_checked(tmp_path: Path, checked: lis
     assert {"vocabulary", "student", "train", "baseline", "quantize", "qat"} == set(checked)
 
 
+@pytest.mark.run
 def test_every_stage_of_a_task_that_writes_a_model_is_checked(
     tmp_path: Path, checked: list[str]
 ) -> None:
@@ -93,6 +95,7 @@ def test_every_stage_of_a_task_that_writes_a_model_is_checked(
     assert {"student", "train"} <= set(checked)
 
 
+@pytest.mark.run
 def test_a_trainer_that_saves_no_weights_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

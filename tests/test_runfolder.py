@@ -146,6 +146,7 @@ print("finished", flush=True)
 """
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.1])
 def test_a_kill_at_any_moment_leaves_a_whole_stage_or_none(tmp_path: Path, delay: float) -> None:
     process = subprocess.Popen(
@@ -165,6 +166,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_stage_or_none(tmp_path: Path, delay
     assert len(list(done.path.glob("*.bin"))) == 200
 
 
+@pytest.mark.run
 def test_the_second_process_stops_with_a_clear_error(tmp_path: Path) -> None:
     with RunFolder(tmp_path).locked():
         script = (

@@ -27,6 +27,8 @@ from stillhouse.training.checkpoints import read_metrics
 from tests import forks, tiny
 from tests.forks import Fork
 
+pytestmark = pytest.mark.run
+
 
 def run(raw: dict[str, Any]) -> RunResult:
     result = stillhouse.run(raw)

@@ -24,6 +24,8 @@ from stillhouse.teachers.record_store import segments_of
 from stillhouse.training.checkpoints import read_metrics
 from tests import tiny
 
+pytestmark = pytest.mark.run
+
 
 def run(raw: dict[str, Any]) -> RunResult:
     result = stillhouse.run(raw)

@@ -21,6 +21,8 @@ from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from tests.answering import toys
 from tests.generation.stub import Reply, Stub, error
 
+pytestmark = pytest.mark.run
+
 KEY = "sk-very-secret-1234567890"
 
 

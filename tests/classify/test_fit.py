@@ -8,6 +8,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -54,6 +55,7 @@ def train_until_killed(start: Path, out: Path, step: int) -> None:
     train(start, out)
 
 
+@pytest.mark.run
 def test_a_training_that_was_killed_ends_with_the_weights_of_one_that_was_not(
     tmp_path: Path,
 ) -> None:

@@ -34,6 +34,8 @@ from tests import tiny
 from tests.classify import toys
 from tests.generation.stub import Reply, Stub, error
 
+pytestmark = pytest.mark.run
+
 KEY = "sk-very-secret-1234567890"
 
 

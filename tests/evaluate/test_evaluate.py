@@ -23,6 +23,8 @@ from tests.clocks import Clock
 
 from .toys import VOCABULARY, mixed_windows, save_toy, toy_model
 
+pytestmark = pytest.mark.run
+
 FLOAT32 = Precision(torch.float32, "float32, for the test")
 
 

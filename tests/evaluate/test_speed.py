@@ -89,6 +89,7 @@ def test_decoding_feeds_one_token_a_step_to_a_growing_cache(
     assert seen == [(6, 0), (1, 6), (1, 7), (1, 8)]
 
 
+@pytest.mark.run
 def test_peak_memory_grows_with_the_model(tmp_path: Path) -> None:
     small = save_toy(tmp_path / "small", toy_model())
     large = save_toy(tmp_path / "large", toy_model(vocabulary=2_000_000))
@@ -99,6 +100,7 @@ def test_peak_memory_grows_with_the_model(tmp_path: Path) -> None:
     assert 0.9 * head < difference < 4 * head
 
 
+@pytest.mark.run
 def test_a_model_that_cannot_be_loaded_alone_says_why(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="loads the model alone failed") as raised:
         measure_peak_memory(tmp_path / "nothing", torch.float32)

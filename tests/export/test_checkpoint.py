@@ -60,6 +60,7 @@ def test_replay_knows_nothing_of_stillhouse() -> None:
     assert not any(str(name).startswith("stillhouse") for name in imported)
 
 
+@pytest.mark.run
 def test_bfloat16_export_is_the_rounded_source(
     trained: Path, shipped: tuple[Path, ReplayResult]
 ) -> None:
@@ -77,6 +78,7 @@ def test_bfloat16_export_is_the_rounded_source(
     assert result.texts[0].source.startswith("word")
 
 
+@pytest.mark.run
 def test_export_has_all_that_a_server_needs(
     trained: Path, shipped: tuple[Path, ReplayResult]
 ) -> None:
@@ -201,6 +203,7 @@ def test_source_with_helper_weights_is_refused(
         export(source, tmp_path / "model")
 
 
+@pytest.mark.run
 @pytest.mark.fresh_process
 def test_replay_process_that_fails_says_why(
     trained: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch

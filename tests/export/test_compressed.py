@@ -77,6 +77,7 @@ def export(source: Path, out: Path, python: str | None, method: str) -> Any:
     return export_compressed(gate, out, method=method, python=python, windows=windows)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("method", "modifiers", "scheme", "group", "rows"),
     [
@@ -112,6 +113,7 @@ def test_it_is_asked_for_a_scheme_and_its_answer_is_replayed(
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
+@pytest.mark.run
 def test_what_it_says_of_a_failure_is_told(trained: Path, tmp_path: Path, python: str) -> None:
     broken = tmp_path / "site" / "llmcompressor" / "__init__.py"
     broken.write_text("raise RuntimeError('no kernel for this model')")
@@ -129,6 +131,7 @@ def test_a_missing_package_is_named(
     assert "stillhouse[llm-compressor]" in str(caught.value.fix)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("named", [None, sys.executable, "/no/such/python"])
 def test_an_interpreter_without_llm_compressor_is_refused(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None

@@ -63,6 +63,7 @@ def read(file: Path) -> dict[str, gguf.ReaderTensor]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
 
 
+@pytest.mark.run
 @pytest.mark.fresh_process
 def test_q8_0_is_loaded_by_transformers_and_answers_as_its_source(
     source: Path, tmp_path: Path

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub.errors import HFValidationError
 
 from stillhouse.errors import RunError
+from stillhouse.export import push as hub
 from stillhouse.export.export_config import PushRecipe
 from stillhouse.export.push import push
-from stillhouse.export.push import push as hub
 
 SECRET = "hf_secret"
 

@@ -84,6 +84,7 @@ def test_the_replay_knows_nothing_of_stillhouse_or_torch() -> None:
     assert not any(str(name).startswith(("stillhouse", "torch")) for name in names)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_float32_is_the_checkpoint_padded_or_not(kind: str, tmp_path: Path) -> None:
     result = export(model(kind), tmp_path)
@@ -95,6 +96,7 @@ def test_float32_is_the_checkpoint_padded_or_not(kind: str, tmp_path: Path) -> N
     assert [path.name for path in tmp_path.iterdir()] == [FILE], "one file holds everything"
 
 
+@pytest.mark.run
 @pytest.mark.fresh_process
 def test_int8_is_smaller_and_near_in_a_fresh_process(tmp_path: Path) -> None:
     classifier = model("modernbert")
@@ -128,6 +130,7 @@ class Odd(nn.Module):
         return SimpleNamespace(logits=attention_mask[:, :3].float())
 
 
+@pytest.mark.run
 def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="torch cannot export Odd") as caught:
         export(Odd(), tmp_path, expected_NC=torch.zeros(6, 3))

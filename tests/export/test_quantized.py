@@ -84,6 +84,7 @@ def test_torchao_in_float32_has_exactly_the_trained_numbers(
         assert torch.equal(plain, source[name]), name
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     ("kind", "name"),
     [

@@ -57,6 +57,7 @@ def test_every_head_says_what_the_classifier_says(tmp_path: Path, kind: str) -> 
     assert _replay(load_classifier(folder), folder, TEXTS) < 1e-5
 
 
+@pytest.mark.run
 @pytest.mark.fresh_process
 def test_a_fresh_process_says_it_too(tmp_path: Path) -> None:
     folder = classifier(tmp_path, "mean")

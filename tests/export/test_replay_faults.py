@@ -29,6 +29,8 @@ from stillhouse.quantize.quantize_config import QuantizeRecipe
 from tests import tiny
 from tests.export.conftest import ToyWindows
 
+pytestmark = pytest.mark.run
+
 PROMPT = "the cat sees 42 trees"
 
 

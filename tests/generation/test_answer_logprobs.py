@@ -27,6 +27,8 @@ from tests import tiny
 from tests.generation.stub import Reply, Stub
 from tests.synthesis.test_in_a_run import api, recipe
 
+pytestmark = pytest.mark.run
+
 K = 5
 LENGTH = 6
 MODEL, TOKENIZER = tiny.llama(seed=7), tiny.tokenizer()

@@ -148,6 +148,7 @@ for sample in range(10**9):
 """
 
 
+@pytest.mark.run
 def test_kill_9_loses_no_answer_that_was_committed(tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
     writer = subprocess.Popen(

@@ -104,21 +104,21 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("batch", [1, 5, 16])
-def test_greedy_answers_are_those_of_generate(name: str, batch: int) -> None:
+def test_greedy_answers_are_those_of_generate(name: str) -> None:
     model = MODELS[name]()
     model.generation_config.eos_token_id = ENDS
     asked = requests(40)
-    found = answered(model, asked, batch)
-    assert len(found) == len(asked)
-    endings = set()
-    for request in asked:
-        text, tokens = reference(model, request)
-        answer = found[request.key]
-        assert isinstance(answer, Answer)
-        assert (answer.text, answer.completion_tokens) == (text, tokens)
-        endings.add(answer.finish_reason)
-    assert endings == {"stop", "length"}, "the toy must show both"
+    expected = [reference(model, request) for request in asked]
+    for batch in (1, 5, 16):
+        found = answered(model, asked, batch)
+        assert len(found) == len(asked)
+        endings = set()
+        for request, text_and_tokens in zip(asked, expected, strict=True):
+            answer = found[request.key]
+            assert isinstance(answer, Answer)
+            assert (answer.text, answer.completion_tokens) == text_and_tokens, f"batch {batch}"
+            endings.add(answer.finish_reason)
+        assert endings == {"stop", "length"}, "the toy must show both"
 
 
 def test_answers_come_while_later_prompts_are_not_yet_read() -> None:

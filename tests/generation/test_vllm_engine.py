@@ -244,6 +244,7 @@ def _synthesize_with_stub(path: Path, site: Path) -> None:
     synthesize_text(path)
 
 
+@pytest.mark.run
 def test_killed_it_loses_the_batch_that_was_on_its_way(tmp_path: Path, stub: Path) -> None:
     path = write(tmp_path)
     (stub / "kill").touch()
@@ -356,6 +357,7 @@ def test_an_error_while_the_model_is_opened_is_told(tmp_path: Path) -> None:
         synthesize_text(write(tmp_path))
 
 
+@pytest.mark.run
 def test_a_process_that_dies_loses_the_batch_that_was_on_its_way(tmp_path: Path) -> None:
     package = environment(tmp_path)
     (package / "kill").touch()
@@ -375,6 +377,7 @@ def dead(package: Path) -> bool:
     return True
 
 
+@pytest.mark.run
 def test_vllm_dies_with_the_process_that_it_works_for(tmp_path: Path) -> None:
     package = environment(tmp_path)
     (package / "hang").touch()
@@ -388,6 +391,7 @@ def test_vllm_dies_with_the_process_that_it_works_for(tmp_path: Path) -> None:
     assert dead(package)
 
 
+@pytest.mark.run
 def test_vllm_dies_when_it_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = environment(tmp_path)
     (package / "hang").touch()

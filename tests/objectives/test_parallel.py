@@ -19,6 +19,8 @@ from stillhouse.objectives.terms import Term
 from stillhouse.signals.signal_types import DenseSignal, LMHead
 from tests.forks import two_ranks
 
+pytestmark = pytest.mark.run
+
 ROWS, VOCAB, WIDTH = 9, 12, 8
 TERMS = [Term("jsd"), Term("cross_entropy", 0.5)]
 

@@ -42,6 +42,8 @@ from tests.gguf_files import (
 )
 from tests.teachers.toys import VOCABULARY, ToyWindows, tiny_model
 
+pytestmark = pytest.mark.run
+
 IDS = torch.randint(3, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(9))
 FAMILIES = {
     "llama": {"tie_word_embeddings": True},

@@ -84,6 +84,7 @@ def test_masks_gradients_are_finite_differences(kind: str, layer: int, index: in
     assert values[index].item() == pytest.approx(expected, rel=2e-2)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3_text", "smollm3"])
 def test_half_the_fisher_information_is_the_curvature_of_the_kl(kind: str) -> None:
     batch, step = one_batch(48), 0.05

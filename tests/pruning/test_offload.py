@@ -132,6 +132,7 @@ def test_a_scratch_folder_that_cannot_be_written_is_an_error_that_names_it(
         offload.offload(tiny_model())
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "sizes",

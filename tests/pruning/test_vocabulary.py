@@ -17,7 +17,6 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from stillhouse.errors import ModelError, RecipeError
-from stillhouse.pruning import depth
 from stillhouse.pruning.kept_tokens import Merges, prune_tokenizer
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.surgery import check_saved
@@ -28,6 +27,7 @@ from stillhouse.pruning.vocabulary_cut import (
     load_kept_ids,
     save_kept_ids,
 )
+from stillhouse.signals import lm_head as head_module
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
@@ -235,7 +235,7 @@ def test_what_is_expected_is_the_mean_probability_at_every_position(
     positions = windows.positions.expand(5, -1)
     logits_RLV = model(input_ids=windows.ids, position_ids=positions, use_cache=False).logits
     assert_close(found_V.float(), logits_RLV[:, :-3].softmax(-1).mean((0, 1)))
-    monkeypatch.setattr(depth, "CHUNK_LOGITS", 3 * model.config.vocab_size)
+    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 3 * model.config.vocab_size)
     assert_close(expected_tokens(model, windows, 10_000, 0, torch.float32), found_V)
 
 

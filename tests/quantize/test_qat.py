@@ -37,6 +37,8 @@ from stillhouse.training.objective import Objective
 from stillhouse.training.train_config import TrainRecipe
 from tests import tiny
 
+pytestmark = pytest.mark.run
+
 
 @pytest.mark.parametrize("grid", [Grid(4, 32), Grid(8, None, floating=True)])
 def test_two_steps_are_those_of_a_straight_through_estimator(grid: Grid) -> None:

@@ -315,6 +315,7 @@ def test_inputs_are_rounded_until_the_hook_is_removed() -> None:
     assert torch.equal(layer(x), plain)
 
 
+@pytest.mark.run
 def test_a_dynamic_student_is_evaluated_with_its_inputs_rounded(tmp_path: Path) -> None:
     """The same checkpoint on the same grid, by a kind that rounds inputs and one that does not."""
     kl = {}

@@ -28,6 +28,8 @@ from stillhouse.training.train_config import TrainRecipe
 from tests.clocks import Clock
 from tests.teachers.toys import VOCABULARY, ToyWindows, save_model, tiny_model
 
+pytestmark = pytest.mark.run
+
 WINDOWS = ToyWindows(count=48)
 
 

@@ -40,6 +40,7 @@ def write_slowly(path: Path, of: Settings, data: toys.Batch, share: int = 0, sha
     os._exit(0)
 
 
+@pytest.mark.run
 def test_killed_at_any_point_the_store_comes_out_the_same(tmp_path):
     data, chance = toys.batch(windows=16), random.Random(0)
     of = toys.settings(Threshold(0.05))
@@ -68,6 +69,7 @@ def test_killed_at_any_point_the_store_comes_out_the_same(tmp_path):
         assert (toys.estimate(found, toys.VOCABULARY) == wanted_NV).all()
 
 
+@pytest.mark.run
 def test_processes_write_one_store_together(tmp_path):
     data = toys.batch(windows=12)
     of = toys.settings(Threshold(0.05))
@@ -85,6 +87,7 @@ def test_processes_write_one_store_together(tmp_path):
     assert open_store(tmp_path).covers(data.segments)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("encoding", [Threshold(0.1), TopP(0.5, most=9), Hidden((2,), 4)], ids=repr)
 def test_a_flipped_bit_is_found_and_never_read(tmp_path, encoding):
     data, chance = toys.batch(windows=2), random.Random(1)

@@ -234,6 +234,7 @@ def test_texts_in_japanese_that_are_nearly_the_same_are_found() -> None:
     assert judge(row(text + "お願い")) is not None
 
 
+@pytest.mark.run
 def test_languages_by_what_they_surely_are() -> None:
     judge = filters.languages(["en", "de"])
     dropped = ["Bonjour tout le monde, comment allez-vous ?", "これは日本語の文章です。"]

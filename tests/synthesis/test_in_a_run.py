@@ -25,6 +25,8 @@ from tests import forks, tiny
 from tests.generation.pools import committed
 from tests.generation.stub import Reply, Stub
 
+pytestmark = pytest.mark.run
+
 PRICE = {"input": 1000.0, "output": 10_000.0}
 OUT = {"kind": "jsonl", "path": "synthetic.jsonl"}
 

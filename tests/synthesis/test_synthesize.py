@@ -319,6 +319,7 @@ def test_check_tells_the_cost_from_the_answers_there_are(tmp_path: Path) -> None
 # --- accidents ---------------------------------------------------------------------------------
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
 def test_a_run_that_is_stopped_goes_on_and_buys_nothing_again(
     tmp_path: Path, number: signal.Signals
@@ -356,6 +357,7 @@ def test_a_run_that_is_stopped_goes_on_and_buys_nothing_again(
 # --- a local model -----------------------------------------------------------------------------
 
 
+@pytest.mark.run
 def test_the_recipes_own_teacher_answers(tmp_path: Path) -> None:
     section = {
         "teacher": {"local": {"batch": 4, "precision": "float32"}},

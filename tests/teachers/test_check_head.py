@@ -31,6 +31,7 @@ def doubled_logits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "forward", doubling)
 
 
+@pytest.mark.run
 @pytest.mark.usefixtures("doubled_logits")
 @pytest.mark.parametrize("student", ["pruned", "pretrained"])
 def test_a_run_refuses_a_teacher_with_an_unknown_scale(tmp_path: Path, student: str) -> None:
@@ -43,6 +44,7 @@ def test_a_run_refuses_a_teacher_with_an_unknown_scale(tmp_path: Path, student: 
     assert not list((tmp_path / "run").glob("stages/*train*"))
 
 
+@pytest.mark.run
 def test_a_run_checks_each_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = []
 

@@ -24,6 +24,8 @@ from tests import tiny
 from tests.training.conftest import Setting
 from tests.training.test_train import run
 
+pytestmark = pytest.mark.run
+
 HIDDEN = {"kind": "hidden_states", "weight": 0.3, "embeddings": True}
 COSINE = {"kind": "hidden_states", "distance": "cosine", "pairs": [[1, 3]]}
 RELATIONS = {"kind": "attention_relations", "heads": 2, "weight": 0.2, "pairs": [[1, 2], [2, 3]]}
@@ -200,7 +202,7 @@ def test_packed_documents_are_not_related() -> None:
     ("term", "message"),
     [
         ({"kind": "hidden_states", "pairs": [[1, 9]]}, "the teacher has no layer 9"),
-        ({"kind": "hidden_states", "layers": "last", "count": 3}, "3 pairs is asked of 2"),
+        ({"kind": "hidden_states", "layers": "last", "count": 3}, "3 pairs does not fit 2"),
         ({"kind": "hidden_states", "pairs": [[0, 0]]}, "block 0"),
         ({"kind": "attention_relations", "heads": 5}, "do not divide the student's query width"),
         ({"divergence": "jsd", "layers": [2]}, "a student with 2 blocks"),

@@ -50,6 +50,7 @@ def weights(out: Path) -> bytes:
     return (out / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.run
 def test_killed_twice_and_resumed_is_bit_for_bit_the_undisturbed_run(
     setting: Setting, tmp_path: Path
 ) -> None:
@@ -115,6 +116,7 @@ def fill_with_garbage(file: Path) -> None:
     file.write_bytes(b"\x93garbage" * (file.stat().st_size // 8) + b"!" * (file.stat().st_size % 8))
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "file",
     ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
@@ -176,6 +178,7 @@ def test_no_memory_for_a_checkpoint_is_not_taken_for_damage(
     assert (out / "checkpoints" / "checkpoint-12").is_dir()
 
 
+@pytest.mark.run
 def test_all_processes_go_back_where_one_cannot_load(setting: Setting, tmp_path: Path) -> None:
     """Each process has a file of random states of its own."""
     out = tmp_path / "out"

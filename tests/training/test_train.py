@@ -25,6 +25,8 @@ from stillhouse.training.trainer import DistillationTrainer
 from tests import forks
 from tests.training.conftest import Setting
 
+pytestmark = pytest.mark.run
+
 KL = ObjectiveRecipe()
 
 

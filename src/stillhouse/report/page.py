@@ -138,7 +138,7 @@ def read_report(path: Path) -> Report:
         raise RunError(
             f"this is not the data of a report of this version: {place}: {first['msg']}",
             where=path,
-            fix="give `stillhouse run` again: it writes the report anew, and no other stage",
+            fix="give `stillhouse run` again: it writes the report anew",
         ) from error
 
 
