@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 
 from stillhouse.data.batches import collate
-from stillhouse.data.build_data import DataSummary, build
+from stillhouse.data.build_data import build
 from stillhouse.data.data_config import DataRecipe
 from stillhouse.data.preview import CONTEXT, SUPERVISED, preview
 from stillhouse.data.windows import Windows, open_windows
@@ -34,8 +35,10 @@ def recipe(**values: Any) -> DataRecipe:
 
 def build_in(
     folder: Path, seed: int = 0, out: str = "out", tokenizer: Any = TOKENIZER, **values: Any
-) -> tuple[Windows, Windows, DataSummary]:
-    summary = build(recipe(**values), tokenizer, seed=seed, base=folder, out=folder / out)
+) -> tuple[Windows, Windows, Any]:
+    """The windows, opened again, and what `build` says of them: its `train` and its `heldout`."""
+    made = build(recipe(**values), tokenizer, seed=seed, base=folder, out=folder / out)
+    summary = SimpleNamespace(train=made[0].info, heldout=made[1].info)
     return open_windows(folder / out / "train"), open_windows(folder / out / "heldout"), summary
 
 
