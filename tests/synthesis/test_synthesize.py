@@ -340,6 +340,8 @@ def test_a_run_that_is_stopped_goes_on_and_buys_nothing_again(
             time.sleep(0.01)
             assert process.poll() is None, process.communicate()[1]
         process.send_signal(number)
+        while number == signal.SIGINT and "waiting for requests in flight" not in process.errors():
+            time.sleep(0.01)
         released.set()
         process.communicate(timeout=300)
         assert process.poll() == (-9 if number == signal.SIGKILL else 130)
