@@ -147,7 +147,7 @@ BAD_JSONL = {
         ":2",
         "correct the line",
     ),
-    "one list": ('[\n{"text": "a"}]', "Invalid JSON", ":1", "one object a line"),
+    "one list": ('[\n{"text": "a"}]', "Invalid JSON", ":1", "one object per line"),
     "not an object": ('"text"\n', "JSON str, not an object", ":1", "as an object"),
     "misspelt key": ('{"txt": "a", "id": 1}\n', "its keys are txt, id", ":1", "text_key: txt"),
     "other key": ('{"id": "1", "body": "long"}\n', "no `text`", ":1", "text_key: body"),
@@ -180,8 +180,8 @@ BAD_JSONL = {
         ":1",
         "JSON list",
     ),
-    "blank texts": ('{"text": " "}\n', "holds no text", "", "check that the path"),
-    "empty file": ("", "holds no text", "", "check that the path"),
+    "blank texts": ('{"text": " "}\n', "has no text", "", "check that the path"),
+    "empty file": ("", "has no text", "", "check that the path"),
 }
 
 
@@ -232,7 +232,7 @@ def test_missing_files_name_the_nearest(tmp_path: Path) -> None:
     assert "does not exist" in refused(TextSource(kind="text", path="no/x"), tmp_path).what
     assert "No file matches" in refused(TextSource(kind="text", path="*.md"), tmp_path).what
     folder = refused(FileSource(kind="jsonl", path="."), tmp_path)
-    assert "holds no .jsonl file" in folder.what
+    assert "has no .jsonl file" in folder.what
 
 
 def test_empty_text_file(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_empty_text_file(tmp_path: Path) -> None:
         source = TextSource.model_validate(
             {"kind": "text", "path": "a.txt", "documents": documents}
         )
-        assert "holds no text" in refused(source, tmp_path).what
+        assert "has no text" in refused(source, tmp_path).what
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:

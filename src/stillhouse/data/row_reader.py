@@ -76,7 +76,7 @@ def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[
         if files:
             return files
         raise DataError(
-            f"The folder holds no {'known' if format is None else endings[0]} file",
+            f"The folder has no {'known' if format is None else endings[0]} file",
             where=path,
             fix=f"name the files themselves: path: {name.rstrip('/')}/*.EXT",
         )
@@ -200,7 +200,7 @@ def not_empty(items: Iterable[T], what: str, where: object) -> Iterator[T]:
         yield item
     if not found:
         raise DataError(
-            f"{what} holds no text: it is empty",
+            f"{what} has no text: it is empty",
             where=where,
             fix="check that the path is the one you meant, or remove it",
         )
@@ -228,13 +228,13 @@ def _json_rows(path: Path, text_key: str | None) -> Rows:
         whole = _json(file.read(), str(path))
     items = whole
     if isinstance(whole, dict):
-        lists = [value for value in whole.values() if isinstance(value, list)]
-        items = whole.get("data", lists[0] if len(lists) == 1 else None)
+        lists = {key: value for key, value in whole.items() if isinstance(value, list)}
+        items = lists.get("data", next(iter(lists.values())) if len(lists) == 1 else None)
     if not isinstance(items, list):
         raise DataError(
             "The JSON file is neither a list nor an object with one list (or with `data`)",
             where=path,
-            fix="write one object a line, as .jsonl",
+            fix="write one object per line, as .jsonl",
         )
     for number, item in enumerate(items):
         where = f"{path} row {number}"
@@ -251,7 +251,7 @@ def _json(text: str, where: str, whole_list: bool = False) -> Any:
             detail = f"{error.msg}, {line}column {error.colno}"
         fix = "correct the line, or remove it; each line must be one whole JSON object"
         if whole_list:
-            fix = "this looks like one JSON list: name it .json, or write one object a line"
+            fix = "this looks like one JSON list: name it .json, or write one object per line"
         raise DataError(f"Invalid JSON: {detail}", where=where, fix=fix) from error
 
 
@@ -281,7 +281,7 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
                     raise DataError(
                         f"The row has more cells than the {len(row) - 1} columns of the header",
                         where=where,
-                        fix=f"put a cell that holds {delimiter!r} into double quotes",
+                        fix=f"put cells that contain {delimiter!r} into double quotes",
                     )
                 yield row, where
                 start = reader.line_num + 1

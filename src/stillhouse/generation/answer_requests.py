@@ -13,7 +13,7 @@ from stillhouse.finding import Finding
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.estimate import Estimate, estimate_requests
 from stillhouse.generation.journal import Journal
-from stillhouse.generation.request import Answer, Requests
+from stillhouse.generation.request import Answer, Request, Requests
 from stillhouse.generation.text_teacher import Sent, TextSource
 
 
@@ -101,7 +101,10 @@ def send_some(
     if count:
         chosen = frozenset(missing[len(missing) * n // count] for n in range(count))
         estimate = estimate_requests(requests(), journal, source.price)
-        some = lambda: (r for n, r in enumerate(requests()) if n in chosen)  # noqa: E731
+
+        def some() -> Iterator[Request]:
+            return (request for n, request in enumerate(requests()) if n in chosen)
+
         send_missing(source, some, journal, estimate.spent + spent)
 
 
