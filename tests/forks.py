@@ -60,6 +60,10 @@ class Fork:
             raise subprocess.TimeoutExpired(str(self._process), timeout or 0)
         return status
 
+    def errors(self) -> str:
+        """What it has written to stderr until now."""
+        return self._stderr.read_text() if self._stderr.exists() else ""
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it has written to stdout and stderr when it ends."""
         self.wait(timeout)

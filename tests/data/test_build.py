@@ -15,7 +15,7 @@ from rich.console import Console
 from stillhouse.data.batches import collate
 from stillhouse.data.build_data import build
 from stillhouse.data.data_config import DataRecipe
-from stillhouse.data.preview import CONTEXT, LEARNED, preview
+from stillhouse.data.preview import CONTEXT, SUPERVISED, preview
 from stillhouse.data.windows import Windows, open_windows
 from stillhouse.errors import DataError
 
@@ -35,11 +35,11 @@ def recipe(**values: Any) -> DataRecipe:
 
 def build_in(
     folder: Path, seed: int = 0, out: str = "out", tokenizer: Any = TOKENIZER, **values: Any
-) -> tuple[Windows, Windows, SimpleNamespace]:
-    """Training and held-out windows as they are read again, and what is known about both."""
-    train, heldout = build(recipe(**values), tokenizer, seed=seed, base=folder, out=folder / out)
-    infos = SimpleNamespace(train=train.info, heldout=heldout.info)
-    return open_windows(folder / out / "train"), open_windows(folder / out / "heldout"), infos
+) -> tuple[Windows, Windows, Any]:
+    """The windows, opened again, and what `build` says of them: its `train` and its `heldout`."""
+    made = build(recipe(**values), tokenizer, seed=seed, base=folder, out=folder / out)
+    summary = SimpleNamespace(train=made[0].info, heldout=made[1].info)
+    return open_windows(folder / out / "train"), open_windows(folder / out / "heldout"), summary
 
 
 def lines(count: int, start: int = 0) -> list[str]:
@@ -269,19 +269,19 @@ def test_preview_shows_what_is_learnt(tmp_path: Path) -> None:
     console.print(preview(train, TOKENIZER, 1))
     shown = console.export_text(clear=False)
     first = train[0]
-    learned = int((first["labels"] != -100).sum())
-    assert f"{learned} learned" in shown
+    learnt = int((first["labels"] != -100).sum())
+    assert f"{learnt} supervised" in shown
     assert "[red]what[/red]" in shown
     assert "padding" in shown
     assert shown.count("<|im_start|>assistant") == int(shown.split("window 0: ")[1].split()[0])
-    # Everything in the learned color is learned, and nothing else.
-    by_style: dict[str, str] = {LEARNED: "", CONTEXT: ""}
+    # Everything in the learned color is learnt, and nothing else.
+    by_style: dict[str, str] = {SUPERVISED: "", CONTEXT: ""}
     for segment in console.render(preview(train, TOKENIZER, 1)):
         by_style[str(segment.style)] = by_style.get(str(segment.style), "") + segment.text
     labels, ids = first["labels"], first["input_ids"]
     answers = TOKENIZER.decode(ids[labels != -100])
     assert "🦊<|im_end|>" in answers
-    assert "".join(by_style[LEARNED].split()) == "learned" + "".join(answers.split())
+    assert "".join(by_style[SUPERVISED].split()) == "supervised" + "".join(answers.split())
     assert "it is" not in by_style[CONTEXT]
 
 

@@ -167,19 +167,19 @@ def test_tools_reach_the_template() -> None:
     ("template", "messages", "what", "fix"),
     [
         (None, chat("a", "b"), "has no chat template", "chat_template.jinja"),
-        (CHATML, chat("a"), "0 % of its tokens", "check its roles"),
-        (CHATML, [{"role": "assistant", "content": "a"}], "0 % of its tokens", "first message"),
+        (CHATML, chat("a"), "0% of its tokens", "check its roles"),
+        (CHATML, [{"role": "assistant", "content": "a"}], "0% of its tokens", "first message"),
         (FORCES_REASONING, chat("a", "b"), "own generation prompt", "add_generation_prompt"),
         (
             STRICT,
             [{"role": "system", "content": "a"}, *chat("b", "c")],
-            "refuses the row: user first (roles: system, user, assistant)",
+            "rejects the row: user first (roles: system, user, assistant)",
             "order and fields",
         ),
         (
             CHATML.replace("m['content']", "m['content'] + ''"),
             [{"role": "user", "content": [{"type": "text"}]}, *chat("b", "c")[1:]],
-            "refuses the row: can only concatenate list",
+            "rejects the row: can only concatenate list",
             "order and fields",
         ),
     ],

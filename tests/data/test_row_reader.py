@@ -117,7 +117,7 @@ def test_a_folder_holds_files_of_all_formats(tmp_path: Path) -> None:
     assert [path.name for path in find_files(".", tmp_path, "jsonl")] == ["a.jsonl.gz"]
     assert [path.name for path in find_files("*.md", tmp_path)] == ["notes.md"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="holds no known file"):
+    with pytest.raises(DataError, match="has no known file"):
         find_files("empty", tmp_path)
 
 
@@ -200,7 +200,7 @@ def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
         lambda: list(read_prompts(tmp_path / "empty.csv")),
         lambda: first_row("empty.csv", tmp_path),
     ):
-        with pytest.raises(DataError, match="holds no text: it is empty"):
+        with pytest.raises(DataError, match="has no text: it is empty"):
             read()
     for name in ("empt.csv", "empt.csv.gz"):
         with pytest.raises(DataError, match="does not exist") as caught:

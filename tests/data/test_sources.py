@@ -147,7 +147,7 @@ BAD_JSONL = {
         ":2",
         "correct the line",
     ),
-    "one list": ('[\n{"text": "a"}]', "Invalid JSON", ":1", "one object a line"),
+    "one list": ('[\n{"text": "a"}]', "Invalid JSON", ":1", "one object per line"),
     "not an object": ('"text"\n', "JSON str, not an object", ":1", "as an object"),
     "misspelt key": ('{"txt": "a", "id": 1}\n', "its keys are txt, id", ":1", "text_key: txt"),
     "other key": ('{"id": "1", "body": "long"}\n', "no `text`", ":1", "text_key: body"),
@@ -161,7 +161,12 @@ BAD_JSONL = {
     ),
     "NaN": ('{"text": NaN}\n', "it is NaN", ":1", "remove the row"),
     "number": ('{"text": 5}\n', "it is of type int", ":1", "as a string"),
-    "empty completion": ('{"prompt": "a", "completion": ""}\n', "nothing to learn", ":1", "fill"),
+    "empty completion": (
+        '{"prompt": "a", "completion": ""}\n',
+        "nothing to train on",
+        ":1",
+        "fill",
+    ),
     "mixed pair": ('{"prompt": "a", "completion": []}\n', "must both be", ":1", "both as lists"),
     "no messages": ('{"messages": []}\n', "it is an empty list", ":1", "role"),
     "messages text": ('{"messages": "hi"}\n', "it is str", ":1", "role"),
@@ -175,8 +180,8 @@ BAD_JSONL = {
         ":1",
         "JSON list",
     ),
-    "blank texts": ('{"text": " "}\n', "holds no text", "", "check that the path"),
-    "empty file": ("", "holds no text", "", "check that the path"),
+    "blank texts": ('{"text": " "}\n', "has no text", "", "check that the path"),
+    "empty file": ("", "has no text", "", "check that the path"),
 }
 
 
@@ -227,7 +232,7 @@ def test_missing_files_name_the_nearest(tmp_path: Path) -> None:
     assert "does not exist" in refused(TextSource(kind="text", path="no/x"), tmp_path).what
     assert "No file matches" in refused(TextSource(kind="text", path="*.md"), tmp_path).what
     folder = refused(FileSource(kind="jsonl", path="."), tmp_path)
-    assert "holds no .jsonl file" in folder.what
+    assert "has no .jsonl file" in folder.what
 
 
 def test_empty_text_file(tmp_path: Path) -> None:
@@ -236,7 +241,7 @@ def test_empty_text_file(tmp_path: Path) -> None:
         source = TextSource.model_validate(
             {"kind": "text", "path": "a.txt", "documents": documents}
         )
-        assert "holds no text" in refused(source, tmp_path).what
+        assert "has no text" in refused(source, tmp_path).what
 
 
 def test_damaged_parquet(tmp_path: Path) -> None:

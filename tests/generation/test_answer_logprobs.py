@@ -15,7 +15,7 @@ import stillhouse
 from stillhouse.config.load import parse_recipe
 from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import RecipeError, SignalError
-from stillhouse.generation.answer_logprobs import Words, align, entry_rows
+from stillhouse.generation.answer_logprobs import ByteVocabulary, align, entry_rows
 from stillhouse.pipeline.kind import RunResult
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.segments import find_segments
@@ -41,7 +41,7 @@ def told(token: int, log_probs_V: torch.Tensor) -> dict[str, Any]:
 
     def one(i: int) -> dict[str, Any]:
         text = TOKENIZER.decode([i])
-        known = Words.of(TOKENIZER, 10**6).bytes_of[i]
+        known = ByteVocabulary.of(TOKENIZER, 10**6).bytes_of[i]
         return {"token": text, "bytes": list(known), "logprob": float(log_probs_V[i])}
 
     return {**one(token), "top_logprobs": [one(i) for i in best.indices.tolist()]}
@@ -148,7 +148,7 @@ def test_answers_of_other_tokens_are_counted_and_refused(tmp_path: Path) -> None
 
 # --- one answer --------------------------------------------------------------------------------
 
-WORDS = Words.of(TOKENIZER, 10**6)
+WORDS = ByteVocabulary.of(TOKENIZER, 10**6)
 
 
 def row(prompt: str, answer: str) -> TokenRow:
@@ -177,7 +177,7 @@ def test_the_part_of_an_answer_that_is_kept_finds_its_tokens() -> None:
     given = [*positions("<think>ab</think>"), *positions("ab"), end]
     aligned = align(row("q", "ab"), "ab", given, 5, WORDS)
     assert aligned.matched
-    assert aligned.told == [True, True, True]
+    assert aligned.reported == [True, True, True]
     assert first_ids(aligned) == "abe"
     assert [list(entries.values()) for entries in aligned.entries[:2]] == [
         [math.log(0.5), math.log(0.25)]
@@ -219,7 +219,7 @@ def test_parts_of_a_character_that_a_server_cannot_show() -> None:
 def test_other_text_or_none_does_not_match(text: str) -> None:
     aligned = align(row("q", "abc"), "abc", positions(text), 5, WORDS)
     assert not aligned.matched
-    assert not any(aligned.told)
+    assert not any(aligned.reported)
     assert first_ids(aligned) == "abc<|end|>"
     assert all(list(entries.values()) == [0.0] for entries in aligned.entries)
 

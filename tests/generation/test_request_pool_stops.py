@@ -15,7 +15,7 @@ from stillhouse.generation.budget import Budget, Price, Spending, worst_case
 from stillhouse.generation.client import Client
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
-from stillhouse.generation.request_pool import HOPELESS_FAILURES, Patience, Pool
+from stillhouse.generation.request_pool import MOST_FAILURES, Patience, Pool
 from tests.generation.pools import KEY, QUICK, requests, run
 from tests.generation.stub import Reply, Stub, error
 
@@ -116,14 +116,14 @@ def test_what_is_on_its_way_arrives_unless_it_is_cancelled_twice(
 def test_a_server_that_is_not_there_stops_after_a_while(journal: Journal) -> None:
     with Stub() as stub:
         asked = requests(stub, 200)
-    with pytest.raises(EndpointError, match="in a row were given up"):
+    with pytest.raises(EndpointError, match="in a row failed"):
         run(journal, stub, asked, concurrency=32)
     assert {kind for _, kind, _ in journal.failures()} == {"connection"}
 
 
 def test_refused_prompts_stop_nothing_where_others_are_answered(journal: Journal) -> None:
     """Twice as many in a row as may fail; the others come after them, or before."""
-    many = 2 * HOPELESS_FAILURES
+    many = 2 * MOST_FAILURES
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
         n = int(payload["messages"][0]["content"].split()[1])
@@ -131,9 +131,9 @@ def test_refused_prompts_stop_nothing_where_others_are_answered(journal: Journal
 
     with Stub(script) as stub:
         asked = requests(stub, many + 5)
-        with pytest.raises(EndpointError, match="in a row were given up"):
+        with pytest.raises(EndpointError, match="in a row failed"):
             run(journal, stub, asked, concurrency=1)
-        assert len(stub.payloads) == HOPELESS_FAILURES
+        assert len(stub.payloads) == MOST_FAILURES
         with pytest.raises(EndpointError):  # the other refused ones come first now
             run(journal, stub, asked, concurrency=1)
         tally = run(journal, stub, asked, concurrency=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from stillhouse.generation.budget import Budget
-from stillhouse.generation.client import Trouble
+from stillhouse.generation.client import FailedAttempt
 from stillhouse.generation.concurrency import AdaptiveLimit
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Request
@@ -26,8 +26,8 @@ def run(journal: Journal, send: Send, count: int, *, concurrency: int = 8) -> tu
     return run_at_once(whole())
 
 
-def too_many(wait: float | None = None) -> Trouble:
-    return Trouble("rate_limit", "slow down", again=True, wait=wait)
+def too_many(wait: float | None = None) -> FailedAttempt:
+    return FailedAttempt("rate_limit", "slow down", retry=True, wait=wait)
 
 
 def test_a_slow_server_is_waited_for_while_it_answers_anyone(journal: Journal) -> None:
@@ -35,7 +35,7 @@ def test_a_slow_server_is_waited_for_while_it_answers_anyone(journal: Journal) -
     wait for a server that answers nobody."""
     next_one = 0.0
 
-    async def ask(request: Request) -> Answer | Trouble:
+    async def ask(request: Request) -> Answer | FailedAttempt:
         nonlocal next_one
         now = asyncio.get_running_loop().time()
         if now < next_one:
@@ -49,7 +49,7 @@ def test_a_slow_server_is_waited_for_while_it_answers_anyone(journal: Journal) -
 
 
 def test_a_server_that_answers_nobody_is_not_waited_for_for_ever(journal: Journal) -> None:
-    async def ask(request: Request) -> Answer | Trouble:
+    async def ask(request: Request) -> Answer | FailedAttempt:
         await asyncio.sleep(1)
         return too_many(100.0)
 
@@ -61,7 +61,7 @@ def test_a_server_that_answers_nobody_is_not_waited_for_for_ever(journal: Journa
 def test_a_pause_that_the_server_asks_for_holds_all_requests_back(journal: Journal) -> None:
     sent: list[float] = []
 
-    async def ask(request: Request) -> Answer | Trouble:
+    async def ask(request: Request) -> Answer | FailedAttempt:
         sent.append(asyncio.get_running_loop().time())
         return too_many(30.0) if len(sent) == 1 else Answer("an answer")
 
@@ -75,7 +75,7 @@ def test_a_server_with_a_limit_is_neither_flooded_nor_starved(journal: Journal) 
     """It answers 429 beyond ten at once; every request is answered in the end."""
     at_once = refused = 0
 
-    async def ask(request: Request) -> Answer | Trouble:
+    async def ask(request: Request) -> Answer | FailedAttempt:
         nonlocal at_once, refused
         if at_once >= 10:
             refused += 1

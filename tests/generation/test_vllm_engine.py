@@ -265,7 +265,7 @@ def test_what_vllm_says_is_told(tmp_path: Path, anywhere: Path) -> None:
     ("vllm", "gpus", "level", "said"),
     [
         ({}, 0, "warning", "no GPU is here"),
-        ({"tensor_parallel": 4}, 2, "error", "4 GPUs are asked for, and this machine has 2"),
+        ({"tensor_parallel": 4}, 2, "error", "4 GPUs are requested, and this machine has 2"),
         ({"tensor_parallel": 4, "executor": "ray"}, 2, "error", "Ray is not installed"),
         ({"tensor_parallel": 2}, 2, None, None),
     ],

@@ -73,7 +73,7 @@ def test_patterns_are_wanted_or_unwanted() -> None:
     texts = ["label: a", "no", "<think>label: b</think>no"]
     assert kept(filters.pattern(r"^label: \w$"), texts) == ["label: a"]
     assert kept(filters.pattern("label", wanted=False), texts) == texts[1:]
-    with pytest.raises(RecipeError, match="no regular expression"):
+    with pytest.raises(RecipeError, match="not a regular expression"):
         filters.pattern("(")
 
 
@@ -248,7 +248,7 @@ def test_languages_by_what_they_surely_are() -> None:
     ]
     assert kept(judge, [*dropped, *left]) == left
     assert judge(row(dropped[0])) == "it is in the language fr (100% sure)"
-    with pytest.raises(RecipeError, match="english: no language"):
+    with pytest.raises(RecipeError, match="does not know the language english"):
         filters.languages(["english"])
 
 
@@ -268,7 +268,7 @@ def test_dropped_rows_are_counted_by_filter_and_written_to_a_file(tmp_path: Path
     assert sieve.dropped == {"empty": 1, "truncated": 1, "length": 0, "exact_duplicates": 1}
     rows = [json.loads(line) for line in (tmp_path / "dropped.jsonl").read_text().splitlines()]
     assert [one["filter"] for one in rows] == ["empty", "truncated", "exact_duplicates"]
-    assert rows[2]["reason"] == "the same prompt and answer came before"
+    assert rows[2]["reason"] == "an earlier row has the same prompt and answer"
     assert rows[2]["sample"] == 1
     assert rows[2]["messages"][-1] == {"role": "assistant", "content": "good"}
 

@@ -19,7 +19,7 @@ from stillhouse.cli import app
 from stillhouse.commands import agree_to_spend, prepare_data, synthesize_text
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.generation.budget import Spending
-from stillhouse.generation.estimate import Known
+from stillhouse.generation.estimate import Estimate
 from stillhouse.pipeline.kind import RunResult
 from tests import forks, tiny
 from tests.generation.pools import committed
@@ -213,17 +213,17 @@ def test_a_few_calls_tell_the_cost_of_the_rest_and_are_not_lost(tmp_path: Path) 
 
 def test_the_interval_is_that_of_predictions() -> None:
     """Against numbers worked out by hand: 9, 10, 11 dollars, then 6 more requests."""
-    known = Known(9, 6, Spending(30, 30.0), Spending(999, 999.0), (302.0, 302.0))
+    known = Estimate(9, 6, Spending(30, 30.0), Spending(999, 999.0), (302.0, 302.0))
     assert known.likely == Spending(60, 60.0)
     half = 4.3027 * 1.0 * (6 + 36 / 3) ** 0.5
     low, high = known.between or (Spending(), Spending())
     assert low.usd == pytest.approx(60 - half)
     assert high.usd == pytest.approx(60 + half)
-    assert Known(9, 6, Spending(30, 30.0), Spending(70, 70.0), (302.0, 302.0)).between == (
+    assert Estimate(9, 6, Spending(30, 30.0), Spending(70, 70.0), (302.0, 302.0)).between == (
         Spending(round(60 - half), pytest.approx(60 - half)),
         Spending(70, 70.0),
     )
-    assert Known(9, 8, Spending(10, 10.0), Spending(999, 999.0), (100.0, 100.0)).between is None
+    assert Estimate(9, 8, Spending(10, 10.0), Spending(999, 999.0), (100.0, 100.0)).between is None
 
 
 @pytest.mark.parametrize(

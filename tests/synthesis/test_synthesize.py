@@ -238,7 +238,7 @@ def test_when_no_row_is_left_the_file_of_dropped_rows_is_named(tmp_path: Path) -
     [
         ({"prompts": {"path": "nowhere.txt"}}, "does not exist"),
         ({"filters": {"json_schema": "nowhere.json"}}, "json_schema does not exist"),
-        ({"filters": {"require_pattern": "("}}, "no regular expression"),
+        ({"filters": {"require_pattern": "("}}, "not a regular expression"),
         ({"api": {"key_env": "NOT_SET_AT_ALL"}}, "NOT_SET_AT_ALL is not set"),
     ],
 )
@@ -340,6 +340,8 @@ def test_a_run_that_is_stopped_goes_on_and_buys_nothing_again(
             time.sleep(0.01)
             assert process.poll() is None, process.communicate()[1]
         process.send_signal(number)
+        while number == signal.SIGINT and "waiting for requests in flight" not in process.errors():
+            time.sleep(0.01)
         released.set()
         process.communicate(timeout=300)
         assert process.poll() == (-9 if number == signal.SIGKILL else 130)

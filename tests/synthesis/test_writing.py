@@ -170,7 +170,7 @@ def test_no_prompt_at_all_is_an_error(tmp_path: Path) -> None:
     prompts = {"combine": COMBINE, "write": {"count": 5}}
     with (
         Stub(lambda n, p: Reply(text="No.")) as stub,
-        pytest.raises(DataError, match="wrote no prompt") as caught,
+        pytest.raises(DataError, match="wrote no usable prompt") as caught,
     ):
         synthesize_text(write(tmp_path, stub.url, prompts))
     assert str(caught.value.where).endswith("answers.sqlite")

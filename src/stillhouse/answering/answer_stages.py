@@ -12,12 +12,11 @@ from typing import Any
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
 from stillhouse.answering.answering_job import GOLD, HELDOUT, TRAIN, AnsweringJob
 from stillhouse.classify.task_texts import (
-    FEWEST,
     LabelledText,
+    divide_texts,
     files_sha256,
-    place,
-    read_texts,
-    unrepeated,
+    read_files,
+    require_enough,
 )
 from stillhouse.errors import DataError, RunError
 from stillhouse.generation.answer_logprobs import mean_log_probability
@@ -57,8 +56,7 @@ def prepare_answer_texts(
     """Reads and divides the texts. Raises DataError: nothing readable, too few texts, or a true
     answer that the schema does not allow."""
     section = recipe.data
-    given = [row for file in section.texts for row in read_texts(file, base)]
-    tests = [row for file in section.test for row in read_texts(file, base)]
+    given, tests = read_files(section.texts, base), read_files(section.test, base)
     for row in (*given, *tests):
         problem = None
         if validity is not None and row.gold is not None:
@@ -69,21 +67,9 @@ def prepare_answer_texts(
                 where=row.where,
                 fix="correct the row, or task.json_schema",
             )
-    seen: set[str] = set()
-    test, train = list(unrepeated(tests, seen)), list(unrepeated(given, seen))
-    repeated = len(given) + len(tests) - len(train) - len(test)
-    train.sort(key=lambda row: place(row, str(recipe.seed)))
-    if not tests:
-        apart = round(section.test_share * len(train))
-        test, train = train[:apart], train[apart:]
-    for name, rows in (("train", train), ("test", test)):
-        if len(rows) < FEWEST:
-            raise DataError(
-                f"the {name} part has {len(rows)} texts, and {FEWEST} are the fewest",
-                where="data",
-                fix="give more texts, or change data.test_share",
-            )
-    return AnswerTexts(train, test, repeated)
+    texts = AnswerTexts(*divide_texts(given, tests, section.test_share, recipe.seed))
+    require_enough({"train": texts.train, "test": texts.test})
+    return texts
 
 
 def plan_answer_texts(job: AnsweringJob) -> StagePlan:

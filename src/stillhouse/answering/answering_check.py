@@ -19,8 +19,8 @@ from stillhouse.answering.answering_job import (
 )
 from stillhouse.export.licenses import license_lines
 from stillhouse.finding import Finding
-from stillhouse.generation.answer_requests import estimate, findings
-from stillhouse.generation.estimate import Known
+from stillhouse.generation.answer_requests import estimate_cost, findings
+from stillhouse.generation.estimate import Estimate
 from stillhouse.generation.generation_config import may_cost
 from stillhouse.generation.vllm_engine import lacks
 from stillhouse.language_model.job import configs, find_models, planned_size
@@ -66,13 +66,13 @@ def check_answers(check: Check) -> Iterator[Finding]:
     """What the answers take, and what is doubtful about them."""
     job: AnsweringJob = check.job
     recipe = job.recipe
-    known = _known(job, check.calls)
-    yield from findings(known, job.journal, "answers", "questions")
-    if known.missing and recipe.teacher.vllm is not None:
+    estimate = _estimate(job, check.calls)
+    yield from findings(estimate, job.journal, "answers", "questions")
+    if estimate.missing and recipe.teacher.vllm is not None:
         for level, text, fix in lacks(recipe.teacher.vllm, job.base):
             yield Finding(level, "vLLM", text, fix)
     choice, samples = recipe.filters.best_of, recipe.teacher.samples
-    if verdicts := most_requests(choice, known.requests, samples):
+    if verdicts := most_requests(choice, estimate.requests, samples):
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")
     if recipe.teacher_sees_more and not recipe.learns_text_alone:
         text = "the student learns what the teacher would say without its examples or system prompt"
@@ -84,9 +84,9 @@ def answers_spending(job: AnsweringJob) -> Iterator[str]:
     """What the answers would cost without a budget, a judge among them included."""
     teacher, choice = job.recipe.teacher, job.recipe.filters.best_of
     if may_cost(teacher.api, teacher.budget):
-        known = _known(job)
-        if known.missing:
-            yield known.described()
+        estimate = _estimate(job)
+        if estimate.missing:
+            yield estimate.described()
     if isinstance(choice, JudgeChoice) and may_cost(choice.teacher.api, choice.budget):
         yield "the judge chooses among the answers to each training text"
 
@@ -98,11 +98,11 @@ def comparison_spending(job: AnsweringJob) -> Iterator[str]:
         yield "the judge compares the answers to all test texts"
 
 
-def _known(job: AnsweringJob, calls: int = 0) -> Known:
+def _estimate(job: AnsweringJob, calls: int = 0) -> Estimate:
     texts = prepare_answer_texts(job.recipe, job.base, job.validity)
     source = job.source(weights=calls > 0)
     requests = job.requests(source, [*texts.train, *texts.test])
-    return estimate(source, requests, job.journal, calls)
+    return estimate_cost(source, requests, job.journal, calls)
 
 
 def preview_answers(recipe: AnsweringRecipe, base: Path, rows: int) -> RenderableType:

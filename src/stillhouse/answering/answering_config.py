@@ -15,9 +15,7 @@ from stillhouse.generation.generation_config import (
     TaskTeacher,
     VerdictSampling,
     VllmEngine,
-    check_budget,
-    check_samples,
-    check_sampling,
+    check_text_teacher,
 )
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.section import Section
@@ -85,9 +83,7 @@ class AnswerTeacher(TaskTeacher):
     def _keys_fit_the_teacher(self) -> AnswerTeacher:
         if self.api is not None and self.vllm is not None:
             raise ValueError("vllm runs a model: give it, or remove vllm")
-        check_samples(self.samples, self.sampling)
-        check_sampling(self.api, self.sampling)
-        check_budget(self.api, self.budget)
+        check_text_teacher(self.api, self.sampling, self.budget, self.samples)
         return self
 
 
@@ -128,8 +124,7 @@ class ComparisonRecipe(Section):
     def _is_one(self) -> ComparisonRecipe:
         if (self.model is None) == (self.api is None):
             raise ValueError("give either model or api")
-        check_budget(self.api, self.budget)
-        check_sampling(self.api, self.sampling)
+        check_text_teacher(self.api, self.sampling, self.budget)
         return self
 
 

@@ -60,8 +60,8 @@ def check_judgment(check: Check) -> Iterator[Finding]:
     yield Finding("ok", "teacher", job.described)
     if job.teacher is None:
         prompt = job.prompt(texts)
-        known = estimate_judgment(job.recipe, prompt, texts, job.journal, check.calls)
-        yield from findings(known, job.journal, "judgment")
+        estimate = estimate_judgment(job.recipe, prompt, texts, job.journal, check.calls)
+        yield from findings(estimate, job.journal, "judgment")
     else:
         yield _local_cost(job, job.prompt(texts), texts)
 
@@ -129,9 +129,9 @@ def judgment_spending(job: TaskJob) -> Iterator[str]:
     teacher = job.recipe.teacher
     if may_cost(teacher.api, teacher.budget):
         texts = prepare_texts(job.recipe, job.base)
-        known = estimate_judgment(job.recipe, job.prompt(texts), texts, job.journal)
-        if known.missing:
-            yield known.described()
+        estimate = estimate_judgment(job.recipe, job.prompt(texts), texts, job.journal)
+        if estimate.missing:
+            yield estimate.described()
 
 
 def preview_task(recipe: ClassifyRecipe, base: Path, rows: int) -> RenderableType:

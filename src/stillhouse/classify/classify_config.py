@@ -12,7 +12,7 @@ from stillhouse.generation.generation_config import (
     Precision,
     SamplingRecipe,
     TaskTeacher,
-    check_samples,
+    check_text_teacher,
 )
 from stillhouse.section import Section
 
@@ -180,7 +180,7 @@ class LabelTeacher(TaskTeacher):
             raise ValueError("sampling is for api: a model that is here scores every label")
         if self.sampling.top_logprobs is not None:
             raise ValueError("give teacher.top_logprobs instead of sampling.top_logprobs")
-        check_samples(self.samples, self.sampling)
+        check_text_teacher(self.api, self.sampling, self.budget, self.samples)
         return self
 
 

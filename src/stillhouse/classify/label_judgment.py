@@ -25,9 +25,9 @@ from stillhouse.classify.targets import distributions, prior_logits
 from stillhouse.classify.task_texts import FEWEST, PARTS, Texts
 from stillhouse.data.words import UNSPACED
 from stillhouse.errors import DataError, ModelError
-from stillhouse.generation.answer_requests import answer_all, estimate
+from stillhouse.generation.answer_requests import answer_all, estimate_cost
 from stillhouse.generation.chat_frame import answer_text
-from stillhouse.generation.estimate import Known
+from stillhouse.generation.estimate import Estimate
 from stillhouse.generation.generation_config import TextTeacher
 from stillhouse.generation.request import Answer, Request, Requests
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
@@ -172,10 +172,10 @@ def _requests(
 
 def estimate_judgment(
     recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, journal: Path, calls: int = 0
-) -> Known:
+) -> Estimate:
     """How much of an API's judgment is in the journal, and what the rest takes. calls: requests
     that are sent first."""
-    return estimate(*_requests(recipe, prompt, texts), journal, calls)
+    return estimate_cost(*_requests(recipe, prompt, texts), journal, calls)
 
 
 def label_by_api(

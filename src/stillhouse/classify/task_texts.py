@@ -1,4 +1,4 @@
-"""The texts of a task: read, cleaned of repetitions, and divided into parts, once and for all."""
+"""Reads the texts of a task, drops repeated ones, and splits them into parts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from stillhouse.classify.classify_config import (
     ClassifyRecipe,
     ClassifyTask,
     TextFile,
-    TextsRecipe,
     check_labels,
     phrase_of,
 )
@@ -28,15 +27,15 @@ Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 LABELS = "labels.json"
 FEWEST = 4
-"""Texts in a part below which nothing can be learned or measured."""
+"""The fewest texts in a part to train or measure on."""
 
 UNKNOWN = -1
-"""Stands for the index of a true label that is not known."""
+"""The index of an unknown reference label."""
 
 
 @dataclass(frozen=True)
 class LabelledText:
-    """gold: the true label, None where it is not known. where: file and row."""
+    """gold: the reference label or answer, None if unknown. where: file and row."""
 
     text: str
     gold: str | None = None
@@ -45,7 +44,7 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class Texts:
-    """labels: each with its phrase, in order. repeated: texts left out as seen before."""
+    """labels: each with its phrase, in order. repeated: texts that were dropped as repeated."""
 
     labels: dict[str, str]
     train: list[LabelledText]
@@ -79,8 +78,8 @@ class Texts:
 
 
 def gold_ids(texts: Sequence[LabelledText], labels: Sequence[str]) -> list[int] | None:
-    """Index of each text's true label, UNKNOWN where it has none; None where fewer than FEWEST
-    have one."""
+    """Index of each text's reference label, UNKNOWN if it has none; None if fewer than FEWEST have
+    one."""
     if sum(row.gold is not None for row in texts) < FEWEST:
         return None
     index = {label: number for number, label in enumerate(labels)}
@@ -88,32 +87,50 @@ def gold_ids(texts: Sequence[LabelledText], labels: Sequence[str]) -> list[int] 
 
 
 def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
-    """Reads a recipe's texts and divides them. A text belongs to a part by its content and the
-    seed, so that neither order nor other texts move it far.
+    """Reads a recipe's texts and splits them.
 
-    Raises DataError: nothing readable, empty texts, too few texts, a label that is not in the
-    list; RecipeError: no labels, or labels that cannot be told apart.
+    Raises DataError: unreadable files, empty texts, too few texts, a label that is not in the list;
+    RecipeError: no labels, or labels that cannot be distinguished.
     """
     section = recipe.data
-    given = [row for file in section.texts for row in read_texts(file, base)]
-    tests = [row for file in section.test for row in read_texts(file, base)]
+    given, tests = read_files(section.texts, base), read_files(section.test, base)
     labels = task_labels(recipe.task, base, [*given, *tests])
     for row in (*given, *tests):
         _check_gold(row, labels)
-    seen: set[str] = set()
-    kept_tests = list(unrepeated(tests, seen))
-    kept = list(unrepeated(given, seen))
-    repeated = len(given) + len(tests) - len(kept) - len(kept_tests)
-    train, calibration, test = _divide(kept, kept_tests, section, recipe.seed)
-    texts = Texts(labels, train, calibration, test, repeated)
-    for name in PARTS:
-        if len(texts.part(name)) < FEWEST:
-            raise DataError(
-                f"the {name} part has {len(texts.part(name))} texts, and {FEWEST} are the fewest",
-                where="data",
-                fix="give more texts, or change data.test_share and data.calibration_share",
-            )
+    train, test, repeated = divide_texts(given, tests, section.test_share, recipe.seed)
+    apart = round(section.calibration_share * len(train))
+    texts = Texts(labels, train[apart:], train[:apart], test, repeated)
+    require_enough({name: texts.part(name) for name in PARTS})
     return texts
+
+
+def divide_texts(
+    given: Sequence[LabelledText], tests: Sequence[LabelledText], test_share: float, seed: int
+) -> tuple[list[LabelledText], list[LabelledText], int]:
+    """Training texts in random order, and test texts; none is repeated. Also how many were.
+
+    The content of a text and the seed decide its part, so that the order of the files and other
+    texts hardly matter. test_share: of `given`, if there are no test texts.
+    """
+    seen: set[str] = set()
+    kept_tests = list(_unrepeated(tests, seen))
+    kept = sorted(_unrepeated(given, seen), key=lambda row: _place(row, str(seed)))
+    repeated = len(given) + len(tests) - len(kept) - len(kept_tests)
+    if not kept_tests:
+        apart = round(test_share * len(kept))
+        kept_tests, kept = kept[:apart], kept[apart:]
+    return kept, kept_tests, repeated
+
+
+def require_enough(parts: Mapping[str, Sequence[LabelledText]]) -> None:
+    """Raises DataError for a part with too few texts."""
+    for name, rows in parts.items():
+        if len(rows) < FEWEST:
+            raise DataError(
+                f"the {name} part has {len(rows)} texts, and {FEWEST} are the fewest",
+                where="data",
+                fix="give more texts, or change the shares of the parts in `data`",
+            )
 
 
 def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabelledText]) -> dict[str, str]:
@@ -163,24 +180,13 @@ def _nearest(label: str, labels: Mapping[str, str]) -> str:
     return f"{hint}labels are {', '.join(list(labels)[:12])}{' ...' if len(labels) > 12 else ''}"
 
 
-def unrepeated(rows: Sequence[LabelledText], seen: set[str]) -> Iterator[LabelledText]:
-    """Rows whose text was not seen yet, whatever its case and spaces."""
+def _unrepeated(rows: Sequence[LabelledText], seen: set[str]) -> Iterator[LabelledText]:
+    """Rows whose text was not seen yet, ignoring case and whitespace."""
     for row in rows:
         key = " ".join(row.text.casefold().split())
         if key not in seen:
             seen.add(key)
             yield row
-
-
-def _divide(
-    rows: list[LabelledText], tests: list[LabelledText], section: TextsRecipe, seed: int
-) -> tuple[list[LabelledText], list[LabelledText], list[LabelledText]]:
-    shuffled = sorted(rows, key=lambda row: place(row, str(seed)))
-    if not tests:
-        apart = round(section.test_share * len(shuffled))
-        tests, shuffled = shuffled[:apart], shuffled[apart:]
-    apart = round(section.calibration_share * len(shuffled))
-    return shuffled[apart:], shuffled[:apart], tests
 
 
 # --- files -----------------------------------------------------------------------------------
@@ -190,13 +196,18 @@ def files_sha256(files: Sequence[TextFile], base: Path) -> list[str]:
     return [sha(path) for file in files for path in find_files(file.path, base)]
 
 
+def read_files(files: Sequence[TextFile], base: Path) -> list[LabelledText]:
+    """The rows of all files. Raises DataError."""
+    return [row for file in files for row in read_texts(file, base)]
+
+
 def read_texts(file: TextFile, base: Path) -> Iterator[LabelledText]:
     """The rows of a file, or of all files of a folder or glob. Raises DataError."""
     found = itertools.islice(_read_all(file, base), file.limit)
     if file.sample is None:
         return found
-    # By their content, so that a row that is added moves no other one.
-    return iter(heapq.nsmallest(file.sample, found, key=lambda row: place(row, "draw")))
+    # By content, so that an added row does not move others.
+    return iter(heapq.nsmallest(file.sample, found, key=lambda row: _place(row, "draw")))
 
 
 def first_row(path: str, base: Path) -> Mapping[str, Any]:
@@ -231,7 +242,7 @@ def labelled_text(row: Mapping[str, Any], file: TextFile, where: str) -> Labelle
     return LabelledText(text, shown.strip(), where)
 
 
-def place(row: LabelledText, purpose: str) -> bytes:
+def _place(row: LabelledText, purpose: str) -> bytes:
     return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
 
 

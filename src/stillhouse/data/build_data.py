@@ -1,4 +1,4 @@
-"""Text in, windows of tokens out."""
+"""Builds windows of tokens from sources: read, tokenize, split, pack."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stillhouse.errors import DataError
 
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1_000_000
-"""Documents are tokenized together up to either: tokenizers use all cores on a batch."""
+"""Documents are tokenized together up to either limit: tokenizers use all cores on a batch."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def make_windows(
 def _gather(
     texts: Texts, tokenizer: Any, section: WindowsRecipe, pool: Pool, kind: str = ""
 ) -> None:
-    """Tokenizes those documents that the pool has room for."""
+    """Tokenizes the documents that the pool admits."""
     size = texts.characters
     with progress.bar(f"Tokenizing {kind}text", size, "characters") as advance:
         for batch in _batches(texts.documents):
@@ -123,7 +123,7 @@ def _batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
 
 
 def _size(document: AnyDocument) -> int:
-    """About its characters."""
+    """Its characters, approximately."""
     if isinstance(document, Document):
         return len(document.text)
     if isinstance(document, Completion):
@@ -134,7 +134,7 @@ def _size(document: AnyDocument) -> int:
 def _fit(
     row: TokenRow, document: AnyDocument, section: WindowsRecipe, pool: Pool
 ) -> TokenRow | None:
-    """The row, made to fit the context by the recipe's `long_rows`; None where it is dropped."""
+    """The row, made to fit the context by the recipe's `long_rows`; None if it is dropped."""
     length, context = len(row.ids), section.context
     if row.splittable or length <= context:
         return row
@@ -205,7 +205,7 @@ def _write(
     )
     if not windows.supervised_tokens:
         raise DataError(
-            f"None of the {windows.info.tokens:,} tokens is supervised: there is nothing to learn",
+            f"None of the {windows.info.tokens:,} tokens is supervised",
             where=out,
             fix="raise data.train_tokens and data.heldout_tokens, or give longer text",
         )

@@ -1,13 +1,13 @@
-"""Which part of a conversation is learned, found by rendering prefixes with the chat template.
+"""The loss mask of a conversation, found by rendering prefixes with the chat template.
 
-A chat template is a program: it says nowhere which characters belong to which turn. But
-`render(messages[:i], add_generation_prompt=True)` is what the model is given before it writes
-turn i, and `render(messages[:i+1])` is what stands after it. Where both are prefixes of the whole
-rendering, the characters between them are exactly what the model has to write.
+A chat template is a program: it does not say which characters belong to which turn. But
+`render(messages[:i], add_generation_prompt=True)` is the model's input before it writes turn i, and
+`render(messages[:i+1])` is the text after it. If both are prefixes of the whole rendering, the
+characters between them are exactly what the model has to write.
 
 Templates that rewrite earlier turns (most of those that strip earlier reasoning) break the second
 condition for all but the last turns. Such a turn becomes a row of its own, rendered as the model
-would see it at that moment, so that each turn is learned once and in its true context.
+would see it at that moment, so that each turn is trained on once and in its true context.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stillhouse.errors import DataError
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive characters of a row, all of them learned or none."""
+    """Consecutive characters of a row, all of them supervised or none."""
 
     text: str
     supervised: bool
@@ -39,9 +39,9 @@ class _Turn:
 def render_conversation(conversation: Conversation, tokenizer: Any) -> list[list[Piece]]:
     """The rows of one conversation, each as pieces of text.
 
-    Usually one row; more where the template rewrites earlier turns. A leading assistant turn has
-    nothing before it that a model could be given: it is context only. Raises DataError where the
-    tokenizer has no template, the template refuses the messages, or nothing would be learned.
+    Usually one row; more if the template rewrites earlier turns. A leading assistant turn has no
+    input before it: it is context only. Raises DataError if the tokenizer has no template, the
+    template rejects the messages, or no token would be supervised.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -58,10 +58,10 @@ def render_conversation(conversation: Conversation, tokenizer: Any) -> list[list
     ]
     if not turns:
         raise DataError(
-            "The row has no assistant turn to learn: 0 % of its tokens are supervised",
+            "The row has no assistant turn to train on: 0% of its tokens are supervised",
             where=conversation.where,
             fix="remove the row, or check its roles: `assistant` turns after the first message "
-            "are what is learned",
+            "are supervised",
         )
     rendered = [_render_turn(conversation, index, tokenizer) for index in turns]
     rows = []
@@ -80,8 +80,8 @@ def _render_turn(conversation: Conversation, index: int, tokenizer: Any) -> _Tur
         return _Turn(before, after)
     raise DataError(
         "The chat template does not begin an assistant turn with its own generation prompt, so "
-        f"what the model writes cannot be told from what it is given (message {index}: it is "
-        f"given ...{before[-60:]!r}, and the turn ends ...{after[-60:]!r})",
+        f"the model's input and output cannot be separated (message {index}: the input ends "
+        f"...{before[-60:]!r}, and the turn ends ...{after[-60:]!r})",
         where=conversation.where,
         fix="use a template whose add_generation_prompt is the header of an assistant turn, or "
         "give `prompt` and `completion` as strings",
@@ -101,14 +101,14 @@ def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any
     except (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
         roles = ", ".join(message["role"] for message in conversation.messages)
         raise DataError(
-            f"The chat template refuses the row: {error} (roles: {roles})",
+            f"The chat template rejects the row: {error} (roles: {roles})",
             where=conversation.where,
-            fix="bring the messages to the order and fields that the template expects",
+            fix="use the order and fields of messages that the template expects",
         ) from error
 
 
 def _pieces(turns: Sequence[_Turn], tokenizer: Any) -> list[Piece]:
-    """Context and learned text in turn, up to the end of the last learned text."""
+    """Context and supervised text alternately, up to the end of the last supervised text."""
     pieces: list[Piece] = []
     whole, done = turns[-1].after, 0
     for turn in turns:
@@ -123,7 +123,7 @@ def _pieces(turns: Sequence[_Turn], tokenizer: Any) -> list[Piece]:
 def _written(text: str, tokenizer: Any) -> int:
     """Characters of `text` up to and with its end-of-turn token.
 
-    Templates put a newline after that token, where generation has stopped already.
+    Templates put a newline after that token, when generation has already stopped.
     """
     trimmed = text.rstrip()
     ends = any(trimmed.endswith(str(token)) for token in tokenizer.added_tokens_encoder)

@@ -1,4 +1,4 @@
-"""The built-in corpus: CPython's language reference, which comes with every Python."""
+"""The built-in corpus: CPython's language reference, which every Python includes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from stillhouse.data.documents import Document
 
 HEADING = re.compile(r"^(?=[^\n]*\S[^\n]*\n([*=~^-])\1{2,}\n)", re.MULTILINE)
 SHORTEST = 400
-"""Characters; a section below that goes on with the next one."""
+"""Characters; a shorter section is joined with the next one."""
 
 
 def python_reference() -> Iterator[Document]:
-    """One document a section, topic by topic; about 465 kB of English prose and code.
+    """One document per section, topic by topic; about 465 kB of English prose and code.
 
-    Topics quote each other's sections. As documents of their own these are known as duplicates,
+    Topics quote each other's sections. As separate documents these are recognized as duplicates,
     and held-out text comes from many places rather than from two long topics.
     """
     from pydoc_data.topics import topics

@@ -1,4 +1,4 @@
-"""Where training text comes from, and the windows that it becomes."""
+"""The section `data`: sources of training text, and the windows that they become."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stillhouse.section import Section
 
 
 class CorpusSource(Section):
-    """Text that is on every Python: no download."""
+    """Text that every Python includes: no download."""
 
     kind: Literal["corpus"]
     name: Literal["python-reference"] = "python-reference"
@@ -23,7 +23,7 @@ class TextSource(Section):
     kind: Literal["text"]
     path: str = Field(description="A file, a folder of .txt files, or a glob.")
     documents: Literal["file", "blank-line", "line"] = Field(
-        "file", description="What separates two documents inside a file."
+        "file", description="What separates the documents in a file."
     )
     limit: int | None = Field(None, gt=0)
 
@@ -41,7 +41,7 @@ class FileSource(Section):
 
 
 class HubSource(Section):
-    """A data set of the Hugging Face Hub, or a local folder that `datasets` can load."""
+    """A dataset of the Hugging Face Hub, or a local folder that `datasets` can load."""
 
     kind: Literal["hub"]
     dataset: str
@@ -64,7 +64,7 @@ class WindowsRecipe(Section):
     packing: Literal["isolated", "none"] = Field(
         "isolated",
         description="isolated: documents share a window and never see each other; "
-        "none: one document a window, padded.",
+        "none: one document per window, padded.",
     )
     train_tokens: int | None = Field(
         None, gt=0, description="Stop after about this many training tokens; null: all."

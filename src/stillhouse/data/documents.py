@@ -1,7 +1,7 @@
-"""The three shapes that text comes in, and the hashes that tell two of them apart.
+"""The three kinds of documents, and the hashes that identify their content.
 
-A document knows where it was read (`where`: file:line, or corpus:topic), for error messages only;
-two documents with the same content are equal wherever they were read.
+`where` (file:line, or corpus:topic) is for error messages only: documents with the same content are
+equal wherever they were read.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from stillhouse.errors import DataError
 
 Message = Mapping[str, Any]
-"""One turn of a chat: `role` and `content`, and whatever else the chat template knows."""
+"""One turn of a chat: `role` and `content`, and other keys that the chat template uses."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """Plain text: every token but the first is learned."""
+    """Plain text: every token but the first is supervised."""
 
     text: str
     where: str = field(default="", compare=False)
@@ -31,7 +31,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Completion:
-    """A prompt and what follows it, as plain strings: only the completion is learned."""
+    """A prompt and its completion, as plain strings: only the completion is supervised."""
 
     prompt: str
     completion: str
@@ -43,7 +43,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat: only assistant turns are learned, and of those only `messages[supervised_from:]`."""
+    """A chat: assistant turns in `messages[supervised_from:]` are supervised."""
 
     messages: tuple[Message, ...]
     supervised_from: int = 0
@@ -59,14 +59,14 @@ AnyDocument = Document | Completion | Conversation
 
 
 def content_hash(document: AnyDocument) -> bytes:
-    """sha256 of the canonical JSON: equal exactly where the contents are equal."""
+    """sha256 of the canonical JSON: equal if and only if the contents are equal."""
     return _digest(document.content(), document.where)
 
 
 def group_hash(document: AnyDocument) -> bytes:
-    """As `content_hash`, blind to whitespace: every run counts as one space, none at the ends.
+    """As `content_hash`, but ignores whitespace: a run counts as one space, none at the ends.
 
-    Two documents of one group are never divided between training and held-out text.
+    Documents of one group are never split between training and held-out text.
     """
     return _digest(_collapse(document.content()), document.where)
 

@@ -1,4 +1,4 @@
-"""Whether sources may have changed since they were read, without reading them again."""
+"""Tells whether sources may have changed, without reading them again."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stillhouse.data.sources import source_files
 
 
 def sources_fingerprint(sources: Sequence[Source], base: Path) -> list[str]:
-    """One line a file: its name, size and time of change; the Python version for a corpus.
+    """One line per file: its name, size and modification time; the Python version for a corpus.
 
-    A data set of the Hub is named, not asked: it is read again only where the recipe changes.
-    Raises DataError where files are missing.
+    A Hub dataset counts by its name: it is read again only if the recipe changes. Raises DataError
+    if files are missing.
     """
     lines = []
     for source in sources:

@@ -7,8 +7,8 @@ each other: see `find_packed_sequence_indices` in its masking_utils. Padding is 
 
 The plan is greedy: a window takes the longest unsplittable row that fits, again and again
 (first-fit decreasing, at most 11/9 of the fewest windows + 1); what is left of it takes the
-longest piece of text that fits, and at last a part of one. Whole documents stay whole where they
-can, and windows are full all the same.
+longest piece of text that fits, and finally a part of one. Documents stay whole where possible, and
+windows are full nevertheless.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stillhouse.data.shift import IGNORED
 
 
 def smallest_part(context: int) -> int:
-    """A text is not cut to fill fewer tokens: they would be learned almost without context."""
+    """A text is not cut to fill fewer tokens: they would be trained on almost without context."""
     return max(2, min(16, context // 16))
 
 
@@ -42,7 +42,7 @@ Plan = list[list[Segment]]
 
 
 class _ByLength:
-    """Pieces to be placed: the longest one of at most a given length comes out first."""
+    """Pieces to place; pops the longest one of at most a given length."""
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
@@ -102,7 +102,7 @@ def _fill(whole: _ByLength, text: _ByLength, room: int, smallest: int) -> list[S
 
 
 def plan_single(lengths: Sequence[int], splittable: Sequence[bool], context: int) -> Plan:
-    """One row, or one piece of a long text, in each window."""
+    """One row, or one piece of a long text, per window."""
     assert all(n <= context or cut for n, cut in zip(lengths, splittable, strict=True))
     return [
         [piece] for row, length in enumerate(lengths) for piece in _chunks(row, length, context)
@@ -130,7 +130,7 @@ def fill_windows(
     context: int,
     pad_id: int,
 ) -> Iterator[Window]:
-    """The windows of a plan, one at a time. `ids` and `supervised` hold one array a row."""
+    """The windows of a plan, one at a time. `ids` and `supervised` have one array per row."""
     for segments in plan:
         input_ids_L = np.full(context, pad_id, dtype=np.int32)
         labels_L = np.full(context, IGNORED, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Windows as a person can check them: what is learned, what is context, where documents end."""
+"""Windows for inspection: supervised tokens, context, and the ends of documents."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import Windows
 
-LEARNED = "bold green"
+SUPERVISED = "bold green"
 CONTEXT = "cyan"
 PADDING = "dim"
 
@@ -22,11 +22,11 @@ PADDING = "dim"
 def preview(windows: Windows, tokenizer: Any, rows: int) -> RenderableType:
     """A rich renderable of the first `rows` windows, colored by loss mask.
 
-    The first token of a document is context: nothing stands before it. Windows are stored in
-    random order, so the first ones are a sample.
+    The first token of a document is context: nothing precedes it. Windows are stored in random
+    order, so the first ones are a sample.
     """
     legend = Text.assemble(
-        ("learned", LEARNED), "  ", ("context", CONTEXT), "  ", ("padding", PADDING)
+        ("supervised", SUPERVISED), "  ", ("context", CONTEXT), "  ", ("padding", PADDING)
     )
     parts: list[RenderableType] = [legend]
     for row in range(min(rows, len(windows))):
@@ -48,13 +48,13 @@ def segments(windows: Windows, row: int) -> tuple[list[slice], slice]:
 
 def _counts(windows: Windows, row: int) -> Text:
     documents, padding = segments(windows, row)
-    learned = int((windows.labels_RL[row] != IGNORED).sum())
+    supervised = int((windows.labels_RL[row] != IGNORED).sum())
     pads = padding.stop - padding.start
     tokens = windows.context - pads
     number = f"{len(documents)} document{'s' if len(documents) != 1 else ''}"
-    share = 100 * learned / max(tokens, 1)
+    share = supervised / max(tokens, 1)
     return Text(
-        f"window {row}: {number}, {tokens:,} tokens, {learned:,} learned ({share:.0f} %), "
+        f"window {row}: {number}, {tokens:,} tokens, {supervised:,} supervised ({share:.0%}), "
         f"{pads:,} padding"
     )
 
@@ -64,16 +64,18 @@ def _window(windows: Windows, tokenizer: Any, row: int) -> Iterator[Text]:
     for number, part in enumerate(documents, 1):
         text = Text.assemble((f"[{number}] ", "dim"))
         ids = windows.input_ids_RL[row][part].tolist()
-        learned = (windows.labels_RL[row][part] != IGNORED).tolist()
-        for is_learnt, run in groupby(zip(learned, ids, strict=True), key=lambda pair: pair[0]):
-            text.append(_decode(tokenizer, [token for _, token in run]), _style(is_learnt))
+        supervised = (windows.labels_RL[row][part] != IGNORED).tolist()
+        for is_supervised, run in groupby(
+            zip(supervised, ids, strict=True), key=lambda pair: pair[0]
+        ):
+            text.append(_decode(tokenizer, [token for _, token in run]), _style(is_supervised))
         yield text
     if padding.stop > padding.start:
         yield Text(f"{padding.stop - padding.start:,} × padding", style=PADDING)
 
 
-def _style(learned: bool) -> str:
-    return LEARNED if learned else CONTEXT
+def _style(supervised: bool) -> str:
+    return SUPERVISED if supervised else CONTEXT
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:

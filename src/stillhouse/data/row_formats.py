@@ -1,4 +1,4 @@
-"""One row of a JSONL file, Parquet file or data set, made into a document or refused."""
+"""Makes a document of a row of a file or dataset, or rejects it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stillhouse.errors import DataError
 
 
 def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyDocument | None:
-    """The document in `row`, or None where its text is blank.
+    """The document in `row`, or None if its text is blank.
 
-    Looks for `messages`, then `prompt` with `completion`, then `text_key`; a `text_key` other
-    than "text" was chosen by the user, so it is looked for first. Raises DataError otherwise.
+    Looks for `messages`, then `prompt` with `completion`, then `text_key`; a `text_key` other than
+    "text" was set by the user, so it comes first. Raises DataError if there is none of them.
     """
     if text_key != "text" and text_key in row:
         return _plain(row, text_key, where)
@@ -49,7 +49,7 @@ def _completion(row: Mapping[str, Any], where: str) -> AnyDocument | None:
     completion = _text(completion, "completion", where)
     if not completion.strip():
         raise DataError(
-            "`completion` is empty: there is nothing to learn in this row",
+            "`completion` is empty: there is nothing to train on in this row",
             where=where,
             fix="remove the row, or fill its completion",
         )
@@ -135,7 +135,7 @@ def _missing_key(row: Mapping[str, Any], text_key: str, where: str) -> DataError
     elif "prompt" in row or "completion" in row:
         fix = "give both `prompt` and `completion`"
     elif keys:
-        fix = f"set text_key to the key that holds the text, e.g. text_key: {_texty(row)}"
+        fix = f"set text_key to the key of the text, e.g. text_key: {_texty(row)}"
     else:
         fix = "remove the row"
     return DataError(
@@ -146,5 +146,5 @@ def _missing_key(row: Mapping[str, Any], text_key: str, where: str) -> DataError
 
 
 def _texty(row: Mapping[str, Any]) -> str:
-    """The key with the longest string: the most likely to be the text."""
+    """The key with the longest string: most likely the text."""
     return max(row, key=lambda key: len(row[key]) if isinstance(row[key], str) else -1)

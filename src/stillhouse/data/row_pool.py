@@ -1,9 +1,9 @@
-"""The rows that may still be used, and no more than those.
+"""The rows that may still be used.
 
-Where the recipe limits its tokens, only the front of the hash order can be reached. Once enough
-rows are known, those behind are let go, and later documents behind the last one kept are never
-tokenized: a limited run over large text stays small, and finds the very rows that it would find
-with all of them in memory.
+If the recipe limits its tokens, only the front of the hash order is reachable. Once enough rows are
+known, rows behind them are released, and later documents behind the last kept one are never
+tokenized: a limited run over a large text needs little memory, and finds the same rows as with all
+of them in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Pool:
     """Tokenized rows, end to end in two arrays.
 
     heldout_tokens and train_tokens: as for `split.divide`; train_tokens None keeps everything.
-    closed_groups: group hashes that may not be used, because they are held out.
+    closed_groups: group hashes that are held out and may not be used.
     """
 
     seed: int
@@ -45,7 +45,7 @@ class Pool:
     _prune_at: int | None = None
 
     def admit(self, group: bytes, exact: bytes) -> OrderKey | None:
-        """The place of a new document in the order; None where it is not wanted."""
+        """The place of a new document in the order; None if it is not needed."""
         if exact in self._seen:
             self.duplicates_dropped += 1
             return None
@@ -77,7 +77,7 @@ class Pool:
         return TokenRow(ids, supervised, candidate.splittable)
 
     def prune(self) -> None:
-        """Lets go of rows behind the last one that the limits can reach."""
+        """Releases rows behind the last one that the limits can reach."""
         if self.train_tokens is None:
             return
         if self._prune_at is None:
@@ -96,6 +96,6 @@ class Pool:
         self._ids, self._supervised, self._starts = array("i"), bytearray(), []
         for _, row in rows:
             self._append(row.ids, row.supervised)
-        # A later row of the last document must not be shut out by the row number.
+        # The row number must not exclude later rows of the last document.
         self._last = OrderKey(last.group, last.exact, 0)
         self._prune_at = 2 * len(self._ids)

@@ -1,7 +1,7 @@
 """Reads rows from files: text, JSONL, JSON, CSV, TSV and Parquet, each also as .gz or .zst.
 
 Training data, prompts and task texts are all read here. Every row comes with its place (`file:line`
-or `file row number`), and everything that cannot be read is one DataError with that place.
+or `file row number`); anything that cannot be read raises a DataError with that place.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FORMATS: dict[str, FileFormat] = {
 }
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _COMPRESSED = 3
-"""Times that text is larger than its compressed file, roughly."""
+"""Rough size of a text relative to its compressed file."""
 _PARQUET_BATCH = 256
 """Rows decoded at a time: memory stays flat however large a row group is."""
 _LONGEST_CELL = 1 << 24
@@ -49,7 +49,7 @@ def format_of(path: Path) -> FileFormat:
 
 
 def text_size(path: Path) -> int:
-    """About how many characters a file holds."""
+    """The number of characters in a file, approximately."""
     return path.stat().st_size * (_COMPRESSED if path.suffix.lower() in _COMPRESSIONS else 1)
 
 
@@ -65,7 +65,7 @@ def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[
     """The files of a path, folder or glob pattern, sorted.
 
     base: the folder that relative paths start from. format: of the files to take from a folder;
-    None: every known one. Raises DataError where there is no file.
+    None: every known one. Raises DataError if there is no file.
     """
     path = (base / Path(name).expanduser()).absolute()
     if path.is_file():
@@ -76,7 +76,7 @@ def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[
         if files:
             return files
         raise DataError(
-            f"The folder holds no {'known' if format is None else endings[0]} file",
+            f"The folder has no {'known' if format is None else endings[0]} file",
             where=path,
             fix=f"name the files themselves: path: {name.rstrip('/')}/*.EXT",
         )
@@ -163,10 +163,10 @@ def read_rows(
     text_key: str | None = None,
     columns: Collection[str] | None = None,
 ) -> Rows:
-    """The rows of a file, one at a time, in order; blank lines are left out.
+    """The rows of a file, one at a time, in order, without blank lines.
 
-    format: None: by the extension. text_key: the key that a line of plain text gets, or a string in
-    JSON; None: neither is a row. columns: those to read of a Parquet file; all where it has none.
+    format: None: by the extension. text_key: the key for a line of plain text, or for a string in
+    JSON; None: a string is an error. columns: those to read of a Parquet file; all if it has none.
     Raises DataError.
     """
     match format or format_of(path):
@@ -183,7 +183,7 @@ def read_rows(
 
 
 def read_lines(lines: Iterable[str], name: str, text_key: str) -> Rows:
-    """Rows of a stream: a JSON object on each line that begins with `{`, else plain text."""
+    """Rows of a stream: a line that begins with `{` is a JSON object, any other is plain text."""
     for number, line in enumerate(lines, 1):
         where = f"{name}:{number}"
         if line.lstrip().startswith("{"):
@@ -193,14 +193,14 @@ def read_lines(lines: Iterable[str], name: str, text_key: str) -> Rows:
 
 
 def not_empty(items: Iterable[T], what: str, where: object) -> Iterator[T]:
-    """The items. Raises DataError where there is none. what: the thing that holds them."""
+    """The items. Raises DataError if there is none. what: the thing that contains them."""
     found = False
     for item in items:
         found = True
         yield item
     if not found:
         raise DataError(
-            f"{what} holds no text: it is empty",
+            f"{what} has no text: it is empty",
             where=where,
             fix="check that the path is the one you meant, or remove it",
         )
@@ -223,18 +223,18 @@ def _jsonl_rows(path: Path, text_key: str | None) -> Rows:
 
 
 def _json_rows(path: Path, text_key: str | None) -> Rows:
-    """Of a list, or of an object with one: under `data`, or the only one in it."""
+    """Rows of a list, or of an object with one: under `data`, or the only one in it."""
     with open_text(path) as file:
         whole = _json(file.read(), str(path))
     items = whole
     if isinstance(whole, dict):
-        lists = [value for value in whole.values() if isinstance(value, list)]
-        items = whole.get("data", lists[0] if len(lists) == 1 else None)
+        lists = {key: value for key, value in whole.items() if isinstance(value, list)}
+        items = lists.get("data", next(iter(lists.values())) if len(lists) == 1 else None)
     if not isinstance(items, list):
         raise DataError(
             "The JSON file is neither a list nor an object with one list (or with `data`)",
             where=path,
-            fix="write one object a line, as .jsonl",
+            fix="write one object per line, as .jsonl",
         )
     for number, item in enumerate(items):
         where = f"{path} row {number}"
@@ -251,7 +251,7 @@ def _json(text: str, where: str, whole_list: bool = False) -> Any:
             detail = f"{error.msg}, {line}column {error.colno}"
         fix = "correct the line, or remove it; each line must be one whole JSON object"
         if whole_list:
-            fix = "this looks like one JSON list: name it .json, or write one object a line"
+            fix = "this looks like one JSON list: name it .json, or write one object per line"
         raise DataError(f"Invalid JSON: {detail}", where=where, fix=fix) from error
 
 
@@ -270,7 +270,7 @@ def _object(value: Any, where: str, text_key: str | None) -> dict[str, Any]:
 def _csv_rows(path: Path, delimiter: str) -> Rows:
     csv.field_size_limit(_LONGEST_CELL)
     with open_text(path, newline="") as lines:
-        # Strict: a quote that is never closed would make one cell of the rest of the file.
+        # Strict: otherwise an unclosed quote makes one cell of the rest of the file.
         reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
         start = 1
         try:
@@ -281,7 +281,7 @@ def _csv_rows(path: Path, delimiter: str) -> Rows:
                     raise DataError(
                         f"The row has more cells than the {len(row) - 1} columns of the header",
                         where=where,
-                        fix=f"put a cell that holds {delimiter!r} into double quotes",
+                        fix=f"put cells that contain {delimiter!r} into double quotes",
                     )
                 yield row, where
                 start = reader.line_num + 1

@@ -1,11 +1,11 @@
-"""The one place where labels are shifted: position t-1 predicts the label at t."""
+"""The only place where labels are shifted: position t-1 predicts the label at t."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 IGNORED = -100
-"""The label of a token that is not to be predicted."""
+"""The label of a token that is not predicted."""
 
 
 def predicting(labels_RL: Tensor) -> Tensor:
@@ -19,6 +19,6 @@ def supervised_rows(hidden_RLD: Tensor, labels_RL: Tensor) -> Tensor:
 
 
 def supervised_targets(labels_RL: Tensor) -> Tensor:
-    """The tokens those rows are to predict: shape [N]."""
+    """The tokens that those rows predict: shape [N]."""
     shifted = labels_RL[:, 1:]
     return shifted[shifted != IGNORED]

@@ -1,4 +1,4 @@
-"""Reads the recipe's sources, lazily, into documents."""
+"""Reads documents from a recipe's sources, lazily."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from stillhouse.errors import DataError
 
 _CORPUS_CHARACTERS = 465_000
 _COLUMNS = ("messages", "prompt", "completion", "tools")
-"""What a row may hold besides plain text."""
+"""Columns of a row besides plain text."""
 
 
 def read_sources(sources: Sequence[Source], base: Path) -> Iterator[AnyDocument]:
-    """All documents of all sources, in order, one at a time; blank texts are left out.
+    """All documents of all sources, in order, one at a time, without blank texts.
 
     `base`: the folder that relative paths start from (the recipe's own). Raises DataError for
-    whatever cannot be read, and for a source that holds no text at all.
+    anything that cannot be read, and for a source without text.
     """
     for source in sources:
         documents = itertools.islice(_read(source, base), source.limit)
@@ -41,7 +41,7 @@ def read_sources(sources: Sequence[Source], base: Path) -> Iterator[AnyDocument]
 
 
 def size_estimate(sources: Sequence[Source], base: Path) -> int:
-    """About how many characters the sources hold, for a progress bar; 0 where unknown."""
+    """The number of characters in the sources, approximately, for a progress bar; 0 if unknown."""
     total = 0
     for source in sources:
         if isinstance(source, CorpusSource):
@@ -52,7 +52,7 @@ def size_estimate(sources: Sequence[Source], base: Path) -> int:
 
 
 def source_files(source: TextSource | FileSource, base: Path) -> list[Path]:
-    """Sorted. Raises DataError where there is none."""
+    """Sorted. Raises DataError if there is none."""
     return find_files(source.path, base, _format(source))
 
 
@@ -124,7 +124,7 @@ def _paragraphs(lines: Iterator[str], path: Path) -> Iterator[Document]:
             block = []
 
 
-# --- Hugging Face data sets --------------------------------------------------------------------
+# --- Hugging Face datasets --------------------------------------------------------------------
 
 
 def _hub_rows(source: HubSource, base: Path) -> Rows:
@@ -133,7 +133,7 @@ def _hub_rows(source: HubSource, base: Path) -> Rows:
 
 
 def _load_dataset(source: HubSource, base: Path) -> Any:
-    """Streams where a limit makes most of the data unneeded; else uses the local cache."""
+    """Streams if there is a limit, so that not everything is downloaded; else uses the cache."""
     import datasets
 
     local = (base / Path(source.dataset).expanduser()).absolute()
@@ -147,7 +147,7 @@ def _load_dataset(source: HubSource, base: Path) -> Any:
 
 @contextmanager
 def _hub_errors(source: HubSource) -> Iterator[None]:
-    """What `datasets` raises, on loading or in the middle of a stream, as one DataError."""
+    """Turns errors of `datasets`, on loading or in the middle of a stream, into DataErrors."""
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -157,16 +157,16 @@ def _hub_errors(source: HubSource) -> Iterator[None]:
         raise
     except (ConnectionError, HfHubHTTPError, TimeoutError) as error:
         raise DataError(
-            f"The data set cannot be reached: {_first_line(error)}",
+            f"The dataset cannot be reached: {_first_line(error)}",
             where=source.dataset,
             fix="check the network and HF_HUB_OFFLINE, or give a local folder in `dataset`",
         ) from error
     except (datasets.exceptions.DatasetsError, OSError, ValueError, KeyError) as error:
         raise DataError(
-            f"The data set cannot be loaded: {_first_line(error)}",
+            f"The dataset cannot be loaded: {_first_line(error)}",
             where=f"{source.dataset}, config {source.config}, split {source.split}",
             fix="check the id, config and split on huggingface.co/datasets, or the local folder; "
-            "a private data set needs HF_TOKEN in the environment",
+            "a private dataset needs HF_TOKEN in the environment",
         ) from error
 
 

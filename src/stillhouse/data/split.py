@@ -1,8 +1,8 @@
-"""Training and held-out text that cannot overlap.
+"""Splits text into training and held-out text that cannot overlap.
 
-Documents are ordered by a hash of the seed and their own content, so that the order of files and
-rows has no influence. Held-out text is taken from the front of that order, training text after it.
-Documents that differ only in whitespace have one hash, form one group, and are never divided.
+Documents are ordered by a hash of the seed and their content, so that the order of files and rows
+does not matter. Held-out text is taken from the front of that order, training text after it.
+Documents that differ only in whitespace share a hash, form a group, and are never split.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stillhouse.errors import DataError
 
 @dataclass(frozen=True, order=True)
 class OrderKey:
-    """Where a document stands: by its group first, then by its exact content and its row."""
+    """The place of a document: by its group, then by its exact content and its row."""
 
     group: bytes
     exact: bytes
@@ -42,7 +42,8 @@ class Taken:
 
 @dataclass(frozen=True)
 class Split:
-    """What each side takes, in order. `reached`: how many candidates, in order, it looked at."""
+    """What each side takes, in order. `reached`: the number of candidates, in order, that were
+    used."""
 
     heldout: list[Taken]
     train: list[Taken]
@@ -55,11 +56,11 @@ def order_key(seed: int, group: bytes, exact: bytes, row: int = 0) -> OrderKey:
 
 
 def divide(candidates: Sequence[Candidate], heldout_tokens: int, train_tokens: int | None) -> Split:
-    """Divides the candidates; each side's last text is cut so that its count is exact.
+    """Divides the candidates; each side's last text is cut so that its token count is exact.
 
-    A chat row is never cut, so with chats a side may pass its count by less than one row. A group
-    that held-out text has touched is closed to training, the part of it that was cut off too.
-    heldout_tokens 0: everything may be trained on.
+    A chat row is never cut, so with chats a side may exceed its count by less than one row. A group
+    with held-out text is not trained on, not even the part that was cut off. heldout_tokens 0:
+    everything may be trained on.
     """
     order = sorted(range(len(candidates)), key=lambda index: candidates[index].key)
     border, tokens = 0, 0
@@ -91,7 +92,7 @@ def _take(candidates: Sequence[Candidate], order: Sequence[int], limit: int | No
 def check_split(
     candidates: Sequence[Candidate], split: Split, heldout_tokens: int, train_tokens: int | None
 ) -> None:
-    """Refuses a split in which held-out documents use up most of the text. Raises DataError."""
+    """Raises DataError if held-out documents use up most of the text."""
     held_groups = {candidates[taken.index].key.group for taken in split.heldout}
     held = sum(c.tokens for c in candidates if c.key.group in held_groups)
     train = sum(taken.tokens for taken in split.train)

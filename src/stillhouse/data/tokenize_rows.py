@@ -1,4 +1,4 @@
-"""Documents made into tokens, with a mask of those that are learned.
+"""Tokenizes documents, with a loss mask.
 
 Rows are arrays, not lists: five bytes a token, so that large text stays small in memory.
 """
@@ -22,7 +22,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row: token ids, which of them are learned, and whether it may be cut into parts."""
+    """One row: token ids, which of them are supervised, and whether it may be cut into parts."""
 
     ids: Ids
     supervised: Mask
@@ -32,9 +32,9 @@ class TokenRow:
 def tokenize(documents: Sequence[AnyDocument], tokenizer: Any) -> list[list[TokenRow]]:
     """The rows of each document (several only for a chat whose template rewrites turns).
 
-    Text: BOS where the tokenizer adds one, the text, EOS, all learned. Prompt and completion: BOS,
-    prompt, then learned completion and EOS. Chat: as the template renders it, with no token added.
-    The first token of a row cannot be predicted from anything; packing leaves it out.
+    Text: BOS if the tokenizer adds one, the text, EOS, all supervised. Prompt and completion: BOS,
+    prompt, then supervised completion and EOS. Chat: as the template renders it, with no token
+    added. The first token of a row has no context; packing does not supervise it.
     """
     eos = end_of_text(tokenizer)
     start = _leading_tokens(tokenizer)
@@ -52,7 +52,7 @@ def tokenize(documents: Sequence[AnyDocument], tokenizer: Any) -> list[list[Toke
             mask = np.concatenate([np.full(len(start), learn_start), mask, [True]])
         if not mask[1:].any():
             raise DataError(
-                "0 % of the row's tokens are supervised: there is nothing to learn in it",
+                "0% of the row's tokens are supervised: there is nothing to train on",
                 where=document.where,
                 fix="remove the row, or fill its assistant turns",
             )
@@ -62,10 +62,10 @@ def tokenize(documents: Sequence[AnyDocument], tokenizer: Any) -> list[list[Toke
 
 
 def end_of_text(tokenizer: Any) -> int:
-    """The tokenizer's EOS id. Raises DataError where it has none."""
+    """The tokenizer's EOS id. Raises DataError if it has none."""
     if tokenizer.eos_token_id is None:
         raise DataError(
-            "The tokenizer has no end-of-text token, so documents cannot be told apart",
+            "The tokenizer has no end-of-text token, so documents cannot be separated",
             where=getattr(tokenizer, "name_or_path", None),
             fix="set eos_token in its tokenizer_config.json",
         )
@@ -73,11 +73,11 @@ def end_of_text(tokenizer: Any) -> int:
 
 
 def encode_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any) -> list[tuple[Ids, Mask]]:
-    """Ids and mask of each row, whose token boundaries respect the ends of the pieces.
+    """Ids and mask of each row; token boundaries respect the ends of the pieces.
 
-    Pieces are tokenized on their own, as at inference, where the prompt is tokenized before the
-    first token is written. A tokenizer that puts a space before every text would put one before
-    every piece: there, whole rows are tokenized, and cut where the tokens of a prefix end.
+    Pieces are tokenized separately, as at inference, where the prompt is tokenized before the first
+    token is generated. A tokenizer that adds a space before every text would add one before every
+    piece: with it, whole rows are tokenized, and cut where the tokens of a prefix end.
     """
     if adds_prefix_space(tokenizer):
         return [_encode_whole(pieces, tokenizer) for pieces in rows]
@@ -92,7 +92,7 @@ def encode_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any) -> list[tuple
 
 
 def _encode_whole(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
-    """A token that lies in two pieces counts as part of the first: it begins there."""
+    """A token in two pieces counts as part of the first, where it begins."""
     prefixes = ["".join(p.text for p in pieces[: n + 1]) for n in range(len(pieces))]
     encoded = [np.asarray(ids, dtype=np.int32) for ids in _encode(prefixes, tokenizer)]
     ids = encoded[-1]
@@ -114,7 +114,7 @@ def _common(left: Ids, right: Ids) -> int:
 
 
 def adds_prefix_space(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts a space before a text that has none."""
+    """Whether the tokenizer adds a space before a text without one."""
     ids = tokenizer("x", add_special_tokens=False)["input_ids"]
     token = tokenizer.convert_ids_to_tokens(ids)[0] if ids else ""
     return bool(token.startswith(("▁", "Ġ")))
@@ -129,7 +129,7 @@ def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def _leading_tokens(tokenizer: Any) -> Ids:
-    """[BOS] where the tokenizer puts one before a text, else nothing."""
+    """[BOS] if the tokenizer adds one before a text, else nothing."""
     ids = tokenizer("x")["input_ids"]
     bos = tokenizer.bos_token_id
     starts = bos is not None and ids[:1] == [bos]

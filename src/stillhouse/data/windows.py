@@ -1,7 +1,7 @@
 """Windows of tokens: three arrays, memory-mapped where they are in a folder, and a description.
 
 R windows, L tokens in a window. `input_ids.npy`, `labels.npy` and `position_ids.npy` are int32
-[R, L]; `windows.json` is written last, so a folder that has it is whole.
+[R, L]; `windows.json` is written last, so a folder that has it is complete.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _AGAIN = "delete the folder and run the data stage again"
 
 
 class WindowSet(Protocol):
-    """Windows wherever they are: each has long tensors input_ids, labels, position_ids of [L].
+    """Windows, in memory or on disk: each has long tensors input_ids, labels, position_ids of [L].
 
-    labels[t] is the token at position t where it is to be predicted (from position t-1), else
-    -100. Documents that share a window are told apart by position_ids that restart at 0.
+    labels[t] is the token at position t if it is predicted (from position t-1), else -100.
+    position_ids restart at 0 with each document in a window.
     """
 
     def __len__(self) -> int: ...
@@ -39,12 +39,12 @@ class WindowSet(Protocol):
 
 @dataclass(frozen=True)
 class WindowsInfo:
-    """What a folder of windows holds.
+    """What is in a folder of windows.
 
     tokens: all but padding. supervised_tokens: labels that are predicted. fill: tokens as a share
-    of rows × context. duplicates_dropped: documents whose exact content came before.
+    of rows × context. duplicates_dropped: documents with the same content as an earlier one.
     overlap_removed: training documents that are also in heldout_sources. rows_truncated and
-    rows_dropped: chat rows longer than the context. pad_token_id: what fills windows up.
+    rows_dropped: chat rows longer than the context. pad_token_id: fills incomplete windows.
     """
 
     context: int
@@ -64,7 +64,7 @@ class WindowsInfo:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Windows:
-    """A map-style data set: `len(windows)` rows, each a dict of int64 tensors of length L.
+    """A map-style dataset: `len(windows)` rows, each a dict of int64 tensors of length L.
 
     path: the folder that they are in; None: they are in memory.
     """
@@ -135,7 +135,7 @@ def _new_array(path: Path | None, name: str, shape: tuple[int, int]) -> NDArray[
 
 
 def open_windows(path: Path) -> Windows:
-    """Opens a folder that `write_windows` wrote. Raises DataError where it is not whole."""
+    """Opens a folder that `write_windows` wrote. Raises DataError if it is incomplete."""
     info = _read_info(path)
     return Windows(path, info, *(_open_array(path, name, info) for name in ARRAYS))
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from stillhouse.teachers.quiet import quiet
+from stillhouse.generation.generator import TokenPrompt
+from stillhouse.generation.local_generator import LocalGenerator, end_tokens
 
 
 def generate(
@@ -26,19 +25,14 @@ def generate(
     tokenizer or of the model, and special tokens are not shown. The same seed gives the same
     answers; torch's global random state is left as it was.
     """
-    answers: list[str] = []
-    devices = [model.device] if model.device.type == "cuda" else []
-    for number, prompt in enumerate(prompts):
-        ids_1L = torch.tensor([_prompt_ids(tokenizer, prompt)], device=model.device)
-        inputs = {"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)}
-        # transformers remarks on sampling settings that greedy search does not use.
-        with torch.random.fork_rng(devices=devices), torch.inference_mode(), quiet():
-            config = _config(model, tokenizer, max_new_tokens, temperature)
-            torch.manual_seed(seed + number)
-            output_1L = model.generate(**inputs, generation_config=config)
-        new_L = output_1L[0, ids_1L.shape[1] :]
-        answers.append(tokenizer.decode(new_L, skip_special_tokens=True))
-    return answers
+    generator = LocalGenerator(model, end_tokens(model, tokenizer), batch=1)
+    encoded = [
+        TokenPrompt(_prompt_ids(tokenizer, prompt), max_new_tokens, temperature, seed=seed + number)
+        for number, prompt in enumerate(prompts)
+    ]
+    # One at a time, so that they come in their order.
+    written = [one for prompt in encoded for _, one in generator.generate([prompt])]
+    return [tokenizer.decode(one.ids, skip_special_tokens=True) for one in written]
 
 
 def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
@@ -49,26 +43,3 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
         )
         return list(encoded["input_ids"])
     return list(tokenizer(prompt)["input_ids"])
-
-
-def _config(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
-    """Every setting that a checkpoint's own generation_config could change is set."""
-    from transformers import GenerationConfig
-
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    sampled = temperature > 0
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        max_length=None,
-        do_sample=sampled,
-        temperature=temperature if sampled else 1.0,
-        top_k=0,
-        top_p=1.0,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=min(ends, default=0),
-        use_cache=True,
-    )

@@ -1,10 +1,10 @@
-"""The log-probabilities that come with an API's answers, as the signal of a student's tokens.
+"""The log-probabilities that come with an API's answers, as a signal for the student's tokens.
 
-An answer's tokens are the student's where both are the same bytes, cut in the same places. Then
-each token has the distribution that the API returned: its k most likely tokens, and a tail with
-the mass of all others. Tokens without one (above all the end of the turn, which few servers
-return, and turns that stood in the prompt) are learned as they stand: the token that is there has
-all the mass. For a token that the teacher sampled at temperature 1 that is right on average.
+An answer's tokens match the student's if both have the same bytes and the same boundaries. Each
+token then has the distribution that the API returned: the k most probable tokens, and a tail with
+the mass of all others. Tokens without one (mostly the end of the turn, which few servers report,
+and turns in the prompt) are trained on as they are: all mass is on the token that is there. For a
+token that the teacher sampled at temperature 1, this is right on average.
 
 Shapes: N supervised tokens of a row, E entries of all of them.
 """
@@ -28,24 +28,24 @@ from stillhouse.teachers.token_bytes import token_bytes
 
 LEAST = float(np.finfo(np.float16).min)
 OVER_ONE = 1e-3
-"""By how much the probabilities of a token may pass 1, being rounded."""
+"""How much the probabilities of a token may exceed 1, because they are rounded."""
 
 Entries = dict[int, float]
 """Log-probabilities by token id, of one position."""
 
 
 @dataclass(frozen=True)
-class Words:
+class ByteVocabulary:
     """A tokenizer's tokens as bytes. id_of: by all their bytes. shown_id_of: by the text that is
-    left of them where a server drops bytes that are no whole character. Several tokens that are
-    the same in either way cannot be told apart: they have no id there, and stay in the tail."""
+    left if a server drops bytes that are not a whole character. Tokens that share a key are
+    ambiguous: they have no id there, and stay in the tail."""
 
     bytes_of: Mapping[int, bytes]
     id_of: Mapping[bytes, int]
     shown_id_of: Mapping[str, int]
 
     @classmethod
-    def of(cls, tokenizer: Any, vocabulary: int) -> Words:
+    def of(cls, tokenizer: Any, vocabulary: int) -> ByteVocabulary:
         bytes_of = {i: found for i, found in token_bytes(tokenizer).items() if i < vocabulary}
         shown = ((_shown(found), i) for i, found in bytes_of.items())
         return cls(bytes_of, _unique((found, i) for i, found in bytes_of.items()), _unique(shown))
@@ -70,48 +70,48 @@ def _shown(token: bytes) -> str:
 
 @dataclass(frozen=True)
 class Aligned:
-    """entries: one for each supervised token of the row, most likely first. told: whether the API
-    told about it. matched: whether the answer's tokens are the student's."""
+    """entries: one for each supervised token of the row, the most probable first. reported: whether
+    the API returned them. matched: whether the answer's tokens are the student's."""
 
     entries: list[Entries]
-    told: list[bool]
+    reported: list[bool]
     matched: bool
 
 
 def align(
-    row: TokenRow, text: str, logprobs: Sequence[Any] | None, k: int, words: Words
+    row: TokenRow, text: str, logprobs: Sequence[Any] | None, k: int, vocabulary: ByteVocabulary
 ) -> Aligned:
     """The signal of a row whose last turn is `text`. logprobs: as the API gave them for the whole
     answer, of which `text` is the last part. Raises SignalError: probabilities of more than 1."""
-    learned = np.flatnonzero(row.supervised)
-    learned = learned[learned > 0]
-    ids = row.ids[learned].tolist()
+    supervised = np.flatnonzero(row.supervised)
+    supervised = supervised[supervised > 0]
+    ids = row.ids[supervised].tolist()
     entries: list[Entries] = [{i: 0.0} for i in ids]
-    found = _places(row, learned, text, logprobs or [], words)
-    told = [False] * len(ids)
+    found = _places(row, supervised, text, logprobs or [], vocabulary)
+    reported = [False] * len(ids)
     for place, position in found:
-        distribution = _entries(position, ids[place], k, words)
+        distribution = _entries(position, ids[place], k, vocabulary)
         if distribution:
             entries[place] = distribution
-            told[place] = True
-    return Aligned(entries, told, bool(found))
+            reported[place] = True
+    return Aligned(entries, reported, bool(found))
 
 
 def _places(
-    row: TokenRow, learned: Any, text: str, logprobs: Sequence[Any], words: Words
+    row: TokenRow, supervised: Any, text: str, logprobs: Sequence[Any], vocabulary: ByteVocabulary
 ) -> list[tuple[int, Any]]:
     """Which supervised tokens the API's positions are about; nothing where they do not match."""
-    turn = len(learned) - 1
-    while turn > 0 and learned[turn - 1] == learned[turn] - 1:
+    turn = len(supervised) - 1
+    while turn > 0 and supervised[turn - 1] == supervised[turn] - 1:
         turn -= 1
-    ours = [words.bytes_of.get(i, b"") for i in row.ids[learned[turn:]].tolist()]
+    ours = [vocabulary.bytes_of.get(i, b"") for i in row.ids[supervised[turn:]].tolist()]
     at, end = _span(ours, text.encode())
     for first in range(len(logprobs) - (end - at), -1, -1) if at < end else ():
         last = first + end - at
         if all(map(_is_token, logprobs[first:last], ours[at:end])):
             places = [(turn + at + n, logprobs[first + n]) for n in range(end - at)]
             if end < len(ours) and last < len(logprobs) and _is_token(logprobs[last], ours[end]):
-                places.append((turn + end, logprobs[last]))  # it tells of the end of the turn too
+                places.append((turn + end, logprobs[last]))  # the end of the turn too
             return places
     return []
 
@@ -126,8 +126,8 @@ def _span(tokens: Sequence[bytes], text: bytes) -> tuple[int, int]:
 
 
 def _is_token(position: Any, token: bytes) -> bool:
-    """Whether a position is about these bytes. A server that gives text alone cannot show the
-    bytes of a part of a character: the rest of the token has to do."""
+    """Whether a position is about these bytes. A server that returns only text cannot show bytes
+    that are not a whole character: then the rest of the token is compared."""
     known = _bytes(position)
     if known is not None:
         return known == token
@@ -140,15 +140,15 @@ def _bytes(position: Any) -> bytes | None:
     return bytes(given) if isinstance(given, list) and given else None
 
 
-def _entries(position: Any, own: int, k: int, words: Words) -> Entries:
-    """The k most likely of the tokens that the position tells about and the tokenizer knows.
+def _entries(position: Any, own: int, k: int, vocabulary: ByteVocabulary) -> Entries:
+    """The k most probable tokens of the position that the tokenizer has.
 
     own: the token that was written there.
     """
     ranked = sorted(position.get("top_logprobs") or [], key=lambda one: -float(one["logprob"]))
     found: Entries = {}
     for one in ranked[:k]:
-        token = _token_id(one, words)
+        token = _token_id(one, vocabulary)
         if (one["token"], one["logprob"]) == (position.get("token"), position.get("logprob")):
             token = own
         if token is not None and token not in found:
@@ -159,17 +159,17 @@ def _entries(position: Any, own: int, k: int, words: Words) -> Entries:
             f"the API's log-probabilities of the token {position.get('token')!r} have a mass of "
             f"{mass:.4f}",
             where="signals.answers",
-            fix="the server must tell log-probabilities before any sampling; or leave out "
+            fix="the server must return log-probabilities from before sampling; or remove "
             "signals.answers",
         )
     return found
 
 
-def _token_id(alternative: Any, words: Words) -> int | None:
+def _token_id(alternative: Any, vocabulary: ByteVocabulary) -> int | None:
     known = _bytes(alternative)
     if known is not None:
-        return words.id_of.get(known)
-    return words.shown_id_of.get(alternative["token"])
+        return vocabulary.id_of.get(known)
+    return vocabulary.shown_id_of.get(alternative["token"])
 
 
 def entry_rows(entries: Sequence[Entries], vocabulary: int) -> tuple[EntryRows, Statistics]:

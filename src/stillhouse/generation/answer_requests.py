@@ -1,4 +1,4 @@
-"""Has a text teacher answer requests, through the journal; and what that will take."""
+"""Gets requests answered by a text teacher, through the journal; and estimates what that costs."""
 
 from __future__ import annotations
 
@@ -11,54 +11,55 @@ from pathlib import Path
 from stillhouse.errors import RunError
 from stillhouse.finding import Finding
 from stillhouse.generation.budget import Spending
-from stillhouse.generation.estimate import Known, known_before
+from stillhouse.generation.estimate import Estimate, estimate_requests
 from stillhouse.generation.journal import Journal
-from stillhouse.generation.request import Answer, Requests
+from stillhouse.generation.request import Answer, Request, Requests
 from stillhouse.generation.text_teacher import Sent, TextSource
 
 
 @dataclass(frozen=True)
 class Answers:
-    """found: in the order of the requests; None where there is no answer. unanswered: how many of
-    those without one may have one when they are sent again: all but those that were refused."""
+    """found: in the order of the requests; None without an answer. unanswered: how many of those
+    without an answer are worth sending again: all but the refused ones."""
 
     found: list[Answer | None]
     unanswered: int
 
     @property
     def usd(self) -> float | None:
-        """The cost of all answers, whichever run paid; None where a price is unknown."""
+        """The cost of all answers, from every run; None if a price is unknown."""
         costs = [answer.cost for answer in self.found if answer is not None]
-        known = [cost for cost in costs if cost is not None]
-        return sum(known) if len(known) == len(costs) else None
+        return None if None in costs else sum(cost or 0.0 for cost in costs)
 
 
 def send_missing(
     source: TextSource, requests: Requests, journal: Journal, spent: Spending | None = None
-) -> tuple[Known, Sent]:
-    """Sends the requests that the journal has no answer to; what it held before, and what arrived.
+) -> tuple[Estimate, Sent]:
+    """Sends the requests without an answer in the journal; what it had before, and what arrived.
 
-    spent: of the budget until now; None: what these requests have taken.
+    spent: of the budget until now; None: on these requests.
     Raises EndpointError, ModelError, RunError.
     """
-    known = known_before(requests(), journal, source.price)
-    if not known.missing:
-        return known, Sent(0, 0, False)
-    return known, source.send(requests, journal, known, known.spent if spent is None else spent)
+    estimate = estimate_requests(requests(), journal, source.price)
+    if not estimate.missing:
+        return estimate, Sent(0, 0, False)
+    return estimate, source.send(
+        requests, journal, estimate, estimate.spent if spent is None else spent
+    )
 
 
 def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) -> Answers:
     """The answers to all requests, by the journal at `path`.
 
-    budget: the recipe's key of it. Raises EndpointError, ModelError; RunError where the budget ends
-    before the answers do: those that arrived are kept.
+    budget: its key in the recipe. Raises EndpointError, ModelError; RunError if the budget does not
+    last: answers that arrived are kept.
     """
     with Journal(path) as journal:
-        known, sent = send_missing(source, requests, journal)
+        estimate, sent = send_missing(source, requests, journal)
         if sent.out_of_budget:
             raise RunError(
-                f"the budget is used up: {known.answered + sent.new:,} of {known.requests:,} "
-                "answers are there",
+                f"the budget is used up: {estimate.answered + sent.new:,} of {estimate.requests:,} "
+                "requests are answered",
                 where=path,
                 fix=f"raise {budget}, or give fewer texts; no request is paid for twice",
             )
@@ -73,16 +74,16 @@ def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) 
 # --- before anything is spent ------------------------------------------------------------------
 
 
-def estimate(source: TextSource, requests: Requests, path: Path, calls: int = 0) -> Known:
-    """What the journal at `path` holds of the requests, and what the rest takes.
+def estimate_cost(source: TextSource, requests: Requests, path: Path, calls: int = 0) -> Estimate:
+    """What the journal at `path` has of the requests, and what the rest costs.
 
-    calls: so many of the missing requests are sent first (see `send_some`).
+    calls: the number of missing requests to send first (see `send_some`).
     """
     if calls and not being_written(path):
         with Journal(path) as journal:
             send_some(source, requests, journal, calls, Spending())
     with opened_journal(path) as found:
-        return known_before(requests(), found, source.price)
+        return estimate_requests(requests(), found, source.price)
 
 
 def send_some(
@@ -92,31 +93,36 @@ def send_some(
     calls: int,
     spent: Spending,
 ) -> None:
-    """Sends so many of the missing requests, spread evenly over them. spent: of the same budget, on
-    other requests. The answers are in the journal, so that nothing is paid for twice."""
+    """Sends `calls` of the missing requests, spread evenly over them. spent: of the same budget, on
+    other requests. The answers go to the journal, so that nothing is paid for twice."""
     numbered = enumerate(requests())
     missing = [number for number, request in numbered if journal.get(request.key) is None]
     count = min(calls, len(missing))
     if count:
         chosen = frozenset(missing[len(missing) * n // count] for n in range(count))
-        known = known_before(requests(), journal, source.price)
-        some = lambda: (r for n, r in enumerate(requests()) if n in chosen)  # noqa: E731
-        send_missing(source, some, journal, known.spent + spent)
+        estimate = estimate_requests(requests(), journal, source.price)
+
+        def some() -> Iterator[Request]:
+            return (request for n, request in enumerate(requests()) if n in chosen)
+
+        send_missing(source, some, journal, estimate.spent + spent)
 
 
-def findings(known: Known, path: Path, topic: str, things: str = "requests") -> Iterator[Finding]:
-    """The lines of `check` about what is answered, and what the rest costs. path: the journal."""
+def findings(
+    estimate: Estimate, path: Path, topic: str, things: str = "requests"
+) -> Iterator[Finding]:
+    """The lines of `check` about what is answered and what the rest costs. path: the journal."""
     fix = None
-    if known.missing and known.between is None:
+    if estimate.missing and estimate.between is None:
         fix = "--calls 5 sends a few requests, which count, to estimate the cost of the rest"
-    yield Finding("estimate" if known.missing else "ok", topic, known.described(things), fix)
+    yield Finding("estimate" if estimate.missing else "ok", topic, estimate.described(things), fix)
     if being_written(path):
         text = "a run has the journal open: what it holds is not counted, and no request is sent"
-        yield Finding("warning", topic, text, "give the command again when the run has ended")
+        yield Finding("warning", topic, text, "repeat the command after the run")
 
 
 def being_written(path: Path) -> bool:
-    """Whether a process has the journal open, which keeps others from reading what is in it."""
+    """Whether a process has the journal open, so that others cannot read it."""
     lock = path.with_name(f"{path.name}.lock")
     if not lock.exists():
         return False
@@ -130,7 +136,7 @@ def being_written(path: Path) -> bool:
 
 @contextmanager
 def opened_journal(path: Path) -> Iterator[Journal | None]:
-    """The journal; None where there is none yet, or another process has it."""
+    """The journal; None if there is none yet, or another process has it open."""
     if not path.exists() or being_written(path):
         yield None
         return

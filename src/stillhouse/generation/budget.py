@@ -1,9 +1,9 @@
-"""What may be spent. The worst case of a request is set aside before it is sent.
+"""The budget. The worst case of a request is reserved before it is sent.
 
-The sum of what was billed and what is set aside never passes a limit, so that no answer still on
-its way can. A prompt has at most as many tokens as bytes, with some more for the chat template
-around each message; an answer has at most its token limit. Parameters that are no numbers (tools, a
-schema) count as part of the prompt: servers put them there.
+The sum of what was billed and what is reserved never exceeds a limit, so no request in flight can
+exceed it. A prompt has at most as many tokens as bytes, and some more for the chat template around
+each message; an answer has at most its token limit. Parameters that are not numbers (tools, a
+schema) count as part of the prompt, because servers put them there.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from stillhouse.generation.request import Answer, Request
 
 _TEMPLATE_TOKENS = 16
-"""Tokens that a chat template may put around a message, and around all of them."""
+"""Tokens that a chat template may add around a message, and around all of them."""
 
 TOKEN_LIMITS = ("max_completion_tokens", "max_tokens")
-"""Parameters that bound an answer's tokens."""
+"""Parameters that limit an answer's tokens."""
 
 
 @dataclass(frozen=True)
 class Price:
-    """US dollars for a million tokens."""
+    """US dollars per million tokens."""
 
     input: float
     output: float
@@ -35,7 +35,7 @@ FREE = Price(0.0, 0.0)
 
 @dataclass(frozen=True)
 class Spending:
-    """Tokens, and US dollars where the price is known (else 0)."""
+    """Tokens, and US dollars if the price is known (else 0)."""
 
     tokens: int = 0
     usd: float = 0.0
@@ -48,7 +48,7 @@ class Spending:
 
 
 def worst_case(request: Request, price: Price | None) -> Spending:
-    """The most that one answer can take; the request has a token limit."""
+    """The most that one request can cost; it has a token limit."""
     shown = [value for value in request.parameters.values() if not isinstance(value, int | float)]
     prompt = _TEMPLATE_TOKENS + sum(
         _TEMPLATE_TOKENS + len(str(part).encode("utf-8", "replace"))
@@ -59,7 +59,7 @@ def worst_case(request: Request, price: Price | None) -> Spending:
 
 
 def spent_on(answer: Answer, worst: Spending) -> Spending:
-    """What an answer took: the worst case in whatever the server did not say."""
+    """What an answer cost: the worst case for whatever the server did not report."""
     if answer.prompt_tokens is None or answer.completion_tokens is None:
         return worst
     tokens = answer.prompt_tokens + answer.completion_tokens
@@ -67,14 +67,14 @@ def spent_on(answer: Answer, worst: Spending) -> Spending:
 
 
 class Budget:
-    """spent: what is billed, or may be. reserved: the worst case of what is on its way."""
+    """spent: what was billed, or may have been. reserved: the worst case of requests in flight."""
 
     def __init__(self, max_usd: float | None = None, max_tokens: int | None = None) -> None:
         self.max_usd, self.max_tokens = max_usd, max_tokens
         self.spent = self.reserved = Spending()
 
     def reserve(self, worst: Spending) -> bool:
-        """Sets `worst` aside, unless a limit would be passed if it came true."""
+        """Reserves `worst`; False if that could exceed a limit."""
         after = self.spent + self.reserved + worst
         if self.max_usd is not None and after.usd > self.max_usd:
             return False
@@ -84,8 +84,8 @@ class Budget:
         return True
 
     def settle(self, worst: Spending, spent: Spending) -> None:
-        """Puts what was spent in the place of what was set aside."""
+        """Replaces a reservation by what was spent."""
         self.reserved -= worst
         self.spent += spent
-        if self.reserved.tokens == 0:  # no rounding error of many differences stays behind
+        if self.reserved.tokens == 0:  # no rounding errors remain
             self.reserved = Spending()

@@ -1,4 +1,4 @@
-"""What is put around a prompt, and the text of messages and answers."""
+"""System prompt and few-shot examples around a prompt; the text of messages and answers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SYSTEM = ("system", "developer")
 class Frame:
     """What is put around every prompt. examples: pairs of a prompt and its answer.
 
-    The system prompt is for prompts that bring none. student: what the student sees of the frame;
-    few-shot examples that only the teacher sees are how their effect is distilled.
+    The system prompt is for prompts without one. student: what the student sees of the frame; the
+    effect of few-shot examples that only the teacher sees is distilled.
     """
 
     system: str | None = None
@@ -29,7 +29,7 @@ class Frame:
         return self._around(prompt, self.system, self.examples)
 
     def student_sees(self, prompt: Sequence[Message]) -> tuple[Message, ...]:
-        """What stands before the answer in the student's training text."""
+        """What comes before the answer in the student's training text."""
         system = None if self.student == "prompt" else self.system
         return self._around(prompt, system, self.examples if self.student == "all" else ())
 
@@ -53,12 +53,12 @@ def user_turn(text: str) -> tuple[Message, ...]:
 
 
 def text_of(messages: Sequence[Message], roles: Sequence[str] = ("user",)) -> str:
-    """The contents of the messages of these roles, a line each; parts that are no text left out."""
+    """The text of the messages of these roles, one per line."""
     return "\n".join(content_text(m.get("content")) for m in messages if m["role"] in roles)
 
 
 def content_text(content: Any) -> str:
-    """Of a message: a text, or a list of parts of which some are."""
+    """Of a message: a string, or a list of parts of which some are text."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -66,9 +66,9 @@ def content_text(content: Any) -> str:
 
 
 def answer_text(answer: Answer, *, keep_reasoning: bool = False) -> str:
-    """The answer as the student is to write it, with its reasoning in <think> or without.
+    """The answer as the student should write it, with its reasoning in <think> or without.
 
-    A reasoning that was cut off before its end leaves no answer: the text is empty.
+    Reasoning that was cut off leaves no answer: the text is empty.
     """
     reasoning, closed, rest = answer.text.rpartition("</think>")
     if closed:

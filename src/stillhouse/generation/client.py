@@ -1,6 +1,6 @@
-"""One request to an OpenAI-compatible endpoint, sent once: an answer, or what went wrong.
+"""One request to an OpenAI-compatible endpoint, sent once: an answer, or why there is none.
 
-Nothing is retried here. Whether to ask again is decided in one place, `pool`.
+Nothing is retried here: `request_pool` decides about that.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EXCERPT = 300
 """Characters of a server's message that are kept."""
 _SHORTEST_SECRET = 8
-"""Characters. Servers that want no key are given words such as `none` and `EMPTY`, which answers
-may hold."""
+"""Characters. Servers without keys get words such as `none` and `EMPTY`, which answers may
+contain."""
 _MOST_TOKENS = 10**9
-"""In one prompt or answer; a server that counts more miscounts."""
+"""In one prompt or answer; a larger count of a server is wrong."""
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """Why a request that was sent once brought no answer.
+class FailedAttempt:
+    """Why one attempt got no answer.
 
-    again: asking again may help. wait: seconds that the server asked to wait. billed: the provider
-    may have billed an answer that never arrived whole.
+    retry: another attempt may help. wait: seconds that the server wants to wait before it. billed:
+    the provider may have billed an answer that did not arrive whole.
     """
 
     kind: FailureKind
     reason: str
-    again: bool
+    retry: bool
     wait: float | None = None
     billed: bool = False
 
@@ -50,10 +50,10 @@ class Trouble:
 class Client:
     """An endpoint's model. Use it as an async context manager, inside one event loop.
 
-    key_env: the environment variable that holds the key; None for servers that want none. The key
-    is read here, goes into the request's header, and nowhere else.
+    key_env: the environment variable that holds the key; None for servers without keys. The key
+    is read here and goes into the request's header, nowhere else.
     timeout: seconds from sending to the last byte of the answer.
-    Raises EndpointError: the variable is not set, or the URL is none.
+    Raises EndpointError: the variable is not set, or the URL is invalid.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._link.close()
 
-    async def send(self, request: Request) -> Answer | Trouble:
+    async def send(self, request: Request) -> Answer | FailedAttempt:
         """Sends the request once. Raises EndpointError where no request can succeed."""
         payload = {
             "model": request.model,
@@ -90,40 +90,42 @@ class Client:
                 reply = await self._link.post(payload)
         except TimeoutError:
             reason = f"no whole answer in {self.timeout:g} s"
-            return Trouble("timeout", reason, again=True, billed=True)
+            return FailedAttempt("timeout", reason, retry=True, billed=True)
         except LinkError as error:
-            return Trouble("connection", self._redacted(str(error)), again=True, billed=error.sent)
+            return FailedAttempt(
+                "connection", self._redacted(str(error)), retry=True, billed=error.sent
+            )
         if reply.status == 200:
             return self._answer(reply, time.monotonic() - started)
-        return self._status_trouble(reply)
+        return self._failed_status(reply)
 
-    def _answer(self, reply: Reply, seconds: float) -> Answer | Trouble:
+    def _answer(self, reply: Reply, seconds: float) -> Answer | FailedAttempt:
         try:
             whole = json.loads(reply.body)
             status = _status_within(whole)
             if status is not None:
-                return self._status_trouble(replace(reply, status=status))
+                return self._failed_status(replace(reply, status=status))
             answer = _parse(whole, self.price, seconds)
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             start = self._redacted(reply.body.decode("utf-8", "replace"))[:_EXCERPT]
             reason = f"not a chat completion ({type(error).__name__}: {error}): {start}"
-            return Trouble("invalid", reason, again=False, billed=True)
+            return FailedAttempt("invalid", reason, retry=False, billed=True)
         return self._without_key(answer)
 
-    def _status_trouble(self, reply: Reply) -> Trouble:
+    def _failed_status(self, reply: Reply) -> FailedAttempt:
         status = reply.status
         message, code = _server_error(reply.body)
-        said = self._redacted(message)[:_EXCERPT]
+        message = self._redacted(message)[:_EXCERPT]
         if status in (401, 402, 403, 404) or code == "insufficient_quota":
-            raise self._hopeless(status, said)
+            raise self._fatal(status, message)
         wait = retry_after(reply.headers)
         if status == 429:
-            return Trouble("rate_limit", said, again=True, wait=wait)
-        again = status == 408 or status >= 500
-        kind: FailureKind = "server" if again else "refused"
-        return Trouble(kind, f"HTTP {status}: {said}", again=again, wait=wait)
+            return FailedAttempt("rate_limit", message, retry=True, wait=wait)
+        retry = status == 408 or status >= 500
+        kind: FailureKind = "server" if retry else "refused"
+        return FailedAttempt(kind, f"HTTP {status}: {message}", retry=retry, wait=wait)
 
-    def _hopeless(self, status: int, said: str) -> EndpointError:
+    def _fatal(self, status: int, message: str) -> EndpointError:
         variable = f"the environment variable {self.key_env}" if self.key_env else "api.key_env"
         what, fix = {
             401: ("the endpoint refuses the key", f"check {variable}"),
@@ -131,17 +133,17 @@ class Client:
                   "account's permissions"),
             404: (f"the endpoint has no model {self.model!r}, or is no chat-completions endpoint",
                   "check api.model and api.base_url, which usually ends in /v1"),
-        }.get(status, ("the account has no credit left", "add credit, then go on with the same "
-                       "command: what arrived is kept"))  # fmt: skip
-        return EndpointError(f"{what} (HTTP {status}: {said})", where=self.endpoint, fix=fix)
+        }.get(status, ("the account has no credit left", "add credit, then repeat the same "
+                       "command: answers that arrived are kept"))  # fmt: skip
+        return EndpointError(f"{what} (HTTP {status}: {message})", where=self.endpoint, fix=fix)
 
     def _without_key(self, answer: Answer) -> Answer:
-        """The answer, where it repeats the key, without it; its tokens would spell the key too."""
-        said = (answer.text, answer.reasoning or "", answer.finish_reason or "")
+        """The answer without the key, if it repeats it; the tokens would spell the key too."""
+        parts = (answer.text, answer.reasoning or "", answer.finish_reason or "")
         key = self._key or ""
-        if len(key) < _SHORTEST_SECRET or not any(key in text for text in said):
+        if len(key) < _SHORTEST_SECRET or not any(key in text for text in parts):
             return answer
-        text, reasoning, finish_reason = map(self._redacted, said)
+        text, reasoning, finish_reason = map(self._redacted, parts)
         return replace(
             answer,
             text=text,
@@ -155,13 +157,13 @@ class Client:
 
 
 def _link(base_url: str, key: str | None, timeout: float, connections: int) -> Link:
-    """aiohttp for plain HTTP that no proxy of the environment is for, else the openai client."""
+    """aiohttp for plain HTTP without a proxy, otherwise the openai client."""
     parts = urlsplit(base_url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise EndpointError(
             "the endpoint's base_url is not an http(s) URL",
             where=endpoint_of(base_url),
-            fix="write it whole, e.g. http://127.0.0.1:8080/v1",
+            fix="write all of it, e.g. http://127.0.0.1:8080/v1",
         )
     proxied = "http" in getproxies() and not proxy_bypass(parts.hostname)
     if parts.scheme == "http" and (parts.hostname in _LOOPBACK or not proxied):
@@ -170,7 +172,7 @@ def _link(base_url: str, key: str | None, timeout: float, connections: int) -> L
 
 
 def _server_error(body: bytes) -> tuple[str, str | None]:
-    """What a server says is wrong, and its code, in the forms that servers have for it."""
+    """A server's error message and code, in the forms that servers use."""
     text = body.decode("utf-8", "replace").strip()
     try:
         whole = json.loads(text)
@@ -184,7 +186,7 @@ def _server_error(body: bytes) -> tuple[str, str | None]:
 
 
 def _status_within(whole: Any) -> int | None:
-    """The status of an error that gateways send with the status 200, where it tells one."""
+    """The status of an error that a gateway sends with status 200, if there is one."""
     error = _object(_object(whole).get("error"))
     code = str(error.get("code"))
     if code == "insufficient_quota":
@@ -193,8 +195,8 @@ def _status_within(whole: Any) -> int | None:
 
 
 def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
-    """Whatever was paid for is an answer, if only an empty one; a field of a kind that it cannot
-    have counts as not given. Raises KeyError and the like where this is no chat completion."""
+    """Everything that was paid for is an answer, even an empty one; a field of the wrong type is
+    ignored. Raises KeyError and the like if this is not a chat completion."""
     choices = whole["choices"]
     choice = choices[0] if choices else {"message": {}}
     message = choice["message"]
@@ -226,7 +228,7 @@ def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
 
 
 def _text(content: Any) -> str:
-    """A message's text: a string, or the text parts of a list; empty where there is none."""
+    """A message's text: a string, or the text parts of a list; empty if there is none."""
     if isinstance(content, list):
         return "".join(_string(_object(part).get("text")) or "" for part in content)
     return _string(content) or ""
@@ -246,8 +248,8 @@ def _tokens(value: Any) -> int | None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a server asks to wait: `retry-after-ms`, or Retry-After in seconds or as a
-    date (RFC 9110, 10.2.3); None where it does not say, or not in a way that can be read."""
+    """Seconds that a server wants to wait: `retry-after-ms`, or Retry-After in seconds or as a date
+    (RFC 9110, 10.2.3); None if it is missing or cannot be read."""
     milliseconds, value = headers.get("retry-after-ms"), headers.get("retry-after")
     try:
         if milliseconds is not None:

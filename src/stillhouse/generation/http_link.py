@@ -1,9 +1,8 @@
-"""How one request's bytes reach an endpoint, and the answer's come back.
+"""HTTP: one request to an endpoint, and the reply.
 
-Two ways with one shape. `OpenAILink` is the openai client: TLS, proxies, whatever a provider
-needs. `HttpLink` is for a server of one's own, vLLM or llama.cpp beside this process, which answers
-thousands of short requests a second; the client's general machinery takes several times as long
-for a request as such a server does (bench/synthesis).
+`OpenAILink` is the openai client: TLS, proxies, whatever a provider needs. `HttpLink` is for local
+servers (vLLM, llama.cpp), which answer thousands of short requests per second; the openai client
+takes several times as long for a request as such a server does (bench/synthesis).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class Reply:
 
 
 class LinkError(Exception):
-    """No whole reply. sent: whether the server may have got the request."""
+    """No complete reply. sent: whether the server may have received the request."""
 
     def __init__(self, reason: str, *, sent: bool) -> None:
         super().__init__(reason)
@@ -54,7 +53,7 @@ class OpenAILink:
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
         http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=timeout)
         self._client: openai.AsyncOpenAI = openai.AsyncOpenAI(
-            # An empty key is refused by the client; servers that want none ignore this one.
+            # The client refuses an empty key; servers without keys ignore this one.
             api_key=key or "none",
             base_url=base_url,
             max_retries=0,
@@ -86,7 +85,7 @@ class OpenAILink:
 
 
 class HttpLink:
-    """aiohttp, for plain HTTP: a small part of the openai client's time for a short request."""
+    """aiohttp, for plain HTTP: much faster than the openai client for short requests."""
 
     def __init__(self, base_url: str, key: str | None, timeout: float, connections: int) -> None:
         import aiohttp

@@ -1,11 +1,10 @@
-"""Every answer that was paid for, in one SQLite file, committed when it arrives.
+"""All answers that were paid for, in one SQLite file, each committed when it arrives.
 
-One thread writes. It takes whatever has arrived since its last commit and commits that as one
-transaction, so that thousands of answers a second share a few flushes of the disk, and an answer
-waits for no other than those before it. The journal is in WAL mode with full synchronization: what
-is committed survives a killed process and a power cut.
+One thread writes. It commits everything that arrived since its last commit as one transaction, so
+that thousands of answers per second share a few disk flushes. The journal is in WAL mode with full
+synchronization: committed answers survive a killed process and a power failure.
 
-A journal belongs to one process at a time: two could buy the same answer twice.
+Only one process can open a journal at a time: two could pay for the same answer twice.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from stillhouse.generation.request import Answer, Failure, Request
 VERSION = 1
 _MOST_IN_A_COMMIT = 1024
 _MOST_WAITING = 8192
-"""Rows that may wait for the writer; beyond it, `record` blocks. Bounds memory."""
+"""Rows that may wait for the writer; `record` blocks beyond that. Bounds memory."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -71,6 +70,7 @@ _ANSWER = (
     "logprobs FROM answers WHERE key = ?"
 )
 _BILLED_FAILURES = "SELECT sum(cost), sum(tokens) FROM failures WHERE key = ?"
+_COUNTS = "SELECT count(*) FROM answers UNION ALL SELECT count(*) FROM failures"
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,9 @@ class _Row:
 
 
 class Journal:
-    """Opens the journal at `path`, or makes it. Use it as a context manager.
+    """Opens or creates the journal at `path`. Use it as a context manager.
 
-    Raises RunError: another process has it, it is damaged, or it cannot be written.
+    Raises RunError: another process has it open, it is damaged, or it cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -113,9 +113,9 @@ class Journal:
         self._lock_file.close()
 
     def record(self, request: Request, answer: Answer) -> Future[None]:
-        """Commits an answer; the future is done when it is on the disk. Blocks no longer than
-        it takes to hand it over. The future raises RunError where the disk refuses."""
-        logprobs = None if answer.logprobs is None else _json(answer.logprobs)
+        """Commits an answer; the future is done when it is on disk, and raises RunError if that
+        fails."""
+        logprobs: Any = None if answer.logprobs is None else _json(answer.logprobs)
         values = (
             request.key,
             request.endpoint,
@@ -123,79 +123,55 @@ class Journal:
             _json(list(request.messages)),
             _json(dict(request.parameters)),
             request.sample,
-            answer.text,
-            answer.finish_reason,
-            answer.reasoning,
-            answer.prompt_tokens,
-            answer.completion_tokens,
-            answer.cost,
-            answer.seconds,
-            logprobs,
+            *vars(replace(answer, logprobs=logprobs)).values(),  # the table has their order
             time.time(),
         )
         return self._hand_over(_ADD_ANSWER, values)
 
     def record_failure(self, request: Request, failure: Failure) -> Future[None]:
-        """Commits why a request has no answer, as `record` does. Later runs ask it again."""
-        values = (
-            request.key,
-            request.model,
-            _json(list(request.messages)),
-            failure.kind,
-            failure.reason,
-            failure.attempts,
-            failure.cost,
-            failure.tokens,
-            time.time(),
-        )
+        """Commits why a request has no answer, as `record` does. Later runs send it again."""
+        messages = _json(list(request.messages))
+        values = (request.key, request.model, messages, *vars(failure).values(), time.time())
         return self._hand_over(_ADD_FAILURE, values)
 
     def get(self, key: str) -> Answer | None:
         """The committed answer to the request with this key."""
-        with self._reading:
-            row = self._reader.execute(_ANSWER, (key,)).fetchone()
+        row = next(iter(self._rows(_ANSWER, key)), None)
         if row is None:
             return None
         answer = Answer(*row)
-        if answer.logprobs is None:
-            return answer
-        return replace(answer, logprobs=json.loads(row[-1]))
+        return answer if row[-1] is None else replace(answer, logprobs=json.loads(row[-1]))
 
     def known(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys (a few hundred) that have a committed answer."""
-        marks = ", ".join("?" * len(keys))
-        statement = f"SELECT key FROM answers WHERE key IN ({marks})"
-        with self._reading:
-            return {key for (key,) in self._reader.execute(statement, keys)}
+        return self._among(keys, "answers")
 
     def refused(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys (a few hundred) that an endpoint has refused to answer."""
+        return self._among(keys, "failures", "AND kind = 'refused'")
+
+    def _among(self, keys: Sequence[str], table: str, condition: str = "") -> set[str]:
         marks = ", ".join("?" * len(keys))
-        statement = f"SELECT key FROM failures WHERE kind = 'refused' AND key IN ({marks})"
-        with self._reading:
-            return {key for (key,) in self._reader.execute(statement, keys)}
+        statement = f"SELECT key FROM {table} WHERE key IN ({marks}) {condition}"
+        return {key for (key,) in self._rows(statement, *keys)}
 
     def billed_failures(self, key: str) -> tuple[float, int]:
-        """Dollars and tokens that a provider may have billed for lost answers to this request."""
-        with self._reading:
-            cost, tokens = self._reader.execute(_BILLED_FAILURES, (key,)).fetchone()
+        """Dollars and tokens that may have been billed for lost answers to this request."""
+        ((cost, tokens),) = self._rows(_BILLED_FAILURES, key)
         return cost or 0.0, tokens or 0
 
     def counts(self) -> tuple[int, int]:
         """How many answers and how many failures are committed."""
-        with self._reading:
-            return (
-                self._reader.execute("SELECT count(*) FROM answers").fetchone()[0],
-                self._reader.execute("SELECT count(*) FROM failures").fetchone()[0],
-            )
+        ((answers,), (failures,)) = self._rows(_COUNTS)
+        return answers, failures
 
-    def failures(self) -> Iterator[tuple[str, str, str]]:
+    def failures(self) -> list[tuple[str, str, str]]:
         """Key, kind and reason of every failure, oldest first."""
+        return self._rows("SELECT key, kind, reason FROM failures ORDER BY number")
+
+    def _rows(self, statement: str, *values: str) -> list[Any]:
         with self._reading:
-            rows = self._reader.execute(
-                "SELECT key, kind, reason FROM failures ORDER BY number"
-            ).fetchall()
-        yield from rows
+            return self._reader.execute(statement, values).fetchall()
 
     # --- the writer's thread -----------------------------------------------------------------
 
@@ -214,7 +190,7 @@ class Journal:
                 _commit(connection, [row for row in taken if row is not None], self.path)
 
     def _take(self) -> list[_Row | None]:
-        """Waits for one row, and takes what else is there."""
+        """Waits for a row; takes all that have arrived."""
         taken = [self._arrived.get()]
         while len(taken) < _MOST_IN_A_COMMIT:
             try:
@@ -225,9 +201,9 @@ class Journal:
 
 
 def _commit(connection: sqlite3.Connection, rows: Iterable[_Row], path: Path) -> None:
-    """One transaction; each row's future is told how it went.
+    """Commits the rows in one transaction, and resolves their futures.
 
-    A row that the database cannot take (its values, not the file, are wrong) fails alone.
+    A row with values that the database rejects fails alone.
     """
     rows = list(rows)
     try:
@@ -235,7 +211,7 @@ def _commit(connection: sqlite3.Connection, rows: Iterable[_Row], path: Path) ->
             connection.execute("BEGIN IMMEDIATE")
             for row in rows:
                 connection.execute(row.statement, row.values)
-    # Of every kind: an error that ended this thread would leave its askers waiting for ever.
+    # Every exception: if this thread ended, callers would wait forever.
     except Exception as error:
         if len(rows) > 1 and not isinstance(error, sqlite3.OperationalError):
             for row in rows:
@@ -252,7 +228,7 @@ _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def _storable(value: Any) -> Any:
-    """Half of a surrogate pair, which JSON can carry, is no text that SQLite takes."""
+    """Replaces halves of surrogate pairs, which JSON allows and SQLite does not."""
     if not isinstance(value, str) or value.isascii():
         return value
     return value.encode("utf-8", "replace").decode()
@@ -287,7 +263,7 @@ def _open(path: Path) -> sqlite3.Connection:
 
 
 def _locked(path: Path) -> IO[str]:
-    """Holds the journal for this process, by a lock on a file beside it."""
+    """Locks a file beside the journal for this process."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(path.name + ".lock").open("a", encoding="utf-8")
@@ -304,14 +280,16 @@ def _locked(path: Path) -> IO[str]:
         raise RunError(
             "another process is writing this journal",
             where=path,
-            fix="wait for it, or give this run a journal of its own: synthesize.journal",
+            fix="wait for it, or give this run its own journal: synthesize.journal",
         ) from None
     return lock
 
 
 def _unusable(path: Path, error: Exception) -> RunError:
     if "full" in str(error):
-        fix = "free some space and give the same command again: committed answers are kept"
+        fix = "free some disk space and repeat the command: committed answers are kept"
     else:
-        fix = "give another file as synthesize.journal, and keep this one: what it holds was paid"
+        fix = (
+            "give another file as synthesize.journal, and keep this one: its answers were paid for"
+        )
     return RunError(f"the journal cannot be used: {error}", where=path, fix=fix)

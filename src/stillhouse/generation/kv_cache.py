@@ -25,7 +25,7 @@ _GROWTH = 128
 
 
 class _SlotLayer(CacheLayerMixin):
-    """The keys and values of one layer; `slots` says what the model is doing."""
+    """The keys and values of one layer; `slots` has the state of the current pass."""
 
     is_sliding = False
 
@@ -77,7 +77,7 @@ class _SlotLayer(CacheLayerMixin):
         return query_length, 0
 
     def get_seq_length(self) -> int:
-        """Only asked for when slots are filled: a new sequence has nothing before it."""
+        """Only used when slots are filled: a new sequence has nothing before it."""
         return 0
 
     def get_max_length(self) -> int:
@@ -125,22 +125,19 @@ class SlotCache(Cache):
 
 def fits_slots(model: Any) -> bool:
     """Whether every layer attends to all tokens before it: no window, no recurrent state."""
-    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
-    return (
-        kinds <= {DynamicLayer}
-        and model.config._attn_implementation == "sdpa"
-        and not getattr(model, "_is_stateful", False)
-    )
+    return model.config._attn_implementation == "sdpa" and _layers_are(model, DynamicLayer)
 
 
 def fits_padding(model: Any) -> bool:
     """Whether rows of a batch may be padded on the left: layers attend to the tokens before them,
     all or those in a window. A recurrent state or a chunk would take the padding in."""
-    config = model.config
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    chunked = "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ())
-    return (
-        kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
-        and not chunked
-        and not getattr(model, "_is_stateful", False)
+    config = model.config.get_text_config()
+    chunked = "chunked_attention" in (getattr(config, "layer_types", None) or ())
+    return not chunked and _layers_are(model, DynamicLayer, DynamicSlidingWindowLayer)
+
+
+def _layers_are(model: Any, *kinds: type) -> bool:
+    stateful = getattr(model, "_is_stateful", False)
+    return not stateful and all(
+        type(layer) in kinds for layer in DynamicCache(config=model.config).layers
     )

@@ -85,7 +85,7 @@ class LocalGenerator:
         self.model, self.ends, self.batch = model, ends, batch
         self.window = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0))
         self.slots = fits_slots(model)
-        if not self.slots and not fits_padding(model):
+        if batch > 1 and not self.slots and not fits_padding(model):
             note(f"{type(model).__name__} has states or chunks: prompts are answered one by one")
             self.batch = 1
 

@@ -1,8 +1,8 @@
-"""What a teacher is asked, what it answers, and how an answer is known again.
+"""Requests to a text teacher, its answers, and the key that identifies a request.
 
-A request is identified by everything that shapes its answer and by nothing else: where it goes,
-the model, the messages, the sampling parameters, and the number of the sample. No API key and no
-user name or password of a URL is part of it, so none can reach a file through it.
+A request is identified by everything that decides its answer and nothing else: the endpoint, the
+model, the messages, the sampling parameters, and the number of the sample. API keys and the user
+name and password of a URL are not part of it, so they cannot end up in a file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """One chat completion. sample: 0, 1, ... where a prompt is answered several times.
+    """One chat completion. sample: 0, 1, ... if a prompt is answered several times.
 
     endpoint: as `endpoint_of` gives it, or `local`, or `vllm`. model: the endpoint's name of the
     model, or the fingerprint of one in this process. parameters: what is sent beside the messages,
@@ -43,11 +43,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. None where the server did not say.
+    """What came back. None if the server did not return it.
 
-    reasoning: thinking that the server sent apart from the text. cost: US dollars, None where the
-    price is unknown. seconds: from sending to the last byte, retries not counted. logprobs: a JSON
-    list with an entry for each token, as the server gave it.
+    reasoning: returned by the server separately from the text. cost: US dollars, None if the price
+    is unknown. seconds: from sending to the last byte, retries not counted. logprobs: a JSON
+    list with an entry for each token, as the server returned it.
     """
 
     text: str
@@ -67,8 +67,8 @@ FailureKind = Literal["rate_limit", "server", "timeout", "connection", "refused"
 class Failure:
     """Why a request has no answer. attempts: how often it was sent.
 
-    refused: a 4xx for this request alone. invalid: an answer that is not a chat completion.
-    cost, tokens: the most that a provider may have billed for attempts whose answer never arrived.
+    refused: a 4xx for this request alone. invalid: a reply that is not a chat completion.
+    cost, tokens: the most that may have been billed for attempts without an answer.
     """
 
     kind: FailureKind
@@ -81,11 +81,11 @@ class Failure:
 Outcome = Answer | Failure
 
 Requests = Callable[[], Iterator[Request]]
-"""Gives the same requests each time it is called: they are read lazily, and more than once."""
+"""Returns the same requests on each call: they are read lazily, and more than once."""
 
 
 def endpoint_of(base_url: str) -> str:
-    """The URL without user, password, query and closing slash: fit to be written to a file."""
+    """The URL without user, password, query and closing slash: safe to write to a file."""
     parts = urlsplit(base_url)
     host = parts.hostname or ""
     port = f":{parts.port}" if parts.port else ""
@@ -93,7 +93,7 @@ def endpoint_of(base_url: str) -> str:
 
 
 def api_described(api: ApiTeacher) -> str:
-    """A teacher behind an API, as manifests and pages name it."""
+    """An API's model, as manifests and reports name it."""
     return f"{api.model} at {endpoint_of(api.base_url)}"
 
 

@@ -1,7 +1,7 @@
-"""Many requests at once: as many as the endpoint bears, each until it is answered or given up.
+"""Sends many requests at once, as many as the endpoint accepts, each until it is answered or fails.
 
-Whatever arrives is handed to the journal at once. A request that is in the journal, or on its way,
-is not sent again. What may be spent is set aside before anything is sent (`budget`).
+Answers go to the journal immediately. A request that is in the journal, or in flight, is not sent
+again. The budget is reserved before a request is sent (`budget`).
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from dataclasses import dataclass, field
 
 from stillhouse.errors import EndpointError
 from stillhouse.generation.budget import Budget, Price, Spending, spent_on, worst_case
-from stillhouse.generation.client import Trouble
+from stillhouse.generation.client import FailedAttempt
 from stillhouse.generation.concurrency import AdaptiveLimit, now
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Failure, Request
 
-Send = Callable[[Request], Awaitable[Answer | Trouble]]
+Send = Callable[[Request], Awaitable[Answer | FailedAttempt]]
 
-HOPELESS_FAILURES = 50
-"""Requests given up in a row, with no answer between them, after which nothing more is sent."""
+MOST_FAILURES = 50
+"""Failed requests in a row, with no answer between them, after which nothing more is sent."""
 LONGEST_WAIT = 600.0
-"""Seconds: a server that wants a longer pause, or answers nobody for longer, is not waited for."""
+"""Seconds. Requests fail if the server wants a longer pause, or answers nothing for longer."""
 LONGEST_BACKOFF = 30.0
 _LOOKED_UP = 256
 _COLLECT_AFTER = 100_000
-"""New objects after which Python looks for cycles, while requests are answered; usually 700."""
+"""New objects after which Python looks for cycles while requests are sent; usually 700."""
 GRACE = 15.0
-"""Seconds that answers on their way have to arrive, after an error that ends everything, or after
-this work is cancelled for the first time."""
+"""Seconds that requests in flight have to finish, after an error that stops everything or the first
+cancellation."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """attempts: how often one request is sent, 429 not counted. backoff: seconds before the second
-    attempt, doubled with each; a little chance keeps requests from returning all at once."""
+    """attempts: per request, 429 not counted. backoff: seconds before the second attempt, doubled
+    with each; jitter spreads the requests out."""
 
     attempts: int = 6
     backoff: float = 0.5
@@ -52,9 +52,9 @@ class Patience:
 
 @dataclass
 class Tally:
-    """answered: new answers that are in the journal. reused: requests whose answer was there, or
-    that are asked for twice. spent: by new answers, those that may have been billed included.
-    unpriced: new answers whose cost nobody knows. out_of_budget: a limit stopped the rest."""
+    """answered: new answers in the journal. reused: requests whose answer was there, or that occur
+    twice. spent: on new answers, and on failures that may have been billed. unpriced: new answers
+    of unknown cost. out_of_budget: a limit stopped the rest."""
 
     answered: int = 0
     reused: int = 0
@@ -83,22 +83,22 @@ class Pool:
         self.concurrency, self.patience, self.advance = concurrency, patience, advance
         self.limit = AdaptiveLimit(concurrency)
         self.tally = Tally()
-        self._asked: set[str] = set()
+        self._sent: set[str] = set()
         self._commits: set[Future[None]] = set()
         self._sending: set[asyncio.Task[None] | None] = set()
         self._stopped: BaseException | None = None
         self._failures_in_a_row = 0
         self._last_answer = 0.0
-        self._answers = False  # whether the endpoint ever answered one of these requests
+        self._answers = False  # whether the endpoint answered any of these requests
         self._settled = asyncio.Event()
 
     async def answer_all(self, requests: Iterable[Request]) -> Tally:
         """Sends every request whose answer is not in the journal; `requests` is read lazily.
 
-        Returns when all are answered or given up, or the budget allows no more.
+        Returns when all are answered or have failed, or the budget allows no more.
         Raises EndpointError where no request can succeed, RunError where the journal cannot be
-        written; what arrived is kept in either case. Cancelled once, it sends no more and waits for
-        what is on its way; a second time, it does not wait.
+        written; answers that arrived are kept. The first cancellation stops new requests and waits
+        for those in flight; the second does not wait.
         """
         with _seldom_collected():
             return await self._answer_all(iter(requests))
@@ -127,15 +127,15 @@ class Pool:
         await asyncio.wait(workers, timeout=GRACE)
 
     def _unanswered(self, requests: Iterator[Request]) -> Iterator[Request]:
-        """Looks many up in the journal at a time, which costs little more than one. Those that an
-        earlier run was refused come last: so many in a row would look like a server that refuses
+        """Looks up many in the journal at a time, which costs little more than one. Those that were
+        refused in an earlier run come last: many in a row would look like a server that refuses
         everything."""
         refused_before = []
         while chunk := list(itertools.islice(requests, _LOOKED_UP)):
             keys = [request.key for request in chunk]
-            # What is on its way now may be answered before its double in this chunk is reached.
-            # In this order: a key leaves `_asked` only when the journal has its answer.
-            known = set(self._asked)
+            # A request in flight may be answered before its duplicate in this chunk is reached.
+            # In this order: a key leaves `_sent` only when the journal has its answer.
+            known = set(self._sent)
             answered = self.journal.known(keys)
             self._answers = self._answers or bool(answered)
             known |= answered
@@ -148,7 +148,7 @@ class Pool:
                     self.advance(1)
                     continue
                 known.add(request.key)
-                self._asked.add(request.key)
+                self._sent.add(request.key)
                 if request.key in refused:
                     refused_before.append(request)
                 else:
@@ -168,7 +168,7 @@ class Pool:
             raise
 
     async def _answer(self, request: Request) -> None:
-        """Sends one request until it is answered, hopeless, or out of attempts."""
+        """Sends one request until it is answered, fails for good, or is out of attempts."""
         worst = worst_case(request, self.price)
         attempts = tries = 0
         first = None
@@ -193,32 +193,32 @@ class Pool:
             if outcome.kind == "rate_limit":
                 self.tally.throttled += 1
                 self.limit.throttled(sent, outcome.wait or 0.0)
-            # The time in our own queue, while the server answers others, says nothing about it.
+            # Time in our own queue, while the server answers other requests, does not count.
             waited_for = now() - max(first, self._last_answer) + pause
             patient = attempts < self.patience.attempts and waited_for < LONGEST_WAIT
-            if not outcome.again or not patient or self._stopped is not None:
+            if not outcome.retry or not patient or self._stopped is not None:
                 return self._give_up(request, outcome, spent, tries)
             if outcome.billed:
                 self._note_failure(request, outcome, spent, tries)
             await asyncio.sleep(pause)
         return None
 
-    async def _send(self, request: Request) -> Answer | Trouble:
-        """Asks; a request that is cancelled on its way may have been billed."""
+    async def _send(self, request: Request) -> Answer | FailedAttempt:
+        """Sends once; a request that is cancelled in flight may have been billed."""
         task = asyncio.current_task()
         self._sending.add(task)
         try:
             return await self.send(request)
         except asyncio.CancelledError:
             spent = worst_case(request, self.price)
-            trouble = Trouble("connection", "stopped on its way", again=False, billed=True)
-            self._note_failure(request, trouble, spent, 1)
+            failed = FailedAttempt("connection", "cancelled in flight", retry=False, billed=True)
+            self._note_failure(request, failed, spent, 1)
             raise
         finally:
             self._sending.discard(task)
 
     async def _reserve(self, worst: Spending) -> bool:
-        """False where the budget has no room and nothing on its way can make any."""
+        """False if the budget has no room and no request in flight can free any."""
         while not self.budget.reserve(worst):
             if self.budget.reserved.tokens == 0:
                 self.tally.out_of_budget = True
@@ -241,35 +241,36 @@ class Pool:
         self.tally.answered += 1
         self.tally.unpriced += answer.cost is None
         commit = self.journal.record(request, answer)
-        commit.add_done_callback(lambda _: self._asked.discard(request.key))
+        commit.add_done_callback(lambda _: self._sent.discard(request.key))
         self._follow(commit)
         self.advance(1)
 
-    def _give_up(self, request: Request, trouble: Trouble, spent: Spending, tries: int) -> None:
-        self._note_failure(request, trouble, spent, tries)
-        self._asked.discard(request.key)
+    def _give_up(
+        self, request: Request, failed: FailedAttempt, spent: Spending, tries: int
+    ) -> None:
+        self._note_failure(request, failed, spent, tries)
+        self._sent.discard(request.key)
         self.tally.failed += 1
         self.advance(1)
-        # A server that answers others and refuses these refuses what they say.
-        self._failures_in_a_row += trouble.kind != "refused" or not self._answers
-        if (trouble.wait or 0.0) >= LONGEST_WAIT or self._failures_in_a_row >= HOPELESS_FAILURES:
+        # A server that answers others refuses these for their content.
+        self._failures_in_a_row += failed.kind != "refused" or not self._answers
+        if (failed.wait or 0.0) >= LONGEST_WAIT or self._failures_in_a_row >= MOST_FAILURES:
             raise EndpointError(
-                f"{self._failures_in_a_row} requests in a row were given up; the last: "
-                f"{trouble.reason}",
+                f"{self._failures_in_a_row} requests in a row failed; the last: {failed.reason}",
                 where=request.endpoint,
-                fix="see that the server is up and answers, then give the same command again: "
-                "what arrived is kept",
+                fix="check that the server is up, then repeat the command: answers that arrived "
+                "are kept",
             )
 
     def _note_failure(
-        self, request: Request, trouble: Trouble, spent: Spending, tries: int
+        self, request: Request, failed: FailedAttempt, spent: Spending, tries: int
     ) -> None:
         cost = spent.usd if self.price else None
-        failure = Failure(trouble.kind, trouble.reason, tries, cost, spent.tokens)
+        failure = Failure(failed.kind, failed.reason, tries, cost, spent.tokens)
         self._follow(self.journal.record_failure(request, failure))
 
     def _follow(self, commit: Future[None]) -> None:
-        """Remembers a commit until it is done; one that fails stops everything."""
+        """Keeps a commit until it is done; one that fails stops everything."""
         self._commits.add(commit)
         commit.add_done_callback(self._committed)
 
@@ -281,9 +282,8 @@ class Pool:
 
 @contextmanager
 def _seldom_collected() -> Iterator[None]:
-    """Thousands of requests a second make garbage that is counted away at once, and with it Python
-    would look for cycles all the time, among the objects of every library: 200 of 500 microseconds
-    a request."""
+    """Thousands of requests per second make garbage without cycles, for which Python would look for
+    cycles in the objects of every library, all the time: 200 of 500 microseconds per request."""
     usual = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(_COLLECT_AFTER, *usual[1:])

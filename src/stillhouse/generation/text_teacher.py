@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from stillhouse.errors import EndpointError
 from stillhouse.generation.budget import FREE, Budget, Price, Spending
 from stillhouse.generation.client import Client
-from stillhouse.generation.estimate import Known
+from stillhouse.generation.estimate import Estimate
 from stillhouse.generation.generation_config import (
     ApiTeacher,
     BudgetRecipe,
@@ -52,8 +52,8 @@ class DefaultModel:
 
 
 class Sent(NamedTuple):
-    """new: answers that arrived. failed: requests that were given up. out_of_budget: whether the
-    budget stopped the rest."""
+    """new: answers that arrived. failed: requests that failed. out_of_budget: whether the budget
+    stopped the rest."""
 
     new: int
     failed: int
@@ -70,9 +70,9 @@ def text_source(
     logprobs: bool = False,
     weights: bool = True,
 ) -> TextSource:
-    """The teacher of a section. logprobs: ask for those of the answers' tokens.
+    """The teacher of a section. logprobs: request those of the answers' tokens.
 
-    weights: False fetches no more of a Hub model than its identity takes.
+    weights: False fetches only the files of a Hub model that identify it.
     """
     if section.api is not None:
         api = section.api
@@ -107,21 +107,23 @@ class ApiText:
     def request(self, messages: tuple[Message, ...], sample: int = 0) -> Request:
         return Request(self.endpoint, self.api.model, messages, self.parameters, sample)
 
-    def send(self, requests: Requests, journal: Journal, known: Known, spent: Spending) -> Sent:
-        """Sends what the journal has no answer to. known: of these requests. spent: of the budget
-        until now. Raises EndpointError where no request can succeed."""
+    def send(
+        self, requests: Requests, journal: Journal, estimate: Estimate, spent: Spending
+    ) -> Sent:
+        """Sends the requests without an answer in the journal. estimate: of these. spent: of
+        the budget until now. Raises EndpointError if no request can succeed."""
         budget = Budget(self.budget.max_usd, self.budget.max_tokens)
         budget.spent = spent
         if self.price is None:
             note("the price is unknown, and so is the cost: set api.price")
-        with bar(f"requests to {self.api.model}", known.requests, "answers") as advance:
+        with bar(f"requests to {self.api.model}", estimate.requests, "answers") as advance:
             tally = _stoppable(self._answer_all(requests, journal, budget, advance)).tally
-        if tally.failed and not tally.answered and known.missing == known.requests:
+        if tally.failed and not tally.answered and estimate.missing == estimate.requests:
             *_, (_, kind, reason) = journal.failures()
             raise EndpointError(
                 f"no request was answered; the last failure: {kind}: {reason}",
                 where=self.endpoint,
-                fix="correct what it says, then give the same command again",
+                fix="fix the cause, then repeat the command",
             )
         return Sent(tally.answered, tally.failed, tally.out_of_budget)
 
@@ -150,7 +152,7 @@ class ApiText:
 
 
 class LocalText:
-    """A model on this machine, run in this process or by vLLM; it costs time alone."""
+    """A model on this machine, run in this process or by vLLM; it costs only time."""
 
     price = FREE
 
@@ -175,28 +177,33 @@ class LocalText:
         endpoint = "vllm" if isinstance(self.own, VllmTeacher) else "local"
         return Request(endpoint, self.source.fingerprint, messages, self.parameters, sample)
 
-    def send(self, requests: Requests, journal: Journal, known: Known, spent: Spending) -> Sent:
+    def send(
+        self, requests: Requests, journal: Journal, estimate: Estimate, spent: Spending
+    ) -> Sent:
         """As `ApiText.send`; there is no budget. Raises ModelError."""
         counts: Counter[str] = Counter()
         on_its_way: set[str] = set()
         handed_over: deque[tuple[str, Future[None]]] = deque()
 
         def settle() -> None:
-            """Waits until what was answered is on the disk, and forgets it."""
+            """Waits until all answers so far are on disk."""
             while handed_over:
                 key, saved = handed_over.popleft()
                 saved.result()
                 on_its_way.discard(key)
 
         def unanswered() -> Iterator[Request]:
-            # A generator reads a batch before it begins it: the one before is on the disk by then.
+            # A generator reads a batch before it starts it: the one before is on disk by then.
             for request in requests():
                 settle()
                 if request.key not in on_its_way and journal.get(request.key) is None:
                     on_its_way.add(request.key)
                     yield request
 
-        with self._generator() as generator, bar("answering", known.missing, "answers") as advance:
+        with (
+            self._generator() as generator,
+            bar("answering", estimate.missing, "answers") as advance,
+        ):
             for request, outcome in generator.answers(unanswered()):
                 if isinstance(outcome, Answer):
                     saved = journal.record(request, outcome)
@@ -228,7 +235,7 @@ TextSource = ApiText | LocalText
 
 
 def _numerics(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:
-    """What decides in which numbers a model in this process computes: part of a request."""
+    """The number type in which a local model computes: part of a request."""
     if isinstance(own, VllmTeacher):
         return {"dtype": own.dtype, **({"options": own.options} if own.options else {})}
     precision = choose_precision(own.precision, default_device())
@@ -236,10 +243,10 @@ def _numerics(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:
 
 
 def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
-    """Runs `work`; Ctrl-C or SIGTERM cancels it, and does what it always does after that. A second
-    one cancels it again, while it waits for what is on its way.
+    """Runs `work`; Ctrl-C or SIGTERM cancels it, and takes effect when it has ended. A second one
+    cancels it again, while it waits for requests in flight.
 
-    An exception out of a signal handler could be lost inside the event loop.
+    An exception from a signal handler could be lost inside the event loop.
     """
     caught: list[int] = []
 
@@ -249,7 +256,7 @@ def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
 
         def stop(number: int) -> None:
             if not caught:
-                note("waiting for the answers on their way; once more to leave them")
+                note("waiting for requests in flight; press Ctrl-C again to abandon them")
             caught.append(number)
             task.cancel()
 

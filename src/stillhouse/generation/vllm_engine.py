@@ -25,7 +25,7 @@ from stillhouse.progress import note
 from stillhouse.teachers.load import load_tokenizer
 
 Lack = tuple[Literal["warning", "error"], str, str]
-"""How bad it is that something is not here, what it is, and what to do."""
+"""The level of a missing thing, what it is, and what to do."""
 
 WITHOUT = "what the journal holds needs no vLLM; `local` and `api` (`vllm serve`) go without it"
 OWN_ENVIRONMENT = (
@@ -62,7 +62,7 @@ def lacks(section: VllmEngine, base: Path) -> list[Lack]:
         fix = f"use a machine with one, or vLLM's build for CPUs; {WITHOUT}"
         found.append(("warning", "no GPU is here, and vLLM's usual build needs one", fix))
     elif section.executor != "ray" and section.gpus > gpus:
-        text = f"{section.gpus} GPUs are asked for, and this machine has {gpus}"
+        text = f"{section.gpus} GPUs are requested, and this machine has {gpus}"
         fix = "lower tensor_parallel or pipeline_parallel, or set executor: ray on a Ray cluster"
         found.append(("error", text, fix))
     return found

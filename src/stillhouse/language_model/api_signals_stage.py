@@ -15,7 +15,7 @@ from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.shift import IGNORED
 from stillhouse.data.tokenize_rows import TokenRow, tokenize
 from stillhouse.errors import SignalError
-from stillhouse.generation.answer_logprobs import Aligned, Words, align, entry_rows
+from stillhouse.generation.answer_logprobs import Aligned, ByteVocabulary, align, entry_rows
 from stillhouse.generation.journal import Journal
 from stillhouse.language_model.job import Job, planned_objective, signals_encoding
 from stillhouse.language_model.signals_stage import STORE, signal_identity
@@ -120,7 +120,7 @@ def _count(job: Job, file: Path) -> Counted:
         counted.answers += 1
         counted.mismatched += not aligned.matched
         counted.tokens += len(aligned.entries)
-        counted.told += sum(aligned.told)
+        counted.told += sum(aligned.reported)
     return counted
 
 
@@ -148,7 +148,7 @@ def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]
     k = section.sampling.top_logprobs
     assert k is not None
     tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
-    words = Words.of(tokenizer, job.vocabulary)
+    words = ByteVocabulary.of(tokenizer, job.vocabulary)
     keys = (file.parent / REQUESTS).read_text(encoding="utf-8").split()
     path = synthesis_job(job.recipe, job.base).journal
     with (
@@ -185,4 +185,4 @@ def _cut(row: TokenRow, aligned: Aligned, job: Job) -> tuple[TokenRow, Aligned] 
         return None
     short = TokenRow(row.ids[:context], row.supervised[:context], False)
     kept = int(short.supervised[1:].sum())
-    return short, Aligned(aligned.entries[:kept], aligned.told[:kept], aligned.matched)
+    return short, Aligned(aligned.entries[:kept], aligned.reported[:kept], aligned.matched)

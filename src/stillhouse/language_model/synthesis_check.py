@@ -39,13 +39,13 @@ def check_synthesis(check: Check) -> Iterator[Finding]:
     if section is None:
         return
     job = synthesis_job(recipe, base)
-    known = estimate_synthesis(job, check.calls)
-    yield from findings(known, job.journal, "synthesis")
-    if known.missing and section.teacher.vllm is not None:
+    estimate = estimate_synthesis(job, check.calls)
+    yield from findings(estimate, job.journal, "synthesis")
+    if estimate.missing and section.teacher.vllm is not None:
         for level, text, fix in lacks(section.teacher.vllm, base):
             yield Finding(level, "vLLM", text, fix)
     choice, samples = section.filters.best_of, section.prompts.samples
-    if verdicts := most_requests(choice, known.requests, samples):
+    if verdicts := most_requests(choice, estimate.requests, samples):
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")
     if not makes_text(recipe, base):
         text = f"no source of data names {section.out}: `stillhouse run` synthesizes nothing"
@@ -70,11 +70,11 @@ def synthesis_spending(job: Job, *, complete: bool = False) -> Iterator[str]:
     judge_costs = judge is not None and may_cost(judge.teacher.api, judge.budget)
     if not teacher_costs and not judge_costs:
         return
-    known = estimate_synthesis(synthesis_job(recipe, base))
-    if teacher_costs and known.missing:
-        yield known.described()
+    estimate = estimate_synthesis(synthesis_job(recipe, base))
+    if teacher_costs and estimate.missing:
+        yield estimate.described()
     if judge_costs:
-        verdicts = most_requests(choice, known.requests, section.prompts.samples)
+        verdicts = most_requests(choice, estimate.requests, section.prompts.samples)
         yield f"at most {verdicts:,} requests to the judge"
 
 
@@ -114,5 +114,5 @@ def planned_text(recipe: Recipe, base: Path, most: int) -> PlannedText | None:
     ]
     read = (document_from_row(row, "text", "the journal") for row in made)
     documents = [document for document in read if isinstance(document, Conversation)]
-    known = estimate_synthesis(job)
-    return PlannedText(documents, known.requests / max(1, len(documents)), others)
+    estimate = estimate_synthesis(job)
+    return PlannedText(documents, estimate.requests / max(1, len(documents)), others)

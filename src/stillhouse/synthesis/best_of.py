@@ -1,4 +1,4 @@
-"""The best of several answers to one prompt: by majority, or by the teacher's own likelihood."""
+"""The best of several answers to one prompt: by majority, or by likelihood under the teacher."""
 
 from __future__ import annotations
 
@@ -8,27 +8,20 @@ from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-from stillhouse.errors import RecipeError
-from stillhouse.synthesis.filters import Chooser, Row, answer_only
+from stillhouse.synthesis.filters import Chooser, Row, answer_only, compiled_pattern
 
 _AROUND = " \t\n.,;:!?\"'`*_()[]{}<>$"
-"""Characters at the ends of an answer that make no difference; a minus or % sign does."""
+"""Characters at the ends of an answer that are ignored; not a minus or % sign."""
 
 
 def majority(pattern: str | None, *, least: float = 0.0, keep_all: bool = False) -> Chooser:
-    """Keeps the answers that say what most say: the first of them, or all.
+    """Keeps the answers that agree with the majority: the first of them, or all.
 
-    What an answer says is the last match of the pattern, or its first group, normalized. Of two
-    that are said equally often, the one that came first. least: the share of the answers that must
-    say it. Raises RecipeError for what is no regular expression.
+    What is compared is the last match of the pattern, or its first group, normalized. Ties go to
+    the value that came first. least: the share of the answers that must agree. Raises RecipeError
+    for an invalid regular expression.
     """
-    try:
-        compiled = None if pattern is None else re.compile(pattern)
-    except re.error as error:
-        raise RecipeError(
-            f"{pattern!r} is no regular expression: {error}",
-            where="synthesize.filters.best_of.pattern",
-        ) from None
+    compiled = None if pattern is None else compiled_pattern(pattern)
 
     def choose(rows: Sequence[Row]) -> list[str | None]:
         said = [what_is_said(answer_only(row), compiled) for row in rows]
@@ -43,11 +36,11 @@ def majority(pattern: str | None, *, least: float = 0.0, keep_all: bool = False)
             if what is None:
                 reasons.append(f"nothing in it matches {pattern!r}")
             elif not enough:
-                reasons.append(f"no answer is given by {least:.0%}: {dict(votes)}"[:200])
+                reasons.append(f"fewer than {least:.0%} agree: {dict(votes)}"[:200])
             elif what != winner:
                 reasons.append(f"it says {what!r}, and {count} of {len(rows)} say {winner!r}"[:200])
             elif number != first and not keep_all:
-                reasons.append("it says what an answer before it says")
+                reasons.append("it says the same as an earlier answer")
             else:
                 reasons.append(None)
         return reasons
@@ -56,7 +49,7 @@ def majority(pattern: str | None, *, least: float = 0.0, keep_all: bool = False)
 
 
 def what_is_said(text: str, pattern: re.Pattern[str] | None) -> str | None:
-    """The part of an answer that is compared, normalized; None where nothing matches."""
+    """The part of an answer that is compared, normalized; None if nothing matches."""
     if pattern is None:
         return normalized(text)
     found = None
@@ -66,7 +59,7 @@ def what_is_said(text: str, pattern: re.Pattern[str] | None) -> str | None:
 
 
 def normalized(text: str) -> str:
-    """In one case and form, one space between words, no punctuation around; 1,000.0 is 1000."""
+    """Casefolded, NFKC, single spaces, no punctuation at the ends; 1,000.0 is 1000."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     plain = " ".join(plain.split()).strip(_AROUND)
     number = re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", plain)
@@ -81,19 +74,21 @@ def normalized(text: str) -> str:
 
 def likelihood() -> Chooser:
     """Keeps the answer whose tokens have the highest mean log-probability; the first of equals."""
+    return lambda rows: keep_best(
+        [row.likelihood for row in rows],
+        "the teacher gave no log-probabilities",
+        "mean log-probability {:.4f}, and the best has {:.4f}",
+    )
 
-    def choose(rows: Sequence[Row]) -> list[str | None]:
-        known = [row.likelihood for row in rows if row.likelihood is not None]
-        best = max(known, default=None)
-        reasons: list[str | None] = []
-        for row in rows:
-            if row.likelihood is None:
-                reasons.append("the teacher gave no log-probabilities")
-            elif row.likelihood == best and None not in reasons:
-                reasons.append(None)
-            else:
-                told = f"mean log-probability {row.likelihood:.4f}, and the best has {best:.4f}"
-                reasons.append(told)
-        return reasons
 
-    return choose
+def keep_best(points: Sequence[float | None], without: str, fewer: str) -> list[str | None]:
+    """The reasons to drop all answers but the one with the most points, the first of equals.
+
+    without: the reason if there are no points. fewer: the reason for fewer points than the best.
+    """
+    best = max((one for one in points if one is not None), default=None)
+    kept = None if best is None else points.index(best)
+    return [
+        None if number == kept else without if one is None else fewer.format(one, best)
+        for number, one in enumerate(points)
+    ]

@@ -1,4 +1,4 @@
-"""Logs of chat completions, and what job they show."""
+"""Logs of chat completions, and the task that they show."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stillhouse.data.row_reader import format_of, read_rows
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import SYSTEM, content_text, text_of
 from stillhouse.progress import note
-from stillhouse.synthesis.prompts import prompt_messages
+from stillhouse.synthesis.prompts import at, prompt_messages
 
 FEWEST = 8
-"""Rows below which logs show nothing."""
+"""The fewest rows that a task can be read from."""
 _LABEL_CHARACTERS = 60
 _MOST_LABELS = 200
 _CHATS: tuple[tuple[str, ...], ...] = (("messages",), ("request", "messages"), ("messages", "data"))
@@ -26,8 +26,17 @@ _CHOICES: tuple[tuple[str, ...], ...] = (
     ("response", "choices"),
     ("choices",),
 )
-"""Where logs keep a chat that ends with its answer, or the answer beside the chat."""
+"""Where logs keep a chat with its answer, or the answer beside the chat."""
 _JSON_SHARE = 0.9
+_JSON_TYPES: dict[type, str] = {
+    type(None): "null",
+    bool: "boolean",
+    int: "integer",
+    float: "number",
+    str: "string",
+    list: "array",
+    dict: "object",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Logs:
 
     @property
     def job(self) -> str:
-        """classify: few short answers, again and again; extract: JSON objects; else generate."""
+        """classify: few short answers that repeat; extract: JSON objects; otherwise generate."""
         values = [json_object(answer) for _, answer in self.pairs]
         if sum(value is not None for value in values) >= _JSON_SHARE * len(values):
             return "extract"
@@ -51,7 +60,7 @@ class Logs:
 
     @property
     def labels(self) -> list[str]:
-        """The answers of a classifier, the most frequent first; none of another job."""
+        """The labels of a classifier, the most frequent first; empty for other tasks."""
         if self.job != "classify":
             return []
         counts = Counter(self._spelled(answer) for _, answer in self.pairs)
@@ -68,12 +77,12 @@ class Logs:
 
     @property
     def schema(self) -> dict[str, Any]:
-        """What all JSON objects among the answers have in common."""
+        """A schema that allows all JSON objects among the answers."""
         objects = [value for _, answer in self.pairs if (value := json_object(answer)) is not None]
         kinds: dict[str, set[str]] = {}
         for value in objects:
             for key, part in value.items():
-                kinds.setdefault(key, set()).add(_kind(part))
+                kinds.setdefault(key, set()).add(_JSON_TYPES[type(part)])
         properties = {
             key: {"type": next(iter(found)) if len(found) == 1 else sorted(found)}
             for key, found in kinds.items()
@@ -87,8 +96,8 @@ class Logs:
         }
 
     def rows(self, job: str) -> str:
-        """JSON lines of text and answer; of an extraction those whose answer is JSON, and of a
-        classifier with its label in the one spelling that `labels` has."""
+        """JSON lines of text and answer; for extraction only those with JSON answers, for a
+        classifier with the label's spelling in `labels`."""
         pairs = [
             (text, self._spelled(answer) if job == "classify" else answer)
             for text, answer in self.pairs
@@ -99,8 +108,8 @@ class Logs:
 
 
 def read_logs(path: Path) -> Logs:
-    """Reads chats: messages with their answer, or a request with its response. Of a chat of several
-    turns only the last is used, which is said. A file without a known extension is JSONL.
+    """Reads chats: messages with their answer, or a request with its response. Only the last turn
+    of a longer chat is used, which is reported. A file without a known extension is JSONL.
 
     Raises DataError: nothing readable, or too few rows with an answer.
     """
@@ -134,30 +143,24 @@ def read_logs(path: Path) -> Logs:
 def _answer(row: Mapping[str, Any]) -> str | None:
     """The last turn of the assistant, where logs keep it."""
     for place in _CHATS:
-        messages = _at(row, place)
-        if isinstance(messages, list) and messages and _at(messages[-1], ("role",)) == "assistant":
+        messages = at(row, place)
+        if isinstance(messages, list) and messages and at(messages[-1], ("role",)) == "assistant":
             return _said(messages[-1])
     for place in _CHOICES:
-        choices = _at(row, place)
+        choices = at(row, place)
         if isinstance(choices, list) and choices:
-            return _said(_at(choices[0], ("message",)))
+            return _said(at(choices[0], ("message",)))
     return None
 
 
 def _said(message: Any) -> str | None:
-    return content_text(_at(message, ("content",))).strip() or None
+    return content_text(at(message, ("content",))).strip() or None
 
 
 def _plain(answer: str) -> str:
-    """What spellings of one label have in common: case, underscores and marks around it aside."""
+    """A label without case, underscores and punctuation at the ends."""
     bare = " ".join(answer.replace("_", " ").casefold().split())
     return bare.strip(" .,:;!?\"'`*()[]") or bare
-
-
-def _at(value: Any, place: tuple[str, ...]) -> Any:
-    for key in place:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def json_object(text: str) -> dict[str, Any] | None:
@@ -166,21 +169,3 @@ def json_object(text: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
-
-
-def _kind(value: Any) -> str:
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "boolean"
-        case int():
-            return "integer"
-        case float():
-            return "number"
-        case str():
-            return "string"
-        case list():
-            return "array"
-        case _:
-            return "object"

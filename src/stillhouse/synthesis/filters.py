@@ -31,9 +31,9 @@ _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGN
 
 @dataclass(frozen=True)
 class Row:
-    """One answered prompt. messages: those that stand before the answer in the training text.
+    """One answered prompt. messages: those before the answer in the training text.
 
-    likelihood: the mean log-probability of the answer's tokens, where the teacher told them. key:
+    likelihood: the mean log-probability of the answer's tokens, if the teacher returned them. key:
     the request's.
     """
 
@@ -58,7 +58,7 @@ _REFUSALS = re.compile(
     r"|unfortunately,? i (?:can['’]?t|cannot|am unable|am not able))",
     re.IGNORECASE,
 )
-"""How English refusals begin. Others are for the recipe to say."""
+"""How English refusals begin. For others, a recipe has `forbid_pattern`."""
 
 
 def empty(row: Row) -> str | None:
@@ -70,20 +70,20 @@ def truncated(row: Row) -> str | None:
 
 
 def refusal(row: Row) -> str | None:
-    """English refusals by how they begin, and what the server itself calls one."""
+    """English refusals by how they begin, and those that the server reports."""
     if row.finish_reason in ("refusal", "content_filter"):
-        return f"the server says {row.finish_reason}"
+        return f"the server reports {row.finish_reason}"
     found = _REFUSALS.match(answer_only(row))
     return f"begins like a refusal: {found.group()!r}" if found else None
 
 
 LEAST_SURE = 0.5
-"""Probability of a language from which on an answer is said to be in it."""
+"""Probability of a language above which an answer counts as written in it."""
 
 
 def languages(wanted: Sequence[str]) -> Filter:
-    """The answer (reasoning left out) is in one of the languages, or nobody can tell: a number, a
-    name, code. Raises RecipeError: an unknown code, or py3langid is not installed."""
+    """Keeps answers (without reasoning) in one of the languages, and those of uncertain language:
+    numbers, names, code. Raises RecipeError: an unknown code, or py3langid is not installed."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
@@ -96,7 +96,7 @@ def languages(wanted: Sequence[str]) -> Filter:
     unknown = sorted(set(wanted) - set(identifier.labels))
     if unknown:
         raise RecipeError(
-            f"{', '.join(unknown)}: no language that py3langid knows",
+            f"py3langid does not know the language {', '.join(unknown)}",
             where="synthesize.filters.languages",
             fix="use ISO 639-1 codes, e.g. en, de, fr, es, zh, ja",
         )
@@ -111,7 +111,7 @@ def languages(wanted: Sequence[str]) -> Filter:
 
 
 def length(least: int | None, most: int | None) -> Filter:
-    """Characters of the answer, reasoning left out, both ends included."""
+    """Keeps answers of `least` to `most` characters, without reasoning."""
 
     def judge(row: Row) -> str | None:
         size = len(answer_only(row))
@@ -125,16 +125,11 @@ def length(least: int | None, most: int | None) -> Filter:
 
 
 def pattern(expression: str, *, wanted: bool = True) -> Filter:
-    """The answer (reasoning left out) holds a match of the expression, or must not hold one.
+    """Keeps answers in which the expression matches (or, not wanted, does not), without reasoning.
 
-    Raises RecipeError for what is no regular expression.
+    Raises RecipeError for an invalid regular expression.
     """
-    try:
-        compiled = re.compile(expression)
-    except re.error as error:
-        raise RecipeError(
-            f"{expression!r} is no regular expression: {error}", where="synthesize.filters"
-        ) from None
+    compiled = compiled_pattern(expression)
 
     def judge(row: Row) -> str | None:
         found = compiled.search(answer_only(row))
@@ -145,10 +140,20 @@ def pattern(expression: str, *, wanted: bool = True) -> Filter:
     return judge
 
 
+def compiled_pattern(expression: str) -> re.Pattern[str]:
+    """Raises RecipeError for an invalid regular expression."""
+    try:
+        return re.compile(expression)
+    except re.error as error:
+        raise RecipeError(
+            f"{expression!r} is not a regular expression: {error}", where="synthesize.filters"
+        ) from None
+
+
 def json_schema(schema: dict[str, Any]) -> Filter:
-    """The answer (reasoning and one code fence around it left out) is JSON that the schema allows,
-    its `format` included. Raises RecipeError for a schema that is none, or that refers to what is
-    not in it."""
+    """Keeps answers that are JSON as the schema allows, `format` included; reasoning and a code
+    fence around the answer are ignored. Raises RecipeError for an invalid schema, or one with
+    references to something outside it."""
     import jsonschema
 
     kind = jsonschema.validators.validator_for(schema)
@@ -176,7 +181,7 @@ def json_schema(schema: dict[str, Any]) -> Filter:
 
 
 def _unusable_schema(what: str) -> RecipeError:
-    return RecipeError(what, where="json_schema", fix="mend the schema's file")
+    return RecipeError(what, where="json_schema", fix="correct the schema's file")
 
 
 def _unresolved(error: Unresolvable) -> RecipeError:
@@ -186,30 +191,30 @@ def _unresolved(error: Unresolvable) -> RecipeError:
 
 
 def unfenced(text: str) -> str:
-    """Without the one Markdown code fence (``` or ```json) that the whole text stands in."""
+    """Without the Markdown code fence (``` or ```json) around the whole text."""
     found = _FENCE.fullmatch(text.strip())
     return text if found is None or "```" in found[1] else found[1].strip()
 
 
 def json_value(text: str) -> Any:
-    """The value of JSON, which may stand in a code fence. Raises ValueError, RecursionError; also
-    for NaN and Infinity, which are no JSON."""
+    """The value of JSON, which may be in a code fence. Raises ValueError, RecursionError; also for
+    NaN and Infinity, which JSON does not have."""
 
     def refuse(name: str) -> None:
-        raise ValueError(f"{name} is no JSON value")
+        raise ValueError(f"{name} is not a JSON value")
 
     return json.loads(unfenced(text), parse_constant=refuse)
 
 
 def exact_duplicates() -> Filter:
-    """The same words in prompt and answer were there before; case and punctuation aside."""
+    """Drops rows with the same words in prompt and answer as an earlier row."""
     seen: set[int] = set()
 
     def judge(row: Row) -> str | None:
-        # 64 bits: among a million rows, two different ones meet once in 40,000 runs.
+        # 64 bits: among a million rows, two different ones collide once in 40,000 runs.
         words_seen = hash((tuple(words(text_of(row.messages))), tuple(words(row.text))))
         if words_seen in seen:
-            return "the same prompt and answer came before"
+            return "an earlier row has the same prompt and answer"
         seen.add(words_seen)
         return None
 
@@ -217,25 +222,26 @@ def exact_duplicates() -> Filter:
 
 
 def near_duplicates(threshold: float) -> Filter:
-    """Prompt and answer together are nearly those of a row before, see `near`."""
+    """Drops rows whose prompt and answer are similar to an earlier row's."""
     seen = NearDuplicates(threshold)
 
     def judge(row: Row) -> str | None:
         similar = seen.add(words(text_of(row.messages) + "\n" + row.text))
-        return None if similar is None else f"{similar:.0%} like a row before"
+        return None if similar is None else f"{similar:.0%} similar to an earlier row"
 
     return judge
 
 
 SHORTEST_GRAM = 5
-"""Evaluation texts of fewer words would be found in innocent rows: only as the whole prompt."""
+"""Shorter evaluation texts would match unrelated rows: they are compared with whole prompts
+only."""
 
 
 def decontaminate(evaluation: Iterable[Prompt], ngram: int) -> Filter:
-    """No run of `ngram` words of an evaluation prompt is in the row's prompt or answer.
+    """Drops rows whose prompt or answer contains `ngram` consecutive words of an evaluation prompt.
 
-    An evaluation prompt of fewer words must not be in it as a whole, and one of fewer than
-    SHORTEST_GRAM words must not be the row's whole prompt.
+    A shorter evaluation prompt counts as a whole, and one of fewer than SHORTEST_GRAM words only if
+    it is the row's whole prompt.
     """
     grams: dict[int, set[str]] = {}
     whole: set[str] = set()
@@ -255,7 +261,7 @@ def decontaminate(evaluation: Iterable[Prompt], ngram: int) -> Filter:
             for size, known in grams.items():
                 shared = next((gram for gram in _grams(part, size) if gram in known), None)
                 if shared is not None:
-                    return f"shares with the evaluation set: {shared!r}"
+                    return f"shared with the evaluation set: {shared!r}"
         return None
 
     return judge
@@ -279,8 +285,8 @@ BEST_OF = "best_of"
 
 @dataclass(frozen=True)
 class Filters:
-    """By name and in their order. before: look at one answer alone. chooser: at all that are left
-    of a prompt's. after: remember those that came before."""
+    """Filters by name, in order. before: see one answer at a time. chooser: sees all remaining
+    answers to a prompt. after: compare with earlier rows."""
 
     before: dict[str, Filter]
     chooser: Chooser | None = None

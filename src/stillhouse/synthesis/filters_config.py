@@ -1,4 +1,4 @@
-"""What of a teacher's answers is kept: choices among several, and filters."""
+"""Which answers of a teacher are kept: a choice among several, and filters."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from stillhouse.generation.generation_config import (
     BudgetRecipe,
     TextTeacher,
     VerdictSampling,
-    check_budget,
-    check_sampling,
+    check_text_teacher,
 )
 from stillhouse.section import Section
 from stillhouse.synthesis.prompts_config import PromptFormat
 
 
 class EvaluationTexts(Section):
-    path: str = Field(description="Prompts that training must not see; as prompts.path.")
+    path: str = Field(description="Prompts that must not be in the training text; as prompts.path.")
     format: PromptFormat = "auto"
     key: str = "prompt"
-    ngram: int = Field(13, ge=2, description="Words in a row that a text may not share with them.")
+    ngram: int = Field(
+        13, ge=2, description="Consecutive words that a row may not share with them."
+    )
 
 
 class MajorityChoice(Section):
-    """Of the answers to a prompt, those that say what most of them say (self-consistency)."""
+    """The answers to a prompt that agree with the majority (self-consistency)."""
 
     renamed: ClassVar[Mapping[str, str]] = {"least": "min_agreement"}
 
     kind: Literal["majority"]
     pattern: str | None = Field(
         None,
-        description="A regular expression; its last match in an answer is what is compared, or "
-        "the first group of it. null: the whole answer.",
+        description="A regular expression; its last match in an answer, or the first group of it, "
+        "is compared. null: the whole answer.",
     )
     min_agreement: float = Field(
         0.0, ge=0, le=1, strict=False, description="Share of the answers that must agree."
@@ -51,7 +52,7 @@ class LikelihoodChoice(Section):
 
 
 class JudgeChoice(Section):
-    """The answer that a model likes best."""
+    """The answer that a model prefers."""
 
     kind: Literal["judge"]
     teacher: TextTeacher = Field(description="The judge, as synthesize.teacher.")
@@ -62,15 +63,14 @@ class JudgeChoice(Section):
     compare: Literal["scores", "pairs"] = Field(
         "scores",
         description="scores: each answer gets 1 to 10; pairs: each pair is compared twice, in "
-        "either order, n(n - 1) requests for n answers.",
+        "both orders, n(n - 1) requests for n answers.",
     )
     sampling: VerdictSampling = VerdictSampling()
-    budget: BudgetRecipe = Field(BudgetRecipe(), description="Of the judge alone.")
+    budget: BudgetRecipe = Field(BudgetRecipe(), description="Of the judge only.")
 
     @model_validator(mode="after")
     def _keys_fit_the_judge(self) -> JudgeChoice:
-        check_budget(self.teacher.api, self.budget)
-        check_sampling(self.teacher.api, self.sampling)
+        check_text_teacher(self.teacher.api, self.sampling, self.budget)
         return self
 
 
@@ -87,13 +87,17 @@ class FiltersRecipe(Section):
     min_characters: int | None = Field(None, ge=0)
     max_characters: int | None = Field(None, gt=0)
     refusals: bool = Field(True, description="Drop answers that begin like an English refusal.")
-    require_pattern: str | None = Field(None, description="A regular expression to be found.")
-    forbid_pattern: str | None = Field(None, description="A regular expression not to be found.")
-    json_schema: str | None = Field(None, description="A file; answers must be JSON of its kind.")
+    require_pattern: str | None = Field(None, description="A regular expression that must match.")
+    forbid_pattern: str | None = Field(
+        None, description="A regular expression that must not match."
+    )
+    json_schema: str | None = Field(
+        None, description="A file; answers must be JSON that it allows."
+    )
     languages: list[str] | None = Field(
         None,
         min_length=1,
-        description="ISO 639-1 codes, e.g. [en, de]; drop answers that are surely in none of "
+        description="ISO 639-1 codes, e.g. [en, de]; drop answers that are clearly in none of "
         "them. Needs stillhouse[language].",
     )
     best_of: Choice | None = Field(

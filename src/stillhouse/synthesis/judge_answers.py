@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from stillhouse.generation.answer_requests import send_missing
 from stillhouse.generation.chat_frame import answer_text, text_of, user_turn
-from stillhouse.generation.estimate import Known, known_before
+from stillhouse.generation.estimate import Estimate, estimate_requests
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
+from stillhouse.synthesis.best_of import keep_best
 from stillhouse.synthesis.filters import Chooser, Row, answer_only
 from stillhouse.synthesis.filters_config import Choice, JudgeChoice
 
@@ -70,30 +71,23 @@ class Judge:
 
     def judge(
         self, groups: Callable[[], Iterable[Sequence[Row]]], journal: Journal
-    ) -> tuple[Known, bool]:
-        """Requests the verdicts that the journal lacks; what it has then, and whether a budget
-        stopped the rest. groups: the answers to each prompt, each time it is called."""
+    ) -> tuple[Estimate, bool]:
+        """Requests the verdicts that are not in the journal. Returns what it has then, and whether
+        the budget stopped the rest. groups: returns the answers to each prompt."""
         _, sent = send_missing(self.teacher, lambda: self.requests(groups()), journal)
-        known = known_before(self.requests(groups()), journal, self.teacher.price)
-        return known, sent.out_of_budget
+        estimate = estimate_requests(self.requests(groups()), journal, self.teacher.price)
+        return estimate, sent.out_of_budget
 
     def chooser(self, journal: Journal) -> Chooser:
-        """Keeps the answer with the most points, by the verdicts in the journal; the first of
-        equals. An answer without a verdict is never kept."""
+        """Keeps the answer with the most points by the verdicts in the journal; ties go to the
+        first. An answer without a verdict is never kept."""
 
         def choose(rows: Sequence[Row]) -> list[str | None]:
             if len(rows) < 2:
                 return [None for _ in rows]
             of = self._scores if self.section.compare == "scores" else self._wins
-            points = of(rows, journal)
-            known = [p for p in points if p is not None]
-            if not known:
-                return ["the judge gave no verdict" for _ in rows]
-            best = points.index(max(known))
-            return [
-                None if number == best else _reason(point, max(known))
-                for number, point in enumerate(points)
-            ]
+            fewer = "the judge gives it {:g}, and the best {:g}"
+            return keep_best(of(rows, journal), "the judge gave no verdict", fewer)
 
         return choose
 
@@ -105,7 +99,7 @@ class Judge:
         return points
 
     def _wins(self, rows: Sequence[Row], journal: Journal) -> list[float | None]:
-        """Half a point for each of a pair's two comparisons that an answer wins."""
+        """Half a point for each of a pair's two comparisons that the answer wins."""
         points: list[float | None] = [None for _ in rows]
         for one, other in itertools.permutations(range(len(rows)), 2):
             request = self._pair(rows[one], rows[other])
@@ -137,16 +131,10 @@ class Judge:
         return self.teacher.request(user_turn(text))
 
 
-def _reason(point: float | None, best: float) -> str:
-    if point is None:
-        return "the judge gave no verdict"
-    return f"the judge gives it {point:g}, and the best {best:g}"
-
-
 def open_judge(
     choice: Choice | None, default: DefaultModel, seed: int, *, weights: bool = True
 ) -> Judge | None:
-    """The judge of a recipe; None where it chooses otherwise. weights: as in `text_source`."""
+    """The judge that a recipe chooses with, if any. weights: as in `text_source`."""
     if not isinstance(choice, JudgeChoice):
         return None
     source = text_source(
@@ -156,7 +144,7 @@ def open_judge(
 
 
 def most_requests(choice: Choice | None, answers: int, samples: int) -> int:
-    """Verdicts at most, on so many answers, of which `samples` are to each prompt."""
+    """The most requests to the judge, about `answers` answers, `samples` to each prompt."""
     if not isinstance(choice, JudgeChoice):
         return 0
     return answers * (samples - 1 if choice.compare == "pairs" else 1)

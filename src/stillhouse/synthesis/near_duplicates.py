@@ -1,8 +1,8 @@
 """Near duplicates by MinHash, without comparing every text with every other.
 
 The share of equal entries of two signatures estimates the Jaccard similarity of the two texts'
-sets of word triples (Broder, 1997). A signature is cut into bands; texts that agree on a whole band
-are compared, others are not (locality-sensitive hashing; Leskovec et al., Mining of Massive
+sets of word triples (Broder, 1997). A signature is split into bands; only texts that agree on a
+whole band are compared (locality-sensitive hashing; Leskovec et al., Mining of Massive
 Datasets, ch. 3). The hash functions are multiply-shift (Dietzfelbinger et al., 1997), whose top
 32 bits are kept.
 
@@ -22,17 +22,17 @@ SIGNATURE = 120
 SHINGLE = 3
 """Words of a shingle."""
 _MISSED = 0.01
-"""Share of pairs right at the threshold that bands may miss."""
+"""Share of pairs at the threshold that the bands may miss."""
 
 
 def shingles(words: Sequence[str]) -> set[str]:
-    """All runs of SHINGLE words; the whole text where it is shorter."""
+    """All runs of SHINGLE consecutive words; a shorter text as a whole."""
     last = max(0, len(words) - SHINGLE)
     return {" ".join(words[at : at + SHINGLE]) for at in range(last + 1)}
 
 
 def band_rows(threshold: float) -> int:
-    """The most entries a band may have so that few pairs at the threshold go unseen."""
+    """The largest band with which few pairs at the threshold are missed."""
     for rows in (12, 10, 8, 6, 5, 4, 3, 2):
         if (1 - threshold**rows) ** (SIGNATURE // rows) <= _MISSED:
             return rows
@@ -40,7 +40,7 @@ def band_rows(threshold: float) -> int:
 
 
 class NearDuplicates:
-    """Texts seen so far. threshold: Jaccard similarity from which two count as the same.
+    """Texts seen so far. threshold: Jaccard similarity at which two count as the same.
 
     Memory: a signature of 480 bytes for each text, and an entry for each of its bands.
     """
@@ -71,8 +71,8 @@ class NearDuplicates:
         return lowest_P
 
     def add(self, words: Sequence[str]) -> float | None:
-        """None where the text is new, and then remembers it; else its estimated similarity with
-        the one seen before."""
+        """None if the text is new, and remembers it; else its estimated similarity with an earlier
+        text."""
         signature_P = self.signature(words)
         bands = [
             at.to_bytes(1, "big") + signature_P[at : at + self._rows].tobytes()

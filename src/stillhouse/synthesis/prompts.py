@@ -1,7 +1,7 @@
 """Prompts from a file.
 
-Rows that are logs of earlier chats end with an answer: whatever follows the last turn of the user
-is dropped, since the teacher is to write it anew.
+Rows can be logs of earlier chats, which end with an answer: everything after the user's last turn
+is dropped, because the teacher generates it again.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ _LOG_PLACES = (
     ("input_messages",),
     ("input",),
 )
-"""Where logs keep the messages that a model was given."""
+"""Where logs keep the messages that were sent to a model."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """messages: what the file holds, up to the user's last turn. where: file and line."""
+    """messages: up to the user's last turn. where: file and line."""
 
     messages: tuple[Message, ...]
     where: str
@@ -44,9 +44,9 @@ def read_prompts(
 ) -> Iterator[Prompt]:
     """The prompts of a file, one at a time.
 
-    A row holds a chat or its log (see `_LOG_PLACES`), or `prompt`, a string or messages, or a
-    string under `key`; of plain text each line is one. auto: by the file's extension.
-    Raises DataError with the line for whatever is no prompt.
+    A row has a chat or its log (see `_LOG_PLACES`), or `prompt`, a string or messages, or a string
+    under `key`; each line of plain text is a prompt. auto: by the file's extension.
+    Raises DataError with the line for a row that is not a prompt.
     """
     rows = read_rows(path, format=None if format == "auto" else format, text_key=key)
     for row, where in not_empty(itertools.islice(rows, limit), "The file of prompts", path):
@@ -57,10 +57,10 @@ def read_prompts(
 
 
 def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Message, ...]:
-    """The chat up to the user's last turn, wherever the row has it. Raises DataError."""
+    """The chat in a row, up to the user's last turn. Raises DataError."""
     found = row.get(key)
     if found is None:
-        places = (_at(row, place) for place in _LOG_PLACES)
+        places = (at(row, place) for place in _LOG_PLACES)
         found = next((value for value in places if isinstance(value, list)), row.get("prompt"))
     if isinstance(found, str):
         return _user(found, where)
@@ -69,7 +69,7 @@ def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Messa
     raise DataError(
         f"the row has no `{key}` and no `messages`; its keys are {', '.join(map(str, row))}",
         where=where,
-        fix="name the key that holds the prompt: synthesize.prompts.key",
+        fix="name the key of the prompt: synthesize.prompts.key",
     )
 
 
@@ -79,14 +79,15 @@ def _user(text: str, where: str) -> tuple[Message, ...]:
     return user_turn(text)
 
 
-def _at(row: Any, place: tuple[str, ...]) -> Any:
+def at(row: Any, place: tuple[str, ...]) -> Any:
+    """The value under nested keys; None if there is none."""
     for key in place:
         row = row.get(key) if isinstance(row, Mapping) else None
     return row
 
 
 def _chat(messages: list[Any], where: str) -> tuple[Message, ...]:
-    """Known keys of each message, up to the last turn that the user (or a tool) wrote."""
+    """The known keys of each message, up to the last turn of the user (or a tool)."""
     kept: list[dict[str, Any]] = []
     for message in messages:
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):

@@ -1,4 +1,4 @@
-"""What a teacher is asked: prompts from a file, out of templates, or written by the teacher."""
+"""Prompts: from a file, from templates, or written by the teacher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ExampleRecipe(Section):
 
 
 class CombineRecipe(Section):
-    """Every template with every combination of values in its {names}."""
+    """Every template with every combination of the values of its {names}."""
 
     templates: list[str] = Field(min_length=1, description='E.g. "Explain {topic} to {persona}."')
     values: dict[str, list[str]] = Field(
@@ -41,24 +41,24 @@ class CombineRecipe(Section):
 
 
 class WriteRecipe(Section):
-    """The teacher writes the prompts: each combination is what a request for some of them says."""
+    """The teacher writes the prompts; each request for some of them uses one combination."""
 
     renamed: ClassVar[Mapping[str, str]] = {"each": "per_request", "similar": "max_similarity"}
 
-    count: int = Field(gt=0, description="Different prompts to have.")
-    per_request: int = Field(10, gt=0, description="Prompts to ask for in one request.")
+    count: int = Field(gt=0, description="Number of different prompts.")
+    per_request: int = Field(10, gt=0, description="Prompts per request.")
     examples: int = Field(
-        3, ge=0, description="Prompts of `path` that a request shows, others each time."
+        3, ge=0, description="Prompts of `path` to show in a request, different ones each time."
     )
     max_similarity: float = Field(
         0.6,
         gt=0,
         le=1,
         strict=False,
-        description="Leave out prompts this similar (Jaccard) to one before, or to one of `path`.",
+        description="Drop prompts this similar (Jaccard) to an earlier one, or to one of `path`.",
     )
     temperature: float = Field(1.0, ge=0, strict=False)
-    max_tokens: int = Field(1024, gt=0, description="Of one request's prompts together.")
+    max_tokens: int = Field(1024, gt=0, description="Of all prompts of one request together.")
 
 
 class PromptsRecipe(Section):
@@ -67,20 +67,22 @@ class PromptsRecipe(Section):
     path: str | None = Field(
         None,
         description="Text, JSONL, JSON, CSV, TSV or Parquet, also .gz or .zst; logs of chat "
-        "completions too. With `write`: examples of what is to be written.",
+        "completions too. With `write`: examples of the prompts to write.",
     )
     combine: CombineRecipe | None = None
     write: WriteRecipe | None = None
     format: PromptFormat = Field("auto", description="auto: by the file's extension.")
-    key: str = Field("prompt", description="The column or key that holds the prompt.")
+    key: str = Field("prompt", description="The column or key of the prompt.")
     limit: int | None = Field(None, gt=0, description="Use at most this many prompts.")
     samples: int = Field(1, gt=0, description="Answers to each prompt.")
-    system: str | None = Field(None, description="For prompts that bring no system prompt.")
-    examples: list[ExampleRecipe] = Field(default=[], description="Put before every prompt.")
+    system: str | None = Field(None, description="For prompts without a system prompt.")
+    examples: list[ExampleRecipe] = Field(
+        default=[], description="Few-shot examples before every prompt."
+    )
     student_sees: Literal["prompt", "system", "all"] = Field(
         "system",
-        description="Of what stands around the prompt: nothing, the system prompt, or the "
-        "examples too.",
+        description="What the student sees besides the prompt: nothing, the system prompt, or "
+        "the examples too.",
     )
 
     @model_validator(mode="after")
@@ -88,5 +90,5 @@ class PromptsRecipe(Section):
         if self.write is None and (self.path is None) == (self.combine is None):
             raise ValueError("give either path or combine")
         if self.write is not None and self.combine is None:
-            raise ValueError("write needs combine, which says what is to be written")
+            raise ValueError("write needs combine, which describes the prompts to write")
         return self

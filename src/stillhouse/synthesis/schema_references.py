@@ -1,4 +1,4 @@
-"""Where a JSON schema refers to, looked up before any answer is checked by it."""
+"""Checks the references in a JSON schema before answers are validated."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from referencing.jsonschema import DRAFT202012
 
 
 def check_references(schema: dict[str, Any]) -> None:
-    """Raises referencing.exceptions.Unresolvable for a `$ref` to what is neither in the schema nor
-    in a specification of JSON schema: nothing is fetched."""
+    """Raises referencing.exceptions.Unresolvable for a `$ref` that is neither in the schema nor in
+    a specification of JSON schema: nothing is fetched."""
     whole: Resource[Any] = Resource.from_contents(schema, default_specification=DRAFT202012)
     registry: Any = REGISTRY.with_resource(whole.id() or "", whole)
     todo = [(whole, registry.resolver_with_root(whole))]

@@ -24,7 +24,7 @@ from stillhouse.synthesis.write_prompts import Writer, combined, spent_on_writin
 class SynthesisJob:
     """default: the recipe's own teacher. journal: of all answers.
 
-    weights, here and below: False fetches no more of a Hub model than its identity takes.
+    weights, in its methods: False fetches only the files of a Hub model that identify it.
     """
 
     section: SynthesizeRecipe
@@ -62,7 +62,7 @@ class SynthesisJob:
         return Writer(section.write, section.combine, source, tuple(examples), self.seed)
 
     def prompts(self, writer: Writer | None, journal: Journal | None) -> Iterator[Prompt]:
-        """Those of the file, or the combined ones, or those that the journal's answers hold."""
+        """From the file, combined, or written by the teacher (in the journal's answers)."""
         section = self.section.prompts
         if writer is not None:
             found = writer.prompts(journal)
@@ -92,9 +92,9 @@ class SynthesisJob:
 
 
 class SynthesisRequests:
-    """The job's requests: each prompt, `samples` times. Call it to go through them.
+    """The job's requests: each prompt, `samples` times. Call it to iterate over them.
 
-    journal: has the prompts that were written; None: there are none yet.
+    journal: has the prompts that the teacher wrote; None: there are none yet.
     """
 
     def __init__(self, job: SynthesisJob, journal: Journal | None, *, weights: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""A recipe's section `synthesize`, done: prompts are answered, filtered, and written as chats."""
+"""Runs the section `synthesize`: prompts are answered, filtered, and written as chats."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.answer_requests import send_missing
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.chat_frame import answer_text
-from stillhouse.generation.estimate import known_before
+from stillhouse.generation.estimate import estimate_requests
 from stillhouse.generation.journal import Journal
 from stillhouse.progress import note
 from stillhouse.runfolder import write_atomically
@@ -27,7 +27,7 @@ from stillhouse.synthesis.write_prompts import write_prompts
 
 TEXT, SUMMARY = "synthetic.jsonl", "summary.json"
 REQUESTS = "requests.txt"
-"""The key in the journal of each row of TEXT, a line each."""
+"""The journal key of each row of TEXT, one per line."""
 
 
 _PATHS = ("out", "dropped_rows", "journal")
@@ -35,13 +35,13 @@ _PATHS = ("out", "dropped_rows", "journal")
 
 @dataclass(frozen=True)
 class Synthesis:
-    """What was made. requests: prompts times samples. answered: of them, now in the journal.
+    """The result. requests: prompts times samples. answered: of them, now in the journal.
 
-    new: answered in this run. failed: given up in this run. kept: rows in `out`. dropped: rows by
+    new: answered in this run. failed: in this run. kept: rows in `out`. dropped: rows by
     the filter that dropped them. tokens, usd: of all answers, whichever run paid, and of the
     requests that wrote the prompts. unpriced: answers of unknown cost, which `usd` leaves out.
-    judged, unjudged: verdicts of a judge, and those that it did not give; judge_*: what
-    they took, judge_usd None where the price is unknown.
+    judged, unjudged: verdicts of a judge, and missing ones; judge_*: their cost, judge_usd None if
+    the price is unknown.
     """
 
     out: Path
@@ -73,10 +73,10 @@ class Synthesis:
         return {name: value for name, value in asdict(self).items() if name not in _PATHS}
 
     def lines(self) -> list[tuple[str, str]]:
-        """Names and values for people."""
+        """Names and values for the terminal."""
         missing = self.requests - self.answered
         rest = f", {missing:,} have none" if missing else ""
-        rest += f" ({self.failed:,} given up now)" if self.failed else ""
+        rest += f" ({self.failed:,} failed now)" if self.failed else ""
         dropped = ", ".join(f"{name} {count:,}" for name, count in self.dropped.items() if count)
         return [
             ("answers", f"{self.answered:,} of {self.requests:,}, {self.new:,} of them new{rest}"),
@@ -98,15 +98,15 @@ class Synthesis:
 
 
 def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
-    """Has the teacher answer what the journal has no answer to, and writes the rows that pass the
+    """Sends the requests without an answer in the journal, and writes the rows that pass the
     filters.
 
-    Into the folder: TEXT with the rows in the order of the prompts, {"messages": [...]}, the answer
-    last; REQUESTS, DROPPED and SUMMARY. A budget that is used up stops the requests, not the rest.
-    Raises DataError (prompts, or nothing is left), EndpointError, ModelError, RunError (journal,
-    disk).
+    Writes TEXT to the folder, with the rows in the order of the prompts, {"messages": [...]}, the
+    answer last; also REQUESTS, DROPPED and SUMMARY. A used-up budget stops the requests, not the
+    rest. Raises DataError (prompts, or no row is left), EndpointError, ModelError, RunError
+    (journal, disk).
     """
-    # A broken filter is found before anything is paid.
+    # An invalid filter is found before anything is paid.
     chosen, judge = chosen_filters(job.section.filters, job.base), job.judge()
     folder.mkdir(parents=True, exist_ok=True)
     judged: dict[str, Any] = {}
@@ -114,10 +114,10 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
         requests = SynthesisRequests(job, journal)
         teacher, writing, spent = requests.teacher, Spending(), None
         if requests.writer is not None:
-            answers = known_before(requests(), journal, teacher.price).spent
+            answers = estimate_requests(requests(), journal, teacher.price).spent
             writing = write_prompts(requests.writer, journal, answers)
-            spent = known_before(requests(), journal, teacher.price).spent + writing
-        known, sent = send_missing(teacher, requests, journal, spent)
+            spent = estimate_requests(requests(), journal, teacher.price).spent + writing
+        estimate, sent = send_missing(teacher, requests, journal, spent)
         out_of_budget = sent.out_of_budget
         if judge is not None:
             verdicts, stopped = judge.judge(lambda: chosen.groups(Rows(requests, journal)), journal)
@@ -136,7 +136,7 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
         out=folder / TEXT,
         dropped_rows=sieve.file,
         journal=job.journal,
-        requests=known.requests,
+        requests=estimate.requests,
         answered=rows.answered,
         new=sent.new,
         failed=sent.failed,
@@ -151,7 +151,7 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
     facts = json.dumps({**result.facts(), "cost": result.cost}, indent=2)
     write_atomically(folder / SUMMARY, facts)
     if out_of_budget:
-        note("the budget is used up: raise synthesize.budget to go on where this stopped")
+        note("the budget is used up: raise synthesize.budget to continue")
     if kept == 0:
         raise DataError(
             f"no row is left: {rows.answered} answers, and the filters dropped them all",
@@ -165,7 +165,7 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
 
 
 class Rows:
-    """The answered prompts as rows, in order; counts what it passes."""
+    """The answered prompts as rows, in order; counts them."""
 
     def __init__(self, requests: SynthesisRequests, journal: Journal) -> None:
         self.requests, self.journal = requests, journal
@@ -181,7 +181,7 @@ class Rows:
                 continue
             self.answered += 1
             digest = bytes.fromhex(request.key)[:16]
-            if digest not in seen:  # a prompt that is in the file twice was paid for once
+            if digest not in seen:  # a repeated prompt was paid for once
                 seen.add(digest)
                 self.tokens += (answer.prompt_tokens or 0) + (answer.completion_tokens or 0)
                 self.usd += answer.cost or 0.0
@@ -212,7 +212,7 @@ def _write(folder: Path, rows: Iterable[Row]) -> int:
 
 
 def chosen_filters(section: FiltersRecipe, base: Path) -> Filters:
-    """The recipe's filters by name, the cheap ones first; a judge is put in later.
+    """The recipe's filters by name, the cheapest first; a judge is added later.
 
     Raises RecipeError, DataError.
     """

@@ -10,9 +10,7 @@ from stillhouse.generation.generation_config import (
     BudgetRecipe,
     SamplingRecipe,
     TextTeacher,
-    check_budget,
-    check_samples,
-    check_sampling,
+    check_text_teacher,
 )
 from stillhouse.section import Section
 from stillhouse.synthesis.filters_config import FiltersRecipe
@@ -20,29 +18,30 @@ from stillhouse.synthesis.prompts_config import PromptsRecipe
 
 
 class SynthesizeRecipe(Section):
-    """Text from a teacher: a chat JSONL that `data` reads."""
+    """Training text from a teacher: chats as JSONL, which `data` reads."""
 
     teacher: TextTeacher
     prompts: PromptsRecipe
     sampling: SamplingRecipe = SamplingRecipe()
     reasoning: Literal["strip", "keep"] = Field(
-        "strip", description="What the teacher thinks in <think> before it answers."
+        "strip", description="The teacher's reasoning in <think> before its answer."
     )
     filters: FiltersRecipe = FiltersRecipe()
     budget: BudgetRecipe = BudgetRecipe()
     journal: str | None = Field(
         None,
-        description="SQLite file with every answer ever paid for; null: answers.sqlite beside "
+        description="SQLite file with every answer that was paid for; null: answers.sqlite beside "
         "the run folder, shared by all runs there.",
     )
-    out: str = Field("synthetic.jsonl", description="The result; starts at the recipe's folder.")
+    out: str = Field(
+        "synthetic.jsonl",
+        description="The result; a relative path starts from the recipe's folder.",
+    )
 
     @model_validator(mode="after")
     def _keys_fit_the_teacher(self) -> SynthesizeRecipe:
-        api = self.teacher.api
-        check_budget(api, self.budget)
-        check_sampling(api, self.sampling)
-        check_samples(self.prompts.samples, self.sampling)
-        if self.filters.best_of is not None and self.prompts.samples < 2:
+        samples = self.prompts.samples
+        check_text_teacher(self.teacher.api, self.sampling, self.budget, samples)
+        if self.filters.best_of is not None and samples < 2:
             raise ValueError("filters.best_of chooses among several answers: set prompts.samples")
         return self

@@ -1,4 +1,4 @@
-"""Synthesized text on its way into training: sources of `data` that name it read it."""
+"""Synthesized text as training data: sources of `data` that name it read it."""
 
 from __future__ import annotations
 

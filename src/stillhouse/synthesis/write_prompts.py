@@ -1,8 +1,7 @@
-"""Prompts that no file holds: templates combined with values, or written by the teacher itself.
+"""Prompts without a file: templates combined with values, or written by the teacher itself.
 
-Written ones come from a fixed row of requests, each of which shows other examples; their answers
-are in the journal. What the journal holds decides the prompts, so that a run that was stopped goes
-on with the same ones.
+Written prompts come from a fixed sequence of requests, each of which shows other examples. The
+answers in the journal decide the prompts, so that a stopped run continues with the same ones.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from stillhouse.errors import DataError
 from stillhouse.generation.answer_requests import send_missing
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.chat_frame import answer_text, user_turn
-from stillhouse.generation.estimate import known_before
+from stillhouse.generation.estimate import estimate_requests
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Request
 from stillhouse.generation.text_teacher import TextSource
@@ -30,7 +29,7 @@ from stillhouse.synthesis.prompts import Prompt
 from stillhouse.synthesis.prompts_config import CombineRecipe, WriteRecipe
 
 MOST_TIMES = 3
-"""How many times the requests that would do are made at most, where prompts come out alike."""
+"""The most requests, as a multiple of the number that is enough if all prompts are different."""
 _ASK = """\
 Write {each} different prompts that people could send to an assistant.
 
@@ -38,12 +37,12 @@ What they are to be: {what}
 {examples}
 Write one prompt a line, without numbers, and no answers."""
 _MARK = re.compile(r"^\s*(?:[-*•]\s+|\(?\d{1,4}[.):、．]\s*)")
-"""What lists put before a line."""
+"""A list mark before a line."""
 _MOST_CHARACTERS = 4000
 
 
 def combinations(section: CombineRecipe) -> list[str]:
-    """Every template with every combination of the values that it names, in their order."""
+    """Every template with every combination of its values, in order."""
     texts = []
     for template in section.templates:
         found = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
@@ -54,7 +53,7 @@ def combinations(section: CombineRecipe) -> list[str]:
 
 
 def combined(section: CombineRecipe, seed: int) -> Iterator[Prompt]:
-    """The combinations as prompts, shuffled, so that any first ones are a fair sample."""
+    """The combinations as prompts, shuffled, so that the first ones are a random sample."""
     texts = combinations(section)
     random.Random(seed).shuffle(texts)
     for number, text in enumerate(texts):
@@ -73,11 +72,11 @@ class Writer:
 
     @property
     def fewest(self) -> int:
-        """Requests that would do if all prompts were different."""
+        """The number of requests that is enough if all prompts are different."""
         return -(-self.section.count // self.section.per_request)
 
     def requests(self, first: int = 0, last: int | None = None) -> Iterator[Request]:
-        """Those with the numbers first to last - 1; by default all that may be made."""
+        """Requests number first to last - 1; by default all that may be sent."""
         texts = combinations(self.combine)
         random.Random(self.seed).shuffle(texts)
         for number in range(first, self.fewest * MOST_TIMES if last is None else last):
@@ -92,7 +91,7 @@ class Writer:
         return _ASK.format(each=self.section.per_request, what=what, examples=examples)
 
     def prompts(self, journal: Journal | None) -> Iterator[Prompt]:
-        """The different ones among what the journal holds, up to `count`."""
+        """The different prompts in the journal's answers, up to `count`."""
         seen = NearDuplicates(self.section.max_similarity)
         for text in self.examples:
             seen.add(words(text))
@@ -112,7 +111,7 @@ class Writer:
 
 
 def prompt_lines(text: str, *, whole: bool) -> Iterator[str]:
-    """The prompts in an answer, a line each, without list marks. whole: the last line too."""
+    """The prompts in an answer, one per line, without list marks. whole: the last line too."""
     lines = [_MARK.sub("", line).strip().strip('"') for line in text.splitlines()]
     lines = [line for line in lines if line]
     for line in lines if whole else lines[:-1]:
@@ -123,9 +122,9 @@ def prompt_lines(text: str, *, whole: bool) -> Iterator[str]:
 
 
 def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spending:
-    """Sends requests until there are enough different prompts, or MOST_TIMES the requests are made;
-    what all of them took. answers: what the answers to prompts took that were written before, under
-    the same budget. Raises EndpointError; DataError where no prompt came out."""
+    """Sends requests until there are enough different prompts, or MOST_TIMES as many requests as
+    needed were sent; returns the cost of all. answers: the cost of answers to earlier prompts,
+    under the same budget. Raises EndpointError; DataError if there is no prompt."""
     most, last = writer.fewest * MOST_TIMES, 0
     stopped = False
     while (found := sum(1 for _ in writer.prompts(journal))) < writer.section.count:
@@ -136,21 +135,21 @@ def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spendi
         stopped = send_part(writer, first, last, journal, answers)
     if found == 0:
         raise DataError(
-            "the teacher wrote no prompt that can be used",
+            "the teacher wrote no usable prompt",
             where=journal.path,
-            fix="look at its answers there, then improve synthesize.prompts.combine",
+            fix="read its answers there, then improve synthesize.prompts.combine",
         )
     if found < writer.section.count:
-        note(f"{found:,} different prompts were written, of {writer.section.count:,} wanted")
+        note(f"{found:,} of {writer.section.count:,} different prompts were written")
     return spent_on_writing(writer, journal)
 
 
 def send_part(writer: Writer, first: int, last: int, journal: Journal, answers: Spending) -> bool:
-    """Sends a writer's requests first to last - 1; whether the budget stopped some."""
+    """Sends the writer's requests first to last - 1; returns whether the budget stopped some."""
     spent = spent_on_writing(writer, journal) + answers
     part = partial(writer.requests, first, last)
     return send_missing(writer.teacher, part, journal, spent)[1].out_of_budget
 
 
 def spent_on_writing(writer: Writer, journal: Journal) -> Spending:
-    return known_before(writer.requests(), journal, writer.teacher.price).spent
+    return estimate_requests(writer.requests(), journal, writer.teacher.price).spent
