@@ -25,7 +25,7 @@ from stillhouse.hardware import choose_precision
 from stillhouse.pruning.prune import prune_model
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.backbone import hidden_states, lm_head
-from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
 
 CONTEXT = 256

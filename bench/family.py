@@ -22,7 +22,7 @@ from typing import Any
 from bench.common import commit, earlier, write_results
 from bench.quality import recipe, split
 from bench.store_quality import fidelity
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.evaluation.fidelity import HeldoutAnswers, heldout_answers
 from stillhouse.hardware import choose_precision, default_device, tune_allocator
 from stillhouse.language_model.data_stage import open_data, plan_data
@@ -30,7 +30,7 @@ from stillhouse.language_model.language_model import LANGUAGE_MODEL
 from stillhouse.language_model.train_stage import plan_student, plan_training
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.runfolder import RunFolder
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from stillhouse.training.train import MODEL
 
 HOPS: dict[str, dict[str, Any]] = {

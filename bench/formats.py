@@ -36,7 +36,7 @@ from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.moments import Moments, input_moments
 from stillhouse.quantize.sensitivity import quantized, reference_answers, scales_of
 from stillhouse.quantize.units import find_units, model_bytes
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.quiet import quiet
 
 GRIDS = {"int8": Grid(8, 32), "float8": Grid(8, None, floating=True), "int4": Grid(4, 32)}

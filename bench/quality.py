@@ -18,9 +18,9 @@ from typing import Any
 
 import stillhouse
 from bench.common import Bar, commit, earlier, write_results
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.language_model.language_model import LANGUAGE_MODEL
-from stillhouse.teachers.load import load_tokenizer
+from stillhouse.teachers.load_model import load_tokenizer
 
 TRAIN_TOKENS = 60_000
 HELDOUT_TOKENS = 8192

@@ -20,7 +20,7 @@ import torch
 
 from bench.common import Bar, write_results
 from stillhouse import account
-from stillhouse.config.load import load_language_model_recipe
+from stillhouse.config.load_recipe import load_language_model_recipe
 from stillhouse.data.build_data import build
 from stillhouse.data.windows import open_windows
 from stillhouse.hardware import (
@@ -39,7 +39,7 @@ from stillhouse.signals.store import open_store
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import PrunedStudent, RandomStudent
-from stillhouse.teachers.load import load_tokenizer
+from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.local_teacher import load_teacher
 from stillhouse.teachers.record_store import record
 from stillhouse.teachers.stored_teacher import StoredTeacher

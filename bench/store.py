@@ -190,7 +190,7 @@ def measure_reading(path: Path, windows: tuple[torch.Tensor, ...], rounds: int) 
 def measure_selection(teacher: Path, text: Path, rounds: int) -> dict[str, Any]:
     """Seconds a token: the teacher's forward pass with its head, and selection on its logits."""
     from stillhouse.teachers.backbone import hidden_states, lm_head
-    from stillhouse.teachers.load import load_model, load_tokenizer
+    from stillhouse.teachers.load_model import load_model, load_tokenizer
 
     model = load_model(teacher, dtype=torch.float32)
     words = load_tokenizer(teacher)(text.read_text(encoding="utf-8")[:20_000])["input_ids"]

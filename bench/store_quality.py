@@ -22,7 +22,7 @@ import torch
 
 from bench.common import Bar, write_results
 from bench.quality import recipe, split
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.batches import collate
 from stillhouse.data.shift import predicting
 from stillhouse.data.windows import Windows
@@ -40,7 +40,7 @@ from stillhouse.signals.store import open_store
 from stillhouse.signals.writer import StoreWriter
 from stillhouse.students.student import Student
 from stillhouse.teachers.backbone import dense_signal
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.local_teacher import LocalTeacher, load_teacher
 from stillhouse.teachers.record_store import segments_of, tuned_threshold
 from stillhouse.teachers.stored_teacher import StoredTeacher

@@ -188,7 +188,7 @@ def generate(model: Any, tokenizer: Any, batch: list[Request]) -> int:
 def measure_local(teacher: Path, text: Path, count: int, batch: int) -> dict[str, Any]:
     from stillhouse.generation.local_generator import local_text
     from stillhouse.hardware import choose_precision, tune_allocator
-    from stillhouse.teachers.load import load_model, load_tokenizer
+    from stillhouse.teachers.load_model import load_model, load_tokenizer
 
     tune_allocator()
     precision = choose_precision("auto", "cpu")
@@ -241,7 +241,7 @@ def measure_labels(teacher: Path, labelled: Path, texts: int, by_pairs: int) -> 
     from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
     from stillhouse.classify.label_scoring import score_labels
     from stillhouse.hardware import choose_precision, tune_allocator
-    from stillhouse.teachers.load import load_model, load_tokenizer
+    from stillhouse.teachers.load_model import load_model, load_tokenizer
 
     tune_allocator()
     with labelled.open(encoding="utf-8", newline="") as lines:

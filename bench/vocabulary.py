@@ -26,7 +26,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from bench.common import Bar, write_results
 from bench.quality import recipe, split
 from stillhouse import account
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes, tune_allocator
 from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
 from stillhouse.objectives import Term, fused_loss

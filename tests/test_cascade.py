@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from stillhouse import account
 from stillhouse.commands import run as run_cascade
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.family import family as family_run
 from stillhouse.family.members import first_member, planned_members

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from stillhouse.config.load import load_recipe, parse_recipe
+from stillhouse.config.load_recipe import load_recipe, parse_recipe
 from tests import forks, tiny
 from tests.forks import Fork
 

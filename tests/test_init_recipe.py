@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
-from stillhouse.config.load import load_recipe
+from stillhouse.config.load_recipe import load_recipe
 from stillhouse.errors import StillhouseError
 from stillhouse.init_answers import init_answers
 from stillhouse.synthesis.chat_logs import read_logs

@@ -10,7 +10,7 @@ import yaml
 from stillhouse.check import check_recipe
 from stillhouse.commands import run
 from stillhouse.commands import run as run_cascade
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.language_model.job import find_models
 from stillhouse.language_model.model_origins import origins_of
 from tests import tiny

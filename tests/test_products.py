@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 import stillhouse
 from stillhouse import runfolder
 from stillhouse.commands import run as run_task
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import ModelError, TrainingError
-from stillhouse.teachers.load import check_loadable
+from stillhouse.teachers.load_model import check_loadable
 from stillhouse.training.trainer import DistillationTrainer
 from tests import tiny
 from tests.classify import toys as tasks

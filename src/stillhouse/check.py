@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from stillhouse.config.load import AnyRecipe, read_recipe
+from stillhouse.config.load_recipe import AnyRecipe, read_recipe
 from stillhouse.errors import StillhouseError
 from stillhouse.finding import Finding
 from stillhouse.hardware import tune_allocator

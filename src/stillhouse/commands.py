@@ -8,7 +8,12 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from stillhouse.config.load import AnyRecipe, load_language_model_recipe, load_recipe, read_recipe
+from stillhouse.config.load_recipe import (
+    AnyRecipe,
+    load_language_model_recipe,
+    load_recipe,
+    read_recipe,
+)
 from stillhouse.data.windows import Windows
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.evaluation.evaluate import evaluate

@@ -10,11 +10,11 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from stillhouse.config.load import recipe_from_text
+from stillhouse.config.load_recipe import recipe_from_text
 from stillhouse.errors import DataError, RecipeError, RunError
 from stillhouse.init_answers import CORPUS, JOBS, SIZES, InitAnswers
 from stillhouse.runfolder import write_atomically
-from stillhouse.teachers.load import load_config
+from stillhouse.teachers.load_model import load_config
 from stillhouse.teachers.model_source import resolve_model
 
 _CLASSIFIER_LAYERS = {"small": 4, "medium": 6, "large": 10}

@@ -6,7 +6,7 @@ from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_run import EXTRACT, GENERATE
 from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.classify_run import CLASSIFY
-from stillhouse.config.load import AnyRecipe
+from stillhouse.config.load_recipe import AnyRecipe
 from stillhouse.family.family import FAMILY
 from stillhouse.language_model.language_model import LANGUAGE_MODEL
 from stillhouse.pipeline.kind import Kind

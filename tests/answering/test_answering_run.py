@@ -16,7 +16,7 @@ from stillhouse.check import check_recipe
 from stillhouse.cli import app
 from stillhouse.commands import agree_to_spend
 from stillhouse.commands import run as run_answering
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
 from tests.answering import toys
 from tests.generation.stub import Reply, Stub, error

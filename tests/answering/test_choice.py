@@ -13,7 +13,7 @@ from stillhouse.answering.answer_stages import plan_answer_texts, plan_answers
 from stillhouse.answering.answering_job import TRAIN, find_answering
 from stillhouse.check import check_recipe
 from stillhouse.commands import agree_to_spend
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import RecipeError, RunError
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.runfolder import RunFolder

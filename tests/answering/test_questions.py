@@ -10,7 +10,7 @@ import pytest
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_job import find_answering, training_recipe
 from stillhouse.check import check_recipe
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import RecipeError
 from stillhouse.generation.generation_config import VllmTeacher
 from stillhouse.generation.text_teacher import LocalText

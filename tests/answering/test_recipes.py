@@ -9,7 +9,7 @@ import pytest
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_job import find_answering
 from stillhouse.check import check_recipe
-from stillhouse.config.load import load_recipe
+from stillhouse.config.load_recipe import load_recipe
 from stillhouse.synthesis.filters import Row
 from tests import tiny
 

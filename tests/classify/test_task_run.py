@@ -25,7 +25,7 @@ from stillhouse.classify.task_texts import Texts, prepare_texts
 from stillhouse.cli import app
 from stillhouse.commands import predict
 from stillhouse.commands import run as run_task
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import DataError, ModelError, RecipeError, RunError, StillhouseError
 from stillhouse.export import onnx_export as onnx
 from stillhouse.generation.journal import Journal

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stillhouse.config.load import (
+from stillhouse.config.load_recipe import (
     load_language_model_recipe,
     load_recipe,
     parse_recipe,

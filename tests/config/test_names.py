@@ -82,7 +82,7 @@ def test_every_format_has_a_writer() -> None:
 
 def test_a_recipe_is_read_without_torch() -> None:
     code = (
-        "import sys, stillhouse.config.load as load; load.recipe_json_schema(); "
+        "import sys, stillhouse.config.load_recipe as load; load.recipe_json_schema(); "
         "print([name for name in ('torch', 'transformers', 'gguf') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,7 +14,7 @@ from stillhouse.export.gate import Gate
 from stillhouse.export.gguf_export import export_gguf
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.llama_quantizer import has_llama_cpp
-from stillhouse.teachers.load import load_tokenizer
+from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
 
 ENGLISH = (

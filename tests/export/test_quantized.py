@@ -19,12 +19,12 @@ from stillhouse.export.gguf_blocks import fitting_kind, packed_blocks, second_ro
 from stillhouse.export.gguf_export import announce_gguf, export_gguf, write_form
 from stillhouse.export.gguf_file import FORMATS
 from stillhouse.export.torchao import export_torchao
-from stillhouse.quantize.activations import rounded_inputs
 from stillhouse.quantize.grid import Grid, choose_scales, on_grid
+from stillhouse.quantize.input_rounding import rounded_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.quantize.quantize import quantize
 from stillhouse.quantize.quantize_config import QuantizeRecipe
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from tests import tiny
 from tests.export.conftest import ToyWindows
 

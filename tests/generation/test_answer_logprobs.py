@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import stillhouse
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import RecipeError, SignalError
 from stillhouse.generation.answer_logprobs import ByteVocabulary, align, entry_rows

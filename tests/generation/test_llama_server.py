@@ -21,7 +21,7 @@ import torch
 import yaml
 
 from stillhouse.commands import record_signals, synthesize_text
-from stillhouse.config.load import load_recipe
+from stillhouse.config.load_recipe import load_recipe
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.sources import read_sources
 from stillhouse.data.tokenize_rows import tokenize
@@ -34,7 +34,7 @@ from stillhouse.signals.segments import find_segments
 from stillhouse.signals.signal_types import SparseSignal
 from stillhouse.signals.store import open_store
 from stillhouse.synthesis.synthesize import Synthesis
-from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
 from tests.generation.pools import committed
 

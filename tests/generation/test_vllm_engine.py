@@ -22,7 +22,7 @@ import yaml
 
 from stillhouse.check import check_recipe
 from stillhouse.commands import synthesize_text
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.generation import vllm_process
 from stillhouse.generation.journal import Journal

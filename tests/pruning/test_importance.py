@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.calibrate import Batch, calibration_batches

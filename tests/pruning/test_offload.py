@@ -26,7 +26,7 @@ from stillhouse.pruning.pruning_config import PruningMethod
 from stillhouse.pruning.surgery import check_saved
 from stillhouse.signals import lm_head as head_module
 from stillhouse.teachers.backbone import lm_head
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="resident pages are those of Linux")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from stillhouse.commands import prepare_data
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.windows import Windows
 from stillhouse.evaluation.fidelity import compare, heldout_answers
 from stillhouse.language_model import quantize_stage as stages
@@ -29,7 +29,7 @@ from stillhouse.quantize.sensitivity import scales_of
 from stillhouse.quantize.units import find_units
 from stillhouse.runfolder import Cost, Stage
 from stillhouse.students.student import Student
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.local_teacher import LocalTeacher
 from stillhouse.teachers.several_teachers import SeveralTeachers
 from stillhouse.training.distillation import Distillation

@@ -19,8 +19,8 @@ from stillhouse.evaluation.fidelity import compare, heldout_answers
 from stillhouse.evaluation.results import Evaluation
 from stillhouse.language_model.evaluate_stage import plan_evaluation
 from stillhouse.pipeline.engine import EVALUATION
-from stillhouse.quantize.activations import round_inputs_of, rounded_inputs
 from stillhouse.quantize.grid import Grid
+from stillhouse.quantize.input_rounding import round_inputs_of, rounded_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.quantize.quantize import grid_of, quantization_notes, quantize
 from stillhouse.quantize.quantize_config import QuantizeRecipe
@@ -34,7 +34,7 @@ from stillhouse.quantize.sensitivity import (
 )
 from stillhouse.quantize.units import find_units, left_over, model_bytes, told_left_over
 from stillhouse.runfolder import Cost, Stage
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from tests import tiny
 
 GRID = Grid(4, 32)

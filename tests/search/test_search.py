@@ -23,7 +23,7 @@ from stillhouse.search.search_shape import CANDIDATES, WORK, Found, Setting, sea
 from stillhouse.search.search_text import batches_of, split_text
 from stillhouse.search.short_training import distill_shortly
 from stillhouse.students.student_config import PrunedStudent
-from stillhouse.teachers.load import load_config, load_model
+from stillhouse.teachers.load_model import load_config, load_model
 from stillhouse.training.train_config import TrainRecipe
 from tests.clocks import Clock
 from tests.teachers.toys import VOCABULARY, ToyWindows, save_model, tiny_model

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from stillhouse.account import count_parameters
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import RecipeError
 from stillhouse.pruning.axes import ARCHITECTURES
 from stillhouse.pruning.prune import prune_model

@@ -14,7 +14,7 @@ from stillhouse.errors import ModelError, RecipeError, RunError
 from stillhouse.students import pruned_student as making
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
-from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 from tests.teachers.toys import ToyWindows, save_model, tiny_model, toy_tokenizer
 

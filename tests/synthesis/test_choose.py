@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from stillhouse.commands import synthesize_text
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import RecipeError
 from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.local_generator import local_text

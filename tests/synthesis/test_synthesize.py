@@ -16,7 +16,7 @@ import yaml
 
 from stillhouse.check import check_recipe
 from stillhouse.commands import synthesize_text
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.documents import Conversation
 from stillhouse.data.sources import read_sources

@@ -11,7 +11,7 @@ import yaml
 
 from stillhouse.check import check_recipe
 from stillhouse.commands import synthesize_text
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.generation.budget import worst_case
 from stillhouse.generation.request import Request

@@ -10,9 +10,9 @@ from transformers import LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 import stillhouse
 from stillhouse.errors import ModelError
-from stillhouse.teachers import load as local
+from stillhouse.teachers import load_model as local
 from stillhouse.teachers.backbone import check_head
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.stored_head import load_head
 from tests import tiny
 from tests.teachers.toys import CONFIGS, save_model, tiny_model

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from stillhouse.errors import ModelError
 from stillhouse.teachers import gguf_import as converter
-from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
 from tests.teachers.toys import SIZES, tiny_model
 

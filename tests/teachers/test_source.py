@@ -14,7 +14,7 @@ import torch
 from stillhouse.errors import ModelError
 from stillhouse.teachers import model_source as source
 from stillhouse.teachers.hashing import file_sha256
-from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
 from tests.teachers.toys import save_model, tiny_model
 

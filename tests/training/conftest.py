@@ -4,10 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.build_data import build
 from stillhouse.data.windows import Windows, open_windows
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.local_teacher import LocalTeacher
 from tests import tiny
 

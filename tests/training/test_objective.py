@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stillhouse.config.load import parse_recipe
+from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.batches import collate
 from stillhouse.errors import SignalError
 from stillhouse.objectives.objective_config import ObjectiveRecipe
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.distillation import PROJECTIONS, same_document
 from stillhouse.training.objective import make_objective

@@ -17,7 +17,7 @@ from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.objectives.objective_config import HiddenStatesTerm, LogitsTerm, ObjectiveRecipe
 from stillhouse.students.student import Student
 from stillhouse.teachers import short_attention
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.train import checkpointing_key, plan_batches, train
 from stillhouse.training.train_config import TrainRecipe

@@ -32,7 +32,7 @@ from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage, sha
 from stillhouse.synthesis.filters import Filter, Row, answer_only, json_value
-from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.training.train import MODEL
 
 EXAMPLES = 12

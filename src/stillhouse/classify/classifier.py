@@ -27,7 +27,7 @@ from stillhouse.classify.label_tree import LabelTree, label_tree
 from stillhouse.errors import ModelError
 from stillhouse.hardware import default_device
 from stillhouse.runfolder import write_atomically
-from stillhouse.teachers.load import check_loadable, load_model, load_tokenizer
+from stillhouse.teachers.load_model import check_loadable, load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
 

@@ -26,7 +26,7 @@ from stillhouse.classify.label_scoring import score_labels
 from stillhouse.classify.targets import prior_logits
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.sizes import keep_config_layers
-from stillhouse.teachers.load import load_config, load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 from stillhouse.teachers.quiet import quiet
 

@@ -30,7 +30,7 @@ from stillhouse.generation.answer_requests import findings
 from stillhouse.generation.generation_config import may_cost
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.pipeline.kind import Check
-from stillhouse.teachers.load import load_config, load_tokenizer
+from stillhouse.teachers.load_model import load_config, load_tokenizer
 
 EFFICIENCY = 0.35
 """Share of the measured matrix product rate that scoring reaches: its batches are small."""

@@ -14,7 +14,7 @@ from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, or
 from stillhouse.generation.request import api_described
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.runfolder import answers_path
-from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 

@@ -235,7 +235,7 @@ def schema() -> None:
     """
     import json
 
-    from stillhouse.config.load import recipe_json_schema
+    from stillhouse.config.load_recipe import recipe_json_schema
 
     typer.echo(json.dumps(recipe_json_schema(), indent=2))
 

@@ -30,7 +30,7 @@ from stillhouse.evaluation.speed import (
 )
 from stillhouse.hardware import Precision, default_device
 from stillhouse.progress import bar
-from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import stored_dtypes
 

@@ -14,7 +14,7 @@ import torch
 
 from stillhouse.evaluation.speed import DECODE_TOKENS, PROMPT_TOKENS, prefill_and_decode
 from stillhouse.hardware import peak_memory_bytes
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 
 
 def main(path: str, dtype: str, device: str, *options: str) -> None:

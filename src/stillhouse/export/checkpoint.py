@@ -10,7 +10,7 @@ import torch
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import FLOATS
 from stillhouse.export.gate import Gate, ReplayResult, fill
-from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 
 

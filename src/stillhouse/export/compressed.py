@@ -21,7 +21,7 @@ from stillhouse.export.fresh_process import run_script
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.widths import nearest, row_widths
 from stillhouse.progress import note
-from stillhouse.teachers.load import load_config, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_config, load_tokenizer, save_tokenizer
 
 
 def export_compressed(

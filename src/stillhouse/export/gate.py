@@ -25,7 +25,7 @@ from stillhouse.export.fresh_process import offline, run_script
 from stillhouse.hardware import default_device
 from stillhouse.progress import note
 from stillhouse.runfolder import disk_errors
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 
 REPLAY_TOKENS = 1024
 REPLAY_PROMPTS = 3

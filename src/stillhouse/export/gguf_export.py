@@ -39,7 +39,7 @@ from stillhouse.export.widths import nearest, row_widths
 from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.moments import Moments
 from stillhouse.quantize.quantization import Quantization
-from stillhouse.teachers.load import load_config, load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 
 WEIGHED = frozenset({*K_QUANTS, "q4_0"})
 """Formats of so few bits that weighing their errors is worth measuring each input's importance."""

@@ -18,7 +18,7 @@ from stillhouse.export.gguf_config import add_configuration
 from stillhouse.export.gguf_model import architecture, for_gguf, gguf_names
 from stillhouse.export.gguf_source import open_tensors
 from stillhouse.export.gguf_tokenizer import add_tokenizer
-from stillhouse.teachers.load import load_config, load_tokenizer
+from stillhouse.teachers.load_model import load_config, load_tokenizer
 
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 ROUTER = "ffn_gate_inp.weight"

@@ -20,7 +20,7 @@ from stillhouse.errors import ModelError
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.export.gguf_model import gguf_names
 from stillhouse.quantize.moments import Moments
-from stillhouse.teachers.load import load_config
+from stillhouse.teachers.load_model import load_config
 
 K_BLOCK = 256
 ERROR, CONTINUED = 3, 5

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
-from stillhouse.teachers.load import load_config, load_tokenizer
+from stillhouse.teachers.load_model import load_config, load_tokenizer
 
 PROBE = [
     {"role": "system", "content": "alpha"},

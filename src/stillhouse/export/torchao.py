@@ -22,7 +22,7 @@ from stillhouse.hardware import default_device
 from stillhouse.quantize.grid import Grid, to_codes
 from stillhouse.quantize.quantization import Quantization
 from stillhouse.quantize.quantize import FLOAT8_WIDTH
-from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 
 DYNAMIC_KL = 0.05

@@ -34,7 +34,7 @@ from stillhouse.generation.text_generator import TextGenerator
 from stillhouse.generation.vllm_engine import opened
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.progress import bar, note
-from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
 
 

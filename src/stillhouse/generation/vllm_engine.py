@@ -22,7 +22,7 @@ from stillhouse.generation.text_generator import TextGenerator, require_chat_tem
 from stillhouse.generation.vllm_process import EngineError, VllmProcess, probe_python
 from stillhouse.generation.vllm_worker import generate, open_llm, probe, reason
 from stillhouse.progress import note
-from stillhouse.teachers.load import load_tokenizer
+from stillhouse.teachers.load_model import load_tokenizer
 
 Lack = tuple[Literal["warning", "error"], str, str]
 """The level of a missing thing, what it is, and what to do."""

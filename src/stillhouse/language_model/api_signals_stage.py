@@ -27,7 +27,7 @@ from stillhouse.signals.manifest import Settings
 from stillhouse.signals.segments import find_segments
 from stillhouse.signals.writer import StoreWriter
 from stillhouse.synthesis.synthesize import REQUESTS
-from stillhouse.teachers.load import load_tokenizer
+from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.training.objective import stored_temperature
 
 _TOGETHER = 256

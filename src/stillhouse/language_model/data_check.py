@@ -17,7 +17,7 @@ from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.synthesis_check import PlannedText, planned_text
 from stillhouse.pipeline.kind import Check
-from stillhouse.teachers.load import load_tokenizer
+from stillhouse.teachers.load_model import load_tokenizer
 
 SAMPLE_DOCUMENTS = 400
 SAMPLE_CHARACTERS = 400_000

@@ -12,7 +12,7 @@ from stillhouse.data.windows import Windows, open_windows
 from stillhouse.language_model.job import Job
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.teachers.load import load_tokenizer
+from stillhouse.teachers.load_model import load_tokenizer
 
 
 def plan_data(job: Job) -> StagePlan:

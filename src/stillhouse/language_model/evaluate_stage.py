@@ -16,7 +16,7 @@ from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.stage_plan import StagePlan
-from stillhouse.quantize.activations import round_inputs
+from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.training.train import MODEL

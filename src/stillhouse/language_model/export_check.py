@@ -17,7 +17,7 @@ from stillhouse.pipeline.kind import Check
 from stillhouse.quantize.quantize import grid_of, planned_bytes
 from stillhouse.quantize.units import told_left_over
 from stillhouse.students.student_config import PrunedStudent
-from stillhouse.teachers.load import load_config, load_tokenizer
+from stillhouse.teachers.load_model import load_config, load_tokenizer
 
 
 def check_exports(check: Check) -> Iterator[Finding]:

@@ -37,7 +37,7 @@ from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.section import recipe_yaml
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from stillhouse.training.checkpoints import read_metrics
 from stillhouse.training.train import METRICS, MODEL
 

@@ -42,7 +42,7 @@ from stillhouse.pipeline.kind import ALL, Kind, Step
 from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.stage_plan import StagePlan, doing
 from stillhouse.runfolder import Stage
-from stillhouse.teachers.load import load_tokenizer
+from stillhouse.teachers.load_model import load_tokenizer
 
 
 def _plan_store(job: Job, data: Stage, student: Stage) -> StagePlan:

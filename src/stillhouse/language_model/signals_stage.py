@@ -32,7 +32,7 @@ from stillhouse.signals.store import Store, open_store
 from stillhouse.students.student import Student
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.hashing import code_sha256
-from stillhouse.teachers.load import load_config, load_tokenizer
+from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.local_teacher import load_teacher
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.record_store import chosen_encoding, record

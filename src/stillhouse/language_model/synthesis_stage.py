@@ -27,7 +27,7 @@ from stillhouse.synthesis.synthesis_job import SynthesisJob
 from stillhouse.synthesis.synthesize import TEXT, Synthesis, synthesize
 from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
 from stillhouse.synthesis.synthesized_text import SynthesizedText, reads
-from stillhouse.teachers.load import load_config
+from stillhouse.teachers.load_model import load_config
 
 NAME = "synthesis"
 """The stage, and the link to it in the run folder."""

@@ -31,7 +31,7 @@ from stillhouse.pruning.vocabulary_cut import KEPT_IDS, load_kept_ids
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PrunedSizes, PrunedStudent
-from stillhouse.teachers.load import load_config, load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 from stillhouse.training.train import MODEL
 from stillhouse.training.train_config import ORIGINAL

@@ -10,7 +10,7 @@ from typing import Any
 
 from stillhouse.hardware import tune_allocator
 from stillhouse.runfolder import Outcome, RunFolder, Stage
-from stillhouse.teachers.load import check_loadable
+from stillhouse.teachers.load_model import check_loadable
 from stillhouse.training.train import MODEL
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from tokenizers import pre_tokenizers
 
 from stillhouse.errors import RecipeError
-from stillhouse.teachers.load import load_tokenizer
+from stillhouse.teachers.load_model import load_tokenizer
 
 WORD_START = "▁"
 """What BPE with byte fallback writes for a space: in bytes, it would not become one again."""

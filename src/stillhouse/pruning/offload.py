@@ -29,7 +29,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from stillhouse.errors import RunError
 from stillhouse.hardware import hand_back_freed_memory
 from stillhouse.teachers.activations import decoder_layers
-from stillhouse.teachers.load import load_config, load_model
+from stillhouse.teachers.load_model import load_config, load_model
 
 LARGE_BYTES = 2 << 30
 """Size of the weights in float32 from which on they are offloaded."""

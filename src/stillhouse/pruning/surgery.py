@@ -19,7 +19,7 @@ from stillhouse.pruning.heads import Grouping
 from stillhouse.pruning.offload import is_large, released_after_use
 from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.activations import decoder_layers
-from stillhouse.teachers.load import load_model
+from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.quiet import quiet
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
-from stillhouse.quantize.activations import round_inputs
 from stillhouse.quantize.grid import on_grid
+from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import Quantization
 
 

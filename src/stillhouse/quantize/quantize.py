@@ -17,8 +17,8 @@ from stillhouse.errors import RecipeError
 from stillhouse.hardware import default_device, leads
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.progress import note
-from stillhouse.quantize.activations import round_inputs
 from stillhouse.quantize.grid import Grid
+from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.moments import input_moments
 from stillhouse.quantize.qat import RoundedWeights
 from stillhouse.quantize.quantization import FILE, Quantization
@@ -41,7 +41,7 @@ from stillhouse.quantize.units import (
     told_left_over,
 )
 from stillhouse.students.student import Student
-from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.train import METRICS, MODEL, TrainingResult, train

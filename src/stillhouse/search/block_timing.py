@@ -31,7 +31,7 @@ from stillhouse.pruning.axes import axes_of, part
 from stillhouse.pruning.shapes import Counter
 from stillhouse.pruning.sizes import Sizes, resized_config, sizes_of
 from stillhouse.teachers.activations import decoder_layers
-from stillhouse.teachers.load import attention_for
+from stillhouse.teachers.load_model import attention_for
 from stillhouse.teachers.quiet import quiet
 
 PROMPT_TOKENS, DECODE_TOKENS, WARMUP_TOKENS = 128, 16, 3

@@ -36,7 +36,7 @@ from stillhouse.search.short_training import distill_shortly
 from stillhouse.search.trial_log import Journal
 from stillhouse.students.pruned_student import method_of
 from stillhouse.students.student_config import PrunedStudent
-from stillhouse.teachers.load import load_config, load_model
+from stillhouse.teachers.load_model import load_config, load_model
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.short_attention import use_short_attention
 from stillhouse.training.train_config import TrainRecipe

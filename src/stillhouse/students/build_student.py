@@ -17,7 +17,7 @@ from stillhouse.pruning.vocabulary_cut import save_kept_ids
 from stillhouse.students.pruned_student import Summary, prune_to
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
-from stillhouse.teachers.load import load_config, load_tokenizer
+from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
 

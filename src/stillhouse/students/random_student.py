@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from stillhouse.errors import RecipeError
 from stillhouse.pruning.sizes import keep_config_layers
-from stillhouse.teachers.load import attention_for
+from stillhouse.teachers.load_model import attention_for
 
 Value = int | float | bool | str
 

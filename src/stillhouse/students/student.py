@@ -20,7 +20,7 @@ from stillhouse.students.pruned_student import prune_to, target_sizes
 from stillhouse.students.random_student import Value, overridden_config, random_model
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.backbone import lm_head
-from stillhouse.teachers.load import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer, save_tokenizer
 from stillhouse.teachers.local_teacher import LocalTeacher, local
 from stillhouse.teachers.model_source import resolve_model
 from stillhouse.teachers.quiet import quiet

@@ -14,7 +14,7 @@ from stillhouse.errors import ModelError
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.teachers.activations import ActivationRequest, run_backbone
 from stillhouse.teachers.backbone import lm_head
-from stillhouse.teachers.load import load_model, load_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.shared_vocabulary import check_rows
 from stillhouse.teachers.short_attention import use_short_attention

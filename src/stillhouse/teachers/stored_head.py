@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from stillhouse.errors import ModelError
 from stillhouse.signals.signal_types import LMHead
 from stillhouse.teachers.backbone import lm_head, trim_head
-from stillhouse.teachers.load import check_head_once, load_config, load_model
+from stillhouse.teachers.load_model import check_head_once, load_config, load_model
 from stillhouse.teachers.weights import tensor_names, weight_files
 
 
