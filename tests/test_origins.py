@@ -27,8 +27,8 @@ def licensed(folder: Path, license_: str, seed: int = 1) -> str:
 def test_start_and_other_teachers_are_origins_and_check_warns_of_them(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     raw["student"] = {"start": "pretrained", "model": licensed(tmp_path / "start", "gemma")}
-    teacher = licensed(tmp_path / "teacher", "cc-by-nc-4.0", seed=2)
-    raw["train"]["teachers"] = ["teacher", teacher]
+    other = licensed(tmp_path / "other", "cc-by-nc-4.0", seed=2)
+    raw["train"]["teachers"] = ["teacher", other]
     raw["data"]["sources"].append({"kind": "jsonl", "path": str(tmp_path / "made.jsonl")})
     raw["synthesize"] = {
         "teacher": {"api": {"base_url": "http://127.0.0.1:9/v1", "model": "big"}},

@@ -79,7 +79,7 @@ _OWNERS = {
     "commands": ["run"],
     "data.batches": ["collate"],
     "data.data": ["Data"],
-    "evaluate.results": ["Evaluation"],
+    "evaluation.results": ["Evaluation"],
     "objectives": ["Term", "fused_loss"],
     "pipeline.kind": ["RunResult"],
     "python_api": [

@@ -1,0 +1,102 @@
+"""What `stillhouse` exports, on objects in memory. docs/python.md is run in test_docs.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import stillhouse as sh
+from stillhouse.errors import ModelError, RecipeError
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def data() -> sh.Data:
+    return sh.Data.build(
+        tiny.text(200).splitlines(), tiny.tokenizer(), context=32, heldout_tokens=256
+    )
+
+
+@pytest.fixture
+def teacher() -> Any:
+    return sh.Teacher.from_model(tiny.llama(intermediate_size=512), tiny.tokenizer())
+
+
+def test_everything_that_is_exported_is_there() -> None:
+    assert all(getattr(sh, name) is not None for name in sh.__all__)
+    assert set(dir(sh)) >= {"Teacher", "Student", "Data", "KL", "distill", "evaluate", "run"}
+
+
+def test_models_go_in_and_come_out_trained(data: sh.Data) -> None:
+    model = tiny.llama(seed=1)
+    before = model.model.norm.weight.clone()
+    result = sh.distill(model, tiny.llama(), data, max_steps=2, batch_size=4)
+    assert result.steps == 2
+    assert not torch.equal(model.model.norm.weight, before)
+
+
+def test_several_teachers_are_a_list(data: sh.Data) -> None:
+    losses = [
+        sh.distill(tiny.llama(seed=1), taught_by, data, max_steps=1, batch_size=4).metrics[0][
+            "loss"
+        ]
+        for taught_by in (tiny.llama(seed=2), tiny.llama(seed=3), [tiny.llama(2), tiny.llama(3)])
+    ]
+    assert losses[2] == pytest.approx((losses[0] + losses[1]) / 2, rel=1e-4)
+
+
+def test_without_a_teacher_it_is_fine_tuning(data: sh.Data) -> None:
+    result = sh.distill(
+        tiny.llama(), None, data, objective=[sh.CrossEntropy()], max_steps=1, batch_size=4
+    )
+    assert result.metrics[0]["loss"] == pytest.approx(result.metrics[0]["cross_entropy"], rel=1e-6)
+
+
+def test_an_evaluation_reads_as_a_table(teacher: Any, data: sh.Data) -> None:
+    student = sh.Student.random(teacher, num_hidden_layers=1)
+    found = sh.evaluate(student, teacher, data, prompts=["the cat"], max_new_tokens=3)
+    roles = {model.role: model.fidelity.kl for model in found.models}
+    assert roles["student"] > roles["teacher"] == pytest.approx(0, abs=1e-6)
+    assert set(found.generations[0].answers) == {"teacher", "student"}
+    assert "KL to the teacher (nats/token)" in str(found)
+    assert all(line == line.rstrip() for line in str(found).splitlines())
+
+
+def test_the_found_sizes_meet_the_target(teacher: Any, data: sh.Data) -> None:
+    search = {"candidates": 2, "trained": 0, "heldout_tokens": 128, "calibration_tokens": 512}
+    sizes = sh.search_sizes(teacher, data, params="60%", calibration_tokens=512, search=search)
+    student = sh.Student.prune(teacher, data, calibration_tokens=512, **sizes)
+    share = student.model.num_parameters() / teacher.model.num_parameters()
+    assert 0.57 <= share <= 0.6
+
+
+@pytest.mark.parametrize(
+    ("call", "message", "fix"),
+    [
+        (
+            lambda d: sh.distill(tiny.llama(), None, d, learning_rat=1),
+            "learning_rat",
+            "did you mean",
+        ),
+        (lambda d: sh.distill(tiny.llama(), None, d, learning_rate=-1), "greater than 0", ""),
+        (lambda d: sh.divergence("kl"), "divergence", ""),
+        (lambda d: sh.KL(beta=-1), "beta", ""),
+    ],
+)
+def test_a_wrong_option_is_one_clear_error(
+    data: sh.Data, call: Any, message: str, fix: str
+) -> None:
+    with pytest.raises(RecipeError, match=message) as caught:
+        call(data)
+    assert fix in str(caught.value)
+
+
+def test_an_evaluation_needs_a_model_to_compare_with(
+    teacher: Any, data: sh.Data, tmp_path: Path
+) -> None:
+    stored = sh.record(teacher, data, tmp_path)
+    with pytest.raises(ModelError, match="not loaded here"):
+        sh.evaluate(tiny.llama(), stored, data)
