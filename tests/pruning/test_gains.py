@@ -12,12 +12,10 @@ from torch.testing import assert_close
 
 from stillhouse.pruning import width
 from stillhouse.pruning.axes import axes_of
-from stillhouse.pruning.calibrate import calibration_batches, layer_inputs
-from stillhouse.pruning.correction import LARGEST_SHARE
-from stillhouse.pruning.gains import channel_gains, scale_ffn_output
+from stillhouse.pruning.calibrate import Streams, calibration_batches, layer_inputs
+from stillhouse.pruning.correction import LARGEST_SHARE, channel_gains, scale_ffn_output
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.sizes import sizes_of
-from stillhouse.pruning.streams import Streams
 from stillhouse.pruning.width import cut_width
 from tests.pruning.test_gates import IDS, family
 from tests.teachers.toys import ToyWindows

@@ -321,7 +321,7 @@ def test_a_file_that_loses_what_any_text_needs_is_refused(tmp_path: Path) -> Non
         with pytest.raises(RecipeError, match=f"lack 1 that every text may need: {lost}"):
             kept_for_text("byte-level", file)
     file.write_text(json.dumps([*kept, "no such token"]), encoding="utf-8")
-    with pytest.raises(RecipeError, match="1 tokens to keep are none of the teacher's: no such"):
+    with pytest.raises(RecipeError, match="1 tokens to keep are not the teacher's: no such"):
         kept_for_text("byte-level", file)
     with pytest.raises(RecipeError, match="cannot be read"):
         kept_for_text("byte-level", tmp_path / "missing.txt")

@@ -10,11 +10,11 @@ from stillhouse.errors import ModelError
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in the place of the FFN, its weights stacked over the experts.
+    """A mixture of experts in place of the FFN, its weights stacked over the experts.
 
     router, experts: submodules of the FFN. gate_up [E, 2F, D] and down [E, D, F]: parameters of
-    `experts`. count, chosen: configuration keys (all experts; experts a token goes to).
-    exceptions: configuration values under which some layers have a plain FFN instead.
+    `experts`. count, chosen: configuration keys (all experts; experts per token). exceptions:
+    configuration values under which some layers have a plain FFN instead.
     """
 
     router: str = "gate"
@@ -28,7 +28,7 @@ class Experts:
 
 @dataclass(frozen=True)
 class Axes:
-    """Names inside one decoder layer, and what its architecture demands.
+    """Names inside one decoder layer, and what its architecture requires.
 
         mid = stream + norm?(output(attention(norm(stream))))
         out = mid + norm?(down(act(gate(x)) · up(x))),  x = norm(mid)
@@ -37,7 +37,7 @@ class Axes:
     them (Gemma 2 and 3). A norm multiplies by norm_offset + its weight. head_norms have head_dim
     values and are never cut. ffn_size: the configuration key of the FFN width. scaled_embeddings:
     embeddings are multiplied by √hidden_size. always_tied: llama.cpp knows the architecture with a
-    tied head only. hidden_over_heads: the configuration demands that
+    tied head only. hidden_over_heads: the configuration requires that
     hidden_size is a multiple of the number of query heads, whatever head_dim is. head_dim_key:
     the configuration has a head_dim of its own; elsewhere it is an extra key, which transformers
     reads too. Biases are cut wherever a projection has one.
@@ -66,9 +66,6 @@ class Axes:
     hidden_over_heads: bool = False
     head_dim_key: bool = True
 
-    def input_norms(self) -> tuple[str, str]:
-        return self.attention_input_norm, self.ffn_input_norm
-
     def output_norms(self) -> tuple[str, ...]:
         names = (self.attention_output_norm, self.ffn_output_norm)
         return tuple(name for name in names if name is not None)
@@ -77,7 +74,7 @@ class Axes:
         """Every parameter that a layer may have, biases included, by its dotted name."""
         attention = [self.query, self.key, self.value, self.output, *self.head_norms]
         names = [f"{self.attention}.{name}" for name in attention]
-        names += [*self.input_norms(), *self.output_norms()]
+        names += [self.attention_input_norm, self.ffn_input_norm, *self.output_norms()]
         found = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
         if self.experts is None:
             linears = (self.gate, self.up, self.down)
@@ -117,15 +114,15 @@ ARCHITECTURES: dict[str, Axes] = {
     ),
     "smollm3": replace(_PLAIN, head_dim_key=False),
 }
-"""By config.model_type: decoder-only models with attention and a gated FFN, one after the other."""
+"""By config.model_type: decoder-only models with attention and a gated FFN in sequence."""
 
 PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types", "sliding_window_pattern")
-"""Config values that hold one entry a layer. Left as they are, or left out (and so derived anew
-from the new layer numbers), they would silently change which layers use RoPE or a window."""
+"""Config values with one entry per layer. Left as they are, or left out (and so derived from the
+new layer numbers), they would silently change which layers use RoPE or a window."""
 
 
 def axes_of(config: Any) -> Axes:
-    """The axes of a model's configuration; ModelError names the architectures that have any."""
+    """The axes of a model's configuration. Raises ModelError, with the prunable architectures."""
     axes = ARCHITECTURES.get(config.model_type)
     if axes is None and getattr(config, "text_config", None) is not None:
         raise ModelError(

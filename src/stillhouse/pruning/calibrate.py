@@ -1,9 +1,9 @@
-"""Runs calibration windows through a model one layer at a time.
+"""Run calibration windows through a model one layer at a time.
 
 The residual stream and all statistics are float32; the products may be bfloat16 (see `products`).
 
-Shapes: R windows of a batch, L tokens, N rows of all batches, D hidden width, F FFN width,
-A attention width (heads × head_dim).
+Shapes: R windows of a batch, L tokens, N rows of all batches, D hidden width, F FFN width, A
+attention width (heads × head_dim).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stillhouse.pruning.axes import Axes, part
 from stillhouse.teachers.activations import decoder_layers
 
 BATCH_TOKENS = 2048
-"""Tokens that go through a layer at once: large enough for fast products, small in memory."""
+"""Tokens that go through a layer at once: enough for fast products, small in memory."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class LayerInputs:
-    """What the model gives its layers for one batch: the embedded tokens and each one's extras."""
+    """What the model passes to its layers for one batch: the embedded tokens and each layer's
+    extras."""
 
     hidden_RLD: Tensor
     extras: list[dict[str, Any]]
@@ -51,12 +52,8 @@ def calibration_batches(
     device: torch.device | str = "cpu",
     together: int = BATCH_TOKENS,
 ) -> list[Batch]:
-    """About `tokens` tokens of `windows` (all of them when there are fewer), chosen by `seed`.
-
-    together: about how many of them make a batch.
-
-    Raises DataError when there are no windows.
-    """
+    """About `tokens` tokens of `windows` (all if there are fewer), drawn by `seed`; about
+    `together` of them in a batch. Raises DataError when there are no windows."""
     if len(windows) == 0:
         raise DataError(
             "there is no training text to calibrate on",
@@ -85,7 +82,7 @@ def _order(windows: WindowSet, seed: int) -> list[int]:
 def _batch(rows: Sequence[dict[str, Tensor]], device: torch.device | str) -> Batch:
     labels_RL = torch.stack([row["labels"] for row in rows])
     # Everything up to a window's last supervised label is text; what follows is padding, or text
-    # that is not predicted.
+    # that is not trained on.
     counted_RL = (labels_RL != IGNORED).flip(1).cumsum(1).flip(1) > 0
     return Batch(
         torch.stack([row["input_ids"] for row in rows]).to(device),
@@ -95,13 +92,13 @@ def _batch(rows: Sequence[dict[str, Tensor]], device: torch.device | str) -> Bat
 
 
 def products(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Inside the block, the model's matrix products are made in `dtype`, its sums in float32."""
+    """Inside the block, matrix products are computed in `dtype`, sums in float32."""
     return torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32)
 
 
 @torch.no_grad()
 def layer_inputs(model: Any, batch: Batch) -> LayerInputs:
-    """Embeds a batch and notes the arguments of every layer (masks, RoPE), running no layer."""
+    """Embed a batch and record every layer's arguments (masks, RoPE); no layer is run."""
     extras: list[dict[str, Any]] = []
     entered: list[Tensor] = []
 
@@ -126,7 +123,7 @@ def run_layer(layer: nn.Module, hidden_RLD: Tensor, extras: dict[str, Any]) -> T
 def after_attention(
     layer: nn.Module, axes: Axes, hidden_RLD: Tensor, extras: dict[str, Any]
 ) -> Tensor:
-    """The residual stream between a layer's attention and its FFN, of which nothing is run."""
+    """The residual stream between a layer's attention and its FFN, which is not run."""
     norms = [axes.ffn_input_norm, *([axes.ffn_output_norm] if axes.ffn_output_norm else [])]
     with (
         _forward_replaced([part(layer, axes.ffn)], lambda x: torch.zeros_like(x)),
@@ -146,30 +143,28 @@ def ffn_activations(layer: nn.Module, axes: Axes, mid_RLD: Tensor) -> Tensor:
 def add_ffn(layer: nn.Module, axes: Axes, mid_RLD: Tensor, activations_RLF: Tensor) -> Tensor:
     """The layer's output, from the stream after attention and the FFN's activations."""
     output_RLD = part(layer, f"{axes.ffn}.{axes.down}")(activations_RLF)
-    if axes.ffn_output_norm is not None:
-        output_RLD = part(layer, axes.ffn_output_norm)(output_RLD)
-    return mid_RLD + output_RLD
+    return _added(layer, axes.ffn_output_norm, mid_RLD, output_RLD)
 
 
 def run_ffn(layer: nn.Module, axes: Axes, mid_RLD: Tensor) -> Tensor:
     """The layer's output from the stream after attention, whatever its FFN is made of."""
     output_RLD = part(layer, axes.ffn)(part(layer, axes.ffn_input_norm)(mid_RLD))
-    if axes.ffn_output_norm is not None:
-        output_RLD = part(layer, axes.ffn_output_norm)(output_RLD)
-    return mid_RLD + output_RLD
+    return _added(layer, axes.ffn_output_norm, mid_RLD, output_RLD)
 
 
 def add_attention(layer: nn.Module, axes: Axes, hidden_RLD: Tensor, heads_RLA: Tensor) -> Tensor:
     """The stream after attention, from that before it and the heads' outputs side by side."""
     output_RLD = part(layer, f"{axes.attention}.{axes.output}")(heads_RLA)
-    if axes.attention_output_norm is not None:
-        output_RLD = part(layer, axes.attention_output_norm)(output_RLD)
-    return hidden_RLD + output_RLD
+    return _added(layer, axes.attention_output_norm, hidden_RLD, output_RLD)
+
+
+def _added(layer: nn.Module, norm: str | None, stream_RLD: Tensor, output_RLD: Tensor) -> Tensor:
+    return stream_RLD + (output_RLD if norm is None else part(layer, norm)(output_RLD))
 
 
 @contextmanager
 def inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Notes what a module reads at every call inside the block; nothing for None."""
+    """Record what a module reads at every call inside the block; nothing for None."""
     seen: list[Tensor] = []
 
     def note_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -193,3 +188,61 @@ def _forward_replaced(modules: Any, forward: Any) -> Iterator[None]:
     finally:
         for module in modules:
             del module.forward
+
+
+Stream = list[Tensor]
+"""The residual stream [R, L, D] of every batch, at one place of the model."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The calibration rows inside one model: batches, what its layers get, and how to run them."""
+
+    model: Any
+    axes: Axes
+    batches: Sequence[Batch]
+    inputs: Sequence[LayerInputs]
+    dtype: Any
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return decoder_layers(self.model)
+
+    def start(self) -> Stream:
+        return [one.hidden_RLD for one in self.inputs]
+
+    def tokens(self) -> int:
+        return sum(batch.input_ids_RL.numel() for batch in self.batches)
+
+    def after_attention(self, layer: nn.Module, index: int, stream: Stream) -> Stream:
+        """The stream of every batch between a layer's attention and its FFN."""
+        with products(self.model, self.dtype):
+            return [
+                after_attention(layer, self.axes, hidden_RLD, one.extras[index])
+                for hidden_RLD, one in zip(stream, self.inputs, strict=True)
+            ]
+
+    def after_ffn(self, layer: nn.Module, mids: Stream) -> Stream:
+        """The stream after the layer, from that between its attention and its FFN."""
+        axes = self.axes
+        with products(self.model, self.dtype):
+            if axes.experts is not None:
+                return [run_ffn(layer, axes, mid_RLD) for mid_RLD in mids]
+            return [
+                add_ffn(layer, axes, x_RLD, ffn_activations(layer, axes, x_RLD)) for x_RLD in mids
+            ]
+
+    @torch.no_grad()
+    def after_layer(self, index: int, stream: Stream) -> Stream:
+        with products(self.model, self.dtype):
+            return [
+                run_layer(self.layers[index], hidden_RLD, one.extras[index])
+                for hidden_RLD, one in zip(stream, self.inputs, strict=True)
+            ]
+
+    def rows(self, stream: Stream) -> list[Tensor]:
+        """The counted rows of every batch, [N, D] each, float32."""
+        return [
+            values[batch.counted_RL].float()
+            for values, batch in zip(stream, self.batches, strict=True)
+        ]

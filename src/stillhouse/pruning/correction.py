@@ -1,4 +1,4 @@
-"""How much of the stream's error a projection undoes: what rows kept aside confirm.
+"""How much of the stream's error a projection or a gain undoes, confirmed by rows kept aside.
 
 With the activations a (N × F) that a projection W reads, and the error E (N × D) of the stream
 behind it,
@@ -6,13 +6,23 @@ behind it,
     Δ = Eᵀ a (aᵀ a + λI)⁻¹        (ridge least squares; λ in units of the mean energy of a)
 
 undoes what a change of W can undo on these rows. On other rows it undoes less, or does harm: there
-are as many unknowns as some thousand rows can just tell. So a part of the rows is kept aside. On
-them the squared error of W + μΔ is a parabola of μ, with its least value at
+are almost as many unknowns as some thousand rows can determine. So a part of the rows is kept
+aside. On them the squared error of W + μΔ is a parabola of μ, with its minimum at
 
     μ = ⟨aΔᵀ, E⟩ / ‖aΔᵀ‖²
 
-which is taken for the Δ of all rows, up to one half: the layers behind have their own say, and
-what squared error calls undone is not what their answers miss. So is the λ that undoes more.
+which is used for the Δ of all rows, up to one half: later layers respond too, and not all that
+squared error calls undone is what their outputs miss. So is the λ that undoes more.
+
+A norm behind a block, or the router's weights before its experts, hide the block's projections from
+a refit to the stream, but not the gain of its output, channel by channel: with y (N × D) what a
+block adds to the stream, and E what the stream lacks after it,
+
+    g_d = 1 + μ ⟨y_d, E_d⟩ / ‖y_d‖²
+
+is least squares with one unknown per channel. SmolLM2-135M with 26 of its 30 layers, projections
+refit only to their own output on 16,384 tokens, costs KL 0.607; with gains 0.539, with up to all of
+them 0.583.
 """
 
 from __future__ import annotations
@@ -20,25 +30,26 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.ffn import Moments, inverse_moments
+from stillhouse.pruning.surgery import set_parameter
 
 NOISES = (0.3, 3.0)
 """λ = noise · F / N, best where what activations explain of the error is 1/noise of the rest. The
-second suits a cut FFN: of 10⁻⁴ to 3, in SmolLM2's (F = 1,536) λ = 0.3 undid most on rows kept aside
-of 16,000, and 0.1 of 48,000. The first is for errors that activations explain better."""
+second is for a cut FFN: of 10⁻⁴ to 3, in SmolLM2's (F = 1,536) λ = 0.3 undid most on rows kept
+aside of 16,000, and 0.1 of 48,000. The first is for errors that activations explain better."""
 
 LARGEST_SHARE = 0.5
-"""The most of Δ that is taken. SmolLM2-135M before any training, up to one half against up to all:
+"""The largest share of Δ. SmolLM2-135M before any training, up to one half against up to all:
 6 of 9 heads and FFN 1,152, KL 0.475 against 0.517 with 16,384 tokens, 0.415 against 0.751 with
 49,152; FFN 1,024 with as many, 0.339 against 0.340."""
 
-JUDGES = 8
-"""One row of so many is kept aside: the last ones of every batch, which are whole windows of it."""
+KEPT_ASIDE = 8
+"""One of this many rows is kept aside: the last ones of every batch, which are whole windows."""
 
-
-Judged = tuple[Tensor, Tensor | None, Tensor]
+AsideRows = tuple[Tensor, Tensor | None, Tensor]
 """Activations [n, F], error [n, D] and weights [n] of rows kept aside."""
 
 
@@ -50,35 +61,28 @@ class Evidence:
     ) -> None:
         self.moments = Moments.zeros(width, hidden, device, absolute=absolute)
         self._fitted = 0
-        self._judges: list[Judged] = []
+        self._aside: list[AsideRows] = []
 
     def add(self, activations_NF: Tensor, error_ND: Tensor | None, weight_N: Tensor) -> None:
         """error_ND: None where a change of this projection cannot undo it."""
-        fitted = len(activations_NF) - len(activations_NF) // JUDGES
-        rows, others = slice(fitted), slice(fitted, None)
+        fitted = len(activations_NF) - len(activations_NF) // KEPT_ASIDE
         self._fitted += fitted
-        self.moments.add(
-            activations_NF[rows], None if error_ND is None else error_ND[rows], weight_N[rows]
-        )
-        self._judges.append(
-            (
-                activations_NF[others].clone(),
-                None if error_ND is None else error_ND[others].clone(),
-                weight_N[others],
-            )
-        )
+        error = None if error_ND is None else error_ND[:fitted]
+        self.moments.add(activations_NF[:fitted], error, weight_N[:fitted])
+        error = None if error_ND is None else error_ND[fitted:].clone()
+        self._aside.append((activations_NF[fitted:].clone(), error, weight_N[fitted:]))
 
     def finish(self) -> tuple[Moments, Tensor]:
         """The moments of all rows, and the change [D, F] that the rows kept aside confirm."""
-        judges, self._judges = self._judges, []
+        aside, self._aside = self._aside, []
         per_row = len(self.moments.C_FF) / max(1, self._fitted)
         found = [
-            (noise, *_confirmed(least_squares_change(self.moments, noise * per_row), judges))
+            (noise, *_confirmed(least_squares_change(self.moments, noise * per_row), aside))
             for noise in NOISES
-            if any(len(weight_N) and error_ND is not None for _, error_ND, weight_N in judges)
+            if any(len(weight_N) and error_ND is not None for _, error_ND, weight_N in aside)
         ]
         rows = self._fitted
-        for activations_NF, error_ND, weight_N in judges:
+        for activations_NF, error_ND, weight_N in aside:
             self.moments.add(activations_NF, error_ND, weight_N)
             rows += len(weight_N)
         noise, share, gain = max(found, key=lambda one: one[2], default=(0.0, 0.0, 0.0))
@@ -88,11 +92,11 @@ class Evidence:
         return self.moments, share * least_squares_change(self.moments, ridge)
 
 
-def _confirmed(change_DF: Tensor, judges: Sequence[Judged]) -> tuple[float, float]:
+def _confirmed(change_DF: Tensor, aside: Sequence[AsideRows]) -> tuple[float, float]:
     """μ, and by how much it lowers the squared error on these rows."""
 
     def rows() -> Iterator[tuple[Tensor, Tensor]]:
-        for activations_NF, error_ND, weight_N in judges:
+        for activations_NF, error_ND, weight_N in aside:
             assert error_ND is not None
             undone_ND = (activations_NF @ change_DF.T) * weight_N[:, None]
             yield undone_ND, error_ND * weight_N[:, None]
@@ -114,3 +118,38 @@ def confirmed_share(rows: Iterable[tuple[Tensor, Tensor]]) -> tuple[float, float
 def least_squares_change(moments: Moments, ridge: float) -> Tensor:
     """Δ [D, F]; ridge: λ."""
     return (moments.B_DF / moments.unit) @ inverse_moments(moments, ridge)
+
+
+Rows = tuple[Tensor, Tensor]
+"""What a block wrote and what the stream lacks after it, [N, D] each, rows already weighted."""
+
+
+def channel_gains(batches: Sequence[Rows]) -> Tensor:
+    """g [D]; ones where the rows kept aside do not confirm it."""
+    fitted, aside = [], []
+    for wrote_ND, lacking_ND in batches:
+        border = len(wrote_ND) - len(wrote_ND) // KEPT_ASIDE
+        fitted.append((wrote_ND[:border], lacking_ND[:border]))
+        aside.append((wrote_ND[border:], lacking_ND[border:]))
+    change_D = _best_change(fitted)
+    share, _ = confirmed_share((wrote_ND * change_D, lacking_ND) for wrote_ND, lacking_ND in aside)
+    return 1 + share * _best_change(batches)
+
+
+def _best_change(batches: Sequence[Rows]) -> Tensor:
+    dots = [(wrote_ND * lacking_ND).sum(0) for wrote_ND, lacking_ND in batches]
+    energies = [wrote_ND.square().sum(0) for wrote_ND, _ in batches]
+    dots_D, energy_D = torch.stack(dots).sum(0), torch.stack(energies).sum(0)
+    # A channel that the block does not write to has no gain.
+    return torch.where(energy_D > 0, dots_D / energy_D, 0.0)
+
+
+def scale_ffn_output(layer: nn.Module, axes: Axes, gain_D: Tensor) -> None:
+    """Multiply what an FFN adds to the stream: in the norm behind it, or in its experts."""
+    if axes.ffn_output_norm is not None:
+        norm, offset = part(layer, axes.ffn_output_norm), axes.norm_offset
+        set_parameter(norm, "weight", (norm.weight + offset) * gain_D - offset)
+    else:
+        assert axes.experts is not None
+        experts, name = part(layer, f"{axes.ffn}.{axes.experts.experts}"), axes.experts.down
+        set_parameter(experts, name, getattr(experts, name) * gain_D[:, None])

@@ -1,4 +1,4 @@
-"""Chooses layers to drop by what the output distribution loses without each.
+"""Choose layers to drop by what the output distribution loses without each.
 
 Shapes: R windows of a batch, L tokens, N counted positions, D hidden width, V vocabulary.
 """
@@ -20,8 +20,8 @@ from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.backbone import lm_head
 
 HELD = 8
-"""Layers whose trials are judged together, against logits of the full model computed once. Their
-rows are all in memory till then: of all layers of a large model, they would weigh as a layer."""
+"""Layers whose trials are measured together, against logits of the full model computed once. Their
+rows are in memory until then: of all layers of a large model, they would weigh as a layer."""
 
 SHORTLIST = 8
 """Layers tried again in each round after the first: those that cost least so far."""
@@ -31,7 +31,7 @@ SHORTLIST = 8
 class DepthChoice:
     """kept: layer numbers, ascending. dropped: in the order they went, with the KL after each.
 
-    single_kl: KL(full ‖ without that layer alone) in nats a token, by layer; empty where the order
+    single_kl: KL(full ‖ without that layer alone) in nats/token, by layer; empty where the order
     came from scores.
     """
 
@@ -49,11 +49,11 @@ def choose_layers(
     scores: Sequence[float] | None = None,
     most_kl: float = math.inf,
 ) -> DepthChoice:
-    """Drops one layer at a time, each time the one whose loss costs least KL to the full model.
+    """Drop one layer at a time, each time the one whose loss costs least KL to the full model.
 
     The first round tries every layer; later ones the SHORTLIST cheapest by their last trial.
-    scores: what each layer is worth (see `layer_scores`): the least goes first, and nothing is
-    tried but what has gone. Ends early once the KL is above most_kl.
+    scores: the importance of each layer (see `layer_scores`): the least goes first, and only what
+    has gone is tried. Ends early once the KL is above most_kl.
     """
     total = len(decoder_layers(model))
     if scores is not None:
@@ -113,8 +113,7 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 @torch.no_grad()
 def layer_scores(model: Any, batches: Sequence[Batch], by: str) -> list[float]:
     """What each layer does to the stream, by `SCORES[by]`, averaged over the counted rows; little
-    means redundant.
-    """
+    means redundant."""
     layers = decoder_layers(model)
     sums = [0.0] * len(layers)
     rows = 0
@@ -132,7 +131,7 @@ def layer_scores(model: Any, batches: Sequence[Batch], by: str) -> list[float]:
 
 
 class _Scorer:
-    """Holds the calibration rows, and the full model's answer to them."""
+    """Holds the calibration rows, and the full model's output on them."""
 
     def __init__(self, model: Any, batches: Sequence[Batch]) -> None:
         self.layers = decoder_layers(model)
@@ -167,7 +166,7 @@ class _Scorer:
         return {index: value / counted for index, value in sums.items()}
 
     def _add_kl(self, sums: dict[int, float], full_ND: Tensor, rows: dict[int, Tensor]) -> None:
-        """Adds what each of `rows` loses to its sum, and empties `rows`."""
+        """Add what each of `rows` loses to its sum, and empty `rows`."""
         found = summed_kl(self.head, full_ND, list(rows.values()))
         for index, value in zip(rows, found, strict=True):
             sums[index] += value

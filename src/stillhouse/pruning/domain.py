@@ -1,7 +1,7 @@
 """Whether the calibration text is of the domain that the student will be measured on.
 
 A model that is pruned on one kind of text keeps what that kind needs. The full model's perplexity
-tells the two kinds apart, and so does the pruned model's KL, on text of either that it did not see.
+distinguishes the two kinds, and so does the pruned model's KL, on unseen text of either.
 
 Shapes: R windows of a batch, L tokens, N counted rows, D hidden width.
 """
@@ -24,10 +24,10 @@ from stillhouse.teachers.backbone import hidden_states, lm_head
 
 TOKENS = 2048
 FOREIGN = 2.0
-"""Times that the full model's perplexity on one text is that on the other, or the pruned model's KL
-on the held-out text that on text like the calibration text, to be called foreign."""
+"""Ratio of the full model's perplexities on both texts, or of the pruned model's KL on the held-out
+text to that on text like the calibration text, from which on one text is called foreign."""
 LEAST_KL = 0.01
-"""Nats a token below which a cut costs too little for its ratio to mean anything."""
+"""Nats/token below which a cut costs too little for the ratio to mean anything."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Domain:
-    """The full model's perplexities; heldout_kl: KL(full ‖ pruned) in nats a token, or None;
+    """The full model's perplexities; heldout_kl: KL(full ‖ pruned) in nats/token, or None;
     unseen_kl: on training text that was not calibrated on, None where there is none."""
 
     calibration_perplexity: float
@@ -49,16 +49,16 @@ class Domain:
     unseen_kl: float | None = None
 
     def warning(self) -> str | None:
-        """What to say where calibration and held-out text are of different domains."""
+        """A warning where calibration and held-out text are of different domains."""
         both = (self.calibration_perplexity, self.heldout_perplexity)
         kl, own = self.heldout_kl, self.unseen_kl
         if max(both) < FOREIGN * min(both):
             if kl is None or own is None or kl < max(FOREIGN * own, LEAST_KL):
                 return None
             return (
-                f"the cut costs KL {own:.3f} on text like the calibration text that it did not "
-                f"see, and {kl:.3f} on the held-out text: that seems to be of another domain. Add "
-                "training text of that domain"
+                f"the cut costs KL {own:.3f} on text like the calibration text, and {kl:.3f} on "
+                "the held-out text, which seems to be of another domain. Add training text of that "
+                "domain"
             )
         cost = "" if kl is None else f"; on the latter the cut costs KL {kl:.3f}"
         return (
@@ -70,7 +70,7 @@ class Domain:
 
 @torch.no_grad()
 def read_text(model: Any, windows: WindowSet, seed: int, dtype: torch.dtype) -> Reading:
-    """Runs the model over about TOKENS tokens."""
+    """Run the model over about TOKENS tokens."""
     batches = calibration_batches(windows, TOKENS, seed, model.device)
     head, rows, loss, count = lm_head(model), [], 0.0, 0
     with products(model, dtype):

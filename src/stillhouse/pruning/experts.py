@@ -1,4 +1,4 @@
-"""Mixtures of experts: which experts stay, and narrower ones.
+"""Mixtures of experts: which experts stay, and narrower experts.
 
 Shapes: N rows of the stream, E experts, D hidden width, F width of an expert, K kept.
 """
@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.pruning.axes import Axes, part
-from stillhouse.pruning.ffn import (
-    Moments,
-    Ranking,
-    activation_scores,
-    best,
-    refit_and_remove,
-    refit_to,
-)
+from stillhouse.pruning.ffn import Moments, Ranking, best, choose_and_refit
 from stillhouse.pruning.surgery import set_parameter
 
 
@@ -48,8 +41,8 @@ def best_experts(
 ) -> Tensor:
     """The `keep` experts that add most to the stream, ascending: Σ of router weight × ‖output‖.
 
-    (Lasby et al. 2025, REAP, arXiv 2510.13999, averages over the rows of an expert instead; the
-    sum also counts how often it is asked.) mids: rows [N, D]; weights: one number a row.
+    (Lasby et al. 2025, REAP, arXiv 2510.13999, averages over the rows of an expert instead; the sum
+    also counts how often it is chosen.) mids: rows [N, D]; weights: one number per row.
     """
     mixture = _Mixture(layer, axes)
     score_E = torch.zeros(len(mixture.down_EDF), device=mixture.down_EDF.device)
@@ -58,7 +51,7 @@ def best_experts(
             rows_n, activations_nF, share_n = mixture.routed(mid_ND, expert)
             length_n = (activations_nF @ mixture.down_EDF[expert].T).norm(dim=-1)
             score_E[expert] += (share_n * length_n * weight_N[rows_n]).sum()
-    return score_E.topk(keep).indices.sort().values
+    return best(score_E, keep)
 
 
 def narrow_experts(
@@ -70,9 +63,9 @@ def narrow_experts(
     reconstruct: bool,
     ranking: Ranking,
 ) -> None:
-    """Cuts every expert to `keep` neurons by the rows that go to it, each refit to its own output.
+    """Cut every expert to `keep` neurons by the rows that go to it, each refit to its own output.
 
-    As for a plain FFN (see ffn.py), rows also weighted by the router. No ranking by gradients.
+    As for a plain FFN (see ffn.py), with rows also weighted by the router; not by gradients.
     """
     mean = ranking.aggregation == "mean"
     mixture = _Mixture(layer, axes)
@@ -84,11 +77,7 @@ def narrow_experts(
         for mid_ND, weight_N in zip(mids, weights, strict=True):
             rows_n, activations_nF, share_n = mixture.routed(mid_ND, expert)
             moments.add(activations_nF, None, share_n * weight_N[rows_n])
-        if reconstruct and ranking.by == "refit":
-            kept_K, down_DK = refit_and_remove(down_DF, moments, keep)
-        else:
-            kept_K = best(activation_scores(moments, down_DF), keep)
-            down_DK = refit_to(down_DF, moments, kept_K) if reconstruct else down_DF[:, kept_K]
+        kept_K, down_DK = choose_and_refit(down_DF, moments, keep, ranking, reconstruct)
         downs.append(down_DK)
         gate_ups.append(mixture.gate_up_EOD[expert][torch.cat([kept_K, kept_K + width])])
     set_parameter(mixture.experts, mixture.names.gate_up, torch.stack(gate_ups))

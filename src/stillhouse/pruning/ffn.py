@@ -1,6 +1,6 @@
-"""Removes FFN neurons, and refits the down projection so that the others make up for them.
+"""Remove FFN neurons, and refit the down projection so that the others make up for them.
 
-With activations a (N × F, already cut streams feed them) and down projection W (D × F):
+With activations a (N × F, fed by streams that are cut already) and down projection W (D × F):
 
     C = aᵀ a + λ·mean(diag(aᵀ a))·I
 
@@ -35,7 +35,7 @@ SYMMETRIC_BLOCKS = 4
 
 @dataclass(frozen=True)
 class Ranking:
-    """by: refit (what the loss costs after the best refit of the rest), activations, gradients.
+    """by: refit (the cost of the loss after the best refit of the rest), activations, gradients.
 
     aggregation: of activations over rows, where they decide. fisher: where gradients do.
     """
@@ -52,7 +52,7 @@ class Moments:
     C_FF: Tensor
     B_DF: Tensor
     absolute_F: Tensor | None = None
-    """Σ |a|, where it is asked for."""
+    """Σ |a|, where it is needed."""
 
     @classmethod
     def zeros(
@@ -65,9 +65,9 @@ class Moments:
         )
 
     def add(self, activations_NF: Tensor, error_ND: Tensor | None, weight_N: Tensor) -> None:
-        """Adds rows; each row's squared error counts weight² times."""
+        """Add rows; each row's squared error counts weight² times."""
         weighted_NF = activations_NF * weight_N[:, None]
-        # C is symmetric: blocks on and above the diagonal do, at 5/8 of the work.
+        # C is symmetric: blocks on and above the diagonal suffice, at 5/8 of the work.
         width = -(-len(self.C_FF) // SYMMETRIC_BLOCKS)
         for start in range(0, len(self.C_FF), width):
             block = slice(start, start + width)
@@ -84,7 +84,7 @@ class Moments:
         return torch.where(energy > 0, energy, 1.0)
 
     def symmetric(self) -> Tensor:
-        """C whole: what was added lies on and above the diagonal."""
+        """The whole of C: what was added is on and above the diagonal."""
         whole_FF = self.C_FF.triu()
         width = -(-len(whole_FF) // SYMMETRIC_BLOCKS)
         for start in range(0, len(whole_FF), width):
@@ -103,18 +103,12 @@ def activation_scores(moments: Moments, down_DF: Tensor) -> Tensor:
 
 
 def best(score_F: Tensor, keep: int) -> Tensor:
-    """The `keep` parts of the highest score, ascending, [K]."""
+    """The `keep` parts with the highest scores, ascending, [K]."""
     return score_F.topk(keep).indices.sort().values
 
 
-def refit_to(
-    down_DF: Tensor,
-    moments: Moments,
-    kept_K: Tensor,
-    *,
-    ridge: float = RIDGE,
-) -> Tensor:
-    """The down projection [D, K] of these neurons, refit so that they do what all of them did."""
+def refit_to(down_DF: Tensor, moments: Moments, kept_K: Tensor, *, ridge: float = RIDGE) -> Tensor:
+    """The down projection [D, K] of these neurons, refit to the output of all of them."""
     stays = torch.zeros(down_DF.shape[1], dtype=torch.bool, device=down_DF.device)
     stays[kept_K] = True
     if stays.all():
@@ -146,6 +140,22 @@ def refit_and_remove(
     return alive, weight
 
 
+def choose_and_refit(
+    down_DF: Tensor,
+    moments: Moments,
+    keep: int,
+    ranking: Ranking,
+    reconstruct: bool,
+    score_F: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The neurons that `ranking` keeps [K], ascending, and their down projection [D, K], refit with
+    `reconstruct`. score_F: in place of that of the activations."""
+    if reconstruct and ranking.by == "refit":
+        return refit_and_remove(down_DF, moments, keep)
+    kept_K = best(activation_scores(moments, down_DF) if score_F is None else score_F, keep)
+    return kept_K, refit_to(down_DF, moments, kept_K) if reconstruct else down_DF[:, kept_K]
+
+
 def inverse_moments(moments: Moments, ridge: float) -> Tensor:
     """C⁻¹ [F, F] in units of the mean activation energy: nothing depends on their scale."""
     return regularized_inverse(moments.symmetric().div_(moments.unit), ridge)
@@ -156,7 +166,7 @@ def without_columns(
 ) -> tuple[Tensor, Tensor]:
     """W and C⁻¹ after the columns `removed` went and the columns `stays` (a mask) were refit.
 
-    The inverse given is used up: of a wide FFN each such matrix has a layer's size.
+    The given inverse is overwritten: for a wide FFN each such matrix has a layer's size.
     """
     rows_QF = inverse[removed]
     solved_QF = torch.linalg.solve(rows_QF[:, removed], rows_QF)
@@ -169,10 +179,8 @@ def without_columns(
 
 
 def regularized_inverse(C_FF: Tensor, ridge: float) -> Tensor:
-    """(C + ridge·I)⁻¹, in the memory of C.
-
-    The ridge grows until rounding no longer makes the sum indefinite.
-    """
+    """(C + ridge·I)⁻¹, in the memory of C. The ridge grows until rounding no longer makes the sum
+    indefinite."""
     added = 0.0
     while True:
         C_FF.diagonal().add_(ridge - added)

@@ -1,4 +1,4 @@
-"""What each part of a model is worth by gradients: the Fisher information of masks.
+"""The importance of each part of a model by gradients: the Fisher information of masks.
 
 Every part (a neuron, a head, a channel of the stream, a layer) is multiplied by a mask that is 1.
 Moving masks z away from 1 changes the output by
@@ -9,7 +9,7 @@ with y drawn from the model itself: at the model, the KL's own gradient is zero,
 is F. The diagonal ranks parts (Molchanov et al. 2019, arXiv 1906.10771, with the data's labels;
 Kwon et al. 2022, arXiv 2204.09656, for masks). Labels of different positions are drawn
 independently, so the square of a window's summed gradient has the positions' summed squares as its
-expectation, and one backward pass a batch is enough.
+expectation, and one backward pass per batch suffices.
 
 Shapes: R windows, L tokens, N rows, F FFN width, H heads, D hidden width, V vocabulary.
 """
@@ -42,10 +42,10 @@ BATCH_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Fisher:
-    """Diagonal Fisher information of masks, a token: ½ of it is about the KL of losing the part.
+    """Diagonal Fisher information of masks per token: ½ of it is about the KL of losing the part.
 
-    neurons: [F] a layer; heads: [H] a layer; channels: [D]; layers: [number of layers]. A kind that
-    was not asked for is empty.
+    neurons: [F] per layer; heads: [H] per layer; channels: [D]; layers: [number of layers]. Empty
+    for other kinds than those requested.
     """
 
     neurons: tuple[Tensor, ...]
@@ -65,7 +65,7 @@ def mask_fisher(
 ) -> Fisher:
     """Fisher information of the masks of these kinds, over the counted rows of the batches.
 
-    The model's weights are left alone. Neurons are those of plain FFNs.
+    The model's weights do not change. Neurons are those of plain FFNs.
     """
     generator = torch.Generator(device=model.device).manual_seed(seed)
     totals: dict[str, list[Tensor]] = {}
@@ -73,21 +73,19 @@ def mask_fisher(
     tokens = sum(batch.input_ids_RL.numel() for batch in batches)
     with bar("Gradients", tokens) as advance:
         for batch in batches:
-            masks = _ones(model, axes, len(batch.input_ids_RL), kinds)
+            masks = _ones(model, len(batch.input_ids_RL), kinds)
             with torch.enable_grad(), _masked(model, axes, masks), products(model, dtype):
                 rows_ND = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
                 rows_ND = rows_ND[batch.counted_RL]
             rows += len(rows_ND)
             with torch.enable_grad():
                 loss = log_loss_of_draws(model, rows_ND, generator, dtype)
-            wanted = [mask for values in masks.values() for mask in values]
-            found = iter(torch.autograd.grad(loss, wanted))
+            flat = [mask for values in masks.values() for mask in values]
+            found = iter(torch.autograd.grad(loss, flat))
             for kind, values in masks.items():
                 squares = [next(found).square().sum((0, 1)) for _ in values]
                 old = totals.get(kind)
-                totals[kind] = (
-                    squares if old is None else [a + b for a, b in zip(old, squares, strict=True)]
-                )
+                totals[kind] = squares if old is None else list(map(torch.add, old, squares))
             advance(batch.input_ids_RL.numel())
     nothing = torch.zeros(0, device=model.device)
     mean = {kind: [value / max(rows, 1) for value in values] for kind, values in totals.items()}
@@ -105,40 +103,32 @@ def log_loss_of_draws(
     """-Σ log p(y), y drawn from the model's own distribution at every row."""
     head = lm_head(model)
     with torch.no_grad():
-        drawn = [
-            torch.multinomial(
-                head_logits(head, rows_ND[start : start + CHUNK].float()).softmax(-1),
-                1,
-                generator=generator,
-            )[:, 0]
-            for start in range(0, len(rows_ND), CHUNK)
-        ]
-    term = Term("cross_entropy")
-    targets_N = torch.cat(drawn)
-    return fused_loss(rows_ND, head, (term,), targets_N=targets_N, compute_dtype=dtype).total
+        chunks = (head_logits(head, rows_nD.float()) for rows_nD in rows_ND.split(CHUNK))
+        drawn = [torch.multinomial(c.softmax(-1), 1, generator=generator)[:, 0] for c in chunks]
+    terms, targets_N = (Term("cross_entropy"),), torch.cat(drawn)
+    return fused_loss(rows_ND, head, terms, targets_N=targets_N, compute_dtype=dtype).total
 
 
-def _ones(model: Any, axes: Axes, windows: int, kinds: Sequence[Part]) -> dict[str, list[Tensor]]:
-    """Masks [R, 1, size], one set a window, so that each window has a gradient of its own."""
+def _ones(model: Any, windows: int, kinds: Sequence[Part]) -> dict[str, list[Tensor]]:
+    """Masks [R, 1, size], one set per window, so that each window has its own gradient."""
     sizes = sizes_of(model.config)
-    lengths = {
-        "neurons": (sizes.ffn_size, sizes.layers),
-        "heads": (sizes.heads, sizes.layers),
-        "channels": (sizes.hidden_size, 1),
-        "layers": (1, sizes.layers),
+    shapes = {
+        "neurons": (sizes.layers, sizes.ffn_size),
+        "heads": (sizes.layers, sizes.heads),
+        "channels": (1, sizes.hidden_size),
+        "layers": (sizes.layers, 1),
     }
-    return {
-        kind: [
-            torch.ones(windows, 1, lengths[kind][0], device=model.device, requires_grad=True)
-            for _ in range(lengths[kind][1])
-        ]
-        for kind in kinds
-    }
+
+    def ones(count: int, size: int) -> list[Tensor]:
+        shape = (windows, 1, size)
+        return [torch.ones(shape, device=model.device, requires_grad=True) for _ in range(count)]
+
+    return {kind: ones(*shapes[kind]) for kind in kinds}
 
 
 @contextmanager
 def _masked(model: Any, axes: Axes, masks: dict[str, list[Tensor]]) -> Iterator[None]:
-    """Multiplies every part by its mask for as long as the block lasts."""
+    """Multiply every part by its mask inside the block."""
     with ExitStack() as stack:
 
         def hook(module: nn.Module, change: Callable[..., Any], *, before: bool) -> None:
@@ -155,10 +145,8 @@ def _masked(model: Any, axes: Axes, masks: dict[str, list[Tensor]]) -> Iterator[
             if "layers" in masks:
                 hook(layer, _times_added(masks["layers"][number]), before=False)
             if "channels" in masks:
-                for name in (
-                    axes.attention_output_norm or axes.attention,
-                    axes.ffn_output_norm or axes.ffn,
-                ):
+                attention = axes.attention_output_norm or axes.attention
+                for name in (attention, axes.ffn_output_norm or axes.ffn):
                     hook(part(layer, name), _times_output(masks["channels"][0]), before=False)
         if "channels" in masks:
             # Each writer's share of the stream is masked once, and so is their sum.
@@ -168,7 +156,7 @@ def _masked(model: Any, axes: Axes, masks: dict[str, list[Tensor]]) -> Iterator[
 
 
 def _times_input(mask_R1P: Tensor) -> Callable[..., Any]:
-    """The input's last dimension in as many equal parts as the mask has values."""
+    """Multiply the input's last dimension, in as many equal parts as the mask has values."""
 
     def change(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         each = args[0].shape[-1] // mask_R1P.shape[-1]
@@ -187,7 +175,7 @@ def _times_output(mask_R1D: Tensor) -> Callable[..., Any]:
 
 
 def _times_added(mask_R11: Tensor) -> Callable[..., Any]:
-    """What a layer adds to the stream, masked."""
+    """Multiply what a layer adds to the stream."""
 
     def change(_: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         after = output[0] if isinstance(output, tuple) else output

@@ -1,12 +1,12 @@
-"""Removes query heads and key-value groups, and refits the output projection to what is left.
+"""Remove query heads and key-value groups, and refit the output projection to what is left.
 
 The output projection W (D × A, A = heads × head_dim) reads the heads side by side, so a head is a
-block of head_dim columns, and a group a block of heads. As for FFN neurons (see ffn.py), with
-C = aᵀa + λI, losing the block Q costs, with the best refit of the rest,
+block of head_dim columns, and a group a block of heads. As for FFN neurons (see ffn.py), with C =
+aᵀa + λI, losing the block Q costs, with the best refit of the rest,
 
     tr(W_Q (C⁻¹_QQ)⁻¹ W_Qᵀ)
 
-First whole groups go, then the cheapest heads one by one, until each group has as many as asked.
+First whole groups go, then the cheapest heads one by one, until each group has its new size.
 
 Shapes: A attention width, D hidden width, Q columns of a block.
 """
@@ -70,7 +70,7 @@ def refit_and_remove_heads(
 
 
 def heads_by_score(score_H: Tensor, before: Grouping, groups: int, share: int) -> tuple[int, ...]:
-    """The heads of the highest score, ascending; a group is worth what its heads are together."""
+    """The heads with the highest scores, ascending; a group's score is its heads' sum."""
 
     def cost(heads: Sequence[int]) -> float:
         return score_H[list(heads)].sum().item()
@@ -80,7 +80,7 @@ def heads_by_score(score_H: Tensor, before: Grouping, groups: int, share: int) -
 
 
 def _order(before: Grouping, groups: int, share: int, cost: Cost) -> Iterator[list[int]]:
-    """Yields the next block of heads to remove; costs are asked anew after each."""
+    """Yield the next block of heads to remove; costs are computed anew after each."""
     members = {
         group: list(range(group * before.share, (group + 1) * before.share))
         for group in range(before.groups)

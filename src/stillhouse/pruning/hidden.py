@@ -1,15 +1,15 @@
-"""Narrows the residual stream: which channels or directions stay, and how they are read then.
+"""Narrow the residual stream: which channels or directions stay, and how they are read then.
 
 The stream x (D) becomes Mᵀx (H). M holds H columns of the identity (channels), or the H leading
 eigenvectors of the stream's second moments (rotation: Ashkboos et al. 2024, SliceGPT, arXiv
 2401.15024, with one M for the whole model, so that the skip connections need none of their own).
 
-A reader W of the stream sees y = x / rms(x) through a norm's gain g. In the narrow model it sees
-z = Mᵀx / rms(Mᵀx), so the best it can do is to guess y from z by least squares, y ≈ A z:
+A reader W of the stream sees y = x / rms(x) through a norm's gain g. In the narrow model it sees z
+= Mᵀx / rms(Mᵀx), so its best estimate of y is by least squares, y ≈ A z:
 
     A = c M + μ·R,     R = (Y - Z cMᵀ)ᵀ Z (ZᵀZ + λ·mean(diag ZᵀZ)·I)⁻¹,     W' = W diag(g) A / g'
 
-c, one number a norm, makes up for the rms over fewer channels. The new gain g' is c·g of the kept
+c, one number per norm, makes up for the rms over fewer channels. The new gain g' is c·g of the kept
 channels, or 1 after a rotation, which cannot pass a gain by channel. With M square and nothing cut,
 c = 1 and R = 0: the rotated model computes what the model did.
 
@@ -26,16 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.pruning.axes import Axes, part
-from stillhouse.pruning.ffn import RIDGE, Moments, refit_and_remove, regularized_inverse
+from stillhouse.pruning.calibrate import Stream, Streams
+from stillhouse.pruning.ffn import RIDGE, Moments, best, refit_and_remove, regularized_inverse
 from stillhouse.pruning.offload import release
-from stillhouse.pruning.streams import Stream, Streams
 from stillhouse.pruning.surgery import set_parameter, set_weight
 
 CORRECTION = 1.0
-"""μ: share of the guess of the removed channels that the readers are given."""
+"""μ: share of the estimate of the removed channels that the readers get."""
 
 BLOCK = 4096
-"""Rows of a weight that are worked on at once: a large vocabulary's head is as wide as a layer."""
+"""Rows of a weight that are processed at once: a large vocabulary's head is as wide as a layer."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def channels(kept_H: Tensor, hidden: int) -> Basis:
 @dataclass
 class StreamMoments:
     """Of all norms' inputs, each row divided by its rms: C = Σ yᵀy. G = Σ of the readers' WᵀW,
-    each divided by the energy of its output, gains folded in."""
+    gains folded in, each divided by the energy of its output."""
 
     C_DD: Tensor
     G_DD: Tensor
@@ -92,23 +92,21 @@ def head_gram(weight_VD: Tensor) -> Tensor:
 def best_channels(
     moments: StreamMoments, keep: int, reconstruct: bool, score_D: Tensor | None = None
 ) -> Basis:
-    """The channels whose loss costs the readers least, with (or without) the best guess of them.
+    """The channels whose loss costs the readers least, with (or without) the best estimate of them.
 
-    score_D: what each is worth, in the place of that.
+    score_D: importance of each channel, instead.
     """
-    hidden = len(moments.C_DD)
-    if score_D is not None:
-        kept_H = score_D.topk(keep).indices.sort().values
-    elif reconstruct:
+    if score_D is None and reconstruct:
         # Only WᵀW of all readers matters, so a square root of G stands for their rows.
         values_D, vectors_DD = torch.linalg.eigh(moments.G_DD)
         root_DD = values_D.clamp_min(0).sqrt()[:, None] * vectors_DD.T
         C = Moments(moments.C_DD.triu(), torch.zeros_like(root_DD))
         kept_H, _ = refit_and_remove(root_DD, C, keep)
     else:
-        score_D = moments.C_DD.diagonal() * moments.G_DD.diagonal()
-        kept_H = score_D.topk(keep).indices.sort().values
-    return channels(kept_H, hidden)
+        if score_D is None:
+            score_D = moments.C_DD.diagonal() * moments.G_DD.diagonal()
+        kept_H = best(score_D, keep)
+    return channels(kept_H, len(moments.C_DD))
 
 
 def leading_directions(moments: StreamMoments, keep: int) -> Basis:
@@ -145,7 +143,8 @@ def ffn_readers(layer: nn.Module, axes: Axes) -> list[tuple[Any, str]]:
 
 
 def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor) -> StreamMoments:
-    """Moments of the full model's stream at every norm of the layers that stay, and the last one.
+    """Moments of the full model's stream at every norm of the layers that stay, and at the last
+    one.
 
     head_DD: see `head_gram`.
     """
@@ -183,8 +182,8 @@ def _scaled(G_DD: Tensor, norm: Any, axes: Axes) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Guess:
-    """y ≈ A z at one norm: scale is c; A_DH None when nothing was cut or no refit was asked."""
+class StreamFit:
+    """y ≈ A z at one norm: scale is c; A_DH None where nothing was cut or without a refit."""
 
     scale: float
     A_DH: Tensor | None
@@ -192,44 +191,44 @@ class Guess:
     YZ_DH: Tensor
 
 
-def guess(
+def fit_full_stream(
     streams: Streams, norm: Any, basis: Basis, full: Stream, cut: Stream, reconstruct: bool
-) -> Guess:
-    """Least squares of what `norm` makes of the full stream on what it makes of the narrow one."""
+) -> StreamFit:
+    """Least squares of `norm`'s output of the full stream on that of the narrow one."""
     D, H = basis.matrix_DH.shape
     ZZ_HH = torch.zeros(H, H, device=basis.matrix_DH.device)
     YZ_DH = torch.zeros(D, H, device=basis.matrix_DH.device)
     if basis.square:
-        return Guess(1.0, None, ZZ_HH, YZ_DH)
+        return StreamFit(1.0, None, ZZ_HH, YZ_DH)
     for x_ND, narrow_NH in zip(streams.rows(full), streams.rows(cut), strict=True):
         z_NH = unit_rows(norm, narrow_NH)
         ZZ_HH.addmm_(z_NH.T, z_NH)
         YZ_DH.addmm_(unit_rows(norm, x_ND).T, z_NH)
     scale = ((basis.matrix_DH * YZ_DH).sum() / ZZ_HH.trace().clamp_min(1e-12)).item()
     if not reconstruct:
-        return Guess(scale, None, ZZ_HH, YZ_DH)
+        return StreamFit(scale, None, ZZ_HH, YZ_DH)
     A_DH = scale * basis.matrix_DH
     unit = ZZ_HH.diagonal().mean().clamp_min(1e-12)
     inverse_HH = regularized_inverse(ZZ_HH / unit, RIDGE)
     A_DH = A_DH + CORRECTION * ((YZ_DH - A_DH @ ZZ_HH) / unit) @ inverse_HH
-    return Guess(scale, A_DH, ZZ_HH, YZ_DH)
+    return StreamFit(scale, A_DH, ZZ_HH, YZ_DH)
 
 
 def narrow_reader(
-    axes: Axes, norm: Any, readers: Sequence[tuple[Any, str]], basis: Basis, found: Guess
+    axes: Axes, norm: Any, readers: Sequence[tuple[Any, str]], basis: Basis, fit: StreamFit
 ) -> None:
-    """Cuts a norm's gain and the input side of the weights that read it."""
+    """Cut a norm's gain and the input side of the weights that read it."""
     old_D = gain(norm, axes)
     if basis.kept_H is None:
         new_H = torch.ones(basis.matrix_DH.shape[1], device=old_D.device)
     else:
-        new_H = found.scale * old_D[basis.kept_H]
+        new_H = fit.scale * old_D[basis.kept_H]
     for module, name in readers:
         weight = getattr(module, name)
-        if basis.kept_H is not None and found.A_DH is None:
+        if basis.kept_H is not None and fit.A_DH is None:
             narrow = weight[..., basis.kept_H]
         else:
-            A_DH = found.scale * basis.matrix_DH if found.A_DH is None else found.A_DH
+            A_DH = fit.scale * basis.matrix_DH if fit.A_DH is None else fit.A_DH
             narrow = weight.new_empty(*weight.shape[:-1], len(new_H))
             for rows, into in zip(weight.split(BLOCK), narrow.split(BLOCK), strict=True):
                 read = (rows * old_D) @ A_DH
@@ -244,7 +243,7 @@ def narrow_reader(
 
 
 def narrow_writer(linear: Any, basis: Basis) -> None:
-    """Cuts the output side of a projection that writes to the stream."""
+    """Cut the output side of a projection that writes to the stream."""
     set_weight(linear, basis.project(linear.weight.T).T)
     if linear.bias is not None:
         set_parameter(linear, "bias", basis.project(linear.bias))
@@ -259,10 +258,8 @@ def narrow_ffn_writer(layer: nn.Module, axes: Axes, basis: Basis) -> None:
         set_parameter(experts, axes.experts.down, basis.project(down.transpose(1, 2)).mT)
 
 
-def narrow_output_norm(
-    streams: Streams, norm: Any, basis: Basis, wrote: Stream, axes: Axes
-) -> None:
-    """Cuts a norm of a block's output, its gain scaled to make up for the rms over fewer."""
+def narrow_output_norm(streams: Streams, norm: Any, basis: Basis, wrote: Stream) -> None:
+    """Cut a norm of a block's output; its gain makes up for the rms over fewer channels."""
     assert basis.kept_H is not None, "a rotation cannot pass a norm of a block's output"
     both, own = 0.0, 1e-12
     for u_ND in streams.rows(wrote):
@@ -271,11 +268,12 @@ def narrow_output_norm(
         both += (y_NH * z_NH).sum().item()
         own += z_NH.square().sum().item()
     scale = 1.0 if basis.square else both / own
-    set_parameter(norm, "weight", scale * gain(norm, axes)[basis.kept_H] - axes.norm_offset)
+    new_H = scale * gain(norm, streams.axes)[basis.kept_H]
+    set_parameter(norm, "weight", new_H - streams.axes.norm_offset)
 
 
-def narrow_ends(model: Any, axes: Axes, basis: Basis, found: Guess, head_DD: Tensor) -> None:
-    """Cuts the embeddings, the last norm and the head. A rotation unties the head.
+def narrow_ends(model: Any, axes: Axes, basis: Basis, fit: StreamFit, head_DD: Tensor) -> None:
+    """Cut the embeddings, the last norm and the head. A rotation unties the head.
 
     A tied head cannot be refit alone, so the last norm's gain is: the d that brings the logits
     (less their mean) nearest, (Gₖₖ ∘ ZᵀZ) d = diag(Gₖ diag(g) YᵀZ), with G of `head_gram`.
@@ -288,18 +286,18 @@ def narrow_ends(model: Any, axes: Axes, basis: Basis, found: Guess, head_DD: Ten
     D, H = basis.matrix_DH.shape
     tied = head.weight is embedding.weight
     # Embeddings are multiplied by √H instead of √D from now on.
-    stretch = (D / H) ** 0.5 if axes.scaled_embeddings else 1.0
+    factor = (D / H) ** 0.5 if axes.scaled_embeddings else 1.0
     if tied and basis.kept_H is not None:
         old_D, kept_H = gain(norm, axes), basis.kept_H
-        new_H = found.scale * old_D[kept_H]
-        if found.A_DH is not None:
-            new_H = _best_gain(head_DD, old_D, kept_H, found, new_H)
-        set_parameter(norm, "weight", new_H / stretch - axes.norm_offset)
-        set_weight(head, basis.project(head.weight) * stretch)
+        new_H = fit.scale * old_D[kept_H]
+        if fit.A_DH is not None:
+            new_H = _best_gain(head_DD, old_D, kept_H, fit, new_H)
+        set_parameter(norm, "weight", new_H / factor - axes.norm_offset)
+        set_weight(head, basis.project(head.weight) * factor)
         embedding.weight = head.weight
     else:
-        narrow_embedding = basis.project(embedding.weight) * stretch
-        narrow_reader(axes, norm, [(head, "weight")], basis, found)
+        narrow_embedding = basis.project(embedding.weight) * factor
+        narrow_reader(axes, norm, [(head, "weight")], basis, fit)
         set_parameter(embedding, "weight", narrow_embedding)
         if tied:
             untie(model)
@@ -310,24 +308,24 @@ def narrow_ends(model: Any, axes: Axes, basis: Basis, found: Guess, head_DD: Ten
 
 
 def _best_gain(
-    head_DD: Tensor, old_D: Tensor, kept_H: Tensor, found: Guess, start_H: Tensor
+    head_DD: Tensor, old_D: Tensor, kept_H: Tensor, fit: StreamFit, start_H: Tensor
 ) -> Tensor:
     G_HD = head_DD[kept_H]
-    system_HH = G_HD[:, kept_H] * found.ZZ_HH
-    wanted_H = ((G_HD * old_D) * found.YZ_DH.T).sum(1)
+    system_HH = G_HD[:, kept_H] * fit.ZZ_HH
+    wanted_H = ((G_HD * old_D) * fit.YZ_DH.T).sum(1)
     unit = system_HH.diagonal().mean().clamp_min(1e-12)
     missing_H = (wanted_H - system_HH @ start_H) / unit
     return start_H + regularized_inverse(system_HH / unit, RIDGE) @ missing_H
 
 
 def untie(model: Any) -> None:
-    """From now on the head has weights of its own, and is saved so."""
+    """Give the head weights of its own, which are saved separately."""
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
 
 
 def note_hidden_size(model: Any, size: int) -> None:
-    """Modules that remember their hidden size are told the new one."""
+    """Set the hidden size that modules remember."""
     for module in model.modules():
         for name in ("hidden_size", "hidden_dim"):
             if isinstance(getattr(module, name, None), int):

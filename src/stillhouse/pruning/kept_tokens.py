@@ -1,11 +1,11 @@
-"""Rewrites a tokenizer for fewer tokens, so that it still reads and writes any text.
+"""Rewrite a tokenizer for fewer tokens, so that it still reads and writes any text.
 
-Only BPE can be cut so: with every character of a token, or every byte, in the vocabulary, text that
-lost its token falls apart into smaller ones. A merge (a, b) → ab works while all three are kept.
+This works for BPE only: with every character of a token, or every byte, in the vocabulary, text
+that lost its token is split into smaller ones. A merge (a, b) → ab works while all three are kept.
 
-A token that BPE makes is made in one way, whatever stands around it: no merge ever crossed its
-borders. So with the tokens of some text and the tokens on the way to them, that text is tokenized
-as before, with other ids.
+A token that BPE makes is made in one way, whatever surrounds it: no merge ever crosses its borders.
+So with the tokens of some text and the tokens on the way to them, that text is tokenized as before,
+with other ids.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from stillhouse.errors import RecipeError
 from stillhouse.teachers.load_model import load_tokenizer
 
 WORD_START = "▁"
-"""What BPE with byte fallback writes for a space: in bytes, it would not become one again."""
+"""What BPE with byte fallback writes for a space: as bytes, it would not become one again."""
 
 
 class Merges:
-    """The tokens of a BPE tokenizer, and how they are made.
+    """The tokens of a BPE tokenizer, and their merges.
 
     Raises RecipeError for other tokenizers, and for one that cannot read every text as it is.
     """
@@ -40,9 +40,9 @@ class Merges:
         self.model = self.content.get("model", {})
         kind = self.model.get("type", type(tokenizer).__name__)
         if kind != "BPE":
-            raise _refused(f"a tokenizer of type {kind} cannot be cut: only BPE can")
+            raise _uncuttable(f"a tokenizer of type {kind} cannot be cut: only BPE can")
         if self.model.get("continuing_subword_prefix") or self.model.get("end_of_word_suffix"):
-            raise _refused("a BPE tokenizer that marks the inside or the end of words is not known")
+            raise _uncuttable("a BPE tokenizer that marks the inside or end of words is unknown")
         self.ids: dict[str, int] = self.model["vocab"]
         split = [one.split(" ", 1) if isinstance(one, str) else one for one in self.model["merges"]]
         self.pairs: list[tuple[str, str]] = [(first, second) for first, second in split]
@@ -58,17 +58,17 @@ class Merges:
         return {pair: rank for rank, pair in reversed(list(enumerate(self.pairs)))}
 
     def alphabet(self) -> set[int]:
-        """The ids without which some text could not be written any more: one for every byte.
+        """The ids without which some text could not be written: one for every byte.
 
-        Some tokenizers lack bytes themselves (13 never occur in UTF-8); what they cannot write,
-        the cut one cannot either. Raises RecipeError where text is not read as bytes at all.
+        Some tokenizers lack bytes themselves (13 never occur in UTF-8); what they cannot write, the
+        cut one cannot either. Raises RecipeError where text is not read as bytes at all.
         """
         if self.model.get("byte_fallback"):
             needed = [*(f"<0x{byte:02X}>" for byte in range(256)), WORD_START]
         elif '"ByteLevel"' in json.dumps([self.content["pre_tokenizer"], self.content["decoder"]]):
             needed = pre_tokenizers.ByteLevel.alphabet()
         else:
-            raise _refused(
+            raise _uncuttable(
                 "this tokenizer has no tokens for single bytes: without the tokens that go, it "
                 "could not read every text"
             )
@@ -132,12 +132,12 @@ def _renumber(processor: Any, new_ids: dict[int, int]) -> None:
 
 
 def prune_tokenizer(tokenizer: Any, kept_ids: Sequence[int]) -> Any:
-    """The tokenizer with the tokens `kept_ids` only, old ids by new id; chat template as it was.
+    """The tokenizer with only the tokens `kept_ids`, old ids by new id; the chat template is
+    unchanged.
 
-    Ids that are none of the tokenizer's (padding rows of the model) stay without a token.
-
-    Raises RecipeError when added or special tokens, or tokens for single bytes, are not kept, when
-    a token comes twice, and for tokenizers that are not BPE.
+    Ids that are not the tokenizer's (padding rows of the model) stay without a token. Raises
+    RecipeError when added or special tokens, or tokens for single bytes, are not kept, when a token
+    comes twice, and for tokenizers that are not BPE.
     """
     merges = Merges(tokenizer)
     kept = set(kept_ids)
@@ -152,8 +152,7 @@ def prune_tokenizer(tokenizer: Any, kept_ids: Sequence[int]) -> Any:
             examples = ", ".join(f"{merges.tokens[id]!r} ({id})" for id in lost[:3])
             raise _wrong(
                 f"the vocabulary would lose {len(lost)} {what}: {examples}",
-                f"nearest: the same with them, {len(kept) + len(lost)} tokens "
-                "(pruning.kept_token_ids adds them)",
+                f"add them: {len(kept) + len(lost)} tokens (`kept_token_ids` does)",
             )
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -176,7 +175,7 @@ def _renumber_config(file: Path, kept_ids: Sequence[int]) -> None:
         file.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
 
 
-def _refused(what: str) -> RecipeError:
+def _uncuttable(what: str) -> RecipeError:
     return RecipeError(
         what,
         where="student.vocabulary",

@@ -1,4 +1,4 @@
-"""Prunes a teacher in place: layers, then the sizes inside them, then the vocabulary."""
+"""Prune a teacher in place: layers, then the sizes inside them, then the vocabulary."""
 
 from __future__ import annotations
 
@@ -38,19 +38,22 @@ from stillhouse.pruning.surgery import (
 from stillhouse.pruning.width import Passage, cut_width
 
 DEPTH_TOKENS = 2048
-"""Tokens on which layers are tried: each try runs half the model, so few must do."""
+"""Tokens on which layers are tried: each try runs half the model, so few must suffice."""
+GRADIENT_CALIBRATION_TOKENS = 8192
+"""Tokens whose gradients are computed, at most: a backward pass each, and rankings settle early."""
+METHOD = PruningMethod()
 
 
 @dataclass(frozen=True)
 class PruneReport:
     """What was removed, and what it costs before any training.
 
-    changed: sizes before and after of every axis that was cut (see sizes.Sizes).
-    dropped_layers: the teacher's layer numbers in the order they went, and the KL to the teacher
-    after each, in nats a token. single_layer_kl: the KL without that layer alone, by layer; empty
-    when depth was not cut. calibration_kl: KL(teacher ‖ pruned) on some of the calibration rows,
-    so it flatters, before the vocabulary is cut; None when nothing else was. local_gains: by layer,
-    the share of its error that local distillation undid, on rows that it was not trained on.
+    changed: sizes before and after of every axis that was cut. dropped_layers: the teacher's layer
+    numbers in the order they went, and the KL to the teacher after each, in nats/token.
+    single_layer_kl: the KL without that layer alone, by layer; empty when depth was not cut.
+    calibration_kl: KL(teacher ‖ pruned) on some of the calibration rows (so it is optimistic),
+    before the vocabulary is cut; None when nothing else was. local_gains: by layer, the share of
+    its error that local distillation undid, on rows that it was not trained on.
     """
 
     ffn_size: tuple[int, int]
@@ -66,24 +69,19 @@ class PruneReport:
     notes: tuple[str, ...] = ()
 
 
-METHOD = PruningMethod()
-GRADIENT_CALIBRATION_TOKENS = 8192
-"""Tokens whose gradients are taken, at most: a backward pass each, and rankings settle early."""
-
-
 @dataclass
 class Calibration:
-    """What several prunes of one start model, text and seed share, so that it is worked out once.
+    """What several prunes of one start model, text and seed share, so that it is computed once.
 
-    passages: the start model's own stream on the calibration rows; None: not kept. depth: the
-    order in which its layers go, and the tokens it was found on.
+    passages: the start model's own stream on the calibration rows; None: not kept. depth: the order
+    in which its layers go.
     """
 
     passages: list[Passage] | None = field(default_factory=list)
     depth: DepthChoice | None = None
 
     def choose_layers(self, keep: int, total: int) -> DepthChoice | None:
-        """The layers that stay, where the order is known as far as that."""
+        """The layers that stay, where the order is known that far."""
         gone = total - keep
         if self.depth is None or len(self.depth.dropped) < gone:
             return None
@@ -108,18 +106,18 @@ def prune_model(
     local_tokens: int = 0,
     **sizes: int | None,
 ) -> PruneReport:
-    """Prunes a float32 causal language model in place, calibrated on training windows.
+    """Prune a float32 causal language model in place, calibrated on training windows.
 
     sizes: those to prune to, by their names in `sizes.AXES`; a size that is not given, or None,
     stays. hidden_size with hidden_method: "rotation" unties the head, and rotates even where the
-    size stays. kept_ids: the tokens to keep, old ids by new id (see vocabulary.kept_token_ids).
+    size stays. kept_ids: the tokens to keep, old ids by new id (see `kept_token_ids`).
 
     The windows run through the model with matrix products in `dtype`; weights, statistics and
-    refits stay float32. Runs on the model's device. shared: what earlier prunes of the same start
-    model on the same windows, tokens and seed have found, and what this one adds to it. method:
-    what decides which parts stay. local_tokens: of block-wise distillation, a layer.
+    refits stay float32. Runs on the model's device. shared: results of earlier prunes of the same
+    start model on the same windows, tokens and seed, to which this one's are added. method: what
+    decides which parts stay. local_tokens: of block-wise distillation, per layer.
 
-    Depth goes first, so that the refit of the width makes up for dropped layers too; then, layer
+    Depth is cut first, so that the refit of the width makes up for dropped layers too; then, layer
     by layer, hidden size, heads, experts and FFN; the vocabulary last. Every layer ends with the
     same sizes. Raises RecipeError for sizes that the model cannot have, ModelError for an
     architecture that cannot be pruned, DataError when there are no windows.
@@ -139,23 +137,31 @@ def prune_model(
     rotated = sizes.get("hidden_size") is not None and hidden_method == "rotation"
     notes = _notes(model.config, before, after, rotated)
     if sum(batch.input_ids_RL.numel() for batch in batches) < calibration_tokens:
-        asked = f"{calibration_tokens:,} asked"
-        notes.insert(0, f"calibrated on all {seen:,} training tokens: {asked}")
+        notes.insert(0, f"calibrated on all {seen:,} training tokens, not {calibration_tokens:,}")
+    shared = Calibration(passages=None) if shared is None else shared
     choice = DepthChoice(tuple(range(before.layers)), (), ())
     if after.layers < before.layers:
-        known = None if shared is None else shared.choose_layers(after.layers, before.layers)
+        known = shared.choose_layers(after.layers, before.layers)
         if known is None:
             known = rank_layers(model, windows, after.layers, method, seed, dtype)
-            if shared is not None:
-                shared.depth = known
+            shared.depth = known
         choice = known
         if reconstruct and (axes.ffn_output_norm is not None or axes.experts is not None):
-            notes.append(_made_up_for_in_part(model.config))
+            notes.append(
+                f"{model.config.model_type}: dropped layers are made up for in part, by the gain "
+                "of the FFN's output before them, not by its projections; local_distillation does "
+                "more"
+            )
     kl = choice.dropped[-1][1] if choice.dropped else None
     narrower = replace(after, layers=before.layers, vocabulary=before.vocabulary) != before
     gains: tuple[float, ...] = ()
     if narrower or rotated or (choice.dropped and (reconstruct or local_tokens)):
         touched = rotated or after.hidden_size < before.hidden_size
+        kinds = _gradient_parts(before, after, touched and not rotated)
+        ranking = Ranking(method.importance, method.aggregation)
+        if method.importance == "gradients":
+            fisher = _fisher(model, windows, kinds, seed, dtype) if kinds else None
+            ranking = Ranking("gradients" if kinds else "refit", fisher=fisher)
         damage = cut_width(
             model,
             axes,
@@ -167,10 +173,8 @@ def prune_model(
             reconstruct=reconstruct and (narrower or bool(choice.dropped)),
             dtype=dtype,
             local_tokens=local_tokens,
-            ranking=_ranking(
-                model, windows, before, after, method, seed, dtype, touched and not rotated
-            ),
-            passages=None if shared is None else shared.passages,
+            ranking=ranking,
+            passages=shared.passages,
         )
         kl, gains = damage.kl, damage.local_gains
     keep_layers(model, choice.kept)
@@ -218,7 +222,7 @@ def rank_layers(
 
 
 def check_importance(method: PruningMethod, before: Sizes, after: Sizes) -> None:
-    """RecipeError where `method` cannot rank what goes."""
+    """Raises RecipeError where `method` cannot rank what is cut."""
     if method.importance != "gradients" or before.experts is None:
         return
     if after.experts != before.experts:
@@ -235,28 +239,14 @@ def check_importance(method: PruningMethod, before: Sizes, after: Sizes) -> None
         )
 
 
-def _ranking(
-    model: Any,
-    windows: WindowSet,
-    before: Sizes,
-    after: Sizes,
-    method: PruningMethod,
-    seed: int,
-    dtype: torch.dtype,
-    channels: bool,
-) -> Ranking:
-    if method.importance != "gradients":
-        return Ranking(method.importance, method.aggregation)
-    kinds: list[Part] = []
-    if after.ffn_size < before.ffn_size:
-        kinds.append("neurons")
-    if after.heads < before.heads:
-        kinds.append("heads")
-    if channels:
-        kinds.append("channels")
-    if not kinds:
-        return Ranking()
-    return Ranking("gradients", fisher=_fisher(model, windows, kinds, seed, dtype))
+def _gradient_parts(before: Sizes, after: Sizes, channels: bool) -> list[Part]:
+    """The parts that are cut, which gradients can rank."""
+    cut: dict[Part, bool] = {
+        "neurons": after.ffn_size < before.ffn_size,
+        "heads": after.heads < before.heads,
+        "channels": channels,
+    }
+    return [part for part, is_cut in cut.items() if is_cut]
 
 
 def _fisher(
@@ -265,13 +255,6 @@ def _fisher(
     tokens = GRADIENT_CALIBRATION_TOKENS
     batches = calibration_batches(windows, tokens, seed, model.device, GRADIENT_TOKENS)
     return mask_fisher(model, axes_of(model.config), batches, kinds, seed=seed, dtype=dtype)
-
-
-def _made_up_for_in_part(config: Any) -> str:
-    return (
-        f"{config.model_type}: dropped layers are made up for in part, by the gain of the FFN's "
-        "output before them, not by its projections; local_distillation does more"
-    )
 
 
 def _notes(config: Any, before: Sizes, after: Sizes, rotated: bool) -> list[str]:

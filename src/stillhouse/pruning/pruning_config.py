@@ -32,14 +32,14 @@ AmountText = int | float | str
 
 @dataclass(frozen=True)
 class Amount:
-    """value: in parameters, bytes or seconds; relative: a share of what the start model has."""
+    """value: in parameters, bytes or seconds; relative: a share of the start model's."""
 
     value: float
     relative: bool
 
 
 def read_amount(key: str, text: int | float | str) -> Amount:
-    """60% or 108M or 250MB or 20ms. Raises ValueError, which says what can be written."""
+    """Parse 60%, 108M, 250MB or 20ms. Raises ValueError, with what can be written."""
     found = _AMOUNT.fullmatch(str(text))
     number, unit = found.groups() if found else ("0", "")
     if float(number) > 0 and unit == "%":
@@ -89,7 +89,7 @@ class TargetRecipe(Section):
 
     @property
     def measured(self) -> bool:
-        """Whether this machine must be timed or filled to know what a shape needs."""
+        """Whether a shape's cost must be measured on this machine."""
         return self.key in ("decode_latency", "memory")
 
 

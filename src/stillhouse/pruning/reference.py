@@ -1,4 +1,4 @@
-"""What a model computes on some text, and how far other models are from it there.
+"""What a model computes on some text, and the KL of other models to it there.
 
 Shapes: N counted rows of a batch, D hidden width.
 """
@@ -40,7 +40,7 @@ def rows_of(model: Any, batch: Batch) -> Tensor:
 def reference_on(
     model: Any, batches: Sequence[Batch], dtype: torch.dtype, vocabulary: int | None = None
 ) -> Reference:
-    """Runs the model over the batches. The head is the model's own, not a copy."""
+    """Run the model over the batches. The head is the model's own, not a copy."""
     with products(model, dtype):
         rows = [rows_of(model, batch).float() for batch in batches]
     return Reference(batches, rows, trim_head(lm_head(model), vocabulary), vocabulary)

@@ -1,8 +1,8 @@
-"""The shapes a model can be pruned to: what each holds, and which of them meet a target.
+"""The shapes a model can be pruned to: what each costs, and which of them meet a target.
 
-A shape is one `Sizes`, the same for every layer. Which combinations there are follows from the
-start model: fewer layers, key-value groups, query heads in every group, experts, and a narrower
-stream; for each, the widest aligned FFN that still meets the target.
+A shape is one `Sizes`, the same for every layer. The possible combinations follow from the start
+model: fewer layers, key-value groups, query heads per group, experts, and a narrower stream; for
+each, the widest aligned FFN that still meets the target.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from stillhouse.pruning.pruning_config import (
 from stillhouse.pruning.sizes import AXES, Sizes, resized_config, sizes_of
 
 ALIGNMENTS = (256, 128, 64, 32)
-"""Multiples that kernels and GGUF's block formats want, the best first."""
+"""Multiples that kernels and GGUF's block formats need, the best first."""
 LEAST_SHARE = 0.5
-"""Of layers, heads, experts and hidden size that a search leaves at least: what goes beyond it in
-one step does not come back with training (docs/pruning.md)."""
+"""Of layers, heads, experts and hidden size that a search keeps at least: what goes beyond it in
+one step is not recovered by training (docs/pruning.md)."""
 LEAST_FFN_SHARE = 0.25
 HIDDEN_SIZES = 5
 """Hidden sizes that are tried, at most."""
 EXPERT_STEPS = 16
-"""Experts go in sixteenths of all: whole numbers of them on 2, 4 or 8 GPUs, where all are too."""
+"""Experts go in sixteenths of all: whole numbers of them on 2, 4 or 8 GPUs, if all are."""
 MORE_AXES = "choose more axes in student.search.axes"
 
 Cost = Callable[[Sizes], float]
 
 
 class Counter:
-    """Parameters of every shape of one model, exactly, from a few models without memory.
+    """Exact parameter counts of every shape of one model, from a few models without memory.
 
     Parameters are linear in the numbers of layers and experts and in the FFN width, so a few models
-    of one or two layers and experts tell those of all shapes with the same heads and hidden size.
+    of one or two layers and experts determine those of all shapes with the same heads and hidden
+    size.
     """
 
     def __init__(self, config: Any) -> None:
@@ -67,7 +68,7 @@ class Counter:
         )
 
     def _measure(self, one: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ends, a layer without its FFN, an expert without its neurons (0 of a plain FFN), and a
+        """Ends, a layer without its FFN, an expert without its neurons (0 for a plain FFN), and a
         neuron: of all parameters, and of non-embedding ones."""
         layers = min(2, self.start.layers)
         shapes = [
@@ -93,7 +94,8 @@ class Counter:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a shape may cost at most, and at least; in the target's unit. whole: the start's."""
+    """The most and the least that a shape may cost, in the target's unit. whole: the start
+    model's."""
 
     key: str
     most: float
@@ -103,9 +105,13 @@ class Limit:
     def __str__(self) -> str:
         return f"{shown(self.key, self.most)} ({self.most / self.whole:.0%} of the model's)"
 
+    def nearest(self, before: Sizes, shape: Sizes, cost: float) -> str:
+        share = f"{cost / self.whole:.0%}"
+        return f"nearest: {shown(self.key, cost)} ({share}) with {described(before, shape)}"
+
 
 def shown(key: str, value: float) -> str:
-    """A cost as a person writes it, and as a recipe reads it."""
+    """A cost as a recipe writes it."""
     if key == "decode_latency":
         return f"{value * 1e3:.4g}ms"
     steps = [(1e9, "G"), (1e6, "M"), (1e3, "k")]
@@ -123,7 +129,7 @@ def limit_of(target: TargetRecipe, whole: float, tolerance: float) -> Limit:
 
 
 def sizes_to_prune(before: Sizes, after: Sizes) -> dict[str, Any]:
-    """The axes that differ, as `prune_model` takes them."""
+    """The axes that differ, as keywords of `prune_model`."""
     found = {key: getattr(after, key) for key in AXES}
     if found["heads"] == before.heads and found["kv_heads"] == before.kv_heads:
         found = {key: value for key, value in found.items() if "heads" not in key}
@@ -135,11 +141,10 @@ def sizes_to_prune(before: Sizes, after: Sizes) -> dict[str, Any]:
 
 
 def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit) -> list[Sizes]:
-    """Every shape between limit.least and limit.most, the fewest cuts first.
+    """Every shape between limit.least and limit.most, those with fewest cuts first.
 
-    Raises RecipeError, which names the nearest shape that can be had, where the target is not
-    below the model's own, below what the axes allow, or between two aligned shapes; and as
-    `possible_shapes`.
+    Raises RecipeError, with the nearest possible shape, where the target is not below the model's
+    own, below what the axes allow, or between two aligned shapes; and as `possible_shapes`.
     """
     before = sizes_of(config)
     possible = possible_shapes(config, search)
@@ -163,12 +168,12 @@ def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit)
 def planned_shape(
     config: Any, search: SearchRecipe, target: TargetRecipe, *, width: int, certain: bool = True
 ) -> Sizes:
-    """About how large the student will be, before a search: the shape with the fewest cuts.
+    """The student's approximate size before a search: the shape with the fewest cuts.
 
-    What only this machine can tell is taken to go with the parameters. Where that meets no target,
-    or the amount is absolute, nothing is known yet, and the model's own sizes are given.
-    width: bytes a parameter. certain: False where the search will have another model to prune.
-    Raises RecipeError as `feasible_shapes`, where nothing has to be measured and all is certain.
+    What only this machine can measure is assumed to be proportional to the parameters. Where that
+    meets no target, or the amount is absolute, the model's own sizes are returned. width: bytes per
+    parameter. certain: False where the search will have another model to prune. Raises RecipeError
+    as `feasible_shapes`, where nothing has to be measured and all is certain.
     """
     counter = Counter(config)
     cost = counted(counter, target.key, width)
@@ -185,7 +190,7 @@ def planned_shape(
 
 
 def counted(counter: Counter, key: str, width: int) -> Cost:
-    """The cost of a shape without measuring; `width`: bytes a parameter."""
+    """The cost of a shape without measuring; `width`: bytes per parameter."""
     if key == "non_embedding_params":
         return counter.non_embedding
     factor = width if key in ("bytes", "memory") else 1
@@ -209,14 +214,12 @@ def possible_shapes(config: Any, search: SearchRecipe) -> list[Sizes]:
         fewer = range(min(among - 1, sizes_of(config).heads), 0, -1)
         narrower = (search.model_copy(update={"tensor_parallel": gpus}) for gpus in fewer)
         largest = next((s for s in narrower if next(having_a_width(s), None) is not None), None)
-        works = (
-            "" if largest is None else f"tensor_parallel: {largest.tensor_parallel} at most; or "
-        )
+        most = None if largest is None else largest.tensor_parallel
         raise RecipeError(
             f"no shape of the axes {', '.join(search.axes)} has heads and FFN that divide evenly "
             f"among {among} GPUs",
             where="student.search.tensor_parallel",
-            fix=works + MORE_AXES,
+            fix=(f"tensor_parallel: {most} at most; or " if most else "") + MORE_AXES,
         )
     return found
 
@@ -241,14 +244,8 @@ def combinations(config: Any, search: SearchRecipe) -> Iterator[Sizes]:
             continue
         if heads % parallel or (kv_heads % parallel and parallel % kv_heads):
             continue
-        yield replace(
-            before,
-            hidden_size=size,
-            kv_heads=kv_heads,
-            heads=heads,
-            experts=experts,
-            layers=layers,
-        )
+        grouped = replace(before, hidden_size=size, heads=heads, kv_heads=kv_heads)
+        yield replace(grouped, layers=layers, experts=experts)
 
 
 def _hidden_sizes(size: int, search: SearchRecipe) -> list[int]:
@@ -270,7 +267,7 @@ def _expert_counts(config: Any, search: SearchRecipe) -> list[int | None]:
 
 
 def _widths(shape: Sizes, search: SearchRecipe, step: int) -> Iterator[Sizes]:
-    """The shape with every aligned FFN width, the widest first, its own among them."""
+    """The shape with every aligned FFN width, the widest first, including its own."""
     if shape.ffn_size % search.tensor_parallel == 0:
         yield shape
     if "ffn_size" in search.axes:
@@ -285,11 +282,8 @@ def _steps(search: SearchRecipe) -> Sequence[int]:
     return ALIGNMENTS if search.multiple_of is None else (search.multiple_of,)
 
 
-# --- what cannot be had ----------------------------------------------------------------------
-
-
 def described(before: Sizes, shape: Sizes) -> str:
-    """The sizes that differ, as a recipe gives them."""
+    """The sizes that differ, as a recipe writes them."""
     found = sizes_to_prune(before, shape)
     return ", ".join(f"{key}: {value}" for key, value in found.items()) or "the model itself"
 
@@ -299,18 +293,11 @@ def _too_large(
 ) -> RecipeError:
     smaller = [s for shape in possible for s in _all_widths(shape, search) if s != before]
     nearest = max((s for s in smaller if cost(s) < limit.whole), key=cost, default=None)
-    where = f"student.target.{limit.key}"
     own = shown(limit.key, limit.whole)
-    fix = (
-        MORE_AXES
-        if nearest is None
-        else (
-            f"nearest: {shown(limit.key, cost(nearest))} ({cost(nearest) / limit.whole:.0%}) with "
-            f"{described(before, nearest)}"
-        )
-    )
     return RecipeError(
-        f"the target {limit} is not below what the model has, {own}", where=where, fix=fix
+        f"the target {limit} is not below what the model has, {own}",
+        where=f"student.target.{limit.key}",
+        fix=MORE_AXES if nearest is None else limit.nearest(before, nearest, cost(nearest)),
     )
 
 
@@ -342,8 +329,8 @@ def _out_of_reach(
     return RecipeError(
         f"the target {limit} is below what the axes {', '.join(search.axes)} allow in one step",
         where=where,
-        fix=f"nearest: {shown(limit.key, cost(smallest))} ({cost(smallest) / limit.whole:.0%}) "
-        f"with {described(before, smallest)}; for less, prune in several hops (docs/cascade.md)",
+        fix=f"{limit.nearest(before, smallest, cost(smallest))}; for less, prune in several hops "
+        "(docs/cascade.md)",
     )
 
 

@@ -1,4 +1,4 @@
-"""The sizes that pruning changes: which can be had, and how the configuration says so."""
+"""The sizes that pruning changes: which are possible, and how a configuration holds them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class Sizes:
-    """One number an axis. heads: query heads; kv_heads: the groups that share keys and values.
+    """One number per axis. heads: query heads; kv_heads: the groups that share keys and values.
 
     ffn_size is one expert's where there are experts; experts is None where there are none.
     """
@@ -60,12 +60,12 @@ def check_sizes(
     text_decides: bool = False,
     owner: str = "the teacher",
 ) -> Sizes:
-    """The sizes that a student pruned to `sizes` (of AXES, and vocabulary) will have; None leaves
-    an axis as it is.
+    """The sizes of a student pruned to `sizes` (of AXES, and vocabulary); None leaves an axis as it
+    is.
 
-    `text_decides`: the vocabulary will be cut to what the text needs, so no other size must be
-    given. `owner`: what an error calls the model that is pruned. Raises RecipeError, which names
-    the nearest size that can be had; ModelError for an architecture that cannot be pruned.
+    text_decides: the vocabulary will be cut to what the text needs, so no other size is required.
+    owner: what an error calls the model that is pruned. Raises RecipeError, with the nearest
+    possible size; ModelError for an architecture that cannot be pruned.
     """
     axes = axes_of(config)
     before = sizes_of(config)
@@ -95,35 +95,27 @@ def check_sizes(
 
 
 def _check_rotation(config: Any, axes: Axes) -> None:
-    reason = None
     if axes.output_norms():
         reason = "a norm behind each block weighs single channels, and a rotation would mix them"
     elif axes.always_tied:
-        reason = (
-            "that unties the head from the embeddings, and llama.cpp knows this architecture with "
-            "a tied head only"
-        )
-    if reason is not None:
-        raise RecipeError(
-            f"{config.model_type} cannot be rotated: {reason}",
-            where="student.hidden_method",
-            fix="use hidden_method: channels",
-        )
+        reason = "that unties the head, and llama.cpp knows this architecture only with a tied head"
+    else:
+        return
+    raise RecipeError(
+        f"{config.model_type} cannot be rotated: {reason}",
+        where="student.hidden_method",
+        fix="use hidden_method: channels",
+    )
 
 
 def _check_range(config: Any, axes: Axes, key: str, value: int, largest: int, owner: str) -> None:
     least = 1
     if key == "experts" and axes.experts is not None:
         least = getattr(config, axes.experts.chosen)
-    if key == "experts" and 1 <= value < least:
-        raise RecipeError(
-            f"experts: {value} is not possible: every token goes to {least}",
-            where="student.experts",
-            fix=f"choose {least} to {largest}",
-        )
     if not least <= value <= largest:
+        reason = f"every token goes to {least}" if 1 <= value < least else f"{owner} has {largest}"
         raise RecipeError(
-            f"{key}: {value} is not possible: {owner} has {largest}",
+            f"{key}: {value} is not possible: {reason}",
             where=f"student.{key}",
             fix=f"choose {least} to {largest}",
         )
@@ -150,12 +142,12 @@ def _with_heads(before: Sizes, after: Sizes, heads: int | None, kv_heads: int | 
     return replace(after, heads=heads, kv_heads=kv_heads)
 
 
-def _hidden_over_heads(config: Any, before: Sizes, after: Sizes, asked: bool) -> RecipeError:
+def _hidden_over_heads(config: Any, before: Sizes, after: Sizes, given: bool) -> RecipeError:
     below = after.hidden_size // after.heads * after.heads
     above = below + after.heads
     sizes = [size for size in (below, above) if 0 < size <= before.hidden_size]
     fix = f"nearest: hidden_size: {' or '.join(map(str, sizes))}"
-    if not asked:
+    if not given:
         share = before.heads // before.kv_heads
         pairs = [
             (groups * each, groups)
@@ -169,8 +161,8 @@ def _hidden_over_heads(config: Any, before: Sizes, after: Sizes, asked: bool) ->
         fix = f"nearest: heads: {heads} with kv_heads: {groups}, or {fix.removeprefix('nearest: ')}"
     return RecipeError(
         f"hidden_size: {after.hidden_size} is not a multiple of heads: {after.heads}, which "
-        f"transformers demands of {config.model_type} models",
-        where="student.hidden_size" if asked else "student.heads",
+        f"transformers requires of {config.model_type} models",
+        where="student.hidden_size" if given else "student.heads",
         fix=fix,
     )
 
@@ -180,17 +172,17 @@ def _nearest(possible: Sequence[int], wanted: int) -> int:
 
 
 def size_notes(config: Any, before: Sizes, after: Sizes) -> list[str]:
-    """What else the sizes mean for the files that come of them."""
+    """What the sizes mean for the exported files."""
     notes = []
     axes = axes_of(config)
     for key in ("hidden_size", "ffn_size"):
         value, size = getattr(after, key), getattr(before, key)
         if value != size and value % ALIGNMENT and size % ALIGNMENT == 0:
             below = value // ALIGNMENT * ALIGNMENT
-            nearest = [each for each in (below, below + ALIGNMENT) if each]
+            nearest = " or ".join(str(each) for each in (below, below + ALIGNMENT) if each)
             notes.append(
                 f"{key}: {value} is not a multiple of {ALIGNMENT}: GGUF's quantized formats need "
-                f"that; nearest: {' or '.join(map(str, nearest))}"
+                f"that; nearest: {nearest}"
             )
     derived = after.hidden_size // after.heads == after.head_dim
     if not axes.head_dim_key and not derived and before != after:
@@ -202,9 +194,10 @@ def size_notes(config: Any, before: Sizes, after: Sizes) -> list[str]:
 
 
 def resized_config(config: Any, after: Sizes, *, rotated: bool = False) -> Any:
-    """A configuration of the sizes `after`. Which layers stay is not known: the first ones do.
+    """A configuration of the sizes `after`, with the first layers, since which ones stay is not
+    known.
 
-    `rotated`: the hidden channels are rotated, which unties the head from the embeddings.
+    rotated: the hidden channels are rotated, which unties the head from the embeddings.
     """
     config = copy.deepcopy(config)
     if after.layers != config.num_hidden_layers:
@@ -216,7 +209,7 @@ def resized_config(config: Any, after: Sizes, *, rotated: bool = False) -> Any:
 
 
 def set_sizes(config: Any, after: Sizes) -> None:
-    """Writes all sizes but the number of layers (see `keep_config_layers`)."""
+    """Write all sizes but the number of layers (see `keep_config_layers`)."""
     axes = axes_of(config)
     if after.head_dim != getattr(config, "head_dim", None) and (
         axes.head_dim_key or after.hidden_size // after.heads != after.head_dim
@@ -232,7 +225,7 @@ def set_sizes(config: Any, after: Sizes) -> None:
 
 
 def keep_config_layers(config: Any, kept: Sequence[int]) -> None:
-    """num_hidden_layers and every per-layer list, for the layers `kept` (indices may repeat)."""
+    """Keep the layers `kept` (indices may repeat) in num_hidden_layers and every per-layer list."""
     for name in PER_LAYER_LISTS:
         values = getattr(config, name, None)
         if isinstance(values, list) and len(values) == config.num_hidden_layers:
@@ -242,8 +235,5 @@ def keep_config_layers(config: Any, kept: Sequence[int]) -> None:
 
 def changed(before: Sizes, after: Sizes) -> dict[str, tuple[int, int]]:
     """The axes that were cut, with both sizes."""
-    return {
-        field.name: (getattr(before, field.name), getattr(after, field.name))
-        for field in fields(Sizes)
-        if getattr(before, field.name) != getattr(after, field.name)
-    }
+    old, new = vars(before), vars(after)
+    return {name: (old[name], new[name]) for name in old if old[name] != new[name]}

@@ -1,4 +1,4 @@
-"""Cuts a model in place, keeps its configuration true, and checks what was saved.
+"""Cut a model in place, keep its configuration true, and check what was saved.
 
 Shapes: D hidden width, A attention width, E experts, F FFN width, K kept neurons, V tokens.
 """
@@ -6,7 +6,7 @@ Shapes: D hidden width, A attention width, E experts, F FFN width, K kept neuron
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from stillhouse.teachers.quiet import quiet
 
 
 def check_parameters(model: Any, axes: Axes) -> None:
-    """ModelError when a layer holds a parameter that no axis declares: it would stay uncut."""
+    """Raises ModelError when a layer has a parameter that no axis declares: it would stay uncut."""
     declared = axes.parameters()
     for number, layer in enumerate(decoder_layers(model)):
         unknown = sorted({name for name, _ in layer.named_parameters()} - declared)
@@ -38,7 +38,7 @@ def check_parameters(model: Any, axes: Axes) -> None:
 
 
 def keep_neurons(layer: nn.Module, axes: Axes, kept_K: Tensor, down_DK: Tensor) -> None:
-    """Leaves the FFN neurons `kept_K` of one layer, with `down_DK` as the new down projection."""
+    """Keep the FFN neurons `kept_K` of one layer, with `down_DK` as the new down projection."""
     ffn = part(layer, axes.ffn)
     for name in (axes.gate, axes.up):
         keep_rows(part(ffn, name), kept_K)
@@ -50,7 +50,7 @@ def keep_neurons(layer: nn.Module, axes: Axes, kept_K: Tensor, down_DK: Tensor) 
 def keep_heads(
     layer: nn.Module, axes: Axes, before: Grouping, heads: Sequence[int], output_DA: Tensor
 ) -> None:
-    """Leaves the query heads `heads` and their groups, with `output_DA` as output projection."""
+    """Keep the query heads `heads` and their groups, with `output_DA` as output projection."""
     attention = part(layer, axes.attention)
     groups = sorted({head // before.share for head in heads})
     keep_rows(part(attention, axes.query), torch.tensor(before.columns(heads)))
@@ -61,7 +61,7 @@ def keep_heads(
 
 
 def keep_experts(layer: nn.Module, axes: Axes, kept_E: Tensor) -> None:
-    """Leaves the experts `kept_E` of one layer, and the router's rows for them."""
+    """Keep the experts `kept_E` of one layer, and the router's rows for them."""
     names = axes.experts
     assert names is not None
     router = part(layer, f"{axes.ffn}.{names.router}")
@@ -72,7 +72,7 @@ def keep_experts(layer: nn.Module, axes: Axes, kept_E: Tensor) -> None:
 
 
 def keep_tokens(model: Any, kept_V: Tensor) -> None:
-    """Leaves the embeddings and the head's rows of the tokens `kept_V`, in that order.
+    """Keep the embeddings and the head's rows of the tokens `kept_V`, in that order.
 
     Token ids in the configurations (end of sequence and so on) follow (see `check_tokens`).
     """
@@ -99,8 +99,9 @@ def keep_tokens(model: Any, kept_V: Tensor) -> None:
         model.base_model.padding_idx = model.config.pad_token_id
 
 
-def check_tokens(model: Any, kept: Sequence[int]) -> None:
-    """RecipeError when a token is none of the model's, or one that its configuration names goes."""
+def check_tokens(model: Any, kept: Collection[int]) -> None:
+    """Raises RecipeError when a token is not in the model, or one that its configuration names is
+    lost."""
     rows = model.config.vocab_size
     beyond = [token for token in kept if not 0 <= token < rows]
     if beyond:
@@ -110,11 +111,10 @@ def check_tokens(model: Any, kept: Sequence[int]) -> None:
             fix=f"use ids from 0 to {rows - 1}",
         )
     for config in (model.config, model.generation_config):
-        for name, value in special_ids(config).items():
-            lost = sorted(set(value if isinstance(value, list) else [value]) - set(kept))
-            if lost:
+        for token, name in named_ids(config):
+            if token not in kept:
                 raise RecipeError(
-                    f"the vocabulary would lose token {lost[0]}, which is the model's {name}",
+                    f"the vocabulary would lose token {token}, which is the model's {name}",
                     where="student.vocabulary",
                     fix="keep it (pruning.kept_token_ids does)",
                 )
@@ -131,8 +131,14 @@ def special_ids(config: Any) -> dict[str, int | list[int]]:
     return found
 
 
+def named_ids(config: Any) -> list[tuple[int, str]]:
+    """Every id of `special_ids`, with the name that it has."""
+    found = special_ids(config).items()
+    return [(id, name) for name, ids in found for id in (ids if isinstance(ids, list) else [ids])]
+
+
 def keep_layers(model: Any, kept: Sequence[int]) -> None:
-    """Leaves the layers `kept`, renumbers them for the key-value cache, and updates the config."""
+    """Keep the layers `kept`, renumber them for the key-value cache, and update the config."""
     old = list(decoder_layers(model))
     model.base_model.layers = nn.ModuleList(old[index] for index in kept)
     for number, layer in enumerate(decoder_layers(model)):
@@ -143,7 +149,7 @@ def keep_layers(model: Any, kept: Sequence[int]) -> None:
 
 
 def own_config(model: Any) -> None:
-    """Gives the model a configuration that no other object shares, before it is changed."""
+    """Give the model a configuration that no other object shares, before it is changed."""
     config = copy.deepcopy(model.config)
     for module in model.modules():
         if hasattr(module, "config"):
@@ -179,7 +185,7 @@ def _drop_weights(layer: nn.Module, *_: object) -> None:
 
 
 def keep_rows(linear: Any, kept: Tensor) -> None:
-    """Leaves some outputs of a linear layer, biases included."""
+    """Keep some outputs of a linear layer, with biases."""
     set_weight(linear, linear.weight[kept])
     if linear.bias is not None:
         set_parameter(linear, "bias", linear.bias[kept])
@@ -191,7 +197,7 @@ def set_weight(linear: Any, weight: Tensor) -> None:
 
 
 def set_parameter(module: nn.Module, name: str, values: Tensor) -> None:
-    """Replaces a parameter by one of another shape, of the same dtype."""
+    """Replace a parameter by one of another shape, of the same dtype."""
     old = getattr(module, name)
     values = values.detach().to(old.dtype).clone(memory_format=torch.contiguous_format)
     setattr(module, name, nn.Parameter(values, requires_grad=old.requires_grad))

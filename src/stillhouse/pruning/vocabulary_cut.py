@@ -1,7 +1,7 @@
 """Which tokens a student keeps: what its text needs, and what any text needs.
 
-A student with fewer tokens numbers them anew. `kept_ids[new] = old` maps its ids to the teacher's:
-the teacher's distribution over the kept tokens is the softmax of its head's rows `kept_ids`.
+A student with fewer tokens renumbers them. `kept_ids[new] = old` maps its ids to the teacher's: the
+teacher's distribution over the kept tokens is the softmax of its head's rows `kept_ids`.
 
 Shapes: N counted positions, D hidden width, V rows of the teacher's head.
 """
@@ -23,7 +23,7 @@ from stillhouse.progress import bar
 from stillhouse.pruning.calibrate import calibration_batches, products
 from stillhouse.pruning.kept_tokens import Merges
 from stillhouse.pruning.offload import released_after_use
-from stillhouse.pruning.surgery import special_ids
+from stillhouse.pruning.surgery import named_ids
 from stillhouse.signals.lm_head import head_logits, row_chunks
 from stillhouse.teachers.backbone import hidden_states, lm_head
 
@@ -31,7 +31,7 @@ KEPT_IDS = "kept_ids.json"
 """Beside a student with fewer tokens than its teacher: {"kept_ids": [...]}."""
 
 MULTIPLE = 64
-"""A vocabulary that the text decides is filled up to a multiple of this, for fast products."""
+"""With `vocabulary: data` the vocabulary is padded to a multiple of this, for fast products."""
 
 
 def kept_token_ids(
@@ -45,22 +45,22 @@ def kept_token_ids(
     """The tokens to keep, ascending: kept_ids[new id] = old id.
 
     Always: added and special tokens, those that `configs` (configurations of the model and of its
-    generation) name, and one token for every byte. "data": every token of the windows as well,
-    filled up to a multiple of 64. A number: that many in all. What fills up are the tokens with the
-    largest sum of three shares: that in the windows; that which the teacher expects, where
-    `expect` is given (see `expected_tokens`), as the probability of a token that goes falls to
-    the others; and that in text at large, by Zipf's law on the order in which the tokenizer
-    learned them, as the windows may be of a narrow domain. `expect` is called once nothing is left
-    to refuse, for it runs the teacher. A file: those it names, and it must name the ones that
-    always stay. Every token comes with those that BPE makes it from. The model's padding rows,
-    beyond the tokenizer's ids, go.
+    generation) name, and one token for every byte. "data": every token of the windows as well, up
+    to a multiple of 64. A number: that many in all. The rest are the tokens with the largest sum of
+    three shares: that in the windows; that which the teacher expects, where `expect` is given (see
+    `expected_tokens`), since the probability of a removed token goes to the others; and that in
+    text at large, by Zipf's law on the order in which the tokenizer learned them, since the windows
+    may be of a narrow domain. `expect` is called last, once nothing can be refused, for it runs the
+    teacher. A file: the tokens it names, which must include those that always stay. Every token
+    comes with those that BPE makes it from. The model's padding rows, beyond the tokenizer's ids,
+    are removed.
 
     Raises RecipeError for a number that is too small or larger than the tokenizer, for a file that
-    cannot be read or loses a token that is needed, and for tokenizers that cannot be cut (anything
-    but BPE).
+    cannot be read or lacks a token that is needed, and for tokenizers that cannot be cut (all but
+    BPE).
     """
     merges = Merges(tokenizer)
-    named = _named(configs)
+    named = {id for config in configs for id, _ in named_ids(config)}
     kept = named - merges.tokens.keys()
     total = len(merges.tokens) + len(kept)
     needed = merges.alphabet() | merges.added.keys() | (named - kept)
@@ -98,10 +98,8 @@ def expected_tokens(
     model: Any, windows: WindowSet, tokens: int, seed: int, dtype: torch.dtype
 ) -> Tensor:
     """Each token's share of text as the model expects it, [V]: the mean of its probabilities over
-    the positions of about `tokens` tokens of the windows.
-
-    Raises DataError when there are no windows.
-    """
+    the positions of about `tokens` tokens of the windows. Raises DataError when there are no
+    windows."""
     batches = calibration_batches(windows, tokens, seed, model.device)
     head = lm_head(model)
     sum_V = torch.zeros(len(head.weight_VD), dtype=torch.float64)
@@ -109,7 +107,7 @@ def expected_tokens(
     with (
         products(model, dtype),
         released_after_use(model),
-        bar("What tokens the teacher expects", tokens) as advance,
+        bar("Tokens that the teacher expects", tokens) as advance,
     ):
         for batch in batches:
             hidden_RLD = hidden_states(model, batch.input_ids_RL, batch.position_ids_RL)
@@ -123,8 +121,8 @@ def expected_tokens(
 
 
 def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
-    """The ids of the tokens that a file names; ids that a configuration has named may be among
-    them."""
+    """The ids of the tokens that a file names, which may be among those that a configuration
+    names."""
     try:
         text = file.read_text(encoding="utf-8")
         listed = json.loads(text) if file.suffix == ".json" else text.split("\n")
@@ -144,7 +142,7 @@ def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
     unknown = [str(one) for one, id in zip(wanted, ids, strict=True) if id not in merges.tokens]
     if unknown:
         raise RecipeError(
-            f"{len(unknown):,} tokens to keep are none of the teacher's: {_few(unknown)}",
+            f"{len(unknown):,} tokens to keep are not the teacher's: {_few(unknown)}",
             where=file,
             fix="write tokens as the tokenizer writes them: Ġhouse, not ' house'",
         )
@@ -166,7 +164,7 @@ def _check_nothing_lost(file: Path, merges: Merges, lost: set[int]) -> None:
 
 
 def save_kept_ids(kept_ids: Sequence[int], folder: Path) -> None:
-    """Writes KEPT_IDS into a student's folder."""
+    """Write KEPT_IDS into a student's folder."""
     (folder / KEPT_IDS).write_text(json.dumps({"kept_ids": list(kept_ids)}), encoding="utf-8")
 
 
@@ -188,14 +186,6 @@ def load_kept_ids(folder: Path) -> tuple[int, ...] | None:
         ) from error
 
 
-def _named(configs: Sequence[Any]) -> set[int]:
-    found: set[int] = set()
-    for config in configs:
-        for value in special_ids(config).values():
-            found |= set(value if isinstance(value, list) else [value])
-    return found
-
-
 def _counts(windows: WindowSet) -> Counter[int]:
     counts: Counter[int] = Counter()
     for index in range(len(windows)):
@@ -205,7 +195,7 @@ def _counts(windows: WindowSet) -> Counter[int]:
 
 
 def _by_share(merges: Merges, counts: Counter[int], expected_V: Tensor | None) -> list[int]:
-    """All tokens, the one with the largest sum of its shares first."""
+    """All tokens, ordered by the sum of their shares, largest first."""
     learned: dict[int, int] = {}
     for first, second in merges.pairs:
         id = merges.ids.get(first + second)

@@ -1,4 +1,4 @@
-"""Cuts every layer to the same sizes, from the first to the last, each fed by what is cut already.
+"""Cut every layer to the same sizes, from the first to the last.
 
 Two streams run side by side: the full model's, and that of the model as cut so far. Each layer's
 down projection is refit so that the cut stream comes back towards the full one: a layer also makes
@@ -24,6 +24,8 @@ from stillhouse.pruning import hidden
 from stillhouse.pruning.axes import Axes, part
 from stillhouse.pruning.calibrate import (
     Batch,
+    Stream,
+    Streams,
     add_attention,
     add_ffn,
     ffn_activations,
@@ -31,23 +33,19 @@ from stillhouse.pruning.calibrate import (
     layer_inputs,
     products,
 )
-from stillhouse.pruning.correction import Evidence
+from stillhouse.pruning.correction import Evidence, channel_gains, scale_ffn_output
 from stillhouse.pruning.experts import best_experts, narrow_experts
 from stillhouse.pruning.ffn import (
     Moments,
     Ranking,
     activation_scores,
-    best,
-    refit_and_remove,
+    choose_and_refit,
     refit_to,
 )
-from stillhouse.pruning.gains import channel_gains, scale_ffn_output
 from stillhouse.pruning.heads import Grouping, heads_by_score, refit_and_remove_heads
-from stillhouse.pruning.hidden import Basis
-from stillhouse.pruning.local_distillation import after_layer, distill_block
+from stillhouse.pruning.local_distillation import distill_block
 from stillhouse.pruning.offload import is_offloaded, offload, release_ends
 from stillhouse.pruning.sizes import HiddenMethod, Sizes
-from stillhouse.pruning.streams import Stream, Streams
 from stillhouse.pruning.surgery import keep_experts, keep_heads, keep_neurons
 from stillhouse.signals.lm_head import summed_kl
 from stillhouse.teachers.backbone import lm_head
@@ -58,30 +56,13 @@ KL_BATCHES = 2
 
 @dataclass(frozen=True)
 class Damage:
-    """kl: KL(full ‖ cut) in nats a token on the first calibration rows, which the cut has seen.
+    """kl: KL(full ‖ cut) in nats/token on the first calibration rows, which the cut has seen.
 
     local_gains: of each layer that stays, the share of its error that local distillation undid.
     """
 
     kl: float
     local_gains: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What becomes of every layer that stays. basis: None where the hidden size is not touched.
-
-    ranking: what decides what goes; `refit` needs `reconstruct`. local_tokens: tokens of local
-    distillation a layer, 0 for none.
-    """
-
-    kept_layers: Sequence[int]
-    before: Sizes
-    after: Sizes
-    basis: Basis | None
-    reconstruct: bool
-    ranking: Ranking
-    local_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,13 +92,13 @@ def cut_width(
     local_tokens: int = 0,
     passages: list[Passage] | None = None,
 ) -> Damage:
-    """Cuts `kept_layers` in place, and the model's ends; layers that will be dropped stay.
+    """Cut `kept_layers` in place, and the model's ends; layers that will be dropped are not cut.
 
-    hidden_method: None leaves the hidden size alone. passages: the same model's on the same rows,
-    layer by layer, where they are known; an empty list is filled.
+    hidden_method: None leaves the hidden size alone. ranking: what decides what goes; `refit` needs
+    `reconstruct`. local_tokens: tokens of local distillation per layer, 0 for none. passages: the
+    same model's on the same rows, layer by layer, where they are known; an empty list is filled.
     """
     ranking = Ranking() if ranking is None else ranking
-    fisher = ranking.fisher
     inputs = [layer_inputs(model, batch) for batch in batches]
     streams = Streams(model, axes, batches, inputs, dtype)
     norm, full_head = model.base_model.norm, lm_head(model)
@@ -126,18 +107,18 @@ def cut_width(
         head_DD = hidden.head_gram(full_head.weight_VD)
         moments = hidden.measure_stream(streams, kept_layers, head_DD)
         if hidden_method == "channels":
-            score_D = None if fisher is None else fisher.channels
+            score_D = None if ranking.fisher is None else ranking.fisher.channels
             scored = reconstruct and ranking.by == "refit"
             basis = hidden.best_channels(moments, after.hidden_size, scored, score_D)
         else:
             basis = hidden.leading_directions(moments, after.hidden_size)
-    cut = Cut(kept_layers, before, after, basis, reconstruct, ranking, local_tokens)
-    full, narrow, gains = _cut_layers(streams, cut, passages)
+    cutter = _Cutter(streams, kept_layers, before, after, basis, reconstruct, ranking, local_tokens)
+    full, narrow, gains = cutter.cut_layers(passages)
     few = batches[:KL_BATCHES]
     full_rows = [norm(x_RLD)[one.counted_RL] for x_RLD, one in zip(full, few, strict=False)]
     if basis is not None and head_DD is not None:
-        found = hidden.guess(streams, norm, basis, full, narrow, reconstruct)
-        hidden.narrow_ends(model, axes, basis, found, head_DD)
+        fit = hidden.fit_full_stream(streams, norm, basis, full, narrow, reconstruct)
+        hidden.narrow_ends(model, axes, basis, fit, head_DD)
         hidden.note_hidden_size(model, after.hidden_size)
     total, rows = 0.0, 0
     for one, full_ND, x_RLD in zip(few, full_rows, narrow, strict=False):
@@ -146,229 +127,218 @@ def cut_width(
     return Damage(total / max(rows, 1), tuple(gains))
 
 
-def _cut_layers(
-    streams: Streams, cut: Cut, passages: list[Passage] | None
-) -> tuple[Stream, Stream, list[float]]:
-    """Cuts all layers; returns the full and the cut stream behind the last one, and the gains."""
-    gains: list[float] = []
-    offloaded = is_offloaded(streams.model)
-    release_ends(streams.model)
-    layers, tokens = streams.layers, streams.tokens()
-    full = narrow = streams.start()
-    if cut.basis is not None:
-        narrow = [cut.basis.project(x_RLD) for x_RLD in full]
-    with bar("Cutting the layers", tokens * len(layers)) as advance:
-        for index, layer in enumerate(layers):
-            # The full stream leaves the layer before its weights are cut.
-            if passages is not None and index < len(passages):
-                passage = passages[index]
-            else:
-                passage = _run_full(streams, layer, index, full)
-                if passages is not None:
-                    passages.append(passage)
-            if index in cut.kept_layers:
-                target = passage.after
-                for following in range(index + 1, _next(cut.kept_layers, index, len(layers))):
-                    mids = streams.after_attention(layers[following], following, target)
-                    target = streams.after_ffn(layers[following], mids)
-                before = narrow
-                narrow = _cut_layer(streams, cut, index, passage, narrow, target)
-                if cut.local_tokens:
-                    wanted = target if cut.basis is None else list(map(cut.basis.project, target))
-                    gains.append(distill_block(streams, index, before, wanted, cut.local_tokens))
-                    narrow = after_layer(streams, index, before)
-            if offloaded:
-                offload(layer)
-            full = passage.after
-            advance(tokens)
-    return full, narrow, gains
+@dataclass(frozen=True)
+class _Cutter:
+    """Cuts layers one after the other. basis: None where the hidden size is left alone."""
 
+    streams: Streams
+    kept_layers: Sequence[int]
+    before: Sizes
+    after: Sizes
+    basis: hidden.Basis | None
+    reconstruct: bool
+    ranking: Ranking
+    local_tokens: int
 
-def _next(kept_layers: Sequence[int], index: int, total: int) -> int:
-    return min((kept for kept in kept_layers if kept > index), default=total)
+    def cut_layers(self, passages: list[Passage] | None) -> tuple[Stream, Stream, list[float]]:
+        """Cut all layers; returns the full and the cut stream after the last one, and the gains."""
+        gains: list[float] = []
+        streams = self.streams
+        offloaded = is_offloaded(streams.model)
+        release_ends(streams.model)
+        layers, tokens = streams.layers, streams.tokens()
+        full = streams.start()
+        narrow = self._projected(full)
+        with bar("Cutting the layers", tokens * len(layers)) as advance:
+            for index, layer in enumerate(layers):
+                # The full stream leaves the layer before its weights are cut.
+                if passages is not None and index < len(passages):
+                    passage = passages[index]
+                else:
+                    passage = self._run_full(index, full)
+                    if passages is not None:
+                        passages.append(passage)
+                if index in self.kept_layers:
+                    target, before = passage.after, narrow
+                    following = [kept for kept in self.kept_layers if kept > index]
+                    for dropped in range(index + 1, min(following, default=len(layers))):
+                        mids = streams.after_attention(layers[dropped], dropped, target)
+                        target = streams.after_ffn(layers[dropped], mids)
+                    target = self._projected(target)
+                    narrow = self._cut_layer(index, passage, narrow, target)
+                    if self.local_tokens:
+                        tokens_ = self.local_tokens
+                        gains.append(distill_block(streams, index, before, target, tokens_))
+                        narrow = streams.after_layer(index, before)
+                if offloaded:
+                    offload(layer)
+                full = passage.after
+                advance(tokens)
+        return full, narrow, gains
 
+    def _projected(self, stream: Stream) -> Stream:
+        return stream if self.basis is None else [self.basis.project(x_RLD) for x_RLD in stream]
 
-def _run_full(streams: Streams, layer: nn.Module, index: int, before: Stream) -> Passage:
-    axes = streams.axes
-    norms = [
-        None if name is None else part(layer, name)
-        for name in (axes.attention_output_norm, axes.ffn_output_norm)
-    ]
-    with inputs_of(norms[0]) as attention_wrote:
-        mid = streams.after_attention(layer, index, before)
-    with inputs_of(norms[1]) as ffn_wrote:
-        after = streams.after_ffn(layer, mid)
-    return Passage(before, mid, after, attention_wrote, ffn_wrote)
-
-
-def _cut_layer(
-    streams: Streams, cut: Cut, index: int, passage: Passage, narrow: Stream, target: Stream
-) -> Stream:
-    """Cuts one layer whole; returns the cut stream behind it."""
-    axes, layer, basis = streams.axes, streams.layers[index], cut.basis
-    if basis is not None:
-        target = [basis.project(x_RLD) for x_RLD in target]
-        _narrow_attention(streams, cut, layer, basis, passage, narrow)
-    if cut.after.heads < cut.before.heads:
-        mids = _cut_heads(streams, cut, index, narrow, passage.mid)
-    else:
-        mids = streams.after_attention(layer, index, narrow)
-    if basis is not None:
-        _narrow_ffn(streams, cut, layer, basis, passage, mids)
-    if axes.experts is None:
-        return _cut_ffn(streams, cut, index, mids, target)
-    return _cut_mixture(streams, cut, layer, mids, target)
-
-
-def _narrow_attention(
-    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: Passage, narrow: Stream
-) -> None:
-    axes = streams.axes
-    norm = part(layer, axes.attention_input_norm)
-    found = hidden.guess(streams, norm, basis, passage.before, narrow, cut.reconstruct)
-    hidden.narrow_reader(axes, norm, hidden.attention_readers(layer, axes), basis, found)
-    hidden.narrow_writer(part(layer, f"{axes.attention}.{axes.output}"), basis)
-    if axes.attention_output_norm is not None:
-        norm = part(layer, axes.attention_output_norm)
-        hidden.narrow_output_norm(streams, norm, basis, passage.attention_wrote, axes)
-
-
-def _narrow_ffn(
-    streams: Streams, cut: Cut, layer: nn.Module, basis: Basis, passage: Passage, mids: Stream
-) -> None:
-    axes = streams.axes
-    norm = part(layer, axes.ffn_input_norm)
-    found = hidden.guess(streams, norm, basis, passage.mid, mids, cut.reconstruct)
-    hidden.narrow_reader(axes, norm, hidden.ffn_readers(layer, axes), basis, found)
-    hidden.narrow_ffn_writer(layer, axes, basis)
-    if axes.ffn_output_norm is not None:
-        norm = part(layer, axes.ffn_output_norm)
-        hidden.narrow_output_norm(streams, norm, basis, passage.ffn_wrote, axes)
-
-
-def _cut_heads(streams: Streams, cut: Cut, index: int, narrow: Stream, full_mid: Stream) -> Stream:
-    """Cuts one layer's heads; returns the cut stream between its attention and its FFN."""
-    axes, layer = streams.axes, streams.layers[index]
-    output = part(layer, f"{axes.attention}.{axes.output}")
-    before, after = cut.before, cut.after
-    grouping = Grouping(before.kv_heads, before.heads // before.kv_heads, before.head_dim)
-    share = after.heads // after.kv_heads
-    with inputs_of(output) as heads:
-        streams.after_attention(layer, index, narrow)
-    width, hidden_size = output.in_features, output.out_features
-    mean = cut.ranking.aggregation == "mean"
-    moments = Moments.zeros(width, hidden_size, output.weight.device, absolute=mean)
-    for batch, heads_RLA, mid_RLD in zip(streams.batches, heads, full_mid, strict=True):
-        target_RLD = mid_RLD if cut.basis is None else cut.basis.project(mid_RLD)
-        read_NA = heads_RLA[batch.counted_RL].float()
-        # No error: the down projection behind it undoes what there is (docs/pruning.md).
-        moments.add(read_NA, None, _row_weight(target_RLD, batch))
-    if cut.reconstruct and cut.ranking.by == "refit":
-        kept, output_DA = refit_and_remove_heads(
-            output.weight, moments, grouping, after.kv_heads, share
-        )
-    else:
-        score_A = activation_scores(moments, output.weight)
-        score_H = score_A.view(before.heads, before.head_dim).sum(1)
-        if cut.ranking.fisher is not None:
-            score_H = cut.ranking.fisher.heads[index]
-        kept = heads_by_score(score_H, grouping, after.kv_heads, share)
-        columns = torch.tensor(grouping.columns(kept), device=output.weight.device)
-        output_DA = output.weight[:, columns]
-        if cut.reconstruct:
-            output_DA = refit_to(output.weight, moments, columns)
-    keep_heads(layer, axes, grouping, kept, output_DA)
-    columns = torch.tensor(grouping.columns(kept), device=output.weight.device)
-    with products(streams.model, streams.dtype):
-        return [
-            add_attention(layer, axes, x_RLD, heads_RLA[..., columns])
-            for x_RLD, heads_RLA in zip(narrow, heads, strict=True)
+    def _run_full(self, index: int, before: Stream) -> Passage:
+        streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
+        norms = [
+            None if name is None else part(layer, name)
+            for name in (axes.attention_output_norm, axes.ffn_output_norm)
         ]
+        with inputs_of(norms[0]) as attention_wrote:
+            mid = streams.after_attention(layer, index, before)
+        with inputs_of(norms[1]) as ffn_wrote:
+            after = streams.after_ffn(layer, mid)
+        return Passage(before, mid, after, attention_wrote, ffn_wrote)
 
+    def _cut_layer(self, index: int, passage: Passage, narrow: Stream, target: Stream) -> Stream:
+        """Cut one whole layer; returns the cut stream after it. target: already projected."""
+        axes, layer = self.streams.axes, self.streams.layers[index]
+        if self.basis is not None:
+            norms = axes.attention_input_norm, axes.attention_output_norm
+            readers = hidden.attention_readers(layer, axes)
+            self._narrow(layer, norms, readers, passage.before, narrow, passage.attention_wrote)
+            hidden.narrow_writer(part(layer, f"{axes.attention}.{axes.output}"), self.basis)
+        if self.after.heads < self.before.heads:
+            mids = self._cut_heads(index, narrow, passage.mid)
+        else:
+            mids = self.streams.after_attention(layer, index, narrow)
+        if self.basis is not None:
+            norms = axes.ffn_input_norm, axes.ffn_output_norm
+            readers = hidden.ffn_readers(layer, axes)
+            self._narrow(layer, norms, readers, passage.mid, mids, passage.ffn_wrote)
+            hidden.narrow_ffn_writer(layer, axes, self.basis)
+        if axes.experts is None:
+            return self._cut_ffn(index, mids, target)
+        return self._cut_mixture(layer, mids, target)
 
-def _cut_mixture(
-    streams: Streams, cut: Cut, layer: nn.Module, mids: Stream, target: Stream
-) -> Stream:
-    """Cuts one layer's experts; returns the cut stream behind it."""
-    axes = streams.axes
-    weights = [
-        _row_weight(target_RLD, batch)
-        for target_RLD, batch in zip(target, streams.batches, strict=True)
-    ]
-    rows = streams.rows(mids)
-    if cut.after.experts != cut.before.experts:
-        assert cut.after.experts is not None
-        keep_experts(layer, axes, best_experts(layer, axes, rows, weights, cut.after.experts))
-    if cut.after.ffn_size < cut.before.ffn_size:
-        keep = cut.after.ffn_size
-        narrow_experts(layer, axes, rows, weights, keep, cut.reconstruct, cut.ranking)
-    after = streams.after_ffn(layer, mids)
-    return _with_gains(streams, cut, layer, mids, after, target)
+    def _narrow(
+        self,
+        layer: nn.Module,
+        norms: tuple[str, str | None],
+        readers: Sequence[tuple[Any, str]],
+        full: Stream,
+        narrow: Stream,
+        wrote: Stream,
+    ) -> None:
+        """Cut what reads the stream for one block, and the norm of the block's output."""
+        assert self.basis is not None
+        streams, norm = self.streams, part(layer, norms[0])
+        fit = hidden.fit_full_stream(streams, norm, self.basis, full, narrow, self.reconstruct)
+        hidden.narrow_reader(streams.axes, norm, readers, self.basis, fit)
+        if norms[1] is not None:
+            hidden.narrow_output_norm(streams, part(layer, norms[1]), self.basis, wrote)
 
-
-def _cut_ffn(streams: Streams, cut: Cut, index: int, mids: Stream, target: Stream) -> Stream:
-    """Cuts one layer's FFN; returns the cut stream behind it."""
-    axes, layer, ranking = streams.axes, streams.layers[index], cut.ranking
-    ffn_size = cut.after.ffn_size
-    down = part(layer, f"{axes.ffn}.{axes.down}")
-    width, ffn = down.weight.shape
-    mean = ranking.aggregation == "mean"
-    evidence = Evidence(ffn, width, down.weight.device, absolute=mean)
-    activations: list[Tensor] = []
-    for batch, mid_RLD, target_RLD in zip(streams.batches, mids, target, strict=True):
+    def _cut_heads(self, index: int, narrow: Stream, full_mid: Stream) -> Stream:
+        """Cut one layer's heads; returns the cut stream between its attention and its FFN."""
+        streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
+        output = part(layer, f"{axes.attention}.{axes.output}")
+        before, after, ranking = self.before, self.after, self.ranking
+        grouping = Grouping(before.kv_heads, before.heads // before.kv_heads, before.head_dim)
+        share = after.heads // after.kv_heads
+        with inputs_of(output) as heads:
+            streams.after_attention(layer, index, narrow)
+        device, mean = output.weight.device, ranking.aggregation == "mean"
+        moments = Moments.zeros(output.in_features, output.out_features, device, absolute=mean)
+        for batch, heads_RLA, target_RLD in zip(
+            streams.batches, heads, self._projected(full_mid), strict=True
+        ):
+            read_NA = heads_RLA[batch.counted_RL].float()
+            # No error: the down projection behind it undoes what there is (docs/pruning.md).
+            moments.add(read_NA, None, _row_weight(target_RLD, batch))
+        if self.reconstruct and ranking.by == "refit":
+            kept, output_DA = refit_and_remove_heads(
+                output.weight, moments, grouping, after.kv_heads, share
+            )
+        else:
+            score_A = activation_scores(moments, output.weight)
+            score_H = score_A.view(before.heads, before.head_dim).sum(1)
+            if ranking.fisher is not None:
+                score_H = ranking.fisher.heads[index]
+            kept = heads_by_score(score_H, grouping, after.kv_heads, share)
+            columns = torch.tensor(grouping.columns(kept), device=device)
+            output_DA = output.weight[:, columns]
+            if self.reconstruct:
+                output_DA = refit_to(output.weight, moments, columns)
+        keep_heads(layer, axes, grouping, kept, output_DA)
+        columns = torch.tensor(grouping.columns(kept), device=device)
         with products(streams.model, streams.dtype):
-            activations.append(ffn_activations(layer, axes, mid_RLD))
-        read_NF = activations[-1][batch.counted_RL].float()
-        error_ND = None
-        # A norm after the FFN is no linear map, so there each layer refits to its own output.
-        if cut.reconstruct and axes.ffn_output_norm is None:
-            wrote_ND = nn.functional.linear(read_NF, down.weight, down.bias)
-            error_ND = (target_RLD - mid_RLD)[batch.counted_RL] - wrote_ND
-        evidence.add(read_NF, error_ND, _row_weight(target_RLD, batch))
-    moments, change_DF = evidence.finish()
-    weight_DF = down.weight + change_DF
-    if ffn_size == ffn:
-        kept_K, down_DK = torch.arange(ffn, device=weight_DF.device), weight_DF
-    elif cut.reconstruct and ranking.by == "refit":
-        kept_K, down_DK = refit_and_remove(weight_DF, moments, ffn_size)
-    else:
-        score_F = activation_scores(moments, weight_DF)
-        if ranking.fisher is not None:
-            score_F = ranking.fisher.neurons[index]
-        kept_K = best(score_F, ffn_size)
-        down_DK = weight_DF[:, kept_K]
-        if cut.reconstruct:
-            down_DK = refit_to(weight_DF, moments, kept_K)
-    keep_neurons(layer, axes, kept_K, down_DK)
-    with products(streams.model, streams.dtype):
-        after = [
-            add_ffn(layer, axes, mid_RLD, activations_RLF[..., kept_K])
-            for mid_RLD, activations_RLF in zip(mids, activations, strict=True)
+            return [
+                add_attention(layer, axes, x_RLD, heads_RLA[..., columns])
+                for x_RLD, heads_RLA in zip(narrow, heads, strict=True)
+            ]
+
+    def _cut_mixture(self, layer: nn.Module, mids: Stream, target: Stream) -> Stream:
+        """Cut one layer's experts; returns the cut stream after it."""
+        streams, axes, after = self.streams, self.streams.axes, self.after
+        weights = [
+            _row_weight(target_RLD, batch)
+            for target_RLD, batch in zip(target, streams.batches, strict=True)
         ]
-    if axes.ffn_output_norm is None:
-        return after
-    return _with_gains(streams, cut, layer, mids, after, target)
+        rows = streams.rows(mids)
+        if after.experts != self.before.experts:
+            assert after.experts is not None
+            keep_experts(layer, axes, best_experts(layer, axes, rows, weights, after.experts))
+        if after.ffn_size < self.before.ffn_size:
+            keep, ranking = after.ffn_size, self.ranking
+            narrow_experts(layer, axes, rows, weights, keep, self.reconstruct, ranking)
+        return self._with_gains(layer, mids, streams.after_ffn(layer, mids), target)
 
+    def _cut_ffn(self, index: int, mids: Stream, target: Stream) -> Stream:
+        """Cut one layer's FFN; returns the cut stream after it."""
+        streams, axes, layer = self.streams, self.streams.axes, self.streams.layers[index]
+        ranking, keep = self.ranking, self.after.ffn_size
+        down = part(layer, f"{axes.ffn}.{axes.down}")
+        width, ffn = down.weight.shape
+        mean = ranking.aggregation == "mean"
+        evidence = Evidence(ffn, width, down.weight.device, absolute=mean)
+        activations: list[Tensor] = []
+        for batch, mid_RLD, target_RLD in zip(streams.batches, mids, target, strict=True):
+            with products(streams.model, streams.dtype):
+                activations.append(ffn_activations(layer, axes, mid_RLD))
+            read_NF = activations[-1][batch.counted_RL].float()
+            error_ND = None
+            # A norm after the FFN is not linear, so there each layer is refit to its own output.
+            if self.reconstruct and axes.ffn_output_norm is None:
+                wrote_ND = nn.functional.linear(read_NF, down.weight, down.bias)
+                error_ND = (target_RLD - mid_RLD)[batch.counted_RL] - wrote_ND
+            evidence.add(read_NF, error_ND, _row_weight(target_RLD, batch))
+        moments, change_DF = evidence.finish()
+        weight_DF = down.weight + change_DF
+        if keep == ffn:
+            kept_K, down_DK = torch.arange(ffn, device=weight_DF.device), weight_DF
+        else:
+            score_F = None if ranking.fisher is None else ranking.fisher.neurons[index]
+            kept_K, down_DK = choose_and_refit(
+                weight_DF, moments, keep, ranking, self.reconstruct, score_F
+            )
+        keep_neurons(layer, axes, kept_K, down_DK)
+        with products(streams.model, streams.dtype):
+            after = [
+                add_ffn(layer, axes, mid_RLD, activations_RLF[..., kept_K])
+                for mid_RLD, activations_RLF in zip(mids, activations, strict=True)
+            ]
+        if axes.ffn_output_norm is None:
+            return after
+        return self._with_gains(layer, mids, after, target)
 
-def _with_gains(
-    streams: Streams, cut: Cut, layer: nn.Module, mids: Stream, after: Stream, target: Stream
-) -> Stream:
-    """The stream behind a layer whose FFN's output is brought nearer to the target by its gain."""
-    if not cut.reconstruct:
-        return after
-    batches = []
-    for batch, mid_RLD, after_RLD, target_RLD in zip(
-        streams.batches, mids, after, target, strict=True
-    ):
-        rows, weight_N1 = batch.counted_RL, _row_weight(target_RLD, batch)[:, None]
-        wrote_ND = (after_RLD - mid_RLD)[rows].float() * weight_N1
-        batches.append((wrote_ND, (target_RLD - after_RLD)[rows].float() * weight_N1))
-    gain_D = channel_gains(batches)
-    scale_ffn_output(layer, streams.axes, gain_D)
-    return [
-        mid_RLD + gain_D * (after_RLD - mid_RLD)
-        for mid_RLD, after_RLD in zip(mids, after, strict=True)
-    ]
+    def _with_gains(self, layer: nn.Module, mids: Stream, after: Stream, target: Stream) -> Stream:
+        """The stream after a layer, its FFN's output brought nearer to the target by a gain."""
+        if not self.reconstruct:
+            return after
+        rows = []
+        for batch, mid_RLD, after_RLD, target_RLD in zip(
+            self.streams.batches, mids, after, target, strict=True
+        ):
+            counted, weight_N1 = batch.counted_RL, _row_weight(target_RLD, batch)[:, None]
+            wrote_ND = (after_RLD - mid_RLD)[counted].float() * weight_N1
+            rows.append((wrote_ND, (target_RLD - after_RLD)[counted].float() * weight_N1))
+        gain_D = channel_gains(rows)
+        scale_ffn_output(layer, self.streams.axes, gain_D)
+        return [
+            mid_RLD + gain_D * (after_RLD - mid_RLD)
+            for mid_RLD, after_RLD in zip(mids, after, strict=True)
+        ]
 
 
 def _row_weight(target_RLD: Tensor, batch: Batch) -> Tensor:
