@@ -318,7 +318,7 @@ def test_likeliest_tokens_that_are_clear_stay_so_as_far_as_a_formats_bits_allow(
     if passes:
         check_replay(found(moved=moved), limit, 0.02, Path("source"), "more bits")
     else:
-        with pytest.raises(ModelError, match=f"likeliest token at {moved} of the 900"):
+        with pytest.raises(ModelError, match=f"top-1 token at {moved} of the 900"):
             check_replay(found(moved=moved), limit, 0.02, Path("source"), "more bits")
 
 

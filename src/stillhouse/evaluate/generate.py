@@ -1,4 +1,4 @@
-"""What each model writes to the same prompts."""
+"""Generations of each model for the same prompts."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:
-    """Answers each prompt: greedily at temperature 0, else sampled from the whole distribution.
+    """Continue each prompt: greedily at temperature 0, else sampled from the whole distribution.
 
-    A tokenizer with a chat template gets the prompt as one user message; another gets plain text
-    to continue. Prompts are answered one by one: in bfloat16, padding beside a longer prompt is
-    enough to turn a good answer into a bad one. An answer ends at the end-of-sequence token of the
-    tokenizer or of the model, and special tokens are not shown. The same seed gives the same
-    answers; torch's global random state is left as it was.
+    With a chat template the prompt is one user message, else plain text to continue. Prompts are
+    processed one by one: in bfloat16, padding beside a longer prompt is enough to turn a good
+    answer into a bad one. An answer ends at the end-of-sequence token of the tokenizer or of the
+    model, and special tokens are not shown. The same seed gives the same answers; torch's global
+    random state is unchanged.
     """
     answers: list[str] = []
     devices = [model.device] if model.device.type == "cuda" else []
     for number, prompt in enumerate(prompts):
         ids_1L = torch.tensor([_prompt_ids(tokenizer, prompt)], device=model.device)
         inputs = {"input_ids": ids_1L, "attention_mask": torch.ones_like(ids_1L)}
-        # transformers remarks on sampling settings that greedy search does not use.
+        # transformers warns of sampling settings that greedy search does not use.
         with torch.random.fork_rng(devices=devices), torch.inference_mode(), quiet():
             config = _config(model, tokenizer, max_new_tokens, temperature)
             torch.manual_seed(seed + number)
@@ -52,7 +52,7 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def _config(model: Any, tokenizer: Any, max_new_tokens: int, temperature: float) -> Any:
-    """Every setting that a checkpoint's own generation_config could change is set."""
+    """Sets everything that a checkpoint's own generation_config could change."""
     from transformers import GenerationConfig
 
     own = model.generation_config.eos_token_id
