@@ -130,7 +130,7 @@ def test_llm_compressor_beside_the_recipe(folder: Path, monkeypatch: pytest.Monk
     assert "error" not in {finding.level for finding in check(folder, export=export)}
     export["llm_compressor"] = "elsewhere/python"
     found = refusal(folder, export=export)
-    assert "elsewhere/python is no Python" in found.text, "named as it is"
+    assert "elsewhere/python is not a Python" in found.text, "named as it is"
 
 
 def test_no_token_for_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

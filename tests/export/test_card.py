@@ -80,7 +80,7 @@ def test_a_card_names_teacher_data_recipe_hashes_and_what_was_kept(tmp_path: Pat
         ("llama3.2", "Built with Llama"),
         ("Llama 3.1 Community License", "student of any kind is allowed"),
         ("llama4", "student of any kind is allowed"),
-        ("llama", "is not said"),
+        ("llama", "is not known"),
         ("gemma", "passed on"),
         ("cc-by-nc-4.0", "commercial"),
         ("fair-noncommercial-research-license", "commercial"),

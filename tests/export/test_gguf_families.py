@@ -221,7 +221,7 @@ def test_without_llama_cpp_a_file_that_transformers_misreads_is_refused_at_check
 ) -> None:
     config, words = CONFIGS["qwen3"](head_dim=16), tiny.merging_tokenizer()
     monkeypatch.setattr(gguf_export, "has_llama_cpp", lambda: False)
-    with pytest.raises(ModelError, match="not read the head size as it is") as caught:
+    with pytest.raises(ModelError, match="misread the head size") as caught:
         list(announce_gguf("f16", config, words))
     assert "llama-cpp" in str(caught.value.fix)
     assert list(announce_gguf("f16", CONFIGS["qwen3"](head_dim=128), words)) == []

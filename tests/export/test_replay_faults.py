@@ -318,7 +318,7 @@ def test_most_likely_tokens_that_are_clear_stay_so_as_far_as_a_formats_bits_allo
     if passes:
         check_replay(found(moved=moved), limit, 0.02, Path("source"), "more bits")
     else:
-        with pytest.raises(ModelError, match=f"most likely token at {moved} of the 900"):
+        with pytest.raises(ModelError, match=f"top-1 token at {moved} of the 900"):
             check_replay(found(moved=moved), limit, 0.02, Path("source"), "more bits")
 
 

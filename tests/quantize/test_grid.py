@@ -6,9 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillhouse.quantize.grid import WEIGHED, Grid, choose_scales, from_codes, on_grid, to_codes
+from stillhouse.quantize.grid import WEIGHTED, Grid, choose_scales, on_grid, to_codes
 
 GRIDS = [Grid(4, 8), Grid(8, 16), Grid(8, None, floating=True)]
+
+
+def from_codes(codes_OI: Tensor, scales_OG: Tensor) -> Tensor:
+    """The weights s·q, float32 [O, I], without rounding."""
+    groups_OGg = codes_OI.float().unflatten(-1, (scales_OG.shape[-1], -1))
+    return (groups_OGg * scales_OG.float()[..., None]).flatten(-2)
 
 
 def matrix(seed: int = 0) -> Tensor:
@@ -57,7 +63,7 @@ def test_errors_on_inputs_that_matter_are_avoided() -> None:
 
     assert error(weighed_OG) < 0.6 * error(plain_OG)
     extreme_OG = weight_OI.unflatten(-1, (-1, 8))[..., 0]
-    candidates = [(extreme_OG / place).half().float() for place in WEIGHED[4]]
+    candidates = [(extreme_OG / place).half().float() for place in WEIGHTED[4]]
     assert error(weighed_OG) <= min(map(error, candidates))
 
 

@@ -32,7 +32,7 @@ from stillhouse.quantize.sensitivity import (
     reference_answers,
     scales_of,
 )
-from stillhouse.quantize.units import find_units, left_over, model_bytes, told_left_over
+from stillhouse.quantize.units import find_units, left_over, left_over_text, model_bytes
 from stillhouse.runfolder import Cost, Stage
 from stillhouse.teachers.load_model import load_model
 from tests import tiny
@@ -133,7 +133,7 @@ def test_what_is_no_linear_layers_is_named_and_counted_in_16_bits() -> None:
     left = left_over(experts)
     assert left["model.layers.1.mlp.experts.gate_up_proj"] == 4 * 64 * 32
     assert len(left) == 2 * 3, "two fused matrices and a router a layer"
-    text = str(told_left_over(experts))
+    text = str(left_over_text(experts))
     assert text.startswith("6 parameters with ")
     assert "experts.gate_up_proj" in text
     units = find_units(experts, GRID)
@@ -142,7 +142,7 @@ def test_what_is_no_linear_layers_is_named_and_counted_in_16_bits() -> None:
     assert model_bytes(experts, units, set(), GRID) == rounded * 18 // 32 + rest * 2
     transposed = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=VOCABULARY))
     assert "transformer.h.0.mlp.c_fc.weight" in left_over(transposed)
-    assert told_left_over(tiny.llama()) is None
+    assert left_over_text(tiny.llama()) is None
 
 
 def test_check_names_what_no_quantization_touches(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a run's models kept of the teacher, measured: fidelity, speed, memory, text, tasks."""
+"""Measures of a run's models against the teacher: fidelity, speed, memory, text, tasks."""

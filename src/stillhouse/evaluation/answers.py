@@ -1,14 +1,14 @@
-"""How good answers are: JSON by its schema and its fields, free text by equality and comparison."""
+"""Quality of answers: JSON by its schema and fields, free text by equality and comparison."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
+
+from stillhouse.evaluation.results import Saved
 
 Facts = Counter[tuple[str, str]]
 """Of a JSON value: (path, scalar) of everything in it, and how often."""
@@ -17,7 +17,7 @@ Facts = Counter[tuple[str, str]]
 @dataclass(frozen=True)
 class AnswersResult:
     """One model on the test texts. figures: measures by name. fields: F1 of each top-level field,
-    against the true answers or, where there are none, the teacher's."""
+    against the reference answers or, where there are none, the teacher's."""
 
     role: str
     figures: dict[str, float]
@@ -26,7 +26,7 @@ class AnswersResult:
 
 @dataclass(frozen=True)
 class AnsweredText:
-    """What every model answered, by role. gold: the true answer, None where it is not known."""
+    """Every model's answer, by role. gold: the reference answer, None where there is none."""
 
     text: str
     gold: str | None
@@ -34,7 +34,7 @@ class AnsweredText:
 
 
 @dataclass(frozen=True)
-class AnswersEvaluation:
+class AnswersEvaluation(Saved):
     kind: str
     texts: int
     results: list[AnswersResult]
@@ -44,27 +44,11 @@ class AnswersEvaluation:
     def of(self, role: str) -> AnswersResult | None:
         return next((result for result in self.results if result.role == role), None)
 
-    def save(self, path: Path) -> None:
-        text = json.dumps(asdict(self), indent=1, ensure_ascii=False)
-        path.write_text(text, encoding="utf-8")
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> AnswersEvaluation:
-        results = [AnswersResult(**result) for result in raw["results"]]
-        examples = [AnsweredText(**example) for example in raw["examples"]]
-        return cls(**{**raw, "results": results, "examples": examples})
-
-    @classmethod
-    def load(cls, path: Path) -> AnswersEvaluation:
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-# --- JSON --------------------------------------------------------------------------------------
-
 
 def facts_of(value: Any, path: str = "") -> Facts:
-    """A list's items have one path, so that their order does not matter. Text is compared without
-    case and repeated spaces, numbers by their value; null is no fact."""
+    """(path, scalar) of everything in a JSON value. A list's items have one path, so that their
+    order does not matter. Text is compared without case and repeated spaces, numbers by their
+    value; null is no fact."""
     if isinstance(value, Mapping):
         inside = (
             facts_of(part, f"{path}.{key}" if path else str(key)) for key, part in value.items()
@@ -83,12 +67,12 @@ def facts_of(value: Any, path: str = "") -> Facts:
     return Counter({(path, shown): 1})
 
 
-def field_f1(said: Sequence[Any | None], true: Sequence[Any]) -> tuple[float, dict[str, float]]:
-    """F1 over all facts, and of each top-level field's. said: None where an answer is no valid
-    JSON, which says nothing. 1 where there was nothing to say and nothing was said."""
+def field_f1(answers: Sequence[Any | None], gold: Sequence[Any]) -> tuple[float, dict[str, float]]:
+    """F1 over all facts, and of each top-level field's. answers: None where one is not valid JSON,
+    and so has no facts. 1 where neither side has any."""
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for one, other in zip(said, true, strict=True):
+    for one, other in zip(answers, gold, strict=True):
         ours = Counter() if one is None else facts_of(one)
         theirs = facts_of(other)
         for counts, counted in (((ours & theirs), right), (ours, total), (theirs, total)):
@@ -106,18 +90,16 @@ def _field(path: str) -> str:
     return path.partition(".")[0].removesuffix("[]")
 
 
-# --- text --------------------------------------------------------------------------------------
-
-
 def same_text(one: str, other: str) -> bool:
-    """Spaces and line ends aside."""
+    """Equal up to whitespace."""
     return one.split() == other.split()
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Answers compared with others, each pair in both orders. An answer wins where it is preferred
-    in both; what depends on the order is a tie. unread: pairs of which a verdict was none."""
+    in both; a verdict that depends on the order is a tie. unread: pairs without two readable
+    verdicts."""
 
     wins: int
     ties: int

@@ -1,18 +1,18 @@
-"""How good a classifier is: against the true labels, and against its teacher.
+"""Quality of a classifier: against the true labels, and against its teacher.
 
 Shapes: N texts, C labels.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from stillhouse.evaluation.results import Saved
 
 BINS = 15
 
@@ -21,10 +21,10 @@ BINS = 15
 class ClassifierResult:
     """One model on the test texts. Figures against true labels are None where there are none.
 
-    kl: KL(teacher || model) in nats. ece: expected calibration error of the most likely label, in
-    `BINS` equal bins (Guo et al. 2017, arXiv 1706.04599); ece_teacher takes the teacher's label
-    for the true one. brier: squared distance to the true label, 0 to 2. confusion: [true][said],
-    or [teacher's][said] where no true labels are known.
+    kl: KL(teacher ‖ model) in nats. ece: expected calibration error of the top-1 label, in `BINS`
+    equal bins (Guo et al. 2017, arXiv 1706.04599); ece_teacher uses the teacher's label as the true
+    one. brier: squared distance to the true label, 0 to 2. confusion: [true][predicted], or
+    [teacher's][predicted] where no true labels are known.
     """
 
     role: str
@@ -43,11 +43,11 @@ class ClassifierResult:
 
 @dataclass(frozen=True)
 class Abstention:
-    """threshold: the confidence from which on the student answers; None where none is enough.
-    sureness: with which it is as good as `wanted` there, by the calibration texts.
+    """threshold: the lowest confidence at which the student answers; None where none is enough.
+    sureness: the confidence with which it reaches `wanted` there, by the calibration texts.
 
-    coverage: the share of the calibration texts that it answers, and `reached` how good it is on
-    them; test_*: the same on the test texts, on which nothing was chosen.
+    coverage: the share of the calibration texts that it answers, and `reached` its measure on them;
+    test_*: the same on the test texts, on which nothing was chosen.
     """
 
     measure: str
@@ -61,7 +61,7 @@ class Abstention:
 
 
 @dataclass(frozen=True)
-class ClassificationEvaluation:
+class ClassificationEvaluation(Saved):
     labels: list[str]
     texts: int
     results: list[ClassifierResult]
@@ -76,33 +76,19 @@ class ClassificationEvaluation:
     def has_gold(self) -> bool:
         return self.results[0].accuracy is not None
 
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> ClassificationEvaluation:
-        results = [ClassifierResult(**result) for result in raw["results"]]
-        curve = [(float(x), float(y)) for x, y in raw["curve"]]
-        abstention = Abstention(**raw["abstention"])
-        return cls(**{**raw, "results": results, "abstention": abstention, "curve": curve})
-
-    @classmethod
-    def load(cls, path: Path) -> ClassificationEvaluation:
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-
 
 def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) -> ClassifierResult:
     """p_NC, teacher_NC: probabilities. gold_N: indices of the true labels, negative where one is
     not known; what is measured against them is of the others alone."""
-    said_N, taught_N = p_NC.argmax(-1), teacher_NC.argmax(-1)
+    predicted_N, taught_N = p_NC.argmax(-1), teacher_NC.argmax(-1)
     floor = torch.finfo(torch.float32).tiny
     log_ratio_NC = teacher_NC.clamp_min(floor).log() - p_NC.clamp_min(floor).log()
-    known_N = torch.ones_like(said_N, dtype=torch.bool) if gold_N is None else gold_N >= 0
+    known_N = torch.ones_like(predicted_N, dtype=torch.bool) if gold_N is None else gold_N >= 0
     reference_N = (taught_N if gold_N is None else gold_N)[known_N]
-    confusion_CC = confusion(reference_N, said_N[known_N], p_NC.shape[1])
+    confusion_CC = confusion(reference_N, predicted_N[known_N], p_NC.shape[1])
     result: dict[str, Any] = {
         "role": role,
-        "agreement": float((said_N == taught_N).float().mean()),
+        "agreement": float((predicted_N == taught_N).float().mean()),
         "kl": max(0.0, float((teacher_NC * log_ratio_NC).sum(-1).mean())),
         "ece_teacher": calibration_error(p_NC, taught_N),
         "confusion": confusion_CC.tolist(),
@@ -110,7 +96,7 @@ def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) 
     if gold_N is not None:
         truth_NC = torch.nn.functional.one_hot(reference_N, p_NC.shape[1])
         result |= {
-            "accuracy": float((said_N[known_N] == reference_N).float().mean()),
+            "accuracy": float((predicted_N[known_N] == reference_N).float().mean()),
             "macro_f1": macro_f1(confusion_CC),
             "ece": calibration_error(p_NC[known_N], reference_N),
             "brier": float((p_NC[known_N] - truth_NC).square().sum(-1).mean()),
@@ -118,13 +104,15 @@ def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) 
     return ClassifierResult(**result)
 
 
-def confusion(true_N: Tensor, said_N: Tensor, labels: int) -> Tensor:
-    """Counts [C, C]: row the true label, column what was said."""
-    return torch.bincount(true_N * labels + said_N, minlength=labels * labels).reshape(labels, -1)
+def confusion(true_N: Tensor, predicted_N: Tensor, labels: int) -> Tensor:
+    """Counts [C, C]: row the true label, column the predicted one."""
+    return torch.bincount(true_N * labels + predicted_N, minlength=labels * labels).reshape(
+        labels, -1
+    )
 
 
 def macro_f1(confusion_CC: Tensor) -> float:
-    """The mean of F1 over the labels that are true or were said at least once."""
+    """The mean of F1 over the labels that are true or predicted at least once."""
     right_C = confusion_CC.diagonal().double()
     total_C = confusion_CC.sum(0) + confusion_CC.sum(1)
     return float((2 * right_C / total_C)[total_C > 0].mean())
@@ -132,8 +120,8 @@ def macro_f1(confusion_CC: Tensor) -> float:
 
 def calibration_error(p_NC: Tensor, true_N: Tensor) -> float:
     """Mean over texts of |confidence - share that is right| of their bin."""
-    confidence_N, said_N = p_NC.max(-1)
-    right_N = (said_N == true_N).double()
+    confidence_N, predicted_N = p_NC.max(-1)
+    right_N = (predicted_N == true_N).double()
     bins_N = (confidence_N * BINS).long().clamp_max(BINS - 1)
     error = 0.0
     for bin_ in bins_N.unique():
@@ -145,15 +133,12 @@ def calibration_error(p_NC: Tensor, true_N: Tensor) -> float:
 
 def coverage_curve(p_NC: Tensor, true_N: Tensor) -> list[tuple[float, float]]:
     """(share answered, share of them that is right), the most confident first."""
-    confidence_N, said_N = p_NC.max(-1)
+    confidence_N, predicted_N = p_NC.max(-1)
     order_N = confidence_N.argsort(descending=True, stable=True)
-    right_N = (said_N == true_N)[order_N].double()
+    right_N = (predicted_N == true_N)[order_N].double()
     counts_N = torch.arange(1, len(right_N) + 1)
-    return list(
-        zip(
-            (counts_N / len(right_N)).tolist(), (right_N.cumsum(0) / counts_N).tolist(), strict=True
-        )
-    )
+    shares_N, right_share_N = counts_N / len(right_N), right_N.cumsum(0) / counts_N
+    return list(zip(shares_N.tolist(), right_share_N.tolist(), strict=True))
 
 
 SHARES = 10
@@ -161,15 +146,15 @@ SHARES = 10
 
 
 def choose_threshold(p_NC: Tensor, true_N: Tensor, wanted: float, sureness: float) -> float | None:
-    """The lowest of `SHARES` confidences from which on answers are right often enough, beyond
-    chance; None where the texts do not show it of any.
+    """The lowest of `SHARES` confidences above which answers are right often enough, beyond chance;
+    None where the texts show it of none.
 
     Beyond chance: at `sureness`, the share of right answers among texts like these is at least
-    `wanted`, by its lower Clopper-Pearson bound. As several thresholds are tried, each must pass
-    at 1 - (1 - sureness) / SHARES (Bonferroni), so that the one that is chosen holds too.
+    `wanted`, by its lower Clopper-Pearson bound. As several thresholds are tried, each must pass at
+    1 - (1 - sureness) / SHARES (Bonferroni), so that the one that is chosen holds too.
     """
-    confidence_N, said_N = p_NC.max(-1)
-    wrong_N = said_N != true_N
+    confidence_N, predicted_N = p_NC.max(-1)
+    wrong_N = predicted_N != true_N
     falling_N = confidence_N.sort(descending=True).values
     for share in range(SHARES, 0, -1):
         threshold = falling_N[math.ceil(share * len(falling_N) / SHARES) - 1]
@@ -194,9 +179,9 @@ def answered(p_NC: Tensor, true_N: Tensor, threshold: float | None) -> tuple[flo
     """The share of texts at or above the threshold, and the share of them that is right."""
     if threshold is None:
         return 0.0, None
-    confidence_N, said_N = p_NC.max(-1)
+    confidence_N, predicted_N = p_NC.max(-1)
     above_N = confidence_N >= threshold
     if not bool(above_N.any()):
         return 0.0, None
-    right = float((said_N == true_N)[above_N].double().mean())
+    right = float((predicted_N == true_N)[above_N].double().mean())
     return float(above_N.double().mean()), right

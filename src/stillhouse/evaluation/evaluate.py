@@ -1,4 +1,4 @@
-"""Everything that is measured about a run's models, teacher first, in one place."""
+"""All measures of a run's models, teacher first."""
 
 from __future__ import annotations
 
@@ -50,18 +50,18 @@ def evaluate(
     prepare: Mapping[str, Callable[[Any], object]] | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Measures the models in `paths` by role (teacher, untrained, student, fine_tuned, quantized).
+    """Measure the models in `paths` by role (teacher, untrained, student, fine_tuned, quantized).
 
     Fidelity and generations take one model at a time, so memory holds one model, the teacher's
-    head, and the teacher's hidden states of the held-out text. Only the speed measurement holds
-    all models at once. Everything computes in `precision` on the default device.
+    head, and the teacher's hidden states of the held-out text; the speed measurement holds all
+    models at once. Everything computes in `precision` on the default device.
 
     vocabulary: tokens of the shared vocabulary; rows past it are padding.
     export_dtype: sizes are given as if the weights were stored in this type; None: as they are.
     sizes: bytes of the roles that are stored in another way, such as quantized ones. Their speed
     and memory are not measured: what is in `paths` is a floating-point stand-in.
-    prepare: done to the roles' models once they are loaded, for what a checkpoint does not hold,
-    such as inputs that are rounded. `lm_eval` loads them without.
+    prepare: is called with the roles' models once they are loaded, for what a checkpoint does not
+    hold, such as rounded inputs. `lm_eval` loads them without.
 
     Raises:
         ModelError: no teacher, or a model that cannot be loaded or does not fit.
@@ -150,8 +150,8 @@ def evaluate_models(
 
 @dataclass
 class _Measuring:
-    """What needs one model at a time, the teacher first: its answers to the windows and to the
-    prompts, and its size."""
+    """Measures one model at a time, the teacher first: its outputs for the windows and the prompts,
+    and its size."""
 
     section: EvaluateRecipe
     tokenizer: Any
@@ -194,37 +194,29 @@ class _Measuring:
 
 
 def _with_speed(
-    results: dict[str, ModelResult],
-    paths: dict[str, Path],
-    setup: _Setup,
+    results: dict[str, ModelResult], paths: dict[str, Path], setup: _Setup
 ) -> dict[str, ModelResult]:
-    peaks = {}
+    peaks, code = {}, setup.trust_remote_code
     with bar("Memory and speed", len(paths) + ROUNDS + 1, unit="measurements") as advance:
         for role, path in paths.items():
             with _stored_as_used(path, setup) as stored:
                 peaks[role] = measure_peak_memory(
-                    stored, setup.dtype, setup.device, trust_remote_code=setup.trust_remote_code
+                    stored, setup.dtype, setup.device, trust_remote_code=code
                 )
             advance(1)
         models = {role: setup.load(path) for role, path in paths.items()}
         rates = measure_rates(models, setup.vocabulary, seed=setup.seed, advance=advance)
-    return {
-        role: replace(
-            result,
-            speed=Speed(
-                prefill_tokens_per_s=rates[role].prefill_tokens_per_s,
-                decode_tokens_per_s=rates[role].decode_tokens_per_s,
-                peak_memory_bytes=peaks[role],
-            ),
-        )
-        for role, result in results.items()
+    speeds = {
+        role: Speed(found.prefill_tokens_per_s, found.decode_tokens_per_s, peaks[role])
+        for role, found in rates.items()
     }
+    return {role: replace(result, speed=speeds[role]) for role, result in results.items()}
 
 
 @contextmanager
 def _stored_as_used(path: Path, setup: _Setup) -> Iterator[Path]:
-    """The checkpoint in the number type that it is used in, as it is shipped: a copy for as long as
-    it is measured where its files have another one, for their pages count as memory too."""
+    """The checkpoint in the number type that it is used in: a temporary copy where its files have
+    another one, since their pages count as memory too."""
     name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(setup.dtype)
     if setup.device.type != "cpu" or stored_dtypes(path) in (set(), {name}):
         yield path

@@ -1,4 +1,4 @@
-"""What is measured beside the teacher."""
+"""What is measured besides fidelity."""
 
 from __future__ import annotations
 

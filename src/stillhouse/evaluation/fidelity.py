@@ -1,4 +1,4 @@
-"""How near a model is to its teacher on held-out text: perplexity, KL, agreement, calibration.
+"""Fidelity of a model to its teacher on held-out text: perplexity, KL, agreement, calibration.
 
 Shapes: N supervised rows, R windows in a batch, L tokens in a window, D hidden width, V tokens of
 the shared vocabulary, B calibration bins.
@@ -6,12 +6,13 @@ the shared vocabulary, B calibration bins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from stillhouse.data.batches import Batch, collate
 from stillhouse.data.shift import supervised_rows, supervised_targets
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError, ModelError
@@ -28,10 +29,10 @@ ROWS_PER_CHUNK = 128
 
 @dataclass(frozen=True)
 class HeldoutAnswers:
-    """One model's answer at every supervised position of the held-out text.
+    """One model's output at every supervised position of the held-out text.
 
-    signal: its last hidden states, on the CPU, and its head; so N·D numbers stand for N·V logits.
-    targets_N: the text's own next tokens.
+    signal: its last hidden states, on the CPU, and its head, so that N·D numbers stand for N·V
+    logits. targets_N: the text's own next tokens.
     """
 
     signal: DenseSignal
@@ -42,10 +43,10 @@ class HeldoutAnswers:
 def heldout_answers(
     model: nn.Module, windows: WindowSet, *, advance: Callable[[int], object] = lambda tokens: None
 ) -> HeldoutAnswers:
-    """Runs `model` once over all windows, in evaluation mode.
+    """Run `model` once over all windows, in evaluation mode.
 
-    Windows may differ in length; neighbours of equal length share a forward pass. `advance` is
-    told the tokens of each pass. Holds one hidden vector a supervised token, and no logits.
+    Windows may differ in length; neighbors of equal length share a forward pass. `advance` gets the
+    tokens of each pass. Memory: one hidden vector per supervised token, and no logits.
 
     Raises:
         DataError: no position of any window is supervised.
@@ -55,9 +56,8 @@ def heldout_answers(
     hidden, targets = [], []
     for batch in _batches(windows):
         labels_RL = batch["labels"]
-        hidden_RLD = hidden_states(
-            model, batch["input_ids"].to(device), batch["position_ids"].to(device)
-        )
+        ids_RL, positions_RL = batch["input_ids"].to(device), batch["position_ids"].to(device)
+        hidden_RLD = hidden_states(model, ids_RL, positions_RL)
         hidden.append(supervised_rows(hidden_RLD.cpu(), labels_RL))
         targets.append(supervised_targets(labels_RL))
         advance(labels_RL.numel())
@@ -71,11 +71,11 @@ def heldout_answers(
 
 @torch.no_grad()
 def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> Fidelity:
-    """Measures `model` against `teacher`, both having answered the same windows.
+    """Measure `model` against `teacher` on the same windows.
 
-    Distributions are over the first `vocabulary` tokens, so heads padded to different widths
-    compare like with like. Logits are made for a few rows at a time, and every softmax and sum
-    is in float32 or wider, whatever type the models computed in.
+    Distributions are over the first `vocabulary` tokens, so heads of different padding are
+    comparable. Logits are computed for a few rows at a time, and every softmax and sum is in
+    float32 or wider, whatever type the models computed in.
 
     Raises:
         ModelError: a head has fewer tokens than `vocabulary`, or logits are not finite.
@@ -96,7 +96,7 @@ def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> 
 
 @dataclass
 class _Tally:
-    """Sums over rows, in float64; the fields ending in _B are a calibration bin each."""
+    """Sums over rows, in float64; the fields ending in _B have one value per calibration bin."""
 
     rows: int
     negative_log_likelihood: float
@@ -112,7 +112,7 @@ class _Tally:
         return cls(0, 0.0, 0.0, 0, *bins)
 
     def add(self, model_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> None:
-        """Takes log-probabilities of both models at the same rows."""
+        """Add log-probabilities of both models at the same rows."""
         targets_N = targets_N.to(model_NV.device)
         kl_N = kl_of_rows(teacher_NV, model_NV)
         confidence_N, choice_N = model_NV.max(-1)
@@ -172,20 +172,15 @@ def _check_vocabulary(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary
         )
 
 
-def _batches(windows: WindowSet) -> Iterator[dict[str, Tensor]]:
-    """Stacks neighbouring windows of equal length, up to TOKENS_PER_FORWARD tokens."""
-    batch: list[Mapping[str, Tensor]] = []
+def _batches(windows: WindowSet) -> Iterator[Batch]:
+    """Stack neighboring windows of equal length, up to TOKENS_PER_FORWARD tokens."""
+    batch: list[Batch] = []
     for window in (windows[index] for index in range(len(windows))):
         length = len(window["input_ids"])
         full = (len(batch) + 1) * length > TOKENS_PER_FORWARD
         if batch and (full or len(batch[0]["input_ids"]) != length):
-            yield _stack(batch)
+            yield collate(batch)
             batch = []
         batch.append(window)
     if batch:
-        yield _stack(batch)
-
-
-def _stack(batch: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    keys = ("input_ids", "labels", "position_ids")
-    return {key: torch.stack([window[key] for window in batch]) for key in keys}
+        yield collate(batch)

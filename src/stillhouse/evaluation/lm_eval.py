@@ -10,6 +10,8 @@ import torch
 from stillhouse.errors import RecipeError, StillhouseError
 from stillhouse.evaluation.evaluate_config import LmEvalRecipe
 
+SEEDED = ("random", "numpy_random", "torch_random", "fewshot_random")
+
 
 def run_tasks(
     model: Path,
@@ -51,10 +53,7 @@ def run_tasks(
             task_manager=manager,
             bootstrap_iters=0,
             log_samples=False,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
+            **{f"{name}_seed": seed for name in SEEDED},
         )
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(

@@ -1,7 +1,7 @@
 """One model's peak memory, as JSON.
 
-`python -m stillhouse.evaluation.memory PATH DTYPE DEVICE [trust_remote_code]`. It runs in
-a process of its own because a process never forgets its peak.
+`python -m stillhouse.evaluation.memory PATH DTYPE DEVICE [trust_remote_code]`, in a process of its
+own because a process's peak never falls.
 """
 
 from __future__ import annotations

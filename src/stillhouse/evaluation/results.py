@@ -1,18 +1,31 @@
-"""What an evaluation found, as plain data that is written to JSON and drawn by the report."""
+"""The results of an evaluation, as plain data that is saved as JSON and shown in the report."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Self
 
+from pydantic import TypeAdapter
 from rich.console import Console
 
 
 @dataclass(frozen=True)
+class Saved:
+    """A dataclass that is saved as a JSON file."""
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        return TypeAdapter(cls).validate_python(json.loads(path.read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
 class Fidelity:
-    """How near a model's next-token distribution is to the teacher's, on held-out text.
+    """Distance of a model's next-token distribution to the teacher's, on held-out text.
 
     perplexity: exp of the mean negative log-likelihood of the text's own next tokens.
     kl: mean KL(teacher ‖ model) in nats/token; 0 for the teacher itself.
@@ -66,7 +79,7 @@ class Generation:
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation:
+class Evaluation(Saved):
     """Every model of a run beside its teacher; as text, the table of metrics."""
 
     models: list[ModelResult]
@@ -84,26 +97,3 @@ class Evaluation:
         with console.capture() as captured:
             console.print(to_rich(metrics_of(self)))
         return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip()
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False), encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> Evaluation:
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Evaluation:
-        """The inverse of `dataclasses.asdict`."""
-        models = [
-            ModelResult(
-                **{
-                    **model,
-                    "fidelity": Fidelity(**model["fidelity"]),
-                    "speed": None if model["speed"] is None else Speed(**model["speed"]),
-                }
-            )
-            for model in raw["models"]
-        ]
-        generations = [Generation(**generation) for generation in raw["generations"]]
-        return cls(models, generations, raw["notes"])

@@ -43,13 +43,12 @@ def measure_rates(
     advance: Callable[[int], object] = lambda rounds: None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Rates]:
-    """Times all models on the same prompt, in alternation, and takes each one's median.
+    """Time all models on the same prompt, in alternation, and take each one's median.
 
-    In every round each model goes once, and the order turns by one from round to round, so that
-    a machine that slows down, or is shared, is unfair to none of them. A first round, which pays
-    for caches and compilation, is not counted. All models must be in memory, in one number type
-    and on one kind of device. `advance` is called after each round. `clock`
-    returns seconds.
+    In every round each model runs once, and the order shifts by one from round to round, so that a
+    machine that slows down, or is shared, is fair to all. A first round, with caches and
+    compilation, is not counted. All models must be in memory, in one number type and on one kind of
+    device. `advance` is called after each round. `clock` returns seconds.
     """
     generator = torch.Generator().manual_seed(seed)
     prompt_RL = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
@@ -71,10 +70,10 @@ def measure_rates(
 def prefill_and_decode(
     model: nn.Module, prompt_RL: Tensor, decode_tokens: int, clock: Clock = time.perf_counter
 ) -> tuple[float, float]:
-    """Reads the prompt, then writes `decode_tokens` tokens greedily with the KV cache.
+    """Read the prompt, then write `decode_tokens` tokens greedily with the KV cache.
 
-    Returns: the seconds of both parts. Prefill computes the logits of the last position only, as
-    a server does. Every decode step is a forward pass of one token a sequence.
+    Returns: the seconds of both parts. Prefill computes only the logits of the last position, as a
+    server does. Every decode step is a forward pass of one token per sequence.
     """
     device = next(model.parameters()).device
     prompt_RL = prompt_RL.to(device)
@@ -100,13 +99,13 @@ def measure_peak_memory(
 ) -> int:
     """Bytes at the peak of loading the model in `dtype` and using it, in a process of its own.
 
-    On a CPU this is the resident memory of the whole process: Python, the libraries (some
-    300 MB), the model, and the checkpoint's pages while they are mapped; pages that are never
-    read, such as the embeddings of absent words, need none. On a GPU it is the device memory
-    that torch allocated.
+    On a CPU this is the resident memory of the whole process: Python, the libraries (some 300 MB),
+    the model, and the checkpoint's pages while they are mapped; pages that are never read, such as
+    the embeddings of absent words, need none. On a GPU it is the device memory that torch
+    allocated.
 
     Raises:
-        ModelError: the process failed; the message carries its last line.
+        ModelError: the process failed; the message has its last line.
     """
     name = str(dtype).removeprefix("torch.")
     command = [sys.executable, "-m", "stillhouse.evaluation.memory", str(path), name, str(device)]

@@ -1,1 +1,1 @@
-"""The model to ship, in the formats asked for, each checked by loading it as a stranger would."""
+"""The exported model in its formats, each checked by loading it as its users would."""

@@ -1,4 +1,4 @@
-"""The checkpoint to ship: cast, saved, and replayed in a process that does not know Stillhouse."""
+"""The checkpoint to ship: cast, saved, and replayed in a process without Stillhouse."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from stillhouse.teachers.quiet import quiet
 def export_checkpoint(
     gate: Gate, out: Path, *, dtype: Literal["bfloat16", "float32"]
 ) -> ReplayResult:
-    """Casts the gate's source to `dtype` and writes a plain Hugging Face folder `out`.
+    """Cast the gate's source to `dtype` and write a plain Hugging Face folder `out`.
 
     The folder holds safetensors, config, generation config, tokenizer and chat template: all that
-    `AutoModelForCausalLM` and `AutoTokenizer` need, and nothing else. Before it gets its name it
-    is loaded in a fresh process by transformers alone, must have exactly the model's weights, and
-    is compared with its source on held-out windows and, greedily, on prompts.
+    `AutoModelForCausalLM` and `AutoTokenizer` need, and nothing else. Before it gets its name it is
+    loaded in a fresh process by transformers alone, must have exactly the model's weights, and is
+    compared with its source on held-out windows and, greedily, on prompts.
+
     Raises ModelError: a damaged source, an export that does not load or that differs from the
     source by more than is allowed (by default `FLOATS`). RunError: no space, no permission, `out`
     has files already.

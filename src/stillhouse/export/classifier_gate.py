@@ -1,4 +1,4 @@
-"""A classifier's folder, read again by a process that does not know Stillhouse."""
+"""A classifier's folder, replayed in a process without Stillhouse."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from stillhouse.export.fresh_process import offline, run_script
 
 @dataclass(frozen=True)
 class ClassifierRows:
-    """What a classifier is asked in a replay.
+    """The inputs of a classifier's replay.
 
-    rows: token ids of each text, or of a language model its whole prompt. texts: of rows that are a
-    text and nothing else, to be tokenized again. mean_pooling: the head reads the mean of the last
-    states. labels, prior: of a language model, each label's tokens, and what is subtracted from
+    rows: token ids of each text, or, for a language model, its whole prompt. texts: of rows that
+    are only a text, to be tokenized again. mean_pooling: the head reads the mean of the last
+    states. labels, prior: for a language model, each label's tokens, and what is subtracted from
     their log-probabilities.
     """
 
@@ -32,29 +32,29 @@ class ClassifierRows:
     prior: Sequence[float] | None = None
 
 
-def replay_classifier(exported: Path, asked: ClassifierRows) -> Tensor:
-    """Probabilities [N, C] of the labels, by transformers alone, in float32, a text at a time.
+def replay_classifier(exported: Path, inputs: ClassifierRows) -> Tensor:
+    """Probabilities [N, C] of the labels, by transformers alone, in float32, one text at a time.
 
     Raises ModelError: the folder does not load, has other weights than its model, or a tokenizer
-    that cuts a text otherwise.
+    that tokenizes a text otherwise.
     """
     with tempfile.TemporaryDirectory(prefix="stillhouse-replay-") as name:
         folder = Path(name)
         run_script(
             "replay_classifier.py",
             folder,
-            {"exported": str(exported.resolve()), **asdict(asked)},
+            {"exported": str(exported.resolve()), **asdict(inputs)},
             env=offline(),
             what="the exported classifier cannot be loaded and run again",
             where=exported,
-            fix="see that transformers alone can load this model",
+            fix="check that transformers alone can load this model",
         )
         problems = json.loads((folder / "answer.json").read_text(encoding="utf-8"))["problems"]
         if problems:
             raise ModelError(
                 f"the exported folder is not the classifier: {'; '.join(problems)}",
                 where=exported,
-                fix="the disk may be damaged: give the same command again",
+                fix="the disk may be damaged: run the same command again",
             )
         logits_NC = load_file(folder / "logits.safetensors")["logits"]
     return logits_NC.float().softmax(-1)

@@ -1,7 +1,7 @@
 """A student quantized by llm-compressor as compressed-tensors, which vLLM and transformers load.
 
-llm-compressor pins an older transformers than Stillhouse runs on, so it lives in an environment of
-its own, whose Python the recipe names; `llm_compressor.py` is run by it.
+llm-compressor pins an older transformers than Stillhouse's, so it needs an environment of its own,
+whose Python the recipe names and which runs `llm_compressor.py`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from stillhouse.teachers.load_model import load_config, load_tokenizer, save_tok
 def export_compressed(
     gate: Gate, out: Path, *, method: str, python: str | None, windows: Sequence[Any]
 ) -> ReplayResult:
-    """Writes a Hugging Face folder whose linear layers but the head are quantized by `method`.
+    """Write a Hugging Face folder whose linear layers but the head are quantized by `method`.
 
     method: a key of `COMPRESSED`. python: an interpreter that has llm-compressor. windows: training
-    text, on which GPTQ, AWQ and NVFP4 look at what layers read.
-    Raises ModelError: a package is missing, llm-compressor fails, an export that does not load or
-    differs by more than is allowed. RunError: no space, no permission, `out` has files already.
+    text, on which GPTQ, AWQ and NVFP4 measure the inputs of layers. Raises ModelError: a package is
+    missing, llm-compressor fails, an export that does not load or differs by more than is allowed.
+    RunError: no space, no permission, `out` has files already.
     """
     interpreter = require_llm_compressor(python)
 
@@ -82,7 +82,7 @@ def require_llm_compressor(python: str | None) -> str:
         found = False
     if not found:
         raise ModelError(
-            f"{python} is no Python that has llm-compressor",
+            f"{python} is not a Python that has llm-compressor",
             where=where,
             fix="install it there: pip install llmcompressor",
         )
@@ -108,8 +108,8 @@ def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence
             python=python,
             what=f"llm-compressor could not quantize this model by {method}",
             where=gate.source,
-            fix="see that its environment knows this architecture; safetensors and gguf-* need "
-            "no llm-compressor",
+            fix="check that its environment knows this architecture; safetensors and gguf-* do "
+            "not need llm-compressor",
         )
 
 
@@ -122,7 +122,7 @@ def fitting_group(method: str, config: Any) -> int | None:
 
 
 def announce_compressed(method: str, config: Any) -> tuple[str, str] | None:
-    """What of a planned student this method cannot hold: a text, and what avoids it."""
+    """What of a planned student this method cannot hold: an error, and how to avoid it."""
     if not COMPRESSED[method].groups or fitting_group(method, config) is not None:
         return None
     group = COMPRESSED[method].groups[-1]

@@ -1,4 +1,4 @@
-"""What is shipped: the formats of a language model, those of a classifier, and the Hub."""
+"""What is exported: the formats of a language model, those of a classifier, and the Hub."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ class ExportRecipe(Section):
     importance_tokens: int | None = Field(
         16384,
         gt=0,
-        description="Training tokens on which it is measured how much each input of a matrix "
-        "matters (gguf-*_k*, gguf-q4_0), and that llm-compressor looks at; null: all alike.",
+        description="Training tokens on which the importance of each input of a matrix is measured "
+        "(gguf-*_k*, gguf-q4_0), and on which llm-compressor calibrates; null: all alike.",
     )
     push_to_hub: PushRecipe | None = Field(None, description="null: nothing is uploaded.")
 
@@ -84,7 +84,7 @@ class ExportRecipe(Section):
         found &= {*self.formats}
         if found and self.importance_tokens is None:
             raise ValueError(
-                f"{min(found)} looks at what layers read: give importance_tokens a number, or use "
+                f"{min(found)} calibrates on text: give importance_tokens a number, or use "
                 "compressed-fp8"
             )
         return self

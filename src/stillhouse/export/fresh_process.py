@@ -1,4 +1,4 @@
-"""Runs a script of this folder by its path, in a process that imports nothing of Stillhouse."""
+"""Run a script of this folder by its path, in a process that imports nothing of Stillhouse."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ def run_script(
     python: str = sys.executable,
     env: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the request to `folder`, which the script is given, and waits for its end.
+    """Write the request to `folder`, which is the script's argument, and wait for its end.
 
-    env: None is this process's own. Raises ModelError with `what` and the last thing it said.
+    env: None is this process's own. Raises ModelError with `what` and the script's last line of
+    output.
     """
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     # -P: the script's own folder must not be searched for modules.
@@ -43,5 +44,6 @@ def run_script(
 
 
 def offline() -> dict[str, str]:
-    """This process's environment, in which transformers asks no hub and says errors alone."""
+    """This process's environment, in which transformers does not contact the Hub and shows errors
+    only."""
     return {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}

@@ -1,4 +1,4 @@
-"""The replay gate: an export is loaded as a stranger would load it, and compared to its source."""
+"""The replay gate: an export is loaded as its users would load it, and compared to its source."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import gc
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,18 @@ inputs to int8 and whose cache is float16."""
 NEAR_EXACT = 0.001
 """The limit, in nats/token, of exports that hold the source's numbers or nearly."""
 MOVED = ((NEAR_EXACT, 0.02), (0.02, 0.05), (0.3, 0.2), (1.0, 0.5))
-"""Of tokens that the source is sure of, the share of which an export may have another top
-one, up to each limit of KL. With a nat between the best two, which hold nearly all of the
-probability, another top token costs 0.11 nats there, so that a mean of 0.001 has room for 1 %
-at most. An export at its limit moves the difference of two logits by about √(2 KL) nats: 0.2, 0.8
-and 1.4 for the other three. Were every lead just a nat, 0.00003 %, 10 % and 24 % would fall to
-that."""
+"""The share of the source's sure tokens at which an export may have another top-1 token, up to each
+limit of KL. With a nat between the best two, which hold nearly all of the probability, another
+top-1 token costs 0.11 nats there, so that a mean of 0.001 allows 1% at most. An export at its limit
+moves the difference of two logits by about √(2 KL) nats: 0.2, 0.8 and 1.4 for the other three. If
+every lead were just a nat, 0.00003%, 10% and 24% would fall to that."""
 MOVED_OF = 100
-"""Fewer sure tokens than that say little of a share."""
+"""With fewer sure tokens, a share says little."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """How near one model is to another on the same tokens; KL in nats/token."""
+    """Distance of one model to another on the same tokens: nats/token, and equal top-1 tokens."""
 
     kl: float
     top1_agreement: float
@@ -68,12 +67,12 @@ class ReplayResult:
     """How an exported model compares with its float32 source on held-out text.
 
     format: as the recipe names it. kl: mean KL(source ‖ exported), nats/token; kl_limit: the most
-    that was allowed. top1_agreement: share of positions with the same top token. tokens:
-    positions compared. bytes: of the weights' files. notes: what the user should know of it.
-    teacher, source_teacher: KL(teacher ‖ exported) and KL(teacher ‖ source) on the same tokens.
-    decode_tokens_per_s: in the format's own runtime, None where that is not installed, beside the
-    float32 source's in transformers. llama_cpp: what llama.cpp made of the file, None where it is
-    not installed or does not read the format.
+    that was allowed. top1_agreement: share of positions with the same top-1 token. tokens:
+    positions compared. bytes: of the weights' files. notes: for the user. teacher, source_teacher:
+    KL(teacher ‖ exported) and KL(teacher ‖ source) on the same tokens. decode_tokens_per_s: in the
+    format's own runtime, None where that is not installed, beside the float32 source's in
+    transformers. llama_cpp: the file in llama.cpp, None where that is not installed or does not
+    read the format.
     """
 
     format: str
@@ -93,12 +92,35 @@ class ReplayResult:
 
 
 @dataclass(frozen=True)
+class Readers:
+    """What reads an export in its replay, and what must be the same there.
+
+    same_tokens: its tokenizer must tokenize the prompts as the source's. llama_cpp: llama.cpp reads
+    the file too; alone, without transformers. plain_prompts: llama.cpp must tokenize the prompts
+    alike without the chat template too.
+    """
+
+    same_tokens: bool = True
+    llama_cpp: bool = False
+    transformers: bool = True
+    plain_prompts: bool = True
+
+    def __str__(self) -> str:
+        if not self.llama_cpp:
+            return ""
+        return ", in transformers and in llama.cpp" if self.transformers else ", in llama.cpp"
+
+
+READERS = Readers()
+
+
+@dataclass(frozen=True)
 class Gate:
     """What exports of one source are compared on.
 
-    windows: held-out text, drawn by `seed`. prompts: answered greedily through the chat template.
-    kl_limit: nats/token allowed; None: each format's own. teacher_logits: a file of the teacher's
-    answers to the same text (`against_teacher`).
+    windows: held-out text, drawn by `seed`. prompts: continued greedily through the chat template.
+    kl_limit: allowed nats/token; None: each format's own. teacher_logits: a file of the teacher's
+    logits on the same text (`against_teacher`).
     """
 
     source: Path
@@ -109,20 +131,10 @@ class Gate:
     trust_remote_code: bool = False
     teacher_logits: Path | None = None
 
-    def replay(
-        self,
-        exported: Path,
-        *,
-        same_tokens: bool = True,
-        llama_cpp: bool = False,
-        transformers: bool = True,
-        plain_prompts: bool = True,
-    ) -> dict[str, Any]:
-        """Runs `replay.py` by its path, so that it imports nothing of Stillhouse; its answer.
+    def replay(self, exported: Path, readers: Readers = READERS) -> dict[str, Any]:
+        """Run `replay.py` by its path, so that it imports nothing of Stillhouse; its answer.
 
-        exported: a folder, or a GGUF file. same_tokens: its tokenizer must cut the prompts alike.
-        llama_cpp: llama.cpp reads the file too; alone, where transformers cannot. plain_prompts: it
-        must cut them alike without the chat template too.
+        exported: a folder, or a GGUF file.
         """
         with tempfile.TemporaryDirectory(prefix="stillhouse-replay-") as name:
             folder = Path(name)
@@ -133,10 +145,7 @@ class Gate:
                 "prompts": self.prompts[:REPLAY_PROMPTS],
                 "max_new_tokens": REPLAY_NEW_TOKENS,
                 "trust_remote_code": self.trust_remote_code,
-                "same_tokens": same_tokens,
-                "llama_cpp": llama_cpp,
-                "transformers": transformers,
-                "plain_prompts": plain_prompts,
+                **asdict(readers),
                 "teacher_logits": self.teacher_logits and str(self.teacher_logits),
             }
             run_script(
@@ -146,8 +155,8 @@ class Gate:
                 env=offline(),
                 what="the exported checkpoint cannot be loaded and run again",
                 where=self.source,
-                fix="see that transformers alone can load this model, and that memory suffices "
-                "for it twice",
+                fix="check that transformers alone can load this model, and that it fits into "
+                "memory twice",
             )
             answer: dict[str, Any] = json.loads((folder / "answer.json").read_text("utf-8"))
             return answer
@@ -161,32 +170,19 @@ class Gate:
         dtype: str,
         limit: float,
         advice: str,
-        same_tokens: bool = True,
-        llama_cpp: bool = False,
-        transformers: bool = True,
-        plain_prompts: bool = True,
-        notes: list[str] | None = None,
+        readers: Readers = READERS,
+        notes: Sequence[str] = (),
     ) -> ReplayResult:
-        """Replays an export whose weights are in `files`.
+        """Replay an export whose weights are in `files`.
 
-        limit: the format's own. advice: what helps where the rounding costs more than that.
-        llama_cpp: it must be the model in llama.cpp too; alone, where transformers cannot read it.
-        Raises ModelError: it does not load, is not the model, or differs by more than is allowed.
+        limit: the format's own. advice: what helps where the rounding costs more than that. Raises
+        ModelError: it does not load, is not the model, or differs by more than is allowed.
         """
         limit = limit if self.kl_limit is None else self.kl_limit
-        also = ""
-        if llama_cpp:
-            also = ", in transformers and in llama.cpp" if transformers else ", in llama.cpp"
-        if not transformers:
+        if not readers.transformers:
             limit += LLAMA_CPP_KL
-        note(f"Replaying the {format} export ({dtype}) in a fresh process{also}")
-        found = self.replay(
-            exported,
-            same_tokens=same_tokens,
-            llama_cpp=llama_cpp,
-            transformers=transformers,
-            plain_prompts=plain_prompts,
-        )
+        note(f"Replaying the {format} export ({dtype}) in a fresh process{readers}")
+        found = self.replay(exported, readers)
         check_replay(found, limit, max(LLAMA_CPP_KL, self.kl_limit or 0.0), self.source, advice)
         pairs = {
             name: Likeness(pair["kl"], pair["top1_agreement"])
@@ -201,16 +197,13 @@ class Gate:
             top1_agreement=own.top1_agreement,
             tokens=found["tokens"],
             bytes=sum(file.stat().st_size for file in files),
-            texts=[
-                ReplayText(text["prompt"], text["source"], text["exported"])
-                for text in found["texts"]
-            ],
-            notes=notes or [],
+            texts=[ReplayText(t["prompt"], t["source"], t["exported"]) for t in found["texts"]],
+            notes=list(notes),
             teacher=pairs.get("teacher ‖ exported"),
             source_teacher=pairs.get("teacher ‖ source"),
             decode_tokens_per_s=speed.get("exported"),
             source_decode_tokens_per_s=speed["source"],
-            llama_cpp=pairs.get("source ‖ llama.cpp") if transformers else own,
+            llama_cpp=pairs.get("source ‖ llama.cpp") if readers.transformers else own,
         )
 
 
@@ -218,21 +211,17 @@ class Gate:
 def against_teacher(
     gate: Gate, teacher: Path, *, vocabulary: int, dtype: torch.dtype
 ) -> Iterator[Gate]:
-    """The gate, whose replays also tell how near every export is to the teacher.
+    """The gate, whose replays also compare every export with the teacher.
 
-    The teacher answers once, in `dtype`; its logits of the first `vocabulary` tokens are kept in a
-    file while the block lasts.
+    The teacher's logits of the first `vocabulary` tokens, computed once in `dtype`, are in a file
+    inside the block.
     """
     code = gate.trust_remote_code
     with tempfile.TemporaryDirectory(prefix="stillhouse-teacher-") as name:
         file = Path(name) / "logits.safetensors"
         model = load_model(teacher, dtype=dtype, trust_remote_code=code).to(default_device())
-        windows: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in drawn_windows(gate).items():
-            place, part = key.split(".")
-            windows.setdefault(place, {})[part] = tensor
         logits = {}
-        for place, window in windows.items():
+        for place, window in replay.by_place(drawn_windows(gate)).items():
             found_NV = replay.logits_of(model, place, window, replay.rows_of(window["labels"]))
             logits[place] = found_NV[:, :vocabulary].cpu().contiguous()
         del model
@@ -243,7 +232,7 @@ def against_teacher(
 
 
 def fill(out: Path, work: Callable[[Path], ReplayResult]) -> ReplayResult:
-    """Does `work` in a temporary folder that gets the name `out` once it is whole and has passed.
+    """Do `work` in a temporary folder that is renamed to `out` once it is whole and has passed.
 
     Raises RunError: no space, no permission, `out` has files already.
     """
@@ -282,7 +271,7 @@ def drawn_windows(gate: Gate) -> dict[str, Tensor]:
     }
     if not tensors:
         raise ModelError(
-            "there is no held-out token on which the export could be compared with its source",
+            "there is no held-out token to compare the export with its source on",
             fix="hold out some text: data.heldout_tokens, or data.heldout_sources",
         )
     return tensors
@@ -293,8 +282,8 @@ def check_replay(
 ) -> None:
     """Raises ModelError where the replay's answer is not that of the source's model.
 
-    limit: nats/token between source and export; runtime_limit: between the export and the same
-    file in llama.cpp.
+    limit: nats/token between source and export; runtime_limit: between the export and the same file
+    in llama.cpp.
     """
     if found["problems"]:
         raise ModelError(
@@ -302,16 +291,16 @@ def check_replay(
             where=source,
             fix="this is a fault of the export: report it with the model's config.json",
         )
-    told = "the exported checkpoint differs from its source"
-    _check_pair(found, "source ‖ exported", limit, told, source, advice)
+    what = "the exported checkpoint differs from its source"
+    _check_pair(found, "source ‖ exported", limit, what, source, advice)
     if "exported ‖ llama.cpp" in found["pairs"]:
-        told = "the exported file in llama.cpp differs from itself in transformers"
+        what = "the exported file in llama.cpp differs from itself in transformers"
         fix = "update llama-cpp-python, or allow more (export.kl_limit)"
-        _check_pair(found, "exported ‖ llama.cpp", runtime_limit, told, source, fix)
+        _check_pair(found, "exported ‖ llama.cpp", runtime_limit, what, source, fix)
     if limit > NEAR_EXACT:
         return
     for text in found["texts"]:
-        # As far as the source is sure: what is written after a near tie is a matter of chance.
+        # Up to where the source is sure: what follows a near tie is arbitrary.
         if not text["exported"].lstrip().startswith(text["sure"].lstrip()):
             raise ModelError(
                 f"the exported checkpoint answers {text['prompt'][:40]!r} with "
@@ -322,12 +311,12 @@ def check_replay(
 
 
 def _check_pair(
-    found: dict[str, Any], name: str, limit: float, told: str, source: Path, fix: str
+    found: dict[str, Any], name: str, limit: float, what: str, source: Path, fix: str
 ) -> None:
     pair, tokens = found["pairs"][name], found["tokens"]
     if not pair["kl"] <= limit:  # NaN fails too
         raise ModelError(
-            f"{told} by {pair['kl']:.3g} nats/token on {tokens} held-out tokens; at most "
+            f"{what} by {pair['kl']:.3g} nats/token on {tokens} held-out tokens; at most "
             f"{limit:g} is allowed",
             where=source,
             fix=fix,
@@ -335,8 +324,8 @@ def _check_pair(
     share = next((share for most, share in MOVED if limit <= most), 1.0)
     if pair["sure"] >= MOVED_OF and pair["moved"] > share * pair["sure"]:
         raise ModelError(
-            f"{told} in the most likely token at {pair['moved']} of the {pair['sure']} held-out "
-            f"places where the choice is clear; at most {share:.0%} is allowed",
+            f"{what} in the top-1 token at {pair['moved']} of the {pair['sure']} held-out "
+            f"positions where the choice is clear; at most {share:.0%} is allowed",
             where=source,
             fix=fix,
         )

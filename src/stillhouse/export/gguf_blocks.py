@@ -2,7 +2,7 @@
 
 Shapes: O rows, I columns, G groups in a row, K blocks in a row, b numbers of a block (32).
 
-q4_0 and q8_0 hold d·q with d in float16 and q a whole number of 4 or 8 bits, which is just what
+q4_0 and q8_0 hold d·q with d in float16 and q an integer of 4 or 8 bits, exactly what
 `stillhouse.quantize.grid` makes. q4_0 stores q + 8, a block's second half in the high four bits.
 """
 
@@ -35,7 +35,7 @@ def fitting_kind(grid: Grid, form: GGUFFormat) -> Kind | None:
 
 
 def second_rounding(grid: Grid, kind: str) -> tuple[str, str] | None:
-    """Where `kind` has a grid of its own, which is not this one: a text, and what avoids it."""
+    """Where `kind` has a grid of its own, which is not this one: a warning, and how to avoid it."""
     form = FORMATS.get(kind)  # None: a k-quant
     if form is not None and (form.kind in FLOATS or fitting_kind(grid, form) is not None):
         return None
@@ -92,16 +92,16 @@ def pack(
     }
 
 
-def pack_weighed(
+def pack_weighted(
     weights: Mapping[str, Tensor],
     moments: Moments,
     names: Mapping[str, str],
     form: GGUFFormat,
 ) -> dict[str, Packed]:
-    """The blocks of every matrix that the format stores as d·q, its rounding errors weighed.
+    """The blocks of every matrix that the format stores as d·q, its rounding errors weighted.
 
-    moments: E[x²] of its inputs; names: of each matrix in GGUF. What is missing here is rounded by
-    the gguf package, all errors alike.
+    moments: E[x²] of its inputs; names: of each matrix in GGUF. Others are rounded by the gguf
+    package, all errors alike.
     """
     packed = {}
     for name, moment_I in moments.items():

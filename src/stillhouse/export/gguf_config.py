@@ -1,4 +1,4 @@
-"""A model's shapes and constants as GGUF metadata, and what transformers makes of them again."""
+"""A model's shapes and constants as GGUF metadata, and how transformers reads them back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLAIN_KEYS = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
-"""Of the configuration: what a forward pass depends on, besides the shapes that every file has."""
+"""Configuration values that a forward pass depends on, besides the shapes in every file."""
 
 
 def add_configuration(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -90,7 +90,7 @@ def _add_windows(writer: gguf.GGUFWriter, config: Any) -> None:
 
 
 def misread_by_transformers(config: Any) -> str | None:
-    """What transformers' GGUF loader would take for something else in a file of this model.
+    """What transformers' GGUF loader would misread in a file of this model.
 
     Its configuration is written, read back by the installed transformers, and compared. None: the
     loader builds the same model. Raises ModelError as `architecture`.
@@ -115,7 +115,7 @@ def misread_by_transformers(config: Any) -> str | None:
 
 
 def _meaning(config: Any) -> dict[str, Any]:
-    """What a forward pass depends on, under names for people."""
+    """What a forward pass depends on, under readable names."""
     bases = {kind: np.float32(rope["rope_theta"]) for kind, rope in ropes(config).items()}
     scalings = {kind: rope["rope_type"] for kind, rope in ropes(config).items()}
     seen = window_pattern(config) if len(bases) > 1 else windows(config)

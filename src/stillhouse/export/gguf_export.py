@@ -11,13 +11,13 @@ import torch
 
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import K_QUANTS
-from stillhouse.export.gate import Gate, ReplayResult, fill
+from stillhouse.export.gate import Gate, Readers, ReplayResult, fill
 from stillhouse.export.gguf_blocks import (
     BITS,
     fitting_kind,
     for_kept,
     pack,
-    pack_weighed,
+    pack_weighted,
     second_rounding,
 )
 from stillhouse.export.gguf_config import misread_by_transformers
@@ -41,8 +41,8 @@ from stillhouse.quantize.moments import Moments
 from stillhouse.quantize.quantization import Quantization
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 
-WEIGHED = frozenset({*K_QUANTS, "q4_0"})
-"""Formats of so few bits that weighing their errors is worth measuring each input's importance."""
+WEIGHTED = frozenset({*K_QUANTS, "q4_0"})
+"""Formats of so few bits that weighting their errors is worth measuring each input's importance."""
 
 
 def export_gguf(
@@ -54,15 +54,16 @@ def export_gguf(
     quantization: Quantization | None = None,
     moments: Moments | None = None,
 ) -> ReplayResult:
-    """Writes `out`/NAME-KIND.gguf and a Modelfile from the gate's source, a float32 folder.
+    """Write `out`/NAME-KIND.gguf and a Modelfile from the gate's source, a float32 folder.
 
-    kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed.
-    quantization: the source's, where it is on a grid: a format that holds the grid then gets its
-    numbers as they are, and what was left alone as 16-bit floats. moments: of every matrix's
-    inputs: rounding errors are weighed by them in k-quants, and in q4_0 and q8_0 of numbers that
-    are not on their grid. Before the folder gets its name,
-    transformers' GGUF loader reads the file in a fresh process, and so does llama.cpp where it is
-    installed; both are compared with the source as every export is.
+    kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed. quantization:
+    the source's, where it is on a grid: a format that holds the grid then gets its numbers as they
+    are, and what was left alone as 16-bit floats. moments: of every matrix's inputs: rounding
+    errors are weighted by them in k-quants, and in q4_0 and q8_0 of numbers that are not on their
+    grid. Before the folder gets its name, transformers' GGUF loader reads the file in a fresh
+    process, and so does llama.cpp where it is installed; both are compared with the source as every
+    export is.
+
     Raises ModelError: an architecture or tokenizer that GGUF cannot hold, an export that does not
     load or that differs by more than is allowed. RunError: no space, no permission, a full folder.
     """
@@ -100,10 +101,7 @@ def export_gguf(
             limit=written.kl_limit,
             advice="use a format with more bits (gguf-q8_0), or quantization-aware distillation "
             "(quantize.qat)",
-            same_tokens=otherwise is None,
-            llama_cpp=has_llama_cpp(),
-            transformers=misread is None,
-            plain_prompts=chats is None,
+            readers=Readers(otherwise is None, has_llama_cpp(), misread is None, chats is None),
             notes=notes,
         )
 
@@ -118,10 +116,10 @@ def announce_gguf(
     *,
     layers_before: int | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """What of a planned student this format cannot hold as asked: a text, and what avoids it.
+    """What of a planned student this format cannot hold: a warning, and how to avoid it.
 
-    grid: what the student is quantized to. layers_before: of the model that it is cut from; which
-    of them it keeps is not known yet. Raises ModelError where it can hold nothing of it: see
+    grid: what the student is quantized to. layers_before: of the model that it is cut from, since
+    which of them it keeps is not known yet. Raises ModelError where it can hold nothing of it: see
     `export_gguf`.
     """
     config = config.get_text_config()
@@ -157,7 +155,7 @@ def announce_gguf(
 def _for_llama_cpp(misread: str) -> str:
     return (
         "the file is for llama.cpp and what is built on it: transformers' own GGUF loader would "
-        f"not read {misread} as it is"
+        f"misread {misread}"
     )
 
 
@@ -174,9 +172,8 @@ def _require_reader(misread: str | None) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """kl_limit: nats/token that the file's rounding is believed to cost at most, which is that of
-    16-bit floats where every number is on the source's grid or was left alone. notes: what the user
-    should know of it."""
+    """kl_limit: nats/token that the file's rounding is believed to cost at most; that of 16-bit
+    floats where every number is on the source's grid or was left alone. notes: for the user."""
 
     kl_limit: float
     notes: list[str]
@@ -192,18 +189,12 @@ def write_form(
     moments: Moments | None = None,
     trust_remote_code: bool = False,
 ) -> Written:
-    """Writes `file` as `export_gguf` does, without replaying it. Raises ModelError as that does."""
+    """Write `file` as `export_gguf` does, without replaying it. Raises ModelError as that does."""
     again = None if quantization is None else second_rounding(quantization.grid, kind)
     notes = [] if again is None else [again[0]]
     if kind not in FORMATS:
-        k_quantize(
-            source,
-            file,
-            kind=kind,
-            name=name,
-            moments=moments,
-            trust_remote_code=trust_remote_code,
-        )
+        code = trust_remote_code
+        k_quantize(source, file, kind=kind, name=name, moments=moments, trust_remote_code=code)
         return Written(K_QUANTS[kind], notes)
     form, packed = FORMATS[kind], {}
     held = quantization is not None and fitting_kind(quantization.grid, form) is not None
@@ -215,7 +206,7 @@ def write_form(
             form = for_kept(weights, packed, form)
         elif moments is not None:
             names = gguf_names(moments, model.config.get_text_config())
-            packed = pack_weighed(weights, moments, names, form)
+            packed = pack_weighted(weights, moments, names, form)
     fallen = write_gguf(
         source, file, form, name=name, packed=packed, trust_remote_code=trust_remote_code
     )

@@ -1,4 +1,4 @@
-"""Writes one GGUF file from a Hugging Face folder, a tensor at a time."""
+"""Write one GGUF file from a Hugging Face folder, a tensor at a time."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def write_gguf(
     packed: Mapping[str, Packed] | None = None,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """Writes `file`; vectors stay float32. Names of tensors that fell back to float16.
+    """Write `file`; vectors stay float32. Returns the names of tensors that fell back to float16.
 
     packed: tensors (by their Hugging Face names) whose blocks are ready, rows in the model's order.
     Raises ModelError: an architecture or a tokenizer that the writer does not know.
@@ -82,11 +82,11 @@ def write_gguf(
         names = gguf_names(tensors, config)
         kinds, fallen = {}, []
         for key, there in names.items():
-            shape = tensors[key].get_slice(key).get_shape()
+            shape = tensors[key].shape
             kinds[key] = packed[key][0] if packed and key in packed else kind_of(there, shape, form)
             if len(shape) > 1 and kinds[key] is FALLBACK and form.kind is not FALLBACK:
                 fallen.append(key)
-            _announce(writer, there, shape, kinds[key])
+            _declare(writer, there, shape, kinds[key])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -94,7 +94,7 @@ def write_gguf(
             if packed and key in packed:
                 data = for_gguf(key, packed[key][1], config)
             else:
-                tensor = tensors[key].get_tensor(key).to(torch.float32).numpy()
+                tensor = tensors[key].read().to(torch.float32).numpy()
                 data = gguf.quantize(for_gguf(key, tensor, config), kinds[key])
             writer.write_tensor_data(np.ascontiguousarray(data))
         writer.close()
@@ -102,19 +102,19 @@ def write_gguf(
 
 
 def kind_of(there: str, shape: list[int], form: GGUFFormat) -> Kind:
-    """A tensor's number type: vectors and the choice of experts, which is small and decides over
-    whole experts, float32; rows that do not divide into blocks float16."""
+    """A tensor's number type: float32 for vectors and routers, which are small and decide over
+    whole experts; float16 where rows do not divide into blocks."""
     if len(shape) == 1 or there.endswith(ROUTER):
         return Kind.F32
     kind = form.embeddings if there in EMBEDDINGS else form.kind
     return kind if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0 else FALLBACK
 
 
-def _announce(writer: gguf.GGUFWriter, there: str, shape: list[int], kind: Kind) -> None:
+def _declare(writer: gguf.GGUFWriter, there: str, shape: list[int], kind: Kind) -> None:
     block, size = gguf.GGML_QUANT_SIZES[kind]
     count = int(np.prod(shape))
     plain = {Kind.F32: np.float32, Kind.F16: np.float16}.get(kind)
     dtype = np.dtype(plain or np.uint8)
-    if plain is None:  # blocks are announced by their bytes
+    if plain is None:  # blocks are declared by their bytes
         shape = [*shape[:-1], shape[-1] // block * size]
     writer.add_tensor_info(there, shape, dtype, count // block * size, kind)

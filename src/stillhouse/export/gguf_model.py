@@ -1,9 +1,8 @@
 """A Hugging Face model's architecture and tensors under the names that GGUF has for them.
 
-llama.cpp computes some architectures' rotary embeddings of neighbouring pairs where transformers
-turns a head's first half against its second: there the rows of the query and key products are
-reordered. It adds nothing to a norm's gain, so where an architecture multiplies by 1 + gain, the
-file has 1 + gain.
+For some architectures llama.cpp rotates neighboring pairs where transformers rotates a head's first
+half against its second: there the rows of the query and key products are reordered. It adds nothing
+to a norm's gain, so where an architecture multiplies by 1 + gain, the file has 1 + gain.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from stillhouse.errors import ModelError
 Array = np.ndarray[Any, Any]
 
 ROPE_FACTORS = "rope.freqs.weight"
-"""What each rotary frequency is divided by: no tensor of the checkpoint, but one of the file."""
+"""What each rotary frequency is divided by: not a tensor of the checkpoint, but of the file."""
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ATTENTION = QKV | {"o_proj"}
@@ -31,12 +30,12 @@ FFN = frozenset({"gate_proj", "up_proj", "down_proj"})
 class Family:
     """What llama.cpp computes for a GGUF architecture.
 
-    paired: rotary embeddings of neighbouring pairs. activation: of the FFN. norm_offset: is added
-    to norms' gains. ropes: rotary scalings that it reads. biases: parts that may have one.
-    window_period: of every so many layers, all but the last see a window (0: all see everything);
-    a list in the file says otherwise. whole_layers: with this many layers, attention is scaled by
-    hidden_size / heads in the place of the head's size (0: never). rope_period: every so many
-    layers, one has no rotary embedding, and nothing in the file can change that.
+    paired: rotary embeddings of neighboring pairs. activation: of the FFN. norm_offset: is added to
+    norms' gains. ropes: rotary scalings that it reads. biases: parts that may have one.
+    window_period: of every so many layers, all but the last see a window (0: all see everything); a
+    list in the file overrides it. whole_layers: with this many layers, attention is scaled by
+    hidden_size / heads instead of the head's size (0: never). rope_period: every so many layers,
+    one has no rotary embedding, and nothing in the file can change that.
     """
 
     arch: gguf.MODEL_ARCH
@@ -172,9 +171,6 @@ def unknown_tokenizer(kind: str) -> ModelError:
     )
 
 
-# --- what a configuration says ------------------------------------------------------------------
-
-
 def head_size(config: Any) -> int:
     return int(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -209,7 +205,7 @@ def window_pattern(config: Any) -> list[bool]:
 
 
 def built_in_windows(config: Any, found: Family) -> list[bool]:
-    """The pattern that llama.cpp takes where the file has none."""
+    """The pattern that llama.cpp uses where the file has none."""
     return [(layer + 1) % found.window_period != 0 for layer in range(config.num_hidden_layers)]
 
 
@@ -226,7 +222,7 @@ def biased_parts(config: Any) -> frozenset[str]:
 
 
 def rope_factors(config: Any) -> Array | None:
-    """What a Llama 3 divides each rotary frequency by, [head size / 2]; None: it divides none.
+    """The divisor of each rotary frequency of a Llama 3, [head size / 2]; None for other models.
 
     Long waves are slowed by `factor`, short ones not at all, and between the two bounds the share
     of each grows with the number of waves in the original context.
@@ -242,9 +238,6 @@ def rope_factors(config: Any) -> Array | None:
     return (1 / (kept + (1 - kept) / rope["factor"])).astype(np.float32)
 
 
-# --- tensors --------------------------------------------------------------------------------------
-
-
 def gguf_names(names: Iterable[str], config: Any) -> dict[str, str]:
     """Each tensor's name in the file. Raises ModelError: the architecture has no such tensor."""
     known = gguf.get_tensor_name_map(architecture(config), config.num_hidden_layers)
@@ -256,7 +249,7 @@ def gguf_names(names: Iterable[str], config: Any) -> dict[str, str]:
 
 
 def for_gguf(name: str, tensor: Array, config: Any) -> Array:
-    """The tensor as llama.cpp reads it. Rows move whole; columns never do."""
+    """The tensor as llama.cpp reads it. Whole rows are moved; columns never are."""
     there = family(config)
     if there.norm_offset and name.endswith("norm.weight"):
         return tensor + np.float32(there.norm_offset)

@@ -1,9 +1,9 @@
 """SentencePiece-like BPE, on characters with tokens for single bytes, as GGUF metadata.
 
-llama.cpp has no merges for it. It joins any two neighbours whose text is a token, the one with the
-highest score first, and puts a space before the text where the file says so. So a token's score is
-less the later its merge comes, and a tokenizer is refused whose merges leave out a pair that
-llama.cpp would join.
+llama.cpp has no merges for it. It joins any two neighbors whose text is a token, the highest score
+first, and puts a space before the text where the file says so. So a token's score is lower the
+later its merge comes, and a tokenizer is refused whose merges leave out a pair that llama.cpp would
+join.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def _prefix(state: dict[str, Any]) -> str | None:
             scheme, spaces = part["prepend_scheme"], True
             prefix = prefix if scheme == "never" else scheme
         elif not (part["type"] == "Split" and part["pattern"] == {"String": " "} and spaces):
-            # Splitting at spaces changes nothing where there are none any more.
-            raise unknown_tokenizer(f"one with byte fallback that cuts text by {part['type']}")
+            # Splitting at spaces changes nothing where none are left.
+            raise unknown_tokenizer(f"one with byte fallback that splits text by {part['type']}")
     if not spaces:
         raise unknown_tokenizer(f"one with byte fallback that does not write a space as {SPACE}")
     return prefix
@@ -92,9 +92,9 @@ def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 def _missing_pairs(
     pieces: Pieces, pairs: set[tuple[str, ...]], added: set[str]
 ) -> Iterator[tuple[str, str]]:
-    """Neighbours that merges leave apart although together they are a token.
+    """Neighbors that are never merged although together they are a token.
 
-    A neighbour is a character, which needs no token for that, or what a merge has made.
+    A neighbor is a character, which needs no token for that, or what a merge has made.
     """
     for token in pieces.ids:
         if token in added or token in BYTES:
@@ -129,14 +129,14 @@ def add_pieces(writer: gguf.GGUFWriter, pieces: Pieces, tokenizer: Any, rows: in
 def _for_chats(pieces: Pieces, tokenizer: Any) -> bool:
     """llama.cpp puts a space before every stretch of text between special tokens, or before none.
 
-    A tokenizer that puts one before the first stretch only puts none into a chat, which begins with
+    A tokenizer that puts one only before the first stretch puts none into a chat, which begins with
     a special token; without a chat template, texts are read as they are.
     """
     return pieces.prefix == "first" and bool(tokenizer.chat_template)
 
 
 def pieces_otherwise_by_llama_cpp(pieces: Pieces, tokenizer: Any) -> str | None:
-    """Which texts llama.cpp cuts otherwise, in words; None: it cuts all alike."""
+    """Which texts llama.cpp tokenizes otherwise; None: none."""
     if not _for_chats(pieces, tokenizer):
         return None
     return (
@@ -162,10 +162,10 @@ def _kind(index: int, token: str, tokenizer: Any, known: bool, added: Any) -> gg
 
 
 def pieces_otherwise_by_transformers(pieces: Pieces, family: Family) -> str | None:
-    """Which texts transformers' GGUF loader cuts otherwise, in words; None: it cuts all alike.
+    """Which texts transformers' GGUF loader tokenizes otherwise; None: none.
 
-    It takes the tokenizer of a Gemma file for Gemma's, any other for Llama's, with a space before
-    the first text.
+    It reads the tokenizer of a Gemma file as Gemma's, any other as Llama's, with a space before the
+    first text.
     """
     if family.norm_offset:
         expected: tuple[str | None, ...] = (None,)

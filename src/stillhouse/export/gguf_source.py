@@ -1,10 +1,12 @@
-"""The tensors of a Hugging Face folder as GGUF divides them, each read when it is asked for."""
+"""The tensors of a Hugging Face folder as GGUF divides them, each read on demand."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,66 +21,45 @@ _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>.*)")
 
 
 @dataclass(frozen=True)
-class Stacked:
-    """One matrix of every expert as a tensor [E, rows, columns]; `parts`: the file of each."""
+class Source:
+    """A tensor's shape, and how to read it."""
 
-    parts: dict[str, Any]
-
-    def get_slice(self, _name: str) -> Stacked:
-        return self
-
-    def get_shape(self) -> list[int]:
-        name, file = next(iter(self.parts.items()))
-        return [len(self.parts), *file.get_slice(name).get_shape()]
-
-    def get_tensor(self, _name: str) -> Tensor:
-        return torch.stack([file.get_tensor(name) for name, file in self.parts.items()])
+    shape: list[int]
+    read: Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
-class Derived:
-    """A tensor that only the GGUF file has."""
-
-    tensor: Tensor
-
-    def get_slice(self, _name: str) -> Derived:
-        return self
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def get_tensor(self, _name: str) -> Tensor:
-        return self.tensor
-
-
-def open_tensors(source: Path, config: Any, stack: ExitStack) -> dict[str, Any]:
-    """By name, what has the tensor: get_slice(name).get_shape() and get_tensor(name), as the files
-    of safetensors do, which stay open as long as the stack.
-    """
-    opened: dict[str, Any] = {}
+def open_tensors(source: Path, config: Any, stack: ExitStack) -> dict[str, Source]:
+    """The tensors by name; the files stay open as long as the stack."""
+    opened: dict[str, Source] = {}
     for file in weight_files(source):
         tensors = stack.enter_context(safe_open(file, framework="pt"))
-        opened |= dict.fromkeys(tensors.keys(), tensors)
+        for name in tensors.keys():  # noqa: SIM118
+            shape = tensors.get_slice(name).get_shape()
+            opened[name] = Source(shape, partial(tensors.get_tensor, name))
     if config.tie_word_embeddings:
         opened.pop("lm_head.weight", None)
     factors = rope_factors(config)
     if factors is not None:
-        opened[ROPE_FACTORS] = Derived(torch.from_numpy(factors))
+        opened[ROPE_FACTORS] = Source(list(factors.shape), lambda: torch.from_numpy(factors))
     return _stack_experts(opened)
 
 
-def _stack_experts(opened: dict[str, Any]) -> dict[str, Any]:
-    """Tensors of single experts become one, in the experts' order."""
-    found: dict[str, Any] = {}
-    parts: dict[str, dict[int, str]] = {}
-    for name, file in opened.items():
+def _stack_experts(opened: dict[str, Source]) -> dict[str, Source]:
+    """One matrix of every expert becomes a tensor [E, rows, columns], in the experts' order."""
+    found: dict[str, Source] = {}
+    parts: dict[str, dict[int, Source]] = {}
+    for name, tensor in opened.items():
         expert = _EXPERT.fullmatch(name)
         if expert is None:
-            found[name] = file
+            found[name] = tensor
         else:
             stacked = f"{expert['experts']}.{expert['part']}"
-            parts.setdefault(stacked, {})[int(expert["number"])] = name
-    for stacked, names in parts.items():
-        ordered = [names[number] for number in sorted(names)]
-        found[stacked] = Stacked({name: opened[name] for name in ordered})
+            parts.setdefault(stacked, {})[int(expert["number"])] = tensor
+    for stacked, experts in parts.items():
+        ordered = [experts[number] for number in sorted(experts)]
+        found[stacked] = Source([len(ordered), *ordered[0].shape], partial(_stack, ordered))
     return found
+
+
+def _stack(tensors: list[Source]) -> Tensor:
+    return torch.stack([tensor.read() for tensor in tensors])

@@ -1,8 +1,8 @@
 """The tokenizer of a Hugging Face folder as GGUF metadata: BPE on bytes, or on characters.
 
-llama.cpp does not read a tokenizer's rules from the file. It knows some by name, so what matters is
-that the name written is that of the rules which the tokenizer really has. BPE on characters, with
-tokens for the bytes of others, is SentencePiece's (`gguf_sentencepiece`).
+llama.cpp does not read a tokenizer's rules from the file. It knows some by name, so the name that
+is written must be that of the tokenizer's actual rules. BPE on characters, with tokens for the
+bytes of others, is SentencePiece's (`gguf_sentencepiece`).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ SPLITS = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
-"""Regular expressions by which a text is cut before merging, and llama.cpp's names of them."""
+"""Regular expressions that split a text before merging, and llama.cpp's names of them."""
 
 WHOLE_WORDS = ("llama-bpe", "tekken")
-"""Rules by which llama.cpp takes a word that is a token as it is, whatever merges would make of it
+"""Rules by which llama.cpp keeps a word that is a token, whatever merges would make of it
 (`ignore_merges` in tokenizer.json)."""
 
 KNOWN_TO_TRANSFORMERS = ("gpt-2", "qwen2", "llama-bpe", "tekken")
-"""Names by which transformers' GGUF loader restores the same rules; it takes others for GPT-2's."""
+"""Names by which transformers' GGUF loader restores the same rules; others become GPT-2's."""
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
-    """Writes vocabulary, merges, special tokens and chat templates.
+    """Write vocabulary, merges, special tokens and chat templates.
 
     rows: of the model's embedding; ids that the tokenizer does not have become unused tokens.
     Raises ModelError: a tokenizer that GGUF cannot hold.
@@ -72,7 +72,7 @@ def check_tokenizer(tokenizer: Any) -> Pieces | None:
 
 
 def cut_otherwise_by_transformers(tokenizer: Any, family: Family) -> str | None:
-    """Which texts transformers' GGUF loader cuts otherwise, in words; None: it cuts all alike."""
+    """Which texts transformers' GGUF loader tokenizes otherwise; None: none."""
     pieces = check_tokenizer(tokenizer)
     if pieces is not None:
         return pieces_otherwise_by_transformers(pieces, family)
@@ -80,14 +80,14 @@ def cut_otherwise_by_transformers(tokenizer: Any, family: Family) -> str | None:
     if name in KNOWN_TO_TRANSFORMERS:
         return None
     return (
-        f"transformers' GGUF loader cuts text by GPT-2's rules, not by {name}'s (several digits "
+        f"transformers' GGUF loader splits text by GPT-2's rules, not by {name}'s (several digits "
         "may become one token): use the file in llama.cpp, or with the checkpoint's own tokenizer; "
         "the prompts' tokens were not compared in transformers"
     )
 
 
 def cut_otherwise_by_llama_cpp(tokenizer: Any) -> str | None:
-    """Which texts llama.cpp cuts otherwise, in words; None: it cuts all alike."""
+    """Which texts llama.cpp tokenizes otherwise; None: none."""
     pieces = check_tokenizer(tokenizer)
     return None if pieces is None else pieces_otherwise_by_llama_cpp(pieces, tokenizer)
 
@@ -137,7 +137,7 @@ def _state(tokenizer: Any) -> dict[str, Any]:
 
 
 def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """The content of tokenizer.json. Raises ModelError where it is no byte-level BPE."""
+    """The content of tokenizer.json. Raises ModelError where it is not byte-level BPE."""
     state = _state(tokenizer)
     model = state.get("model", {})
     if model.get("type") != "BPE":
@@ -151,14 +151,14 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
 
 
 def pre_tokenizer_name(tokenizer: Any) -> str:
-    """llama.cpp's name for how this tokenizer cuts a text. Raises ModelError: it has none."""
+    """llama.cpp's name for how this tokenizer splits text. Raises ModelError: it has none."""
     state = tokenizer_state(tokenizer)
     name = _split_name(state["pre_tokenizer"] or {"type": "none"})
     whole = bool(state["model"].get("ignore_merges"))
     if whole != (name in WHOLE_WORDS):
         raise unknown_tokenizer(
-            f"one that cuts text as {name} does, with ignore_merges: {str(whole).lower()}, which "
-            "llama.cpp has the other way round"
+            f"one that splits text as {name} does, with ignore_merges: "
+            f"{str(whole).lower()}, unlike llama.cpp"
         )
     return name
 
@@ -176,4 +176,4 @@ def _split_name(rules: dict[str, Any]) -> str:
             name = SPLITS.get(parts[0]["pattern"].get("Regex"))
             if name and parts[0]["behavior"] == "Isolated" and not parts[0]["invert"]:
                 return name
-    raise unknown_tokenizer(f"one that cuts text by {', '.join(kinds)} rules of its own")
+    raise unknown_tokenizer(f"one that splits text by {', '.join(kinds)} rules of its own")

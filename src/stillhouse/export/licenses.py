@@ -24,21 +24,21 @@ FREE = re.compile(
     r"apache-?2(\.0)?|mit(-0)?|0?bsd(-.*)?|isc|zlib|cc0(-1\.0)?|cc-by-[1-4]\.0|unlicense|wtfpl|bsl-1\.0"
     r"|postgresql|ncsa|afl-3\.0|pddl|odc-by|cdla-permissive-[12]\.0"
 )
-"""Licenses, as the Hub names them, whose only demands are a notice and the author's name."""
+"""Licenses, as the Hub names them, that require only a notice and the author's name."""
 
 NEW_LLAMA = (
-    "Meta's license wants a student's name to begin with “Llama”, and “Built with Llama” to be "
-    "shown where it is used; with that, a student of any kind is allowed."
+    "Meta's license requires that a student's name begins with “Llama”, and that “Built with "
+    "Llama” is shown where it is used; with that, a student of any kind is allowed."
 )
 OLD_LLAMA = (
     "Meta's license forbids using the model or its answers to improve any large language model "
-    "that is not made of Llama itself; Llama 3's also wants the name to begin with “Llama 3”, and "
-    "“Built with Meta Llama 3” to be shown."
+    "that is not made of Llama itself; Llama 3's also requires a name that begins with “Llama 3”, "
+    "and “Built with Meta Llama 3” to be shown."
 )
 SOME_LLAMA = (
-    "which version of Meta's license it is, is not said: those before 3.1 forbid using the model "
-    "or its answers to improve a large language model that is not Llama itself, later ones want "
-    "the name to begin with “Llama”, and “Built with Llama” to be shown."
+    "the version of Meta's license is not known: those before 3.1 forbid using the model or its "
+    "answers to improve a large language model that is not Llama itself, later ones require the "
+    "name to begin with “Llama”, and “Built with Llama” to be shown."
 )
 
 RESTRICTIONS = {
@@ -52,8 +52,8 @@ RESTRICTIONS = {
     r"research|amlr|mrl|mnpl": "this license is for research: read what else it allows of a "
     "student before you share or use one.",
     r"tongyi|qianwen|qwen": "its first version forbids using the model or its answers to improve "
-    "other large language models, later ones want “Built with Qwen” to be shown: read the model's "
-    "own.",
+    "other large language models, later ones require “Built with Qwen” to be shown: read the "
+    "model's own.",
     r"(?<![a-z])nd(?![a-z])": "this license allows no changed version to be shared, and a student "
     "may be one.",
     r"rail": "its use restrictions hold for what is derived from the model: they must be passed "
@@ -90,7 +90,7 @@ class License:
 
 @dataclass(frozen=True)
 class Origin:
-    """A model that a student was made with. part: what it was. model: as it was found."""
+    """A model that a student was made with. part: its role. model: as it was found."""
 
     part: str
     model: str
@@ -121,7 +121,7 @@ def api_origin(part: str, described: str, stated: str | None = None) -> Origin:
 
 
 def distinct(origins: Sequence[Origin]) -> list[Origin]:
-    """Each model once, as the first part that it had."""
+    """Each model once, with the first role that it had."""
     first: dict[str, Origin] = {}
     for one in origins:
         first.setdefault(one.model, one)
@@ -174,7 +174,7 @@ def license_warning(license_: str) -> str | None:
     for pattern, warning in RESTRICTIONS.items():
         if re.search(pattern, plain):
             return warning
-    return "it is no license that is known to allow students freely: read it before you share one."
+    return "it is not known to allow students freely: read it before you share one."
 
 
 def _plain(license_: str) -> str:
@@ -184,14 +184,14 @@ def _plain(license_: str) -> str:
 
 
 def license_lines(origins: Sequence[Origin]) -> Iterator[Finding]:
-    """What a check says of them: those whose license restricts students."""
+    """A check's warnings: origins whose license restricts students."""
     for one in origins:
         if one.warning is not None:
             yield Finding("warning", "license", f"{one.part}, {one.model}: {one.warning}")
 
 
 def licenses_section(origins: Sequence[Origin]) -> str:
-    """Each model's license and what it warns of, a paragraph each; the teacher's is the first."""
+    """Each model's license and its warning, one paragraph each; the teacher's is the first."""
     return "\n\n".join(_of(one) for one in origins)
 
 
@@ -202,8 +202,8 @@ def _of(one: Origin) -> str:
 
 
 def origins_head(origins: Sequence[Origin]) -> dict[str, Any]:
-    """A card's `license` and `base_model`: the one license that restricts students, where there is
-    one, else the teacher's; of several that do, none speaks for all."""
+    """A card's `license` and `base_model`: the one license that restricts students, if any, else
+    the teacher's; of several that do, none speaks for all."""
     binding = list(dict.fromkeys(one.license for one in origins if one.warning is not None))
     if len(binding) > 1:
         head: dict[str, Any] = {"license": OTHER, "license_name": "several-see-below"}

@@ -24,7 +24,7 @@ from stillhouse.teachers.load_model import load_config
 
 K_BLOCK = 256
 ERROR, CONTINUED = 3, 5
-"""ggml's log levels: what went wrong, and more of the line before."""
+"""ggml's log levels: errors, and continuations of the line before."""
 
 
 def k_quantize(
@@ -36,10 +36,10 @@ def k_quantize(
     moments: Moments | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Writes `file` in a format of `K_QUANTS`.
+    """Write `file` in a format of `K_QUANTS`.
 
-    moments: E[x²] of each matrix's inputs, by its Hugging Face name: a weight's rounding error then
-    counts as much as its input. Raises ModelError: llama.cpp is missing, or refuses the model.
+    moments: E[x²] of each matrix's inputs, by its Hugging Face name: a weight's rounding error is
+    then weighted by its input. Raises ModelError: llama.cpp is missing, or refuses the model.
     """
     require_llama_cpp()
     import llama_cpp
@@ -65,7 +65,7 @@ def k_quantize(
 
 
 def importance_matrix(llama_cpp: Any, moments: Moments, names: Mapping[str, str]) -> Any:
-    """The moments as llama.cpp takes them: an array of structures that ends with an empty one."""
+    """The moments as llama.cpp expects them: an array of structures that ends with an empty one."""
     entry = llama_cpp.llama_model_imatrix_data
     rows = (entry * (len(moments) + 1))()
     for place, (name, moment_I) in enumerate(moments.items()):
@@ -75,20 +75,20 @@ def importance_matrix(llama_cpp: Any, moments: Moments, names: Mapping[str, str]
 
 
 def _positive(moment_I: Tensor) -> Tensor:
-    """An input that was never seen still counts a little: where all count nothing, so does every
-    rounding error, and blocks come out as anything."""
+    """An input that was never active still counts a little: if all counted nothing, neither would
+    any rounding error, and blocks would be arbitrary."""
     return moment_I.float().clamp(min=1e-6 * float(moment_I.max()) + 1e-12)
 
 
 @contextmanager
 def _only_errors(llama_cpp: Any) -> Iterator[list[str]]:
-    """llama.cpp writes a line a tensor: inside the block only errors are kept, and given."""
+    """llama.cpp logs a line per tensor: inside the block only errors are kept, and yielded."""
     errors: list[str] = []
     level = 0
 
-    def keep(told: int, text: bytes, _data: Any) -> None:
+    def keep(new: int, text: bytes, _data: Any) -> None:
         nonlocal level
-        level = level if told == CONTINUED else told
+        level = level if new == CONTINUED else new
         if level == ERROR:
             errors.append(text.decode(errors="replace").strip())
 
@@ -108,13 +108,13 @@ def has_llama_cpp() -> bool:
 
 
 def llama_cpp_fault() -> str | None:
-    """Why llama.cpp cannot be used, in words; None: it can."""
+    """Why llama.cpp cannot be used; None: it can."""
     if importlib.util.find_spec("llama_cpp") is None:
         return "is not installed"
     try:
         importlib.import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        # A library of another machine or C library; one without a function that is asked for.
+        # A library for another machine or C library, or one that lacks a function.
         first = str(error).strip().splitlines() or [type(error).__name__]
         return f"is installed and does not load ({first[0]})"
     return None

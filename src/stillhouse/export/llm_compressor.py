@@ -1,8 +1,8 @@
 """Run as a script by a Python that has llm-compressor: one checkpoint to compressed-tensors.
 
 `python -P llm_compressor.py FOLDER` reads FOLDER/request.json and FOLDER/windows.safetensors, and
-writes the compressed checkpoint. It imports nothing of Stillhouse, since llm-compressor wants
-another transformers than Stillhouse does, and so an environment of its own.
+writes the compressed checkpoint. It imports nothing of Stillhouse, since llm-compressor needs
+another transformers, and so an environment of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 SCHEMES = {"gptq": "W4A16", "awq": "W4A16", "fp8": "FP8_DYNAMIC", "nvfp4": "NVFP4"}
-"""llm-compressor's names: 4 bits in groups, FP8 with a scale an output and a token, NVFP4 with two
+"""llm-compressor's names: 4 bits in groups, FP8 with a scale per output and token, NVFP4 with two
 scales."""
 
 
@@ -52,17 +52,16 @@ def main(folder: Path) -> None:
 
 
 def _calibration(method: str, folder: Path) -> dict[str, Any]:
-    """Windows of tokens, where numbers are chosen by what layers read."""
+    """Windows of tokens, where numbers are chosen by the inputs of layers."""
     if method == "fp8":
         return {}
     rows = [ids_L.tolist() for ids_L in load_file(folder / "windows.safetensors").values()]
     masks = [[1] * len(row) for row in rows]
     dataset = Dataset.from_dict({"input_ids": rows, "attention_mask": masks})
-    longest = max(map(len, rows))
     return {
         "dataset": dataset,
         "num_calibration_samples": len(rows),
-        "max_seq_length": longest,
+        "max_seq_length": max(map(len, rows)),
         "shuffle_calibration_samples": False,
     }
 

@@ -1,4 +1,4 @@
-"""An Ollama Modelfile: the file, how a chat is written, where an answer ends, how to sample."""
+"""An Ollama Modelfile: the file, the chat format, where an answer ends, and sampling settings."""
 
 from __future__ import annotations
 
@@ -25,23 +25,21 @@ SAMPLING = {
 }
 """transformers' names of sampling settings, and Ollama's."""
 CONTEXT = 8192
-"""Tokens at the most: Ollama keeps room for all of them, and the 40,960 of Qwen 3 0.6B are 4.7 GB
-of keys and values."""
+"""Most tokens: Ollama reserves memory for all of them, and the 40,960 of Qwen 3 0.6B are 4.7 GB of
+keys and values."""
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """Every message is `before`, its content, `after`; {role} stands for who speaks."""
+    """Every message is `before`, its content, `after`; {role} stands for the speaker."""
 
     before: str
     after: str
 
     def render(self, messages: list[dict[str, str]]) -> str:
         """The messages, and what precedes the answer."""
-        told = "".join(
-            self.opening(message["role"]) + message["content"] + self.after for message in messages
-        )
-        return told + self.opening("assistant")
+        parts = [self.opening(one["role"]) + one["content"] + self.after for one in messages]
+        return "".join(parts) + self.opening("assistant")
 
     def opening(self, role: str) -> str:
         return self.before.replace("{role}", role)
@@ -98,7 +96,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
 def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -> str:
     """The Modelfile's text for a GGUF file beside it; `model`: the folder it was made from.
 
-    Where the chat template is none that is known, the file says so and leaves TEMPLATE out: Ollama
+    Where the chat template is not a known one, the file says so and leaves TEMPLATE out: Ollama
     then guesses it from the template in the GGUF file.
     """
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -112,7 +110,7 @@ def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -
         stops += [token] if token else []
     form = chat_format(tokenizer)
     if form is None:
-        lines.append("# The chat template is none that is known: Ollama reads it from the file.")
+        lines.append("# The chat template is not a known one: Ollama reads it from the file.")
     else:
         lines.append(f'TEMPLATE """{form.template()}"""')
         stops.append(form.after.strip())
@@ -130,7 +128,7 @@ def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -
 
 
 def _generation_config(model: Path) -> dict[str, Any]:
-    """What of it is not transformers' default."""
+    """Its values that differ from transformers' defaults."""
     if not (model / "generation_config.json").is_file():
         return {}
     return dict(GenerationConfig.from_pretrained(model, local_files_only=True).to_diff_dict())

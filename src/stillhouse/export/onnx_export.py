@@ -38,9 +38,9 @@ LARGEST = 2**31
 class OnnxReplay:
     """How an ONNX file in onnxruntime compares with its float32 checkpoint on texts.
 
-    kl: mean KL(checkpoint ‖ file), nats a text; kl_limit: the most that was allowed.
-    top1_agreement: share of texts with the same top label. texts_per_s: on a CPU, in the
-    batches of the comparison.
+    kl: mean KL(checkpoint ‖ file), nats/text; kl_limit: the most that was allowed. top1_agreement:
+    share of texts with the same top-1 label. texts_per_s: on a CPU, in the batches of the
+    comparison.
     """
 
     format: str
@@ -53,11 +53,11 @@ class OnnxReplay:
 
 
 Read = Callable[[Any, Tensor, Tensor], Tensor]
-"""A model's logits [B, C] of token ids and attention mask [B, L]."""
+"""A model's logits [B, C] from token ids and attention mask [B, L]."""
 
 
 def plain_logits(model: Any, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """As transformers' classifiers give them."""
+    """As transformers' classifiers return them."""
     logits_BC: Tensor = model(input_ids=ids_BL, attention_mask=mask_BL).logits
     return logits_BC.float()
 
@@ -74,12 +74,12 @@ def export_onnx(
     read: Read = plain_logits,
     kl_limit: float | None = None,
 ) -> OnnxReplay:
-    """Writes `out`/model.onnx: token ids and attention mask [B, L] to logits [B, C], float32.
+    """Write `out`/model.onnx: token ids and attention mask [B, L] to logits [B, C], float32.
 
-    model: a transformers classifier, float32, on the CPU. batches: token ids of texts, on which
-    the file is compared with `expected_NC`, the checkpoint's probabilities in their order; rows of
-    a batch are filled up with `pad`. form: onnx, or onnx-int8: weights of products in 8 bits, their
-    inputs rounded while it runs. source: the checkpoint's folder, for errors. read: its logits.
+    model: a transformers classifier, float32, on the CPU. batches: token ids of texts, on which the
+    file is compared with `expected_NC`, the checkpoint's probabilities in their order; rows of a
+    batch are padded with `pad`. form: onnx, or onnx-int8: weights of products in 8 bits, their
+    inputs rounded at run time. source: the checkpoint's folder, for errors. read: its logits.
     Raises ModelError: a package is missing, a model that cannot be exported, a file that does not
     run or that differs by more than is allowed.
     """
@@ -95,12 +95,12 @@ def export_onnx(
 
 
 def require_onnx(parameters: int) -> None:
-    """Raises ModelError where a package that it takes is not installed, or where a model of so many
+    """Raises ModelError where a required package is not installed, or where a model of so many
     parameters is too large for the file."""
     missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
     if missing:
         raise ModelError(
-            f"an ONNX file takes {', '.join(missing)}, which is not installed",
+            f"an ONNX export needs {', '.join(missing)}, which is not installed",
             where="export.formats",
             fix="pip install 'stillhouse[onnx]', or export safetensors alone",
         )
@@ -123,11 +123,11 @@ class _Logits(nn.Module):
 
 
 def _write(model: Any, read: Read, file: Path, source: Path) -> None:
-    # Three texts of seven tokens stand for all: sizes of 1 would be taken for constants.
+    # Three texts of seven tokens stand for all: sizes of 1 would become constants.
     ids_BL = torch.ones(3, 7, dtype=torch.long)
     sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
     try:
-        with quiet(), _hushed():
+        with quiet(), _silenced():
             torch.onnx.export(
                 _Logits(model.eval(), read),
                 (ids_BL, torch.ones_like(ids_BL)),
@@ -155,7 +155,7 @@ def _round(file: Path) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     prepared = file.with_suffix(".prepared.onnx")
-    with _hushed():
+    with _silenced():
         quant_pre_process(str(file), str(prepared), skip_symbolic_shape=True)
         quantize_dynamic(
             prepared,
@@ -168,8 +168,8 @@ def _round(file: Path) -> None:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """Exporters warn of packages and rewrites that a user need not know of."""
+def _silenced() -> Iterator[None]:
+    """Exporters warn of packages and rewrites that do not concern users."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -183,7 +183,7 @@ def _hushed() -> Iterator[None]:
 def _replay(
     file: Path, batches: Sequence[Sequence[Sequence[int]]], pad: int, source: Path
 ) -> tuple[Tensor, float]:
-    """Logits [N, C] and seconds, by a process that knows onnxruntime alone."""
+    """Logits [N, C] and seconds, by a process with onnxruntime alone."""
     with tempfile.TemporaryDirectory(prefix="stillhouse-replay-") as name:
         folder = Path(name)
         request = {

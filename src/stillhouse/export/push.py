@@ -17,14 +17,14 @@ from stillhouse.progress import note
 
 @dataclass(frozen=True)
 class Pushed:
-    """commits: addresses, by the format."""
+    """commits: URLs, by the format."""
 
     repo: str
     commits: dict[str, str]
 
 
 def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
-    """Uploads each export's folder, its card among the files; the repository is made if need be.
+    """Upload each export's folder, with its card; the repository is created if needed.
 
     folders: by format, the one for the repository's root first. name: of the run, for the commits.
     Raises RunError: no token, no network, or the Hub refuses.
@@ -45,10 +45,10 @@ def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         said = str(error).replace(token, "…").strip().splitlines() or [type(error).__name__]
         raise RunError(
-            f"the Hub did not take the upload ({said[0]})",
+            f"the Hub refused the upload ({said[0]})",
             where=f"export.push_to_hub.repo: {section.repo}",
-            fix="see that the token may write there and that the network works, then run again: "
-            "what is done stays done",
+            fix="check that the token may write there and that the network works, then run again: "
+            "finished uploads are kept",
         ) from error
     note(f"Uploaded to {section.repo}: {', '.join(commits)}")
     return Pushed(section.repo, commits)

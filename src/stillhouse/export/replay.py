@@ -1,8 +1,8 @@
-"""The export's replay, run as a script: transformers, torch, safetensors, llama.cpp if it is there.
+"""The export's replay, run as a script: transformers, torch, safetensors, and llama.cpp if
+installed.
 
 `python -P replay.py FOLDER` reads FOLDER/request.json and FOLDER/windows.safetensors, and writes
-FOLDER/answer.json. It stands for a user who has never heard of Stillhouse, so it imports nothing
-of it.
+FOLDER/answer.json. It stands for a user without Stillhouse, so it imports nothing of it.
 
 Shapes: L tokens of a window, N supervised rows of a window, V vocabulary.
 """
@@ -27,25 +27,25 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROWS = 512
-"""The most supervised rows of one window that are compared: bounds the logits held at once."""
+"""The most supervised rows of one window that are compared: bounds the logits in memory."""
 SURE = 1.0
-"""Nats by which a model's most likely token is ahead of every other one where the model is sure."""
+"""Nats by which a model's top-1 token is ahead of every other one where the model is sure."""
 ROLES = ("eos", "bos", "pad")
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 GREEDY |= dict.fromkeys(("temperature", "top_p", "top_k"))
 SPEED_PROMPT, SPEED_TOKENS, SPEED_ROUNDS = 8, 12, 3
-"""Tokens read, tokens written and timed, and how often; runtimes take turns."""
+"""Tokens read, tokens written and timed, and rounds; runtimes take turns."""
 
 Window = dict[str, torch.Tensor]
 Answers = Callable[[str, Window, torch.Tensor], torch.Tensor]
 """A runtime's logits [N, V] of the rows of a window, which has a name."""
 Step = Callable[[list[int]], int]
-"""Reads tokens after those that it has read, and gives the most likely next; [] forgets them."""
+"""Reads tokens after those read so far, and returns the most likely next one; [] resets."""
 
 
 def main(folder: Path) -> None:
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
-    windows = _windows(folder / "windows.safetensors")
+    windows = by_place(load_file(folder / "windows.safetensors"))
     exported = Path(request["exported"])
     options = {"local_files_only": True, "trust_remote_code": request["trust_remote_code"]}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,12 +63,12 @@ def main(folder: Path) -> None:
         problems += _problems(model, info, exported)
         problems += _tokenizer_problems(source_tokenizer, tokenizer, prompts if same else [])
         runtimes["exported"] = partial(logits_of, model)
-        write: Callable[[str, int], str] = partial(_text, model, tokenizer)
+        write: Callable[[str, int], tuple[str, str]] = partial(_greedy, model, tokenizer)
     if request["llama_cpp"]:
         lengths = [len(prompt_ids(source_tokenizer, prompt)) + new for prompt in prompts]
         lengths += [int(window["position_ids"].max()) + 1 for window in windows.values()]
         llama = LlamaCpp.open(exported, max(512, *lengths))
-        # Where transformers does not read the file, llama.cpp alone answers for it.
+        # Where transformers cannot read the file, llama.cpp alone stands for it.
         runtimes["llama.cpp" if "exported" in runtimes else "exported"] = llama.logits_of
         steps["exported"], write = llama.step, llama.greedy
         problems += llama.problems(source_tokenizer, prompts, plain=request["plain_prompts"])
@@ -85,9 +85,10 @@ def main(folder: Path) -> None:
         answer["texts"] = []
         for prompt in prompts:
             text, sure = _greedy(source_model, source_tokenizer, prompt, new)
-            told = {"prompt": prompt, "source": text, "exported": write(prompt, new)}
-            # A tokenizer that is known to cut prompts otherwise makes no text to compare.
-            answer["texts"].append({**told, "sure": sure if same or request["llama_cpp"] else ""})
+            # With a tokenizer that is known to differ, there is no text to compare.
+            sure = sure if same or request["llama_cpp"] else ""
+            texts = {"prompt": prompt, "source": text, "exported": write(prompt, new)[0]}
+            answer["texts"].append({**texts, "sure": sure})
     (folder / "answer.json").write_text(json.dumps(answer), encoding="utf-8")
 
 
@@ -104,17 +105,17 @@ def _load(exported: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any],
     return model.eval(), info, AutoTokenizer.from_pretrained(**where, **options)
 
 
-def _windows(file: Path) -> dict[str, Window]:
-    """By their names, in order."""
+def by_place(tensors: dict[str, torch.Tensor]) -> dict[str, Window]:
+    """The windows of tensors that are named PLACE.PART, in order."""
     windows: dict[str, Window] = {}
-    for name, tensor in load_file(file).items():
+    for name, tensor in tensors.items():
         place, key = name.split(".")
         windows.setdefault(place, {})[key] = tensor
     return {place: windows[place] for place in sorted(windows, key=int)}
 
 
 def _problems(model: Any, info: dict[str, Any], exported: Path) -> list[str]:
-    """What the export's weights lack or have too much of, in words."""
+    """What the export's weights lack or have in excess."""
     stored: set[str] = set()
     for file in exported.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -129,12 +130,12 @@ def _problems(model: Any, info: dict[str, Any], exported: Path) -> list[str]:
 
 
 def _parameter(stored: str) -> str:
-    """The parameter that a stored tensor is part of: torchao stores x.weight as x._weight_scale."""
+    """The parameter of a stored tensor: torchao stores x.weight as x._weight_scale and others."""
     return re.sub(r"\._weight_(qdata|scale|zero_point)$", ".weight", stored)
 
 
 def _tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[str]:
-    """Tokens with other ids, special ones of another role, and prompts that are cut otherwise."""
+    """Tokens with other ids, other special tokens, and prompts that are tokenized otherwise."""
     theirs = exported.get_vocab()
     moved = [token for token, index in source.get_vocab().items() if theirs.get(token) != index]
     problems = [f"tokens with other ids: {', '.join(sorted(moved)[:4])}"] if moved else []
@@ -144,11 +145,13 @@ def _tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[
         source, {role: getattr(exported, f"{role}_token_id") for role in ROLES}
     )
     read = partial(prompt_ids, exported)
-    return problems + _cut_otherwise(source, lambda t: exported(t)["input_ids"], read, prompts)
+    return problems + _tokenized_otherwise(
+        source, lambda t: exported(t)["input_ids"], read, prompts
+    )
 
 
 def _template(tokenizer: Any) -> str | None:
-    """The chat template; of several, the one that is used unless another is asked for."""
+    """The chat template; of several, the default one."""
     template = tokenizer.chat_template
     return template.get("default") if isinstance(template, dict) else template
 
@@ -168,15 +171,15 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     if not _template(tokenizer):
         return list(tokenizer(prompt)["input_ids"])
     chat = [{"role": "user", "content": prompt}]
-    told = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
-    return list(told["input_ids"])
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)
+    return list(ids["input_ids"])
 
 
 Cut = Callable[[str], list[int]]
 
 
-def _cut_otherwise(source: Any, plain: Cut, read: Cut, prompts: list[str]) -> list[str]:
-    """plain, read: the export's ids of a text alone, and as `prompt_ids` gives them."""
+def _tokenized_otherwise(source: Any, plain: Cut, read: Cut, prompts: list[str]) -> list[str]:
+    """plain, read: the export's ids of a text alone, and as `prompt_ids` returns them."""
     problems = []
     for prompt in prompts:
         if source(prompt)["input_ids"] != plain(prompt):
@@ -186,13 +189,10 @@ def _cut_otherwise(source: Any, plain: Cut, read: Cut, prompts: list[str]) -> li
     return problems
 
 
-# --- how near -------------------------------------------------------------------------------------
-
-
 @dataclass
 class Pair:
-    """kl: sum of KL(first ‖ second) in nats. same: tokens with the same top token. sure: tokens
-    of which the first is sure; moved: those of them of which the second has another top."""
+    """kl: sum of KL(first ‖ second) in nats. same: positions with the same top-1 token. sure: those
+    of which the first is sure; moved: those of them at which the second has another top-1 token."""
 
     kl: float = 0.0
     same: int = 0
@@ -213,8 +213,7 @@ class Pair:
             log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
             self.kl += float((log_p.exp() * (log_p - log_q)).sum())
 
-    def told(self, tokens: int) -> dict[str, float]:
-        """Of so many tokens: mean KL and top-1 agreement; of how many the first is sure."""
+    def means(self, tokens: int) -> dict[str, float]:
         mean = {"kl": self.kl / tokens, "top1_agreement": self.same / tokens}
         return {**mean, "sure": self.sure, "moved": self.moved}
 
@@ -223,10 +222,10 @@ class Pair:
 def _compare(
     runtimes: dict[str, Answers], windows: dict[str, Window]
 ) -> tuple[int, dict[str, dict[str, float]]]:
-    """Supervised tokens, and of each pair "first ‖ second" what `Pair` tells.
+    """Supervised tokens, and the means of each pair "first ‖ second".
 
     The source against its exports, the export against llama.cpp, which reads the same file, and the
-    teacher, where it is there, against source and export.
+    teacher, where there is one, against source and export.
     """
     others = [name for name in runtimes if name not in ("source", "teacher")]
     pairs = {("source", name): Pair() for name in others}
@@ -241,7 +240,7 @@ def _compare(
         for (first, second), pair in pairs.items():
             pair.add(logits[first], logits[second])
         tokens += len(rows_N)
-    return tokens, {" ‖ ".join(names): pair.told(tokens) for names, pair in pairs.items()}
+    return tokens, {" ‖ ".join(names): pair.means(tokens) for names, pair in pairs.items()}
 
 
 def rows_of(labels_L: torch.Tensor) -> torch.Tensor:
@@ -251,7 +250,7 @@ def rows_of(labels_L: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def logits_of(model: Any, _name: str, window: Window, rows_N: torch.Tensor) -> torch.Tensor:
-    """Logits [N, V] of those rows. Without a mask, restarting positions part the documents."""
+    """Logits [N, V] of those rows. Without a mask, restarting positions separate the documents."""
     end = int(rows_N[-1]) + 1
     logits_1NV: torch.Tensor = model(
         input_ids=window["input_ids"][None, :end].to(model.device),
@@ -262,11 +261,8 @@ def logits_of(model: Any, _name: str, window: Window, rows_N: torch.Tensor) -> t
     return logits_1NV[0].float()
 
 
-# --- how fast -------------------------------------------------------------------------------------
-
-
 def _speeds(steps: dict[str, Step], ids_L: torch.Tensor) -> dict[str, float]:
-    """Tokens/s that each writes, one after another: by the median step of all rounds."""
+    """Tokens/s that each writes one by one, by the median step of all rounds."""
     prompt = ids_L[:SPEED_PROMPT].tolist()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(SPEED_ROUNDS):
@@ -298,14 +294,11 @@ def stepping(model: Any) -> Step:
     return step
 
 
-# --- what it writes -------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tuple[str, str]:
-    """What the model writes, and what of it comes before the first token that it is not sure of.
+    """What the model writes, and the part before the first token that it is not sure of.
 
-    Sampling settings of the model's own, which not every format holds, do not count.
+    The model's own sampling settings, which not every format holds, are not used.
     """
     ids_1L = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
     output = model.generate(
@@ -322,7 +315,7 @@ def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tup
     for index, logits_1V in zip(ids, output.logits, strict=True):
         others_V = logits_1V[0].clone()
         others_V[index] = -torch.inf
-        # Where a text ends is the runtime's own affair: it may know more tokens that end one.
+        # Where a text ends is up to the runtime: it may know more tokens that end one.
         if logits_1V[0, index] - others_V.max() < SURE or index in tokenizer.added_tokens_decoder:
             break
         sure += 1
@@ -331,16 +324,9 @@ def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tup
     return str(whole), str(part).rstrip("\N{REPLACEMENT CHARACTER}")  # half a character
 
 
-def _text(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> str:
-    return _greedy(model, tokenizer, prompt, max_new_tokens)[0]
-
-
-# --- llama.cpp ------------------------------------------------------------------------------------
-
-
 @dataclass
 class LlamaCpp:
-    """A GGUF file in llama.cpp, asked as the others are."""
+    """A GGUF file in llama.cpp, with the interface of the others."""
 
     llama: Any
 
@@ -377,7 +363,7 @@ class LlamaCpp:
         return int(self.llama.scores[self.llama.n_tokens - 1].argmax())
 
     def tokens(self, text: str) -> list[int]:
-        """As the runtime cuts a prompt, special tokens understood."""
+        """As the runtime tokenizes a prompt, with special tokens."""
         return list(self.llama.tokenize(text.encode(), special=True))
 
     def chat_tokens(self, prompt: str) -> list[int]:
@@ -397,23 +383,21 @@ class LlamaCpp:
         return list(self.llama.tokenize(written.encode(), add_bos=False, special=True))
 
     def problems(self, source: Any, prompts: list[str], *, plain: bool) -> list[str]:
-        """How it cuts and writes what is asked otherwise than the source's tokenizer, in words.
-
-        plain: without the chat template too.
-        """
+        """Where it tokenizes prompts otherwise than the source's tokenizer; plain: without the chat
+        template too."""
         found = _other_roles(source, {"eos": self.llama.token_eos(), "bos": self.llama.token_bos()})
         tokens = self.tokens if plain else lambda text: source(text)["input_ids"]
-        found += _cut_otherwise(source, tokens, self.chat_tokens, prompts)
+        found += _tokenized_otherwise(source, tokens, self.chat_tokens, prompts)
         return [f"in llama.cpp, {problem}" for problem in found]
 
-    def greedy(self, prompt: str, max_new_tokens: int) -> str:
-        """Through the chat template in the file, where it has one."""
+    def greedy(self, prompt: str, max_new_tokens: int) -> tuple[str, str]:
+        """As `_greedy`, without the sure part; through the chat template in the file, if any."""
         options = {"temperature": 0.0, "repeat_penalty": 1.0, "max_tokens": max_new_tokens}
         if "tokenizer.chat_template" in self.llama.metadata:
             chat = [{"role": "user", "content": prompt}]
             choice = self.llama.create_chat_completion(chat, **options)["choices"][0]
-            return str(choice["message"]["content"])
-        return str(self.llama.create_completion(prompt, **options)["choices"][0]["text"])
+            return str(choice["message"]["content"]), ""
+        return str(self.llama.create_completion(prompt, **options)["choices"][0]["text"]), ""
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """A classifier's replay, run as a script: transformers, torch and safetensors only.
 
 `python -P replay_classifier.py FOLDER` reads FOLDER/request.json, and writes
-FOLDER/logits.safetensors and FOLDER/answer.json. It stands for a user who has the exported folder
-and has never heard of Stillhouse, so it imports nothing of it, and does the plain thing: one text
-in a pass, or one text with one label.
+FOLDER/logits.safetensors and FOLDER/answer.json. It stands for a user without Stillhouse, so it
+imports nothing of it, and runs one text per pass, or one text with one label.
 
 Shapes: L tokens, D hidden width, N texts, C labels.
 """
@@ -33,7 +32,7 @@ def main(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(request["exported"], local_files_only=True)
     problems = _problems(info)
     if not problems and not words:
-        problems = _cut_otherwise(tokenizer, request["texts"], request["rows"])
+        problems = _tokenized_otherwise(tokenizer, request["texts"], request["rows"])
     if not problems:
         with torch.inference_mode():
             logits = [_logits(model, row, request) for row in request["rows"]]
@@ -50,8 +49,8 @@ def _problems(info: dict[str, Any]) -> list[str]:
     return [f"{what}: {', '.join(sorted(names)[:4])}" for what, names in found.items() if names]
 
 
-def _cut_otherwise(tokenizer: Any, texts: list[str], rows: list[list[int]]) -> list[str]:
-    """Texts that are short enough to be read whole, and are cut into other tokens."""
+def _tokenized_otherwise(tokenizer: Any, texts: list[str], rows: list[list[int]]) -> list[str]:
+    """Texts that are short enough to be read whole, and have other tokens."""
     return [
         f"tokenized otherwise: {text[:40]!r}"
         for text, row in zip(texts, rows, strict=True)

@@ -1,7 +1,7 @@
 """An ONNX file's replay, run as a script: onnxruntime, numpy and safetensors only.
 
 `python -P replay_onnx.py FOLDER` reads FOLDER/request.json, and writes FOLDER/logits.safetensors
-and FOLDER/answer.json. It stands for a user who has never heard of Stillhouse.
+and FOLDER/answer.json. It stands for a user without Stillhouse.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def main(folder: Path) -> None:
     session = onnxruntime.InferenceSession(
         request["file"], options, providers=["CPUExecutionProvider"]
     )
-    batches = [_filled(rows, request["pad"]) for rows in request["batches"]]
+    batches = [_padded(rows, request["pad"]) for rows in request["batches"]]
     session.run(None, batches[0])  # the first pass pays for memory
     began = time.perf_counter()
     logits = [session.run(["logits"], batch)[0] for batch in batches]
@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
     (folder / "answer.json").write_text(json.dumps({"seconds": seconds}), encoding="utf-8")
 
 
-def _filled(rows: list[list[int]], pad: int) -> dict[str, Any]:
+def _padded(rows: list[list[int]], pad: int) -> dict[str, Any]:
     longest = max(map(len, rows))
     ids = [[*row, *[pad] * (longest - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]

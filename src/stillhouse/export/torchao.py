@@ -1,6 +1,6 @@
 """A quantized student as torchao tensors in safetensors, which transformers loads with torchao.
 
-torchao's int4 kernels want a GPU; the tensors that also run on a CPU hold one number a byte and
+torchao's int4 kernels need a GPU; the tensors that also run on a CPU hold one number per byte and
 multiply in floating point. So this format is for transformers and for PyTorch's own exporters; the
 small file is GGUF's. float8 with rounded inputs is what newer GPUs multiply directly.
 """
@@ -26,18 +26,18 @@ from stillhouse.teachers.load_model import load_model, load_tokenizer, save_toke
 from stillhouse.teachers.quiet import quiet
 
 DYNAMIC_KL = 0.05
-"""Nats/token more where inputs are rounded too, which the checkpoint does not say."""
+"""More nats/token where inputs are rounded too, which the checkpoint does not hold."""
 
 
 def export_torchao(
     gate: Gate, out: Path, *, quantization: Quantization, dtype: str
 ) -> ReplayResult:
-    """Writes a Hugging Face folder whose quantized matrices are torchao tensors.
+    """Write a Hugging Face folder whose quantized matrices are torchao tensors.
 
-    gate: its source is the float32 checkpoint on the grid. dtype: of everything else.
-    Raises ModelError: torchao is missing, float8 products that this machine does not have, an
-    export that does not load or differs by more than is allowed. RunError: no space, no permission,
-    `out` has files already.
+    gate: its source is the float32 checkpoint on the grid. dtype: of everything else. Raises
+    ModelError: torchao is missing, float8 products that this machine lacks, an export that does not
+    load or differs by more than is allowed. RunError: no space, no permission, `out` has files
+    already.
     """
     require_torchao(quantization.grid, quantization.dynamic, dtype)
 
@@ -60,7 +60,7 @@ def export_torchao(
 
 def require_torchao(grid: Grid, dynamic: bool, dtype: str) -> None:
     """Raises ModelError where torchao is not installed, or such tensors do not work here."""
-    instead = "or export gguf-q4_0 or gguf-q8_0 alone, which need no torchao"
+    instead = "or export gguf-q4_0 or gguf-q8_0 alone, which do not need torchao"
     if grid.floating:
         instead = "or use quantize.kind int8 or int4 and export gguf-q8_0 or gguf-q4_0 alone"
     if importlib.util.find_spec("torchao") is None:
@@ -78,7 +78,7 @@ def require_torchao(grid: Grid, dynamic: bool, dtype: str) -> None:
                 f"float8 products in {dtype} do not run on this {_device_name()} ({first[0]})",
                 where="quantize.kind",
                 fix="kind: float8 rounds weights alone and int8_dynamic_int8 inputs too, on any "
-                "machine; products of float8 want a GPU of NVIDIA's Ada or Hopper generation or "
+                "machine; products of float8 need a GPU of NVIDIA's Ada or Hopper generation or "
                 "newer (compute capability 8.9), or AMD's MI300, and export.dtype: bfloat16",
             ) from error
         raise ModelError(
@@ -89,8 +89,8 @@ def require_torchao(grid: Grid, dynamic: bool, dtype: str) -> None:
 
 
 def _multiply(grid: Grid, dynamic: bool, dtype: torch.dtype) -> None:
-    """A product with a quantized matrix where it will be asked for, and what writes it: all that an
-    export takes."""
+    """Multiply with a quantized matrix on the default device, and flatten it as for a file: all
+    that an export needs."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     width, device = grid.group or FLOAT8_WIDTH, default_device()
@@ -115,7 +115,7 @@ def save_torchao(
     *,
     trust_remote_code: bool = False,
 ) -> None:
-    """Writes the folder, of a float32 checkpoint on the grid, without replaying it."""
+    """Write the folder, of a float32 checkpoint on the grid, without replaying it."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -158,7 +158,7 @@ def _tensor(
 def _float8_tensor(
     weight_OI: Tensor, scales_O1: Tensor, grid: Grid, dtype: Any, dynamic: bool
 ) -> Tensor:
-    """Its kernels want float32 scales."""
+    """float8 kernels need float32 scales."""
     from torchao.float8.inference import Float8MMConfig
     from torchao.quantization import Float8Tensor, PerRow
     from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs

@@ -1,4 +1,4 @@
-"""How long the rows of a model's matrices are: what blocks and groups have to divide."""
+"""Row lengths of a model's matrices, which blocks and groups have to divide."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def row_widths(config: Any) -> dict[str, int]:
-    """Of what linear layers read, by their names in the configuration."""
+    """The input widths of linear layers, by their names in the configuration."""
     text = config.get_text_config()
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     ffn = "moe_intermediate_size" if getattr(text, "num_experts", 0) else "intermediate_size"
@@ -18,6 +18,6 @@ def row_widths(config: Any) -> dict[str, int]:
 
 
 def nearest(width: int, block: int) -> str:
-    """The multiples of `block` on both sides, in words."""
+    """The multiples of `block` on both sides, as text."""
     below = width // block * block
     return " or ".join(f"{size:,}" for size in (below, below + block) if size)

@@ -15,7 +15,7 @@ from stillhouse.language_model.job import Job, configs, planned_model
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.pipeline.kind import Check
 from stillhouse.quantize.quantize import grid_of, planned_bytes
-from stillhouse.quantize.units import told_left_over
+from stillhouse.quantize.units import left_over_text
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 
@@ -40,7 +40,7 @@ def export_findings(
             plain, rounded = planned_bytes(planned_model(student), recipe.quantize)
             text = f"{rounded / 1e6:,.1f} MB with every part quantized, {plain / 1e6:,.1f} without"
             yield Finding("estimate", "quantize", of + text)
-            if left := told_left_over(planned_model(student)):
+            if left := left_over_text(planned_model(student)):
                 yield Finding("warning", "quantize", of + left)
         for form in section.formats:
             yield from (

@@ -16,7 +16,7 @@ from stillhouse.evaluation.results import Evaluation
 from stillhouse.export.checkpoint import export_checkpoint
 from stillhouse.export.compressed import export_compressed
 from stillhouse.export.gate import Gate, ReplayResult, against_teacher
-from stillhouse.export.gguf_export import WEIGHED, export_gguf
+from stillhouse.export.gguf_export import WEIGHTED, export_gguf
 from stillhouse.export.licenses import Origin, distinct
 from stillhouse.export.llama_quantizer import has_llama_cpp
 from stillhouse.export.model_card import ModelCard, write_language_model_card
@@ -136,7 +136,7 @@ def _calibration(job: Job, data: Stage) -> list[Any]:
 def _moments(job: Job, model: Path, calibration: list[Any]) -> Moments | None:
     """Where a format asks for them."""
     forms = job.recipe.export.formats
-    if not calibration or not any(form.removeprefix("gguf-") in WEIGHED for form in forms):
+    if not calibration or not any(form.removeprefix("gguf-") in WEIGHTED for form in forms):
         return None
     loaded = load_model(model, dtype=torch.float32, trust_remote_code=job.trust_remote_code)
     return input_moments(loaded.to(default_device()), calibration)

@@ -1,11 +1,11 @@
-"""The grid that a quantized matrix lives on, and the rounding onto it.
+"""The grid of a quantized matrix, and the rounding onto it.
 
 Shapes: O rows (outputs), I columns (inputs), G groups in a row.
 
-A weight is w = s·q: q a whole number of 4 or 8 bits, or a float8 number (e4m3: 4 bits of exponent,
-3 of mantissa); s a scale that `group` neighbours in a row share, or the whole row. Scales are
-float16 numbers, so that s·q is exact in float32, and every format that stores q and s (torchao's,
-GGUF's q4_0 and q8_0) holds exactly the same weights.
+A weight is w = s·q: q an integer of 4 or 8 bits, or a float8 number (e4m3: 4 bits of exponent, 3 of
+mantissa); s a scale that `group` neighbors in a row share, or the whole row. Scales are float16
+numbers, so that s·q is exact in float32, and every format that stores q and s (torchao's, GGUF's
+q4_0 and q8_0) holds exactly the same weights.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import torch
 from torch import Tensor
 
 LARGEST = {4: (-8.5, -8.0, -7.5, -7.0, 7.0, 7.5), 8: (-128.0, 127.0)}
-"""Where on the grid a group's number of largest size may come to lie: each makes a scale, and the
-one with the least squared error is taken. Past the grid's end, that number is clipped and the
-others gain; the sign chooses which side has the one whole number more."""
+"""Where on the grid a group's largest number may be placed: each gives a scale, and the one with
+the least squared error is used. Past the grid's end, that number is clipped and the others gain;
+the sign chooses the side with one more integer."""
 
-WEIGHED = {
+WEIGHTED = {
     4: tuple(sign * float(place) for place in range(6, 15) for sign in (-1, 1)),
     8: tuple(sign * float(place) for place in range(118, 135, 4) for sign in (-1, 1)),
 }
-"""The same where errors are weighed: a large number on an input that hardly matters may be clipped
-by far, so that its neighbours gain."""
+"""The same where errors are weighted: a large number on an unimportant input may be clipped by far,
+so that its neighbors gain."""
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_PLACES = tuple(float(place) for place in range(256, 449, 32))
-"""The same of float8, weighed or not: all places within its last octave, whose neighbours only
-differ by where they lie between two numbers."""
+"""The same for float8, weighted or not: places within its last octave, whose neighbors only differ
+by where they are between two numbers."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """group: None is the whole row. floating: q is float8, else a whole number."""
+    """group: None is the whole row. floating: q is float8, else an integer."""
 
     bits: Literal[4, 8]
     group: int | None
@@ -60,15 +60,15 @@ class Grid:
         return int(torch.finfo(FLOAT8).max) if self.floating else 2 ** (self.bits - 1) - 1
 
     def bytes(self, numbers: int, rows: int) -> int:
-        """Of a matrix that is stored whole: q packed, and two bytes for each scale."""
+        """Of a whole matrix: q packed, and two bytes for each scale."""
         scales = rows if self.group is None else numbers // self.group
         return numbers * self.bits // 8 + scales * 2
 
-    def places(self, weighed: bool) -> tuple[float, ...]:
-        """Where a group's number of largest size may come to lie."""
+    def places(self, weighted: bool) -> tuple[float, ...]:
+        """Where a group's largest number may be placed."""
         if self.floating:
             return FLOAT8_PLACES
-        return (WEIGHED if weighed else LARGEST)[self.bits]
+        return (WEIGHTED if weighted else LARGEST)[self.bits]
 
     def groups(self, numbers_I: Tensor) -> Tensor:
         """[..., I] as [..., G, numbers of a group], float32."""
@@ -79,8 +79,8 @@ class Grid:
 def choose_scales(weight_OI: Tensor, grid: Grid, moment_I: Tensor | None = None) -> Tensor:
     """The scales [O, G] with the least squared error, float32 numbers that float16 holds.
 
-    moment_I: E[x²] of each input, by which a weight's error counts (`stillhouse.quantize.moments`);
-    None: all count alike. A group of zeros has scale 0. The group size must divide the columns.
+    moment_I: E[x²] of each input, which weights the error (`stillhouse.quantize.moments`); None:
+    all alike. A group of zeros has scale 0. The group size must divide the columns.
     """
     groups_OGg = grid.groups(weight_OI)
     place_OG1 = groups_OGg.abs().argmax(-1, keepdim=True)
@@ -90,7 +90,7 @@ def choose_scales(weight_OI: Tensor, grid: Grid, moment_I: Tensor | None = None)
         counts_Gg = grid.groups(moment_I.to(weight_OI.device))
     best_OG = torch.zeros_like(extreme_OG)
     least_OG = torch.full_like(extreme_OG, torch.inf)
-    for largest in grid.places(weighed=moment_I is not None):
+    for largest in grid.places(weighted=moment_I is not None):
         scale_OG = (extreme_OG / largest).half().float()
         error_OGg = groups_OGg - _rounded(groups_OGg, scale_OG, grid) * scale_OG[..., None]
         error_OG = (error_OGg.square() * counts_Gg).sum(-1)
@@ -103,12 +103,6 @@ def choose_scales(weight_OI: Tensor, grid: Grid, moment_I: Tensor | None = None)
 def to_codes(weight_OI: Tensor, scales_OG: Tensor, grid: Grid) -> Tensor:
     """The numbers q, int8 or float8 [O, I], nearest to weight ÷ scale; ties go to the even one."""
     return _rounded(grid.groups(weight_OI), scales_OG, grid).flatten(-2).to(grid.dtype)
-
-
-def from_codes(codes_OI: Tensor, scales_OG: Tensor) -> Tensor:
-    """The weights s·q, float32 [O, I], without rounding."""
-    groups = scales_OG.shape[-1]
-    return (codes_OI.float().unflatten(-1, (groups, -1)) * scales_OG.float()[..., None]).flatten(-2)
 
 
 def on_grid(weight_OI: Tensor, scales_OG: Tensor, grid: Grid) -> Tensor:

@@ -19,10 +19,10 @@ LOWEST, HIGHEST = -128, 127
 
 
 def rounded_inputs(inputs_I: Tensor, *, floating: bool = False) -> Tensor:
-    """Inputs on a grid of 256 steps from the token's least number to its greatest, 0 included.
+    """Inputs on a grid of 256 steps from the token's minimum to its maximum, including 0.
 
-    floating: as float8, the token's number of largest size being float8's largest. Gradients pass
-    as if nothing was rounded (straight-through estimator, arXiv 1308.3432).
+    floating: as float8, the token's largest number being float8's largest. Gradients pass as if
+    nothing was rounded (straight-through estimator, arXiv 1308.3432).
     """
     with torch.no_grad():
         on_grid_I = _in_float8(inputs_I) if floating else _in_int8(inputs_I)
@@ -48,10 +48,8 @@ def _in_float8(inputs_I: Tensor) -> Tensor:
 
 
 def round_inputs_of(model: nn.Module, weights: Iterable[str], grid: Grid) -> list[RemovableHandle]:
-    """From now on those linear layers see inputs rounded as that grid's weights are.
-
-    `remove()` each handle to end it.
-    """
+    """Round the inputs of these linear layers as that grid's weights are. `remove()` each handle to
+    end it."""
     modules = dict(model.named_modules())
 
     def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -62,8 +60,8 @@ def round_inputs_of(model: nn.Module, weights: Iterable[str], grid: Grid) -> lis
 
 
 def round_inputs(quantization: Quantization, model: Any) -> list[RemovableHandle]:
-    """As `round_inputs_of`, of the layers whose inputs are rounded in what is shipped; those of a
-    kind that is not dynamic are none."""
+    """As `round_inputs_of`, for the layers whose inputs are rounded in the export; none for a kind
+    that is not dynamic."""
     if not quantization.dynamic:
         return []
     return round_inputs_of(model, quantization.linear_layers(model), quantization.grid)

@@ -1,10 +1,10 @@
-"""Training with rounded weights: every step computes on the grid, and moves the numbers behind it.
+"""Training with rounded weights: every step computes on the grid, and moves the latent weights.
 
 The gradient at the rounded weights is applied to the unrounded ones (straight-through estimator,
 Bengio et al. 2013, arXiv 1308.3432). No layer is replaced: before a step's forward passes the
-weights themselves are put on the grid, before the optimizer moves them they are put back. So the
-model stays a plain transformers model, a tied head is rounded with its embedding, and a checkpoint
-holds the unrounded weights, from which training goes on exactly.
+weights are put on the grid, before the optimizer moves them they are restored. So the model stays a
+plain transformers model, a tied head is rounded with its embedding, and a checkpoint holds the
+latent weights, from which training resumes exactly.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from stillhouse.quantize.quantization import Quantization
 
 
 class RoundedWeights(TrainerCallback):
-    """Keeps the scales that it is given: what is trained is where each number is rounded to."""
+    """Keeps the given scales: what is trained is where each number is rounded to."""
 
     def __init__(self, quantization: Quantization) -> None:
         self.quantization = quantization
-        self._unrounded: dict[str, Tensor] = {}
+        self._latent: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._hooks = round_inputs(self.quantization, kwargs["model"].student)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        assert not self._unrounded, "two steps have begun and none was taken"
+        assert not self._latent, "a step began twice"
         for name, weight in self._weights(kwargs["model"]):
-            self._unrounded[name] = weight.detach().clone()
+            self._latent[name] = weight.detach().clone()
             scales_OG = self.quantization.scales[name].to(weight.device)
             weight.data.copy_(on_grid(weight, scales_OG, self.quantization.grid))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for name, weight in self._weights(kwargs["model"]):
-            weight.data.copy_(self._unrounded.pop(name))
+            weight.data.copy_(self._latent.pop(name))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for hook in self._hooks:

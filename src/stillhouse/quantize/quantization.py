@@ -1,4 +1,4 @@
-"""How a student is quantized: kept beside the checkpoint whose weights are on the grid."""
+"""How a student is quantized: saved beside the checkpoint whose weights are on the grid."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Quantization:
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """Puts the model's matrices on the grid, in place."""
+        """Put the model's matrices on the grid, in place."""
         weights = dict(model.named_parameters())
         for name, scales_OG in self.scales.items():
             scales_OG = scales_OG.to(weights[name].device)
             weights[name].data.copy_(on_grid(weights[name], scales_OG, self.grid))
 
     def linear_layers(self, model: Any) -> list[str]:
-        """The quantized matrices whose inputs are rounded too: linear layers, not the head."""
+        """The quantized matrices whose inputs are rounded too: linear layers, but not the head."""
         head = model.get_output_embeddings()
         shared = None if head is None else head.weight
         modules = dict(model.named_modules())

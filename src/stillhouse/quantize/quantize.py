@@ -1,7 +1,9 @@
-"""Quantizes a trained student: what to keep, the rounding, and training with rounded weights."""
+"""Quantize a trained student: which parts to keep, the rounding, and quantization-aware
+training."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from dataclasses import dataclass, field
@@ -36,9 +38,9 @@ from stillhouse.quantize.units import (
     HEAD,
     Unit,
     find_units,
+    left_over_text,
     matrices,
     model_bytes,
-    told_left_over,
 )
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import load_model, load_tokenizer, save_tokenizer
@@ -50,16 +52,16 @@ from stillhouse.training.train_config import TrainRecipe
 TRAINING = "training"
 DEFAULT_GROUP = 32
 FLOAT8_WIDTH = 16
-"""What torch's products of two float8 matrices want their widths to be multiples of."""
+"""torch's products of two float8 matrices need widths that are multiples of this."""
 
 
 @dataclass(frozen=True)
 class QuantizeResult:
     """kept: units left alone. sensitivity: of every unit where it was measured, largest KL first.
 
-    group_size: None is a whole row. kl: KL(student ‖ quantized), nats a token, on `tokens` held-out
+    group_size: None is a whole row. kl: KL(student ‖ quantized), nats/token, on `tokens` held-out
     ones. bytes: of the whole model, codes packed and scales in two bytes, what is kept in two bytes
-    a number; plain_bytes: with nothing quantized. notes: what the user should know of it.
+    per number; plain_bytes: with nothing quantized. notes: for the user.
     """
 
     kind: str
@@ -84,12 +86,12 @@ def quantize(
     windows: WindowSet | None = None,
     trust_remote_code: bool = False,
 ) -> QuantizeResult:
-    """Rounds the trained student: `out/model`, float32 with its matrices on the grid, and scales.
+    """Round the trained student: `out/model`, float32 with its matrices on the grid, and scales.
 
     windows: training text, on which the importance of inputs is measured (`calibration_tokens`);
-    None: all weights count alike. Sensitivity is measured where a budget asks for it.
-    Raises RecipeError: a group size that does not divide a matrix, a part that the model does not
-    have, a budget that cannot be met.
+    None: all weights count alike. Sensitivity is measured where a budget needs it. Raises
+    RecipeError: a group size that does not divide a matrix, a part that the model does not have, a
+    budget that cannot be met.
     """
     model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.to(default_device())
@@ -136,9 +138,9 @@ def quantize(
 
 
 def quantization_notes(model: Any, kl: float, max_kl: float | None) -> list[str]:
-    """What stays as it is, and a budget that is met by the parts' sum alone."""
+    """What stays as it is, and a budget that only the sum of the parts meets."""
     notes = []
-    left = told_left_over(model)
+    left = left_over_text(model)
     if left is not None:
         notes.append(f"Quantization: {left}.")
     if max_kl is not None and kl > max_kl:
@@ -150,19 +152,19 @@ def quantization_notes(model: Any, kl: float, max_kl: float | None) -> list[str]
 
 
 def grid_of(section: QuantizeRecipe) -> Grid:
-    """Where the recipe names no group size: 32 for whole numbers, and float8 has the row's."""
+    """Where the recipe names no group size: 32 for integers, the whole row for float8."""
     if section.floating:
         return Grid(8, None, floating=True)
     return Grid(section.bits, section.group_size or DEFAULT_GROUP)
 
 
 def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
-    """As `find_units`. Raises RecipeError too where float8's kernels could not multiply."""
+    """As `find_units`. Raises RecipeError also where float8 kernels could not multiply."""
     units = find_units(model, grid_of(section))
     if section.floating and section.dynamic:
         shapes = {name: weight.shape for name, weight in matrices(model)}
-        layers = [unit for unit in units if unit.name not in (EMBEDDINGS, HEAD)]
-        for name in [name for unit in layers for name in unit.weights]:
+        layers = [unit.weights for unit in units if unit.name not in (EMBEDDINGS, HEAD)]
+        for name in itertools.chain(*layers):
             if any(width % FLOAT8_WIDTH for width in shapes[name]):
                 raise RecipeError(
                     f"{name} is {' by '.join(map(str, shapes[name]))}: float8 kernels multiply "
@@ -175,7 +177,7 @@ def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
 
 
 def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabulary: int) -> float:
-    """KL(model ‖ model quantized), inputs rounded too where they will be."""
+    """KL(model ‖ model quantized), with rounded inputs where they will be."""
     reference = reference_answers(model, windows)
     hooks = round_inputs(quantization, model)
     kl = kl_of(model, quantization.scales, quantization.grid, windows, reference, vocabulary)
@@ -185,9 +187,9 @@ def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabu
 
 
 def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:
-    """Bytes of a model as it is, and quantized. Only shapes are looked at: it may be on meta.
+    """Bytes of a model as it is, and quantized. Only shapes are used: it may be on meta.
 
-    Raises RecipeError as `quantize` does, a budget that cannot be met among them.
+    Raises RecipeError as `quantize` does, also for a budget that cannot be met.
     """
     grid = grid_of(section)
     units = _units(model, section)

@@ -1,4 +1,4 @@
-"""What is rounded to few bits, and the training of a student that is."""
+"""What is quantized, and the quantization-aware training of the student."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class QatRecipe(Section):
 
 
 class QuantizeRecipe(Section):
-    """The trained student's matrices as numbers of few bits; what is kept, by measurement."""
+    """The trained student's matrices as numbers of few bits; which are kept, by measurement."""
 
     kind: Literal[
         "int8",
@@ -39,7 +39,7 @@ class QuantizeRecipe(Section):
     group_size: int | None = Field(
         None,
         gt=0,
-        description="Neighbours in a row that share a scale; null: 32. float8 has one scale a row.",
+        description="Neighbors in a row that share a scale; null: 32. float8 has one scale a row.",
     )
     keep: list[str] = Field(
         default=[], description="Parts to leave alone: embeddings, head, layers.N (0 the first)."
@@ -57,8 +57,8 @@ class QuantizeRecipe(Section):
     calibration_tokens: int | None = Field(
         8192,
         gt=0,
-        description="Training tokens on which it is measured how much each input of a matrix "
-        "matters, which chooses the scales; null: all inputs matter alike.",
+        description="Training tokens on which the importance of each input is measured, which "
+        "chooses the scales; null: all inputs count alike.",
     )
     sensitivity_tokens: int = Field(
         1024, gt=0, description="Held-out tokens on which sensitivity is measured."

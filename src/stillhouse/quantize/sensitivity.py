@@ -1,4 +1,4 @@
-"""What quantizing each part of a model costs, measured; and which parts to leave alone for it."""
+"""The measured cost of quantizing each part of a model, and which parts to leave alone for it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,7 @@ Scales = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """kl: nats a token between the model and itself with this unit alone quantized.
-
-    saved: bytes that quantizing it saves.
-    """
+    """kl: nats/token between the model and itself with only this unit quantized. saved: bytes."""
 
     unit: str
     kl: float
@@ -59,7 +56,7 @@ def quantized(model: nn.Module, scales: Scales, grid: Grid) -> Iterator[None]:
 
 
 def reference_answers(model: Any, windows: WindowSet) -> HeldoutAnswers:
-    """The model's answers, with a head of their own that later quantization does not touch."""
+    """The model's outputs, with a copy of its head that later quantization does not change."""
     answers = heldout_answers(model, windows)
     head = answers.signal.head
     own = replace(head, weight_VD=head.weight_VD.detach().clone())
@@ -74,7 +71,7 @@ def kl_of(
     reference: HeldoutAnswers,
     vocabulary: int,
 ) -> float:
-    """KL(model ‖ model with these matrices quantized), nats a token."""
+    """KL(model ‖ model with these matrices quantized), nats/token."""
     with quantized(model, scales, grid):
         return compare(heldout_answers(model, windows), reference, vocabulary).kl
 
@@ -87,7 +84,7 @@ def measure(
     windows: WindowSet,
     vocabulary: int,
 ) -> list[Sensitivity]:
-    """Each unit quantized alone, the model otherwise as it is, on the same windows."""
+    """Each unit quantized alone, on the same windows."""
     reference = reference_answers(model, windows)
     found = []
     with bar("Sensitivity", len(units), unit="units") as advance:
@@ -108,10 +105,10 @@ def choose_kept(
 ) -> list[str]:
     """The units to leave alone: those that lose most KL for each byte they save.
 
-    KL is taken to add up over units, which it nearly does while it is small. max_kl: units are
+    KL is assumed to add up over units, which it nearly does while it is small. max_kl: units are
     kept until the others' KL is at most this; None with max_bytes: as many as fit. max_bytes: of
-    the whole model; smallest: its bytes with every unit quantized.
-    Raises RecipeError: not even the smallest model has so few bytes.
+    the whole model; smallest: its bytes with every unit quantized. Raises RecipeError: not even the
+    smallest model has so few bytes.
     """
     if max_bytes is not None and smallest > max_bytes:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""What of a model is quantized: its matrices, by units that are kept or quantized as one."""
+"""What of a model is quantized: its matrices, in units that are kept or quantized as one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.quantize.grid import Grid
 EMBEDDINGS = "embeddings"
 HEAD = "head"
 KEPT_BYTES = 2
-"""A number that is not quantized ships as bfloat16 or float16."""
+"""A number that is not quantized is exported as bfloat16 or float16."""
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,11 @@ def find_units(model: Any, grid: Grid) -> list[Unit]:
             raise _uneven(name, weight.shape[-1], grid)
         found.setdefault(_unit_name(model, name, weight), []).append(name)
     weights = dict(matrices(model))
-    return [
-        Unit(
-            name,
-            names,
-            numbers=sum(weights[n].numel() for n in names),
-            rows=sum(len(weights[n]) for n in names),
-        )
-        for name, names in found.items()
-    ]
+    units = []
+    for name, names in found.items():
+        own = [weights[one] for one in names]
+        units.append(Unit(name, names, sum(one.numel() for one in own), sum(map(len, own))))
+    return units
 
 
 def matrices(model: Any) -> Iterator[tuple[str, Tensor]]:
@@ -68,9 +64,9 @@ def matrices(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def left_over(model: Any) -> dict[str, int]:
-    """Parameters of two dimensions or more that are no linear layer's and no embedding's, by name,
-    with their numbers: fused experts, transposed or convolved matrices, routers. No unit has them.
-    """
+    """Parameters of two dimensions or more that are neither a linear layer's nor an embedding's, by
+    name, with their counts: fused experts, transposed or convolved matrices, routers. No unit has
+    them."""
     in_units = {id(weight) for _, weight in matrices(model)}
     return {
         name: weight.numel()
@@ -79,8 +75,8 @@ def left_over(model: Any) -> dict[str, int]:
     }
 
 
-def told_left_over(model: Any) -> str | None:
-    """What of a model no kind of quantization touches, in words; None: nothing."""
+def left_over_text(model: Any) -> str | None:
+    """What of a model no kind of quantization changes, as text; None: nothing."""
     left = left_over(model)
     if not left:
         return None
@@ -93,7 +89,7 @@ def told_left_over(model: Any) -> str | None:
 
 
 def model_bytes(model: Any, units: list[Unit], kept: set[str], grid: Grid) -> int:
-    """Of all parameters, each once: matrices on the grid, and what is kept as 16-bit floats."""
+    """Of all parameters, each once: matrices on the grid, and the rest as 16-bit floats."""
     total = sum(parameter.numel() for parameter in model.parameters())
     rest = total - sum(unit.numbers for unit in units)
     shipped = sum(unit.bytes(None if unit.name in kept else grid) for unit in units)

@@ -1,1 +1,1 @@
-"""Finds the shape of a pruned student that meets a target and keeps most of its teacher."""
+"""Find the shape of a pruned student that meets a target and keeps most of its teacher."""

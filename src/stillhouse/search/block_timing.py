@@ -1,11 +1,11 @@
-"""What a shape needs on this machine: seconds a token from timed blocks, and peak memory.
+"""A shape's needs on this machine: seconds/token from timed blocks, and peak memory.
 
 Models of random weights decode a few tokens with a key-value cache, while their attention blocks,
-FFN blocks, layers and whole steps are timed. Each block's time depends on few sizes: attention's
-on the heads and the hidden size, the FFN's on its width and the hidden size. So a handful of models
-tells the time of every shape:
+FFN blocks, layers and whole steps are timed. Each block's time depends on few sizes: attention's on
+the heads and the hidden size, the FFN's on its width and the hidden size. So a handful of models
+predicts the time of every shape:
 
-    seconds a token = ends + layers · (attention + FFN + what a layer adds to them)
+    seconds/token = ends + layers · (attention + FFN + what a layer adds to them)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from stillhouse.teachers.quiet import quiet
 
 PROMPT_TOKENS, DECODE_TOKENS, WARMUP_TOKENS = 128, 16, 3
 TIMED_BYTES = 256 << 20
-"""Weights that a timed model has at least, where the real one does: fewer would stay in the
+"""Least size of a timed model's weights, where the real one has as much: fewer would stay in the
 processor's caches from one token to the next, and be read faster than a whole model's are."""
 FFN_WIDTHS = 4
 
@@ -45,8 +46,8 @@ FFN_WIDTHS = 4
 class Timing:
     """Median seconds of one decoded token in one timed model of `layers` layers.
 
-    attention, ffn: of one block. rest: what a layer takes beyond them (norms, sums). ends: what a
-    step takes beyond its layers (embeddings, last norm, head).
+    attention, ffn: of one block. rest: what a layer needs beyond them (norms, sums). ends: what a
+    step needs beyond its layers (embeddings, last norm, head).
     """
 
     hidden_size: int
@@ -65,7 +66,7 @@ class LatencyTable:
     timings: tuple[Timing, ...]
 
     def seconds(self, sizes: Sizes) -> float:
-        """Seconds a decoded token takes; FFN widths between two timed ones by a straight line."""
+        """Seconds per decoded token; FFN widths between two timed ones are interpolated."""
         here = [one for one in self.timings if one.hidden_size == sizes.hidden_size]
         heads = (sizes.heads, sizes.kv_heads)
         attention = [one.attention for one in here if (one.heads, one.kv_heads) == heads]
@@ -87,7 +88,8 @@ class LatencyTable:
 
 
 def shapes_to_time(combinations: Sequence[Sizes], widths: Sequence[int]) -> list[Sizes]:
-    """Few shapes in which every hidden size meets every choice of heads and every FFN width."""
+    """Few shapes in which every hidden size occurs with every choice of heads and every FFN
+    width."""
     found = []
     for hidden in sorted({shape.hidden_size for shape in combinations}, reverse=True):
         here = [shape for shape in combinations if shape.hidden_size == hidden]
@@ -101,19 +103,17 @@ def shapes_to_time(combinations: Sequence[Sizes], widths: Sequence[int]) -> list
 
 
 def timed_widths(ffn_size: int, least: int) -> list[int]:
-    """FFN widths from the whole down to `least`, evenly spread."""
+    """FFN widths from the whole down to `least`, evenly spaced."""
     if least >= ffn_size:
         return [ffn_size]
-    last = FFN_WIDTHS - 1
-    return sorted({ffn_size - round((ffn_size - least) * i / last) for i in range(FFN_WIDTHS)})[
-        ::-1
-    ]
+    cuts = {round((ffn_size - least) * i / (FFN_WIDTHS - 1)) for i in range(FFN_WIDTHS)}
+    return [ffn_size - cut for cut in sorted(cuts)]
 
 
 def time_shape(
     config: Any, sizes: Sizes, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Timing:
-    """Decodes with random weights of these sizes, on as many layers as the caches cannot hold."""
+    """Decode with random weights of these sizes, on as many layers as the caches cannot hold."""
     layers = _enough_layers(config, sizes, dtype.itemsize)
     model = random_like(config, replace(sizes, layers=layers), dtype).to(device)
     axes = axes_of(config)
@@ -158,7 +158,7 @@ def random_like(config: Any, sizes: Sizes, dtype: torch.dtype) -> Any:
 def _decode(
     model: Any, groups: dict[str, list[nn.Module]], device: torch.device
 ) -> Iterator[dict[str, float]]:
-    """Yields, for every decoded token after the first few, each group's seconds in all."""
+    """Yield, for every decoded token after the first few, each group's total seconds."""
     vocabulary = model.config.vocab_size
     prompt_RL = torch.arange(PROMPT_TOKENS, device=device)[None] % vocabulary
     output = model(input_ids=prompt_RL, use_cache=True, logits_to_keep=1)
@@ -177,25 +177,19 @@ def _timed(groups: dict[str, list[nn.Module]], device: torch.device) -> Iterator
     spent = dict.fromkeys(groups, 0.0)
     began: dict[str, float] = {}
 
-    def start(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            synchronize(device)
-            began[name] = time.perf_counter()
+    def start(name: str, *_: Any) -> None:
+        synchronize(device)
+        began[name] = time.perf_counter()
 
-        return hook
-
-    def stop(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            synchronize(device)
-            spent[name] += time.perf_counter() - began[name]
-
-        return hook
+    def stop(name: str, *_: Any) -> None:
+        synchronize(device)
+        spent[name] += time.perf_counter() - began[name]
 
     with ExitStack() as stack:
         for name, modules in groups.items():
             for module in modules:
-                stack.callback(module.register_forward_pre_hook(start(name)).remove)
-                stack.callback(module.register_forward_hook(stop(name)).remove)
+                stack.callback(module.register_forward_pre_hook(partial(start, name)).remove)
+                stack.callback(module.register_forward_hook(partial(stop, name)).remove)
         yield spent
 
 
@@ -206,15 +200,12 @@ def _enough_layers(config: Any, sizes: Sizes, width: int) -> int:
 
 
 def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
-    """A straight line between the two neighbours; beyond the ends, the outermost one's."""
+    """Linear interpolation; beyond the ends, the outermost line."""
     if len(places) == 1:
         return values[0]
     pairs = list(itertools.pairwise(zip(places, values, strict=True)))
     (left, low), (right, high) = next((pair for pair in pairs if place <= pair[1][0]), pairs[-1])
     return low + (high - low) * (place - left) / (right - left)
-
-
-# --- memory ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

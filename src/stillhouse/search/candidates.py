@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from stillhouse.progress import console
 from stillhouse.pruning.shapes import shown
 from stillhouse.pruning.sizes import AXES, Sizes
 from stillhouse.search.shape_costs import Costs
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from stillhouse.search.search_shape import Candidate
 
 HEADS = {"ffn_size": "FFN", "kv_heads": "groups", "hidden_size": "hidden"}
-"""What heads the columns of axes whose names are long."""
+"""Column heads of axes with long names."""
 ROWS = 12
 """Shapes that are shown; candidates.json has all."""
 
@@ -24,7 +23,7 @@ ROWS = 12
 def candidates_table(
     before: Sizes, found: Sequence[Candidate], chosen: Candidate, costs: Costs
 ) -> Table:
-    """The chosen shape, then those that went furthest, each with what it was measured by."""
+    """The chosen shape, then those that got furthest, each with its measures."""
     rounds = max((len(one.trained_kl) for one in found), default=0)
     table = Table(title="Shapes", show_edge=False)
     axes = [axis for axis in AXES if getattr(before, axis) is not None]
@@ -45,10 +44,6 @@ def candidates_table(
             style="bold" if one is chosen else None,
         )
     return table
-
-
-def show(table: Table) -> None:
-    console.print(table)
 
 
 def _order(one: Candidate, chosen: Candidate) -> tuple[float, ...]:

@@ -1,8 +1,8 @@
-"""What cutting one axis alone costs, and what that says about shapes that cut several.
+"""What cutting one axis alone costs, and an estimate for shapes that cut several.
 
 A shape's expected cost is the sum of what its axes cost alone. Each axis is pruned and measured at
-a few sizes; between them the cost is interpolated. That ranks hundreds of shapes for the price of
-a handful, and leaves the interplay of axes to the measurements of the best.
+a few sizes; between them the cost is interpolated. That ranks hundreds of shapes for the price of a
+handful, and leaves the interaction of axes to the measurements of the best.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ MOST = {"ffn_size": 3, "attention": 4, "hidden_size": 2, "experts": 2}
 
 @dataclass(frozen=True)
 class Curve:
-    """Nats a token by the share of an axis that is left, ascending; the whole costs nothing."""
+    """Nats/token by the share of an axis that is left, ascending; the whole costs nothing."""
 
     points: tuple[tuple[float, float], ...]
 
     def at(self, share: float) -> float:
-        """Straight lines between the points, and on beyond the last of them."""
+        """Linear interpolation between the points, and extrapolation beyond the last of them."""
         points = self.points
         if share >= 1 or len(points) < 2:
             return 0.0 if share >= 1 or not points else points[0][1]
@@ -33,7 +33,7 @@ class Curve:
 
 
 def share(before: Sizes, shape: Sizes, axis: str) -> float:
-    """How much of an axis a shape has left. Attention counts query heads and groups alike."""
+    """The share of an axis that a shape has left. Attention counts query heads and groups alike."""
     if axis == "attention":
         return (shape.heads + shape.kv_heads) / (before.heads + before.kv_heads)
     if axis == "experts" and before.experts is None:
@@ -43,7 +43,7 @@ def share(before: Sizes, shape: Sizes, axis: str) -> float:
 
 
 def only(before: Sizes, shape: Sizes, axis: str) -> Sizes:
-    """The start model's sizes, but one axis cut as in `shape`."""
+    """The start model's sizes with only one axis cut as in `shape`."""
     if axis == "attention":
         return replace(before, heads=shape.heads, kv_heads=shape.kv_heads)
     return replace(before, **{axis: getattr(shape, axis)})
@@ -52,11 +52,11 @@ def only(before: Sizes, shape: Sizes, axis: str) -> Sizes:
 def probed(
     before: Sizes, shapes: Sequence[Sizes], possible: Callable[[Sizes], bool]
 ) -> dict[str, list[Sizes]]:
-    """For each axis the shapes to measure: the least and the largest cut that occur, and between.
+    """The shapes to measure for each axis: the least and the largest cut that occur, and between.
 
     possible: whether the architecture allows a shape. A hidden size that it refuses with all heads
-    gives way to the next smaller one that it allows; heads that it refuses are left to their
-    neighbours.
+    is replaced by the next smaller one that it allows; heads that it refuses are left to their
+    neighbors.
     """
     found = {}
     for axis, limit in MOST.items():
@@ -81,7 +81,7 @@ def _narrower(shape: Sizes, possible: Callable[[Sizes], bool]) -> Sizes:
 def curves(
     before: Sizes, probes: Mapping[str, Sequence[Sizes]], measure: Callable[[Sizes], float]
 ) -> dict[str, Curve]:
-    """`measure`: nats a token that a shape loses."""
+    """measure: nats/token that a shape loses."""
     found = {}
     for axis, shapes in probes.items():
         points = [(share(before, shape, axis), measure(shape)) for shape in shapes]
@@ -94,8 +94,8 @@ def expected(
 ) -> float:
     """The sum of what a shape's cuts cost alone; infinite for a depth that was given up on.
 
-    depth: by the number of layers that are left. An axis that could not be probed costs what the
-    dearest of the others would, cut as far.
+    depth: by the number of layers that are left. An axis that could not be probed costs as much as
+    the most expensive of the others, cut as far.
     """
     layers = 0.0 if shape.layers == before.layers else depth.get(shape.layers, float("inf"))
     return layers + sum(_alone(known, axis, share(before, shape, axis)) for axis in known)

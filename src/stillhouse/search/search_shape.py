@@ -1,9 +1,9 @@
 """The search: count, probe, prune, try by training; at each step the best go on to the next.
 
-1. All aligned shapes that meet the target are listed (pruning.shapes).
-2. Where they are many, each axis is probed alone, and they are ranked by the sum (probes).
-3. The best `candidates` are pruned and refit, and measured on text that neither saw.
-4. The best `trained` of them are distilled for a few steps; half go on, for twice as many.
+1. All aligned shapes that meet the target are listed (pruning.shapes). 2. Where there are many,
+each axis is probed alone, and they are ranked by the sum (probes). 3. The best `candidates` are
+pruned and refit, and measured on held-aside text. 4. The best `trained` of them are distilled for a
+few steps; half go on, for twice as many.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from stillhouse.data.windows import WindowSet
-from stillhouse.progress import note
+from stillhouse.progress import console, note
 from stillhouse.pruning.axes import Axes, axes_of
 from stillhouse.pruning.depth import DepthChoice
 from stillhouse.pruning.offload import load_offloaded, released_after_use, save_model
@@ -28,7 +28,7 @@ from stillhouse.pruning.reference import Reference, mean_kl, reference_on
 from stillhouse.pruning.shapes import Counter, described, feasible_shapes, sizes_to_prune
 from stillhouse.pruning.sizes import Sizes, sizes_of
 from stillhouse.runfolder import write_atomically
-from stillhouse.search.candidates import candidates_table, show
+from stillhouse.search.candidates import candidates_table
 from stillhouse.search.probes import curves, expected, probed
 from stillhouse.search.search_text import SearchText, batches_of, split_text
 from stillhouse.search.shape_costs import Costs, costs_of
@@ -43,20 +43,20 @@ from stillhouse.training.train_config import TrainRecipe
 
 CANDIDATES = "candidates.json"
 WORK = "work"
-"""Pruned candidates and the journal, for as long as the search goes on."""
+"""Pruned candidates and the journal, until the search is finished."""
 PROBE_ROWS = 8
-"""Calibration tokens of a probe for each column that is refit. On fewer the refit fits their noise:
+"""Calibration tokens of a probe for each column that is refit. On fewer the refit fits noise:
 SmolLM2's FFN (1,536 neurons) cut to 1,024 costs KL 1.00 refit on 2,048 tokens, 0.41 on 16,384."""
 DEPTH_TOKENS = 1024
 WORTH = 2.0
-"""Depth is given up on where it costs so many times what the best shape of full depth does."""
+"""Depth is given up on where it costs this many times as much as the best shape of full depth."""
 KEPT_BYTES = 4 << 30
 """The start model's stream on the calibration rows is kept for all candidates up to this size."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a search is about. dtype: of matrix products; served: of the exported weights.
+    """The inputs of a search. dtype: of matrix products; served: of the exported weights.
 
     vocabulary: token ids below it are those of both models.
     """
@@ -77,7 +77,7 @@ class Setting:
 
 @dataclass
 class Candidate:
-    """One shape. cost: in the target's unit. expected: nats a token by each axis alone.
+    """One shape. cost: in the target's unit. expected: nats/token by each axis alone.
 
     one_shot_kl: to the teacher, pruned and refit. trained_kl: after each round of steps.
     """
@@ -92,8 +92,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """sizes: what `prune_model` is told. tokens: trained on in short distillations. flops, seconds:
-    of all that was measured for it, in every process that took part."""
+    """sizes: keywords of `prune_model`. tokens: trained on in short distillations. flops, seconds:
+    of all measurements, in every process that took part."""
 
     sizes: dict[str, int]
     candidates: list[Candidate]
@@ -104,11 +104,10 @@ class Found:
 
 
 def search_shape(setting: Setting) -> Found:
-    """Finds the shape, prints all that were measured as a table, and writes CANDIDATES.
+    """Find the shape, print all that were measured as a table, and write CANDIDATES.
 
-    Goes on where a killed search of the same setting stopped.
-    Raises RecipeError where no shape meets the target, which names the nearest one; DataError
-    where the text is too short.
+    Resumes where a killed search of the same setting stopped. Raises RecipeError where no shape
+    meets the target, with the nearest one; DataError where the text is too short.
     """
     (setting.out / WORK).mkdir(parents=True, exist_ok=True)
     journal = Journal(setting.out / WORK / "journal.json")
@@ -131,7 +130,7 @@ def search_shape(setting: Setting) -> Found:
         best = work.by_training(best)
     chosen = best[0]
     name = described(work.before, chosen.sizes)
-    show(candidates_table(work.before, found, chosen, costs))
+    console.print(candidates_table(work.before, found, chosen, costs))
     note(f"chosen: {name}")
     sizes = sizes_to_prune(work.before, chosen.sizes)
     result = Found(sizes, found, work.tokens, name, journal.flops, journal.seconds)
@@ -149,7 +148,7 @@ def _plain(found: Found, costs: Costs) -> dict[str, Any]:
 
 
 class _Work:
-    """Everything that the candidates of one search share."""
+    """What the candidates of one search share."""
 
     def __init__(self, setting: Setting, journal: Journal, before: Sizes, rules: Axes) -> None:
         self.setting = setting
@@ -186,14 +185,14 @@ class _Work:
 
     @cached_property
     def known(self) -> tuple[Reference, Reference]:
-        """The teacher's answers to the text kept aside, and to that of short distillations."""
+        """The teacher's outputs on the text kept aside, and on that of short distillations."""
         setting = self.setting
         teacher = self._load(setting.teacher)
         parts = [(self.text.heldout, 8), (self.text.training, setting.train.batch_size)]
         if self.search.trained < 2:
             parts[1] = (self.text.heldout, 8)
         with released_after_use(teacher):
-            found = [
+            heldout, training = (
                 reference_on(
                     teacher,
                     batches_of(windows, together, setting.device),
@@ -201,8 +200,8 @@ class _Work:
                     setting.vocabulary,
                 )
                 for windows, together in parts
-            ]
-        return found[0], found[1]
+            )
+        return heldout, training
 
     def _load(self, path: Path) -> Any:
         setting = self.setting
@@ -214,10 +213,8 @@ class _Work:
         with released_after_use(model):
             return mean_kl(self.known[0], model, self.setting.dtype)
 
-    # --- 2. every axis alone ----------------------------------------------------------------
-
     def by_axes(self, found: list[Candidate]) -> list[Candidate]:
-        """Those that promise most, at most `candidates`; all of them where they are few."""
+        """The most promising ones, at most `candidates`; all of them where there are few."""
         if len(found) <= self.search.candidates:
             return found
         start = self.journal.once_counted(
@@ -236,7 +233,7 @@ class _Work:
         depth = self._depth(keep, WORTH * limit)
         for one in found:
             one.expected = expected(self.before, one.sizes, known, depth)
-        return sorted(found, key=_expected)[: self.search.candidates]
+        return sorted(found, key=lambda one: _least(one.expected))[: self.search.candidates]
 
     def _possible(self, shape: Sizes) -> bool:
         return not self.rules.hidden_over_heads or shape.hidden_size % shape.heads == 0
@@ -269,44 +266,40 @@ class _Work:
         return model
 
     def _depth(self, keep: int, most_kl: float) -> dict[int, float]:
-        """Nats a token by layers left, as far down as it is worth it; also kept for all prunes."""
+        """Nats/token by layers left, as far down as it is worth it; also kept for all prunes."""
         total = self.before.layers
         if keep == total:
             return {}
 
         def find() -> dict[str, Any]:
             model, setting = self._load(self.setting.start), self.setting
-            return asdict(
-                rank_layers(
-                    model,
-                    self.text.calibration,
-                    keep,
-                    method_of(setting.section),
-                    setting.seed,
-                    setting.dtype,
-                    tokens=DEPTH_TOKENS,
-                    most_kl=most_kl,
-                )
+            ranked = rank_layers(
+                model,
+                self.text.calibration,
+                keep,
+                method_of(setting.section),
+                setting.seed,
+                setting.dtype,
+                tokens=DEPTH_TOKENS,
+                most_kl=most_kl,
             )
+            return asdict(ranked)
 
         raw = self.journal.once_counted("depth", find)
         dropped = tuple((int(index), float(kl)) for index, kl in raw["dropped"])
         self.depth = DepthChoice(tuple(raw["kept"]), dropped, tuple(raw["single_kl"]))
         return {total - place: kl for place, (_, kl) in enumerate(dropped, 1)}
 
-    # --- 3. pruned and refit ----------------------------------------------------------------
-
     def by_pruning(self, best: list[Candidate]) -> list[Candidate]:
-        """Measures each, and keeps the best `trained` of them on disk."""
+        """Measure each, and keep the best `trained` of them on disk."""
         measured: list[Candidate] = []
         for one in best:
             name = described(self.before, one.sizes)
             if f"one-shot {name}" not in self.journal:
                 note(f"pruning {name}")
-            one.one_shot_kl = self.journal.once_counted(
-                f"one-shot {name}", partial(self._one_shot, one)
-            )
-            measured = sorted([*measured, one], key=_one_shot)
+            one_shot = partial(self._one_shot, one)
+            one.one_shot_kl = self.journal.once_counted(f"one-shot {name}", one_shot)
+            measured = sorted([*measured, one], key=lambda one: _least(one.one_shot_kl))
             for loser in measured[self.search.trained :]:
                 shutil.rmtree(self._folder(loser, 0), ignore_errors=True)
         return measured
@@ -316,8 +309,6 @@ class _Work:
         if self.search.trained > 1:
             self._save(model, self._folder(one, 0))
         return self._measure(model)
-
-    # --- 4. by short distillations ----------------------------------------------------------
 
     def by_training(self, best: list[Candidate]) -> list[Candidate]:
         """Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943); the winner first."""
@@ -329,10 +320,8 @@ class _Work:
             self.shared.clear()
             for one in alive:
                 name = f"round {round_} {described(self.before, one.sizes)}"
-                kl = self.journal.once_counted(
-                    name,
-                    lambda: self._train(one, round_, first, steps),  # noqa: B023
-                )
+                train = partial(self._train, one, round_, first, steps)
+                kl = self.journal.once_counted(name, train)
                 shutil.rmtree(self._folder(one, round_ - 1), ignore_errors=True)
                 one.trained_kl.append(kl)
                 self.tokens += self._trained_tokens(first, steps)
@@ -374,7 +363,7 @@ class _Work:
         return self.setting.out / WORK / f"{name}_round-{round_}"
 
     def _save(self, model: Any, folder: Path) -> None:
-        """Whole or not at all: a killed search must not go on with half a candidate."""
+        """Whole or not at all: a killed search must not resume with half a candidate."""
         partial = folder.with_name(f".{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -384,9 +373,5 @@ class _Work:
         partial.rename(folder)
 
 
-def _expected(one: Candidate) -> float:
-    return float("inf") if one.expected is None else one.expected
-
-
-def _one_shot(one: Candidate) -> float:
-    return float("inf") if one.one_shot_kl is None else one.one_shot_kl
+def _least(kl: float | None) -> float:
+    return float("inf") if kl is None else kl

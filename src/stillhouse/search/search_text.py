@@ -1,7 +1,7 @@
-"""The text of a search, taken from the training windows.
+"""The text of a search, from the training windows.
 
-Some windows are kept aside to measure candidates on, some are for short distillations, and the
-rest is for calibration; no window is in two of them. The evaluation's held-out text is not touched.
+Some windows are kept aside to measure candidates on, some are for short distillations, and the rest
+is for calibration; no window is in two of them. The evaluation's held-out text is not used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SearchText:
 
 
 def split_text(windows: WindowSet, heldout_tokens: int, training: int, seed: int) -> SearchText:
-    """`training`: windows for short distillations; fewer are taken where the text is short.
+    """training: windows for short distillations; fewer are used where the text is short.
 
     Raises DataError where there are not enough windows for a search.
     """
@@ -40,7 +40,7 @@ def split_text(windows: WindowSet, heldout_tokens: int, training: int, seed: int
     first = min(-(-heldout_tokens // length), len(windows) // 4)
     second = first + min(training, (len(windows) - first) // 2)
     parts = (order[second:], order[first:second], order[:first])
-    # Short distillations meet their windows in the order of the draw.
+    # Short distillations train on their windows in the order of the draw.
     return SearchText(*(ChosenWindows(windows, part) for part in parts))
 
 

@@ -1,4 +1,4 @@
-"""A short distillation in memory: what a candidate makes of a few steps.
+"""A short distillation in memory: how well a candidate learns in a few steps.
 
 Shapes: N counted rows, D hidden width.
 """
@@ -31,11 +31,11 @@ def distill_shortly(
     section: TrainRecipe,
     dtype: torch.dtype,
 ) -> None:
-    """Trains in place by forward KL to the teacher's answers, a batch of them a step.
+    """Train in place by forward KL to the teacher's outputs, a batch of them per step.
 
-    first: the batch to begin with; after the last one it goes on with the first. The optimizer
-    starts anew, so that a round depends on the weights before it alone. Learning rate, betas,
-    weight decay and gradient norm are the recipe's.
+    first: the batch to begin with; after the last one comes the first. The optimizer starts anew,
+    so that a round depends only on the weights before it. Learning rate, betas, weight decay and
+    gradient norm are the recipe's.
     """
     model.requires_grad_(True)
     optimizer = torch.optim.AdamW(
@@ -53,12 +53,11 @@ def distill_shortly(
             batch, full_ND = known.batches[place], known.rows[place]
             with products(model, dtype):
                 rows_ND = rows_of(model, batch)
-            signal = DenseSignal(full_ND, known.head)
             loss = fused_loss(
                 rows_ND,
                 lm_head(model),
                 term,
-                signal=signal,
+                signal=DenseSignal(full_ND, known.head),
                 scale=1 / max(1, len(full_ND)),
                 vocab_size=known.vocabulary,
                 compute_dtype=dtype,

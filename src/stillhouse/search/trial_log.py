@@ -1,4 +1,4 @@
-"""What a search has found so far, on disk after every step, so that a killed one goes on."""
+"""The results of a search so far, on disk after every step, so that a killed one resumes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Journal:
         return self._earlier + time.monotonic() - self._began
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
-        """The value written under `name`, or what `find` gives, which is written first."""
+        """The value saved under `name`, or that of `find`, which is saved first."""
         if name not in self.found:
             self.found[name] = find()
             write_atomically(self.path, json.dumps(self.found, indent=1))
@@ -50,7 +50,7 @@ class Journal:
         return self.found[name]
 
     def once_counted(self, name: str, find: Callable[[], Any]) -> Any:
-        """As `once`, and what `find` computes is counted: not for what is timed."""
+        """As `once`, and the FLOPs of `find` are counted: not for what is timed."""
 
         def counted() -> Any:
             with count_flops() as work:

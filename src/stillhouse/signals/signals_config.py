@@ -1,4 +1,4 @@
-"""The recipe's section about storing the teacher's answers."""
+"""The recipe's section about storing the teacher's distributions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class TopPSignals(Section):
 
     kind: Literal["top_p"]
     p: float = Field(0.98, gt=0, le=1, strict=False)
-    max_tokens: int = Field(64, gt=0, le=MOST_ENTRIES, description="Tokens stored at the most.")
+    max_tokens: int = Field(64, gt=0, le=MOST_ENTRIES, description="Most tokens stored.")
 
     def encoding(self) -> EntryEncoding:
         return TopP(self.p, self.max_tokens)
@@ -102,7 +102,7 @@ class FrozenHeadSignals(Section):
 
 
 class HiddenSignals(Section):
-    """The teacher's hidden states after the layers that the objective's terms look at.
+    """The teacher's hidden states after the layers that the objective's terms use.
 
     With its last ones and its head every divergence is exact, at any temperature.
     """
@@ -148,16 +148,15 @@ class AnswerSignals(Section):
 
 
 class SignalsRecipe(Section):
-    """The teacher is asked once and its answers are stored; training reads them."""
+    """The teacher scores the text once and its signals are stored; training reads them."""
 
     encoding: SignalEncoding = ThresholdSignals(kind="threshold")
     server: SignalServer | None = Field(
-        None, description="Ask this server, not a local model; for the encoding top_k."
+        None, description="Score on this server, not with a local model; for the encoding top_k."
     )
     answers: AnswerSignals | None = Field(
         None,
-        description="Ask nobody: take what the API of `synthesize` told about its answers, as it "
-        "came.",
+        description="Use the log-probabilities that the API of `synthesize` returned, as they are.",
     )
     store: str | None = Field(
         None, description="A finished store to read, e.g. another run's; nothing is recorded."
@@ -165,18 +164,18 @@ class SignalsRecipe(Section):
     missing: Literal["error", "live"] = Field(
         "error",
         description="What to do about training text that `store` or `answers` lack: stop before "
-        "training, or ask the teacher live, as often as it is trained on.",
+        "training, or score it live, each time it is trained on.",
     )
 
     @model_validator(mode="after")
     def _one_origin(self) -> SignalsRecipe:
-        asked = self.server is not None or self.encoding != ThresholdSignals(kind="threshold")
-        if self.store is not None and asked:
+        given = self.server is not None or self.encoding != ThresholdSignals(kind="threshold")
+        if self.store is not None and given:
             raise ValueError("store is read as it is: remove encoding and server, or store")
-        if self.answers is not None and (asked or self.store is not None):
-            raise ValueError("answers are stored as they came: remove encoding, server and store")
+        if self.answers is not None and (given or self.store is not None):
+            raise ValueError("answers are stored as they are: remove encoding, server and store")
         if self.store is None and self.answers is None and self.missing == "live":
             raise ValueError("missing is about a given store: name it in store, or remove the key")
         if self.server is not None and not isinstance(self.encoding, TopKSignals):
-            raise ValueError("a server gives the most likely tokens: set encoding.kind to top_k")
+            raise ValueError("a server returns top tokens: set encoding.kind to top_k")
         return self
