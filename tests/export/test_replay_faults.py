@@ -347,10 +347,16 @@ def test_safetensors_are_held_to_the_same(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint in float32 whose text begins otherwise, though every number is the source's."""
-    write = replay._text
+    write, calls = replay._greedy, iter(range(100))
+
+    def greedy(*arguments: Any) -> tuple[str, str]:
+        """The source's text, then the export's, which begins differently."""
+        text, sure = write(*arguments)
+        return (f"no {text}" if next(calls) % 2 else text), sure
+
     gate = Gate(trained, ToyWindows(), ["word3 word4"], seed=0)
     with monkeypatch.context() as patch:
-        patch.setattr(replay, "_text", lambda *arguments: f"no {write(*arguments)}")
+        patch.setattr(replay, "_greedy", greedy)
         patch.setattr(replay, "SURE", 0.0)
         with pytest.raises(ModelError, match="its source with"):
             export_checkpoint(gate, tmp_path / "out", dtype="float32")

@@ -39,7 +39,7 @@ def test_scales_are_the_best_of_those_tried(grid: Grid) -> None:
         for index, group in enumerate(weight_OI[row].split(grid.group or 32)):
             extreme = max(group.tolist(), key=abs)
             errors = {}
-            for largest in grid.places(weighed=False):
+            for largest in grid.places(weighted=False):
                 scale = float(torch.tensor(extreme / largest).half())
                 codes = [min(every, key=lambda q: abs(w - scale * q)) for w in group.tolist()]
                 errors[scale] = sum(
