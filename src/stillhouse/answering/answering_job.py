@@ -12,7 +12,7 @@ from stillhouse.classify.task_texts import LabelledText
 from stillhouse.data.data_config import DataRecipe, FileSource
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe
-from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, origin
+from stillhouse.export.licenses import Origin, distinct, origin, teacher_origin
 from stillhouse.generation.chat_frame import Frame, user_turn
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher, VllmTeacher
 from stillhouse.generation.request import Message, Requests, api_described
@@ -59,10 +59,7 @@ class AnsweringJob:
     def made_with(self) -> list[Origin]:
         """The models that the student is made with, the teacher first. Raises ModelError."""
         section, student = self.recipe.teacher, self.recipe.student
-        if self.teacher is None:
-            found = [api_origin(TEACHER, self.described, section.license)]
-        else:
-            found = [origin(TEACHER, self.teacher, section.license)]
+        found = [teacher_origin(self.teacher, self.described, section.license)]
         if isinstance(student, PretrainedStudent | PrunedStudent) and student.model is not None:
             revision = student.revision if isinstance(student, PretrainedStudent) else None
             start = resolve_model(student.model, revision=revision, base=self.base, weights=False)

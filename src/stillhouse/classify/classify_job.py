@@ -10,7 +10,7 @@ from stillhouse.classify.classifier_students import student_source
 from stillhouse.classify.classify_config import ClassifyRecipe, RandomClassifier
 from stillhouse.classify.label_prompts import LabelPrompt
 from stillhouse.classify.task_texts import Texts
-from stillhouse.export.licenses import TEACHER, Origin, api_origin, distinct, origin
+from stillhouse.export.licenses import Origin, distinct, origin, teacher_origin
 from stillhouse.generation.request import api_described
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.runfolder import answers_path
@@ -42,10 +42,7 @@ class TaskJob:
     def made_with(self) -> list[Origin]:
         """The models that the student is made with, the teacher first."""
         section, student = self.recipe.teacher, self.recipe.student
-        if self.teacher is None:
-            teacher = api_origin(TEACHER, self.described, section.license)
-        else:
-            teacher = origin(TEACHER, self.teacher, section.license)
+        teacher = teacher_origin(self.teacher, self.described, section.license)
         random = isinstance(student, RandomClassifier)
         part = "The student's tokenizer" if random else "The student's start"
         return distinct([teacher, origin(part, self.student)])

@@ -120,6 +120,13 @@ def api_origin(part: str, described: str, stated: str | None = None) -> Origin:
     return Origin(part, described, License(stated or API_TERMS))
 
 
+def teacher_origin(source: ModelSource | None, described: str, stated: str | None) -> Origin:
+    """The teacher's; source: None for an API. stated: its license in the recipe."""
+    if source is None:
+        return api_origin(TEACHER, described, stated)
+    return origin(TEACHER, source, stated)
+
+
 def distinct(origins: Sequence[Origin]) -> list[Origin]:
     """Each model once, with the first role that it had."""
     first: dict[str, Origin] = {}
