@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, model_validator
 
+from stillhouse.data.words import normalized
 from stillhouse.export.export_config import ClassifierExportRecipe
 from stillhouse.generation.generation_config import (
     Precision,
@@ -132,7 +133,7 @@ def check_labels(labels: dict[str, str]) -> None:
     for label, phrase in labels.items():
         if not label.strip() or not phrase.strip():
             raise ValueError(f"the label {label!r} or its phrase is empty")
-        other = seen.setdefault(phrase.strip().casefold(), label)
+        other = seen.setdefault(normalized(phrase), label)
         if other != label:
             raise ValueError(f"the labels {other!r} and {label!r} have the same phrase")
 

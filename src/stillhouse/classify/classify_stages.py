@@ -95,7 +95,7 @@ def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
         "teacher": job.teacher and job.teacher.fingerprint,
         "texts": texts.digest,
     }
-    version = 1 if api is None else 2
+    version = 1 if api is None else 3
     return StagePlan(
         "judgment",
         inputs,

@@ -5,7 +5,6 @@ Shapes: N texts, K contentless texts, C labels.
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from stillhouse.classify.label_prompts import CONTENTLESS, LabelPrompt, prompt_t
 from stillhouse.classify.label_scoring import score_labels
 from stillhouse.classify.targets import distributions, prior_logits
 from stillhouse.classify.task_texts import FEWEST, PARTS, Texts
-from stillhouse.data.words import UNSPACED
+from stillhouse.data.words import bare, whole_words
 from stillhouse.errors import DataError, ModelError
 from stillhouse.generation.answer_requests import answer_all, estimate_cost
 from stillhouse.generation.chat_frame import answer_text
@@ -243,9 +242,9 @@ def label_shares(
 def _named(text: str, prompt: LabelPrompt) -> int | None:
     """The number of the one label that the text is, or holds; None where it holds none or several.
     Where a label is a part of another, the longer one takes its words."""
-    said = _plain(text)
+    said = bare(text)
     ways = [
-        (_plain(way), number)
+        (bare(way), number)
         for number, (label, phrase) in enumerate(prompt.labels.items())
         for way in {label, phrase, prompt.answer_for(label)}
     ]
@@ -267,27 +266,18 @@ def _taken_out(way: str, said: str) -> tuple[bool, str]:
 
     They begin and end where words do, but for scripts that put no spaces between words.
     """
-    letter = rf"[^\W{UNSPACED}]"
-    before = rf"(?<!{letter})" if re.match(letter, way) else ""
-    after = rf"(?!{letter})" if re.match(letter, way[-1]) else ""
-    without, count = re.subn(f"{before}{re.escape(way)}{after}", "\n", said)
+    without, count = whole_words(way).subn("\n", said)
     return count > 0, without
 
 
 def _first_token_shares(first: Mapping[str, Any], prompt: LabelPrompt) -> dict[int, float]:
     """The probability of the first tokens that each label begins with."""
-    answers = [_plain(prompt.answer_for(label)) for label in prompt.labels]
+    answers = [bare(prompt.answer_for(label)) for label in prompt.labels]
     shares: dict[int, float] = {}
     for choice in first.get("top_logprobs") or []:
-        begun = _plain(str(choice["token"]))
+        begun = bare(str(choice["token"]))
         fitting = [n for n, text in enumerate(answers) if begun and text.startswith(begun)]
         for number in fitting:
             probability = float(torch.tensor(float(choice["logprob"])).exp())
             shares[number] = shares.get(number, 0.0) + probability / len(fitting)
     return shares
-
-
-def _plain(text: str) -> str:
-    """In lower case, without the spaces and marks around it; marks alone stay."""
-    bare = " ".join(text.casefold().split())
-    return bare.strip(" .,:;!?\"'`*()[]") or bare

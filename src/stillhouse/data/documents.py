@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from stillhouse.data.words import collapsed
 from stillhouse.errors import DataError
 
 Message = Mapping[str, Any]
@@ -64,7 +65,7 @@ def content_hash(document: AnyDocument) -> bytes:
 
 
 def group_hash(document: AnyDocument) -> bytes:
-    """As `content_hash`, but ignores whitespace: a run counts as one space, none at the ends.
+    """As `content_hash`, but of texts as `words.collapsed` leaves them.
 
     Documents of one group are never split between training and held-out text.
     """
@@ -73,7 +74,7 @@ def group_hash(document: AnyDocument) -> bytes:
 
 def _collapse(value: Any) -> Any:
     if isinstance(value, str):
-        return " ".join(value.split())
+        return collapsed(value)
     if isinstance(value, Mapping):
         return {key: _collapse(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -2,7 +2,8 @@
 
 Documents are ordered by a hash of the seed and their content, so that the order of files and rows
 does not matter. Held-out text is taken from the front of that order, training text after it.
-Documents that differ only in whitespace share a hash, form a group, and are never split.
+Documents that differ only in whitespace or Unicode form share a hash, form a group, and are never
+split.
 """
 
 from __future__ import annotations

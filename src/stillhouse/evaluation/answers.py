@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stillhouse.data.words import collapsed, normalized
 from stillhouse.evaluation.results import Saved
 
 Facts = Counter[tuple[str, str]]
@@ -63,7 +64,7 @@ def facts_of(value: Any, path: str = "") -> Facts:
     elif isinstance(value, int | float):
         shown = repr(float(value)) if math.isfinite(value) else str(value)
     else:
-        shown = f'"{" ".join(str(value).casefold().split())}"'
+        shown = f'"{normalized(str(value))}"'
     return Counter({(path, shown): 1})
 
 
@@ -91,8 +92,8 @@ def _field(path: str) -> str:
 
 
 def same_text(one: str, other: str) -> bool:
-    """Equal up to whitespace."""
-    return one.split() == other.split()
+    """Equal up to whitespace and Unicode form."""
+    return collapsed(one) == collapsed(other)
 
 
 @dataclass(frozen=True)

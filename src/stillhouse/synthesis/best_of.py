@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
+from stillhouse.data import words
 from stillhouse.synthesis.filters import Chooser, Row, answer_only, compiled_pattern
 
 _AROUND = " \t\n.,;:!?\"'`*_()[]{}<>$"
@@ -59,9 +59,8 @@ def what_is_said(text: str, pattern: re.Pattern[str] | None) -> str | None:
 
 
 def normalized(text: str) -> str:
-    """Casefolded, NFKC, single spaces, no punctuation at the ends; 1,000.0 is 1000."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    plain = " ".join(plain.split()).strip(_AROUND)
+    """As `words.normalized`, without punctuation at the ends; 1,000.0 is 1000."""
+    plain = words.normalized(text).strip(_AROUND)
     number = re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", plain)
     try:
         value = Decimal(number)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data.row_reader import format_of, read_rows
+from stillhouse.data.words import bare
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import SYSTEM, content_text, text_of
 from stillhouse.progress import note
@@ -159,8 +160,7 @@ def _said(message: Any) -> str | None:
 
 def _plain(answer: str) -> str:
     """A label without case, underscores and punctuation at the ends."""
-    bare = " ".join(answer.replace("_", " ").casefold().split())
-    return bare.strip(" .,:;!?\"'`*()[]") or bare
+    return bare(answer.replace("_", " "))
 
 
 def json_object(text: str) -> dict[str, Any] | None:

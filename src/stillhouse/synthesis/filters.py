@@ -18,7 +18,7 @@ from typing import Any
 from jsonschema_specifications import REGISTRY
 from referencing.exceptions import Unresolvable
 
-from stillhouse.data.words import words
+from stillhouse.data.words import bare, words
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.generation.chat_frame import text_of
 from stillhouse.generation.request import Message
@@ -207,15 +207,16 @@ def json_value(text: str) -> Any:
 
 
 def exact_duplicates() -> Filter:
-    """Drops rows with the same words in prompt and answer as an earlier row."""
+    """Drops rows whose prompt and answer are an earlier row's, but for case, spacing and the
+    punctuation around them."""
     seen: set[int] = set()
 
     def judge(row: Row) -> str | None:
         # 64 bits: among a million rows, two different ones collide once in 40,000 runs.
-        words_seen = hash((tuple(words(text_of(row.messages))), tuple(words(row.text))))
-        if words_seen in seen:
+        both = hash((bare(text_of(row.messages)), bare(row.text)))
+        if both in seen:
             return "an earlier row has the same prompt and answer"
-        seen.add(words_seen)
+        seen.add(both)
         return None
 
     return judge
