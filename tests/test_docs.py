@@ -11,7 +11,7 @@ import pytest
 import yaml
 from transformers import AutoModelForCausalLM
 
-from stillhouse.config.load_recipe import load_recipe, parse_recipe
+from stillhouse.config.load_recipe import load_recipe, parse_recipe, recipe_json_schema
 from tests import forks, tiny
 from tests.forks import Fork
 
@@ -103,6 +103,28 @@ def test_every_part_of_a_recipe_in_the_documents_is_valid(block: str, tmp_path: 
         load_recipe(path)
     else:
         parse_recipe({**tiny.recipe(tmp_path), **raw})
+
+
+def recipe_keys(schema: object) -> set[str]:
+    """Every key of every section."""
+    if isinstance(schema, list):
+        return set().union(*map(recipe_keys, schema))
+    if not isinstance(schema, dict):
+        return set()
+    own = set(schema.get("properties", {}))
+    return own.union(*map(recipe_keys, schema.values()))
+
+
+KEYS = recipe_keys(recipe_json_schema())
+
+
+@pytest.mark.parametrize("document", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_every_key_in_a_table_of_keys_exists(document: Path) -> None:
+    """Tables whose first column is titled `key` or `key of ...`."""
+    for table in re.findall(r"^\| key\b.*\n(?:\|.*\n)+", document.read_text("utf-8"), re.M):
+        for row in table.splitlines()[2:]:
+            for name in re.findall(r"`([^`]+)`", row.split("|")[1]):
+                assert set(re.findall(r"[a-z_]+", name)) <= KEYS, f"{document.name}: {name}"
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
