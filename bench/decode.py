@@ -31,8 +31,9 @@ from stillhouse.quantize.grid import Grid
 from stillhouse.quantize.quantization import Quantization
 from stillhouse.quantize.sensitivity import scales_of
 from stillhouse.quantize.units import find_units
-from stillhouse.teachers.load_model import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.older_names import save_tokenizer
 
 TORCHAO: dict[str, tuple[Literal[4, 8], bool]] = {
     "int8": (8, False),

@@ -30,8 +30,9 @@ from stillhouse.pruning.vocabulary_cut import (
 from stillhouse.signals import lm_head as head_module
 from stillhouse.students.build_student import build_student
 from stillhouse.students.student_config import PrunedStudent
-from stillhouse.teachers.load_model import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.older_names import save_tokenizer
 from tests import tiny
 from tests.teachers.toys import ToyWindows, tiny_model, toy_tokenizer
 

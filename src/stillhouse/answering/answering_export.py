@@ -113,7 +113,7 @@ def plan_answers_export(
         "trained": trained.digest,
         "evaluated": evaluated.digest,
     }
-    return StagePlan("export", inputs, work, version=3)
+    return StagePlan("export", inputs, work, version=4)
 
 
 def _card(job: AnsweringJob, texts: Stage, trained: Stage, found: AnswersEvaluation) -> ModelCard:

@@ -29,6 +29,7 @@ from stillhouse.report.classifier_report import classifier_report
 from stillhouse.report.page import Report
 from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Outcome, Stage
+from stillhouse.teachers.older_names import write_older_names
 from stillhouse.training.checkpoints import read_metrics
 
 REPLAY_LIMIT = 1e-4
@@ -47,6 +48,7 @@ def plan_classifier_export(
         found = ClassificationEvaluation.load(evaluated.path / EVALUATION)
         folder = out / MODEL
         shutil.copytree(trained.path / MODEL, folder)
+        write_older_names(folder)
         facts = asdict(Facts.load(folder)) | {"threshold": found.abstention.threshold}
         Facts(**facts).save(folder)
         rows = [row.text for row in Texts.load(texts.path).calibration]
@@ -67,7 +69,7 @@ def plan_classifier_export(
         "origins": [asdict(one) for one in job.made_with],
         "recipe": job.recipe.export.model_dump(mode="json", exclude={"push_to_hub"}),
     }
-    return StagePlan("export", inputs, work, version=3)
+    return StagePlan("export", inputs, work, version=4)
 
 
 def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:

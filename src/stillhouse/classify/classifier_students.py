@@ -26,8 +26,9 @@ from stillhouse.classify.label_scoring import score_labels
 from stillhouse.classify.targets import prior_logits
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.pruning.sizes import keep_config_layers
-from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
+from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 
 _PRIOR_TEXTS = 256

@@ -22,7 +22,7 @@ from stillhouse.classify.classify_config import FitRecipe
 from stillhouse.errors import TrainingError
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.progress import bar, note
-from stillhouse.teachers.load_model import save_tokenizer
+from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints
 from stillhouse.training.resuming import ResumingTrainer, train_from_newest

@@ -10,7 +10,8 @@ import torch
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import FLOATS
 from stillhouse.export.gate import Gate, ReplayResult, fill
-from stillhouse.teachers.load_model import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.quiet import quiet
 
 
@@ -57,4 +58,5 @@ def _save(source: Path, out: Path, dtype: torch.dtype, trust_remote_code: bool) 
             where=source,
             fix="correct generation_config.json in that folder",
         ) from error
+    write_older_names(out)
     save_tokenizer(tokenizer, out)

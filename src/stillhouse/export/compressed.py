@@ -21,7 +21,8 @@ from stillhouse.export.fresh_process import run_script
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.widths import nearest, row_widths
 from stillhouse.progress import note
-from stillhouse.teachers.load_model import load_config, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_config, load_tokenizer
+from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 
 
 def export_compressed(
@@ -40,6 +41,7 @@ def export_compressed(
         note(f"llm-compressor: {method}")
         _compress(gate, folder, method, interpreter, windows)
         code = gate.trust_remote_code
+        write_older_names(folder)
         save_tokenizer(load_tokenizer(gate.source, trust_remote_code=code), folder)
         return gate.pass_or_raise(
             folder,

@@ -22,7 +22,8 @@ from stillhouse.hardware import default_device
 from stillhouse.quantize.grid import Grid, to_codes
 from stillhouse.quantize.quantization import Quantization
 from stillhouse.quantize.quantize import FLOAT8_WIDTH
-from stillhouse.teachers.load_model import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.quiet import quiet
 
 DYNAMIC_KL = 0.05
@@ -133,6 +134,7 @@ def save_torchao(
     with quiet():
         model.config.save_pretrained(out)
         model.generation_config.save_pretrained(out)
+    write_older_names(out)
     save_tokenizer(load_tokenizer(source, trust_remote_code=trust_remote_code), out)
 
 

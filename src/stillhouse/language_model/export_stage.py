@@ -88,7 +88,7 @@ def plan_export(
         "origins": [asdict(one) for one in origins],
         "llama_cpp": has_llama_cpp(),
     }
-    return StagePlan("export", inputs, work, version=6)
+    return StagePlan("export", inputs, work, version=7)
 
 
 def _export(

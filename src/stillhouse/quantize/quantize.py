@@ -43,7 +43,8 @@ from stillhouse.quantize.units import (
     model_bytes,
 )
 from stillhouse.students.student import Student
-from stillhouse.teachers.load_model import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.train import METRICS, MODEL, TrainingResult, train

@@ -20,9 +20,10 @@ from stillhouse.students.pruned_student import prune_to, target_sizes
 from stillhouse.students.random_student import Value, overridden_config, random_model
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.backbone import lm_head
-from stillhouse.teachers.load_model import load_model, load_tokenizer, save_tokenizer
+from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.local_teacher import LocalTeacher, local
 from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.shared_vocabulary import check_rows
 from stillhouse.teachers.teacher import Teacher
@@ -159,6 +160,7 @@ class Student:
             folder.mkdir(parents=True, exist_ok=True)
             with quiet():
                 save_model(self.model, folder)
+                write_older_names(folder)
                 if self.tokenizer is not None:
                     save_tokenizer(self.tokenizer, folder)
         except OSError as error:

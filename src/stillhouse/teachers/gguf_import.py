@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pyto
 from stillhouse.errors import ModelError
 from stillhouse.progress import note
 from stillhouse.teachers.hashing import file_sha256
-from stillhouse.teachers.load_model import save_tokenizer
+from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
 

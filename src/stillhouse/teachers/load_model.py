@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -159,15 +158,3 @@ def _no_memory(path: Path, files: list[Path], dtype: torch.dtype) -> ModelError:
         where=path,
         fix="use a smaller teacher or a machine with more memory",
     )
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Saves it under the class name that every transformers knows, without how it was loaded."""
-    tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    for key in ("backend", "is_local", "local_files_only"):
-        config.pop(key, None)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")

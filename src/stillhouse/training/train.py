@@ -31,7 +31,8 @@ from stillhouse.hardware import (
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.progress import bar, note
 from stillhouse.students.student import Student
-from stillhouse.teachers.load_model import check_loadable, save_tokenizer
+from stillhouse.teachers.load_model import check_loadable
+from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints

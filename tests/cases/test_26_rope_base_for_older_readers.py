@@ -1,0 +1,44 @@
+"""An exported configuration says the base of rotary embeddings where older readers look for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from stillhouse.export.checkpoint import _save
+from tests import tiny
+
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+DEFAULT = {"rope_type": "default", "rope_theta": 500000.0}
+
+
+def as_transformers_4(config: dict[str, object]) -> LlamaConfig:
+    """Knows the old places alone: the base is 10,000 where there is no rope_theta."""
+    read = {key: value for key, value in config.items() if key != "rope_parameters"}
+    read.setdefault("rope_theta", 10000.0)
+    return LlamaConfig.from_dict(read)
+
+
+def test_an_older_reader_computes_the_same(tmp_path: Path) -> None:
+    ids = torch.tensor([tiny.tokenizer()(tiny.text(12))["input_ids"][:160]])
+    for name, rope in (("default", DEFAULT), ("llama3", LLAMA_3)):
+        tiny.save_model(tmp_path / name / "student", rope_parameters=rope)
+        _save(tmp_path / name / "student", tmp_path / name / "out", torch.float32, False)
+        config = json.loads((tmp_path / name / "out" / "config.json").read_text())
+        assert config["rope_theta"] == 500000.0
+        new = AutoModelForCausalLM.from_pretrained(tmp_path / name / "out").eval()
+        old = LlamaForCausalLM(as_transformers_4(config)).eval()
+        old.load_state_dict(new.state_dict())
+        with torch.no_grad():
+            assert torch.equal(new(ids).logits, old(ids).logits)
+        assert new.config.rope_parameters == rope

@@ -1,0 +1,115 @@
+"""What is saved is read alike by transformers 5 and by what knows version 4's names alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, Phi3Config
+
+from stillhouse.students.student import Student
+from stillhouse.teachers.older_names import save_tokenizer, with_older_names
+from tests import tiny
+from tests.teachers.toys import CONFIGS, SIZES, tiny_model
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 50000.0,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 4.0],
+    "original_max_position_embeddings": 64,
+}
+
+
+def saved(config: Any) -> dict[str, Any]:
+    return with_older_names(json.loads(config.to_json_string()))
+
+
+@pytest.mark.parametrize(
+    ("rope", "scaling"),
+    [
+        ({"rope_type": "default", "rope_theta": 5e5}, None),
+        (
+            {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0},
+            {"rope_type": "linear", "factor": 4.0},
+        ),
+        (
+            {
+                "rope_type": "yarn",
+                "rope_theta": 5e5,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+            },
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+        ),
+    ],
+)
+def test_base_and_scaling_stand_apart(rope: dict[str, Any], scaling: Any) -> None:
+    config = saved(CONFIGS["qwen3"](rope_parameters=rope))
+    assert config["rope_theta"] == 5e5
+    assert config.get("rope_scaling") == scaling
+    assert config["rope_parameters"] == rope
+
+
+def test_two_bases_of_gemma_3() -> None:
+    ropes = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    }
+    config = saved(CONFIGS["gemma3_text"](rope_parameters=ropes))
+    assert config["rope_theta"] == 1e6
+    assert config["rope_local_base_freq"] == 5000.0
+    assert config["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+
+
+def test_phi_3_insists_on_three_keys_of_a_scaling() -> None:
+    rope = {**LONG, "partial_rotary_factor": 0.5}
+    config = saved(Phi3Config(**SIZES, rope_parameters=rope, original_max_position_embeddings=64))
+    assert config["rope_scaling"].keys() == {"type", "short_factor", "long_factor"}
+    assert config["partial_rotary_factor"] == 0.5
+    assert config["original_max_position_embeddings"] == 64
+
+
+def test_the_number_of_experts_of_qwen_3() -> None:
+    assert saved(CONFIGS["qwen3_moe"]())["num_experts"] == 6
+
+
+def test_a_model_inside_another_configuration() -> None:
+    config = with_older_names({"text_config": {"rope_parameters": {**LONG}}, "dtype": "bfloat16"})
+    assert config["text_config"]["rope_theta"] == 50000.0
+    assert config["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_transformers_5_reads_the_same_model(tmp_path: Path, kind: str) -> None:
+    model = tiny_model(kind)
+    Student(model, None).save(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation=model.config._attn_implementation
+    )
+    ids = torch.arange(3, 30)[None]
+    assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+
+
+def test_special_tokens_have_the_older_name(tmp_path: Path) -> None:
+    """Version 4 takes `extra_special_tokens` for a mapping, and fails on a list."""
+    words = tiny.tokenizer()
+    save_tokenizer(words, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["additional_special_tokens"] == tiny.SPECIAL[1:]
+    assert "extra_special_tokens" not in config
+    assert set(AutoTokenizer.from_pretrained(tmp_path).all_special_tokens) == set(tiny.SPECIAL)
+
+
+def test_tokens_that_a_class_of_version_4_would_add_are_said(tmp_path: Path) -> None:
+    """Version 4's LlamaTokenizerFast puts <s> first unless the file says otherwise."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
+    words = LlamaTokenizer(vocab=vocabulary, merges=[("▁", "a")])
+    save_tokenizer(words, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "LlamaTokenizer"
+    assert (config["add_bos_token"], config["add_eos_token"]) == (False, False)
+    assert AutoTokenizer.from_pretrained(tmp_path)("a")["input_ids"] == words("a")["input_ids"]
