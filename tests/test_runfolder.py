@@ -105,7 +105,7 @@ def test_a_stage_without_its_product_is_not_finished_and_keeps_its_scratch(tmp_p
     assert not (stage.path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "delete", "manifest"])
+@pytest.mark.parametrize("damage", ["truncate", "delete", "flip", "manifest", "digest", "list"])
 def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
     folder, calls = RunFolder(tmp_path), []
     path = folder.stage("data", {}, writes("hello", calls)).path
@@ -113,10 +113,30 @@ def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
         (path / "result.txt").write_text("he")
     elif damage == "delete":
         (path / "result.txt").unlink()
+    elif damage == "flip":
+        (path / "result.txt").write_text("hellO")
+    elif damage == "digest":
+        manifest = (path / "manifest.json").read_text()
+        (path / "manifest.json").write_text(manifest.replace('"digest": "', '"digest": "0'))
+    elif damage == "list":
+        (path / "manifest.json").write_text("[]")
     else:
         (path / "manifest.json").write_text("{")
     assert not folder.stage("data", {}, writes("hello", calls)).reused
     assert calls == ["hello", "hello"]
+
+
+def test_a_stage_with_sha256_alone_is_compared_too(tmp_path: Path) -> None:
+    """As manifests were written before they had faster hashes."""
+    folder, calls = RunFolder(tmp_path), []
+    path = folder.stage("data", {}, writes("hello", calls)).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"]["result.txt"]["xxh3"]
+    del manifest["xxh3_of_the_rest"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert folder.stage("data", {}, writes("hello", calls)).reused
+    (path / "result.txt").write_text("hellO")
+    assert not folder.stage("data", {}, writes("hello", calls)).reused
 
 
 def test_the_manifest_says_what_went_in_and_what_came_out(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
+from stillhouse.checksums import damaged_files, file_facts, seal_broken, sealed
 from stillhouse.errors import RunError, StillhouseError
 from stillhouse.progress import note
 
@@ -113,20 +114,17 @@ class RunFolder:
         if not path.is_dir():
             return None
         try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            damaged = [
-                file
-                for file, facts in manifest["files"].items()
-                if not (path / file).is_file() or (path / file).stat().st_size != facts["bytes"]
-            ]
-        except (OSError, ValueError, KeyError) as error:
+            manifest = read_manifest(path)
+            stage = Stage(
+                name, path, manifest["digest"], Cost(**manifest["cost"]), manifest["summary"], True
+            )
+            damaged = damaged_files(path, manifest["files"])
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             damaged = [f"{MANIFEST} ({error})"]
         if damaged:
             note(f"{path} is damaged ({', '.join(damaged[:3])}): the {name} stage is done again")
             return None
-        return Stage(
-            name, path, manifest["digest"], Cost(**manifest["cost"]), manifest["summary"], True
-        )
+        return stage
 
     def stage(
         self,
@@ -162,7 +160,7 @@ class RunFolder:
             for leftover in scratch:
                 shutil.rmtree(partial / leftover, ignore_errors=True)
             files = {
-                str(file.relative_to(partial)): {"bytes": file.stat().st_size, "sha256": sha(file)}
+                str(file.relative_to(partial)): file_facts(file)
                 for file in sorted(partial.rglob("*"))
                 if file.is_file() and file.name != MANIFEST
             }
@@ -181,7 +179,7 @@ class RunFolder:
                 "versions": versions(),
                 "files": files,
             }
-            write_atomically(partial / MANIFEST, json.dumps(manifest, indent=2))
+            write_atomically(partial / MANIFEST, json.dumps(sealed(manifest), indent=2))
             flush_tree(partial)
             if final.exists():
                 shutil.rmtree(final)
@@ -210,6 +208,14 @@ def _check_product(name: str, folder: Path, check: Callable[[Path], None]) -> No
             fix="the stage is not finished, and its checkpoints are kept: give the same command "
             "again",
         ) from error
+
+
+def read_manifest(stage: Path) -> dict[str, Any]:
+    """The manifest of a finished stage. Raises OSError; ValueError where it is damaged."""
+    manifest = json.loads((stage / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or seal_broken(manifest):
+        raise ValueError("it is not what was written")
+    return manifest
 
 
 def versions() -> dict[str, str]:

@@ -112,8 +112,11 @@ def trained(setting: Setting, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fill_with_garbage(file: Path) -> None:
-    """Of the right size, so that only loading it finds out."""
+    """And seals the checkpoint with it, so that only loading it finds out."""
     file.write_bytes(b"\x93garbage" * (file.stat().st_size // 8) + b"!" * (file.stat().st_size % 8))
+    recorded = json.loads((file.parent / checkpoints.COMPLETE).read_text())["meter"]
+    (file.parent / checkpoints.COMPLETE).unlink()
+    checkpoints.seal(file.parent, checkpoints.Meter(**recorded))
 
 
 @pytest.mark.run
@@ -190,7 +193,7 @@ def test_all_processes_go_back_where_one_cannot_load(setting: Setting, tmp_path:
             assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
         shutil.rmtree(out / "checkpoints" / "checkpoint-10")
         last = out / "checkpoints" / "checkpoint-8"
-        sealed = json.loads((last / checkpoints.COMPLETE).read_text())["bytes"]
+        sealed = json.loads((last / checkpoints.COMPLETE).read_text())["files"]
         assert {"rng_state_0.pth", "rng_state_1.pth"} <= sealed.keys()
         finished.append(weights(out))
         shutil.rmtree(out / "model")
@@ -242,7 +245,7 @@ def test_only_a_sealed_checkpoint_counts(tmp_path: Path) -> None:
     checkpoint(tmp_path, 8)
     found = checkpoints.latest(tmp_path)
     assert found == (tmp_path / "checkpoint-4", checkpoints.Meter(4, 100, 1.5))
-    checkpoints.drop_incomplete(tmp_path)
+    checkpoints.drop_unusable(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
@@ -250,6 +253,28 @@ def test_a_truncated_checkpoint_does_not_count(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, 4)
     checkpoints.seal(path, checkpoints.Meter(4))
     (path / "model.safetensors").write_bytes(b"weig")
+    assert checkpoints.latest(tmp_path) is None
+
+
+def test_a_flipped_bit_sets_a_checkpoint_aside(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for step in (4, 8):
+        checkpoints.seal(checkpoint(tmp_path, step), checkpoints.Meter(step))
+    (tmp_path / "checkpoint-8" / "model.safetensors").write_bytes(b"weightr")
+    found = checkpoints.latest(tmp_path)
+    assert found == (tmp_path / "checkpoint-4", checkpoints.Meter(4))
+    checkpoints.drop_unusable(tmp_path)
+    assert "checkpoint-8 cannot be loaded (model.safetensors is damaged)" in capfd.readouterr().err
+    assert (tmp_path / "damaged-checkpoint-8").is_dir()
+
+
+@pytest.mark.parametrize("change", [("4", "5"), ("{", "["), ('"meter"', '"mater"')])
+def test_a_seal_that_was_changed_does_not_count(tmp_path: Path, change: tuple[str, str]) -> None:
+    path = checkpoint(tmp_path, 4)
+    checkpoints.seal(path, checkpoints.Meter(4))
+    seal = path / checkpoints.COMPLETE
+    seal.write_text(seal.read_text().replace(*change, 1))
     assert checkpoints.latest(tmp_path) is None
 
 

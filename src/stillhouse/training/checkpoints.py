@@ -11,7 +11,9 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from stillhouse.checksums import damaged_files, fast_facts, seal_broken, sealed
 from stillhouse.progress import note
 from stillhouse.runfolder import flush_tree, write_atomically
 
@@ -34,26 +36,32 @@ def step_of(checkpoint: Path) -> int:
 def seal(checkpoint: Path, meter: Meter) -> None:
     """Flush the checkpoint to disk and mark it complete. All processes must have written it."""
     flush_tree(checkpoint)
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
-    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in files}
-    write_atomically(checkpoint / COMPLETE, json.dumps({"meter": asdict(meter), "bytes": sizes}))
+    paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    files = {path.relative_to(checkpoint).as_posix(): fast_facts(path) for path in paths}
+    facts = sealed({"meter": asdict(meter), "files": files})
+    write_atomically(checkpoint / COMPLETE, json.dumps(facts))
     flush_tree(checkpoint)
 
 
 def latest(folder: Path) -> tuple[Path, Meter] | None:
-    """The newest complete checkpoint. Half-written ones are left for `drop_incomplete`."""
+    """The newest checkpoint that is complete and holds what was written."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
-        meter = _meter(checkpoint)
-        if meter is not None:
-            return checkpoint, meter
+        facts = _facts(checkpoint)
+        if facts is not None and not damaged_files(checkpoint, facts["files"]):
+            return checkpoint, Meter(**facts["meter"])
     return None
 
 
-def drop_incomplete(folder: Path) -> None:
-    for checkpoint in folder.glob("checkpoint-*"):
-        if _meter(checkpoint) is None:
+def drop_unusable(folder: Path) -> None:
+    """Deletes checkpoints that were cut off while they were written, and sets damaged ones aside."""
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+        facts = _facts(checkpoint)
+        damaged = [] if facts is None else damaged_files(checkpoint, facts["files"])
+        if facts is None:
             note(f"{checkpoint.name} was cut off while it was written: ignored")
             shutil.rmtree(checkpoint)
+        elif damaged:
+            set_aside(checkpoint, f"{damaged[0]} is damaged")
 
 
 def set_aside(checkpoint: Path, why: str) -> None:
@@ -71,13 +79,17 @@ def keep_newest(folder: Path, count: int) -> None:
         shutil.rmtree(checkpoint)
 
 
-def _meter(checkpoint: Path) -> Meter | None:
+def _facts(checkpoint: Path) -> dict[str, Any] | None:
+    """What the seal recorded: meter, and files with their sizes and hashes. None where there is no
+    sound seal: the checkpoint is not complete."""
     try:
-        raw = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
-        whole = all((checkpoint / f).stat().st_size == size for f, size in raw["bytes"].items())
-    except (OSError, ValueError, KeyError):
+        facts = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+        if "bytes" in facts:  # before seals had hashes
+            facts["files"] = {name: {"bytes": size} for name, size in facts["bytes"].items()}
+        Meter(**facts["meter"]), facts["files"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-    return Meter(**raw["meter"]) if whole else None
+    return None if seal_broken(facts) else facts
 
 
 class Metrics:

@@ -82,7 +82,7 @@ def train_from_newest(folder: Path, make: Callable[[Meter], T], *, steps: int) -
     while True:
         found = checkpoints.latest(folder)
         if leads():
-            checkpoints.drop_incomplete(folder)
+            checkpoints.drop_unusable(folder)
         checkpoint, meter = found if found else (None, Meter())
         if checkpoint and leads():
             note(f"going on from step {meter.step} of {steps}")

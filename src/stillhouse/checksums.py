@@ -1,0 +1,90 @@
+"""Hashes of files: SHA-256 identifies content, XXH3 notices damage at the speed of reading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+_CHUNK = 1 << 20
+_SEAL = "xxh3_of_the_rest"
+_whole: set[tuple[str, int, int, int, str]] = set()
+"""Files that were read and found whole: path, inode, size, time of change, hash."""
+
+Facts = Mapping[str, Any]
+
+
+def file_facts(path: Path) -> dict[str, Any]:
+    """Size and both hashes of a file, read once."""
+    slow, fast = hashlib.sha256(), xxhash.xxh3_128()
+    _read(path, slow.update, fast.update)
+    return {
+        "bytes": path.stat().st_size,
+        "sha256": slow.hexdigest(),
+        "xxh3": fast.hexdigest(),
+    }
+
+
+def fast_facts(path: Path) -> dict[str, Any]:
+    """Size and XXH3 of a file."""
+    fast = xxhash.xxh3_128()
+    _read(path, fast.update)
+    return {"bytes": path.stat().st_size, "xxh3": fast.hexdigest()}
+
+
+def damaged_files(folder: Path, files: Mapping[str, Facts], *, reread: bool = False) -> list[str]:
+    """Names of the files in `folder` that are missing, or not what `files` recorded of them.
+
+    A file without an XXH3 is compared by SHA-256, and one without either by size. A file that this
+    process found whole before, and that was not written since, is not read again, unless `reread`.
+    """
+    return [name for name, facts in files.items() if not _is_whole(folder / name, facts, reread)]
+
+
+def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts with a hash of themselves, for a JSON file whose own damage must be noticed."""
+    written = json.loads(json.dumps(facts))  # keys become strings, tuples lists
+    return {**written, _SEAL: _hash_of(written)}
+
+
+def seal_broken(facts: Mapping[str, Any]) -> bool:
+    """Whether facts that `sealed` returned have changed. Facts that have no seal pass."""
+    rest = {name: value for name, value in facts.items() if name != _SEAL}
+    return _SEAL in facts and facts[_SEAL] != _hash_of(rest)
+
+
+def _hash_of(facts: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+
+def _is_whole(path: Path, facts: Facts, reread: bool) -> bool:
+    try:
+        found = path.stat()
+        if not path.is_file() or found.st_size != facts["bytes"]:
+            return False
+        recorded = facts.get("xxh3") or facts.get("sha256")
+        if recorded is None:
+            return True
+        known = (str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns, recorded)
+        if known in _whole and not reread:
+            return True
+        hashed = xxhash.xxh3_128() if "xxh3" in facts else hashlib.sha256()
+        _read(path, hashed.update)
+    except OSError:
+        return False
+    if hashed.hexdigest() != recorded:
+        return False
+    _whole.add(known)
+    return True
+
+
+def _read(path: Path, *updates: Callable[[memoryview], object]) -> None:
+    buffer = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            for update in updates:
+                update(buffer[:size])
