@@ -53,7 +53,7 @@ def latest(folder: Path) -> tuple[Path, Meter] | None:
 
 
 def drop_unusable(folder: Path) -> None:
-    """Deletes checkpoints that were cut off while they were written, and sets damaged ones aside."""
+    """Delete checkpoints that were cut off while being written, and set damaged ones aside."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         facts = _facts(checkpoint)
         damaged = [] if facts is None else damaged_files(checkpoint, facts["files"])
