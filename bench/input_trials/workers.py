@@ -1,0 +1,124 @@
+"""Runs trials in worker processes, and ends those that hang."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from bench.input_trials.trial import Result, Trial, judge
+
+WALL_SECONDS = 120.0
+"""After so long a worker is ended, however busy the machine is."""
+
+MakeTrial = Callable[[random.Random, Path, int], Trial]
+"""Writes one input into a folder: a random generator, the folder, the trial's number."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Trials of one kind. module: has `make(random, folder, number)`. cpu_seconds: the most
+    processor time that reading one input may take; building the input is not counted."""
+
+    name: str
+    module: str
+    cpu_seconds: float
+
+
+def run_one(family: Family, seed: int, number: int) -> Result:
+    """One trial, in this process. Equal arguments make equal inputs."""
+    make: MakeTrial = import_module(family.module).make
+    chance = random.Random(f"{family.name} {seed} {number}")
+    with tempfile.TemporaryDirectory(prefix="inputs-") as scratch:
+        trial = make(chance, Path(scratch), number)
+        began = time.process_time()
+        outcome, detail = judge(trial)
+        if time.process_time() - began > family.cpu_seconds:
+            detail = f"{time.process_time() - began:.1f} s of processor time; {outcome}: {detail}"
+            outcome = "hang"
+    detail = detail.replace(scratch, "").strip()
+    return Result(family.name, number, trial.name, outcome, detail)
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    job: tuple[Family, int] | None = None
+    since: float = field(default_factory=time.monotonic)
+
+
+def run_all(
+    jobs: Sequence[tuple[Family, int]], seed: int, processes: int = 2
+) -> Iterator[Result]:
+    """The results of all jobs, as they come."""
+    waiting = list(reversed(jobs))
+    workers = [_started(seed) for _ in range(min(processes, max(1, len(jobs))))]
+    try:
+        while waiting or any(worker.job for worker in workers):
+            for place, worker in enumerate(workers):
+                if worker.job is None and waiting:
+                    worker.job, worker.since = waiting.pop(), time.monotonic()
+                    worker.pipe.send(worker.job)
+                elif worker.job and time.monotonic() - worker.since > WALL_SECONDS:
+                    yield _stopped(worker, f"more than {WALL_SECONDS:.0f} s")
+                    workers[place] = _started(seed)
+            busy = {worker.pipe: place for place, worker in enumerate(workers) if worker.job}
+            for pipe in wait(list(busy), timeout=1.0):
+                place = busy[pipe]  # type: ignore[index]
+                try:
+                    result: Result | str = workers[place].pipe.recv()
+                except EOFError:
+                    result = _stopped(workers[place], "the process died", "traceback")
+                    workers[place] = _started(seed)
+                if isinstance(result, str):
+                    raise RuntimeError(result)
+                workers[place].job = None
+                yield result
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+
+
+def _stopped(worker: _Worker, detail: str, outcome: Any = "hang") -> Result:
+    assert worker.job is not None
+    worker.process.kill()
+    worker.process.join()
+    family, number = worker.job
+    return Result(family.name, number, "?", outcome, detail)
+
+
+def _started(seed: int) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, seed), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _serve(pipe: Connection, seed: int) -> None:
+    """Runs the jobs that come through the pipe, until it is closed."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    while True:
+        try:
+            family, number = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send(run_one(family, seed, number))
+        except Exception:
+            pipe.send(f"{family.name}:{number} cannot be made\n{traceback.format_exc()}")
