@@ -29,9 +29,12 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("data", "bench.input_trials.data_trials", 20.0),
+        Family("tables", "bench.input_trials.table_trials", 20.0),
+        Family("models", "bench.input_trials.model_trials", 30.0),
+        Family("gguf", "bench.input_trials.gguf_trials", 30.0),
     )
 }
-COUNTS = {"data": 300}
+COUNTS = {"data": 240, "tables": 60, "models": 240, "gguf": 60}
 
 
 def main() -> None:

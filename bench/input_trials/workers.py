@@ -39,6 +39,7 @@ def run_one(family: Family, seed: int, number: int) -> Result:
     make: MakeTrial = import_module(family.module).make
     chance = random.Random(f"{family.name} {seed} {number}")
     with tempfile.TemporaryDirectory(prefix="inputs-") as scratch:
+        os.environ["STILLHOUSE_CACHE"] = f"{scratch}/cache"
         trial = make(chance, Path(scratch), number)
         began = time.process_time()
         outcome, detail = judge(trial)
@@ -86,7 +87,9 @@ def run_all(
                 yield result
     finally:
         for worker in workers:
-            worker.process.kill()
+            worker.pipe.close()
+            if worker.job:
+                worker.process.kill()
             worker.process.join()
 
 
@@ -109,10 +112,14 @@ def _started(seed: int) -> _Worker:
 
 def _serve(pipe: Connection, seed: int) -> None:
     """Runs the jobs that come through the pipe, until it is closed."""
+    import datasets
     import torch
+    import transformers
 
     torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     while True:
         try:
             family, number = pipe.recv()
