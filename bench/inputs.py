@@ -4,8 +4,8 @@
     python -m bench.inputs --seed 1 --count 30
 
 Data files, labelled tables, prompts, model folders, GGUF files and recipes are made by generators
-with a seed. Each generator knows what has to come out, without the code that is tested. A trial that
-takes too long is ended. Every failure is listed with the numbers that make it again:
+with a seed. Each generator knows what has to come out, without the code that is tested. A trial
+that takes too long is ended. Every failure is listed with the numbers that make it again:
 
     python -m bench.inputs --seed 1 --only data:17
 """

@@ -63,7 +63,7 @@ def content(rows: Values, kind: str, chance: random.Random | None = None) -> byt
     if kind == "parquet":
         return parquet(rows)
     if kind == "json":
-        return json.dumps(list(rows), ensure_ascii=False, indent=chance and 1).encode()
+        return json.dumps(list(rows), ensure_ascii=False, indent=1 if chance else None).encode()
     if kind == "json object":
         return json.dumps({"data": list(rows)}, ensure_ascii=False).encode()
     if kind in ("csv", "tsv"):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from bench.input_trials import files
-from bench.input_trials.model_trials import VOCABULARY, judged, model_of, plain_logits
+from bench.input_trials.models import VOCABULARY, judged, model_of, plain_logits
 from bench.input_trials.trial import Refusal, Trial
 
 HEADS, KV_HEADS, HEAD, LAYERS = 4, 2, 8, 2
@@ -175,7 +175,8 @@ def frequencies(chance: random.Random, folder: Path) -> Trial:
     def change(writer: gguf.GGUFWriter) -> None:
         writer.add_tensor("rope_freqs.weight", factors)
 
-    return _trial("gguf: rope_freqs", write(folder / "m.gguf", model, "llama", change), model, "may")
+    path = write(folder / "m.gguf", model, "llama", change)
+    return _trial("gguf: rope_freqs", path, model, "may")
 
 
 def biases(chance: random.Random, folder: Path) -> Trial:

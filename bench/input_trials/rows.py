@@ -23,11 +23,25 @@ FLAT: tuple[Form, ...] = (
 )  # fmt: skip
 """Forms whose values are strings, as a table's cells are."""
 
-_WORDS = "river lamp seven copper window letter winter garden ticket engine silver answer".split()
+_WORDS = [
+    "river",
+    "lamp",
+    "seven",
+    "copper",
+    "window",
+    "letter",
+    "winter",
+    "garden",
+    "ticket",
+    "engine",
+    "silver",
+    "answer",
+]
 _ODD = (
     "naïve café", "Zu\u0308rich", "हिन्दी में उत्तर", "ಕನ್ನಡ", "नमस्ते", "คำตอบ", "日本語の答え",
-    "ＦＵＬＬ ＷＩＤＴＨ", "👩‍👩‍👧‍👦 🇳🇴", "שלום עולם", "a\u2028b", "tab\there", "C:\\new\\table", 'say "hi", ok',
-    "a,b;c", "{{ name }}", "{% raw %}", "<b>bold</b>", "[/x] [bold]", "nbsp\u00a0here", "\u200bzero",
+    "ＦＵＬＬ ＷＩＤＴＨ", "👩‍👩‍👧‍👦 🇳🇴", "שלום עולם", "a\u2028b", "tab\there", "C:\\new\\table",
+    'say "hi", ok', "a,b;c", "{{ name }}", "{% raw %}", "<b>bold</b>", "[/x] [bold]",
+    "nbsp\u00a0here", "\u200bzero",
     "\ufeffmark", "line one\nline two", "x = y -> z", "50% off", "$HOME", "İstanbul ß ﬁ",
 )  # fmt: skip
 _BARE = ("NA", "null", "nan", "None", "true", "007", "1e5", "-", "=1+1", "#N/A", "3.0", "[]", "{}")
@@ -36,7 +50,7 @@ _BARE = ("NA", "null", "nan", "None", "true", "007", "1e5", "-", "=1+1", "#N/A",
 @dataclass(frozen=True)
 class Learned:
     """One answer of a row. before: the exact text in front of it, None where a form leaves that
-    open. parts: texts that stand in front of it, in this order. ends: what may follow the answer."""
+    open. parts: texts that stand in front of it, in this order. ends: what may follow it."""
 
     answer: str
     before: str | None
@@ -124,7 +138,7 @@ def tools_of(chat: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def message(turn: Turn, *, encoded: bool = False, parts: bool = False) -> dict[str, Any]:
-    """A message; encoded: arguments as JSON text, as OpenAI writes them. parts: content as a list."""
+    """A message. encoded: arguments as JSON text, as OpenAI has them. parts: content as a list."""
     content: Any = turn.text
     if parts:
         content = [{"type": "text", "text": turn.text}]

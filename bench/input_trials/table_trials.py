@@ -73,10 +73,10 @@ def judged(
 
 
 def refused(name: str, path: Path, excused: tuple[str, ...] = ()) -> Trial:
-    return Trial(
-        name, lambda: read_labelled(path), lambda texts: f"read as {texts.labels}", "must",
-        excused=excused,
-    )  # fmt: skip
+    def wrong(texts: Texts) -> str:
+        return f"read as {texts.labels}"
+
+    return Trial(name, lambda: read_labelled(path), wrong, "must", excused=excused)
 
 
 def _values(texts: Sequence[str], labels: Sequence[Any]) -> list[dict[str, Any]]:
@@ -91,7 +91,9 @@ def sound(chance: random.Random, folder: Path) -> Trial:
     for row in chance.sample(values, 3):  # an empty cell is a label that is not known
         row["label"], gold[row["text"]] = None, None
     keys = chance.choice([("text", "label"), ("sentence", "category"), ("Текст", "étiquette")])
-    values = [{keys[0]: row["text"], keys[1]: row["label"], "id": n} for n, row in enumerate(values)]
+    values = [
+        {keys[0]: row["text"], keys[1]: row["label"], "id": n} for n, row in enumerate(values)
+    ]
     data = files.content(values, kind, chance)
     if kind in ("csv", "tsv", "jsonl") and chance.random() < 0.3:
         data = b"\xef\xbb\xbf" + data
@@ -134,7 +136,8 @@ def odd_labels(chance: random.Random, folder: Path) -> Trial:
     texts, labels = _labelled(chance)
     odd = chance.choice([["a", "b"], {"a": 1}, ["a"], [], 1.5, 10**30])
     path = files.write(folder, "t.jsonl", files.jsonl(_values(texts, [odd, *labels[1:]])))
-    return refused(f"the label {odd!r}", path)
+    numbers = () if isinstance(odd, list | dict) else ("number",)
+    return refused(f"the label {odd!r}", path, numbers)
 
 
 def truth_values(chance: random.Random, folder: Path) -> Trial:

@@ -58,9 +58,7 @@ class _Worker:
     since: float = field(default_factory=time.monotonic)
 
 
-def run_all(
-    jobs: Sequence[tuple[Family, int]], seed: int, processes: int = 2
-) -> Iterator[Result]:
+def run_all(jobs: Sequence[tuple[Family, int]], seed: int, processes: int = 2) -> Iterator[Result]:
     """The results of all jobs, as they come."""
     waiting = list(reversed(jobs))
     workers = [_started(seed) for _ in range(min(processes, max(1, len(jobs))))]
