@@ -24,6 +24,7 @@ from stillhouse.generation.chat_frame import text_of
 from stillhouse.generation.request import Message
 from stillhouse.synthesis.near_duplicates import NearDuplicates
 from stillhouse.synthesis.prompts import Prompt
+from stillhouse.synthesis.refusals import refusing_words
 from stillhouse.synthesis.schema_references import check_references
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
@@ -50,16 +51,6 @@ Filter = Callable[[Row], str | None]
 Chooser = Callable[[Sequence[Row]], Sequence[str | None]]
 """Takes all answers to one prompt; returns the reason to drop each, or None."""
 
-_REFUSALS = re.compile(
-    r"^\W*(?:(?:i['’]?m|i am) (?:really |very |so )?(?:sorry|afraid|unable|not able)\b"
-    r"|sorry, (?:but )?i\b"
-    r"|i (?:really )?(?:can['’]?t|cannot|can not|won['’]?t|will not|must decline|am not able) "
-    r"|(?:unfortunately,? )?as an? (?:ai|artificial intelligence|language model|large language)\b"
-    r"|unfortunately,? i (?:can['’]?t|cannot|am unable|am not able))",
-    re.IGNORECASE,
-)
-"""How English refusals begin. For others, a recipe has `forbid_pattern`."""
-
 
 def empty(row: Row) -> str | None:
     return None if row.text.strip() else "the answer is empty"
@@ -70,11 +61,11 @@ def truncated(row: Row) -> str | None:
 
 
 def refusal(row: Row) -> str | None:
-    """English refusals by how they begin, and those that the server reports."""
+    """Refusals by their words, and those that the server reports."""
     if row.finish_reason in ("refusal", "content_filter"):
         return f"the server reports {row.finish_reason}"
-    found = _REFUSALS.match(answer_only(row))
-    return f"begins like a refusal: {found.group()!r}" if found else None
+    phrase = refusing_words(answer_only(row))
+    return None if phrase is None else f"it is a refusal: {phrase!r}"
 
 
 LEAST_SURE = 0.5

@@ -1,0 +1,122 @@
+"""Refusals are recognized by what they refuse: precision and recall on 200 refusals and 200 answers
+in the manner of six model families (`refusals.jsonl`), and the rules one by one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.synthesis.filters import Row, refusal
+
+FAMILIES = {"llama", "gpt", "claude", "gemini", "qwen", "mistral"}
+
+
+def refused(text: str) -> bool:
+    return refusal(Row((), text, "stop", "")) is not None
+
+
+def samples() -> list[dict[str, Any]]:
+    lines = Path(__file__).with_name("refusals.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line]
+
+
+def precision_and_recall(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    found = [row for row in rows if refused(row["text"])]
+    right = sum(row["refusal"] for row in found)
+    return right / len(found), right / sum(row["refusal"] for row in rows)
+
+
+def test_precision_and_recall_are_at_least_95_percent() -> None:
+    rows = samples()
+    assert [sum(row["refusal"] is kind for row in rows) for kind in (True, False)] == [200, 200]
+    precision, recall = precision_and_recall(rows)
+    assert precision >= 0.95
+    assert recall >= 0.95
+
+
+def test_no_model_family_is_left_out() -> None:
+    rows = samples()
+    assert {row["family"] for row in rows} == FAMILIES
+    for family in sorted(FAMILIES):
+        precision, recall = precision_and_recall([row for row in rows if row["family"] == family])
+        assert min(precision, recall) >= 0.9, family
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I can't provide medical advice, but most tension headaches are caused by stress, lack of "
+        "sleep or dehydration.",
+        "I can't draw it here, but here's the diagram in ASCII:\n\n[a] -> [b]",
+        "As an AI, I don't have personal opinions. However, I can tell you that most critics prefer "
+        "the first film, for its tighter script and its score.",
+    ],
+)
+def test_a_text_that_goes_on_to_do_what_was_asked_is_an_answer(text: str) -> None:
+    assert not refused(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "I can't help you break into a house, but I'd be happy to explain how locks work.",
+        "I cannot provide guidance on that. Instead, try to talk to your neighbor. Here are some "
+        "ways to start:\n\n1. Knock.\n2. Listen.",
+        "I can't help with that. Here's why:\n\n* It is illegal.\n* It is dangerous.",
+    ],
+)
+def test_a_text_that_offers_something_else_is_a_refusal(text: str) -> None:
+    assert refused(text)
+
+
+@pytest.mark.parametrize("quote", ["'", "’", "ʼ"])
+def test_every_apostrophe_is_one(quote: str) -> None:
+    assert refused(f"I{quote}m sorry, but I can{quote}t help with that.")
+
+
+@pytest.mark.parametrize("text", ["**I can't help with that.**", "> I can't help with that.\n\nBye."])
+def test_markup_around_a_refusal_changes_nothing(text: str) -> None:
+    assert refused(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"I can\'t help with that," said the clerk, and she closed the window.',
+        "Dear Ms. Lind,\n\nI cannot provide the information you asked for.",
+        "I'm sorry, but I can't help with the move.\n\nBest,\nTom",
+        "ANA: I can't help with that.\nBEN: Then who can?",
+        '{"answer": "I can\'t help with that."}',
+        "```\nI can't help with that.\n```",
+    ],
+)
+def test_letters_dialogues_quotations_and_code_are_answers(text: str) -> None:
+    assert not refused(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_refusal"),
+    [
+        ("Es tut mir leid, aber ich kann Ihnen dabei nicht helfen.", True),
+        ("Es tut mir leid, ich kann heute nicht kommen.", False),
+        ("Je suis désolé, mais je ne peux pas vous aider avec cette demande.", True),
+        ("Je suis désolée, je ne peux pas venir demain.", False),
+        ("Lo siento, pero no puedo ayudarte con eso.", True),
+        ("Lo siento, no puedo ir a la fiesta.", False),
+        ("很抱歉，我无法提供这方面的信息。", True),
+        ("对不起，我来晚了。", False),
+        ("申し訳ありませんが、そのご質問にはお答えできません。", True),
+        ("すみません、遅れました。", False),
+    ],
+)
+def test_how_refusals_begin_in_other_languages(text: str, is_refusal: bool) -> None:
+    assert refused(text) is is_refusal
+
+
+def test_a_long_answer_is_searched_at_its_beginning_only() -> None:
+    facts = "The treaty was signed in 1648. " * 40
+    assert not refused(facts + "I can't help with that.")
