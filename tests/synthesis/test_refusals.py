@@ -52,8 +52,8 @@ def test_no_model_family_is_left_out() -> None:
         "I can't provide medical advice, but most tension headaches are caused by stress, lack of "
         "sleep or dehydration.",
         "I can't draw it here, but here's the diagram in ASCII:\n\n[a] -> [b]",
-        "As an AI, I don't have personal opinions. However, I can tell you that most critics prefer "
-        "the first film, for its tighter script and its score.",
+        "As an AI, I don't have personal opinions. However, I can tell you that most critics "
+        "prefer the first film, for its tighter script and its score.",
     ],
 )
 def test_a_text_that_goes_on_to_do_what_was_asked_is_an_answer(text: str) -> None:
@@ -78,7 +78,7 @@ def test_every_apostrophe_is_one(quote: str) -> None:
     assert refused(f"I{quote}m sorry, but I can{quote}t help with that.")
 
 
-@pytest.mark.parametrize("text", ["**I can't help with that.**", "> I can't help with that.\n\nBye."])
+@pytest.mark.parametrize("text", ["**I can't help with that.**", "> I can't help.\n\nSorry."])
 def test_markup_around_a_refusal_changes_nothing(text: str) -> None:
     assert refused(text)
 

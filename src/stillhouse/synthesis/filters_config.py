@@ -86,7 +86,7 @@ class FiltersRecipe(Section):
     truncated: bool = Field(True, description="Drop answers that were cut off.")
     min_characters: int | None = Field(None, ge=0)
     max_characters: int | None = Field(None, gt=0)
-    refusals: bool = Field(True, description="Drop answers that begin like an English refusal.")
+    refusals: bool = Field(True, description="Drop answers that refuse to answer.")
     require_pattern: str | None = Field(None, description="A regular expression that must match.")
     forbid_pattern: str | None = Field(
         None, description="A regular expression that must not match."
