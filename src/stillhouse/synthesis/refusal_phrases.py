@@ -163,7 +163,8 @@ STATEMENT = re.compile(
         r"(?:'m| am|'ll|'d)? (?:\w+ )?"
         r"(?:help|assist|able|willing|comfortable|going|discuss|do|engage|write|support|provide"
         r"|fulfil)",
-        rf"^(?:i'm (?:\w+ )?sorry|sorry|unfortunately|i apologi[sz]e|no),? (?:but )?i {_CANNOT}\W*$",
+        r"^(?:i'm (?:\w+ )?sorry|sorry|unfortunately|i apologi[sz]e|no),? (?:but )?"
+        rf"i {_CANNOT}\W*$",
         rf"\bsomething (?:that )?i {_CANNOT} (?:do|help|assist|provide|write|discuss|support)",
         r"\bi(?:'ll| will|'m going to)? (?:have to |need to |must )?(?:say no\b|draw the line)",
         rf"^(?:\w+, )?(?:but )?(?:{_CANNOT}|unable to|not able to) (?:help|assist|do|answer"
