@@ -17,8 +17,8 @@ from typing import Any
 
 from bench.input_trials.trial import Result, Trial, judge
 
-WALL_SECONDS = 120.0
-"""After so long a worker is ended, however busy the machine is."""
+PATIENCE = 6.0
+"""A worker is ended after so many times the processor time of its trial: the machine may be busy."""
 
 MakeTrial = Callable[[random.Random, Path, int], Trial]
 """Writes one input into a folder: a random generator, the folder, the trial's number."""
@@ -68,8 +68,8 @@ def run_all(jobs: Sequence[tuple[Family, int]], seed: int, processes: int = 2) -
                 if worker.job is None and waiting:
                     worker.job, worker.since = waiting.pop(), time.monotonic()
                     worker.pipe.send(worker.job)
-                elif worker.job and time.monotonic() - worker.since > WALL_SECONDS:
-                    yield _stopped(worker, f"more than {WALL_SECONDS:.0f} s")
+                elif worker.job and time.monotonic() - worker.since > _patience(worker.job):
+                    yield _stopped(worker, f"more than {_patience(worker.job):.0f} s")
                     workers[place] = _started(seed)
             busy = {worker.pipe: place for place, worker in enumerate(workers) if worker.job}
             for pipe in wait(list(busy), timeout=1.0):
@@ -89,6 +89,10 @@ def run_all(jobs: Sequence[tuple[Family, int]], seed: int, processes: int = 2) -
             if worker.job:
                 worker.process.kill()
             worker.process.join()
+
+
+def _patience(job: tuple[Family, int]) -> float:
+    return PATIENCE * job[0].cpu_seconds
 
 
 def _stopped(worker: _Worker, detail: str, outcome: Any = "hang") -> Result:
