@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import resource
 import tempfile
 import time
 import traceback
@@ -18,7 +19,9 @@ from typing import Any
 from bench.input_trials.trial import Result, Trial, judge
 
 PATIENCE = 6.0
-"""A worker is ended after so many times the processor time of its trial: the machine may be busy."""
+"""A worker is ended after so many times the processor time of its trial: machines are busy."""
+MEMORY = 6 << 30
+"""Bytes of address space that reading an input may take beyond what the process has."""
 
 MakeTrial = Callable[[random.Random, Path, int], Trial]
 """Writes one input into a folder: a random generator, the folder, the trial's number."""
@@ -119,6 +122,8 @@ def _serve(pipe: Connection, seed: int) -> None:
     import transformers
 
     torch.set_num_threads(1)
+    have = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (have + MEMORY, resource.RLIM_INFINITY))
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
