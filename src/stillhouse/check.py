@@ -12,7 +12,7 @@ from rich.table import Table
 
 from stillhouse.config.load_recipe import AnyRecipe, read_recipe
 from stillhouse.errors import StillhouseError
-from stillhouse.finding import Finding
+from stillhouse.finding import Finding, finding_of
 from stillhouse.hardware import tune_allocator
 from stillhouse.kinds import kind_of
 from stillhouse.pipeline.engine import run_folder
@@ -41,9 +41,7 @@ def check_recipe(
         for finding in _findings(recipe, overrides, base, calls):
             findings.append(finding)
     except StillhouseError as error:
-        where = f" ({error.where})" if error.where else ""
-        topic = type(error).__name__.removesuffix("Error").lower()
-        findings.append(Finding("error", topic, f"{error.what}{where}", error.fix))
+        findings.append(finding_of(error))
     return findings
 
 
@@ -69,6 +67,8 @@ def _findings(
     kind = kind_of(recipe)
     check = Check(path, kind.find_to_check(recipe, base), calls)
     for step in kind.steps:
+        if step.require is not None:
+            yield from step.require(check.job)
         if step.check is not None:
             yield from step.check(check)
 

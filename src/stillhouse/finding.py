@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from stillhouse.errors import StillhouseError
+
 Level = Literal["ok", "estimate", "warning", "error"]
 
 
@@ -16,3 +18,10 @@ class Finding:
     topic: str
     text: str
     fix: str | None = None
+
+
+def finding_of(error: StillhouseError) -> Finding:
+    """The line of a check that an error becomes."""
+    where = f" ({error.where})" if error.where else ""
+    topic = type(error).__name__.removesuffix("Error").lower()
+    return Finding("error", topic, f"{error.what}{where}", error.fix)

@@ -17,20 +17,61 @@ from stillhouse.answering.answering_job import (
     find_answering,
     training_recipe,
 )
+from stillhouse.answering.comparison_judge import comparison_source
 from stillhouse.export.licenses import license_lines
 from stillhouse.finding import Finding
 from stillhouse.generation.answer_requests import estimate_cost, findings
+from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.estimate import Estimate
 from stillhouse.generation.generation_config import may_cost
-from stillhouse.generation.vllm_engine import lacks
+from stillhouse.generation.source_check import require_source
+from stillhouse.generation.template_check import FrameKeys, rendered_training, require_template
 from stillhouse.language_model.job import configs, find_models, planned_size
+from stillhouse.language_model.model_check import require_models
+from stillhouse.pipeline.engine import run_folder
 from stillhouse.pipeline.kind import Check
 from stillhouse.runfolder import run_root
 from stillhouse.synthesis.filters_config import JudgeChoice
 from stillhouse.synthesis.judge_answers import most_requests
+from stillhouse.synthesis.synthesize import chosen_filters
+from stillhouse.teachers.load_model import load_tokenizer
 
 FEW = 50
 """Training texts below which little can be learned."""
+
+
+def require_answering(job: AnsweringJob) -> Iterator[Finding]:
+    """What must hold before the teacher is asked: its key or packages, filters and scorer, the
+    judges, and models whose templates take the messages that will come. Raises StillhouseError."""
+    recipe, base = job.recipe, job.base
+    chosen_filters(recipe.filters, base)
+    if recipe.evaluate.scorer is not None:
+        load_scorer(recipe.evaluate.scorer, base)
+    ordinary = find_models(training_recipe(recipe, run_root(recipe)), base)
+    yield from require_models(ordinary)
+    keys = FrameKeys.of("task", recipe.task.system, recipe.task.examples)
+    if _estimate(job).missing:
+        asked = [(job.asked("a text"), "the task's prompt")]
+        source = job.source(weights=False)
+        yield from require_source(source, asked, whose="the teacher", key="teacher", keys=keys)
+        choice = job.judge(weights=False)
+        if choice is not None:
+            key = "filters.best_of.teacher"
+            yield from require_source(choice.teacher, _VERDICT, whose="the judge", key=key)
+    comparing = comparison_source(job, weights=False)
+    if comparing is not None and not any(run_folder(recipe).stages.glob("evaluate-*")):
+        key = "evaluate.judge"
+        yield from require_source(comparing, _VERDICT, whose="the judge", key=key)
+    require_template(
+        rendered_training(load_tokenizer(ordinary.tokenizer_path)),
+        [(job.taught("a text"), "the task's prompt")],
+        whose="the student",
+        where=ordinary.tokenizer_path,
+        keys=keys,
+    )
+
+
+_VERDICT = [(user_turn("Which is better?"), "the judge's question")]
 
 
 def check_answer_texts(check: Check) -> Iterator[Finding]:
@@ -68,9 +109,6 @@ def check_answers(check: Check) -> Iterator[Finding]:
     recipe = job.recipe
     estimate = _estimate(job, check.calls)
     yield from findings(estimate, job.journal, "answers", "questions")
-    if estimate.missing and recipe.teacher.vllm is not None:
-        for level, text, fix in lacks(recipe.teacher.vllm, job.base):
-            yield Finding(level, "vLLM", text, fix)
     choice, samples = recipe.filters.best_of, recipe.teacher.samples
     if verdicts := most_requests(choice, estimate.requests, samples):
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")

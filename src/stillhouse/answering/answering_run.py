@@ -18,6 +18,7 @@ from stillhouse.answering.answering_check import (
     check_answers,
     comparison_spending,
     preview_answers,
+    require_answering,
 )
 from stillhouse.answering.answering_config import AnsweringRecipe
 from stillhouse.answering.answering_evaluation import plan_answers_evaluation
@@ -79,7 +80,7 @@ def _plan_gold_data(job: AnsweringJob) -> StagePlan:
 
 
 STEPS = (
-    Step("texts", plan_answer_texts, check=check_answer_texts),
+    Step("texts", plan_answer_texts, require=require_answering, check=check_answer_texts),
     Step(
         "answers",
         plan_answers,

@@ -10,7 +10,7 @@ from stillhouse.evaluation.answers import compare
 from stillhouse.generation.answer_requests import answer_all
 from stillhouse.generation.chat_frame import answer_text, user_turn
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher
-from stillhouse.generation.text_teacher import DefaultModel, text_source
+from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
 
 _VERDICT = re.compile(r"\b(A|B|tie|Tie|TIE)\b")
 """In capitals: `a` is mostly the article."""
@@ -21,7 +21,8 @@ def compare_answers(
 ) -> dict[str, dict[str, float]]:
     """By role, all but the teacher's: `preferred`, wins and half of the ties among all pairs; and
     `consistent`, the share of pairs of which the verdict does not depend on the order."""
-    judge = job.recipe.evaluate.judge
+    source, judge = comparison_source(job), job.recipe.evaluate.judge
+    assert source is not None
     assert judge is not None
     roles = [role for role in said if role != "teacher"]
     pairs = [
@@ -30,9 +31,6 @@ def compare_answers(
         for row, ours, theirs in zip(rows, said[role], said["teacher"], strict=True)
         for pair in ((row.text, ours, theirs), (row.text, theirs, ours))
     ]
-    local = None if judge.model is None else LocalTeacher(model=judge.model)
-    teacher, default = TextTeacher(api=judge.api, local=local), DefaultModel(job.base)
-    source = text_source(teacher, judge.sampling, judge.budget, default, job.recipe.seed)
     prompts = [user_turn(verdict_prompt(judge.question, *pair)) for pair in pairs]
     answers = answer_all(
         source, lambda: map(source.request, prompts), job.journal, "evaluate.judge.budget"
@@ -47,6 +45,18 @@ def compare_answers(
         if read:
             found[role] |= {"preferred": result.preferred, "consistent": result.consistent / read}
     return found
+
+
+def comparison_source(job: AnsweringJob, *, weights: bool = True) -> TextSource | None:
+    """The judge that compares answers, if any. weights: as in `text_source`. Raises ModelError."""
+    judge = job.recipe.evaluate.judge
+    if judge is None:
+        return None
+    local = None if judge.model is None else LocalTeacher(model=judge.model)
+    teacher, default = TextTeacher(api=judge.api, local=local), DefaultModel(job.base)
+    return text_source(
+        teacher, judge.sampling, judge.budget, default, job.recipe.seed, weights=weights
+    )
 
 
 def verdict_prompt(question: str, text: str, first: str, second: str) -> str:

@@ -29,6 +29,7 @@ from stillhouse.pruning.sizes import keep_config_layers
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 from stillhouse.teachers.older_names import save_tokenizer
+from stillhouse.teachers.planned_model import learned_positions
 from stillhouse.teachers.quiet import quiet
 
 _PRIOR_TEXTS = 256
@@ -108,8 +109,9 @@ def build_classifier(
             model = _random(section, tokenizer, list(prompt.labels), teacher)
     if prior is None:
         _agree_on_padding(model, tokenizer)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    most = min(max_tokens, limit) if isinstance(limit, int) else max_tokens
+    limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
+    limits.append(learned_positions(model))  # of RoBERTa, two fewer
+    most = min([max_tokens, *(limit for limit in limits if isinstance(limit, int))])
     with quiet():
         model.to(torch.float32).save_pretrained(out)
         save_tokenizer(tokenizer, out)

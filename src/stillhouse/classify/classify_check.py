@@ -6,11 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
-from transformers import AutoModelForCausalLM
 
 from stillhouse import account
 from stillhouse.classify.classifier_students import planned_parameters
@@ -22,20 +20,75 @@ from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
 from stillhouse.classify.label_scoring import shared_prefix
 from stillhouse.classify.label_tree import label_tree
 from stillhouse.classify.task_texts import FEWEST, Texts, prepare_texts
+from stillhouse.errors import RecipeError
 from stillhouse.export.licenses import license_lines
 from stillhouse.export.onnx_export import require_onnx
 from stillhouse.export.push import require_token
 from stillhouse.finding import Finding
 from stillhouse.generation.answer_requests import findings
 from stillhouse.generation.generation_config import may_cost
+from stillhouse.generation.source_check import require_key
+from stillhouse.generation.template_check import FrameKeys, rendered_prompt, require_template
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.pipeline.kind import Check
 from stillhouse.teachers.load_model import load_config, load_tokenizer
+from stillhouse.teachers.planned_model import (
+    check_model_folder,
+    learned_positions,
+    planned_model,
+    trained_positions,
+)
 
 EFFICIENCY = 0.35
 """Share of the measured matrix product rate that scoring reaches: its batches are small."""
 FEW = 20
 """Training texts a label below which little can be learned."""
+
+
+def require_task(job: TaskJob) -> Iterator[Finding]:
+    """What must hold before the teacher is asked: an API's key, or a model whose template takes the
+    task's prompt and whose positions hold it. Raises StillhouseError."""
+    section, task = job.recipe.teacher, job.recipe.task
+    texts = prepare_texts(job.recipe, job.base)
+    prompt = job.prompt(texts)
+    if section.api is not None:
+        if estimate_judgment(job.recipe, prompt, texts, job.journal).missing:
+            yield from require_key(section.api, "teacher")
+        return
+    assert job.teacher is not None
+    code = section.trust_remote_code
+    config = check_model_folder(job.teacher.path, trust_remote_code=code)
+    tokenizer = load_tokenizer(job.teacher.path, trust_remote_code=code)
+    words = prompt_tokens(prompt, tokenizer, job.recipe.data.max_tokens)
+    if task.chat:
+        require_template(
+            rendered_prompt(tokenizer),
+            [(prompt.turns("a text"), "the task's prompt")],
+            whose="the teacher",
+            where=job.teacher.path,
+            keys=FrameKeys.of("task", task.system, task.examples),
+        )
+    longest = sorted((row.text for row in texts.all), key=len)[-LONGEST:]
+    length = max(map(len, words.of(longest))) + max(map(len, words.labels))
+    yield from _positions(config, length)
+
+
+LONGEST = 64
+"""Texts of the most characters, among which the one of the most tokens is taken to be."""
+
+
+def _positions(config: Any, length: int) -> Iterator[Finding]:
+    most, trained = learned_positions(planned_model(config)), trained_positions(config)
+    fix = "lower data.max_tokens, to which texts are cut, or shorten task.prompt and its examples"
+    if most is not None and length > most:
+        raise RecipeError(
+            f"a prompt with its answer has {length:,} tokens, and the teacher {most:,} positions",
+            where="task.prompt",
+            fix=fix,
+        )
+    if most is None and trained is not None and length > trained:
+        text = f"a prompt with its answer has {length:,} tokens, and the teacher is for "
+        yield Finding("warning", "context", text + f"{trained:,} (max_position_embeddings)", fix)
 
 
 def check_texts(check: Check) -> Iterator[Finding]:
@@ -73,10 +126,9 @@ def check_training(check: Check) -> Iterator[Finding]:
     yield Finding("estimate", "training", f"{steps:,} steps of {recipe.train.batch_size} texts")
 
 
-def check_classifier_export(check: Check) -> Iterator[Finding]:
+def require_classifier_export(job: TaskJob) -> Iterator[Finding]:
     """Raises StillhouseError for formats and uploads that would fail."""
-    job: TaskJob = check.job
-    recipe, texts = job.recipe, check.found["texts"]
+    recipe, texts = job.recipe, prepare_texts(job.recipe, job.base)
     if recipe.export.formats != ["safetensors"]:
         labels = list(texts.labels)
         require_onnx(planned_parameters(recipe.student, job.student, labels))
@@ -112,8 +164,7 @@ def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Finding:
     tokens = round(each * len(texts.all)) + shared
     device = default_device()
     precision = choose_precision(recipe.teacher.precision, device)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(load_config(job.teacher.path))
+    model = planned_model(load_config(job.teacher.path), job.teacher.path)
     flops = account.forward_flops(account.count_parameters(model).head_once, tokens)
     seconds = flops / (EFFICIENCY * matmul_rate(precision.dtype, device))
     pairs = len(texts.all) * len(words.labels)

@@ -8,12 +8,13 @@ from pathlib import Path
 from stillhouse.classify.classifier_evaluation import plan_classifier_evaluation
 from stillhouse.classify.classifier_export import plan_classifier_export, plan_classifier_report
 from stillhouse.classify.classify_check import (
-    check_classifier_export,
     check_judgment,
     check_texts,
     check_training,
     judgment_spending,
     preview_task,
+    require_classifier_export,
+    require_task,
 )
 from stillhouse.classify.classify_job import TaskJob, find_task
 from stillhouse.classify.classify_stages import (
@@ -32,7 +33,7 @@ from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.runfolder import Stage
 
 STEPS = (
-    Step("texts", plan_texts, then=with_gold, check=check_texts),
+    Step("texts", plan_texts, then=with_gold, require=require_task, check=check_texts),
     Step(
         "judgment",
         plan_judgment,
@@ -62,7 +63,7 @@ STEPS = (
         "export",
         plan_classifier_export,
         ("texts", "train", "evaluate"),
-        check=check_classifier_export,
+        require=require_classifier_export,
     ),
     Step("push", plan_push, ("export",), wanted=pushes),
     Step("report", plan_classifier_report, ALL),

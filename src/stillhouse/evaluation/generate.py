@@ -27,7 +27,7 @@ def generate(
     """
     generator = LocalGenerator(model, end_tokens(model, tokenizer), batch=1)
     encoded = [
-        TokenPrompt(_prompt_ids(tokenizer, prompt), max_new_tokens, temperature, seed=seed + number)
+        TokenPrompt(prompt_ids(tokenizer, prompt), max_new_tokens, temperature, seed=seed + number)
         for number, prompt in enumerate(prompts)
     ]
     # One at a time, so that they come in their order.
@@ -35,7 +35,8 @@ def generate(
     return [tokenizer.decode(one.ids, skip_special_tokens=True) for one in written]
 
 
-def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """What a model reads of a prompt: a user's turn where it has a chat template, else text."""
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
         encoded = tokenizer.apply_chat_template(

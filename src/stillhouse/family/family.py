@@ -25,7 +25,8 @@ from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.vocabulary_stage import find_job
 from stillhouse.pipeline.engine import following, lead, run_steps
-from stillhouse.pipeline.kind import Check, Kind, RunResult
+from stillhouse.pipeline.kind import Kind, RunResult
+from stillhouse.pipeline.requirements import require_all
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.progress import note
 from stillhouse.report.family_report import family_report
@@ -65,6 +66,7 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     assert recipe.cascade is not None
     # A later hop that cannot be made is refused before the first one is paid for.
     first = _find(recipe, base)
+    require_all(FAMILY, replace(first, family=recipe))
     members = _members(recipe, base, folder, tuple(origins_of(first)))
     found = _evaluation(recipe, members)
     if recipe.cascade.from_scratch is not None:
@@ -117,9 +119,8 @@ def _members(
     return members
 
 
-def _check_members(check: Check) -> Iterator[Finding]:
+def _require_members(job: Job) -> Iterator[Finding]:
     """The exports and the size of every member."""
-    job: Job = check.job
     recipe = job.family
     assert recipe is not None
     assert recipe.cascade is not None
@@ -216,7 +217,7 @@ FAMILY = Kind(
     find=_find,
     find_to_check=_find_to_check,
     steps=tuple(
-        replace(step, check=_check_members) if step.name == "export" else step
+        replace(step, require=_require_members) if step.name == "export" else step
         for step in LANGUAGE_MODEL.steps
     ),
     links=LANGUAGE_MODEL.links,

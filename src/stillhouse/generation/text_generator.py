@@ -54,12 +54,16 @@ class TextGenerator(Generic[G]):
 
     def _prompt(self, request: Request) -> TokenPrompt | Failure:
         parameters, window = request.parameters, self.generator.window
-        encoded = self.tokenizer.apply_chat_template(
-            [dict(message) for message in request.messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                [dict(message) for message in request.messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+            )
+        # A template is a program that comes with the model, and fails in any way.
+        except Exception as error:
+            return Failure("refused", f"the chat template refuses the messages: {error}")
         ids = list(encoded["input_ids"])
         most = int(parameters["max_tokens"])
         if window:

@@ -11,18 +11,18 @@ from stillhouse.export.licenses import license_warning, teacher_license
 from stillhouse.export.push import require_token
 from stillhouse.export.torchao import require_torchao
 from stillhouse.finding import Finding
-from stillhouse.language_model.job import Job, configs, planned_model
+from stillhouse.language_model.job import Job, configs, whole_job
 from stillhouse.language_model.recipe import Recipe
-from stillhouse.pipeline.kind import Check
 from stillhouse.quantize.quantize import grid_of, planned_bytes
 from stillhouse.quantize.units import left_over_text
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers.load_model import load_config, load_tokenizer
+from stillhouse.teachers.planned_model import planned_model
 
 
-def check_exports(check: Check) -> Iterator[Finding]:
+def require_exports(job: Job) -> Iterator[Finding]:
     """Raises StillhouseError for a student that cannot be exported."""
-    job: Job = check.job
+    job = whole_job(job)
     yield from export_findings(job.recipe, job, [("", configs(job)[0])])
 
 

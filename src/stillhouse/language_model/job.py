@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from stillhouse import account
 from stillhouse.errors import SignalError
@@ -22,6 +21,7 @@ from stillhouse.students.student_config import PretrainedStudent, PrunedStudent,
 from stillhouse.synthesis.synthesized_text import SynthesizedText
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.model_source import ModelSource, resolve_model
+from stillhouse.teachers.planned_model import planned_model, require_decoder
 from stillhouse.teachers.shared_vocabulary import VocabularyMatch, check_same_vocabulary
 from stillhouse.training.objective import (
     Objective,
@@ -91,6 +91,9 @@ def find_models(
     if isinstance(recipe.student, PrunedStudent) and recipe.student.model is not None:
         pruned = resolve_model(recipe.student.model, base=base, weights=weights)
     other = pretrained or pruned or teacher
+    for source in (teacher, other):
+        config = load_config(source.path, trust_remote_code=recipe.teacher.trust_remote_code)
+        require_decoder(config, source.path)
     match = shared_vocabulary(teacher, other, recipe.teacher.trust_remote_code)
     for warning in match.warnings:
         note(f"warning: {warning}")
@@ -203,6 +206,11 @@ def configs(job: Job) -> tuple[Any, Any]:
     return load_config(job.pretrained.path, trust_remote_code=code), teacher
 
 
+def whole_job(job: Job) -> Job:
+    """The job of the whole recipe, where this one is of what comes before the vocabulary's cut."""
+    return job if job.after_cut is None else replace(job, recipe=job.after_cut, after_cut=None)
+
+
 def start_config(job: Job) -> Any:
     """The configuration of the model that is pruned."""
     start = job.pruned or job.teacher
@@ -227,9 +235,3 @@ def shared_vocabulary(
 def planned_size(config: Any) -> account.ParameterCount:
     """The size of a model that does not exist yet."""
     return account.count_parameters(planned_model(config))
-
-
-def planned_model(config: Any) -> Any:
-    """A model that does not exist yet: shapes without memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)

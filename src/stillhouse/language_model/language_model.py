@@ -14,7 +14,7 @@ from stillhouse.language_model.api_signals_stage import plan_api_signals
 from stillhouse.language_model.data_check import check_data
 from stillhouse.language_model.data_stage import open_data, plan_data
 from stillhouse.language_model.evaluate_stage import plan_evaluation
-from stillhouse.language_model.export_check import check_exports
+from stillhouse.language_model.export_check import require_exports
 from stillhouse.language_model.export_stage import (
     plan_export,
     plan_language_model_report,
@@ -23,11 +23,16 @@ from stillhouse.language_model.export_stage import (
     shipped_folder,
 )
 from stillhouse.language_model.job import Job, find_models
+from stillhouse.language_model.model_check import require_models
 from stillhouse.language_model.quantize_stage import plan_quantization, plan_quantized_training
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.search_stage import has_target, plan_search, with_sizes
 from stillhouse.language_model.signals_stage import STORE, plan_signals, records_signals
-from stillhouse.language_model.synthesis_check import check_synthesis, synthesis_spending
+from stillhouse.language_model.synthesis_check import (
+    check_synthesis,
+    require_synthesis,
+    synthesis_spending,
+)
 from stillhouse.language_model.synthesis_stage import (
     makes_text,
     plan_synthesis,
@@ -59,10 +64,11 @@ STEPS = (
         plan_synthesis,
         wanted=lambda job: makes_text(job.recipe, job.base),
         then=with_text,
+        require=require_synthesis,
         check=check_synthesis,
         spending=synthesis_spending,
     ),
-    Step("data", plan_data, check=check_data),
+    Step("data", plan_data, require=require_models, check=check_data),
     Step(
         "vocabulary",
         plan_vocabulary,
@@ -104,7 +110,7 @@ STEPS = (
         plan_export,
         ("data", "evaluate", "train", "quantize", "qat"),
         main_process=True,
-        check=check_exports,
+        require=require_exports,
     ),
     Step("push", plan_push, ("export",), wanted=pushes, main_process=True),
     Step("report", plan_language_model_report, ALL, main_process=True),

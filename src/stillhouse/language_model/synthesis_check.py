@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,13 @@ from stillhouse.data.data_config import FileSource, Source
 from stillhouse.data.documents import Conversation
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.sources import read_sources
+from stillhouse.errors import RecipeError, RunError
 from stillhouse.finding import Finding
 from stillhouse.generation.answer_requests import findings
+from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.generation_config import may_cost
-from stillhouse.generation.vllm_engine import lacks
+from stillhouse.generation.source_check import require_source
+from stillhouse.generation.template_check import FrameKeys, rendered_training, require_template
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.synthesis_stage import (
@@ -28,8 +32,74 @@ from stillhouse.pipeline.kind import Check
 from stillhouse.synthesis.filters_config import JudgeChoice
 from stillhouse.synthesis.judge_answers import most_requests
 from stillhouse.synthesis.preflight import answered_rows, estimate_synthesis
-from stillhouse.synthesis.synthesize import TEXT
+from stillhouse.synthesis.synthesize import TEXT, chosen_filters
+from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
 from stillhouse.synthesis.synthesized_text import names
+from stillhouse.teachers.load_model import load_tokenizer
+
+
+def require_synthesis(job: Job) -> Iterator[Finding]:
+    """What must hold before the teacher is asked: its key or packages, the filters, and templates
+    that take the prompts, the teacher's and the student's. Raises StillhouseError."""
+    recipe, base = job.recipe, job.base
+    section = recipe.synthesize
+    if section is None:
+        return
+    plan = synthesis_plan(recipe, base)
+    finished = run_folder(recipe).finished(plan.name, plan.depends_on)
+    if finished is not None and not missing_answers(finished):
+        return
+    _require_out(section, base)
+    chosen_filters(section.filters, base)
+    work = synthesis_job(recipe, base)
+    prompts = section.prompts
+    keys = FrameKeys.of("synthesize.prompts", prompts.system, prompts.examples)
+    if estimate_synthesis(work).missing:
+        yield from require_source(
+            work.teacher(weights=False),
+            work.chats(),
+            whose="the teacher",
+            key="synthesize.teacher",
+            keys=keys,
+        )
+        judge = work.judge(weights=False)
+        if judge is not None:
+            asked = [(user_turn("Which is better?"), "the judge's question")]
+            key = "synthesize.filters.best_of.teacher"
+            yield from require_source(judge.teacher, asked, whose="the judge", key=key)
+    if makes_text(recipe, base):
+        require_template(
+            rendered_training(load_tokenizer(job.tokenizer_path)),
+            work.chats(student=True),
+            whose="the student",
+            where=job.tokenizer_path,
+            keys=keys,
+        )
+
+
+def _require_out(section: SynthesizeRecipe, base: Path) -> None:
+    """Raises RecipeError where the text cannot be written, or would replace what it is made of."""
+    out, filters = out_path(section, base), section.filters
+    exam = filters.decontaminate
+    given = {
+        "synthesize.prompts.path": section.prompts.path,
+        "synthesize.filters.json_schema": filters.json_schema,
+        "synthesize.filters.decontaminate.path": None if exam is None else exam.path,
+    }
+    for key, path in given.items():
+        if path is not None and (base / Path(path).expanduser()).resolve() == out.resolve():
+            raise RecipeError(
+                f"the result would replace the file of {key}",
+                where=f"synthesize.out: {section.out}",
+                fix="give synthesize.out another name",
+            )
+    folder = next(parent for parent in out.parents if parent.exists())
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise RunError(
+            "the synthesized text cannot be written here",
+            where=out,
+            fix="give synthesize.out the path of a file in a folder that you may write to",
+        )
 
 
 def check_synthesis(check: Check) -> Iterator[Finding]:
@@ -41,9 +111,6 @@ def check_synthesis(check: Check) -> Iterator[Finding]:
     job = synthesis_job(recipe, base)
     estimate = estimate_synthesis(job, check.calls)
     yield from findings(estimate, job.journal, "synthesis")
-    if estimate.missing and section.teacher.vllm is not None:
-        for level, text, fix in lacks(section.teacher.vllm, base):
-            yield Finding(level, "vLLM", text, fix)
     choice, samples = section.filters.best_of, section.prompts.samples
     if verdicts := most_requests(choice, estimate.requests, samples):
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")

@@ -12,6 +12,7 @@ from stillhouse.errors import RecipeError
 from stillhouse.hardware import leads, tune_allocator
 from stillhouse.pipeline.kind import ALL, Kind, RunResult, Step
 from stillhouse.pipeline.report_stage import REPORT
+from stillhouse.pipeline.requirements import require_all
 from stillhouse.pipeline.stage_plan import Do, StagePlan, doing
 from stillhouse.progress import note
 from stillhouse.runfolder import NamedRecipe, RunFolder, Stage, run_root, write_atomically
@@ -44,12 +45,16 @@ def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
 
 
 def lead(kind: Kind, recipe: Any, base: Path, folder: RunFolder, job: Any = None) -> RunResult:
-    """Every step, in a folder that is locked. job: the recipe's, where it is found already."""
+    """Every step, in a folder that is locked. job: the recipe's, where it is found and all that
+    its steps require is looked at."""
     if kind.lead is not None:
         return kind.lead(recipe, base, folder)
     finished: list[Stage] = []
     do = reporting(folder, finished)
-    job, stages = run_steps(kind, job or kind.find(recipe, base), do)
+    if job is None:
+        job = kind.find(recipe, base)
+        require_all(kind, job)
+    job, stages = run_steps(kind, job, do)
     links = kind.links(job, stages)
     for name, target in links.items():
         folder.point(name, target)

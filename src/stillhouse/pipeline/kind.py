@@ -43,8 +43,9 @@ class Step:
     plan: from the job, and the stages named in `reads`; None stands for one that did not run.
     wanted: whether this job has it. then: from the job, the finished stages and
     a way to run others, the job that later steps see. main_process: other
-    processes of a torchrun neither take part nor wait. check: what can be said about it before the
-    run. spending: what it would pay without a limit, in words.
+    processes of a torchrun neither take part nor wait. require: what must hold before any step
+    starts; it is cheap, raises StillhouseError, and yields what is doubtful. check: what else can
+    be said before the run. spending: what it would pay without a limit, in words.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Step:
     wanted: Callable[[Any], bool] = _always
     then: Callable[[Any, Mapping[str, Stage], Do], Any] | None = None
     main_process: bool = False
+    require: Callable[[Any], Iterable[Finding]] | None = None
     check: Callable[[Check], Iterable[Finding]] | None = None
     spending: Callable[[Any], Iterable[str]] | None = None
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stillhouse.errors import ModelError
 from stillhouse.pruning.gradients import Fisher
 from stillhouse.pruning.pruning_config import Aggregation, Importance
 
@@ -188,4 +189,8 @@ def regularized_inverse(C_FF: Tensor, ridge: float) -> Tensor:
         if not failed.item():
             return torch.cholesky_inverse(factor_FF, out=C_FF)
         added, ridge = ridge, max(10 * ridge, 1e-6)
-        assert ridge < 1e3, "the moments are not finite"
+        if ridge >= 1e3:
+            raise ModelError(
+                "the activations of the model that is pruned are not finite",
+                fix="its weights hold NaN or infinity: download or copy the model again",
+            )

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.generation.budget import Spending
-from stillhouse.generation.chat_frame import Frame, text_of
+from stillhouse.generation.chat_frame import Frame, text_of, user_turn
 from stillhouse.generation.generation_config import SamplingRecipe
 from stillhouse.generation.journal import Journal
-from stillhouse.generation.request import Request
+from stillhouse.generation.request import Message, Request
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
 from stillhouse.synthesis.filters_config import LikelihoodChoice
 from stillhouse.synthesis.judge_answers import Judge, open_judge
@@ -72,6 +72,26 @@ class SynthesisJob:
             return self._prompts_of_file(section.limit)
         return itertools.islice(found, section.limit)
 
+    def chats(self, *, student: bool = False) -> Iterator[tuple[tuple[Message, ...], str]]:
+        """What the teacher reads of each prompt, or the student, and where the prompt is from.
+
+        Of prompts that the teacher is to write, one stands for all.
+        """
+        section, frame = self.section.prompts, self.frame
+        prompts = iter([Prompt(user_turn("Write."), "the prompts")])
+        if section.write is None:
+            prompts = self.prompts(None, None)
+        for prompt in prompts:
+            seen = frame.student_sees if student else frame.teacher_sees
+            yield seen(prompt.messages), prompt.where
+
+    @property
+    def frame(self) -> Frame:
+        """What is put around every prompt."""
+        section = self.section.prompts
+        examples = tuple((example.prompt, example.answer) for example in section.examples)
+        return Frame(section.system, examples, section.student_sees)
+
     def _source(self, sampling: SamplingRecipe, logprobs: bool, weights: bool) -> TextSource:
         return text_source(
             self.section.teacher,
@@ -100,9 +120,7 @@ class SynthesisRequests:
     def __init__(self, job: SynthesisJob, journal: Journal | None, *, weights: bool = True) -> None:
         self.job, self.journal = job, journal
         self.teacher, self.writer = job.teacher(weights=weights), job.writer(weights=weights)
-        section = job.section.prompts
-        examples = tuple((example.prompt, example.answer) for example in section.examples)
-        self.frame = Frame(section.system, examples, section.student_sees)
+        self.frame = job.frame
 
     def pairs(self) -> Iterator[tuple[Prompt, Request]]:
         for prompt in self.job.prompts(self.writer, self.journal):

@@ -1,0 +1,126 @@
+"""Whether a chat template takes the very messages that will come, before any of them is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stillhouse.data.row_formats import document_from_row
+from stillhouse.data.tokenize_rows import tokenize
+from stillhouse.errors import DataError, ModelError
+from stillhouse.generation.chat_frame import SYSTEM, text_of
+from stillhouse.generation.request import Message
+
+Render = Callable[[Sequence[Message]], str]
+"""Raises what a chat template raises: jinja2 lets everything through."""
+
+
+@dataclass(frozen=True)
+class FrameKeys:
+    """The keys of a recipe that put a system prompt and few-shot examples into every chat."""
+
+    system: str | None = None
+    examples: str | None = None
+
+    @classmethod
+    def of(cls, section: str, system: str | None, examples: Sequence[Any]) -> FrameKeys:
+        """section: where the two are. None stands for what the recipe does not give."""
+        return cls(
+            None if system is None else f"{section}.system",
+            f"{section}.examples" if examples else None,
+        )
+
+
+NOTHING = FrameKeys()
+
+
+def rendered_prompt(tokenizer: Any) -> Render:
+    """How a model reads a chat before it answers."""
+
+    def render(messages: Sequence[Message]) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+            )
+        )
+
+    return render
+
+
+def rendered_training(tokenizer: Any) -> Render:
+    """How a student is trained on a chat with an answer to it."""
+
+    def render(messages: Sequence[Message]) -> str:
+        row = {"messages": [*map(dict, messages), {"role": "assistant", "content": "Yes."}]}
+        document = document_from_row(row, "text", "the chats")
+        assert document is not None
+        list(tokenize([document], tokenizer))
+        return text_of(messages, [message["role"] for message in messages])
+
+    return render
+
+
+def require_template(
+    render: Render,
+    chats: Iterable[tuple[Sequence[Message], str]],
+    *,
+    whose: str,
+    where: object = None,
+    keys: FrameKeys = NOTHING,
+    fix: str = "use the order and fields of messages that the template expects, or a model with "
+    "another template",
+) -> None:
+    """Renders the first chat of each form, and raises ModelError for one that is not taken.
+
+    A form is the roles and the kinds of content, which decide what a template refuses; a system
+    prompt that is left out silently is refused too. chats: each with the place that it is from.
+    whose: the model, in words. where: its folder. keys: those of the recipe that put something
+    around the prompts. fix: what to do about anything else.
+    """
+    seen: set[Any] = set()
+    for messages, place in chats:
+        form = tuple(_form(message) for message in messages)
+        if form in seen:
+            continue
+        seen.add(form)
+        problem = _problem(render, messages)
+        if problem is None:
+            continue
+        without = [message for message in messages if message["role"] not in SYSTEM]
+        alone = without[-1:]
+        if len(without) < len(messages) and _problem(render, without) is None:
+            what = f"{whose}'s chat template takes no system prompt"
+            fix = "remove the system messages from the prompts, or put their text into the user's"
+            if keys.system is not None:
+                fix = f"remove {keys.system}, or put its text into the prompt"
+        elif len(alone) < len(without) and _problem(render, alone) is None and keys.examples:
+            what, fix = f"{whose}'s chat template does not take the examples", "remove "
+            fix += f"{keys.examples}, or put them into the prompt"
+        else:
+            roles = ", ".join(message["role"] for message in messages)
+            what = f"{whose}'s chat template refuses a chat of {roles} ({place})"
+        raise ModelError(f"{what}: {problem}", where=where, fix=fix)
+
+
+def _form(message: Message) -> tuple[Any, ...]:
+    content = message.get("content")
+    kinds: tuple[Any, ...] = (type(content).__name__,)
+    if isinstance(content, list):
+        kinds += tuple(part.get("type") for part in content if isinstance(part, Mapping))
+    return (message["role"], kinds, tuple(sorted(message)))
+
+
+def _problem(render: Render, messages: Sequence[Message]) -> str | None:
+    try:
+        text = render(messages)
+    except DataError as error:
+        return error.what
+    # A template is a program that comes with the model, and fails in any way.
+    except Exception as error:
+        return str(error).strip() or type(error).__name__
+    for message in messages:
+        content = message.get("content")
+        if message["role"] in SYSTEM and isinstance(content, str) and content.strip() not in text:
+            return "it leaves the system prompt out"
+    return None

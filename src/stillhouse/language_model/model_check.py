@@ -1,0 +1,117 @@
+"""What a run's models must be, before anything is computed: read from their configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from stillhouse.errors import ModelError, RecipeError
+from stillhouse.evaluation.generate import prompt_ids
+from stillhouse.evaluation.speed import DECODE_TOKENS, PROMPT_TOKENS
+from stillhouse.finding import Finding
+from stillhouse.generation.chat_frame import user_turn
+from stillhouse.generation.template_check import rendered_prompt, require_template
+from stillhouse.language_model.job import Job, configs, whole_job
+from stillhouse.students.student_config import PretrainedStudent, RandomStudent
+from stillhouse.teachers.load_model import load_tokenizer
+from stillhouse.teachers.model_source import ModelSource
+from stillhouse.teachers.planned_model import (
+    check_model_folder,
+    learned_positions,
+    planned_model,
+    trained_positions,
+)
+
+
+def require_models(job: Job) -> Iterator[Finding]:
+    """The folders of all models, their positions, and the templates that `evaluate.prompts` need.
+
+    Raises StillhouseError for what cannot work; yields what is doubtful.
+    """
+    job = whole_job(job)
+    code = job.trust_remote_code
+    for source in dict.fromkeys([job.teacher, *job.teachers]):
+        check_model_folder(source.path, trust_remote_code=code)
+    start = _start(job)
+    if start is not None:
+        student = job.recipe.student
+        trust = student.trust_remote_code if isinstance(student, PretrainedStudent) else code
+        _require_trainable(check_model_folder(start.path, trust_remote_code=trust), start)
+    _require_templates(job)
+    for name, config in zip(("student", "teacher"), configs(job), strict=True):
+        yield from _positions(name, config, job)
+
+
+def _start(job: Job) -> ModelSource | None:
+    """The model whose weights the student starts from."""
+    if isinstance(job.recipe.student, RandomStudent):
+        return None
+    return job.pretrained or job.pruned or job.teacher
+
+
+def _require_trainable(config: Any, source: ModelSource) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            "the student starts from quantized weights, which cannot be trained",
+            where=source.path,
+            fix="start from the model that is not quantized; `quantize` rounds the student after "
+            "training",
+        )
+
+
+def _positions(name: str, config: Any, job: Job) -> Iterator[Finding]:
+    """Raises RecipeError for texts that are longer than a table of positions."""
+    context, evaluate = job.recipe.data.context, job.recipe.evaluate
+    most = learned_positions(planned_model(config))
+    lengths = {f"data.context: {context}": context}
+    if evaluate.prompts:
+        tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
+        longest = max(len(prompt_ids(tokenizer, prompt)) for prompt in evaluate.prompts)
+        key = f"evaluate.prompts with evaluate.max_new_tokens: {evaluate.max_new_tokens}"
+        lengths[key] = longest + evaluate.max_new_tokens
+    if most is not None:
+        for key, length in lengths.items():
+            if length > most:
+                raise RecipeError(
+                    f"{length:,} tokens do not fit the {name}, which has {most:,} positions",
+                    where=key,
+                    fix=_shorter(key, context, length, most),
+                )
+        if evaluate.speed and most < PROMPT_TOKENS + DECODE_TOKENS:
+            raise RecipeError(
+                f"speed is measured on {PROMPT_TOKENS + DECODE_TOKENS} tokens, and the {name} has "
+                f"{most:,} positions",
+                where="evaluate.speed",
+                fix="set evaluate.speed: false",
+            )
+        return
+    trained = trained_positions(config)
+    if trained is None:
+        return
+    for key, length in lengths.items():
+        if length > trained:
+            text = f"{length:,} tokens ({key}) are more than the {trained:,} that the {name} is for"
+            text += " (max_position_embeddings)"
+            yield Finding("warning", "context", text, _shorter(key, context, length, trained))
+
+
+def _shorter(key: str, context: int, length: int, most: int) -> str:
+    if key.startswith("data."):
+        return f"set data.context to {most} at most"
+    return f"lower evaluate.max_new_tokens by {length - most}, or shorten evaluate.prompts"
+
+
+def _require_templates(job: Job) -> None:
+    """The evaluation asks teacher and student with a chat where they have a template."""
+    chats = [(user_turn(prompt), "evaluate.prompts") for prompt in job.recipe.evaluate.prompts]
+    for whose, path in (("the teacher", job.teacher.path), ("the student", job.tokenizer_path)):
+        tokenizer = load_tokenizer(path, trust_remote_code=job.trust_remote_code)
+        if getattr(tokenizer, "chat_template", None):
+            require_template(
+                rendered_prompt(tokenizer),
+                chats,
+                whose=whose,
+                where=path,
+                fix="remove evaluate.prompts, each of which is asked as one turn of the user; or "
+                "correct the chat_template in that folder",
+            )

@@ -1,0 +1,173 @@
+"""A causal language model before it is loaded: what its configuration alone says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from stillhouse.errors import ModelError
+from stillhouse.teachers.load_model import check_loadable, load_config
+from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.weights import INDEX, SINGLE
+
+INSTEAD = (
+    "give the model that is not quantized, a .gguf file of it, or let vLLM run it "
+    "(signals.server; synthesize.teacher.api)"
+)
+
+
+def planned_model(config: Any, where: object = None) -> Any:
+    """A model that does not exist yet: shapes without memory.
+
+    where: its folder. Raises ModelError where no causal language model has this configuration.
+    """
+    try:
+        with torch.device("meta"), quiet():
+            return AutoModelForCausalLM.from_config(config)
+    # A value that an architecture does not expect fails anywhere in its constructor.
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+        raise ModelError(
+            f"transformers builds no causal language model from this configuration ({problem})",
+            where=where or getattr(config, "name_or_path", None) or None,
+            fix="check model_type, hidden_act, rope_parameters and the sizes in its config.json, "
+            "or copy the model's own config.json again",
+        ) from error
+
+
+def require_decoder(config: Any, where: object = None) -> None:
+    """Raises ModelError for encoders, which see the text that they are to predict, and for models
+    of an encoder and a decoder."""
+    kind = getattr(config, "model_type", "")
+    fix = "use a decoder-only model, such as Llama, Qwen, Gemma, Mistral, GPT-2"
+    if getattr(config, "is_encoder_decoder", False):
+        what = f"a model of type {kind} has an encoder and a decoder, and writes no text by itself"
+        raise ModelError(what, where=where, fix=fix)
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    both_ways = getattr(config.get_text_config(), "use_bidirectional_attention", None) in (
+        True,
+        "all",
+    )
+    if masked or both_ways or getattr(config, "is_causal", True) is False:
+        what = f"a model of type {kind} is an encoder: it sees the tokens that it is to predict"
+        raise ModelError(what, where=where, fix=fix)
+
+
+def require_quantization(config: Any, where: object = None) -> None:
+    """Raises ModelError for weights that are quantized in a way which this machine cannot load."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method", "an unknown method")
+    try:
+        with quiet():
+            AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(
+                device_map=None
+            )
+    except Exception as error:
+        problem = str(error).split(" - supported types")[0].strip().splitlines()[0][:300]
+        raise ModelError(
+            f"its weights are quantized by {method}, which cannot be loaded here ({problem})",
+            where=where,
+            fix=INSTEAD + ("; or install what is missing" if _installable(error) else ""),
+        ) from error
+
+
+def _installable(error: Exception) -> bool:
+    return isinstance(error, ImportError) and "GPU" not in str(error)
+
+
+def check_model_folder(path: Path, *, trust_remote_code: bool = False) -> Any:
+    """All that can be known of a model folder before its weights are read; its configuration.
+
+    Names and shapes of weights are compared where the weights are on this disk. Raises ModelError.
+    """
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    require_decoder(config, path)
+    require_quantization(config, path)
+    if trust_remote_code:
+        return config
+    model = planned_model(config, path)
+    require_tokens(config, model, path)
+    here = (path / SINGLE).exists() or (path / INDEX).exists()
+    if here and getattr(config, "quantization_config", None) is None:
+        check_loadable(path)
+    return config
+
+
+def require_tokens(config: Any, model: Any, where: object = None) -> None:
+    """Raises ModelError for special tokens of the configuration that cannot be.
+
+    An id that the embeddings do not have is an error where padding is filled in with it, and an
+    end that cannot be written ends nothing.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if isinstance(pad, int) and not 0 <= pad < rows:
+        raise ModelError(
+            f"pad_token_id is {pad}, and the model has the tokens 0 to {rows - 1}",
+            where=where,
+            fix="set pad_token_id in config.json to the tokenizer's padding or end token",
+        )
+    ends = getattr(config.get_text_config(), "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    known = [end for end in ends if isinstance(end, int)]
+    if known and not any(0 <= end < rows for end in known):
+        raise ModelError(
+            f"eos_token_id is {known}, and the model has the tokens 0 to {rows - 1}",
+            where=where,
+            fix="set eos_token_id in config.json to the tokenizer's end token",
+        )
+
+
+def learned_positions(model: Any) -> int | None:
+    """The most tokens that a model's table of positions has; None where it has no table.
+
+    GPT-2, OPT and their like look each position up; one beyond the table is an error.
+    """
+    tables = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and _is_table(name):
+            before = getattr(module, "offset", None)
+            if before is None:
+                before = 0 if module.padding_idx is None else module.padding_idx + 1
+            tables.append(module.num_embeddings - before)
+    for name, buffer in model.named_buffers():
+        if name.endswith(("embed_positions", "pos_encoding")):  # GPT-J, CodeGen, CTRL
+            tables.append(buffer.shape[0])
+    if model.config.model_type == "mpt":  # a bias for each distance
+        tables.append(int(model.config.max_seq_len))
+    return min(tables, default=None)
+
+
+def _is_table(name: str) -> bool:
+    last = name.rpartition(".")[2]
+    other = any(part in name for part in ("vision", "image", "encoder", "audio"))
+    return not other and ("position" in last or last in ("wpe", "pos_emb", "pos_embed"))
+
+
+def trained_positions(config: Any) -> int | None:
+    """The longest text of a model with rotary embeddings; None where it says none.
+
+    `max_position_embeddings`, times the factor of a scaling that is not in it yet.
+    """
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if not isinstance(most, int) or most <= 0:
+        return None
+    scaling = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    kind = scaling.get("rope_type", "default") if isinstance(scaling, dict) else "default"
+    factor = scaling.get("factor") if isinstance(scaling, dict) else None
+    if not isinstance(factor, int | float):
+        return most
+    if kind == "yarn":
+        original = scaling.get("original_max_position_embeddings") or most
+        return max(most, int(original * factor))
+    return int(most * factor) if kind in ("linear", "dynamic") else most
