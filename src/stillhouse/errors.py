@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+SHOWN = 80
+"""Characters of a value in a message."""
+
 
 class StillhouseError(Exception):
     """Base of every error a user can cause; the command line prints it without a traceback."""
@@ -48,3 +51,18 @@ class TrainingError(StillhouseError, RuntimeError):
 
 class EndpointError(StillhouseError, RuntimeError):
     """A teacher behind an API cannot be asked: a wrong key or model, no server, no credit."""
+
+
+def shown(text: object) -> str:
+    """A key or a scalar for a message: printable, and shortened where it is long."""
+    if isinstance(text, int) and abs(text) >= 10**SHOWN:
+        return f"an integer of more than {SHOWN} digits"
+    written = str(text)
+    if len(written) > SHOWN:
+        written = f"{written[:SHOWN]}..."
+    return written if written.isprintable() else repr(written)[1:-1]
+
+
+def shown_value(value: object) -> str:
+    """As `shown`, with quotes around text."""
+    return repr(value) if isinstance(value, str) and len(value) <= SHOWN else shown(value)

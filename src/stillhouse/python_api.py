@@ -15,6 +15,7 @@ from stillhouse.data.batches import Batches
 from stillhouse.data.data import Data
 from stillhouse.evaluation.evaluate import evaluate_models
 from stillhouse.evaluation.results import Evaluation
+from stillhouse.field_types import AnswerTokens, Seed, Temperature
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.objectives.objective_config import (
     AttentionRelationsTerm,
@@ -25,7 +26,7 @@ from stillhouse.objectives.objective_config import (
 )
 from stillhouse.pruning.pruning_config import UNITS
 from stillhouse.search.search_shape import Setting, search_shape
-from stillhouse.section import made
+from stillhouse.section import checked, made
 from stillhouse.signals.encodings import Encoding, Hidden, TopK
 from stillhouse.signals.manifest import Settings
 from stillhouse.students.student import Student
@@ -100,6 +101,7 @@ def distill(
     `train`.
     Raises StillhouseError: parts that do not fit together, or a loss that is not finite.
     """
+    seed = checked(Seed, seed, "seed")
     batches, heldout = (data.train, data.heldout) if isinstance(data, Data) else (data, None)
     terms = {"terms": list(objective)} if objective else {}
     return train(
@@ -129,6 +131,8 @@ def evaluate(
     data: its held-out part, or batches. prompts: both models answer each.
     Raises ModelError: the teacher is no model on this machine, or of another vocabulary.
     """
+    seed = checked(Seed, seed, "seed")
+    max_new_tokens = checked(AnswerTokens, max_new_tokens, "max_new_tokens")
     own, other = _student(student), local(_teacher(teacher))
     device = default_device()
     models = {"teacher": other.model.to(device), "student": own.model.to(device)}
@@ -158,6 +162,8 @@ def record(
     None: the 32 most likely tokens and the mass of all others.
     Raises SignalError: the store was begun with other settings. StoreError: it is damaged.
     """
+    seed = checked(Seed, seed, "seed")
+    temperature = checked(Temperature, temperature, "temperature")
     text = data.train if isinstance(data, Data) else data
     identity = {"teacher": teacher.fingerprint or teacher.described}
     if teacher.tokenizer is not None:
@@ -186,6 +192,7 @@ def search_sizes(
     and search, calibration_tokens and the like, as in a recipe's `student`.
     Raises RecipeError where no shape meets the target.
     """
+    seed = checked(Seed, seed, "seed")
     start, settings = local(teacher), settings or TrainRecipe()
     target = {key: options.pop(key) for key in UNITS if key in options}
     section = made(PrunedStudent, {"start": "pruned", "target": target, **options}, "search_sizes")

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import core_schema
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, model_validator
+from pydantic_core import ErrorDetails, core_schema
 
-from stillhouse.errors import RecipeError
+from stillhouse.errors import RecipeError, shown_value
 from stillhouse.progress import note
 
 
@@ -64,8 +64,23 @@ def made(section: type[S], values: Mapping[str, Any], where: str) -> S:
         near = difflib.get_close_matches(key, section.model_fields, 1)
         known = f"did you mean {near[0]}?" if near else f"known: {', '.join(section.model_fields)}"
         unknown = problem["type"] == "extra_forbidden"
-        what = f"there is no option {key}" if unknown else f"{key}: {problem['msg']}"
+        what = f"there is no option {key}" if unknown else _refused(key, problem)
         raise RecipeError(what, where=where, fix=known if unknown else None) from None
+
+
+def checked(kind: Any, value: Any, name: str) -> Any:
+    """An argument of a function, of a type of `field_types`. Raises RecipeError naming it."""
+    try:
+        return TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError as error:
+        raise RecipeError(_refused(name, error.errors()[0])) from None
+
+
+def _refused(name: str, problem: ErrorDetails) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    message = f"{name}: {message[0].lower()}{message[1:]}"
+    given = problem["input"]
+    return message if isinstance(given, dict | list) else f"{message} (it is {shown_value(given)})"
 
 
 def recipe_yaml(recipe: BaseModel) -> str:

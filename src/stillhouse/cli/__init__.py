@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, say
 from stillhouse.cli.signals_commands import signals
 from stillhouse.errors import StillhouseError
+
+UNUSABLE_PATH = (
+    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ELOOP,
+)  # fmt: skip
+"""What is wrong with a path that was given, and no bug."""
 
 app = typer.Typer(
     name="stillhouse",
@@ -82,7 +89,9 @@ def check(
     set_: SetOption = None,
     calls: Annotated[
         int,
-        typer.Option(help="Requests to send to a text teacher, to estimate the cost.", min=0),
+        typer.Option(
+            help="Requests to send to a text teacher, to estimate the cost.", min=0, max=10_000
+        ),
     ] = 0,
 ) -> None:
     """Check a recipe before anything is spent; estimate memory, tokens, time and cost.
@@ -104,7 +113,7 @@ def check(
 @app.command()
 def preview(
     recipe: RecipeArgument,
-    rows: Annotated[int, typer.Option(help="Windows to show.", min=1)] = 3,
+    rows: Annotated[int, typer.Option(help="Windows to show.", min=1, max=10_000)] = 3,
     set_: SetOption = None,
 ) -> None:
     """Show training windows colored by loss mask; of a task, what the teacher reads.
@@ -271,15 +280,22 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in UNUSABLE_PATH or error.filename is None:
+            _say_bug()
+        say(f"error: {error.strerror}\n  where: {error.filename}\n  fix:   give another path")
+        sys.exit(1)
     except Exception:
-        import traceback
+        _say_bug()
 
-        traceback.print_exc()
-        say(
-            "error: this is a bug in Stillhouse, not in your recipe. What is finished is kept.\n"
-            "  fix:   please report the lines above together with `stillhouse doctor`"
-        )
-        sys.exit(2)
+
+def _say_bug() -> NoReturn:
+    traceback.print_exc()
+    say(
+        "error: this is a bug in Stillhouse, not in your recipe. What is finished is kept.\n"
+        "  fix:   please report the lines above together with `stillhouse doctor`"
+    )
+    sys.exit(2)
 
 
 class _Stopped(BaseException):

@@ -15,7 +15,8 @@ from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.row_reader import find_files, format_of
 from stillhouse.data.windows import open_windows
 from stillhouse.errors import DataError
-from stillhouse.section import made
+from stillhouse.field_types import Seed
+from stillhouse.section import checked, made
 
 Boundary = Literal["file", "blank-line", "line"]
 
@@ -53,6 +54,7 @@ class Data:
         options: train_tokens, heldout_tokens, packing and long_rows, as in a recipe's `data`.
         Raises DataError for any text that cannot be used, RecipeError for an unknown option.
         """
+        seed = checked(Seed, seed, "seed")
         section = made(WindowsRecipe, {"context": context, **options}, "Data.build")
         train = _texts(texts, text_key, documents)
         held = None if heldout is None else _texts(heldout, text_key, documents)

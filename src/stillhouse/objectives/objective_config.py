@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from stillhouse.field_types import Parameter, ShareOrZero, SmallCount, Temperature, Weight
 from stillhouse.objectives.objective_names import (
     PARAMETERS,
     Distance,
@@ -19,10 +20,10 @@ from stillhouse.section import OneOf, Section
 class ScheduleRecipe(Section):
     """A factor of a term's weight that moves as training goes on."""
 
-    start: float = Field(ge=0, strict=False, description="The factor up to `begin`.")
-    end: float = Field(ge=0, strict=False, description="The factor from `finish` on.")
-    begin: float = Field(0.0, ge=0, le=1, strict=False, description="Share of all steps.")
-    finish: float = Field(1.0, ge=0, le=1, strict=False, description="Share of all steps.")
+    start: Weight = Field(description="The factor up to `begin`.")
+    end: Weight = Field(description="The factor from `finish` on.")
+    begin: ShareOrZero = Field(0.0, description="Share of all steps.")
+    finish: ShareOrZero = Field(1.0, description="Share of all steps.")
     shape: ScheduleShape = "linear"
 
     @model_validator(mode="after")
@@ -33,8 +34,14 @@ class ScheduleRecipe(Section):
 
 
 class Weighted(Section):
-    weight: float = Field(1.0, ge=0, strict=False)
+    weight: Weight = 1.0
     schedule: ScheduleRecipe | None = Field(None, description="Moves the weight; null: it stays.")
+
+    @property
+    def largest_weight(self) -> float:
+        """At any moment of the training."""
+        schedule = self.schedule
+        return self.weight * (1.0 if schedule is None else max(schedule.start, schedule.end))
 
 
 class LayerTerm(Weighted):
@@ -45,8 +52,10 @@ class LayerTerm(Weighted):
         description="uniform: the student's blocks spread over the teacher's depth; "
         "last: the last `count` blocks of both.",
     )
-    count: int | None = Field(None, gt=0, description="Blocks to pair; null: all of the student's.")
-    pairs: list[Annotated[tuple[int, int], Field(strict=False)]] | None = Field(
+    count: SmallCount | None = Field(
+        None, description="Blocks to pair; null: all of the student's."
+    )
+    pairs: list[Annotated[tuple[SmallCount, SmallCount], Field(strict=False)]] | None = Field(
         None, min_length=1, description="[student block, teacher block] pairs, in place of layers."
     )
 
@@ -56,16 +65,16 @@ class LogitsTerm(Weighted):
 
     kind: Literal["logits"] = "logits"
     divergence: Annotated[str, OneOf(PARAMETERS)] = "forward_kl"
-    temperature: float = Field(
-        1.0, gt=0, strict=False, description="Divides both models' logits; cross-entropy keeps 1."
+    temperature: Temperature = Field(
+        1.0, description="Divides both models' logits; cross-entropy keeps 1."
     )
     t_squared: bool = Field(
         True, description="Multiply by the temperature squared, so that gradients keep their size."
     )
-    alpha: float | None = Field(None, ge=0, strict=False, description="skew_*, alpha_beta.")
-    beta: float | None = Field(None, ge=0, strict=False, description="jsd, alpha_beta.")
-    mu: float | None = Field(None, ge=0, strict=False, description="adaptive_kl.")
-    layers: list[int] | None = Field(
+    alpha: Parameter | None = Field(None, description="skew_*, alpha_beta.")
+    beta: Parameter | None = Field(None, description="jsd, alpha_beta.")
+    mu: Parameter | None = Field(None, description="adaptive_kl.")
+    layers: list[SmallCount] | None = Field(
         None,
         min_length=1,
         description="Student blocks whose output goes through the final norm and the head, 1 the "
@@ -76,6 +85,31 @@ class LogitsTerm(Weighted):
     def _cross_entropy_keeps_temperature_one(self) -> LogitsTerm:
         if self.divergence == "cross_entropy" and self.temperature != 1.0:
             raise ValueError("cross_entropy has no temperature: remove the key")
+        return self
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The divergence's parameters, defaults filled in."""
+        known = PARAMETERS[self.divergence]
+        given = {name: getattr(self, name) for name in known}
+        return {name: known[name] if given[name] is None else given[name] for name in known}
+
+    @model_validator(mode="after")
+    def _parameters_are_the_divergences(self) -> LogitsTerm:
+        name, parameters = self.divergence, self.parameters
+        for key in ("alpha", "beta", "mu"):
+            if getattr(self, key) is not None and key not in parameters:
+                takes = ", ".join(parameters) or "no parameters"
+                raise ValueError(f"{name} has no {key}: it takes {takes}")
+        if name == "alpha_beta":
+            if not any(parameters.values()):
+                raise ValueError("alpha_beta is not defined where alpha and beta are both 0")
+            return self
+        for key, value in parameters.items():
+            if value > 1 or 1 - 1e-6 < value < 1:
+                raise ValueError(f"{key} of {name} is {value}: it must be from 0 to 0.999999, or 1")
+            if (value == 1 and name.startswith("skew")) or (value in (0, 1) and name == "jsd"):
+                raise ValueError(f"{name} is 0 at {key} {value:g}, whatever the student says")
         return self
 
 
@@ -91,10 +125,10 @@ class AttentionRelationsTerm(LayerTerm):
     """KL between attention relations Q-Q, K-K and V-V (MiniLMv2)."""
 
     kind: Literal["attention_relations"]
-    heads: int = Field(gt=0, description="Relation heads; divides both models' q, k, v widths.")
+    heads: SmallCount = Field(description="Relation heads; divides both models' q, k, v widths.")
     relations: list[Relation] = Field(default=["query", "key", "value"], min_length=1)
     layers: LayerMapping = "last"
-    count: int | None = Field(1, gt=0, description="Blocks to pair; null: all of the student's.")
+    count: SmallCount | None = Field(1, description="Blocks to pair; null: all of the student's.")
 
 
 def _logits_by_default(terms: Any) -> Any:
@@ -112,3 +146,9 @@ class ObjectiveRecipe(Section):
     terms: Annotated[list[ObjectiveTerm], BeforeValidator(_logits_by_default)] = Field(
         default=[LogitsTerm()], min_length=1, description="Their weighted sum is the loss."
     )
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> ObjectiveRecipe:
+        if not any(term.largest_weight for term in self.terms):
+            raise ValueError("every term has weight 0, so nothing would be learned: raise one")
+        return self

@@ -8,6 +8,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from stillhouse.field_types import (
+    Count,
+    CountOrZero,
+    PartialShare,
+    PathText,
+    SmallCount,
+    Steps,
+    Tokens,
+    Width,
+)
 from stillhouse.pruning.sizes import AXES
 from stillhouse.section import OneOf, Section
 
@@ -25,6 +35,7 @@ UNITS: dict[str, dict[str, float]] = {
     "decode_latency": _SECONDS,
     "memory": _BYTES,
 }
+_MOST = 2.0**63
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*")
 
 AmountText = int | float | str
@@ -42,10 +53,10 @@ def read_amount(key: str, text: int | float | str) -> Amount:
     """Parse 60%, 108M, 250MB or 20ms. Raises ValueError, with what can be written."""
     found = _AMOUNT.fullmatch(str(text))
     number, unit = found.groups() if found else ("0", "")
-    if float(number) > 0 and unit == "%":
+    if 0 < float(number) <= 100 and unit == "%":
         return Amount(float(number) / 100, relative=True)
     factor = UNITS[key].get(unit.lower())
-    if float(number) <= 0 or factor is None:
+    if factor is None or not 0 < float(number) * factor <= _MOST:
         units = ", ".join(unit for unit in UNITS[key] if unit)
         raise ValueError(
             f"{key}: {text} is no amount: write a percentage of the model that is pruned, such as "
@@ -101,7 +112,7 @@ DepthImportance = Literal["kl", "block_influence", "norm_ratio", "gradients"]
 class VocabularyFile(Section):
     """Which tokens stay, by name."""
 
-    path: str = Field(
+    path: PathText = Field(
         description="The tokens to keep: one a line, as the tokenizer writes them (Ġhouse), or in "
         "a .json file a list of tokens or ids."
     )
@@ -141,33 +152,29 @@ class SearchRecipe(Section):
         min_length=1,
         description="What may be made smaller, where the architecture has it.",
     )
-    tolerance: float = Field(
-        0.03, gt=0, lt=1, strict=False, description="How far under the target a shape may be."
-    )
-    multiple_of: int | None = Field(
+    tolerance: PartialShare = Field(0.03, description="How far under the target a shape may be.")
+    multiple_of: Width | None = Field(
         None,
-        gt=0,
         description="FFN and hidden sizes are multiples of it; null: of 256 where one fits, else "
         "of 128, 64 or 32.",
     )
-    tensor_parallel: int = Field(
-        1, gt=0, description="GPUs among which heads and FFN must divide evenly."
+    tensor_parallel: Count = Field(
+        1, description="GPUs among which heads and FFN must divide evenly."
     )
-    candidates: int = Field(
-        6, gt=0, description="Shapes that are pruned, refit and measured; the best by each axis."
+    candidates: SmallCount = Field(
+        6, description="Shapes that are pruned, refit and measured; the best by each axis."
     )
-    calibration_tokens: int = Field(
-        16384, gt=0, description="Tokens each of them is refit on; the student's own are more."
+    calibration_tokens: Tokens = Field(
+        16384, description="Tokens each of them is refit on; the student's own are more."
     )
-    heldout_tokens: int = Field(
-        4096, gt=0, description="Training tokens that are kept aside to measure candidates on."
+    heldout_tokens: Tokens = Field(
+        4096, description="Training tokens that are kept aside to measure candidates on."
     )
-    trained: int = Field(
-        4, ge=0, description="Best of them that are distilled for a short while; 0 or 1: none."
+    trained: CountOrZero = Field(
+        4, description="Best of them that are distilled for a short while; 0 or 1: none."
     )
-    steps: int = Field(
+    steps: Steps = Field(
         8,
-        gt=0,
         description="Optimizer steps of the first round; half of the shapes go on to the next, "
         "which has twice as many.",
     )

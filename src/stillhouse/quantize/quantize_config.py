@@ -6,17 +6,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from stillhouse.field_types import Divergence, LearningRate, Tokens, Width
 from stillhouse.section import Section
 
 
 class QatRecipe(Section):
     """Quantization-aware distillation: the student learns with its weights rounded."""
 
-    tokens: int = Field(30000, gt=0, description="Training tokens, about.")
-    learning_rate: float = Field(
+    tokens: Tokens = Field(30000, description="Training tokens, about.")
+    learning_rate: LearningRate = Field(
         2e-4,
-        gt=0,
-        strict=False,
         description="Higher than in full precision: a weight must cross to another place.",
     )
 
@@ -36,32 +35,28 @@ class QuantizeRecipe(Section):
         description="Of the weights; *_dynamic_*: layers' inputs are rounded too, to 8 bits, "
         "token by token, while the model runs. float8 ships as safetensors (torchao).",
     )
-    group_size: int | None = Field(
+    group_size: Width | None = Field(
         None,
-        gt=0,
         description="Neighbors in a row that share a scale; null: 32. float8 has one scale a row.",
     )
     keep: list[str] = Field(
         default=[], description="Parts to leave alone: embeddings, head, layers.N (0 the first)."
     )
-    max_kl: float | None = Field(
+    max_kl: Divergence | None = Field(
         None,
-        gt=0,
-        strict=False,
         description="Leave the most sensitive parts alone until the others cost at most this, in "
         "nats a token.",
     )
-    max_bytes: int | None = Field(
-        None, gt=0, description="Leave the most sensitive parts alone while the model fits."
+    max_bytes: Tokens | None = Field(
+        None, description="Leave the most sensitive parts alone while the model fits."
     )
-    calibration_tokens: int | None = Field(
+    calibration_tokens: Tokens | None = Field(
         8192,
-        gt=0,
         description="Training tokens on which the importance of each input is measured, which "
         "chooses the scales; null: all inputs count alike.",
     )
-    sensitivity_tokens: int = Field(
-        1024, gt=0, description="Held-out tokens on which sensitivity is measured."
+    sensitivity_tokens: Tokens = Field(
+        1024, description="Held-out tokens on which sensitivity is measured."
     )
     qat: QatRecipe | None = Field(
         None, description="Train with rounded weights; null: only round the trained ones."

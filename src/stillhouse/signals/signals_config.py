@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from stillhouse.field_types import PathText, Share, ShareOrZero, check_url
 from stillhouse.section import Section
 from stillhouse.signals.encodings import (
     MOST_ENTRIES,
@@ -23,7 +24,9 @@ class ThresholdSignals(Section):
     """Likely tokens exactly, the others by unbiased draws; hard positions get more of both."""
 
     kind: Literal["threshold"]
-    bytes: float = Field(36.0, gt=0, strict=False, description="Of a token, on average.")
+    bytes: Annotated[float, Field(ge=1, le=1024, allow_inf_nan=False)] = Field(
+        36.0, description="Of a token, on average."
+    )
 
     def encoding(self) -> EntryEncoding:
         """With a guess at tau, which recording tunes to `bytes`."""
@@ -55,7 +58,7 @@ class TopPSignals(Section):
     renamed: ClassVar[Mapping[str, str]] = {"most": "max_tokens"}
 
     kind: Literal["top_p"]
-    p: float = Field(0.98, gt=0, le=1, strict=False)
+    p: Share = 0.98
     max_tokens: int = Field(64, gt=0, le=MOST_ENTRIES, description="Most tokens stored.")
 
     def encoding(self) -> EntryEncoding:
@@ -125,10 +128,11 @@ class SignalServer(Section):
     key_env: str | None = Field(
         None, description="Environment variable that holds the server's key; null: it needs none."
     )
-    concurrency: int = Field(16, gt=0, description="Requests under way at a time.")
+    concurrency: int = Field(16, gt=0, le=4096, description="Requests under way at a time.")
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> SignalServer:
+        check_url(self.base_url)
         if "@" in self.base_url:
             raise ValueError("base_url holds a user's name or key: name a variable in key_env")
         return self
@@ -137,11 +141,8 @@ class SignalServer(Section):
 class AnswerSignals(Section):
     """The log-probabilities that come with an API's answers (synthesize.sampling.top_logprobs)."""
 
-    mismatched: float = Field(
+    mismatched: ShareOrZero = Field(
         0.02,
-        ge=0,
-        le=1,
-        strict=False,
         description="Share of the answers that may be other tokens to the API than to the "
         "student's tokenizer; they are learned from their text alone. More stop the run.",
     )
@@ -158,7 +159,7 @@ class SignalsRecipe(Section):
         None,
         description="Use the log-probabilities that the API of `synthesize` returned, as they are.",
     )
-    store: str | None = Field(
+    store: PathText | None = Field(
         None, description="A finished store to read, e.g. another run's; nothing is recorded."
     )
     missing: Literal["error", "live"] = Field(

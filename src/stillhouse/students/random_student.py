@@ -22,6 +22,9 @@ FOLLOWERS = {
 }
 """Values that configurations derive from others, and that must be derived again with them."""
 
+MOST_PARTS, LARGEST_WIDTH = 10_000, 2**24
+"""Of a configuration that is made here: layers, heads or experts, and any width."""
+
 
 def overridden_config(config: Any, overrides: Mapping[str, Value]) -> Any:
     """A new configuration with `overrides`; every key and type checked against the old one.
@@ -95,6 +98,13 @@ def _check_override(config: Any, known: Mapping[str, Any], key: str, value: Valu
     is_size = key.startswith("num_") or key.endswith("_size")
     if is_size and isinstance(value, int) and value < 1:
         raise RecipeError(f"{key} must be positive", where=where, fix="choose 1 or more")
+    most = MOST_PARTS if key.startswith("num_") else LARGEST_WIDTH
+    if is_size and isinstance(value, int) and value > most:
+        raise RecipeError(
+            f"{key} is {value:,}, and no model has that",
+            where=where,
+            fix=f"choose {most:,} or less",
+        )
     if old is None or type(value) is type(old):
         return
     if isinstance(old, float) and isinstance(value, int) and not isinstance(value, bool):

@@ -12,9 +12,10 @@ import torch
 from stillhouse.account import described
 from stillhouse.data.data import Data
 from stillhouse.errors import RecipeError, RunError
+from stillhouse.field_types import Seed
 from stillhouse.pruning.offload import load_offloaded, save_model
 from stillhouse.pruning.pruning_config import UNITS
-from stillhouse.section import made
+from stillhouse.section import checked, made
 from stillhouse.signals import LMHead
 from stillhouse.students.pruned_student import prune_to, target_sizes
 from stillhouse.students.random_student import Value, overridden_config, random_model
@@ -79,6 +80,7 @@ class Student:
         Raises RecipeError: an unknown key, or a configuration that is not possible. ModelError: the
         teacher's configuration is not known.
         """
+        seed = checked(Seed, seed, "seed")
         if isinstance(like, Teacher):
             like, tokenizer = local(like).config, tokenizer or like.tokenizer
         return cls(random_model(overridden_config(like, overrides), seed), tokenizer)
@@ -93,6 +95,7 @@ class Student:
         Raises RecipeError: an unknown option, or sizes that the teacher cannot have. ModelError:
         the teacher is no model on this machine.
         """
+        seed = checked(Seed, seed, "seed")
         start = local(teacher)
         target = {key: options.pop(key) for key in UNITS if key in options}
         values = {"start": "pruned", "target": target or None, **options}

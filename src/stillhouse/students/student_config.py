@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from stillhouse.field_types import FiniteNumber, PathText, SmallCount, Tokens, WholeNumber, Width
 from stillhouse.pruning.pruning_config import (
     PruningMethod,
     SearchRecipe,
@@ -21,7 +22,7 @@ class PretrainedStudent(Section):
     """A smaller model that exists already."""
 
     start: Literal["pretrained"]
-    model: str = Field(description="As teacher.model.")
+    model: PathText = Field(description="As teacher.model.")
     revision: str | None = None
     trust_remote_code: bool = False
 
@@ -30,10 +31,10 @@ class RandomStudent(Section):
     """Random weights: distillation during pretraining."""
 
     start: Literal["random"]
-    config: str | None = Field(
+    config: PathText | None = Field(
         None, description="Folder or Hub id whose config.json is the start; null: the teacher's."
     )
-    overrides: dict[str, int | float | bool | str] = Field(
+    overrides: dict[str, WholeNumber | FiniteNumber | bool | str] = Field(
         default={}, description="Config values to change, e.g. hidden_size: 256."
     )
 
@@ -41,21 +42,21 @@ class RandomStudent(Section):
 class PrunedSizes(Section):
     """What is kept of a model; a size that is left out stays."""
 
-    ffn_size: int | None = Field(
-        None, gt=0, description="FFN neurons to keep in every layer (of every expert)."
+    ffn_size: Width | None = Field(
+        None, description="FFN neurons to keep in every layer (of every expert)."
     )
-    layers: int | None = Field(None, gt=0, description="Layers to keep.")
-    heads: int | None = Field(
-        None, gt=0, description="Query heads to keep, equally many in every key-value group."
+    layers: SmallCount | None = Field(None, description="Layers to keep.")
+    heads: SmallCount | None = Field(
+        None, description="Query heads to keep, equally many in every key-value group."
     )
-    kv_heads: int | None = Field(None, gt=0, description="Key-value groups to keep.")
-    hidden_size: int | None = Field(None, gt=0, description="Width of the residual stream to keep.")
+    kv_heads: SmallCount | None = Field(None, description="Key-value groups to keep.")
+    hidden_size: Width | None = Field(None, description="Width of the residual stream to keep.")
     hidden_method: HiddenMethod = Field(
         "channels",
         description="channels: the channels that matter most; rotation: the principal directions, "
         "which unties the head from the embeddings.",
     )
-    experts: int | None = Field(None, gt=0, description="Experts to keep in every layer.")
+    experts: SmallCount | None = Field(None, description="Experts to keep in every layer.")
     target: TargetRecipe | None = Field(
         None, description="Search for the best shape of a size, in place of explicit sizes."
     )
@@ -85,22 +86,21 @@ class PrunedStudent(PrunedSizes, PruningMethod):
     renamed: ClassVar[Mapping[str, str]] = {"reconstruct": "refit"}
 
     start: Literal["pruned"]
-    model: str | None = Field(
+    model: PathText | None = Field(
         None, description="What is pruned, as teacher.model; null: the teacher."
     )
-    vocabulary: Annotated[int, Field(gt=0)] | Literal["data"] | VocabularyFile | None = Field(
+    vocabulary: Width | Literal["data"] | VocabularyFile | None = Field(
         None,
         description="Tokens to keep, the most frequent in the training text and in what the "
         "teacher expects there; data: all that the text has; or those of a file. The tokenizer is "
         "rewritten, and the teacher answers with these alone.",
     )
     refit: bool = Field(True, description="Refit what is left by least squares.")
-    calibration_tokens: int = Field(
-        49152, gt=0, description="Tokens seen to decide what goes, and to refit what stays."
+    calibration_tokens: Tokens = Field(
+        49152, description="Tokens seen to decide what goes, and to refit what stays."
     )
-    local_distillation: int | None = Field(
+    local_distillation: Tokens | None = Field(
         None,
-        gt=0,
         description="Tokens on which each block is trained, right after its cut, to do what the "
         "whole one did; null: none.",
     )

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
+from stillhouse.field_types import PathText, ShareOrZero, Similarity, Tokens, TokensOrZero
 from stillhouse.generation.generation_config import (
     BudgetRecipe,
     TextTeacher,
@@ -18,11 +19,13 @@ from stillhouse.synthesis.prompts_config import PromptFormat
 
 
 class EvaluationTexts(Section):
-    path: str = Field(description="Prompts that must not be in the training text; as prompts.path.")
+    path: PathText = Field(
+        description="Prompts that must not be in the training text; as prompts.path."
+    )
     format: PromptFormat = "auto"
     key: str = "prompt"
-    ngram: int = Field(
-        13, ge=2, description="Consecutive words that a row may not share with them."
+    ngram: Annotated[int, Field(ge=2, le=1000)] = Field(
+        13, description="Consecutive words that a row may not share with them."
     )
 
 
@@ -37,9 +40,7 @@ class MajorityChoice(Section):
         description="A regular expression; its last match in an answer, or the first group of it, "
         "is compared. null: the whole answer.",
     )
-    min_agreement: float = Field(
-        0.0, ge=0, le=1, strict=False, description="Share of the answers that must agree."
-    )
+    min_agreement: ShareOrZero = Field(0.0, description="Share of the answers that must agree.")
     keep: Literal["one", "all"] = Field(
         "one", description="Of those that agree: the first, or all."
     )
@@ -84,14 +85,14 @@ class FiltersRecipe(Section):
     """Empty answers are always dropped. dropped.jsonl has every dropped row and the reason."""
 
     truncated: bool = Field(True, description="Drop answers that were cut off.")
-    min_characters: int | None = Field(None, ge=0)
-    max_characters: int | None = Field(None, gt=0)
+    min_characters: TokensOrZero | None = None
+    max_characters: Tokens | None = None
     refusals: bool = Field(True, description="Drop answers that refuse to answer.")
     require_pattern: str | None = Field(None, description="A regular expression that must match.")
     forbid_pattern: str | None = Field(
         None, description="A regular expression that must not match."
     )
-    json_schema: str | None = Field(
+    json_schema: PathText | None = Field(
         None, description="A file; answers must be JSON that it allows."
     )
     languages: list[str] | None = Field(
@@ -104,7 +105,14 @@ class FiltersRecipe(Section):
         None, description="Of several answers to a prompt (prompts.samples), keep the best."
     )
     exact_duplicates: bool = Field(True, description="Drop repeated pairs of prompt and answer.")
-    near_duplicates: float | None = Field(
-        None, gt=0, le=1, strict=False, description="Drop pairs this similar (Jaccard), e.g. 0.8."
+    near_duplicates: Similarity | None = Field(
+        None, description="Drop pairs this similar (Jaccard), e.g. 0.8."
     )
     decontaminate: EvaluationTexts | None = None
+
+    @model_validator(mode="after")
+    def _some_length_is_kept(self) -> FiltersRecipe:
+        least, most = self.min_characters or 0, self.max_characters
+        if most is not None and least > most:
+            raise ValueError(f"min_characters ({least:,}) is above max_characters ({most:,})")
+        return self

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from string import Formatter
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from stillhouse.data.row_reader import FileFormat
+from stillhouse.field_types import (
+    AnswerTokens,
+    CountOrZero,
+    PathText,
+    SamplingTemperature,
+    Similarity,
+    SmallCount,
+    Tokens,
+)
 from stillhouse.section import Section
 
 PromptFormat = FileFormat | Literal["auto"]
@@ -45,26 +54,23 @@ class WriteRecipe(Section):
 
     renamed: ClassVar[Mapping[str, str]] = {"each": "per_request", "similar": "max_similarity"}
 
-    count: int = Field(gt=0, description="Number of different prompts.")
-    per_request: int = Field(10, gt=0, description="Prompts per request.")
-    examples: int = Field(
-        3, ge=0, description="Prompts of `path` to show in a request, different ones each time."
+    count: Annotated[int, Field(gt=0, le=10**8)] = Field(description="Number of different prompts.")
+    per_request: SmallCount = Field(10, description="Prompts per request.")
+    examples: CountOrZero = Field(
+        3, description="Prompts of `path` to show in a request, different ones each time."
     )
-    max_similarity: float = Field(
+    max_similarity: Similarity = Field(
         0.6,
-        gt=0,
-        le=1,
-        strict=False,
         description="Drop prompts this similar (Jaccard) to an earlier one, or to one of `path`.",
     )
-    temperature: float = Field(1.0, ge=0, strict=False)
-    max_tokens: int = Field(1024, gt=0, description="Of all prompts of one request together.")
+    temperature: SamplingTemperature = 1.0
+    max_tokens: AnswerTokens = Field(1024, description="Of all prompts of one request together.")
 
 
 class PromptsRecipe(Section):
     """From a file, or combined from templates, or written by the teacher."""
 
-    path: str | None = Field(
+    path: PathText | None = Field(
         None,
         description="Text, JSONL, JSON, CSV, TSV or Parquet, also .gz or .zst; logs of chat "
         "completions too. With `write`: examples of the prompts to write.",
@@ -73,8 +79,8 @@ class PromptsRecipe(Section):
     write: WriteRecipe | None = None
     format: PromptFormat = Field("auto", description="auto: by the file's extension.")
     key: str = Field("prompt", description="The column or key of the prompt.")
-    limit: int | None = Field(None, gt=0, description="Use at most this many prompts.")
-    samples: int = Field(1, gt=0, description="Answers to each prompt.")
+    limit: Tokens | None = Field(None, description="Use at most this many prompts.")
+    samples: SmallCount = Field(1, description="Answers to each prompt.")
     system: str | None = Field(None, description="For prompts without a system prompt.")
     examples: list[ExampleRecipe] = Field(
         default=[], description="Few-shot examples before every prompt."

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from stillhouse.field_types import PathText
 from stillhouse.generation.generation_config import (
     BudgetRecipe,
     SamplingRecipe,
@@ -28,12 +29,12 @@ class SynthesizeRecipe(Section):
     )
     filters: FiltersRecipe = FiltersRecipe()
     budget: BudgetRecipe = BudgetRecipe()
-    journal: str | None = Field(
+    journal: PathText | None = Field(
         None,
         description="SQLite file with every answer that was paid for; null: answers.sqlite beside "
         "the run folder, shared by all runs there.",
     )
-    out: str = Field(
+    out: PathText = Field(
         "synthetic.jsonl",
         description="The result; a relative path starts from the recipe's folder.",
     )

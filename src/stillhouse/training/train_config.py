@@ -6,6 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from stillhouse.field_types import (
+    Beta,
+    Count,
+    Epochs,
+    GradientNorm,
+    LearningRate,
+    PartialShareOrZero,
+    PathText,
+    Share,
+    Steps,
+    WeightDecay,
+)
 from stillhouse.section import OneOf, Section
 
 SCHEDULES = {
@@ -21,24 +33,24 @@ ORIGINAL = "teacher"
 
 
 class TrainRecipe(Section):
-    teachers: list[str] = Field(
+    teachers: list[PathText] = Field(
         default=[],
         description="Models to learn from in place of the teacher, which stays the measure; as "
         "teacher.model, or `teacher` itself. The loss is the mean of theirs.",
     )
-    epochs: float = Field(1.0, gt=0, strict=False)
-    max_steps: int | None = Field(None, gt=0, description="Stop after this many optimizer steps.")
-    batch_size: int = Field(8, gt=0, description="Windows in one optimizer step, all processes.")
-    micro_batch_size: int | None = Field(
-        None, gt=0, description="Windows in one forward pass of one process; null: batch_size."
+    epochs: Epochs = 1.0
+    max_steps: Steps | None = Field(None, description="Stop after this many optimizer steps.")
+    batch_size: Count = Field(8, description="Windows in one optimizer step, all processes.")
+    micro_batch_size: Count | None = Field(
+        None, description="Windows in one forward pass of one process; null: batch_size."
     )
-    learning_rate: float = Field(1e-4, gt=0, strict=False)
+    learning_rate: LearningRate = 1e-4
     schedule: Annotated[str, OneOf(SCHEDULES)] = "cosine"
-    warmup: float = Field(0.05, ge=0, lt=1, strict=False, description="Share of all steps.")
-    decay: float = Field(0.2, gt=0, le=1, strict=False, description="wsd: share that decays.")
-    weight_decay: float = Field(0.0, ge=0, strict=False)
-    betas: tuple[float, float] = Field((0.9, 0.95), strict=False)
-    max_grad_norm: float = Field(1.0, gt=0, strict=False)
+    warmup: PartialShareOrZero = Field(0.05, description="Share of all steps.")
+    decay: Share = Field(0.2, description="wsd: share that decays.")
+    weight_decay: WeightDecay = 0.0
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
+    max_grad_norm: GradientNorm = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Of the matrix products; weights and moments stay float32."
     )
@@ -46,13 +58,13 @@ class TrainRecipe(Section):
         False, description="Leave the head as it is, and embeddings that are tied to it."
     )
     gradient_checkpointing: bool = False
-    checkpoint_every: int = Field(100, gt=0, description="Optimizer steps between checkpoints.")
-    keep_checkpoints: int = Field(2, gt=0)
-    evaluate_every: int | None = Field(
-        None, gt=0, description="Optimizer steps between held-out measurements; null: never."
+    checkpoint_every: Steps = Field(100, description="Optimizer steps between checkpoints.")
+    keep_checkpoints: Count = 2
+    evaluate_every: Steps | None = Field(
+        None, description="Optimizer steps between held-out measurements; null: never."
     )
-    early_stop: int | None = Field(
-        None, gt=0, description="Stop after this many measurements without a better one."
+    early_stop: Count | None = Field(
+        None, description="Stop after this many measurements without a better one."
     )
     report_to: list[str] = Field(
         default=[], description="Trackers of transformers.Trainer: tensorboard, wandb, trackio."

@@ -1,0 +1,131 @@
+"""What pydantic says against a recipe, as one error with the line, the key and what to do."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from stillhouse.config.recipe_values import chosen_model, models_in, tag_key
+from stillhouse.config.recipe_yaml import Key, Lines, dotted
+from stillhouse.errors import RecipeError, shown, shown_value
+
+SHOWN = 4
+"""Problems in one message."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """key: in the file. section: that holds its last part. annotation: of the value."""
+
+    key: Key
+    section: type[BaseModel] | None
+    annotation: Any
+
+
+def described(
+    error: ValidationError, lines: Lines, source: str, root: type[BaseModel]
+) -> RecipeError:
+    """lines: of the keys; 0 for one that an override has set."""
+    found: dict[Key, tuple[str, str | None]] = {}
+    for problem in error.errors(include_url=False)[: 2 * SHOWN]:
+        at = _locate(problem, root)
+        found.setdefault(at.key, _describe(problem, at))  # each type of a union has its own
+    first, (what, fix) = next(iter(found.items()))
+    if len(found) > 1:
+        what += "\n  also:  " + "; ".join(text for text, _ in list(found.values())[1:SHOWN])
+    return RecipeError(what, where=place(first, lines, source), fix=fix)
+
+
+def place(key: Key, lines: Lines, source: str) -> str:
+    """Where a key stands, or the nearest one around it."""
+    near = key
+    while near and near not in lines:
+        near = near[:-1]
+    if near and lines[near] == 0:
+        return f"--set {dotted(key)}"
+    return f"{source}, line {lines[near]}" if near else source
+
+
+def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str | None]:
+    """One pydantic error as what is wrong, and what to do."""
+    key, kind, given = at.key, problem["type"], problem["input"]
+    name, last = dotted(key) or "recipe", dotted(key[-1:])
+    about = _description(at)
+    if kind == "extra_forbidden":
+        valid = list(at.section.model_fields) if at.section else []
+        near = difflib.get_close_matches(last, valid, n=1, cutoff=0.5)
+        fix = f"did you mean `{near[0]}`? " if near else "remove it. "
+        section = dotted(key[:-1]) or "the recipe"
+        return f"unknown key `{name}`", f"{fix}Valid keys of {section}: {', '.join(valid)}"
+    if kind == "missing":
+        return f"the key `{name}` is missing", f"add `{last}:`" + (f"  # {about}" if about else "")
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        return _variant(problem, at, name)
+    message = problem["msg"].removeprefix("Value error, ")
+    what = f"`{name}`: {message[0].lower() + message[1:]}"
+    if given is None:
+        what += " (it is null)"
+    elif not isinstance(given, dict | list) or not models_in(at.annotation):
+        what += f" (it is {shown_value(given)})"
+    return what, f"{last}: {about}" if about else None
+
+
+def _variant(problem: ErrorDetails, at: _Place, name: str) -> tuple[str, str]:
+    """A section of several kinds does not say which it is."""
+    given, context = problem["input"], problem.get("ctx", {})
+    tag = str(context.get("discriminator", "")).strip("'")
+    said = given.get(tag) if isinstance(given, dict) else None
+    tags = [
+        str(value)
+        for model in models_in(at.annotation)
+        for value in typing.get_args(model.model_fields[tag].annotation)
+    ]
+    near = difflib.get_close_matches(shown(said), tags, n=1)
+    fix = f"did you mean `{tag}: {near[0]}`? " if near else ""
+    fix += f"{tag} is one of {', '.join(map(repr, tags))}"
+    if said is None:
+        return f"`{name}` needs the key `{tag}`", fix
+    return f"unknown {tag} {shown_value(said)} in `{name}`", fix
+
+
+def _locate(problem: ErrorDetails, root: type[BaseModel]) -> _Place:
+    """Of pydantic's location, which also names the variants of unions."""
+    key: list[str | int] = []
+    section: type[BaseModel] | None = root
+    annotation: Any = root
+    parts = problem["loc"]
+    for place, part in enumerate(parts):
+        if isinstance(part, int):
+            key.append(part)
+            continue
+        models = models_in(annotation)
+        tag = tag_key(models)
+        chosen = chosen_model(models, {tag: part}) if tag else None
+        if chosen is not None:
+            annotation = chosen
+        elif len(models) == 1 and part in models[0].model_fields:
+            (section,) = models
+            key.append(part)
+            annotation = section.model_fields[part].annotation
+        elif problem["type"] == "extra_forbidden" and place == len(parts) - 1:
+            section = models[0] if len(models) == 1 else section
+            key.append(part)
+        elif not models and dict in _origins(annotation):
+            key.append(part)
+            annotation = typing.get_args(annotation)[-1]
+    return _Place(tuple(key), section, annotation)
+
+
+def _origins(annotation: Any) -> set[Any]:
+    origin = typing.get_origin(annotation)
+    return {origin}.union(*map(_origins, typing.get_args(annotation) if origin is not dict else ()))
+
+
+def _description(at: _Place) -> str | None:
+    field = at.section.model_fields.get(str(at.key[-1])) if at.section and at.key else None
+    return field.description if field else None

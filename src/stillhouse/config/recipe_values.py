@@ -1,0 +1,194 @@
+"""What a scalar of a recipe means, by the type of the key that it stands at."""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from pydantic import BaseModel
+
+from stillhouse.config.recipe_yaml import Key, Plain, has_surrogate
+from stillhouse.errors import shown
+
+Refuse = Callable[[Key, str, str], NoReturn]
+"""Raises RecipeError: the key, what is wrong with its value, what to do."""
+
+_WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
+_DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+_NULL = ("", "~", "null", "Null", "NULL")
+_BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False} | {
+    "FALSE": False
+}
+_WORDS = {
+    form: value
+    for word, value in {"yes": True, "on": True, "no": False, "off": False}.items()
+    for form in (word, word.title(), word.upper())
+}
+"""Booleans to YAML 1.1, and text to YAML 1.2."""
+_OTHER_NUMBERS: Sequence[tuple[re.Pattern[str], Callable[[str], str], str]] = (
+    (re.compile(r"0[0-7]+"), lambda text: f"{int(text, 8)} or {int(text)}", "is octal to YAML 1.1"),
+    (re.compile(r"0[0-9]+"), lambda text: f"{int(text)}", "begins with 0"),
+    (
+        re.compile(r"0[xX][0-9a-fA-F]+|0[oO][0-7]+|0[bB][01]+"),
+        lambda text: f"{int(text, 0)}",
+        "is not decimal",
+    ),
+    (
+        re.compile(r"[0-9]+(:[0-5]?[0-9])+"),
+        lambda text: f"{_base_60(text)}",
+        "is a number of base 60 to YAML 1.1",
+    ),
+    (
+        re.compile(r"[0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?"),
+        lambda text: text.replace("_", ""),
+        "has underscores",
+    ),
+    (
+        re.compile(r"\.(inf|Inf|INF|nan|NaN|NAN)"),
+        lambda text: "a finite number",
+        "is not finite",
+    ),
+)
+"""What YAML 1.1 reads as a number and most people do not, or not as that one; without a sign. And
+how to write it."""
+
+
+def read_values(raw: Any, annotation: Any, refuse: Refuse, key: Key = ()) -> Any:
+    """Values of a recipe as pydantic shall see them: `Plain` scalars as what the key's type makes
+    of them, and `3e-4` in quotes as a number where only a number fits."""
+    if isinstance(raw, Mapping):
+        return _mapping(raw, annotation, refuse, key)
+    if isinstance(raw, list):
+        inner = _of_items(annotation)
+        return [read_values(item, inner, refuse, (*key, index)) for index, item in enumerate(raw)]
+    if not isinstance(raw, str):
+        return raw
+    wanted = leaf_types(annotation)
+    if isinstance(raw, Plain):
+        return _scalar(raw, wanted, refuse, key)
+    if has_surrogate(raw):
+        refuse(key, "the text holds half of a character (a surrogate)", "write it whole")
+    return float(raw) if float in wanted and _DECIMAL.fullmatch(raw) else raw
+
+
+def _mapping(raw: Mapping[Any, Any], annotation: Any, refuse: Refuse, key: Key) -> dict[Any, Any]:
+    models = models_in(annotation)
+    model = chosen_model(models, raw) if models else None
+    fields = model.model_fields if model else {}
+    renamed = getattr(model, "renamed", {})
+    inner = str | None if models else _of_items(annotation)
+    read = {}
+    for name, value in raw.items():
+        known = fields.get(renamed.get(name, name)) if isinstance(name, str) else None
+        inside = (*key, name if isinstance(name, str | int) else str(name))
+        read[name] = read_values(value, known.annotation if known else inner, refuse, inside)
+    return read
+
+
+def _scalar(text: Plain, wanted: set[Any], refuse: Refuse, key: Key) -> Any:
+    numbers, anything = bool(wanted & {int, float}), not wanted or bool(wanted & {Any, object})
+    words = str in wanted
+    if text in _NULL:
+        if words and text and not anything and types.NoneType not in wanted:
+            refuse(key, f"{text} is no text", f'write it in quotes if it is text: "{text}"')
+        return None
+    if text in _BOOLEANS and (bool in wanted or anything):
+        return _BOOLEANS[text]
+    if text in _WORDS and (bool in wanted or anything):
+        if words or anything:
+            meant = str(_WORDS[text]).lower()
+            refuse(
+                key,
+                f"{text} is {meant} to YAML 1.1, and text to YAML 1.2",
+                f'write {meant}, or "{text}" in quotes',
+            )
+        return _WORDS[text]
+    if numbers or anything:
+        return _number(text, wanted, refuse, key)
+    return str(text)
+
+
+def _number(text: Plain, wanted: set[Any], refuse: Refuse, key: Key) -> Any:
+    """A decimal number; else text, which pydantic refuses where a number is needed."""
+    name, sign = shown(text), text[:1] if text[:1] in ("-", "+") else ""
+    if len(text) > 400 and _DECIMAL.fullmatch(text):
+        refuse(key, f"the number has {len(text):,} digits", "write a smaller one")
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    for pattern, read, problem in _OTHER_NUMBERS:
+        if pattern.fullmatch(text.removeprefix(sign)):
+            fix = f"write {sign.strip('+')}{read(text.removeprefix(sign))}"
+            if bool in wanted or not wanted & {int, float}:
+                fix += f', or "{name}" in quotes'
+            refuse(key, f"{name} {problem}", fix)
+    if _DECIMAL.fullmatch(text):
+        value = float(text)
+        if math.isinf(value):
+            refuse(key, f"{name} is too large for a number", "write a smaller one")
+        if int in wanted and float not in wanted and value.is_integer() and value < 1e15:
+            refuse(key, f"{name} is no integer to YAML", f"write {int(value)}")
+        return value
+    if (text in _BOOLEANS or text in _WORDS) and wanted & {int, float}:
+        refuse(key, f"{name} is a boolean, and no number", "write a number")
+    return str(text)
+
+
+def _base_60(text: str) -> int:
+    return functools.reduce(lambda total, part: 60 * total + int(part), text.split(":"), 0)
+
+
+# --- types -----------------------------------------------------------------------------------
+
+
+def leaf_types(annotation: Any) -> set[Any]:
+    """The types of the values in it, through unions, lists and mappings; of a literal, its own."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return {type(value) for value in arguments}
+    if origin is typing.Annotated:
+        return leaf_types(arguments[0])
+    if origin is dict:
+        return leaf_types(arguments[-1])
+    if not arguments:
+        return {annotation}
+    return {leaf for argument in arguments for leaf in leaf_types(argument)}
+
+
+def _of_items(annotation: Any) -> Any:
+    """Of a list's or mapping's items: they are not None where the whole may be."""
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return annotation
+    arguments = [one for one in typing.get_args(annotation) if one is not types.NoneType]
+    return functools.reduce(operator.or_, arguments)
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections in it, through unions and lists."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [m for argument in typing.get_args(annotation) for m in models_in(argument)]
+
+
+def tag_key(models: list[type[BaseModel]]) -> str | None:
+    """The key that tells the variants of a union apart: `kind` or `start`."""
+    if len(models) < 2:
+        return None
+    return next(k for k in ("kind", "start") if all(k in m.model_fields for m in models))
+
+
+def chosen_model(models: list[type[BaseModel]], raw: Mapping[Any, Any]) -> type[BaseModel] | None:
+    """The variant that the values are of; None where they do not say it."""
+    key = tag_key(models)
+    if key is None:
+        return models[0]
+    by_tag = {tag: m for m in models for tag in typing.get_args(m.model_fields[key].annotation)}
+    default = next((m for m in models if not m.model_fields[key].is_required()), None)
+    if key not in raw:
+        return default
+    return by_tag.get(raw[key]) if isinstance(raw[key], str) else None

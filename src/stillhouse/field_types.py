@@ -1,0 +1,141 @@
+"""Types that the sections of a recipe share: numbers that a run can use, and paths.
+
+Every number is finite and bounded: a value outside would overflow, never end, or do nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field
+from pydantic.fields import FieldInfo
+
+MOST_TOKENS = 2**53
+"""Every integer up to it is a float64 too, as JSON and the estimates have them."""
+
+
+def _float(low: float, high: float) -> Any:
+    return Field(ge=low, le=high, allow_inf_nan=False)
+
+
+def _int(low: int, high: int) -> FieldInfo:
+    info: FieldInfo = Field(ge=low, le=high)
+    return info
+
+
+def _zero_or_at_least(least: float) -> AfterValidator:
+    def check(value: float) -> float:
+        if 0 < value < least:
+            raise ValueError(f"it must be 0, or at least {least:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+# --- integers --------------------------------------------------------------------------------
+
+Seed = Annotated[int, _int(0, 2**32 - 1)]
+"""NumPy's legacy generator, which transformers and lm-eval seed, takes no more than 32 bits."""
+Tokens = Annotated[int, _int(1, MOST_TOKENS)]
+"""An amount of tokens, rows, characters or bytes."""
+TokensOrZero = Annotated[int, _int(0, MOST_TOKENS)]
+Context = Annotated[int, _int(8, 2**24)]
+"""Tokens of one window."""
+AnswerTokens = Annotated[int, _int(1, 2**24)]
+"""The most tokens of one answer."""
+Steps = Annotated[int, _int(1, 2**31 - 1)]
+"""Optimizer steps."""
+Count = Annotated[int, _int(1, 10**6)]
+"""What is held or done at once, or a few of something: a batch, candidates, GPUs, n-grams."""
+CountOrZero = Annotated[int, _int(0, 10**6)]
+SmallCount = Annotated[int, _int(1, 10_000)]
+"""Layers, heads or experts; the place of a layer, from 1; answers to one prompt."""
+Width = Annotated[int, _int(1, 2**24)]
+"""A size of a model: of a layer, or of its vocabulary."""
+WholeNumber = Annotated[int, _int(-MOST_TOKENS, MOST_TOKENS)]
+
+# --- floating-point numbers ------------------------------------------------------------------
+
+LearningRate = Annotated[float, _float(1e-12, 10.0)]
+Epochs = Annotated[float, _float(1e-6, 1e6)]
+WeightDecay = Annotated[float, _float(0.0, 10.0), _zero_or_at_least(1e-12)]
+GradientNorm = Annotated[float, _float(1e-9, 1e9)]
+"""The largest is as good as no clipping."""
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+"""A decay rate of Adam's moments."""
+Weight = Annotated[float, _float(0.0, 1e6), _zero_or_at_least(1e-12)]
+"""The factor of a loss term."""
+Temperature = Annotated[float, _float(1e-3, 100.0)]
+"""Divides logits in a loss."""
+SamplingTemperature = Annotated[float, _float(0.0, 100.0), _zero_or_at_least(1e-3)]
+"""0 is greedy."""
+Share = Annotated[float, _float(1e-6, 1.0)]
+"""Some, or all."""
+PartialShare = Annotated[float, Field(ge=1e-6, lt=1, allow_inf_nan=False)]
+"""Some, but not all."""
+PartialShareOrZero = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+"""From none to almost all."""
+ShareOrZero = Annotated[float, _float(0.0, 1.0), _zero_or_at_least(1e-6)]
+"""From none to all."""
+Similarity = Annotated[float, _float(0.01, 1.0)]
+"""Of two texts (Jaccard)."""
+Parameter = Annotated[float, _float(0.0, 10.0), _zero_or_at_least(1e-6)]
+"""Of a divergence."""
+FiniteNumber = Annotated[float, _float(-1e38, 1e38)]
+"""Within float32."""
+Divergence = Annotated[float, _float(1e-15, 1e3)]
+"""A limit of a KL divergence, in nats."""
+Usd = Annotated[float, _float(0.0, 1e9), _zero_or_at_least(1e-12)]
+"""An amount of US dollars, or a price of a million tokens."""
+Seconds = Annotated[float, _float(1e-3, 604_800.0)]
+"""Up to a week."""
+
+# --- text ------------------------------------------------------------------------------------
+
+
+def usable_path(path: str) -> str:
+    """Raises ValueError where no file system has such a path."""
+    if "\0" in path:
+        raise ValueError("a path cannot hold the character NUL")
+    parts = path.encode("utf-8", "surrogatepass").split(b"/")
+    if sum(map(len, parts)) > 4000 or max(map(len, parts)) > 255:
+        raise ValueError("the path is too long: 4,000 bytes in all, and 255 between slashes")
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        user = Path(path).parts[0]
+        raise ValueError(f"there is no home folder {user}: write the whole path") from None
+    return path
+
+
+def check_url(url: str) -> None:
+    """Raises ValueError, without the URL, which may hold a key, where it is no base URL of an API.
+    A section calls it on the whole: the error of a single key would show its value."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or any(character.isspace() or character < " " for character in url):
+        raise ValueError(
+            "base_url must be http:// or https://, a host, and perhaps a port from 1 to 65535: "
+            "for example http://127.0.0.1:8000/v1"
+        )
+
+
+def _json_values(values: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise ValueError("it must hold text, finite numbers, lists and mappings only") from None
+    return values
+
+
+PathText = Annotated[str, AfterValidator(usable_path)]
+"""A path, or another name of a model or data set; a relative path starts at the recipe's folder."""
+RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+"""The name of a run or of a member of a family, and of its folder."""
+JsonValues = Annotated[dict[str, Any], AfterValidator(_json_values)]
