@@ -206,8 +206,6 @@ def test_packed_documents_are_not_related() -> None:
         ({"kind": "hidden_states", "pairs": [[0, 0]]}, "block 0"),
         ({"kind": "attention_relations", "heads": 5}, "do not divide the student's query width"),
         ({"divergence": "jsd", "layers": [2]}, "a student with 2 blocks"),
-        ({"divergence": "jsd", "alpha": 0.5}, "jsd has no alpha"),
-        ({"divergence": "jsd", "beta": 1.5}, "must lie in"),
     ],
 )
 def test_what_two_models_cannot_give_is_refused_by_its_place(
@@ -219,7 +217,7 @@ def test_what_two_models_cannot_give_is_refused_by_its_place(
     with pytest.raises(SignalError, match=message) as caught:
         make_objective(objective(tmp_path, {}, term), *configs)
     assert caught.value.where == "objective.terms.1"
-    assert caught.value.fix or "must lie in" in message
+    assert caught.value.fix
 
 
 def test_two_terms_of_a_kind_are_refused(narrow: Setting, tmp_path: Path) -> None:

@@ -6,7 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from stillhouse.field_types import Parameter, ShareOrZero, SmallCount, Temperature, Weight
+from stillhouse.field_types import (
+    CountOrZero,
+    Parameter,
+    ShareOrZero,
+    SmallCount,
+    Temperature,
+    Weight,
+)
 from stillhouse.objectives.objective_names import (
     PARAMETERS,
     Distance,
@@ -55,7 +62,7 @@ class LayerTerm(Weighted):
     count: SmallCount | None = Field(
         None, description="Blocks to pair; null: all of the student's."
     )
-    pairs: list[Annotated[tuple[SmallCount, SmallCount], Field(strict=False)]] | None = Field(
+    pairs: list[Annotated[tuple[CountOrZero, CountOrZero], Field(strict=False)]] | None = Field(
         None, min_length=1, description="[student block, teacher block] pairs, in place of layers."
     )
 
