@@ -71,7 +71,7 @@ def plan_answers_evaluation(
         "trained": trained.digest,
         "baseline": tuned and tuned.digest,
     }
-    return StagePlan("evaluate", inputs, work)
+    return StagePlan("evaluate", inputs, work, version=2)
 
 
 def _evaluate(

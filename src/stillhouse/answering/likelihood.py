@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from stillhouse.data.turn_end import turn_end
+from stillhouse.generation.chat_frame import answer_prompt_ids
 from stillhouse.generation.request import Message
 from stillhouse.signals.lm_head import head_logits
 from stillhouse.teachers.backbone import lm_head
@@ -20,15 +22,10 @@ def mean_surprise(
     that ends an answer is one of them, so that an empty answer is not free."""
     total, tokens = 0.0, 0
     device = next(model.parameters()).device
-    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    last = turn_end(tokenizer)
+    end = [] if last is None else [last.id]
     for messages, answer in zip(prompts, answers, strict=True):
-        encoded = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )
-        prompt = list(encoded["input_ids"])
+        prompt = answer_prompt_ids(tokenizer, messages)
         said = [*tokenizer(answer, add_special_tokens=False)["input_ids"], *end]
         ids_1L = torch.tensor([[*prompt, *said]], device=device)
         states_LD = model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state[0]

@@ -21,10 +21,12 @@ from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import CHECKPOINTS, MODEL, fit
 from stillhouse.classify.label_judgment import CHUNKS, Judgment, label_by_api, score_texts
 from stillhouse.classify.task_texts import UNKNOWN, Texts, files_sha256, gold_ids, prepare_texts
+from stillhouse.data.turn_end import turn_end
 from stillhouse.generation.request import endpoint_of
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.pipeline.stage_plan import Do, StagePlan, unanswered
 from stillhouse.runfolder import Outcome, Stage
+from stillhouse.teachers.load_model import load_tokenizer
 
 
 def plan_texts(job: TaskJob) -> StagePlan:
@@ -95,6 +97,12 @@ def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
         "teacher": job.teacher and job.teacher.fingerprint,
         "texts": texts.digest,
     }
+    if job.teacher is not None and recipe.task.chat:
+        code = recipe.teacher.trust_remote_code
+        tokenizer = load_tokenizer(job.teacher.path, trust_remote_code=code)
+        end = turn_end(tokenizer)
+        if end is not None and end.id != tokenizer.eos_token_id:
+            inputs["turn_end"] = end.text
     version = 1 if api is None else 3
     return StagePlan(
         "judgment",

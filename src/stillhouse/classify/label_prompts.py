@@ -8,7 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 from stillhouse.classify.classify_config import ClassifyTask
+from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import ModelError, RecipeError
+from stillhouse.generation.chat_frame import answer_prompt_ids
 
 CONTENTLESS = ("N/A", "[MASK]", "...")
 """Texts that say nothing, for what a teacher answers anyway (Zhao et al. 2021, arXiv 2102.09690,
@@ -75,10 +77,7 @@ class PromptTokens:
     def _one(self, text: str) -> list[int]:
         if not self.prompt.chat:
             return list(self.tokenizer(self.prompt.plain(text))["input_ids"])
-        encoded = self.tokenizer.apply_chat_template(
-            self.prompt.turns(text), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return list(encoded["input_ids"])
+        return answer_prompt_ids(self.tokenizer, self.prompt.turns(text))
 
 
 def prompt_tokens(prompt: LabelPrompt, tokenizer: Any, max_tokens: int) -> PromptTokens:
@@ -101,7 +100,8 @@ def prompt_tokens(prompt: LabelPrompt, tokenizer: Any, max_tokens: int) -> Promp
             )
     ended = _one_begins_another(labels)
     if ended:
-        labels = [[*ids, _end_of_turn(tokenizer)] for ids in labels]
+        end = _end_of_answer(tokenizer, chat=prompt.chat)
+        labels = [[*ids, end] for ids in labels]
     if len({tuple(ids) for ids in labels}) < len(labels):
         raise RecipeError(
             "two labels are the same in the tokens of this tokenizer",
@@ -127,11 +127,14 @@ def _one_begins_another(labels: Sequence[Sequence[int]]) -> bool:
     )
 
 
-def _end_of_turn(tokenizer: Any) -> int:
-    if tokenizer.eos_token_id is None:
+def _end_of_answer(tokenizer: Any, *, chat: bool) -> int:
+    """Of a chat, the end of a turn; of plain text, EOS."""
+    end = turn_end(tokenizer)
+    found = end.id if chat and end is not None else tokenizer.eos_token_id
+    if found is None:
         raise ModelError(
             "one label begins another, and this tokenizer has no token to end the shorter with",
             where="task.labels",
             fix="end task.answer with something after {label}, such as a full stop",
         )
-    return int(tokenizer.eos_token_id)
+    return int(found)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from stillhouse.data.turn_end import stop_at_turn_end
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import FLOATS
 from stillhouse.export.gate import Gate, ReplayResult, fill
@@ -48,6 +49,7 @@ def export_checkpoint(
 def _save(source: Path, out: Path, dtype: torch.dtype, trust_remote_code: bool) -> None:
     model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code).to(dtype)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    stop_at_turn_end(model, tokenizer)
     try:
         with quiet():
             model.save_pretrained(out)

@@ -12,6 +12,7 @@ from typing import Any
 
 import gguf
 
+from stillhouse.data.turn_end import turn_end
 from stillhouse.export.gguf_model import Family, unknown_tokenizer
 from stillhouse.export.gguf_sentencepiece import (
     Pieces,
@@ -124,6 +125,9 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
         index = getattr(tokenizer, f"{role}_token_id")
         if index is not None:
             add(index)
+    end = turn_end(tokenizer)
+    if end is not None and end.id != tokenizer.eos_token_id:
+        writer.add_eot_token_id(end.id)
     ids = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)

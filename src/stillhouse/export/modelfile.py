@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import GenerationConfig
 
+from stillhouse.data.turn_end import turn_end
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 
 PROBE = [
@@ -108,6 +109,8 @@ def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -
     for index in ends if isinstance(ends, list) else [ends]:
         token = None if index is None else tokenizer.convert_ids_to_tokens(index)
         stops += [token] if token else []
+    end = turn_end(tokenizer)
+    stops += [end.text] if end is not None else []
     form = chat_format(tokenizer)
     if form is None:
         lines.append("# The chat template is not a known one: Ollama reads it from the file.")

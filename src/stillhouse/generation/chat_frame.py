@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from stillhouse.data.chat_template import chat_ids
+from stillhouse.data.reasoning import MARKS, Marks
 from stillhouse.generation.request import Answer, Message
 
 SYSTEM = ("system", "developer")
 """Roles of a system prompt."""
+MARK_TOKENS = 32
+"""Tokens at the end of a prompt that hold a mark of reasoning, however it is tokenized."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,20 @@ def answer_text(answer: Answer, *, keep_reasoning: bool = False) -> str:
 
     Reasoning that was cut off leaves no answer: the text is empty.
     """
-    reasoning, closed, rest = answer.text.rpartition("</think>")
-    if closed:
-        reasoning = reasoning.replace("<think>", "", 1)
-    elif answer.text.lstrip().startswith("<think>"):
-        reasoning, rest = answer.text.replace("<think>", "", 1), ""
-    reasoning = reasoning.strip() or (answer.reasoning or "").strip()
-    rest = rest.strip()
+    said = MARKS.split(answer.text, cut_off=answer.finish_reason == "length")
+    reasoning = said.reasoning or (answer.reasoning or "").strip()
+    rest = said.answer.strip()
     if not keep_reasoning or not reasoning or not rest:
         return rest
     return f"<think>\n{reasoning}\n</think>\n\n{rest}"
+
+
+def answer_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """The tokens before an answer without reasoning: where the template's generation prompt opens
+    the reasoning, it is closed again. Raises what the template raises."""
+    ids, marks = chat_ids(tokenizer, messages), Marks.of(tokenizer)
+    opened = marks.opened(str(tokenizer.decode(ids[-MARK_TOKENS:])))
+    if not opened:
+        return ids
+    closed = f"\n{marks.closing(opened)}\n\n"
+    return [*ids, *tokenizer(closed, add_special_tokens=False)["input_ids"]]

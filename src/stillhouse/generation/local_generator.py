@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillhouse.data.turn_end import end_of_answers
 from stillhouse.generation.generator import Continuation, TokenPrompt
 from stillhouse.generation.kv_cache import SlotCache, fits_padding, fits_slots
 from stillhouse.generation.text_generator import TextGenerator
@@ -238,14 +239,8 @@ def draw(probabilities_V: Tensor, top_p: float, uniform: float) -> int:
     return int(ids_K[min(chosen, size - 1)])
 
 
-def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The tokens that end an answer, by the model's generation config and its tokenizer."""
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    return frozenset(end for end in ends if end is not None)
-
-
 def local_text(model: Any, tokenizer: Any, *, batch: int = BATCH) -> TextGenerator[LocalGenerator]:
     """Answers to chats from a model on this device. Raises ModelError without a chat template."""
-    local = LocalGenerator(model, end_tokens(model, tokenizer), batch=batch)
+    ends = end_of_answers(tokenizer, model.generation_config)
+    local = LocalGenerator(model, ends, batch=batch)
     return TextGenerator(local, tokenizer)

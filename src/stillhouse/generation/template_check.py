@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stillhouse.data.chat_template import render_chat
+from stillhouse.data.reasoning import THINK
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.tokenize_rows import tokenize
 from stillhouse.errors import DataError, ModelError
@@ -39,20 +41,17 @@ def rendered_prompt(tokenizer: Any) -> Render:
     """How a model reads a chat before it answers."""
 
     def render(messages: Sequence[Message]) -> str:
-        return str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-            )
-        )
+        return render_chat(tokenizer, messages, generation_prompt=True)
 
     return render
 
 
-def rendered_training(tokenizer: Any) -> Render:
-    """How a student is trained on a chat with an answer to it."""
+def rendered_training(tokenizer: Any, *, reasoning: bool = False) -> Render:
+    """How a student is trained on a chat with an answer to it. reasoning: before the answer."""
+    answer = f"{THINK[0]}\nAlpha.\n{THINK[1]}\n\nYes." if reasoning else "Yes."
 
     def render(messages: Sequence[Message]) -> str:
-        row = {"messages": [*map(dict, messages), {"role": "assistant", "content": "Yes."}]}
+        row = {"messages": [*map(dict, messages), {"role": "assistant", "content": answer}]}
         document = document_from_row(row, "text", "the chats")
         assert document is not None
         list(tokenize([document], tokenizer))

@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from stillhouse.data.chat_template import chat_ids
+from stillhouse.data.reasoning import Marks, decode_with_marks
 from stillhouse.errors import ModelError
+from stillhouse.generation.chat_frame import MARK_TOKENS
 from stillhouse.generation.generator import Continuation, Generator, TokenPrompt
 from stillhouse.generation.request import Answer, Failure, Outcome, Request
 
@@ -55,16 +58,10 @@ class TextGenerator(Generic[G]):
     def _prompt(self, request: Request) -> TokenPrompt | Failure:
         parameters, window = request.parameters, self.generator.window
         try:
-            encoded = self.tokenizer.apply_chat_template(
-                [dict(message) for message in request.messages],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-            )
+            ids = chat_ids(self.tokenizer, request.messages)
         # A template is a program that comes with the model, and fails in any way.
         except Exception as error:
             return Failure("refused", f"the chat template refuses the messages: {error}")
-        ids = list(encoded["input_ids"])
         most = int(parameters["max_tokens"])
         if window:
             most = min(most, window - len(ids))
@@ -84,11 +81,12 @@ class TextGenerator(Generic[G]):
     def _answer(self, prompt: TokenPrompt, written: Continuation) -> Outcome:
         if written.stop not in ("stop", "length"):
             return Failure("server", f"the engine ended the answer: {written.stop}")
-        text = written.text
-        if text is None:
-            text = self.tokenizer.decode(written.ids, skip_special_tokens=True)
+        said = Marks.of(self.tokenizer).split(
+            self._text(prompt, written), cut_off=written.stop == "length"
+        )
         return Answer(
-            text=text,
+            text=said.answer,
+            reasoning=said.reasoning or None,
             finish_reason=written.stop,
             prompt_tokens=len(prompt.ids),
             completion_tokens=len(written.ids),
@@ -96,6 +94,18 @@ class TextGenerator(Generic[G]):
             seconds=written.seconds,
             logprobs=[{"logprob": value} for value in written.logprobs or ()] or None,
         )
+
+    def _text(self, prompt: TokenPrompt, written: Continuation) -> str:
+        """With the marks of its reasoning, also the one that the prompt ends with."""
+        text = decode_with_marks(self.tokenizer, written.ids)
+        # An engine's own text has lost special tokens: it will do where none of them is a mark.
+        if written.text is not None and text == self._without_marks(written):
+            text = written.text
+        end = self.tokenizer.decode(prompt.ids[-MARK_TOKENS:])
+        return Marks.of(self.tokenizer).opened(end) + text
+
+    def _without_marks(self, written: Continuation) -> str:
+        return str(self.tokenizer.decode(written.ids, skip_special_tokens=True))
 
 
 def require_chat_template(tokenizer: Any) -> None:

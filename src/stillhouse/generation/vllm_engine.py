@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import ModelError
 from stillhouse.generation.generation_config import VllmEngine
 from stillhouse.generation.generator import Continuation, TokenPrompt
@@ -95,10 +96,12 @@ class InProcess:
 
 @dataclass
 class VllmGenerator:
-    """batch: prompts that the engine is given at once."""
+    """batch: prompts that the engine is given at once. stops: ids that end an answer, besides those
+    of the model's generation config."""
 
     engine: Engine
     batch: int
+    stops: tuple[int, ...] = ()
 
     @property
     def window(self) -> int:
@@ -108,7 +111,7 @@ class VllmGenerator:
         """See `Generator`. The seconds of a continuation are those of its batch."""
         numbered = enumerate(prompts)
         while batch := list(itertools.islice(numbered, self.batch)):
-            rows = [{"prompt": list(p.ids), "sampling": _sampling(p)} for _, p in batch]
+            rows = [{"prompt": list(p.ids), "sampling": self._sampling(p)} for _, p in batch]
             began = time.monotonic()
             try:
                 written = self.engine.generate(rows)
@@ -119,17 +122,17 @@ class VllmGenerator:
             for (number, _), one in zip(batch, written, strict=True):
                 yield number, Continuation(**one, seconds=seconds)
 
-
-def _sampling(prompt: TokenPrompt) -> dict[str, Any]:
-    """Arguments of vllm.SamplingParams."""
-    return {
-        "temperature": prompt.temperature,
-        "top_p": prompt.top_p,
-        "max_tokens": prompt.max_tokens,
-        "seed": prompt.seed if prompt.temperature > 0 else None,
-        # 0: of the token that was written, and of no other.
-        "logprobs": 0 if prompt.logprobs else None,
-    }
+    def _sampling(self, prompt: TokenPrompt) -> dict[str, Any]:
+        """Arguments of vllm.SamplingParams."""
+        return {
+            "temperature": prompt.temperature,
+            "top_p": prompt.top_p,
+            "max_tokens": prompt.max_tokens,
+            "seed": prompt.seed if prompt.temperature > 0 else None,
+            # 0: of the token that was written, and of no other.
+            "logprobs": 0 if prompt.logprobs else None,
+            **({"stop_token_ids": list(self.stops)} if self.stops else {}),
+        }
 
 
 @contextmanager
@@ -163,8 +166,10 @@ def opened(
         engine = InProcess(options) if python is None else VllmProcess(python, options)
     except Exception as error:
         raise _failed(f"vLLM cannot load {path}", error) from error
+    end = turn_end(tokenizer)
+    stops = () if end is None or end.text in end.stops else (end.id,)
     try:
-        yield TextGenerator(VllmGenerator(engine, section.batch), tokenizer)
+        yield TextGenerator(VllmGenerator(engine, section.batch, stops), tokenizer)
     finally:
         engine.close()
 

@@ -16,6 +16,7 @@ from stillhouse.language_model.job import Job
 from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.synthesis_check import PlannedText, planned_text
+from stillhouse.language_model.turn_check import check_turns
 from stillhouse.pipeline.kind import Check
 from stillhouse.teachers.load_model import load_tokenizer
 
@@ -40,7 +41,7 @@ def check_data(check: Check) -> Iterator[Finding]:
         return
     sample = _sample(job, planned)
     check.found[TOKENS] = sample.tokens
-    yield from _findings(sample, job.recipe)
+    yield from _findings(sample, job)
 
 
 def _extras(recipe: Recipe) -> Iterator[Finding]:
@@ -95,8 +96,8 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
     )
 
 
-def _findings(sample: Sample, recipe: Recipe) -> Iterator[Finding]:
-    section = recipe.data
+def _findings(sample: Sample, job: Job) -> Iterator[Finding]:
+    section = job.recipe.data
     about = "" if sample.complete else "about "
     chats = f", {sample.conversations} of them chats" if sample.conversations else ""
     yield Finding(
@@ -106,7 +107,7 @@ def _findings(sample: Sample, recipe: Recipe) -> Iterator[Finding]:
         f"the loss mask keeps {sample.supervised_share:.0%} of the tokens",
     )
     if sample.conversations:
-        yield Finding("ok", "chat template", "loss on assistant turns; see `stillhouse preview`")
+        yield from check_turns(job)
     if sample.longest > section.context:
         text = f"a row has {sample.longest:,} tokens; the context is {section.context:,}"
         fix = f"data.context={sample.longest}, or data.long_rows: truncate or drop"

@@ -80,7 +80,7 @@ def plan_evaluation(
     }
     if job.recipe.quantize is not None and job.recipe.quantize.dynamic:
         inputs["rounded_inputs"] = True
-    return StagePlan("evaluate", inputs, work, version=3)
+    return StagePlan("evaluate", inputs, work, version=4)
 
 
 def _with_found_tasks(section: EvaluateRecipe, base: Path) -> EvaluateRecipe:

@@ -69,11 +69,15 @@ def require_synthesis(job: Job) -> Iterator[Finding]:
             yield from require_source(judge.teacher, asked, whose="the judge", key=key)
     if makes_text(recipe, base):
         require_template(
-            rendered_training(load_tokenizer(job.tokenizer_path)),
+            rendered_training(
+                load_tokenizer(job.tokenizer_path), reasoning=section.reasoning == "keep"
+            ),
             work.chats(student=True),
             whose="the student",
             where=job.tokenizer_path,
             keys=keys,
+            fix="set synthesize.reasoning: keep if the template opens the reasoning itself; else "
+            "use messages that it expects, or a model with another template",
         )
 
 

@@ -51,7 +51,7 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
     }
-    return StagePlan("student", inputs, work, version=6, check=model_check(job.trust_remote_code))
+    return StagePlan("student", inputs, work, version=7, check=model_check(job.trust_remote_code))
 
 
 def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) -> StagePlan:

@@ -11,6 +11,7 @@ import torch
 
 from stillhouse.account import described
 from stillhouse.data.data import Data
+from stillhouse.data.turn_end import stop_at_turn_end
 from stillhouse.errors import RecipeError, RunError
 from stillhouse.field_types import Seed
 from stillhouse.pruning.offload import load_offloaded, save_model
@@ -156,11 +157,15 @@ class Student:
     def save(self, folder: str | Path) -> None:
         """Write a plain Hugging Face folder: configuration, safetensors weights and tokenizer.
 
+        Its generation config ends answers with the end of a turn, too.
+
         Raises RunError where the folder cannot be written.
         """
         folder = Path(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if self.tokenizer is not None:
+                stop_at_turn_end(self.model, self.tokenizer)
             with quiet():
                 save_model(self.model, folder)
                 write_older_names(folder)

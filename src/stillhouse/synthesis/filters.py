@@ -18,6 +18,7 @@ from typing import Any
 from jsonschema_specifications import REGISTRY
 from referencing.exceptions import Unresolvable
 
+from stillhouse.data.reasoning import MARKS
 from stillhouse.data.words import bare, words
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.generation.chat_frame import text_of
@@ -265,7 +266,7 @@ def _grams(found: list[str], size: int) -> Iterable[str]:
 
 def answer_only(row: Row) -> str:
     """Without reasoning."""
-    return row.text.rpartition("</think>")[2].strip()
+    return MARKS.split(row.text).answer.strip()
 
 
 # --- all of them ------------------------------------------------------------------------------

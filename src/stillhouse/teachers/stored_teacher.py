@@ -120,8 +120,9 @@ class StoredTeacher(Teacher):
             raise SignalError(
                 what,
                 where=self.store.path,
-                fix="set signals.missing: live to ask the teacher about them, or record a store "
-                "of this data",
+                fix="the store was recorded on other text, or on chats as another template writes "
+                "them: record a store of this data, or set signals.missing: live to ask the "
+                "teacher about them",
             )
         note(f"{what}: the teacher answers them live")
         teacher.prepare(needs, text)

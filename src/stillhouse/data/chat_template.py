@@ -1,0 +1,98 @@
+"""Renders chats with a tokenizer's chat template: the same text on every day.
+
+Some templates write the current date (Llama 3.2, Mistral Small, gpt-oss). Training text, stored
+signals, and a teacher's answers must not depend on the day on which they were made, so all of them
+are rendered with one date.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from stillhouse.data.reasoning import KEYS, THINK
+
+DATE = datetime.datetime(2024, 7, 26)
+"""The date that Llama 3's templates fall back to."""
+
+_LETTERS = "aAbBcCdDeFfgGhHIjkmMpPrRSTuUVwWxXyYzZ"
+_DIRECTIVES = [f"%{sign}{letter}" for sign in ("-", "") for letter in _LETTERS] + ["%%"]
+_REPLACED = "".join(f"|replace({one!r}, {DATE.strftime(one)!r})" for one in _DIRECTIVES)
+# It hides the function of that name that transformers gives to templates. The empty expression
+# keeps the newline that a template may begin with.
+_FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _REPLACED + " }}{% endmacro %}{{ '' }}"
+
+
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Any] | None = None,
+    generation_prompt: bool = False,
+) -> str:
+    """The chat as text. Raises whatever the template raises: see `TEMPLATE_ERRORS`."""
+    return str(_apply(tokenizer, messages, tools, generation_prompt, tokenize=False))
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The tokens that a model continues with its answer. Raises as `render_chat`."""
+    return list(_apply(tokenizer, messages, None, True, tokenize=True)["input_ids"])
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the chat template asks for the current date."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+def reasoning_key(tokenizer: Any) -> str | None:
+    """The key of a message in which the chat template expects reasoning, if it takes reasoning in
+    <think> for a part of the answer (gpt-oss, Kimi K2). None: the content may hold it."""
+    return _reasoning_key(tokenizer, repr(getattr(tokenizer, "chat_template", None)))
+
+
+@lru_cache(maxsize=16)
+def _reasoning_key(tokenizer: Any, template: str) -> str | None:
+    asked = {"role": "user", "content": "alpha"}
+    thought, answer = "Zq7beta", "Zq7gamma"
+    whole = {"role": "assistant", "content": f"{THINK[0]}\n{thought}\n{THINK[1]}\n\n{answer}"}
+    for key in KEYS:
+        if key not in template:
+            continue
+        apart = {"role": "assistant", "content": answer, key: thought}
+        try:
+            expected = render_chat(tokenizer, [asked, apart])
+            found = render_chat(tokenizer, [asked, whole])
+        except template_errors():
+            continue
+        if thought in expected and answer in expected:
+            return None if "".join(found.split()) == "".join(expected.split()) else key
+    return None
+
+
+def template_errors() -> tuple[type[Exception], ...]:
+    """What a template raises for messages that it does not accept."""
+    import jinja2
+
+    return (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def _apply(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None,
+    generation_prompt: bool,
+    *,
+    tokenize: bool,
+) -> Any:
+    options: dict[str, Any] = {"return_dict": True} if tokenize else {}
+    if writes_date(tokenizer):
+        options["chat_template"] = _FIXED_DATE + tokenizer.get_chat_template(tools=tools)
+    return tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tools=None if tools is None else list(tools),
+        add_generation_prompt=generation_prompt,
+        tokenize=tokenize,
+        **options,
+    )

@@ -1,0 +1,200 @@
+"""What of a model's text is reasoning, and what is its answer.
+
+Models write their reasoning between marks of their own: `<think>` and `</think>`, `[THINK]` and
+`[/THINK]`, gpt-oss's channels. A mark is text or a special token; the chat template may write the
+first one in its generation prompt; and the token limit may come before the last one. What stands
+between the marks is reasoning, and everything else is the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+Pair = tuple[str, str]
+
+THINK = ("<think>", "</think>")
+_REASONING: tuple[Pair, ...] = (
+    THINK,
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+    ("<mm:think>", "</mm:think>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought", "<channel|>"),
+)
+_ANSWER: tuple[Pair, ...] = (
+    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+    ("<|START_TEXT|>", "<|END_TEXT|>"),
+    ("[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]"),
+)
+# These are words that a prompt may ask for: they are marks only where the chat template has them.
+_REASONING_OF_TEMPLATES: tuple[Pair, ...] = (
+    ("<thought>", "</thought>"),
+    ("<|think|>", "<|content|>"),
+    ("Here is my thought process:", "Here is my response:"),
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
+)
+_ANSWER_OF_TEMPLATES: tuple[Pair, ...] = (("<response>", "</response>"), ("<answer>", "</answer>"))
+
+_CHANNEL = re.compile(
+    r"<\|channel\|>\s*(\w+)(.*?)<\|message\|>(.*?)(?=<\|(?:end|return|call|start|channel)\|>|\Z)",
+    re.DOTALL,
+)
+"""A message of gpt-oss: its channel, the rest of its header, and its text."""
+_HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", "<|call|>")
+_CHANNEL_NAMES = re.compile(r"analysis(.*?)assistantfinal(.*)", re.DOTALL)
+"""The same from a server that removed the special tokens."""
+
+KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Of a message: where its reasoning is, apart from its content."""
+
+
+@dataclass(frozen=True)
+class Said:
+    """answer: empty if the reasoning was cut off, since then there is none."""
+
+    reasoning: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Marks:
+    """reasoning: pairs of marks around reasoning. answer: pairs around the answer."""
+
+    reasoning: tuple[Pair, ...] = _REASONING
+    answer: tuple[Pair, ...] = _ANSWER
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Marks:
+        """Those of a model with this tokenizer."""
+        template = str(getattr(tokenizer, "chat_template", None) or "")
+
+        def written(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
+            return tuple(pair for pair in pairs if pair[0] in template and pair[1] in template)
+
+        return cls(
+            (*_REASONING, *written(_REASONING_OF_TEMPLATES)),
+            (*_ANSWER, *written(_ANSWER_OF_TEMPLATES)),
+        )
+
+    def split(self, text: str, *, cut_off: bool = False) -> Said:
+        """cut_off: the text ends at the token limit.
+
+        An opening mark inside an answer that is never closed is a part of the answer, unless the
+        text is cut off there.
+        """
+        channels = [(name, header, body) for name, header, body in _CHANNEL.findall(text)]
+        if channels:
+            final = [body for name, _, body in channels if name == "final"]
+            other = [body for name, head, body in channels if name != "final" and "to=" not in head]
+            return Said("\n".join(part.strip() for part in other), "\n".join(final).strip())
+        if named := _CHANNEL_NAMES.fullmatch(text.strip()):
+            return Said(named[1].strip(), named[2].strip())
+        said = self._between(text, cut_off)
+        if said.reasoning or said.answer != text:
+            return Said(said.reasoning.strip(), self._unwrapped(said.answer.strip()))
+        return Said("", self._unwrapped(text))
+
+    def opened(self, prompt: str) -> str:
+        """The opening mark that the prompt ends with, and whitespace after it; or nothing."""
+        for opening, _ in self.reasoning:
+            if prompt.rstrip().endswith(opening):
+                return prompt[prompt.rindex(opening) :]
+        return ""
+
+    def closing(self, opened: str) -> str:
+        """The mark that ends what `opened` began."""
+        return dict(self.reasoning)[opened.rstrip()]
+
+    def closes(self, opened: str, text: str) -> bool:
+        """Whether the text goes on with the reasoning that `opened` began, up to its end."""
+        mark = opened.rstrip()
+        return self.closing(opened) in text and not text.lstrip().startswith(mark)
+
+    def without_empty(self, prompt: str) -> str:
+        """The prompt without empty reasoning at its end."""
+        for opening, closing in self.reasoning:
+            if prompt.rstrip().endswith(closing):
+                before = prompt.rstrip().removesuffix(closing).rstrip()
+                return before.removesuffix(opening) if before.endswith(opening) else prompt
+        return prompt
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(mark) for pair in self.reasoning for mark in pair))
+
+    def _between(self, text: str, cut_off: bool) -> Said:
+        opens = dict(self.reasoning)
+        reasoning: list[str] = []
+        answer: list[str] = []
+        inside, at = "", 0
+        for mark in self._pattern.finditer(text):
+            here, piece = mark.group(), text[at : mark.start()]
+            if inside:
+                if here != opens[inside]:
+                    continue
+                reasoning.append(piece)
+                inside = ""
+            elif _quoted(text, mark):
+                continue
+            elif here in opens:
+                answer.append(piece)
+                inside = here
+            else:  # opened by the prompt, or closed twice: it was all reasoning until here
+                reasoning += [*answer, piece]
+                answer = []
+            at = mark.end()
+        rest, before = text[at:], "".join(answer)
+        if not inside:
+            return Said("".join(reasoning), before + rest)
+        if before.strip() and not cut_off:
+            return Said("".join(reasoning), before + inside + rest)
+        return Said("".join([*reasoning, rest]), "")
+
+    def _unwrapped(self, answer: str) -> str:
+        for opening, closing in self.answer:
+            if answer.lstrip().startswith(opening):
+                inner = answer.lstrip().removeprefix(opening)
+                return inner.rstrip().removesuffix(closing).strip()
+            if answer.rstrip().endswith(closing):
+                return answer.rstrip().removesuffix(closing).strip()
+        return answer
+
+
+def _quoted(text: str, mark: re.Match[str]) -> bool:
+    """Whether the answer speaks of the mark, in quotation marks or backquotes."""
+    before, after = text[: mark.start()][-1:], text[mark.end() :][:1]
+    return bool(before and after) and before in "`'\"“‘" and after in "`'\"”’"
+
+
+MARKS = Marks()
+"""Of a model that is not known, such as one behind an API."""
+
+
+def decode_with_marks(tokenizer: Any, ids: Iterable[int]) -> str:
+    """The text of tokens without special tokens, except those that mark reasoning."""
+    added = tokenizer.added_tokens_decoder
+    marks = Marks.of(tokenizer)
+    kept = {mark for pair in (*marks.reasoning, *marks.answer) for mark in pair}
+    vocabulary = tokenizer.added_tokens_encoder
+    if "<|channel|>" in vocabulary and "<|message|>" in vocabulary:
+        kept.update(_HARMONY)
+    # A mark may be a token and some letters: <|channel> and "thought".
+    shown = [
+        one
+        for one in map(int, ids)
+        if one not in added
+        or not added[one].special
+        or any(mark.startswith(str(added[one])) for mark in kept)
+    ]
+    return str(tokenizer.decode(shown, skip_special_tokens=False))
+
+
+def reasoning_of(message: Mapping[str, Any]) -> str:
+    """What a message holds as its reasoning apart from its content."""
+    found = (message.get(key) for key in KEYS)
+    return next((text for text in found if isinstance(text, str) and text.strip()), "")

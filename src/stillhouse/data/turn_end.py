@@ -1,0 +1,179 @@
+"""The token that ends an assistant's turn.
+
+It is learned, generation stops at it, and an exported model lists it among the tokens that end an
+answer. Chat templates do not declare it, and it is often not the tokenizer's EOS: Gemma ends turns
+with `<end_of_turn>`, Phi-3 with `<|end|>`, and a Qwen base model with `<|im_end|>`. So a made-up
+chat is rendered, and what the template writes after the answer is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from stillhouse.data.chat_template import render_chat, template_errors
+
+_ANSWER = "Zq7gamma"
+_TURNS = (
+    {"role": "user", "content": "alpha"},
+    {"role": "assistant", "content": _ANSWER},
+    {"role": "user", "content": "delta"},
+)
+_SYSTEM = {"role": "system", "content": "beta"}
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """id, text: the token. written: whether the chat template writes it after every answer. If
+    not, it is the first token of the next turn where the model stops there, and else EOS; both are
+    added to what is learned. tail: what the template then writes instead, whitespace as a rule.
+    stops: other tokens at which the model stops."""
+
+    id: int
+    text: str
+    written: bool
+    tail: str = ""
+    stops: tuple[str, ...] = ()
+
+
+def turn_end(tokenizer: Any) -> TurnEnd | None:
+    """The end of an assistant's turn; None if the tokenizer has neither such a token nor EOS.
+
+    Without a chat template, or with one that accepts no simple chat, it is EOS.
+    """
+    template = repr(getattr(tokenizer, "chat_template", None))
+    return _find(tokenizer, template, tokenizer.eos_token_id, str(tokenizer.name_or_path))
+
+
+@lru_cache(maxsize=16)
+def _find(tokenizer: Any, _template: str, eos: int | None, folder: str) -> TurnEnd | None:
+    stops = _texts(tokenizer, [eos, *_configured(folder)])
+    tails = _tails(tokenizer)
+    tail = ""
+    if tails is not None:
+        tail, more = tails
+        written = _tokens(tokenizer, tail)
+        # The last answer of a chat may be followed by more than the others (Phi-3's by EOS), or
+        # end with another token (gpt-oss's with <|return|>, at which the model stops).
+        common = [token for token, end in written if more[:end] == tail[:end]]
+        found = common or [token for token, _ in written]
+        if found:
+            token = next((token for token in found if token in stops), found[0])
+            return TurnEnd(_id(tokenizer, token), token, True, tail, stops)
+        following = _first_token(tokenizer, more)
+        if following is not None and following in stops:
+            return TurnEnd(_id(tokenizer, following), following, False, tail, stops)
+    if eos is None:
+        return None
+    return TurnEnd(int(eos), str(tokenizer.convert_ids_to_tokens(eos)), False, tail, stops)
+
+
+def end_of_answers(tokenizer: Any, generation_config: Any = None) -> frozenset[int]:
+    """The ids at which an answer ends: of the generation config, EOS, and the end of a turn.
+
+    generation_config: the model's; None: the one beside the tokenizer's files, if any.
+    """
+    if generation_config is None:
+        ids = _configured(str(tokenizer.name_or_path))
+    else:
+        ids = _listed(generation_config.eos_token_id)
+    end = turn_end(tokenizer)
+    found = {*ids, tokenizer.eos_token_id, end and end.id}
+    return frozenset(int(one) for one in found if one is not None)
+
+
+def stop_at_turn_end(model: Any, tokenizer: Any) -> None:
+    """Adds the end of a turn and EOS to the model's `generation_config.eos_token_id`.
+
+    It stays as it is where it already has the end of a turn.
+    """
+    end, config = turn_end(tokenizer), getattr(model, "generation_config", None)
+    if end is None or config is None:
+        return
+    listed = _listed(config.eos_token_id)
+    if end.id in listed:
+        return
+    ids = [*listed, tokenizer.eos_token_id, end.id]
+    found = list(dict.fromkeys(int(one) for one in ids if one is not None))
+    config.eos_token_id = found if len(found) > 1 else found[0]
+
+
+def text_until_end(text: str, tokenizer: Any) -> int:
+    """Characters of an assistant's turn, as rendered, up to and with the token that ends it.
+
+    Templates put whitespace after that token, and some a second token, when generation has already
+    stopped. A turn that ends with another token (of a tool call) ends there.
+    """
+    end = turn_end(tokenizer)
+    trimmed = text.rstrip()
+    run = re.search(rf"(?:\s|{_pattern(tokenizer)})*\Z", trimmed)
+    if run is None or not run.group():
+        return len(text)
+    if end is not None and end.text in run.group():
+        return run.start() + run.group().index(end.text) + len(end.text)
+    return len(trimmed)
+
+
+def _tails(tokenizer: Any) -> tuple[str, str] | None:
+    """What the template writes after an answer: the last one of a chat, and one that a user's turn
+    follows. None where it has no simple chats."""
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    for start in ((), (_SYSTEM,)):
+        try:
+            chats = [
+                render_chat(tokenizer, [*start, *_TURNS[:count]]) for count in (2, len(_TURNS))
+            ]
+        except template_errors():
+            continue
+        if all(_ANSWER in chat for chat in chats):
+            last, more = (chat.rpartition(_ANSWER)[2] for chat in chats)
+            return last, more
+    return None
+
+
+def _tokens(tokenizer: Any, text: str) -> list[tuple[str, int]]:
+    """The added tokens in a text, each with where it ends."""
+    found = re.finditer(_pattern(tokenizer), text)
+    return [(match.group(), match.end()) for match in found]
+
+
+def _first_token(tokenizer: Any, text: str) -> str | None:
+    found = re.match(rf"\s*({_pattern(tokenizer)})", text)
+    return None if found is None else found[1]
+
+
+def _pattern(tokenizer: Any) -> str:
+    """Matches the tokenizer's added tokens, the longest first."""
+    tokens = sorted(map(str, tokenizer.added_tokens_encoder), key=len, reverse=True)
+    return "|".join(map(re.escape, tokens)) or r"(?!)"
+
+
+def _texts(tokenizer: Any, ids: Iterable[int | None]) -> tuple[str, ...]:
+    known = [one for one in ids if one is not None and one < len(tokenizer)]
+    return tuple(str(tokenizer.convert_ids_to_tokens(one)) for one in dict.fromkeys(known))
+
+
+def _id(tokenizer: Any, token: str) -> int:
+    return int(tokenizer.convert_tokens_to_ids(token))
+
+
+def _configured(folder: str) -> Sequence[int]:
+    """eos_token_id of the generation_config.json beside the tokenizer; empty if it has none."""
+    file = Path(folder) / "generation_config.json"
+    if not folder or not file.is_file():
+        return []
+    try:
+        return _listed(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def _listed(ids: Any) -> list[int]:
+    found = ids if isinstance(ids, list | tuple) else [ids]
+    return [int(one) for one in found if one is not None]

@@ -1,0 +1,77 @@
+"""A chat template that writes the date gives the same text on every day."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import stillhouse
+from stillhouse.check import check_recipe
+from stillhouse.commands import record_signals
+from stillhouse.data.chat_template import DATE, chat_ids, render_chat
+from tests import tiny
+from tests.chat_toys import CHATML, chat, save_model, shown, tokenizer, write_jsonl
+
+# As Llama 3.2's, Mistral Small's and gpt-oss's; microseconds stand for days.
+DATED = "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}\n" + CHATML
+LLAMA_3 = (
+    "{% if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
+    "{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "Today Date: {{ date_string }}\n" + CHATML
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "written"),
+    [
+        (DATED, "2024-07-26 00:00:00.000000\n"),
+        (LLAMA_3, "Today Date: 26 Jul 2024\n"),
+        ("{{ strftime_now('%B %-d, %y (%a) %%') }}" + CHATML, "July 26, 24 (Fri) %"),
+        ("\n{{ strftime_now('on %A') }}" + CHATML, "\non Friday"),
+        ("{% macro day() %}{{ strftime_now('%j') }}{% endmacro %}{{ day() }}" + CHATML, "208"),
+    ],
+    ids=["Mistral Small", "Llama 3.2", "Granite", "a newline first", "in a macro"],
+)
+def test_every_chat_has_one_date(template: str, written: str) -> None:
+    words = tokenizer(template)
+    assert render_chat(words, chat("Hi")) == written + render_chat(tokenizer(), chat("Hi"))
+    assert shown(chat("Hi", "Hello."), words)[0].startswith(written)
+    prompt = words.decode(chat_ids(words, chat("Hi")))
+    assert prompt.startswith(written)
+
+
+def test_dates_are_written_as_strftime_writes_them() -> None:
+    directives = [f"%{letter}" for letter in "aAbBdHIjmMpSUwWyYcxX"]
+    words = tokenizer("{{ strftime_now('" + "|".join(directives) + "') }}")
+    assert render_chat(words, chat("Hi")).split("|") == [DATE.strftime(one) for one in directives]
+
+
+def recipe(folder: Path, name: str, **sections: Any) -> dict[str, Any]:
+    save_model(folder / "teacher", tokenizer(DATED))
+    (folder / "text.txt").write_text("")
+    lines = tiny.text(60).splitlines()
+    rows = [{"messages": chat(f"Say {n}", line)} for n, line in enumerate(lines)]
+    path = write_jsonl(folder / "chat.jsonl", rows)
+    data = {"sources": [{"kind": "jsonl", "path": str(path)}], "context": 128}
+    return tiny.recipe(folder, name=name, folder=str(folder / "runs" / name), data=data, **sections)
+
+
+@pytest.mark.run
+def test_a_store_of_another_day_serves_the_same_chats(tmp_path: Path) -> None:
+    encoding = {"encoding": {"kind": "top_k", "k": 4}}
+    first = tmp_path / "first.yaml"
+    first.write_text(yaml.safe_dump(recipe(tmp_path, "first", signals=encoding)))
+    store = record_signals(first)
+    signals = {"store": str(store), "missing": "error"}
+    second = recipe(tmp_path, "second", signals=signals, train={"max_steps": 1})
+    assert stillhouse.run(second, base=tmp_path) is not None
+
+
+def test_check_says_which_date_it_is(tmp_path: Path) -> None:
+    found = check_recipe(recipe(tmp_path, "checked"), base=tmp_path)
+    said = [one.text for one in found if one.topic == "chat template"]
+    assert "it writes the date: 26 July 2024 in every run, so that text never changes" in said

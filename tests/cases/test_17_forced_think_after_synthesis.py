@@ -1,0 +1,143 @@
+"""A template that opens <think> itself: reasoning is learned from there, and check refuses the rest
+before a teacher is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stillhouse
+from stillhouse.check import check_recipe
+from stillhouse.errors import DataError, StillhouseError
+from tests import tiny
+from tests.chat_toys import CHATML, HARMONY_SPECIAL, R1, chat, save_model, shown, tokenizer
+
+GIVEN = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n<think>\n"
+LEARNED = "[[Two and two.\n</think>\n\n4<|im_end|>]]\n"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "<think>\nTwo and two.\n</think>\n\n4"},
+        {"content": "Two and two.\n</think>\n\n4"},
+        {"content": "4", "reasoning_content": "Two and two."},
+    ],
+    ids=["whole", "as the model writes it", "apart"],
+)
+def test_reasoning_is_learned_after_the_mark_that_the_prompt_has(answer: dict[str, str]) -> None:
+    messages = [*chat("2+2?"), {"role": "assistant", **answer}]
+    assert shown(messages, tokenizer(R1)) == [GIVEN + LEARNED]
+
+
+def test_later_turns_do_not_see_the_reasoning_of_earlier_ones() -> None:
+    answers = "<think>\nTwo and two.\n</think>\n\n4", "<think>\nOne.</think>2"
+    messages = chat("2+2?", answers[0], "1+1?", answers[1])
+    first, second = shown(messages, tokenizer(R1))
+    assert first == GIVEN + LEARNED
+    assert "Two" not in second
+    assert second.endswith("<think>\n[[One.</think>2<|im_end|>]]\n")
+
+
+def test_an_answer_without_reasoning_is_refused_with_the_way_out() -> None:
+    with pytest.raises(DataError) as error:
+        shown(chat("2+2?", "4"), tokenizer(R1))
+    assert "begin the turn with its reasoning" in str(error.value.fix)
+    assert "synthesize.reasoning: keep" in str(error.value.fix)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        # As Nemotron Nano's: a finished turn opens its reasoning and does not close it.
+        R1.replace(
+            "<|im_start|>{{ m['role'] }}\n{{ m['content'].split('</think>')[-1] }}",
+            "<|im_start|>{{ m['role'] }}\n"
+            "{% if m['role'] == 'assistant' %}<think>\n{% endif %}{{ m['content'] }}",
+        ),
+    ],
+)
+def test_an_answer_is_never_learned_as_a_thought(template: str) -> None:
+    with pytest.raises(DataError, match="own generation prompt"):
+        shown(chat("2+2?", "4"), tokenizer(template))
+    messages = chat("2+2?", "<think>\nTwo and two.\n</think>\n\n4")
+    assert shown(messages, tokenizer(template)) == [GIVEN + LEARNED]
+
+
+def test_empty_reasoning_in_the_prompt_is_context() -> None:
+    """As Gemma 4's: a finished turn has lost it."""
+    template = R1.replace("<think>\n{% endif %}", "<think>\n</think>{% endif %}")
+    assert shown(chat("2+2?", "4"), tokenizer(template)) == [GIVEN + "</think>[[4<|im_end|>]]\n"]
+
+
+def test_reasoning_is_written_as_the_template_writes_it() -> None:
+    """As gpt-oss's channels: <think> inside the answer would be learned as a part of it."""
+    template = (
+        "{% for m in messages %}<|start|>{{ m['role'] }}{% if m['role'] == 'assistant' %}"
+        "{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
+        "<|start|>assistant{% endif %}<|channel|>final{% endif %}<|message|>{{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    words = tokenizer(template, eos="<|return|>", special=HARMONY_SPECIAL)
+    messages = chat("2+2?", "<think>\nTwo and two.\n</think>\n\n4")
+    assert shown(messages, words) == [
+        "<|start|>user<|message|>2+2?<|end|><|start|>assistant"
+        "[[<|channel|>analysis<|message|>Two and two.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>4<|return|>]]"
+    ]
+
+
+def test_a_system_prompt_that_moves_to_the_last_question_is_context() -> None:
+    """As Mistral Nemo's: it is gone from a chat that ends with an answer."""
+    template = (
+        "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+        "{% for m in messages %}{% if m['role'] == 'user' %}[INST]"
+        "{% if loop.last and system %}{{ system }}\n\n{% endif %}{{ m['content'] }}[/INST]"
+        "{% elif m['role'] == 'assistant' %}{{ m['content'] }}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    words = tokenizer(template, eos="</s>", special=("[INST]", "[/INST]"))
+    messages = [{"role": "system", "content": "Be kind."}, *chat("Hi", "Hello.", "Bye", "See you.")]
+    assert shown(messages, words) == [
+        "[INST]Be kind.\n\nHi[/INST][[Hello.</s>]]",
+        "[INST]Hi[/INST]Hello.</s>[INST]Be kind.\n\nBye[/INST][[See you.</s>]]",
+    ]
+
+
+def recipe(folder: Path, template: str = R1, **changes: Any) -> dict[str, Any]:
+    save_model(folder / "teacher", tokenizer(template))
+    (folder / "text.txt").write_text("")
+    (folder / "prompts.txt").write_text("".join(f"Say {n}\n" for n in range(40)))
+    section = {
+        "teacher": {"local": {}},
+        "prompts": {"path": "prompts.txt"},
+        "sampling": {"max_tokens": 12},
+        "filters": {"truncated": False},
+        "out": "out.jsonl",
+        **changes,
+    }
+    data = {"sources": [{"kind": "jsonl", "path": "out.jsonl"}], "heldout_tokens": 64}
+    return tiny.recipe(folder, synthesize=section, data=data)
+
+
+def test_check_and_run_refuse_the_template_before_a_teacher_is_asked(tmp_path: Path) -> None:
+    raw = recipe(tmp_path)
+    errors = [one for one in check_recipe(raw, base=tmp_path) if one.level == "error"]
+    assert ["own generation prompt" in one.text for one in errors] == [True]
+    assert "synthesize.reasoning: keep" in str(errors[0].fix)
+    with pytest.raises(StillhouseError, match="own generation prompt"):
+        stillhouse.run(raw, base=tmp_path)
+    assert not list(tmp_path.rglob("answers.sqlite"))
+
+
+def test_the_way_out_works(tmp_path: Path) -> None:
+    found = check_recipe(recipe(tmp_path, reasoning="keep"), base=tmp_path)
+    assert not [one for one in found if one.level == "error"]
+
+
+def test_other_templates_are_not_refused(tmp_path: Path) -> None:
+    found = check_recipe(recipe(tmp_path, CHATML), base=tmp_path)
+    assert not [one for one in found if one.level == "error"]
