@@ -31,7 +31,7 @@ def requests(stub: Stub | str, count: int, **changes: Any) -> list[Request]:
 
 def run(
     journal: Journal,
-    stub: Stub,
+    stub: Stub | str,
     asked: list[Request],
     *,
     concurrency: int = 8,
@@ -42,9 +42,8 @@ def run(
     patience: Patience = QUICK,
 ) -> Tally:
     async def whole() -> Tally:
-        async with Client(
-            stub.url, "teacher", key_env=key_env, price=price, timeout=timeout
-        ) as client:
+        url = stub if isinstance(stub, str) else stub.url
+        async with Client(url, "teacher", key_env=key_env, price=price, timeout=timeout) as client:
             pool = Pool(
                 client.send,
                 journal,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from stillhouse.errors import RunError
-from stillhouse.generation import journal as journal_module
+from stillhouse.generation import journal_file
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Failure, Request, endpoint_of
 
@@ -185,19 +187,20 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
     assert path.read_text().startswith("these are my notes")
 
 
+@pytest.mark.parametrize("fails", [2, 3])
 def test_a_journal_that_cannot_be_opened_to_write_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
-    """Where only the second connection fails, nobody may wait for what is never written."""
-    plain, opened = journal_module._connect, []
+    """Where only a later connection fails, nobody may wait for what is never written."""
+    plain, opened = journal_file._connect, []
 
     def connect(path: Path) -> sqlite3.Connection:
         opened.append(path)
-        if len(opened) == 2:
+        if len(opened) == fails:
             raise sqlite3.OperationalError("unable to open database file")
         return plain(path)
 
-    monkeypatch.setattr(journal_module, "_connect", connect)
+    monkeypatch.setattr(journal_file, "_connect", connect)
     with pytest.raises(RunError, match="unable to open"):
         Journal(tmp_path / "j.sqlite")
     Journal(tmp_path / "j.sqlite").close()
@@ -228,3 +231,123 @@ def test_an_answer_that_cannot_be_committed_says_so(tmp_path: Path) -> None:
         done = journal.record(replace(REQUEST, sample=1), ANSWER)
         with pytest.raises(RunError, match="no such table"):
             done.result(timeout=10)
+
+
+# --- reservations ------------------------------------------------------------------------------
+
+
+def test_a_request_that_was_in_flight_at_a_kill_counts_as_billed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "j.sqlite"
+    with Journal(path) as journal:  # a kill: neither recorded nor released
+        journal.reserve(REQUEST, 0.02, 700).result(timeout=10)
+        assert journal.billed_failures(REQUEST.key) == (0.0, 0)
+    with Journal(path) as journal:
+        assert journal.billed_failures(REQUEST.key) == (0.02, 700)
+        assert "1 requests were in flight" in capfd.readouterr().err
+    with Journal(path) as journal:  # once
+        assert journal.billed_failures(REQUEST.key) == (0.02, 700)
+
+
+@pytest.mark.parametrize("end", ["answer", "failure", "release"])
+def test_a_reservation_ends_with_its_request(tmp_path: Path, end: str) -> None:
+    path = tmp_path / "j.sqlite"
+    with Journal(path) as journal:
+        journal.reserve(REQUEST, 0.02, 700)
+        if end == "answer":
+            journal.record(REQUEST, ANSWER)
+        elif end == "failure":
+            journal.record_failure(REQUEST, Failure("server", "500"))
+        else:
+            journal.release(REQUEST)
+    with Journal(path) as journal:
+        assert journal.billed_failures(REQUEST.key) == (0.0, 0)
+
+
+# --- damage ------------------------------------------------------------------------------------
+
+
+def filled(path: Path, answers: int = 400) -> None:
+    with Journal(path) as journal:
+        for sample in range(answers):
+            journal.record(replace(REQUEST, sample=sample), replace(ANSWER, text=f"text {sample}"))
+
+
+def whole_answers(path: Path, answers: int = 400) -> int:
+    """How many answers there are. Every one that is there is the one that was recorded."""
+    found = 0
+    with Journal(path) as journal:
+        for sample in range(answers):
+            answer = journal.get(replace(REQUEST, sample=sample).key)
+            if answer is not None:
+                assert answer == replace(ANSWER, text=f"text {sample}")
+                found += 1
+    return found
+
+
+def test_a_letter_that_changed_costs_its_answer_and_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "j.sqlite"
+    filled(path)
+    content = path.read_bytes()
+    assert content.count(b"text 123") == 1
+    path.write_bytes(content.replace(b"text 123", b"text 321"))
+    assert whole_answers(path) == 399
+    said = capfd.readouterr().err
+    assert "was damaged (an answer in it has changed): 399 answers are kept" in said
+    assert "has lost 1 of 400 answers: they are requested again" in said
+    assert (tmp_path / "j.sqlite.damaged-1").exists()
+
+
+def test_zeroed_pages_cost_the_answers_in_them(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "j.sqlite"
+    filled(path)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2 // 4096 * 4096
+    content[middle : middle + 2 * 4096] = bytes(2 * 4096)
+    path.write_bytes(content)
+    kept = whole_answers(path)
+    assert 300 < kept < 400
+    assert f"has lost {400 - kept} of 400 answers" in capfd.readouterr().err
+
+
+def test_answers_that_are_gone_with_a_write_ahead_log_are_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SQLite opens such a file as if nothing was wrong."""
+    path = tmp_path / "j.sqlite"
+    filled(path, 10)
+    before = path.read_bytes()
+    filled(path, 30)
+    path.write_bytes(before)
+    assert whole_answers(path, 30) == 10
+    assert "has lost 20 of 30 answers" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_flipped_bit_changes_an_answer(tmp_path: Path, seed: int) -> None:
+    """It is found, or it was in space that is not used."""
+    path = tmp_path / "j.sqlite"
+    filled(path, 60)
+    content, chance = bytearray(path.read_bytes()), random.Random(seed)
+    for _ in range(8):
+        content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+    with suppress(RunError):
+        whole_answers(path, 60)
+
+
+def test_a_journal_of_the_first_format_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "j.sqlite"
+    filled(path, 10)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("ALTER TABLE answers DROP COLUMN xxh3")
+        connection.execute("DROP TABLE reservations")
+        connection.execute("PRAGMA user_version = 1")
+    assert whole_answers(path, 10) == 10
+    filled(path, 20)
+    assert whole_answers(path, 20) == 20

@@ -73,6 +73,10 @@ class Budget:
         self.max_usd, self.max_tokens = max_usd, max_tokens
         self.spent = self.reserved = Spending()
 
+    @property
+    def limited(self) -> bool:
+        return self.max_usd is not None or self.max_tokens is not None
+
     def reserve(self, worst: Spending) -> bool:
         """Reserves `worst`; False if that could exceed a limit."""
         after = self.spent + self.reserved + worst

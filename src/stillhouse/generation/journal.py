@@ -9,62 +9,35 @@ Only one process can open a journal at a time: two could pay for the same answer
 
 from __future__ import annotations
 
-import fcntl
 import json
 import queue
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
-from stillhouse.errors import RunError
+from stillhouse.generation.journal_file import (
+    ADD_ANSWER,
+    ADD_FAILURE,
+    ADD_RESERVATION,
+    lock_journal,
+    open_journal_file,
+    row_hash,
+    unusable,
+    write_count,
+)
 from stillhouse.generation.request import Answer, Failure, Request
 
-VERSION = 1
 _MOST_IN_A_COMMIT = 1024
 _MOST_WAITING = 8192
 """Rows that may wait for the writer; `record` blocks beyond that. Bounds memory."""
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS answers (
-    key TEXT PRIMARY KEY,
-    endpoint TEXT NOT NULL,
-    model TEXT NOT NULL,
-    messages TEXT NOT NULL,
-    parameters TEXT NOT NULL,
-    sample INTEGER NOT NULL,
-    text TEXT NOT NULL,
-    finish_reason TEXT,
-    reasoning TEXT,
-    prompt_tokens INTEGER,
-    completion_tokens INTEGER,
-    cost REAL,
-    seconds REAL NOT NULL,
-    logprobs TEXT,
-    arrived REAL NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS failures (
-    number INTEGER PRIMARY KEY,
-    key TEXT NOT NULL,
-    model TEXT NOT NULL,
-    messages TEXT NOT NULL,
-    kind TEXT NOT NULL,
-    reason TEXT NOT NULL,
-    attempts INTEGER NOT NULL,
-    cost REAL,
-    tokens INTEGER NOT NULL,
-    happened REAL NOT NULL
-);
-CREATE INDEX IF NOT EXISTS failures_by_key ON failures (key);
-"""
-# An answer that is there already stays: the journal never replaces what was paid for.
-_ADD_ANSWER = f"INSERT OR IGNORE INTO answers VALUES ({', '.join('?' * 15)})"
-_ADD_FAILURE = f"INSERT INTO failures VALUES (NULL, {', '.join('?' * 9)})"
+_RELEASE = "DELETE FROM reservations WHERE key = ?"
 _ANSWER = (
     "SELECT text, finish_reason, reasoning, prompt_tokens, completion_tokens, cost, seconds, "
     "logprobs FROM answers WHERE key = ?"
@@ -75,6 +48,8 @@ _COUNTS = "SELECT count(*) FROM answers UNION ALL SELECT count(*) FROM failures"
 
 @dataclass(frozen=True)
 class _Row:
+    """values: of the statement, the request's key first."""
+
     statement: str
     values: tuple[Any, ...]
     done: Future[None]
@@ -88,13 +63,14 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock_file = _locked(path)
+        self._reading = threading.Lock()
+        self._lock_file = lock_journal(path)
         try:
-            self._reader, self._writer = _open(path), _open(path)
+            self._reader, self._writer = open_journal_file(path, self._lock_file)
+            self._answers = self.counts()[0]
         except BaseException:
             self._lock_file.close()
             raise
-        self._reading = threading.Lock()
         self._arrived: queue.Queue[_Row | None] = queue.Queue(_MOST_WAITING)
         self._thread = threading.Thread(target=self._write, name="journal", daemon=True)
         self._thread.start()
@@ -116,7 +92,7 @@ class Journal:
         """Commits an answer; the future is done when it is on disk, and raises RunError if that
         fails."""
         logprobs: Any = None if answer.logprobs is None else _json(answer.logprobs)
-        values = (
+        stored = _storable(
             request.key,
             request.endpoint,
             request.model,
@@ -126,13 +102,28 @@ class Journal:
             *vars(replace(answer, logprobs=logprobs)).values(),  # the table has their order
             time.time(),
         )
-        return self._hand_over(_ADD_ANSWER, values)
+        return self._hand_over(ADD_ANSWER, (*stored, row_hash(stored)))
 
     def record_failure(self, request: Request, failure: Failure) -> Future[None]:
-        """Commits why a request has no answer, as `record` does. Later runs send it again."""
+        """Commits why a request has no answer, as `record` does. Later runs send it again.
+
+        An answer and a failure both release what was reserved for the request.
+        """
         messages = _json(list(request.messages))
         values = (request.key, request.model, messages, *vars(failure).values(), time.time())
-        return self._hand_over(_ADD_FAILURE, values)
+        return self._hand_over(ADD_FAILURE, values)
+
+    def reserve(self, request: Request, cost: float | None, tokens: int) -> Future[None]:
+        """Commits the most that a request may cost, before it is sent.
+
+        If the process ends before the request is recorded or released, this much counts as billed.
+        """
+        values = (request.key, request.model, _json(list(request.messages)), cost, tokens)
+        return self._hand_over(ADD_RESERVATION, (*values, time.time()))
+
+    def release(self, request: Request) -> Future[None]:
+        """Deletes the reservation of a request that was not sent."""
+        return self._hand_over(_RELEASE, (request.key,))
 
     def get(self, key: str) -> Answer | None:
         """The committed answer to the request with this key."""
@@ -170,13 +161,16 @@ class Journal:
         return self._rows("SELECT key, kind, reason FROM failures ORDER BY number")
 
     def _rows(self, statement: str, *values: str) -> list[Any]:
-        with self._reading:
-            return self._reader.execute(statement, values).fetchall()
+        try:
+            with self._reading:
+                return self._reader.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            raise unusable(self.path, error) from error
 
     # --- the writer's thread -----------------------------------------------------------------
 
     def _hand_over(self, statement: str, values: tuple[Any, ...]) -> Future[None]:
-        row = _Row(statement, tuple(map(_storable, values)), Future())
+        row = _Row(statement, _storable(*values), Future())
         row.done.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         self._arrived.put(row)
         return row.done
@@ -187,7 +181,9 @@ class Journal:
             while not closing_down:
                 taken = self._take()
                 closing_down = None in taken
-                _commit(connection, [row for row in taken if row is not None], self.path)
+                rows = [row for row in taken if row is not None]
+                self._answers += _commit(connection, rows, self.path)
+                write_count(self._lock_file, self._answers)
 
     def _take(self) -> list[_Row | None]:
         """Waits for a row; takes all that have arrived."""
@@ -200,96 +196,40 @@ class Journal:
         return taken
 
 
-def _commit(connection: sqlite3.Connection, rows: Iterable[_Row], path: Path) -> None:
-    """Commits the rows in one transaction, and resolves their futures.
+def _commit(connection: sqlite3.Connection, rows: Sequence[_Row], path: Path) -> int:
+    """Commits the rows in one transaction, and resolves their futures: how many are new answers.
 
     A row with values that the database rejects fails alone.
     """
-    rows = list(rows)
+    answers = 0
     try:
         with connection:
             connection.execute("BEGIN IMMEDIATE")
             for row in rows:
-                connection.execute(row.statement, row.values)
+                done = connection.execute(row.statement, row.values)
+                answers += done.rowcount if row.statement is ADD_ANSWER else 0
+                if row.statement is not ADD_RESERVATION:
+                    connection.execute(_RELEASE, row.values[:1])
     # Every exception: if this thread ended, callers would wait forever.
     except Exception as error:
         if len(rows) > 1 and not isinstance(error, sqlite3.OperationalError):
-            for row in rows:
-                _commit(connection, [row], path)
-            return
+            return sum(_commit(connection, [row], path) for row in rows)
         for row in rows:
-            row.done.set_exception(_unusable(path, error))
-    else:
-        for row in rows:
-            row.done.set_result(None)
+            row.done.set_exception(unusable(path, error))
+        return 0
+    for row in rows:
+        row.done.set_result(None)
+    return answers
 
 
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def _storable(value: Any) -> Any:
+def _storable(*values: Any) -> tuple[Any, ...]:
     """Replaces halves of surrogate pairs, which JSON allows and SQLite does not."""
-    if not isinstance(value, str) or value.isascii():
-        return value
-    return value.encode("utf-8", "replace").decode()
-
-
-# --- opening -----------------------------------------------------------------------------------
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = FULL")
-    return connection
-
-
-def _open(path: Path) -> sqlite3.Connection:
-    try:
-        connection = _connect(path)
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, VERSION):
-            connection.close()
-            raise RunError(
-                f"this journal has format {version}; this Stillhouse writes format {VERSION}",
-                where=path,
-                fix="use a newer Stillhouse, or give another file as synthesize.journal",
-            )
-        connection.executescript(_SCHEMA)
-        connection.execute(f"PRAGMA user_version = {VERSION}")
-    except sqlite3.Error as error:
-        raise _unusable(path, error) from error
-    return connection
-
-
-def _locked(path: Path) -> IO[str]:
-    """Locks a file beside the journal for this process."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(path.name + ".lock").open("a", encoding="utf-8")
-    except OSError as error:
-        raise RunError(
-            f"the journal cannot be written here: {error.strerror}",
-            where=path,
-            fix="give another file as synthesize.journal",
-        ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise RunError(
-            "another process is writing this journal",
-            where=path,
-            fix="wait for it, or give this run its own journal: synthesize.journal",
-        ) from None
-    return lock
-
-
-def _unusable(path: Path, error: Exception) -> RunError:
-    if "full" in str(error):
-        fix = "free some disk space and repeat the command: committed answers are kept"
-    else:
-        fix = (
-            "give another file as synthesize.journal, and keep this one: its answers were paid for"
-        )
-    return RunError(f"the journal cannot be used: {error}", where=path, fix=fix)
+    return tuple(
+        value.encode("utf-8", "replace").decode()
+        if isinstance(value, str) and not value.isascii()
+        else value
+        for value in values
+    )

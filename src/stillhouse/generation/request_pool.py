@@ -205,6 +205,7 @@ class Pool:
 
     async def _send(self, request: Request) -> Answer | FailedAttempt:
         """Sends once; a request that is cancelled in flight may have been billed."""
+        await self._write_reservation(request)
         task = asyncio.current_task()
         self._sending.add(task)
         try:
@@ -216,6 +217,18 @@ class Pool:
             raise
         finally:
             self._sending.discard(task)
+
+    async def _write_reservation(self, request: Request) -> None:
+        """Commits what a paid request may cost, so that a killed process cannot forget it."""
+        if self.price is None and not self.budget.limited:
+            return
+        worst = worst_case(request, self.price)
+        cost = worst.usd if self.price else None
+        try:
+            await asyncio.wrap_future(self.journal.reserve(request, cost, worst.tokens))
+        except asyncio.CancelledError:
+            self._follow(self.journal.release(request))
+            raise
 
     async def _reserve(self, worst: Spending) -> bool:
         """False if the budget has no room and no request in flight can free any."""
