@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from stillhouse.classify.task_texts import first_row
-from stillhouse.errors import RecipeError
+from stillhouse.data.data_files import find_files, format_of, known_format
+from stillhouse.data.row_formats import document_from_row
+from stillhouse.data.row_reader import text_lines
+from stillhouse.errors import DataError, RecipeError
 from stillhouse.synthesis.chat_logs import Logs, read_logs
 
 JOBS = {
@@ -22,6 +26,8 @@ JOBS = {
 SIZES = {"small": 0.25, "medium": 0.5, "large": 0.75}
 """About which share of the teacher's blocks is kept."""
 CORPUS = "python-reference"
+_MANY_FILES = 10
+"""Text files, of which each may be a document."""
 _LABEL_KEYS = ("label", "category", "class", "topic", "intent", "answer")
 
 QUESTIONS: dict[str, tuple[str, str]] = {
@@ -41,7 +47,7 @@ QUESTIONS: dict[str, tuple[str, str]] = {
 class InitAnswers:
     """What a recipe is drafted from. teacher: a model, or an API's URL. size: of `SIZES`, or a
     model. labels: of a classifier. fields: of an extraction. logs: where the data comes from, with
-    the job that they show."""
+    the job that they show. source: keys of the training text's source besides its path."""
 
     job: str
     teacher: str
@@ -54,6 +60,7 @@ class InitAnswers:
     logs: Logs | None = None
     text_key: str = "text"
     label_key: str | None = None
+    source: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -129,19 +136,22 @@ def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
     """With what else the job or the teacher needs, read from the data or asked."""
     if answers.is_api and answers.api_model is None:
         answers = replace(answers, api_model=ask("What is the model called there?", "gpt-4.1-mini"))
+    if answers.job == "distill":
+        return replace(answers, source=_source(answers.data, answers.logs is not None))
     if answers.logs is not None:
         keys: dict[str, Any] = {"label_key": "answer"} if answers.job == answers.logs.job else {}
         return replace(answers, labels=answers.labels or answers.logs.labels, **keys)
-    if answers.job == "distill" or answers.data == CORPUS:
+    if answers.data == CORPUS:
         return answers
     if not answers.data:
         raise RecipeError(
             "a task needs texts", where="--data", fix="give a file with one text per row"
         )
     row = first_row(answers.data, Path.cwd())
+    found = _label_key(row)
     # Reference answers of an extraction must match its schema, which is not known yet.
-    label_key = None if answers.job == "extract" else _label_key(row)
-    answers = replace(answers, text_key=_text_key(row), label_key=label_key)
+    label_key = None if answers.job == "extract" else found
+    answers = replace(answers, text_key=_text_key(row, found), label_key=label_key)
     if answers.job == "classify" and not answers.labels and answers.label_key is None:
         answers = replace(answers, labels=_listed(ask("Which labels? (separated by commas)", "")))
     if answers.job == "extract" and not answers.fields:
@@ -149,9 +159,40 @@ def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
     return answers
 
 
-def _text_key(row: Mapping[str, Any]) -> str:
-    """`text` or the longest string."""
-    strings = {key: len(value) for key, value in row.items() if isinstance(value, str)}
+def _source(data: str, logs: bool) -> dict[str, str]:
+    """How training text is read. Raises DataError where it cannot be."""
+    if data == CORPUS:
+        return {"kind": "corpus"}
+    files = find_files(data, Path.cwd())
+    if logs and known_format(files[0]) is None:
+        return {"kind": "jsonl"}
+    formats = {format_of(file) for file in files}
+    if formats == {"text"}:
+        return {"kind": "text", "documents": _documents(files)}
+    first = next(file for file in files if format_of(file) != "text")
+    row = first_row(str(first), Path.cwd())
+    try:
+        document_from_row(row, "text", str(first))
+    except DataError:
+        if {"messages", "prompt", "completion"} & row.keys():
+            raise
+        return {"kind": "file", "text_key": _text_key(row)}
+    return {"kind": "file"}
+
+
+def _documents(files: Sequence[Path]) -> str:
+    """What separates the documents of plain text files: there must be several to hold some out."""
+    if len(files) >= _MANY_FILES:
+        return "file"
+    blank = itertools.islice((line for line in text_lines(files[0]) if not line.strip()), 2)
+    return "blank-line" if len(list(blank)) == 2 else "line"
+
+
+def _text_key(row: Mapping[str, Any], label_key: str | None = None) -> str:
+    """`text` or the longest string that is not the label."""
+    strings = {
+        key: len(value) for key, value in row.items() if isinstance(value, str) and key != label_key
+    }
     if "text" in strings or not strings:
         return "text"
     return max(strings, key=strings.__getitem__)

@@ -105,7 +105,7 @@ def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> st
         teacher=answers.teacher,
         api_model=answers.api_model if answers.is_api else None,
         data=answers.data,
-        source_kind="corpus" if answers.data == CORPUS else "file",
+        source=answers.source,
         texts_path=files["texts"][0] if "texts" in files else answers.data,
         schema_path=files["schema"][0] if "schema" in files else None,
         text_key=answers.text_key,

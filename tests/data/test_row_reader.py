@@ -18,8 +18,9 @@ from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.predict_labels import file_texts, stream_texts
 from stillhouse.classify.task_texts import first_row, read_texts
 from stillhouse.data.data_config import FileSource, Source
+from stillhouse.data.data_files import find_files, text_size
 from stillhouse.data.documents import Document
-from stillhouse.data.row_reader import find_files, read_lines, read_rows, text_size
+from stillhouse.data.row_reader import read_lines, read_rows
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import text_of

@@ -208,10 +208,12 @@ def refused(source: Source, base: Path) -> DataError:
 
 def test_half_a_surrogate_pair(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83e"}\n')
-    (document,) = read(FileSource(kind="jsonl", path="a.jsonl"), tmp_path)
     with pytest.raises(DataError, match="surrogate pair") as error:
-        content_hash(document)
+        read(FileSource(kind="jsonl", path="a.jsonl"), tmp_path)
     assert str(error.value.where).endswith("a.jsonl:1")
+    with pytest.raises(DataError, match="surrogate pair") as error:
+        content_hash(Document("\ud83e", "a data set row 1"))
+    assert error.value.where == "a data set row 1"
 
 
 @pytest.mark.parametrize("documents", ["file", "line", "blank-line"])

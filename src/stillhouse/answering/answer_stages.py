@@ -13,6 +13,7 @@ from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
 from stillhouse.answering.answering_job import GOLD, HELDOUT, TRAIN, AnsweringJob
 from stillhouse.classify.task_texts import (
     LabelledText,
+    answer_of,
     divide_texts,
     files_sha256,
     read_files,
@@ -56,7 +57,8 @@ def prepare_answer_texts(
     """Reads and divides the texts. Raises DataError: nothing readable, too few texts, or a true
     answer that the schema does not allow."""
     section = recipe.data
-    given, tests = read_files(section.texts, base), read_files(section.test, base)
+    given = read_files(section.texts, base, answer_of)
+    tests = read_files(section.test, base, answer_of)
     for row in (*given, *tests):
         problem = None
         if validity is not None and row.gold is not None:
@@ -87,7 +89,7 @@ def plan_answer_texts(job: AnsweringJob) -> StagePlan:
         "schema": job.schema,
         "seed": recipe.seed,
     }
-    return StagePlan("texts", inputs, work)
+    return StagePlan("texts", inputs, work, version=2)
 
 
 # --- answers -------------------------------------------------------------------------------------

@@ -20,7 +20,14 @@ from stillhouse.classify.classify_config import PretrainedClassifier, RandomClas
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import CHECKPOINTS, MODEL, fit
 from stillhouse.classify.label_judgment import CHUNKS, Judgment, label_by_api, score_texts
-from stillhouse.classify.task_texts import UNKNOWN, Texts, files_sha256, gold_ids, prepare_texts
+from stillhouse.classify.task_texts import (
+    UNKNOWN,
+    Texts,
+    files_sha256,
+    gold_ids,
+    labels_sha256,
+    prepare_texts,
+)
 from stillhouse.data.turn_end import turn_end
 from stillhouse.generation.request import endpoint_of
 from stillhouse.hardware import peak_memory_bytes
@@ -45,15 +52,14 @@ def plan_texts(job: TaskJob) -> StagePlan:
             }
         )
 
-    labels_file = recipe.task.labels_path
     inputs = {
         "recipe": section.model_dump(mode="json", exclude={"max_tokens"}),
         "labels": recipe.task.labels,
-        "labels_file": labels_file and (base / labels_file).read_text(encoding="utf-8"),
+        "labels_file": labels_sha256(recipe.task, base),
         "files": files_sha256([*section.texts, *section.test], base),
         "seed": recipe.seed,
     }
-    return StagePlan("texts", inputs, work)
+    return StagePlan("texts", inputs, work, version=2)
 
 
 def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:

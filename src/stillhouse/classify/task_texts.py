@@ -7,8 +7,11 @@ import hashlib
 import heapq
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,8 +22,11 @@ from stillhouse.classify.classify_config import (
     check_labels,
     phrase_of,
 )
-from stillhouse.data.row_reader import find_files, not_empty, read_rows
+from stillhouse.data.data_files import find_files, known_format
+from stillhouse.data.row_reader import not_empty, read_rows
+from stillhouse.data.words import collapsed, normalized
 from stillhouse.errors import DataError, RecipeError
+from stillhouse.progress import note
 from stillhouse.runfolder import sha, write_atomically
 
 Part = Literal["train", "calibration", "test"]
@@ -28,6 +34,13 @@ PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 LABELS = "labels.json"
 FEWEST = 4
 """The fewest texts in a part to train or measure on."""
+
+Reference = Callable[[Any, str], str | None]
+"""Takes a value of the label column and the row's place."""
+
+_LABEL_LINE = TextFile(path="", text="label")
+_MOST_SEVERAL = 0.1
+"""Share of the texts that may have several labels, as where annotators disagree."""
 
 UNKNOWN = -1
 """The index of an unknown reference label."""
@@ -89,14 +102,16 @@ def gold_ids(texts: Sequence[LabelledText], labels: Sequence[str]) -> list[int] 
 def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
     """Reads a recipe's texts and splits them.
 
-    Raises DataError: unreadable files, empty texts, too few texts, a label that is not in the list;
-    RecipeError: no labels, or labels that cannot be distinguished.
+    Raises DataError: unreadable files, empty texts, too few texts, a label that is not in the list,
+    many texts with several labels; RecipeError: no labels, or labels that cannot be distinguished.
     """
     section = recipe.data
-    given, tests = read_files(section.texts, base), read_files(section.test, base)
+    given = read_files(section.texts, base, label_of)
+    tests = read_files(section.test, base, label_of)
     labels = task_labels(recipe.task, base, [*given, *tests])
-    for row in (*given, *tests):
-        _check_gold(row, labels)
+    known = [_with_known_label(row, labels) for row in (*given, *tests)]
+    agreed = _one_label_each(known)
+    given, tests = agreed[: len(given)], agreed[len(given) :]
     train, test, repeated = divide_texts(given, tests, section.test_share, recipe.seed)
     apart = round(section.calibration_share * len(train))
     texts = Texts(labels, train[apart:], train[:apart], test, repeated)
@@ -139,8 +154,9 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabelledText]) ->
         return task.labels
     if task.labels_path is not None:
         path = find_files(task.labels_path, base)[0]
-        lines = read_rows(path, format="text", text_key="label")
-        names, where = [line["label"] for line, _ in lines], str(path)
+        lines = read_rows(path, format=known_format(path) or "text", text_key="label")
+        found = (labelled_text(line, _LABEL_LINE, where).text for line, where in lines)
+        names, where = [name.strip() for name in found], str(path)
     else:
         names, where = sorted({row.gold for row in rows if row.gold is not None}), "task.labels"
         if not names:
@@ -150,6 +166,7 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabelledText]) ->
                 fix="list them in task.labels, name a file in task.labels_path, or name the column "
                 "that holds them: data.texts.0.label",
             )
+        _note_bare_labels(names)
     labels = {name: phrase_of(name) for name in names}
     try:
         check_labels(labels)
@@ -165,13 +182,18 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabelledText]) ->
     return labels
 
 
-def _check_gold(row: LabelledText, labels: Mapping[str, str]) -> None:
-    if row.gold is not None and row.gold not in labels:
+def _with_known_label(row: LabelledText, labels: Mapping[str, str]) -> LabelledText:
+    """The row with its label as the task writes it. Raises DataError for one it does not have."""
+    if row.gold is None or row.gold in labels:
+        return row
+    same = next((label for label in labels if collapsed(label) == row.gold), None)
+    if same is None:
         raise DataError(
             f"the label {row.gold!r} is not in the task's list",
             where=row.where,
             fix=_nearest(row.gold, labels),
         )
+    return replace(row, gold=same)
 
 
 def _nearest(label: str, labels: Mapping[str, str]) -> str:
@@ -180,10 +202,48 @@ def _nearest(label: str, labels: Mapping[str, str]) -> str:
     return f"{hint}labels are {', '.join(list(labels)[:12])}{' ...' if len(labels) > 12 else ''}"
 
 
+def _note_bare_labels(names: Sequence[str]) -> None:
+    """Says so where labels tell the teacher nothing."""
+    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?|true|false", name.casefold()) for name in names):
+        note(
+            f"the labels are bare numbers or truth values ({', '.join(names[:8])}), and the "
+            "teacher reads nothing else of them: give each a phrase in task.labels, e.g. "
+            f'{{"{names[0]}": what it means}}'
+        )
+
+
+def _one_label_each(rows: Sequence[LabelledText]) -> list[LabelledText]:
+    """The rows, each with the one label that its text has anywhere; None where it has several.
+
+    Raises DataError where this is no exception: texts with several labels are another task.
+    """
+    found: dict[str, dict[str, str]] = {}
+    keys = [normalized(row.text) for row in rows]
+    for row, key in zip(rows, keys, strict=True):
+        if row.gold is not None:
+            found.setdefault(key, {}).setdefault(row.gold, row.where)
+    several = [key for key, golds in found.items() if len(golds) > 1]
+    if several:
+        (one, there), (other, elsewhere), *_ = found[several[0]].items()
+        example = f"e.g. {several[0][:60]!r} is {one!r} ({there}) and {other!r} ({elsewhere})"
+        if len(several) > _MOST_SEVERAL * len(found):
+            raise DataError(
+                f"{len(several):,} of {len(found):,} texts have several labels, {example}",
+                where="data",
+                fix="give each text one label; several labels a text are another task",
+            )
+        note(
+            f"{len(several):,} of {len(found):,} texts have several labels, which count as not "
+            f"known: {example}"
+        )
+    known = {key: next(iter(golds)) for key, golds in found.items() if len(golds) == 1}
+    return [replace(row, gold=known.get(key)) for row, key in zip(rows, keys, strict=True)]
+
+
 def _unrepeated(rows: Sequence[LabelledText], seen: set[str]) -> Iterator[LabelledText]:
-    """Rows whose text was not seen yet, ignoring case and whitespace."""
+    """Rows whose text was not seen yet, ignoring case, whitespace and Unicode form."""
     for row in rows:
-        key = " ".join(row.text.casefold().split())
+        key = normalized(row.text)
         if key not in seen:
             seen.add(key)
             yield row
@@ -192,18 +252,29 @@ def _unrepeated(rows: Sequence[LabelledText], seen: set[str]) -> Iterator[Labell
 # --- files -----------------------------------------------------------------------------------
 
 
+def labels_sha256(task: ClassifyTask, base: Path) -> str | None:
+    return sha(find_files(task.labels_path, base)[0]) if task.labels_path else None
+
+
 def files_sha256(files: Sequence[TextFile], base: Path) -> list[str]:
     return [sha(path) for file in files for path in find_files(file.path, base)]
 
 
-def read_files(files: Sequence[TextFile], base: Path) -> list[LabelledText]:
+def read_files(
+    files: Sequence[TextFile], base: Path, reference: Reference | None = None
+) -> list[LabelledText]:
     """The rows of all files. Raises DataError."""
-    return [row for file in files for row in read_texts(file, base)]
+    return [row for file in files for row in read_texts(file, base, reference)]
 
 
-def read_texts(file: TextFile, base: Path) -> Iterator[LabelledText]:
-    """The rows of a file, or of all files of a folder or glob. Raises DataError."""
-    found = itertools.islice(_read_all(file, base), file.limit)
+def read_texts(
+    file: TextFile, base: Path, reference: Reference | None = None
+) -> Iterator[LabelledText]:
+    """The rows of a file, or of all files of a folder or glob. Raises DataError.
+
+    reference: `label_of` (None: too) or `answer_of`: what a value in the label column is.
+    """
+    found = itertools.islice(_read_all(file, base, reference or label_of), file.limit)
     if file.sample is None:
         return found
     # By content, so that an added row does not move others.
@@ -213,15 +284,26 @@ def read_texts(file: TextFile, base: Path) -> Iterator[LabelledText]:
 def first_row(path: str, base: Path) -> Mapping[str, Any]:
     """All columns of the first row; of plain text, the line under `text`. Raises DataError."""
     file = find_files(path, base)[0]
-    return next(not_empty(read_rows(file, text_key="text"), "The file", file))[0]
+    row, where = next(not_empty(read_rows(file, text_key="text"), "The file", file))
+    sentence = next((key for key in row if len(key) > 60 or key.count(" ") > 6), None)
+    if sentence is not None and known_format(file) in ("csv", "tsv"):
+        raise DataError(
+            f"The file seems to have no header: a column would have the name {sentence[:60]!r}",
+            where=where,
+            fix="write the names of the columns into a line before the first row",
+        )
+    return row
 
 
-def labelled_text(row: Mapping[str, Any], file: TextFile, where: str) -> LabelledText:
+def labelled_text(
+    row: Mapping[str, Any], file: TextFile, where: str, reference: Reference | None = None
+) -> LabelledText:
     """The row's text and label, under the keys that `file` names. Raises DataError."""
     text = row.get(file.text)
     if file.text not in row or not isinstance(text, str):
+        is_it = f"; what is there is of type {type(text).__name__}" if file.text in row else ""
         raise DataError(
-            f"the row has no text under {file.text!r}; it has {', '.join(map(str, row))}",
+            f"the row has no text under {file.text!r}{is_it}; it has {', '.join(map(str, row))}",
             where=where,
             fix="name the column or key of the text: text: NAME (--text NAME of `predict`)",
         )
@@ -235,19 +317,50 @@ def labelled_text(row: Mapping[str, Any], file: TextFile, where: str) -> Labelle
             where=where,
             fix="name the label's column or key, or leave `label` out",
         )
-    gold = row[file.label]
-    if gold is None or str(gold).strip() == "":
-        return LabelledText(text, None, where)
-    shown = json.dumps(gold, ensure_ascii=False) if isinstance(gold, dict | list) else str(gold)
-    return LabelledText(text, shown.strip(), where)
+    return LabelledText(text, (reference or label_of)(row[file.label], where), where)
+
+
+def label_of(value: Any, where: str) -> str | None:
+    """A label as text in NFC; None for an empty cell, which NaN is too. 1.0 is 1.
+
+    Raises DataError for a value that is no label: a list, an object, a score.
+    """
+    if isinstance(value, float | Decimal) and not math.isnan(value):
+        whole = math.isfinite(value) and value == int(value)
+        value = int(value) if whole else value
+    if _is_empty(value):
+        return None
+    if isinstance(value, str | int):
+        return collapsed(str(value))
+    if isinstance(value, list):
+        what, fix = "a list", "write one label; several labels a text are another task"
+    elif isinstance(value, float | Decimal):
+        what, fix = f"the number {value}", "name the column that holds the classes"
+    else:
+        what, fix = f"of type {type(value).__name__}", "write the label as a string"
+    raise DataError(f"the label is {what}, not a name", where=where, fix=fix)
+
+
+def answer_of(value: Any, where: str) -> str | None:
+    """A reference answer as text; None for an empty cell. What is not text becomes JSON."""
+    if _is_empty(value):
+        return None
+    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _is_empty(value: Any) -> bool:
+    """pandas writes an empty cell as NaN."""
+    if isinstance(value, str):
+        return value.strip() in ("", "nan", "NaN")
+    return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
 def _place(row: LabelledText, purpose: str) -> bytes:
     return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
 
 
-def _read_all(file: TextFile, base: Path) -> Iterator[LabelledText]:
+def _read_all(file: TextFile, base: Path, reference: Reference) -> Iterator[LabelledText]:
     columns = [key for key in (file.text, file.label) if key is not None]
     for path in find_files(file.path, base):
         for row, where in read_rows(path, text_key=file.text, columns=columns):
-            yield labelled_text(row, file, where)
+            yield labelled_text(row, file, where, reference)

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from stillhouse.data.batches import Batches
 from stillhouse.data.build_data import Texts, make_windows
 from stillhouse.data.data_config import FileSource, TextSource, WindowsRecipe
+from stillhouse.data.data_files import find_files, format_of
 from stillhouse.data.documents import AnyDocument
 from stillhouse.data.row_formats import document_from_row
-from stillhouse.data.row_reader import find_files, format_of
 from stillhouse.data.windows import open_windows
 from stillhouse.errors import DataError
 from stillhouse.field_types import Seed

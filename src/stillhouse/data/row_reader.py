@@ -1,4 +1,4 @@
-"""Reads rows from files: text, JSONL, JSON, CSV, TSV and Parquet, each also as .gz or .zst.
+"""Reads rows from files: text, JSONL, JSON, CSV, TSV and Parquet, each also compressed.
 
 Training data, prompts and task texts are all read here. Every row comes with its place (`file:line`
 or `file row number`); anything that cannot be read raises a DataError with that place.
@@ -6,154 +6,26 @@ or `file row number`); anything that cannot be read raises a DataError with that
 
 from __future__ import annotations
 
-import csv
-import difflib
-import glob
-import io
+import itertools
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
+from stillhouse.data.data_files import FileFormat, format_of, known_format, open_text
+from stillhouse.data.table_rows import Rows, csv_rows, parquet_rows
 from stillhouse.errors import DataError
+from stillhouse.progress import note
 
-FileFormat = Literal["text", "jsonl", "json", "csv", "tsv", "parquet"]
-Rows = Iterator[tuple[dict[str, Any], str]]
-"""Rows, each with its place."""
-
-_FORMATS: dict[str, FileFormat] = {
-    ".txt": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_COMPRESSED = 3
-"""Rough size of a text relative to its compressed file."""
-_PARQUET_BATCH = 256
-"""Rows decoded at a time: memory stays flat however large a row group is."""
-_LONGEST_CELL = 1 << 24
-_DAMAGED = "the file is damaged or does not have the format of its name: write it again"
+_DEEPEST = 100
+"""Nested lists and objects of a row. Templates and hashes recurse, so a deeper row would stop
+them."""
+_CORRECT = "correct the line, or remove it; each line must be one whole JSON object"
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+"""How JSON escapes begin that stand for half of a surrogate pair, or for one of two halves."""
 
 T = TypeVar("T")
-
-
-def format_of(path: Path) -> FileFormat:
-    """The format by the extension, compression aside; `text` for an unknown extension."""
-    return _FORMATS.get(_extension(path), "text")
-
-
-def text_size(path: Path) -> int:
-    """The number of characters in a file, approximately."""
-    return path.stat().st_size * (_COMPRESSED if path.suffix.lower() in _COMPRESSIONS else 1)
-
-
-def _extension(path: Path) -> str:
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in _COMPRESSIONS else suffix
-
-
-# --- files -----------------------------------------------------------------------------------
-
-
-def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[Path]:
-    """The files of a path, folder or glob pattern, sorted.
-
-    base: the folder that relative paths start from. format: of the files to take from a folder;
-    None: every known one. Raises DataError if there is no file.
-    """
-    path = (base / Path(name).expanduser()).absolute()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        endings = [end for end, known in _FORMATS.items() if format in (None, known)]
-        files = sorted(f for f in path.rglob("*") if _extension(f) in endings and f.is_file())
-        if files:
-            return files
-        raise DataError(
-            f"The folder has no {'known' if format is None else endings[0]} file",
-            where=path,
-            fix=f"name the files themselves: path: {name.rstrip('/')}/*.EXT",
-        )
-    if glob.has_magic(name):
-        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-        files = [match for match in matches if match.is_file()]
-        if files:
-            return files
-        raise DataError("No file matches", where=path, fix="check the pattern and its folder")
-    raise _missing(path)
-
-
-def _missing(path: Path) -> DataError:
-    names = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, names, 1)
-    fix = "check the path; a relative one starts at the recipe's folder"
-    return DataError(
-        "The file does not exist", where=path, fix=f"did you mean {near[0]}?" if near else fix
-    )
-
-
-@contextmanager
-def open_text(path: Path, newline: str | None = None) -> Iterator[IO[str]]:
-    """A UTF-8 file, decompressed. newline: as for `open`. Raises DataError, while reading too."""
-    try:
-        with (
-            _open_bytes(path) as raw,
-            io.TextIOWrapper(raw, encoding="utf-8-sig", newline=newline) as lines,
-        ):
-            yield lines
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path) from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _open_bytes(path: Path) -> Any:
-    compression = _COMPRESSIONS.get(path.suffix.lower())
-    if compression is None:
-        return path.open("rb")
-    import pyarrow as pa
-
-    path.stat()  # for the error of a missing file
-    return pa.input_stream(str(path), compression=compression)
-
-
-def _not_utf8(path: Path) -> DataError:
-    """Names the first byte that is not UTF-8, and its line."""
-    number, line = 0, ""
-    with (
-        _open_bytes(path) as raw,
-        io.TextIOWrapper(raw, encoding="utf-8", errors="surrogateescape") as lines,
-    ):
-        while not (wrong := re.search("[\udc80-\udcff]", line)):
-            number, line = number + 1, next(lines)
-    byte = ord(wrong[0]) - 0xDC00
-    return DataError(
-        f"The file is not UTF-8: byte {byte:#04x} in line {number} cannot be read",
-        where=path,
-        fix=f"convert it, e.g. iconv -f LATIN1 -t UTF-8 {path.name} > utf8-{path.name}",
-    )
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    if isinstance(error, FileNotFoundError):
-        return _missing(path)
-    if isinstance(error, PermissionError):
-        return DataError(
-            "The file cannot be opened: permission denied",
-            where=path,
-            fix=f"allow reading it: chmod u+r {path.name}",
-        )
-    reason = (str(error) or type(error).__name__).splitlines()[0]
-    return DataError(f"The file cannot be read: {reason}", where=path, fix=_DAMAGED)
-
-
-# --- rows ------------------------------------------------------------------------------------
 
 
 def read_rows(
@@ -177,19 +49,34 @@ def read_rows(
         case "json":
             return _json_rows(path, text_key)
         case "parquet":
-            return _parquet_rows(path, columns)
+            return parquet_rows(path, columns)
         case "csv" | "tsv" as kind:
-            return _csv_rows(path, "\t" if "tsv" in (kind, format_of(path)) else ",")
+            return csv_rows(path, "tsv" if "tsv" in (kind, known_format(path)) else "csv")
 
 
 def read_lines(lines: Iterable[str], name: str, text_key: str) -> Rows:
     """Rows of a stream: a line that begins with `{` is a JSON object, any other is plain text."""
-    for number, line in enumerate(lines, 1):
-        where = f"{name}:{number}"
-        if line.lstrip().startswith("{"):
-            yield _object(_json(line, where), where, text_key), where
-        elif line.strip():
-            yield {text_key: line.strip()}, where
+    try:
+        for number, line in enumerate(lines, 1):
+            where = f"{name}:{number}"
+            line = line.removeprefix("\ufeff").strip()
+            if re.search("[\0\ud800-\udfff]", line):
+                raise _not_utf8_stream(where)
+            if line.startswith("{"):
+                value = _json(line, where)
+                yield _object(value, where, text_key, _is_suspicious(line)), where
+            elif line:
+                yield {text_key: line}, where
+    except UnicodeDecodeError as error:
+        raise _not_utf8_stream(name) from error
+
+
+def _not_utf8_stream(where: str) -> DataError:
+    return DataError(
+        "The input is not UTF-8",
+        where=where,
+        fix="convert it on the way: iconv -f ITS-ENCODING -t UTF-8 FILE | stillhouse predict ...",
+    )
 
 
 def not_empty(items: Iterable[T], what: str, where: object) -> Iterator[T]:
@@ -206,56 +93,129 @@ def not_empty(items: Iterable[T], what: str, where: object) -> Iterator[T]:
         )
 
 
-def _text_rows(path: Path, key: str) -> Rows:
+# --- text ------------------------------------------------------------------------------------
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a plain text file, with their ends; byte order marks of joined files are left
+    out. Raises DataError where the file's name is of another format."""
+    known = known_format(path)
+    if known not in (None, "text"):
+        raise DataError(
+            f"The file is named as {known}, and is to be read as plain text",
+            where=path,
+            fix="read its rows (`kind: file`, or `format: auto` of prompts); to use its characters "
+            "as they are, copy it to a name that ends in .txt",
+        )
     with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield {key: line.strip()}, f"{path}:{number}"
+        first = next(lines, "")
+        if _is_object(first):
+            note(
+                f"{path} is read as plain text, and its lines look like JSON objects: name it "
+                ".jsonl if they are rows"
+            )
+        for line in itertools.chain([first], lines):
+            yield line.removeprefix("\ufeff")
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return line.lstrip().startswith('{"') and isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _text_rows(path: Path, key: str) -> Rows:
+    for number, line in enumerate(text_lines(path), 1):
+        if line.strip():
+            yield {key: line.strip()}, f"{path}:{number}"
+
+
+# --- JSON ------------------------------------------------------------------------------------
 
 
 def _jsonl_rows(path: Path, text_key: str | None) -> Rows:
-    with open_text(path) as lines:
+    with open_text(path, "jsonl") as lines:
         for number, line in enumerate(lines, 1):
+            line = line.removeprefix("\ufeff")
             if line.strip():
                 where = f"{path}:{number}"
-                whole_list = number == 1 and line.lstrip().startswith("[")
-                yield _object(_json(line, where, whole_list), where, text_key), where
+                value = _json(line, where, _fix_of_line(line) if number == 1 else _CORRECT)
+                if number == 1 and isinstance(value, list):
+                    raise DataError(
+                        "The line is a JSON list, not an object", where=where, fix=_fix_of_line("[")
+                    )
+                yield _object(value, where, text_key, _is_suspicious(line)), where
+
+
+def _fix_of_line(line: str) -> str:
+    """What to do about a first line that is no object."""
+    if line.lstrip().startswith("["):
+        return "this looks like one JSON list: name it .json, or write one object per line"
+    if line.strip() == "{":
+        return "write each object on one line: jq -c . FILE > NEW.jsonl"
+    return _CORRECT
 
 
 def _json_rows(path: Path, text_key: str | None) -> Rows:
     """Rows of a list, or of an object with one: under `data`, or the only one in it."""
-    with open_text(path) as file:
-        whole = _json(file.read(), str(path))
+    with open_text(path, "json") as file:
+        text = file.read()
+    first = text.lstrip().partition("\n")[0]
+    fix = "correct the file; a .json file is one list of objects"
+    if _is_object(first):
+        fix = "this looks like an object per line: name it .jsonl"
+    whole = _json(text, str(path), fix)
     items = whole
     if isinstance(whole, dict):
         lists = {key: value for key, value in whole.items() if isinstance(value, list)}
         items = lists.get("data", next(iter(lists.values())) if len(lists) == 1 else None)
+        if items is not None and "data" not in lists and _is_chat(items):
+            items = None
     if not isinstance(items, list):
         raise DataError(
             "The JSON file is neither a list nor an object with one list (or with `data`)",
             where=path,
             fix="write one object per line, as .jsonl",
         )
+    suspicious = _is_suspicious(text)
     for number, item in enumerate(items):
         where = f"{path} row {number}"
-        yield _object(item, where, text_key), where
+        yield _object(item, where, text_key, suspicious), where
 
 
-def _json(text: str, where: str, whole_list: bool = False) -> Any:
+def _is_chat(items: list[Any]) -> bool:
+    """Whether a list is the messages of one chat, so that what holds it is a row."""
+    first = items[0] if items else None
+    return isinstance(first, dict) and bool({"role", "from"} & first.keys())
+
+
+def _json(text: str, where: str, fix: str = _CORRECT) -> Any:
+    """Raises DataError; also where a key stands twice in an object."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         detail = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         if isinstance(error, json.JSONDecodeError):
             line = f"line {error.lineno}, " if error.lineno > 1 else ""
             detail = f"{error.msg}, {line}column {error.colno}"
-        fix = "correct the line, or remove it; each line must be one whole JSON object"
-        if whole_list:
-            fix = "this looks like one JSON list: name it .json, or write one object per line"
+        elif "int_max_str_digits" in detail:
+            detail = "a number has more than 4,300 digits"
         raise DataError(f"Invalid JSON: {detail}", where=where, fix=fix) from error
 
 
-def _object(value: Any, where: str, text_key: str | None) -> dict[str, Any]:
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+def _object(value: Any, where: str, text_key: str | None, suspicious: bool) -> dict[str, Any]:
+    if suspicious:
+        _check_value(value, where)
     if isinstance(value, dict):
         return value
     if isinstance(value, str) and text_key is not None:
@@ -267,45 +227,29 @@ def _object(value: Any, where: str, text_key: str | None) -> dict[str, Any]:
     )
 
 
-def _csv_rows(path: Path, delimiter: str) -> Rows:
-    csv.field_size_limit(_LONGEST_CELL)
-    with open_text(path, newline="") as lines:
-        # Strict: otherwise an unclosed quote makes one cell of the rest of the file.
-        reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
-        start = 1
-        try:
-            start += 0 if reader.fieldnames is None else reader.line_num
-            for row in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in row:
-                    raise DataError(
-                        f"The row has more cells than the {len(row) - 1} columns of the header",
-                        where=where,
-                        fix=f"put cells that contain {delimiter!r} into double quotes",
-                    )
-                yield row, where
-                start = reader.line_num + 1
-        except csv.Error as error:
+def _is_suspicious(text: str) -> bool:
+    """Whether JSON may hold half of a surrogate pair, or something nested too deeply."""
+    return bool(_HALF_PAIR.search(text)) or text.count("[") + text.count("{") > _DEEPEST
+
+
+def _check_value(value: Any, where: str) -> None:
+    left = [(value, 1)]
+    while left:
+        part, depth = left.pop()
+        if depth > _DEEPEST:
             raise DataError(
-                f"The row that begins here is not valid CSV: {error}",
-                where=f"{path}:{start}",
-                fix="close its quotes; a quote inside a quoted cell is written twice",
-            ) from error
-
-
-def _parquet_rows(path: Path, columns: Collection[str] | None) -> Rows:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        compressed = path.suffix.lower() in _COMPRESSIONS
-        table = pq.ParquetFile(pa.BufferReader(_open_bytes(path).read()) if compressed else path)
-        names = table.schema_arrow.names
-        present = [name for name in names if columns is None or name in columns]
-        number = 0
-        for batch in table.iter_batches(_PARQUET_BATCH, columns=present or names):
-            for row in batch.to_pylist():
-                yield row, f"{path} row {number}"
-                number += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from error
+                f"The row is nested more than {_DEEPEST} levels deep", where=where, fix=_CORRECT
+            )
+        if isinstance(part, str):
+            half = re.search("[\ud800-\udfff]", part)
+            if half:
+                raise DataError(
+                    f"The text holds {half[0]!r}, half of a surrogate pair: "
+                    "it is not valid Unicode",
+                    where=where,
+                    fix="write the file again as UTF-8 with whole characters, or remove the row",
+                )
+        elif isinstance(part, dict):
+            left += [(inner, depth + 1) for pair in part.items() for inner in pair]
+        elif isinstance(part, list):
+            left += [(inner, depth + 1) for inner in part]

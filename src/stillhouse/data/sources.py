@@ -10,18 +10,11 @@ from typing import Any
 
 from stillhouse.data.corpus import python_reference
 from stillhouse.data.data_config import CorpusSource, FileSource, HubSource, Source, TextSource
+from stillhouse.data.data_files import FileFormat, find_files, format_of, text_size
 from stillhouse.data.documents import AnyDocument, Document
 from stillhouse.data.row_formats import document_from_row
-from stillhouse.data.row_reader import (
-    FileFormat,
-    Rows,
-    find_files,
-    format_of,
-    not_empty,
-    open_text,
-    read_rows,
-    text_size,
-)
+from stillhouse.data.row_reader import not_empty, read_rows, text_lines
+from stillhouse.data.table_rows import Rows
 from stillhouse.errors import DataError
 
 _CORPUS_CHARACTERS = 465_000
@@ -100,17 +93,17 @@ def _file_documents(path: Path, source: FileSource) -> Iterator[AnyDocument]:
 
 
 def _text_documents(path: Path, divided_by: str) -> Iterator[Document]:
-    with open_text(path) as lines:
-        if divided_by == "file":
-            text = lines.read()
-            if text.strip():
-                yield Document(text, str(path))
-        elif divided_by == "line":
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield Document(line.rstrip("\n"), f"{path}:{number}")
-        else:
-            yield from _paragraphs(lines, path)
+    lines = text_lines(path)
+    if divided_by == "file":
+        text = "".join(lines)
+        if text.strip():
+            yield Document(text, str(path))
+    elif divided_by == "line":
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield Document(line.rstrip("\n"), f"{path}:{number}")
+    else:
+        yield from _paragraphs(lines, path)
 
 
 def _paragraphs(lines: Iterator[str], path: Path) -> Iterator[Document]:

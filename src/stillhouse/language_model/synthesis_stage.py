@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse import account
+from stillhouse.data.data_files import regular
 from stillhouse.errors import DataError
 from stillhouse.generation.text_teacher import DefaultModel, LocalText
 from stillhouse.hardware import leads
@@ -164,10 +165,11 @@ def _files(section: SynthesizeRecipe) -> dict[str, str]:
 
 
 def _content(base: Path, key: str, path: str) -> str:
-    file = base / Path(path).expanduser()
+    file = base / path
     try:
-        return sha(file)
-    except OSError as error:
+        file = base / Path(path).expanduser()
+        return sha(regular(file))
+    except (OSError, RuntimeError) as error:
         kind = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise DataError(
             f"the file of synthesize.{key} {kind}",

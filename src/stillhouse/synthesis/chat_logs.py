@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.row_reader import format_of, read_rows
+from stillhouse.data.data_files import FileFormat, known_format
+from stillhouse.data.row_reader import read_rows
 from stillhouse.data.words import bare
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import SYSTEM, content_text, text_of
@@ -117,7 +118,7 @@ def read_logs(path: Path) -> Logs:
     pairs: list[tuple[str, str]] = []
     systems: Counter[str] = Counter()
     rows = longer = 0
-    for row, where in read_rows(path, format="jsonl" if format_of(path) == "text" else None):
+    for row, where in read_rows(path, format=logs_format(path)):
         messages, answer = prompt_messages(row, "prompt", where), _answer(row)
         rows += 1
         text = text_of(messages[-1:])
@@ -139,6 +140,11 @@ def read_logs(path: Path) -> Logs:
         )
     system = systems.most_common(1)[0][0]
     return Logs(pairs, system or None)
+
+
+def logs_format(path: Path) -> FileFormat:
+    known = known_format(path)
+    return "jsonl" if known in (None, "text") else known
 
 
 def _answer(row: Mapping[str, Any]) -> str | None:

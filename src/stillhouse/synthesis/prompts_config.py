@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from stillhouse.data.row_reader import FileFormat
+from stillhouse.data.data_files import FileFormat
 from stillhouse.field_types import (
     AnswerTokens,
     CountOrZero,

@@ -1,0 +1,348 @@
+"""Finds and opens data files: names, patterns, formats, compressions and encodings.
+
+A format is known by the file's extension, and the file's first bytes must not contradict it.
+Anything that cannot be opened as what it is called raises a DataError.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import difflib
+import glob
+import io
+import lzma
+import re
+import shlex
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from stillhouse.data.text_encoding import (
+    guessed_encoding,
+    iconv_name,
+    marked_encoding,
+    unmarked_utf16,
+)
+from stillhouse.errors import DataError
+
+FileFormat = Literal["text", "jsonl", "json", "csv", "tsv", "parquet"]
+
+_FORMATS: dict[str, FileFormat] = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+_ALSO_TEXT = (".text", ".md", ".markdown", ".rst")
+"""Text where the file itself is named; in a folder, such files are about the data."""
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+_COMPRESSED = 3
+"""Rough size of a text relative to its compressed file."""
+_HEAD = 4096
+"""Bytes at the beginning of a file from which its content is recognized."""
+_DAMAGED = "the file is damaged or does not have the format of its name: write it again"
+_ANY_FORMAT = "name it by what it holds: .txt, .jsonl, .json, .csv, .tsv or .parquet"
+
+_CONVERT = {
+    **dict.fromkeys((".zip", ".jar"), "unpack it: unzip {}"),
+    **dict.fromkeys((".tar", ".tgz", ".tbz", ".tbz2", ".txz"), "unpack it: tar -xf {}"),
+    ".7z": "unpack it: 7z x {}",
+    ".rar": "unpack it: unrar x {}",
+    ".lz4": "unpack it: lz4 -d {}",
+    ".br": "unpack it: brotli -d {}",
+    ".lzma": "unpack it: unlzma {}",
+    ".z": "unpack it: uncompress {}",
+    ".pdf": "extract its text: pdftotext {}",
+    **dict.fromkeys((".docx", ".odt", ".rtf", ".epub"), "convert it: pandoc -t plain {} -o {}.txt"),
+    **dict.fromkeys((".doc", ".pages"), "save it as plain text, .txt"),
+    **dict.fromkeys((".xlsx", ".xls", ".ods", ".numbers"), "save the sheet as CSV in UTF-8"),
+    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro"), "save its rows as Parquet or JSONL"),
+    **dict.fromkeys((".pkl", ".pickle", ".npy", ".npz", ".pt"), "save its rows as JSONL"),
+    **dict.fromkeys((".db", ".sqlite", ".sqlite3"), "export the table as CSV"),
+}
+"""What to do with files that are not read, by extension."""
+
+_PARQUET = "a Parquet file"
+_CONTENTS = (
+    (rb"version https://git-lfs\.github\.com/spec/", "a Git LFS pointer", "fetch it: git lfs pull"),
+    (rb"\x1f\x8b", "gzip-compressed", "add .gz to its name"),
+    (rb"\x28\xb5\x2f\xfd", "zstd-compressed", "add .zst to its name"),
+    (rb"BZh[1-9](1AY&SY|\x17rE8P\x90)", "bzip2-compressed", "add .bz2 to its name"),
+    (rb"\xfd7zXZ\0", "xz-compressed", "add .xz to its name"),
+    (rb"PAR1[^\n]{0,9}[\0-\x08\x0e-\x1f]", _PARQUET, "name it .parquet"),
+    (rb"PK\x03\x04.{26}(\[Content_Types\]|_rels/|word/|xl/|docProps/|mimetype)", "an office "
+     "document", "save it as plain text (.txt) or, of a sheet, as CSV"),
+    (rb"PK\x03\x04", "a ZIP archive", "unpack it: unzip {}"),
+    (rb"7z\xbc\xaf\x27\x1c", "a 7-Zip archive", "unpack it: 7z x {}"),
+    (rb"\xd0\xcf\x11\xe0", "an office document", "save it as plain text (.txt), or as CSV"),
+    (rb"%PDF-", "a PDF", "extract its text: pdftotext {}"),
+    (rb"ARROW1\0\0", "an Arrow file", "save its rows as Parquet or JSONL"),
+    (rb"SQLite format 3\0", "an SQLite database", "export the table as CSV"),
+    (rb"\{\\rtf", "rich text (RTF)", "save it as plain text, .txt"),
+)  # fmt: skip
+"""Beginnings of files, what such a file is, and what to do with it."""
+_PAGE = re.compile(rb"\s*(<!doctype\s+html|<html|<\?xml)", re.IGNORECASE)
+
+
+# --- names -----------------------------------------------------------------------------------
+
+
+def format_of(path: Path) -> FileFormat:
+    """The format by the extension, compression aside. Raises DataError for an unknown one."""
+    found = known_format(path)
+    if found is not None:
+        return found
+    extension = _extension(path)
+    raise DataError(
+        f"Files of the kind {extension} are not read"
+        if extension
+        else "The file's name has no extension that tells its format",
+        where=path,
+        fix=_CONVERT.get(extension, _ANY_FORMAT).format(*[shlex.quote(str(path))] * 2),
+    )
+
+
+def known_format(path: Path) -> FileFormat | None:
+    """As `format_of`, but None for an unknown extension."""
+    extension = _extension(path)
+    return "text" if extension in _ALSO_TEXT else _FORMATS.get(extension)
+
+
+def text_size(path: Path) -> int:
+    """The number of characters in a file, approximately."""
+    return path.stat().st_size * (_COMPRESSED if is_compressed(path) else 1)
+
+
+def is_compressed(path: Path) -> bool:
+    return path.suffix.lower() in _COMPRESSIONS
+
+
+def _extension(path: Path) -> str:
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in _COMPRESSIONS else suffix
+
+
+def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[Path]:
+    """The files of a path, folder or glob pattern, sorted; hidden ones only if they are named.
+
+    base: the folder that relative paths start from; brackets and stars in it mean themselves, as
+    they do in the names of files and folders that exist. format: of the files to take from a
+    folder; None: every known one. Raises DataError if there is no file.
+    """
+    try:
+        path = (base / Path(name).expanduser()).absolute()
+        exists, is_folder = path.exists(), path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a user without a home
+        raise _unusable_name(name, error) from error
+    if is_folder:
+        return _files_in(path, name, format)
+    if exists:
+        return [regular(path)]
+    if not glob.has_magic(name):
+        raise missing(path)
+    start = _literal_start(path)
+    pattern = str(path.relative_to(start))
+    matches = sorted(start / match for match in glob.glob(pattern, root_dir=start, recursive=True))
+    files = [match for match in matches if match.is_file()]
+    if files:
+        return files
+    raise DataError("No file matches", where=path, fix="check the pattern and its folder")
+
+
+def _literal_start(path: Path) -> Path:
+    """The part of a pattern that exists as it is written."""
+    start = Path(path.anchor)
+    for part in path.parts[1:]:
+        if not (start / part).is_dir():
+            break
+        start = start / part
+    return start
+
+
+def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
+    endings = [end for end, known in _FORMATS.items() if format in (None, known)]
+    files = sorted(
+        file
+        for file in folder.rglob("*")
+        if _extension(file) in endings
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and file.is_file()
+    )
+    if files:
+        return files
+    raise DataError(
+        f"The folder has no {'known' if format is None else endings[0]} file",
+        where=folder,
+        fix=f"name the files themselves: path: {name.rstrip('/')}/*.EXT",
+    )
+
+
+def missing(path: Path) -> DataError:
+    try:
+        names = [file.name for file in path.parent.iterdir()]
+    except OSError:
+        names = []
+    near = difflib.get_close_matches(path.name, names, 1)
+    fix = "check the path; a relative one starts at the recipe's folder"
+    return DataError(
+        "The file does not exist", where=path, fix=f"did you mean {near[0]}?" if near else fix
+    )
+
+
+def _unusable_name(name: str, error: Exception) -> DataError:
+    shown = name if len(name) <= 80 else f"{name[:80]}..."
+    reason = getattr(error, "strerror", None) or str(error)
+    return DataError(f"The path {shown!r} cannot be used: {reason}", fix="check the path")
+
+
+def regular(path: Path) -> Path:
+    """The path. Raises DataError if it is a pipe or a device, which might never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DataError(
+            "The path is a folder, a pipe or a device, not a file",
+            where=path,
+            fix="write what it gives into a file first, and name that",
+        )
+    return path
+
+
+# --- content ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def open_text(
+    path: Path, format: FileFormat = "text", newline: str | None = None
+) -> Iterator[IO[str]]:
+    """A text file, decompressed: UTF-8, or UTF-16 or UTF-32 with a byte order mark.
+
+    format: what the file should hold. newline: as for `open`. Raises DataError, while reading too.
+    """
+    encoding = "utf-8-sig"
+    try:
+        with open_bytes(path) as raw:
+            head = raw.read(_HEAD)
+        encoding = marked_encoding(head)
+        check_content(path, head, format)
+        with (
+            open_bytes(path) as raw,
+            io.TextIOWrapper(raw, encoding=encoding, newline=newline) as lines,
+        ):
+            yield lines
+    except UnicodeDecodeError as error:
+        raise _undecodable(path, encoding) from error
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise unreadable(path, error) from error
+
+
+def open_bytes(path: Path) -> Any:
+    """The file's bytes, decompressed."""
+    regular(path)
+    match _COMPRESSIONS.get(path.suffix.lower()):
+        case None:
+            return path.open("rb")
+        case "bz2":
+            return bz2.open(path)
+        case "xz":
+            return lzma.open(path)
+        case compression:
+            import pyarrow as pa
+
+            return pa.input_stream(str(path), compression=compression)
+
+
+def check_content(path: Path, head: bytes, format: FileFormat) -> None:
+    """Raises DataError where a file's first bytes are of something else than text (or Parquet)."""
+    head = head.removeprefix(codecs.BOM_UTF8)
+    for beginning, what, fix in _CONTENTS:
+        expected = format == "parquet" and what == _PARQUET
+        if not expected and re.match(beginning, head, re.DOTALL):
+            where = shlex.quote(str(path))
+            raise DataError(f"The file is {what}", where=path, fix=fix.format(where))
+    if format != "text" and _PAGE.match(head):
+        raise DataError(
+            "The file is a web page or XML: perhaps an error was downloaded in its place",
+            where=path,
+            fix="look into it, and download the data again",
+        )
+    if b"\0" in head and format != "parquet" and marked_encoding(head) == "utf-8-sig":
+        encoding = unmarked_utf16(head)
+        if encoding is None:
+            raise DataError("The file has zero bytes: it is not text", where=path, fix=_DAMAGED)
+        raise DataError(
+            f"The file is {encoding} without a byte order mark",
+            where=path,
+            fix=_iconv(path, encoding),
+        )
+
+
+def _undecodable(path: Path, encoding: str) -> DataError:
+    """Names the first byte that is not UTF-8 and its line, and how the file can be converted."""
+    if encoding != "utf-8-sig":
+        return DataError(f"The file is not valid {encoding.upper()}", where=path, fix=_DAMAGED)
+    first, at, other = b"", 0, False
+    wrong: list[bytes] = []
+    with open_bytes(path) as raw:
+        for number, line in enumerate(io.BufferedReader(raw), 1):
+            if line.isascii():
+                continue
+            try:
+                line.decode()
+                other = True
+            except UnicodeDecodeError as error:
+                at, first = at or number, first or line[error.start : error.start + 1]
+                other |= not line[: error.start].isascii()
+                if sum(map(len, wrong)) < 1 << 16:
+                    wrong.append(line[: 1 << 16])
+    what = f"The file is not UTF-8: byte {first[0]:#04x} in line {at} cannot be read"
+    guess = guessed_encoding(b"".join(wrong))
+    if other:
+        shown = "" if guess is None else f" (as {iconv_name(guess)}: {_shown(wrong[0], guess)})"
+        return DataError(
+            f"{what}, and other lines can",
+            where=path,
+            fix=f"the file mixes encodings or is damaged: write line {at} again{shown}",
+        )
+    if guess is None:
+        return DataError(what, where=path, fix=_iconv(path, "ITS-ENCODING"))
+    fix = f"{_iconv(path, iconv_name(guess))}, if line {at} should be {_shown(wrong[0], guess)}"
+    return DataError(what, where=path, fix=fix)
+
+
+def _shown(line: bytes, encoding: str) -> str:
+    text = line.decode(encoding, "replace").strip()
+    odd = next((at for at, c in enumerate(text) if c > "\x7f"), 0)
+    return repr(text[max(0, odd - 20) : odd + 20])
+
+
+def _iconv(path: Path, encoding: str) -> str:
+    """How to convert a file; the new one stands beside it."""
+    compression = _COMPRESSIONS.get(path.suffix.lower())
+    plain = path.with_suffix("") if compression else path
+    new = shlex.quote(str(plain.with_name(f"utf8-{plain.name}")))
+    old = shlex.quote(str(path))
+    if compression is None:
+        return f"convert it, and name the new file: iconv -f {encoding} -t UTF-8 {old} > {new}"
+    unpack = {"gzip": "gzip", "zstd": "zstd", "bz2": "bzip2", "xz": "xz"}[compression]
+    return (
+        f"convert it, and name the new file: {unpack} -dc {old} | iconv -f {encoding} -t UTF-8 "
+        f"> {new}"
+    )
+
+
+def unreadable(path: Path, error: Exception) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return missing(path)
+    if isinstance(error, PermissionError):
+        return DataError(
+            "The file cannot be opened: permission denied",
+            where=path,
+            fix=f"allow reading it: chmod u+r {shlex.quote(str(path))}",
+        )
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return DataError(f"The file cannot be read: {reason}", where=path, fix=_DAMAGED)

@@ -1,0 +1,198 @@
+"""Rows of tables: CSV, TSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from stillhouse.data.data_files import (
+    check_content,
+    is_compressed,
+    open_bytes,
+    open_text,
+    unreadable,
+)
+from stillhouse.errors import DataError
+
+Rows = Iterator[tuple[dict[str, Any], str]]
+"""Rows, each with its place."""
+
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
+_PARQUET_BATCH = 256
+"""Rows decoded at a time: memory stays flat however large a row group is."""
+_LONGEST_CELL = 1 << 27
+
+
+# --- CSV and TSV -------------------------------------------------------------------------------
+
+
+def csv_rows(path: Path, format: Literal["csv", "tsv"]) -> Rows:
+    """Rows by the names in the header. A column without a name is left out: the first one, such as
+    pandas' row numbers, or empty ones."""
+    csv.field_size_limit(_LONGEST_CELL)
+    with open_text(path, format, newline="") as lines:
+        skipped, head = _first_line(lines)
+        delimiter = "\t" if format == "tsv" else ","
+        declared = re.fullmatch(r'"?sep=(.)"?\s*', head)  # the line that Excel reads and writes
+        if declared:
+            delimiter = declared[1]
+            more, head = _first_line(lines)
+            skipped += 1 + more
+        else:
+            delimiter = _delimiter(head, delimiter, f"{path}:{skipped + 1}")
+        # Strict: otherwise an unclosed quote makes one cell of the rest of the file.
+        reader = csv.reader(itertools.chain([head], lines), delimiter=delimiter, strict=True)
+        start = skipped + 1
+        try:
+            header = _header(next(reader, []), f"{path}:{start}")
+            start = skipped + reader.line_num + 1
+            for cells in reader:
+                where = f"{path}:{skipped + reader.line_num}"
+                start = skipped + reader.line_num + 1
+                blank = len(cells) <= 1 < len(header) and not any(map(str.strip, cells))
+                if cells and not blank:
+                    yield _row(cells, header, delimiter, where), where
+        except csv.Error as error:
+            raise DataError(
+                f"The row that begins here is not valid CSV: {error}",
+                where=f"{path}:{start}",
+                fix="close its quotes; a quote inside a quoted cell is written twice",
+            ) from error
+
+
+def _first_line(lines: Iterator[str]) -> tuple[int, str]:
+    """How many blank lines come first, and the line after them."""
+    for skipped, line in enumerate(lines):
+        if line.strip("\ufeff \t\r\n"):
+            return skipped, line.lstrip("\ufeff")
+    return 0, ""
+
+
+def _delimiter(head: str, usual: str, where: str) -> str:
+    """What separates the names in the header: the usual delimiter, or the only other one there."""
+    if re.match(r"\s*(\{\s*\"|\[\s*[\[{\"])", head):
+        raise DataError(
+            "The file holds JSON, not a table",
+            where=where,
+            fix="name it .jsonl (an object a line) or .json (one list)",
+        )
+    names = re.sub(r'"(?:[^"]|"")*"', "", head)
+    found = [delimiter for delimiter in _DELIMITERS if delimiter in names]
+    if usual in found or not found:
+        return usual
+    if len(found) > 1:
+        kinds = " and ".join(_DELIMITERS[delimiter] for delimiter in found)
+        raise DataError(
+            f"The header has {kinds}, so it is not clear what separates the cells",
+            where=where,
+            fix="separate cells with commas, and put names that contain others in double quotes",
+        )
+    return found[0]
+
+
+def _header(cells: Sequence[str], where: str) -> list[str]:
+    names = [name.strip() for name in cells]
+    _check_different([name for name in names if name], where)
+    if cells and not any(names):
+        raise DataError("The header has no names", where=where, fix="name the columns in it")
+    return names
+
+
+def _check_different(names: Collection[str], where: object) -> None:
+    twice = [name for name, times in Counter(names).items() if times > 1]
+    if twice:
+        raise DataError(
+            f"Several columns have the name {twice[0]!r}", where=where, fix="rename all but one"
+        )
+
+
+def _row(cells: Sequence[str], header: Sequence[str], delimiter: str, where: str) -> dict[str, str]:
+    if len(cells) != len(header):
+        few = len(cells) < len(header)
+        columns = f"{len(header)} column{'s' if len(header) > 1 else ''}"
+        raise DataError(
+            f"The row has {'fewer' if few else 'more'} cells than the {columns} of the header: "
+            f"{len(cells)}",
+            where=where,
+            fix="write all cells, the empty ones too; a cell with line breaks needs double quotes"
+            if few
+            else f"put cells that contain {delimiter!r} into double quotes",
+        )
+    if len(cells) > 1 and list(map(str.strip, cells)) == list(header):
+        raise DataError(
+            "The header stands here again, as if files had been joined",
+            where=where,
+            fix="remove the line, and check what comes after it",
+        )
+    for number, (name, cell) in enumerate(zip(header, cells, strict=True)):
+        if not name and number and cell.strip():
+            raise DataError(
+                f"Cell {number + 1} of the row has content, and its column has no name",
+                where=where,
+                fix=f"name the column in the header; or put cells that contain {delimiter!r} into "
+                "double quotes",
+            )
+    return {name: cell for name, cell in zip(header, cells, strict=True) if name}
+
+
+# --- Parquet -----------------------------------------------------------------------------------
+
+
+def parquet_rows(path: Path, columns: Collection[str] | None) -> Rows:
+    """Rows with the columns that are asked for, or with all if the file has none of them. The ids
+    of a Hugging Face ClassLabel are its names; -1, which stands for none, is None."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with open_bytes(path) as raw:
+            check_content(path, raw.read(64), "parquet")
+        packed = is_compressed(path)
+        table = pq.ParquetFile(pa.BufferReader(open_bytes(path).read()) if packed else path)
+        schema = table.schema_arrow
+        _check_different(schema.names, path)
+        present = [name for name in schema.names if columns is None or name in columns]
+        names = _class_names((schema.metadata or {}).get(b"huggingface"))
+        number = 0
+        for batch in table.iter_batches(_PARQUET_BATCH, columns=present or schema.names):
+            for row in batch.to_pylist():
+                where = f"{path} row {number}"
+                for key in names.keys() & row.keys():
+                    row[key] = _class_name(row[key], names[key], key, where)
+                yield row, where
+                number += 1
+    except DataError:
+        raise
+    except (pa.ArrowException, OSError, EOFError, ValueError, OverflowError) as error:
+        raise unreadable(path, error) from error
+
+
+def _class_names(metadata: bytes | None) -> dict[str, list[str]]:
+    """The names of each ClassLabel column, from what `datasets` writes into a Parquet schema."""
+    try:
+        features = json.loads(metadata or b"{}")["info"]["features"]
+    except (ValueError, LookupError, TypeError):
+        return {}
+    return {
+        key: feature["names"]
+        for key, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel" and "names" in feature
+    }
+
+
+def _class_name(id: Any, names: Sequence[str], key: str, where: str) -> Any:
+    if not isinstance(id, int) or 0 <= id < len(names):
+        return names[id] if isinstance(id, int) else id
+    if id == -1:
+        return None
+    raise DataError(
+        f"`{key}` is {id}, and the file names the classes 0 to {len(names) - 1}",
+        where=where,
+        fix="correct the row, or write the class's name",
+    )
