@@ -205,7 +205,7 @@ class TextFile(Section):
     """Texts, a row each."""
 
     path: PathText = Field(
-        description="Text (a line each), JSONL, JSON, CSV, TSV or Parquet, also .gz or .zst; a "
+        description="Text (a line each), JSONL, JSON, CSV, TSV or Parquet, also compressed; a "
         "file, a folder or a glob."
     )
     text: str = Field("text", description="The column or key of the text.")

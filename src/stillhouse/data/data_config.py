@@ -36,7 +36,7 @@ class FileSource(Section):
         description="The files' format; file: by the extension, and a plain text file is one "
         "document."
     )
-    path: PathText = Field(description="A file, a folder or a glob; .gz and .zst are read too.")
+    path: PathText = Field(description="A file, a folder or a glob; compressed ones are read too.")
     text_key: str = Field("text", description="The key or column that holds plain text.")
     limit: Tokens | None = Field(None, description="Use at most this many rows.")
 

@@ -72,7 +72,7 @@ class PromptsRecipe(Section):
 
     path: PathText | None = Field(
         None,
-        description="Text, JSONL, JSON, CSV, TSV or Parquet, also .gz or .zst; logs of chat "
+        description="Text, JSONL, JSON, CSV, TSV or Parquet, also compressed; logs of chat "
         "completions too. With `write`: examples of the prompts to write.",
     )
     combine: CombineRecipe | None = None
