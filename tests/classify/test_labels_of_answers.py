@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -11,19 +12,36 @@ from stillhouse.classify.label_judgment import label_shares
 from stillhouse.classify.label_prompts import LabelPrompt
 from stillhouse.generation.request import Answer
 
+Labels = Sequence[str] | Mapping[str, str]
 LABELS = ["card", "card_arrival", "refund", "insurance", "退款", "?"]
+MAIL = ["spam", "ham"]
 
 
 def shares(
-    text: str, first: dict[str, float] | None = None, labels: list[str] = LABELS
+    text: str, *places: dict[str, float], labels: Labels = LABELS
 ) -> tuple[str, dict[str, float]]:
-    """first: the most likely first tokens with their probabilities."""
+    """places: for each token of the answer, the most likely tokens with their probabilities; the
+    first of them is the answer's."""
     task = ClassifyTask.model_validate({"kind": "classify", "labels": labels})
     assert task.labels is not None
-    top = [{"token": token, "logprob": math.log(p)} for token, p in (first or {}).items()]
-    answer = Answer(text, logprobs=[{"top_logprobs": top}] if first else None)
-    kind, found = label_shares(answer, LabelPrompt.of(task, task.labels), first is not None)
-    return kind, {labels[number]: share for number, share in found.items()}
+    logprobs = [
+        {
+            "token": next(iter(place)),
+            "top_logprobs": [{"token": t, "logprob": math.log(p)} for t, p in place.items()],
+        }
+        for place in places
+    ]
+    answer = Answer(text, logprobs=logprobs or None)
+    kind, found = label_shares(answer, LabelPrompt.of(task, task.labels), bool(places))
+    names = list(task.labels)
+    return kind, {names[number]: share for number, share in found.items()}
+
+
+def label_of(text: str, labels: Labels) -> str | None:
+    """The label that the answer names, None where it is counted as outside of the labels."""
+    kind, found = shares(text, labels=labels)
+    assert (kind == "outside") == (not found)
+    return next(iter(found), None)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +64,118 @@ def shares(
     ],
 )
 def test_the_one_label_that_an_answer_names(text: str, label: str | None) -> None:
-    assert shares(text) == (("outside", {}) if label is None else ("label", {label: 1.0}))
+    assert label_of(text, LABELS) == label
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1. refund",
+        "B) refund",
+        "- Refund",
+        "_refund_",
+        "<label>refund</label>",
+        "Answer: \\boxed{refund}",
+        '{"label": "refund"}',
+        '```json\n{"label": "refund", "reason": "the card was charged twice"}\n```',
+        '{"refund": true, "card": false}',
+        '["refund"]',
+        "Label: **Refund**\nReason: the card was charged twice",
+        "refund, because the card was charged twice",
+        "refund (not card)",
+        "Refund.\n\nThe customer was charged twice on one card.",
+        "not card but refund",
+        "refund rather than card",
+        "Final answer: refund",
+        "ＲＥＦＵＮＤ",
+    ],
+)
+def test_how_models_write_a_label(text: str) -> None:
+    assert label_of(text, LABELS) == "refund"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "not spam",
+        "It isn't spam.",
+        "It isn’t spam.",
+        "It does not look like spam",
+        "neither",
+        "neither spam nor ham",
+        "no spam here",
+        "kein Spam",
+        "unlikely to be spam",
+        "spam: no",
+        "The label is not spam",
+        "I'm not sure if it is spam",
+        "I can't help with spam.",
+        "Is it spam or something else?",
+    ],
+)
+def test_a_label_that_is_denied_is_not_named(text: str) -> None:
+    assert label_of(text, MAIL) is None
+
+
+def test_what_remains_after_a_denial_is_named() -> None:
+    for text in (
+        "No, this is ham.",
+        "ham, not spam",
+        "This is not spam, it is ham.",
+        "not spam: ham",
+    ):
+        assert label_of(text, MAIL) == "ham"
+
+
+def test_a_denial_that_is_a_label_is_that_label() -> None:
+    for text in ("Not spam.", "not-spam", "This is not spam"):
+        assert label_of(text, ["spam", "not spam"]) == "not spam"
+    assert label_of("no, not urgent", ["urgent", "not_urgent"]) == "not_urgent"
+    assert label_of("No, not at all.", ["yes", "no"]) == "no"
+    assert label_of("no, not urgent", ["urgent", "normal"]) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["spam or ham", "spam/ham", "spam (80%), ham (20%)", "spam;ham", "Spam.\nWait, actually ham.",
+     "Answer: spam\nAnswer: ham", '{"label": ["spam", "ham"]}', "1. spam\n2. ham"],
+)  # fmt: skip
+def test_several_labels_are_none(text: str) -> None:
+    assert label_of(text, MAIL) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["card-holder", "debit-card", "card_holder", "card's", "card.holder",
+     "None of them; it has a card", "Label: none. It mentions a card.",
+     'The user writes "where is my card".'],
+)  # fmt: skip
+def test_a_label_inside_a_word_or_a_quotation_is_not_named(text: str) -> None:
+    assert label_of(text, ["card", "refund"]) is None
+
+
+def test_separators_of_words_make_no_difference() -> None:
+    for text in ("card-arrival", "card_arrival", "Card Arrival", "It is about card-arrival."):
+        assert label_of(text, LABELS) == "card_arrival"
+    for text in ("card-arrival", "card_arrival"):
+        assert label_of(text, ["card", "refund"]) is None
+
+
+def test_numbers_and_letters_are_labels_where_they_stand_alone() -> None:
+    stars = ["1", "2", "3", "4", "5"]
+    for text in ("4", "**4**", "4 stars", "Rating: 4", "4."):
+        assert label_of(text, stars) == "4"
+    for text in ("4 out of 5", "4/5", "10", "4.5", "-1"):
+        assert label_of(text, stars) is None
+    for text in ("B", "B)", "(b)", "B. It is a tie.", "The answer is B"):
+        assert label_of(text, ["A", "B", "C"]) == "B"
+    assert label_of("A refund was asked for", ["A", "B", "C"]) is None
+    options = {"A": "card", "B": "billing"}
+    assert label_of("B) billing", options) == "B"
+    assert label_of("A) billing", options) is None
+
+
+# --- log-probabilities -------------------------------------------------------------------------
 
 
 def test_first_tokens_share_where_they_begin_labels() -> None:
@@ -59,6 +188,27 @@ def test_a_refusal_is_no_label_whose_first_letter_it_has() -> None:
     assert shares("I cannot say.", {"I": 0.99, "ref": 0.002}) == ("outside", {})
 
 
+def test_an_answer_that_begins_with_another_word_counts_by_its_words() -> None:
+    assert shares("I think refund", {"I": 0.99, "ref": 0.01}) == ("label", {"refund": 1.0})
+
+
 def test_first_tokens_that_begin_no_label_tell_nothing() -> None:
     first = {"**": 0.99, "card": 6e-6}
     assert shares("**refund**", first) == ("label", {"refund": 1.0})
+
+
+def test_the_next_tokens_tell_labels_apart_that_begin_alike() -> None:
+    _, found = shares("card arrival", {"card": 0.8, "ref": 0.2}, {" arrival": 0.75, "<end>": 0.25})
+    assert found == pytest.approx({"card_arrival": 0.6, "card": 0.2, "refund": 0.2})
+    _, found = shares("card", {"card": 0.8, "ref": 0.2}, {"<end>": 0.9, " arrival": 0.1})
+    assert found == pytest.approx({"card_arrival": 0.08, "card": 0.72, "refund": 0.2})
+
+
+def test_a_label_that_is_complete_gets_its_token_alone() -> None:
+    _, found = shares("card", {"card": 0.8, "ref": 0.2})
+    assert found == pytest.approx({"card": 0.8, "refund": 0.2})
+
+
+def test_a_whole_word_does_not_begin_a_longer_one() -> None:
+    _, found = shares("yes", {"yes": 0.6, "no": 0.4}, labels=["yes", "no", "normal"])
+    assert found == pytest.approx({"yes": 0.6, "no": 0.4})

@@ -5,9 +5,10 @@ Shapes: N texts, K contentless texts, C labels.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.label_prompts import CONTENTLESS, LabelPrompt, prompt_tokens
 from stillhouse.classify.label_scoring import score_labels
+from stillhouse.classify.named_label import named_label
 from stillhouse.classify.targets import distributions, prior_logits
 from stillhouse.classify.task_texts import FEWEST, PARTS, Texts
 from stillhouse.data.words import bare, whole_words
@@ -37,8 +39,7 @@ SCORES, CHUNKS = "scores.safetensors", "chunks"
 CHUNK = 128
 """Texts whose scores are written together: a killed process loses at most so many."""
 LEAST_MASS = 0.5
-"""Probability of the first tokens that begin a label, below which they tell nothing: an answer that
-begins with a mark or another word may still be a label."""
+"""Total probability of the tokens that begin a label, below which the words alone count."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,11 @@ def label_by_api(
     """Requests what the journal does not have, and reads labels out of the answers.
 
     An answer gives its label a share; with `top_logprobs`, each label's share is the probability of
-    the first tokens that begin it, where the answer names a label and these tokens have LEAST_MASS.
-    That is biased: a label below the k most probable tokens gets nothing, and labels that begin
-    alike share alike. Returns, for the stage's summary, how many answers said what, and how many
-    requests are to be sent again.
+    the tokens that begin it, where the answer begins with the label that it names and these tokens
+    have LEAST_MASS. That is biased: a label below the k most probable tokens gets nothing.
+
+    Returns, for the stage's summary, how many answers are labels, outside of them, or missing, and
+    how many requests are to be sent again.
     Raises EndpointError; RunError where the budget is used up; DataError where too few texts of a
     part have a label.
     """
@@ -217,8 +219,8 @@ def _check_labelled(part: str, known: int, counts: Counter[str], journal: Path) 
             f"fewest; of all answers, {counts['label']:,} are labels, {counts['outside']:,} are "
             f"none of them, and {counts['none']:,} requests have no answer",
             where=journal,
-            fix="look at the answers in the journal, then mend task.prompt or task.answer; the "
-            "same command asks again for those that are missing",
+            fix="read the answers in the journal, then change task.prompt or task.answer; the same "
+            "command sends the missing requests again",
         )
 
 
@@ -228,56 +230,56 @@ def label_shares(
     """What kind of answer it is (label, outside, none), and the share of each label's number."""
     if answer is None:
         return "none", {}
-    named = _named(answer_text(answer), prompt)
+    named = named_label(answer_text(answer), prompt)
     if named is None:
         return "outside", {}
     if use_logprobs and answer.logprobs:
-        shares = _first_token_shares(answer.logprobs[0], prompt)
+        shares = _token_shares(answer.logprobs, prompt, named)
         mass = sum(shares.values())
         if mass >= LEAST_MASS:
             return "label", {number: share / mass for number, share in shares.items()}
     return "label", {named: 1.0}
 
 
-def _named(text: str, prompt: LabelPrompt) -> int | None:
-    """The number of the one label that the text is, or holds; None where it holds none or several.
-    Where a label is a part of another, the longer one takes its words."""
-    said = bare(text)
-    ways = [
-        (bare(way), number)
-        for number, (label, phrase) in enumerate(prompt.labels.items())
-        for way in {label, phrase, prompt.answer_for(label)}
-    ]
-    exact = {number for way, number in ways if said and said == way}
-    if len(exact) == 1:
-        return exact.pop()
-    inside = set()
-    # Longest first: the labels of equal ways are all counted before the ways' words are taken.
-    for way in sorted({way for way, _ in ways if way}, key=len, reverse=True):
-        found, said_without = _taken_out(way, said)
-        if found:
-            inside |= {number for other, number in ways if other == way}
-            said = said_without
-    return inside.pop() if len(inside) == 1 else None
+def _token_shares(
+    logprobs: Sequence[Mapping[str, Any]], prompt: LabelPrompt, named: int
+) -> dict[int, float]:
+    """The probability of each label by its first tokens; nothing where the answer does not begin
+    with the label that it names.
 
-
-def _taken_out(way: str, said: str) -> tuple[bool, str]:
-    """Whether the words are in the text, and the text without them.
-
-    They begin and end where words do, but for scripts that put no spaces between words.
+    Where the answer's first token begins several labels, its next tokens distinguish them; a label
+    that is complete there gets what the others leave. Where another token begins several labels,
+    they share its probability equally, because nothing is known of what would follow it.
     """
-    without, count = whole_words(way).subn("\n", said)
-    return count > 0, without
-
-
-def _first_token_shares(first: Mapping[str, Any], prompt: LabelPrompt) -> dict[int, float]:
-    """The probability of the first tokens that each label begins with."""
     answers = [bare(prompt.answer_for(label)) for label in prompt.labels]
-    shares: dict[int, float] = {}
-    for choice in first.get("top_logprobs") or []:
-        begun = bare(str(choice["token"]))
-        fitting = [n for n, text in enumerate(answers) if begun and text.startswith(begun)]
-        for number in fitting:
-            probability = float(torch.tensor(float(choice["logprob"])).exp())
-            shares[number] = shares.get(number, 0.0) + probability / len(fitting)
-    return shares
+    possible, mass, begun = set(range(len(answers))), 1.0, ""
+    shares: Counter[int] = Counter()
+    for position, place in enumerate(logprobs):
+        top = place.get("top_logprobs") or []
+        choices = {str(one["token"]): math.exp(float(one["logprob"])) for one in top}
+        taken = str(place.get("token") or max(choices, key=choices.__getitem__, default=""))
+        path = _begins(begun + taken, answers, possible)
+        complete = next((n for n in possible if begun and answers[n] == bare(begun)), None)
+        if named not in path and named != complete:
+            return {}
+        spread = 0.0
+        last = len(path) < 2 or position + 1 == len(logprobs)
+        for token, probability in choices.items():
+            fitting = _begins(begun + token, answers, possible - {complete})
+            spread += probability if fitting else 0.0
+            if token == taken and len(fitting) > 1:
+                fitting = {named} if last else set()
+            shares.update({n: mass * probability / len(fitting) for n in fitting})
+        if complete is not None:
+            shares[complete] += mass * max(0.0, 1 - spread)
+        if last:
+            break
+        possible, mass, begun = path, mass * choices.get(taken, 0.0), begun + taken
+    return dict(shares)
+
+
+def _begins(text: str, answers: Sequence[str], possible: Iterable[int]) -> set[int]:
+    """The answers that the text begins: those of which it is whole words, or else any."""
+    start = bare(text)
+    fitting = {number for number in possible if start and answers[number].startswith(start)}
+    return {number for number in fitting if whole_words(start).match(answers[number])} or fitting

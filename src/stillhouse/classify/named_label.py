@@ -1,0 +1,166 @@
+"""Which label an answer in words names. What names none, or several, is never guessed.
+
+An answer names a label if it is one, up to case, markup and the punctuation around it; if it says
+so ("Label: card", JSON with a key `label`); if it begins with one that it then explains; or if it
+holds exactly one. Labels that are denied ("not spam"), quoted from the text, asked about, or a part
+of a longer word (`card` in `card-arrival`) are not named.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from stillhouse.classify.label_prompts import LabelPrompt
+from stillhouse.data.words import bare, normalized, whole_words, words
+from stillhouse.synthesis.filters import unfenced
+
+Phrases = Mapping[str, frozenset[int]]
+"""Ways to write labels, bare; the numbers of the labels that each stands for."""
+
+FEWEST_WORDS = 4
+"""An explanation that names another label has as many."""
+_KEYS = (
+    "label|category|class|classification|answer|topic|intent|sentiment|prediction|output|verdict"
+)
+_KEY = re.compile(rf"(?:\w+_)?(?:{_KEYS})(?:_\w+)?", re.IGNORECASE)
+_DECLARED = re.compile(
+    rf"\b(?:{_KEYS})\b(?: is| would be| should be)? *(?:[:=]|(?<= is )|(?<=d be )) *(.+)"
+)
+_EXPLAINED = re.compile(
+    r"\s*(?:[.!;](?=\s|$)|\n|, (?=because|since|as\b|due|given|which|the|this|it)"
+    r"| (?=because|since|due to)| [-–—(]|: (?!no\b|not\b|none|false|\d)(?=\S+ \S+ ))"
+)
+"""Where a label ends and its explanation begins."""
+_RECONSIDERED = re.compile(r"\b(?:or|wait|actually|alternatively|maybe|perhaps|also|correction)\b")
+_NONE = re.compile(
+    r"(?:none|neither|nothing|unknown|n/a|unclear|undetermined|not (?:applicable|sure|clear)"
+    r"|no (?:label|category|class|topic)|the text is not)\b"
+)
+_DENIED_BEFORE = re.compile(
+    r"(?:\b(?:not(?! only| just)|no(?! doubt)|non|never|neither|nor|without|cannot|unable|unlikely"
+    r"|except|excluding|lacks?|rather than|instead of|other than|anything but|far from|unlike"
+    r"|kein\w*|nicht|weder|pas|aucune?|ni|nem|não)|n't)\b(?:(?! but )[^,;:.!?\n]){0,40}$"
+    r"|(?:不是|并非|不属于|并不|非|没有|不)$"
+)
+_DENIED_AFTER = re.compile(
+    r" (?:is|was|are|does|do|did|would|can|could|will|should|seems?|may|might)(?: not|n't| never)\b"
+    r"|\s*[:=?]\s*(?:no|false|0)\b|\s*(?:では|じゃ)(?:ない|ありません)|이?가? ?아니"
+)
+_QUOTED = re.compile(
+    r"\"[^\"\n]*\"|“[^”\n]*”|„[^“”\n]*[“”]|«[^»\n]*»|「[^」\n]*」|(?<!\w)['‘][^'’\n]*['’](?!\w)"
+)
+_SEPARATORS = re.compile(r"[\s_-]+")
+_MARKUP = re.compile(r"[*#`]+|</?\w+>|\\boxed|\\text|(?<!\w)_+(?=\w)|(?<=\w)_+(?!\w)|^\s*>", re.M)
+_JOINED_BEFORE, _JOINED_AFTER = re.compile(r"\w[-‐‑'’./\\@]$"), re.compile(r"[-‐‑'’./\\@]\w")
+
+
+def named_label(text: str, prompt: LabelPrompt) -> int | None:
+    """The number of the label that an answer (without reasoning) names; None of other answers."""
+    exact, variants = _phrases(prompt)
+    answer = _value(unfenced(text))
+    for known in (exact, variants):
+        if len(known.get(bare(answer), ())) == 1:
+            return _one(known[bare(answer)])
+    plain = _MARKUP.sub("", normalized_lines(answer))
+    stated = [_leading(part, variants) for part in (plain, *_DECLARED.findall(plain))]
+    named = {number for number in stated if number is not None}
+    if named:
+        return _one(named)
+    if any(_NONE.match(part) for part in (plain, *_DECLARED.findall(plain))):
+        return None
+    return _one({number for numbers in _mentioned(plain, variants) for number in numbers})
+
+
+def _one(numbers: set[int] | frozenset[int]) -> int | None:
+    return next(iter(numbers)) if len(numbers) == 1 else None
+
+
+def normalized_lines(text: str) -> str:
+    """In each line, what `normalized` makes of it, with straight apostrophes."""
+    lines = (normalized(line).replace("’", "'") for line in text.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def _phrases(prompt: LabelPrompt) -> tuple[Phrases, Phrases]:
+    """As they are, and also with other separators of words: `card arrival` for `card_arrival`."""
+    exact: dict[str, set[int]] = {}
+    variants: dict[str, set[int]] = {}
+    for number, (label, phrase) in enumerate(prompt.labels.items()):
+        for way in {bare(label), bare(phrase), bare(prompt.answer_for(label))} - {""}:
+            exact.setdefault(way, set()).add(number)
+            for variant in {way, *(_SEPARATORS.sub(mark, way) for mark in " -_")}:
+                variants.setdefault(variant, set()).add(number)
+    return _frozen(exact), _frozen(variants)
+
+
+def _frozen(phrases: Mapping[str, set[int]]) -> Phrases:
+    return {way: frozenset(numbers) for way, numbers in phrases.items()}
+
+
+def _value(text: str) -> str:
+    """What JSON says is the label; the text itself where it is no JSON."""
+    try:
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if isinstance(value, dict):
+        keyed = [value[key] for key in value if _KEY.fullmatch(key)]
+        true = [key for key, one in value.items() if one is True]
+        value = (keyed or true or list(value.values()))[:2]
+    if isinstance(value, list):
+        value = value[0] if len(value) == 1 else None
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+
+
+def _leading(text: str, phrases: Phrases) -> int | None:
+    """The label that the text is, or begins with before it explains it."""
+    for end in (found.start() for found in _EXPLAINED.finditer(text)):
+        numbers = phrases.get(bare(text[:end]), frozenset())
+        if len(numbers) == 1:
+            return None if _is_doubtful(text[end:], phrases, numbers) else _one(numbers)
+    return _one(phrases.get(bare(text), frozenset()))
+
+
+def _is_doubtful(explanation: str, phrases: Phrases, numbers: frozenset[int]) -> bool:
+    """Whether it takes the label back, or is little else than another label."""
+    others = any(other != numbers for other in _mentioned(explanation, phrases))
+    few = len(words(explanation)) < FEWEST_WORDS
+    return others and (few or _RECONSIDERED.search(explanation) is not None)
+
+
+def _mentioned(text: str, phrases: Phrases) -> Iterator[frozenset[int]]:
+    """The labels in the text that are affirmed. Where one is a part of another, the longer one
+    takes its words."""
+    shown = _QUOTED.sub(lambda found: _unquoted(found.group(), phrases), text)
+    left = shown
+    for way in sorted(phrases, key=len, reverse=True):
+        spans = [found.span() for found in whole_words(way).finditer(left)]
+        for start, end in spans:
+            before, after = shown[:start], shown[end:]
+            if not _stands_alone(way, before, after):
+                continue
+            left = left[:start] + "\n" * (end - start) + left[end:]
+            denied = _DENIED_BEFORE.search(before) or _DENIED_AFTER.match(after)
+            if not denied and not re.match(r"[^.!?\n]*\?", after):
+                yield phrases[way]
+
+
+def _stands_alone(way: str, before: str, after: str) -> bool:
+    """Whether these words are a label, and not a part of a word, a number, an article or a mark."""
+    if not words(way) or _JOINED_BEFORE.search(before) or _JOINED_AFTER.match(after):
+        return False
+    if way[0].isdigit():
+        return not before.endswith(("-", "−", ".", ","))
+    letter = len(way) == 1 and way.isascii()
+    return not letter or (not words(before) and after.startswith((")", ".", ":")))
+
+
+def _unquoted(quotation: str, phrases: Phrases) -> str:
+    """A label that is quoted alone; nothing of a quotation of the text."""
+    inside = quotation[1:-1]
+    return f" {inside} " if bare(inside) in phrases else " … "
