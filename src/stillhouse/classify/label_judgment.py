@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -253,7 +253,7 @@ def _token_shares(
     """
     answers = [bare(prompt.answer_for(label)) for label in prompt.labels]
     possible, mass, begun = set(range(len(answers))), 1.0, ""
-    shares: Counter[int] = Counter()
+    shares: defaultdict[int, float] = defaultdict(float)
     for position, place in enumerate(logprobs):
         top = place.get("top_logprobs") or []
         choices = {str(one["token"]): math.exp(float(one["logprob"])) for one in top}
@@ -269,7 +269,8 @@ def _token_shares(
             spread += probability if fitting else 0.0
             if token == taken and len(fitting) > 1:
                 fitting = {named} if last else set()
-            shares.update({n: mass * probability / len(fitting) for n in fitting})
+            for number in fitting:
+                shares[number] += mass * probability / len(fitting)
         if complete is not None:
             shares[complete] += mass * max(0.0, 1 - spread)
         if last:
