@@ -10,17 +10,20 @@ import gguf
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from stillhouse.export.gguf_model import (
     architecture,
     biased_parts,
     built_in_windows,
     family,
-    head_size,
+    long_factors,
     ropes,
+    rotated_size,
     window_pattern,
     windows,
 )
+from stillhouse.teachers.gguf_families import head_size
 from stillhouse.teachers.quiet import quiet
 
 PLAIN_KEYS = (
@@ -44,11 +47,13 @@ def add_configuration(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_size(config))
+    writer.add_rope_dimension_count(rotated_size(config))
     writer.add_key_length(head_size(config))
     writer.add_value_length(head_size(config))
     writer.add_vocab_size(config.vocab_size)
     _add_ropes(writer, config)
+    if config.model_type == "granite":
+        _add_scales(writer, config)
     if family(config).window_period:
         _add_windows(writer, config)
     if getattr(config, "num_experts", 0):
@@ -63,6 +68,11 @@ def _add_ropes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_rope_freq_base(float(rope["rope_theta"]))
     if "sliding_attention" in found:
         writer.add_rope_freq_base_swa(float(found["sliding_attention"]["rope_theta"]))
+    if rope["rope_type"] == "longrope" and long_factors(config):
+        _, attention_factor = ROPE_INIT_FUNCTIONS["longrope"](config, "cpu")
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(float(attention_factor))
     if rope["rope_type"] not in ("linear", "yarn"):
         return
     writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
@@ -76,6 +86,13 @@ def _add_ropes(writer: gguf.GGUFWriter, config: Any) -> None:
             writer.add_rope_scaling_yarn_log_mul(float(rope["mscale_all_dim"]))
         if rope.get("llama_4_scaling_beta"):
             writer.add_attn_temperature_scale(float(rope["llama_4_scaling_beta"]))
+
+
+def _add_scales(writer: gguf.GGUFWriter, config: Any) -> None:
+    writer.add_attention_scale(float(config.attention_multiplier))
+    writer.add_embedding_scale(float(config.embedding_multiplier))
+    writer.add_residual_scale(float(config.residual_multiplier))
+    writer.add_logit_scale(float(config.logits_scaling))
 
 
 def _add_windows(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -124,6 +141,7 @@ def _meaning(config: Any) -> dict[str, Any]:
         "biases": biased_parts(config),
         "the base of rotary embeddings": bases,
         "the scaling of rotary embeddings": scalings,
+        "the rotated part of each head": rotated_size(config),
         "which layers have a window": seen,
         **{key: getattr(config, key, None) for key in PLAIN_KEYS},
     }

@@ -1,84 +1,27 @@
-"""A Hugging Face model's architecture and tensors under the names that GGUF has for them.
-
-For some architectures llama.cpp rotates neighboring pairs where transformers rotates a head's first
-half against its second: there the rows of the query and key products are reordered. It adds nothing
-to a norm's gain, so where an architecture multiplies by 1 + gain, the file has 1 + gain.
-"""
+"""A Hugging Face model's architecture and tensors under the names that GGUF has for them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
 import numpy as np
 
 from stillhouse.errors import ModelError
-
-Array = np.ndarray[Any, Any]
-
-ROPE_FACTORS = "rope.freqs.weight"
-"""What each rotary frequency is divided by: not a tensor of the checkpoint, but of the file."""
-
-QKV = frozenset({"q_proj", "k_proj", "v_proj"})
-ATTENTION = QKV | {"o_proj"}
-FFN = frozenset({"gate_proj", "up_proj", "down_proj"})
-
-
-@dataclass(frozen=True)
-class Family:
-    """What llama.cpp computes for a GGUF architecture.
-
-    paired: rotary embeddings of neighboring pairs. activation: of the FFN. norm_offset: is added to
-    norms' gains. ropes: rotary scalings that it reads. biases: parts that may have one.
-    window_period: of every so many layers, all but the last see a window (0: all see everything); a
-    list in the file overrides it. whole_layers: with this many layers, attention is scaled by
-    hidden_size / heads instead of the head's size (0: never). rope_period: every so many layers,
-    one has no rotary embedding, and nothing in the file can change that.
-    """
-
-    arch: gguf.MODEL_ARCH
-    paired: bool = False
-    activation: str = "silu"
-    norm_offset: float = 0.0
-    ropes: tuple[str, ...] = ("default", "linear", "yarn")
-    biases: frozenset[str] = frozenset()
-    window_period: int = 0
-    whole_layers: int = 0
-    rope_period: int = 0
-
-
-_LLAMA = Family(
-    gguf.MODEL_ARCH.LLAMA,
-    paired=True,
-    ropes=("default", "linear", "llama3", "yarn"),
-    biases=ATTENTION | FFN,
+from stillhouse.teachers.gguf_families import (
+    ARCHITECTURES,
+    ATTENTION,
+    FFN,
+    LLAMA,
+    LONG_FACTORS,
+    QKV,
+    SHORT_FACTORS,
+    Array,
+    Family,
+    head_size,
+    to_file,
 )
-_GEMMA = Family(
-    gguf.MODEL_ARCH.GEMMA, activation="gelu_pytorch_tanh", norm_offset=1.0, ropes=("default",)
-)
-
-ARCHITECTURES = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "ministral": _LLAMA,
-    "ministral3": replace(_LLAMA, arch=gguf.MODEL_ARCH.MISTRAL3),
-    "smollm3": Family(gguf.MODEL_ARCH.SMOLLM3, paired=True, biases=QKV, rope_period=4),
-    "qwen2": Family(gguf.MODEL_ARCH.QWEN2, biases=QKV),
-    "qwen3": Family(gguf.MODEL_ARCH.QWEN3),
-    "qwen3_moe": Family(gguf.MODEL_ARCH.QWEN3MOE),
-    "gemma": _GEMMA,
-    "gemma2": replace(_GEMMA, arch=gguf.MODEL_ARCH.GEMMA2, window_period=2, whole_layers=46),
-    "gemma3_text": replace(
-        _GEMMA,
-        arch=gguf.MODEL_ARCH.GEMMA3,
-        ropes=("default", "linear"),
-        window_period=6,
-        whole_layers=62,
-    ),
-}
-"""By transformers' model type: the GGUF architecture that llama.cpp computes alike."""
 
 
 def family(config: Any) -> Family:
@@ -91,7 +34,7 @@ def family(config: Any) -> Family:
     if found is None:
         raise unsupported(f"the architecture {config.model_type}")
     if config.model_type == "qwen2" and not heads_fill_the_width(config):
-        found = _LLAMA
+        found = LLAMA
     for lacking in _lacks(config, found):
         raise unsupported(lacking)
     return found
@@ -110,21 +53,40 @@ def _lacks(config: Any, found: Family) -> Iterator[str]:
         allowed = ("default",) if layers == "sliding_attention" else found.ropes
         if rope["rope_type"] not in allowed:
             yield f"rotary embeddings of a {config.model_type} scaled by {rope['rope_type']}"
-        if not rope.get("truncate", True) or rope.get("attention_factor") is not None:
-            yield "rotary embeddings with an attention_factor of their own"
-        if rope.get("mscale", 1) not in (0, 1):
-            yield f"rotary embeddings with mscale {rope['mscale']}"
+        yield from _lacks_of_rope(rope, config, found)
     if not found.window_period and any(windows(config)):
         yield f"sliding-window attention in a {config.model_type}"
     extra = sorted(biased_parts(config) - found.biases)
     if extra:
         yield f"a bias of {extra[0]} in a {config.model_type}"
     yield from _lacks_of_layers(config, found)
+    if config.model_type == "olmo2" and config.tie_word_embeddings:
+        yield "an olmo2 whose head is its embedding"
     if getattr(config, "num_experts", 0):
         if not config.norm_topk_prob:
             yield "experts whose weights do not add up to 1 (norm_topk_prob: false)"
         if config.mlp_only_layers or config.decoder_sparse_step != 1:
             yield "layers without experts between layers that have them"
+
+
+def _lacks_of_rope(rope: dict[str, Any], config: Any, found: Family) -> Iterator[str]:
+    kind, tuned = rope["rope_type"], found.arch is gguf.MODEL_ARCH.MISTRAL3
+    if rope.get("partial_rotary_factor", 1.0) != 1.0 and not found.partly_rotated:
+        yield f"a {config.model_type} that rotates a part of each head"
+    varies = rope.get("short_factor") != rope.get("long_factor") or not rope.get("long_factor")
+    if kind == "longrope":
+        if not found.partly_rotated and (varies or rope.get("attention_factor") != 1):
+            yield f"rotary embeddings of a {config.model_type} scaled by longrope"
+    elif not rope.get("truncate", True) or rope.get("attention_factor") is not None:
+        yield "rotary embeddings with an attention_factor of their own"
+    if rope.get("mscale", 1) not in (0, 1):
+        yield f"rotary embeddings with mscale {rope['mscale']}"
+    if kind != "yarn" or tuned:
+        return
+    if (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1) != (32, 1):
+        yield f"a {config.model_type} with beta_fast or beta_slow of its own"
+    if rope.get("mscale_all_dim") and rope.get("mscale"):
+        yield f"a {config.model_type} with mscale_all_dim"
 
 
 def _lacks_of_layers(config: Any, found: Family) -> Iterator[str]:
@@ -168,12 +130,6 @@ def unknown_tokenizer(kind: str) -> ModelError:
         fix="byte-level BPE as in GPT-2, SmolLM, Llama 3 and Qwen can be written, and BPE with "
         "byte fallback as in Llama 2, Mistral and Gemma; for others export safetensors, and "
         "convert that folder with llama.cpp's convert_hf_to_gguf.py",
-    )
-
-
-def head_size(config: Any) -> int:
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
 
 
@@ -222,12 +178,15 @@ def biased_parts(config: Any) -> frozenset[str]:
 
 
 def rope_factors(config: Any) -> Array | None:
-    """The divisor of each rotary frequency of a Llama 3, [head size / 2]; None for other models.
+    """The divisor of each rotary frequency, [head size / 2]; None where all are 1, or where it
+    depends on the length of the text (`long_factors`).
 
-    Long waves are slowed by `factor`, short ones not at all, and between the two bounds the share
-    of each grows with the number of waves in the original context.
+    In a Llama 3, long waves are slowed by `factor`, short ones not at all, and between the two
+    bounds the share of each grows with the number of waves in the original context.
     """
     rope = ropes(config)["full_attention"]
+    if rope["rope_type"] == "longrope" and rope["short_factor"] == rope["long_factor"]:
+        return np.asarray(rope["long_factor"], dtype=np.float32)
     if rope["rope_type"] != "llama3":
         return None
     size = head_size(config)
@@ -236,6 +195,22 @@ def rope_factors(config: Any) -> Array | None:
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     kept = np.clip((waves - low) / (high - low), 0, 1)
     return (1 / (kept + (1 - kept) / rope["factor"])).astype(np.float32)
+
+
+def long_factors(config: Any) -> dict[str, Array]:
+    """The divisors for texts longer than the original context, and for others, by tensor."""
+    rope = ropes(config)["full_attention"]
+    if rope["rope_type"] != "longrope" or rope_factors(config) is not None:
+        return {}
+    return {
+        LONG_FACTORS: np.asarray(rope["long_factor"], dtype=np.float32),
+        SHORT_FACTORS: np.asarray(rope["short_factor"], dtype=np.float32),
+    }
+
+
+def rotated_size(config: Any) -> int:
+    """Numbers of each head that a rotary embedding turns."""
+    return int(head_size(config) * ropes(config)["full_attention"].get("partial_rotary_factor", 1))
 
 
 def gguf_names(names: Iterable[str], config: Any) -> dict[str, str]:
@@ -250,13 +225,4 @@ def gguf_names(names: Iterable[str], config: Any) -> dict[str, str]:
 
 def for_gguf(name: str, tensor: Array, config: Any) -> Array:
     """The tensor as llama.cpp reads it. Whole rows are moved; columns never are."""
-    there = family(config)
-    if there.norm_offset and name.endswith("norm.weight"):
-        return tensor + np.float32(there.norm_offset)
-    part = name.split(".")[-2]
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(part)
-    if heads is None or not there.paired:
-        return tensor
-    rest = tensor.shape[1:]
-    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *rest)
-    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.shape)
+    return to_file(family(config), name, tensor, config)

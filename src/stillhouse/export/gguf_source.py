@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from stillhouse.export.gguf_model import ROPE_FACTORS, rope_factors
+from stillhouse.export.gguf_model import long_factors, rope_factors
+from stillhouse.teachers.gguf_families import ROPE_FACTORS
 from stillhouse.teachers.weights import weight_files
 
 _EXPERT = re.compile(r"(?P<experts>.*\.experts)\.(?P<number>\d+)\.(?P<part>.*)")
@@ -38,9 +39,11 @@ def open_tensors(source: Path, config: Any, stack: ExitStack) -> dict[str, Sourc
             opened[name] = Source(shape, partial(tensors.get_tensor, name))
     if config.tie_word_embeddings:
         opened.pop("lm_head.weight", None)
-    factors = rope_factors(config)
-    if factors is not None:
-        opened[ROPE_FACTORS] = Source(list(factors.shape), lambda: torch.from_numpy(factors))
+    factors, same = long_factors(config), rope_factors(config)
+    if same is not None:
+        factors[ROPE_FACTORS] = same
+    for name, divisors in factors.items():
+        opened[name] = Source(list(divisors.shape), partial(torch.from_numpy, divisors))
     return _stack_experts(opened)
 
 

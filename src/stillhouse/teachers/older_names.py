@@ -20,6 +20,9 @@ FULL_BASE = {
 }
 ROTATED_SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
 """Names that a model type has of its own, by model type."""
+FRAMED_BY_CLASS = {f"{name}Tokenizer" for name in ("Llama", "CodeLlama", "Gemma", "Cohere")}
+"""Classes that in version 4 put a token before every text unless the configuration says otherwise,
+whatever tokenizer.json says."""
 
 
 def write_older_names(folder: Path) -> None:
@@ -80,8 +83,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    if config.get("tokenizer_class") != "PreTrainedTokenizerFast":
-        # Version 4 derives these from the class, not from tokenizer.json.
+    if str(config.get("tokenizer_class")).removesuffix("Fast") in FRAMED_BY_CLASS:
         ids = tokenizer("a")["input_ids"]
         config["add_bos_token"] = ids[:1] == [tokenizer.bos_token_id]
         config["add_eos_token"] = ids[-1:] == [tokenizer.eos_token_id]

@@ -1,0 +1,132 @@
+"""What llama.cpp computes for the architectures of GGUF files that are read and written.
+
+For some architectures llama.cpp rotates neighboring pairs where transformers rotates a head's first
+half against its second: there the rows of the query and key products are in another order. It adds
+nothing to a norm's gain, so where an architecture multiplies by 1 + gain, the file has 1 + gain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gguf
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+ROPE_FACTORS = "rope_freqs.weight"
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+"""What each rotary frequency is divided by: not tensors of a checkpoint, but of the file."""
+
+QKV = frozenset({"q_proj", "k_proj", "v_proj"})
+ATTENTION = QKV | {"o_proj"}
+FFN = frozenset({"gate_proj", "up_proj", "down_proj"})
+
+
+@dataclass(frozen=True)
+class Family:
+    """What llama.cpp computes for a GGUF architecture.
+
+    paired: rotary embeddings of neighboring pairs. activation: of the FFN. norm_offset: is added to
+    norms' gains. ropes: rotary scalings that it reads. biases: parts that may have one.
+    window_period: of every so many layers, all but the last see a window (0: all see everything); a
+    list in the file overrides it. whole_layers: with this many layers, attention is scaled by
+    hidden_size / heads instead of the head's size (0: never). rope_period: every so many layers,
+    one has no rotary embedding, and nothing in the file can change that. partly_rotated: a share of
+    each head may stay as it is.
+    """
+
+    arch: gguf.MODEL_ARCH
+    paired: bool = False
+    activation: str = "silu"
+    norm_offset: float = 0.0
+    ropes: tuple[str, ...] = ("default", "linear", "yarn")
+    biases: frozenset[str] = frozenset()
+    window_period: int = 0
+    whole_layers: int = 0
+    rope_period: int = 0
+    partly_rotated: bool = False
+
+    @property
+    def name(self) -> str:
+        """In the file."""
+        return str(gguf.MODEL_ARCH_NAMES[self.arch])
+
+
+LLAMA = Family(
+    gguf.MODEL_ARCH.LLAMA,
+    paired=True,
+    ropes=("default", "linear", "llama3", "yarn", "longrope"),
+    biases=ATTENTION | FFN,
+)
+_GEMMA = Family(
+    gguf.MODEL_ARCH.GEMMA, activation="gelu_pytorch_tanh", norm_offset=1.0, ropes=("default",)
+)
+
+ARCHITECTURES = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "ministral": LLAMA,
+    "ministral3": replace(LLAMA, arch=gguf.MODEL_ARCH.MISTRAL3),
+    "granite": replace(LLAMA, arch=gguf.MODEL_ARCH.GRANITE),
+    "smollm3": Family(gguf.MODEL_ARCH.SMOLLM3, paired=True, biases=QKV, rope_period=4),
+    "qwen2": Family(gguf.MODEL_ARCH.QWEN2, biases=QKV),
+    "qwen3": Family(gguf.MODEL_ARCH.QWEN3),
+    "qwen3_moe": Family(gguf.MODEL_ARCH.QWEN3MOE),
+    "olmo2": Family(gguf.MODEL_ARCH.OLMO2),
+    "phi3": Family(gguf.MODEL_ARCH.PHI3, ropes=("default", "longrope"), partly_rotated=True),
+    "gemma": _GEMMA,
+    "gemma2": replace(_GEMMA, arch=gguf.MODEL_ARCH.GEMMA2, window_period=2, whole_layers=46),
+    "gemma3_text": replace(
+        _GEMMA,
+        arch=gguf.MODEL_ARCH.GEMMA3,
+        ropes=("default", "linear"),
+        window_period=6,
+        whole_layers=62,
+    ),
+}
+"""By transformers' model type: the GGUF architecture that llama.cpp computes alike."""
+
+NAMES = tuple(dict.fromkeys(there.name for there in ARCHITECTURES.values()))
+"""The architectures as files name them."""
+
+
+def model_type(architecture: str) -> str | None:
+    """Transformers' name of a file's architecture; None where there is none that is the same."""
+    same = (kind for kind, there in ARCHITECTURES.items() if there.name == architecture)
+    return next(same, None)
+
+
+def head_size(config: Any) -> int:
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+
+
+def to_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
+    """The tensor as llama.cpp reads it. Whole rows are moved; columns never are."""
+    if there.norm_offset and name.endswith("norm.weight"):
+        return tensor + np.float32(there.norm_offset)
+    heads = _turned_heads(there, name, config)
+    if heads is None:
+        return tensor
+    halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(tensor.shape)
+
+
+def from_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
+    """The tensor as transformers reads it: what `to_file` undoes."""
+    if there.norm_offset and name.endswith("norm.weight"):
+        return tensor - np.float32(there.norm_offset)
+    heads = _turned_heads(there, name, config)
+    if heads is None:
+        return tensor
+    pairs = tensor.reshape(heads, tensor.shape[0] // heads // 2, 2, *tensor.shape[1:])
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(tensor.shape)
+
+
+def _turned_heads(there: Family, name: str, config: Any) -> int | None:
+    """The heads of a query or key product whose rows are in another order; None: of no other."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(name.split(".")[-2]) if there.paired else None
