@@ -44,10 +44,11 @@ test-install: $(VENV)/.dev
 	$(BIN)/pytest -m install
 
 # llama.cpp itself, which is no part of `make test`: its server with the real SmolLM2 on loopback, its
-# quantizer, and our GGUF files in it; its build takes some minutes.
+# quantizer, and GGUF files of every architecture in it; its build takes some minutes.
 test-llama: $(VENV)/.llama
 	$(BIN)/pytest tests/generation/test_llama_server.py \
-		tests/export/test_llama_quantizer.py tests/export/test_gguf_smollm2.py
+		tests/export/test_llama_quantizer.py tests/export/test_gguf_smollm2.py \
+		tests/export/test_llama_architectures.py tests/export/test_gguf_families.py
 
 # One of bench/: losses, step, quality ... Writes bench/results/NAME.json.
 bench: $(VENV)/.dev

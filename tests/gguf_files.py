@@ -59,6 +59,36 @@ def letters() -> PreTrainedTokenizerFast:
     )
 
 
+def edited(
+    file: Path,
+    keys: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray[Any, Any] | None] | None = None,
+) -> Path:
+    """A copy of a float32 file with other keys and tensors; None leaves one out."""
+    keys, tensors = keys or {}, tensors or {}
+    reader, copy = gguf.GGUFReader(file), file.with_name(f"edited-{file.name}")
+    architecture = keys.get(
+        "general.architecture", reader.fields["general.architecture"].contents()
+    )
+    writer = gguf.GGUFWriter(copy, architecture)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture" and name not in keys:
+            kinds = field.types
+            writer.add_key_value(name, field.contents(), kinds[0], kinds[-1] if kinds[1:] else None)
+    for name, value in keys.items():
+        if value is not None and name != "general.architecture":
+            writer.add_key_value(name, value, gguf.GGUFValueType.get_type(value))
+    found = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+    for name, data in (found | tensors).items():
+        if data is not None:
+            writer.add_tensor(name, np.asarray(data, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return copy
+
+
 def tensors_of(file: Path) -> dict[str, np.ndarray[Any, Any]]:
     return {
         tensor.name: gguf.dequantize(tensor.data, tensor.tensor_type)
@@ -132,9 +162,9 @@ def transformers_logits(file: Path, ids: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def llama_cpp_logits(file: Path, ids_L: torch.Tensor) -> torch.Tensor:
+def llama_cpp_logits(file: Path, ids_L: torch.Tensor, context: int = 512) -> torch.Tensor:
     """Logits [L, V] of one text, computed by llama.cpp in one go."""
-    runtime = LlamaCpp.open(file, 512)
+    runtime = LlamaCpp.open(file, context)
     runtime.llama.reset()
     runtime.llama.eval(ids_L.tolist())
     return torch.from_numpy(runtime.llama.scores[: len(ids_L)].copy())

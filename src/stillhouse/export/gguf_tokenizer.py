@@ -52,7 +52,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
         add_pieces(writer, pieces, tokenizer, rows)
     else:
         _add_byte_level(writer, tokenizer, rows)
-    _add_special_tokens(writer, tokenizer)
+    _add_special_tokens(writer, tokenizer, rows)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         named = [{"name": name, "template": text} for name, text in template.items()]
@@ -115,7 +115,7 @@ def _add_byte_level(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
 
 
-def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
+def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
     for role, add in (
         ("bos", writer.add_bos_token_id),
         ("eos", writer.add_eos_token_id),
@@ -123,7 +123,8 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any) -> None:
         ("pad", writer.add_pad_token_id),
     ):
         index = getattr(tokenizer, f"{role}_token_id")
-        if index is not None:
+        # transformers adds some by itself, such as Qwen's padding, which the model need not have.
+        if index is not None and index < rows:
             add(index)
     end = turn_end(tokenizer)
     if end is not None and end.id != tokenizer.eos_token_id:

@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from gguf import GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
+from huggingface_hub import save_torch_state_dict
+from transformers import GenerationConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stillhouse.errors import ModelError
 from stillhouse.progress import note
+from stillhouse.teachers.gguf_keys import UnreadableGGUFError, read_config
+from stillhouse.teachers.gguf_tensors import read_tensors
+from stillhouse.teachers.gguf_words import read_tokenizer
 from stillhouse.teachers.hashing import file_sha256
 from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
 
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 """Part of the cache's key: raise it when the conversion writes something else."""
 
 
@@ -113,32 +115,37 @@ def _check_tensors(path: Path) -> None:
 
 def _convert(path: Path, folder: Path) -> None:
     try:
-        with quiet(), _no_bar():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        reader = GGUFReader(path)
+        config = read_config(reader)
+        tensors = read_tensors(reader, config)
+        with quiet():
+            tokenizer = read_tokenizer(path, reader)
     except OSError:
         raise
+    except UnreadableGGUFError as error:
+        raise _unreadable(path, str(error)) from error
     # transformers and tokenizers raise anything, up to plain Exception, on what they cannot read.
     except Exception as error:
-        raise ModelError(
-            f"transformers cannot read this GGUF file ({error})",
-            where=path,
-            fix="use the original model's Hugging Face folder or Hub id",
-        ) from error
-    if info["missing_keys"]:
-        names = sorted(info["missing_keys"])
-        raise ModelError(
-            f"this GGUF file lacks {len(names)} tensors of the model, such as {names[0]}",
-            where=path,
-            fix="use the original model's Hugging Face folder or Hub id",
-        )
-    _forget_gguf(model, path)
+        raise _unreadable(path, f"its tokenizer ({error})") from error
+    for role in ("bos", "eos", "pad"):
+        setattr(config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
+    config.dtype = torch.float32
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+    config.name_or_path = path.stem
     with quiet():
-        model.save_pretrained(folder)
+        config.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
+    save_torch_state_dict(tensors, folder, filename_pattern="model{suffix}.safetensors")
     _write_license(path, folder)
+
+
+def _unreadable(path: Path, what: str) -> ModelError:
+    return ModelError(
+        f"cannot read this GGUF file as the model that it is: {what}",
+        where=path,
+        fix="use the original model's Hugging Face folder or Hub id",
+    )
 
 
 def _write_license(path: Path, folder: Path) -> None:
@@ -150,27 +157,3 @@ def _write_license(path: Path, folder: Path) -> None:
     if head:
         card = f"---\n{yaml.safe_dump(head)}---\n"
         (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """transformers' GGUF reader draws a bar of its own, which no setting of its turns off."""
-    original = modeling_gguf_pytorch_utils.tqdm
-    modeling_gguf_pytorch_utils.tqdm = _without_bar
-    try:
-        yield
-    finally:
-        modeling_gguf_pytorch_utils.tqdm = original
-
-
-def _without_bar(items: Iterable[Any], **_: object) -> Iterable[Any]:
-    return items
-
-
-def _forget_gguf(model: Any, path: Path) -> None:
-    """The weights are plain floats now; what says otherwise would forbid saving them."""
-    model.hf_quantizer = None
-    for name in ("quantization_config", "_model_name_or_path"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
-    model.config.name_or_path = path.stem

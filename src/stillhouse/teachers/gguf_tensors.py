@@ -1,0 +1,103 @@
+"""A GGUF file's tensors under the names of a transformers checkpoint: all of them, and no other."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from stillhouse.teachers.gguf_families import (
+    ARCHITECTURES,
+    LLAMA,
+    LONG_FACTORS,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    from_file,
+)
+from stillhouse.teachers.gguf_keys import UnreadableGGUFError
+
+IN_THE_CONFIGURATION = {ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS}
+_EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
+
+
+def read_tensors(reader: gguf.GGUFReader, config: Any) -> dict[str, Tensor]:
+    """Every tensor of the model in float32, by its name in a checkpoint.
+
+    Raises UnreadableGGUFError: a tensor that the model does not have, one that is missing or of
+    another shape, or one with numbers that are not finite.
+    """
+    there = ARCHITECTURES[config.model_type]
+    if _text(reader, "general.architecture") == LLAMA.name:
+        there = LLAMA
+    known = gguf.get_tensor_name_map(there.arch, config.num_hidden_layers)
+    left = {tensor.name: tensor for tensor in reader.tensors}
+    found: dict[str, Tensor] = {}
+    missing = []
+    for name, shape in _shapes(config).items():
+        stored = left.pop(known.get_name(name, try_suffixes=(".weight", ".bias")), None)
+        if stored is None:
+            missing.append(name)
+            continue
+        data = from_file(there, name, _numbers(stored), config)
+        if list(data.shape) != shape:
+            raise UnreadableGGUFError(
+                f"the tensor {stored.name} is of shape {list(data.shape)}, not {shape}"
+            )
+        if not np.isfinite(data).all():
+            raise UnreadableGGUFError(f"the tensor {stored.name}, which holds NaN or infinity")
+        found |= _apart(name, torch.from_numpy(np.array(data, dtype=np.float32)))
+    surplus = sorted(left.keys() - IN_THE_CONFIGURATION)
+    if surplus:
+        raise UnreadableGGUFError(f"tensors that such a model does not have: {_few(surplus)}")
+    if missing:
+        raise UnreadableGGUFError(f"it lacks {len(missing)} tensors of the model: {_few(missing)}")
+    return found
+
+
+def _text(reader: gguf.GGUFReader, key: str) -> str:
+    return str(reader.fields[key].contents())
+
+
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _shapes(config: Any) -> dict[str, list[int]]:
+    """The checkpoint's tensors, with all experts of a layer in one, as files have them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found: dict[str, list[int]] = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        experts = _EXPERTS.fullmatch(name)
+        if experts is None:
+            found[name] = list(tensor.shape)
+            continue
+        parts = ["gate_proj", "up_proj"] if experts[2] == "gate_up_proj" else ["down_proj"]
+        number, rows, columns = tensor.shape
+        for part in parts:
+            found[f"{experts[1]}.{part}.weight"] = [number, rows // len(parts), columns]
+    return found
+
+
+def _numbers(stored: Any) -> Any:
+    try:
+        return gguf.dequantize(stored.data, stored.tensor_type)
+    except NotImplementedError as error:
+        kind = gguf.GGMLQuantizationType(stored.tensor_type).name
+        raise UnreadableGGUFError(f"the number type {kind} of {stored.name}") from error
+
+
+def _apart(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Experts one by one, as checkpoints have them."""
+    whole, _, part = name.rpartition(".experts.")
+    if not whole:
+        return {name: tensor}
+    return {f"{whole}.experts.{n}.{part}": each.clone() for n, each in enumerate(tensor)}

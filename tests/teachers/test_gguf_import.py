@@ -1,0 +1,278 @@
+"""Every key and tensor of a GGUF file has a place in the converted model, or is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
+
+from stillhouse.errors import ModelError
+from stillhouse.export.gguf_file import FORMATS, write_gguf
+from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.model_source import resolve_model
+from tests import tiny
+from tests.export import test_gguf_sentencepiece as sentencepiece
+from tests.gguf_files import edited
+from tests.gguf_models import LONG_SIZES, MODELS, save
+
+HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
+IDS = torch.randint(4, 256, (1, 48), generator=torch.Generator().manual_seed(9))
+
+
+def gguf(folder: Path, name: str, **more: Any) -> tuple[Path, Any]:
+    """A file of one of `MODELS`, and the model."""
+    model = save(folder / "model", name, **more)
+    write_gguf(folder / "model", folder / "model.gguf", FORMATS["f32"], name="tiny")
+    return folder / "model.gguf", model
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return gguf(tmp_path_factory.mktemp("llama"), "llama")[0]
+
+
+def converted(file: Path) -> Path:
+    return resolve_model(str(file), base=file.parent, cache=file.parent).path
+
+
+def config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
+
+
+def logits(folder: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
+    found: torch.Tensor = load_model(folder, dtype=torch.float32)(input_ids=ids).logits
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_converted_model_is_the_original(tmp_path: Path, name: str) -> None:
+    file, model = gguf(tmp_path, name)
+    assert_close(logits(converted(file)), model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.causal", False),
+        ("attention.scale", 0.5),
+        ("attention.clamp_kqv", 8.0),
+        ("attention.sliding_window", 8),
+        ("attention.temperature_scale", 0.1),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("logit_scale", 8.0),
+        ("residual_scale", 0.5),
+        ("embedding_scale", 12.0),
+        ("expert_count", 8),
+        ("expert_weights_scale", 2.5),
+        ("use_parallel_residual", True),
+        ("pooling_type", 1),
+        ("rope.freq_base_swa", 10000.0),
+        ("rope.scaling.attn_factor", 1.2),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+        ("rope.dimension_sections", 4),
+        ("nextn_predict_layers", 1),
+        ("something.new", 3),
+    ],
+)
+def test_a_key_that_would_be_left_out_is_named(llama: Path, key: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=rf"llama\.{key} = {value}"):
+        converted(edited(llama, {f"llama.{key}": value}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"llama.attention.value_length": 4}, "value_length"),
+        ({"llama.rope.dimension_count": 4}, "a part is rotated"),
+        ({"llama.rope.scaling.type": "su"}, "rope.scaling.type = su"),
+        ({"llama.rope.scaling.type": "longrope"}, "longrope without rope_factors_long.weight"),
+        ({"llama.feed_forward_length": [64, 64, 32]}, "layers of different sizes"),
+        ({"llama.attention.head_count": None}, "lacks the key llama.attention.head_count"),
+        ({"llama.block_count": 2}, "such a model does not have: blk.2."),
+        ({"llama.block_count": 4}, "lacks 9 tensors of the model: model.layers.3."),
+        ({f"llama.{key}": 16 for key in HEAD_SIZES}, r"of shape \[32, 32\], not \[64, 32\]"),
+        ({"general.architecture": "falcon"}, "the architecture falcon"),
+        ({"general.type": "adapter"}, "no model: general.type = adapter"),
+        ({"split.count": 2}, "one of several parts"),
+        ({"tokenizer.ggml.pre": "kimi-k2"}, "rules named kimi-k2"),
+    ],
+)
+def test_what_has_no_place_in_the_model_is_refused(
+    llama: Path, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        converted(edited(llama, keys))
+
+
+def test_keys_that_change_nothing_are_no_obstacle(llama: Path) -> None:
+    keys = {
+        "llama.attention.causal": True,
+        "llama.expert_count": 0,
+        "llama.rope.scaling.finetuned": True,
+        "llama.rope.scaling.factor": 1.0,
+        "mradermacher.quantized_by": "somebody",
+    }
+    assert torch.equal(logits(converted(edited(llama, keys))), logits(converted(llama)))
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_a_factor_without_a_type_is_linear(llama: Path, key: str) -> None:
+    """As llama.cpp has it, and as the converters of 2023 wrote it."""
+    rope = config(converted(edited(llama, {f"llama.{key}": 4.0})))["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"]) == ("linear", 4.0)
+
+
+def test_a_factor_of_yarn_on_attention_is_a_product(tmp_path: Path) -> None:
+    file, _ = gguf(tmp_path, "llama, yarn")
+    folder = converted(edited(file, {"llama.rope.scaling.attn_factor": 0.5}))
+    found = config(folder)["rope_parameters"]["attention_factor"]
+    assert found == pytest.approx(0.5 * (0.1 * np.log(4.0) + 1))
+
+
+def test_a_granite_without_rotary_embeddings_is_refused(tmp_path: Path) -> None:
+    file, _ = gguf(tmp_path, "granite")
+    with pytest.raises(ModelError, match="without rotary embeddings"):
+        converted(edited(file, {"granite.rope.scaling.finetuned": False}))
+
+
+def test_a_window_of_gemma_3_is_read(tmp_path: Path) -> None:
+    file, _ = gguf(tmp_path, "gemma3, two bases")
+    folder = converted(edited(file, {"gemma3.attention.sliding_window": 4}))
+    assert config(folder)["sliding_window"] == 4
+    with pytest.raises(ModelError, match=r"lacks the key gemma3\.attention\.sliding_window"):
+        converted(edited(file, {"gemma3.attention.sliding_window": None}))
+
+
+# --- tensors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("blk.0.attn_q_norm.weight", 8),
+        ("blk.1.attn_sinks.weight", 4),
+        ("blk.0.post_attention_norm.weight", 32),
+        ("output.bias", 264),
+        ("v.patch_embd.weight", 8),
+        ("cls.weight", 32),
+    ],
+)
+def test_a_surplus_tensor_is_named(llama: Path, name: str, shape: int) -> None:
+    with pytest.raises(ModelError, match=f"such a model does not have: {name}"):
+        converted(edited(llama, tensors={name: np.ones(shape)}))
+
+
+def test_biases_of_some_layers_alone_are_refused(llama: Path) -> None:
+    with pytest.raises(ModelError, match=r"does not have: blk\.1\.attn_q\.bias"):
+        converted(edited(llama, tensors={"blk.1.attn_q.bias": np.ones(32)}))
+
+
+def test_a_missing_tensor_is_named(llama: Path) -> None:
+    with pytest.raises(ModelError, match=r"lacks 1 tensors of the model: model\.norm\.weight"):
+        converted(edited(llama, tensors={"output_norm.weight": None}))
+
+
+def test_numbers_that_are_none_are_refused(llama: Path) -> None:
+    with pytest.raises(ModelError, match=r"output_norm\.weight, which holds NaN"):
+        converted(edited(llama, tensors={"output_norm.weight": np.full(32, np.nan)}))
+
+
+def test_biases_of_queries_keys_and_values_alone(llama: Path) -> None:
+    """A Llama has no such configuration; a Qwen 2 computes the same."""
+    parts = {"q": 32, "k": 16, "v": 16}
+    biases = {
+        f"blk.{layer}.attn_{part}.bias": np.linspace(-1, 1, size)
+        for layer in range(3)
+        for part, size in parts.items()
+    }
+    folder = converted(edited(llama, tensors=biases))
+    assert config(folder)["model_type"] == "qwen2"
+    assert not torch.allclose(logits(folder), logits(converted(llama)), atol=0.1)
+
+
+def test_divisors_of_frequencies_that_no_llama_3_has(llama: Path) -> None:
+    divisors = [1.0, 1.0, 3.0, 2.0]
+    folder = converted(edited(llama, tensors={"rope_freqs.weight": np.array(divisors)}))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    plain = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+    assert_close(model.model.rotary_emb.inv_freq, plain / torch.tensor(divisors))
+    # A student of such a teacher can be written as GGUF again.
+    write_gguf(folder, folder / "again.gguf", FORMATS["f32"], name="tiny")
+    assert torch.equal(logits(converted(folder / "again.gguf")), logits(folder))
+
+
+@pytest.mark.parametrize("name", ["phi3, longrope", "phi3, partial rotary"])
+def test_texts_longer_than_the_original_context(tmp_path: Path, name: str) -> None:
+    ids = torch.randint(4, 256, (1, LONG_SIZES["original_max_position_embeddings"] + 20))
+    file, model = gguf(tmp_path, name)
+    assert_close(logits(converted(file), ids), model(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+# --- tokens ---------------------------------------------------------------------------------------
+
+
+def test_a_tiny_file_of_our_own_is_a_teacher(tmp_path: Path) -> None:
+    """transformers adds GPT-2's <|endoftext|> to every tokenizer that it reads from a file."""
+    words = tiny.merging_tokenizer()
+    folder = converted(gguf(tmp_path, "llama")[0])
+    read = load_tokenizer(folder)
+    assert read.get_vocab() == words.get_vocab()
+    assert read.all_special_tokens == words.all_special_tokens
+    assert read.chat_template == words.chat_template
+    text = "the cat <|end|> sees 42 trees"
+    assert read(text)["input_ids"] == words(text)["input_ids"]
+
+
+def test_rows_that_pad_the_embedding_are_no_tokens(tmp_path: Path) -> None:
+    words = tiny.merging_tokenizer()
+    tiny.llama(vocab_size=320).save_pretrained(tmp_path / "model")
+    words.save_pretrained(tmp_path / "model")
+    write_gguf(tmp_path / "model", tmp_path / "model.gguf", FORMATS["f32"], name="tiny")
+    folder = converted(tmp_path / "model.gguf")
+    assert config(folder)["vocab_size"] == 320
+    assert load_tokenizer(folder).get_vocab() == words.get_vocab()
+
+
+@pytest.mark.parametrize(
+    ("rules", "text", "pieces"),
+    [
+        ("smollm", "aa  12", ["aa", "ĠĠ", "1", "2"]),
+        ("gpt-2", "aa  12", ["aa", "Ġ", "Ġ12"]),
+        ("deepseek-coder", "a b.12", ["a", "Ġb", ".", "1", "2"]),
+        ("qwen2", "a 123", ["a", "Ġ", "1", "2", "3"]),
+        ("llama-bpe", "a 1234", ["a", "Ġ", "123", "4"]),
+    ],
+)
+def test_text_is_split_by_the_rules_that_the_file_names(
+    llama: Path, rules: str, text: str, pieces: list[str]
+) -> None:
+    read = load_tokenizer(converted(edited(llama, {"tokenizer.ggml.pre": rules})))
+    found = read.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    assert [piece for piece, _ in found] == pieces
+
+
+@pytest.mark.parametrize("name", sentencepiece.RULES)
+def test_pieces_are_the_same_tokens(tmp_path: Path, name: str) -> None:
+    words = sentencepiece.write(tmp_path, name)
+    read = load_tokenizer(converted(tmp_path / "toy.gguf"))
+    assert read.get_vocab() == words.get_vocab()
+    for text in sentencepiece.TEXTS:
+        assert read(text)["input_ids"] == words(text)["input_ids"], text
+
+
+def test_no_space_is_put_before_text_where_the_file_says_so(tmp_path: Path) -> None:
+    sentencepiece.write(tmp_path, "mistral")
+    file = edited(tmp_path / "toy.gguf", {"tokenizer.ggml.add_space_prefix": False})
+    read = load_tokenizer(converted(file))
+    assert read.convert_ids_to_tokens(read("the cat")["input_ids"])[:3] == ["<s>", "the", "▁cat"]
