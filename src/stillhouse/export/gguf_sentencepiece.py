@@ -15,7 +15,8 @@ from typing import Any
 
 import gguf
 
-from stillhouse.export.gguf_model import Family, unknown_tokenizer
+from stillhouse.export.gguf_model import unknown_tokenizer
+from stillhouse.teachers.gguf_families import Family
 
 SPACE = "▁"
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))

@@ -13,7 +13,7 @@ from typing import Any
 import gguf
 
 from stillhouse.data.turn_end import turn_end
-from stillhouse.export.gguf_model import Family, unknown_tokenizer
+from stillhouse.export.gguf_model import unknown_tokenizer
 from stillhouse.export.gguf_sentencepiece import (
     Pieces,
     add_pieces,
@@ -21,6 +21,7 @@ from stillhouse.export.gguf_sentencepiece import (
     pieces_otherwise_by_llama_cpp,
     pieces_otherwise_by_transformers,
 )
+from stillhouse.teachers.gguf_families import Family
 
 SPLITS = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"

@@ -116,7 +116,7 @@ def _values(
     size = keys.pop("attention.key_length", hidden // heads)
     if keys.pop("attention.value_length", size) != size:
         raise UnreadableGGUFError(f"values of another size than the keys' {size} (value_length)")
-    values = {
+    values: dict[str, Any] = {
         "model_type": kind,
         "vocab_size": shapes.get("token_embd.weight", [0])[0],
         "hidden_size": hidden,
