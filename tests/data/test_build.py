@@ -170,7 +170,7 @@ def test_long_chats_are_truncated_or_dropped_and_counted(choice: str, tmp_path: 
 
 
 def test_a_chat_as_long_as_the_context_fits(tmp_path: Path) -> None:
-    rows = [{"messages": chat("what is it", "x " * n)} for n in range(20)]
+    rows = [{"messages": chat("what is it", "x " * n)} for n in range(1, 21)]
     write_jsonl(tmp_path / "c.jsonl", rows)
     longest = TOKENIZER.apply_chat_template(rows[-1]["messages"], return_dict=True)
     values = {"sources": [{"kind": "jsonl", "path": "c.jsonl"}], "heldout_tokens": 100}

@@ -28,6 +28,22 @@ FORGETS_REASONING = (
 )
 # The generation prompt opens a <think> that a finished turn does not have.
 FORCES_REASONING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+# Knows tools, and writes the arguments of calls as JSON.
+TOOLS = (
+    "{% if tools %}TOOLS {{ tools | tojson }}\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] or '' }}"
+    "{% for c in m.tool_calls or [] %}CALL {{ c.function.name }} "
+    "{{ c.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Writes the arguments of calls as the text that they are, as DeepSeek's do.
+TOOLS_AS_TEXT = TOOLS.replace("arguments | tojson", "arguments + ''")
+# Passes over roles that it does not know.
+KNOWN_ROLES = (
+    "{% for m in messages %}{% if m.role in ['system', 'user', 'assistant'] %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
 
 _CORPUS = [

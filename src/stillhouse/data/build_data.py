@@ -24,6 +24,8 @@ _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1_000_000
 """Documents are tokenized together up to either limit: tokenizers use all cores on a batch."""
 
+_MOST_NOTES = 12
+
 
 @dataclass(frozen=True)
 class Texts:
@@ -98,7 +100,12 @@ def _gather(
                 key = pool.admit(group_hash(document), content_hash(document))
                 if key is not None:
                     admitted.append((document, key))
-            encoded = tokenize([document for document, _ in admitted], tokenizer)
+            encoded = tokenize(
+                [document for document, _ in admitted], tokenizer, section.control_tokens
+            )
+            pool.formats.update(document.about.format for document in batch)
+            pool.notes.update(note for document in batch for note in document.about.notes)
+            pool.notes.update(note for rows in encoded for note in rows[0].notes)
             for (document, key), rows in zip(admitted, encoded, strict=True):
                 fitting = [_fit(row, document, section, pool) for row in rows]
                 pool.add(key, [row for row in fitting if row is not None])
@@ -107,6 +114,8 @@ def _gather(
             size -= done
             advance(done)
         advance(size)
+    for note, count in pool.notes.most_common(_MOST_NOTES):
+        progress.note(f"{count:,} {kind}rows: {note}")
 
 
 def _batches(documents: Iterable[AnyDocument]) -> Iterator[list[AnyDocument]]:
@@ -199,6 +208,8 @@ def _write(
         overlap_removed=pool.overlap_removed,
         rows_truncated=pool.rows_truncated,
         rows_dropped=pool.rows_dropped,
+        formats=dict(pool.formats.most_common()),
+        notes=dict(pool.notes.most_common()),
         packing=section.packing,
         pad_token_id=pad_id,
         tokenizer=str(getattr(tokenizer, "name_or_path", "")),

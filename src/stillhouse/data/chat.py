@@ -8,48 +8,40 @@ characters between them are exactly what the model has to write.
 Templates that rewrite earlier turns (most of those that strip earlier reasoning) break the second
 condition for all but the last turns. Such a turn becomes a row of its own, rendered as the model
 would see it at that moment, so that each turn is trained on once and in its true context.
-
-A template may open the reasoning in its generation prompt, and leave reasoning out of turns that
-are over (DeepSeek-R1's). What the model writes is then the turn's own reasoning and answer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from stillhouse.data.chat_template import reasoning_key, render_chat, template_errors
-from stillhouse.data.documents import Conversation, Message
-from stillhouse.data.reasoning import MARKS, THINK, Marks, reasoning_of
-from stillhouse.data.turn_end import text_until_end, turn_end
+from stillhouse.data.chat_formats import is_blank, joined_text
+from stillhouse.data.chat_proof import prove_context, prove_turn
+from stillhouse.data.chat_turns import Turn, render_turn
+from stillhouse.data.control_tokens import CONTROL_TEXT, ControlTokens, Piece
+from stillhouse.data.documents import Conversation
+from stillhouse.data.reasoning import reasoning_of
+from stillhouse.data.template_form import template_form
 from stillhouse.errors import DataError
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Consecutive characters of a row, all of them supervised or none."""
+class RenderedChat:
+    """rows: each as pieces of text. notes: what of the chat is not in them, on purpose."""
 
-    text: str
-    supervised: bool
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """An assistant turn: the rendering before it, with its header; with what the model writes, the
-    end of the turn included; and with what the template puts after that."""
-
-    before: str
-    written: str
-    after: str
+    rows: list[list[Piece]]
+    notes: tuple[str, ...] = ()
 
 
-def render_conversation(conversation: Conversation, tokenizer: Any) -> list[list[Piece]]:
-    """The rows of one conversation, each as pieces of text.
+def render_conversation(
+    conversation: Conversation, tokenizer: Any, *, control_tokens: bool = False
+) -> RenderedChat:
+    """The rows of one conversation. control_tokens: their strings in messages become tokens.
 
     Usually one row; more if the template rewrites earlier turns. A leading assistant turn has no
     input before it: it is context only. Raises DataError if the tokenizer has no template, the
-    template rejects the messages, or no token would be supervised.
+    template rejects the messages or leaves out a part of them, or no token would be supervised.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
@@ -58,141 +50,81 @@ def render_conversation(conversation: Conversation, tokenizer: Any) -> list[list
             fix="use an instruction-tuned model, put a chat_template.jinja beside its "
             "tokenizer.json, or give `prompt` and `completion` as strings",
         )
+    form = template_form(tokenizer)
+    learned = _learned(conversation)
+    fitted = replace(conversation, messages=tuple(form.fit(conversation.messages)))
+    hidden = fitted if control_tokens else _hide(fitted, form.control_tokens)
+    reveal = (lambda text: text) if hidden is fitted else form.control_tokens.reveal
+    turns = [render_turn(hidden, index, tokenizer) for index in learned]
+    for index, turn in zip(learned, turns, strict=True):
+        written = reveal(turn.written[len(turn.before) :])
+        prove_turn(fitted.messages[index], index, written, form, conversation.where)
+    used = fitted.messages[: learned[-1] + 1]
+    whole = reveal(turns[-1].after)
+    notes = prove_context(used, fitted.tools, whole, form, conversation.where)
+    notes += _notes(conversation, learned, hidden is not fitted)
+    rows: list[list[Piece]] = []
+    while turns:
+        last = turns[-1].after
+        shared = [t for t in turns if last.startswith(t.before) and last.startswith(t.written)]
+        pieces = _pieces(shared)
+        if hidden is not fitted:
+            pieces = [part for piece in pieces for part in form.control_tokens.divide(piece)]
+        rows.append(pieces)
+        turns = [turn for turn in turns if turn not in shared]
+    return RenderedChat(rows[::-1], tuple(notes))
+
+
+def _learned(conversation: Conversation) -> list[int]:
+    """The indices of the turns to learn. Raises DataError if there is none, or if one is empty."""
     first = max(1, conversation.supervised_from)
     turns = [
         index
         for index, message in enumerate(conversation.messages)
-        if message["role"] == "assistant" and index >= first
+        if message["role"] == "assistant"
+        and index >= first
+        and index not in conversation.context_only
     ]
     if not turns:
         raise DataError(
             "The row has no assistant turn to train on: 0% of its tokens are supervised",
             where=conversation.where,
             fix="remove the row, or check its roles: `assistant` turns after the first message "
-            "are supervised",
+            "are supervised, unless their weight is 0",
         )
-    rendered = [_render_turn(conversation, index, tokenizer) for index in turns]
-    rows = []
-    while rendered:
-        whole = rendered[-1].after
-        shared = [t for t in rendered if whole.startswith(t.before) and whole.startswith(t.written)]
-        rows.append(_pieces(shared))
-        rendered = [turn for turn in rendered if turn not in shared]
-    return rows[::-1]
+    for index in turns:
+        message = conversation.messages[index]
+        empty = is_blank(joined_text(message.get("content")))
+        if empty and not message.get("tool_calls") and not reasoning_of(message):
+            raise DataError(
+                f"`messages[{index}]` is an empty assistant turn: there is nothing to train on "
+                "in it",
+                where=conversation.where,
+                fix="remove the row, or fill the turn",
+            )
+    return turns
 
 
-def _render_turn(conversation: Conversation, index: int, tokenizer: Any) -> _Turn:
-    before = _render(conversation, index, True, tokenizer)
-    after = _render(conversation, index + 1, False, tokenizer)
-    marks = Marks.of(tokenizer)
-    written = after[len(before) :] if after.startswith(before) else ""
-    opened = marks.opened(before)
-    # Some templates open the reasoning of a turn that has none, or open it twice.
-    if not written or (opened and not marks.closes(opened, written)):
-        written = _as_written(conversation.messages[: index + 1], before, after, marks)
-        if not written:
-            raise _no_border(conversation, index, before, after, marks)
-        after = before + written
-    end = turn_end(tokenizer)
-    if end is not None and not end.written:
-        written = after.removesuffix(end.tail) + _next_token(conversation, index, after, tokenizer)
-        return _Turn(before, written, written)
-    length = len(before) + text_until_end(after[len(before) :], tokenizer)
-    return _Turn(before, after[:length], after)
+def _hide(chat: Conversation, control: ControlTokens) -> Conversation:
+    """The chat without strings of control tokens; the same object where it has none."""
+    spoken = [message["role"] == "assistant" for message in chat.messages]
+    pairs = list(zip(chat.messages, spoken, strict=True))
+    if not control.found(chat.tools) and not any(control.found(m, spoken=s) for m, s in pairs):
+        return chat
+    tools = None if chat.tools is None else tuple(control.hide(chat.tools))
+    return replace(chat, messages=tuple(control.hide(m, spoken=s) for m, s in pairs), tools=tools)
 
 
-def _as_written(messages: Sequence[Message], before: str, after: str, marks: Marks) -> str:
-    """What the model writes where the rendered turn does not continue its own prompt; or nothing.
-
-    The prompt may open the reasoning, which the template leaves out of turns that are over
-    (DeepSeek-R1), or end with empty reasoning (Gemma 4). Or it has the system prompt, which stands
-    in the last question alone, so that it is gone from a chat that ends with an answer (Mistral).
-    """
-    message, opened = messages[-1], marks.opened(before)
-    content = message.get("content")
-    if not isinstance(content, str):
-        return ""
-    apart = reasoning_of(message)
-    if apart and opened:
-        content = f"{apart.strip()}\n{marks.closing(opened)}\n\n{content.strip()}"
-    said = marks.split(content.strip())
-    start, found, tail = after.rpartition(said.answer)
-    if not said.answer or not found:
-        return ""
-    if opened:
-        whole = content.strip().removeprefix(opened.rstrip()).lstrip()
-        return whole + tail if said.reasoning else ""
-    asked = str(messages[-2].get("content")) if len(messages) > 1 else ""
-    header = start[start.rfind(asked) :] if asked and asked in start else start
-    same = marks.without_empty(before).endswith(header)
-    return said.answer + tail if same and not said.reasoning else ""
+def _notes(conversation: Conversation, learned: Sequence[int], hidden: bool) -> list[str]:
+    notes = [CONTROL_TEXT] if hidden else []
+    if learned[-1] + 1 < len(conversation.messages):
+        notes.append("messages after the last turn that is learned are left out")
+    if conversation.messages[0]["role"] == "assistant" and not conversation.supervised_from:
+        notes.append("an assistant turn that begins a chat is context only")
+    return notes
 
 
-def _next_token(conversation: Conversation, index: int, after: str, tokenizer: Any) -> str:
-    """What ends a turn after which the template writes no token."""
-    end = turn_end(tokenizer)
-    assert end is not None
-    if end.stops and index + 1 < len(conversation.messages):
-        more = _render(conversation, index + 2, False, tokenizer).removeprefix(after).lstrip()
-        for token in end.stops:
-            if more.startswith(token):
-                return token
-    return end.text
-
-
-def _no_border(
-    conversation: Conversation, index: int, before: str, after: str, marks: Marks
-) -> DataError:
-    what = (
-        "The chat template does not begin an assistant turn with its own generation prompt, so "
-        f"the model's input and output cannot be separated (message {index}: the input ends "
-        f"...{before[-60:]!r}, and the turn ends ...{after[-60:]!r})"
-    )
-    fix = (
-        "use a template whose add_generation_prompt is the header of an assistant turn, or "
-        "give `prompt` and `completion` as strings"
-    )
-    opened = marks.opened(before)
-    if opened:
-        mark = opened.rstrip()
-        fix = (
-            f"begin the turn with its reasoning ({mark}...{marks.closing(opened)}; of synthesized "
-            f"text, synthesize.reasoning: keep), or use a template whose add_generation_prompt "
-            f"does not open {mark}"
-        )
-    return DataError(what, where=conversation.where, fix=fix)
-
-
-def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any) -> str:
-    key = reasoning_key(tokenizer)
-    try:
-        return render_chat(
-            tokenizer,
-            [_reasoning_apart(one, key) for one in conversation.messages[:end]],
-            tools=conversation.tools,
-            generation_prompt=generate,
-        )
-    except template_errors() as error:
-        roles = ", ".join(message["role"] for message in conversation.messages)
-        raise DataError(
-            f"The chat template rejects the row: {error} (roles: {roles})",
-            where=conversation.where,
-            fix="use the order and fields of messages that the template expects",
-        ) from error
-
-
-def _reasoning_apart(message: Message, key: str | None) -> Message:
-    """Reasoning in <think> as the template expects it: see `reasoning_key`."""
-    content = message.get("content")
-    if key is None or message["role"] != "assistant" or not isinstance(content, str):
-        return message
-    if not content.lstrip().startswith(THINK[0]) or reasoning_of(message):
-        return message
-    said = MARKS.split(content.strip())
-    return {**message, "content": said.answer, key: said.reasoning} if said.reasoning else message
-
-
-def _pieces(turns: Sequence[_Turn]) -> list[Piece]:
+def _pieces(turns: Sequence[Turn]) -> list[Piece]:
     """Context and supervised text alternately, up to the end of the last supervised text."""
     pieces: list[Piece] = []
     whole, done = turns[-1].after, 0

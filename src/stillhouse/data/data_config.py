@@ -58,6 +58,9 @@ Source = Annotated[
 ]
 
 
+ControlText = Literal["text", "tokens"]
+
+
 class WindowsRecipe(Section):
     """How text becomes windows of tokens."""
 
@@ -73,6 +76,11 @@ class WindowsRecipe(Section):
     heldout_tokens: Tokens = Field(8192, description="About how many tokens to hold out.")
     long_rows: Literal["error", "truncate", "drop"] = Field(
         "error", description="What to do with a chat row that is longer than the context."
+    )
+    control_tokens: ControlText | None = Field(
+        None,
+        description="Whether strings of control tokens in a text, such as <|im_end|>, are text or "
+        "tokens; null: text, and a plain text that begins or ends with one is an error.",
     )
 
 

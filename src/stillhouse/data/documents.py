@@ -20,11 +20,21 @@ Message = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class About:
+    """What the reader of a row found. format: the name of its format. notes: what of it is not
+    learned or not read, one sentence each."""
+
+    format: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Document:
     """Plain text: every token but the first is supervised."""
 
     text: str
     where: str = field(default="", compare=False)
+    about: About = field(default=About("text"), compare=False)
 
     def content(self) -> Any:
         return {"text": self.text}
@@ -37,6 +47,7 @@ class Completion:
     prompt: str
     completion: str
     where: str = field(default="", compare=False)
+    about: About = field(default=About("prompt and completion"), compare=False)
 
     def content(self) -> Any:
         return {"prompt": self.prompt, "completion": self.completion}
@@ -44,16 +55,20 @@ class Completion:
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat: assistant turns in `messages[supervised_from:]` are supervised."""
+    """A chat: assistant turns in `messages[supervised_from:]` are supervised, except those whose
+    indices are in `context_only` (weight 0)."""
 
     messages: tuple[Message, ...]
     supervised_from: int = 0
     tools: tuple[Any, ...] | None = None
     where: str = field(default="", compare=False)
+    context_only: frozenset[int] = frozenset()
+    about: About = field(default=About("messages"), compare=False)
 
     def content(self) -> Any:
         messages = [{k: v for k, v in turn.items() if v is not None} for turn in self.messages]
-        return {"messages": messages, "from": self.supervised_from, "tools": self.tools}
+        content = {"messages": messages, "from": self.supervised_from, "tools": self.tools}
+        return content | ({"context_only": sorted(self.context_only)} if self.context_only else {})
 
 
 AnyDocument = Document | Completion | Conversation

@@ -1,4 +1,8 @@
-"""Windows for inspection: supervised tokens, context, and the ends of documents."""
+"""Windows for inspection: supervised tokens, context, and the ends of documents.
+
+Every part of a row stands in its tokens, or the row is refused; so the tokens show all of a row and
+what of it is learned. Learned text stands between marks too, for a terminal without colors.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,8 @@ from stillhouse.data.windows import Windows
 SUPERVISED = "bold green"
 CONTEXT = "cyan"
 PADDING = "dim"
+MARKS = "dim"
+OPENS, CLOSES = "⟦", "⟧"
 
 
 def preview(windows: Windows, tokenizer: Any, rows: int) -> RenderableType:
@@ -26,13 +32,28 @@ def preview(windows: Windows, tokenizer: Any, rows: int) -> RenderableType:
     order, so the first ones are a sample.
     """
     legend = Text.assemble(
-        ("supervised", SUPERVISED), "  ", ("context", CONTEXT), "  ", ("padding", PADDING)
+        (OPENS, MARKS),
+        ("supervised", SUPERVISED),
+        (CLOSES, MARKS),
+        "  ",
+        ("context", CONTEXT),
+        "  ",
+        ("padding", PADDING),
     )
-    parts: list[RenderableType] = [legend]
+    parts: list[RenderableType] = [*_rows_read(windows), legend]
     for row in range(min(rows, len(windows))):
         parts.append(Rule(_counts(windows, row), style="dim", align="left"))
         parts += _window(windows, tokenizer, row)
     return Group(*parts)
+
+
+def _rows_read(windows: Windows) -> Iterator[Text]:
+    """The formats of the rows that were read, and what of them is not learned."""
+    if windows.info.formats:
+        formats = (f"{count:,} {name}" for name, count in windows.info.formats.items())
+        yield Text(f"rows read: {', '.join(formats)}")
+    for note, count in windows.info.notes.items():
+        yield Text(f"{count:,} rows: {note}", style="yellow")
 
 
 def segments(windows: Windows, row: int) -> tuple[list[slice], slice]:
@@ -68,7 +89,10 @@ def _window(windows: Windows, tokenizer: Any, row: int) -> Iterator[Text]:
         for is_supervised, run in groupby(
             zip(supervised, ids, strict=True), key=lambda pair: pair[0]
         ):
-            text.append(_decode(tokenizer, [token for _, token in run]), _style(is_supervised))
+            piece = _decode(tokenizer, [token for _, token in run])
+            marks = (OPENS, CLOSES) if is_supervised else ("", "")
+            text.append(marks[0], MARKS).append(piece, _style(is_supervised))
+            text.append(marks[1], MARKS)
         yield text
     if padding.stop > padding.start:
         yield Text(f"{padding.stop - padding.start:,} × padding", style=PADDING)

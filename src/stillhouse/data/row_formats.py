@@ -3,42 +3,80 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
-from stillhouse.data.documents import AnyDocument, Completion, Conversation, Document
+from stillhouse.data.chat_formats import from_json, is_blank, read_chat
+from stillhouse.data.documents import About, AnyDocument, Completion, Document
+from stillhouse.data.question_formats import is_pair, read_pair
 from stillhouse.errors import DataError
+
+_CHATS = ("messages", "conversations", "conversation")
+"""Keys of a chat."""
+_CHAT_KEYS = ("system", "system_prompt", "tools", "functions", "parallel_tool_calls")
+"""Keys that are read beside a chat. Parallel calls say nothing about the text."""
+_PREFERENCES = {
+    "chosen": "an answer that is preferred to another",
+    "rejected": "an answer that another is preferred to",
+    "preferred_output": "an answer that is preferred to another (OpenAI's form)",
+    "non_preferred_output": "an answer that another is preferred to (OpenAI's form)",
+    "kto_tag": "a judgment of the answer",
+}
+_TOKENIZED = ("input_ids", "segments")
 
 
 def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyDocument | None:
     """The document in `row`, or None if its text is blank.
 
-    Looks for `messages`, then `prompt` with `completion`, then `text_key`; a `text_key` other than
-    "text" was set by the user, so it comes first. Raises DataError if there is none of them.
+    Looks for a chat, then `prompt` with `completion`, then `text_key`, then a question with its
+    answer in one of their many forms; a `text_key` other than "text" was set by the user, so it
+    comes first. Raises DataError if there is none of them, or if it is not clear what is learned.
     """
+    given = {key: value for key, value in row.items() if value is not None}
     if text_key != "text" and text_key in row:
         return _plain(row, text_key, where)
-    if "messages" in row:
-        messages = _messages(row["messages"], "messages", where)
-        return Conversation(messages, tools=_tools(row, where), where=where)
-    if "prompt" in row and "completion" in row:
-        return _completion(row, where)
+    for key in _CHATS:
+        if isinstance(given.get(key), list) or (key == "messages" and key in row):
+            chat = read_chat(given if key in given else row, key, where)
+            sharegpt = any("from" in m for m in from_json(given[key]) if isinstance(m, Mapping))
+            about = About("ShareGPT" if sharegpt else "messages", chat.about.notes)
+            return _noted(replace(chat, about=about), given, (key, *_CHAT_KEYS))
+    _refuse_others(given, where)
+    if "prompt" in given and "completion" in row:
+        return _noted(_completion(row, where), given, ("prompt", "completion", *_CHAT_KEYS))
+    if text_key in given:
+        return _plain(row, text_key, where)
+    if is_pair(given):
+        chat, used = read_pair(given, where)
+        return _noted(chat, given, (*used, *_CHAT_KEYS))
     if text_key in row:
         return _plain(row, text_key, where)
     raise _missing_key(row, text_key, where)
 
 
-def _plain(row: Mapping[str, Any], key: str, where: str) -> Document | None:
+def _noted(document: AnyDocument, given: Mapping[str, Any], used: Collection[str]) -> AnyDocument:
+    """The document with a note about the keys of its row that are not read."""
+    unread = sorted(str(key) for key in given if key not in used)
+    if not unread:
+        return document
+    names = ", ".join(f"`{key}`" for key in unread[:12]) + (", ..." if len(unread) > 12 else "")
+    note = f"not read: {names}"
+    about = document.about
+    return replace(document, about=replace(about, notes=(*about.notes, note)))
+
+
+def _plain(row: Mapping[str, Any], key: str, where: str) -> AnyDocument | None:
     text = _text(row[key], key, where)
-    return Document(text, where) if text.strip() else None
+    given = {name: value for name, value in row.items() if value is not None}
+    return _noted(Document(text, where), given, (key,)) if text.strip() else None
 
 
-def _completion(row: Mapping[str, Any], where: str) -> AnyDocument | None:
+def _completion(row: Mapping[str, Any], where: str) -> AnyDocument:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) and isinstance(completion, list):
-        before = _messages(prompt, "prompt", where)
-        after = _messages(completion, "completion", where)
-        return Conversation(before + after, len(before), _tools(row, where), where)
+        chat = read_chat(row, "prompt", where, completion="completion")
+        return replace(chat, about=About("prompt and completion", chat.about.notes))
     if isinstance(prompt, list) or isinstance(completion, list):
         raise DataError(
             "`prompt` and `completion` must both be strings, or both be lists of messages",
@@ -47,7 +85,7 @@ def _completion(row: Mapping[str, Any], where: str) -> AnyDocument | None:
         )
     prompt = _text(prompt, "prompt", where)
     completion = _text(completion, "completion", where)
-    if not completion.strip():
+    if is_blank(completion):
         raise DataError(
             "`completion` is empty: there is nothing to train on in this row",
             where=where,
@@ -72,79 +110,79 @@ def _text(value: Any, key: str, where: str) -> str:
     )
 
 
-def _messages(value: Any, key: str, where: str) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(value, list) or not value:
-        found = "an empty list" if value == [] else type(value).__name__
-        raise DataError(
-            f"`{key}` must be a list of messages, but it is {found}",
-            where=where,
-            fix='write it as [{"role": "user", "content": "..."}, ...]',
-        )
-    for index, message in enumerate(value):
-        problem = _message_problem(message)
-        if problem:
+# --- what is refused by name -----------------------------------------------------------------
+
+
+def _refuse_others(given: Mapping[str, Any], where: str) -> None:
+    """Raises DataError for well-known rows that say something other than what to write."""
+    for key, meaning in _PREFERENCES.items():
+        if key in given:
             raise DataError(
-                f"`{key}[{index}]` {problem}",
+                f"This is a row of preferences: `{key}` is {meaning}, and only what is to be "
+                "written can be learned",
                 where=where,
-                fix='write each message as {"role": "user", "content": "..."}',
+                fix="keep the preferred answer: write the chat with it as `messages`",
             )
-    return tuple(value)
-
-
-def _message_problem(message: Any) -> str | None:
-    if not isinstance(message, Mapping):
-        return f"must be an object with role and content, but it is {type(message).__name__}"
-    if not isinstance(message.get("role"), str):
-        nearest = difflib.get_close_matches("role", list(message), 1)
-        hint = f" (did you mean `{nearest[0]}`?)" if nearest and nearest[0] != "role" else ""
-        return f"has no `role`; its keys are {', '.join(message) or 'none'}{hint}"
-    content = message.get("content")
-    if isinstance(content, str) or (isinstance(content, list) and content):
-        return None
-    if content is None and message.get("tool_calls"):
-        return None
-    if "content" not in message:
-        return f"has no `content`; its keys are {', '.join(message)}"
-    found = "null" if content is None else f"of type {type(content).__name__}"
-    return f"has a `content` that must be a string, but it is {found}"
-
-
-def _tools(row: Mapping[str, Any], where: str) -> tuple[Any, ...] | None:
-    tools = row.get("tools")
-    if not tools:
-        return None
-    if not isinstance(tools, list):
+    if "completion" in given and isinstance(given.get("label"), bool):
         raise DataError(
-            f"`tools` must be a list of JSON schemas, but it is {type(tools).__name__}",
+            "This is a row of judged answers (KTO): `label` says whether `completion` is wanted",
             where=where,
-            fix="write the tools as a JSON list, or remove the key",
+            fix="keep the rows whose label is true, and remove the key `label`",
         )
-    return tuple(tools)
+    if "prompt" in given and "completions" in given:
+        raise DataError(
+            "The row has several `completions`, which are steps or rivals",
+            where=where,
+            fix="write one `completion` for each row",
+        )
+    for key in _TOKENIZED:
+        if isinstance(given.get(key), list):
+            raise DataError(
+                f"The row is already tokenized or divided (`{key}`)",
+                where=where,
+                fix="give the text itself: `messages`, or `prompt` with `completion`",
+            )
+    for key in ("body", "request"):
+        inside = given.get(key)
+        inside = inside.get("body", inside) if isinstance(inside, Mapping) else None
+        if isinstance(inside, Mapping) and "messages" in inside:
+            raise DataError(
+                f"This is a request to an API (`{key}`), whose messages have no answer yet",
+                where=where,
+                fix="to have a teacher answer it, name the file in synthesize.prompts; with the "
+                "answers, write each chat as `messages`",
+            )
 
 
 def _missing_key(row: Mapping[str, Any], text_key: str, where: str) -> DataError:
     keys = [str(key) for key in row]
-    wanted = dict.fromkeys([text_key, "messages", "prompt", "completion"])
-    near = [
-        match for want in wanted if want not in row
-        for match in difflib.get_close_matches(want, keys, 1)
-    ]  # fmt: skip
     has = f"its keys are {', '.join(keys)}" if keys else "it is empty"
-    if near:
-        fix = f"set text_key: {near[0]}, or rename the key"
-    elif "prompt" in row or "completion" in row:
-        fix = "give both `prompt` and `completion`"
-    elif keys:
-        fix = f"set text_key to the key of the text, e.g. text_key: {_texty(row)}"
-    else:
-        fix = "remove the row"
     return DataError(
-        f"The row has no `{text_key}`, no `messages` and no `prompt` with `completion`; {has}",
+        f"The row has no `{text_key}`, no `messages` and no `prompt` with `completion`, and is "
+        f"in no other known format; {has}",
         where=where,
-        fix=fix,
+        fix=_advice(row, text_key, keys),
     )
 
 
-def _texty(row: Mapping[str, Any]) -> str:
-    """The key with the longest string: most likely the text."""
-    return max(row, key=lambda key: len(row[key]) if isinstance(row[key], str) else -1)
+def _advice(row: Mapping[str, Any], text_key: str, keys: list[str]) -> str:
+    if not keys:
+        return "remove the row"
+    for want in dict.fromkeys([text_key, "messages", "conversations", "prompt", "completion"]):
+        near = [] if want in row else difflib.get_close_matches(want, keys, 1)
+        if near and want == text_key and isinstance(row[near[0]], str):
+            return f"set text_key: {near[0]}, or rename the key"
+        if near:
+            return f"rename `{near[0]}` to `{want}`"
+    if "prompt" in row or "completion" in row:
+        return "give both `prompt` and `completion`"
+    texts = [key for key in row if isinstance(row[key], str) and not is_blank(row[key])]
+    if not texts:
+        return "write the row as `text`, as `messages`, or as `prompt` with `completion`"
+    longest = max(texts, key=lambda key: len(row[key]))
+    if len(texts) == 1:
+        return f"set text_key to the key of the text: text_key: {longest}"
+    return (
+        "write what is to be learned as `messages`, or as `prompt` with `completion`; where one "
+        f"key holds the whole text, set e.g. text_key: {longest}"
+    )

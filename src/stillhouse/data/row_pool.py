@@ -9,6 +9,7 @@ of them in memory.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Set
 from dataclasses import dataclass, field
 
@@ -37,6 +38,10 @@ class Pool:
     overlap_removed: int = 0
     rows_truncated: int = 0
     rows_dropped: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    """How many documents that were read have each format."""
+    notes: Counter[str] = field(default_factory=Counter)
+    """How many of them have something that is not learned or not read, by what it is."""
     _ids: array[int] = field(default_factory=lambda: array("i"))
     _supervised: bytearray = field(default_factory=bytearray)
     _starts: list[int] = field(default_factory=list)

@@ -18,8 +18,6 @@ from stillhouse.data.table_rows import Rows
 from stillhouse.errors import DataError
 
 _CORPUS_CHARACTERS = 465_000
-_COLUMNS = ("messages", "prompt", "completion", "tools")
-"""Columns of a row besides plain text."""
 
 
 def read_sources(sources: Sequence[Source], base: Path) -> Iterator[AnyDocument]:
@@ -88,8 +86,8 @@ def _file_documents(path: Path, source: FileSource) -> Iterator[AnyDocument]:
     format = _format(source) or format_of(path)
     if format == "text":
         return _text_documents(path, "file")
-    rows = read_rows(path, format=format, columns=(source.text_key, *_COLUMNS))
-    return _documents(rows, source.text_key)
+    # All columns: those that are not read are named in a note.
+    return _documents(read_rows(path, format=format), source.text_key)
 
 
 def _text_documents(path: Path, divided_by: str) -> Iterator[Document]:

@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.data.chat import Piece, render_conversation
+from stillhouse.data.chat import RenderedChat, render_conversation
+from stillhouse.data.control_tokens import CONTROL_TEXT, ControlTokens, Piece
+from stillhouse.data.data_config import ControlText
 from stillhouse.data.documents import AnyDocument, Completion, Conversation
+from stillhouse.data.template_form import template_form
 from stillhouse.errors import DataError
 
 Ids = NDArray[np.int32]
@@ -22,34 +25,44 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One row: token ids, which of them are supervised, and whether it may be cut into parts."""
+    """One row: token ids, which of them are supervised, and whether it may be cut into parts.
+
+    notes: what of its document is not learned; in the first of a document's rows.
+    """
 
     ids: Ids
     supervised: Mask
     splittable: bool
+    notes: tuple[str, ...] = ()
 
 
-def tokenize(documents: Sequence[AnyDocument], tokenizer: Any) -> list[list[TokenRow]]:
+def tokenize(
+    documents: Sequence[AnyDocument],
+    tokenizer: Any,
+    control_tokens: ControlText | None = None,
+) -> list[list[TokenRow]]:
     """The rows of each document (several only for a chat whose template rewrites turns).
 
-    Text: BOS if the tokenizer adds one, the text, EOS, all supervised. Prompt and completion: BOS,
-    prompt, then supervised completion and EOS. Chat: as the template renders it, with no token
-    added. The first token of a row has no context; packing does not supervise it.
+    Text: what the tokenizer writes before every text, the text, EOS, all supervised but the former.
+    Prompt and completion: the same start, prompt, then supervised completion and EOS. Chat: as the
+    template renders it, with no token added. The first token of a row has no context; packing does
+    not supervise it. control_tokens: as in a recipe's `data`.
     """
     eos = end_of_text(tokenizer)
-    start = _leading_tokens(tokenizer)
+    start = leading_tokens(tokenizer)
     jobs: list[tuple[int, list[Piece]]] = []
+    notes: list[tuple[str, ...]] = []
     for index, document in enumerate(documents):
-        jobs += [(index, pieces) for pieces in _document_pieces(document, tokenizer)]
+        rendered = _render(document, tokenizer, control_tokens)
+        jobs += [(index, pieces) for pieces in rendered.rows]
+        notes.append(rendered.notes)
     encoded = encode_pieces([pieces for _, pieces in jobs], tokenizer)
     rows: list[list[TokenRow]] = [[] for _ in documents]
     for (index, _), (ids, mask) in zip(jobs, encoded, strict=True):
         document = documents[index]
         chat = isinstance(document, Conversation)
         if not chat:
-            learn_start = not isinstance(document, Completion)
-            ids = np.concatenate([start, ids, [eos]]).astype(np.int32)
-            mask = np.concatenate([np.full(len(start), learn_start), mask, [True]])
+            ids, mask = _framed(ids, mask, start, eos, not isinstance(document, Completion))
         if not mask[1:].any():
             raise DataError(
                 "0% of the row's tokens are supervised: there is nothing to train on",
@@ -57,8 +70,19 @@ def tokenize(documents: Sequence[AnyDocument], tokenizer: Any) -> list[list[Toke
                 fix="remove the row, or fill its assistant turns",
             )
         splittable = not isinstance(document, (Conversation, Completion))
-        rows[index].append(TokenRow(ids, mask, splittable))
+        first = () if rows[index] else notes[index]
+        rows[index].append(TokenRow(ids, mask, splittable, first))
     return rows
+
+
+def _framed(ids: Ids, mask: Mask, start: Ids, eos: int, text: bool) -> tuple[Ids, Mask]:
+    """With the tokens before a text and EOS, where the text does not have them itself."""
+    before = start[:0] if len(start) and (ids[: len(start)] == start).all() else start
+    after = [] if len(ids) and ids[-1] == eos else [eos]
+    # The first token of a row is never a label, so its mask only tells text from a prompt.
+    learned = np.arange(len(before)) < text
+    ids = np.concatenate([before, ids, after]).astype(np.int32)
+    return ids, np.concatenate([learned, mask, np.ones(len(after), dtype=bool)])
 
 
 def end_of_text(tokenizer: Any) -> int:
@@ -81,11 +105,12 @@ def encode_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any) -> list[tuple
     """
     if adds_prefix_space(tokenizer):
         return [_encode_whole(pieces, tokenizer) for pieces in rows]
-    texts = [piece.text for pieces in rows for piece in pieces]
-    encoded = iter(_encode(texts, tokenizer))
+    flat = [piece for pieces in rows for piece in pieces]
+    whole = iter(_encode([piece.text for piece in flat if not piece.plain], tokenizer))
+    plain = iter(_encode([piece.text for piece in flat if piece.plain], tokenizer, plain=True))
     result = []
     for pieces in rows:
-        parts = [np.asarray(next(encoded), dtype=np.int32) for _ in pieces]
+        parts = [np.asarray(next(plain if p.plain else whole), dtype=np.int32) for p in pieces]
         masks = [np.full(len(part), p.supervised) for part, p in zip(parts, pieces, strict=True)]
         result.append((np.concatenate(parts), np.concatenate(masks)))
     return result
@@ -93,6 +118,8 @@ def encode_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any) -> list[tuple
 
 def _encode_whole(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
     """A token in two pieces counts as part of the first, where it begins."""
+    if any(piece.plain for piece in pieces):
+        return _encode_apart(pieces, tokenizer)
     prefixes = ["".join(p.text for p in pieces[: n + 1]) for n in range(len(pieces))]
     encoded = [np.asarray(ids, dtype=np.int32) for ids in _encode(prefixes, tokenizer)]
     ids = encoded[-1]
@@ -105,6 +132,18 @@ def _encode_whole(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
         mask[start:end] = piece.supervised
         start = max(start, end)
     return ids, mask
+
+
+def _encode_apart(pieces: Sequence[Piece], tokenizer: Any) -> tuple[Ids, Mask]:
+    """Pieces one by one, each but the first without the space that the tokenizer puts before a
+    text: it is encoded behind a newline, whose tokens are then removed."""
+    anchor = _encode(["\n"], tokenizer)[0]
+    parts = []
+    for number, piece in enumerate(pieces):
+        ids = _encode(["\n" * (number > 0) + piece.text], tokenizer, plain=piece.plain)[0]
+        parts.append(ids[len(anchor) :] if number and ids[: len(anchor)] == anchor else ids)
+    masks = [np.full(len(ids), p.supervised) for ids, p in zip(parts, pieces, strict=True)]
+    return np.concatenate(parts).astype(np.int32), np.concatenate(masks)
 
 
 def _common(left: Ids, right: Ids) -> int:
@@ -120,26 +159,61 @@ def adds_prefix_space(tokenizer: Any) -> bool:
     return bool(token.startswith(("▁", "Ġ")))
 
 
-def _encode(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+def _encode(texts: Sequence[str], tokenizer: Any, plain: bool = False) -> list[list[int]]:
+    """plain: strings of special tokens are text."""
     if not texts:
         return []
     return tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        list(texts),
+        add_special_tokens=False,
+        return_attention_mask=False,
+        verbose=False,
+        split_special_tokens=plain,
     )["input_ids"]
 
 
-def _leading_tokens(tokenizer: Any) -> Ids:
-    """[BOS] if the tokenizer adds one before a text, else nothing."""
-    ids = tokenizer("x")["input_ids"]
-    bos = tokenizer.bos_token_id
-    starts = bos is not None and ids[:1] == [bos]
-    return np.asarray([bos] if starts else [], dtype=np.int32)
+def leading_tokens(tokenizer: Any) -> Ids:
+    """What the tokenizer writes before every text: usually BOS or nothing, and [gMASK]<sop> for
+    GLM's. Raises DataError where that cannot be told from the text."""
+    whole, bare = tokenizer("x")["input_ids"], _encode(["x"], tokenizer)[0]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return np.asarray(whole[:start], dtype=np.int32)
+    raise DataError(
+        "The tokenizer writes a text in another way where it adds its special tokens",
+        where=getattr(tokenizer, "name_or_path", None),
+        fix="use a tokenizer that adds special tokens before and after a text only",
+    )
 
 
-def _document_pieces(document: AnyDocument, tokenizer: Any) -> list[list[Piece]]:
+def _render(
+    document: AnyDocument, tokenizer: Any, control_tokens: ControlText | None
+) -> RenderedChat:
     if isinstance(document, Conversation):
-        return render_conversation(document, tokenizer)
+        return render_conversation(document, tokenizer, control_tokens=control_tokens == "tokens")
     if isinstance(document, Completion):
         pieces = [Piece(document.prompt, False), Piece(document.completion, True)]
-        return [[piece for piece in pieces if piece.text]]
-    return [[Piece(document.text, True)]]
+    else:
+        pieces = [Piece(document.text, True)]
+    pieces = [piece for piece in pieces if piece.text]
+    control = template_form(tokenizer).control_tokens
+    if control_tokens == "tokens" or not any(control.found(piece.text) for piece in pieces):
+        return RenderedChat([pieces])
+    if control_tokens is None:
+        _refuse_rendered(pieces, control, document.where)
+    plain = [part for piece in pieces for part in control.plain(piece.text, piece.supervised)]
+    return RenderedChat([plain], (CONTROL_TEXT,))
+
+
+def _refuse_rendered(pieces: Sequence[Piece], control: ControlTokens, where: str) -> None:
+    """Raises DataError for what seems to be the output of a chat template."""
+    for piece in pieces:
+        token = control.at_an_end(piece.text)
+        if token is not None:
+            raise DataError(
+                f"The text begins or ends with {token!r}: it seems to be rendered with a chat "
+                "template, and control tokens in a text are read as plain text",
+                where=where,
+                fix="set data.control_tokens: tokens to read them as tokens, or text to keep them "
+                "as text; better still, give the chat as `messages`",
+            )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data.chat_template import render_chat, template_errors
+from stillhouse.data.template_form import template_form
 
 _ANSWER = "Zq7gamma"
 _TURNS = (
@@ -126,9 +127,8 @@ def _tails(tokenizer: Any) -> tuple[str, str] | None:
         return None
     for start in ((), (_SYSTEM,)):
         try:
-            chats = [
-                render_chat(tokenizer, [*start, *_TURNS[:count]]) for count in (2, len(_TURNS))
-            ]
+            turns = template_form(tokenizer).fit([*start, *_TURNS])
+            chats = [render_chat(tokenizer, turns[: len(turns) - left]) for left in (1, 0)]
         except template_errors():
             continue
         if all(_ANSWER in chat for chat in chats):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +45,8 @@ class WindowsInfo:
     of rows × context. duplicates_dropped: documents with the same content as an earlier one.
     overlap_removed: training documents that are also in heldout_sources. rows_truncated and
     rows_dropped: chat rows longer than the context. pad_token_id: fills incomplete windows.
+    formats: how many documents that were read have each format. notes: how many of them have
+    something that is not learned or not read.
     """
 
     context: int
@@ -60,6 +62,8 @@ class WindowsInfo:
     packing: str
     pad_token_id: int
     tokenizer: str
+    formats: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -142,14 +146,15 @@ def open_windows(path: Path) -> Windows:
 
 def _read_info(path: Path) -> WindowsInfo:
     file = path / "windows.json"
-    names = {field.name for field in fields(WindowsInfo)}
+    names = {one.name for one in fields(WindowsInfo)}
+    needed = {one.name for one in fields(WindowsInfo) if one.default_factory is MISSING}
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError("This is not a folder of windows", where=file, fix=_AGAIN) from error
     except (ValueError, OSError) as error:
         raise DataError(f"windows.json is damaged: {error}", where=file, fix=_AGAIN) from error
-    if not isinstance(raw, dict) or set(raw) != names:
+    if not isinstance(raw, dict) or not needed <= set(raw) <= names:
         raise DataError("windows.json is damaged or of another version", where=file, fix=_AGAIN)
     return WindowsInfo(**raw)
 

@@ -160,7 +160,8 @@ def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]
         while batch := list(islice(pairs, _TOGETHER)):
             raw = [json.loads(line) for line, _ in batch]
             documents = [document_from_row(one, "text", str(file)) for one in raw]
-            found = tokenize([one for one in documents if one is not None], tokenizer)
+            given = [one for one in documents if one is not None]
+            found = tokenize(given, tokenizer, job.recipe.data.control_tokens)
             for one, (_, key), rows in zip(raw, batch, found, strict=True):
                 answer = journal.get(key)
                 logprobs = None if answer is None else answer.logprobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,7 +58,8 @@ def _extras(recipe: Recipe) -> Iterator[Finding]:
 class Sample:
     """The first documents, tokenized.
 
-    tokens: an estimate for all sources. complete: the sample is all there is.
+    tokens: an estimate for all sources. complete: the sample is all there is. notes: how many rows
+    have something that is not learned or not read, by what it is.
     """
 
     documents: int
@@ -66,6 +68,7 @@ class Sample:
     longest: int
     tokens: int
     complete: bool
+    notes: Counter[str]
 
 
 def _sample(job: Job, planned: PlannedText | None) -> Sample:
@@ -82,7 +85,10 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
             break
         documents.append(document)
         characters += len(document.text) if isinstance(document, Document) else len(str(document))
-    rows = list(itertools.chain.from_iterable(tokenize(documents, tokenizer)))
+    tokenized = tokenize(documents, tokenizer, job.recipe.data.control_tokens)
+    rows = list(itertools.chain.from_iterable(tokenized))
+    notes = Counter(note for document in documents for note in document.about.notes)
+    notes.update(note for row in rows for note in row.notes)
     tokens = sum(len(row.ids) for row in rows)
     supervised = sum(int(row.supervised.sum()) for row in rows)
     expected = tokens if complete else round(tokens * max(1.0, everything / max(1, characters)))
@@ -93,6 +99,7 @@ def _sample(job: Job, planned: PlannedText | None) -> Sample:
         longest=max((len(row.ids) for row in rows if not row.splittable), default=0),
         tokens=expected,
         complete=complete,
+        notes=notes,
     )
 
 
@@ -108,6 +115,8 @@ def _findings(sample: Sample, job: Job) -> Iterator[Finding]:
     )
     if sample.conversations:
         yield from check_turns(job)
+    for text, count in sample.notes.most_common():
+        yield Finding("ok", "data", f"{count:,} of the rows: {text}")
     if sample.longest > section.context:
         text = f"a row has {sample.longest:,} tokens; the context is {section.context:,}"
         fix = f"data.context={sample.longest}, or data.long_rows: truncate or drop"

@@ -1,0 +1,407 @@
+"""Reads a chat in any of the forms that chats are written in, as messages with role and content.
+
+OpenAI's fine-tuning form, with its older function calls; Hugging Face's; ShareGPT's, with `from`
+and `value`; and the keys by which other tools say that a turn is not learned.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from stillhouse.data.documents import About, Conversation
+from stillhouse.errors import DataError
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "function-response": "tool",
+}
+_CALLS = ("function_call", "function-call", "tool_call")
+"""Roles of ShareGPT's turns that are calls written as JSON."""
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+_LEARNED = ("weight", "train", "loss")
+"""Keys that say with 1 or true that a turn is learned: OpenAI's, Axolotl's, ms-swift's."""
+_MASKED = ("masked",)
+"""Keys that say the opposite: torchtune's."""
+_SUSPECT = re.compile(r"(^|_)(weights?|loss|mask|masks|masked|train|training|trainable)(_|$)")
+_SUSPECT_OF_ROW = re.compile(r"(^|_)(weights?|loss|mask|masks)(_|$)")
+TEXT_PARTS = ("text", "input_text", "output_text")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys for the reasoning of an assistant turn."""
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+
+_WRITE = 'write it as [{"role": "user", "content": "..."}, ...]'
+_WRITE_MESSAGE = 'write each message as {"role": "user", "content": "..."}'
+_WRITE_CALL = 'write it as {"type": "function", "function": {"name": "...", "arguments": {...}}}'
+_NO_NULLS = "null fields of tool calls and tools are left out (Arrow fills them in)"
+
+
+def read_chat(
+    row: Mapping[str, Any], key: str, where: str, *, completion: str | None = None
+) -> Conversation:
+    """The chat under `key` of a row, with `system` and `tools` where the row has them.
+
+    completion: the key of the messages that follow and are learned; None: all assistant turns of
+    the chat are. Raises DataError for what is no chat, and for what cannot be learned as it asks.
+    """
+    refuse_media(row, where)
+    suspects = {k: v for k, v in row.items() if not isinstance(v, str)}
+    _refuse_suspects(suspects, _SUSPECT_OF_ROW, "The row", where)
+    found = _messages(row[key], key, where)
+    before = 0
+    if completion is not None:
+        before = len(found)
+        found += _messages(row[completion], completion, where)
+    system = system_prompt(row, where)
+    if system:
+        own = [m["content"] for m in found if m["role"] == "system"]
+        if own and own != [system]:
+            raise DataError(
+                "The row has a system prompt of its own and another one among its messages",
+                where=where,
+                fix="keep one of them",
+            )
+        if not own:
+            found.insert(0, {"role": "system", "content": system})
+            before += before > 0
+    context_only = _take_weights(found, key, where)
+    tools = read_tools(row, where)
+    cleaned, nulls = without_nulls([[_nullable(message) for message in found], tools])
+    messages = [{**m, **part} for m, part in zip(found, cleaned[0], strict=True)]
+    return Conversation(
+        tuple(messages),
+        before,
+        tuple(cleaned[1]) if tools else None,
+        where,
+        context_only,
+        About("messages", (_NO_NULLS,) if nulls else ()),
+    )
+
+
+def _refuse_suspects(
+    keys: Mapping[str, Any], pattern: re.Pattern[str], owner: str, where: str
+) -> None:
+    """Raises DataError for a key that seems to change what is learned and is not known."""
+    for key, value in keys.items():
+        if pattern.search(str(key)) and value not in (None, 1, []):
+            raise DataError(
+                f"{owner} has a key `{key}`, which seems to change what is learned and is not "
+                f"known (known for a message: {', '.join(f'`{k}`' for k in _LEARNED + _MASKED)})",
+                where=where,
+                fix="write `weight`: 0 in each assistant message that is not to be learned, and "
+                f"remove or rename `{key}`",
+            )
+
+
+def refuse_media(row: Mapping[str, Any], where: str) -> None:
+    for key in _MEDIA:
+        if row.get(key):
+            raise DataError(
+                f"The row has `{key}`, and only text can be learned",
+                where=where,
+                fix="remove the row, or its key where the text alone says everything",
+            )
+
+
+def system_prompt(row: Mapping[str, Any], where: str) -> str:
+    """The row's own system prompt; "" where it has none."""
+    for key in ("system", "system_prompt"):
+        value = row.get(key)
+        if isinstance(value, list):
+            value = "".join(_text_parts(value, f"`{key}`", where))
+        if value is not None and not isinstance(value, str):
+            raise DataError(
+                f"`{key}` must be a string, but it is of type {type(value).__name__}",
+                where=where,
+                fix="write the system prompt as a string",
+            )
+        if value:
+            return value
+    return ""
+
+
+def read_tools(row: Mapping[str, Any], where: str) -> list[Any]:
+    """The row's `tools`, or its `functions` in OpenAI's older form; JSON text is decoded."""
+    tools = from_json(row.get("tools"))
+    functions = from_json(row.get("functions"))
+    if not tools and functions and isinstance(functions, list):
+        tools = [{"type": "function", "function": function} for function in functions]
+    if not tools:
+        return []
+    if not isinstance(tools, list):
+        raise DataError(
+            f"`tools` must be a list of JSON schemas, but it is {type(tools).__name__}",
+            where=where,
+            fix="write the tools as a JSON list, or remove the key",
+        )
+    tools = [from_json(tool) for tool in tools]
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise DataError(
+                f"`tools[{number}]` must be a JSON schema, but it is {type(tool).__name__}",
+                where=where,
+                fix='write it as {"type": "function", "function": {"name": "...", ...}}',
+            )
+    return tools
+
+
+def from_json(value: Any) -> Any:
+    """The value of JSON text of a list or an object, however often it is encoded; anything else
+    as it is."""
+    value = _bare_json(value)
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _bare_json(value: Any) -> Any:
+    """JSON text that is encoded as a JSON string, once or more, without that; else the value."""
+    while isinstance(value, str) and value.lstrip().startswith('"'):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            break
+    return value
+
+
+def calls_in(text: Any) -> list[dict[str, Any]] | None:
+    """The tool calls that JSON text consists of: objects with name and arguments."""
+    value = from_json(text)
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(
+        isinstance(c, Mapping) and isinstance(c.get("name"), str) for c in calls
+    ):
+        return None
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": call["name"],
+                "arguments": call.get("arguments", call.get("parameters", {})),
+            },
+        }
+        for call in calls
+    ]
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text has nothing to see: whitespace, control and format characters alone."""
+    return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
+
+
+def without_nulls(value: Any) -> tuple[Any, int]:
+    """The value without the null fields of its objects, and how many there were."""
+    if isinstance(value, Mapping):
+        kept, count = {}, 0
+        for key, item in value.items():
+            if item is None:
+                count += 1
+            else:
+                kept[key], more = without_nulls(item)
+                count += more
+        return kept, count
+    if isinstance(value, (list, tuple)):
+        items = [without_nulls(item) for item in value]
+        return [item for item, _ in items], sum(count for _, count in items)
+    return value, 0
+
+
+# --- messages --------------------------------------------------------------------------------
+
+
+def _nullable(message: Mapping[str, Any]) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    return {"tool_calls": calls} if calls is not None else {}
+
+
+def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
+    value = from_json(value)
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else type(value).__name__
+        raise DataError(
+            f"`{key}` must be a list of messages, but it is {found}", where=where, fix=_WRITE
+        )
+    return [_message(message, f"{key}[{index}]", where) for index, message in enumerate(value)]
+
+
+def _message(message: Any, name: str, where: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise DataError(
+            f"`{name}` must be an object with role and content, but it is {type(message).__name__}",
+            where=where,
+            fix=_WRITE_MESSAGE,
+        )
+    # `content` may be null beside tool calls, and is an error alone: it stays.
+    made = {k: v for k, v in message.items() if v is not None or k == "content"}
+    if "from" in made and "role" not in made:
+        made = _from_sharegpt(made, name, where)
+    if not isinstance(made.get("role"), str):
+        nearest = difflib.get_close_matches("role", list(map(str, message)), 1)
+        hint = f" (did you mean `{nearest[0]}`?)" if nearest and nearest[0] != "role" else ""
+        keys = ", ".join(map(str, message)) or "none"
+        raise DataError(
+            f"`{name}` has no `role`; its keys are {keys}{hint}", where=where, fix=_WRITE_MESSAGE
+        )
+    made["role"] = _ROLES.get(made["role"], made["role"])
+    _decode_calls(made, name, where)
+    _check_content(made, message, name, where)
+    return made
+
+
+def _from_sharegpt(message: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """`from` and `value` as role and content; a call in JSON as a tool call."""
+    said = str(message["from"]).strip().lower()
+    role = _ROLES.get(said, said)
+    rest = {key: item for key, item in message.items() if key not in ("from", "value")}
+    value = message.get("value", message.get("content"))
+    if said in _CALLS:
+        calls = calls_in(value)
+        if calls is None:
+            raise DataError(
+                f"`{name}` is from {said}, and its value is no JSON object with name and arguments",
+                where=where,
+                fix='write the value as {"name": "...", "arguments": {...}}, or a list of these',
+            )
+        return {**rest, "role": "assistant", "content": "", "tool_calls": calls}
+    if role not in _KNOWN_ROLES:
+        known = ", ".join((*_KNOWN_ROLES, *_ROLES, *_CALLS[:1]))
+        raise DataError(
+            f"`{name}` is from {said!r}, which is no known role", where=where, fix=f"use {known}"
+        )
+    return {**rest, "role": role, "content": value}
+
+
+def _decode_calls(message: dict[str, Any], name: str, where: str) -> None:
+    """`tool_calls` as a list of objects; OpenAI's older `function_call` becomes one."""
+    if message.get("function_call"):
+        call = from_json(message.pop("function_call"))
+        message.setdefault("tool_calls", [{"type": "function", "function": call}])
+    calls = from_json(message.get("tool_calls"))
+    if not calls:
+        message.pop("tool_calls", None)
+        return
+    calls = [from_json(call) for call in calls] if isinstance(calls, list) else [calls]
+    for number, call in enumerate(calls):
+        inner = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+            raise DataError(
+                f"`{name}.tool_calls[{number}]` has no function with a name",
+                where=where,
+                fix=_WRITE_CALL,
+            )
+    message["tool_calls"] = [
+        _with_arguments(call, f"`{name}.tool_calls[{number}]`", where)
+        for number, call in enumerate(calls)
+    ]
+
+
+def _with_arguments(call: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The call with arguments: those that are missing or empty are no arguments."""
+    inner = call.get("function", call)
+    arguments = inner.get("arguments", inner.get("parameters"))
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    arguments = _bare_json(arguments)
+    if not isinstance(from_json(arguments), Mapping):
+        raise DataError(
+            f"The arguments of {name} are no JSON object: {str(arguments)[:60]!r}",
+            where=where,
+            fix=_WRITE_CALL,
+        )
+    filled = {**inner, "arguments": arguments}
+    return {**call, "function": filled} if "function" in call else filled
+
+
+def _check_content(
+    message: dict[str, Any], written: Mapping[str, Any], name: str, where: str
+) -> None:
+    content = message.get("content")
+    if isinstance(content, str):
+        return
+    if isinstance(content, list) and content:
+        _text_parts(content, f"`{name}`", where)
+        message["content"] = [without_nulls(part)[0] for part in content]
+        return
+    if not content and message.get("tool_calls") and not isinstance(content, Mapping):
+        message["content"] = None
+        return
+    fix = _WRITE_MESSAGE
+    if "content" not in written and "value" not in written:
+        problem = f"has no `content`; its keys are {', '.join(map(str, written))}"
+    else:
+        found = "null" if content is None else f"of type {type(content).__name__}"
+        problem = f"has a `content` that must be a string, but it is {found}"
+    if message.get("refusal"):
+        problem, fix = "has its text in `refusal`", "write the refusal's text as `content`"
+    raise DataError(f"`{name}` {problem}", where=where, fix=fix)
+
+
+def _text_parts(parts: list[Any], owner: str, where: str) -> list[str]:
+    """The texts of a content that is a list of parts."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if isinstance(part, Mapping) else None
+        if kind not in TEXT_PARTS or not isinstance(text, str):
+            raise DataError(
+                f"{owner} has a part that is no text: {kind}",
+                where=where,
+                fix='remove the row, or write every part as {"type": "text", "text": "..."}',
+            )
+        texts.append(text)
+    return texts
+
+
+def joined_text(content: Any) -> str:
+    """The text of a message's content."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""
+
+
+def _take_weights(messages: list[dict[str, Any]], key: str, where: str) -> frozenset[int]:
+    """Removes the keys that say what is learned; the indices of assistant turns that are not."""
+    context_only = set()
+    for index, message in enumerate(messages):
+        said = {name: message.pop(name) for name in (*_LEARNED, *_MASKED) if name in message}
+        _refuse_suspects(message, _SUSPECT, f"`{key}[{index}]`", where)
+        for name, value in said.items():
+            if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+                raise DataError(
+                    f"`{key}[{index}].{name}` must be 0 or 1, but it is {value!r}",
+                    where=where,
+                    fix="use 1 for a turn that is learned, and 0 for one that is context only",
+                )
+        learned = {bool(value) == (name in _LEARNED) for name, value in said.items()}
+        if len(learned) > 1:
+            raise DataError(
+                f"`{key}[{index}]` says that it is learned and that it is not: {said}",
+                where=where,
+                fix="keep one of these keys",
+            )
+        if message["role"] == "assistant" and learned == {False}:
+            context_only.add(index)
+        elif message["role"] != "assistant" and learned == {True}:
+            raise DataError(
+                f"`{key}[{index}]` is to be learned, and it is a turn of the {message['role']}: "
+                "only assistant turns can be learned",
+                where=where,
+                fix=f"remove `{next(iter(said))}` from this message",
+            )
+    return frozenset(context_only)

@@ -1,0 +1,267 @@
+"""Proves that all that a chat says stands in its rendering.
+
+A chat template is a program, and leaves out what it does not know: tool calls, `tools`, reasoning,
+a developer's message. What a turn says is therefore looked for in what is learned of it, and what
+the other messages say in the whole rendering. Texts are compared without whitespace, because
+templates trim them, and also as JSON strings. A short text may stand in a rendering by chance; so
+the chat is also rendered with a made-up word in the place of each text, which must appear.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from stillhouse.data.chat_formats import is_blank, joined_text
+from stillhouse.data.reasoning import KEYS, MARKS
+from stillhouse.data.template_form import TemplateForm
+from stillhouse.errors import DataError
+
+_SURELY = 24
+"""Characters of a text that does not stand in a rendering by chance."""
+_KNOWN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "id", *KEYS}
+
+REASONING_LEFT_OUT = "the reasoning of earlier turns is left out, as the chat template has it"
+TEXT_CHANGED = "the chat template changes the text of a {role} message"
+NAME_LEFT_OUT = "the `name` of a {role} message is left out by the chat template"
+TOOLS_SHORTENED = "parts of the schemas in `tools` are left out by the chat template"
+KEY_LEFT_OUT = "`{key}` of a message is not read by the chat template"
+
+
+class Rendering:
+    """A rendered text in which to look for others."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self._compact: str | None = None
+
+    @property
+    def compact(self) -> str:
+        if self._compact is None:
+            self._compact = _compact(self.text)
+        return self._compact
+
+    def shows(self, text: str) -> bool:
+        """Whether the text stands here, whitespace aside, or as a JSON string."""
+        if text.strip() in self.text or _compact(text) in self.compact:
+            return True
+        escaped = (json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+        return any(_compact(form) in self.compact for form in escaped)
+
+    def count(self, text: str) -> int:
+        return self.compact.count(_compact(text))
+
+
+def prove_turn(
+    message: Mapping[str, Any], index: int, written: str, form: TemplateForm, where: str
+) -> None:
+    """Raises DataError where an assistant's turn says something that is not learned.
+
+    written: what is learned of the turn.
+    """
+    found = Rendering(written)
+    name = f"messages[{index}]"
+    content = joined_text(message.get("content"))
+    # The template may write the marks of reasoning itself, and the prompt may end with one.
+    said = MARKS.split(content)
+    if not found.shows(content) and not all(map(found.shows, (said.reasoning, said.answer))):
+        raise _left_out(f"`{name}.content` (assistant)", where, _fix_of_content(content))
+    for key in KEYS:
+        if isinstance(message.get(key), str) and not found.shows(message[key]):
+            raise _left_out(
+                f"`{name}.{key}`",
+                where,
+                f"write the reasoning into the content, as <think>...</think> before the answer; "
+                f"use a template that reads `{key}`; or remove the key to learn the answer alone",
+            )
+    _prove_calls(message, name, found, form, where)
+
+
+def prove_context(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None,
+    whole: str,
+    form: TemplateForm,
+    where: str,
+) -> list[str]:
+    """Notes about what the template leaves out of earlier turns on purpose.
+
+    messages: those of the rendering `whole`; the last one is a turn that `prove_turn` has seen.
+    Raises DataError where another message or a tool is left out.
+    """
+    found = Rendering(whole)
+    notes: dict[str, None] = {}
+    stand_in = _stand_in(messages, tools, form)
+    for index, message in enumerate(messages[:-1]):
+        role, content = message["role"], joined_text(message.get("content"))
+        if role == "assistant":
+            apart = [message[key] for key in KEYS if isinstance(message.get(key), str)]
+            said = MARKS.split(content)
+            if not all(map(found.shows, apart)) or not found.shows(said.reasoning):
+                notes[REASONING_LEFT_OUT] = None
+                content = said.answer
+            _prove_calls(message, f"messages[{index}]", found, form, where)
+        notes |= dict.fromkeys(_keys_left_out(message, found, form))
+        if is_blank(content):
+            continue
+        in_place = stand_in is None or _word(index) in stand_in
+        shown = found.shows(content)
+        if not shown and in_place and stand_in is not None:
+            notes[TEXT_CHANGED.format(role=role)] = None
+        elif not shown or (not in_place and not _surely(content, messages, found)):
+            raise _left_out(
+                f"`messages[{index}]` ({role})",
+                where,
+                "use a template that reads this role, give the message a role that it reads (for "
+                "`developer`: system), or remove the message",
+            )
+    notes |= dict.fromkeys(_prove_tools(tools, found, stand_in, where))
+    return list(notes)
+
+
+def _keys_left_out(
+    message: Mapping[str, Any], found: Rendering, form: TemplateForm
+) -> Iterator[str]:
+    role = message["role"]
+    for key in message.keys() - _KNOWN_KEYS:
+        if not form.names(key):
+            yield KEY_LEFT_OUT.format(key=key)
+    name = message.get("name")
+    if role not in ("tool", "assistant") and isinstance(name, str) and not found.shows(name):
+        yield NAME_LEFT_OUT.format(role=role)
+
+
+def _prove_calls(
+    message: Mapping[str, Any], name: str, found: Rendering, form: TemplateForm, where: str
+) -> None:
+    for number, call in enumerate(message.get("tool_calls") or []):
+        inner = call.get("function", call)
+        leaves = [inner["name"], *_leaves(inner.get("arguments"))]
+        missing = [leaf for leaf in leaves if not found.shows(leaf)]
+        if missing or form.leaves_out_calls:
+            raise _left_out(
+                f"`{name}.tool_calls[{number}]` ({(missing or leaves)[0][:60]!r})",
+                where,
+                "use a template that writes tool calls, write the call into the content as the "
+                "model is to write it, or remove the row",
+            )
+
+
+def _prove_tools(
+    tools: Sequence[Any] | None, found: Rendering, stand_in: str | None, where: str
+) -> Iterator[str]:
+    for number, tool in enumerate(tools or []):
+        inner = _function(tool)
+        shown = isinstance(inner.get("name"), str) and found.shows(inner["name"])
+        if not shown or (stand_in is not None and _word(number, "tool") not in stand_in):
+            raise _left_out(
+                f"`tools[{number}]` ({inner.get('name')})",
+                where,
+                "use a template that writes tools, describe them in a system message, or remove "
+                "`tools`",
+            )
+        if not all(map(found.shows, _described(inner))):
+            yield TOOLS_SHORTENED
+
+
+def _left_out(what: str, where: str, fix: str) -> DataError:
+    return DataError(
+        f"The chat template leaves out {what}: it is not in the rendered chat", where=where, fix=fix
+    )
+
+
+def _fix_of_content(content: str) -> str:
+    if MARKS.split(content).reasoning:
+        return (
+            "use a template that keeps the reasoning of the last turn, or remove the reasoning to "
+            "learn the answer alone"
+        )
+    return "use a template that writes the whole content, or remove the row"
+
+
+# --- a chat of made-up words -----------------------------------------------------------------
+
+
+def _stand_in(
+    messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, form: TemplateForm
+) -> str | None:
+    """The prompt of the last turn with a word of its own in the place of each text and each tool's
+    name; None where the template does not accept that. It depends on the messages' form alone."""
+    shape = tuple(
+        (m["role"], type(m.get("content")).__name__, is_blank(joined_text(m.get("content"))),
+         len(m.get("tool_calls") or []))
+        for m in messages[:-1]
+    )  # fmt: skip
+    key = (shape, json.dumps([sorted(_function(tool)) for tool in tools or []]))
+    if key not in form.stand_ins:
+        if len(form.stand_ins) >= 4096:
+            form.stand_ins.clear()
+        words = [_in_place(message, _word(index)) for index, message in enumerate(messages[:-1])]
+        named = (
+            None if tools is None else [_renamed(t, _word(n, "tool")) for n, t in enumerate(tools)]
+        )
+        form.stand_ins[key] = form.render(words, tools=named, generation_prompt=True)
+    return form.stand_ins[key]
+
+
+def _word(index: int, kind: str = "text") -> str:
+    return f"zqx{kind}{index}zqx"
+
+
+def _in_place(message: Mapping[str, Any], word: str) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, list):
+        return {**message, "content": [{"type": "text", "text": word}]}
+    if isinstance(content, str) and not is_blank(content):
+        return {**message, "content": word}
+    return dict(message)
+
+
+def _function(tool: Any) -> Mapping[str, Any]:
+    inner = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _renamed(tool: Any, word: str) -> Any:
+    renamed = {**_function(tool), "name": word}
+    return {**tool, "function": renamed} if "function" in tool else renamed
+
+
+# --- texts -----------------------------------------------------------------------------------
+
+
+def _surely(content: str, messages: Sequence[Mapping[str, Any]], found: Rendering) -> bool:
+    """Whether a text is too long, and stands there too often, to be another message's."""
+    bare = _compact(content)
+    said = sum(_compact(joined_text(m.get("content"))).count(bare) for m in messages)
+    return len(bare) >= _SURELY and found.count(content) >= said
+
+
+def _described(function: Mapping[str, Any]) -> list[str]:
+    """The words that describe a tool to a model: descriptions, and the names of parameters."""
+    words = [function["description"]] if isinstance(function.get("description"), str) else []
+    for key, value in function.items():
+        if isinstance(value, Mapping):
+            if key == "properties":
+                words += [str(name) for name in value]
+                for item in value.values():
+                    words += _described(item) if isinstance(item, Mapping) else []
+            else:
+                words += _described(value)
+    return words
+
+
+def _leaves(value: Any) -> list[str]:
+    """The keys and values of the arguments of a call, each as it is written in JSON."""
+    if isinstance(value, Mapping):
+        return [leaf for key, item in value.items() for leaf in (str(key), *_leaves(item))]
+    if isinstance(value, (list, tuple)):
+        return [leaf for item in value for leaf in _leaves(item)]
+    if isinstance(value, str):
+        return [value]
+    return [] if value is None or isinstance(value, bool) else [json.dumps(value)]
+
+
+def _compact(text: str) -> str:
+    return "".join(text.split())

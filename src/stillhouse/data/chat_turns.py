@@ -1,0 +1,156 @@
+"""One assistant turn as the model writes it, told from what stands before it.
+
+A template may open the reasoning in its generation prompt, and leave reasoning out of turns that
+are over (DeepSeek-R1's). What the model writes is then the turn's own reasoning and answer. Others
+(Mistral's) write the system prompt into the last user turn, and only while that is the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stillhouse.data.chat_template import reasoning_key, render_chat, template_errors
+from stillhouse.data.documents import Conversation, Message
+from stillhouse.data.reasoning import MARKS, THINK, Marks, reasoning_of
+from stillhouse.data.turn_end import text_until_end, turn_end
+from stillhouse.errors import DataError
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An assistant turn: the rendering before it, with its header; with what the model writes, the
+    end of the turn included; and with what the template puts after that."""
+
+    before: str
+    written: str
+    after: str
+
+
+def render_turn(conversation: Conversation, index: int, tokenizer: Any) -> Turn:
+    """The turn at `index`. Raises DataError where its beginning cannot be told."""
+    before = _render(conversation, index, True, tokenizer)
+    after = _render(conversation, index + 1, False, tokenizer)
+    marks = Marks.of(tokenizer)
+    written = after[len(before) :] if after.startswith(before) else ""
+    opened = marks.opened(before)
+    # Some templates open the reasoning of a turn that has none, or open it twice.
+    if not written or (opened and not marks.closes(opened, written)):
+        written = _as_written(conversation.messages[: index + 1], before, after, marks)
+        written = written or _without_system(conversation, index, after, tokenizer)
+        if not written:
+            raise _no_border(conversation, index, before, after, marks)
+        after = before + written
+    end = turn_end(tokenizer)
+    if end is not None and not end.written:
+        written = after.removesuffix(end.tail) + _next_token(conversation, index, after, tokenizer)
+        return Turn(before, written, written)
+    length = len(before) + text_until_end(after[len(before) :], tokenizer)
+    return Turn(before, after[:length], after)
+
+
+def _as_written(messages: Sequence[Message], before: str, after: str, marks: Marks) -> str:
+    """What the model writes where the rendered turn does not continue its own prompt; or nothing.
+
+    The prompt may open the reasoning, which the template leaves out of turns that are over
+    (DeepSeek-R1), or end with empty reasoning (Gemma 4). Or it has the system prompt, which stands
+    in the last question alone, so that it is gone from a chat that ends with an answer (Mistral).
+    """
+    message, opened = messages[-1], marks.opened(before)
+    content = message.get("content")
+    if not isinstance(content, str):
+        return ""
+    apart = reasoning_of(message)
+    if apart and opened:
+        content = f"{apart.strip()}\n{marks.closing(opened)}\n\n{content.strip()}"
+    said = marks.split(content.strip())
+    start, found, tail = after.rpartition(said.answer)
+    if not said.answer or not found:
+        return ""
+    if opened:
+        whole = content.strip().removeprefix(opened.rstrip()).lstrip()
+        return whole + tail if said.reasoning else ""
+    asked = str(messages[-2].get("content")) if len(messages) > 1 else ""
+    header = start[start.rfind(asked) :] if asked and asked in start else start
+    same = marks.without_empty(before).endswith(header)
+    return said.answer + tail if same and not said.reasoning else ""
+
+
+def _without_system(conversation: Conversation, index: int, after: str, tokenizer: Any) -> str:
+    """What the model writes where a turn is a tool call, and its template leaves the system prompt
+    out of turns that are over; or nothing."""
+    if index < 2 or conversation.messages[0]["role"] != "system":
+        return ""
+    rest = replace(conversation, messages=conversation.messages[1:])
+    try:
+        bare = _render(rest, index - 1, True, tokenizer)
+    except DataError:
+        return ""
+    if not after.startswith(bare) or len(after) == len(bare):
+        return ""
+    return after[len(bare) :]
+
+
+def _next_token(conversation: Conversation, index: int, after: str, tokenizer: Any) -> str:
+    """What ends a turn after which the template writes no token."""
+    end = turn_end(tokenizer)
+    assert end is not None
+    if end.stops and index + 1 < len(conversation.messages):
+        more = _render(conversation, index + 2, False, tokenizer).removeprefix(after).lstrip()
+        for token in end.stops:
+            if more.startswith(token):
+                return token
+    return end.text
+
+
+def _no_border(
+    conversation: Conversation, index: int, before: str, after: str, marks: Marks
+) -> DataError:
+    what = (
+        "The chat template does not begin an assistant turn with its own generation prompt, so "
+        f"the model's input and output cannot be separated (message {index}: the input ends "
+        f"...{before[-60:]!r}, and the turn ends ...{after[-60:]!r})"
+    )
+    fix = (
+        "use a template whose add_generation_prompt is the header of an assistant turn, or "
+        "give `prompt` and `completion` as strings"
+    )
+    opened = marks.opened(before)
+    if opened:
+        mark = opened.rstrip()
+        fix = (
+            f"begin the turn with its reasoning ({mark}...{marks.closing(opened)}; of synthesized "
+            f"text, synthesize.reasoning: keep), or use a template whose add_generation_prompt "
+            f"does not open {mark}"
+        )
+    return DataError(what, where=conversation.where, fix=fix)
+
+
+def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any) -> str:
+    key = reasoning_key(tokenizer)
+    try:
+        return render_chat(
+            tokenizer,
+            [_reasoning_apart(one, key) for one in conversation.messages[:end]],
+            tools=conversation.tools,
+            generation_prompt=generate,
+        )
+    except template_errors() as error:
+        roles = ", ".join(message["role"] for message in conversation.messages)
+        raise DataError(
+            f"The chat template rejects the row: {error} (roles: {roles})",
+            where=conversation.where,
+            fix="use the order and fields of messages that the template expects",
+        ) from error
+
+
+def _reasoning_apart(message: Message, key: str | None) -> Message:
+    """Reasoning in <think> as the template expects it: see `reasoning_key`."""
+    content = message.get("content")
+    if key is None or message["role"] != "assistant" or not isinstance(content, str):
+        return message
+    if not content.lstrip().startswith(THINK[0]) or reasoning_of(message):
+        return message
+    said = MARKS.split(content.strip())
+    return {**message, "content": said.answer, key: said.reasoning} if said.reasoning else message

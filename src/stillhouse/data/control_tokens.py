@@ -1,0 +1,137 @@
+"""Keeps text that holds the string of a control token, such as `<|im_end|>`, from becoming one.
+
+A tokenizer finds the strings of its special tokens wherever they stand, so a user's text could end
+its own turn. Such strings are hidden while a chat is rendered (each is replaced by one character of
+Unicode's private use area). Afterwards the text around them is encoded as plain text, and what the
+chat template wrote itself stays a token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_HIDDEN = 0x10F000
+"""The first of the characters that stand for control tokens while a chat is rendered."""
+
+CONTROL_TEXT = "strings of control tokens are read as text (data.control_tokens)"
+REASONING_MARK = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive characters of a row, all of them supervised or none.
+
+    plain: the strings of special tokens in it are text.
+    """
+
+    text: str
+    supervised: bool
+    plain: bool = False
+
+
+class ControlTokens:
+    """The tokens of a tokenizer that text must not become.
+
+    These are its special tokens, and the other added tokens with which the chat template writes
+    turns, as `<｜User｜>` of DeepSeek; but no mark of reasoning that is an ordinary token.
+    framing: a chat as the template renders it, without tools or reasoning.
+    """
+
+    def __init__(self, tokenizer: Any, framing: str = "") -> None:
+        added = {str(t): t for t in tokenizer.added_tokens_decoder.values() if str(t).strip()}
+        longest_first = sorted(added, key=len, reverse=True)
+        self.unspecial = [
+            text
+            for text in longest_first
+            if not added[text].special and text in framing and not REASONING_MARK.fullmatch(text)
+        ]
+        self.strings = [
+            text for text in longest_first if added[text].special or text in self.unspecial
+        ]
+        self._pattern = _any_of(self.strings)
+        self._spoken = _any_of([s for s in self.strings if not REASONING_MARK.fullmatch(s)])
+        self._edges = [text for text in self.strings if text != tokenizer.unk_token]
+        self._placeholders = re.compile(
+            f"[{chr(_HIDDEN)}-{chr(_HIDDEN + max(1, len(self.strings)) - 1)}]"
+        )
+        # A token may also take the whitespace beside it, so a piece ends behind that.
+        self._tokens = re.compile(
+            "|".join(
+                (r"\s*" if added[text].lstrip else "")
+                + re.escape(text)
+                + (r"\s*" if added[text].rstrip else "")
+                for text in longest_first
+            )
+            or "(?!)"
+        )
+
+    def found(self, value: Any, *, spoken: bool = False) -> str | None:
+        """The first control token's string in a text, or in the texts of a value; see `hide`."""
+        if isinstance(value, str):
+            match = (self._spoken if spoken else self._pattern).search(value)
+            return match[0] if match else None
+        items = (*value, *value.values()) if isinstance(value, Mapping) else value
+        if not isinstance(value, (Mapping, list, tuple)):
+            return None
+        return next(filter(None, (self.found(item, spoken=spoken) for item in items)), None)
+
+    def at_an_end(self, text: str) -> str | None:
+        """The control token's string that a text begins or ends with, as a rendered chat does."""
+        bare = text.strip()
+        return next((s for s in self._edges if bare.startswith(s) or bare.endswith(s)), None)
+
+    def hide(self, value: Any, *, spoken: bool = False) -> Any:
+        """The value with placeholders for control tokens in all of its strings.
+
+        spoken: an assistant's message, whose marks of reasoning stay tokens.
+        """
+        if isinstance(value, str):
+            pattern = self._spoken if spoken else self._pattern
+            return pattern.sub(lambda m: chr(_HIDDEN + self.strings.index(m[0])), value)
+        if isinstance(value, Mapping):
+            hidden = (self.hide(list(item), spoken=spoken) for item in value.items())
+            return dict(map(tuple, hidden))
+        if isinstance(value, (list, tuple)):
+            return [self.hide(item, spoken=spoken) for item in value]
+        return value
+
+    def reveal(self, text: str) -> str:
+        return self._placeholders.sub(lambda m: self.strings[ord(m[0]) - _HIDDEN], text)
+
+    def divide(self, piece: Piece) -> Iterator[Piece]:
+        """The piece without placeholders: plain pieces hold their strings as text, and reach as far
+        as the nearest tokens of the template, so that they are encoded as one text is."""
+        done = 0
+        for start, end in _between(self._tokens, piece.text):
+            if self._placeholders.search(piece.text, start, end):
+                if start > done:
+                    yield Piece(piece.text[done:start], piece.supervised)
+                yield from self.plain(self.reveal(piece.text[start:end]), piece.supervised)
+                done = end
+        if done < len(piece.text):
+            yield Piece(piece.text[done:], piece.supervised)
+
+    def plain(self, text: str, supervised: bool) -> Iterator[Piece]:
+        """A text whose control tokens are text. `split_special_tokens` knows special tokens alone,
+        so a text is divided inside the string of any other."""
+        done = 0
+        for match in _any_of(self.unspecial).finditer(text):
+            yield Piece(text[done : match.start() + 1], supervised, True)
+            done = match.start() + 1
+        yield Piece(text[done:], supervised, True)
+
+
+def _any_of(strings: list[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, strings)) or "(?!)")
+
+
+def _between(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
+    """The ends of the parts of a text between the matches of a pattern."""
+    start = 0
+    for match in pattern.finditer(text):
+        yield start, match.start()
+        start = match.end()
+    yield start, len(text)

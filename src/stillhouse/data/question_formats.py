@@ -1,0 +1,143 @@
+"""Reads a question with its answer, in the flat forms of instruction data, as a chat.
+
+Alpaca (`instruction`, `input`, `output`, and LLaMA-Factory's `system` and `history`), Dolly
+(`instruction`, `context`, `response`), question and answer, prompt and response, and their like.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from stillhouse.data.chat_formats import REASONING, calls_in, is_blank, read_chat
+from stillhouse.data.documents import About, Conversation
+from stillhouse.errors import DataError
+
+_QUESTIONS = ("instruction", "prompt", "question", "query", "problem")
+_MORE = ("input", "context")
+"""Text that belongs to the question: after an instruction, but a context before its question."""
+_ANSWERS = ("output", "response", "answer", "answers", "completion", "solution")
+_CHOICES = ("choices", "options")
+_UNCLEAR = ("cot", "complex_cot", "chain_of_thought", "rationale", "thought", "thoughts")
+"""Keys of reasoning that may or may not be part of what is to be learned."""
+_WRITE = "write the row as `messages`: the question from user, the answer from assistant"
+
+
+def is_pair(row: Mapping[str, Any]) -> bool:
+    keys = _lower(row)
+    return any(key in keys for key in (*_QUESTIONS, "input")) and any(
+        key in keys for key in _ANSWERS
+    )
+
+
+def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[str]]:
+    """The chat, and the keys that were read. Raises DataError for a row that is not clear."""
+    keys = _lower(row)
+    questions = [key for key in _QUESTIONS if key in keys]
+    more = [key for key in _MORE if key in keys]
+    if not questions:
+        questions, more = ["input"], [key for key in more if key != "input"]
+    if len(questions) == 2 and questions[1] == "query" and questions[0] != "question":
+        more, questions = ["query", *more], questions[:1]  # LLaMA-Factory's own names
+    answers = [key for key in _ANSWERS if key in keys]
+    if len(questions) > 1 or len(answers) > 1:
+        several = questions if len(questions) > 1 else answers
+        raise DataError(
+            f"It is not clear what is learned: the row has {_named(several, keys)}",
+            where=where,
+            fix=f"{_WRITE}; or keep one of these keys",
+        )
+    unclear = [key for key in (*_CHOICES, *_UNCLEAR) if row.get(keys.get(key, ""))]
+    if unclear:
+        raise DataError(
+            f"It is not clear what is learned of {_named(unclear, keys)}", where=where, fix=_WRITE
+        )
+    question, answer = questions[0], answers[0]
+    text = _string(row, keys[question], where)
+    for key in more:
+        extra = _string(row, keys[key], where)
+        first_extra = key == "context" and question != "instruction"
+        parts = (extra, text) if first_extra else (text, extra)
+        text = "\n".join(part for part in parts if part)
+    turn = _answer(row, keys[answer], where)
+    used = [keys[key] for key in (question, *more, answer)]
+    reasoning = next((key for key in REASONING if row.get(keys.get(key, ""))), None)
+    if reasoning is not None:
+        turn["reasoning_content"] = _string(row, keys[reasoning], where)
+        used.append(keys[reasoning])
+    chat = {
+        **row,
+        "messages": [
+            *_history(row, where),
+            {"role": "user", "content": text},
+            {"role": "assistant", **turn},
+        ],
+    }
+    conversation = read_chat(chat, "messages", where)
+    alpaca = question == "instruction" and answer == "output"
+    format = "Alpaca" if alpaca else f"{question} and {answer}"
+    about = About(format, conversation.about.notes)
+    return replace(conversation, about=about), [*used, "history"]
+
+
+def _answer(row: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = row[key]
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list):
+        value = value["text"]  # SQuAD: the text of the answer and where it begins
+    if isinstance(value, list) and value and all(item == value[0] for item in value):
+        value = value[0]
+    if not isinstance(value, str):
+        found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+        raise DataError(
+            f"`{key}` must be one string, but it is {found}",
+            where=where,
+            fix=f"write the one answer that is to be learned as a string in `{key}`",
+        )
+    if is_blank(value):
+        raise DataError(
+            f"`{key}` is empty: there is nothing to train on in this row",
+            where=where,
+            fix=f"remove the row, or fill its `{key}`",
+        )
+    calls = calls_in(value) if row.get("tools") else None
+    return {"content": value} if calls is None else {"content": None, "tool_calls": calls}
+
+
+def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
+    """Earlier turns, as pairs of what user and assistant said."""
+    turns = []
+    for pair in row.get("history") or []:
+        if (
+            not isinstance(pair, list)
+            or len(pair) != 2
+            or not all(isinstance(t, str) for t in pair)
+        ):
+            raise DataError(
+                "`history` must be a list of pairs of strings",
+                where=where,
+                fix='write it as [["what was asked", "what was answered"], ...]',
+            )
+        turns.append({"role": "user", "content": pair[0]})
+        turns.append({"role": "assistant", "content": pair[1]})
+    return turns
+
+
+def _string(row: Mapping[str, Any], key: str, where: str) -> str:
+    value = row[key]
+    if isinstance(value, str):
+        return value
+    raise DataError(
+        f"`{key}` must be a string, but it is of type {type(value).__name__}",
+        where=where,
+        fix=f"write `{key}` as a string; or {_WRITE}",
+    )
+
+
+def _lower(row: Mapping[str, Any]) -> dict[str, str]:
+    """Keys by their lower case: some data sets write Question and Answer."""
+    return {str(key).lower(): key for key in row}
+
+
+def _named(names: list[str], keys: Mapping[str, str]) -> str:
+    return " and ".join(f"`{keys[name]}`" for name in names)

@@ -1,0 +1,169 @@
+"""The form in which a chat template reads messages, found by rendering made-up chats.
+
+Templates differ in what they accept: content as a string or as a list of parts, the arguments of a
+tool call as an object or as JSON text, reasoning under one key or another. A chat is put into the
+form that its template reads before it is rendered.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+from stillhouse.data.chat_formats import from_json, joined_text
+from stillhouse.data.chat_template import render_chat, template_errors
+from stillhouse.data.control_tokens import ControlTokens
+from stillhouse.data.reasoning import KEYS
+
+_ASKED, _SAID, _KEY = "zqxasked", "zqxsaid", "zqxkey"
+_PARAMETERS = {"type": "object", "properties": {_KEY: {"type": "string"}}, "required": [_KEY]}
+_TOOL = {
+    "type": "function",
+    "function": {"name": "zqxtool", "description": "zqx", "parameters": _PARAMETERS},
+}
+
+
+def template_form(tokenizer: Any) -> TemplateForm:
+    """That of the tokenizer's chat template."""
+    return _form(tokenizer, str(getattr(tokenizer, "chat_template", None)))
+
+
+@lru_cache(maxsize=16)
+def _form(tokenizer: Any, template: str) -> TemplateForm:
+    return TemplateForm(tokenizer, template)
+
+
+class TemplateForm:
+    def __init__(self, tokenizer: Any, template: str) -> None:
+        self.tokenizer = tokenizer
+        self.template = template
+        self.stand_ins: dict[Any, str | None] = {}
+        """Renderings of `chat_proof`, kept because most rows have one of a few forms."""
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str | None:
+        """None where the template does not accept the messages."""
+        try:
+            return render_chat(self.tokenizer, messages, **options)
+        except template_errors():
+            return None
+
+    def fit(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The messages as the template reads them."""
+        return [self._fit(dict(message)) for message in messages]
+
+    def _fit(self, message: dict[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        if isinstance(content, list):
+            texts = [{"type": "text", "text": part["text"]} for part in content]
+            message["content"] = texts if self.reads_parts else joined_text(content)
+        elif isinstance(content, str) and not self.reads_strings and self.reads_parts:
+            message["content"] = [{"type": "text", "text": content}]
+        elif content is None and self.prints_none:
+            message["content"] = ""
+        if message.get("tool_calls"):
+            message["tool_calls"] = [self._call(call) for call in message["tool_calls"]]
+        return self._reasoning(message)
+
+    def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        inner = call.get("function", call)
+        given = inner.get("arguments")
+        arguments = given
+        if isinstance(given, str) and not self.reads_argument_text:
+            decoded = from_json(given)
+            arguments = decoded if isinstance(decoded, Mapping) else given
+        elif (
+            isinstance(given, Mapping)
+            and not self.reads_argument_objects
+            and self.reads_argument_text
+        ):
+            arguments = json.dumps(given, ensure_ascii=False)
+        if arguments is given:
+            return dict(call)
+        fitted = {**inner, "arguments": arguments}
+        return {**call, "function": fitted} if "function" in call else fitted
+
+    def _reasoning(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Under the key that the template reads, if there is one."""
+        given = {key: message[key] for key in KEYS if isinstance(message.get(key), str)}
+        if not given or any(map(self.names, given)) or len({*given.values()}) > 1:
+            return message
+        key = next(filter(self.names, KEYS), None)
+        if key is None:
+            return message
+        rest = {name: value for name, value in message.items() if name not in given}
+        return {**rest, key: next(iter(given.values()))}
+
+    def names(self, key: str) -> bool:
+        """Whether the template's source names a key of messages."""
+        return bool(re.search(rf"[.'\"]{re.escape(key)}(?!\w)", self.template))
+
+    @cached_property
+    def reads_strings(self) -> bool:
+        return self._shows(_ASKED, _SAID)
+
+    @cached_property
+    def reads_parts(self) -> bool:
+        """Whether lists of text parts are read, and not printed as a list."""
+        asked, said = ([{"type": "text", "text": t}] for t in (_ASKED, _SAID))
+        return self._shows(asked, said)
+
+    def _shows(self, asked: Any, said: Any) -> bool:
+        chat: list[dict[str, Any]] = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": said},
+        ]
+        text = self.render(chat)
+        return bool(
+            text and _ASKED in text and _SAID in text and "'type'" not in text
+            and '"type"' not in text
+        )  # fmt: skip
+
+    @cached_property
+    def prints_none(self) -> bool:
+        """Whether the null content beside a tool call is refused, or written as `None`."""
+        with_none = self._call_rendered({_KEY: _SAID}, None)
+        return with_none is None or "None" in with_none
+
+    @cached_property
+    def leaves_out_calls(self) -> bool:
+        """Whether a tool call is not written, or not as a parser can read it."""
+        accepted = self._call_rendered({_KEY: _SAID}, "" if self.prints_none else None)
+        return accepted is not None and not (
+            self.reads_argument_objects or self.reads_argument_text
+        )
+
+    @cached_property
+    def reads_argument_objects(self) -> bool:
+        text = self._call_rendered({_KEY: _SAID}, "" if self.prints_none else None)
+        return bool(text and _KEY in text and _SAID in text and f"{{'{_KEY}'" not in text)
+
+    @cached_property
+    def reads_argument_text(self) -> bool:
+        """Whether arguments that are JSON text are written as they are, and not encoded again."""
+        arguments = json.dumps({_KEY: _SAID})
+        text = self._call_rendered(arguments, "" if self.prints_none else None)
+        return bool(text and arguments in text)
+
+    def _call_rendered(self, arguments: Any, content: str | None) -> str | None:
+        function = {"name": "zqxtool", "arguments": arguments}
+        call = {"id": "zqxcall01", "type": "function", "function": function}
+        asked = [{"type": "text", "text": _ASKED}] if not self.reads_strings else _ASKED
+        chat: list[dict[str, Any]] = [
+            {"role": "user", "content": asked},
+            {"role": "assistant", "content": content, "tool_calls": [call]},
+        ]
+        text = self.render(chat)
+        return self.render(chat, tools=[_TOOL]) if text is None else text
+
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        asked = self._fit({"role": "user", "content": _ASKED})
+        said = self._fit({"role": "assistant", "content": _SAID})
+        chats = ([asked, said], [asked, said, asked])
+        framing = "".join(
+            self.render(chat, generation_prompt=n > 0) or "" for n, chat in enumerate(chats)
+        )
+        return ControlTokens(self.tokenizer, framing)

@@ -1,0 +1,256 @@
+"""Every known format of rows is read as what it is, and what is not clear is refused by name."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from stillhouse.data.documents import Conversation
+from stillhouse.data.row_formats import document_from_row
+from stillhouse.errors import DataError
+
+from .learned import call, learned, shown, tool
+from .toys import TOOLS, byte_level, chat
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+HI = chat("Hi", "Hello")
+CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
+CALLED = [
+    {"role": "user", "content": "Rain?"},
+    {"role": "assistant", "content": "", "tool_calls": [call(**CALL)]},
+    {"role": "tool", "content": "none"},
+    {"role": "assistant", "content": "No."},
+]
+
+
+def turns(row: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Role and text of each message, or its calls."""
+    document = document_from_row(row, "text", "rows.jsonl:3")
+    assert isinstance(document, Conversation)
+    return [
+        (m["role"], [c["function"] for c in m.get("tool_calls", [])] or m["content"])
+        for m in document.messages
+    ]
+
+
+def pairs(messages: list[dict[str, Any]]) -> list[tuple[str, Any]]:
+    return turns({"messages": messages})
+
+
+def sharegpt(*said: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"from": who, "value": text} for who, text in said]
+
+
+READ: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "OpenAI": ({"messages": [SYSTEM, *HI], "parallel_tool_calls": False}, [SYSTEM, *HI]),
+    "messages as JSON text (CSV)": ({"messages": json.dumps(HI)}, HI),
+    "system beside the messages": ({"system": "Be brief.", "messages": HI}, [SYSTEM, *HI]),
+    "the same system twice": ({"system": "Be brief.", "messages": [SYSTEM, *HI]}, [SYSTEM, *HI]),
+    "Anthropic's system parts": (
+        {"system": [{"type": "text", "text": "Be brief."}], "messages": HI}, [SYSTEM, *HI]),
+    "ShareGPT": (
+        {"conversations": sharegpt(("human", "Hi"), ("gpt", "Hello"))}, HI),
+    "ShareGPT with system": (
+        {"system": "Be brief.", "conversations": sharegpt(("user", "Hi"), ("chatgpt", "Hello"))},
+        [SYSTEM, *HI]),
+    "ShareGPT with tools": (
+        {"tools": json.dumps([tool("weather", "city")]), "conversations": sharegpt(
+            ("human", "Rain?"), ("function_call", json.dumps(CALL)), ("observation", "none"),
+            ("gpt", "No."))}, CALLED),
+    "conversations with roles": ({"conversations": HI}, HI),
+    "lmsys": ({"conversation": HI, "language": "English", "turn": 1}, HI),
+    "Alpaca": (
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"}, chat("Add.\n1 and 2", "3")),
+    "Alpaca without input": ({"instruction": "Hi", "input": "", "output": "Hello"}, HI),
+    "LLaMA-Factory's Alpaca": (
+        {"instruction": "Hi", "input": None, "output": "Hello", "system": "Be brief.",
+         "history": [["a", "b"]]}, [SYSTEM, *chat("a", "b"), *HI]),
+    "Dolly": (
+        {"instruction": "Who?", "context": "Ann sings.", "response": "Ann", "category": "qa"},
+        chat("Who?\nAnn sings.", "Ann")),
+    "question and answer": ({"question": "Hi", "answer": "Hello"}, HI),
+    "capitals": ({"Question": "Hi", "Answer": "Hello"}, HI),
+    "SQuAD": (
+        {"id": "1", "title": "t", "context": "Ann sings.", "question": "Who?",
+         "answers": {"text": ["Ann"], "answer_start": [0]}}, chat("Ann sings.\nWho?", "Ann")),
+    "prompt and response": ({"prompt": "Hi", "response": "Hello"}, HI),
+    "instruction and response": ({"instruction": "Hi", "response": "Hello"}, HI),
+    "OpenOrca": (
+        {"id": "1", "system_prompt": "Be brief.", "question": "Hi", "response": "Hello"},
+        [SYSTEM, *HI]),
+    "xLAM": (
+        {"query": "Rain?", "tools": json.dumps([tool("weather", "city")]),
+         "answers": json.dumps([CALL])}, CALLED[:2]),
+    "Arrow's null keys of other rows": (
+        {"text": None, "prompt": None, "completion": None, "messages": HI}, HI),
+    "prompt and completion as messages": (
+        {"prompt": HI[:1], "completion": HI[1:], "text": None}, HI),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_known_format_is_read_as_what_it_is(name: str) -> None:
+    row, messages = READ[name]
+    assert turns(row) == pairs(messages)
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_known_format_is_learned_as_the_same_messages_are(name: str) -> None:
+    row, messages = READ[name]
+    tokenizer = byte_level(TOOLS)
+    expected: dict[str, Any] = {"messages": messages}
+    if "tools" in row:
+        expected["tools"] = [tool("weather", "city")]
+    assert shown(row, tokenizer) == shown(expected, tokenizer)
+    assert "<|im_end|>]]" in shown(row, tokenizer)
+
+
+# --- which turns are learned -----------------------------------------------------------------
+
+UNLEARNED = {
+    "OpenAI, Mistral, Together": {"weight": 0},
+    "as a float": {"weight": 0.0},
+    "Axolotl": {"train": False},
+    "ms-swift": {"loss": False},
+    "torchtune": {"masked": True},
+}
+LEARNED = {
+    "weight": {"weight": 1},
+    "train": {"train": True},
+    "masked": {"masked": False},
+    "null": {"weight": None, "train": None},
+}
+
+
+@pytest.mark.parametrize("flags", UNLEARNED.values(), ids=UNLEARNED)
+def test_a_turn_of_weight_0_is_context(flags: dict[str, Any]) -> None:
+    messages = chat("a", "b", "c", "d")
+    row = {"messages": [messages[0], {**messages[1], **flags}, *messages[2:]]}
+    assert learned(row, byte_level()) == ["d<|im_end|>"]
+    assert "<|im_start|>assistant\nb<|im_end|>" in shown(row, byte_level())
+    named = {
+        "conversations": [
+            {
+                "from": {"user": "human", "assistant": "gpt"}[m["role"]],
+                "value": m["content"],
+                **{k: v for k, v in m.items() if k not in ("role", "content")},
+            }
+            for m in row["messages"]
+        ]
+    }
+    assert shown(named, byte_level()) == shown(row, byte_level())
+
+
+@pytest.mark.parametrize("flags", LEARNED.values(), ids=LEARNED)
+def test_a_turn_of_weight_1_is_learned(flags: dict[str, Any]) -> None:
+    messages = chat("a", "b", "c", "d")
+    row = {"messages": [messages[0], {**messages[1], **flags}, *messages[2:]]}
+    assert shown(row, byte_level()) == shown({"messages": messages}, byte_level())
+
+
+def test_a_row_whose_turns_all_have_weight_0_is_refused() -> None:
+    messages = [HI[0], {**HI[1], "weight": 0}]
+    with pytest.raises(DataError, match="0% of its tokens"):
+        learned({"messages": messages}, byte_level())
+
+
+# --- what is refused by name -----------------------------------------------------------------
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "TRL preference": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "row of preferences"),
+    "preference in messages": ({"chosen": HI, "rejected": HI}, "row of preferences"),
+    "OpenAI preference": (
+        {"input": {"messages": HI[:1]}, "preferred_output": HI[1:], "non_preferred_output": HI[1:]},
+        "row of preferences"),
+    "KTO": ({"prompt": "a", "completion": "b", "label": False}, "judged answers"),
+    "steps": ({"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}, "completions"),
+    "tokenized": ({"input_ids": [1, 2], "labels": [1, 2]}, "already tokenized"),
+    "Axolotl's segments": ({"segments": [{"label": True, "text": "a"}]}, "already tokenized"),
+    "OpenAI batch input": (
+        {"custom_id": "1", "url": "/v1/chat/completions", "body": {"messages": HI[:1]}},
+        "a request to an API"),
+    "images": ({"messages": HI, "images": ["a.png"]}, "only text can be learned"),
+    "a fraction as weight": ({"messages": [HI[0], {**HI[1], "weight": 0.5}]}, "must be 0 or 1"),
+    "weight as text": ({"messages": [HI[0], {**HI[1], "weight": "0"}]}, "must be 0 or 1"),
+    "contradicting flags": (
+        {"messages": [HI[0], {**HI[1], "weight": 1, "train": False}]}, "that it is learned and"),
+    "a user's turn to learn": ({"messages": [{**HI[0], "weight": 1}, HI[1]]}, "only assistant"),
+    "Axolotl's train_detail": (
+        {"messages": [HI[0], {**HI[1], "train_detail": [{"begin_offset": 0, "end_offset": 1,
+                                                         "train": False}]}]}, "`train_detail`"),
+    "ms-swift's loss_scale": ({"messages": [HI[0], {**HI[1], "loss_scale": 0.1}]}, "`loss_scale`"),
+    "a mask": ({"messages": HI, "loss_mask": [0, 1]}, "`loss_mask`"),
+    "a weight of the row": ({"messages": HI, "weight": 0.3}, "`weight`"),
+    "two systems": ({"system": "x", "messages": [SYSTEM, *HI]}, "system prompt of its own"),
+    "unknown from": ({"conversations": sharegpt(("human", "a"), ("alien", "b"))}, "no known role"),
+    "a call that is none": (
+        {"conversations": sharegpt(("human", "a"), ("function_call", "rain"))}, "no JSON object"),
+    "OpenAI's refusal": (
+        {"messages": [HI[0], {"role": "assistant", "content": None, "refusal": "No."}]},
+        "has its text in `refusal`"),
+    "multiple choice": (
+        {"question": "a", "choices": ["b", "c"], "answer": "b"}, "not clear what is learned"),
+    "solution and answer": (
+        {"problem": "a", "solution": "so b", "answer": "b"}, "`answer` and `solution`"),
+    "a chain of thought": (
+        {"Question": "a", "Complex_CoT": "so", "Response": "b"}, "`Complex_CoT`"),
+    "several answers": ({"question": "a", "answers": ["b", "c"]}, "a list of 2"),
+    "an index as answer": ({"question": "a", "answer": 2}, "but it is int"),
+    "two questions": ({"instruction": "a", "question": "b", "answer": "c"}, "`instruction` and"),
+    "a broken history": (
+        {"instruction": "a", "output": "b", "history": [["c"]]}, "pairs of strings"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_clear_is_refused_by_name(name: str) -> None:
+    row, what = REFUSED[name]
+    with pytest.raises(DataError) as error:
+        learned(row, byte_level())
+    assert what in error.value.what
+    assert error.value.where == "rows.jsonl:3"
+    assert error.value.fix
+
+
+# --- what is noted ---------------------------------------------------------------------------
+
+
+def notes(row: dict[str, Any], text_key: str = "text") -> tuple[str, ...]:
+    document = document_from_row(row, text_key, "rows.jsonl:3")
+    assert document is not None
+    return document.about.notes
+
+
+def test_keys_that_are_not_read_are_noted() -> None:
+    assert notes({"messages": HI}) == ()
+    assert notes({"messages": HI, "id": 1, "source": "x", "score": None}) == (
+        "not read: `id`, `source`",
+    )
+    assert notes({"text": "a", "meta": {}}) == ("not read: `meta`",)
+
+
+def test_a_text_key_that_reads_half_of_a_row_says_so() -> None:
+    row = {"instruction": "Name a fruit.", "input": "", "output": "Apple"}
+    assert notes(row, "instruction") == ("not read: `input`, `output`",)
+
+
+def test_messages_after_the_last_turn_that_is_learned_are_noted() -> None:
+    from .learned import rows_of
+
+    (row,) = rows_of({"messages": [*HI, {"role": "user", "content": "Bye"}]}, byte_level())
+    assert row.notes == ("messages after the last turn that is learned are left out",)
+    (row,) = rows_of({"messages": [{"role": "assistant", "content": "Yes?"}, *HI]}, byte_level())
+    assert row.notes == ("an assistant turn that begins a chat is context only",)
+
+
+def test_a_key_that_no_template_reads_is_noted() -> None:
+    from .learned import rows_of
+
+    messages = [{**HI[0], "name": "Bo", "mood": "good"}, HI[1]]
+    (row,) = rows_of({"messages": messages}, byte_level())
+    assert set(row.notes) == {
+        "`mood` of a message is not read by the chat template",
+        "the `name` of a user message is left out by the chat template",
+    }
