@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from bench.input_trials import files, odd_chats, odd_files
+from bench.input_trials import files, odd_chats, odd_files, public_rows
 from bench.input_trials.chat_formats import ChatFormat
 from bench.input_trials.reading import (
     BY_NAME,
@@ -27,7 +27,7 @@ from bench.input_trials.rows import (
 )  # fmt: skip
 from bench.input_trials.trial import Trial
 
-QUIRKS = (*odd_chats.QUIRKS, *odd_files.QUIRKS)
+QUIRKS = (*odd_chats.QUIRKS, *odd_files.QUIRKS, *public_rows.QUIRKS)
 
 
 def make(chance: random.Random, folder: Path, number: int) -> Trial:

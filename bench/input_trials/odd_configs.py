@@ -128,6 +128,14 @@ def remote_code(chance: random.Random, folder: Path) -> Trial:
     return Trial(trial.name, trial.read, wrong, "may" if expected is not None else "must")
 
 
+def other_class(chance: random.Random, folder: Path) -> Trial:
+    """`architectures` names a class without a language-model head."""
+    _, path = start(chance, folder, "llama")
+    edit(path, {"architectures": ["LlamaForSequenceClassification"]})
+    expected = transformers_logits(path)
+    return judged("architectures: a classifier", path, expected, "may")
+
+
 def bidirectional(chance: random.Random, folder: Path) -> Trial:
     """Attention in both directions: such a model sees the token that it predicts."""
     path = save(folder / "m", "gemma3_text")
@@ -246,6 +254,7 @@ def two_models(chance: random.Random, folder: Path) -> Trial:
 
 
 QUIRKS: tuple[Quirk, ...] = (
+    other_class,
     other_mathematics, broken_config, broken_config, quantized, config_text, double_config_keys,
     remote_code, bidirectional, end_token, encoder, encoder, classifier,
     padded_rows, large_tokenizer, broken_tokenizer, tokenizer_config, two_models,

@@ -11,14 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from bench.input_trials import files
 from bench.input_trials.models import (
-    ARCHITECTURES,
-    Quirk,
-    judged,
-    model_of,
-    plain_logits,
-    refused,
-    rewrite,
-    start,
+    ARCHITECTURES, Quirk, judged, model_of, plain_logits, refused, rewrite, save, start,
+    transformers_logits,
 )  # fmt: skip
 from bench.input_trials.trial import Trial
 
@@ -163,7 +157,49 @@ def adapter(chance: random.Random, folder: Path) -> Trial:
     return refused("an adapter beside the model", path, chance, ("adapter",))
 
 
+def prefixed(chance: random.Random, folder: Path) -> Trial:
+    """Names as a wrapper had them: DDP, torch.compile, PEFT."""
+    _, path = start(chance, folder)
+    prefix = chance.choice(["module.", "_orig_mod.", "base_model.model.", "language_model."])
+
+    def wrap(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    rewrite(path, wrap)
+    return refused(f"names with {prefix}", path, chance)
+
+
+def two_heads(chance: random.Random, folder: Path) -> Trial:
+    """The configuration ties the head to the embeddings, and the file has another head."""
+    path = save(folder / "m", "llama", tie_word_embeddings=True)
+    same = chance.random() < 0.3
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0.0 if same else 1.0)
+
+    rewrite(path, add)
+    if same:
+        return judged("a tied head in the file too", path, transformers_logits(path))
+    return refused("tied to the embeddings, with another head", path, chance, ("head", "tie"))
+
+
+def twice_in_shards(chance: random.Random, folder: Path) -> Trial:
+    """A tensor that two shards hold, with two values."""
+    _, path = start(chance, folder, "llama")
+    tensors = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    name, other = "model.norm.weight", "model-00002-of-00002.safetensors"
+    save_file(tensors, path / "model-00001-of-00002.safetensors", {"format": "pt"})
+    save_file({name: tensors[name] * 2}, path / other, {"format": "pt"})
+    places = dict.fromkeys(tensors, "model-00001-of-00002.safetensors") | {name: other}
+    index = {"metadata": {"total_size": 1}, "weight_map": places}
+    files.write(path, "model.safetensors.index.json", json.dumps(index))
+    return refused("a tensor in two shards", path, chance)
+
+
 QUIRKS: tuple[Quirk, ...] = (
+    prefixed, two_heads, twice_in_shards,
     missing_tensor, surplus_tensor, old_buffers, wrong_shape, not_finite, odd_types,
     damaged_file, no_weights, shards, surplus_files, adapter,
 )  # fmt: skip

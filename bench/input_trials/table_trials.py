@@ -115,6 +115,21 @@ def class_label(chance: random.Random, folder: Path) -> Trial:
     return judged("names of labels in the schema", folder / "t.parquet", gold, "may", ("number",))
 
 
+def no_class(chance: random.Random, folder: Path) -> Trial:
+    """-1 in a column of named labels: a label that is not known."""
+    texts, labels = _labelled(chance)
+    names = sorted(set(labels))
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    ids = [-1 if n % 5 == 0 else names.index(label) for n, label in enumerate(labels)]
+    rows = {"text": texts, "label": ids}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(folder / "t.parquet"))
+    pairs = zip(texts, ids, strict=True)
+    gold: Gold = {text: None if number < 0 else names[number] for text, number in pairs}
+    return judged("-1 among named labels", folder / "t.parquet", gold, "may", ("number",))
+
+
 def numbers(chance: random.Random, folder: Path) -> Trial:
     """Numbers as labels, with gaps that turn them into floats."""
     texts, _ = _labelled(chance)
@@ -311,6 +326,7 @@ def bad_prompts(chance: random.Random, folder: Path) -> Trial:
 
 
 QUIRKS: tuple[Callable[[random.Random, Path], Trial], ...] = (
-    class_label, numbers, odd_labels, truth_values, two_labels, spellings, cells, table_files,
-    table_encodings, no_table, huge_label, prompt_rows, prompt_lines, chat_logs, bad_prompts,
+    class_label, no_class, numbers, odd_labels, truth_values, two_labels, spellings, cells,
+    table_files, table_encodings, no_table, huge_label, prompt_rows, prompt_lines, chat_logs,
+    bad_prompts,
 )  # fmt: skip
