@@ -145,7 +145,7 @@ def bidirectional(chance: random.Random, folder: Path) -> Trial:
 
 def end_token(chance: random.Random, folder: Path) -> Trial:
     _, path = start(chance, folder)
-    value: Any = chance.choice([10**6, -5, [2, 10**6], "two", 1.5])
+    value: Any = chance.choice([10**6, -5, [10**6, -5], "two", 1.5])
     file = chance.choice(["generation_config.json", "config.json"])
     if not (path / file).exists():
         file = "config.json"

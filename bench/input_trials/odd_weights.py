@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from bench.input_trials import files
 from bench.input_trials.models import (
-    ARCHITECTURES, Quirk, judged, model_of, plain_logits, refused, rewrite, save, start,
+    ARCHITECTURES,
+    Quirk,
+    judged,
+    model_of,
+    plain_logits,
+    refused,
+    rewrite,
+    save,
+    start,
     transformers_logits,
 )  # fmt: skip
 from bench.input_trials.trial import Trial

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -155,16 +156,15 @@ def words_and_call(chance: random.Random, folder: Path) -> Trial:
 def other_tasks(chance: random.Random, folder: Path) -> Trial:
     """Rows of other kinds of training."""
     writer = Writer(chance)
-    name, form = chance.choice(
-        [
-            ("token ids", lambda: {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}),
-            ("KTO", lambda: {"prompt": writer.text(), "completion": writer.text(), "label": True}),
-            ("translation", lambda: {"translation": {"en": writer.text(), "de": writer.text()}}),
-            ("segments", lambda: {"segments": [{"label": True, "text": writer.text()}]}),
-            ("Capybara", lambda: {"conversation": [{"input": "a", "output": writer.text()}]}),
-            ("steps", lambda: {"prompt": writer.text(), "completions": ["a"], "labels": [True]}),
-        ]
-    )
+    kinds: list[tuple[str, Callable[[], dict[str, Any]]]] = [
+        ("token ids", lambda: {"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}),
+        ("KTO", lambda: {"prompt": writer.text(), "completion": writer.text(), "label": True}),
+        ("translation", lambda: {"translation": {"en": writer.text(), "de": writer.text()}}),
+        ("segments", lambda: {"segments": [{"label": True, "text": writer.text()}]}),
+        ("Capybara", lambda: {"conversation": [{"input": "a", "output": writer.text()}]}),
+        ("steps", lambda: {"prompt": writer.text(), "completions": ["a"], "labels": [True]}),
+    ]
+    name, form = chance.choice(kinds)
     rows = [form() for _ in range(3)]
     return refused(f"rows of {name}", files.write(folder, "r.jsonl", files.jsonl(rows)))
 

@@ -20,8 +20,9 @@ from stillhouse.students.planned_config import planned_config
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.synthesis.synthesized_text import SynthesizedText
 from stillhouse.teachers.load_model import load_config, load_tokenizer
+from stillhouse.teachers.model_requirements import require_decoder
 from stillhouse.teachers.model_source import ModelSource, resolve_model
-from stillhouse.teachers.planned_model import planned_model, require_decoder
+from stillhouse.teachers.planned_model import planned_model
 from stillhouse.teachers.shared_vocabulary import VocabularyMatch, check_same_vocabulary
 from stillhouse.training.objective import (
     Objective,

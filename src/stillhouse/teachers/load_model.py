@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from stillhouse.errors import ModelError
 from stillhouse.teachers.backbone import check_head
+from stillhouse.teachers.model_requirements import (
+    require_decoder,
+    require_quantization,
+    require_tokens,
+)
 from stillhouse.teachers.quiet import quiet
-from stillhouse.teachers.weights import weight_files
+from stillhouse.teachers.weights import WHOLE_NUMBERS, stored_types, weight_files
 
 _checked: set[tuple[Path, int]] = set()
 """Model folders whose head was compared with the model's logits, and the time of their config."""
@@ -23,11 +28,14 @@ def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fals
 
     Attention is PyTorch's scaled_dot_product_attention, except where the model caps attention
     scores, which that function cannot do.
-    Raises ModelError: damaged files, weights that are missing, left over or of another shape, an
-    architecture that is not known or whose logits Stillhouse cannot compute, too little memory.
+    Raises ModelError: damaged files, weights that are missing, left over, of another shape or not
+    finite, an architecture that is not known, is no decoder, or whose logits Stillhouse cannot
+    compute, a quantization that cannot be loaded, too little memory.
     """
     files = weight_files(path)
     config = load_config(path, trust_remote_code=trust_remote_code)
+    require_decoder(config, path)
+    require_quantization(config, path)
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -49,14 +57,19 @@ def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fals
         raise ModelError(
             f"this model cannot be loaded ({error})", where=path, fix="check its config.json"
         ) from error
-    except (ValueError, KeyError, ImportError, OSError) as error:
+    # A value that an architecture does not expect fails anywhere in its constructor.
+    except Exception as error:
         raise ModelError(
-            f"transformers cannot load this model ({error})",
+            f"transformers cannot load this model ({type(error).__name__}: {error})",
             where=path,
             fix="check that it is a causal language model of a known architecture; code that "
             "comes with a model runs only with trust_remote_code: true",
         ) from error
     _check_loaded(info, path)
+    require_tokens(config, model, path)
+    _check_types(model, files, path)
+    _check_finite(model, path)
+    _check_tied(model, path)
     model.requires_grad_(False).eval()
     check_head_once(model, path)
     return model
@@ -78,10 +91,10 @@ def check_loadable(
     kind: the class of transformers that is to load it. Raises ModelError: no or damaged files,
     weights that are missing, left over or of another shape.
     """
-    weight_files(path)
+    files = weight_files(path)
     try:
         with quiet():
-            _, info = kind.from_pretrained(
+            model, info = kind.from_pretrained(
                 path,
                 device_map="meta",
                 trust_remote_code=trust_remote_code,
@@ -95,6 +108,7 @@ def check_loadable(
             f"this model cannot be loaded ({error})", where=path, fix="check its config.json"
         ) from error
     _check_loaded(info, path)
+    _check_types(model, files, path)
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
@@ -104,7 +118,8 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
             return AutoConfig.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
-    except (StrictDataclassError, ValueError, KeyError, OSError, TypeError) as error:
+    # A configuration's class raises anything on values that it does not expect.
+    except Exception as error:
         raise ModelError(
             f"transformers cannot read this model's config.json ({error})",
             where=path / "config.json",
@@ -114,19 +129,29 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer; ModelError when there is none."""
+    """The folder's tokenizer; ModelError when there is none.
+
+    Without its files, transformers makes a tokenizer of the architecture's special tokens alone.
+    """
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
     # The tokenizers library raises plain Exception for a damaged tokenizer.json.
     except Exception as error:
-        raise ModelError(
-            f"there is no tokenizer that can be loaded ({error})",
-            where=path,
-            fix="copy tokenizer.json and tokenizer_config.json into the folder",
-        ) from error
+        raise _no_tokenizer(path, str(error)) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise _no_tokenizer(path, "it has no words")
+    return tokenizer
+
+
+def _no_tokenizer(path: Path, problem: str) -> ModelError:
+    return ModelError(
+        f"there is no tokenizer that can be loaded ({problem})",
+        where=path,
+        fix="copy tokenizer.json and tokenizer_config.json into the folder",
+    )
 
 
 def attention_for(config: Any) -> str:
@@ -149,6 +174,53 @@ def _check_loaded(info: dict[str, Any], path: Path) -> None:
                 where=path,
                 fix="config.json and the weights are of two models: copy the model again",
             )
+
+
+def _check_types(model: Any, files: list[Path], path: Path) -> None:
+    """Raises ModelError: weights that are stored as whole numbers, and no scales to them."""
+    if getattr(model.config, "quantization_config", None) is not None:
+        return
+    parameters = {name for name, _ in model.named_parameters()}
+    stored = stored_types(files)
+    whole = [name for name in stored if name in parameters and stored[name] in WHOLE_NUMBERS]
+    if whole:
+        raise ModelError(
+            f"{len(whole)} weights are stored as whole numbers ({stored[whole[0]]}), without the "
+            f"scales that would make weights of them, such as {whole[0]}",
+            where=path,
+            fix="use the model that is not quantized, or copy its config.json with the "
+            "quantization_config too",
+        )
+
+
+def _check_finite(model: Any, path: Path) -> None:
+    for name, weight in model.named_parameters():
+        if not weight.numel() or not weight.is_floating_point():
+            continue
+        low, high = map(float, weight.detach().aminmax())  # NaN wherever there is one
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ModelError(
+                f"the weight {name} holds numbers that are not finite (NaN or infinity)",
+                where=path,
+                fix="copy the model again, or use a checkpoint from before its training diverged",
+            )
+
+
+def _check_tied(model: Any, path: Path) -> None:
+    """A head beside embeddings that the configuration ties it to: readers choose differently."""
+    output = model.get_output_embeddings()
+    if output is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    head, embeddings = output.weight, model.get_input_embeddings().weight
+    if head is embeddings or head.shape != embeddings.shape or torch.equal(head, embeddings):
+        return
+    raise ModelError(
+        "config.json says that the head is tied to the embeddings, but the weights hold another "
+        "head; programs differ in which of the two they use",
+        where=path,
+        fix="set tie_word_embeddings to false in config.json to use that head, or remove "
+        "lm_head.weight from the weights to use the embeddings",
+    )
 
 
 def _no_memory(path: Path, files: list[Path], dtype: torch.dtype) -> ModelError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,6 +12,8 @@ from stillhouse.errors import ModelError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+WHOLE_NUMBERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
+"""Number types of tensors that are no weights by themselves."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -51,20 +54,25 @@ def tensor_names(file: Path) -> set[str]:
 
 
 def stored_dtypes(folder: Path) -> set[str]:
-    """The number types of a checkpoint's tensors as safetensors names them (F32, BF16); empty
-    where it has no safetensors files."""
-    found = set()
-    for file in folder.glob("*.safetensors"):
+    """The number types of a checkpoint's tensors; empty where it has no safetensors files."""
+    return set(stored_types(sorted(folder.glob("*.safetensors"))).values())
+
+
+def stored_types(files: Iterable[Path]) -> dict[str, str]:
+    """The number type of each tensor as safetensors names it (F32, BF16), from the headers."""
+    found = {}
+    for file in files:
         with safe_open(file, framework="pt") as tensors:
-            found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+            for name in tensors.keys():  # noqa: SIM118
+                found[name] = str(tensors.get_slice(name).get_dtype())
     return found
 
 
 def read_json(file: Path) -> dict[str, object]:
     """One JSON object from a model folder; ModelError when it is none."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"this file cannot be read as JSON ({error})",
             where=file,
@@ -75,11 +83,29 @@ def read_json(file: Path) -> dict[str, object]:
     return value
 
 
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object of JSON. Raises ValueError for a key that is given twice with two values."""
+    found: dict[str, object] = {}
+    for key, value in pairs:
+        if found.setdefault(key, value) != value:
+            raise ValueError(f"the key {key!r} is given twice, with two values")
+    return found
+
+
 def _check_config(folder: Path) -> None:
+    adapter = (folder / "adapter_config.json").is_file()
     if (folder / "config.json").is_file():
         read_json(folder / "config.json")
+        if adapter:
+            raise ModelError(
+                "this folder holds an adapter beside the model, and it is not clear whether it is "
+                "part of the weights",
+                where=folder,
+                fix="merge it into the model (peft: merge_and_unload, then save_pretrained); or, "
+                "where it is merged or not wanted, move adapter_config.json elsewhere",
+            )
         return
-    if (folder / "adapter_config.json").is_file():
+    if adapter:
         raise ModelError(
             "this folder holds an adapter, not a model",
             where=folder,
@@ -111,15 +137,23 @@ def _shards(index: Path) -> list[Path]:
             where=index.parent,
             fix="download or copy them too",
         )
-    for file in files:
-        promised = {name for name, held_by in weight_map.items() if held_by == file.name}
-        absent = sorted(promised - tensor_names(file))
-        if absent:
+    held = {file.name: tensor_names(file) for file in files}
+    for name, place in weight_map.items():
+        if name not in held[str(place)]:
+            lacking = sum(name not in held[str(place)] for name, place in weight_map.items())
             raise ModelError(
-                f"the index promises {len(absent)} tensors that are not there, such as {absent[0]}",
-                where=file,
+                f"the index promises {lacking} tensors that are not there, such as {name}",
+                where=index.parent / str(place),
                 fix="download or copy the model again: its files are of two versions",
             )
+    for file in files:
+        for name in sorted(held[file.name] & set(weight_map)):
+            if weight_map[name] != file.name:
+                raise ModelError(
+                    f"the tensor {name} is in two files: {file.name} and {weight_map[name]}",
+                    where=index.parent,
+                    fix="download or copy the model again: its files are of two versions",
+                )
     return files
 
 

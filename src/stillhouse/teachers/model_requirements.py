@@ -1,0 +1,87 @@
+"""What a causal language model's configuration must say, whether or not it is loaded yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from stillhouse.errors import ModelError
+from stillhouse.teachers.quiet import quiet
+
+_GENERATION = "generation_config.json"
+INSTEAD = (
+    "give the model that is not quantized, a .gguf file of it, or let vLLM run it "
+    "(signals.server; synthesize.teacher.api)"
+)
+
+
+def require_decoder(config: Any, where: object = None) -> None:
+    """Raises ModelError for encoders, which see the text that they are to predict, and for models
+    of an encoder and a decoder."""
+    kind = getattr(config, "model_type", "")
+    fix = "use a decoder-only model, such as Llama, Qwen, Gemma, Mistral, GPT-2"
+    if getattr(config, "is_encoder_decoder", False):
+        what = f"a model of type {kind} has an encoder and a decoder, and writes no text by itself"
+        raise ModelError(what, where=where, fix=fix)
+    masked = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    both_ways = getattr(config.get_text_config(), "use_bidirectional_attention", None) in (
+        True,
+        "all",
+    )
+    if masked or both_ways or getattr(config, "is_causal", True) is False:
+        what = f"a model of type {kind} is an encoder: it sees the tokens that it is to predict"
+        raise ModelError(what, where=where, fix=fix)
+
+
+def require_quantization(config: Any, where: object = None) -> None:
+    """Raises ModelError for weights that are quantized in a way which this machine cannot load."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    method = settings.get("quant_method", "an unknown method")
+    try:
+        with quiet():
+            AutoHfQuantizer.from_config(settings, pre_quantized=True).validate_environment(
+                device_map=None
+            )
+    except Exception as error:
+        problem = str(error).split(" - supported types")[0].strip().splitlines()[0][:300]
+        raise ModelError(
+            f"its weights are quantized by {method}, which cannot be loaded here ({problem})",
+            where=where,
+            fix=INSTEAD + ("; or install what is missing" if _installable(error) else ""),
+        ) from error
+
+
+def _installable(error: Exception) -> bool:
+    return isinstance(error, ImportError) and "GPU" not in str(error)
+
+
+def require_tokens(config: Any, model: Any, where: object = None) -> None:
+    """Raises ModelError for special tokens of the configuration that cannot be.
+
+    An id that the embeddings do not have is an error where padding is filled in with it, and an
+    end that cannot be written ends nothing.
+    """
+    rows = model.get_input_embeddings().num_embeddings
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if isinstance(pad, int) and not 0 <= pad < rows:
+        raise ModelError(
+            f"pad_token_id is {pad}, and the model has the tokens 0 to {rows - 1}",
+            where=where,
+            fix="set pad_token_id in config.json to the tokenizer's padding or end token",
+        )
+    generation = getattr(model, "generation_config", None)
+    for file, holder in (("config.json", config.get_text_config()), (_GENERATION, generation)):
+        ends = getattr(holder, "eos_token_id", None)
+        ends = ends if isinstance(ends, list) else [ends]
+        known = [end for end in ends if end is not None]
+        if known and not any(isinstance(end, int) and 0 <= end < rows for end in known):
+            raise ModelError(
+                f"eos_token_id is {known}, and the model has the tokens 0 to {rows - 1}",
+                where=where,
+                fix=f"set eos_token_id in {file} to the tokenizer's end token",
+            )

@@ -1,0 +1,133 @@
+"""Model folders that transformers takes in silence: they are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stillhouse.errors import ModelError
+from stillhouse.teachers.load_model import load_model, load_tokenizer
+from stillhouse.teachers.weights import weight_files
+from tests import tiny
+
+Tensors = dict[str, torch.Tensor]
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny.save_model(tmp_path / "m")
+
+
+def rewrite(folder: Path, change: Callable[[Tensors], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def edit(folder: Path, file: str, **changes: Any) -> None:
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**content, **changes}))
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        load_model(folder, dtype=torch.float32)
+    assert caught.value.where
+    assert caught.value.fix
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_one_weight_that_is_not_finite(folder: Path, value: float) -> None:
+    rewrite(folder, lambda tensors: tensors[UP].view(-1)[5].fill_(value))
+    assert f"{UP} holds numbers that are not finite" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.bool])
+def test_whole_numbers_without_scales(folder: Path, kind: torch.dtype) -> None:
+    rewrite(folder, lambda tensors: tensors.update({UP: (tensors[UP] * 9).to(kind)}))
+    assert "without the scales" in refusal(folder)
+
+
+def test_a_head_beside_tied_embeddings(folder: Path) -> None:
+    """One reader ties, another takes the head: two models in one folder."""
+    embeddings = "model.embed_tokens.weight"
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t[embeddings] + 1}))
+    assert "tied to the embeddings, but the weights hold another head" in refusal(folder)
+    edit(folder, "config.json", tie_word_embeddings=False)  # the message's first advice
+    untied = load_model(folder, dtype=torch.float32)
+    edit(folder, "config.json", tie_word_embeddings=True)
+    rewrite(folder, lambda t: t.pop("lm_head.weight"))  # and its second
+    tied = load_model(folder, dtype=torch.float32)
+    assert torch.equal(untied.lm_head.weight, tied.lm_head.weight + 1)
+
+
+def test_a_head_that_equals_tied_embeddings(folder: Path) -> None:
+    same = "model.embed_tokens.weight"
+    rewrite(folder, lambda t: t.update({"lm_head.weight": t[same].clone()}))
+    load_model(folder, dtype=torch.float32)
+
+
+def test_an_adapter_beside_the_model(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    assert "an adapter beside the model" in refusal(folder)
+
+
+@pytest.mark.parametrize("method", ["nonsense", "exl2", 7])
+def test_a_quantization_that_nobody_knows(folder: Path, method: object) -> None:
+    edit(folder, "config.json", quantization_config={"quant_method": method, "bits": 4})
+    assert f"quantized by {method}" in refusal(folder)
+
+
+@pytest.mark.parametrize("end", [10**6, -5, [10**6, -5], 1.5])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_an_end_that_cannot_be_written(folder: Path, file: str, end: object) -> None:
+    edit(folder, file, eos_token_id=end)
+    assert "eos_token_id" in refusal(folder)
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 0), ("hidden_act", "no")])
+def test_a_configuration_of_no_model(folder: Path, key: str, value: object) -> None:
+    edit(folder, "config.json", **{key: value})
+    assert "transformers cannot" in refusal(folder)
+
+
+def test_a_key_that_is_given_twice(folder: Path) -> None:
+    text = (folder / "config.json").read_text().rstrip()
+    (folder / "config.json").write_text(text[:-1] + ', "rms_norm_eps": 0.5}')
+    assert "'rms_norm_eps' is given twice" in refusal(folder)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"n": ' + "9" * 5000 + "}"])
+def test_a_configuration_that_python_cannot_read(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text)
+    assert "cannot be read as JSON" in refusal(folder)
+
+
+def test_a_tensor_in_two_shards(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    save_file(tensors, folder / names[0], {"format": "pt"})
+    save_file({UP: tensors[UP] * 2}, folder / names[1], {"format": "pt"})
+    places = dict.fromkeys(tensors, names[0]) | {UP: names[1]}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    with pytest.raises(ModelError, match="in two files"):
+        weight_files(folder)
+
+
+def test_a_tokenizer_without_its_file(folder: Path) -> None:
+    """For many architectures, transformers makes one of the special tokens alone."""
+    edit(folder, "config.json", model_type="qwen2")
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match="no tokenizer that can be loaded"):
+        load_tokenizer(folder)
