@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import time
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import pytest
 
 from stillhouse.generation import client as client_module
+from stillhouse.generation import http_link
 from stillhouse.generation.budget import Price, Spending, worst_case
 from stillhouse.generation.client import retry_after
 from stillhouse.generation.journal import Journal
@@ -300,3 +302,79 @@ def test_an_answer_without_a_text_is_kept_and_not_bought_again(
     assert answer is not None
     assert (answer.text, answer.prompt_tokens, answer.completion_tokens) == (text, 9, 20)
     assert answer.reasoning == ("hm" if whole["choices"] else None)
+
+
+# --- servers that are not trusted --------------------------------------------------------------
+
+
+def body(text: str = "4", **choice: Any) -> bytes:
+    whole = {"message": {"content": text}, "finish_reason": "stop", **choice}
+    return json.dumps({"choices": [whole]}).encode()
+
+
+TOKEN = {"token": "4", "logprob": -0.1, "bytes": [52], "top_logprobs": []}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        b"[" * 200_000,
+        b'{"choices": ' + b"[" * 5_000 + b"]" * 5_000 + b"}",
+        body(logprobs={"content": [{**TOKEN, "logprob": None}]}),
+        body(logprobs={"content": [{**TOKEN, "logprob": "-0.1"}]}),
+        body(logprobs={"content": [{**TOKEN, "logprob": 7.0}]}),
+        body(logprobs={"content": [{**TOKEN, "logprob": float("nan")}]}),
+        body(logprobs={"content": [{**TOKEN, "bytes": [999]}]}),
+        body(logprobs={"content": [{**TOKEN, "top_logprobs": [{"token": "4"}]}]}),
+        body(logprobs={"content": [{**TOKEN, "top_logprobs": {"4": -0.1}}]}),
+        body(logprobs={"content": ["4"]}),
+        body("Let me look.", finish_reason="tool_calls"),
+        gzip.compress(b"[1, 2"),
+    ],
+)
+def test_a_malformed_reply_is_one_fault_and_no_answer(journal: Journal, fault: bytes) -> None:
+    with Stub(once(Reply(body=fault))) as stub:
+        asked = requests(stub, 2)
+        tally = run(journal, stub, asked, concurrency=1)
+    assert (tally.answered, tally.failed) == (1, 1)
+    assert journal.get(asked[0].key) is None
+    ((_, kind, _),) = journal.failures()
+    assert kind == "invalid"
+
+
+@pytest.mark.parametrize("reason", ["error", "abort", "cancelled"])
+def test_half_an_answer_is_sent_again(journal: Journal, reason: str) -> None:
+    with Stub(once(Reply(text="The capital of", finish_reason=reason))) as stub:
+        (asked,) = requests(stub, 1)
+        assert run(journal, stub, [asked]).answered == 1
+    answer = journal.get(asked.key)
+    assert answer is not None
+    assert answer.text == "an answer"
+
+
+@pytest.mark.parametrize(
+    ("word", "meaning"), [("eos", "stop"), ("end_turn", "stop"), ("MAX_TOKENS", "length")]
+)
+def test_other_words_for_the_end_of_an_answer(journal: Journal, word: str, meaning: str) -> None:
+    with Stub(lambda number, payload: Reply(finish_reason=word)) as stub:
+        (asked,) = requests(stub, 1)
+        run(journal, stub, [asked])
+    answer = journal.get(asked.key)
+    assert answer is not None
+    assert answer.finish_reason == meaning
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_huge_reply_is_not_read_to_its_end(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    monkeypatch.setattr(http_link, "MOST_BYTES", 1 << 16)
+    whole = body("4" * (1 << 20))
+    headers = {"content-encoding": "gzip"} if packed else {}
+    reply = Reply(body=gzip.compress(whole) if packed else whole, headers=headers)
+    with Stub(once(reply)) as stub:
+        (asked,) = requests(stub, 1)
+        assert run(journal, stub, [asked]).answered == 1  # the second time
+        assert len(stub.payloads) == 2
+    ((_, kind, reason),) = journal.failures()
+    assert (kind, "more than" in reason) == ("connection", True)

@@ -282,3 +282,15 @@ def test_an_answer_without_usage_counts_as_its_worst_case(journal: Journal) -> N
     assert answer is not None
     assert answer.cost is None
     assert tally.spent == worst_case(asked, Price(1.0, 1.0))
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(journal: Journal, status: int) -> None:
+    with Stub() as other:
+        reply = Reply(status=status, body=b"", headers={"location": f"{other.url}/steal"})
+        with Stub(lambda number, payload: reply) as stub:
+            with pytest.raises(EndpointError, match="redirects to") as raised:
+                run(journal, stub, requests(stub, 3), concurrency=1)
+            assert len(stub.payloads) == 1
+        assert not other.payloads
+    assert other.url in str(raised.value)

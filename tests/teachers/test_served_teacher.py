@@ -165,9 +165,25 @@ def of_more_than_one(status: int, answer: Any) -> tuple[int, Any]:
     return status, answer
 
 
+def malformed(**entry: Any) -> Any:
+    def spoil(status: int, answer: Any) -> tuple[int, Any]:
+        positions = answer["choices"][0]["prompt_logprobs"]
+        positions[6] = dict.fromkeys(positions[6], entry)
+        return status, answer
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
+        (malformed(logprob=None), "is malformed"),
+        (malformed(logprob="x"), "is malformed"),
+        (malformed(rank=1), "is malformed"),
+        (malformed(logprob=float("nan")), "of mass"),
+        (lambda *_: (200, {"choices": None}), "no completion|no prompt_logprobs"),
+        (lambda *_: (200, [[]]), "no prompt_logprobs"),
+        (lambda *_: (302, {}), r"refuses \(302\)"),
         (lambda *_: (401, {"error": {"message": "no"}}), "refuses the key"),
         (lambda *_: (404, {"error": {"message": "no such model"}}), "no such model"),
         (lambda *_: (400, {"error": {"message": "max 3 logprobs"}}), "max 3 logprobs"),

@@ -19,15 +19,23 @@ from urllib.request import getproxies, proxy_bypass
 from stillhouse.errors import EndpointError
 from stillhouse.generation.budget import Price
 from stillhouse.generation.http_link import HttpLink, Link, LinkError, OpenAILink, Reply
-from stillhouse.generation.request import Answer, FailureKind, Request, endpoint_of
+from stillhouse.generation.redact import holds_key, redacted
+from stillhouse.generation.request import (
+    Answer,
+    FailureKind,
+    Request,
+    are_logprobs,
+    endpoint_of,
+)
 from stillhouse.teachers.api_keys import api_key
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _EXCERPT = 300
 """Characters of a server's message that are kept."""
-_SHORTEST_SECRET = 8
-"""Characters. Servers without keys get words such as `none` and `EMPTY`, which answers may
-contain."""
+_STOPPED = {"eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"}
+_CUT_OFF = {"max_tokens", "max_output_tokens", "model_length"}
+_ENDS = {"stop", "length", "content_filter", "refusal", "safety"}
+"""Finish reasons of a whole answer, or of one that the token limit or a filter ended."""
 _MOST_TOKENS = 10**9
 """In one prompt or answer; a larger count of a server is wrong."""
 
@@ -106,14 +114,22 @@ class Client:
             if status is not None:
                 return self._failed_status(replace(reply, status=status))
             answer = _parse(whole, self.price, seconds)
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            start = self._redacted(reply.body.decode("utf-8", "replace"))[:_EXCERPT]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            start = self._redacted(reply.body[: 2 * _EXCERPT].decode("utf-8", "replace"))[:_EXCERPT]
             reason = f"not a chat completion ({type(error).__name__}: {error}): {start}"
-            return FailedAttempt("invalid", reason, retry=False, billed=True)
-        return self._without_key(answer)
+            return FailedAttempt("invalid", self._redacted(reason), retry=False, billed=True)
+        answer = self._without_key(answer)
+        if answer.finish_reason is None or answer.finish_reason in _ENDS:
+            return answer
+        # Half of an answer, or a call of a tool that nobody runs: no text to train on.
+        reason = f"the server ended the answer with {answer.finish_reason[:_EXCERPT]!r}"
+        again = "tool" not in answer.finish_reason and "function" not in answer.finish_reason
+        return FailedAttempt("server" if again else "invalid", reason, retry=again, billed=True)
 
     def _failed_status(self, reply: Reply) -> FailedAttempt:
         status = reply.status
+        if 300 <= status < 400:
+            raise self._redirected(reply)
         message, code = _server_error(reply.body)
         message = self._redacted(message)[:_EXCERPT]
         if status in (401, 402, 403, 404) or code == "insufficient_quota":
@@ -124,6 +140,15 @@ class Client:
         retry = status == 408 or status >= 500
         kind: FailureKind = "server" if retry else "refused"
         return FailedAttempt(kind, f"HTTP {status}: {message}", retry=retry, wait=wait)
+
+    def _redirected(self, reply: Reply) -> EndpointError:
+        target = self._redacted(reply.headers.get("location", "another address"))[:_EXCERPT]
+        return EndpointError(
+            f"the endpoint redirects to {target} (HTTP {reply.status}); prompts and the key are "
+            "sent to no other address than the recipe's",
+            where=self.endpoint,
+            fix="set api.base_url to that address, if you trust it",
+        )
 
     def _fatal(self, status: int, message: str) -> EndpointError:
         variable = f"the environment variable {self.key_env}" if self.key_env else "api.key_env"
@@ -140,8 +165,7 @@ class Client:
     def _without_key(self, answer: Answer) -> Answer:
         """The answer without the key, if it repeats it; the tokens would spell the key too."""
         parts = (answer.text, answer.reasoning or "", answer.finish_reason or "")
-        key = self._key or ""
-        if len(key) < _SHORTEST_SECRET or not any(key in text for text in parts):
+        if not any(holds_key(text, self._key) for text in parts):
             return answer
         text, reasoning, finish_reason = map(self._redacted, parts)
         return replace(
@@ -153,7 +177,7 @@ class Client:
         )
 
     def _redacted(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+        return redacted(text, self._key)
 
 
 def _link(base_url: str, key: str | None, timeout: float, connections: int) -> Link:
@@ -176,7 +200,7 @@ def _server_error(body: bytes) -> tuple[str, str | None]:
     text = body.decode("utf-8", "replace").strip()
     try:
         whole = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text or "no explanation", None
     error = whole.get("error", whole) if isinstance(whole, dict) else whole
     if not isinstance(error, dict):
@@ -189,9 +213,8 @@ def _status_within(whole: Any) -> int | None:
     """The status of an error that a gateway sends with status 200, if there is one."""
     error = _object(_object(whole).get("error"))
     code = str(error.get("code"))
-    if code == "insufficient_quota":
-        return 402
-    return int(code) if re.fullmatch("[45][0-9]{2}", code) else None
+    named = {"insufficient_quota": 402, "rate_limit_exceeded": 429, "server_error": 500}
+    return int(code) if re.fullmatch("[45][0-9]{2}", code) else named.get(code)
 
 
 def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
@@ -200,7 +223,7 @@ def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
     choices = whole["choices"]
     choice = choices[0] if choices else {"message": {}}
     message = choice["message"]
-    text, finish_reason = _text(message.get("content")), _string(choice.get("finish_reason"))
+    text, finish_reason = _text(message.get("content")), _finish_reason(choice)
     refusal = _string(message.get("refusal"))
     if not text and refusal:
         text, finish_reason = refusal, "refusal"
@@ -215,6 +238,8 @@ def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
     elif price is not None:
         cost = price.of(prompt, completion)
     logprobs = _object(choice.get("logprobs")).get("content")
+    if isinstance(logprobs, list) and not are_logprobs(logprobs):
+        raise ValueError("its log-probabilities are malformed")
     return Answer(
         text=text,
         finish_reason=finish_reason,
@@ -225,6 +250,13 @@ def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
         seconds=seconds,
         logprobs=logprobs if isinstance(logprobs, list) else None,
     )
+
+
+def _finish_reason(choice: Mapping[str, Any]) -> str | None:
+    """The reason in OpenAI's words, where another word for it is known."""
+    reason = _string(choice.get("finish_reason"))
+    plain = (reason or "").lower()
+    return "stop" if plain in _STOPPED else "length" if plain in _CUT_OFF else reason
 
 
 def _text(content: Any) -> str:

@@ -8,13 +8,15 @@ takes several times as long for a request as such a server does (bench/synthesis
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import openai
 
+MOST_BYTES = 32 << 20
+"""Of a reply, decompressed. A longer one is no answer."""
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
@@ -51,7 +53,9 @@ class OpenAILink:
         import openai
 
         limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
-        http = openai.DefaultAsyncHttpxClient(limits=limits, timeout=timeout)
+        http = openai.DefaultAsyncHttpxClient(
+            limits=limits, timeout=timeout, follow_redirects=False
+        )
         self._client: openai.AsyncOpenAI = openai.AsyncOpenAI(
             # The client refuses an empty key; servers without keys ignore this one.
             api_key=key or "none",
@@ -61,14 +65,17 @@ class OpenAILink:
         )
 
     async def post(self, payload: dict[str, Any]) -> Reply:
+        import httpx2
         import openai
 
         try:
-            raw = await self._client.chat.completions.with_raw_response.create(
+            async with self._client.chat.completions.with_streaming_response.create(
                 model=payload["model"],
                 messages=payload["messages"],
                 extra_body={k: v for k, v in payload.items() if k not in ("model", "messages")},
-            )
+            ) as raw:
+                whole = await _limited(raw.iter_bytes())
+                return Reply(raw.status_code, raw.headers, whole)
         except openai.APITimeoutError as error:
             raise TimeoutError from error
         except openai.APIStatusError as error:
@@ -78,7 +85,11 @@ class OpenAILink:
             cause = error.__cause__ or error
             sent = type(cause).__name__ != "ConnectError"
             raise LinkError(f"{type(cause).__name__}: {cause}", sent=sent) from error
-        return Reply(raw.status_code, raw.headers, raw.content)
+        except httpx2.TimeoutException as error:  # while the body is read
+            raise TimeoutError from error
+        except httpx2.HTTPError as error:
+            reason = f"no whole answer: {type(error).__name__}: {error}"
+            raise LinkError(reason, sent=True) from error
 
     async def close(self) -> None:
         await self._client.close()
@@ -108,7 +119,7 @@ class HttpLink:
         body = _ENCODER.encode(payload).encode()
         try:
             async with self._session.post(self._url, data=body, allow_redirects=False) as response:
-                whole = await response.read()
+                whole = await _limited(response.content.iter_any())
                 headers = {name.lower(): value for name, value in response.headers.items()}
                 return Reply(response.status, headers, whole)
         except aiohttp.ClientConnectorError as error:
@@ -119,3 +130,14 @@ class HttpLink:
 
     async def close(self) -> None:
         await self._session.close()
+
+
+async def _limited(chunks: AsyncIterator[bytes]) -> bytes:
+    """The whole body. Raises LinkError where it is too long."""
+    parts, size = [], 0
+    async for chunk in chunks:
+        size += len(chunk)
+        if size > MOST_BYTES:
+            raise LinkError(f"the reply has more than {MOST_BYTES >> 20} MiB", sent=True)
+        parts.append(chunk)
+    return b"".join(parts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -58,6 +58,28 @@ class Answer:
     cost: float | None = None
     seconds: float = 0.0
     logprobs: list[Any] | None = None
+
+
+def are_logprobs(content: Sequence[Any]) -> bool:
+    """Whether these are log-probabilities as OpenAI's API returns them: for each token its text,
+    a number of at most 0 (or a rounding error above), its bytes or none, and alternatives."""
+    return all(
+        _is_token(entry) and all(map(_is_token, entry.get("top_logprobs") or []))
+        for entry in content
+    )
+
+
+def _is_token(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("token"), str):
+        return False
+    logprob, raw = entry.get("logprob"), entry.get("bytes")
+    if not isinstance(logprob, int | float) or isinstance(logprob, bool) or not logprob <= 1e-2:
+        return False
+    if raw is not None and not isinstance(raw, list):
+        return False
+    if not all(type(one) is int and 0 <= one < 256 for one in raw or []):
+        return False
+    return isinstance(entry.get("top_logprobs") or [], list)
 
 
 FailureKind = Literal["rate_limit", "server", "timeout", "connection", "refused", "invalid"]

@@ -72,6 +72,8 @@ class ServedTeacher(Teacher):
             api_key=key or "none",  # the client insists on one; servers without keys ignore it
             max_retries=RETRIES,
             timeout=TIMEOUT_SECONDS,
+            # Prompts and the key are sent to no other address than the recipe's.
+            http_client=openai.DefaultHttpxClient(follow_redirects=False),
         )
 
     @property
@@ -153,8 +155,15 @@ class ServedTeacher(Teacher):
             raise ModelError(
                 f"the server cannot be reached ({error})", where=where, fix=f"start it; {RESUMED}"
             ) from error
-        choice = completion.choices[0].model_extra if completion.choices else None
-        found = (choice or {}).get("prompt_logprobs")
+        except (openai.OpenAIError, ValueError, TypeError, RecursionError) as error:
+            raise ModelError(
+                f"the server's reply is no completion ({type(error).__name__}: {error})",
+                where=where,
+                fix=f"check signals.server.base_url, which usually ends in /v1; {RESUMED}",
+            ) from error
+        # The client checks no type: a choice may be anything.
+        choices = getattr(completion, "choices", None) or [None]
+        found = getattr(choices[0], "prompt_logprobs", None)
         if not isinstance(found, list) or len(found) != len(ids_L):
             length = len(found) if isinstance(found, list) else "no"
             raise ModelError(
@@ -173,14 +182,22 @@ class ServedTeacher(Teacher):
                 where=where,
                 fix="the server must have the teacher's own tokenizer, and return token ids",
             )
-        found = sorted(((float(v["logprob"]), int(i)) for i, v in position.items()), reverse=True)[
-            :k
-        ]
+        try:
+            pairs = [(float(v["logprob"]), int(i)) for i, v in position.items()]
+        except (LookupError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"the answer about token {token} is malformed ({type(error).__name__}: {error})",
+                where=where,
+                fix="use a server that has prompt_logprobs by token id (vLLM)",
+            ) from error
+        found = sorted(pairs, reverse=True)[:k]
         log_probs, ids = [max(p, LEAST) for p, _ in found], [i for _, i in found]
         total = float(np.exp(log_probs).sum())
-        if len(found) < k or max(ids) >= self.vocabulary or not total <= 1.0 + OVER_ONE:
+        known = len(found) == k and all(0 <= i < self.vocabulary for i in ids)
+        if not known or not total <= 1.0 + OVER_ONE:
             raise ModelError(
-                f"the answer has {len(found)} tokens up to id {max(ids)} of mass {total:.4f}; "
+                f"the answer has {len(found)} tokens up to id {max(ids, default=0)} of mass "
+                f"{total:.4f}; "
                 f"requested were {k} of a vocabulary of {self.vocabulary:,}",
                 where=where,
                 fix="check that the server has the teacher of the recipe, at temperature 1",

@@ -1,0 +1,61 @@
+"""Removes an API key from what a server says, however the server writes it."""
+
+from __future__ import annotations
+
+import re
+from html import escape
+from urllib.parse import quote
+
+SHORTEST = 8
+"""Characters. Servers without keys get words such as `none` and `EMPTY`, which answers may
+contain."""
+_PREFIX = 12
+"""Characters of a key from which on its beginning is removed too: servers cut their messages."""
+SHOWN = "[key]"
+
+
+def redacted(text: str, key: str | None) -> str:
+    """The text with `[key]` in place of the key or its beginning, also where it is escaped for
+    JSON, a URL or HTML. A key of less than SHORTEST characters is removed as it is."""
+    if not key:
+        return text
+    if len(key) < SHORTEST:
+        return text.replace(key, SHOWN)
+    spellings = [_spellings(character) for character in key]
+    start = re.compile("".join(spellings[:_PREFIX]))
+    parts, done = [], 0
+    for found in start.finditer(text):
+        if found.start() < done:
+            continue
+        end = found.end()
+        for spelling in spellings[_PREFIX:]:
+            further = re.compile(spelling).match(text, end)
+            if further is None:
+                break
+            end = further.end()
+        parts += [text[done : found.start()], SHOWN]
+        done = end
+    return "".join([*parts, text[done:]])
+
+
+def holds_key(text: str, key: str | None) -> bool:
+    """Whether `redacted` would change the text, for a key of SHORTEST characters or more."""
+    return key is not None and len(key) >= SHORTEST and redacted(text, key) != text
+
+
+def _spellings(character: str) -> str:
+    """A pattern of every way in which the character may be written."""
+    code = f"{ord(character):04x}"
+    either = "".join(f"[{digit}{digit.upper()}]" for digit in code)
+    ways = {
+        re.escape(character),
+        rf"\\+{re.escape(character)}",
+        rf"\\+u{either}",
+        re.escape(quote(character, safe="")),
+        f"%{ord(character):02X}",
+        f"%{ord(character):02x}",
+        re.escape(escape(character)),
+        f"&#{ord(character)};",
+        f"&#x{ord(character):x};",
+    }
+    return f"(?:{'|'.join(sorted(ways, key=len, reverse=True))})"

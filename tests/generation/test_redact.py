@@ -1,0 +1,44 @@
+"""A key does not get into a file, however a server writes it."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from urllib.parse import quote
+
+import pytest
+
+from stillhouse.generation.redact import redacted
+
+KEY = "sk-a/b+c=1234567890&<x>~"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        KEY,
+        json.dumps(KEY)[1:-1],
+        KEY.replace("/", r"\/"),
+        KEY.replace("/", r"\\/"),
+        "".join(f"\\u{ord(character):04X}" for character in KEY),
+        quote(KEY),
+        quote(KEY, safe=""),
+        escape(KEY),
+        "".join(f"&#{ord(character)};" for character in KEY),
+        KEY[:14],
+    ],
+)
+def test_every_spelling_is_removed(written: str) -> None:
+    assert redacted(f"the key {written}. It is wrong: {written}", KEY) == (
+        "the key [key]. It is wrong: [key]"
+    )
+
+
+def test_other_text_stays() -> None:
+    text = 'sk-a/b is no key, and neither is "sk-..."'
+    assert redacted(text, KEY) == text
+    assert redacted(text, None) == text
+
+
+def test_a_short_key_is_removed_as_it_is() -> None:
+    assert redacted("the key EMPTY", "EMPTY") == "the key [key]"
