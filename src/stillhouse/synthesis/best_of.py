@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
 from stillhouse.data import words
-from stillhouse.synthesis.filters import Chooser, Row, answer_only, compiled_pattern
+from stillhouse.synthesis.filters import Chooser, Row, answer_only
+from stillhouse.synthesis.patterns import Pattern, compiled_pattern
 
 _AROUND = " \t\n.,;:!?\"'`*_()[]{}<>$"
 """Characters at the ends of an answer that are ignored; not a minus or % sign."""
@@ -48,13 +49,13 @@ def majority(pattern: str | None, *, least: float = 0.0, keep_all: bool = False)
     return choose
 
 
-def what_is_said(text: str, pattern: re.Pattern[str] | None) -> str | None:
+def what_is_said(text: str, pattern: Pattern | None) -> str | None:
     """The part of an answer that is compared, normalized; None if nothing matches."""
     if pattern is None:
         return normalized(text)
     found = None
-    for match in pattern.finditer(text):
-        found = match.group(1) if pattern.groups else match.group()
+    for match in pattern.matches(text):
+        found = match.group(1) if pattern.compiled.groups else match.group()
     return None if found is None else normalized(found)
 
 

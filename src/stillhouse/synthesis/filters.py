@@ -15,18 +15,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jsonschema_specifications import REGISTRY
+from jsonschema.exceptions import best_match
 from referencing.exceptions import Unresolvable
 
 from stillhouse.data.reasoning import MARKS
 from stillhouse.data.words import bare, words
-from stillhouse.errors import DataError, RecipeError
+from stillhouse.errors import RecipeError
 from stillhouse.generation.chat_frame import text_of
 from stillhouse.generation.request import Message
+from stillhouse.synthesis.answer_schema import read_schema as read_schema
+from stillhouse.synthesis.answer_schema import schema_validator, unresolved
 from stillhouse.synthesis.near_duplicates import NearDuplicates
+from stillhouse.synthesis.patterns import compiled_pattern
 from stillhouse.synthesis.prompts import Prompt
 from stillhouse.synthesis.refusals import refusing_words
-from stillhouse.synthesis.schema_references import check_references
 
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n?[ \t]*```", re.DOTALL | re.IGNORECASE)
 
@@ -132,54 +134,25 @@ def pattern(expression: str, *, wanted: bool = True) -> Filter:
     return judge
 
 
-def compiled_pattern(expression: str) -> re.Pattern[str]:
-    """Raises RecipeError for an invalid regular expression."""
-    try:
-        return re.compile(expression)
-    except re.error as error:
-        raise RecipeError(
-            f"{expression!r} is not a regular expression: {error}", where="synthesize.filters"
-        ) from None
-
-
 def json_schema(schema: dict[str, Any]) -> Filter:
     """Keeps answers that are JSON as the schema allows, `format` included; reasoning and a code
     fence around the answer are ignored. Raises RecipeError for an invalid schema, or one with
     references to something outside it."""
-    import jsonschema
-
-    kind = jsonschema.validators.validator_for(schema)
-    try:
-        kind.check_schema(schema)
-        check_references(schema)
-    except jsonschema.SchemaError as error:
-        raise _unusable_schema(f"the JSON schema is not valid: {error.message}") from None
-    except Unresolvable as error:
-        raise _unresolved(error) from None
-    validator = kind(schema, registry=REGISTRY, format_checker=kind.FORMAT_CHECKER)
+    validator = schema_validator(schema)
 
     def judge(row: Row) -> str | None:
         try:
             value = json_value(answer_only(row))
-        except (ValueError, RecursionError) as error:
-            return f"not JSON: {error}"
-        try:
-            problem = jsonschema.exceptions.best_match(validator.iter_errors(value))
+            problem = best_match(validator.iter_errors(value))
         except Unresolvable as error:
-            raise _unresolved(error) from None
+            raise unresolved(error) from None
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, RecipeError):
+                raise
+            return f"not JSON: {error}"
         return None if problem is None else f"{problem.json_path}: {problem.message[:200]}"
 
     return judge
-
-
-def _unusable_schema(what: str) -> RecipeError:
-    return RecipeError(what, where="json_schema", fix="correct the schema's file")
-
-
-def _unresolved(error: Unresolvable) -> RecipeError:
-    return _unusable_schema(
-        f"the JSON schema refers to {error.ref!r}, which is not in it (nothing is fetched)"
-    )
 
 
 def unfenced(text: str) -> str:
@@ -359,18 +332,3 @@ def dropped_file(folder: Path) -> Path:
     """The dropped rows in a stage's folder; older ones have them in `filtered.jsonl`."""
     old = folder / "filtered.jsonl"
     return old if old.exists() else folder / DROPPED
-
-
-def read_schema(path: Path) -> dict[str, Any]:
-    """A JSON schema from a file. Raises DataError."""
-    try:
-        schema = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"the JSON schema cannot be read: {error}",
-            where=path,
-            fix="check the path and the file",
-        ) from None
-    if not isinstance(schema, dict):
-        raise DataError("the JSON schema is not an object", where=path, fix="give another file")
-    return schema
