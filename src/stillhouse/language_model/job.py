@@ -100,6 +100,7 @@ def find_models(
         note(f"warning: {warning}")
     teachers = _teachers(recipe, teacher, base, weights)
     job = Job(recipe, base, teacher, pretrained, match.rows, pruned, teachers)
+    require_decoder(configs(job)[0], recipe.student.start)
     # Refuses now what these models, or a store of the teacher's answers, cannot give.
     objective = planned_objective(job)
     if recipe.signals is not None:

