@@ -180,6 +180,7 @@ def test_what_passed_its_replay_is_pushed_once_and_what_failed_is_not(
         return Pushed(section.repo, dict.fromkeys(folders, "address"))
 
     monkeypatch.setattr(shipping, "push", push)
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
     raw = yaml.safe_load((folder / "recipe.yaml").read_text())
     raw["export"] = {"kl_limit": 1e-15, "push_to_hub": {"repo": "me/small"}}
     with pytest.raises(ModelError, match="differs from its source"):

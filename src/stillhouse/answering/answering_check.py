@@ -28,7 +28,7 @@ from stillhouse.generation.source_check import require_source
 from stillhouse.generation.template_check import FrameKeys, rendered_training, require_template
 from stillhouse.language_model.job import configs, find_models, planned_size
 from stillhouse.language_model.model_check import require_models
-from stillhouse.pipeline.engine import run_folder
+from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
 from stillhouse.runfolder import run_root
 from stillhouse.synthesis.filters_config import JudgeChoice
@@ -59,7 +59,7 @@ def require_answering(job: AnsweringJob) -> Iterator[Finding]:
             key = "filters.best_of.teacher"
             yield from require_source(choice.teacher, _VERDICT, whose="the judge", key=key)
     comparing = comparison_source(job, weights=False)
-    if comparing is not None and not any(run_folder(recipe).stages.glob("evaluate-*")):
+    if comparing is not None and not has_finished(recipe, "evaluate"):
         key = "evaluate.judge"
         yield from require_source(comparing, _VERDICT, whose="the judge", key=key)
     require_template(

@@ -30,6 +30,7 @@ from stillhouse.generation.generation_config import may_cost
 from stillhouse.generation.source_check import require_key
 from stillhouse.generation.template_check import FrameKeys, rendered_prompt, require_template
 from stillhouse.hardware import choose_precision, default_device, matmul_rate
+from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.planned_model import (
@@ -132,7 +133,7 @@ def require_classifier_export(job: TaskJob) -> Iterator[Finding]:
     if recipe.export.formats != ["safetensors"]:
         labels = list(texts.labels)
         require_onnx(planned_parameters(recipe.student, job.student, labels))
-    if recipe.export.push_to_hub is not None:
+    if recipe.export.push_to_hub is not None and not has_finished(recipe, "push"):
         require_token(recipe.export.push_to_hub)
     yield from license_lines(job.made_with)
     yield Finding("ok", "export", ", ".join(recipe.export.formats))

@@ -13,6 +13,7 @@ from stillhouse.export.torchao import require_torchao
 from stillhouse.finding import Finding
 from stillhouse.language_model.job import Job, configs, whole_job
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.pipeline.engine import has_finished
 from stillhouse.quantize.quantize import grid_of, planned_bytes
 from stillhouse.quantize.units import left_over_text
 from stillhouse.students.student_config import PrunedStudent
@@ -50,7 +51,7 @@ def export_findings(
     if recipe.quantize is not None and "safetensors" in section.formats:
         grid, dynamic = grid_of(recipe.quantize), recipe.quantize.dynamic
         require_torchao(grid, dynamic, section.dtype)
-    if section.push_to_hub is not None:
+    if section.push_to_hub is not None and not has_finished(recipe, "push"):
         require_token(section.push_to_hub)
     yield Finding("ok", "export", ", ".join(section.formats))
     warning = license_warning(teacher_license(recipe.teacher.license, job.teacher.path))

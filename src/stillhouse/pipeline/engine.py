@@ -103,6 +103,12 @@ def run_folder(recipe: NamedRecipe) -> RunFolder:
     return RunFolder(run_root(recipe))
 
 
+def has_finished(recipe: NamedRecipe, stage: str) -> bool:
+    """Whether the recipe's run folder has a stage of this name, whatever it was made of: what it
+    paid for or sent is not needed again."""
+    return any(run_folder(recipe).stages.glob(f"{stage}-*"))
+
+
 @contextmanager
 def locked_folder(recipe: Any) -> Iterator[RunFolder]:
     """The recipe's run folder, for this process alone, with the resolved recipe in it.
