@@ -26,12 +26,8 @@ from stillhouse.check import check_recipe
 from stillhouse.commands import run
 from stillhouse.errors import ModelError, StillhouseError
 from stillhouse.teachers.load_model import load_config
-from stillhouse.teachers.planned_model import (
-    check_model_folder,
-    planned_model,
-    require_decoder,
-    require_tokens,
-)
+from stillhouse.teachers.model_requirements import require_decoder, require_tokens
+from stillhouse.teachers.planned_model import check_model_folder, planned_model
 from tests import tiny
 
 V = len(tiny.tokenizer())

@@ -74,6 +74,13 @@ def require_tokens(config: Any, model: Any, where: object = None) -> None:
             where=where,
             fix="set pad_token_id in config.json to the tokenizer's padding or end token",
         )
+    for key in ("image_token_id", "image_token_index", "video_token_id", "audio_token_id"):
+        if isinstance(pad, int) and pad == getattr(config, key, None):
+            raise ModelError(
+                f"pad_token_id is {pad}, and so is {key}: padding would be read as an image",
+                where=where,
+                fix="set pad_token_id in config.json to the tokenizer's end token",
+            )
     generation = getattr(model, "generation_config", None)
     for file, holder in (("config.json", config.get_text_config()), (_GENERATION, generation)):
         ends = getattr(holder, "eos_token_id", None)
