@@ -23,7 +23,7 @@ from stillhouse.classify.classify_config import (
     phrase_of,
 )
 from stillhouse.data.data_files import find_files, known_format
-from stillhouse.data.row_reader import not_empty, read_rows
+from stillhouse.data.row_reader import header_hint, not_empty, read_rows
 from stillhouse.data.words import collapsed, normalized
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.progress import note
@@ -285,10 +285,9 @@ def first_row(path: str, base: Path) -> Mapping[str, Any]:
     """All columns of the first row; of plain text, the line under `text`. Raises DataError."""
     file = find_files(path, base)[0]
     row, where = next(not_empty(read_rows(file, text_key="text"), "The file", file))
-    sentence = next((key for key in row if len(key) > 60 or key.count(" ") > 6), None)
-    if sentence is not None and known_format(file) in ("csv", "tsv"):
+    if header_hint(row) and known_format(file) in ("csv", "tsv"):
         raise DataError(
-            f"The file seems to have no header: a column would have the name {sentence[:60]!r}",
+            f"The file seems to have no header: its columns would be {', '.join(row)[:80]}",
             where=where,
             fix="write the names of the columns into a line before the first row",
         )
@@ -305,7 +304,8 @@ def labelled_text(
         raise DataError(
             f"the row has no text under {file.text!r}{is_it}; it has {', '.join(map(str, row))}",
             where=where,
-            fix="name the column or key of the text: text: NAME (--text NAME of `predict`)",
+            fix=f"{header_hint(row)}name the column or key of the text: text: NAME (--text NAME of "
+            "`predict`)",
         )
     if not text.strip():
         raise DataError("the text is empty", where=where, fix="remove the row")

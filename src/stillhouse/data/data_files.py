@@ -296,17 +296,18 @@ def _undecodable(path: Path, encoding: str) -> DataError:
                 other = True
             except UnicodeDecodeError as error:
                 at, first = at or number, first or line[error.start : error.start + 1]
-                other |= not line[: error.start].isascii()
-                if sum(map(len, wrong)) < 1 << 16:
+                if not line[: error.start].isascii():
+                    other = True
+                elif sum(map(len, wrong)) < 1 << 16:
                     wrong.append(line[: 1 << 16])
     what = f"The file is not UTF-8: byte {first[0]:#04x} in line {at} cannot be read"
-    guess = guessed_encoding(b"".join(wrong))
+    guess = guessed_encoding(b"".join(wrong)) if wrong else None
     if other:
         shown = "" if guess is None else f" (as {iconv_name(guess)}: {_shown(wrong[0], guess)})"
         return DataError(
-            f"{what}, and other lines can",
+            f"{what}, and what stands around it can",
             where=path,
-            fix=f"the file mixes encodings or is damaged: write line {at} again{shown}",
+            fix=f"the file mixes encodings, or is cut off or damaged: write line {at} again{shown}",
         )
     if guess is None:
         return DataError(what, where=path, fix=_iconv(path, "ITS-ENCODING"))

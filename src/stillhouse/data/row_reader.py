@@ -93,6 +93,13 @@ def not_empty(items: Iterable[T], what: str, where: object) -> Iterator[T]:
         )
 
 
+def header_hint(keys: Iterable[str]) -> str:
+    """The beginning of a fix where a table's first row seems to stand in place of its header."""
+    if not any(len(key) > 60 or key.count(" ") > 5 or not key for key in keys):
+        return ""
+    return "if the first line is a row, write the columns' names above it; else "
+
+
 # --- text ------------------------------------------------------------------------------------
 
 

@@ -55,7 +55,7 @@ def csv_rows(path: Path, format: Literal["csv", "tsv"]) -> Rows:
             for cells in reader:
                 where = f"{path}:{skipped + reader.line_num}"
                 start = skipped + reader.line_num + 1
-                blank = len(cells) <= 1 < len(header) and not any(map(str.strip, cells))
+                blank = len(header) > 1 and not any(map(str.strip, cells))
                 if cells and not blank:
                     yield _row(cells, header, delimiter, where), where
         except csv.Error as error:
@@ -124,7 +124,7 @@ def _row(cells: Sequence[str], header: Sequence[str], delimiter: str, where: str
             if few
             else f"put cells that contain {delimiter!r} into double quotes",
         )
-    if len(cells) > 1 and list(map(str.strip, cells)) == list(header):
+    if len(cells) > 1 and [cell.strip("\ufeff \t") for cell in cells] == list(header):
         raise DataError(
             "The header stands here again, as if files had been joined",
             where=where,

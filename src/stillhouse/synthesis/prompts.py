@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.row_reader import not_empty, read_rows
+from stillhouse.data.row_reader import header_hint, not_empty, read_rows
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.request import Message
@@ -69,7 +69,7 @@ def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Messa
     raise DataError(
         f"the row has no `{key}` and no `messages`; its keys are {', '.join(map(str, row))}",
         where=where,
-        fix="name the key of the prompt: synthesize.prompts.key",
+        fix=f"{header_hint(row)}name the key of the prompt: synthesize.prompts.key",
     )
 
 
