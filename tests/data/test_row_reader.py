@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stillhouse.classify.classify_config import TextFile
+from stillhouse.classify.classify_config import ClassifyTask, TextFile
 from stillhouse.classify.predict_labels import file_texts, stream_texts
-from stillhouse.classify.task_texts import first_row, read_texts
+from stillhouse.classify.task_texts import first_row, read_texts, task_labels
 from stillhouse.data.data_config import FileSource, Source
 from stillhouse.data.data_files import find_files, text_size
 from stillhouse.data.documents import Document
@@ -207,3 +207,84 @@ def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="does not exist") as caught:
             list(read_rows(tmp_path / name))
         assert caught.value.fix == "did you mean empty.csv?"
+
+
+# --- JSON that others read as they like --------------------------------------------------------
+
+JSON_LINES = {
+    '{"text": "a", "text": "b"}': "the key 'text' stands twice",
+    '{"text": "a", "x": [{"k": 1, "k": 2}]}': "the key 'k' stands twice",
+    '{"text": "a\\ud83d"}': "half of a surrogate pair",
+    '{"text": "a", "\\udc00": 1}': "half of a surrogate pair",
+    '{"text": "a", "x": ' + "[" * 101 + "]" * 101 + "}": "more than 100 levels",
+    '{"text": "a", "x": ' + "[" * 100_000 + "]" * 100_000 + "}": "nested too deeply",
+    '{"text": "a", "x": ' + "9" * 5000 + "}": "more than 4,300 digits",
+    "{'text': 'a'}": "Invalid JSON",
+    '{"text": "a"},': "Invalid JSON: Extra data",
+    '{"text": "a"} {"text": "b"}': "Invalid JSON: Extra data",
+}
+
+
+@pytest.mark.parametrize("line", JSON_LINES, ids=[line[:40] for line in JSON_LINES])
+def test_json_that_is_not_clear_is_refused_with_its_place(line: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
+    (tmp_path / "a.json").write_text(f'[{{"text": "fine"}}, {line}]')
+    with pytest.raises(DataError, match=JSON_LINES[line]) as caught:
+        list(read_rows(tmp_path / "a.jsonl"))
+    assert caught.value.where == f"{tmp_path / 'a.jsonl'}:2"
+    with pytest.raises(DataError) as caught:
+        list(read_rows(tmp_path / "a.json"))
+    with pytest.raises(DataError, match=JSON_LINES[line]) as caught:
+        list(stream_texts(io.StringIO(f"{line}\n"), "text"))
+    assert caught.value.where == "standard input:1"
+
+
+def test_whole_surrogate_pairs_and_separators_are_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00 \u2028 \u0085"}\n')
+    ((row, _),) = read_rows(tmp_path / "a.jsonl")
+    assert row == {"text": "😀 \u2028 \u0085"}
+
+
+def test_a_stream_that_is_not_utf8_is_refused() -> None:
+    raw = io.BytesIO("café\n".encode("latin-1"))
+    for errors in ("strict", "surrogateescape"):
+        raw.seek(0)
+        stream = io.TextIOWrapper(io.BytesIO(raw.getvalue()), "utf-8", errors=errors)
+        with pytest.raises(DataError, match="not UTF-8"):
+            list(stream_texts(stream, "text"))
+    with pytest.raises(DataError, match="not UTF-8"):
+        list(stream_texts(io.StringIO("h\0e\0"), "text"))
+    assert list(stream_texts(io.StringIO("\ufeffone\n"), "text")) == ["one"]
+
+
+def test_plain_text_whose_lines_are_objects_is_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text('{"text": "a"}\n')
+    assert [row["text"] for row, _ in read_rows(tmp_path / "a.txt")] == ['{"text": "a"}']
+    assert "name it .jsonl if they are rows" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_key_that_is_named_and_not_there_is_an_error(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"messages": chat, "prompt": "a", "completion": "b"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    source = FileSource(kind="file", path="a.jsonl", text_key="body")
+    with pytest.raises(DataError, match="has no `body`"):
+        list(read_sources([source], tmp_path))
+    with pytest.raises(DataError, match="has no `question`"):
+        list(read_prompts(tmp_path / "a.jsonl", key="question"))
+
+
+def test_labels_of_a_file_in_any_format(tmp_path: Path) -> None:
+    files = {
+        "a.txt": "\ufeffspam\nham\n",
+        "b.labels": "spam\nham\n",
+        "c.json": '["spam", "ham"]',
+        "d.csv": "label,id\nspam,1\nham,2\n",
+        "e.jsonl": '{"label": "spam"}\n{"label": "ham"}\n',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        task = ClassifyTask(kind="classify", labels_path=name)
+        assert list(task_labels(task, tmp_path, [])) == ["spam", "ham"]

@@ -10,6 +10,7 @@ from typing import Any
 from stillhouse.data.chat_formats import from_json, is_blank, read_chat
 from stillhouse.data.documents import About, AnyDocument, Completion, Document
 from stillhouse.data.question_formats import is_pair, read_pair
+from stillhouse.data.row_reader import header_hint
 from stillhouse.errors import DataError
 
 _CHATS = ("messages", "conversations", "conversation")
@@ -34,7 +35,9 @@ def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyD
     comes first. Raises DataError if there is none of them, or if it is not clear what is learned.
     """
     given = {key: value for key, value in row.items() if value is not None}
-    if text_key != "text" and text_key in row:
+    if text_key != "text":
+        if text_key not in row:
+            raise _missing_key(row, text_key, where)
         return _plain(row, text_key, where)
     for key in _CHATS:
         if isinstance(given.get(key), list) or (key == "messages" and key in row):
@@ -158,10 +161,12 @@ def _missing_key(row: Mapping[str, Any], text_key: str, where: str) -> DataError
     keys = [str(key) for key in row]
     has = f"its keys are {', '.join(keys)}" if keys else "it is empty"
     return DataError(
-        f"The row has no `{text_key}`, no `messages` and no `prompt` with `completion`, and is "
-        f"in no other known format; {has}",
+        f"The row has no `{text_key}`; {has}"
+        if text_key != "text"
+        else "The row has no `text`, no `messages` and no `prompt` with `completion`, and is in no "
+        f"other known format; {has}",
         where=where,
-        fix=_advice(row, text_key, keys),
+        fix=header_hint(keys) + _advice(row, text_key, keys),
     )
 
 

@@ -44,8 +44,8 @@ def read_prompts(
 ) -> Iterator[Prompt]:
     """The prompts of a file, one at a time.
 
-    A row has a chat or its log (see `_LOG_PLACES`), or `prompt`, a string or messages, or a string
-    under `key`; each line of plain text is a prompt. auto: by the file's extension.
+    A row has a string or messages under `key`; where that is `prompt`, it may also be a chat or its
+    log (see `_LOG_PLACES`). Each line of plain text is a prompt. auto: by the file's extension.
     Raises DataError with the line for a row that is not a prompt.
     """
     rows = read_rows(path, format=None if format == "auto" else format, text_key=key)
@@ -59,15 +59,16 @@ def read_prompts(
 def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Message, ...]:
     """The chat in a row, up to the user's last turn. Raises DataError."""
     found = row.get(key)
-    if found is None:
+    if found is None and key == "prompt":
         places = (at(row, place) for place in _LOG_PLACES)
-        found = next((value for value in places if isinstance(value, list)), row.get("prompt"))
+        found = next((value for value in places if isinstance(value, list)), None)
     if isinstance(found, str):
         return _user(found, where)
     if isinstance(found, list):
         return _chat(found, where)
     raise DataError(
-        f"the row has no `{key}` and no `messages`; its keys are {', '.join(map(str, row))}",
+        f"the row has no `{key}`{' and no `messages`' * (key == 'prompt')}; its keys are "
+        f"{', '.join(map(str, row))}",
         where=where,
         fix=f"{header_hint(row)}name the key of the prompt: synthesize.prompts.key",
     )

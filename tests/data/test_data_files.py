@@ -1,0 +1,147 @@
+"""Files that are something else than their names say, and files that are none."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import zipfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stillhouse.classify.classify_config import TextFile
+from stillhouse.classify.task_texts import read_texts
+from stillhouse.data.data_config import FileSource
+from stillhouse.data.data_files import find_files, format_of
+from stillhouse.data.row_reader import read_rows
+from stillhouse.data.sources import read_sources
+from stillhouse.errors import DataError, StillhouseError
+from stillhouse.language_model.synthesis_stage import _content
+from stillhouse.synthesis.prompts import read_prompts
+
+ROW = b'{"text": "a"}\n'
+
+
+def refused(path: Path) -> DataError:
+    """The one error of everybody who reads the file."""
+    said = []
+    for read in (
+        lambda: list(read_rows(path)),
+        lambda: list(read_sources([FileSource(kind="file", path=path.name)], path.parent)),
+        lambda: list(read_prompts(path, key="text")),
+        lambda: list(read_texts(TextFile(path=path.name), path.parent)),
+    ):
+        with pytest.raises(DataError) as caught:
+            read()
+        said.append(caught.value)
+    assert len({str(error) for error in said}) == 1
+    return said[0]
+
+
+def archive(name: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as zipped:
+        zipped.writestr(name, "content")
+    return file.getvalue()
+
+
+def parquet() -> bytes:
+    file = pa.BufferOutputStream()
+    pq.write_table(pa.table({"text": ["a"]}), file)
+    return file.getvalue().to_pybytes()
+
+
+# name: (content, what is said, what to do)
+CONTENTS: dict[str, tuple[bytes, str, str]] = {
+    "a.jsonl": (gzip.compress(ROW), "gzip-compressed", "add .gz"),
+    "b.jsonl": (bz2.compress(ROW), "bzip2-compressed", "add .bz2"),
+    "c.txt": (lzma.compress(ROW), "xz-compressed", "add .xz"),
+    "d.jsonl.gz": (gzip.compress(gzip.compress(ROW)), "gzip-compressed", "add .gz"),
+    "e.csv": (parquet(), "a Parquet file", "name it .parquet"),
+    "f.csv": (archive("[Content_Types].xml"), "an office document", "as CSV"),
+    "g.txt": (archive("word/document.xml"), "an office document", ".txt"),
+    "h.jsonl": (archive("a.jsonl"), "a ZIP archive", "unzip"),
+    "i.txt": (b"%PDF-1.7\n%\xe2\xe3", "a PDF", "pdftotext"),
+    "j.parquet": (b"version https://git-lfs.github.com/spec/v1\noid x\n", "LFS", "git lfs pull"),
+    "k.json": (b"\n<!DOCTYPE html>\n<title>404</title>", "a web page", "download"),
+    "l.csv": (b'<?xml version="1.0"?><Error/>', "a web page or XML", "download"),
+    "m.parquet": (b"<html><body>Not found", "a web page", "download"),
+    "n.csv": (b'{"text": "a"}\n{"text": "b"}\n', "holds JSON", ".jsonl"),
+    "o.csv": (b'[{"text": "a"}]\n', "holds JSON", ".json"),
+    "p.jsonl": (b'[{"text": "a"}, {"text": "b"}]\n', "a JSON list", "name it .json"),
+    "q.jsonl": (b'{\n "text": "a"\n}\n', "Invalid JSON", "each object on one line"),
+    "r.json": (ROW * 2, "Invalid JSON: Extra data", "name it .jsonl"),
+    "s.json": (b'{"messages": [{"role": "user", "content": "a"}]}', "neither a list", ".jsonl"),
+    "t.txt": (b"a text\0\0\0\0", "zero bytes", "damaged"),
+    "u.jsonl.xz": (lzma.compress(ROW)[:-8], "ended before", "damaged"),
+    "v.jsonl.bz2": (ROW, "Invalid data stream", "format of its name"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_content_of_another_kind_is_recognized(name: str, tmp_path: Path) -> None:
+    content, what, fix = CONTENTS[name]
+    (tmp_path / name).write_bytes(content)
+    error = refused(tmp_path / name)
+    assert what in error.what
+    assert fix in str(error.fix)
+    assert str(error.where).startswith(str(tmp_path / name))
+
+
+def test_after_the_advice_the_file_is_read(tmp_path: Path) -> None:
+    for name, renamed in (("a.jsonl", "a.jsonl.gz"), ("e.csv", "e.parquet"), ("r.json", "r.jsonl"),
+                          ("n.csv", "n.jsonl"), ("o.csv", "o.json"), ("p.jsonl", "p.json"),
+                          ("b.jsonl", "b.jsonl.bz2"), ("s.json", "s.jsonl")):  # fmt: skip
+        (tmp_path / renamed).write_bytes(CONTENTS[name][0])
+        assert list(read_rows(tmp_path / renamed))
+
+
+def test_text_about_formats_is_text(tmp_path: Path) -> None:
+    texts = ["PAR1 is a gene", "PK is a company", "BZh9 is none", "<html> begins a page", "%PDF"]
+    for text in texts:
+        (tmp_path / "a.txt").write_text(text)
+        assert [row["text"] for row, _ in read_rows(tmp_path / "a.txt")] == [text]
+
+
+def test_what_might_never_end_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
+    (tmp_path / "folder.jsonl").mkdir()
+    for name in ("pipe.jsonl", "zero.jsonl"):
+        error = refused(tmp_path / name)
+        assert "a pipe or a device" in error.what
+        with pytest.raises(DataError, match="a pipe or a device"):
+            _content(tmp_path, "prompts.path", name)
+    with pytest.raises(DataError, match="a folder"):
+        list(read_rows(tmp_path / "folder.jsonl"))
+    (tmp_path / "a.jsonl").write_bytes(ROW)
+    assert [file.name for file in find_files("*.jsonl", tmp_path)] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "~no-such-user/a.txt", "nul\0.txt", "loop", "no/a"])
+def test_a_name_that_cannot_be_used_is_one_error(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StillhouseError):
+        find_files(name, tmp_path)
+
+
+def test_hidden_files_of_a_folder_are_not_data(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "b/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(ROW)
+    found = [str(file.relative_to(tmp_path)) for file in find_files(".", tmp_path)]
+    assert found == ["a.jsonl", "b/c.jsonl"]
+    assert len(find_files("._a.jsonl", tmp_path)) == 1
+
+
+def test_markdown_is_text_where_it_is_named(tmp_path: Path) -> None:
+    for name in ("README.md", "a.markdown", "a.rst", "a.text", "a.md.gz"):
+        assert format_of(Path(name)) == "text"
+        (tmp_path / name).write_text("x")
+    with pytest.raises(DataError, match="has no known file"):
+        find_files(".", tmp_path)
