@@ -8,7 +8,7 @@ PYTEST  = $(BIN)/pytest -n 2 --dist worksteal
 EVERY   = not slow and not cuda and not install
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo quick test lint types contracts pytest unit test-slow test-install test-llama bench schema clean
+.PHONY: demo quick test lint types contracts pytest unit test-slow test-install test-llama test-templates bench schema clean
 
 demo: $(VENV)/.demo
 	$(BIN)/stillhouse run recipes/demo.yaml
@@ -50,6 +50,10 @@ test-llama: $(VENV)/.llama
 		tests/export/test_llama_quantizer.py tests/export/test_gguf_smollm2.py \
 		tests/export/test_llama_architectures.py tests/export/test_gguf_families.py
 
+# What is learned through the chat templates of real models, which llama.cpp's sources contain.
+test-templates: $(VENV)/.templates
+	STILLHOUSE_TEMPLATES=$(VENV)/templates $(BIN)/pytest tests/templates
+
 # One of bench/: losses, step, quality ... Writes bench/results/NAME.json.
 bench: $(VENV)/.dev
 	$(BIN)/python -m bench.$(NAME) $(ARGS)
@@ -75,6 +79,12 @@ $(VENV)/.dev: $(VENV)/.demo
 
 $(VENV)/.llama: $(VENV)/.dev
 	$(PIP) install -q -c constraints.txt 'llama-cpp-python[server]'
+	touch $@
+
+$(VENV)/.templates: $(VENV)/.dev
+	$(PIP) download -q --no-deps --no-binary llama-cpp-python -d $(VENV)/templates \
+		llama-cpp-python==0.3.36
+	tar -xzf $(VENV)/templates/*.tar.gz -C $(VENV)/templates
 	touch $@
 
 clean:

@@ -13,7 +13,7 @@ from typing import Any
 
 from stillhouse.data.chat_template import reasoning_key, render_chat, template_errors
 from stillhouse.data.documents import Conversation, Message
-from stillhouse.data.reasoning import MARKS, THINK, Marks, reasoning_of
+from stillhouse.data.reasoning import KEYS, MARKS, THINK, Marks, reasoning_of
 from stillhouse.data.turn_end import text_until_end, turn_end
 from stillhouse.errors import DataError
 
@@ -32,17 +32,18 @@ def render_turn(conversation: Conversation, index: int, tokenizer: Any) -> Turn:
     """The turn at `index`. Raises DataError where its beginning cannot be told."""
     before = _render(conversation, index, True, tokenizer)
     after = _render(conversation, index + 1, False, tokenizer)
-    marks = Marks.of(tokenizer)
+    marks, end = Marks.of(tokenizer), turn_end(tokenizer)
     written = after[len(before) :] if after.startswith(before) else ""
     opened = marks.opened(before)
     # Some templates open the reasoning of a turn that has none, or open it twice.
     if not written or (opened and not marks.closes(opened, written)):
-        written = _as_written(conversation.messages[: index + 1], before, after, marks)
+        tail = "" if end is None else end.tail
+        written = _as_written(conversation.messages[: index + 1], before, after, marks, tail)
         written = written or _without_system(conversation, index, after, tokenizer)
         if not written:
             raise _no_border(conversation, index, before, after, marks)
         after = before + written
-    end = turn_end(tokenizer)
+    _refuse_two_reasonings(conversation, index, written)
     if end is not None and not end.written:
         written = after.removesuffix(end.tail) + _next_token(conversation, index, after, tokenizer)
         return Turn(before, written, written)
@@ -50,12 +51,15 @@ def render_turn(conversation: Conversation, index: int, tokenizer: Any) -> Turn:
     return Turn(before, after[:length], after)
 
 
-def _as_written(messages: Sequence[Message], before: str, after: str, marks: Marks) -> str:
+def _as_written(
+    messages: Sequence[Message], before: str, after: str, marks: Marks, tail: str
+) -> str:
     """What the model writes where the rendered turn does not continue its own prompt; or nothing.
 
     The prompt may open the reasoning, which the template leaves out of turns that are over
     (DeepSeek-R1), or end with empty reasoning (Gemma 4). Or it has the system prompt, which stands
     in the last question alone, so that it is gone from a chat that ends with an answer (Mistral).
+    tail: what the template writes after an answer.
     """
     message, opened = messages[-1], marks.opened(before)
     content = message.get("content")
@@ -65,16 +69,36 @@ def _as_written(messages: Sequence[Message], before: str, after: str, marks: Mar
     if apart and opened:
         content = f"{apart.strip()}\n{marks.closing(opened)}\n\n{content.strip()}"
     said = marks.split(content.strip())
-    start, found, tail = after.rpartition(said.answer)
-    if not said.answer or not found:
+    stem = after.removesuffix(tail)
+    if not said.answer or not after.endswith(tail) or not stem.rstrip().endswith(said.answer):
         return ""
+    start = stem.rstrip().removesuffix(said.answer)
+    tail = after[len(stem.rstrip()) :]
     if opened:
         whole = content.strip().removeprefix(opened.rstrip()).lstrip()
         return whole + tail if said.reasoning else ""
     asked = str(messages[-2].get("content")) if len(messages) > 1 else ""
     header = start[start.rfind(asked) :] if asked and asked in start else start
-    same = marks.without_empty(before).endswith(header)
-    return said.answer + tail if same and not said.reasoning else ""
+    prompt = marks.without_empty(before)
+    if said.reasoning or not prompt.rstrip().endswith(header.rstrip()):
+        return ""
+    space = "" if prompt.endswith(header) else header[len(header.rstrip()) :]
+    return space + said.answer + tail
+
+
+def _refuse_two_reasonings(conversation: Conversation, index: int, written: str) -> None:
+    """Raises DataError if the template puts empty reasoning before the turn's own in <think>."""
+    content, closing = conversation.messages[index].get("content"), THINK[1]
+    if not isinstance(content, str) or not content.lstrip().startswith(THINK[0]):
+        return
+    if written.count(closing) > content.count(closing):
+        raise DataError(
+            f"The chat template writes reasoning of its own before that of message {index} "
+            f"(...{written[:60]!r})",
+            where=conversation.where,
+            fix=f"remove the reasoning from the row's content, or give it under a key that the "
+            f"template reads ({', '.join(KEYS)})",
+        )
 
 
 def _without_system(conversation: Conversation, index: int, after: str, tokenizer: Any) -> str:

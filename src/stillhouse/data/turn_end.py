@@ -32,7 +32,7 @@ _SYSTEM = {"role": "system", "content": "beta"}
 class TurnEnd:
     """id, text: the token. written: whether the chat template writes it after every answer. If
     not, it is the first token of the next turn where the model stops there, and else EOS; both are
-    added to what is learned. tail: what the template then writes instead, whitespace as a rule.
+    added to what is learned. tail: all that the template writes after the last answer of a chat.
     stops: other tokens at which the model stops."""
 
     id: int
@@ -111,6 +111,8 @@ def text_until_end(text: str, tokenizer: Any) -> int:
     stopped. A turn that ends with another token (of a tool call) ends there.
     """
     end = turn_end(tokenizer)
+    if end is not None and end.written and text.endswith(end.tail):
+        return len(text) - len(end.tail) + end.tail.index(end.text) + len(end.text)
     trimmed = text.rstrip()
     run = re.search(rf"(?:\s|{_pattern(tokenizer)})*\Z", trimmed)
     if run is None or not run.group():
