@@ -10,10 +10,22 @@ import pytest
 
 import stillhouse
 from stillhouse.check import check_recipe
+from stillhouse.data.documents import Conversation
+from stillhouse.data.tokenize_rows import tokenize
 from stillhouse.errors import DataError, StillhouseError
 from tests import tiny
-from tests.chat_toys import CHATML, HARMONY_SPECIAL, R1, chat, save_model, shown, tokenizer
+from tests.chat_toys import (
+    CHATML,
+    HARMONY_SPECIAL,
+    R1,
+    chat,
+    marked,
+    save_model,
+    shown,
+    tokenizer,
+)
 
+IM = ("<|im_start|>", "<|im_end|>")
 GIVEN = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n<think>\n"
 LEARNED = "[[Two and two.\n</think>\n\n4<|im_end|>]]\n"
 
@@ -88,6 +100,36 @@ def test_reasoning_is_written_as_the_template_writes_it() -> None:
         "[[<|channel|>analysis<|message|>Two and two.<|end|>"
         "<|start|>assistant<|channel|>final<|message|>4<|return|>]]"
     ]
+
+
+def test_reasoning_gets_the_marks_that_the_template_has() -> None:
+    """As Magistral's."""
+    words = tokenizer(CHATML + "{# [THINK] [/THINK] #}", special=(*IM, "[THINK]", "[/THINK]"))
+    messages = chat("2+2?", "<think>\nTwo and two.\n</think>\n\n4")
+    (row,) = tokenize([Conversation(tuple(messages))], words)[0]
+    assert marked(row, words).endswith("assistant\n[[[THINK]Two and two.[/THINK]4<|im_end|>]]\n")
+    assert words.convert_tokens_to_ids("[THINK]") in row.ids
+
+
+def test_two_reasonings_are_refused() -> None:
+    """As Kimi K2's template makes them: it puts an empty one before each answer."""
+    template = CHATML.replace(
+        "{{ m['content'] }}",
+        "{% if m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}",
+    )
+    assert shown(chat("2+2?", "4"), tokenizer(template))[0].endswith(
+        "assistant\n[[<think></think>4<|im_end|>]]\n"
+    )
+    with pytest.raises(DataError, match="reasoning of its own before"):
+        shown(chat("2+2?", "<think>\nTwo.\n</think>\n\n4"), tokenizer(template))
+
+
+def test_a_short_answer_is_not_taken_for_a_part_of_the_end() -> None:
+    """As Nemotron's <SPECIAL_12>, which holds the answer 2."""
+    words = tokenizer(R1.replace("<|im_end|>", "<SPECIAL_12>"), eos="<SPECIAL_12>", special=IM)
+    assert shown(chat("1+1?", "<think>\nOne.\n</think>\n\n2"), words)[0].endswith(
+        "<think>\n[[One.\n</think>\n\n2<SPECIAL_12>]]\n"
+    )
 
 
 def test_a_system_prompt_that_moves_to_the_last_question_is_context() -> None:

@@ -231,20 +231,20 @@ def model_tokenizer(model: Model, folder: Path) -> Any:
     return words
 
 
-def learned(conversation: Conversation, words: Any) -> list[list[int | str]] | str:
-    """Of each row, in turn: characters of context, and the text that is learned. Or why the row is
-    refused."""
+def learned(conversation: Conversation, words: Any) -> list[Any] | str:
+    """Of each row, in turn: characters of context, and the text that is learned; at last, what is
+    left out on purpose. Or why the row is refused."""
     try:
         rows = tokenize([conversation], words)[0]
     except DataError as error:
         return f"refused: {error.what[:160]}"
-    found = []
+    found: list[Any] = []
     for row in rows:
         pairs = zip(row.supervised.tolist(), row.ids.tolist(), strict=True)
         parts = groupby(pairs, key=lambda pair: pair[0])
         texts = [(on, words.decode([token for _, token in run])) for on, run in parts]
         found.append([text if on else len(text) for on, text in texts])
-    return found
+    return [*found, {"notes": list(rows[0].notes)}] if rows[0].notes else found
 
 
 def facts(name: str, folder: Path) -> dict[str, Any]:

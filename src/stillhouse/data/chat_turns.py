@@ -13,7 +13,7 @@ from typing import Any
 
 from stillhouse.data.chat_template import reasoning_key, render_chat, template_errors
 from stillhouse.data.documents import Conversation, Message
-from stillhouse.data.reasoning import KEYS, MARKS, THINK, Marks, reasoning_of
+from stillhouse.data.reasoning import KEYS, MARKS, THINK, Marks, Pair, reasoning_of
 from stillhouse.data.turn_end import text_until_end, turn_end
 from stillhouse.errors import DataError
 
@@ -152,11 +152,11 @@ def _no_border(
 
 
 def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any) -> str:
-    key = reasoning_key(tokenizer)
+    key, marks = reasoning_key(tokenizer), Marks.own(tokenizer)
     try:
         return render_chat(
             tokenizer,
-            [_reasoning_apart(one, key) for one in conversation.messages[:end]],
+            [_with_own_marks(one, key, marks) for one in conversation.messages[:end]],
             tools=conversation.tools,
             generation_prompt=generate,
         )
@@ -169,12 +169,18 @@ def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any
         ) from error
 
 
-def _reasoning_apart(message: Message, key: str | None) -> Message:
-    """Reasoning in <think> as the template expects it: see `reasoning_key`."""
+def _with_own_marks(message: Message, key: str | None, marks: Pair | None) -> Message:
+    """Reasoning in <think> as the template expects it: under a key (see `reasoning_key`), or
+    between other marks."""
     content = message.get("content")
-    if key is None or message["role"] != "assistant" or not isinstance(content, str):
+    if message["role"] != "assistant" or not isinstance(content, str) or not (key or marks):
         return message
     if not content.lstrip().startswith(THINK[0]) or reasoning_of(message):
         return message
     said = MARKS.split(content.strip())
-    return {**message, "content": said.answer, key: said.reasoning} if said.reasoning else message
+    if not said.reasoning:
+        return message
+    if key is not None:
+        return {**message, "content": said.answer, key: said.reasoning}
+    assert marks is not None
+    return {**message, "content": f"{marks[0]}{said.reasoning}{marks[1]}{said.answer}"}

@@ -13,11 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from stillhouse.data.reasoning import SPOKEN
+
 _HIDDEN = 0x10F000
 """The first of the characters that stand for control tokens while a chat is rendered."""
 
 CONTROL_TEXT = "strings of control tokens are read as text (data.control_tokens)"
-REASONING_MARK = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
+REASONING_MARK = re.compile(rf"</?thinking>|{SPOKEN.pattern}")
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,9 @@ _HARMONY = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|return|>", 
 _CHANNEL_NAMES = re.compile(r"analysis(.*?)assistantfinal(.*)", re.DOTALL)
 """The same from a server that removed the special tokens."""
 
+SPOKEN = re.compile("|".join(re.escape(mark) for pair in _REASONING for mark in pair))
+"""Marks that an assistant's text may hold, and mean."""
+
 KEYS = ("reasoning_content", "reasoning", "thinking")
 """Of a message: where its reasoning is, apart from its content."""
 
@@ -80,6 +83,15 @@ class Marks:
             (*_REASONING, *written(_REASONING_OF_TEMPLATES)),
             (*_ANSWER, *written(_ANSWER_OF_TEMPLATES)),
         )
+
+    @classmethod
+    def own(cls, tokenizer: Any) -> Pair | None:
+        """The marks that the chat template names in the place of <think>; None: it names none."""
+        template = str(getattr(tokenizer, "chat_template", None) or "")
+        if THINK[0] in template or THINK[1] in template or THINK[0] in tokenizer.get_vocab():
+            return None
+        named = (pair for pair in _REASONING if pair[0] in template and pair[1] in template)
+        return next(named, None)
 
     def split(self, text: str, *, cut_off: bool = False) -> Said:
         """cut_off: the text ends at the token limit.
