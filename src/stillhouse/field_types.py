@@ -76,7 +76,9 @@ Share = Annotated[float, _float(1e-6, 1.0)]
 """Some, or all."""
 PartialShare = Annotated[float, Field(ge=1e-6, lt=1, allow_inf_nan=False)]
 """Some, but not all."""
-PartialShareOrZero = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+PartialShareOrZero = Annotated[
+    float, Field(ge=0, lt=1, allow_inf_nan=False), _zero_or_at_least(1e-6)
+]
 """From none to almost all."""
 ShareOrZero = Annotated[float, _float(0.0, 1.0), _zero_or_at_least(1e-6)]
 """From none to all."""
@@ -100,8 +102,8 @@ def usable_path(path: str) -> str:
     """Raises ValueError where no file system has such a path."""
     if "\0" in path:
         raise ValueError("a path cannot hold the character NUL")
-    parts = path.encode("utf-8", "surrogatepass").split(b"/")
-    if sum(map(len, parts)) > 4000 or max(map(len, parts)) > 255:
+    written = path.encode("utf-8", "surrogatepass")
+    if len(written) > 4000 or max(map(len, written.split(b"/"))) > 255:
         raise ValueError("the path is too long: 4,000 bytes in all, and 255 between slashes")
     try:
         Path(path).expanduser()

@@ -74,7 +74,9 @@ def read_values(raw: Any, annotation: Any, refuse: Refuse, key: Key = ()) -> Any
         return _scalar(raw, wanted, refuse, key)
     if has_surrogate(raw):
         refuse(key, "the text holds half of a character (a surrogate)", "write it whole")
-    return float(raw) if float in wanted and _DECIMAL.fullmatch(raw) else raw
+    # PyYAML makes text of 1e6; of other quoted numbers, text where text fits.
+    spelled = _DECIMAL.fullmatch(raw) and ("e" in raw.lower() or str not in wanted)
+    return float(raw) if float in wanted and spelled else raw
 
 
 def _mapping(raw: Mapping[Any, Any], annotation: Any, refuse: Refuse, key: Key) -> dict[Any, Any]:

@@ -6,8 +6,9 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from stillhouse.errors import shown
 from stillhouse.field_types import (
     Count,
     CountOrZero,
@@ -35,7 +36,7 @@ UNITS: dict[str, dict[str, float]] = {
     "decode_latency": _SECONDS,
     "memory": _BYTES,
 }
-_MOST = 2.0**63
+_MOST = 2.0**53
 _AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*")
 
 AmountText = int | float | str
@@ -51,7 +52,8 @@ class Amount:
 
 def read_amount(key: str, text: int | float | str) -> Amount:
     """Parse 60%, 108M, 250MB or 20ms. Raises ValueError, with what can be written."""
-    found = _AMOUNT.fullmatch(str(text))
+    written = shown(text)
+    found = _AMOUNT.fullmatch(written)
     number, unit = found.groups() if found else ("0", "")
     if 0 < float(number) <= 100 and unit == "%":
         return Amount(float(number) / 100, relative=True)
@@ -59,7 +61,7 @@ def read_amount(key: str, text: int | float | str) -> Amount:
     if factor is None or not 0 < float(number) * factor <= _MOST:
         units = ", ".join(unit for unit in UNITS[key] if unit)
         raise ValueError(
-            f"{key}: {text} is no amount: write a percentage of the model that is pruned, such as "
+            f"{written} is no amount: write a percentage of the model that is pruned, such as "
             f"60%, or a positive number, alone or with one of {units}"
         )
     return Amount(float(number) * factor, relative=False)
@@ -87,8 +89,14 @@ class TargetRecipe(Section):
         given = [key for key in UNITS if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"a target has exactly one of {', '.join(UNITS)}")
-        read_amount(given[0], getattr(self, given[0]))
         return self
+
+    @field_validator(*UNITS)
+    @classmethod
+    def _is_an_amount(cls, text: AmountText | None, info: ValidationInfo) -> AmountText | None:
+        if text is not None:
+            read_amount(str(info.field_name), text)
+        return text
 
     @property
     def key(self) -> str:

@@ -1,0 +1,205 @@
+"""The smallest and largest numbers that a recipe may have, in the arithmetic that uses them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from pydantic import TypeAdapter
+from transformers import get_scheduler
+
+from stillhouse import field_types
+from stillhouse.classify.classify_config import AbstainRecipe
+from stillhouse.errors import RecipeError
+from stillhouse.evaluation.classification import choose_threshold
+from stillhouse.field_types import (
+    Beta,
+    Divergence,
+    Epochs,
+    GradientNorm,
+    LearningRate,
+    PartialShare,
+    PartialShareOrZero,
+    SamplingTemperature,
+    Seed,
+    Share,
+    Similarity,
+    Temperature,
+    Usd,
+    Weight,
+    WeightDecay,
+)
+from stillhouse.generation.budget import Budget, Price, Spending
+from stillhouse.generation.local_generator import draw
+from stillhouse.objectives.fused import fused_loss
+from stillhouse.objectives.mixtures import Schedule
+from stillhouse.objectives.objective_config import LogitsTerm
+from stillhouse.objectives.objective_names import PARAMETERS
+from stillhouse.section import checked
+from stillhouse.signals import LMHead, LogitsSignal
+from stillhouse.synthesis.near_duplicates import NearDuplicates
+from stillhouse.training.objective import _term
+from stillhouse.training.train import plan_batches
+from stillhouse.training.train_config import SCHEDULES, TrainRecipe
+
+
+def ends(kind: Any) -> list[Any]:
+    """The smallest and the largest value of a type of `field_types`, and its smallest above 0."""
+    schema = TypeAdapter(kind).json_schema()
+    low = schema.get("minimum", schema.get("exclusiveMinimum"))
+    high = schema.get("maximum")
+    if high is None:
+        high = float(np.nextafter(schema["exclusiveMaximum"], -1))
+    found = [low, high]
+    if low == 0 and schema["type"] == "number":
+        found += [
+            least for least in (10.0**-power for power in range(3, 16)) if usable(kind, least)
+        ][-1:]
+    return [value for value in found if usable(kind, value)]
+
+
+def usable(kind: Any, value: Any) -> bool:
+    try:
+        checked(kind, value, "it")
+    except RecipeError:
+        return False
+    return True
+
+
+def test_every_type_of_number_has_two_ends() -> None:
+    kinds = [
+        value
+        for value in vars(field_types).values()
+        if get_args(value) and get_args(value)[0] in (int, float)
+    ]
+    assert len(kinds) > 20
+    for kind in kinds:
+        assert len(ends(kind)) >= 2
+
+
+@pytest.mark.parametrize("seed", ends(Seed))
+def test_seeds_seed_every_generator(seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        transformers.set_seed(seed)
+        torch.manual_seed(seed + 1000)  # a later prompt's or term's
+    np.random.default_rng(seed)
+    random.Random(seed)
+    transformers.set_seed(0)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 1.5, True, "1"])
+def test_other_seeds_are_refused_by_name(seed: Any) -> None:
+    with pytest.raises(RecipeError, match="seed: input should be"):
+        checked(Seed, seed, "seed")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_optimizer_and_schedule_stay_finite(schedule: str) -> None:
+    kinds = (LearningRate, WeightDecay, Beta, PartialShareOrZero, GradientNorm)
+    for rate, decay, beta, warmup, norm in itertools.product(*map(ends, kinds)):
+        section = TrainRecipe(
+            learning_rate=rate, weight_decay=decay, betas=(beta, beta), warmup=warmup,
+            max_grad_norm=norm, schedule=schedule,
+        )  # fmt: skip
+        weight = torch.nn.Parameter(torch.ones(4))
+        optimizer = torch.optim.AdamW(
+            [weight], lr=rate, weight_decay=decay, betas=section.betas, fused=True
+        )
+        options = {"num_decay_steps": 1} if schedule == "wsd" else {}
+        scheduler = get_scheduler(
+            SCHEDULES[schedule], optimizer, round(section.warmup * 4), 4, options
+        )
+        for _ in range(2):
+            weight.grad = torch.tensor([1.0, -1.0, 1e-3, 0.0])
+            torch.nn.utils.clip_grad_norm_([weight], norm)
+            optimizer.step()
+            scheduler.step()
+        assert weight.isfinite().all(), section
+
+
+@pytest.mark.parametrize("epochs", ends(Epochs))
+@pytest.mark.parametrize("batch", [1, 10**6])
+def test_there_is_a_step_to_take_and_an_end(epochs: float, batch: int) -> None:
+    plan = plan_batches(TrainRecipe(epochs=epochs, batch_size=batch), windows=10, processes=1)
+    assert 1 <= plan.steps <= 10 * 10**6
+
+
+@pytest.mark.parametrize("divergence", PARAMETERS)
+def test_losses_and_their_gradients_stay_finite(divergence: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(6, 8, generator=generator).requires_grad_()
+    head = LMHead(torch.randn(11, 8, generator=generator).requires_grad_())
+    signal = LogitsSignal(20 * torch.randn(6, 11, generator=generator))
+    targets_N = torch.arange(6)
+    for term in terms_at_the_ends(divergence):
+        loss = fused_loss(hidden_ND, head, [_term(term)], signal=signal, targets_N=targets_N).total
+        gradients = torch.autograd.grad(loss, [hidden_ND, head.weight_VD])
+        assert loss.isfinite(), term
+        assert all(gradient.isfinite().all() for gradient in gradients), term
+
+
+def terms_at_the_ends(divergence: str) -> list[LogitsTerm]:
+    temperatures = [1.0] if divergence == "cross_entropy" else ends(Temperature)
+    values = [0.0, 1e-6, 0.5, 0.999999, 1.0, *([10.0] if divergence == "alpha_beta" else [])]
+    names = list(PARAMETERS[divergence])
+    found = []
+    for temperature, weight, *given in itertools.product(
+        temperatures, ends(Weight), *[values] * len(names)
+    ):
+        parameters = dict(zip(names, given, strict=True))
+        try:
+            found.append(
+                LogitsTerm(
+                    divergence=divergence, temperature=temperature, weight=weight, **parameters
+                )
+            )
+        except ValueError:
+            assert parameters  # a divergence that is 0 or undefined there
+    return found
+
+
+def test_weights_that_move_stay_finite() -> None:
+    for start, end in itertools.product(ends(Weight), repeat=2):
+        schedule = Schedule(start, end, 0.0, 1e-6, "cosine")
+        assert all(0 <= schedule.at(progress) <= 1e6 for progress in (0.0, 5e-7, 1.0))
+
+
+def test_tokens_are_drawn_at_any_temperature() -> None:
+    logits_V = torch.tensor([0.0, 50.0, -50.0, 1000.0])
+    for temperature, share, uniform in itertools.product(
+        [t for t in ends(SamplingTemperature) if t], ends(Share), [0.0, 0.999999]
+    ):
+        probabilities_V = torch.softmax(logits_V / temperature, -1)
+        assert probabilities_V.isfinite().all()
+        assert draw(probabilities_V, share, uniform) in range(4)
+
+
+def test_near_duplicates_at_any_similarity() -> None:
+    for similarity in ends(Similarity):
+        texts = NearDuplicates(similarity)
+        assert texts.add(["one", "two", "three", "four"]) is None
+        assert texts.add(["one", "two", "three", "four"]) is not None
+
+
+def test_a_threshold_is_found_or_not_at_any_confidence() -> None:
+    p_NC = torch.tensor([[0.9, 0.1]] * 30 + [[0.6, 0.4]] * 30)
+    true_N = torch.tensor([0] * 50 + [1] * 10)
+    for target, confidence in itertools.product(ends(PartialShare), repeat=2):
+        AbstainRecipe(target=target, confidence=confidence)
+        choose_threshold(p_NC, true_N, target, confidence)
+
+
+def test_budgets_hold_at_any_price() -> None:
+    for limit, price in itertools.product(ends(Usd), repeat=2):
+        budget = Budget(max_usd=limit)
+        worst = Spending(1000, Price(price, price).of(500, 500))
+        assert budget.reserve(worst) == (worst.usd <= limit)
+
+
+def test_limits_of_a_divergence_can_be_compared() -> None:
+    assert all(0 < limit < float("inf") for limit in ends(Divergence))
