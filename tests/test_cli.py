@@ -169,6 +169,39 @@ def test_a_users_error_is_one_message_without_a_traceback(
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "x" * 400],
+        ["report", "x" * 400],
+        ["predict", "x" * 400],
+        ["signals", "info", "x" * 400],
+        ["init", "--from", "x" * 400],
+        ["init", "--from", "/dev/zero"],
+        ["run", "/dev/zero"],
+    ],
+)
+def test_paths_that_cannot_be_read_are_one_message(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["stillhouse", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert arguments[-1] in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("number", ["-1", "1e5", "nan", "true", f"1{'0' * 30}"])
+@pytest.mark.parametrize("option", [("check", "--calls"), ("preview", "--rows")])
+def test_options_have_numbers_that_can_be(option: tuple[str, str], number: str) -> None:
+    result = call(option[0], "recipe.yaml", option[1], number)
+    assert result.exit_code == 2
+    assert "Invalid value" in result.output
+
+
 def test_a_bug_says_that_it_is_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,16 @@ def test_the_found_sizes_meet_the_target(teacher: Any, data: sh.Data) -> None:
         (lambda d: sh.distill(tiny.llama(), None, d, learning_rate=-1), "greater than 0", ""),
         (lambda d: sh.divergence("kl"), "divergence", ""),
         (lambda d: sh.KL(beta=-1), "beta", ""),
+        (lambda d: sh.KL(temperature=1e-320), "temperature: it must be at least 0.001", ""),
+        (lambda d: sh.distill(tiny.llama(), None, d, seed=2**32), "seed: .* 4294967295", ""),
+        (lambda d: sh.distill(tiny.llama(), None, d, epochs=float("inf")), "epochs: .*inf", ""),
+        (lambda d: sh.distill(tiny.llama(), None, d, objective=[sh.KL(weight=0)]), "weight 0", ""),
+        (lambda d: sh.evaluate(tiny.llama(), tiny.llama(), d, seed=-1), "seed", ""),
+        (lambda d: sh.evaluate(tiny.llama(), None, d, max_new_tokens=0), "max_new_tokens", ""),
+        (lambda d: sh.record(None, d, "x", temperature=float("nan")), "temperature", ""),
+        (lambda d: sh.search_sizes(None, d, seed=10**5000), "seed: .*80 digits", ""),
+        (lambda d: sh.Student.random(None, seed=True), "seed", ""),
+        (lambda d: sh.Data.build(["a"], None, seed=1.5), "seed", ""),
     ],
 )
 def test_a_wrong_option_is_one_clear_error(

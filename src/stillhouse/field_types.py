@@ -21,15 +21,19 @@ def _float(low: float, high: float) -> Any:
     return Field(ge=low, le=high, allow_inf_nan=False)
 
 
+def _above_zero(high: float) -> Any:
+    return Field(gt=0, le=high, allow_inf_nan=False)
+
+
 def _int(low: int, high: int) -> FieldInfo:
     info: FieldInfo = Field(ge=low, le=high)
     return info
 
 
-def _zero_or_at_least(least: float) -> AfterValidator:
+def _at_least(least: float, *, or_zero: bool = False) -> AfterValidator:
     def check(value: float) -> float:
         if 0 < value < least:
-            raise ValueError(f"it must be 0, or at least {least:g}")
+            raise ValueError(f"it must be {'0, or ' if or_zero else ''}at least {least:g}")
         return value
 
     return AfterValidator(check)
@@ -59,40 +63,40 @@ WholeNumber = Annotated[int, _int(-MOST_TOKENS, MOST_TOKENS)]
 
 # --- floating-point numbers ------------------------------------------------------------------
 
-LearningRate = Annotated[float, _float(1e-12, 10.0)]
-Epochs = Annotated[float, _float(1e-6, 1e6)]
-WeightDecay = Annotated[float, _float(0.0, 10.0), _zero_or_at_least(1e-12)]
-GradientNorm = Annotated[float, _float(1e-9, 1e9)]
+LearningRate = Annotated[float, _above_zero(10.0), _at_least(1e-12)]
+Epochs = Annotated[float, _above_zero(1e6), _at_least(1e-6)]
+WeightDecay = Annotated[float, _float(0.0, 10.0), _at_least(1e-12, or_zero=True)]
+GradientNorm = Annotated[float, _above_zero(1e9), _at_least(1e-9)]
 """The largest is as good as no clipping."""
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 """A decay rate of Adam's moments."""
-Weight = Annotated[float, _float(0.0, 1e6), _zero_or_at_least(1e-12)]
+Weight = Annotated[float, _float(0.0, 1e6), _at_least(1e-12, or_zero=True)]
 """The factor of a loss term."""
-Temperature = Annotated[float, _float(1e-3, 100.0)]
+Temperature = Annotated[float, _above_zero(100.0), _at_least(1e-3)]
 """Divides logits in a loss."""
-SamplingTemperature = Annotated[float, _float(0.0, 100.0), _zero_or_at_least(1e-3)]
+SamplingTemperature = Annotated[float, _float(0.0, 100.0), _at_least(1e-3, or_zero=True)]
 """0 is greedy."""
-Share = Annotated[float, _float(1e-6, 1.0)]
+Share = Annotated[float, _above_zero(1.0), _at_least(1e-6)]
 """Some, or all."""
-PartialShare = Annotated[float, Field(ge=1e-6, lt=1, allow_inf_nan=False)]
+PartialShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), _at_least(1e-6)]
 """Some, but not all."""
 PartialShareOrZero = Annotated[
-    float, Field(ge=0, lt=1, allow_inf_nan=False), _zero_or_at_least(1e-6)
+    float, Field(ge=0, lt=1, allow_inf_nan=False), _at_least(1e-6, or_zero=True)
 ]
 """From none to almost all."""
-ShareOrZero = Annotated[float, _float(0.0, 1.0), _zero_or_at_least(1e-6)]
+ShareOrZero = Annotated[float, _float(0.0, 1.0), _at_least(1e-6, or_zero=True)]
 """From none to all."""
-Similarity = Annotated[float, _float(0.01, 1.0)]
+Similarity = Annotated[float, _above_zero(1.0), _at_least(0.01)]
 """Of two texts (Jaccard)."""
-Parameter = Annotated[float, _float(0.0, 10.0), _zero_or_at_least(1e-6)]
+Parameter = Annotated[float, _float(0.0, 10.0), _at_least(1e-6, or_zero=True)]
 """Of a divergence."""
 FiniteNumber = Annotated[float, _float(-1e38, 1e38)]
 """Within float32."""
-Divergence = Annotated[float, _float(1e-15, 1e3)]
+Divergence = Annotated[float, _above_zero(1e3), _at_least(1e-15)]
 """A limit of a KL divergence, in nats."""
-Usd = Annotated[float, _float(0.0, 1e9), _zero_or_at_least(1e-12)]
+Usd = Annotated[float, _float(0.0, 1e9), _at_least(1e-12, or_zero=True)]
 """An amount of US dollars, or a price of a million tokens."""
-Seconds = Annotated[float, _float(1e-3, 604_800.0)]
+Seconds = Annotated[float, _above_zero(604_800.0), _at_least(1e-3)]
 """Up to a week."""
 
 # --- text ------------------------------------------------------------------------------------

@@ -57,9 +57,9 @@ def ends(kind: Any) -> list[Any]:
         high = float(np.nextafter(schema["exclusiveMaximum"], -1))
     found = [low, high]
     if low == 0 and schema["type"] == "number":
-        found += [
-            least for least in (10.0**-power for power in range(3, 16)) if usable(kind, least)
-        ][-1:]
+        found += [least for least in (10.0**-power for power in range(16)) if usable(kind, least)][
+            -1:
+        ]
     return [value for value in found if usable(kind, value)]
 
 
