@@ -37,7 +37,7 @@ def refused(path: Path | str, overrides: list[str] | None = None) -> str:
     assert time.process_time() - started < 2
     text = str(caught.value)
     assert text.isprintable() or "\n" in text
-    assert len(text) < 3000
+    assert len(text) < 10_000
     return text
 
 

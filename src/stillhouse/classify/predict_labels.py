@@ -14,6 +14,7 @@ from stillhouse.classify.task_texts import labelled_text, read_texts
 from stillhouse.data.row_reader import read_lines
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.pipeline.kind import Rows
+from stillhouse.section import made
 
 TOGETHER = 256
 
@@ -28,7 +29,8 @@ def classifier_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None
 
 def file_texts(path: Path, key: str) -> Iterator[str]:
     """The texts of a file, see `read_rows`. Raises DataError."""
-    return (row.text for row in read_texts(TextFile(path=str(path), text=key), Path.cwd()))
+    file = made(TextFile, {"path": str(path), "text": key}, "predict")
+    return (row.text for row in read_texts(file, Path.cwd()))
 
 
 def stream_texts(lines: TextIO, key: str) -> Iterator[str]:

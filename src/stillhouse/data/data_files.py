@@ -212,6 +212,11 @@ def regular(path: Path) -> Path:
     return path
 
 
+def regular_if_there(path: Path) -> Path:
+    """As `regular`, but a path at which nothing is remains the reader's concern."""
+    return regular(path) if path.exists() else path
+
+
 # --- content ---------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import xxhash
 
+from stillhouse.data.data_files import regular_if_there
 from stillhouse.errors import RunError
 from stillhouse.progress import note
 
@@ -106,6 +107,7 @@ def open_journal_file(path: Path, lock: IO[str]) -> tuple[sqlite3.Connection, sq
 
 def lock_journal(path: Path) -> IO[str]:
     """Locks a file beside the journal for this process. Raises RunError."""
+    regular_if_there(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = path.with_name(path.name + ".lock").open("a+", encoding="utf-8")

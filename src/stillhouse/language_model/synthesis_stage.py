@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse import account
-from stillhouse.data.data_files import regular
+from stillhouse.data.data_files import regular, regular_if_there
 from stillhouse.errors import DataError
 from stillhouse.generation.text_teacher import DefaultModel, LocalText
 from stillhouse.hardware import leads
@@ -45,7 +45,7 @@ def synthesis_job(recipe: Recipe, base: Path) -> SynthesisJob:
 
 
 def out_path(section: SynthesizeRecipe, base: Path) -> Path:
-    return (base / Path(section.out).expanduser()).absolute()
+    return regular_if_there((base / Path(section.out).expanduser()).absolute())
 
 
 def makes_text(recipe: Recipe, base: Path) -> bool:

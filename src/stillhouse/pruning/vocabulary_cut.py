@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from stillhouse.data.data_files import regular_if_there
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.progress import bar
@@ -123,6 +124,7 @@ def expected_tokens(
 def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
     """The ids of the tokens that a file names, which may be among those that a configuration
     names."""
+    regular_if_there(file)
     try:
         text = file.read_text(encoding="utf-8")
         listed = json.loads(text) if file.suffix == ".json" else text.split("\n")
@@ -130,7 +132,7 @@ def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
             listed = listed["kept_ids"]
         if not isinstance(listed, list):
             raise ValueError("it holds no list")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise RecipeError(
             f"the tokens to keep cannot be read: {error}",
             where=file,

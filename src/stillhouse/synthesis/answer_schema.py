@@ -14,6 +14,7 @@ from referencing import Resource
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012
 
+from stillhouse.data.data_files import regular_if_there
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.synthesis.patterns import Pattern, compiled_pattern
 
@@ -50,6 +51,7 @@ def read_schema(path: Path) -> dict[str, Any]:
 
     Raises DataError: it cannot be read, or allows any answer.
     """
+    regular_if_there(path)
     try:
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:

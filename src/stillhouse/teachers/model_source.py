@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from stillhouse.data.data_files import regular_if_there
 from stillhouse.errors import ModelError
 from stillhouse.teachers.gguf_import import convert_gguf
 from stillhouse.teachers.hashing import cache_folder, file_sha256
@@ -105,6 +106,7 @@ def _resolved(
         )
     if path.is_dir():
         return ModelSource(path.resolve(), folder_fingerprint(path, folder), model)
+    regular_if_there(path)
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path, model, folder)
     raise ModelError(
