@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -18,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+import stillhouse as sh
 from bench.input_trials import files
 from bench.input_trials.models import (
     SIZES,
@@ -233,6 +235,25 @@ def broken_tokenizer(chance: random.Random, folder: Path) -> Trial:
     return refused(f"tokenizer.json: {how}", path, chance)
 
 
+def tokenizer_rules(chance: random.Random, folder: Path) -> Trial:
+    """A tokenizer.json with rules that the class transformers chooses by name does not have."""
+    path = save(folder / "m", chance.choice(["llama", "qwen2", "qwen3", "gpt2"]))
+    edit(path, {"normalizer": {"type": "Lowercase"}}, "tokenizer.json")
+    names = ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2TokenizerFast", "Qwen2Tokenizer"]
+    edit(path, {"tokenizer_class": chance.choice(names)}, "tokenizer_config.json")
+    text = "In 2023 the CAT paid 650841823"
+    expected = Tokenizer.from_file(str(path / "tokenizer.json")).encode(text).ids
+
+    def wrong(tokenizer: Any) -> str | None:
+        found = tokenizer(text)["input_ids"]
+        return None if found == expected else f"tokens {found}, by tokenizer.json {expected}"
+
+    def read() -> Any:
+        return sh.Teacher.load(path, dtype="float32", device="cpu").tokenizer
+
+    return Trial("rules in tokenizer.json", read, wrong, excused=("tokenizer.json",))
+
+
 def tokenizer_config(chance: random.Random, folder: Path) -> Trial:
     """A damaged tokenizer_config.json; without one, transformers has defaults."""
     _, path = start(chance, folder)
@@ -257,5 +278,5 @@ QUIRKS: tuple[Quirk, ...] = (
     other_class,
     other_mathematics, broken_config, broken_config, quantized, config_text, double_config_keys,
     remote_code, bidirectional, end_token, encoder, encoder, classifier,
-    padded_rows, large_tokenizer, broken_tokenizer, tokenizer_config, two_models,
+    padded_rows, tokenizer_rules, large_tokenizer, broken_tokenizer, tokenizer_config, two_models,
 )  # fmt: skip

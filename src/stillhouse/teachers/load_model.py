@@ -17,6 +17,7 @@ from stillhouse.teachers.model_requirements import (
     require_tokens,
 )
 from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.stored_tokenizer import as_stored
 from stillhouse.teachers.weights import WHOLE_NUMBERS, stored_types, weight_files
 
 _checked: set[tuple[Path, int]] = set()
@@ -131,13 +132,15 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer; ModelError when there is none.
 
-    Without its files, transformers makes a tokenizer of the architecture's special tokens alone.
+    Its tokens are those of tokenizer.json, where there is one. Without its files, transformers
+    makes a tokenizer of the architecture's special tokens alone.
     """
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
+            tokenizer = as_stored(tokenizer, path)
     # The tokenizers library raises plain Exception for a damaged tokenizer.json.
     except Exception as error:
         raise _no_tokenizer(path, str(error)) from error

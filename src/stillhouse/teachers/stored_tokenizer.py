@@ -1,0 +1,59 @@
+"""Reads tokenizer.json as it is, where transformers' class of the tokenizer would change it.
+
+transformers 5 rebuilds many tokenizers from their vocabulary and merges, with the rules of the
+class that it chooses by name or architecture, whatever tokenizer.json says about normalization and
+splitting. The same text then has other tokens than those the model was trained on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from stillhouse.progress import note
+
+PROBES = (
+    "In 2023, 650841823 people paid $1,234.50 (3.5%).",
+    " Two  spaces,\ttabs\n\n and   lines\r\n  ",
+    "I'm sure they'll say DON'T; we've n't it's",
+    "def f(x_1):\n    return {'a': [x+1, -0.5e-3]}  # done",
+    "Naïve café, ZÜRICH, I\u0307stanbul, e\u0301 ﬁne ｆｕｌｌ",
+    "日本語のテキスト 한국어 中文，。 हिन्दी தமிழ் ภาษาไทย עברית العربية",
+    "🙂👩‍👩‍👧‍👦 ... !!! -- a_b.c/d\\e <b>&amp;</b> \u00a0\u3000\u200b",
+)
+_faithful: dict[tuple[Path, int], bool] = {}
+"""Whether transformers reads a file, with the time of its last change, as it is."""
+
+
+def as_stored(tokenizer: Any, folder: Path) -> Any:
+    """The tokenizer, or the one that the folder's tokenizer.json defines if their tokens differ."""
+    file = folder / "tokenizer.json"
+    if not file.is_file() or type(tokenizer).__name__ in _PLAIN or not _of_transformers(tokenizer):
+        return tokenizer
+    known = file.resolve(), file.stat().st_mtime_ns
+    if _faithful.get(known):
+        return tokenizer
+    stored = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    same = len(stored) == len(tokenizer) and _tokens(stored) == _tokens(tokenizer)
+    if not same and known not in _faithful:
+        note(
+            f"{folder}: the tokenizer is read as its tokenizer.json says; transformers' own "
+            f"{type(tokenizer).__name__} makes other tokens of the same text"
+        )
+    _faithful[known] = same
+    return tokenizer if same else stored
+
+
+_PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
+"""Classes that take tokenizer.json as it is."""
+
+
+def _of_transformers(tokenizer: Any) -> bool:
+    """Code that comes with a model is trusted to know its tokenizer."""
+    return type(tokenizer).__module__.startswith("transformers.") and tokenizer.is_fast
+
+
+def _tokens(tokenizer: Any) -> list[list[int]]:
+    return [tokenizer(probe, add_special_tokens=False)["input_ids"] for probe in PROBES]
