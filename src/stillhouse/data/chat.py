@@ -55,7 +55,12 @@ def render_conversation(
     fitted = replace(conversation, messages=tuple(form.fit(conversation.messages)))
     hidden = fitted if control_tokens else _hide(fitted, form.control_tokens)
     reveal = (lambda text: text) if hidden is fitted else form.control_tokens.reveal
-    turns = [render_turn(hidden, index, tokenizer) for index in learned]
+    try:
+        turns = [render_turn(hidden, index, tokenizer) for index in learned]
+    except DataError:
+        if hidden is not fitted:  # the error shall show the text, not the placeholders
+            [render_turn(fitted, index, tokenizer) for index in learned]
+        raise
     for index, turn in zip(learned, turns, strict=True):
         written = reveal(turn.written[len(turn.before) :])
         prove_turn(fitted.messages[index], index, written, form, conversation.where)
