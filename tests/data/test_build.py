@@ -296,3 +296,35 @@ def test_preview_marks_each_document_and_counts_padding(tmp_path: Path) -> None:
     for row in range(2):
         padding = 64 - int((train[row]["labels"] != -100).sum()) - 1
         assert f"{padding} × padding" in shown
+
+
+def test_preview_shows_formats_notes_and_what_is_learned_without_colors(tmp_path: Path) -> None:
+    rows: list[Any] = [{"messages": chat(f"what {n}", f"it is {n}"), "id": n} for n in range(40)]
+    rows += [
+        {"messages": [*chat(f"w {n}"), {**chat("", f"no {n}")[1], "weight": 0}, *chat("q", "yes")]}
+        for n in range(20)
+    ]
+    rows += [{"instruction": f"Name {n}", "input": "", "output": f"it is {n}"} for n in range(20)]
+    write_jsonl(tmp_path / "c.jsonl", rows)
+    sources = [{"kind": "jsonl", "path": "c.jsonl"}]
+    train, _, summary = build_in(tmp_path, sources=sources, heldout_tokens=100, context=128)
+    assert summary.train.formats == {"messages": 60, "Alpaca": 20}
+    assert summary.train.notes == {"not read: `id`": 40}
+    console = Console(width=200, record=True, file=(tmp_path / "screen").open("w"))
+    console.print(preview(train, TOKENIZER, len(train)))
+    shown = console.export_text()
+    assert "rows read: 60 messages, 20 Alpaca" in shown
+    assert "40 rows: not read: `id`" in shown
+    assert "⟦yes<|im_end|>⟧" in shown
+    assert "⟦no" not in shown
+    assert "\nno 7<|im_end|>" in shown
+
+
+def test_windows_written_before_formats_were_counted_can_be_read(tmp_path: Path) -> None:
+    write_lines(tmp_path / "a.txt", lines(100))
+    build_in(tmp_path)
+    about = tmp_path / "out" / "train" / "windows.json"
+    raw = json.loads(about.read_text())
+    del raw["formats"], raw["notes"]
+    about.write_text(json.dumps(raw))
+    assert open_windows(about.parent).info.notes == {}
