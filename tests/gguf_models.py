@@ -120,15 +120,13 @@ def save(folder: Path, name: str, **more: Any) -> Any:
     initialization."""
     kind, changes = MODELS[name]
     words = tiny.merging_tokenizer()
-    made = config(
-        kind,
-        **changes,
-        **more,
-        vocab_size=len(words),
-        bos_token_id=None,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
+    tokens = {
+        "vocab_size": len(words),
+        "bos_token_id": None,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+    made = config(kind, **{**tokens, **changes, **more})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
         made, attn_implementation="eager" if kind == "gemma2" else "sdpa"

@@ -33,6 +33,7 @@ from stillhouse.students.student import Student
 from stillhouse.students.student_config import PrunedStudent
 from stillhouse.teachers import record_store
 from stillhouse.teachers.local_teacher import LocalTeacher, local
+from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.several_teachers import combined
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
 from stillhouse.teachers.stored_teacher import StoredTeacher
@@ -200,7 +201,9 @@ def search_sizes(
         model = start.folder
         if model is None:
             model = Path(scratch) / "teacher"
-            Student(start.model, start.tokenizer).save(model)
+            Student(start.model).save(model)
+            if start.tokenizer is not None:
+                save_tokenizer(start.tokenizer, model)
         device = default_device()
         found = search_shape(
             Setting(

@@ -106,6 +106,7 @@ def _training(
         name,
         everything,
         work,
+        version=2,
         resumable=True,
         together=True,
         scratch=(CHECKPOINTS,),

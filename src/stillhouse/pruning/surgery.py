@@ -76,6 +76,30 @@ def keep_tokens(model: Any, kept_V: Tensor) -> None:
 
     Token ids in the configurations (end of sequence and so on) follow (see `check_tokens`).
     """
+    _keep_rows_of_ends(model, kept_V)
+    new_ids = {old: new for new, old in enumerate(kept_V.tolist())}
+    for config in (model.config, model.generation_config):
+        for name, value in special_ids(config).items():
+            found = [new_ids[old] for old in value] if isinstance(value, list) else new_ids[value]
+            setattr(config, name, found)
+    embedding = model.get_input_embeddings()
+    if embedding.padding_idx is not None:
+        embedding.padding_idx = model.config.pad_token_id
+        model.base_model.padding_idx = model.config.pad_token_id
+
+
+def cut_rows_without_tokens(model: Any, tokens: int) -> bool:
+    """Keep the first `tokens` rows of the embedding and the head, and those whose ids a
+    configuration names. False: there were no others."""
+    rows = model.get_output_embeddings().weight.shape[0]
+    named = [*named_ids(model.config), *named_ids(model.generation_config)]
+    count = max([tokens, *(token + 1 for token, _ in named if token < rows)])
+    if count < rows:
+        _keep_rows_of_ends(model, torch.arange(count))
+    return count < rows
+
+
+def _keep_rows_of_ends(model: Any, kept_V: Tensor) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     set_parameter(embedding, "weight", embedding.weight[kept_V])
@@ -85,18 +109,10 @@ def keep_tokens(model: Any, kept_V: Tensor) -> None:
         head.out_features = len(kept_V)
     else:
         keep_rows(head, kept_V)
-    new_ids = {old: new for new, old in enumerate(kept_V.tolist())}
-    for config in (model.config, model.generation_config):
-        for name, value in special_ids(config).items():
-            found = [new_ids[old] for old in value] if isinstance(value, list) else new_ids[value]
-            setattr(config, name, found)
-    model.config.vocab_size = len(kept_V)
+    model.config.get_text_config().vocab_size = len(kept_V)
     model.vocab_size = len(kept_V)
     if hasattr(model.base_model, "vocab_size"):
         model.base_model.vocab_size = len(kept_V)
-    if embedding.padding_idx is not None:
-        embedding.padding_idx = model.config.pad_token_id
-        model.base_model.padding_idx = model.config.pad_token_id
 
 
 def check_tokens(model: Any, kept: Collection[int]) -> None:

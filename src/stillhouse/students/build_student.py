@@ -65,7 +65,7 @@ def build_student(
             )
             student, summary = Student(pruned.model, pruned.tokenizer), pruned.summary
             kept_ids = pruned.kept_ids
-    student.save(out)
+    student.save(out, every_row=True)
     if kept_ids is not None:
         save_kept_ids(kept_ids, out)
     if not trust_remote_code and not getattr(section, "trust_remote_code", False):

@@ -16,6 +16,7 @@ from stillhouse.errors import RecipeError, RunError
 from stillhouse.field_types import Seed
 from stillhouse.pruning.offload import load_offloaded, save_model
 from stillhouse.pruning.pruning_config import UNITS
+from stillhouse.pruning.surgery import cut_rows_without_tokens
 from stillhouse.section import checked, made
 from stillhouse.signals import LMHead
 from stillhouse.students.pruned_student import prune_to, target_sizes
@@ -77,13 +78,17 @@ class Student:
         """Random weights in the architecture's own initialization: one seed, one set of weights.
 
         like: a teacher, whose tokenizer is taken too, or a transformers configuration. overrides:
-        values of the configuration to change, such as hidden_size=256.
+        values of the configuration to change, such as hidden_size=256. There are as many rows as
+        tokens unless they say otherwise.
         Raises RecipeError: an unknown key, or a configuration that is not possible. ModelError: the
         teacher's configuration is not known.
         """
         seed = checked(Seed, seed, "seed")
         if isinstance(like, Teacher):
             like, tokenizer = local(like).config, tokenizer or like.tokenizer
+        if tokenizer is not None and "vocab_size" not in overrides:
+            rows = check_rows(tokenizer, like.get_text_config().vocab_size, "student")
+            overrides = {"vocab_size": rows, **overrides}
         return cls(random_model(overridden_config(like, overrides), seed), tokenizer)
 
     @classmethod
@@ -154,14 +159,24 @@ class Student:
         training = any(each.requires_grad for each in self.model.parameters())
         return head if training and not head.weight_VD.requires_grad else None
 
-    def save(self, folder: str | Path) -> None:
+    def cut_rows_without_tokens(self) -> None:
+        """Take embedding rows that pad the model beyond its tokenizer out of it, in place.
+
+        No loss covers them, so nothing would keep the trained model from writing their ids.
+        """
+        if cut_rows_without_tokens(self.model, self.vocabulary):
+            self.folder = None
+
+    def save(self, folder: str | Path, *, every_row: bool = False) -> None:
         """Write a plain Hugging Face folder: configuration, safetensors weights and tokenizer.
 
-        Its generation config ends answers with the end of a turn, too.
-
+        Its generation config ends answers with the end of a turn, too. every_row: also embedding
+        rows that have no token, which are otherwise cut out of the model first.
         Raises RunError where the folder cannot be written.
         """
         folder = Path(folder)
+        if not every_row:
+            self.cut_rows_without_tokens()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if self.tokenizer is not None:

@@ -132,6 +132,7 @@ def train(
     nothing to learn or to measure on, a loss that is not finite, weights that were not saved.
     """
     plan = plan_batches(settings, len(batches), world_size())
+    student.cut_rows_without_tokens()
     _check_text(batches, heldout, settings)
     precision = choose_precision(settings.precision, default_device())
     if leads():

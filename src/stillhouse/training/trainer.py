@@ -62,6 +62,7 @@ class DistillationTrainer(ResumingTrainer):
     ) -> None:
         args: TrainingArguments = kwargs.pop("args", None) or TrainingArguments()
         self.student = student if isinstance(student, Student) else Student(student)
+        self.student.cut_rows_without_tokens()
         if teacher is not None and not isinstance(teacher, Teacher):
             teacher = Teacher.from_model(teacher)
         self.teacher = teacher
