@@ -11,6 +11,7 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import stillhouse
+from stillhouse.check import check_recipe
 from stillhouse.data.turn_end import end_of_answers, turn_end
 from stillhouse.evaluation.generate import generate
 from stillhouse.export.checkpoint import _save
@@ -18,7 +19,7 @@ from stillhouse.export.gguf_export import write_form
 from stillhouse.export.modelfile import modelfile
 from stillhouse.students.student import Student
 from tests import tiny
-from tests.chat_toys import chat, save_model, shown, tokenizer, write_jsonl
+from tests.chat_toys import CHATML, GEMMA, chat, save_model, shown, tokenizer, write_jsonl
 
 
 def base_model(folder: Path) -> Path:
@@ -78,6 +79,31 @@ def test_a_generation_config_that_has_it_stays_as_it_is(tmp_path: Path) -> None:
     words = tokenizer()
     Student.load(save_model(tmp_path / "base", words, ends=[5, 0])).save(tmp_path / "student")
     assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [5, 0]
+
+
+def test_check_says_where_turns_end_and_whether_both_models_end_them_alike(tmp_path: Path) -> None:
+    special = ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>")
+    words = tokenizer(CHATML, eos="<|endoftext|>", special=special)
+    save_model(tmp_path / "student", words)
+    write_jsonl(tmp_path / "chat.jsonl", [{"messages": chat("Hi", "Hello.")}] * 40)
+    (tmp_path / "text.txt").write_text("")
+
+    def said(template: str) -> list[tuple[str, str]]:
+        words.chat_template = template
+        save_model(tmp_path / "teacher", words)
+        raw = tiny.recipe(
+            tmp_path,
+            data={"sources": [{"kind": "file", "path": str(tmp_path / "chat.jsonl")}]},
+        )
+        raw["student"] = {"start": "pretrained", "model": str(tmp_path / "student")}
+        found = [one for one in check_recipe(raw) if one.topic == "chat template"]
+        return [(one.level, one.text) for one in found]
+
+    ends = "an assistant's turn ends with <|im_end|>, which is learned and ends answers"
+    alike = ("ok", f"loss on assistant turns; {ends}; see `stillhouse preview`")
+    other = "the teacher's turns end with <end_of_turn>, and the student's with <|im_end|>"
+    assert said(CHATML) == [alike]
+    assert said(GEMMA) == [alike, ("warning", other)]
 
 
 @pytest.mark.run

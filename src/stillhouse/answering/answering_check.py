@@ -28,6 +28,7 @@ from stillhouse.generation.source_check import require_source
 from stillhouse.generation.template_check import FrameKeys, rendered_training, require_template
 from stillhouse.language_model.job import configs, find_models, planned_size
 from stillhouse.language_model.model_check import require_models
+from stillhouse.language_model.turn_check import check_turns
 from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
 from stillhouse.runfolder import run_root
@@ -100,6 +101,7 @@ def check_answer_student(check: Check) -> Iterator[Finding]:
     if not recipe.learns_text_alone:
         size += f" ({student.total / teacher.total:.0%} of the teacher's)"
     yield Finding("estimate", "student", size)
+    yield from check_turns(ordinary)
     yield from license_lines(job.made_with)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 Pair = tuple[str, str]
@@ -74,24 +74,15 @@ class Marks:
     @classmethod
     def of(cls, tokenizer: Any) -> Marks:
         """Those of a model with this tokenizer."""
-        template = str(getattr(tokenizer, "chat_template", None) or "")
-
-        def written(pairs: Iterable[Pair]) -> tuple[Pair, ...]:
-            return tuple(pair for pair in pairs if pair[0] in template and pair[1] in template)
-
-        return cls(
-            (*_REASONING, *written(_REASONING_OF_TEMPLATES)),
-            (*_ANSWER, *written(_ANSWER_OF_TEMPLATES)),
-        )
+        return _marks_of(str(getattr(tokenizer, "chat_template", None) or ""))
 
     @classmethod
     def own(cls, tokenizer: Any) -> Pair | None:
         """The marks that the chat template names in the place of <think>; None: it names none."""
         template = str(getattr(tokenizer, "chat_template", None) or "")
-        if THINK[0] in template or THINK[1] in template or THINK[0] in tokenizer.get_vocab():
+        if THINK[0] in template or THINK[1] in template:
             return None
-        named = (pair for pair in _REASONING if pair[0] in template and pair[1] in template)
-        return next(named, None)
+        return next(iter(_written(_REASONING, template)), None)
 
     def split(self, text: str, *, cut_off: bool = False) -> Said:
         """cut_off: the text ends at the token limit.
@@ -175,6 +166,18 @@ class Marks:
             if answer.rstrip().endswith(closing):
                 return answer.rstrip().removesuffix(closing).strip()
         return answer
+
+
+@lru_cache(maxsize=16)
+def _marks_of(template: str) -> Marks:
+    return Marks(
+        (*_REASONING, *_written(_REASONING_OF_TEMPLATES, template)),
+        (*_ANSWER, *_written(_ANSWER_OF_TEMPLATES, template)),
+    )
+
+
+def _written(pairs: Iterable[Pair], template: str) -> tuple[Pair, ...]:
+    return tuple(pair for pair in pairs if pair[0] in template and pair[1] in template)
 
 
 def _quoted(text: str, mark: re.Match[str]) -> bool:

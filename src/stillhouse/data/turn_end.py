@@ -152,6 +152,11 @@ def _first_token(tokenizer: Any, text: str) -> str | None:
 
 def _pattern(tokenizer: Any) -> str:
     """Matches the tokenizer's added tokens, the longest first."""
+    return _pattern_of(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=16)
+def _pattern_of(tokenizer: Any, _size: int) -> str:
     tokens = sorted(map(str, tokenizer.added_tokens_encoder), key=len, reverse=True)
     return "|".join(map(re.escape, tokens)) or r"(?!)"
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stillhouse.data.turn_end import stop_at_turn_end
 from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import FLOATS
 from stillhouse.export.gate import Gate, ReplayResult, fill
@@ -131,11 +132,13 @@ def save_torchao(
     model.config.quantization_config = _config(quantization, weights).to_dict()
     model.config.dtype = dtype
     save_file(tensors, out / "model.safetensors", metadata={**metadata, "format": "pt"})
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    stop_at_turn_end(model, tokenizer)
     with quiet():
         model.config.save_pretrained(out)
         model.generation_config.save_pretrained(out)
     write_older_names(out)
-    save_tokenizer(load_tokenizer(source, trust_remote_code=trust_remote_code), out)
+    save_tokenizer(tokenizer, out)
 
 
 def _tensor(

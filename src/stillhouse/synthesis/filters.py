@@ -239,7 +239,7 @@ def _grams(found: list[str], size: int) -> Iterable[str]:
 
 def answer_only(row: Row) -> str:
     """Without reasoning."""
-    return MARKS.split(row.text).answer.strip()
+    return MARKS.split(row.text, cut_off=row.finish_reason == "length").answer.strip()
 
 
 # --- all of them ------------------------------------------------------------------------------
