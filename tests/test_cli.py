@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -315,3 +318,29 @@ def test_lm_eval_paths_start_from_the_recipes_folder(tmp_path: Path) -> None:
     assert found is not None
     assert found.tasks == [str(tmp_path / "mine.yaml"), "arc_easy"]
     assert found.include_path == str(tmp_path / ".")
+
+
+def test_a_signal_inside_a_finalizer_still_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python drops what is raised inside of `__del__`."""
+
+    class Kills:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def command() -> None:
+        Kills()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            pass
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(cli, "app", command)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert stopped.value.code == 143

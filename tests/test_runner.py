@@ -379,15 +379,18 @@ def test_a_full_disk_stops_cleanly_and_keeps_what_is_done(
     assert not reused["export"]
 
 
-def test_ctrl_c_says_that_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_ctrl_c_says_that_the_same_command_goes_on(
+    tmp_path: Path, number: int, status: int
+) -> None:
     recipe = write(tiny.recipe(tmp_path), tmp_path)
     process = forks.stillhouse("run", str(recipe))
     while not list((tmp_path / "run" / "stages").glob(".train-*.partial")):
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=600)
-    assert process.poll() == 130
+    assert process.poll() == status
     assert "the same command goes on" in stderr
     assert "Traceback" not in stderr
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from stillhouse.config.load_recipe import AnyRecipe, read_recipe
 from stillhouse.errors import StillhouseError
@@ -48,9 +48,10 @@ def check_recipe(
 def findings_table(findings: Sequence[Finding]) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 1))
     for finding in findings:
-        text = escape(finding.text) + (f"\n[dim]{escape(finding.fix)}[/]" if finding.fix else "")
-        style = STYLES[finding.level]
-        table.add_row(f"[{style}]{finding.level}[/]", f"[bold]{finding.topic}[/]", text)
+        fix = f"\n{finding.fix}" if finding.fix else ""
+        level = Text(finding.level, STYLES[finding.level])
+        topic = Text(finding.topic, "bold")
+        table.add_row(level, topic, Text.assemble(finding.text, (fix, "dim")))
     return table
 
 

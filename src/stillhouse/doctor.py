@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from stillhouse.hardware import choose_precision, default_device, machine, matmul_rate
 from stillhouse.teachers.hashing import cache_folder
@@ -56,10 +56,10 @@ def examination() -> Table:
         table.add_row(f"{name} matmul", f"{rate:,.0f} GFLOP/s on {device}")
     table.add_row("memory", f"{int(facts['memory_bytes']) / 1e9:.1f} GB")  # type: ignore[call-overload]
     table.add_row("disk here", f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB free")
-    table.add_row("cache", str(cache_folder(None)))
+    table.add_row("cache", Text(str(cache_folder(None))))
     table.add_row("Hub", "offline (HF_HUB_OFFLINE)" if os.environ.get("HF_HUB_OFFLINE") else "on")
     for extra, modules in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        state = escape(f"missing: pip install 'stillhouse[{extra}]'") if missing else "installed"
-        table.add_row(f"extra {extra}", state)
+        state = f"missing: pip install 'stillhouse[{extra}]'" if missing else "installed"
+        table.add_row(f"extra {extra}", Text(state))
     return table

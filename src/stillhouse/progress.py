@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as RichTask
 from rich.text import Text
 
-console = Console(stderr=True)
+from stillhouse.terminal import Terminal
+
+console = Terminal(stderr=True)
 PLAIN_SECONDS = 15.0
 """Seconds between two lines where there is no terminal."""
 
@@ -33,7 +34,7 @@ def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Advance]
     """Shows progress towards `total` units; the caller calls `advance(units)` as work is done."""
     if console.is_terminal:
         columns = (
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f}%"),
             _Rate(unit),
@@ -55,10 +56,8 @@ def _plain_lines(description: str, total: int, unit: str) -> Iterator[Advance]:
     def say(now: float) -> None:
         rate = done / max(now - started, 1e-9)
         left = (total - done) / rate if rate > 0 else 0.0
-        console.print(
-            f"{description}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {left:,.0f} s left",
-            highlight=False,
-            soft_wrap=True,
+        console.write_line(
+            f"{description}: {done:,}/{total:,} {unit}, {rate:,.0f} {unit}/s, {left:,.0f} s left"
         )
 
     def advance(units: int) -> None:
@@ -77,4 +76,4 @@ def _plain_lines(description: str, total: int, unit: str) -> Iterator[Advance]:
 
 def note(message: str) -> None:
     """One line for the user on the error stream."""
-    console.print(message, highlight=False, soft_wrap=True)
+    console.write_line(message)

@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -40,20 +41,19 @@ def run(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = False) 
 
     On many GPUs: `torchrun --nproc-per-node 8 -m stillhouse run recipe.yaml`
     """
-    from rich.console import Console
-
     from stillhouse.commands import run as run_recipe
     from stillhouse.evaluation.metrics import metrics_of
     from stillhouse.evaluation.metrics_table import to_rich
+    from stillhouse.terminal import Terminal
 
     agree(recipe, set_, yes)
     result = run_recipe(recipe, overrides=set_ or [])
     if result is None:
         return
-    Console().print(to_rich(metrics_of(result.evaluation)))
+    Terminal().print(to_rich(metrics_of(result.evaluation)))
     for name, member in (result.members or {"model": result}).items():
-        Console().print(f"{name:<7} {member.model}", highlight=False)
-    Console().print(f"report  {result.report}", highlight=False)
+        Terminal().write_line(f"{name:<7} {member.model}")
+    Terminal().write_line(f"report  {result.report}")
 
 
 @app.command(hidden=True)
@@ -70,17 +70,16 @@ def synthesize(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = 
 
     Example: `stillhouse synthesize recipe.yaml --set synthesize.prompts.limit=20`
     """
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from stillhouse.commands import synthesize_text
+    from stillhouse.terminal import Terminal
 
     agree(recipe, set_, yes, synthesize=True)
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, value in synthesize_text(recipe, set_ or []).lines():
-        table.add_row(name, escape(value))
-    Console().print(table)
+        table.add_row(name, value)
+    Terminal().print(table)
 
 
 @app.command()
@@ -100,12 +99,11 @@ def check(
 
     Example: `stillhouse check recipes/demo.yaml`
     """
-    from rich.console import Console
-
     from stillhouse.check import check_recipe, findings_table
+    from stillhouse.terminal import Terminal
 
     findings = check_recipe(recipe, set_ or [], calls=calls)
-    Console().print(findings_table(findings))
+    Terminal().print(findings_table(findings))
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
 
@@ -120,11 +118,10 @@ def preview(
 
     Example: `stillhouse preview recipes/demo.yaml --rows 2`
     """
-    from rich.console import Console
-
     from stillhouse.commands import preview_recipe
+    from stillhouse.terminal import Terminal
 
-    Console().print(preview_recipe(recipe, set_ or [], rows=rows))
+    Terminal().print(preview_recipe(recipe, set_ or [], rows=rows))
 
 
 @app.command()
@@ -142,14 +139,13 @@ def evaluate(
 
     Example: `stillhouse evaluate recipes/demo.yaml --model runs/demo/model`
     """
-    from rich.console import Console
-
     from stillhouse.commands import evaluate_model
     from stillhouse.evaluation.metrics import metrics_of
     from stillhouse.evaluation.metrics_table import to_rich
+    from stillhouse.terminal import Terminal
 
     evaluation = evaluate_model(recipe, set_ or [], model)
-    Console().print(to_rich(metrics_of(evaluation)))
+    Terminal().print(to_rich(metrics_of(evaluation)))
     if json_ is not None:
         evaluation.save(json_)
 
@@ -165,11 +161,10 @@ def report(
 
     Example: `stillhouse report runs/demo --out report.html`
     """
-    from rich.console import Console
-
     from stillhouse.report.page import redraw_report
+    from stillhouse.terminal import Terminal
 
-    Console().print(f"report  {redraw_report(folder, out)}", highlight=False)
+    Terminal().write_line(f"report  {redraw_report(folder, out)}")
 
 
 @app.command()
@@ -186,14 +181,13 @@ def predict(
 
     Example: `echo "my card never came" | stillhouse predict runs/classify`
     """
-    import json
-
     from stillhouse.classify.predict_labels import file_texts, stream_texts
     from stillhouse.commands import predict as predict_texts
+    from stillhouse.terminal import json_line
 
     source = stream_texts(sys.stdin, text_key) if texts == "-" else None
     for row in predict_texts(folder, source or file_texts(Path(texts), text_key)):
-        typer.echo(json.dumps(row, ensure_ascii=False))
+        typer.echo(json_line(row))
 
 
 @app.command()
@@ -221,10 +215,9 @@ def init(
 
     Example: `stillhouse init --from logs.jsonl --out recipe.yaml`
     """
-    from rich.console import Console
-
     from stillhouse.init_answers import init_answers
     from stillhouse.init_recipe import write_recipe
+    from stillhouse.terminal import Terminal
 
     given = {"job": job, "teacher": teacher, "data": data, "size": size, "out": out}
     given |= {"labels": labels, "fields": fields, "api_model": api_model}
@@ -232,8 +225,8 @@ def init(
         given, lambda question, default: typer.prompt(question, default=default), logs
     )
     for path in write_recipe(answers, force=force):
-        Console().print(f"wrote   {path}", highlight=False)
-    Console().print(f"next    stillhouse check {answers.out}", highlight=False)
+        Terminal().write_line(f"wrote   {path}")
+    Terminal().write_line(f"next    stillhouse check {answers.out}")
 
 
 @app.command()
@@ -255,25 +248,25 @@ def doctor() -> None:
 
     Example: `stillhouse doctor`
     """
-    from rich.console import Console
-
     from stillhouse.doctor import examination
+    from stillhouse.terminal import Terminal
 
-    Console().print(examination())
+    Terminal().print(examination())
 
 
 def main() -> None:
     """Entry point: a user's error is one message, Ctrl-C a clean stop; other errors are bugs."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    sys.unraisablehook = _not_raised
     try:
         app()
     except StillhouseError as error:
         say(f"error: {error}")
         sys.exit(1)
-    except _Stopped:
+    except _Stopped as stopped:
         say("stopped. What is finished is kept: the same command goes on from there.")
-        sys.exit(130)
+        sys.exit(128 + stopped.number)
     except MemoryError:
         say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")
         sys.exit(1)
@@ -301,6 +294,20 @@ def _say_bug() -> NoReturn:
 class _Stopped(BaseException):
     """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, of which typer makes a silent exit."""
 
+    def __init__(self, number: int) -> None:
+        self.number = number
+
 
 def _stop(number: int, frame: Any) -> None:
-    raise _Stopped
+    raise _Stopped(number)
+
+
+def _not_raised(unraisable: Any) -> None:
+    """Python drops what is raised inside of `__del__`: then the signal is sent again."""
+    if not isinstance(unraisable.exc_value, _Stopped):
+        return sys.__unraisablehook__(unraisable)
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+    number = unraisable.exc_value.number
+    threading.Timer(0.05, signal.pthread_kill, (main_thread, number)).start()
+    return None

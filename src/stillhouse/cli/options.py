@@ -34,8 +34,6 @@ def agree(
 
 
 def say(text: str) -> None:
-    from rich.console import Console
+    from stillhouse.terminal import Terminal
 
-    Console(stderr=True).print(
-        text, style="bold red", markup=False, highlight=False, soft_wrap=True
-    )
+    Terminal(stderr=True).write_line(text, style="bold red")

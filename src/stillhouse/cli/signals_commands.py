@@ -39,12 +39,11 @@ def record(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = Fals
 
     Example: `stillhouse signals recipes/stored.yaml --set signals.encoding.bytes=50`
     """
-    from rich.console import Console
-
     from stillhouse.commands import record_signals
+    from stillhouse.terminal import Terminal
 
     agree(recipe, set_, yes)
-    Console().print(f"signals {record_signals(recipe, set_ or [])}", highlight=False)
+    Terminal().write_line(f"signals {record_signals(recipe, set_ or [])}")
 
 
 @signals.command()
@@ -53,16 +52,15 @@ def verify(store: StoreArgument) -> None:
 
     Example: `stillhouse signals verify runs/stored/signals`
     """
-    from rich.console import Console
-
     from stillhouse.signals.verify import verify as wrong_in
+    from stillhouse.terminal import Terminal
 
     wrong = wrong_in(store)
     for error in wrong:
         say(f"error: {error}")
     if wrong:
         raise typer.Exit(1)
-    Console().print(f"{store} is sound", highlight=False)
+    Terminal().write_line(f"{store} is sound")
 
 
 @signals.command()
@@ -71,16 +69,15 @@ def info(store: StoreArgument) -> None:
 
     Example: `stillhouse signals info runs/stored/signals`
     """
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
     from stillhouse.signals.verify import info as about
+    from stillhouse.terminal import Terminal
 
     table = Table(show_header=False, box=None, padding=(0, 1))
     for name, value in about(store).lines():
-        table.add_row(name, escape(value))
-    Console().print(table)
+        table.add_row(name, value)
+    Terminal().print(table)
 
 
 @signals.command()
@@ -92,11 +89,10 @@ def export(
 
     Example: `stillhouse signals export runs/stored/signals --parquet signals.parquet`
     """
-    from rich.console import Console
-
     from stillhouse.signals.parquet_export import export_parquet
+    from stillhouse.terminal import Terminal
 
-    Console().print(f"{export_parquet(store, parquet):,} rows  {parquet}", highlight=False)
+    Terminal().write_line(f"{export_parquet(store, parquet):,} rows  {parquet}")
 
 
 @signals.command()
@@ -109,11 +105,10 @@ def push(
 
     Example: `stillhouse signals push runs/stored/signals my-name/my-signals`
     """
-    from rich.console import Console
-
     from stillhouse.signals.store_hub import upload_store
+    from stillhouse.terminal import Terminal
 
-    Console().print(upload_store(store, repository, private=not public), highlight=False)
+    Terminal().write_line(upload_store(store, repository, private=not public))
 
 
 @signals.command()
@@ -126,9 +121,8 @@ def pull(
 
     Example: `stillhouse signals pull my-name/my-signals signals`
     """
-    from rich.console import Console
-
     from stillhouse.signals.store_hub import download_store
+    from stillhouse.terminal import Terminal
 
     path = download_store(repository, store, revision=revision)
-    Console().print(f"{path} is sound", highlight=False)
+    Terminal().write_line(f"{path} is sound")

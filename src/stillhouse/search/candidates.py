@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
+from rich.text import Text
 
 from stillhouse.pruning.shapes import shown
 from stillhouse.pruning.sizes import AXES, Sizes
@@ -52,10 +53,10 @@ def _order(one: Candidate, chosen: Candidate) -> tuple[float, ...]:
     return (one is not chosen, -len(one.trained_kl), trained, *measures)
 
 
-def _size(before: Sizes, sizes: Sizes, axis: str) -> str:
+def _size(before: Sizes, sizes: Sizes, axis: str) -> Text:
     """Sizes that are cut stand out; the others are dim."""
     value = getattr(sizes, axis)
-    return f"[dim]{value}[/]" if value == getattr(before, axis) else str(value)
+    return Text(str(value), "dim" if value == getattr(before, axis) else "")
 
 
 def _number(kl: float | None) -> str:

@@ -1,0 +1,55 @@
+"""What is shown on a terminal: text of models, servers and files controls nothing there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+# All controls but tab and newline, and the characters that turn the direction of text.
+_CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    """The text with control characters as pictures or escapes: ESC becomes ␛."""
+    return _CONTROL.sub(_shown, text)
+
+
+def json_line(value: Any) -> str:
+    """JSON in one line, its control characters as escapes, which JSON reads back."""
+    written = json.dumps(value, ensure_ascii=False)
+    return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
+
+
+def _shown(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if code < 0x20:
+        return chr(0x2400 + code)
+    return "␡" if code == 0x7F else f"\\u{code:04x}"
+
+
+class Terminal(Console):
+    """A rich console that makes control characters visible, and reads no markup in strings."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control is None and _CONTROL.search(segment.text):
+                segment = Segment(visible(segment.text), segment.style)
+            yield segment
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)  # so that its width is right
+
+    def write_line(self, text: str = "", style: str | None = None) -> None:
+        """One line, or a message of several, however long."""
+        self.print(Text(visible(text)), style=style, soft_wrap=True)
