@@ -8,10 +8,11 @@ import pytest
 
 from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.task_texts import read_texts
-from stillhouse.data.data_config import FileSource
+from stillhouse.data.data_config import FileSource, HubSource
 from stillhouse.data.data_files import find_files
 from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.data.sources import read_sources
+from stillhouse.errors import DataError
 
 FOLDERS = ["v1", "support [2026]", "v[12]", "a*b", "what?"]
 
@@ -45,3 +46,16 @@ def test_a_home_folder_with_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (home / "a.txt").write_text("x")
     monkeypatch.setenv("HOME", str(home))
     assert find_files("~/*.txt", Path("/")) == [home / "a.txt"]
+
+
+def test_a_folder_that_datasets_would_read_as_a_pattern_is_refused(tmp_path: Path) -> None:
+    for name in ("v1", "v[12]"):
+        (tmp_path / name / "set").mkdir(parents=True)
+        (tmp_path / name / "set" / "train.jsonl").write_text(f'{{"text": "of {name}"}}\n')
+    source = HubSource(kind="hub", dataset="set")
+    with pytest.raises(DataError, match="as a pattern") as caught:
+        list(read_sources([source], tmp_path / "v[12]"))
+    assert "kind: file" in str(caught.value.fix)
+    instead = FileSource(kind="file", path="set")
+    (document,) = read_sources([instead], tmp_path / "v[12]")
+    assert document.content() == {"text": "of v[12]"}

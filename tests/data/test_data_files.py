@@ -130,6 +130,13 @@ def test_a_name_that_cannot_be_used_is_one_error(name: str, tmp_path: Path) -> N
         find_files(name, tmp_path)
 
 
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "wb") as file:
+        file.write(ROW)
+    with pytest.raises(DataError, match="name is not UTF-8"):
+        list(read_texts(TextFile(path="*.jsonl"), tmp_path))
+
+
 def test_hidden_files_of_a_folder_are_not_data(tmp_path: Path) -> None:
     for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a-checkpoint.jsonl", "b/c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

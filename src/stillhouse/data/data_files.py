@@ -202,7 +202,10 @@ def _unusable_name(name: str, error: Exception) -> DataError:
 
 
 def regular(path: Path) -> Path:
-    """The path. Raises DataError if it is a pipe or a device, which might never end."""
+    """The path. Raises DataError if it is a pipe or a device, which might never end, and if its
+    name is not UTF-8, so that no message or file can hold it."""
+    if not str(path).isascii() and re.search("[\ud800-\udfff]", str(path)):
+        raise DataError("The file's name is not UTF-8", where=path, fix="rename the file")
     if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(
             "The path is a folder, a pipe or a device, not a file",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -131,6 +132,12 @@ def _load_dataset(source: HubSource, base: Path) -> Any:
     if (local / "state.json").exists() or (local / "dataset_dict.json").exists():
         loaded = datasets.load_from_disk(str(local))
         return loaded[source.split] if isinstance(loaded, dict) else loaded
+    if local.is_dir() and glob.has_magic(str(local)):
+        raise DataError(
+            "`datasets` would read the brackets or stars in the folder's name as a pattern",
+            where=local,
+            fix="use `kind: file`, which reads the folder's files; or rename the folder",
+        )
     name = str(local) if local.is_dir() else source.dataset
     streaming = source.limit is not None
     return datasets.load_dataset(name, source.config, split=source.split, streaming=streaming)
