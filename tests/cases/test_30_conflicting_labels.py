@@ -26,24 +26,20 @@ def test_many_texts_with_several_labels_are_refused(tmp_path: Path) -> None:
     assert f"'text 0' is 'billing' ({path}:1) and 'login' ({path}:2)" in caught.value.what
 
 
-def test_the_label_of_a_few_such_texts_is_not_known(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_label_of_a_few_such_texts_is_not_known(tmp_path: Path) -> None:
     rows = [(f"text {n}", ["billing", "login"][n % 2]) for n in range(60)]
     # The same text: in capitals, with other spaces.
     texts = prepared(write(tmp_path / "a.jsonl", [*rows, ("TEXT  0", "login")]))
     assert golds(texts)["text 0"] is None
     assert golds(texts)["text 1"] == "login"
     assert texts.repeated == 1
-    assert "1 of 60 texts have several labels" in " ".join(capsys.readouterr().err.split())
+    assert "1 of 60 texts have several labels" in texts.notes[0]
 
 
-def test_a_repeated_text_with_one_label_is_used_once_with_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_repeated_text_with_one_label_is_used_once_with_it(tmp_path: Path) -> None:
     rows: list[tuple[str, str | None]] = [("text 0", None)]
     rows += [(f"text {n}", ["billing", "login"][n % 2]) for n in range(60)]
     texts = prepared(write(tmp_path / "a.jsonl", rows))
     assert golds(texts)["text 0"] == "billing"
     assert texts.repeated == 1
-    assert capsys.readouterr().err == ""
+    assert texts.notes == ()

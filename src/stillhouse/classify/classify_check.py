@@ -101,6 +101,7 @@ def check_texts(check: Check) -> Iterator[Finding]:
     parts += f"{len(texts.test):,} to measure on"
     repeated = f"; {texts.repeated:,} repeated ones are left out" if texts.repeated else ""
     yield Finding("ok", "texts", parts + repeated)
+    yield from (Finding("warning", "labels", note) for note in texts.notes)
     if len(texts.train) < FEW * len(texts.labels):
         few = f"{len(texts.train):,} training texts are few for {len(texts.labels)} labels"
         yield Finding("warning", "texts", few, "give more texts: they need no labels")

@@ -32,6 +32,7 @@ from stillhouse.data.turn_end import turn_end
 from stillhouse.generation.request import endpoint_of
 from stillhouse.hardware import peak_memory_bytes
 from stillhouse.pipeline.stage_plan import Do, StagePlan, unanswered
+from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.teachers.load_model import load_tokenizer
 
@@ -42,6 +43,8 @@ def plan_texts(job: TaskJob) -> StagePlan:
     def work(out: Path) -> Outcome:
         found = prepare_texts(recipe, base)
         found.save(out)
+        for text in found.notes:
+            note(text)
         return Outcome(
             summary={
                 "labels": len(found.labels),

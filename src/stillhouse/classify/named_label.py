@@ -13,6 +13,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import regex
+
 from stillhouse.classify.label_prompts import LabelPrompt
 from stillhouse.data.words import bare, normalized, whole_words, words
 from stillhouse.synthesis.filters import unfenced
@@ -54,7 +56,9 @@ _QUOTED = re.compile(
 )
 _SEPARATORS = re.compile(r"[\s_-]+")
 _MARKUP = re.compile(r"[*#`]+|</?\w+>|\\boxed|\\text|(?<!\w)_+(?=\w)|(?<=\w)_+(?!\w)|^\s*>", re.M)
-_JOINED_BEFORE, _JOINED_AFTER = re.compile(r"\w[-‐‑'’./\\@]$"), re.compile(r"[-‐‑'’./\\@]\w")
+# A word may end with a combining mark, which is no \w to `re`.
+_JOINED_BEFORE = regex.compile(r"[\w\p{M}][-‐‑'’./\\@]$")
+_JOINED_AFTER = regex.compile(r"[-‐‑'’./\\@]\w")
 
 
 def named_label(text: str, prompt: LabelPrompt) -> int | None:

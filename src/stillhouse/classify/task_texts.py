@@ -26,7 +26,6 @@ from stillhouse.data.data_files import find_files, known_format
 from stillhouse.data.row_reader import header_hint, not_empty, read_rows
 from stillhouse.data.words import collapsed, normalized
 from stillhouse.errors import DataError, RecipeError
-from stillhouse.progress import note
 from stillhouse.runfolder import sha, write_atomically
 
 Part = Literal["train", "calibration", "test"]
@@ -57,13 +56,15 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class Texts:
-    """labels: each with its phrase, in order. repeated: texts that were dropped as repeated."""
+    """labels: each with its phrase, in order. repeated: texts that were dropped as repeated. notes:
+    what to know about the labels; not saved."""
 
     labels: dict[str, str]
     train: list[LabelledText]
     calibration: list[LabelledText]
     test: list[LabelledText]
     repeated: int = 0
+    notes: tuple[str, ...] = ()
 
     def part(self, name: Part) -> list[LabelledText]:
         return {"train": self.train, "calibration": self.calibration, "test": self.test}[name]
@@ -82,7 +83,7 @@ class Texts:
     @classmethod
     def load(cls, folder: Path) -> Texts:
         facts = json.loads((folder / LABELS).read_text(encoding="utf-8"))
-        parts = {}
+        parts: dict[str, Any] = {}
         for name in PARTS:
             # Not splitlines: a text may hold one of the other characters that end lines.
             lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
@@ -110,11 +111,13 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
     tests = read_files(section.test, base, label_of)
     labels = task_labels(recipe.task, base, [*given, *tests])
     known = [_with_known_label(row, labels) for row in (*given, *tests)]
-    agreed = _one_label_each(known)
+    agreed, notes = _one_label_each(known)
+    if recipe.task.labels is None and recipe.task.labels_path is None:
+        notes += _on_bare_labels(list(labels))
     given, tests = agreed[: len(given)], agreed[len(given) :]
     train, test, repeated = divide_texts(given, tests, section.test_share, recipe.seed)
     apart = round(section.calibration_share * len(train))
-    texts = Texts(labels, train[apart:], train[:apart], test, repeated)
+    texts = Texts(labels, train[apart:], train[:apart], test, repeated, notes)
     require_enough({name: texts.part(name) for name in PARTS})
     return texts
 
@@ -166,7 +169,6 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabelledText]) ->
                 fix="list them in task.labels, name a file in task.labels_path, or name the column "
                 "that holds them: data.texts.0.label",
             )
-        _note_bare_labels(names)
     labels = {name: phrase_of(name) for name in names}
     try:
         check_labels(labels)
@@ -202,18 +204,22 @@ def _nearest(label: str, labels: Mapping[str, str]) -> str:
     return f"{hint}labels are {', '.join(list(labels)[:12])}{' ...' if len(labels) > 12 else ''}"
 
 
-def _note_bare_labels(names: Sequence[str]) -> None:
-    """Says so where labels tell the teacher nothing."""
-    if all(re.fullmatch(r"[+-]?\d+(\.\d+)?|true|false", name.casefold()) for name in names):
-        note(
-            f"the labels are bare numbers or truth values ({', '.join(names[:8])}), and the "
-            "teacher reads nothing else of them: give each a phrase in task.labels, e.g. "
-            f'{{"{names[0]}": what it means}}'
-        )
+def _on_bare_labels(names: Sequence[str]) -> tuple[str, ...]:
+    """A note where labels tell the teacher nothing."""
+    if not all(re.fullmatch(r"[+-]?\d+(\.\d+)?|true|false", name.casefold()) for name in names):
+        return ()
+    return (
+        f"the labels are bare numbers or truth values ({', '.join(names[:8])}), and the teacher "
+        "reads nothing else of them: give each a phrase in task.labels, e.g. "
+        f'{{"{names[0]}": what it means}}',
+    )
 
 
-def _one_label_each(rows: Sequence[LabelledText]) -> list[LabelledText]:
-    """The rows, each with the one label that its text has anywhere; None where it has several.
+def _one_label_each(
+    rows: Sequence[LabelledText],
+) -> tuple[list[LabelledText], tuple[str, ...]]:
+    """The rows, each with the one label that its text has anywhere, None where it has several; and
+    a note about those.
 
     Raises DataError where this is no exception: texts with several labels are another task.
     """
@@ -223,6 +229,7 @@ def _one_label_each(rows: Sequence[LabelledText]) -> list[LabelledText]:
         if row.gold is not None:
             found.setdefault(key, {}).setdefault(row.gold, row.where)
     several = [key for key, golds in found.items() if len(golds) > 1]
+    notes: tuple[str, ...] = ()
     if several:
         (one, there), (other, elsewhere), *_ = found[several[0]].items()
         example = f"e.g. {several[0][:60]!r} is {one!r} ({there}) and {other!r} ({elsewhere})"
@@ -232,12 +239,13 @@ def _one_label_each(rows: Sequence[LabelledText]) -> list[LabelledText]:
                 where="data",
                 fix="give each text one label; several labels a text are another task",
             )
-        note(
+        notes = (
             f"{len(several):,} of {len(found):,} texts have several labels, which count as not "
-            f"known: {example}"
+            f"known: {example}",
         )
     known = {key: next(iter(golds)) for key, golds in found.items() if len(golds) == 1}
-    return [replace(row, gold=known.get(key)) for row, key in zip(rows, keys, strict=True)]
+    agreed = [replace(row, gold=known.get(key)) for row, key in zip(rows, keys, strict=True)]
+    return agreed, notes
 
 
 def _unrepeated(rows: Sequence[LabelledText], seen: set[str]) -> Iterator[LabelledText]:

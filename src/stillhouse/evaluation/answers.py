@@ -52,7 +52,8 @@ def facts_of(value: Any, path: str = "") -> Facts:
     value; null is no fact."""
     if isinstance(value, Mapping):
         inside = (
-            facts_of(part, f"{path}.{key}" if path else str(key)) for key, part in value.items()
+            facts_of(part, f"{path}.{collapsed(str(key))}" if path else collapsed(str(key)))
+            for key, part in value.items()
         )
         return sum(inside, Counter())
     if isinstance(value, list):
