@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 from transformers import get_scheduler
 
 from stillhouse import field_types
-from stillhouse.classify.classify_config import AbstainRecipe
-from stillhouse.errors import RecipeError
+from stillhouse.classify.classify_config import AbstainRecipe, RandomClassifier
+from stillhouse.errors import RecipeError, SignalError
 from stillhouse.evaluation.classification import choose_threshold
 from stillhouse.field_types import (
     Beta,
@@ -36,16 +36,20 @@ from stillhouse.field_types import (
 )
 from stillhouse.generation.budget import Budget, Price, Spending
 from stillhouse.generation.local_generator import draw
+from stillhouse.language_model.job import _within_vocabulary
 from stillhouse.objectives.fused import fused_loss
 from stillhouse.objectives.mixtures import Schedule
 from stillhouse.objectives.objective_config import LogitsTerm
 from stillhouse.objectives.objective_names import PARAMETERS
 from stillhouse.section import checked
 from stillhouse.signals import LMHead, LogitsSignal
+from stillhouse.signals.encodings import Stratified, TopK, TopP
+from stillhouse.students.random_student import overridden_config
 from stillhouse.synthesis.near_duplicates import NearDuplicates
 from stillhouse.training.objective import _term
 from stillhouse.training.train import plan_batches
 from stillhouse.training.train_config import SCHEDULES, TrainRecipe
+from tests import tiny
 
 
 def ends(kind: Any) -> list[Any]:
@@ -203,3 +207,23 @@ def test_budgets_hold_at_any_price() -> None:
 
 def test_limits_of_a_divergence_can_be_compared() -> None:
     assert all(0 < limit < float("inf") for limit in ends(Divergence))
+
+
+@pytest.mark.parametrize("encoding", [TopK(101), TopP(0.9, 101), Stratified(101, 1)])
+def test_more_tokens_than_the_vocabulary_has_are_refused_before_a_run(encoding: Any) -> None:
+    with pytest.raises(SignalError, match="101 tokens of each position") as caught:
+        _within_vocabulary(encoding, 100)
+    assert caught.value.fix == "store 100 or fewer"
+    assert _within_vocabulary(encoding, 101) is encoding
+
+
+@pytest.mark.parametrize(("width", "heads"), [(6, 2), (4, 4), (10, 4)])
+def test_heads_that_rotary_embeddings_cannot_turn_are_refused(width: int, heads: int) -> None:
+    with pytest.raises(ValueError, match=r"must be even|must be a multiple"):
+        RandomClassifier(start="random", hidden_size=width, heads=heads)
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
+def test_a_configuration_without_end_is_refused_before_it_is_made(key: str) -> None:
+    with pytest.raises(RecipeError, match=f"{key} is 9,007,199,254,740,992, and no model has that"):
+        overridden_config(tiny.llama().config, {key: 2**53})

@@ -165,6 +165,16 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
         ("objective.terms=[{weight: 0}, {divergence: jsd, weight: 0}]", "nothing would be learned"),
         ("objective.terms=[{schedule: {start: 0, end: 0}}]", "nothing would be learned"),
         ("data.train_tokens=100", "less than one window"),
+        ("signals={encoding: {kind: stratified, k: 200, draws: 100}}", "k + draws is 300"),
+        (
+            "synthesize={teacher: {api: {base_url: http://h, model: m}}, prompts: {path: p}, "
+            "filters: {min_characters: 9, max_characters: 8}}",
+            "min_characters (9) is above max_characters (8)",
+        ),
+        (
+            "synthesize={teacher: {vllm: {context: 512}}, prompts: {path: p}}",
+            "leaves no place for a prompt",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other(tmp_path: Path, override: str, expected: str) -> None:

@@ -286,6 +286,10 @@ class RandomClassifier(Section):
     def _heads_divide(self) -> RandomClassifier:
         if self.hidden_size % self.heads:
             raise ValueError(f"hidden_size must be a multiple of heads ({self.heads})")
+        if self.hidden_size // self.heads % 2:
+            raise ValueError(
+                "hidden_size / heads must be even: rotary embeddings turn pairs of numbers"
+            )
         return self
 
 

@@ -120,6 +120,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> Key:
     if not equals or not all(parts) or len(parts) > DEEPEST:
         raise RecipeError(
             f"--set {shown_value(override)} is not of the form a.b=c",
+            where="--set",
             fix="for example --set train.learning_rate=1e-4",
         )
     value = read_scalar(text, f"--set {shown(name.strip())}")

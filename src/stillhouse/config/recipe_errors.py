@@ -31,7 +31,7 @@ def described(
     error: ValidationError, lines: Lines, source: str, root: type[BaseModel]
 ) -> RecipeError:
     """lines: of the keys; 0 for one that an override has set."""
-    found: dict[Key, tuple[str, str | None]] = {}
+    found: dict[Key, tuple[str, str]] = {}
     for problem in error.errors(include_url=False)[: 2 * SHOWN]:
         at = _locate(problem, root)
         found.setdefault(at.key, _describe(problem, at))  # each type of a union has its own
@@ -51,7 +51,7 @@ def place(key: Key, lines: Lines, source: str) -> str:
     return f"{source}, line {lines[near]}" if near else source
 
 
-def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str | None]:
+def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str]:
     """One pydantic error as what is wrong, and what to do."""
     key, kind, given = at.key, problem["type"], problem["input"]
     name, last = dotted(key) or "recipe", dotted(key[-1:])
@@ -72,7 +72,18 @@ def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str | None]:
         what += " (it is null)"
     elif not isinstance(given, dict | list) or not models_in(at.annotation):
         what += f" (it is {shown_value(given)})"
-    return what, f"{last}: {about}" if about else None
+    return what, _way_out(at, last, about)
+
+
+def _way_out(at: _Place, last: str, about: str | None) -> str:
+    """What the key is about, and its default."""
+    field = at.section.model_fields.get(str(at.key[-1])) if at.section and at.key else None
+    default = None if field is None or field.is_required() else field.get_default()
+    if about:
+        return f"{last}: {about}"
+    if default is None or isinstance(default, BaseModel | list | dict):
+        return "change it" if field is None or field.is_required() else "change it, or remove it"
+    return f"change it, or remove it for the default: {shown_value(default)}"
 
 
 def _variant(problem: ErrorDetails, at: _Place, name: str) -> tuple[str, str]:

@@ -76,7 +76,9 @@ def read_file(path: Path) -> str:
             raise
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(
-            f"the recipe cannot be read: {reason}", where=repr(str(path))[1:-1]
+            f"the recipe cannot be read: {reason}",
+            where=repr(str(path))[1:-1],
+            fix="check the path and its permissions",
         ) from None
     try:
         return raw.decode("utf-16" if raw.startswith(_UTF16) else "utf-8-sig")

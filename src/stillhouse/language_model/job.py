@@ -13,7 +13,15 @@ from stillhouse.errors import SignalError
 from stillhouse.export.licenses import Origin
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.progress import note
-from stillhouse.signals.encodings import Encoding, FrozenHead, Hidden, TopP
+from stillhouse.signals.encodings import (
+    Encoding,
+    EntryEncoding,
+    FrozenHead,
+    Hidden,
+    Stratified,
+    TopK,
+    TopP,
+)
 from stillhouse.signals.manifest import read_settings
 from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals
 from stillhouse.students.planned_config import planned_config
@@ -148,7 +156,23 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
             _check_head_stays(job.recipe, "signals.encoding")
             return FrozenHead(student.hidden_size)
         case encoding_section:
-            return encoding_section.encoding()
+            return _within_vocabulary(encoding_section.encoding(), job.vocabulary)
+
+
+def _within_vocabulary(encoding: EntryEncoding, vocabulary: int) -> EntryEncoding:
+    """Raises SignalError where more tokens are stored of each position than there are."""
+    most = 0
+    if isinstance(encoding, TopK | Stratified):
+        most = encoding.k
+    elif isinstance(encoding, TopP):
+        most = encoding.most
+    if most > vocabulary:
+        raise SignalError(
+            f"{most} tokens of each position are more than the {vocabulary} of the vocabulary",
+            where="signals.encoding",
+            fix=f"store {vocabulary} or fewer",
+        )
+    return encoding
 
 
 def _check_head_stays(recipe: Recipe, where: str | Path) -> None:

@@ -97,6 +97,12 @@ class StratifiedSignals(Section):
     def row_bytes(self) -> float:
         return 2.0 + 3 * self.k + 2 * self.draws
 
+    @model_validator(mode="after")
+    def _entries_fit(self) -> StratifiedSignals:
+        if self.k + self.draws > MOST_ENTRIES:
+            raise ValueError(f"k + draws is {self.k + self.draws}, above {MOST_ENTRIES}")
+        return self
+
 
 class FrozenHeadSignals(Section):
     """All that forward KL needs where the student's head is not trained (train.freeze_head)."""
