@@ -11,7 +11,6 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from stillhouse.answering.comparison_judge import read_verdict
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
 from stillhouse.commands import agree_to_spend
@@ -118,23 +117,6 @@ def test_a_judge_that_reasons_is_read_by_what_it_says_after_that(tmp_path: Path)
     figures = result.evaluation.of("student").figures
     assert (figures["judge_read"], figures["preferred"], figures["consistent"]) == (1.0, 0.5, 1.0)
     assert (sent["max_tokens"], sent["seed"], "temperature" in sent) == (300, 3, False)
-
-
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("A", "A"),
-        ("**B**.", "B"),
-        ("It is a tie.", "tie"),
-        ("Tie", "tie"),
-        ("B is a better answer", "B"),
-        ("A and B are alike", None),
-        ("a hard question", None),
-        ("", None),
-    ],
-)
-def test_a_verdict_is_one_capital_or_a_tie(text: str, verdict: str | None) -> None:
-    assert read_verdict(text) == verdict
 
 
 def test_check_and_preview_know_what_is_asked(tmp_path: Path) -> None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
-from stillhouse.answering.answering_evaluation import answer_all, read_json, request_for
+from stillhouse.answering.answering_evaluation import (
+    answer_all,
+    answer_figures,
+    read_json,
+    request_for,
+)
+from stillhouse.classify.task_texts import LabelledText
 from stillhouse.generation.request import Answer, Failure
 from stillhouse.synthesis.filters import json_schema
 from tests.answering import toys
@@ -37,3 +43,19 @@ def test_json_after_reasoning_is_read() -> None:
 def test_null_is_a_value_where_the_schema_allows_it() -> None:
     assert read_json("null", json_schema({"type": ["object", "null"]})) == (True, None)
     assert read_json("null", json_schema({"type": "object"})) == (False, None)
+
+
+def test_two_empty_answers_do_not_agree() -> None:
+    rows = [LabelledText(text) for text in "abcd"]
+    taught = ["yes", None, "", "no"]
+    figures, _ = answer_figures(None, rows, ["yes", "", "", "maybe"], taught)
+    assert figures == {"agreement": 0.5}
+
+
+def test_an_extraction_is_exact_only_where_it_is_the_same_value() -> None:
+    validity = json_schema({"type": "object"})
+    gold = ['{"tags": ["x", "y"]}', '{"age": 3}', '{"age": 3}', "{}", None]
+    rows = [LabelledText("a", one) for one in gold]
+    answers = ['{"tags": ["y", "x"]}', '{"age": 3.0}', '```json\n{"age": 3}\n```', "no", "{}"]
+    figures, _ = answer_figures(validity, rows, answers, [None] * 5)
+    assert figures == {"valid": 0.8, "field_f1": 1.0, "exact": 0.5}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stillhouse.evaluation.answers import compare, facts_of, field_f1, same_text
+from stillhouse.evaluation.answers import compare, facts_of, field_f1, same_json, same_text
 
 
 def test_facts_are_scalars_with_their_paths() -> None:
@@ -49,3 +49,67 @@ def test_a_win_is_one_in_both_orders() -> None:
     assert (found.wins, found.ties, found.losses, found.unread) == (1, 2, 1, 1)
     assert found.consistent == 2
     assert found.preferred == pytest.approx((1 + 2 / 2) / 4)
+
+
+# --- equality ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"a": 1, "b": [1, 2]}, {"b": [1, 2.0], "a": 1.0}),
+        ({"name": "Anna  B\n"}, {"name": "Anna B"}),
+        ({"name": "Zoe\u0301"}, {"name": "Zo\u00e9"}),
+        ([], []),
+        (None, None),
+        (0.0, -0.0),
+    ],
+)
+def test_equal_values_are_exact(one: object, other: object) -> None:
+    assert same_json(one, other)
+    assert same_json({"x": [one]}, {"x": [other]})
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"tags": ["x", "y"]}, {"tags": ["y", "x"]}),
+        ({"tags": ["x", "x"]}, {"tags": ["x"]}),
+        ({"a": 1}, {"a": "1"}),
+        ({"a": 1}, {"a": True}),
+        ({"a": None}, {}),
+        ({"a": ""}, {"a": None}),
+        ({"a": []}, {"a": {}}),
+        ({"name": "anna"}, {"name": "Anna"}),
+        ({"a": [1]}, {"a": 1}),
+        ({"id": 2**53}, {"id": 2**53 + 1}),
+        (
+            [{"name": "Anna", "age": 3}, {"name": "Bo", "age": 5}],
+            [{"name": "Anna", "age": 5}, {"name": "Bo", "age": 3}],
+        ),
+    ],
+)
+def test_other_values_are_not_exact(one: object, other: object) -> None:
+    assert not same_json(one, other)
+    assert not same_json({"x": one}, {"x": other})
+
+
+def test_facts_of_different_items_are_not_combined() -> None:
+    people = [{"name": "Anna", "age": 3}, {"name": "Bo", "age": 5}]
+    swapped = [{"name": "Anna", "age": 5}, {"name": "Bo", "age": 3}]
+    assert field_f1([{"people": swapped}], [{"people": people}])[0] == 2 / 4
+    assert field_f1([{"people": people[::-1]}], [{"people": people}])[0] == 1.0
+    assert field_f1([{"people": people[:1]}], [{"people": people}])[0] == 2 * 2 / (2 + 4)
+    assert field_f1([{"people": [*people, *people]}], [{"people": people}])[0] == 2 * 4 / (8 + 4)
+
+
+def test_integers_beyond_the_precision_of_floats_are_different_facts() -> None:
+    assert facts_of({"id": 2**53 + 1}) != facts_of({"id": 2**53})
+
+
+def test_a_key_with_a_dot_is_a_field_of_its_own() -> None:
+    assert field_f1([{"a.b": 1}], [{"a": {"b": 1}}]) == (0.0, {"a": 0.0, "a.b": 0.0})
+
+
+def test_an_invalid_answer_is_wrong_even_where_nothing_is_true() -> None:
+    assert field_f1([None, {}], [{}, {}])[0] == 0.5

@@ -121,6 +121,7 @@ def test_references_inside_a_schema_are_followed() -> None:
 def test_what_is_no_json_is_not_valid_and_formats_are_checked() -> None:
     judge = filters.json_schema({"properties": {"day": {"type": "string", "format": "date"}}})
     texts = ['{"day": "2024-02-29"}', '{"day": "2024-02-30"}', '{"a": NaN}', '{"a": -Infinity}']
+    texts.append('{"a": 1, "a": 2}')
     assert kept(judge, texts) == texts[:1]
 
 

@@ -20,6 +20,7 @@ from stillhouse.evaluation.answers import (
     AnswersEvaluation,
     AnswersResult,
     field_f1,
+    same_json,
     same_text,
 )
 from stillhouse.generation.chat_frame import answer_text
@@ -71,7 +72,7 @@ def plan_answers_evaluation(
         "trained": trained.digest,
         "baseline": tuned and tuned.digest,
     }
-    return StagePlan("evaluate", inputs, work, version=2)
+    return StagePlan("evaluate", inputs, work, version=3)
 
 
 def _evaluate(
@@ -94,7 +95,7 @@ def _evaluate(
             more[role] |= figures
     results = []
     for role, said in answered.items():
-        figures, fields = _figures(job.validity, rows, said, taught)
+        figures, fields = answer_figures(job.validity, rows, said, taught)
         if scorer is not None:
             figures["score"] = _score(scorer, section.scorer or "", rows, said)
         results.append(AnswersResult(role, {**figures, **more[role]}, fields))
@@ -116,9 +117,19 @@ def _notes(job: AnsweringJob, taught: list[str | None]) -> list[str]:
             at = f"temperature {sampling.temperature:g}"
         drawn = f"The teacher's answers are drawn, at {at}."
         notes = [notes[0].replace("Every model answers", "The students answer"), drawn]
-    missing = sum(text is None for text in taught)
+    missing = sum(not text for text in taught)
     if missing:
-        notes.append(f"The teacher gave no answer to {missing:,} test texts: they count as empty.")
+        notes.append(
+            f"The teacher gave no answer to {missing:,} test texts: they are left out of what is "
+            "measured against its answers, and wrong where reference answers are known."
+        )
+    if job.validity is not None:
+        invalid = sum(not read_json(text, job.validity)[0] for text in taught if text)
+        if invalid:
+            notes.append(
+                f"{invalid:,} of the teacher's answers are not valid: F1 with its answers is of "
+                "the other texts."
+            )
     return notes
 
 
@@ -192,42 +203,43 @@ def _rate(generator: TextGenerator[LocalGenerator], requests: Sequence[Request])
 # --- how good they are ---------------------------------------------------------------------------
 
 
-def _figures(
+def answer_figures(
     validity: Filter | None,
     rows: list[LabelledText],
-    said: list[str],
+    answers: list[str],
     taught: list[str | None],
 ) -> tuple[dict[str, float], dict[str, float]]:
+    """Figures by name, and F1 by field. Agreement is measured where the teacher has an answer: two
+    empty ones do not agree."""
     if validity is not None:
-        return _json_figures(validity, rows, said, taught)
-    heard = [(one, other) for one, other in zip(said, taught, strict=True) if other is not None]
-    figures = {"agreement": _mean([same_text(one, other) for one, other in heard])}
-    golds = [(one, row.gold) for one, row in zip(said, rows, strict=True) if row.gold is not None]
-    if golds:
-        figures["exact"] = _mean([same_text(one, gold) for one, gold in golds])
+        return _json_figures(validity, rows, answers, taught)
+    pairs = [(one, other) for one, other in zip(answers, taught, strict=True) if other]
+    figures = {"agreement": _mean([same_text(one, other) for one, other in pairs])}
+    known = [(one, row.gold) for one, row in zip(answers, rows, strict=True) if row.gold]
+    if known:
+        figures["exact"] = _mean([same_text(one, gold) for one, gold in known])
     return figures, {}
 
 
 def _json_figures(
-    validity: Filter, rows: list[LabelledText], said: list[str], taught: list[str | None]
+    validity: Filter, rows: list[LabelledText], answers: list[str], taught: list[str | None]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    read = [read_json(text, validity) for text in said]
-    values = [value for _, value in read]
-    figures = {"valid": _mean([valid for valid, _ in read])}
-    teacher = [(False, None) if text is None else read_json(text, validity) for text in taught]
-    heard = [(one, other) for one, (ok, other) in zip(values, teacher, strict=True) if ok]
+    ours = [read_json(text, validity) for text in answers]
+    theirs = [read_json(text or "", validity) for text in taught]
+    figures = {"valid": _mean([valid for valid, _ in ours])}
+    pairs = [(one, other) for (_, one), (valid, other) in zip(ours, theirs, strict=True) if valid]
     fields: dict[str, float] = {}
-    if heard:
-        figures["agreement_f1"], fields = field_f1(*map(list, zip(*heard, strict=True)))
-    known = [(one, row.gold) for one, row in zip(read, rows, strict=True) if row.gold is not None]
+    if pairs:
+        figures["agreement_f1"], fields = field_f1(*map(list, zip(*pairs, strict=True)))
+    known = [
+        (valid, value, json_value(row.gold))
+        for (valid, value), row in zip(ours, rows, strict=True)
+        if row.gold is not None
+    ]
     if known:
-        golds = [json_value(gold) for _, gold in known]
-        figures["field_f1"], fields = field_f1([one for (_, one), _ in known], golds)
-        right = [
-            valid and field_f1([one], [gold])[0] == 1
-            for ((valid, one), _), gold in zip(known, golds, strict=True)
-        ]
-        figures["exact"] = _mean(right)
+        _, values, golds = map(list, zip(*known, strict=True))
+        figures["field_f1"], fields = field_f1(values, golds)
+        figures["exact"] = _mean([valid and same_json(one, gold) for valid, one, gold in known])
     return figures, fields
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.classify.task_texts import LabelledText
 from stillhouse.evaluation.answers import compare
@@ -11,37 +9,40 @@ from stillhouse.generation.answer_requests import answer_all
 from stillhouse.generation.chat_frame import answer_text, user_turn
 from stillhouse.generation.generation_config import LocalTeacher, TextTeacher
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
-
-_VERDICT = re.compile(r"\b(A|B|tie|Tie|TIE)\b")
-"""In capitals: `a` is mostly the article."""
+from stillhouse.synthesis.verdicts import read_verdict
 
 
 def compare_answers(
-    job: AnsweringJob, rows: list[LabelledText], said: dict[str, list[str]]
+    job: AnsweringJob, rows: list[LabelledText], answers: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
     """By role, all but the teacher's: `preferred`, wins and half of the ties among all pairs; and
-    `consistent`, the share of pairs of which the verdict does not depend on the order."""
+    `consistent`, the share of pairs of which the verdict does not depend on the order. Texts that
+    the teacher did not answer are left out."""
     source, judge = comparison_source(job), job.recipe.evaluate.judge
     assert source is not None
     assert judge is not None
-    roles = [role for role in said if role != "teacher"]
-    pairs = [
-        pair
-        for role in roles
-        for row, ours, theirs in zip(rows, said[role], said["teacher"], strict=True)
-        for pair in ((row.text, ours, theirs), (row.text, theirs, ours))
-    ]
+    roles = [role for role in answers if role != "teacher"]
+    compared = [number for number, answer in enumerate(answers["teacher"]) if answer.strip()]
+    pairs = []
+    for role in roles:
+        for number in compared:
+            text, ours, theirs = (
+                rows[number].text,
+                answers[role][number],
+                answers["teacher"][number],
+            )
+            pairs += [(text, ours, theirs), (text, theirs, ours)]
     prompts = [user_turn(verdict_prompt(judge.question, *pair)) for pair in pairs]
-    answers = answer_all(
+    replies = answer_all(
         source, lambda: map(source.request, prompts), job.journal, "evaluate.judge.budget"
     )
-    verdicts = [None if one is None else read_verdict(answer_text(one)) for one in answers.found]
+    verdicts = [None if one is None else read_verdict(answer_text(one)) for one in replies.found]
     found: dict[str, dict[str, float]] = {}
     for number, role in enumerate(roles):
-        part = verdicts[2 * len(rows) * number : 2 * len(rows) * (number + 1)]
+        part = verdicts[2 * len(compared) * number : 2 * len(compared) * (number + 1)]
         result = compare(list(zip(part[::2], part[1::2], strict=True)))
-        read = len(rows) - result.unread
-        found[role] = {"judge_read": read / len(rows)}
+        read = len(compared) - result.unread
+        found[role] = {"judge_read": read / len(compared)}
         if read:
             found[role] |= {"preferred": result.preferred, "consistent": result.consistent / read}
     return found
@@ -64,9 +65,3 @@ def verdict_prompt(question: str, text: str, first: str, second: str) -> str:
         f"A text:\n{text}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}\n\n{question} "
         "Say A, B or tie, and nothing else."
     )
-
-
-def read_verdict(text: str) -> str | None:
-    """A, B or tie; None where it is not exactly one of them."""
-    found = {word if word in "AB" else "tie" for word in _VERDICT.findall(text)}
-    return found.pop() if len(found) == 1 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,9 +47,8 @@ class AnswersEvaluation(Saved):
 
 
 def facts_of(value: Any, path: str = "") -> Facts:
-    """(path, scalar) of everything in a JSON value. A list's items have one path, so that their
-    order does not matter. Text is compared without case and repeated spaces, numbers by their
-    value; null is no fact."""
+    """(path, scalar) of everything in a JSON value; null is no fact. Text is compared without case
+    and repeated spaces, numbers by their value."""
     if isinstance(value, Mapping):
         inside = (
             facts_of(part, f"{path}.{collapsed(str(key))}" if path else collapsed(str(key)))
@@ -58,38 +57,86 @@ def facts_of(value: Any, path: str = "") -> Facts:
         return sum(inside, Counter())
     if isinstance(value, list):
         return sum((facts_of(part, f"{path}[]") for part in value), Counter())
-    if value is None:
-        return Counter()
+    return Counter() if value is None else Counter({(path, _scalar(value, normalized)): 1})
+
+
+def _scalar(value: Any, text: Callable[[str], str]) -> str:
+    """Equal for equal values. true is not 1, and "1" is not 1, but 1.0 is."""
     if isinstance(value, bool):
-        shown = "true" if value else "false"
-    elif isinstance(value, int | float):
-        shown = repr(float(value)) if math.isfinite(value) else str(value)
-    else:
-        shown = f'"{normalized(str(value))}"'
-    return Counter({(path, shown): 1})
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return f'"{text(value)}"'
+    if isinstance(value, int | float) and abs(value) > 2**53 and abs(value) != math.inf:
+        return str(int(value))  # as floats, different integers would be the same
+    return repr(value + 0.0) if isinstance(value, int | float) else str(value)
+
+
+def shared_facts(one: Any, other: Any) -> int:
+    """The number of facts that two JSON values have in common.
+
+    The order of a list does not matter, but its items are compared one with one, the most similar
+    first, so that facts of different items are not combined.
+    """
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return sum(shared_facts(one[key], other[key]) for key in one if key in other)
+    if isinstance(one, list) and isinstance(other, list):
+        return _shared_items(one, other)
+    if isinstance(one, Mapping | list) or isinstance(other, Mapping | list):
+        return 0
+    return (facts_of(one) & facts_of(other)).total()
+
+
+def _shared_items(one: Sequence[Any], other: Sequence[Any]) -> int:
+    if not any(isinstance(item, Mapping | list) for item in (*one, *other)):
+        return (facts_of(list(one)) & facts_of(list(other))).total()
+    pairs = []
+    for m, ours in enumerate(one):
+        for n, theirs in enumerate(other):
+            shared = shared_facts(ours, theirs)
+            both = facts_of(ours).total() + facts_of(theirs).total()
+            pairs.append((shared / max(1, both), shared, m, n))
+    found, used_m, used_n = 0, set(), set()
+    for _, shared, m, n in sorted(pairs, key=lambda pair: -pair[0]):
+        if m not in used_m and n not in used_n:
+            used_m.add(m)
+            used_n.add(n)
+            found += shared
+    return found
 
 
 def field_f1(answers: Sequence[Any | None], gold: Sequence[Any]) -> tuple[float, dict[str, float]]:
-    """F1 over all facts, and of each top-level field's. answers: None where one is not valid JSON,
-    and so has no facts. 1 where neither side has any."""
+    """F1 over all facts, and of each top-level field's: 2 × shared facts ÷ facts of both sides.
+
+    answers: None where one is not valid JSON, and so has no facts. Where neither side has any, the
+    share of valid answers.
+    """
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
     for one, other in zip(answers, gold, strict=True):
-        ours = Counter() if one is None else facts_of(one)
-        theirs = facts_of(other)
-        for counts, counted in (((ours & theirs), right), (ours, total), (theirs, total)):
-            for (path, _), times in counts.items():
-                counted[_field(path)] += times
-
-    def f1(both: int, either: int) -> float:
-        return 2 * both / either if either else 1.0
-
-    fields = {name: f1(right[name], total[name]) for name in sorted(total)}
-    return f1(right.total(), total.total()), fields
+        ours, theirs = _fields(one), _fields(other)
+        for name in {*ours, *theirs}:
+            right[name] += shared_facts(ours.get(name), theirs.get(name))
+            total[name] += facts_of(ours.get(name)).total() + facts_of(theirs.get(name)).total()
+    fields = {name: 2 * right[name] / total[name] for name in sorted(total) if total[name]}
+    if not total.total():
+        return sum(one is not None for one in answers) / max(1, len(answers)), fields
+    return 2 * right.total() / total.total(), fields
 
 
-def _field(path: str) -> str:
-    return path.partition(".")[0].removesuffix("[]")
+def _fields(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {"": value}
+
+
+def same_json(one: Any, other: Any) -> bool:
+    """The same value: the same fields, lists in the same order, numbers equal by value, and text
+    equal up to whitespace and Unicode form. Case counts, and null is not a missing field."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(same_json(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same_json, one, other))
+    if isinstance(one, Mapping | list) or isinstance(other, Mapping | list):
+        return False
+    return _scalar(one, collapsed) == _scalar(other, collapsed)
 
 
 def same_text(one: str, other: str) -> bool:

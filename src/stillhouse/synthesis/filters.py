@@ -163,12 +163,18 @@ def unfenced(text: str) -> str:
 
 def json_value(text: str) -> Any:
     """The value of JSON, which may be in a code fence. Raises ValueError, RecursionError; also for
-    NaN and Infinity, which JSON does not have."""
+    NaN and Infinity, which JSON does not have, and for a key that an object has twice."""
 
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not a JSON value")
 
-    return json.loads(unfenced(text), parse_constant=refuse)
+    def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("an object has the same key twice")
+        return found
+
+    return json.loads(unfenced(text), parse_constant=refuse, object_pairs_hook=distinct)
 
 
 def exact_duplicates() -> Filter:

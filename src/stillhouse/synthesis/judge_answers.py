@@ -7,7 +7,6 @@ for what comes first (or last) cancels.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_so
 from stillhouse.synthesis.best_of import keep_best
 from stillhouse.synthesis.filters import Chooser, Row, answer_only
 from stillhouse.synthesis.filters_config import Choice, JudgeChoice
+from stillhouse.synthesis.verdicts import read_score, read_verdict
 
 _SCORE = """\
 Rate the answer to a question.
@@ -94,28 +94,28 @@ class Judge:
     def _scores(self, rows: Sequence[Row], journal: Journal) -> list[float | None]:
         points: list[float | None] = []
         for row in rows:
-            verdict = self._verdict(self._score(row), journal, r"(?<![\d.])(10|[1-9])(?![\d])")
-            points.append(None if verdict is None else float(verdict))
+            points.append(read_score(self._reply(self._score(row), journal)))
         return points
 
     def _wins(self, rows: Sequence[Row], journal: Journal) -> list[float | None]:
-        """Half a point for each of a pair's two comparisons that the answer wins."""
+        """Half a point for each of a pair's two comparisons that the answer wins. A pair without
+        both verdicts is left out, because one alone may only prefer the first place."""
         points: list[float | None] = [None for _ in rows]
-        for one, other in itertools.permutations(range(len(rows)), 2):
-            request = self._pair(rows[one], rows[other])
-            verdict = self._verdict(request, journal, r"\b([AB])\b")
-            if verdict is None:
+        for one, other in itertools.combinations(range(len(rows)), 2):
+            orders = ((one, other), (other, one))
+            replies = [self._reply(self._pair(rows[a], rows[b]), journal) for a, b in orders]
+            verdicts = [read_verdict(reply) for reply in replies]
+            if None in verdicts:
                 continue
-            for number, won in ((one, verdict == "A"), (other, verdict == "B")):
-                points[number] = (points[number] or 0.0) + 0.5 * won
+            for (first, second), verdict in zip(orders, verdicts, strict=True):
+                for number, won in ((first, verdict == "A"), (second, verdict == "B")):
+                    points[number] = (points[number] or 0.0) + 0.5 * won
         return points
 
-    def _verdict(self, request: Request, journal: Journal, pattern: str) -> str | None:
+    def _reply(self, request: Request, journal: Journal) -> str:
+        """Empty without an answer."""
         answer = journal.get(request.key)
-        if answer is None:
-            return None
-        found = re.search(pattern, answer_text(answer))
-        return found.group(1) if found else None
+        return "" if answer is None else answer_text(answer)
 
     def _score(self, row: Row) -> Request:
         return self._request(_SCORE.format(**self._shown(row), answer=answer_only(row)))
