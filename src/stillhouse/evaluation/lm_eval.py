@@ -81,6 +81,11 @@ def _task_manager(section: LmEvalRecipe) -> Any:
     return TaskManager(include_path=section.include_path)
 
 
+def require_tasks(section: LmEvalRecipe) -> None:
+    """Raises as `run_tasks` does for tasks that are not known, and for an extra that is missing."""
+    _check_names(_task_manager(section), section)
+
+
 def _check_names(manager: Any, section: LmEvalRecipe) -> None:
     unknown = [
         task for task in section.tasks if task not in manager.all_tasks and not Path(task).is_file()

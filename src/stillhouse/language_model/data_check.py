@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from stillhouse.export.licenses import license_lines
 from stillhouse.finding import Finding, Level
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.model_origins import origins_of
-from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.synthesis_check import PlannedText, planned_text
 from stillhouse.language_model.turn_check import check_turns
 from stillhouse.pipeline.kind import Check
@@ -30,7 +28,6 @@ TOKENS = "tokens"
 def check_data(check: Check) -> Iterator[Finding]:
     """The models, then a sample of the text."""
     job: Job = check.job
-    yield from _extras(job.recipe)
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
     yield from license_lines(origins_of(job)[1:])
@@ -43,15 +40,6 @@ def check_data(check: Check) -> Iterator[Finding]:
     sample = _sample(job, planned)
     check.found[TOKENS] = sample.tokens
     yield from _findings(sample, job)
-
-
-def _extras(recipe: Recipe) -> Iterator[Finding]:
-    wanted = {name: f"pip install {name}" for name in recipe.train.report_to}
-    if recipe.evaluate.lm_eval is not None:
-        wanted["lm_eval"] = "pip install 'stillhouse[eval]'"
-    for module, install in wanted.items():
-        if importlib.util.find_spec(module) is None:
-            yield Finding("error", "extras", f"{module} is not installed", install)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from stillhouse.language_model.export_stage import (
 )
 from stillhouse.language_model.job import Job, find_models
 from stillhouse.language_model.model_check import require_models
+from stillhouse.language_model.package_check import require_disk
 from stillhouse.language_model.quantize_stage import plan_quantization, plan_quantized_training
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.search_stage import has_target, plan_search, with_sizes
@@ -80,7 +81,13 @@ STEPS = (
     Step("search", plan_search, ("data",), wanted=has_target, then=with_sizes),
     Step("student", plan_student, ("data",)),
     Step("signals", _plan_store, ("data", "student"), wanted=records_signals),
-    Step("train", plan_training, ("data", "student", "signals"), check=check_training),
+    Step(
+        "train",
+        plan_training,
+        ("data", "student", "signals"),
+        require=require_disk,
+        check=check_training,
+    ),
     Step(
         "baseline",
         plan_baseline,

@@ -12,6 +12,7 @@ from stillhouse.finding import Finding
 from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.template_check import rendered_prompt, require_template
 from stillhouse.language_model.job import Job, configs, whole_job
+from stillhouse.language_model.package_check import require_options
 from stillhouse.students.student_config import PretrainedStudent, RandomStudent
 from stillhouse.teachers.load_model import load_tokenizer
 from stillhouse.teachers.model_source import ModelSource
@@ -37,6 +38,7 @@ def require_models(job: Job) -> Iterator[Finding]:
         student = job.recipe.student
         trust = student.trust_remote_code if isinstance(student, PretrainedStudent) else code
         _require_trainable(check_model_folder(start.path, trust_remote_code=trust), start)
+    yield from require_options(job)
     _require_templates(job)
     for name, config in zip(("student", "teacher"), configs(job), strict=True):
         yield from _positions(name, config, job)

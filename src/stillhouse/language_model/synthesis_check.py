@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.data.data_config import FileSource, Source
-from stillhouse.data.documents import Conversation
+from stillhouse.data.documents import Conversation, Document
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.sources import read_sources
+from stillhouse.data.tokenize_rows import tokenize
 from stillhouse.errors import RecipeError, RunError
 from stillhouse.finding import Finding
 from stillhouse.generation.answer_requests import findings
@@ -68,6 +70,7 @@ def require_synthesis(job: Job) -> Iterator[Finding]:
             key = "synthesize.filters.best_of.teacher"
             yield from require_source(judge.teacher, asked, whose="the judge", key=key)
     if makes_text(recipe, base):
+        _require_other_text(job, out_path(section, base))
         require_template(
             rendered_training(
                 load_tokenizer(job.tokenizer_path), reasoning=section.reasoning == "keep"
@@ -79,6 +82,22 @@ def require_synthesis(job: Job) -> Iterator[Finding]:
             fix="set synthesize.reasoning: keep if the template opens the reasoning itself; else "
             "use messages that it expects, or a model with another template",
         )
+
+
+def _require_other_text(job: Job, out: Path) -> None:
+    """Raises DataError for other text of the training that cannot be read, or whose first chats do
+    not fit the template: the data stage reads it only after the teacher has answered."""
+    data = job.recipe.data
+    tokenizer = load_tokenizer(job.tokenizer_path)
+    for source in (*data.sources, *data.heldout_sources):
+        if names(source, out, job.base):
+            continue
+        documents = itertools.islice(read_sources([source], job.base), FIRST_ROWS)
+        rows = [one for one in documents if not isinstance(one, Document)]
+        list(tokenize(rows, tokenizer))
+
+
+FIRST_ROWS = 100
 
 
 def _require_out(section: SynthesizeRecipe, base: Path) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -70,7 +68,6 @@ def check_training(check: Check) -> Iterator[Finding]:
     )
     need = _training_memory(student, teacher, student_config, plan.micro, recipe, precision.dtype)
     yield _memory(need, device)
-    yield _disk(job, student)
 
 
 def _signals(
@@ -93,7 +90,7 @@ def _signals(
     if section is not None and section.answers is not None:
         yield Finding("ok", "signals", "what the API tells about the tokens of its answers")
         return
-    size = f"{tokens * _row_bytes(job, section or SignalsRecipe()) / 1e6:,.0f} MB"
+    size = f"{tokens * row_bytes(job, section or SignalsRecipe()) / 1e6:,.0f} MB"
     faster = f"{1 + teacher.head_once / (3 * student.head_once):.1f} times as fast"
     if section is not None:
         text = f"the teacher is asked once, about {_duration(asking)}, and {size} are stored"
@@ -115,7 +112,7 @@ def _signals(
         yield Finding("estimate", "signals", text)
 
 
-def _row_bytes(job: Job, section: SignalsRecipe) -> float:
+def row_bytes(job: Job, section: SignalsRecipe) -> float:
     """Bytes of a stored token, about."""
     match section.encoding:
         case FrozenHeadSignals():
@@ -160,17 +157,6 @@ def _memory(need: int, device: torch.device) -> Finding:
         fix = "lower train.micro_batch_size, or set train.gradient_checkpointing: true"
         return Finding("error", "memory", text, fix)
     return Finding("estimate", "memory", text)
-
-
-def _disk(job: Job, student: account.ParameterCount) -> Finding:
-    """Each checkpoint holds weights and two moments in float32; three models are kept beside."""
-    keep = job.recipe.train.keep_checkpoints + 1
-    need = student.total * (12 * keep + 4 + 4 + 2)
-    free = shutil.disk_usage(next(p for p in Path.cwd().parents if p.exists())).free
-    text = f"about {need / 1e9:.1f} GB at the peak; {free / 1e9:.1f} GB are free"
-    if need > free:
-        return Finding("error", "disk", text, "free some, or lower train.keep_checkpoints")
-    return Finding("estimate", "disk", text)
 
 
 def _duration(seconds: float) -> str:

@@ -1,0 +1,80 @@
+"""Packages, keys and disk space that the options of a recipe need."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+
+from stillhouse.data.sources import size_estimate
+from stillhouse.errors import EndpointError
+from stillhouse.evaluation.lm_eval import require_tasks
+from stillhouse.finding import Finding, finding_of
+from stillhouse.language_model.job import Job, configs, planned_size, whole_job
+from stillhouse.language_model.signals_stage import records_signals
+from stillhouse.language_model.training_estimate import row_bytes
+from stillhouse.pipeline.engine import has_finished, run_folder
+from stillhouse.signals.signals_config import SignalsRecipe
+from stillhouse.teachers.api_keys import api_key
+
+CHARACTERS_PER_TOKEN = 3.0
+"""Of text whose tokens are not counted yet; more make the estimate smaller."""
+
+
+def require_options(job: Job) -> Iterator[Finding]:
+    """Trackers, lm-eval's tasks and the key of a server of signals. Raises StillhouseError."""
+    recipe = job.recipe
+    here = get_available_reporting_integrations()
+    for name in recipe.train.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            text = f"{name} is not installed, and is no tracker of transformers"
+            yield Finding("error", "extras", text, f"set train.report_to to some of {known}")
+        elif name not in here:
+            yield Finding("error", "extras", f"{name} is not installed", f"pip install {name}")
+    if recipe.evaluate.lm_eval is not None:
+        if importlib.util.find_spec("lm_eval") is None:
+            fix = "pip install 'stillhouse[eval]', or remove evaluate.lm_eval"
+            yield Finding("error", "extras", "lm_eval is not installed", fix)
+        else:
+            require_tasks(recipe.evaluate.lm_eval)
+    server = None if recipe.signals is None else recipe.signals.server
+    if server is not None and not has_finished(recipe, "signals"):
+        try:
+            api_key(server.key_env, where=server.base_url, setting="signals.server.key_env")
+        except EndpointError as error:
+            yield finding_of(error)
+
+
+def require_disk(job: Job) -> Iterator[Finding]:
+    """What a run writes, against the free space of its folder, until it has trained.
+
+    Each checkpoint holds weights and two moments in float32; beside them are the student before
+    and after training, its exports, and a store of signals.
+    """
+    job = whole_job(job)
+    recipe = job.recipe
+    if has_finished(recipe, "train"):
+        return
+    student = planned_size(configs(job)[0]).total
+    models = 12 * (recipe.train.keep_checkpoints + 1) + 4 + 4 + 4 * len(recipe.export.formats)
+    need = float(student * models)
+    parts = "checkpoints, models"
+    if records_signals(job) and not has_finished(recipe, "signals"):
+        tokens = size_estimate(recipe.data.sources, job.base) / CHARACTERS_PER_TOKEN
+        tokens = min(tokens, recipe.data.train_tokens or tokens)
+        need += tokens * row_bytes(job, recipe.signals or SignalsRecipe())
+        parts += " and signals"
+    root = run_folder(recipe).root.absolute()
+    free = shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free
+    text = f"about {need / 1e9:.1f} GB of {parts} at the peak; {free / 1e9:.1f} GB are free"
+    if need > free:
+        fix = "free some, lower train.keep_checkpoints, or give another disk: --set folder=PATH"
+        yield Finding("error", "disk", f"{text} in {root}", fix)
+    else:
+        yield Finding("estimate", "disk", text)

@@ -1,0 +1,113 @@
+"""What `check` finds, `run` finds before its first stage."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from stillhouse.check import check_recipe
+from stillhouse.commands import run
+from stillhouse.errors import StillhouseError
+from tests import tiny
+
+
+def synthesis(folder: Path, **changes: Any) -> dict[str, Any]:
+    raw = tiny.recipe(folder)
+    (folder / "prompts.txt").write_text("Say 1\nSay 2\n")
+    raw["synthesize"] = {
+        "teacher": {"local": {}},
+        "prompts": {"path": str(folder / "prompts.txt")},
+        "sampling": {"max_tokens": 4},
+        "out": str(folder / "out.jsonl"),
+        **changes,
+    }
+    source = {"kind": "jsonl", "path": raw["synthesize"]["out"]}
+    raw["data"]["sources"] = [source, *raw["data"]["sources"]]
+    return raw
+
+
+def both(raw: dict[str, Any], folder: Path) -> str:
+    """The errors of `check`, which `run` raises too, having done nothing."""
+    found = [one for one in check_recipe(raw) if one.level == "error"]
+    assert found
+    assert found[0].fix
+    with pytest.raises(StillhouseError):
+        run(raw)
+    stages = folder / "run" / "stages"
+    assert not stages.exists() or not [*stages.iterdir()]
+    return f"{found[0].topic}: {found[0].text}"
+
+
+def test_a_tracker_that_is_not_installed_or_not_known(tmp_path: Path) -> None:
+    text = both(tiny.recipe(tmp_path, train={"report_to": ["comet_ml"]}), tmp_path)
+    assert text == "extras: comet_ml is not installed"
+    text = both(tiny.recipe(tmp_path, train={"report_to": ["weights"]}), tmp_path)
+    assert "weights is not installed, and is no tracker" in text
+
+
+def test_too_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tiny.recipe(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100_000))
+    assert both(raw, tmp_path).startswith("disk: about")
+
+
+def test_a_store_of_signals_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tiny.recipe(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
+    assert "error" not in {one.level for one in check_recipe(raw)}
+    (tmp_path / "text.txt").write_text(tiny.text(40_000))
+    raw["signals"] = {"encoding": {"kind": "hidden"}}
+    raw["data"]["train_tokens"] = 1_000_000
+    assert "signals" in both(raw, tmp_path)
+
+
+def test_a_key_that_is_not_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    api = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "key_env": "SOME_KEY"}
+    text = both(synthesis(tmp_path, teacher={"api": api}), tmp_path)
+    assert "SOME_KEY is not set" in text
+    server = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "key_env": "SOME_KEY"}
+    signals = {"server": server, "encoding": {"kind": "top_k", "k": 5}}
+    text = both(tiny.recipe(tmp_path, signals=signals), tmp_path)
+    assert "SOME_KEY is not set" in text
+
+
+def test_a_judge_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = {"kind": "judge", "teacher": {"local": {"model": str(tmp_path / "nowhere")}}}
+    raw = synthesis(tmp_path, filters={"best_of": judge})
+    raw["synthesize"]["prompts"]["samples"] = 2
+    assert "there is no model" in both(raw, tmp_path)
+
+
+@pytest.mark.parametrize("out", ["prompts.txt", "folder"])
+def test_a_result_that_would_replace_a_file_or_is_a_folder(tmp_path: Path, out: str) -> None:
+    (tmp_path / "folder").mkdir()
+    raw = synthesis(tmp_path, out=str(tmp_path / out))
+    both(raw, tmp_path)
+    assert (tmp_path / "prompts.txt").read_text() == "Say 1\nSay 2\n"
+
+
+def test_other_text_that_cannot_be_read_is_found_before_the_teacher_is_asked(
+    tmp_path: Path,
+) -> None:
+    raw = synthesis(tmp_path)
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": [{"role": "user"}]}) + "\n")
+    raw["data"]["sources"].append({"kind": "jsonl", "path": str(tmp_path / "chat.jsonl")})
+    assert "data" in both(raw, tmp_path)
+    assert not (tmp_path / "answers.sqlite").exists()
+
+
+def test_a_format_that_the_model_cannot_have(tmp_path: Path) -> None:
+    raw = tiny.recipe(tmp_path, export={"formats": ["gguf-f16"]})
+    assert "merges" in both(raw, tmp_path)
+
+
+def test_a_language_of_a_filter(tmp_path: Path) -> None:
+    assert "zz" in both(synthesis(tmp_path, filters={"languages": ["zz"]}), tmp_path)
