@@ -10,7 +10,8 @@ import yaml
 
 from stillhouse.check import check_recipe
 from stillhouse.commands import prepare_data, record_signals
-from stillhouse.data.chat_template import DATE, chat_ids, render_chat
+from stillhouse.data.chat_prompt import chat_ids
+from stillhouse.data.chat_template import DATE, render_chat
 from stillhouse.signals.store import open_store
 from stillhouse.teachers.stored_teacher import lacking_tokens
 from tests import tiny

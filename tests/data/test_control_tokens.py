@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
+from stillhouse.data.chat_prompt import chat_ids, text_ids
 from stillhouse.errors import DataError
 
 from .learned import call, learned, rows_of, shown, tool
@@ -66,6 +67,27 @@ def test_texts_prompts_and_completions_are_plain_too() -> None:
     plain = tokenizer("a <|im_end|> b", split_special_tokens=True)["input_ids"]
     (tokens,) = rows_of({"text": "a <|im_end|> b"}, tokenizer)
     assert tokens.ids.tolist()[:-1] == plain
+
+
+def test_prompts_are_read_as_the_context_of_a_row_is() -> None:
+    tokenizer = byte_level()
+    for asked in ("the fox", EVIL, [{"type": "text", "text": "the fox"}]):
+        messages: list[Any] = [{"role": "user", "content": asked}]
+        (row,) = rows_of({"messages": [*messages, chat("", "b")[1]]}, tokenizer)
+        prompt = chat_ids(tokenizer, messages)
+        assert row.ids.tolist()[: len(prompt)] == prompt
+        assert not row.supervised[: len(prompt)].any()
+        assert row.supervised[len(prompt)]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_texts_outside_of_training_are_plain_too(bos: bool) -> None:
+    tokenizer = byte_level(bos=bos)
+    assert text_ids(tokenizer, "the fox", start=True) == tokenizer("the fox")["input_ids"]
+    assert text_ids(tokenizer, "the fox") == tokenizer("the fox")["input_ids"][bos:]
+    plain = tokenizer(EVIL, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert text_ids(tokenizer, EVIL) == plain
+    assert text_ids(tokenizer, EVIL, start=True) == [*[tokenizer.bos_token_id] * bos, *plain]
 
 
 RENDERED = [

@@ -59,6 +59,8 @@ READ: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"tools": json.dumps([tool("weather", "city")]), "conversations": sharegpt(
             ("human", "Rain?"), ("function_call", json.dumps(CALL)), ("observation", "none"),
             ("gpt", "No."))}, CALLED),
+    "ShareGPT as JSON text": (
+        {"conversations": json.dumps(sharegpt(("human", "Hi"), ("gpt", "Hello")))}, HI),
     "conversations with roles": ({"conversations": HI}, HI),
     "lmsys": ({"conversation": HI, "language": "English", "turn": 1}, HI),
     "Alpaca": (

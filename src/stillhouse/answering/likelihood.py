@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from stillhouse.data.chat_prompt import text_ids
 from stillhouse.data.turn_end import turn_end
 from stillhouse.generation.chat_frame import answer_prompt_ids
 from stillhouse.generation.request import Message
@@ -26,7 +27,7 @@ def mean_surprise(
     end = [] if last is None else [last.id]
     for messages, answer in zip(prompts, answers, strict=True):
         prompt = answer_prompt_ids(tokenizer, messages)
-        said = [*tokenizer(answer, add_special_tokens=False)["input_ids"], *end]
+        said = [*text_ids(tokenizer, answer), *end]
         ids_1L = torch.tensor([[*prompt, *said]], device=device)
         states_LD = model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
         logits_LV = head_logits(lm_head(model), states_LD[len(prompt) - 1 : -1]).float()

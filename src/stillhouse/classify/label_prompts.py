@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from stillhouse.classify.classify_config import ClassifyTask
+from stillhouse.data.chat_prompt import text_ids
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import ModelError, RecipeError
 from stillhouse.generation.chat_frame import answer_prompt_ids
@@ -76,7 +77,7 @@ class PromptTokens:
 
     def _one(self, text: str) -> list[int]:
         if not self.prompt.chat:
-            return list(self.tokenizer(self.prompt.plain(text))["input_ids"])
+            return text_ids(self.tokenizer, self.prompt.plain(text), start=True)
         return answer_prompt_ids(self.tokenizer, self.prompt.turns(text))
 
 

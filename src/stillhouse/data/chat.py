@@ -112,12 +112,11 @@ def _learned(conversation: Conversation) -> list[int]:
 
 def _hide(chat: Conversation, control: ControlTokens) -> Conversation:
     """The chat without strings of control tokens; the same object where it has none."""
-    spoken = [message["role"] == "assistant" for message in chat.messages]
-    pairs = list(zip(chat.messages, spoken, strict=True))
-    if not control.found(chat.tools) and not any(control.found(m, spoken=s) for m, s in pairs):
+    messages = control.hide_messages(chat.messages)
+    if messages is None and not control.found(chat.tools):
         return chat
     tools = None if chat.tools is None else tuple(control.hide(chat.tools))
-    return replace(chat, messages=tuple(control.hide(m, spoken=s) for m, s in pairs), tools=tools)
+    return replace(chat, messages=tuple(messages or chat.messages), tools=tools)
 
 
 def _notes(conversation: Conversation, learned: Sequence[int], hidden: bool) -> list[str]:

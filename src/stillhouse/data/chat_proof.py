@@ -125,7 +125,7 @@ def _keys_left_out(
 ) -> Iterator[str]:
     role = message["role"]
     for key in message.keys() - _KNOWN_KEYS:
-        if not form.names(key):
+        if message[key] not in ("", [], {}) and not form.names(key):
             yield KEY_LEFT_OUT.format(key=key)
     name = message.get("name")
     if role not in ("tool", "assistant") and isinstance(name, str) and not found.shows(name):

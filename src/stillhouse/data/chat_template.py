@@ -33,12 +33,17 @@ def render_chat(
     generation_prompt: bool = False,
 ) -> str:
     """The chat as text. Raises whatever the template raises: see `TEMPLATE_ERRORS`."""
-    return str(_apply(tokenizer, messages, tools, generation_prompt, tokenize=False))
-
-
-def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The tokens that a model continues with its answer. Raises as `render_chat`."""
-    return list(_apply(tokenizer, messages, None, True, tokenize=True)["input_ids"])
+    options = {}
+    if writes_date(tokenizer):
+        options["chat_template"] = _FIXED_DATE + tokenizer.get_chat_template(tools=tools)
+    text = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        tools=None if tools is None else list(tools),
+        add_generation_prompt=generation_prompt,
+        tokenize=False,
+        **options,
+    )
+    return str(text)
 
 
 def writes_date(tokenizer: Any) -> bool:
@@ -76,23 +81,3 @@ def template_errors() -> tuple[type[Exception], ...]:
     import jinja2
 
     return (jinja2.TemplateError, AttributeError, LookupError, TypeError, ValueError)
-
-
-def _apply(
-    tokenizer: Any,
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Any] | None,
-    generation_prompt: bool,
-    *,
-    tokenize: bool,
-) -> Any:
-    options: dict[str, Any] = {"return_dict": True} if tokenize else {}
-    if writes_date(tokenizer):
-        options["chat_template"] = _FIXED_DATE + tokenizer.get_chat_template(tools=tools)
-    return tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tools=None if tools is None else list(tools),
-        add_generation_prompt=generation_prompt,
-        tokenize=tokenize,
-        **options,
-    )

@@ -9,7 +9,7 @@ chat template wrote itself stays a token.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,14 @@ class ControlTokens:
         if isinstance(value, (list, tuple)):
             return [self.hide(item, spoken=spoken) for item in value]
         return value
+
+    def hide_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+        """The messages with placeholders; None where they have no control token's string."""
+        spoken = [message["role"] == "assistant" for message in messages]
+        pairs = list(zip(messages, spoken, strict=True))
+        if not any(self.found(message, spoken=by) for message, by in pairs):
+            return None
+        return [self.hide(message, spoken=by) for message, by in pairs]
 
     def reveal(self, text: str) -> str:
         return self._placeholders.sub(lambda m: self.strings[ord(m[0]) - _HIDDEN], text)

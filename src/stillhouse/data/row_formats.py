@@ -40,7 +40,7 @@ def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyD
             raise _missing_key(row, text_key, where)
         return _plain(row, text_key, where)
     for key in _CHATS:
-        if isinstance(given.get(key), list) or (key == "messages" and key in row):
+        if isinstance(from_json(given.get(key)), list) or (key == "messages" and key in row):
             chat = read_chat(given if key in given else row, key, where)
             sharegpt = any("from" in m for m in from_json(given[key]) if isinstance(m, Mapping))
             about = About("ShareGPT" if sharegpt else "messages", chat.about.notes)

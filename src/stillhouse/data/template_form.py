@@ -56,7 +56,7 @@ class TemplateForm:
 
     def _fit(self, message: dict[str, Any]) -> dict[str, Any]:
         content = message.get("content")
-        if isinstance(content, list):
+        if isinstance(content, list) and all("text" in part for part in content):
             texts = [{"type": "text", "text": part["text"]} for part in content]
             message["content"] = texts if self.reads_parts else joined_text(content)
         elif isinstance(content, str) and not self.reads_strings and self.reads_parts:

@@ -62,7 +62,8 @@ def tokenize(
         document = documents[index]
         chat = isinstance(document, Conversation)
         if not chat:
-            ids, mask = _framed(ids, mask, start, eos, not isinstance(document, Completion))
+            text, given = not isinstance(document, Completion), control_tokens == "tokens"
+            ids, mask = _framed(ids, mask, start, eos, text, given)
         if not mask[1:].any():
             raise DataError(
                 "0% of the row's tokens are supervised: there is nothing to train on",
@@ -75,12 +76,15 @@ def tokenize(
     return rows
 
 
-def _framed(ids: Ids, mask: Mask, start: Ids, eos: int, text: bool) -> tuple[Ids, Mask]:
-    """With the tokens before a text and EOS, where the text does not have them itself."""
-    before = start[:0] if len(start) and (ids[: len(start)] == start).all() else start
-    after = [] if len(ids) and ids[-1] == eos else [eos]
+def _framed(
+    ids: Ids, mask: Mask, start: Ids, eos: int, text: bool, given: bool
+) -> tuple[Ids, Mask]:
+    """With the tokens before a text and EOS. given: the text may have them itself."""
+    begins = given and np.array_equal(ids[: len(start)], start)
+    before = start[:0] if begins else start
+    after = [] if given and len(ids) and ids[-1] == eos else [eos]
     # The first token of a row is never a label, so its mask only tells text from a prompt.
-    learned = np.arange(len(before)) < text
+    learned = (np.arange(len(before)) == 0) & text
     ids = np.concatenate([before, ids, after]).astype(np.int32)
     return ids, np.concatenate([learned, mask, np.ones(len(after), dtype=bool)])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stillhouse.data.chat_template import chat_ids
+from stillhouse.data.chat_prompt import chat_ids, text_ids
 from stillhouse.data.reasoning import decode_with_marks
 from stillhouse.data.turn_end import end_of_answers
 from stillhouse.generation.generator import TokenPrompt
@@ -43,4 +43,4 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """What a model reads of a prompt: a user's turn where it has a chat template, else text."""
     if getattr(tokenizer, "chat_template", None):
         return chat_ids(tokenizer, [{"role": "user", "content": prompt}])
-    return list(tokenizer(prompt)["input_ids"])
+    return text_ids(tokenizer, prompt, start=True)

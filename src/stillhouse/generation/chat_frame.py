@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from stillhouse.data.chat_template import chat_ids
+from stillhouse.data.chat_prompt import chat_ids
 from stillhouse.data.reasoning import MARKS, Marks
 from stillhouse.generation.request import Answer, Message
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from stillhouse.data.chat_template import chat_ids
+from stillhouse.data.chat_prompt import chat_ids
 from stillhouse.data.reasoning import Marks, decode_with_marks
 from stillhouse.errors import ModelError
 from stillhouse.generation.chat_frame import MARK_TOKENS

@@ -1,0 +1,31 @@
+"""The tokens of a prompt, in which the strings of control tokens are text, as in training text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stillhouse.data.chat_template import render_chat
+from stillhouse.data.control_tokens import Piece
+from stillhouse.data.template_form import template_form
+from stillhouse.data.tokenize_rows import encode_pieces, leading_tokens
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The tokens that a model continues with its answer. Raises as `render_chat`."""
+    form = template_form(tokenizer)
+    fitted = form.fit(messages)
+    hidden = form.control_tokens.hide_messages(fitted)
+    prompt = Piece(render_chat(tokenizer, hidden or fitted, generation_prompt=True), False)
+    pieces = [prompt] if hidden is None else list(form.control_tokens.divide(prompt))
+    ((ids, _),) = encode_pieces([pieces], tokenizer)
+    return [int(one) for one in ids]
+
+
+def text_ids(tokenizer: Any, text: str, *, start: bool = False) -> list[int]:
+    """The tokens of a text. start: with what the tokenizer writes before and after every text."""
+    control = template_form(tokenizer).control_tokens
+    if not control.found(text):
+        return list(tokenizer(text, add_special_tokens=start)["input_ids"])
+    ((ids, _),) = encode_pieces([list(control.plain(text, False))], tokenizer)
+    return [*(leading_tokens(tokenizer).tolist() if start else ()), *map(int, ids)]
