@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from stillhouse.objectives.objective_config import (
     ObjectiveTerm,
 )
 from stillhouse.pruning.pruning_config import UNITS
+from stillhouse.scratch import temporary_folder
 from stillhouse.search.search_shape import Setting, search_shape
 from stillhouse.section import checked, made
 from stillhouse.signals.encodings import Encoding, Hidden, TopK
@@ -197,7 +197,7 @@ def search_sizes(
     start, settings = local(teacher), settings or TrainRecipe()
     target = {key: options.pop(key) for key in UNITS if key in options}
     section = made(PrunedStudent, {"start": "pruned", "target": target, **options}, "search_sizes")
-    with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
+    with temporary_folder("stillhouse-") as scratch:
         model = start.folder
         if model is None:
             model = Path(scratch) / "teacher"

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 from stillhouse.checksums import damaged_files, file_facts, seal_broken, sealed
 from stillhouse.errors import RunError, StillhouseError
 from stillhouse.progress import note
+from stillhouse.scratch import scratch_in
 
 MANIFEST = "manifest.json"
 
@@ -76,7 +77,10 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder for this process. Raises RunError where another one has it."""
+        """Holds the folder for this process, with its temporary files (`scratch`).
+
+        Raises RunError where another process has it.
+        """
         with disk_errors(self.root):
             self.stages.mkdir(parents=True, exist_ok=True)
             lock = (self.root / ".lock").open("a+", encoding="utf-8")
@@ -95,7 +99,8 @@ class RunFolder:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}")
             lock.flush()
-            yield
+            with scratch_in(self.root):
+                yield
 
     def key(self, name: str, depends_on: Mapping[str, Any]) -> str:
         canonical = json.dumps({"stage": name, **depends_on}, sort_keys=True, ensure_ascii=True)

@@ -116,7 +116,8 @@ def test_weights_whose_file_someone_deleted_stay(scratch: Path) -> None:
 
 
 def test_a_model_in_memory_may_have_its_layers_anywhere(tmp_path: Path) -> None:
-    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64)).eval()
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 64}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
     expected = logits(model, IDS % 64)
     with released_after_use(model):
         assert torch.equal(logits(model, IDS % 64), expected)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from stillhouse.evaluation.speed import (
 )
 from stillhouse.hardware import Precision, default_device
 from stillhouse.progress import bar
+from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import stored_dtypes
@@ -221,7 +221,7 @@ def _stored_as_used(path: Path, setup: _Setup) -> Iterator[Path]:
     if setup.device.type != "cpu" or stored_dtypes(path) in (set(), {name}):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="stillhouse-memory-") as folder:
+    with temporary_folder("stillhouse-memory-") as folder:
         with quiet():
             setup.load(path).save_pretrained(folder)
         gc.collect()

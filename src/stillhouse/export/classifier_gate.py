@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from stillhouse.errors import ModelError
 from stillhouse.export.fresh_process import offline, run_script
+from stillhouse.scratch import temporary_folder
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def replay_classifier(exported: Path, inputs: ClassifierRows) -> Tensor:
     Raises ModelError: the folder does not load, has other weights than its model, or a tokenizer
     that tokenizes a text otherwise.
     """
-    with tempfile.TemporaryDirectory(prefix="stillhouse-replay-") as name:
+    with temporary_folder("stillhouse-replay-") as name:
         folder = Path(name)
         run_script(
             "replay_classifier.py",

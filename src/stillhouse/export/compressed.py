@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from stillhouse.export.fresh_process import run_script
 from stillhouse.export.gate import Gate, ReplayResult, fill
 from stillhouse.export.widths import nearest, row_widths
 from stillhouse.progress import note
+from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 
@@ -92,7 +92,7 @@ def require_llm_compressor(python: str | None) -> str:
 
 
 def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence[Any]) -> None:
-    with tempfile.TemporaryDirectory(prefix="stillhouse-compress-") as name:
+    with temporary_folder("stillhouse-compress-") as name:
         folder = Path(name)
         rows = {str(place): window["input_ids"] for place, window in enumerate(windows)}
         save_file(rows, folder / "windows.safetensors")

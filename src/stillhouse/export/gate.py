@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from stillhouse.export.fresh_process import offline, run_script
 from stillhouse.hardware import default_device
 from stillhouse.progress import note
 from stillhouse.runfolder import disk_errors
+from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.load_model import load_model
 
 REPLAY_TOKENS = 1024
@@ -136,7 +136,7 @@ class Gate:
 
         exported: a folder, or a GGUF file.
         """
-        with tempfile.TemporaryDirectory(prefix="stillhouse-replay-") as name:
+        with temporary_folder("stillhouse-replay-") as name:
             folder = Path(name)
             save_file(drawn_windows(self), folder / "windows.safetensors")
             request = {
@@ -217,7 +217,7 @@ def against_teacher(
     inside the block.
     """
     code = gate.trust_remote_code
-    with tempfile.TemporaryDirectory(prefix="stillhouse-teacher-") as name:
+    with temporary_folder("stillhouse-teacher-") as name:
         file = Path(name) / "logits.safetensors"
         model = load_model(teacher, dtype=dtype, trust_remote_code=code).to(default_device())
         logits = {}

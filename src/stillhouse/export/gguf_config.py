@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from stillhouse.export.gguf_model import (
     window_pattern,
     windows,
 )
+from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.gguf_families import head_size
 from stillhouse.teachers.quiet import quiet
 
@@ -112,7 +112,7 @@ def misread_by_transformers(config: Any) -> str | None:
     Its configuration is written, read back by the installed transformers, and compared. None: the
     loader builds the same model. Raises ModelError as `architecture`.
     """
-    with tempfile.TemporaryDirectory(prefix="stillhouse-gguf-") as folder:
+    with temporary_folder("stillhouse-gguf-") as folder:
         file = Path(folder) / "header.gguf"
         writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture(config)])
         add_configuration(writer, config)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -25,6 +24,7 @@ from stillhouse.errors import ModelError
 from stillhouse.export.export_formats import ONNX
 from stillhouse.export.fresh_process import run_script
 from stillhouse.progress import note
+from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.quiet import quiet
 
 FILE = "model.onnx"
@@ -184,7 +184,7 @@ def _replay(
     file: Path, batches: Sequence[Sequence[Sequence[int]]], pad: int, source: Path
 ) -> tuple[Tensor, float]:
     """Logits [N, C] and seconds, by a process with onnxruntime alone."""
-    with tempfile.TemporaryDirectory(prefix="stillhouse-replay-") as name:
+    with temporary_folder("stillhouse-replay-") as name:
         folder = Path(name)
         request = {
             "file": str(file.resolve()),

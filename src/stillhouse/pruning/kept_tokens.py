@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import tempfile
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from tokenizers import pre_tokenizers
 
 from stillhouse.errors import RecipeError
+from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.load_model import load_tokenizer
 
 WORD_START = "▁"
@@ -154,7 +154,7 @@ def prune_tokenizer(tokenizer: Any, kept_ids: Sequence[int]) -> Any:
                 f"the vocabulary would lose {len(lost)} {what}: {examples}",
                 f"add them: {len(kept) + len(lost)} tokens (`kept_token_ids` does)",
             )
-    with tempfile.TemporaryDirectory() as place:
+    with temporary_folder("stillhouse-") as place:
         folder = Path(place)
         tokenizer.save_pretrained(folder)
         content = json.dumps(merges.cut(kept_ids), ensure_ascii=False)

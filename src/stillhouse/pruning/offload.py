@@ -28,6 +28,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from stillhouse.errors import RunError
 from stillhouse.hardware import hand_back_freed_memory
+from stillhouse.scratch import scratch_place
 from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load_model import load_config, load_model
 
@@ -154,7 +155,7 @@ def _file_of(tensor: Tensor) -> str | None:
 def _written(parameter: Tensor) -> str:
     """A file with the parameter's values in float32, which is deleted with the parameter."""
     try:
-        handle, file = tempfile.mkstemp(prefix="stillhouse-weights-")
+        handle, file = tempfile.mkstemp(prefix="stillhouse-weights-", dir=scratch_place())
         weakref.finalize(parameter, _remove, file)
         with os.fdopen(handle, "wb") as opened:
             for block in parameter.detach().reshape(-1).split(BLOCK):
@@ -162,7 +163,7 @@ def _written(parameter: Tensor) -> str:
     except OSError as error:
         raise RunError(
             f"the weights of a large model cannot be written to disk ({error})",
-            where=tempfile.gettempdir(),
+            where=scratch_place(),
             fix="free some disk space there, or set TMPDIR to a folder on a larger disk",
         ) from error
     return file

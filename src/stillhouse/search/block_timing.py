@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,6 +30,7 @@ from stillhouse.hardware import synchronize
 from stillhouse.pruning.axes import axes_of, part
 from stillhouse.pruning.shapes import Counter
 from stillhouse.pruning.sizes import Sizes, resized_config, sizes_of
+from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load_model import attention_for
 from stillhouse.teachers.quiet import quiet
@@ -227,7 +227,7 @@ def measure_memory(config: Any, dtype: torch.dtype, device: torch.device | str) 
     start = sizes_of(config)
     counter = Counter(config)
     points = []
-    with tempfile.TemporaryDirectory(prefix="stillhouse-memory-") as folder:
+    with temporary_folder("stillhouse-memory-") as folder:
         for layers in {start.layers, max(1, start.layers // 2)}:
             sizes = replace(start, layers=layers)
             path = Path(folder) / str(layers)

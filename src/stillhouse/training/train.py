@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import math
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -30,6 +29,7 @@ from stillhouse.hardware import (
 )
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.progress import bar, note
+from stillhouse.scratch import temporary_folder
 from stillhouse.students.student import Student
 from stillhouse.teachers.load_model import check_loadable
 from stillhouse.teachers.older_names import save_tokenizer
@@ -215,7 +215,7 @@ def _checkpoint_folder(folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         yield folder / CHECKPOINTS
         return
-    with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
+    with temporary_folder("stillhouse-") as scratch:
         yield Path(scratch)  # transformers insists on a folder, and writes nothing there
 
 

@@ -1,0 +1,56 @@
+"""Temporary files do not outlive a run, however it ends."""
+
+from __future__ import annotations
+
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from stillhouse.runfolder import RunFolder
+from stillhouse.scratch import scratch_place, temporary_folder
+from tests.forks import Fork
+
+
+def test_a_run_has_its_temporary_files_in_its_own_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TMPDIR", raising=False)
+    with RunFolder(tmp_path / "run").locked():
+        with temporary_folder("stillhouse-test-") as name:
+            assert Path(name).parent == tmp_path / "run" / ".scratch"
+        assert not Path(name).exists()
+    assert not (tmp_path / "run" / ".scratch").exists()
+    assert scratch_place() == Path(tempfile.gettempdir())
+
+
+def test_a_folder_that_the_user_chose_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "large-disk"))
+    for run in ("one", "other"):
+        with RunFolder(tmp_path / run).locked():
+            assert scratch_place().parent == tmp_path / "large-disk"
+    assert list((tmp_path / "large-disk").iterdir()) == []
+
+
+def hold(run: Path) -> None:
+    with RunFolder(run).locked():
+        (scratch_place() / "logits").write_bytes(b"large")
+        time.sleep(600)
+
+
+@pytest.mark.run
+def test_the_next_run_deletes_what_a_killed_one_left(tmp_path: Path) -> None:
+    child = Fork(hold, tmp_path, environment={"TMPDIR": ""})
+    left = tmp_path / ".scratch" / "logits"
+    while not left.exists():
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait(timeout=60)
+    assert left.exists()
+    with RunFolder(tmp_path).locked():
+        assert not left.exists()
