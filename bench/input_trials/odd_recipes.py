@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -36,7 +36,20 @@ ODD_TEXTS = (
     "https://example.org/x", '"{{ x }}"', '"{x"', '"[/red]"', '"\\e[31m"', "'*'", '"\\ud83d"',
     "..//..", "con", '"a\\nb"', "'{'", "null", "'['", '"(?P<x"', "'%'", "file:///etc/passwd",
 )  # fmt: skip
-Change = Callable[[random.Random, "Text"], tuple[str, "str | bytes", Refusal]]
+Place = tuple[str | int, ...]
+
+
+class Changed(NamedTuple):
+    """A recipe's new text. said: a place and the text that stands there, as it is written; a reader
+    that takes it must take it as that text."""
+
+    name: str
+    data: str | bytes
+    refusal: Refusal
+    said: tuple[Place, str] | None = None
+
+
+Change = Callable[[random.Random, "Text"], Changed]
 
 
 @dataclass(frozen=True)
@@ -73,9 +86,6 @@ def recipes() -> tuple[Text, ...]:
         text = text.replace("../runs/", "runs/").replace("vocabulary: 24576", "vocabulary: 200")
         found.append(Text(path.stem, text, yaml.safe_load(text)))
     return tuple(found)
-
-
-Place = tuple[str | int, ...]
 
 
 def _leaves(value: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
@@ -155,37 +165,40 @@ def _fits(raw: Any, place: Place) -> bool:
         return False
 
 
-def no_number(chance: random.Random, recipe: Text) -> tuple[str, str, Refusal]:
+def no_number(chance: random.Random, recipe: Text) -> Changed:
     place = chance.choice(_numeric_places(recipe))
     value = chance.choice(NO_NUMBERS)
-    return f"{_dotted(place)}: {value[:40]}", _with(recipe, place, value), "must"
+    return Changed(f"{_dotted(place)}: {value[:40]}", _with(recipe, place, value), "must")
 
 
-def odd_number(chance: random.Random, recipe: Text) -> tuple[str, str, Refusal]:
+def odd_number(chance: random.Random, recipe: Text) -> Changed:
     place = chance.choice(_numeric_places(recipe))
     value = chance.choice(PERHAPS)
-    return f"{_dotted(place)}: {value}", _with(recipe, place, value), "may"
+    return Changed(f"{_dotted(place)}: {value}", _with(recipe, place, value), "may")
 
 
-def no_text(chance: random.Random, recipe: Text) -> tuple[str, str, Refusal]:
+def no_text(chance: random.Random, recipe: Text) -> Changed:
     place = chance.choice(
         [p for p, value in _leaves(recipe.raw) if isinstance(value, str) and p[0] != "task"]
     )
     value = chance.choice(NO_TEXTS)
-    return f"{_dotted(place)}: {value}", _with(recipe, place, value), "must"
+    text, said = _with(recipe, place, value), (place, value)
+    if value[0] in "[{":
+        return Changed(f"{_dotted(place)}: {value}", text, "must")
+    return Changed(f"{_dotted(place)}: {value}", text, "may", said)
 
 
-def odd_text(chance: random.Random, recipe: Text) -> tuple[str, str, Refusal]:
+def odd_text(chance: random.Random, recipe: Text) -> Changed:
     place = chance.choice([p for p, value in _leaves(recipe.raw) if isinstance(value, str)])
     value = chance.choice(ODD_TEXTS)
-    return f"{_dotted(place)}: {value[:40]}", _with(recipe, place, value), "may"
+    return Changed(f"{_dotted(place)}: {value[:40]}", _with(recipe, place, value), "may")
 
 
-def other_shape(chance: random.Random, recipe: Text) -> tuple[str, str, Refusal]:
+def other_shape(chance: random.Random, recipe: Text) -> Changed:
     """A section where a value should be, and the other way around."""
     place = chance.choice([*_sections(recipe.raw)][1:])
     value = chance.choice(["7", "text", "true", "[[]]", "[{}]", "{x: 1}", "[null]"])
-    return f"{_dotted(place)}: {value}", _with(recipe, place, value), "must"
+    return Changed(f"{_dotted(place)}: {value}", _with(recipe, place, value), "must")
 
 
 def _dotted(place: Place) -> str:
@@ -205,7 +218,7 @@ def _named(raw: Any, place: Place) -> bool:
     return bool(_at(raw, place)) and not {"values", "overrides", "labels"} & set(place)
 
 
-def misspelled(chance: random.Random, recipe: Text) -> tuple[str, str, Refusal]:
+def misspelled(chance: random.Random, recipe: Text) -> Changed:
     raw = copy.deepcopy(recipe.raw)
     section, key = _some_key(chance, raw)
     new = chance.choice(
@@ -216,18 +229,18 @@ def misspelled(chance: random.Random, recipe: Text) -> tuple[str, str, Refusal]:
     items = [(new if name == key else name, value) for name, value in holder.items()]
     holder.clear()
     holder.update(items)
-    return f"{_dotted((*section, key))} as {new!r}", _dumped(raw), "must"
+    return Changed(f"{_dotted((*section, key))} as {new!r}", _dumped(raw), "must")
 
 
-def unknown(chance: random.Random, recipe: Text) -> tuple[str, str, Refusal]:
+def unknown(chance: random.Random, recipe: Text) -> Changed:
     raw = copy.deepcopy(recipe.raw)
     section, _ = _some_key(chance, raw)
     key: Any = chance.choice(["nonsense", "lr", 1, True, None, "", "__class__", "🙂", 2.5])
     _at(raw, section)[key] = chance.choice([1, None, "x", {}])
-    return f"{key!r} in {_dotted(section)}", _dumped(raw), "must"
+    return Changed(f"{key!r} in {_dotted(section)}", _dumped(raw), "must")
 
 
-def twice(chance: random.Random, recipe: Text) -> tuple[str, str, Refusal]:
+def twice(chance: random.Random, recipe: Text) -> Changed:
     """A key that is given twice, as it is or in quotes."""
     lines = recipe.text.splitlines()
     keyed = [
@@ -237,20 +250,20 @@ def twice(chance: random.Random, recipe: Text) -> tuple[str, str, Refusal]:
     line = lines[chance.choice(keyed)]
     key, rest = line.split(": ", 1)
     again = chance.choice([line, f'"{key}": {rest}', f"? {key}\n: {rest}"])
-    return f"{key} twice", "\n".join([*lines, again]) + "\n", "must"
+    return Changed(f"{key} twice", "\n".join([*lines, again]) + "\n", "must")
 
 
-def removed(chance: random.Random, recipe: Text) -> tuple[str, str, Refusal]:
+def removed(chance: random.Random, recipe: Text) -> Changed:
     raw = copy.deepcopy(recipe.raw)
     section, key = _some_key(chance, raw)
     del _at(raw, section)[key]
-    return f"without {_dotted((*section, key))}", _dumped(raw), "may"
+    return Changed(f"without {_dotted((*section, key))}", _dumped(raw), "may")
 
 
 # --- YAML ------------------------------------------------------------------------------------
 
 
-def same_yaml(chance: random.Random, recipe: Text) -> tuple[str, str | bytes, Refusal]:
+def same_yaml(chance: random.Random, recipe: Text) -> Changed:
     """The same recipe in other words."""
     text = recipe.text
     ways: list[tuple[str, Callable[[], str | bytes]]] = [
@@ -262,7 +275,7 @@ def same_yaml(chance: random.Random, recipe: Text) -> tuple[str, str | bytes, Re
         ("no last line end", text.rstrip),
     ]
     name, write = chance.choice(ways)
-    return name, write(), "never"
+    return Changed(name, write(), "never")
 
 
 def _aliased(recipe: Text) -> Iterator[str]:
@@ -271,7 +284,7 @@ def _aliased(recipe: Text) -> Iterator[str]:
     yield _dumped(raw).replace(_HOLE, f"&s {recipe.raw.get('seed', 0)}")
 
 
-def other_yaml(chance: random.Random, recipe: Text) -> tuple[str, str | bytes, Refusal]:
+def other_yaml(chance: random.Random, recipe: Text) -> Changed:
     """Texts that are no recipe."""
     text = recipe.text
     bomb = "a0: &a0 [x, x]\n" + "".join(
@@ -305,10 +318,10 @@ def other_yaml(chance: random.Random, recipe: Text) -> tuple[str, str | bytes, R
         ("a future version", f"%YAML 9.9\n---\n{text}"),
     ]  # fmt: skip
     name, data = chance.choice(kinds)
-    return name, data, "may" if name == "a future version" else "must"
+    return Changed(name, data, "may" if name == "a future version" else "must")
 
 
-def perhaps_yaml(chance: random.Random, recipe: Text) -> tuple[str, str | bytes, Refusal]:
+def perhaps_yaml(chance: random.Random, recipe: Text) -> Changed:
     """What some readers take and others do not."""
     text = recipe.text
     kinds: list[tuple[str, str | bytes]] = [
@@ -321,7 +334,7 @@ def perhaps_yaml(chance: random.Random, recipe: Text) -> tuple[str, str | bytes,
         ("5 MB of comments", "# comment\n" * 500_000 + text),
     ]  # fmt: skip
     name, data = chance.choice(kinds)
-    return name, data, "may"
+    return Changed(name, data, "may")
 
 
 def _without_one(chance: random.Random, lines: list[str]) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.input_trials import files
-from bench.input_trials.odd_recipes import CHANGES, Text, data_folder, recipes
+from bench.input_trials.odd_recipes import CHANGES, Place, Text, data_folder, recipes
 from bench.input_trials.trial import Refusal, Trial
 from stillhouse.check import check_recipe
 from stillhouse.config.load_recipe import load_recipe
@@ -42,14 +42,21 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
     if chance.random() < 0.06:
         return _override(chance, folder, recipe)
     change = chance.choice(CHANGES)
-    name, text, refusal = change(chance, recipe)
+    changed = change(chance, recipe)
     files.write(folder, "base.yaml", recipe.text)
-    path = files.write(folder, "recipe.yaml", text)
-    return _trial(f"{recipe.name}: {name}", path, folder, refusal, number % CHECKED == 0)
+    path = files.write(folder, "recipe.yaml", changed.data)
+    name, check = f"{recipe.name}: {changed.name}", number % CHECKED == 0
+    return _trial(name, path, folder, changed.refusal, check, said=changed.said)
 
 
 def _trial(
-    name: str, path: Path, folder: Path, refusal: Refusal, check: bool, *overrides: str
+    name: str,
+    path: Path,
+    folder: Path,
+    refusal: Refusal,
+    check: bool,
+    *overrides: str,
+    said: tuple[Place, str] | None = None,
 ) -> Trial:
     flag = folder / "ran"
 
@@ -64,6 +71,8 @@ def _trial(
             return "the recipe ran a command"
         if refusal == "must":
             return "accepted"
+        if said is not None and _at(recipe.model_dump(), said[0]) != said[1]:
+            return f"read as {_at(recipe.model_dump(), said[0])!r}"
         problems = list(_unusable(recipe.model_dump()))
         if problems:
             return "; ".join(problems)
@@ -72,6 +81,12 @@ def _trial(
         return None
 
     return Trial(name, read, wrong, refusal)
+
+
+def _at(raw: Any, place: Place) -> Any:
+    for key in place:
+        raw = raw[key]
+    return raw
 
 
 def _other(found: dict[str, Any], path: Path) -> str | None:
