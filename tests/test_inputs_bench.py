@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from transformers.utils import logging
-
 from bench.input_trials.trial import BARS, Trial, judge
 from bench.input_trials.workers import run_one
 from bench.inputs import FAMILIES
+from transformers.utils import logging
+
 from stillhouse.errors import DataError
 from stillhouse.progress import note
 

@@ -18,7 +18,7 @@ from stillhouse.teachers.model_requirements import (
 )
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.stored_tokenizer import as_stored
-from stillhouse.teachers.weights import WHOLE_NUMBERS, stored_types, weight_files
+from stillhouse.teachers.weights import WHOLE_NUMBERS, read_tensors, stored_types, weight_files
 
 _checked: set[tuple[Path, int]] = set()
 """Model folders whose head was compared with the model's logits, and the time of their config."""
@@ -70,7 +70,7 @@ def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fals
     require_tokens(config, model, path)
     _check_types(model, files, path)
     _check_finite(model, path)
-    _check_tied(model, path)
+    _check_tied(model, files, path)
     model.requires_grad_(False).eval()
     check_head_once(model, path)
     return model
@@ -110,6 +110,7 @@ def check_loadable(
         ) from error
     _check_loaded(info, path)
     _check_types(model, files, path)
+    _check_tied(model, files, path)
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
@@ -209,13 +210,14 @@ def _check_finite(model: Any, path: Path) -> None:
             )
 
 
-def _check_tied(model: Any, path: Path) -> None:
+def _check_tied(model: Any, files: list[Path], path: Path) -> None:
     """A head beside embeddings that the configuration ties it to: readers choose differently."""
-    output = model.get_output_embeddings()
-    if output is None or not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return
-    head, embeddings = output.weight, model.get_input_embeddings().weight
-    if head is embeddings or head.shape != embeddings.shape or torch.equal(head, embeddings):
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    names = {f"{name}.weight" for name, module in model.named_modules() if module in ends}
+    stored = read_tensors(files, names)
+    if len(stored) < 2 or torch.equal(*stored.values()):
         return
     raise ModelError(
         "config.json says that the head is tied to the embeddings, but the weights hold another "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -65,6 +66,16 @@ def stored_types(files: Iterable[Path]) -> dict[str, str]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118
                 found[name] = str(tensors.get_slice(name).get_dtype())
+    return found
+
+
+def read_tensors(files: Iterable[Path], names: Collection[str]) -> dict[str, Any]:
+    """Those of the named tensors that the files hold."""
+    found = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in set(tensors.keys()) & set(names):
+                found[name] = tensors.get_tensor(name)
     return found
 
 
