@@ -18,6 +18,7 @@ from bench.input_trials.rows import Writer
 from bench.input_trials.trial import Refusal, Trial
 from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.task_texts import Texts, prepare_texts
+from stillhouse.progress import note
 from stillhouse.synthesis.prompts import read_prompts
 
 LABELS = ("sport", "city news", "Börse", "ciência", "खेल", "not spam", "spam", "card_arrival")
@@ -49,7 +50,10 @@ def read_labelled(path: Path, text: str = "text", label: str = "label") -> Texts
         "data": {"texts": [{"path": path.name, "text": text, "label": label}]},
         "student": {"start": "random"},
     }
-    return prepare_texts(ClassifyRecipe.model_validate(raw), path.parent)
+    texts = prepare_texts(ClassifyRecipe.model_validate(raw), path.parent)
+    for text in texts.notes:  # the stage says them, and `check` warns of them
+        note(text)
+    return texts
 
 
 def judged(
