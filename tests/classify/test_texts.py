@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from stillhouse.classify.classify_config import ClassifyTask, TextFile
-from stillhouse.classify.task_texts import read_texts
+from stillhouse.classify.task_texts import LabelledText, divide_texts, read_texts
 from stillhouse.errors import DataError
 
 
@@ -72,3 +72,23 @@ def test_numbers_are_labels() -> None:
     assert task.labels == {"1": "1", "2": "2"}
     task = ClassifyTask.model_validate({"kind": "classify", "labels": {1: "bad", 2: "good"}})
     assert task.labels == {"1": "bad", "2": "good"}
+
+
+@pytest.mark.parametrize("own_tests", [False, True])
+def test_a_text_of_the_prompt_is_no_test_text(own_tests: bool) -> None:
+    given = [LabelledText(f"text {number}") for number in range(40)]
+    tests = [LabelledText(f"test {number}") for number in range(10)] if own_tests else []
+    _, before, _ = divide_texts(given, tests, 0.25, seed=1)
+    train, test, _ = divide_texts(given, tests, 0.25, seed=1, examples=[before[0].text.upper()])
+    assert test == before[1:]
+    assert (before[0] in train) is not own_tests
+    assert len({row.text for row in (*train, *test)}) == len(train) + len(test)
+
+
+def test_a_test_text_is_used_once_and_never_trained_on() -> None:
+    tests = [LabelledText("One  text"), LabelledText("one text"), LabelledText("two")]
+    given = [LabelledText("ONE TEXT"), LabelledText("three"), LabelledText("two")]
+    train, test, repeated = divide_texts(given, tests, 0.5, seed=0)
+    assert [row.text for row in test] == ["One  text", "two"]
+    assert [row.text for row in train] == ["three"]
+    assert repeated == 3

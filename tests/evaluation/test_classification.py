@@ -55,6 +55,20 @@ def test_measure_compares_with_both_the_truth_and_the_teacher() -> None:
     assert measure("teacher", P_NC, P_NC, None).accuracy is None
 
 
+def test_a_text_without_a_label_of_the_teacher_is_wrong_and_no_agreement() -> None:
+    nan = float("nan")
+    teacher_NC = torch.tensor([[0.8, 0.2], [nan, nan], [0.2, 0.8], [0.1, 0.9]])
+    teacher = measure("teacher", teacher_NC, teacher_NC, TRUE_N)
+    assert (teacher.agreement, teacher.kl) == (1.0, 0.0)
+    assert teacher.accuracy == 3 / 4
+    # The second text is true, and not found, of the second label.
+    assert teacher.macro_f1 == pytest.approx((1 + 2 * 2 / (2 + 3)) / 2)
+    assert teacher.confusion == [[1, 0], [0, 2]]
+    student = measure("student", P_NC, teacher_NC, TRUE_N)
+    assert (student.agreement, student.accuracy) == (1.0, 3 / 4)
+    assert student.ece == pytest.approx(calibration_error(P_NC, TRUE_N))
+
+
 def calibration(wrong: list[int]) -> tuple[Tensor, Tensor]:
     """Texts of falling confidence; those at the given places are labelled wrongly."""
     confidence_N = torch.linspace(0.99, 0.6, 60)

@@ -69,7 +69,8 @@ def prepare_answer_texts(
                 where=row.where,
                 fix="correct the row, or task.json_schema",
             )
-    texts = AnswerTexts(*divide_texts(given, tests, section.test_share, recipe.seed))
+    examples = [example.text for example in recipe.task.examples]
+    texts = AnswerTexts(*divide_texts(given, tests, section.test_share, recipe.seed, examples))
     require_enough({"train": texts.train, "test": texts.test})
     return texts
 
@@ -89,6 +90,8 @@ def plan_answer_texts(job: AnsweringJob) -> StagePlan:
         "schema": job.schema,
         "seed": recipe.seed,
     }
+    if recipe.task.examples:
+        inputs["examples"] = [example.text for example in recipe.task.examples]
     return StagePlan("texts", inputs, work, version=2)
 
 

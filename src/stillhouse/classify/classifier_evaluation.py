@@ -55,7 +55,7 @@ def plan_classifier_evaluation(
         "trained": trained.digest,
         "baseline": tuned and tuned.digest,
     }
-    return StagePlan("evaluate", inputs, work, version=3)
+    return StagePlan("evaluate", inputs, work, version=4)
 
 
 def _evaluate(
@@ -65,13 +65,11 @@ def _evaluate(
     scores = Judgment.load(judged.path)
     measured: tuple[Part, ...] = ("calibration", "test")
     teacher = {part: scores.distribution(part, recipe) for part in measured}
-    known = {part: ~q_NC.isnan().any(-1) for part, q_NC in teacher.items()}
-    rows = {part: _only(found.part(part), known[part]) for part in measured}
-    notes = _notes(job, found, judged, int((~known["test"]).sum()))
+    rows = {part: found.part(part) for part in measured}
+    notes = _notes(job, found, judged, int(teacher["test"].isnan().any(-1).sum()))
     notes += _gold_notes(rows["test"], found.train if "fine_tuned" in folders else [])
     gold = {part: _gold(rows[part], labels) for part in measured}
     shown = {part: [row.text for row in rows[part]] for part in measured}
-    taught = {part: q_NC[known[part]] for part, q_NC in teacher.items()}
     sample = shown["test"][: recipe.evaluate.speed_texts]
     teacher_facts: dict[str, Any] = {}
     if job.teacher is not None:
@@ -86,16 +84,12 @@ def _evaluate(
             p = {"test": p_NC, "calibration": classifier.probabilities(shown["calibration"])}
             teacher_rate, facts["texts_per_s"] = _rates(job, found, classifier, sample)
             teacher_facts["texts_per_s"] = teacher_rate
-        result = measure(role, p_NC, taught["test"], gold["test"])
+        result = measure(role, p_NC, teacher["test"], gold["test"])
         results.append(ClassifierResult(**{**asdict(result), **facts}))
-    own = asdict(measure("teacher", taught["test"], taught["test"], gold["test"]))
+    own = asdict(measure("teacher", teacher["test"], teacher["test"], gold["test"]))
     results.insert(0, ClassifierResult(**{**own, **teacher_facts}))
-    abstention, curve = _abstention(recipe, p, taught, gold, notes)
+    abstention, curve = _abstention(recipe, p, teacher, gold, notes)
     return ClassificationEvaluation(labels, len(shown["test"]), results, abstention, curve, notes)
-
-
-def _only(rows: list[LabelledText], known_N: Tensor) -> list[LabelledText]:
-    return [row for row, known in zip(rows, known_N.tolist(), strict=True) if known]
 
 
 def _gold(rows: list[LabelledText], labels: list[str]) -> Tensor | None:
@@ -152,13 +146,13 @@ def _notes(job: TaskJob, found: Texts, judged: Stage, unknown: int) -> list[str]
         notes.append(
             f"The teacher gave {answers.get('label', 0):,} labels; {answers.get('outside', 0):,} "
             f"answers were none of them, and {answers.get('none', 0):,} requests had no answer. "
-            f"Of the test texts, {unknown:,} are left out for that reason."
+            f"For {unknown:,} of the test texts it has no label: they are left out of what is "
+            "measured against the teacher, and count as wrong in its accuracy."
         )
         if job.recipe.teacher.top_logprobs is not None:
             notes.append(
-                f"The teacher's distribution is that of its first token: labels below the "
-                f"{job.recipe.teacher.top_logprobs} most likely got nothing, and labels that begin "
-                "alike share alike."
+                f"The teacher's distribution is that of its first tokens: labels below the "
+                f"{job.recipe.teacher.top_logprobs} most likely got nothing."
             )
     return notes
 
@@ -179,7 +173,7 @@ def _gold_notes(test: list[LabelledText], tuned_on: list[LabelledText]) -> list[
 def _abstention(
     recipe: ClassifyRecipe,
     p: Mapping[str, Tensor],
-    taught: Mapping[Part, Tensor],
+    teacher: Mapping[Part, Tensor],
     gold: Mapping[Part, Tensor | None],
     notes: list[str],
 ) -> tuple[Abstention, list[tuple[float, float]]]:
@@ -189,10 +183,12 @@ def _abstention(
         notes.append("The true labels are not known: the threshold is for agreement.")
         measured = "agreement"
     on: dict[str, tuple[Tensor, Tensor]] = {}
-    for part, q_NC in taught.items():
+    for part, q_NC in teacher.items():
         gold_N = gold[part]
-        truth_N = q_NC.argmax(-1) if measured == "agreement" or gold_N is None else gold_N
-        known_N = truth_N != UNKNOWN
+        if measured == "agreement" or gold_N is None:
+            truth_N, known_N = q_NC.argmax(-1), ~q_NC.isnan().any(-1)
+        else:
+            truth_N, known_N = gold_N, gold_N != UNKNOWN
         on[part] = p[part][known_N], truth_N[known_N]
     threshold = choose_threshold(*on["calibration"], section.target, section.confidence)
     coverage, reached = answered(*on["calibration"], threshold)

@@ -62,6 +62,8 @@ def plan_texts(job: TaskJob) -> StagePlan:
         "files": files_sha256([*section.texts, *section.test], base),
         "seed": recipe.seed,
     }
+    if recipe.task.examples:
+        inputs["examples"] = [example.text for example in recipe.task.examples]
     return StagePlan("texts", inputs, work, version=2)
 
 

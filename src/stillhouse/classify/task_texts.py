@@ -115,7 +115,8 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
     if recipe.task.labels is None and recipe.task.labels_path is None:
         notes += _on_bare_labels(list(labels))
     given, tests = agreed[: len(given)], agreed[len(given) :]
-    train, test, repeated = divide_texts(given, tests, section.test_share, recipe.seed)
+    examples = [example.text for example in recipe.task.examples]
+    train, test, repeated = divide_texts(given, tests, section.test_share, recipe.seed, examples)
     apart = round(section.calibration_share * len(train))
     texts = Texts(labels, train[apart:], train[:apart], test, repeated, notes)
     require_enough({name: texts.part(name) for name in PARTS})
@@ -123,20 +124,28 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
 
 
 def divide_texts(
-    given: Sequence[LabelledText], tests: Sequence[LabelledText], test_share: float, seed: int
+    given: Sequence[LabelledText],
+    tests: Sequence[LabelledText],
+    test_share: float,
+    seed: int,
+    examples: Sequence[str] = (),
 ) -> tuple[list[LabelledText], list[LabelledText], int]:
     """Training texts in random order, and test texts; none is repeated. Also how many were.
 
     The content of a text and the seed decide its part, so that the order of the files and other
-    texts hardly matter. test_share: of `given`, if there are no test texts.
+    texts hardly matter. test_share: of `given`, if there are no test texts. examples: texts of the
+    teacher's prompt, with their answers; they are no test texts.
     """
     seen: set[str] = set()
-    kept_tests = list(_unrepeated(tests, seen))
+    known = set(map(normalized, examples))
+    kept_tests = [row for row in _unrepeated(tests, seen) if normalized(row.text) not in known]
     kept = sorted(_unrepeated(given, seen), key=lambda row: _place(row, str(seed)))
     repeated = len(given) + len(tests) - len(kept) - len(kept_tests)
-    if not kept_tests:
+    if not tests:
         apart = round(test_share * len(kept))
-        kept_tests, kept = kept[:apart], kept[apart:]
+        kept_tests = [row for row in kept[:apart] if normalized(row.text) not in known]
+        shown = [row for row in kept[:apart] if normalized(row.text) in known]
+        kept = [*shown, *kept[apart:]]
     return kept, kept_tests, repeated
 
 

@@ -78,30 +78,40 @@ class ClassificationEvaluation(Saved):
 
 
 def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) -> ClassifierResult:
-    """p_NC, teacher_NC: probabilities. gold_N: indices of the true labels, negative where one is
-    not known; what is measured against them is of the others alone."""
-    predicted_N, taught_N = p_NC.argmax(-1), teacher_NC.argmax(-1)
+    """p_NC, teacher_NC: probabilities; rows of NaN where a model named no label. gold_N: indices of
+    the true labels, negative where one is not known.
+
+    Agreement, KL and `ece_teacher` are of the texts with a teacher's label. Accuracy and macro-F1
+    are of all texts with a true label: one for which the model named no label is wrong. Calibration
+    and Brier score are of those that it labelled.
+    """
+    answered_N, labelled_N = ~p_NC.isnan().any(-1), ~teacher_NC.isnan().any(-1)
+    both_N = answered_N & labelled_N
+    q_NC, choice_N = teacher_NC[both_N], teacher_NC.argmax(-1)
     floor = torch.finfo(torch.float32).tiny
-    log_ratio_NC = teacher_NC.clamp_min(floor).log() - p_NC.clamp_min(floor).log()
-    known_N = torch.ones_like(predicted_N, dtype=torch.bool) if gold_N is None else gold_N >= 0
-    reference_N = (taught_N if gold_N is None else gold_N)[known_N]
-    confusion_CC = confusion(reference_N, predicted_N[known_N], p_NC.shape[1])
+    log_ratio_NC = q_NC.clamp_min(floor).log() - p_NC[both_N].clamp_min(floor).log()
+    predicted_N = p_NC.argmax(-1)
     result: dict[str, Any] = {
         "role": role,
-        "agreement": float((predicted_N == taught_N).float().mean()),
-        "kl": max(0.0, float((teacher_NC * log_ratio_NC).sum(-1).mean())),
-        "ece_teacher": calibration_error(p_NC, taught_N),
-        "confusion": confusion_CC.tolist(),
+        "agreement": float((predicted_N == choice_N)[both_N].float().mean()),
+        "kl": max(0.0, float((q_NC * log_ratio_NC).sum(-1).mean())),
+        "ece_teacher": calibration_error(p_NC[both_N], choice_N[both_N]),
     }
+    reference_N = choice_N if gold_N is None else gold_N
+    known_N = labelled_N if gold_N is None else gold_N >= 0
+    shown_N = known_N & answered_N
+    confusion_CC = confusion(reference_N[shown_N], predicted_N[shown_N], p_NC.shape[1])
     if gold_N is not None:
-        truth_NC = torch.nn.functional.one_hot(reference_N, p_NC.shape[1])
+        truth_NC = torch.nn.functional.one_hot(reference_N[shown_N], p_NC.shape[1])
+        right_N = (predicted_N == reference_N) & answered_N
+        missed_C = reference_N[known_N & ~answered_N].bincount(minlength=p_NC.shape[1])
         result |= {
-            "accuracy": float((predicted_N[known_N] == reference_N).float().mean()),
-            "macro_f1": macro_f1(confusion_CC),
-            "ece": calibration_error(p_NC[known_N], reference_N),
-            "brier": float((p_NC[known_N] - truth_NC).square().sum(-1).mean()),
+            "accuracy": float(right_N[known_N].float().mean()),
+            "macro_f1": macro_f1(confusion_CC, missed_C),
+            "ece": calibration_error(p_NC[shown_N], reference_N[shown_N]),
+            "brier": float((p_NC[shown_N] - truth_NC).square().sum(-1).mean()),
         }
-    return ClassifierResult(**result)
+    return ClassifierResult(**result, confusion=confusion_CC.tolist())
 
 
 def confusion(true_N: Tensor, predicted_N: Tensor, labels: int) -> Tensor:
@@ -111,10 +121,11 @@ def confusion(true_N: Tensor, predicted_N: Tensor, labels: int) -> Tensor:
     )
 
 
-def macro_f1(confusion_CC: Tensor) -> float:
-    """The mean of F1 over the labels that are true or predicted at least once."""
+def macro_f1(confusion_CC: Tensor, missed_C: Tensor | int = 0) -> float:
+    """The mean of F1 over the labels that are true or predicted at least once. missed_C: texts of
+    each true label for which none was predicted."""
     right_C = confusion_CC.diagonal().double()
-    total_C = confusion_CC.sum(0) + confusion_CC.sum(1)
+    total_C = confusion_CC.sum(0) + confusion_CC.sum(1) + missed_C
     return float((2 * right_C / total_C)[total_C > 0].mean())
 
 
