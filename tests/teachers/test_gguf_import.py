@@ -234,6 +234,12 @@ def test_a_tiny_file_of_our_own_is_a_teacher(tmp_path: Path) -> None:
     assert read(text)["input_ids"] == words(text)["input_ids"]
 
 
+def test_an_answer_ends_where_llama_cpp_ends_it(llama: Path) -> None:
+    folder = converted(edited(llama, {"tokenizer.ggml.eot_token_id": 2}))
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [0, 2]
+
+
 def test_rows_that_pad_the_embedding_are_no_tokens(tmp_path: Path) -> None:
     words = tiny.merging_tokenizer()
     tiny.llama(vocab_size=320).save_pretrained(tmp_path / "model")

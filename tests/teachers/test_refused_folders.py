@@ -99,6 +99,25 @@ def test_a_configuration_of_no_model(folder: Path, key: str, value: object) -> N
     assert "transformers cannot" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sliding_window", 64),
+        ("final_logit_softcapping", 30.0),
+        ("attention_multiplier", 0.01),
+        ("logit_scale", 0.0625),
+        ("scale_emb", 12),
+        ("clip_qkv", 8.0),
+        ("no_rope_layers", [1, 1, 0]),
+    ],
+)
+def test_a_key_that_the_architecture_does_not_have(folder: Path, key: str, value: Any) -> None:
+    edit(folder, "config.json", **{key: value})
+    assert f"config.json says {key}: {value}" in refusal(folder)
+    edit(folder, "config.json", **{key: None})
+    load_model(folder, dtype=torch.float32)
+
+
 def test_a_key_that_is_given_twice(folder: Path) -> None:
     text = (folder / "config.json").read_text().rstrip()
     (folder / "config.json").write_text(text[:-1] + ', "rms_norm_eps": 0.5}')

@@ -114,10 +114,13 @@ def _check_tensors(path: Path) -> None:
 
 
 def _convert(path: Path, folder: Path) -> None:
+    reader = GGUFReader(path)
     try:
-        reader = GGUFReader(path)
         config = read_config(reader)
         tensors = read_tensors(reader, config)
+    except UnreadableGGUFError as error:
+        raise _unreadable(path, str(error)) from error
+    try:
         with quiet():
             tokenizer = read_tokenizer(path, reader)
     except OSError:
@@ -134,10 +137,19 @@ def _convert(path: Path, folder: Path) -> None:
     config.name_or_path = path.stem
     with quiet():
         config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        generation = GenerationConfig.from_model_config(config)
+        generation.eos_token_id = _ends(reader) or generation.eos_token_id
+        generation.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
     save_torch_state_dict(tensors, folder, filename_pattern="model{suffix}.safetensors")
     _write_license(path, folder)
+
+
+def _ends(reader: GGUFReader) -> list[int]:
+    """Where llama.cpp ends an answer: the ends of a text, of a turn and of a message."""
+    keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
+    found = (reader.fields[key].contents() for key in keys if key in reader.fields)
+    return list(dict.fromkeys(map(int, found)))
 
 
 def _unreadable(path: Path, what: str) -> ModelError:

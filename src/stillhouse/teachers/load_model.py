@@ -13,12 +13,19 @@ from stillhouse.errors import ModelError
 from stillhouse.teachers.backbone import check_head
 from stillhouse.teachers.model_requirements import (
     require_decoder,
+    require_known_keys,
     require_quantization,
     require_tokens,
 )
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.stored_tokenizer import as_stored
-from stillhouse.teachers.weights import WHOLE_NUMBERS, read_tensors, stored_types, weight_files
+from stillhouse.teachers.weights import (
+    WHOLE_NUMBERS,
+    read_json,
+    read_tensors,
+    stored_types,
+    weight_files,
+)
 
 _checked: set[tuple[Path, int]] = set()
 """Model folders whose head was compared with the model's logits, and the time of their config."""
@@ -117,7 +124,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration; ModelError when it cannot be read or is of no known kind."""
     try:
         with quiet():
-            return AutoConfig.from_pretrained(
+            config = AutoConfig.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
     # A configuration's class raises anything on values that it does not expect.
@@ -128,6 +135,8 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
             fix="check model_type; code that comes with a model runs only with "
             "trust_remote_code: true",
         ) from error
+    require_known_keys(config, read_json(path / "config.json"), path / "config.json")
+    return config
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:

@@ -17,6 +17,56 @@ INSTEAD = (
 )
 
 
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "sliding_window": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "query_pre_attn_scalar": (),
+    "attention_multiplier": (),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "logits_scaling": (1,),
+    "logit_scale": (1,),
+    "lm_head_multiplier": (1,),
+    "scale_emb": (1,),
+    "scale_depth": (),
+    "clip_qkv": (0,),
+    "alibi": (False,),
+    "use_qk_norm": (False,),
+    "no_rope_layers": ([],),
+    "no_rope_layer_interval": (0,),
+    "n_group": (1,),
+    "routed_scaling_factor": (1,),
+    "shared_kv_layers": (0,),
+}
+"""Keys of config.json that change what a model computes where its class knows them, and the values
+beside null that change nothing."""
+
+
+def require_known_keys(config: Any, said: dict[str, Any], where: object = None) -> None:
+    """Raises ModelError for a key of config.json that transformers would leave out.
+
+    said: the file's content. Other programs may well heed it, and the weights may need it.
+    """
+    text = said.get("text_config")
+    for holder, keys in ((config, said), (config.get_text_config(), text)):
+        kind = type(holder)
+        # Code of its own may read any key.
+        if not isinstance(keys, dict) or not kind.__module__.startswith("transformers."):
+            continue
+        known = {*kind.attribute_map, *getattr(kind, "__dataclass_fields__", ())}
+        for key in NEUTRAL.keys() & keys.keys() - known:
+            value = keys[key]
+            if value is not None and value not in NEUTRAL[key]:
+                raise ModelError(
+                    f"config.json says {key}: {value}, which transformers leaves out in a model "
+                    f"of type {getattr(holder, 'model_type', '')}",
+                    where=where,
+                    fix=f"if the model was trained with it, give the model_type that has it; if "
+                    f"not, remove {key} from config.json",
+                )
+
+
 def require_decoder(config: Any, where: object = None) -> None:
     """Raises ModelError for encoders, which see the text that they are to predict, and for models
     of an encoder and a decoder."""
