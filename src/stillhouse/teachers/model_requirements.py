@@ -48,23 +48,25 @@ def require_known_keys(config: Any, said: dict[str, Any], where: object = None) 
 
     said: the file's content. Other programs may well heed it, and the weights may need it.
     """
-    text = said.get("text_config")
-    for holder, keys in ((config, said), (config.get_text_config(), text)):
-        kind = type(holder)
-        # Code of its own may read any key.
-        if not isinstance(keys, dict) or not kind.__module__.startswith("transformers."):
+    holder = config.get_text_config()
+    keys = said if holder is config else said.get("text_config")
+    kind = type(holder)
+    # Code of its own may read any key.
+    if not isinstance(keys, dict) or not kind.__module__.startswith("transformers."):
+        return
+    known = {*kind.attribute_map, *getattr(kind, "__dataclass_fields__", ())}
+    for key in NEUTRAL.keys() & keys.keys() - known:
+        value = keys[key]
+        unused = key == "sliding_window" and keys.get("use_sliding_window") is False
+        if value is None or value in NEUTRAL[key] or unused or hasattr(kind, key):
             continue
-        known = {*kind.attribute_map, *getattr(kind, "__dataclass_fields__", ())}
-        for key in NEUTRAL.keys() & keys.keys() - known:
-            value = keys[key]
-            if value is not None and value not in NEUTRAL[key]:
-                raise ModelError(
-                    f"config.json says {key}: {value}, which transformers leaves out in a model "
-                    f"of type {getattr(holder, 'model_type', '')}",
-                    where=where,
-                    fix=f"if the model was trained with it, give the model_type that has it; if "
-                    f"not, remove {key} from config.json",
-                )
+        raise ModelError(
+            f"config.json says {key}: {value}, which transformers leaves out in a model of type "
+            f"{holder.model_type}",
+            where=where,
+            fix="if the model was trained with it, give the model_type that has it; if not, "
+            f"remove {key} from config.json",
+        )
 
 
 def require_decoder(config: Any, where: object = None) -> None:
