@@ -54,7 +54,8 @@ def require_known_keys(config: Any, said: dict[str, Any], where: object = None) 
     # Code of its own may read any key.
     if not isinstance(keys, dict) or not kind.__module__.startswith("transformers."):
         return
-    known = {*kind.attribute_map, *getattr(kind, "__dataclass_fields__", ())}
+    with quiet():
+        known = {*kind.attribute_map, *vars(kind())}
     for key in NEUTRAL.keys() & keys.keys() - known:
         value = keys[key]
         unused = key == "sliding_window" and keys.get("use_sliding_window") is False
