@@ -12,7 +12,10 @@ import pytest
 
 from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.task_texts import first_row, read_texts
+from stillhouse.data.data_config import FileSource, HubSource
+from stillhouse.data.documents import Document
 from stillhouse.data.row_reader import read_rows
+from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError
 
 ROWS = [{"text": "hello, you", "label": "a"}, {"text": 'say "hi"', "label": "b"}]
@@ -134,3 +137,13 @@ def test_metadata_that_is_not_of_datasets_is_left_alone(tmp_path: Path) -> None:
         table = pa.table({"text": ["a"], "label": [1]})
         table = table.replace_schema_metadata({b"huggingface": metadata})
         assert read(tmp_path / "a.parquet", table) == [{"text": "a", "label": 1}]
+
+
+def test_csv_of_a_local_folder_is_not_left_to_datasets(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.csv").write_text("text,label\nNA,a\n")
+    with pytest.raises(DataError, match="guesses at CSV") as caught:
+        list(read_sources([HubSource(kind="hub", dataset="set")], tmp_path))
+    assert "set/train.csv" in str(caught.value.fix)
+    instead = FileSource(kind="file", path="set/train.csv")
+    assert list(read_sources([instead], tmp_path)) == [Document("NA")]

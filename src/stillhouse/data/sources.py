@@ -138,6 +138,14 @@ def _load_dataset(source: HubSource, base: Path) -> Any:
             where=local,
             fix="use `kind: file`, which reads the folder's files; or rename the folder",
         )
+    guessed = sorted(file.name for end in ("csv", "tsv") for file in local.rglob(f"*.{end}"))
+    if local.is_dir() and guessed:
+        raise DataError(
+            "`datasets` guesses at CSV: NA is empty to it, and a surplus cell moves the others "
+            f"({guessed[0]})",
+            where=local,
+            fix=f"use `kind: file` with the files of the split, e.g. {source.dataset}/{guessed[0]}",
+        )
     name = str(local) if local.is_dir() else source.dataset
     streaming = source.limit is not None
     return datasets.load_dataset(name, source.config, split=source.split, streaming=streaming)
