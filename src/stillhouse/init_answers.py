@@ -15,7 +15,7 @@ from stillhouse.data.data_files import find_files, format_of, known_format
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.row_reader import text_lines
 from stillhouse.errors import DataError, RecipeError
-from stillhouse.synthesis.chat_logs import Logs, read_logs
+from stillhouse.synthesis.chat_logs import Logs, logs_format, read_logs
 
 JOBS = {
     "distill": "a smaller language model that knows what the teacher knows",
@@ -164,20 +164,20 @@ def _source(data: str, logs: bool) -> dict[str, str]:
     if data == CORPUS:
         return {"kind": "corpus"}
     files = find_files(data, Path.cwd())
-    if logs and known_format(files[0]) is None:
-        return {"kind": "jsonl"}
-    formats = {format_of(file) for file in files}
-    if formats == {"text"}:
+    formats = {file: logs_format(file) if logs else format_of(file) for file in files}
+    if set(formats.values()) == {"text"}:
         return {"kind": "text", "documents": _documents(files)}
-    first = next(file for file in files if format_of(file) != "text")
-    row = first_row(str(first), Path.cwd())
+    first = next(file for file in files if formats[file] != "text")
+    # A log of another extension is JSONL.
+    kind = "file" if formats[first] == known_format(first) else formats[first]
+    row = first_row(str(first), Path.cwd(), formats[first])
     try:
         document_from_row(row, "text", str(first))
     except DataError:
-        if {"messages", "prompt", "completion"} & row.keys():
+        if logs or {"messages", "prompt", "completion"} & row.keys():
             raise
-        return {"kind": "file", "text_key": _text_key(row)}
-    return {"kind": "file"}
+        return {"kind": kind, "text_key": _text_key(row)}
+    return {"kind": kind}
 
 
 def _documents(files: Sequence[Path]) -> str:

@@ -90,3 +90,18 @@ def test_an_unknown_extension_is_no_plain_text(name: str, fix: str, tmp_path: Pa
     with pytest.raises(DataError) as caught:
         init_answers({**given, "out": "r.yaml"}, lambda question, usual: usual, None)
     assert fix in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("name", ["chats.log", "chats.txt", "chats", "chats.jsonl"])
+def test_a_source_of_logs_is_read_as_the_logs_were(name: str, tmp_path: Path) -> None:
+    row = json.dumps({"messages": CHAT})
+    (tmp_path / name).write_text(f"{row}\n" * 8)
+    tiny.save_model(tmp_path / "teacher")
+    out = tmp_path / "recipe.yaml"
+    told = ["--job", "distill", "--teacher", str(tmp_path / "teacher"), "--size", "small"]
+    answer = CliRunner().invoke(
+        app, ["init", *told, "--from", str(tmp_path / name), "--out", str(out)]
+    )
+    assert answer.exit_code == 0, answer.output
+    documents = list(read_sources(load_recipe(out).data.sources, tmp_path))
+    assert documents == [Conversation(tuple(CHAT))] * 8

@@ -22,7 +22,7 @@ from stillhouse.classify.classify_config import (
     check_labels,
     phrase_of,
 )
-from stillhouse.data.data_files import find_files, known_format
+from stillhouse.data.data_files import FileFormat, find_files, known_format
 from stillhouse.data.row_reader import header_hint, not_empty, read_rows
 from stillhouse.data.words import collapsed, normalized
 from stillhouse.errors import DataError, RecipeError
@@ -298,10 +298,11 @@ def read_texts(
     return iter(heapq.nsmallest(file.sample, found, key=lambda row: _place(row, "draw")))
 
 
-def first_row(path: str, base: Path) -> Mapping[str, Any]:
+def first_row(path: str, base: Path, format: FileFormat | None = None) -> Mapping[str, Any]:
     """All columns of the first row; of plain text, the line under `text`. Raises DataError."""
     file = find_files(path, base)[0]
-    row, where = next(not_empty(read_rows(file, text_key="text"), "The file", file))
+    rows = read_rows(file, format=format, text_key="text")
+    row, where = next(not_empty(rows, "The file", file))
     if header_hint(row) and known_format(file) in ("csv", "tsv"):
         raise DataError(
             f"The file seems to have no header: its columns would be {', '.join(row)[:80]}",
