@@ -14,7 +14,7 @@ from stillhouse.data.batches import Batches
 from stillhouse.data.data import Data
 from stillhouse.evaluation.evaluate import evaluate_models
 from stillhouse.evaluation.results import Evaluation
-from stillhouse.field_types import AnswerTokens, Seed, Temperature
+from stillhouse.field_types import Seed, Temperature
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.objectives.objective_config import (
     AttentionRelationsTerm,
@@ -133,7 +133,6 @@ def evaluate(
     Raises ModelError: the teacher is no model on this machine, or of another vocabulary.
     """
     seed = checked(Seed, seed, "seed")
-    max_new_tokens = checked(AnswerTokens, max_new_tokens, "max_new_tokens")
     own, other = _student(student), local(_teacher(teacher))
     device = default_device()
     models = {"teacher": other.model.to(device), "student": own.model.to(device)}

@@ -30,6 +30,7 @@ from stillhouse.evaluation.speed import (
 from stillhouse.hardware import Precision, default_device
 from stillhouse.progress import bar
 from stillhouse.scratch import temporary_folder
+from stillhouse.section import made
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import stored_dtypes
@@ -139,7 +140,8 @@ def evaluate_models(
     models: the teacher first, all on one device. tokenizer: for the prompts.
     Raises DataError: held-out text that cannot be measured on.
     """
-    section = EvaluateRecipe(prompts=list(prompts), max_new_tokens=max_new_tokens, speed=False)
+    asked = {"prompts": list(prompts), "max_new_tokens": max_new_tokens, "speed": False}
+    section = made(EvaluateRecipe, asked, "evaluate")
     measuring = _Measuring(section, tokenizer, windows, vocabulary, seed)
     for role, model in models.items():
         weights = sum(each.numel() * each.element_size() for each in model.parameters())

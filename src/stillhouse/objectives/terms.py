@@ -22,8 +22,8 @@ class Term:
     A parameter that is None has its default in `PARAMETERS`.
 
     Raises:
-        SignalError: an unknown divergence, a negative weight, a temperature that is not positive,
-            a parameter that the divergence does not have or that is out of its range.
+        SignalError: an unknown divergence, a negative weight, a temperature that is not positive
+            or overflows, a parameter that the divergence does not have or that is out of its range.
     """
 
     divergence: str
@@ -44,9 +44,10 @@ class Term:
             raise SignalError(
                 f"the weight of {self.divergence} is {self.weight}: it must be zero or more"
             )
-        if not 0 < self.temperature < math.inf:
+        if not 1e-3 <= self.temperature <= 1e3:
             raise SignalError(
-                f"the temperature of {self.divergence} is {self.temperature}: it must be positive"
+                f"the temperature of {self.divergence} is {self.temperature}: it must be positive, "
+                "from 0.001 to 1000"
             )
         if self.divergence == "cross_entropy" and self.temperature != 1.0:
             raise SignalError(

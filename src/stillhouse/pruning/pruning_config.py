@@ -55,7 +55,7 @@ def read_amount(key: str, text: int | float | str) -> Amount:
     written = shown(text)
     found = _AMOUNT.fullmatch(written)
     number, unit = found.groups() if found else ("0", "")
-    if 0 < float(number) <= 100 and unit == "%":
+    if 0 < float(number) <= 1e6 and unit == "%":
         return Amount(float(number) / 100, relative=True)
     factor = UNITS[key].get(unit.lower())
     if factor is None or not 0 < float(number) * factor <= _MOST:

@@ -181,14 +181,15 @@ class Teacher(ABC):
         base_url: of the OpenAI-compatible API. model: the name there. tokenizer: of that model.
         key_env: the environment variable with the server's key. concurrency: requests at a time.
         """
-        from stillhouse.signals.signals_config import SignalServer
+        from stillhouse.signals.signals_config import SignalServer, TopKSignals
         from stillhouse.teachers.served_teacher import ServedTeacher
 
         values: dict[str, Any] = {"base_url": base_url, "model": model, "key_env": key_env}
         values["concurrency"] = concurrency
         server = made(SignalServer, values, "Teacher.served")
+        kept = made(TopKSignals, {"kind": "top_k", "k": k}, "Teacher.served")
         ids = tokenizer.get_vocab().values()
-        return ServedTeacher(server, k=k, vocabulary=max(ids) + 1, tokenizer=tokenizer)
+        return ServedTeacher(server, k=kept.k, vocabulary=max(ids) + 1, tokenizer=tokenizer)
 
 
 def check_tokenizers(teacher: Teacher, student: Any) -> None:
