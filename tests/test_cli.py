@@ -205,6 +205,23 @@ def test_options_have_numbers_that_can_be(option: tuple[str, str], number: str) 
     assert "Invalid value" in result.output
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("evaluate", "recipe.yaml", "--json"),
+        ("report", "run", "--out"),
+        ("signals", "export", "store", "--parquet"),
+    ],
+)
+def test_files_that_cannot_be_written_are_refused_before_the_work(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    for path in (tmp_path, tmp_path / "none" / "file"):
+        result = call(*arguments, str(path))
+        assert result.exit_code == 2
+        assert "folder" in result.output
+
+
 def test_a_bug_says_that_it_is_one(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

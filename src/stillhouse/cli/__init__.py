@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, say
+from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, output_file, say
 from stillhouse.cli.signals_commands import signals
 from stillhouse.errors import StillhouseError
 
@@ -131,7 +131,8 @@ def evaluate(
         str | None, typer.Option(help="A model to measure; by default the run's own.")
     ] = None,
     json_: Annotated[
-        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+        Path | None,
+        typer.Option("--json", help="Also write the figures to this file.", callback=output_file),
     ] = None,
     set_: SetOption = None,
 ) -> None:
@@ -154,7 +155,8 @@ def evaluate(
 def report(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[
-        Path | None, typer.Option(help="Where to write; by default the run's own.")
+        Path | None,
+        typer.Option(help="Where to write; by default the run's own.", callback=output_file),
     ] = None,
 ) -> None:
     """Render a finished run's report again, from its stored data.

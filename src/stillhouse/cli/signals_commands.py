@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, say
+from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, output_file, say
 
 
 class _RecipeOrVerb(TyperGroup):
@@ -83,7 +83,7 @@ def info(store: StoreArgument) -> None:
 @signals.command()
 def export(
     store: StoreArgument,
-    parquet: Annotated[Path, typer.Option(help="The Parquet file to write.")],
+    parquet: Annotated[Path, typer.Option(help="The Parquet file to write.", callback=output_file)],
 ) -> None:
     """Write a store as Parquet, a row for each token, for other tools.
 
