@@ -146,7 +146,8 @@ def test_what_is_no_linear_layers_is_named_and_counted_in_16_bits() -> None:
 
 
 def test_check_names_what_no_quantization_touches(tmp_path: Path) -> None:
-    config = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=VOCABULARY, n_positions=256)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": VOCABULARY}
+    config = GPT2Config(**sizes, n_positions=256, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "teacher")
     tiny.tokenizer().save_pretrained(tmp_path / "teacher")
     (tmp_path / "text.txt").write_text(tiny.text(400))
