@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from stillhouse.errors import ModelError, RunError
-from stillhouse.runfolder import Outcome, RunFolder
+from stillhouse.runfolder import Outcome, RunFolder, disk_errors
 
 
 def writes(text: str, calls: list[str]):  # type: ignore[no-untyped-def]
@@ -232,3 +232,27 @@ def test_a_link_points_to_the_newest_stage(tmp_path: Path) -> None:
         stage = folder.stage("export", {"text": text}, writes(text, []))
         folder.point("model", stage.path)
     assert (tmp_path / "model" / "result.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_file_of_the_user_is_not_replaced_by_a_link(tmp_path: Path, kind: str) -> None:
+    folder = RunFolder(tmp_path)
+    stage = folder.stage("data", {}, writes("x", []))
+    mine = tmp_path / "model"
+    mine.mkdir() if kind == "folder" else mine.write_text("mine")
+    with pytest.raises(RunError, match="a file or folder of yours where model"):
+        folder.point("model", stage.path)
+    assert mine.is_dir() if kind == "folder" else mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[enforce fail at inline_container.cc:664] . unexpected pos 1280 vs 1174",
+        "PytorchStreamWriter failed writing file data/3: file write failed",
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+    ],
+)
+def test_a_full_disk_is_one_message_in_the_words_of_any_library(tmp_path: Path, said: str) -> None:
+    with pytest.raises(RunError, match="the disk is full"), disk_errors(tmp_path):
+        raise RuntimeError(said)

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -197,6 +198,12 @@ class RunFolder:
         link = self.links / name
         with disk_errors(link):
             self.links.mkdir(parents=True, exist_ok=True)
+            if link.exists() and not link.is_symlink():
+                raise RunError(
+                    f"there is a file or folder of yours where {name} of this run is to be",
+                    where=link,
+                    fix="move it away, or give the run another folder: --set folder=PATH",
+                )
             temporary = self.links / f".{name}.link"
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(os.path.relpath(target, self.links))
@@ -263,6 +270,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 _DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
+_NO_FOLDER = (FileExistsError, NotADirectoryError, IsADirectoryError)
+_FULL = re.compile(
+    "No space left|os error 28|disk is full|PytorchStreamWriter failed|inline_container"
+    "|unexpected pos"
+)
+"""How libraries say that a file could not be written to its end."""
 _PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
@@ -277,7 +290,7 @@ def disk_errors(where: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _DISK:
             raise _disk_full(_DISK[error.errno], where) from error
-        if error.errno in _PERMISSION or isinstance(error, FileExistsError | NotADirectoryError):
+        if error.errno in _PERMISSION or isinstance(error, _NO_FOLDER):
             raise RunError(
                 f"cannot write here: {error.strerror}",
                 where=error.filename or where,
@@ -286,9 +299,7 @@ def disk_errors(where: Path) -> Iterator[None]:
             ) from error
         raise
     except Exception as error:
-        text = str(error)
-        full = "No space left" in text or "os error 28" in text
-        if full or ("PytorchStreamWriter failed" in text and _free_bytes(where) < 1 << 20):
+        if _FULL.search(str(error)):
             raise _disk_full("the disk is full", where) from error
         raise
 
@@ -300,12 +311,6 @@ def _disk_full(what: str, where: Path) -> RunError:
         fix="free some space and give the same command again: finished stages and complete "
         "checkpoints are kept",
     )
-
-
-def _free_bytes(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
 
 
 # --- where a run's folder is -----------------------------------------------------------------

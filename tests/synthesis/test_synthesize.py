@@ -384,3 +384,24 @@ def test_the_recipes_own_teacher_answers(tmp_path: Path) -> None:
     other = synthesize_text(recipe, ["seed=1"])
     assert other.new == 24
     assert other.out.read_bytes() != content
+
+
+def test_a_file_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
+    with Stub(echo) as stub:
+        path = write(tmp_path, stub.url, out="mine.jsonl")
+        (tmp_path / "mine.jsonl").write_text("my own rows\n")
+        (error,) = [one for one in check_recipe(path) if one.level == "error"]
+        assert "mine.jsonl, which this recipe did not write" in error.text
+        synthesize_text(path)
+    assert (tmp_path / "mine.jsonl").read_text() == "my own rows\n"
+
+
+def test_what_the_recipe_wrote_before_is_replaced(tmp_path: Path) -> None:
+    with Stub(echo) as stub:
+        first = synthesize_text(write(tmp_path, stub.url))
+        before = first.out.read_text()
+        other = {"filters": {"forbid_pattern": "question 7$"}}
+        again = synthesize_text(write(tmp_path, stub.url, **other))
+        assert again.out.read_text() != before
+        synthesize_text(write(tmp_path, stub.url))
+    assert first.out.read_text() == before

@@ -24,6 +24,7 @@ from stillhouse.language_model.job import Job
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.synthesis_stage import (
     makes_text,
+    may_replace,
     missing_answers,
     out_path,
     synthesis_job,
@@ -51,7 +52,7 @@ def require_synthesis(job: Job) -> Iterator[Finding]:
     finished = run_folder(recipe).finished(plan.name, plan.depends_on)
     if finished is not None and not missing_answers(finished):
         return
-    _require_out(section, base)
+    _require_out(recipe, section, base)
     chosen_filters(section.filters, base)
     work = synthesis_job(recipe, base)
     prompts = section.prompts
@@ -100,7 +101,7 @@ def _require_other_text(job: Job, out: Path) -> None:
 FIRST_ROWS = 100
 
 
-def _require_out(section: SynthesizeRecipe, base: Path) -> None:
+def _require_out(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> None:
     """Raises RecipeError where the text cannot be written, or would replace what it is made of."""
     out, filters = out_path(section, base), section.filters
     exam = filters.decontaminate
@@ -116,6 +117,12 @@ def _require_out(section: SynthesizeRecipe, base: Path) -> None:
                 where=f"synthesize.out: {section.out}",
                 fix="give synthesize.out another name",
             )
+    if not may_replace(out, recipe):
+        raise RecipeError(
+            f"the result would replace {out}, which this recipe did not write",
+            where=f"synthesize.out: {section.out}",
+            fix="move the file away, or give synthesize.out another name",
+        )
     folder = next(parent for parent in out.parents if parent.exists())
     if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise RunError(

@@ -32,6 +32,8 @@ from stillhouse.teachers.load_model import load_config
 
 NAME = "synthesis"
 """The stage, and the link to it in the run folder."""
+PUBLISHED = ".published"
+"""In the run folder: a SHA-256 of every text that was copied to `synthesize.out`, one a line."""
 
 
 def synthesis_job(recipe: Recipe, base: Path) -> SynthesisJob:
@@ -78,7 +80,6 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
 
     def work(out: Path) -> Outcome:
         made = synthesize(job, out)
-        publish(out / TEXT, out_path(section, base))
         flops = 0
         if isinstance(teacher, LocalText):
             size = planned_size(load_config(teacher.source.path))
@@ -102,21 +103,12 @@ def with_text(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
     """The job that reads the text of this run."""
     assert job.recipe.synthesize is not None
     stage, out = stages[NAME], out_path(job.recipe.synthesize, job.base)
-    if stage.reused and leads():
-        if not out.exists():
-            publish(stage.path / TEXT, out)
-        _report_missing(stage, out)
+    if leads():
+        publish(stage.path / TEXT, out, job.recipe)
+        missing = missing_answers(stage)
+        if missing and stage.reused:
+            note(f"{missing:,} requests have no answer: `stillhouse synthesize` sends them again")
     return replace(job, text=SynthesizedText(out, stage.path / TEXT, stage.summary["sha256"]))
-
-
-def _report_missing(stage: Stage, out: Path) -> None:
-    if missing := missing_answers(stage):
-        note(f"{missing:,} requests have no answer: `stillhouse synthesize` asks them again")
-    if sha(out) != stage.summary["sha256"]:
-        note(
-            f"{out} is not what this recipe made, and the run reads its own {stage.path / TEXT}; "
-            "to train on a file that you changed, give it another name"
-        )
 
 
 def missing_answers(stage: Stage) -> int:
@@ -132,7 +124,7 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
     stage = do(replace(synthesis_plan(recipe, base), missing=missing_answers))
     folder.point(NAME, stage.path)
     out = out_path(section, base)
-    publish(stage.path / TEXT, out)
+    publish(stage.path / TEXT, out, recipe)
     facts = {key: value for key, value in stage.summary.items() if key not in ("sha256", "taken")}
     facts["dropped"] = dropped_counts(stage.summary)
     if stage.reused:
@@ -141,15 +133,41 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
     return Synthesis(out, dropped_file(stage.path), journal, **facts)
 
 
-def publish(text: Path, out: Path) -> None:
-    """Copies the text to where the recipe wants it: whole, or the old file stays."""
+def publish(text: Path, out: Path, recipe: Recipe) -> None:
+    """Copies the text to where the recipe wants it: whole, or the old file stays.
+
+    A file that is not of this recipe stays too, with a note.
+    """
     if out.exists() and sha(out) == sha(text):
         return
+    if not may_replace(out, recipe):
+        note(
+            f"{out} is not what this recipe made, and stays as it is; the run reads its own "
+            f"{text}; to train on a file that you changed, give it another name"
+        )
+        return
+    with (run_root(recipe) / PUBLISHED).open("a", encoding="utf-8") as hashes:
+        hashes.write(sha(text) + "\n")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.copyfile(text, temporary)
     flush(temporary)
     temporary.replace(out)
+
+
+def may_replace(out: Path, recipe: Recipe) -> bool:
+    """Whether the file is missing, or is what this recipe wrote there before."""
+    if not out.exists():
+        return True
+    if not out.is_file():
+        return False
+    root, content = run_root(recipe), sha(out)
+    written = root / PUBLISHED
+    if written.exists() and content in written.read_text(encoding="utf-8").split():
+        return True
+    # Folders from before there was a record of it.
+    texts = (folder / TEXT for folder in (root / "stages").glob(f"{NAME}-*"))
+    return any(sha(text) == content for text in texts if text.is_file())
 
 
 def _files(section: SynthesizeRecipe) -> dict[str, str]:
