@@ -169,6 +169,23 @@ def other_tasks(chance: random.Random, folder: Path) -> Trial:
     return refused(f"rows of {name}", files.write(folder, "r.jsonl", files.jsonl(rows)))
 
 
+def begun_answer(chance: random.Random, folder: Path) -> Trial:
+    """TRL's prompts that end with the beginning of the answer."""
+    writer = Writer(chance)
+    rows = [
+        {
+            "prompt": [
+                {"role": "user", "content": writer.text()},
+                {"role": "assistant", "content": "Sure,"},
+            ],
+            "completion": [{"role": "assistant", "content": f" {writer.text()}"}],
+        }
+        for _ in range(3)
+    ]
+    path = files.write(folder, "r.jsonl", files.jsonl(rows))
+    return refused("a prompt that begins the answer", path)
+
+
 def rendered(chance: random.Random, folder: Path) -> Trial:
     """Chats that someone rendered with the template before: control tokens as text are no chat."""
     writer = Writer(chance)
@@ -183,5 +200,5 @@ def rendered(chance: random.Random, folder: Path) -> Trial:
 
 QUIRKS: tuple[Quirk, ...] = (
     dolly, squad, open_orca, ultrachat, choices, slim_orca, marked_turns, function_roles,
-    words_and_call, other_tasks, rendered,
+    words_and_call, begun_answer, other_tasks, rendered,
 )  # fmt: skip

@@ -200,6 +200,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"Question": "a", "Complex_CoT": "so", "Response": "b"}, "`Complex_CoT`"),
     "several answers": ({"question": "a", "answers": ["b", "c"]}, "a list of 2"),
     "an index as answer": ({"question": "a", "answer": 2}, "but it is int"),
+    "an answer that the prompt begins": (
+        {"prompt": [*HI[:1], {"role": "assistant", "content": "Sure,"}],
+         "completion": [{"role": "assistant", "content": " here."}]}, "whether they are one turn"),
     "two questions": ({"instruction": "a", "question": "b", "answer": "c"}, "`instruction` and"),
     "a broken history": (
         {"instruction": "a", "output": "b", "history": [["c"]]}, "pairs of strings"),

@@ -65,6 +65,14 @@ def read_chat(
     if completion is not None:
         before = len(found)
         found += _messages(row[completion], completion, where)
+        if found[before - 1]["role"] == found[before]["role"] == "assistant":
+            raise DataError(
+                f"`{key}` ends with an assistant message, and `{completion}` begins with another: "
+                "it is not clear whether they are one turn",
+                where=where,
+                fix=f"write the whole answer as one message of `{completion}`; or, if they are "
+                f"two turns, use `messages` with `weight`: 0 in the first",
+            )
     system = system_prompt(row, where)
     if system:
         own = [m["content"] for m in found if m["role"] == "system"]
