@@ -9,7 +9,7 @@ import pytest
 
 from stillhouse.errors import DataError
 
-from ..data.learned import call, learned
+from ..data.learned import call, learned, tool
 from ..data.toys import TOOLS, TOOLS_AS_TEXT, byte_level
 
 ARGUMENTS = {"city": "Oslo", "days": 3}
@@ -58,3 +58,16 @@ def test_openai_older_function_call_is_a_tool_call() -> None:
     functions = [{"name": "weather", "parameters": {"type": "object", "properties": {}}}]
     given = {"messages": messages, "functions": functions}
     assert learned(given, byte_level(TOOLS)) == [CALL, "No rain.<|im_end|>"]
+
+
+@pytest.mark.parametrize("tools", [None, [tool("weather", "city")]])
+def test_a_template_that_reads_both_forms_keeps_the_text_as_it_is(tools: Any) -> None:
+    """As Qwen 3's: `{% if arguments is string %}`."""
+    both = TOOLS.replace(
+        "{{ c.function.arguments | tojson }}",
+        "{{ c.function.arguments if c.function.arguments is string "
+        "else c.function.arguments | tojson }}",
+    )
+    compact = {**row('{"city":"Oslo"}'), "tools": tools}
+    assert learned(compact, byte_level(both)) == ['CALL weather {"city":"Oslo"}<|im_end|>']
+    assert learned({**row(ARGUMENTS), "tools": tools}, byte_level(both)) == [CALL]

@@ -82,3 +82,13 @@ def test_reasoning_that_a_template_forgets_on_purpose_is_noted_and_learned_in_it
         "<think>so</think>first<|im_end|>",
         "<think>hm</think>second<|im_end|>",
     ]
+
+
+def test_a_tokenizer_with_a_template_for_tools_uses_it_for_rows_with_tools() -> None:
+    tokenizer = byte_level()
+    tokenizer.chat_template = {"default": PLAIN, "tool_use": TOOLS}
+    row = {"messages": CALLS, "tools": [tool("weather", "city")]}
+    assert learned(row, tokenizer)[0] == 'CALL weather {"city": "Oslo"}<|im_end|>'
+    with pytest.raises(DataError, match="tool_calls"):
+        learned({"messages": CALLS}, tokenizer)
+    assert learned({"messages": chat("a", "b")}, tokenizer) == ["b<|im_end|>"]

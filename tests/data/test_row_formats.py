@@ -46,6 +46,10 @@ def sharegpt(*said: tuple[str, Any]) -> list[dict[str, Any]]:
 READ: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "OpenAI": ({"messages": [SYSTEM, *HI], "parallel_tool_calls": False}, [SYSTEM, *HI]),
     "messages as JSON text (CSV)": ({"messages": json.dumps(HI)}, HI),
+    "Cohere": (
+        {"messages": [{"role": "System", "content": "Be brief."},
+                      {"role": "User", "content": "Hi"}, {"role": "Chatbot", "content": "Hello"}]},
+        [SYSTEM, *HI]),
     "system beside the messages": ({"system": "Be brief.", "messages": HI}, [SYSTEM, *HI]),
     "the same system twice": ({"system": "Be brief.", "messages": [SYSTEM, *HI]}, [SYSTEM, *HI]),
     "Anthropic's system parts": (
@@ -174,6 +178,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"custom_id": "1", "url": "/v1/chat/completions", "body": {"messages": HI[:1]}},
         "a request to an API"),
     "images": ({"messages": HI, "images": ["a.png"]}, "only text can be learned"),
+    "LLaMA-Factory's preference": (
+        {"conversations": sharegpt(("human", "a"), ("gpt", "b"), ("human", "c")),
+         "chosen": {"from": "gpt", "value": "d"}, "rejected": {"from": "gpt", "value": "e"}},
+        "row of preferences"),
+    "KTO in messages": ({"messages": HI, "label": False}, "judged answers"),
+    "LLaMA-Factory's KTO": ({"messages": HI, "kto_tag": True}, "a judgment of the answer"),
+    "a system prompt beside strings": (
+        {"system": "x", "prompt": "a", "completion": "b"}, "`system` belongs to a chat"),
+    "tools beside strings": (
+        {"tools": [tool("f")], "prompt": "a", "completion": "b"}, "`tools` belongs to a chat"),
+    "MMLU": ({"question": "a", "A": "b", "B": "c", "answer": "B"}, "not clear what is learned"),
     "a fraction as weight": ({"messages": [HI[0], {**HI[1], "weight": 0.5}]}, "must be 0 or 1"),
     "weight as text": ({"messages": [HI[0], {**HI[1], "weight": "0"}]}, "must be 0 or 1"),
     "contradicting flags": (
@@ -257,5 +272,5 @@ def test_a_key_that_no_template_reads_is_noted() -> None:
     (row,) = rows_of({"messages": messages}, byte_level())
     assert set(row.notes) == {
         "`mood` of a message is not read by the chat template",
-        "the `name` of a user message is left out by the chat template",
+        "the `name` of a message (user) is left out by the chat template",
     }

@@ -50,7 +50,7 @@ def render_conversation(
             fix="use an instruction-tuned model, put a chat_template.jinja beside its "
             "tokenizer.json, or give `prompt` and `completion` as strings",
         )
-    form = template_form(tokenizer)
+    form = template_form(tokenizer, tools=bool(conversation.tools))
     learned = _learned(conversation)
     fitted = replace(conversation, messages=tuple(form.fit(conversation.messages)))
     hidden = fitted if control_tokens else _hide(fitted, form.control_tokens)

@@ -20,6 +20,7 @@ _ROLES = {
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "chatbot": "assistant",
     "bot": "assistant",
     "model": "assistant",
     "function": "tool",
@@ -266,7 +267,8 @@ def _message(message: Any, name: str, where: str) -> dict[str, Any]:
         raise DataError(
             f"`{name}` has no `role`; its keys are {keys}{hint}", where=where, fix=_WRITE_MESSAGE
         )
-    made["role"] = _ROLES.get(made["role"], made["role"])
+    lower = made["role"].lower()  # Cohere's files have System, User and Chatbot
+    made["role"] = _ROLES.get(lower, lower if lower in _KNOWN_ROLES else made["role"])
     _decode_calls(made, name, where)
     _check_content(made, message, name, where)
     return made

@@ -23,8 +23,8 @@ _SURELY = 24
 _KNOWN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "id", *KEYS}
 
 REASONING_LEFT_OUT = "the reasoning of earlier turns is left out, as the chat template has it"
-TEXT_CHANGED = "the chat template changes the text of a {role} message"
-NAME_LEFT_OUT = "the `name` of a {role} message is left out by the chat template"
+TEXT_CHANGED = "the chat template changes the text of a message ({role})"
+NAME_LEFT_OUT = "the `name` of a message ({role}) is left out by the chat template"
 TOOLS_SHORTENED = "parts of the schemas in `tools` are left out by the chat template"
 KEY_LEFT_OUT = "`{key}` of a message is not read by the chat template"
 
@@ -95,9 +95,11 @@ def prove_context(
     stand_in = _stand_in(messages, tools, form)
     for index, message in enumerate(messages[:-1]):
         role, content = message["role"], joined_text(message.get("content"))
+        shown = found.shows(content)
         if role == "assistant":
             apart = [message[key] for key in KEYS if isinstance(message.get(key), str)]
             said = MARKS.split(content)
+            shown = shown or found.shows(said.answer)
             if not all(map(found.shows, apart)) or not found.shows(said.reasoning):
                 notes[REASONING_LEFT_OUT] = None
                 content = said.answer
@@ -106,7 +108,6 @@ def prove_context(
         if is_blank(content):
             continue
         in_place = stand_in is None or _word(index) in stand_in
-        shown = found.shows(content)
         if not shown and in_place and stand_in is not None:
             notes[TEXT_CHANGED.format(role=role)] = None
         elif not shown or (not in_place and not _surely(content, messages, found)):

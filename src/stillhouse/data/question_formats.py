@@ -6,6 +6,7 @@ Alpaca (`instruction`, `input`, `output`, and LLaMA-Factory's `system` and `hist
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,12 +16,14 @@ from stillhouse.data.documents import About, Conversation
 from stillhouse.errors import DataError
 
 _QUESTIONS = ("instruction", "prompt", "question", "query", "problem")
-_MORE = ("input", "context")
+_MORE = ("input", "context", "passage")
 """Text that belongs to the question: after an instruction, but a context before its question."""
 _ANSWERS = ("output", "response", "answer", "answers", "completion", "solution")
-_CHOICES = ("choices", "options")
-_UNCLEAR = ("cot", "complex_cot", "chain_of_thought", "rationale", "thought", "thoughts")
-"""Keys of reasoning that may or may not be part of what is to be learned."""
+_UNCLEAR = re.compile(
+    r"[a-e]|(option|choice)s?_?\w?|(\w+_)?(cot|rationales?|explanations?|thoughts?|chain_of_thought"
+    r"|(reasoning|thinking)_\w+|\w+_(reasoning|thinking)|trajectory)"
+)
+"""Keys of choices, and of reasoning that may or may not be part of what is to be learned."""
 _WRITE = "write the row as `messages`: the question from user, the answer from assistant"
 
 
@@ -48,7 +51,10 @@ def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[st
             where=where,
             fix=f"{_WRITE}; or keep one of these keys",
         )
-    unclear = [key for key in (*_CHOICES, *_UNCLEAR) if row.get(keys.get(key, ""))]
+    unclear = [
+        key for key in keys
+        if _UNCLEAR.fullmatch(key) and key not in REASONING and row[keys[key]] not in ("", [])
+    ]  # fmt: skip
     if unclear:
         raise DataError(
             f"It is not clear what is learned of {_named(unclear, keys)}", where=where, fix=_WRITE
@@ -57,7 +63,7 @@ def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[st
     text = _string(row, keys[question], where)
     for key in more:
         extra = _string(row, keys[key], where)
-        first_extra = key == "context" and question != "instruction"
+        first_extra = key in ("context", "passage") and question != "instruction"
         parts = (extra, text) if first_extra else (text, extra)
         text = "\n".join(part for part in parts if part)
     turn = _answer(row, keys[answer], where)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from stillhouse.data.chat_formats import from_json, is_blank, read_chat
-from stillhouse.data.documents import About, AnyDocument, Completion, Document
+from stillhouse.data.documents import About, AnyDocument, Completion, Conversation, Document
 from stillhouse.data.question_formats import is_pair, read_pair
 from stillhouse.data.row_reader import header_hint
 from stillhouse.errors import DataError
@@ -24,6 +24,7 @@ _PREFERENCES = {
     "non_preferred_output": "an answer that another is preferred to (OpenAI's form)",
     "kto_tag": "a judgment of the answer",
 }
+_ASKS = ("user", "human", "system", "tool", "observation")
 _TOKENIZED = ("input_ids", "segments")
 
 
@@ -41,13 +42,16 @@ def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyD
         return _plain(row, text_key, where)
     for key in _CHATS:
         if isinstance(from_json(given.get(key)), list) or (key == "messages" and key in row):
+            _refuse_judged(given, from_json(given.get(key)), where)
             chat = read_chat(given if key in given else row, key, where)
             sharegpt = any("from" in m for m in from_json(given[key]) if isinstance(m, Mapping))
             about = About("ShareGPT" if sharegpt else "messages", chat.about.notes)
             return _noted(replace(chat, about=about), given, (key, *_CHAT_KEYS))
     _refuse_others(given, where)
     if "prompt" in given and "completion" in row:
-        return _noted(_completion(row, where), given, ("prompt", "completion", *_CHAT_KEYS))
+        document = _completion(row, where)
+        chat_keys = _CHAT_KEYS if isinstance(document, Conversation) else ()
+        return _noted(document, given, ("prompt", "completion", *chat_keys))
     if text_key in given:
         return _plain(row, text_key, where)
     if is_pair(given):
@@ -86,6 +90,13 @@ def _completion(row: Mapping[str, Any], where: str) -> AnyDocument:
             where=where,
             fix='write both as lists: [{"role": "user", "content": "..."}]',
         )
+    for key in ("system", "system_prompt", "tools", "functions"):
+        if row.get(key):
+            raise DataError(
+                f"`{key}` belongs to a chat, and `prompt` and `completion` are strings",
+                where=where,
+                fix="write the row as `messages`, or write all of its prompt into `prompt`",
+            )
     prompt = _text(prompt, "prompt", where)
     completion = _text(completion, "completion", where)
     if is_blank(completion):
@@ -116,6 +127,14 @@ def _text(value: Any, key: str, where: str) -> str:
 # --- what is refused by name -----------------------------------------------------------------
 
 
+def _refuse_judged(given: Mapping[str, Any], messages: Any, where: str) -> None:
+    """Raises DataError for a chat whose answer is elsewhere, or is judged."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    answer = isinstance(last, Mapping) and (last.get("role", last.get("from")) not in _ASKS)
+    if "kto_tag" in given or isinstance(given.get("label"), bool) or not answer:
+        _refuse_others(given, where)
+
+
 def _refuse_others(given: Mapping[str, Any], where: str) -> None:
     """Raises DataError for well-known rows that say something other than what to write."""
     for key, meaning in _PREFERENCES.items():
@@ -126,9 +145,10 @@ def _refuse_others(given: Mapping[str, Any], where: str) -> None:
                 where=where,
                 fix="keep the preferred answer: write the chat with it as `messages`",
             )
-    if "completion" in given and isinstance(given.get("label"), bool):
+    chat = any(key in given for key in ("completion", *_CHATS))
+    if chat and isinstance(given.get("label"), bool):
         raise DataError(
-            "This is a row of judged answers (KTO): `label` says whether `completion` is wanted",
+            "This is a row of judged answers (KTO): `label` says whether the answer is wanted",
             where=where,
             fix="keep the rows whose label is true, and remove the key `label`",
         )

@@ -19,27 +19,29 @@ from stillhouse.data.control_tokens import ControlTokens
 from stillhouse.data.reasoning import KEYS
 
 _ASKED, _SAID, _KEY = "zqxasked", "zqxsaid", "zqxkey"
-_PARAMETERS = {"type": "object", "properties": {_KEY: {"type": "string"}}, "required": [_KEY]}
+_PARAMETERS = {"type": "object", "properties": {"zqx": {"type": "string"}}, "required": ["zqx"]}
 _TOOL = {
     "type": "function",
     "function": {"name": "zqxtool", "description": "zqx", "parameters": _PARAMETERS},
 }
 
 
-def template_form(tokenizer: Any) -> TemplateForm:
-    """That of the tokenizer's chat template."""
-    return _form(tokenizer, str(getattr(tokenizer, "chat_template", None)))
+def template_form(tokenizer: Any, *, tools: bool = False) -> TemplateForm:
+    """That of the tokenizer's chat template. tools: for chats with tools, for which a tokenizer may
+    have a template of its own."""
+    return _form(tokenizer, str(getattr(tokenizer, "chat_template", None)), tools)
 
 
 @lru_cache(maxsize=16)
-def _form(tokenizer: Any, template: str) -> TemplateForm:
-    return TemplateForm(tokenizer, template)
+def _form(tokenizer: Any, template: str, tools: bool) -> TemplateForm:
+    return TemplateForm(tokenizer, template, tools)
 
 
 class TemplateForm:
-    def __init__(self, tokenizer: Any, template: str) -> None:
+    def __init__(self, tokenizer: Any, template: str, tools: bool) -> None:
         self.tokenizer = tokenizer
         self.template = template
+        self.tools = [_TOOL] if tools else None
         self.stand_ins: dict[Any, str | None] = {}
         """Renderings of `chat_proof`, kept because most rows have one of a few forms."""
 
@@ -115,11 +117,11 @@ class TemplateForm:
             {"role": "user", "content": asked},
             {"role": "assistant", "content": said},
         ]
-        text = self.render(chat)
-        return bool(
-            text and _ASKED in text and _SAID in text and "'type'" not in text
-            and '"type"' not in text
-        )  # fmt: skip
+        text = self.render(chat, tools=self.tools)
+        if text is None or _ASKED not in text or _SAID not in text:
+            return False
+        printed = "".join(text.split()).replace("'", '"')
+        return '"type":"text"' not in printed
 
     @cached_property
     def prints_none(self) -> bool:
@@ -155,8 +157,7 @@ class TemplateForm:
             {"role": "user", "content": asked},
             {"role": "assistant", "content": content, "tool_calls": [call]},
         ]
-        text = self.render(chat)
-        return self.render(chat, tools=[_TOOL]) if text is None else text
+        return self.render(chat, tools=self.tools)
 
     @cached_property
     def control_tokens(self) -> ControlTokens:
