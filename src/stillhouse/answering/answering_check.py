@@ -116,7 +116,7 @@ def check_answers(check: Check) -> Iterator[Finding]:
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")
     if recipe.teacher_sees_more and not recipe.learns_text_alone:
         text = "the student learns what the teacher would say without its examples or system prompt"
-        fix = "remove objective, so that it learns the answers' text, or set student_sees: all"
+        fix = "remove objective, so that it learns the answers' text, or set task.student_sees: all"
         yield Finding("warning", "objective", text, fix)
 
 

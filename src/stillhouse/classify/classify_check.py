@@ -105,7 +105,7 @@ def check_texts(check: Check) -> Iterator[Finding]:
     if len(texts.train) < FEW * len(texts.labels):
         few = f"{len(texts.train):,} training texts are few for {len(texts.labels)} labels"
         yield Finding("warning", "texts", few, "give more texts: they need no labels")
-    yield from _gold(texts)
+    yield from _gold(job, texts)
 
 
 def check_judgment(check: Check) -> Iterator[Finding]:
@@ -140,14 +140,16 @@ def require_classifier_export(job: TaskJob) -> Iterator[Finding]:
     yield Finding("ok", "export", ", ".join(recipe.export.formats))
 
 
-def _gold(texts: Texts) -> Iterator[Finding]:
+def _gold(job: TaskJob, texts: Texts) -> Iterator[Finding]:
     """What the true labels are known of, where that is not everything or nothing to learn from."""
     known, learned = (sum(row.gold is not None for row in p) for p in (texts.test, texts.train))
     if known < FEWEST:
         few = f"{known:,} of the {len(texts.test):,} test texts have true labels"
         unknown = few if known else "the test texts have no true labels"
         unknown += ": the student is compared with the teacher"
-        yield Finding("warning", "texts", unknown, "name their column: data.test.0.label")
+        part = "test" if job.recipe.data.test else "texts"
+        fix = f"name the column of their labels: data.{part}.0.label"
+        yield Finding("warning", "texts", unknown, fix)
     elif known < len(texts.test):
         some = f"{known:,} of the {len(texts.test):,} test texts have true labels to measure on"
         yield Finding("ok", "texts", some)

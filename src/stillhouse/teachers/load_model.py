@@ -14,6 +14,7 @@ from stillhouse.teachers.backbone import check_head
 from stillhouse.teachers.model_requirements import (
     require_decoder,
     require_known_keys,
+    require_padding,
     require_quantization,
     require_tokens,
 )
@@ -44,6 +45,7 @@ def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fals
     config = load_config(path, trust_remote_code=trust_remote_code)
     require_decoder(config, path)
     require_quantization(config, path)
+    require_padding(config, path)
     try:
         with quiet():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -163,7 +165,8 @@ def _no_tokenizer(path: Path, problem: str) -> ModelError:
     return ModelError(
         f"there is no tokenizer that can be loaded ({problem})",
         where=path,
-        fix="copy tokenizer.json and tokenizer_config.json into the folder",
+        fix="copy all of the tokenizer's files into the folder: tokenizer.json, "
+        "tokenizer_config.json, chat_template.jinja where there is one",
     )
 
 

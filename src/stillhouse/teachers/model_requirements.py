@@ -113,15 +113,12 @@ def _installable(error: Exception) -> bool:
     return isinstance(error, ImportError) and "GPU" not in str(error)
 
 
-def require_tokens(config: Any, model: Any, where: object = None) -> None:
-    """Raises ModelError for special tokens of the configuration that cannot be.
-
-    An id that the embeddings do not have is an error where padding is filled in with it, and an
-    end that cannot be written ends nothing.
-    """
-    rows = model.get_input_embeddings().num_embeddings
+def require_padding(config: Any, where: object = None) -> None:
+    """Raises ModelError for a padding token that the embeddings do not have, which no model can be
+    built with, and for one that stands for an image."""
     pad = getattr(config.get_text_config(), "pad_token_id", None)
-    if isinstance(pad, int) and not 0 <= pad < rows:
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if isinstance(pad, int) and isinstance(rows, int) and not 0 <= pad < rows:
         raise ModelError(
             f"pad_token_id is {pad}, and the model has the tokens 0 to {rows - 1}",
             where=where,
@@ -134,6 +131,15 @@ def require_tokens(config: Any, model: Any, where: object = None) -> None:
                 where=where,
                 fix="set pad_token_id in config.json to the tokenizer's end token",
             )
+
+
+def require_tokens(config: Any, model: Any, where: object = None) -> None:
+    """Raises ModelError for special tokens of the configuration that cannot be.
+
+    An end that cannot be written ends nothing.
+    """
+    require_padding(config, where)
+    rows = model.get_input_embeddings().num_embeddings
     generation = getattr(model, "generation_config", None)
     for file, holder in (("config.json", config.get_text_config()), (_GENERATION, generation)):
         ends = getattr(holder, "eos_token_id", None)

@@ -13,6 +13,7 @@ from stillhouse.errors import ModelError
 from stillhouse.teachers.load_model import check_loadable, load_config
 from stillhouse.teachers.model_requirements import (
     require_decoder,
+    require_padding,
     require_quantization,
     require_tokens,
 )
@@ -47,6 +48,7 @@ def check_model_folder(path: Path, *, trust_remote_code: bool = False) -> Any:
     config = load_config(path, trust_remote_code=trust_remote_code)
     require_decoder(config, path)
     require_quantization(config, path)
+    require_padding(config, path)
     if trust_remote_code:
         return config
     model = planned_model(config, path)

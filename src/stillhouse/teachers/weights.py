@@ -120,7 +120,8 @@ def _check_config(folder: Path) -> None:
         raise ModelError(
             "this folder holds an adapter, not a model",
             where=folder,
-            fix="merge it into its base model (peft: merge_and_unload, then save_pretrained)",
+            fix="merge it into its base model (peft: merge_and_unload, then save_pretrained), and "
+            "copy the tokenizer's files beside it",
         )
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:
@@ -175,7 +176,8 @@ def _no_weights(folder: Path) -> ModelError:
             f"the weights are pickled ({pickled[0].name}), and a pickle can run any code",
             where=folder,
             fix="convert them once where you trust them: AutoModelForCausalLM.from_pretrained"
-            "(folder).save_pretrained(new_folder) writes safetensors",
+            "(folder).save_pretrained(new_folder) writes safetensors; copy the tokenizer's files "
+            "there too",
         )
     return ModelError(
         "this folder has a config.json but no safetensors weights",

@@ -1,0 +1,106 @@
+"""The best known rows are read as what they are; advice about a key never drops half of a row."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from stillhouse.data.row_formats import document_from_row
+from stillhouse.data.tokenize_rows import tokenize
+from stillhouse.errors import DataError
+from tests import tiny
+
+ROWS: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "Alpaca": (
+        {"instruction": "Name a fruit that is red.", "input": "", "output": "Apple"},
+        ["Name a fruit that is red."],
+        "Apple",
+    ),
+    "Alpaca with an input": (
+        {"instruction": "Translate.", "input": "Hund", "output": "dog"},
+        ["Translate.", "Hund"],
+        "dog",
+    ),
+    "question and answer": (
+        {"question": "What is the capital of Norway?", "answer": "Oslo"},
+        ["What is the capital of Norway?"],
+        "Oslo",
+    ),
+    "ShareGPT": (
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+        ["hi"],
+        "hello",
+    ),
+    "prompt and response": ({"prompt": "Say p.", "response": "r"}, ["Say p."], "r"),
+    "Dolly": (
+        {"instruction": "Who?", "context": "Ann won.", "response": "Ann", "category": "qa"},
+        ["Who?", "Ann won."],
+        "Ann",
+    ),
+}
+
+
+def rendered(row: dict[str, Any], text_key: str = "text") -> tuple[str, str]:
+    """The whole text of a row, and what is learned of it."""
+    words = tiny.tokenizer()
+    document = document_from_row(row, text_key, "row")
+    assert document is not None
+    ids: list[int] = []
+    learned: list[int] = []
+    for made in next(iter(tokenize([document], words))):
+        ids += made.ids.tolist()
+        learned += made.ids[made.supervised].tolist()
+    return words.decode(ids), words.decode(learned)
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_rows_with_questions_and_answers_need_no_advice(form: str) -> None:
+    row, asked, answer = ROWS[form]
+    whole, learned = rendered(row)
+    assert all(part in whole for part in asked)
+    assert answer in learned
+    assert not any(part in learned for part in asked)
+
+
+def test_a_request_without_an_answer_is_not_trained_on() -> None:
+    row = {
+        "custom_id": "1",
+        "url": "/v1/chat/completions",
+        "body": {"messages": [{"role": "user", "content": "hi"}]},
+    }
+    with pytest.raises(DataError) as caught:
+        document_from_row(row, "text", "row")
+    assert "text_key" not in str(caught.value.fix)
+    assert "messages" in str(caught.value.fix)
+
+
+def test_a_key_is_advised_where_it_holds_all_text_and_following_it_loses_none() -> None:
+    row = {"id": 7, "body": "All that this row says."}
+    with pytest.raises(DataError) as caught:
+        document_from_row(row, "text", "row")
+    advised = re.search(r"text_key: (\w+)", str(caught.value.fix))
+    assert advised is not None
+    whole, learned = rendered(row, advised[1])
+    assert row["body"] in whole
+    assert row["body"] in learned
+
+
+def test_where_several_keys_hold_text_the_first_advice_is_to_say_which_is_learned() -> None:
+    row = {"headline": "Snow in May", "article": "It snowed for a whole day, people say."}
+    with pytest.raises(DataError) as caught:
+        document_from_row(row, "text", "row")
+    fix = str(caught.value.fix)
+    assert fix.index("`messages`") < fix.index("text_key")
+    pair = {"prompt": row["headline"], "completion": row["article"]}
+    assert row["article"] in rendered(pair)[1]
+
+
+def test_a_key_with_a_slip_is_named_and_renaming_it_works() -> None:
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    with pytest.raises(DataError) as caught:
+        document_from_row({"mesages": chat}, "text", "row")
+    old, new = re.findall(r"`(\w+)`", str(caught.value.fix))
+    assert "hello" in rendered(json.loads(json.dumps({"mesages": chat}).replace(old, new)))[1]
