@@ -50,7 +50,7 @@ def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Advance]
 
 @contextmanager
 def _plain_lines(description: str, total: int, unit: str) -> Iterator[Advance]:
-    started = said = time.monotonic()
+    started = shown = time.monotonic()
     done = 0
 
     def say(now: float) -> None:
@@ -61,11 +61,11 @@ def _plain_lines(description: str, total: int, unit: str) -> Iterator[Advance]:
         )
 
     def advance(units: int) -> None:
-        nonlocal done, said
+        nonlocal done, shown
         done += units
         now = time.monotonic()
-        if now - said >= PLAIN_SECONDS:
-            said = now
+        if now - shown >= PLAIN_SECONDS:
+            shown = now
             say(now)
 
     yield advance

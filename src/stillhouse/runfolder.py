@@ -69,7 +69,7 @@ class Stage:
 
 
 class RunFolder:
-    """root: where the stages are. links: where the products are pointed to; `root` unless said."""
+    """root: where the stages are. links: where the products are pointed to; `root` by default."""
 
     def __init__(self, root: Path, links: Path | None = None) -> None:
         self.root = root
@@ -115,7 +115,7 @@ class RunFolder:
         return self.stages / f"{name}-{self.key(name, depends_on)}"
 
     def finished(self, name: str, depends_on: Mapping[str, Any]) -> Stage | None:
-        """The finished stage of that name and key, or None. Damage is noticed and said."""
+        """The finished stage of that name and key, or None. Damage is reported."""
         path = self._final(name, depends_on)
         if not path.is_dir():
             return None

@@ -72,7 +72,7 @@ def test_what_the_server_calls_a_refusal_is_one() -> None:
 def test_patterns_are_wanted_or_unwanted() -> None:
     texts = ["label: a", "no", "<think>label: b</think>no"]
     assert kept(filters.pattern(r"^label: \w$"), texts) == ["label: a"]
-    assert kept(filters.pattern("label", wanted=False), texts) == texts[1:]
+    assert kept(filters.pattern("label", must_match=False), texts) == texts[1:]
     with pytest.raises(RecipeError, match="not a regular expression"):
         filters.pattern("(")
 

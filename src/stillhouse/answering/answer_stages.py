@@ -163,7 +163,7 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
         raise DataError(
             "no test text has an answer of the teacher",
             where=job.journal,
-            fix="look at the failures in the journal",
+            fix="check the failed requests in the journal",
         )
     _write_chats(out / HELDOUT, ((job.taught(text), answer) for text, answer in shown))
     gold = [(job.taught(row.text), row.gold) for row in found.train if row.gold is not None]
@@ -193,7 +193,7 @@ def _keep(
         raise DataError(
             f"no answer is left: {len(rows):,} came, and the filters dropped them all",
             where=job.journal,
-            fix=f"dropped by filter: {dict(sieve.dropped)}; look at answers in the journal, then "
+            fix=f"dropped by filter: {dict(sieve.dropped)}; read the answers in the journal, then "
             "improve task.prompt or give examples",
         )
     return kept, sieve.dropped

@@ -287,7 +287,7 @@ def load_scorer(name: str, base: Path) -> Scorer:
         raise RecipeError(
             f"the scorer's file cannot be run: {type(error).__name__}: {error}",
             where=path,
-            fix="mend it",
+            fix="correct the file",
         ) from error
     scorer = getattr(module, function, None)
     if not callable(scorer):

@@ -92,12 +92,12 @@ STEPS = (
     Step("data", _on_answers(plan_data)),
     Step("student", _on_answers(plan_student), ("data",), check=check_answer_student),
     Step("train", _plan_training, ("data", "student")),
-    Step("gold_data", _plan_gold_data, wanted=lambda job: job.gold is not None),
+    Step("gold_data", _plan_gold_data, applies=lambda job: job.gold is not None),
     Step(
         "baseline",
         _on_gold(plan_baseline),
         ("gold_data", "student"),
-        wanted=lambda job: job.gold is not None,
+        applies=lambda job: job.gold is not None,
     ),
     Step(
         "evaluate",

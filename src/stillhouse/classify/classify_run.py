@@ -52,7 +52,7 @@ STEPS = (
         "baseline",
         plan_gold_training,
         ("texts", "student"),
-        wanted=lambda job: job.has_gold and job.recipe.evaluate.fine_tuning_baseline,
+        applies=lambda job: job.has_gold and job.recipe.evaluate.fine_tuning_baseline,
     ),
     Step(
         "evaluate",
@@ -65,7 +65,7 @@ STEPS = (
         ("texts", "train", "evaluate"),
         require=require_classifier_export,
     ),
-    Step("push", plan_push, ("export",), wanted=pushes),
+    Step("push", plan_push, ("export",), applies=pushes),
     Step("report", plan_classifier_report, ALL),
 )
 

@@ -278,7 +278,7 @@ def main() -> None:
     except OSError as error:
         if error.errno not in UNUSABLE_PATH or error.filename is None:
             _say_bug()
-        say(f"error: {error.strerror}\n  where: {error.filename}\n  fix:   give another path")
+        say(f"error: {error.strerror}\n  where: {error.filename}\n  fix:   use another path")
         sys.exit(1)
     except Exception:
         _say_bug()

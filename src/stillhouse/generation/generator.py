@@ -16,7 +16,8 @@ class TokenPrompt:
     """Tokens to continue, and how.
 
     max_tokens: of the continuation. temperature: 0 is greedy. top_p: nucleus sampling. seed: of the
-    draws; equal prompts with equal seeds are continued alike. logprobs: whether to return them.
+    draws; equal prompts with equal seeds have equal continuations. logprobs: whether they are
+    returned.
     """
 
     ids: Sequence[int]

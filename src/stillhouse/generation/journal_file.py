@@ -115,7 +115,7 @@ def lock_journal(path: Path) -> IO[str]:
         raise RunError(
             f"the journal cannot be written here: {error.strerror}",
             where=path,
-            fix="give another file as synthesize.journal",
+            fix="set synthesize.journal to another file",
         ) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -133,9 +133,7 @@ def unusable(path: Path, error: Exception) -> RunError:
     if "full" in str(error):
         fix = "free some disk space and repeat the command: committed answers are kept"
     else:
-        fix = (
-            "give another file as synthesize.journal, and keep this one: its answers were paid for"
-        )
+        fix = "set synthesize.journal to another file, and keep this one: its answers were paid for"
     return RunError(f"the journal cannot be used: {error}", where=path, fix=fix)
 
 
@@ -162,7 +160,7 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
         raise RunError(
             f"this journal has format {version}; this Stillhouse writes format {VERSION}",
             where=path,
-            fix="use a newer Stillhouse, or give another file as synthesize.journal",
+            fix="use a newer Stillhouse, or set synthesize.journal to another file",
         )
     connection.executescript(_SCHEMA)
     columns = [column[1] for column in connection.execute("PRAGMA table_info(answers)")]

@@ -1,4 +1,4 @@
-"""What a text teacher needs before it is asked anything: a key, packages, a template that fits."""
+"""What a text teacher needs before any request is sent: a key, packages, a template that fits."""
 
 from __future__ import annotations
 

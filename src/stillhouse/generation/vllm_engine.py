@@ -175,9 +175,9 @@ def opened(
 
 
 def _failed(what: str, error: Exception) -> ModelError:
-    said = str(error) if isinstance(error, EngineError) else reason(error)
+    cause = str(error) if isinstance(error, EngineError) else reason(error)
     return ModelError(
-        f"{what} ({said})",
+        f"{what} ({cause})",
         where="teacher.vllm",
         fix="lower context, gpu_memory or batch where memory is short; answers that arrived are "
         "in the journal",

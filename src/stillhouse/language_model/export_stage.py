@@ -124,7 +124,7 @@ def _export(
 
 
 def _calibration(job: Job, data: Stage) -> list[Any]:
-    """Training windows, for the formats that look at what layers read."""
+    """Training windows, for the formats that need the layers' inputs."""
     section = job.recipe.export
     if section.importance_tokens is None:
         return []

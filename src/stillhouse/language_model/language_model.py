@@ -63,7 +63,7 @@ STEPS = (
     Step(
         "synthesis",
         plan_synthesis,
-        wanted=lambda job: makes_text(job.recipe, job.base),
+        applies=lambda job: makes_text(job.recipe, job.base),
         then=with_text,
         require=require_synthesis,
         check=check_synthesis,
@@ -74,13 +74,13 @@ STEPS = (
         "vocabulary",
         plan_vocabulary,
         ("data",),
-        wanted=lambda job: job.after_cut is not None,
+        applies=lambda job: job.after_cut is not None,
         then=cut_job,
     ),
-    Step("data", plan_data, wanted=lambda job: job.cut),
-    Step("search", plan_search, ("data",), wanted=has_target, then=with_sizes),
+    Step("data", plan_data, applies=lambda job: job.cut),
+    Step("search", plan_search, ("data",), applies=has_target, then=with_sizes),
     Step("student", plan_student, ("data",)),
-    Step("signals", _plan_store, ("data", "student"), wanted=records_signals),
+    Step("signals", _plan_store, ("data", "student"), applies=records_signals),
     Step(
         "train",
         plan_training,
@@ -92,19 +92,19 @@ STEPS = (
         "baseline",
         plan_baseline,
         ("data", "student"),
-        wanted=lambda job: job.recipe.evaluate.fine_tuning_baseline,
+        applies=lambda job: job.recipe.evaluate.fine_tuning_baseline,
     ),
     Step(
         "quantize",
         plan_quantization,
         ("data", "train"),
-        wanted=lambda job: job.recipe.quantize is not None,
+        applies=lambda job: job.recipe.quantize is not None,
     ),
     Step(
         "qat",
         plan_quantized_training,
         ("data", "train", "quantize", "signals"),
-        wanted=lambda job: job.recipe.quantize is not None and job.recipe.quantize.qat is not None,
+        applies=lambda job: job.recipe.quantize is not None and job.recipe.quantize.qat is not None,
     ),
     Step(
         "evaluate",
@@ -119,7 +119,7 @@ STEPS = (
         main_process=True,
         require=require_exports,
     ),
-    Step("push", plan_push, ("export",), wanted=pushes, main_process=True),
+    Step("push", plan_push, ("export",), applies=pushes, main_process=True),
     Step("report", plan_language_model_report, ALL, main_process=True),
 )
 DATA_STEPS = ("synthesis", "data", "vocabulary")

@@ -56,14 +56,14 @@ class Plan:
         """Rows of a chunk: on a CPU, with logits half as large as the head's float32 gradient."""
         rows, width = hidden_ND.shape
         if self.chunk_rows is not None:
-            wanted = self.chunk_rows
+            rows_per_chunk = self.chunk_rows
         elif hidden_ND.device.type != "cpu":
-            wanted = CHUNK_ROWS_CUDA
+            rows_per_chunk = CHUNK_ROWS_CUDA
         else:
             narrow = self.dtype.itemsize < 4
             least, most = NARROW_CHUNK_ROWS_CPU if narrow else CHUNK_ROWS_CPU
-            wanted = min(most, max(least, 2 * width // self.dtype.itemsize))
-        return max(1, min(wanted, rows))
+            rows_per_chunk = min(most, max(least, 2 * width // self.dtype.itemsize))
+        return max(1, min(rows_per_chunk, rows))
 
     def block(self, device: torch.device, chunk: int) -> int:
         """Rows of a block inside a chunk."""

@@ -70,15 +70,15 @@ def _refuse_sharded(hidden_ND: Tensor, head: LMHead, signal: Signal | None) -> N
             )
 
 
-def _vocabulary(shared: int, asked: int | None) -> int:
-    if asked is None:
+def _vocabulary(shared: int, requested: int | None) -> int:
+    if requested is None:
         return shared
-    if not 0 < asked <= shared:
+    if not 0 < requested <= shared:
         raise SignalError(
-            f"vocab_size is {asked} and the heads share {shared} rows",
+            f"vocab_size is {requested} and the heads share {shared} rows",
             fix="vocab_size is the number of real tokens in both vocabularies",
         )
-    return asked
+    return requested
 
 
 def _check_frozen_head(head: LMHead, signal: FrozenHeadSignal) -> None:

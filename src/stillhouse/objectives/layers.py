@@ -39,17 +39,17 @@ def map_layers(
         raise SignalError(f"a layer map needs blocks, not {student_layers} and {teacher_layers}")
     if not isinstance(how, str):
         return _explicit(how, student_layers, teacher_layers)
-    wanted = student_layers if count is None else count
+    number = student_layers if count is None else count
     most = student_layers if how == "uniform" else min(student_layers, teacher_layers)
     if count is None and how == "last":
-        wanted = most
-    if not 1 <= wanted <= most:
+        number = most
+    if not 1 <= number <= most:
         raise SignalError(
-            f"a {how} layer map of {wanted} pairs does not fit {student_layers} student and "
+            f"a {how} layer map of {number} pairs does not fit {student_layers} student and "
             f"{teacher_layers} teacher blocks",
             fix=f"use 1 to {most} pairs",
         )
-    chosen = range(student_layers - wanted + 1, student_layers + 1)
+    chosen = range(student_layers - number + 1, student_layers + 1)
     if how == "uniform":
         # Half-integers round up, so that equal steps are never rounded in different directions.
         pairs = [(s, (2 * s * teacher_layers + student_layers) // (2 * student_layers))

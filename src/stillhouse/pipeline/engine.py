@@ -84,7 +84,7 @@ def run_steps(
     for step in kind.steps:
         if only is not None and step.name not in only:
             continue
-        if not step.wanted(job) or (step.main_process and not main_process):
+        if not step.applies(job) or (step.main_process and not main_process):
             continue
         stage = do(planned(step, job, stages))
         stages[step.name] = stage

@@ -41,7 +41,7 @@ class Step:
     """One stage of a kind of run.
 
     plan: from the job, and the stages named in `reads`; None stands for one that did not run.
-    wanted: whether this job has it. then: from the job, the finished stages and
+    applies: whether this job has it. then: from the job, the finished stages and
     a way to run others, the job that later steps see. main_process: other
     processes of a torchrun neither take part nor wait. require: what must hold before any step
     starts; it is cheap, raises StillhouseError, and yields what is doubtful. check: what else can
@@ -51,7 +51,7 @@ class Step:
     name: str
     plan: Callable[..., StagePlan]
     reads: tuple[str, ...] = ()
-    wanted: Callable[[Any], bool] = _always
+    applies: Callable[[Any], bool] = _always
     then: Callable[[Any, Mapping[str, Stage], Do], Any] | None = None
     main_process: bool = False
     require: Callable[[Any], Iterable[Finding]] | None = None

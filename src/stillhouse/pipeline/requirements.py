@@ -18,7 +18,7 @@ def require_all(kind: Kind, job: Any, *, only: Container[str] | None = None) -> 
     for step in kind.steps:
         if step.require is None or (only is not None and step.name not in only):
             continue
-        if not step.wanted(job):
+        if not step.applies(job):
             continue
         for finding in step.require(job):
             if finding.level == "error":

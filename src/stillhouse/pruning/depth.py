@@ -149,13 +149,13 @@ class _Scorer:
 
         The stream before a candidate is computed once, whatever follows.
         """
-        wanted = set(candidates)
+        pending = set(candidates)
         sums = dict.fromkeys(candidates, 0.0)
         for full_ND, (batch, inputs) in zip(self.full, self._pairs(), strict=True):
             rows: dict[int, Tensor] = {}
             hidden_RLD = inputs.hidden_RLD
             for place, index in enumerate(alive):
-                if index in wanted:
+                if index in pending:
                     rows[index] = self._rows(batch, inputs, alive[place + 1 :], hidden_RLD)
                     advance(1)
                     if len(rows) == HELD:

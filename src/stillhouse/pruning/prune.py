@@ -124,8 +124,8 @@ def prune_model(
     """
     axes = axes_of(model.config)
     vocabulary = None if kept_ids is None else len(kept_ids)
-    wanted = {**sizes, "vocabulary": vocabulary}
-    after = check_sizes(model.config, wanted, hidden_method=hidden_method)
+    targets = {**sizes, "vocabulary": vocabulary}
+    after = check_sizes(model.config, targets, hidden_method=hidden_method)
     before = sizes_of(model.config)
     check_importance(method, before, after)
     check_parameters(model, axes)

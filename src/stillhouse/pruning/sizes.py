@@ -167,8 +167,8 @@ def _hidden_over_heads(config: Any, before: Sizes, after: Sizes, given: bool) ->
     )
 
 
-def _nearest(possible: Sequence[int], wanted: int) -> int:
-    return min(possible, key=lambda value: (abs(value - wanted), -value))
+def _nearest(possible: Sequence[int], target: int) -> int:
+    return min(possible, key=lambda value: (abs(value - target), -value))
 
 
 def size_notes(config: Any, before: Sizes, after: Sizes) -> list[str]:

@@ -66,9 +66,9 @@ def kept_token_ids(
     total = len(merges.tokens) + len(kept)
     needed = merges.alphabet() | merges.added.keys() | (named - kept)
     if isinstance(vocabulary, Path):
-        wanted = _listed(vocabulary, merges, kept)
-        _check_nothing_lost(vocabulary, merges, needed - wanted)
-        return tuple(sorted(kept.union(*map(merges.parts, wanted))))
+        requested = _listed(vocabulary, merges, kept)
+        _check_nothing_lost(vocabulary, merges, needed - requested)
+        return tuple(sorted(kept.union(*map(merges.parts, requested))))
     for id in needed:
         kept |= merges.parts(id)
     counts = Counter({id: n for id, n in _counts(windows).items() if id in merges.tokens})
@@ -139,9 +139,9 @@ def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
             fix="write one token a line, as the tokenizer writes them, or a list in a .json file",
         ) from error
     # An id may be 0; an empty line names no token.
-    wanted = [one for one in listed if one != "" and one not in named]
-    ids = [one if isinstance(one, int) else merges.every_id.get(one, -1) for one in wanted]
-    unknown = [str(one) for one, id in zip(wanted, ids, strict=True) if id not in merges.tokens]
+    requested = [one for one in listed if one != "" and one not in named]
+    ids = [one if isinstance(one, int) else merges.every_id.get(one, -1) for one in requested]
+    unknown = [str(one) for one, id in zip(requested, ids, strict=True) if id not in merges.tokens]
     if unknown:
         raise RecipeError(
             f"{len(unknown):,} tokens to keep are not the teacher's: {_few(unknown)}",

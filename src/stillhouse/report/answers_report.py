@@ -50,7 +50,7 @@ def answers_report(
 
 def _side_by_side(example: AnsweredText) -> SideBySide:
     answers = [] if example.gold is None else [Answer("Reference answer", example.gold, INK)]
-    answers += [Answer(role_name(r), said, role_color(r)) for r, said in example.answers.items()]
+    answers += [Answer(role_name(r), text, role_color(r)) for r, text in example.answers.items()]
     return SideBySide(example.text, answers)
 
 

@@ -47,7 +47,7 @@ class TopK:
     @property
     def bias(self) -> str:
         if self.tail:
-            return "none within its buckets; tokens of the tail are not told apart"
+            return "none within its buckets; tokens of the tail are not distinguished"
         return "biased: tokens below the k-th count as impossible, all others as likelier"
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class TopP:
     kind: ClassVar[str] = "top_p"
     signal: ClassVar[str] = "SparseSignal"
     serves: ClassVar[str] = BUCKETED
-    bias: ClassVar[str] = "none within its buckets; tokens of the tail are not told apart"
+    bias: ClassVar[str] = "none within its buckets; tokens of the tail are not distinguished"
     draws_per_row: ClassVar[int] = 0
 
     def __post_init__(self) -> None:

@@ -168,9 +168,9 @@ def _settings(raw: Mapping[str, Any], file: Path) -> Settings:
     )
 
 
-def check_same(stored: Settings, wanted: Settings, path: Path) -> None:
+def check_same(stored: Settings, expected: Settings, path: Path) -> None:
     """Raises SignalError: the store was begun with other settings than these."""
-    theirs, ours = _flat(stored), _flat(wanted)
+    theirs, ours = _flat(stored), _flat(expected)
     _check({name: ours.get(name) for name in [*ours, *theirs]}, theirs, path)
 
 

@@ -47,11 +47,11 @@ class Recorder:
             else Encoder(encoding, settings.vocabulary, settings.temperature)
         )
         if isinstance(encoding, FrozenHead):
-            wanted = (settings.vocabulary, encoding.width)
+            expected = (settings.vocabulary, encoding.width)
             found = None if student_head is None else tuple(student_head.shape)
-            if found != wanted:
+            if found != expected:
                 raise SignalError(
-                    f"frozen_head needs the student's head of shape {wanted}, not {found}"
+                    f"frozen_head needs the student's head of shape {expected}, not {found}"
                 )
 
     @torch.no_grad()

@@ -48,8 +48,8 @@ def tune_threshold(
     p_nK: of `top_probabilities`. By bisection of the closed forms, which fall as tau grows. Raises
     SignalError: no tau gives that; or not exactly one of `entries` and `size` is given.
     """
-    wanted = entries if entries is not None else size
-    if wanted is None or (entries is not None and size is not None):
+    target = entries if entries is not None else size
+    if target is None or (entries is not None and size is not None):
         raise SignalError("give either entries or a size")
 
     def at(tau: float) -> Tuned:
@@ -60,14 +60,14 @@ def tune_threshold(
 
     low, high = 1 / (MOST_ENTRIES - 1), 1.0
     least, most = measure(at(high)), measure(at(low))
-    if not least <= wanted <= most:
+    if not least <= target <= most:
         name = "entries" if entries is not None else "bytes"
         raise SignalError(
-            f"{wanted:g} {name} per row are not possible: from {least:.1f} to {most:.1f} are"
+            f"{target:g} {name} per row are not possible: from {least:.1f} to {most:.1f} are"
         )
     for _ in range(STEPS):
         middle = (low * high) ** 0.5
-        low, high = (middle, high) if measure(at(middle)) > wanted else (low, middle)
+        low, high = (middle, high) if measure(at(middle)) > target else (low, middle)
     return at(high)
 
 

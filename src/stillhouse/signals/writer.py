@@ -73,11 +73,11 @@ class StoreWriter:
     def missing(self, segments: Segments) -> NDArray[np.bool_]:
         """Which segments the store lacks, [S]; of equal ones, only the first."""
         seen: set[bytes] = set()
-        wanted = []
+        is_new = []
         for key in segments.keys:
-            wanted.append(key not in self._known and key not in seen)
+            is_new.append(key not in self._known and key not in seen)
             seen.add(key)
-        return np.array(wanted, dtype=np.bool_)
+        return np.array(is_new, dtype=np.bool_)
 
     def uniforms(self, segments: Segments) -> Tensor:
         """The uniform numbers that `Encoder` reads for these segments' rows, [N, U]."""

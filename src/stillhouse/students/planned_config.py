@@ -49,14 +49,14 @@ def _searched_sizes(section: PrunedStudent, config: Any, served: torch.dtype) ->
     # All that the search may cut must be ranked, whichever shape it will choose.
     cut = {key: 0 for key in ("ffn_size", "experts") if key in axes}
     check_importance(method_of(section), before, replace(before, **cut))
-    wanted = section.vocabulary
-    if isinstance(wanted, int):
+    vocabulary = section.vocabulary
+    if isinstance(vocabulary, int):
         # The search prunes what has lost the tokens.
-        config = resized_config(config, check_sizes(config, {"vocabulary": wanted}))
+        config = resized_config(config, check_sizes(config, {"vocabulary": vocabulary}))
     return planned_shape(
         config,
         section.search,
         section.target,
         width=served.itemsize,
-        certain=wanted is None or isinstance(wanted, int),
+        certain=vocabulary is None or isinstance(vocabulary, int),
     )

@@ -97,11 +97,11 @@ def _kept_ids(
     """The tokens that stay, where some are to go."""
     if section.vocabulary is None:
         return None
-    wanted = section.vocabulary
+    vocabulary = section.vocabulary
     return kept_token_ids(
         tokenizer,
         windows,
-        base / wanted.path if isinstance(wanted, VocabularyFile) else wanted,
+        base / vocabulary.path if isinstance(vocabulary, VocabularyFile) else vocabulary,
         configs=(model.config, model.generation_config),
         expect=lambda: expected_tokens(model, windows, section.calibration_tokens, seed, dtype),
     )

@@ -25,21 +25,23 @@ def majority(pattern: str | None, *, least: float = 0.0, keep_all: bool = False)
     compiled = None if pattern is None else compiled_pattern(pattern)
 
     def choose(rows: Sequence[Row]) -> list[str | None]:
-        said = [what_is_said(answer_only(row), compiled) for row in rows]
-        votes = Counter(what for what in said if what is not None)
+        values = [compared_value(answer_only(row), compiled) for row in rows]
+        votes = Counter(value for value in values if value is not None)
         if not votes:
             return [f"nothing in it matches {pattern!r}" for _ in rows]
         winner, count = votes.most_common(1)[0]  # of equal ones, the first that was counted
-        first = said.index(winner)
+        first = values.index(winner)
         enough = count >= least * len(rows)
         reasons: list[str | None] = []
-        for number, what in enumerate(said):
-            if what is None:
+        for number, value in enumerate(values):
+            if value is None:
                 reasons.append(f"nothing in it matches {pattern!r}")
             elif not enough:
                 reasons.append(f"fewer than {least:.0%} agree: {dict(votes)}"[:200])
-            elif what != winner:
-                reasons.append(f"it says {what!r}, and {count} of {len(rows)} say {winner!r}"[:200])
+            elif value != winner:
+                reasons.append(
+                    f"it says {value!r}, and {count} of {len(rows)} say {winner!r}"[:200]
+                )
             elif number != first and not keep_all:
                 reasons.append("it says the same as an earlier answer")
             else:
@@ -49,7 +51,7 @@ def majority(pattern: str | None, *, least: float = 0.0, keep_all: bool = False)
     return choose
 
 
-def what_is_said(text: str, pattern: Pattern | None) -> str | None:
+def compared_value(text: str, pattern: Pattern | None) -> str | None:
     """The part of an answer that is compared, normalized; None if nothing matches."""
     if pattern is None:
         return normalized(text)

@@ -75,7 +75,7 @@ LEAST_SURE = 0.5
 """Probability of a language above which an answer counts as written in it."""
 
 
-def languages(wanted: Sequence[str]) -> Filter:
+def languages(allowed: Sequence[str]) -> Filter:
     """Keeps answers (without reasoning) in one of the languages, and those of uncertain language:
     numbers, names, code. Raises RecipeError: an unknown code, or py3langid is not installed."""
     try:
@@ -87,7 +87,7 @@ def languages(wanted: Sequence[str]) -> Filter:
             fix="pip install 'stillhouse[language]'",
         ) from None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    unknown = sorted(set(wanted) - set(identifier.labels))
+    unknown = sorted(set(allowed) - set(identifier.labels))
     if unknown:
         raise RecipeError(
             f"py3langid does not know the language {', '.join(unknown)}",
@@ -97,7 +97,7 @@ def languages(wanted: Sequence[str]) -> Filter:
 
     def judge(row: Row) -> str | None:
         found, probability = identifier.classify(answer_only(row))
-        if found in wanted or probability < LEAST_SURE:
+        if found in allowed or probability < LEAST_SURE:
             return None
         return f"it is in the language {found} ({probability:.0%} sure)"
 
@@ -118,8 +118,8 @@ def length(least: int | None, most: int | None) -> Filter:
     return judge
 
 
-def pattern(expression: str, *, wanted: bool = True) -> Filter:
-    """Keeps answers in which the expression matches (or, not wanted, does not), without reasoning.
+def pattern(expression: str, *, must_match: bool = True) -> Filter:
+    """Keeps answers that, without reasoning, match the expression; or that do not match it.
 
     Raises RecipeError for an invalid regular expression.
     """
@@ -127,7 +127,7 @@ def pattern(expression: str, *, wanted: bool = True) -> Filter:
 
     def judge(row: Row) -> str | None:
         found = compiled.search(answer_only(row))
-        if wanted:
+        if must_match:
             return None if found else f"nothing in it matches {expression!r}"
         return f"it matches {expression!r}: {found.group()!r}" if found else None
 

@@ -52,8 +52,8 @@ def _with_unwritten(estimate: Estimate, requests: SynthesisRequests) -> Estimate
     """Adds the answers to prompts that are not written yet, and the requests that write them."""
     section, writer, teacher = requests.job.section.prompts, requests.writer, requests.teacher
     assert writer is not None
-    wanted = min(writer.section.count, section.limit or writer.section.count)
-    lacking = wanted - estimate.requests // section.samples
+    needed = min(writer.section.count, section.limit or writer.section.count)
+    lacking = needed - estimate.requests // section.samples
     if lacking <= 0:
         return estimate
     writing = estimate_requests(writer.requests(), requests.journal, teacher.price)

@@ -226,7 +226,7 @@ def chosen_filters(section: FiltersRecipe, base: Path) -> Filters:
     if section.require_pattern is not None:
         chosen["require_pattern"] = filters.pattern(section.require_pattern)
     if section.forbid_pattern is not None:
-        chosen["forbid_pattern"] = filters.pattern(section.forbid_pattern, wanted=False)
+        chosen["forbid_pattern"] = filters.pattern(section.forbid_pattern, must_match=False)
     if section.json_schema is not None:
         schema = filters.read_schema(base / Path(section.json_schema).expanduser())
         chosen["json_schema"] = filters.json_schema(schema)

@@ -200,7 +200,7 @@ class DistillationTrainer(ResumingTrainer):
                 f"the loss or its gradient is not finite at step {self.state.global_step} "
                 f"(loss {logs['loss']}, gradient norm {logs.get('grad_norm')})",
                 where="training",
-                fix="lower train.learning_rate, or look at the data with `stillhouse preview`; "
+                fix="lower train.learning_rate, or inspect the data with `stillhouse preview`; "
                 "checkpoints before this step are kept",
             )
 
