@@ -19,13 +19,14 @@ _ADVERBS = (
 )
 _CANNOT = _any(
     r"can'?t|cannot|can not|(?:wo|could|should|would)n'?t|(?:will|could|should|would|must|may) not"
-    r"|(?:will|would|could|can) never|can neither(?: \w+)? nor"
+    r"|(?:will|would|could|can) never|can neither(?: \w+)? nor|can no longer"
 )
 _MUST = (
     r"(?:(?:'ll|'d|'m)?(?: will| would| going to)?(?: must| have to| need to| should| like to))?"
 )
 _NEGATION = _any(
-    rf" {_ADVERBS}{_CANNOT}(?:,? (?:and|or|nor) {_CANNOT})? {_ADVERBS}(?:be (?:able|willing) to )?",
+    rf" {_ADVERBS}{_CANNOT}(?:,? (?:and|or|nor) {_CANNOT})? {_ADVERBS}"
+    r"(?:be (?:(?:able|willing) to )?)?",
     rf" {_ADVERBS}(?:do not|don't) {_ADVERBS}"
     r"(?:feel (?:comfortable|able|right) (?:to )?|think (?:that )?i (?:can|should|could) )?",
     rf"(?:'m| am|'d be| would be|'ll be| will be) {_ADVERBS}"
@@ -58,13 +59,16 @@ _ANSWERING = _any(
     r"|draft|compose|design|develop|craft)(?: or \w+)?(?: you)? (?:an?|any|such|content"
     r"|materials?|articles?"
     r"|code|stories|jokes|images?)\b(?! \w+ (?:without|about my))",
-    rf"\w+(?: to| with| on)? {_DETERMINER}(?: \w+)? {_REQUEST}",
+    rf"\w+(?: to| with| on| out)? {_DETERMINER}(?: \w+)? {_REQUEST}",
     r"(?:proceed|continue|engage|comply|deal) with (?:this|that|it|such)\b",
     r"respond(?: to\b|[.,;:!]|$)|discuss(?! it (?:here|now)| the (?:terms|price))|debate"
     r"|talk about|take sides",
     r"(?:do|say|write|create|make|produce|share|show|give|tell|offer|describe|explain|recommend"
-    r"|suggest|repeat|translate|continue)(?: you)? (?:that|this|it|so|such)(?=[.,;:!?)]|$| for you"
-    r"| as\b| because)",
+    r"|suggest|repeat|translate|continue|support|verify|confirm|judge|complete|perform)(?: you)?"
+    r" (?:that|this|it|so|such)(?: (?:image|text|kind|type|task|content|story|code|claim))?"
+    r"(?=[.,;:!?)]|$| for (?:you|ethical|legal|safety)| as\b| of\b| because| here\b)",
+    r"make (?:jokes|fun of)|be of (?:assistance|help)|reveal (?:my|the)\b|send (?:emails|messages)",
+    r"identify (?:people|individuals|anyone|real)|(?:guide|instruct) you\b|rank people",
     r"(?:offer|giv|give|shar|share|supply|suggest|recommend|output|reveal|list"
     r"|present)(?:ing)?(?: away| out)?"
     rf" (?:you )?(?:[\w'-]+ ){{0,5}}?{_CONTENT}",
@@ -74,7 +78,7 @@ _ANSWERING = _any(
     r"(?:access|see|view|open|read|hear|process|display|search|analy[sz]e|watch) (?!my\b)"
     r"(?:[\w-]+ ){0,3}?(?:accounts?|payments?|databases?|files|emails?|internet|web|images?"
     r"|photos?|pictures?|audio|videos?|links?|urls?|live data"
-    r"|real-time|external|websites?|sites?|pages?|attachments?|previous conversations?"
+    r"|real-time|external|personal|websites?|sites?|pages?|attachments?|previous conversations?"
     r"|applications)\b",
     r"(?:recall|remember) (?:\w+ ){0,2}(?:chats?|conversations?|messages|sessions)",
     r"(?:ignore|bypass|override|violate|disregard|go against) (?:my|these|the) \w+",
@@ -166,9 +170,11 @@ STATEMENT = re.compile(
         r"^(?:i'm (?:\w+ )?sorry|sorry|unfortunately|i apologi[sz]e|no),? (?:but )?"
         rf"i {_CANNOT}\W*$",
         rf"\bsomething (?:that )?i {_CANNOT} (?:do|help|assist|provide|write|discuss|support)",
-        r"\bi(?:'ll| will|'m going to)? (?:have to |need to |must )?(?:say no\b|draw the line)",
+        r"\bi(?:'ll| will|'m going to)? (?:have to |need to |must )?(?:say no(?=[.,;!]"
+        r"| to (?:this|that|your request))|draw the line)",
         rf"^(?:\w+, )?(?:but )?(?:{_CANNOT}|unable to|not able to) (?:help|assist|do|answer"
         rf"|comply)\b(?! myself)",
+        rf"\bwe {_CANNOT} (?:do|help with|assist with|discuss) (?:this|that)\b",
         rf"\bwe (?:{_CANNOT}|are (?:unable|not able) to) \w+ (?:\w+ ){{0,2}}(?:this|that|your"
         rf"|such) (?:\w+ )?{_REQUEST}",
         r"\bi(?:'ll| will|'m going to| need to| have to|'m going to have to) (?:turn down"
