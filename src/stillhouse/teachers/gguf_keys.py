@@ -47,7 +47,10 @@ NEUTRAL: dict[str, Any] = {
     "expert_shared_count": 0,
     "leading_dense_block_count": 0,
     "nextn_predict_layers": 0,
+    "expert_gating_func": 1,  # softmax
     "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
 }
 """Keys that change nothing with this value, and the model with any other."""
 

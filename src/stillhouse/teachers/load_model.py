@@ -129,6 +129,7 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
             config = AutoConfig.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
+            config.get_text_config()  # models of sound have several
     # A configuration's class raises anything on values that it does not expect.
     except Exception as error:
         raise ModelError(
