@@ -26,6 +26,7 @@ VERBS = (
     "synthesize",
     "check",
     "preview",
+    "verify",
     "predict",
     "evaluate",
     "report",

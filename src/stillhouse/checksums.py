@@ -10,6 +10,8 @@ from typing import Any
 
 import xxhash
 
+SUMS = "SHA256SUMS"
+"""The file in an export with the hashes of the others."""
 _CHUNK = 1 << 20
 _SEAL = "xxh3_of_the_rest"
 _whole: set[tuple[str, int, int, int, str]] = set()
@@ -45,6 +47,22 @@ def damaged_files(folder: Path, files: Mapping[str, Facts], *, reread: bool = Fa
     return [name for name, facts in files.items() if not _is_whole(folder / name, facts, reread)]
 
 
+def write_sums(folder: Path) -> None:
+    """Writes SHA256SUMS with the hash of every other file below the folder, for `sha256sum -c`."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
+    lines = [f"{file_facts(p)['sha256']}  {p.relative_to(folder).as_posix()}\n" for p in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def read_sums(folder: Path) -> dict[str, Facts]:
+    """The files that SHA256SUMS lists, for `damaged_files`. Raises OSError, ValueError."""
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("  ", 1) for line in lines]
+    if not all(len(pair) == 2 and len(pair[0]) == 64 for pair in pairs):
+        raise ValueError("a line is not a hash and a name")
+    return {name: {"sha256": sha256} for sha256, name in pairs}
+
+
 def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts with a hash of themselves, for a JSON file whose own damage must be noticed."""
     written = json.loads(json.dumps(facts))  # keys become strings, tuples lists
@@ -64,7 +82,7 @@ def _hash_of(facts: Mapping[str, Any]) -> str:
 def _is_whole(path: Path, facts: Facts, reread: bool) -> bool:
     try:
         found = path.stat()
-        if not path.is_file() or found.st_size != facts["bytes"]:
+        if not path.is_file() or found.st_size != facts.get("bytes", found.st_size):
             return False
         recorded = facts.get("xxh3") or facts.get("sha256")
         if recorded is None:

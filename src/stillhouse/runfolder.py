@@ -168,7 +168,7 @@ class RunFolder:
             files = {
                 str(file.relative_to(partial)): file_facts(file)
                 for file in sorted(partial.rglob("*"))
-                if file.is_file() and file.name != MANIFEST
+                if file.is_file() and file != partial / MANIFEST
             }
             cost = Cost(seconds, outcome.tokens, outcome.flops, outcome.peak_memory_bytes)
             digest = hashlib.sha256(

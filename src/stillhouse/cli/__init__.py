@@ -170,6 +170,30 @@ def report(
 
 
 @app.command()
+def verify(
+    folder: Annotated[
+        Path, typer.Argument(help="A run folder, stage, store, export or journal.", exists=True)
+    ],
+) -> None:
+    """Read every file that was written and name what is damaged. Exit status 1 where something is.
+
+    Example: `stillhouse verify runs/demo`
+    """
+    from stillhouse.terminal import Terminal
+    from stillhouse.verify import verify_folder
+
+    damaged = False
+    for found in verify_folder(folder):
+        for problem in found.problems:
+            say(f"error: {found.kind} {found.path}: {problem}")
+        if not found.problems:
+            Terminal().write_line(f"sound   {found.kind:<7} {found.path}")
+        damaged = damaged or bool(found.problems)
+    if damaged:
+        raise typer.Exit(1)
+
+
+@app.command()
 def predict(
     folder: Annotated[Path, typer.Argument(help="The run folder of a task, or its model.")],
     texts: Annotated[

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from stillhouse import number_format as text
+from stillhouse.checksums import write_sums
 from stillhouse.evaluation.metrics_table import MetricsTable, to_markdown
 from stillhouse.export.gate import ReplayResult
 from stillhouse.export.licenses import CARD, Origin, licenses_section, origins_head
@@ -53,7 +54,8 @@ def write_card(
     use: str = "",
     limits: Sequence[str] = (),
 ) -> None:
-    """Writes the card as README.md beside the exported files, which it names with their SHA-256.
+    """Writes the card as README.md beside the exported files, which it names with their SHA-256,
+    and then SHA256SUMS.
 
     library: the Hub's name of what loads the folder. replay: what was found when the files were
     loaded again. use: how to use this format. limits: of this format.
@@ -84,6 +86,7 @@ def write_card(
         f"```yaml\n{card.recipe}```",
     ]
     write_atomically(folder / CARD, "\n\n".join(part for part in parts if part) + "\n")
+    write_sums(folder)
 
 
 def write_language_model_card(

@@ -105,6 +105,15 @@ def open_journal_file(path: Path, lock: IO[str]) -> tuple[sqlite3.Connection, sq
     return reader, writer
 
 
+def journal_damage(path: Path) -> str | None:
+    """The first thing that is wrong with a journal that no process is writing; changes nothing."""
+    try:
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as connection:
+            return _damage(connection)
+    except sqlite3.Error as error:
+        return str(error)
+
+
 def lock_journal(path: Path) -> IO[str]:
     """Locks a file beside the journal for this process. Raises RunError."""
     regular_if_there(path)

@@ -1,0 +1,101 @@
+"""Whether the disk holds what was written: run folders, stages, stores, exports, journals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stillhouse.checksums import SUMS, damaged_files, read_sums
+from stillhouse.errors import RunError
+from stillhouse.generation.answer_requests import being_written
+from stillhouse.generation.journal_file import journal_damage
+from stillhouse.runfolder import MANIFEST, read_manifest
+from stillhouse.signals.manifest import SETTINGS
+from stillhouse.signals.verify import verify as wrong_in_store
+
+JOURNAL = "answers.sqlite"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One thing that was read whole. problems: none where it is sound."""
+
+    path: Path
+    kind: str
+    problems: list[str] = field(default_factory=list)
+
+
+def verify_folder(path: Path) -> Iterator[Verified]:
+    """Reads every file of a run folder, a stage, a store, an export or a journal.
+
+    path: also a link to a stage's product. Nothing is changed. Raises RunError where it is none of
+    these.
+    """
+    if path.is_file() and path.suffix == ".sqlite":
+        yield _journal(path)
+    elif (path / "stages").is_dir():
+        yield from _run_folder(path)
+    elif (path / MANIFEST).is_file() and not (path / SETTINGS).is_file():
+        yield _stage(path)
+    elif (path / SETTINGS).is_file():
+        wrong = [f"{error.where}: {error.what}" for error in wrong_in_store(path)]
+        yield Verified(path, "store", wrong)
+    elif (path / SUMS).is_file():
+        yield _export(path)
+    else:
+        yield _part_of_stage(path)
+
+
+def _run_folder(path: Path) -> Iterator[Verified]:
+    for stage in sorted((path / "stages").iterdir()):
+        if stage.is_dir() and not stage.name.startswith("."):
+            yield _stage(stage)
+    for link in sorted(path.rglob("*")):
+        if link.is_symlink() and not link.exists():
+            yield Verified(link, "link", ["it leads to nothing: give `stillhouse run` again"])
+    journal = path.parent / JOURNAL
+    if journal.is_file() and not being_written(journal):
+        yield _journal(journal)
+
+
+def _stage(path: Path, below: Path | None = None) -> Verified:
+    """below: the part of the stage that is read; None for all of it."""
+    try:
+        files = read_manifest(path)["files"]
+        if below is not None:
+            files = {name: facts for name, facts in files.items() if _inside(path / name, below)}
+        damaged = damaged_files(path, files, reread=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return Verified(path, "stage", [f"{MANIFEST}: {error}"])
+    problems = [f"{name} is missing or has changed" for name in damaged]
+    return Verified(below or path, "stage", problems)
+
+
+def _inside(file: Path, folder: Path) -> bool:
+    return file == folder or folder in file.parents
+
+
+def _export(path: Path) -> Verified:
+    try:
+        damaged = damaged_files(path, read_sums(path), reread=True)
+    except (OSError, ValueError) as error:
+        return Verified(path, "export", [f"{SUMS}: {error}"])
+    return Verified(path, "export", [f"{name} is missing or has changed" for name in damaged])
+
+
+def _journal(path: Path) -> Verified:
+    problem = journal_damage(path)
+    return Verified(path, "journal", [] if problem is None else [problem])
+
+
+def _part_of_stage(path: Path) -> Verified:
+    whole = path.resolve()
+    for parent in whole.parents:
+        if (parent / MANIFEST).is_file() and parent.parent.name == "stages":
+            return _stage(parent, whole)
+    raise RunError(
+        "there is nothing here that can be verified",
+        where=path,
+        fix="give a run folder, a stage, a store, an export with SHA256SUMS, or a journal",
+    )

@@ -1,0 +1,114 @@
+"""`stillhouse verify` finds every change in every file that a run wrote."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sqlite3
+import subprocess
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+import stillhouse
+from stillhouse.checksums import SUMS
+from stillhouse.errors import RunError
+from stillhouse.generation.journal import Journal
+from stillhouse.verify import Verified, verify_folder
+from tests import tiny
+from tests.test_cli import call
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a signal store, and a journal beside it."""
+    folder = tmp_path_factory.mktemp("verify")
+    encoding = {"kind": "threshold", "bytes": 60}
+    raw = tiny.recipe(folder, signals={"encoding": encoding}, folder=str(folder / "runs" / "tiny"))
+    stillhouse.run(raw)
+    Journal(folder / "runs" / "answers.sqlite").close()
+    return folder / "runs" / "tiny"
+
+
+def problems(path: Path) -> list[Verified]:
+    return [found for found in verify_folder(path) if found.problems]
+
+
+@pytest.mark.run
+def test_a_finished_run_is_sound_and_so_is_a_copy_of_it(finished: Path, tmp_path: Path) -> None:
+    result = call("verify", str(finished))
+    assert result.exit_code == 0, result.output
+    kinds = [line.split()[1] for line in result.output.splitlines() if line.startswith("sound")]
+    assert kinds == ["stage"] * (len(kinds) - 1) + ["journal"]
+    shutil.copytree(finished.parent, tmp_path / "moved", symlinks=True)
+    assert not problems(tmp_path / "moved" / "tiny")
+    for part in ("model", "report.html", "stages"):
+        assert (finished / part).exists()
+    assert not problems(finished / "model")
+    assert not problems(finished / "report.html")
+
+
+@pytest.mark.run
+def test_every_flipped_bit_is_found(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    chance = random.Random(0)
+    files = [path for path in sorted((run / "stages").rglob("*")) if path.is_file()]
+    assert len(files) > 20
+    for file in files:
+        before = file.read_bytes()
+        if not before:
+            continue
+        changed = bytearray(before)
+        changed[chance.randrange(len(before))] ^= 1 << chance.randrange(8)
+        for content in (bytes(changed), before[:-1]):
+            file.write_bytes(content)
+            (found,) = problems(run)
+            assert found.path == next(p for p in file.parents if p.parent.name == "stages")
+            assert file.name in found.problems[0]
+        file.write_bytes(before)
+    assert not problems(run)
+
+
+@pytest.mark.run
+def test_an_export_is_verified_by_other_tools_too(finished: Path, tmp_path: Path) -> None:
+    export = tmp_path / "shipped"
+    shutil.copytree(finished / "model", export)
+    assert not problems(export)
+    done = subprocess.run(["sha256sum", "--quiet", "-c", SUMS], cwd=export, check=False)
+    assert done.returncode == 0
+    weights = export / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    (found,) = problems(export)
+    assert found.problems == ["model.safetensors is missing or has changed"]
+    assert call("verify", str(export)).exit_code == 1
+
+
+@pytest.mark.run
+def test_a_store_is_verified(finished: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    (stage,) = (finished / "stages").glob("signals-*")
+    shutil.copytree(next(stage.glob("*/settings.json")).parent, store)
+    assert not problems(store)
+    (shard,) = (store / "shards").iterdir()
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert shard.name in problems(store)[0].problems[0]
+
+
+def test_a_damaged_journal_is_named_and_not_changed(tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    Journal(path).close()
+    assert not problems(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA journal_mode = DELETE")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    before = path.read_bytes()
+    assert problems(path)
+    assert path.read_bytes() == before
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="nothing here that can be verified"):
+        list(verify_folder(tmp_path))
