@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import regex
@@ -63,7 +64,10 @@ _JOINED_AFTER = regex.compile(r"[-‐‑'’./\\@]\w")
 
 def named_label(text: str, prompt: LabelPrompt) -> int | None:
     """The number of the label that an answer (without reasoning) names; None of other answers."""
-    exact, variants = _phrases(prompt)
+    ways = tuple(
+        (label, phrase, prompt.answer_for(label)) for label, phrase in prompt.labels.items()
+    )
+    exact, variants = _phrases(ways)
     answer = _value(unfenced(text))
     for known in (exact, variants):
         if len(known.get(bare(answer), ())) == 1:
@@ -88,12 +92,14 @@ def normalized_lines(text: str) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _phrases(prompt: LabelPrompt) -> tuple[Phrases, Phrases]:
-    """As they are, and also with other separators of words: `card arrival` for `card_arrival`."""
+@lru_cache(maxsize=8)
+def _phrases(ways: tuple[tuple[str, ...], ...]) -> tuple[Phrases, Phrases]:
+    """ways: for each label. As they are, and also with other separators of words: `card arrival`
+    for `card_arrival`."""
     exact: dict[str, set[int]] = {}
     variants: dict[str, set[int]] = {}
-    for number, (label, phrase) in enumerate(prompt.labels.items()):
-        for way in {bare(label), bare(phrase), bare(prompt.answer_for(label))} - {""}:
+    for number, of_label in enumerate(ways):
+        for way in set(map(bare, of_label)) - {""}:
             exact.setdefault(way, set()).add(number)
             for variant in {way, *(_SEPARATORS.sub(mark, way) for mark in " -_")}:
                 variants.setdefault(variant, set()).add(number)
@@ -142,7 +148,7 @@ def _mentioned(text: str, phrases: Phrases) -> Iterator[frozenset[int]]:
     takes its words."""
     shown = _QUOTED.sub(lambda found: _unquoted(found.group(), phrases), text)
     left = shown
-    for way in sorted(phrases, key=len, reverse=True):
+    for way in sorted(filter(left.__contains__, phrases), key=len, reverse=True):
         spans = [found.span() for found in whole_words(way).finditer(left)]
         for start, end in spans:
             before, after = shown[:start], shown[end:]
