@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from stillhouse.classify.classify_config import ClassifyTask, TextFile
-from stillhouse.classify.task_texts import LabelledText, divide_texts, read_texts
-from stillhouse.errors import DataError
+from stillhouse.classify.classify_config import ClassifyRecipe, ClassifyTask, TextFile
+from stillhouse.classify.task_texts import (
+    LabelledText,
+    Texts,
+    divide_texts,
+    prepare_texts,
+    read_texts,
+)
+from stillhouse.errors import DataError, RecipeError
 
 
 def rows_of(path: Path, **more: int) -> list[str]:
@@ -92,3 +99,47 @@ def test_a_test_text_is_used_once_and_never_trained_on() -> None:
     assert [row.text for row in test] == ["One  text", "two"]
     assert [row.text for row in train] == ["three"]
     assert repeated == 3
+
+
+def prepared(path: Path, **task: Any) -> Texts:
+    recipe = ClassifyRecipe.model_validate(
+        {
+            "name": "x",
+            "task": {"kind": "classify", **task},
+            "teacher": {"model": "m"},
+            "student": {"start": "truncated", "layers": 1},
+            "data": {"texts": [{"path": path.name, "label": "label"}]},
+        }
+    )
+    return prepare_texts(recipe, path.parent)
+
+
+def test_a_label_in_another_unicode_form_is_the_tasks(tmp_path: Path) -> None:
+    path = tmp_path / "texts.csv"
+    labels = ["café", "thé"]
+    rows = [(f"text {n}", unicodedata.normalize("NFD", labels[n % 2])) for n in range(40)]
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    assert {row.gold for row in prepared(path, labels=labels).all} == set(labels)
+    assert set(prepared(path).labels) == set(labels)
+
+
+def test_labels_that_differ_in_case_or_width_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "texts.csv"
+    for one, other in (("spam", "Spam"), ("ＡＢＣ", "abc"), ("STRASSE", "Straße")):
+        rows = [f"text {n},{[one, other][n % 2]}\n" for n in range(40)]
+        path.write_text("text,label\n" + "".join(rows))
+        with pytest.raises(RecipeError, match="have the same phrase"):
+            prepared(path)
+
+
+def test_one_text_in_two_spellings_is_used_once(tmp_path: Path) -> None:
+    path = tmp_path / "texts.csv"
+    twins = [("café", "cafe\u0301"), ("ＡＢＣ", "abc"), ("a\u200bb", "ab"), ("วัน", "วัน")]
+    others = [("आया", "आयी"), ("ไม่", "ไม้")]
+    texts = [f"text {n}" for n in range(40)]
+    texts += [text for pair in twins + others for text in pair]
+    rows = [f"{text},{['x', 'y'][number % 4 // 2]}\n" for number, text in enumerate(texts)]
+    path.write_text("text,label\n" + "".join(rows))
+    found = prepared(path)
+    assert found.repeated == len(twins)
+    assert {text for pair in others for text in pair} <= {row.text for row in found.all}

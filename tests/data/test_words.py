@@ -31,6 +31,8 @@ SAME = [
     ("\ufeffone\r\ntwo\u00a0three", "one two three"),
     ("sta\u00adtion", "station"),  # a soft hyphen
     ("❤️", "❤"),  # a variation selector
+    ("the driver’s “licence”", 'the driver\'s "licence"'),
+    ("−5 to non\u2011stop", "-5 to non-stop"),
 ]
 DIFFERENT = [
     ("आया", "आयी"),

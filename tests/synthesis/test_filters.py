@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -280,3 +281,56 @@ def test_what_an_older_stage_calls_its_dropped_rows_is_read(tmp_path: Path) -> N
     assert dropped_file(tmp_path) == tmp_path / "dropped.jsonl"
     (tmp_path / "filtered.jsonl").touch()
     assert dropped_file(tmp_path) == tmp_path / "filtered.jsonl"
+
+
+# --- other scripts -----------------------------------------------------------------------------
+
+SAME_ANSWERS = [
+    ("Café.", "cafe\u0301"),
+    ("ＯＫ！", "ok"),
+    ("「はい」", "はい"),
+    ("Straße", "STRASSE"),
+    ("\ufeffyes\r\n", "Yes."),
+    ("don’t", "don't"),
+]
+OTHER_ANSWERS = [
+    ("वह कल आया", "वह कल आयी"),
+    ("2 + 2", "2 - 2"),
+    ("a < b", "a > b"),
+    ("👍", "👎"),
+    ("x²", "x2"),
+    ("C++", "C#"),
+    ("ไม่", "ไม้"),
+    ("ខ្មែរ", "ខមែរ"),
+]
+
+
+@pytest.mark.parametrize(("one", "other"), SAME_ANSWERS)
+def test_one_answer_in_two_spellings_is_a_duplicate(one: str, other: str) -> None:
+    assert kept(filters.exact_duplicates(), [one, other]) == [one]
+
+
+@pytest.mark.parametrize(("one", "other"), OTHER_ANSWERS)
+def test_answers_that_say_something_else_are_kept(one: str, other: str) -> None:
+    assert kept(filters.exact_duplicates(), [one, other]) == [one, other]
+
+
+@pytest.mark.parametrize(
+    ("question", "inside", "other"),
+    [
+        ("แมวของฉันอยู่ที่ไหน", "ตอบ: แมวของฉันอยู่ที่ไหน ครับ", "ตอบ: หมาของฉันชื่ออะไร"),
+        ("តើឆ្មារបស់ខ្ញុំនៅឯណា", "តើឆ្មា\u200bរបស់ខ្ញុំ\u200bនៅឯណា", "តើឆ្កែរបស់អ្នកឈ្មោះអី"),
+        ("ｗｈａｔ ｉｓ ｔｈｅ ｎｅｗ ｏｎｅ", "Say: what is the new one?", "what is a new letter"),
+        ("où est la bibliothèque municipale",
+         unicodedata.normalize("NFD", "Dis: OÙ EST LA BIBLIOTHÈQUE MUNICIPALE ?"),
+         "ou est la bibliotheque municipale"),
+        ("मेरा कार्ड कहाँ खो गया", "बताओ: मेरा कार्ड कहाँ खो गया?", "मेरे कार्ड कहाँ खो गये"),
+    ],
+    ids=["Thai", "Khmer", "full width", "NFD", "Hindi"],
+)  # fmt: skip
+def test_an_evaluation_question_is_found_in_every_script(
+    question: str, inside: str, other: str
+) -> None:
+    judge = filters.decontaminate([Prompt(({"role": "user", "content": question},), "e")], 13)
+    assert judge(row("x", prompt=inside)) is not None
+    assert judge(row("x", prompt=other)) is None

@@ -23,6 +23,8 @@ _BLANK = regex.compile(r"[\ufeff\u200b\u2060\u00ad]")
 """The invisible characters that are no part of a word's spelling in any script."""
 _FOLDED = regex.compile("[^¼-¾²³¹⁰-₉⅐-⅟↉]+")
 """All but raised and lowered digits and fractions, which NFKC would make other numbers of."""
+_TYPOGRAPHY = str.maketrans("‘’“”„‐−", "''\"\"\"--")
+"""Quotes, hyphens and minus signs to those that keyboards have."""
 _UNSPACED = (
     r"[[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Javanese}\p{Balinese}\p{Tai_Le}\p{New_Tai_Lue}"
     r"\p{Tai_Tham}\p{Tai_Viet}\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\u30fc]"
@@ -49,13 +51,14 @@ def normalized(text: str) -> str:
     full case folding; The Unicode Standard, D146) without invisible characters, with single spaces.
 
     Full-width letters, ligatures and decomposed accents are the letters that they show; ß is ss and
-    İ is i. Accents, vowel signs, raised digits and fractions stay.
+    İ is i; quotes, hyphens and minus signs are those of a keyboard. Accents, vowel signs, raised
+    digits and fractions stay.
     """
     if text.isascii():
         return " ".join(text.lower().split())
     # NFD first: a Greek iota below a letter becomes a letter of its own when the case is folded.
     folded = _compatible(unicodedata.normalize("NFD", text)).casefold()
-    folded = _compatible(folded).replace("i\u0307", "i")
+    folded = _compatible(folded).replace("i\u0307", "i").translate(_TYPOGRAPHY)
     return " ".join(_INVISIBLE.sub("", folded).split())
 
 
