@@ -23,7 +23,7 @@ _BLANK = regex.compile(r"[\ufeff\u200b\u2060\u00ad]")
 """The invisible characters that are no part of a word's spelling in any script."""
 _FOLDED = regex.compile("[^¼-¾²³¹⁰-₉⅐-⅟↉]+")
 """All but raised and lowered digits and fractions, which NFKC would make other numbers of."""
-_TYPOGRAPHY = str.maketrans("‘’“”„‐−", "''\"\"\"--")
+_TYPOGRAPHY = str.maketrans("‘’“”„‐−", '\'\'"""--')
 """Quotes, hyphens and minus signs to those that keyboards have."""
 _UNSPACED = (
     r"[[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Javanese}\p{Balinese}\p{Tai_Le}\p{New_Tai_Lue}"
