@@ -121,6 +121,7 @@ UNLEARNED = {
     "Axolotl": {"train": False},
     "ms-swift": {"loss": False},
     "torchtune": {"masked": True},
+    "Fireworks": {"trainable": False},
 }
 LEARNED = {
     "weight": {"weight": 1},
@@ -198,6 +199,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": [HI[0], {**HI[1], "train_detail": [{"begin_offset": 0, "end_offset": 1,
                                                          "train": False}]}]}, "`train_detail`"),
     "ms-swift's loss_scale": ({"messages": [HI[0], {**HI[1], "loss_scale": 0.1}]}, "`loss_scale`"),
+    "a weight of a part": (
+        {"messages": [HI[0], {"role": "assistant", "content": [
+            {"type": "text", "text": "Hello", "weight": -1}]}]}, "A part of `messages[1]`"),
     "a mask": ({"messages": HI, "loss_mask": [0, 1]}, "`loss_mask`"),
     "a weight of the row": ({"messages": HI, "weight": 0.3}, "`weight`"),
     "two systems": ({"system": "x", "messages": [SYSTEM, *HI]}, "system prompt of its own"),

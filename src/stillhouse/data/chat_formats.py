@@ -7,13 +7,19 @@ and `value`; and the keys by which other tools say that a turn is not learned.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 from stillhouse.data.documents import About, Conversation
+from stillhouse.data.tool_formats import (
+    calls_in,
+    decode_calls,
+    from_json,
+    read_tools,
+    without_nulls,
+)
 from stillhouse.errors import DataError
 
 _ROLES = {
@@ -33,8 +39,9 @@ _CALLS = ("function_call", "function-call", "tool_call")
 """Roles of ShareGPT's turns that are calls written as JSON."""
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
-_LEARNED = ("weight", "train", "loss")
-"""Keys that say with 1 or true that a turn is learned: OpenAI's, Axolotl's, ms-swift's."""
+_LEARNED = ("weight", "train", "loss", "trainable")
+"""Keys that say with 1 or true that a turn is learned: those of OpenAI, Axolotl, ms-swift and
+Fireworks."""
 _MASKED = ("masked",)
 """Keys that say the opposite: torchtune's."""
 _SUSPECT = re.compile(r"(^|_)(weights?|loss|mask|masks|masked|train|training|trainable)(_|$)")
@@ -46,7 +53,6 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 _WRITE = 'write it as [{"role": "user", "content": "..."}, ...]'
 _WRITE_MESSAGE = 'write each message as {"role": "user", "content": "..."}'
-_WRITE_CALL = 'write it as {"type": "function", "function": {"name": "...", "arguments": {...}}}'
 _NO_NULLS = "null fields of tool calls and tools are left out (Arrow fills them in)"
 
 
@@ -142,93 +148,9 @@ def system_prompt(row: Mapping[str, Any], where: str) -> str:
     return ""
 
 
-def read_tools(row: Mapping[str, Any], where: str) -> list[Any]:
-    """The row's `tools`, or its `functions` in OpenAI's older form; JSON text is decoded."""
-    tools = from_json(row.get("tools"))
-    functions = from_json(row.get("functions"))
-    if not tools and functions and isinstance(functions, list):
-        tools = [{"type": "function", "function": function} for function in functions]
-    if not tools:
-        return []
-    if not isinstance(tools, list):
-        raise DataError(
-            f"`tools` must be a list of JSON schemas, but it is {type(tools).__name__}",
-            where=where,
-            fix="write the tools as a JSON list, or remove the key",
-        )
-    tools = [from_json(tool) for tool in tools]
-    for number, tool in enumerate(tools):
-        if not isinstance(tool, Mapping):
-            raise DataError(
-                f"`tools[{number}]` must be a JSON schema, but it is {type(tool).__name__}",
-                where=where,
-                fix='write it as {"type": "function", "function": {"name": "...", ...}}',
-            )
-    return tools
-
-
-def from_json(value: Any) -> Any:
-    """The value of JSON text of a list or an object, however often it is encoded; anything else
-    as it is."""
-    value = _bare_json(value)
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
-def _bare_json(value: Any) -> Any:
-    """JSON text that is encoded as a JSON string, once or more, without that; else the value."""
-    while isinstance(value, str) and value.lstrip().startswith('"'):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            break
-    return value
-
-
-def calls_in(text: Any) -> list[dict[str, Any]] | None:
-    """The tool calls that JSON text consists of: objects with name and arguments."""
-    value = from_json(text)
-    calls = value if isinstance(value, list) else [value]
-    if not calls or not all(
-        isinstance(c, Mapping) and isinstance(c.get("name"), str) for c in calls
-    ):
-        return None
-    return [
-        {
-            "type": "function",
-            "function": {
-                "name": call["name"],
-                "arguments": call.get("arguments", call.get("parameters", {})),
-            },
-        }
-        for call in calls
-    ]
-
-
 def is_blank(text: str) -> bool:
     """Whether a text has nothing to see: whitespace, control and format characters alone."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
-
-
-def without_nulls(value: Any) -> tuple[Any, int]:
-    """The value without the null fields of its objects, and how many there were."""
-    if isinstance(value, Mapping):
-        kept, count = {}, 0
-        for key, item in value.items():
-            if item is None:
-                count += 1
-            else:
-                kept[key], more = without_nulls(item)
-                count += more
-        return kept, count
-    if isinstance(value, (list, tuple)):
-        items = [without_nulls(item) for item in value]
-        return [item for item, _ in items], sum(count for _, count in items)
-    return value, 0
 
 
 # --- messages --------------------------------------------------------------------------------
@@ -269,7 +191,7 @@ def _message(message: Any, name: str, where: str) -> dict[str, Any]:
         )
     lower = made["role"].lower()  # Cohere's files have System, User and Chatbot
     made["role"] = _ROLES.get(lower, lower if lower in _KNOWN_ROLES else made["role"])
-    _decode_calls(made, name, where)
+    decode_calls(made, name, where)
     _check_content(made, message, name, where)
     return made
 
@@ -295,47 +217,6 @@ def _from_sharegpt(message: Mapping[str, Any], name: str, where: str) -> dict[st
             f"`{name}` is from {said!r}, which is no known role", where=where, fix=f"use {known}"
         )
     return {**rest, "role": role, "content": value}
-
-
-def _decode_calls(message: dict[str, Any], name: str, where: str) -> None:
-    """`tool_calls` as a list of objects; OpenAI's older `function_call` becomes one."""
-    if message.get("function_call"):
-        call = from_json(message.pop("function_call"))
-        message.setdefault("tool_calls", [{"type": "function", "function": call}])
-    calls = from_json(message.get("tool_calls"))
-    if not calls:
-        message.pop("tool_calls", None)
-        return
-    calls = [from_json(call) for call in calls] if isinstance(calls, list) else [calls]
-    for number, call in enumerate(calls):
-        inner = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-            raise DataError(
-                f"`{name}.tool_calls[{number}]` has no function with a name",
-                where=where,
-                fix=_WRITE_CALL,
-            )
-    message["tool_calls"] = [
-        _with_arguments(call, f"`{name}.tool_calls[{number}]`", where)
-        for number, call in enumerate(calls)
-    ]
-
-
-def _with_arguments(call: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """The call with arguments: those that are missing or empty are no arguments."""
-    inner = call.get("function", call)
-    arguments = inner.get("arguments", inner.get("parameters"))
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        arguments = {}
-    arguments = _bare_json(arguments)
-    if not isinstance(from_json(arguments), Mapping):
-        raise DataError(
-            f"The arguments of {name} are no JSON object: {str(arguments)[:60]!r}",
-            where=where,
-            fix=_WRITE_CALL,
-        )
-    filled = {**inner, "arguments": arguments}
-    return {**call, "function": filled} if "function" in call else filled
 
 
 def _check_content(
@@ -374,6 +255,7 @@ def _text_parts(parts: list[Any], owner: str, where: str) -> list[str]:
                 where=where,
                 fix='remove the row, or write every part as {"type": "text", "text": "..."}',
             )
+        _refuse_suspects(part, _SUSPECT, f"A part of {owner}", where)
         texts.append(text)
     return texts
 

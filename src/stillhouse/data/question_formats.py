@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from stillhouse.data.chat_formats import REASONING, calls_in, is_blank, read_chat
+from stillhouse.data.chat_formats import REASONING, is_blank, read_chat
 from stillhouse.data.documents import About, Conversation
+from stillhouse.data.tool_formats import calls_in
 from stillhouse.errors import DataError
 
 _QUESTIONS = ("instruction", "prompt", "question", "query", "problem")

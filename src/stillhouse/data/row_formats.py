@@ -7,10 +7,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from stillhouse.data.chat_formats import from_json, is_blank, read_chat
+from stillhouse.data.chat_formats import is_blank, read_chat
 from stillhouse.data.documents import About, AnyDocument, Completion, Conversation, Document
 from stillhouse.data.question_formats import is_pair, read_pair
 from stillhouse.data.row_reader import header_hint
+from stillhouse.data.tool_formats import from_json
 from stillhouse.errors import DataError
 
 _CHATS = ("messages", "conversations", "conversation")

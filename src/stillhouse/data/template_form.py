@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-from stillhouse.data.chat_formats import from_json, joined_text
+from stillhouse.data.chat_formats import joined_text
 from stillhouse.data.chat_template import render_chat, template_errors
 from stillhouse.data.control_tokens import ControlTokens
 from stillhouse.data.reasoning import KEYS
+from stillhouse.data.tool_formats import from_json
 
 _ASKED, _SAID, _KEY = "zqxasked", "zqxsaid", "zqxkey"
 _PARAMETERS = {"type": "object", "properties": {"zqx": {"type": "string"}}, "required": ["zqx"]}

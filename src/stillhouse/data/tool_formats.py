@@ -1,0 +1,136 @@
+"""Reads tools and tool calls in the forms that they are written in; JSON text is decoded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from stillhouse.errors import DataError
+
+_WRITE_CALL = 'write it as {"type": "function", "function": {"name": "...", "arguments": {...}}}'
+
+
+def read_tools(row: Mapping[str, Any], where: str) -> list[Any]:
+    """The row's `tools`, or its `functions` in OpenAI's older form; JSON text is decoded."""
+    tools = from_json(row.get("tools"))
+    functions = from_json(row.get("functions"))
+    if not tools and functions and isinstance(functions, list):
+        tools = [{"type": "function", "function": function} for function in functions]
+    if not tools:
+        return []
+    if not isinstance(tools, list):
+        raise DataError(
+            f"`tools` must be a list of JSON schemas, but it is {type(tools).__name__}",
+            where=where,
+            fix="write the tools as a JSON list, or remove the key",
+        )
+    tools = [from_json(tool) for tool in tools]
+    for number, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise DataError(
+                f"`tools[{number}]` must be a JSON schema, but it is {type(tool).__name__}",
+                where=where,
+                fix='write it as {"type": "function", "function": {"name": "...", ...}}',
+            )
+    return tools
+
+
+def calls_in(text: Any) -> list[dict[str, Any]] | None:
+    """The tool calls that JSON text consists of: objects with name and arguments."""
+    value = from_json(text)
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(
+        isinstance(c, Mapping) and isinstance(c.get("name"), str) for c in calls
+    ):
+        return None
+    return [
+        {
+            "type": "function",
+            "function": {
+                "name": call["name"],
+                "arguments": call.get("arguments", call.get("parameters", {})),
+            },
+        }
+        for call in calls
+    ]
+
+
+def decode_calls(message: dict[str, Any], name: str, where: str) -> None:
+    """`tool_calls` as a list of objects; OpenAI's older `function_call` becomes one."""
+    if message.get("function_call"):
+        call = from_json(message.pop("function_call"))
+        message.setdefault("tool_calls", [{"type": "function", "function": call}])
+    calls = from_json(message.get("tool_calls"))
+    if not calls:
+        message.pop("tool_calls", None)
+        return
+    calls = [from_json(call) for call in calls] if isinstance(calls, list) else [calls]
+    for number, call in enumerate(calls):
+        inner = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
+            raise DataError(
+                f"`{name}.tool_calls[{number}]` has no function with a name",
+                where=where,
+                fix=_WRITE_CALL,
+            )
+    message["tool_calls"] = [
+        _with_arguments(call, f"`{name}.tool_calls[{number}]`", where)
+        for number, call in enumerate(calls)
+    ]
+
+
+def _with_arguments(call: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The call with arguments: those that are missing or empty are no arguments."""
+    inner = call.get("function", call)
+    arguments = inner.get("arguments", inner.get("parameters"))
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    arguments = _bare_json(arguments)
+    if not isinstance(from_json(arguments), Mapping):
+        raise DataError(
+            f"The arguments of {name} are no JSON object: {str(arguments)[:60]!r}",
+            where=where,
+            fix=_WRITE_CALL,
+        )
+    filled = {**inner, "arguments": arguments}
+    return {**call, "function": filled} if "function" in call else filled
+
+
+def without_nulls(value: Any) -> tuple[Any, int]:
+    """The value without the null fields of its objects, and how many there were."""
+    if isinstance(value, Mapping):
+        kept, count = {}, 0
+        for key, item in value.items():
+            if item is None:
+                count += 1
+            else:
+                kept[key], more = without_nulls(item)
+                count += more
+        return kept, count
+    if isinstance(value, (list, tuple)):
+        items = [without_nulls(item) for item in value]
+        return [item for item, _ in items], sum(count for _, count in items)
+    return value, 0
+
+
+def from_json(value: Any) -> Any:
+    """The value of JSON text of a list or an object, however often it is encoded; anything else
+    as it is."""
+    value = _bare_json(value)
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _bare_json(value: Any) -> Any:
+    """JSON text that is encoded as a JSON string, once or more, without that; else the value."""
+    while isinstance(value, str) and value.lstrip().startswith('"'):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            break
+    return value
