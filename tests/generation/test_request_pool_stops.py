@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.errors import EndpointError
+from stillhouse.errors import EndpointError, RunError
 from stillhouse.generation import request_pool as pool_module
 from stillhouse.generation.budget import Budget, Price, Spending, worst_case
 from stillhouse.generation.client import Client
@@ -294,3 +294,16 @@ def test_a_redirect_is_not_followed(journal: Journal, status: int) -> None:
             assert len(stub.payloads) == 1
         assert not other.payloads
     assert other.url in str(raised.value)
+
+
+def test_requests_stop_before_the_disk_is_full(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten answers fit; what is in flight then still arrives."""
+    free = iter([1 << 30] * 10)
+    monkeypatch.setattr(Pool, "_disk_free", lambda _: next(free, 1 << 19))
+    with Stub() as stub:
+        with pytest.raises(RunError, match="almost full"):
+            run(journal, stub, requests(stub, 40))
+        assert len(stub.payloads) == 10
+    assert journal.counts() == (10, 0)

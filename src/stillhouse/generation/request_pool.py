@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import os
 import random
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from stillhouse.errors import EndpointError
+from stillhouse.errors import EndpointError, RunError
 from stillhouse.generation.budget import Budget, Price, Spending, spent_on, worst_case
 from stillhouse.generation.client import FailedAttempt
 from stillhouse.generation.concurrency import AdaptiveLimit, now
@@ -29,6 +30,9 @@ MOST_FAILURES = 50
 LONGEST_WAIT = 600.0
 """Seconds. Requests fail if the server wants a longer pause, or answers nothing for longer."""
 LONGEST_BACKOFF = 30.0
+SPACE, SPACE_PER_REQUEST = 1 << 20, 1 << 16
+"""Bytes of the journal's disk that must be free for a request to be sent: an answer that cannot be
+stored would be paid for again."""
 _LOOKED_UP = 256
 _COLLECT_AFTER = 100_000
 """New objects after which Python looks for cycles while requests are sent; usually 700."""
@@ -173,6 +177,7 @@ class Pool:
         attempts = tries = 0
         first = None
         while await self._reserve(worst):
+            self._require_space(worst)
             sent = await self.limit.acquire()
             first = sent if first is None else first
             spent = Spending()
@@ -202,6 +207,21 @@ class Pool:
                 self._note_failure(request, outcome, spent, tries)
             await asyncio.sleep(pause)
         return None
+
+    def _require_space(self, worst: Spending) -> None:
+        """Raises RunError where the answers in flight may not fit on the disk."""
+        if self._disk_free() >= SPACE + SPACE_PER_REQUEST * self.concurrency:
+            return
+        self.budget.settle(worst, Spending())
+        raise RunError(
+            "the disk is almost full, and no further request is sent",
+            where=self.journal.path,
+            fix="free some space and repeat the command: answers that arrived are kept",
+        )
+
+    def _disk_free(self) -> int:
+        found = os.statvfs(self.journal.path.parent)
+        return found.f_bavail * found.f_frsize
 
     async def _send(self, request: Request) -> Answer | FailedAttempt:
         """Sends once; a request that is cancelled in flight may have been billed."""
