@@ -1,0 +1,134 @@
+"""What a task's run cannot do is found by `check`, and by `run` before the teacher is asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaConfig, RobertaModel
+
+from stillhouse.check import check_recipe
+from stillhouse.commands import run
+from stillhouse.errors import StillhouseError
+from tests import tiny
+from tests.answering import toys as answering
+from tests.classify import toys as classify
+
+REFUSES_SYSTEM = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}" + tiny.CHAT_TEMPLATE
+)
+
+
+def retemplated(folder: Path, template: str) -> None:
+    words = tiny.tokenizer()
+    words.chat_template = template
+    words.save_pretrained(folder)
+
+
+def both(raw: dict[str, Any], folder: Path) -> str:
+    """The errors of `check`, which `run` raises too, having done nothing."""
+    found = [one for one in check_recipe(answering.clean(raw)) if one.level == "error"]
+    assert found
+    with pytest.raises(StillhouseError):
+        run(answering.clean(raw))
+    stages = folder / "run" / "stages"
+    assert not stages.exists() or not [*stages.iterdir()]
+    assert not (folder / "answers.sqlite").exists()
+    return f"{found[0].text}; {found[0].fix}"
+
+
+def test_a_teacher_of_answers_that_takes_no_system_prompt(tmp_path: Path) -> None:
+    raw = answering.recipe(tmp_path, "generate", task={"system": "Be brief."})
+    retemplated(tmp_path / "teacher", REFUSES_SYSTEM)
+    text = both(raw, tmp_path)
+    assert "remove task.system, or put its text into the prompt" in text
+
+
+def test_a_student_of_answers_that_takes_no_system_prompt(tmp_path: Path) -> None:
+    raw = answering.recipe(tmp_path, "generate", task={"system": "Be brief."})
+    retemplated(tmp_path / "small", REFUSES_SYSTEM)
+    student = {"start": "pretrained", "model": str(tmp_path / "small")}
+    raw["student"] = student
+    assert "the student's chat template takes no system prompt" in both(raw, tmp_path)
+
+
+def test_a_classifiers_teacher_that_takes_no_system_prompt(tmp_path: Path) -> None:
+    raw = classify.recipe(tmp_path)
+    raw["task"]["system"] = "You sort messages."
+    retemplated(tmp_path / "teacher", REFUSES_SYSTEM)
+    assert "remove task.system" in both(raw, tmp_path)
+
+
+def test_prompts_longer_than_a_classifiers_teacher(tmp_path: Path) -> None:
+    raw = classify.recipe(tmp_path)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tiny.tokenizer()), n_positions=64, n_embd=32, n_layer=1, n_head=2,
+        eos_token_id=0, bos_token_id=0,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "teacher")
+    assert "the teacher 64 positions" in both(raw, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"filters": {"require_pattern": "("}}, "not a regular expression"),
+        ({"filters": {"languages": ["zz"]}}, "zz"),
+        ({"evaluate": {"judge": {"model": "./nowhere"}}}, "no model"),
+        ({"evaluate": {"scorer": "nowhere.py:score"}}, "nowhere.py"),
+    ],
+)
+def test_options_of_answers(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+    assert what in both(answering.recipe(tmp_path, "generate", **changes), tmp_path)
+
+
+def test_a_schema_that_allows_anything(tmp_path: Path) -> None:
+    raw = answering.recipe(tmp_path, "extract")
+    (tmp_path / "schema.json").write_text('{"name": "string", "age": "integer"}')
+    assert "allows any answer" in both(raw, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["extract", "classify"])
+def test_a_key_that_is_not_in_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    api = {"base_url": "http://127.0.0.1:9/v1", "model": "m", "key_env": "SOME_KEY"}
+    if kind == "extract":
+        raw = answering.recipe(tmp_path, kind)
+        raw |= answering.api(tmp_path, api["base_url"])
+        raw["teacher"]["api"] = api
+    else:
+        raw = classify.recipe(tmp_path)
+        raw["teacher"] = {"api": api}
+        raw["student"] |= {"tokenizer": str(tmp_path / "teacher"), "teacher_embeddings": False}
+    assert "SOME_KEY is not set" in both(raw, tmp_path)
+
+
+def test_a_hub_model_while_offline_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tiny.recipe(tmp_path)
+    raw["teacher"]["model"] = "nobody/nothing-of-that-name"
+    assert "the Hub cannot be reached" in both(raw, tmp_path)
+
+
+def test_texts_are_cut_to_the_positions_of_an_encoder(tmp_path: Path) -> None:
+    """RoBERTa's table has rows before the first position: 514 of them hold 512 tokens."""
+    raw = classify.recipe(tmp_path, data={"texts": [{"path": str(tmp_path / "long.jsonl")}]})
+    rows = [{"text": f"{word} " * 40} for _, word, _ in classify.rows(40)]
+    text = "".join(json.dumps({"text": f"{n} {row['text']}"}) + "\n" for n, row in enumerate(rows))
+    (tmp_path / "long.jsonl").write_text(text)
+    config = RobertaConfig(
+        vocab_size=len(tiny.tokenizer()), hidden_size=16, intermediate_size=16, pad_token_id=0,
+        num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=66, type_vocab_size=1,
+    )  # fmt: skip
+    RobertaModel(config).save_pretrained(tmp_path / "encoder")
+    tiny.tokenizer().save_pretrained(tmp_path / "encoder")
+    raw["student"] = {"start": "pretrained", "model": str(tmp_path / "encoder")}
+    assert run(raw) is not None
