@@ -100,7 +100,7 @@ def format_of(path: Path) -> FileFormat:
         return found
     extension = _extension(path)
     raise DataError(
-        f"Files of the kind {extension} are not read"
+        f"Files with the extension {extension} are not supported"
         if extension
         else "The file's name has no extension that tells its format",
         where=path,
