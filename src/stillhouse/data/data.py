@@ -46,12 +46,13 @@ class Data:
 
         texts: a path (a file, a folder or a glob pattern of text, JSONL, JSON, CSV, TSV or
         Parquet), a `datasets.Dataset`, or a list of strings, of chats (lists of messages), or of
-        rows with `text`, `messages`, or `prompt` and `completion`. heldout: text to measure on, in
+        rows in any format that docs/data.md lists. heldout: text to measure on, in
         any of these forms; None: documents of `texts` are split off.
         context: tokens in a window. text_key: of a row, where its plain text is. documents: what
         separates two documents inside a plain text file. folder: keeps the windows there, for
         `Data.open`; None: in memory.
-        options: train_tokens, heldout_tokens, packing and long_rows, as in a recipe's `data`.
+        options: train_tokens, heldout_tokens, packing, long_rows and control_tokens, as in a
+        recipe's `data`.
         Raises DataError for any text that cannot be used, RecipeError for an unknown option.
         """
         seed = checked(Seed, seed, "seed")
