@@ -118,6 +118,12 @@ def test_a_key_that_the_architecture_does_not_have(folder: Path, key: str, value
     load_model(folder, dtype=torch.float32)
 
 
+def test_more_layers_than_any_model_has(folder: Path) -> None:
+    """They would take hours to build, before the weights are compared with them."""
+    edit(folder, "config.json", num_hidden_layers=10**9)
+    assert "num_hidden_layers is 1,000,000,000" in refusal(folder)
+
+
 def test_a_key_that_is_given_twice(folder: Path) -> None:
     text = (folder / "config.json").read_text().rstrip()
     (folder / "config.json").write_text(text[:-1] + ', "rms_norm_eps": 0.5}')

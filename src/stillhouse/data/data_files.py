@@ -12,6 +12,7 @@ import difflib
 import glob
 import io
 import lzma
+import os
 import re
 import shlex
 import stat
@@ -165,14 +166,17 @@ def _literal_start(path: Path) -> Path:
     return start
 
 
+def _every_file(folder: Path) -> Iterator[Path]:
+    """Without hidden ones, and without folders that may not be read or vanish meanwhile."""
+    for inside, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        yield from (Path(inside, name) for name in names if not name.startswith("."))
+
+
 def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
     endings = [end for end, known in _FORMATS.items() if format in (None, known)]
     files = sorted(
-        file
-        for file in folder.rglob("*")
-        if _extension(file) in endings
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and file.is_file()
+        file for file in _every_file(folder) if _extension(file) in endings and file.is_file()
     )
     if files:
         return files

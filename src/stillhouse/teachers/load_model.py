@@ -14,6 +14,7 @@ from stillhouse.teachers.backbone import check_head
 from stillhouse.teachers.model_requirements import (
     require_decoder,
     require_known_keys,
+    require_layers,
     require_padding,
     require_quantization,
     require_tokens,
@@ -43,6 +44,7 @@ def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fals
     """
     files = weight_files(path)
     config = load_config(path, trust_remote_code=trust_remote_code)
+    require_layers(config, path)
     require_decoder(config, path)
     require_quantization(config, path)
     require_padding(config, path)

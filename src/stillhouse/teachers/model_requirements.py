@@ -10,6 +10,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from stillhouse.errors import ModelError
 from stillhouse.teachers.quiet import quiet
 
+MOST_LAYERS = 2000
 _GENERATION = "generation_config.json"
 INSTEAD = (
     "give the model that is not quantized, a .gguf file of it, or let vLLM run it "
@@ -67,6 +68,17 @@ def require_known_keys(config: Any, said: dict[str, Any], where: object = None) 
             where=where,
             fix="if the model was trained with it, give the model_type that has it; if not, "
             f"remove {key} from config.json",
+        )
+
+
+def require_layers(config: Any, where: object = None) -> None:
+    """Raises ModelError for more layers than any model has: they would take hours to build."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ModelError(
+            f"num_hidden_layers is {layers:,}, and no model has more than {MOST_LAYERS:,}",
+            where=where,
+            fix="correct it in config.json, or copy the model's own config.json again",
         )
 
 

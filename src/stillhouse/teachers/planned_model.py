@@ -13,6 +13,7 @@ from stillhouse.errors import ModelError
 from stillhouse.teachers.load_model import check_loadable, load_config
 from stillhouse.teachers.model_requirements import (
     require_decoder,
+    require_layers,
     require_padding,
     require_quantization,
     require_tokens,
@@ -26,6 +27,7 @@ def planned_model(config: Any, where: object = None) -> Any:
 
     where: its folder. Raises ModelError where no causal language model has this configuration.
     """
+    require_layers(config, where)
     try:
         with torch.device("meta"), quiet():
             return AutoModelForCausalLM.from_config(config)
