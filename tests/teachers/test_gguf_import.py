@@ -115,6 +115,26 @@ def test_what_has_no_place_in_the_model_is_refused(
         converted(edited(llama, keys))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.head_count", 0),
+        ("attention.head_count", "many"),
+        ("attention.head_count_kv", 3),
+        ("embedding_length", -32),
+        ("block_count", 10**9),
+        ("block_count", 0),
+        ("rope.freq_base", "high"),
+        ("rope.freq_base", 0.0),
+        ("rope.scaling.factor", -1.0),
+        ("attention.layer_norm_rms_epsilon", float("nan")),
+    ],
+)
+def test_nonsense_is_one_error(llama: Path, key: str, value: Any) -> None:
+    with pytest.raises(ModelError, match="cannot read this GGUF file"):
+        converted(edited(llama, {f"llama.{key}": value}))
+
+
 def test_keys_that_change_nothing_are_no_obstacle(llama: Path) -> None:
     keys = {
         "llama.attention.causal": True,

@@ -118,8 +118,13 @@ def _convert(path: Path, folder: Path) -> None:
     try:
         config = read_config(reader)
         tensors = read_tensors(reader, config)
+    except (OSError, MemoryError):
+        raise
     except UnreadableGGUFError as error:
         raise _unreadable(path, str(error)) from error
+    # Metadata may hold any number where a size is expected, and text where a number is.
+    except Exception as error:
+        raise _unreadable(path, f"its metadata ({error})") from error
     try:
         with quiet():
             tokenizer = read_tokenizer(path, reader)

@@ -87,6 +87,8 @@ def read_config(reader: gguf.GGUFReader) -> Any:
         values = _values(keys, shapes, reader, kind)
     except KeyError as missing:
         raise UnreadableGGUFError(f"it lacks the key {prefix}{missing.args[0]}") from missing
+    if values["num_hidden_layers"] > len(shapes):
+        raise UnreadableGGUFError(f"{prefix}block_count = {values['num_hidden_layers']}")
     unknown = {k: v for k, v in keys.items() if k not in NO_EFFECT and NEUTRAL.get(k) != v}
     if unknown:
         said = ", ".join(f"{prefix}{key} = {value}" for key, value in list(unknown.items())[:3])
@@ -128,7 +130,9 @@ def _values(
         "num_attention_heads": heads,
         "num_key_value_heads": _one(keys, "attention.head_count_kv", heads),
         "max_position_embeddings": _one(keys, "context_length"),
-        "rms_norm_eps": _float(keys.pop("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": _positive(
+            "attention.layer_norm_rms_epsilon", keys.pop("attention.layer_norm_rms_epsilon")
+        ),
         "tie_word_embeddings": "output.weight" not in shapes,
         # The tokenizer says them; an architecture's own may be beyond the file's rows.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
@@ -161,6 +165,13 @@ def _float(value: float) -> float:
     return float(str(np.float32(value)))
 
 
+def _positive(key: str, value: float) -> float:
+    found = _float(value)
+    if not 0 < found < math.inf:
+        raise UnreadableGGUFError(f"{key} = {found}")
+    return found
+
+
 def _biases(shapes: Mapping[str, list[int]], kind: str) -> dict[str, Any]:
     """A bias has a key in transformers' configurations, and none in the file."""
     found = {
@@ -180,14 +191,15 @@ def _biases(shapes: Mapping[str, list[int]], kind: str) -> dict[str, Any]:
 def _rope(
     keys: Keys, reader: gguf.GGUFReader, values: Mapping[str, Any], size: int
 ) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_theta": _float(keys.pop("rope.freq_base", 10000.0))}
+    base = _positive("rope.freq_base", keys.pop("rope.freq_base", 10000.0))
+    rope: dict[str, Any] = {"rope_theta": base}
     rotated = keys.pop("rope.dimension_count", size)
     if rotated != size:
         rope["partial_rotary_factor"] = rotated / size
     # llama.cpp scales linearly where the file does not say how; a factor of 0 means 1.
     kind = keys.pop("rope.scaling.type", "linear")
     older = keys.pop("rope.scale_linear", 1.0)
-    factor = _float(keys.pop("rope.scaling.factor", older)) or 1.0
+    factor = _positive("rope.scaling.factor", keys.pop("rope.scaling.factor", older) or 1.0)
     original = keys.pop("rope.scaling.original_context_length", None)
     divisors = _divisors(reader)
     if LONG_FACTORS in divisors or kind == "longrope":
