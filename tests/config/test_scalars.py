@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from stillhouse.config.load_recipe import load_recipe
 from stillhouse.errors import RecipeError
@@ -49,6 +51,8 @@ NOT_NUMBERS = {
     "-1:30": "write -90",
     "017": "write 15 or 17",
     "+017": "write 15 or 17",
+    "-017": "write -15 or -17",
+    "00": "write 0",
     "089": "write 89",
     "0x1F": "write 31",
     "0o17": "write 15",
@@ -56,7 +60,7 @@ NOT_NUMBERS = {
     "1_000": "write 1000",
     "1_000.5": "write 1000.5",
     ".inf": "write a finite number",
-    "-.INF": "write",
+    "-.INF": "write a finite number",
     ".NaN": "write a finite number",
     "1e999": "write a smaller one",
 }
@@ -73,7 +77,11 @@ def test_what_yaml_1_1_makes_a_number_of(tmp_path: Path, written: str, fix: str,
     assert refused(tmp_path, SMALLEST, f"train.{key}={written}").where == f"--set train.{key}"
 
 
-@pytest.mark.parametrize("written", ["2024-01-01", "12:30:45Z", "1,5", "1.2.3", "infinity", "1e"])
+@pytest.mark.parametrize(
+    "written",
+    ["2024-01-01", "12:30:45Z", "1,5", "1.2.3", "infinity", "NaN", "1e", "5%", "1/10", "_1", "y",
+     "\u22121", "\uff11", "\u201c1\u201d", "1 e-4", "1e-4,", "0x1p-3", "++1", "0.1#x"],
+)  # fmt: skip
 def test_what_is_no_number_to_anybody(tmp_path: Path, written: str) -> None:
     error = refused(tmp_path, f"{SMALLEST}train: {{epochs: '{written}'}}\n")
     assert f"(it is '{written}')" in error.what
@@ -127,6 +135,21 @@ def test_where_anything_fits_what_could_be_two_things_is_refused(
     assert f'or "{written}" in quotes' in str(error.fix)
     quoted = read(tmp_path, text.replace(f": {written}}}", f': "{written}"}}'))
     assert quoted.student.overrides == {"hidden_act": written}
+
+
+def test_what_cannot_be_seen_in_a_key_is_shown(tmp_path: Path) -> None:
+    """Characters that come along from a web page."""
+    assert "`tr\\u200bain`" in refused(tmp_path, f"{SMALLEST}tr\u200bain: {{}}\n").what
+    assert "`\\xa0seed`" in refused(tmp_path, f"{SMALLEST}\u00a0seed: 1\n").what
+
+
+def test_json_is_yaml(tmp_path: Path) -> None:
+    raw = yaml.safe_load(SMALLEST)
+    for indent in (None, 2, "\t"):
+        assert read(tmp_path, json.dumps(raw, indent=indent)).name == "small"
+    error = refused(tmp_path, json.dumps({**raw, "train": {"epochs": float("inf")}}))
+    assert "`train.epochs`" in error.what
+    assert "given twice" in refused(tmp_path, '{"name": "a", "name": "b"}').what
 
 
 # --- labels ----------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str]:
     if kind in ("union_tag_not_found", "union_tag_invalid"):
         return _variant(problem, at, name)
     message = problem["msg"].removeprefix("Value error, ")
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        message = "input should be a mapping of keys to values"
     what = f"`{name}`: {message[0].lower() + message[1:]}"
     if given is None:
         what += " (it is null)"

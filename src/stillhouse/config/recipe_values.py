@@ -31,32 +31,28 @@ _WORDS = {
     for form in (word, word.title(), word.upper())
 }
 """Booleans to YAML 1.1, and text to YAML 1.2."""
-_OTHER_NUMBERS: Sequence[tuple[re.Pattern[str], Callable[[str], str], str]] = (
-    (re.compile(r"0[0-7]+"), lambda text: f"{int(text, 8)} or {int(text)}", "is octal to YAML 1.1"),
-    (re.compile(r"0[0-9]+"), lambda text: f"{int(text)}", "begins with 0"),
+_OTHER_NUMBERS: Sequence[tuple[re.Pattern[str], str, Callable[[str], Sequence[object]]]] = (
+    (re.compile("0[0-7]+"), "is octal to YAML 1.1", lambda text: (int(text, 8), int(text))),
+    (re.compile("0[0-9]+"), "begins with 0", lambda text: (int(text),)),
     (
-        re.compile(r"0[xX][0-9a-fA-F]+|0[oO][0-7]+|0[bB][01]+"),
-        lambda text: f"{int(text, 0)}",
+        re.compile("0[xX][0-9a-fA-F]+|0[oO][0-7]+|0[bB][01]+"),
         "is not decimal",
+        lambda text: (int(text, 0),),
     ),
     (
-        re.compile(r"[0-9]+(:[0-5]?[0-9])+"),
-        lambda text: f"{_base_60(text)}",
+        re.compile("[0-9]+(:[0-5]?[0-9])+"),
         "is a number of base 60 to YAML 1.1",
+        lambda text: (_base_60(text),),
     ),
     (
         re.compile(r"[0-9][0-9_]*_[0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?"),
-        lambda text: text.replace("_", ""),
         "has underscores",
+        lambda text: (text.replace("_", ""),),
     ),
-    (
-        re.compile(r"\.(inf|Inf|INF|nan|NaN|NAN)"),
-        lambda text: "a finite number",
-        "is not finite",
-    ),
+    (re.compile(r"\.(inf|Inf|INF|nan|NaN|NAN)"), "is not finite", lambda text: ()),
 )
-"""What YAML 1.1 reads as a number and most people do not, or not as that one; without a sign. And
-how to write it."""
+"""What YAML 1.1 reads as a number and most people do not, or not as that one; without a sign:
+what is wrong, and how it could be written."""
 
 
 def read_values(raw: Any, annotation: Any, refuse: Refuse, key: Key = ()) -> Any:
@@ -123,9 +119,12 @@ def _number(text: Plain, wanted: set[Any], refuse: Refuse, key: Key) -> Any:
         refuse(key, f"the number has {len(text):,} digits", "write a smaller one")
     if _WHOLE.fullmatch(text):
         return int(text)
-    for pattern, read, problem in _OTHER_NUMBERS:
+    for pattern, problem, meant in _OTHER_NUMBERS:
         if pattern.fullmatch(text.removeprefix(sign)):
-            fix = f"write {sign.strip('+')}{read(text.removeprefix(sign))}"
+            ways = dict.fromkeys(
+                f"{sign.strip('+')}{way}" for way in meant(text.removeprefix(sign))
+            )
+            fix = f"write {' or '.join(ways) or 'a finite number'}"
             if bool in wanted or not wanted & {int, float}:
                 fix += f', or "{name}" in quotes'
             refuse(key, f"{name} {problem}", fix)
