@@ -171,10 +171,6 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
             "filters: {min_characters: 9, max_characters: 8}}",
             "min_characters (9) is above max_characters (8)",
         ),
-        (
-            "synthesize={teacher: {vllm: {context: 512}}, prompts: {path: p}}",
-            "leaves no place for a prompt",
-        ),
     ],
 )
 def test_keys_that_contradict_each_other(tmp_path: Path, override: str, expected: str) -> None:

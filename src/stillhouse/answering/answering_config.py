@@ -93,7 +93,7 @@ class AnswerTeacher(TaskTeacher):
     def _keys_fit_the_teacher(self) -> AnswerTeacher:
         if self.api is not None and self.vllm is not None:
             raise ValueError("vllm runs a model: give it, or remove vllm")
-        check_text_teacher(self.api, self.sampling, self.budget, self.samples, self.vllm)
+        check_text_teacher(self.api, self.sampling, self.budget, self.samples)
         return self
 
 

@@ -230,15 +230,10 @@ class VerdictSampling(SamplingRecipe):
 
 
 def check_text_teacher(
-    api: ApiTeacher | None,
-    sampling: SamplingRecipe,
-    budget: BudgetRecipe,
-    samples: int = 1,
-    vllm: VllmEngine | None = None,
+    api: ApiTeacher | None, sampling: SamplingRecipe, budget: BudgetRecipe, samples: int = 1
 ) -> None:
     """Raises ValueError where a model on this machine is given what only an API has, where there is
-    nothing that the budget could limit, where several answers would all be the same, or where no
-    prompt has a place beside its answer."""
+    nothing that the budget could limit, or where several answers would all be the same."""
     limited = budget.max_usd is not None or budget.max_tokens is not None
     if api is None and limited:
         raise ValueError("a budget is for teacher.api: a local teacher costs time alone")
@@ -250,11 +245,6 @@ def check_text_teacher(
         raise ValueError("a local model has no temperature of its own: set sampling.temperature")
     if samples > 1 and sampling.extra.get("temperature", sampling.temperature) == 0:
         raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
-    if vllm is not None and vllm.context is not None and vllm.context <= sampling.max_tokens:
-        raise ValueError(
-            f"vllm.context ({vllm.context:,}) leaves no place for a prompt beside an answer: raise "
-            f"it, or lower sampling.max_tokens ({sampling.max_tokens:,})"
-        )
 
 
 def may_cost(api: ApiTeacher | None, budget: BudgetRecipe) -> bool:

@@ -71,7 +71,7 @@ class JudgeChoice(Section):
 
     @model_validator(mode="after")
     def _keys_fit_the_judge(self) -> JudgeChoice:
-        check_text_teacher(self.teacher.api, self.sampling, self.budget, vllm=self.teacher.vllm)
+        check_text_teacher(self.teacher.api, self.sampling, self.budget)
         return self
 
 

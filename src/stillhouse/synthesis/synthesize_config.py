@@ -42,8 +42,7 @@ class SynthesizeRecipe(Section):
     @model_validator(mode="after")
     def _keys_fit_the_teacher(self) -> SynthesizeRecipe:
         samples = self.prompts.samples
-        teacher = self.teacher
-        check_text_teacher(teacher.api, self.sampling, self.budget, samples, teacher.vllm)
+        check_text_teacher(self.teacher.api, self.sampling, self.budget, samples)
         if self.filters.best_of is not None and samples < 2:
             raise ValueError("filters.best_of chooses among several answers: set prompts.samples")
         return self
