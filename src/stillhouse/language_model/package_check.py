@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -12,7 +13,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from stillhouse.data.sources import size_estimate
-from stillhouse.errors import EndpointError
+from stillhouse.errors import DataError, EndpointError
 from stillhouse.evaluation.lm_eval import require_tasks
 from stillhouse.finding import Finding, finding_of
 from stillhouse.language_model.job import Job, configs, planned_size, whole_job
@@ -66,7 +67,9 @@ def require_disk(job: Job) -> Iterator[Finding]:
     need = float(student * models)
     parts = "checkpoints, models"
     if records_signals(job) and not has_finished(recipe, "signals"):
-        tokens = size_estimate(recipe.data.sources, job.base) / CHARACTERS_PER_TOKEN
+        tokens = 0.0
+        with suppress(DataError):  # text that the run makes itself is not there yet
+            tokens = size_estimate(recipe.data.sources, job.base) / CHARACTERS_PER_TOKEN
         tokens = min(tokens, recipe.data.train_tokens or tokens)
         need += tokens * row_bytes(job, recipe.signals or SignalsRecipe())
         parts += " and signals"
