@@ -25,11 +25,12 @@ from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job, shared_vocabulary
 from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
 from stillhouse.language_model.signals_stage import STORE
-from stillhouse.language_model.synthesis_check import synthesis_spending
+from stillhouse.language_model.synthesis_check import require_text_teacher, synthesis_spending
 from stillhouse.language_model.synthesis_stage import complete_text, require_text
 from stillhouse.language_model.vocabulary_stage import find_job
 from stillhouse.pipeline.engine import locked_folder, run_folder, run_kind, run_steps
 from stillhouse.pipeline.kind import Rows, RunResult
+from stillhouse.pipeline.requirements import require
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.signals.signals_config import FrozenHeadSignals
 from stillhouse.synthesis.synthesize import Synthesis
@@ -176,8 +177,10 @@ def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesi
             where=path,
             fix="add the section `synthesize`, see docs/synthesis.md",
         )
+    base = Path(path).parent
     with locked_folder(recipe) as folder:
-        return complete_text(recipe, Path(path).parent, folder, doing(folder))
+        require(require_text_teacher(recipe, base))
+        return complete_text(recipe, base, folder, doing(folder))
 
 
 def evaluate_model(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from stillhouse.check import check_recipe
-from stillhouse.commands import run
+from stillhouse.commands import run, synthesize_text
 from stillhouse.errors import ModelError
 from tests import tiny
 
@@ -70,6 +70,14 @@ def test_run_says_it_before_it_asks_anything(tmp_path: Path) -> None:
         run(recipe(tmp_path, REFUSES_SYSTEM, system="Be brief."))
     assert not (tmp_path / "answers.sqlite").exists()
     assert not [*(tmp_path / "run" / "stages").iterdir()]
+
+
+def test_synthesize_says_it_before_it_asks_anything(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(json.dumps(recipe(tmp_path, REFUSES_SYSTEM, system="Be brief.")))
+    with pytest.raises(ModelError, match="System role not supported"):
+        synthesize_text(file)
+    assert not (tmp_path / "answers.sqlite").exists()
 
 
 def test_the_advice_works(tmp_path: Path) -> None:

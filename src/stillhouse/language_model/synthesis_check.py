@@ -41,48 +41,64 @@ from stillhouse.synthesis.synthesized_text import names
 from stillhouse.teachers.load_model import load_tokenizer
 
 
-def require_synthesis(job: Job) -> Iterator[Finding]:
-    """What must hold before the teacher is asked: its key or packages, the filters, and templates
-    that take the prompts, the teacher's and the student's. Raises StillhouseError."""
-    recipe, base = job.recipe, job.base
+def require_text_teacher(recipe: Recipe, base: Path) -> Iterator[Finding]:
+    """What must hold before the teacher is asked: its key or packages, the filters, and a template
+    that takes the prompts. Raises StillhouseError."""
     section = recipe.synthesize
-    if section is None:
+    if section is None or _is_complete(recipe, base):
         return
-    plan = synthesis_plan(recipe, base)
-    finished = run_folder(recipe).finished(plan.name, plan.depends_on)
-    if finished is not None and not missing_answers(finished):
-        return
-    _require_out(recipe, section, base)
     chosen_filters(section.filters, base)
     work = synthesis_job(recipe, base)
-    prompts = section.prompts
-    keys = FrameKeys.of("synthesize.prompts", prompts.system, prompts.examples)
     if estimate_synthesis(work).missing:
         yield from require_source(
             work.teacher(weights=False),
             work.chats(),
             whose="the teacher",
             key="synthesize.teacher",
-            keys=keys,
+            keys=_keys(section),
         )
         judge = work.judge(weights=False)
         if judge is not None:
             asked = [(user_turn("Which is better?"), "the judge's question")]
             key = "synthesize.filters.best_of.teacher"
             yield from require_source(judge.teacher, asked, whose="the judge", key=key)
-    if makes_text(recipe, base):
-        _require_other_text(job, out_path(section, base))
-        require_template(
-            rendered_training(
-                load_tokenizer(job.tokenizer_path), reasoning=section.reasoning == "keep"
-            ),
-            work.chats(student=True),
-            whose="the student",
-            where=job.tokenizer_path,
-            keys=keys,
-            fix="set synthesize.reasoning: keep if the template opens the reasoning itself; else "
-            "use messages that it expects, or a model with another template",
-        )
+
+
+def require_synthesis(job: Job) -> Iterator[Finding]:
+    """As `require_text_teacher`; also a place for the result, and a student's template that takes
+    the prompts with answers. Raises StillhouseError."""
+    recipe, base = job.recipe, job.base
+    section = recipe.synthesize
+    if section is None or _is_complete(recipe, base):
+        return
+    _require_out(recipe, section, base)
+    yield from require_text_teacher(recipe, base)
+    if not makes_text(recipe, base):
+        return
+    _require_other_text(job, out_path(section, base))
+    require_template(
+        rendered_training(
+            load_tokenizer(job.tokenizer_path), reasoning=section.reasoning == "keep"
+        ),
+        synthesis_job(recipe, base).chats(student=True),
+        whose="the student",
+        where=job.tokenizer_path,
+        keys=_keys(section),
+        fix="set synthesize.reasoning: keep if the template opens the reasoning itself; else "
+        "use messages that it expects, or a model with another template",
+    )
+
+
+def _keys(section: SynthesizeRecipe) -> FrameKeys:
+    prompts = section.prompts
+    return FrameKeys.of("synthesize.prompts", prompts.system, prompts.examples)
+
+
+def _is_complete(recipe: Recipe, base: Path) -> bool:
+    """Whether the stage is finished and no request lacks its answer."""
+    plan = synthesis_plan(recipe, base)
+    finished = run_folder(recipe).finished(plan.name, plan.depends_on)
+    return finished is not None and not missing_answers(finished)
 
 
 def _require_other_text(job: Job, out: Path) -> None:

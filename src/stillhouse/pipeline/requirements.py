@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Iterable
 from typing import Any
 
 from stillhouse.errors import RecipeError
+from stillhouse.finding import Finding
 from stillhouse.pipeline.kind import Kind
 from stillhouse.progress import note
 
 
-def require_all(kind: Kind, job: Any, *, only: Container[str] | None = None) -> None:
-    """Raises StillhouseError where a step cannot succeed; notes what is doubtful.
-
-    only: names of the steps to run; None for all.
-    """
+def require_all(kind: Kind, job: Any) -> None:
+    """Raises StillhouseError where a step cannot succeed; notes what is doubtful."""
     for step in kind.steps:
-        if step.require is None or (only is not None and step.name not in only):
-            continue
-        if not step.applies(job):
-            continue
-        for finding in step.require(job):
-            if finding.level == "error":
-                raise RecipeError(finding.text, where=finding.topic, fix=finding.fix)
-            if finding.level == "warning":
-                note(f"warning: {finding.text}" + (f" ({finding.fix})" if finding.fix else ""))
+        if step.require is not None and step.applies(job):
+            require(step.require(job))
+
+
+def require(findings: Iterable[Finding]) -> None:
+    """Raises the first error, and notes the warnings before it."""
+    for finding in findings:
+        if finding.level == "error":
+            raise RecipeError(finding.text, where=finding.topic, fix=finding.fix)
+        if finding.level == "warning":
+            note(f"warning: {finding.text}" + (f" ({finding.fix})" if finding.fix else ""))
