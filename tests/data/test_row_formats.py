@@ -278,3 +278,5 @@ def test_a_key_that_no_template_reads_is_noted() -> None:
         "`mood` of a message is not read by the chat template",
         "the `name` of a message (user) is left out by the chat template",
     }
+    (row,) = rows_of({"messages": [HI[0], {**HI[1], "audio": {"id": "a1"}}]}, byte_level())
+    assert row.notes == ("`audio` of a message is not read by the chat template",)

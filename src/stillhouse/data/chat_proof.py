@@ -91,7 +91,7 @@ def prove_context(
     Raises DataError where another message or a tool is left out.
     """
     found = Rendering(whole)
-    notes: dict[str, None] = {}
+    notes = dict.fromkeys(_keys_left_out(messages[-1], found, form))
     stand_in = _stand_in(messages, tools, form)
     for index, message in enumerate(messages[:-1]):
         role, content = message["role"], joined_text(message.get("content"))
