@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import itertools
 import json
 import time
 from collections.abc import AsyncIterator
@@ -329,8 +330,9 @@ TOKEN = {"token": "4", "logprob": -0.1, "bytes": [52], "top_logprobs": []}
         body(logprobs={"content": [{**TOKEN, "top_logprobs": {"4": -0.1}}]}),
         body(logprobs={"content": ["4"]}),
         body("Let me look.", finish_reason="tool_calls"),
-        gzip.compress(b"[1, 2"),
+        gzip.compress(b"[1, 2", mtime=0),
     ],
+    ids=itertools.count(),
 )
 def test_a_malformed_reply_is_one_fault_and_no_answer(journal: Journal, fault: bytes) -> None:
     with Stub(once(Reply(body=fault))) as stub:
