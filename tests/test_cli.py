@@ -295,7 +295,7 @@ def test_a_chat_row_that_is_too_long_is_found(tmp_path: Path) -> None:
     ("sections", "text"),
     [
         ({}, "a second student or epoch trains"),
-        ({"train": {"epochs": 3}}, "the teacher is asked 3 times about the same text"),
+        ({"train": {"epochs": 3}}, "the teacher reads the same text 3 times"),
         ({"signals": {}}, "it pays from a second student or epoch on"),
         ({"signals": {}, "train": {"epochs": 3}}, "3 epochs save about"),
     ],
@@ -313,7 +313,7 @@ def test_check_opens_the_store_that_a_recipe_names(tmp_path: Path) -> None:
     store = str(tmp_path / "run" / "signals")
     named = write(tmp_path, signals={"store": store}, folder=str(tmp_path / "other"))
     found = {finding.topic: finding.text for finding in check_recipe(named)}
-    assert "of kind top_k, asked before" in found["signals"]
+    assert "of kind top_k, recorded before" in found["signals"]
     damaged = Path(store).resolve() / "manifest.json"
     damaged.write_text(damaged.read_text().replace('"rows"', '"cows"', 1))
     assert "error" in {finding.level for finding in check_recipe(named)}

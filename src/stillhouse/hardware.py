@@ -66,10 +66,10 @@ def choose_precision(requested: Requested, device: torch.device | str) -> Precis
     device = torch.device(device)
     native, why = _native_bfloat16(device)
     if requested == "float32":
-        return Precision(torch.float32, "float32, as asked")
+        return Precision(torch.float32, "float32, as requested")
     if requested == "bfloat16":
         caution = "" if native else f"; slow here: {why}"
-        return Precision(torch.bfloat16, f"bfloat16, as asked{caution}")
+        return Precision(torch.bfloat16, f"bfloat16, as requested{caution}")
     if native:
         return Precision(torch.bfloat16, f"bfloat16: {why}")
     return Precision(torch.float32, f"float32: {why}")
@@ -163,9 +163,9 @@ def peak_memory_bytes() -> int:
 def assumed_watts() -> float:
     """Power of this machine at work, for an estimate: each GPU's limit, or 10 W a CPU core."""
     if torch.cuda.is_available():
-        asked = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
+        command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
         with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
-            found = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20)
+            found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
             return sum(float(line) for line in found.stdout.split())
     return WATTS_A_CORE * (psutil.cpu_count(logical=False) or 1)
 

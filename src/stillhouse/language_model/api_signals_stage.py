@@ -40,7 +40,7 @@ BIAS = (
 @dataclass
 class Counted:
     """answers: rows of the text. mismatched: those whose tokens are not the student's. tokens:
-    supervised. told: of them, those that the API told about."""
+    supervised. told: of them, those whose log-probabilities the API returned."""
 
     answers: int = 0
     mismatched: int = 0

@@ -1,4 +1,4 @@
-"""The recipe's types: everything that one run is told, strict and frozen.
+"""The recipe's types: everything that configures one run, strict and frozen.
 
 Each class is one section of the YAML file. An unknown key is an error, a default is written
 beside its key, and a description here is what editors show (`stillhouse schema`).
@@ -104,7 +104,7 @@ class Recipe(Section):
         section = self.synthesize
         if section is None or section.teacher.api is None or not section.sampling.top_logprobs:
             raise ValueError(
-                "signals.answers are what an API told about its answers: set "
+                "signals.answers are the log-probabilities of an API's answers: set "
                 "synthesize.teacher.api, and synthesize.sampling.top_logprobs to 1 to 20"
             )
         return self

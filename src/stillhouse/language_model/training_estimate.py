@@ -84,25 +84,27 @@ def _signals(
     if section is not None and section.store is not None:
         manifest = read_manifest(job.base / section.store)
         kind = manifest.settings.encoding.kind
-        text = f"{section.store}: {manifest.rows:,} tokens of kind {kind}, asked before"
+        text = f"{section.store}: {manifest.rows:,} tokens of kind {kind}, recorded before"
         yield Finding("ok", "signals", text)
         return
     if section is not None and section.answers is not None:
-        yield Finding("ok", "signals", "what the API tells about the tokens of its answers")
+        yield Finding(
+            "ok", "signals", "the log-probabilities that the API returns with its answers"
+        )
         return
     size = f"{tokens * row_bytes(job, section or SignalsRecipe()) / 1e6:,.0f} MB"
     faster = f"{1 + teacher.head_once / (3 * student.head_once):.1f} times as fast"
     if section is not None:
-        text = f"the teacher is asked once, about {_duration(asking)}, and {size} are stored"
+        text = f"the teacher reads the text once (about {_duration(asking)}); {size} are stored"
         if passes < 2:
             text += f"; it pays from a second student or epoch on, which then trains {faster}"
         else:
             text += f"; {passes:.0f} epochs save about {_duration((passes - 1) * asking)}"
         yield Finding("estimate", "signals", text)
     elif passes >= 2:
-        text = f"the teacher is asked {passes:.0f} times about the same text"
+        text = f"the teacher reads the same text {passes:.0f} times"
         saved = _duration((passes - 1) * asking)
-        fix = f"add `signals: {{}}`: it is asked once, which saves about {saved} for {size}"
+        fix = f"add `signals: {{}}`: one reading is stored, which saves about {saved} for {size}"
         yield Finding("estimate", "signals", text, fix)
     else:
         text = (
