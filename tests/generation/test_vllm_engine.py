@@ -291,7 +291,7 @@ def test_without_vllm_check_and_run_say_how_to_go_on(tmp_path: Path) -> None:
     (missing, _) = (one for one in check_recipe(path) if one.topic == "vLLM")
     assert (missing.level, missing.text) == ("error", "vLLM is not installed")
     assert "vllm serve" in (missing.fix or "")
-    with pytest.raises(ModelError, match="vLLM is not installed"):
+    with pytest.raises(RecipeError, match="vLLM is not installed"):
         synthesize_text(path)
 
 
@@ -327,7 +327,7 @@ def test_check_says_what_the_other_environment_lacks(tmp_path: Path) -> None:
         ("warning", "no GPU is here, and vLLM's usual build needs one"),
     ]
     assert f"{python} -m pip install vllm" in (found[0].fix or "")
-    with pytest.raises(ModelError, match="vLLM is not installed for"):
+    with pytest.raises(RecipeError, match="vLLM is not installed for"):
         synthesize_text(path)
 
 
@@ -346,7 +346,7 @@ def test_a_python_that_is_none_is_said(tmp_path: Path, python: str, said: str) -
     (found,) = (one for one in check_recipe(path) if one.topic == "vLLM")
     assert said in found.text
     assert "vllm.python" in (found.fix or "")
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(RecipeError, match=said):
         synthesize_text(path)
 
 

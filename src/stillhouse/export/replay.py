@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 ROWS = 512
 """The most supervised rows of one window that are compared: bounds the logits in memory."""
@@ -53,6 +53,8 @@ def main(folder: Path) -> None:
         request["source"], dtype=torch.float32, **options
     ).to(device)
     source_tokenizer = AutoTokenizer.from_pretrained(request["source"], **options)
+    if exported.is_file():
+        source_tokenizer = _as_stored(source_tokenizer, Path(request["source"]), request["prompts"])
     prompts, new, same = request["prompts"], request["max_new_tokens"], request["same_tokens"]
     runtimes: dict[str, Answers] = {"source": partial(logits_of, source_model)}
     steps: dict[str, Step] = {"source": stepping(source_model)}
@@ -103,6 +105,19 @@ def _load(exported: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any],
         **where, dtype=dtype, output_loading_info=True, **options
     )
     return model.eval(), info, AutoTokenizer.from_pretrained(**where, **options)
+
+
+def _as_stored(tokenizer: Any, folder: Path, prompts: list[str]) -> Any:
+    """The tokenizer as its tokenizer.json says, which is what a GGUF file has: the class that
+    transformers chooses by architecture may add tokens, or split text by other rules."""
+    known = type(tokenizer).__module__.startswith("transformers.")
+    if not known or not (folder / "tokenizer.json").is_file():
+        return tokenizer
+    stored = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    same = tokenizer.get_vocab() == stored.get_vocab() and all(
+        tokenizer(prompt)["input_ids"] == stored(prompt)["input_ids"] for prompt in prompts
+    )
+    return tokenizer if same else stored
 
 
 def by_place(tensors: dict[str, torch.Tensor]) -> dict[str, Window]:

@@ -30,7 +30,7 @@ CHARACTERS_PER_TOKEN = 3.0
 def require_options(job: Job) -> Iterator[Finding]:
     """Trackers, lm-eval's tasks and the key of a server of signals. Raises StillhouseError."""
     recipe = job.recipe
-    here = get_available_reporting_integrations()
+    here = get_available_reporting_integrations() if recipe.train.report_to else []
     for name in recipe.train.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
