@@ -280,3 +280,73 @@ def test_a_key_that_no_template_reads_is_noted() -> None:
     }
     (row,) = rows_of({"messages": [HI[0], {**HI[1], "audio": {"id": "a1"}}]}, byte_level())
     assert row.notes == ("`audio` of a message is not read by the chat template",)
+
+
+def test_a_role_that_is_not_known_is_noted() -> None:
+    said = [HI[0], {"role": "asistant", "content": "Hm."}, *HI]
+    assert notes({"messages": said}) == ("turns of the role 'asistant' are context only",)
+
+
+# --- how chats are stored --------------------------------------------------------------------
+
+
+def test_a_chat_stored_as_one_list_for_each_key_is_the_same_chat() -> None:
+    """Hugging Face's `Sequence` of a dictionary, as Parquet files have it."""
+    columns = {key: [message[key] for message in HI] for key in HI[0]}
+    for key in ("messages", "conversations"):
+        assert learned({key: columns}, byte_level()) == learned({key: HI}, byte_level())
+    sharegpt = {"conversations": {"from": ["human", "gpt"], "value": [m["content"] for m in HI]}}
+    assert learned(sharegpt, byte_level()) == learned({"messages": HI}, byte_level())
+
+
+def test_spaces_around_a_role_are_none_of_it() -> None:
+    spaced = [{**message, "role": f" {message['role'].title()} "} for message in HI]
+    assert learned({"messages": spaced}, byte_level()) == learned({"messages": HI}, byte_level())
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"messages": HI}, {"prompt": "a", "completion": "b"}, {"instruction": "a", "output": "b"}],
+    ids=lambda row: next(iter(row)),
+)
+@pytest.mark.parametrize("key", ["weight", "train", "loss_mask"])
+def test_a_row_that_is_not_to_be_learned_is_refused(row: dict[str, Any], key: str) -> None:
+    with pytest.raises(DataError, match=f"has a key `{key}`"):
+        learned({**row, key: 0}, byte_level())
+    assert learned({**row, key: 1}, byte_level()) == learned(row, byte_level())
+
+
+def test_what_changes_the_rendering_is_refused() -> None:
+    for key, value in (("chat_template_kwargs", {"a": 1}), ("documents", [{"text": "x"}])):
+        with pytest.raises(DataError, match=f"has `{key}`"):
+            learned({"messages": HI, key: value}, byte_level())
+        assert learned({"messages": HI, key: None}, byte_level())
+
+
+def test_a_list_as_python_prints_it_is_refused_with_the_way_to_write_it() -> None:
+    with pytest.raises(DataError) as error:
+        learned({"messages": str(HI)}, byte_level())
+    assert "json.dumps" in str(error.value.fix)
+    assert learned({"messages": json.dumps(HI)}, byte_level())
+
+
+# --- advice ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"completion": "the end"},
+        {"conversations": "a text"},
+        {"id": "7", "data": ["asked", "answered"]},
+        {"source": "the house", "target": "das Haus"},
+        {"custom_id": "1", "response": {"body": {}}},
+    ],
+    ids=lambda row: "-".join(row),
+)
+def test_no_key_is_advised_that_holds_half_of_the_row(row: dict[str, Any]) -> None:
+    with pytest.raises(DataError) as error:
+        learned(row, byte_level())
+    fix = str(error.value.fix)
+    assert "rename" not in fix
+    assert not fix.startswith("set text_key") or len(row) == 1

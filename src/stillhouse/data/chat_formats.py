@@ -45,7 +45,7 @@ Fireworks."""
 _MASKED = ("masked",)
 """Keys that say the opposite: torchtune's."""
 _SUSPECT = re.compile(r"(^|_)(weights?|loss|mask|masks|masked|train|training|trainable)(_|$)")
-_SUSPECT_OF_ROW = re.compile(r"(^|_)(weights?|loss|mask|masks)(_|$)")
+_SUSPECT_OF_ROW = re.compile(r"(^|_)(weights?|loss|mask|masks|train|trainable)(_|$)")
 TEXT_PARTS = ("text", "input_text", "output_text")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys for the reasoning of an assistant turn."""
@@ -53,6 +53,8 @@ _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 _WRITE = 'write it as [{"role": "user", "content": "..."}, ...]'
 _WRITE_MESSAGE = 'write each message as {"role": "user", "content": "..."}'
+_RENDERING = ("documents", "chat_template_kwargs")
+"""Keys of a row with which other trainers call the chat template."""
 _NO_NULLS = "null fields of tool calls and tools are left out (Arrow fills them in)"
 
 
@@ -65,8 +67,8 @@ def read_chat(
     the chat are. Raises DataError for what is no chat, and for what cannot be learned as it asks.
     """
     refuse_media(row, where)
-    suspects = {k: v for k, v in row.items() if not isinstance(v, str)}
-    _refuse_suspects(suspects, _SUSPECT_OF_ROW, "The row", where)
+    refuse_weighted_row(row, where)
+    _refuse_rendering(row, where)
     found = _messages(row[key], key, where)
     before = 0
     if completion is not None:
@@ -92,6 +94,7 @@ def read_chat(
         if not own:
             found.insert(0, {"role": "system", "content": system})
             before += before > 0
+    others = sorted({m["role"] for m in found} - set(_KNOWN_ROLES))
     context_only = _take_weights(found, key, where)
     tools = read_tools(row, where)
     cleaned, nulls = without_nulls([[_nullable(message) for message in found], tools])
@@ -102,7 +105,13 @@ def read_chat(
         tuple(cleaned[1]) if tools else None,
         where,
         context_only,
-        About("messages", (_NO_NULLS,) if nulls else ()),
+        About(
+            "messages",
+            (
+                *((_NO_NULLS,) if nulls else ()),
+                *(f"turns of the role {role!r} are context only" for role in others),
+            ),
+        ),
     )
 
 
@@ -118,6 +127,23 @@ def _refuse_suspects(
                 where=where,
                 fix="write `weight`: 0 in each assistant message that is not to be learned, and "
                 f"remove or rename `{key}`",
+            )
+
+
+def refuse_weighted_row(row: Mapping[str, Any], where: str) -> None:
+    """Raises DataError if a key of the row, such as `weight` or `train`, seems to say whether it is
+    learned. Text under such a key (`train: test`) is the name of something else."""
+    suspects = {k: v for k, v in row.items() if not isinstance(v, str)}
+    _refuse_suspects(suspects, _SUSPECT_OF_ROW, "The row", where)
+
+
+def _refuse_rendering(row: Mapping[str, Any], where: str) -> None:
+    for key in _RENDERING:
+        if isinstance(from_json(row.get(key)), (list, Mapping)) and from_json(row[key]):
+            raise DataError(
+                f"The row has `{key}`, which changes what a chat template renders and is not read",
+                where=where,
+                fix=f"write what it says into the messages, and remove `{key}`",
             )
 
 
@@ -161,10 +187,27 @@ def _nullable(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"tool_calls": calls} if calls is not None else {}
 
 
-def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
+def as_messages(value: Any) -> Any:
+    """A list of messages that is written as JSON text, or as Hugging Face's `Sequence` of a
+    dictionary: one list for each key. Anything else is returned as it is."""
     value = from_json(value)
+    if not isinstance(value, Mapping) or not all(isinstance(v, list) for v in value.values()):
+        return value
+    if len({len(column) for column in value.values()}) != 1:
+        return value
+    return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
+
+
+def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
+    value = as_messages(value)
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else type(value).__name__
+        if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*'", value):
+            raise DataError(
+                f"`{key}` is a list as Python prints it, and must be JSON",
+                where=where,
+                fix="write it with json.dumps",
+            )
         raise DataError(
             f"`{key}` must be a list of messages, but it is {found}", where=where, fix=_WRITE
         )
@@ -189,8 +232,9 @@ def _message(message: Any, name: str, where: str) -> dict[str, Any]:
         raise DataError(
             f"`{name}` has no `role`; its keys are {keys}{hint}", where=where, fix=_WRITE_MESSAGE
         )
-    lower = made["role"].lower()  # Cohere's files have System, User and Chatbot
-    made["role"] = _ROLES.get(lower, lower if lower in _KNOWN_ROLES else made["role"])
+    role = made["role"].strip()
+    lower = role.lower()  # Cohere's files have System, User and Chatbot
+    made["role"] = _ROLES.get(lower, lower if lower in _KNOWN_ROLES else role)
     decode_calls(made, name, where)
     _check_content(made, message, name, where)
     return made

@@ -7,15 +7,16 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from stillhouse.data.chat_formats import is_blank, read_chat
+from stillhouse.data.chat_formats import as_messages, is_blank, read_chat, refuse_weighted_row
 from stillhouse.data.documents import About, AnyDocument, Completion, Conversation, Document
 from stillhouse.data.question_formats import is_pair, read_pair
 from stillhouse.data.row_reader import header_hint
-from stillhouse.data.tool_formats import from_json
 from stillhouse.errors import DataError
 
 _CHATS = ("messages", "conversations", "conversation")
 """Keys of a chat."""
+_NAMES = ("messages", "conversations", "prompt", "completion")
+"""Keys whose misspellings are told."""
 _CHAT_KEYS = ("system", "system_prompt", "tools", "functions", "parallel_tool_calls")
 """Keys that are read beside a chat. Parallel calls say nothing about the text."""
 _PREFERENCES = {
@@ -42,10 +43,11 @@ def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyD
             raise _missing_key(row, text_key, where)
         return _plain(row, text_key, where)
     for key in _CHATS:
-        if isinstance(from_json(given.get(key)), list) or (key == "messages" and key in row):
-            _refuse_judged(given, from_json(given.get(key)), where)
+        messages = as_messages(given.get(key))
+        if isinstance(messages, list) or (key == "messages" and key in row):
+            _refuse_judged(given, messages, where)
             chat = read_chat(given if key in given else row, key, where)
-            sharegpt = any("from" in m for m in from_json(given[key]) if isinstance(m, Mapping))
+            sharegpt = any("from" in m for m in messages if isinstance(m, Mapping))
             about = About("ShareGPT" if sharegpt else "messages", chat.about.notes)
             return _noted(replace(chat, about=about), given, (key, *_CHAT_KEYS))
     _refuse_others(given, where)
@@ -98,6 +100,7 @@ def _completion(row: Mapping[str, Any], where: str) -> AnyDocument:
                 where=where,
                 fix="write the row as `messages`, or write all of its prompt into `prompt`",
             )
+    refuse_weighted_row(row, where)
     prompt = _text(prompt, "prompt", where)
     completion = _text(completion, "completion", where)
     if is_blank(completion):
@@ -194,16 +197,19 @@ def _missing_key(row: Mapping[str, Any], text_key: str, where: str) -> DataError
 def _advice(row: Mapping[str, Any], text_key: str, keys: list[str]) -> str:
     if not keys:
         return "remove the row"
-    for want in dict.fromkeys([text_key, "messages", "conversations", "prompt", "completion"]):
-        near = [] if want in row else difflib.get_close_matches(want, keys, 1)
-        if near and want == text_key and isinstance(row[near[0]], str):
+    texts = [key for key in keys if isinstance(row.get(key), str) and not is_blank(row[key])]
+    slips = [key for key in keys if key not in _NAMES]
+    for want in dict.fromkeys([text_key, *_NAMES]):
+        fitting = [key for key in slips if (key in texts) != (want in _CHATS)]
+        near = [] if want in row else difflib.get_close_matches(want, fitting, 1, cutoff=0.75)
+        if near and want == text_key and near[0] in texts:
             return f"set text_key: {near[0]}, or rename the key"
         if near:
             return f"rename `{near[0]}` to `{want}`"
     if "prompt" in row or "completion" in row:
         return "give both `prompt` and `completion`"
-    texts = [key for key in row if isinstance(row[key], str) and not is_blank(row[key])]
-    if not texts:
+    parts = [key for key in keys if isinstance(row.get(key), (list, Mapping)) and row[key]]
+    if not texts or parts:
         return "write the row as `text`, as `messages`, or as `prompt` with `completion`"
     longest = max(texts, key=lambda key: len(row[key]))
     if len(texts) == 1:
