@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError, RunError
-from stillhouse.runfolder import Outcome, RunFolder, disk_errors
+from stillhouse.runfolder import Outcome, RunFolder
 
 
 def writes(text: str, calls: list[str]):  # type: ignore[no-untyped-def]

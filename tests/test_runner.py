@@ -426,6 +426,23 @@ def test_a_moved_run_folder_still_works(finished: tuple[Path, RunResult], tmp_pa
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "moved" / "model") is not None
 
 
+def test_a_moved_run_whose_data_is_made_again_trains_nothing_again(tmp_path: Path) -> None:
+    def recipe(folder: Path) -> dict[str, Any]:
+        source = {"kind": "text", "path": "text.txt", "documents": "line"}
+        return tiny.recipe(folder, teacher={"model": "./teacher"}, data={"sources": [source]})
+
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    stillhouse.run(recipe(before), base=before)
+    before.rename(after)
+    (data,) = (after / "run" / "stages").glob("data-*")
+    shutil.rmtree(data)
+    result = stillhouse.run(recipe(after), base=after)
+    assert result is not None
+    done = [stage.name for stage in result.stages if not stage.reused]
+    assert set(done) <= {"data", "report"}
+
+
 def test_several_teachers_give_the_mean_of_their_losses(tmp_path: Path) -> None:
     tiny.save_model(tmp_path / "other", seed=5)
     names = ["teacher", str(tmp_path / "other")]

@@ -10,13 +10,11 @@ A recipe that is changed and changed back finds its old stages again.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,9 +22,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from stillhouse.checksums import damaged_files, file_facts, seal_broken, sealed
+from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError, StillhouseError
 from stillhouse.progress import note
 from stillhouse.scratch import scratch_in
@@ -75,6 +74,7 @@ class RunFolder:
         self.root = root
         self.links = links or root
         self.stages = root / "stages"
+        self._lock: IO[str] | None = None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -100,8 +100,28 @@ class RunFolder:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}")
             lock.flush()
-            with scratch_in(self.root):
-                yield
+            self._lock = lock
+            try:
+                with scratch_in(self.root):
+                    yield
+            finally:
+                self._lock = None
+
+    def _require_own(self) -> None:
+        """Raises RunError where the folder is not the one that this process locked: it was deleted
+        or moved, and libraries make the folders anew that they write to."""
+        if self._lock is None:
+            return
+        try:
+            own = os.path.samestat(os.fstat(self._lock.fileno()), (self.root / ".lock").stat())
+        except OSError:
+            own = False
+        if not own:
+            raise RunError(
+                "the run folder was deleted, moved or replaced while the run was writing to it",
+                where=self.root,
+                fix="put it back if you moved it, and give the same command again",
+            )
 
     def key(self, name: str, depends_on: Mapping[str, Any]) -> str:
         canonical = json.dumps({"stage": name, **depends_on}, sort_keys=True, ensure_ascii=True)
@@ -155,11 +175,15 @@ class RunFolder:
         final = self._final(name, depends_on)
         partial = self.partial(name, depends_on)
         with disk_errors(partial):
+            self._require_own()
             if partial.exists() and not resumable:
                 shutil.rmtree(partial)
             partial.mkdir(parents=True, exist_ok=True)
             started = time.time()
-            outcome = work(partial)
+            try:
+                outcome = work(partial)
+            finally:
+                self._require_own()
             seconds = time.time() - started if outcome.seconds is None else outcome.seconds
             if check is not None:
                 _check_product(name, partial, check)
@@ -267,50 +291,6 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-_NO_FOLDER = (FileExistsError, NotADirectoryError, IsADirectoryError)
-_FULL = re.compile(
-    "No space left|os error 28|disk is full|PytorchStreamWriter failed|inline_container"
-    "|unexpected pos"
-)
-"""How libraries say that a file could not be written to its end."""
-_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
-
-
-@contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """Turns a full disk or a missing permission into a RunError; other errors pass.
-
-    torch and safetensors report a full disk as errors of their own, so their text is looked at.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _DISK:
-            raise _disk_full(_DISK[error.errno], where) from error
-        if error.errno in _PERMISSION or isinstance(error, _NO_FOLDER):
-            raise RunError(
-                f"cannot write here: {error.strerror}",
-                where=error.filename or where,
-                fix="check the folder's owner and permissions, or give another folder: "
-                "--set folder=PATH",
-            ) from error
-        raise
-    except Exception as error:
-        if _FULL.search(str(error)):
-            raise _disk_full("the disk is full", where) from error
-        raise
-
-
-def _disk_full(what: str, where: Path) -> RunError:
-    return RunError(
-        what,
-        where=where,
-        fix="free some space and give the same command again: finished stages and complete "
-        "checkpoints are kept",
-    )
 
 
 # --- where a run's folder is -----------------------------------------------------------------

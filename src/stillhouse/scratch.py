@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stillhouse.disk_errors import full_disk
+from stillhouse.errors import RunError, StillhouseError
+
 _place: Path | None = None
+_root: Path | None = None
 
 
 @contextmanager
@@ -19,14 +23,15 @@ def scratch_in(root: Path) -> Iterator[None]:
 
     root: a run folder that only this process uses. The folder is deleted before and after.
     """
-    global _place
-    before, _place = _place, _of(root)
+    global _place, _root
+    before = (_place, _root)
+    _place, _root = _of(root), root
     shutil.rmtree(_place, ignore_errors=True)
     try:
         yield
     finally:
         shutil.rmtree(_place, ignore_errors=True)
-        _place = before
+        _place, _root = before
 
 
 def _of(root: Path) -> Path:
@@ -45,6 +50,29 @@ def scratch_place() -> Path:
     return _place
 
 
-def temporary_folder(prefix: str) -> tempfile.TemporaryDirectory[str]:
-    """A folder that is deleted after the `with` block."""
-    return tempfile.TemporaryDirectory(prefix=prefix, dir=scratch_place())
+@contextmanager
+def temporary_folder(prefix: str) -> Iterator[str]:
+    """A folder that is deleted after the `with` block.
+
+    Raises RunError where its disk is full; a full disk of the run folder is another error.
+    """
+    place = scratch_place()
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as folder:
+        try:
+            yield folder
+        except StillhouseError:
+            raise
+        except Exception as error:
+            if full_disk(error) and _is_fuller(place):
+                raise RunError(
+                    "the disk of the temporary folder is full",
+                    where=place,
+                    fix="free some space there, or set TMPDIR to a folder on a larger disk; then "
+                    "give the same command again: finished stages are kept",
+                ) from error
+            raise
+
+
+def _is_fuller(place: Path) -> bool:
+    """Whether there is less space than on the disk of the run folder."""
+    return _root is None or shutil.disk_usage(place).free < shutil.disk_usage(_root).free

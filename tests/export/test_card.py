@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,3 +173,23 @@ def test_every_model_that_took_part_is_named_with_its_license(tmp_path: Path) ->
         "The student's start, meta/small (commit 4567)",
         "Another teacher, google/large (commit 89)",
     ]
+
+
+def test_names_labels_and_paths_format_nothing_in_a_card(tmp_path: Path) -> None:
+    teacher = Origin(TEACHER, "org/<b>large</b> [x](http://y)", License("my *own*\n---\nlicense"))
+    card = replace(
+        card_of(),
+        name="small <script>",
+        origins=[teacher],
+        about=["Labels: <img src=x onerror=alert(1)>, **bold**, a|b, line\n# heading, \x1b[31m."],
+        data="texts/my_<i>data</i>.csv",
+        recipe="prompt: |\n  ```\n  # no heading\n",
+    )
+    write_language_model_card(tmp_path, card, REPLAY)
+    _, head, body = (tmp_path / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["license"] == "my *own* --- license"
+    assert "Labels: \\<img src=x onerror=alert(1)\\>, \\*\\*bold\\*\\*, a\\|b, line # head" in body
+    assert "texts/my\\_\\<i\\>data\\</i\\>.csv" in body
+    assert "\x1b" not in body
+    assert "<" not in body.replace("\\<", "")
+    assert "````yaml\nprompt: |\n  ```\n  # no heading\n````" in body

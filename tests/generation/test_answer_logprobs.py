@@ -15,7 +15,13 @@ import stillhouse
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import RecipeError, SignalError
-from stillhouse.generation.answer_logprobs import ByteVocabulary, align, entry_rows
+from stillhouse.generation.answer_logprobs import (
+    ByteVocabulary,
+    align,
+    entry_rows,
+    mean_log_probability,
+)
+from stillhouse.generation.request import Answer
 from stillhouse.pipeline.kind import RunResult
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.segments import find_segments
@@ -245,3 +251,31 @@ def test_keys_that_do_not_go_together(
         raw[key] = {**raw[key], **section}
     with pytest.raises(RecipeError, match=expected):
         parse_recipe(raw)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"logprob": None},
+        {"logprob": "-1"},
+        {"logprob": -(10**400)},
+        {"bytes": [999]},
+        {"top_logprobs": [{"token": "b"}]},
+        {"top_logprobs": [7]},
+        {"top_logprobs": 7},
+    ],
+)
+def test_a_malformed_position_of_an_old_journal_counts_as_not_reported(damage: Any) -> None:
+    given = positions("abc")
+    given[1] |= damage
+    aligned = align(row("q", "abc"), "abc", given, 5, WORDS)
+    assert aligned.matched
+    assert aligned.reported == [True, False, True, False]
+    assert aligned.entries[1] == {TOKENIZER("b")["input_ids"][0]: 0.0}
+    assert mean_log_probability(Answer("abc", logprobs=given)) == pytest.approx(math.log(0.5))
+
+
+@pytest.mark.parametrize("given", [[None, 7, "x"], [{}, [], {"token": 5}]])
+def test_positions_without_a_token_match_nothing(given: list[Any]) -> None:
+    assert not align(row("q", "abc"), "abc", given, 5, WORDS).matched
+    assert mean_log_probability(Answer("abc", logprobs=given)) is None

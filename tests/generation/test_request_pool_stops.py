@@ -145,7 +145,7 @@ def test_refused_prompts_stop_nothing_where_others_are_answered(journal: Journal
 def test_an_exhausted_daily_quota_is_not_waited_for(journal: Journal) -> None:
     with (
         Stub(lambda n, p: error(429, "per day", {"retry-after": "86400"})) as stub,
-        pytest.raises(EndpointError, match="per day"),
+        pytest.raises(EndpointError, match=r"asks to wait 86,400 s .*per day"),
     ):
         run(journal, stub, requests(stub, 3), concurrency=1)
 

@@ -317,6 +317,25 @@ def test_check_tells_the_cost_from_the_answers_there_are(tmp_path: Path) -> None
     assert done == "12 of 12 requests are answered"
 
 
+def test_the_summary_has_what_lost_answers_may_have_cost(tmp_path: Path) -> None:
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        return Reply(how="cut") if number == 0 else echo(number, payload)
+
+    with Stub(script) as stub:
+        recipe = write(tmp_path, stub.url, api={"price": PRICE, "concurrency": 1})
+        whole = synthesize_text(recipe)
+        again = synthesize_text(recipe)
+    assert whole.answered == 12
+    assert whole.usd == pytest.approx(12 * (10 * 1 + 5 * 10) / 1e6)
+    assert whole.lost_tokens > 20
+    assert whole.lost_usd > 20 * 10 / 1e6
+    lost = dict(whole.lines())["lost"]
+    assert lost == (
+        f"at most ${whole.lost_usd:.4f}, {whole.lost_tokens} tokens, billed and not received"
+    )
+    assert again.lost_usd == whole.lost_usd
+
+
 # --- accidents ---------------------------------------------------------------------------------
 
 

@@ -212,7 +212,6 @@ def _write(
         notes=dict(pool.notes.most_common()),
         packing=section.packing,
         pad_token_id=pad_id,
-        tokenizer=str(getattr(tokenizer, "name_or_path", "")),
     )
     if not windows.supervised_tokens:
         raise DataError(

@@ -61,7 +61,6 @@ class WindowsInfo:
     rows_dropped: int
     packing: str
     pad_token_id: int
-    tokenizer: str
     formats: dict[str, int] = field(default_factory=dict)
     notes: dict[str, int] = field(default_factory=dict)
 
@@ -154,6 +153,8 @@ def _read_info(path: Path) -> WindowsInfo:
         raise DataError("This is not a folder of windows", where=file, fix=_AGAIN) from error
     except (ValueError, OSError) as error:
         raise DataError(f"windows.json is damaged: {error}", where=file, fix=_AGAIN) from error
+    if isinstance(raw, dict):
+        raw.pop("tokenizer", None)  # older versions wrote its path
     if not isinstance(raw, dict) or not needed <= set(raw) <= names:
         raise DataError("windows.json is damaged or of another version", where=file, fix=_AGAIN)
     return WindowsInfo(**raw)

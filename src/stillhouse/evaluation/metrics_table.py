@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from stillhouse.markdown import inert
 from stillhouse.number_format import NBSP
 
 
@@ -93,7 +94,7 @@ def to_markdown(table: MetricsTable) -> str:
     lines = ["| " + " | ".join(map(_escaped, line)) + " |" for line in (heads, *rows)]
     lines.insert(1, "|" + " --- |" * len(heads))
     parts = [f"{table.title}:" if table.title else "", "\n".join(lines)]
-    parts.append("\n".join(f"- {text}" for text in [*table.definitions, *table.notes]))
+    parts.append("\n".join(f"- {inert(one)}" for one in [*table.definitions, *table.notes]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -102,4 +103,4 @@ def _in_one(cell: Cell) -> str:
 
 
 def _escaped(text: str) -> str:
-    return " ".join(text.replace(NBSP, " ").replace("|", "\\|").split())
+    return inert(text.replace(NBSP, " "))

@@ -18,12 +18,12 @@ from torch import Tensor
 from stillhouse.data.draw_windows import draw_windows
 from stillhouse.data.shift import supervised_targets
 from stillhouse.data.windows import ARRAYS, WindowSet
+from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError, RunError
 from stillhouse.export import replay
 from stillhouse.export.fresh_process import offline, run_script
 from stillhouse.hardware import default_device
 from stillhouse.progress import note
-from stillhouse.runfolder import disk_errors
 from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.load_model import load_model
 

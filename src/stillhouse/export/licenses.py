@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from stillhouse.finding import Finding
+from stillhouse.markdown import inert
 from stillhouse.teachers.model_source import ModelSource
 
 CARD = "README.md"
@@ -85,7 +86,7 @@ class License:
         if self.id in (UNKNOWN, API_TERMS):
             return {}
         named = {"license": self.id, "license_name": self.name, "license_link": self.link}
-        return {key: value for key, value in named.items() if value}
+        return {key: " ".join(value.split()) for key, value in named.items() if value}
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,8 @@ def licenses_section(origins: Sequence[Origin]) -> str:
 
 
 def _of(one: Origin) -> str:
-    whose = f"{one.part}'s" if one.part == TEACHER else f"{one.part}, {one.model}"
-    text = f"{whose}: **{one.license.shown}**."
+    whose = f"{one.part}'s" if one.part == TEACHER else f"{one.part}, {inert(one.model)}"
+    text = f"{whose}: **{inert(one.license.shown)}**."
     return text if one.warning is None else f"{text} Warning: {one.warning}"
 
 

@@ -14,6 +14,7 @@ from stillhouse.checksums import write_sums
 from stillhouse.evaluation.metrics_table import MetricsTable, to_markdown
 from stillhouse.export.gate import ReplayResult
 from stillhouse.export.licenses import CARD, Origin, licenses_section, origins_head
+from stillhouse.markdown import fenced, inert
 from stillhouse.runfolder import sha, write_atomically
 
 TAGS = ["distillation", "stillhouse"]
@@ -31,7 +32,7 @@ class ModelCard:
 
     pipeline: the Hub's name of the job. origins: the teacher first, and what else took part. about:
     a paragraph each. limits: beside those of every student. recipe: resolved YAML. hashes: of what
-    the run started from, by name.
+    the run started from, by name. All are plain text, and no Markdown.
     """
 
     name: str
@@ -69,8 +70,8 @@ def write_card(
     hashes = [*card.hashes.items(), *_weight_hashes(folder).items()]
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {card.name}",
-        *card.about,
+        f"# {inert(card.name)}",
+        *map(inert, card.about),
         *(["## How to use it", use] if use else []),
         "## Evaluation",
         to_markdown(card.metrics),
@@ -79,11 +80,11 @@ def write_card(
         licenses_section(card.origins),
         "## Limits",
         LIMITS,
-        "\n".join(f"- {limit}" for limit in [*card.limits, *limits]),
+        "\n".join(f"- {inert(limit)}" for limit in [*card.limits, *limits]),
         "## Provenance",
-        f"Data: {card.data}.",
+        f"Data: {inert(card.data)}.",
         to_markdown(MetricsTable.of_text(["what", "SHA-256 or key"], hashes)),
-        f"```yaml\n{card.recipe}```",
+        fenced(card.recipe, "yaml"),
     ]
     write_atomically(folder / CARD, "\n\n".join(part for part in parts if part) + "\n")
     write_sums(folder)

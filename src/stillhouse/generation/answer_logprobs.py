@@ -21,7 +21,7 @@ import numpy as np
 
 from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import SignalError
-from stillhouse.generation.request import Answer
+from stillhouse.generation.request import Answer, are_logprobs
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import EntryRows, split_ids
 from stillhouse.teachers.token_bytes import token_bytes
@@ -82,12 +82,13 @@ def align(
     row: TokenRow, text: str, logprobs: Sequence[Any] | None, k: int, vocabulary: ByteVocabulary
 ) -> Aligned:
     """The signal of a row whose last turn is `text`. logprobs: as the API gave them for the whole
-    answer, of which `text` is the last part. Raises SignalError: probabilities of more than 1."""
+    answer, of which `text` is the last part; malformed ones, which an older journal may have,
+    count as not reported. Raises SignalError: probabilities of more than 1."""
     supervised = np.flatnonzero(row.supervised)
     supervised = supervised[supervised > 0]
     ids = row.ids[supervised].tolist()
     entries: list[Entries] = [{i: 0.0} for i in ids]
-    found = _places(row, supervised, text, logprobs or [], vocabulary)
+    found = _places(row, supervised, text, [_sound(one) for one in logprobs or []], vocabulary)
     reported = [False] * len(ids)
     for place, position in found:
         distribution = _entries(position, ids[place], k, vocabulary)
@@ -95,6 +96,13 @@ def align(
             entries[place] = distribution
             reported[place] = True
     return Aligned(entries, reported, bool(found))
+
+
+def _sound(position: Any) -> Mapping[str, Any]:
+    """The position; of a malformed one its token's text alone."""
+    if are_logprobs([position]):
+        return position
+    return {"token": position.get("token") if isinstance(position, dict) else None}
 
 
 def _places(
@@ -192,7 +200,5 @@ def entry_rows(entries: Sequence[Entries], vocabulary: int) -> tuple[EntryRows, 
 
 def mean_log_probability(answer: Answer) -> float | None:
     """Of the answer's tokens that the teacher gave one for; None where it gave none."""
-    entries = [entry for entry in answer.logprobs or [] if isinstance(entry, dict)]
-    given = [entry.get("logprob") for entry in entries]
-    values = [float(value) for value in given if isinstance(value, int | float)]
+    values = [float(one["logprob"]) for one in answer.logprobs or [] if are_logprobs([one])]
     return sum(values) / len(values) if values else None

@@ -130,8 +130,7 @@ class Journal:
         row = next(iter(self._rows(_ANSWER, key)), None)
         if row is None:
             return None
-        answer = Answer(*row)
-        return answer if row[-1] is None else replace(answer, logprobs=json.loads(row[-1]))
+        return replace(Answer(*row), logprobs=_logprobs(row[-1]))
 
     def known(self, keys: Sequence[str]) -> set[str]:
         """Those of the keys (a few hundred) that have a committed answer."""
@@ -220,6 +219,15 @@ def _commit(connection: sqlite3.Connection, rows: Sequence[_Row], path: Path) ->
     for row in rows:
         row.done.set_result(None)
     return answers
+
+
+def _logprobs(stored: str | None) -> list[Any] | None:
+    """None where there are none, or where a journal without hashes holds something else."""
+    try:
+        found = json.loads(stored or "null")
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) else None
 
 
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

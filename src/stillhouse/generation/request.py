@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,6 +20,8 @@ from urllib.parse import urlsplit
 from stillhouse.generation.generation_config import ApiTeacher
 
 Message = Mapping[str, Any]
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,9 @@ def _is_token(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("token"), str):
         return False
     logprob, raw = entry.get("logprob"), entry.get("bytes")
-    if not isinstance(logprob, int | float) or isinstance(logprob, bool) or not logprob <= 1e-2:
+    if not isinstance(logprob, int | float) or isinstance(logprob, bool):
+        return False
+    if not (logprob == -math.inf or -_LARGEST <= logprob <= 1e-2):
         return False
     if raw is not None and not isinstance(raw, list):
         return False

@@ -287,7 +287,15 @@ class Pool:
         self.advance(1)
         # A server that answers others refuses these for their content.
         self._failures_in_a_row += failed.kind != "refused" or not self._answers
-        if (failed.wait or 0.0) >= LONGEST_WAIT or self._failures_in_a_row >= MOST_FAILURES:
+        if (failed.wait or 0.0) >= LONGEST_WAIT:
+            raise EndpointError(
+                f"the server asks to wait {failed.wait:,.0f} s before the next request: "
+                f"{failed.reason}",
+                where=request.endpoint,
+                fix="repeat the command then, or raise the account's limit: answers that arrived "
+                "are kept",
+            )
+        if self._failures_in_a_row >= MOST_FAILURES:
             raise EndpointError(
                 f"{self._failures_in_a_row} requests in a row failed; the last: {failed.reason}",
                 where=request.endpoint,

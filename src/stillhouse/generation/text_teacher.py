@@ -116,7 +116,7 @@ class ApiText:
         budget.spent = spent
         if self.price is None:
             note("the price is unknown, and so is the cost: set api.price")
-        with bar(f"requests to {self.api.model}", estimate.requests, "answers") as advance:
+        with bar(f"requests to {self.api.model}", estimate.requests, "requests") as advance:
             tally = _stoppable(self._answer_all(requests, journal, budget, advance)).tally
         if tally.failed and not tally.answered and estimate.missing == estimate.requests:
             *_, (_, kind, reason) = journal.failures()

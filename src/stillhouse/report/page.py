@@ -12,11 +12,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field, TypeAdapter, ValidationError
 
+from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 from stillhouse.evaluation.metrics_table import MetricsTable
 from stillhouse.report.charts import Chart, draw
 from stillhouse.report.palette import role_color
-from stillhouse.runfolder import disk_errors, write_atomically
+from stillhouse.runfolder import write_atomically
 
 REPORT, FAMILY_REPORT, REPORT_DATA = "report.html", "family.html", "report.json"
 """The page of a run, the page of a family, and the data that lie beside either."""

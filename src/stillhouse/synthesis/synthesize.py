@@ -40,6 +40,8 @@ class Synthesis:
     new: answered in this run. failed: in this run. kept: rows in `out`. dropped: rows by
     the filter that dropped them. tokens, usd: of all answers, whichever run paid, and of the
     requests that wrote the prompts. unpriced: answers of unknown cost, which `usd` leaves out.
+    lost_tokens, lost_usd: the most that may have been billed beside that, for answers that did not
+    arrive.
     judged, unjudged: verdicts of a judge, and missing ones; judge_*: their cost, judge_usd None if
     the price is unknown.
     """
@@ -60,6 +62,8 @@ class Synthesis:
     unjudged: int = 0
     judge_tokens: int = 0
     judge_usd: float | None = 0.0
+    lost_tokens: int = 0
+    lost_usd: float = 0.0
     dropped: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -83,10 +87,17 @@ class Synthesis:
             ("dropped", f"{dropped or 'none'}  {self.dropped_rows if dropped else ''}".rstrip()),
             ("tokens", f"{self.tokens:,}"),
             ("cost", self.cost),
+            *self._lost_line(),
             *self._judge_line(),
             ("journal", str(self.journal)),
             ("rows", f"{self.kept:,}  {self.out}"),
         ]
+
+    def _lost_line(self) -> list[tuple[str, str]]:
+        if not self.lost_tokens:
+            return []
+        cost = f"${self.lost_usd:,.4f}, " if self.lost_usd else ""
+        return [("lost", f"at most {cost}{self.lost_tokens:,} tokens, billed and not received")]
 
     def _judge_line(self) -> list[tuple[str, str]]:
         if not self.judged + self.unjudged:
@@ -144,6 +155,8 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
         tokens=rows.tokens + writing.tokens,
         usd=rows.usd + writing.usd,
         unpriced=rows.unpriced,
+        lost_tokens=rows.lost.tokens,
+        lost_usd=rows.lost.usd,
         out_of_budget=out_of_budget,
         dropped=dict(sieve.dropped),
         **judged,
@@ -171,18 +184,23 @@ class Rows:
         self.requests, self.journal = requests, journal
         self.answered = self.tokens = self.unpriced = 0
         self.usd = 0.0
+        self.lost = Spending()
 
     def __iter__(self) -> Iterator[Row]:
         keep = self.requests.job.section.reasoning == "keep"
         seen: set[bytes] = set()
         for prompt, request in self.requests.pairs():
             answer = self.journal.get(request.key)
+            digest = bytes.fromhex(request.key)[:16]
+            first = digest not in seen  # a repeated prompt was paid for once
+            if first:
+                seen.add(digest)
+                usd, tokens = self.journal.billed_failures(request.key)
+                self.lost += Spending(tokens, usd)
             if answer is None:
                 continue
             self.answered += 1
-            digest = bytes.fromhex(request.key)[:16]
-            if digest not in seen:  # a repeated prompt was paid for once
-                seen.add(digest)
+            if first:
                 self.tokens += (answer.prompt_tokens or 0) + (answer.completion_tokens or 0)
                 self.usd += answer.cost or 0.0
                 self.unpriced += answer.cost is None

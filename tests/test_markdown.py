@@ -1,0 +1,25 @@
+"""Text inside Markdown is shown as it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from stillhouse.markdown import fenced, inert
+
+
+@pytest.mark.parametrize(
+    ("text", "written"),
+    [
+        ("plain, 81%", "plain, 81%"),
+        ("<b>&lt;", "\\<b\\>&amp;lt;"),
+        ("my_model *x* `y` [z](u) a|b ~c~", "my\\_model \\*x\\* \\`y\\` \\[z\\](u) a\\|b \\~c\\~"),
+        ("one\n\n# two\x1b", "one # two␛"),
+    ],
+)
+def test_nothing_in_a_text_is_markup(text: str, written: str) -> None:
+    assert inert(text) == written
+
+
+@pytest.mark.parametrize(("text", "fence"), [("a", "```"), ("```\na", "````"), ("`````", "`" * 6)])
+def test_a_text_cannot_end_its_code_block(text: str, fence: str) -> None:
+    assert fenced(text, "yaml") == f"{fence}yaml\n{text}\n{fence}"
