@@ -12,7 +12,8 @@ from stillhouse.markdown import fenced, inert
     [
         ("plain, 81%", "plain, 81%"),
         ("<b>&lt;", "\\<b\\>&amp;lt;"),
-        ("my_model *x* `y` [z](u) a|b ~c~", "my\\_model \\*x\\* \\`y\\` \\[z\\](u) a\\|b \\~c\\~"),
+        ("my_model *x* `y` [z](u) a|b ~c~", "my_model \\*x\\* \\`y\\` \\[z\\](u) a\\|b \\~c\\~"),
+        ("_x_ __init__ a__b", "\\_x\\_ \\_\\_init\\_\\_ a\\_\\_b"),
         ("one\n\n# two\x1b", "one # two␛"),
     ],
 )

@@ -6,7 +6,8 @@ import re
 
 from stillhouse.terminal import visible
 
-_SYNTAX = re.compile(r"[\\`*_\[\]<>|~]")
+_SYNTAX = re.compile(r"[\\`*\[\]<>|~]|(?<![^\W_])_|_(?![^\W_])")
+"""An underscore between letters or digits is none."""
 
 
 def inert(text: str) -> str:
