@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,41 @@ def test_answers_in_parts_and_a_whole_json_file_are_read(folder: Path) -> None:
     whole = folder / "logs.json"
     whole.write_text(json.dumps({"object": "list", "data": rows}, indent=1))
     assert sorted(read_logs(whole).labels) == sorted(LABELS)
+
+
+LOGS: dict[str, Callable[[str, str], dict[str, Any]]] = {
+    "ShareGPT": lambda q, a: {
+        "conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+    },
+    "Alpaca": lambda q, a: {"instruction": q, "input": "", "output": a},
+    "prompt and completion": lambda q, a: {"prompt": q, "completion": a},
+    "reasoning": lambda q, a: {
+        "messages": [
+            {"role": "user", "content": q},
+            {"role": "assistant", "content": f"<think>\nhm\n</think>\n\n{a}"},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("form", LOGS)
+def test_rows_of_training_data_are_logs(folder: Path, form: str) -> None:
+    pairs = [(f"message {number}", LABELS[number % len(LABELS)]) for number in range(30)]
+    path = folder / "logs.json"
+    path.write_text(json.dumps([LOGS[form](*pair) for pair in pairs]))
+    logs = read_logs(path)
+    assert logs.pairs == pairs
+    assert sorted(logs.labels) == sorted(LABELS)
+
+
+def test_an_answer_of_weight_0_shows_no_task(folder: Path) -> None:
+    def row(number: int) -> dict[str, Any]:
+        answer = {"role": "assistant", "content": "wrong", "weight": number % 2}
+        return {"messages": [{"role": "user", "content": f"message {number}"}, answer]}
+
+    path = folder / "logs.json"
+    path.write_text(json.dumps([row(number) for number in range(30)]))
+    assert len(read_logs(path).pairs) == 15
 
 
 def test_what_is_left_of_longer_chats_is_said(

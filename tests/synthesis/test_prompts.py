@@ -107,6 +107,64 @@ def test_what_is_no_prompt_is_named_with_its_place(
     assert name in str(caught.value.where)
 
 
+# --- the same rows as training data has ----------------------------------------------------------
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+BRIEF = (SYSTEM, USER)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"system": "Be brief.", "messages": ANSWERED},
+        {"system": "Be brief.", "prompt": USER["content"]},
+        {"system": [{"type": "text", "text": "Be brief."}], "messages": [USER]},
+        {"request": {"system": "Be brief.", "messages": [USER]}},
+        {"system_prompt": "Be brief.", "question": USER["content"], "answer": "4"},
+        {"messages": json.dumps([SYSTEM, *ANSWERED])},
+        {"messages": {"role": ["System", "user"], "content": ["Be brief.", USER["content"]]}},
+        {
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": USER["content"]},
+                {"from": "gpt", "value": "4"},
+            ]
+        },
+    ],
+    ids=["system", "system of a string", "system parts", "system of a request", "question",
+         "JSON text", "one list per key", "ShareGPT"],
+)  # fmt: skip
+def test_rows_of_training_data_are_prompts_with_all_that_belongs_to_them(
+    tmp_path: Path, row: dict[str, Any]
+) -> None:
+    (prompt,) = read(tmp_path / "p.jsonl", json.dumps(row) + "\n")
+    assert prompt.messages == BRIEF
+
+
+def test_an_instruction_keeps_its_input(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
+    (prompt,) = read(tmp_path / "p.json", json.dumps([row]))
+    assert prompt.messages == ({"role": "user", "content": "Add.\n2 and 2"},)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"messages": [USER], "tools": [{"type": "function"}]}, "`tools`"),
+        ({"request": {"messages": [USER], "tools": [{"type": "function"}]}}, "`tools`"),
+        ({"messages": [USER], "images": ["a.png"]}, "only text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "no text"),
+        ({"system": "Be long.", "messages": list(BRIEF)}, "another one among"),
+    ],
+)
+def test_what_would_not_be_sent_or_learned_is_refused(
+    tmp_path: Path, row: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(DataError, match=expected) as caught:
+        read(tmp_path / "p.jsonl", json.dumps(row) + "\n")
+    assert str(caught.value.where).endswith("p.jsonl:1")
+
+
 def test_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         list(read_prompts(tmp_path / "nowhere.txt"))

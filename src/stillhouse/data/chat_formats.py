@@ -39,7 +39,7 @@ _CALLS = ("function_call", "function-call", "tool_call")
 """Roles of ShareGPT's turns that are calls written as JSON."""
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
-_LEARNED = ("weight", "train", "loss", "trainable")
+LEARNED = ("weight", "train", "loss", "trainable")
 """Keys that say with 1 or true that a turn is learned: those of OpenAI, Axolotl, ms-swift and
 Fireworks."""
 _MASKED = ("masked",)
@@ -82,18 +82,8 @@ def read_chat(
                 fix=f"write the whole answer as one message of `{completion}`; or, if they are "
                 f"two turns, use `messages` with `weight`: 0 in the first",
             )
-    system = system_prompt(row, where)
-    if system:
-        own = [m["content"] for m in found if m["role"] == "system"]
-        if own and own != [system]:
-            raise DataError(
-                "The row has a system prompt of its own and another one among its messages",
-                where=where,
-                fix="keep one of them",
-            )
-        if not own:
-            found.insert(0, {"role": "system", "content": system})
-            before += before > 0
+    if add_system(found, row, where):
+        before += before > 0
     others = sorted({m["role"] for m in found} - set(_KNOWN_ROLES))
     context_only = _take_weights(found, key, where)
     tools = read_tools(row, where)
@@ -123,7 +113,7 @@ def _refuse_suspects(
         if pattern.search(str(key)) and value not in (None, 1, []):
             raise DataError(
                 f"{owner} has a key `{key}`, which seems to change what is learned and is not "
-                f"known (known for a message: {', '.join(f'`{k}`' for k in _LEARNED + _MASKED)})",
+                f"known (known for a message: {', '.join(f'`{k}`' for k in LEARNED + _MASKED)})",
                 where=where,
                 fix="write `weight`: 0 in each assistant message that is not to be learned, and "
                 f"remove or rename `{key}`",
@@ -162,7 +152,7 @@ def system_prompt(row: Mapping[str, Any], where: str) -> str:
     for key in ("system", "system_prompt"):
         value = row.get(key)
         if isinstance(value, list):
-            value = "".join(_text_parts(value, f"`{key}`", where))
+            value = "".join(text_parts(value, f"`{key}`", where))
         if value is not None and not isinstance(value, str):
             raise DataError(
                 f"`{key}` must be a string, but it is of type {type(value).__name__}",
@@ -172,6 +162,23 @@ def system_prompt(row: Mapping[str, Any], where: str) -> str:
         if value:
             return value
     return ""
+
+
+def add_system(messages: list[dict[str, Any]], row: Mapping[str, Any], where: str) -> bool:
+    """Puts the row's own system prompt before its messages, where they have none; whether it did.
+    Raises DataError if they have another one."""
+    system = system_prompt(row, where)
+    own = [message.get("content") for message in messages if message["role"] == "system"]
+    if system and own and own != [system]:
+        raise DataError(
+            "The row has a system prompt of its own and another one among its messages",
+            where=where,
+            fix="keep one of them",
+        )
+    if not system or own:
+        return False
+    messages.insert(0, {"role": "system", "content": system})
+    return True
 
 
 def is_blank(text: str) -> bool:
@@ -221,6 +228,14 @@ def _message(message: Any, name: str, where: str) -> dict[str, Any]:
             where=where,
             fix=_WRITE_MESSAGE,
         )
+    made = with_known_role(message, name, where)
+    decode_calls(made, name, where)
+    _check_content(made, message, name, where)
+    return made
+
+
+def with_known_role(message: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """A message with role and content, without nulls; its role as templates know it."""
     # `content` may be null beside tool calls, and is an error alone: it stays.
     made = {k: v for k, v in message.items() if v is not None or k == "content"}
     if "from" in made and "role" not in made:
@@ -235,8 +250,6 @@ def _message(message: Any, name: str, where: str) -> dict[str, Any]:
     role = made["role"].strip()
     lower = role.lower()  # Cohere's files have System, User and Chatbot
     made["role"] = _ROLES.get(lower, lower if lower in _KNOWN_ROLES else role)
-    decode_calls(made, name, where)
-    _check_content(made, message, name, where)
     return made
 
 
@@ -270,7 +283,7 @@ def _check_content(
     if isinstance(content, str):
         return
     if isinstance(content, list) and content:
-        _text_parts(content, f"`{name}`", where)
+        text_parts(content, f"`{name}`", where)
         message["content"] = [without_nulls(part)[0] for part in content]
         return
     if not content and message.get("tool_calls") and not isinstance(content, Mapping):
@@ -287,7 +300,7 @@ def _check_content(
     raise DataError(f"`{name}` {problem}", where=where, fix=fix)
 
 
-def _text_parts(parts: list[Any], owner: str, where: str) -> list[str]:
+def text_parts(parts: list[Any], owner: str, where: str) -> list[str]:
     """The texts of a content that is a list of parts."""
     texts = []
     for part in parts:
@@ -315,7 +328,7 @@ def _take_weights(messages: list[dict[str, Any]], key: str, where: str) -> froze
     """Removes the keys that say what is learned; the indices of assistant turns that are not."""
     context_only = set()
     for index, message in enumerate(messages):
-        said = {name: message.pop(name) for name in (*_LEARNED, *_MASKED) if name in message}
+        said = {name: message.pop(name) for name in (*LEARNED, *_MASKED) if name in message}
         _refuse_suspects(message, _SUSPECT, f"`{key}[{index}]`", where)
         for name, value in said.items():
             if not isinstance(value, (bool, int, float)) or value not in (0, 1):
@@ -324,7 +337,7 @@ def _take_weights(messages: list[dict[str, Any]], key: str, where: str) -> froze
                     where=where,
                     fix="use 1 for a turn that is learned, and 0 for one that is context only",
                 )
-        learned = {bool(value) == (name in _LEARNED) for name, value in said.items()}
+        learned = {bool(value) == (name in LEARNED) for name, value in said.items()}
         if len(learned) > 1:
             raise DataError(
                 f"`{key}[{index}]` says that it is learned and that it is not: {said}",

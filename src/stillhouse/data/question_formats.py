@@ -38,37 +38,13 @@ def is_pair(row: Mapping[str, Any]) -> bool:
 def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[str]]:
     """The chat, and the keys that were read. Raises DataError for a row that is not clear."""
     keys = _lower(row)
-    questions = [key for key in _QUESTIONS if key in keys]
-    more = [key for key in _MORE if key in keys]
-    if not questions:
-        questions, more = ["input"], [key for key in more if key != "input"]
-    if len(questions) == 2 and questions[1] == "query" and questions[0] != "question":
-        more, questions = ["query", *more], questions[:1]  # LLaMA-Factory's own names
     answers = [key for key in _ANSWERS if key in keys]
-    if len(questions) > 1 or len(answers) > 1:
-        several = questions if len(questions) > 1 else answers
-        raise DataError(
-            f"It is not clear what is learned: the row has {_named(several, keys)}",
-            where=where,
-            fix=f"{_WRITE}; or keep one of these keys",
-        )
-    unclear = [
-        key for key in keys
-        if _UNCLEAR.fullmatch(key) and key not in REASONING and row[keys[key]] not in ("", [])
-    ]  # fmt: skip
-    if unclear:
-        raise DataError(
-            f"It is not clear what is learned of {_named(unclear, keys)}", where=where, fix=_WRITE
-        )
-    question, answer = questions[0], answers[0]
-    text = _string(row, keys[question], where)
-    for key in more:
-        extra = _string(row, keys[key], where)
-        first_extra = key in ("context", "passage") and question != "instruction"
-        parts = (extra, text) if first_extra else (text, extra)
-        text = "\n".join(part for part in parts if part)
+    if len(answers) > 1:
+        raise _not_clear(answers, keys, where)
+    text, asked = read_question(row, where)
+    question, answer = asked[0].lower(), answers[0]
     turn = _answer(row, keys[answer], where)
-    used = [keys[key] for key in (question, *more, answer)]
+    used = [*asked, keys[answer]]
     reasoning = next((key for key in REASONING if row.get(keys.get(key, ""))), None)
     if reasoning is not None:
         turn["reasoning_content"] = _string(row, keys[reasoning], where)
@@ -86,6 +62,44 @@ def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[st
     format = "Alpaca" if alpaca else f"{question} and {answer}"
     about = About(format, conversation.about.notes)
     return replace(conversation, about=about), [*used, "history"]
+
+
+def read_question(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
+    """The question with all that belongs to it, and the keys that were read, the question's first.
+    Raises DataError for a row that is not clear."""
+    keys = _lower(row)
+    questions = [key for key in _QUESTIONS if key in keys]
+    more = [key for key in _MORE if key in keys]
+    if not questions:
+        questions, more = ["input"], [key for key in more if key != "input"]
+    if len(questions) == 2 and questions[1] == "query" and questions[0] != "question":
+        more, questions = ["query", *more], questions[:1]  # LLaMA-Factory's own names
+    if len(questions) > 1:
+        raise _not_clear(questions, keys, where)
+    unclear = [
+        key for key in keys
+        if _UNCLEAR.fullmatch(key) and key not in REASONING and row[keys[key]] not in ("", [])
+    ]  # fmt: skip
+    if unclear:
+        raise DataError(
+            f"It is not clear what is learned of {_named(unclear, keys)}", where=where, fix=_WRITE
+        )
+    question = questions[0]
+    text = _string(row, keys[question], where)
+    for key in more:
+        extra = _string(row, keys[key], where)
+        first_extra = key in ("context", "passage") and question != "instruction"
+        parts = (extra, text) if first_extra else (text, extra)
+        text = "\n".join(part for part in parts if part)
+    return text, [keys[key] for key in (question, *more)]
+
+
+def _not_clear(several: list[str], keys: Mapping[str, str], where: str) -> DataError:
+    return DataError(
+        f"It is not clear what is learned: the row has {_named(several, keys)}",
+        where=where,
+        fix=f"{_WRITE}; or keep one of these keys",
+    )
 
 
 def _answer(row: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:

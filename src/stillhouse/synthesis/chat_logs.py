@@ -10,7 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from stillhouse.data.chat_formats import LEARNED, as_messages, with_known_role
 from stillhouse.data.data_files import FileFormat, known_format
+from stillhouse.data.question_formats import is_pair, read_pair
+from stillhouse.data.reasoning import MARKS
 from stillhouse.data.row_reader import read_rows
 from stillhouse.data.words import bare
 from stillhouse.errors import DataError
@@ -22,7 +25,13 @@ FEWEST = 8
 """The fewest rows that a task can be read from."""
 _LABEL_CHARACTERS = 60
 _MOST_LABELS = 200
-_CHATS: tuple[tuple[str, ...], ...] = (("messages",), ("request", "messages"), ("messages", "data"))
+_CHATS: tuple[tuple[str, ...], ...] = (
+    ("messages",),
+    ("conversations",),
+    ("conversation",),
+    ("request", "messages"),
+    ("messages", "data"),
+)
 _CHOICES: tuple[tuple[str, ...], ...] = (
     ("response", "body", "choices"),
     ("response", "choices"),
@@ -119,7 +128,7 @@ def read_logs(path: Path) -> Logs:
     systems: Counter[str] = Counter()
     rows = longer = 0
     for row, where in read_rows(path, format=logs_format(path)):
-        messages, answer = prompt_messages(row, "prompt", where), _answer(row)
+        messages, answer = prompt_messages(row, "prompt", where), _answer(row, where)
         rows += 1
         text = text_of(messages[-1:])
         if answer is None or not text.strip():
@@ -147,21 +156,26 @@ def logs_format(path: Path) -> FileFormat:
     return "jsonl" if known in (None, "text") else known
 
 
-def _answer(row: Mapping[str, Any]) -> str | None:
-    """The last turn of the assistant, where logs keep it."""
+def _answer(row: Mapping[str, Any], where: str) -> str | None:
+    """The last turn of the assistant, where logs keep it; None if it is not to be learned."""
     for place in _CHATS:
-        messages = at(row, place)
-        if isinstance(messages, list) and messages and at(messages[-1], ("role",)) == "assistant":
-            return _said(messages[-1])
+        messages = as_messages(at(row, place))
+        if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):
+            last = with_known_role(messages[-1], "the last message", where)
+            if last["role"] == "assistant":
+                return None if any(last.get(key) == 0 for key in LEARNED) else _said(last)
     for place in _CHOICES:
         choices = at(row, place)
         if isinstance(choices, list) and choices:
             return _said(at(choices[0], ("message",)))
+    given = {key: value for key, value in row.items() if value is not None}
+    if is_pair(given):
+        return _said(read_pair(given, where)[0].messages[-1])
     return None
 
 
 def _said(message: Any) -> str | None:
-    return content_text(at(message, ("content",))).strip() or None
+    return MARKS.split(content_text(at(message, ("content",)))).answer.strip() or None
 
 
 def _plain(answer: str) -> str:

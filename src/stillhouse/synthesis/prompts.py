@@ -7,12 +7,21 @@ is dropped, because the teacher generates it again.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stillhouse.data.chat_formats import (
+    add_system,
+    as_messages,
+    refuse_media,
+    text_parts,
+    with_known_role,
+)
+from stillhouse.data.question_formats import is_pair, read_question
 from stillhouse.data.row_reader import header_hint, not_empty, read_rows
+from stillhouse.data.tool_formats import read_tools
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.request import Message
@@ -20,6 +29,8 @@ from stillhouse.synthesis.prompts_config import PromptFormat
 
 _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id")
 _LOG_PLACES = (
+    ("conversations",),  # ShareGPT
+    ("conversation",),
     ("messages",),  # chat data, and lines of OpenAI's fine-tuning and stored-completions exports
     ("request", "messages"),  # gateways that log the request beside the response
     ("request", "body", "messages"),
@@ -44,13 +55,17 @@ def read_prompts(
 ) -> Iterator[Prompt]:
     """The prompts of a file, one at a time.
 
-    A row has a string or messages under `key`; where that is `prompt`, it may also be a chat or its
-    log (see `_LOG_PLACES`). Each line of plain text is a prompt. auto: by the file's extension.
-    Raises DataError with the line for a row that is not a prompt.
+    A row has a string or messages under `key`; where that is `prompt`, it may also be a chat, its
+    log (see `_LOG_PLACES`) or a question
+    with its answer. Each line of plain text is a prompt. auto: by the file's
+    extension. Raises DataError with the line for a row that is not a prompt, and for one with tools
+    or media, which are not sent.
     """
     rows = read_rows(path, format=None if format == "auto" else format, text_key=key)
     for row, where in not_empty(itertools.islice(rows, limit), "The file of prompts", path):
-        yield Prompt(prompt_messages(row, key, where), where)
+        messages = prompt_messages(row, key, where)
+        _refuse_unsent(row, messages, where)
+        yield Prompt(messages, where)
 
 
 # --- one row ---------------------------------------------------------------------------------
@@ -58,20 +73,53 @@ def read_prompts(
 
 def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Message, ...]:
     """The chat in a row, up to the user's last turn. Raises DataError."""
-    found = row.get(key)
+    found, holder = as_messages(row.get(key)), row
     if found is None and key == "prompt":
-        places = (at(row, place) for place in _LOG_PLACES)
-        found = next((value for value in places if isinstance(value, list)), None)
+        found, holder = _logged(row)
+        given = {name: value for name, value in row.items() if value is not None}
+        if found is None and is_pair(given):
+            found = read_question(given, where)[0]
     if isinstance(found, str):
-        return _user(found, where)
-    if isinstance(found, list):
-        return _chat(found, where)
-    raise DataError(
-        f"the row has no `{key}`{' and no `messages`' * (key == 'prompt')}; its keys are "
-        f"{', '.join(map(str, row))}",
-        where=where,
-        fix=f"{header_hint(row)}name the key of the prompt: synthesize.prompts.key",
-    )
+        messages = [dict(message) for message in _user(found, where)]
+    elif isinstance(found, list):
+        messages = _chat(found, where)
+    else:
+        also = " and no `messages`" if key == "prompt" else ""
+        raise DataError(
+            f"the row has no `{key}`{also}; its keys are {', '.join(map(str, row))}",
+            where=where,
+            fix=f"{header_hint(row)}write what is asked as `prompt`, or as `messages`; where one "
+            "key holds all of it, synthesize.prompts.key may name it",
+        )
+    add_system(messages, holder, where)
+    return tuple(messages)
+
+
+def _logged(row: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
+    """The messages of a chat or its log, and the object that holds them."""
+    for place in _LOG_PLACES:
+        value = as_messages(at(row, place))
+        if isinstance(value, list):
+            return value, at(row, place[:-1])
+    return None, row
+
+
+def _refuse_unsent(row: Mapping[str, Any], messages: Iterable[Message], where: str) -> None:
+    """Raises DataError for what belongs to a prompt and would not be sent, or not be learned."""
+    for place in ((), ("request",), ("request", "body"), ("body",)):
+        holder = at(row, place)
+        if not isinstance(holder, Mapping):
+            continue
+        refuse_media(holder, where)
+        if read_tools(holder, where):
+            raise DataError(
+                "The row has `tools`, which are not sent with a prompt",
+                where=where,
+                fix="describe them in the system message, and remove `tools`",
+            )
+    for number, message in enumerate(messages):
+        if isinstance(message.get("content"), list):
+            text_parts(message["content"], f"message {number}", where)
 
 
 def _user(text: str, where: str) -> tuple[Message, ...]:
@@ -87,16 +135,18 @@ def at(row: Any, place: tuple[str, ...]) -> Any:
     return row
 
 
-def _chat(messages: list[Any], where: str) -> tuple[Message, ...]:
+def _chat(messages: list[Any], where: str) -> list[dict[str, Any]]:
     """The known keys of each message, up to the last turn of the user (or a tool)."""
     kept: list[dict[str, Any]] = []
     for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        role = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
+        if not isinstance(role, str):
             raise DataError(
                 "a message has no role",
                 where=where,
                 fix='write each message as {"role": "user", "content": "..."}',
             )
+        message = with_known_role(message, f"message {len(kept)}", where)
         known = {k: message[k] for k in _MESSAGE_KEYS if message.get(k) is not None}
         if "content" not in known and message.get("content_parts"):
             known["content"] = message["content_parts"]
@@ -105,4 +155,4 @@ def _chat(messages: list[Any], where: str) -> tuple[Message, ...]:
         kept.pop()
     if not any(message["role"] == "user" for message in kept):
         raise DataError("the chat has no turn of the user", where=where, fix="remove the row")
-    return tuple(kept)
+    return kept
