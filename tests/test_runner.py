@@ -391,7 +391,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
     process.send_signal(number)
     _, stderr = process.communicate(timeout=600)
     assert process.poll() == status
-    assert "the same command goes on" in stderr
+    assert "run the same command to resume" in stderr
     assert "Traceback" not in stderr
 
 

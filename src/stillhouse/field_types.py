@@ -113,7 +113,7 @@ def usable_path(path: str) -> str:
         Path(path).expanduser()
     except RuntimeError:
         user = Path(path).parts[0]
-        raise ValueError(f"there is no home folder {user}: write the whole path") from None
+        raise ValueError(f"there is no home folder {user}: write the complete path") from None
     return path
 
 

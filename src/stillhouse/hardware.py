@@ -104,14 +104,14 @@ def hand_back_freed_memory() -> str | None:
 def _set_malloc(*, mapped_from: int, trimmed_from: int) -> str | None:
     """Tells glibc from how many bytes on a block is a mapping, and free memory is handed back."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        return f"the allocator is left as it is: no glibc on this {platform.system()} system"
+        return f"the allocator is not changed: no glibc on this {platform.system()} system"
     libc = ctypes.CDLL(None)
     libc.mallopt.argtypes, libc.mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
     libc.mallopt(_M_MMAP_MAX, _MAPPINGS)
     # Some versions of glibc cap the threshold; allowing no mapping at all does the same.
     threshold = libc.mallopt(_M_MMAP_THRESHOLD, mapped_from) or libc.mallopt(_M_MMAP_MAX, 0)
     if not (threshold and libc.mallopt(_M_TRIM_THRESHOLD, trimmed_from)):
-        return "the allocator is left as it is: mallopt refused"
+        return "the allocator is not changed: mallopt refused"
     return None
 
 

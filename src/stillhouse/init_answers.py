@@ -38,7 +38,7 @@ QUESTIONS: dict[str, tuple[str, str]] = {
     ),
     "data": ("Which data? (text, JSONL, JSON, CSV, TSV or Parquet)", CORPUS),
     "size": (f"How large a student? ({', '.join(SIZES)}; or a model to start from)", "medium"),
-    "out": ("Where to write the recipe?", "recipe.yaml"),
+    "out": ("Which file should the recipe be written to?", "recipe.yaml"),
 }
 """The five, with what is meant by an empty answer; see `_default`."""
 
@@ -124,7 +124,7 @@ def _is_url(teacher: str) -> bool:
 def _check_job(job: str) -> None:
     if job not in JOBS:
         raise RecipeError(
-            f"{job!r} is no job", where="--job", fix=f"it is one of {', '.join(JOBS)}"
+            f"{job!r} is not a kind of job", where="--job", fix=f"use one of {', '.join(JOBS)}"
         )
 
 

@@ -51,6 +51,6 @@ def test_parts_are_learned_as_their_text(template: str) -> None:
 def test_a_part_that_is_no_text_is_refused_by_name(part: Any) -> None:
     content = [{"type": "text", "text": "Look:"}, part]
     answer = {"role": "assistant", "content": "Oslo."}
-    with pytest.raises(DataError, match=r"messages\[0\]` has a part that is no text") as error:
+    with pytest.raises(DataError, match=r"messages\[0\]` has a part that is not text") as error:
         learned({"messages": [{"role": "user", "content": content}, answer]}, byte_level())
     assert error.value.where == "rows.jsonl:3"

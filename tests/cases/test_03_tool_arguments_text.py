@@ -42,7 +42,7 @@ def test_a_call_without_arguments_has_an_empty_object(arguments: Any) -> None:
 
 @pytest.mark.parametrize("arguments", ['{"city": "Os', "Oslo", "[1]", 5])
 def test_arguments_that_are_no_object_are_refused(arguments: Any) -> None:
-    with pytest.raises(DataError, match="are no JSON object") as error:
+    with pytest.raises(DataError, match="are not a JSON object") as error:
         learned(row(arguments), byte_level(TOOLS))
     assert "messages[1].tool_calls[0]" in error.value.what
 

@@ -66,7 +66,7 @@ def test_a_quote_that_is_never_closed_is_named(tmp_path: Path) -> None:
         (["yes", True], 'write it in quotes, such as "yes"'),
         ({"a": "the a", False: "b"}, "a label is false"),
         ({"a": "the a", "b": True}, "a label is true"),
-        (["a", 1.5], "the label 1.5 is no text"),
+        (["a", 1.5], "the label 1.5 is not text"),
     ],
 )
 def test_a_label_that_is_no_text_is_refused(labels: Any, said: str) -> None:

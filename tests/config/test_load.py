@@ -161,7 +161,7 @@ def test_text_that_looks_like_a_number_stays_text(tmp_path: Path) -> None:
         ("objective.terms=[{divergence: jsd, alpha: 0.5}]", "jsd has no alpha: it takes beta"),
         ("objective.terms=[{divergence: normalized_jsd, beta: 1.5}]", "must be from 0 to 0.999999"),
         ("objective.terms=[{divergence: jsd, beta: 0}]", "jsd is 0 at beta 0"),
-        ("objective.terms=[{divergence: alpha_beta, alpha: 0, beta: 0}]", "is not defined where"),
+        ("objective.terms=[{divergence: alpha_beta, alpha: 0, beta: 0}]", "is not defined if"),
         ("objective.terms=[{weight: 0}, {divergence: jsd, weight: 0}]", "nothing would be learned"),
         ("objective.terms=[{schedule: {start: 0, end: 0}}]", "nothing would be learned"),
         ("data.train_tokens=100", "less than one window"),

@@ -42,8 +42,8 @@ def refused(path: Path | str, overrides: list[str] | None = None) -> str:
 
 
 WRONG = {
-    "an alias that holds itself": ("x: &a [*a]", "stands within itself", AT_LINE_5),
-    "a mapping that holds itself": ("x: &a {b: *a}", "stands within itself", AT_LINE_5),
+    "an alias that holds itself": ("x: &a [*a]", "refers to itself", AT_LINE_5),
+    "a mapping that holds itself": ("x: &a {b: *a}", "refers to itself", AT_LINE_5),
     "an alias of nothing": ("x: *a", "there is no &a", AT_LINE_5),
     "900 brackets": (f"x: {'[' * 900}{']' * 900}", "nested more than", AT_LINE_5),
     "100,000 brackets": (f"x: {'[' * 100_000}", "nested more than", AT_LINE_5),
@@ -62,7 +62,7 @@ WRONG = {
     "two documents": (f"---\n{SMALLEST}", "a second document begins", AT_LINE_5),
     "a tab": ("train:\n\tepochs: 1", "not valid YAML", "line 6"),
     "a list as a key": ("? [a]\n: 1", "a key is empty, a list or a mapping", AT_LINE_5),
-    "a merge of a number": ("train: {<<: 3}", "merges what is no mapping", AT_LINE_5),
+    "a merge of a number": ("train: {<<: 3}", "merges a value that is not a mapping", AT_LINE_5),
     "an anchor bomb": (bomb(), "more than 50,000 values", "line 10"),
     "many values": (f"x: [{'1,' * 60_000}]", "more than 50,000 values", AT_LINE_5),
     "a list as a kind": ("task: {kind: [a]}", "unknown kind of task", AT_LINE_5),
@@ -120,8 +120,8 @@ def pipe(tmp_path: Path) -> Path:
 
 
 def test_pipes_devices_and_folders_are_not_read(pipe: Path) -> None:
-    assert "no regular file" in refused(pipe)
-    assert "no regular file" in refused("/dev/zero")
+    assert "not a regular file" in refused(pipe)
+    assert "not a regular file" in refused("/dev/zero")
     assert "is a folder" in refused(pipe.parent)
 
 

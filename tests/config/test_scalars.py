@@ -173,7 +173,7 @@ def test_labels_are_the_text_that_is_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("written", ["null", "~", "NULL"])
 def test_a_label_that_is_null_is_refused_with_its_line(tmp_path: Path, written: str) -> None:
     error = refused(tmp_path, CLASSIFY.replace("LABELS", f"\n    - a\n    - {written}"))
-    assert error.what == f"`task.labels.1`: {written} is no text"
+    assert error.what == f"`task.labels.1`: {written} is not text"
     assert str(error.where).endswith("line 6")
     assert error.fix == f'write it in quotes if it is text: "{written}"'
     assert list(labels(tmp_path, f'[a, "{written}"]')) == ["a", written]

@@ -229,7 +229,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing"):
         open_windows(path)
     np.save(labels, np.zeros((2, 3), dtype=np.int32))
-    with pytest.raises(DataError, match=r"int32 \[2, 3\], but windows.json says int32"):
+    with pytest.raises(DataError, match=r"int32 \[2, 3\], but windows.json states int32"):
         open_windows(path)
     labels.write_bytes(whole)
     for damage_text, what in ((description[:30], "damaged"), ("{}", "another version")):

@@ -83,8 +83,8 @@ def test_batches_go_through_the_text_in_order(of_strings: Data) -> None:
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ({"text": ["a"]}, "dict is no text"),
-        ([3], "int is no document"),
+        ({"text": ["a"]}, "dict is not a source of text"),
+        ([3], "int is not a document"),
         ([{"body": "a"}], "no `text`"),
         ("missing.jsonl", "does not exist"),
         ([], "sources are empty"),

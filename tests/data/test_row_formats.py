@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a mask": ({"messages": HI, "loss_mask": [0, 1]}, "`loss_mask`"),
     "a weight of the row": ({"messages": HI, "weight": 0.3}, "`weight`"),
     "two systems": ({"system": "x", "messages": [SYSTEM, *HI]}, "system prompt of its own"),
-    "unknown from": ({"conversations": sharegpt(("human", "a"), ("alien", "b"))}, "no known role"),
+    "unknown from": ({"conversations": sharegpt(("human", "a"), ("alien", "b"))}, "unknown role"),
     "a call that is none": (
         {"conversations": sharegpt(("human", "a"), ("function_call", "rain"))}, "no JSON object"),
     "OpenAI's refusal": (

@@ -212,8 +212,8 @@ def test_an_empty_or_missing_file_is_named(tmp_path: Path) -> None:
 # --- JSON that others read as they like --------------------------------------------------------
 
 JSON_LINES = {
-    '{"text": "a", "text": "b"}': "the key 'text' stands twice",
-    '{"text": "a", "x": [{"k": 1, "k": 2}]}': "the key 'k' stands twice",
+    '{"text": "a", "text": "b"}': "the key 'text' occurs twice",
+    '{"text": "a", "x": [{"k": 1, "k": 2}]}': "the key 'k' occurs twice",
     '{"text": "a\\ud83d"}': "half of a surrogate pair",
     '{"text": "a", "\\udc00": 1}': "half of a surrogate pair",
     '{"text": "a", "x": ' + "[" * 101 + "]" * 101 + "}": "more than 100 levels",

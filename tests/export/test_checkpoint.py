@@ -229,7 +229,7 @@ def test_files_in_the_way_are_kept(trained: Path, tmp_path: Path, export: Export
     out = tmp_path / "model"
     out.mkdir()
     (out / "mine.txt").write_text("keep me")
-    with pytest.raises(RunError, match="has files already"):
+    with pytest.raises(RunError, match="is not empty"):
         export(trained, out)
     assert (out / "mine.txt").read_text() == "keep me"
 

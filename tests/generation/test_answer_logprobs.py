@@ -144,7 +144,9 @@ def two_at_a_time(number: int, payload: dict[str, Any]) -> Reply:
 def test_answers_of_other_tokens_are_counted_and_refused(tmp_path: Path) -> None:
     with Stub(two_at_a_time) as stub:
         raw = soft(tmp_path, stub.url)
-        with pytest.raises(SignalError, match="40 of 80 answers are other tokens") as caught:
+        with pytest.raises(
+            SignalError, match="40 of 80 answers are tokenized differently"
+        ) as caught:
             run(tmp_path, raw)
         assert "signals.answers.mismatched" in str(caught.value.fix)
         raw["signals"]["answers"]["mismatched"] = 0.5

@@ -96,7 +96,7 @@ def misshapen_bias(a: dict) -> None:
         (wrong_width, "hidden_ND is 4 wide and its head expects 5"),
         (wrong_teacher_rows, "signal.hidden_ND has 5 rows and hidden_ND has 6"),
         (wrong_teacher_width, "signal.hidden_ND is 5 wide and its head expects 7"),
-        (no_teacher, "forward_kl compares with a teacher"),
+        (no_teacher, "forward_kl compares the student with a teacher"),
         (no_targets, "cross_entropy needs the data's own tokens"),
         (too_few_targets, "targets_N has 5 rows"),
         (ignored_target, "targets_N holds the id -100 in row 2"),
@@ -130,7 +130,7 @@ def test_bad_input_is_named(spoil: Callable[[dict], None], message: str) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"divergence": "forward_lk"}, "there is no divergence 'forward_lk'"),
+        ({"divergence": "forward_lk"}, "unknown divergence 'forward_lk'"),
         ({"divergence": "forward_kl", "weight": -1.0}, "must be zero or more"),
         ({"divergence": "forward_kl", "weight": float("nan")}, "must be zero or more"),
         ({"divergence": "forward_kl", "temperature": 0.0}, "must be positive"),

@@ -23,7 +23,7 @@ from tests.teachers.toys import ToyWindows, tiny_model
     ids=["gemma3", "mistral3"],
 )
 def test_models_that_read_images_too_are_refused_with_a_way_out(config: Any, inside: str) -> None:
-    with pytest.raises(ModelError, match="read more than text") as caught:
+    with pytest.raises(ModelError, match="have inputs other than text") as caught:
         check_sizes(config, {"ffn_size": 16})
     assert f"the text model inside ({inside})" in str(caught.value.fix)
 

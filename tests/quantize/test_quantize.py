@@ -258,7 +258,7 @@ def test_a_kl_budget_keeps_the_sensitive_parts(student: Path, tmp_path: Path) ->
 def test_a_kl_budget_that_the_whole_model_does_not_meet_is_noted(student: Path) -> None:
     model = load_model(student, dtype=torch.float32)
     [note] = quantization_notes(model, 0.31, 0.3)
-    assert "at most 0.3 (quantize.max_kl), and the whole quantized model's is 0.31" in note
+    assert "at most 0.3 (quantize.max_kl), but that of the quantized model is 0.31" in note
     assert quantization_notes(model, 0.3, 0.3) == quantization_notes(model, 0.3, None) == []
 
 

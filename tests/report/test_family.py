@@ -59,7 +59,7 @@ def test_a_teacher_that_lost_tokens_is_told_apart_from_the_whole_one(
     assert f"down to {text.percent(70_000_000 / 148_670_784)} of the teacher’s parameters" in page
     assert "the cut teacher’s top-1 token" in page
     assert "24,576 of its 49,152 tokens" in page
-    assert "its perplexity is 18.1, where the whole teacher’s is 18.5" in page
+    assert "its perplexity is 18.1, and that of the original teacher 18.5" in page
     assert "perplexity is" not in page_of(replace(family, cut=replace(cut, perplexity=None)))
     assert "cut teacher" not in page_of(family)
 

@@ -264,7 +264,7 @@ def test_the_page_of_a_run_folder_is_drawn_again(report: Report, tmp_path: Path)
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"evaluation": 3}'])
 def test_damaged_data_is_a_clear_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text, encoding="utf-8")
-    with pytest.raises(RunError, match="not the data of a report"):
+    with pytest.raises(RunError, match="not report data"):
         read_report(tmp_path / "report.json")
 
 

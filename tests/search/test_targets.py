@@ -77,8 +77,8 @@ def test_amounts_are_shares_or_numbers_with_units(
     [
         ({"target": {}}, "exactly one of params"),
         ({"target": {"params": "60%", "bytes": "1GB"}}, "exactly one of params"),
-        ({"target": {"params": "20ms"}}, "is no amount"),
-        ({"target": {"params": "0%"}}, "is no amount"),
+        ({"target": {"params": "20ms"}}, "is not a valid amount"),
+        ({"target": {"params": "0%"}}, "is not a valid amount"),
         ({"target": {"params": "60%"}, "ffn_size": 32}, "a target or sizes, not both"),
     ],
 )

@@ -239,7 +239,7 @@ def test_json_gives_the_encoding_back(encoding):
 @pytest.mark.parametrize(
     ("raw", "said"),
     [
-        ({"kind": "top_q"}, "there is no encoding 'top_q'"),
+        ({"kind": "top_q"}, "unknown encoding 'top_q'"),
         ({"kind": "top_k", "n": 3}, "parameters"),
         ({"kind": "top_k", "k": 300}, "from 1 to 254"),
         ({"kind": "threshold", "tau": 0.0}, "threshold.tau"),

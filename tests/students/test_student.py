@@ -98,7 +98,7 @@ def test_a_bfloat16_model_is_trained_in_float32() -> None:
     [
         ({"layer": 2}, "no option layer"),
         ({"layers": 2, "params": "60%"}, "a target or sizes, not both"),
-        ({"params": "many"}, "many is no amount"),
+        ({"params": "many"}, "many is not a valid amount"),
         ({"decode_latency": "60%"}, "known only by measuring"),
         ({"vocabulary": 100}, "for recipes"),
         ({"layers": 9}, "the teacher has 3"),

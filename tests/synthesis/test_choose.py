@@ -64,7 +64,7 @@ def test_the_majority_answer_is_kept_once_or_as_often_as_it_came() -> None:
     once = majority(r"\d+")(rows)
     assert [reason is None for reason in once] == [False, True, False, False]
     assert once[0] == "it says '41', and 2 of 4 say '42'"
-    assert once[2] == "it says the same as an earlier answer"
+    assert once[2] == "it is the same as an earlier answer"
     assert once[3] is not None
     assert "nothing in it matches" in once[3]
     every = majority(r"(?:is|answer:) (\d+)", keep_all=True)(rows)

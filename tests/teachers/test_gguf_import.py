@@ -94,11 +94,11 @@ def test_a_key_that_would_be_left_out_is_named(llama: Path, key: str, value: Any
     ("keys", "message"),
     [
         ({"llama.attention.value_length": 4}, "value_length"),
-        ({"llama.rope.dimension_count": 4}, "a part is rotated"),
+        ({"llama.rope.dimension_count": 4}, "partial rotary embeddings"),
         ({"llama.rope.scaling.type": "su"}, "rope.scaling.type = su"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope without rope_factors_long.weight"),
         ({"llama.feed_forward_length": [64, 64, 32]}, "layers of different sizes"),
-        ({"llama.attention.head_count": None}, "lacks the key llama.attention.head_count"),
+        ({"llama.attention.head_count": None}, "the key llama.attention.head_count is missing"),
         ({"llama.block_count": 2}, "such a model does not have: blk.2."),
         ({"llama.block_count": 4}, "lacks 9 tensors of the model: model.layers.3."),
         ({f"llama.{key}": 16 for key in HEAD_SIZES}, r"of shape \[32, 32\], not \[64, 32\]"),
@@ -170,7 +170,7 @@ def test_a_window_of_gemma_3_is_read(tmp_path: Path) -> None:
     file, _ = gguf(tmp_path, "gemma3, two bases")
     folder = converted(edited(file, {"gemma3.attention.sliding_window": 4}))
     assert config(folder)["sliding_window"] == 4
-    with pytest.raises(ModelError, match=r"lacks the key gemma3\.attention\.sliding_window"):
+    with pytest.raises(ModelError, match=r"the key gemma3\.attention\.sliding_window is missing"):
         converted(edited(file, {"gemma3.attention.sliding_window": None}))
 
 

@@ -47,7 +47,7 @@ def refusal(folder: Path) -> str:
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_one_weight_that_is_not_finite(folder: Path, value: float) -> None:
     rewrite(folder, lambda tensors: tensors[UP].view(-1)[5].fill_(value))
-    assert f"{UP} holds numbers that are not finite" in refusal(folder)
+    assert f"{UP} contains values that are not finite" in refusal(folder)
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.bool])
@@ -60,7 +60,9 @@ def test_a_head_beside_tied_embeddings(folder: Path) -> None:
     """One reader ties, another takes the head: two models in one folder."""
     embeddings = "model.embed_tokens.weight"
     rewrite(folder, lambda t: t.update({"lm_head.weight": t[embeddings] + 1}))
-    assert "tied to the embeddings, but the weights hold another head" in refusal(folder)
+    assert "ties the head to the embeddings, but the weights contain a different head" in refusal(
+        folder
+    )
     edit(folder, "config.json", tie_word_embeddings=False)  # the message's first advice
     untied = load_model(folder, dtype=torch.float32)
     edit(folder, "config.json", tie_word_embeddings=True)
@@ -77,7 +79,7 @@ def test_a_head_that_equals_tied_embeddings(folder: Path) -> None:
 
 def test_an_adapter_beside_the_model(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
-    assert "an adapter beside the model" in refusal(folder)
+    assert "an adapter besides the model" in refusal(folder)
 
 
 @pytest.mark.parametrize("method", ["nonsense", "exl2", 7])
@@ -154,5 +156,5 @@ def test_a_tokenizer_without_its_file(folder: Path) -> None:
     edit(folder, "config.json", model_type="qwen2")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").unlink()
-    with pytest.raises(ModelError, match="no tokenizer that can be loaded"):
+    with pytest.raises(ModelError, match="no tokenizer can be loaded"):
         load_tokenizer(folder)

@@ -274,5 +274,5 @@ def test_a_damaged_tokenizer(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"] = {"type": "BPE", "vocab": {"a": 0}, "merges": [["b", "c"]]}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ModelError, match="no tokenizer that can be loaded"):
+    with pytest.raises(ModelError, match="no tokenizer can be loaded"):
         load_tokenizer(folder)

@@ -44,5 +44,5 @@ def test_each_byte_has_a_character_of_its_own() -> None:
 
 def test_a_tokenizer_of_words_has_no_bytes() -> None:
     core = Tokenizer(models.WordLevel({"the": 0, "[UNK]": 1}, unk_token="[UNK]"))
-    with pytest.raises(ModelError, match="does not say which bytes"):
+    with pytest.raises(ModelError, match="does not define the bytes"):
         token_bytes(PreTrainedTokenizerFast(tokenizer_object=core))

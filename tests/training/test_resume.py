@@ -162,7 +162,7 @@ def test_where_no_checkpoint_loads_training_starts_anew(
     for step in (4, 8, 12):
         fill_with_garbage(out / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt")
     go_on(setting, out)
-    assert "training starts anew" in capfd.readouterr().err
+    assert "training starts again" in capfd.readouterr().err
     assert weights(out) == weights(trained)
 
 

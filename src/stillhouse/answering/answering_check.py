@@ -115,7 +115,9 @@ def check_answers(check: Check) -> Iterator[Finding]:
     if verdicts := most_requests(choice, estimate.requests, samples):
         yield Finding("estimate", "judge", f"at most {verdicts:,} requests to the judge")
     if recipe.teacher_sees_more and not recipe.learns_text_alone:
-        text = "the student learns what the teacher would say without its examples or system prompt"
+        text = (
+            "the student learns the teacher's distributions without its examples or system prompt"
+        )
         fix = "remove objective, so that it learns the answers' text, or set task.student_sees: all"
         yield Finding("warning", "objective", text, fix)
 

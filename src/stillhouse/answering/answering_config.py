@@ -40,24 +40,24 @@ class AnsweredExample(Section):
 
 
 class AnsweringTask(Section):
-    """What is asked about each text."""
+    """The prompt for each text."""
 
     system: str | None = Field(None, description="System prompt.")
-    prompt: str = Field("{text}", description="What the user's turn says; {text} is the text.")
+    prompt: str = Field("{text}", description="The user turn; {text} is the text.")
     examples: list[AnsweredExample] = Field(
-        default=[], description="Texts with answers that are put before every prompt."
+        default=[], description="Texts with answers, placed before every prompt."
     )
     student_sees: Literal["prompt", "system", "all"] = Field(
         "system",
-        description="Of what stands around the prompt: nothing, the system prompt, or the "
-        "examples too. What it does not see, it learns to do without.",
+        description="The student's prompt: the user turn alone, with the system prompt, or with "
+        "the examples too. It learns to answer without the rest.",
     )
 
     @field_validator("prompt")
     @classmethod
     def _prompt_has_a_place(cls, prompt: str) -> str:
         if "{text}" not in prompt:
-            raise ValueError("it has no {text}, so the teacher would not see the text")
+            raise ValueError("it does not contain {text}, so the teacher would not see the text")
         return prompt
 
 
@@ -82,17 +82,17 @@ class AnswerTeacher(TaskTeacher):
 
     batch: Count = Field(32, description="model: answers written at once.")
     vllm: VllmEngine | None = Field(
-        None, description="model: its answers are written by vLLM. Needs stillhouse[vllm]."
+        None, description="model: generate its answers with vLLM. Needs stillhouse[vllm]."
     )
     sampling: SamplingRecipe = SamplingRecipe(temperature=0.0, max_tokens=256)
     samples: SmallCount = Field(
-        1, description="Answers to each training text, drawn where the temperature is not 0."
+        1, description="Answers to each training text, sampled if the temperature is not 0."
     )
 
     @model_validator(mode="after")
     def _keys_fit_the_teacher(self) -> AnswerTeacher:
         if self.api is not None and self.vllm is not None:
-            raise ValueError("vllm runs a model: give it, or remove vllm")
+            raise ValueError("vllm runs a local model: set model instead of api, or remove vllm")
         check_text_teacher(self.api, self.sampling, self.budget, self.samples)
         return self
 
@@ -100,32 +100,34 @@ class AnswerTeacher(TaskTeacher):
 class AnswerTextsRecipe(Section):
     texts: list[TextFile] = Field(
         min_length=1,
-        description="What the student learns from. The true answers, if any (`label`: a column of "
-        "text or, of an extraction, JSON), train the fine-tuned student beside it alone.",
+        description="Training texts. Reference answers, if any (`label`: a column of text or, for "
+        "an extraction, JSON), are used only to train the fine-tuned baseline.",
     )
     test: list[TextFile] = Field(
-        default=[], description="Texts to measure on; without it, some of `texts` are kept apart."
+        default=[], description="Test texts; by default, a share of `texts` is split off."
     )
-    test_share: PartialShare = Field(0.2, description="Of texts, where there is no `test`.")
+    test_share: PartialShare = Field(0.2, description="Share of `texts`, if `test` is not set.")
     context: Context = Field(
-        1024, description="Tokens in one training window; longer rows are left out."
+        1024, description="Tokens in one training window; longer rows are dropped."
     )
 
 
 class ComparisonSampling(VerdictSampling):
     """How the judge answers; one that reasons needs more tokens."""
 
-    max_tokens: AnswerTokens = Field(8, description="Of one verdict, its reasoning included.")
+    max_tokens: AnswerTokens = Field(
+        8, description="Limit for one verdict, including its reasoning."
+    )
 
 
 class ComparisonRecipe(Section):
-    """A model that is shown two answers and says which is better, in both orders."""
+    """A judge that compares two answers, in both orders."""
 
     model: PathText | None = Field(None, description="As teacher.model.")
     api: ApiTeacher | None = None
     question: str = Field(
         "Which answer is better: more correct, more helpful, and as long as it needs to be?",
-        description="What it is asked about the two.",
+        description="The question about the two answers.",
     )
     sampling: ComparisonSampling = ComparisonSampling()
     budget: BudgetRecipe = BudgetRecipe()
@@ -140,7 +142,7 @@ class ComparisonRecipe(Section):
 
 class AnswerMeasureRecipe(Section):
     fine_tuning_baseline: bool = Field(
-        True, description="Also train the same student on the true answers, where there are any."
+        True, description="Also train the same student on reference answers, if there are any."
     )
     likelihood: bool = Field(
         True, description="generate: how likely a local teacher finds each model's answers."
@@ -183,9 +185,9 @@ class AnsweringRecipe(Section):
     student: StudentRecipe
     objective: ObjectiveRecipe | None = Field(
         None,
-        description="What is matched on the teacher's answers; null: a local teacher's "
-        "distributions (forward KL); the text alone of an API, and of a teacher that saw more than "
-        "the student does (task.student_sees).",
+        description="What the student matches on the teacher's answers; null: a local teacher's "
+        "distributions (forward KL), or only the text if the teacher is an API or has a longer "
+        "prompt than the student (task.student_sees).",
     )
     train: TrainRecipe = TrainRecipe()
     evaluate: AnswerMeasureRecipe = AnswerMeasureRecipe()
@@ -193,17 +195,17 @@ class AnsweringRecipe(Section):
 
     @property
     def teacher_sees_more(self) -> bool:
-        """Whether the student answers without something that the teacher read."""
+        """Whether the teacher's prompt has parts that the student's does not have."""
         task = self.task
         examples = bool(task.examples) and task.student_sees != "all"
         return examples or (task.system is not None and task.student_sees == "prompt")
 
     @property
     def learns_text_alone(self) -> bool:
-        """Whether only the teacher's words are learned, and not its distributions.
+        """Whether only the teacher's text is learned, and not its distributions.
 
-        Of a teacher that saw more they are by default: asked again without its examples, as
-        training asks it, it would not say what it said.
+        This is the default if the teacher's prompt has more than the student's: with the student's
+        prompt, which training uses, the teacher would not give these answers.
         """
         if self.objective is None:
             return self.teacher.api is not None or self.teacher_sees_more

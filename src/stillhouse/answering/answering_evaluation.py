@@ -120,8 +120,8 @@ def _notes(job: AnsweringJob, taught: list[str | None]) -> list[str]:
     missing = sum(not text for text in taught)
     if missing:
         notes.append(
-            f"The teacher gave no answer to {missing:,} test texts: they are left out of what is "
-            "measured against its answers, and wrong where reference answers are known."
+            f"The teacher did not answer {missing:,} test texts: they are excluded from metrics "
+            "against its answers, and count as wrong against reference answers."
         )
     if job.validity is not None:
         invalid = sum(not read_json(text, job.validity)[0] for text in taught if text)

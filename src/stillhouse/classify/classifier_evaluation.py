@@ -158,15 +158,15 @@ def _notes(job: TaskJob, found: Texts, judged: Stage, unknown: int) -> list[str]
 
 
 def _gold_notes(test: list[LabelledText], tuned_on: list[LabelledText]) -> list[str]:
-    """How many texts the figures about true labels rest on, where that is not all."""
+    """How many texts have true labels, if not all of them do."""
     notes = []
-    for rows, said in (
-        (test, "test texts: what is measured against them is of those alone."),
-        (tuned_on, "training texts: the fine-tuned student learns from those alone."),
+    for rows, use in (
+        (test, "test texts have true labels: metrics against true labels use only these."),
+        (tuned_on, "training texts have true labels: the fine-tuned student uses only these."),
     ):
         known = sum(row.gold is not None for row in rows)
         if 0 < known < len(rows):
-            notes.append(f"The true labels are known of {known:,} of the {len(rows):,} {said}")
+            notes.append(f"{known:,} of {len(rows):,} {use}")
     return notes
 
 

@@ -50,7 +50,7 @@ def _text(label: Any) -> str:
             'write it in quotes, such as "yes"'
         )
     if not isinstance(label, int):
-        raise ValueError(f'the label {label!r} is no text: write it in quotes, such as "1.5"')
+        raise ValueError(f'the label {label!r} is not text: write it in quotes, such as "1.5"')
     return str(label)
 
 
@@ -87,32 +87,32 @@ class LabelledExample(Section):
 
 
 class ClassifyTask(Section):
-    """What the teacher is asked about each text, and what its answers are."""
+    """The teacher's prompt for each text, and its possible answers."""
 
     kind: Literal["classify"]
     labels: Labels | None = Field(
         None,
         description="The labels, or a mapping of each to the phrase that the teacher scores; "
-        "null: those of labels_path, or all in the texts' label column.",
+        "null: the labels in labels_path, or all in the texts' label column.",
     )
-    labels_path: PathText | None = Field(None, description="A text file with a label a line.")
+    labels_path: PathText | None = Field(None, description="A text file with one label per line.")
     system: str | None = Field(None, description="System prompt.")
     prompt: str = Field(
         "Message: {text}\n\nWhat is the topic of this message?",
-        description="What the user's turn says; {text} is the text, {labels} all phrases.",
+        description="The user turn; {text} is the text, {labels} is the list of phrases.",
     )
-    answer: str = Field("{label}", description="What the assistant's turn says for a label.")
+    answer: str = Field("{label}", description="The assistant turn for a label.")
     examples: list[LabelledExample] = Field(
-        default=[], description="Texts with their labels that are put before every prompt."
+        default=[], description="Texts with their labels, placed before every prompt."
     )
     chat: bool = Field(
         True, description="Use the teacher's chat template; false: prompt and answer as plain text."
     )
     prior: Literal["content_free", "texts", "balanced", "none"] = Field(
         "texts",
-        description="What the teacher says whatever it reads, which its answers are divided by: "
-        "its answers to contentless texts; the mean of its answers to the training texts; as "
-        "that, repeated until all labels are equally frequent; or nothing.",
+        description="The teacher's preference for labels regardless of the text, which its "
+        "probabilities are divided by: estimated from texts without content; from the training "
+        "texts; from these until all labels are equally frequent; or none.",
     )
 
     @field_validator("prompt")
@@ -157,25 +157,27 @@ def check_labels(labels: dict[str, str]) -> None:
 
 
 class LabelSampling(SamplingRecipe):
-    """How an API answers with a label; a model that reasons needs more tokens. `extra` may
-    constrain the answer, in the endpoint's way: {response_format: ...}, {guided_choice: [...]}."""
+    """How an API answers with a label; a reasoning model needs more tokens. `extra` may constrain
+    the answer if the endpoint supports it: {response_format: ...}, {guided_choice: [...]}."""
 
     temperature: SamplingTemperature | None = Field(
         0.0,
-        description="0 is greedy, the default of one sample; 1 is that of several. null: not sent.",
+        description="0 (greedy) by default, 1 with several samples. null: not sent.",
     )
-    max_tokens: AnswerTokens = Field(32, description="Of one answer, its reasoning included.")
+    max_tokens: AnswerTokens = Field(
+        32, description="Limit for one answer, including its reasoning."
+    )
 
 
 class LabelTeacher(TaskTeacher):
-    """A model that is loaded here and scores every label, or an API that is asked for one."""
+    """A local model that scores every label, or an API that answers with one."""
 
     samples: SmallCount = Field(
-        1, description="api: answers for each text, drawn at temperature 1 if several."
+        1, description="api: answers for each text, sampled at temperature 1 if several."
     )
     sampling: LabelSampling = Field(LabelSampling(), description="api: how it answers.")
     top_logprobs: int | None = Field(
-        None, gt=0, le=20, description="api: request the most likely first tokens, and use them."
+        None, gt=0, le=20, description="api: use the probabilities of the most likely first tokens."
     )
 
     @model_validator(mode="before")
@@ -190,11 +192,13 @@ class LabelTeacher(TaskTeacher):
     @model_validator(mode="after")
     def _keys_fit_the_teacher(self) -> LabelTeacher:
         if self.api is None and (self.samples > 1 or self.top_logprobs is not None):
-            raise ValueError("samples and top_logprobs are for api: a model gives all of them")
+            raise ValueError(
+                "samples and top_logprobs are for api: a local model scores all labels"
+            )
         if self.samples > 1 and self.top_logprobs is not None:
             raise ValueError("samples and top_logprobs both make a distribution: choose one")
         if self.api is None and self.sampling != LabelSampling():
-            raise ValueError("sampling is for api: a model that is here scores every label")
+            raise ValueError("sampling is for api: a local model scores every label")
         if self.sampling.top_logprobs is not None:
             raise ValueError("give teacher.top_logprobs instead of sampling.top_logprobs")
         check_text_teacher(self.api, self.sampling, self.budget, self.samples)
@@ -202,54 +206,54 @@ class LabelTeacher(TaskTeacher):
 
 
 class TextFile(Section):
-    """Texts, a row each."""
+    """Texts, one per row."""
 
     path: PathText = Field(
-        description="Text (a line each), JSONL, JSON, CSV, TSV or Parquet, also compressed; a "
+        description="Text (one per line), JSONL, JSON, CSV, TSV or Parquet, also compressed; a "
         "file, a folder or a glob."
     )
     text: str = Field("text", description="The column or key of the text.")
     label: str | None = Field(
-        None, description="The column or key of the true label, where it is known."
+        None, description="The column or key of the true label, if there is one."
     )
-    limit: Tokens | None = Field(None, description="Use at most this many rows, the first.")
+    limit: Tokens | None = Field(None, description="Use at most the first rows, this many.")
     sample: Tokens | None = Field(
-        None, description="Use at most this many rows, drawn from all (of a sorted file)."
+        None, description="Use a random sample of at most this many rows (for sorted files)."
     )
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TextFile:
         if self.limit is not None and self.sample is not None:
-            raise ValueError("limit takes the first rows and sample draws some: give one of them")
+            raise ValueError("limit takes the first rows and sample random ones: set one of them")
         return self
 
 
 class TextsRecipe(Section):
     texts: list[TextFile] = Field(
         min_length=1,
-        description="What the student learns from. The true labels, if any, are hidden from it: "
-        "they train the fine-tuned student beside it and nothing else.",
+        description="Training texts. True labels, if any, are used only to train the fine-tuned "
+        "baseline.",
     )
     test: list[TextFile] = Field(
-        default=[], description="Texts to measure on; without it, some of `texts` are kept apart."
+        default=[], description="Test texts; by default, a share of `texts` is split off."
     )
-    test_share: PartialShare = Field(0.2, description="Of texts, where there is no `test`.")
+    test_share: PartialShare = Field(0.2, description="Share of `texts`, if `test` is not set.")
     calibration_share: PartialShare = Field(
-        0.15, description="Of the rest: texts on which only the threshold is chosen."
+        0.15, description="Share of the remaining texts that is used only for the threshold."
     )
-    max_tokens: AnswerTokens = Field(256, description="Longer texts are cut.")
+    max_tokens: AnswerTokens = Field(256, description="Longer texts are truncated.")
 
 
 class PretrainedClassifier(Section):
-    """An encoder or a language model that exists."""
+    """A pretrained encoder or language model."""
 
     start: Literal["pretrained"]
     model: PathText = Field(description="A folder, a Hub id, or pypi:PACKAGE.")
     revision: str | None = None
     head: Literal["classes", "words"] = Field(
         "classes",
-        description="classes: a new classification head; words: the language model's own, which "
-        "scores the labels after the task's prompt, as the teacher's does.",
+        description="classes: a new classification head; words: the LM head, which scores the "
+        "labels after the task's prompt, as the teacher does.",
     )
 
 
@@ -261,8 +265,8 @@ class TruncatedClassifier(Section):
     layers: SmallCount = Field(4, description="Layers to keep.")
     pooling: Literal["mean", "last"] = Field(
         "mean",
-        description="What the head reads: the mean of the last hidden states, or that of the last "
-        "token, which in the first layers of a language model knows little of the text.",
+        description="Input of the head: the mean of the last hidden states, or the last token's, "
+        "which in the first layers of a language model contains little of the text.",
     )
 
 
@@ -278,8 +282,8 @@ class RandomClassifier(Section):
     heads: SmallCount = 4
     teacher_embeddings: bool = Field(
         True,
-        description="Start from the teacher's token embeddings; where hidden_size is below "
-        "theirs, from their principal directions, which keep less of what words mean.",
+        description="Initialize the token embeddings from the teacher's; if hidden_size is "
+        "smaller, from their principal components, which lose some information.",
     )
 
     @model_validator(mode="after")
@@ -311,38 +315,37 @@ class FitRecipe(Section):
     precision: Precision = "auto"
     freeze_embeddings: bool = Field(
         False,
-        description="Leave the token embeddings as they are: a few texts would move a few words "
-        "away from all others.",
+        description="Do not train the token embeddings: a few texts would move only a few of them.",
     )
     checkpoint_every: Steps = Field(100, description="Optimizer steps between checkpoints.")
 
 
 class AbstainRecipe(Section):
-    """When the student would rather say nothing: below the confidence at which it is this good."""
+    """When the student abstains: below the confidence at which it reaches the target."""
 
     renamed: ClassVar[Mapping[str, str]] = {"wanted": "target", "sureness": "confidence"}
 
-    target: PartialShare = Field(0.95, description="Of the texts it answers.")
+    target: PartialShare = Field(0.95, description="Share of the texts that it answers.")
     confidence: PartialShare = Field(
         0.9,
-        description="With which the calibration texts must show that it is so good, of all "
-        "thresholds that are tried together.",
+        description="Confidence level of the bound on the calibration texts, jointly for all "
+        "thresholds that are tried.",
     )
     measure: Literal["agreement", "accuracy"] = Field(
-        "agreement", description="With the teacher, or with the true labels of the texts."
+        "agreement", description="Agreement with the teacher, or accuracy on the true labels."
     )
 
 
 class MeasureRecipe(Section):
     fine_tuning_baseline: bool = Field(
-        True, description="Also train the same student on the true labels, where there are any."
+        True, description="Also train the same student on true labels, if there are any."
     )
     abstain: AbstainRecipe = AbstainRecipe()
     speed_texts: Count = Field(64, description="Texts on which speed is measured.")
 
 
 class ClassifyRecipe(Section):
-    """One classifier, whole."""
+    """The recipe of a classifier."""
 
     name: RunName
     folder: PathText | None = Field(None, description="The run folder; null: runs/NAME.")
@@ -360,8 +363,8 @@ class ClassifyRecipe(Section):
         words = isinstance(self.student, PretrainedClassifier) and self.student.head == "words"
         if words and self.export.formats != ["safetensors"]:
             raise ValueError(
-                "a language model that scores words is no ONNX classifier: use "
-                "student.head: classes, or export safetensors alone"
+                "a language model with head: words cannot be exported as an ONNX classifier: use "
+                "student.head: classes, or only the format safetensors"
             )
         return self
 

@@ -86,7 +86,7 @@ def prompt_tokens(prompt: LabelPrompt, tokenizer: Any, max_tokens: int) -> Promp
     this tokenizer's tokens."""
     if prompt.chat and not getattr(tokenizer, "chat_template", None):
         raise ModelError(
-            "the tokenizer has no chat template, so the model cannot be asked as in a chat",
+            "the tokenizer has no chat template, so prompts cannot be written as chats",
             where=getattr(tokenizer, "name_or_path", None) or None,
             fix="set task.chat to false, or use an instruction-tuned model",
         )

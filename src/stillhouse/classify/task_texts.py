@@ -318,7 +318,7 @@ def labelled_text(
     """The row's text and label, under the keys that `file` names. Raises DataError."""
     text = row.get(file.text)
     if file.text not in row or not isinstance(text, str):
-        is_it = f"; what is there is of type {type(text).__name__}" if file.text in row else ""
+        is_it = f"; its value is of type {type(text).__name__}" if file.text in row else ""
         raise DataError(
             f"the row has no text under {file.text!r}{is_it}; it has {', '.join(map(str, row))}",
             where=where,

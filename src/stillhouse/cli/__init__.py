@@ -156,7 +156,7 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A run folder.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Where to write; by default the run's own.", callback=output_file),
+        typer.Option(help="Output file; by default, the run's own.", callback=output_file),
     ] = None,
 ) -> None:
     """Render a finished run's report again, from its stored data.
@@ -226,18 +226,18 @@ def init(
     size: Annotated[
         str | None, typer.Option(help="small, medium, large; or a model to start from.")
     ] = None,
-    out: Annotated[str | None, typer.Option(help="The recipe that is written.")] = None,
+    out: Annotated[str | None, typer.Option(help="Output file: the recipe.")] = None,
     logs: Annotated[
         Path | None, typer.Option("--from", help="Logs of chat completions, JSONL.")
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="classify: with commas between.")] = None,
-    fields: Annotated[str | None, typer.Option(help="extract: with commas between.")] = None,
-    api_model: Annotated[str | None, typer.Option(help="The API's name of the model.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over what is there.")] = False,
+    labels: Annotated[str | None, typer.Option(help="classify: separated by commas.")] = None,
+    fields: Annotated[str | None, typer.Option(help="extract: separated by commas.")] = None,
+    api_model: Annotated[str | None, typer.Option(help="The model's name in the API.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite an existing file.")] = False,
 ) -> None:
-    """Write a recipe from five answers, or from logs that show the job.
+    """Write a recipe from five answers, or from logs of the job.
 
-    Prompts for every answer that no flag gives.
+    Prompts for every answer that is not given by a flag.
 
     Example: `stillhouse init --from logs.jsonl --out recipe.yaml`
     """
@@ -281,7 +281,7 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Entry point: a user's error is one message, Ctrl-C a clean stop; other errors are bugs."""
+    """Entry point: a user's error is one message, Ctrl-C stops cleanly; other errors are bugs."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     sys.unraisablehook = _not_raised
@@ -291,7 +291,7 @@ def main() -> None:
         say(f"error: {error}")
         sys.exit(1)
     except _Stopped as stopped:
-        say("stopped. What is finished is kept: the same command goes on from there.")
+        say("stopped. Finished work is kept: run the same command to resume.")
         sys.exit(128 + stopped.number)
     except MemoryError:
         say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")

@@ -19,11 +19,11 @@ YesOption = Annotated[
 
 
 def output_file(path: Path | None) -> Path | None:
-    """Of an option: refuses what cannot be written before the work that it is for."""
+    """An option's output file. Raises BadParameter, before any work, if it cannot be written."""
     if path is not None and path.is_dir():
         raise typer.BadParameter(f"{path} is a folder: name a file in it")
     if path is not None and not path.absolute().parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent}: make it first")
+        raise typer.BadParameter(f"there is no folder {path.parent}: create it first")
     return path
 
 

@@ -87,9 +87,11 @@ def _root(raw: Mapping[str, Any], lines: Lines, source: str) -> type[AnyRecipe]:
     task = raw["task"]
     kind = task.get("kind") if isinstance(task, dict) else None
     if not isinstance(kind, str) or kind not in TASKS:
-        said = "`task` needs the key `kind`" if not kind else f"unknown kind of task {shown(kind)}"
+        problem = (
+            "`task` needs the key `kind`" if not kind else f"unknown kind of task {shown(kind)}"
+        )
         raise RecipeError(
-            said,
+            problem,
             where=place(("task", "kind"), lines, source),
             fix=f"kind is one of {', '.join(TASKS)}",
         )
@@ -133,7 +135,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> Key:
                 raise RecipeError(
                     f"`{dotted(tuple(key))}` is a list of {len(here)} items",
                     where=f"--set {shown(name)}",
-                    fix=f"use an index from 0 to {len(here) - 1}, or set the whole list",
+                    fix=f"use an index from 0 to {len(here) - 1}, or set the complete list",
                 )
             key.append(index)
         else:

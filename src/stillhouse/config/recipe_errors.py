@@ -1,4 +1,4 @@
-"""What pydantic says against a recipe, as one error with the line, the key and what to do."""
+"""Turns pydantic's validation errors into one error with the line, the key and a fix."""
 
 from __future__ import annotations
 
@@ -89,21 +89,21 @@ def _way_out(at: _Place, last: str, about: str | None) -> str:
 
 
 def _variant(problem: ErrorDetails, at: _Place, name: str) -> tuple[str, str]:
-    """A section of several kinds does not say which it is."""
+    """The problem and fix for a section of several kinds that does not name a known one."""
     given, context = problem["input"], problem.get("ctx", {})
     tag = str(context.get("discriminator", "")).strip("'")
-    said = given.get(tag) if isinstance(given, dict) else None
+    kind = given.get(tag) if isinstance(given, dict) else None
     tags = [
         str(value)
         for model in models_in(at.annotation)
         for value in typing.get_args(model.model_fields[tag].annotation)
     ]
-    near = difflib.get_close_matches(shown(said), tags, n=1)
+    near = difflib.get_close_matches(shown(kind), tags, n=1)
     fix = f"did you mean `{tag}: {near[0]}`? " if near else ""
     fix += f"{tag} is one of {', '.join(map(repr, tags))}"
-    if said is None:
+    if kind is None:
         return f"`{name}` needs the key `{tag}`", fix
-    return f"unknown {tag} {shown_value(said)} in `{name}`", fix
+    return f"unknown {tag} {shown_value(kind)} in `{name}`", fix
 
 
 def _locate(problem: ErrorDetails, root: type[BaseModel]) -> _Place:

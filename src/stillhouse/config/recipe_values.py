@@ -69,7 +69,7 @@ def read_values(raw: Any, annotation: Any, refuse: Refuse, key: Key = ()) -> Any
     if isinstance(raw, Plain):
         return _scalar(raw, wanted, refuse, key)
     if has_surrogate(raw):
-        refuse(key, "the text holds half of a character (a surrogate)", "write it whole")
+        refuse(key, "the text contains half of a surrogate pair", "write the complete character")
     # PyYAML makes text of 1e6; of other quoted numbers, text where text fits.
     spelled = _DECIMAL.fullmatch(raw) and ("e" in raw.lower() or str not in wanted)
     return float(raw) if float in wanted and spelled else raw
@@ -94,7 +94,7 @@ def _scalar(text: Plain, wanted: set[Any], refuse: Refuse, key: Key) -> Any:
     words = str in wanted
     if text in _NULL:
         if words and text and not anything and types.NoneType not in wanted:
-            refuse(key, f"{text} is no text", f'write it in quotes if it is text: "{text}"')
+            refuse(key, f"{text} is not text", f'write it in quotes if it is text: "{text}"')
         return None
     if text in _BOOLEANS and (bool in wanted or anything):
         return _BOOLEANS[text]
@@ -103,7 +103,7 @@ def _scalar(text: Plain, wanted: set[Any], refuse: Refuse, key: Key) -> Any:
             meant = str(_WORDS[text]).lower()
             refuse(
                 key,
-                f"{text} is {meant} to YAML 1.1, and text to YAML 1.2",
+                f"{text} is {meant} in YAML 1.1, and text in YAML 1.2",
                 f'write {meant}, or "{text}" in quotes',
             )
         return _WORDS[text]
@@ -133,10 +133,10 @@ def _number(text: Plain, wanted: set[Any], refuse: Refuse, key: Key) -> Any:
         if math.isinf(value):
             refuse(key, f"{name} is too large for a number", "write a smaller one")
         if int in wanted and float not in wanted and value.is_integer() and value < 1e15:
-            refuse(key, f"{name} is no integer to YAML", f"write {int(value)}")
+            refuse(key, f"{name} is not an integer in YAML", f"write {int(value)}")
         return value
     if (text in _BOOLEANS or text in _WORDS) and wanted & {int, float}:
-        refuse(key, f"{name} is a boolean, and no number", "write a number")
+        refuse(key, f"{name} is a boolean, not a number", "write a number")
     return str(text)
 
 

@@ -49,9 +49,9 @@ class _Node:
 
 
 def read_file(path: Path) -> str:
-    """The text of a recipe's file. Raises RecipeError where it is no text file of a fitting size.
+    """The text of a recipe's file. Raises RecipeError if it is not a text file, or is too large.
 
-    Nothing is read of what is no regular file: a pipe or a device might never end.
+    Only regular files are read: a pipe or a device might never end.
     """
     try:
         status = path.stat()
@@ -61,7 +61,7 @@ def read_file(path: Path) -> str:
             )
         if not stat.S_ISREG(status.st_mode):
             raise RecipeError(
-                "the recipe is no regular file", where=path, fix="write it to a file first"
+                "the recipe is not a regular file", where=path, fix="write it to a file first"
             )
         if status.st_size > LARGEST_FILE:
             raise RecipeError(
@@ -125,7 +125,7 @@ def dotted(key: Key) -> str:
 def _compose(text: str, source: str) -> _Node | None:
     if found := _UNPRINTABLE.search(text):
         raise RecipeError(
-            f"the character U+{ord(found[0]):04X} cannot stand in YAML",
+            f"the character U+{ord(found[0]):04X} is not allowed in YAML",
             where=_at(source, text.count("\n", 0, found.start()) + 1),
             fix="name a YAML file, saved as UTF-8; in double quotes, write \\x.. or \\u....",
         )
@@ -194,7 +194,7 @@ class _Composer:
             self.refuse(event, f"there is no &{shown(event.anchor)}", "define it above")
         node = self.anchors[event.anchor]
         if node is None:
-            self.refuse(event, f"*{shown(event.anchor)} stands within itself", "write it out")
+            self.refuse(event, f"*{shown(event.anchor)} refers to itself", "write it out")
         return node
 
     def untagged(self, event: Any, depth: int) -> _Node:
@@ -203,7 +203,11 @@ class _Composer:
             written = event.tag is None and not event.style
             value = Plain(event.value) if written else str(event.value)
             if has_surrogate(value):
-                self.refuse(event, "the text holds half of a character", "write it whole")
+                self.refuse(
+                    event,
+                    "the text contains half of a surrogate pair",
+                    "write the complete character",
+                )
             return _Node(line, value)
         if isinstance(event, yaml.SequenceStartEvent):
             items, size = [], 1
@@ -236,7 +240,7 @@ class _Composer:
             if name == "<<" and isinstance(event, yaml.ScalarEvent) and not event.style:
                 merged += value.value if isinstance(value.value, list) else [value]
                 if not all(isinstance(one.value, dict) for one in merged):
-                    self.refuse(event, "<< merges what is no mapping", "give it a mapping")
+                    self.refuse(event, "<< merges a value that is not a mapping", "use a mapping")
             else:
                 values[name] = _Node(at, value.value, value.size)
         for one in merged:

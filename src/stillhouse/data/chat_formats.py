@@ -79,7 +79,7 @@ def read_chat(
                 f"`{key}` ends with an assistant message, and `{completion}` begins with another: "
                 "it is not clear whether they are one turn",
                 where=where,
-                fix=f"write the whole answer as one message of `{completion}`; or, if they are "
+                fix=f"write the complete answer as one message of `{completion}`; or, if they are "
                 f"two turns, use `messages` with `weight`: 0 in the first",
             )
     if add_system(found, row, where):
@@ -143,7 +143,7 @@ def refuse_media(row: Mapping[str, Any], where: str) -> None:
             raise DataError(
                 f"The row has `{key}`, and only text can be learned",
                 where=where,
-                fix="remove the row, or its key where the text alone says everything",
+                fix="remove the row, or its key if the text makes sense without it",
             )
 
 
@@ -255,15 +255,16 @@ def with_known_role(message: Mapping[str, Any], name: str, where: str) -> dict[s
 
 def _from_sharegpt(message: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     """`from` and `value` as role and content; a call in JSON as a tool call."""
-    said = str(message["from"]).strip().lower()
-    role = _ROLES.get(said, said)
+    sender = str(message["from"]).strip().lower()
+    role = _ROLES.get(sender, sender)
     rest = {key: item for key, item in message.items() if key not in ("from", "value")}
     value = message.get("value", message.get("content"))
-    if said in _CALLS:
+    if sender in _CALLS:
         calls = calls_in(value)
         if calls is None:
             raise DataError(
-                f"`{name}` is from {said}, and its value is no JSON object with name and arguments",
+                f"`{name}` is from {sender}, but its value is not a JSON object with name and "
+                "arguments",
                 where=where,
                 fix='write the value as {"name": "...", "arguments": {...}}, or a list of these',
             )
@@ -271,7 +272,7 @@ def _from_sharegpt(message: Mapping[str, Any], name: str, where: str) -> dict[st
     if role not in _KNOWN_ROLES:
         known = ", ".join((*_KNOWN_ROLES, *_ROLES, *_CALLS[:1]))
         raise DataError(
-            f"`{name}` is from {said!r}, which is no known role", where=where, fix=f"use {known}"
+            f"`{name}` is from {sender!r}, an unknown role", where=where, fix=f"use {known}"
         )
     return {**rest, "role": role, "content": value}
 
@@ -308,7 +309,7 @@ def text_parts(parts: list[Any], owner: str, where: str) -> list[str]:
         text = part.get("text") if isinstance(part, Mapping) else None
         if kind not in TEXT_PARTS or not isinstance(text, str):
             raise DataError(
-                f"{owner} has a part that is no text: {kind}",
+                f"{owner} has a part that is not text: {kind}",
                 where=where,
                 fix='remove the row, or write every part as {"type": "text", "text": "..."}',
             )
@@ -325,32 +326,32 @@ def joined_text(content: Any) -> str:
 
 
 def _take_weights(messages: list[dict[str, Any]], key: str, where: str) -> frozenset[int]:
-    """Removes the keys that say what is learned; the indices of assistant turns that are not."""
+    """Removes the keys for the loss; returns the indices of assistant turns that are context."""
     context_only = set()
     for index, message in enumerate(messages):
-        said = {name: message.pop(name) for name in (*LEARNED, *_MASKED) if name in message}
+        flags = {name: message.pop(name) for name in (*LEARNED, *_MASKED) if name in message}
         _refuse_suspects(message, _SUSPECT, f"`{key}[{index}]`", where)
-        for name, value in said.items():
+        for name, value in flags.items():
             if not isinstance(value, (bool, int, float)) or value not in (0, 1):
                 raise DataError(
                     f"`{key}[{index}].{name}` must be 0 or 1, but it is {value!r}",
                     where=where,
                     fix="use 1 for a turn that is learned, and 0 for one that is context only",
                 )
-        learned = {bool(value) == (name in LEARNED) for name, value in said.items()}
+        learned = {bool(value) == (name in LEARNED) for name, value in flags.items()}
         if len(learned) > 1:
             raise DataError(
-                f"`{key}[{index}]` says that it is learned and that it is not: {said}",
+                f"`{key}[{index}]` has contradictory flags for the loss: {flags}",
                 where=where,
-                fix="keep one of these keys",
+                fix="keep only one of these keys",
             )
         if message["role"] == "assistant" and learned == {False}:
             context_only.add(index)
         elif message["role"] != "assistant" and learned == {True}:
             raise DataError(
-                f"`{key}[{index}]` is to be learned, and it is a turn of the {message['role']}: "
-                "only assistant turns can be learned",
+                f"`{key}[{index}]` is marked as learned, but its role is {message['role']}: only "
+                "assistant turns can be learned",
                 where=where,
-                fix=f"remove `{next(iter(said))}` from this message",
+                fix=f"remove `{next(iter(flags))}` from this message",
             )
     return frozenset(context_only)

@@ -178,7 +178,7 @@ def _fix_of_content(content: str) -> str:
             "use a template that keeps the reasoning of the last turn, or remove the reasoning to "
             "learn the answer alone"
         )
-    return "use a template that writes the whole content, or remove the row"
+    return "use a template that renders the complete content, or remove the row"
 
 
 # --- a chat of made-up words -----------------------------------------------------------------

@@ -78,7 +78,7 @@ def _texts(texts: Any, text_key: str, boundary: Boundary) -> Texts:
         return Texts.of_sources([_source(file, text_key, boundary) for file in files], here)
     if isinstance(texts, Mapping) or not isinstance(texts, Iterable):
         raise DataError(
-            f"{type(texts).__name__} is no text to learn from",
+            f"{type(texts).__name__} is not a source of text",
             where="Data.build",
             fix="give a path, a list of strings, chats or rows, or one split of a data set",
         )
@@ -98,7 +98,7 @@ def _documents(items: Iterable[Any], text_key: str) -> Iterator[AnyDocument]:
         row = {"messages": row} if isinstance(row, list) else row
         if not isinstance(row, Mapping):
             raise DataError(
-                f"a {type(item).__name__} is no document",
+                f"a {type(item).__name__} is not a document",
                 where=where,
                 fix="give strings, chats (lists of messages) or rows",
             )

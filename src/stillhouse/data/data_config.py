@@ -85,7 +85,7 @@ class WindowsRecipe(Section):
 
 
 class DataRecipe(WindowsRecipe):
-    sources: list[Source] = Field(min_length=1, description="Where the training text comes from.")
+    sources: list[Source] = Field(min_length=1, description="Sources of the training text.")
     heldout_sources: list[Source] = Field(
         default=[], description="Text for evaluation; without it, documents are split off."
     )

@@ -103,7 +103,7 @@ def format_of(path: Path) -> FileFormat:
     raise DataError(
         f"Files with the extension {extension} are not supported"
         if extension
-        else "The file's name has no extension that tells its format",
+        else "The file has no extension, so its format is unknown",
         where=path,
         fix=_CONVERT.get(extension, _ANY_FORMAT).format(*[shlex.quote(str(path))] * 2),
     )
@@ -317,7 +317,7 @@ def _undecodable(path: Path, encoding: str) -> DataError:
     if other:
         shown = "" if guess is None else f" (as {iconv_name(guess)}: {_shown(wrong[0], guess)})"
         return DataError(
-            f"{what}, and what stands around it can",
+            f"{what}, but the text around it can",
             where=path,
             fix=f"the file mixes encodings, or is cut off or damaged: write line {at} again{shown}",
         )

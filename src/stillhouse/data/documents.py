@@ -108,6 +108,6 @@ def _digest(content: Any, where: str) -> bytes:
             f"The text holds {canonical[error.start]!r}, half of a surrogate pair: "
             "it is not valid Unicode",
             where=where,
-            fix="write the file again as UTF-8 with whole characters, or remove the row",
+            fix="write the file again as valid UTF-8, or remove the row",
         ) from error
     return hashlib.sha256(encoded).digest()

@@ -126,7 +126,7 @@ def _answer(row: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
 
 
 def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
-    """Earlier turns, as pairs of what user and assistant said."""
+    """Earlier turns: pairs of a user's and an assistant's text."""
     turns = []
     for pair in row.get("history") or []:
         if (
@@ -137,7 +137,7 @@ def _history(row: Mapping[str, Any], where: str) -> list[dict[str, str]]:
             raise DataError(
                 "`history` must be a list of pairs of strings",
                 where=where,
-                fix='write it as [["what was asked", "what was answered"], ...]',
+                fix='write it as [["a question", "its answer"], ...]',
             )
         turns.append({"role": "user", "content": pair[0]})
         turns.append({"role": "assistant", "content": pair[1]})

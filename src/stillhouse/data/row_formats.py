@@ -152,7 +152,7 @@ def _refuse_others(given: Mapping[str, Any], where: str) -> None:
     chat = any(key in given for key in ("completion", *_CHATS))
     if chat and isinstance(given.get("label"), bool):
         raise DataError(
-            "This is a row of judged answers (KTO): `label` says whether the answer is wanted",
+            "This is a row of rated answers (KTO): `label` states whether the answer is preferred",
             where=where,
             fix="keep the rows whose label is true, and remove the key `label`",
         )
@@ -215,6 +215,6 @@ def _advice(row: Mapping[str, Any], text_key: str, keys: list[str]) -> str:
     if len(texts) == 1:
         return f"set text_key to the key of the text: text_key: {longest}"
     return (
-        "write what is to be learned as `messages`, or as `prompt` with `completion`; where one "
-        f"key holds the whole text, set e.g. text_key: {longest}"
+        "write the training text as `messages`, or as `prompt` with `completion`; if one key "
+        f"contains the complete text, set e.g. text_key: {longest}"
     )

@@ -21,7 +21,7 @@ from stillhouse.progress import note
 _DEEPEST = 100
 """Nested lists and objects of a row. Templates and hashes recurse, so a deeper row would stop
 them."""
-_CORRECT = "correct the line, or remove it; each line must be one whole JSON object"
+_CORRECT = "correct the line, or remove it; each line must be one complete JSON object"
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 """How JSON escapes begin that stand for half of a surrogate pair, or for one of two halves."""
 
@@ -198,7 +198,7 @@ def _is_chat(items: list[Any]) -> bool:
 
 
 def _json(text: str, where: str, fix: str = _CORRECT) -> Any:
-    """Raises DataError; also where a key stands twice in an object."""
+    """Raises DataError; also if a key occurs twice in an object."""
     try:
         return json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
@@ -216,7 +216,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
+        raise ValueError(f"the key {twice!r} occurs twice in an object")
     return found
 
 
@@ -254,7 +254,7 @@ def _check_value(value: Any, where: str) -> None:
                     f"The text holds {half[0]!r}, half of a surrogate pair: "
                     "it is not valid Unicode",
                     where=where,
-                    fix="write the file again as UTF-8 with whole characters, or remove the row",
+                    fix="write the file again as valid UTF-8, or remove the row",
                 )
         elif isinstance(part, dict):
             left += [(inner, depth + 1) for pair in part.items() for inner in pair]

@@ -110,6 +110,6 @@ def check_split(
         if longest > total / 2
         else f"The text is too small to divide into training and held-out documents: {what}",
         where="data.heldout_tokens",
-        fix="give data.heldout_sources, or lower data.heldout_tokens; where a text file holds many "
+        fix="give data.heldout_sources, or lower data.heldout_tokens; if a text file contains many "
         "documents, set documents: blank-line (or line) on its source",
     )

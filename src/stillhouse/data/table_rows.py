@@ -126,9 +126,9 @@ def _row(cells: Sequence[str], header: Sequence[str], delimiter: str, where: str
         )
     if len(cells) > 1 and [cell.strip("\ufeff \t") for cell in cells] == list(header):
         raise DataError(
-            "The header stands here again, as if files had been joined",
+            "The header occurs here again, as if files had been concatenated",
             where=where,
-            fix="remove the line, and check what comes after it",
+            fix="remove the line, and check the rows after it",
         )
     for number, (name, cell) in enumerate(zip(header, cells, strict=True)):
         if not name and number and cell.strip():

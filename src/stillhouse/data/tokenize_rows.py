@@ -184,9 +184,9 @@ def leading_tokens(tokenizer: Any) -> Ids:
         if whole[start : start + len(bare)] == bare:
             return np.asarray(whole[:start], dtype=np.int32)
     raise DataError(
-        "The tokenizer writes a text in another way where it adds its special tokens",
+        "The tokenizer encodes a text differently when it adds its special tokens",
         where=getattr(tokenizer, "name_or_path", None),
-        fix="use a tokenizer that adds special tokens before and after a text only",
+        fix="use a tokenizer that adds special tokens only before and after a text",
     )
 
 

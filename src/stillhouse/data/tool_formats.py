@@ -89,7 +89,7 @@ def _with_arguments(call: Mapping[str, Any], name: str, where: str) -> dict[str,
     arguments = _bare_json(arguments)
     if not isinstance(from_json(arguments), Mapping):
         raise DataError(
-            f"The arguments of {name} are no JSON object: {str(arguments)[:60]!r}",
+            f"The arguments of {name} are not a JSON object: {str(arguments)[:60]!r}",
             where=where,
             fix=_WRITE_CALL,
         )

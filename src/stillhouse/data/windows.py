@@ -170,7 +170,7 @@ def _open_array(path: Path, name: str, info: WindowsInfo) -> NDArray[np.int32]:
         ) from error
     if array.shape != (info.rows, info.context) or array.dtype != np.int32:
         raise DataError(
-            f"The array is {array.dtype} {list(array.shape)}, but windows.json says "
+            f"The array is {array.dtype} {list(array.shape)}, but windows.json states "
             f"int32 {[info.rows, info.context]}",
             where=file,
             fix=_AGAIN,

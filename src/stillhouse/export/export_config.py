@@ -15,9 +15,9 @@ class PushRecipe(Section):
     """The exports as a repository of the Hugging Face Hub, after all of them have passed."""
 
     repo: str = Field(
-        pattern=r"^[\w.-]+/[\w.-]+$", description="OWNER/NAME; made if it is not there."
+        pattern=r"^[\w.-]+/[\w.-]+$", description="OWNER/NAME; created if it does not exist."
     )
-    private: bool = Field(True, description="Of a repository that is made.")
+    private: bool = Field(True, description="Whether a created repository is private.")
     token_env: str = Field(
         "HF_TOKEN", description="The environment variable that holds a token with write access."
     )

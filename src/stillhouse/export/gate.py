@@ -254,9 +254,9 @@ def _check_free(out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise RunError(
-            "the export's folder has files already",
+            "the export's folder is not empty",
             where=out,
-            fix="give another folder, or remove this one first",
+            fix="use another folder, or remove this one first",
         )
 
 
@@ -271,7 +271,7 @@ def drawn_windows(gate: Gate) -> dict[str, Tensor]:
     }
     if not tensors:
         raise ModelError(
-            "there is no held-out token to compare the export with its source on",
+            "there are no held-out tokens for comparing the export with its source",
             fix="hold out some text: data.heldout_tokens, or data.heldout_sources",
         )
     return tensors
@@ -325,7 +325,7 @@ def _check_pair(
     if pair["sure"] >= MOVED_OF and pair["moved"] > share * pair["sure"]:
         raise ModelError(
             f"{what} in the top-1 token at {pair['moved']} of the {pair['sure']} held-out "
-            f"positions where the choice is clear; at most {share:.0%} is allowed",
+            f"positions with a clear top-1 token; at most {share:.0%} is allowed",
             where=source,
             fix=fix,
         )

@@ -116,10 +116,10 @@ def _lacks_of_layers(config: Any, found: Family) -> Iterator[str]:
 
 def unsupported(what: str) -> ModelError:
     return ModelError(
-        f"the GGUF writer does not know {what}",
+        f"the GGUF writer does not support {what}",
         where="export.formats",
-        fix=f"it writes {', '.join(ARCHITECTURES)} (docs/quantize.md says which features of them); "
-        "for others export safetensors, and see whether llama.cpp's convert_hf_to_gguf.py knows it",
+        fix=f"it supports {', '.join(ARCHITECTURES)} (docs/quantize.md lists their features); "
+        "otherwise, export safetensors and try llama.cpp's convert_hf_to_gguf.py",
     )
 
 

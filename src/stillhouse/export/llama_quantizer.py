@@ -56,9 +56,9 @@ def k_quantize(
         failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), params)
     whole.unlink()
     if failed:
-        said = " ".join(errors).strip() or f"code {failed}"
+        reason = " ".join(errors).strip() or f"code {failed}"
         raise ModelError(
-            f"llama.cpp could not quantize this model to {kind} ({said})",
+            f"llama.cpp could not quantize this model to {kind} ({reason})",
             where=source,
             fix="gguf-q4_0 and gguf-q8_0 need no llama.cpp",
         )

@@ -20,9 +20,9 @@ from stillhouse.runfolder import sha, write_atomically
 TAGS = ["distillation", "stillhouse"]
 WEIGHTS = ("*.safetensors", "*.gguf", "*.onnx", "*.onnx.data")
 LIMITS = (
-    "It inherits the teacher's faults, and adds its own wherever it is further from the teacher "
-    "than the table says: expect that on all text unlike the text it was distilled on. Nothing "
-    "else was measured: no safety, no other language, no longer text."
+    "It inherits the teacher's errors and adds its own. On text unlike the text that it was "
+    "distilled on, expect it to differ more from the teacher than the table shows. Nothing else "
+    "was measured: not safety, not other languages, not longer text."
 )
 
 

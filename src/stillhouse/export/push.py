@@ -43,9 +43,9 @@ def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
             )
             commits[form] = str(done.commit_url)
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-        said = str(error).replace(token, "…").strip().splitlines() or [type(error).__name__]
+        lines = str(error).replace(token, "…").strip().splitlines() or [type(error).__name__]
         raise RunError(
-            f"the Hub refused the upload ({said[0]})",
+            f"the Hub rejected the upload ({lines[0]})",
             where=f"export.push_to_hub.repo: {section.repo}",
             fix="check that the token may write there and that the network works, then run again: "
             "finished uploads are kept",
@@ -59,7 +59,7 @@ def require_token(section: PushRecipe) -> str:
     token = os.environ.get(section.token_env, "").strip()
     if not token:
         raise RunError(
-            f"there is no token for the Hub in {section.token_env}",
+            f"{section.token_env} is not set, so there is no token for the Hub",
             where="export.push_to_hub",
             fix=f"set {section.token_env} to a token with write access, or remove the section",
         )

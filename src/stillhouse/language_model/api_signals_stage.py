@@ -61,7 +61,7 @@ def plan_api_signals(job: Job) -> StagePlan:
     assert synthesis is not None
     if text is None:
         raise SignalError(
-            "no source of data names synthesize.out, and signals.answers are about that text",
+            "no source of data is synthesize.out, the text that signals.answers belong to",
             where="data.sources",
             fix=f"add {{kind: jsonl, path: {synthesis.out}}}",
         )
@@ -70,7 +70,7 @@ def plan_api_signals(job: Job) -> StagePlan:
     temperature = stored_temperature(objective, encoding)
     if temperature != 1.0:
         raise SignalError(
-            f"an API tells probabilities at temperature 1, and a term asks for {temperature:g}",
+            f"an API returns probabilities at temperature 1, but a term uses {temperature:g}",
             where="objective.terms",
             fix="use temperature 1",
         )
@@ -91,13 +91,13 @@ def plan_api_signals(job: Job) -> StagePlan:
         with StoreWriter(out / STORE, settings) as writer:
             for row, aligned in _rows(job, text.file, "signals"):
                 ids_1L = torch.from_numpy(row.ids[None].astype(np.int64))
-                learnt_1L = torch.from_numpy(row.supervised[None].copy())
-                learnt_1L[:, 0] = False
-                segments = find_segments(ids_1L, ids_1L.masked_fill(~learnt_1L, IGNORED))
+                supervised_1L = torch.from_numpy(row.supervised[None].copy())
+                supervised_1L[:, 0] = False
+                segments = find_segments(ids_1L, ids_1L.masked_fill(~supervised_1L, IGNORED))
                 if len(segments) and writer.missing(segments).all():
                     writer.add(segments, *entry_rows(aligned.entries, job.vocabulary))
             manifest = writer.finish()
-        note(f"the API told about {counted.told:,} of {counted.tokens:,} tokens")
+        note(f"the API returned log-probabilities of {counted.told:,} of {counted.tokens:,} tokens")
         facts = {**asdict(manifest.quality), "store_bytes": manifest.bytes, **asdict(counted)}
         return Outcome(summary=facts)
 
@@ -127,18 +127,18 @@ def _count(job: Job, file: Path) -> Counted:
 def _check(counted: Counted, most: float) -> None:
     if not counted.mismatched:
         return
-    told = (
-        f"{counted.mismatched:,} of {counted.answers:,} answers are other tokens to the API than "
-        "to the student's tokenizer, or came without log-probabilities"
+    mismatch = (
+        f"{counted.mismatched:,} of {counted.answers:,} answers are tokenized differently by the "
+        "API and the student's tokenizer, or have no log-probabilities"
     )
     if counted.mismatched > most * counted.answers:
         raise SignalError(
-            told,
+            mismatch,
             where="signals.answers",
             fix="use a student whose tokenizer is the API model's; or raise "
             "signals.answers.mismatched to learn those from their text alone; or remove `signals`",
         )
-    note(f"{told}: these are learned from their text alone")
+    note(f"{mismatch}: these are learned from their text alone")
 
 
 def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]:

@@ -184,8 +184,7 @@ def _check_head_stays(recipe: Recipe, where: str | Path) -> None:
         )
     if recipe.quantize is not None and recipe.quantize.qat is not None:
         raise SignalError(
-            "quantize.qat rounds the head, and signals of kind frozen_head are for the head as it "
-            "is",
+            "quantize.qat rounds the head, but signals of kind frozen_head need the original head",
             where=where,
             fix="remove quantize.qat, or use signals of another kind",
         )

@@ -114,6 +114,6 @@ def _require_templates(job: Job) -> None:
                 chats,
                 whose=whose,
                 where=path,
-                fix="remove evaluate.prompts, each of which is asked as one turn of the user; or "
-                "correct the chat_template in that folder",
+                fix="remove evaluate.prompts, each of which is one user turn; or correct the "
+                "chat_template in that folder",
             )

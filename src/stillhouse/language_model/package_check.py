@@ -34,8 +34,8 @@ def require_options(job: Job) -> Iterator[Finding]:
     for name in recipe.train.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            text = f"{name} is not installed, and is no tracker of transformers"
-            yield Finding("error", "extras", text, f"set train.report_to to some of {known}")
+            text = f"{name} is not a tracker that transformers supports"
+            yield Finding("error", "extras", text, f"set train.report_to to one or more of {known}")
         elif name not in here:
             yield Finding("error", "extras", f"{name} is not installed", f"pip install {name}")
     if recipe.evaluate.lm_eval is not None:
@@ -77,7 +77,9 @@ def require_disk(job: Job) -> Iterator[Finding]:
     free = shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free
     text = f"about {need / 1e9:.1f} GB of {parts} at the peak; {free / 1e9:.1f} GB are free"
     if need > free:
-        fix = "free some, lower train.keep_checkpoints, or give another disk: --set folder=PATH"
+        fix = (
+            "free some space, lower train.keep_checkpoints, or use another disk: --set folder=PATH"
+        )
         yield Finding("error", "disk", f"{text} in {root}", fix)
     else:
         yield Finding("estimate", "disk", text)

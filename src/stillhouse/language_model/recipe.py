@@ -34,7 +34,7 @@ class TeacherRecipe(Section):
     license: str | None = Field(
         None,
         description="Its license as the Hub names it (apache-2.0, llama3.2), which the student's "
-        "model card inherits; null: as the model's own card says.",
+        "model card inherits; null: the license in the model's own card.",
     )
 
 
@@ -86,9 +86,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _signals_are_the_teachers(self) -> Recipe:
         if self.signals is not None and self.train.teachers:
-            raise ValueError("signals are the teacher's own: remove signals, or train.teachers")
+            raise ValueError(
+                "signals come from a single teacher: remove signals, or train.teachers"
+            )
         if self.cascade is not None and self.train.teachers:
-            raise ValueError("in a cascade, cascade.teacher says what a member learns from")
+            raise ValueError("in a cascade, cascade.teacher sets each student's teacher")
         live = self.cascade is not None and self.cascade.teacher != "original"
         if live and self.signals is not None:
             raise ValueError(

@@ -142,8 +142,8 @@ def publish(text: Path, out: Path, recipe: Recipe) -> None:
         return
     if not may_replace(out, recipe):
         note(
-            f"{out} is not what this recipe made, and stays as it is; the run reads its own "
-            f"{text}; to train on a file that you changed, give it another name"
+            f"{out} was not written by this recipe and is not replaced; the run reads its own "
+            f"{text}; to train on a file that you edited, give it another name"
         )
         return
     with (run_root(recipe) / PUBLISHED).open("a", encoding="utf-8") as hashes:

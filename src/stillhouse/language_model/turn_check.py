@@ -29,8 +29,8 @@ def check_turns(job: Job) -> Iterator[Finding]:
     if end is not None and other is not None and other.text != end.text:
         text = f"the teacher's turns end with {other.text}, and the student's with {end.text}"
         fix = (
-            "the student's template is used for both, and the teacher may not expect the end of a "
-            "turn there: copy the teacher's chat_template.jinja into the student's folder"
+            "the student's template is used for both, so its end-of-turn token may be new to the "
+            "teacher: copy the teacher's chat_template.jinja into the student's folder"
         )
         yield Finding("warning", TOPIC, text, fix)
     if writes_date(student):

@@ -39,7 +39,7 @@ class HiddenStateLoss(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in get_args(Distance):
-            raise SignalError(f"there is no hidden-state loss {kind!r}", fix="use mse or cosine")
+            raise SignalError(f"unknown hidden-state loss {kind!r}", fix="use mse or cosine")
         self.pairs = pairs
         self.kind = kind
         self.projections = nn.ModuleList()

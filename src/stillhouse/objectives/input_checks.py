@@ -66,7 +66,7 @@ def _refuse_sharded(hidden_ND: Tensor, head: LMHead, signal: Signal | None) -> N
             raise SignalError(
                 f"{name} is sharded over processes",
                 fix="under FSDP2, compute the loss inside the wrapped module's forward, where the "
-                "head is whole; vocabulary-parallel heads are not supported",
+                "head is unsharded; vocabulary-parallel heads are not supported",
             )
 
 

@@ -40,9 +40,7 @@ class Schedule:
                 fix="0 <= begin < finish <= 1",
             )
         if self.shape not in get_args(ScheduleShape):
-            raise SignalError(
-                f"there is no schedule shape {self.shape!r}", fix="use linear or cosine"
-            )
+            raise SignalError(f"unknown schedule shape {self.shape!r}", fix="use linear or cosine")
 
     def at(self, progress: float) -> float:
         """The factor where `progress` in [0, 1] of all steps are done."""

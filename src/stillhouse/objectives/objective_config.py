@@ -110,13 +110,13 @@ class LogitsTerm(Weighted):
                 raise ValueError(f"{name} has no {key}: it takes {takes}")
         if name == "alpha_beta":
             if not any(parameters.values()):
-                raise ValueError("alpha_beta is not defined where alpha and beta are both 0")
+                raise ValueError("alpha_beta is not defined if alpha and beta are both 0")
             return self
         for key, value in parameters.items():
             if value > 1 or 1 - 1e-6 < value < 1:
                 raise ValueError(f"{key} of {name} is {value}: it must be from 0 to 0.999999, or 1")
             if (value == 1 and name.startswith("skew")) or (value in (0, 1) and name == "jsd"):
-                raise ValueError(f"{name} is 0 at {key} {value:g}, whatever the student says")
+                raise ValueError(f"{name} is 0 at {key} {value:g}, regardless of the student")
         return self
 
 

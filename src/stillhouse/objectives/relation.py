@@ -114,7 +114,7 @@ def relation_loss(
 def _states(name: str, states: AttentionStates, relation: str) -> Tensor:
     if relation not in RELATIONS:
         raise SignalError(
-            f"there is no relation {relation!r}", fix=f"use some of {', '.join(RELATIONS)}"
+            f"unknown relation {relation!r}", fix=f"use some of {', '.join(RELATIONS)}"
         )
     if relation not in states.states:
         raise SignalError(

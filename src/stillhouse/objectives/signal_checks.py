@@ -35,7 +35,7 @@ def check_terms_fit(terms: Sequence[Term], signal: Signal | None) -> None:
         name = term.divergence
         if signal is None:
             raise SignalError(
-                f"{name} compares with a teacher, and there is no signal",
+                f"{name} compares the student with a teacher, but there is no signal",
                 fix="pass signal=DenseSignal(teacher_hidden, teacher_head), or a stored signal",
             )
         if isinstance(signal, SampledSignal) and name != "forward_kl":

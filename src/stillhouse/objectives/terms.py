@@ -37,7 +37,7 @@ class Term:
     def __post_init__(self) -> None:
         if self.divergence not in PARAMETERS:
             raise SignalError(
-                f"there is no divergence {self.divergence!r}",
+                f"unknown divergence {self.divergence!r}",
                 fix=f"use one of {', '.join(PARAMETERS)}",
             )
         if not 0 <= self.weight < math.inf:
@@ -73,7 +73,7 @@ class Term:
                     f"{name} of {self.divergence} is {value}: it must lie in [0, {top:g}]"
                 )
         if self.divergence == "alpha_beta" and not any(self.parameters.values()):
-            raise SignalError("alpha_beta is not defined where alpha and beta are both 0")
+            raise SignalError("alpha_beta is not defined if alpha and beta are both 0")
 
     @property
     def parameters(self) -> dict[str, float]:

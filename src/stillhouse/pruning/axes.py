@@ -126,7 +126,8 @@ def axes_of(config: Any) -> Axes:
     axes = ARCHITECTURES.get(config.model_type)
     if axes is None and getattr(config, "text_config", None) is not None:
         raise ModelError(
-            f"models of type {config.model_type!r} read more than text, and cannot be pruned whole",
+            f"models of type {config.model_type!r} have inputs other than text, and cannot be "
+            "pruned as one model",
             where="student.start",
             fix=f"save the text model inside ({config.text_config.model_type}) as a checkpoint of "
             "its own and name that one: load this one with transformers and copy the weights of "

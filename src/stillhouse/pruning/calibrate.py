@@ -56,7 +56,7 @@ def calibration_batches(
     `together` of them in a batch. Raises DataError when there are no windows."""
     if len(windows) == 0:
         raise DataError(
-            "there is no training text to calibrate on",
+            "there is no training text for calibration",
             where="data",
             fix="add sources, or lower heldout_tokens",
         )

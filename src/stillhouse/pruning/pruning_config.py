@@ -61,8 +61,8 @@ def read_amount(key: str, text: int | float | str) -> Amount:
     if factor is None or not 0 < float(number) * factor <= _MOST:
         units = ", ".join(unit for unit in UNITS[key] if unit)
         raise ValueError(
-            f"{written} is no amount: write a percentage of the model that is pruned, such as "
-            f"60%, or a positive number, alone or with one of {units}"
+            f"{written} is not a valid amount: write a percentage of the model that is pruned, such "
+            f"as 60%, or a positive number, alone or with one of {units}"
         )
     return Amount(float(number) * factor, relative=False)
 
@@ -75,7 +75,7 @@ class TargetRecipe(Section):
         None, description="Without the embeddings and an untied head: 60% or 80M."
     )
     bytes: AmountText | None = Field(
-        None, description="Of the weights in export.dtype: 60% or 250MB."
+        None, description="Size of the weights in export.dtype: 60% or 250MB."
     )
     decode_latency: AmountText | None = Field(
         None, description="Seconds a token on this machine, one sequence: 60% or 20ms."
@@ -131,18 +131,18 @@ class PruningMethod(Section):
 
     importance: Importance = Field(
         "refit",
-        description="Of neurons, heads and channels. refit: what is lost after the others were "
-        "refit (activations, with refit: false); activations: norm of activations x norm of "
-        "the weights that read them; gradients: Fisher information of the KL.",
+        description="For neurons, heads and channels. refit: the error that remains after the "
+        "others were refit (activations, with refit: false); activations: norm of activations x "
+        "norm of the weights that read them; gradients: Fisher information of the KL.",
     )
     aggregation: Aggregation = Field(
-        "l2", description="Of activations over calibration rows, for importance: activations."
+        "l2", description="How importance: activations aggregates over calibration rows."
     )
     depth_importance: DepthImportance = Field(
         "kl",
-        description="Of layers. kl: what the output loses without each, tried one after the "
-        "other; block_influence: 1 - cosine of the stream before and after; norm_ratio: norm after "
-        "over norm before; gradients: Fisher information.",
+        description="For layers. kl: the KL of the output without each layer, one at a time; "
+        "block_influence: 1 - cosine of the residual stream before and after; norm_ratio: norm "
+        "after / norm before; gradients: Fisher information.",
     )
 
     @model_validator(mode="after")
@@ -158,13 +158,13 @@ class SearchRecipe(Section):
     axes: list[Annotated[str, OneOf(AXES)]] = Field(
         default=list(AXES),
         min_length=1,
-        description="What may be made smaller, where the architecture has it.",
+        description="Dimensions that may be pruned, if the architecture has them.",
     )
     tolerance: PartialShare = Field(0.03, description="How far under the target a shape may be.")
     multiple_of: Width | None = Field(
         None,
-        description="FFN and hidden sizes are multiples of it; null: of 256 where one fits, else "
-        "of 128, 64 or 32.",
+        description="FFN and hidden sizes are multiples of this; null: 256 if it fits, else 128, "
+        "64 or 32.",
     )
     tensor_parallel: Count = Field(
         1, description="GPUs among which heads and FFN must divide evenly."

@@ -139,21 +139,21 @@ def quantize(
 
 
 def quantization_notes(model: Any, kl: float, max_kl: float | None) -> list[str]:
-    """What stays as it is, and a budget that only the sum of the parts meets."""
+    """What is not quantized, and a limit on KL that only the sum of the parts meets."""
     notes = []
     left = left_over_text(model)
     if left is not None:
         notes.append(f"Quantization: {left}.")
     if max_kl is not None and kl > max_kl:
         notes.append(
-            f"Quantization: the parts' KL, each measured alone, adds up to at most {max_kl:g} "
-            f"(quantize.max_kl), and the whole quantized model's is {kl:.3g} nats a token."
+            f"Quantization: the KL of the parts, measured one by one, adds up to at most "
+            f"{max_kl:g} (quantize.max_kl), but that of the quantized model is {kl:.3g} nats/token."
         )
     return notes
 
 
 def grid_of(section: QuantizeRecipe) -> Grid:
-    """Where the recipe names no group size: 32 for integers, the whole row for float8."""
+    """The recipe's grid. Default group size: 32 for integers, the complete row for float8."""
     if section.floating:
         return Grid(8, None, floating=True)
     return Grid(section.bits, section.group_size or DEFAULT_GROUP)

@@ -32,12 +32,12 @@ class QuantizeRecipe(Section):
         "float8_dynamic_float8",
     ] = Field(
         "int4",
-        description="Of the weights; *_dynamic_*: layers' inputs are rounded too, to 8 bits, "
-        "token by token, while the model runs. float8 ships as safetensors (torchao).",
+        description="Type of the weights; *_dynamic_*: the inputs of layers are also rounded to 8 "
+        "bits, per token, at inference. float8 is exported as safetensors (torchao).",
     )
     group_size: Width | None = Field(
         None,
-        description="Neighbors in a row that share a scale; null: 32. float8 has one scale a row.",
+        description="Neighbors in a row that share a scale; null: 32. float8: one scale per row.",
     )
     keep: list[str] = Field(
         default=[], description="Parts to leave alone: embeddings, head, layers.N (0 the first)."

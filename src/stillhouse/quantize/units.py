@@ -83,8 +83,8 @@ def left_over_text(model: Any) -> str | None:
     share = sum(left.values()) / sum(weight.numel() for weight in model.parameters())
     largest = max(left, key=lambda name: left[name])
     return (
-        f"{len(left):,} parameters with {share:.0%} of the numbers, such as {largest}, are no "
-        f"linear layer's weights: they are not quantized and ship in {8 * KEPT_BYTES} bits"
+        f"{len(left):,} tensors with {share:.0%} of the parameters, such as {largest}, are not "
+        f"weights of linear layers: they are not quantized, and are stored in {8 * KEPT_BYTES} bits"
     )
 
 

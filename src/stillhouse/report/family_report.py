@@ -71,8 +71,8 @@ def _cut_sentence(cut: CutTeacher) -> str:
     if cut.perplexity is not None:
         before, after = map(text.digits, cut.perplexity)
         sentence += (
-            f" On training text that has none of the lost tokens its perplexity is {after}, where "
-            f"the whole teacher’s is {before}; other text takes more tokens than before."
+            f" On training text without the removed tokens, its perplexity is {after}, and that of "
+            f"the original teacher {before}; other text takes more tokens than before."
         )
     return sentence
 

@@ -125,7 +125,7 @@ def _figures(run: RunFacts, models: Mapping[str, ModelResult]) -> Iterator[Figur
             yield Figure(show(student), name, f"{role}: {remark}" if remark else "")
     if run.stages:
         total = sum(stage.cost.seconds for stage in run.stages)
-        yield Figure(text.seconds(total), "whole run", f"{len(run.stages)} stages")
+        yield Figure(text.seconds(total), "total", f"{len(run.stages)} stages")
 
 
 # --- what was measured -------------------------------------------------------------------------

@@ -131,15 +131,15 @@ def read_report(path: Path) -> Report:
         raise RunError(
             f"the report's data cannot be read: {error.strerror}",
             where=path,
-            fix="check the path and its permissions, or give `stillhouse run` again",
+            fix="check the path and its permissions, or repeat `stillhouse run`",
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "its text"
         raise RunError(
-            f"this is not the data of a report of this version: {place}: {first['msg']}",
+            f"this is not report data of this version: {place}: {first['msg']}",
             where=path,
-            fix="give `stillhouse run` again: it writes the report anew",
+            fix="repeat `stillhouse run`: it writes a new report",
         ) from error
 
 

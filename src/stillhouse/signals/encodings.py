@@ -205,9 +205,7 @@ def encoding_from_json(raw: Mapping[str, Any]) -> Encoding:
     values = dict(raw)
     kind = values.pop("kind", None)
     if kind not in ENCODINGS:
-        raise SignalError(
-            f"there is no encoding {kind!r}", fix=f"use one of {', '.join(ENCODINGS)}"
-        )
+        raise SignalError(f"unknown encoding {kind!r}", fix=f"use one of {', '.join(ENCODINGS)}")
     try:
         return ENCODINGS[kind](**values)
     except TypeError as error:

@@ -137,7 +137,7 @@ def read_manifest(path: Path) -> Manifest:
         raise StoreError(
             f"the store ({settings.encoding.kind}) is not finished: it has no manifest",
             where=path,
-            fix="run what recorded it again: it resumes where it stopped",
+            fix="repeat the command that recorded it, which resumes",
         )
     raw = read_checked_json(file, "the manifest")
     settings = _settings(raw, file)

@@ -190,7 +190,8 @@ def open_shard(path: Path) -> Shard:
     header, crc32 = _read_header(mapped, path)
     if size != HEADER_BYTES + header.payload_bytes:
         raise StoreError(
-            f"the shard has {size} bytes and its header says {HEADER_BYTES + header.payload_bytes}",
+            f"the shard has {size} bytes, but its header states "
+            f"{HEADER_BYTES + header.payload_bytes}",
             where=path,
             fix=_DAMAGED,
         )

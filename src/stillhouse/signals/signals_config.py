@@ -25,7 +25,7 @@ class ThresholdSignals(Section):
 
     kind: Literal["threshold"]
     bytes: Annotated[float, Field(ge=1, le=1024, allow_inf_nan=False)] = Field(
-        36.0, description="Of a token, on average."
+        36.0, description="Average size of a token."
     )
 
     def encoding(self) -> EntryEncoding:
@@ -129,7 +129,9 @@ SignalEncoding = Annotated[
 class SignalServer(Section):
     """A server of the teacher that returns log-probabilities of prompts, as vLLM does."""
 
-    base_url: str = Field(description="Of the OpenAI-compatible API, e.g. http://localhost:8000/v1")
+    base_url: str = Field(
+        description="Of an OpenAI-compatible API, such as http://localhost:8000/v1"
+    )
     model: str = Field(description="The teacher's name on the server.")
     key_env: str | None = Field(
         None, description="Environment variable that holds the server's key; null: it needs none."
@@ -178,11 +180,11 @@ class SignalsRecipe(Section):
     def _one_origin(self) -> SignalsRecipe:
         given = self.server is not None or self.encoding != ThresholdSignals(kind="threshold")
         if self.store is not None and given:
-            raise ValueError("store is read as it is: remove encoding and server, or store")
+            raise ValueError("a finished store is only read: remove encoding and server, or store")
         if self.answers is not None and (given or self.store is not None):
-            raise ValueError("answers are stored as they are: remove encoding, server and store")
+            raise ValueError("answers have their own encoding: remove encoding, server and store")
         if self.store is None and self.answers is None and self.missing == "live":
-            raise ValueError("missing is about a given store: name it in store, or remove the key")
+            raise ValueError("missing applies only to a given store: set store, or remove the key")
         if self.server is not None and not isinstance(self.encoding, TopKSignals):
             raise ValueError("a server returns top tokens: set encoding.kind to top_k")
         return self

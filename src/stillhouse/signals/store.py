@@ -116,8 +116,8 @@ class Store:
         return SignalError(
             f"the store lacks {count} of {len(segments)} segments of this batch",
             where=self.path,
-            fix="record this data set (what is there is kept), or score what is missing with a "
-            "live teacher",
+            fix="record this data set (recorded segments are kept), or score the missing ones with "
+            "a live teacher",
         )
 
 

@@ -95,14 +95,14 @@ class PrunedStudent(PrunedSizes, PruningMethod):
         "teacher expects there; data: all that the text has; or those of a file. The tokenizer is "
         "rewritten, and the teacher answers with these alone.",
     )
-    refit: bool = Field(True, description="Refit what is left by least squares.")
+    refit: bool = Field(True, description="Refit the remaining weights by least squares.")
     calibration_tokens: Tokens = Field(
-        49152, description="Tokens seen to decide what goes, and to refit what stays."
+        49152, description="Tokens for deciding what to remove and refitting what remains."
     )
     local_distillation: Tokens | None = Field(
         None,
-        description="Tokens on which each block is trained, right after its cut, to do what the "
-        "whole one did; null: none.",
+        description="Tokens on which each block is trained, right after its cut, to reproduce the "
+        "original block; null: none.",
     )
     search: SearchRecipe = Field(
         SearchRecipe(), description="How the shape that meets a target is found."

@@ -40,10 +40,10 @@ def majority(pattern: str | None, *, least: float = 0.0, keep_all: bool = False)
                 reasons.append(f"fewer than {least:.0%} agree: {dict(votes)}"[:200])
             elif value != winner:
                 reasons.append(
-                    f"it says {value!r}, and {count} of {len(rows)} say {winner!r}"[:200]
+                    f"its answer is {value!r}, and {count} of {len(rows)} are {winner!r}"[:200]
                 )
             elif number != first and not keep_all:
-                reasons.append("it says the same as an earlier answer")
+                reasons.append("it is the same as an earlier answer")
             else:
                 reasons.append(None)
         return reasons

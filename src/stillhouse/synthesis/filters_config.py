@@ -20,12 +20,12 @@ from stillhouse.synthesis.prompts_config import PromptFormat
 
 class EvaluationTexts(Section):
     path: PathText = Field(
-        description="Prompts that must not be in the training text; as prompts.path."
+        description="Prompts that must not be in the training text; see prompts.path."
     )
     format: PromptFormat = "auto"
     key: str = "prompt"
     ngram: Annotated[int, Field(ge=2, le=1000)] = Field(
-        13, description="Consecutive words that a row may not share with them."
+        13, description="Drop rows that share this many consecutive words with one."
     )
 
 
@@ -37,12 +37,12 @@ class MajorityChoice(Section):
     kind: Literal["majority"]
     pattern: str | None = Field(
         None,
-        description="A regular expression; its last match in an answer, or the first group of it, "
-        "is compared. null: the whole answer.",
+        description="A regular expression; its last match in an answer, or that match's first "
+        "group, is compared. null: the complete answer.",
     )
     min_agreement: ShareOrZero = Field(0.0, description="Share of the answers that must agree.")
     keep: Literal["one", "all"] = Field(
-        "one", description="Of those that agree: the first, or all."
+        "one", description="Which of the answers that agree: the first, or all."
     )
 
 
@@ -67,7 +67,7 @@ class JudgeChoice(Section):
         "both orders, n(n - 1) requests for n answers.",
     )
     sampling: VerdictSampling = VerdictSampling()
-    budget: BudgetRecipe = Field(BudgetRecipe(), description="Of the judge only.")
+    budget: BudgetRecipe = Field(BudgetRecipe(), description="For the judge only.")
 
     @model_validator(mode="after")
     def _keys_fit_the_judge(self) -> JudgeChoice:
@@ -93,7 +93,7 @@ class FiltersRecipe(Section):
         None, description="A regular expression that must not match."
     )
     json_schema: PathText | None = Field(
-        None, description="A file; answers must be JSON that it allows."
+        None, description="A file; answers must be JSON that matches this schema."
     )
     languages: list[str] | None = Field(
         None,
@@ -102,7 +102,7 @@ class FiltersRecipe(Section):
         "them. Needs stillhouse[language].",
     )
     best_of: Choice | None = Field(
-        None, description="Of several answers to a prompt (prompts.samples), keep the best."
+        None, description="Keep the best of several answers to a prompt (prompts.samples)."
     )
     exact_duplicates: bool = Field(True, description="Drop repeated pairs of prompt and answer.")
     near_duplicates: Similarity | None = Field(

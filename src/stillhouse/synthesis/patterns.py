@@ -55,7 +55,7 @@ def compiled_pattern(expression: str, where: str = "synthesize.filters") -> Patt
         raise RecipeError(
             f"{expression!r} is not a regular expression: {error}",
             where=where,
-            fix="correct it; a backslash before a character takes it as it is: \\( \\[ \\.",
+            fix="correct it; a backslash makes the next character literal: \\( \\[ \\.",
         ) from None
     for character in dict.fromkeys([*"a0 ", *expression][:_REPEATED]):
         found.search(character * _REPEATED + "\0", seconds=_PROBE_SECONDS)

@@ -57,14 +57,14 @@ class WriteRecipe(Section):
     count: Annotated[int, Field(gt=0, le=10**8)] = Field(description="Number of different prompts.")
     per_request: SmallCount = Field(10, description="Prompts per request.")
     examples: CountOrZero = Field(
-        3, description="Prompts of `path` to show in a request, different ones each time."
+        3, description="Examples from `path` in a request, different ones each time."
     )
     max_similarity: Similarity = Field(
         0.6,
-        description="Drop prompts this similar (Jaccard) to an earlier one, or to one of `path`.",
+        description="Drop prompts this similar (Jaccard) to an earlier one, or to one in `path`.",
     )
     temperature: SamplingTemperature = 1.0
-    max_tokens: AnswerTokens = Field(1024, description="Of all prompts of one request together.")
+    max_tokens: AnswerTokens = Field(1024, description="Limit for all prompts of one request.")
 
 
 class PromptsRecipe(Section):

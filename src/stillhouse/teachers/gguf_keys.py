@@ -86,13 +86,13 @@ def read_config(reader: gguf.GGUFReader) -> Any:
     try:
         values = _values(keys, shapes, reader, kind)
     except KeyError as missing:
-        raise UnreadableGGUFError(f"it lacks the key {prefix}{missing.args[0]}") from missing
+        raise UnreadableGGUFError(f"the key {prefix}{missing.args[0]} is missing") from missing
     if values["num_hidden_layers"] > len(shapes):
         raise UnreadableGGUFError(f"{prefix}block_count = {values['num_hidden_layers']}")
     unknown = {k: v for k, v in keys.items() if k not in NO_EFFECT and NEUTRAL.get(k) != v}
     if unknown:
-        said = ", ".join(f"{prefix}{key} = {value}" for key, value in list(unknown.items())[:3])
-        raise UnreadableGGUFError(f"{said} in a model of this architecture")
+        listed = ", ".join(f"{prefix}{key} = {value}" for key, value in list(unknown.items())[:3])
+        raise UnreadableGGUFError(f"{listed} in a model of this architecture")
     try:
         return AutoConfig.for_model(**values)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
@@ -134,7 +134,7 @@ def _values(
             "attention.layer_norm_rms_epsilon", keys.pop("attention.layer_norm_rms_epsilon")
         ),
         "tie_word_embeddings": "output.weight" not in shapes,
-        # The tokenizer says them; an architecture's own may be beyond the file's rows.
+        # The tokenizer defines them; an architecture's own may be beyond the file's rows.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     known = AutoConfig.for_model(kind)
@@ -144,7 +144,7 @@ def _values(
     rope = values["rope_parameters"]
     if rope.get("partial_rotary_factor", 1) != 1 and not ARCHITECTURES[kind].partly_rotated:
         raise UnreadableGGUFError(
-            f"heads of {size} of which a part is rotated (rope.dimension_count)"
+            f"heads of size {size} with partial rotary embeddings (rope.dimension_count)"
         )
     values |= _biases(shapes, kind)
     more = MORE.get(kind)
@@ -181,8 +181,8 @@ def _biases(shapes: Mapping[str, list[int]], kind: str) -> dict[str, Any]:
     }
     if found == {"attn_q"} and kind == "llama":
         return {"model_type": "qwen2"}  # a llama with biases of queries, keys and values alone
-    said = {"attention_bias": "attn_q" in found, "mlp_bias": "ffn_up" in found}
-    return {key: True for key, there in said.items() if there}
+    biases = {"attention_bias": "attn_q" in found, "mlp_bias": "ffn_up" in found}
+    return {key: True for key, present in biases.items() if present}
 
 
 # --- rotary embeddings ----------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def _id(reader: gguf.GGUFReader, role: str) -> int | None:
 def _set_rules(state: dict[str, Any], name: str | None, path: Path) -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     if name in (None, "default"):
-        note(f"{path.name} does not say how its tokenizer splits text: GPT-2's rules are taken")
+        note(f"{path.name} does not define how its tokenizer splits text: GPT-2's rules are used")
     elif name in DIGITS_APART:
         digits = {"type": "Digits", "individual_digits": True}
         parts = [digits, {**byte_level, "use_regex": True}]

@@ -1,4 +1,4 @@
-"""Loads a model or a tokenizer from a folder, and says clearly when the folder does not fit."""
+"""Loads a model or a tokenizer from a folder, with clear errors if something does not match."""
 
 from __future__ import annotations
 
@@ -160,16 +160,16 @@ def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
     except Exception as error:
         raise _no_tokenizer(path, str(error)) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise _no_tokenizer(path, "it has no words")
+        raise _no_tokenizer(path, "it has only special tokens")
     return tokenizer
 
 
 def _no_tokenizer(path: Path, problem: str) -> ModelError:
     return ModelError(
-        f"there is no tokenizer that can be loaded ({problem})",
+        f"no tokenizer can be loaded ({problem})",
         where=path,
         fix="copy all of the tokenizer's files into the folder: tokenizer.json, "
-        "tokenizer_config.json, chat_template.jinja where there is one",
+        "tokenizer_config.json, and chat_template.jinja if there is one",
     )
 
 
@@ -182,7 +182,7 @@ def attention_for(config: Any) -> str:
 def _check_loaded(info: dict[str, Any], path: Path) -> None:
     mismatched = sorted(str(key[0]) for key in info["mismatched_keys"])
     problems = (
-        ("of another shape than the config says", mismatched),
+        ("of a different shape than in the config", mismatched),
         ("missing", sorted(info["missing_keys"])),
         ("not part of the model", sorted(info["unexpected_keys"])),
     )
@@ -191,12 +191,12 @@ def _check_loaded(info: dict[str, Any], path: Path) -> None:
             raise ModelError(
                 f"{len(names)} weights are {problem}: {', '.join(names[:3])}",
                 where=path,
-                fix="config.json and the weights are of two models: copy the model again",
+                fix="config.json and the weights belong to different models: copy the model again",
             )
 
 
 def _check_types(model: Any, files: list[Path], path: Path) -> None:
-    """Raises ModelError: weights that are stored as whole numbers, and no scales to them."""
+    """Raises ModelError: weights that are stored as integers, without scales."""
     if getattr(model.config, "quantization_config", None) is not None:
         return
     parameters = {name for name, _ in model.named_parameters()}
@@ -204,11 +204,11 @@ def _check_types(model: Any, files: list[Path], path: Path) -> None:
     whole = [name for name in stored if name in parameters and stored[name] in WHOLE_NUMBERS]
     if whole:
         raise ModelError(
-            f"{len(whole)} weights are stored as whole numbers ({stored[whole[0]]}), without the "
-            f"scales that would make weights of them, such as {whole[0]}",
+            f"{len(whole)} weights are stored as integers ({stored[whole[0]]}) without scales, "
+            f"such as {whole[0]}",
             where=path,
-            fix="use the model that is not quantized, or copy its config.json with the "
-            "quantization_config too",
+            fix="use the unquantized model, or also copy its config.json with the "
+            "quantization_config",
         )
 
 
@@ -219,14 +219,14 @@ def _check_finite(model: Any, path: Path) -> None:
         low, high = map(float, weight.detach().aminmax())  # NaN wherever there is one
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ModelError(
-                f"the weight {name} holds numbers that are not finite (NaN or infinity)",
+                f"the weight {name} contains values that are not finite (NaN or infinity)",
                 where=path,
                 fix="copy the model again, or use a checkpoint from before its training diverged",
             )
 
 
 def _check_tied(model: Any, files: list[Path], path: Path) -> None:
-    """A head beside embeddings that the configuration ties it to: readers choose differently."""
+    """Raises ModelError: the configuration ties a head that differs from the embeddings."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return
     ends = (model.get_output_embeddings(), model.get_input_embeddings())
@@ -235,8 +235,8 @@ def _check_tied(model: Any, files: list[Path], path: Path) -> None:
     if len(stored) < 2 or torch.equal(*stored.values()):
         return
     raise ModelError(
-        "config.json says that the head is tied to the embeddings, but the weights hold another "
-        "head; programs differ in which of the two they use",
+        "config.json ties the head to the embeddings, but the weights contain a different head; "
+        "programs differ in which of the two they use",
         where=path,
         fix="set tie_word_embeddings to false in config.json to use that head, or remove "
         "lm_head.weight from the weights to use the embeddings",

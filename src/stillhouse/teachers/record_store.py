@@ -135,7 +135,7 @@ def tuned_threshold(
 ) -> Threshold:
     """The threshold at which a row takes `size` bytes on average, from some of the text.
 
-    Raises SignalError where no threshold gives that, or the teacher has no whole distributions.
+    Raises SignalError where no threshold gives that, or the teacher has no full distributions.
     """
     step = max(1, len(text) // TUNING_WINDOWS)
     sample = []
@@ -143,7 +143,7 @@ def tuned_threshold(
         signal = only_signal(teacher.answer(collate([text[index]])), teacher)
         if not isinstance(signal, DenseSignal):
             raise SignalError(
-                f"{teacher.described} does not give whole distributions, which threshold needs",
+                f"{teacher.described} does not return full distributions, which threshold needs",
                 where="signals.encoding",
                 fix="use signals.encoding.kind: top_k",
             )

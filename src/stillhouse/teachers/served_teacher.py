@@ -36,14 +36,14 @@ TIMEOUT_SECONDS = 600.0
 OVER_ONE = 1e-3
 """By how much the probabilities of a row may pass 1, being rounded."""
 LEAST = float(np.finfo(np.float16).min)
-RESUMED = "what is recorded is kept: the same command goes on from there"
+RESUMED = "recorded signals are kept: run the same command to resume"
 
 
 class ServedTeacher(Teacher):
     """The k most likely tokens of each position and the mass of all others, at temperature 1.
 
     A divergence is taken between distributions over these k tokens and one bucket for the rest:
-    never larger than the whole one, and blind to how the student orders the tail.
+    never larger than the full one, and blind to how the student orders the tail.
     vocabulary, tokenizer: of the model that is served; parameters: of it, a tied head counted
     once, for the account (0: not counted).
     Raises EndpointError: the key's variable is not set.
@@ -147,7 +147,7 @@ class ServedTeacher(Teacher):
             ) from error
         except openai.APIStatusError as error:
             raise ModelError(
-                f"the server refuses ({error.status_code}): {error.message}",
+                f"the server rejects the request ({error.status_code}): {error.message}",
                 where=where,
                 fix=f"a k of more than 20 needs vLLM started with --max-logprobs {k}; {RESUMED}",
             ) from error
@@ -157,7 +157,7 @@ class ServedTeacher(Teacher):
             ) from error
         except (openai.OpenAIError, ValueError, TypeError, RecursionError) as error:
             raise ModelError(
-                f"the server's reply is no completion ({type(error).__name__}: {error})",
+                f"the server's reply is not a completion ({type(error).__name__}: {error})",
                 where=where,
                 fix=f"check signals.server.base_url, which usually ends in /v1; {RESUMED}",
             ) from error

@@ -39,8 +39,8 @@ def as_stored(tokenizer: Any, folder: Path) -> Any:
     same = len(stored) == len(tokenizer) and _tokens(stored) == _tokens(tokenizer)
     if not same and known not in _faithful:
         note(
-            f"{folder}: the tokenizer is read as its tokenizer.json says; transformers' own "
-            f"{type(tokenizer).__name__} makes other tokens of the same text"
+            f"{folder}: the tokenizer is loaded as tokenizer.json defines it; transformers' "
+            f"{type(tokenizer).__name__} would tokenize text differently"
         )
     _faithful[known] = same
     return tokenizer if same else stored

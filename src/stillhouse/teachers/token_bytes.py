@@ -29,9 +29,9 @@ def token_bytes(tokenizer: Any) -> dict[int, bytes]:
         known = {i: _with_fallback(token) for i, token in plain.items()}
     else:
         raise ModelError(
-            f"the tokenizer ({type(tokenizer).__name__}) does not say which bytes its tokens are",
+            f"the tokenizer ({type(tokenizer).__name__}) does not define the bytes of its tokens",
             where=getattr(tokenizer, "name_or_path", None) or None,
-            fix="use a model whose tokenizer reads bytes or falls back to them",
+            fix="use a model whose tokenizer is byte-level or has byte fallback",
         )
     return {**{i: value for i, value in known.items() if value is not None}, **added}
 

@@ -14,7 +14,7 @@ from stillhouse.errors import ModelError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WHOLE_NUMBERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
-"""Number types of tensors that are no weights by themselves."""
+"""Number types of tensors that are not usable as weights without scales."""
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -109,11 +109,11 @@ def _check_config(folder: Path) -> None:
         read_json(folder / "config.json")
         if adapter:
             raise ModelError(
-                "this folder holds an adapter beside the model, and it is not clear whether it is "
-                "part of the weights",
+                "this folder contains an adapter besides the model, and it is not clear whether it "
+                "is merged into the weights",
                 where=folder,
                 fix="merge it into the model (peft: merge_and_unload, then save_pretrained); or, "
-                "where it is merged or not wanted, move adapter_config.json elsewhere",
+                "if it is already merged or not needed, move adapter_config.json elsewhere",
             )
         return
     if adapter:
@@ -175,7 +175,7 @@ def _no_weights(folder: Path) -> ModelError:
         return ModelError(
             f"the weights are pickled ({pickled[0].name}), and a pickle can run any code",
             where=folder,
-            fix="convert them once where you trust them: AutoModelForCausalLM.from_pretrained"
+            fix="if you trust them, convert them once: AutoModelForCausalLM.from_pretrained"
             "(folder).save_pretrained(new_folder) writes safetensors; copy the tokenizer's files "
             "there too",
         )

@@ -70,7 +70,7 @@ def set_aside(checkpoint: Path, why: str) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
     before = latest(checkpoint.parent)
-    instead = "training starts anew" if before is None else f"going back to {before[0].name}"
+    instead = "training starts again" if before is None else f"going back to {before[0].name}"
     note(f"{checkpoint.name} cannot be loaded ({why}), and is now {aside.name}: {instead}")
 
 

@@ -200,13 +200,13 @@ def train(
 def _check_text(batches: Batches, heldout: Batches | None, settings: TrainRecipe) -> None:
     if batches.supervised_tokens == 0:
         raise TrainingError(
-            "no token of the training data is to be predicted", where=getattr(batches, "path", None)
+            "the training data has no supervised tokens", where=getattr(batches, "path", None)
         )
     if heldout is None and settings.evaluate_every is not None:
         raise TrainingError(
-            "there is no held-out text to measure on",
+            "there is no held-out text for evaluation",
             where="train.evaluate_every",
-            fix="give held-out text, or leave evaluate_every out",
+            fix="add held-out text, or remove evaluate_every",
         )
 
 

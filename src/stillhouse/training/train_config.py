@@ -52,10 +52,10 @@ class TrainRecipe(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     max_grad_norm: GradientNorm = 1.0
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Of the matrix products; weights and moments stay float32."
+        "auto", description="Precision of matrix products; weights and moments stay float32."
     )
     freeze_head: bool = Field(
-        False, description="Leave the head as it is, and embeddings that are tied to it."
+        False, description="Do not train the head, or embeddings that are tied to it."
     )
     gradient_checkpointing: bool = False
     checkpoint_every: Steps = Field(100, description="Optimizer steps between checkpoints.")
