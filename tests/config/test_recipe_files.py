@@ -52,7 +52,7 @@ WRONG = {
     "100,000 dashes": (f"x:\n {'- ' * 100_000}", "nested more than", "line 6"),
     "NUL": ("x: a\0b", "the character U+0000", AT_LINE_5),
     "an escape character": ("x: \x1b[31m", "the character U+001B", AT_LINE_5),
-    "half of a character": ('folder: "\\ud800"', "not valid YAML", AT_LINE_5),
+    "half of a surrogate pair": ('folder: "\\ud800"', "not valid YAML", AT_LINE_5),
     "a key given twice": ("seed: 1\nseed: 2", "`seed` is given twice", "lines 5 and 6"),
     "twice, in quotes too": ('seed: 1\n"seed": 2', "`seed` is given twice", "lines 5 and 6"),
     "twice in a list": ("x: [{a: 1, a: 2}]", "`a` is given twice", "lines 5 and 5"),
@@ -202,7 +202,7 @@ def test_dictionaries_that_are_no_recipe() -> None:
     for wrong in (loop, deep, {1: 2}, {("a",): 1}, {None: 1}, object(), b"x", {"a\ud800": 1}):
         with pytest.raises(RecipeError):
             parse_recipe({**base, "train": wrong})
-    with pytest.raises(RecipeError, match="half of a character"):
+    with pytest.raises(RecipeError, match="half of a surrogate pair"):
         parse_recipe({**base, "folder": "\ud800"})
 
 

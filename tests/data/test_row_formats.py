@@ -171,7 +171,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "OpenAI preference": (
         {"input": {"messages": HI[:1]}, "preferred_output": HI[1:], "non_preferred_output": HI[1:]},
         "row of preferences"),
-    "KTO": ({"prompt": "a", "completion": "b", "label": False}, "judged answers"),
+    "KTO": ({"prompt": "a", "completion": "b", "label": False}, "rated answers"),
     "steps": ({"prompt": "a", "completions": ["b", "c"], "labels": [True, False]}, "completions"),
     "tokenized": ({"input_ids": [1, 2], "labels": [1, 2]}, "already tokenized"),
     "Axolotl's segments": ({"segments": [{"label": True, "text": "a"}]}, "already tokenized"),
@@ -183,7 +183,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"conversations": sharegpt(("human", "a"), ("gpt", "b"), ("human", "c")),
          "chosen": {"from": "gpt", "value": "d"}, "rejected": {"from": "gpt", "value": "e"}},
         "row of preferences"),
-    "KTO in messages": ({"messages": HI, "label": False}, "judged answers"),
+    "KTO in messages": ({"messages": HI, "label": False}, "rated answers"),
     "LLaMA-Factory's KTO": ({"messages": HI, "kto_tag": True}, "a judgment of the answer"),
     "a system prompt beside strings": (
         {"system": "x", "prompt": "a", "completion": "b"}, "`system` belongs to a chat"),
@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a fraction as weight": ({"messages": [HI[0], {**HI[1], "weight": 0.5}]}, "must be 0 or 1"),
     "weight as text": ({"messages": [HI[0], {**HI[1], "weight": "0"}]}, "must be 0 or 1"),
     "contradicting flags": (
-        {"messages": [HI[0], {**HI[1], "weight": 1, "train": False}]}, "that it is learned and"),
+        {"messages": [HI[0], {**HI[1], "weight": 1, "train": False}]}, "contradictory flags"),
     "a user's turn to learn": ({"messages": [{**HI[0], "weight": 1}, HI[1]]}, "only assistant"),
     "Axolotl's train_detail": (
         {"messages": [HI[0], {**HI[1], "train_detail": [{"begin_offset": 0, "end_offset": 1,
@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two systems": ({"system": "x", "messages": [SYSTEM, *HI]}, "system prompt of its own"),
     "unknown from": ({"conversations": sharegpt(("human", "a"), ("alien", "b"))}, "unknown role"),
     "a call that is none": (
-        {"conversations": sharegpt(("human", "a"), ("function_call", "rain"))}, "no JSON object"),
+        {"conversations": sharegpt(("human", "a"), ("function_call", "rain"))}, "not a JSON object"),
     "OpenAI's refusal": (
         {"messages": [HI[0], {"role": "assistant", "content": None, "refusal": "No."}]},
         "has its text in `refusal`"),

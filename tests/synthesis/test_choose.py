@@ -63,7 +63,7 @@ def test_the_majority_answer_is_kept_once_or_as_often_as_it_came() -> None:
     rows = [row(text, number) for number, text in enumerate(TEXTS)]
     once = majority(r"\d+")(rows)
     assert [reason is None for reason in once] == [False, True, False, False]
-    assert once[0] == "it says '41', and 2 of 4 say '42'"
+    assert once[0] == "its answer is '41', and 2 of 4 are '42'"
     assert once[2] == "it is the same as an earlier answer"
     assert once[3] is not None
     assert "nothing in it matches" in once[3]

@@ -109,7 +109,7 @@ NAME = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda tensors: tensors.update({NAME: torch.zeros(3, 3)}), "another shape"),
+        (lambda tensors: tensors.update({NAME: torch.zeros(3, 3)}), "a different shape"),
         (lambda tensors: tensors.pop(NAME), "missing"),
         (lambda tensors: tensors.update({"model.extra.weight": torch.zeros(2)}), "not part"),
     ],

@@ -140,7 +140,7 @@ def test_what_was_recorded_before_the_server_went_away_is_not_asked_again(
 
     server.spoil = fails_after_four
     monkeypatch.setattr(ServedTeacher, "tokens_together", 24)  # one window at a time
-    with pytest.raises(ModelError, match=r"refuses \(400\).*gone"):
+    with pytest.raises(ModelError, match=r"rejects the request \(400\).*gone"):
         record(teacher(server.section), [windows], SETTINGS, tmp_path)
     server.spoil = lambda status, answer: (status, answer)
     server.asked.clear()
@@ -183,7 +183,7 @@ def malformed(**entry: Any) -> Any:
         (malformed(logprob=float("nan")), "of mass"),
         (lambda *_: (200, {"choices": None}), "no completion|no prompt_logprobs"),
         (lambda *_: (200, [[]]), "no prompt_logprobs"),
-        (lambda *_: (302, {}), r"refuses \(302\)"),
+        (lambda *_: (302, {}), r"rejects the request \(302\)"),
         (lambda *_: (401, {"error": {"message": "no"}}), "refuses the key"),
         (lambda *_: (404, {"error": {"message": "no such model"}}), "no such model"),
         (lambda *_: (400, {"error": {"message": "max 3 logprobs"}}), "max 3 logprobs"),

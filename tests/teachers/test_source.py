@@ -240,7 +240,7 @@ def test_a_loaded_model_gives_the_saved_ones_logits(folder: Path) -> None:
     [
         ({"num_hidden_layers": 4}, "weights are missing"),
         ({"num_hidden_layers": 2}, "weights are not part of the model"),
-        ({"intermediate_size": 48}, "weights are of another shape"),
+        ({"intermediate_size": 48}, "weights are of a different shape"),
         ({"model_type": "no-such-type"}, "cannot read this model's config.json"),
         ({"hidden_size": 30}, "cannot read this model.s config.json"),
     ],

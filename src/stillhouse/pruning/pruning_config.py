@@ -61,7 +61,7 @@ def read_amount(key: str, text: int | float | str) -> Amount:
     if factor is None or not 0 < float(number) * factor <= _MOST:
         units = ", ".join(unit for unit in UNITS[key] if unit)
         raise ValueError(
-            f"{written} is not a valid amount: write a percentage of the model that is pruned, such "
+            f"{written} is not a valid amount: write a percentage of the pruned model, such "
             f"as 60%, or a positive number, alone or with one of {units}"
         )
     return Amount(float(number) * factor, relative=False)

@@ -204,7 +204,7 @@ def _check_types(model: Any, files: list[Path], path: Path) -> None:
     whole = [name for name in stored if name in parameters and stored[name] in WHOLE_NUMBERS]
     if whole:
         raise ModelError(
-            f"{len(whole)} weights are stored as integers ({stored[whole[0]]}) without scales, "
+            f"{len(whole)} weights are stored as {stored[whole[0]]} without scales, "
             f"such as {whole[0]}",
             where=path,
             fix="use the unquantized model, or also copy its config.json with the "
