@@ -25,14 +25,14 @@ def test_a_saved_model_is_loadable(tmp_path: Path, kind: str) -> None:
     check_loadable(save_model(tmp_path, tiny_model(kind)))
 
 
-@pytest.mark.parametrize("damage", ["missing", "not part of the model", "of another shape"])
+@pytest.mark.parametrize("damage", ["missing", "not part of the model", "of a different shape"])
 def test_weights_that_do_not_fit_the_config_are_noticed(tmp_path: Path, damage: str) -> None:
     folder = save_model(tmp_path, tiny_model("llama"))
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     if damage == "missing":
         del weights[name]
-    elif damage == "of another shape":
+    elif damage == "of a different shape":
         weights[name] = weights[name][:-1].clone()
     else:
         weights["other"] = torch.zeros(2)

@@ -134,7 +134,7 @@ def test_what_is_no_linear_layers_is_named_and_counted_in_16_bits() -> None:
     assert left["model.layers.1.mlp.experts.gate_up_proj"] == 4 * 64 * 32
     assert len(left) == 2 * 3, "two fused matrices and a router a layer"
     text = str(left_over_text(experts))
-    assert text.startswith("6 parameters with ")
+    assert text.startswith("6 tensors with ")
     assert "experts.gate_up_proj" in text
     units = find_units(experts, GRID)
     rounded = sum(unit.numbers for unit in units)
