@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "two systems": ({"system": "x", "messages": [SYSTEM, *HI]}, "system prompt of its own"),
     "unknown from": ({"conversations": sharegpt(("human", "a"), ("alien", "b"))}, "unknown role"),
     "a call that is none": (
-        {"conversations": sharegpt(("human", "a"), ("function_call", "rain"))}, "not a JSON object"),
+        {"conversations": sharegpt(("human", "a"), ("function_call", "rain"))}, "a JSON object"),
     "OpenAI's refusal": (
         {"messages": [HI[0], {"role": "assistant", "content": None, "refusal": "No."}]},
         "has its text in `refusal`"),
