@@ -96,7 +96,7 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
         "seed": None if section.prompts.combine is None else recipe.seed,
         "files": {key: _content(base, key, path) for key, path in _files(section).items()},
     }
-    return StagePlan(NAME, inputs, work, version=4)
+    return StagePlan(NAME, inputs, work, version=5)
 
 
 def with_text(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
