@@ -95,7 +95,7 @@ def _stillhouse(*arguments: str) -> None:
     from stillhouse.export import fresh_process as script
     from tests import replays
 
-    script.subprocess = replays.IN_THIS_PROCESS  # type: ignore[assignment]
+    script.subprocess = replays.IN_THIS_PROCESS  # type: ignore[assignment, attr-defined]
     sys.argv = ["stillhouse", *arguments]
     main()
 

@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 import stillhouse
-from stillhouse.checksums import SUMS
-from stillhouse.errors import RunError
+from stillhouse.checksums import SUMS, seal_broken, sealed, write_sums
+from stillhouse.commands import predict
+from stillhouse.errors import ModelError, RunError
 from stillhouse.generation.journal import Journal
 from stillhouse.verify import Verified, verify_folder
 from tests import tiny
+from tests.classify import toys
 from tests.test_cli import call
 
 
@@ -112,3 +114,34 @@ def test_a_damaged_journal_is_named_and_not_changed(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="nothing here that can be verified"):
         list(verify_folder(tmp_path))
+
+
+def test_a_file_that_the_sums_do_not_list_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    write_sums(tmp_path)
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    assert not problems(tmp_path)
+    (tmp_path / "adapter.safetensors").write_bytes(b"more")
+    assert problems(tmp_path)[0].problems == ["SHA256SUMS lacks adapter.safetensors"]
+    (tmp_path / SUMS).write_text("")
+    assert len(problems(tmp_path)[0].problems) == 2
+
+
+@pytest.mark.run
+def test_predict_refuses_a_damaged_model(tmp_path: Path) -> None:
+    result = stillhouse.run(toys.recipe(tmp_path))
+    assert result is not None
+    weights = result.model / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-3] ^= 1
+    weights.write_bytes(content)
+    for folder in (result.folder, result.model):
+        with pytest.raises(ModelError, match=r"damaged: model\.safetensors"):
+            predict(folder, ["cat"])
+
+
+def test_a_lost_seal_is_damage_where_files_have_fast_hashes() -> None:
+    facts = sealed({"files": {"a": {"bytes": 1, "xxh3": "0"}}})
+    assert not seal_broken(facts)
+    assert seal_broken({"files": facts["files"]})
+    assert not seal_broken({"files": {"a": {"bytes": 1}}})

@@ -110,3 +110,9 @@ def captured_notes() -> Any:
         os.close(saved)
         os.close(null)
         progress.console.file = None  # type: ignore[assignment]  # rich: back to stderr
+
+
+def notes_so_far() -> str:
+    """Inside of `captured_notes`: what was noted until now."""
+    file = progress.console.file
+    return file.getvalue() if isinstance(file, io.StringIO) else ""

@@ -41,7 +41,7 @@ def run_one(family: Family, seed: int, number: int) -> Result:
     """One trial, in this process. Equal arguments make equal inputs."""
     make: MakeTrial = import_module(family.module).make
     chance = random.Random(f"{family.name} {seed} {number}")
-    with tempfile.TemporaryDirectory(prefix="inputs-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="trial-") as scratch:
         os.environ["STILLHOUSE_CACHE"] = f"{scratch}/cache"
         trial = make(chance, Path(scratch), number)
         began = time.process_time()
@@ -109,7 +109,8 @@ def _stopped(worker: _Worker, detail: str, outcome: Any = "hang") -> Result:
 def _started(seed: int) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, seed), daemon=True)
+    # Not a daemon, which could not start the processes that a trial kills; it ends with the pipe.
+    process = context.Process(target=_serve, args=(theirs, seed))
     process.start()
     theirs.close()
     return _Worker(process, ours)

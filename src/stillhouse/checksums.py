@@ -63,6 +63,13 @@ def read_sums(folder: Path) -> dict[str, Facts]:
     return {name: {"sha256": sha256} for sha256, name in pairs}
 
 
+def unlisted_files(folder: Path, files: Mapping[str, Facts]) -> list[str]:
+    """Names of the files below the folder that `files` does not have; hidden ones do not count."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS)
+    names = (path.relative_to(folder).as_posix() for path in found if path.name[0] != ".")
+    return [name for name in names if name not in files]
+
+
 def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts with a hash of themselves, for a JSON file whose own damage must be noticed."""
     written = json.loads(json.dumps(facts))  # keys become strings, tuples lists
@@ -70,9 +77,12 @@ def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def seal_broken(facts: Mapping[str, Any]) -> bool:
-    """Whether facts that `sealed` returned have changed. Facts that have no seal pass."""
+    """Whether facts that `sealed` returned have changed. Those of before there were seals pass:
+    they have no XXH3 of a file either."""
+    if _SEAL not in facts:
+        return any("xxh3" in file for file in facts.get("files", {}).values())
     rest = {name: value for name, value in facts.items() if name != _SEAL}
-    return _SEAL in facts and facts[_SEAL] != _hash_of(rest)
+    return bool(facts[_SEAL] != _hash_of(rest))
 
 
 def _hash_of(facts: Mapping[str, Any]) -> str:

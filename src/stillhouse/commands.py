@@ -36,6 +36,7 @@ from stillhouse.signals.signals_config import FrozenHeadSignals
 from stillhouse.synthesis.synthesize import Synthesis
 from stillhouse.teachers.model_source import resolve_model
 from stillhouse.training.train import MODEL
+from stillhouse.verify import require_sound_export
 
 Confirm = Callable[[str], bool]
 
@@ -71,6 +72,7 @@ def predict(folder: Path, texts: Iterable[str]) -> Rows:
     folder: a run folder, or a model in it. Raises ModelError where neither holds such a model.
     """
     for candidate in (folder, folder / MODEL):
+        require_sound_export(candidate)
         for kind in KINDS:
             predictor = kind.predictor and kind.predictor(candidate)
             if predictor is not None:

@@ -84,7 +84,7 @@ class RunFolder:
         """
         with disk_errors(self.root):
             self.stages.mkdir(parents=True, exist_ok=True)
-            lock = (self.root / ".lock").open("a+", encoding="utf-8")
+            lock = (self.root / ".lock").open("a+", encoding="utf-8", errors="replace")
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,7 +22,8 @@ HOST = "127.0.0.1"
 class Reply:
     """How one request is answered.
 
-    body: None makes a chat completion of `text`. when: it is held back until this returns True.
+    body: None makes a chat completion of `text`. raw: these bytes, of the head too, and then the
+    connection is closed. when: it is held back until this returns True.
     delay: seconds before the first byte.
     how: `hang` never answers; `cut` closes the connection in the middle of the body; `trickle`
     sends a byte of it now and then, so that it never ends.
@@ -31,6 +32,7 @@ class Reply:
     text: str = "an answer"
     status: int = 200
     body: bytes | None = None
+    raw: bytes | None = None
     headers: dict[str, str] = field(default_factory=dict)
     when: Callable[[], bool] = lambda: True
     delay: float = 0.0
@@ -154,6 +156,10 @@ class _Connection(asyncio.Protocol):
 
     def send(self, reply: Reply, model: str) -> None:
         self.stub.now -= 1
+        if reply.raw is not None:
+            self.transport.write(reply.raw)
+            self.transport.close()
+            return
         body = completion(reply, model) if reply.body is None else reply.body
         lines = [f"HTTP/1.1 {reply.status} X", f"content-length: {len(body)}"]
         lines += ["content-type: application/json"]

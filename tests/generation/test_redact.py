@@ -25,6 +25,9 @@ KEY = "sk-a/b+c=1234567890&<x>~"
         quote(KEY, safe=""),
         escape(KEY),
         "".join(f"&#{ord(character)};" for character in KEY),
+        "".join(f"&#X{ord(character):04X};" for character in KEY),
+        "".join(f"\\x{ord(character):02x}" for character in KEY),
+        "".join(f"%25{ord(character):02x}" for character in KEY),
         KEY[:14],
     ],
 )

@@ -215,7 +215,9 @@ def test_a_checkpoint_is_sealed_once_every_process_has_written_its_part(tmp_path
             for rank in range(2):
                 (shards / f"__{rank}_0.distcp").write_bytes(b"shard")
 
-    trainer = SimpleNamespace(accelerator=Accelerator(), meter=lambda: checkpoints.Meter(4))
+    trainer = SimpleNamespace(
+        accelerator=Accelerator(), meter=lambda: checkpoints.Meter(4), metrics=checkpoints.Metrics()
+    )
     housekeeping = _Housekeeping(trainer, 3, lambda: None)  # type: ignore[arg-type]
     state = SimpleNamespace(is_world_process_zero=True, global_step=4)
     housekeeping.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
@@ -287,6 +289,25 @@ def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path: Path) -> None:
     found = checkpoints.latest(tmp_path)
     assert found is not None
     assert found[1].step == 20
+
+
+@pytest.mark.parametrize("damage", [b"0.5", b"\xff", b"[7]\n", b""])
+def test_metrics_come_from_the_checkpoint(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = checkpoints.Metrics(path)
+    metrics.append({"step": 4, "loss": 0.25})
+    folder = checkpoint(tmp_path / "checkpoints", 4)
+    checkpoints.seal(folder, checkpoints.Meter(4), metrics)
+    path.write_bytes(path.read_bytes().replace(b"0.25", damage))
+    assert checkpoints.Metrics(path, keep_to_step=4).rows == [{"step": 4, "loss": 0.25}]
+    assert checkpoints.latest(folder.parent) is not None
+
+
+@pytest.mark.parametrize("line", [b"7", b'{"loss": 1}', b"\xff", b'{"step": "4"}'])
+def test_a_damaged_line_ends_the_metrics(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    assert read_metrics(path) == [{"step": 1}]
 
 
 def test_metrics_after_the_checkpoint_are_dropped_and_a_cut_line_too(tmp_path: Path) -> None:

@@ -195,5 +195,6 @@ class _Housekeeping(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         folder = Path(args.output_dir)
         checkpoint = folder / f"checkpoint-{state.global_step}"
-        checkpoints.seal(checkpoint, checkpoints.Meter(state.global_step, 0, self.seconds))
+        meter = checkpoints.Meter(state.global_step, 0, self.seconds)
+        checkpoints.seal(checkpoint, meter, self.metrics)
         checkpoints.keep_newest(folder, 2)

@@ -221,6 +221,8 @@ def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
     """Everything that was paid for is an answer, even an empty one; a field of the wrong type is
     ignored. Raises KeyError and the like if this is not a chat completion."""
     choices = whole["choices"]
+    if not isinstance(choices, list):
+        raise TypeError("its choices are no list")
     choice = choices[0] if choices else {"message": {}}
     message = choice["message"]
     text, finish_reason = _text(message.get("content")), _finish_reason(choice)

@@ -119,7 +119,7 @@ def lock_journal(path: Path) -> IO[str]:
     regular_if_there(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(path.name + ".lock").open("a+", encoding="utf-8")
+        lock = path.with_name(path.name + ".lock").open("a+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise RunError(
             f"the journal cannot be written here: {error.strerror}",

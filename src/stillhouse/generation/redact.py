@@ -47,15 +47,16 @@ def _spellings(character: str) -> str:
     """A pattern of every way in which the character may be written."""
     code = f"{ord(character):04x}"
     either = "".join(f"[{digit}{digit.upper()}]" for digit in code)
+    short = either.removeprefix("[00][00]")
     ways = {
         re.escape(character),
         rf"\\+{re.escape(character)}",
         rf"\\+u{either}",
+        rf"\\+x{short}",
         re.escape(quote(character, safe="")),
-        f"%{ord(character):02X}",
-        f"%{ord(character):02x}",
+        f"%(?:25)*{short}",
         re.escape(escape(character)),
-        f"&#{ord(character)};",
-        f"&#x{ord(character):x};",
+        f"&(?:amp;)*#0*{ord(character)};",
+        f"&(?:amp;)*#[xX]0*{short};",
     }
     return f"(?:{'|'.join(sorted(ways, key=len, reverse=True))})"

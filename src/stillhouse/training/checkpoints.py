@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,13 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def seal(checkpoint: Path, meter: Meter) -> None:
-    """Flush the checkpoint to disk and mark it complete. All processes must have written it."""
+def seal(checkpoint: Path, meter: Meter, metrics: Metrics | None = None) -> None:
+    """Flush the checkpoint to disk and mark it complete. All processes must have written it.
+
+    metrics: those until now, of which a copy becomes part of the checkpoint.
+    """
+    if metrics is not None and metrics.path is not None:
+        (checkpoint / metrics.path.name).write_text(_lines(metrics.rows), encoding="utf-8")
     flush_tree(checkpoint)
     paths = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     files = {path.relative_to(checkpoint).as_posix(): fast_facts(path) for path in paths}
@@ -96,14 +101,17 @@ class Metrics:
     """The rows that training logs, each with its optimizer step; in metrics.jsonl, one a line."""
 
     def __init__(self, path: Path | None = None, *, keep_to_step: int = 0) -> None:
-        """path: None keeps them in memory alone. keep_to_step: rows of the file up to that step
-        stay; what a killed process wrote after it is done again."""
+        """path: None keeps them in memory alone. keep_to_step: of the checkpoint to resume from in
+        the folder `checkpoints` beside the file. Its rows stay; what a killed process wrote after
+        it is done again."""
         self.path = path
         self.rows: list[dict[str, float]] = []
         if path is not None:
-            self.rows = [row for row in read_metrics(path) if row["step"] <= keep_to_step]
+            copy = path.parent / "checkpoints" / f"checkpoint-{keep_to_step}" / path.name
+            known = read_metrics(copy if copy.exists() else path)  # older checkpoints have no copy
+            self.rows = [row for row in known if row["step"] <= keep_to_step]
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+            write_atomically(path, _lines(self.rows))
 
     def append(self, row: Mapping[str, float]) -> None:
         self.rows.append(dict(row))
@@ -112,14 +120,21 @@ class Metrics:
                 file.write(json.dumps(row) + "\n")
 
 
+def _lines(rows: Iterable[Mapping[str, float]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line that was cut off by a kill is left out."""
+    """The rows of a metrics.jsonl, up to the first line that was cut off by a kill or damaged."""
     rows: list[dict[str, float]] = []
     if not path.exists():
         return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int | float):
+            break
+        rows.append(row)
     return rows

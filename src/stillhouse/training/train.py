@@ -340,5 +340,5 @@ class _Housekeeping(TrainerCallback):
             return
         folder = Path(args.output_dir)
         checkpoint = folder / f"checkpoint-{state.global_step}"
-        checkpoints.seal(checkpoint, self.trainer.meter())
+        checkpoints.seal(checkpoint, self.trainer.meter(), self.trainer.metrics)
         checkpoints.keep_newest(folder, self.keep_checkpoints)

@@ -1,0 +1,42 @@
+"""What becomes of a run on a bad day: damaged files, faulty servers, kills, full disks.
+
+    make bench NAME=knocks
+    python -m bench.knocks --seed 1 --family damage --count 100
+
+Every trial has a seed, and an oracle: an undisturbed run, or what was written before the damage.
+Every failure is listed with the numbers that make it again:
+
+    python -m bench.knocks --seed 1 --only damage:17
+"""
+
+from __future__ import annotations
+
+from bench.input_trials.workers import Family
+from bench.trial_command import TrialBench, run_command
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("damage", "bench.knock_trials.damage_trials", 60.0),
+        Family("server", "bench.knock_trials.server_trials", 20.0),
+    )
+}
+COUNTS = {"damage": 3000, "server": 300}
+MEANING = {
+    "right": "the fault is noticed and the result is that of an undisturbed run, or it is harmless",
+    "refused": "one error with a place and a way out",
+    "noted": "not used here",
+    "silent": "another result, a second purchase, a budget exceeded, a key written or a leftover",
+    "wrongly refused": "an error although nothing was wrong",
+    "unclear": "an error without a place or without a way out",
+    "traceback": "an exception that is no StillhouseError",
+    "hang": "not finished in time",
+}
+
+
+def main() -> None:
+    run_command(TrialBench("knocks", FAMILIES, COUNTS, MEANING), __doc__)
+
+
+if __name__ == "__main__":
+    main()
