@@ -22,15 +22,15 @@ class StillhouseError(Exception):
 
 
 class RecipeError(StillhouseError, ValueError):
-    """The recipe cannot be read, or asks for something that does not exist."""
+    """The recipe cannot be read, or names something that does not exist."""
 
 
 class DataError(StillhouseError, ValueError):
-    """The training or held-out text cannot be used as it is."""
+    """The training or held-out text cannot be used."""
 
 
 class ModelError(StillhouseError, ValueError):
-    """A model or tokenizer is missing, damaged, or does not fit the other one."""
+    """A model or tokenizer is missing, damaged, or incompatible with another one."""
 
 
 class SignalError(StillhouseError, ValueError):
@@ -46,15 +46,15 @@ class RunError(StillhouseError, RuntimeError):
 
 
 class TrainingError(StillhouseError, RuntimeError):
-    """Training cannot go on: a loss that is not finite, or nothing to learn from."""
+    """Training cannot continue: a loss that is not finite, or no supervised tokens."""
 
 
 class EndpointError(StillhouseError, RuntimeError):
-    """A teacher behind an API cannot be asked: a wrong key or model, no server, no credit."""
+    """A teacher's API does not answer: a wrong key or model, no server, no credit."""
 
 
 def shown(text: object) -> str:
-    """A key or a scalar for a message: printable, and shortened where it is long."""
+    """A key or a scalar for a message: printable, and shortened if it is long."""
     if isinstance(text, int) and abs(text) >= 10**SHOWN:
         return f"an integer of more than {SHOWN} digits"
     written = str(text)

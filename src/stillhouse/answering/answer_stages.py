@@ -99,7 +99,7 @@ def plan_answer_texts(job: AnsweringJob) -> StagePlan:
 
 
 def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
-    """The teacher answers every text; what the filters leave of its answers is learned from."""
+    """The teacher answers every text; the answers that pass the filters become training chats."""
     recipe, teacher = job.recipe, job.recipe.teacher
 
     def work(out: Path) -> Outcome:
@@ -107,17 +107,17 @@ def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
         counts = _write_answers(job, found, out)
         return Outcome(summary=counts)
 
-    asked: dict[str, Any] = {"teacher": job.teacher and job.teacher.fingerprint}
+    models: dict[str, Any] = {"teacher": job.teacher and job.teacher.fingerprint}
     if teacher.api is not None:
-        asked = {"model": teacher.api.model, "endpoint": job.described}
+        models = {"model": teacher.api.model, "endpoint": job.described}
     if teacher.vllm is not None:
-        asked["vllm"] = {"dtype": teacher.vllm.dtype, "options": teacher.vllm.options}
+        models["vllm"] = {"dtype": teacher.vllm.dtype, "options": teacher.vllm.options}
     judge = job.judge(weights=False)
     if judge is not None:
         one = judge.teacher.request(())
-        asked["judge"] = [one.endpoint, one.model, dict(one.parameters)]
+        models["judge"] = [one.endpoint, one.model, dict(one.parameters)]
     inputs = {
-        **asked,
+        **models,
         "task": recipe.task.model_dump(mode="json", exclude={"kind", "json_schema"}),
         "schema": job.schema,
         "sampling": teacher.sampling.model_dump(mode="json"),
@@ -132,7 +132,7 @@ def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
 
 def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:
     rows = [*found.train, *found.test]
-    # A broken filter is found before anything is paid.
+    # Errors in filters are found before any request is paid for.
     filters = chosen_filters(job.recipe.filters, job.base)
     if job.validity is not None:
         filters.before["json_schema"] = job.validity
@@ -142,7 +142,7 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
     samples = job.recipe.teacher.samples
     train = [
         Row(
-            job.taught(text.text),
+            job.student_messages(text.text),
             _words(job, answer),
             answer.finish_reason,
             text.where,
@@ -156,17 +156,19 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
     kept, dropped = _keep(job, filters, train, out)
     of_test = got[samples * len(found.train) :: samples]
     tested = [None if one is None else _words(job, one) for one in of_test]
-    said = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in tested)
-    (out / ANSWERS).write_text(said, encoding="utf-8")
+    lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in tested)
+    (out / ANSWERS).write_text(lines, encoding="utf-8")
     shown = [(row.text, text) for row, text in zip(found.test, tested, strict=True) if text]
     if not shown:
         raise DataError(
-            "no test text has an answer of the teacher",
+            "the teacher answered none of the test texts",
             where=job.journal,
             fix="check the failed requests in the journal",
         )
-    _write_chats(out / HELDOUT, ((job.taught(text), answer) for text, answer in shown))
-    gold = [(job.taught(row.text), row.gold) for row in found.train if row.gold is not None]
+    _write_chats(out / HELDOUT, ((job.student_messages(text), answer) for text, answer in shown))
+    gold = [
+        (job.student_messages(row.text), row.gold) for row in found.train if row.gold is not None
+    ]
     _write_chats(out / GOLD, gold)
     return {
         "answered": sum(answer is not None for answer in got),

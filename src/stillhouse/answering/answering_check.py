@@ -38,12 +38,12 @@ from stillhouse.synthesis.synthesize import chosen_filters
 from stillhouse.teachers.load_model import load_tokenizer
 
 FEW = 50
-"""Training texts below which little can be learned."""
+"""With fewer training texts, `check` warns."""
 
 
 def require_answering(job: AnsweringJob) -> Iterator[Finding]:
-    """What must hold before the teacher is asked: its key or packages, filters and scorer, the
-    judges, and models whose templates take the messages that will come. Raises StillhouseError."""
+    """Checks what the teacher needs before any request: its key or packages, filters and scorer,
+    judges, and templates that accept the prompts. Raises StillhouseError."""
     recipe, base = job.recipe, job.base
     chosen_filters(recipe.filters, base)
     if recipe.evaluate.scorer is not None:
@@ -52,9 +52,9 @@ def require_answering(job: AnsweringJob) -> Iterator[Finding]:
     yield from require_models(ordinary)
     keys = FrameKeys.of("task", recipe.task.system, recipe.task.examples)
     if _estimate(job).missing:
-        asked = [(job.asked("a text"), "the task's prompt")]
+        prompts = [(job.teacher_messages("a text"), "the task's prompt")]
         source = job.source(weights=False)
-        yield from require_source(source, asked, whose="the teacher", key="teacher", keys=keys)
+        yield from require_source(source, prompts, whose="the teacher", key="teacher", keys=keys)
         choice = job.judge(weights=False)
         if choice is not None:
             key = "filters.best_of.teacher"
@@ -65,7 +65,7 @@ def require_answering(job: AnsweringJob) -> Iterator[Finding]:
         yield from require_source(comparing, _VERDICT, whose="the judge", key=key)
     require_template(
         rendered_training(load_tokenizer(ordinary.tokenizer_path)),
-        [(job.taught("a text"), "the task's prompt")],
+        [(job.student_messages("a text"), "the task's prompt")],
         whose="the student",
         where=ordinary.tokenizer_path,
         keys=keys,
@@ -148,14 +148,14 @@ def _estimate(job: AnsweringJob, calls: int = 0) -> Estimate:
 
 
 def preview_answers(recipe: AnsweringRecipe, base: Path, rows: int) -> RenderableType:
-    """What the teacher reads of the first texts; what the student does not see of it is dim."""
+    """The teacher's prompts for the first texts; messages that the student does not see are dim."""
     job = find_answering(recipe, base)
     texts = prepare_answer_texts(recipe, base, job.validity)
     parts: list[RenderableType] = []
     for row in texts.train[:rows]:
         parts.append(Rule(row.where, style="dim", align="left"))
-        seen = job.taught(row.text)
-        for turn in job.asked(row.text):
+        seen = job.student_messages(row.text)
+        for turn in job.teacher_messages(row.text):
             style = "" if turn in seen else "dim"
             parts.append(Text.assemble((f"{turn['role']}: ", "dim"), (turn["content"], style)))
     return Group(*parts)

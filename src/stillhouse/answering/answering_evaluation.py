@@ -78,12 +78,12 @@ def plan_answers_evaluation(
 def _evaluate(
     job: AnsweringJob,
     rows: list[LabelledText],
-    taught: list[str | None],
+    teacher_answers: list[str | None],
     folders: dict[str, Path],
 ) -> AnswersEvaluation:
     section = job.recipe.evaluate
     scorer = None if section.scorer is None else load_scorer(section.scorer, job.base)
-    answered = {"teacher": [text or "" for text in taught]}
+    answered = {"teacher": [text or "" for text in teacher_answers]}
     more: dict[str, dict[str, float]] = {"teacher": _speed_of_teacher(job, rows)}
     for role, folder in folders.items():
         answered[role], more[role] = _answers_of(job, role, folder, rows)
@@ -94,41 +94,42 @@ def _evaluate(
         for role, figures in compare_answers(job, rows, answered).items():
             more[role] |= figures
     results = []
-    for role, said in answered.items():
-        figures, fields = answer_figures(job.validity, rows, said, taught)
+    for role, answers in answered.items():
+        figures, fields = answer_figures(job.validity, rows, answers, teacher_answers)
         if scorer is not None:
-            figures["score"] = _score(scorer, section.scorer or "", rows, said)
+            figures["score"] = _score(scorer, section.scorer or "", rows, answers)
         results.append(AnswersResult(role, {**figures, **more[role]}, fields))
     examples = [
-        AnsweredText(row.text, row.gold, {role: said[number] for role, said in answered.items()})
+        AnsweredText(row.text, row.gold, {role: texts[number] for role, texts in answered.items()})
         for number, row in enumerate(rows[:EXAMPLES])
     ]
     return AnswersEvaluation(
-        job.recipe.task.kind, len(rows), results, examples, _notes(job, taught)
+        job.recipe.task.kind, len(rows), results, examples, _notes(job, teacher_answers)
     )
 
 
-def _notes(job: AnsweringJob, taught: list[str | None]) -> list[str]:
+def _notes(job: AnsweringJob, teacher_answers: list[str | None]) -> list[str]:
     sampling = job.recipe.teacher.sampling
     notes = [f"Every model answers greedily, with at most {sampling.max_tokens:,} tokens."]
     if sampling.temperature != 0:
         at = "its endpoint's own temperature"
         if sampling.temperature is not None:
             at = f"temperature {sampling.temperature:g}"
-        drawn = f"The teacher's answers are drawn, at {at}."
+        drawn = f"The teacher's answers are sampled at {at}."
         notes = [notes[0].replace("Every model answers", "The students answer"), drawn]
-    missing = sum(not text for text in taught)
+    missing = sum(not text for text in teacher_answers)
     if missing:
         notes.append(
             f"The teacher did not answer {missing:,} test texts: they are excluded from metrics "
             "against its answers, and count as wrong against reference answers."
         )
     if job.validity is not None:
-        invalid = sum(not read_json(text, job.validity)[0] for text in taught if text)
+        written = [text for text in teacher_answers if text]
+        invalid = sum(not read_json(text, job.validity)[0] for text in written)
         if invalid:
             notes.append(
-                f"{invalid:,} of the teacher's answers are not valid: F1 with its answers is of "
-                "the other texts."
+                f"{invalid:,} of the teacher's answers are not valid: F1 with its answers excludes "
+                "these texts."
             )
     return notes
 
@@ -151,11 +152,11 @@ def open_generator(
 
 
 def answer_all(generator: TextGenerator[LocalGenerator], requests: Sequence[Request]) -> list[str]:
-    """In the order of the requests, without reasoning; empty where a prompt does not fit."""
-    said: dict[str, str] = {}
+    """In the order of the requests, without reasoning; empty if a prompt does not fit."""
+    answers: dict[str, str] = {}
     for request, outcome in generator.answers(requests):
-        said[request.key] = answer_text(outcome) if isinstance(outcome, Answer) else ""
-    return [said[request.key] for request in requests]
+        answers[request.key] = answer_text(outcome) if isinstance(outcome, Answer) else ""
+    return [answers[request.key] for request in requests]
 
 
 def _answers_of(
@@ -164,7 +165,7 @@ def _answers_of(
     recipe = job.recipe
     generator = open_generator(folder, precision=recipe.train.precision, batch=recipe.teacher.batch)
     most = recipe.teacher.sampling.max_tokens
-    requests = [request_for(job.taught(row.text), role, most) for row in rows]
+    requests = [request_for(job.student_messages(row.text), role, most) for row in rows]
     figures: dict[str, float] = {
         "parameters": account.count_parameters(generator.generator.model).total
     }
@@ -185,7 +186,7 @@ def _speed_of_teacher(job: AnsweringJob, rows: list[LabelledText]) -> dict[str, 
     )
     some = rows[: job.recipe.evaluate.speed_texts]
     most = section.sampling.max_tokens
-    requests = [request_for(job.asked(row.text), "teacher", most) for row in some]
+    requests = [request_for(job.teacher_messages(row.text), "teacher", most) for row in some]
     return {
         "parameters": account.count_parameters(generator.generator.model).total,
         "answers_per_s": _rate(generator, requests),
@@ -193,7 +194,7 @@ def _speed_of_teacher(job: AnsweringJob, rows: list[LabelledText]) -> dict[str, 
 
 
 def _rate(generator: TextGenerator[LocalGenerator], requests: Sequence[Request]) -> float:
-    """Answers a second; they end when the model says so, so that fewer words are faster."""
+    """Answers per second. The model decides when an answer ends, so shorter answers are faster."""
     answer_all(generator, requests[:1])  # the first pass is slower
     began = time.perf_counter()
     answer_all(generator, requests)
@@ -207,13 +208,13 @@ def answer_figures(
     validity: Filter | None,
     rows: list[LabelledText],
     answers: list[str],
-    taught: list[str | None],
+    teacher_answers: list[str | None],
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Figures by name, and F1 by field. Agreement is measured where the teacher has an answer: two
-    empty ones do not agree."""
+    """Metrics by name, and F1 by field. Agreement is measured on texts that the teacher answered:
+    two empty answers do not agree."""
     if validity is not None:
-        return _json_figures(validity, rows, answers, taught)
-    pairs = [(one, other) for one, other in zip(answers, taught, strict=True) if other]
+        return _json_figures(validity, rows, answers, teacher_answers)
+    pairs = [(one, other) for one, other in zip(answers, teacher_answers, strict=True) if other]
     figures = {"agreement": _mean([same_text(one, other) for one, other in pairs])}
     known = [(one, row.gold) for one, row in zip(answers, rows, strict=True) if row.gold]
     if known:
@@ -222,10 +223,13 @@ def answer_figures(
 
 
 def _json_figures(
-    validity: Filter, rows: list[LabelledText], answers: list[str], taught: list[str | None]
+    validity: Filter,
+    rows: list[LabelledText],
+    answers: list[str],
+    teacher_answers: list[str | None],
 ) -> tuple[dict[str, float], dict[str, float]]:
     ours = [read_json(text, validity) for text in answers]
-    theirs = [read_json(text or "", validity) for text in taught]
+    theirs = [read_json(text or "", validity) for text in teacher_answers]
     figures = {"valid": _mean([valid for valid, _ in ours])}
     pairs = [(one, other) for (_, one), (valid, other) in zip(ours, theirs, strict=True) if valid]
     fields: dict[str, float] = {}
@@ -244,7 +248,7 @@ def _json_figures(
 
 
 def read_json(text: str, validity: Filter) -> tuple[bool, Any]:
-    """Whether the schema allows it, and the value; None where it does not."""
+    """Whether the text matches the schema, and its value (None if it does not match)."""
     row = Row((), text, None, "")
     valid = validity(row) is None
     return valid, json_value(answer_only(row)) if valid else None
@@ -263,8 +267,10 @@ def _surprises(
     dtype = choose_precision(section.precision, device).dtype
     model = load_model(job.teacher.path, dtype=dtype, trust_remote_code=code).to(device)
     tokenizer = load_tokenizer(job.teacher.path, trust_remote_code=code)
-    prompts = [job.asked(row.text) for row in rows]
-    return {role: mean_surprise(model, tokenizer, prompts, said) for role, said in answered.items()}
+    prompts = [job.teacher_messages(row.text) for row in rows]
+    return {
+        role: mean_surprise(model, tokenizer, prompts, texts) for role, texts in answered.items()
+    }
 
 
 # --- a user's scorer -----------------------------------------------------------------------------
@@ -295,16 +301,16 @@ def load_scorer(name: str, base: Path) -> Scorer:
     return scorer
 
 
-def _score(scorer: Scorer, name: str, rows: list[LabelledText], said: list[str]) -> float:
+def _score(scorer: Scorer, name: str, rows: list[LabelledText], answers: list[str]) -> float:
     scores = []
-    for row, answer in zip(rows, said, strict=True):
+    for row, answer in zip(rows, answers, strict=True):
         try:
             scores.append(float(scorer(row.text, answer, row.gold)))
         except Exception as error:
             raise DataError(
                 f"the scorer {name} failed: {type(error).__name__}: {error}",
                 where=row.where,
-                fix="it is called with the text, an answer and the true answer or None, and "
-                "returns a number",
+                fix="it is called with the text, an answer and the reference answer or None, and "
+                "must return a number",
             ) from error
     return _mean(scores)

@@ -68,7 +68,7 @@ class AnsweringJob:
 
     @property
     def schema(self) -> dict[str, Any] | None:
-        """Raises DataError where it cannot be read."""
+        """Raises DataError if it cannot be read."""
         task = self.recipe.task
         if not isinstance(task, ExtractTask):
             return None
@@ -76,7 +76,7 @@ class AnsweringJob:
 
     @property
     def validity(self) -> Filter | None:
-        """Says why an answer is no valid JSON. Raises DataError, RecipeError about the schema."""
+        """Returns why an answer is not valid JSON. Raises DataError, RecipeError: the schema."""
         schema = self.schema
         return None if schema is None else json_schema(schema)
 
@@ -89,12 +89,12 @@ class AnsweringJob:
         examples = tuple((self.question(one.text), one.answer) for one in task.examples)
         return Frame(task.system, examples, task.student_sees)
 
-    def taught(self, text: str) -> tuple[Message, ...]:
-        """What the student reads before it answers."""
+    def student_messages(self, text: str) -> tuple[Message, ...]:
+        """The student's prompt."""
         return self.frame.student_sees(user_turn(self.question(text)))
 
-    def asked(self, text: str) -> tuple[Message, ...]:
-        """What the teacher reads before it answers."""
+    def teacher_messages(self, text: str) -> tuple[Message, ...]:
+        """The teacher's prompt."""
         return self.frame.teacher_sees(user_turn(self.question(text)))
 
     @property
@@ -123,7 +123,7 @@ class AnsweringJob:
         )
 
     def requests(self, source: TextSource, texts: Sequence[LabelledText]) -> Requests:
-        """Each text, `samples` times."""
+        """One request per text and sample."""
         samples = range(self.recipe.teacher.samples)
         return lambda: (source.request(self.asked(r.text), n) for r in texts for n in samples)
 
@@ -134,7 +134,7 @@ class AnsweringJob:
 
 
 def filled(prompt: str, text: str) -> str:
-    """In one pass, so that a text may itself hold {text}."""
+    """In one pass, so that a text may itself contain {text}."""
     return text.join(prompt.split("{text}"))
 
 

@@ -19,18 +19,18 @@ from stillhouse.teachers.backbone import lm_head
 def mean_surprise(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[Message]], answers: Sequence[str]
 ) -> float:
-    """-log p(answer | prompt) under the model in nats, over all tokens of all answers. The token
-    that ends an answer is one of them, so that an empty answer is not free."""
+    """Mean of -log p(answer | prompt) under the model, in nats/token over all answers. The end-of-
+    turn token is included, so that an empty answer is not free."""
     total, tokens = 0.0, 0
     device = next(model.parameters()).device
     last = turn_end(tokenizer)
     end = [] if last is None else [last.id]
     for messages, answer in zip(prompts, answers, strict=True):
         prompt = answer_prompt_ids(tokenizer, messages)
-        said = [*text_ids(tokenizer, answer), *end]
-        ids_1L = torch.tensor([[*prompt, *said]], device=device)
+        target = [*text_ids(tokenizer, answer), *end]
+        ids_1L = torch.tensor([[*prompt, *target]], device=device)
         states_LD = model.base_model(input_ids=ids_1L, use_cache=False).last_hidden_state[0]
         logits_LV = head_logits(lm_head(model), states_LD[len(prompt) - 1 : -1]).float()
         picked_L = logits_LV.log_softmax(-1).gather(1, ids_1L[0, len(prompt) :, None])
-        total, tokens = total - float(picked_L.sum()), tokens + len(said)
+        total, tokens = total - float(picked_L.sum()), tokens + len(target)
     return total / max(1, tokens)

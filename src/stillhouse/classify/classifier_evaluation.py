@@ -113,16 +113,16 @@ def _facts_of(classifier: Classifier, folder: Path) -> dict[str, Any]:
 def _rates(
     job: TaskJob, found: Texts, student: Classifier, sample: list[str]
 ) -> tuple[float | None, float]:
-    """Texts a second of the teacher, None of an API, and of the student: the best of some rounds
-    in alternation, so that what else the machine does disturbs both alike."""
-    asked = None if job.teacher is None else job.load_teacher()
+    """Texts per second of the teacher (None for an API) and the student: the best of several
+    alternating rounds, so that other load on the machine affects both."""
+    loaded = None if job.teacher is None else job.load_teacher()
     teacher, ours = [], []
     for round_ in range(_ROUNDS):
-        if asked is not None:
+        if loaded is not None:
             prompt, most = job.prompt(found), job.recipe.data.max_tokens
             if round_ == 0:
-                time_teacher(*asked, prompt, sample[:4], most)  # the first pass is slower
-            teacher.append(time_teacher(*asked, prompt, sample, most))
+                time_teacher(*loaded, prompt, sample[:4], most)  # the first pass is slower
+            teacher.append(time_teacher(*loaded, prompt, sample, most))
         ours.append(_time_student(student, sample))
     return max(teacher, default=None), max(ours)
 

@@ -73,8 +73,8 @@ def plan_classifier_export(
 
 
 def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:
-    """The most by which a probability of some of the texts differs from the source's, where
-    transformers alone reads the folder. Raises ModelError: it does not, or by too much."""
+    """The maximum difference of a probability from the source's on some of the texts, if only
+    transformers reads the folder. Raises ModelError: it fails, or the difference is too large."""
     labels = None if source.words is None else source.words.labels
     texts = texts[: max(1, REPLAY_PASSES // len(labels or [0]))]
     rows, facts, most = source.tokens(texts), source.facts, source.facts.max_tokens
@@ -82,10 +82,10 @@ def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:
         text if len(row) < most and cut(text, source.tokenizer, most) == text else None
         for text, row in zip(texts, rows, strict=True)
     ]
-    asked = ClassifierRows(rows, whole, facts.mean_pooling, labels, facts.prior)
+    inputs = ClassifierRows(rows, whole, facts.mean_pooling, labels, facts.prior)
     note("Replaying the exported classifier in a fresh process")
-    said_NC = replay_classifier(exported, asked)
-    difference = float((said_NC - source.probabilities(texts)).abs().max())
+    replayed_NC = replay_classifier(exported, inputs)
+    difference = float((replayed_NC - source.probabilities(texts)).abs().max())
     if not difference <= REPLAY_LIMIT:  # NaN fails too
         raise ModelError(
             f"the exported classifier's probabilities differ by {difference:.2g}",

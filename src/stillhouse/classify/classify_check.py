@@ -1,4 +1,4 @@
-"""A task's recipe looked at before anything is spent: what it has, and what it will take."""
+"""Checks of a classification recipe before anything is spent: requirements and estimates."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ from stillhouse.teachers.planned_model import (
 EFFICIENCY = 0.35
 """Share of the measured matrix product rate that scoring reaches: its batches are small."""
 FEW = 20
-"""Training texts a label below which little can be learned."""
+"""With fewer training texts per label, `check` warns."""
 
 
 def require_task(job: TaskJob) -> Iterator[Finding]:
-    """What must hold before the teacher is asked: an API's key, or a model whose template takes the
-    task's prompt and whose positions hold it. Raises StillhouseError."""
+    """Checks the teacher before any request: an API's key, or a model whose template accepts the
+    task's prompt and whose context is long enough for it. Raises StillhouseError."""
     section, task = job.recipe.teacher, job.recipe.task
     texts = prepare_texts(job.recipe, job.base)
     prompt = job.prompt(texts)

@@ -68,8 +68,8 @@ def plan_texts(job: TaskJob) -> StagePlan:
 
 
 def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
-    """The teacher sees every text, once. What is made of its scores comes later, so that another
-    prior asks nothing again."""
+    """The teacher scores every text once. The prior is applied later, so that changing it does not
+    score the texts again."""
     recipe = job.recipe
     api = recipe.teacher.api
 
@@ -92,9 +92,9 @@ def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
         )
 
     task = recipe.task.model_dump(mode="json", exclude={"prior", "labels", "labels_path", "kind"})
-    asked: dict[str, Any] = {"precision": recipe.teacher.precision}
+    teacher: dict[str, Any] = {"precision": recipe.teacher.precision}
     if api is not None:
-        asked = {
+        teacher = {
             "endpoint": endpoint_of(api.base_url),
             "model": api.model,
             "samples": recipe.teacher.samples,
@@ -103,7 +103,7 @@ def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
         }
     inputs = {
         "task": task,
-        "asked": asked,
+        "asked": teacher,
         "max_tokens": recipe.data.max_tokens,
         "teacher": job.teacher and job.teacher.fingerprint,
         "texts": texts.digest,

@@ -1,4 +1,4 @@
-"""The teacher's judgment of every text: scored by a model that is here, or asked of an API.
+"""The teacher's judgment of every text: scored by a local model, or requested from an API.
 
 Shapes: N texts, K contentless texts, C labels.
 """
@@ -77,7 +77,7 @@ class Judgment:
 def score_texts(
     model: Any, tokenizer: Any, prompt: LabelPrompt, texts: Texts, max_tokens: int, out: Path
 ) -> tuple[Judgment, int]:
-    """Scores all texts, chunk by chunk in `out/chunks`; what is there already is not done again.
+    """Scores all texts, chunk by chunk in `out/chunks`; finished chunks are not scored again.
 
     Returns the judgment, and the tokens that were read. Raises ModelError: prompts too long.
     """

@@ -65,14 +65,14 @@ def read_values(raw: Any, annotation: Any, refuse: Refuse, key: Key = ()) -> Any
         return [read_values(item, inner, refuse, (*key, index)) for index, item in enumerate(raw)]
     if not isinstance(raw, str):
         return raw
-    wanted = leaf_types(annotation)
+    allowed = leaf_types(annotation)
     if isinstance(raw, Plain):
-        return _scalar(raw, wanted, refuse, key)
+        return _scalar(raw, allowed, refuse, key)
     if has_surrogate(raw):
         refuse(key, "the text contains half of a surrogate pair", "write the complete character")
     # PyYAML makes text of 1e6; of other quoted numbers, text where text fits.
-    spelled = _DECIMAL.fullmatch(raw) and ("e" in raw.lower() or str not in wanted)
-    return float(raw) if float in wanted and spelled else raw
+    spelled = _DECIMAL.fullmatch(raw) and ("e" in raw.lower() or str not in allowed)
+    return float(raw) if float in allowed and spelled else raw
 
 
 def _mapping(raw: Mapping[Any, Any], annotation: Any, refuse: Refuse, key: Key) -> dict[Any, Any]:
@@ -89,16 +89,16 @@ def _mapping(raw: Mapping[Any, Any], annotation: Any, refuse: Refuse, key: Key) 
     return read
 
 
-def _scalar(text: Plain, wanted: set[Any], refuse: Refuse, key: Key) -> Any:
-    numbers, anything = bool(wanted & {int, float}), not wanted or bool(wanted & {Any, object})
-    words = str in wanted
+def _scalar(text: Plain, allowed: set[Any], refuse: Refuse, key: Key) -> Any:
+    numbers, anything = bool(allowed & {int, float}), not allowed or bool(allowed & {Any, object})
+    words = str in allowed
     if text in _NULL:
-        if words and text and not anything and types.NoneType not in wanted:
+        if words and text and not anything and types.NoneType not in allowed:
             refuse(key, f"{text} is not text", f'write it in quotes if it is text: "{text}"')
         return None
-    if text in _BOOLEANS and (bool in wanted or anything):
+    if text in _BOOLEANS and (bool in allowed or anything):
         return _BOOLEANS[text]
-    if text in _WORDS and (bool in wanted or anything):
+    if text in _WORDS and (bool in allowed or anything):
         if words or anything:
             meant = str(_WORDS[text]).lower()
             refuse(
@@ -108,11 +108,11 @@ def _scalar(text: Plain, wanted: set[Any], refuse: Refuse, key: Key) -> Any:
             )
         return _WORDS[text]
     if numbers or anything:
-        return _number(text, wanted, refuse, key)
+        return _number(text, allowed, refuse, key)
     return str(text)
 
 
-def _number(text: Plain, wanted: set[Any], refuse: Refuse, key: Key) -> Any:
+def _number(text: Plain, allowed: set[Any], refuse: Refuse, key: Key) -> Any:
     """A decimal number; else text, which pydantic refuses where a number is needed."""
     name, sign = shown(text), text[:1] if text[:1] in ("-", "+") else ""
     if len(text) > 400 and _DECIMAL.fullmatch(text):
@@ -125,17 +125,17 @@ def _number(text: Plain, wanted: set[Any], refuse: Refuse, key: Key) -> Any:
                 f"{sign.strip('+')}{way}" for way in meant(text.removeprefix(sign))
             )
             fix = f"write {' or '.join(ways) or 'a finite number'}"
-            if bool in wanted or not wanted & {int, float}:
+            if bool in allowed or not allowed & {int, float}:
                 fix += f', or "{name}" in quotes'
             refuse(key, f"{name} {problem}", fix)
     if _DECIMAL.fullmatch(text):
         value = float(text)
         if math.isinf(value):
             refuse(key, f"{name} is too large for a number", "write a smaller one")
-        if int in wanted and float not in wanted and value.is_integer() and value < 1e15:
+        if int in allowed and float not in allowed and value.is_integer() and value < 1e15:
             refuse(key, f"{name} is not an integer in YAML", f"write {int(value)}")
         return value
-    if (text in _BOOLEANS or text in _WORDS) and wanted & {int, float}:
+    if (text in _BOOLEANS or text in _WORDS) and allowed & {int, float}:
         refuse(key, f"{name} is a boolean, not a number", "write a number")
     return str(text)
 

@@ -64,8 +64,8 @@ def prove_turn(
     name = f"messages[{index}]"
     content = joined_text(message.get("content"))
     # The template may write the marks of reasoning itself, and the prompt may end with one.
-    said = MARKS.split(content)
-    if not found.shows(content) and not all(map(found.shows, (said.reasoning, said.answer))):
+    parts = MARKS.split(content)
+    if not found.shows(content) and not all(map(found.shows, (parts.reasoning, parts.answer))):
         raise _left_out(f"`{name}.content` (assistant)", where, _fix_of_content(content))
     for key in KEYS:
         if isinstance(message.get(key), str) and not found.shows(message[key]):
@@ -98,11 +98,11 @@ def prove_context(
         shown = found.shows(content)
         if role == "assistant":
             apart = [message[key] for key in KEYS if isinstance(message.get(key), str)]
-            said = MARKS.split(content)
-            shown = shown or found.shows(said.answer)
-            if not all(map(found.shows, apart)) or not found.shows(said.reasoning):
+            parts = MARKS.split(content)
+            shown = shown or found.shows(parts.answer)
+            if not all(map(found.shows, apart)) or not found.shows(parts.reasoning):
                 notes[REASONING_LEFT_OUT] = None
-                content = said.answer
+                content = parts.answer
             _prove_calls(message, f"messages[{index}]", found, form, where)
         notes |= dict.fromkeys(_keys_left_out(message, found, form))
         if is_blank(content):
@@ -235,8 +235,8 @@ def _renamed(tool: Any, word: str) -> Any:
 def _surely(content: str, messages: Sequence[Mapping[str, Any]], found: Rendering) -> bool:
     """Whether a text is too long, and stands there too often, to be another message's."""
     bare = _compact(content)
-    said = sum(_compact(joined_text(m.get("content"))).count(bare) for m in messages)
-    return len(bare) >= _SURELY and found.count(content) >= said
+    expected = sum(_compact(joined_text(m.get("content"))).count(bare) for m in messages)
+    return len(bare) >= _SURELY and found.count(content) >= expected
 
 
 def _described(function: Mapping[str, Any]) -> list[str]:

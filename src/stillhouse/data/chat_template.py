@@ -59,7 +59,7 @@ def reasoning_key(tokenizer: Any) -> str | None:
 
 @lru_cache(maxsize=16)
 def _reasoning_key(tokenizer: Any, template: str) -> str | None:
-    asked = {"role": "user", "content": "alpha"}
+    question = {"role": "user", "content": "alpha"}
     thought, answer = "Zq7beta", "Zq7gamma"
     whole = {"role": "assistant", "content": f"{THINK[0]}\n{thought}\n{THINK[1]}\n\n{answer}"}
     for key in KEYS:
@@ -67,8 +67,8 @@ def _reasoning_key(tokenizer: Any, template: str) -> str | None:
             continue
         apart = {"role": "assistant", "content": answer, key: thought}
         try:
-            expected = render_chat(tokenizer, [asked, apart])
-            found = render_chat(tokenizer, [asked, whole])
+            expected = render_chat(tokenizer, [question, apart])
+            found = render_chat(tokenizer, [question, whole])
         except template_errors():
             continue
         if thought in expected and answer in expected:

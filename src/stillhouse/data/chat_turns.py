@@ -68,22 +68,22 @@ def _as_written(
     apart = reasoning_of(message)
     if apart and opened:
         content = f"{apart.strip()}\n{marks.closing(opened)}\n\n{content.strip()}"
-    said = marks.split(content.strip())
+    parts = marks.split(content.strip())
     stem = after.removesuffix(tail)
-    if not said.answer or not after.endswith(tail) or not stem.rstrip().endswith(said.answer):
+    if not parts.answer or not after.endswith(tail) or not stem.rstrip().endswith(parts.answer):
         return ""
-    start = stem.rstrip().removesuffix(said.answer)
+    start = stem.rstrip().removesuffix(parts.answer)
     tail = after[len(stem.rstrip()) :]
     if opened:
         whole = content.strip().removeprefix(opened.rstrip()).lstrip()
-        return whole + tail if said.reasoning else ""
-    asked = str(messages[-2].get("content")) if len(messages) > 1 else ""
-    header = start[start.rfind(asked) :] if asked and asked in start else start
+        return whole + tail if parts.reasoning else ""
+    question = str(messages[-2].get("content")) if len(messages) > 1 else ""
+    header = start[start.rfind(question) :] if question and question in start else start
     prompt = marks.without_empty(before)
-    if said.reasoning or not prompt.rstrip().endswith(header.rstrip()):
+    if parts.reasoning or not prompt.rstrip().endswith(header.rstrip()):
         return ""
     space = "" if prompt.endswith(header) else header[len(header.rstrip()) :]
-    return space + said.answer + tail
+    return space + parts.answer + tail
 
 
 def _refuse_two_reasonings(conversation: Conversation, index: int, written: str) -> None:
@@ -177,10 +177,10 @@ def _with_own_marks(message: Message, key: str | None, marks: Pair | None) -> Me
         return message
     if not content.lstrip().startswith(THINK[0]) or reasoning_of(message):
         return message
-    said = MARKS.split(content.strip())
-    if not said.reasoning:
+    parts = MARKS.split(content.strip())
+    if not parts.reasoning:
         return message
     if key is not None:
-        return {**message, "content": said.answer, key: said.reasoning}
+        return {**message, "content": parts.answer, key: parts.reasoning}
     assert marks is not None
-    return {**message, "content": f"{marks[0]}{said.reasoning}{marks[1]}{said.answer}"}
+    return {**message, "content": f"{marks[0]}{parts.reasoning}{marks[1]}{parts.answer}"}

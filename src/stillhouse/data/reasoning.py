@@ -57,7 +57,7 @@ KEYS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True)
-class Said:
+class SplitTurn:
     """answer: empty if the reasoning was cut off, since then there is none."""
 
     reasoning: str
@@ -84,7 +84,7 @@ class Marks:
             return None
         return next(iter(_written(_REASONING, template)), None)
 
-    def split(self, text: str, *, cut_off: bool = False) -> Said:
+    def split(self, text: str, *, cut_off: bool = False) -> SplitTurn:
         """cut_off: the text ends at the token limit.
 
         An opening mark inside an answer that is never closed is a part of the answer, unless the
@@ -94,13 +94,13 @@ class Marks:
         if channels:
             final = [body for name, _, body in channels if name == "final"]
             other = [body for name, head, body in channels if name != "final" and "to=" not in head]
-            return Said("\n".join(part.strip() for part in other), "\n".join(final).strip())
+            return SplitTurn("\n".join(part.strip() for part in other), "\n".join(final).strip())
         if named := _CHANNEL_NAMES.fullmatch(text.strip()):
-            return Said(named[1].strip(), named[2].strip())
-        said = self._between(text, cut_off)
-        if said.reasoning or said.answer != text:
-            return Said(said.reasoning.strip(), self._unwrapped(said.answer.strip()))
-        return Said("", self._unwrapped(text))
+            return SplitTurn(named[1].strip(), named[2].strip())
+        parts = self._between(text, cut_off)
+        if parts.reasoning or parts.answer != text:
+            return SplitTurn(parts.reasoning.strip(), self._unwrapped(parts.answer.strip()))
+        return SplitTurn("", self._unwrapped(text))
 
     def opened(self, prompt: str) -> str:
         """The opening mark that the prompt ends with, and whitespace after it; or nothing."""
@@ -130,7 +130,7 @@ class Marks:
     def _pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(re.escape(mark) for pair in self.reasoning for mark in pair))
 
-    def _between(self, text: str, cut_off: bool) -> Said:
+    def _between(self, text: str, cut_off: bool) -> SplitTurn:
         opens = dict(self.reasoning)
         reasoning: list[str] = []
         answer: list[str] = []
@@ -153,10 +153,10 @@ class Marks:
             at = mark.end()
         rest, before = text[at:], "".join(answer)
         if not inside:
-            return Said("".join(reasoning), before + rest)
+            return SplitTurn("".join(reasoning), before + rest)
         if before.strip() and not cut_off:
-            return Said("".join(reasoning), before + inside + rest)
-        return Said("".join([*reasoning, rest]), "")
+            return SplitTurn("".join(reasoning), before + inside + rest)
+        return SplitTurn("".join([*reasoning, rest]), "")
 
     def _unwrapped(self, answer: str) -> str:
         for opening, closing in self.answer:

@@ -145,8 +145,8 @@ def _row(cells: Sequence[str], header: Sequence[str], delimiter: str, where: str
 
 
 def parquet_rows(path: Path, columns: Collection[str] | None) -> Rows:
-    """Rows with the columns that are asked for, or with all if the file has none of them. The ids
-    of a Hugging Face ClassLabel are its names; -1, which stands for none, is None."""
+    """Rows with the requested columns, or with all if the file has none of them. The ids of a
+    Hugging Face ClassLabel become its names; -1 (no label) becomes None."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

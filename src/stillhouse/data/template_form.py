@@ -19,7 +19,7 @@ from stillhouse.data.control_tokens import ControlTokens
 from stillhouse.data.reasoning import KEYS
 from stillhouse.data.tool_formats import from_json
 
-_ASKED, _SAID, _KEY = "zqxasked", "zqxsaid", "zqxkey"
+_USER, _ASSISTANT, _KEY = "zqxasked", "zqxsaid", "zqxkey"
 _PARAMETERS = {"type": "object", "properties": {"zqx": {"type": "string"}}, "required": ["zqx"]}
 _TOOL = {
     "type": "function",
@@ -105,21 +105,21 @@ class TemplateForm:
 
     @cached_property
     def reads_strings(self) -> bool:
-        return self._shows(_ASKED, _SAID)
+        return self._shows(_USER, _ASSISTANT)
 
     @cached_property
     def reads_parts(self) -> bool:
         """Whether lists of text parts are read, and not printed as a list."""
-        asked, said = ([{"type": "text", "text": t}] for t in (_ASKED, _SAID))
-        return self._shows(asked, said)
+        user, assistant = ([{"type": "text", "text": t}] for t in (_USER, _ASSISTANT))
+        return self._shows(user, assistant)
 
-    def _shows(self, asked: Any, said: Any) -> bool:
+    def _shows(self, user: Any, assistant: Any) -> bool:
         chat: list[dict[str, Any]] = [
-            {"role": "user", "content": asked},
-            {"role": "assistant", "content": said},
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": assistant},
         ]
         text = self.render(chat, tools=self.tools)
-        if text is None or _ASKED not in text or _SAID not in text:
+        if text is None or _USER not in text or _ASSISTANT not in text:
             return False
         printed = "".join(text.split()).replace("'", '"')
         return '"type":"text"' not in printed
@@ -127,44 +127,44 @@ class TemplateForm:
     @cached_property
     def prints_none(self) -> bool:
         """Whether the null content beside a tool call is refused, or written as `None`."""
-        with_none = self._call_rendered({_KEY: _SAID}, None)
+        with_none = self._call_rendered({_KEY: _ASSISTANT}, None)
         return with_none is None or "None" in with_none
 
     @cached_property
     def leaves_out_calls(self) -> bool:
         """Whether a tool call is not written, or not as a parser can read it."""
-        accepted = self._call_rendered({_KEY: _SAID}, "" if self.prints_none else None)
+        accepted = self._call_rendered({_KEY: _ASSISTANT}, "" if self.prints_none else None)
         return accepted is not None and not (
             self.reads_argument_objects or self.reads_argument_text
         )
 
     @cached_property
     def reads_argument_objects(self) -> bool:
-        text = self._call_rendered({_KEY: _SAID}, "" if self.prints_none else None)
-        return bool(text and _KEY in text and _SAID in text and f"{{'{_KEY}'" not in text)
+        text = self._call_rendered({_KEY: _ASSISTANT}, "" if self.prints_none else None)
+        return bool(text and _KEY in text and _ASSISTANT in text and f"{{'{_KEY}'" not in text)
 
     @cached_property
     def reads_argument_text(self) -> bool:
         """Whether arguments that are JSON text are written as they are, and not encoded again."""
-        arguments = json.dumps({_KEY: _SAID})
+        arguments = json.dumps({_KEY: _ASSISTANT})
         text = self._call_rendered(arguments, "" if self.prints_none else None)
         return bool(text and arguments in text)
 
     def _call_rendered(self, arguments: Any, content: str | None) -> str | None:
         function = {"name": "zqxtool", "arguments": arguments}
         call = {"id": "zqxcall01", "type": "function", "function": function}
-        asked = [{"type": "text", "text": _ASKED}] if not self.reads_strings else _ASKED
+        user = [{"type": "text", "text": _USER}] if not self.reads_strings else _USER
         chat: list[dict[str, Any]] = [
-            {"role": "user", "content": asked},
+            {"role": "user", "content": user},
             {"role": "assistant", "content": content, "tool_calls": [call]},
         ]
         return self.render(chat, tools=self.tools)
 
     @cached_property
     def control_tokens(self) -> ControlTokens:
-        asked = self._fit({"role": "user", "content": _ASKED})
-        said = self._fit({"role": "assistant", "content": _SAID})
-        chats = ([asked, said], [asked, said, asked])
+        user = self._fit({"role": "user", "content": _USER})
+        assistant = self._fit({"role": "assistant", "content": _ASSISTANT})
+        chats = ([user, assistant], [user, assistant, user])
         framing = "".join(
             self.render(chat, generation_prompt=n > 0) or "" for n, chat in enumerate(chats)
         )

@@ -43,8 +43,8 @@ class ClassifierResult:
 
 @dataclass(frozen=True)
 class Abstention:
-    """threshold: the lowest confidence at which the student answers; None where none is enough.
-    sureness: the confidence with which it reaches `wanted` there, by the calibration texts.
+    """threshold: the lowest confidence at which the student answers; None if none is high enough.
+    sureness: the confidence level at which the calibration texts show that it reaches `wanted`.
 
     coverage: the share of the calibration texts that it answers, and `reached` its measure on them;
     test_*: the same on the test texts, on which nothing was chosen.
@@ -156,13 +156,13 @@ SHARES = 10
 """Thresholds that are tried: those at which 1/10, 2/10, ... of the texts are answered."""
 
 
-def choose_threshold(p_NC: Tensor, true_N: Tensor, wanted: float, sureness: float) -> float | None:
-    """The lowest of `SHARES` confidences above which answers are right often enough, beyond chance;
-    None where the texts show it of none.
+def choose_threshold(p_NC: Tensor, true_N: Tensor, target: float, level: float) -> float | None:
+    """The lowest of `SHARES` thresholds above which the share of right answers is at least
+    `target`; None if no threshold passes.
 
-    Beyond chance: at `sureness`, the share of right answers among texts like these is at least
-    `wanted`, by its lower Clopper-Pearson bound. As several thresholds are tried, each must pass at
-    1 - (1 - sureness) / SHARES (Bonferroni), so that the one that is chosen holds too.
+    A threshold passes if the lower Clopper-Pearson bound of the share reaches `target`. Because
+    several thresholds are tried, each bound is taken at the confidence level
+    1 - (1 - level) / SHARES (Bonferroni).
     """
     confidence_N, predicted_N = p_NC.max(-1)
     wrong_N = predicted_N != true_N
@@ -171,7 +171,7 @@ def choose_threshold(p_NC: Tensor, true_N: Tensor, wanted: float, sureness: floa
         threshold = falling_N[math.ceil(share * len(falling_N) / SHARES) - 1]
         above_N = confidence_N >= threshold
         wrong, total = int(wrong_N[above_N].sum()), int(above_N.sum())
-        if _chance_of_so_few(wrong, total, 1 - wanted) <= (1 - sureness) / SHARES:
+        if _chance_of_so_few(wrong, total, 1 - target) <= (1 - level) / SHARES:
             return float(threshold)
     return None
 

@@ -140,8 +140,8 @@ def evaluate_models(
     models: the teacher first, all on one device. tokenizer: for the prompts.
     Raises DataError: held-out text that cannot be measured on.
     """
-    asked = {"prompts": list(prompts), "max_new_tokens": max_new_tokens, "speed": False}
-    section = made(EvaluateRecipe, asked, "evaluate")
+    options = {"prompts": list(prompts), "max_new_tokens": max_new_tokens, "speed": False}
+    section = made(EvaluateRecipe, options, "evaluate")
     measuring = _Measuring(section, tokenizer, windows, vocabulary, seed)
     for role, model in models.items():
         weights = sum(each.numel() * each.element_size() for each in model.parameters())

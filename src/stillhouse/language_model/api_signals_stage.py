@@ -165,10 +165,10 @@ def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]
             for one, (_, key), rows in zip(raw, batch, found, strict=True):
                 answer = journal.get(key)
                 logprobs = None if answer is None else answer.logprobs
-                said = one["messages"][-1]["content"]
+                content = one["messages"][-1]["content"]
                 for row in rows:
                     if row is rows[-1]:
-                        aligned = align(row, said, logprobs, k, words)
+                        aligned = align(row, content, logprobs, k, words)
                     else:  # a turn before the last, of a template that rewrites turns
                         aligned = replace(align(row, "", None, k, words), matched=True)
                     cut = _cut(row, aligned, job)

@@ -67,10 +67,10 @@ def plan_export(
         vocabulary, replays = job.vocabulary, []
         calibration = _calibration(job, data)
         moments = _moments(job, shipped.path / MODEL, calibration)
-        with against_teacher(gate, job.teacher.path, vocabulary=vocabulary, dtype=dtype) as asked:
+        with against_teacher(gate, job.teacher.path, vocabulary=vocabulary, dtype=dtype) as checks:
             for form in section.formats:
                 folder = out / shipped_folder(form)
-                replay = _export(asked, folder, form, recipe, grid, moments, calibration)
+                replay = _export(checks, folder, form, recipe, grid, moments, calibration)
                 write_language_model_card(folder, card, replay)
                 replays.append(replay)
         return Outcome(

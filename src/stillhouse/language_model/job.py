@@ -190,12 +190,12 @@ def _check_head_stays(recipe: Recipe, where: str | Path) -> None:
         )
 
 
-def _check_layers(encoding: Hidden, wanted: tuple[int, ...], store: Path) -> None:
-    lacking = sorted(set(wanted) - set(encoding.layers))
-    if lacking:
+def _check_layers(encoding: Hidden, needed: tuple[int, ...], store: Path) -> None:
+    missing = sorted(set(needed) - set(encoding.layers))
+    if missing:
         raise SignalError(
             f"the store has the teacher's layers {list(encoding.layers)}, and the objective needs "
-            f"{lacking} too",
+            f"{missing} too",
             where=store,
             fix="use terms on the layers that it has, or record a store for these terms",
         )

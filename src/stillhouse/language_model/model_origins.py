@@ -14,14 +14,14 @@ from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 
 def origins_of(job: Job) -> list[Origin]:
-    """The teacher first, then what the student starts from and whatever else teaches it.
+    """The teacher first, then the student's start and the other teachers.
 
-    A model that the run itself has made, such as the member before this one, is left out: what it
-    is made with is among those of the first member.
+    A model made by the run itself, such as the previous student of a cascade, is left out: its
+    origins are among those of the first student.
     """
     started = [("The student's start", one) for one in (job.pretrained, job.pruned) if one]
-    taught = [("Another teacher", teacher) for teacher in job.teachers]
-    others = [(part, one) for part, one in [*started, *taught] if not _made_here(one, job.recipe)]
+    teachers = [("Another teacher", teacher) for teacher in job.teachers]
+    others = [(part, one) for part, one in [*started, *teachers] if not _made_here(one, job.recipe)]
     return distinct(
         [
             origin(TEACHER, job.teacher, job.recipe.teacher.license),

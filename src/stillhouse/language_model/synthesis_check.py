@@ -42,8 +42,8 @@ from stillhouse.teachers.load_model import load_tokenizer
 
 
 def require_text_teacher(recipe: Recipe, base: Path) -> Iterator[Finding]:
-    """What must hold before the teacher is asked: its key or packages, the filters, and a template
-    that takes the prompts. Raises StillhouseError."""
+    """Checks the teacher before any request: its key or packages, the filters, and a template that
+    accepts the prompts. Raises StillhouseError."""
     section = recipe.synthesize
     if section is None or _is_complete(recipe, base):
         return
@@ -59,14 +59,14 @@ def require_text_teacher(recipe: Recipe, base: Path) -> Iterator[Finding]:
         )
         judge = work.judge(weights=False)
         if judge is not None:
-            asked = [(user_turn("Which is better?"), "the judge's question")]
+            question = [(user_turn("Which is better?"), "the judge's question")]
             key = "synthesize.filters.best_of.teacher"
-            yield from require_source(judge.teacher, asked, whose="the judge", key=key)
+            yield from require_source(judge.teacher, question, whose="the judge", key=key)
 
 
 def require_synthesis(job: Job) -> Iterator[Finding]:
-    """As `require_text_teacher`; also a place for the result, and a student's template that takes
-    the prompts with answers. Raises StillhouseError."""
+    """Like `require_text_teacher`; also checks the output path, and that the student's template
+    accepts prompts with answers. Raises StillhouseError."""
     recipe, base = job.recipe, job.base
     section = recipe.synthesize
     if section is None or _is_complete(recipe, base):

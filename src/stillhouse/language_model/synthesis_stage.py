@@ -1,8 +1,8 @@
-"""The stage of a run that makes its text: a teacher answers, and `data` reads it.
+"""The stage that generates a run's text: a teacher answers prompts, and `data` reads the answers.
 
-It is keyed by what decides the text: the request's fields, the contents of the files that are
-read, and the section's rules. The answers themselves are in the journal, which all runs share, so
-that a stage that was killed, or is done anew with another filter, buys nothing again.
+Its key covers what determines the text: the fields of the requests, the contents of the files that
+are read, and the section's filters. The answers are in the journal, which all runs share, so that
+a stage that was killed, or runs again with another filter, pays for nothing twice.
 """
 
 from __future__ import annotations
@@ -87,12 +87,12 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
         summary = {**made.facts(), "sha256": sha(out / TEXT)}
         return Outcome(tokens=made.tokens, flops=flops, summary=summary)
 
-    asked = [source.request(()) for source in (teacher, judge and judge.teacher) if source]
+    requests = [source.request(()) for source in (teacher, judge and judge.teacher) if source]
     plain = {"teacher": True, "sampling": True, "journal": True, "out": True}
     rules: dict[str, Any] = {**plain, "filters": {"best_of": {"teacher"}}}
     inputs = {
         "recipe": section.model_dump(mode="json", exclude=rules),
-        "asked": [[one.endpoint, one.model, dict(one.parameters)] for one in asked],
+        "asked": [[one.endpoint, one.model, dict(one.parameters)] for one in requests],
         "seed": None if section.prompts.combine is None else recipe.seed,
         "files": {key: _content(base, key, path) for key, path in _files(section).items()},
     }

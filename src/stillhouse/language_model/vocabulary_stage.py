@@ -177,14 +177,14 @@ def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:
 
 
 def _perplexities(job: Job, cut: Path, windows: WindowSet) -> dict[str, Any]:
-    """Of the whole teacher and the cut one on training text that has lost no token."""
+    """Perplexities of the original and the cut teacher, on training text with kept tokens only."""
     kept_ids = load_kept_ids(cut)
     assert kept_ids is not None
     new_V = torch.full((max(job.vocabulary, max(kept_ids) + 1),), -1)
     new_V[list(kept_ids)] = torch.arange(len(kept_ids))
-    wanted = range(min(len(windows), 1 + MEASURED_TOKENS // len(windows[0]["labels"])))
-    rows = [windows[i] for i in wanted if bool((new_V[windows[i]["input_ids"]] >= 0).all())]
-    found: dict[str, Any] = {"measured_share": len(rows) / len(wanted)}
+    sample = range(min(len(windows), 1 + MEASURED_TOKENS // len(windows[0]["labels"])))
+    rows = [windows[i] for i in sample if bool((new_V[windows[i]["input_ids"]] >= 0).all())]
+    found: dict[str, Any] = {"measured_share": len(rows) / len(sample)}
     if not rows:
         return found
     dtype = choose_precision(job.recipe.train.precision, default_device()).dtype

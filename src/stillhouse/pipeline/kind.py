@@ -44,8 +44,8 @@ class Step:
     applies: whether this job has it. then: from the job, the finished stages and
     a way to run others, the job that later steps see. main_process: other
     processes of a torchrun neither take part nor wait. require: what must hold before any step
-    starts; it is cheap, raises StillhouseError, and yields what is doubtful. check: what else can
-    be said before the run. spending: what it would pay without a limit, in words.
+    starts; it is cheap, raises StillhouseError, and yields warnings. check: further findings
+    before the run. spending: what it would pay without a limit, as text.
     """
 
     name: str

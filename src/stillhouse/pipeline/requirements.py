@@ -1,4 +1,4 @@
-"""What must hold before a run starts: told by `check`, and looked at by `run` before any stage."""
+"""Requirements of a run: reported by `check`, and checked by `run` before the first stage."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def _check_override(config: Any, known: Mapping[str, Any], key: str, value: Valu
 
 
 def _derived(known: Mapping[str, Any], follower: str) -> bool:
-    """Whether the old value is what the architecture derives when nothing is said."""
+    """Whether the old value is the architecture's default."""
     heads = known.get("num_attention_heads")
     if not isinstance(heads, int):
         return False

@@ -69,15 +69,15 @@ def read_tokenizer(path: Path, reader: gguf.GGUFReader) -> Any:
     """
     base = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name)
     state = json.loads(base.backend_tokenizer.to_str())
-    said = {
+    found = {
         key: reader.fields[f"tokenizer.ggml.{key}"].contents()
         for key in ("model", "pre", "add_space_prefix")
         if f"tokenizer.ggml.{key}" in reader.fields
     }
     tokens = reader.fields["tokenizer.ggml.tokens"].contents()
-    if said.get("model") == "gpt2":
-        _set_rules(state, said.get("pre"), path)
-    elif said.get("add_space_prefix") is False:
+    if found.get("model") == "gpt2":
+        _set_rules(state, found.get("pre"), path)
+    elif found.get("add_space_prefix") is False:
         _no_space_first(state)
     _forget_rows_without_tokens(state, tokens)
     roles = {
