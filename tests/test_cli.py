@@ -268,7 +268,7 @@ def test_the_estimated_sizes_are_the_real_ones(tmp_path: Path) -> None:
         ({"teacher": {"model": "./nowhere"}}, "nowhere"),
         ({"student": {"ffn_size": 999}}, "ffn_size: 999"),
         ({"train": {"batch_size": 4, "micro_batch_size": 3}}, "not a multiple"),
-        ({"train": {"report_to": ["no_such_tracker"]}}, "no_such_tracker is not installed"),
+        ({"train": {"report_to": ["no_such_tracker"]}}, "no_such_tracker is not a tracker"),
         ({"data": {"sources": [{"kind": "text", "path": "missing.txt"}]}}, "missing.txt"),
     ],
     ids=["teacher", "size", "batch", "tracker", "source"],

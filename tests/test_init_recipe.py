@@ -254,7 +254,7 @@ def test_other_logs_are_free_text(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--job", "translate"], "no job"),
+        (["--job", "translate"], "not a kind of job"),
         (["--job", "classify", "--data", "python-reference"], "not a list of texts"),
         (["--job", "distill", "--teacher", "https://api.example.com/v1"], "does not return"),
         (["--size", "medium", "--teacher", "https://api.example.com/v1"], "cannot be made"),

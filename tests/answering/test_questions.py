@@ -70,5 +70,5 @@ def test_vllm_writes_the_answers_of_a_model(tmp_path: Path) -> None:
 def test_vllm_runs_no_api(tmp_path: Path) -> None:
     sections = toys.api(tmp_path, "http://x/v1")
     sections["teacher"]["vllm"] = {}
-    with pytest.raises(RecipeError, match="vllm runs a model"):
+    with pytest.raises(RecipeError, match="vllm runs a local model"):
         parsed(tmp_path, **sections)

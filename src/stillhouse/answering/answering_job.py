@@ -125,7 +125,9 @@ class AnsweringJob:
     def requests(self, source: TextSource, texts: Sequence[LabelledText]) -> Requests:
         """One request per text and sample."""
         samples = range(self.recipe.teacher.samples)
-        return lambda: (source.request(self.asked(r.text), n) for r in texts for n in samples)
+        return lambda: (
+            source.request(self.teacher_messages(r.text), n) for r in texts for n in samples
+        )
 
     def judge(self, *, weights: bool = True) -> Judge | None:
         """Of several answers to a text. Raises ModelError."""
