@@ -212,3 +212,34 @@ def test_a_label_that_is_complete_gets_its_token_alone() -> None:
 def test_a_whole_word_does_not_begin_a_longer_one() -> None:
     _, found = shares("yes", {"yes": 0.6, "no": 0.4}, labels=["yes", "no", "normal"])
     assert found == pytest.approx({"yes": 0.6, "no": 0.4})
+
+
+# label: what affirms it, what denies it
+OTHER_LANGUAGES = {
+    "सकारात्मक": ("यह सकारात्मक है।", "यह सकारात्मक नहीं है।"),
+    "مثبت": ("این مثبت است.", "این مثبت نیست."),
+    "إيجابي": ("هذا إيجابي.", "هذا ليس إيجابي."),
+    "ইতিবাচক": ("এটি ইতিবাচক।", "এটি ইতিবাচক নয়।"),
+    "நேர்மறை": ("இது நேர்மறை.", "இது நேர்மறை அல்ல."),
+    "บวก": ("เป็นบวก", "ไม่ใช่บวก"),
+    "положительный": ("Отзыв положительный.", "Отзыв не положительный."),
+    "θετικό": ("Είναι θετικό.", "Δεν είναι θετικό."),
+    "חיובי": ("זה חיובי.", "זה לא חיובי."),
+    "olumlu": ("Bu yorum olumlu.", "Bu yorum olumlu değil."),
+    "긍정": ("긍정입니다.", "긍정이 아닙니다."),
+    "tích cực": ("Đây là tích cực.", "Đây không phải là tích cực."),
+    "positief": ("Dit is positief.", "Dit is niet positief."),
+}
+
+
+@pytest.mark.parametrize("label", OTHER_LANGUAGES)
+def test_a_label_that_is_denied_in_its_language_is_not_named(label: str) -> None:
+    affirmed, denied = OTHER_LANGUAGES[label]
+    labels = [label, "other"]
+    assert label_of(affirmed, labels) == label
+    assert label_of(denied, labels) is None
+
+
+def test_true_and_false_of_json_are_labels_where_they_are_named_so() -> None:
+    assert label_of('{"answer": true}', ["true", "false"]) == "true"
+    assert label_of('{"answer": false}', ["yes", "no"]) is None

@@ -114,7 +114,7 @@ def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:
         end = turn_end(tokenizer)
         if end is not None and end.id != tokenizer.eos_token_id:
             inputs["turn_end"] = end.text
-    version = 1 if api is None else 4
+    version = 1 if api is None else 5
     return StagePlan(
         "judgment",
         inputs,

@@ -45,18 +45,26 @@ _NONE = re.compile(
 _DENIED_BEFORE = re.compile(
     r"(?:\b(?:not(?! only| just)|no(?! doubt)|non|never|neither|nor|without|cannot|unable|unlikely"
     r"|except|excluding|lacks?|rather than|instead of|other than|anything but|far from|unlike"
-    r"|kein\w*|nicht|weder|pas|aucune?|ni|nem|não)|n't)\b(?:(?! but )[^,;:.!?\n]){0,40}$"
-    r"|(?:不是|并非|不属于|并不|非|没有|不)$"
+    r"|kein\w*|nicht|weder|pas|aucune?|ni|nem|não|niet|geen|inte|ikke|nie|không|chẳng|bukan|tidak"
+    r"|не|ни|ані|δεν|όχι|ούτε|לא|אינו|אינה|אין|ليست?|غير|لا|لم|لن)|n't)\b"
+    r"(?:(?! but )[^,;:.!?،؛؟。、।\n]){0,40}$"
+    r"|(?:不是|并非|不属于|并不|非|没有|不|ไม่|ไม่ใช่|มิใช่)\s*$"
 )
 _DENIED_AFTER = re.compile(
     r" (?:is|was|are|does|do|did|would|can|could|will|should|seems?|may|might)(?: not|n't| never)\b"
     r"|\s*[:=?]\s*(?:no|false|0)\b|\s*(?:では|じゃ)(?:ない|ありません)|이?가? ?아니"
+    # The negations of Hindi, Urdu, Persian, Bengali, Tamil and Turkish, which end a sentence.
+    r"|[^,;:.!?،؛؟。、।\n]{0,12}?\s(?:नहीं|नही|نہیں|نیست|নয়|নয়|না|இல்லை|அல்ல|değil)(?!\w)"
 )
 _QUOTED = re.compile(
     r"\"[^\"\n]*\"|“[^”\n]*”|„[^“”\n]*[“”]|«[^»\n]*»|「[^」\n]*」|(?<!\w)['‘][^'’\n]*['’](?!\w)"
 )
 _SEPARATORS = re.compile(r"[\s_-]+")
-_MARKUP = re.compile(r"[*#`]+|</?\w+>|\\boxed|\\text|(?<!\w)_+(?=\w)|(?<=\w)_+(?!\w)|^\s*>", re.M)
+_MARKUP = re.compile(
+    r"[*#`]+|</?\w+>|\\boxed|\\text|(?<!\w)_+(?=\w)|(?<=\w)_+(?!\w)|^\s*>"
+    r"|(?<=[가-힣])(?:입니다|이에요|예요)(?!\w)",  # Korean writes "is" at the end of the noun
+    re.M,
+)
 # A word may end with a combining mark, which is no \w to `re`.
 _JOINED_BEFORE = regex.compile(r"[\w\p{M}][-‐‑'’./\\@]$")
 _JOINED_AFTER = regex.compile(r"[-‐‑'’./\\@]\w")
@@ -117,7 +125,7 @@ def _value(text: str) -> str:
     except (ValueError, RecursionError):
         return text
     if isinstance(value, dict):
-        keyed = [value[key] for key in value if _KEY.fullmatch(key)]
+        keyed = [_named(value[key]) for key in value if _KEY.fullmatch(key)]
         true = [key for key, one in value.items() if one is True]
         value = (keyed or true or list(value.values()))[:2]
     if isinstance(value, list):
@@ -125,6 +133,11 @@ def _value(text: str) -> str:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+
+
+def _named(value: Any) -> Any:
+    """JSON's true and false by their names, since these may be labels."""
+    return json.dumps(value) if isinstance(value, bool) else value
 
 
 def _leading(text: str, phrases: Phrases) -> int | None:
