@@ -15,7 +15,7 @@ SUMS = "SHA256SUMS"
 _CHUNK = 1 << 20
 _SEAL = "xxh3_of_the_rest"
 _whole: set[tuple[str, int, int, int, str]] = set()
-"""Files that were read and found whole: path, inode, size, time of change, hash."""
+"""Files that were read and found intact: path, inode, size, time of change, hash."""
 
 Facts = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ def damaged_files(folder: Path, files: Mapping[str, Facts], *, reread: bool = Fa
     """Names of the files in `folder` that are missing, or not what `files` recorded of them.
 
     A file without an XXH3 is compared by SHA-256, and one without either by size. A file that this
-    process found whole before, and that was not written since, is not read again, unless `reread`.
+    process found intact before, and that was not written since, is not read again, unless `reread`.
     """
     return [name for name, facts in files.items() if not _is_whole(folder / name, facts, reread)]
 

@@ -95,7 +95,7 @@ def agree_to_spend(
     synthesize: bool = False,
     confirm: Confirm | None = None,
 ) -> bool:
-    """Asks before an API is paid without a budget; True where the command may go on.
+    """Asks for confirmation before spending without a budget; True if the command may continue.
 
     synthesize: the command is `stillhouse synthesize`, not `run`. confirm: shows a question and
     returns the answer. None: there is no terminal, and RecipeError is raised instead.

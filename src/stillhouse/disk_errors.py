@@ -54,7 +54,7 @@ def disk_errors(where: Path, fix: str = KEPT) -> Iterator[None]:
 def full_disk(error: BaseException) -> str | None:
     """What is full, where that is the reason of the error.
 
-    torch and safetensors report a full disk as errors of their own, so their text is looked at.
+    torch and safetensors report a full disk as errors of their own, so their text is checked.
     """
     if isinstance(error, OSError) and error.errno in _DISK:
         return _DISK[error.errno]

@@ -87,9 +87,9 @@ PartialShareOrZero = Annotated[
 ShareOrZero = Annotated[float, _float(0.0, 1.0), _at_least(1e-6, or_zero=True)]
 """From none to all."""
 Similarity = Annotated[float, _above_zero(1.0), _at_least(0.01)]
-"""Of two texts (Jaccard)."""
+"""The similarity of two texts (Jaccard)."""
 Parameter = Annotated[float, _float(0.0, 10.0), _at_least(1e-6, or_zero=True)]
-"""Of a divergence."""
+"""A parameter of a divergence."""
 FiniteNumber = Annotated[float, _float(-1e38, 1e38)]
 """Within float32."""
 Divergence = Annotated[float, _above_zero(1e3), _at_least(1e-15)]

@@ -1,4 +1,4 @@
-"""What a check says about a recipe, before anything is spent."""
+"""A finding of `check` about a recipe, before anything is spent."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def tune_allocator() -> str | None:
     A training step frees and takes the same large blocks again and again; by default each is a
     new mapping whose pages the kernel must zero. Call it before the first big allocation.
 
-    Returns: None when it is done, else the reason why the allocator was left as it is.
+    Returns: None when it is done, else the reason why the allocator was not changed.
     """
     return _set_malloc(mapped_from=1 << 30, trimmed_from=2**31 - 1)
 

@@ -1,4 +1,4 @@
-"""Text of users, models and files inside Markdown: it is shown as it is, and formats nothing."""
+"""Text of users, models and files inside Markdown: it is escaped, so that it is shown literally."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def label(key: str) -> str:
 
 
 def describe(value: Any) -> str:
-    """Any JSON value on one line; consecutive whole numbers become ranges."""
+    """Any JSON value on one line; consecutive integers become ranges."""
     if value is None:
         return "none"
     if isinstance(value, bool):

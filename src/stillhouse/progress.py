@@ -14,7 +14,7 @@ from stillhouse.terminal import Terminal
 
 console = Terminal(stderr=True)
 PLAIN_SECONDS = 15.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines if there is no terminal."""
 
 Advance = Callable[[int], None]
 

@@ -95,7 +95,7 @@ def distill(
     of them (the loss is the mean of the losses under each), or None where no term needs one.
     data: its held-out part is measured where `evaluate_every` is given. objective: terms whose
     weighted sum is the loss; KL alone where there are none.
-    folder: keeps checkpoints, metrics and the model, so that a run that was killed goes on when it
+    folder: keeps checkpoints, metrics and the model, so that a run that was killed resumes when it
     is called again; None: nothing is written. callbacks: of transformers; their `model` is a
     Distillation, and `model.student` can generate.
     settings: learning_rate, batch_size, epochs, max_steps, evaluate_every, ... as in a recipe's
@@ -130,7 +130,7 @@ def evaluate(
     """Measure the student beside its teacher on held-out text: KL, agreement, perplexity, size.
 
     data: its held-out part, or batches. prompts: both models answer each.
-    Raises ModelError: the teacher is no model on this machine, or of another vocabulary.
+    Raises ModelError: the teacher is not a model on this machine, or has another vocabulary.
     """
     seed = checked(Seed, seed, "seed")
     own, other = _student(student), local(_teacher(teacher))
@@ -158,7 +158,7 @@ def record(
 ) -> StoredTeacher:
     """Store the teacher's answers about the training text, and return the store as a teacher.
 
-    A store that was begun goes on. encoding: what is kept of each answer (`signals.encodings`);
+    An unfinished store is resumed. encoding: what is kept of each answer (`signals.encodings`);
     None: the 32 most likely tokens and the mass of all others.
     Raises SignalError: the store was begun with other settings. StoreError: it is damaged.
     """
@@ -187,7 +187,7 @@ def search_sizes(
     """The sizes for `Student.prune` that keep the most of a teacher within one target.
 
     Shapes are pruned and measured, and the best of them distilled for a few steps.
-    folder: keeps what was measured, so that a search that was killed goes on. settings: of the
+    folder: keeps the measurements, so that a search that was killed resumes. settings: of the
     short distillations. options: a target (params="60%", bytes, decode_latency="20ms", memory),
     and search, calibration_tokens and the like, as in a recipe's `student`.
     Raises RecipeError where no shape meets the target.

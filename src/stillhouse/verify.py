@@ -19,7 +19,7 @@ JOURNAL = "answers.sqlite"
 
 @dataclass(frozen=True)
 class Verified:
-    """One thing that was read whole. problems: none where it is sound."""
+    """One thing that was read completely. problems: empty if it is intact."""
 
     path: Path
     kind: str

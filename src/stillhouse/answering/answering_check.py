@@ -1,4 +1,4 @@
-"""An answering recipe looked at before anything is spent."""
+"""Checks of an extract or generate recipe before anything is spent."""
 
 from __future__ import annotations
 

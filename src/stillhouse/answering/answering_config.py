@@ -171,7 +171,7 @@ class AnswerExport(Section):
 
 
 class AnsweringRecipe(Section):
-    """One student that answers, whole."""
+    """The recipe of a model that answers."""
 
     name: RunName
     folder: PathText | None = Field(None, description="The run folder; null: runs/NAME.")

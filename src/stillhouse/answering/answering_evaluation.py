@@ -1,4 +1,4 @@
-"""The stage that has every model answer the test texts, and says how good the answers are."""
+"""The stage in which every model answers the test texts, and the answers are evaluated."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class AnsweringJob:
         )
 
     def judge(self, *, weights: bool = True) -> Judge | None:
-        """Of several answers to a text. Raises ModelError."""
+        """The judge that chooses among several answers to a text. Raises ModelError."""
         choice = self.recipe.filters.best_of
         return open_judge(choice, self.default, self.recipe.seed, weights=weights)
 

@@ -16,7 +16,7 @@ def compare_answers(
     job: AnsweringJob, rows: list[LabelledText], answers: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
     """By role, all but the teacher's: `preferred`, wins and half of the ties among all pairs; and
-    `consistent`, the share of pairs of which the verdict does not depend on the order. Texts that
+    `consistent`, the share of pairs whose verdict does not depend on the order. Texts that
     the teacher did not answer are left out."""
     source, judge = comparison_source(job), job.recipe.evaluate.judge
     assert source is not None

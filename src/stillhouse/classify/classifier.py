@@ -88,7 +88,7 @@ class Classifier:
         return [list(ids) or blank for ids in encoded]
 
     def logits(self, rows: Sequence[Sequence[int]], model: Any = None) -> Tensor:
-        """Of each label, [B, C]; softmax makes them probabilities. model: a wrapper of it."""
+        """[B, C]: the logit of each label. model: a wrapper of the student."""
         model = self.model if model is None else model
         device = next(model.parameters()).device
         if self.tree is not None:
@@ -103,7 +103,7 @@ class Classifier:
         return self.head_logits(model, **tensors)
 
     def head_logits(self, model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Of a classification head, [B, C] in float32."""
+        """Logits of a classification head, [B, C] in float32."""
         if self.facts.mean_pooling:
             return _read_mean(model, input_ids, attention_mask)
         logits_BC: Tensor = model(input_ids=input_ids, attention_mask=attention_mask).logits

@@ -53,7 +53,7 @@ def student_source(
 
 
 def planned_parameters(section: ClassifierStudent, source: ModelSource, labels: list[str]) -> int:
-    """Of the student with its classification head, as its configuration alone says it.
+    """Parameters of the student with its classification head, from its configuration alone.
 
     Raises ModelError where the architecture has no such head.
     """

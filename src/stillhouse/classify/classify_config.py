@@ -55,7 +55,7 @@ def _text(label: Any) -> str:
 
 
 def _with_phrases(labels: Any) -> Any:
-    """A list of labels as a mapping of each to its phrase; whole numbers as text."""
+    """A list of labels as a mapping of each to its phrase; integers as text."""
     if isinstance(labels, dict):
         return {_text(label): _text(phrase) for label, phrase in labels.items()}
     if not isinstance(labels, list):

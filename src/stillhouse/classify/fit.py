@@ -165,7 +165,7 @@ def _arguments(
 
 
 class _Housekeeping(TrainerCallback):
-    """The bar, the metrics, and checkpoints that count only once they are whole."""
+    """The progress bar, the metrics, and checkpoints that count only once they are complete."""
 
     def __init__(
         self,

@@ -71,7 +71,7 @@ class Judgment:
         return distributions(getattr(self, part), self.prior(recipe))
 
 
-# --- a model that is here --------------------------------------------------------------------
+# --- a local model ----------------------------------------------------------------------------
 
 
 def score_texts(
@@ -280,7 +280,7 @@ def _token_shares(
 
 
 def _begins(text: str, answers: Sequence[str], possible: Iterable[int]) -> set[int]:
-    """The answers that the text begins: those of which it is whole words, or else any."""
+    """The answers that begin with the text: those in which it ends at a word, or else all."""
     start = bare(text)
     fitting = {number for number in possible if start and answers[number].startswith(start)}
     return {number for number in fitting if whole_words(start).match(answers[number])} or fitting

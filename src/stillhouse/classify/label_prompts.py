@@ -129,7 +129,7 @@ def _one_begins_another(labels: Sequence[Sequence[int]]) -> bool:
 
 
 def _end_of_answer(tokenizer: Any, *, chat: bool) -> int:
-    """Of a chat, the end of a turn; of plain text, EOS."""
+    """The end of a turn in a chat; EOS in plain text."""
     end = turn_end(tokenizer)
     found = end.id if chat and end is not None else tokenizer.eos_token_id
     if found is None:

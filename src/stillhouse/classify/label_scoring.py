@@ -1,9 +1,9 @@
-"""How likely a language model finds each label after a text: exactly, and once for all labels.
+"""A language model's exact probability of each label after a text, in one pass for all labels.
 
-The prompts of all texts begin alike (instruction, examples): those tokens are run once and their
-keys and values kept. A pass then reads the rest of some prompts and, after each, the inner nodes
-of the labels' tree, by a mask that lets a node look at its prompt and at the tokens before it in
-its own label. So a text with 77 labels takes one pass over its tokens, not 77.
+The prompts of all texts have a common prefix (instruction, examples): those tokens are run once and
+their keys and values kept. A pass then reads the rest of some prompts and, after each, the inner
+nodes of the labels' tree, with a mask in which a node attends to its prompt and to the tokens
+before it in its own label. So a text with 77 labels takes one pass over its tokens, not 77.
 
 Shapes: B prompts of a batch, P tokens that all begin with, L tokens of the longest rest, T inner
 nodes of the labels' tree, E its edges, C labels, D hidden width, V vocabulary.
@@ -33,7 +33,7 @@ texts and a CPU, that is 1.2 times as fast."""
 _CACHED_TOKENS = 16384
 """Tokens whose keys and values are copied at a time, for models with windows."""
 _HEAD_ROWS = 512
-"""Rows whose logits over the whole vocabulary exist at a time."""
+"""Rows whose logits over the full vocabulary are in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def tree_log_probabilities(
 ) -> Tensor:
     """Log-probability of each label after each prompt, [B, C] in float32, in one pass.
 
-    rests: the prompts without the prefix. Gradients flow where they are asked for.
+    rests: the prompts without the prefix. Gradients flow if they are enabled.
     """
     device = tree.nodes_T.device
     lengths_B = torch.tensor([len(rest) for rest in rests], device=device)
@@ -158,7 +158,7 @@ def tree_log_probabilities(
 
 
 def _mask(lengths_B: Tensor, longest: int, tree: LabelTree, prefix: int) -> Tensor:
-    """[B, 1, L + T, P + L + T]: True where the row's token looks at the column's."""
+    """[B, 1, L + T, P + L + T]: True where the row's token attends to the column's."""
     device, count, inner = lengths_B.device, len(lengths_B), tree.inner
     total = longest + inner
     mask = torch.zeros(count, total, prefix + total, dtype=torch.bool, device=device)

@@ -19,7 +19,7 @@ class LabelTree:
     those are ever run through a model. nodes_T: its own token. parents_T: the inner node before
     it, `ROOT` for none. depths_T: 0 for a label's first token. edge_nodes_E, edge_tokens_E: the
     node that a token follows, and the token. members_CE: 1 where the edge is part of the label.
-    sees_TT: True where a node (row) may look at another: at itself and at those before it.
+    sees_TT: True where a node (row) attends to another: to itself and to those before it.
     """
 
     nodes_T: Tensor

@@ -119,7 +119,7 @@ def _frozen(phrases: Mapping[str, set[int]]) -> Phrases:
 
 
 def _value(text: str) -> str:
-    """What JSON says is the label; the text itself where it is no JSON."""
+    """The label in a JSON answer; the text itself if it is not JSON."""
     try:
         value: Any = json.loads(text)
     except (ValueError, RecursionError):

@@ -17,7 +17,7 @@ _LEAST = 1e-6
 
 
 def prior_logits(prior: Prior, train_NC: Tensor, neutral_KC: Tensor) -> Tensor:
-    """The logarithm of what a label gets whatever the text says, [C]; to be subtracted.
+    """The log-probability of a label regardless of the text, [C]; to be subtracted.
 
     content_free: the mean distribution over contentless texts (contextual calibration, Zhao et
     al. 2021, arXiv 2102.09690; as a ratio of probabilities, Holtzman et al. 2021, 2104.08315).

@@ -134,7 +134,7 @@ def divide_texts(
 
     The content of a text and the seed decide its part, so that the order of the files and other
     texts hardly matter. test_share: of `given`, if there are no test texts. examples: texts of the
-    teacher's prompt, with their answers; they are no test texts.
+    teacher's prompt, with their answers; they are excluded from the test texts.
     """
     seen: set[str] = set()
     known = set(map(normalized, examples))
@@ -214,7 +214,7 @@ def _nearest(label: str, labels: Mapping[str, str]) -> str:
 
 
 def _on_bare_labels(names: Sequence[str]) -> tuple[str, ...]:
-    """A note where labels tell the teacher nothing."""
+    """A note if labels are meaningless to the teacher."""
     if not all(re.fullmatch(r"[+-]?\d+(\.\d+)?|true|false", name.casefold()) for name in names):
         return ()
     return (
@@ -230,7 +230,7 @@ def _one_label_each(
     """The rows, each with the one label that its text has anywhere, None where it has several; and
     a note about those.
 
-    Raises DataError where this is no exception: texts with several labels are another task.
+    Raises DataError if there are many: texts with several labels are another task.
     """
     found: dict[str, dict[str, str]] = {}
     keys = [normalized(row.text) for row in rows]
@@ -341,7 +341,7 @@ def labelled_text(
 def label_of(value: Any, where: str) -> str | None:
     """A label as text in NFC; None for an empty cell, which NaN is too. 1.0 is 1.
 
-    Raises DataError for a value that is no label: a list, an object, a score.
+    Raises DataError for a value that is not a label: a list, an object, a score.
     """
     if isinstance(value, float | Decimal) and not math.isnan(value):
         whole = math.isfinite(value) and value == int(value)

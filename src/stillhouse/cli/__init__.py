@@ -318,7 +318,7 @@ def _say_bug() -> NoReturn:
 
 
 class _Stopped(BaseException):
-    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, of which typer makes a silent exit."""
+    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, which typer turns into a silent exit."""
 
     def __init__(self, number: int) -> None:
         self.number = number

@@ -48,7 +48,7 @@ def record(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = Fals
 
 @signals.command()
 def verify(store: StoreArgument) -> None:
-    """Read a whole store and name what is damaged. Exit status 1 where something is.
+    """Read a complete store and report damage. Exits with status 1 if there is any.
 
     Example: `stillhouse signals verify runs/stored/signals`
     """

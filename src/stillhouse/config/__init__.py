@@ -1,1 +1,1 @@
-"""One YAML file that says everything about one run."""
+"""Recipes: one YAML file that defines one run."""

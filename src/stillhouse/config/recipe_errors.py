@@ -107,7 +107,7 @@ def _variant(problem: ErrorDetails, at: _Place, name: str) -> tuple[str, str]:
 
 
 def _locate(problem: ErrorDetails, root: type[BaseModel]) -> _Place:
-    """Of pydantic's location, which also names the variants of unions."""
+    """The place of an error, from pydantic's location, which also names the variants of unions."""
     key: list[str | int] = []
     section: type[BaseModel] | None = root
     annotation: Any = root

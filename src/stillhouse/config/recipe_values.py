@@ -162,7 +162,7 @@ def leaf_types(annotation: Any) -> set[Any]:
 
 
 def _of_items(annotation: Any) -> Any:
-    """Of a list's or mapping's items: they are not None where the whole may be."""
+    """The type of a list's or mapping's items, which are not None even if the list may be."""
     if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
         return annotation
     arguments = [one for one in typing.get_args(annotation) if one is not types.NoneType]
@@ -177,7 +177,7 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 
 def tag_key(models: list[type[BaseModel]]) -> str | None:
-    """The key that tells the variants of a union apart: `kind` or `start`."""
+    """The key that distinguishes the variants of a union: `kind` or `start`."""
     if len(models) < 2:
         return None
     return next(k for k in ("kind", "start") if all(k in m.model_fields for m in models))

@@ -1,4 +1,4 @@
-"""YAML as a recipe has it: mappings, lists and scalars as they are written, each with its line.
+"""A recipe's YAML: mappings, lists and unconverted scalars, each with its line.
 
 What a scalar without quotes means depends on the key that it stands at: YAML 1.1, which PyYAML
 implements, reads `no` as false, `1:30` as 90 and `017` as 15 wherever they stand. So it stays
@@ -24,7 +24,7 @@ Lines = dict[Key, int]
 LARGEST_FILE = 1_000_000
 """Bytes of a recipe; texts belong into files that the recipe names."""
 MOST_VALUES = 50_000
-"""Of a recipe whose aliases are written out."""
+"""Maximum number of values in a recipe with its aliases expanded."""
 DEEPEST = 64
 """Levels of mappings and lists within each other."""
 
@@ -35,7 +35,7 @@ _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Plain(str):
-    """A scalar without quotes, as it is written."""
+    """A scalar without quotes, unconverted."""
 
 
 @dataclass(slots=True)

@@ -1,9 +1,9 @@
-"""Proves that all that a chat says stands in its rendering.
+"""Checks that the content of a chat is complete in its rendering.
 
 A chat template is a program, and leaves out what it does not know: tool calls, `tools`, reasoning,
-a developer's message. What a turn says is therefore looked for in what is learned of it, and what
-the other messages say in the whole rendering. Texts are compared without whitespace, because
-templates trim them, and also as JSON strings. A short text may stand in a rendering by chance; so
+a developer's message. The text of a learned turn must therefore be in its supervised part, and
+that of the other messages in the complete rendering. Texts are compared without whitespace, because
+templates trim them, and also as JSON strings. A short text may occur in a rendering by chance; so
 the chat is also rendered with a made-up word in the place of each text, which must appear.
 """
 
@@ -19,7 +19,7 @@ from stillhouse.data.template_form import TemplateForm
 from stillhouse.errors import DataError
 
 _SURELY = 24
-"""Characters of a text that does not stand in a rendering by chance."""
+"""Length of a text that does not occur in a rendering by chance."""
 _KNOWN_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "id", *KEYS}
 
 REASONING_LEFT_OUT = "the reasoning of earlier turns is left out, as the chat template has it"
@@ -56,7 +56,7 @@ class Rendering:
 def prove_turn(
     message: Mapping[str, Any], index: int, written: str, form: TemplateForm, where: str
 ) -> None:
-    """Raises DataError where an assistant's turn says something that is not learned.
+    """Raises DataError if part of an assistant's turn is not learned.
 
     written: what is learned of the turn.
     """
@@ -233,7 +233,7 @@ def _renamed(tool: Any, word: str) -> Any:
 
 
 def _surely(content: str, messages: Sequence[Mapping[str, Any]], found: Rendering) -> bool:
-    """Whether a text is too long, and stands there too often, to be another message's."""
+    """Whether a text is too long, and occurs too often, to belong to another message."""
     bare = _compact(content)
     expected = sum(_compact(joined_text(m.get("content"))).count(bare) for m in messages)
     return len(bare) >= _SURELY and found.count(content) >= expected
@@ -254,7 +254,7 @@ def _described(function: Mapping[str, Any]) -> list[str]:
 
 
 def _leaves(value: Any) -> list[str]:
-    """The keys and values of the arguments of a call, each as it is written in JSON."""
+    """The keys and values of the arguments of a call, each as JSON text."""
     if isinstance(value, Mapping):
         return [leaf for key, item in value.items() for leaf in (str(key), *_leaves(item))]
     if isinstance(value, (list, tuple)):

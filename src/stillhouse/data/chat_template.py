@@ -47,7 +47,7 @@ def render_chat(
 
 
 def writes_date(tokenizer: Any) -> bool:
-    """Whether the chat template asks for the current date."""
+    """Whether the chat template uses the current date."""
     return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
 
 

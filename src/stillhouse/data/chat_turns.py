@@ -1,4 +1,4 @@
-"""One assistant turn as the model writes it, told from what stands before it.
+"""Separates an assistant turn, as the model writes it, from its context.
 
 A template may open the reasoning in its generation prompt, and leave reasoning out of turns that
 are over (DeepSeek-R1's). What the model writes is then the turn's own reasoning and answer. Others
@@ -29,7 +29,7 @@ class Turn:
 
 
 def render_turn(conversation: Conversation, index: int, tokenizer: Any) -> Turn:
-    """The turn at `index`. Raises DataError where its beginning cannot be told."""
+    """The turn at `index`. Raises DataError if its beginning cannot be determined."""
     before = _render(conversation, index, True, tokenizer)
     after = _render(conversation, index + 1, False, tokenizer)
     marks, end = Marks.of(tokenizer), turn_end(tokenizer)

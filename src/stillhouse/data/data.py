@@ -67,7 +67,7 @@ class Data:
 
     @classmethod
     def open(cls, folder: str | Path) -> Data:
-        """What `build` kept in a folder. Raises DataError where it is not whole."""
+        """Loads what `build` wrote to a folder. Raises DataError if it is incomplete."""
         return cls(open_windows(Path(folder) / "train"), open_windows(Path(folder) / "heldout"))
 
 

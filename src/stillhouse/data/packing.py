@@ -7,7 +7,7 @@ each other: see `find_packed_sequence_indices` in its masking_utils. Padding is 
 
 The plan is greedy: a window takes the longest unsplittable row that fits, again and again
 (first-fit decreasing, at most 11/9 of the fewest windows + 1); what is left of it takes the
-longest piece of text that fits, and finally a part of one. Documents stay whole where possible, and
+longest piece of text that fits, and finally a part of one. Documents are not split if possible, and
 windows are full nevertheless.
 """
 

@@ -1,6 +1,6 @@
 """Windows for inspection: supervised tokens, context, and the ends of documents.
 
-Every part of a row stands in its tokens, or the row is refused; so the tokens show all of a row and
+Every part of a row is in its tokens, or the row is rejected; so the tokens show all of a row and
 what of it is learned. Learned text stands between marks too, for a terminal without colors.
 """
 

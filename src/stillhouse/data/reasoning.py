@@ -53,7 +53,7 @@ SPOKEN = re.compile("|".join(re.escape(mark) for pair in _REASONING for mark in 
 """Marks that an assistant's text may hold, and mean."""
 
 KEYS = ("reasoning_content", "reasoning", "thinking")
-"""Of a message: where its reasoning is, apart from its content."""
+"""Message keys that contain reasoning."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Marks:
         return dict(self.reasoning)[opened.rstrip()]
 
     def closes(self, opened: str, text: str) -> bool:
-        """Whether the text goes on with the reasoning that `opened` began, up to its end."""
+        """Whether the text continues the reasoning that `opened` began, up to its end."""
         mark = opened.rstrip()
         return self.closing(opened) in text and not text.lstrip().startswith(mark)
 
@@ -187,7 +187,7 @@ def _quoted(text: str, mark: re.Match[str]) -> bool:
 
 
 MARKS = Marks()
-"""Of a model that is not known, such as one behind an API."""
+"""The marks for an unknown model, such as one behind an API."""
 
 
 def decode_with_marks(tokenizer: Any, ids: Iterable[int]) -> str:

@@ -16,7 +16,7 @@ from stillhouse.errors import DataError
 _CHATS = ("messages", "conversations", "conversation")
 """Keys of a chat."""
 _NAMES = ("messages", "conversations", "prompt", "completion")
-"""Keys whose misspellings are told."""
+"""Keys whose misspellings are reported."""
 _CHAT_KEYS = ("system", "system_prompt", "tools", "functions", "parallel_tool_calls")
 """Keys that are read beside a chat. Parallel calls say nothing about the text."""
 _PREFERENCES = {

@@ -25,7 +25,7 @@ class Pool:
     """Tokenized rows, end to end in two arrays.
 
     heldout_tokens and train_tokens: as for `split.divide`; train_tokens None keeps everything.
-    closed_groups: group hashes that are held out and may not be used.
+    closed_groups: group hashes that are held out and must not be used.
     """
 
     seed: int

@@ -94,7 +94,7 @@ def not_empty(items: Iterable[T], what: str, where: object) -> Iterator[T]:
 
 
 def header_hint(keys: Iterable[str]) -> str:
-    """The beginning of a fix where a table's first row seems to stand in place of its header."""
+    """The beginning of a fix if a table seems to have a data row instead of a header."""
     if not any(len(key) > 60 or key.count(" ") > 5 or not key for key in keys):
         return ""
     return "if the first line is a row, write the columns' names above it; else "
@@ -156,7 +156,7 @@ def _jsonl_rows(path: Path, text_key: str | None) -> Rows:
 
 
 def _fix_of_line(line: str) -> str:
-    """What to do about a first line that is no object."""
+    """The fix for a first line that is not an object."""
     if line.lstrip().startswith("["):
         return "this looks like one JSON list: name it .json, or write one object per line"
     if line.strip() == "{":

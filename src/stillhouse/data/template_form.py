@@ -145,7 +145,7 @@ class TemplateForm:
 
     @cached_property
     def reads_argument_text(self) -> bool:
-        """Whether arguments that are JSON text are written as they are, and not encoded again."""
+        """Whether arguments that are JSON text are written unchanged, and not encoded again."""
         arguments = json.dumps({_KEY: _ASSISTANT})
         text = self._call_rendered(arguments, "" if self.prints_none else None)
         return bool(text and arguments in text)

@@ -1,7 +1,7 @@
 """Which encoding a text file has, where it is not UTF-8.
 
 Only a byte order mark makes another encoding certain, and only then is it read. Otherwise the
-encoding is guessed from the text, for a message that tells how to convert the file.
+encoding is guessed from the text, for a message with the command that converts the file.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def _framed(
     begins = given and np.array_equal(ids[: len(start)], start)
     before = start[:0] if begins else start
     after = [] if given and len(ids) and ids[-1] == eos else [eos]
-    # The first token of a row is never a label, so its mask only tells text from a prompt.
+    # The first token of a row is never a label, so its mask only distinguishes text from a prompt.
     learned = (np.arange(len(before)) == 0) & text
     ids = np.concatenate([before, ids, after]).astype(np.int32)
     return ids, np.concatenate([learned, mask, np.ones(len(after), dtype=bool)])
@@ -178,7 +178,7 @@ def _encode(texts: Sequence[str], tokenizer: Any, plain: bool = False) -> list[l
 
 def leading_tokens(tokenizer: Any) -> Ids:
     """What the tokenizer writes before every text: usually BOS or nothing, and [gMASK]<sop> for
-    GLM's. Raises DataError where that cannot be told from the text."""
+    GLM's. Raises DataError if they cannot be separated from the text."""
     whole, bare = tokenizer("x")["input_ids"], _encode(["x"], tokenizer)[0]
     for start in range(len(whole) - len(bare) + 1):
         if whole[start : start + len(bare)] == bare:

@@ -91,7 +91,7 @@ def end_of_answers(tokenizer: Any, generation_config: Any = None) -> frozenset[i
 def stop_at_turn_end(model: Any, tokenizer: Any) -> None:
     """Adds the end of a turn and EOS to the model's `generation_config.eos_token_id`.
 
-    It stays as it is where it already has the end of a turn.
+    It is unchanged if it already has the end of a turn.
     """
     end, config = turn_end(tokenizer), getattr(model, "generation_config", None)
     if end is None or config is None:

@@ -20,7 +20,7 @@ _INVISIBLE = regex.compile(
 hyphens, direction marks, variation selectors, and the Arabic tatweel, which lengthens a line. The
 tags E0020 to E007F tell flags apart."""
 _BLANK = regex.compile(r"[\ufeff\u200b\u2060\u00ad]")
-"""The invisible characters that are no part of a word's spelling in any script."""
+"""Invisible characters that are not part of a word's spelling in any script."""
 _FOLDED = regex.compile("[^¼-¾²³¹⁰-₉⅐-⅟↉]+")
 """All but raised and lowered digits and fractions, which NFKC would make other numbers of."""
 _TYPOGRAPHY = str.maketrans("‘’“”„‐−", '\'\'"""--')
@@ -95,7 +95,7 @@ def whole_words(phrase: str) -> regex.Pattern[str]:
     """A pattern that finds the phrase where it begins and ends as words do. Both the phrase and
     the text are `normalized` or `bare`.
 
-    In a script that puts no spaces between words, it begins and ends with whole syllables.
+    In a script that puts no spaces between words, it begins and ends with complete syllables.
     """
     letter = rf"[{_LETTER}\p{{M}}]"
     before, after = _OPENS_SYLLABLE, _ENDS_SYLLABLE

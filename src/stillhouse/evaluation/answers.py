@@ -47,8 +47,8 @@ class AnswersEvaluation(Saved):
 
 
 def facts_of(value: Any, path: str = "") -> Facts:
-    """(path, scalar) of everything in a JSON value; null is no fact. Text is compared without case
-    and repeated spaces, numbers by their value."""
+    """(path, scalar) of everything in a JSON value; null is not a fact. Text is compared without
+    case and repeated spaces, numbers by value."""
     if isinstance(value, Mapping):
         inside = (
             facts_of(part, f"{path}.{collapsed(str(key))}" if path else collapsed(str(key)))

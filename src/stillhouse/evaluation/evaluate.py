@@ -58,7 +58,7 @@ def evaluate(
     models at once. Everything computes in `precision` on the default device.
 
     vocabulary: tokens of the shared vocabulary; rows past it are padding.
-    export_dtype: sizes are given as if the weights were stored in this type; None: as they are.
+    export_dtype: sizes are given as if the weights were stored in this type; None: their own type.
     sizes: bytes of the roles that are stored in another way, such as quantized ones. Their speed
     and memory are not measured: what is in `paths` is a floating-point stand-in.
     prepare: is called with the roles' models once they are loaded, for what a checkpoint does not

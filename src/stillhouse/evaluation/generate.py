@@ -20,7 +20,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:
-    """Answers each prompt: greedily at temperature 0, else sampled from the whole distribution.
+    """Answers each prompt: greedily at temperature 0, else sampled from the full distribution.
 
     A tokenizer with a chat template gets the prompt as one user message; another gets plain text
     to continue. Prompts are answered one by one: in bfloat16, padding beside a longer prompt is

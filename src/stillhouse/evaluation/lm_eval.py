@@ -30,7 +30,7 @@ def run_tasks(
 
     Raises:
         StillhouseError: lm-eval is not installed.
-        RecipeError: a task is not known, its data cannot be read, or include_path is no folder.
+        RecipeError: a task is not known, its data cannot be read, or include_path is not a folder.
     """
     manager = _task_manager(section)
     from lm_eval import simple_evaluate

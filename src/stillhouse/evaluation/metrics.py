@@ -148,7 +148,7 @@ def perplexity_retention(model: ModelResult, teacher: ModelResult) -> float:
 
 def _beside_the_others(metric: Metric, model: ModelResult, found: Evaluation) -> str:
     """The value as percent of the teacher's, KL as the part of the gap that training closed; empty
-    where there is nothing to compare with, or a percentage is no fair comparison."""
+    where there is nothing to compare with, or a percentage would be misleading."""
     teacher, untrained = found.result("teacher"), found.result("untrained")
     if metric.path == _KL_PATH:
         if untrained is None or model.role in ("teacher", "untrained") or not untrained.fidelity.kl:

@@ -13,7 +13,7 @@ ROLE_NAMES = {
 
 
 def role_name(role: str) -> str:
-    """Any other name, such as that of a family's member, stays as it is."""
+    """Any other name, such as that of a student of a family, is unchanged."""
     return ROLE_NAMES.get(role, role)
 
 

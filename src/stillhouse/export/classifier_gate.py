@@ -19,7 +19,7 @@ from stillhouse.scratch import temporary_folder
 class ClassifierRows:
     """The inputs of a classifier's replay.
 
-    rows: token ids of each text, or, for a language model, its whole prompt. texts: of rows that
+    rows: token ids of each text, or, for a language model, its complete prompt. texts: of rows that
     are only a text, to be tokenized again. mean_pooling: the head reads the mean of the last
     states. labels, prior: for a language model, each label's tokens, and what is subtracted from
     their log-probabilities.

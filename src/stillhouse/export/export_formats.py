@@ -1,8 +1,9 @@
 """The formats that a model can be exported in, and what the rounding of each may cost.
 
 Limits are mean KL in nats/token (nats/text for a classifier) between the checkpoint and its export:
-the most that a format's rounding is believed to cost. A layer or a head that is not the
-checkpoint's costs whole nats. Recipes take the names from here, so this module imports no library.
+the maximum cost that is plausible for a format's rounding. A layer or a head that is not the
+checkpoint's costs several nats. Recipes take the names from here, so this module imports no
+library.
 """
 
 from __future__ import annotations

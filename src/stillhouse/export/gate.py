@@ -42,7 +42,7 @@ top-1 token costs 0.11 nats there, so that a mean of 0.001 allows 1% at most. An
 moves the difference of two logits by about √(2 KL) nats: 0.2, 0.8 and 1.4 for the other three. If
 every lead were just a nat, 0.00003%, 10% and 24% would fall to that."""
 MOVED_OF = 100
-"""With fewer sure tokens, a share says little."""
+"""With fewer sure tokens, a share is not meaningful."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def against_teacher(
 
 
 def fill(out: Path, work: Callable[[Path], ReplayResult]) -> ReplayResult:
-    """Do `work` in a temporary folder that is renamed to `out` once it is whole and has passed.
+    """Do `work` in a temporary folder that is renamed to `out` once it is complete and has passed.
 
     Raises RunError: no space, no permission, `out` has files already.
     """

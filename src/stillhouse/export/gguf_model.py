@@ -146,7 +146,7 @@ def ropes(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def windows(config: Any) -> list[int]:
-    """How many tokens each layer sees; 0: the whole context."""
+    """How many tokens each layer sees; 0: the full context."""
     size = getattr(config, "sliding_window", None) or 0
     if size >= config.max_position_embeddings or not getattr(config, "use_sliding_window", True):
         size = 0

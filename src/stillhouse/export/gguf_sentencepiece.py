@@ -1,7 +1,7 @@
 """SentencePiece-like BPE, on characters with tokens for single bytes, as GGUF metadata.
 
 llama.cpp has no merges for it. It joins any two neighbors whose text is a token, the highest score
-first, and puts a space before the text where the file says so. So a token's score is lower the
+first, and puts a space before the text if the file sets that. So a token's score is lower the
 later its merge comes, and a tokenizer is refused whose merges leave out a pair that llama.cpp would
 join.
 """
@@ -131,7 +131,7 @@ def _for_chats(pieces: Pieces, tokenizer: Any) -> bool:
     """llama.cpp puts a space before every stretch of text between special tokens, or before none.
 
     A tokenizer that puts one only before the first stretch puts none into a chat, which begins with
-    a special token; without a chat template, texts are read as they are.
+    a special token; without a chat template, texts are not changed.
     """
     return pieces.prefix == "first" and bool(tokenizer.chat_template)
 

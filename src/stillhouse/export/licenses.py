@@ -64,7 +64,7 @@ RESTRICTIONS = {
     r"^other$": "the model has a license of its own: read whether it allows distillation before "
     "you share a student.",
 }
-"""What a license says about students, by a pattern of its name: the first match."""
+"""A license's terms for students, by a pattern of its name: the first match."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Origin:
 
     @property
     def warning(self) -> str | None:
-        """What its license says about students; None where it allows them freely."""
+        """Its license's terms for students; None if it allows them freely."""
         warning = license_warning(self.license.shown)
         if self.license.id == UNKNOWN and self.part == TEACHER:
             return f"{warning}, and state it in the recipe (teacher.license)"
@@ -165,7 +165,7 @@ def _card_head(card: Path) -> dict[str, Any]:
 
 
 def license_warning(license_: str) -> str | None:
-    """What a license says about students; None where it allows them freely.
+    """A license's terms for students; None if it allows them freely.
 
     license_: as the Hub names it, or in any other words.
     """

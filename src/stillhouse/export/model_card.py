@@ -28,7 +28,7 @@ LIMITS = (
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What the cards of one student say, whatever the format.
+    """The content of a student's model cards, common to all formats.
 
     pipeline: the Hub's name of the job. origins: the teacher first, and what else took part. about:
     a paragraph each. limits: beside those of every student. recipe: resolved YAML. hashes: of what

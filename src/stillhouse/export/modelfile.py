@@ -97,7 +97,7 @@ def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
 def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -> str:
     """The Modelfile's text for a GGUF file beside it; `model`: the folder it was made from.
 
-    Where the chat template is not a known one, the file says so and leaves TEMPLATE out: Ollama
+    If the chat template is unknown, a comment states it and TEMPLATE is omitted: Ollama
     then guesses it from the template in the GGUF file.
     """
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)

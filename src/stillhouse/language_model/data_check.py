@@ -1,4 +1,4 @@
-"""What can be said about a recipe's training text before it is tokenized as a whole."""
+"""Checks of a recipe's training text before all of it is tokenized."""
 
 from __future__ import annotations
 

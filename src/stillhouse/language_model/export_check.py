@@ -1,4 +1,4 @@
-"""What is to be shipped, looked at before anything is spent: what a format cannot hold."""
+"""Checks of the export before anything is spent: models that a format does not support."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def export_findings(
 
 
 def _layers_before(recipe: Recipe, job: Job) -> int | None:
-    """Of the model that a pruned student is cut from; None: no student is cut."""
+    """Layers of the model that the student is pruned from; None: it is not pruned."""
     if recipe.cascade is None and not isinstance(recipe.student, PrunedStudent):
         return None
     source = job.pruned or job.teacher

@@ -104,7 +104,7 @@ def _shorter(key: str, context: int, length: int, most: int) -> str:
 
 
 def _require_templates(job: Job) -> None:
-    """The evaluation asks teacher and student with a chat where they have a template."""
+    """The evaluation prompts teacher and student with a chat if they have a template."""
     chats = [(user_turn(prompt), "evaluate.prompts") for prompt in job.recipe.evaluate.prompts]
     for whose, path in (("the teacher", job.teacher.path), ("the student", job.tokenizer_path)):
         tokenizer = load_tokenizer(path, trust_remote_code=job.trust_remote_code)

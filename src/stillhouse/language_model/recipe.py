@@ -39,7 +39,7 @@ class TeacherRecipe(Section):
 
 
 class Recipe(Section):
-    """One run, whole."""
+    """The recipe of a language-model run."""
 
     name: RunName
     folder: PathText | None = Field(None, description="The run folder; null: runs/NAME.")

@@ -79,7 +79,7 @@ def _inputs(job: Job, data: Stage, section: PrunedStudent) -> dict[str, Any]:
         "teacher": job.teacher.fingerprint,
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
-        # What was measured on another machine says nothing about this one.
+        # Measurements of another machine do not apply to this one.
         "machine": machine()["cpu"] if section.target.measured else None,
     }
 

@@ -134,7 +134,7 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
 
 
 def publish(text: Path, out: Path, recipe: Recipe) -> None:
-    """Copies the text to where the recipe wants it: whole, or the old file stays.
+    """Copies the text to the recipe's `out`, atomically: a failed copy leaves the old file.
 
     A file that is not of this recipe stays too, with a note.
     """

@@ -1,4 +1,4 @@
-"""What `check` says about the chat templates of a run: where turns end, and the date."""
+"""Checks of a run's chat templates: the end of turns, and the date."""
 
 from __future__ import annotations
 

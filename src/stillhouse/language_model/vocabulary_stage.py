@@ -37,7 +37,7 @@ from stillhouse.training.train import MODEL
 from stillhouse.training.train_config import ORIGINAL
 
 MEASURED_TOKENS = 8192
-"""Of the training text, on which the cut teacher is compared with the whole one."""
+"""Of the training text, on which the cut teacher is compared with the original one."""
 
 
 def find_job(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:

@@ -115,7 +115,7 @@ class Blocks:
             any_divergence(block, zt_bV)
 
     def _cap_slope(self, logits_bV: Tensor) -> Tensor | None:
-        """dz/du of z = c·tanh(u / c), from z; None where there is no cap."""
+        """dz/du of z = c·tanh(u / c), from z; None if there is no cap."""
         cap = self.student.softcap
         if cap is None:
             return None

@@ -201,7 +201,7 @@ class Work:
         return tensor_nX
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of the hidden rows, the head's weight and its bias."""
+        """Gradients of the hidden rows, the head's weight and its bias."""
         return self.dhidden_ND, self.dweight_VD, self.dbias_V
 
     def term_sums(self) -> Tensor:

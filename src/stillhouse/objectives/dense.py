@@ -1,8 +1,8 @@
-"""One block of rows against a teacher's whole distribution, samples of it, or data.
+"""One block of rows against a teacher's full distribution, samples of it, or data.
 
 With q = softmax(z_s), p = softmax(z_t) and h = ∂loss/∂log q, ∂loss/∂z_s = h − q·Σh (the
 temperature's factor is in the coefficients). For KL(p ‖ q), h = −p; for cross-entropy with counted
-tokens, h = −share: the gradient is q minus something, and needs no logarithm of a whole row, since
+tokens, h = −share: the gradient is q minus something, and needs no logarithm of a full row, since
 KL(p ‖ q) = Σ p (z_t − z_s) − lse(z_t) + lse(z_s). That is the fast path.
 
 Shapes: b rows of a block, K entries of a row, M terms, V vocabulary.

@@ -82,7 +82,7 @@ def _vocabulary(shared: int, requested: int | None) -> int:
 
 
 def _check_frozen_head(head: LMHead, signal: FrozenHeadSignal) -> None:
-    """The vector was computed with one linear head and says nothing about another."""
+    """The vector was computed with one linear head and does not apply to another."""
     if head.bias_V is not None or head.softcap is not None:
         raise SignalError(
             "a frozen-head signal is for a head without bias and without a cap on its logits",

@@ -1,4 +1,4 @@
-"""Checks of a signal, and of which divergence is defined on which signal.
+"""Checks of a signal, and whether a divergence is defined on it.
 
 Values are checked on the CPU only: on an accelerator that would stall the queue.
 """

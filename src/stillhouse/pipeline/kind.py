@@ -20,7 +20,7 @@ ALL = ("*",)
 
 @dataclass
 class Check:
-    """A recipe that is looked at before anything is spent.
+    """A recipe that is checked before anything is spent.
 
     job: the recipe's models, found. calls: requests that may be sent to estimate what the others
     cost. found: what the check of one step leaves for those after it.

@@ -85,7 +85,7 @@ class Moments:
         return torch.where(energy > 0, energy, 1.0)
 
     def symmetric(self) -> Tensor:
-        """The whole of C: what was added is on and above the diagonal."""
+        """The full matrix C. (Sums are accumulated on and above the diagonal.)"""
         whole_FF = self.C_FF.triu()
         width = -(-len(whole_FF) // SYMMETRIC_BLOCKS)
         for start in range(0, len(whole_FF), width):

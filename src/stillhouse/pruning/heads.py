@@ -80,7 +80,7 @@ def heads_by_score(score_H: Tensor, before: Grouping, groups: int, share: int) -
 
 
 def _order(before: Grouping, groups: int, share: int, cost: Cost) -> Iterator[list[int]]:
-    """Yield the next block of heads to remove; costs are computed anew after each."""
+    """Yield the next block of heads to remove; costs are computed again after each."""
     members = {
         group: list(range(group * before.share, (group + 1) * before.share))
         for group in range(before.groups)

@@ -1,4 +1,4 @@
-"""Block-wise local distillation: what is left of a layer is trained on the output of the whole one.
+"""Block-wise local distillation: a pruned layer is trained on the output of the original one.
 
 The layer reads the stream of the model as cut so far, and learns the full model's stream after it,
 each row divided by its rms, as the next norm divides it. No gradient leaves the layer, so this

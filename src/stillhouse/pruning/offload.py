@@ -1,10 +1,10 @@
-"""Weights on disk: a large model is pruned without ever being in memory as a whole.
+"""Weights on disk: a large model is pruned without being completely in memory at any time.
 
 Every parameter of an offloaded module is a memory-mapped scratch file of its own, mapped shared: it
 is read and written like any other tensor, and what is written goes to the file. Its pages are in
-memory from their first use on. To release them, the file is mapped anew, and PyTorch unmaps the old
-pages with the last tensor that uses them; so no live tensor ever loses its values. A file lasts as
-long as its parameter.
+memory from their first use on. To release them, the file is mapped again, and PyTorch unmaps the
+old pages with the last tensor that uses them; so no live tensor ever loses its values. A file
+lasts as long as its parameter.
 
 What is in memory at a time is then a layer or two, or an end of the model, and the calibration
 rows. Models below LARGE_BYTES stay in memory.
@@ -39,7 +39,7 @@ BLOCK = 1 << 20
 
 
 def is_large(model: Any) -> bool:
-    """Whether the model is on the CPU, and so large that it should not be in memory as a whole."""
+    """Whether the model is on the CPU, and too large to be completely in memory."""
     if model.device.type != "cpu":
         return False
     return 4 * sum(parameter.numel() for parameter in model.parameters()) >= LARGE_BYTES
@@ -170,7 +170,7 @@ def _written(parameter: Tensor) -> str:
 
 
 def _map(parameter: Tensor, file: str) -> None:
-    # A file that was deleted would be created anew, all zeros: then the old mapping stays.
+    # A file that was deleted would be created again, all zeros: then the old mapping stays.
     if os.path.exists(file):
         values = torch.from_file(file, shared=True, size=parameter.numel(), dtype=torch.float32)
         parameter.data = values.view(parameter.shape)

@@ -225,7 +225,7 @@ def possible_shapes(config: Any, search: SearchRecipe) -> list[Sizes]:
 
 
 def combinations(config: Any, search: SearchRecipe) -> Iterator[Sizes]:
-    """Every choice of all axes but the FFN width, which is left as it is."""
+    """Every combination of all axes except the FFN width, which is not changed."""
     before, rules = sizes_of(config), axes_of(config)
     share = before.heads // before.kv_heads
 

@@ -174,7 +174,7 @@ def own_config(model: Any) -> None:
 
 @torch.no_grad()
 def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
-    """Loads `folder` anew and compares logits with the model in memory.
+    """Loads `folder` again and compares logits with the model in memory.
 
     Raises ModelError when a weight is missing or left over, or the logits differ.
     """

@@ -192,7 +192,7 @@ class _Cutter:
         return Passage(before, mid, after, attention_wrote, ffn_wrote)
 
     def _cut_layer(self, index: int, passage: Passage, narrow: Stream, target: Stream) -> Stream:
-        """Cut one whole layer; returns the cut stream after it. target: already projected."""
+        """Cut one complete layer; returns the cut stream after it. target: already projected."""
         axes, layer = self.streams.axes, self.streams.layers[index]
         if self.basis is not None:
             norms = axes.attention_input_norm, axes.attention_output_norm

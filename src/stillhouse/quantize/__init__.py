@@ -1,1 +1,1 @@
-"""The student in numbers of few bits: rounded as it is, or trained while it is rounded."""
+"""Quantization of the student: after training (PTQ) or during it (QAT)."""

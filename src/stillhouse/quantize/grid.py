@@ -3,7 +3,7 @@
 Shapes: O rows (outputs), I columns (inputs), G groups in a row.
 
 A weight is w = s·q: q an integer of 4 or 8 bits, or a float8 number (e4m3: 4 bits of exponent, 3 of
-mantissa); s a scale that `group` neighbors in a row share, or the whole row. Scales are float16
+mantissa); s a scale that `group` neighbors in a row share, or the complete row. Scales are float16
 numbers, so that s·q is exact in float32, and every format that stores q and s (torchao's, GGUF's
 q4_0 and q8_0) holds exactly the same weights.
 """
@@ -36,7 +36,7 @@ by where they are between two numbers."""
 
 @dataclass(frozen=True)
 class Grid:
-    """group: None is the whole row. floating: q is float8, else an integer."""
+    """group: None is the complete row. floating: q is float8, else an integer."""
 
     bits: Literal[4, 8]
     group: int | None
@@ -48,7 +48,7 @@ class Grid:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the codes q."""
+        """The type of the codes q."""
         return FLOAT8 if self.floating else torch.int8
 
     @property
@@ -60,7 +60,7 @@ class Grid:
         return int(torch.finfo(FLOAT8).max) if self.floating else 2 ** (self.bits - 1) - 1
 
     def bytes(self, numbers: int, rows: int) -> int:
-        """Of a whole matrix: q packed, and two bytes for each scale."""
+        """Bytes of a complete matrix: q packed, and two bytes for each scale."""
         scales = rows if self.group is None else numbers // self.group
         return numbers * self.bits // 8 + scales * 2
 

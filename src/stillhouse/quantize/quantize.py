@@ -60,9 +60,9 @@ FLOAT8_WIDTH = 16
 class QuantizeResult:
     """kept: units left alone. sensitivity: of every unit where it was measured, largest KL first.
 
-    group_size: None is a whole row. kl: KL(student ‖ quantized), nats/token, on `tokens` held-out
-    ones. bytes: of the whole model, codes packed and scales in two bytes, what is kept in two bytes
-    per number; plain_bytes: with nothing quantized. notes: for the user.
+    group_size: None is a row. kl: KL(student ‖ quantized), nats/token, on `tokens` held-out tokens.
+    bytes: of the model, with packed codes, scales in two bytes, and parameters that are not
+    quantized in two bytes; plain_bytes: with nothing quantized. notes: for the user.
     """
 
     kind: str
@@ -188,7 +188,7 @@ def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabu
 
 
 def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:
-    """Bytes of a model as it is, and quantized. Only shapes are used: it may be on meta.
+    """Bytes of a model, original and quantized. Only shapes are used: it may be on meta.
 
     Raises RecipeError as `quantize` does, also for a budget that cannot be met.
     """

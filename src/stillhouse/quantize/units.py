@@ -89,7 +89,7 @@ def left_over_text(model: Any) -> str | None:
 
 
 def model_bytes(model: Any, units: list[Unit], kept: set[str], grid: Grid) -> int:
-    """Of all parameters, each once: matrices on the grid, and the rest as 16-bit floats."""
+    """Bytes of all parameters, each counted once: matrices on the grid, the rest in 16 bits."""
     total = sum(parameter.numel() for parameter in model.parameters())
     rest = total - sum(unit.numbers for unit in units)
     shipped = sum(unit.bytes(None if unit.name in kept else grid) for unit in units)

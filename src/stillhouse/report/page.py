@@ -115,7 +115,7 @@ def write_report(report: Report, page: Path) -> None:
 
 
 def write_page(report: Report, path: Path) -> None:
-    """Writes the page alone; `path` holds the old page or the new one, whole."""
+    """Writes the page alone; `path` holds either the complete old page or the complete new one."""
     if path.is_dir():
         raise RunError("the report's path is a folder", where=path, fix="give a file's path")
     with disk_errors(path):

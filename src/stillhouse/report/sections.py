@@ -48,7 +48,7 @@ class RunFacts:
 
     @classmethod
     def gather(cls, recipe: BaseModel, teacher: str, finished: Iterable[Stage]) -> RunFacts:
-        """Of a run on this machine, now."""
+        """The facts of a run on this machine that ends now."""
         data = recipe.model_dump(mode="json")
         return cls(
             title=data["name"],

@@ -1,8 +1,8 @@
 """A shape's needs on this machine: seconds/token from timed blocks, and peak memory.
 
-Models of random weights decode a few tokens with a key-value cache, while their attention blocks,
-FFN blocks, layers and whole steps are timed. Each block's time depends on few sizes: attention's on
-the heads and the hidden size, the FFN's on its width and the hidden size. So a handful of models
+Models with random weights decode a few tokens with a key-value cache, while their attention blocks,
+FFN blocks, layers and complete steps are timed. Each block's time depends on few sizes: attention
+on the heads and the hidden size, the FFN on its width and the hidden size. So a handful of models
 predicts the time of every shape:
 
     seconds/token = ends + layers · (attention + FFN + what a layer adds to them)
@@ -103,7 +103,7 @@ def shapes_to_time(combinations: Sequence[Sizes], widths: Sequence[int]) -> list
 
 
 def timed_widths(ffn_size: int, least: int) -> list[int]:
-    """FFN widths from the whole down to `least`, evenly spaced."""
+    """FFN widths from the original down to `least`, evenly spaced."""
     if least >= ffn_size:
         return [ffn_size]
     cuts = {round((ffn_size - least) * i / (FFN_WIDTHS - 1)) for i in range(FFN_WIDTHS)}

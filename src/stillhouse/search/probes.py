@@ -18,7 +18,7 @@ MOST = {"ffn_size": 3, "attention": 4, "hidden_size": 2, "experts": 2}
 
 @dataclass(frozen=True)
 class Curve:
-    """Nats/token by the share of an axis that is left, ascending; the whole costs nothing."""
+    """Nats/token by the remaining share of an axis, ascending; 0 for the original."""
 
     points: tuple[tuple[float, float], ...]
 

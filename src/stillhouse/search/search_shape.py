@@ -1,9 +1,9 @@
-"""The search: count, probe, prune, try by training; at each step the best go on to the next.
+"""The search: count, probe, prune, and train shapes; each step passes its best to the next.
 
 1. All aligned shapes that meet the target are listed (pruning.shapes). 2. Where there are many,
 each axis is probed alone, and they are ranked by the sum (probes). 3. The best `candidates` are
 pruned and refit, and measured on held-aside text. 4. The best `trained` of them are distilled for a
-few steps; half go on, for twice as many.
+few steps; half continue, for twice as many.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def distill_shortly(
 ) -> None:
     """Train in place by forward KL to the teacher's outputs, a batch of them per step.
 
-    first: the batch to begin with; after the last one comes the first. The optimizer starts anew,
+    first: the batch to begin with; after the last one comes the first. The optimizer starts again,
     so that a round depends only on the weights before it. Learning rate, betas, weight decay and
     gradient norm are the recipe's.
     """

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and JSON with a checksum."""
+"""Files that are either complete or absent, and JSON with a checksum."""
 
 from __future__ import annotations
 

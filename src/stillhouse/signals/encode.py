@@ -250,7 +250,7 @@ def _exact_and_drawn(
     `blocks`.
 
     drawn_variance_n: of the draws, if the exact entries were not rounded. Rounding is systematic as
-    well: the running sum of a row is shifted by one uniform number and cut to whole units. Every
+    well: the running sum of a row is shifted by one uniform number and rounded down. Every
     value is p · units on average and less than 1 off, and so is the sum, which therefore never
     exceeds `units`.
     """

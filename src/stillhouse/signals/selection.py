@@ -1,4 +1,4 @@
-"""Top tokens and draws of tokens in rows of probabilities, without sorting or summing whole rows
+"""Top tokens and draws of tokens in rows of probabilities, without sorting or summing complete rows
 more than once: a row is divided into blocks, and only blocks that matter are searched.
 
 Shapes: n rows, V vocabulary padded to whole blocks, B blocks of a row, C tokens of a block, X

@@ -32,7 +32,7 @@ _OpenShard = tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64
 
 @dataclass(eq=False)
 class Store:
-    """An open store, made by `open_store`; forked processes may go on using it.
+    """An open store, made by `open_store`; forked processes may continue to use it.
 
     A shard is mapped, and its checksum verified, when one of its rows is first read.
     """

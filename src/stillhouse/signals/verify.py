@@ -1,4 +1,4 @@
-"""Read a whole store and report what is wrong with it, or what is in it."""
+"""Read a complete store and report damage, or a summary of its content."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def verify(path: Path) -> list[StillhouseError]:
     """Everything that is wrong with a finished store; an empty list where nothing is.
 
     Checksums cover every byte of every file. Also checked: that counts add up, ids are in the
-    vocabulary, a shard has no key twice, the manifest lists what is there, and its figures are
+    vocabulary, a shard has no key twice, the manifest lists all shards, and its figures are
     those of the shards.
     """
     try:

@@ -1,4 +1,4 @@
-"""Write a store: shards that are whole once they have their name, and the manifest at the end."""
+"""Write a store: shards, complete once they have their final name, and the manifest at the end."""
 
 from __future__ import annotations
 

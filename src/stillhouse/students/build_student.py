@@ -38,7 +38,7 @@ def build_student(
 ) -> Summary:
     """Make the student that `section` describes, save it in `out`, and return what it is.
 
-    `windows` is the training text (only a pruned student looks at it). `heldout`, where it is
+    `windows` is the training text (only a pruned student uses it). `heldout`, where it is
     given, is only compared with it: a note warns of another domain, with the measured KL. `base`
     is what paths in the recipe are relative to. `trust_remote_code` is the teacher's. The summary
     is plain data for JSON: start, parameters (total, non_embedding, head_once), the teacher's

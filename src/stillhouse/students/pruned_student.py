@@ -33,7 +33,7 @@ STREAMS = 16
 in a few places, and the activations of the FFN."""
 
 SERVED_BYTES = 2
-"""Of a parameter, for a target in bytes: bfloat16."""
+"""Bytes per parameter for a target in bytes: bfloat16."""
 
 
 @dataclass(frozen=True)

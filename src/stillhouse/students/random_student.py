@@ -29,7 +29,7 @@ MOST_PARTS, LARGEST_WIDTH = 10_000, 2**24
 def overridden_config(config: Any, overrides: Mapping[str, Value]) -> Any:
     """A new configuration with `overrides`; every key and type checked against the old one.
 
-    A new num_hidden_layers shortens per-layer lists, or goes on with their pattern.
+    A new num_hidden_layers shortens per-layer lists, or continues their pattern.
     Raises RecipeError with the nearest key, or with what the architecture forbids.
     """
     known = config.to_dict()

@@ -93,13 +93,13 @@ class Student:
 
     @classmethod
     def prune(cls, teacher: Teacher, data: Data, *, seed: int = 0, **options: Any) -> Self:
-        """A local teacher made smaller, calibrated on the training text; the teacher stays whole.
+        """A pruned local teacher, calibrated on the training text; the teacher is not changed.
 
-        options: what is kept, as sizes (layers=12, ffn_size=1024, ...) or as one target for the
-        whole (params="60%", non_embedding_params="80M", bytes="250MB"), of which the shape with
-        the fewest cuts is taken; and how it is pruned, as in a recipe's `student`.
+        options: sizes (layers=12, ffn_size=1024, ...), or one target (params="60%",
+        non_embedding_params="80M", bytes="250MB"), for which the shape with the fewest cuts is
+        used; and how it is pruned, as in a recipe's `student`.
         Raises RecipeError: an unknown option, or sizes that the teacher cannot have. ModelError:
-        the teacher is no model on this machine.
+        the teacher is not a model on this machine.
         """
         seed = checked(Seed, seed, "seed")
         start = local(teacher)
@@ -146,7 +146,7 @@ class Student:
     def trainable(self, *, freeze_head: bool = False) -> None:
         """Make the weights float32 and trainable, in place; all, or all but the head.
 
-        freeze_head: leaves embeddings that are tied to the head as they are, too.
+        freeze_head: also freezes embeddings that are tied to the head.
         """
         self.model.float().requires_grad_(True)
         if freeze_head:

@@ -78,7 +78,7 @@ def read_schema(path: Path) -> dict[str, Any]:
 
 
 def opened_schema(raw: Any) -> Any:
-    """The schema inside a request's `response_format` or a tool; anything else as it is."""
+    """The schema inside a request's `response_format` or a tool; anything else unchanged."""
     if not isinstance(raw, Mapping) or _is_schema(raw):
         return raw
     for place in _PLACES:

@@ -156,7 +156,7 @@ def json_schema(schema: dict[str, Any]) -> Filter:
 
 
 def unfenced(text: str) -> str:
-    """Without the Markdown code fence (``` or ```json) around the whole text."""
+    """Without the Markdown code fence (``` or ```json) around the complete text."""
     found = _FENCE.fullmatch(text.strip())
     return text if found is None or "```" in found[1] else found[1].strip()
 

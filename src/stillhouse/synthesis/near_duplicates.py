@@ -26,7 +26,7 @@ _MISSED = 0.01
 
 
 def shingles(words: Sequence[str]) -> set[str]:
-    """All runs of SHINGLE consecutive words; a shorter text as a whole."""
+    """All runs of SHINGLE consecutive words; a shorter text is one run."""
     last = max(0, len(words) - SHINGLE)
     return {" ".join(words[at : at + SHINGLE]) for at in range(last + 1)}
 

@@ -46,8 +46,8 @@ class Pattern:
 
 
 def compiled_pattern(expression: str, where: str = "synthesize.filters") -> Pattern:
-    """Raises RecipeError for what is no regular expression, and for one that runs away on a short
-    text of a character that stands in it."""
+    """Raises RecipeError for an invalid regular expression, and for one that takes too long on a
+    short text of a character that occurs in it."""
     try:
         re.compile(expression)
         found = Pattern(regex.compile(expression), where)

@@ -1,7 +1,7 @@
 """The phrases that tell refusals from answers.
 
 They match one sentence in lower case, with straight apostrophes and without markup; GREETING,
-CLOSING, DIALOGUE, MARKUP, QUOTED, SENTENCE_END and OTHER_LANGUAGES match whole texts.
+CLOSING, DIALOGUE, MARKUP, QUOTED, SENTENCE_END and OTHER_LANGUAGES match complete texts.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ EVERYDAY = re.compile(
     r"|morning)|next week(?!')"
     r"|(?:mon|tues|wednes|thurs|fri|satur|sun)day|until)\b"
 )
-"""What a person says who declines something, and a model hardly ever."""
+"""Phrases of a person who declines something, which a model hardly ever uses."""
 
 _BEFORE_I = (
     r"(?:^|[,;:(—–-] ?|\b(?:and|but|so|as|because|since|therefore|thus|however|unfortunately|sorry"

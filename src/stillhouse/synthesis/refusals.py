@@ -1,8 +1,8 @@
 """Recognizes answers that refuse to answer, by what they refuse.
 
 "I can't help with that" refuses an act of answering; "I can't wait to see you" does not. A letter,
-a dialogue or a quotation that declines something is an answer. So is a text that says what it
-cannot do and then does what was asked: "I can't give medical advice, but most headaches ...". A
+a dialogue or a quotation that declines something is an answer. So is a text that states what it
+cannot do and then does what was requested: "I can't give medical advice, but most headaches ...". A
 text that only offers something else ("... but I can explain how locks work") is a refusal.
 """
 
@@ -22,7 +22,7 @@ def refusing_words(text: str) -> str | None:
     """The words by which an answer (without its reasoning) refuses, or None.
 
     Recognizes English, and how refusals commonly begin in German, French, Spanish, Chinese and
-    Japanese. A lecture that never says that it refuses is not recognized.
+    Japanese. A lecture that does not state a refusal is not recognized.
     """
     text = re.sub("[’‘´ʼ]", "'", text.strip()).replace("“", '"').replace("”", '"')
     foreign = phrases.OTHER_LANGUAGES.match(text)
@@ -64,8 +64,8 @@ def _found(sentences: list[str], opening: str) -> str | None:
 
 
 def _answers(rest: str, following: list[str]) -> bool:
-    """Whether a text goes on to do what was asked. rest: of the sentence that refuses. following:
-    the sentences after it."""
+    """Whether the rest of a text does what was requested. rest: the rest of the sentence that
+    refuses. following: the sentences after it."""
     after = " ".join(following)
     near = f"{rest} {' '.join(following[:1])}"
     if phrases.DELIVERS.search(near) and not phrases.ALTERNATIVE.search(near):

@@ -124,7 +124,7 @@ def prompt_lines(text: str, *, whole: bool) -> Iterator[str]:
 def write_prompts(writer: Writer, journal: Journal, answers: Spending) -> Spending:
     """Sends requests until there are enough different prompts, or MOST_TIMES as many requests as
     needed were sent; returns the cost of all. answers: the cost of answers to earlier prompts,
-    under the same budget. Raises EndpointError; DataError if there is no prompt."""
+    under the same budget. Raises EndpointError, or DataError if there are no prompts."""
     most, last = writer.fewest * MOST_TIMES, 0
     stopped = False
     while (found := sum(1 for _ in writer.prompts(journal))) < writer.section.count:

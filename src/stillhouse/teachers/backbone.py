@@ -52,7 +52,7 @@ def lm_head(model: Any) -> LMHead:
 def hidden_states(model: Any, input_ids_RL: Tensor, position_ids_RL: Tensor | None) -> Tensor:
     """The last hidden states after the final norm, [R, L, D]: what the head is applied to.
 
-    Where `position_ids_RL` starts anew inside a window, transformers keeps the documents on both
+    If `position_ids_RL` restarts inside a window, transformers keeps the documents on both
     sides from seeing each other. No key-value cache. `model` must be unwrapped (no DDP, no FSDP
     module around it).
     """

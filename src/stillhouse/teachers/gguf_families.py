@@ -34,7 +34,7 @@ class Family:
     list in the file overrides it. whole_layers: with this many layers, attention is scaled by
     hidden_size / heads instead of the head's size (0: never). rope_period: every so many layers,
     one has no rotary embedding, and nothing in the file can change that. partly_rotated: a share of
-    each head may stay as it is.
+    each head may stay unrotated.
     """
 
     arch: gguf.MODEL_ARCH

@@ -41,7 +41,7 @@ class ConvertedModel:
 def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
     """The safetensors folder of a GGUF file: weights, config, tokenizer and its chat template.
 
-    Made under a temporary name and renamed, so that a folder with its final name is whole, and
+    Made under a temporary name and renamed, so that a folder with its final name is complete, and
     two processes that convert at once both end with the same folder.
     Raises ModelError: not a GGUF file, cut short, or an architecture that is not supported.
     """

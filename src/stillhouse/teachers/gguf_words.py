@@ -131,7 +131,7 @@ def _no_space_first(state: dict[str, Any]) -> None:
 
 
 def _forget_rows_without_tokens(state: dict[str, Any], tokens: list[str]) -> None:
-    """What pads the embedding in a file is no token, nor is what transformers adds by itself."""
+    """Removes the rows that pad a file's embedding, and tokens that transformers adds itself."""
     count = len(tokens)
     while count and tokens[count - 1] == f"[PAD{count - 1}]":
         count -= 1

@@ -21,8 +21,8 @@ FULL_BASE = {
 ROTATED_SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
 """Names that a model type has of its own, by model type."""
 FRAMED_BY_CLASS = {f"{name}Tokenizer" for name in ("Llama", "CodeLlama", "Gemma", "Cohere")}
-"""Classes that in version 4 put a token before every text unless the configuration says otherwise,
-whatever tokenizer.json says."""
+"""Classes that in version 4 put a token before every text unless the configuration disables it,
+regardless of tokenizer.json."""
 
 
 def write_older_names(folder: Path) -> None:

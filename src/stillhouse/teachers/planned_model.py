@@ -1,4 +1,4 @@
-"""A causal language model before it is loaded: what its configuration alone says."""
+"""A causal language model before it is loaded: what follows from its configuration."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _is_table(name: str) -> bool:
 
 
 def trained_positions(config: Any) -> int | None:
-    """The longest text of a model with rotary embeddings; None where it says none.
+    """The longest text of a model with rotary embeddings; None if it sets none.
 
     `max_position_embeddings`, times the factor of a scaling that is not in it yet.
     """

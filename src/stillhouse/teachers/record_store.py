@@ -64,7 +64,7 @@ def record(
     *,
     student_head: LMHead | None = None,
 ) -> Manifest:
-    """Record the teacher's signal for every supervised token, or go on with a store half done.
+    """Record the teacher's signal for every supervised token, or resume an unfinished store.
 
     student_head: for the encoding frozen_head only.
     Raises SignalError where `out` was begun with other settings, StoreError where it is damaged or

@@ -31,7 +31,7 @@ from stillhouse.teachers.stored_teacher import recorded_temperature
 from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, TeacherView
 
 RETRIES = 6
-"""Of a request that the server was too busy for, or that was cut off; with growing pauses."""
+"""Retries of a request if the server is busy or the connection is lost, with growing pauses."""
 TIMEOUT_SECONDS = 600.0
 OVER_ONE = 1e-3
 """By how much the probabilities of a row may pass 1, being rounded."""

@@ -41,7 +41,7 @@ class StoredTeacher(Teacher):
     """Reads what a store holds about a batch.
 
     config, head: of the model that was recorded, for a store of hidden states: the last layer's
-    are whole distributions through the head. load_missing: gives the teacher that answers about
+    are full distributions through the head. load_missing: gives the teacher that answers about
     rows which the store lacks; called at most once, when there are any. None: they are an error.
     """
 

@@ -1,8 +1,8 @@
-"""Reads tokenizer.json as it is, where transformers' class of the tokenizer would change it.
+"""Loads exactly tokenizer.json if transformers' tokenizer class would change it.
 
 transformers 5 rebuilds many tokenizers from their vocabulary and merges, with the rules of the
-class that it chooses by name or architecture, whatever tokenizer.json says about normalization and
-splitting. The same text then has other tokens than those the model was trained on.
+class that it chooses by name or architecture, regardless of the normalization and splitting in
+tokenizer.json. The same text then has other tokens than those the model was trained on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROBES = (
     "🙂👩‍👩‍👧‍👦 ... !!! -- a_b.c/d\\e <b>&amp;</b> \u00a0\u3000\u200b",
 )
 _faithful: dict[tuple[Path, int], bool] = {}
-"""Whether transformers reads a file, with the time of its last change, as it is."""
+"""Whether transformers loads a file (with its modification time) without changes."""
 
 
 def as_stored(tokenizer: Any, folder: Path) -> Any:
@@ -47,7 +47,7 @@ def as_stored(tokenizer: Any, folder: Path) -> Any:
 
 
 _PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
-"""Classes that take tokenizer.json as it is."""
+"""Classes that load tokenizer.json without changes."""
 
 
 def _of_transformers(tokenizer: Any) -> bool:

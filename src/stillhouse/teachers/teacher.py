@@ -74,7 +74,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
-        """What the teacher says about the batch, without gradients, on the batch's device.
+        """The teacher's outputs for the batch, without gradients, on the batch's device.
 
         request: activations that the view must have, beside the signals.
         Raises SignalError: it cannot answer this batch.
@@ -111,7 +111,7 @@ class Teacher(ABC):
 
     @property
     def memory_bytes(self) -> int:
-        """Of weights on this machine."""
+        """Bytes of weights on this machine."""
         return 0
 
     # --- where a teacher comes from -------------------------------------------------------------

@@ -65,7 +65,7 @@ class Distillation(nn.Module):
         self.vocabulary = min(each.vocabulary for each in (given, teacher) if each is not None)
         # Parameters of this module: optimizer, wrappers and checkpoints all see them.
         self.projections = self.objective.projections()
-        # What FSDP wraps, and what transformers.Trainer asks a model that it has loaded.
+        # What FSDP wraps, and what transformers.Trainer needs of a loaded model.
         self._no_split_modules = getattr(self.student, "_no_split_modules", None)
         self._keys_to_ignore_on_save = getattr(self.student, "_keys_to_ignore_on_save", None)
 

@@ -86,7 +86,7 @@ class Objective:
 
     @property
     def needs(self) -> TeacherNeeds:
-        """Of the teacher."""
+        """What the objective needs of the teacher."""
         layers = {teacher for term in self.hidden for _, teacher in term.loss.pairs}
         attention = {teacher for term in self.relations for _, teacher in term.pairs}
         request = ActivationRequest(frozenset(layers), frozenset(attention))
@@ -216,7 +216,7 @@ def _relations(
 def stored_layers(objective: Objective, teacher_config: Any) -> tuple[int, ...]:
     """The teacher's layers that a store of hidden states must hold for these terms.
 
-    Raises SignalError: no term asks for any.
+    Raises SignalError: no term uses any.
     """
     layers = set(objective.needs.activations.layers)
     if any(term.needs_teacher for term in objective.divergences):

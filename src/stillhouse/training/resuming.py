@@ -1,4 +1,4 @@
-"""Training that goes on from its newest checkpoint that can be loaded."""
+"""Training that resumes from the newest checkpoint that can be loaded."""
 
 from __future__ import annotations
 
@@ -97,4 +97,4 @@ def train_from_newest(folder: Path, make: Callable[[Meter], T], *, steps: int) -
                 checkpoints.set_aside(checkpoint, str(error))
             trainer.accelerator.wait_for_everyone()
         del trainer
-        gc.collect()  # it is in a cycle with its models, which are loaded anew
+        gc.collect()  # it is in a cycle with its models, which are loaded again

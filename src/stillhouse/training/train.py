@@ -125,7 +125,7 @@ def train(
     teacher: None where no term needs one. heldout: measured every `settings.evaluate_every` steps.
     callbacks: of transformers, beside our own; their `model` is a `Distillation`.
     folder: gets `model` (a plain Hugging Face folder), `metrics.jsonl`, and `checkpoints`; a run
-    that was killed goes on from the newest checkpoint that loads, to the same weights as an
+    that was killed resumes from the newest checkpoint that loads, to the same weights as an
     undisturbed run gives. None: nothing is written.
     Under torchrun or accelerate launch every process calls this.
     Raises RecipeError, SignalError, ModelError: parts that do not fit together. TrainingError:
@@ -320,7 +320,7 @@ def checkpointing_key(arguments: Any = TrainingArguments) -> str:
 
 
 class _Housekeeping(TrainerCallback):
-    """Moves the bar, and makes each checkpoint count only once it is whole on disk."""
+    """Moves the bar, and makes each checkpoint count only once it is complete on disk."""
 
     def __init__(
         self, trainer: DistillationTrainer, keep_checkpoints: int, advance: Callable[[], None]

@@ -41,7 +41,7 @@ class DistillationTrainer(ResumingTrainer):
     transformers model, which can generate at any moment. Checkpoints are plain folders of it.
 
     student: its weights are trained in place. teacher: None where no term needs one. objective:
-    terms, a recipe's section, or an `Objective`. metrics, meter: of a run that goes on. early_stop:
+    terms, a recipe's section, or an `Objective`. metrics, meter: of a resumed run. early_stop:
     stop after so many held-out measurements without a better one.
     Raises ModelError: vocabularies that differ. SignalError: terms that the teacher cannot serve.
     """
@@ -157,7 +157,7 @@ class DistillationTrainer(ResumingTrainer):
 
     @property
     def _sharded(self) -> bool:
-        """Whether a checkpoint has the whole module in a format of its own."""
+        """Whether a checkpoint has the complete module in its own format."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     @property
@@ -270,6 +270,6 @@ class DistillationTrainer(ResumingTrainer):
         history = [row[key] for row in self.metrics.rows if key in row]
         since_best = len(history) - 1 - history.index(min(history)) if history else 0
         stop = torch.tensor(float(since_best >= self.early_stop), device=self.args.device)
-        # Of a run that goes on, only rank zero holds the history; all must stop at the same step.
+        # In a resumed run, only rank zero has the history; all must stop at the same step.
         if float(self.accelerator.reduce(stop)) > 0:
             self.control.should_training_stop = True
