@@ -10,6 +10,8 @@ from typing import Any
 
 import xxhash
 
+from stillhouse.errors import ModelError
+
 SUMS = "SHA256SUMS"
 """The file in an export with the hashes of the others."""
 _CHUNK = 1 << 20
@@ -63,11 +65,29 @@ def read_sums(folder: Path) -> dict[str, Facts]:
     return {name: {"sha256": sha256} for sha256, name in pairs}
 
 
-def unlisted_files(folder: Path, files: Mapping[str, Facts]) -> list[str]:
-    """Names of the files below the folder that `files` does not have; hidden ones do not count."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS)
-    names = (path.relative_to(folder).as_posix() for path in found if path.name[0] != ".")
-    return [name for name in names if name not in files]
+def wrong_in_export(folder: Path) -> list[str]:
+    """What is not as SHA256SUMS recorded it, and files that it does not list; hidden ones do not
+    count."""
+    try:
+        files = read_sums(folder)
+        damaged = damaged_files(folder, files, reread=True)
+        found = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS)
+        names = [path.relative_to(folder).as_posix() for path in found if path.name[0] != "."]
+    except (OSError, ValueError) as error:
+        return [f"{SUMS}: {error}"]
+    problems = [f"{name} is missing or has changed" for name in damaged]
+    return problems + [f"{SUMS} lacks {name}" for name in names if name not in files]
+
+
+def require_sound_export(folder: Path) -> None:
+    """Raises ModelError where a folder with SHA256SUMS is not as it was written."""
+    problems = wrong_in_export(folder) if (folder / SUMS).is_file() else []
+    if problems:
+        raise ModelError(
+            f"the model is damaged: {problems[0]}",
+            where=folder,
+            fix="copy the folder again, or give `stillhouse run` again with its recipe",
+        )
 
 
 def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:

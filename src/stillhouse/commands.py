@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
+from stillhouse.checksums import require_sound_export
 from stillhouse.config.load_recipe import (
     AnyRecipe,
     load_language_model_recipe,
@@ -36,7 +37,6 @@ from stillhouse.signals.signals_config import FrozenHeadSignals
 from stillhouse.synthesis.synthesize import Synthesis
 from stillhouse.teachers.model_source import resolve_model
 from stillhouse.training.train import MODEL
-from stillhouse.verify import require_sound_export
 
 Confirm = Callable[[str], bool]
 

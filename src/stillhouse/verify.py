@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from stillhouse.checksums import SUMS, damaged_files, read_sums, unlisted_files
-from stillhouse.errors import ModelError, RunError
+from stillhouse.checksums import SUMS, damaged_files, wrong_in_export
+from stillhouse.errors import RunError
 from stillhouse.generation.answer_requests import being_written
 from stillhouse.generation.journal_file import journal_damage
 from stillhouse.runfolder import MANIFEST, read_manifest
@@ -77,27 +77,7 @@ def _inside(file: Path, folder: Path) -> bool:
 
 
 def _export(path: Path) -> Verified:
-    try:
-        files = read_sums(path)
-        damaged = damaged_files(path, files, reread=True)
-        unknown = unlisted_files(path, files)
-    except (OSError, ValueError) as error:
-        return Verified(path, "export", [f"{SUMS}: {error}"])
-    problems = [f"{name} is missing or has changed" for name in damaged]
-    return Verified(path, "export", problems + [f"{SUMS} lacks {name}" for name in unknown])
-
-
-def require_sound_export(folder: Path) -> None:
-    """Raises ModelError where a file is not what the folder's SHA256SUMS recorded of it."""
-    if not (folder / SUMS).is_file():
-        return
-    problems = _export(folder).problems
-    if problems:
-        raise ModelError(
-            f"the model is damaged: {problems[0]}",
-            where=folder,
-            fix="copy the folder again, or give `stillhouse run` again with its recipe",
-        )
+    return Verified(path, "export", wrong_in_export(path))
 
 
 def _journal(path: Path) -> Verified:
