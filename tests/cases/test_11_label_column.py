@@ -68,6 +68,8 @@ def test_nan_is_an_empty_cell_and_whole_numbers_have_no_fraction(tmp_path: Path)
     [
         (["red", "blue"], "a list, not a name"),
         (["red"], "a list, not a name"),
+        ('["red", "blue"]', "a list, not a name"),
+        ("['red', 'blue']", "a list, not a name"),
         ({"name": "red"}, "of type dict"),
         (0.5, "the number 0.5"),
         (float("inf"), "the number inf"),
@@ -97,3 +99,11 @@ def test_an_id_without_a_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="names the classes 0 to 1") as caught:
         prepared(path)
     assert caught.value.where == f"{path} row 1"
+
+
+def test_labels_that_may_be_none_are_noted(tmp_path: Path) -> None:
+    names = ["red", "blue", "NA", "red; blue"]
+    missing, joined = prepared(write(tmp_path / "a.jsonl", names * 10)).notes
+    assert "'NA' is read as the name of a label" in missing
+    assert "'red; blue' consists of other labels" in joined
+    assert prepared(write(tmp_path / "b.jsonl", ["[red]", "N"] * 20)).notes == ()

@@ -41,6 +41,12 @@ _LABEL_LINE = TextFile(path="", text="label")
 _MOST_SEVERAL = 0.1
 """Share of the texts that may have several labels, as where annotators disagree."""
 
+_MISSING = re.compile(r"na|null|<na>|\\n|#(n/a|ref!|name\?|value!|div/0!|null!|num!)", re.I)
+"""What R, databases and Excel write into an empty or broken cell."""
+_JOINED = re.compile(r"[;|,/+]")
+_LIST = re.compile(r"\s*[\[{(]\s*['\"].*['\"]\s*,?\s*[\]})]\s*", re.DOTALL)
+"""A list as text, in JSON or as Python prints it."""
+
 UNKNOWN = -1
 """The index of an unknown reference label."""
 
@@ -113,7 +119,7 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
     known = [_with_known_label(row, labels) for row in (*given, *tests)]
     agreed, notes = _one_label_each(known)
     if recipe.task.labels is None and recipe.task.labels_path is None:
-        notes += _on_bare_labels(list(labels))
+        notes += (*_on_bare_labels(list(labels)), *_on_odd_labels(list(labels)))
     given, tests = agreed[: len(given)], agreed[len(given) :]
     examples = [example.text for example in recipe.task.examples]
     train, test, repeated = divide_texts(given, tests, section.test_share, recipe.seed, examples)
@@ -222,6 +228,22 @@ def _on_bare_labels(names: Sequence[str]) -> tuple[str, ...]:
         "reads nothing else of them: give each a phrase in task.labels, e.g. "
         f'{{"{names[0]}": what it means}}',
     )
+
+
+def _on_odd_labels(names: Sequence[str]) -> Iterator[str]:
+    """Notes on labels that may be no labels: signs of an empty cell, and several labels in one."""
+    for name in names:
+        if _MISSING.fullmatch(name):
+            yield (
+                f"{name!r} is read as the name of a label: leave the cell empty where no label is "
+                "known"
+            )
+        parts = [part.strip() for part in _JOINED.split(name)]
+        if len(parts) > 1 and all(part in names for part in parts):
+            yield (
+                f"the label {name!r} consists of other labels: several labels a text are another "
+                "task"
+            )
 
 
 def _one_label_each(
@@ -348,9 +370,10 @@ def label_of(value: Any, where: str) -> str | None:
         value = int(value) if whole else value
     if _is_empty(value):
         return None
-    if isinstance(value, str | int):
+    listed = isinstance(value, list) or (isinstance(value, str) and _LIST.fullmatch(value))
+    if isinstance(value, str | int) and not listed:
         return collapsed(str(value))
-    if isinstance(value, list):
+    if listed:
         what, fix = "a list", "write one label; several labels a text are another task"
     elif isinstance(value, float | Decimal):
         what, fix = f"the number {value}", "name the column that holds the classes"
