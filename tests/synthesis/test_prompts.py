@@ -153,7 +153,7 @@ def test_an_instruction_keeps_its_input(tmp_path: Path) -> None:
         ({"messages": [USER], "tools": [{"type": "function"}]}, "`tools`"),
         ({"request": {"messages": [USER], "tools": [{"type": "function"}]}}, "`tools`"),
         ({"messages": [USER], "images": ["a.png"]}, "only text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "not text"),
         ({"system": "Be long.", "messages": list(BRIEF)}, "another one among"),
     ],
 )
