@@ -1,4 +1,4 @@
-"""What becomes of a run on a bad day: damaged files, faulty servers, kills, full disks.
+"""What becomes of a run on a bad day: damaged files and faulty servers.
 
     make bench NAME=knocks
     python -m bench.knocks --seed 1 --family damage --count 100

@@ -1,1 +1,1 @@
-"""Trials for bench/knocks.py: damaged files, faulty servers, kills, signals, full disks."""
+"""Trials for bench/knocks.py: damaged files and faulty servers."""

@@ -92,7 +92,9 @@ def deep(chance: random.Random) -> Fault:
     status = chance.choice([200, 200, 400, 500])
     # What surrounds an answer may be as deep as it likes.
     texts = (HALF, "") if status == 200 else ()
-    return Fault(f"{depth} deep, {status}", lambda text: body(data, status), texts=texts)
+    return Fault(
+        f"{depth} deep, {status}", lambda text: body(data, status), texts, billed=status == 200
+    )
 
 
 def huge(chance: random.Random) -> Fault:
@@ -131,7 +133,7 @@ def compressed(chance: random.Random) -> Fault:
             ("nonsense", gzip.compress(good)), ("compress", b"\x1f\x9d\0"),
         ]
     )  # fmt: skip
-    return Fault(f"bad {encoding}", lambda text: body(data, content_encoding=encoding))
+    return Fault(f"bad {encoding}", lambda text: body(data, content_encoding=encoding), (HALF,))
 
 
 def half(chance: random.Random) -> Fault:
