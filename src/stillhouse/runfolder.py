@@ -97,9 +97,10 @@ class RunFolder:
                     fix="wait for it or stop it; or give this run another folder: "
                     "--set folder=runs/OTHER",
                 ) from None
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}")
-            lock.flush()
+            with disk_errors(self.root):
+                lock.truncate(0)
+                lock.write(f"process {os.getpid()} on {platform.node()}")
+                lock.flush()
             self._lock = lock
             try:
                 with scratch_in(self.root):
@@ -282,15 +283,16 @@ def flush_tree(folder: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The file has its old content or the new one, never a part of it."""
+    """The file has its old content or the new one, never a part of it. Raises RunError."""
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        flush(temporary)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with disk_errors(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            flush(temporary)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 # --- where a run's folder is -----------------------------------------------------------------

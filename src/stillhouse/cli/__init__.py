@@ -15,6 +15,7 @@ import typer
 
 from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, output_file, say
 from stillhouse.cli.signals_commands import signals
+from stillhouse.disk_errors import KEPT, full_disk
 from stillhouse.errors import StillhouseError
 
 UNUSABLE_PATH = (
@@ -300,6 +301,10 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
+        full = full_disk(error)
+        if full is not None:
+            say(f"error: {full}\n  where: {error.filename or 'not known'}\n  fix:   {KEPT}")
+            sys.exit(1)
         if error.errno not in UNUSABLE_PATH or error.filename is None:
             _say_bug()
         say(f"error: {error.strerror}\n  where: {error.filename}\n  fix:   use another path")

@@ -7,6 +7,7 @@ R windows, L tokens in a window. `input_ids.npy`, `labels.npy` and `position_ids
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -134,7 +135,11 @@ def _new_array(path: Path | None, name: str, shape: tuple[int, int]) -> NDArray[
     if path is None:
         return np.empty(shape, np.int32)
     file = path / f"{name}.npy"
-    return np.lib.format.open_memmap(file, mode="w+", dtype=np.int32, shape=shape)
+    array = np.lib.format.open_memmap(file, mode="w+", dtype=np.int32, shape=shape)
+    if hasattr(os, "posix_fallocate"):  # or else a full disk ends the process with a bus error
+        with file.open("r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+    return array
 
 
 def open_windows(path: Path) -> Windows:

@@ -20,6 +20,7 @@ from stillhouse.language_model.job import Job, configs, planned_size, whole_job
 from stillhouse.language_model.signals_stage import records_signals
 from stillhouse.language_model.training_estimate import row_bytes
 from stillhouse.pipeline.engine import has_finished, run_folder
+from stillhouse.number_format import size
 from stillhouse.signals.signals_config import SignalsRecipe
 from stillhouse.teachers.api_keys import api_key
 
@@ -75,7 +76,7 @@ def require_disk(job: Job) -> Iterator[Finding]:
         parts += " and signals"
     root = run_folder(recipe).root.absolute()
     free = shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free
-    text = f"about {need / 1e9:.1f} GB of {parts} at the peak; {free / 1e9:.1f} GB are free"
+    text = f"about {size(need)} of {parts} at the peak; {size(free)} are free"
     if need > free:
         fix = (
             "free some space, lower train.keep_checkpoints, or use another disk: --set folder=PATH"
