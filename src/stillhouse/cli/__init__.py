@@ -311,6 +311,9 @@ def main() -> None:
         sys.exit(1)
     except Exception:
         _say_bug()
+    finally:  # all is said: a signal now ends the process, with no message of its own
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _say_bug() -> NoReturn:

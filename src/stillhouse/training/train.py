@@ -37,6 +37,7 @@ from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import Meter, Metrics
+from stillhouse.training.lost_process import lost_process
 from stillhouse.training.resuming import train_from_newest
 from stillhouse.training.train_config import SCHEDULES, TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer
@@ -170,6 +171,7 @@ def train(
         return trainer
 
     with (
+        lost_process(plan.processes),
         bar("train", total=plan.steps * step_tokens) as advance,
         _checkpoint_folder(folder) as written,
         _as_it_came(student),
@@ -181,7 +183,8 @@ def train(
             _save(trainer, student, folder / MODEL)
     if plan.processes > 1:
         # A process that ends with its group still open may be aborted by gloo's own threads.
-        trainer.accelerator.wait_for_everyone()
+        with lost_process(plan.processes):
+            trainer.accelerator.wait_for_everyone()
         atexit.register(_leave_group)
     size = account.count_parameters(student.model).head_once
     return TrainingResult(

@@ -1,0 +1,68 @@
+"""A process of a torchrun that is killed is one message of each other process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from stillhouse.errors import StillhouseError, TrainingError
+from stillhouse.training.lost_process import lost_process
+from tests import tiny
+
+GLOO = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:61062: "
+    "Connection reset by peer. This is typically caused by a remote worker hanging"
+)
+
+
+def test_a_lost_process_is_one_error() -> None:
+    ended = "another of the 2 processes has ended"
+    with pytest.raises(TrainingError, match=ended) as caught, lost_process(2):
+        raise RuntimeError(GLOO)
+    assert "same command" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(("processes", "said"), [(1, GLOO), (2, "shapes do not match")])
+def test_other_errors_stay_what_they_are(processes: int, said: str) -> None:
+    with pytest.raises(RuntimeError) as caught, lost_process(processes):
+        raise RuntimeError(said)
+    assert not isinstance(caught.value, StillhouseError)
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_rank_ends_the_other_with_one_message(tmp_path: Path, killed: int) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    train = {"micro_batch_size": 2, "epochs": 300}
+    recipe.write_text(yaml.safe_dump(tiny.recipe(tmp_path, train=train)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [sys.executable, *launch, "-m", "stillhouse", "run", str(recipe)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        while not list((tmp_path / "run" / "stages").glob(".train-*.partial/checkpoints/*")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        ranks = {
+            int(child.environ()["LOCAL_RANK"]): child
+            for child in psutil.Process(process.pid).children()
+            if "LOCAL_RANK" in child.environ()
+        }
+        ranks[killed].kill()
+        ranks[1 - killed].wait(timeout=10)
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.terminate()
+    own = said.split("torch/distributed/run.py")[0]  # torchrun ends with a traceback of its own
+    assert "site-packages/typer" not in own
+    assert "this is a bug" not in said
+    assert said.count("another of the 2 processes has ended") + said.count("stopped. What is") == 1
