@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from stillhouse.errors import ModelError
+from stillhouse.errors import ModelError, RunError
 from stillhouse.evaluation.evaluate import evaluate
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.evaluation.fidelity import compare, heldout_answers
@@ -183,3 +183,11 @@ def test_without_a_teacher_there_is_nothing_to_measure_against(run: Run) -> None
             vocabulary=VOCABULARY,
             precision=FLOAT32,
         )
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"models": 3}', "\xff", "[" * 100_000])
+def test_a_damaged_evaluation_is_one_message(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "evaluation.json"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(RunError, match="the evaluation cannot be read"):
+        Evaluation.load(path)

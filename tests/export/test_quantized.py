@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import gguf
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -82,6 +84,19 @@ def test_torchao_in_float32_has_exactly_the_trained_numbers(
     for name, weight in loaded.items():
         plain = weight.dequantize() if name in quantization.scales else weight
         assert torch.equal(plain, source[name]), name
+
+
+def test_metadata_of_a_file_is_sorted_so_that_equal_models_are_equal_files(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    weight = torch.arange(6.0).reshape(2, 3)
+    save_file({"weight": weight}, file, metadata={f"name {n}": "é\\" for n in range(50)})
+    torchao_export._sort_metadata(file)
+    with safe_open(file, "pt") as opened:
+        assert list(opened.metadata().values()) == ["é\\"] * 50
+        assert opened.get_tensor("weight").equal(weight)
+    content = file.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    assert list(header["__metadata__"]) == sorted(header["__metadata__"])
 
 
 @pytest.mark.run

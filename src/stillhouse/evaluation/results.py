@@ -10,6 +10,8 @@ from typing import Self
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from stillhouse.errors import RunError
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -20,7 +22,15 @@ class Saved:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        return TypeAdapter(cls).validate_python(json.loads(path.read_text(encoding="utf-8")))
+        """Raises RunError where the file is missing or damaged."""
+        try:
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise RunError(
+                f"the evaluation cannot be read: {str(error).splitlines()[0]}",
+                where=path,
+                fix="delete its folder and give `stillhouse run` again",
+            ) from error
 
 
 @dataclass(frozen=True)

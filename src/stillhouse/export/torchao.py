@@ -8,6 +8,7 @@ small file is GGUF's. float8 with rounded inputs is what newer GPUs multiply dir
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,7 @@ def save_torchao(
     model.config.quantization_config = _config(quantization, weights).to_dict()
     model.config.dtype = dtype
     save_file(tensors, out / "model.safetensors", metadata={**metadata, "format": "pt"})
+    _sort_metadata(out / "model.safetensors")
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     stop_at_turn_end(model, tokenizer)
     with quiet():
@@ -139,6 +141,18 @@ def save_torchao(
         model.generation_config.save_pretrained(out)
     write_older_names(out)
     save_tokenizer(tokenizer, out)
+
+
+def _sort_metadata(file: Path) -> None:
+    """safetensors writes it in another order in every process; equal models are equal files."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(written) <= length:  # another escaping could make it longer
+            opened.seek(8)
+            opened.write(written.ljust(length))
 
 
 def _tensor(
