@@ -21,7 +21,7 @@ import numpy as np
 
 from stillhouse.data.tokenize_rows import TokenRow
 from stillhouse.errors import SignalError
-from stillhouse.generation.request import Answer, are_logprobs
+from stillhouse.generation.request import Answer, are_logprobs, is_logprob
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import EntryRows, split_ids
 from stillhouse.teachers.token_bytes import token_bytes
@@ -200,5 +200,6 @@ def entry_rows(entries: Sequence[Entries], vocabulary: int) -> tuple[EntryRows, 
 
 def mean_log_probability(answer: Answer) -> float | None:
     """Of the answer's tokens that the teacher gave one for; None where it gave none."""
-    values = [float(one["logprob"]) for one in answer.logprobs or [] if are_logprobs([one])]
+    entries = [one for one in answer.logprobs or [] if isinstance(one, dict)]
+    values = [float(one["logprob"]) for one in entries if is_logprob(one.get("logprob"))]
     return sum(values) / len(values) if values else None

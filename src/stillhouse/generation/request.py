@@ -73,6 +73,11 @@ def are_logprobs(content: Sequence[Any]) -> bool:
     )
 
 
+def is_logprob(value: Any) -> bool:
+    """Whether it is a number of at most 0, or a rounding error above."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value <= 1e-2
+
+
 def _is_token(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("token"), str):
         return False
