@@ -75,16 +75,16 @@ def are_logprobs(content: Sequence[Any]) -> bool:
 
 def is_logprob(value: Any) -> bool:
     """Whether it is a number of at most 0, or a rounding error above."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and value <= 1e-2
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return value == -math.inf or -_LARGEST <= value <= 1e-2
 
 
 def _is_token(entry: Any) -> bool:
     if not isinstance(entry, dict) or not isinstance(entry.get("token"), str):
         return False
     logprob, raw = entry.get("logprob"), entry.get("bytes")
-    if not isinstance(logprob, int | float) or isinstance(logprob, bool):
-        return False
-    if not (logprob == -math.inf or -_LARGEST <= logprob <= 1e-2):
+    if not is_logprob(logprob):
         return False
     if raw is not None and not isinstance(raw, list):
         return False
