@@ -170,6 +170,23 @@ def test_a_missing_file(tmp_path: Path) -> None:
         list(read_prompts(tmp_path / "nowhere.txt"))
 
 
+@pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"masked": True}])
+def test_a_turn_that_is_not_to_be_learned_is_refused(tmp_path: Path, flag: dict[str, Any]) -> None:
+    """The synthesized chat would learn it."""
+    turns = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "bad", **flag},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "good", **flag},
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(DataError, match="message 1 is an assistant turn that is not to be"):
+        list(read_prompts(path))
+    path.write_text(json.dumps({"messages": turns[2:]}) + "\n")
+    assert len(list(read_prompts(path))) == 1
+
+
 def test_every_character_is_a_word_where_scripts_have_no_spaces() -> None:
     assert words("Re-type 3 Wörter!") == ["re", "type", "3", "wörter"]
     assert words("用GPT写诗。") == ["用", "gpt", "写", "诗"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.data.chat_formats import (
+    LEARNED,
     add_system,
     as_messages,
     refuse_media,
@@ -138,6 +139,7 @@ def at(row: Any, place: tuple[str, ...]) -> Any:
 def _chat(messages: list[Any], where: str) -> list[dict[str, Any]]:
     """The known keys of each message, up to the last turn of the user (or a tool)."""
     kept: list[dict[str, Any]] = []
+    not_learned: list[bool] = []
     for message in messages:
         role = message.get("role", message.get("from")) if isinstance(message, Mapping) else None
         if not isinstance(role, str):
@@ -151,8 +153,18 @@ def _chat(messages: list[Any], where: str) -> list[dict[str, Any]]:
         if "content" not in known and message.get("content_parts"):
             known["content"] = message["content_parts"]
         kept.append(known)
+        flags = [message[key] for key in LEARNED if message.get(key) is not None]
+        masked = message.get("masked") or not all(flags)
+        not_learned.append(known["role"] == "assistant" and bool(masked))
     while kept and kept[-1]["role"] not in ("user", "tool"):
         kept.pop()
+    if any(not_learned[: len(kept)]):
+        raise DataError(
+            f"message {not_learned.index(True)} is an assistant turn that is not to be learned "
+            "(`weight`: 0), and every assistant turn of a synthesized chat is",
+            where=where,
+            fix="remove the key to learn the turn too, or give the question without it",
+        )
     if not any(message["role"] == "user" for message in kept):
         raise DataError("the chat has no turn of the user", where=where, fix="remove the row")
     return kept
