@@ -228,7 +228,7 @@ def test_an_api_is_paid_without_a_budget_only_when_that_is_agreed_to(tmp_path: P
     ("changes", "error", "said"),
     [
         ({"task": {"json_schema": "nowhere.json"}}, DataError, "cannot be read"),
-        ({"task": {"prompt": "nothing"}}, RecipeError, "no {text}"),
+        ({"task": {"prompt": "nothing"}}, RecipeError, "does not contain {text}"),
         ({"evaluate": {"scorer": "score"}}, RecipeError, "path.py:function"),
         ({"evaluate": {"judge": {"model": "x"}}}, RecipeError, "kind: generate"),
         (

@@ -106,5 +106,5 @@ def test_a_layer_without_separate_projections_is_refused() -> None:
 
 
 def test_an_unknown_relation_is_refused() -> None:
-    with pytest.raises(SignalError, match="no relation 'output'"):
+    with pytest.raises(SignalError, match="unknown relation 'output'"):
         relation_loss(states(8), states(8), heads=2, relations=["output"])
