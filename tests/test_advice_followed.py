@@ -20,6 +20,8 @@ from stillhouse.synthesis.answer_schema import read_schema
 from stillhouse.synthesis.filters import Row, json_schema
 from tests import tiny
 
+pytestmark = pytest.mark.run
+
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello " * 8}]
 
 

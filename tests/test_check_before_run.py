@@ -15,6 +15,8 @@ from stillhouse.commands import run
 from stillhouse.errors import StillhouseError
 from tests import tiny
 
+pytestmark = pytest.mark.run
+
 
 def synthesis(folder: Path, **changes: Any) -> dict[str, Any]:
     raw = tiny.recipe(folder)

@@ -17,6 +17,8 @@ from tests import tiny
 from tests.answering import toys as answering
 from tests.classify import toys as classify
 
+pytestmark = pytest.mark.run
+
 REFUSES_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}" + tiny.CHAT_TEMPLATE

@@ -13,6 +13,8 @@ from stillhouse.commands import run, synthesize_text
 from stillhouse.errors import ModelError
 from tests import tiny
 
+pytestmark = pytest.mark.run
+
 REFUSES_SYSTEM = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}" + tiny.CHAT_TEMPLATE

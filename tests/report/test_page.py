@@ -26,6 +26,8 @@ from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import Cost
 from tests.report.conftest import finished
 
+pytestmark = pytest.mark.run
+
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 LOADING = {"src", "href", "xlink:href", "data", "poster", "srcset", "action", "background"}
 
