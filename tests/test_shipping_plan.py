@@ -14,6 +14,8 @@ from stillhouse.export import torchao as torchao_export
 from stillhouse.finding import Finding
 from tests import tiny
 
+pytestmark = pytest.mark.run
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

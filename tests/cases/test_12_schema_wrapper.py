@@ -15,6 +15,8 @@ from stillhouse.synthesis.filters import Row, json_schema
 from stillhouse.synthesis.patterns import compiled_pattern
 from tests import tiny
 
+pytestmark = pytest.mark.run
+
 SCHEMA = {
     "type": "object",
     "properties": {"name": {"type": "string"}},

@@ -35,6 +35,8 @@ from stillhouse.export.gguf_tokenizer import SPLITS, pre_tokenizer_name
 from tests import tiny
 from tests.export.conftest import ToyWindows
 
+pytestmark = pytest.mark.run
+
 PROMPTS = ["the cat sees 42 trees"]
 
 

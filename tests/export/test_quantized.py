@@ -30,6 +30,8 @@ from stillhouse.teachers.load_model import load_model
 from tests import tiny
 from tests.export.conftest import ToyWindows
 
+pytestmark = pytest.mark.run
+
 KINDS = ("int4", "int8", "float8", "int8_dynamic_int4", "float8_dynamic_float8")
 
 

@@ -22,6 +22,8 @@ from stillhouse.generation.local_generator import draw, local_text
 from stillhouse.generation.request import Answer, Failure, Request
 from tests import tiny
 
+pytestmark = pytest.mark.run
+
 ENDS = list(range(24))
 """Tokens that end an answer: so many that random models write one now and then."""
 

@@ -38,6 +38,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+pytestmark = pytest.mark.run
+
 HERE = Path(__file__).parent
 
 def tell(name, facts):

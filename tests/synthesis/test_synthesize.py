@@ -31,6 +31,8 @@ from tests import forks, tiny
 from tests.generation.pools import committed
 from tests.generation.stub import Reply, Stub, error
 
+pytestmark = pytest.mark.run
+
 KEY = "sk-very-secret-1234567890"
 PRICE = {"input": 1.0, "output": 10.0}
 

@@ -21,6 +21,8 @@ from stillhouse.synthesis.write_prompts import combinations, combined, prompt_li
 from tests import tiny
 from tests.generation.stub import Reply, Stub
 
+pytestmark = pytest.mark.run
+
 COMBINE = {
     "templates": ["Questions about {topic} of {persona}", "Riddles"],
     "values": {"topic": ["tides", "bread"], "persona": ["a child", "a cook"]},

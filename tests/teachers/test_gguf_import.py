@@ -21,6 +21,8 @@ from tests.export import test_gguf_sentencepiece as sentencepiece
 from tests.gguf_files import edited
 from tests.gguf_models import LONG_SIZES, MODELS, save
 
+pytestmark = pytest.mark.run
+
 HEAD_SIZES = ("attention.key_length", "attention.value_length", "rope.dimension_count")
 IDS = torch.randint(4, 256, (1, 48), generator=torch.Generator().manual_seed(9))
 

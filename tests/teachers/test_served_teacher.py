@@ -30,6 +30,8 @@ from stillhouse.training.train import train
 from stillhouse.training.train_config import TrainRecipe
 from tests import tiny
 
+pytestmark = pytest.mark.run
+
 K = 5
 SETTINGS = Settings(TopK(K), len(tiny.tokenizer()), {"teacher": "tiny"})
 
