@@ -31,14 +31,14 @@ from stillhouse.synthesis.synthesize import Synthesis
 from tests import tiny
 from tests.forks import Fork, stillhouse
 
+pytestmark = pytest.mark.run
+
 STUB = '''
 """Answers with the number of the prompt's tokens; notes what it is told beside this file."""
 import fcntl, json, os, signal, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-
-pytestmark = pytest.mark.run
 
 HERE = Path(__file__).parent
 
