@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from html import escape
 from urllib.parse import quote
 
@@ -12,6 +13,8 @@ contain."""
 _PREFIX = 12
 """Characters of a key from which on its beginning is removed too: servers cut their messages."""
 SHOWN = "[key]"
+_ESCAPES = "\\%&"
+"""The characters with which every spelling but the plain one begins."""
 
 
 def redacted(text: str, key: str | None) -> str:
@@ -21,15 +24,16 @@ def redacted(text: str, key: str | None) -> str:
         return text
     if len(key) < SHORTEST:
         return text.replace(key, SHOWN)
-    spellings = [_spellings(character) for character in key]
-    start = re.compile("".join(spellings[:_PREFIX]))
+    if key[:_PREFIX] not in text and not any(sign in text for sign in _ESCAPES):
+        return text  # as nearly every answer: only escapes spell a character in another way
+    start, following = _patterns(key)
     parts, done = [], 0
     for found in start.finditer(text):
         if found.start() < done:
             continue
         end = found.end()
-        for spelling in spellings[_PREFIX:]:
-            further = re.compile(spelling).match(text, end)
+        for spelling in following:
+            further = spelling.match(text, end)
             if further is None:
                 break
             end = further.end()
@@ -41,6 +45,13 @@ def redacted(text: str, key: str | None) -> str:
 def holds_key(text: str, key: str | None) -> bool:
     """Whether `redacted` would change the text, for a key of SHORTEST characters or more."""
     return key is not None and len(key) >= SHORTEST and redacted(text, key) != text
+
+
+@lru_cache(maxsize=16)
+def _patterns(key: str) -> tuple[re.Pattern[str], list[re.Pattern[str]]]:
+    """Of the beginning of a key, and of each character that follows it."""
+    spellings = [_spellings(character) for character in key]
+    return re.compile("".join(spellings[:_PREFIX])), list(map(re.compile, spellings[_PREFIX:]))
 
 
 def _spellings(character: str) -> str:
