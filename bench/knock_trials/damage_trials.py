@@ -23,7 +23,7 @@ from stillhouse.commands import predict
 from stillhouse.generation.journal import Journal
 from stillhouse.runfolder import MANIFEST, RunFolder, read_manifest
 from stillhouse.training import checkpoints
-from stillhouse.verify import verify_folder
+from stillhouse.verify_folder import verify_folder
 
 WHOLE_RUN = 60
 """Of so many trials one runs the whole recipe again, which takes seconds."""

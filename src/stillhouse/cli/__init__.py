@@ -181,7 +181,7 @@ def verify(
     Example: `stillhouse verify runs/demo`
     """
     from stillhouse.terminal import Terminal
-    from stillhouse.verify import verify_folder
+    from stillhouse.verify_folder import verify_folder
 
     damaged = False
     for found in verify_folder(folder):

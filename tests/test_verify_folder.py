@@ -16,7 +16,7 @@ from stillhouse.checksums import SUMS, seal_broken, sealed, write_sums
 from stillhouse.commands import predict
 from stillhouse.errors import ModelError, RunError
 from stillhouse.generation.journal import Journal
-from stillhouse.verify import Verified, verify_folder
+from stillhouse.verify_folder import Verified, verify_folder
 from tests import tiny
 from tests.classify import toys
 from tests.test_cli import call
