@@ -10,15 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from stillhouse.export.checkpoint import _save
 from tests import tiny
+from tests.gguf_models import LLAMA_3
 
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 DEFAULT = {"rope_type": "default", "rope_theta": 500000.0}
 
 

@@ -31,23 +31,10 @@ from tests.gguf_files import (
     tensors_of,
     transformers_logits,
 )
+from tests.gguf_models import LLAMA_3, YARN
 from tests.teachers.toys import CONFIGS, VOCABULARY, tiny_model
 
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(9))
-LLAMA_3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {
-    "rope_type": "yarn",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 GEMMA_3_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0},
     "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
