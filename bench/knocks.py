@@ -2,6 +2,7 @@
 
     make bench NAME=knocks
     python -m bench.knocks --seed 1 --family damage --count 100
+    python -m bench.knocks --seed 1 --family damage --add
 
 Every trial has a seed, and an oracle: an undisturbed run, or what was written before the damage.
 Every failure is listed with the numbers that make it again:

@@ -7,11 +7,12 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from bench.common import Bar, write_results
+from bench.common import Bar, commit, earlier, write_results
 from bench.input_trials.trial import BARS, OUTCOMES, Result
 from bench.input_trials.workers import Family, run_all, run_one
 
@@ -27,7 +28,11 @@ class TrialBench:
 
 
 def run_command(bench: TrialBench, description: str | None) -> None:
-    """Runs the trials that the command line asks for; a run of them all is written down."""
+    """Runs the trials that the command line asks for.
+
+    A run of them all is written down. So are some families with `--add`, in the place of what was
+    written of them before, where every trial of theirs has run.
+    """
     families = list(bench.families)
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
@@ -35,6 +40,7 @@ def run_command(bench: TrialBench, description: str | None) -> None:
     parser.add_argument("--family", nargs="+", choices=families, default=families)
     parser.add_argument("--only", nargs="+", default=[], help="FAMILY:NUMBER, shown whole")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--add", action="store_true", help="keep the results of other families")
     options = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if options.only:
@@ -50,12 +56,19 @@ def run_command(bench: TrialBench, description: str | None) -> None:
         ]
         results += [(seed, result) for result in _run(jobs, seed, options.processes)]
     _print_table(bench.name.capitalize(), [result for _, result in results])
-    found = Counter(result.outcome for _, result in results)
-    bars = [Bar(f"{name}: {bench.meaning[name]}", found[name], "<=", 0) for name in BARS]
-    if options.count or options.family != families:
+    if options.count or (set(options.family) != set(families) and not options.add):
         print("a part of the trials: nothing is written")
         return
-    write_results(bench.name, _summary(bench, results), bars, seeds=options.seed)
+    parts = _parts(results) | (_others(bench, options.family) if options.add else {})
+    parts = {name: parts[name] for name in families if name in parts}
+    found = Counter[str]()
+    for part in parts.values():
+        for outcomes in part["outcomes"].values():
+            found.update(outcomes)
+    bars = [Bar(f"{name}: {bench.meaning[name]}", found[name], "<=", 0) for name in BARS]
+    seeds = sorted({int(seed) for part in parts.values() for seed in part["outcomes"]})
+    figures = {"meaning": dict(bench.meaning), "families": parts}
+    write_results(bench.name, figures, bars, seeds=seeds)
 
 
 def _run(jobs: Sequence[tuple[Family, int]], seed: int, processes: int) -> Iterator[Result]:
@@ -86,15 +99,21 @@ def _print_table(title: str, results: Sequence[Result]) -> None:
     Console().print(table)
 
 
-def _summary(bench: TrialBench, results: Sequence[tuple[int, Result]]) -> dict[str, object]:
-    """Counts of outcomes by family and seed, and every failure."""
-    counts: dict[str, dict[str, dict[str, int]]] = {}
+def _parts(results: Sequence[tuple[int, Result]]) -> dict[str, Any]:
+    """By family: the commit, the counts of outcomes by seed, and every failure."""
+    parts: dict[str, Any] = {}
     for seed, result in results:
-        row = counts.setdefault(result.family, {}).setdefault(str(seed), dict.fromkeys(OUTCOMES, 0))
+        empty = {"commit": commit(), "outcomes": {}, "failures": []}
+        part = parts.setdefault(result.family, empty)
+        row = part["outcomes"].setdefault(str(seed), dict.fromkeys(OUTCOMES, 0))
         row[result.outcome] += 1
-    failures = [
-        {"seed": seed, **asdict(replace(result, detail=result.detail[:300]))}
-        for seed, result in results
-        if result.outcome in BARS
-    ]
-    return {"meaning": dict(bench.meaning), "outcomes": counts, "failures": failures}
+        if result.outcome in BARS:
+            shown = asdict(replace(result, detail=result.detail[:300]))
+            part["failures"].append({"seed": seed, **shown})
+    return parts
+
+
+def _others(bench: TrialBench, families: Sequence[str]) -> dict[str, Any]:
+    """What was written of other families than these."""
+    parts = earlier(bench.name).get("figures", {}).get("families", {})
+    return {name: part for name, part in parts.items() if name not in families}
