@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from stillhouse.pruning.correction import KEPT_ASIDE, NOISES, Evidence, least_squares_change
+from stillhouse.pruning.correction import HELD_OUT_ONE_IN, NOISES, Evidence, least_squares_change
 from stillhouse.pruning.ffn import Moments
 
 WIDTH, HIDDEN = 24, 5
@@ -46,7 +46,7 @@ def squared_error(change: Tensor, activations: Tensor, error: Tensor, weight: Te
 def test_the_share_is_the_best_on_the_rows_kept_aside() -> None:
     activations, error, weight = rows(160, noise=60.0)
     _, change = evidence_of(activations, error, weight).finish()
-    fitted = (torch.arange(160) % 40) < 40 - 40 // KEPT_ASIDE
+    fitted = (torch.arange(160) % 40) < 40 - 40 // HELD_OUT_ONE_IN
     moments, everything = Moments.zeros(WIDTH, HIDDEN), Moments.zeros(WIDTH, HIDDEN)
     moments.add(activations[fitted], error[fitted], weight[fitted])
     everything.add(activations, error, weight)
@@ -95,5 +95,5 @@ def test_without_an_error_there_is_nothing_to_undo_and_the_moments_are_those_of_
 
 def test_too_few_rows_to_keep_any_aside_change_nothing() -> None:
     evidence = Evidence(WIDTH, HIDDEN, CPU)
-    evidence.add(*(part[: KEPT_ASIDE - 1] for part in rows(40, noise=0.0)))
+    evidence.add(*(part[: HELD_OUT_ONE_IN - 1] for part in rows(40, noise=0.0)))
     assert not evidence.finish()[1].any()

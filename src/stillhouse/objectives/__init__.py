@@ -44,7 +44,7 @@ _OWNERS = {
 
 
 def __getattr__(name: str) -> Any:
-    # Import only what is used: reading a recipe must not wait for torch.
+    # Import lazily: reading a recipe must not wait for torch.
     for module, names in _OWNERS.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)

@@ -27,7 +27,7 @@ from stillhouse.signals import SampledSignal, SparseSignal
 
 @dataclass(frozen=True)
 class ProjectedRows:
-    """A block of a frozen-head signal. score_b: Wᵀp · h, before any temperature."""
+    """A block of a frozen-head signal. score_b: Wᵀp · h, before the temperature is applied."""
 
     score_b: Tensor
     negative_entropy_b: Tensor
@@ -123,7 +123,8 @@ class Blocks:
         return slope_bV.square_().neg_().add_(1.0)
 
     def _at_temperature(self, name: str, z_bV: Tensor, group: Group, last: bool) -> Tensor:
-        """z / T: in place for the last group, else in a buffer, since other groups still need z."""
+        """z / T: in place for the last group, otherwise in a buffer, since other groups still need
+        z."""
         if last:
             return z_bV if group.temperature == 1.0 else z_bV.div_(group.temperature)
         return torch.div(z_bV, group.temperature, out=self.space.buffer(name, len(z_bV)))

@@ -27,9 +27,9 @@ from stillhouse.signals import (
 )
 
 CHUNK_ROWS_CPU = 64, 256
-"""Fewest and most. More rows make faster products, up to a point."""
+"""Minimum and maximum. More rows make faster products, up to a point."""
 NARROW_CHUNK_ROWS_CPU = 64, 512
-"""In 16 bits, where products are about three times as fast, so the rest weighs more."""
+"""In 16 bits: products are about three times as fast, so the rest weighs more."""
 CHUNK_ROWS_CUDA = 2048
 BLOCK_ELEMENTS_CPU = 1 << 19
 BLOCK_ELEMENTS_CUDA = 1 << 26
@@ -53,7 +53,8 @@ class Plan:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def chunk(self, hidden_ND: Tensor) -> int:
-        """Rows of a chunk: on a CPU, with logits half as large as the head's float32 gradient."""
+        """Rows of a chunk; on a CPU, its logits are half as large as the head's float32
+        gradient."""
         rows, width = hidden_ND.shape
         if self.chunk_rows is not None:
             rows_per_chunk = self.chunk_rows
@@ -72,7 +73,7 @@ class Plan:
 
 
 class Work:
-    """One call: its inputs in the compute dtype, its results, and the loop over chunks."""
+    """One call: inputs in the compute dtype, results, and the loop over chunks."""
 
     def __init__(
         self,

@@ -53,8 +53,8 @@ class Counted(_Target):
 class Projected(_Target):
     """A teacher's distribution p as the head W sees it: Wᵀp · h, and Σ p log p, of each row.
 
-    Its part of the gradient goes to the hidden rows directly, beside the product that carries the
-    softmax there.
+    Its part of the gradient is added directly to the hidden rows, separately from the softmax's
+    product.
     """
 
     score_b: Tensor
@@ -171,7 +171,7 @@ def sum_divergences(block: GroupBlock, pair: Pair, h_bX: Tensor, next_h_bX: Tens
 def softmax_(z_bV: Tensor, out_bV: Tensor | None = None) -> Tensor:
     """Softmax of each row, in place or in `out_bV`; returns its logsumexp.
 
-    lse = max z − log max softmax(z): one exponential per element, where logsumexp beside softmax
+    lse = max z − log max softmax(z): one exponential per element, while softmax plus logsumexp
     takes two. A row's largest probability is at least 1/V, so its logarithm is as exact as the
     softmax.
     """

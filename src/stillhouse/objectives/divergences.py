@@ -1,6 +1,6 @@
 """Every divergence between a teacher's p and a student's q: its value and h = ∂value/∂log q.
 
-From h follows the gradient with respect to logits, ∂value/∂z = (h − q·Σh) / T, for any of them: see
+For all of them the gradient with respect to the logits is ∂value/∂z = (h − q·Σh) / T: see
 docs/objectives.md. A summand of h that is a constant times q cancels there and is left out.
 Operations are in place, since on a CPU each pass over [b, X] is a good part of the whole cost.
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from stillhouse.objectives.terms import Term
 
 NUCLEUS_GUESS = 1024
-"""Top tokens among which a row's nucleus is first sought on a CPU."""
+"""Number of top tokens among which a row's nucleus is searched first, on a CPU."""
 
 
 @dataclass
@@ -126,7 +126,7 @@ def total_variation(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
 def alpha_beta(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
     """The α-β divergence (Cichocki et al. 2011; ABKD, Wang et al. 2025, arXiv 2505.04560).
 
-    −1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)], and its limits where α or β is 0.
+    −1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)], and its limits at α = 0 or β = 0.
     (1, 0) is KL(p ‖ q), (0, 1) is KL(q ‖ p).
     """
     alpha, beta = (term.parameters[name] for name in ("alpha", "beta"))
@@ -152,7 +152,8 @@ def alpha_beta(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
 
 
 def adaptive_kl(pair: Pair, term: Term, h_bX: Tensor) -> Tensor:
-    """AKL (Wu et al. 2024, arXiv 2404.02657): forward KL where the head of p is off, else reverse.
+    """AKL (Wu et al. 2024, arXiv 2404.02657): forward KL if the head of p is off, otherwise
+    reverse.
 
     The head is the smallest set of most likely tokens with a mass of at least μ. The KL divergences
     are weighted by the shares of Σ|p − q| inside and outside the head; the weights are constants
@@ -185,13 +186,13 @@ DIVERGENCES: dict[str, Divergence] = {
         adaptive_kl,
     )
 }
-"""Those that compare with a teacher's distribution; cross_entropy compares with data."""
+"""Divergences from a teacher's distribution; cross_entropy compares with the data instead."""
 
 
 def _mixture(pair: Pair, of_teacher: float) -> Tensor:
     """of_teacher · p + (1 − of_teacher) · q, never 0.
 
-    Where both underflow, the smallest normal number replaces 0: it is multiplied with 0, and the
+    If both underflow, the smallest normal number replaces 0: it is multiplied by 0, and the
     logarithm of 0 would make that NaN.
     """
     mixture_bX = torch.lerp(pair.q_bX, pair.p_bX, of_teacher, out=pair.work_bX)
@@ -202,7 +203,7 @@ def _both_from_mixture(pair: Pair, log_m_bX: Tensor, h_bX: Tensor) -> tuple[Tens
     """KL(p ‖ M) and KL(q ‖ M) of each row; h = q log(q / M).
 
     From log q, not from scores: log(q / M) is bounded, while a score may be in the hundreds, and
-    its rounding would stay in the gradient, a difference.
+    its rounding error would remain in the gradient, which is a difference.
     """
     torch.sub(pair.log_q(), log_m_bX, out=h_bX)
     of_student_b = _expect(pair.q_bX, h_bX)
@@ -225,7 +226,7 @@ def _nucleus_threshold(p_bX: Tensor, mass: float) -> Tensor:
 
 
 def _top_probabilities(p_bX: Tensor, mass: float) -> Tensor:
-    """Each row's probabilities, largest first: enough of them to hold `mass`."""
+    """Each row's largest probabilities, in descending order, enough to hold `mass`."""
     if p_bX.device.type == "cpu" and p_bX.shape[1] > NUCLEUS_GUESS:
         top_bG = p_bX.topk(NUCLEUS_GUESS, dim=-1).values
         if bool((top_bG.sum(-1) >= mass).all()):

@@ -23,7 +23,7 @@ from stillhouse.signals import LMHead, Signal
 class HiddenStateLoss(nn.Module):
     """Distance between paired layers of two models, of any depths and widths.
 
-    Where the widths differ, each pair has a linear map from the student's to the teacher's
+    If the widths differ, each pair has a linear map from the student's to the teacher's
     (TinyBERT, Jiao et al. 2020, arXiv 1909.10351). The maps are parameters of this module, not of
     the student: give them to the optimizer, and the student's checkpoint never holds them.
 

@@ -1,7 +1,7 @@
 """The LM head and its losses in one autograd function, with gradients in closed form.
 
-Rows are processed in chunks: logits of both models, the losses, ∂loss/∂logits in place of the
-student's logits, then the two products that carry it to the hidden rows and to the head. No [N, V]
+Rows are processed in chunks: logits of both models, the losses, ∂loss/∂logits (overwriting the
+student's logits), then the two products that carry it to the hidden rows and to the head. No [N, V]
 tensor exists, the head's gradient is summed in float32, and backward is one multiplication.
 
 Shapes: N rows, M terms, D hidden width, V vocabulary.
@@ -40,14 +40,14 @@ def fused_loss(
         hidden_ND: the student's last hidden states (after the final norm), supervised rows only.
         head: the student's LM head. A weight that needs no gradient costs no gradient product.
         terms: what to sum; see `Term`.
-        signal: the teacher's, for the same rows; None where no term needs one.
+        signal: the teacher's, for the same rows; None if no term needs one.
         targets_N: the data's own next tokens, for `cross_entropy`.
-        row_weights_N: a factor for each row; 1 where None.
+        row_weights_N: a factor for each row; None: 1.
         scale: a factor for `total` only, such as 1 / the global number of supervised rows.
         vocab_size: rows of both heads that are real tokens; rows of padding beyond them get
             probability 0. None: as many as both heads have.
         chunk_rows: rows whose logits exist at a time; None: by the device and the vocabulary.
-        compute_dtype: of the matrix products. None: autocast's where it is on, else the
+        compute_dtype: of the matrix products. None: autocast's if it is enabled, otherwise the
             hidden rows' own. Reductions are in float32 (float64 if that is the compute dtype).
 
     Returns:
@@ -102,7 +102,7 @@ class _FusedLoss(torch.autograd.Function):
         ctx.save_for_backward(*work.gradients())
         ctx.dtypes = (hidden_ND.dtype, weight_VD.dtype, None if bias_V is None else bias_V.dtype)
         sums_M = work.term_sums()
-        # Python's numbers, one by one: a tensor of them would make a GPU wait for its copy.
+        # Python numbers, one by one: copying a tensor of them would stall the GPU.
         weighted = (sum_ * term.weight for sum_, term in zip(sums_M, plan.terms, strict=True))
         total = sum(weighted, sums_M.new_zeros(())) * plan.factor
         ctx.mark_non_differentiable(sums_M)

@@ -75,7 +75,7 @@ class Workspace:
         return self._buffers[name][:rows]
 
     def wide(self, name: str, values_bV: Tensor) -> Tensor:
-        """The values in the dtype of reductions: themselves if they have it already."""
+        """The values in the dtype of reductions; no copy if they already have it."""
         if values_bV.dtype == self.like.dtype:
             return values_bV
         return self.buffer(name, len(values_bV)).copy_(values_bV)

@@ -57,7 +57,7 @@ def check_inputs(
 
 
 def _refuse_sharded(hidden_ND: Tensor, head: LMHead, signal: Signal | None) -> None:
-    """A shard of a head gives a part of each softmax: a wrong loss, not a slow one."""
+    """Reject a sharded head: its softmax would cover only part of the vocabulary."""
     named = {"hidden_ND": hidden_ND, "head.weight_VD": head.weight_VD}
     if isinstance(signal, DenseSignal):
         named["signal.head.weight_VD"] = signal.head.weight_VD
@@ -82,7 +82,7 @@ def _vocabulary(shared: int, requested: int | None) -> int:
 
 
 def _check_frozen_head(head: LMHead, signal: FrozenHeadSignal) -> None:
-    """The vector was computed with one linear head and does not apply to another."""
+    """Require a frozen linear head: the stored vectors were computed for one."""
     if head.bias_V is not None or head.softcap is not None:
         raise SignalError(
             "a frozen-head signal is for a head without bias and without a cap on its logits",

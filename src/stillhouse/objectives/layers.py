@@ -28,7 +28,7 @@ def map_layers(
     Args:
         student_layers, teacher_layers: blocks of each model.
         how: "uniform" spreads the student's blocks over the teacher's depth, the last on the last;
-            "last" pairs the last `count` blocks of both, in order; else the pairs themselves.
+            "last" pairs the last `count` blocks of both, in order; or a list of pairs.
         count: how many blocks to pair, counted from the end; None: all of the student's.
         embeddings: also pair the embeddings of both.
 
@@ -51,7 +51,7 @@ def map_layers(
         )
     chosen = range(student_layers - number + 1, student_layers + 1)
     if how == "uniform":
-        # Half-integers round up, so that equal steps are never rounded in different directions.
+        # Half-integers round up, so that equal steps always round in the same direction.
         pairs = [(s, (2 * s * teacher_layers + student_layers) // (2 * student_layers))
                  for s in chosen]  # fmt: skip
     else:

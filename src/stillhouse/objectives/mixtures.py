@@ -19,7 +19,7 @@ from stillhouse.objectives.terms import LossSum, Term
 class Schedule:
     """A factor that goes from `start` to `end` over a part of the training's progress.
 
-    Before `begin` it is `start`, after `finish` it is `end`; both are shares of all steps.
+    It is `start` before `begin` and `end` after `finish`; both are fractions of all steps.
     """
 
     start: float
@@ -43,7 +43,7 @@ class Schedule:
             raise SignalError(f"unknown schedule shape {self.shape!r}", fix="use linear or cosine")
 
     def at(self, progress: float) -> float:
-        """The factor where `progress` in [0, 1] of all steps are done."""
+        """The factor when the fraction `progress` in [0, 1] of all steps is done."""
         share = min(1.0, max(0.0, (progress - self.begin) / (self.finish - self.begin)))
         if self.shape == "cosine":
             share = (1.0 - math.cos(math.pi * share)) / 2.0
@@ -62,7 +62,7 @@ class Mixture:
         return cls(tuple((term, None) for term in terms))
 
     def at(self, progress: float) -> tuple[Term, ...]:
-        """The terms with their weights where `progress` in [0, 1] of all steps are done.
+        """The terms with their weights when the fraction `progress` in [0, 1] of all steps is done.
 
         A term of weight 0 is kept: its value is still measured.
         """
@@ -73,7 +73,7 @@ class Mixture:
 
 
 class Tally:
-    """Sums of terms over steps, kept on the device; only `read` waits for it."""
+    """Sums of terms over steps, kept on the device; only `read` synchronizes."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -90,14 +90,14 @@ class Tally:
         self._rows += max((loss.rows for loss in of_step), default=0)
 
     def take(self) -> tuple[list[str], Tensor]:
-        """Names and sums over rows since the last reading, still on the device; starts again."""
+        """Names and sums over rows since the last reading, still on the device; resets the sums."""
         names = list(self._sums)
         sums = torch.stack(list(self._sums.values())) if names else torch.empty(0)
         self._sums, self._rows = {}, 0
         return names, sums
 
     def read(self) -> dict[str, float]:
-        """Each term's mean per row since the last reading; starts again."""
+        """Each term's mean per row since the last reading; resets the sums."""
         rows = self._rows
         names, sums = self.take()
         return dict(zip(names, (sums / rows).tolist(), strict=True)) if rows else {}

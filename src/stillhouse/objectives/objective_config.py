@@ -25,7 +25,7 @@ from stillhouse.section import OneOf, Section
 
 
 class ScheduleRecipe(Section):
-    """A factor of a term's weight that moves as training goes on."""
+    """A factor of a term's weight that changes during training."""
 
     start: Weight = Field(description="The factor up to `begin`.")
     end: Weight = Field(description="The factor from `finish` on.")
@@ -46,7 +46,7 @@ class Weighted(Section):
 
     @property
     def largest_weight(self) -> float:
-        """At any moment of the training."""
+        """The largest weight at any time during training."""
         schedule = self.schedule
         return self.weight * (1.0 if schedule is None else max(schedule.start, schedule.end))
 
@@ -121,7 +121,7 @@ class LogitsTerm(Weighted):
 
 
 class HiddenStatesTerm(LayerTerm):
-    """Distance between blocks' outputs, through a learned map where the widths differ."""
+    """Distance between blocks' outputs, through a learned map if the widths differ."""
 
     kind: Literal["hidden_states"]
     distance: Distance = "mse"

@@ -18,11 +18,11 @@ PARAMETERS: dict[str, dict[str, float]] = {
 }
 """Every divergence, with its parameters and their defaults; see `divergences` for the formulas.
 
-A parameter lies in [0, 1], except that those of `alpha_beta` may be larger.
+A parameter lies in [0, 1]; those of `alpha_beta` may be larger.
 """
 
 Distance = Literal["mse", "cosine"]
-"""Between hidden states."""
+"""Distances between hidden states."""
 LayerMapping = Literal["uniform", "last"]
 Relation = Literal["query", "key", "value"]
 ScheduleShape = Literal["linear", "cosine"]

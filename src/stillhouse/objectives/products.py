@@ -18,7 +18,7 @@ HEAD_BLOCK_ROWS = 4096
 """Vocabulary rows of one low-precision product on a CPU: its result stays in the cache."""
 HEAD_BLOCK_ROWS_CUDA = 1 << 15  # bounds the memory of the product
 TILE_ELEMENTS = 1 << 18
-"""Logits that oneDNN computes at a time; they are in the cache when they are copied."""
+"""Logits that oneDNN computes at a time; they are still in the cache when they are copied."""
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,6 @@ def _log_relation(states_RLW: Tensor, heads: int, mask_RLL: Tensor, name: str) -
         )
     x_RALd = states_RLW.float().reshape(windows, length, heads, width // heads).transpose(1, 2)
     scores_RALL = x_RALd @ x_RALd.transpose(-1, -2) / (width // heads) ** 0.5
-    # A finite floor: a position that is related to none gets a uniform row, not NaN.
+    # A finite floor: a fully masked position gets a uniform row, not NaN.
     floor = torch.finfo(scores_RALL.dtype).min
     return torch.log_softmax(scores_RALL.masked_fill(~mask_RLL[:, None], floor), -1)

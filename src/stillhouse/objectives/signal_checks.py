@@ -28,7 +28,7 @@ MASS_TOLERANCE = 0.05
 
 
 def check_terms_fit(terms: Sequence[Term], signal: Signal | None) -> None:
-    """Refuse a divergence that this signal cannot serve."""
+    """Raise an error if this signal cannot serve a divergence."""
     for term in terms:
         if not term.needs_teacher:
             continue
@@ -147,7 +147,7 @@ def _check_sparse(signal: SparseSignal, rows: int, vocab: int) -> None:
     if ids_NK.device.type != "cpu" or not rows:
         return
     ordered_NK, order_NK = ids_NK.sort(stable=True, dim=1)
-    # A short row is filled up with its first token at -inf.
+    # A short row is padded with its first token at -inf.
     twice_NK = (ordered_NK[:, 1:] == ordered_NK[:, :-1]) & (
         log_probs_NK.gather(1, order_NK)[:, 1:].isfinite() | (ordered_NK[:, 1:] != ids_NK[:, :1])
     )

@@ -18,7 +18,7 @@ from stillhouse.objectives.divergences import Pair
 from stillhouse.signals import SparseSignal
 
 LOG_FLOOR = -100.0
-"""Stands in for the logarithm of a probability of 0, so that 0 · log 0 is 0 and not NaN."""
+"""Used as the logarithm of a probability of 0, so that 0 · log 0 is 0 and not NaN."""
 
 
 def bucketed(block: GroupBlock, teacher: SparseSignal) -> None:

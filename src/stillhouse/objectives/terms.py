@@ -19,11 +19,11 @@ class Term:
     The temperature T divides both models' logits. With `t_squared` (Hinton et al. 2015,
     arXiv 1503.02531, section 2.1) the divergence is multiplied by T², so that its gradient
     keeps its size as T grows. Cross-entropy with the data's own tokens is always at T = 1.
-    A parameter that is None has its default in `PARAMETERS`.
+    A parameter that is None takes its default from `PARAMETERS`.
 
     Raises:
         SignalError: an unknown divergence, a negative weight, a temperature that is not positive
-            or overflows, a parameter that the divergence does not have or that is out of its range.
+            or overflows, a parameter that the divergence does not have or that is out of range.
     """
 
     divergence: str
@@ -120,7 +120,8 @@ class LossSum:
 
 
 def term_names(terms: Sequence[Term]) -> list[str]:
-    """A unique name for each term: its divergence, and what distinguishes it from others of it."""
+    """A unique name for each term: its divergence, plus what distinguishes it from others of its
+    kind."""
     kinds = [term.divergence for term in terms]
     names = [
         term.divergence if kinds.count(term.divergence) == 1 else _long_name(term, terms)

@@ -75,7 +75,7 @@ def row_kernel(
     teacher: ComputeHead | None,
     reduce_dtype: torch.dtype,
 ) -> RowKernel | None:
-    """The kernel for these terms; None where only PyTorch's operators can compute them: in float64,
+    """The kernel for these terms; None if only PyTorch's operators can compute them: in float64,
     with a bias or a soft-cap, for several divergences or temperatures, and for adaptive_kl (it
     sorts) and alpha_beta."""
     heads = [head for head in (student, teacher) if head is not None]
@@ -100,7 +100,7 @@ def row_kernel(
 def reduced(term: Term) -> tuple[str, float, float]:
     """The kernel's kind and parameter, and the divisor of its value.
 
-    The ends of a family are simpler members of it: see `divergences`.
+    At its limits a parametrized divergence is a simpler one: see `divergences`.
     """
     parameter = next(iter(term.parameters.values()), 0.0)
     match term.divergence:

@@ -159,7 +159,7 @@ def _row(
         z_target = tl.load(student + target).to(tl.float32) * student_scale
         tl.store(cross + row, lse_s - z_target)
 
-    # Σh is −1 for forward KL; for the others, and without gradients, it takes a pass.
+    # Σh is −1 for forward KL; for the others, and without gradients, it needs a pass.
     value_sum = tl.zeros([COLUMNS], tl.float32)
     h_sum = tl.zeros([COLUMNS], tl.float32)
     if (KIND != "forward_kl") or (not GRAD):

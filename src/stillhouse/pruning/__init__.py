@@ -1,1 +1,2 @@
-"""Makes a model smaller: fewer layers, narrower ones, fewer tokens; every layer alike."""
+"""Makes a model smaller: fewer layers, narrower layers, fewer tokens; all layers have equal
+sizes."""

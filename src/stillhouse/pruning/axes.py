@@ -1,4 +1,4 @@
-"""Where each architecture keeps what pruning cuts, as data."""
+"""Tables of the modules and configuration keys that pruning cuts, by architecture."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stillhouse.errors import ModelError
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in place of the FFN, its weights stacked over the experts.
+    """A mixture of experts instead of an FFN, its weights stacked over the experts.
 
     router, experts: submodules of the FFN. gate_up [E, 2F, D] and down [E, D, F]: parameters of
     `experts`. count, chosen: configuration keys (all experts; experts per token). exceptions:
@@ -33,14 +33,14 @@ class Axes:
         mid = stream + norm?(output(attention(norm(stream))))
         out = mid + norm?(down(act(gate(x)) · up(x))),  x = norm(mid)
 
-    The norms marked `?` are attention_output_norm and ffn_output_norm, where the architecture has
+    The norms marked `?` are attention_output_norm and ffn_output_norm, if the architecture has
     them (Gemma 2 and 3). A norm multiplies by norm_offset + its weight. head_norms have head_dim
     values and are never cut. ffn_size: the configuration key of the FFN width. scaled_embeddings:
-    embeddings are multiplied by √hidden_size. always_tied: llama.cpp knows the architecture with a
-    tied head only. hidden_over_heads: the configuration requires that
+    embeddings are multiplied by √hidden_size. always_tied: llama.cpp supports the architecture with
+    a tied head only. hidden_over_heads: the configuration requires that
     hidden_size is a multiple of the number of query heads, whatever head_dim is. head_dim_key:
-    the configuration has a head_dim of its own; elsewhere it is an extra key, which transformers
-    reads too. Biases are cut wherever a projection has one.
+    the configuration declares a head_dim; otherwise it is an extra key, which transformers
+    also reads. Biases are cut if a projection has one.
     """
 
     attention: str = "self_attn"
@@ -117,7 +117,7 @@ ARCHITECTURES: dict[str, Axes] = {
 """By config.model_type: decoder-only models with attention and a gated FFN in sequence."""
 
 PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types", "sliding_window_pattern")
-"""Config values with one entry per layer. Left as they are, or left out (and so derived from the
+"""Config values with one entry per layer. If unchanged, or left out (and so derived from the
 new layer numbers), they would silently change which layers use RoPE or a window."""
 
 

@@ -81,7 +81,7 @@ def _order(windows: WindowSet, seed: int) -> list[int]:
 
 def _batch(rows: Sequence[dict[str, Tensor]], device: torch.device | str) -> Batch:
     labels_RL = torch.stack([row["labels"] for row in rows])
-    # Everything up to a window's last supervised label is text; what follows is padding, or text
+    # Everything up to a window's last supervised label is text; the rest is padding, or text
     # that is not trained on.
     counted_RL = (labels_RL != IGNORED).flip(1).cumsum(1).flip(1) > 0
     return Batch(
@@ -98,7 +98,7 @@ def products(model: Any, dtype: torch.dtype) -> AbstractContextManager[Any]:
 
 @torch.no_grad()
 def layer_inputs(model: Any, batch: Batch) -> LayerInputs:
-    """Embed a batch and record every layer's arguments (masks, RoPE); no layer is run."""
+    """Embed a batch and record every layer's arguments (masks, RoPE), without running any layer."""
     extras: list[dict[str, Any]] = []
     entered: list[Tensor] = []
 
@@ -147,7 +147,7 @@ def add_ffn(layer: nn.Module, axes: Axes, mid_RLD: Tensor, activations_RLF: Tens
 
 
 def run_ffn(layer: nn.Module, axes: Axes, mid_RLD: Tensor) -> Tensor:
-    """The layer's output from the stream after attention, whatever its FFN is made of."""
+    """The layer's output from the stream after attention, for any kind of FFN."""
     output_RLD = part(layer, axes.ffn)(part(layer, axes.ffn_input_norm)(mid_RLD))
     return _added(layer, axes.ffn_output_norm, mid_RLD, output_RLD)
 
@@ -164,7 +164,7 @@ def _added(layer: nn.Module, norm: str | None, stream_RLD: Tensor, output_RLD: T
 
 @contextmanager
 def inputs_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Record what a module reads at every call inside the block; nothing for None."""
+    """Record a module's input at every call inside the block; None records nothing."""
     seen: list[Tensor] = []
 
     def note_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -191,12 +191,13 @@ def _forward_replaced(modules: Any, forward: Any) -> Iterator[None]:
 
 
 Stream = list[Tensor]
-"""The residual stream [R, L, D] of every batch, at one place of the model."""
+"""The residual stream [R, L, D] of every batch, at one point in the model."""
 
 
 @dataclass(frozen=True)
 class Streams:
-    """The calibration rows inside one model: batches, what its layers get, and how to run them."""
+    """The calibration rows inside one model: batches, the layers' arguments, and how to run
+    them."""
 
     model: Any
     axes: Axes

@@ -1,4 +1,4 @@
-"""Choose layers to drop by what the output distribution loses without each.
+"""Choose layers to drop by how much removing each changes the output distribution.
 
 Shapes: R windows of a batch, L tokens, N counted positions, D hidden width, V vocabulary.
 """
@@ -21,17 +21,18 @@ from stillhouse.teachers.backbone import lm_head
 
 HELD = 8
 """Layers whose trials are measured together, against logits of the full model computed once. Their
-rows are in memory until then: of all layers of a large model, they would weigh as a layer."""
+rows are in memory until then: for all layers of a large model, they would be as large as a
+layer."""
 
 SHORTLIST = 8
-"""Layers tried again in each round after the first: those that cost least so far."""
+"""Layers tried again in each round after the first: those with the lowest cost so far."""
 
 
 @dataclass(frozen=True)
 class DepthChoice:
-    """kept: layer numbers, ascending. dropped: in the order they went, with the KL after each.
+    """kept: layer numbers, ascending. dropped: in order of removal, with the KL after each.
 
-    single_kl: KL(full ‖ without that layer alone) in nats/token, by layer; empty where the order
+    single_kl: KL(full ‖ without that layer alone) in nats/token, by layer; empty if the order
     came from scores.
     """
 
@@ -49,11 +50,12 @@ def choose_layers(
     scores: Sequence[float] | None = None,
     most_kl: float = math.inf,
 ) -> DepthChoice:
-    """Drop one layer at a time, each time the one whose loss costs least KL to the full model.
+    """Drop one layer at a time, each time the one whose removal adds the least KL to the full
+    model.
 
     The first round tries every layer; later ones the SHORTLIST cheapest by their last trial.
-    scores: the importance of each layer (see `layer_scores`): the least goes first, and only what
-    has gone is tried. Ends early once the KL is above most_kl.
+    scores: the importance of each layer (see `layer_scores`): the least important is removed first,
+    and only these removals are tried. Stops early once the KL is above most_kl.
     """
     total = len(decoder_layers(model))
     if scores is not None:
@@ -112,7 +114,7 @@ SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @torch.no_grad()
 def layer_scores(model: Any, batches: Sequence[Batch], by: str) -> list[float]:
-    """What each layer does to the stream, by `SCORES[by]`, averaged over the counted rows; little
+    """How much each layer changes the stream, by `SCORES[by]`, averaged over the counted rows; low
     means redundant."""
     layers = decoder_layers(model)
     sums = [0.0] * len(layers)
@@ -147,7 +149,7 @@ class _Scorer:
     ) -> dict[int, float]:
         """KL(full ‖ the layers `alive` less one), for each candidate.
 
-        The stream before a candidate is computed once, whatever follows.
+        The stream before a candidate is computed only once.
         """
         pending = set(candidates)
         sums = dict.fromkeys(candidates, 0.0)
@@ -166,7 +168,7 @@ class _Scorer:
         return {index: value / counted for index, value in sums.items()}
 
     def _add_kl(self, sums: dict[int, float], full_ND: Tensor, rows: dict[int, Tensor]) -> None:
-        """Add what each of `rows` loses to its sum, and empty `rows`."""
+        """Add the KL of each of `rows` to its sum, and clear `rows`."""
         found = summed_kl(self.head, full_ND, list(rows.values()))
         for index, value in zip(rows, found, strict=True):
             sums[index] += value

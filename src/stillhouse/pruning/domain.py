@@ -1,6 +1,6 @@
-"""Whether the calibration text is of the domain that the student will be measured on.
+"""Whether the calibration text is from the domain that the student will be evaluated on.
 
-A model that is pruned on one kind of text keeps what that kind needs. The full model's perplexity
+A model that is pruned on one kind of text keeps what that text needs. The full model's perplexity
 distinguishes the two kinds, and so does the pruned model's KL, on unseen text of either.
 
 Shapes: R windows of a batch, L tokens, N counted rows, D hidden width.
@@ -25,9 +25,9 @@ from stillhouse.teachers.backbone import hidden_states, lm_head
 TOKENS = 2048
 FOREIGN = 2.0
 """Ratio of the full model's perplexities on both texts, or of the pruned model's KL on the held-out
-text to that on text like the calibration text, from which on one text is called foreign."""
+text to that on text like the calibration text, above which the domains count as different."""
 LEAST_KL = 0.01
-"""Nats/token below which a cut costs too little for the ratio to mean anything."""
+"""Nats/token below which a cut costs too little for the ratio to be meaningful."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Reading:
 @dataclass(frozen=True)
 class Domain:
     """The full model's perplexities; heldout_kl: KL(full ‖ pruned) in nats/token, or None;
-    unseen_kl: on training text that was not calibrated on, None where there is none."""
+    unseen_kl: on training text that was not calibrated on, None if there is none."""
 
     calibration_perplexity: float
     heldout_perplexity: float
@@ -49,7 +49,7 @@ class Domain:
     unseen_kl: float | None = None
 
     def warning(self) -> str | None:
-        """A warning where calibration and held-out text are of different domains."""
+        """A warning if calibration and held-out text are from different domains."""
         both = (self.calibration_perplexity, self.heldout_perplexity)
         kl, own = self.heldout_kl, self.unseen_kl
         if max(both) < FOREIGN * min(both):

@@ -1,4 +1,4 @@
-"""Mixtures of experts: which experts stay, and narrower experts.
+"""Mixtures of experts: choose the experts to keep, and narrow them.
 
 Shapes: N rows of the stream, E experts, D hidden width, F width of an expert, K kept.
 """
@@ -28,7 +28,8 @@ class _Mixture:
         self.down_EDF: Tensor = getattr(self.experts, self.names.down)
 
     def routed(self, mid_ND: Tensor, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the rows that go to one expert: their numbers, activations [n, F], router weights."""
+        """The rows that are routed to one expert: their numbers, activations [n, F], router
+        weights."""
         x_ND = self.norm(mid_ND)
         _, share_NT, chosen_NT = self.router(x_ND)
         rows_n, place_n = (chosen_NT == expert).nonzero(as_tuple=True)
@@ -63,7 +64,7 @@ def narrow_experts(
     reconstruct: bool,
     ranking: Ranking,
 ) -> None:
-    """Cut every expert to `keep` neurons by the rows that go to it, each refit to its own output.
+    """Cut every expert to `keep` neurons by the rows routed to it, each refit to its own output.
 
     As for a plain FFN (see ffn.py), with rows also weighted by the router; not by gradients.
     """

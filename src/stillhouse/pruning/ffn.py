@@ -1,12 +1,12 @@
-"""Remove FFN neurons, and refit the down projection so that the others make up for them.
+"""Remove FFN neurons, and refit the down projection so that the others compensate for them.
 
 With activations a (N × F, fed by streams that are cut already) and down projection W (D × F):
 
     C = aᵀ a + λ·mean(diag(aᵀ a))·I
 
-Neurons go in groups. Losing the set Q from W costs at least, with the best refit of the rest,
-‖w_q‖² / [C⁻¹]_qq for one neuron (optimal brain surgeon: Hassibi and Stork 1993; per column of a
-layer: Frantar and Alistarh 2023, arXiv 2301.00774), and the refit and the new inverse are
+Neurons are removed in groups. Losing the set Q from W costs at least, with the best refit of the
+rest, ‖w_q‖² / [C⁻¹]_qq for one neuron (optimal brain surgeon: Hassibi and Stork 1993; per column of
+a layer: Frantar and Alistarh 2023, arXiv 2301.00774), and the refit and the new inverse are
 
     W ← W - W_Q (C⁻¹_QQ)⁻¹ C⁻¹_Q,:          C⁻¹ ← C⁻¹ - C⁻¹_:,Q (C⁻¹_QQ)⁻¹ C⁻¹_Q,:
 
@@ -28,8 +28,8 @@ RIDGE = 1e-3
 """λ: share of the mean activation energy that is added to the diagonal."""
 
 GROUPS_PER_WIDTH = 48
-"""Neurons go in groups of 1/48 of the width between two refits: 32 of 1536. Larger groups are
-faster, and lose pairs of neurons that could have stood in for each other."""
+"""Neurons are removed in groups of 1/48 of the width between two refits: 32 of 1536. Larger groups
+are faster, and lose pairs of neurons that could have compensated for each other."""
 
 SYMMETRIC_BLOCKS = 4
 
@@ -38,7 +38,7 @@ SYMMETRIC_BLOCKS = 4
 class Ranking:
     """by: refit (the cost of the loss after the best refit of the rest), activations, gradients.
 
-    aggregation: of activations over rows, where they decide. fisher: where gradients do.
+    aggregation: of activations over rows, for `activations`. fisher: for `gradients`.
     """
 
     by: Importance = "refit"
@@ -53,7 +53,7 @@ class Moments:
     C_FF: Tensor
     B_DF: Tensor
     absolute_F: Tensor | None = None
-    """Σ |a|, where it is needed."""
+    """Σ |a|, if it is needed."""
 
     @classmethod
     def zeros(
@@ -97,7 +97,7 @@ class Moments:
 
 
 def activation_scores(moments: Moments, down_DF: Tensor) -> Tensor:
-    """Squared activation norm × squared column norm, [F]: l2, or (Σ|a|)² where that was summed."""
+    """Squared activation norm × squared column norm, [F]: l2, or (Σ|a|)² if that was summed."""
     l2_F, absolute_F = moments.C_FF.diagonal(), moments.absolute_F
     size_F = l2_F if absolute_F is None else absolute_F.square()
     return size_F * down_DF.square().sum(0)
@@ -150,7 +150,7 @@ def choose_and_refit(
     score_F: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The neurons that `ranking` keeps [K], ascending, and their down projection [D, K], refit with
-    `reconstruct`. score_F: in place of that of the activations."""
+    `reconstruct`. score_F: used instead of the activations' scores."""
     if reconstruct and ranking.by == "refit":
         return refit_and_remove(down_DF, moments, keep)
     kept_K = best(activation_scores(moments, down_DF) if score_F is None else score_F, keep)
@@ -158,14 +158,14 @@ def choose_and_refit(
 
 
 def inverse_moments(moments: Moments, ridge: float) -> Tensor:
-    """C⁻¹ [F, F] in units of the mean activation energy: nothing depends on their scale."""
+    """C⁻¹ [F, F] in units of the mean activation energy, so that nothing depends on its scale."""
     return regularized_inverse(moments.symmetric().div_(moments.unit), ridge)
 
 
 def without_columns(
     weight: Tensor, inverse: Tensor, removed: Tensor, stays: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """W and C⁻¹ after the columns `removed` went and the columns `stays` (a mask) were refit.
+    """W and C⁻¹ after removing the columns `removed` and refitting the columns `stays` (a mask).
 
     The given inverse is overwritten: for a wide FFN each such matrix has a layer's size.
     """

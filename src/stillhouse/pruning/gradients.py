@@ -35,14 +35,15 @@ from stillhouse.teachers.backbone import hidden_states, lm_head
 
 Part = Literal["neurons", "heads", "channels", "layers"]
 CHUNK = 512
-"""Rows of logits that are held at once."""
+"""Rows of logits that are in memory at a time."""
 BATCH_TOKENS = 1024
-"""Tokens of one backward pass, which keeps the activations of all layers."""
+"""Tokens of one backward pass, which stores the activations of all layers."""
 
 
 @dataclass(frozen=True)
 class Fisher:
-    """Diagonal Fisher information of masks per token: ½ of it is about the KL of losing the part.
+    """Diagonal Fisher information of masks per token: half of it approximates the KL of losing the
+    part.
 
     neurons: [F] per layer; heads: [H] per layer; channels: [D]; layers: [number of layers]. Empty
     for other kinds than those requested.
@@ -156,7 +157,8 @@ def _masked(model: Any, axes: Axes, masks: dict[str, list[Tensor]]) -> Iterator[
 
 
 def _times_input(mask_R1P: Tensor) -> Callable[..., Any]:
-    """Multiply the input's last dimension, in as many equal parts as the mask has values."""
+    """Multiply the input's last dimension, split into as many equal parts as the mask has
+    values."""
 
     def change(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         each = args[0].shape[-1] // mask_R1P.shape[-1]

@@ -6,7 +6,8 @@ aᵀa + λI, losing the block Q costs, with the best refit of the rest,
 
     tr(W_Q (C⁻¹_QQ)⁻¹ W_Qᵀ)
 
-First whole groups go, then the cheapest heads one by one, until each group has its new size.
+Complete groups are removed first, then the cheapest heads one by one, down to each group's new
+size.
 
 Shapes: A attention width, D hidden width, Q columns of a block.
 """

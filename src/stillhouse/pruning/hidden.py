@@ -1,17 +1,17 @@
-"""Narrow the residual stream: which channels or directions stay, and how they are read then.
+"""Narrow the residual stream: which channels or directions to keep, and how layers read them.
 
 The stream x (D) becomes Mᵀx (H). M holds H columns of the identity (channels), or the H leading
 eigenvectors of the stream's second moments (rotation: Ashkboos et al. 2024, SliceGPT, arXiv
-2401.15024, with one M for the whole model, so that the skip connections need none of their own).
+2401.15024, with one M for the entire model, so that skip connections need no matrix).
 
 A reader W of the stream sees y = x / rms(x) through a norm's gain g. In the narrow model it sees z
 = Mᵀx / rms(Mᵀx), so its best estimate of y is by least squares, y ≈ A z:
 
     A = c M + μ·R,     R = (Y - Z cMᵀ)ᵀ Z (ZᵀZ + λ·mean(diag ZᵀZ)·I)⁻¹,     W' = W diag(g) A / g'
 
-c, one number per norm, makes up for the rms over fewer channels. The new gain g' is c·g of the kept
-channels, or 1 after a rotation, which cannot pass a gain by channel. With M square and nothing cut,
-c = 1 and R = 0: the rotated model computes what the model did.
+c, one number per norm, corrects for the rms over fewer channels. The new gain g' is c·g of the kept
+channels, or 1 after a rotation, which cannot apply a gain by channel. If M is square, nothing is
+cut, c = 1 and R = 0: the rotated model is equivalent to the original.
 
 Shapes: N rows, D hidden width, H narrow hidden width, O outputs of a reader.
 """
@@ -32,7 +32,7 @@ from stillhouse.pruning.offload import release
 from stillhouse.pruning.surgery import set_parameter, set_weight
 
 CORRECTION = 1.0
-"""μ: share of the estimate of the removed channels that the readers get."""
+"""μ: fraction of the estimate of the removed channels that is added to the readers."""
 
 BLOCK = 4096
 """Rows of a weight that are processed at once: a large vocabulary's head is as wide as a layer."""
@@ -85,19 +85,19 @@ def gram(weight_OD: Tensor, less_D: Tensor | float = 0.0) -> Tensor:
 
 
 def head_gram(weight_VD: Tensor) -> Tensor:
-    """Of the head's weight less its mean row, which the softmax does not see."""
+    """WᵀW of the head's weight less its mean row, which the softmax ignores."""
     return gram(weight_VD, weight_VD.mean(0))
 
 
 def best_channels(
     moments: StreamMoments, keep: int, reconstruct: bool, score_D: Tensor | None = None
 ) -> Basis:
-    """The channels whose loss costs the readers least, with (or without) the best estimate of them.
+    """The channels to keep: losing the others costs the readers least, with or without an estimate.
 
     score_D: importance of each channel, instead.
     """
     if score_D is None and reconstruct:
-        # Only WᵀW of all readers matters, so a square root of G stands for their rows.
+        # Only WᵀW of all readers matters, so a square root of G replaces their rows.
         values_D, vectors_DD = torch.linalg.eigh(moments.G_DD)
         root_DD = values_D.clamp_min(0).sqrt()[:, None] * vectors_DD.T
         C = Moments(moments.C_DD.triu(), torch.zeros_like(root_DD))
@@ -116,7 +116,7 @@ def leading_directions(moments: StreamMoments, keep: int) -> Basis:
 
 
 def unit_rows(norm: Any, x: Tensor) -> Tensor:
-    """x / rms(x): what a norm makes of the stream before its gain."""
+    """x / rms(x): a norm's output before its gain."""
     eps = getattr(norm, "variance_epsilon", None) or norm.eps
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
 
@@ -143,7 +143,7 @@ def ffn_readers(layer: nn.Module, axes: Axes) -> list[tuple[Any, str]]:
 
 
 def measure_stream(streams: Streams, kept_layers: Sequence[int], head_DD: Tensor) -> StreamMoments:
-    """Moments of the full model's stream at every norm of the layers that stay, and at the last
+    """Moments of the full model's stream at every norm of the kept layers, and at the last
     one.
 
     head_DD: see `head_gram`.
@@ -183,7 +183,7 @@ def _scaled(G_DD: Tensor, norm: Any, axes: Axes) -> Tensor:
 
 @dataclass(frozen=True)
 class StreamFit:
-    """y ≈ A z at one norm: scale is c; A_DH None where nothing was cut or without a refit."""
+    """y ≈ A z at one norm: scale is c; A_DH is None if nothing was cut or there is no refit."""
 
     scale: float
     A_DH: Tensor | None
@@ -232,7 +232,7 @@ def narrow_reader(
             narrow = weight.new_empty(*weight.shape[:-1], len(new_H))
             for rows, into in zip(weight.split(BLOCK), narrow.split(BLOCK), strict=True):
                 read = (rows * old_D) @ A_DH
-                # A gain of zero passes nothing, whatever the weight behind it.
+                # A gain of zero passes nothing on, whatever the next weight is.
                 into.copy_(torch.where(new_H == 0, 0.0, read / new_H))
         set_parameter(module, name, narrow)
         if isinstance(module, nn.Linear):
@@ -259,7 +259,7 @@ def narrow_ffn_writer(layer: nn.Module, axes: Axes, basis: Basis) -> None:
 
 
 def narrow_output_norm(streams: Streams, norm: Any, basis: Basis, wrote: Stream) -> None:
-    """Cut a norm of a block's output; its gain makes up for the rms over fewer channels."""
+    """Cut a norm of a block's output; its gain corrects for the rms over fewer channels."""
     assert basis.kept_H is not None, "a rotation cannot pass a norm of a block's output"
     both, own = 0.0, 1e-12
     for u_ND in streams.rows(wrote):
@@ -275,8 +275,8 @@ def narrow_output_norm(streams: Streams, norm: Any, basis: Basis, wrote: Stream)
 def narrow_ends(model: Any, axes: Axes, basis: Basis, fit: StreamFit, head_DD: Tensor) -> None:
     """Cut the embeddings, the last norm and the head. A rotation unties the head.
 
-    A tied head cannot be refit alone, so the last norm's gain is: the d that brings the logits
-    (less their mean) nearest, (Gₖₖ ∘ ZᵀZ) d = diag(Gₖ diag(g) YᵀZ), with G of `head_gram`.
+    A tied head cannot be refit alone, so the last norm's gain is refit: the d that brings the
+    logits (less their mean) closest, (Gₖₖ ∘ ZᵀZ) d = diag(Gₖ diag(g) YᵀZ), with G of `head_gram`.
     """
     embedding, head, norm = (
         model.get_input_embeddings(),
@@ -285,7 +285,7 @@ def narrow_ends(model: Any, axes: Axes, basis: Basis, fit: StreamFit, head_DD: T
     )
     D, H = basis.matrix_DH.shape
     tied = head.weight is embedding.weight
-    # Embeddings are multiplied by √H instead of √D from now on.
+    # The model now multiplies its embeddings by √H instead of √D.
     factor = (D / H) ** 0.5 if axes.scaled_embeddings else 1.0
     if tied and basis.kept_H is not None:
         old_D, kept_H = gain(norm, axes), basis.kept_H
@@ -319,13 +319,13 @@ def _best_gain(
 
 
 def untie(model: Any) -> None:
-    """Give the head weights of its own, which are saved separately."""
+    """Untie the head: its weights become a copy, saved separately."""
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
 
 
 def note_hidden_size(model: Any, size: int) -> None:
-    """Set the hidden size that modules remember."""
+    """Set the hidden size that modules store as an attribute."""
     for module in model.modules():
         for name in ("hidden_size", "hidden_dim"):
             if isinstance(getattr(module, name, None), int):

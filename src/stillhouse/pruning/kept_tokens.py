@@ -1,10 +1,11 @@
-"""Rewrite a tokenizer for fewer tokens, so that it still reads and writes any text.
+"""Rewrite a tokenizer for fewer tokens, so that it can still encode and decode any text.
 
-This works for BPE only: with every character of a token, or every byte, in the vocabulary, text
-that lost its token is split into smaller ones. A merge (a, b) → ab works while all three are kept.
+This works for BPE only: if every character of a token, or every byte, is in the vocabulary, text
+whose token was removed is split into smaller ones. A merge (a, b) → ab works while all three are
+kept.
 
-A token that BPE makes is made in one way, whatever surrounds it: no merge ever crosses its borders.
-So with the tokens of some text and the tokens on the way to them, that text is tokenized as before,
+BPE builds a token in one way, whatever surrounds it: no merge ever crosses its boundaries.
+So if the tokens of a text and the tokens on the way to them are kept, it is tokenized as before,
 with other ids.
 """
 
@@ -25,13 +26,13 @@ from stillhouse.scratch import temporary_folder
 from stillhouse.teachers.load_model import load_tokenizer
 
 WORD_START = "▁"
-"""What BPE with byte fallback writes for a space: as bytes, it would not become one again."""
+"""How BPE with byte fallback writes a space: bytes would not decode to a space."""
 
 
 class Merges:
     """The tokens of a BPE tokenizer, and their merges.
 
-    Raises RecipeError for other tokenizers, and for one that cannot read every text as it is.
+    Raises RecipeError for other tokenizers, and for one that cannot encode every text.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -60,8 +61,8 @@ class Merges:
     def alphabet(self) -> set[int]:
         """The ids without which some text could not be written: one for every byte.
 
-        Some tokenizers lack bytes themselves (13 never occur in UTF-8); what they cannot write, the
-        cut one cannot either. Raises RecipeError where text is not read as bytes at all.
+        Some tokenizers lack bytes themselves (13 never occur in UTF-8); what they cannot encode,
+        the cut one cannot either. Raises RecipeError if the tokenizer is not byte-based at all.
         """
         if self.model.get("byte_fallback"):
             needed = [*(f"<0x{byte:02X}>" for byte in range(256)), WORD_START]
@@ -116,7 +117,7 @@ class Merges:
 
 
 def _renumber(processor: Any, new_ids: dict[int, int]) -> None:
-    """Token ids inside a post-processor, which may be a sequence of them."""
+    """Renumber token ids inside a post-processor, which may be a sequence of post-processors."""
     if not isinstance(processor, dict):
         return
     for inner in processor.get("processors", []):
@@ -135,7 +136,7 @@ def prune_tokenizer(tokenizer: Any, kept_ids: Sequence[int]) -> Any:
     """The tokenizer with only the tokens `kept_ids`, old ids by new id; the chat template is
     unchanged.
 
-    Ids that are not the tokenizer's (padding rows of the model) stay without a token. Raises
+    Ids beyond the tokenizer's (padding rows of the model) have no token. Raises
     RecipeError when added or special tokens, or tokens for single bytes, are not kept, when a token
     comes twice, and for tokenizers that are not BPE.
     """

@@ -1,13 +1,13 @@
-"""Weights on disk: a large model is pruned without being completely in memory at any time.
+"""Offload weights to disk: a large model is pruned without ever being completely in memory.
 
-Every parameter of an offloaded module is a memory-mapped scratch file of its own, mapped shared: it
-is read and written like any other tensor, and what is written goes to the file. Its pages are in
-memory from their first use on. To release them, the file is mapped again, and PyTorch unmaps the
-old pages with the last tensor that uses them; so no live tensor ever loses its values. A file
-lasts as long as its parameter.
+Each parameter of an offloaded module is a memory-mapped scratch file, mapped shared: it is read
+and written like any other tensor, and writes go to the file. Its pages are in memory from their
+first use on. To release them, the file is mapped again, and PyTorch unmaps the old pages with the
+last tensor that uses them; so no live tensor ever loses its values. A file lasts as long as its
+parameter.
 
-What is in memory at a time is then a layer or two, or an end of the model, and the calibration
-rows. Models below LARGE_BYTES stay in memory.
+At any time, memory holds a layer or two, or the embeddings and head, and the calibration rows.
+Models below LARGE_BYTES stay in memory.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load_model import load_config, load_model
 
 LARGE_BYTES = 2 << 30
-"""Size of the weights in float32 from which on they are offloaded."""
+"""Models whose float32 weights are at least this large are offloaded."""
 BLOCK = 1 << 20
 """Values that are converted at once while a parameter is written."""
 
 
 def is_large(model: Any) -> bool:
-    """Whether the model is on the CPU, and too large to be completely in memory."""
+    """Whether the model is on the CPU and too large to be completely in memory."""
     if model.device.type != "cpu":
         return False
     return 4 * sum(parameter.numel() for parameter in model.parameters()) >= LARGE_BYTES
 
 
 def load_offloaded(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model in float32. A large one is offloaded, which takes its float32 size in the temporary
-    folder.
+    """Load the model in float32. A large one is offloaded, which needs its float32 size in the
+    temporary folder.
 
     Raises ModelError as `load_model` does.
     """
@@ -60,9 +60,9 @@ def load_offloaded(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def offload(module: nn.Module) -> None:
-    """Moves a module's parameters to disk, in float32, and releases those that are there already.
+    """Move a module's parameters to disk, in float32, and release those that are already there.
 
-    From then on the allocator hands back what is freed.
+    From then on the allocator returns freed memory to the system.
     """
     for parameter in module.parameters():
         _map(parameter, _file_of(parameter) or _written(parameter))
@@ -75,7 +75,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 def release(module: nn.Module) -> None:
-    """Takes a module's offloaded parameters out of memory; the next use reads them from disk."""
+    """Release a module's offloaded parameters from memory; the next use reads them from disk."""
     for parameter in module.parameters():
         file = _file_of(parameter)
         if file is not None:
@@ -83,15 +83,15 @@ def release(module: nn.Module) -> None:
 
 
 def release_ends(model: Any) -> None:
-    """Takes the embeddings and the head out of memory."""
+    """Release the embeddings and the head from memory."""
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         release(module)
 
 
 @contextmanager
 def released_after_use(model: Any) -> Iterator[None]:
-    """Inside the block, each layer of an offloaded model leaves memory as soon as it has run; the
-    model's ends leave it after the block."""
+    """Inside the block, each layer of an offloaded model is released as soon as it has run; the
+    embeddings and head are released after the block."""
     if not is_offloaded(model):
         yield
         return
@@ -109,8 +109,8 @@ def released_after_use(model: Any) -> Iterator[None]:
 
 
 def save_model(model: Any, folder: Path) -> None:
-    """Writes a checkpoint as `save_pretrained` does; a large model's a layer at a time, one file
-    for each and one for its ends, so that no more than a layer is in memory for it."""
+    """Write a checkpoint as `save_pretrained` does; a large model is written a layer at a time, one
+    file per layer and one for the rest, so that at most one layer is in memory."""
     if not is_large(model):
         model.save_pretrained(folder)
         return
@@ -121,7 +121,7 @@ def save_model(model: Any, folder: Path) -> None:
         for number, (part, names) in enumerate(parts, 1):
             part_file = Path(part_folder) / SAFE_WEIGHTS_NAME
             state = {name: value for name, value in model.state_dict().items() if name in names}
-            # It knows which weights are tied, and the names and shapes they have in a file.
+            # It resolves tied weights, and the names and shapes that weights have in a file.
             model.save_pretrained(part_folder, state_dict=state, max_shard_size="1TB")
             del state
             release(part)
@@ -148,7 +148,7 @@ def _parts(model: Any, names: Collection[str]) -> list[tuple[nn.Module, set[str]
 
 
 def _file_of(tensor: Tensor) -> str | None:
-    """The file that a tensor is mapped from; None: it is in memory, or on another device."""
+    """The file that a tensor is mapped from; None if it is in memory or on another device."""
     return tensor.untyped_storage().filename
 
 
@@ -170,12 +170,12 @@ def _written(parameter: Tensor) -> str:
 
 
 def _map(parameter: Tensor, file: str) -> None:
-    # A file that was deleted would be created again, all zeros: then the old mapping stays.
+    # A deleted file would be created again, all zeros: keep the old mapping then.
     if os.path.exists(file):
         values = torch.from_file(file, shared=True, size=parameter.numel(), dtype=torch.float32)
         parameter.data = values.view(parameter.shape)
 
 
 def _remove(file: str) -> None:
-    with suppress(OSError):  # Windows keeps a file that is still mapped
+    with suppress(OSError):  # Windows cannot delete a file that is still mapped
         os.remove(file)

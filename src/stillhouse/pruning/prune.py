@@ -38,9 +38,9 @@ from stillhouse.pruning.surgery import (
 from stillhouse.pruning.width import Passage, cut_width
 
 DEPTH_TOKENS = 2048
-"""Tokens on which layers are tried: each try runs half the model, so few must suffice."""
+"""Tokens on which layers are tried: each trial runs half the model, so few must suffice."""
 GRADIENT_CALIBRATION_TOKENS = 8192
-"""Tokens whose gradients are computed, at most: a backward pass each, and rankings settle early."""
+"""Maximum number of tokens for gradients: they cost a backward pass, and rankings settle early."""
 METHOD = PruningMethod()
 
 
@@ -48,12 +48,12 @@ METHOD = PruningMethod()
 class PruneReport:
     """What was removed, and what it costs before any training.
 
-    changed: sizes before and after of every axis that was cut. dropped_layers: the teacher's layer
-    numbers in the order they went, and the KL to the teacher after each, in nats/token.
+    changed: sizes before and after, for every axis that was cut. dropped_layers: the teacher's
+    layer numbers in order of removal, and the KL to the teacher after each, in nats/token.
     single_layer_kl: the KL without that layer alone, by layer; empty when depth was not cut.
     calibration_kl: KL(teacher ‖ pruned) on some of the calibration rows (so it is optimistic),
-    before the vocabulary is cut; None when nothing else was. local_gains: by layer, the share of
-    its error that local distillation undid, on rows that it was not trained on.
+    before the vocabulary is cut; None when nothing else was. local_gains: by layer, the fraction of
+    its error that local distillation removed, on rows that it was not trained on.
     """
 
     ffn_size: tuple[int, int]
@@ -71,17 +71,18 @@ class PruneReport:
 
 @dataclass
 class Calibration:
-    """What several prunes of one start model, text and seed share, so that it is computed once.
+    """Results shared by several prunes of one start model, text and seed, so that they are computed
+    once.
 
-    passages: the start model's own stream on the calibration rows; None: not kept. depth: the order
-    in which its layers go.
+    passages: the start model's stream on the calibration rows; None: not kept. depth: the order
+    in which its layers are removed.
     """
 
     passages: list[Passage] | None = field(default_factory=list)
     depth: DepthChoice | None = None
 
     def choose_layers(self, keep: int, total: int) -> DepthChoice | None:
-        """The layers that stay, where the order is known that far."""
+        """The layers to keep, if the order is known that far."""
         gone = total - keep
         if self.depth is None or len(self.depth.dropped) < gone:
             return None
@@ -108,18 +109,19 @@ def prune_model(
 ) -> PruneReport:
     """Prune a float32 causal language model in place, calibrated on training windows.
 
-    sizes: those to prune to, by their names in `sizes.AXES`; a size that is not given, or None,
-    stays. hidden_size with hidden_method: "rotation" unties the head, and rotates even where the
-    size stays. kept_ids: the tokens to keep, old ids by new id (see `kept_token_ids`).
+    sizes: the sizes to prune to, by their names in `sizes.AXES`; a size that is missing or None
+    is not changed. hidden_size with hidden_method: "rotation" unties the head, and rotates even if
+    the size does not change. kept_ids: the tokens to keep, old ids by new id (see
+    `kept_token_ids`).
 
     The windows run through the model with matrix products in `dtype`; weights, statistics and
     refits stay float32. Runs on the model's device. shared: results of earlier prunes of the same
     start model on the same windows, tokens and seed, to which this one's are added. method: what
-    decides which parts stay. local_tokens: of block-wise distillation, per layer.
+    decides which parts are kept. local_tokens: of block-wise distillation, per layer.
 
-    Depth is cut first, so that the refit of the width makes up for dropped layers too; then, layer
-    by layer, hidden size, heads, experts and FFN; the vocabulary last. Every layer ends with the
-    same sizes. Raises RecipeError for sizes that the model cannot have, ModelError for an
+    Depth is cut first, so that the refit of the width compensates for dropped layers too; then,
+    layer by layer, hidden size, heads, experts and FFN; the vocabulary last. All layers end up with
+    the same sizes. Raises RecipeError for sizes that the model cannot have, ModelError for an
     architecture that cannot be pruned, DataError when there are no windows.
     """
     axes = axes_of(model.config)
@@ -182,7 +184,7 @@ def prune_model(
     if kept_ids is not None:
         keep_tokens(model, torch.tensor(kept_ids, device=model.device))
     if is_offloaded(model):
-        offload(model)  # its ends too
+        offload(model)  # embeddings and head too
     return PruneReport(
         ffn_size=(before.ffn_size, after.ffn_size),
         layers=(before.layers, after.layers),
@@ -209,7 +211,8 @@ def rank_layers(
     tokens: int = DEPTH_TOKENS,
     most_kl: float = math.inf,
 ) -> DepthChoice:
-    """The order in which layers go, by `method.depth_importance`, and the KL after each."""
+    """The order in which layers are removed, by `method.depth_importance`, and the KL after
+    each."""
     few = calibration_batches(windows, tokens, seed, model.device)
     by, scores = method.depth_importance, None
     with released_after_use(model):
@@ -222,7 +225,7 @@ def rank_layers(
 
 
 def check_importance(method: PruningMethod, before: Sizes, after: Sizes) -> None:
-    """Raises RecipeError where `method` cannot rank what is cut."""
+    """Raise RecipeError if `method` cannot rank what is cut."""
     if method.importance != "gradients" or before.experts is None:
         return
     if after.experts != before.experts:
@@ -240,7 +243,7 @@ def check_importance(method: PruningMethod, before: Sizes, after: Sizes) -> None
 
 
 def _gradient_parts(before: Sizes, after: Sizes, channels: bool) -> list[Part]:
-    """The parts that are cut, which gradients can rank."""
+    """The parts to cut that gradients can rank."""
     cut: dict[Part, bool] = {
         "neurons": after.ffn_size < before.ffn_size,
         "heads": after.heads < before.heads,

@@ -1,4 +1,4 @@
-"""How a pruned student's shape is searched, and what decides which parts of the model stay."""
+"""Recipe sections for pruning: the search for a shape, and how the parts to keep are chosen."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ AmountText = int | float | str
 
 @dataclass(frozen=True)
 class Amount:
-    """value: in parameters, bytes or seconds; relative: a share of the start model's."""
+    """value: in parameters, bytes or seconds; relative: a fraction of the start model's."""
 
     value: float
     relative: bool
 
 
 def read_amount(key: str, text: int | float | str) -> Amount:
-    """Parse 60%, 108M, 250MB or 20ms. Raises ValueError, with what can be written."""
+    """Parse 60%, 108M, 250MB or 20ms. Raises ValueError, with the accepted forms."""
     written = shown(text)
     found = _AMOUNT.fullmatch(written)
     number, unit = found.groups() if found else ("0", "")
@@ -68,7 +68,8 @@ def read_amount(key: str, text: int | float | str) -> Amount:
 
 
 class TargetRecipe(Section):
-    """How large the student may be; exactly one key. A share is of the model that is pruned."""
+    """How large the student may be; exactly one key. Percentages are of the model that is
+    pruned."""
 
     params: AmountText | None = Field(None, description="All parameters: 60% or 108M.")
     non_embedding_params: AmountText | None = Field(
@@ -118,7 +119,7 @@ DepthImportance = Literal["kl", "block_influence", "norm_ratio", "gradients"]
 
 
 class VocabularyFile(Section):
-    """Which tokens stay, by name."""
+    """The tokens to keep, listed in a file."""
 
     path: PathText = Field(
         description="The tokens to keep: one a line, as the tokenizer writes them (Ġhouse), or in "
@@ -127,7 +128,7 @@ class VocabularyFile(Section):
 
 
 class PruningMethod(Section):
-    """What decides which parts of the model stay."""
+    """How the parts of the model to keep are chosen."""
 
     importance: Importance = Field(
         "refit",

@@ -1,4 +1,4 @@
-"""What a model computes on some text, and the KL of other models to it there.
+"""A model's outputs on some text, and the KL of other models to it.
 
 Shapes: N counted rows of a batch, D hidden width.
 """
@@ -22,7 +22,7 @@ from stillhouse.teachers.backbone import hidden_states, lm_head, trim_head
 class Reference:
     """A model's last hidden rows [N, D] of every batch, and its head.
 
-    vocabulary: rows of every head that are tokens of both models; None: all.
+    vocabulary: rows of the heads that are tokens of both models; None: all.
     """
 
     batches: Sequence[Batch]

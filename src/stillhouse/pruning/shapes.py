@@ -27,13 +27,13 @@ from stillhouse.pruning.pruning_config import (
 from stillhouse.pruning.sizes import AXES, Sizes, resized_config, sizes_of
 
 ALIGNMENTS = (256, 128, 64, 32)
-"""Multiples that kernels and GGUF's block formats need, the best first."""
+"""Multiples that kernels and GGUF's block formats need, best first."""
 LEAST_SHARE = 0.5
-"""Of layers, heads, experts and hidden size that a search keeps at least: what goes beyond it in
-one step is not recovered by training (docs/pruning.md)."""
+"""Minimum fraction of layers, heads, experts and hidden size that a search keeps: training does not
+recover from larger cuts in one step (docs/pruning.md)."""
 LEAST_FFN_SHARE = 0.25
 HIDDEN_SIZES = 5
-"""Hidden sizes that are tried, at most."""
+"""Maximum number of hidden sizes that are tried."""
 EXPERT_STEPS = 16
 """Experts go in sixteenths of all: whole numbers of them on 2, 4 or 8 GPUs, if all are."""
 MORE_AXES = "choose more axes in student.search.axes"
@@ -42,7 +42,7 @@ Cost = Callable[[Sizes], float]
 
 
 class Counter:
-    """Exact parameter counts of every shape of one model, from a few models without memory.
+    """Exact parameter counts of every shape of one model, from a few models on the meta device.
 
     Parameters are linear in the numbers of layers and experts and in the FFN width, so a few models
     of one or two layers and experts determine those of all shapes with the same heads and hidden
@@ -68,8 +68,8 @@ class Counter:
         )
 
     def _measure(self, one: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Ends, a layer without its FFN, an expert without its neurons (0 for a plain FFN), and a
-        neuron: of all parameters, and of non-embedding ones."""
+        """Parameters of embeddings and head, a layer without its FFN, an expert without its neurons
+        (0 for a plain FFN), and a neuron: all parameters, and non-embedding ones."""
         layers = min(2, self.start.layers)
         shapes = [
             one,
@@ -111,7 +111,7 @@ class Limit:
 
 
 def shown(key: str, value: float) -> str:
-    """A cost as a recipe writes it."""
+    """A cost in recipe syntax."""
     if key == "decode_latency":
         return f"{value * 1e3:.4g}ms"
     steps = [(1e9, "G"), (1e6, "M"), (1e3, "k")]
@@ -129,7 +129,7 @@ def limit_of(target: TargetRecipe, whole: float, tolerance: float) -> Limit:
 
 
 def sizes_to_prune(before: Sizes, after: Sizes) -> dict[str, Any]:
-    """The axes that differ, as keywords of `prune_model`."""
+    """The axes that differ, as keyword arguments of `prune_model`."""
     found = {key: getattr(after, key) for key in AXES}
     if found["heads"] == before.heads and found["kv_heads"] == before.kv_heads:
         found = {key: value for key, value in found.items() if "heads" not in key}
@@ -141,9 +141,9 @@ def sizes_to_prune(before: Sizes, after: Sizes) -> dict[str, Any]:
 
 
 def feasible_shapes(config: Any, search: SearchRecipe, cost: Cost, limit: Limit) -> list[Sizes]:
-    """Every shape between limit.least and limit.most, those with fewest cuts first.
+    """Every shape between limit.least and limit.most, those with the fewest cuts first.
 
-    Raises RecipeError, with the nearest possible shape, where the target is not below the model's
+    Raises RecipeError, with the nearest possible shape, if the target is not below the model's
     own, below what the axes allow, or between two aligned shapes; and as `possible_shapes`.
     """
     before = sizes_of(config)
@@ -170,10 +170,10 @@ def planned_shape(
 ) -> Sizes:
     """The student's approximate size before a search: the shape with the fewest cuts.
 
-    What only this machine can measure is assumed to be proportional to the parameters. Where that
-    meets no target, or the amount is absolute, the model's own sizes are returned. width: bytes per
-    parameter. certain: False where the search will have another model to prune. Raises RecipeError
-    as `feasible_shapes`, where nothing has to be measured and all is certain.
+    Costs that must be measured on this machine are assumed to be proportional to the parameters. If
+    that meets no target, or the amount is absolute, the model's own sizes are returned. width:
+    bytes per parameter. certain: False if the search will prune another model. Raises RecipeError
+    as `feasible_shapes`, if nothing has to be measured and everything is certain.
     """
     counter = Counter(config)
     cost = counted(counter, target.key, width)
@@ -198,9 +198,9 @@ def counted(counter: Counter, key: str, width: int) -> Cost:
 
 
 def possible_shapes(config: Any, search: SearchRecipe) -> list[Sizes]:
-    """Every choice of all axes but the FFN width for which there is a width.
+    """Every combination of the other axes for which there is a possible FFN width.
 
-    Raises RecipeError where nothing divides among `search.tensor_parallel` GPUs.
+    Raises RecipeError if no shape divides evenly among `search.tensor_parallel` GPUs.
     """
 
     def having_a_width(search: SearchRecipe) -> Iterator[Sizes]:
@@ -232,7 +232,7 @@ def combinations(config: Any, search: SearchRecipe) -> Iterator[Sizes]:
     def down(axis: str, size: int) -> list[int]:
         return list(range(size, -(-size // 2) - 1, -1)) if axis in search.axes else [size]
 
-    # Without groups (share 1), a head goes with its keys and values.
+    # Without groups (share 1), a head is removed with its keys and values.
     groups = down("heads" if share == 1 and "heads" in search.axes else "kv_heads", before.kv_heads)
     shares = down("heads", share)
     hidden = _hidden_sizes(before.hidden_size, search)
@@ -267,7 +267,7 @@ def _expert_counts(config: Any, search: SearchRecipe) -> list[int | None]:
 
 
 def _widths(shape: Sizes, search: SearchRecipe, step: int) -> Iterator[Sizes]:
-    """The shape with every aligned FFN width, the widest first, including its own."""
+    """The shape with every aligned FFN width, widest first, including its current one."""
     if shape.ffn_size % search.tensor_parallel == 0:
         yield shape
     if "ffn_size" in search.axes:
@@ -283,7 +283,7 @@ def _steps(search: SearchRecipe) -> Sequence[int]:
 
 
 def described(before: Sizes, shape: Sizes) -> str:
-    """The sizes that differ, as a recipe writes them."""
+    """The sizes that differ, in recipe syntax."""
     found = sizes_to_prune(before, shape)
     return ", ".join(f"{key}: {value}" for key, value in found.items()) or "the model itself"
 

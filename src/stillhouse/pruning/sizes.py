@@ -1,4 +1,4 @@
-"""The sizes that pruning changes: which are possible, and how a configuration holds them."""
+"""The sizes that pruning changes: which are possible, and how a configuration stores them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALIGNMENT = 32
 class Sizes:
     """One number per axis. heads: query heads; kv_heads: the groups that share keys and values.
 
-    ffn_size is one expert's where there are experts; experts is None where there are none.
+    ffn_size is one expert's if there are experts; experts is None if there are none.
     """
 
     layers: int
@@ -34,7 +34,7 @@ class Sizes:
 
 
 AXES = tuple(one.name for one in fields(Sizes) if one.name not in ("head_dim", "vocabulary"))
-"""The sizes that a recipe gives or a search chooses, as each of them is called everywhere."""
+"""The names of the sizes that a recipe sets or a search chooses."""
 
 
 def sizes_of(config: Any) -> Sizes:
@@ -60,11 +60,11 @@ def check_sizes(
     text_decides: bool = False,
     owner: str = "the teacher",
 ) -> Sizes:
-    """The sizes of a student pruned to `sizes` (of AXES, and vocabulary); None leaves an axis as it
-    is.
+    """The sizes of a student pruned to `sizes` (of AXES, and vocabulary); None leaves an axis
+    unchanged.
 
-    text_decides: the vocabulary will be cut to what the text needs, so no other size is required.
-    owner: what an error calls the model that is pruned. Raises RecipeError, with the nearest
+    text_decides: the vocabulary will be cut to the text's tokens, so no other size is required.
+    owner: the pruned model's name in error messages. Raises RecipeError, with the nearest
     possible size; ModelError for an architecture that cannot be pruned.
     """
     axes = axes_of(config)
@@ -122,7 +122,7 @@ def _check_range(config: Any, axes: Axes, key: str, value: int, largest: int, ow
 
 
 def _with_heads(before: Sizes, after: Sizes, heads: int | None, kv_heads: int | None) -> Sizes:
-    """Every group loses the same number of query heads, or goes whole."""
+    """Every group loses the same number of query heads, or is removed completely."""
     share = before.heads // before.kv_heads
     if heads is None:
         kept = before.kv_heads if kv_heads is None else kv_heads
@@ -172,7 +172,7 @@ def _nearest(possible: Sequence[int], target: int) -> int:
 
 
 def size_notes(config: Any, before: Sizes, after: Sizes) -> list[str]:
-    """What the sizes mean for the exported files."""
+    """Notes on what the sizes mean for the exported files."""
     notes = []
     axes = axes_of(config)
     for key in ("hidden_size", "ffn_size"):
@@ -194,8 +194,8 @@ def size_notes(config: Any, before: Sizes, after: Sizes) -> list[str]:
 
 
 def resized_config(config: Any, after: Sizes, *, rotated: bool = False) -> Any:
-    """A configuration of the sizes `after`, with the first layers, since which ones stay is not
-    known.
+    """A configuration with the sizes `after` and the first layers, since the kept layers are not
+    yet known.
 
     rotated: the hidden channels are rotated, which unties the head from the embeddings.
     """

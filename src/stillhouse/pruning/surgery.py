@@ -1,4 +1,4 @@
-"""Cut a model in place, keep its configuration true, and check what was saved.
+"""Cut a model in place, update its configuration, and check what was saved.
 
 Shapes: D hidden width, A attention width, E experts, F FFN width, K kept neurons, V tokens.
 """
@@ -24,7 +24,7 @@ from stillhouse.teachers.quiet import quiet
 
 
 def check_parameters(model: Any, axes: Axes) -> None:
-    """Raises ModelError when a layer has a parameter that no axis declares: it would stay uncut."""
+    """Raise ModelError if a layer has a parameter that no axis declares: it would not be cut."""
     declared = axes.parameters()
     for number, layer in enumerate(decoder_layers(model)):
         unknown = sorted({name for name, _ in layer.named_parameters()} - declared)
@@ -89,8 +89,8 @@ def keep_tokens(model: Any, kept_V: Tensor) -> None:
 
 
 def cut_rows_without_tokens(model: Any, tokens: int) -> bool:
-    """Keep the first `tokens` rows of the embedding and the head, and those whose ids a
-    configuration names. False: there were no others."""
+    """Keep the first `tokens` rows of the embedding and the head, and rows whose ids a
+    configuration names. Returns False if there were no others."""
     rows = model.get_output_embeddings().weight.shape[0]
     named = [*named_ids(model.config), *named_ids(model.generation_config)]
     count = max([tokens, *(token + 1 for token, _ in named if token < rows)])
@@ -116,7 +116,7 @@ def _keep_rows_of_ends(model: Any, kept_V: Tensor) -> None:
 
 
 def check_tokens(model: Any, kept: Collection[int]) -> None:
-    """Raises RecipeError when a token is not in the model, or one that its configuration names is
+    """Raise RecipeError if a token is not in the model, or one that its configuration names is
     lost."""
     rows = model.config.vocab_size
     beyond = [token for token in kept if not 0 <= token < rows]
@@ -137,7 +137,7 @@ def check_tokens(model: Any, kept: Collection[int]) -> None:
 
 
 def special_ids(config: Any) -> dict[str, int | list[int]]:
-    """The token ids that a (generation) configuration names; negative ones mean none."""
+    """The token ids that a (generation) configuration names; negative ids mean none."""
     found: dict[str, int | list[int]] = {}
     for name, value in config.to_dict().items():
         if name.endswith(("_token_id", "_token_ids")) or name == "suppress_tokens":
@@ -148,7 +148,7 @@ def special_ids(config: Any) -> dict[str, int | list[int]]:
 
 
 def named_ids(config: Any) -> list[tuple[int, str]]:
-    """Every id of `special_ids`, with the name that it has."""
+    """Every id of `special_ids`, with its name."""
     found = special_ids(config).items()
     return [(id, name) for name, ids in found for id in (ids if isinstance(ids, list) else [ids])]
 
@@ -165,7 +165,7 @@ def keep_layers(model: Any, kept: Sequence[int]) -> None:
 
 
 def own_config(model: Any) -> None:
-    """Give the model a configuration that no other object shares, before it is changed."""
+    """Copy the model's configuration before it is changed, in case other objects share it."""
     config = copy.deepcopy(model.config)
     for module in model.modules():
         if hasattr(module, "config"):
@@ -174,7 +174,7 @@ def own_config(model: Any) -> None:
 
 @torch.no_grad()
 def check_saved(model: Any, folder: Path, input_ids_RL: Tensor) -> None:
-    """Loads `folder` again and compares logits with the model in memory.
+    """Load `folder` again and compare its logits with the model in memory.
 
     Raises ModelError when a weight is missing or left over, or the logits differ.
     """
@@ -201,7 +201,7 @@ def _drop_weights(layer: nn.Module, *_: object) -> None:
 
 
 def keep_rows(linear: Any, kept: Tensor) -> None:
-    """Keep some outputs of a linear layer, with biases."""
+    """Keep some outputs of a linear layer, with its bias."""
     set_weight(linear, linear.weight[kept])
     if linear.bias is not None:
         set_parameter(linear, "bias", linear.bias[kept])
@@ -213,7 +213,7 @@ def set_weight(linear: Any, weight: Tensor) -> None:
 
 
 def set_parameter(module: nn.Module, name: str, values: Tensor) -> None:
-    """Replace a parameter by one of another shape, of the same dtype."""
+    """Replace a parameter by one with another shape and the same dtype."""
     old = getattr(module, name)
     values = values.detach().to(old.dtype).clone(memory_format=torch.contiguous_format)
     setattr(module, name, nn.Parameter(values, requires_grad=old.requires_grad))

@@ -1,4 +1,4 @@
-"""Which tokens a student keeps: what its text needs, and what any text needs.
+"""Which tokens a student keeps: those its text needs, and those any text needs.
 
 A student with fewer tokens renumbers them. `kept_ids[new] = old` maps its ids to the teacher's: the
 teacher's distribution over the kept tokens is the softmax of its head's rows `kept_ids`.
@@ -29,7 +29,7 @@ from stillhouse.signals.lm_head import head_logits, row_chunks
 from stillhouse.teachers.backbone import hidden_states, lm_head
 
 KEPT_IDS = "kept_ids.json"
-"""Beside a student with fewer tokens than its teacher: {"kept_ids": [...]}."""
+"""File in the folder of a student with fewer tokens than its teacher: {"kept_ids": [...]}."""
 
 MULTIPLE = 64
 """With `vocabulary: data` the vocabulary is padded to a multiple of this, for fast products."""
@@ -47,12 +47,12 @@ def kept_token_ids(
 
     Always: added and special tokens, those that `configs` (configurations of the model and of its
     generation) name, and one token for every byte. "data": every token of the windows as well, up
-    to a multiple of 64. A number: that many in all. The rest are the tokens with the largest sum of
-    three shares: that in the windows; that which the teacher expects, where `expect` is given (see
-    `expected_tokens`), since the probability of a removed token goes to the others; and that in
-    text at large, by Zipf's law on the order in which the tokenizer learned them, since the windows
-    may be of a narrow domain. `expect` is called last, once nothing can be refused, for it runs the
-    teacher. A file: the tokens it names, which must include those that always stay. Every token
+    to a multiple of 64. A number: that many in total. The rest are the tokens with the largest sum
+    of three shares: in the windows; in what the teacher expects, if `expect` is given (see
+    `expected_tokens`), since the probability of a removed token goes to the others; and in
+    text in general, by Zipf's law on the order in which the tokenizer learned them, since the
+    windows may be from a narrow domain. `expect` is called last, after all checks, since it runs
+    the teacher. A file: the tokens it names, which must include those that always stay. Every token
     comes with those that BPE makes it from. The model's padding rows, beyond the tokenizer's ids,
     are removed.
 
@@ -122,7 +122,7 @@ def expected_tokens(
 
 
 def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
-    """The ids of the tokens that a file names, which may be among those that a configuration
+    """The ids of the tokens listed in a file, which may be among those that a configuration
     names."""
     regular_if_there(file)
     try:
@@ -138,7 +138,7 @@ def _listed(file: Path, merges: Merges, named: Collection[int]) -> set[int]:
             where=file,
             fix="write one token a line, as the tokenizer writes them, or a list in a .json file",
         ) from error
-    # An id may be 0; an empty line names no token.
+    # An id may be 0; skip empty lines.
     requested = [one for one in listed if one != "" and one not in named]
     ids = [one if isinstance(one, int) else merges.every_id.get(one, -1) for one in requested]
     unknown = [str(one) for one, id in zip(requested, ids, strict=True) if id not in merges.tokens]
@@ -171,7 +171,7 @@ def save_kept_ids(kept_ids: Sequence[int], folder: Path) -> None:
 
 
 def load_kept_ids(folder: Path) -> tuple[int, ...] | None:
-    """The teacher's id of every id of the student in `folder`; None: they are the same.
+    """The teacher's id for every id of the student in `folder`; None if they are the same.
 
     Raises ModelError when the file is damaged.
     """

@@ -1,8 +1,8 @@
 """Cut every layer to the same sizes, from the first to the last.
 
-Two streams run side by side: the full model's, and that of the model as cut so far. Each layer's
-down projection is refit so that the cut stream comes back towards the full one: a layer also makes
-up for the layers before it, and for dropped layers right after it.
+Two streams run side by side: the full model's, and the partly cut model's. Each layer's
+down projection is refit so that the cut stream moves back toward the full one: a layer also
+compensates for the layers before it, and for dropped layers right after it.
 
 In a layer the hidden size is cut first, then heads, then experts, then the FFN.
 
@@ -58,7 +58,7 @@ KL_BATCHES = 2
 class Damage:
     """kl: KL(full ‖ cut) in nats/token on the first calibration rows, which the cut has seen.
 
-    local_gains: of each layer that stays, the share of its error that local distillation undid.
+    local_gains: for each kept layer, the fraction of its error that local distillation removed.
     """
 
     kl: float
@@ -67,7 +67,7 @@ class Damage:
 
 @dataclass(frozen=True)
 class Passage:
-    """The full model's stream around one layer, and what the norms of its blocks' outputs read."""
+    """The full model's stream around one layer, and the inputs of its blocks' output norms."""
 
     before: Stream
     mid: Stream
@@ -92,11 +92,11 @@ def cut_width(
     local_tokens: int = 0,
     passages: list[Passage] | None = None,
 ) -> Damage:
-    """Cut `kept_layers` in place, and the model's ends; layers that will be dropped are not cut.
+    """Cut `kept_layers`, the embeddings and the head in place; layers to be dropped are not cut.
 
-    hidden_method: None leaves the hidden size alone. ranking: what decides what goes; `refit` needs
+    hidden_method: None leaves the hidden size alone. ranking: how parts are ranked; `refit` needs
     `reconstruct`. local_tokens: tokens of local distillation per layer, 0 for none. passages: the
-    same model's on the same rows, layer by layer, where they are known; an empty list is filled.
+    same model's on the same rows, layer by layer, if they are known; an empty list is filled.
     """
     ranking = Ranking() if ranking is None else ranking
     inputs = [layer_inputs(model, batch) for batch in batches]
@@ -129,7 +129,7 @@ def cut_width(
 
 @dataclass(frozen=True)
 class _Cutter:
-    """Cuts layers one after the other. basis: None where the hidden size is left alone."""
+    """Cuts layers one after the other. basis: None if the hidden size is left alone."""
 
     streams: Streams
     kept_layers: Sequence[int]
@@ -151,7 +151,7 @@ class _Cutter:
         narrow = self._projected(full)
         with bar("Cutting the layers", tokens * len(layers)) as advance:
             for index, layer in enumerate(layers):
-                # The full stream leaves the layer before its weights are cut.
+                # The full stream is computed before the layer's weights are cut.
                 if passages is not None and index < len(passages):
                     passage = passages[index]
                 else:
@@ -244,7 +244,7 @@ class _Cutter:
             streams.batches, heads, self._projected(full_mid), strict=True
         ):
             read_NA = heads_RLA[batch.counted_RL].float()
-            # No error: the down projection behind it undoes what there is (docs/pruning.md).
+            # No error: the down projection after it corrects what there is (docs/pruning.md).
             moments.add(read_NA, None, _row_weight(target_RLD, batch))
         if self.reconstruct and ranking.by == "refit":
             kept, output_DA = refit_and_remove_heads(
@@ -298,7 +298,7 @@ class _Cutter:
                 activations.append(ffn_activations(layer, axes, mid_RLD))
             read_NF = activations[-1][batch.counted_RL].float()
             error_ND = None
-            # A norm after the FFN is not linear, so there each layer is refit to its own output.
+            # A norm after the FFN is not linear, so each layer is then refit to its own output.
             if self.reconstruct and axes.ffn_output_norm is None:
                 wrote_ND = nn.functional.linear(read_NF, down.weight, down.bias)
                 error_ND = (target_RLD - mid_RLD)[batch.counted_RL] - wrote_ND
@@ -323,7 +323,8 @@ class _Cutter:
         return self._with_gains(layer, mids, after, target)
 
     def _with_gains(self, layer: nn.Module, mids: Stream, after: Stream, target: Stream) -> Stream:
-        """The stream after a layer, its FFN's output brought nearer to the target by a gain."""
+        """The stream after a layer, with its FFN's output brought closer to the target by a
+        gain."""
         if not self.reconstruct:
             return after
         rows = []
@@ -344,6 +345,6 @@ class _Cutter:
 def _row_weight(target_RLD: Tensor, batch: Batch) -> Tensor:
     """1 / rms of the stream: the next norm divides by it, so that only relative errors matter.
 
-    It also keeps a few tokens of huge norm (attention sinks) from deciding the whole refit.
+    It also keeps a few tokens of huge norm (attention sinks) from dominating the refit.
     """
     return target_RLD[batch.counted_RL].square().mean(-1).clamp_min(1e-12).rsqrt()

@@ -1,1 +1,1 @@
-"""Students as they start: pretrained, random, or pruned from the teacher."""
+"""Initial students: pretrained, random, or pruned from the teacher."""

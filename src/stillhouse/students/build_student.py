@@ -1,4 +1,4 @@
-"""Writes the student as it starts: a float32 checkpoint with a tokenizer, before any training."""
+"""Writes the initial student: a float32 checkpoint with a tokenizer, before any training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stillhouse.teachers.model_source import ModelSource, resolve_model
 from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
 
 CHECKED_TOKENS = 64
-"""Tokens on which the saved student must give the logits of the one in memory."""
+"""Tokens on which the saved student must reproduce the logits of the one in memory."""
 
 
 def build_student(
@@ -36,15 +36,15 @@ def build_student(
     trust_remote_code: bool = False,
     heldout: WindowSet | None = None,
 ) -> Summary:
-    """Make the student that `section` describes, save it in `out`, and return what it is.
+    """Build the student that `section` describes, save it in `out`, and return a summary.
 
-    `windows` is the training text (only a pruned student uses it). `heldout`, where it is
-    given, is only compared with it: a note warns of another domain, with the measured KL. `base`
-    is what paths in the recipe are relative to. `trust_remote_code` is the teacher's. The summary
-    is plain data for JSON: start, parameters (total, non_embedding, head_once), the teacher's
-    parameters, notes, and for a pruned student `pruning` (see pruning.PruneReport) and its `flops`.
-    A student with fewer tokens than its teacher gets a tokenizer of its own, and the map to the
-    teacher's ids beside it (see pruning.kept_token_ids).
+    `windows` is the training text (only a pruned student uses it). `heldout`, if it is
+    given, is only compared with it: a note warns if the domains differ, with the measured KL.
+    `base` is the folder that paths in the recipe are relative to. `trust_remote_code` is the
+    teacher's. The summary is plain data for JSON: start, parameters (total, non_embedding,
+    head_once), the teacher's parameters, notes, and for a pruned student `pruning` (see
+    pruning.PruneReport) and its `flops`. A student with fewer tokens than its teacher gets a new
+    tokenizer, and a file with the map to the teacher's ids (see pruning.kept_token_ids).
     Raises ModelError, RecipeError, DataError as its parts do; RunError when `out` is not writable.
     """
     kept_ids: tuple[int, ...] | None = None
@@ -106,14 +106,15 @@ def _random(
 
 
 def start_config(section: RandomStudent, teacher_config: Any, base: Path) -> Any:
-    """The configuration that `section.overrides` change: the named one, or the teacher's."""
+    """The configuration that `section.overrides` are applied to: the named one, or the
+    teacher's."""
     if section.config is None:
         return teacher_config
     return load_config(_config_folder(section.config, base))
 
 
 def config_sha256(section: RandomStudent, base: Path) -> str | None:
-    """Names the content of `section.config`; None where the teacher's is the start."""
+    """The hash of `section.config`; None if the teacher's configuration is used."""
     if section.config is None:
         return None
     file = _config_folder(section.config, base) / "config.json"
@@ -121,7 +122,7 @@ def config_sha256(section: RandomStudent, base: Path) -> str | None:
 
 
 def _config_folder(name: str, base: Path) -> Path:
-    """A folder that holds at least a config.json, or the Hub's model of that name."""
+    """A folder with at least a config.json, or the Hub model of that name."""
     for candidate in (base / name, Path.cwd() / name):
         if (candidate / "config.json").is_file():
             return candidate

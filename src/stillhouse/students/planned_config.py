@@ -1,4 +1,4 @@
-"""The student's configuration before it exists: for estimates, and to refuse sizes early."""
+"""The student's configuration before it exists: for estimates, and to reject sizes early."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def planned_config(
     served: torch.dtype = torch.bfloat16,
     owner: str | None = None,
 ) -> Any:
-    """A configuration of the student's size. Which layers a pruned one keeps is not known yet,
+    """A configuration of the student's size. Which layers a pruned student keeps is not known yet,
     nor how many tokens `vocabulary: data` means: all are counted.
 
-    served: the number type of the exported weights, for a target in bytes. owner: what an error
-    calls the model that is pruned; None: as the section does.
-    Raises RecipeError where the sizes are not possible; of a target, where that is certain.
+    served: the number type of the exported weights, for a target in bytes. owner: the pruned
+    model's name in error messages; None: as in the section.
+    Raises RecipeError if the sizes are not possible; for a target, if that is certain.
     """
     if isinstance(section, RandomStudent):
         return overridden_config(start_config(section, teacher_config, base), section.overrides)
@@ -43,15 +43,16 @@ def planned_config(
 
 
 def _searched_sizes(section: PrunedStudent, config: Any, served: torch.dtype) -> Sizes:
-    """Of the shape with the fewest cuts that meets the target: a search says which is best."""
+    """Sizes of the shape with the fewest cuts that meets the target; a search finds the best
+    one."""
     assert section.target is not None
     before, axes = sizes_of(config), section.search.axes
-    # All that the search may cut must be ranked, whichever shape it will choose.
+    # Everything that the search may cut must be ranked, whichever shape it will choose.
     cut = {key: 0 for key in ("ffn_size", "experts") if key in axes}
     check_importance(method_of(section), before, replace(before, **cut))
     vocabulary = section.vocabulary
     if isinstance(vocabulary, int):
-        # The search prunes what has lost the tokens.
+        # The search prunes the model without the removed tokens.
         config = resized_config(config, check_sizes(config, {"vocabulary": vocabulary}))
     return planned_shape(
         config,

@@ -1,4 +1,4 @@
-"""A student cut out of a larger model: which parts go is decided on the training text."""
+"""A student cut out of a larger model: the training text decides which parts are removed."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from stillhouse.students.student_config import PrunedStudent
 Summary = dict[str, Any]
 
 STREAMS = 16
-"""Copies of the residual stream on the calibration rows that fit beside a layer's cut: two streams
-in a few places, and the activations of the FFN."""
+"""Copies of the residual stream on the calibration rows that must fit while a layer is cut: two
+streams in a few places, and the activations of the FFN."""
 
 SERVED_BYTES = 2
 """Bytes per parameter for a target in bytes: bfloat16."""
@@ -38,8 +38,8 @@ SERVED_BYTES = 2
 
 @dataclass(frozen=True)
 class Pruned:
-    """summary: plain data for JSON: `pruning` (see PruneReport), notes, the parameters before, and
-    FLOPs. kept_ids: of tokens, by their ids before; None where all are kept."""
+    """summary: plain data for JSON: `pruning` (see PruneReport), notes, the original parameters,
+    and FLOPs. kept_ids: of tokens, by their original ids; None if all are kept."""
 
     model: Any
     tokenizer: Any
@@ -59,9 +59,9 @@ def prune_to(
 ) -> Pruned:
     """Prune a float32 model in place to the sizes of `section`, calibrated on training windows.
 
-    heldout: compared with the training text; a note warns of another domain, with the measured KL.
-    base: the folder that relative paths of the section start from.
-    Raises RecipeError: sizes that the model cannot have, or a target in place of sizes.
+    heldout: compared with the training text; a note warns if the domains differ, with the measured
+    KL. base: the folder that relative paths of the section start from.
+    Raises RecipeError: sizes that the model cannot have, or a target instead of sizes.
     """
     before = count_parameters(model)
     if section.target is not None:
@@ -94,7 +94,7 @@ def _kept_ids(
     base: Path,
     dtype: torch.dtype,
 ) -> tuple[int, ...] | None:
-    """The tokens that stay, where some are to go."""
+    """The tokens to keep; None if all are."""
     if section.vocabulary is None:
         return None
     vocabulary = section.vocabulary
@@ -116,7 +116,7 @@ def _cut(
     seed: int,
     dtype: torch.dtype,
 ) -> Summary:
-    """Prunes in place, and compares the calibration text with the held-out text."""
+    """Prune in place, and compare the calibration text with the held-out text."""
     rest = unseen(windows, section.calibration_tokens, seed) if len(windows) else windows
     with released_after_use(model):
         read = [
@@ -156,8 +156,8 @@ def _cut(
 
 
 def _roomy_device(model: Any, tokens: int) -> torch.device:
-    """The GPU, where the float32 weights and the calibration rows fit into what is free there;
-    else the CPU."""
+    """The GPU if the float32 weights and the calibration rows fit into its free memory,
+    otherwise the CPU."""
     device = default_device()
     if device.type != "cuda":
         return device
@@ -188,17 +188,18 @@ def target_sizes(section: PrunedStudent, config: Any) -> dict[str, int]:
 
 
 def method_of(section: PrunedStudent) -> PruningMethod:
-    """What decides which parts stay, without the section's sizes."""
+    """How the parts to keep are chosen, without the section's sizes."""
     return PruningMethod(**{key: getattr(section, key) for key in PruningMethod.model_fields})
 
 
 def explicit_sizes(section: PrunedStudent, config: Any, *, owner: str | None = None) -> Sizes:
-    """The sizes of the student without a target, all tokens counted where the text or a file
-    decides. config: of what is pruned. owner: what an error calls it; None: as the section does.
+    """The sizes of the student without a target, all tokens counted if the text or a file
+    decides. config: of the pruned model. owner: its name in error messages; None: as in the
+    section.
 
-    Raises RecipeError where they are not possible.
+    Raises RecipeError if they are not possible.
     """
-    # Known without the text: how many tokens it has is not.
+    # Known without the text; the number of tokens is not.
     vocabulary = section.vocabulary if isinstance(section.vocabulary, int) else None
     return check_sizes(
         config,

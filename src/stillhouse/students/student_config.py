@@ -1,4 +1,4 @@
-"""Where a student starts."""
+"""Recipe sections for the initial student."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stillhouse.section import Section
 
 
 class PretrainedStudent(Section):
-    """A smaller model that exists already."""
+    """An existing smaller model."""
 
     start: Literal["pretrained"]
     model: PathText = Field(description="As teacher.model.")
@@ -40,7 +40,7 @@ class RandomStudent(Section):
 
 
 class PrunedSizes(Section):
-    """What is kept of a model; a size that is left out stays."""
+    """The sizes to keep; a size that is left out is not changed."""
 
     ffn_size: Width | None = Field(
         None, description="FFN neurons to keep in every layer (of every expert)."
@@ -63,7 +63,7 @@ class PrunedSizes(Section):
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Those that are given, by their names in `AXES`."""
+        """The sizes that are set, by their names in `AXES`."""
         found = {axis: getattr(self, axis) for axis in AXES}
         return {axis: size for axis, size in found.items() if size is not None}
 
@@ -81,7 +81,7 @@ class PrunedSizes(Section):
 
 
 class PrunedStudent(PrunedSizes, PruningMethod):
-    """The teacher, or another model of its vocabulary, made smaller on the training text."""
+    """The teacher, or another model with its vocabulary, made smaller on the training text."""
 
     renamed: ClassVar[Mapping[str, str]] = {"reconstruct": "refit"}
 

@@ -1,1 +1,1 @@
-"""Models that answer: where they come from, how they load, and their halves."""
+"""Teachers: where models come from, how they load, and their backbone and head."""

@@ -44,7 +44,7 @@ class Activations:
 def run_backbone(
     model: Any, input_ids_RL: Tensor, position_ids_RL: Tensor | None, request: ActivationRequest
 ) -> Activations:
-    """Run the backbone as `hidden_states` does. Raises ModelError where it has no such parts."""
+    """Run the backbone as `hidden_states` does. Raises ModelError if it lacks these parts."""
     if not request:
         return Activations(hidden_states(model, input_ids_RL, position_ids_RL))
     blocks = decoder_layers(model)
@@ -69,7 +69,7 @@ def decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def final_norm(model: Any) -> Callable[[Tensor], Tensor]:
-    """What stands between the last block and the head."""
+    """The norm between the last block and the head."""
     found = getattr(model.base_model, "norm", None)
     if not isinstance(found, nn.Module):
         raise _unknown(model, "final norm")

@@ -8,10 +8,10 @@ from stillhouse.errors import EndpointError
 
 
 def api_key(key_env: str | None, *, where: str, setting: str) -> str | None:
-    """The key in the environment variable `key_env`; None where a server wants none.
+    """The key in the environment variable `key_env`; None if the server needs none.
 
-    where: the endpoint. setting: the recipe's key that names the variable. Raises EndpointError:
-    the variable is not set, or holds what no key can be.
+    where: the endpoint. setting: the recipe key that names the variable. Raises EndpointError:
+    the variable is not set, or its value cannot be a key.
     """
     if key_env is None:
         return None

@@ -1,4 +1,4 @@
-"""The two halves of a causal language model: hidden states, and the head that makes logits.
+"""The two halves of a causal language model: hidden states, and the head that computes logits.
 
 Shapes: R windows, L tokens, N chosen rows, D hidden width, V vocabulary.
 """
@@ -50,11 +50,11 @@ def lm_head(model: Any) -> LMHead:
 
 
 def hidden_states(model: Any, input_ids_RL: Tensor, position_ids_RL: Tensor | None) -> Tensor:
-    """The last hidden states after the final norm, [R, L, D]: what the head is applied to.
+    """The last hidden states after the final norm, [R, L, D]: the head's input.
 
-    If `position_ids_RL` restarts inside a window, transformers keeps the documents on both
-    sides from seeing each other. No key-value cache. `model` must be unwrapped (no DDP, no FSDP
-    module around it).
+    If `position_ids_RL` restarts inside a window, transformers prevents the documents on both
+    sides from attending to each other. No key-value cache. `model` must be unwrapped (no DDP, no
+    FSDP module around it).
     """
     output = model.base_model(
         input_ids=input_ids_RL, position_ids=position_ids_RL, use_cache=False, return_dict=True
@@ -71,9 +71,10 @@ def dense_signal(
     *,
     vocabulary: int | None = None,
 ) -> DenseSignal:
-    """The teacher's answer at the positions where `chosen_RL` (bool) is true, in row-major order.
+    """The teacher's distributions at the positions where `chosen_RL` (bool) is true, in row-major
+    order.
 
-    Position t answers what comes at t + 1. `vocabulary` cuts the head to its first rows (see
+    Position t predicts the token at t + 1. `vocabulary` cuts the head to its first rows (see
     `vocabulary.check_same_vocabulary`).
     """
     hidden_ND = hidden_states(model, input_ids_RL, position_ids_RL)[chosen_RL]
@@ -90,18 +91,18 @@ def trim_head(head: LMHead, vocabulary: int | None) -> LMHead:
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Compares the model's own logits of three hidden states with `head_logits`.
+    """Compare the model's own logits of three hidden states with `head_logits`.
 
-    An architecture that does something else between hidden states and logits would otherwise be
-    distilled wrongly without a sign. The backbone is not run, so that its weights may be on the
-    meta device or stay on disk, unless the model goes around `base_model`'s forward.
+    An architecture with another step between hidden states and logits would otherwise be
+    distilled incorrectly without an error. The backbone is not run, so that its weights may be on
+    the meta device or stay on disk, unless the model bypasses `base_model`'s forward.
     Raises ModelError when the logits differ.
     """
     if model.base_model is model:
         raise _unknown_head(model, "it has no backbone apart from the head")
     head = lm_head(model)
     D = head.weight_VD.shape[1]
-    # Larger than the hidden states of a trained model, so that a cap on logits would show.
+    # Larger than the hidden states of a trained model, so that a cap on logits is noticed.
     waves_ND = 4 * torch.arange(1, 3 * D + 1, dtype=torch.float32).sin().view(3, D)
     hidden_ND = waves_ND.to(head.weight_VD.device, head.weight_VD.dtype)
     ids_RL = torch.zeros(1, 3, dtype=torch.long, device=head.weight_VD.device)
@@ -132,7 +133,7 @@ def _unknown_head(model: Any, found: str) -> ModelError:
 
 @dataclass
 class _BackboneOutput(ModelOutput):
-    """The last hidden states alone: every other field that a model reads is None."""
+    """Only the last hidden states: every other field that a model reads is None."""
 
     last_hidden_state: Tensor
 
@@ -142,7 +143,7 @@ class _BackboneOutput(ModelOutput):
 
 @contextmanager
 def _replaced_backbone(model: Any, hidden_ND: Tensor) -> Iterator[list[Any]]:
-    """While the block lasts, the backbone answers `hidden_ND` to anything; yields its calls."""
+    """Inside the block, the backbone returns `hidden_ND` for any input; yields its calls."""
     backbone, calls = model.base_model, []
 
     def forward(*args: Any, **kwargs: Any) -> ModelOutput:

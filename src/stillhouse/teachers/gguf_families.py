@@ -1,8 +1,8 @@
-"""What llama.cpp computes for the architectures of GGUF files that are read and written.
+"""What llama.cpp computes for the GGUF architectures that can be read and written.
 
 For some architectures llama.cpp rotates neighboring pairs where transformers rotates a head's first
 half against its second: there the rows of the query and key products are in another order. It adds
-nothing to a norm's gain, so where an architecture multiplies by 1 + gain, the file has 1 + gain.
+nothing to a norm's gain, so if an architecture multiplies by 1 + gain, the file has 1 + gain.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Array = np.ndarray[Any, Any]
 
 ROPE_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-"""What each rotary frequency is divided by: not tensors of a checkpoint, but of the file."""
+"""Divisors of the rotary frequencies: tensors in the file, but not in a checkpoint."""
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ATTENTION = QKV | {"o_proj"}
@@ -29,12 +29,12 @@ class Family:
     """What llama.cpp computes for a GGUF architecture.
 
     paired: rotary embeddings of neighboring pairs. activation: of the FFN. norm_offset: is added to
-    norms' gains. ropes: rotary scalings that it reads. biases: parts that may have one.
-    window_period: of every so many layers, all but the last see a window (0: all see everything); a
-    list in the file overrides it. whole_layers: with this many layers, attention is scaled by
-    hidden_size / heads instead of the head's size (0: never). rope_period: every so many layers,
-    one has no rotary embedding, and nothing in the file can change that. partly_rotated: a share of
-    each head may stay unrotated.
+    norms' gains. ropes: supported rotary scalings. biases: parts that may have one.
+    window_period: in every so many layers, all but the last attend to a window (0: all attend to
+    everything); a list in the file overrides it. whole_layers: with this many layers, attention is
+    scaled by hidden_size / heads instead of the head's size (0: never). rope_period: every so many
+    layers, one has no rotary embedding, and nothing in the file can change that. partly_rotated: a
+    share of each head may stay unrotated.
     """
 
     arch: gguf.MODEL_ARCH
@@ -86,14 +86,14 @@ ARCHITECTURES = {
         whole_layers=62,
     ),
 }
-"""By transformers' model type: the GGUF architecture that llama.cpp computes alike."""
+"""By transformers' model type: the equivalent GGUF architecture in llama.cpp."""
 
 NAMES = tuple(dict.fromkeys(there.name for there in ARCHITECTURES.values()))
 """The architectures as files name them."""
 
 
 def model_type(architecture: str) -> str | None:
-    """Transformers' name of a file's architecture; None where there is none that is the same."""
+    """Transformers' name of a file's architecture; None if there is no equivalent."""
     same = (kind for kind, there in ARCHITECTURES.items() if there.name == architecture)
     return next(same, None)
 
@@ -105,7 +105,7 @@ def head_size(config: Any) -> int:
 
 
 def to_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
-    """The tensor as llama.cpp reads it. Whole rows are moved; columns never are."""
+    """The tensor as llama.cpp reads it. Only complete rows are moved, never columns."""
     if there.norm_offset and name.endswith("norm.weight"):
         return tensor + np.float32(there.norm_offset)
     heads = _turned_heads(there, name, config)
@@ -116,7 +116,7 @@ def to_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
 
 
 def from_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
-    """The tensor as transformers reads it: what `to_file` undoes."""
+    """The tensor as transformers reads it: the inverse of `to_file`."""
     if there.norm_offset and name.endswith("norm.weight"):
         return tensor - np.float32(there.norm_offset)
     heads = _turned_heads(there, name, config)
@@ -127,6 +127,7 @@ def from_file(there: Family, name: str, tensor: Array, config: Any) -> Array:
 
 
 def _turned_heads(there: Family, name: str, config: Any) -> int | None:
-    """The heads of a query or key product whose rows are in another order; None: of no other."""
+    """The heads of a query or key product whose rows are in another order; None if it is no such
+    product."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return heads.get(name.split(".")[-2]) if there.paired else None

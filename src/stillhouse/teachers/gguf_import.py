@@ -29,7 +29,7 @@ from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
 
 CONVERTER_VERSION = 3
-"""Part of the cache's key: raise it when the conversion writes something else."""
+"""Part of the cache key: increase it whenever the conversion's output changes."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class ConvertedModel:
 def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
     """The safetensors folder of a GGUF file: weights, config, tokenizer and its chat template.
 
-    Made under a temporary name and renamed, so that a folder with its final name is complete, and
-    two processes that convert at once both end with the same folder.
+    Created under a temporary name and renamed, so that a folder with its final name is complete,
+    and two processes that convert at once both end up with the same folder.
     Raises ModelError: not a GGUF file, cut short, or an architecture that is not supported.
     """
     _check_magic(path)
@@ -73,7 +73,7 @@ def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
 
 
 def _rename(building: Path, final: Path) -> bool:
-    """False when another process has finished the same folder first."""
+    """Return False if another process has finished the same folder first."""
     try:
         building.rename(final)
     except OSError:
@@ -95,14 +95,14 @@ def _check_magic(path: Path) -> None:
 
 
 def _check_tensors(path: Path) -> None:
-    """Every tensor lies inside the file."""
+    """Check that every tensor lies inside the file."""
     damaged: Exception | None = None
     complete = False
     try:
         reader = GGUFReader(path)
         size = path.stat().st_size
         complete = all(t.data_offset + t.n_bytes <= size for t in reader.tensors)
-    # The reader has no error of its own: a cut or foreign file shows as any of these.
+    # The reader has no error type: a truncated or foreign file raises any of these.
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
         damaged = error
     if damaged is not None or not complete:
@@ -122,7 +122,7 @@ def _convert(path: Path, folder: Path) -> None:
         raise
     except UnreadableGGUFError as error:
         raise _unreadable(path, str(error)) from error
-    # Metadata may hold any number where a size is expected, and text where a number is.
+    # Metadata may have any number where a size is expected, and text where a number is.
     except Exception as error:
         raise _unreadable(path, f"its metadata ({error})") from error
     try:
@@ -151,7 +151,7 @@ def _convert(path: Path, folder: Path) -> None:
 
 
 def _ends(reader: GGUFReader) -> list[int]:
-    """Where llama.cpp ends an answer: the ends of a text, of a turn and of a message."""
+    """The tokens at which llama.cpp stops: end of text, of turn and of message."""
     keys = (f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))
     found = (reader.fields[key].contents() for key in keys if key in reader.fields)
     return list(dict.fromkeys(map(int, found)))
@@ -166,7 +166,7 @@ def _unreadable(path: Path, what: str) -> ModelError:
 
 
 def _write_license(path: Path, folder: Path) -> None:
-    """As the head of a model card, where the Hub's models say it too."""
+    """Write the license into the metadata of a model card, as Hub models do."""
     fields = GGUFReader(path).fields
     names = {"license": "general.license"}
     names |= {f"license_{part}": f"general.license.{part}" for part in ("name", "link")}

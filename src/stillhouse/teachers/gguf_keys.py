@@ -1,7 +1,7 @@
 """A GGUF file's metadata as a transformers configuration.
 
-Every key of the file's architecture is read, or is known to change nothing, or the file is refused
-and the key named: a key that is left out would make another model of the same weights.
+Every key of the file's architecture is read, or is known to have no effect, or the file is rejected
+with the key in the message: ignoring a key could turn the same weights into a different model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Keys = dict[str, Any]
 
 NO_EFFECT = frozenset(
     {
-        "vocab_size",  # the embedding's rows say it
+        "vocab_size",  # known from the embedding's rows
         "rope.scaling.finetuned",
         "tensor_data_layout",
         "mm.tokens_per_image",
@@ -52,14 +52,14 @@ NEUTRAL: dict[str, Any] = {
     "rope.scaling.yarn_attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 1.0,
 }
-"""Keys that change nothing with this value, and the model with any other."""
+"""Keys that have no effect with this value, and change the model with any other."""
 
 LLAMA_3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-"""What every Llama 3 has; a file holds the divisors of frequencies that were made of it."""
+"""The scaling of every Llama 3; a file holds the frequency divisors computed from it."""
 
 
 class UnreadableGGUFError(Exception):
-    """Says what of the file has no place in a transformers model."""
+    """Part of the file has no equivalent in a transformers model."""
 
 
 def read_config(reader: gguf.GGUFReader) -> Any:
@@ -134,7 +134,7 @@ def _values(
             "attention.layer_norm_rms_epsilon", keys.pop("attention.layer_norm_rms_epsilon")
         ),
         "tie_word_embeddings": "output.weight" not in shapes,
-        # The tokenizer defines them; an architecture's own may be beyond the file's rows.
+        # The tokenizer defines them; the architecture's defaults may be beyond the file's rows.
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
     }
     known = AutoConfig.for_model(kind)
@@ -161,7 +161,7 @@ def _one(keys: Keys, key: str, default: Any = None) -> int:
 
 
 def _float(value: float) -> float:
-    """The shortest decimal number that the file's 32-bit float stands for, such as 1e-05."""
+    """The shortest decimal number that rounds to the file's 32-bit float, such as 1e-05."""
     return float(str(np.float32(value)))
 
 
@@ -173,14 +173,14 @@ def _positive(key: str, value: float) -> float:
 
 
 def _biases(shapes: Mapping[str, list[int]], kind: str) -> dict[str, Any]:
-    """A bias has a key in transformers' configurations, and none in the file."""
+    """Biases: transformers' configurations have a key for them, files do not."""
     found = {
         part
         for part in ("attn_q", "attn_output", "ffn_up")
         if kind != "qwen2" and f"blk.0.{part}.bias" in shapes
     }
     if found == {"attn_q"} and kind == "llama":
-        return {"model_type": "qwen2"}  # a llama with biases of queries, keys and values alone
+        return {"model_type": "qwen2"}  # a llama with biases only for queries, keys and values
     biases = {"attention_bias": "attn_q" in found, "mlp_bias": "ffn_up" in found}
     return {key: True for key, present in biases.items() if present}
 
@@ -196,7 +196,7 @@ def _rope(
     rotated = keys.pop("rope.dimension_count", size)
     if rotated != size:
         rope["partial_rotary_factor"] = rotated / size
-    # llama.cpp scales linearly where the file does not say how; a factor of 0 means 1.
+    # llama.cpp scales linearly if the file does not specify a type; a factor of 0 means 1.
     kind = keys.pop("rope.scaling.type", "linear")
     older = keys.pop("rope.scale_linear", 1.0)
     factor = _positive("rope.scaling.factor", keys.pop("rope.scaling.factor", older) or 1.0)
@@ -237,7 +237,7 @@ def _yarn(keys: Keys, factor: float, original: int) -> dict[str, Any]:
             rope[name] = _float(keys.pop(f"rope.scaling.yarn_{name}"))
     attention = _float(keys.pop("rope.scaling.attn_factor", 1.0))
     if attention != 1.0:
-        # llama.cpp multiplies what YaRN makes of the factor; transformers takes the product.
+        # llama.cpp multiplies what YaRN computes from the factor; transformers expects the product.
         rope["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
     return rope
 
@@ -258,7 +258,7 @@ def _long(
     attention = _float(keys.pop("rope.scaling.attn_factor", 1.0))
     longer = values["max_position_embeddings"] / original
     derived = math.sqrt(1 + math.log(longer) / math.log(original)) if longer > 1 else 1.0
-    # Older transformers allow no key for what they derive themselves.
+    # Older versions of transformers reject a key that they derive themselves.
     return (
         rope
         if math.isclose(attention, derived, rel_tol=1e-6)
@@ -267,7 +267,7 @@ def _long(
 
 
 def _divided(divisors: list[float], base: float, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Frequencies as a Llama 3 divides them, or else each by its own number."""
+    """Frequency divisors: Llama 3's scaling if they match it, otherwise one per frequency."""
     size = 2 * len(divisors)
     frequencies = base ** -(np.arange(0, size, 2, dtype=np.float64) / size)
     low, high, factor = LLAMA_3["low_freq_factor"], LLAMA_3["high_freq_factor"], max(divisors)
@@ -286,7 +286,7 @@ def _divided(divisors: list[float], base: float, values: Mapping[str, Any]) -> d
     }
 
 
-# --- what single architectures have ---------------------------------------------------------------
+# --- keys of particular architectures--------------------------------------------------------------
 
 
 def _experts(keys: Keys, values: Mapping[str, Any], there: Family) -> dict[str, Any]:
@@ -383,4 +383,4 @@ MORE: dict[str, Callable[[Keys, Mapping[str, Any], Family], dict[str, Any]]] = {
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
 }
-"""By model type: the values that only this one has."""
+"""By model type: the reader of keys that only this architecture has."""

@@ -1,4 +1,4 @@
-"""A GGUF file's tensors under the names of a transformers checkpoint: all of them, and no other."""
+"""A GGUF file's tensors under the names of a transformers checkpoint: exactly those it needs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EXPERTS = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 
 
 def read_tensors(reader: gguf.GGUFReader, config: Any) -> dict[str, Tensor]:
-    """Every tensor of the model in float32, by its name in a checkpoint.
+    """Read every tensor of the model in float32, by its name in a checkpoint.
 
     Raises UnreadableGGUFError: a tensor that the model does not have, one that is missing or of
     another shape, or one with numbers that are not finite.
@@ -69,7 +69,7 @@ def _few(names: list[str]) -> str:
 
 
 def _shapes(config: Any) -> dict[str, list[int]]:
-    """The checkpoint's tensors, with all experts of a layer in one, as files have them."""
+    """Shapes of the checkpoint's tensors, with a layer's experts in one tensor, as in the file."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     found: dict[str, list[int]] = {}
@@ -96,7 +96,7 @@ def _numbers(stored: Any) -> Any:
 
 
 def _apart(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Experts one by one, as checkpoints have them."""
+    """Split experts into one tensor each, as in checkpoints."""
     whole, _, part = name.rpartition(".experts.")
     if not whole:
         return {name: tensor}

@@ -1,7 +1,7 @@
-"""A GGUF file's tokenizer: transformers' reading of it, with the rules that the file names.
+"""A GGUF file's tokenizer: as transformers reads it, with the splitting rules that the file names.
 
-A file holds no rules for splitting text, but their name (`tokenizer.ggml.pre`). transformers knows
-some names and takes GPT-2's rules for all others, whose tokens may differ without a sign.
+A file holds only the name of the rules for splitting text (`tokenizer.ggml.pre`). transformers
+knows some names and uses GPT-2's rules for all others, which may silently split text differently.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SPLITS = {
         r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ],
 }
-"""Regular expressions that split a text one after another, by llama.cpp's name of the rules."""
+"""Regular expressions that split a text one after another, by llama.cpp's name for the rules."""
 
 WHOLE_WORDS = frozenset(
     {
@@ -59,11 +59,11 @@ WHOLE_WORDS = frozenset(
         *("tekken", "glm4"),
     }
 )
-"""Rules by which a word that is a token stays one, whatever merges would make of it."""
+"""Rules under which a word that is a token stays one token, whatever the merges."""
 
 
 def read_tokenizer(path: Path, reader: gguf.GGUFReader) -> Any:
-    """The file's tokenizer; it has the tokens of the file and no other.
+    """Read the file's tokenizer, with exactly the file's tokens.
 
     Raises UnreadableGGUFError: rules for splitting text that are not known.
     """
@@ -120,7 +120,7 @@ def _set_rules(state: dict[str, Any], name: str | None, path: Path) -> None:
 
 
 def _no_space_first(state: dict[str, Any]) -> None:
-    """Text does not begin with a space that it does not have."""
+    """Do not add a space at the start of text."""
     rules = state["pre_tokenizer"]
     if rules is not None and rules["type"] == "Metaspace":
         rules["prepend_scheme"] = "never"
@@ -131,7 +131,7 @@ def _no_space_first(state: dict[str, Any]) -> None:
 
 
 def _forget_rows_without_tokens(state: dict[str, Any], tokens: list[str]) -> None:
-    """Removes the rows that pad a file's embedding, and tokens that transformers adds itself."""
+    """Remove the rows that pad a file's embedding, and tokens that transformers adds itself."""
     count = len(tokens)
     while count and tokens[count - 1] == f"[PAD{count - 1}]":
         count -= 1

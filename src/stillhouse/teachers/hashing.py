@@ -1,4 +1,4 @@
-"""SHA-256 of files, remembered by path, size and time of change; and of code."""
+"""SHA-256 of files, cached by path, size and modification time; and of code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 
 def cache_folder(cache: Path | None = None) -> Path:
-    """`cache`, else $STILLHOUSE_CACHE, else ~/.cache/stillhouse."""
+    """`cache`, or $STILLHOUSE_CACHE, or ~/.cache/stillhouse."""
     if cache is not None:
         return cache
     named = os.environ.get("STILLHOUSE_CACHE")
@@ -18,7 +18,7 @@ def cache_folder(cache: Path | None = None) -> Path:
 
 
 def file_sha256(path: Path, cache: Path) -> str:
-    """The file's SHA-256 in hex; a file that is unchanged by size and time is not read again."""
+    """The file's SHA-256 in hex; a file with unchanged size and time is not read again."""
     stat = path.stat()
     key = f"{path.resolve()}\n{stat.st_size}\n{stat.st_mtime_ns}"
     remembered = cache / "hashes" / hashlib.sha256(key.encode()).hexdigest()
@@ -33,7 +33,7 @@ def file_sha256(path: Path, cache: Path) -> str:
 
 
 def code_sha256(*packages: ModuleType) -> str:
-    """Over the names and texts of the packages' modules."""
+    """SHA-256 over the names and source of the packages' modules."""
     total = hashlib.sha256()
     for package in packages:
         for folder in package.__path__:

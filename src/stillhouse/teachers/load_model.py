@@ -34,12 +34,12 @@ _checked: set[tuple[Path, int]] = set()
 
 
 def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
-    """A causal language model in eval mode, every weight from the folder, on the CPU.
+    """Load a causal language model in eval mode on the CPU, every weight from the folder.
 
-    Attention is PyTorch's scaled_dot_product_attention, except where the model caps attention
+    Attention is PyTorch's scaled_dot_product_attention, unless the model caps attention
     scores, which that function cannot do.
     Raises ModelError: damaged files, weights that are missing, left over, of another shape or not
-    finite, an architecture that is not known, is no decoder, or whose logits Stillhouse cannot
+    finite, an architecture that is unknown, not a decoder, or whose logits Stillhouse cannot
     compute, a quantization that cannot be loaded, too little memory.
     """
     files = weight_files(path)
@@ -88,7 +88,7 @@ def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fals
 
 
 def check_head_once(model: Any, path: Path) -> None:
-    """Does `check_head` for the model in a folder, once in a process."""
+    """Run `check_head` for the model in a folder, once per process."""
     known = path.resolve(), (path / "config.json").stat().st_mtime_ns
     if known not in _checked:
         check_head(model)
@@ -98,9 +98,9 @@ def check_head_once(model: Any, path: Path) -> None:
 def check_loadable(
     path: Path, kind: Any = AutoModelForCausalLM, *, trust_remote_code: bool = False
 ) -> None:
-    """Compares names and shapes of a folder's weights with its configuration, without memory.
+    """Compare names and shapes of a folder's weights with its configuration, without loading them.
 
-    kind: the class of transformers that is to load it. Raises ModelError: no or damaged files,
+    kind: the transformers class that will load it. Raises ModelError: no or damaged files,
     weights that are missing, left over or of another shape.
     """
     files = weight_files(path)
@@ -125,14 +125,15 @@ def check_loadable(
 
 
 def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The model's configuration; ModelError when it cannot be read or is of no known kind."""
+    """Load the model's configuration. Raises ModelError if it cannot be read or its type is
+    unknown."""
     try:
         with quiet():
             config = AutoConfig.from_pretrained(
                 path, trust_remote_code=trust_remote_code, local_files_only=True
             )
-            config.get_text_config()  # models of sound have several
-    # A configuration's class raises anything on values that it does not expect.
+            config.get_text_config()  # audio models have several
+    # A configuration class may raise any error on values that it does not expect.
     except Exception as error:
         raise ModelError(
             f"transformers cannot read this model's config.json ({error})",
@@ -145,10 +146,10 @@ def load_config(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The folder's tokenizer; ModelError when there is none.
+    """Load the folder's tokenizer. Raises ModelError if there is none.
 
-    Its tokens are those of tokenizer.json, where there is one. Without its files, transformers
-    makes a tokenizer of the architecture's special tokens alone.
+    Its tokens are those of tokenizer.json, if there is one. Without its files, transformers
+    creates a tokenizer with only the architecture's special tokens.
     """
     try:
         with quiet():
@@ -174,7 +175,7 @@ def _no_tokenizer(path: Path, problem: str) -> ModelError:
 
 
 def attention_for(config: Any) -> str:
-    """`eager` for models that cap attention scores (Gemma 2): sdpa would silently not do it."""
+    """`eager` for models that cap attention scores (Gemma 2), which sdpa silently skips."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     return "sdpa" if capped is None else "eager"
 
@@ -196,7 +197,7 @@ def _check_loaded(info: dict[str, Any], path: Path) -> None:
 
 
 def _check_types(model: Any, files: list[Path], path: Path) -> None:
-    """Raises ModelError: weights that are stored as integers, without scales."""
+    """Raise ModelError if weights are stored as integers without scales."""
     if getattr(model.config, "quantization_config", None) is not None:
         return
     parameters = {name for name, _ in model.named_parameters()}
@@ -216,7 +217,7 @@ def _check_finite(model: Any, path: Path) -> None:
     for name, weight in model.named_parameters():
         if not weight.numel() or not weight.is_floating_point():
             continue
-        low, high = map(float, weight.detach().aminmax())  # NaN wherever there is one
+        low, high = map(float, weight.detach().aminmax())  # NaN if there is one
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ModelError(
                 f"the weight {name} contains values that are not finite (NaN or infinity)",
@@ -226,7 +227,7 @@ def _check_finite(model: Any, path: Path) -> None:
 
 
 def _check_tied(model: Any, files: list[Path], path: Path) -> None:
-    """Raises ModelError: the configuration ties a head that differs from the embeddings."""
+    """Raise ModelError if the configuration ties a head that differs from the embeddings."""
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return
     ends = (model.get_output_embeddings(), model.get_input_embeddings())

@@ -22,9 +22,9 @@ from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherView
 
 
 class LocalTeacher(Teacher):
-    """Whole distributions and every activation, by a forward pass for each batch.
+    """Returns full distributions and any activation, by a forward pass for each batch.
 
-    model: a causal language model; it is put into eval mode. tokenizer: None where only token ids
+    model: a causal language model; it is put into eval mode. tokenizer: None if only token ids
     are known; the vocabulary is then all rows of the head. folder: the checkpoint that the model
     was loaded from. trust_remote_code: its code may run.
     Raises ModelError: the tokenizer has ids for which the model has no row.
@@ -88,7 +88,7 @@ class LocalTeacher(Teacher):
 def load_teacher(
     source: ModelSource, *, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> LocalTeacher:
-    """The model of a folder as a teacher, on the CPU. Raises ModelError as `load_model`."""
+    """Load the model in a folder as a teacher, on the CPU. Raises ModelError as `load_model`."""
     code = trust_remote_code
     return LocalTeacher(
         load_model(source.path, dtype=dtype, trust_remote_code=code),
@@ -101,7 +101,7 @@ def load_teacher(
 
 
 def local(teacher: Teacher | None) -> LocalTeacher:
-    """The teacher, where it is a model on this machine; else raises ModelError."""
+    """The teacher, if it is a model on this machine. Raises ModelError otherwise."""
     if isinstance(teacher, LocalTeacher):
         return teacher
     what = "there is no teacher" if teacher is None else f"{teacher.described} is not loaded here"

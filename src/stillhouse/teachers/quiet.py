@@ -1,4 +1,4 @@
-"""Silences the libraries' own progress bars and notices while we speak for them."""
+"""Silences the progress bars and notices of libraries."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from contextlib import contextmanager
 
 from transformers.utils import logging as hf_logging
 
-# torchao, which transformers imports where it is installed, warns of every GPU kernel it lacks.
+# torchao, which transformers imports if it is installed, warns about every GPU kernel it lacks.
 for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No tqdm bars, no warnings and no notices of transformers inside the block."""
+    """Inside the block, show no tqdm bars, warnings or notices of transformers."""
     verbosity = hf_logging.get_verbosity()
     bars = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Records a teacher's answers about text in a signal store.
+"""Records a teacher's signals for text in a signal store.
 
 Shapes: R windows, L tokens, N supervised rows, S segments.
 """
@@ -47,8 +47,8 @@ def chosen_encoding(
     temperature: float,
     out: Path,
 ) -> Encoding:
-    """The encoding that a recipe describes; a threshold is tuned, or as it was when the store was
-    begun."""
+    """The encoding that a recipe describes; a threshold is tuned, or read from a store that was
+    already begun."""
     if (out / SETTINGS).exists():
         return read_settings(out).encoding
     if isinstance(section.encoding, ThresholdSignals):
@@ -67,8 +67,8 @@ def record(
     """Record the teacher's signal for every supervised token, or resume an unfinished store.
 
     student_head: for the encoding frozen_head only.
-    Raises SignalError where `out` was begun with other settings, StoreError where it is damaged or
-    the disk is full; what was recorded stays.
+    Raises SignalError if `out` was begun with other settings, StoreError if it is damaged or
+    the disk is full; what was recorded is kept.
     """
     total = sum(len(text) * len(text[0]["labels"]) for text in texts)
     recorder = recorder_of(settings, student_head)
@@ -84,7 +84,7 @@ def record(
 
 
 def recorder_of(settings: Settings, student_head: LMHead | None) -> Recorder:
-    """Encodes answers as one store's settings say. student_head: for frozen_head only."""
+    """The recorder for a store's settings. student_head: for frozen_head only."""
     if student_head is None:
         return Recorder(settings)
     return Recorder(settings, linear_map(student_head, settings.vocabulary))
@@ -97,7 +97,7 @@ def encoded_answer(
     segments: Segments,
     chosen_S: NDArray[np.bool_],
 ) -> tuple[Rows, Statistics]:
-    """The teacher's answer about some of a batch's segments, encoded as the recorder does."""
+    """The teacher's signal for some of a batch's segments, encoded as the recorder does."""
     labels_RL = batch["labels"].clone()
     learned_RL = labels_RL[:, 1:] != IGNORED  # in the order of the segments' rows
     unchosen_N = torch.from_numpy(~segments.chosen_rows(chosen_S)).to(labels_RL.device)
@@ -116,7 +116,7 @@ def encoded_answer(
 
 
 def only_signal(view: TeacherView, teacher: Teacher) -> Signal:
-    """The view's signal. Raises SignalError where there are several."""
+    """The view's signal. Raises SignalError if there are several."""
     if len(view.signals) != 1:
         raise SignalError(
             f"{teacher.described} gives {len(view.signals)} signals, and a store holds one",
@@ -126,7 +126,7 @@ def only_signal(view: TeacherView, teacher: Teacher) -> Signal:
 
 
 def segments_of(batch: Batch) -> Segments:
-    """The batch's segments, by which a store finds its rows."""
+    """The batch's segments, the keys of a store's rows."""
     return find_segments(batch["input_ids"], batch["labels"], batch["position_ids"])
 
 
@@ -135,7 +135,7 @@ def tuned_threshold(
 ) -> Threshold:
     """The threshold at which a row takes `size` bytes on average, from some of the text.
 
-    Raises SignalError where no threshold gives that, or the teacher has no full distributions.
+    Raises SignalError if no threshold does, or the teacher has no full distributions.
     """
     step = max(1, len(text) // TUNING_WINDOWS)
     sample = []

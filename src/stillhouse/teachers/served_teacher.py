@@ -1,7 +1,7 @@
 """A teacher behind an OpenAI-compatible server that returns log-probabilities of prompts.
 
-vLLM's completions take token ids as the prompt and, with `prompt_logprobs: k`, give for each token
-of it the k most likely tokens of that position, by id, and the token itself.
+vLLM's completions accept token ids as the prompt and, with `prompt_logprobs: k`, return for each
+token of it the k most likely tokens of that position, by id, and the token itself.
 
 Shapes: L tokens of a segment, N supervised tokens, K most likely tokens.
 """
@@ -34,7 +34,7 @@ RETRIES = 6
 """Retries of a request if the server is busy or the connection is lost, with growing pauses."""
 TIMEOUT_SECONDS = 600.0
 OVER_ONE = 1e-3
-"""By how much the probabilities of a row may pass 1, being rounded."""
+"""How far the sum of a row's probabilities may exceed 1 from rounding."""
 LEAST = float(np.finfo(np.float16).min)
 RESUMED = "recorded signals are kept: run the same command to resume"
 
@@ -42,14 +42,14 @@ RESUMED = "recorded signals are kept: run the same command to resume"
 class ServedTeacher(Teacher):
     """The k most likely tokens of each position and the mass of all others, at temperature 1.
 
-    A divergence is taken between distributions over these k tokens and one bucket for the rest:
+    Divergences are computed between distributions over these k tokens and one bucket for the rest:
     never larger than the full one, and blind to how the student orders the tail.
-    vocabulary, tokenizer: of the model that is served; parameters: of it, a tied head counted
+    vocabulary, tokenizer: of the served model; parameters: its size, a tied head counted
     once, for the account (0: not counted).
     Raises EndpointError: the key's variable is not set.
     """
 
-    # Of one round of requests: a process that is killed loses the answers of one round.
+    # In one round of requests: a killed process loses the answers of one round.
     tokens_together = 1 << 16
 
     def __init__(
@@ -69,7 +69,7 @@ class ServedTeacher(Teacher):
         key = api_key(server.key_env, where=self.described, setting="signals.server.key_env")
         self._client = openai.OpenAI(
             base_url=server.base_url,
-            api_key=key or "none",  # the client insists on one; servers without keys ignore it
+            api_key=key or "none",  # the client requires one; servers without keys ignore it
             max_retries=RETRIES,
             timeout=TIMEOUT_SECONDS,
             # Prompts and the key are sent to no other address than the recipe's.
@@ -85,8 +85,8 @@ class ServedTeacher(Teacher):
         return None
 
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
-        """Raises ModelError where the server refuses, cannot be reached, or returns something else
-        than the log-probabilities of these tokens."""
+        """Raises ModelError if the server rejects a request, cannot be reached, or returns
+        something other than the log-probabilities of these tokens."""
         ids = batch["input_ids"].flatten().tolist()
         supervised = (batch["labels"].flatten() != IGNORED).tolist()
         spans = segments_of(batch).spans
@@ -161,7 +161,7 @@ class ServedTeacher(Teacher):
                 where=where,
                 fix=f"check signals.server.base_url, which usually ends in /v1; {RESUMED}",
             ) from error
-        # The client checks no type: a choice may be anything.
+        # The client does not check types: a choice may be anything.
         choices = getattr(completion, "choices", None) or [None]
         found = getattr(choices[0], "prompt_logprobs", None)
         if not isinstance(found, list) or len(found) != len(ids_L):

@@ -1,4 +1,4 @@
-"""Several teachers of one vocabulary: the loss is the mean of the losses under each."""
+"""Several teachers with one vocabulary: the loss is the mean of the losses under each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, Teac
 
 
 class SeveralTeachers(Teacher):
-    """Answers with the signals of all. Raises ModelError: none, or of several vocabularies."""
+    """Returns the signals of all. Raises ModelError if there are none, or vocabularies differ."""
 
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.teachers = tuple(teachers)
@@ -67,12 +67,12 @@ class SeveralTeachers(Teacher):
 
 
 def combined(teachers: Sequence[Teacher]) -> Teacher | None:
-    """The teacher that learning from all of these means: None where there are none."""
+    """One teacher for all of these; None if there are none."""
     return SeveralTeachers(teachers) if len(teachers) > 1 else next(iter(teachers), None)
 
 
 def check_one_teacher(request: ActivationRequest) -> None:
-    """Raises SignalError where activations of several teachers are requested."""
+    """Raise SignalError if activations of several teachers are requested."""
     if request:
         raise SignalError(
             "terms on intermediate layers are for one teacher, and there are several",

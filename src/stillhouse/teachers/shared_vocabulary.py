@@ -1,4 +1,4 @@
-"""Whether two models speak of the same tokens, id by id."""
+"""Whether two models have the same tokens, id by id."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class VocabularyMatch:
     """rows: ids 0 to rows - 1 mean the same in both models. The rest is padding, never predicted.
 
     teacher_padding, student_padding: rows of each head beyond those.
-    warnings: differences that do not forbid distillation.
+    warnings: differences that do not prevent distillation.
     """
 
     rows: int
@@ -29,7 +29,7 @@ class VocabularyMatch:
 def check_same_vocabulary(
     teacher_tokenizer: Any, student_tokenizer: Any, *, teacher_rows: int, student_rows: int
 ) -> VocabularyMatch:
-    """Compares token → id maps, special tokens included; sizes alone prove nothing.
+    """Compare token → id maps, special tokens included; equal sizes alone prove nothing.
 
     `teacher_rows`, `student_rows`: rows of each model's head, often padded beyond the map.
     Raises ModelError: the maps differ, or a model has fewer rows than its tokenizer has ids.
@@ -49,7 +49,8 @@ def check_same_vocabulary(
 
 
 def check_rows(tokenizer: Any, rows: int, role: str) -> int:
-    """The number of ids that the tokenizer can give; ModelError when the model has fewer rows."""
+    """The number of ids that the tokenizer can return. Raises ModelError if the model has fewer
+    rows."""
     needed = int(max(tokenizer.get_vocab().values())) + 1
     if rows < needed:
         raise ModelError(
@@ -62,7 +63,7 @@ def check_rows(tokenizer: Any, rows: int, role: str) -> int:
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of what its ids mean (`tokenizer`) and of its chat template (`template`)."""
+    """SHA-256 of the token → id map (`tokenizer`) and of the chat template (`template`)."""
     ids = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
     template = json.dumps(tokenizer.chat_template, sort_keys=True)
     return {
@@ -79,7 +80,7 @@ def _check_maps(teacher_ids: dict[str, int], student_ids: dict[str, int]) -> Non
     ]
     if not differing:
         return
-    # Tokens that both know under other ids say more than those that one of them lacks.
+    # Tokens that both have under different ids are more informative than those that one lacks.
     shared_first = sorted(differing, key=lambda t: not (t in teacher_ids and t in student_ids))
     examples = ", ".join(
         f"{token!r} ({teacher_ids.get(token, 'absent')} / {student_ids.get(token, 'absent')})"

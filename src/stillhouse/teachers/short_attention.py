@@ -2,9 +2,9 @@
 
 Shapes: R windows, H query heads, G key-value heads, J = H / G, L tokens, E head width.
 
-PyTorch's fused attention for CPUs is made for long sequences. At 256 tokens its forward and
+PyTorch's fused attention for CPUs is designed for long sequences. At 256 tokens its forward and
 backward take 2.2 times as long as three products, which is a tenth of a whole training step.
-The products hold [R, H, L, L] probabilities for backward, so long windows stay with PyTorch's.
+The products store [R, H, L, L] probabilities for backward, so long windows use PyTorch's.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 NAME = "stillhouse_short"
 LONGEST = 512
-"""Tokens in a window. Above, the probabilities take more memory than the time is worth."""
+"""Tokens in a window. Above this, the memory for probabilities outweighs the time saved."""
 
 
 def use_short_attention(model: Any, context: int, device: torch.device) -> bool:
-    """Choose a model's attention: `short_attention` for short windows on a CPU, else PyTorch's own.
+    """Choose a model's attention: `short_attention` for short windows on a CPU, otherwise
+    PyTorch's.
 
     device: where the model will run, which is not where it is before a wrapper has placed it.
-    Returns whether it is `short_attention`; attention of any other kind stays.
+    Returns whether it is `short_attention`; attention of any other kind is not changed.
     """
     current = model.config._attn_implementation
     if current not in ("sdpa", NAME):
@@ -50,7 +51,8 @@ def short_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(scale · Q Kᵀ + mask) V, as [R, L, H, E]; the query heads of a group go together."""
+    """softmax(scale · Q Kᵀ + mask) V, as [R, L, H, E]; the query heads of a group are computed
+    together."""
     R, H, L, E = query_RHLE.shape
     G = key_RGLE.shape[1]
     if attention_mask is None or dropout or key_RGLE.shape[2] != L:
@@ -65,7 +67,7 @@ def short_attention(
             **kwargs,
         )
     scale = E**-0.5 if scaling is None else scaling
-    # Under autocast the rotation leaves queries and keys in float32, and values are as wanted.
+    # Under autocast the rotation leaves queries and keys in float32; values have the right dtype.
     dtype = value_RGLE.dtype
     with torch.autocast(query_RHLE.device.type, enabled=False):
         # Query heads of a group are neighbors: [R, H, L, E] is [R, G, J·L, E].

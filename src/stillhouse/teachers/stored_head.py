@@ -22,8 +22,8 @@ from stillhouse.teachers.weights import tensor_names, weight_files
 def load_head(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> LMHead:
     """The head of the model in a folder, on the CPU. Raises ModelError as `load_model`.
 
-    Its other weights are read only where the model's logits do not come from `base_model`'s output
-    alone, or its files have the head under another name.
+    Its other weights are read only if the model's logits do not come from `base_model`'s output
+    alone, or its files store the head under another name.
     """
     config = load_config(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
@@ -40,7 +40,7 @@ def load_head(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False
         output.bias = nn.Parameter(bias_V.to(weight_VD.dtype), requires_grad=False)
     try:
         check_head_once(model, path)
-    except (ModelError, RuntimeError):  # its logits need more of the model than is here
+    except (ModelError, RuntimeError):  # its logits need more of the model than was loaded
         return lm_head(load_model(path, dtype=dtype, trust_remote_code=trust_remote_code))
     bias_V = None if bias_V is None else bias_V.to(dtype)
     return replace(head, weight_VD=weight_VD.to(dtype), bias_V=bias_V)
@@ -52,13 +52,13 @@ def linear_map(head: LMHead, vocabulary: int) -> Tensor:
 
 
 def head_sha256(head: LMHead) -> str:
-    """Names the linear map: of two heads that are equal in float32 it is the same."""
+    """Hash of the linear map: heads that are equal in float32 have the same hash."""
     values = head.weight_VD.detach().float().contiguous().cpu().numpy()
     return hashlib.sha256(f"{values.shape} {head.scale} ".encode() + values.tobytes()).hexdigest()
 
 
 def _names(model: Any, tensor: Tensor) -> list[str]:
-    """Every name of a parameter; that of the embeddings too where they are the head."""
+    """Every name of a parameter, including that of the embeddings if they are the head."""
     named = model.named_parameters(remove_duplicate=False)
     names = [name for name, parameter in named if parameter is tensor]
     if model.config.get_text_config().tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""A teacher whose answers were recorded, and another one for those that were not."""
+"""A teacher whose signals were recorded, with a fallback for rows that were not."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from stillhouse.teachers.teacher import OUTPUT_ONLY, Teacher, TeacherNeeds, Teac
 
 
 class StoredTeacher(Teacher):
-    """Reads what a store holds about a batch.
+    """Reads a batch's signals from a store.
 
     config, head: of the model that was recorded, for a store of hidden states: the last layer's
-    are full distributions through the head. load_missing: gives the teacher that answers about
-    rows which the store lacks; called at most once, when there are any. None: they are an error.
+    are full distributions through the head. load_missing: loads the teacher that answers for
+    rows missing from the store; called at most once, if there are any. None: they are an error.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ def recorded_temperature(encoding: Encoding, needs: TeacherNeeds) -> float:
 
 
 def check_layers(encoding: Hidden, needed: Iterable[int], where: Path) -> None:
-    """Raises SignalError where a store of hidden states lacks some of the layers."""
+    """Raise SignalError if a store of hidden states lacks some of the layers."""
     lacking = sorted(set(needed) - set(encoding.layers))
     if lacking:
         raise SignalError(
@@ -225,7 +225,7 @@ def check_layers(encoding: Hidden, needed: Iterable[int], where: Path) -> None:
 
 
 def check_head_frozen(frozen: bool, where: str | Path) -> None:
-    """Raises SignalError where signals for a frozen head would train the head too."""
+    """Raise SignalError if signals for a frozen head would train the head too."""
     if not frozen:
         raise SignalError(
             "signals of kind frozen_head are for a student whose head is not trained",
@@ -235,7 +235,7 @@ def check_head_frozen(frozen: bool, where: str | Path) -> None:
 
 
 def lacking_tokens(store: Store, text: WindowSet) -> int:
-    """How many supervised tokens of the text the store has no row for."""
+    """The number of supervised tokens in the text for which the store has no row."""
     lacking = 0
     for batch in in_order(text, Teacher.tokens_together):
         segments = segments_of(batch)

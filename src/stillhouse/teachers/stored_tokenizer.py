@@ -1,8 +1,8 @@
 """Loads exactly tokenizer.json if transformers' tokenizer class would change it.
 
 transformers 5 rebuilds many tokenizers from their vocabulary and merges, with the rules of the
-class that it chooses by name or architecture, regardless of the normalization and splitting in
-tokenizer.json. The same text then has other tokens than those the model was trained on.
+class that it chooses by name or architecture, ignoring the normalization and splitting in
+tokenizer.json. The same text then has different tokens than those the model was trained on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROBES = (
     "🙂👩‍👩‍👧‍👦 ... !!! -- a_b.c/d\\e <b>&amp;</b> \u00a0\u3000\u200b",
 )
 _faithful: dict[tuple[Path, int], bool] = {}
-"""Whether transformers loads a file (with its modification time) without changes."""
+"""Whether transformers loads a file (with its modification time) unchanged."""
 
 
 def as_stored(tokenizer: Any, folder: Path) -> Any:
@@ -51,7 +51,8 @@ _PLAIN = ("TokenizersBackend", "PreTrainedTokenizerFast")
 
 
 def _of_transformers(tokenizer: Any) -> bool:
-    """Code that comes with a model is trusted to know its tokenizer."""
+    """Whether it is a fast tokenizer of transformers; a model's own tokenizer code is not
+    replaced."""
     return type(tokenizer).__module__.startswith("transformers.") and tokenizer.is_fast
 
 

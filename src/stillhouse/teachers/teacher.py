@@ -1,4 +1,4 @@
-"""What a student learns from: a teacher answers batches of tokens.
+"""What a student learns from: a teacher returns distributions for batches of tokens.
 
 Shapes: N supervised rows of a batch, D hidden width.
 """
@@ -34,7 +34,7 @@ OUTPUT_ONLY = ActivationRequest()
 class TeacherView:
     """What a student can learn about one batch. Row n is for its n-th supervised token.
 
-    signals: next-token distributions, one for each teacher; empty where none is known.
+    signals: next-token distributions, one for each teacher; empty if none is known.
     layers: hidden rows [N, D] by layer. attention: by block.
     """
 
@@ -48,7 +48,7 @@ class TeacherNeeds:
     """What a training needs of its teacher.
 
     terms: divergences from its distributions. activations: of its layers. tokenizer: the student's,
-    where it is known. frozen_head: the student's head, where it is not trained.
+    if it is known. frozen_head: the student's head, if it is not trained.
     """
 
     terms: tuple[Term, ...] = ()
@@ -61,9 +61,9 @@ class Teacher(ABC):
     """A model, a store of signals, a server, or several of these.
 
     vocabulary: token ids below it are those of the student; rows of a head beyond it are padding.
-    described: one line for people. fingerprint: names the content.
+    described: one line for messages. fingerprint: identifies the content.
     collective: every process must call `answer` equally often, as sharded models need.
-    tokens_together: in one call of `answer`, where a whole text is answered.
+    tokens_together: tokens in one call of `answer`, when a complete text is scored.
     """
 
     vocabulary: int
@@ -76,8 +76,8 @@ class Teacher(ABC):
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
         """The teacher's outputs for the batch, without gradients, on the batch's device.
 
-        request: activations that the view must have, beside the signals.
-        Raises SignalError: it cannot answer this batch.
+        request: activations that the view must have, in addition to the signals.
+        Raises SignalError if it cannot answer for this batch.
         """
 
     @property
@@ -91,7 +91,7 @@ class Teacher(ABC):
         """The model's configuration, which terms on intermediate layers need; None: unknown."""
 
     def prepare(self, needs: TeacherNeeds, text: Batches | None = None) -> None:
-        """Get ready to teach a student, on `text` where it is known.
+        """Prepare for teaching a student, on `text` if it is known.
 
         Raises SignalError: terms or text that this teacher cannot serve. ModelError: the student
         has another vocabulary.
@@ -102,11 +102,12 @@ class Teacher(ABC):
         """Move to a device, for windows of `context` tokens."""
 
     def for_heldout(self, batches: Sequence[Batch]) -> Teacher | None:
-        """The teacher that can measure a student on all of these batches; None: there is none."""
+        """The teacher that can evaluate a student on all of these batches; None if there is
+        none."""
         return self
 
     def flops(self, tokens: int) -> int:
-        """Floating-point operations that answering about so many tokens takes on this machine."""
+        """Floating-point operations on this machine for a number of tokens."""
         return 0
 
     @property
@@ -114,7 +115,7 @@ class Teacher(ABC):
         """Bytes of weights on this machine."""
         return 0
 
-    # --- where a teacher comes from -------------------------------------------------------------
+    # --- creating a teacher ---------------------------------------------------------------------
 
     @staticmethod
     def load(
@@ -127,7 +128,7 @@ class Teacher(ABC):
     ) -> LocalTeacher:
         """A folder, a Hub id, a .gguf file or pypi:PACKAGE, on this machine.
 
-        dtype: auto is bfloat16 where the device multiplies it natively. device: None is the first
+        dtype: auto is bfloat16 if the device supports it natively. device: None is the first
         GPU, or the CPU. Raises ModelError as `resolve_model` and `load_model`.
         """
         from stillhouse.teachers.local_teacher import load_teacher
@@ -142,7 +143,7 @@ class Teacher(ABC):
 
     @staticmethod
     def from_model(model: Any, tokenizer: Any = None) -> LocalTeacher:
-        """A causal language model in memory. Raises ModelError where its head is not known."""
+        """A causal language model in memory. Raises ModelError if its head is not supported."""
         from stillhouse.teachers.backbone import check_head
         from stillhouse.teachers.local_teacher import LocalTeacher
 
@@ -155,9 +156,9 @@ class Teacher(ABC):
     ) -> StoredTeacher:
         """A signal store in a folder.
 
-        recorded: the model whose hidden states it holds, where it holds those: its configuration
-        and head are used. missing: answers about rows that the store lacks; None: they are an
-        error. Raises StoreError: the store is not finished, or damaged.
+        recorded: the model whose hidden states were stored, for such a store: its configuration
+        and head are used. missing: answers for rows missing from the store; None: they are an
+        error. Raises StoreError if the store is unfinished or damaged.
         """
         from stillhouse.signals.store import open_store
         from stillhouse.teachers.stored_teacher import StoredTeacher
@@ -176,7 +177,7 @@ class Teacher(ABC):
         key_env: str | None = None,
         concurrency: int = 16,
     ) -> ServedTeacher:
-        """A server that returns log-probabilities of prompts, as vLLM does: k tokens a position.
+        """A server that returns log-probabilities of prompts, as vLLM does: k tokens per position.
 
         base_url: of the OpenAI-compatible API. model: the name there. tokenizer: of that model.
         key_env: the environment variable with the server's key. concurrency: requests at a time.
@@ -193,7 +194,7 @@ class Teacher(ABC):
 
 
 def check_tokenizers(teacher: Teacher, student: Any) -> None:
-    """Raises ModelError where both tokenizers are known and their ids differ."""
+    """Raise ModelError if both tokenizers are known and their ids differ."""
     if teacher.tokenizer is None or student is None:
         return
     rows = teacher.vocabulary

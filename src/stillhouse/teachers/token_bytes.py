@@ -1,4 +1,4 @@
-"""Which bytes each token of a tokenizer is."""
+"""The bytes of each token of a tokenizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 def token_bytes(tokenizer: Any) -> dict[int, bytes]:
     """The bytes of every token by its id; of an added token, those of its name.
 
-    Known are tokenizers that read bytes (GPT-2's way), and those that write a space as ▁ and a
+    Supports byte-level tokenizers (as GPT-2's), and those that write a space as ▁ and a
     byte they have no token for as <0xNN>. Raises ModelError for others.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -1,4 +1,4 @@
-"""Checks a Hugging Face model folder before anything of it is loaded."""
+"""Checks a Hugging Face model folder before anything is loaded from it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from stillhouse.errors import ModelError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 WHOLE_NUMBERS = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64")
-"""Number types of tensors that are not usable as weights without scales."""
+"""Tensor dtypes that are not usable as weights without scales."""
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, each with a sound header and the size it promises.
+    """The safetensors files of a model folder, each with a valid header and the size it declares.
 
     Raises ModelError: no config.json, no safetensors weights, a missing shard, a damaged file.
     """
@@ -55,12 +55,12 @@ def tensor_names(file: Path) -> set[str]:
 
 
 def stored_dtypes(folder: Path) -> set[str]:
-    """The number types of a checkpoint's tensors; empty where it has no safetensors files."""
+    """The dtypes of a checkpoint's tensors; empty if it has no safetensors files."""
     return set(stored_types(sorted(folder.glob("*.safetensors"))).values())
 
 
 def stored_types(files: Iterable[Path]) -> dict[str, str]:
-    """The number type of each tensor as safetensors names it (F32, BF16), from the headers."""
+    """The dtype of each tensor as safetensors names it (F32, BF16), from the headers."""
     found = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -70,7 +70,7 @@ def stored_types(files: Iterable[Path]) -> dict[str, str]:
 
 
 def read_tensors(files: Iterable[Path], names: Collection[str]) -> dict[str, Any]:
-    """Those of the named tensors that the files hold."""
+    """The named tensors, if the files contain them."""
     found = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -80,7 +80,7 @@ def read_tensors(files: Iterable[Path], names: Collection[str]) -> dict[str, Any
 
 
 def read_json(file: Path) -> dict[str, object]:
-    """One JSON object from a model folder; ModelError when it is none."""
+    """Read one JSON object from a model folder. Raises ModelError if it is not one."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (OSError, ValueError, RecursionError) as error:
@@ -95,7 +95,7 @@ def read_json(file: Path) -> dict[str, object]:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object of JSON. Raises ValueError for a key that is given twice with two values."""
+    """A JSON object. Raises ValueError for a repeated key with different values."""
     found: dict[str, object] = {}
     for key, value in pairs:
         if found.setdefault(key, value) != value:

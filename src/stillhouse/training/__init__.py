@@ -1,1 +1,1 @@
-"""Training on top of transformers.Trainer: resumable, distributed, and summed before it divides."""
+"""Training on top of transformers.Trainer: resumable, distributed, with losses summed per token."""

@@ -1,7 +1,7 @@
 """Trainer checkpoints that are complete or absent, and the metrics that belong to them.
 
 transformers writes a checkpoint file by file under its final name. A kill in the middle leaves one
-that looks right, so a checkpoint counts only once `complete.json` is in it, written last.
+that looks complete, so a checkpoint is valid only once it contains `complete.json`, written last.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COMPLETE = "complete.json"
 
 @dataclass(frozen=True)
 class Meter:
-    """What training had done at a checkpoint: steps, supervised tokens, and seconds of work."""
+    """Training progress at a checkpoint: steps, supervised tokens, and seconds of work."""
 
     step: int = 0
     tokens: int = 0
@@ -36,7 +36,7 @@ def step_of(checkpoint: Path) -> int:
 def seal(checkpoint: Path, meter: Meter, metrics: Metrics | None = None) -> None:
     """Flush the checkpoint to disk and mark it complete. All processes must have written it.
 
-    metrics: those until now, of which a copy becomes part of the checkpoint.
+    metrics: the metrics so far; a copy becomes part of the checkpoint.
     """
     if metrics is not None and metrics.path is not None:
         (checkpoint / metrics.path.name).write_text(_lines(metrics.rows), encoding="utf-8")
@@ -49,7 +49,7 @@ def seal(checkpoint: Path, meter: Meter, metrics: Metrics | None = None) -> None
 
 
 def latest(folder: Path) -> tuple[Path, Meter] | None:
-    """The newest checkpoint that is complete and holds what was written."""
+    """The newest checkpoint that is complete and unchanged."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         facts = _facts(checkpoint)
         if facts is not None and not damaged_files(checkpoint, facts["files"]):
@@ -58,7 +58,7 @@ def latest(folder: Path) -> tuple[Path, Meter] | None:
 
 
 def drop_unusable(folder: Path) -> None:
-    """Delete checkpoints that were cut off while being written, and set damaged ones aside."""
+    """Delete checkpoints that were only partly written, and set damaged ones aside."""
     for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
         facts = _facts(checkpoint)
         damaged = [] if facts is None else damaged_files(checkpoint, facts["files"])
@@ -70,7 +70,7 @@ def drop_unusable(folder: Path) -> None:
 
 
 def set_aside(checkpoint: Path, why: str) -> None:
-    """Renames a checkpoint that cannot be loaded, so that it is neither used nor overwritten."""
+    """Rename a checkpoint that cannot be loaded, so that it is neither used nor overwritten."""
     aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
@@ -85,8 +85,8 @@ def keep_newest(folder: Path, count: int) -> None:
 
 
 def _facts(checkpoint: Path) -> dict[str, Any] | None:
-    """What the seal recorded: meter, and files with their sizes and hashes. None where there is no
-    sound seal: the checkpoint is not complete."""
+    """What the seal recorded: meter, and files with their sizes and hashes. None if there is no
+    valid seal: the checkpoint is not complete."""
     try:
         facts = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
         if "bytes" in facts:  # before seals had hashes
@@ -98,12 +98,12 @@ def _facts(checkpoint: Path) -> dict[str, Any] | None:
 
 
 class Metrics:
-    """The rows that training logs, each with its optimizer step; in metrics.jsonl, one a line."""
+    """The rows that training logs, each with its optimizer step; one per line of metrics.jsonl."""
 
     def __init__(self, path: Path | None = None, *, keep_to_step: int = 0) -> None:
-        """path: None keeps them in memory alone. keep_to_step: of the checkpoint to resume from in
-        the folder `checkpoints` beside the file. Its rows stay; what a killed process wrote after
-        it is done again."""
+        """path: None keeps them only in memory. keep_to_step: of the checkpoint to resume from in
+        the folder `checkpoints` next to the file. Its rows are kept; what a killed process wrote
+        after that is discarded."""
         self.path = path
         self.rows: list[dict[str, float]] = []
         if path is not None:

@@ -1,9 +1,9 @@
-"""What is trained: a student and its objective in one module whose forward is the loss.
+"""The trained module: a student and its objective; its forward returns the loss.
 
 Shapes: R windows, L tokens, N supervised rows, D hidden width.
 
-The student inside stays a plain transformers model with a forward of its own, so it can generate
-in the middle of a training. DDP and FSDP wrap the module around it, so their hooks fire around
+The student inside stays a plain transformers model with its own forward, so it can generate
+during training. DDP and FSDP wrap the module around it, so their hooks fire around
 everything that uses its parameters, the head included.
 """
 
@@ -35,7 +35,7 @@ from stillhouse.training.objective import Objective, objective_for
 
 PROJECTIONS = "distillation_projections.safetensors"
 STUDENT = "student."
-"""Before the names of the student's parameters among the module's."""
+"""Prefix of the student's parameter names in the module."""
 NO_TEACHER = TeacherView()
 
 
@@ -43,9 +43,9 @@ class Distillation(nn.Module):
     """A student, its objective, and the objective's learned projections.
 
     student: a Student, or a transformers model; the attribute is the model. objective: an
-    `Objective`, or what `objective_for` makes one of. teacher: gives the shapes of terms on
-    intermediate layers, and the vocabulary that both share; rows of heads beyond it are padding.
-    seed: of the projections.
+    `Objective`, or what `objective_for` accepts. teacher: defines the shapes of terms on
+    intermediate layers, and the shared vocabulary; rows of heads beyond it are padding.
+    seed: for the projections.
     Raises SignalError: terms that these two models cannot have.
     """
 
@@ -65,7 +65,7 @@ class Distillation(nn.Module):
         self.vocabulary = min(each.vocabulary for each in (given, teacher) if each is not None)
         # Parameters of this module: optimizer, wrappers and checkpoints all see them.
         self.projections = self.objective.projections()
-        # What FSDP wraps, and what transformers.Trainer needs of a loaded model.
+        # Attributes that FSDP and transformers.Trainer expect of a loaded model.
         self._no_split_modules = getattr(self.student, "_no_split_modules", None)
         self._keys_to_ignore_on_save = getattr(self.student, "_keys_to_ignore_on_save", None)
 
@@ -83,9 +83,9 @@ class Distillation(nn.Module):
     ) -> LossSum:
         """The weighted sum of the terms over the batch's supervised rows.
 
-        view: what the teacher answers, with the activations of `request`; None where no term needs
+        view: the teacher's outputs, with the activations of `request`; None if no term needs
         a teacher. Of several signals, the loss is the mean of the losses under each.
-        progress: share of all steps that are done. objective: another one than the module's own.
+        progress: fraction of all steps that are done. objective: used instead of the module's own.
         """
         objective, view = objective or self.objective, view or NO_TEACHER
         found = run_backbone(
@@ -108,7 +108,8 @@ class Distillation(nn.Module):
         batch: Batch,
         progress: float,
     ) -> Iterator[LossSum]:
-        """At the output and at intermediate layers, which share the signal and the head."""
+        """Divergences at the output and at intermediate layers, which share the signal and the
+        head."""
         labels_RL, head = batch["labels"], lm_head(self.student)
         common: dict[str, Any] = {
             "signal": signal,
@@ -123,7 +124,7 @@ class Distillation(nn.Module):
             norm = final_norm(self.student)
             yield layer_logits_loss(layers, norm, head, logits.term.at(progress), **common)
 
-    # --- what transformers.Trainer and accelerate look for in a model ---------------------------
+    # --- attributes that transformers.Trainer and accelerate use --------------------------------
 
     @property
     def config(self) -> Any:
@@ -143,14 +144,14 @@ class Distillation(nn.Module):
     def save_student(self, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
         """Write the student as a plain Hugging Face folder.
 
-        state: of all parameters by their names in this module; None: they are this process's.
+        state: all parameters by their names in this module; None: this process's parameters.
         """
         if state is not None:
             state = {n.removeprefix(STUDENT): v for n, v in state.items() if n.startswith(STUDENT)}
         self.student.save_pretrained(folder, state_dict=state)
 
     def save_projections(self, folder: Path) -> None:
-        """Write the learned projections, where there are any."""
+        """Write the learned projections, if there are any."""
         if len(self.projections):
             save_file(self.projections.state_dict(), folder / PROJECTIONS)
 
@@ -161,10 +162,10 @@ class Distillation(nn.Module):
 
 
 def _sum(parts: Sequence[LossSum], signal: Signal | None) -> LossSum:
-    """The parts of one batch's loss under one signal."""
+    """Add up the parts of one batch's loss under one signal."""
     values = {name: value for part in parts for name, value in part.terms.items()}
     if isinstance(signal, SampledSignal):
-        # Samples do not know the teacher's entropy: what they give is not a divergence.
+        # Samples lack the teacher's entropy: the result is not a divergence.
         values = {n.replace("forward_kl", "teacher_cross_entropy"): v for n, v in values.items()}
     total = torch.stack([part.total.float() for part in parts]).sum()
     return LossSum(total, values, parts[0].rows)
@@ -216,7 +217,7 @@ def _weighted(name: str, weight: float, total: Tensor, rows: int) -> LossSum:
 
 
 def same_document(position_ids_RL: Tensor) -> Tensor:
-    """[R, L, L], True where position i may see position j: not after it, and in its document."""
+    """[R, L, L], True where position i may attend to j: not after it, and in the same document."""
     document_RL = (position_ids_RL == 0).cumsum(-1)
     same_RLL = document_RL[:, :, None] == document_RL[:, None, :]
     return same_RLL.tril()

@@ -1,4 +1,4 @@
-"""The end of one process of a torchrun, as the others see it: one error in place of a backend's."""
+"""Reports the end of another process under torchrun as one error, instead of a backend's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LOST = re.compile("gloo|Connection (reset|closed) by peer|ProcessGroup|NCCL", r
 
 @contextmanager
 def lost_process(processes: int) -> Iterator[None]:
-    """Raises TrainingError where another of the processes has ended and this one cannot go on."""
+    """Raise TrainingError if another process has ended and this one cannot continue."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The terms of an objective, made for two models of known shapes, and the layers they need."""
+"""The terms of an objective, built for two models of known shapes, and the layers they need."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from stillhouse.teachers.teacher import TeacherNeeds
 
 @dataclass(frozen=True)
 class Weight:
-    """A term's weight, and how it moves."""
+    """A term's weight and its schedule."""
 
     value: float
     schedule: Schedule | None
@@ -86,7 +86,7 @@ class Objective:
 
     @property
     def needs(self) -> TeacherNeeds:
-        """What the objective needs of the teacher."""
+        """What the objective needs from the teacher."""
         layers = {teacher for term in self.hidden for _, teacher in term.loss.pairs}
         attention = {teacher for term in self.relations for _, teacher in term.pairs}
         request = ActivationRequest(frozenset(layers), frozenset(attention))
@@ -94,12 +94,12 @@ class Objective:
 
     @property
     def divergences(self) -> list[Term]:
-        """Those at the output and those at intermediate layers."""
+        """Divergences at the output and at intermediate layers."""
         mixtures = [self.output, *(logits.term for logits in self.layer_logits)]
         return [term for mixture in mixtures for term, _ in mixture.terms]
 
     def projections(self) -> nn.ModuleList:
-        """The learned maps of widths: trained beside the student, and no part of it."""
+        """The learned projections: trained together with the student, but not part of it."""
         return nn.ModuleList(term.loss for term in self.hidden if len(term.loss.projections))
 
 
@@ -113,9 +113,9 @@ def objective_for(
     *,
     seed: int = 0,
 ) -> Objective:
-    """The objective that is given: ready, a recipe's section, terms, or None for KL alone.
+    """Build an objective from an `Objective`, a recipe's section, terms, or None for KL alone.
 
-    teacher_config: None where it is not known. Raises SignalError as `make_objective`.
+    teacher_config: None if it is not known. Raises SignalError as `make_objective`.
     """
     if isinstance(objective, Objective):
         return objective
@@ -127,7 +127,7 @@ def objective_for(
 def make_objective(
     section: ObjectiveRecipe, student_config: Any, teacher_config: Any, *, seed: int = 0
 ) -> Objective:
-    """Raises SignalError, with the term's place, for what these two models cannot give."""
+    """Raises SignalError, with the term's place, for terms that these two models cannot serve."""
     student, teacher = student_config.get_text_config(), teacher_config.get_text_config()
     output: list[tuple[Term, Schedule | None]] = []
     layer_logits: list[LayerLogits] = []

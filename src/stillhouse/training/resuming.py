@@ -20,12 +20,12 @@ from stillhouse.training.checkpoints import Meter
 
 
 class UnreadableCheckpointError(Exception):
-    """A complete checkpoint that cannot be loaded. Every process raises it where one must."""
+    """A complete checkpoint cannot be loaded. Every process raises it if one does."""
 
 
 class ResumingTrainer(Trainer):
-    """transformers.Trainer that resumes at its last step too, and tells a checkpoint that fails to
-    load from other failures."""
+    """transformers.Trainer that can also resume at its last step, and distinguishes a checkpoint
+    that fails to load from other failures."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **more: Any) -> Any:
         if isinstance(resume_from_checkpoint, str):
@@ -36,7 +36,7 @@ class ResumingTrainer(Trainer):
 
     def _run_epoch(self, *args: Any, **more: Any) -> None:
         if self.state.global_step >= self.state.max_steps:
-            # A checkpoint of the last step: transformers would take one more.
+            # A checkpoint of the last step: transformers would run one more.
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **more)
@@ -57,13 +57,13 @@ class ResumingTrainer(Trainer):
 
     @contextmanager
     def _loading(self) -> Iterator[None]:
-        """Raises UnreadableCheckpointError on every process where the block fails on one."""
+        """Raise UnreadableCheckpointError on every process if the block fails on one."""
         failure: Exception | None = None
         try:
             yield
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # a damaged file makes safetensors, torch and json raise many
+        except Exception as error:  # safetensors, torch and json raise many types on a damaged file
             failure = error
         failed = torch.tensor(float(failure is not None), device=self.args.device)
         if float(self.accelerator.reduce(failed)) > 0:
@@ -76,7 +76,7 @@ T = TypeVar("T", bound=ResumingTrainer)
 def train_from_newest(folder: Path, make: Callable[[Meter], T], *, steps: int) -> T:
     """Train from the newest checkpoint in `folder` that loads, or from the start.
 
-    make: builds the models and the trainer for what was done by then. It is called again where a
+    make: builds the models and the trainer for the progress so far. It is called again if a
     checkpoint fails to load, which is then set aside. Returns the trainer that finished.
     """
     while True:
@@ -97,4 +97,4 @@ def train_from_newest(folder: Path, make: Callable[[Meter], T], *, steps: int) -
                 checkpoints.set_aside(checkpoint, str(error))
             trainer.accelerator.wait_for_everyone()
         del trainer
-        gc.collect()  # it is in a cycle with its models, which are loaded again
+        gc.collect()  # it is in a reference cycle with its models, which are loaded again

@@ -1,4 +1,4 @@
-"""Trains a student under a teacher; with a folder, resumable at any moment."""
+"""Trains a student under a teacher; resumable at any time if a folder is given."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ CHECKPOINTS = "checkpoints"
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training did.
+    """The result of a training.
 
-    tokens: supervised positions. seconds: without held-out measurements. metrics: what was logged,
-    a row a step; the keys are the objective's terms, and those of `heldout_` measurements.
+    tokens: supervised positions. seconds: without held-out measurements. metrics: the logged rows,
+    one per step; the keys are the objective's terms, and `heldout_` measurements.
     """
 
     steps: int
@@ -91,7 +91,7 @@ class Batching:
 
 
 def plan_batches(section: TrainRecipe, windows: int, processes: int) -> Batching:
-    """Raises RecipeError where the batch cannot be split evenly."""
+    """Raise RecipeError if the batch cannot be split evenly."""
     micro = section.micro_batch_size or max(1, section.batch_size // processes)
     if section.batch_size % (micro * processes):
         raise RecipeError(
@@ -123,12 +123,12 @@ def train(
 ) -> TrainingResult:
     """Train the student in place, in float32.
 
-    teacher: None where no term needs one. heldout: measured every `settings.evaluate_every` steps.
-    callbacks: of transformers, beside our own; their `model` is a `Distillation`.
-    folder: gets `model` (a plain Hugging Face folder), `metrics.jsonl`, and `checkpoints`; a run
-    that was killed resumes from the newest checkpoint that loads, to the same weights as an
-    undisturbed run gives. None: nothing is written.
-    Under torchrun or accelerate launch every process calls this.
+    teacher: None if no term needs one. heldout: measured every `settings.evaluate_every` steps.
+    callbacks: additional transformers callbacks; their `model` is a `Distillation`.
+    folder: receives `model` (a plain Hugging Face folder), `metrics.jsonl`, and `checkpoints`; a
+    run that was killed resumes from the newest checkpoint that loads, and ends with the same
+    weights as an uninterrupted run. None: nothing is written.
+    Under torchrun or accelerate launch, every process must call this.
     Raises RecipeError, SignalError, ModelError: parts that do not fit together. TrainingError:
     nothing to learn or to measure on, a loss that is not finite, weights that were not saved.
     """
@@ -138,7 +138,7 @@ def train(
     precision = choose_precision(settings.precision, default_device())
     if leads():
         note(f"precision: {precision.reason}")
-    # Only the first process writes: what others left would become part of the stage.
+    # Only the main process writes: other files would become part of the stage.
     file = folder / METRICS if folder is not None and leads() else None
     step_tokens = settings.batch_size * batches.context
     shown = 0
@@ -182,7 +182,7 @@ def train(
         if folder is not None:
             _save(trainer, student, folder / MODEL)
     if plan.processes > 1:
-        # A process that ends with its group still open may be aborted by gloo's own threads.
+        # A process that exits with its group still open may be aborted by gloo's threads.
         with lost_process(plan.processes):
             trainer.accelerator.wait_for_everyone()
         atexit.register(_leave_group)
@@ -219,12 +219,12 @@ def _checkpoint_folder(folder: Path | None) -> Iterator[Path]:
         yield folder / CHECKPOINTS
         return
     with temporary_folder("stillhouse-") as scratch:
-        yield Path(scratch)  # transformers insists on a folder, and writes nothing there
+        yield Path(scratch)  # transformers requires a folder, and writes nothing there
 
 
 @contextmanager
 def _as_it_came(student: Student) -> Iterator[None]:
-    """After the block the student's model has its own attention and cache again, in eval mode."""
+    """After the block, restore the student model's attention and cache, and put it in eval mode."""
     config = student.model.config
     attention, use_cache = config._attn_implementation, config.use_cache
     try:
@@ -236,10 +236,10 @@ def _as_it_came(student: Student) -> Iterator[None]:
 
 
 def _save(trainer: DistillationTrainer, student: Student, folder: Path) -> None:
-    """The student as a plain model folder; every process takes part.
+    """Save the student as a plain model folder; every process must call this.
 
-    Raises TrainingError where not all weights are there: of sharded state dicts, transformers
-    writes only checkpoints.
+    Raises TrainingError if weights are missing: with sharded state dicts, transformers
+    only writes checkpoints.
     """
     with quiet():
         trainer.save_model(str(folder))
@@ -316,14 +316,14 @@ def _arguments(
 
 
 def checkpointing_key(arguments: Any = TrainingArguments) -> str:
-    """The name of the option for activation checkpointing, which transformers 5.23 changed."""
+    """The name of the option for activation checkpointing, which transformers 5.23 renamed."""
     known = {field.name for field in fields(arguments)}
     new = "activation_checkpointing"
     return new if new in known else "gradient_checkpointing"
 
 
 class _Housekeeping(TrainerCallback):
-    """Moves the bar, and makes each checkpoint count only once it is complete on disk."""
+    """Updates the progress bar, and seals each checkpoint once it is complete on disk."""
 
     def __init__(
         self, trainer: DistillationTrainer, keep_checkpoints: int, advance: Callable[[], None]
@@ -338,7 +338,7 @@ class _Housekeeping(TrainerCallback):
             control.should_log = True  # a checkpoint is written only after a finite-loss check
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.accelerator.wait_for_everyone()  # each process writes files of its own
+        self.trainer.accelerator.wait_for_everyone()  # each process writes its own files
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)

@@ -1,4 +1,4 @@
-"""How a student is trained."""
+"""The recipe section `train`."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ SCHEDULES = {
     "wsd": "warmup_stable_decay",
     "constant": "constant_with_warmup",
 }
-"""Of the learning rate, with transformers' names for them."""
+"""Learning-rate schedules, with transformers' names for them."""
 
 ORIGINAL = "teacher"
-"""In `train.teachers`: the recipe's own teacher."""
+"""The entry of `train.teachers` for the recipe's own teacher."""
 
 
 class TrainRecipe(Section):

@@ -1,4 +1,4 @@
-"""transformers.Trainer for distillation: it trains a `Distillation`, asking a teacher as it goes.
+"""transformers.Trainer for distillation: it trains a `Distillation` and queries a teacher.
 
 Shapes: R windows, L tokens a window, N supervised rows.
 """
@@ -37,12 +37,12 @@ class DistillationTrainer(ResumingTrainer):
     """Trains a student to match a teacher; subclass it as you would transformers.Trainer.
 
     Losses are sums over rows, divided once by the batch's supervised tokens on all ranks. The
-    model that it trains, and that callbacks get, is a `Distillation`: its `student` is the plain
-    transformers model, which can generate at any moment. Checkpoints are plain folders of it.
+    model that it trains and passes to callbacks is a `Distillation`: its `student` is the plain
+    transformers model, which can generate at any time. Checkpoints are plain model folders.
 
-    student: its weights are trained in place. teacher: None where no term needs one. objective:
+    student: its weights are trained in place. teacher: None if no term needs one. objective:
     terms, a recipe's section, or an `Objective`. metrics, meter: of a resumed run. early_stop:
-    stop after so many held-out measurements without a better one.
+    stop after this many held-out measurements without an improvement.
     Raises ModelError: vocabularies that differ. SignalError: terms that the teacher cannot serve.
     """
 
@@ -73,7 +73,7 @@ class DistillationTrainer(ResumingTrainer):
         self._prepare_teacher(kwargs.get("train_dataset"))
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         # Trainer counts labels[..., 1:] that are not -100, over accumulation steps and ranks:
-        # exactly the rows that `supervised_rows` takes.
+        # exactly the rows that `supervised_rows` selects.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
         self._signature_columns = list(ARRAYS)
@@ -99,7 +99,7 @@ class DistillationTrainer(ResumingTrainer):
             self.teacher.prepare(needs, text if hasattr(text, "supervised_tokens") else None)
 
     def _place_models(self) -> None:
-        """Trainer has moved the student; attention is chosen by the device it is on now."""
+        """Trainer has moved the student; choose attention by its current device."""
         text = self.train_dataset if self.train_dataset is not None else self.eval_dataset
         context = len(text[0]["input_ids"])
         use_short_attention(self.student.model, context, self.args.device)
@@ -157,17 +157,17 @@ class DistillationTrainer(ResumingTrainer):
 
     @property
     def _sharded(self) -> bool:
-        """Whether a checkpoint has the complete module in its own format."""
+        """Whether FSDP or DeepSpeed saves the complete module in its own checkpoint format."""
         return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     @property
     def _distillation(self) -> Distillation:
         return self.accelerator.unwrap_model(self.model)
 
-    # --- what is measured on the way -----------------------------------------------------------
+    # --- measurements during training ----------------------------------------------------------
 
     def meter(self) -> Meter:
-        """What training has done so far, in all processes."""
+        """Training progress so far, over all processes."""
         seconds = self._before.seconds + time.monotonic() - self._started - self._paused
         return Meter(self.state.global_step, int(self._tokens), seconds)
 
@@ -207,7 +207,7 @@ class DistillationTrainer(ResumingTrainer):
     # --- held-out measurement ------------------------------------------------------------------
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out KL to the teacher (nats/token; of several, the mean) and perplexity, over all
+        """Held-out KL to the teacher (nats/token; the mean over several) and perplexity, over all
         ranks. From a store of samples, the teacher's cross-entropy: the KL and a constant."""
         step = self.state.global_step
         if self._measured is not None and self._measured[0] == step:
@@ -242,7 +242,8 @@ class DistillationTrainer(ResumingTrainer):
         return metrics
 
     def _heldout_teacher(self, batches: Sequence[Batch]) -> Teacher | None:
-        """The teacher, if it can answer these batches on every rank: all must measure the same."""
+        """The teacher, if it can answer for these batches on every rank: all must measure the
+        same."""
         if self.teacher is None:
             return None
         teacher = self.teacher.for_heldout(batches)
@@ -270,6 +271,6 @@ class DistillationTrainer(ResumingTrainer):
         history = [row[key] for row in self.metrics.rows if key in row]
         since_best = len(history) - 1 - history.index(min(history)) if history else 0
         stop = torch.tensor(float(since_best >= self.early_stop), device=self.args.device)
-        # In a resumed run, only rank zero has the history; all must stop at the same step.
+        # In a resumed run, only rank 0 has the history; all must stop at the same step.
         if float(self.accelerator.reduce(stop)) > 0:
             self.control.should_training_stop = True
