@@ -37,6 +37,14 @@ IMPOSSIBLE = -1e4
 """A logit whose probability is 0 in every dtype; −inf would give −inf · 0 = NaN."""
 
 
+def rows_per_chunk(width: int, dtype: torch.dtype, device: str) -> int:
+    """Rows of a chunk on a kind of device. width: of the hidden rows; dtype: of the products."""
+    if device != "cpu":
+        return CHUNK_ROWS_CUDA
+    least, most = NARROW_CHUNK_ROWS_CPU if dtype.itemsize < 4 else CHUNK_ROWS_CPU
+    return min(most, max(least, 2 * width // dtype.itemsize))
+
+
 @dataclass(frozen=True)
 class Plan:
     """Everything that is not a tensor."""
@@ -56,15 +64,8 @@ class Plan:
         """Rows of a chunk; on a CPU, its logits are half as large as the head's float32
         gradient."""
         rows, width = hidden_ND.shape
-        if self.chunk_rows is not None:
-            rows_per_chunk = self.chunk_rows
-        elif hidden_ND.device.type != "cpu":
-            rows_per_chunk = CHUNK_ROWS_CUDA
-        else:
-            narrow = self.dtype.itemsize < 4
-            least, most = NARROW_CHUNK_ROWS_CPU if narrow else CHUNK_ROWS_CPU
-            rows_per_chunk = min(most, max(least, 2 * width // self.dtype.itemsize))
-        return max(1, min(rows_per_chunk, rows))
+        wanted = self.chunk_rows or rows_per_chunk(width, self.dtype, hidden_ND.device.type)
+        return max(1, min(wanted, rows))
 
     def block(self, device: torch.device, chunk: int) -> int:
         """Rows of a block inside a chunk."""

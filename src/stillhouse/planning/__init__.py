@@ -1,0 +1,1 @@
+"""What a run takes before it starts: memory, time and disk, from configurations alone."""

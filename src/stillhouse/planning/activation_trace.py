@@ -1,0 +1,190 @@
+"""The memory of a model's activations, found by running it on tensors that have no memory.
+
+A forward and a backward pass run on PyTorch's fake tensors, which know shapes and number types
+alone; what is alive at each operation is added up. So the figures follow the architecture's own
+code, whichever it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from stillhouse.errors import ModelError
+from stillhouse.teachers.backbone import hidden_states
+from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.short_attention import use_short_attention
+
+
+@dataclass(frozen=True)
+class ActivationSizes:
+    """Bytes beside the weights and their gradients.
+
+    kept: what the forward pass keeps for the backward pass. forward, backward: alive at the peak of
+    each, copies of weights left out. with_gradients: alive at the peak of the backward pass
+    together with the gradients of the weights that are made by then. casts, backward_casts: copies
+    of weights in the compute type, in the forward pass and in the backward pass: they do not grow
+    with the batch.
+    """
+
+    kept: int
+    forward: int
+    backward: int
+    with_gradients: int
+    casts: int
+    backward_casts: int
+
+
+def trace_activations(
+    config: Any,
+    windows: int,
+    context: int,
+    *,
+    compute: torch.dtype,
+    weights: torch.dtype,
+    device: torch.device,
+    checkpointing: bool = False,
+    inference: bool = False,
+) -> ActivationSizes:
+    """Of a backbone, from the tokens to the last hidden states, on packed windows.
+
+    weights: their number type; where it is not `compute`, products run under autocast. inference:
+    a forward pass that keeps nothing; its peak is `forward`.
+    Raises ModelError for an architecture that cannot be traced.
+    """
+    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = (text, windows, context, compute, weights, device.type, checkpointing, inference)
+    if key not in _TRACED:
+        try:
+            with quiet(), FakeTensorMode():
+                _TRACED[key] = _trace(config, *key[1:])
+        # Code of an architecture may look at values, which fake tensors have none of.
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            raise ModelError(
+                f"the memory of a model of type {config.model_type} cannot be planned ({problem})",
+                where=getattr(config, "name_or_path", None) or None,
+                fix="run a few steps (train.max_steps) and look at the memory that they take",
+            ) from error
+    return _TRACED[key]
+
+
+_TRACED: dict[tuple[Any, ...], ActivationSizes] = {}
+
+
+def _trace(
+    config: Any,
+    windows: int,
+    context: int,
+    compute: torch.dtype,
+    weights: torch.dtype,
+    device: str,
+    checkpointing: bool,
+    inference: bool,
+) -> ActivationSizes:
+    model = AutoModelForCausalLM.from_config(config, dtype=weights)
+    model.train(not inference)
+    use_short_attention(model, context, torch.device(device))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    ids_RL = torch.zeros(windows, context, dtype=torch.long)
+    positions_RL = torch.arange(context).repeat(windows, 1)
+    grad = torch.no_grad() if inference else contextlib.nullcontext()
+    with grad, _Alive(model) as alive:
+        with torch.autocast("cpu", compute, enabled=weights != compute):
+            last_RLD = hidden_states(model, ids_RL, positions_RL)
+            casts = alive.cast_bytes  # the loss is computed while they are kept
+        kept, forward = alive.bytes, alive.peak
+        alive.restart()
+        if not inference:
+            last_RLD.backward(torch.empty_like(last_RLD))
+    return ActivationSizes(
+        kept=kept,
+        forward=forward,
+        backward=alive.peak,
+        with_gradients=alive.peak_with_gradients,
+        casts=casts,
+        backward_casts=alive.cast_peak,
+    )
+
+
+class _Alive(TorchDispatchMode):
+    """Adds up the storages that are alive, without those of the model itself.
+
+    bytes, peak: of activations. cast_bytes, cast_peak: of copies of weights in another number type.
+    A weight's gradient counts until it is complete, and in `peak_with_gradients` from then on too.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        parameters = list(model.parameters())
+        tensors = [*parameters, *model.buffers()]
+        self._own = {tensor.untyped_storage()._cdata for tensor in tensors}
+        self._known: set[int] = set()
+        self._gradients = 0
+        self.bytes = self.cast_bytes = 0
+        self.restart()
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._take_gradient)
+
+    def restart(self) -> None:
+        """The peaks start from what is alive now."""
+        self.peak, self.cast_peak = self.bytes, self.cast_bytes
+        self.peak_with_gradients = self.bytes + self.cast_bytes
+
+    def _take_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._gradients += parameter.grad.untyped_storage().nbytes()
+        parameter.grad = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = _run(func, args, kwargs or {})
+        cast = func is torch.ops.aten._to_copy.default and self._is_own(args[0])
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor.untyped_storage(), cast)
+        self.peak = max(self.peak, self.bytes)
+        self.cast_peak = max(self.cast_peak, self.cast_bytes)
+        both = self.bytes + self.cast_bytes + self._gradients
+        self.peak_with_gradients = max(self.peak_with_gradients, both)
+        return result
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._own
+
+    def _add(self, storage: torch.UntypedStorage, cast: bool) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._own or key in self._known:
+            return
+        self._known.add(key)
+        self._count(size, cast)
+        weakref.finalize(storage, self._drop, key, size, cast)
+
+    def _drop(self, key: int, size: int, cast: bool) -> None:
+        self._known.discard(key)
+        self._count(-size, cast)
+
+    def _count(self, size: int, cast: bool) -> None:
+        if cast:
+            self.cast_bytes += size
+        else:
+            self.bytes += size
+
+
+def _run(func: Any, args: Any, kwargs: Any) -> Any:
+    """The operation. Grouped products of float32 have no fake implementation: as in bfloat16."""
+    grouped = "_grouped_mm" in func.__name__
+    if not grouped or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+    narrow = [arg.bfloat16() if torch.is_floating_point(arg) else arg for arg in args[:2]]
+    return func(*narrow, *args[2:], **kwargs).to(args[0].dtype)

@@ -1,0 +1,67 @@
+"""The memory of the fused loss (objectives/fused.py): tiles of logits, and the head's gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from stillhouse.objectives.chunk_loop import (
+    BLOCK_ELEMENTS_CPU,
+    BLOCK_ELEMENTS_CUDA,
+    rows_per_chunk,
+)
+from stillhouse.objectives.products import HEAD_BLOCK_ROWS_CUDA
+
+
+@dataclass(frozen=True)
+class LossSizes:
+    """Bytes. tiles: logits and their like, freed when the loss is known. rows: hidden rows of both
+    models and their gradient. head_gradient: float32, until it is the head's."""
+
+    tiles: float
+    rows: float
+    head_gradient: float
+
+
+def loss_sizes(
+    rows: int,
+    vocabulary: int,
+    hidden: int,
+    teachers: tuple[int, ...],
+    *,
+    compute: torch.dtype,
+    device: str,
+    kernels: bool,
+    only_kl: bool,
+    trained_head: bool,
+) -> LossSizes:
+    """Of a micro-batch.
+
+    rows: supervised tokens. teachers: hidden widths of those that answer live; empty where signals
+    are stored, or there are none. kernels: whether Triton's kernels run, which need no float32
+    tiles. only_kl: whether forward KL and cross-entropy are the only terms.
+    """
+    width, cuda = compute.itemsize, device == "cuda"
+    chunk = min(rows, rows_per_chunk(hidden, compute, device))
+    block = min(chunk, max(1, (BLOCK_ELEMENTS_CUDA if cuda else BLOCK_ELEMENTS_CPU) // vocabulary))
+    models = 2 if teachers else 1
+    buffers = 0
+    if not (kernels and teachers):
+        buffers = (models if width < 4 else 0) + _scratch(bool(teachers), only_kl)
+    tiles = chunk * vocabulary * width * models + buffers * block * vocabulary * 4
+    if cuda and trained_head:
+        tiles += min(vocabulary, HEAD_BLOCK_ROWS_CUDA) * hidden * 4
+    own = rows * hidden * (4 + 2 * width)  # as they come, in the compute type, and the gradient
+    return LossSizes(
+        tiles=tiles,
+        rows=own + rows * sum(teachers) * width,
+        head_gradient=vocabulary * hidden * 4 if trained_head else 0,
+    )
+
+
+def _scratch(dense: bool, only_kl: bool) -> int:
+    """Float32 buffers of a block beside the logits (objectives/dense.py)."""
+    if not dense:
+        return 0
+    return 1 if only_kl else 5

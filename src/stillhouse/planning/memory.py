@@ -1,0 +1,206 @@
+"""The memory of one process in a training step: sums over sizes, in bytes.
+
+The phases of a step need different things: the teacher's forward pass, the loss, the backward
+pass, the optimizer. The largest of them counts; `Memory.parts` are those of that phase.
+
+Weights and AdamW's moments are float32, and so are gradients once they are reduced; products are
+computed in `Step.compute`. Sharded weights are gathered a block at a time in that type, the next
+block while one is computed; embeddings and head stay gathered during a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from stillhouse.planning.activation_trace import ActivationSizes
+from stillhouse.planning.loss_memory import LossSizes
+from stillhouse.planning.model_size import ModelSize
+
+Shard = Literal["none", "student", "teacher", "both"]
+SHARDS: tuple[Shard, ...] = ("none", "teacher", "student", "both")
+"""From the fastest to the one that takes the least memory."""
+
+WIDE = 4
+"""Bytes of float32."""
+MOMENTS = 8.0
+"""Bytes of AdamW's two moments of a parameter in float32."""
+MOMENTS_8BIT = 2 + 2 * 4 / 256
+"""The same in 8 bits, with a float32 scale for each block of 256 (torchao)."""
+GATHERED_BLOCKS = 2
+"""A block that is computed, and the next one, which is gathered meanwhile."""
+CONTEXT_BYTES = 1.5e9
+"""CUDA's context, the workspaces of cuBLAS and the buffers of NCCL."""
+MARGIN = 0.1
+"""How far a real peak may be from the sum: by the allocator, and by what libraries take."""
+
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a process needs in the phase that needs the most, in bytes.
+
+    parts: by what it is for. host: what a process with a GPU has in the machine's memory instead.
+    """
+
+    phase: str
+    parts: Mapping[str, float]
+    host: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    def fits(self, available: float) -> bool:
+        """Whether it fits for sure: with the margin."""
+        return self.total * (1 + MARGIN) <= available
+
+    def cannot_fit(self, available: float) -> bool:
+        """Whether it does not fit, even where the sum is too large by the margin."""
+        return self.total * (1 - MARGIN) > available
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A student. trained: parameters that are trained. replicated: activations of a micro-batch
+    with float32 weights under autocast; sharded: with gathered weights in the compute type."""
+
+    size: ModelSize
+    trained: int
+    replicated: ActivationSizes
+    sharded: ActivationSizes
+
+
+@dataclass(frozen=True)
+class LiveTeacher:
+    """A model that answers during training. activations: at the peak of its forward pass. kept:
+    hidden rows of intermediate layers that terms of the objective compare."""
+
+    size: ModelSize
+    activations: int
+    kept: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step of one process, as far as its memory depends on it.
+
+    teachers: none where signals are stored. compute: bytes of a number in products. accumulates:
+    whether gradients of several micro-batches are added up. moments: bytes of the optimizer's state
+    of a parameter. context: bytes that a process takes before there is a model. offload: the
+    teachers' weights are in the machine's memory, and gathered on the device.
+    """
+
+    student: TrainedModel
+    teachers: Sequence[LiveTeacher]
+    loss: LossSizes
+    compute: int
+    accumulates: bool
+    moments: float = MOMENTS
+    context: float = CONTEXT_BYTES
+    offload: bool = False
+
+
+def training_memory(step: Step, shard: Shard, *, over: int, processes: int) -> Memory:
+    """In the phase of a step that needs the most; arguments as for `training_phases`."""
+    phases = training_phases(step, shard, over=over, processes=processes)
+    return max(phases, key=lambda memory: memory.total)
+
+
+def training_phases(step: Step, shard: Shard, *, over: int, processes: int) -> list[Memory]:
+    """Each phase of a step. over: processes that share what is sharded, all of them or those of a
+    node. processes: all."""
+    student = over if shard in ("student", "both") else 1
+    teacher = over if shard in ("teacher", "both") else 1
+    host = {}
+    if step.offload:
+        host["teacher"] = step.compute * _parameters(step.teachers) / teacher
+    return [
+        Memory(name, {part: size for part, size in parts.items() if size}, host)
+        for name, parts in _phases(step, student, teacher, processes).items()
+    ]
+
+
+def fitting_shard(step: Step, available: float, *, over: int, processes: int) -> Shard | None:
+    """The fastest way to share the models that fits into `available` bytes a process, with the
+    margin; None where none does. over, processes: as for `training_memory`."""
+    for shard in SHARDS:
+        if shard in ("teacher", "both") and not step.teachers:
+            continue
+        if shard != "none" and over == 1:
+            continue
+        if training_memory(step, shard, over=over, processes=processes).fits(available):
+            return shard
+    return None
+
+
+def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str, Parts]:
+    """What each phase of a step needs. student, teacher: processes that share each model."""
+    size, trained = step.student.size, step.student.trained
+    found = step.student.sharded if student > 1 else step.student.replicated
+    gradients = WIDE * trained / student
+    gathered = step.compute * GATHERED_BLOCKS * size.layer if student > 1 else 0
+    ends = step.compute * size.ends if student > 1 else 0
+    base: Parts = {
+        "student weights": WIDE * size.parameters / student,
+        "gradients": gradients if step.accumulates else 0,
+        "moments": step.moments * trained / student,
+        "DDP buckets": WIDE * trained if processes > 1 and student == 1 else 0,
+        "teacher": 0 if step.offload else step.compute * _parameters(step.teachers) / teacher,
+        "context": step.context,
+    }
+    apart = teacher > 1 or step.offload
+    heads = step.compute * sum(each.size.ends for each in step.teachers) if apart else 0
+    layers = max((each.size.layer for each in step.teachers), default=0) if apart else 0
+    kept = sum(each.kept for each in step.teachers)
+    tied = step.loss.head_gradient if size.tied else 0
+    phases = {
+        "teacher": {
+            **base,
+            "gathered teacher": heads + step.compute * GATHERED_BLOCKS * layers,
+            "activations": max((each.activations for each in step.teachers), default=0) + kept,
+        },
+        "forward": {
+            **base,
+            "gathered teacher": heads,
+            "gathered student": ends + gathered,
+            "copies of weights": found.casts,
+            "activations": found.forward + kept,
+        },
+        "loss": {
+            **base,
+            "gathered teacher": heads,
+            "gathered student": ends,
+            "copies of weights": found.casts,
+            "activations": found.kept + kept,
+            "loss": step.loss.rows + step.loss.tiles + step.loss.head_gradient,
+        },
+        "backward": {
+            **base,
+            "gathered teacher": heads,
+            "gathered student": ends + gathered,
+            "activations": found.backward,
+            "copies of weights": found.backward_casts,
+            "gradients": gradients,
+            "loss": tied,
+            "reduce buffers": WIDE * GATHERED_BLOCKS * size.layer if student > 1 else 0,
+        },
+        "optimizer": {
+            **base,
+            "gradients": gradients,
+            "gathered teacher": heads,
+            "gathered student": 2 * ends,  # and their gradients, before they are reduced
+            "reduce buffers": WIDE * size.ends if student > 1 else 0,
+        },
+    }
+    if student == 1 and not step.accumulates:
+        # Gradients are made while activations go, and never all of both are there.
+        backward = found.with_gradients - found.backward_casts + step.loss.head_gradient
+        phases["backward"]["activations"] = max(0, backward - gradients)
+    return phases
+
+
+def _parameters(teachers: Sequence[LiveTeacher]) -> int:
+    return sum(each.size.parameters for each in teachers)

@@ -1,0 +1,86 @@
+"""The sizes of a model that decide what it takes, from its shapes alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from stillhouse.account import count_parameters
+from stillhouse.teachers.planned_model import planned_model
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Counts of parameters, each stored one once, and the two widths of the head.
+
+    layer: of the largest decoder block. ends: of embeddings and head. active: of those that a token
+    is multiplied with: of a mixture of experts, the chosen ones.
+    """
+
+    parameters: int
+    active: int
+    layer: int
+    ends: int
+    vocabulary: int
+    hidden: int
+    layers: int
+    tied: bool
+
+    @property
+    def head(self) -> int:
+        return self.vocabulary * self.hidden
+
+
+def config_size(config: Any) -> ModelSize:
+    """Of a model that does not exist yet. Raises ModelError as `planned_model`."""
+    key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    if key not in _KNOWN:
+        _KNOWN[key] = model_size(planned_model(config))
+    return _KNOWN[key]
+
+
+_KNOWN: dict[str, ModelSize] = {}
+
+
+def model_size(model: Any) -> ModelSize:
+    """Of a causal language model, which may be on the meta device."""
+    config = model.config.get_text_config()
+    found = count_parameters(model)
+    blocks = _blocks(model)
+    ends = found.total - found.non_embedding
+    head = model.get_output_embeddings().weight
+    vocabulary, hidden = head.shape
+    return ModelSize(
+        parameters=found.total,
+        active=found.head_once - _idle(model, config),
+        layer=max(_count(block) for block in blocks),
+        ends=ends,
+        vocabulary=vocabulary,
+        hidden=hidden,
+        layers=len(blocks),
+        tied=head is model.get_input_embeddings().weight,
+    )
+
+
+def _blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder's blocks: the list of modules that holds the most."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=_count)
+
+
+def _idle(model: nn.Module, config: Any) -> int:
+    """Parameters of the experts that a token does not go through."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 0)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    if not experts or not chosen:
+        return 0
+    held = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    return round(held * (1 - chosen / experts))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

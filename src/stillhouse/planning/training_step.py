@@ -1,0 +1,79 @@
+"""What a training step is, for its memory, from the configurations of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+
+from stillhouse.planning.activation_trace import trace_activations
+from stillhouse.planning.loss_memory import loss_sizes
+from stillhouse.planning.memory import CONTEXT_BYTES, MOMENTS, LiveTeacher, Step, TrainedModel
+from stillhouse.planning.model_size import config_size
+
+LIBRARIES_BYTES = 0.6e9
+"""Of a process on a CPU: Python, PyTorch and the other libraries."""
+
+
+def training_step(
+    student: Any,
+    teachers: Sequence[Any],
+    *,
+    windows: int,
+    context: int,
+    accumulates: bool,
+    compute: torch.dtype,
+    device: Literal["cpu", "cuda"],
+    checkpointing: bool = False,
+    freeze_head: bool = False,
+    moments: float = MOMENTS,
+    offload: bool = False,
+    divergences: Sequence[str] = ("forward_kl",),
+    kept_layers: int = 0,
+) -> Step:
+    """A step of one process on `windows` windows of `context` tokens at a time.
+
+    student, teachers: configurations; of the teachers that answer live. kept_layers: of the
+    teacher, that terms of the objective compare. Weights are neither read nor made.
+    Raises ModelError as `planned_model` and `trace_activations`.
+    """
+    shared: dict[str, Any] = {"compute": compute, "device": torch.device(device)}
+    size = config_size(student)
+    replicated, sharded = (
+        trace_activations(
+            student, windows, context, weights=weights, checkpointing=checkpointing, **shared
+        )
+        for weights in (torch.float32, compute)
+    )
+    live = []
+    for config in teachers:
+        found = trace_activations(
+            config, windows, context, weights=compute, inference=True, **shared
+        )
+        its = config_size(config)
+        kept = kept_layers * windows * context * its.hidden * compute.itemsize
+        live.append(LiveTeacher(its, found.forward, kept))
+    only_kl = set(divergences) <= {"forward_kl", "cross_entropy"}
+    loss = loss_sizes(
+        windows * context,
+        size.vocabulary,
+        size.hidden,
+        tuple(each.size.hidden for each in live),
+        compute=compute,
+        device=device,
+        kernels=device == "cuda" and len(set(divergences) - {"cross_entropy"}) == 1,
+        only_kl=only_kl,
+        trained_head=not freeze_head,
+    )
+    frozen = size.head if freeze_head else 0
+    return Step(
+        student=TrainedModel(size, size.parameters - frozen, replicated, sharded),
+        teachers=tuple(live),
+        loss=loss,
+        compute=compute.itemsize,
+        accumulates=accumulates,
+        moments=moments,
+        context=CONTEXT_BYTES if device == "cuda" else LIBRARIES_BYTES,
+        offload=offload,
+    )

@@ -1,0 +1,91 @@
+"""Activations as a trace without memory finds them, against those of a model that runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, Qwen3MoeConfig
+
+from stillhouse.errors import ModelError
+from stillhouse.planning.activation_trace import trace_activations
+from stillhouse.teachers.backbone import hidden_states
+from stillhouse.teachers.short_attention import use_short_attention
+from tests import tiny
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {"windows": 2, "context": 64, "device": CPU}
+FLOAT32: dict[str, Any] = {**SIZES, "compute": torch.float32, "weights": torch.float32}
+BFLOAT16: dict[str, Any] = {**SIZES, "compute": torch.bfloat16, "weights": torch.float32}
+
+
+def kept_by(model: Any) -> int:
+    """Bytes that a forward pass really keeps for the backward pass, and its result."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    use_short_attention(model, 64, CPU)
+    positions_RL = torch.arange(32).repeat(2, 2)  # two documents in each window
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_states(model.train(), torch.zeros(2, 64, dtype=torch.long), positions_RL)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def test_what_a_model_keeps_is_what_the_trace_finds() -> None:
+    model = tiny.llama()
+    found = trace_activations(model.config, **FLOAT32)
+    assert found.kept == pytest.approx(kept_by(model), rel=0.03)
+
+
+def test_a_micro_batch_of_twice_the_windows_keeps_twice_as_much() -> None:
+    one = trace_activations(tiny.llama().config, **{**FLOAT32, "windows": 1})
+    two = trace_activations(tiny.llama().config, **FLOAT32)
+    assert two.kept == pytest.approx(2 * one.kept, rel=0.01)
+
+
+def test_checkpointing_keeps_the_inputs_of_the_blocks() -> None:
+    config = tiny.llama(num_hidden_layers=8).config
+    plain = trace_activations(config, **FLOAT32)
+    found = trace_activations(config, **FLOAT32, checkpointing=True)
+    block = 2 * 64 * config.hidden_size * 4
+    assert 8 * block <= found.kept < plain.kept / 4
+    assert found.kept < found.backward < plain.backward
+
+
+def test_autocast_copies_weights_whatever_the_batch() -> None:
+    config = tiny.llama().config
+    one = trace_activations(config, **{**BFLOAT16, "windows": 1})
+    two = trace_activations(config, **BFLOAT16)
+    matrices = 3 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64)
+    assert one.casts == two.casts == 2 * matrices
+    assert trace_activations(config, **FLOAT32).casts == 0
+
+
+def test_a_pass_that_keeps_nothing_takes_less() -> None:
+    config = tiny.llama(num_hidden_layers=8).config
+    found = trace_activations(config, **FLOAT32, inference=True)
+    assert found.forward < trace_activations(config, **FLOAT32).kept / 4
+
+
+@pytest.mark.parametrize("settings", [FLOAT32, BFLOAT16])
+def test_other_architectures(settings: dict[str, Any]) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 300}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+    gpt2 = GPT2Config(n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    for config in (gpt2, Qwen3MoeConfig(**sizes, **heads, head_dim=8, **experts)):
+        found = trace_activations(config, **settings)
+        assert 0 < found.kept <= found.forward <= found.with_gradients
+
+
+def test_an_architecture_that_cannot_be_traced_is_one_message() -> None:
+    config = LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=3)
+    with pytest.raises(ModelError, match="a model of type llama cannot be planned"):
+        trace_activations(config, **FLOAT32)

@@ -1,0 +1,95 @@
+"""The memory of a training step, from sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from stillhouse.planning.memory import (
+    Memory,
+    Shard,
+    Step,
+    fitting_shard,
+    training_memory,
+    training_phases,
+)
+from stillhouse.planning.model_size import config_size
+from stillhouse.planning.training_step import training_step
+from tests.planning.shapes import LLAMA_8B, LLAMA_70B
+
+pytestmark = pytest.mark.run
+GB = 1e9
+EIGHT = {"over": 8, "processes": 8}
+
+
+@pytest.fixture(scope="module")
+def step() -> Step:
+    """70B to 8B, 8,192 tokens a micro-batch, several micro-batches a step."""
+    return training_step(
+        LLAMA_8B,
+        [LLAMA_70B],
+        windows=1,
+        context=8192,
+        accumulates=True,
+        compute=torch.bfloat16,
+        device="cuda",
+        checkpointing=True,
+    )
+
+
+def test_parameters_are_those_of_the_model_cards() -> None:
+    large, small = config_size(LLAMA_70B), config_size(LLAMA_8B)
+    assert large.parameters == 70_553_706_496
+    assert small.parameters == 8_030_261_248
+    assert small.layer == 218_112_000
+    assert small.ends == 2 * 128256 * 4096
+
+
+def parts(step: Step, shard: Shard) -> dict[str, float]:
+    """The most of each part in any phase, in GB."""
+    found: dict[str, float] = {}
+    for memory in training_phases(step, shard, **EIGHT):
+        for part, size in memory.parts.items():
+            found[part] = max(found.get(part, 0), size / GB)
+    return found
+
+
+def test_70b_to_8b_unsharded(step: Step) -> None:
+    """327 GB a process: weights, gradients, moments and DDP's buckets of the student in float32,
+    the teacher in bfloat16, and what a micro-batch takes."""
+    memory = training_memory(step, "none", **EIGHT)
+    assert memory.phase == "loss"
+    assert memory.total / GB == pytest.approx(327, rel=0.01)
+    assert memory.parts["DDP buckets"] == memory.parts["gradients"] == 4 * 8_030_261_248
+
+
+def test_70b_to_8b_with_both_sharded_over_8(step: Step) -> None:
+    found = parts(step, "both")
+    assert found["student weights"] == pytest.approx(4.0, abs=0.05)
+    assert found["gradients"] == pytest.approx(4.0, abs=0.05)
+    assert found["moments"] == pytest.approx(8.0, abs=0.05)
+    assert found["teacher"] == pytest.approx(17.6, abs=0.05)
+    assert found["gathered teacher"] == pytest.approx(7.6, abs=0.05)
+    assert found["reduce buffers"] == pytest.approx(4.2, abs=0.05)  # of embeddings and head
+    assert found["loss"] == pytest.approx(3.9, rel=0.1)
+    memory = training_memory(step, "both", **EIGHT)
+    # The phases do not need all of this at once.
+    assert memory.total < sum(found.values()) * GB
+    assert memory.fits(80 * GB)
+
+
+def test_the_fastest_shard_that_fits_is_chosen(step: Step) -> None:
+    assert fitting_shard(step, 400 * GB, **EIGHT) == "none"
+    assert fitting_shard(step, 250 * GB, **EIGHT) == "teacher"
+    assert fitting_shard(step, 190 * GB, **EIGHT) == "student"
+    assert fitting_shard(step, 80 * GB, **EIGHT) == "both"
+    assert fitting_shard(step, 40 * GB, **EIGHT) is None
+    assert fitting_shard(step, 80 * GB, over=1, processes=1) is None
+
+
+def test_the_margin_is_on_both_sides() -> None:
+    memory = Memory("loss", {"student weights": 100.0})
+    assert memory.fits(110.1)
+    assert not memory.fits(109)
+    assert not memory.cannot_fit(91)
+    assert memory.cannot_fit(89)
