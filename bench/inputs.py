@@ -3,7 +3,7 @@
     make bench NAME=inputs
     python -m bench.inputs --seed 1 --count 30
 
-Data files, labelled tables, prompts, model folders, GGUF files and recipes are made by generators
+Data files, labeled tables, prompts, model folders, GGUF files and recipes are made by generators
 with a seed. Each generator knows what has to come out, without the code that is tested. A trial
 that takes too long is ended. Every failure is listed with the numbers that make it again:
 

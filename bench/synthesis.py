@@ -5,7 +5,7 @@ against a stub server in a process of its own that answers each request after 50
 requests at once; the ideal rate is 256 / 0.05 s. The openai client on the same requests is beside
 it, as is the CPU time of one request, which other load on the machine does not change. With
 --teacher, local generation on prompts of mixed lengths: ours, `model.generate` one prompt at a
-time, and `generate` on fixed batches in the order in which the prompts come. With --labelled, a
+time, and `generate` on fixed batches in the order in which the prompts come. With --labeled, a
 CSV whose columns `text` and `category` are real messages and their labels: how long a local model
 takes to score every label of some texts with their prefix shared, and by one pass for each pair of
 text and label, which is timed on a few texts and extrapolated.
@@ -237,14 +237,14 @@ def one_pass_a_pair(model: Any, prompts: list[list[int]], labels: list[list[int]
     return scores_NC
 
 
-def measure_labels(teacher: Path, labelled: Path, texts: int, by_pairs: int) -> dict[str, Any]:
+def measure_labels(teacher: Path, labeled: Path, texts: int, by_pairs: int) -> dict[str, Any]:
     from stillhouse.classify.label_prompts import LabelPrompt, prompt_tokens
     from stillhouse.classify.label_scoring import score_labels
     from stillhouse.hardware import choose_precision, tune_allocator
     from stillhouse.teachers.load_model import load_model, load_tokenizer
 
     tune_allocator()
-    with labelled.open(encoding="utf-8", newline="") as lines:
+    with labeled.open(encoding="utf-8", newline="") as lines:
         rows = list(csv.DictReader(lines))
     labels = {label: label.replace("_", " ") for label in sorted({r["category"] for r in rows})}
     chosen = [row["text"] for row in random.Random(0).sample(rows, texts)]
@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="text to cut prompts from")
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--labelled", type=Path, help="CSV with text and category: times labels")
+    parser.add_argument("--labeled", type=Path, help="CSV with text and category: times labels")
     parser.add_argument("--label-texts", type=int, default=1000)
     parser.add_argument("--pair-texts", type=int, default=10, help="of them, scored pair by pair")
     options = parser.parse_args()
@@ -317,9 +317,9 @@ def main() -> None:
             Bar("local: times one prompt at a time", rate["ours"] / rate["one_by_one"], ">=", 4),
             Bar("local: times generate in fixed batches", rate["ours"] / rate["fixed"], ">=", 1.5),
         ]
-    if options.teacher and options.labelled:
+    if options.teacher and options.labeled:
         figures["labels"] = scored = measure_labels(
-            options.teacher, options.labelled, options.label_texts, options.pair_texts
+            options.teacher, options.labeled, options.label_texts, options.pair_texts
         )
         ratio = scored["pair_seconds_extrapolated"] / scored["shared_seconds"]
         bars.append(Bar("labels: times one pass for each text and label", ratio, ">=", 5))

@@ -1,4 +1,4 @@
-"""Labelled texts of a classification task, and files of prompts."""
+"""Labeled texts of a classification task, and files of prompts."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
     return QUIRKS[(number * 2 // 3) % len(QUIRKS)](chance, folder)
 
 
-# --- labelled texts --------------------------------------------------------------------------
+# --- labeled texts --------------------------------------------------------------------------
 
 
-def _labelled(chance: random.Random, count: int = 40) -> tuple[list[str], list[str]]:
+def _labeled(chance: random.Random, count: int = 40) -> tuple[list[str], list[str]]:
     """Texts, and a label for each; every label occurs."""
     writer = Writer(chance)
     names = chance.sample(LABELS, chance.randint(2, 5))
     return [writer.text() for _ in range(count)], [names[n % len(names)] for n in range(count)]
 
 
-def read_labelled(path: Path, text: str = "text", label: str = "label") -> Texts:
+def read_labeled(path: Path, text: str = "text", label: str = "label") -> Texts:
     raw: dict[str, Any] = {
         "name": "tiny",
         "task": {"kind": "classify"},
@@ -73,14 +73,14 @@ def judged(
         odd = [(text, found.get(text), gold.get(text)) for text in {*found, *gold}]
         return f"text, read, meant: {[each for each in odd if each[1] != each[2]][:4]}"
 
-    return Trial(name, lambda: read_labelled(path, **keys), wrong, refusal, excused=excused)
+    return Trial(name, lambda: read_labeled(path, **keys), wrong, refusal, excused=excused)
 
 
 def refused(name: str, path: Path, excused: tuple[str, ...] = ()) -> Trial:
     def wrong(texts: Texts) -> str:
         return f"read as {texts.labels}"
 
-    return Trial(name, lambda: read_labelled(path), wrong, "must", excused=excused)
+    return Trial(name, lambda: read_labeled(path), wrong, "must", excused=excused)
 
 
 def _values(texts: Sequence[str], labels: Sequence[Any]) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def _values(texts: Sequence[str], labels: Sequence[Any]) -> list[dict[str, Any]]
 
 
 def sound(chance: random.Random, folder: Path) -> Trial:
-    texts, labels = _labelled(chance)
+    texts, labels = _labeled(chance)
     gold: Gold = dict(zip(texts, labels, strict=True))
     kind = chance.choice(["csv", "tsv", "jsonl", "json", "json object", "parquet"])
     values: list[dict[str, Any]] = _values(texts, labels)
@@ -108,7 +108,7 @@ def sound(chance: random.Random, folder: Path) -> Trial:
 
 def class_label(chance: random.Random, folder: Path) -> Trial:
     """`datasets` stores the names of labels in the file's schema."""
-    texts, labels = _labelled(chance)
+    texts, labels = _labeled(chance)
     names = sorted(set(labels))
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
@@ -121,7 +121,7 @@ def class_label(chance: random.Random, folder: Path) -> Trial:
 
 def no_class(chance: random.Random, folder: Path) -> Trial:
     """-1 in a column of named labels: a label that is not known."""
-    texts, labels = _labelled(chance)
+    texts, labels = _labeled(chance)
     names = sorted(set(labels))
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
@@ -136,7 +136,7 @@ def no_class(chance: random.Random, folder: Path) -> Trial:
 
 def numbers(chance: random.Random, folder: Path) -> Trial:
     """Numbers as labels, with gaps that turn them into floats."""
-    texts, _ = _labelled(chance)
+    texts, _ = _labeled(chance)
     ids = [n % 3 for n in range(len(texts))]
     gold: Gold = {text: str(n) for text, n in zip(texts, ids, strict=True)}
     kind = chance.choice(["jsonl", "parquet", "floats", "floats with gaps"])
@@ -152,7 +152,7 @@ def numbers(chance: random.Random, folder: Path) -> Trial:
 
 
 def odd_labels(chance: random.Random, folder: Path) -> Trial:
-    texts, labels = _labelled(chance)
+    texts, labels = _labeled(chance)
     odd = chance.choice([["a", "b"], {"a": 1}, ["a"], [], 1.5])
     path = files.write(folder, "t.jsonl", files.jsonl(_values(texts, [odd, *labels[1:]])))
     numbers = () if isinstance(odd, list | dict) else ("number",)
@@ -160,7 +160,7 @@ def odd_labels(chance: random.Random, folder: Path) -> Trial:
 
 
 def truth_values(chance: random.Random, folder: Path) -> Trial:
-    texts, _ = _labelled(chance)
+    texts, _ = _labeled(chance)
     flags = [n % 2 == 0 for n in range(len(texts))]
     path = files.write(folder, "t.jsonl", files.jsonl(_values(texts, flags)))
 
@@ -169,12 +169,12 @@ def truth_values(chance: random.Random, folder: Path) -> Trial:
         read = {row.text: (row.gold or "").casefold() for row in found.all}
         return None if read == expected else f"labels {found.labels}"
 
-    return Trial("true and false as labels", lambda: read_labelled(path), wrong, "may")
+    return Trial("true and false as labels", lambda: read_labeled(path), wrong, "may")
 
 
 def two_labels(chance: random.Random, folder: Path) -> Trial:
     """One text with two labels."""
-    texts, labels = _labelled(chance)
+    texts, labels = _labeled(chance)
     other = next(label for label in labels if label != labels[0])
     again = chance.choice([texts[0], texts[0].upper(), f"  {texts[0]} "])
     values = _values([*texts, again], [*labels, other])
@@ -184,7 +184,7 @@ def two_labels(chance: random.Random, folder: Path) -> Trial:
 
 def spellings(chance: random.Random, folder: Path) -> Trial:
     """Labels that differ in case, white space or Unicode form alone are one label, or refused."""
-    texts, _ = _labelled(chance)
+    texts, _ = _labeled(chance)
     name, other = chance.choice(
         [
             ("Börse", unicodedata.normalize("NFD", "Börse")), ("spam", "Spam"), ("spam", " spam"),
@@ -197,12 +197,12 @@ def spellings(chance: random.Random, folder: Path) -> Trial:
     def wrong(found: Texts) -> str | None:
         return f"labels {list(found.labels)}" if len(found.labels) != 2 else None
 
-    return Trial(f"labels {name!r} and {other!r}", lambda: read_labelled(path), wrong, "may")
+    return Trial(f"labels {name!r} and {other!r}", lambda: read_labeled(path), wrong, "may")
 
 
 def cells(chance: random.Random, folder: Path) -> Trial:
     """Cells that do not match the header."""
-    texts, labels = _labelled(chance)
+    texts, labels = _labeled(chance)
     text = files.table(_values(texts, labels))
     name, text = chance.choice(
         [
@@ -221,7 +221,7 @@ def cells(chance: random.Random, folder: Path) -> Trial:
 
 def table_files(chance: random.Random, folder: Path) -> Trial:
     """Files that are not what their names say."""
-    texts, labels = _labelled(chance)
+    texts, labels = _labeled(chance)
     values = _values(texts, labels)
     gold: Gold = dict(zip(texts, labels, strict=True))
     kind, name = chance.choice(
@@ -235,7 +235,7 @@ def table_files(chance: random.Random, folder: Path) -> Trial:
 
 
 def table_encodings(chance: random.Random, folder: Path) -> Trial:
-    texts, labels = _labelled(chance)
+    texts, labels = _labeled(chance)
     gold: Gold = dict(zip(texts, labels, strict=True))
     kind = chance.choice(["csv", "tsv"])
     encoding = chance.choice(["utf-16", "utf-16-le", "utf-8-sig"])
@@ -253,14 +253,14 @@ def no_table(chance: random.Random, folder: Path) -> Trial:
         ]
     )  # fmt: skip
     if name.startswith("half"):
-        texts, labels = _labelled(chance)
+        texts, labels = _labeled(chance)
         lines = files.jsonl(_values(texts, labels)) + '{"text": "x \\ud83d y", "label": "sport"}\n'
         return refused(name, files.write(folder, "t.jsonl", lines))
     return refused(f"{name} as csv", files.write(folder, "t.csv", data))
 
 
 def huge_label(chance: random.Random, folder: Path) -> Trial:
-    texts, labels = _labelled(chance)
+    texts, labels = _labeled(chance)
     gold: Gold = dict(zip(texts, labels, strict=True))
     lines = files.jsonl(_values(texts, labels)).splitlines()
     lines[2] = f'{lines[2][:-1]}, "n": {"7" * 5000}}}'

@@ -31,7 +31,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def bar(description: str, total: int, unit: str = "tokens") -> Iterator[Advance]:
-    """Shows progress towards `total` units; the caller calls `advance(units)` as work is done."""
+    """Shows progress toward `total` units; the caller calls `advance(units)` as work is done."""
     if console.is_terminal:
         columns = (
             TextColumn("{task.description:<24}", markup=False),

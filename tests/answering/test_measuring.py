@@ -11,7 +11,7 @@ from stillhouse.answering.answering_evaluation import (
     read_json,
     request_for,
 )
-from stillhouse.classify.task_texts import LabelledText
+from stillhouse.classify.task_texts import LabeledText
 from stillhouse.generation.request import Answer, Failure
 from stillhouse.synthesis.filters import json_schema
 from tests.answering import toys
@@ -46,7 +46,7 @@ def test_null_is_a_value_where_the_schema_allows_it() -> None:
 
 
 def test_two_empty_answers_do_not_agree() -> None:
-    rows = [LabelledText(text) for text in "abcd"]
+    rows = [LabeledText(text) for text in "abcd"]
     taught = ["yes", None, "", "no"]
     figures, _ = answer_figures(None, rows, ["yes", "", "", "maybe"], taught)
     assert figures == {"agreement": 0.5}
@@ -55,7 +55,7 @@ def test_two_empty_answers_do_not_agree() -> None:
 def test_an_extraction_is_exact_only_where_it_is_the_same_value() -> None:
     validity = json_schema({"type": "object"})
     gold = ['{"tags": ["x", "y"]}', '{"age": 3}', '{"age": 3}', "{}", None]
-    rows = [LabelledText("a", one) for one in gold]
+    rows = [LabeledText("a", one) for one in gold]
     answers = ['{"tags": ["y", "x"]}', '{"age": 3.0}', '```json\n{"age": 3}\n```', "no", "{}"]
     figures, _ = answer_figures(validity, rows, answers, [None] * 5)
     assert figures == {"valid": 0.8, "field_f1": 1.0, "exact": 0.5}

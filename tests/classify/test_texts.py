@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from stillhouse.classify.classify_config import ClassifyRecipe, ClassifyTask, TextFile
 from stillhouse.classify.task_texts import (
-    LabelledText,
+    LabeledText,
     Texts,
     divide_texts,
     prepare_texts,
@@ -83,8 +83,8 @@ def test_numbers_are_labels() -> None:
 
 @pytest.mark.parametrize("own_tests", [False, True])
 def test_a_text_of_the_prompt_is_no_test_text(own_tests: bool) -> None:
-    given = [LabelledText(f"text {number}") for number in range(40)]
-    tests = [LabelledText(f"test {number}") for number in range(10)] if own_tests else []
+    given = [LabeledText(f"text {number}") for number in range(40)]
+    tests = [LabeledText(f"test {number}") for number in range(10)] if own_tests else []
     _, before, _ = divide_texts(given, tests, 0.25, seed=1)
     train, test, _ = divide_texts(given, tests, 0.25, seed=1, examples=[before[0].text.upper()])
     assert test == before[1:]
@@ -93,8 +93,8 @@ def test_a_text_of_the_prompt_is_no_test_text(own_tests: bool) -> None:
 
 
 def test_a_test_text_is_used_once_and_never_trained_on() -> None:
-    tests = [LabelledText("One  text"), LabelledText("one text"), LabelledText("two")]
-    given = [LabelledText("ONE TEXT"), LabelledText("three"), LabelledText("two")]
+    tests = [LabeledText("One  text"), LabeledText("one text"), LabeledText("two")]
+    given = [LabeledText("ONE TEXT"), LabeledText("three"), LabeledText("two")]
     train, test, repeated = divide_texts(given, tests, 0.5, seed=0)
     assert [row.text for row in test] == ["One  text", "two"]
     assert [row.text for row in train] == ["three"]

@@ -80,12 +80,12 @@ DOCUMENTS = [
 ]
 
 
-def test_jsonl_rows_are_recognised(tmp_path: Path) -> None:
+def test_jsonl_rows_are_recognized(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [*ROWS, {"text": " \n"}])
     assert read(FileSource(kind="jsonl", path="a.jsonl"), tmp_path) == DOCUMENTS
 
 
-def test_parquet_rows_are_recognised(tmp_path: Path) -> None:
+def test_parquet_rows_are_recognized(tmp_path: Path) -> None:
     for number, (row, document) in enumerate(zip(ROWS, DOCUMENTS, strict=True)):
         path = tmp_path / f"{number}.parquet"
         pq.write_table(pa.Table.from_pylist([row]), path)

@@ -70,7 +70,7 @@ def test_a_text_without_a_label_of_the_teacher_is_wrong_and_no_agreement() -> No
 
 
 def calibration(wrong: list[int]) -> tuple[Tensor, Tensor]:
-    """Texts of falling confidence; those at the given places are labelled wrongly."""
+    """Texts of falling confidence; those at the given places are labeled wrongly."""
     confidence_N = torch.linspace(0.99, 0.6, 60)
     true_N = torch.zeros(60, dtype=torch.long)
     true_N[wrong] = 1

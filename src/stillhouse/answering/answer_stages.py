@@ -12,7 +12,7 @@ from typing import Any
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
 from stillhouse.answering.answering_job import GOLD, HELDOUT, TRAIN, AnsweringJob
 from stillhouse.classify.task_texts import (
-    LabelledText,
+    LabeledText,
     answer_of,
     divide_texts,
     files_sha256,
@@ -37,8 +37,8 @@ TEXTS, ANSWERS = "texts.json", "answers.jsonl"
 class AnswerTexts:
     """gold: of a row, its true answer. repeated: texts left out as seen before."""
 
-    train: list[LabelledText]
-    test: list[LabelledText]
+    train: list[LabeledText]
+    test: list[LabeledText]
     repeated: int = 0
 
     def save(self, path: Path) -> None:
@@ -47,7 +47,7 @@ class AnswerTexts:
     @classmethod
     def load(cls, path: Path) -> AnswerTexts:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        train, test = ([LabelledText(**row) for row in raw[part]] for part in ("train", "test"))
+        train, test = ([LabeledText(**row) for row in raw[part]] for part in ("train", "test"))
         return cls(train, test, raw["repeated"])
 
 

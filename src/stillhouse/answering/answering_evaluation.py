@@ -13,7 +13,7 @@ from stillhouse.answering.answer_stages import TEXTS, AnswerTexts, read_answers
 from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.answering.comparison_judge import compare_answers
 from stillhouse.answering.likelihood import mean_surprise
-from stillhouse.classify.task_texts import LabelledText
+from stillhouse.classify.task_texts import LabeledText
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.evaluation.answers import (
     AnsweredText,
@@ -77,7 +77,7 @@ def plan_answers_evaluation(
 
 def _evaluate(
     job: AnsweringJob,
-    rows: list[LabelledText],
+    rows: list[LabeledText],
     teacher_answers: list[str | None],
     folders: dict[str, Path],
 ) -> AnswersEvaluation:
@@ -160,7 +160,7 @@ def answer_all(generator: TextGenerator[LocalGenerator], requests: Sequence[Requ
 
 
 def _answers_of(
-    job: AnsweringJob, role: str, folder: Path, rows: list[LabelledText]
+    job: AnsweringJob, role: str, folder: Path, rows: list[LabeledText]
 ) -> tuple[list[str], dict[str, float]]:
     recipe = job.recipe
     generator = open_generator(folder, precision=recipe.train.precision, batch=recipe.teacher.batch)
@@ -174,7 +174,7 @@ def _answers_of(
     return answer_all(generator, requests), figures
 
 
-def _speed_of_teacher(job: AnsweringJob, rows: list[LabelledText]) -> dict[str, float]:
+def _speed_of_teacher(job: AnsweringJob, rows: list[LabeledText]) -> dict[str, float]:
     if job.teacher is None:
         return {}
     section = job.recipe.teacher
@@ -206,7 +206,7 @@ def _rate(generator: TextGenerator[LocalGenerator], requests: Sequence[Request])
 
 def answer_figures(
     validity: Filter | None,
-    rows: list[LabelledText],
+    rows: list[LabeledText],
     answers: list[str],
     teacher_answers: list[str | None],
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -224,7 +224,7 @@ def answer_figures(
 
 def _json_figures(
     validity: Filter,
-    rows: list[LabelledText],
+    rows: list[LabeledText],
     answers: list[str],
     teacher_answers: list[str | None],
 ) -> tuple[dict[str, float], dict[str, float]]:
@@ -259,7 +259,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _surprises(
-    job: AnsweringJob, rows: list[LabelledText], answered: dict[str, list[str]]
+    job: AnsweringJob, rows: list[LabeledText], answered: dict[str, list[str]]
 ) -> dict[str, float]:
     assert job.teacher is not None
     section = job.recipe.teacher
@@ -301,7 +301,7 @@ def load_scorer(name: str, base: Path) -> Scorer:
     return scorer
 
 
-def _score(scorer: Scorer, name: str, rows: list[LabelledText], answers: list[str]) -> float:
+def _score(scorer: Scorer, name: str, rows: list[LabeledText], answers: list[str]) -> float:
     scores = []
     for row, answer in zip(rows, answers, strict=True):
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
-from stillhouse.classify.task_texts import LabelledText
+from stillhouse.classify.task_texts import LabeledText
 from stillhouse.data.data_config import DataRecipe, FileSource
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe
@@ -122,7 +122,7 @@ class AnsweringJob:
             weights=weights,
         )
 
-    def requests(self, source: TextSource, texts: Sequence[LabelledText]) -> Requests:
+    def requests(self, source: TextSource, texts: Sequence[LabeledText]) -> Requests:
         """One request per text and sample."""
         samples = range(self.recipe.teacher.samples)
         return lambda: (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stillhouse.answering.answering_job import AnsweringJob
-from stillhouse.classify.task_texts import LabelledText
+from stillhouse.classify.task_texts import LabeledText
 from stillhouse.evaluation.answers import compare
 from stillhouse.generation.answer_requests import answer_all
 from stillhouse.generation.chat_frame import answer_text, user_turn
@@ -13,7 +13,7 @@ from stillhouse.synthesis.verdicts import read_verdict
 
 
 def compare_answers(
-    job: AnsweringJob, rows: list[LabelledText], answers: dict[str, list[str]]
+    job: AnsweringJob, rows: list[LabeledText], answers: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
     """By role, all but the teacher's: `preferred`, wins and half of the ties among all pairs; and
     `consistent`, the share of pairs whose verdict does not depend on the order. Texts that

@@ -1,1 +1,1 @@
-"""One job for a small model: a teacher's judgment of texts, distilled into a classifier."""
+"""Distills a teacher's judgment of texts into a small classifier."""

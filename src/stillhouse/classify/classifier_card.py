@@ -1,4 +1,4 @@
-"""A classifier's model cards, one beside each format."""
+"""A classifier's model cards, one per format."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def classifier_card(
 
 
 def write_checkpoint_card(folder: Path, card: ModelCard, difference: float) -> None:
-    """difference: the most by which a probability differs from the trained checkpoint's."""
+    """difference: the maximum difference of a probability from the trained checkpoint's."""
     use = f"{_USE}\n\n{_POOLED}" if Facts.load(folder).mean_pooling else _USE
     replay = (
         "Loaded by a process that imports transformers alone, its probabilities differ from the "

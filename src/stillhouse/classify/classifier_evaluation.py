@@ -1,4 +1,4 @@
-"""The stage that measures a classifier beside its teacher, and chooses when it abstains."""
+"""The stage that compares a classifier with its teacher, and chooses when it abstains."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import MODEL
 from stillhouse.classify.label_judgment import Judgment, time_teacher
-from stillhouse.classify.task_texts import UNKNOWN, LabelledText, Part, Texts, gold_ids
+from stillhouse.classify.task_texts import UNKNOWN, LabeledText, Part, Texts, gold_ids
 from stillhouse.evaluation.classification import (
     Abstention,
     ClassificationEvaluation,
@@ -92,7 +92,7 @@ def _evaluate(
     return ClassificationEvaluation(labels, len(shown["test"]), results, abstention, curve, notes)
 
 
-def _gold(rows: list[LabelledText], labels: list[str]) -> Tensor | None:
+def _gold(rows: list[LabeledText], labels: list[str]) -> Tensor | None:
     ids = gold_ids(rows, labels)
     return None if ids is None else torch.tensor(ids)
 
@@ -128,7 +128,7 @@ def _rates(
 
 
 def _time_student(classifier: Classifier, sample: list[str]) -> float:
-    """Texts a second over as many rounds as a second holds."""
+    """Texts per second over as many rounds as fit in a second."""
     classifier.probabilities(sample[:4])
     began, rounds = time.perf_counter(), 0
     while rounds == 0 or time.perf_counter() - began < _SPEED_SECONDS:
@@ -157,7 +157,7 @@ def _notes(job: TaskJob, found: Texts, judged: Stage, unknown: int) -> list[str]
     return notes
 
 
-def _gold_notes(test: list[LabelledText], tuned_on: list[LabelledText]) -> list[str]:
+def _gold_notes(test: list[LabeledText], tuned_on: list[LabeledText]) -> list[str]:
     """How many texts have true labels, if not all of them do."""
     notes = []
     for rows, use in (

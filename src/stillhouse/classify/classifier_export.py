@@ -1,5 +1,5 @@
-"""What a classifier's run ends with: its folder, found the same by a process that knows
-transformers alone, and its report."""
+"""The final stages of a classifier's run: its folder, verified by a process that uses only
+transformers, and its report."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ from stillhouse.teachers.older_names import write_older_names
 from stillhouse.training.checkpoints import read_metrics
 
 REPLAY_LIMIT = 1e-4
-"""What a probability may differ by after a checkpoint is written and read by transformers alone."""
+"""Maximum difference of a probability after a checkpoint is saved and loaded by transformers
+alone."""
 REPLAY_PASSES = 128
-"""Passes of a replay: texts, or of a language model texts times labels."""
+"""Passes of a replay: texts, or for a language model texts times labels."""
 
 
 def plan_classifier_export(
     job: TaskJob, texts: Stage, trained: Stage, evaluated: Stage
 ) -> StagePlan:
-    """The trained folder with its threshold, and ONNX files, each with its card; read again, they
-    must say the same."""
+    """The trained folder with its threshold, and ONNX files, each with its card; reloaded, they
+    must give the same results."""
 
     def work(out: Path) -> Outcome:
         found = ClassificationEvaluation.load(evaluated.path / EVALUATION)
@@ -73,8 +74,8 @@ def plan_classifier_export(
 
 
 def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:
-    """The maximum difference of a probability from the source's on some of the texts, if only
-    transformers reads the folder. Raises ModelError: it fails, or the difference is too large."""
+    """The maximum difference of a probability from the source's on some of the texts when only
+    transformers loads the folder. Raises ModelError if it fails, or the difference is too large."""
     labels = None if source.words is None else source.words.labels
     texts = texts[: max(1, REPLAY_PASSES // len(labels or [0]))]
     rows, facts, most = source.tokens(texts), source.facts, source.facts.max_tokens

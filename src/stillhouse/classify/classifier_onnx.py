@@ -1,4 +1,4 @@
-"""A classifier's ONNX files: a folder each, with all that it takes to use them without torch."""
+"""A classifier's ONNX files: a folder each, with everything needed to use them without torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from stillhouse.export.export_config import ClassifierExportRecipe
 from stillhouse.export.onnx_export import export_onnx
 
 KEPT = ("*.json", "*.jinja", "*.txt")
-"""What of the checkpoint's folder belongs beside the file: configuration and tokenizer."""
+"""Files of the checkpoint that are copied next to the ONNX file: configuration and tokenizer."""
 
 
 def ship_onnx(
     section: ClassifierExportRecipe, model: Path, texts: list[str], out: Path
 ) -> list[dict[str, Any]]:
-    """Each ONNX format of the recipe as `out`/FORMAT, replayed on `texts`; what the replays say.
+    """Export each ONNX format of the recipe to `out`/FORMAT, and replay it on `texts`; returns the
+    replays.
 
-    model: the folder of the checkpoint. The checkpoint's texts a second, in the same batches on
-    the same CPU, stand beside the file's. Raises ModelError where an export fails.
+    model: the folder of the checkpoint. The checkpoint's texts per second, in the same batches on
+    the same CPU, are reported next to the file's. Raises ModelError if an export fails.
     """
     forms = [form for form in section.formats if form != "safetensors"]
     if not forms:
@@ -34,7 +35,7 @@ def ship_onnx(
     rows = classifier.tokens(texts)
     groups = [[rows[index] for index in chosen] for chosen in batches(rows)]
     with torch.inference_mode():
-        classifier.logits(groups[0])  # the first pass pays for memory
+        classifier.logits(groups[0])  # the first pass allocates memory
         began = time.perf_counter()
         expected_NC = torch.cat([classifier.logits(group).softmax(-1) for group in groups])
         rate = len(rows) / (time.perf_counter() - began)

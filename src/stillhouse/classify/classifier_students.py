@@ -38,7 +38,7 @@ _PRIOR_TEXTS = 256
 def student_source(
     section: ClassifierStudent, teacher: ModelSource | None, base: Path
 ) -> ModelSource:
-    """The model that the student is made of, or whose tokenizer it takes. Raises ModelError."""
+    """The model that the student is built from, or whose tokenizer it uses. Raises ModelError."""
     match section:
         case PretrainedClassifier():
             return resolve_model(section.model, revision=section.revision, base=base)
@@ -55,7 +55,7 @@ def student_source(
 def planned_parameters(section: ClassifierStudent, source: ModelSource, labels: list[str]) -> int:
     """Parameters of the student with its classification head, from its configuration alone.
 
-    Raises ModelError where the architecture has no such head.
+    Raises ModelError if the architecture has no such head.
     """
     if isinstance(section, RandomClassifier):
         config = _random_config(section, load_tokenizer(source.path), labels)
@@ -84,10 +84,10 @@ def build_classifier(
     seed: int,
     out: Path,
 ) -> dict[str, Any]:
-    """Writes the untrained student to `out`, in float32; what it is, for the report.
+    """Write the untrained student to `out`, in float32; returns a summary for the report.
 
     texts: of the training part; a language model's prior is its mean answer to some of them.
-    Raises ModelError, RecipeError where the student cannot be made so.
+    Raises ModelError, RecipeError if the student cannot be built.
     """
     tokenizer = load_tokenizer(source.path)
     prior = None
@@ -110,7 +110,7 @@ def build_classifier(
     if prior is None:
         _agree_on_padding(model, tokenizer)
     limits = [getattr(model.config.get_text_config(), "max_position_embeddings", None)]
-    limits.append(learned_positions(model))  # of RoBERTa, two fewer
+    limits.append(learned_positions(model))  # for RoBERTa, two fewer
     most = min([max_tokens, *(limit for limit in limits if isinstance(limit, int))])
     with quiet():
         model.to(torch.float32).save_pretrained(out)
@@ -134,7 +134,7 @@ def _names(labels: list[str]) -> dict[str, Any]:
 
 
 def _with_head(path: Path, labels: list[str]) -> Any:
-    """The checkpoint with a new classification head; the rest of its weights must be there."""
+    """The checkpoint with a new classification head; all other weights must be present."""
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
             path,
@@ -149,7 +149,7 @@ def _with_head(path: Path, labels: list[str]) -> Any:
         raise _headless(path, error) from error
     prefix = f"{model.base_model_prefix}."
     lost = [name for name in sorted(info["missing_keys"]) if name.startswith(prefix)]
-    # A pooler is new where the encoder was trained without one; anything else would be a guess.
+    # A pooler is new if the encoder was trained without one; anything else would be a guess.
     lost = [name for name in lost if not name.startswith(f"{prefix}pooler.")]
     if lost:
         raise ModelError(
@@ -193,8 +193,8 @@ def _truncated(path: Path, layers: int, labels: list[str]) -> Any:
 def _random(
     section: RandomClassifier, tokenizer: Any, labels: list[str], teacher: ModelSource | None
 ) -> Any:
-    """A ModernBERT that reads the mean of its last hidden states: with few texts, what a text's
-    words mean is learned long before what their order means."""
+    """A ModernBERT that reads the mean of its last hidden states: with few texts, the meaning of
+    words is learned long before that of their order."""
     model = ModernBertForSequenceClassification(_random_config(section, tokenizer, labels))
     if section.teacher_embeddings:
         assert teacher is not None
@@ -226,7 +226,7 @@ def _random_config(
 
 
 def _principal(teacher: ModelSource, rows: int, width: int, scale: Any) -> Any:
-    """The teacher's token embeddings less their mean, scaled; where the student is narrower, along
+    """The teacher's token embeddings less their mean, scaled; if the student is narrower, along
     their first principal directions."""
     loaded = AutoModel.from_pretrained(
         teacher.path, dtype=torch.float32, local_files_only=True, use_safetensors=True
@@ -240,15 +240,15 @@ def _principal(teacher: ModelSource, rows: int, width: int, scale: Any) -> Any:
             fix="choose a smaller hidden_size, the teacher's tokenizer, or "
             "teacher_embeddings: false",
         )
-    centred_VD = table_VD[:rows] - table_VD[:rows].mean(0)
+    centered_VD = table_VD[:rows] - table_VD[:rows].mean(0)
     if width < table_VD.shape[1]:
-        _, _, directions_DW = torch.svd_lowrank(centred_VD, q=width, niter=4)
-        centred_VD = centred_VD @ directions_DW
-    return centred_VD / centred_VD.std() * scale
+        _, _, directions_DW = torch.svd_lowrank(centered_VD, q=width, niter=4)
+        centered_VD = centered_VD @ directions_DW
+    return centered_VD / centered_VD.std() * scale
 
 
 def _agree_on_padding(model: Any, tokenizer: Any) -> None:
-    """A decoder's head looks for the last token that is not padding."""
+    """Set one padding token: a decoder's head looks for the last token that is not padding."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id

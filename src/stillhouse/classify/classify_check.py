@@ -41,13 +41,13 @@ from stillhouse.teachers.planned_model import (
 )
 
 EFFICIENCY = 0.35
-"""Share of the measured matrix product rate that scoring reaches: its batches are small."""
+"""Fraction of the measured matrix product rate that scoring reaches: its batches are small."""
 FEW = 20
 """With fewer training texts per label, `check` warns."""
 
 
 def require_task(job: TaskJob) -> Iterator[Finding]:
-    """Checks the teacher before any request: an API's key, or a model whose template accepts the
+    """Check the teacher before any request: an API's key, or a model whose template accepts the
     task's prompt and whose context is long enough for it. Raises StillhouseError."""
     section, task = job.recipe.teacher, job.recipe.task
     texts = prepare_texts(job.recipe, job.base)
@@ -75,7 +75,7 @@ def require_task(job: TaskJob) -> Iterator[Finding]:
 
 
 LONGEST = 64
-"""Texts of the most characters, among which the one of the most tokens is taken to be."""
+"""Number of longest texts by characters, assumed to include the longest by tokens."""
 
 
 def _positions(config: Any, length: int) -> Iterator[Finding]:
@@ -109,7 +109,7 @@ def check_texts(check: Check) -> Iterator[Finding]:
 
 
 def check_judgment(check: Check) -> Iterator[Finding]:
-    """What scoring takes here, or what an API's requests cost."""
+    """The time of scoring on this machine, or the cost of an API's requests."""
     job: TaskJob = check.job
     texts: Texts = check.found["texts"]
     yield Finding("ok", "teacher", job.described)
@@ -129,7 +129,7 @@ def check_training(check: Check) -> Iterator[Finding]:
 
 
 def require_classifier_export(job: TaskJob) -> Iterator[Finding]:
-    """Raises StillhouseError for formats and uploads that would fail."""
+    """Raise StillhouseError for formats and uploads that would fail."""
     recipe, texts = job.recipe, prepare_texts(job.recipe, job.base)
     if recipe.export.formats != ["safetensors"]:
         labels = list(texts.labels)
@@ -141,7 +141,7 @@ def require_classifier_export(job: TaskJob) -> Iterator[Finding]:
 
 
 def _gold(job: TaskJob, texts: Texts) -> Iterator[Finding]:
-    """What the true labels are known of, where that is not everything or nothing to learn from."""
+    """A note on how many true labels are known, if not all or too few to train on."""
     known, learned = (sum(row.gold is not None for row in p) for p in (texts.test, texts.train))
     if known < FEWEST:
         few = f"{known:,} of the {len(texts.test):,} test texts have true labels"
@@ -180,7 +180,7 @@ def _local_cost(job: TaskJob, prompt: LabelPrompt, texts: Texts) -> Finding:
 
 
 def judgment_spending(job: TaskJob) -> Iterator[str]:
-    """What the judgment would pay without a budget."""
+    """What the judgment would spend without a budget."""
     teacher = job.recipe.teacher
     if may_cost(teacher.api, teacher.budget):
         texts = prepare_texts(job.recipe, job.base)
@@ -190,7 +190,7 @@ def judgment_spending(job: TaskJob) -> Iterator[str]:
 
 
 def preview_task(recipe: ClassifyRecipe, base: Path, rows: int) -> RenderableType:
-    """What the teacher reads for the first texts, and what it would answer for each label."""
+    """The teacher's prompts for the first texts, and its possible answers."""
     texts = prepare_texts(recipe, base)
     prompt = LabelPrompt.of(recipe.task, texts.labels)
     parts: list[RenderableType] = []

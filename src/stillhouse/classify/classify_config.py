@@ -1,4 +1,5 @@
-"""The recipe of `task: {kind: classify}`: a teacher judges texts, a small student learns to."""
+"""The recipe of `task: {kind: classify}`: a teacher judges texts, and a small student learns from
+it."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ from stillhouse.section import Section
 
 
 def phrase_of(label: str) -> str:
-    """What a teacher reads for a label that has no phrase of its own: card_arrival, card arrival"""
+    """The phrase for a label without one: card arrival for card_arrival."""
     return label.replace("_", " ").strip()
 
 
@@ -55,7 +56,7 @@ def _text(label: Any) -> str:
 
 
 def _with_phrases(labels: Any) -> Any:
-    """A list of labels as a mapping of each to its phrase; integers as text."""
+    """Convert a list of labels to a mapping from each to its phrase; integers become text."""
     if isinstance(labels, dict):
         return {_text(label): _text(phrase) for label, phrase in labels.items()}
     if not isinstance(labels, list):
@@ -81,7 +82,7 @@ Labels = Annotated[
 ]
 
 
-class LabelledExample(Section):
+class LabeledExample(Section):
     text: str
     label: str
 
@@ -102,7 +103,7 @@ class ClassifyTask(Section):
         description="The user turn; {text} is the text, {labels} is the list of phrases.",
     )
     answer: str = Field("{label}", description="The assistant turn for a label.")
-    examples: list[LabelledExample] = Field(
+    examples: list[LabeledExample] = Field(
         default=[], description="Texts with their labels, placed before every prompt."
     )
     chat: bool = Field(
@@ -144,7 +145,7 @@ class ClassifyTask(Section):
 
 
 def check_labels(labels: dict[str, str]) -> None:
-    """Raises ValueError where a teacher could not tell the labels apart."""
+    """Raise ValueError if a teacher could not tell the labels apart."""
     if len(labels) < 2:
         raise ValueError(f"a choice needs two labels or more, and there are {len(labels)}")
     seen: dict[str, str] = {}
@@ -157,8 +158,9 @@ def check_labels(labels: dict[str, str]) -> None:
 
 
 class LabelSampling(SamplingRecipe):
-    """How an API answers with a label; a reasoning model needs more tokens. `extra` may constrain
-    the answer if the endpoint supports it: {response_format: ...}, {guided_choice: [...]}."""
+    """Sampling settings for an API's labels; a reasoning model needs more tokens. `extra` may
+    constrain the answer if the endpoint supports it: {response_format: ...}, {guided_choice:
+    [...]}."""
 
     temperature: SamplingTemperature | None = Field(
         0.0,
@@ -258,7 +260,7 @@ class PretrainedClassifier(Section):
 
 
 class TruncatedClassifier(Section):
-    """The first layers of a language model, and a classification head on them."""
+    """The first layers of a language model, with a classification head."""
 
     start: Literal["truncated"]
     model: PathText | None = Field(None, description="As teacher.model; null: the teacher.")
@@ -321,7 +323,7 @@ class FitRecipe(Section):
 
 
 class AbstainRecipe(Section):
-    """When the student abstains: below the confidence at which it reaches the target."""
+    """The student abstains below the confidence at which it reaches the target."""
 
     renamed: ClassVar[Mapping[str, str]] = {"wanted": "target", "sureness": "confidence"}
 

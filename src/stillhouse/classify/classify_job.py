@@ -1,4 +1,4 @@
-"""A classifier's recipe whose models have been found: what every stage of its run starts from."""
+"""A classifier's recipe with its resolved models: the input of every stage of its run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 @dataclass(frozen=True)
 class TaskJob:
-    """base: where relative paths start. teacher: None for an API. journal: of an API's answers.
-    has_gold: whether enough training texts have true labels to train on these."""
+    """base: folder of relative paths. teacher: None for an API. journal: of an API's answers.
+    has_gold: whether enough training texts have true labels to train on them."""
 
     recipe: ClassifyRecipe
     base: Path
@@ -61,7 +61,7 @@ class TaskJob:
 
 
 def find_task(recipe: ClassifyRecipe, base: Path) -> TaskJob:
-    """Finds the models. Raises ModelError."""
+    """Resolve the models. Raises ModelError."""
     section = recipe.teacher
     teacher = None
     if section.model is not None:

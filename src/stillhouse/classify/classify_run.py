@@ -1,4 +1,4 @@
-"""A run that makes a classifier from a teacher's judgment: its stages, in order."""
+"""A run that trains a classifier on a teacher's judgment: its stages, in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stages that make a classifier: what each depends on, and the work that fills its folder.
+"""The stages of a classifier's run: what each depends on, and the work that fills its folder.
 
 `tasks.measuring` has the stage that measures it, `tasks.products` what it is shipped as.
 """
@@ -177,13 +177,13 @@ def plan_classifier_training(
 
 
 def with_gold(job: TaskJob, stages: Mapping[str, Stage], _do: Do) -> TaskJob:
-    """The job that knows whether enough true labels are there to train on."""
+    """The job with `has_gold` set: whether there are enough true labels to train on."""
     found = Texts.load(stages["texts"].path)
     return replace(job, has_gold=gold_ids(found.train, list(found.labels)) is not None)
 
 
 def plan_gold_training(job: TaskJob, texts: Stage, student: Stage) -> StagePlan:
-    """The same student trained on those of the same texts whose true labels are known."""
+    """The same student, trained on those of the same texts that have true labels."""
     found = Texts.load(texts.path)
     gold = gold_ids(found.train, list(found.labels))
     assert gold is not None

@@ -1,4 +1,4 @@
-"""Trains a classifier on distributions over labels, resumable at any moment.
+"""Trains a classifier on distributions over labels, resumable at any time.
 
 Shapes: B texts of a batch, N texts, C labels.
 """
@@ -57,10 +57,10 @@ def fit(
     seed: int,
     out: Path,
 ) -> FitResult:
-    """Trains the classifier in `student` and writes `out/model` (float32) and `out/metrics.jsonl`.
+    """Train the classifier in `student` and write `out/model` (float32) and `out/metrics.jsonl`.
 
     The loss is -sum_c q(c) log p(c), its mean over texts, which differs from KL(q || p) by the
-    targets' own entropy. Goes on from the newest checkpoint in `out/checkpoints` that loads.
+    targets' own entropy. Resumes from the newest checkpoint in `out/checkpoints` that loads.
     """
     precision = choose_precision(section.precision, default_device())
     note(f"precision: {precision.reason}")
@@ -121,7 +121,8 @@ class _Fitter(ResumingTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Any:
-        # Some classifiers run the model's parts, past the forward that the Trainer wraps.
+        # Some classifiers run the model's parts directly, bypassing the forward that the Trainer
+        # wraps.
         with self.accelerator.autocast():
             logits_BC = self.classifier.logits(inputs["ids"], self.classifier.model)
         target_BC = inputs["target"].to(logits_BC.device)
@@ -165,7 +166,7 @@ def _arguments(
 
 
 class _Housekeeping(TrainerCallback):
-    """The progress bar, the metrics, and checkpoints that count only once they are complete."""
+    """Updates the progress bar and the metrics, and seals complete checkpoints."""
 
     def __init__(
         self,

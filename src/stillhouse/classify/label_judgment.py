@@ -37,15 +37,15 @@ from stillhouse.runfolder import flush
 
 SCORES, CHUNKS = "scores.safetensors", "chunks"
 CHUNK = 128
-"""Texts whose scores are written together: a killed process loses at most so many."""
+"""Texts whose scores are written together: a killed process loses at most this many."""
 LEAST_MASS = 0.5
-"""Total probability of the tokens that begin a label, below which the words alone count."""
+"""Minimum total probability of the tokens that begin a label; below it only the words count."""
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """Log-probabilities of labels, [N, C] for each part, NaN where the teacher gave none; and for
-    contentless texts, [K, C]. A black box's are logarithms of shares, without a prior."""
+    """Log-probabilities of labels, [N, C] for each part, NaN if the teacher returned none; and for
+    contentless texts, [K, C]. An API's are logarithms of shares, without a prior."""
 
     train: Tensor
     calibration: Tensor
@@ -61,13 +61,13 @@ class Judgment:
         return cls(**load_file(folder / SCORES))
 
     def prior(self, recipe: ClassifyRecipe) -> Tensor:
-        """Estimated on the training part alone."""
+        """The prior, estimated only on the training part."""
         kind = "none" if recipe.teacher.api is not None else recipe.task.prior
         known = self.train[~self.train.isnan().any(-1)]
         return prior_logits(kind, known, self.neutral)
 
     def distribution(self, part: str, recipe: ClassifyRecipe) -> Tensor:
-        """The teacher's distribution over the labels, [N, C]; rows of NaN where it gave none."""
+        """The teacher's distribution over the labels, [N, C]; rows of NaN if it returned none."""
         return distributions(getattr(self, part), self.prior(recipe))
 
 
@@ -77,9 +77,9 @@ class Judgment:
 def score_texts(
     model: Any, tokenizer: Any, prompt: LabelPrompt, texts: Texts, max_tokens: int, out: Path
 ) -> tuple[Judgment, int]:
-    """Scores all texts, chunk by chunk in `out/chunks`; finished chunks are not scored again.
+    """Score all texts, chunk by chunk in `out/chunks`; finished chunks are not scored again.
 
-    Returns the judgment, and the tokens that were read. Raises ModelError: prompts too long.
+    Returns the judgment, and the number of tokens read. Raises ModelError if prompts are too long.
     """
     words = prompt_tokens(prompt, tokenizer, max_tokens)
     rows = [row.text for row in texts.all] + list(CONTENTLESS)
@@ -136,7 +136,7 @@ def _write_chunk(file: Path, scores_NC: Tensor) -> None:
 def time_teacher(
     model: Any, tokenizer: Any, prompt: LabelPrompt, texts: Sequence[str], max_tokens: int
 ) -> float:
-    """Texts a second, the reading of the shared beginning included."""
+    """Texts per second, including the shared prefix."""
     words = prompt_tokens(prompt, tokenizer, max_tokens)
     began = time.perf_counter()
     for _ in score_labels(model, words.of(texts), words.labels):
@@ -150,7 +150,7 @@ def time_teacher(
 def _requests(
     recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts
 ) -> tuple[TextSource, Requests]:
-    """The API, and the requests to it: each text, `samples` times. Where the prompt does not name
+    """The API, and the requests to it: each text, `samples` times. If the prompt does not name
     the labels, the system prompt lists them."""
     section = recipe.teacher
     if "{labels}" not in prompt.prompt:
@@ -173,7 +173,7 @@ def _requests(
 def estimate_judgment(
     recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, journal: Path, calls: int = 0
 ) -> Estimate:
-    """How much of an API's judgment is in the journal, and what the rest takes. calls: requests
+    """How much of an API's judgment is in the journal, and what the rest costs. calls: requests
     that are sent first."""
     return estimate_cost(*_requests(recipe, prompt, texts), journal, calls)
 
@@ -181,15 +181,15 @@ def estimate_judgment(
 def label_by_api(
     recipe: ClassifyRecipe, prompt: LabelPrompt, texts: Texts, journal: Path
 ) -> tuple[Judgment, dict[str, Any]]:
-    """Requests what the journal does not have, and reads labels out of the answers.
+    """Request what the journal does not have, and read labels from the answers.
 
-    An answer gives its label a share; with `top_logprobs`, each label's share is the probability of
-    the tokens that begin it, where the answer begins with the label that it names and these tokens
-    have LEAST_MASS. That is biased: a label below the k most probable tokens gets nothing.
+    An answer adds a share to its label; with `top_logprobs`, each label's share is the probability
+    of the tokens that begin it, if the answer begins with the label that it names and these tokens
+    have LEAST_MASS. This is biased: a label below the k most probable tokens gets no share.
 
-    Returns, for the stage's summary, how many answers are labels, outside of them, or missing, and
-    how many requests are to be sent again.
-    Raises EndpointError; RunError where the budget is used up; DataError where too few texts of a
+    Returns, for the stage's summary, how many answers are labels, not labels, or missing, and
+    how many requests must be sent again.
+    Raises EndpointError; RunError if the budget is used up; DataError if too few texts of a
     part have a label.
     """
     section = recipe.teacher
@@ -203,7 +203,7 @@ def label_by_api(
             shares_NC[number // section.samples, column] += share
     sizes = [len(texts.part(name)) for name in PARTS]
     for name, part_NC in zip(PARTS, shares_NC.split(sizes), strict=True):
-        _check_labelled(name, int(part_NC.any(-1).sum()), counts, journal)
+        _check_labeled(name, int(part_NC.any(-1).sum()), counts, journal)
     shares_NC = shares_NC / shares_NC.sum(-1, keepdim=True)  # 0 / 0 is NaN: no answer
     train_NC, calibration_NC, test_NC = shares_NC.log().split(sizes)
     nothing_KC = torch.zeros(0, len(prompt.labels))
@@ -211,8 +211,8 @@ def label_by_api(
     return judged, {"answers": dict(counts), "unanswered": answers.unanswered}
 
 
-def _check_labelled(part: str, known: int, counts: Counter[str], journal: Path) -> None:
-    """Raises DataError where too few texts of a part have a label of the teacher's."""
+def _check_labeled(part: str, known: int, counts: Counter[str], journal: Path) -> None:
+    """Raise DataError if too few texts of a part have a label from the teacher."""
     if known < FEWEST:
         raise DataError(
             f"{known} texts of the {part} part have a label of the teacher's, and {FEWEST} are the "
@@ -227,7 +227,7 @@ def _check_labelled(part: str, known: int, counts: Counter[str], journal: Path) 
 def label_shares(
     answer: Answer | None, prompt: LabelPrompt, use_logprobs: bool
 ) -> tuple[str, dict[int, float]]:
-    """What kind of answer it is (label, outside, none), and the share of each label's number."""
+    """The kind of answer (label, outside, none), and the share of each label's number."""
     if answer is None:
         return "none", {}
     named = named_label(answer_text(answer), prompt)
@@ -244,12 +244,12 @@ def label_shares(
 def _token_shares(
     logprobs: Sequence[Mapping[str, Any]], prompt: LabelPrompt, named: int
 ) -> dict[int, float]:
-    """The probability of each label by its first tokens; nothing where the answer does not begin
+    """The probability of each label by its first tokens; empty if the answer does not begin
     with the label that it names.
 
-    Where the answer's first token begins several labels, its next tokens distinguish them; a label
-    that is complete there gets what the others leave. Where another token begins several labels,
-    they share its probability equally, because nothing is known of what would follow it.
+    If the answer's first token begins several labels, its next tokens distinguish them; a label
+    that is complete there gets the remaining probability. If another token begins several labels,
+    they share its probability equally, because the tokens that would follow it are unknown.
     """
     answers = [bare(prompt.answer_for(label)) for label in prompt.labels]
     possible, mass, begun = set(range(len(answers))), 1.0, ""
@@ -280,7 +280,8 @@ def _token_shares(
 
 
 def _begins(text: str, answers: Sequence[str], possible: Iterable[int]) -> set[int]:
-    """The answers that begin with the text: those in which it ends at a word, or else all."""
+    """The answers that begin with the text: those in which it ends at a word boundary, or else
+    all."""
     start = bare(text)
     fitting = {number for number in possible if start and answers[number].startswith(start)}
     return {number for number in fitting if whole_words(start).match(answers[number])} or fitting

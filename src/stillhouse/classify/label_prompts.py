@@ -1,4 +1,4 @@
-"""What a teacher reads about a text, and what it would answer for each label."""
+"""The teacher's prompt for a text, and its possible answers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from stillhouse.errors import ModelError, RecipeError
 from stillhouse.generation.chat_frame import answer_prompt_ids
 
 CONTENTLESS = ("N/A", "[MASK]", "...")
-"""Texts that say nothing, for what a teacher answers anyway (Zhao et al. 2021, arXiv 2102.09690,
-who take "N/A", "[MASK]" and the empty string)."""
+"""Contentless texts, to measure a teacher's prior (Zhao et al. 2021, arXiv 2102.09690,
+who use "N/A", "[MASK]" and the empty string)."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LabelPrompt:
     def question(self, text: str) -> str:
         """The user's turn."""
         listed = ", ".join(self.labels.values())
-        # One pass, so that a text may itself hold a word in braces.
+        # One pass, so that a text may contain a word in braces.
         before, *rest = self.prompt.replace("{labels}", listed).split("{text}")
         return text.join([before, *rest])
 
@@ -55,7 +55,7 @@ class LabelPrompt:
         return [*system, *few, {"role": "user", "content": self.question(text)}]
 
     def plain(self, text: str) -> str:
-        """The same without a chat template: paragraphs, the answer after a line's end."""
+        """The same without a chat template: paragraphs, with the answer after a line break."""
         system = [self.system] if self.system is not None else []
         few = [f"{self.question(one)}\n{self.answer_for(label)}" for one, label in self.examples]
         return "\n\n".join([*system, *few, self.question(text)]) + "\n"
@@ -63,7 +63,7 @@ class LabelPrompt:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt in a model's tokens. ended: answers end with the token that ends a turn."""
+    """A prompt in a model's tokens. ended: answers end with the end-of-turn token."""
 
     prompt: LabelPrompt
     tokenizer: Any
@@ -72,7 +72,7 @@ class PromptTokens:
     ended: bool
 
     def of(self, texts: Iterable[str]) -> list[list[int]]:
-        """The prompt's tokens for each text, which is cut to max_tokens first."""
+        """The prompt's tokens for each text, which is truncated to max_tokens first."""
         return [self._one(cut(text, self.tokenizer, self.max_tokens)) for text in texts]
 
     def _one(self, text: str) -> list[int]:
@@ -82,7 +82,7 @@ class PromptTokens:
 
 
 def prompt_tokens(prompt: LabelPrompt, tokenizer: Any, max_tokens: int) -> PromptTokens:
-    """Raises ModelError: no chat template; RecipeError: labels that are the same or nothing in
+    """Raises ModelError if there is no chat template; RecipeError if labels are equal or empty in
     this tokenizer's tokens."""
     if prompt.chat and not getattr(tokenizer, "chat_template", None):
         raise ModelError(
@@ -121,7 +121,7 @@ def cut(text: str, tokenizer: Any, max_tokens: int) -> str:
 
 
 def _one_begins_another(labels: Sequence[Sequence[int]]) -> bool:
-    """In lexicographic order, a label that begins others stands right before one of them."""
+    """In lexicographic order, a label that is a prefix of others comes right before one of them."""
     ordered = sorted(list(label) for label in labels)
     return any(
         len(one) < len(other) and other[: len(one)] == one for one, other in pairwise(ordered)
@@ -129,7 +129,7 @@ def _one_begins_another(labels: Sequence[Sequence[int]]) -> bool:
 
 
 def _end_of_answer(tokenizer: Any, *, chat: bool) -> int:
-    """The end of a turn in a chat; EOS in plain text."""
+    """The end-of-turn token in a chat; EOS in plain text."""
     end = turn_end(tokenizer)
     found = end.id if chat and end is not None else tokenizer.eos_token_id
     if found is None:

@@ -3,9 +3,9 @@
 The prompts of all texts have a common prefix (instruction, examples): those tokens are run once and
 their keys and values kept. A pass then reads the rest of some prompts and, after each, the inner
 nodes of the labels' tree, with a mask in which a node attends to its prompt and to the tokens
-before it in its own label. So a text with 77 labels takes one pass over its tokens, not 77.
+before it in its own label. So a text with 77 labels needs one pass over its tokens, not 77.
 
-Shapes: B prompts of a batch, P tokens that all begin with, L tokens of the longest rest, T inner
+Shapes: B prompts of a batch, P tokens of the shared prefix, L tokens of the longest rest, T inner
 nodes of the labels' tree, E its edges, C labels, D hidden width, V vocabulary.
 """
 
@@ -28,7 +28,7 @@ from stillhouse.teachers.backbone import lm_head
 TOKENS_TOGETHER = 4096
 """Tokens of one pass, padding and label nodes included."""
 ROWS_TOGETHER, PADDING = 8, 1.2
-"""A batch of so many rows ends before one that is longer than its first by this factor: on short
+"""A batch of this many rows ends before one that is longer than its first by this factor: on short
 texts and a CPU, that is 1.2 times as fast."""
 _CACHED_TOKENS = 16384
 """Tokens whose keys and values are copied at a time, for models with windows."""
@@ -38,7 +38,7 @@ _HEAD_ROWS = 512
 
 @dataclass(frozen=True)
 class Prefix:
-    """What all prompts begin with, and its keys and values; nothing where cache is None."""
+    """The prefix of all prompts, and its keys and values; empty if cache is None."""
 
     length: int
     cache: Any
@@ -53,8 +53,8 @@ class Prefix:
 
 
 def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
-    """How many tokens all prompts begin with; each keeps at least one of its own."""
-    # The two that differ earliest, in lexicographic order.
+    """The number of tokens in the shared prefix; every prompt keeps at least one more token."""
+    # The first and last in lexicographic order differ earliest.
     first, last = min(map(list, prompts)), max(map(list, prompts))
     most = min(len(prompt) for prompt in prompts) - 1
     same = 0
@@ -67,10 +67,10 @@ def shared_prefix(prompts: Sequence[Sequence[int]]) -> int:
 def score_labels(
     model: Any, prompts: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Log-probability of each label's tokens after each prompt: indices of some prompts, and
+    """Log-probability of each label's tokens after each prompt: yields indices of some prompts, and
     their rows [B, C], float32 on the CPU, until all are done.
 
-    model: a causal language model in eval mode. No label may begin another one. Models with
+    model: a causal language model in eval mode. No label may be a prefix of another. Models with
     windows are run twice for each prompt, and those with recurrent states once for each prompt and
     label.
     """
@@ -107,7 +107,8 @@ def _read_prefix(model: Any, ids: Sequence[int]) -> Prefix:
 def _batches(
     order: Sequence[int], prompts: Sequence[Sequence[int]], prefix: int, inner: int
 ) -> Iterator[list[int]]:
-    """`order` is by length, so the last prompt of a batch is its longest, and little is padding."""
+    """`order` is by length, so the last prompt of a batch is its longest, and there is little
+    padding."""
     batch: list[int] = []
     widths = [len(prompts[index]) - prefix + inner for index in order]
     shortest = 0
@@ -152,7 +153,7 @@ def tree_log_probabilities(
     ).last_hidden_state
     rows_B = torch.arange(len(rests), device=device)
     ends_B1D = hidden[rows_B, lengths_B - 1][:, None]
-    # Row 0 is the prompt's last token, row 1 + t the node t: ROOT, which is -1, comes out as 0.
+    # Row 0 is the prompt's last token, row 1 + t the node t: ROOT, which is -1, becomes 0.
     states_BSD = torch.cat([ends_B1D, hidden[:, longest:]], 1)
     return _edges(model, states_BSD, tree) @ tree.members_CE.T
 
@@ -193,8 +194,8 @@ def _edges(model: Any, states_BSD: Tensor, tree: LabelTree) -> Tensor:
 
 @torch.no_grad()
 def score_with_cache(model: Any, prompt: Sequence[int], labels: Sequence[Sequence[int]]) -> Tensor:
-    """As `score_labels`, [C] for one prompt: it is read once, and then the labels beside each
-    other, each after a copy of its keys and values."""
+    """As `score_labels`, [C] for one prompt: it is run once, then the labels in parallel,
+    each after a copy of its keys and values."""
     device = next(model.parameters()).device
     read = model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=True)
     first_1V = read.logits[:, -1].float().log_softmax(-1)

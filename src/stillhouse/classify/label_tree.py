@@ -1,4 +1,4 @@
-"""Labels as a tree of tokens, so that what they begin with in common is scored once."""
+"""Labels as a tree of tokens, so that common prefixes are scored once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = -1
 class LabelTree:
     """C labels, T inner nodes below the root, E edges.
 
-    A node stands for the tokens from the root to it; an inner one has tokens after it, and only
+    A node represents the tokens from the root to it; an inner node has tokens after it, and only
     those are ever run through a model. nodes_T: its own token. parents_T: the inner node before
     it, `ROOT` for none. depths_T: 0 for a label's first token. edge_nodes_E, edge_tokens_E: the
     node that a token follows, and the token. members_CE: 1 where the edge is part of the label.
@@ -39,7 +39,7 @@ class LabelTree:
 
 
 def label_tree(labels: Sequence[Sequence[int]]) -> LabelTree:
-    """The tree of the labels' tokens. Labels must have tokens, and none may begin another."""
+    """Build the tree of the labels' tokens. No label may be empty or a prefix of another."""
     assert all(labels)
     inner: dict[tuple[int, ...], int] = {(): ROOT}
     edges: dict[tuple[int, int], int] = {}

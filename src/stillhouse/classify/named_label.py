@@ -1,9 +1,9 @@
-"""Which label an answer in words names. What names none, or several, is never guessed.
+"""Finds the label that an answer names. If it names none, or several, it is never guessed.
 
-An answer names a label if it is one, up to case, markup and the punctuation around it; if it says
-so ("Label: card", JSON with a key `label`); if it begins with one that it then explains; or if it
-holds exactly one. Labels that are denied ("not spam"), quoted from the text, asked about, or a part
-of a longer word (`card` in `card-arrival`) are not named.
+An answer names a label if it is one, up to case, markup and the punctuation around it; if it states
+it ("Label: card", JSON with a key `label`); if it begins with one and then explains it; or if it
+contains exactly one. Labels that are denied ("not spam"), quoted from the text, asked about, or
+part of a longer word (`card` in `card-arrival`) are not named.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from stillhouse.data.words import bare, normalized, whole_words, words
 from stillhouse.synthesis.filters import unfenced
 
 Phrases = Mapping[str, frozenset[int]]
-"""Ways to write labels, bare; the numbers of the labels that each stands for."""
+"""Ways to write labels, normalized, with the numbers of the labels that each matches."""
 
 FEWEST_WORDS = 4
-"""An explanation that names another label has as many."""
+"""An explanation that names another label has at least this many words."""
 _KEYS = (
     "label|category|class|classification|answer|topic|intent|sentiment|prediction|output|verdict"
 )
@@ -53,7 +53,7 @@ _DENIED_BEFORE = re.compile(
 _DENIED_AFTER = re.compile(
     r" (?:is|was|are|does|do|did|would|can|could|will|should|seems?|may|might)(?: not|n't| never)\b"
     r"|\s*[:=?]\s*(?:no|false|0)\b|\s*(?:では|じゃ)(?:ない|ありません)|이?가? ?아니"
-    # The negations of Hindi, Urdu, Persian, Bengali, Tamil and Turkish, which end a sentence.
+    # Negations of Hindi, Urdu, Persian, Bengali, Tamil and Turkish, at the end of a sentence.
     r"|[^,;:.!?،؛؟。、।\n]{0,12}?\s(?:नहीं|नही|نہیں|نیست|নয়|নয়|না|இல்லை|அல்ல|değil)(?!\w)"
 )
 _QUOTED = re.compile(
@@ -65,13 +65,13 @@ _MARKUP = re.compile(
     r"|(?<=[가-힣])(?:입니다|이에요|예요)(?!\w)",  # Korean writes "is" at the end of the noun
     re.M,
 )
-# A word may end with a combining mark, which is no \w to `re`.
+# A word may end with a combining mark, which `re` does not match as \w.
 _JOINED_BEFORE = regex.compile(r"[\w\p{M}][-‐‑'’./\\@]$")
 _JOINED_AFTER = regex.compile(r"[-‐‑'’./\\@]\w")
 
 
 def named_label(text: str, prompt: LabelPrompt) -> int | None:
-    """The number of the label that an answer (without reasoning) names; None of other answers."""
+    """The number of the label that an answer (without reasoning) names; None if it names none."""
     ways = tuple(
         (label, phrase, prompt.answer_for(label)) for label, phrase in prompt.labels.items()
     )
@@ -95,14 +95,14 @@ def _one(numbers: set[int] | frozenset[int]) -> int | None:
 
 
 def normalized_lines(text: str) -> str:
-    """In each line, what `normalized` makes of it, with straight apostrophes."""
+    """Each line after `normalized`, with straight apostrophes."""
     lines = (normalized(line).replace("’", "'") for line in text.splitlines())
     return "\n".join(line for line in lines if line)
 
 
 @lru_cache(maxsize=8)
 def _phrases(ways: tuple[tuple[str, ...], ...]) -> tuple[Phrases, Phrases]:
-    """ways: for each label. As they are, and also with other separators of words: `card arrival`
+    """ways: for each label. As written, and also with other word separators: `card arrival`
     for `card_arrival`."""
     exact: dict[str, set[int]] = {}
     variants: dict[str, set[int]] = {}
@@ -136,12 +136,12 @@ def _value(text: str) -> str:
 
 
 def _named(value: Any) -> Any:
-    """JSON's true and false by their names, since these may be labels."""
+    """JSON's true and false as text, since these may be labels."""
     return json.dumps(value) if isinstance(value, bool) else value
 
 
 def _leading(text: str, phrases: Phrases) -> int | None:
-    """The label that the text is, or begins with before it explains it."""
+    """The label that the text equals, or begins with before an explanation."""
     for end in (found.start() for found in _EXPLAINED.finditer(text)):
         numbers = phrases.get(bare(text[:end]), frozenset())
         if len(numbers) == 1:
@@ -150,15 +150,15 @@ def _leading(text: str, phrases: Phrases) -> int | None:
 
 
 def _is_doubtful(explanation: str, phrases: Phrases, numbers: frozenset[int]) -> bool:
-    """Whether it takes the label back, or is little else than another label."""
+    """Whether the explanation denies the label, or is little more than another label."""
     others = any(other != numbers for other in _mentioned(explanation, phrases))
     few = len(words(explanation)) < FEWEST_WORDS
     return others and (few or _RECONSIDERED.search(explanation) is not None)
 
 
 def _mentioned(text: str, phrases: Phrases) -> Iterator[frozenset[int]]:
-    """The labels in the text that are affirmed. Where one is a part of another, the longer one
-    takes its words."""
+    """The labels in the text that are affirmed. If one is part of another, the longer one
+    wins."""
     shown = _QUOTED.sub(lambda found: _unquoted(found.group(), phrases), text)
     left = shown
     for way in sorted(filter(left.__contains__, phrases), key=len, reverse=True):
@@ -174,7 +174,7 @@ def _mentioned(text: str, phrases: Phrases) -> Iterator[frozenset[int]]:
 
 
 def _stands_alone(way: str, before: str, after: str) -> bool:
-    """Whether these words are a label, and not a part of a word, a number, an article or a mark."""
+    """Whether these words are a label, and not part of a word, a number, an article or a symbol."""
     if not words(way) or _JOINED_BEFORE.search(before) or _JOINED_AFTER.match(after):
         return False
     if way[0].isdigit():
@@ -184,6 +184,6 @@ def _stands_alone(way: str, before: str, after: str) -> bool:
 
 
 def _unquoted(quotation: str, phrases: Phrases) -> str:
-    """A label that is quoted alone; nothing of a quotation of the text."""
+    """Keep a label that is quoted alone; remove other quotations."""
     inside = quotation[1:-1]
     return f" {inside} " if bare(inside) in phrases else " … "

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 from stillhouse.classify.classifier import FACTS, Classifier, load_classifier
 from stillhouse.classify.classify_config import TextFile
-from stillhouse.classify.task_texts import labelled_text, read_texts
+from stillhouse.classify.task_texts import labeled_text, read_texts
 from stillhouse.data.row_reader import read_lines
 from stillhouse.hardware import choose_precision, default_device
 from stillhouse.pipeline.kind import Rows
@@ -20,7 +20,7 @@ TOGETHER = 256
 
 
 def classifier_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None:
-    """Labels texts with the classifier in the folder; None where it holds none."""
+    """A function that labels texts with the classifier in the folder; None if there is none."""
     if not (folder / FACTS).is_file():
         return None
     dtype = choose_precision("auto", default_device()).dtype
@@ -28,16 +28,16 @@ def classifier_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None
 
 
 def file_texts(path: Path, key: str) -> Iterator[str]:
-    """The texts of a file, see `read_rows`. Raises DataError."""
+    """The texts of a file; see `read_rows`. Raises DataError."""
     file = made(TextFile, {"path": str(path), "text": key}, "predict")
     return (row.text for row in read_texts(file, Path.cwd()))
 
 
 def stream_texts(lines: TextIO, key: str) -> Iterator[str]:
-    """A text a line, or an object a line with the text under `key`. Raises DataError."""
+    """One text per line, or one object per line with the text under `key`. Raises DataError."""
     file = TextFile(path="-", text=key)
     for row, where in read_lines(lines, "standard input", key):
-        yield labelled_text(row, file, where).text
+        yield labeled_text(row, file, where).text
 
 
 def predictions(classifier: Classifier, texts: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""From log-probabilities of labels to the distribution that a student learns.
+"""Converts log-probabilities of labels to the distribution that a student learns.
 
 Shapes: N texts, K contentless texts, C labels.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 Prior = Literal["content_free", "texts", "balanced", "none"]
 _ROUNDS = 100
 _LEAST = 1e-6
-"""Share of the texts that a label is taken to have at least, when priors are divided by."""
+"""Minimum share of texts assumed for a label, when dividing by priors."""
 
 
 def prior_logits(prior: Prior, train_NC: Tensor, neutral_KC: Tensor) -> Tensor:
@@ -22,8 +22,8 @@ def prior_logits(prior: Prior, train_NC: Tensor, neutral_KC: Tensor) -> Tensor:
     content_free: the mean distribution over contentless texts (contextual calibration, Zhao et
     al. 2021, arXiv 2102.09690; as a ratio of probabilities, Holtzman et al. 2021, 2104.08315).
     texts: the mean distribution over the training texts (batch calibration, Zhou et al. 2023,
-    arXiv 2309.17249). balanced: that, repeated on what comes out, until every label has the same
-    share of the training texts: right only where labels are about equally frequent.
+    arXiv 2309.17249). balanced: the same, repeated on its result, until every label has the same
+    share of the training texts: correct only if labels are about equally frequent.
     """
     match prior:
         case "none":

@@ -1,4 +1,4 @@
-"""Reads the texts of a task, drops repeated ones, and splits them into parts."""
+"""Reads the texts of a task, drops duplicates, and splits them into parts."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ Part = Literal["train", "calibration", "test"]
 PARTS: tuple[Part, ...] = ("train", "calibration", "test")
 LABELS = "labels.json"
 FEWEST = 4
-"""The fewest texts in a part to train or measure on."""
+"""Minimum number of texts in a part to train or measure on."""
 
 Reference = Callable[[Any, str], str | None]
-"""Takes a value of the label column and the row's place."""
+"""Called with a value of the label column and the row's place."""
 
 _LABEL_LINE = TextFile(path="", text="label")
 _MOST_SEVERAL = 0.1
-"""Share of the texts that may have several labels, as where annotators disagree."""
+"""Maximum share of texts with several labels, for example because annotators disagree."""
 
 _MISSING = re.compile(r"na|null|<na>|\\n|#(n/a|ref!|name\?|value!|div/0!|null!|num!)", re.I)
-"""What R, databases and Excel write into an empty or broken cell."""
+"""Written by R, databases and Excel into an empty or broken cell."""
 _JOINED = re.compile(r"[;|,/+]")
 _LIST = re.compile(r"\s*[\[{(]\s*['\"].*['\"]\s*,?\s*[\]})]\s*", re.DOTALL)
 """A list as text, in JSON or as Python prints it."""
@@ -52,7 +52,7 @@ UNKNOWN = -1
 
 
 @dataclass(frozen=True)
-class LabelledText:
+class LabeledText:
     """gold: the reference label or answer, None if unknown. where: file and row."""
 
     text: str
@@ -62,21 +62,21 @@ class LabelledText:
 
 @dataclass(frozen=True)
 class Texts:
-    """labels: each with its phrase, in order. repeated: texts that were dropped as repeated. notes:
-    what to know about the labels; not saved."""
+    """labels: each with its phrase, in order. repeated: texts that were dropped as duplicates.
+    notes: about the labels; not saved."""
 
     labels: dict[str, str]
-    train: list[LabelledText]
-    calibration: list[LabelledText]
-    test: list[LabelledText]
+    train: list[LabeledText]
+    calibration: list[LabeledText]
+    test: list[LabeledText]
     repeated: int = 0
     notes: tuple[str, ...] = ()
 
-    def part(self, name: Part) -> list[LabelledText]:
+    def part(self, name: Part) -> list[LabeledText]:
         return {"train": self.train, "calibration": self.calibration, "test": self.test}[name]
 
     @property
-    def all(self) -> list[LabelledText]:
+    def all(self) -> list[LabeledText]:
         return [*self.train, *self.calibration, *self.test]
 
     def save(self, folder: Path) -> None:
@@ -91,13 +91,13 @@ class Texts:
         facts = json.loads((folder / LABELS).read_text(encoding="utf-8"))
         parts: dict[str, Any] = {}
         for name in PARTS:
-            # Not splitlines: a text may hold one of the other characters that end lines.
+            # Not splitlines: a text may contain other characters that end lines.
             lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").split("\n")
-            parts[name] = [LabelledText(**json.loads(line)) for line in lines if line]
+            parts[name] = [LabeledText(**json.loads(line)) for line in lines if line]
         return cls(facts["labels"], repeated=facts["repeated"], **parts)
 
 
-def gold_ids(texts: Sequence[LabelledText], labels: Sequence[str]) -> list[int] | None:
+def gold_ids(texts: Sequence[LabeledText], labels: Sequence[str]) -> list[int] | None:
     """Index of each text's reference label, UNKNOWN if it has none; None if fewer than FEWEST have
     one."""
     if sum(row.gold is not None for row in texts) < FEWEST:
@@ -107,10 +107,11 @@ def gold_ids(texts: Sequence[LabelledText], labels: Sequence[str]) -> list[int] 
 
 
 def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
-    """Reads a recipe's texts and splits them.
+    """Read a recipe's texts and split them.
 
-    Raises DataError: unreadable files, empty texts, too few texts, a label that is not in the list,
-    many texts with several labels; RecipeError: no labels, or labels that cannot be distinguished.
+    Raises DataError for unreadable files, empty texts, too few texts, a label that is not in the
+    list, many texts with several labels; RecipeError for no labels, or labels that cannot be
+    distinguished.
     """
     section = recipe.data
     given = read_files(section.texts, base, label_of)
@@ -130,16 +131,17 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
 
 
 def divide_texts(
-    given: Sequence[LabelledText],
-    tests: Sequence[LabelledText],
+    given: Sequence[LabeledText],
+    tests: Sequence[LabeledText],
     test_share: float,
     seed: int,
     examples: Sequence[str] = (),
-) -> tuple[list[LabelledText], list[LabelledText], int]:
-    """Training texts in random order, and test texts; none is repeated. Also how many were.
+) -> tuple[list[LabeledText], list[LabeledText], int]:
+    """Training texts in random order, and test texts, without duplicates; and the number of
+    duplicates.
 
-    The content of a text and the seed decide its part, so that the order of the files and other
-    texts hardly matter. test_share: of `given`, if there are no test texts. examples: texts of the
+    The content of a text and the seed decide its part, so the order of the files and other
+    texts hardly matter. test_share: of `given`, if there are no test texts. examples: texts in the
     teacher's prompt, with their answers; they are excluded from the test texts.
     """
     seen: set[str] = set()
@@ -155,8 +157,8 @@ def divide_texts(
     return kept, kept_tests, repeated
 
 
-def require_enough(parts: Mapping[str, Sequence[LabelledText]]) -> None:
-    """Raises DataError for a part with too few texts."""
+def require_enough(parts: Mapping[str, Sequence[LabeledText]]) -> None:
+    """Raise DataError for a part with too few texts."""
     for name, rows in parts.items():
         if len(rows) < FEWEST:
             raise DataError(
@@ -166,14 +168,14 @@ def require_enough(parts: Mapping[str, Sequence[LabelledText]]) -> None:
             )
 
 
-def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabelledText]) -> dict[str, str]:
+def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabeledText]) -> dict[str, str]:
     """Each label with its phrase. Raises RecipeError, DataError."""
     if task.labels is not None:
         return task.labels
     if task.labels_path is not None:
         path = find_files(task.labels_path, base)[0]
         lines = read_rows(path, format=known_format(path) or "text", text_key="label")
-        found = (labelled_text(line, _LABEL_LINE, where).text for line, where in lines)
+        found = (labeled_text(line, _LABEL_LINE, where).text for line, where in lines)
         names, where = [name.strip() for name in found], str(path)
     else:
         names, where = sorted({row.gold for row in rows if row.gold is not None}), "task.labels"
@@ -199,8 +201,8 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabelledText]) ->
     return labels
 
 
-def _with_known_label(row: LabelledText, labels: Mapping[str, str]) -> LabelledText:
-    """The row with its label as the task writes it. Raises DataError for one it does not have."""
+def _with_known_label(row: LabeledText, labels: Mapping[str, str]) -> LabeledText:
+    """The row with its label as spelled in the task. Raises DataError for an unknown label."""
     if row.gold is None or row.gold in labels:
         return row
     same = next((label for label in labels if collapsed(label) == row.gold), None)
@@ -231,7 +233,7 @@ def _on_bare_labels(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def _on_odd_labels(names: Sequence[str]) -> Iterator[str]:
-    """Notes on labels that may be no labels: signs of an empty cell, and several labels in one."""
+    """Notes on values that may not be labels: marks of an empty cell, or several labels in one."""
     for name in names:
         if _MISSING.fullmatch(name):
             yield (
@@ -247,12 +249,12 @@ def _on_odd_labels(names: Sequence[str]) -> Iterator[str]:
 
 
 def _one_label_each(
-    rows: Sequence[LabelledText],
-) -> tuple[list[LabelledText], tuple[str, ...]]:
-    """The rows, each with the one label that its text has anywhere, None where it has several; and
-    a note about those.
+    rows: Sequence[LabeledText],
+) -> tuple[list[LabeledText], tuple[str, ...]]:
+    """The rows, each with the one label that its text has anywhere, None if it has several; and
+    a note about them.
 
-    Raises DataError if there are many: texts with several labels are another task.
+    Raises DataError if there are many: texts with several labels are a different task.
     """
     found: dict[str, dict[str, str]] = {}
     keys = [normalized(row.text) for row in rows]
@@ -279,8 +281,8 @@ def _one_label_each(
     return agreed, notes
 
 
-def _unrepeated(rows: Sequence[LabelledText], seen: set[str]) -> Iterator[LabelledText]:
-    """Rows whose text was not seen yet, ignoring case, whitespace and Unicode form."""
+def _unrepeated(rows: Sequence[LabeledText], seen: set[str]) -> Iterator[LabeledText]:
+    """Rows without duplicate texts, ignoring case, whitespace and Unicode form."""
     for row in rows:
         key = normalized(row.text)
         if key not in seen:
@@ -301,27 +303,27 @@ def files_sha256(files: Sequence[TextFile], base: Path) -> list[str]:
 
 def read_files(
     files: Sequence[TextFile], base: Path, reference: Reference | None = None
-) -> list[LabelledText]:
+) -> list[LabeledText]:
     """The rows of all files. Raises DataError."""
     return [row for file in files for row in read_texts(file, base, reference)]
 
 
 def read_texts(
     file: TextFile, base: Path, reference: Reference | None = None
-) -> Iterator[LabelledText]:
+) -> Iterator[LabeledText]:
     """The rows of a file, or of all files of a folder or glob. Raises DataError.
 
-    reference: `label_of` (None: too) or `answer_of`: what a value in the label column is.
+    reference: `label_of` (the default) or `answer_of`: how to read the label column.
     """
     found = itertools.islice(_read_all(file, base, reference or label_of), file.limit)
     if file.sample is None:
         return found
-    # By content, so that an added row does not move others.
+    # By content, so that adding a row does not move others.
     return iter(heapq.nsmallest(file.sample, found, key=lambda row: _place(row, "draw")))
 
 
 def first_row(path: str, base: Path, format: FileFormat | None = None) -> Mapping[str, Any]:
-    """All columns of the first row; of plain text, the line under `text`. Raises DataError."""
+    """All columns of the first row; for plain text, the line under `text`. Raises DataError."""
     file = find_files(path, base)[0]
     rows = read_rows(file, format=format, text_key="text")
     row, where = next(not_empty(rows, "The file", file))
@@ -334,10 +336,10 @@ def first_row(path: str, base: Path, format: FileFormat | None = None) -> Mappin
     return row
 
 
-def labelled_text(
+def labeled_text(
     row: Mapping[str, Any], file: TextFile, where: str, reference: Reference | None = None
-) -> LabelledText:
-    """The row's text and label, under the keys that `file` names. Raises DataError."""
+) -> LabeledText:
+    """The row's text and label, under the keys named by `file`. Raises DataError."""
     text = row.get(file.text)
     if file.text not in row or not isinstance(text, str):
         is_it = f"; its value is of type {type(text).__name__}" if file.text in row else ""
@@ -350,18 +352,18 @@ def labelled_text(
     if not text.strip():
         raise DataError("the text is empty", where=where, fix="remove the row")
     if file.label is None:
-        return LabelledText(text, None, where)
+        return LabeledText(text, None, where)
     if file.label not in row:
         raise DataError(
             f"the row has no label under {file.label!r}; it has {', '.join(map(str, row))}",
             where=where,
             fix="name the label's column or key, or leave `label` out",
         )
-    return LabelledText(text, (reference or label_of)(row[file.label], where), where)
+    return LabeledText(text, (reference or label_of)(row[file.label], where), where)
 
 
 def label_of(value: Any, where: str) -> str | None:
-    """A label as text in NFC; None for an empty cell, which NaN is too. 1.0 is 1.
+    """A label as text in NFC; None for an empty cell or NaN. 1.0 becomes 1.
 
     Raises DataError for a value that is not a label: a list, an object, a score.
     """
@@ -383,7 +385,7 @@ def label_of(value: Any, where: str) -> str | None:
 
 
 def answer_of(value: Any, where: str) -> str | None:
-    """A reference answer as text; None for an empty cell. What is not text becomes JSON."""
+    """A reference answer as text; None for an empty cell. Other values become JSON."""
     if _is_empty(value):
         return None
     return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -396,12 +398,12 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
-def _place(row: LabelledText, purpose: str) -> bytes:
+def _place(row: LabeledText, purpose: str) -> bytes:
     return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
 
 
-def _read_all(file: TextFile, base: Path, reference: Reference) -> Iterator[LabelledText]:
+def _read_all(file: TextFile, base: Path, reference: Reference) -> Iterator[LabeledText]:
     columns = [key for key in (file.text, file.label) if key is not None]
     for path in find_files(file.path, base):
         for row, where in read_rows(path, text_key=file.text, columns=columns):
-            yield labelled_text(row, file, where, reference)
+            yield labeled_text(row, file, where, reference)

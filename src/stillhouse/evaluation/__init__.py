@@ -1,1 +1,1 @@
-"""Measures of a run's models against the teacher: fidelity, speed, memory, text, tasks."""
+"""Measurements of a run's models against the teacher: fidelity, speed, memory, text, tasks."""

@@ -12,13 +12,13 @@ from stillhouse.data.words import collapsed, normalized
 from stillhouse.evaluation.results import Saved
 
 Facts = Counter[tuple[str, str]]
-"""Of a JSON value: (path, scalar) of everything in it, and how often."""
+"""The facts of a JSON value: (path, scalar) of everything in it, with counts."""
 
 
 @dataclass(frozen=True)
 class AnswersResult:
-    """One model on the test texts. figures: measures by name. fields: F1 of each top-level field,
-    against the reference answers or, where there are none, the teacher's."""
+    """One model on the test texts. figures: metrics by name. fields: F1 of each top-level field,
+    against the reference answers or, if there are none, the teacher's."""
 
     role: str
     figures: dict[str, float]
@@ -27,7 +27,7 @@ class AnswersResult:
 
 @dataclass(frozen=True)
 class AnsweredText:
-    """Every model's answer, by role. gold: the reference answer, None where there is none."""
+    """Every model's answer, by role. gold: the reference answer, None if there is none."""
 
     text: str
     gold: str | None
@@ -67,7 +67,7 @@ def _scalar(value: Any, text: Callable[[str], str]) -> str:
     if isinstance(value, str):
         return f'"{text(value)}"'
     if isinstance(value, int | float) and abs(value) > 2**53 and abs(value) != math.inf:
-        return str(int(value))  # as floats, different integers would be the same
+        return str(int(value))  # as floats, different integers could be equal
     return repr(value + 0.0) if isinstance(value, int | float) else str(value)
 
 
@@ -107,8 +107,8 @@ def _shared_items(one: Sequence[Any], other: Sequence[Any]) -> int:
 def field_f1(answers: Sequence[Any | None], gold: Sequence[Any]) -> tuple[float, dict[str, float]]:
     """F1 over all facts, and of each top-level field's: 2 × shared facts ÷ facts of both sides.
 
-    answers: None where one is not valid JSON, and so has no facts. Where neither side has any, the
-    share of valid answers.
+    answers: None for one that is not valid JSON, and so has no facts. If neither side has any, the
+    fraction of valid answers.
     """
     right: Counter[str] = Counter()
     total: Counter[str] = Counter()
@@ -129,7 +129,7 @@ def _fields(value: Any) -> Mapping[str, Any]:
 
 def same_json(one: Any, other: Any) -> bool:
     """The same value: the same fields, lists in the same order, numbers equal by value, and text
-    equal up to whitespace and Unicode form. Case counts, and null is not a missing field."""
+    equal up to whitespace and Unicode form. Case matters, and null is not a missing field."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(same_json(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
@@ -146,7 +146,7 @@ def same_text(one: str, other: str) -> bool:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Answers compared with others, each pair in both orders. An answer wins where it is preferred
+    """Answers compared with others, each pair in both orders. An answer wins if it is preferred
     in both; a verdict that depends on the order is a tie. unread: pairs without two readable
     verdicts."""
 
@@ -158,12 +158,12 @@ class Comparison:
 
     @property
     def preferred(self) -> float:
-        """Wins, and half of the ties, among the pairs that were read."""
+        """Wins, plus half of the ties, as a fraction of the pairs with readable verdicts."""
         return (self.wins + self.ties / 2) / max(1, self.wins + self.ties + self.losses)
 
 
 def compare(verdicts: Sequence[tuple[str | None, str | None]]) -> Comparison:
-    """verdicts: A, B or tie, None where nothing could be read; of each pair with our answer as A,
+    """verdicts: A, B or tie, None if unreadable; of each pair with our answer as A,
     then with our answer as B."""
     points = {"A": 1, "tie": 0, "B": -1}
     counts: Counter[str] = Counter()

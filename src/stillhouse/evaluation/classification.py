@@ -19,12 +19,12 @@ BINS = 15
 
 @dataclass(frozen=True)
 class ClassifierResult:
-    """One model on the test texts. Figures against true labels are None where there are none.
+    """One model on the test texts. Figures against true labels are None if there are none.
 
     kl: KL(teacher ‖ model) in nats. ece: expected calibration error of the top-1 label, in `BINS`
     equal bins (Guo et al. 2017, arXiv 1706.04599); ece_teacher uses the teacher's label as the true
     one. brier: squared distance to the true label, 0 to 2. confusion: [true][predicted], or
-    [teacher's][predicted] where no true labels are known.
+    [teacher's][predicted] if no true labels are known.
     """
 
     role: str
@@ -46,8 +46,8 @@ class Abstention:
     """threshold: the lowest confidence at which the student answers; None if none is high enough.
     sureness: the confidence level at which the calibration texts show that it reaches `wanted`.
 
-    coverage: the share of the calibration texts that it answers, and `reached` its measure on them;
-    test_*: the same on the test texts, on which nothing was chosen.
+    coverage: the fraction of the calibration texts that it answers, and `reached` the metric on
+    them; test_*: the same on the test texts, which were not used to choose it.
     """
 
     measure: str
@@ -78,15 +78,15 @@ class ClassificationEvaluation(Saved):
 
 
 def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) -> ClassifierResult:
-    """p_NC, teacher_NC: probabilities; rows of NaN where a model named no label. gold_N: indices of
-    the true labels, negative where one is not known.
+    """p_NC, teacher_NC: probabilities; rows of NaN if a model named no label. gold_N: indices of
+    the true labels, negative if unknown.
 
-    Agreement, KL and `ece_teacher` are of the texts with a teacher's label. Accuracy and macro-F1
-    are of all texts with a true label: one for which the model named no label is wrong. Calibration
-    and Brier score are of those that it labelled.
+    Agreement, KL and `ece_teacher` cover the texts with a teacher's label. Accuracy and macro-F1
+    cover all texts with a true label: a text for which the model named no label is wrong.
+    Calibration and Brier score cover those that it labeled.
     """
-    answered_N, labelled_N = ~p_NC.isnan().any(-1), ~teacher_NC.isnan().any(-1)
-    both_N = answered_N & labelled_N
+    answered_N, labeled_N = ~p_NC.isnan().any(-1), ~teacher_NC.isnan().any(-1)
+    both_N = answered_N & labeled_N
     q_NC, choice_N = teacher_NC[both_N], teacher_NC.argmax(-1)
     floor = torch.finfo(torch.float32).tiny
     log_ratio_NC = q_NC.clamp_min(floor).log() - p_NC[both_N].clamp_min(floor).log()
@@ -98,7 +98,7 @@ def measure(role: str, p_NC: Tensor, teacher_NC: Tensor, gold_N: Tensor | None) 
         "ece_teacher": calibration_error(p_NC[both_N], choice_N[both_N]),
     }
     reference_N = choice_N if gold_N is None else gold_N
-    known_N = labelled_N if gold_N is None else gold_N >= 0
+    known_N = labeled_N if gold_N is None else gold_N >= 0
     shown_N = known_N & answered_N
     confusion_CC = confusion(reference_N[shown_N], predicted_N[shown_N], p_NC.shape[1])
     if gold_N is not None:
@@ -122,7 +122,7 @@ def confusion(true_N: Tensor, predicted_N: Tensor, labels: int) -> Tensor:
 
 
 def macro_f1(confusion_CC: Tensor, missed_C: Tensor | int = 0) -> float:
-    """The mean of F1 over the labels that are true or predicted at least once. missed_C: texts of
+    """The mean F1 over the labels that are true or predicted at least once. missed_C: texts with
     each true label for which none was predicted."""
     right_C = confusion_CC.diagonal().double()
     total_C = confusion_CC.sum(0) + confusion_CC.sum(1) + missed_C
@@ -130,7 +130,7 @@ def macro_f1(confusion_CC: Tensor, missed_C: Tensor | int = 0) -> float:
 
 
 def calibration_error(p_NC: Tensor, true_N: Tensor) -> float:
-    """Mean over texts of |confidence - share that is right| of their bin."""
+    """Mean over texts of |confidence - accuracy| of their bin."""
     confidence_N, predicted_N = p_NC.max(-1)
     right_N = (predicted_N == true_N).double()
     bins_N = (confidence_N * BINS).long().clamp_max(BINS - 1)
@@ -143,7 +143,7 @@ def calibration_error(p_NC: Tensor, true_N: Tensor) -> float:
 
 
 def coverage_curve(p_NC: Tensor, true_N: Tensor) -> list[tuple[float, float]]:
-    """(share answered, share of them that is right), the most confident first."""
+    """(coverage, accuracy on the answered texts), most confident first."""
     confidence_N, predicted_N = p_NC.max(-1)
     order_N = confidence_N.argsort(descending=True, stable=True)
     right_N = (predicted_N == true_N)[order_N].double()
@@ -157,11 +157,11 @@ SHARES = 10
 
 
 def choose_threshold(p_NC: Tensor, true_N: Tensor, target: float, level: float) -> float | None:
-    """The lowest of `SHARES` thresholds above which the share of right answers is at least
+    """The lowest of `SHARES` thresholds above which the fraction of correct answers is at least
     `target`; None if no threshold passes.
 
-    A threshold passes if the lower Clopper-Pearson bound of the share reaches `target`. Because
-    several thresholds are tried, each bound is taken at the confidence level
+    A threshold passes if the lower Clopper-Pearson bound of that fraction reaches `target`. Because
+    several thresholds are tried, each bound is computed at the confidence level
     1 - (1 - level) / SHARES (Bonferroni).
     """
     confidence_N, predicted_N = p_NC.max(-1)
@@ -177,8 +177,8 @@ def choose_threshold(p_NC: Tensor, true_N: Tensor, target: float, level: float) 
 
 
 def _chance_of_so_few(wrong: int, total: int, rate: float) -> float:
-    """P(at most `wrong` of `total` errors), where each is one with probability `rate`. The lower
-    Clopper-Pearson bound of the share that is right, at s, is 1 - rate where this is 1 - s."""
+    """P(at most `wrong` errors in `total`), if each is an error with probability `rate`. The lower
+    Clopper-Pearson bound of the accuracy, at level s, is 1 - rate for which this is 1 - s."""
     n = torch.tensor(float(total), dtype=torch.float64)
     i = torch.arange(wrong + 1, dtype=torch.float64)
     ways = (n + 1).lgamma() - (i + 1).lgamma() - (n - i + 1).lgamma()
@@ -187,7 +187,7 @@ def _chance_of_so_few(wrong: int, total: int, rate: float) -> float:
 
 
 def answered(p_NC: Tensor, true_N: Tensor, threshold: float | None) -> tuple[float, float | None]:
-    """The share of texts at or above the threshold, and the share of them that is right."""
+    """The fraction of texts at or above the threshold, and the accuracy on them."""
     if threshold is None:
         return 0.0, None
     confidence_N, predicted_N = p_NC.max(-1)

@@ -1,4 +1,4 @@
-"""All measures of a run's models, teacher first."""
+"""All measurements of a run's models, teacher first."""
 
 from __future__ import annotations
 
@@ -53,15 +53,15 @@ def evaluate(
 ) -> Evaluation:
     """Measure the models in `paths` by role (teacher, untrained, student, fine_tuned, quantized).
 
-    Fidelity and generations take one model at a time, so memory holds one model, the teacher's
+    Fidelity and generations use one model at a time, so memory holds one model, the teacher's
     head, and the teacher's hidden states of the held-out text; the speed measurement holds all
     models at once. Everything computes in `precision` on the default device.
 
     vocabulary: tokens of the shared vocabulary; rows past it are padding.
-    export_dtype: sizes are given as if the weights were stored in this type; None: their own type.
-    sizes: bytes of the roles that are stored in another way, such as quantized ones. Their speed
-    and memory are not measured: what is in `paths` is a floating-point stand-in.
-    prepare: is called with the roles' models once they are loaded, for what a checkpoint does not
+    export_dtype: sizes are reported as if the weights were stored in this type; None: their own
+    type. sizes: bytes of the roles that are stored in another form, such as quantized ones. Their
+    speed and memory are not measured: the model in `paths` is a floating-point equivalent.
+    prepare: called with the roles' models once they are loaded, to add what a checkpoint does not
     hold, such as rounded inputs. `lm_eval` loads them without.
 
     Raises:
@@ -81,7 +81,7 @@ def evaluate(
         parameters = sum(parameter.numel() for parameter in model.parameters())
         measuring.add(role, model, weight_bytes(path, parameters, export_dtype))
         del model
-        gc.collect()  # a model refers to itself: without this, two would be in memory
+        gc.collect()  # models have reference cycles: without this, two would be in memory
     results = measuring.results
     notes = [
         f"Fidelity: {results[TEACHER].fidelity.tokens:,} tokens in {len(windows):,} held-out "
@@ -135,7 +135,7 @@ def evaluate_models(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> Evaluation:
-    """Fidelity and generations of models in memory, by role, each in its own number type.
+    """Fidelity and generations of models in memory, by role, each in its own dtype.
 
     models: the teacher first, all on one device. tokenizer: for the prompts.
     Raises DataError: held-out text that cannot be measured on.
@@ -152,7 +152,7 @@ def evaluate_models(
 
 @dataclass
 class _Measuring:
-    """Measures one model at a time, the teacher first: its outputs for the windows and the prompts,
+    """Measures one model at a time, teacher first: its outputs for the windows and the prompts,
     and its size."""
 
     section: EvaluateRecipe
@@ -217,8 +217,8 @@ def _with_speed(
 
 @contextmanager
 def _stored_as_used(path: Path, setup: _Setup) -> Iterator[Path]:
-    """The checkpoint in the number type that it is used in: a temporary copy where its files have
-    another one, since their pages count as memory too."""
+    """The checkpoint in the dtype that it is used in: a temporary copy if its files have
+    another one, since their mapped pages count as memory too."""
     name = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}.get(setup.dtype)
     if setup.device.type != "cpu" or stored_dtypes(path) in (set(), {name}):
         yield path

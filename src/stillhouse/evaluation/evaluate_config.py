@@ -1,4 +1,4 @@
-"""What is measured besides fidelity."""
+"""The recipe section `evaluate`: what is measured besides fidelity."""
 
 from __future__ import annotations
 

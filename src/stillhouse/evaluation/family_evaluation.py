@@ -1,4 +1,4 @@
-"""What was measured of a family of students, as plain data that is written to JSON."""
+"""The evaluation of a family of students, as plain data that is written to JSON."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from stillhouse.evaluation.results import Generation, ModelResult
 class Member:
     """One student of a family.
 
-    untrained: as pruned. shape: sizes before and after, of what was cut. report: its own page.
-    tokens, flops, seconds: of the work for this member alone. decoding: its speed as a multiple of
-    the teacher's in the same run, where it was measured. quantized: the exported model, where that
-    is quantized.
+    untrained: as pruned. shape: sizes before and after, for the axes that were cut. report: its
+    page. tokens, flops, seconds: of the work for this member alone. decoding: its speed as a
+    multiple of the teacher's in the same run, if it was measured. quantized: the exported model, if
+    it is quantized.
     """
 
     name: str
@@ -33,15 +33,15 @@ class Member:
 
     @property
     def recovered(self) -> float:
-        """The share of the pruning's KL that training took back."""
+        """The fraction of the pruning's KL that training recovered."""
         before, after = self.untrained.fidelity.kl, self.student.fidelity.kl
         return 1.0 - after / before if before > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class CutTeacher:
-    """A teacher that lost tokens: before and after. perplexity: on training text that has none of
-    the lost tokens; None where there was no such text."""
+    """A teacher whose vocabulary was cut: before and after. perplexity: on training text without
+    any of the removed tokens; None if there was no such text."""
 
     tokens: tuple[int, int]
     parameters: tuple[int, int]
@@ -61,7 +61,7 @@ class ScratchTraining:
     seconds: float
 
     def kl_at(self, tokens: int) -> float | None:
-        """KL after so many tokens, by a straight line between two measurements; None outside."""
+        """KL after a number of tokens, by linear interpolation; None outside the measurements."""
         for (before, kl_before), (after, kl_after) in pairwise(self.points):
             if before <= tokens <= after:
                 return kl_before + (kl_after - kl_before) * (tokens - before) / (after - before)
@@ -71,8 +71,8 @@ class ScratchTraining:
 @dataclass(frozen=True)
 class FamilyEvaluation:
     """members: the largest first. chained: each was pruned from the one before it. learned_from:
-    as cascade.teacher. watts: assumed of the machine, for the energy. cut: where the teacher, whose
-    measures are given, lost tokens itself."""
+    as cascade.teacher. watts: assumed power of the machine, for the energy. cut: set if the
+    teacher, whose measurements are given, had its vocabulary cut itself."""
 
     teacher: ModelResult
     members: Sequence[Member]

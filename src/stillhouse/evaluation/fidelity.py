@@ -24,14 +24,14 @@ from stillhouse.teachers.backbone import hidden_states, lm_head, trim_head
 BINS = 15
 TOKENS_PER_FORWARD = 2048
 ROWS_PER_CHUNK = 128
-"""Rows whose logits are held at once: a few buffers of this many times the vocabulary."""
+"""Rows whose logits are in memory at a time: a few buffers of this many times the vocabulary."""
 
 
 @dataclass(frozen=True)
 class HeldoutAnswers:
     """One model's output at every supervised position of the held-out text.
 
-    signal: its last hidden states, on the CPU, and its head, so that N·D numbers stand for N·V
+    signal: its last hidden states, on the CPU, and its head, so that N·D numbers represent N·V
     logits. targets_N: the text's own next tokens.
     """
 
@@ -45,8 +45,9 @@ def heldout_answers(
 ) -> HeldoutAnswers:
     """Run `model` once over all windows, in evaluation mode.
 
-    Windows may differ in length; neighbors of equal length share a forward pass. `advance` gets the
-    tokens of each pass. Memory: one hidden vector per supervised token, and no logits.
+    Windows may differ in length; neighbors of equal length share a forward pass. `advance` is
+    called with the tokens of each pass. Memory: one hidden vector per supervised token, and no
+    logits.
 
     Raises:
         DataError: no position of any window is supervised.
@@ -73,9 +74,9 @@ def heldout_answers(
 def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> Fidelity:
     """Measure `model` against `teacher` on the same windows.
 
-    Distributions are over the first `vocabulary` tokens, so heads of different padding are
+    Distributions are over the first `vocabulary` tokens, so heads with different padding are
     comparable. Logits are computed for a few rows at a time, and every softmax and sum is in
-    float32 or wider, whatever type the models computed in.
+    float32 or wider, whatever dtype the models compute in.
 
     Raises:
         ModelError: a head has fewer tokens than `vocabulary`, or logits are not finite.

@@ -1,4 +1,4 @@
-"""Benchmark tasks by EleutherAI's lm-eval, an extra: `pip install stillhouse[eval]`."""
+"""Benchmark tasks from EleutherAI's lm-eval, an extra: `pip install stillhouse[eval]`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_tasks(
     seed: int = 0,
     trust_remote_code: bool = False,
 ) -> dict[str, float]:
-    """Scores by `task/metric`, or `task/metric/filter` where a task filters the answers.
+    """Scores by `task/metric`, or `task/metric/filter` if a task filters the answers.
 
     Tasks are lm-eval's names, names from `section.include_path`, or paths of task files. Prompts
     are plain text: no chat template is applied. Standard errors are left out.
@@ -82,7 +82,7 @@ def _task_manager(section: LmEvalRecipe) -> Any:
 
 
 def require_tasks(section: LmEvalRecipe) -> None:
-    """Raises as `run_tasks` does for tasks that are not known, and for an extra that is missing."""
+    """Raise an error, as `run_tasks` does, for unknown tasks and a missing extra."""
     _check_names(_task_manager(section), section)
 
 

@@ -1,7 +1,7 @@
-"""One model's peak memory, as JSON.
+"""Prints one model's peak memory as JSON.
 
-`python -m stillhouse.evaluation.memory PATH DTYPE DEVICE [trust_remote_code]`, in a process of its
-own because a process's peak never falls.
+`python -m stillhouse.evaluation.memory PATH DTYPE DEVICE [trust_remote_code]`, in a separate
+process because a process's peak never decreases.
 """
 
 from __future__ import annotations

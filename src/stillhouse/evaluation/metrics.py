@@ -1,4 +1,4 @@
-"""The table of metrics of each kind of evaluation, made once and shown everywhere."""
+"""The table of metrics of each kind of evaluation, built once and shown everywhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stillhouse.evaluation.roles import role_name, role_order
 
 
 class Metric(NamedTuple):
-    """A row of a table. path: where its value is, attributes or keys from a column's data on."""
+    """A row of a table. path: attributes or keys that lead from a column's data to its value."""
 
     name: str
     path: Sequence[str]
@@ -41,7 +41,7 @@ def _table(
     notes: list[str],
     remark: Remark = lambda metric, model: "",
 ) -> MetricsTable:
-    """Of results that have a role, in the order of `ROLE_NAMES`."""
+    """The table of results that have a role, in the order of `ROLE_NAMES`."""
     ordered = sorted(results, key=lambda result: role_order(result.role))
     columns = [Column(role_name(result.role), result.role) for result in ordered]
     return MetricsTable(title, columns, _rows(metrics, ordered, remark), notes)
@@ -52,7 +52,7 @@ def _rows(
     columns: Sequence[Any],
     remark: Remark = lambda metric, model: "",
 ) -> list[Row]:
-    """A dash where a model was not measured; no row where none was."""
+    """A dash for a model that was not measured; no row if none was."""
     rows = []
     for metric in metrics:
         values = [_value(column, metric.path) for column in columns]
@@ -68,7 +68,7 @@ def _rows(
 
 
 def _value(data: Any, path: Sequence[str]) -> Any:
-    """None where a part of the path is missing or None."""
+    """None if a part of the path is missing or None."""
     for key in path:
         data = data.get(key) if isinstance(data, Mapping) else getattr(data, key, None)
     return data
@@ -147,8 +147,8 @@ def perplexity_retention(model: ModelResult, teacher: ModelResult) -> float:
 
 
 def _beside_the_others(metric: Metric, model: ModelResult, found: Evaluation) -> str:
-    """The value as percent of the teacher's, KL as the part of the gap that training closed; empty
-    where there is nothing to compare with, or a percentage would be misleading."""
+    """The value as a percentage of the teacher's, KL as the part of the gap that training closed;
+    empty if there is nothing to compare with, or a percentage would be misleading."""
     teacher, untrained = found.result("teacher"), found.result("untrained")
     if metric.path == _KL_PATH:
         if untrained is None or model.role in ("teacher", "untrained") or not untrained.fidelity.kl:
@@ -201,7 +201,7 @@ def _(found: ClassificationEvaluation) -> MetricsTable:
 
 
 def abstention_sentence(chosen: Abstention) -> str:
-    """What the threshold promises, and what it gives on the test texts."""
+    """What the threshold promises, and what it reaches on the test texts."""
     reference = "the teacher" if chosen.measure == "agreement" else "the true label"
     goal = f"{text.percent(chosen.wanted)} {chosen.measure} with {reference}"
     confidence = text.percent(chosen.sureness)

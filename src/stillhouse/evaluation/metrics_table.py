@@ -19,7 +19,7 @@ from stillhouse.number_format import NBSP
 
 @dataclass(frozen=True)
 class Column:
-    """role: of the model that the column is about; empty for any other column."""
+    """role: the role of the column's model; empty for any other column."""
 
     name: str
     role: str = ""
@@ -27,7 +27,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """remark: puts the value into proportion, such as "80% of teacher"."""
+    """remark: relates the value to another, such as "80% of teacher"."""
 
     value: str
     remark: str = ""
@@ -45,8 +45,8 @@ class Row:
 
 @dataclass(frozen=True)
 class MetricsTable:
-    """title: what was measured on. notes: to read before quoting a figure. corner: the heading of
-    the row names."""
+    """title: the text or data of the measurement. notes: caveats for the figures. corner: the
+    heading of the row names."""
 
     title: str
     columns: list[Column]
@@ -68,7 +68,7 @@ class MetricsTable:
 
     @property
     def definitions(self) -> list[str]:
-        """Each definition once, in the order of the rows."""
+        """Each definition once, in row order."""
         return list(dict.fromkeys(row.definition for row in self.rows if row.definition))
 
 

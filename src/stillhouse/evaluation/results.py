@@ -22,7 +22,7 @@ class Saved:
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Raises RunError where the file is missing or damaged."""
+        """Raises RunError if the file is missing or damaged."""
         try:
             return TypeAdapter(cls).validate_json(path.read_bytes())
         except (OSError, ValueError) as error:
@@ -35,11 +35,11 @@ class Saved:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Distance of a model's next-token distribution to the teacher's, on held-out text.
+    """Distance of a model's next-token distribution from the teacher's, on held-out text.
 
     perplexity: exp of the mean negative log-likelihood of the text's own next tokens.
     kl: mean KL(teacher ‖ model) in nats/token; 0 for the teacher itself.
-    top1_agreement: share of positions where both models have the same top-1 token.
+    top1_agreement: fraction of positions where both models have the same top-1 token.
     calibration_error: expected calibration error of the top-1 probability, 15 equal-width bins.
     tokens: supervised positions measured.
     """
@@ -53,7 +53,7 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Speed:
-    """Measured in one run with the other models, in alternation: tokens/s and bytes."""
+    """Measured in one run, alternating with the other models: tokens/s and bytes."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -62,7 +62,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """The measures of one model. role: a key of `ROLE_NAMES`."""
+    """The measurements of one model. role: a key of `ROLE_NAMES`."""
 
     role: str
     parameters: int
@@ -73,7 +73,7 @@ class ModelResult:
     tasks: dict[str, float] = field(default_factory=dict)
 
     def decoding_speedup(self, over: ModelResult | None) -> float | None:
-        """Decoding speed as a multiple of another model's; None where one was not measured."""
+        """Decoding speed as a multiple of another model's; None if one was not measured."""
         if over is None or self.speed is None or over.speed is None:
             return None
         theirs = over.speed.decode_tokens_per_s
@@ -90,7 +90,7 @@ class Generation:
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Saved):
-    """Every model of a run beside its teacher; as text, the table of metrics."""
+    """All models of a run and their teacher; `str` is the table of metrics."""
 
     models: list[ModelResult]
     generations: list[Generation]

@@ -13,10 +13,10 @@ ROLE_NAMES = {
 
 
 def role_name(role: str) -> str:
-    """Any other name, such as that of a student of a family, is unchanged."""
+    """The role's display name; any other name, such as a family member's, is unchanged."""
     return ROLE_NAMES.get(role, role)
 
 
 def role_order(role: str) -> int:
-    """Place of a role among the columns; unknown roles come last."""
+    """Position of a role among the columns; unknown roles come last."""
     return list(ROLE_NAMES).index(role) if role in ROLE_NAMES else len(ROLE_NAMES)

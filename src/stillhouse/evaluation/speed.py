@@ -43,11 +43,11 @@ def measure_rates(
     advance: Callable[[int], object] = lambda rounds: None,
     clock: Clock = time.perf_counter,
 ) -> dict[str, Rates]:
-    """Time all models on the same prompt, in alternation, and take each one's median.
+    """Time all models on the same prompt, alternating between them, and return each one's median.
 
     In every round each model runs once, and the order shifts by one from round to round, so that a
-    machine that slows down, or is shared, is fair to all. A first round, with caches and
-    compilation, is not counted. All models must be in memory, in one number type and on one kind of
+    machine that slows down, or is shared, affects all equally. A first round, with caches and
+    compilation, is not counted. All models must be in memory, with the same dtype and kind of
     device. `advance` is called after each round. `clock` returns seconds.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def prefill_and_decode(
 ) -> tuple[float, float]:
     """Read the prompt, then write `decode_tokens` tokens greedily with the KV cache.
 
-    Returns: the seconds of both parts. Prefill computes only the logits of the last position, as a
+    Returns the seconds of both parts. Prefill computes only the logits of the last position, as a
     server does. Every decode step is a forward pass of one token per sequence.
     """
     device = next(model.parameters()).device
@@ -97,7 +97,7 @@ def measure_peak_memory(
     *,
     trust_remote_code: bool = False,
 ) -> int:
-    """Bytes at the peak of loading the model in `dtype` and using it, in a process of its own.
+    """Peak bytes of loading the model in `dtype` and using it, in a separate process.
 
     On a CPU this is the resident memory of the whole process: Python, the libraries (some 300 MB),
     the model, and the checkpoint's pages while they are mapped; pages that are never read, such as

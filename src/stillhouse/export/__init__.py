@@ -1,1 +1,1 @@
-"""The exported model in its formats, each checked by loading it as its users would."""
+"""Exports a model in several formats, and checks each by loading it as its users would."""

@@ -1,4 +1,4 @@
-"""The checkpoint to ship: cast, saved, and replayed in a process without Stillhouse."""
+"""Exports the checkpoint: cast, saved, and replayed in a process without Stillhouse."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def export_checkpoint(
 ) -> ReplayResult:
     """Cast the gate's source to `dtype` and write a plain Hugging Face folder `out`.
 
-    The folder holds safetensors, config, generation config, tokenizer and chat template: all that
-    `AutoModelForCausalLM` and `AutoTokenizer` need, and nothing else. Before it gets its name it is
-    loaded in a fresh process by transformers alone, must have exactly the model's weights, and is
-    compared with its source on held-out windows and, greedily, on prompts.
+    The folder contains safetensors, config, generation config, tokenizer and chat template: all
+    that `AutoModelForCausalLM` and `AutoTokenizer` need, and nothing else. Before it gets its final
+    name it is loaded in a fresh process by transformers alone, must have exactly the model's
+    weights, and is compared with its source on held-out windows and, greedily, on prompts.
 
-    Raises ModelError: a damaged source, an export that does not load or that differs from the
-    source by more than is allowed (by default `FLOATS`). RunError: no space, no permission, `out`
-    has files already.
+    Raises ModelError for a damaged source, or an export that does not load or differs from the
+    source by more than is allowed (by default `FLOATS`). RunError for no space, no permission, or
+    an `out` that already has files.
     """
     advice = (
         "export float32 (export.dtype: float32): this model's weights do not survive the rounding"
@@ -54,7 +54,7 @@ def _save(source: Path, out: Path, dtype: torch.dtype, trust_remote_code: bool) 
         with quiet():
             model.save_pretrained(out)
     except ValueError as error:
-        # transformers refuses a generation config that contradicts itself.
+        # transformers rejects a generation config that contradicts itself.
         raise ModelError(
             f"transformers refuses to save this model ({error})",
             where=source,

@@ -1,4 +1,4 @@
-"""A classifier's folder, replayed in a process without Stillhouse."""
+"""Replays a classifier's folder in a process without Stillhouse."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ClassifierRows:
 
     rows: token ids of each text, or, for a language model, its complete prompt. texts: of rows that
     are only a text, to be tokenized again. mean_pooling: the head reads the mean of the last
-    states. labels, prior: for a language model, each label's tokens, and what is subtracted from
+    states. labels, prior: for a language model, each label's tokens, and the values subtracted from
     their log-probabilities.
     """
 
@@ -33,10 +33,10 @@ class ClassifierRows:
 
 
 def replay_classifier(exported: Path, inputs: ClassifierRows) -> Tensor:
-    """Probabilities [N, C] of the labels, by transformers alone, in float32, one text at a time.
+    """Probabilities [N, C] of the labels, using only transformers, in float32, one text at a time.
 
-    Raises ModelError: the folder does not load, has other weights than its model, or a tokenizer
-    that tokenizes a text otherwise.
+    Raises ModelError if the folder does not load, its weights are not the model's, or its tokenizer
+    tokenizes a text differently.
     """
     with temporary_folder("stillhouse-replay-") as name:
         folder = Path(name)

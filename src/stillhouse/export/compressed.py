@@ -1,6 +1,6 @@
-"""A student quantized by llm-compressor as compressed-tensors, which vLLM and transformers load.
+"""Exports a student quantized by llm-compressor as compressed-tensors, for vLLM and transformers.
 
-llm-compressor pins an older transformers than Stillhouse's, so it needs an environment of its own,
+llm-compressor pins an older transformers than Stillhouse does, so it needs a separate environment,
 whose Python the recipe names and which runs `llm_compressor.py`.
 """
 
@@ -28,12 +28,12 @@ from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 def export_compressed(
     gate: Gate, out: Path, *, method: str, python: str | None, windows: Sequence[Any]
 ) -> ReplayResult:
-    """Write a Hugging Face folder whose linear layers but the head are quantized by `method`.
+    """Write a Hugging Face folder with all linear layers except the head quantized by `method`.
 
     method: a key of `COMPRESSED`. python: an interpreter that has llm-compressor. windows: training
-    text, on which GPTQ, AWQ and NVFP4 measure the inputs of layers. Raises ModelError: a package is
-    missing, llm-compressor fails, an export that does not load or differs by more than is allowed.
-    RunError: no space, no permission, `out` has files already.
+    text, on which GPTQ, AWQ and NVFP4 measure the inputs of layers. Raises ModelError if a package
+    is missing, llm-compressor fails, or the export does not load or differs by more than is
+    allowed. RunError for no space, no permission, or an `out` that already has files.
     """
     interpreter = require_llm_compressor(python)
 
@@ -56,8 +56,8 @@ def export_compressed(
 
 
 def require_llm_compressor(python: str | None) -> str:
-    """The interpreter. Raises ModelError: none is named, it lacks llm-compressor, or this Python
-    lacks what reads its files."""
+    """The interpreter. Raises ModelError if none is named, it lacks llm-compressor, or this Python
+    lacks the packages to read its files."""
     where = "export.llm_compressor"
     if importlib.util.find_spec("compressed_tensors") is None:
         raise ModelError(
@@ -116,15 +116,15 @@ def _compress(gate: Gate, out: Path, method: str, python: str, windows: Sequence
 
 
 def fitting_group(method: str, config: Any) -> int | None:
-    """The largest group that the method has and the model's widths divide into; None: it has none,
-    or there is none (see `announce_compressed`)."""
+    """The largest group size of the method that divides the model's widths; None if it has no
+    groups, or none fits (see `announce_compressed`)."""
     widths = row_widths(config).values()
     fitting = [g for g in COMPRESSED[method].groups if not any(width % g for width in widths)]
     return fitting[0] if fitting else None
 
 
 def announce_compressed(method: str, config: Any) -> tuple[str, str] | None:
-    """What of a planned student this method cannot hold: an error, and how to avoid it."""
+    """Raise an error, with how to avoid it, if this method cannot hold a planned student."""
     if not COMPRESSED[method].groups or fitting_group(method, config) is not None:
         return None
     group = COMPRESSED[method].groups[-1]

@@ -1,4 +1,4 @@
-"""What is exported: the formats of a language model, those of a classifier, and the Hub."""
+"""Recipe sections for exports: formats of a language model and a classifier, and the Hub."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stillhouse.section import OneOf, Section
 
 
 class PushRecipe(Section):
-    """The exports as a repository of the Hugging Face Hub, after all of them have passed."""
+    """Upload the exports to a Hugging Face Hub repository, after all of them have passed."""
 
     repo: str = Field(
         pattern=r"^[\w.-]+/[\w.-]+$", description="OWNER/NAME; created if it does not exist."

@@ -1,8 +1,8 @@
-"""The formats that a model can be exported in, and what the rounding of each may cost.
+"""The formats that a model can be exported in, and how much their rounding may cost.
 
 Limits are mean KL in nats/token (nats/text for a classifier) between the checkpoint and its export:
-the maximum cost that is plausible for a format's rounding. A layer or a head that is not the
-checkpoint's costs several nats. Recipes take the names from here, so this module imports no
+the maximum plausible cost of a format's rounding. A layer or a head that is not the
+checkpoint's costs several nats. Recipes use these names, so this module imports no
 library.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FLOATS = {"float32": 1e-6, "bfloat16": 0.01}
-"""Number types of a safetensors export. float32 holds the same weights; rounding SmolLM2-135M's
+"""Dtypes of a safetensors export. float32 holds the same weights; rounding SmolLM2-135M's
 weights and products to bfloat16 costs 0.0009 on English prose."""
 
 GGUF = {
@@ -27,7 +27,7 @@ GGUF = {
     "tq2_0": 1.0,
     "tq1_0": 1.0,
 }
-"""What the gguf package's own quantizers write. The ternary ones fit models trained for them."""
+"""Written by the gguf package's own quantizers. The ternary ones fit models trained for them."""
 
 K_QUANTS = {
     "q2_k": 3.0,
@@ -42,9 +42,9 @@ K_QUANTS = {
 
 @dataclass(frozen=True)
 class CompressedMethod:
-    """A method of llm-compressor. groups: how many inputs may share a scale, of which the first
-    that divides the rows of every matrix is used; () where there are no groups. Methods with groups
-    choose their numbers by what layers read, and so need text."""
+    """A method of llm-compressor. groups: how many inputs may share a scale; the first
+    that divides the rows of every matrix is used; () if there are no groups. Methods with groups
+    choose their numbers by the layers' inputs, and so need text."""
 
     kl_limit: float
     groups: tuple[int, ...] = ()
@@ -65,5 +65,5 @@ FORMATS = (
     *(f"gguf-{kind}" for kind in (*GGUF, *K_QUANTS)),
     *(f"compressed-{method}" for method in COMPRESSED),
 )
-"""Of a language model."""
+"""Formats of a language model."""
 CLASSIFIER_FORMATS = ("safetensors", *ONNX)

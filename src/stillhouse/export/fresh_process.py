@@ -1,4 +1,4 @@
-"""Run a script of this folder by its path, in a process that imports nothing of Stillhouse."""
+"""Runs a script in this folder by its path, in a process that imports nothing from Stillhouse."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def run_script(
     python: str = sys.executable,
     env: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the request to `folder`, which is the script's argument, and wait for its end.
+    """Write the request to `folder`, the script's argument, and wait for the script to finish.
 
-    env: None is this process's own. Raises ModelError with `what` and the script's last line of
-    output.
+    env: None is this process's environment. Raises ModelError with `what` and the script's last
+    line of output.
     """
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-    # -P: the script's own folder must not be searched for modules.
+    # -P: the script's folder must not be searched for modules.
     done = subprocess.run(
         [python, "-P", str(Path(__file__).with_name(script)), str(folder)],
         env=env,

@@ -1,4 +1,4 @@
-"""The replay gate: an export is loaded as its users would load it, and compared to its source."""
+"""The replay gate: loads an export as its users would, and compares it with its source."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ REPLAY_TOKENS = 1024
 REPLAY_PROMPTS = 3
 REPLAY_NEW_TOKENS = 24
 LLAMA_CPP_KL = 0.02
-"""Nats/token between a file's numbers in float32 and in llama.cpp, whose products round their
-inputs to int8 and whose cache is float16."""
+"""Nats/token between a file's numbers in float32 and in llama.cpp, which rounds the inputs of
+products to int8 and has a float16 cache."""
 NEAR_EXACT = 0.001
-"""The limit, in nats/token, of exports that hold the source's numbers or nearly."""
+"""The limit, in nats/token, for exports that hold the source's numbers exactly or nearly."""
 MOVED = ((NEAR_EXACT, 0.02), (0.02, 0.05), (0.3, 0.2), (1.0, 0.5))
-"""The share of the source's sure tokens at which an export may have another top-1 token, up to each
-limit of KL. With a nat between the best two, which hold nearly all of the probability, another
-top-1 token costs 0.11 nats there, so that a mean of 0.001 allows 1% at most. An export at its limit
-moves the difference of two logits by about √(2 KL) nats: 0.2, 0.8 and 1.4 for the other three. If
-every lead were just a nat, 0.00003%, 10% and 24% would fall to that."""
+"""The fraction of the source's sure tokens at which an export may have another top-1 token, up to
+each KL limit. With one nat between the best two, which hold nearly all of the probability, another
+top-1 token costs 0.11 nats there, so a mean of 0.001 allows at most 1%. An export at its limit
+changes the difference of two logits by about √(2 KL) nats: 0.2, 0.8 and 1.4 for the other three. If
+every lead were exactly one nat, 0.00003%, 10% and 24% would flip."""
 MOVED_OF = 100
-"""With fewer sure tokens, a share is not meaningful."""
+"""With fewer sure tokens, the fraction is not meaningful."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """Distance of one model to another on the same tokens: nats/token, and equal top-1 tokens."""
+    """Distance of one model from another on the same tokens: nats/token, and equal top-1 tokens."""
 
     kl: float
     top1_agreement: float
@@ -55,7 +55,7 @@ class Likeness:
 
 @dataclass(frozen=True)
 class ReplayText:
-    """What both models write greedily after one prompt."""
+    """The greedy continuations of one prompt by both models."""
 
     prompt: str
     source: str
@@ -66,12 +66,12 @@ class ReplayText:
 class ReplayResult:
     """How an exported model compares with its float32 source on held-out text.
 
-    format: as the recipe names it. kl: mean KL(source ‖ exported), nats/token; kl_limit: the most
-    that was allowed. top1_agreement: share of positions with the same top-1 token. tokens:
+    format: as the recipe names it. kl: mean KL(source ‖ exported), nats/token; kl_limit: the
+    maximum allowed. top1_agreement: fraction of positions with the same top-1 token. tokens:
     positions compared. bytes: of the weights' files. notes: for the user. teacher, source_teacher:
     KL(teacher ‖ exported) and KL(teacher ‖ source) on the same tokens. decode_tokens_per_s: in the
-    format's own runtime, None where that is not installed, beside the float32 source's in
-    transformers. llama_cpp: the file in llama.cpp, None where that is not installed or does not
+    format's own runtime, None if that is not installed, and for the float32 source in
+    transformers. llama_cpp: the file in llama.cpp, None if that is not installed or does not
     read the format.
     """
 
@@ -93,11 +93,11 @@ class ReplayResult:
 
 @dataclass(frozen=True)
 class Readers:
-    """What reads an export in its replay, and what must be the same there.
+    """What reads an export in its replay, and what must match.
 
-    same_tokens: its tokenizer must tokenize the prompts as the source's. llama_cpp: llama.cpp reads
-    the file too; alone, without transformers. plain_prompts: llama.cpp must tokenize the prompts
-    alike without the chat template too.
+    same_tokens: its tokenizer must tokenize the prompts like the source's. llama_cpp: llama.cpp
+    reads the file too; alone, without transformers. plain_prompts: llama.cpp must tokenize the
+    prompts equally without the chat template too.
     """
 
     same_tokens: bool = True
@@ -116,11 +116,11 @@ READERS = Readers()
 
 @dataclass(frozen=True)
 class Gate:
-    """What exports of one source are compared on.
+    """The text, prompts and limits for comparing exports with one source.
 
     windows: held-out text, drawn by `seed`. prompts: continued greedily through the chat template.
-    kl_limit: allowed nats/token; None: each format's own. teacher_logits: a file of the teacher's
-    logits on the same text (`against_teacher`).
+    kl_limit: allowed nats/token; None: each format's default. teacher_logits: a file of the
+    teacher's logits on the same text (`against_teacher`).
     """
 
     source: Path
@@ -132,7 +132,8 @@ class Gate:
     teacher_logits: Path | None = None
 
     def replay(self, exported: Path, readers: Readers = READERS) -> dict[str, Any]:
-        """Run `replay.py` by its path, so that it imports nothing of Stillhouse; its answer.
+        """Run `replay.py` by its path, so that it imports nothing from Stillhouse; returns its
+        answer.
 
         exported: a folder, or a GGUF file.
         """
@@ -175,8 +176,8 @@ class Gate:
     ) -> ReplayResult:
         """Replay an export whose weights are in `files`.
 
-        limit: the format's own. advice: what helps where the rounding costs more than that. Raises
-        ModelError: it does not load, is not the model, or differs by more than is allowed.
+        limit: the format's default. advice: what helps if the rounding costs more than that. Raises
+        ModelError if it does not load, is not the model, or differs by more than is allowed.
         """
         limit = limit if self.kl_limit is None else self.kl_limit
         if not readers.transformers:
@@ -211,7 +212,7 @@ class Gate:
 def against_teacher(
     gate: Gate, teacher: Path, *, vocabulary: int, dtype: torch.dtype
 ) -> Iterator[Gate]:
-    """The gate, whose replays also compare every export with the teacher.
+    """A gate whose replays also compare every export with the teacher.
 
     The teacher's logits of the first `vocabulary` tokens, computed once in `dtype`, are in a file
     inside the block.
@@ -225,16 +226,16 @@ def against_teacher(
             found_NV = replay.logits_of(model, place, window, replay.rows_of(window["labels"]))
             logits[place] = found_NV[:, :vocabulary].cpu().contiguous()
         del model
-        gc.collect()  # a model refers to itself
+        gc.collect()  # models have reference cycles
         save_file(logits, file)
         del logits
         yield replace(gate, teacher_logits=file)
 
 
 def fill(out: Path, work: Callable[[Path], ReplayResult]) -> ReplayResult:
-    """Do `work` in a temporary folder that is renamed to `out` once it is complete and has passed.
+    """Run `work` in a temporary folder that is renamed to `out` once it is complete and has passed.
 
-    Raises RunError: no space, no permission, `out` has files already.
+    Raises RunError for no space, no permission, or an `out` that already has files.
     """
     partial = out.with_name(f".{out.name}.partial")
     with disk_errors(out):
@@ -261,7 +262,7 @@ def _check_free(out: Path) -> None:
 
 
 def drawn_windows(gate: Gate) -> dict[str, Tensor]:
-    """What `draw_windows` gives and has a token to predict, as PLACE.ARRAY."""
+    """The windows from `draw_windows` that have a token to predict, as PLACE.ARRAY."""
     drawn, _ = draw_windows(gate.windows, REPLAY_TOKENS, gate.seed)
     tensors = {
         f"{place}.{key}": window[key].clone()
@@ -280,7 +281,7 @@ def drawn_windows(gate: Gate) -> dict[str, Tensor]:
 def check_replay(
     found: dict[str, Any], limit: float, runtime_limit: float, source: Path, advice: str
 ) -> None:
-    """Raises ModelError where the replay's answer is not that of the source's model.
+    """Raise ModelError if the replay's answer does not match the source.
 
     limit: nats/token between source and export; runtime_limit: between the export and the same file
     in llama.cpp.
@@ -300,7 +301,7 @@ def check_replay(
     if limit > NEAR_EXACT:
         return
     for text in found["texts"]:
-        # Up to where the source is sure: what follows a near tie is arbitrary.
+        # Only while the source is sure: the text after a near tie is arbitrary.
         if not text["exported"].lstrip().startswith(text["sure"].lstrip()):
             raise ModelError(
                 f"the exported checkpoint answers {text['prompt'][:40]!r} with "

@@ -1,4 +1,4 @@
-"""GGUF blocks of Stillhouse's own grid: a quantized student's numbers as they are, or rounded here.
+"""GGUF blocks from Stillhouse's own grid: a quantized student's numbers, exact or rounded here.
 
 Shapes: O rows, I columns, G groups in a row, K blocks in a row, b numbers of a block (32).
 
@@ -28,14 +28,14 @@ FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 
 
 def fitting_kind(grid: Grid, form: GGUFFormat) -> Kind | None:
-    """The block type of this format that holds the grid exactly; None: it has none."""
+    """The block type of this format that holds the grid exactly; None if there is none."""
     bits = BITS.get(form.kind)
     whole = not grid.floating and grid.group is not None and grid.group % BLOCK == 0
     return form.kind if whole and bits is not None and grid.bits <= bits else None
 
 
 def second_rounding(grid: Grid, kind: str) -> tuple[str, str] | None:
-    """Where `kind` has a grid of its own, which is not this one: a warning, and how to avoid it."""
+    """A warning, with how to avoid it, if `kind` has a different grid than this one."""
     form = FORMATS.get(kind)  # None: a k-quant
     if form is not None and (form.kind in FLOATS or fitting_kind(grid, form) is not None):
         return None
@@ -53,7 +53,7 @@ def second_rounding(grid: Grid, kind: str) -> tuple[str, str] | None:
 def for_kept(
     weights: Mapping[str, Tensor], packed: Mapping[str, Packed], form: GGUFFormat
 ) -> GGUFFormat:
-    """The format for what quantization has left alone: 16-bit floats, as its bytes are counted.
+    """The format for parts that are not quantized: 16-bit floats, as in the size estimates.
 
     float16 has three more bits of mantissa than bfloat16, whose range is float32's.
     """
@@ -66,7 +66,7 @@ def for_kept(
 
 
 def packed_blocks(weight_OI: Tensor, scales_OG: Tensor, grid: Grid, kind: Kind) -> Packed:
-    """The blocks of a matrix, uint8 [O, bytes of a row]: exact where it is on the grid."""
+    """The blocks of a matrix, uint8 [O, bytes of a row]; exact if it is on the grid."""
     codes_OKb = to_codes(weight_OI, scales_OG, grid).unflatten(-1, (-1, BLOCK))
     scales_OK = scales_OG.repeat_interleave(codes_OKb.shape[-2] // scales_OG.shape[-1], dim=-1)
     d = scales_OK.half()[..., None].contiguous().view(torch.uint8)
@@ -82,7 +82,7 @@ def packed_blocks(weight_OI: Tensor, scales_OG: Tensor, grid: Grid, kind: Kind) 
 def pack(
     weights: dict[str, Tensor], quantization: Quantization, form: GGUFFormat
 ) -> dict[str, Packed]:
-    """The blocks of every quantized matrix, where the format holds the grid."""
+    """The blocks of every quantized matrix, if the format holds the grid."""
     kind = fitting_kind(quantization.grid, form)
     if kind is None:
         return {}
@@ -98,10 +98,10 @@ def pack_weighted(
     names: Mapping[str, str],
     form: GGUFFormat,
 ) -> dict[str, Packed]:
-    """The blocks of every matrix that the format stores as d·q, its rounding errors weighted.
+    """The blocks of every matrix that the format stores as d·q, with weighted rounding errors.
 
     moments: E[x²] of its inputs; names: of each matrix in GGUF. Others are rounded by the gguf
-    package, all errors alike.
+    package, with unweighted errors.
     """
     packed = {}
     for name, moment_I in moments.items():

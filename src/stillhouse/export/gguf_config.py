@@ -35,7 +35,7 @@ PLAIN_KEYS = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
 )
-"""Configuration values that a forward pass depends on, besides the shapes in every file."""
+"""Configuration values that affect a forward pass, besides the shapes in every file."""
 
 
 def add_configuration(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -109,7 +109,7 @@ def _add_windows(writer: gguf.GGUFWriter, config: Any) -> None:
 def misread_by_transformers(config: Any) -> str | None:
     """What transformers' GGUF loader would misread in a file of this model.
 
-    Its configuration is written, read back by the installed transformers, and compared. None: the
+    The configuration is written, read back by the installed transformers, and compared. None: the
     loader builds the same model. Raises ModelError as `architecture`.
     """
     with temporary_folder("stillhouse-gguf-") as folder:
@@ -132,7 +132,7 @@ def misread_by_transformers(config: Any) -> str | None:
 
 
 def _meaning(config: Any) -> dict[str, Any]:
-    """What a forward pass depends on, under readable names."""
+    """The values that affect a forward pass, under readable names."""
     bases = {kind: np.float32(rope["rope_theta"]) for kind, rope in ropes(config).items()}
     scalings = {kind: rope["rope_type"] for kind, rope in ropes(config).items()}
     seen = window_pattern(config) if len(bases) > 1 else windows(config)

@@ -42,7 +42,8 @@ from stillhouse.quantize.quantization import Quantization
 from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
 
 WEIGHTED = frozenset({*K_QUANTS, "q4_0"})
-"""Formats of so few bits that weighting their errors is worth measuring each input's importance."""
+"""Formats with so few bits that weighting their errors justifies measuring each input's
+importance."""
 
 
 def export_gguf(
@@ -56,16 +57,17 @@ def export_gguf(
 ) -> ReplayResult:
     """Write `out`/NAME-KIND.gguf and a Modelfile from the gate's source, a float32 folder.
 
-    kind: a key of `FORMATS`, or of `K_QUANTS` where llama-cpp-python is installed. quantization:
-    the source's, where it is on a grid: a format that holds the grid then gets its numbers as they
-    are, and what was left alone as 16-bit floats. moments: of every matrix's inputs: rounding
-    errors are weighted by them in k-quants, and in q4_0 and q8_0 of numbers that are not on their
-    grid. Before the folder gets its name, transformers' GGUF loader reads the file in a fresh
-    process, and so does llama.cpp where it is installed; both are compared with the source as every
-    export is.
+    kind: a key of `FORMATS`, or of `K_QUANTS` if llama-cpp-python is installed. quantization:
+    the source's, if it is on a grid: a format that holds the grid then stores its numbers exactly,
+    and parts that are not quantized as 16-bit floats. moments: of every matrix's inputs: rounding
+    errors are weighted by them in k-quants, and in q4_0 and q8_0 for numbers that are not on their
+    grid. Before the folder gets its final name, transformers' GGUF loader reads the file in a fresh
+    process, and so does llama.cpp if it is installed; both are compared with the source like every
+    export.
 
-    Raises ModelError: an architecture or tokenizer that GGUF cannot hold, an export that does not
-    load or that differs by more than is allowed. RunError: no space, no permission, a full folder.
+    Raises ModelError for an architecture or tokenizer that GGUF cannot hold, or an export that does
+    not load or differs by more than is allowed. RunError for no space, no permission, or a
+    non-empty folder.
     """
     file_name = f"{name}-{kind}.gguf"
 
@@ -116,11 +118,11 @@ def announce_gguf(
     *,
     layers_before: int | None = None,
 ) -> Iterator[tuple[str, str]]:
-    """What of a planned student this format cannot hold: a warning, and how to avoid it.
+    """A warning, with how to avoid it, if this format cannot hold a planned student exactly.
 
     grid: what the student is quantized to. layers_before: of the model that it is cut from, since
-    which of them it keeps is not known yet. Raises ModelError where it can hold nothing of it: see
-    `export_gguf`.
+    the kept layers are not known yet. Raises ModelError if the format cannot hold the student at
+    all: see `export_gguf`.
     """
     config = config.get_text_config()
     there = family(config)
@@ -160,7 +162,7 @@ def _for_llama_cpp(misread: str) -> str:
 
 
 def _require_reader(misread: str | None) -> None:
-    """Raises ModelError where nothing that is installed can replay the file."""
+    """Raise ModelError if no installed library can replay the file."""
     if misread is not None and not has_llama_cpp():
         raise ModelError(
             f"{_for_llama_cpp(misread)}, and llama.cpp, which could replay it, is not installed",
@@ -172,8 +174,8 @@ def _require_reader(misread: str | None) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """kl_limit: nats/token that the file's rounding is believed to cost at most; that of 16-bit
-    floats where every number is on the source's grid or was left alone. notes: for the user."""
+    """kl_limit: the most nats/token that the file's rounding should cost; that of 16-bit
+    floats if every number is on the source's grid or is not quantized. notes: for the user."""
 
     kl_limit: float
     notes: list[str]

@@ -23,12 +23,12 @@ from stillhouse.teachers.load_model import load_config, load_tokenizer
 EMBEDDINGS = ("token_embd.weight", "output.weight")
 ROUTER = "ffn_gate_inp.weight"
 FALLBACK = Kind.F16
-"""For rows that do not divide into the format's blocks, as llama.cpp's converter does."""
+"""Fallback for rows that do not divide into the format's blocks, as in llama.cpp's converter."""
 
 
 @dataclass(frozen=True)
 class GGUFFormat:
-    """kind: of matrices. embeddings: of the embedding and the head, which suffer more."""
+    """kind: for matrices. embeddings: for the embedding and the head, which are more sensitive."""
 
     kind: Kind
     file_type: gguf.LlamaFileType
@@ -67,7 +67,7 @@ def write_gguf(
     """Write `file`; vectors stay float32. Returns the names of tensors that fell back to float16.
 
     packed: tensors (by their Hugging Face names) whose blocks are ready, rows in the model's order.
-    Raises ModelError: an architecture or a tokenizer that the writer does not know.
+    Raises ModelError for an architecture or a tokenizer that the writer does not support.
     """
     config = load_config(source, trust_remote_code=trust_remote_code).get_text_config()
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
@@ -102,8 +102,8 @@ def write_gguf(
 
 
 def kind_of(there: str, shape: list[int], form: GGUFFormat) -> Kind:
-    """A tensor's number type: float32 for vectors and routers, which are small and decide over
-    whole experts; float16 where rows do not divide into blocks."""
+    """A tensor's type: float32 for vectors and routers, which are small and decide over
+    entire experts; float16 if rows do not divide into blocks."""
     if len(shape) == 1 or there.endswith(ROUTER):
         return Kind.F32
     kind = form.embeddings if there in EMBEDDINGS else form.kind
@@ -115,6 +115,6 @@ def _declare(writer: gguf.GGUFWriter, there: str, shape: list[int], kind: Kind) 
     count = int(np.prod(shape))
     plain = {Kind.F32: np.float32, Kind.F16: np.float16}.get(kind)
     dtype = np.dtype(plain or np.uint8)
-    if plain is None:  # blocks are declared by their bytes
+    if plain is None:  # blocks are declared by their size in bytes
         shape = [*shape[:-1], shape[-1] // block * size]
     writer.add_tensor_info(there, shape, dtype, count // block * size, kind)

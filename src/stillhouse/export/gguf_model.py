@@ -1,4 +1,4 @@
-"""A Hugging Face model's architecture and tensors under the names that GGUF has for them."""
+"""A Hugging Face model's architecture and tensors under their GGUF names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def family(config: Any) -> Family:
     """The file's architecture. A Qwen 2 whose heads do not fill its width is written as a Llama
     with biases, since llama.cpp's Qwen 2 has no other head size, and the rest is the same.
 
-    Raises ModelError: an architecture, or a feature of it, that llama.cpp or the writer lacks.
+    Raises ModelError for an architecture, or a feature of one, that llama.cpp or the writer lacks.
     """
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
@@ -90,7 +90,7 @@ def _lacks_of_rope(rope: dict[str, Any], config: Any, found: Family) -> Iterator
 
 
 def _lacks_of_layers(config: Any, found: Family) -> Iterator[str]:
-    """What llama.cpp derives from the number of layers, or from a layer's place among them."""
+    """Check what llama.cpp derives from the number of layers, or from a layer's position."""
     if found.rope_period and list(config.no_rope_layers) != rope_pattern(config, found):
         yield (
             f"a {config.model_type} in which other layers than every {found.rope_period}th have no "
@@ -146,7 +146,7 @@ def ropes(config: Any) -> dict[str, dict[str, Any]]:
 
 
 def windows(config: Any) -> list[int]:
-    """How many tokens each layer sees; 0: the full context."""
+    """The number of tokens each layer attends to; 0: the full context."""
     size = getattr(config, "sliding_window", None) or 0
     if size >= config.max_position_embeddings or not getattr(config, "use_sliding_window", True):
         size = 0
@@ -156,17 +156,17 @@ def windows(config: Any) -> list[int]:
 
 
 def window_pattern(config: Any) -> list[bool]:
-    """Which layers are of the kind with a window, whether or not the context is longer."""
+    """Which layers have a window, whether or not the context is longer."""
     return [kind == "sliding_attention" for kind in config.layer_types]
 
 
 def built_in_windows(config: Any, found: Family) -> list[bool]:
-    """The pattern that llama.cpp uses where the file has none."""
+    """The pattern that llama.cpp uses if the file has none."""
     return [(layer + 1) % found.window_period != 0 for layer in range(config.num_hidden_layers)]
 
 
 def rope_pattern(config: Any, found: Family) -> list[int]:
-    """1 for each layer that llama.cpp gives a rotary embedding."""
+    """1 for each layer with a rotary embedding in llama.cpp."""
     return [int((layer + 1) % found.rope_period != 0) for layer in range(config.num_hidden_layers)]
 
 
@@ -178,8 +178,8 @@ def biased_parts(config: Any) -> frozenset[str]:
 
 
 def rope_factors(config: Any) -> Array | None:
-    """The divisor of each rotary frequency, [head size / 2]; None where all are 1, or where it
-    depends on the length of the text (`long_factors`).
+    """The divisor of each rotary frequency, [head size / 2]; None if all are 1, or if they
+    depend on the length of the text (`long_factors`).
 
     In a Llama 3, long waves are slowed by `factor`, short ones not at all, and between the two
     bounds the share of each grows with the number of waves in the original context.
@@ -209,12 +209,12 @@ def long_factors(config: Any) -> dict[str, Array]:
 
 
 def rotated_size(config: Any) -> int:
-    """Numbers of each head that a rotary embedding turns."""
+    """The number of dimensions of each head that are rotated."""
     return int(head_size(config) * ropes(config)["full_attention"].get("partial_rotary_factor", 1))
 
 
 def gguf_names(names: Iterable[str], config: Any) -> dict[str, str]:
-    """Each tensor's name in the file. Raises ModelError: the architecture has no such tensor."""
+    """Each tensor's name in the file. Raises ModelError if the architecture has no such tensor."""
     known = gguf.get_tensor_name_map(architecture(config), config.num_hidden_layers)
     found = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in names}
     unknown = sorted(name for name, there in found.items() if there is None)
@@ -224,5 +224,5 @@ def gguf_names(names: Iterable[str], config: Any) -> dict[str, str]:
 
 
 def for_gguf(name: str, tensor: Array, config: Any) -> Array:
-    """The tensor as llama.cpp reads it. Whole rows are moved; columns never are."""
+    """The tensor as llama.cpp reads it. Only complete rows are moved, never columns."""
     return to_file(family(config), name, tensor, config)

@@ -1,8 +1,8 @@
 """SentencePiece-like BPE, on characters with tokens for single bytes, as GGUF metadata.
 
-llama.cpp has no merges for it. It joins any two neighbors whose text is a token, the highest score
-first, and puts a space before the text if the file sets that. So a token's score is lower the
-later its merge comes, and a tokenizer is refused whose merges leave out a pair that llama.cpp would
+llama.cpp has no merges for it. It joins any two neighbors whose text is a token, highest score
+first, and puts a space before the text if the file says so. So a token's score is lower the
+later its merge comes, and a tokenizer is rejected if its merges omit a pair that llama.cpp would
 join.
 """
 
@@ -24,11 +24,11 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 @dataclass(frozen=True)
 class Pieces:
-    """ids: of each token that is not added. ranks: of the first merge that makes a token.
+    """ids: of each token that is not added. ranks: of the first merge that creates a token.
 
-    prefix: what puts a space before a text: "Prepend" before each stretch of text between special
-    tokens; "always" and "first" (of Metaspace) where there is none yet, the latter only before the
-    first stretch; None: nothing does.
+    prefix: what puts a space before a text: "Prepend" before each segment of text between special
+    tokens; "always" and "first" (of Metaspace) if there is none yet, the latter only before the
+    first segment; None: nothing.
     """
 
     ids: dict[str, int]
@@ -37,7 +37,7 @@ class Pieces:
 
 
 def pieces_of(tokenizer: Any) -> Pieces:
-    """Raises ModelError: a tokenizer whose tokens llama.cpp would find otherwise."""
+    """Raises ModelError for a tokenizer that llama.cpp would tokenize differently."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model = state["model"]
     pairs = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
@@ -61,7 +61,7 @@ def pieces_of(tokenizer: Any) -> Pieces:
 
 
 def _prefix(state: dict[str, Any]) -> str | None:
-    """What puts a space before a text. Raises ModelError: rules that llama.cpp does not have."""
+    """What puts a space before a text. Raises ModelError for rules that llama.cpp does not have."""
     steps = _steps(state["normalizer"], "normalizers")
     parts = _steps(state["pre_tokenizer"], "pretokenizers")
     prefix, spaces = None, False
@@ -77,7 +77,7 @@ def _prefix(state: dict[str, Any]) -> str | None:
             scheme, spaces = part["prepend_scheme"], True
             prefix = prefix if scheme == "never" else scheme
         elif not (part["type"] == "Split" and part["pattern"] == {"String": " "} and spaces):
-            # Splitting at spaces changes nothing where none are left.
+            # Splitting at spaces changes nothing if none are left.
             raise unknown_tokenizer(f"one with byte fallback that splits text by {part['type']}")
     if not spaces:
         raise unknown_tokenizer(f"one with byte fallback that does not write a space as {SPACE}")
@@ -93,9 +93,9 @@ def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 def _missing_pairs(
     pieces: Pieces, pairs: set[tuple[str, ...]], added: set[str]
 ) -> Iterator[tuple[str, str]]:
-    """Neighbors that are never merged although together they are a token.
+    """Pairs of neighbors that are never merged although together they are a token.
 
-    A neighbor is a character, which needs no token for that, or what a merge has made.
+    A neighbor is a single character, with or without a token, or the result of a merge.
     """
     for token in pieces.ids:
         if token in added or token in BYTES:
@@ -107,7 +107,7 @@ def _missing_pairs(
 
 
 def add_pieces(writer: gguf.GGUFWriter, pieces: Pieces, tokenizer: Any, rows: int) -> None:
-    """Writes the tokens; `rows` as in `add_tokenizer`."""
+    """Write the tokens; `rows` as in `add_tokenizer`."""
     by_id = {index: token for token, index in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, scores, kinds = [], [], []
@@ -115,7 +115,7 @@ def add_pieces(writer: gguf.GGUFWriter, pieces: Pieces, tokenizer: Any, rows: in
         token = by_id.get(index, f"[PAD{index}]")
         kind = _kind(index, token, tokenizer, index in by_id, added.get(index))
         if kind == gguf.TokenType.USER_DEFINED and added[index].normalized:
-            token = token.replace(SPACE, " ")  # it is found in text as it was typed
+            token = token.replace(SPACE, " ")  # it is matched in the original text
         tokens.append(token)
         scores.append(-float(pieces.ranks.get(token, len(pieces.ranks))))
         kinds.append(kind)
@@ -128,16 +128,16 @@ def add_pieces(writer: gguf.GGUFWriter, pieces: Pieces, tokenizer: Any, rows: in
 
 
 def _for_chats(pieces: Pieces, tokenizer: Any) -> bool:
-    """llama.cpp puts a space before every stretch of text between special tokens, or before none.
+    """llama.cpp puts a space before every segment of text between special tokens, or before none.
 
-    A tokenizer that puts one only before the first stretch puts none into a chat, which begins with
+    A tokenizer that puts one only before the first segment adds none to a chat, which begins with
     a special token; without a chat template, texts are not changed.
     """
     return pieces.prefix == "first" and bool(tokenizer.chat_template)
 
 
 def pieces_otherwise_by_llama_cpp(pieces: Pieces, tokenizer: Any) -> str | None:
-    """Which texts llama.cpp tokenizes otherwise; None: none."""
+    """The texts that llama.cpp tokenizes differently; None if there are none."""
     if not _for_chats(pieces, tokenizer):
         return None
     return (
@@ -157,13 +157,13 @@ def _kind(index: int, token: str, tokenizer: Any, known: bool, added: Any) -> gg
         return gguf.TokenType.NORMAL
     if added.special:
         return gguf.TokenType.CONTROL
-    # Spelled with ▁, and searched in text that has none yet, it is only ever made by merges.
+    # Spelled with ▁, and matched in text that has none yet, it can only result from merges.
     spelled = SPACE in token and not added.normalized
     return gguf.TokenType.NORMAL if spelled else gguf.TokenType.USER_DEFINED
 
 
 def pieces_otherwise_by_transformers(pieces: Pieces, family: Family) -> str | None:
-    """Which texts transformers' GGUF loader tokenizes otherwise; None: none.
+    """The texts that transformers' GGUF loader tokenizes differently; None if there are none.
 
     It reads the tokenizer of a Gemma file as Gemma's, any other as Llama's, with a space before the
     first text.

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder as GGUF divides them, each read on demand."""
+"""The tensors of a Hugging Face folder as GGUF groups them, each read on demand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def open_tensors(source: Path, config: Any, stack: ExitStack) -> dict[str, Sourc
 
 
 def _stack_experts(opened: dict[str, Source]) -> dict[str, Source]:
-    """One matrix of every expert becomes a tensor [E, rows, columns], in the experts' order."""
+    """Stack one matrix of every expert into a tensor [E, rows, columns], in the experts' order."""
     found: dict[str, Source] = {}
     parts: dict[str, dict[int, Source]] = {}
     for name, tensor in opened.items():

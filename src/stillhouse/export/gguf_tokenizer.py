@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face folder as GGUF metadata: BPE on bytes, or on characters.
 
 llama.cpp does not read a tokenizer's rules from the file. It knows some by name, so the name that
-is written must be that of the tokenizer's actual rules. BPE on characters, with tokens for the
+is written must match the tokenizer's actual rules. BPE on characters, with tokens for the
 bytes of others, is SentencePiece's (`gguf_sentencepiece`).
 """
 
@@ -32,21 +32,21 @@ SPLITS = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+": "tekken",
 }
-"""Regular expressions that split a text before merging, and llama.cpp's names of them."""
+"""Regular expressions that split a text before merging, and llama.cpp's names for them."""
 
 WHOLE_WORDS = ("llama-bpe", "tekken")
-"""Rules by which llama.cpp keeps a word that is a token, whatever merges would make of it
+"""Rules under which llama.cpp keeps a word that is a token, whatever the merges
 (`ignore_merges` in tokenizer.json)."""
 
 KNOWN_TO_TRANSFORMERS = ("gpt-2", "qwen2", "llama-bpe", "tekken")
-"""Names by which transformers' GGUF loader restores the same rules; others become GPT-2's."""
+"""Names from which transformers' GGUF loader restores the same rules; others become GPT-2's."""
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
     """Write vocabulary, merges, special tokens and chat templates.
 
     rows: of the model's embedding; ids that the tokenizer does not have become unused tokens.
-    Raises ModelError: a tokenizer that GGUF cannot hold.
+    Raises ModelError for a tokenizer that GGUF cannot hold.
     """
     pieces = check_tokenizer(tokenizer)
     if pieces is not None:
@@ -63,9 +63,9 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> None:
 
 
 def check_tokenizer(tokenizer: Any) -> Pieces | None:
-    """The pieces of a SentencePiece-like tokenizer; None: it is a byte-level one that can be held.
+    """The pieces of a SentencePiece-like tokenizer; None for a supported byte-level tokenizer.
 
-    Raises ModelError: GGUF cannot hold it.
+    Raises ModelError if GGUF cannot hold it.
     """
     if _state(tokenizer).get("model", {}).get("byte_fallback"):
         return pieces_of(tokenizer)
@@ -74,7 +74,7 @@ def check_tokenizer(tokenizer: Any) -> Pieces | None:
 
 
 def cut_otherwise_by_transformers(tokenizer: Any, family: Family) -> str | None:
-    """Which texts transformers' GGUF loader tokenizes otherwise; None: none."""
+    """The texts that transformers' GGUF loader tokenizes differently; None if there are none."""
     pieces = check_tokenizer(tokenizer)
     if pieces is not None:
         return pieces_otherwise_by_transformers(pieces, family)
@@ -89,7 +89,7 @@ def cut_otherwise_by_transformers(tokenizer: Any, family: Family) -> str | None:
 
 
 def cut_otherwise_by_llama_cpp(tokenizer: Any) -> str | None:
-    """Which texts llama.cpp tokenizes otherwise; None: none."""
+    """The texts that llama.cpp tokenizes differently; None if there are none."""
     pieces = check_tokenizer(tokenizer)
     return None if pieces is None else pieces_otherwise_by_llama_cpp(pieces, tokenizer)
 
@@ -124,7 +124,7 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> N
         ("pad", writer.add_pad_token_id),
     ):
         index = getattr(tokenizer, f"{role}_token_id")
-        # transformers adds some by itself, such as Qwen's padding, which the model need not have.
+        # transformers adds some by itself, such as Qwen's padding, which the model may not have.
         if index is not None and index < rows:
             add(index)
     end = turn_end(tokenizer)
@@ -136,14 +136,14 @@ def _add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, rows: int) -> N
 
 
 def _state(tokenizer: Any) -> dict[str, Any]:
-    """The content of tokenizer.json; empty where there is none."""
+    """The content of tokenizer.json; empty if there is none."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     state: dict[str, Any] = json.loads(core.to_str()) if core is not None else {}
     return state
 
 
 def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
-    """The content of tokenizer.json. Raises ModelError where it is not byte-level BPE."""
+    """The content of tokenizer.json. Raises ModelError if it is not byte-level BPE."""
     state = _state(tokenizer)
     model = state.get("model", {})
     if model.get("type") != "BPE":
@@ -157,7 +157,7 @@ def tokenizer_state(tokenizer: Any) -> dict[str, Any]:
 
 
 def pre_tokenizer_name(tokenizer: Any) -> str:
-    """llama.cpp's name for how this tokenizer splits text. Raises ModelError: it has none."""
+    """llama.cpp's name for how this tokenizer splits text. Raises ModelError if it has none."""
     state = tokenizer_state(tokenizer)
     name = _split_name(state["pre_tokenizer"] or {"type": "none"})
     whole = bool(state["model"].get("ignore_merges"))

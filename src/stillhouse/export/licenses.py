@@ -1,4 +1,4 @@
-"""Licenses of the models that a student was made with, and what they say about students."""
+"""Licenses of the models that a student was made with, and their terms for students."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.teachers.model_source import ModelSource
 CARD = "README.md"
 UNKNOWN = "unknown"
 OTHER = "other"
-"""The Hub's name of a license that it does not know; the card has its own name beside it."""
+"""The Hub's name for a license that it does not know; the card adds the license's own name."""
 API_TERMS = "the provider's terms"
 TEACHER = "The teacher"
 
@@ -25,7 +25,7 @@ FREE = re.compile(
     r"apache-?2(\.0)?|mit(-0)?|0?bsd(-.*)?|isc|zlib|cc0(-1\.0)?|cc-by-[1-4]\.0|unlicense|wtfpl|bsl-1\.0"
     r"|postgresql|ncsa|afl-3\.0|pddl|odc-by|cdla-permissive-[12]\.0"
 )
-"""Licenses, as the Hub names them, that require only a notice and the author's name."""
+"""Licenses, by their Hub names, that require only a notice and attribution."""
 
 NEW_LLAMA = (
     "Meta's license requires that a student's name begins with “Llama”, and that “Built with "
@@ -69,7 +69,7 @@ RESTRICTIONS = {
 
 @dataclass(frozen=True)
 class License:
-    """id: as the Hub names it, or as a recipe states it. name, link: of one that the Hub does not
+    """id: as the Hub names it, or as stated in a recipe. name, link: for one that the Hub does not
     know, whose id is `other`."""
 
     id: str
@@ -82,7 +82,7 @@ class License:
 
     @property
     def head(self) -> dict[str, str]:
-        """As a model card's head has it; nothing where it is not known."""
+        """The metadata for a model card; empty if the license is unknown."""
         if self.id in (UNKNOWN, API_TERMS):
             return {}
         named = {"license": self.id, "license_name": self.name, "license_link": self.link}
@@ -91,7 +91,7 @@ class License:
 
 @dataclass(frozen=True)
 class Origin:
-    """A model that a student was made with. part: its role. model: as it was found."""
+    """A model that a student was made with. part: its role. model: the resolved source."""
 
     part: str
     model: str
@@ -107,7 +107,7 @@ class Origin:
 
     @property
     def repository(self) -> str | None:
-        """Its name on the Hub, where it came from there."""
+        """Its name on the Hub, if it came from there."""
         name = self.model.split(" ")[0]
         found = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and "(commit " in self.model
         return name if found else None
@@ -129,7 +129,7 @@ def teacher_origin(source: ModelSource | None, described: str, stated: str | Non
 
 
 def distinct(origins: Sequence[Origin]) -> list[Origin]:
-    """Each model once, with the first role that it had."""
+    """Each model once, with its first role."""
     first: dict[str, Origin] = {}
     for one in origins:
         first.setdefault(one.model, one)
@@ -137,7 +137,7 @@ def distinct(origins: Sequence[Origin]) -> list[Origin]:
 
 
 def find_license(stated: str | None, folder: Path) -> License:
-    """The license that the recipe states, else the one in the model's own card, else `unknown`."""
+    """The license that the recipe states, or the one in the model's own card, or `unknown`."""
     if stated:
         return License(stated)
     head = _card_head(folder / CARD)
@@ -167,7 +167,7 @@ def _card_head(card: Path) -> dict[str, Any]:
 def license_warning(license_: str) -> str | None:
     """A license's terms for students; None if it allows them freely.
 
-    license_: as the Hub names it, or in any other words.
+    license_: as the Hub names it, or in free text.
     """
     if license_ == UNKNOWN:
         return "the license is not known: look it up before you publish a student"
@@ -186,7 +186,7 @@ def license_warning(license_: str) -> str | None:
 
 
 def _plain(license_: str) -> str:
-    """“Apache License, Version 2.0” as apache-2.0; `unlicense` and the like stay."""
+    """Normalize “Apache License, Version 2.0” to apache-2.0; keep names such as `unlicense`."""
     words = re.sub(r"\b(the|licen[sc]e|version)\b|[,()]", " ", license_.lower())
     return re.sub(r"[\s_]+", "-", words.strip()).strip("-")
 
@@ -210,8 +210,8 @@ def _of(one: Origin) -> str:
 
 
 def origins_head(origins: Sequence[Origin]) -> dict[str, Any]:
-    """A card's `license` and `base_model`: the one license that restricts students, if any, else
-    the teacher's; of several that do, none speaks for all."""
+    """A card's `license` and `base_model`: the one license that restricts students, if any,
+    otherwise the teacher's; if several do, no single one covers them all."""
     binding = list(dict.fromkeys(one.license for one in origins if one.warning is not None))
     if len(binding) > 1:
         head: dict[str, Any] = {"license": OTHER, "license_name": "several-see-below"}

@@ -39,7 +39,7 @@ def k_quantize(
     """Write `file` in a format of `K_QUANTS`.
 
     moments: E[x²] of each matrix's inputs, by its Hugging Face name: a weight's rounding error is
-    then weighted by its input. Raises ModelError: llama.cpp is missing, or refuses the model.
+    then weighted by its input. Raises ModelError if llama.cpp is missing, or rejects the model.
     """
     require_llama_cpp()
     import llama_cpp
@@ -65,7 +65,7 @@ def k_quantize(
 
 
 def importance_matrix(llama_cpp: Any, moments: Moments, names: Mapping[str, str]) -> Any:
-    """The moments as llama.cpp expects them: an array of structures that ends with an empty one."""
+    """The moments in llama.cpp's format: an array of structures that ends with an empty one."""
     entry = llama_cpp.llama_model_imatrix_data
     rows = (entry * (len(moments) + 1))()
     for place, (name, moment_I) in enumerate(moments.items()):
@@ -75,14 +75,14 @@ def importance_matrix(llama_cpp: Any, moments: Moments, names: Mapping[str, str]
 
 
 def _positive(moment_I: Tensor) -> Tensor:
-    """An input that was never active still counts a little: if all counted nothing, neither would
-    any rounding error, and blocks would be arbitrary."""
+    """Give inputs that were never active a small weight: with all weights 0, no rounding error
+    would count, and blocks would be arbitrary."""
     return moment_I.float().clamp(min=1e-6 * float(moment_I.max()) + 1e-12)
 
 
 @contextmanager
 def _only_errors(llama_cpp: Any) -> Iterator[list[str]]:
-    """llama.cpp logs a line per tensor: inside the block only errors are kept, and yielded."""
+    """Inside the block, keep and yield only llama.cpp's errors; it logs a line per tensor."""
     errors: list[str] = []
     level = 0
 
@@ -94,7 +94,7 @@ def _only_errors(llama_cpp: Any) -> Iterator[list[str]]:
 
     before, data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
     llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(data))
-    callback = llama_cpp.llama_log_callback(keep)  # held by name for as long as it may be called
+    callback = llama_cpp.llama_log_callback(keep)  # must stay referenced while it may be called
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
     try:
         yield errors
@@ -103,12 +103,12 @@ def _only_errors(llama_cpp: Any) -> Iterator[list[str]]:
 
 
 def has_llama_cpp() -> bool:
-    """Whether it is installed and its library loads."""
+    """Whether llama.cpp is installed and its library loads."""
     return llama_cpp_fault() is None
 
 
 def llama_cpp_fault() -> str | None:
-    """Why llama.cpp cannot be used; None: it can."""
+    """Why llama.cpp cannot be used; None if it can."""
     if importlib.util.find_spec("llama_cpp") is None:
         return "is not installed"
     try:
@@ -121,7 +121,7 @@ def llama_cpp_fault() -> str | None:
 
 
 def require_llama_cpp() -> None:
-    """Raises ModelError where llama-cpp-python is not installed, or does not load."""
+    """Raise ModelError if llama-cpp-python is not installed, or does not load."""
     fault = llama_cpp_fault()
     if fault is not None:
         raise ModelError(

@@ -1,8 +1,8 @@
-"""Run as a script by a Python that has llm-compressor: one checkpoint to compressed-tensors.
+"""Script for a Python with llm-compressor: converts one checkpoint to compressed-tensors.
 
 `python -P llm_compressor.py FOLDER` reads FOLDER/request.json and FOLDER/windows.safetensors, and
-writes the compressed checkpoint. It imports nothing of Stillhouse, since llm-compressor needs
-another transformers, and so an environment of its own.
+writes the compressed checkpoint. It imports nothing from Stillhouse, since llm-compressor needs
+another transformers, and so a separate environment.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
     if method == "awq":
         recipe.insert(0, AWQModifier())
         if not torch.accelerator.is_available():
-            # Pinned memory is for copies to an accelerator; without one, torch refuses to pin.
+            # Pinned memory is for copies to an accelerator; without one, torch cannot pin.
             IntermediatesCache.pin_memory = lambda *_, **__: None
     tokenizer = request["source"]
     oneshot(model=model, tokenizer=tokenizer, recipe=recipe, **_calibration(method, folder))
@@ -52,7 +52,7 @@ def main(folder: Path) -> None:
 
 
 def _calibration(method: str, folder: Path) -> dict[str, Any]:
-    """Windows of tokens, where numbers are chosen by the inputs of layers."""
+    """Windows of tokens, for methods that choose numbers by the inputs of layers."""
     if method == "fp8":
         return {}
     rows = [ids_L.tolist() for ids_L in load_file(folder / "windows.safetensors").values()]

@@ -30,9 +30,9 @@ LIMITS = (
 class ModelCard:
     """The content of a student's model cards, common to all formats.
 
-    pipeline: the Hub's name of the job. origins: the teacher first, and what else took part. about:
-    a paragraph each. limits: beside those of every student. recipe: resolved YAML. hashes: of what
-    the run started from, by name. All are plain text, and no Markdown.
+    pipeline: the Hub's pipeline tag. origins: the teacher, then other models used. about:
+    one paragraph each. limits: in addition to those of every student. recipe: resolved YAML.
+    hashes: of the run's inputs, by name. All are plain text, not Markdown.
     """
 
     name: str
@@ -55,11 +55,11 @@ def write_card(
     use: str = "",
     limits: Sequence[str] = (),
 ) -> None:
-    """Writes the card as README.md beside the exported files, which it names with their SHA-256,
+    """Write the card as README.md next to the exported files, which it lists with their SHA-256,
     and then SHA256SUMS.
 
-    library: the Hub's name of what loads the folder. replay: what was found when the files were
-    loaded again. use: how to use this format. limits: of this format.
+    library: the Hub's name of the library that loads the folder. replay: the result when the files
+    were loaded again. use: how to use this format. limits: of this format.
     """
     head: dict[str, Any] = {
         **origins_head(card.origins),
@@ -93,7 +93,7 @@ def write_card(
 def write_language_model_card(
     folder: Path, card: ModelCard, replay: ReplayResult, use: str = ""
 ) -> None:
-    """The card of a checkpoint or a GGUF file that has passed its replay."""
+    """Write the card of a checkpoint or a GGUF file that has passed its replay."""
     library = "gguf" if replay.format.startswith("gguf") else "transformers"
     sentence = (
         f"This export ({replay.format}, {replay.dtype}, {text.size(replay.bytes)}) differs from "
@@ -104,6 +104,6 @@ def write_language_model_card(
 
 
 def _weight_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files that hold weights, by their names."""
+    """SHA-256 of the weight files, by their names."""
     weights = [file for kind in WEIGHTS for file in sorted(folder.glob(kind))]
     return {file.name: sha(file) for file in weights}

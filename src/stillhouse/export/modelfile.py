@@ -1,4 +1,4 @@
-"""An Ollama Modelfile: the file, the chat format, where an answer ends, and sampling settings."""
+"""An Ollama Modelfile: the file, the chat format, stop tokens, and sampling settings."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ SAMPLING = {
 }
 """transformers' names of sampling settings, and Ollama's."""
 CONTEXT = 8192
-"""Most tokens: Ollama reserves memory for all of them, and the 40,960 of Qwen 3 0.6B are 4.7 GB of
-keys and values."""
+"""Maximum context: Ollama reserves memory for all of it, and the 40,960 tokens of Qwen 3 0.6B are
+4.7 GB of keys and values."""
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """Every message is `before`, its content, `after`; {role} stands for the speaker."""
+    """Every message is `before`, its content, `after`; {role} is replaced by the role."""
 
     before: str
     after: str
 
     def render(self, messages: list[dict[str, str]]) -> str:
-        """The messages, and what precedes the answer."""
+        """The messages, and the text before the answer."""
         parts = [self.opening(one["role"]) + one["content"] + self.after for one in messages]
         return "".join(parts) + self.opening("assistant")
 
@@ -60,7 +60,7 @@ FORMATS = {
 
 
 def chat_format(tokenizer: Any) -> ChatFormat | None:
-    """The known format that writes a conversation as the tokenizer's own template does."""
+    """The known format that writes a conversation exactly as the tokenizer's template does."""
     for form in FORMATS.values():
         if _rendered(tokenizer, PROBE) == form.render(PROBE):
             return form
@@ -68,7 +68,7 @@ def chat_format(tokenizer: Any) -> ChatFormat | None:
 
 
 def default_system(tokenizer: Any, form: ChatFormat) -> str | None:
-    """The system message that the template adds where a chat has none."""
+    """The system message that the template adds if a chat has none."""
     user = [{"role": "user", "content": "beta"}]
     written, plain = _rendered(tokenizer, user), form.render(user)
     if written is None or written == plain or not written.endswith(plain):
@@ -81,21 +81,21 @@ def default_system(tokenizer: Any, form: ChatFormat) -> str | None:
 
 
 def _rendered(tokenizer: Any, messages: list[dict[str, str]]) -> str | None:
-    """By the tokenizer's own template, less the first token, which the runtime adds itself."""
+    """Render with the tokenizer's template, less the first token, which the runtime adds itself."""
     if not tokenizer.chat_template:
         return None
     try:
         written = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True
         )
-    except (TemplateError, ValueError):  # a template may refuse a role
+    except (TemplateError, ValueError):  # a template may reject a role
         return None
     adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return str(written).removeprefix(tokenizer.bos_token if adds_bos else "")
 
 
 def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -> str:
-    """The Modelfile's text for a GGUF file beside it; `model`: the folder it was made from.
+    """The Modelfile's text for a GGUF file next to it; `model`: the folder it was made from.
 
     If the chat template is unknown, a comment states it and TEMPLATE is omitted: Ollama
     then guesses it from the template in the GGUF file.
@@ -131,7 +131,7 @@ def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -
 
 
 def _generation_config(model: Path) -> dict[str, Any]:
-    """Its values that differ from transformers' defaults."""
+    """Values of the generation config that differ from transformers' defaults."""
     if not (model / "generation_config.json").is_file():
         return {}
     return dict(GenerationConfig.from_pretrained(model, local_files_only=True).to_diff_dict())

@@ -1,4 +1,4 @@
-"""A classifier as an ONNX file, replayed in onnxruntime before it is kept.
+"""Exports a classifier as an ONNX file, replayed in onnxruntime before it is kept.
 
 Shapes: B texts of a batch, L tokens, N texts, C labels.
 """
@@ -31,15 +31,15 @@ FILE = "model.onnx"
 MODULES = ("onnx", "onnxscript", "onnxruntime")
 INPUTS = ("input_ids", "attention_mask")
 LARGEST = 2**31
-"""Bytes of an ONNX file, one protobuf message; its numbers are float32 before they are rounded."""
+"""Maximum bytes of an ONNX file, one protobuf message; its numbers are float32 before rounding."""
 
 
 @dataclass(frozen=True)
 class OnnxReplay:
-    """How an ONNX file in onnxruntime compares with its float32 checkpoint on texts.
+    """Comparison of an ONNX file in onnxruntime with its float32 checkpoint on texts.
 
-    kl: mean KL(checkpoint ‖ file), nats/text; kl_limit: the most that was allowed. top1_agreement:
-    share of texts with the same top-1 label. texts_per_s: on a CPU, in the batches of the
+    kl: mean KL(checkpoint ‖ file), nats/text; kl_limit: the maximum allowed. top1_agreement:
+    fraction of texts with the same top-1 label. texts_per_s: on a CPU, in the batches of the
     comparison.
     """
 
@@ -57,7 +57,7 @@ Read = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 def plain_logits(model: Any, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-    """As transformers' classifiers return them."""
+    """The logits as transformers' classifiers return them."""
     logits_BC: Tensor = model(input_ids=ids_BL, attention_mask=mask_BL).logits
     return logits_BC.float()
 
@@ -79,9 +79,9 @@ def export_onnx(
     model: a transformers classifier, float32, on the CPU. batches: token ids of texts, on which the
     file is compared with `expected_NC`, the checkpoint's probabilities in their order; rows of a
     batch are padded with `pad`. form: onnx, or onnx-int8: weights of products in 8 bits, their
-    inputs rounded at run time. source: the checkpoint's folder, for errors. read: its logits.
-    Raises ModelError: a package is missing, a model that cannot be exported, a file that does not
-    run or that differs by more than is allowed.
+    inputs rounded at run time. source: the checkpoint's folder, for errors. read: computes its
+    logits. Raises ModelError for a missing package, a model that cannot be exported, or a file that
+    does not run or differs by more than is allowed.
     """
     require_onnx(sum(parameter.numel() for parameter in model.parameters()))
     out.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def export_onnx(
 
 
 def require_onnx(parameters: int) -> None:
-    """Raises ModelError where a required package is not installed, or where a model of so many
+    """Raise ModelError if a required package is not installed, or if a model with so many
     parameters is too large for the file."""
     missing = [name for name in MODULES if importlib.util.find_spec(name) is None]
     if missing:
@@ -123,7 +123,7 @@ class _Logits(nn.Module):
 
 
 def _write(model: Any, read: Read, file: Path, source: Path) -> None:
-    # Three texts of seven tokens stand for all: sizes of 1 would become constants.
+    # Three texts of seven tokens as an example: sizes of 1 would become constants.
     ids_BL = torch.ones(3, 7, dtype=torch.long)
     sizes = {0: torch.export.Dim("texts"), 1: torch.export.Dim("tokens")}
     try:
@@ -150,7 +150,7 @@ def _write(model: Any, read: Read, file: Path, source: Path) -> None:
 
 
 def _round(file: Path) -> None:
-    """Weights of matrix products in 8 bits, a scale for each output."""
+    """Round the weights of matrix products to 8 bits, with a scale for each output."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -169,7 +169,7 @@ def _round(file: Path) -> None:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Exporters warn of packages and rewrites that do not concern users."""
+    """Silence exporters' warnings about packages and rewrites, which do not concern users."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -214,7 +214,7 @@ def _compare(
     source: Path,
 ) -> OnnxReplay:
     p_NC = expected_NC.double()
-    p_NC = p_NC / p_NC.sum(-1, keepdim=True)  # exactly 1: float32 numbers sum to nearly that
+    p_NC = p_NC / p_NC.sum(-1, keepdim=True)  # exactly 1: float32 numbers only sum to nearly 1
     log_q_NC = logits_NC.double().log_softmax(-1)
     kl = float(torch.xlogy(p_NC, p_NC).sub(p_NC * log_q_NC).sum(-1).mean())
     limit = ONNX[form] if kl_limit is None else kl_limit

@@ -1,4 +1,4 @@
-"""Exports as a repository of the Hugging Face Hub: the first at its root, others in folders."""
+"""Uploads exports to one Hugging Face Hub repository: the first at its root, others in folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.progress import note
 
 @dataclass(frozen=True)
 class Pushed:
-    """commits: URLs, by the format."""
+    """commits: URLs, by format."""
 
     repo: str
     commits: dict[str, str]
@@ -27,7 +27,7 @@ def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
     """Upload each export's folder, with its card; the repository is created if needed.
 
     folders: by format, the one for the repository's root first. name: of the run, for the commits.
-    Raises RunError: no token, no network, or the Hub refuses.
+    Raises RunError if there is no token or network, or the Hub rejects the upload.
     """
     token = require_token(section)
     api = HfApi(token=token)
@@ -55,7 +55,7 @@ def push(section: PushRecipe, folders: Mapping[str, Path], name: str) -> Pushed:
 
 
 def require_token(section: PushRecipe) -> str:
-    """Raises RunError where the environment has no token."""
+    """Raise RunError if the environment has no token."""
     token = os.environ.get(section.token_env, "").strip()
     if not token:
         raise RunError(

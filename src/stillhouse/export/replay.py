@@ -2,7 +2,7 @@
 installed.
 
 `python -P replay.py FOLDER` reads FOLDER/request.json and FOLDER/windows.safetensors, and writes
-FOLDER/answer.json. It stands for a user without Stillhouse, so it imports nothing of it.
+FOLDER/answer.json. It acts as a user without Stillhouse, so it imports nothing from it.
 
 Shapes: L tokens of a window, N supervised rows of a window, V vocabulary.
 """
@@ -27,18 +27,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 ROWS = 512
-"""The most supervised rows of one window that are compared: bounds the logits in memory."""
+"""Maximum supervised rows compared per window: bounds the logits in memory."""
 SURE = 1.0
-"""Nats by which a model's top-1 token is ahead of every other one where the model is sure."""
+"""A model is sure of its top-1 token if it is ahead of every other by this many nats."""
 ROLES = ("eos", "bos", "pad")
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 GREEDY |= dict.fromkeys(("temperature", "top_p", "top_k"))
 SPEED_PROMPT, SPEED_TOKENS, SPEED_ROUNDS = 8, 12, 3
-"""Tokens read, tokens written and timed, and rounds; runtimes take turns."""
+"""Tokens read, tokens written and timed, and rounds; runtimes alternate."""
 
 Window = dict[str, torch.Tensor]
 Answers = Callable[[str, Window, torch.Tensor], torch.Tensor]
-"""A runtime's logits [N, V] of the rows of a window, which has a name."""
+"""A runtime's logits [N, V] for the rows of a named window."""
 Step = Callable[[list[int]], int]
 """Reads tokens after those read so far, and returns the most likely next one; [] resets."""
 
@@ -70,12 +70,12 @@ def main(folder: Path) -> None:
         lengths = [len(prompt_ids(source_tokenizer, prompt)) + new for prompt in prompts]
         lengths += [int(window["position_ids"].max()) + 1 for window in windows.values()]
         llama = LlamaCpp.open(exported, max(512, *lengths))
-        # Where transformers cannot read the file, llama.cpp alone stands for it.
+        # If transformers cannot read the file, only llama.cpp is compared.
         runtimes["llama.cpp" if "exported" in runtimes else "exported"] = llama.logits_of
         steps["exported"], write = llama.step, llama.greedy
         problems += llama.problems(source_tokenizer, prompts, plain=request["plain_prompts"])
     elif not exported.is_file():
-        # A GGUF file's own speed is not that of its numbers as float32 in transformers.
+        # A GGUF file's speed is not that of its numbers as float32 in transformers.
         steps["exported"] = stepping(model)
     if request["teacher_logits"]:
         stored = safe_open(request["teacher_logits"], framework="pt")
@@ -87,7 +87,7 @@ def main(folder: Path) -> None:
         answer["texts"] = []
         for prompt in prompts:
             text, sure = _greedy(source_model, source_tokenizer, prompt, new)
-            # With a tokenizer that is known to differ, there is no text to compare.
+            # If the tokenizer is known to differ, there is no text to compare.
             sure = sure if same or request["llama_cpp"] else ""
             texts = {"prompt": prompt, "source": text, "exported": write(prompt, new)[0]}
             answer["texts"].append({**texts, "sure": sure})
@@ -95,7 +95,7 @@ def main(folder: Path) -> None:
 
 
 def _load(exported: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any], Any]:
-    """Model, loading info and tokenizer, of a folder as it is or of a GGUF file in float32."""
+    """Model, loading info and tokenizer, from a folder as it is or from a GGUF file in float32."""
     where: dict[str, Any] = {"pretrained_model_name_or_path": exported}
     dtype: Any = "auto"
     if exported.is_file():
@@ -108,7 +108,7 @@ def _load(exported: Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any],
 
 
 def _as_stored(tokenizer: Any, folder: Path, prompts: list[str]) -> Any:
-    """The tokenizer as its tokenizer.json says, which is what a GGUF file has: the class that
+    """The tokenizer exactly as in tokenizer.json, which is what a GGUF file has: the class that
     transformers chooses by architecture may add tokens, or split text by other rules."""
     known = type(tokenizer).__module__.startswith("transformers.")
     if not known or not (folder / "tokenizer.json").is_file():
@@ -121,7 +121,7 @@ def _as_stored(tokenizer: Any, folder: Path, prompts: list[str]) -> Any:
 
 
 def by_place(tensors: dict[str, torch.Tensor]) -> dict[str, Window]:
-    """The windows of tensors that are named PLACE.PART, in order."""
+    """The windows from tensors named PLACE.PART, in order."""
     windows: dict[str, Window] = {}
     for name, tensor in tensors.items():
         place, key = name.split(".")
@@ -130,7 +130,7 @@ def by_place(tensors: dict[str, torch.Tensor]) -> dict[str, Window]:
 
 
 def _problems(model: Any, info: dict[str, Any], exported: Path) -> list[str]:
-    """What the export's weights lack or have in excess."""
+    """Weights that the export lacks or has in excess."""
     stored: set[str] = set()
     for file in exported.glob("*.safetensors"):
         with safe_open(file, framework="pt") as tensors:
@@ -145,12 +145,13 @@ def _problems(model: Any, info: dict[str, Any], exported: Path) -> list[str]:
 
 
 def _parameter(stored: str) -> str:
-    """The parameter of a stored tensor: torchao stores x.weight as x._weight_scale and others."""
+    """The parameter that a stored tensor belongs to: torchao stores x.weight as x._weight_scale and
+    others."""
     return re.sub(r"\._weight_(qdata|scale|zero_point)$", ".weight", stored)
 
 
 def _tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[str]:
-    """Tokens with other ids, other special tokens, and prompts that are tokenized otherwise."""
+    """Tokens with other ids, other special tokens, and prompts that are tokenized differently."""
     theirs = exported.get_vocab()
     moved = [token for token, index in source.get_vocab().items() if theirs.get(token) != index]
     problems = [f"tokens with other ids: {', '.join(sorted(moved)[:4])}"] if moved else []
@@ -166,13 +167,13 @@ def _tokenizer_problems(source: Any, exported: Any, prompts: list[str]) -> list[
 
 
 def _template(tokenizer: Any) -> str | None:
-    """The chat template; of several, the default one."""
+    """The chat template; if there are several, the default one."""
     template = tokenizer.chat_template
     return template.get("default") if isinstance(template, dict) else template
 
 
 def _other_roles(source: Any, found: dict[str, int | None]) -> list[str]:
-    """Loaders have defaults of their own for the roles that the source does not fill."""
+    """Roles whose tokens differ: loaders have defaults for roles that the source does not set."""
     ids = {role: getattr(source, f"{role}_token_id") for role in found}
     return [
         f"another {role} token: {found[role]} in place of {index}"
@@ -182,7 +183,7 @@ def _other_roles(source: Any, found: dict[str, int | None]) -> list[str]:
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """A prompt as a model reads it: through the chat template, where there is one."""
+    """A prompt's token ids: through the chat template, if there is one."""
     if not _template(tokenizer):
         return list(tokenizer(prompt)["input_ids"])
     chat = [{"role": "user", "content": prompt}]
@@ -207,8 +208,9 @@ def _tokenized_otherwise(source: Any, plain: Cut, read: Cut, prompts: list[str])
 
 @dataclass
 class Pair:
-    """kl: sum of KL(first ‖ second) in nats. same: positions with the same top-1 token. sure: those
-    of which the first is sure; moved: those of them at which the second has another top-1 token."""
+    """kl: sum of KL(first ‖ second) in nats. same: positions with the same top-1 token. sure:
+    positions where the first is sure; moved: those of them where the second has another top-1
+    token."""
 
     kl: float = 0.0
     same: int = 0
@@ -216,7 +218,7 @@ class Pair:
     moved: int = 0
 
     def add(self, p_NV: torch.Tensor, q_NV: torch.Tensor) -> None:
-        # A teacher's rows past the shared vocabulary are padding.
+        # A teacher's rows beyond the shared vocabulary are padding.
         shared = min(p_NV.shape[1], q_NV.shape[1])
         p_NV, q_NV = p_NV[:, :shared].cpu(), q_NV[:, :shared].cpu()
         same_N = p_NV.argmax(-1) == q_NV.argmax(-1)
@@ -241,7 +243,7 @@ def _compare(
     """Supervised tokens, and the means of each pair "first ‖ second".
 
     The source against its exports, the export against llama.cpp, which reads the same file, and the
-    teacher, where there is one, against source and export.
+    teacher, if there is one, against source and export.
     """
     others = [name for name in runtimes if name not in ("source", "teacher")]
     pairs = {("source", name): Pair() for name in others}
@@ -260,13 +262,14 @@ def _compare(
 
 
 def rows_of(labels_L: torch.Tensor) -> torch.Tensor:
-    """The rows that are compared: the logits at t-1 predict the label at t."""
+    """The rows to compare: the logits at t-1 predict the label at t."""
     return (labels_L[1:] != -100).nonzero().flatten()[:ROWS]
 
 
 @torch.inference_mode()
 def logits_of(model: Any, _name: str, window: Window, rows_N: torch.Tensor) -> torch.Tensor:
-    """Logits [N, V] of those rows. Without a mask, restarting positions separate the documents."""
+    """Logits [N, V] of those rows. There is no mask: restarting positions separate the
+    documents."""
     end = int(rows_N[-1]) + 1
     logits_1NV: torch.Tensor = model(
         input_ids=window["input_ids"][None, :end].to(model.device),
@@ -278,7 +281,7 @@ def logits_of(model: Any, _name: str, window: Window, rows_N: torch.Tensor) -> t
 
 
 def _speeds(steps: dict[str, Step], ids_L: torch.Tensor) -> dict[str, float]:
-    """Tokens/s that each writes one by one, by the median step of all rounds."""
+    """Decoding tokens/s of each runtime, by the median step of all rounds."""
     prompt = ids_L[:SPEED_PROMPT].tolist()
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(SPEED_ROUNDS):
@@ -293,7 +296,7 @@ def _speeds(steps: dict[str, Step], ids_L: torch.Tensor) -> dict[str, float]:
 
 
 def stepping(model: Any) -> Step:
-    """Of a transformers model, with its key-value cache."""
+    """The step function of a transformers model, with its key-value cache."""
     cache: list[Any] = []
 
     @torch.inference_mode()
@@ -312,9 +315,9 @@ def stepping(model: Any) -> Step:
 
 @torch.inference_mode()
 def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tuple[str, str]:
-    """What the model writes, and the part before the first token that it is not sure of.
+    """The greedy text, and the part before the first token that the model is not sure of.
 
-    The model's own sampling settings, which not every format holds, are not used.
+    The model's own sampling settings, which not every format stores, are not used.
     """
     ids_1L = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
     output = model.generate(
@@ -331,13 +334,13 @@ def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tup
     for index, logits_1V in zip(ids, output.logits, strict=True):
         others_V = logits_1V[0].clone()
         others_V[index] = -torch.inf
-        # Where a text ends is up to the runtime: it may know more tokens that end one.
+        # The runtime decides where a text ends: it may know more stop tokens.
         if logits_1V[0, index] - others_V.max() < SURE or index in tokenizer.added_tokens_decoder:
             break
         sure += 1
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     whole, part = tokenizer.decode(ids, **options), tokenizer.decode(ids[:sure], **options)
-    return str(whole), str(part).rstrip("\N{REPLACEMENT CHARACTER}")  # half a character
+    return str(whole), str(part).rstrip("\N{REPLACEMENT CHARACTER}")  # an incomplete character
 
 
 @dataclass
@@ -360,7 +363,7 @@ class LlamaCpp:
         return cls(llama)
 
     def logits_of(self, _name: str, window: Window, rows_N: torch.Tensor) -> torch.Tensor:
-        """Each document of the window alone: its positions start from 0."""
+        """Run each document of the window separately: its positions start from 0."""
         end = int(rows_N[-1]) + 1
         ids, positions = window["input_ids"][:end].tolist(), window["position_ids"][:end]
         starts = [*(positions == 0).nonzero().flatten().tolist(), end]
@@ -379,11 +382,11 @@ class LlamaCpp:
         return int(self.llama.scores[self.llama.n_tokens - 1].argmax())
 
     def tokens(self, text: str) -> list[int]:
-        """As the runtime tokenizes a prompt, with special tokens."""
+        """The runtime's tokens for a prompt, with special tokens."""
         return list(self.llama.tokenize(text.encode(), special=True))
 
     def chat_tokens(self, prompt: str) -> list[int]:
-        """A prompt through the chat template in the file, where it has one."""
+        """A prompt's tokens through the chat template in the file, if it has one."""
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
         known = self.llama.metadata
@@ -399,8 +402,8 @@ class LlamaCpp:
         return list(self.llama.tokenize(written.encode(), add_bos=False, special=True))
 
     def problems(self, source: Any, prompts: list[str], *, plain: bool) -> list[str]:
-        """Where it tokenizes prompts otherwise than the source's tokenizer; plain: without the chat
-        template too."""
+        """Prompts that it tokenizes differently from the source's tokenizer; plain: without the
+        chat template too."""
         found = _other_roles(source, {"eos": self.llama.token_eos(), "bos": self.llama.token_bos()})
         tokens = self.tokens if plain else lambda text: source(text)["input_ids"]
         found += _tokenized_otherwise(source, tokens, self.chat_tokens, prompts)

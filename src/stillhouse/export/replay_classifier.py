@@ -1,8 +1,8 @@
 """A classifier's replay, run as a script: transformers, torch and safetensors only.
 
 `python -P replay_classifier.py FOLDER` reads FOLDER/request.json, and writes
-FOLDER/logits.safetensors and FOLDER/answer.json. It stands for a user without Stillhouse, so it
-imports nothing of it, and runs one text per pass, or one text with one label.
+FOLDER/logits.safetensors and FOLDER/answer.json. It acts as a user without Stillhouse, so it
+imports nothing from it, and runs one text per pass, or one text with one label.
 
 Shapes: L tokens, D hidden width, N texts, C labels.
 """
@@ -50,7 +50,7 @@ def _problems(info: dict[str, Any]) -> list[str]:
 
 
 def _tokenized_otherwise(tokenizer: Any, texts: list[str], rows: list[list[int]]) -> list[str]:
-    """Texts that are short enough to be read whole, and have other tokens."""
+    """Texts that are short enough not to be truncated, and have different tokens."""
     return [
         f"tokenized otherwise: {text[:40]!r}"
         for text, row in zip(texts, rows, strict=True)
@@ -59,7 +59,7 @@ def _tokenized_otherwise(tokenizer: Any, texts: list[str], rows: list[list[int]]
 
 
 def _logits(model: Any, row: Sequence[int], request: dict[str, Any]) -> Tensor:
-    """Of the labels, [C]."""
+    """The labels' logits, [C]."""
     if request["labels"] is not None:
         scores_C = torch.stack([_log_probability(model, row, ids) for ids in request["labels"]])
         return scores_C - torch.tensor(request["prior"], device=scores_C.device)
@@ -73,7 +73,7 @@ def _logits(model: Any, row: Sequence[int], request: dict[str, Any]) -> Tensor:
 
 
 def _log_probability(model: Any, prompt: Sequence[int], label: Sequence[int]) -> Tensor:
-    """Of a label's tokens after a prompt."""
+    """The log-probability of a label's tokens after a prompt."""
     ids_1L = torch.tensor([[*prompt, *label]], device=model.device)
     logits_LV = model(input_ids=ids_1L, use_cache=False).logits[0, len(prompt) - 1 : -1]
     return logits_LV.log_softmax(-1).gather(1, ids_1L[0, len(prompt) :, None]).sum()

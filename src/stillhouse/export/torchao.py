@@ -1,8 +1,8 @@
-"""A quantized student as torchao tensors in safetensors, which transformers loads with torchao.
+"""Exports a quantized student as torchao tensors in safetensors, for transformers with torchao.
 
 torchao's int4 kernels need a GPU; the tensors that also run on a CPU hold one number per byte and
 multiply in floating point. So this format is for transformers and for PyTorch's own exporters; the
-small file is GGUF's. float8 with rounded inputs is what newer GPUs multiply directly.
+smallest file is GGUF's. Newer GPUs multiply float8 with rounded inputs directly.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from stillhouse.teachers.older_names import save_tokenizer, write_older_names
 from stillhouse.teachers.quiet import quiet
 
 DYNAMIC_KL = 0.05
-"""More nats/token where inputs are rounded too, which the checkpoint does not hold."""
+"""Additional nats/token if inputs are also rounded, which the checkpoint does not store."""
 
 
 def export_torchao(
@@ -38,7 +38,7 @@ def export_torchao(
     """Write a Hugging Face folder whose quantized matrices are torchao tensors.
 
     gate: its source is the float32 checkpoint on the grid. dtype: of everything else. Raises
-    ModelError: torchao is missing, float8 products that this machine lacks, an export that does not
+    ModelError if torchao is missing, this machine lacks float8 products, or the export does not
     load or differs by more than is allowed. RunError: no space, no permission, `out` has files
     already.
     """
@@ -62,7 +62,7 @@ def export_torchao(
 
 
 def require_torchao(grid: Grid, dynamic: bool, dtype: str) -> None:
-    """Raises ModelError where torchao is not installed, or such tensors do not work here."""
+    """Raise ModelError if torchao is not installed, or its tensors do not work here."""
     instead = "or export gguf-q4_0 or gguf-q8_0 alone, which do not need torchao"
     if grid.floating:
         instead = "or use quantize.kind int8 or int4 and export gguf-q8_0 or gguf-q4_0 alone"
@@ -118,7 +118,7 @@ def save_torchao(
     *,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write the folder, of a float32 checkpoint on the grid, without replaying it."""
+    """Write the folder from a float32 checkpoint on the grid, without replaying it."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
     model = load_model(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
@@ -144,7 +144,8 @@ def save_torchao(
 
 
 def _sort_metadata(file: Path) -> None:
-    """safetensors writes it in another order in every process; equal models are equal files."""
+    """Sort the metadata: safetensors' order varies by process, but equal models must be equal
+    files."""
     with file.open("r+b") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))

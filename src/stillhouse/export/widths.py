@@ -1,4 +1,4 @@
-"""Row lengths of a model's matrices, which blocks and groups have to divide."""
+"""Row lengths of a model's matrices, which must be divisible by blocks and groups."""
 
 from __future__ import annotations
 

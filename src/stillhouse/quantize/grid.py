@@ -1,4 +1,4 @@
-"""The grid of a quantized matrix, and the rounding onto it.
+"""The grid of a quantized matrix, and rounding to it.
 
 Shapes: O rows (outputs), I columns (inputs), G groups in a row.
 
@@ -17,26 +17,26 @@ import torch
 from torch import Tensor
 
 LARGEST = {4: (-8.5, -8.0, -7.5, -7.0, 7.0, 7.5), 8: (-128.0, 127.0)}
-"""Where on the grid a group's largest number may be placed: each gives a scale, and the one with
-the least squared error is used. Past the grid's end, that number is clipped and the others gain;
-the sign chooses the side with one more integer."""
+"""Where on the grid a group's largest number may be placed: each implies a scale, and the one with
+the least squared error is used. Past the grid's end, that number is clipped and the others gain
+precision; the sign chooses the side with one more integer."""
 
 WEIGHTED = {
     4: tuple(sign * float(place) for place in range(6, 15) for sign in (-1, 1)),
     8: tuple(sign * float(place) for place in range(118, 135, 4) for sign in (-1, 1)),
 }
-"""The same where errors are weighted: a large number on an unimportant input may be clipped by far,
+"""The same for weighted errors: a large number on an unimportant input may be clipped by a lot,
 so that its neighbors gain."""
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_PLACES = tuple(float(place) for place in range(256, 449, 32))
-"""The same for float8, weighted or not: places within its last octave, whose neighbors only differ
-by where they are between two numbers."""
+"""The same for float8, weighted or not: places within its last octave, whose neighbors differ only
+in their position between two numbers."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """group: None is the complete row. floating: q is float8, else an integer."""
+    """group: None is the complete row. floating: q is float8, otherwise an integer."""
 
     bits: Literal[4, 8]
     group: int | None
@@ -65,13 +65,13 @@ class Grid:
         return numbers * self.bits // 8 + scales * 2
 
     def places(self, weighted: bool) -> tuple[float, ...]:
-        """Where a group's largest number may be placed."""
+        """The places for a group's largest number."""
         if self.floating:
             return FLOAT8_PLACES
         return (WEIGHTED if weighted else LARGEST)[self.bits]
 
     def groups(self, numbers_I: Tensor) -> Tensor:
-        """[..., I] as [..., G, numbers of a group], float32."""
+        """Reshape [..., I] to [..., G, numbers of a group], float32."""
         width = numbers_I.shape[-1] if self.group is None else self.group
         return numbers_I.detach().float().unflatten(-1, (-1, width))
 
@@ -80,7 +80,7 @@ def choose_scales(weight_OI: Tensor, grid: Grid, moment_I: Tensor | None = None)
     """The scales [O, G] with the least squared error, float32 numbers that float16 holds.
 
     moment_I: E[x²] of each input, which weights the error (`stillhouse.quantize.moments`); None:
-    all alike. A group of zeros has scale 0. The group size must divide the columns.
+    no weights. A group of zeros has scale 0. The group size must divide the columns.
     """
     groups_OGg = grid.groups(weight_OI)
     place_OG1 = groups_OGg.abs().argmax(-1, keepdim=True)
@@ -101,7 +101,7 @@ def choose_scales(weight_OI: Tensor, grid: Grid, moment_I: Tensor | None = None)
 
 
 def to_codes(weight_OI: Tensor, scales_OG: Tensor, grid: Grid) -> Tensor:
-    """The numbers q, int8 or float8 [O, I], nearest to weight ÷ scale; ties go to the even one."""
+    """The codes q, int8 or float8 [O, I], nearest to weight ÷ scale; ties round to even."""
     return _rounded(grid.groups(weight_OI), scales_OG, grid).flatten(-2).to(grid.dtype)
 
 
@@ -113,6 +113,6 @@ def on_grid(weight_OI: Tensor, scales_OG: Tensor, grid: Grid) -> Tensor:
 def _rounded(groups_OGg: Tensor, scales_OG: Tensor, grid: Grid) -> Tensor:
     safe_OG1 = torch.where(scales_OG == 0, torch.inf, scales_OG)[..., None]
     codes_OGg = groups_OGg / safe_OG1
-    if grid.floating:  # past its largest number, float8 has none: clamped first
+    if grid.floating:  # float8 has nothing past its largest number: clamp first
         return codes_OGg.clamp_(grid.lowest, grid.highest).to(FLOAT8).float()
     return codes_OGg.round_().clamp_(grid.lowest, grid.highest)

@@ -1,4 +1,4 @@
-"""Inputs of linear layers rounded to 8 bits, each token by its own range, as torchao's are.
+"""Rounds inputs of linear layers to 8 bits, each token by its own range, as torchao does.
 
 Shapes: ... tokens, I inputs of a layer.
 """
@@ -48,8 +48,8 @@ def _in_float8(inputs_I: Tensor) -> Tensor:
 
 
 def round_inputs_of(model: nn.Module, weights: Iterable[str], grid: Grid) -> list[RemovableHandle]:
-    """Round the inputs of these linear layers as that grid's weights are. `remove()` each handle to
-    end it."""
+    """Round the inputs of these linear layers like that grid's weights. Call `remove()` on each
+    handle to stop."""
     modules = dict(model.named_modules())
 
     def before(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -60,8 +60,8 @@ def round_inputs_of(model: nn.Module, weights: Iterable[str], grid: Grid) -> lis
 
 
 def round_inputs(quantization: Quantization, model: Any) -> list[RemovableHandle]:
-    """As `round_inputs_of`, for the layers whose inputs are rounded in the export; none for a kind
-    that is not dynamic."""
+    """As `round_inputs_of`, for the layers whose inputs are rounded in the export; none if the
+    quantization is not dynamic."""
     if not quantization.dynamic:
         return []
     return round_inputs_of(model, quantization.linear_layers(model), quantization.grid)

@@ -1,6 +1,6 @@
 """The importance of each input of a matrix: its mean square over text.
 
-A rounding error e of a row changes its output by e·x, so that E[(e·x)²] is Σ e_i² E[x_i²] where the
+A rounding error e of a row changes its output by e·x, so that E[(e·x)²] is Σ e_i² E[x_i²] if the
 inputs are uncorrelated: a weight's error counts in proportion to its input's mean square. This is
 also llama.cpp's importance matrix.
 
@@ -25,7 +25,7 @@ Moments = dict[str, Tensor]
 def input_moments(model: Any, windows: WindowSet) -> Moments:
     """E[x²] of every linear layer's inputs [I], by the name of its weight, float32 on the CPU.
 
-    The head's inputs are the final hidden states; a head that is tied to the embeddings has their
+    The head's inputs are the final hidden states; a head tied to the embeddings has their
     name.
     """
     sums: Moments = {}
@@ -61,7 +61,7 @@ def input_moments(model: Any, windows: WindowSet) -> Moments:
 
 
 def head_name(model: Any) -> str | None:
-    """The first name of the head's weight in the model; None: it has no head."""
+    """The first name of the head's weight in the model; None if it has no head."""
     head = model.get_output_embeddings()
     if head is None:
         return None

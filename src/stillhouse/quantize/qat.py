@@ -1,9 +1,9 @@
-"""Training with rounded weights: every step computes on the grid, and moves the latent weights.
+"""Training with rounded weights: every step computes on the grid, and updates the latent weights.
 
 The gradient at the rounded weights is applied to the unrounded ones (straight-through estimator,
 Bengio et al. 2013, arXiv 1308.3432). No layer is replaced: before a step's forward passes the
-weights are put on the grid, before the optimizer moves them they are restored. So the model stays a
-plain transformers model, a tied head is rounded with its embedding, and a checkpoint holds the
+weights are put on the grid; before the optimizer updates them they are restored. So the model stays
+a plain transformers model, a tied head is rounded with its embedding, and a checkpoint holds the
 latent weights, from which training resumes exactly.
 """
 
@@ -21,7 +21,7 @@ from stillhouse.quantize.quantization import Quantization
 
 
 class RoundedWeights(TrainerCallback):
-    """Keeps the given scales: what is trained is where each number is rounded to."""
+    """Rounds weights with fixed scales: training changes what each number is rounded to."""
 
     def __init__(self, quantization: Quantization) -> None:
         self.quantization = quantization

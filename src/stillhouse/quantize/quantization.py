@@ -1,4 +1,4 @@
-"""How a student is quantized: saved beside the checkpoint whose weights are on the grid."""
+"""How a student is quantized: saved next to the checkpoint whose weights are on the grid."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = "quantization.safetensors"
 
 @dataclass(frozen=True)
 class Quantization:
-    """scales: [O, G] of each quantized matrix, by its name. dynamic: inputs are rounded as well."""
+    """scales: [O, G] of each quantized matrix, by its name. dynamic: inputs are also rounded."""
 
     grid: Grid
     dynamic: bool
@@ -34,7 +34,7 @@ class Quantization:
             weights[name].data.copy_(on_grid(weights[name], scales_OG, self.grid))
 
     def linear_layers(self, model: Any) -> list[str]:
-        """The quantized matrices whose inputs are rounded too: linear layers, but not the head."""
+        """The quantized matrices whose inputs are also rounded: linear layers, but not the head."""
         head = model.get_output_embeddings()
         shared = None if head is None else head.weight
         modules = dict(model.named_modules())

@@ -1,4 +1,4 @@
-"""Quantize a trained student: which parts to keep, the rounding, and quantization-aware
+"""Quantizes a trained student: which parts to keep, the rounding, and quantization-aware
 training."""
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ FLOAT8_WIDTH = 16
 
 @dataclass(frozen=True)
 class QuantizeResult:
-    """kept: units left alone. sensitivity: of every unit where it was measured, largest KL first.
+    """kept: units that are not quantized. sensitivity: of every unit if it was measured, largest KL
+    first.
 
     group_size: None is a row. kl: KL(student ‖ quantized), nats/token, on `tokens` held-out tokens.
     bytes: of the model, with packed codes, scales in two bytes, and parameters that are not
@@ -90,9 +91,9 @@ def quantize(
     """Round the trained student: `out/model`, float32 with its matrices on the grid, and scales.
 
     windows: training text, on which the importance of inputs is measured (`calibration_tokens`);
-    None: all weights count alike. Sensitivity is measured where a budget needs it. Raises
-    RecipeError: a group size that does not divide a matrix, a part that the model does not have, a
-    budget that cannot be met.
+    None: all weights count equally. Sensitivity is measured if a budget needs it. Raises
+    RecipeError for a group size that does not divide a matrix, a part that the model does not have,
+    a budget that cannot be met.
     """
     model = load_model(student, dtype=torch.float32, trust_remote_code=trust_remote_code)
     model.to(default_device())
@@ -139,7 +140,8 @@ def quantize(
 
 
 def quantization_notes(model: Any, kl: float, max_kl: float | None) -> list[str]:
-    """What is not quantized, and a limit on KL that only the sum of the parts meets."""
+    """Notes on parts that are not quantized, and on a KL limit that only the sum of the parts
+    meets."""
     notes = []
     left = left_over_text(model)
     if left is not None:
@@ -160,7 +162,8 @@ def grid_of(section: QuantizeRecipe) -> Grid:
 
 
 def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
-    """As `find_units`. Raises RecipeError also where float8 kernels could not multiply."""
+    """As `find_units`. Also raises RecipeError if float8 kernels could not multiply the
+    matrices."""
     units = find_units(model, grid_of(section))
     if section.floating and section.dynamic:
         shapes = {name: weight.shape for name, weight in matrices(model)}
@@ -178,7 +181,7 @@ def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
 
 
 def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabulary: int) -> float:
-    """KL(model ‖ model quantized), with rounded inputs where they will be."""
+    """KL(model ‖ quantized model), with rounded inputs if the export rounds them."""
     reference = reference_answers(model, windows)
     hooks = round_inputs(quantization, model)
     kl = kl_of(model, quantization.scales, quantization.grid, windows, reference, vocabulary)
@@ -188,7 +191,7 @@ def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabu
 
 
 def planned_bytes(model: Any, section: QuantizeRecipe) -> tuple[int, int]:
-    """Bytes of a model, original and quantized. Only shapes are used: it may be on meta.
+    """Bytes of a model, original and quantized. Only shapes are used: it may be on the meta device.
 
     Raises RecipeError as `quantize` does, also for a budget that cannot be met.
     """
@@ -213,10 +216,11 @@ def train_quantized(
     heldout: Batches | None = None,
     seed: int = 0,
 ) -> TrainingResult:
-    """Distill on from the unquantized student, its weights rounded at every step.
+    """Continue distilling the unquantized student, with its weights rounded at every step.
 
     quantized: the folder that `quantize` filled, with its choice of matrices and their scales; the
-    same files are written to `folder`. settings: of the training before; the rest is as in `train`.
+    same files are written to `folder`. settings: of the previous training; the rest is as in
+    `train`.
     """
     quantization = Quantization.load(quantized / FILE)
     result = train(
@@ -231,7 +235,7 @@ def train_quantized(
         callbacks=[RoundedWeights(quantization)],
     )
     if leads():
-        # From its file: what a process has in memory may be a part of it.
+        # From its file: a process may have only a part of it in memory.
         code = student.trust_remote_code
         trained = Student.load(folder / TRAINING / MODEL, trust_remote_code=code)
         quantization.apply(trained.model)
@@ -250,7 +254,7 @@ def qat_section(section: QuantizeRecipe, recipe: TrainRecipe, windows: Batches) 
             "learning_rate": section.qat.learning_rate,
             "max_steps": steps,
             "epochs": float(math.ceil(steps * recipe.batch_size / len(windows))),
-            # Between steps the weights are not rounded: what would be measured is another model.
+            # Between steps the weights are not rounded: the measurement would be of another model.
             "evaluate_every": None,
             "early_stop": None,
         }

@@ -1,4 +1,4 @@
-"""What is quantized, and the quantization-aware training of the student."""
+"""The recipe section `quantize`, with quantization-aware training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class QatRecipe(Section):
 
 
 class QuantizeRecipe(Section):
-    """The trained student's matrices as numbers of few bits; which are kept, by measurement."""
+    """Quantization of the trained student's matrices; the parts to keep are chosen by
+    measurement."""
 
     kind: Literal[
         "int8",

@@ -1,4 +1,4 @@
-"""The measured cost of quantizing each part of a model, and which parts to leave alone for it."""
+"""The measured cost of quantizing each part of a model, and which parts not to quantize."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def scales_of(
 
 @contextmanager
 def quantized(model: nn.Module, scales: Scales, grid: Grid) -> Iterator[None]:
-    """Inside the block, the named weights are the nearest ones on the grid."""
+    """Inside the block, the named weights are rounded to the grid."""
     weights = dict(model.named_parameters())
     before = {name: weights[name].detach().clone() for name in scales}
     try:
@@ -84,7 +84,7 @@ def measure(
     windows: WindowSet,
     vocabulary: int,
 ) -> list[Sensitivity]:
-    """Each unit quantized alone, on the same windows."""
+    """Measure each unit quantized alone, on the same windows."""
     reference = reference_answers(model, windows)
     found = []
     with bar("Sensitivity", len(units), unit="units") as advance:
@@ -103,12 +103,12 @@ def choose_kept(
     max_kl: float | None = None,
     max_bytes: int | None = None,
 ) -> list[str]:
-    """The units to leave alone: those that lose most KL for each byte they save.
+    """The units not to quantize: those that add the most KL for each byte they save.
 
-    KL is assumed to add up over units, which it nearly does while it is small. max_kl: units are
-    kept until the others' KL is at most this; None with max_bytes: as many as fit. max_bytes: of
-    the whole model; smallest: its bytes with every unit quantized. Raises RecipeError: not even the
-    smallest model has so few bytes.
+    KL is assumed to be additive over units, which is nearly true while it is small. max_kl: units
+    are kept until the others' KL is at most this; None with max_bytes: as many as fit. max_bytes:
+    of the entire model; smallest: its bytes with every unit quantized. Raises RecipeError if even
+    the smallest model is larger.
     """
     if max_bytes is not None and smallest > max_bytes:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""What of a model is quantized: its matrices, in units that are kept or quantized as one."""
+"""The matrices of a model that can be quantized, in units that are kept or quantized together."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from stillhouse.quantize.grid import Grid
 EMBEDDINGS = "embeddings"
 HEAD = "head"
 KEPT_BYTES = 2
-"""A number that is not quantized is exported as bfloat16 or float16."""
+"""Numbers that are not quantized are exported as bfloat16 or float16."""
 
 
 @dataclass(frozen=True)
 class Unit:
     """name: `embeddings`, `head`, or `layers.N`. weights: names of its matrices in the model.
-    numbers, rows: of all of them together.
+    numbers, rows: totals over all of them.
 
     A head that is tied to the embeddings is part of them and counts once.
     """
@@ -32,14 +32,14 @@ class Unit:
     rows: int
 
     def bytes(self, grid: Grid | None) -> int:
-        """On that grid; None: left alone."""
+        """Bytes on that grid; None: not quantized."""
         return self.numbers * KEPT_BYTES if grid is None else grid.bytes(self.numbers, self.rows)
 
 
 def find_units(model: Any, grid: Grid) -> list[Unit]:
     """The model's units in its own order.
 
-    Raises RecipeError: the group size does not divide the rows of a matrix.
+    Raises RecipeError if the group size does not divide the rows of a matrix.
     """
     found: dict[str, list[str]] = {}
     for name, weight in matrices(model):
@@ -55,7 +55,7 @@ def find_units(model: Any, grid: Grid) -> list[Unit]:
 
 
 def matrices(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """The weights of linear layers and of the embedding; tied ones once, by their first name."""
+    """The weights of linear layers and of the embedding; tied weights once, by their first name."""
     seen: set[int] = set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding) and id(module.weight) not in seen:
@@ -76,7 +76,7 @@ def left_over(model: Any) -> dict[str, int]:
 
 
 def left_over_text(model: Any) -> str | None:
-    """What of a model no kind of quantization changes, as text; None: nothing."""
+    """Describe the parts of a model that no quantization changes; None if there are none."""
     left = left_over(model)
     if not left:
         return None

@@ -31,7 +31,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Import only what is used: reading a recipe must not wait for torch.
+    # Import lazily: reading a recipe must not wait for torch.
     if name in __all__:
         return getattr(import_module(f"{__name__}.signal_types"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

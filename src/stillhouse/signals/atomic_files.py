@@ -18,8 +18,8 @@ PARTIAL = ".partial"
 def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file under a temporary name, flush it to disk, and rename it.
 
-    Raises StoreError: the disk is full or the folder cannot be written. The temporary file is
-    removed then, and what was there before is untouched.
+    Raises StoreError if the disk is full or the folder cannot be written. The temporary file is
+    then removed, and any previous file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -48,7 +48,7 @@ def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
 def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
-    except OSError:  # a .partial file stays, which nothing reads
+    except OSError:  # a .partial file is left behind; nothing reads it
         return
 
 
@@ -66,7 +66,7 @@ def checked_json(content: dict[str, Any]) -> bytes:
 
 
 def read_checked_json(path: Path, what: str) -> dict[str, Any]:
-    """What `checked_json` wrote. Raises StoreError unless every byte is as it was."""
+    """Read what `checked_json` wrote. Raises StoreError if any byte has changed."""
     try:
         data = path.read_bytes()
     except OSError as error:

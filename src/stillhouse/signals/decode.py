@@ -1,4 +1,4 @@
-"""From the rows of a store to a signal, without a loop over rows.
+"""Converts rows of a store to a signal, without a loop over rows.
 
 Shapes: S segments, n rows of a source, N rows of a batch, K entries of the longest row.
 """
@@ -63,7 +63,7 @@ class Source:
         return slice(first, last + 1) if together else self.place_n
 
     def starts(self, lengths_n: NDArray[np.uint8], first_S: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where each row's elements start, from the rows' lengths and the segments' starts."""
+        """The start of each row's elements, from the rows' lengths and the segments' starts."""
         before_n = np.cumsum(lengths_n, dtype=np.int64) - lengths_n
         segment_S = np.cumsum(self.rows_S) - self.rows_S
         return before_n + np.repeat(first_S - before_n[segment_S], self.rows_S)
@@ -71,8 +71,8 @@ class Source:
 
 @dataclass(frozen=True, eq=False)
 class Padded:
-    """Rows of a batch side by side. What is past counts_N (valued_N) in a row is arbitrary, but the
-    ids there are ids."""
+    """Padded rows of a batch. Values past counts_N (valued_N) in a row are arbitrary, but the ids
+    are valid."""
 
     counts_N: NDArray[np.uint8]
     valued_N: NDArray[np.uint8]
@@ -88,7 +88,7 @@ def ranges(first_S: NDArray[np.int64], lengths_S: NDArray[np.int64]) -> NDArray[
 
 
 def pad(sources: Sequence[Source], rows: int) -> Padded:
-    """The rows of a batch, gathered from their sources, which all hold entries."""
+    """The rows of a batch, gathered from their sources; all of them hold entries."""
     counts_N, valued_N = np.empty(rows, np.uint8), np.empty(rows, np.uint8)
     found = []
     for source in sources:
@@ -152,7 +152,7 @@ def entries_signal(encoding: EntryEncoding, rows: Padded, temperature: float) ->
 
 
 def _shared_weights(rows: Padded, units: int) -> NDArray[np.float32]:
-    """Exact probabilities, then draws that share what these leave of 1: [N, K]."""
+    """Exact probabilities, then draws that share the remaining mass: [N, K]."""
     wide = rows.values_NK.shape[1]
     column_K = np.arange(rows.ids_NK.shape[1], dtype=np.uint8)
     valued_NX = column_K[:wide] < rows.valued_N[:, None]

@@ -1,4 +1,4 @@
-"""From rows of a teacher's logits to the rows of a store.
+"""Converts rows of a teacher's logits to the rows of a store.
 
 Shapes: n rows of a chunk, V vocabulary, U uniform numbers per row, k top tokens, X entries with a
 value, D draws. A few rows of a chunk are processed at a time, so that they stay in the cache.
@@ -45,11 +45,11 @@ CACHED_NUMBERS = 1 << 22
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over rows of what an encoding kept and lost; the means are in the manifest.
+    """Sums over rows of an encoding's mass and error; the means are in the manifest.
 
     mass: the teacher's probability of the stored tokens. variance: of the estimate, Σ_i Var(p̂_i),
-    in closed form from the true p. squared_bias: Σ_i (E p̂_i − p_i)², where the encoding's p̂ is a
-    whole distribution.
+    in closed form from the true p. squared_bias: Σ_i (E p̂_i − p_i)², if the encoding's p̂ is a
+    full distribution.
     """
 
     mass: float = 0.0
@@ -65,7 +65,7 @@ class Encoder:
     """Encodes chunks of logits in a buffer that is reused.
 
     `uniforms_nU` of a call are `encoding.draws_per_row` numbers in [0, 1) for each row: the only
-    randomness, so that equal numbers give equal rows.
+    source of randomness, so equal numbers produce equal rows.
     """
 
     encoding: EntryEncoding
@@ -76,7 +76,7 @@ class Encoder:
     def __call__(self, logits_nV: Tensor, uniforms_nU: Tensor) -> tuple[EntryRows, Statistics]:
         """Rows and their statistics, for float32 logits [n, V] of at least one row.
 
-        Raises SignalError: logits that are not finite, of another vocabulary, or too few of them.
+        Raises SignalError if logits are not finite, from another vocabulary, or too few.
         """
         if logits_nV.ndim != 2 or logits_nV.shape[1] != self.vocabulary:
             raise SignalError(
@@ -204,7 +204,7 @@ def _sampled(
     return rows, Statistics(float(p_E.sum()), variance, 0.0)
 
 
-# --- exact where it pays, drawn elsewhere --------------------------------------------------
+# --- exact likely tokens, draws from the rest ----------------------------------------------
 
 
 def _stratified(
@@ -265,13 +265,13 @@ def _exact_and_drawn(
     before_n = torch.cat([upto_X.new_zeros(1), upto_X])[(last_n + 1 - valued_n)]
     upto_X = upto_X - before_n[rows_X]
     has_n = valued_n > 0
-    # Without a tail the exact entries are all there is: their sum is `units`, whatever rounding.
+    # Without a tail there are only exact entries: their sum is `units`, however they are rounded.
     upto_X[last_n[has_n]] = (mass_n / whole_n * units)[has_n]
     steps_X = (upto_X + uniforms_nU[rows_X, 0]).floor()
     first_X = place_in_row(rows_X, valued_n) == 0
     values_X = steps_X - torch.where(first_X, 0.0, steps_X.roll(1))
     rest_n = units - torch.zeros_like(tail_n).index_add(0, rows_X, values_X)
-    draws_n = torch.where(rest_n > 0, draws_n, 0)  # draws of no weight are not stored
+    draws_n = torch.where(rest_n > 0, draws_n, 0)  # draws with zero weight are not stored
 
     rows_D = torch.arange(n, device=rows_X.device).repeat_interleave(draws_n)
     place_D = place_in_row(rows_D, draws_n)

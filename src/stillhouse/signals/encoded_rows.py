@@ -1,4 +1,4 @@
-"""Encoded rows in memory: what an encoder returns, a shard holds and a decoder reads.
+"""Encoded rows in memory: the output of encoders, content of shards and input of decoders.
 
 Shapes: N rows, E entries of all rows, X stored values of all rows, W numbers of a dense row.
 """
@@ -23,8 +23,8 @@ class EntryRows:
     """Rows of token ids, some or all of them with a value.
 
     counts_N: ids of each row. valued_N: how many of them, the first ones, have a value (None: all);
-    the others are draws that share what the values leave of 1. low_E, high_E: the lowest 16 bits of
-    the ids and, where the vocabulary needs them, the next 8. values_X: probabilities or counts (u8,
+    the others are draws that share the remaining mass. low_E, high_E: the lowest 16 bits of
+    the ids and, if the vocabulary needs them, the next 8. values_X: probabilities or counts (u8,
     u16), log-probabilities or weights (f16). tail_N: the mass of all tokens without an entry (None:
     not stored).
     """
@@ -47,7 +47,7 @@ class EntryRows:
         valued_N: Tensor | None = None,
         tail_N: Tensor | None = None,
     ) -> EntryRows:
-        """From torch's numbers, on any device."""
+        """Convert torch tensors from any device."""
         low_E, high_E = split_ids(ids_E.cpu().numpy(), vocabulary)
         return cls(
             counts_N=_bytes(counts_N),
@@ -63,7 +63,7 @@ class EntryRows:
 
     @property
     def valued_counts(self) -> NDArray[np.uint8]:
-        """How many ids of each row have a value."""
+        """The number of ids with a value in each row."""
         return self.counts_N if self.valued_N is None else self.valued_N
 
 
@@ -83,7 +83,7 @@ RowsT = TypeVar("RowsT", EntryRows, DenseRows, Rows)
 
 
 def concatenate(parts: Sequence[RowsT]) -> RowsT:
-    """The rows of all parts, which are of one kind."""
+    """The rows of all parts, which must have the same type."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -97,7 +97,7 @@ def concatenate(parts: Sequence[RowsT]) -> RowsT:
 
 
 def split_ids(ids_E: NDArray[Any], vocabulary: int) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """The lowest 16 bits of the ids, and the next 8 where the vocabulary needs them."""
+    """The lowest 16 bits of the ids, and the next 8 if the vocabulary needs them."""
     low_E = (ids_E & 0xFFFF).astype("<u2")
     return low_E, (ids_E >> 16).astype(np.uint8) if id_bytes(vocabulary) == 3 else None
 

@@ -1,4 +1,4 @@
-"""From hidden rows to logits, to log-probabilities, and to the KL between two heads' rows.
+"""Logits, log-probabilities, and the KL between two heads' rows, from hidden rows.
 
 Shapes: N rows, n rows of a chunk, D hidden width, V vocabulary.
 """
@@ -13,13 +13,14 @@ from torch import Tensor
 from stillhouse.signals.signal_types import LMHead
 
 CHUNK_LOGITS = 1 << 23
-"""Logits of one model that are held at once: 32 MiB at most, whatever the vocabulary."""
+"""Logits of one model in memory at a time: at most 32 MiB, whatever the vocabulary."""
 
 
 def head_logits(head: LMHead, hidden_ND: Tensor) -> Tensor:
-    """softcap(scale · (h Wᵀ + b)) as [N, V], in float32 or wider; whole, so only for a few rows.
+    """softcap(scale · (h Wᵀ + b)) as [N, V], in float32 or wider; not chunked, so only for a few
+    rows.
 
-    The product is taken in the head's dtype.
+    The product is computed in the head's dtype.
     """
     hidden_ND = hidden_ND.to(head.weight_VD.dtype)
     logits_NV = torch.nn.functional.linear(hidden_ND, head.weight_VD, head.bias_V)
@@ -37,7 +38,8 @@ def log_probabilities(head: LMHead, hidden_ND: Tensor) -> Tensor:
 
 
 def row_chunks(head: LMHead, rows: int) -> list[slice]:
-    """As many rows at a time as have CHUNK_LOGITS, and logits half as large as the head itself."""
+    """Yield chunks of rows with at most CHUNK_LOGITS logits, or logits half as large as the
+    head."""
     vocabulary, hidden = head.weight_VD.shape
     size = max(1, min(CHUNK_LOGITS // vocabulary, hidden // 2))
     return [slice(start, start + size) for start in range(0, rows, size)]
@@ -54,8 +56,8 @@ def summed_kl(
     """Σ KL(softmax of full ‖ softmax of other) over rows, in nats, for each of `others` [N, D].
 
     A few rows at a time; the full model's distribution is computed once for all. other_head: of the
-    others, where it is not the full model's. Pruning and searches decide by these sums, so they
-    keep their order: over a whole chunk in float32, not row by row as `kl_of_rows`.
+    others, if it is not the full model's. Pruning and searches decide by these sums, so the order
+    of summation is fixed: over a complete chunk in float32, not row by row as in `kl_of_rows`.
     """
     other_head = head if other_head is None else other_head
     totals = [0.0] * len(others)

@@ -1,4 +1,4 @@
-"""A store's settings, fixed when it is begun, and its manifest."""
+"""A store's settings, fixed when it is created, and its manifest."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SETTINGS, MANIFEST, SHARDS = "settings.json", "manifest.json", "shards"
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides what the rows of a store are, and where they come from.
+    """Everything that determines the rows of a store, and where they come from.
 
-    identity: what must be the same where the store is read, by name: hashes of the teacher, the
+    identity: what must be the same when the store is read, by name: hashes of the teacher, the
     tokenizer, the chat template. vocabulary: tokens of the distribution. provenance: for
     information: hashes of the data and the code.
     """
@@ -46,7 +46,7 @@ class Settings:
         }
 
     def fingerprint(self) -> bytes:
-        """16 bytes in every shard, so that a shard of another store is never read as ours."""
+        """16 bytes in every shard, so that a shard of another store is never used by mistake."""
         text = json.dumps(self._decisive(), sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
@@ -106,7 +106,7 @@ class Manifest:
         }
 
     def digest(self) -> str:
-        """Identifies what the store holds: 16 bytes in hex."""
+        """Identifies the store's content: 16 bytes in hex."""
         text = json.dumps(self.to_json(), sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -116,7 +116,7 @@ def write_settings(path: Path, settings: Settings) -> None:
 
 
 def read_settings(path: Path) -> Settings:
-    """The settings of a store that was begun. Raises StoreError: there is none, or damaged."""
+    """The settings of a store. Raises StoreError if there is none, or they are damaged."""
     if not (path / SETTINGS).exists():
         raise StoreError("there is no signal store here", where=path, fix="record one first")
     return _settings(read_checked_json(path / SETTINGS, "the store's settings"), path / SETTINGS)
@@ -129,7 +129,7 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a finished store.
 
-    Raises StoreError: no store, not finished, damaged, or of another format.
+    Raises StoreError if there is no store, or it is unfinished, damaged, or has another format.
     """
     file = path / MANIFEST
     if not file.exists():
@@ -169,7 +169,7 @@ def _settings(raw: Mapping[str, Any], file: Path) -> Settings:
 
 
 def check_same(stored: Settings, expected: Settings, path: Path) -> None:
-    """Raises SignalError: the store was begun with other settings than these."""
+    """Raise SignalError if the store was begun with other settings."""
     theirs, ours = _flat(stored), _flat(expected)
     _check({name: ours.get(name) for name in [*ours, *theirs]}, theirs, path)
 
@@ -181,7 +181,7 @@ def check_expected(
     temperature: float | None,
     vocabulary: int | None,
 ) -> None:
-    """Raises SignalError at the first of the expected values that the store does not have."""
+    """Raise SignalError for the first expected value that the store does not have."""
     expected: dict[str, Any] = dict(identity)
     if temperature is not None:
         expected["temperature"] = float(temperature)

@@ -26,9 +26,9 @@ def export_parquet(path: Path, out: Path) -> int:
     """Write a finished store to the file `out`; returns the number of rows.
 
     Columns: `key` (the segment's, in hex), `position` (0 for the segment's first supervised token),
-    and `ids` with `probabilities` and, where it is stored, `tail`. Sampled encodings give
-    probabilities that sum to 1. Dense encodings give `vector` and `negative_entropy`, or `layer_N`.
-    The manifest is in the file's metadata under `stillhouse`. Raises StoreError: the store is
+    and `ids` with `probabilities` and, if it is stored, `tail`. Sampled encodings have
+    probabilities that sum to 1. Dense encodings have `vector` and `negative_entropy`, or `layer_N`.
+    The manifest is in the file's metadata under `stillhouse`. Raises StoreError if the store is
     damaged, or `out` cannot be written.
     """
     import pyarrow as pa
@@ -86,7 +86,7 @@ def _signal_columns(signal: StoredSignal) -> dict[str, Any]:
 
 
 def _lists(ids_NK: Tensor, p_NK: Tensor) -> dict[str, Any]:
-    """Ragged lists of the entries with a weight."""
+    """Ragged lists of the entries with non-zero weight."""
     import pyarrow as pa
 
     kept_NK = p_NK > 0

@@ -1,4 +1,4 @@
-"""Encode a teacher's outputs, from hidden rows and a head to the rows of a store."""
+"""Encodes a teacher's outputs, from hidden rows and a head to the rows of a store."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CHUNK_LOGITS = 1 << 24
 
 
 class Recorder:
-    """Encodes a teacher's answers as one store's settings say.
+    """Encodes a teacher's outputs according to a store's settings.
 
     student_head: the weight [V, D] of the student's head, for the encoding frozen_head only.
     """
@@ -56,8 +56,8 @@ class Recorder:
 
     @torch.no_grad()
     def encode(self, segments: Segments, answer: Signal | HiddenSignal) -> tuple[Rows, Statistics]:
-        """The encoded rows of these segments; row n of `answer` is for their n-th supervised
-        token. Raises SignalError: the answer does not fit the settings, or is not finite."""
+        """Encode the rows of these segments; row n of `answer` is for their n-th supervised
+        token. Raises SignalError if the answer does not fit the settings, or is not finite."""
         encoding = self.settings.encoding
         if isinstance(answer, HiddenSignal):
             if not isinstance(encoding, Hidden) or tuple(answer.hidden_ND) != encoding.layers:

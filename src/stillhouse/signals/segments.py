@@ -1,8 +1,8 @@
 """Divide a batch of windows into segments and name each by a hash of its content.
 
-A segment is a run of tokens whose position_ids count up from where they restarted. The teacher's
-output inside it depends on its own tokens only, so a stored row can be found by the segment's
-content, in whatever window, batch or process the segment is.
+A segment is a run of tokens whose position_ids increase from a restart. The teacher's
+output inside it depends only on its own tokens, so a stored row can be found by the segment's
+content, in any window, batch or process.
 
 Shapes: R windows, L tokens in a window, S segments with a supervised token, N supervised tokens.
 """
@@ -21,7 +21,7 @@ from stillhouse.errors import SignalError
 
 KEY_BYTES = 16
 KEY_VERSION = b"stillhouse-seg-1"
-"""BLAKE2b's `person`: another rule of segmenting or hashing needs another one."""
+"""BLAKE2b's `person`: change it if the rule of segmenting or hashing changes."""
 IGNORED = -100
 """The label of a token that is not supervised."""
 
@@ -67,13 +67,13 @@ def find_segments(
 ) -> Segments:
     """The segments of a batch. Without `position_ids_RL`, each window is one segment.
 
-    labels_RL[r, t] is the token at t where it is supervised, else -100; a label in the first column
-    is ignored. The key of n tokens is BLAKE2b with a digest of 16 bytes and the personalization
-    `stillhouse-seg-1`, over the ids as little-endian 32-bit integers and then, eight to a byte with
-    the first in the highest bit, whether each is supervised.
+    labels_RL[r, t] is the token at t if it is supervised, otherwise -100; a label in the first
+    column is ignored. The key of n tokens is BLAKE2b with a digest of 16 bytes and the
+    personalization `stillhouse-seg-1`, over the ids as little-endian 32-bit integers and then,
+    eight to a byte with the first in the highest bit, whether each is supervised.
 
-    Raises SignalError: another shape, or a label on the first token of a segment inside a window,
-    which nothing of the segment predicts.
+    Raises SignalError for another shape, or a label on the first token of a segment inside a
+    window, which nothing in the segment predicts.
     """
     ids_RL = np.ascontiguousarray(_numpy(input_ids_RL), dtype="<u4")
     supervised_RL = _numpy(labels_RL) != IGNORED

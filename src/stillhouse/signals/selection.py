@@ -1,5 +1,5 @@
-"""Top tokens and draws of tokens in rows of probabilities, without sorting or summing complete rows
-more than once: a row is divided into blocks, and only blocks that matter are searched.
+"""Finds top tokens and draws tokens in rows of probabilities, without sorting rows or summing them
+twice: a row is divided into blocks, and only blocks that matter are searched.
 
 Shapes: n rows, V vocabulary padded to whole blocks, B blocks of a row, C tokens of a block, X
 chosen entries of all rows, D draws of all rows.
@@ -18,7 +18,7 @@ from stillhouse.errors import SignalError
 BLOCK = 128
 SMALLEST_BLOCK = 64
 BELOW_ONE, BELOW_ONE_32 = 1.0 - 1e-9, 1.0 - 2.0**-23
-"""Draws stay this far below a mass that two summations may round differently."""
+"""Draws stay this far below a mass, since two summations may round it differently."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Blocks:
 
 
 def probabilities(logits_nV: Tensor, temperature: float, out: Tensor | None = None) -> Blocks:
-    """softmax(logits / temperature) in blocks, written to `out` where its shape fits.
+    """softmax(logits / temperature) in blocks, written to `out` if its shape fits.
 
-    Raises SignalError: a row with NaN, +inf, or nothing but -inf.
+    Raises SignalError for a row with NaN, +inf, or only -inf.
     """
     vocabulary = logits_nV.shape[1]
     block = math.gcd(vocabulary, BLOCK)
@@ -104,7 +104,7 @@ def top_tokens(blocks: Blocks, k: int) -> tuple[Tensor, Tensor]:
         ids_nk = first_nk + top.indices % blocks.block
         if bool((ids_nk < blocks.vocabulary).all()):
             return top.values, ids_nk
-    # Also where so many probabilities are 0 that a token of the padding is among the k.
+    # Also if so many probabilities are 0 that a padding token is among the k.
     top = blocks.p_nV[:, : blocks.vocabulary].topk(k, 1)
     return top.values, top.indices
 
@@ -117,7 +117,7 @@ def take_out_(blocks: Blocks, entries: Entries) -> None:
 
 
 def locate(blocks: Blocks, rows_D: Tensor, shares_D: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens at which a row's running sum passes the given shares of its mass.
+    """The tokens at which a row's running sum exceeds the given fractions of its mass.
 
     shares_D: in [0, 1), of the row in rows_D. Returns ids_D and their probabilities. The first
     search is among the running sums of blocks, the second within one block each.
@@ -125,7 +125,7 @@ def locate(blocks: Blocks, rows_D: Tensor, shares_D: Tensor) -> tuple[Tensor, Te
     sums_nB = blocks.sums_nB.double()
     upto_nB = sums_nB.cumsum(1)
     mass_n1 = upto_nB[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)
-    # Each row's sums get an interval of their own, so that one search serves all rows.
+    # Each row's sums get a separate interval, so that one search serves all rows.
     shift_n1 = 2.0 * torch.arange(blocks.rows, device=rows_D.device, dtype=torch.float64)[:, None]
     shares_D = shares_D.clamp(max=BELOW_ONE)
     flat_D = torch.searchsorted(

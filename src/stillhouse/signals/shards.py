@@ -1,4 +1,4 @@
-"""One shard: a file of encoded rows, read by memory map. docs/signal-store.md has every byte.
+"""One shard: a file of encoded rows, read by memory map. docs/signal-store.md specifies the format.
 
 A header of 128 bytes, then planes: arrays that each start at a multiple of 8 bytes. Everything is
 little-endian. Shapes: S segments, N rows, E entries, X values, W numbers of a dense row.
@@ -30,7 +30,7 @@ HEADER_BYTES = 128
 _HEADER = struct.Struct("<8sII16sQQQQ4B3I3d")
 _CHECKS = struct.Struct("<II")
 VALUES = {"u1": 1, "u2": 2, "f2": 3}
-"""The header's codes of the values' types: unsigned bytes, unsigned 16 bits, float16."""
+"""The header's codes for value types: unsigned 8 bits, unsigned 16 bits, float16."""
 _DAMAGED = "delete this file and record its segments again, or restore it from a copy"
 
 
@@ -62,7 +62,7 @@ class ShardHeader:
         return packed + _CHECKS.pack(payload_crc, zlib.crc32(packed))
 
     def planes(self) -> Iterator[tuple[str, str, int, int]]:
-        """Name, type, elements and zero elements after them, in the order of the file."""
+        """Name, type, elements and trailing zero elements, in file order."""
         yield "keys", "u1", KEY_BYTES * self.segments, 0
         yield "segment_rows", "<u4", self.segments, 0
         if self.width:
@@ -93,8 +93,8 @@ class ShardHeader:
 class Shard:
     """An open shard: its header, and its rows as views of the file.
 
-    keys_S: KEY_BYTES bytes each. rows_S, entries_S, values_S: how much of each plane belongs to
-    each segment. The planes of ragged rows keep their GUARD elements.
+    keys_S: KEY_BYTES bytes each. rows_S, entries_S, values_S: how many elements of a plane belong
+    to each segment. The planes of ragged rows keep their GUARD elements.
     """
 
     path: Path
@@ -112,7 +112,7 @@ class Shard:
 
     @property
     def entry(self) -> ShardEntry:
-        """What a manifest lists."""
+        """The manifest's entry for this shard."""
         size = HEADER_BYTES + self.header.payload_bytes
         return ShardEntry(self.path.name, self.crc32, size, self.header.segments, self.header.rows)
 
@@ -179,7 +179,8 @@ def _planes(rows_S: NDArray[np.int64], rows: Rows) -> tuple[dict[str, Any], dict
 def open_shard(path: Path) -> Shard:
     """Map a shard and check its checksum, lengths and counts.
 
-    Raises StoreError, with the file: missing, truncated, of another version, or damaged.
+    Raises StoreError, with the file's path, if it is missing, truncated, damaged or of another
+    version.
     """
     try:
         with path.open("rb") as file:
@@ -231,7 +232,7 @@ def open_shard(path: Path) -> Shard:
 def read_keys(path: Path) -> tuple[bytes, ...]:
     """The keys of a shard's segments. Only its header is checked; the rest is not read.
 
-    A damaged key names no segment; `open_shard` refuses the file when one of its rows is read.
+    A damaged key matches no segment; `open_shard` rejects the file when one of its rows is read.
     """
     try:
         with path.open("rb") as file:
@@ -272,7 +273,7 @@ def _read_header(mapped: mmap.mmap | bytes, path: Path) -> tuple[ShardHeader, in
 
 
 def _check_counts(shard: Shard) -> None:
-    """The counts that a reader relies on must add up, whatever wrote the file."""
+    """Check that the counts a reader relies on add up, whatever wrote the file."""
     head, rows = shard.header, shard.rows
     fits = int(shard.rows_S.sum()) == head.rows and bool((shard.rows_S > 0).all())
     if isinstance(rows, EntryRows) and fits and head.rows:

@@ -30,8 +30,8 @@ class LMHead:
 class DenseSignal:
     """The teacher's full distribution, as hidden rows and the head that maps them to logits.
 
-    Row n predicts the same token as row n of the student. The logits of all rows never exist at
-    once.
+    Row n predicts the same token as row n of the student. The logits of all rows are never in
+    memory at once.
     """
 
     hidden_ND: Tensor
@@ -42,7 +42,7 @@ class DenseSignal:
 class LogitsSignal:
     """The teacher's full distribution, as logits before any temperature.
 
-    −inf marks a token that is impossible. Columns beyond the student's vocabulary are left out of
+    −inf marks an impossible token. Columns beyond the student's vocabulary are left out of
     the softmax.
     """
 
@@ -83,7 +83,7 @@ class SampledSignal:
 
 @dataclass(frozen=True)
 class FrozenHeadSignal:
-    """All that forward KL needs of the teacher where the student's head W [V, D] is frozen.
+    """All that forward KL needs from the teacher if the student's head W [V, D] is frozen.
 
     KL(p ‖ softmax(W h / T)) = Σ p log p − (Wᵀp)·h / T + logsumexp(W h / T), W scaled by the head's
     scale.
@@ -104,4 +104,4 @@ class HiddenSignal:
 
 
 Signal = DenseSignal | LogitsSignal | SparseSignal | SampledSignal | FrozenHeadSignal
-"""What a student's output can be compared with."""
+"""Any signal that a student's output can be compared with."""

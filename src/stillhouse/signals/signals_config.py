@@ -21,7 +21,7 @@ from stillhouse.signals.encodings import (
 
 
 class ThresholdSignals(Section):
-    """Likely tokens exactly, the others by unbiased draws; hard positions get more of both."""
+    """Likely tokens exactly, the others by unbiased draws; harder positions get more of both."""
 
     kind: Literal["threshold"]
     bytes: Annotated[float, Field(ge=1, le=1024, allow_inf_nan=False)] = Field(
@@ -29,12 +29,12 @@ class ThresholdSignals(Section):
     )
 
     def encoding(self) -> EntryEncoding:
-        """With a guess at tau, which recording tunes to `bytes`."""
+        """The encoding with a first guess of tau, which recording tunes to `bytes`."""
         return Threshold(0.02)
 
     @property
     def row_bytes(self) -> float:
-        """Bytes of a stored token, about: docs/signal-store.md has the encodings' sizes."""
+        """Approximate bytes per stored token: docs/signal-store.md lists the encodings' sizes."""
         return self.bytes
 
 
@@ -70,7 +70,7 @@ class TopPSignals(Section):
 
 
 class SampledSignals(Section):
-    """Tokens drawn with replacement, and how often (Sparse Logit Sampling)."""
+    """Tokens drawn with replacement, and their counts (Sparse Logit Sampling)."""
 
     kind: Literal["sampled"]
     draws: int = Field(50, gt=0, le=MOST_ENTRIES)
@@ -105,7 +105,7 @@ class StratifiedSignals(Section):
 
 
 class FrozenHeadSignals(Section):
-    """All that forward KL needs where the student's head is not trained (train.freeze_head)."""
+    """All that forward KL needs if the student's head is not trained (train.freeze_head)."""
 
     kind: Literal["frozen_head"]
 
@@ -113,7 +113,7 @@ class FrozenHeadSignals(Section):
 class HiddenSignals(Section):
     """The teacher's hidden states after the layers that the objective's terms use.
 
-    With its last ones and its head every divergence is exact, at any temperature.
+    With the last hidden states and the head, every divergence is exact at any temperature.
     """
 
     kind: Literal["hidden"]
@@ -127,7 +127,7 @@ SignalEncoding = Annotated[
 
 
 class SignalServer(Section):
-    """A server of the teacher that returns log-probabilities of prompts, as vLLM does."""
+    """A server for the teacher that returns log-probabilities of prompts, as vLLM does."""
 
     base_url: str = Field(
         description="Of an OpenAI-compatible API, such as http://localhost:8000/v1"

@@ -1,4 +1,4 @@
-"""Read a finished store: from the segments of a batch to the teacher's signal for it."""
+"""Reads a finished store: the teacher's signal for the segments of a batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OpenShard = tuple[Shard, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64
 
 @dataclass(eq=False)
 class Store:
-    """An open store, made by `open_store`; forked processes may continue to use it.
+    """An open store, returned by `open_store`; forked processes may continue to use it.
 
     A shard is mapped, and its checksum verified, when one of its rows is first read.
     """
@@ -59,7 +59,8 @@ class Store:
         """The teacher's signal for a batch: row n is for its n-th supervised token.
 
         live: encoded rows of the segments that are `missing`, in their order, from a live teacher.
-        Raises SignalError: segments are missing and `live` is None. StoreError: a shard is damaged.
+        Raises SignalError if segments are missing and `live` is None, StoreError if a shard is
+        damaged.
         """
         lacking_S = self.missing(segments)
         if lacking_S.any() and live is None:
@@ -128,11 +129,11 @@ def open_store(
     temperature: float | None = None,
     vocabulary: int | None = None,
 ) -> Store:
-    """Open a finished store, if it is the expected one.
+    """Open a finished store and check that it is the expected one.
 
     expect: fields of the identity it was recorded with, e.g. {"teacher": "sha256..."}. Raises
-    SignalError: one of them, the temperature or the vocabulary differs; the message has both
-    values. StoreError: not finished, damaged, or a shard is missing.
+    SignalError if one of them, the temperature or the vocabulary differs; the message has both
+    values. StoreError if it is unfinished or damaged, or a shard is missing.
     """
     manifest = read_manifest(path)
     check_expected(manifest.settings, path, expect or {}, temperature, vocabulary)

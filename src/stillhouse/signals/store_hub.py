@@ -1,4 +1,4 @@
-"""Stores on the Hugging Face Hub, as data set repositories."""
+"""Stores on the Hugging Face Hub, as dataset repositories."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from stillhouse.signals.verify import verify
 
 
 def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
-    """Upload a sound, finished store to a data set repository; returns the commit's URL.
+    """Upload a valid, finished store to a dataset repository; returns the commit's URL.
 
-    The Hub's token comes from the environment. Raises StoreError: the store is damaged, or the Hub
-    refuses.
+    The Hub's token comes from the environment. Raises StoreError if the store is damaged, or the
+    Hub rejects the upload.
     """
     _refuse_damaged(path)
     api = HfApi()

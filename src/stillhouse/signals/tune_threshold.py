@@ -1,4 +1,4 @@
-"""The tau of `Threshold` for a given size, from a sample of the teacher's rows.
+"""Finds the tau of `Threshold` for a given size, from a sample of the teacher's rows.
 
 Shapes: n rows of the sample, V vocabulary, K top tokens.
 """
@@ -16,7 +16,7 @@ from stillhouse.signals.encodings import MOST_ENTRIES, UNITS, Threshold
 from stillhouse.signals.selection import probabilities, top_tokens
 
 ROW_BYTES = 2
-"""Two counts per row. Keys and offsets, 28 bytes per segment, are not in a tuned size."""
+"""Two counts per row. Keys and offsets, 28 bytes per segment, are not part of the tuned size."""
 STEPS = 40
 
 
@@ -45,8 +45,8 @@ def tune_threshold(
 ) -> Tuned:
     """The tau at which rows have `entries` entries, or `size` bytes, on average.
 
-    p_nK: of `top_probabilities`. By bisection of the closed forms, which fall as tau grows. Raises
-    SignalError: no tau gives that; or not exactly one of `entries` and `size` is given.
+    p_nK: from `top_probabilities`. Bisects the closed forms, which decrease as tau grows. Raises
+    SignalError if no tau fits, or if not exactly one of `entries` and `size` is given.
     """
     target = entries if entries is not None else size
     if target is None or (entries is not None and size is not None):
@@ -78,7 +78,7 @@ def expected(p_nK: Tensor, encoding: Threshold, vocabulary: int) -> Tuned:
     exact_n = exact_nK.sum(1)
     tail_n = (1.0 - (p_nK * exact_nK).sum(1)).clamp(min=0.0)
     draws_n = (tail_n / encoding.tau).floor().clamp(min=1.0)
-    # A tail of less than one unit is rounded to zero, with its draw, in proportion.
+    # A tail of less than one unit is rounded to zero, with its draw, in proportion to its size.
     draws_n *= (tail_n * UNITS[encoding.probability_bytes]).clamp(max=1.0)
     entries, exact = float((exact_n + draws_n).mean()), float(exact_n.double().mean())
     size = ROW_BYTES + id_bytes(vocabulary) * entries + encoding.probability_bytes * exact

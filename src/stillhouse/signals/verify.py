@@ -1,4 +1,4 @@
-"""Read a complete store and report damage, or a summary of its content."""
+"""Reads a complete store and reports damage, or a summary of its content."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _AGAIN = "delete this file, record its segments again, and finish the store"
 
 
 def verify(path: Path) -> list[StillhouseError]:
-    """Everything that is wrong with a finished store; an empty list where nothing is.
+    """List everything that is wrong with a finished store; empty if nothing is.
 
     Checksums cover every byte of every file. Also checked: that counts add up, ids are in the
-    vocabulary, a shard has no key twice, the manifest lists all shards, and its figures are
-    those of the shards.
+    vocabulary, no shard repeats a key, the manifest lists all shards, and its figures match
+    the shards.
     """
     try:
         settings = read_settings(path)
@@ -90,7 +90,7 @@ def _sound_shard(file: Path, listed: ShardEntry, settings: Settings) -> Shard:
 
 @dataclass(frozen=True)
 class Info:
-    """What a store holds. `finished`: it has a manifest and can be read."""
+    """Summary of a store. `finished`: it has a manifest and can be read."""
 
     finished: bool
     manifest: Manifest
@@ -124,7 +124,7 @@ class Info:
 
 
 def info(path: Path) -> Info:
-    """What a store holds, finished or not. Raises StoreError: there is none, or it is damaged."""
+    """Summarize a store, finished or not. Raises StoreError if there is none, or it is damaged."""
     if (path / MANIFEST).exists():
         return Info(True, read_manifest(path))
     settings = read_settings(path)

@@ -1,4 +1,4 @@
-"""Write a store: shards, complete once they have their final name, and the manifest at the end."""
+"""Writes a store: shards, complete once they have their final name, and the manifest at the end."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ SHARD_SECONDS = 600.0
 
 
 class StoreWriter:
-    """Adds segments to a store, new or begun.
+    """Adds segments to a new or an unfinished store.
 
-    Rows are held until they fill `most_bytes` or are `most_seconds` old, and then become a shard:
-    that is all that a killed process loses. Any number of processes may write to one store, each
-    with its own writer; once all are closed, `finish_store` writes the manifest.
+    Rows are buffered until they fill `most_bytes` or are `most_seconds` old, and then become a
+    shard: a killed process loses no more than that. Any number of processes may write to one store,
+    each with its own writer; once all are closed, `finish_store` writes the manifest.
 
-    Raises SignalError: the store was begun with other settings. StoreError: it is damaged, cannot
-    be written, or the disk is full.
+    Raises SignalError if the store was begun with other settings, StoreError if it is damaged,
+    cannot be written, or the disk is full.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StoreWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added since the last shard as a shard."""
+        """Write the rows added since the last shard as a shard."""
         if self._keys:
             pieces = shard_bytes(
                 self._fingerprint,
@@ -113,7 +113,7 @@ class StoreWriter:
         self._forget_pending()
 
     def finish(self) -> Manifest:
-        """Flush and write the manifest; for the only process that writes, or the last one."""
+        """Flush and write the manifest; call it in the only writing process, or the last one."""
         self.flush()
         return finish_store(self.path)
 
@@ -126,7 +126,7 @@ class StoreWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # What was added is valid even where the work after it failed; a full disk stays full.
+        # Added rows are valid even if later work failed; but a full disk stays full.
         if not isinstance(error, StoreError):
             self.flush()
 
@@ -146,9 +146,9 @@ def uniforms(segments: Segments, settings: Settings) -> Tensor:
 
 
 def finish_store(path: Path) -> Manifest:
-    """Check every shard, remove what killed writers left, and write the manifest.
+    """Check every shard, remove what killed writers left behind, and write the manifest.
 
-    Call it once no process writes any more. Raises StoreError: a shard is damaged.
+    Call it once no process is writing. Raises StoreError if a shard is damaged.
     """
     settings = read_settings(path)
     for left in (path / SHARDS).glob(f".*{PARTIAL}"):
@@ -190,7 +190,7 @@ def _begin(path: Path, settings: Settings) -> None:
     if not (path / SETTINGS).exists():
         if (path / MANIFEST).exists():
             raise StoreError("the store has a manifest and no settings.json", where=path)
-        write_settings(path, settings)  # of two at once, both write the same or one is refused
+        write_settings(path, settings)  # two at once write the same, or one of them raises an error
     check_same(read_settings(path), settings, path)
 
 
@@ -203,7 +203,7 @@ def open_shards(path: Path, settings: Settings) -> list[Shard]:
 
 
 def check_belongs(shard: Shard, settings: Settings) -> None:
-    """Refuse a shard that was made with other settings."""
+    """Raise StoreError for a shard that was written with other settings."""
     if shard.header.store != settings.fingerprint():
         raise StoreError(
             "the shard belongs to another store",
