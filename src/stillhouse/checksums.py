@@ -83,11 +83,30 @@ def require_sound_export(folder: Path) -> None:
     """Raises ModelError where a folder with SHA256SUMS is not as it was written."""
     problems = wrong_in_export(folder) if (folder / SUMS).is_file() else []
     if problems:
-        raise ModelError(
-            f"the model is damaged: {problems[0]}",
-            where=folder,
-            fix="copy the folder again, or give `stillhouse run` again with its recipe",
-        )
+        raise damaged_export(folder, problems[0])
+
+
+def damaged_export(folder: Path, problem: str) -> ModelError:
+    """The error about a folder that is not what its SHA256SUMS lists."""
+    return ModelError(
+        f"the model is damaged: {problem}",
+        where=folder,
+        fix="copy the folder again, or give `stillhouse run` again with its recipe; if you changed "
+        f"the file yourself, delete {SUMS} there",
+    )
+
+
+def with_hash(content: bytes) -> bytes:
+    """The content after a line with its XXH3, for a file that only Stillhouse reads."""
+    return xxhash.xxh3_128_hexdigest(content).encode() + b"\n" + content
+
+
+def without_hash(data: bytes) -> bytes:
+    """The content of what `with_hash` returned. Raises ValueError where that has changed."""
+    recorded, _, content = data.partition(b"\n")
+    if recorded.decode("ascii", "replace") != xxhash.xxh3_128_hexdigest(content):
+        raise ValueError("it is not what was written")
+    return content
 
 
 def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -282,12 +282,12 @@ def flush_tree(folder: Path) -> None:
     flush(folder)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """The file has its old content or the new one, never a part of it. Raises RunError."""
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             flush(temporary)
             temporary.replace(path)
         except BaseException:

@@ -178,6 +178,32 @@ def test_killed_scoring_goes_on_where_it_stopped(
     assert calls == [8, 8, 8, 8, 8, 8, 3, 4, 4, 4]
 
 
+def test_damaged_scores_of_a_killed_run_are_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge_module, "CHUNK", 8)
+    plain = judge_module.score_labels
+    calls = []
+
+    def counted(model: Any, prompts: Any, labels: Any) -> Any:
+        calls.append(len(prompts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain(model, prompts, labels)
+
+    monkeypatch.setattr(judge_module, "score_labels", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(toys.recipe(tmp_path))
+    first, second = sorted(tmp_path.rglob("*.scores"))
+    flipped = bytearray(first.read_bytes())
+    flipped[-1] ^= 1
+    first.write_bytes(flipped)
+    second.write_bytes(second.read_bytes()[:-4])
+    calls.append(0)  # no third call from here on
+    run(toys.recipe(tmp_path))
+    assert calls[4:10] == [8, 8, 8, 8, 8, 3]
+
+
 def test_predict_reads_lines_and_objects(folder: Path) -> None:
     run(toys.recipe(folder, data=toys.with_gold(folder)))
     answer = CliRunner().invoke(

@@ -16,6 +16,7 @@ import pytest
 from stillhouse.errors import RunError
 from stillhouse.generation import journal_file
 from stillhouse.generation.journal import Journal
+from stillhouse.generation.journal_file import journal_damage
 from stillhouse.generation.request import Answer, Failure, Request, endpoint_of
 
 REQUEST = Request(
@@ -301,13 +302,36 @@ def test_a_letter_that_changed_costs_its_answer_and_is_said(
     assert (tmp_path / "j.sqlite.damaged-1").exists()
 
 
+def test_a_changed_cost_of_a_failed_request_is_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "j.sqlite"
+    with Journal(path) as journal:
+        journal.record(REQUEST, ANSWER)
+        for reason in ("first", "second"):
+            journal.record_failure(REQUEST, Failure("timeout", reason, 1, 0.5, 1000))
+    content = path.read_bytes()
+    at = content.index(b"second")
+    changed = content[:at] + content[at:].replace(b"\x3f\xe0\0", b"\x3e\xe0\0", 1)  # 0.5
+    assert changed != content
+    path.write_bytes(changed)
+    with Journal(path) as journal:
+        assert journal.billed_failures(REQUEST.key) == (0.5, 1000)
+        assert journal.get(REQUEST.key) == ANSWER
+    said = capfd.readouterr().err
+    assert "was damaged (a failed request in it has changed): 1 answers are kept" in said
+    assert "1 failed requests in it are lost" in said
+
+
 def test_zeroed_pages_cost_the_answers_in_them(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "j.sqlite"
     filled(path)
     content = bytearray(path.read_bytes())
-    middle = len(content) // 2 // 4096 * 4096
+    leaf = 10  # SQLite's type of a page with rows, and not with the numbers of other pages
+    pages = range(len(content) // 2 // 4096 * 4096, len(content), 4096)
+    middle = next(at for at in pages if content[at] == content[at + 4096] == leaf)
     content[middle : middle + 2 * 4096] = bytes(2 * 4096)
     path.write_bytes(content)
     kept = whole_answers(path)
@@ -328,6 +352,22 @@ def test_answers_that_are_gone_with_a_write_ahead_log_are_said(
     assert "has lost 20 of 30 answers" in capfd.readouterr().err
 
 
+def test_failed_requests_that_are_gone_with_a_write_ahead_log_are_said(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "j.sqlite"
+    filled(path, 10)
+    before = path.read_bytes()
+    with Journal(path) as journal:
+        journal.record_failure(REQUEST, Failure("timeout", "late", 1, 0.5, 1000)).result(10)
+        journal.reserve(REQUEST, 0.5, 1000).result(10)
+    path.write_bytes(before)
+    assert whole_answers(path, 10) == 10
+    assert "has lost its last 2 writes" in capfd.readouterr().err
+    assert whole_answers(path, 10) == 10
+    assert "lost" not in capfd.readouterr().err, "it is said once"
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_flipped_bit_changes_an_answer(tmp_path: Path, seed: int) -> None:
     """It is found, or it was in space that is not used."""
@@ -346,8 +386,11 @@ def test_a_journal_of_the_first_format_is_read(tmp_path: Path) -> None:
     filled(path, 10)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("ALTER TABLE answers DROP COLUMN xxh3")
+        connection.execute("ALTER TABLE failures DROP COLUMN xxh3")
         connection.execute("DROP TABLE reservations")
+        connection.execute("DROP TABLE commits")
         connection.execute("PRAGMA user_version = 1")
+    assert journal_damage(path) is None
     assert whole_answers(path, 10) == 10
     filled(path, 20)
     assert whole_answers(path, 20) == 20

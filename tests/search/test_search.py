@@ -17,6 +17,7 @@ from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.reference import mean_kl, reference_on
 from stillhouse.pruning.sizes import sizes_of
 from stillhouse.search import search_shape as searching
+from stillhouse.checksums import without_hash
 from stillhouse.search import trial_log as search_journal
 from stillhouse.search.probes import Curve, curves, expected, probed
 from stillhouse.search.search_shape import CANDIDATES, WORK, Found, Setting, search_shape
@@ -115,7 +116,7 @@ def test_a_mixture_may_lose_experts(tmp_path: Path) -> None:
     axes = ["experts", "layers"]
     chosen = setting(tmp_path, axes=axes, target="75%", tolerance=0.2, candidates=2, trained=1)
     result = search_shape(chosen)
-    measured = json.loads((chosen.out / WORK / "journal.json").read_text())
+    measured = searching.Journal(chosen.out / WORK / searching.JOURNAL).found
     assert any(name.startswith("probe experts") for name in measured)
     tried = [one for one in result.candidates if one.one_shot_kl is not None]
     fewer = next(one for one in tried if one.sizes.experts != 8)
@@ -174,7 +175,7 @@ def test_a_killed_search_goes_on_and_does_nothing_twice(
     did.clear()
     kill_at = 0
     again = search_shape(chosen)
-    undisturbed = len(json.loads((found[0].out / WORK / "journal.json").read_text()))
+    undisturbed = len(searching.Journal(found[0].out / WORK / searching.JOURNAL).found)
     assert again == found[1]
     # The journal also holds the start model's own KL and the order of the layers.
     assert total + len(did) == undisturbed - 2
@@ -196,13 +197,24 @@ def test_all_that_is_measured_is_counted_in_every_process(
     monkeypatch.setattr(searching, "prune_model", stop)
     with pytest.raises(KeyboardInterrupt):
         search_shape(timed)
-    spent = json.loads((timed.out / WORK / "spent.json").read_text())
+    spent = json.loads(without_hash((timed.out / WORK / searching.JOURNAL).read_bytes()))
     assert 0 < spent["flops"] < result.flops
     assert spent["seconds"] > 0
 
 
 def stop(*args: Any, **options: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_damaged_journal_is_started_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "journal"
+    assert searching.Journal(path).once("kl", lambda: 0.25) == 0.25
+    assert searching.Journal(path).once("kl", lambda: 1.0) == 0.25
+    path.write_bytes(path.read_bytes().replace(b"0.25", b"0.75"))
+    assert searching.Journal(path).once("kl", lambda: 0.5) == 0.5
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_explicitly_untrained_searches_choose_by_one_shot_kl(tmp_path: Path) -> None:

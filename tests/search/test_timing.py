@@ -95,7 +95,7 @@ def test_latency_is_measured_once(tmp_path: Path) -> None:
 
 
 def test_memory_is_a_line_in_the_weights_bytes(tmp_path: Path) -> None:
-    (tmp_path / "journal.json").write_text('{"memory": {"base": 1000.0, "factor": 2.0}}')
+    Journal(tmp_path / "journal.json").once("memory", lambda: {"base": 1000.0, "factor": 2.0})
     found = costs(tmp_path, memory="60%")
     config = CONFIGS["llama"]()
     weights = 4 * Counter(config).total(sizes_of(config))

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
+from stillhouse.checksums import with_hash, without_hash
 from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.label_prompts import CONTENTLESS, LabelPrompt, prompt_tokens
 from stillhouse.classify.label_scoring import score_labels
@@ -33,7 +34,7 @@ from stillhouse.generation.generation_config import TextTeacher
 from stillhouse.generation.request import Answer, Request, Requests
 from stillhouse.generation.text_teacher import DefaultModel, TextSource, text_source
 from stillhouse.progress import bar
-from stillhouse.runfolder import flush
+from stillhouse.runfolder import write_atomically
 
 SCORES, CHUNKS = "scores.safetensors", "chunks"
 CHUNK = 128
@@ -90,7 +91,7 @@ def score_texts(
     with bar("teacher", total=len(rows), unit="texts") as advance:
         for number, at in enumerate(range(0, len(rows), CHUNK)):
             chunk = rows[at : at + CHUNK]
-            file = folder / f"{number:05d}.safetensors"
+            file = folder / f"{number:05d}.scores"
             scores_NC = _finished(file, len(chunk), len(words.labels))
             if scores_NC is None:
                 prompts = words.of(chunk)
@@ -99,7 +100,7 @@ def score_texts(
                 for chosen, scored in score_labels(model, prompts, words.labels):
                     scores_NC[chosen] = scored
                     advance(len(chosen))
-                _write_chunk(file, scores_NC)
+                write_atomically(file, with_hash(save({"scores": scores_NC})))
             else:
                 advance(len(chunk))
             found.append(scores_NC)
@@ -120,17 +121,10 @@ def _check_length(model: Any, longest: Sequence[int], labels: Sequence[Sequence[
 
 def _finished(file: Path, rows: int, columns: int) -> Tensor | None:
     try:
-        scores_NC = load_file(file)["scores"]
-    except (OSError, SafetensorError, KeyError):
+        scores_NC = load(without_hash(file.read_bytes()))["scores"]
+    except (OSError, ValueError, SafetensorError, KeyError):
         return None
     return scores_NC if scores_NC.shape == (rows, columns) else None
-
-
-def _write_chunk(file: Path, scores_NC: Tensor) -> None:
-    temporary = file.with_suffix(".tmp")
-    save_file({"scores": scores_NC}, temporary)
-    flush(temporary)
-    temporary.replace(file)
 
 
 def time_teacher(

@@ -25,11 +25,13 @@ from stillhouse.generation.journal_file import (
     ADD_ANSWER,
     ADD_FAILURE,
     ADD_RESERVATION,
+    COUNT_COMMIT,
+    Counts,
     lock_journal,
     open_journal_file,
     row_hash,
     unusable,
-    write_count,
+    write_counts,
 )
 from stillhouse.generation.request import Answer, Failure, Request
 
@@ -66,8 +68,8 @@ class Journal:
         self._reading = threading.Lock()
         self._lock_file = lock_journal(path)
         try:
-            self._reader, self._writer = open_journal_file(path, self._lock_file)
-            self._answers = self.counts()[0]
+            opened = open_journal_file(path, self._lock_file)
+            self._reader, self._writer, self._counts = opened
         except BaseException:
             self._lock_file.close()
             raise
@@ -92,7 +94,7 @@ class Journal:
         """Commits an answer; the future is done when it is on disk, and raises RunError if that
         fails."""
         logprobs: Any = None if answer.logprobs is None else _json(answer.logprobs)
-        stored = _storable(
+        values = (
             request.key,
             request.endpoint,
             request.model,
@@ -102,7 +104,7 @@ class Journal:
             *vars(replace(answer, logprobs=logprobs)).values(),  # the table has their order
             time.time(),
         )
-        return self._hand_over(ADD_ANSWER, (*stored, row_hash(stored)))
+        return self._add(ADD_ANSWER, values)
 
     def record_failure(self, request: Request, failure: Failure) -> Future[None]:
         """Commits why a request has no answer, as `record` does. Later runs send it again.
@@ -111,7 +113,7 @@ class Journal:
         """
         messages = _json(list(request.messages))
         values = (request.key, request.model, messages, *vars(failure).values(), time.time())
-        return self._hand_over(ADD_FAILURE, values)
+        return self._add(ADD_FAILURE, values)
 
     def reserve(self, request: Request, cost: float | None, tokens: int) -> Future[None]:
         """Commits the most that a request may cost, before it is sent.
@@ -119,7 +121,7 @@ class Journal:
         If the process ends before the request is recorded or released, this much counts as billed.
         """
         values = (request.key, request.model, _json(list(request.messages)), cost, tokens)
-        return self._hand_over(ADD_RESERVATION, (*values, time.time()))
+        return self._add(ADD_RESERVATION, (*values, time.time()))
 
     def release(self, request: Request) -> Future[None]:
         """Deletes the reservation of a request that was not sent."""
@@ -168,8 +170,13 @@ class Journal:
 
     # --- the writer's thread -----------------------------------------------------------------
 
+    def _add(self, statement: str, values: tuple[Any, ...]) -> Future[None]:
+        """Inserts a row with its hash."""
+        stored = _storable(*values)
+        return self._hand_over(statement, (*stored, row_hash(stored)))
+
     def _hand_over(self, statement: str, values: tuple[Any, ...]) -> Future[None]:
-        row = _Row(statement, _storable(*values), Future())
+        row = _Row(statement, values, Future())
         row.done.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
         self._arrived.put(row)
         return row.done
@@ -181,8 +188,9 @@ class Journal:
                 taken = self._take()
                 closing_down = None in taken
                 rows = [row for row in taken if row is not None]
-                self._answers += _commit(connection, rows, self.path)
-                write_count(self._lock_file, self._answers)
+                if rows:
+                    _commit(connection, rows, self.path, self._counts)
+                    write_counts(self._lock_file, self._counts)
 
     def _take(self) -> list[_Row | None]:
         """Waits for a row; takes all that have arrived."""
@@ -195,8 +203,10 @@ class Journal:
         return taken
 
 
-def _commit(connection: sqlite3.Connection, rows: Sequence[_Row], path: Path) -> int:
-    """Commits the rows in one transaction, and resolves their futures: how many are new answers.
+def _commit(
+    connection: sqlite3.Connection, rows: Sequence[_Row], path: Path, counts: Counts
+) -> None:
+    """Commits the rows in one transaction, counts them, and resolves their futures.
 
     A row with values that the database rejects fails alone.
     """
@@ -209,16 +219,20 @@ def _commit(connection: sqlite3.Connection, rows: Sequence[_Row], path: Path) ->
                 answers += done.rowcount if row.statement is ADD_ANSWER else 0
                 if row.statement is not ADD_RESERVATION:
                     connection.execute(_RELEASE, row.values[:1])
+            connection.execute(COUNT_COMMIT)
     # Every exception: if this thread ended, callers would wait forever.
     except Exception as error:
         if len(rows) > 1 and not isinstance(error, sqlite3.OperationalError):
-            return sum(_commit(connection, [row], path) for row in rows)
+            for row in rows:
+                _commit(connection, [row], path, counts)
+            return
         for row in rows:
             row.done.set_exception(unusable(path, error))
-        return 0
+        return
+    counts.answers += answers
+    counts.commits += 1
     for row in rows:
         row.done.set_result(None)
-    return answers
 
 
 def _logprobs(stored: str | None) -> list[Any] | None:

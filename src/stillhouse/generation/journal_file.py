@@ -1,8 +1,8 @@
 """The file of a journal: opened, checked, and recovered where it is damaged.
 
 SQLite notices damaged pages, but not a changed letter inside an answer: each row has a hash of its
-values. The lock file beside the journal holds the number of committed answers, because SQLite drops
-a damaged write-ahead log without a word.
+values. The lock file beside the journal holds the numbers of answers and of commits, because SQLite
+drops a damaged write-ahead log without a word.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,9 @@ from stillhouse.data.data_files import regular_if_there
 from stillhouse.errors import RunError
 from stillhouse.progress import note
 
-VERSION = 2
+VERSION = 3
+TABLES = {"answers": "an answer", "failures": "a failed request", "reservations": "a reservation"}
+"""What a row of each table is."""
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -52,7 +55,8 @@ CREATE TABLE IF NOT EXISTS failures (
     attempts INTEGER NOT NULL,
     cost REAL,
     tokens INTEGER NOT NULL,
-    happened REAL NOT NULL
+    happened REAL NOT NULL,
+    xxh3 TEXT
 );
 CREATE INDEX IF NOT EXISTS failures_by_key ON failures (key);
 CREATE TABLE IF NOT EXISTS reservations (
@@ -61,30 +65,38 @@ CREATE TABLE IF NOT EXISTS reservations (
     messages TEXT NOT NULL,
     cost REAL,
     tokens INTEGER NOT NULL,
-    happened REAL NOT NULL
+    happened REAL NOT NULL,
+    xxh3 TEXT
 ) WITHOUT ROWID;
-"""
-# Requests that were on their way when a process ended may have been billed.
-_SETTLE = """
-INSERT INTO failures
-    SELECT NULL, key, model, messages, 'connection', 'the process ended while it was in flight', 1,
-        cost, tokens, happened
-    FROM reservations;
-DELETE FROM reservations;
+CREATE TABLE IF NOT EXISTS commits (number INTEGER NOT NULL);
+INSERT INTO commits SELECT 0 WHERE NOT EXISTS (SELECT * FROM commits);
 """
 ADD_ANSWER = f"INSERT OR IGNORE INTO answers VALUES ({', '.join('?' * 16)})"
-ADD_FAILURE = f"INSERT INTO failures VALUES (NULL, {', '.join('?' * 9)})"
-ADD_RESERVATION = "INSERT OR REPLACE INTO reservations VALUES (?, ?, ?, ?, ?, ?)"
+ADD_FAILURE = f"INSERT INTO failures VALUES (NULL, {', '.join('?' * 10)})"
+ADD_RESERVATION = f"INSERT OR REPLACE INTO reservations VALUES ({', '.join('?' * 7)})"
+COUNT_COMMIT = "UPDATE commits SET number = number + 1"
+_ENDED = ("connection", "the process ended while it was in flight", 1)
+"""Kind, reason and attempts of a request that was in flight when a process ended."""
+
+
+@dataclass
+class Counts:
+    """What has been committed to a journal: answers, and transactions of any kind."""
+
+    answers: int
+    commits: int
 
 
 def row_hash(values: tuple[Any, ...]) -> str:
-    """Of an answer's row, all columns before the hash."""
+    """Of a row: all columns before the hash, without the number of a failure."""
     # SQLite stores a whole number in a REAL column as a float.
     same = [float(value) if isinstance(value, int) else value for value in values]
     return xxhash.xxh3_64_hexdigest(json.dumps(same, default=repr).encode())
 
 
-def open_journal_file(path: Path, lock: IO[str]) -> tuple[sqlite3.Connection, sqlite3.Connection]:
+def open_journal_file(
+    path: Path, lock: IO[str]
+) -> tuple[sqlite3.Connection, sqlite3.Connection, Counts]:
     """Two connections to the journal, one to read and one to write; makes it where there is none.
 
     A damaged journal is set aside, and what can be read of it is copied to a new one, with a note.
@@ -98,11 +110,11 @@ def open_journal_file(path: Path, lock: IO[str]) -> tuple[sqlite3.Connection, sq
         if problem is not None:
             _recover(path, problem)
         reader, writer = _connect(path), _connect(path)
+        counts = _note_missing(reader, lock, path, recovered=problem is not None)
         _settle_reservations(writer)
-        _note_missing(reader, lock, path)
     except sqlite3.Error as error:
         raise unusable(path, error) from error
-    return reader, writer
+    return reader, writer, counts
 
 
 def journal_damage(path: Path) -> str | None:
@@ -146,12 +158,12 @@ def unusable(path: Path, error: Exception) -> RunError:
     return RunError(f"the journal cannot be used: {error}", where=path, fix=fix)
 
 
-def write_count(lock: IO[str], answers: int) -> None:
-    """Records beside the journal how many answers it has. A loss of this is harmless."""
+def write_counts(lock: IO[str], counts: Counts) -> None:
+    """Records beside the journal what it has. A loss of this is harmless."""
     with suppress(OSError):
         lock.seek(0)
         lock.truncate()
-        lock.write(str(answers))
+        lock.write(f"{counts.answers} {counts.commits}")
         lock.flush()
 
 
@@ -172,10 +184,22 @@ def _check_version(connection: sqlite3.Connection, path: Path) -> None:
             fix="use a newer Stillhouse, or set synthesize.journal to another file",
         )
     connection.executescript(_SCHEMA)
-    columns = [column[1] for column in connection.execute("PRAGMA table_info(answers)")]
+    if version < VERSION:
+        connection.execute("BEGIN IMMEDIATE")
+        for table in TABLES:
+            _add_hashes(connection, table)
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+        connection.execute("COMMIT")
+
+
+def _add_hashes(connection: sqlite3.Connection, table: str) -> None:
+    """To the rows of a table from before they had one."""
+    columns = [column[1] for column in connection.execute(f"PRAGMA table_info({table})")]
     if "xxh3" not in columns:
-        connection.execute("ALTER TABLE answers ADD COLUMN xxh3 TEXT")
-    connection.execute(f"PRAGMA user_version = {VERSION}")
+        connection.execute(f"ALTER TABLE {table} ADD COLUMN xxh3 TEXT")
+    rows = connection.execute(f"SELECT * FROM {table} WHERE xxh3 IS NULL").fetchall()
+    hashes = [(row_hash(_hashed(table, row)), row[0]) for row in rows]
+    connection.executemany(f"UPDATE {table} SET xxh3 = ? WHERE {columns[0]} = ?", hashes)
 
 
 def _damage(connection: sqlite3.Connection) -> str | None:
@@ -184,41 +208,70 @@ def _damage(connection: sqlite3.Connection) -> str | None:
         found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if found != "ok":
             return str(found)
-        for row in connection.execute("SELECT * FROM answers"):
-            if not _sound(row):
-                return "an answer in it has changed"
+        if connection.execute("PRAGMA user_version").fetchone()[0] != VERSION:
+            return None  # it is brought to this format, with hashes, when it is opened
+        for table, what in TABLES.items():
+            for row in connection.execute(f"SELECT * FROM {table}"):
+                if not _sound(table, row):
+                    return f"{what} in it has changed"
     except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         return str(error)
     return None
 
 
-def _sound(row: tuple[Any, ...]) -> bool:
-    return row[-1] is None or row[-1] == row_hash(row[:-1])
+def _sound(table: str, row: tuple[Any, ...]) -> bool:
+    return bool(row[-1] == row_hash(_hashed(table, row)))
+
+
+def _hashed(table: str, row: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The columns that the row's hash covers."""
+    return row[1:-1] if table == "failures" else row[:-1]
 
 
 def _settle_reservations(writer: sqlite3.Connection) -> None:
     """Counts the requests that a killed process had sent as failures that may have been billed."""
-    sums = "SELECT count(*), sum(cost), sum(tokens) FROM reservations"
-    ((count, cost, tokens),) = writer.execute(sums)
-    if count:
-        writer.executescript(f"BEGIN; {_SETTLE} COMMIT")
-        usd = "" if cost is None else f"${cost:,.2f}, "
-        note(
-            f"{count:,} requests were in flight when a process ended: what they may have cost "
-            f"counts as spent ({usd}at most {tokens:,} tokens)"
-        )
+    columns = "key, model, messages, cost, tokens, happened"
+    rows = writer.execute(f"SELECT {columns} FROM reservations").fetchall()
+    if not rows:
+        return
+    writer.execute("BEGIN IMMEDIATE")
+    for key, model, messages, cost, tokens, happened in rows:
+        values = (key, model, messages, *_ENDED, cost, tokens, happened)
+        writer.execute(ADD_FAILURE, (*values, row_hash(values)))
+    writer.execute("DELETE FROM reservations")
+    writer.execute("COMMIT")
+    costs = [row[3] for row in rows if row[3] is not None]
+    usd = f"${sum(costs):,.2f}, " if costs else ""
+    note(
+        f"{len(rows):,} requests were in flight when a process ended: what they may have cost "
+        f"counts as spent ({usd}at most {sum(row[4] for row in rows):,} tokens)"
+    )
 
 
-def _note_missing(reader: sqlite3.Connection, lock: IO[str], path: Path) -> None:
-    """Notes how many answers are gone that were committed before."""
-    ((count,),) = reader.execute("SELECT count(*) FROM answers")
+def _note_missing(
+    reader: sqlite3.Connection, lock: IO[str], path: Path, *, recovered: bool
+) -> Counts:
+    """What the journal has; notes what is gone that was committed before.
+
+    recovered: its commits are counted anew.
+    """
+    ((answers,), (commits,)) = reader.execute(
+        "SELECT count(*) FROM answers UNION ALL SELECT number FROM commits"
+    )
     lock.seek(0)
-    text = lock.read(32).strip()
-    recorded = int(text) if text.isdecimal() else 0
-    if recorded > count:
-        lost = recorded - count
-        note(f"{path} has lost {lost:,} of {recorded:,} answers: they are requested again")
-    write_count(lock, count)
+    words = lock.read(64).split()
+    before = Counts(*[int(word) if word.isdecimal() else 0 for word in [*words, "", ""][:2]])
+    if before.answers > answers:
+        lost = before.answers - answers
+        note(f"{path} has lost {lost:,} of {before.answers:,} answers: they are requested again")
+    elif before.commits > commits and not recovered:
+        note(
+            f"{path} has lost its last {before.commits - commits:,} writes: what failed requests "
+            "among them may have cost does not count in the budget"
+        )
+    counts = Counts(answers, commits)
+    write_counts(lock, counts)
+    return counts
 
 
 # --- recovery ----------------------------------------------------------------------------------
@@ -235,15 +288,28 @@ def _recover(path: Path, problem: str) -> None:
     with closing(_connect(path)) as new, closing(sqlite3.connect(aside)) as old:
         _check_version(new, path)
         new.execute("BEGIN")
-        new.executemany(ADD_ANSWER, (row for row in _readable_answers(old) if _sound(row)))
+        answers = (row for row in _readable_answers(old) if _sound("answers", row))
+        new.executemany(ADD_ANSWER, answers)
         for table in ("failures", "reservations"):
-            rows = list(_readable(old, f"SELECT * FROM {table}"))
+            rows = [r for r in _readable(old, f"SELECT * FROM {table}") if _sound(table, r)]
             if rows:
                 marks = ", ".join("?" * len(rows[0]))
                 new.executemany(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", rows)
         new.execute("COMMIT")
         ((kept,),) = new.execute("SELECT count(*) FROM answers")
+        lost = _last_failure(old) - new.execute("SELECT count(*) FROM failures").fetchone()[0]
     note(f"{path} was damaged ({problem}): {kept:,} answers are kept; the damaged file is {aside}")
+    if lost > 0:
+        note(
+            f"{lost:,} failed requests in it are lost: what they may have cost does not count in "
+            "the budget"
+        )
+
+
+def _last_failure(old: sqlite3.Connection) -> int:
+    """The number of the last one; 0 where that cannot be read."""
+    rows = list(_readable(old, "SELECT max(number) FROM failures"))
+    return (rows[0][0] or 0) if rows else 0
 
 
 def _readable_answers(old: sqlite3.Connection) -> Iterator[tuple[Any, ...]]:

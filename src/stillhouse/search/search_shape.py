@@ -44,6 +44,7 @@ from stillhouse.training.train_config import TrainRecipe
 CANDIDATES = "candidates.json"
 WORK = "work"
 """Pruned candidates and the journal, until the search is finished."""
+JOURNAL = "journal"
 PROBE_ROWS = 8
 """Calibration tokens of a probe for each column that is refit. On fewer the refit fits noise:
 SmolLM2's FFN (1,536 neurons) cut to 1,024 costs KL 1.00 refit on 2,048 tokens, 0.41 on 16,384."""
@@ -110,7 +111,7 @@ def search_shape(setting: Setting) -> Found:
     meets the target, with the nearest one; DataError where the text is too short.
     """
     (setting.out / WORK).mkdir(parents=True, exist_ok=True)
-    journal = Journal(setting.out / WORK / "journal.json")
+    journal = Journal(setting.out / WORK / JOURNAL)
     config = load_config(setting.start, trust_remote_code=setting.trust_remote_code)
     counter = Counter(config)
     search, target = setting.section.search, setting.section.target

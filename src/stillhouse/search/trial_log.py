@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.account import count_flops
+from stillhouse.checksums import with_hash, without_hash
+from stillhouse.progress import note
 from stillhouse.runfolder import write_atomically
-
-SPENT = "spent.json"
 
 
 class Journal:
-    """One JSON file: a name and a value for everything that took time to find.
+    """One file: a name and a value for everything that took time to find; JSON with a hash.
 
-    seconds, flops: what finding took, in all processes up to their last entry; in SPENT beside it.
+    A damaged file is started again, with a note. seconds, flops: what finding took, in all
+    processes up to their last entry.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,10 +28,12 @@ class Journal:
         self._earlier = 0.0
         self._began = time.monotonic()
         if path.is_file():
-            self.found = json.loads(path.read_text(encoding="utf-8"))
-        spent = path.with_name(SPENT)
-        if spent.is_file():
-            before = json.loads(spent.read_text(encoding="utf-8"))
+            try:
+                before = json.loads(without_hash(path.read_bytes()))
+            except (OSError, ValueError) as error:
+                note(f"{path} is damaged ({error}): the search starts again")
+                return
+            self.found = before["found"]
             self._earlier, self.flops = before["seconds"], before["flops"]
 
     def __contains__(self, name: str) -> bool:
@@ -44,9 +47,8 @@ class Journal:
         """The value saved under `name`, or that of `find`, which is saved first."""
         if name not in self.found:
             self.found[name] = find()
-            write_atomically(self.path, json.dumps(self.found, indent=1))
-            spent = {"seconds": self.seconds, "flops": self.flops}
-            write_atomically(self.path.with_name(SPENT), json.dumps(spent))
+            now = {"found": self.found, "seconds": self.seconds, "flops": self.flops}
+            write_atomically(self.path, with_hash(json.dumps(now, indent=1).encode()))
         return self.found[name]
 
     def once_counted(self, name: str, find: Callable[[], Any]) -> Any:
