@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from stillhouse.errors import ModelError
 
 SUMS = "SHA256SUMS"
 """The file in an export with the hashes of the others."""
+_LINE = re.compile("([0-9a-f]{64}) [ *](.+)")
 _CHUNK = 1 << 20
 _SEAL = "xxh3_of_the_rest"
 _whole: set[tuple[str, int, int, int, str]] = set()
@@ -59,10 +61,10 @@ def write_sums(folder: Path) -> None:
 def read_sums(folder: Path) -> dict[str, Facts]:
     """The files that SHA256SUMS lists, for `damaged_files`. Raises OSError, ValueError."""
     lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-    pairs = [line.split("  ", 1) for line in lines]
-    if not all(len(pair) == 2 and len(pair[0]) == 64 for pair in pairs):
+    found = [_LINE.fullmatch(line) for line in lines]
+    if not all(found):
         raise ValueError("a line is not a hash and a name")
-    return {name: {"sha256": sha256} for sha256, name in pairs}
+    return {line[2]: {"sha256": line[1]} for line in found if line}
 
 
 def wrong_in_export(folder: Path) -> list[str]:

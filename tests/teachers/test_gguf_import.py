@@ -12,6 +12,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from stillhouse.checksums import write_sums
 from stillhouse.errors import ModelError
 from stillhouse.export.gguf_file import FORMATS, write_gguf
 from stillhouse.teachers.load_model import load_model, load_tokenizer
@@ -57,6 +58,31 @@ def logits(folder: Path, ids: torch.Tensor = IDS) -> torch.Tensor:
 def test_the_converted_model_is_the_original(tmp_path: Path, name: str) -> None:
     file, model = gguf(tmp_path, name)
     assert_close(logits(converted(file)), model(input_ids=IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_damaged_conversion_is_made_again(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    made = resolve_model(str(llama), base=tmp_path, cache=cache).path
+    weights = made / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert resolve_model(str(llama), base=tmp_path, cache=cache).path == made
+    assert weights.read_bytes() == whole
+    assert "is damaged (model.safetensors)" in capsys.readouterr().err
+
+
+def test_a_damaged_gguf_export_is_no_teacher(llama: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(llama.read_bytes())
+    write_sums(tmp_path)
+    resolve_model(str(file), base=tmp_path, cache=tmp_path / "cache")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.gguf is not as SHA256SUMS lists it"):
+        resolve_model(str(file), base=tmp_path, cache=tmp_path / "cache")
 
 
 # --- keys -----------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import huggingface_hub.errors
 import pytest
 import torch
 
+from stillhouse import checksums
+from stillhouse.checksums import SUMS, write_sums
 from stillhouse.errors import ModelError
 from stillhouse.teachers import model_source as source
 from stillhouse.teachers.hashing import file_sha256
@@ -80,6 +82,36 @@ def test_an_unchanged_file_is_hashed_once(tmp_path: Path) -> None:
     assert file_sha256(file, cache) == first, "same size and time: remembered"
     os.utime(file, ns=(time, time + 1))
     assert file_sha256(file, cache) != first
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", SUMS])
+def test_a_damaged_export_is_no_teacher(folder: Path, tmp_path: Path, name: str) -> None:
+    """Also where neither the file's size nor its time says that it has changed."""
+    write_sums(folder)
+    resolve(folder, tmp_path)
+    (folder / "README.md").write_text("a new card")
+    resolve(folder, tmp_path)
+    damage(folder / name)
+    assert "the model is damaged" in refusal(folder, tmp_path)
+    (folder / SUMS).unlink()  # as the message says
+    resolve(folder, tmp_path)
+
+
+def test_sums_that_leave_files_out_are_compared_too(folder: Path, tmp_path: Path) -> None:
+    hashed = file_sha256(folder / "model.safetensors", tmp_path / "cache")
+    (folder / SUMS).write_text(f"{hashed} *model.safetensors\n")
+    resolve(folder, tmp_path)
+    damage(folder / "model.safetensors")
+    assert "model.safetensors is not as SHA256SUMS lists it" in refusal(folder, tmp_path)
+
+
+def damage(file: Path) -> None:
+    """Flips a bit, as a disk does: without another size or time."""
+    content, time = bytearray(file.read_bytes()), file.stat().st_mtime_ns
+    content[-70] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(time, time))
+    checksums._whole.clear()  # as in another process
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from stillhouse.checksums import SUMS, damaged_export, read_sums, write_sums
 from stillhouse.errors import ModelError
 from stillhouse.progress import note
 from stillhouse.teachers.gguf_keys import UnreadableGGUFError, read_config
 from stillhouse.teachers.gguf_tensors import read_tensors
 from stillhouse.teachers.gguf_words import read_tokenizer
-from stillhouse.teachers.hashing import file_sha256
+from stillhouse.teachers.hashing import changed_files, file_sha256
 from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
@@ -46,10 +47,16 @@ def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
     Raises ModelError: not a GGUF file, cut short, or an architecture that is not supported.
     """
     _check_magic(path)
+    if changed_files(path.parent, [path.name], cache):
+        raise damaged_export(path.parent, f"{path.name} is not as {SUMS} lists it")
     fingerprint = f"gguf-{file_sha256(path, cache)}-{CONVERTER_VERSION}"
     final = cache / "models" / fingerprint
     if final.is_dir():
-        return ConvertedModel(final, fingerprint)
+        damaged = _damaged(final, cache)
+        if damaged is None:
+            return ConvertedModel(final, fingerprint)
+        note(f"{final} is damaged ({damaged})")
+        shutil.rmtree(final)
     _check_tensors(path)
     note(f"Converting {path.name} to safetensors, once, in {final}")
     building = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
@@ -57,6 +64,7 @@ def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
         building.mkdir(parents=True)
         _convert(path, building)
         weight_files(building)
+        write_sums(building)
         if not _rename(building, final):
             shutil.rmtree(building)
     except OSError as error:
@@ -70,6 +78,18 @@ def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
         shutil.rmtree(building, ignore_errors=True)
         raise
     return ConvertedModel(final, fingerprint)
+
+
+def _damaged(folder: Path, cache: Path) -> str | None:
+    """The first file of a converted model that is not as it was written."""
+    try:
+        names = [*read_sums(folder)]
+    except FileNotFoundError:
+        return None  # converted before there were sums
+    except (OSError, ValueError):
+        return SUMS
+    missing = [name for name in names if not (folder / name).is_file()]
+    return next(iter(missing or changed_files(folder, names, cache)), None)
 
 
 def _rename(building: Path, final: Path) -> bool:

@@ -19,10 +19,11 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from stillhouse.checksums import SUMS, damaged_export
 from stillhouse.data.data_files import regular_if_there
 from stillhouse.errors import ModelError
 from stillhouse.teachers.gguf_import import convert_gguf
-from stillhouse.teachers.hashing import cache_folder, file_sha256
+from stillhouse.teachers.hashing import cache_folder, changed_files, file_sha256
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
 
@@ -117,7 +118,10 @@ def _resolved(
 
 
 def folder_fingerprint(path: Path, cache: Path) -> str:
-    """SHA-256 over the names and contents of weights, config and tokenizer files."""
+    """SHA-256 over the names and contents of weights, config and tokenizer files.
+
+    Raises ModelError where one is not as the folder's SHA256SUMS lists it.
+    """
     weights = weight_files(path)
     described = [
         file
@@ -125,7 +129,11 @@ def folder_fingerprint(path: Path, cache: Path) -> str:
         if file.is_file() and any(fnmatch(file.name, pattern) for pattern in DESCRIPTION_FILES)
     ]
     total = hashlib.sha256()
-    for file in sorted({*weights, *described}, key=lambda file: file.name):
+    files = sorted({*weights, *described}, key=lambda file: file.name)
+    changed = changed_files(path, [file.name for file in files], cache)
+    if changed:
+        raise damaged_export(path, f"{changed[0]} is not as {SUMS} lists it")
+    for file in files:
         total.update(f"{file.name} {file_sha256(file, cache)}\n".encode())
     return total.hexdigest()
 
