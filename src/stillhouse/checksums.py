@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ def without_hash(data: bytes) -> bytes:
 def sealed(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts with a hash of themselves, for a JSON file whose own damage must be noticed."""
     written = json.loads(json.dumps(facts))  # keys become strings, tuples lists
+    written.pop(_SEAL, None)
     return {**written, _SEAL: _hash_of(written)}
 
 
@@ -124,6 +125,14 @@ def seal_broken(facts: Mapping[str, Any]) -> bool:
         return any("xxh3" in file for file in facts.get("files", {}).values())
     rest = {name: value for name, value in facts.items() if name != _SEAL}
     return bool(facts[_SEAL] != _hash_of(rest))
+
+
+def changed_since_sealed(facts: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Whether facts that `sealed` returned have changed, or have a name that is none of `names`.
+    Those of before there were seals pass."""
+    if _SEAL not in facts:
+        return not set(facts) <= set(names)
+    return seal_broken(facts)
 
 
 def _hash_of(facts: Mapping[str, Any]) -> str:

@@ -196,9 +196,7 @@ class RunFolder:
                 if file.is_file() and file != partial / MANIFEST
             }
             cost = Cost(seconds, outcome.tokens, outcome.flops, outcome.peak_memory_bytes)
-            digest = hashlib.sha256(
-                json.dumps({f: facts["sha256"] for f, facts in files.items()}).encode()
-            ).hexdigest()
+            digest = _digest(files)
             manifest = {
                 "stage": name,
                 "key": self.key(name, depends_on),
@@ -253,6 +251,25 @@ def read_manifest(stage: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or seal_broken(manifest):
         raise ValueError("it is not what was written")
     return manifest
+
+
+def record_again(file: Path) -> None:
+    """Records a file in the manifest of its finished stage after it was written again.
+
+    Nothing depends on its content. A file of no stage, or of a damaged one, is left as it is.
+    """
+    try:
+        manifest = read_manifest(file.parent)
+        manifest["files"][file.name] = file_facts(file)
+        manifest["digest"] = _digest(manifest["files"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    write_atomically(file.parent / MANIFEST, json.dumps(sealed(manifest), indent=2))
+
+
+def _digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    hashes = {name: facts["sha256"] for name, facts in files.items()}
+    return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
 def versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields, replace
 from html.parser import HTMLParser
@@ -23,7 +24,7 @@ from stillhouse.report.page import (
     write_report,
 )
 from stillhouse.report.sections import RunFacts
-from stillhouse.runfolder import Cost
+from stillhouse.runfolder import Cost, Outcome, RunFolder
 from tests.report.conftest import finished
 
 pytestmark = pytest.mark.run
@@ -268,6 +269,36 @@ def test_damaged_data_is_a_clear_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text, encoding="utf-8")
     with pytest.raises(RunError, match="not report data"):
         read_report(tmp_path / "report.json")
+
+
+def test_a_changed_figure_is_a_clear_error(report: Report, tmp_path: Path) -> None:
+    write_report(report, tmp_path / "report.html")
+    file = tmp_path / "report.json"
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    for change in ({"headline": "twice as good"}, {"titel": whole["title"]}):
+        file.write_text(json.dumps({**whole, **change}), encoding="utf-8")
+        with pytest.raises(RunError, match="are damaged"):
+            read_report(file)
+    seal = {name for name in whole if name not in {part.name for part in fields(Report)}}
+    before_seals = {name: value for name, value in whole.items() if name not in seal}
+    file.write_text(json.dumps(before_seals), encoding="utf-8")
+    assert read_report(file) == report
+
+
+def test_a_page_that_is_drawn_again_is_no_damage(report: Report, tmp_path: Path) -> None:
+    """Another version of Stillhouse draws it in another way."""
+    folder = RunFolder(tmp_path)
+
+    def work(out: Path) -> Outcome:
+        write_report(report, out / "report.html")
+        (out / "report.html").write_text("as an older version draws it")
+        return Outcome()
+
+    stage = folder.stage("report", {}, work)
+    folder.point("report.html", stage.path / "report.html")
+    redraw_report(tmp_path)
+    assert folder.finished("report", {}) is not None
+    assert "older" not in (tmp_path / "report.html").read_text()
 
 
 def test_missing_data_is_a_clear_error(tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from stillhouse.account import count_parameters, forward_flops, training_flops
+from stillhouse.checksums import without_hash
 from stillhouse.errors import DataError
 from stillhouse.pruning.axes import axes_of
 from stillhouse.pruning.prune import prune_model
 from stillhouse.pruning.reference import mean_kl, reference_on
 from stillhouse.pruning.sizes import sizes_of
 from stillhouse.search import search_shape as searching
-from stillhouse.checksums import without_hash
 from stillhouse.search import trial_log as search_journal
 from stillhouse.search.probes import Curve, curves, expected, probed
 from stillhouse.search.search_shape import CANDIDATES, WORK, Found, Setting, search_shape

@@ -177,7 +177,7 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
         "kept": kept,
         "gold": len(gold),
         "dropped": {name: count for name, count in dropped.items() if count},
-        "usd": answers.usd,
+        **answers.cost(),
     }
 
 

@@ -148,4 +148,4 @@ def plan_answers_report(job: AnsweringJob, stages: dict[str, Stage]) -> StagePla
             history=read_metrics(stages["train"].path / METRICS),
         )
 
-    return plan_report(job.recipe, stages, collect, version=2)
+    return plan_report(job.recipe, stages, collect, version=3)

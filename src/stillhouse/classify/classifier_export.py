@@ -102,8 +102,9 @@ def plan_classifier_report(job: TaskJob, stages: dict[str, Stage]) -> StagePlan:
             RunFacts.gather(job.recipe, job.described, stages.values()),
             evaluation=ClassificationEvaluation.load(stages["evaluate"].path / EVALUATION),
             parts=stages["texts"].summary,
+            judgment=stages["judgment"].summary,
             history=read_metrics(stages["train"].path / METRICS),
             replays=stages["export"].summary["replays"],
         )
 
-    return plan_report(job.recipe, stages, collect, version=2)
+    return plan_report(job.recipe, stages, collect, version=3)

@@ -202,7 +202,8 @@ def label_by_api(
     train_NC, calibration_NC, test_NC = shares_NC.log().split(sizes)
     nothing_KC = torch.zeros(0, len(prompt.labels))
     judged = Judgment(train_NC, calibration_NC, test_NC, nothing_KC)
-    return judged, {"answers": dict(counts), "unanswered": answers.unanswered}
+    facts = {"answers": dict(counts), "unanswered": answers.unanswered, **answers.cost()}
+    return judged, facts
 
 
 def _check_labeled(part: str, known: int, counts: Counter[str], journal: Path) -> None:

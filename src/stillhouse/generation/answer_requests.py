@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stillhouse.errors import RunError
 from stillhouse.finding import Finding
@@ -20,16 +21,28 @@ from stillhouse.generation.text_teacher import Sent, TextSource
 @dataclass(frozen=True)
 class Answers:
     """found: in the order of the requests; None without an answer. unanswered: how many of those
-    without an answer are worth sending again: all but the refused ones."""
+    without an answer are worth sending again: all but the refused ones. usd: the cost of all
+    answers, from every run; None if a price is unknown. lost: the most that may have been billed
+    beside that, for answers that did not arrive."""
 
     found: list[Answer | None]
     unanswered: int
+    usd: float | None
+    lost: Spending
 
-    @property
-    def usd(self) -> float | None:
-        """The cost of all answers, from every run; None if a price is unknown."""
-        costs = [answer.cost for answer in self.found if answer is not None]
-        return None if None in costs else sum(cost or 0.0 for cost in costs)
+    def cost(self) -> dict[str, Any]:
+        """For a stage's summary, see `cost_line`."""
+        return {"usd": self.usd, "lost_usd": self.lost.usd, "lost_tokens": self.lost.tokens}
+
+
+def cost_line(summary: Mapping[str, Any]) -> str:
+    """What a stage's answers cost, and what may have been billed for those that were lost."""
+    usd, lost = summary["usd"], summary.get("lost_tokens", 0)
+    text = "unknown" if usd is None else f"${usd:,.4f}"
+    if lost:
+        most = f"${summary['lost_usd']:,.4f}, " if summary["lost_usd"] else ""
+        text += f"; at most {most}{lost:,} tokens more were billed for answers that were lost"
+    return text
 
 
 def send_missing(
@@ -68,7 +81,16 @@ def answer_all(source: TextSource, requests: Requests, path: Path, budget: str) 
         last = {key: kind for key, kind, _ in journal.failures()}
         pairs = zip(keys, found, strict=True)
         open_keys = [key for key, one in pairs if one is None and last.get(key) != "refused"]
-        return Answers(found, len(open_keys))
+        paid = dict(zip(keys, found, strict=True))  # an equal request is paid for once
+        costs = [answer.cost for answer in paid.values() if answer is not None]
+        known = [cost for cost in costs if cost is not None]
+        lost = Spending()
+        for key in paid:
+            usd, tokens = journal.billed_failures(key)
+            lost += Spending(tokens, usd)
+        return Answers(
+            found, len(open_keys), sum(known) if len(known) == len(costs) else None, lost
+        )
 
 
 # --- before anything is spent ------------------------------------------------------------------

@@ -202,7 +202,7 @@ class LocalText:
 
         with (
             self._generator() as generator,
-            bar("answering", estimate.missing, "answers") as advance,
+            bar("answering", estimate.missing, "requests") as advance,
         ):
             for request, outcome in generator.answers(unanswered()):
                 if isinstance(outcome, Answer):

@@ -8,6 +8,7 @@ from typing import Any
 from stillhouse.evaluation.answers import AnsweredText, AnswersEvaluation
 from stillhouse.evaluation.metrics import ANSWER_METRICS, metrics_of
 from stillhouse.evaluation.roles import role_name
+from stillhouse.generation.answer_requests import cost_line
 from stillhouse.report.history import Rows
 from stillhouse.report.language_model_report import training_section
 from stillhouse.report.page import Answer, Report, Section, SideBySide
@@ -71,9 +72,8 @@ def _headline(found: AnswersEvaluation) -> str:
 def _answers_sentence(answers: Mapping[str, Any]) -> str:
     counts = dropped_counts(answers).items()
     dropped = ", ".join(f"{name} {count:,}" for name, count in counts)
-    cost = "unknown" if answers["usd"] is None else f"${answers['usd']:,.4f}"
     return (
         f"The teacher answered {answers['answered']:,} of {answers['asked']:,} requests; "
         f"{answers['kept']:,} answers were kept for training. Dropped by filters: "
-        f"{dropped or 'none'}. Cost: {cost}."
+        f"{dropped or 'none'}. Cost: {cost_line(answers)}."
     )

@@ -10,6 +10,7 @@ from stillhouse.evaluation.classification import ClassificationEvaluation
 from stillhouse.evaluation.metrics import abstention_sentence, metrics_of
 from stillhouse.evaluation.metrics_table import MetricsTable
 from stillhouse.evaluation.roles import role_name
+from stillhouse.generation.answer_requests import cost_line
 from stillhouse.report.charts import (
     Bar,
     BarChart,
@@ -39,11 +40,12 @@ def classifier_report(
     *,
     evaluation: ClassificationEvaluation,
     parts: Mapping[str, int],
+    judgment: Mapping[str, Any],
     history: Rows = (),
     replays: Replays = (),
 ) -> Report:
-    """parts: texts in each. history: of training, rows with step and loss. replays: of the ONNX
-    files, as dictionaries."""
+    """parts: texts in each. judgment: the summary of the teacher's. history: of training, rows with
+    step and loss. replays: of the ONNX files, as dictionaries."""
     data = (
         f"Texts: {parts['train']:,} for training, {parts['calibration']:,} to choose the "
         f"threshold, {parts['test']:,} for testing."
@@ -58,8 +60,13 @@ def classifier_report(
         _export_section(replays),
         cost_section(run.stages),
         notes_section(evaluation.notes),
-        remarks=[abstention_sentence(evaluation.abstention), data],
+        remarks=[abstention_sentence(evaluation.abstention), data, *_cost_sentence(judgment)],
     )
+
+
+def _cost_sentence(judgment: Mapping[str, Any]) -> list[str]:
+    """Of an API's judgment."""
+    return [f"Cost of the teacher's answers: {cost_line(judgment)}."] if "usd" in judgment else []
 
 
 def _headline(found: ClassificationEvaluation) -> str:

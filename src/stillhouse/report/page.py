@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic import Field, TypeAdapter, ValidationError
 
+from stillhouse.checksums import changed_since_sealed, sealed
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 from stillhouse.evaluation.metrics_table import MetricsTable
 from stillhouse.report.charts import Chart, draw
 from stillhouse.report.palette import role_color
-from stillhouse.runfolder import write_atomically
+from stillhouse.runfolder import record_again, write_atomically
 
 REPORT, FAMILY_REPORT, REPORT_DATA = "report.html", "family.html", "report.json"
 """The page of a run, the page of a family, and the data that lie beside either."""
@@ -109,7 +110,7 @@ def write_report(report: Report, page: Path) -> None:
     Raises RunError where the folder cannot be written or the disk is full.
     """
     write_page(report, page)
-    data = json.dumps(asdict(report), indent=1, ensure_ascii=False)
+    data = json.dumps(sealed(asdict(report)), indent=1, ensure_ascii=False)
     with disk_errors(page):
         write_atomically(page.with_name(REPORT_DATA), data)
 
@@ -126,7 +127,8 @@ def write_page(report: Report, path: Path) -> None:
 def read_report(path: Path) -> Report:
     """Raises RunError where the `report.json` is missing, damaged or of an older version."""
     try:
-        return TypeAdapter(Report).validate_json(path.read_bytes())
+        data = path.read_bytes()
+        report = TypeAdapter(Report).validate_json(data)
     except OSError as error:
         raise RunError(
             f"the report's data cannot be read: {error.strerror}",
@@ -141,6 +143,13 @@ def read_report(path: Path) -> Report:
             where=path,
             fix="repeat `stillhouse run`: it writes a new report",
         ) from error
+    if changed_since_sealed(json.loads(data), [part.name for part in fields(Report)]):
+        raise RunError(
+            "the report's data are damaged: they are not what was written",
+            where=path,
+            fix="repeat `stillhouse run`: it writes a new report",
+        )
+    return report
 
 
 def redraw_report(folder: Path, out: Path | None = None) -> Path:
@@ -152,6 +161,8 @@ def redraw_report(folder: Path, out: Path | None = None) -> Path:
     page = (family if family.exists() else folder / REPORT).resolve()
     report = read_report(page.with_name(REPORT_DATA))
     write_page(report, out or page)
+    if out is None:
+        record_again(page)
     return out or page
 
 
