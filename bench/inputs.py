@@ -23,7 +23,7 @@ FAMILIES = {
         Family("tables", "bench.input_trials.table_trials", 20.0),
         Family("models", "bench.input_trials.model_trials", 30.0),
         Family("gguf", "bench.input_trials.gguf_trials", 30.0),
-        Family("recipes", "bench.input_trials.recipe_trials", 5.0),
+        Family("recipes", "bench.input_trials.recipe_trials", 2.0),
     )
 }
 COUNTS = {"data": 240, "tables": 60, "models": 240, "gguf": 60, "recipes": 2000}
