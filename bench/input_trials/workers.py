@@ -55,10 +55,13 @@ def run_one(family: Family, seed: int, number: int) -> Result:
 
 @dataclass
 class _Worker:
+    """ready: it has imported what trials need, which may take longer than a trial."""
+
     process: Any
     pipe: Connection
     job: tuple[Family, int] | None = None
     since: float = field(default_factory=time.monotonic)
+    ready: bool = False
 
 
 def run_all(jobs: Sequence[tuple[Family, int]], seed: int, processes: int = 2) -> Iterator[Result]:
@@ -68,20 +71,29 @@ def run_all(jobs: Sequence[tuple[Family, int]], seed: int, processes: int = 2) -
     try:
         while waiting or any(worker.job for worker in workers):
             for place, worker in enumerate(workers):
-                if worker.job is None and waiting:
+                if worker.ready and worker.job is None and waiting:
                     worker.job, worker.since = waiting.pop(), time.monotonic()
                     worker.pipe.send(worker.job)
                 elif worker.job and time.monotonic() - worker.since > _patience(worker.job):
                     yield _stopped(worker, f"more than {_patience(worker.job):.0f} s")
                     workers[place] = _started(seed)
-            busy = {worker.pipe: place for place, worker in enumerate(workers) if worker.job}
+            busy = {
+                worker.pipe: place
+                for place, worker in enumerate(workers)
+                if worker.job or not worker.ready
+            }
             for pipe in wait(list(busy), timeout=1.0):
                 place = busy[pipe]  # type: ignore[index]
                 try:
-                    result: Result | str = workers[place].pipe.recv()
+                    result: Result | str | None = workers[place].pipe.recv()
                 except EOFError:
+                    if not workers[place].ready:
+                        raise RuntimeError("a worker died before its first trial") from None
                     result = _stopped(workers[place], "the process died", "traceback")
                     workers[place] = _started(seed)
+                if result is None:
+                    workers[place].ready = True
+                    continue
                 if isinstance(result, str):
                     raise RuntimeError(result)
                 workers[place].job = None
@@ -89,7 +101,7 @@ def run_all(jobs: Sequence[tuple[Family, int]], seed: int, processes: int = 2) -
     finally:
         for worker in workers:
             worker.pipe.close()
-            if worker.job:
+            if worker.job or not worker.ready:
                 worker.process.kill()
             worker.process.join()
 
@@ -117,7 +129,8 @@ def _started(seed: int) -> _Worker:
 
 
 def _serve(pipe: Connection, seed: int) -> None:
-    """Runs the jobs that come through the pipe, until it is closed."""
+    """Says with None that it is ready; runs the jobs that come through the pipe, until it is
+    closed."""
     import datasets
     import torch
     import transformers
@@ -128,6 +141,7 @@ def _serve(pipe: Connection, seed: int) -> None:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    pipe.send(None)
     while True:
         try:
             family, number = pipe.recv()

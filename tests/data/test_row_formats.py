@@ -76,6 +76,11 @@ READ: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "Dolly": (
         {"instruction": "Who?", "context": "Ann sings.", "response": "Ann", "category": "qa"},
         chat("Who?\nAnn sings.", "Ann")),
+    "Axolotl's context_qa": (
+        {"article": "Ann sings.", "question": "Who?", "answer": "Ann"},
+        chat("Ann sings.\nWho?", "Ann")),
+    "Axolotl's pygmalion": (
+        {"conversations": [{"role": m["role"], "value": m["content"]} for m in HI]}, HI),
     "question and answer": ({"question": "Hi", "answer": "Hello"}, HI),
     "capitals": ({"Question": "Hi", "Answer": "Hello"}, HI),
     "SQuAD": (
@@ -89,6 +94,10 @@ READ: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "xLAM": (
         {"query": "Rain?", "tools": json.dumps([tool("weather", "city")]),
          "answers": json.dumps([CALL])}, CALLED[:2]),
+    "ms-swift's tool calls": (
+        {"tools": [tool("weather", "city")], "messages": [
+            CALLED[0], {"role": "tool_call", "content": json.dumps(CALL)},
+            {"role": "tool_response", "content": "none"}, CALLED[3]]}, CALLED),
     "Arrow's null keys of other rows": (
         {"text": None, "prompt": None, "completion": None, "messages": HI}, HI),
     "prompt and completion as messages": (
@@ -119,6 +128,7 @@ UNLEARNED = {
     "OpenAI, Mistral, Together": {"weight": 0},
     "as a float": {"weight": 0.0},
     "Axolotl": {"train": False},
+    "Axolotl's message_field_training": {"training": False},
     "ms-swift": {"loss": False},
     "torchtune": {"masked": True},
     "Fireworks": {"trainable": False},
@@ -184,7 +194,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
          "chosen": {"from": "gpt", "value": "d"}, "rejected": {"from": "gpt", "value": "e"}},
         "row of preferences"),
     "KTO in messages": ({"messages": HI, "label": False}, "rated answers"),
-    "LLaMA-Factory's KTO": ({"messages": HI, "kto_tag": True}, "a judgment of the answer"),
+    "LLaMA-Factory's KTO": ({"messages": HI, "kto_tag": True}, "`kto_tag` states whether"),
+    "OpenAI's older preference": (
+        {"input": HI[:1], "preferred_completion": HI[1:], "non_preferred_completion": HI[1:]},
+        "row of preferences"),
+    "Argilla's preference": (
+        {"instruction": "a", "chosen_response": "b", "rejected_response": "c"},
+        "row of preferences"),
+    "ms-swift's preference": (
+        {"query": "a", "response": "b", "rejected_response": "c"}, "row of preferences"),
+    "torchtune's preference": (
+        {"chosen_conversations": HI, "rejected_conversations": HI}, "row of preferences"),
+    "Axolotl's reflection": (
+        {"instruction": "a", "input": "", "output": "b", "reflection": "c", "corrected": "d"},
+        "`reflection` and `corrected`"),
+    "Axolotl's revision": (
+        {"instruction": "a", "answer": "b", "critiques": "c", "scores": "1", "revision": "d"},
+        "`critiques` and `revision`"),
     "a system prompt beside strings": (
         {"system": "x", "prompt": "a", "completion": "b"}, "`system` belongs to a chat"),
     "tools beside strings": (
@@ -331,6 +357,15 @@ def test_a_list_as_python_prints_it_is_refused_with_the_way_to_write_it() -> Non
 
 
 # --- advice ----------------------------------------------------------------------------------
+
+
+def test_the_other_half_of_a_pair_is_renamed() -> None:
+    row = {"prompt": "the", "generation": " end"}
+    with pytest.raises(DataError) as error:
+        learned(row, byte_level())
+    assert error.value.fix == "rename `generation` to `completion`"
+    renamed = {"prompt": row["prompt"], "completion": row["generation"]}
+    assert learned(renamed, byte_level()) == [" end<|im_end|>"]
 
 
 @pytest.mark.parametrize(

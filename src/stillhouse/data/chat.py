@@ -52,7 +52,11 @@ def render_conversation(
         )
     form = template_form(tokenizer, tools=bool(conversation.tools))
     learned = _learned(conversation)
-    fitted = replace(conversation, messages=tuple(form.fit(conversation.messages)))
+    fitted = replace(
+        conversation,
+        messages=tuple(form.fit(conversation.messages)),
+        tools=form.fit_tools(conversation.tools),
+    )
     hidden = fitted if control_tokens else _hide(fitted, form.control_tokens)
     reveal = (lambda text: text) if hidden is fitted else form.control_tokens.reveal
     try:

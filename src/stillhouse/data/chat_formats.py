@@ -39,9 +39,9 @@ _CALLS = ("function_call", "function-call", "tool_call")
 """Roles of ShareGPT's turns that are calls written as JSON."""
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
-LEARNED = ("weight", "train", "loss", "trainable")
-"""Keys that say with 1 or true that a turn is learned: those of OpenAI, Axolotl, ms-swift and
-Fireworks."""
+LEARNED = ("weight", "train", "training", "loss", "trainable")
+"""Keys that say with 1 or true that a turn is learned: those of OpenAI, Axolotl (two), ms-swift
+and Fireworks."""
 _MASKED = ("masked",)
 """Keys that say the opposite: torchtune's."""
 _SUSPECT = re.compile(r"(^|_)(weights?|loss|mask|masks|masked|train|training|trainable)(_|$)")
@@ -218,7 +218,22 @@ def _messages(value: Any, key: str, where: str) -> list[dict[str, Any]]:
         raise DataError(
             f"`{key}` must be a list of messages, but it is {found}", where=where, fix=_WRITE
         )
-    return [_message(message, f"{key}[{index}]", where) for index, message in enumerate(value)]
+    made = [_message(message, f"{key}[{index}]", where) for index, message in enumerate(value)]
+    return _with_calls_joined(value, made)
+
+
+def _with_calls_joined(written: list[Any], messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """ms-swift writes each call of a turn as a message of its own, with the role `tool_call`: calls
+    belong to the assistant's message before them, unless only one of the two is learned."""
+    joined: list[dict[str, Any]] = []
+    for one, made in zip(written, messages, strict=True):
+        last = joined[-1] if joined else {}
+        called = last.get("role") == "assistant" and str(one.get("role")).lower() in _CALLS
+        if called and all(last.get(key) == made.get(key) for key in (*LEARNED, *_MASKED)):
+            last["tool_calls"] = [*last.get("tool_calls", ()), *made["tool_calls"]]
+        else:
+            joined.append(made)
+    return joined
 
 
 def _message(message: Any, name: str, where: str) -> dict[str, Any]:
@@ -238,8 +253,13 @@ def with_known_role(message: Mapping[str, Any], name: str, where: str) -> dict[s
     """A message with role and content, without nulls; its role as templates know it."""
     # `content` may be null beside tool calls, and is an error alone: it stays.
     made = {k: v for k, v in message.items() if v is not None or k == "content"}
+    if "content" not in made and isinstance(made.get("value"), str) and "role" in made:
+        made["content"] = made.pop("value")  # Pygmalion's
     if "from" in made and "role" not in made:
         made = _from_sharegpt(made, name, where)
+    elif str(made.get("role")).lower() in _CALLS and isinstance(made.get("content"), str):
+        rest = {key: item for key, item in made.items() if key not in ("role", "content")}
+        made = _from_sharegpt({**rest, "from": made["role"], "value": made["content"]}, name, where)
     if not isinstance(made.get("role"), str):
         nearest = difflib.get_close_matches("role", list(map(str, message)), 1)
         hint = f" (did you mean `{nearest[0]}`?)" if nearest and nearest[0] != "role" else ""

@@ -244,7 +244,8 @@ def _described(function: Mapping[str, Any]) -> list[str]:
     words = [function["description"]] if isinstance(function.get("description"), str) else []
     for key, value in function.items():
         if isinstance(value, Mapping):
-            if key == "properties":
+            flat = key == "parameters" and all(isinstance(v, Mapping) for v in value.values())
+            if key == "properties" or flat:  # some write the parameters without a schema around
                 words += [str(name) for name in value]
                 for item in value.values():
                     words += _described(item) if isinstance(item, Mapping) else []

@@ -16,7 +16,7 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -166,17 +166,23 @@ def _literal_start(path: Path) -> Path:
     return start
 
 
-def _every_file(folder: Path) -> Iterator[Path]:
-    """Without hidden ones, and without folders that may not be read or vanish meanwhile."""
+def _every_file(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
+    """Those with one of the endings, compression aside; without hidden ones, and without folders
+    that may not be read or vanish meanwhile."""
+    ends = tuple(end + packed for end in endings for packed in ("", *_COMPRESSIONS))
     for inside, folders, names in os.walk(folder):
         folders[:] = [each for each in folders if not each.startswith(".")]
-        yield from (Path(inside, name) for name in names if not name.startswith("."))
+        for name in names:  # Paths are made of few: a folder may have a million files
+            if name.lower().endswith(ends) and not name.startswith("."):
+                yield Path(inside, name)
 
 
 def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
     endings = [end for end, known in _FORMATS.items() if format in (None, known)]
     files = sorted(
-        file for file in _every_file(folder) if _extension(file) in endings and file.is_file()
+        file
+        for file in _every_file(folder, endings)
+        if _extension(file) in endings and file.is_file()
     )
     if files:
         return files

@@ -17,14 +17,17 @@ from stillhouse.data.tool_formats import calls_in
 from stillhouse.errors import DataError
 
 _QUESTIONS = ("instruction", "prompt", "question", "query", "problem")
-_MORE = ("input", "context", "passage")
+_CONTEXTS = ("context", "passage", "article", "document")
+_MORE = ("input", *_CONTEXTS)
 """Text that belongs to the question: after an instruction, but a context before its question."""
 _ANSWERS = ("output", "response", "answer", "answers", "completion", "solution")
 _UNCLEAR = re.compile(
     r"[a-e]|(option|choice)s?_?\w?|(\w+_)?(cot|rationales?|explanations?|thoughts?|chain_of_thought"
-    r"|(reasoning|thinking)_\w+|\w+_(reasoning|thinking)|trajectory)"
+    r"|(reasoning|thinking)_\w+|\w+_(reasoning|thinking)|trajectory"
+    r"|corrected|reflections?|critiques?|revisions?|revised|distractors?_?\d*)"
 )
-"""Keys of choices, and of reasoning that may or may not be part of what is to be learned."""
+"""Keys of choices, and of reasoning and corrections that may or may not be part of what is to be
+learned."""
 _WRITE = "write the row as `messages`: the question from user, the answer from assistant"
 
 
@@ -88,7 +91,7 @@ def read_question(row: Mapping[str, Any], where: str) -> tuple[str, list[str]]:
     text = _string(row, keys[question], where)
     for key in more:
         extra = _string(row, keys[key], where)
-        first_extra = key in ("context", "passage") and question != "instruction"
+        first_extra = key in _CONTEXTS and question != "instruction"
         parts = (extra, text) if first_extra else (text, extra)
         text = "\n".join(part for part in parts if part)
     return text, [keys[key] for key in (question, *more)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,12 +21,10 @@ _NAMES = ("messages", "conversations", "prompt", "completion")
 _CHAT_KEYS = ("system", "system_prompt", "tools", "functions", "parallel_tool_calls")
 """Keys that are read beside a chat. Parallel calls say nothing about the text."""
 _PREFERENCES = {
-    "chosen": "an answer that is preferred to another",
-    "rejected": "an answer that another is preferred to",
-    "preferred_output": "an answer that is preferred to another (OpenAI's form)",
-    "non_preferred_output": "an answer that another is preferred to (OpenAI's form)",
-    "kto_tag": "a judgment of the answer",
+    r"(chosen|preferred)(_\w+)?": "an answer that is preferred to another",
+    r"(rejected|non_preferred|dispreferred)(_\w+)?": "an answer that another is preferred to",
 }
+"""Keys of preference data, and what they hold."""
 _ASKS = ("user", "human", "system", "tool", "observation")
 _TOKENIZED = ("input_ids", "segments")
 
@@ -141,20 +140,23 @@ def _refuse_judged(given: Mapping[str, Any], messages: Any, where: str) -> None:
 
 def _refuse_others(given: Mapping[str, Any], where: str) -> None:
     """Raises DataError for well-known rows that say something other than what to write."""
-    for key, meaning in _PREFERENCES.items():
-        if key in given:
-            raise DataError(
-                f"This is a row of preferences: `{key}` is {meaning}, and only what is to be "
-                "written can be learned",
-                where=where,
-                fix="keep the preferred answer: write the chat with it as `messages`",
-            )
+    for pattern, meaning in _PREFERENCES.items():
+        for key in given:
+            if re.fullmatch(pattern, str(key)):
+                raise DataError(
+                    f"This is a row of preferences: `{key}` is {meaning}, and only what is to be "
+                    "written can be learned",
+                    where=where,
+                    fix="keep the preferred answer: write the chat with it as `messages`",
+                )
     chat = any(key in given for key in ("completion", *_CHATS))
-    if chat and isinstance(given.get("label"), bool):
+    rated = "kto_tag" if "kto_tag" in given else "label"
+    if rated == "kto_tag" or (chat and isinstance(given.get("label"), bool)):
         raise DataError(
-            "This is a row of rated answers (KTO): `label` states whether the answer is preferred",
+            f"This is a row of rated answers (KTO): `{rated}` states whether the answer is "
+            "preferred",
             where=where,
-            fix="keep the rows whose label is true, and remove the key `label`",
+            fix=f"keep the rows whose {rated} is true, and remove the key `{rated}`",
         )
     if "prompt" in given and "completions" in given:
         raise DataError(
@@ -207,7 +209,10 @@ def _advice(row: Mapping[str, Any], text_key: str, keys: list[str]) -> str:
         if near:
             return f"rename `{near[0]}` to `{want}`"
     if "prompt" in row or "completion" in row:
-        return "give both `prompt` and `completion`"
+        has, lacks = ("prompt", "completion") if "prompt" in row else ("completion", "prompt")
+        others = [key for key in texts if key != has]
+        rename = f"rename `{others[0]}` to `{lacks}`" if len(others) == 1 else ""
+        return rename or "give both `prompt` and `completion`"
     parts = [key for key in keys if isinstance(row.get(key), (list, Mapping)) and row[key]]
     if not texts or parts:
         return "write the row as `text`, as `messages`, or as `prompt` with `completion`"

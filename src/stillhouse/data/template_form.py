@@ -57,6 +57,13 @@ class TemplateForm:
         """The messages as the template reads them."""
         return [self._fit(dict(message)) for message in messages]
 
+    def fit_tools(self, tools: Sequence[Any] | None) -> tuple[Any, ...] | None:
+        """The tools as the template reads them: those that are a function alone, without
+        `{"type": "function", "function": ...}`, get that where the template needs it."""
+        if tools is None or all("function" in tool for tool in tools) or self.reads_bare_tools:
+            return tools if tools is None else tuple(tools)
+        return tuple(t if "function" in t else {"type": "function", "function": t} for t in tools)
+
     def _fit(self, message: dict[str, Any]) -> dict[str, Any]:
         content = message.get("content")
         if isinstance(content, list) and all("text" in part for part in content):
@@ -123,6 +130,13 @@ class TemplateForm:
             return False
         printed = "".join(text.split()).replace("'", '"')
         return '"type":"text"' not in printed
+
+    @cached_property
+    def reads_bare_tools(self) -> bool:
+        """Whether a tool's name is written that is not inside of `function`."""
+        user = self._fit({"role": "user", "content": _USER})
+        text = self.render([user], tools=[_TOOL["function"]], generation_prompt=True)
+        return text is not None and "zqxtool" in text
 
     @cached_property
     def prints_none(self) -> bool:

@@ -34,7 +34,7 @@ def plan_data(job: Job) -> StagePlan:
     }
     if text is not None:
         inputs["synthesized"] = text.sha256
-    return StagePlan("data", inputs, work, version=5)
+    return StagePlan("data", inputs, work, version=6)
 
 
 def open_data(data: Stage) -> tuple[Windows, Windows]:

@@ -1,0 +1,69 @@
+"""Tools and tool calls in the forms that other trainers write them in."""
+
+from __future__ import annotations
+
+import json
+
+from stillhouse.data.chat_proof import TOOLS_SHORTENED
+
+from .learned import call, learned, rows_of, shown, tool
+from .toys import CHATML, TOOLS, byte_level
+
+QUESTION = {"role": "user", "content": "Rain?"}
+ANSWER = {"role": "assistant", "content": "No."}
+# As gpt-oss's and Mistral's: it writes what it finds under `function`.
+WRAPPED = (
+    "{% for t in tools %}TOOL {{ t.function.name }} {{ t.function.description }}\n{% endfor %}"
+    + CHATML
+)
+
+
+def called(city: str) -> dict[str, str]:
+    return {
+        "role": "tool_call",
+        "content": json.dumps({"name": "weather", "arguments": {"city": city}}),
+    }
+
+
+def test_calls_in_messages_of_their_own_are_one_turn() -> None:
+    results = [{"role": "tool_response", "content": text} for text in ("none", "much")]
+    says = {"role": "assistant", "content": "Let me see."}
+    row = {
+        "tools": [tool("weather", "city")],
+        "messages": [QUESTION, says, called("Oslo"), called("Rome"), *results, ANSWER],
+    }
+    calls = [call("weather", {"city": city}) for city in ("Oslo", "Rome")]
+    turn = {**says, "tool_calls": calls}
+    assert shown(row, byte_level(TOOLS)) == shown(
+        {**row, "messages": [QUESTION, turn, *results, ANSWER]}, byte_level(TOOLS)
+    )
+
+
+def test_a_call_that_is_not_learned_stays_a_turn_of_its_own() -> None:
+    row = {
+        "tools": [tool("weather", "city")],
+        "messages": [QUESTION, called("Oslo"), {**called("Rome"), "loss": False}, ANSWER],
+    }
+    first, last = learned(row, byte_level(TOOLS))
+    assert "Oslo" in first
+    assert last == "No.<|im_end|>"
+    assert "Rome" in shown(row, byte_level(TOOLS))
+
+
+def test_functions_alone_get_what_the_template_reads_them_from() -> None:
+    """LLaMA-Factory and xLAM write functions without `{"type": "function", "function": ...}`."""
+    bare = {**tool("weather", "city")["function"], "description": "Is it wet?"}
+    row = {"messages": [QUESTION, ANSWER], "tools": json.dumps([bare])}
+    assert shown(row, byte_level(WRAPPED)).startswith("TOOL weather Is it wet?\n<|im_start|>user")
+    as_written = shown(row, byte_level(TOOLS)).partition("\n")[0]
+    assert json.loads(as_written.removeprefix("TOOLS ")) == [bare]
+
+
+def test_parameters_without_a_schema_that_a_template_leaves_out_are_noted() -> None:
+    """xLAM's parameters are a mapping of names, in which a template finds no `properties`."""
+    bare = {"name": "weather", "description": "Is it wet?", "parameters": {"city": {"type": "str"}}}
+    row = {"messages": [QUESTION, ANSWER], "tools": [bare]}
+    (shortened,) = rows_of(row, byte_level(WRAPPED))
+    (whole,) = rows_of(row, byte_level(TOOLS))
+    assert TOOLS_SHORTENED in shortened.notes
+    assert TOOLS_SHORTENED not in whole.notes
