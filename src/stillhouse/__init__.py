@@ -105,7 +105,7 @@ _OWNERS = {
 
 
 def __getattr__(name: str) -> object:
-    # torch and transformers take seconds to import: only what is used is imported.
+    # torch and transformers take seconds to import, so submodules are imported lazily.
     for module, names in _OWNERS.items():
         if name in names:
             from importlib import import_module

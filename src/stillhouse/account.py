@@ -1,10 +1,10 @@
-"""What a run costs: floating-point operations, by the usual counting rules.
+"""The compute cost of a run in floating-point operations, by the usual counting rules.
 
-A training token costs 6 FLOPs a parameter (2 forward, 4 backward) and a forward-only token 2,
-embeddings counted once, as the head (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
+A training token costs 6 FLOPs per parameter (2 forward, 4 backward) and a forward-only token 2,
+with embeddings counted once, as the head (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
 Attention's own products are left out: they are small at the context lengths used here.
 
-Pruning has no such rule, so its FLOPs are counted as they are made (`count_flops`).
+Pruning has no such rule, so its FLOPs are counted as they are executed (`count_flops`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ParameterCount:
 
 
 def count_parameters(model: nn.Module) -> ParameterCount:
-    """Counts a causal language model's parameters; a tied head counts once."""
+    """Count a causal language model's parameters; a tied head counts once."""
     total = sum(parameter.numel() for parameter in model.parameters())
     embedding = model.get_input_embeddings().weight  # type: ignore[operator]
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -45,7 +45,7 @@ def count_parameters(model: nn.Module) -> ParameterCount:
 
 
 def described(model: Any) -> str:
-    """A model in a few words: 134.5M parameters in bfloat16 on cuda:0."""
+    """A short description of a model: 134.5M parameters in bfloat16 on cuda:0."""
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{count(count_parameters(model).total)} parameters in {dtype} on {model.device}"
 
@@ -65,12 +65,12 @@ def forward_flops(parameters: int, tokens: int) -> int:
 
 
 class CountedFlops(TorchDispatchMode):
-    """flops: of the matrix products, factorizations and solutions made in its block so far.
+    """flops: of the matrix products, factorizations and solves in its block so far.
 
-    2·m·n·k for a product, of a forward pass as of Gram matrices; n³ in all for an inverse by
-    Cholesky's factors, 2·n³/3 + 2·n²·k for a solution of k right sides, 9·n³ for eigenvectors
-    (Golub and Van Loan, Matrix Computations). What is done element by element is left out, and so
-    are attention's products where they are one fused operation.
+    2·m·n·k for a product, in a forward pass or for Gram matrices; n³ in total for an inverse by
+    Cholesky factors, 2·n³/3 + 2·n²·k for a solve with k right-hand sides, 9·n³ for eigenvectors
+    (Golub and Van Loan, Matrix Computations). Elementwise operations are left out, and so
+    are attention's products if they are one fused operation.
     """
 
     def __init__(self) -> None:
@@ -102,9 +102,9 @@ _CUBED = {
 
 @contextmanager
 def count_flops() -> Iterator[CountedFlops]:
-    """Counts what torch computes while the block lasts, on this thread and in its backward passes.
+    """Count torch's operations inside the block, on this thread and in its backward passes.
 
-    Every operation takes some microseconds longer: not for what is timed.
+    Every operation takes some microseconds longer: do not use it for timed code.
     """
     with CountedFlops() as counted:
         yield counted

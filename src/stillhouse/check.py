@@ -1,4 +1,4 @@
-"""Examines a recipe before anything is spent: what would fail, and what the run will take."""
+"""Checks a recipe before anything is spent: what would fail, and what the run will cost."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def check_recipe(
     base: Path | None = None,
     calls: int = 0,
 ) -> list[Finding]:
-    """All findings, in the order of the run; an error ends what depends on it.
+    """All findings, in the order of the run; an error skips the checks that depend on it.
 
-    calls: requests to send to a text teacher, to estimate what the others cost.
-    Weights are not loaded (except a local text teacher's, for calls) and nothing is trained. Of a
-    Hub model only the configuration and tokenizer are fetched; a GGUF file is converted, since its
-    configuration and tokenizer exist only then.
+    calls: requests to send to a text teacher, to estimate the cost of the others.
+    Weights are not loaded (except a local text teacher's, for calls) and nothing is trained. For a
+    Hub model only the configuration and tokenizer are downloaded; a GGUF file is converted, since
+    its configuration and tokenizer do not exist before.
     """
     tune_allocator()
     findings: list[Finding] = []

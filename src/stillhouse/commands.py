@@ -1,4 +1,5 @@
-"""What the commands do: each reads a recipe, and walks the steps of its kind of run."""
+"""The implementation of the commands: each reads a recipe, and walks the steps of its kind of
+run."""
 
 from __future__ import annotations
 
@@ -47,12 +48,12 @@ def run(
     overrides: Sequence[str] = (),
     base: Path | None = None,
 ) -> RunResult | None:
-    """Runs every unfinished stage of a recipe of any kind: a path, a dictionary, or a recipe.
+    """Run every unfinished stage of a recipe of any kind: a path, a dictionary, or a recipe.
 
-    base: the folder that relative paths in the recipe start from; by default the recipe file's
+    base: the folder that relative paths in the recipe refer to; by default the recipe file's
     folder, or the working directory. Under torchrun every process calls this; the main process
-    gets the result, the others None.
-    Raises StillhouseError; what is finished by then is kept.
+    gets the result, the others get None.
+    Raises StillhouseError; finished stages are kept.
     """
     recipe, base = read_recipe(recipe, overrides, base)
     return run_kind(kind_of(recipe), recipe, base)
@@ -67,9 +68,9 @@ def preview_recipe(
 
 
 def predict(folder: Path, texts: Iterable[str]) -> Rows:
-    """What the model of a task makes of texts, in their order.
+    """The predictions of a task's model for texts, in order.
 
-    folder: a run folder, or a model in it. Raises ModelError where neither holds such a model.
+    folder: a run folder, or a model in it. Raises ModelError if there is no such model.
     """
     for candidate in (folder, folder / MODEL):
         require_sound_export(candidate)
@@ -95,10 +96,10 @@ def agree_to_spend(
     synthesize: bool = False,
     confirm: Confirm | None = None,
 ) -> bool:
-    """Asks for confirmation before spending without a budget; True if the command may continue.
+    """Ask for confirmation before spending without a budget; True if the command may continue.
 
     synthesize: the command is `stillhouse synthesize`, not `run`. confirm: shows a question and
-    returns the answer. None: there is no terminal, and RecipeError is raised instead.
+    returns the answer; None if there is no terminal: RecipeError is raised instead.
     """
     recipe, base = read_recipe(recipe, overrides, base)
     kind = kind_of(recipe)
@@ -127,9 +128,10 @@ def _agreed(unlimited: list[str], confirm: Confirm | None) -> bool:
 
 
 def prepare_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, Windows, Windows]:
-    """Runs a recipe's data stage, or finds it finished: the job, training and held-out windows.
+    """Run a recipe's data stage unless it is finished; returns the job, training and held-out
+    windows.
 
-    Raises DataError where its text is not synthesized yet, which may cost money.
+    Raises DataError if its text is not synthesized yet, which may cost money.
     """
     recipe, base = first_member(load_language_model_recipe(path, overrides)), Path(path).parent
     require_text(recipe, base)
@@ -141,9 +143,9 @@ def prepare_data(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Job, 
 
 
 def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
-    """Runs a recipe's signals stage, or finds it finished: the folder of the store.
+    """Run a recipe's signals stage unless it is finished; returns the folder of the store.
 
-    Raises RecipeError where the recipe has no `signals`.
+    Raises RecipeError if the recipe has no `signals`.
     """
     recipe, base = first_member(load_language_model_recipe(path, overrides)), Path(path).parent
     section = recipe.signals
@@ -156,7 +158,7 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
         )
     folder = run_folder(recipe)
     with folder.locked():
-        # Of a teacher that a server runs, only the configuration and the tokenizer are needed.
+        # For a teacher on a server, only the configuration and the tokenizer are needed.
         here = section.server is None and section.answers is None
         only: tuple[str, ...] = (*DATA_STEPS, "signals")
         if isinstance(section.encoding, FrozenHeadSignals):
@@ -168,9 +170,9 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
 
 
 def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesis:
-    """Runs a recipe's `synthesize`; requests that have an answer are not sent again.
+    """Run a recipe's `synthesize` section; answered requests are not sent again.
 
-    Raises RecipeError where the recipe has no such section.
+    Raises RecipeError if the recipe has no such section.
     """
     recipe = load_language_model_recipe(path, overrides)
     if recipe.synthesize is None:
@@ -188,9 +190,9 @@ def synthesize_text(path: str | Path, overrides: Sequence[str] = ()) -> Synthesi
 def evaluate_model(
     path: str | Path, overrides: Sequence[str] = (), model: str | None = None
 ) -> Evaluation:
-    """Measures a model, by default the run's own, beside the recipe's teacher.
+    """Evaluate a model, by default the run's own, against the recipe's teacher.
 
-    Raises ModelError where the model is missing or has another vocabulary than the teacher.
+    Raises ModelError if the model is missing or its vocabulary differs from the teacher's.
     """
     tune_allocator()
     job, _, heldout = prepare_data(path, overrides)

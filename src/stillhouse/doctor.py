@@ -1,4 +1,4 @@
-"""What this installation is and can do, for people and for bug reports."""
+"""Describes this installation and its capabilities, for users and bug reports."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXTRAS = {
     "llama-cpp": ("llama_cpp",),
     "vllm": ("vllm",),
 }
-"""Modules that an extra brings."""
+"""Modules that an extra installs."""
 
 
 def examination() -> Table:

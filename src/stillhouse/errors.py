@@ -1,9 +1,9 @@
-"""Errors that a user can cause. Each is one message: what is wrong, where, what to do."""
+"""Errors that a user can cause. Each is one message: what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
 SHOWN = 80
-"""Characters of a value in a message."""
+"""Maximum characters of a value in a message."""
 
 
 class StillhouseError(Exception):

@@ -1,6 +1,6 @@
 """Types that the sections of a recipe share: numbers that a run can use, and paths.
 
-Every number is finite and bounded: a value outside would overflow, never end, or do nothing.
+Every number is finite and bounded: values outside would overflow, never end, or have no effect.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field
 from pydantic.fields import FieldInfo
 
 MOST_TOKENS = 2**53
-"""Every integer up to it is a float64 too, as JSON and the estimates have them."""
+"""Every integer up to it is exact in float64, which JSON and the estimates use."""
 
 
 def _float(low: float, high: float) -> Any:
@@ -42,7 +42,7 @@ def _at_least(least: float, *, or_zero: bool = False) -> AfterValidator:
 # --- integers --------------------------------------------------------------------------------
 
 Seed = Annotated[int, _int(0, 2**32 - 1)]
-"""NumPy's legacy generator, which transformers and lm-eval seed, takes no more than 32 bits."""
+"""NumPy's legacy generator, which transformers and lm-eval seed, accepts at most 32 bits."""
 Tokens = Annotated[int, _int(1, MOST_TOKENS)]
 """An amount of tokens, rows, characters or bytes."""
 TokensOrZero = Annotated[int, _int(0, MOST_TOKENS)]
@@ -53,12 +53,12 @@ AnswerTokens = Annotated[int, _int(1, 2**24)]
 Steps = Annotated[int, _int(1, 2**31 - 1)]
 """Optimizer steps."""
 Count = Annotated[int, _int(1, 10**6)]
-"""What is held or done at once, or a few of something: a batch, candidates, GPUs, n-grams."""
+"""A small count: a batch, candidates, GPUs, n-grams."""
 CountOrZero = Annotated[int, _int(0, 10**6)]
 SmallCount = Annotated[int, _int(1, 10_000)]
-"""Layers, heads or experts; the place of a layer, from 1; answers to one prompt."""
+"""Layers, heads or experts; the number of a layer, from 1; answers to one prompt."""
 Width = Annotated[int, _int(1, 2**24)]
-"""A size of a model: of a layer, or of its vocabulary."""
+"""A size of a model: a layer's width, or its vocabulary."""
 WholeNumber = Annotated[int, _int(-MOST_TOKENS, MOST_TOKENS)]
 
 # --- floating-point numbers ------------------------------------------------------------------
@@ -67,7 +67,7 @@ LearningRate = Annotated[float, _above_zero(10.0), _at_least(1e-12)]
 Epochs = Annotated[float, _above_zero(1e6), _at_least(1e-6)]
 WeightDecay = Annotated[float, _float(0.0, 10.0), _at_least(1e-12, or_zero=True)]
 GradientNorm = Annotated[float, _above_zero(1e9), _at_least(1e-9)]
-"""The largest is as good as no clipping."""
+"""The largest value is equivalent to no clipping."""
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 """A decay rate of Adam's moments."""
 Weight = Annotated[float, _float(0.0, 1e6), _at_least(1e-12, or_zero=True)]
@@ -77,15 +77,15 @@ Temperature = Annotated[float, _above_zero(100.0), _at_least(1e-3)]
 SamplingTemperature = Annotated[float, _float(0.0, 100.0), _at_least(1e-3, or_zero=True)]
 """0 is greedy."""
 Share = Annotated[float, _above_zero(1.0), _at_least(1e-6)]
-"""Some, or all."""
+"""A share above 0, up to 1."""
 PartialShare = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), _at_least(1e-6)]
-"""Some, but not all."""
+"""A share above 0 and below 1."""
 PartialShareOrZero = Annotated[
     float, Field(ge=0, lt=1, allow_inf_nan=False), _at_least(1e-6, or_zero=True)
 ]
-"""From none to almost all."""
+"""A share from 0 to below 1."""
 ShareOrZero = Annotated[float, _float(0.0, 1.0), _at_least(1e-6, or_zero=True)]
-"""From none to all."""
+"""A share from 0 to 1."""
 Similarity = Annotated[float, _above_zero(1.0), _at_least(0.01)]
 """The similarity of two texts (Jaccard)."""
 Parameter = Annotated[float, _float(0.0, 10.0), _at_least(1e-6, or_zero=True)]
@@ -103,7 +103,7 @@ Seconds = Annotated[float, _above_zero(604_800.0), _at_least(1e-3)]
 
 
 def usable_path(path: str) -> str:
-    """Raises ValueError where no file system has such a path."""
+    """Raise ValueError if no file system can have such a path."""
     if "\0" in path:
         raise ValueError("a path cannot hold the character NUL")
     written = path.encode("utf-8", "surrogatepass")
@@ -118,8 +118,8 @@ def usable_path(path: str) -> str:
 
 
 def check_url(url: str) -> None:
-    """Raises ValueError, without the URL, which may hold a key, where it is no base URL of an API.
-    A section calls it on the whole: the error of a single key would show its value."""
+    """Raise ValueError if it is not a base URL of an API, without the URL, which may contain a key.
+    Call it in a section's validator: the error of a single key would show its value."""
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -141,7 +141,7 @@ def _json_values(values: dict[str, Any]) -> dict[str, Any]:
 
 
 PathText = Annotated[str, AfterValidator(usable_path)]
-"""A path, or another name of a model or data set; a relative path starts at the recipe's folder."""
+"""A path or name of a model or dataset; paths are relative to the recipe's folder."""
 RunName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 """The name of a run or of a member of a family, and of its folder."""
 JsonValues = Annotated[dict[str, Any], AfterValidator(_json_values)]

@@ -21,7 +21,7 @@ class Finding:
 
 
 def finding_of(error: StillhouseError) -> Finding:
-    """The line of a check that an error becomes."""
+    """Convert an error to a line of a check."""
     where = f" ({error.where})" if error.where else ""
     topic = type(error).__name__.removesuffix("Error").lower()
     return Finding("error", topic, f"{error.what}{where}", error.fix)

@@ -1,4 +1,4 @@
-"""What this machine can do, measured or read from it; only its power is assumed."""
+"""The capabilities of this machine, measured or read from it; only its power is assumed."""
 
 from __future__ import annotations
 
@@ -28,29 +28,29 @@ WATTS_A_CORE = 10.0
 
 _TORCH_NAMES = {"avx512f": "avx512_f"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # <malloc.h> of glibc
-_MAPPINGS = 1 << 16  # at once, as glibc has it
+_MAPPINGS = 1 << 16  # immediate, as glibc returns it
 _MATMUL_SECONDS = 0.6
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The number type of the matrix products, and why it was chosen, in words for the user."""
+    """The dtype of the matrix products, and the reason for it, as text for the user."""
 
     dtype: torch.dtype
     reason: str
 
 
 def default_device() -> torch.device:
-    """The first CUDA GPU where there is one, else the CPU."""
+    """The first CUDA GPU if there is one, otherwise the CPU."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def cpu_abilities() -> frozenset[str]:
-    """Those of `ABILITIES` that this CPU has: /proc/cpuinfo on Linux, elsewhere torch's answer."""
+    """The `ABILITIES` of this CPU: from /proc/cpuinfo on Linux, otherwise from torch."""
     flags = _linux_flags()
     if flags:
         return frozenset(flags.intersection(ABILITIES))
-    ask_torch = getattr(torch.cpu, "get_capabilities", None)  # an older torch cannot say
+    ask_torch = getattr(torch.cpu, "get_capabilities", None)  # not in older versions of torch
     capabilities: dict[str, object] = ask_torch() if ask_torch else {}
     return frozenset(
         name for name in ABILITIES if capabilities.get(_TORCH_NAMES.get(name, name), False)
@@ -58,7 +58,8 @@ def cpu_abilities() -> frozenset[str]:
 
 
 def choose_precision(requested: Requested, device: torch.device | str) -> Precision:
-    """bfloat16 where the device multiplies it natively, else float32; a request is obeyed.
+    """bfloat16 if the device multiplies it natively, otherwise float32; an explicit request is
+    obeyed.
 
     On a CPU that means AVX512-BF16 or AMX, reached through oneDNN: without them bfloat16 products
     are emulated and slower than float32.
@@ -76,24 +77,24 @@ def choose_precision(requested: Requested, device: torch.device | str) -> Precis
 
 
 def tune_allocator() -> str | None:
-    """Lets glibc keep freed memory instead of handing it back to the kernel after each tensor.
+    """Let glibc keep freed memory instead of returning it to the kernel after each tensor.
 
-    A training step frees and takes the same large blocks again and again; by default each is a
+    A training step allocates and frees the same large blocks again and again; by default each is a
     new mapping whose pages the kernel must zero. Call it before the first big allocation.
 
-    Returns: None when it is done, else the reason why the allocator was not changed.
+    Returns None on success, otherwise the reason why the allocator was not changed.
     """
     return _set_malloc(mapped_from=1 << 30, trimmed_from=2**31 - 1)
 
 
 def hand_back_freed_memory() -> str | None:
-    """The opposite of `tune_allocator`, for work that is to take little memory.
+    """The opposite of `tune_allocator`, for work that should use little memory.
 
-    Blocks from 1 MiB on are mappings of their own from now on. On the heap, one that stays would
-    keep what was freed below it, which adds up to more than all that is in use. What is free among
-    smaller blocks is handed back once, at each call.
+    From then on, blocks of 1 MiB or more are separate mappings. On the heap, a block in use would
+    retain everything freed below it, which adds up to more than all memory in use. Free memory
+    among smaller blocks is returned once, at each call.
 
-    Returns: as `tune_allocator`.
+    Returns the same as `tune_allocator`.
     """
     problem = _set_malloc(mapped_from=1 << 20, trimmed_from=1 << 20)
     if problem is None:
@@ -102,13 +103,13 @@ def hand_back_freed_memory() -> str | None:
 
 
 def _set_malloc(*, mapped_from: int, trimmed_from: int) -> str | None:
-    """Tells glibc from how many bytes on a block is a mapping, and free memory is handed back."""
+    """Set glibc's thresholds for allocating a mapping, and for returning free memory."""
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return f"the allocator is not changed: no glibc on this {platform.system()} system"
     libc = ctypes.CDLL(None)
     libc.mallopt.argtypes, libc.mallopt.restype = [ctypes.c_int, ctypes.c_int], ctypes.c_int
     libc.mallopt(_M_MMAP_MAX, _MAPPINGS)
-    # Some versions of glibc cap the threshold; allowing no mapping at all does the same.
+    # Some versions of glibc cap the threshold; allowing no mappings has the same effect.
     threshold = libc.mallopt(_M_MMAP_THRESHOLD, mapped_from) or libc.mallopt(_M_MMAP_MAX, 0)
     if not (threshold and libc.mallopt(_M_TRIM_THRESHOLD, trimmed_from)):
         return "the allocator is not changed: mallopt refused"
@@ -136,17 +137,17 @@ def matmul_rate(dtype: torch.dtype, device: torch.device | str = "cpu") -> float
 
 
 def synchronize(device: torch.device | str) -> None:
-    """Waits until the device has done its work, so that a clock read afterwards is true."""
+    """Wait until the device has finished its work, so that timings are correct."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory_bytes() -> int:
-    """The largest resident memory this program ever had, in bytes, GPU memory not counted.
+    """The peak resident memory of this process in bytes, without GPU memory.
 
     Mapped pages of files, such as a checkpoint's, count while they are resident. On Linux it is
-    VmHWM of /proc/self/status: getrusage's ru_maxrss would start at the peak of the process that
-    started this one. macOS has only the latter, there in bytes.
+    VmHWM in /proc/self/status: getrusage's ru_maxrss would start at the peak of the process that
+    started this one. macOS has only the latter, in bytes.
     """
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
@@ -161,7 +162,7 @@ def peak_memory_bytes() -> int:
 
 
 def assumed_watts() -> float:
-    """Power of this machine at work, for an estimate: each GPU's limit, or 10 W a CPU core."""
+    """Power of this machine under load, for an estimate: each GPU's limit, or 10 W per CPU core."""
     if torch.cuda.is_available():
         command = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader,nounits"]
         with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
@@ -221,7 +222,7 @@ def _cpu_model() -> str:
 
 
 def _cpu_info() -> dict[str, str]:
-    """The first processor's block of /proc/cpuinfo; empty where there is no such file."""
+    """The first processor's block in /proc/cpuinfo; empty if there is no such file."""
     if not CPU_INFO.is_file():
         return {}
     first = CPU_INFO.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
@@ -230,10 +231,10 @@ def _cpu_info() -> dict[str, str]:
 
 
 def world_size() -> int:
-    """Processes of a torchrun; 1 without one."""
+    """The number of processes under torchrun; otherwise 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def leads() -> bool:
-    """Whether this is the first process of a torchrun, or the only one."""
+    """Whether this is the main process under torchrun, or the only one."""
     return os.environ.get("RANK", "0") == "0"

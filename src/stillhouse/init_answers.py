@@ -24,10 +24,10 @@ JOBS = {
     "generate": "free text that answers a text",
 }
 SIZES = {"small": 0.25, "medium": 0.5, "large": 0.75}
-"""About which share of the teacher's blocks is kept."""
+"""Approximate share of the teacher's blocks that is kept."""
 CORPUS = "python-reference"
 _MANY_FILES = 10
-"""Text files, of which each may be a document."""
+"""Extensions of text files, each of which may be a document."""
 _LABEL_KEYS = ("label", "category", "class", "topic", "intent", "answer")
 
 QUESTIONS: dict[str, tuple[str, str]] = {
@@ -40,14 +40,14 @@ QUESTIONS: dict[str, tuple[str, str]] = {
     "size": (f"How large a student? ({', '.join(SIZES)}; or a model to start from)", "medium"),
     "out": ("Which file should the recipe be written to?", "recipe.yaml"),
 }
-"""The five, with what is meant by an empty answer; see `_default`."""
+"""The five questions, with the meaning of an empty answer; see `_default`."""
 
 
 @dataclass(frozen=True)
 class InitAnswers:
-    """What a recipe is drafted from. teacher: a model, or an API's URL. size: of `SIZES`, or a
-    model. labels: of a classifier. fields: of an extraction. logs: where the data comes from, with
-    the job that they show. source: keys of the training text's source besides its path."""
+    """The answers that a recipe is written from. teacher: a model, or an API's URL. size: one of
+    `SIZES`, or a model. labels: of a classifier. fields: of an extraction. logs: the source of the
+    data, with the detected job. source: keys of the training text's source besides its path."""
 
     job: str
     teacher: str
@@ -64,7 +64,7 @@ class InitAnswers:
 
     @property
     def name(self) -> str:
-        """Of the recipe and the files beside it: the file's, in ASCII."""
+        """The name of the recipe and its files: the file's name in ASCII."""
         plain = unicodedata.normalize("NFKD", self.out.stem)
         letters = "".join(c for c in plain if not unicodedata.combining(c))
         kept = re.sub(r"[^A-Za-z0-9._-]", "-", letters)
@@ -76,11 +76,11 @@ class InitAnswers:
 
 
 Ask = Callable[[str, str], str]
-"""Shows a question and what is meant by an empty answer; the answer."""
+"""Shows a question and the default for an empty answer; returns the answer."""
 
 
 def init_answers(given: Mapping[str, str | None], ask: Ask, logs: Path | None) -> InitAnswers:
-    """The given answers, and the answers to the questions that are left.
+    """The given answers, plus answers to the remaining questions.
 
     given: by the questions' names, and `labels`, `fields` and `api_model`. Raises DataError.
     """
@@ -109,9 +109,9 @@ def init_answers(given: Mapping[str, str | None], ask: Ask, logs: Path | None) -
 
 
 def _default(name: str, usual: str, answers: Mapping[str, str]) -> str:
-    """What is meant by an empty answer, after the answers to the questions before it."""
+    """The default for an empty answer, given the answers to the questions before it."""
     if name == "data" and answers["job"] != "distill":
-        return ""  # only a file of the user's has texts for the task
+        return ""  # only the user's own file has texts for the task
     if name == "size" and _is_url(answers["teacher"]):
         return QUESTIONS["teacher"][1]  # an API's model cannot be made smaller
     return usual
@@ -133,7 +133,7 @@ def _listed(text: str | None) -> list[str]:
 
 
 def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
-    """With what else the job or the teacher needs, read from the data or asked."""
+    """Add what else the job or the teacher needs, read from the data or asked for."""
     if answers.is_api and answers.api_model is None:
         answers = replace(answers, api_model=ask("What is the model called there?", "gpt-4.1-mini"))
     if answers.job == "distill":
@@ -160,7 +160,7 @@ def _completed(answers: InitAnswers, ask: Ask) -> InitAnswers:
 
 
 def _source(data: str, logs: bool) -> dict[str, str]:
-    """How training text is read. Raises DataError where it cannot be."""
+    """How the training text is read. Raises DataError if it cannot be read."""
     if data == CORPUS:
         return {"kind": "corpus"}
     files = find_files(data, Path.cwd())
@@ -181,7 +181,7 @@ def _source(data: str, logs: bool) -> dict[str, str]:
 
 
 def _documents(files: Sequence[Path]) -> str:
-    """What separates the documents of plain text files: there must be several to hold some out."""
+    """How plain text files are split into documents: there must be several to hold some out."""
     if len(files) >= _MANY_FILES:
         return "file"
     blank = itertools.islice((line for line in text_lines(files[0]) if not line.strip()), 2)

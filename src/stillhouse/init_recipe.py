@@ -1,4 +1,4 @@
-"""`stillhouse init`: a commented recipe from a template, and the files that it reads."""
+"""`stillhouse init`: writes a commented recipe from a template, and the files that it reads."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _TEMPLATES = {"distill": "distill", "classify": "classify"}
 
 
 def write_recipe(answers: InitAnswers, *, force: bool = False) -> list[Path]:
-    """Writes the recipe and the files that it reads; returns their paths.
+    """Write the recipe and the files that it reads; return their paths.
 
-    Raises RunError where a file exists already (unless forced), ModelError about the teacher,
-    RecipeError and DataError about answers that do not fit; nothing is written then.
+    Raises RunError if a file already exists (unless forced), ModelError about the teacher,
+    RecipeError and DataError about invalid answers; nothing is written in these cases.
     """
     _check(answers)
     files = _files(answers)
@@ -69,7 +69,7 @@ def _check(answers: InitAnswers) -> None:
 
 
 def _files(answers: InitAnswers) -> dict[str, tuple[Path, str]]:
-    """The files beside the recipe, by what they are: path and content."""
+    """The files next to the recipe, by purpose: path and content."""
     files = {}
     if answers.logs is not None and answers.job != "distill":
         path = answers.out.with_name(f"{answers.name}-texts.jsonl")
@@ -82,7 +82,7 @@ def _files(answers: InitAnswers) -> dict[str, tuple[Path, str]]:
 
 def _rendered(answers: InitAnswers, files: Mapping[str, tuple[Path, str]]) -> str:
     def path(value: str | Path) -> str:
-        """A file or folder as the recipe names it, relative to its folder; other names as is."""
+        """A file or folder relative to the recipe's folder; other names are unchanged."""
         file = Path(value).expanduser()
         known = isinstance(value, Path) or file.exists() or value == answers.data
         if not known or file.is_absolute():
@@ -122,12 +122,12 @@ def _json(value: Any) -> str:
 
 
 def _start(answers: InitAnswers) -> dict[str, Any]:
-    """Where the student starts: a model, or how much of the teacher is kept."""
+    """The initial student: a model, or how much of the teacher is kept."""
     if answers.size not in SIZES:
         return {"start": answers.size, "layers": None, "ffn_size": None}
     path = resolve_model(answers.teacher, base=Path.cwd(), weights=False).path
     config = load_config(path).get_text_config()
-    share = SIZES[answers.size] ** 0.5  # of the depth, and of the width
+    share = SIZES[answers.size] ** 0.5  # shares of the depth and of the width
     kept = max(1, round(config.num_hidden_layers * share))
     if answers.job == "classify":
         kept = min(_CLASSIFIER_LAYERS[answers.size], config.num_hidden_layers)

@@ -1,4 +1,4 @@
-"""Every kind of run, and which one a recipe is of."""
+"""All kinds of runs, and the kind of a recipe."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ _PROPER = {"ffn": "FFN", "kl": "KL", "cpu": "CPU", "gpu": "GPU", "gpus": "GPUs"}
 
 
 def digits(value: float, significant: int = 3) -> str:
-    """`value` to `significant` digits, without an exponent, thousands separated."""
+    """`value` to `significant` digits, without an exponent, with thousands separators."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -27,7 +27,7 @@ def digits(value: float, significant: int = 3) -> str:
 
 
 def tiny(value: float) -> str:
-    """As `digits`, with a power of ten below 0.0001."""
+    """As `digits`, but as a power of ten below 0.0001."""
     if value != 0 and math.isfinite(value) and abs(value) < 1e-4:
         return power_of_ten(value)
     return digits(value)
@@ -112,7 +112,7 @@ def describe(value: Any) -> str:
 
 
 def _ranges(numbers: list[int]) -> str:
-    """[0, 1, 2, 5] as 0–2, 5; runs of two stay apart."""
+    """[0, 1, 2, 5] as 0–2, 5; runs of two are not joined."""
     breaks = [at for at, (a, b) in enumerate(pairwise(numbers), 1) if b != a + 1]
     runs = [numbers[start:end] for start, end in pairwise([0, *breaks, len(numbers)])]
     return ", ".join(

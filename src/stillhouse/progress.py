@@ -1,4 +1,4 @@
-"""Progress of long work: a rich bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a rich bar on a terminal, otherwise an occasional plain line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stillhouse.terminal import Terminal
 
 console = Terminal(stderr=True)
 PLAIN_SECONDS = 15.0
-"""Seconds between two lines if there is no terminal."""
+"""Seconds between lines if there is no terminal."""
 
 Advance = Callable[[int], None]
 
@@ -75,5 +75,5 @@ def _plain_lines(description: str, total: int, unit: str) -> Iterator[Advance]:
 
 
 def note(message: str) -> None:
-    """One line for the user on the error stream."""
+    """Print one line for the user to stderr."""
     console.write_line(message)

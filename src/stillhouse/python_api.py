@@ -1,4 +1,4 @@
-"""The functions of the Python API that bring the packages together; `stillhouse` exports them."""
+"""The functions of the Python API that combine the packages; `stillhouse` exports them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ ReverseKL = partial(divergence, "reverse_kl")
 JSD = partial(divergence, "jsd")
 """Jensen-Shannon divergence; beta: the teacher's share of the mixture."""
 CrossEntropy = partial(divergence, "cross_entropy")
-"""With the text's own next tokens: needs no teacher."""
+"""Cross-entropy with the text's own next tokens: needs no teacher."""
 
 
 def HiddenStates(**options: Any) -> HiddenStatesTerm:  # noqa: N802
@@ -92,15 +92,15 @@ def distill(
     """Train the student in place to match the teacher.
 
     student: a Student, or a transformers model. teacher: a Teacher, a transformers model, several
-    of them (the loss is the mean of the losses under each), or None where no term needs one.
-    data: its held-out part is measured where `evaluate_every` is given. objective: terms whose
-    weighted sum is the loss; KL alone where there are none.
-    folder: keeps checkpoints, metrics and the model, so that a run that was killed resumes when it
+    of them (the loss is the mean of the losses under each), or None if no term needs one.
+    data: its held-out part is evaluated if `evaluate_every` is given. objective: terms whose
+    weighted sum is the loss; by default only KL.
+    folder: stores checkpoints, metrics and the model, so that a run that was killed resumes when it
     is called again; None: nothing is written. callbacks: of transformers; their `model` is a
     Distillation, and `model.student` can generate.
     settings: learning_rate, batch_size, epochs, max_steps, evaluate_every, ... as in a recipe's
     `train`.
-    Raises StillhouseError: parts that do not fit together, or a loss that is not finite.
+    Raises StillhouseError if parts do not fit together, or the loss is not finite.
     """
     seed = checked(Seed, seed, "seed")
     batches, heldout = (data.train, data.heldout) if isinstance(data, Data) else (data, None)
@@ -127,10 +127,10 @@ def evaluate(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> Evaluation:
-    """Measure the student beside its teacher on held-out text: KL, agreement, perplexity, size.
+    """Evaluate the student against its teacher on held-out text: KL, agreement, perplexity, size.
 
-    data: its held-out part, or batches. prompts: both models answer each.
-    Raises ModelError: the teacher is not a model on this machine, or has another vocabulary.
+    data: its held-out part is used; or batches. prompts: both models answer each.
+    Raises ModelError if the teacher is not a model on this machine, or has another vocabulary.
     """
     seed = checked(Seed, seed, "seed")
     own, other = _student(student), local(_teacher(teacher))
@@ -156,11 +156,11 @@ def record(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> StoredTeacher:
-    """Store the teacher's answers about the training text, and return the store as a teacher.
+    """Store the teacher's signals for the training text, and return the store as a teacher.
 
-    An unfinished store is resumed. encoding: what is kept of each answer (`signals.encodings`);
+    An unfinished store is resumed. encoding: how each distribution is stored (`signals.encodings`);
     None: the 32 most likely tokens and the mass of all others.
-    Raises SignalError: the store was begun with other settings. StoreError: it is damaged.
+    Raises SignalError if the store was begun with other settings, StoreError if it is damaged.
     """
     seed = checked(Seed, seed, "seed")
     temperature = checked(Temperature, temperature, "temperature")
@@ -184,13 +184,13 @@ def search_sizes(
     settings: TrainRecipe | None = None,
     **options: Any,
 ) -> dict[str, int]:
-    """The sizes for `Student.prune` that keep the most of a teacher within one target.
+    """Search the sizes for `Student.prune` that keep the most of a teacher within one target.
 
-    Shapes are pruned and measured, and the best of them distilled for a few steps.
-    folder: keeps the measurements, so that a search that was killed resumes. settings: of the
+    Shapes are pruned and measured, and the best of them are distilled for a few steps.
+    folder: stores the measurements, so that a search that was killed resumes. settings: of the
     short distillations. options: a target (params="60%", bytes, decode_latency="20ms", memory),
-    and search, calibration_tokens and the like, as in a recipe's `student`.
-    Raises RecipeError where no shape meets the target.
+    and others such as search and calibration_tokens, as in a recipe's `student`.
+    Raises RecipeError if no shape meets the target.
     """
     seed = checked(Seed, seed, "seed")
     start, settings = local(teacher), settings or TrainRecipe()

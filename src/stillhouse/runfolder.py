@@ -1,11 +1,11 @@
-"""The run folder: stages that are either complete or absent, and one owner at a time.
+"""The run folder: its stages are either complete or absent, and it has one owner at a time.
 
 A stage writes into `stages/.NAME-KEY.partial`. When it is done, its manifest is written, every file
 is flushed to disk, and the folder gets its final name `stages/NAME-KEY` by one rename. So a folder
-with a final name is complete, whenever the process was killed.
+with a final name is complete, whenever the process is killed.
 
-KEY is a hash of what the stage depends on: its part of the recipe and the *content* of its inputs.
-A recipe that is changed and changed back finds its old stages again.
+KEY is a hash of everything the stage depends on: its part of the recipe and the *content* of its
+inputs. If a recipe is changed and changed back, its old stages are found again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a stage took. `tokens` are those a model saw; `flops` follow `stillhouse.account`."""
+    """The cost of a stage. `tokens` are those a model processed; `flops` follow
+    `stillhouse.account`."""
 
     seconds: float = 0.0
     tokens: int = 0
@@ -45,14 +46,14 @@ class Cost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage's work returns: its cost, less the seconds, and a summary for the report."""
+    """The result of a stage's work: its cost, without the seconds, and a summary for the report."""
 
     tokens: int = 0
     flops: int = 0
     peak_memory_bytes: int = 0
     summary: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
-    """Set where work was resumed and the clock of this process is not the whole of it."""
+    """Set if work was resumed, so that this process's clock covers only part of it."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Stage:
 
 
 class RunFolder:
-    """root: where the stages are. links: where the products are pointed to; `root` by default."""
+    """root: contains the stages. links: contains the links to the products; `root` by default."""
 
     def __init__(self, root: Path, links: Path | None = None) -> None:
         self.root = root
@@ -78,9 +79,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the folder for this process, with its temporary files (`scratch`).
+        """Lock the folder for this process, with its temporary files (`scratch`).
 
-        Raises RunError where another process has it.
+        Raises RunError if another process has locked it.
         """
         with disk_errors(self.root):
             self.stages.mkdir(parents=True, exist_ok=True)
@@ -109,8 +110,8 @@ class RunFolder:
                 self._lock = None
 
     def _require_own(self) -> None:
-        """Raises RunError where the folder is not the one that this process locked: it was deleted
-        or moved, and libraries make the folders anew that they write to."""
+        """Raise RunError if the folder is not the one that this process locked: it was deleted
+        or moved, and libraries create the folders that they write to."""
         if self._lock is None:
             return
         try:
@@ -129,14 +130,14 @@ class RunFolder:
         return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
     def partial(self, name: str, depends_on: Mapping[str, Any]) -> Path:
-        """Where the stage is written before it is finished."""
+        """The folder that the stage is written to before it is finished."""
         return self.stages / f".{name}-{self.key(name, depends_on)}.partial"
 
     def _final(self, name: str, depends_on: Mapping[str, Any]) -> Path:
         return self.stages / f"{name}-{self.key(name, depends_on)}"
 
     def finished(self, name: str, depends_on: Mapping[str, Any]) -> Stage | None:
-        """The finished stage of that name and key, or None. Damage is reported."""
+        """The finished stage with that name and key, or None. Damage is reported."""
         path = self._final(name, depends_on)
         if not path.is_dir():
             return None
@@ -163,12 +164,12 @@ class RunFolder:
         scratch: tuple[str, ...] = (),
         check: Callable[[Path], None] | None = None,
     ) -> Stage:
-        """Returns the finished stage, or does `work(folder)` and finishes it.
+        """Return the finished stage, or run `work(folder)` and finish it.
 
-        resumable: a half-written folder is handed to `work` as it is, rather than emptied.
+        resumable: a partly written folder is passed to `work` unchanged, rather than emptied.
         scratch: names inside the folder that are deleted before it is finished.
-        check: raises StillhouseError where the folder lacks what the stage is to make. The stage
-        then stays unfinished, with its scratch. Raises RunError.
+        check: raises StillhouseError if the folder lacks the stage's product. The stage
+        then remains unfinished, with its scratch files. Raises RunError.
         """
         done = self.finished(name, depends_on)
         if done is not None:
@@ -217,7 +218,7 @@ class RunFolder:
         return Stage(name, final, digest, cost, outcome.summary, False)
 
     def point(self, name: str, target: Path) -> None:
-        """Makes `links/name` a relative link to a finished stage's file or folder."""
+        """Make `links/name` a relative link to a finished stage's file or folder."""
         link = self.links / name
         with disk_errors(link):
             self.links.mkdir(parents=True, exist_ok=True)
@@ -246,7 +247,7 @@ def _check_product(name: str, folder: Path, check: Callable[[Path], None]) -> No
 
 
 def read_manifest(stage: Path) -> dict[str, Any]:
-    """The manifest of a finished stage. Raises OSError; ValueError where it is damaged."""
+    """The manifest of a finished stage. Raises OSError; ValueError if it is damaged."""
     manifest = json.loads((stage / MANIFEST).read_text(encoding="utf-8"))
     if not isinstance(manifest, dict) or seal_broken(manifest):
         raise ValueError("it is not what was written")
@@ -292,7 +293,7 @@ def flush(path: Path) -> None:
 
 
 def flush_tree(folder: Path) -> None:
-    """Flushes every file below the folder, then the folders, to disk."""
+    """Flush every file below the folder, then the folders, to disk."""
     paths = [path for path in folder.rglob("*") if not path.is_symlink()]
     for path in sorted(paths, key=lambda p: (p.is_dir(), str(p))):
         flush(path)
@@ -300,7 +301,7 @@ def flush_tree(folder: Path) -> None:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """The file has its old content or the new one, never a part of it. Raises RunError."""
+    """Replace a file atomically: it never has a part of the new content. Raises RunError."""
     temporary = path.with_name(f".{path.name}.tmp")
     with disk_errors(path):
         try:
@@ -316,7 +317,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 class NamedRecipe(Protocol):
-    """A recipe of any kind, as far as its folder goes."""
+    """The keys of any recipe that determine its run folder."""
 
     @property
     def name(self) -> str: ...
@@ -331,5 +332,5 @@ def run_root(recipe: NamedRecipe) -> Path:
 
 
 def answers_path(recipe: NamedRecipe) -> Path:
-    """The journal of paid answers, which all runs beside this one share."""
+    """The journal of paid answers, shared by all runs in the same parent folder."""
     return run_root(recipe).parent / "answers.sqlite"

@@ -1,4 +1,4 @@
-"""What every section of a recipe is: strict, frozen, without unknown keys."""
+"""The base of every section of a recipe: strict, frozen, without unknown keys."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stillhouse.progress import note
 class Section(BaseModel):
     """A section of a recipe.
 
-    renamed: from old names of keys to new ones. The old ones work for one version, with a warning.
+    renamed: maps old key names to new ones. The old ones work for one version, with a warning.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -38,8 +38,8 @@ class Section(BaseModel):
 
 
 class OneOf:
-    """`Annotated[str, OneOf(NAMES)]`: one of the names of a registry, checked and described in the
-    JSON schema as a `Literal` of them is."""
+    """`Annotated[str, OneOf(NAMES)]`: one of the names in a registry, checked and described in the
+    JSON schema like a `Literal` of them."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = tuple(names)
@@ -52,9 +52,9 @@ S = TypeVar("S", bound=BaseModel)
 
 
 def made(section: type[S], values: Mapping[str, Any], where: str) -> S:
-    """A section from keyword arguments of `where`, a function or class.
+    """Build a section from keyword arguments of `where`, a function or class.
 
-    Raises RecipeError: an unknown one, or a value that it cannot have.
+    Raises RecipeError for an unknown argument, or an invalid value.
     """
     try:
         return section.model_validate(dict(values))
@@ -69,7 +69,7 @@ def made(section: type[S], values: Mapping[str, Any], where: str) -> S:
 
 
 def checked(kind: Any, value: Any, name: str) -> Any:
-    """An argument of a function, of a type of `field_types`. Raises RecipeError naming it."""
+    """Validate a function's argument by a type from `field_types`. Raises RecipeError naming it."""
     try:
         return TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
@@ -84,6 +84,6 @@ def _refused(name: str, problem: ErrorDetails) -> str:
 
 
 def recipe_yaml(recipe: BaseModel) -> str:
-    """The resolved recipe as YAML, every default written out."""
+    """The resolved recipe as YAML, with all defaults."""
     raw = json.loads(recipe.model_dump_json())
     return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)

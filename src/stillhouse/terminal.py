@@ -1,4 +1,4 @@
-"""What is shown on a terminal: text of models, servers and files controls nothing there."""
+"""Terminal output: text from models, servers and files cannot control the terminal."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-# All controls but tab and newline, and the characters that turn the direction of text.
+# All control characters but tab and newline, and those that change the direction of text.
 _CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def visible(text: str) -> str:
-    """The text with control characters as pictures or escapes: ESC becomes ␛."""
+    """The text with control characters as symbols or escapes: ESC becomes ␛."""
     return _CONTROL.sub(_shown, text)
 
 
 def json_line(value: Any) -> str:
-    """JSON in one line, its control characters as escapes, which JSON reads back."""
+    """JSON in one line, with control characters as JSON escapes."""
     written = json.dumps(value, ensure_ascii=False)
     return _CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", written)
 
@@ -34,7 +34,8 @@ def _shown(found: re.Match[str]) -> str:
 
 
 class Terminal(Console):
-    """A rich console that makes control characters visible, and reads no markup in strings."""
+    """A rich console that makes control characters visible, and does not interpret markup in
+    strings."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(markup=False, emoji=False, highlight=False, **options)
@@ -48,8 +49,8 @@ class Terminal(Console):
             yield segment
 
     def render_str(self, text: str, **options: Any) -> Text:
-        return super().render_str(visible(text), **options)  # so that its width is right
+        return super().render_str(visible(text), **options)  # so that its width is correct
 
     def write_line(self, text: str = "", style: str | None = None) -> None:
-        """One line, or a message of several, however long."""
+        """Write a line, or a message of several lines, of any length."""
         self.print(Text(visible(text)), style=style, soft_wrap=True)

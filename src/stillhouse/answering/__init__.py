@@ -1,1 +1,1 @@
-"""A small language model that answers as a teacher does: JSON by a schema, or free text."""
+"""Trains a small language model to answer like a teacher: JSON with a schema, or free text."""

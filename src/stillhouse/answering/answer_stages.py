@@ -1,4 +1,4 @@
-"""The first stages: the texts in two parts, and what the teacher answers, through the journal."""
+"""The first stages: split the texts, and collect the teacher's answers through the journal."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TEXTS, ANSWERS = "texts.json", "answers.jsonl"
 
 @dataclass(frozen=True)
 class AnswerTexts:
-    """gold: of a row, its true answer. repeated: texts left out as seen before."""
+    """gold: a row's reference answer. repeated: texts left out as duplicates."""
 
     train: list[LabeledText]
     test: list[LabeledText]
@@ -54,8 +54,8 @@ class AnswerTexts:
 def prepare_answer_texts(
     recipe: AnsweringRecipe, base: Path, validity: Filter | None
 ) -> AnswerTexts:
-    """Reads and divides the texts. Raises DataError: nothing readable, too few texts, or a true
-    answer that the schema does not allow."""
+    """Read and split the texts. Raises DataError for unreadable files, too few texts, or a
+    reference answer that the schema does not allow."""
     section = recipe.data
     given = read_files(section.texts, base, answer_of)
     tests = read_files(section.test, base, answer_of)
@@ -99,7 +99,7 @@ def plan_answer_texts(job: AnsweringJob) -> StagePlan:
 
 
 def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
-    """The teacher answers every text; the answers that pass the filters become training chats."""
+    """The teacher answers every text; answers that pass the filters become training chats."""
     recipe, teacher = job.recipe, job.recipe.teacher
 
     def work(out: Path) -> Outcome:
@@ -184,9 +184,9 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
 def _keep(
     job: AnsweringJob, filters: Filters, rows: list[Row], out: Path
 ) -> tuple[int, Mapping[str, int]]:
-    """Writes the chats that pass the filters: their number, and rows dropped by filter.
+    """Write the chats that pass the filters; returns their number, and dropped rows by filter.
 
-    Raises DataError where none is left, RunError where a judge's budget ends before its verdicts.
+    Raises DataError if none is left, RunError if a judge's budget is used up before its verdicts.
     """
     with _judged(job, filters, rows) as chosen:
         sieve = Sieve(chosen, out / DROPPED)
@@ -203,7 +203,7 @@ def _keep(
 
 @contextmanager
 def _judged(job: AnsweringJob, filters: Filters, rows: list[Row]) -> Iterator[Filters]:
-    """The filters, with the verdicts of a judge where the recipe has one choose."""
+    """The filters, with the verdicts of a judge if the recipe uses one."""
     judge = job.judge()
     if judge is None:
         yield filters
@@ -220,7 +220,7 @@ def _judged(job: AnsweringJob, filters: Filters, rows: list[Row]) -> Iterator[Fi
 
 
 def _words(job: AnsweringJob, answer: Answer) -> str:
-    """What the student is to write: no reasoning, and JSON without a code fence around it."""
+    """The text the student should write: no reasoning, and JSON without a code fence."""
     text = answer_text(answer)
     return unfenced(text) if isinstance(job.recipe.task, ExtractTask) else text
 
@@ -236,6 +236,6 @@ def _write_chats(path: Path, chats: Iterable[tuple[Any, str]]) -> int:
 
 
 def read_answers(answered: Stage) -> list[str | None]:
-    """The teacher's answers to the test texts, None where it gave none."""
+    """The teacher's answers to the test texts, None for those without one."""
     lines = (answered.path / ANSWERS).read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines if line]

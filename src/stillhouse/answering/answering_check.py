@@ -42,7 +42,7 @@ FEW = 50
 
 
 def require_answering(job: AnsweringJob) -> Iterator[Finding]:
-    """Checks what the teacher needs before any request: its key or packages, filters and scorer,
+    """Check what the teacher needs before any request: its key or packages, filters and scorer,
     judges, and templates that accept the prompts. Raises StillhouseError."""
     recipe, base = job.recipe, job.base
     chosen_filters(recipe.filters, base)
@@ -92,7 +92,7 @@ def check_answer_texts(check: Check) -> Iterator[Finding]:
 
 
 def check_answer_student(check: Check) -> Iterator[Finding]:
-    """The student's size, and the licenses of what it is made with."""
+    """The student's size, and the licenses of the models it is made with."""
     job: AnsweringJob = check.job
     recipe = job.recipe
     ordinary = find_models(training_recipe(recipe, run_root(recipe)), job.base)
@@ -106,7 +106,7 @@ def check_answer_student(check: Check) -> Iterator[Finding]:
 
 
 def check_answers(check: Check) -> Iterator[Finding]:
-    """What the answers take, and what is doubtful about them."""
+    """The cost of the answers, and warnings about them."""
     job: AnsweringJob = check.job
     recipe = job.recipe
     estimate = _estimate(job, check.calls)
@@ -123,7 +123,7 @@ def check_answers(check: Check) -> Iterator[Finding]:
 
 
 def answers_spending(job: AnsweringJob) -> Iterator[str]:
-    """What the answers would cost without a budget, a judge among them included."""
+    """What the answers would cost without a budget, including a judge."""
     teacher, choice = job.recipe.teacher, job.recipe.filters.best_of
     if may_cost(teacher.api, teacher.budget):
         estimate = _estimate(job)

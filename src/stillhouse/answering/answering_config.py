@@ -1,5 +1,5 @@
-"""The recipe of a task of kind extract or generate: a teacher answers texts, and a small language
-model learns to."""
+"""The recipe of a task of kind extract or generate: a small language model learns a teacher's
+answers to texts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class AnsweringTask(Section):
 
 
 class ExtractTask(AnsweringTask):
-    """Facts of a text as JSON."""
+    """Extract facts from a text as JSON."""
 
     kind: Literal["extract"]
     json_schema: PathText = Field(
@@ -113,7 +113,7 @@ class AnswerTextsRecipe(Section):
 
 
 class ComparisonSampling(VerdictSampling):
-    """How the judge answers; one that reasons needs more tokens."""
+    """The judge's sampling settings; a reasoning judge needs more tokens."""
 
     max_tokens: AnswerTokens = Field(
         8, description="Limit for one verdict, including its reasoning."
@@ -171,7 +171,7 @@ class AnswerExport(Section):
 
 
 class AnsweringRecipe(Section):
-    """The recipe of a model that answers."""
+    """The recipe of a model that answers texts."""
 
     name: RunName
     folder: PathText | None = Field(None, description="The run folder; null: runs/NAME.")
@@ -202,7 +202,7 @@ class AnsweringRecipe(Section):
 
     @property
     def learns_text_alone(self) -> bool:
-        """Whether only the teacher's text is learned, and not its distributions.
+        """Whether only the teacher's text is learned, not its distributions.
 
         This is the default if the teacher's prompt has more than the student's: with the student's
         prompt, which training uses, the teacher would not give these answers.

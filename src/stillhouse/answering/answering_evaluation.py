@@ -152,7 +152,7 @@ def open_generator(
 
 
 def answer_all(generator: TextGenerator[LocalGenerator], requests: Sequence[Request]) -> list[str]:
-    """In the order of the requests, without reasoning; empty if a prompt does not fit."""
+    """Answers in the order of the requests, without reasoning; empty if a prompt does not fit."""
     answers: dict[str, str] = {}
     for request, outcome in generator.answers(requests):
         answers[request.key] = answer_text(outcome) if isinstance(outcome, Answer) else ""
@@ -201,7 +201,7 @@ def _rate(generator: TextGenerator[LocalGenerator], requests: Sequence[Request])
     return len(requests) / (time.perf_counter() - began)
 
 
-# --- how good they are ---------------------------------------------------------------------------
+# --- quality of answers --------------------------------------------------------------------------
 
 
 def answer_figures(

@@ -1,4 +1,4 @@
-"""What an answering run ends with: a plain checkpoint with its prompt, and its report."""
+"""The final stages of an answering run: a plain checkpoint with its prompt, and the report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _USE = (
 
 @dataclass(frozen=True)
 class AnsweringFacts:
-    """What it takes to ask the student. examples: pairs of a user's turn and its answer.
+    """Everything needed to prompt the student. examples: pairs of a user message and its answer.
     json_schema: of a valid answer, None for free text."""
 
     kind: str
@@ -87,8 +87,8 @@ class AnsweringFacts:
 def plan_answers_export(
     job: AnsweringJob, texts: Stage, data: Stage, trained: Stage, evaluated: Stage
 ) -> StagePlan:
-    """A plain checkpoint, loaded by transformers alone and compared with its source; its prompt and
-    card beside the weights."""
+    """Export a plain checkpoint, loaded by transformers alone and compared with its source; its
+    prompt and card are next to the weights."""
     recipe = job.recipe
 
     def work(out: Path) -> Outcome:

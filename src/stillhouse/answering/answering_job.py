@@ -1,4 +1,5 @@
-"""An answering recipe with its models found, and the ordinary recipe that trains its student."""
+"""An answering recipe with its resolved models, and the language-model recipe that trains its
+student."""
 
 from __future__ import annotations
 
@@ -28,15 +29,16 @@ from stillhouse.synthesis.judge_answers import Judge, open_judge
 from stillhouse.teachers.model_source import ModelSource, resolve_model
 
 TRAIN, HELDOUT, GOLD = "train.jsonl", "heldout.jsonl", "gold.jsonl"
-"""Chats that end with the teacher's answers, of training and test texts; and with true ones."""
+"""Chats that end with the teacher's answers, for training and test texts; and with reference
+answers."""
 
 
 @dataclass(frozen=True)
 class AnsweringJob:
-    """base: where relative paths start. teacher: None for an API. journal: of all answers.
+    """base: the folder of relative paths. teacher: None for an API. journal: of all answers.
 
-    training, gold: the ordinary jobs that train the student on the teacher's answers and on the
-    reference answers; known once the answers are there. gold is None where there are no reference
+    training, gold: the language-model jobs that train the student on the teacher's answers and on
+    the reference answers; set once the answers exist. gold is None if there are no reference
     answers.
     """
 
@@ -76,7 +78,8 @@ class AnsweringJob:
 
     @property
     def validity(self) -> Filter | None:
-        """Returns why an answer is not valid JSON. Raises DataError, RecipeError: the schema."""
+        """A function that returns why an answer is not valid JSON. Raises DataError, RecipeError
+        about the schema."""
         schema = self.schema
         return None if schema is None else json_schema(schema)
 
@@ -105,7 +108,7 @@ class AnsweringJob:
         )
 
     def source(self, *, weights: bool = True) -> TextSource:
-        """The teacher, as it answers requests. weights: as for `text_source`. Raises ModelError."""
+        """The teacher as a source of answers. weights: as in `text_source`. Raises ModelError."""
         section = self.recipe.teacher
         local, vllm = None, None
         if section.vllm is not None:
@@ -136,12 +139,12 @@ class AnsweringJob:
 
 
 def filled(prompt: str, text: str) -> str:
-    """In one pass, so that a text may itself contain {text}."""
+    """Replace in one pass, so that a text may itself contain {text}."""
     return text.join(prompt.split("{text}"))
 
 
 def find_answering(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:
-    """Finds the teacher. Raises ModelError."""
+    """Resolve the teacher. Raises ModelError."""
     section, teacher = recipe.teacher, None
     if section.model is not None:
         teacher = resolve_model(section.model, revision=section.revision, base=base)
@@ -152,10 +155,10 @@ WORDS_ALONE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
 
 def training_recipe(recipe: AnsweringRecipe, chats: Path, rows: str = TRAIN) -> Recipe:
-    """The ordinary recipe that trains the student on the chats in a folder.
+    """The language-model recipe that trains the student on the chats in a folder.
 
-    Where words alone are learned and the student starts from a model of its own, that is its
-    `teacher`: all that it gives is the vocabulary.
+    If only the text is learned and the student starts from another model, that model is the
+    `teacher`: only its vocabulary is used.
     """
     teacher = TeacherRecipe(
         model=recipe.teacher.model or "",

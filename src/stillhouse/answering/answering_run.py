@@ -1,4 +1,4 @@
-"""A run that makes a model which answers texts with JSON or free text: its stages, in order.
+"""A run that trains a model to answer texts with JSON or free text: its stages, in order.
 
 The teacher's answers become chats, and the stages of a language-model run train the student on
 them.
@@ -42,13 +42,13 @@ from stillhouse.training.train import MODEL
 
 
 def _find(recipe: AnsweringRecipe, base: Path) -> AnsweringJob:
-    # What is wrong with the student's model is found before requests are sent.
+    # Problems with the student's model are found before requests are sent.
     find_models(training_recipe(recipe, run_root(recipe)), base)
     return find_answering(recipe, base)
 
 
 def _with_chats(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> AnsweringJob:
-    """The job that knows the chats which the student is trained on."""
+    """The job with the chats that the student is trained on."""
     answers = stages["answers"]
     training = find_models(training_recipe(job.recipe, answers.path), job.base)
     gold = None
@@ -58,12 +58,12 @@ def _with_chats(job: AnsweringJob, stages: Mapping[str, Stage], _do: Do) -> Answ
 
 
 def _on_answers(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
-    """A stage of the ordinary job that trains on the teacher's answers."""
+    """A stage of the language-model job that trains on the teacher's answers."""
     return lambda job, *stages: plan(job.training, *stages)
 
 
 def _on_gold(plan: Callable[..., StagePlan]) -> Callable[..., StagePlan]:
-    """A stage of the ordinary job that trains on the reference answers."""
+    """A stage of the language-model job that trains on the reference answers."""
     return lambda job, *stages: plan(job.gold, *stages)
 
 

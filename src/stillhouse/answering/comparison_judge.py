@@ -15,7 +15,7 @@ from stillhouse.synthesis.verdicts import read_verdict
 def compare_answers(
     job: AnsweringJob, rows: list[LabeledText], answers: dict[str, list[str]]
 ) -> dict[str, dict[str, float]]:
-    """By role, all but the teacher's: `preferred`, wins and half of the ties among all pairs; and
+    """By role, except the teacher: `preferred`, wins plus half of the ties among all pairs; and
     `consistent`, the share of pairs whose verdict does not depend on the order. Texts that
     the teacher did not answer are left out."""
     source, judge = comparison_source(job), job.recipe.evaluate.judge

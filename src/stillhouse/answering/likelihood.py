@@ -1,4 +1,4 @@
-"""How likely a teacher finds answers that others wrote."""
+"""The likelihood of other models' answers under a teacher."""
 
 from __future__ import annotations
 

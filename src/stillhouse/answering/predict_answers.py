@@ -22,13 +22,13 @@ TOGETHER = 64
 
 
 def answers_predictor(folder: Path) -> Callable[[Iterable[str]], Rows] | None:
-    """Answers texts with the student in the folder; None where it holds none."""
+    """A function that answers texts with the student in the folder; None if there is none."""
     return partial(predicted_answers, folder) if (folder / FACTS).is_file() else None
 
 
 def predicted_answers(folder: Path, texts: Iterable[str]) -> Iterator[dict[str, Any]]:
-    """In the order of the texts: text and answer; of an extraction also valid, and value, None
-    where the answer is not valid. Raises ModelError."""
+    """In the order of the texts: text and answer; for an extraction also valid, and value, None
+    if the answer is not valid. Raises ModelError."""
     facts = AnsweringFacts.load(folder)
     validity = None if facts.json_schema is None else json_schema(facts.json_schema)
     generator = open_generator(folder)

@@ -21,7 +21,7 @@ from stillhouse.errors import StillhouseError
 UNUSABLE_PATH = (
     errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ELOOP,
 )  # fmt: skip
-"""What is wrong with a path that was given, and no bug."""
+"""Errors about a path that the user passed, which are not bugs."""
 
 app = typer.Typer(
     name="stillhouse",
@@ -96,7 +96,7 @@ def check(
 ) -> None:
     """Check a recipe before anything is spent; estimate memory, tokens, time and cost.
 
-    Exit status 1 when something would fail.
+    Exits with status 1 if something would fail.
 
     Example: `stillhouse check recipes/demo.yaml`
     """
@@ -115,7 +115,7 @@ def preview(
     rows: Annotated[int, typer.Option(help="Windows to show.", min=1, max=10_000)] = 3,
     set_: SetOption = None,
 ) -> None:
-    """Show training windows colored by loss mask; of a task, what the teacher reads.
+    """Show training windows colored by loss mask; for a task, the teacher's prompts.
 
     Example: `stillhouse preview recipes/demo.yaml --rows 2`
     """
@@ -176,7 +176,7 @@ def verify(
         Path, typer.Argument(help="A run folder, stage, store, export or journal.", exists=True)
     ],
 ) -> None:
-    """Read every file that was written and name what is damaged. Exit status 1 where something is.
+    """Read every file of a folder and list damaged ones. Exits with status 1 if there are any.
 
     Example: `stillhouse verify runs/demo`
     """
@@ -311,7 +311,7 @@ def main() -> None:
         sys.exit(1)
     except Exception:
         _say_bug()
-    finally:  # all is said: a signal now ends the process, with no message of its own
+    finally:  # the message is printed: another signal now ends the process silently
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
 
@@ -337,7 +337,7 @@ def _stop(number: int, frame: Any) -> None:
 
 
 def _not_raised(unraisable: Any) -> None:
-    """Python drops what is raised inside of `__del__`: then the signal is sent again."""
+    """Python drops exceptions raised inside `__del__`: send the signal again."""
     if not isinstance(unraisable.exc_value, _Stopped):
         return sys.__unraisablehook__(unraisable)
     main_thread = threading.main_thread().ident

@@ -1,4 +1,4 @@
-"""What several commands share: arguments, a question, a message."""
+"""Shared by several commands: arguments, a question, a message."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def output_file(path: Path | None) -> Path | None:
 def agree(
     recipe: Path, overrides: list[str] | None, yes: bool, *, synthesize: bool = False
 ) -> None:
-    """Ask before an API is paid without a budget; refuse without a terminal."""
+    """Ask before spending money without a budget; raise an error without a terminal."""
     from stillhouse.commands import agree_to_spend
     from stillhouse.hardware import leads
 

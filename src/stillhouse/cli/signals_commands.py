@@ -85,7 +85,7 @@ def export(
     store: StoreArgument,
     parquet: Annotated[Path, typer.Option(help="The Parquet file to write.", callback=output_file)],
 ) -> None:
-    """Write a store as Parquet, a row for each token, for other tools.
+    """Write a store as Parquet, one row per token, for other tools.
 
     Example: `stillhouse signals export runs/stored/signals --parquet signals.parquet`
     """
@@ -117,7 +117,7 @@ def pull(
     store: Annotated[Path, typer.Argument(help="The folder to write.")],
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
 ) -> None:
-    """Download a store from the Hugging Face Hub and verifies it.
+    """Download a store from the Hugging Face Hub and verify it.
 
     Example: `stillhouse signals pull my-name/my-signals signals`
     """

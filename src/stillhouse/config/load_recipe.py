@@ -35,9 +35,9 @@ TASKS: dict[str, type[ClassifyRecipe | AnsweringRecipe]] = {
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """Reads the YAML file and applies overrides of the form `a.b=c` (c is YAML).
+    """Read the YAML file and apply overrides of the form `a.b=c` (c is YAML).
 
-    Raises RecipeError naming the file, the line, the key, the nearest valid key and what to do.
+    Raises RecipeError with the file, the line, the key, the closest valid key and what to do.
     """
     path = Path(path)
     try:
@@ -52,7 +52,8 @@ def read_recipe(
     overrides: Sequence[str] = (),
     base: Path | None = None,
 ) -> tuple[AnyRecipe, Path]:
-    """A recipe from a path, a dictionary or a recipe, and the folder its relative paths start from.
+    """A recipe from a path, a dictionary or a recipe, and the folder that its paths are relative
+    to.
 
     base: by default the recipe file's folder, or the working directory. Raises RecipeError.
     """
@@ -64,7 +65,7 @@ def read_recipe(
 
 
 def load_language_model_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """As `load_recipe`. Raises RecipeError where the recipe is of a task."""
+    """As `load_recipe`. Raises RecipeError if it is the recipe of a task."""
     recipe = load_recipe(path, overrides)
     if not isinstance(recipe, Recipe):
         raise RecipeError(
@@ -76,7 +77,7 @@ def load_language_model_recipe(path: str | Path, overrides: Sequence[str] = ()) 
 
 
 def recipe_from_text(text: str, path: Path, overrides: Sequence[str] = ()) -> AnyRecipe:
-    """As `load_recipe`, from the text that the file holds or will hold."""
+    """As `load_recipe`, from the file's current or future text."""
     raw, lines = read_document(text, str(path))
     return _validate(raw, lines, str(path), overrides)
 
@@ -171,7 +172,7 @@ def _validate(
 
 
 def _copied(value: Any, source: str, depth: int = 0) -> Any:
-    """Its mappings and lists; overrides change them."""
+    """A copy of its mappings and lists, which overrides change."""
     if depth > DEEPEST:
         raise RecipeError(
             f"values are nested more than {DEEPEST} deep", where=source, fix="remove levels"

@@ -15,12 +15,12 @@ from stillhouse.config.recipe_yaml import Key, Lines, dotted
 from stillhouse.errors import RecipeError, shown, shown_value
 
 SHOWN = 4
-"""Problems in one message."""
+"""Maximum number of problems in one message."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """key: in the file. section: that holds its last part. annotation: of the value."""
+    """key: in the file. section: contains its last part. annotation: of the value."""
 
     key: Key
     section: type[BaseModel] | None
@@ -30,7 +30,7 @@ class _Place:
 def described(
     error: ValidationError, lines: Lines, source: str, root: type[BaseModel]
 ) -> RecipeError:
-    """lines: of the keys; 0 for one that an override has set."""
+    """lines: of the keys; 0 for a key set by an override."""
     found: dict[Key, tuple[str, str]] = {}
     for problem in error.errors(include_url=False)[: 2 * SHOWN]:
         at = _locate(problem, root)
@@ -42,7 +42,7 @@ def described(
 
 
 def place(key: Key, lines: Lines, source: str) -> str:
-    """Where a key stands, or the nearest one around it."""
+    """The location of a key, or of the nearest one around it."""
     near = key
     while near and near not in lines:
         near = near[:-1]
@@ -78,7 +78,7 @@ def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str]:
 
 
 def _way_out(at: _Place, last: str, about: str | None) -> str:
-    """What the key is about, and its default."""
+    """A description of the key, and its default."""
     field = at.section.model_fields.get(str(at.key[-1])) if at.section and at.key else None
     default = None if field is None or field.is_required() else field.get_default()
     if about:

@@ -1,4 +1,4 @@
-"""What a scalar of a recipe means, by the type of the key that it stands at."""
+"""The meaning of a scalar in a recipe, by the type of its key."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.config.recipe_yaml import Key, Plain, has_surrogate
 from stillhouse.errors import shown
 
 Refuse = Callable[[Key, str, str], NoReturn]
-"""Raises RecipeError: the key, what is wrong with its value, what to do."""
+"""Raises RecipeError with the key, what is wrong with its value, and what to do."""
 
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _DECIMAL = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
@@ -51,13 +51,13 @@ _OTHER_NUMBERS: Sequence[tuple[re.Pattern[str], str, Callable[[str], Sequence[ob
     ),
     (re.compile(r"\.(inf|Inf|INF|nan|NaN|NAN)"), "is not finite", lambda text: ()),
 )
-"""What YAML 1.1 reads as a number and most people do not, or not as that one; without a sign:
-what is wrong, and how it could be written."""
+"""Text that YAML 1.1 reads as a number but most people would not, or as another one; without a
+sign: what is wrong, and how it could be written."""
 
 
 def read_values(raw: Any, annotation: Any, refuse: Refuse, key: Key = ()) -> Any:
-    """Values of a recipe as pydantic shall see them: `Plain` scalars as what the key's type makes
-    of them, and `3e-4` in quotes as a number where only a number fits."""
+    """Values of a recipe for pydantic: `Plain` scalars converted by the key's type,
+    and `3e-4` in quotes as a number if only a number fits."""
     if isinstance(raw, Mapping):
         return _mapping(raw, annotation, refuse, key)
     if isinstance(raw, list):
@@ -70,7 +70,7 @@ def read_values(raw: Any, annotation: Any, refuse: Refuse, key: Key = ()) -> Any
         return _scalar(raw, allowed, refuse, key)
     if has_surrogate(raw):
         refuse(key, "the text contains half of a surrogate pair", "write the complete character")
-    # PyYAML makes text of 1e6; of other quoted numbers, text where text fits.
+    # PyYAML reads 1e6 as text; other quoted numbers are text if text fits.
     spelled = _DECIMAL.fullmatch(raw) and ("e" in raw.lower() or str not in allowed)
     return float(raw) if float in allowed and spelled else raw
 
@@ -113,7 +113,7 @@ def _scalar(text: Plain, allowed: set[Any], refuse: Refuse, key: Key) -> Any:
 
 
 def _number(text: Plain, allowed: set[Any], refuse: Refuse, key: Key) -> Any:
-    """A decimal number; else text, which pydantic refuses where a number is needed."""
+    """A decimal number; otherwise text, which pydantic rejects if a number is needed."""
     name, sign = shown(text), text[:1] if text[:1] in ("-", "+") else ""
     if len(text) > 400 and _DECIMAL.fullmatch(text):
         refuse(key, f"the number has {len(text):,} digits", "write a smaller one")
@@ -184,7 +184,7 @@ def tag_key(models: list[type[BaseModel]]) -> str | None:
 
 
 def chosen_model(models: list[type[BaseModel]], raw: Mapping[Any, Any]) -> type[BaseModel] | None:
-    """The variant that the values are of; None where they do not say it."""
+    """The variant of a union that the values select; None if they do not."""
     key = tag_key(models)
     if key is None:
         return models[0]

@@ -1,7 +1,7 @@
 """A recipe's YAML: mappings, lists and unconverted scalars, each with its line.
 
-What a scalar without quotes means depends on the key that it stands at: YAML 1.1, which PyYAML
-implements, reads `no` as false, `1:30` as 90 and `017` as 15 wherever they stand. So it stays
+The meaning of a scalar without quotes depends on its key: YAML 1.1, which PyYAML
+implements, reads `no` as false, `1:30` as 90 and `017` as 15 everywhere. So it stays
 `Plain` here, and `recipe_values` decides.
 """
 
@@ -22,11 +22,11 @@ Key = tuple[str | int, ...]
 Lines = dict[Key, int]
 
 LARGEST_FILE = 1_000_000
-"""Bytes of a recipe; texts belong into files that the recipe names."""
+"""Maximum bytes of a recipe; texts belong in files that the recipe names."""
 MOST_VALUES = 50_000
 """Maximum number of values in a recipe with its aliases expanded."""
 DEEPEST = 64
-"""Levels of mappings and lists within each other."""
+"""Maximum nesting depth of mappings and lists."""
 
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -92,10 +92,10 @@ def read_file(path: Path) -> str:
 
 
 def read_document(text: str, source: str) -> tuple[dict[str, Any], Lines]:
-    """Mappings, lists and scalars (`Plain` where they have no quotes), and each key's line.
+    """Mappings, lists and scalars (`Plain` if they have no quotes), and each key's line.
 
-    Raises RecipeError: no YAML, no mapping, several documents, a key given twice, a tag, an alias
-    that holds itself or stands for too much.
+    Raises RecipeError for invalid YAML, no mapping, several documents, a repeated key, a tag, or an
+    alias that contains itself or expands to too much.
     """
     node = _compose(text, source)
     if node is None or not isinstance(node.value, dict):
@@ -109,13 +109,13 @@ def read_document(text: str, source: str) -> tuple[dict[str, Any], Lines]:
 
 
 def read_scalar(text: str, source: str) -> Any:
-    """The value of an override, as `read_document` has values."""
+    """The value of an override, with the types of `read_document`."""
     node = _compose(text, source)
     return Plain("") if node is None else _values(node, (), {})
 
 
 def dotted(key: Key) -> str:
-    """a.b.0, printable and not too long."""
+    """The key as a.b.0, printable and not too long."""
     return ".".join(shown(part) for part in key)
 
 
@@ -148,7 +148,8 @@ def _at(source: str, line: int) -> str:
 
 @dataclass
 class _Composer:
-    """Nodes of PyYAML's events: its own composer has no limits, and overflows the stack."""
+    """Composes nodes from PyYAML's events: its own composer has no limits, and overflows the
+    stack."""
 
     text: str
     source: str
@@ -218,7 +219,7 @@ class _Composer:
         return self.mapping(line, depth)
 
     def mapping(self, line: int, depth: int) -> _Node:
-        """Merged keys (`<<`) come after the mapping's own, which they do not replace."""
+        """Merged keys (`<<`) come after the mapping's own keys, and do not replace them."""
         values: dict[str, _Node] = {}
         merged: list[_Node] = []
         places: dict[str, int] = {}
@@ -250,12 +251,12 @@ class _Composer:
 
 
 def has_surrogate(text: str) -> bool:
-    """Whether it holds half of a character, which no UTF-8 file can."""
+    """Whether it contains half of a character, which no UTF-8 file can."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _values(node: _Node, key: Key, lines: Lines) -> Any:
-    """Written out: nothing is shared, so that an override changes one place."""
+    """Values without aliases: nothing is shared, so an override changes only one place."""
     if isinstance(node.value, dict):
         for name, child in node.value.items():
             lines[(*key, name)] = child.line

@@ -1,4 +1,4 @@
-"""What training needs of text: rows of equal length by index, and how much there is to learn.
+"""Text as training needs it: rows of equal length by index, and the number of supervised tokens.
 
 Shapes: R rows of a batch, L tokens.
 """
@@ -18,7 +18,7 @@ Batch = dict[str, Tensor]
 
 
 class Batches(WindowSet, Protocol):
-    """Text to train on or to measure on; `Windows` is text that is there.
+    """Text to train on or to evaluate on; `Windows` is the usual implementation.
 
     context: tokens in every row. supervised_tokens: labels to predict, in all rows together.
     """
@@ -36,7 +36,7 @@ def collate(rows: Sequence[Batch]) -> Batch:
 
 
 def in_order(windows: WindowSet, tokens: int) -> Iterator[Batch]:
-    """The rows in their order, in batches of about `tokens` tokens, of one row at least."""
+    """The rows in order, in batches of about `tokens` tokens, with at least one row."""
     together = max(1, tokens // len(windows[0]["labels"]))
     for start in range(0, len(windows), together):
         yield collate([windows[i] for i in range(start, min(start + together, len(windows)))])

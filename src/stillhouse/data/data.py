@@ -1,4 +1,4 @@
-"""Text to train on and text to measure on, from whatever it is in."""
+"""Text to train on and to evaluate on, from files, datasets or lists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Boundary = Literal["file", "blank-line", "line"]
 
 @dataclass(frozen=True, repr=False)
 class Data:
-    """train: to learn from. heldout: to measure on; no document is in both."""
+    """train: to learn from. heldout: to evaluate on; no document is in both."""
 
     train: Batches
     heldout: Batches

@@ -21,7 +21,7 @@ Message = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class About:
-    """What the reader of a row found. format: the name of its format. notes: what of it is not
+    """What the reader of a row found. format: the name of its format. notes: the parts that are not
     learned or not read, one sentence each."""
 
     format: str

@@ -1,1 +1,1 @@
-"""A family of students: prune and distill in turn, each the start of the next smaller one."""
+"""A family of students: pruned and distilled in turn, each from the previous, larger one."""

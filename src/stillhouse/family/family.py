@@ -1,4 +1,4 @@
-"""A run that makes a family: prune and distill in turn, each student the start of the next.
+"""A run that builds a family: prune and distill in turn, each student from the previous one.
 
 Every member is a language-model run. All members share one folder of stages, so that the data are
 built once, the teacher's signals are recorded once, and a finished hop does not run again when
@@ -47,11 +47,12 @@ PRODUCING = (
     "quantize",
     "qat",
 )
-"""Stages that make a member; the others measure it and write it down."""
+"""Stages that build a member; the others evaluate and export it."""
 
 
 def _find(recipe: Recipe, base: Path) -> Job:
-    """The first member's job. Raises RecipeError for a later member that cannot be cut so."""
+    """The first member's job. Raises RecipeError for a later member that cannot be cut as
+    requested."""
     assert recipe.cascade is not None
     first = find_models(first_member(recipe), base)
     planned_members(recipe, first)
@@ -64,7 +65,7 @@ def _find_to_check(recipe: Recipe, base: Path) -> Job:
 
 def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     assert recipe.cascade is not None
-    # A later hop that cannot be made is refused before the first one is paid for.
+    # A later hop that is not possible is rejected before the first one is computed.
     first = _find(recipe, base)
     require_all(FAMILY, replace(first, family=recipe))
     members = _members(recipe, base, folder, tuple(origins_of(first)))
@@ -89,7 +90,7 @@ def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
 
 
 def _follow(recipe: Recipe, base: Path, folder: RunFolder) -> None:
-    """What the other processes of a torchrun do."""
+    """The work of the other processes under torchrun."""
     assert recipe.cascade is not None
     do, models = following(folder), list[Path]()
     for hop in recipe.cascade.hops:
@@ -120,7 +121,7 @@ def _members(
 
 
 def _require_members(job: Job) -> Iterator[Finding]:
-    """The exports and the size of every member."""
+    """Check the exports and the size of every member."""
     recipe = job.family
     assert recipe is not None
     assert recipe.cascade is not None
@@ -182,12 +183,13 @@ def _cut_teacher(result: RunResult) -> CutTeacher | None:
 
 
 def _cutting(result: RunResult) -> Stage | None:
-    """The stage that took tokens from the teacher; the first of several models'."""
+    """The stage that cut the teacher's vocabulary; if several models were cut, the first stage."""
     return next((stage for stage in result.stages if stage.name == "vocabulary"), None)
 
 
 def _cut_here(result: RunResult, *, first: bool) -> dict[str, tuple[int, int]]:
-    """Sizes before and after. first: the member before it is the teacher with all its tokens."""
+    """Sizes before and after. first: the member is cut from the teacher with its full
+    vocabulary."""
     shape = dict(result.stage("student").summary["pruning"]["changed"])
     cut = _cutting(result)
     if first and cut is not None:
@@ -196,7 +198,7 @@ def _cut_here(result: RunResult, *, first: bool) -> dict[str, tuple[int, int]]:
 
 
 def _generations(members: Mapping[str, RunResult]) -> list[Generation]:
-    """Each prompt's answers: the teacher's, and every member's by its name."""
+    """Each prompt's answers: the teacher's, and every member's by name."""
     answers: dict[str, dict[str, str]] = {}
     for name, result in members.items():
         for generation in result.evaluation.generations:

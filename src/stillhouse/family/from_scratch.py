@@ -21,11 +21,11 @@ MEASUREMENTS = 12
 
 
 def train_from_scratch(recipe: Recipe, job: Job, do: Do, largest: Path) -> ScratchTraining:
-    """Trains `cascade.from_scratch.tokens` tokens from random weights, or finds it done.
+    """Train on `cascade.from_scratch.tokens` tokens from random weights, unless it is finished.
 
-    job: the first member's, once its data are there. largest: the checkpoint of the largest member,
-    whose shape it has. The text is all of the recipe's, beyond `data.train_tokens`, and again from
-    the start where it ends.
+    job: the first member's, once its data exist. largest: the checkpoint of the largest member,
+    whose shape is used. The text is all of the recipe's, beyond `data.train_tokens`, and again from
+    the start when it ends.
     """
     assert recipe.cascade is not None
     section = recipe.cascade.from_scratch
@@ -46,7 +46,7 @@ def train_from_scratch(recipe: Recipe, job: Job, do: Do, largest: Path) -> Scrat
     )
     changed = {"data": data, "student": random, "train": train, "signals": None, "quantize": None}
     first = first_member(recipe).model_copy(update=changed)
-    # The family's teacher, which may have lost tokens, and its text.
+    # The family's teacher, whose vocabulary may be cut, and its text.
     found = find_models(first, job.base, teacher=job.teacher)
     job = replace(found, text=job.text)
     text = do(plan_data(job))

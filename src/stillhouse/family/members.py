@@ -1,4 +1,4 @@
-"""A cascade's recipe taken apart: one plain recipe for each member."""
+"""Splits a cascade's recipe into one plain recipe per member."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def member_recipe(recipe: Recipe, hop: HopRecipe, parent: Path | None = None) ->
 
 
 def first_member(recipe: Recipe) -> Recipe:
-    """The recipe itself, or its first member's, whose data and signals are those of all."""
+    """The recipe itself, or its first member's, whose data and signals are shared by all."""
     if recipe.cascade is None:
         return recipe
     return member_recipe(recipe, recipe.cascade.hops[0])
@@ -71,7 +71,7 @@ def first_member(recipe: Recipe) -> Recipe:
 def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
     """Name and configuration of every member of a cascade; `first` is the first one's job.
 
-    Raises RecipeError for a member that cannot be cut so.
+    Raises RecipeError for a member that cannot be cut as requested.
     """
     assert recipe.cascade is not None
     start = start_config(first)
@@ -86,8 +86,8 @@ def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
             try:
                 planned = plan(start)
             except RecipeError:
-                # Of a searched member only a guess of the shape is known: what the largest that
-                # it can be allows is not refused.
+                # Only an estimate of a searched member's shape is known: whatever the largest
+                # possible shape allows is accepted.
                 planned = plan(largest)
         except RecipeError as error:
             where = f"cascade.hops, {hop.name}"

@@ -1,1 +1,1 @@
-"""A language-model run: what each stage depends on, the work that fills it, and their order."""
+"""A language-model run: the stages' dependencies, their work, and their order."""

@@ -1,4 +1,4 @@
-"""The stage that makes a signal store of the log-probabilities that came with an API's answers."""
+"""The stage that builds a signal store from the log-probabilities of an API's answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ BIAS = (
 
 @dataclass
 class Counted:
-    """answers: rows of the text. mismatched: those whose tokens are not the student's. tokens:
+    """answers: rows of the text. mismatched: those whose tokens differ from the student's. tokens:
     supervised. told: of them, those whose log-probabilities the API returned."""
 
     answers: int = 0
@@ -51,8 +51,8 @@ class Counted:
 def plan_api_signals(job: Job) -> StagePlan:
     """The store of the run's synthesized text.
 
-    Raises SignalError: `data` reads no synthesized text, or a term asks for another temperature.
-    The work raises it where too many answers are tokenized otherwise.
+    Raises SignalError if `data` reads no synthesized text, or a term requires another temperature.
+    The work raises it if too many answers are tokenized differently.
     """
     recipe = job.recipe
     section, synthesis, text = recipe.signals, recipe.synthesize, job.text
@@ -169,7 +169,7 @@ def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]
                 for row in rows:
                     if row is rows[-1]:
                         aligned = align(row, content, logprobs, k, words)
-                    else:  # a turn before the last, of a template that rewrites turns
+                    else:  # an earlier turn, if the template rewrites turns
                         aligned = replace(align(row, "", None, k, words), matched=True)
                     cut = _cut(row, aligned, job)
                     if cut is not None:
@@ -178,7 +178,7 @@ def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]
 
 
 def _cut(row: TokenRow, aligned: Aligned, job: Job) -> tuple[TokenRow, Aligned] | None:
-    """As the data stage makes a row fit the context; None where it drops it."""
+    """Fit a row to the context as the data stage does; None if it is dropped."""
     context = job.recipe.data.context
     if len(row.ids) <= context:
         return row, aligned

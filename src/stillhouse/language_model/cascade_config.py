@@ -22,11 +22,12 @@ RUN_FOLDER_NAMES = (
     "family.html",
     "family.json",
 )
-"""What a run folder holds or links to, besides the formats that are exported."""
+"""Names in a run folder, besides the exported formats."""
 
 
 class HopRecipe(PrunedSizes):
-    """One member of a family: what it keeps of the model before it, and how long it is trained."""
+    """One member of a family: the sizes it keeps of the model before it, and how long it is
+    trained."""
 
     name: RunName = Field(description="The member's folder.")
     epochs: Epochs | None = Field(None, description="As train.epochs, which it overrides.")
@@ -74,7 +75,7 @@ class CascadeRecipe(Section):
             raise ValueError("two hops have the same name")
         taken = {*RUN_FOLDER_NAMES, *FORMATS}
         for name in names:
-            # Some file systems do not tell capitals from small letters.
+            # Some file systems are case-insensitive.
             if name.lower() in taken:
                 raise ValueError(f"a member's folder cannot be called {name}, as the run has that")
         return self

@@ -22,11 +22,11 @@ from stillhouse.teachers.load_model import load_tokenizer
 SAMPLE_DOCUMENTS = 400
 SAMPLE_CHARACTERS = 400_000
 TOKENS = "tokens"
-"""In `Check.found`: how many tokens all sources hold; absent where it cannot be estimated yet."""
+"""In `Check.found`: the number of tokens in all sources; absent if it cannot be estimated yet."""
 
 
 def check_data(check: Check) -> Iterator[Finding]:
-    """The models, then a sample of the text."""
+    """Check a sample of the text."""
     job: Job = check.job
     yield Finding("ok", "teacher", job.teacher.described)
     yield Finding("ok", "vocabulary", f"{job.vocabulary:,} tokens, the same in both models")
@@ -46,8 +46,8 @@ def check_data(check: Check) -> Iterator[Finding]:
 class Sample:
     """The first documents, tokenized.
 
-    tokens: an estimate for all sources. complete: the sample is all there is. notes: how many rows
-    have something that is not learned or not read, by what it is.
+    tokens: an estimate for all sources. complete: the sample is the entire text. notes: how many
+    rows have something that is not learned or not read, by kind.
     """
 
     documents: int

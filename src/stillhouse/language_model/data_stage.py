@@ -1,4 +1,4 @@
-"""The stage that makes windows of tokens out of the recipe's sources."""
+"""The stage that builds windows of tokens from the recipe's sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stage that measures the students beside their teacher."""
+"""The stage that evaluates the students against their teacher."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def plan_evaluation(
 
 
 def _with_found_tasks(section: EvaluateRecipe, base: Path) -> EvaluateRecipe:
-    """Paths of lm-eval tasks start from the recipe's folder; its task names stay names."""
+    """Resolve paths of lm-eval tasks relative to the recipe's folder; task names are not
+    changed."""
     if section.lm_eval is None:
         return section
     tasks = [str(base / task) if (base / task).exists() else task for task in section.lm_eval.tasks]

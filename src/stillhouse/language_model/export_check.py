@@ -22,7 +22,7 @@ from stillhouse.teachers.planned_model import planned_model
 
 
 def require_exports(job: Job) -> Iterator[Finding]:
-    """Raises StillhouseError for a student that cannot be exported."""
+    """Raise StillhouseError for a student that cannot be exported."""
     job = whole_job(job)
     yield from export_findings(job.recipe, job, [("", configs(job)[0])])
 
@@ -60,7 +60,7 @@ def export_findings(
 
 
 def _layers_before(recipe: Recipe, job: Job) -> int | None:
-    """Layers of the model that the student is pruned from; None: it is not pruned."""
+    """Layers of the model that the student is pruned from; None if it is not pruned."""
     if recipe.cascade is None and not isinstance(recipe.student, PrunedStudent):
         return None
     source = job.pruned or job.teacher

@@ -1,4 +1,4 @@
-"""The last stages of a run: what is shipped, checked and described, and the report."""
+"""The last stages of a run: exports, uploads, and the report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from stillhouse.training.train import METRICS, MODEL
 def plan_export(
     job: Job, data: Stage, evaluated: Stage, trained: Stage, *quantized: Stage | None
 ) -> StagePlan:
-    """What is exported is the run's last model, trained or quantized."""
+    """Export the run's last model, trained or quantized."""
     shipped = [stage for stage in (trained, *quantized) if stage is not None][-1]
     recipe, section = job.recipe.with_programs(job.base), job.recipe.export
     origins = distinct([*origins_of(job), *job.ancestors])
@@ -134,7 +134,7 @@ def _calibration(job: Job, data: Stage) -> list[Any]:
 
 
 def _moments(job: Job, model: Path, calibration: list[Any]) -> Moments | None:
-    """Where a format asks for them."""
+    """The inputs' moments, if a format uses them."""
     forms = job.recipe.export.formats
     if not calibration or not any(form.removeprefix("gguf-") in WEIGHTED for form in forms):
         return None
@@ -147,9 +147,9 @@ def pushes(job: Any) -> bool:
 
 
 def plan_push(job: Any, exported: Stage) -> StagePlan:
-    """Uploads what has passed its replay: an export that fails ends the run before this stage.
+    """Upload the exports that passed their replay: a failed export ends the run before this stage.
 
-    job: of any kind of run whose recipe has the section `export`.
+    job: of any kind of run with an `export` section.
     """
     section, forms, name = job.recipe.export.push_to_hub, job.recipe.export.formats, job.recipe.name
 

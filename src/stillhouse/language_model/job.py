@@ -1,4 +1,4 @@
-"""A language-model recipe whose models have been found: what every stage of its run starts from."""
+"""A language-model recipe with its resolved models: the input of every stage of its run."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ from stillhouse.training.train_config import ORIGINAL
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe whose models have been found and fit together.
+    """A recipe with its resolved models, checked to fit together.
 
-    base: where relative paths start. pruned: the model that is pruned, where that is not the
+    base: the folder of relative paths. pruned: the model that is pruned, if that is not the
     teacher. vocabulary: token ids below it are shared by both models; rows of a head beyond it are
-    padding. teachers: the models that the student learns from, the teacher or others of its
-    vocabulary. text: what the run has synthesized. ancestors: of a member of a family, the models
+    padding. teachers: the models that the student learns from, the teacher or others with its
+    vocabulary. text: the run's synthesized text. ancestors: for a member of a family, the models
     that the first member was made with. after_cut: before the vocabulary is cut, the recipe that
-    goes on from there; this job's own then has no more than the cut. cut: whether it was cut.
-    family: of a first member, the recipe of the whole family.
+    continues afterwards; this job's own recipe then contains only the cut. cut: whether it was cut.
+    family: for a first member, the recipe of the entire family.
     """
 
     recipe: Recipe
@@ -69,7 +69,7 @@ class Job:
 
     @property
     def tokenizer_path(self) -> Path:
-        """The student's own where it has one: its token ids are the teacher's, see `students`."""
+        """The student's own, if it has one: its token ids are the teacher's, see `students`."""
         return (self.pretrained or self.teacher).path
 
     @property
@@ -80,9 +80,9 @@ class Job:
 def find_models(
     recipe: Recipe, base: Path, *, weights: bool = True, teacher: ModelSource | None = None
 ) -> Job:
-    """Finds and checks the models on disk, or downloads them (False: all but their weights).
+    """Find and check the models on disk, or download them (weights=False: all but their weights).
 
-    teacher: takes the place of the recipe's, as one that has lost tokens does (see `beginning`).
+    teacher: used instead of the recipe's, for example one with a cut vocabulary (see `beginning`).
     Raises ModelError; RecipeError for a student that cannot be trained on the teacher's token ids.
     """
     section = recipe.teacher
@@ -109,7 +109,7 @@ def find_models(
     teachers = _teachers(recipe, teacher, base, weights)
     job = Job(recipe, base, teacher, pretrained, match.rows, pruned, teachers)
     require_decoder(configs(job)[0], recipe.student.start)
-    # Refuses now what these models, or a store of the teacher's answers, cannot give.
+    # Reject early what these models, or a store of the teacher's signals, cannot serve.
     objective = planned_objective(job)
     if recipe.signals is not None:
         stored_temperature(objective, signals_encoding(job, objective))
@@ -129,9 +129,9 @@ def _teachers(
 
 
 def signals_encoding(job: Job, objective: Objective) -> Encoding:
-    """What the teacher's answers are stored as.
+    """The encoding of the teacher's signals.
 
-    Raises SignalError, StoreError about a given store that cannot serve this recipe.
+    Raises SignalError, StoreError for a given store that cannot serve this recipe.
     """
     section = job.recipe.signals
     assert section is not None
@@ -160,7 +160,7 @@ def signals_encoding(job: Job, objective: Objective) -> Encoding:
 
 
 def _within_vocabulary(encoding: EntryEncoding, vocabulary: int) -> EntryEncoding:
-    """Raises SignalError where more tokens are stored of each position than there are."""
+    """Raise SignalError if more tokens per position are stored than there are in the vocabulary."""
     most = 0
     if isinstance(encoding, TopK | Stratified):
         most = encoding.k
@@ -202,9 +202,9 @@ def _check_layers(encoding: Hidden, needed: tuple[int, ...], store: Path) -> Non
 
 
 def planned_objective(job: Job) -> Objective:
-    """The objective before there is a student: its learned maps have shapes and no memory.
+    """The objective before there is a student: its learned maps are on the meta device.
 
-    Raises SignalError for terms that these models cannot give.
+    Raises SignalError for terms that these models cannot serve.
     """
     student, teacher = configs(job)[0], job.teachers[0]
     shape = load_config(teacher.path, trust_remote_code=job.trust_remote_code)
@@ -220,7 +220,7 @@ def planned_objective(job: Job) -> Objective:
 
 
 def configs(job: Job) -> tuple[Any, Any]:
-    """The student's configuration, as it will be, and the teacher's."""
+    """The student's planned configuration, and the teacher's."""
     code = job.trust_remote_code
     teacher = load_config(job.teacher.path, trust_remote_code=code)
     section = job.recipe.student
@@ -232,7 +232,8 @@ def configs(job: Job) -> tuple[Any, Any]:
 
 
 def whole_job(job: Job) -> Job:
-    """The job of the whole recipe, where this one is of what comes before the vocabulary's cut."""
+    """The job of the full recipe, if this job covers only the steps before the vocabulary is
+    cut."""
     return job if job.after_cut is None else replace(job, recipe=job.after_cut, after_cut=None)
 
 
@@ -245,7 +246,7 @@ def start_config(job: Job) -> Any:
 def shared_vocabulary(
     teacher: ModelSource, student: ModelSource, trust_remote_code: bool
 ) -> VocabularyMatch:
-    """Raises ModelError where the two models' tokens differ."""
+    """Raises ModelError if the two models' tokens differ."""
     sides = []
     for source in (teacher, student):
         tokenizer = load_tokenizer(source.path, trust_remote_code=trust_remote_code)
@@ -258,5 +259,5 @@ def shared_vocabulary(
 
 
 def planned_size(config: Any) -> account.ParameterCount:
-    """The size of a model that does not exist yet."""
+    """The planned size of a model."""
     return account.count_parameters(planned_model(config))

@@ -1,4 +1,4 @@
-"""A run that makes one language model: its stages, in order."""
+"""A run that trains one language model: its stages, in order."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ from stillhouse.teachers.load_model import load_tokenizer
 
 
 def _plan_store(job: Job, data: Stage, student: Stage) -> StagePlan:
-    """The store is filled by the teacher, or from what came with an API's answers."""
+    """The store is filled by the teacher, or from the log-probabilities of an API's answers."""
     section = job.recipe.signals
     if section is not None and section.answers is not None:
         return plan_api_signals(job)
@@ -123,7 +123,7 @@ STEPS = (
     Step("report", plan_language_model_report, ALL, main_process=True),
 )
 DATA_STEPS = ("synthesis", "data", "vocabulary")
-"""The steps that lead to the windows, and to the teacher that has their tokens."""
+"""The steps up to the windows, and the teacher with their vocabulary."""
 
 
 def links(job: Job, stages: Mapping[str, Stage]) -> dict[str, Path]:
@@ -138,7 +138,7 @@ def links(job: Job, stages: Mapping[str, Stage]) -> dict[str, Path]:
 
 
 def preview_windows(recipe: Recipe, base: Path, rows: int) -> RenderableType:
-    """Training windows, colored by loss mask. Runs the data stage where it is not finished."""
+    """Training windows, colored by loss mask. Runs the data stage if it is not finished."""
     require_text(recipe, base)
     with locked_folder(recipe) as folder:
         job = find_job(recipe, base)

@@ -1,4 +1,4 @@
-"""What a run's models must be, before anything is computed: read from their configurations."""
+"""Checks a run's models before anything is computed, from their configurations."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ from stillhouse.teachers.planned_model import (
 
 
 def require_models(job: Job) -> Iterator[Finding]:
-    """The folders of all models, their positions, and the templates that `evaluate.prompts` need.
+    """Check the folders of all models, their positions, and the templates that `evaluate.prompts`
+    need.
 
-    Raises StillhouseError for what cannot work; yields what is doubtful.
+    Raises StillhouseError for what cannot work; yields warnings.
     """
     job = whole_job(job)
     code = job.trust_remote_code
@@ -62,7 +63,7 @@ def _require_trainable(config: Any, source: ModelSource) -> None:
 
 
 def _positions(name: str, config: Any, job: Job) -> Iterator[Finding]:
-    """Raises RecipeError for texts that are longer than a table of positions."""
+    """Raise RecipeError for texts that are longer than a table of positions."""
     context, evaluate = job.recipe.data.context, job.recipe.evaluate
     most = learned_positions(planned_model(config))
     lengths = {f"data.context: {context}": context}
@@ -104,7 +105,7 @@ def _shorter(key: str, context: int, length: int, most: int) -> str:
 
 
 def _require_templates(job: Job) -> None:
-    """The evaluation prompts teacher and student with a chat if they have a template."""
+    """Check the templates: evaluation prompts are chats if a model has one."""
     chats = [(user_turn(prompt), "evaluate.prompts") for prompt in job.recipe.evaluate.prompts]
     for whose, path in (("the teacher", job.teacher.path), ("the student", job.tokenizer_path)):
         tokenizer = load_tokenizer(path, trust_remote_code=job.trust_remote_code)

@@ -1,4 +1,4 @@
-"""Packages, keys and disk space that the options of a recipe need."""
+"""Checks the packages, keys and disk space that the options of a recipe need."""
 
 from __future__ import annotations
 
@@ -25,11 +25,12 @@ from stillhouse.signals.signals_config import SignalsRecipe
 from stillhouse.teachers.api_keys import api_key
 
 CHARACTERS_PER_TOKEN = 3.0
-"""Of text whose tokens are not counted yet; more make the estimate smaller."""
+"""Characters per token, for text that is not tokenized yet; a high value makes the estimate
+smaller."""
 
 
 def require_options(job: Job) -> Iterator[Finding]:
-    """Trackers, lm-eval's tasks and the key of a server of signals. Raises StillhouseError."""
+    """Check trackers, lm-eval's tasks and the key of a signal server. Raises StillhouseError."""
     recipe = job.recipe
     here = get_available_reporting_integrations() if recipe.train.report_to else []
     for name in recipe.train.report_to:
@@ -54,10 +55,10 @@ def require_options(job: Job) -> Iterator[Finding]:
 
 
 def require_disk(job: Job) -> Iterator[Finding]:
-    """What a run writes, against the free space of its folder, until it has trained.
+    """Compare what a run writes until it has trained with the free space of its folder.
 
-    Each checkpoint holds weights and two moments in float32; beside them are the student before
-    and after training, its exports, and a store of signals.
+    Each checkpoint holds weights and two moments in float32; in addition there are the student
+    before and after training, its exports, and a store of signals.
     """
     job = whole_job(job)
     recipe = job.recipe
@@ -69,7 +70,7 @@ def require_disk(job: Job) -> Iterator[Finding]:
     parts = "checkpoints, models"
     if records_signals(job) and not has_finished(recipe, "signals"):
         tokens = 0.0
-        with suppress(DataError):  # text that the run makes itself is not there yet
+        with suppress(DataError):  # text that the run synthesizes does not exist yet
             tokens = size_estimate(recipe.data.sources, job.base) / CHARACTERS_PER_TOKEN
         tokens = min(tokens, recipe.data.train_tokens or tokens)
         need += tokens * row_bytes(job, recipe.signals or SignalsRecipe())

@@ -1,4 +1,4 @@
-"""The stages that round the trained student, and train it rounded."""
+"""The stages that quantize the trained student, and train it quantized."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from stillhouse.training.train import MODEL
 
 
 def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
-    """The trained student's matrices rounded onto a grid; which are left alone, by measurement."""
+    """Round the trained student's matrices to a grid; measurements choose those that are not
+    quantized."""
     section = job.recipe.quantize
     assert section is not None
 
@@ -49,7 +50,7 @@ def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
 def plan_quantized_training(
     job: Job, data: Stage, trained: Stage, rounded: Stage, signals: Stage | None
 ) -> StagePlan:
-    """The trained student distilled on while it is rounded: quantization-aware distillation."""
+    """Continue to distill the student with rounded weights: quantization-aware distillation."""
     section, train_section = job.recipe.quantize, job.recipe.train
     stored = stored_signals(job, signals)
     assert section is not None

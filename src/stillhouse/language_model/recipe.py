@@ -129,12 +129,12 @@ class Recipe(Section):
         return self
 
     def with_programs(self, base: Path) -> Recipe:
-        """The recipe whose programs' paths start from `base` where they are there, else as they
-        are."""
+        """The recipe with its programs' paths resolved against `base` if they exist there,
+        otherwise are."""
         named = self.export.llm_compressor
         if named is None:
             return self
-        # Not resolved: an environment's Python is a link, and knows its environment by that path.
+        # Not resolved: an environment's Python is a link, and finds its environment by that path.
         beside = (base / Path(named).expanduser()).absolute()
         found = {"llm_compressor": str(beside) if beside.exists() else named}
         return self.model_copy(update={"export": self.export.model_copy(update=found)})

@@ -1,4 +1,4 @@
-"""The stage that finds a pruned student's shape, where the recipe gives a target and no sizes."""
+"""The stage that finds a pruned student's shape, if the recipe has a target instead of sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stillhouse.search.search_shape import WORK, Setting, search_shape
 from stillhouse.students.student_config import PrunedStudent
 
 SHORT_TRAINING = ("learning_rate", "betas", "weight_decay", "max_grad_norm", "batch_size")
-"""What short distillations have of the recipe's `train`."""
+"""The keys of the recipe's `train` that apply to short distillations."""
 
 
 def has_target(job: Job) -> bool:
@@ -70,7 +70,7 @@ def plan_search(job: Job, data: Stage) -> StagePlan:
 def _inputs(job: Job, data: Stage, section: PrunedStudent) -> dict[str, Any]:
     assert section.target is not None
     return {
-        # What is pruned is known by its fingerprint, wherever it is.
+        # The pruned model is identified by its fingerprint, wherever it is.
         "recipe": section.model_dump(mode="json", exclude={"model"}),
         "train": {key: getattr(job.recipe.train, key) for key in SHORT_TRAINING},
         "precision": job.recipe.train.precision,
@@ -79,13 +79,13 @@ def _inputs(job: Job, data: Stage, section: PrunedStudent) -> dict[str, Any]:
         "teacher": job.teacher.fingerprint,
         "pruned": job.pruned and job.pruned.fingerprint,
         "data": data.digest,
-        # Measurements of another machine do not apply to this one.
+        # Measurements from another machine do not apply to this one.
         "machine": machine()["cpu"] if section.target.measured else None,
     }
 
 
 def with_sizes(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
-    """The job with the sizes that the search found, in place of the target."""
+    """The job with the sizes that the search found, instead of the target."""
     section = job.recipe.student
     student = section.model_copy(update={**stages["search"].summary["sizes"], "target": None})
     return replace(job, recipe=job.recipe.model_copy(update={"student": student}))

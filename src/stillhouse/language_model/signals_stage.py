@@ -1,4 +1,4 @@
-"""The stage that records the teacher's answers, and the teacher that training gets."""
+"""The stage that records the teacher's signals, and the teacher used for training."""
 
 from __future__ import annotations
 
@@ -49,16 +49,16 @@ STORE = "store"
 
 @dataclass(frozen=True)
 class StoredSignals:
-    """A finished store. key: names what it holds."""
+    """A finished store. key: identifies its content."""
 
     path: Path
     key: str
 
 
 def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
-    """The teacher answers every training window once; students then read its answers.
+    """The teacher scores every training window once; students then read its signals.
 
-    student: whose head its answers are for, where they are for one (`for_one_head`).
+    student: the student whose head the signals are for, if they are for one (`for_one_head`).
     """
     section = job.recipe.signals
     assert section is not None
@@ -76,7 +76,7 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         assert student is not None
         student_head = _head(job, student)
     identity = signal_identity(job, student_head)
-    # Measurements on the way then know the teacher too.
+    # Measurements during training can then use the teacher too.
     with_heldout = job.recipe.train.evaluate_every is not None
 
     def settings(encoding: Encoding, source: str) -> Settings:
@@ -126,12 +126,12 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
 
 
 def records_signals(job: Job) -> bool:
-    """Whether the run makes a store, rather than reading one or none."""
+    """Whether the run builds a store, rather than reading one or none."""
     return job.recipe.signals is not None and job.recipe.signals.store is None
 
 
 def _recorded_teacher(job: Job, encoding: Encoding) -> Teacher:
-    """Whose answers are recorded: the server's, or the teacher's on this machine."""
+    """The teacher whose signals are recorded: on a server, or on this machine."""
     section = job.recipe.signals
     if section is None or section.server is None:
         device = default_device()
@@ -152,15 +152,15 @@ def _recorded_teacher(job: Job, encoding: Encoding) -> Teacher:
 
 
 def for_one_head(job: Job) -> bool:
-    """Whether signals are made for one student's head, which must then be there before them."""
+    """Whether signals are recorded for one student's head, so that it must exist first."""
     return isinstance(signals_encoding(job, planned_objective(job)), FrozenHead)
 
 
 def signal_identity(job: Job, student_head: LMHead | None) -> dict[str, str]:
-    """What a store must have been recorded with to be this run's. Not the data: rows are found by
-    what they are, so that a store of more text, or of some of it, is as good.
+    """What a store must have been recorded with to be usable by this run. Not the data: rows are
+    found by their content, so a store with more text, or with only some of it, also works.
 
-    student_head: of a store that is for this head alone.
+    student_head: for a store that is only for this head.
     """
     tokenizer = load_tokenizer(job.tokenizer_path, trust_remote_code=job.trust_remote_code)
     teacher, section = job.teacher.fingerprint, job.recipe.signals
@@ -184,7 +184,7 @@ def stored_signals(job: Job, recorded: Stage | None) -> StoredSignals | None:
     if section is None:
         return None
     if recorded is not None:
-        # The stage's key, not its digest: after a resume, other shards hold the same rows.
+        # The stage's key, not its digest: after a resume, different shards hold the same rows.
         return StoredSignals(recorded.path / STORE, recorded.path.name)
     assert section.store is not None
     path = job.base / section.store
@@ -194,8 +194,8 @@ def stored_signals(job: Job, recorded: Stage | None) -> StoredSignals | None:
 def training_teacher(
     job: Job, sources: Sequence[ModelSource], stored: StoredSignals | None, student: Student
 ) -> Teacher | None:
-    """What the student learns from: the models of `sources`, or the store and, where the recipe
-    allows it, the first of them for what the store lacks."""
+    """What the student learns from: the models of `sources`, or the store and, if the recipe
+    allows it, the first of them for missing rows."""
     dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
     code = job.trust_remote_code
     loads = [partial(load_teacher, one, dtype=dtype, trust_remote_code=code) for one in sources]
@@ -213,7 +213,7 @@ def training_teacher(
 
 
 def _open(job: Job, stored: StoredSignals, student: Student) -> Store:
-    """Raises SignalError: the store is of another teacher, tokenizer, template, temperature or
+    """Raises SignalError if the store is for another teacher, tokenizer, template, temperature or
     head."""
     objective = planned_objective(job)
     encoding = signals_encoding(job, objective)

@@ -1,4 +1,4 @@
-"""What a recipe's synthesized text will be and cost, before requests are sent."""
+"""Checks a recipe's synthesis and estimates its cost, before requests are sent."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from stillhouse.teachers.load_model import load_tokenizer
 
 
 def require_text_teacher(recipe: Recipe, base: Path) -> Iterator[Finding]:
-    """Checks the teacher before any request: its key or packages, the filters, and a template that
+    """Check the teacher before any request: its key or packages, the filters, and a template that
     accepts the prompts. Raises StillhouseError."""
     section = recipe.synthesize
     if section is None or _is_complete(recipe, base):
@@ -65,7 +65,7 @@ def require_text_teacher(recipe: Recipe, base: Path) -> Iterator[Finding]:
 
 
 def require_synthesis(job: Job) -> Iterator[Finding]:
-    """Like `require_text_teacher`; also checks the output path, and that the student's template
+    """Like `require_text_teacher`; also check the output path, and that the student's template
     accepts prompts with answers. Raises StillhouseError."""
     recipe, base = job.recipe, job.base
     section = recipe.synthesize
@@ -102,7 +102,7 @@ def _is_complete(recipe: Recipe, base: Path) -> bool:
 
 
 def _require_other_text(job: Job, out: Path) -> None:
-    """Raises DataError for other text of the training that cannot be read, or whose first chats do
+    """Raise DataError for other training text that cannot be read, or whose first chats do
     not fit the template: the data stage reads it only after the teacher has answered."""
     data = job.recipe.data
     tokenizer = load_tokenizer(job.tokenizer_path)
@@ -118,7 +118,7 @@ FIRST_ROWS = 100
 
 
 def _require_out(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> None:
-    """Raises RecipeError where the text cannot be written, or would replace what it is made of."""
+    """Raise RecipeError if the text cannot be written, or would overwrite its own input."""
     out, filters = out_path(section, base), section.filters
     exam = filters.decontaminate
     given = {
@@ -149,7 +149,8 @@ def _require_out(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> None:
 
 
 def check_synthesis(check: Check) -> Iterator[Finding]:
-    """How much is answered, and what the rest costs: by the answers there are, and at most."""
+    """How much is answered, and what the rest costs: estimated from the answers so far, and at
+    most."""
     recipe, base = check.job.recipe, check.job.base
     section = recipe.synthesize
     if section is None:
@@ -167,7 +168,7 @@ def check_synthesis(check: Check) -> Iterator[Finding]:
 
 
 def synthesis_spending(job: Job, *, complete: bool = False) -> Iterator[str]:
-    """What would be paid without a budget. complete: also for answers that a finished stage lacks,
+    """What would be spent without a budget. complete: also for answers that a finished stage lacks,
     which `stillhouse synthesize` requests again."""
     recipe, base = job.recipe, job.base
     section = recipe.synthesize
@@ -195,7 +196,7 @@ def synthesis_spending(job: Job, *, complete: bool = False) -> Iterator[str]:
 class PlannedText:
     """Synthesized text that training will read.
 
-    documents: some of its rows, made of the answers there are. times: how many times as much there
+    documents: some of its rows, from the answers so far. times: how many times as much there
     will be, before filters. other_sources: the sources of `data` that read something else.
     """
 
@@ -205,7 +206,7 @@ class PlannedText:
 
 
 def planned_text(recipe: Recipe, base: Path, most: int) -> PlannedText | None:
-    """None where `data` reads no synthesized text. most: documents at most."""
+    """None if `data` reads no synthesized text. most: maximum number of documents."""
     section = recipe.synthesize
     if section is None or not makes_text(recipe, base):
         return None

@@ -2,7 +2,7 @@
 
 Its key covers what determines the text: the fields of the requests, the contents of the files that
 are read, and the section's filters. The answers are in the journal, which all runs share, so that
-a stage that was killed, or runs again with another filter, pays for nothing twice.
+a stage that was killed, or runs again with another filter, never pays twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from stillhouse.teachers.load_model import load_config
 NAME = "synthesis"
 """The stage, and the link to it in the run folder."""
 PUBLISHED = ".published"
-"""In the run folder: a SHA-256 of every text that was copied to `synthesize.out`, one a line."""
+"""In the run folder: the SHA-256 of every text that was copied to `synthesize.out`, one per
+line."""
 
 
 def synthesis_job(recipe: Recipe, base: Path) -> SynthesisJob:
@@ -51,13 +52,13 @@ def out_path(section: SynthesizeRecipe, base: Path) -> Path:
 
 
 def makes_text(recipe: Recipe, base: Path) -> bool:
-    """Whether a run makes its text: a source of `data` names `synthesize.out`."""
+    """Whether a run synthesizes its text: a source of `data` names `synthesize.out`."""
     section = recipe.synthesize
     return section is not None and reads(recipe.data, out_path(section, base), base)
 
 
 def require_text(recipe: Recipe, base: Path) -> None:
-    """Raises DataError where the run's text is not synthesized yet, which may cost money."""
+    """Raise DataError if the run's text is not synthesized yet, which may cost money."""
     if not makes_text(recipe, base):
         return
     plan = synthesis_plan(recipe, base)
@@ -74,7 +75,7 @@ def plan_synthesis(job: Job) -> StagePlan:
 
 
 def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
-    """Raises DataError where a file that the section names is missing."""
+    """Raises DataError if a file that the section names is missing."""
     job = synthesis_job(recipe, base)
     section, teacher, judge = job.section, job.teacher(weights=False), job.judge(weights=False)
 
@@ -100,7 +101,7 @@ def synthesis_plan(recipe: Recipe, base: Path) -> StagePlan:
 
 
 def with_text(job: Job, stages: Mapping[str, Stage], _do: Do) -> Job:
-    """The job that reads the text of this run."""
+    """The job that reads this run's text."""
     assert job.recipe.synthesize is not None
     stage, out = stages[NAME], out_path(job.recipe.synthesize, job.base)
     if leads():
@@ -118,7 +119,7 @@ def missing_answers(stage: Stage) -> int:
 
 
 def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synthesis:
-    """`stillhouse synthesize`: the stage, run again while requests have no answer."""
+    """`stillhouse synthesize`: run the stage, again if requests have no answer."""
     section = recipe.synthesize
     assert section is not None
     stage = do(replace(synthesis_plan(recipe, base), missing=missing_answers))
@@ -134,9 +135,9 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
 
 
 def publish(text: Path, out: Path, recipe: Recipe) -> None:
-    """Copies the text to the recipe's `out`, atomically: a failed copy leaves the old file.
+    """Copy the text to the recipe's `out`, atomically: a failed copy leaves the old file.
 
-    A file that is not of this recipe stays too, with a note.
+    A file that this recipe did not write is also kept, with a note.
     """
     if out.exists() and sha(out) == sha(text):
         return
@@ -156,7 +157,7 @@ def publish(text: Path, out: Path, recipe: Recipe) -> None:
 
 
 def may_replace(out: Path, recipe: Recipe) -> bool:
-    """Whether the file is missing, or is what this recipe wrote there before."""
+    """Whether the file is missing, or was written by this recipe."""
     if not out.exists():
         return True
     if not out.is_file():
@@ -165,13 +166,13 @@ def may_replace(out: Path, recipe: Recipe) -> bool:
     written = root / PUBLISHED
     if written.exists() and content in written.read_text(encoding="utf-8").split():
         return True
-    # Folders from before there was a record of it.
+    # Older folders have no record of it.
     texts = (folder / TEXT for folder in (root / "stages").glob(f"{NAME}-*"))
     return any(sha(text) == content for text in texts if text.is_file())
 
 
 def _files(section: SynthesizeRecipe) -> dict[str, str]:
-    """The files that are read, by the keys that name them."""
+    """The input files, by the keys that name them."""
     filters = section.filters
     exam = filters.decontaminate.path if filters.decontaminate is not None else None
     files = {

@@ -1,4 +1,4 @@
-"""The stages that make a student and train it."""
+"""The stages that build a student and train it."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
         return Outcome(flops=flops, peak_memory_bytes=peak_memory_bytes(), summary=summary)
 
     inputs = {
-        # How the shape was searched does not matter once it is found, nor where the models are:
-        # their content is named below.
+        # Once a shape is found, the search settings do not matter, nor where the models are:
+        # their content is identified below.
         "recipe": section.model_dump(mode="json", exclude={"search", "target", "model", "config"}),
         "config": config_sha256(section, job.base) if isinstance(section, RandomStudent) else None,
         "seed": job.recipe.seed,
@@ -55,7 +55,7 @@ def plan_student(job: Job, data: Stage) -> StagePlan:
 
 
 def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) -> StagePlan:
-    """signals: the stage of this run that recorded the teacher's answers."""
+    """signals: the stage of this run that recorded the teacher's signals."""
     stored = stored_signals(job, signals)
     inputs: dict[str, Any] = {"objective": job.recipe.objective.model_dump(mode="json")}
     if stored is not None:
@@ -65,7 +65,7 @@ def plan_training(job: Job, data: Stage, student: Stage, signals: Stage | None) 
 
 
 def plan_baseline(job: Job, data: Stage, student: Stage) -> StagePlan:
-    """The same student on the same data by plain next-token loss: what distillation adds to."""
+    """Train the same student on the same data with plain next-token loss, as a baseline."""
     return _training("baseline", {}, job, data, student, BASELINE, ())
 
 
@@ -115,7 +115,7 @@ def _training(
 
 
 def training_outcome(result: TrainingResult, summary: dict[str, Any]) -> Outcome:
-    """What a training took, for its stage's manifest."""
+    """The cost of a training, for its stage's manifest."""
     return Outcome(
         tokens=result.tokens,
         flops=result.flops,

@@ -1,4 +1,4 @@
-"""What a run will take: time, memory, disk, and what a store of signals would save."""
+"""Estimates a run's time, memory and disk space, and what a signal store would save."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from stillhouse.training.train import plan_batches
 EFFICIENCY = 0.55
 """Share of the measured matrix product rate that a training step reaches (bench/step)."""
 SEGMENT_BYTES = 2.0
-"""Keys, offsets and checksums of a store, a token, for documents of some hundred tokens or less."""
+"""Bytes of keys, offsets and checksums per token in a store, for documents of a few hundred
+tokens."""
 ADAM_BYTES = 16
-"""A parameter: float32 weight, gradient and two moments."""
+"""Bytes per parameter: float32 weight, gradient and two moments."""
 
 
 def check_training(check: Check) -> Iterator[Finding]:
-    """The student's size, and what its training takes on this machine.
+    """The student's size, and the cost of its training on this machine.
 
-    Raises StillhouseError as the plan of the objective does.
+    Raises StillhouseError as planning the objective does.
     """
     if TOKENS not in check.found:
         return
@@ -78,8 +79,8 @@ def _signals(
     teacher: account.ParameterCount,
     student: account.ParameterCount,
 ) -> Iterator[Finding]:
-    """What a store costs and saves. passes: times each token is trained on; asking: seconds in
-    which the teacher answers about every token once."""
+    """What a store costs and saves. passes: times each token is trained on; asking: seconds for
+    the teacher to score every token once."""
     section = job.recipe.signals
     if section is not None and section.store is not None:
         manifest = read_manifest(job.base / section.store)
@@ -115,7 +116,7 @@ def _signals(
 
 
 def row_bytes(job: Job, section: SignalsRecipe) -> float:
-    """Bytes of a stored token, about."""
+    """Approximate bytes of a stored token."""
     match section.encoding:
         case FrozenHeadSignals():
             row = 4.0 + 2 * configs(job)[0].get_text_config().hidden_size
@@ -136,7 +137,7 @@ def _training_memory(
     recipe: Recipe,
     dtype: torch.dtype,
 ) -> int:
-    """Bytes at the peak of a step. Activations by the usual count of tensors kept a layer."""
+    """Peak bytes of a step. Activations by the usual count of tensors stored per layer."""
     text = config.get_text_config()
     tokens = micro * recipe.data.context
     wide = getattr(text, "intermediate_size", 4 * text.hidden_size)  # GPT-2 has no such key

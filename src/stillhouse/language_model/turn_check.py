@@ -14,7 +14,7 @@ TOPIC = "chat template"
 
 
 def check_turns(job: Job) -> Iterator[Finding]:
-    """For training text with chats."""
+    """Check the template of training text with chats."""
     code = job.trust_remote_code
     student = load_tokenizer(job.tokenizer_path, trust_remote_code=code)
     teacher = load_tokenizer(job.teacher.path, trust_remote_code=code)

@@ -1,8 +1,8 @@
-"""The stage that cuts the teacher to fewer tokens.
+"""The stage that cuts the teacher's vocabulary.
 
-A student with fewer tokens is trained under a teacher that has lost the same rows of its embeddings
-and head: its distribution over the tokens that are left is the teacher's own, made to sum to 1.
-Other models that the recipe prunes or learns from lose the same ones. So from there on there is
+A student with fewer tokens is trained under a teacher without the same rows of its embeddings
+and head: its distribution over the remaining tokens is the teacher's own, renormalized.
+Other models that the recipe prunes or learns from lose the same rows. So from then on there is
 one vocabulary, as in every run.
 """
 
@@ -37,7 +37,7 @@ from stillhouse.training.train import MODEL
 from stillhouse.training.train_config import ORIGINAL
 
 MEASURED_TOKENS = 8192
-"""Of the training text, on which the cut teacher is compared with the original one."""
+"""Tokens of training text on which the cut teacher is compared with the original."""
 
 
 def find_job(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
@@ -58,7 +58,7 @@ def find_job(recipe: Recipe, base: Path, *, weights: bool = True) -> Job:
 
 
 def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
-    """The job once its teacher has lost tokens; the other models lose the same ones here."""
+    """The job after its teacher's vocabulary is cut; cuts the other models in the same way."""
     assert job.after_cut is not None
     cut, data = finished["vocabulary"], finished["data"]
     kept = cut.summary["vocabulary"][1]
@@ -79,10 +79,10 @@ def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
 
 
 def _other_models(recipe: Recipe, whole: Job) -> dict[str, ModelSource]:
-    """By their names, the models beside the teacher that have all of its tokens.
+    """The models other than the teacher that have all of its tokens, by name.
 
-    A member of a family, which has lost some of them already, is none of them.
-    Raises ModelError for a model of another vocabulary.
+    A member of a family, whose vocabulary is already cut, is not included.
+    Raises ModelError for a model with another vocabulary.
     """
     assert isinstance(recipe.student, PrunedStudent)
     names = [recipe.student.model, *recipe.train.teachers]
@@ -101,7 +101,7 @@ def _other_models(recipe: Recipe, whole: Job) -> dict[str, ModelSource]:
 
 
 def _alike(whole: Job, other: ModelSource, cut: Stage) -> Job:
-    """The job that leaves another model the tokens which the teacher has kept."""
+    """The job that cuts another model to the tokens that the teacher has kept."""
     kept = VocabularyFile(path=str((cut.path / MODEL / KEPT_IDS).absolute()))
     section = PrunedStudent(start="pruned", vocabulary=kept)
     return replace(
@@ -110,9 +110,9 @@ def _alike(whole: Job, other: ModelSource, cut: Stage) -> Job:
 
 
 def _left(recipe: Recipe, cut: Mapping[str, str], teacher: ModelSource) -> Recipe:
-    """The recipe once its models have lost the tokens; cut: where they are, by their names.
+    """The recipe after its models are cut; cut: their folders, by name.
 
-    Where nothing else was to go, the student is its start model, with as many layers.
+    If nothing else was to be cut, the student is its start model, with as many layers.
     """
     section = recipe.student
     assert isinstance(section, PrunedStudent)
@@ -131,7 +131,7 @@ def _left(recipe: Recipe, cut: Mapping[str, str], teacher: ModelSource) -> Recip
 
 
 def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
-    """The job's teacher, with the tokens that the recipe keeps and a tokenizer for them."""
+    """Cut the job's teacher to the tokens that the recipe keeps, with a tokenizer for them."""
     section = job.recipe.student
     assert isinstance(section, PrunedStudent)
 
@@ -168,11 +168,11 @@ def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
 
 
 def _named_tokens(section: PrunedStudent, base: Path) -> int | str | None:
-    """What the recipe keeps; of a file, its content."""
+    """The tokens that the recipe keeps; for a file, its content."""
     if not isinstance(section.vocabulary, VocabularyFile):
         return section.vocabulary
     file = base / section.vocabulary.path
-    # A missing file has its error where it is read.
+    # A missing file raises an error when it is read.
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 

@@ -1,4 +1,4 @@
-"""Runs the steps of a kind of run, each stage once; the processes of a torchrun side by side."""
+"""Runs the steps of a kind of run, each stage once, on all processes of torchrun."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ EVALUATION = "evaluation.json"
 
 
 def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
-    """Runs a recipe of this kind. Only the main process gets a result; the others get None.
+    """Run a recipe of this kind. Only the main process gets a result; the others get None.
 
-    Raises StillhouseError; what is finished by then is kept.
+    Raises StillhouseError; finished stages are kept.
     """
     tune_allocator()
     if leads():
@@ -45,8 +45,8 @@ def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
 
 
 def lead(kind: Kind, recipe: Any, base: Path, folder: RunFolder, job: Any = None) -> RunResult:
-    """Every step, in a folder that is locked. job: the recipe's, where it is found and all that
-    its steps require is looked at."""
+    """Run every step, in a locked folder. job: the recipe's job, after all requirements of
+    its steps are checked."""
     if kind.lead is not None:
         return kind.lead(recipe, base, folder)
     finished: list[Stage] = []
@@ -76,7 +76,7 @@ def run_steps(
     main_process: bool = True,
     only: Container[str] | None = None,
 ) -> tuple[Any, dict[str, Stage]]:
-    """The steps in order: the job after the last one, and the finished stages by their step.
+    """Run the steps in order; returns the job after the last one, and the finished stages by step.
 
     only: names of the steps to run; None for all.
     """
@@ -104,16 +104,16 @@ def run_folder(recipe: NamedRecipe) -> RunFolder:
 
 
 def has_finished(recipe: NamedRecipe, stage: str) -> bool:
-    """Whether the recipe's run folder has a stage of this name, whatever it was made of: what it
+    """Whether the recipe's run folder has a stage with this name, for any inputs: what it
     paid for or sent is not needed again."""
     return any(run_folder(recipe).stages.glob(f"{stage}-*"))
 
 
 @contextmanager
 def locked_folder(recipe: Any) -> Iterator[RunFolder]:
-    """The recipe's run folder, for this process alone, with the resolved recipe in it.
+    """The recipe's run folder, locked by this process, with the resolved recipe in it.
 
-    Raises RunError where another process has it.
+    Raises RunError if another process has locked it.
     """
     folder = run_folder(recipe)
     with folder.locked():
@@ -122,7 +122,7 @@ def locked_folder(recipe: Any) -> Iterator[RunFolder]:
 
 
 def reporting(folder: RunFolder, finished: list[Stage]) -> Do:
-    """As `doing`; prints how long each stage took, and adds it to `finished`."""
+    """As `doing`, but prints how long each stage took, and adds it to `finished`."""
     run_stage = doing(folder)
 
     def do(plan: StagePlan) -> Stage:
@@ -137,7 +137,7 @@ def reporting(folder: RunFolder, finished: list[Stage]) -> Do:
 
 
 def following(folder: RunFolder) -> Do:
-    """How the other processes of a torchrun run a stage: take part in it, or wait for it."""
+    """How the other processes under torchrun run a stage: take part in it, or wait for it."""
 
     def do(plan: StagePlan) -> Stage:
         if plan.together and folder.finished(plan.name, plan.depends_on) is None:

@@ -1,4 +1,4 @@
-"""A kind of run: its recipe's type, its stages in order, and what the commands need of it."""
+"""A kind of run: its recipe's type, its stages in order, and what the commands need from it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from stillhouse.runfolder import RunFolder, Stage
 
 Rows = Iterator[dict[str, Any]]
 ALL = ("*",)
-"""In `Step.reads`: every stage that is finished, as one dictionary by name."""
+"""In `Step.reads`: all finished stages, as one dictionary by name."""
 
 
 @dataclass
 class Check:
-    """A recipe that is checked before anything is spent.
+    """The check of a recipe before anything is spent.
 
-    job: the recipe's models, found. calls: requests that may be sent to estimate what the others
-    cost. found: what the check of one step leaves for those after it.
+    job: the recipe's resolved models. calls: requests that may be sent to estimate what the others
+    cost. found: values that the check of one step passes to later ones.
     """
 
     path: Path
@@ -40,12 +40,12 @@ def _always(_job: Any) -> bool:
 class Step:
     """One stage of a kind of run.
 
-    plan: from the job, and the stages named in `reads`; None stands for one that did not run.
-    applies: whether this job has it. then: from the job, the finished stages and
+    plan: built from the job and the stages named in `reads`; None for a stage that did not run.
+    applies: whether this job has the step. then: from the job, the finished stages and
     a way to run others, the job that later steps see. main_process: other
     processes of a torchrun neither take part nor wait. require: what must hold before any step
     starts; it is cheap, raises StillhouseError, and yields warnings. check: further findings
-    before the run. spending: what it would pay without a limit, as text.
+    before the run. spending: what it would spend without a limit, as text.
     """
 
     name: str
@@ -63,12 +63,13 @@ class Step:
 class Kind:
     """A kind of run.
 
-    find: from recipe and base to the job: its models, found and checked. find_to_check: the same
+    find: resolves and checks the models of a recipe, and returns the job. find_to_check: the same
     before anything is spent, without the weights of Hub models. links: names in the run folder,
     and what they point to. load_evaluation: reads what the step `evaluate` wrote.
-    preview: the first rows, before a run. predictor: from a folder to what the model in it makes
-    of texts; None where it holds no such model. lead, follow: how the main process and the others
-    run it, where that is not its steps in order. many_processes: whether torchrun may run it.
+    preview: the first rows, before a run. predictor: returns a function from texts to the
+    predictions of the model in a folder; None if there is no such model. lead, follow: how the main
+    process and the others run it, if not as steps in order. many_processes: whether torchrun may
+    run it.
     """
 
     name: str
@@ -86,10 +87,10 @@ class Kind:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Where a run's products are.
+    """The products of a run.
 
     model: the folder of the first format that is exported; of a family, the smallest member's.
-    evaluation: the one of its kind of run. members: of a family, by name, the largest first.
+    evaluation: of the type of its kind of run. members: of a family, by name, largest first.
     """
 
     kind: str

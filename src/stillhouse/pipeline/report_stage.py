@@ -1,4 +1,4 @@
-"""The stage that writes a run's report, of whatever kind the run is."""
+"""The stage that writes the report, for any kind of run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from stillhouse.runfolder import Outcome, Stage
 def plan_report(
     recipe: BaseModel, stages: Mapping[str, Stage], collect: Callable[[], Report], version: int = 1
 ) -> StagePlan:
-    """Writes the report that `collect` builds: the page, and its data as JSON.
+    """Write the report that `collect` builds: the page, and its data as JSON.
 
-    stages: all that are finished, by name.
+    stages: all finished stages, by name.
     """
 
     def work(out: Path) -> Outcome:

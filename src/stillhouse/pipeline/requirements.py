@@ -12,14 +12,14 @@ from stillhouse.progress import note
 
 
 def require_all(kind: Kind, job: Any) -> None:
-    """Raises StillhouseError where a step cannot succeed; notes what is doubtful."""
+    """Raise StillhouseError if a step cannot succeed; print warnings."""
     for step in kind.steps:
         if step.require is not None and step.applies(job):
             require(step.require(job))
 
 
 def require(findings: Iterable[Finding]) -> None:
-    """Raises the first error, and notes the warnings before it."""
+    """Raise the first error, and print the warnings before it."""
     for finding in findings:
         if finding.level == "error":
             raise RecipeError(finding.text, where=finding.topic, fix=finding.fix)

@@ -1,4 +1,4 @@
-"""What a stage depends on, and the work that fills its folder."""
+"""The dependencies of a stage, and the work that fills its folder."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from stillhouse.training.train import MODEL
 class StagePlan:
     """A stage that is ready to run.
 
-    inputs: all that the result depends on; `version` is raised when the code changes what it
-    writes. together: every process of a torchrun takes part. resumable: a half-written folder is
+    inputs: everything that the result depends on; `version` is increased when the code changes what
+    it writes. together: all processes of torchrun take part. resumable: a partly written folder is
     continued. scratch: names inside the folder that are deleted before it is finished.
     missing: how many results a finished stage still lacks; it runs again while there are any.
-    check: raises StillhouseError where the filled folder lacks its product.
+    check: raises StillhouseError if the filled folder lacks its product.
     """
 
     name: str
@@ -41,14 +41,14 @@ class StagePlan:
 
 
 Do = Callable[[StagePlan], Stage]
-"""Runs a stage, or finds it finished."""
+"""Runs a stage unless it is finished."""
 
 
 def doing(folder: RunFolder) -> Do:
     """How the main process runs a stage."""
 
     def do(plan: StagePlan) -> Stage:
-        tune_allocator()  # the stage before may have been short of memory
+        tune_allocator()  # the previous stage may have needed all memory
         if plan.missing is not None:
             found = folder.finished(plan.name, plan.depends_on)
             if found is not None and plan.missing(found):
@@ -66,7 +66,7 @@ def doing(folder: RunFolder) -> Do:
 
 
 def unanswered(stage: Stage) -> int:
-    """Requests of the stage that have no answer and may get one when they are sent again."""
+    """Requests of the stage without an answer that may succeed when they are sent again."""
     return int(stage.summary.get("unanswered", 0))
 
 

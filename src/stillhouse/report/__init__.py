@@ -1,1 +1,1 @@
-"""The run's account for people: one offline HTML page with numbers, charts and texts."""
+"""The report of a run: one offline HTML page with numbers, charts and texts."""

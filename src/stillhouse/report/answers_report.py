@@ -1,4 +1,4 @@
-"""The report about a student that answers: how good its answers are, and what they are."""
+"""The report on an answering student: the quality of its answers, and examples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stillhouse.report.sections import (
 from stillhouse.synthesis.filters import dropped_counts
 
 _HEADLINE = ("field_f1", "agreement_f1", "score", "exact", "agreement", "valid")
-"""The first of these that was measured is in the headline."""
+"""The headline shows the first of these metrics that was measured."""
 
 
 def answers_report(
@@ -56,7 +56,7 @@ def _side_by_side(example: AnsweredText) -> SideBySide:
 
 
 def _headline(found: AnswersEvaluation) -> str:
-    """The first metric of the student, beside its teacher's and its start's."""
+    """The first metric of the student, compared with its teacher's and the initial student's."""
     student = found.of("student")
     assert student is not None
     key = next(key for key in _HEADLINE if key in student.figures)

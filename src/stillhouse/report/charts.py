@@ -1,7 +1,7 @@
-"""Charts as plain data, and their drawing as SVG: the same data give the same bytes.
+"""Charts as plain data, drawn as SVG: equal data result in equal bytes.
 
-Each chart is drawn 430 points wide, so that its 12-point text is still legible at the width of a
-phone; the page puts two side by side where there is room.
+Each chart is 430 points wide, so that its 12-point text is still legible at the width of a
+phone; the page puts two side by side if there is room.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ Limits = tuple[float | None, float | None]
 
 @dataclass(frozen=True)
 class Line:
-    """Points, joined or alone. label: in the legend. names: of the points, written beside them.
-    may_be_cut: drawn at the upper edge where it is far above the other lines."""
+    """Points, joined or separate. label: in the legend. names: of the points, written next to them.
+    may_be_cut: drawn at the upper edge if it is far above the other lines."""
 
     x: list[float]
     y: list[float]
@@ -91,7 +91,7 @@ class Line:
 
 @dataclass(frozen=True)
 class LineChart:
-    """log: the y axis is logarithmic where values span more than a factor of six, else from 0."""
+    """log: the y axis is logarithmic if values span more than a factor of six, otherwise from 0."""
 
     title: str
     x_label: str
@@ -141,7 +141,7 @@ class LineChart:
 
 @dataclass(frozen=True)
 class Bar:
-    """text: the value as it is written beside the bar."""
+    """text: the value as written next to the bar."""
 
     name: str
     value: float
@@ -151,7 +151,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class BarChart:
-    """Horizontal bars, the first on top."""
+    """Horizontal bars, first on top."""
 
     title: str
     x_label: str
@@ -202,7 +202,7 @@ class MatrixChart:
         return f"{self.title}: {right} of {sum(map(sum, self.counts))} on the diagonal.{errors}"
 
     def errors(self) -> list[tuple[str, str, int]]:
-        """(row, column, count) off the diagonal, the most frequent first."""
+        """(row, column, count) off the diagonal, most frequent first."""
         found = [
             (self.labels[row], self.labels[column], count)
             for row, line in enumerate(self.counts)
@@ -238,7 +238,7 @@ def dot(name: str, x: float, y: float, color: str, *, may_be_cut: bool = False) 
 
 
 def in_units(values: Sequence[float], name: str) -> tuple[list[float], str]:
-    """The values in thousands, millions or billions where they are large, and the axis label."""
+    """The values in thousands, millions or billions if they are large, and the axis label."""
     for scale, unit in ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands")):
         if max(values) >= 2 * scale:
             return [value / scale for value in values], f"{name} ({unit})"
@@ -253,7 +253,7 @@ def in_powers(values: Sequence[float], name: str) -> tuple[list[float], str]:
 
 
 def draw(chart: Chart, key: str) -> str:
-    """The chart as a whole <svg> element, its text escaped. key: unique on the page."""
+    """The chart as one <svg> element, with its text escaped. key: unique on the page."""
     with rc_context({**_STYLE, "svg.hashsalt": f"stillhouse-{key}"}):
         figure = Figure(figsize=(WIDTH, chart.height))
         FigureCanvasSVG(figure)
@@ -265,7 +265,7 @@ def draw(chart: Chart, key: str) -> str:
 
 
 class _Named(NamedTuple):
-    """drop: points of the page by which the name is below its place, off a line."""
+    """drop: points by which the name is moved down from its place, away from a line."""
 
     x: float
     y: float
@@ -274,7 +274,7 @@ class _Named(NamedTuple):
 
 
 def _name_points(ax: Axes, points: Sequence[_Named]) -> None:
-    """Names beside the points, moved apart vertically where they would overlap; makes room."""
+    """Write names next to the points, moved apart vertically if they would overlap."""
     (left, right), (low, high) = ax.dataLim.intervalx, ax.dataLim.intervaly
     x_room, y_room = 0.3 * ((right - left) or 0.1 * right or 1.0), 0.15 * ((high - low) or 1.0)
     ax.set(xlim=(left - x_room, right + x_room), ylim=(low - y_room, high + y_room))
@@ -302,7 +302,7 @@ def _name_points(ax: Axes, points: Sequence[_Named]) -> None:
 
 
 def _plain_log(ax: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers, where values span more than a factor of six."""
+    """A logarithmic axis with plain numbers, if values span more than a factor of six."""
     if min(values) <= 0 or max(values) / min(values) < 6:
         ax.set_ylim(bottom=0)
         return
@@ -318,7 +318,7 @@ def _plain_log(ax: Axes, values: Sequence[float]) -> None:
 
 
 def _inline(svg: str, key: str, alt: str) -> str:
-    """A file's SVG as an element of a page: own ids, system fonts, a name for screen readers."""
+    """A file's SVG as an element of a page: unique ids, system fonts, a name for screen readers."""
     svg = svg[svg.index("<svg") :].strip()
     svg = re.sub(r'\bid="([^"]+)"', rf'id="{key}-\1"', svg)
     svg = re.sub(r'href="#([^"]+)"', rf'href="#{key}-\1"', svg)

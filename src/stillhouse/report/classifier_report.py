@@ -1,4 +1,4 @@
-"""The report about a classifier: how good it is, where it errs, and when it abstains."""
+"""The report on a classifier: its quality, its errors, and when it abstains."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from stillhouse.report.sections import (
 )
 
 MOST_SQUARES = 24
-"""Labels beyond which a confusion matrix cannot be read, and the worst pairs are listed instead."""
+"""With more labels, the most confused pairs are listed instead of a confusion matrix."""
 _PAIRS = 15
 
 
@@ -90,7 +90,7 @@ def _headline(found: ClassificationEvaluation) -> str:
 
 
 def _charts(found: ClassificationEvaluation) -> list[Chart]:
-    """How good the student is on the texts that it is most confident about, and speed."""
+    """The student's quality on the texts that it is most confident about, and speed."""
     chosen = found.abstention
     shares = [100 * share for share, _ in found.curve]
     right = [100 * good for _, good in found.curve]
@@ -120,7 +120,7 @@ def _charts(found: ClassificationEvaluation) -> list[Chart]:
 
 
 def _confusion_section(found: ClassificationEvaluation) -> Section:
-    """A matrix, or the worst pairs of many labels."""
+    """A matrix, or the most confused pairs if there are many labels."""
     student = found.of("student")
     assert student is not None
     reference = "true label" if found.has_gold else "teacher’s label"

@@ -1,4 +1,4 @@
-"""The report about a family: quality against size for every member, and what each hop cost."""
+"""The report on a family: quality against size for every member, and the cost of each hop."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _totals(family: FamilyEvaluation) -> list[tuple[str, str]]:
 
 
 def _scratch_part(member: Member, scratch: ScratchTraining | None) -> Section:
-    """The largest member beside its shape trained from random weights."""
+    """The largest member compared with its shape trained from random weights."""
     title = "Training from random weights"
     if scratch is None:
         return Section(title)
@@ -145,7 +145,7 @@ def _size_chart(family: FamilyEvaluation) -> Chart:
 
 
 def _speed_charts(family: FamilyEvaluation) -> list[Chart]:
-    """KL against decoding speed, where every member's was measured."""
+    """KL against decoding speed, if every member's was measured."""
     members = family.members
     x = [member.decoding for member in members if member.decoding is not None]
     if len(x) < len(members):

@@ -1,4 +1,4 @@
-"""Every form of the model, teacher and checkpoint among them: quality against bytes and speed."""
+"""Every form of the model, including teacher and checkpoint: quality against bytes and speed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ KL_LABEL = "KL to the teacher (nats/token)"
 
 @dataclass(frozen=True)
 class Form:
-    """kl, top1_agreement: to the teacher, on the replay's tokens; of the full-precision student
-    beside a quantized one, on all held-out tokens.
+    """kl, top1_agreement: with the teacher, on the replay's tokens; for the full-precision student
+    next to a quantized one, on all held-out tokens.
 
-    speedup: decoding speed as a multiple of the float32 checkpoint's, each pair measured in
-    alternation in one process; None where it was not measured. tokens_per_s: where the replay
+    speedup: decoding speed as a multiple of the float32 checkpoint's, each pair measured
+    alternately in one process; None if it was not measured. tokens_per_s: if the replay
     measured it.
     """
 
@@ -37,9 +37,9 @@ class Form:
 
 
 def forms(models: Mapping[str, ModelResult], replays: Replays) -> list[Form]:
-    """Teacher, what was exported, exports; none where replays have no teacher to compare with.
+    """Teacher, exported model, and exports; empty if replays have no teacher to compare with.
 
-    The teacher's speed is the evaluation's multiple of the student's, both in one number type.
+    The teacher's speed is the evaluation's multiple of the student's, both with the same dtype.
     """
     known = [replay for replay in replays if replay.get("teacher")]
     if not known:
@@ -72,11 +72,11 @@ def forms(models: Mapping[str, ModelResult], replays: Replays) -> list[Form]:
 def _sources(
     student: ModelResult, rounded: ModelResult | None, replay: Mapping[str, Any]
 ) -> list[Form]:
-    """What was exported: the float32 checkpoint; of a quantized student, the one on the grid, with
-    the bytes of its codes and scales, and before it the student in full precision.
+    """The exported model: the float32 checkpoint; for a quantized student, the one on the grid,
+    with the bytes of its codes and scales, and before it the student in full precision.
 
-    That one is not in the replay: its quality is the evaluation's, and its speed the checkpoint's,
-    since both have the same shapes.
+    The latter is not in the replay: its quality is the evaluation's, and its speed the
+    checkpoint's, since both have the same shapes.
     """
     source = replay["source_teacher"]
     found = []
@@ -122,7 +122,7 @@ def form_table(found: Sequence[Form]) -> MetricsTable:
 
 
 def form_charts(found: Sequence[Form]) -> list[Chart]:
-    """KL to the teacher against bytes, and against speed; the bottom is better."""
+    """KL to the teacher against bytes, and against speed; lower is better."""
     if len(found) < 2:
         return []
     sizes, label = in_units([form.bytes for form in found], "bytes")

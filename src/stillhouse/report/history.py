@@ -1,4 +1,4 @@
-"""Curves out of the rows of metrics.jsonl."""
+"""Curves from the rows of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def training_charts(rows: Rows, unit: str, temperature: float = 1.0) -> list[LineChart]:
-    """KL to the teacher, or the loss where the objective has no KL, and the gradient's norm.
+    """KL to the teacher, or the loss if the objective has no KL, and the gradient norm.
 
-    Against tokens, or optimizer steps where tokens are not counted; none below two rows. unit: what
-    the loss is a mean over. temperature: of the objective's KL; held-out KL is always at 1.
+    Against tokens, or optimizer steps if tokens are not counted; none with fewer than two rows.
+    unit: what the loss is averaged over. temperature: of the objective's KL; held-out KL is always
+    at 1.
     """
     axis, axis_name = ("tokens", "training tokens")
     if not any(_finite(row, axis) for row in rows):
@@ -70,7 +71,7 @@ def smooth(values: Sequence[float]) -> list[float]:
     """Centered mean over a twelfth of the run; at the start only as wide as both sides allow.
 
     The start stays narrow because the measure falls fastest there; the last values are means over
-    the half window that exists, so that the noise of one step is not taken for the result.
+    the available half window, so that the noise of one step is not mistaken for the result.
     """
     reach = max(1, len(values) // 24)
     means = []
@@ -82,7 +83,8 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def _at_step(rows: Rows, step: float, axis: str) -> float:
-    """Training tokens after `step` steps, by straight lines between the rows that have both."""
+    """Training tokens after `step` steps, by linear interpolation between the rows that have
+    both."""
     both = [row for row in rows if _finite(row, "step") and _finite(row, axis)]
     known = sorted([(0.0, 0.0), *((float(row["step"]), float(row[axis])) for row in both)])
     for (step_a, a), (step_b, b) in pairwise(known):

@@ -1,4 +1,4 @@
-"""The report about a language model: what the student kept, how it learned, what it cost."""
+"""The report on a language model: quality, training and cost of the student."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from stillhouse.report.sections import (
 )
 
 OPTIMAL_TOKENS = 20
-"""Training tokens per parameter from which more parameters are the better use of FLOPs
+"""Training tokens per parameter above which more parameters are the better use of FLOPs
 (Hoffmann et al. 2022, arXiv 2203.15556)."""
 
 
@@ -39,11 +39,11 @@ def language_model_report(
     replays: Replays = (),
     notes: Sequence[str] = (),
 ) -> Report:
-    """A part that is empty or None hides its section.
+    """A section whose data is empty or None is hidden.
 
     history: rows of metrics.jsonl, training rows with `step`, `tokens` and `loss`, held-out rows
-    with `step` and `heldout_kl`. student: how it was made (`stillhouse.students.build_student`);
-    its `notes` join the page's. replays: each export's comparison with its source
+    with `step` and `heldout_kl`. student: how it was built (`stillhouse.students.build_student`);
+    its `notes` are added to the page's. replays: each export's comparison with its source
     (`stillhouse.export.gate.ReplayResult` as a dictionary).
     """
     student = student or {}
@@ -113,7 +113,7 @@ _FIGURES: tuple[tuple[str, str, Callable[[ModelResult], str]], ...] = (
     ("decoding, tokens/s", "teacher",
      lambda m: text.digits(m.speed.decode_tokens_per_s) if m.speed else ""),
 )  # fmt: skip
-"""Name of a figure, the model to compare the student's with, and what is shown of both."""
+"""Name of a figure, the model to compare the student with, and the values shown for both."""
 
 
 def _figures(run: RunFacts, models: Mapping[str, ModelResult]) -> Iterator[Figure]:
@@ -128,7 +128,7 @@ def _figures(run: RunFacts, models: Mapping[str, ModelResult]) -> Iterator[Figur
         yield Figure(text.seconds(total), "total", f"{len(run.stages)} stages")
 
 
-# --- what was measured -------------------------------------------------------------------------
+# --- measurements ------------------------------------------------------------------------------
 
 
 def kept_section(evaluation: Evaluation | None) -> Section:
@@ -141,7 +141,7 @@ def kept_section(evaluation: Evaluation | None) -> Section:
 
 
 def size_chart(models: Sequence[ModelResult]) -> Chart:
-    """KL to the teacher against parameters; nearer to the bottom left is better."""
+    """KL to the teacher against parameters; closer to the bottom left is better."""
     sizes, label = in_units([model.parameters for model in models], "parameters")
     dots = [
         dot(role_name(m.role), x, m.fidelity.kl, role_color(m.role),
@@ -152,7 +152,7 @@ def size_chart(models: Sequence[ModelResult]) -> Chart:
 
 
 def speed_charts(models: Sequence[ModelResult]) -> list[Chart]:
-    """Top-1 agreement against decoding speed; nearer to the top right is better."""
+    """Top-1 agreement against decoding speed; closer to the top right is better."""
     dots = [
         dot(role_name(m.role), m.speed.decode_tokens_per_s, 100 * m.fidelity.top1_agreement,
             role_color(m.role))
@@ -195,7 +195,8 @@ def _training_facts(history: Rows) -> list[tuple[str, str]]:
 
 
 def _scratch_part(run: RunFacts, student: Mapping[str, Any]) -> Section:
-    """This run beside training the student from scratch, by the rules of `stillhouse.account`."""
+    """This run compared with training the student from scratch, by the rules of
+    `stillhouse.account`."""
     title = "Compared with training the student from scratch"
     trained, made = run.cost("train"), run.cost("student")
     parameters = student.get("parameters", {}).get("head_once")
@@ -224,7 +225,7 @@ def _scratch_part(run: RunFacts, student: Mapping[str, Any]) -> Section:
 
 
 def student_facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The facts of the summary and of its parts (pruning); what is empty is left out."""
+    """The facts of the summary and of its parts (pruning); empty ones are left out."""
     facts = []
     for key, value in summary.items():
         if key == "notes" or value in (None, [], {}, ()):
@@ -247,7 +248,8 @@ def _student_notes(summary: Mapping[str, Any]) -> list[str]:
 
 
 def _export_section(models: Mapping[str, ModelResult], replays: Replays) -> Section:
-    """Each export beside the checkpoint, every form of the model, and the replayed prompts."""
+    """Each export compared with the checkpoint, every form of the model, and the replayed
+    prompts."""
     heads = ["Format", "Number type", "Size", "Top-1 agreement", "KL (nats/token)", "KL limit",
              "KL in llama.cpp"]  # fmt: skip
     lead = (
@@ -281,7 +283,7 @@ def _export_row(replay: Mapping[str, Any]) -> list[str]:
 
 
 def _replayed_texts(replays: Replays) -> Iterator[SideBySide]:
-    """Each prompt, with what the checkpoint and every export write after it."""
+    """Each prompt, with the continuations by the checkpoint and every export."""
     for texts in zip(*(replay["texts"] for replay in replays), strict=True):
         answers = [Answer("Trained checkpoint", texts[0]["source"], MUTED)]
         for replay, answer in zip(replays, texts, strict=True):

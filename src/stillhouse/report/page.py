@@ -1,4 +1,4 @@
-"""The report: sections as plain data, in one JSON file, and the one HTML page made of them."""
+"""The report: sections as plain data in one JSON file, and the HTML page built from them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from stillhouse.report.palette import role_color
 from stillhouse.runfolder import record_again, write_atomically
 
 REPORT, FAMILY_REPORT, REPORT_DATA = "report.html", "family.html", "report.json"
-"""The page of a run, the page of a family, and the data that lie beside either."""
+"""The page of a run, the page of a family, and the data file next to either."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One key figure: a number, what it is, and a line that puts it into proportion."""
+    """One key figure: a number, what it is, and a line that relates it to others."""
 
     value: str
     name: str
@@ -44,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """What each model wrote after one prompt."""
+    """Each model's answer to one prompt."""
 
     prompt: str
     answers: list[Answer]
@@ -52,7 +52,7 @@ class SideBySide:
 
 @dataclass(frozen=True)
 class Folded:
-    """A part that the reader opens: preformatted text, or facts."""
+    """A collapsed part: preformatted text, or facts."""
 
     title: str
     text: str = ""
@@ -61,7 +61,7 @@ class Folded:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; what is empty is not shown. The page has the fields in this order.
+    """A part of the page; empty fields are not shown. The page has the fields in this order.
 
     id: anchor, unique on the page; empty for a part of another section. lead, table, small: text
     above the table, the table, small print below it. facts: (name, value). links: (name, address).
@@ -105,9 +105,9 @@ class Report:
 
 
 def write_report(report: Report, page: Path) -> None:
-    """Writes the page, and its data beside it as `report.json`.
+    """Write the page, and its data next to it as `report.json`.
 
-    Raises RunError where the folder cannot be written or the disk is full.
+    Raises RunError if the folder cannot be written or the disk is full.
     """
     write_page(report, page)
     data = json.dumps(sealed(asdict(report)), indent=1, ensure_ascii=False)
@@ -116,7 +116,7 @@ def write_report(report: Report, page: Path) -> None:
 
 
 def write_page(report: Report, path: Path) -> None:
-    """Writes the page alone; `path` holds either the complete old page or the complete new one."""
+    """Write only the page; `path` has either the complete old page or the complete new one."""
     if path.is_dir():
         raise RunError("the report's path is a folder", where=path, fix="give a file's path")
     with disk_errors(path):
@@ -125,7 +125,7 @@ def write_page(report: Report, path: Path) -> None:
 
 
 def read_report(path: Path) -> Report:
-    """Raises RunError where the `report.json` is missing, damaged or of an older version."""
+    """Raises RunError if the `report.json` is missing, damaged or from an older version."""
     try:
         data = path.read_bytes()
         report = TypeAdapter(Report).validate_json(data)
@@ -153,7 +153,7 @@ def read_report(path: Path) -> Report:
 
 
 def redraw_report(folder: Path, out: Path | None = None) -> Path:
-    """Writes the page of a run folder again from its data. out: by default the run's own page.
+    """Write the page of a run folder again from its data. out: by default the run's own page.
 
     Returns the page's path. Raises RunError.
     """

@@ -1,4 +1,4 @@
-"""The parts of a report that every kind of run has, and the facts that they are made of."""
+"""The parts of a report that every kind of run has, and the facts that they are built from."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _REUSED = (
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What is known of a run of any kind.
+    """The facts about a run of any kind.
 
     title: the run's name. created: date and time as text. recipe: resolved, as plain data. teacher:
-    one line of text. stages: all that are finished.
+    one line of text. stages: all finished stages.
     """
 
     title: str
@@ -43,12 +43,12 @@ class RunFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def cost(self, stage: str) -> Cost | None:
-        """What the (last) stage of that name took."""
+        """The cost of the (last) stage with that name."""
         return {one.name: one.cost for one in self.stages}.get(stage)
 
     @classmethod
     def gather(cls, recipe: BaseModel, teacher: str, finished: Iterable[Stage]) -> RunFacts:
-        """The facts of a run on this machine that ends now."""
+        """The facts about a run on this machine that ends now."""
         data = recipe.model_dump(mode="json")
         return cls(
             title=data["name"],
@@ -92,7 +92,7 @@ def _stage_name(stage: Stage) -> str:
 
 
 def _cost_row(name: str, cost: Cost) -> list[str]:
-    """A dash for what was not measured, or does not apply."""
+    """A dash for values that were not measured, or do not apply."""
     tokens, memory = cost.tokens, cost.peak_memory_bytes
     return [
         name,
@@ -104,7 +104,7 @@ def _cost_row(name: str, cost: Cost) -> list[str]:
 
 
 def stage_charts(stages: Sequence[Stage]) -> list[Chart]:
-    """Bars of each stage: seconds, and FLOPs, where any stage has some."""
+    """Bars for each stage: seconds, and FLOPs if any stage has some."""
     charts: list[Chart] = []
     seconds = [stage.cost.seconds for stage in stages]
     flops = [stage.cost.flops for stage in stages]
@@ -133,7 +133,7 @@ def _stage_bars(
 
 
 def generations_section(generations: Iterable[Generation]) -> Section:
-    """The same prompts after every model. Answers by role, or by a member's name."""
+    """The same prompts answered by every model, by role or by a member's name."""
     texts = [
         SideBySide(
             one.prompt,
@@ -191,7 +191,7 @@ def assemble(
     remarks: Sequence[str] = (),
     figures: Iterable[Figure] = (),
 ) -> Report:
-    """The report of a run, with what every kind ends with: how to reproduce it."""
+    """The report of a run, with the last section of every kind: how to reproduce it."""
     return Report(
         kind=kind,
         title=run.title,

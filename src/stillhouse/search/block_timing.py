@@ -1,11 +1,11 @@
-"""A shape's needs on this machine: seconds/token from timed blocks, and peak memory.
+"""The cost of a shape on this machine: seconds/token from timed blocks, and peak memory.
 
 Models with random weights decode a few tokens with a key-value cache, while their attention blocks,
 FFN blocks, layers and complete steps are timed. Each block's time depends on few sizes: attention
 on the heads and the hidden size, the FFN on its width and the hidden size. So a handful of models
 predicts the time of every shape:
 
-    seconds/token = ends + layers · (attention + FFN + what a layer adds to them)
+    seconds/token = ends + layers · (attention + FFN + the rest of a layer)
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from stillhouse.teachers.quiet import quiet
 
 PROMPT_TOKENS, DECODE_TOKENS, WARMUP_TOKENS = 128, 16, 3
 TIMED_BYTES = 256 << 20
-"""Least size of a timed model's weights, where the real one has as much: fewer would stay in the
-processor's caches from one token to the next, and be read faster than a whole model's are."""
+"""Minimum size of a timed model's weights, if the real one has as much: less would stay in the
+processor's caches from one token to the next, and be read faster than a full model's."""
 FFN_WIDTHS = 4
 
 
@@ -46,8 +46,8 @@ FFN_WIDTHS = 4
 class Timing:
     """Median seconds of one decoded token in one timed model of `layers` layers.
 
-    attention, ffn: of one block. rest: what a layer needs beyond them (norms, sums). ends: what a
-    step needs beyond its layers (embeddings, last norm, head).
+    attention, ffn: of one block. rest: the rest of a layer (norms, sums). ends: the rest of a
+    step (embeddings, last norm, head).
     """
 
     hidden_size: int
@@ -66,7 +66,7 @@ class LatencyTable:
     timings: tuple[Timing, ...]
 
     def seconds(self, sizes: Sizes) -> float:
-        """Seconds per decoded token; FFN widths between two timed ones are interpolated."""
+        """Seconds per decoded token; FFN widths between timed ones are interpolated."""
         here = [one for one in self.timings if one.hidden_size == sizes.hidden_size]
         heads = (sizes.heads, sizes.kv_heads)
         attention = [one.attention for one in here if (one.heads, one.kv_heads) == heads]
@@ -88,7 +88,7 @@ class LatencyTable:
 
 
 def shapes_to_time(combinations: Sequence[Sizes], widths: Sequence[int]) -> list[Sizes]:
-    """Few shapes in which every hidden size occurs with every choice of heads and every FFN
+    """A few shapes in which every hidden size occurs with every choice of heads and every FFN
     width."""
     found = []
     for hidden in sorted({shape.hidden_size for shape in combinations}, reverse=True):
@@ -113,7 +113,7 @@ def timed_widths(ffn_size: int, least: int) -> list[int]:
 def time_shape(
     config: Any, sizes: Sizes, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> Timing:
-    """Decode with random weights of these sizes, on as many layers as the caches cannot hold."""
+    """Time decoding with random weights of these sizes, with enough layers to exceed the caches."""
     layers = _enough_layers(config, sizes, dtype.itemsize)
     model = random_like(config, replace(sizes, layers=layers), dtype).to(device)
     axes = axes_of(config)
@@ -200,7 +200,7 @@ def _enough_layers(config: Any, sizes: Sizes, width: int) -> int:
 
 
 def _between(places: Sequence[int], values: Sequence[float], place: int) -> float:
-    """Linear interpolation; beyond the ends, the outermost line."""
+    """Linear interpolation; extrapolates the outermost segments."""
     if len(places) == 1:
         return values[0]
     pairs = list(itertools.pairwise(zip(places, values, strict=True)))
@@ -220,9 +220,9 @@ class MemoryLine:
 
 
 def measure_memory(config: Any, dtype: torch.dtype, device: torch.device | str) -> MemoryLine:
-    """Two models of random weights, of all layers and of half of them, each in its own process.
+    """Measure two models with random weights, all layers and half of them, each in its own process.
 
-    Raises ModelError where a process fails.
+    Raises ModelError if a process fails.
     """
     start = sizes_of(config)
     counter = Counter(config)

@@ -1,4 +1,4 @@
-"""The candidates of a search as a table on the terminal."""
+"""The candidates of a search as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 HEADS = {"ffn_size": "FFN", "kv_heads": "groups", "hidden_size": "hidden"}
 """Column heads of axes with long names."""
 ROWS = 12
-"""Shapes that are shown; candidates.json has all."""
+"""Number of shapes shown; candidates.json has all."""
 
 
 def candidates_table(
     before: Sizes, found: Sequence[Candidate], chosen: Candidate, costs: Costs
 ) -> Table:
-    """The chosen shape, then those that got furthest, each with its measures."""
+    """The chosen shape, then those that got furthest, each with its measurements."""
     rounds = max((len(one.trained_kl) for one in found), default=0)
     table = Table(title="Shapes", show_edge=False)
     axes = [axis for axis in AXES if getattr(before, axis) is not None]
@@ -54,7 +54,7 @@ def _order(one: Candidate, chosen: Candidate) -> tuple[float, ...]:
 
 
 def _size(before: Sizes, sizes: Sizes, axis: str) -> Text:
-    """Sizes that are cut stand out; the others are dim."""
+    """Sizes that are cut are highlighted; the others are dim."""
     value = getattr(sizes, axis)
     return Text(str(value), "dim" if value == getattr(before, axis) else "")
 

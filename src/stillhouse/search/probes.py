@@ -1,8 +1,8 @@
-"""What cutting one axis alone costs, and an estimate for shapes that cut several.
+"""The cost of cutting one axis alone, and an estimate for shapes that cut several.
 
-A shape's expected cost is the sum of what its axes cost alone. Each axis is pruned and measured at
+A shape's expected cost is the sum of its axes' separate costs. Each axis is pruned and measured at
 a few sizes; between them the cost is interpolated. That ranks hundreds of shapes for the price of a
-handful, and leaves the interaction of axes to the measurements of the best.
+handful, and leaves interactions between axes to the measurements of the best.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from stillhouse.pruning.sizes import Sizes
 
 MOST = {"ffn_size": 3, "attention": 4, "hidden_size": 2, "experts": 2}
-"""Sizes that are measured of each axis that is probed. `choose_layers` tries layers one by one."""
+"""Number of sizes measured per probed axis. `choose_layers` tries layers one by one."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Curve:
     points: tuple[tuple[float, float], ...]
 
     def at(self, share: float) -> float:
-        """Linear interpolation between the points, and extrapolation beyond the last of them."""
+        """Linear interpolation between the points, and extrapolation beyond the last one."""
         points = self.points
         if share >= 1 or len(points) < 2:
             return 0.0 if share >= 1 or not points else points[0][1]
@@ -33,7 +33,8 @@ class Curve:
 
 
 def share(before: Sizes, shape: Sizes, axis: str) -> float:
-    """The share of an axis that a shape has left. Attention counts query heads and groups alike."""
+    """The remaining share of an axis in a shape. Attention counts query heads and groups
+    equally."""
     if axis == "attention":
         return (shape.heads + shape.kv_heads) / (before.heads + before.kv_heads)
     if axis == "experts" and before.experts is None:
@@ -52,11 +53,12 @@ def only(before: Sizes, shape: Sizes, axis: str) -> Sizes:
 def probed(
     before: Sizes, shapes: Sequence[Sizes], possible: Callable[[Sizes], bool]
 ) -> dict[str, list[Sizes]]:
-    """The shapes to measure for each axis: the least and the largest cut that occur, and between.
+    """The shapes to measure for each axis: the smallest and the largest cut that occur, and some
+    between.
 
-    possible: whether the architecture allows a shape. A hidden size that it refuses with all heads
-    is replaced by the next smaller one that it allows; heads that it refuses are left to their
-    neighbors.
+    possible: whether the architecture allows a shape. A hidden size that is not allowed with all
+    heads is replaced by the next smaller one that is; head counts that are not allowed are covered
+    by their neighbors.
     """
     found = {}
     for axis, limit in MOST.items():
@@ -72,7 +74,7 @@ def probed(
 
 
 def _narrower(shape: Sizes, possible: Callable[[Sizes], bool]) -> Sizes:
-    """The widest stream of at most this one's width that is possible."""
+    """The widest possible stream of at most this width."""
     sizes = range(shape.hidden_size, 0, -1)
     narrower = (replace(shape, hidden_size=size) for size in sizes)
     return next(filter(possible, narrower), shape)
@@ -81,7 +83,7 @@ def _narrower(shape: Sizes, possible: Callable[[Sizes], bool]) -> Sizes:
 def curves(
     before: Sizes, probes: Mapping[str, Sequence[Sizes]], measure: Callable[[Sizes], float]
 ) -> dict[str, Curve]:
-    """measure: nats/token that a shape loses."""
+    """measure: returns the KL of a shape in nats/token."""
     found = {}
     for axis, shapes in probes.items():
         points = [(share(before, shape, axis), measure(shape)) for shape in shapes]
@@ -92,10 +94,10 @@ def curves(
 def expected(
     before: Sizes, shape: Sizes, known: Mapping[str, Curve], depth: Mapping[int, float]
 ) -> float:
-    """The sum of what a shape's cuts cost alone; infinite for a depth that was given up on.
+    """The sum of the separate costs of a shape's cuts; infinite for a depth that was given up.
 
-    depth: by the number of layers that are left. An axis that could not be probed costs as much as
-    the most expensive of the others, cut as far.
+    depth: by the number of remaining layers. An axis that could not be probed costs as much as
+    the most expensive of the others, cut equally far.
     """
     layers = 0.0 if shape.layers == before.layers else depth.get(shape.layers, float("inf"))
     return layers + sum(_alone(known, axis, share(before, shape, axis)) for axis in known)

@@ -1,8 +1,8 @@
 """The search: count, probe, prune, and train shapes; each step passes its best to the next.
 
-1. All aligned shapes that meet the target are listed (pruning.shapes). 2. Where there are many,
+1. All aligned shapes that meet the target are listed (pruning.shapes). 2. If there are many,
 each axis is probed alone, and they are ranked by the sum (probes). 3. The best `candidates` are
-pruned and refit, and measured on held-aside text. 4. The best `trained` of them are distilled for a
+pruned and refit, and measured on held-out text. 4. The best `trained` of them are distilled for a
 few steps; half continue, for twice as many.
 """
 
@@ -43,14 +43,14 @@ from stillhouse.training.train_config import TrainRecipe
 
 CANDIDATES = "candidates.json"
 WORK = "work"
-"""Pruned candidates and the journal, until the search is finished."""
+"""Contains pruned candidates and the journal until the search is finished."""
 JOURNAL = "journal"
 PROBE_ROWS = 8
-"""Calibration tokens of a probe for each column that is refit. On fewer the refit fits noise:
+"""Calibration tokens of a probe per refit column. With fewer the refit fits noise:
 SmolLM2's FFN (1,536 neurons) cut to 1,024 costs KL 1.00 refit on 2,048 tokens, 0.41 on 16,384."""
 DEPTH_TOKENS = 1024
 WORTH = 2.0
-"""Depth is given up on where it costs this many times as much as the best shape of full depth."""
+"""Cutting depth is given up if it costs this many times as much as the best shape of full depth."""
 KEPT_BYTES = 4 << 30
 """The start model's stream on the calibration rows is kept for all candidates up to this size."""
 
@@ -93,8 +93,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """sizes: keywords of `prune_model`. tokens: trained on in short distillations. flops, seconds:
-    of all measurements, in every process that took part."""
+    """sizes: keyword arguments of `prune_model`. tokens: trained on in short distillations. flops,
+    seconds: of all measurements, in every process that took part."""
 
     sizes: dict[str, int]
     candidates: list[Candidate]
@@ -105,10 +105,10 @@ class Found:
 
 
 def search_shape(setting: Setting) -> Found:
-    """Find the shape, print all that were measured as a table, and write CANDIDATES.
+    """Find the shape, print a table of all measured shapes, and write CANDIDATES.
 
-    Resumes where a killed search of the same setting stopped. Raises RecipeError where no shape
-    meets the target, with the nearest one; DataError where the text is too short.
+    Resumes where a killed search with the same setting stopped. Raises RecipeError if no shape
+    meets the target, with the nearest one; DataError if the text is too short.
     """
     (setting.out / WORK).mkdir(parents=True, exist_ok=True)
     journal = Journal(setting.out / WORK / JOURNAL)
@@ -149,7 +149,7 @@ def _plain(found: Found, costs: Costs) -> dict[str, Any]:
 
 
 class _Work:
-    """What the candidates of one search share."""
+    """State shared by the candidates of one search."""
 
     def __init__(self, setting: Setting, journal: Journal, before: Sizes, rules: Axes) -> None:
         self.setting = setting
@@ -166,12 +166,13 @@ class _Work:
         return min(self.search.calibration_tokens, self.setting.section.calibration_tokens)
 
     def _fits(self, tokens: int) -> bool:
-        # Between attention and FFN, behind the layer, and what norms behind the blocks read.
+        # Between attention and FFN, after the layer, and the inputs of norms after the blocks.
         kept = 2 + len(self.rules.output_norms())
         return kept * 4 * tokens * self.before.layers * self.before.hidden_size <= KEPT_BYTES
 
     def _share(self, tokens: int) -> Calibration:
-        """What all prunes on so many tokens share; the order of the layers is the same for all."""
+        """State shared by all prunes on this many tokens; the order of the layers is the same for
+        all."""
         if tokens not in self.shared:
             # One at a time: it may be as large as the model.
             self.shared = {tokens: Calibration(passages=[] if self._fits(tokens) else None)}
@@ -186,7 +187,7 @@ class _Work:
 
     @cached_property
     def known(self) -> tuple[Reference, Reference]:
-        """The teacher's outputs on the text kept aside, and on that of short distillations."""
+        """The teacher's outputs on the held-out text, and on that of short distillations."""
         setting = self.setting
         teacher = self._load(setting.teacher)
         parts = [(self.text.heldout, 8), (self.text.training, setting.train.batch_size)]
@@ -215,7 +216,7 @@ class _Work:
             return mean_kl(self.known[0], model, self.setting.dtype)
 
     def by_axes(self, found: list[Candidate]) -> list[Candidate]:
-        """The most promising ones, at most `candidates`; all of them where there are few."""
+        """The most promising candidates, at most `candidates`; all of them if there are few."""
         if len(found) <= self.search.candidates:
             return found
         start = self.journal.once_counted(
@@ -240,7 +241,7 @@ class _Work:
         return not self.rules.hidden_over_heads or shape.hidden_size % shape.heads == 0
 
     def _probe(self, shape: Sizes) -> float:
-        """On as many tokens as the widest matrix that is refit needs, if there are so many."""
+        """Probe on as many tokens as the widest refit matrix needs, if available."""
         note(f"probing {described(self.before, shape)}")
         before = self.before
         width = before.hidden_size
@@ -267,7 +268,7 @@ class _Work:
         return model
 
     def _depth(self, keep: int, most_kl: float) -> dict[int, float]:
-        """Nats/token by layers left, as far down as it is worth it; also kept for all prunes."""
+        """Nats/token by remaining layers, as far down as worthwhile; also kept for all prunes."""
         total = self.before.layers
         if keep == total:
             return {}
@@ -292,7 +293,7 @@ class _Work:
         return {total - place: kl for place, (_, kl) in enumerate(dropped, 1)}
 
     def by_pruning(self, best: list[Candidate]) -> list[Candidate]:
-        """Measure each, and keep the best `trained` of them on disk."""
+        """Measure each candidate, and keep the best `trained` of them on disk."""
         measured: list[Candidate] = []
         for one in best:
             name = described(self.before, one.sizes)
@@ -331,7 +332,7 @@ class _Work:
         return [*alive, *(one for one in best if one not in alive)]
 
     def rounds_steps(self) -> int:
-        """Optimizer steps that the winner takes, all rounds together."""
+        """Optimizer steps of the winner, over all rounds."""
         alive, steps, total = self.search.trained, self.search.steps, 0
         while alive > 1:
             total, steps, alive = total + steps, 2 * steps, alive // 2
@@ -341,11 +342,11 @@ class _Work:
         setting, known = self.setting, self.known[1]
         before = self._folder(one, round_ - 1)
         if not before.is_dir():
-            # Only the pruned start can be missing: a round is saved before it is written down.
+            # Only the pruned start can be missing: a round is saved before it is logged.
             assert round_ == 1
             self._one_shot(one)
         note(f"training {described(self.before, one.sizes)} for {steps} steps")
-        # In memory, whatever its size: training changes all of it at every step.
+        # In memory, whatever its size: training changes all weights at every step.
         model = load_model(before, dtype=torch.float32, trust_remote_code=setting.trust_remote_code)
         model.to(setting.device)
         use_short_attention(model, known.batches[0].input_ids_RL.shape[1], setting.device)
@@ -364,7 +365,7 @@ class _Work:
         return self.setting.out / WORK / f"{name}_round-{round_}"
 
     def _save(self, model: Any, folder: Path) -> None:
-        """Whole or not at all: a killed search must not resume with half a candidate."""
+        """Save atomically: a killed search must not resume with half a candidate."""
         partial = folder.with_name(f".{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()

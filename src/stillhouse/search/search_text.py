@@ -1,7 +1,7 @@
 """The text of a search, from the training windows.
 
-Some windows are kept aside to measure candidates on, some are for short distillations, and the rest
-is for calibration; no window is in two of them. The evaluation's held-out text is not used.
+Some windows are held out to measure candidates, some are for short distillations, and the rest
+are for calibration; no window is used twice. The evaluation's held-out text is not used.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class SearchText:
 
 
 def split_text(windows: WindowSet, heldout_tokens: int, training: int, seed: int) -> SearchText:
-    """training: windows for short distillations; fewer are used where the text is short.
+    """training: windows for short distillations; fewer are used if the text is short.
 
-    Raises DataError where there are not enough windows for a search.
+    Raises DataError if there are not enough windows for a search.
     """
     if len(windows) < 4:
         raise DataError(
@@ -36,7 +36,7 @@ def split_text(windows: WindowSet, heldout_tokens: int, training: int, seed: int
         )
     length = len(windows[0]["input_ids"])
     order = drawn_order(windows, f"search {seed}")
-    # At most a quarter to measure on, and a half of the rest to train on.
+    # At most a quarter to measure on, and half of the rest to train on.
     first = min(-(-heldout_tokens // length), len(windows) // 4)
     second = first + min(training, (len(windows) - first) // 2)
     parts = (order[second:], order[first:second], order[:first])

@@ -32,7 +32,7 @@ from stillhouse.search.trial_log import Journal
 
 @dataclass(frozen=True)
 class Costs:
-    """of: a shape's cost. measured: the measurements behind it, as plain data."""
+    """of: returns a shape's cost. measured: the measurements behind it, as plain data."""
 
     of: Cost
     limit: Limit
@@ -48,7 +48,7 @@ def costs_of(
     device: torch.device,
     journal: Journal,
 ) -> Costs:
-    """served: the number type of the exported weights."""
+    """served: the dtype of the exported weights."""
     measured: Any = None
     if target.key == "decode_latency":
         table = _latency_table(config, counter, search, served, device, journal)
@@ -76,7 +76,7 @@ def _latency_table(
     device: torch.device,
     journal: Journal,
 ) -> LatencyTable:
-    # Shares are of the start's own time, also where it does not divide among the GPUs.
+    # Shares are of the start's own time, even if it does not divide among the GPUs.
     start = counter.start
     least = int(start.ffn_size * LEAST_FFN_SHARE) if "ffn_size" in search.axes else start.ffn_size
     shapes = shapes_to_time(

@@ -19,7 +19,7 @@ from stillhouse.teachers.backbone import lm_head
 from stillhouse.training.train_config import TrainRecipe
 
 WARMUP = 0.1
-"""Share of the steps in which the learning rate rises; then it falls along a cosine."""
+"""Share of the steps for learning-rate warmup; then cosine decay."""
 
 
 def distill_shortly(
@@ -33,8 +33,8 @@ def distill_shortly(
 ) -> None:
     """Train in place by forward KL to the teacher's outputs, a batch of them per step.
 
-    first: the batch to begin with; after the last one comes the first. The optimizer starts again,
-    so that a round depends only on the weights before it. Learning rate, betas, weight decay and
+    first: the batch to begin with; batches wrap around. The optimizer state is reset,
+    so a round depends only on the weights before it. Learning rate, betas, weight decay and
     gradient norm are the recipe's.
     """
     model.requires_grad_(True)

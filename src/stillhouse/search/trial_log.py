@@ -1,4 +1,4 @@
-"""The results of a search so far, on disk after every step, so that a killed one resumes."""
+"""The results of a search so far, saved after every step, so that a killed search resumes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from stillhouse.runfolder import write_atomically
 
 
 class Journal:
-    """One file: a name and a value for everything that took time to find; JSON with a hash.
+    """One file: a name and a value for everything that took time to compute; JSON with a hash.
 
-    A damaged file is started again, with a note. seconds, flops: what finding took, in all
+    If the file is damaged, the search starts again, with a note. seconds, flops: spent in all
     processes up to their last entry.
     """
 
@@ -44,7 +44,7 @@ class Journal:
         return self._earlier + time.monotonic() - self._began
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
-        """The value saved under `name`, or that of `find`, which is saved first."""
+        """The value saved under `name`, or the result of `find`, which is saved first."""
         if name not in self.found:
             self.found[name] = find()
             now = {"found": self.found, "seconds": self.seconds, "flops": self.flops}
@@ -52,7 +52,7 @@ class Journal:
         return self.found[name]
 
     def once_counted(self, name: str, find: Callable[[], Any]) -> Any:
-        """As `once`, and the FLOPs of `find` are counted: not for what is timed."""
+        """As `once`, but the FLOPs of `find` are counted: do not use it for timed code."""
 
         def counted() -> Any:
             with count_flops() as work:

@@ -25,7 +25,7 @@ KEYWORDS = frozenset((
     "const", "anyOf", "oneOf", "allOf", "not", "if", "pattern", "minimum", "maximum",
     "minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties",
 ))  # fmt: skip
-"""Keys that a schema has, and none of the forms around it."""
+"""Keys that a schema has, but none of its wrappers."""
 _PLACES = (
     ("schema",),  # OpenAI's response_format: name, strict, schema
     ("json_schema", "schema"),
@@ -42,14 +42,14 @@ _PLACES = (
     ("responseSchema",),
     ("guided_json",),
 )
-"""Where a schema is in what is sent to a model."""
+"""Where a schema is inside a request to a model."""
 _ANYTHING: tuple[Any, ...] = ({}, {"x": 1}, [], "hello", 0, 1.5, True, None)
 
 
 def read_schema(path: Path) -> dict[str, Any]:
-    """A JSON schema from a file, out of the form around it, if any.
+    """A JSON schema from a file, without its wrapper, if any.
 
-    Raises DataError: it cannot be read, or allows any answer.
+    Raises DataError if it cannot be read, or allows any answer.
     """
     regular_if_there(path)
     try:
@@ -96,7 +96,7 @@ def _is_schema(raw: Mapping[str, Any]) -> bool:
 
 
 def _allows_anything(schema: dict[str, Any]) -> bool:
-    """False for a schema that is not valid, which has an error of its own."""
+    """False for an invalid schema, which raises another error."""
     try:
         validator = schema_validator(schema)
         return all(validator.is_valid(value) for value in _ANYTHING)
@@ -117,9 +117,9 @@ def _how_to_restrict(schema: dict[str, Any]) -> str:
 
 
 def schema_validator(schema: dict[str, Any]) -> Any:
-    """A validator of jsonschema's for the schema, `format` included, whose patterns cannot hang.
+    """A jsonschema validator for the schema, including `format`, whose patterns cannot hang.
 
-    Raises RecipeError: the schema is not valid, refers to something outside it, or to itself
+    Raises RecipeError if the schema is not valid, refers to something outside it, or to itself
     without an end.
     """
     kind = jsonschema.validators.validator_for(schema)
@@ -167,7 +167,7 @@ def _pattern_properties(
 
 
 def check_references(schema: dict[str, Any]) -> None:
-    """Raises referencing.exceptions.Unresolvable for a `$ref` that is neither in the schema nor in
+    """Raise referencing.exceptions.Unresolvable for a `$ref` that is neither in the schema nor in
     a specification of JSON schema: nothing is fetched. Compiles every `pattern`."""
     whole: Resource[Any] = Resource.from_contents(schema, default_specification=DRAFT202012)
     registry: Any = REGISTRY.with_resource(whole.id() or "", whole)

@@ -1,4 +1,4 @@
-"""Logs of chat completions, and the task that they show."""
+"""Reads logs of chat completions, and detects their task."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stillhouse.progress import note
 from stillhouse.synthesis.prompts import at, prompt_messages
 
 FEWEST = 8
-"""The fewest rows that a task can be read from."""
+"""Minimum number of rows to detect a task."""
 _LABEL_CHARACTERS = 60
 _MOST_LABELS = 200
 _CHATS: tuple[tuple[str, ...], ...] = (
@@ -37,7 +37,7 @@ _CHOICES: tuple[tuple[str, ...], ...] = (
     ("response", "choices"),
     ("choices",),
 )
-"""Where logs keep a chat with its answer, or the answer beside the chat."""
+"""Where logs store a chat with its answer, or the answer next to the chat."""
 _JSON_SHARE = 0.9
 _JSON_TYPES: dict[type, str] = {
     type(None): "null",
@@ -157,7 +157,7 @@ def logs_format(path: Path) -> FileFormat:
 
 
 def _answer(row: Mapping[str, Any], where: str) -> str | None:
-    """The last turn of the assistant, where logs keep it; None if it is not to be learned."""
+    """The last assistant turn, wherever logs store it; None if it is not to be learned."""
     for place in _CHATS:
         messages = as_messages(at(row, place))
         if isinstance(messages, list) and messages and isinstance(messages[-1], Mapping):

@@ -1,4 +1,4 @@
-"""Which of the teacher's answers are kept. Dropped rows are counted by filter, and kept in a file.
+"""Filters the teacher's answers. Dropped rows are counted by filter, and saved in a file.
 
 A filter is a function that returns the reason to drop a row, or None. Filters run in a fixed order,
 the cheapest first; a row is dropped by the first that gives a reason.
@@ -52,7 +52,7 @@ class Row:
 
 Filter = Callable[[Row], str | None]
 Chooser = Callable[[Sequence[Row]], Sequence[str | None]]
-"""Takes all answers to one prompt; returns the reason to drop each, or None."""
+"""Called with all answers to one prompt; returns the reason to drop each, or None."""
 
 
 def empty(row: Row) -> str | None:
@@ -135,7 +135,7 @@ def pattern(expression: str, *, must_match: bool = True) -> Filter:
 
 
 def json_schema(schema: dict[str, Any]) -> Filter:
-    """Keeps answers that are JSON as the schema allows, `format` included; reasoning and a code
+    """Keeps answers that are JSON allowed by the schema, including `format`; reasoning and a code
     fence around the answer are ignored. Raises RecipeError for an invalid schema, or one with
     references to something outside it."""
     validator = schema_validator(schema)
@@ -248,7 +248,7 @@ def answer_only(row: Row) -> str:
     return MARKS.split(row.text, cut_off=row.finish_reason == "length").answer.strip()
 
 
-# --- all of them ------------------------------------------------------------------------------
+# --- all filters ------------------------------------------------------------------------------
 
 DROPPED = "dropped.jsonl"
 BEST_OF = "best_of"

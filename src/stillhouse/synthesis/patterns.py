@@ -1,4 +1,4 @@
-"""Regular expressions of a recipe: a search that takes too long is an error, and never a hang.
+"""Regular expressions in a recipe: a search that takes too long is an error, never a hang.
 
 Python's own `re` cannot be stopped; `regex` reads the same expressions and has a time limit.
 """
@@ -23,13 +23,13 @@ _REPEATED = 64
 
 @dataclass(frozen=True)
 class Pattern:
-    """where: the recipe's key. Searching raises RecipeError where it takes more than SECONDS."""
+    """where: the recipe's key. Searching raises RecipeError if it takes more than SECONDS."""
 
     compiled: Any
     where: str
 
     def search(self, text: str, *, seconds: float = SECONDS) -> Any:
-        """The first match; None where there is none."""
+        """The first match; None if there is none."""
         return next(self.matches(text, seconds=seconds), None)
 
     def matches(self, text: str, *, seconds: float = SECONDS) -> Iterator[Any]:

@@ -1,4 +1,5 @@
-"""What a synthesis will cost: from the journal, and from a few requests that are sent first."""
+"""Estimates the cost of a synthesis from the journal, and from a few requests that are sent
+first."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ def estimate_synthesis(job: SynthesisJob, calls: int = 0) -> Estimate:
 
 
 def answered_rows(job: SynthesisJob, most: int) -> list[Row]:
-    """Up to `most` rows made of the answers in the journal, before any filter."""
+    """Up to `most` rows from the answers in the journal, before any filter."""
     with opened_journal(job.journal) as journal:
         if journal is None:
             return []

@@ -33,7 +33,7 @@ _LOG_PLACES = (
     ("conversations",),  # ShareGPT
     ("conversation",),
     ("messages",),  # chat data, and lines of OpenAI's fine-tuning and stored-completions exports
-    ("request", "messages"),  # gateways that log the request beside the response
+    ("request", "messages"),  # gateways that log the request next to the response
     ("request", "body", "messages"),
     ("body", "messages"),  # the input of OpenAI's batch API
     ("messages", "data"),  # a stored completion with the listing of its messages inside
@@ -56,7 +56,7 @@ def read_prompts(
 ) -> Iterator[Prompt]:
     """The prompts of a file, one at a time.
 
-    A row has a string or messages under `key`; where that is `prompt`, it may also be a chat, its
+    A row has a string or messages under `key`; if that is `prompt`, it may also be a chat, its
     log (see `_LOG_PLACES`) or a question
     with its answer. Each line of plain text is a prompt. auto: by the file's
     extension. Raises DataError with the line for a row that is not a prompt, and for one with tools
@@ -106,7 +106,7 @@ def _logged(row: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
 
 
 def _refuse_unsent(row: Mapping[str, Any], messages: Iterable[Message], where: str) -> None:
-    """Raises DataError for what belongs to a prompt and would not be sent, or not be learned."""
+    """Raise DataError for parts of a prompt that would not be sent, or not be learned."""
     for place in ((), ("request",), ("request", "body"), ("body",)):
         holder = at(row, place)
         if not isinstance(holder, Mapping):

@@ -34,7 +34,7 @@ class SynthesisJob:
 
     @property
     def base(self) -> Path:
-        """Where relative paths start."""
+        """The folder of relative paths."""
         return self.default.base
 
     def teacher(self, *, weights: bool = True) -> TextSource:
@@ -48,7 +48,7 @@ class SynthesisJob:
         return open_judge(choice, self.default, self.seed, weights=weights)
 
     def writer(self, *, weights: bool = True) -> Writer | None:
-        """None where no prompts are written. Raises ModelError; DataError about the examples."""
+        """None if no prompts are written. Raises ModelError; DataError about the examples."""
         section = self.section.prompts
         if section.write is None:
             return None
@@ -73,9 +73,10 @@ class SynthesisJob:
         return itertools.islice(found, section.limit)
 
     def chats(self, *, student: bool = False) -> Iterator[tuple[tuple[Message, ...], str]]:
-        """What the teacher reads of each prompt, or the student, and where the prompt is from.
+        """The chat that the teacher, or the student, reads for each prompt, and where the prompt is
+        from.
 
-        Of prompts that the teacher is to write, one stands for all.
+        Prompts that the teacher is yet to write are represented by one.
         """
         section, frame = self.section.prompts, self.frame
         prompts = iter([Prompt(user_turn("Write."), "the prompts")])
@@ -87,7 +88,7 @@ class SynthesisJob:
 
     @property
     def frame(self) -> Frame:
-        """What is put around every prompt."""
+        """The frame around every prompt."""
         section = self.section.prompts
         examples = tuple((example.prompt, example.answer) for example in section.examples)
         return Frame(section.system, examples, section.student_sees)
@@ -132,7 +133,7 @@ class SynthesisRequests:
         return (request for _, request in self.pairs())
 
     def spent_on_writing(self) -> Spending:
-        """By the requests that wrote the prompts, which are under the same budget."""
+        """The cost of the requests that wrote the prompts, which share the budget."""
         if self.writer is None or self.journal is None:
             return Spending()
         return spent_on_writing(self.writer, self.journal)

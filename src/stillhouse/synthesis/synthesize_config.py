@@ -1,4 +1,4 @@
-"""The section `synthesize`: prompts, the teacher that answers them, and what is kept."""
+"""The section `synthesize`: prompts, the teacher that answers them, and filters."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class SynthesizedText:
         return [source for source in sources if not names(source, self.out, base)]
 
     def put_into(self, section: DataRecipe, base: Path) -> DataRecipe:
-        """The section with this run's file in the place of `out`, which another run may change."""
+        """The section with this run's file instead of `out`, which another run may change."""
 
         def own(sources: list[Source]) -> list[Source]:
             change = {"path": str(self.file.absolute())}
@@ -41,7 +41,7 @@ class SynthesizedText:
 
 
 def names(source: Source, out: Path, base: Path) -> bool:
-    """Whether the source is this very file: a folder or a pattern with it inside is not."""
+    """Whether the source is exactly this file, and not a folder or pattern that contains it."""
     if not isinstance(source, FileSource):
         return False
     return (base / Path(source.path).expanduser()).resolve() == out.resolve()

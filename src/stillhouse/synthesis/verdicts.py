@@ -13,7 +13,7 @@ _NUMBER = re.compile(r"(?<![\d.,-])\d+(?:\.\d+)?(?![\d%])")
 
 
 def read_verdict(text: str) -> str | None:
-    """A, B or tie; None where the reply is not exactly one of them."""
+    """A, B or tie; None if the reply is not exactly one of them."""
     found = {word if word in "AB" else "tie" for word in _LETTER.findall(text)}
     return found.pop() if len(found) == 1 else None
 

@@ -1,4 +1,4 @@
-"""Prompts without a file: templates combined with values, or written by the teacher itself.
+"""Prompts without a file: combined from templates and values, or written by the teacher.
 
 Written prompts come from a fixed sequence of requests, each of which shows other examples. The
 answers in the journal decide the prompts, so that a stopped run continues with the same ones.
@@ -62,7 +62,7 @@ def combined(section: CombineRecipe, seed: int) -> Iterator[Prompt]:
 
 @dataclass(frozen=True)
 class Writer:
-    """Requests for new prompts, and what is made of the answers."""
+    """Requests for new prompts, and the prompts in their answers."""
 
     section: WriteRecipe
     combine: CombineRecipe
@@ -111,7 +111,7 @@ class Writer:
 
 
 def prompt_lines(text: str, *, whole: bool) -> Iterator[str]:
-    """The prompts in an answer, one per line, without list marks. whole: the last line too."""
+    """The prompts in an answer, one per line, without list marks. whole: include the last line."""
     lines = [_MARK.sub("", line).strip().strip('"') for line in text.splitlines()]
     lines = [line for line in lines if line]
     for line in lines if whole else lines[:-1]:
