@@ -102,12 +102,22 @@ def _stillhouse(*arguments: str) -> None:
 
 def two_ranks(work: Callable[..., object], *arguments: Any) -> list[Fork]:
     """Two processes with the environment that torchrun gives them."""
+    return ranks(2, work, *arguments)
+
+
+def ranks(count: int, work: Callable[..., object], *arguments: Any, nodes: int = 1) -> list[Fork]:
+    """Processes with the environment that torchrun gives them, on one machine or as on several."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    here = count // nodes
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(here), "OMP_NUM_THREADS": "1"}
     return [
-        Fork(work, *arguments, environment={**common, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
+        Fork(
+            work,
+            *arguments,
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank % here)},
+        )
+        for rank in range(count)
     ]

@@ -99,7 +99,7 @@ def test_every_stage_of_a_task_that_writes_a_model_is_checked(
 def test_a_trainer_that_saves_no_weights_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As transformers does under FSDP with sharded state dicts."""
+    """The checkpoints are kept, and the same command ends the run without another step."""
     raw = tiny.recipe(tmp_path, train={"max_steps": 6})
     save_model = DistillationTrainer.save_model
 
@@ -110,7 +110,7 @@ def test_a_trainer_that_saves_no_weights_loses_nothing(
     monkeypatch.setattr(DistillationTrainer, "save_model", checkpoints_only)
     with pytest.raises(TrainingError, match="the trained model was not saved") as caught:
         stillhouse.run(raw)
-    assert "FULL_STATE_DICT" in str(caught.value)
+    assert "the checkpoints are kept" in str(caught.value)
     stages = tmp_path / "run" / "stages"
     assert not list(stages.glob("train-*"))
     assert list(stages.glob(".train-*.partial/checkpoints/checkpoint-6"))

@@ -274,7 +274,7 @@ def test_killed_in_every_stage_and_run_again_gives_the_same_model(tmp_path: Path
 
 
 def test_torchrun_runs_the_whole_recipe(tmp_path: Path) -> None:
-    recipe = write(tiny.recipe(tmp_path, train={"micro_batch_size": 2}), tmp_path)
+    recipe = write(tiny.recipe(tmp_path, train={"micro_batch_size": 2, "shard": "both"}), tmp_path)
     launch = [
         sys.executable,
         "-m",

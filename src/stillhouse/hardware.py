@@ -41,8 +41,10 @@ class Precision:
 
 
 def default_device() -> torch.device:
-    """The first CUDA GPU if there is one, otherwise the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    """The first CUDA GPU, or this process's own under torchrun; the CPU if there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def cpu_abilities() -> frozenset[str]:

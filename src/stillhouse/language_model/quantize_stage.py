@@ -15,6 +15,7 @@ from stillhouse.quantize.quantize import TRAINING, quantize, train_quantized
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.students.student import Student
 from stillhouse.training.train import MODEL
+from stillhouse.training.train_config import WHERE_IT_RUNS
 
 
 def plan_quantization(job: Job, data: Stage, trained: Stage) -> StagePlan:
@@ -78,7 +79,9 @@ def plan_quantized_training(
         "qat": section.qat.model_dump(mode="json"),
         "objective": job.recipe.objective.model_dump(mode="json"),
         "signals": stored and stored.key,
-        "recipe": train_section.model_dump(mode="json", exclude={"report_to", "teachers"}),
+        "recipe": train_section.model_dump(
+            mode="json", exclude={"report_to", "teachers", *WHERE_IT_RUNS}
+        ),
         "seed": job.recipe.seed,
         "teachers": [teacher.fingerprint for teacher in job.teachers],
         "data": data.digest,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,12 +37,13 @@ from stillhouse.teachers.local_teacher import load_teacher
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.record_store import chosen_encoding, record
 from stillhouse.teachers.several_teachers import combined
+from stillhouse.teachers.sharded_teacher import load_sharded_teacher
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
 from stillhouse.teachers.stored_head import head_sha256, load_head
 from stillhouse.teachers.stored_teacher import StoredTeacher
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.objective import stored_temperature
-from stillhouse.training.train import MODEL
+from stillhouse.training.train import MODEL, shards
 
 STORE = "store"
 
@@ -198,7 +199,8 @@ def training_teacher(
     allows it, the first of them for missing rows."""
     dtype = choose_precision(job.recipe.train.precision, default_device()).dtype
     code = job.trust_remote_code
-    loads = [partial(load_teacher, one, dtype=dtype, trust_remote_code=code) for one in sources]
+    over = shards(job.recipe.train, "teacher")
+    loads = [_loader(job, one, dtype, over) for one in sources]
     if stored is None:
         return combined([load() for load in loads])
     store = _open(job, stored, student)
@@ -210,6 +212,21 @@ def training_teacher(
     section = job.recipe.signals
     live = section is not None and section.missing == "live"
     return StoredTeacher(store, config=config, head=head, load_missing=loads[0] if live else None)
+
+
+def _loader(job: Job, source: ModelSource, dtype: torch.dtype, over: int) -> Callable[[], Teacher]:
+    """Loads the teacher, sharded over so many processes."""
+    code = job.trust_remote_code
+    if over == 1:
+        return partial(load_teacher, source, dtype=dtype, trust_remote_code=code)
+    return partial(
+        load_sharded_teacher,
+        source,
+        dtype=dtype,
+        shards=over,
+        offload=job.recipe.train.offload_teacher,
+        trust_remote_code=code,
+    )
 
 
 def _open(job: Job, stored: StoredSignals, student: Student) -> Store:

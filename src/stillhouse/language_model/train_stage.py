@@ -18,6 +18,7 @@ from stillhouse.students.student import Student
 from stillhouse.students.student_config import RandomStudent
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.training.train import CHECKPOINTS, MODEL, TrainingResult, train
+from stillhouse.training.train_config import WHERE_IT_RUNS
 
 BASELINE = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
@@ -96,7 +97,9 @@ def _training(
 
     everything = {
         **inputs,
-        "recipe": job.recipe.train.model_dump(mode="json", exclude={"report_to", "teachers"}),
+        "recipe": job.recipe.train.model_dump(
+            mode="json", exclude={"report_to", "teachers", *WHERE_IT_RUNS}
+        ),
         "seed": job.recipe.seed,
         "teachers": [teacher.fingerprint for teacher in teachers],
         "data": data.digest,

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 
 from stillhouse.errors import ModelError
+from stillhouse.processes import local_part
 from stillhouse.teachers.backbone import check_head
 from stillhouse.teachers.model_requirements import (
     require_decoder,
@@ -33,11 +35,19 @@ _checked: set[tuple[Path, int]] = set()
 """Model folders whose head was compared with the model's logits, and the time of their config."""
 
 
-def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
+def load_model(
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    distributed: DistributedConfig | None = None,
+) -> Any:
     """Load a causal language model in eval mode on the CPU, every weight from the folder.
 
     Attention is PyTorch's scaled_dot_product_attention, unless the model caps attention
     scores, which that function cannot do.
+    distributed: how it is sharded over the processes of a torchrun, each of which reads its own
+    part, on its own device.
     Raises ModelError: damaged files, weights that are missing, left over, of another shape or not
     finite, an architecture that is unknown, not a decoder, or whose logits Stillhouse cannot
     compute, a quantization that cannot be loaded, too little memory.
@@ -60,6 +70,7 @@ def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fals
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **({} if distributed is None else {"distributed_config": distributed}),
             )
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise _no_memory(path, files, dtype) from error
@@ -83,7 +94,8 @@ def load_model(path: Path, *, dtype: torch.dtype, trust_remote_code: bool = Fals
     _check_finite(model, path)
     _check_tied(model, files, path)
     model.requires_grad_(False).eval()
-    check_head_once(model, path)
+    if distributed is None:
+        check_head_once(model, path)
     return model
 
 
@@ -215,9 +227,9 @@ def _check_types(model: Any, files: list[Path], path: Path) -> None:
 
 def _check_finite(model: Any, path: Path) -> None:
     for name, weight in model.named_parameters():
-        if not weight.numel() or not weight.is_floating_point():
+        if not local_part(weight).numel() or not weight.is_floating_point():
             continue
-        low, high = map(float, weight.detach().aminmax())  # NaN if there is one
+        low, high = map(float, local_part(weight.detach()).aminmax())  # NaN if there is one
         if not (math.isfinite(low) and math.isfinite(high)):
             raise ModelError(
                 f"the weight {name} contains values that are not finite (NaN or infinity)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from stillhouse.errors import ModelError
+from stillhouse.teachers.backbone import check_head
 from stillhouse.teachers.load_model import check_loadable, load_config
 from stillhouse.teachers.model_requirements import (
     require_decoder,
@@ -59,6 +61,23 @@ def check_model_folder(path: Path, *, trust_remote_code: bool = False) -> Any:
     if here and getattr(config, "quantization_config", None) is None:
         check_loadable(path)
     return config
+
+
+def check_planned_head(config: Any) -> None:
+    """Does `check_head` for a model that is too large to be loaded for it: of its weights only a
+    small random head exists. Raises ModelError."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    text.vocab_size, text.num_hidden_layers = 64, 1
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(text, name, None)
+    model = planned_model(small)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.to_empty(device="cpu")
+        for weight in head.parameters():
+            nn.init.normal_(weight, std=0.02)
+    check_head(model)
 
 
 def learned_positions(model: Any) -> int | None:

@@ -156,9 +156,15 @@ class Distillation(nn.Module):
             save_file(self.projections.state_dict(), folder / PROJECTIONS)
 
     def load_projections(self, folder: Path) -> None:
-        """Read what `save_projections` wrote."""
+        """Load what `save_projections` wrote."""
         if len(self.projections):
             self.projections.load_state_dict(load_file(folder / PROJECTIONS))
+
+    def read_projections(self, folder: Path) -> dict[str, Tensor]:
+        """What `save_projections` wrote, by the names of this module's parameters."""
+        if not len(self.projections):
+            return {}
+        return {f"projections.{n}": value for n, value in load_file(folder / PROJECTIONS).items()}
 
 
 def _sum(parts: Sequence[LossSum], signal: Signal | None) -> LossSum:

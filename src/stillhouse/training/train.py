@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from stillhouse.hardware import (
     world_size,
 )
 from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.processes import shards_in_node
 from stillhouse.progress import bar, note
 from stillhouse.scratch import temporary_folder
 from stillhouse.students.student import Student
@@ -88,6 +89,13 @@ class Batching:
     accumulation: int
     processes: int
     steps: int
+
+
+def shards(settings: TrainRecipe, model: Literal["student", "teacher"]) -> int:
+    """Over how many processes of a torchrun this model is sharded; 1: each has a copy."""
+    if settings.shard not in (model, "both"):
+        return 1
+    return shards_in_node(settings.shard_within == "node")
 
 
 def plan_batches(section: TrainRecipe, windows: int, processes: int) -> Batching:
@@ -160,6 +168,7 @@ def train(
             metrics=Metrics(file, keep_to_step=meter.step),
             meter=meter,
             early_stop=settings.early_stop,
+            shards=shards(settings, "student"),
             args=_arguments(settings, plan, written, precision.dtype, seed, folder is not None),
             train_dataset=batches,
             eval_dataset=heldout,
@@ -238,8 +247,7 @@ def _as_it_came(student: Student) -> Iterator[None]:
 def _save(trainer: DistillationTrainer, student: Student, folder: Path) -> None:
     """Save the student as a plain model folder; every process must call this.
 
-    Raises TrainingError if weights are missing: with sharded state dicts, transformers
-    only writes checkpoints.
+    Raises TrainingError if weights are missing.
     """
     with quiet():
         trainer.save_model(str(folder))
@@ -251,8 +259,7 @@ def _save(trainer: DistillationTrainer, student: Student, folder: Path) -> None:
         raise TrainingError(
             f"the trained model was not saved: {error.what}",
             where=folder,
-            fix="the checkpoints are kept; with FSDP, set fsdp_state_dict_type: FULL_STATE_DICT in "
-            "the accelerate configuration, and give the same command again",
+            fix="the checkpoints are kept: give the same command again",
         ) from error
     if student.tokenizer is not None:
         save_tokenizer(student.tokenizer, folder)

@@ -32,6 +32,13 @@ ORIGINAL = "teacher"
 """The entry of `train.teachers` for the recipe's own teacher."""
 
 
+WHERE_IT_RUNS = frozenset(
+    ("micro_batch_size", "gradient_checkpointing", "shard", "shard_within", "offload_teacher")
+)
+"""Keys that decide how a training is computed, and not what comes out. They may change in between
+a kill and its resume."""
+
+
 class TrainRecipe(Section):
     teachers: list[PathText] = Field(
         default=[],
@@ -58,6 +65,17 @@ class TrainRecipe(Section):
         False, description="Do not train the head, or embeddings that are tied to it."
     )
     gradient_checkpointing: bool = False
+    shard: Literal["none", "student", "teacher", "both", "auto"] = Field(
+        "auto",
+        description="Models whose weights are sharded over the processes of a torchrun (FSDP2). "
+        "auto: what does not fit on one GPU.",
+    )
+    shard_within: Literal["all", "node"] = Field(
+        "all", description="node: shard inside each node, and keep a copy in every node."
+    )
+    offload_teacher: bool = Field(
+        False, description="Keep a sharded teacher's weights in the host's memory."
+    )
     checkpoint_every: Steps = Field(100, description="Optimizer steps between checkpoints.")
     keep_checkpoints: Count = 2
     evaluate_every: Steps | None = Field(

@@ -6,28 +6,36 @@ Shapes: R windows, L tokens a window, N supervised rows.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from stillhouse.data.batches import Batch, collate
 from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import ARRAYS
-from stillhouse.errors import TrainingError
+from stillhouse.errors import RecipeError, TrainingError
 from stillhouse.objectives import Mixture, Tally, Term
 from stillhouse.objectives.objective_config import ObjectiveRecipe, ObjectiveTerm
+from stillhouse.processes import release_gathered, shard, sharding_mesh
 from stillhouse.students.student import Student
+from stillhouse.teachers.load_model import load_model
 from stillhouse.teachers.short_attention import use_short_attention
 from stillhouse.teachers.teacher import Teacher, TeacherView
+from stillhouse.training import sharded_checkpoint
 from stillhouse.training.checkpoints import Meter, Metrics
-from stillhouse.training.distillation import Distillation
+from stillhouse.training.distillation import STUDENT, Distillation
 from stillhouse.training.objective import Objective
+from stillhouse.training.partition import ProcessBatches, WithEmptyRow, heldout_rows
 from stillhouse.training.resuming import ResumingTrainer
+from stillhouse.training.score_step import score_step, scores_steps
 
 HELDOUT_KL = Term("forward_kl")
 HELDOUT_CROSS_ENTROPY = Term("cross_entropy")
@@ -42,7 +50,8 @@ class DistillationTrainer(ResumingTrainer):
 
     student: its weights are trained in place. teacher: None if no term needs one. objective:
     terms, a recipe's section, or an `Objective`. metrics, meter: of a resumed run. early_stop:
-    stop after this many held-out measurements without an improvement.
+    stop after this many held-out measurements without an improvement. shards: the number of
+    processes that the student is sharded over (FSDP2); 1: each has a copy.
     Raises ModelError: vocabularies that differ. SignalError: terms that the teacher cannot serve.
     """
 
@@ -57,6 +66,7 @@ class DistillationTrainer(ResumingTrainer):
         metrics: Metrics | None = None,
         meter: Meter | None = None,
         early_stop: int | None = None,
+        shards: int = 1,
         data_collator: Any = collate,
         **kwargs: Any,
     ) -> None:
@@ -71,7 +81,18 @@ class DistillationTrainer(ResumingTrainer):
         model = Distillation(self.student, objective, teacher, seed=args.seed)
         self.objective = model.objective
         self._prepare_teacher(kwargs.get("train_dataset"))
+        self._sharded = shards > 1
+        if self._sharded:
+            shard(model, model.student, sharding_mesh(shards))
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise RecipeError(
+                "accelerate is configured for FSDP or DeepSpeed, which Stillhouse does not use",
+                where="accelerate's configuration",
+                fix="start with torchrun, and choose with train.shard what is sharded",
+            )
+        # It is sharded already, and reduces its own gradients: accelerate must not wrap it.
+        self.is_distributed_loading_by_transformers = self._sharded
         # Trainer counts labels[..., 1:] that are not -100, over accumulation steps and ranks:
         # exactly the rows that `supervised_rows` selects.
         self.model_accepts_loss_kwargs = True
@@ -87,6 +108,7 @@ class DistillationTrainer(ResumingTrainer):
         self._logged_at = self._started
         self._tally = Tally()
         self._paused = 0.0
+        self._scored: Iterator[TeacherView] | None = None  # of the optimizer step's micro-batches
         self._measured: tuple[int, dict[str, float]] | None = None
 
     def _prepare_teacher(self, text: Any) -> None:
@@ -127,38 +149,120 @@ class DistillationTrainer(ResumingTrainer):
     def _view(self, inputs: Batch) -> TeacherView | None:
         if self.teacher is None:
             return None
+        if self._scored is not None:
+            return next(self._scored)
         return self.teacher.answer(inputs, self.objective.needs.activations)
+
+    def get_train_dataloader(self) -> DataLoader[Batch]:
+        """Every window once an epoch, for whatever number of processes."""
+        args = self.args
+        rows = ProcessBatches(
+            len(self.train_dataset),
+            args.per_device_train_batch_size,
+            process=args.process_index,
+            processes=args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        return _EpochLoader(
+            rows,
+            WithEmptyRow(self.train_dataset),
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list[Batch], Any]:
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._tokens = self._tokens + items  # a tensor on a GPU: read only when it is logged
+        if self.teacher is not None and scores_steps(self.teacher):
+            request = self.objective.needs.activations
+            self._scored = score_step(self.teacher, batches, request, self.args.device)
         return batches, items
 
     # --- checkpoints ---------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the student as a plain folder; a sharded one's checkpoints have parts instead."""
+        folder = Path(output_dir or self.args.output_dir)
+        if not self._sharded:
+            super().save_model(str(folder), _internal_call)
+        elif not _internal_call:
+            weights = sharded_checkpoint.complete_weights(self._distillation)
+            if self.args.should_save:
+                self._distillation.save_student(folder, weights)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             self._distillation.save_student(Path(output_dir or self.args.output_dir), state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and not self._sharded:
-            self._distillation.save_projections(Path(output_dir))
+        folder = Path(output_dir)
+        if not self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            if self.args.should_save:
+                self._distillation.save_projections(folder)
+            return
+        sharded_checkpoint.save_parts(folder, self._distillation, self._own_optimizer)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._sharded:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, self.student.model)
-            with self._loading():
-                self._distillation.load_projections(Path(resume_from_checkpoint))
+        folder, module = Path(resume_from_checkpoint), self._distillation
+        with self._loading():
+            if sharded_checkpoint.is_sharded(folder):
+                sharded_checkpoint.load_weights(folder, module)
+                return
+            if not self._sharded:
+                Trainer._load_from_checkpoint(self, str(folder), self.student.model)
+                module.load_projections(folder)
+                return
+            code = self.student.trust_remote_code
+            plain = load_model(folder, dtype=torch.float32, trust_remote_code=code).state_dict()
+            weights = {STUDENT + name: value for name, value in plain.items()}
+            weights |= module.read_projections(folder)
+            sharded_checkpoint.distribute_weights(module, weights)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder, module = Path(checkpoint), self._distillation
+        in_parts = sharded_checkpoint.is_sharded(folder)
+        if not self._sharded and not in_parts:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with self._loading():
+            if in_parts:
+                sharded_checkpoint.load_optimizer(folder, module, self._own_optimizer)
+            else:
+                file = folder / OPTIMIZER_NAME
+                sharded_checkpoint.distribute_optimizer(file, module, self._own_optimizer)
+            state = torch.load(folder / SCHEDULER_NAME, weights_only=True)
+            self.lr_scheduler.load_state_dict(state)
 
     @property
-    def _sharded(self) -> bool:
-        """Whether FSDP or DeepSpeed saves the complete module in its own checkpoint format."""
-        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+    def _own_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer without accelerate's wrapper."""
+        own = getattr(self.optimizer, "optimizer", self.optimizer)
+        assert isinstance(own, torch.optim.Optimizer)
+        return own
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Before an optimizer step's last micro-batch: gradients are summed inside a group that
+        shares the weights, since whole ones would not fit, and not yet between such groups."""
+        self.model.set_requires_all_reduce(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_all_reduce(True)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self._sharded:  # else each part is where it belongs
+            super()._move_model_to_device(model, device)
 
     @property
     def _distillation(self) -> Distillation:
@@ -227,6 +331,8 @@ class DistillationTrainer(ResumingTrainer):
                 values = list(outputs.terms.values())
                 names = list(outputs.terms)
                 sums += torch.stack([*values, rows]).double()
+        if self._sharded:
+            release_gathered(self.model)
         sums = self.accelerator.reduce(sums)
         means = (sums[:-1] / sums[-1]).tolist()
         metrics = {"heldout_perplexity": float(torch.tensor(means[-1]).exp())}
@@ -252,18 +358,14 @@ class DistillationTrainer(ResumingTrainer):
         return teacher if everywhere else None
 
     def _heldout_batches(self) -> list[Batch]:
-        """As many batches on every rank, since a wrapped model's forward may be collective."""
-        windows = self.eval_dataset
-        world, rank = self.args.world_size, self.args.process_index
-        size = self.args.per_device_eval_batch_size
-        batches = []
-        for start in range(0, len(windows), size * world):
-            first = start + rank * size
-            rows = [windows[i] for i in range(first, min(first + size, len(windows)))]
-            if not rows:
-                rows = [{**windows[0], "labels": torch.full_like(windows[0]["labels"], IGNORED)}]
-            batches.append(self._prepare_inputs(self.data_collator(rows)))
-        return batches
+        args = self.args
+        rows = heldout_rows(
+            self.eval_dataset,
+            args.per_device_eval_batch_size,
+            process=args.process_index,
+            processes=args.world_size,
+        )
+        return [self._prepare_inputs(self.data_collator(each)) for each in rows]
 
     def _stop_when_no_better(self, key: str) -> None:
         if self.early_stop is None:
@@ -274,3 +376,14 @@ class DistillationTrainer(ResumingTrainer):
         # In a resumed run, only rank 0 has the history; all must stop at the same step.
         if float(self.accelerator.reduce(stop)) > 0:
             self.control.should_training_stop = True
+
+
+class _EpochLoader(DataLoader[Batch]):
+    """Sets the epoch of its batch sampler, as transformers.Trainer expects of a loader."""
+
+    def __init__(self, rows: ProcessBatches, dataset: WithEmptyRow, **options: Any) -> None:
+        super().__init__(dataset, batch_sampler=rows, **options)
+        self.rows = rows
+
+    def set_epoch(self, epoch: int) -> None:
+        self.rows.set_epoch(epoch)

@@ -1,0 +1,87 @@
+"""The processes of a torchrun: their group, and how models are sharded over it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from stillhouse.errors import RecipeError
+from stillhouse.hardware import default_device, world_size
+
+
+def open_group() -> None:
+    """Open the process group of a torchrun, if it is not open. Every process must call this."""
+    if world_size() == 1 or dist.is_initialized():
+        return
+    device = default_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # gloo beside NCCL: checkpoints exchange plans between CPUs.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def shards_in_node(within_node: bool) -> int:
+    """Over how many processes a model is sharded: those of a node, or all.
+
+    Raises RecipeError: nodes with different numbers of processes.
+    """
+    processes = world_size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if not within_node or here == processes:
+        return processes
+    if processes % here:
+        raise RecipeError(
+            f"{processes} processes cannot be divided into nodes of {here}",
+            where="train.shard_within",
+            fix="start the same number of processes on every node, or use shard_within: all",
+        )
+    return here
+
+
+def sharding_mesh(shards: int) -> DeviceMesh:
+    """[replicas, shards], or [shards] if every process has a shard of its own."""
+    open_group()
+    device, processes = default_device().type, world_size()
+    if shards == processes:
+        return init_device_mesh(device, (processes,), mesh_dim_names=("shard",))
+    names = ("replicate", "shard")
+    return init_device_mesh(device, (processes // shards, shards), mesh_dim_names=names)
+
+
+def shard(root: nn.Module, model: Any, mesh: DeviceMesh) -> None:
+    """Shard a module in place with FSDP2: each block of `model` and the rest are units.
+
+    root: the module whose forward is called; `model`, or a module around it.
+    Gradients are reduced in the precision of the weights, and averaged over all processes.
+    Raises RecipeError: a model whose blocks are not known.
+    """
+    kinds = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        raise RecipeError(
+            f"{type(model).__name__} does not name its decoder blocks, so it cannot be sharded",
+            where="train.shard",
+            fix="use train.shard: none",
+        )
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(root, mesh=mesh, reshard_after_forward=False)
+
+
+def release_gathered(root: nn.Module) -> None:
+    """Free weights that a forward without a backward left gathered; they would become stale."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,92 @@
+"""A teacher whose weights are sharded over the processes of a torchrun (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers.distributed import DistributedConfig
+
+from stillhouse.data.batches import Batch
+from stillhouse.hardware import world_size
+from stillhouse.processes import open_group
+from stillhouse.signals import LMHead
+from stillhouse.teachers.activations import ActivationRequest
+from stillhouse.teachers.backbone import lm_head
+from stillhouse.teachers.load_model import load_config, load_model, load_tokenizer
+from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.teachers.model_source import ModelSource
+from stillhouse.teachers.planned_model import check_planned_head
+from stillhouse.teachers.short_attention import use_short_attention
+from stillhouse.teachers.teacher import OUTPUT_ONLY, TeacherView
+
+T = TypeVar("T")
+
+
+class ShardedTeacher(LocalTeacher):
+    """As a local teacher, of which each process holds a part; all must call `answer` together.
+
+    Layers are gathered one after the other, and the head is kept. model: its forward is replaced,
+    since FSDP2 gathers weights only around the forward of the root module.
+    """
+
+    collective = True
+    tokens_together = 16384
+
+    def __init__(self, model: Any, tokenizer: Any = None, **more: Any) -> None:
+        super().__init__(model, tokenizer, **more)
+        model.forward = _call
+
+    @property
+    def head(self) -> LMHead:
+        model = self.model
+        kept = model.get_output_embeddings()
+        if not isinstance(kept, FSDPModule):  # tied: FSDP2 has the weight of the embeddings alone
+            kept = model.get_input_embeddings()
+        kept.unshard()
+        return replace(lm_head(model), weight_VD=kept.weight)
+
+    @torch.no_grad()
+    def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
+        found: TeacherView = self.model(lambda: super(ShardedTeacher, self).answer(batch, request))
+        return found
+
+    def place(self, device: torch.device, context: int) -> None:
+        """Its parts are where they belong; only attention is chosen."""
+        use_short_attention(self.model, context, device)
+
+
+def _call(work: Callable[[], T]) -> T:
+    return work()
+
+
+def load_sharded_teacher(
+    source: ModelSource,
+    *,
+    dtype: torch.dtype,
+    shards: int,
+    offload: bool = False,
+    trust_remote_code: bool = False,
+) -> ShardedTeacher:
+    """The model of a folder as a teacher, of which each process reads its own part.
+
+    shards: over how many processes; groups of so many have a copy each. offload: keep the weights
+    on the host, and only what is gathered on the GPU. Raises ModelError as `load_model`.
+    """
+    open_group()
+    code = trust_remote_code
+    check_planned_head(load_config(source.path, trust_remote_code=code))
+    over = DistributedConfig(
+        fsdp_size=shards, dp_replicate_size=world_size() // shards, fsdp_cpu_offload=offload
+    )
+    return ShardedTeacher(
+        load_model(source.path, dtype=dtype, trust_remote_code=code, distributed=over),
+        load_tokenizer(source.path, trust_remote_code=code),
+        described=source.described,
+        fingerprint=source.fingerprint,
+        folder=source.path,
+        trust_remote_code=code,
+    )

@@ -1,0 +1,77 @@
+"""Which rows each process learns from: every row once an epoch, whatever the number of processes.
+
+One optimizer step takes `micro x accumulation x processes` rows of the epoch's order: first one
+micro-batch for each process, then the next. If the rows of the last step do not suffice, its last
+micro-batches are smaller or empty; no row is repeated to fill them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from stillhouse.data.batches import Batch
+from stillhouse.data.shift import IGNORED
+from stillhouse.data.windows import WindowSet
+
+NO_ROW = -1
+"""The index of a row without a token to learn, for micro-batches that would otherwise be empty."""
+
+
+class ProcessBatches(Sampler[list[int]]):
+    """Row indices of each micro-batch of one process, for `DataLoader(batch_sampler=...)`.
+
+    rows: in the data. micro: rows in one micro-batch. seed: of the order, which is another one in
+    each epoch and the same in all processes.
+    Every process gets equally many micro-batches in each optimizer step, as collectives need.
+    """
+
+    def __init__(self, rows: int, micro: int, *, process: int, processes: int, seed: int) -> None:
+        self.rows, self.micro, self.seed = rows, micro, seed
+        self.process, self.processes = process, processes
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.rows // (self.micro * self.processes))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # The order that accelerate's SeedableRandomSampler gives.
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.rows, generator=generator).tolist()
+        together = self.micro * self.processes
+        for start in range(self.process * self.micro, len(self) * together, together):
+            yield order[start : start + self.micro] or [NO_ROW]
+
+
+class WithEmptyRow(Dataset[Batch]):
+    """The rows of `windows`, and at `NO_ROW` one that has nothing to learn."""
+
+    def __init__(self, windows: WindowSet) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.windows[index] if index != NO_ROW else empty_row(self.windows)
+
+
+def empty_row(windows: WindowSet) -> Batch:
+    """The first row with no token to learn."""
+    first = windows[0]
+    return {**first, "labels": torch.full_like(first["labels"], IGNORED)}
+
+
+def heldout_rows(
+    windows: WindowSet, size: int, *, process: int, processes: int
+) -> Iterator[Sequence[Batch]]:
+    """Rows of one process in batches of at most `size`; as many batches in every process."""
+    for start in range(0, len(windows), size * processes):
+        first = start + process * size
+        rows = [windows[i] for i in range(first, min(first + size, len(windows)))]
+        yield rows or [empty_row(windows)]

@@ -1,0 +1,92 @@
+"""A sharded teacher scores all micro-batches of an optimizer step before the student sees any.
+
+Its layers are then gathered once for many micro-batches. Of each, only the rows that predict a
+supervised token are kept, on the host.
+
+Shapes: R windows, L tokens, N supervised rows, D hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from stillhouse.data.batches import Batch
+from stillhouse.data.shift import predicting
+from stillhouse.objectives import AttentionStates
+from stillhouse.signals import DenseSignal
+from stillhouse.teachers.activations import ActivationRequest
+from stillhouse.teachers.several_teachers import SeveralTeachers
+from stillhouse.teachers.sharded_teacher import ShardedTeacher
+from stillhouse.teachers.teacher import Teacher, TeacherView
+
+HOST = torch.device("cpu")
+
+
+def scores_steps(teacher: Teacher | None) -> bool:
+    """Whether this teacher scores whole optimizer steps: it is sharded, or all of several are."""
+    if isinstance(teacher, SeveralTeachers):
+        return all(isinstance(each, ShardedTeacher) for each in teacher.teachers)
+    return isinstance(teacher, ShardedTeacher)
+
+
+def score_step(
+    teacher: Teacher, batches: Sequence[Batch], request: ActivationRequest, device: torch.device
+) -> Iterator[TeacherView]:
+    """The teacher's answers to the micro-batches, in order, on the device.
+
+    Micro-batches of up to `teacher.tokens_together` tokens are scored together, all before the
+    first answer. The processes of a torchrun must have equally many micro-batches.
+    """
+    together = max(1, teacher.tokens_together // batches[0]["labels"].numel())
+    kept: list[TeacherView] = []
+    for start in range(0, len(batches), together):
+        chunk = batches[start : start + together]
+        joined = {name: torch.cat([batch[name] for batch in chunk]) for name in chunk[0]}
+        kept.extend(_parts(teacher.answer(joined, request), chunk))
+    while kept:
+        yield _moved(kept.pop(0), device)
+
+
+def _parts(view: TeacherView, chunk: Sequence[Batch]) -> Iterator[TeacherView]:
+    """One answer divided into those to the chunk's micro-batches, on the host."""
+    counts = [int(predicting(batch["labels"]).sum()) for batch in chunk]
+    sizes = [len(batch["labels"]) for batch in chunk]
+    signals = [
+        [replace(signal, hidden_ND=rows_ND) for rows_ND in signal.hidden_ND.split(counts)]
+        for signal in view.signals
+        if isinstance(signal, DenseSignal)
+    ]
+    layers = {layer: hidden_ND.split(counts) for layer, hidden_ND in view.layers.items()}
+    attention = {
+        block: {name: each_RLW.split(sizes) for name, each_RLW in states.states.items()}
+        for block, states in view.attention.items()
+    }
+    for i in range(len(chunk)):
+        part = TeacherView(
+            tuple(parts[i] for parts in signals),
+            {layer: parts[i] for layer, parts in layers.items()},
+            {
+                block: AttentionStates({name: parts[i] for name, parts in states.items()})
+                for block, states in attention.items()
+            },
+        )
+        # Of one micro-batch, nothing needs to wait on the host.
+        yield part if len(chunk) == 1 else _moved(part, HOST)
+
+
+def _moved(view: TeacherView, device: torch.device) -> TeacherView:
+    """The view with its rows on the device; the heads stay where they are."""
+    signals = tuple(
+        replace(signal, hidden_ND=signal.hidden_ND.to(device))
+        for signal in view.signals
+        if isinstance(signal, DenseSignal)
+    )
+    layers = {layer: hidden_ND.to(device) for layer, hidden_ND in view.layers.items()}
+    attention = {
+        block: AttentionStates({name: each.to(device) for name, each in states.states.items()})
+        for block, states in view.attention.items()
+    }
+    return TeacherView(signals, layers, attention)

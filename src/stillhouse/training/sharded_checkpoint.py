@@ -1,0 +1,99 @@
+"""Weights and optimizer state of a sharded training, saved and loaded by every process.
+
+torch.distributed.checkpoint writes each process's part, and reads it back in any other partition,
+one process included. A checkpoint of an unsharded training can be loaded into a sharded one, too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+SHARDED = "sharded"
+"""The folder in a checkpoint that has the parts."""
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def is_sharded(checkpoint: Path) -> bool:
+    return (checkpoint / SHARDED).is_dir()
+
+
+def save_parts(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> None:
+    """Write this process's part of the weights and of the optimizer's state."""
+    state = {
+        "model": get_model_state_dict(module),
+        "optimizer": get_optimizer_state_dict(module, optimizer),
+    }
+    state_dict_saver.save(state, checkpoint_id=checkpoint / SHARDED)
+
+
+def load_weights(checkpoint: Path, module: nn.Module) -> None:
+    """Read the weights that `save_parts` wrote."""
+    state = {"model": get_model_state_dict(module)}
+    _load(state, checkpoint)
+    set_model_state_dict(module, state["model"])
+
+
+def load_optimizer(checkpoint: Path, module: nn.Module, optimizer: Optimizer) -> None:
+    """Read the optimizer's state that `save_parts` wrote."""
+    state = {"optimizer": get_optimizer_state_dict(module, optimizer)}
+    _load(state, checkpoint)
+    set_optimizer_state_dict(module, optimizer, state["optimizer"])
+
+
+def _load(state: dict[str, Any], checkpoint: Path) -> None:
+    alone = not dist.is_initialized()
+    state_dict_loader.load(state, checkpoint_id=checkpoint / SHARDED, no_dist=alone)
+
+
+def complete_weights(module: nn.Module) -> dict[str, Tensor]:
+    """All weights by name, on the CPU of the main process; empty in the others.
+
+    They are gathered one after the other. Of tied weights, only the first name is there. Every
+    process must call this.
+    """
+    first = {name for name, _ in module.named_parameters()}
+    again = {name for name, _ in module.named_parameters(remove_duplicate=False)} - first
+    found: dict[str, Any] = get_model_state_dict(module, options=WHOLE)
+    return {name: value for name, value in found.items() if name not in again}
+
+
+def distribute_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Set the weights of a sharded module from complete ones, which every process has."""
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    set_model_state_dict(module, {**weights}, options=options)
+
+
+def distribute_optimizer(file: Path, module: nn.Module, optimizer: Optimizer) -> None:
+    """Set the state of a sharded module's optimizer from the file of an unsharded one.
+
+    file: of `optimizer.state_dict()`, where parameters are numbered in the optimizer's order.
+    """
+    stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    state: dict[str, Any] = {}
+    groups = []
+    for group, saved in zip(optimizer.param_groups, stored["param_groups"], strict=True):
+        own = [names[parameter] for parameter in group["params"]]
+        numbers = saved["params"]
+        for name, number in zip(own, numbers, strict=True):
+            if number in stored["state"]:
+                state[name] = stored["state"][number]
+        groups.append({**saved, "params": own})
+    complete: Any = {"state": state, "param_groups": groups}
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(module, optimizer, complete, options=options)

@@ -1,0 +1,66 @@
+"""Every row once an epoch, whatever the number of processes and the size of a micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+
+from stillhouse.training.partition import NO_ROW, ProcessBatches, heldout_rows
+
+
+def batches(rows: int, micro: int, processes: int, epoch: int = 0) -> list[list[list[int]]]:
+    """By process, its micro-batches."""
+    found = []
+    for process in range(processes):
+        each = ProcessBatches(rows, micro, process=process, processes=processes, seed=7)
+        each.set_epoch(epoch)
+        assert len(each) == len(list(each))
+        found.append(list(each))
+    return found
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 23, 24])
+@pytest.mark.parametrize(("micro", "processes"), [(1, 1), (1, 4), (2, 2), (3, 2), (4, 4)])
+def test_every_row_comes_once(rows: int, micro: int, processes: int) -> None:
+    found = batches(rows, micro, processes)
+    learned = [row for side in found for batch in side for row in batch if row != NO_ROW]
+    assert sorted(learned) == list(range(rows))
+    assert len({len(side) for side in found}) == 1
+
+
+@pytest.mark.parametrize("rows", [7, 23, 24])
+def test_each_step_has_the_rows_that_one_process_would_take(rows: int) -> None:
+    (alone,) = batches(rows, 8, 1)
+    for micro, processes in ((1, 4), (2, 2), (4, 2), (8, 1)):
+        accumulation = 8 // (micro * processes)
+        found = batches(rows, micro, processes)
+        for step, expected in enumerate(alone):
+            part = slice(step * accumulation, (step + 1) * accumulation)
+            learned = [row for side in found for batch in side[part] for row in batch]
+            assert sorted(row for row in learned if row != NO_ROW) == sorted(expected)
+
+
+def test_the_order_is_the_one_that_accelerate_gives() -> None:
+    for epoch in range(3):
+        sampler = SeedableRandomSampler(range(23), generator=torch.Generator(), data_seed=7)
+        sampler.set_epoch(epoch)
+        (alone,) = batches(23, 23, 1, epoch)
+        assert alone == [list(sampler)]
+
+
+class Rows:
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": torch.tensor([index]), "labels": torch.tensor([index])}
+
+
+def test_held_out_rows_are_measured_once_by_as_many_batches_in_each_process() -> None:
+    sides = [list(heldout_rows(Rows(), 2, process=each, processes=2)) for each in range(2)]
+    assert [len(side) for side in sides] == [2, 2]
+    labels = [int(row["labels"]) for side in sides for batch in side for row in batch]
+    assert sorted(label for label in labels if label != -100) == [0, 1, 2, 3, 4]

@@ -1,0 +1,173 @@
+"""Sharded over the processes of a torchrun, with gloo: the weights of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from stillhouse.objectives.objective_config import (
+    AttentionRelationsTerm,
+    HiddenStatesTerm,
+    LogitsTerm,
+    ObjectiveRecipe,
+)
+from stillhouse.students.student import Student
+from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.sharded_teacher import load_sharded_teacher
+from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.train import shards, train
+from stillhouse.training.train_config import TrainRecipe
+from tests import forks, tiny
+from tests.training.conftest import Setting
+
+pytestmark = pytest.mark.run
+
+KL = ObjectiveRecipe()
+HIDDEN = ObjectiveRecipe(terms=[LogitsTerm(), HiddenStatesTerm(kind="hidden_states", weight=0.1)])
+
+
+def teacher_for(setting: Setting, settings: TrainRecipe) -> Teacher | None:
+    if setting.teacher is None or shards(settings, "teacher") == 1:
+        return setting.load_teacher()
+    source = resolve_model(str(setting.teacher), base=Path.cwd())
+    over = shards(settings, "teacher")
+    return load_sharded_teacher(source, dtype=torch.float32, shards=over)
+
+
+def run(setting: Setting, out: Path, objective: ObjectiveRecipe = KL, **changes: object) -> None:
+    """The gradient's norm is not limited: its sum over parts may differ in the last bit."""
+    options = {"batch_size": 8, "precision": "float32", "max_steps": 4, "max_grad_norm": 100}
+    settings = TrainRecipe.model_validate({**options, **changes})
+    train(
+        Student.load(setting.student),
+        teacher_for(setting, settings),
+        setting.windows,
+        objective,
+        settings,
+        heldout=setting.heldout,
+        folder=out,
+    )
+
+
+def weights(out: Path) -> dict[str, Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def in_processes(
+    count: int,
+    setting: Setting,
+    out: Path,
+    *args: object,
+    nodes: int = 1,
+    **changes: object,
+) -> None:
+    for rank in forks.ranks(count, partial(run, setting, out, *args, **changes), nodes=nodes):
+        assert rank.wait(timeout=300) == 0, rank.communicate()[1][-3000:]
+
+
+def difference(left: Path, right: Path) -> float:
+    ours, theirs = weights(left), weights(right)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+@pytest.mark.parametrize("objective", [KL, HIDDEN], ids=["kl", "hidden"])
+@pytest.mark.parametrize("shard", ["none", "student", "teacher", "both"])
+def test_two_processes_give_the_weights_of_one_bit_for_bit(
+    narrow: Setting, tmp_path: Path, shard: str, objective: ObjectiveRecipe
+) -> None:
+    """Micro-batches of one process are as large as those of two, and so are summed alike.
+
+    Under FSDP2, gradients that reach a layer from above and from a term on its output are summed
+    in another order.
+    """
+    options = {"evaluate_every": 2, "checkpoint_every": 3}
+    run(narrow, tmp_path / "one", objective, micro_batch_size=4, **options)
+    in_processes(2, narrow, tmp_path / "two", objective, shard=shard, **options)
+    reordered = objective is HIDDEN and shard in ("student", "both")
+    assert difference(tmp_path / "two", tmp_path / "one") <= (1e-7 if reordered else 0)
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for key in ("loss", "grad_norm", "heldout_kl"):
+        values = [[row[key] for row in rows if key in row] for rows in (one, two)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4), key
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("freeze_head", [True, False])
+def test_heads_are_trained_after_a_measurement_as_before(
+    setting: Setting, tmp_path: Path, tied: bool, freeze_head: bool
+) -> None:
+    """Weights that a measurement left gathered would be those of the step before."""
+    student = tiny.save_model(tmp_path / "student", seed=1, tie_word_embeddings=tied)
+    changed = replace(setting, student=student)
+    options = {"evaluate_every": 1, "freeze_head": freeze_head, "learning_rate": 1e-2}
+    run(changed, tmp_path / "one", micro_batch_size=4, **options)
+    in_processes(2, changed, tmp_path / "two", shard="both", **options)
+    assert difference(tmp_path / "two", tmp_path / "one") == 0
+
+
+LIMITED = {"max_grad_norm": 0.01, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    ("processes", "nodes", "options"),
+    [
+        (2, 1, {"micro_batch_size": 1}),
+        (2, 1, LIMITED),
+        (4, 1, {}),
+        (4, 2, {"shard_within": "node"}),
+        (4, 4, {"shard_within": "node"}),
+    ],
+    ids=["accumulated", "limited", "four", "two nodes", "four nodes"],
+)
+def test_other_partitions_differ_in_rounding_alone(
+    setting: Setting, tmp_path: Path, processes: int, nodes: int, options: dict[str, object]
+) -> None:
+    """Of AdamW's steps of 1e-4, at most a hundredth; over the end of an epoch, too.
+
+    94 windows in batches of 8: in the last step of an epoch, one of four processes has nothing.
+    """
+    common = {"epochs": 2, "max_steps": 14, "schedule": "constant", **options}
+    run(setting, tmp_path / "one", **common)
+    in_processes(processes, setting, tmp_path / "many", shard="both", nodes=nodes, **common)
+    assert difference(tmp_path / "many", tmp_path / "one") < 1e-6
+
+
+def test_the_teacher_scores_a_step_before_the_student_learns_from_it(
+    narrow: Setting, tmp_path: Path
+) -> None:
+    """Two micro-batches in one pass, whose rows are then given back one by one."""
+    relations = AttentionRelationsTerm(kind="attention_relations", heads=2, weight=0.1)
+    objective = ObjectiveRecipe(terms=[*HIDDEN.terms, relations])
+    options = {"micro_batch_size": 1, "max_steps": 2}
+    run(narrow, tmp_path / "one", objective, **options)
+    in_processes(2, narrow, tmp_path / "two", objective, shard="teacher", **options)
+    assert difference(tmp_path / "two", tmp_path / "one") < 1e-6
+
+
+SHARDED, PLAIN, ALONE = (2, "both"), (2, "none"), (1, "auto")
+
+
+@pytest.mark.parametrize("before", [SHARDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
+@pytest.mark.parametrize("after", [SHARDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
+def test_a_training_goes_on_with_other_processes_and_sharding(
+    narrow: Setting, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
+) -> None:
+    options = {"checkpoint_every": 2, "keep_checkpoints": 3, "schedule": "constant"}
+    run(narrow, tmp_path / "one", HIDDEN, max_steps=6, **options)
+    for steps, (processes, shard) in ((4, before), (6, after)):
+        more = {"max_steps": steps, "shard": shard, **options}
+        if processes == 1:
+            run(narrow, tmp_path / "many", HIDDEN, **more)
+        else:
+            in_processes(processes, narrow, tmp_path / "many", HIDDEN, **more)
+    assert difference(tmp_path / "many", tmp_path / "one") < 1e-6
+    steps = [row["step"] for row in read_metrics(tmp_path / "many" / "metrics.jsonl")]
+    assert steps == [1, 2, 3, 4, 5, 6]
