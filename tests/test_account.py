@@ -10,7 +10,7 @@ from tests.teachers.toys import ToyWindows, tiny_model
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_a_forward_pass_counts_as_the_rule_says(kind: str) -> None:
+def test_a_forward_pass_counts_by_the_rule(kind: str) -> None:
     model, ids = tiny_model(kind, hidden_size=128, intermediate_size=512), ToyWindows().ids
     with account.count_flops() as counted:
         model(input_ids=ids, use_cache=False)
@@ -18,7 +18,7 @@ def test_a_forward_pass_counts_as_the_rule_says(kind: str) -> None:
     assert counted.flops == pytest.approx(account.forward_flops(size, ids.numel()), rel=0.02)
 
 
-def test_a_training_step_counts_as_the_rule_says() -> None:
+def test_a_training_step_counts_by_the_rule() -> None:
     weight = torch.randn(8, 16, requires_grad=True)
     rows = torch.randn(4, 16, requires_grad=True)
     with account.count_flops() as counted:

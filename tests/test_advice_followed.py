@@ -119,7 +119,7 @@ def test_advice_works_when_it_is_followed(tmp_path: Path, case: str) -> None:
     assert run(raw) is not None
 
 
-def test_the_context_that_is_advised_cuts_no_row(tmp_path: Path) -> None:
+def test_the_suggested_context_truncates_no_row(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     long_row(raw, tmp_path)
     set_key(raw, tmp_path, errors(raw)[0].fix)

@@ -60,7 +60,7 @@ def test_every_member_loads_and_is_smaller_than_the_one_before(
     assert (narrow.config.intermediate_size, narrow.config.num_hidden_layers) == (32, 2)
 
 
-def test_the_teacher_is_asked_once_for_the_whole_family(family: tuple[Path, FamilyResult]) -> None:
+def test_the_teacher_scores_the_text_once_for_the_family(family: tuple[Path, FamilyResult]) -> None:
     _, result = family
     stages = {name: {s.name: s for s in r.stages} for name, r in result.members.items()}
     for name in ("data", "signals"):
@@ -69,7 +69,7 @@ def test_the_teacher_is_asked_once_for_the_whole_family(family: tuple[Path, Fami
     assert list(stages["narrow"]["student"].summary["pruning"]["ffn_size"]) == [48, 32]
 
 
-def test_a_hop_that_is_added_does_nothing_again(family: tuple[Path, FamilyResult]) -> None:
+def test_adding_a_hop_repeats_no_work(family: tuple[Path, FamilyResult]) -> None:
     folder, _ = family
     more = done(recipe(folder, [*HOPS, {"name": "least", "ffn_size": 16}]))
     assert all(s.reused for m in ("wide", "narrow") for s in more.members[m].stages)
@@ -117,7 +117,7 @@ def test_training_from_random_weights_is_measured_and_reported(tmp_path: Path) -
     assert json.loads((again.folder / "family.json").read_text())["scratch"] == scratch
 
 
-def test_the_last_member_alone_is_trained_rounded_and_shipped_as_gguf(tmp_path: Path) -> None:
+def test_only_the_last_member_is_quantized_and_exported_as_gguf(tmp_path: Path) -> None:
     words = tiny.merging_tokenizer()
     tiny.llama(vocab_size=len(words)).save_pretrained(tmp_path / "teacher")
     words.save_pretrained(tmp_path / "teacher")
@@ -200,7 +200,7 @@ def test_the_familys_page_has_every_member_and_links_to_its_report(
         ([{"name": "none"}], "needs a size"),
     ],
 )
-def test_hops_that_cannot_be_are_refused(
+def test_invalid_hops_are_rejected(
     tmp_path: Path, hops: list[dict[str, Any]], message: str
 ) -> None:
     with pytest.raises(StillhouseError, match=message) as caught:
@@ -209,7 +209,7 @@ def test_hops_that_cannot_be_are_refused(
     assert not list(tmp_path.glob("run/stages/*"))
 
 
-def test_the_recipe_says_whether_one_student_or_a_family_is_made(tmp_path: Path) -> None:
+def test_the_recipe_determines_whether_a_family_is_trained(tmp_path: Path) -> None:
     assert kind_of(parse_recipe(tiny.recipe(tmp_path))).name == "language model"
     assert kind_of(parse_recipe(recipe(tmp_path))).name == "family"
 
@@ -247,7 +247,7 @@ def planned(raw: dict[str, Any]) -> list[Any]:
     return [c for _, c in planned_members(loaded, find_models(first_member(loaded), Path()))]
 
 
-def test_a_hop_after_a_searched_one_is_refused_only_if_no_shape_of_that_allows_it(
+def test_a_hop_after_a_searched_one_is_rejected_only_if_no_shape_of_that_allows_it(
     tmp_path: Path,
 ) -> None:
     hops = [{"name": "first", "target": {"params": "85%"}}, {"name": "second", "ffn_size": 60}]
@@ -296,7 +296,7 @@ def test_names_of_the_run_folder_are_known(family: tuple[Path, FamilyResult]) ->
         ([{"name": "both", "target": {"params": "60%"}, "layers": 2}], "a target or sizes"),
     ],
 )
-def test_hops_with_impossible_targets_are_refused(
+def test_hops_with_impossible_targets_are_rejected(
     tmp_path: Path, hops: list[dict[str, Any]], message: str
 ) -> None:
     raw = recipe(tmp_path, hops)
@@ -306,7 +306,7 @@ def test_hops_with_impossible_targets_are_refused(
     assert not list(tmp_path.glob("run/stages/*"))
 
 
-def test_sizes_that_all_share_are_refused_beside_a_target(tmp_path: Path) -> None:
+def test_shared_sizes_together_with_a_target_are_rejected(tmp_path: Path) -> None:
     hops = [{"name": "wide", "ffn_size": 48}, {"name": "found", "target": {"params": "85%"}}]
     raw = recipe(tmp_path, hops)
     raw["student"] = {**STUDENT, "layers": 2}

@@ -96,7 +96,7 @@ def test_a_result_that_would_replace_a_file_or_is_a_folder(tmp_path: Path, out: 
     assert (tmp_path / "prompts.txt").read_text() == "Say 1\nSay 2\n"
 
 
-def test_other_text_that_cannot_be_read_is_found_before_the_teacher_is_asked(
+def test_other_unreadable_text_is_found_before_the_teacher_is_queried(
     tmp_path: Path,
 ) -> None:
     raw = synthesis(tmp_path)

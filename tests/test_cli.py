@@ -78,7 +78,7 @@ def test_check_announces_what_a_format_cannot_hold(tmp_path: Path) -> None:
     assert "32 or 64" in str(warning.fix)
 
 
-def test_check_refuses_a_tokenizer_that_gguf_cannot_hold(tmp_path: Path) -> None:
+def test_check_rejects_a_tokenizer_that_gguf_cannot_hold(tmp_path: Path) -> None:
     last = check_recipe(write(tmp_path, export={"formats": ["gguf-f16"]}))[-1]
     assert last.level == "error"
     assert "one without merges" in last.text
@@ -92,7 +92,7 @@ def test_check_refuses_a_tokenizer_that_gguf_cannot_hold(tmp_path: Path) -> None
         ({"max_bytes": 1000}, "more than 1,000"),
     ],
 )
-def test_check_refuses_what_cannot_be_quantized(
+def test_check_rejects_models_that_cannot_be_quantized(
     tmp_path: Path, quantize: dict[str, Any], message: str
 ) -> None:
     last = check_recipe(write(tmp_path, quantize=quantize))[-1]
@@ -127,7 +127,7 @@ def test_a_store_is_recorded_looked_at_exported_and_a_flipped_bit_is_found(tmp_p
     assert call("signals", "verify", str(store)).exit_code == 1
 
 
-def test_a_recipe_without_signals_is_told_so(tmp_path: Path) -> None:
+def test_a_recipe_without_signals_is_an_error(tmp_path: Path) -> None:
     result = call("signals", str(write(tmp_path)))
     assert isinstance(result.exception, StillhouseError)
     assert "records no signals" in str(result.exception)
@@ -214,7 +214,7 @@ def test_options_have_numbers_that_can_be(option: tuple[str, str], number: str) 
         ("signals", "export", "store", "--parquet"),
     ],
 )
-def test_files_that_cannot_be_written_are_refused_before_the_work(
+def test_files_that_cannot_be_written_are_rejected_before_the_work(
     tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     for path in (tmp_path, tmp_path / "none" / "file"):
@@ -223,7 +223,7 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(
         assert "folder" in result.output
 
 
-def test_a_bug_says_that_it_is_one(
+def test_a_bug_is_reported_as_a_bug(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> None:
@@ -300,7 +300,7 @@ def test_a_chat_row_that_is_too_long_is_found(tmp_path: Path) -> None:
         ({"signals": {}, "train": {"epochs": 3}}, "3 epochs save about"),
     ],
 )
-def test_check_says_when_a_store_pays(tmp_path: Path, sections: Any, text: str) -> None:
+def test_check_reports_when_a_store_saves_time(tmp_path: Path, sections: Any, text: str) -> None:
     found = {finding.topic: finding for finding in check_recipe(write(tmp_path, **sections))}
     assert text in found["signals"].text
     assert "MB" in found["signals"].text + str(found["signals"].fix)

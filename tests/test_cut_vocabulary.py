@@ -74,13 +74,13 @@ def test_the_teacher_loses_the_same_tokens_and_the_student_is_trained_on_the_oth
     assert trained.fidelity.kl < untrained.fidelity.kl
 
 
-def test_a_second_run_cuts_nothing_again(folder: Path) -> None:
+def test_a_second_run_does_not_cut_again(folder: Path) -> None:
     raw = tiny.recipe(folder, student={"vocabulary": 320}, signals={})
     run(raw)
     assert all(stage.reused for stage in run(raw).stages)
 
 
-def test_a_student_that_loses_tokens_alone_starts_as_the_cut_teacher(folder: Path) -> None:
+def test_a_student_that_only_loses_tokens_starts_as_the_cut_teacher(folder: Path) -> None:
     raw = tiny.recipe(folder, student={"vocabulary": 320})
     del raw["student"]["ffn_size"]
     result = run(raw)
@@ -117,7 +117,7 @@ def test_a_family_shares_the_cut_teacher(folder: Path) -> None:
         run_cascade(family)
 
 
-def test_a_family_with_all_else_is_told_beside_training_from_scratch(folder: Path) -> None:
+def test_a_family_is_compared_with_training_from_scratch(folder: Path) -> None:
     words = AutoTokenizer.from_pretrained(folder / "teacher")
     words.chat_template = (
         "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -193,7 +193,7 @@ def test_what_is_pruned_and_whom_it_learns_from_lose_the_same_tokens(folder: Pat
     assert (student.config.vocab_size, student.config.num_hidden_layers) == (320, 2)
 
 
-def test_a_start_of_another_vocabulary_is_refused_before_anything_is_done(folder: Path) -> None:
+def test_a_start_model_with_another_vocabulary_is_rejected_early(folder: Path) -> None:
     tiny.save_model(folder / "start")
     raw = tiny.recipe(folder, student={"vocabulary": 320, "model": str(folder / "start")})
     with pytest.raises(ModelError, match="different vocabularies"):

@@ -25,7 +25,7 @@ def full() -> OSError:
 
 
 @pytest.mark.parametrize("in_temporary_folder", [True, False])
-def test_a_full_disk_is_named_where_it_is_full(
+def test_the_error_names_the_disk_that_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_temporary_folder: bool
 ) -> None:
     run, elsewhere = tmp_path / "run", tmp_path / "tmp"
@@ -65,7 +65,7 @@ def test_a_run_folder_that_vanishes_is_one_message(
     assert not list((tmp_path / "run").glob("stages/student-*"))
 
 
-def test_a_message_is_not_taken_for_another_ones(tmp_path: Path) -> None:
+def test_a_message_is_not_mistaken_for_another(tmp_path: Path) -> None:
     said = RunError("the disk is full", where="elsewhere")
     with pytest.raises(RunError) as caught, disk_errors(tmp_path):
         raise said

@@ -31,7 +31,7 @@ def test_flags_and_name_come_from_the_first_processor(
     assert hardware.machine()["cpu"] == "Toy CPU: 3 GHz"
 
 
-def test_torch_answers_where_there_is_no_cpuinfo(
+def test_torch_is_queried_if_there_is_no_cpuinfo(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "absent")
@@ -48,7 +48,7 @@ def test_torch_answers_where_there_is_no_cpuinfo(
         ("avx2 avx512f", torch.float32, "neither AVX512-BF16 nor AMX"),
     ],
 )
-def test_auto_takes_bfloat16_only_where_the_cpu_has_it(
+def test_auto_uses_bfloat16_only_if_the_cpu_supports_it(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     flags: str,
@@ -62,7 +62,7 @@ def test_auto_takes_bfloat16_only_where_the_cpu_has_it(
     assert reason in precision.reason
 
 
-def test_a_request_is_obeyed_and_its_price_is_said(
+def test_a_requested_precision_is_used_and_its_cost_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     describe_cpu(monkeypatch, tmp_path, "avx2")
@@ -73,7 +73,7 @@ def test_a_request_is_obeyed_and_its_price_is_said(
 
 
 @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_a_gpu_is_asked_for_native_bfloat16(
+def test_native_bfloat16_support_is_queried_from_the_gpu(
     monkeypatch: pytest.MonkeyPatch, native: bool, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toy GPU")
@@ -119,7 +119,7 @@ def test_freed_memory_is_handed_back_even_after_the_allocator_was_tuned() -> Non
     assert page_faults("handed back") - page_faults("tuned") > PAGES_OF_TWENTY_TENSORS / 2
 
 
-def test_the_allocator_is_left_alone_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_allocator_is_unchanged_without_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hardware.platform, "libc_ver", lambda: ("", ""))
     reason = hardware.tune_allocator()
     assert reason is not None

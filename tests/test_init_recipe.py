@@ -56,7 +56,7 @@ def test_a_recipe_to_distill(folder: Path) -> None:
     assert (recipe.student.layers, recipe.student.ffn_size) == (2, 48)
 
 
-def test_what_is_given_from_here_is_found_from_the_recipe(
+def test_paths_are_resolved_relative_to_the_recipe(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
@@ -89,7 +89,7 @@ def test_a_recipe_to_generate_from_an_api(folder: Path) -> None:
     assert recipe.teacher.budget.max_tokens
 
 
-def test_what_no_flag_says_is_asked(folder: Path) -> None:
+def test_missing_flags_are_prompted_for(folder: Path) -> None:
     typed = f"classify\n{folder / 'teacher'}\n{folder / 'text.txt'}\nsmall\ncats, dogs\n"
     shown = init(folder, typed=typed)
     assert shown.count("?") >= 5
@@ -176,7 +176,7 @@ def test_a_recipe_that_would_be_invalid_is_not_written(folder: Path) -> None:
     assert not out.exists()
 
 
-def test_answers_in_parts_and_a_whole_json_file_are_read(folder: Path) -> None:
+def test_answers_in_parts_and_a_json_file_are_read(folder: Path) -> None:
     said = [[{"type": "text", "text": LABELS[n % 2]}] for n in range(30)]
     rows = [json.loads(line) for line in log(folder, said).read_text().splitlines()]
     whole = folder / "logs.json"
@@ -209,7 +209,7 @@ def test_rows_of_training_data_are_logs(folder: Path, form: str) -> None:
     assert sorted(logs.labels) == sorted(LABELS)
 
 
-def test_an_answer_of_weight_0_shows_no_task(folder: Path) -> None:
+def test_an_answer_of_weight_0_is_ignored_when_detecting_the_task(folder: Path) -> None:
     def row(number: int) -> dict[str, Any]:
         answer = {"role": "assistant", "content": "wrong", "weight": number % 2}
         return {"messages": [{"role": "user", "content": f"message {number}"}, answer]}
@@ -219,7 +219,7 @@ def test_an_answer_of_weight_0_shows_no_task(folder: Path) -> None:
     assert len(read_logs(path).pairs) == 15
 
 
-def test_what_is_left_of_longer_chats_is_said(
+def test_the_remainder_of_longer_chats_is_reported(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = log(folder, [f"answer {n}" for n in range(10)])
@@ -276,7 +276,7 @@ def test_a_recipe_is_not_written_over(folder: Path) -> None:
     init(folder, *flags(folder, "generate", "text.txt"), "--force")
 
 
-def test_logs_without_answers_are_refused(folder: Path) -> None:
+def test_logs_without_answers_are_rejected(folder: Path) -> None:
     path = folder / "logs.jsonl"
     path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
     with pytest.raises(StillhouseError, match="have a text and an answer"):

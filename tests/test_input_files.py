@@ -40,7 +40,7 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS.keys())
-def test_a_pipe_is_refused_by_every_reader(pipe: Path, read: Callable[[Path], object]) -> None:
+def test_every_reader_rejects_a_pipe(pipe: Path, read: Callable[[Path], object]) -> None:
     with pytest.raises(DataError, match="a pipe or a device") as caught:
         read(pipe)
     assert str(caught.value.where) == str(pipe)
@@ -52,6 +52,6 @@ def test_what_is_not_there_is_left_to_the_reader(tmp_path: Path) -> None:
         regular_if_there(tmp_path)
 
 
-def test_a_path_to_texts_that_cannot_be_is_one_error() -> None:
+def test_an_impossible_path_to_texts_is_one_error() -> None:
     with pytest.raises(RecipeError, match="the path is too long"):
         list(file_texts(Path("x" * 400), "text"))

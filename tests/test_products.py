@@ -96,7 +96,7 @@ def test_every_stage_of_a_task_that_writes_a_model_is_checked(
 
 
 @pytest.mark.run
-def test_a_trainer_that_saves_no_weights_loses_nothing(
+def test_checkpoints_are_kept_if_the_trainer_saves_no_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The checkpoints are kept, and the same command ends the run without another step."""

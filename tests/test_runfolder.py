@@ -127,7 +127,7 @@ def test_a_damaged_stage_is_done_again(tmp_path: Path, damage: str) -> None:
     assert calls == ["hello", "hello"]
 
 
-def test_a_stage_with_sha256_alone_is_compared_too(tmp_path: Path) -> None:
+def test_a_stage_with_only_sha256_is_also_compared(tmp_path: Path) -> None:
     """As manifests were written before they had faster hashes."""
     folder, calls = RunFolder(tmp_path), []
     path = folder.stage("data", {}, writes("hello", calls)).path
@@ -169,7 +169,7 @@ print("finished", flush=True)
 
 @pytest.mark.run
 @pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.1])
-def test_a_kill_at_any_moment_leaves_a_whole_stage_or_none(tmp_path: Path, delay: float) -> None:
+def test_a_kill_at_any_time_leaves_a_complete_stage_or_none(tmp_path: Path, delay: float) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True
     )

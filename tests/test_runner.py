@@ -92,7 +92,7 @@ def test_a_run_ends_with_a_report_and_the_resolved_recipe(
     assert all(stage.reused for stage in again.stages)
 
 
-def test_nothing_is_done_twice(finished: tuple[Path, RunResult]) -> None:
+def test_no_work_is_repeated(finished: tuple[Path, RunResult]) -> None:
     folder, first = finished
     stamps = {p: p.stat().st_mtime_ns for p in (first.folder / "stages").rglob("*")}
     again = run(yaml.safe_load((folder / "recipe.yaml").read_text()))
@@ -114,7 +114,7 @@ def test_a_changed_section_redoes_only_what_depends_on_it(
     ]
 
 
-def test_a_touched_source_redoes_the_data_and_nothing_after(
+def test_a_touched_source_repeats_only_the_data_stage(
     finished: tuple[Path, RunResult],
 ) -> None:
     folder, _ = finished
@@ -255,7 +255,7 @@ def kill_when(process: Fork, seen: str, stages: Path) -> None:
     process.wait()
 
 
-def test_killed_in_every_stage_and_run_again_gives_the_same_model(tmp_path: Path) -> None:
+def test_a_run_killed_in_every_stage_ends_with_the_same_model(tmp_path: Path) -> None:
     undisturbed = tiny.recipe(tmp_path, folder=str(tmp_path / "undisturbed"))
     expected = model_bytes(run(undisturbed).folder)
     raw = tiny.recipe(tmp_path, folder=str(tmp_path / "killed"))
@@ -273,7 +273,7 @@ def test_killed_in_every_stage_and_run_again_gives_the_same_model(tmp_path: Path
     assert model_bytes(tmp_path / "killed") == expected
 
 
-def test_torchrun_runs_the_whole_recipe(tmp_path: Path) -> None:
+def test_torchrun_runs_the_complete_recipe(tmp_path: Path) -> None:
     recipe = write(tiny.recipe(tmp_path, train={"micro_batch_size": 2, "shard": "both"}), tmp_path)
     launch = [
         sys.executable,
@@ -380,7 +380,7 @@ def test_a_full_disk_stops_cleanly_and_keeps_what_is_done(
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_ctrl_c_says_that_the_same_command_goes_on(
+def test_ctrl_c_reports_that_the_same_command_resumes(
     tmp_path: Path, number: int, status: int
 ) -> None:
     recipe = write(tiny.recipe(tmp_path), tmp_path)
@@ -398,7 +398,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on(
 # --- the other verbs --------------------------------------------------------------------------
 
 
-def test_evaluate_measures_any_model_beside_the_teacher(
+def test_evaluate_compares_any_model_with_the_teacher(
     finished: tuple[Path, RunResult],
 ) -> None:
     folder, result = finished
@@ -426,7 +426,7 @@ def test_a_moved_run_folder_still_works(finished: tuple[Path, RunResult], tmp_pa
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "moved" / "model") is not None
 
 
-def test_a_moved_run_whose_data_is_made_again_trains_nothing_again(tmp_path: Path) -> None:
+def test_a_moved_run_with_rebuilt_data_does_not_train_again(tmp_path: Path) -> None:
     def recipe(folder: Path) -> dict[str, Any]:
         source = {"kind": "text", "path": "text.txt", "documents": "line"}
         return tiny.recipe(folder, teacher={"model": "./teacher"}, data={"sources": [source]})

@@ -122,7 +122,7 @@ def test_llm_compressor_that_is_nowhere(folder: Path, monkeypatch: pytest.Monkey
     assert "pip install llmcompressor" in str(found.fix)
 
 
-def test_llm_compressor_beside_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_llm_compressor_next_to_the_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: True)
     python = folder / "llmc" / "bin" / "python"
     python.parent.mkdir(parents=True)

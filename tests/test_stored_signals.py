@@ -67,7 +67,7 @@ def test_a_nearly_complete_store_trains_the_student_of_a_live_teacher(
     assert kl == pytest.approx(expected, rel=0.01)
 
 
-def test_training_from_a_store_pays_for_no_teacher(stored: tuple[Path, RunResult]) -> None:
+def test_training_from_a_store_counts_no_teacher_flops(stored: tuple[Path, RunResult]) -> None:
     _, result = stored
     trained, student = stages(result)["train"], stages(result)["student"]
     size = student.summary["parameters"]["head_once"]
@@ -75,7 +75,7 @@ def test_training_from_a_store_pays_for_no_teacher(stored: tuple[Path, RunResult
     assert stages(result)["signals"].cost.tokens == trained.cost.tokens
 
 
-def test_a_second_student_and_more_epochs_ask_nothing_again(
+def test_a_second_student_and_more_epochs_do_not_query_the_teacher(
     stored: tuple[Path, RunResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _ = stored
@@ -91,9 +91,7 @@ def _never(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("the teacher was asked")
 
 
-def test_recording_that_was_cut_off_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_recording_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = recipe(tmp_path, {"kind": "threshold", "bytes": 60})
     monkeypatch.setattr(LocalTeacher, "tokens_together", 320)
     asked: list[int] = []
@@ -173,7 +171,7 @@ def test_a_frozen_head_learns_from_one_vector_a_token(tmp_path: Path) -> None:
     assert not torch.equal(before["model.norm.weight"], after["model.norm.weight"])
 
 
-def test_a_store_for_one_head_is_refused_to_another(tmp_path: Path) -> None:
+def test_a_store_for_one_head_is_rejected_for_another(tmp_path: Path) -> None:
     frozen = {"freeze_head": True}
     first = run(recipe(tmp_path, {"kind": "frozen_head"}, train=frozen))
     read = {"store": str(stages(first)["signals"].path / STORE)}
@@ -184,7 +182,7 @@ def test_a_store_for_one_head_is_refused_to_another(tmp_path: Path) -> None:
         run(tiny.recipe(tmp_path, signals=read))
 
 
-def test_a_store_of_fewer_layers_than_the_terms_need_is_refused(tmp_path: Path) -> None:
+def test_a_store_of_fewer_layers_than_the_terms_need_is_rejected(tmp_path: Path) -> None:
     first = run(recipe(tmp_path, {"kind": "hidden"}))
     read = {"store": str(stages(first)["signals"].path / STORE)}
     with pytest.raises(SignalError, match=r"layers \[3\], and the objective needs \[0, 1\] too"):
@@ -216,7 +214,7 @@ def test_measurements_on_the_way_know_the_teacher_from_the_store(
     assert measured[0] > measured[-1]
 
 
-def test_a_threshold_is_tuned_to_the_size_asked_for(tmp_path: Path) -> None:
+def test_a_threshold_is_tuned_to_the_requested_size(tmp_path: Path) -> None:
     result = run(recipe(tmp_path, {"kind": "threshold", "bytes": 60}))
     summary = stages(result)["signals"].summary
     assert summary["squared_bias"] == 0
@@ -233,7 +231,7 @@ def test_a_threshold_is_tuned_to_the_size_asked_for(tmp_path: Path) -> None:
         ([{}, {"divergence": "jsd", "temperature": 2}], {"kind": "top_k"}, "temperatures 1, 2"),
     ],
 )
-def test_terms_that_a_store_cannot_serve_are_refused_before_anything_is_spent(
+def test_terms_that_a_store_cannot_serve_are_rejected_before_anything_is_spent(
     tmp_path: Path, terms: list[dict[str, Any]], encoding: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SignalError, match=message) as caught:
@@ -268,7 +266,7 @@ def test_a_run_reads_the_store_of_another(part: tuple[Path, Path], monkeypatch: 
     assert stages(result)["train"].summary["steps"] > 0
 
 
-def test_text_that_the_store_lacks_is_refused_with_its_amount(part: tuple[Path, Path]) -> None:
+def test_missing_text_is_rejected_with_its_amount(part: tuple[Path, Path]) -> None:
     folder, store = part
     with pytest.raises(SignalError, match=r"lacks [\d,]+ of [\d,]+ training tokens") as caught:
         run(
@@ -277,7 +275,7 @@ def test_text_that_the_store_lacks_is_refused_with_its_amount(part: tuple[Path, 
     assert "missing: live" in str(caught.value)
 
 
-def test_text_that_the_store_lacks_is_asked_live_and_changes_nothing(
+def test_missing_text_is_scored_live_with_the_same_result(
     part: tuple[Path, Path],
 ) -> None:
     folder, store = part
@@ -301,7 +299,7 @@ def test_text_that_the_store_lacks_is_asked_live_and_changes_nothing(
         ({"objective": {"terms": [{"divergence": "adaptive_kl"}]}}, "adaptive_kl cannot"),
     ],
 )
-def test_a_store_that_is_not_this_runs_is_refused_with_both_values(
+def test_a_store_of_another_run_is_rejected_with_both_values(
     part: tuple[Path, Path], changes: dict[str, Any], message: str
 ) -> None:
     folder, store = part
@@ -314,7 +312,7 @@ def test_a_store_that_is_not_this_runs_is_refused_with_both_values(
     assert caught.value.fix
 
 
-def test_a_store_of_another_template_is_refused(part: tuple[Path, Path]) -> None:
+def test_a_store_of_another_template_is_rejected(part: tuple[Path, Path]) -> None:
     _, store = part
     expected = {"template": "0" * 64}
     with pytest.raises(SignalError, match=r"another template: it has .* this run 0000"):

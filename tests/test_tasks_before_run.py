@@ -43,14 +43,14 @@ def both(raw: dict[str, Any], folder: Path) -> str:
     return f"{found[0].text}; {found[0].fix}"
 
 
-def test_a_teacher_of_answers_that_takes_no_system_prompt(tmp_path: Path) -> None:
+def test_an_answering_teacher_that_rejects_system_prompts(tmp_path: Path) -> None:
     raw = answering.recipe(tmp_path, "generate", task={"system": "Be brief."})
     retemplated(tmp_path / "teacher", REFUSES_SYSTEM)
     text = both(raw, tmp_path)
     assert "remove task.system, or put its text into the prompt" in text
 
 
-def test_a_student_of_answers_that_takes_no_system_prompt(tmp_path: Path) -> None:
+def test_an_answering_student_that_rejects_system_prompts(tmp_path: Path) -> None:
     raw = answering.recipe(tmp_path, "generate", task={"system": "Be brief."})
     retemplated(tmp_path / "small", REFUSES_SYSTEM)
     student = {"start": "pretrained", "model": str(tmp_path / "small")}
@@ -58,7 +58,7 @@ def test_a_student_of_answers_that_takes_no_system_prompt(tmp_path: Path) -> Non
     assert "the student's chat template takes no system prompt" in both(raw, tmp_path)
 
 
-def test_a_classifiers_teacher_that_takes_no_system_prompt(tmp_path: Path) -> None:
+def test_a_classifiers_teacher_that_rejects_system_prompts(tmp_path: Path) -> None:
     raw = classify.recipe(tmp_path)
     raw["task"]["system"] = "You sort messages."
     retemplated(tmp_path / "teacher", REFUSES_SYSTEM)

@@ -23,7 +23,7 @@ def shown(*things: object, **options: object) -> str:
     return file.getvalue()
 
 
-def test_control_characters_become_visible_wherever_they_stand() -> None:
+def test_control_characters_are_made_visible_everywhere() -> None:
     table = Table(CLEAR)
     table.add_row(Text(CLEAR + "wide enough", "red"), TURNED)
     text = shown(CLEAR, table, Panel(TURNED), Text(CLEAR))
@@ -37,7 +37,7 @@ def test_styles_stay() -> None:
     assert text == "\x1b[1mplain ␛[2J␛]0;title\x1b[0m\n"
 
 
-def test_a_string_is_no_markup_and_no_emoji() -> None:
+def test_a_string_is_not_read_as_markup_or_emoji() -> None:
     file = io.StringIO()
     Terminal(file=file).write_line("report  runs/a[/x][red]:smile:/report.html " + "x" * 200)
     assert file.getvalue() == "report  runs/a[/x][red]:smile:/report.html " + "x" * 200 + "\n"

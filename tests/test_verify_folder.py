@@ -111,7 +111,7 @@ def test_a_damaged_journal_is_named_and_not_changed(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_content_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="nothing here that can be verified"):
         list(verify_folder(tmp_path))
 
@@ -128,7 +128,7 @@ def test_a_file_that_the_sums_do_not_list_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.run
-def test_predict_refuses_a_damaged_model(tmp_path: Path) -> None:
+def test_predict_rejects_a_damaged_model(tmp_path: Path) -> None:
     result = stillhouse.run(toys.recipe(tmp_path))
     assert result is not None
     weights = result.model / "model.safetensors"
@@ -140,7 +140,7 @@ def test_predict_refuses_a_damaged_model(tmp_path: Path) -> None:
             predict(folder, ["cat"])
 
 
-def test_a_lost_seal_is_damage_where_files_have_fast_hashes() -> None:
+def test_a_lost_seal_is_damage_if_files_have_fast_hashes() -> None:
     facts = sealed({"files": {"a": {"bytes": 1, "xxh3": "0"}}})
     assert not seal_broken(facts)
     assert seal_broken({"files": facts["files"]})

@@ -37,7 +37,7 @@ def extraction(number: int, payload: dict[str, Any]) -> Reply:
     return Reply(text=json.dumps(found))
 
 
-def test_json_of_an_api_is_checked_learnt_and_measured_beside_every_baseline(
+def test_json_of_an_api_is_checked_learned_and_compared_with_every_baseline(
     tmp_path: Path,
 ) -> None:
     gold = [{"path": str(tmp_path / "texts.jsonl"), "label": "gold"}]
@@ -84,7 +84,7 @@ def test_a_student_learns_to_write_the_teachers_json(tmp_path: Path) -> None:
     assert row == {"text": "Zoe is 9.", "answer": said, "valid": True, "value": json.loads(said)}
 
 
-def test_free_text_of_a_model_is_learnt_by_its_distributions(tmp_path: Path) -> None:
+def test_free_text_of_a_model_is_learned_from_its_distributions(tmp_path: Path) -> None:
     (tmp_path / "score.py").write_text("def length(text, answer, gold):\n    return len(answer)\n")
     raw = toys.recipe(tmp_path, "generate", evaluate={"scorer": f"{tmp_path / 'score.py'}:length"})
     result = run(raw)
@@ -103,7 +103,7 @@ def test_a_judge_that_prefers_the_first_answer_prefers_none(tmp_path: Path) -> N
     assert (figures["preferred"], figures["consistent"], figures["judge_read"]) == (0.5, 0.0, 1.0)
 
 
-def test_a_judge_that_reasons_is_read_by_what_it_says_after_that(tmp_path: Path) -> None:
+def test_a_verdict_is_read_after_the_reasoning_of_a_judge(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(text="<think>Is A better, or B? A tie?</think>\n\nTie")
 
@@ -119,7 +119,7 @@ def test_a_judge_that_reasons_is_read_by_what_it_says_after_that(tmp_path: Path)
     assert (sent["max_tokens"], sent["seed"], "temperature" in sent) == (300, 3, False)
 
 
-def test_check_and_preview_know_what_is_asked(tmp_path: Path) -> None:
+def test_check_and_preview_show_the_requests(tmp_path: Path) -> None:
     raw = toys.recipe(tmp_path, "extract", task={"student_sees": "prompt"})
     raw["task"] |= {"system": "Be exact.", "examples": [{"text": "Hi", "answer": "{}"}]}
     path = tmp_path / "recipe.yaml"
@@ -134,7 +134,7 @@ def test_check_and_preview_know_what_is_asked(tmp_path: Path) -> None:
     assert "About: Hi" in shown.stdout
 
 
-def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> None:
+def test_calls_made_by_check_are_not_repeated_by_the_run(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     with Stub(extraction) as stub:
         raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
@@ -148,7 +148,7 @@ def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> 
         assert len(stub.payloads) == 20
 
 
-def test_a_budget_stops_the_run_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_budget_stops_the_run_and_answers_are_kept(tmp_path: Path) -> None:
     with Stub(extraction) as stub:
         raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
         raw["teacher"]["budget"] = {"max_tokens": 200}
@@ -190,7 +190,7 @@ def test_no_file_of_a_run_holds_the_key(
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
-def test_requests_that_failed_are_asked_again_by_the_same_command(tmp_path: Path) -> None:
+def test_failed_requests_are_sent_again_by_the_same_command(tmp_path: Path) -> None:
     failing = [True]
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -208,7 +208,7 @@ def test_requests_that_failed_are_asked_again_by_the_same_command(tmp_path: Path
         assert len(stub.payloads) == 21
 
 
-def test_an_api_is_paid_without_a_budget_only_when_that_is_agreed_to(tmp_path: Path) -> None:
+def test_spending_without_a_budget_needs_consent(tmp_path: Path) -> None:
     raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, "http://127.0.0.1:9/v1"))
     raw["teacher"]["api"] |= {"price": {"input": 1.0, "output": 2.0}}
     recipe = parse_recipe(toys.clean(raw))
@@ -246,7 +246,7 @@ def test_one_clear_message(
         run(toys.recipe(tmp_path, "extract", **changes))
 
 
-def test_a_true_answer_that_the_schema_forbids_is_named(tmp_path: Path) -> None:
+def test_a_reference_answer_that_the_schema_forbids_is_named(tmp_path: Path) -> None:
     gold = [{"path": str(tmp_path / "texts.jsonl"), "label": "gold"}]
     raw = toys.recipe(tmp_path, "extract", data={"texts": gold})
     with (tmp_path / "texts.jsonl").open("a") as file:

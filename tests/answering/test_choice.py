@@ -50,7 +50,7 @@ def recipe(folder: Path, url: str, choice: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
-def test_the_most_likely_answer_is_learnt(tmp_path: Path) -> None:
+def test_the_most_likely_answer_is_learned(tmp_path: Path) -> None:
     with Stub(teacher) as stub:
         found = kept(recipe(tmp_path, stub.url, {"kind": "likelihood"}), tmp_path)
     numbers = [int(text.split()[1]) for text in found]
@@ -58,7 +58,7 @@ def test_the_most_likely_answer_is_learnt(tmp_path: Path) -> None:
     assert numbers == [max(n, n + 1, key=lambda one: one % 3) for n in range(0, 32, 2)]
 
 
-def test_a_judge_chooses_and_is_asked_nothing_twice(tmp_path: Path) -> None:
+def test_a_judge_chooses_and_no_request_is_repeated(tmp_path: Path) -> None:
     with Stub(teacher) as stub, Stub(judge) as other:
         api = {"base_url": other.url, "model": "teacher"}
         choice = {"kind": "judge", "compare": "pairs", "teacher": {"api": api}}

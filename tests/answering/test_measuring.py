@@ -28,7 +28,7 @@ def said(texts: list[str | None]) -> list[str]:
     return answer_all(cast(Any, generator), requests)
 
 
-def test_reasoning_is_no_part_of_an_answer_and_a_cut_one_is_no_answer() -> None:
+def test_reasoning_is_not_part_of_an_answer_and_truncated_reasoning_has_no_answer() -> None:
     thought = "<think>\nhm\n</think>\n\nyes"
     assert said([thought, " no ", "<think>and so", None]) == ["yes", "no", "", ""]
 
@@ -40,7 +40,7 @@ def test_json_after_reasoning_is_read() -> None:
     assert read_json("<think>Al</think> Al", validity) == (False, None)
 
 
-def test_null_is_a_value_where_the_schema_allows_it() -> None:
+def test_null_is_a_value_if_the_schema_allows_it() -> None:
     assert read_json("null", json_schema({"type": ["object", "null"]})) == (True, None)
     assert read_json("null", json_schema({"type": "object"})) == (False, None)
 
@@ -52,7 +52,7 @@ def test_two_empty_answers_do_not_agree() -> None:
     assert figures == {"agreement": 0.5}
 
 
-def test_an_extraction_is_exact_only_where_it_is_the_same_value() -> None:
+def test_an_extraction_is_exact_only_if_it_is_the_same_value() -> None:
     validity = json_schema({"type": "object"})
     gold = ['{"tags": ["x", "y"]}', '{"age": 3}', '{"age": 3}', "{}", None]
     rows = [LabeledText("a", one) for one in gold]

@@ -35,7 +35,7 @@ def parsed(folder: Path, **sections: Any) -> AnsweringRecipe:
     ],
     ids=["a prompt", "all is seen", "examples", "system is seen", "system"],
 )
-def test_of_a_teacher_that_saw_more_the_words_alone_are_learnt(
+def test_only_text_is_learned_from_a_teacher_with_a_longer_prompt(
     tmp_path: Path, task: dict[str, Any], alone: bool
 ) -> None:
     recipe = parsed(tmp_path, task=task)
@@ -67,7 +67,7 @@ def test_vllm_writes_the_answers_of_a_model(tmp_path: Path) -> None:
     assert errors == {"vLLM"}
 
 
-def test_vllm_runs_no_api(tmp_path: Path) -> None:
+def test_vllm_cannot_be_combined_with_an_api(tmp_path: Path) -> None:
     sections = toys.api(tmp_path, "http://x/v1")
     sections["teacher"]["vllm"] = {}
     with pytest.raises(RecipeError, match="vllm runs a local model"):

@@ -29,7 +29,7 @@ def overrides(folder: Path) -> list[str]:
         ("generate", "290 to learn from, 60 to measure on"),
     ],
 )
-def test_check_finds_nothing_wrong(tmp_path: Path, name: str, texts: str) -> None:
+def test_check_reports_no_error(tmp_path: Path, name: str, texts: str) -> None:
     found = check_recipe(RECIPES / f"{name}.yaml", overrides(tmp_path))
     assert [one for one in found if one.level in ("warning", "error")] == []
     assert texts in [one.text for one in found]

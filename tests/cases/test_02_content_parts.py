@@ -48,7 +48,7 @@ def test_parts_are_learned_as_their_text(template: str) -> None:
         "bare",
     ],
 )
-def test_a_part_that_is_no_text_is_refused_by_name(part: Any) -> None:
+def test_a_part_that_is_not_text_is_rejected_with_its_type(part: Any) -> None:
     content = [{"type": "text", "text": "Look:"}, part]
     answer = {"role": "assistant", "content": "Oslo."}
     with pytest.raises(DataError, match=r"messages\[0\]` has a part that is not text") as error:

@@ -41,7 +41,7 @@ def test_a_call_without_arguments_has_an_empty_object(arguments: Any) -> None:
 
 
 @pytest.mark.parametrize("arguments", ['{"city": "Os', "Oslo", "[1]", 5])
-def test_arguments_that_are_no_object_are_refused(arguments: Any) -> None:
+def test_arguments_that_are_not_objects_are_rejected(arguments: Any) -> None:
     with pytest.raises(DataError, match="are not a JSON object") as error:
         learned(row(arguments), byte_level(TOOLS))
     assert "messages[1].tool_calls[0]" in error.value.what
@@ -61,7 +61,7 @@ def test_openai_older_function_call_is_a_tool_call() -> None:
 
 
 @pytest.mark.parametrize("tools", [None, [tool("weather", "city")]])
-def test_a_template_that_reads_both_forms_keeps_the_text_as_it_is(tools: Any) -> None:
+def test_a_template_that_reads_both_forms_gets_the_text_unchanged(tools: Any) -> None:
     """As Qwen 3's: `{% if arguments is string %}`."""
     both = TOOLS.replace(
         "{{ c.function.arguments | tojson }}",

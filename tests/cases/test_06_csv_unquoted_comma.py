@@ -26,7 +26,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_row_that_does_not_fit_the_header_is_refused_by_everybody(
+def test_every_reader_rejects_a_row_that_does_not_fit_the_header(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content, line, said = FILES[case]
@@ -48,7 +48,7 @@ def test_a_row_that_does_not_fit_the_header_is_refused_by_everybody(
         assert "double quotes" in str(caught.value.fix)
 
 
-def test_quoted_as_the_message_says_the_row_is_read(tmp_path: Path) -> None:
+def test_a_row_quoted_as_the_message_suggests_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,label\n"Hello, my card is lost",card\n')
     (row,) = read_texts(TextFile(path="a.csv", label="label"), tmp_path)
     assert (row.text, row.gold) == ("Hello, my card is lost", "card")

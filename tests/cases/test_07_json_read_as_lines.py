@@ -56,7 +56,7 @@ def test_init_writes_a_source_that_reads_the_file_as_what_it_is(name: str, tmp_p
 @pytest.mark.parametrize(
     "name", ["rows.json", "rows.csv", "rows.jsonl", "rows.tsv", "rows.jsonl.gz"]
 )
-def test_a_file_of_rows_is_no_plain_text(name: str, tmp_path: Path) -> None:
+def test_a_file_of_rows_is_not_plain_text(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(ROWS)
     with pytest.raises(DataError, match="is to be read as plain text") as caught:
         list(read_sources([TextSource(kind="text", path=name)], tmp_path))
@@ -80,7 +80,7 @@ def test_a_file_of_rows_is_no_plain_text(name: str, tmp_path: Path) -> None:
         ("rows.gz", ".txt, .jsonl"),
     ],
 )
-def test_an_unknown_extension_is_no_plain_text(name: str, fix: str, tmp_path: Path) -> None:
+def test_an_unknown_extension_is_not_plain_text(name: str, fix: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("one\ntwo\n")
     with pytest.raises(DataError) as caught:
         list(read_texts(TextFile(path=name), tmp_path))

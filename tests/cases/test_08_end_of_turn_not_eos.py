@@ -42,7 +42,7 @@ def says(model: Any, ids: list[int]) -> Any:
     return model
 
 
-def test_it_is_learned_and_is_one_of_the_tokens_that_end_answers() -> None:
+def test_the_end_of_turn_token_is_learned_and_ends_answers() -> None:
     words = tokenizer(eos="<|endoftext|>")
     assert shown(chat("Say 500", "ok"), words)[0].endswith("assistant\n[[ok<|im_end|>]]\n")
     end = turn_end(words)
@@ -75,13 +75,13 @@ def test_every_export_ends_answers_with_it(tmp_path: Path) -> None:
     assert 'PARAMETER stop "<|endoftext|>"' in text
 
 
-def test_a_generation_config_that_has_it_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_generation_config_that_has_it_is_unchanged(tmp_path: Path) -> None:
     words = tokenizer()
     Student.load(save_model(tmp_path / "base", words, ends=[5, 0])).save(tmp_path / "student")
     assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [5, 0]
 
 
-def test_check_says_where_turns_end_and_whether_both_models_end_them_alike(tmp_path: Path) -> None:
+def test_check_reports_the_end_of_turn_token_of_both_models(tmp_path: Path) -> None:
     special = ("<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>")
     words = tokenizer(CHATML, eos="<|endoftext|>", special=special)
     save_model(tmp_path / "student", words)

@@ -23,7 +23,7 @@ from tests.chat_toys import (
 TURNS = chat("Hi", "Hello.", "Bye", "See you.")
 
 
-def test_the_next_turn_ends_it_where_the_model_stops_there(tmp_path: Path) -> None:
+def test_the_first_token_of_the_next_turn_ends_it_if_the_model_stops_there(tmp_path: Path) -> None:
     """As in GLM 4: <|user|> and <|observation|> are among the model's eos_token_id."""
     words = tokenizer(GLM, eos="<|endoftext|>", special=GLM_SPECIAL)
     user, observation = words.convert_tokens_to_ids(["<|user|>", "<|observation|>"])
@@ -47,7 +47,7 @@ def test_eos_ends_it_elsewhere_and_stays_out_of_later_turns_context() -> None:
     ]
 
 
-def test_headings_alone_get_eos_in_place_of_the_templates_newline() -> None:
+def test_headings_without_tokens_get_eos_instead_of_the_newline() -> None:
     words = tokenizer(ALPACA, eos="<|endoftext|>", special=())
     end = turn_end(words)
     assert end is not None
@@ -57,7 +57,7 @@ def test_headings_alone_get_eos_in_place_of_the_templates_newline() -> None:
     ]
 
 
-def test_check_says_that_a_token_is_added(tmp_path: Path) -> None:
+def test_check_reports_that_a_token_is_added(tmp_path: Path) -> None:
     words = tokenizer(ALPACA, eos="<|endoftext|>", special=())
     save_model(tmp_path / "teacher", words)
     (tmp_path / "text.txt").write_text("")

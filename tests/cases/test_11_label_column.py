@@ -52,7 +52,7 @@ def test_the_ids_of_a_hugging_face_class_label_are_its_names(tmp_path: Path) -> 
     assert [found[t] for t in (TEXTS[0], TEXTS[1], TEXTS[39])] == ["World", "Sports", None]
 
 
-def test_nan_is_an_empty_cell_and_whole_numbers_have_no_fraction(tmp_path: Path) -> None:
+def test_nan_is_an_empty_cell_and_integers_have_no_fraction(tmp_path: Path) -> None:
     labels = [float("nan") if n % 5 == 0 else float(n % 2) for n in range(40)]
     parquet = tmp_path / "nan.parquet"
     pq.write_table(pa.table({"text": TEXTS, "label": labels}), parquet)
@@ -75,7 +75,9 @@ def test_nan_is_an_empty_cell_and_whole_numbers_have_no_fraction(tmp_path: Path)
         (float("inf"), "the number inf"),
     ],
 )
-def test_what_is_no_label_is_refused_with_its_line(label: Any, said: str, tmp_path: Path) -> None:
+def test_values_that_are_not_labels_are_rejected_with_their_line(
+    label: Any, said: str, tmp_path: Path
+) -> None:
     path = write(tmp_path / "a.jsonl", ["red", label, *["blue"] * 38])
     with pytest.raises(DataError, match=said) as caught:
         prepared(path)
@@ -89,7 +91,7 @@ def test_labels_with_content_are_not_called_bare(tmp_path: Path) -> None:
     assert "truth values" in texts.notes[0]
 
 
-def test_an_id_without_a_name_is_refused(tmp_path: Path) -> None:
+def test_an_id_without_a_name_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "names.parquet"
     names = Features({"text": Value("string"), "label": ClassLabel(names=["World", "Sports"])})
     Dataset.from_dict({"text": TEXTS, "label": [0] * 40}, features=names).to_parquet(path)

@@ -77,7 +77,7 @@ def test_the_schema_is_found_in_every_form(tmp_path: Path, form: str) -> None:
         ([SCHEMA], '"required"'),
     ],
 )
-def test_a_schema_that_restricts_nothing_is_refused(tmp_path: Path, raw: Any, advice: str) -> None:
+def test_a_schema_that_restricts_nothing_is_rejected(tmp_path: Path, raw: Any, advice: str) -> None:
     with pytest.raises(DataError) as caught:
         read_schema(written(tmp_path, raw))
     assert advice in str(caught.value.fix)
@@ -93,7 +93,7 @@ def test_a_schema_that_restricts_nothing_is_refused(tmp_path: Path, raw: Any, ad
         {"required": ["name"], "type": "object"},
     ],
 )
-def test_a_schema_that_restricts_little_is_taken(tmp_path: Path, raw: Any) -> None:
+def test_a_schema_that_restricts_little_is_accepted(tmp_path: Path, raw: Any) -> None:
     assert read_schema(written(tmp_path, raw)) == raw
 
 
@@ -107,9 +107,7 @@ def test_a_schema_that_restricts_little_is_taken(tmp_path: Path, raw: Any) -> No
         ("[" * 100_000 + "]" * 100_000, "cannot be read"),
     ],
 )
-def test_what_no_answer_can_be_compared_with_is_refused(
-    tmp_path: Path, raw: Any, what: str
-) -> None:
+def test_schemas_that_cannot_be_checked_are_rejected(tmp_path: Path, raw: Any, what: str) -> None:
     with pytest.raises(StillhouseError, match=what):
         json_schema(read_schema(written(tmp_path, raw)))
 
@@ -124,7 +122,7 @@ def test_a_schemas_pattern_is_compared_as_before() -> None:
 
 
 @pytest.mark.parametrize("raw", [{"name": "string", "age": "integer"}, True])
-def test_check_refuses_it_before_anything_is_generated(tmp_path: Path, raw: Any) -> None:
+def test_check_rejects_it_before_anything_is_generated(tmp_path: Path, raw: Any) -> None:
     recipe = tiny.recipe(tmp_path)
     (tmp_path / "prompts.txt").write_text("Name a person.\n")
     recipe["synthesize"] = {
@@ -140,7 +138,7 @@ def test_check_refuses_it_before_anything_is_generated(tmp_path: Path, raw: Any)
 
 @pytest.mark.parametrize("key", ["require_pattern", "forbid_pattern"])
 @pytest.mark.parametrize("pattern", ["(", "[z-a]", "(a|a)*$", "(0|00)+$"])
-def test_check_refuses_patterns_that_do_not_compile_or_run_away(
+def test_check_rejects_patterns_that_do_not_compile_or_run_away(
     tmp_path: Path, key: str, pattern: str
 ) -> None:
     recipe = tiny.recipe(tmp_path)

@@ -48,7 +48,7 @@ def test_likelihood_ends_answers_with_it_too() -> None:
     assert math.isclose(found, -float(log_p.mean()), rel_tol=1e-5)
 
 
-def test_a_template_that_opens_reasoning_is_asked_after_the_reasoning() -> None:
+def test_labels_are_scored_after_the_reasoning_that_a_template_opens() -> None:
     """A label is no beginning of a thought."""
     words = tokenizer(R1)
     made = prompt_tokens(LabelPrompt({"a": "a", "b": "b"}, None, "{text}", "{label}"), words, 64)

@@ -53,7 +53,7 @@ def test_later_turns_do_not_see_the_reasoning_of_earlier_ones() -> None:
     assert second.endswith("<think>\n[[One.</think>2<|im_end|>]]\n")
 
 
-def test_an_answer_without_reasoning_is_refused_with_the_way_out() -> None:
+def test_an_answer_without_reasoning_is_rejected_with_a_fix() -> None:
     with pytest.raises(DataError) as error:
         shown(chat("2+2?", "4"), tokenizer(R1))
     assert "begin the turn with its reasoning" in str(error.value.fix)
@@ -111,7 +111,7 @@ def test_reasoning_gets_the_marks_that_the_template_has() -> None:
     assert words.convert_tokens_to_ids("[THINK]") in row.ids
 
 
-def test_two_reasonings_are_refused() -> None:
+def test_two_reasonings_are_rejected() -> None:
     """As Kimi K2's template makes them: it puts an empty one before each answer."""
     template = CHATML.replace(
         "{{ m['content'] }}",
@@ -124,7 +124,7 @@ def test_two_reasonings_are_refused() -> None:
         shown(chat("2+2?", "<think>\nTwo.\n</think>\n\n4"), tokenizer(template))
 
 
-def test_a_short_answer_is_not_taken_for_a_part_of_the_end() -> None:
+def test_a_short_answer_is_not_mistaken_for_a_part_of_the_end() -> None:
     """As Nemotron's <SPECIAL_12>, which holds the answer 2."""
     words = tokenizer(R1.replace("<|im_end|>", "<SPECIAL_12>"), eos="<SPECIAL_12>", special=IM)
     assert shown(chat("1+1?", "<think>\nOne.\n</think>\n\n2"), words)[0].endswith(
@@ -165,7 +165,7 @@ def recipe(folder: Path, template: str = R1, **changes: Any) -> dict[str, Any]:
     return tiny.recipe(folder, synthesize=section, data=data)
 
 
-def test_check_and_run_refuse_the_template_before_a_teacher_is_asked(tmp_path: Path) -> None:
+def test_check_and_run_reject_the_template_before_a_teacher_is_queried(tmp_path: Path) -> None:
     raw = recipe(tmp_path)
     errors = [one for one in check_recipe(raw, base=tmp_path) if one.level == "error"]
     assert ["own generation prompt" in one.text for one in errors] == [True]
@@ -180,6 +180,6 @@ def test_the_way_out_works(tmp_path: Path) -> None:
     assert not [one for one in found if one.level == "error"]
 
 
-def test_other_templates_are_not_refused(tmp_path: Path) -> None:
+def test_other_templates_are_not_rejected(tmp_path: Path) -> None:
     found = check_recipe(recipe(tmp_path, CHATML), base=tmp_path)
     assert not [one for one in found if one.level == "error"]

@@ -77,7 +77,7 @@ def test_a_request_without_an_answer_is_not_trained_on() -> None:
     assert "messages" in str(caught.value.fix)
 
 
-def test_a_key_is_advised_where_it_holds_all_text_and_following_it_loses_none() -> None:
+def test_a_key_is_suggested_only_if_it_holds_all_text() -> None:
     row = {"id": 7, "body": "All that this row says."}
     with pytest.raises(DataError) as caught:
         document_from_row(row, "text", "row")
@@ -88,7 +88,7 @@ def test_a_key_is_advised_where_it_holds_all_text_and_following_it_loses_none() 
     assert row["body"] in learned
 
 
-def test_where_several_keys_hold_text_the_first_advice_is_to_say_which_is_learned() -> None:
+def test_the_message_suggests_choosing_a_key_if_several_hold_text() -> None:
     row = {"headline": "Snow in May", "article": "It snowed for a whole day, people say."}
     with pytest.raises(DataError) as caught:
         document_from_row(row, "text", "row")

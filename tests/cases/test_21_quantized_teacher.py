@@ -66,7 +66,7 @@ def test_an_unknown_method_is_never_ignored(tmp_path: Path, settings: dict[str, 
     assert "cannot be loaded here" in last.text
 
 
-def test_run_refuses_it_before_any_stage(tmp_path: Path) -> None:
+def test_run_rejects_it_before_any_stage(tmp_path: Path) -> None:
     recipe = quantized(tmp_path, *METHODS["bitsandbytes"])
     with pytest.raises(ModelError, match="bitsandbytes"):
         run(recipe)

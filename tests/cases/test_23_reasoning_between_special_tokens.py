@@ -107,7 +107,7 @@ CHANNELS = "<|channel|>analysis<|message|>Simple sum.<|end|><|start|>assistant"
         "Granite 3.2",
     ],
 )
-def test_reasoning_and_answer_are_told_apart(said: str, more: dict[str, str]) -> None:
+def test_reasoning_and_answer_are_separated(said: str, more: dict[str, str]) -> None:
     found = answer(said, **more)  # type: ignore[arg-type]
     assert (found.text, found.reasoning) == ("Four.", "Simple sum.")
     assert answer_text(found) == "Four."
@@ -126,7 +126,7 @@ def test_reasoning_and_answer_are_told_apart(said: str, more: dict[str, str]) ->
         ),
     ],
 )
-def test_reasoning_that_is_cut_off_is_no_answer(said: str, more: dict[str, str]) -> None:
+def test_truncated_reasoning_has_no_answer(said: str, more: dict[str, str]) -> None:
     found = answer(said, stop="length", **more)  # type: ignore[arg-type]
     assert answer_text(found) == answer_text(found, keep_reasoning=True) == ""
     assert truncated(Row((), answer_text(found), found.finish_reason, "")) is not None

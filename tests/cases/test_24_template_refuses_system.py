@@ -61,20 +61,22 @@ def error_of(raw: dict[str, Any]) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("template", [REFUSES_SYSTEM, IGNORES_SYSTEM, ALTERNATES])
-def test_check_says_that_the_template_takes_no_system_prompt(tmp_path: Path, template: str) -> None:
+def test_check_reports_that_the_template_rejects_system_prompts(
+    tmp_path: Path, template: str
+) -> None:
     text, fix = error_of(recipe(tmp_path, template, system="Be brief."))
     assert "takes no system prompt" in text
     assert "remove synthesize.prompts.system, or put its text into the prompt" in fix
 
 
-def test_run_says_it_before_it_asks_anything(tmp_path: Path) -> None:
+def test_run_reports_it_before_any_request(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="System role not supported"):
         run(recipe(tmp_path, REFUSES_SYSTEM, system="Be brief."))
     assert not (tmp_path / "answers.sqlite").exists()
     assert not [*(tmp_path / "run" / "stages").iterdir()]
 
 
-def test_synthesize_says_it_before_it_asks_anything(tmp_path: Path) -> None:
+def test_synthesize_reports_it_before_any_request(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(json.dumps(recipe(tmp_path, REFUSES_SYSTEM, system="Be brief.")))
     with pytest.raises(ModelError, match="System role not supported"):

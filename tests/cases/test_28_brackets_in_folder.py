@@ -30,7 +30,7 @@ def test_a_recipe_reads_its_own_folder_whatever_its_name(path: str, tmp_path: Pa
         assert len(sources_fingerprint([source], base)) == 1
 
 
-def test_what_exists_under_the_name_of_a_pattern_is_meant(tmp_path: Path) -> None:
+def test_an_existing_file_named_like_a_pattern_is_read(tmp_path: Path) -> None:
     for name in ("a[1].txt", "a1.txt", "set[2]/x.txt", "set2/x.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -48,7 +48,7 @@ def test_a_home_folder_with_brackets(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert find_files("~/*.txt", Path("/")) == [home / "a.txt"]
 
 
-def test_a_folder_that_datasets_would_read_as_a_pattern_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_datasets_would_read_as_a_pattern_is_rejected(tmp_path: Path) -> None:
     for name in ("v1", "v[12]"):
         (tmp_path / name / "set").mkdir(parents=True)
         (tmp_path / name / "set" / "train.jsonl").write_text(f'{{"text": "of {name}"}}\n')

@@ -18,7 +18,7 @@ def write(path: Path, rows: list[tuple[str, str | None]]) -> Path:
     return path
 
 
-def test_many_texts_with_several_labels_are_refused(tmp_path: Path) -> None:
+def test_many_texts_with_several_labels_are_rejected(tmp_path: Path) -> None:
     rows = [(f"text {n}", label) for n in range(60) for label in ("billing", "login")]
     path = write(tmp_path / "rows.jsonl", rows)
     with pytest.raises(DataError, match="60 of 60 texts have several labels") as caught:

@@ -28,7 +28,7 @@ FORMATS: dict[str, Any] = {
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("text", EMPTY)
-def test_an_empty_answer_is_refused(format: str, text: str) -> None:
+def test_an_empty_answer_is_rejected(format: str, text: str) -> None:
     with pytest.raises(DataError, match="nothing to train on") as error:
         rows_of(FORMATS[format](text), byte_level())
     assert error.value.where == "rows.jsonl:3"

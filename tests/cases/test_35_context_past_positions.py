@@ -55,7 +55,7 @@ def recipe(folder: Path, config: Any, context: int, **evaluate: Any) -> dict[str
 
 
 @pytest.mark.parametrize("kind", LEARNED)
-def test_a_context_beyond_learned_positions_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_context_beyond_learned_positions_is_rejected(tmp_path: Path, kind: str) -> None:
     last = check_recipe(recipe(tmp_path, LEARNED[kind], 65))[-1]
     assert last.level == "error"
     assert "64 positions" in last.text
@@ -72,13 +72,13 @@ def test_the_largest_context_that_is_named_fits(kind: str) -> None:
         model(torch.zeros(1, 65, dtype=torch.long))
 
 
-def test_run_refuses_it_before_any_stage(tmp_path: Path) -> None:
+def test_run_rejects_it_before_any_stage(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="64 positions"):
         run(recipe(tmp_path, LEARNED["gpt2"], 96))
     assert not [*(tmp_path / "run" / "stages").iterdir()]
 
 
-def test_a_context_that_fits_is_said_nothing_about(tmp_path: Path) -> None:
+def test_a_context_that_fits_is_not_reported(tmp_path: Path) -> None:
     found = check_recipe(recipe(tmp_path, LEARNED["gpt2"], 64))
     assert not [one for one in found if one.level == "error" or one.topic == "context"]
 
@@ -90,7 +90,7 @@ def test_answers_of_the_evaluation_count_too(tmp_path: Path) -> None:
     assert "evaluate.max_new_tokens" in last.text + str(last.fix)
 
 
-def test_a_speed_measurement_that_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_a_speed_measurement_beyond_the_context_is_rejected(tmp_path: Path) -> None:
     last = check_recipe(recipe(tmp_path, LEARNED["gpt2"], 64, speed=True))[-1]
     assert last.fix == "set evaluate.speed: false"
 

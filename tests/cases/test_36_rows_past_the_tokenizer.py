@@ -30,7 +30,7 @@ STARTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.run
 @pytest.mark.parametrize("start", STARTS)
-def test_what_is_shipped_has_as_many_rows_as_tokens(tmp_path: Path, start: str) -> None:
+def test_an_exported_model_has_as_many_rows_as_tokens(tmp_path: Path, start: str) -> None:
     raw = tiny.recipe(tmp_path)
     tiny.llama(vocab_size=ROWS).save_pretrained(tmp_path / "teacher")
     WORDS.save_pretrained(tmp_path / "teacher")
@@ -48,7 +48,7 @@ def test_what_is_shipped_has_as_many_rows_as_tokens(tmp_path: Path, start: str) 
 
 
 @pytest.mark.parametrize("name", ["llama, untied", "qwen3_moe", "gemma2", "phi3", "granite"])
-def test_the_other_rows_are_as_they_were(tmp_path: Path, name: str) -> None:
+def test_the_other_rows_are_unchanged(tmp_path: Path, name: str) -> None:
     model = save(tmp_path / "padded", name, vocab_size=ROWS)
     student = Student.load(tmp_path / "padded")
     student.save(tmp_path / "saved")
@@ -61,7 +61,7 @@ def test_the_other_rows_are_as_they_were(tmp_path: Path, name: str) -> None:
     assert MODELS[name][0] == saved.config.model_type
 
 
-def test_a_model_with_a_row_for_each_token_is_not_touched(tmp_path: Path) -> None:
+def test_a_model_with_a_row_for_each_token_is_unchanged(tmp_path: Path) -> None:
     student = Student(tiny.llama(), tiny.tokenizer())
     weight = student.model.get_input_embeddings().weight
     student.save(tmp_path)

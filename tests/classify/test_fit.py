@@ -56,7 +56,7 @@ def train_until_killed(start: Path, out: Path, step: int) -> None:
 
 
 @pytest.mark.run
-def test_a_training_that_was_killed_ends_with_the_weights_of_one_that_was_not(
+def test_killed_training_ends_with_the_same_weights(
     tmp_path: Path,
 ) -> None:
     start = student(tmp_path)
@@ -78,7 +78,7 @@ def test_a_training_that_was_killed_ends_with_the_weights_of_one_that_was_not(
         assert torch.equal(tensor, resumed[name]), name
 
 
-def test_a_checkpoint_that_does_not_load_gives_way_to_the_one_before(tmp_path: Path) -> None:
+def test_training_falls_back_from_a_checkpoint_that_does_not_load(tmp_path: Path) -> None:
     start = student(tmp_path)
     out = tmp_path / "out"
     train(start, out)

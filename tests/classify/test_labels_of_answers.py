@@ -161,7 +161,7 @@ def test_separators_of_words_make_no_difference() -> None:
         assert label_of(text, ["card", "refund"]) is None
 
 
-def test_numbers_and_letters_are_labels_where_they_stand_alone() -> None:
+def test_numbers_and_letters_are_labels_if_they_are_separate_words() -> None:
     stars = ["1", "2", "3", "4", "5"]
     for text in ("4", "**4**", "4 stars", "Rating: 4", "4."):
         assert label_of(text, stars) == "4"
@@ -178,13 +178,13 @@ def test_numbers_and_letters_are_labels_where_they_stand_alone() -> None:
 # --- log-probabilities -------------------------------------------------------------------------
 
 
-def test_first_tokens_share_where_they_begin_labels() -> None:
+def test_first_tokens_get_shares_if_they_begin_labels() -> None:
     kind, found = shares("refund", {"ref": 0.6, "ins": 0.2, "x": 0.1})
     assert kind == "label"
     assert found == pytest.approx({"refund": 0.75, "insurance": 0.25})
 
 
-def test_a_refusal_is_no_label_whose_first_letter_it_has() -> None:
+def test_a_refusal_is_not_read_as_a_label_with_the_same_first_letter() -> None:
     assert shares("I cannot say.", {"I": 0.99, "ref": 0.002}) == ("outside", {})
 
 
@@ -192,12 +192,12 @@ def test_an_answer_that_begins_with_another_word_counts_by_its_words() -> None:
     assert shares("I think refund", {"I": 0.99, "ref": 0.01}) == ("label", {"refund": 1.0})
 
 
-def test_first_tokens_that_begin_no_label_tell_nothing() -> None:
+def test_first_tokens_that_begin_no_label_are_ignored() -> None:
     first = {"**": 0.99, "card": 6e-6}
     assert shares("**refund**", first) == ("label", {"refund": 1.0})
 
 
-def test_the_next_tokens_tell_labels_apart_that_begin_alike() -> None:
+def test_the_next_tokens_distinguish_labels_with_the_same_prefix() -> None:
     _, found = shares("card arrival", {"card": 0.8, "ref": 0.2}, {" arrival": 0.75, "<end>": 0.25})
     assert found == pytest.approx({"card_arrival": 0.6, "card": 0.2, "refund": 0.2})
     _, found = shares("card", {"card": 0.8, "ref": 0.2}, {"<end>": 0.9, " arrival": 0.1})
@@ -209,7 +209,7 @@ def test_a_label_that_is_complete_gets_its_token_alone() -> None:
     assert found == pytest.approx({"card": 0.8, "refund": 0.2})
 
 
-def test_a_whole_word_does_not_begin_a_longer_one() -> None:
+def test_a_complete_word_is_not_a_prefix_of_a_longer_one() -> None:
     _, found = shares("yes", {"yes": 0.6, "no": 0.4}, labels=["yes", "no", "normal"])
     assert found == pytest.approx({"yes": 0.6, "no": 0.4})
 
@@ -240,6 +240,6 @@ def test_a_label_that_is_denied_in_its_language_is_not_named(label: str) -> None
     assert label_of(denied, labels) is None
 
 
-def test_true_and_false_of_json_are_labels_where_they_are_named_so() -> None:
+def test_json_true_and_false_are_labels_if_the_task_has_them() -> None:
     assert label_of('{"answer": true}', ["true", "false"]) == "true"
     assert label_of('{"answer": false}', ["yes", "no"]) is None

@@ -47,7 +47,7 @@ def test_a_tree_has_each_beginning_once() -> None:
 
 @pytest.mark.parametrize("answers", [ANSWERS, ["a", "b", "c"]], ids=["many tokens", "one token"])
 @pytest.mark.parametrize("start", ["the same start: ", ""], ids=["prefix", "no prefix"])
-def test_the_tree_gives_what_pairs_give(answers: list[str], start: str) -> None:
+def test_the_tree_scores_labels_like_single_passes(answers: list[str], start: str) -> None:
     model = tiny.llama()
     prompts, labels = ids([f"{start}{text} ->" for text in TEXTS]), ids(answers)
     torch.testing.assert_close(
@@ -55,7 +55,7 @@ def test_the_tree_gives_what_pairs_give(answers: list[str], start: str) -> None:
     )
 
 
-def test_batches_of_one_text_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_of_one_text_score_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.llama()
     prompts, labels = ids([f"start {text}" for text in TEXTS]), ids(ANSWERS)
     together = all_scores(model, prompts, labels)
@@ -65,7 +65,7 @@ def test_batches_of_one_text_give_the_same(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("together", [16384, 40])
-def test_a_model_with_windows_gives_what_pairs_give(
+def test_a_model_with_windows_scores_labels_like_single_passes(
     monkeypatch: pytest.MonkeyPatch, together: int
 ) -> None:
     monkeypatch.setattr(scoring, "_CACHED_TOKENS", together)

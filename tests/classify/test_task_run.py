@@ -112,7 +112,7 @@ def test_the_banking_recipe_runs_on_a_file_of_its_shape(tmp_path: Path) -> None:
     assert roles == ["teacher", "untrained", "student", "fine_tuned"]
 
 
-def test_another_prior_asks_the_teacher_nothing_again(folder: Path) -> None:
+def test_another_prior_does_not_query_the_teacher_again(folder: Path) -> None:
     raw = toys.recipe(folder, data=toys.with_gold(folder))
     run(raw)
     raw["task"] = {**raw["task"], "prior": "content_free"}
@@ -146,7 +146,7 @@ def test_every_kind_of_student_learns(tmp_path: Path, student: dict[str, Any]) -
         assert row["confidence"] == max(row["probabilities"].values())
 
 
-def test_the_teacher_itself_as_a_student_says_what_the_teacher_says(tmp_path: Path) -> None:
+def test_the_teacher_as_a_student_predicts_what_the_teacher_predicts(tmp_path: Path) -> None:
     raw = toys.recipe(tmp_path)
     model = str(tmp_path / "teacher")
     raw["student"] = {"start": "pretrained", "model": model, "head": "words"}
@@ -155,7 +155,7 @@ def test_the_teacher_itself_as_a_student_says_what_the_teacher_says(tmp_path: Pa
     assert untrained.kl == pytest.approx(0.0, abs=1e-5)
 
 
-def test_killed_scoring_goes_on_where_it_stopped(
+def test_killed_scoring_resumes_where_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge_module, "CHUNK", 8)
@@ -243,14 +243,14 @@ def test_licenses_of_all_models_are_in_the_card_and_warned_of_by_check(tmp_path:
     assert [text.split(",")[0] for text in warned] == ["The teacher", "The student's start"]
 
 
-def test_check_says_what_an_api_can_cost(tmp_path: Path) -> None:
+def test_check_reports_the_maximum_cost_of_an_api(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(api_recipe(tmp_path, "http://127.0.0.1:9/v1")))
     found = {(one.level, one.topic): one.text for one in check_recipe(path)}
     assert "0 of 40 requests are answered" in found[("estimate", "judgment")]
 
 
-def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> None:
+def test_calls_made_by_check_are_not_repeated_by_the_run(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(text=said_label(payload), usage=(20, 1 + number % 2))
 
@@ -269,7 +269,7 @@ def test_check_makes_calls_that_the_run_needs_not_make_again(tmp_path: Path) -> 
         assert len(stub.payloads) == 40
 
 
-def test_check_says_that_a_run_is_asking(tmp_path: Path) -> None:
+def test_check_reports_that_a_run_is_sending_requests(tmp_path: Path) -> None:
     raw = api_recipe(tmp_path, "http://127.0.0.1:9/v1")
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(raw))
@@ -301,7 +301,7 @@ def number_of(payload: dict[str, Any]) -> int:
     return int(found[1])
 
 
-def test_an_api_is_asked_once_and_its_labels_are_learnt(tmp_path: Path) -> None:
+def test_an_api_is_queried_once_and_its_labels_are_learned(tmp_path: Path) -> None:
     with Stub(lambda number, payload: Reply(text=f' "{said_label(payload).title()}".')) as stub:
         raw = api_recipe(tmp_path, stub.url)
         result = run(raw)
@@ -346,7 +346,7 @@ def test_answers_outside_the_list_are_counted_and_left_out(tmp_path: Path) -> No
     assert int(rows.isnan().any(-1).sum()) == 10
 
 
-def test_a_budget_stops_the_judgment_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_budget_stops_the_judgment_and_answers_are_kept(tmp_path: Path) -> None:
     with Stub(lambda number, payload: Reply(text=said_label(payload))) as stub:
         raw = api_recipe(tmp_path, stub.url, budget={"max_tokens": 400})
         with pytest.raises(RunError, match="budget is used up"):
@@ -358,7 +358,7 @@ def test_a_budget_stops_the_judgment_and_loses_nothing(tmp_path: Path) -> None:
         assert len(stub.payloads) == 40
 
 
-def test_requests_that_failed_are_asked_again_by_the_same_command(tmp_path: Path) -> None:
+def test_failed_requests_are_sent_again_by_the_same_command(tmp_path: Path) -> None:
     failing = {3, 8}
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -413,7 +413,9 @@ def test_top_logprobs_make_a_distribution(tmp_path: Path) -> None:
     torch.testing.assert_close(shares, torch.tensor([0.75, 0.25]))
 
 
-def test_an_api_that_reasons_is_sampled_as_it_wants_and_read_after_that(tmp_path: Path) -> None:
+def test_a_reasoning_api_is_sampled_as_configured_and_read_after_its_reasoning(
+    tmp_path: Path,
+) -> None:
     """Its reasoning names every label; `extra` can constrain the answer."""
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -454,7 +456,7 @@ def test_several_samples_are_drawn(
         ({"api": None, "model": "m", "sampling": {"max_tokens": 9}}, "sampling is for api"),
     ],
 )
-def test_sampling_that_cannot_be(tmp_path: Path, teacher: dict[str, Any], said: str) -> None:
+def test_invalid_sampling(tmp_path: Path, teacher: dict[str, Any], said: str) -> None:
     with pytest.raises(RecipeError, match=said):
         parse_recipe(api_recipe(tmp_path, "http://x/v1", **teacher))
 
@@ -509,7 +511,7 @@ def test_bad_rows_are_named(tmp_path: Path, row: str, said: str) -> None:
     assert caught.value.where.endswith("texts.jsonl:41")
 
 
-def test_a_classifier_is_shipped_as_onnx_and_its_page_tells(tmp_path: Path) -> None:
+def test_a_classifier_is_exported_to_onnx_and_reported(tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     raw = toys.recipe(tmp_path, export={"formats": ["safetensors", "onnx", "onnx-int8"]})
@@ -543,7 +545,7 @@ def test_a_classifier_is_shipped_as_onnx_and_its_page_tells(tmp_path: Path) -> N
         {"start": "pretrained", "model": "teacher"},
     ],
 )
-def test_a_student_too_large_for_an_onnx_file_is_refused_before_anything(
+def test_a_student_too_large_for_an_onnx_file_is_rejected_early(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, student: dict[str, Any]
 ) -> None:
     """By its parameters, each counted once, which are those of the model that is made."""
@@ -573,7 +575,7 @@ def test_a_student_too_large_for_an_onnx_file_is_refused_before_anything(
     assert f"{made['parameters']:,} parameters in float32 are more than" in last.text
 
 
-def test_a_language_model_that_scores_words_is_no_onnx_classifier(tmp_path: Path) -> None:
+def test_a_language_model_that_scores_words_cannot_be_exported_to_onnx(tmp_path: Path) -> None:
     student = {"start": "pretrained", "model": str(tmp_path / "teacher"), "head": "words"}
     raw = toys.recipe(tmp_path, student=student, export={"formats": ["onnx"]})
     with pytest.raises(RecipeError, match="cannot be exported as an ONNX classifier"):

@@ -24,7 +24,7 @@ def rows_of(path: Path, **more: int) -> list[str]:
     return [row.text for row in read_texts(TextFile(path=path.name, **more), path.parent)]
 
 
-def test_a_sample_is_drawn_from_the_whole_file_whatever_its_order(tmp_path: Path) -> None:
+def test_a_sample_is_drawn_from_the_complete_file_in_any_order(tmp_path: Path) -> None:
     path = tmp_path / "sorted.txt"
     lines = [f"{topic} number {number}" for topic in ("cats", "soups") for number in range(50)]
     path.write_text("\n".join(lines))
@@ -69,7 +69,7 @@ def test_a_quote_that_is_never_closed_is_named(tmp_path: Path) -> None:
         (["a", 1.5], "the label 1.5 is not text"),
     ],
 )
-def test_a_label_that_is_no_text_is_refused(labels: Any, said: str) -> None:
+def test_a_label_that_is_not_text_is_rejected(labels: Any, said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         ClassifyTask.model_validate({"kind": "classify", "labels": labels})
 
@@ -82,7 +82,7 @@ def test_numbers_are_labels() -> None:
 
 
 @pytest.mark.parametrize("own_tests", [False, True])
-def test_a_text_of_the_prompt_is_no_test_text(own_tests: bool) -> None:
+def test_a_text_of_the_prompt_is_excluded_from_the_test_texts(own_tests: bool) -> None:
     given = [LabeledText(f"text {number}") for number in range(40)]
     tests = [LabeledText(f"test {number}") for number in range(10)] if own_tests else []
     _, before, _ = divide_texts(given, tests, 0.25, seed=1)
@@ -123,7 +123,7 @@ def test_a_label_in_another_unicode_form_is_the_tasks(tmp_path: Path) -> None:
     assert set(prepared(path).labels) == set(labels)
 
 
-def test_labels_that_differ_in_case_or_width_are_refused(tmp_path: Path) -> None:
+def test_labels_that_differ_in_case_or_width_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "texts.csv"
     for one, other in (("spam", "Spam"), ("ＡＢＣ", "abc"), ("STRASSE", "Straße")):
         rows = [f"text {n},{[one, other][n % 2]}\n" for n in range(40)]

@@ -97,7 +97,7 @@ def test_seeds_seed_every_generator(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 10**30, 1.5, True, "1"])
-def test_other_seeds_are_refused_by_name(seed: Any) -> None:
+def test_other_seeds_are_rejected_with_the_name(seed: Any) -> None:
     with pytest.raises(RecipeError, match="seed: input should be"):
         checked(Seed, seed, "seed")
 
@@ -210,7 +210,7 @@ def test_limits_of_a_divergence_can_be_compared() -> None:
 
 
 @pytest.mark.parametrize("encoding", [TopK(101), TopP(0.9, 101), Stratified(101, 1)])
-def test_more_tokens_than_the_vocabulary_has_are_refused_before_a_run(encoding: Any) -> None:
+def test_more_tokens_than_the_vocabulary_has_are_rejected_before_a_run(encoding: Any) -> None:
     with pytest.raises(SignalError, match="101 tokens of each position") as caught:
         _within_vocabulary(encoding, 100)
     assert caught.value.fix == "store 100 or fewer"
@@ -218,12 +218,14 @@ def test_more_tokens_than_the_vocabulary_has_are_refused_before_a_run(encoding: 
 
 
 @pytest.mark.parametrize(("width", "heads"), [(6, 2), (4, 4), (10, 4)])
-def test_heads_that_rotary_embeddings_cannot_turn_are_refused(width: int, heads: int) -> None:
+def test_head_sizes_that_rotary_embeddings_do_not_support_are_rejected(
+    width: int, heads: int
+) -> None:
     with pytest.raises(ValueError, match=r"must be even|must be a multiple"):
         RandomClassifier(start="random", hidden_size=width, heads=heads)
 
 
 @pytest.mark.parametrize("key", ["num_hidden_layers", "hidden_size", "vocab_size"])
-def test_a_configuration_without_end_is_refused_before_it_is_made(key: str) -> None:
+def test_an_endless_configuration_is_rejected_before_it_is_built(key: str) -> None:
     with pytest.raises(RecipeError, match=f"{key} is 9,007,199,254,740,992, and no model has that"):
         overridden_config(tiny.llama().config, {key: 2**53})

@@ -62,7 +62,7 @@ def test_the_resolved_recipe_reads_back_as_itself(path: Path, tmp_path: Path) ->
     assert load_recipe(write(tmp_path, recipe_yaml(recipe))) == recipe
 
 
-def test_a_task_is_refused_by_commands_for_language_models() -> None:
+def test_a_task_is_rejected_by_commands_for_language_models() -> None:
     with pytest.raises(RecipeError, match="has a task"):
         load_language_model_recipe(RECIPES / "classify.yaml")
 
@@ -105,7 +105,7 @@ def test_an_unknown_key_inside_a_list_item_names_its_index(tmp_path: Path) -> No
         ),
     ],
 )
-def test_each_mistake_is_said_once_and_clearly(
+def test_each_mistake_is_reported_once_and_clearly(
     tmp_path: Path, change: tuple[str, str], expected: str
 ) -> None:
     assert expected in message(write(tmp_path, SMALLEST.replace(*change)))
@@ -114,7 +114,7 @@ def test_each_mistake_is_said_once_and_clearly(
 @pytest.mark.parametrize(
     ("text", "expected"), [("a: b: c", "not valid YAML"), ("", "empty"), ("- 1", "not a mapping")]
 )
-def test_what_is_not_a_recipe_at_all(tmp_path: Path, text: str, expected: str) -> None:
+def test_values_that_are_not_recipes(tmp_path: Path, text: str, expected: str) -> None:
     assert expected in message(write(tmp_path, text))
 
 
@@ -184,7 +184,7 @@ def test_keys_that_contradict_each_other(tmp_path: Path, override: str, expected
         max_leaves=8,
     )
 )
-def test_no_value_anywhere_causes_anything_but_a_recipe_error(value: object) -> None:
+def test_every_invalid_value_raises_a_recipe_error(value: object) -> None:
     raw = yaml.safe_load(SMALLEST)
     for key in ("name", "teacher", "data", "student", "objective", "train", "extra"):
         with contextlib.suppress(RecipeError):
@@ -200,7 +200,7 @@ def test_an_old_name_of_a_key_works_with_a_warning(
     assert "`reconstruct` is now called `refit`" in capsys.readouterr().err
 
 
-def test_a_key_under_both_of_its_names_is_refused(tmp_path: Path) -> None:
+def test_a_key_under_both_of_its_names_is_rejected(tmp_path: Path) -> None:
     student = "student: {start: pruned, layers: 2, reconstruct: false, refit: false}"
     with pytest.raises(RecipeError, match="`reconstruct` is the old name of `refit`"):
         load_recipe(write(tmp_path, SMALLEST.replace("student:\n  start: random\n", student)))

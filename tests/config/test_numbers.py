@@ -69,7 +69,7 @@ def test_the_recipes_here_are_right_and_have_every_section() -> None:
 
 
 @pytest.mark.parametrize(("raw", "path"), [f[1:3] for f in FIELDS], ids=[f[0] for f in FIELDS])
-def test_nonsense_is_refused_by_key_and_value(raw: dict[str, Any], path: Any) -> None:
+def test_invalid_values_are_rejected_with_key_and_value(raw: dict[str, Any], path: Any) -> None:
     for value in NONSENSE:
         found = outcome(changed(raw, path, value))
         if isinstance(found, RecipeError):
@@ -108,7 +108,7 @@ def assert_usable(recipe: Any, path: Any) -> None:
 
 
 @pytest.mark.parametrize(("raw", "path"), [f[1:3] for f in FIELDS], ids=[f[0] for f in FIELDS])
-def test_what_lies_beyond_a_bound_is_refused(raw: dict[str, Any], path: Any) -> None:
+def test_values_beyond_a_bound_are_rejected(raw: dict[str, Any], path: Any) -> None:
     """The bounds are those that editors read from the schema; the bounds themselves are used by
     the tests of what depends on them (test_extremes.py)."""
     for low, high in bounds_of(raw, path):

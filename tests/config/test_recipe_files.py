@@ -83,7 +83,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("text", "what", "where"), WRONG.values(), ids=WRONG.keys())
-def test_a_text_that_is_no_recipe(tmp_path: Path, text: str, what: str, where: str) -> None:
+def test_a_text_that_is_not_a_recipe(tmp_path: Path, text: str, what: str, where: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(f"{SMALLEST}{text}\n")
     message = refused(path)
@@ -126,7 +126,7 @@ def test_pipes_devices_and_folders_are_not_read(pipe: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300, "x/" * 3000, "~nobody-here/r.yaml", ""])
-def test_paths_that_cannot_be(name: str) -> None:
+def test_impossible_paths(name: str) -> None:
     refused(name)
 
 
@@ -154,7 +154,7 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize(("content", "what"), CONTENTS.values(), ids=CONTENTS.keys())
-def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, what: str) -> None:
+def test_files_that_are_not_a_recipe(tmp_path: Path, content: bytes, what: str) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(content)
     message = refused(path)
@@ -169,7 +169,7 @@ def test_a_sparse_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
-def test_byte_order_marks_say_how_a_recipe_is_read(tmp_path: Path, encoding: str) -> None:
+def test_byte_order_marks_determine_the_encoding_of_a_recipe(tmp_path: Path, encoding: str) -> None:
     mark = "\ufeff" if encoding == "utf-16-be" else ""
     (tmp_path / "r.yaml").write_bytes((mark + SMALLEST).replace("\n", "\r\n").encode(encoding))
     assert load_recipe(tmp_path / "r.yaml").name == "small"
@@ -192,7 +192,7 @@ def test_aliases_and_merges_within_reason_are_written_out(tmp_path: Path) -> Non
 # --- dictionaries and overrides --------------------------------------------------------------
 
 
-def test_dictionaries_that_are_no_recipe() -> None:
+def test_dictionaries_that_are_not_a_recipe() -> None:
     base: dict[str, Any] = {"name": "a", "student": {"start": "random"}}
     loop: dict[str, Any] = {}
     loop["loop"] = loop

@@ -68,7 +68,9 @@ NOT_NUMBERS = {
 
 @pytest.mark.parametrize(("written", "fix"), NOT_NUMBERS.items(), ids=NOT_NUMBERS.keys())
 @pytest.mark.parametrize("key", ["epochs", "max_steps"])
-def test_what_yaml_1_1_makes_a_number_of(tmp_path: Path, written: str, fix: str, key: str) -> None:
+def test_text_that_yaml_1_1_reads_as_a_number(
+    tmp_path: Path, written: str, fix: str, key: str
+) -> None:
     error = refused(tmp_path, f"{SMALLEST}train:\n  {key}: {written}\n")
     assert error.what.startswith(f"`train.{key}`: {written} ")
     assert error.where == f"{tmp_path / 'r.yaml'}, line 6"
@@ -82,7 +84,7 @@ def test_what_yaml_1_1_makes_a_number_of(tmp_path: Path, written: str, fix: str,
     ["2024-01-01", "12:30:45Z", "1,5", "1.2.3", "infinity", "NaN", "1e", "5%", "1/10", "_1", "y",
      "\u22121", "\uff11", "\u201c1\u201d", "1 e-4", "1e-4,", "0x1p-3", "++1", "0.1#x"],
 )  # fmt: skip
-def test_what_is_no_number_to_anybody(tmp_path: Path, written: str) -> None:
+def test_text_that_is_not_a_number(tmp_path: Path, written: str) -> None:
     error = refused(tmp_path, f"{SMALLEST}train: {{epochs: '{written}'}}\n")
     assert f"(it is '{written}')" in error.what
 
@@ -97,7 +99,7 @@ def test_decimal_numbers_are_read_as_such(tmp_path: Path, written: str, value: f
     assert recipe.train.learning_rate == value
 
 
-def test_a_float_where_an_integer_belongs_is_told_as_one(tmp_path: Path) -> None:
+def test_a_float_for_an_integer_key_is_reported_as_a_float(tmp_path: Path) -> None:
     assert refused(tmp_path, f"{SMALLEST}train: {{max_steps: 1e5}}\n").fix == "write 100000"
     assert "valid integer" in refused(tmp_path, f"{SMALLEST}train: {{max_steps: 1.5}}\n").what
 
@@ -105,19 +107,19 @@ def test_a_float_where_an_integer_belongs_is_told_as_one(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "written", ["no", "yes", "On", "1.0", "017", "1:30", "2024-01-01", "1_0", ".inf", "0x1F", "1e5"]
 )
-def test_text_stays_as_it_is_written(tmp_path: Path, written: str) -> None:
+def test_text_is_unchanged(tmp_path: Path, written: str) -> None:
     recipe = read(tmp_path, f"{SMALLEST}evaluate: {{prompts: [{written}]}}\n", f"folder={written}")
     assert recipe.evaluate.prompts == [written]
     assert recipe.folder == written
 
 
-def test_the_revision_of_a_model_is_no_number(tmp_path: Path) -> None:
+def test_the_revision_of_a_model_is_not_a_number(tmp_path: Path) -> None:
     """Hashes such as 12e4567 and versions such as 1.10 would lose their spelling."""
     recipe = read(tmp_path, SMALLEST.replace("{model: teacher}", "{model: m, revision: 1.10}"))
     assert recipe.teacher.revision == "1.10"
 
 
-def test_booleans_of_yaml_1_1_are_booleans_where_only_those_fit(tmp_path: Path) -> None:
+def test_yaml_1_1_booleans_are_booleans_if_only_those_fit(tmp_path: Path) -> None:
     assert read(tmp_path, f"{SMALLEST}evaluate: {{speed: off}}\n").evaluate.speed is False
     assert read(tmp_path, SMALLEST, "evaluate.speed=No").evaluate.speed is False
     assert "`evaluate.speed`" in refused(tmp_path, SMALLEST, "evaluate.speed=1").what
@@ -125,9 +127,7 @@ def test_booleans_of_yaml_1_1_are_booleans_where_only_those_fit(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("written", ["on", "017", "1:30", ".inf", "1_000"])
-def test_where_anything_fits_what_could_be_two_things_is_refused(
-    tmp_path: Path, written: str
-) -> None:
+def test_ambiguous_values_are_rejected_if_any_type_fits(tmp_path: Path, written: str) -> None:
     """And both ways out that the message names work."""
     text = SMALLEST.replace("random}", f"random, overrides: {{hidden_act: {written}}}}}")
     error = refused(tmp_path, text)
@@ -137,7 +137,7 @@ def test_where_anything_fits_what_could_be_two_things_is_refused(
     assert quoted.student.overrides == {"hidden_act": written}
 
 
-def test_what_cannot_be_seen_in_a_key_is_shown(tmp_path: Path) -> None:
+def test_invisible_characters_in_a_key_are_shown(tmp_path: Path) -> None:
     """Characters that come along from a web page."""
     assert "`tr\\u200bain`" in refused(tmp_path, f"{SMALLEST}tr\u200bain: {{}}\n").what
     assert "`\\xa0seed`" in refused(tmp_path, f"{SMALLEST}\u00a0seed: 1\n").what
@@ -171,7 +171,7 @@ def test_labels_are_the_text_that_is_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("written", ["null", "~", "NULL"])
-def test_a_label_that_is_null_is_refused_with_its_line(tmp_path: Path, written: str) -> None:
+def test_a_label_that_is_null_is_rejected_with_its_line(tmp_path: Path, written: str) -> None:
     error = refused(tmp_path, CLASSIFY.replace("LABELS", f"\n    - a\n    - {written}"))
     assert error.what == f"`task.labels.1`: {written} is not text"
     assert str(error.where).endswith("line 6")

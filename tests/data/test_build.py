@@ -115,7 +115,7 @@ def test_another_seed_gives_other_windows(tmp_path: Path) -> None:
     assert set(documents(first)) != set(documents(second))
 
 
-def test_heldout_sources_are_taken_out_of_training(tmp_path: Path) -> None:
+def test_heldout_sources_are_removed_from_training(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.txt", [f"\t{text}" for text in lines(60)])
     write_lines(tmp_path / "b.txt", ["  " + text.replace(" ", "  ") for text in lines(20, 50)])
     train, heldout, summary = build_in(
@@ -214,7 +214,7 @@ def test_nothing_supervised(tmp_path: Path) -> None:
         build_in(tmp_path, train_tokens=1)
 
 
-def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
+def test_a_damaged_folder_is_rejected(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.txt", lines(100))
     build_in(tmp_path)
     path = tmp_path / "out" / "train"
@@ -260,7 +260,7 @@ def test_windows_feed_a_data_loader(tmp_path: Path) -> None:
     np.testing.assert_array_equal(batch["labels"].numpy(), train.labels_RL[:3])
 
 
-def test_preview_shows_what_is_learnt(tmp_path: Path) -> None:
+def test_preview_shows_what_is_learned(tmp_path: Path) -> None:
     rows = [{"messages": chat(f"[red]what[/red] {n}", f"it is {n}🦊")} for n in range(40)]
     write_jsonl(tmp_path / "c.jsonl", rows)
     sources = [{"kind": "jsonl", "path": "c.jsonl"}]

@@ -83,7 +83,7 @@ def test_mask_agrees_with_a_reading_of_the_tokens_one_by_one(
     assert row.supervised.tolist() == chatml_mask(row.ids.tolist(), tokenizer)
 
 
-def test_end_of_turn_is_learnt_and_header_is_not_though_padding_is_the_same_token() -> None:
+def test_the_end_of_turn_is_learned_and_the_header_is_not_if_padding_is_the_same_token() -> None:
     tokenizer = byte_level()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     (row,) = rows_of(conversation(chat("what is it", "rain", "and then", "wind")), tokenizer)
@@ -149,7 +149,7 @@ def test_prompt_and_completion_strings_learn_the_completion_and_eos(bos: bool) -
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_plain_text_is_learnt_whole_and_ends_with_eos(bos: bool) -> None:
+def test_all_of_a_plain_text_is_learned_and_it_ends_with_eos(bos: bool) -> None:
     tokenizer = byte_level(None, bos=bos)
     (row,) = rows_of(Document("the lazy dog"), tokenizer)
     assert tokenizer.decode(row.ids) == "<s>" * bos + "the lazy dog<|im_end|>"
@@ -196,7 +196,7 @@ def test_tools_reach_the_template() -> None:
         ),
     ],
 )
-def test_what_cannot_be_masked_is_refused_by_name(
+def test_chats_that_cannot_be_masked_are_rejected_with_the_reason(
     template: str | None, messages: Any, what: str, fix: str
 ) -> None:
     with pytest.raises(DataError) as error:
@@ -206,7 +206,7 @@ def test_what_cannot_be_masked_is_refused_by_name(
     assert fix in str(error.value.fix)
 
 
-def test_a_tokenizer_without_eos_is_refused() -> None:
+def test_a_tokenizer_without_eos_is_rejected() -> None:
     tokenizer = byte_level()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no end-of-text token"):

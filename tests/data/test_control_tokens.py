@@ -99,7 +99,7 @@ RENDERED = [
 
 
 @pytest.mark.parametrize("row", RENDERED)
-def test_what_seems_to_be_rendered_is_refused_until_a_key_says_what_it_is(
+def test_seemingly_rendered_text_is_rejected_unless_a_key_is_set(
     row: dict[str, Any],
 ) -> None:
     tokenizer = byte_level()
@@ -160,7 +160,7 @@ def test_reasoning_and_call_marks_in_an_answer_stay_tokens() -> None:
     assert [token for token in tokens.ids.tolist() if token in ids] == ids
 
 
-def test_a_token_that_takes_the_whitespace_beside_it_is_cut_behind_it() -> None:
+def test_a_token_with_adjacent_whitespace_is_cut_after_it() -> None:
     tokenizer = byte_level(CHATML.replace("<|im_start|>", "<|turn|>"))
     tokenizer.add_special_tokens(
         {"additional_special_tokens": [AddedToken("<|turn|>", rstrip=True, special=True)]}

@@ -90,7 +90,7 @@ def test_batches_go_through_the_text_in_order(of_strings: Data) -> None:
         ([], "sources are empty"),
     ],
 )
-def test_what_is_no_text_is_refused(texts: Any, message: str) -> None:
+def test_content_that_is_not_text_is_rejected(texts: Any, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         Data.build(texts, tiny.tokenizer(), **OPTIONS)
     assert caught.value.fix
@@ -102,6 +102,6 @@ def test_an_unknown_option_is_named_with_its_neighbor() -> None:
     assert "heldout_tokens" in str(caught.value)
 
 
-def test_it_says_how_much_there_is(of_strings: Data) -> None:
+def test_it_reports_the_amount(of_strings: Data) -> None:
     learned = of_strings.train.supervised_tokens
     assert f"windows of 32 tokens, {learned:,} to predict" in repr(of_strings)

@@ -108,7 +108,7 @@ def test_text_about_formats_is_text(tmp_path: Path) -> None:
         assert [row["text"] for row, _ in read_rows(tmp_path / "a.txt")] == [text]
 
 
-def test_what_might_never_end_is_refused(tmp_path: Path) -> None:
+def test_files_that_might_never_end_are_rejected(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")
     (tmp_path / "folder.jsonl").mkdir()
@@ -130,7 +130,7 @@ def test_a_name_that_cannot_be_used_is_one_error(name: str, tmp_path: Path) -> N
         find_files(name, tmp_path)
 
 
-def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+def test_a_name_that_is_not_utf8_is_rejected(tmp_path: Path) -> None:
     with open(os.fsencode(tmp_path) + b"/caf\xe9.jsonl", "wb") as file:
         file.write(ROW)
     with pytest.raises(DataError, match="name is not UTF-8"):
@@ -146,7 +146,7 @@ def test_hidden_files_of_a_folder_are_not_data(tmp_path: Path) -> None:
     assert len(find_files("._a.jsonl", tmp_path)) == 1
 
 
-def test_markdown_is_text_where_it_is_named(tmp_path: Path) -> None:
+def test_markdown_is_read_as_text_if_it_is_named(tmp_path: Path) -> None:
     for name in ("README.md", "a.markdown", "a.rst", "a.text", "a.md.gz"):
         assert format_of(Path(name)) == "text"
         (tmp_path / name).write_text("x")

@@ -84,7 +84,7 @@ def test_text_is_not_cut_into_crumbs() -> None:
     assert [[s.length for s in window] for window in plan] == [[256 - room], [40]]
 
 
-def test_documents_stay_whole_where_they_can() -> None:
+def test_documents_are_not_split_if_possible() -> None:
     lengths = [30, 20, 25, 25, 40, 10]
     plan = plan_isolated(lengths, [True] * 6, 50)
     assert sorted(s.length for window in plan for s in window) == sorted(lengths)

@@ -167,7 +167,7 @@ def test_a_turn_of_weight_1_is_learned(flags: dict[str, Any]) -> None:
     assert shown(row, byte_level()) == shown({"messages": messages}, byte_level())
 
 
-def test_a_row_whose_turns_all_have_weight_0_is_refused() -> None:
+def test_a_row_whose_turns_all_have_weight_0_is_rejected() -> None:
     messages = [HI[0], {**HI[1], "weight": 0}]
     with pytest.raises(DataError, match="0% of its tokens"):
         learned({"messages": messages}, byte_level())
@@ -255,7 +255,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_clear_is_refused_by_name(name: str) -> None:
+def test_ambiguous_rows_are_rejected_with_the_reason(name: str) -> None:
     row, what = REFUSED[name]
     with pytest.raises(DataError) as error:
         learned(row, byte_level())
@@ -281,7 +281,7 @@ def test_keys_that_are_not_read_are_noted() -> None:
     assert notes({"text": "a", "meta": {}}) == ("not read: `meta`",)
 
 
-def test_a_text_key_that_reads_half_of_a_row_says_so() -> None:
+def test_a_text_key_that_reads_half_of_a_row_is_noted() -> None:
     row = {"instruction": "Name a fruit.", "input": "", "output": "Apple"}
     assert notes(row, "instruction") == ("not read: `input`, `output`",)
 
@@ -336,20 +336,20 @@ def test_spaces_around_a_role_are_none_of_it() -> None:
     ids=lambda row: next(iter(row)),
 )
 @pytest.mark.parametrize("key", ["weight", "train", "loss_mask"])
-def test_a_row_that_is_not_to_be_learned_is_refused(row: dict[str, Any], key: str) -> None:
+def test_a_row_that_is_not_to_be_learned_is_rejected(row: dict[str, Any], key: str) -> None:
     with pytest.raises(DataError, match=f"has a key `{key}`"):
         learned({**row, key: 0}, byte_level())
     assert learned({**row, key: 1}, byte_level()) == learned(row, byte_level())
 
 
-def test_what_changes_the_rendering_is_refused() -> None:
+def test_options_that_change_the_rendering_are_rejected() -> None:
     for key, value in (("chat_template_kwargs", {"a": 1}), ("documents", [{"text": "x"}])):
         with pytest.raises(DataError, match=f"has `{key}`"):
             learned({"messages": HI, key: value}, byte_level())
         assert learned({"messages": HI, key: None}, byte_level())
 
 
-def test_a_list_as_python_prints_it_is_refused_with_the_way_to_write_it() -> None:
+def test_a_list_as_python_prints_it_is_rejected_with_the_correct_syntax() -> None:
     with pytest.raises(DataError) as error:
         learned({"messages": str(HI)}, byte_level())
     assert "json.dumps" in str(error.value.fix)
@@ -379,7 +379,7 @@ def test_the_other_half_of_a_pair_is_renamed() -> None:
     ],
     ids=lambda row: "-".join(row),
 )
-def test_no_key_is_advised_that_holds_half_of_the_row(row: dict[str, Any]) -> None:
+def test_a_key_that_holds_half_of_the_row_is_not_suggested(row: dict[str, Any]) -> None:
     with pytest.raises(DataError) as error:
         learned(row, byte_level())
     fix = str(error.value.fix)

@@ -69,7 +69,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
 @pytest.mark.parametrize("extension", FILES)
-def test_every_format_and_compression_is_the_same_rows_to_everybody(
+def test_every_reader_gets_the_same_rows_from_every_format_and_compression(
     extension: str, compression: str, tmp_path: Path
 ) -> None:
     content, where = FILES[extension]
@@ -175,7 +175,7 @@ WRONG: dict[str, tuple[bytes, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_read_is_named_with_its_place(name: str, tmp_path: Path) -> None:
+def test_unreadable_rows_are_named_with_their_place(name: str, tmp_path: Path) -> None:
     content, what, where, fix = WRONG[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -226,7 +226,7 @@ JSON_LINES = {
 
 
 @pytest.mark.parametrize("line", JSON_LINES, ids=[line[:40] for line in JSON_LINES])
-def test_json_that_is_not_clear_is_refused_with_its_place(line: str, tmp_path: Path) -> None:
+def test_json_that_is_not_clear_is_rejected_with_its_place(line: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{line}\n')
     (tmp_path / "a.json").write_text(f'[{{"text": "fine"}}, {line}]')
     with pytest.raises(DataError, match=JSON_LINES[line]) as caught:
@@ -239,13 +239,13 @@ def test_json_that_is_not_clear_is_refused_with_its_place(line: str, tmp_path: P
     assert caught.value.where == "standard input:1"
 
 
-def test_whole_surrogate_pairs_and_separators_are_text(tmp_path: Path) -> None:
+def test_complete_surrogate_pairs_and_separators_are_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "\\ud83d\\ude00 \u2028 \u0085"}\n')
     ((row, _),) = read_rows(tmp_path / "a.jsonl")
     assert row == {"text": "😀 \u2028 \u0085"}
 
 
-def test_a_stream_that_is_not_utf8_is_refused() -> None:
+def test_a_stream_that_is_not_utf8_is_rejected() -> None:
     raw = io.BytesIO("café\n".encode("latin-1"))
     for errors in ("strict", "surrogateescape"):
         raw.seek(0)

@@ -48,7 +48,7 @@ def test_python_reference_is_one_document_a_section() -> None:
     assert len(read(CorpusSource(kind="corpus", limit=3))) == 3
 
 
-def test_text_files_divide_as_asked(tmp_path: Path) -> None:
+def test_text_files_are_split_as_requested(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\ufeffone\n two\n \t \n\nthree\n", encoding="utf-8")
     (tmp_path / "b.txt").write_text("four", encoding="utf-8")
     expected = {
@@ -115,7 +115,7 @@ def test_a_data_set_saved_to_disk_is_loaded(tmp_path: Path) -> None:
         assert read(HubSource(kind="hub", dataset=name), tmp_path) == [Document("one")]
 
 
-def test_hashes_tell_content_apart_and_groups_ignore_whitespace() -> None:
+def test_hashes_distinguish_content_and_groups_ignore_whitespace() -> None:
     texts = [Document("a b"), Document("a  b\n"), Document("ab"), Document("a b", where="else")]
     exact, groups = [content_hash(d) for d in texts], [group_hash(d) for d in texts]
     assert exact[0] == exact[3]

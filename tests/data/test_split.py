@@ -79,7 +79,7 @@ def test_order_and_repetition_of_documents_have_no_influence(
 
 @given(documents=texts, heldout=st.integers(1, 15), train=st.integers(1, 15))
 @settings(max_examples=200, deadline=None)
-def test_letting_rows_go_changes_nothing(documents: list[str], heldout: int, train: int) -> None:
+def test_releasing_rows_changes_nothing(documents: list[str], heldout: int, train: int) -> None:
     pruned = pool_of(documents, 0, heldout, train)
     assert sides(pruned) == sides(pool_of(documents, 0, heldout, train, prune=False))
 
@@ -98,7 +98,7 @@ def test_another_seed_gives_another_split() -> None:
     assert set(sides(pool_of(documents, 0, 100))[0]) != set(sides(pool_of(documents, 1, 100))[0])
 
 
-def test_one_giant_document_is_refused() -> None:
+def test_one_giant_document_is_rejected() -> None:
     for documents in (["a" * 1000], ["a" * 1000, "b", "c", "d"], ["a", "b" * 900, "c", "d" * 9]):
         pool = pool_of(documents, 0, 20)
         split = divide(pool.candidates, 20, None)
@@ -108,7 +108,7 @@ def test_one_giant_document_is_refused() -> None:
         assert "heldout_sources" in str(error.value.fix)
 
 
-def test_too_little_text_is_refused() -> None:
+def test_too_little_text_is_rejected() -> None:
     pool = pool_of([f"text {n}" for n in range(10)], 0, 1000)
     split = divide(pool.candidates, 1000, None)
     with pytest.raises(DataError, match="too small to divide"):

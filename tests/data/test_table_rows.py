@@ -48,7 +48,7 @@ def test_dialects_of_csv(case: str, tmp_path: Path) -> None:
     assert [row for row, _ in read_rows(tmp_path / name)] == ROWS
 
 
-def test_a_line_break_in_a_cell_is_kept_as_it_is(tmp_path: Path) -> None:
+def test_a_line_break_in_a_cell_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b'text,label\r\n"two\r\nlines",a\r\nnext,b\r\n')
     rows = list(read_rows(tmp_path / "a.csv"))
     assert rows[0][0]["text"] == "two\r\nlines"
@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[str, int]] = {
 
 
 @pytest.mark.parametrize("content", REFUSED)
-def test_what_is_not_clear_is_refused_with_its_line(content: str, tmp_path: Path) -> None:
+def test_ambiguous_rows_are_rejected_with_their_line(content: str, tmp_path: Path) -> None:
     what, line = REFUSED[content]
     path = tmp_path / "a.csv"
     path.write_text(content)
@@ -106,7 +106,7 @@ def read(path: Path, table: pa.Table) -> list[dict[str, Any]]:
     return [row for row, _ in read_rows(path)]
 
 
-def test_columns_of_one_name_in_parquet_are_refused(tmp_path: Path) -> None:
+def test_columns_of_one_name_in_parquet_are_rejected(tmp_path: Path) -> None:
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     with pytest.raises(DataError, match="Several columns have the name 'text'"):
         read(tmp_path / "a.parquet", table)
@@ -132,7 +132,7 @@ def test_values_that_python_cannot_hold_are_an_error(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet", table)
 
 
-def test_metadata_that_is_not_of_datasets_is_left_alone(tmp_path: Path) -> None:
+def test_metadata_that_is_not_from_datasets_is_ignored(tmp_path: Path) -> None:
     for metadata in (b"{", b"[]", b'{"info": null}', b'{"info": {"features": {"label": 5}}}'):
         table = pa.table({"text": ["a"], "label": [1]})
         table = table.replace_schema_metadata({b"huggingface": metadata})

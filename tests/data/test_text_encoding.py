@@ -88,7 +88,7 @@ def test_a_file_of_two_encodings_is_not_to_be_converted(tmp_path: Path) -> None:
     assert "cut off" in str(refused(path).fix)
 
 
-def test_byte_order_marks_of_joined_files_are_no_content(tmp_path: Path) -> None:
+def test_byte_order_marks_of_joined_files_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('\ufeff{"text": "a"}\n\ufeff{"text": "b"}\n')
     (tmp_path / "a.txt").write_text("\ufeffa\n\ufeffb\n")
     for name in ("a.jsonl", "a.txt"):

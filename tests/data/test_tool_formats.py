@@ -25,7 +25,7 @@ def called(city: str) -> dict[str, str]:
     }
 
 
-def test_calls_in_messages_of_their_own_are_one_turn() -> None:
+def test_calls_in_separate_messages_are_one_turn() -> None:
     results = [{"role": "tool_response", "content": text} for text in ("none", "much")]
     says = {"role": "assistant", "content": "Let me see."}
     row = {
@@ -50,7 +50,7 @@ def test_a_call_that_is_not_learned_stays_a_turn_of_its_own() -> None:
     assert "Rome" in shown(row, byte_level(TOOLS))
 
 
-def test_functions_alone_get_what_the_template_reads_them_from() -> None:
+def test_bare_functions_are_wrapped_as_the_template_needs() -> None:
     """LLaMA-Factory and xLAM write functions without `{"type": "function", "function": ...}`."""
     bare = {**tool("weather", "city")["function"], "description": "Is it wet?"}
     row = {"messages": [QUESTION, ANSWER], "tools": json.dumps([bare])}

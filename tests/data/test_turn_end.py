@@ -172,7 +172,7 @@ def test_it_follows_the_template_when_that_is_replaced() -> None:
 
 
 @pytest.mark.parametrize(("stops", "told"), [((), None), ((2,), [2])])
-def test_vllm_is_told_of_an_end_that_the_model_does_not_list(
+def test_vllm_gets_an_end_token_that_the_model_does_not_list(
     stops: tuple[int, ...], told: list[int] | None
 ) -> None:
     asked = []

@@ -65,7 +65,7 @@ def test_texts_that_are_different(one: str, other: str) -> None:
     assert bare(one) != bare(other)
 
 
-def test_normalizing_again_changes_nothing_whatever_the_case_or_form_of_a_character() -> None:
+def test_normalizing_is_idempotent_for_every_character() -> None:
     wrong = []
     for code in range(0xA0, sys.maxunicode + 1):
         character = chr(code)
@@ -135,7 +135,7 @@ def test_half_of_a_surrogate_pair_is_compared_like_any_character() -> None:
     assert NearDuplicates(0.8).add(words("\udc00 é")) is None
 
 
-def test_answers_that_are_an_emoji_are_no_duplicates() -> None:
+def test_answers_of_different_emoji_are_not_duplicates() -> None:
     seen = NearDuplicates(0.8)
     assert [seen.add(words(text)) for text in ("good? 👍", "good? 👎")] == [None, None]
     assert seen.add(words("Good?! 👍🏽")) is not None

@@ -18,7 +18,7 @@ def test_facts_are_scalars_with_their_paths() -> None:
     }
 
 
-def test_a_number_is_not_its_text_and_the_order_of_a_list_is_nothing() -> None:
+def test_a_number_is_not_its_text_and_the_order_of_a_list_does_not_matter() -> None:
     assert facts_of({"a": 3}) == facts_of({"a": 3.0})
     assert facts_of({"a": 3}) != facts_of({"a": "3"})
     assert facts_of([1, 2]) == facts_of([2, 1])
@@ -33,7 +33,7 @@ def test_f1_counts_facts_over_all_texts_and_by_field() -> None:
     assert fields == {"age": 0.0, "name": pytest.approx(2 * 1 / (1 + 2))}
 
 
-def test_nothing_said_where_nothing_is_true_is_right() -> None:
+def test_an_empty_answer_is_correct_if_the_reference_is_empty() -> None:
     assert field_f1([{}], [{"name": None}]) == (1.0, {})
 
 
@@ -111,5 +111,5 @@ def test_a_key_with_a_dot_is_a_field_of_its_own() -> None:
     assert field_f1([{"a.b": 1}], [{"a": {"b": 1}}]) == (0.0, {"a": 0.0, "a.b": 0.0})
 
 
-def test_an_invalid_answer_is_wrong_even_where_nothing_is_true() -> None:
+def test_an_invalid_answer_is_wrong_even_if_the_reference_is_empty() -> None:
     assert field_f1([None, {}], [{}, {}])[0] == 0.5

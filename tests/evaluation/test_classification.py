@@ -55,7 +55,7 @@ def test_measure_compares_with_both_the_truth_and_the_teacher() -> None:
     assert measure("teacher", P_NC, P_NC, None).accuracy is None
 
 
-def test_a_text_without_a_label_of_the_teacher_is_wrong_and_no_agreement() -> None:
+def test_a_text_without_a_label_from_the_teacher_is_wrong_and_excluded_from_agreement() -> None:
     nan = float("nan")
     teacher_NC = torch.tensor([[0.8, 0.2], [nan, nan], [0.2, 0.8], [0.1, 0.9]])
     teacher = measure("teacher", teacher_NC, teacher_NC, TRUE_N)
@@ -102,7 +102,7 @@ def test_the_threshold_is_the_lowest_that_is_surely_good_enough(wrong: list[int]
     assert chosen == (pytest.approx(float(p_NC[max(good) - 1, 0])) if good else None)
 
 
-def test_too_few_texts_show_nothing_however_good() -> None:
+def test_too_few_texts_pass_no_threshold() -> None:
     # With all of n right the bound is 0.01 ** (1 / n), which is 0.9 from n = 44 on.
     p_NC, true_N = calibration([])
     assert choose_threshold(p_NC[:43], true_N[:43], 0.9, 0.9) is None

@@ -149,7 +149,7 @@ def test_generations_are_side_by_side(run: Run) -> None:
         assert list(generation.answers) == ["teacher", "student"]
 
 
-def test_the_notes_say_how_it_was_measured(run: Run) -> None:
+def test_the_notes_explain_how_it_was_measured(run: Run) -> None:
     text = " ".join(run.evaluation.notes)
     tokens = run.evaluation.models[0].fidelity.tokens
     assert f"{tokens} tokens in 6 held-out windows" in text
@@ -173,7 +173,7 @@ def test_size_can_be_given_for_the_type_that_ships(run: Run) -> None:
     assert evaluation.generations == []
 
 
-def test_without_a_teacher_there_is_nothing_to_measure_against(run: Run) -> None:
+def test_evaluation_without_a_teacher_is_an_error(run: Run) -> None:
     with pytest.raises(ModelError, match="needs the teacher"):
         evaluate(
             {"student": run.paths["student"]},

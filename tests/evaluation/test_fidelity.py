@@ -72,7 +72,7 @@ def assert_close(left: Fidelity, right: Fidelity, tolerance: float = 1e-5) -> No
 
 @pytest.mark.parametrize("rows", [1, 7, 128])
 @pytest.mark.parametrize("tokens", [1, 32, 2048])
-def test_every_chunking_gives_the_slow_reference(
+def test_every_chunking_matches_the_slow_reference(
     monkeypatch: pytest.MonkeyPatch, rows: int, tokens: int
 ) -> None:
     monkeypatch.setattr(fidelity, "ROWS_PER_CHUNK", rows)

@@ -44,7 +44,7 @@ def test_greedy_answers_do_not_depend_on_the_cache() -> None:
     assert len(set(slow)) == len(PROMPTS)
 
 
-def test_an_answer_does_not_depend_on_the_prompts_beside_it() -> None:
+def test_an_answer_does_not_depend_on_other_prompts_in_the_batch() -> None:
     model, tokenizer = endless_model().bfloat16(), toy_tokenizer()
     together = generate(model, tokenizer, PROMPTS, max_new_tokens=8)
     assert together == [generate(model, tokenizer, [p], max_new_tokens=8)[0] for p in PROMPTS]
@@ -63,7 +63,7 @@ def test_an_answer_ends_at_the_end_token_which_is_not_shown() -> None:
     assert generate(model, tokenizer, PROMPTS, max_new_tokens=8) == ["", "", ""]
 
 
-def test_sampling_follows_the_seed_and_leaves_the_global_one_alone() -> None:
+def test_sampling_is_seeded_and_does_not_change_the_global_seed() -> None:
     model, tokenizer = endless_model(), toy_tokenizer()
 
     def sample(seed: int) -> list[str]:
@@ -86,7 +86,7 @@ def test_settings_stored_with_a_checkpoint_do_not_leak_in() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_it_says_nothing_while_it_works(temperature: float) -> None:
+def test_it_prints_nothing_while_it_works(temperature: float) -> None:
     logging.warning_once.cache_clear()  # transformers says each thing once a process
     said: list[str] = []
     listener = Handler()

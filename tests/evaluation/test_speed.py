@@ -56,7 +56,7 @@ def test_rates_are_tokens_a_second() -> None:
     assert rates["slow"].decode_tokens_per_s == pytest.approx(50)
 
 
-def test_models_take_turns_and_the_order_turns_too() -> None:
+def test_models_alternate_in_rotating_order() -> None:
     log: list[str] = []
     models = {name: Sleeper(name, log, Clock()) for name in "abc"}
     measure_rates(models, VOCABULARY, prompt_tokens=4, decode_tokens=1, rounds=3)
@@ -101,7 +101,7 @@ def test_peak_memory_grows_with_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.run
-def test_a_model_that_cannot_be_loaded_alone_says_why(tmp_path: Path) -> None:
+def test_an_error_explains_why_a_model_cannot_be_loaded_alone(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="loads the model alone failed") as raised:
         measure_peak_memory(tmp_path / "nothing", torch.float32)
     assert raised.value.fix

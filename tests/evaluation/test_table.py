@@ -96,7 +96,7 @@ def test_speed_rows_are_left_out_when_speed_was_not_measured() -> None:
     assert "Decoding" not in render(Evaluation([silent], []))
 
 
-def test_without_a_teacher_there_are_figures_but_no_percent_lines() -> None:
+def test_a_report_without_a_teacher_has_figures_but_no_percentages() -> None:
     text = render(Evaluation([STUDENT], []))
     assert "48.50" in text
     assert "80%" not in text

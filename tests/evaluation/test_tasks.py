@@ -33,7 +33,7 @@ metric_list:
 """
 
 
-def test_without_lm_eval_the_error_says_what_to_install(
+def test_the_error_without_lm_eval_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     original = builtins.__import__
@@ -129,7 +129,7 @@ def test_missing_task_data_is_an_error_not_a_traceback(task_folder: Path, toy: P
         run_tasks(toy, section, tokenizer=toy, dtype=torch.float32)
 
 
-def test_an_include_path_that_is_no_folder_is_an_error(tmp_path: Path) -> None:
+def test_an_include_path_that_is_not_a_folder_is_an_error(tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     section = LmEvalRecipe(tasks=["x"], include_path=str(tmp_path / "absent"))
     with pytest.raises(RecipeError, match="not a folder"):

@@ -175,7 +175,7 @@ def test_every_model_that_took_part_is_named_with_its_license(tmp_path: Path) ->
     ]
 
 
-def test_names_labels_and_paths_format_nothing_in_a_card(tmp_path: Path) -> None:
+def test_names_labels_and_paths_are_plain_text_in_a_card(tmp_path: Path) -> None:
     teacher = Origin(TEACHER, "org/<b>large</b> [x](http://y)", License("my *own*\n---\nlicense"))
     card = replace(
         card_of(),

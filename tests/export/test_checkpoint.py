@@ -47,7 +47,7 @@ def shipped(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return out, result
 
 
-def test_replay_knows_nothing_of_stillhouse() -> None:
+def test_the_replay_does_not_import_stillhouse() -> None:
     script = ast.parse(Path(replay.__file__).read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(script) if isinstance(node, ast.ImportFrom)}
     imported |= {
@@ -137,7 +137,7 @@ def test_comparison_agrees_with_one_token_at_a_time(trained: Path) -> None:
     assert found["top1_agreement"] == pytest.approx(same / count)
 
 
-def test_export_that_differs_too_much_is_refused(
+def test_export_that_differs_too_much_is_rejected(
     trained: Path, tmp_path: Path, export: Export
 ) -> None:
     with pytest.raises(ModelError, match="nats/token") as caught:
@@ -146,7 +146,7 @@ def test_export_that_differs_too_much_is_refused(
     assert list(tmp_path.iterdir()) == [], "a refused export leaves nothing behind"
 
 
-def test_export_with_other_weights_is_refused(
+def test_export_with_other_weights_is_rejected(
     trained: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault in saving is caught by the replay, whatever the fault is."""
@@ -170,7 +170,7 @@ def test_export_with_other_weights_is_refused(
         (lambda weights: weights.pop("model.norm.weight"), "missing: model.norm.weight"),
     ],
 )
-def test_export_with_helper_or_missing_weights_is_refused(
+def test_export_with_helper_or_missing_weights_is_rejected(
     trained: Path,
     tmp_path: Path,
     export: Export,
@@ -191,7 +191,7 @@ def test_export_with_helper_or_missing_weights_is_refused(
         export(trained, tmp_path / "model")
 
 
-def test_source_with_helper_weights_is_refused(
+def test_source_with_helper_weights_is_rejected(
     trained: Path, tmp_path: Path, export: Export
 ) -> None:
     source = tmp_path / "source"
@@ -205,7 +205,7 @@ def test_source_with_helper_weights_is_refused(
 
 @pytest.mark.run
 @pytest.mark.fresh_process
-def test_replay_process_that_fails_says_why(
+def test_a_failed_replay_process_reports_the_reason(
     trained: Path, tmp_path: Path, export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save = checkpoint._save

@@ -86,7 +86,7 @@ def export(source: Path, out: Path, python: str | None, method: str) -> Any:
         ("fp8", ["QuantizationModifier"], "FP8_DYNAMIC", None, None),
     ],
 )
-def test_it_is_asked_for_a_scheme_and_its_answer_is_replayed(
+def test_it_is_called_with_a_scheme_and_its_output_is_replayed(
     trained: Path,
     tmp_path: Path,
     python: str,
@@ -114,7 +114,7 @@ def test_it_is_asked_for_a_scheme_and_its_answer_is_replayed(
 
 
 @pytest.mark.run
-def test_what_it_says_of_a_failure_is_told(trained: Path, tmp_path: Path, python: str) -> None:
+def test_its_failure_message_is_reported(trained: Path, tmp_path: Path, python: str) -> None:
     broken = tmp_path / "site" / "llmcompressor" / "__init__.py"
     broken.write_text("raise RuntimeError('no kernel for this model')")
     with pytest.raises(ModelError, match="no kernel for this model"):
@@ -133,7 +133,7 @@ def test_a_missing_package_is_named(
 
 @pytest.mark.run
 @pytest.mark.parametrize("named", [None, sys.executable, "/no/such/python"])
-def test_an_interpreter_without_llm_compressor_is_refused(
+def test_an_interpreter_without_llm_compressor_is_rejected(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str | None
 ) -> None:
     monkeypatch.setattr(compressed.importlib.util, "find_spec", lambda name: True)

@@ -34,9 +34,7 @@ def test_an_export_is_compared_with_the_teacher_on_the_same_tokens(
     assert result.teacher.top1_agreement == result.top1_agreement
 
 
-def test_rows_of_the_teacher_past_the_shared_vocabulary_are_no_answers(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_teacher_rows_past_the_shared_vocabulary_are_ignored(trained: Path, tmp_path: Path) -> None:
     gate = Gate(trained, ToyWindows(), [], seed=0)
     with against_teacher(gate, trained, vocabulary=60, dtype=torch.float32) as asked:
         result = export_checkpoint(asked, tmp_path / "out", dtype="float32")
@@ -45,7 +43,7 @@ def test_rows_of_the_teacher_past_the_shared_vocabulary_are_no_answers(
     assert result.source_teacher.kl == pytest.approx(0, abs=1e-9), "both over 60 tokens"
 
 
-def test_speed_is_measured_beside_the_source(
+def test_speed_is_measured_together_with_the_source(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(replay, "time", Clock(tick=1.0))

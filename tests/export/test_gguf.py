@@ -98,7 +98,7 @@ def test_every_format_passes_its_own_gate(source: Path, tmp_path: Path, kind: st
     assert "output.weight" not in tensors, "a tied head is stored once"
 
 
-def test_ternary_rounding_of_a_model_not_trained_for_it_is_refused(
+def test_ternary_rounding_of_a_model_not_trained_for_it_is_rejected(
     tmp_path: Path,
 ) -> None:
     wide = save(tmp_path / "wide", hidden_size=256, intermediate_size=256, initializer_range=0.2)
@@ -178,7 +178,7 @@ def test_rows_of_the_attentions_output_are_announced_too() -> None:
     assert "32 or 64 avoids it" in fix
 
 
-def test_blocks_that_are_ready_are_written_as_they_are(source: Path, tmp_path: Path) -> None:
+def test_packed_blocks_are_written_unchanged(source: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
     blocks = gguf.quantize(np.full((64, 96), 3.0, np.float32), gguf.GGMLQuantizationType.Q4_0)
     packed = {name: (gguf.GGMLQuantizationType.Q4_0, blocks)}
@@ -212,7 +212,9 @@ def test_rows_in_the_wrong_order_are_caught(
         ({"model_type": "qwen3", "attention_bias": True}, "a bias of k_proj in a qwen3"),
     ],
 )
-def test_what_the_writer_does_not_know_is_refused(change: dict[str, Any], message: str) -> None:
+def test_architectures_unknown_to_the_writer_are_rejected(
+    change: dict[str, Any], message: str
+) -> None:
     config = LlamaConfig()
     text = SimpleNamespace(**{**config.to_dict(), **change})
     asked = SimpleNamespace(get_text_config=lambda: text)
@@ -220,14 +222,16 @@ def test_what_the_writer_does_not_know_is_refused(change: dict[str, Any], messag
         list(announce_gguf("f16", asked, tiny.merging_tokenizer()))
 
 
-def test_a_tokenizer_that_is_no_byte_level_bpe_is_refused(trained: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_is_not_a_byte_level_bpe_is_rejected(
+    trained: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ModelError, match="a WordLevel one") as caught:
         export_gguf(gate(trained), tmp_path / "out", kind="f16", name="toy")
     assert "safetensors" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("pattern", SPLITS)
-def test_rules_of_cutting_text_are_told_apart(pattern: str) -> None:
+def test_rules_for_splitting_text_are_distinguished(pattern: str) -> None:
     words = tiny.merging_tokenizer()
     assert pre_tokenizer_name(words) == "gpt-2"
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -264,7 +268,9 @@ def test_named_chat_templates_are_all_written(source: Path, tmp_path: Path) -> N
     assert fields["tokenizer.chat_templates"].contents() == ["tool_use"]
 
 
-def test_digits_that_transformers_cuts_otherwise_are_noted(source: Path, tmp_path: Path) -> None:
+def test_digits_that_transformers_splits_differently_are_noted(
+    source: Path, tmp_path: Path
+) -> None:
     words = AutoTokenizer.from_pretrained(source)
     digits = pre_tokenizers.Digits(individual_digits=True)
     rules = pre_tokenizers.Sequence([digits, words.backend_tokenizer.pre_tokenizer])

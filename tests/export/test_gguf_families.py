@@ -154,7 +154,7 @@ def test_llama_cpp_computes_the_same(tmp_path: Path, name: str) -> None:
     assert_alike(llama_cpp_logits(file, IDS[0]), expected.detach())
 
 
-def test_sizes_that_transformers_refuses_are_known() -> None:
+def test_sizes_that_transformers_rejects_are_known() -> None:
     """A Mistral's file is read as a Llama, whose width must be a multiple of its heads."""
     config = CONFIGS["mistral"](head_dim=8, num_attention_heads=3, num_key_value_heads=1)
     assert misread_by_transformers(config) == "sizes that it does not allow"
@@ -193,7 +193,7 @@ def test_windows_and_caps_are_written(tmp_path: Path) -> None:
         ("ministral3", {"rope_parameters": {**YARN, "mscale": 2.0}}, "mscale 2.0"),
     ],
 )
-def test_what_llama_cpp_computes_otherwise_is_refused(
+def test_models_that_llama_cpp_computes_differently_are_rejected(
     kind: str, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
@@ -203,7 +203,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(
 # --- where llama.cpp is the only reader -----------------------------------------------------------
 
 
-def test_without_llama_cpp_a_file_that_transformers_misreads_is_refused_at_check(
+def test_check_rejects_a_file_that_transformers_misreads_without_llama_cpp(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config, words = CONFIGS["qwen3"](head_dim=16), tiny.merging_tokenizer()
@@ -242,7 +242,7 @@ def test_rows_of_experts_that_do_not_divide_into_blocks_are_announced(
 
 
 @real
-def test_llama_cpp_alone_replays_what_transformers_misreads(tmp_path: Path) -> None:
+def test_only_llama_cpp_replays_files_that_transformers_misreads(tmp_path: Path) -> None:
     words = tiny.merging_tokenizer()
     changes: dict[str, Any] = {"vocab_size": len(words), "head_dim": 16, "initializer_range": 0.05}
     tiny_model("qwen3", **changes).save_pretrained(tmp_path / "source")

@@ -208,14 +208,14 @@ def test_llama_cpp_reads_chats_as_such_a_tokenizer_does(tmp_path: Path) -> None:
         (tokenizer(None, pre_tokenizers.Metaspace(split=True)), "splits text by Metaspace"),
     ],
 )
-def test_tokenizers_that_llama_cpp_would_read_otherwise_are_refused(
+def test_tokenizers_that_llama_cpp_would_read_differently_are_rejected(
     words: Any, message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
         list(announce_gguf("f16", CONFIGS["llama"](), words))
 
 
-def test_a_space_that_transformers_puts_otherwise_is_said() -> None:
+def test_a_space_that_transformers_places_differently_is_noted() -> None:
     words = tokenizer(*RULES["gemma"][1:])
     assert check_tokenizer(words) is not None
     said = cut_otherwise_by_transformers(words, ARCHITECTURES["llama"])

@@ -74,7 +74,7 @@ def test_no_token(recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> 
     assert recorder.calls == []
 
 
-def test_what_the_hub_says_is_told_without_the_token(
+def test_hub_errors_are_reported_without_the_token(
     recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(recorder, "fails", HFValidationError(f"{SECRET} may not write"))

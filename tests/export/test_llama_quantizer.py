@@ -115,7 +115,7 @@ def test_k_quants_are_made_by_llama_cpp_from_the_float32_file(
     assert result.decode_tokens_per_s is None, "transformers is not this file's runtime"
 
 
-def test_what_llama_cpp_says_of_an_error_is_told(
+def test_llama_cpps_error_message_is_reported(
     source: Path, tmp_path: Path, asked: dict[str, Any]
 ) -> None:
     asked["code"] = 1

@@ -52,7 +52,7 @@ def test_every_token_that_ends_an_answer_is_a_stop(folder: Path) -> None:
     assert [line.split()[-1] for line in stops] == ['"<|end|>"', '"<|user|>"', '"<|im_end|>"']
 
 
-def test_a_context_that_costs_gigabytes_is_not_asked_for(folder: Path) -> None:
+def test_a_context_that_costs_gigabytes_is_not_requested(folder: Path) -> None:
     tiny.llama(max_position_embeddings=40960).save_pretrained(folder)
     assert "PARAMETER num_ctx 8192\n" in modelfile(folder, "toy.gguf")
 
@@ -84,7 +84,7 @@ def test_a_tokenizer_without_a_template_has_no_format() -> None:
     assert chat_format(words) is None
 
 
-def test_a_template_that_refuses_a_system_message_is_unknown() -> None:
+def test_a_template_that_rejects_a_system_message_is_unknown() -> None:
     words = tiny.tokenizer()
     words.chat_template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"

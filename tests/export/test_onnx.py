@@ -71,7 +71,7 @@ def export(classifier: Any, out: Path, form: str = "onnx", **changes: Any) -> On
     return export_onnx(classifier, BATCHES, 0, expected_NC, out, form=form, source=out, **changes)
 
 
-def test_the_replay_knows_nothing_of_stillhouse_or_torch() -> None:
+def test_the_replay_does_not_import_stillhouse_or_torch() -> None:
     script = ast.parse(Path(replay_onnx.__file__).read_text(encoding="utf-8"))
     names = {node.module for node in ast.walk(script) if isinstance(node, ast.ImportFrom)}
     names |= {
@@ -110,7 +110,7 @@ def test_int8_is_smaller_and_near_in_a_fresh_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("shift", "limit", "message"), [(1, None, "at most 1e-05"), (0, 1e-20, "at most 1e-20")]
 )
-def test_a_file_that_says_something_else_is_refused(
+def test_a_file_with_other_content_is_rejected(
     tmp_path: Path, shift: int, limit: float | None, message: str
 ) -> None:
     logits_NC = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))

@@ -150,7 +150,7 @@ def test_torchaos_product_is_that_of_the_inputs_that_are_rounded_here(
     assert (inputs_NI.float().cpu() @ weight_OI.T - ours_NO).norm() > 1e-3 * ours_NO.norm()
 
 
-def test_without_torchao_it_is_said_what_works(
+def test_the_error_without_torchao_names_an_alternative(
     rounded: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torchao_export.importlib.util, "find_spec", lambda name: None)
@@ -216,7 +216,7 @@ def test_gguf_ships_the_trained_numbers(
     assert kinds["blk.1.ffn_down.weight"] == "F16"
 
 
-def test_what_is_left_alone_and_past_float16_is_bfloat16(
+def test_unquantized_numbers_beyond_float16_are_bfloat16(
     rounded: dict[str, Path], tmp_path: Path
 ) -> None:
     source = shutil.copytree(rounded["int4"], tmp_path / "int4") / "model"
@@ -234,7 +234,7 @@ def test_what_is_left_alone_and_past_float16_is_bfloat16(
     assert torch.equal(numbers, weights[name].bfloat16().float())
 
 
-def test_a_model_that_is_left_alone_as_a_whole_stays_in_16_bits(
+def test_a_model_with_no_quantized_part_stays_in_16_bits(
     rounded: dict[str, Path], tmp_path: Path
 ) -> None:
     file = tmp_path / "toy.gguf"
@@ -253,7 +253,7 @@ def test_a_model_that_is_left_alone_as_a_whole_stays_in_16_bits(
         (Grid(8, None, floating=True), "q8_0", "safetensors"),
     ],
 )
-def test_a_grid_that_a_format_does_not_hold_is_said_with_one_that_does(
+def test_a_grid_that_a_format_cannot_hold_is_reported_with_one_that_can(
     rounded: dict[str, Path], monkeypatch: pytest.MonkeyPatch, grid: Grid, form: str, fix: str
 ) -> None:
     monkeypatch.setattr(gguf_export, "require_llama_cpp", lambda: None)
@@ -296,7 +296,7 @@ def test_what_is_rounded_a_second_time_is_weighed_too(
 
 
 @pytest.mark.parametrize("form", ["q4_0", "q8_0"])
-def test_gguf_of_no_grid_weighs_errors_where_moments_are_known(
+def test_gguf_without_a_grid_weights_errors_by_known_moments(
     rounded: dict[str, Path], tmp_path: Path, form: str
 ) -> None:
     """Against the same format without them, as transformers reads both: no matrix's weighed error

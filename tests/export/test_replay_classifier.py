@@ -52,14 +52,14 @@ def test_the_script_imports_nothing_of_stillhouse() -> None:
 
 
 @pytest.mark.parametrize("kind", ["last", "mean", "words"])
-def test_every_head_says_what_the_classifier_says(tmp_path: Path, kind: str) -> None:
+def test_every_head_predicts_what_the_classifier_predicts(tmp_path: Path, kind: str) -> None:
     folder = classifier(tmp_path, kind)
     assert _replay(load_classifier(folder), folder, TEXTS) < 1e-5
 
 
 @pytest.mark.run
 @pytest.mark.fresh_process
-def test_a_fresh_process_says_it_too(tmp_path: Path) -> None:
+def test_a_fresh_process_reports_it_too(tmp_path: Path) -> None:
     folder = classifier(tmp_path, "mean")
     source = load_classifier(folder)
     read = [TEXTS[0], None, TEXTS[2]]  # the second is longer than the classifier reads
@@ -68,7 +68,7 @@ def test_a_fresh_process_says_it_too(tmp_path: Path) -> None:
     torch.testing.assert_close(said_NC, source.probabilities(TEXTS), atol=1e-5, rtol=1e-4)
 
 
-def test_other_weights_are_refused(tmp_path: Path) -> None:
+def test_other_weights_are_rejected(tmp_path: Path) -> None:
     folder = classifier(tmp_path, "last")
     source = load_classifier(folder)
     other = Path(shutil.copytree(folder, tmp_path / "other"))
@@ -84,7 +84,7 @@ def test_other_weights_are_refused(tmp_path: Path) -> None:
         _replay(source, other, TEXTS)
 
 
-def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_another_tokenizer_is_rejected(tmp_path: Path) -> None:
     folder = classifier(tmp_path, "last")
     source = load_classifier(folder)
     file = folder / "tokenizer.json"

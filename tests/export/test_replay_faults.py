@@ -156,7 +156,7 @@ def llama(monkeypatch: pytest.MonkeyPatch) -> type[Llama]:
     return acting
 
 
-def test_what_has_no_fault_passes_in_both_runtimes(
+def test_a_correct_export_passes_in_both_runtimes(
     rounded: Path, tmp_path: Path, llama: type[Llama]
 ) -> None:
     result = ship(rounded, tmp_path / "out")
@@ -166,7 +166,7 @@ def test_what_has_no_fault_passes_in_both_runtimes(
     assert result.texts[0].source == result.texts[0].exported != ""
 
 
-def test_numbers_in_the_wrong_place_fail_where_the_formats_own_limit_would_let_them_pass(
+def test_misplaced_weights_fail_even_within_the_formats_limit(
     rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack = gguf_export.pack
@@ -232,7 +232,7 @@ def test_another_chat_template_fails(
         ({"noise": 0.5}, "in llama.cpp differs from itself in transformers"),
     ],
 )
-def test_llama_cpp_that_reads_the_file_otherwise_fails(
+def test_a_difference_in_llama_cpp_fails_the_replay(
     rounded: Path, tmp_path: Path, llama: type[Llama], fault: dict[str, Any], message: str
 ) -> None:
     for name, value in fault.items():
@@ -322,11 +322,11 @@ def test_most_likely_tokens_that_are_clear_stay_so_as_far_as_a_formats_bits_allo
             check_replay(found(moved=moved), limit, 0.02, Path("source"), "more bits")
 
 
-def test_few_clear_tokens_say_nothing() -> None:
+def test_few_sure_tokens_are_not_compared() -> None:
     check_replay(found(sure=99, moved=50), 0.001, 0.02, Path("source"), "more bits")
 
 
-def test_an_answer_that_begins_otherwise_fails_where_the_numbers_are_the_sources() -> None:
+def test_a_different_answer_fails_if_the_weights_are_the_sources() -> None:
     answer = found()
     check_replay(answer, 0.001, 0.02, Path("source"), "more bits")
     answer["texts"][0]["exported"] = "yes, he was"

@@ -141,7 +141,7 @@ def two_at_a_time(number: int, payload: dict[str, Any]) -> Reply:
     return Reply(text=text, logprobs=positions)
 
 
-def test_answers_of_other_tokens_are_counted_and_refused(tmp_path: Path) -> None:
+def test_answers_with_other_tokens_are_counted_and_rejected(tmp_path: Path) -> None:
     with Stub(two_at_a_time) as stub:
         raw = soft(tmp_path, stub.url)
         with pytest.raises(
@@ -232,7 +232,7 @@ def test_other_text_or_none_does_not_match(text: str) -> None:
     assert all(list(entries.values()) == [0.0] for entries in aligned.entries)
 
 
-def test_probabilities_that_are_none_are_refused() -> None:
+def test_invalid_probabilities_are_rejected() -> None:
     with pytest.raises(SignalError, match=r"have a mass of 1\.15"):
         align(row("q", "a"), "a", positions("a", p=0.9), 5, WORDS)
 

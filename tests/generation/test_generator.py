@@ -32,7 +32,7 @@ def written(generator: Generator, asked: list[TokenPrompt]) -> list[Continuation
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_greedy_tokens_are_the_most_probable_ones_and_end_where_they_say(batch: int) -> None:
+def test_greedy_tokens_are_the_most_probable_and_stop_at_an_end_token(batch: int) -> None:
     model, asked = tiny.llama(), prompts(logprobs=True)
     stops = set()
     for prompt, found in zip(
@@ -54,7 +54,7 @@ def test_greedy_tokens_are_the_most_probable_ones_and_end_where_they_say(batch: 
     assert stops == {"stop", "length"}, "the toy must show both"
 
 
-def test_equal_seeds_write_alike_and_others_differ() -> None:
+def test_equal_seeds_generate_equal_text() -> None:
     generator = LocalGenerator(tiny.llama(), frozenset(), batch=2)
     ids = [40, 41, 42]
     asked = [TokenPrompt(ids, 12, temperature=1.0, seed=seed) for seed in (1, 2, 1, 3)]

@@ -75,7 +75,7 @@ def exchange(
     ],
     ids=["length", "chunks", "chunks with a trailer", "continue", "until closed"],
 )
-def test_a_body_arrives_whole(answer: bytes, close: bool, piece: int) -> None:
+def test_a_body_arrives_complete(answer: bytes, close: bool, piece: int) -> None:
     found, _, connections = exchange([answer, answer], piece=piece, close=close)
     for reply in found:
         assert isinstance(reply, Reply)
@@ -102,7 +102,7 @@ def test_what_is_sent() -> None:
     [LENGTH[:-1], CHUNKED, CHUNKED[:-9], LENGTH[:20], b"", b"SSH-2.0-OpenSSH\r\n\r\n"],
     ids=["length", "no end of chunks", "inside a chunk", "inside the head", "nothing", "not HTTP"],
 )
-def test_what_is_cut_or_is_no_http_is_an_error_that_may_be_billed(answer: bytes) -> None:
+def test_truncated_or_invalid_http_is_an_error_that_may_be_billed(answer: bytes) -> None:
     ((error,), _, _) = exchange([answer], close=True)
     assert isinstance(error, LinkError)
     assert error.sent
@@ -138,7 +138,7 @@ def test_no_server_means_nothing_was_sent() -> None:
         ("http://localhost:8000/v1", {"http_proxy": "http://proxy:3128"}, HttpLink),
     ],
 )
-def test_plain_http_goes_its_own_way_unless_a_proxy_is_to_be_used(
+def test_plain_http_uses_aiohttp_unless_there_is_a_proxy(
     url: str, proxies: dict[str, str], kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):

@@ -75,7 +75,7 @@ def test_an_endpoint_keeps_no_credentials() -> None:
 # --- answers and failures ----------------------------------------------------------------------
 
 
-def test_an_answer_is_found_again_whole(tmp_path: Path) -> None:
+def test_a_stored_answer_is_returned_complete(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.sqlite") as journal:
         assert journal.get(REQUEST.key) is None
         journal.record(REQUEST, ANSWER).result(timeout=10)
@@ -104,7 +104,7 @@ def test_failures_keep_their_reason_and_what_they_may_have_cost(tmp_path: Path) 
         assert journal.get(REQUEST.key) is None
 
 
-def test_text_that_is_no_unicode_is_stored_as_well_as_it_can_be(tmp_path: Path) -> None:
+def test_text_that_is_not_unicode_is_stored_as_well_as_it_can_be(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.sqlite") as journal:
         journal.record(REQUEST, replace(ANSWER, text="half \ud83d")).result(timeout=10)
         answer = journal.get(REQUEST.key)
@@ -171,7 +171,7 @@ def test_kill_9_loses_no_answer_that_was_committed(tmp_path: Path) -> None:
             assert answer.text == f"answer {sample}"
 
 
-def test_a_second_process_is_refused(tmp_path: Path) -> None:
+def test_a_second_process_raises(tmp_path: Path) -> None:
     with (
         Journal(tmp_path / "j.sqlite"),
         pytest.raises(RunError, match="another process is writing this journal"),
@@ -180,7 +180,7 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
     Journal(tmp_path / "j.sqlite").close()
 
 
-def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_journal_is_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "notes.txt"
     path.write_text("these are my notes, not a database\n" * 100)
     with pytest.raises(RunError, match="not a database"):
@@ -189,7 +189,7 @@ def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fails", [2, 3])
-def test_a_journal_that_cannot_be_opened_to_write_says_so(
+def test_a_journal_that_cannot_be_opened_for_writing_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
     """Where only a later connection fails, nobody may wait for what is never written."""
@@ -207,14 +207,14 @@ def test_a_journal_that_cannot_be_opened_to_write_says_so(
     Journal(tmp_path / "j.sqlite").close()
 
 
-def test_nobody_can_cancel_a_commit(tmp_path: Path) -> None:
+def test_a_commit_cannot_be_cancelled(tmp_path: Path) -> None:
     with Journal(tmp_path / "j.sqlite") as journal:
         assert not journal.record(REQUEST, ANSWER).cancel()
     with Journal(tmp_path / "j.sqlite") as journal:
         assert journal.get(REQUEST.key) == ANSWER
 
 
-def test_a_journal_of_a_later_format_is_refused(tmp_path: Path) -> None:
+def test_a_journal_of_a_later_format_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
     Journal(path).close()
     with sqlite3.connect(path) as connection:
@@ -223,7 +223,7 @@ def test_a_journal_of_a_later_format_is_refused(tmp_path: Path) -> None:
         Journal(path)
 
 
-def test_an_answer_that_cannot_be_committed_says_so(tmp_path: Path) -> None:
+def test_an_answer_that_cannot_be_committed_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "j.sqlite"
     with Journal(path) as journal:
         journal.record(REQUEST, ANSWER).result(timeout=10)
@@ -287,7 +287,7 @@ def whole_answers(path: Path, answers: int = 400) -> int:
     return found
 
 
-def test_a_letter_that_changed_costs_its_answer_and_is_said(
+def test_an_answer_with_a_changed_letter_is_dropped_and_reported(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "j.sqlite"
@@ -302,7 +302,7 @@ def test_a_letter_that_changed_costs_its_answer_and_is_said(
     assert (tmp_path / "j.sqlite.damaged-1").exists()
 
 
-def test_a_changed_cost_of_a_failed_request_is_said(
+def test_a_changed_cost_of_a_failed_request_is_reported(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "j.sqlite"
@@ -339,7 +339,7 @@ def test_zeroed_pages_cost_the_answers_in_them(
     assert f"has lost {400 - kept} of 400 answers" in capfd.readouterr().err
 
 
-def test_answers_that_are_gone_with_a_write_ahead_log_are_said(
+def test_answers_lost_with_a_write_ahead_log_are_reported(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """SQLite opens such a file as if nothing was wrong."""
@@ -352,7 +352,7 @@ def test_answers_that_are_gone_with_a_write_ahead_log_are_said(
     assert "has lost 20 of 30 answers" in capfd.readouterr().err
 
 
-def test_failed_requests_that_are_gone_with_a_write_ahead_log_are_said(
+def test_failed_requests_lost_with_a_write_ahead_log_are_reported(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "j.sqlite"

@@ -159,9 +159,7 @@ def answers(result: Synthesis) -> dict[str, str]:
     return {row[-2]["content"]: row[-1]["content"] for row in rows}
 
 
-def test_it_answers_and_what_it_answered_is_not_asked_again(
-    tmp_path: Path, server: Server, link: str
-) -> None:
+def test_answered_requests_are_not_sent_again(tmp_path: Path, server: Server, link: str) -> None:
     path = write(tmp_path, server)
     result = synthesize_text(path)
     assert (result.answered, result.failed) == (len(QUESTIONS), 0)
@@ -182,7 +180,7 @@ def test_a_wrong_key_is_named_at_once(
     assert VARIABLE in str(caught.value)
 
 
-def test_a_server_that_is_killed_and_started_again_loses_nothing(
+def test_restarting_a_killed_server_loses_nothing(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, KEY)
@@ -205,7 +203,7 @@ def test_a_server_that_is_killed_and_started_again_loses_nothing(
         assert opened.counts()[0] == len(QUESTIONS)
 
 
-def test_what_it_tells_about_its_tokens_is_what_the_same_model_here_says(
+def test_its_log_probabilities_match_those_of_the_same_model_here(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file's weights are of few bits, and llama.cpp rounds activations to eight on the way:

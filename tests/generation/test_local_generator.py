@@ -136,7 +136,7 @@ def test_answers_come_while_later_prompts_are_not_yet_read() -> None:
     assert read <= 8 * 4
 
 
-def test_models_with_windows_write_answers_beside_each_other() -> None:
+def test_models_with_windows_generate_in_batches() -> None:
     model = MODELS["gemma3 with some windows"]()
     asked = requests(40)
     passes: list[int] = []
@@ -147,7 +147,7 @@ def test_models_with_windows_write_answers_beside_each_other() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral with a window"])
-def test_a_sampled_answer_depends_on_its_request_alone(name: str) -> None:
+def test_a_sampled_answer_depends_only_on_its_request(name: str) -> None:
     model, asked = MODELS[name](), requests(12, temperature=1.0, top_p=0.9, seed=7)
     alone = answered(model, asked, 1)
     together = answered(model, reversed(asked), 6)
@@ -169,7 +169,7 @@ def test_a_prompt_beyond_the_models_window_fails_with_its_reason() -> None:
     assert sum(isinstance(answer, Answer) for answer in found.values()) == 2
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused() -> None:
+def test_a_tokenizer_without_a_chat_template_is_rejected() -> None:
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = None
     with pytest.raises(ModelError, match="no chat template"):

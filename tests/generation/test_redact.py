@@ -43,5 +43,5 @@ def test_other_text_stays() -> None:
     assert redacted(text, None) == text
 
 
-def test_a_short_key_is_removed_as_it_is() -> None:
+def test_a_short_key_is_removed_literally() -> None:
     assert redacted("the key EMPTY", "EMPTY") == "the key [key]"

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.run, pytest.mark.usefixtures("link")]
 # --- what goes well ----------------------------------------------------------------------------
 
 
-def test_an_answer_arrives_with_all_that_the_server_said(journal: Journal) -> None:
+def test_an_answer_has_all_fields_of_the_reply(journal: Journal) -> None:
     logprobs = [{"token": "4", "logprob": -0.1, "top_logprobs": []}]
     reply = Reply(
         text="4",
@@ -69,7 +69,7 @@ def test_an_unknown_price_stays_unknown(journal: Journal) -> None:
     assert tally.unpriced == 1
 
 
-def test_nothing_is_bought_twice_in_a_run_or_across_runs(journal: Journal) -> None:
+def test_no_answer_is_paid_for_twice_in_a_run_or_across_runs(journal: Journal) -> None:
     with Stub(lambda number, payload: Reply(delay=0.02)) as stub:
         asked = requests(stub, 20)
         first = run(journal, stub, asked + asked)
@@ -86,7 +86,7 @@ def test_several_samples_of_a_prompt_are_several_requests(journal: Journal) -> N
     assert tally.answered == 3
 
 
-def test_many_requests_are_on_their_way_at_once_but_no_more_than_asked(journal: Journal) -> None:
+def test_many_requests_are_in_flight_but_no_more_than_requested(journal: Journal) -> None:
     """Sixteen in the beginning, and one more with each answer."""
     stub: Stub
 
@@ -113,7 +113,9 @@ def test_many_requests_are_on_their_way_at_once_but_no_more_than_asked(journal: 
     ],
     ids=["429", "500", "503", "200 with 429", "200 with 502", "is cut"],
 )
-def test_a_passing_fault_is_asked_again(journal: Journal, fault: Reply, billed: bool) -> None:
+def test_a_request_is_retried_after_a_temporary_failure(
+    journal: Journal, fault: Reply, billed: bool
+) -> None:
     with Stub(once(fault)) as stub:
         (asked,) = requests(stub, 1)
         tally = run(journal, stub, [asked])
@@ -125,7 +127,7 @@ def test_a_passing_fault_is_asked_again(journal: Journal, fault: Reply, billed: 
 
 
 @pytest.mark.parametrize("how", ["hang", "trickle"])
-def test_a_server_that_never_ends_its_answer_is_asked_again(
+def test_a_request_is_retried_if_the_answer_never_ends(
     journal: Journal, how: Literal["hang", "trickle"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first time limit ends as soon as the server has the request, the others never."""
@@ -193,7 +195,7 @@ def test_retry_after_may_be_a_date(monkeypatch: pytest.MonkeyPatch) -> None:
     assert retry_after({"retry-after": soon}) == 3600.0
 
 
-def test_a_server_that_goes_on_failing_is_given_up_with_its_reason(journal: Journal) -> None:
+def test_a_server_that_keeps_failing_is_given_up_with_the_reason(journal: Journal) -> None:
     with Stub(lambda number, payload: error(500, "out of memory")) as stub:
         tally = run(journal, stub, requests(stub, 2))
         assert len(stub.payloads) == 2 * QUICK.attempts
@@ -201,7 +203,7 @@ def test_a_server_that_goes_on_failing_is_given_up_with_its_reason(journal: Jour
     assert [reason for _, _, reason in journal.failures()] == ["HTTP 500: out of memory"] * 2
 
 
-def test_what_failed_is_asked_again_by_the_next_run(journal: Journal) -> None:
+def test_failed_requests_are_sent_again_by_the_next_run(journal: Journal) -> None:
     broken = [True]
     with Stub(lambda n, p: error(500, "oh") if broken[0] else Reply()) as stub:
         asked = requests(stub, 3)
@@ -266,7 +268,7 @@ ODD: dict[str, Any] = {
 }
 
 
-def test_a_field_of_an_odd_kind_counts_as_not_given(journal: Journal) -> None:
+def test_a_field_of_the_wrong_type_counts_as_missing(journal: Journal) -> None:
     with Stub(once(Reply(body=json.dumps(ODD).encode()))) as stub:
         asked = requests(stub, 3)
         tally = run(journal, stub, asked, concurrency=1, price=Price(1.0, 1.0))
@@ -334,7 +336,7 @@ TOKEN = {"token": "4", "logprob": -0.1, "bytes": [52], "top_logprobs": []}
     ],
     ids=itertools.count(),
 )
-def test_a_malformed_reply_is_one_fault_and_no_answer(journal: Journal, fault: bytes) -> None:
+def test_a_malformed_reply_is_one_failure_and_not_an_answer(journal: Journal, fault: bytes) -> None:
     with Stub(once(Reply(body=fault))) as stub:
         asked = requests(stub, 2)
         tally = run(journal, stub, asked, concurrency=1)

@@ -121,7 +121,7 @@ def test_a_server_that_is_not_there_stops_after_a_while(journal: Journal) -> Non
     assert {kind for _, kind, _ in journal.failures()} == {"connection"}
 
 
-def test_refused_prompts_stop_nothing_where_others_are_answered(journal: Journal) -> None:
+def test_rejected_prompts_do_not_stop_a_run_if_others_are_answered(journal: Journal) -> None:
     """Twice as many in a row as may fail; the others come after them, or before."""
     many = 2 * MOST_FAILURES
 
@@ -150,7 +150,7 @@ def test_an_exhausted_daily_quota_is_not_waited_for(journal: Journal) -> None:
         run(journal, stub, requests(stub, 3), concurrency=1)
 
 
-def test_a_key_that_is_not_set_is_said_before_anything_is_sent(
+def test_a_missing_key_is_reported_before_anything_is_sent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("TEACHER_KEY", raising=False)
@@ -171,7 +171,7 @@ def test_a_base_url_that_is_none() -> None:
         Client("127.0.0.1:8080/v1", "teacher")
 
 
-def test_the_key_is_sent_and_appears_nowhere_even_where_the_server_repeats_it(
+def test_the_key_is_sent_and_appears_nowhere_even_if_the_server_repeats_it(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEACHER_KEY", KEY)

@@ -48,7 +48,7 @@ def test_a_slow_server_is_waited_for_while_it_answers_anyone(journal: Journal) -
     assert seconds > LONGEST_WAIT
 
 
-def test_a_server_that_answers_nobody_is_not_waited_for_for_ever(journal: Journal) -> None:
+def test_a_server_without_answers_is_not_waited_for_forever(journal: Journal) -> None:
     async def ask(request: Request) -> Answer | FailedAttempt:
         await asyncio.sleep(1)
         return too_many(100.0)
@@ -58,7 +58,7 @@ def test_a_server_that_answers_nobody_is_not_waited_for_for_ever(journal: Journa
     assert LONGEST_WAIT - 100 < seconds < LONGEST_WAIT + 100
 
 
-def test_a_pause_that_the_server_asks_for_holds_all_requests_back(journal: Journal) -> None:
+def test_a_pause_requested_by_the_server_delays_all_requests(journal: Journal) -> None:
     sent: list[float] = []
 
     async def ask(request: Request) -> Answer | FailedAttempt:

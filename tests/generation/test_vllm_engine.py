@@ -183,7 +183,7 @@ def test_prompts_go_through_the_chat_template_in_batches_and_the_journal(
     assert len(told(anywhere, "opened")) == 1, "what the journal holds needs no vLLM"
 
 
-def test_the_model_is_opened_as_the_recipe_says_and_closed_at_the_end(
+def test_the_model_is_opened_with_the_recipes_options_and_closed_at_the_end(
     tmp_path: Path, anywhere: Path
 ) -> None:
     own = {"tensor_parallel": 2, "dtype": "bfloat16", "context": 64, "gpu_memory": 0.5}
@@ -203,7 +203,7 @@ def test_the_model_is_opened_as_the_recipe_says_and_closed_at_the_end(
     }
 
 
-def test_vllm_gives_its_memory_back(tmp_path: Path, stub: Path) -> None:
+def test_vllm_releases_its_memory(tmp_path: Path, stub: Path) -> None:
     synthesize_text(write(tmp_path))
     assert importlib.import_module("vllm").LLM.alive == 0
 
@@ -257,7 +257,7 @@ def test_killed_it_loses_the_batch_that_was_on_its_way(tmp_path: Path, stub: Pat
     assert synthesize_text(path).new == 7
 
 
-def test_what_vllm_says_is_told(tmp_path: Path, anywhere: Path) -> None:
+def test_vllm_errors_are_reported(tmp_path: Path, anywhere: Path) -> None:
     (anywhere / "fail").touch()
     with pytest.raises(ModelError, match="CUDA out of memory"):
         synthesize_text(write(tmp_path))
@@ -274,7 +274,7 @@ def test_what_vllm_says_is_told(tmp_path: Path, anywhere: Path) -> None:
     ids=["no GPU", "too few", "no Ray", "all there"],
 )
 @pytest.mark.usefixtures("stub")
-def test_check_says_what_this_machine_lacks(
+def test_check_reports_what_this_machine_lacks(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     vllm: dict[str, Any],
@@ -297,7 +297,7 @@ def test_without_vllm_check_and_run_say_how_to_go_on(tmp_path: Path) -> None:
         synthesize_text(path)
 
 
-def test_a_ray_cluster_is_asked_for_by_its_name(
+def test_a_ray_cluster_is_selected_by_name(
     tmp_path: Path, stub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (stub.parent / "ray").mkdir()
@@ -309,7 +309,7 @@ def test_a_ray_cluster_is_asked_for_by_its_name(
     assert (opened["tensor_parallel_size"], opened["pipeline_parallel_size"]) == (8, 2)
 
 
-def test_an_option_with_a_key_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_an_option_with_a_key_of_its_own_is_rejected(tmp_path: Path) -> None:
     section = {"teacher": {"vllm": {"options": {"seed": 3}}}, "prompts": {"path": "p.txt"}}
     with pytest.raises(RecipeError, match="it has its own key"):
         parse_recipe(tiny.recipe(tmp_path, synthesize=section))
@@ -318,7 +318,7 @@ def test_an_option_with_a_key_of_its_own_is_refused(tmp_path: Path) -> None:
 # --- an environment of its own -------------------------------------------------------------------
 
 
-def test_check_says_what_the_other_environment_lacks(tmp_path: Path) -> None:
+def test_check_reports_what_the_other_environment_lacks(tmp_path: Path) -> None:
     environment(tmp_path, gpus=0, vllm=False)
     path = write(tmp_path, vllm={"executor": "ray"})
     found = [one for one in check_recipe(path) if one.topic == "vLLM"]
@@ -333,7 +333,7 @@ def test_check_says_what_the_other_environment_lacks(tmp_path: Path) -> None:
         synthesize_text(path)
 
 
-def test_check_finds_nothing_missing_in_the_other_environment(tmp_path: Path) -> None:
+def test_check_reports_nothing_missing_in_the_other_environment(tmp_path: Path) -> None:
     environment(tmp_path, gpus=2)
     path = write(tmp_path, vllm={"tensor_parallel": 2})
     assert [one for one in check_recipe(path) if one.topic == "vLLM"] == []
@@ -343,7 +343,7 @@ def test_check_finds_nothing_missing_in_the_other_environment(tmp_path: Path) ->
     ("python", "said"),
     [("nowhere/python", "cannot be run: No such file"), ("/bin/false", "is no Python")],
 )
-def test_a_python_that_is_none_is_said(tmp_path: Path, python: str, said: str) -> None:
+def test_a_path_that_is_not_a_python_is_reported(tmp_path: Path, python: str, said: str) -> None:
     path = write(tmp_path, vllm={"python": python})
     (found,) = (one for one in check_recipe(path) if one.topic == "vLLM")
     assert said in found.text
@@ -352,7 +352,7 @@ def test_a_python_that_is_none_is_said(tmp_path: Path, python: str, said: str) -
         synthesize_text(path)
 
 
-def test_an_error_while_the_model_is_opened_is_told(tmp_path: Path) -> None:
+def test_an_error_while_the_model_is_opened_is_reported(tmp_path: Path) -> None:
     package = environment(tmp_path)
     (package / "__init__.py").write_text("raise OSError('libcudart.so is not found')")
     with pytest.raises(ModelError, match=r"cannot load .*\(OSError: libcudart.so is not found\)"):

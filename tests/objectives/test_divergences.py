@@ -128,7 +128,7 @@ def test_bfloat16_stays_near(term: Term, kind: str) -> None:
 
 @pytest.mark.parametrize("term", [t for t in VARIANTS if is_defined(t, "sparse")], ids=name)
 @pytest.mark.parametrize("k", [1, 7])
-def test_one_token_or_the_whole_vocabulary_is_kept(term: Term, k: int) -> None:
+def test_one_token_or_the_full_vocabulary_is_kept(term: Term, k: int) -> None:
     case = with_signal(make_case(vocab=7), "sparse", k=k)
     if k == 7 and term.divergence in ("reverse_kl", "total_variation", "jsd", "alpha_beta"):
         case.signal.tail_N.zero_()
@@ -136,7 +136,7 @@ def test_one_token_or_the_whole_vocabulary_is_kept(term: Term, k: int) -> None:
 
 
 @pytest.mark.parametrize("term", [t for t in VARIANTS if is_defined(t, "sparse")], ids=name)
-def test_a_whole_vocabulary_kept_sparsely_equals_dense(term: Term) -> None:
+def test_a_sparse_signal_with_the_full_vocabulary_equals_dense(term: Term) -> None:
     dense = make_case(vocab=7)
     sparse = with_signal(dense, "sparse", k=7)
     sparse.signal.tail_N.zero_()
@@ -155,7 +155,7 @@ def test_a_whole_vocabulary_kept_sparsely_equals_dense(term: Term) -> None:
 
 @pytest.mark.parametrize("tail", [0.0, 1.0])
 @pytest.mark.parametrize("term", [t for t in VARIANTS if is_defined(t, "sparse")], ids=name)
-def test_a_tail_of_nothing_or_everything(term: Term, tail: float) -> None:
+def test_a_tail_of_0_or_1(term: Term, tail: float) -> None:
     case = make_case(rows=3, vocab=9)
     ids_NK = torch.tensor([[0, 1], [5, 8], [3, 2]])
     log_probs_NK = torch.full((3, 2), 0.5, dtype=torch.float64).log()
@@ -168,7 +168,7 @@ def test_a_tail_of_nothing_or_everything(term: Term, tail: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", SIGNALS)
 @pytest.mark.parametrize("term", VARIANTS, ids=name)
-def test_probabilities_that_underflow_give_no_nan(
+def test_underflowing_probabilities_do_not_become_nan(
     term: Term, kind: str, dtype: torch.dtype
 ) -> None:
     if not is_defined(term, kind):
@@ -206,7 +206,7 @@ def test_a_divergence_that_saturates_has_no_gradient(term: Term) -> None:
         assert found.norm() < 1e-7 * of_kl.norm()
 
 
-def test_tokens_the_teacher_cannot_say() -> None:
+def test_tokens_that_the_teacher_does_not_have() -> None:
     """−inf in a teacher's logits is a probability of 0, as if the token were not there."""
     case = with_signal(make_case(vocab=9), "logits")
     case.signal.logits_NV[:, 4] = -torch.inf
@@ -269,7 +269,7 @@ def test_alpha_beta_has_the_kl_divergences_as_its_corners() -> None:
 
 
 @pytest.mark.parametrize("term", [t for t in VARIANTS if t.divergence != "cross_entropy"], ids=name)
-def test_a_perfect_student_costs_nothing_and_is_left_alone(term: Term) -> None:
+def test_a_perfect_student_is_not_changed(term: Term) -> None:
     case = make_case(student_width=7)
     with torch.no_grad():
         case.hidden_ND.copy_(case.signal.hidden_ND)
@@ -323,7 +323,7 @@ def test_adaptive_kl_is_refined_from_a_long_flat_distribution() -> None:
 
 @pytest.mark.parametrize("term", VARIANTS, ids=name)
 @pytest.mark.parametrize("kind", ["sparse", "sampled"])
-def test_an_undefined_combination_says_why(term: Term, kind: str) -> None:
+def test_an_undefined_combination_raises_with_the_reason(term: Term, kind: str) -> None:
     if is_defined(term, kind):
         return
     case = with_signal(make_case(), kind)
@@ -335,7 +335,7 @@ def test_an_undefined_combination_says_why(term: Term, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sparse", "sampled"])
-def test_a_stored_signal_cannot_be_moved_to_another_temperature(kind: str) -> None:
+def test_a_stored_signal_cannot_be_converted_to_another_temperature(kind: str) -> None:
     case = with_signal(make_case(), kind, temperature=2.0)
     with pytest.raises(SignalError, match="was recorded at 2"):
         fused_loss(case.hidden_ND, case.head, [Term("forward_kl")], signal=case.signal)

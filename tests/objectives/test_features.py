@@ -74,12 +74,12 @@ def test_a_uniform_map_ends_at_the_last_layers_and_never_reaches_the_embeddings(
         ([(1, 1), (1, 1)], "a pair twice"),
     ],
 )
-def test_impossible_maps_are_refused(how: list, message: str) -> None:
+def test_impossible_maps_are_rejected(how: list, message: str) -> None:
     with pytest.raises(SignalError, match=message):
         map_layers(3, 6, how)
 
 
-def test_more_pairs_than_blocks_are_refused() -> None:
+def test_more_pairs_than_blocks_are_rejected() -> None:
     with pytest.raises(SignalError, match="4 pairs does not fit 3 student"):
         map_layers(3, 6, count=4)
 
@@ -110,7 +110,7 @@ def test_models_of_another_depth_and_width(kind: str) -> None:
     assert teacher.model.embed_tokens.weight.grad is None
 
 
-def test_projections_are_no_part_of_the_student_and_absent_at_equal_widths() -> None:
+def test_projections_are_not_part_of_the_student_and_absent_at_equal_widths() -> None:
     student = model(2, 16)
     before = set(student.state_dict())
     loss = HiddenStateLoss(map_layers(2, 4), 16, 24)

@@ -107,7 +107,7 @@ def test_a_frozen_head_signal_is_the_dense_one(
     assert_near(*grads, 1e-10)
 
 
-def test_a_frozen_head_signal_refuses_a_head_that_is_trained() -> None:
+def test_a_frozen_head_signal_rejects_a_head_that_is_trained() -> None:
     case = make_case()
     signal = with_signal(case, "frozen head").signal
     with pytest.raises(SignalError, match="this head is trained"):
@@ -225,7 +225,9 @@ def test_no_rows_give_a_zero_loss_that_is_connected_to_every_parameter() -> None
 
 @pytest.mark.parametrize("rows", [1, 63])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_logits_are_whole_beyond_one_tile_of_the_vocabulary(rows: int, dtype: torch.dtype) -> None:
+def test_logits_are_complete_beyond_one_tile_of_the_vocabulary(
+    rows: int, dtype: torch.dtype
+) -> None:
     vocab = 2 * (TILE_ELEMENTS // rows) + 1 if rows > 1 else 9000
     hidden_nD, weight_VD = torch.randn(rows, 8).to(dtype), torch.randn(vocab, 8).to(dtype)
     out_nV = torch.empty(rows, vocab, dtype=dtype)
@@ -281,7 +283,7 @@ def test_a_tied_head_accumulates_with_the_embedding() -> None:
     )
 
 
-def test_a_second_backward_through_one_graph_is_refused_rather_than_wrong() -> None:
+def test_a_second_backward_through_one_graph_raises() -> None:
     case = make_case()
     loss = fused_loss(case.hidden_ND, case.head, [Term("forward_kl")], signal=case.signal).total * 2
     loss.backward(retain_graph=True)
@@ -358,7 +360,7 @@ def test_the_head_gradient_is_summed_in_float32() -> None:
     assert grad[1, 0].item() == pytest.approx(0.5 * (1.0 + 1024 * 2.0**-9))
 
 
-def test_logsumexp_is_taken_in_float32() -> None:
+def test_logsumexp_is_computed_in_float32() -> None:
     """In bfloat16 it is wrong by up to 0.06 nats; here only the logits round."""
     logits_NV = (torch.randn(8, 5000) * 3).bfloat16()
     loss = fused_loss(

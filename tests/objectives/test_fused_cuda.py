@@ -56,7 +56,7 @@ def test_agrees_with_the_cpu(term: Term, dtype: torch.dtype) -> None:
             assert relative_error(a.cpu(), b) < BOUNDS[dtype]
 
 
-def test_the_head_gradient_is_whole_beyond_one_block_of_the_vocabulary() -> None:
+def test_the_head_gradient_is_complete_beyond_one_block_of_the_vocabulary() -> None:
     case = make_case(rows=8, vocab=70_000, student_width=16, teacher_width=8)
     expected = results(case, Term("forward_kl"))
     found = results(moved(case, torch.bfloat16), Term("forward_kl"), chunk_rows=4)

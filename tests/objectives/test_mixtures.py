@@ -32,7 +32,7 @@ def test_schedules(schedule: Schedule, expected: list[float]) -> None:
         ({"start": 1.0, "end": 0.0, "shape": "square"}, "shape 'square'"),
     ],
 )
-def test_schedules_that_make_no_sense(arguments: dict, message: str) -> None:
+def test_invalid_schedules(arguments: dict, message: str) -> None:
     with pytest.raises(SignalError, match=message):
         Schedule(**arguments)
 
@@ -46,7 +46,7 @@ def test_a_mixture_scales_each_weight_and_keeps_terms_of_weight_zero() -> None:
     assert Mixture.of(Term("jsd")).at(0.7) == (Term("jsd"),)
 
 
-def test_a_term_of_weight_zero_is_measured_and_pulls_at_nothing() -> None:
+def test_a_term_of_weight_zero_is_measured_and_has_no_gradient() -> None:
     case = make_case()
     arguments = {"signal": case.signal, "targets_N": case.targets_N}
     for other in ("forward_kl", "jsd"):

@@ -140,7 +140,7 @@ def test_bad_input_is_named(spoil: Callable[[dict], None], message: str) -> None
         ({"divergence": "alpha_beta", "alpha": 0.0, "beta": 0.0}, "both 0"),
     ],
 )
-def test_a_term_that_makes_no_sense_is_refused(arguments: dict, message: str) -> None:
+def test_an_invalid_term_is_rejected(arguments: dict, message: str) -> None:
     with pytest.raises(SignalError, match=message):
         Term(**arguments)
 

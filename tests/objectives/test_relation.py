@@ -77,7 +77,7 @@ def test_real_models_of_another_width_depth_and_head_count() -> None:
     assert not student.model.layers[1].self_attn.q_proj._forward_hooks
 
 
-def test_a_model_is_no_distance_from_itself() -> None:
+def test_a_model_has_no_distance_from_itself() -> None:
     same = states(8)
     assert relation_loss(same, same, heads=2).total.item() == pytest.approx(0.0, abs=1e-6)
 
@@ -100,11 +100,11 @@ def test_states_that_do_not_fit_are_named(spoil, message: str) -> None:
         relation_loss(student, states(8), heads=2)
 
 
-def test_a_layer_without_separate_projections_is_refused() -> None:
+def test_a_layer_without_separate_projections_is_rejected() -> None:
     with pytest.raises(SignalError, match="Linear has no q_proj"), capture(torch.nn.Linear(2, 2)):
         pass
 
 
-def test_an_unknown_relation_is_refused() -> None:
+def test_an_unknown_relation_is_rejected() -> None:
     with pytest.raises(SignalError, match="unknown relation 'output'"):
         relation_loss(states(8), states(8), heads=2, relations=["output"])

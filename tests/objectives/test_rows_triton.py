@@ -91,7 +91,7 @@ def test_impossible_tokens_and_narrow_logits(kernel) -> None:
         assert relative_error(found, wanted) < 1e-4
 
 
-def test_what_the_kernel_does_not_have_goes_to_pytorch(kernel) -> None:
+def test_unsupported_cases_of_the_kernel_fall_back_to_pytorch(kernel) -> None:
     capped = make_case(softcap=3.0, dtype=torch.float32)
     with_bias = make_case(bias=True, dtype=torch.float32)
     plain = make_case(dtype=torch.float32)

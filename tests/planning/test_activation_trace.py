@@ -68,7 +68,7 @@ def test_autocast_copies_weights_whatever_the_batch() -> None:
     assert trace_activations(config, **FLOAT32).casts == 0
 
 
-def test_a_pass_that_keeps_nothing_takes_less() -> None:
+def test_a_pass_without_gradients_uses_less_memory() -> None:
     config = tiny.llama(num_hidden_layers=8).config
     found = trace_activations(config, **FLOAT32, inference=True)
     assert found.forward < trace_activations(config, **FLOAT32).kept / 4

@@ -82,7 +82,7 @@ def test_other_rows_gain_and_are_not_harmed(noise: float) -> None:
         assert squared_error(change, *fresh) < 0.5 * squared_error(0 * change, *fresh)
 
 
-def test_without_an_error_there_is_nothing_to_undo_and_the_moments_are_those_of_all_rows() -> None:
+def test_without_an_error_nothing_is_corrected_and_the_moments_are_of_all_rows() -> None:
     activations, error, weight = rows(100, noise=1.0)
     for given in (None, error):
         moments, change = evidence_of(activations, given, weight).finish()
@@ -93,7 +93,7 @@ def test_without_an_error_there_is_nothing_to_undo_and_the_moments_are_those_of_
         assert change.any() == (given is not None)
 
 
-def test_too_few_rows_to_keep_any_aside_change_nothing() -> None:
+def test_too_few_rows_to_hold_any_out_change_nothing() -> None:
     evidence = Evidence(WIDTH, HIDDEN, CPU)
     evidence.add(*(part[: HELD_OUT_ONE_IN - 1] for part in rows(40, noise=0.0)))
     assert not evidence.finish()[1].any()

@@ -36,7 +36,7 @@ def writers(model: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("reconstruct", [False, True])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_channels_that_nothing_is_written_to_cost_nothing(kind: str, reconstruct: bool) -> None:
+def test_unused_channels_cost_nothing(kind: str, reconstruct: bool) -> None:
     silent = [1, 5, 6, 13, 20, 21, 28, 31]
     models = [family(kind) for _ in range(2)]
     for model in models:
@@ -67,7 +67,7 @@ def test_a_rotation_finds_the_directions_that_are_written_to(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("sizes", [{"heads": 2}, {"kv_heads": 1}], ids=["heads", "groups"])
-def test_pruned_heads_are_heads_that_say_nothing(kind: str, sizes: dict[str, int]) -> None:
+def test_heads_without_output_are_pruned(kind: str, sizes: dict[str, int]) -> None:
     full, model = family(kind), family(kind)
     prune_model(model, WINDOWS, reconstruct=False, **sizes)
     for layer, cut in zip(full.base_model.layers, model.base_model.layers, strict=True):
@@ -141,7 +141,7 @@ def test_experts_are_ranked_by_what_they_add_to_the_stream() -> None:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_more_than_one_axis_costs_what_it_says(kind: str) -> None:
+def test_cutting_several_axes_has_the_planned_cost(kind: str) -> None:
     """The reported KL is that of the finished model, with every axis cut."""
     full, model = family(kind), family(kind)
     windows = ToyWindows(count=4)
@@ -167,14 +167,14 @@ def test_the_refit_makes_narrow_models_better() -> None:
         assert loss[True] < loss[False]
 
 
-def test_a_layer_with_parameters_that_no_axis_declares_is_refused() -> None:
+def test_a_layer_with_parameters_that_no_axis_declares_is_rejected() -> None:
     model = tiny_model()
     model.base_model.layers[1].mlp.extra = torch.nn.Linear(2, 2)
     with pytest.raises(ModelError, match="layer 1 has parameters that pruning does not know"):
         check_parameters(model, axes_of(model.config))
 
 
-def test_experts_in_some_layers_only_are_refused() -> None:
+def test_experts_in_some_layers_only_are_rejected() -> None:
     model = tiny_model("qwen3_moe", mlp_only_layers=[1])
     with pytest.raises(ModelError, match="plain FFNs between those with experts"):
         prune_model(model, WINDOWS, layers=2)

@@ -50,7 +50,7 @@ def test_the_refit_is_the_weighted_least_squares_solution() -> None:
     assert kept.tolist() == sorted(kept.tolist())
 
 
-def test_one_neuron_goes_where_it_costs_least() -> None:
+def test_the_cheapest_neuron_is_removed() -> None:
     activations, down, error, weight = rows(200, 9, 5)
     target = activations @ down.T + error
     scaled = weight[:, None]
@@ -66,7 +66,7 @@ def test_one_neuron_goes_where_it_costs_least() -> None:
     assert tuple(kept.tolist()) == best
 
 
-def test_groups_and_single_removals_refit_alike() -> None:
+def test_group_and_single_removals_refit_equally() -> None:
     activations, down, error, weight = rows(300, 24, 5)
     moments = moments_of(activations, error, weight)
     for group in (1, 5):
@@ -79,7 +79,7 @@ def test_groups_and_single_removals_refit_alike() -> None:
         assert_close(refit, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_without_error_and_removal_nothing_changes() -> None:
+def test_nothing_changes_without_an_error_or_a_removal() -> None:
     activations, down, _, weight = rows(50, 12, 5)
     kept, refit = refit_and_remove(down, moments_of(activations, None, weight), 12)
     assert kept.tolist() == list(range(12))

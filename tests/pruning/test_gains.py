@@ -30,7 +30,7 @@ def rows(noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     return wrote_ND, wrote_ND * (WANTED - 1) + noise * torch.randn(400, len(WANTED))
 
 
-def test_half_of_what_the_gains_undo_is_taken() -> None:
+def test_half_of_the_gains_correction_is_applied() -> None:
     gain_D = channel_gains([rows(0.0), rows(0.0, seed=1)])
     assert_close(gain_D, 1 + LARGEST_SHARE * (WANTED - 1))
 
@@ -40,7 +40,7 @@ def test_an_error_that_the_output_does_not_explain_changes_little() -> None:
     assert_close(channel_gains([(wrote_ND, torch.randn(400, 4))]), torch.ones(4), atol=0.1, rtol=0)
 
 
-def test_rows_kept_aside_that_say_otherwise_are_believed() -> None:
+def test_held_out_rows_override_the_fitted_ones() -> None:
     wrote_ND, lacking_ND = rows(0.0)
     lacking_ND[350:] *= -1
     assert_close(channel_gains([(wrote_ND, lacking_ND)]), torch.ones(4))

@@ -291,7 +291,7 @@ def clearly_routed(model: Any, ids_L: torch.Tensor) -> torch.Tensor:
     return clear_L
 
 
-def test_a_cut_in_depth_may_leave_layers_that_llama_cpp_computes_otherwise() -> None:
+def test_a_cut_in_depth_may_leave_layers_that_llama_cpp_computes_differently() -> None:
     config = family("smollm3").config
     config.attention_bias = False
     with pytest.raises(ModelError, match="other layers than every 4th"):

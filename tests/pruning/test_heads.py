@@ -58,14 +58,14 @@ def test_the_refit_is_the_least_squares_solution() -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_group_goes_where_it_costs_least(seed: int) -> None:
+def test_the_cheapest_group_is_removed(seed: int) -> None:
     heads_NA, output_DA = rows(seed=seed)
     kept, _ = remove(heads_NA, output_DA, 1, 3)
     assert kept == min([(0, 1, 2), (3, 4, 5)], key=lambda one: loss(heads_NA, output_DA, one))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_first_head_goes_where_it_costs_least(seed: int) -> None:
+def test_the_cheapest_head_is_removed_first(seed: int) -> None:
     heads_NA, output_DA = rows(seed=seed)
     kept, _ = remove(heads_NA, output_DA, 2, 2)
     first = min(itertools.combinations(range(6), 5), key=lambda one: loss(heads_NA, output_DA, one))

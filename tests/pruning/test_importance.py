@@ -100,7 +100,7 @@ def test_half_the_fisher_information_is_the_curvature_of_the_kl(kind: str) -> No
     assert half == pytest.approx(expected, rel=0.25)
 
 
-def test_layers_masks_tell_what_a_layer_adds() -> None:
+def test_a_layers_mask_scales_what_the_layer_adds() -> None:
     """A layer that adds nothing has no gradient; without it nothing changes."""
     model = tiny_model()
     model.base_model.layers[1].mlp.down_proj.weight.zero_()
@@ -210,7 +210,7 @@ def test_useless_parts_go_first(method: PruningMethod) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS[:2], ids=["l2", "mean"])
-def test_experts_neurons_are_ranked_as_asked(method: PruningMethod) -> None:
+def test_experts_neurons_are_ranked_as_requested(method: PruningMethod) -> None:
     """The same neurons stay with a refit as without one, and the refit changes what they write."""
     kept = []
     for reconstruct in (True, False):
@@ -221,7 +221,7 @@ def test_experts_neurons_are_ranked_as_asked(method: PruningMethod) -> None:
     assert not torch.allclose(kept[0].down_proj, kept[1].down_proj)
 
 
-def test_experts_neurons_are_aggregated_as_asked() -> None:
+def test_experts_neurons_are_aggregated_as_requested() -> None:
     kept = []
     for method in METHODS[:2]:
         model = tiny_model("qwen3_moe")
@@ -250,7 +250,7 @@ def test_experts_neurons_have_no_gradients() -> None:
         )
 
 
-def test_an_aggregation_that_does_nothing_is_refused(tmp_path: Path) -> None:
+def test_an_aggregation_that_does_nothing_is_rejected(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     raw["student"] = {"start": "pruned", "ffn_size": 32, "aggregation": "mean"}
     with pytest.raises(RecipeError, match="does nothing without importance: activations"):

@@ -93,7 +93,7 @@ def test_a_pruned_model_is_saved_loaded_and_generates(kind: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "qwen3_moe", "llama"])
-def test_dropped_layers_that_no_projection_makes_up_for_are_noted(kind: str) -> None:
+def test_dropped_layers_without_compensation_are_noted(kind: str) -> None:
     told = {
         layers: prune_model(tiny_model(kind), ToyWindows(), layers=layers, ffn_size=24).notes
         for layers in (2, 3)
@@ -144,7 +144,7 @@ def test_leave_one_out_is_the_kl_without_each_layer() -> None:
     assert choice.kept == (0, 1, 2, 3)
 
 
-def test_layers_go_one_by_one_where_they_cost_least() -> None:
+def test_the_cheapest_layers_are_removed_one_by_one() -> None:
     model = tiny_model("llama", num_hidden_layers=5)
     batches = calibration_batches(ToyWindows(count=6), 192, 0)
     choice = choose_layers(model, batches, keep=3)
@@ -199,7 +199,7 @@ def test_calibration_kl_is_that_of_the_pruned_model() -> None:
     assert report.calibration_kl == pytest.approx(expected, rel=1e-3)
 
 
-def test_padding_teaches_nothing() -> None:
+def test_padding_does_not_contribute_to_the_loss() -> None:
     clean, padded = ToyWindows(padding=8), ToyWindows(padding=8)
     padded.ids[:, -8:] = 0
     pruned = []
@@ -210,7 +210,7 @@ def test_padding_teaches_nothing() -> None:
     assert_close(*pruned)
 
 
-def test_fewer_tokens_than_asked_are_noted() -> None:
+def test_fewer_tokens_than_requested_are_noted() -> None:
     report = prune_model(tiny_model(), ToyWindows(count=2), ffn_size=32)
     assert report.calibration_tokens == 64
     assert "all 64 training tokens" in report.notes[0]
@@ -239,7 +239,7 @@ def test_impossible_sizes_name_the_range(sizes: dict[str, int], message: str) ->
     assert "1 to" in str(caught.value)
 
 
-def test_other_architectures_are_refused_with_the_list() -> None:
+def test_other_architectures_are_rejected_with_the_list() -> None:
     with pytest.raises(ModelError, match="'cohere' cannot be pruned") as caught:
         prune_model(tiny_model("cohere"), ToyWindows(), ffn_size=40)
     assert all(name in str(caught.value) for name in ARCHITECTURES)

@@ -22,7 +22,7 @@ from tests.teachers.toys import ToyWindows, tiny_model
     [(Gemma3Config(), "gemma3_text"), (Mistral3Config(), "mistral")],
     ids=["gemma3", "mistral3"],
 )
-def test_models_that_read_images_too_are_refused_with_a_way_out(config: Any, inside: str) -> None:
+def test_models_that_also_read_images_are_rejected_with_a_fix(config: Any, inside: str) -> None:
     with pytest.raises(ModelError, match="have inputs other than text") as caught:
         check_sizes(config, {"ffn_size": 16})
     assert f"the text model inside ({inside})" in str(caught.value.fix)
@@ -84,7 +84,7 @@ def test_what_is_named_as_nearest_is_possible() -> None:
         check_sizes(config, sizes)
 
 
-def test_without_groups_a_head_goes_with_its_keys_and_values() -> None:
+def test_without_groups_a_head_is_removed_with_its_keys_and_values() -> None:
     config = tiny_model("mistral", num_attention_heads=4, num_key_value_heads=4).config
     after = check_sizes(config, {"heads": 3})
     assert (after.heads, after.kv_heads, after.head_dim) == (3, 3, 8)
@@ -121,7 +121,7 @@ def test_the_planned_configuration_is_the_students() -> None:
     assert not planned.tie_word_embeddings
 
 
-def test_a_vocabulary_that_the_text_decides_is_planned_as_a_whole() -> None:
+def test_a_vocabulary_that_the_text_decides_is_planned_at_full_size() -> None:
     config = tiny_model().config
     section = PrunedStudent(start="pruned", vocabulary="data")
     assert planned_config(section, config, Path()).vocab_size == config.vocab_size

@@ -240,7 +240,7 @@ def test_what_is_expected_is_the_mean_probability_at_every_position(
     assert_close(expected_tokens(model, windows, 10_000, 0, torch.float32), found_V)
 
 
-def test_an_impossible_number_is_refused_before_the_teacher_runs() -> None:
+def test_an_impossible_number_is_rejected_before_the_teacher_runs() -> None:
     def runs() -> torch.Tensor:
         raise AssertionError
 
@@ -314,7 +314,7 @@ def test_a_file_gets_the_tokens_that_its_own_are_made_of(tmp_path: Path) -> None
     assert set(kept_for_text("byte-level", file)) == always | merges.parts(word)
 
 
-def test_a_file_that_loses_what_any_text_needs_is_refused(tmp_path: Path) -> None:
+def test_a_token_file_without_required_tokens_is_rejected(tmp_path: Path) -> None:
     tokenizer, file = KINDS["byte-level"], tmp_path / "tokens.json"
     kept = tokenizer.convert_ids_to_tokens(list(kept_for_text("byte-level")))
     for lost in ("</s>", "Ġ"):
@@ -332,7 +332,7 @@ def test_a_file_that_loses_what_any_text_needs_is_refused(tmp_path: Path) -> Non
             kept_for_text("byte-level", file)
 
 
-def test_other_tokenizers_are_refused() -> None:
+def test_other_tokenizers_are_rejected() -> None:
     with pytest.raises(RecipeError, match="type WordLevel cannot be cut: only BPE can"):
         kept_token_ids(toy_tokenizer(), ToyWindows(), "data")
     characters = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, [])))
@@ -365,7 +365,7 @@ def test_the_models_rows_follow(tied: bool) -> None:
         prune_model(teacher(), ToyWindows(), kept_ids=[1, 2, 5, 96])
 
 
-def test_a_student_of_a_recipe_has_its_tokenizer_and_the_map_beside_it(tmp_path: Path) -> None:
+def test_a_student_with_fewer_tokens_has_its_tokenizer_and_the_map(tmp_path: Path) -> None:
     tokenizer = KINDS["byte-level"]
     end = tokenizer.eos_token_id
     # A few embedding rows more than tokens, as in Qwen.

@@ -68,7 +68,7 @@ def test_errors_on_inputs_that_matter_are_avoided() -> None:
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-def test_no_weight_on_the_grid_is_nearer(grid: Grid) -> None:
+def test_no_weight_on_the_grid_is_closer(grid: Grid) -> None:
     weight_OI = matrix()
     scales_OG = choose_scales(weight_OI, grid)
     near_OI = on_grid(weight_OI, scales_OG, grid)

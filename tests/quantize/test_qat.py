@@ -124,7 +124,7 @@ def test_training_rounded_recovers_what_rounding_lost(
     assert kl["qat"] < 0.7 * kl["ptq"]
 
 
-def test_cut_off_and_begun_again_gives_the_same_weights(
+def test_an_interrupted_and_resumed_training_has_the_same_weights(
     prepared: tuple[Path, Windows, Windows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint holds the unrounded weights: bit for bit those of an undisturbed run."""
@@ -176,7 +176,7 @@ def test_the_training_recipe_of_so_many_tokens(prepared: tuple[Path, Windows, Wi
     assert recipe.evaluate_every is None
 
 
-def test_a_student_learns_rounded_from_the_teachers_that_it_learnt_from(tmp_path: Path) -> None:
+def test_quantization_aware_training_uses_the_same_teachers(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path, quantize={"qat": {"tokens": 200}})
     teacher = tiny.save_model(tmp_path / "teacher", seed=3)
     raw["train"]["teachers"] = [str(teacher), "teacher"]
@@ -199,7 +199,7 @@ def test_a_student_learns_rounded_from_the_teachers_that_it_learnt_from(tmp_path
     assert len(plan.inputs["teachers"]) == 2
 
 
-def test_a_tokenizer_with_code_of_its_own_is_loaded_as_the_model_is(
+def test_a_tokenizer_with_custom_code_is_loaded_like_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = tiny.save_model(tmp_path / "student")

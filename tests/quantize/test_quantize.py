@@ -85,7 +85,7 @@ def test_a_tied_head_is_part_of_the_embeddings_and_counts_once() -> None:
     assert kept - model_bytes(model, units, set(), GRID) == VOCABULARY * 32 * (64 - 18) // 32
 
 
-def test_an_untied_head_is_a_unit_of_its_own() -> None:
+def test_an_untied_head_is_a_separate_unit() -> None:
     units = find_units(tiny.llama(tie_word_embeddings=False), GRID)
     assert units[-1].name == "head"
     assert units[-1].weights == ["lm_head.weight"]
@@ -117,7 +117,7 @@ def test_float8_has_a_scale_a_row() -> None:
         QuantizeRecipe(kind="float8", group_size=32)
 
 
-def test_what_is_no_linear_layers_is_named_and_counted_in_16_bits() -> None:
+def test_parameters_outside_linear_layers_are_named_and_counted_in_16_bits() -> None:
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
     experts = Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
@@ -145,7 +145,7 @@ def test_what_is_no_linear_layers_is_named_and_counted_in_16_bits() -> None:
     assert left_over_text(tiny.llama()) is None
 
 
-def test_check_names_what_no_quantization_touches(tmp_path: Path) -> None:
+def test_check_names_the_parts_that_cannot_be_quantized(tmp_path: Path) -> None:
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": VOCABULARY}
     config = GPT2Config(**sizes, n_positions=256, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "teacher")
@@ -163,7 +163,7 @@ def test_check_names_what_no_quantization_touches(tmp_path: Path) -> None:
 # --- sensitivity ---------------------------------------------------------------------------------
 
 
-def test_sensitivity_is_the_kl_of_one_unit_rounded_alone() -> None:
+def test_sensitivity_is_the_kl_of_quantizing_one_unit() -> None:
     """Against a second model whose matrices are replaced by hand."""
     model, windows = tiny.llama(), ToyWindows()
     units = find_units(model, GRID)
@@ -210,11 +210,11 @@ THREE = [Sensitivity("a", 0.5, 1000), Sensitivity("b", 0.3, 100), Sensitivity("c
         ({"max_kl": 0.7, "max_bytes": 9999}, ["b"]),
     ],
 )
-def test_what_is_left_alone_within_a_budget(budget: dict[str, Any], kept: list[str]) -> None:
+def test_units_kept_within_a_budget(budget: dict[str, Any], kept: list[str]) -> None:
     assert choose_kept(THREE, smallest=5000, **budget) == kept
 
 
-def test_a_budget_that_nothing_meets() -> None:
+def test_a_budget_that_no_model_meets() -> None:
     with pytest.raises(RecipeError, match="5,000 bytes, more than 4,999"):
         choose_kept(THREE, smallest=5000, max_bytes=4999)
 
@@ -222,9 +222,7 @@ def test_a_budget_that_nothing_meets() -> None:
 # --- the whole of it -----------------------------------------------------------------------------
 
 
-def test_the_checkpoint_is_on_the_grid_and_its_scales_are_beside_it(
-    student: Path, tmp_path: Path
-) -> None:
+def test_the_checkpoint_is_on_the_grid_with_its_scales(student: Path, tmp_path: Path) -> None:
     result = call(student, tmp_path, keep=["layers.1"])
     plain = dict(load_model(student, dtype=torch.float32).named_parameters())
     rounded = dict(load_model(tmp_path / "model", dtype=torch.float32).named_parameters())
@@ -255,7 +253,7 @@ def test_a_kl_budget_keeps_the_sensitive_parts(student: Path, tmp_path: Path) ->
     assert kls == sorted(kls, reverse=True)
 
 
-def test_a_kl_budget_that_the_whole_model_does_not_meet_is_noted(student: Path) -> None:
+def test_a_kl_budget_that_the_complete_model_exceeds_is_noted(student: Path) -> None:
     model = load_model(student, dtype=torch.float32)
     [note] = quantization_notes(model, 0.31, 0.3)
     assert "at most 0.3 (quantize.max_kl), but that of the quantized model is 0.31" in note

@@ -88,11 +88,11 @@ def test_stage_charts() -> None:
 
 
 @pytest.mark.parametrize("name", ["<script>&", "$x_1$", "100 %", "a\\frac{b"])
-def test_names_are_shown_as_they_are(name: str) -> None:
+def test_names_are_shown_literally(name: str) -> None:
     assert name in words(stage_charts([finished(name, Cost(3.0))])[0])
 
 
-def test_a_confusion_matrix_says_what_is_taken_for_what() -> None:
+def test_a_confusion_matrix_counts_true_and_predicted_labels() -> None:
     matrix = MatrixChart("Errors", "student", "true", ["cat", "dog"], [[3, 1], [2, 4]])
     assert matrix.errors() == [("dog", "cat", 2), ("cat", "dog", 1)]
     assert matrix.alt.startswith("Errors: 7 of 10 on the diagonal. dog taken for cat: 2.")

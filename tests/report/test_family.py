@@ -51,7 +51,7 @@ def family() -> FamilyEvaluation:
     )
 
 
-def test_a_teacher_that_lost_tokens_is_told_apart_from_the_whole_one(
+def test_a_teacher_with_a_cut_vocabulary_is_distinguished_from_the_original(
     family: FamilyEvaluation,
 ) -> None:
     cut = CutTeacher((49152, 24576), (148_670_784, 134_515_008), (18.5, 18.1))
@@ -76,7 +76,7 @@ def test_every_member_has_its_size_quality_speed_and_memory(family: FamilyEvalua
     assert "0.0033 kWh, at an assumed 20 W" in page  # 600 s
 
 
-def test_training_from_random_weights_stands_beside_the_member_at_equal_tokens(
+def test_training_from_random_weights_is_compared_with_the_member_at_equal_tokens(
     family: FamilyEvaluation,
 ) -> None:
     """Where it was measured; between two measurements by a straight line, and never beyond."""

@@ -65,9 +65,7 @@ def test_charts_leave_out_what_was_not_measured(
     assert form_charts([]) == []
 
 
-def test_replays_that_did_not_know_the_teacher_show_no_forms(
-    facts: RunFacts, parts: dict[str, Any]
-) -> None:
+def test_replays_without_the_teacher_show_no_forms(facts: RunFacts, parts: dict[str, Any]) -> None:
     without = [{**row, "teacher": None} for row in parts["replays"]]
     assert forms({}, without) == []
     page = render(language_model_report(facts, **{**parts, "replays": without}))

@@ -9,7 +9,7 @@ import pytest
 from stillhouse.report.history import median, smooth, training_charts
 
 
-def test_held_out_points_stand_at_the_tokens_of_their_step() -> None:
+def test_held_out_points_are_drawn_at_the_tokens_of_their_step() -> None:
     chart = training_charts(
         [
             {"step": 0, "heldout_kl": 3.0},
@@ -27,7 +27,7 @@ def test_held_out_points_stand_at_the_tokens_of_their_step() -> None:
     assert heldout.y == [3.0, 2.0, 1.5, 1.4]
 
 
-def test_loss_is_drawn_where_there_is_no_kl() -> None:
+def test_the_loss_is_plotted_if_there_is_no_kl() -> None:
     rows: list[dict[str, float]] = [{"step": s, "tokens": s, "loss": 2.0} for s in (1, 2)]
     [chart] = training_charts([*rows, {"step": 2, "heldout_kl": 1.0}], "token")
     assert chart.y_label == "Loss (nats/token)"

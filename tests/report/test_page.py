@@ -102,7 +102,7 @@ def test_page_loads_nothing(report: Report) -> None:
     assert not re.search(r"@import|url\((?!#)", html)
 
 
-def test_headline_says_what_was_measured(report: Report) -> None:
+def test_the_headline_shows_what_was_measured(report: Report) -> None:
     text = Reader(render(report)).text.replace("\u00a0", " ")
     assert (
         "The student keeps 66% of the teacher’s top-1 choices at 80% of its parameters and "
@@ -111,14 +111,14 @@ def test_headline_says_what_was_measured(report: Report) -> None:
     assert "Before training it kept 31%; plain fine-tuning on the same tokens keeps 61%." in text
 
 
-def test_retention_is_given_as_percent_of_the_teacher(report: Report) -> None:
+def test_retention_is_reported_as_a_percentage_of_the_teacher(report: Report) -> None:
     text = Reader(render(report)).text.replace("\u00a0", " ")
     assert "85% of the gap closed" in text  # 1 - 0.481 / 3.14
     assert "75% of teacher" in text  # perplexity: 18.7 / 24.9
     assert "125% of teacher" in text  # decoding speed: 25 / 20
 
 
-def test_costs_stand_beside_training_from_scratch(report: Report) -> None:
+def test_costs_are_compared_with_training_from_scratch(report: Report) -> None:
     text = Reader(render(report)).text.replace("\u00a0", " ")
     assert "From scratch, same tokens61,3203.97 × 10¹³" in re.sub(r"\s*\n\s*", "", text)
     assert "From scratch, 20 tokens/parameter2.159B1.40 × 10¹⁸" in re.sub(r"\s*\n\s*", "", text)
@@ -190,7 +190,7 @@ def test_section_hides_when_its_data_is_missing(
     assert set(whole.sections) - set(less.sections) == sections
 
 
-def test_report_of_nothing_but_a_name() -> None:
+def test_a_report_with_only_a_name() -> None:
     page = Reader(render(language_model_report(RunFacts("empty", "", {}))))
     assert page.sections == []
     assert "the student was not evaluated" in page.text
@@ -285,7 +285,7 @@ def test_a_changed_figure_is_a_clear_error(report: Report, tmp_path: Path) -> No
     assert read_report(file) == report
 
 
-def test_a_page_that_is_drawn_again_is_no_damage(report: Report, tmp_path: Path) -> None:
+def test_a_rendered_page_does_not_count_as_damage(report: Report, tmp_path: Path) -> None:
     """Another version of Stillhouse draws it in another way."""
     folder = RunFolder(tmp_path)
 

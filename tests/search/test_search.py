@@ -94,7 +94,7 @@ def test_training_helps_every_candidate(found: tuple[Setting, Found]) -> None:
             assert later < earlier
 
 
-def test_one_shot_kl_is_that_of_the_shape_pruned_alone(found: tuple[Setting, Found]) -> None:
+def test_one_shot_kl_is_that_of_pruning_the_shape_directly(found: tuple[Setting, Found]) -> None:
     """Nothing that candidates share changes what any of them is."""
     chosen, result = found
     text = split_text(WINDOWS, 128, 2 * 6, 0)
@@ -144,7 +144,7 @@ def test_the_parts_of_the_text_share_no_window() -> None:
         split_text(ToyWindows(count=3), 128, 10, 0)
 
 
-def test_a_killed_search_goes_on_and_does_nothing_twice(
+def test_a_killed_search_resumes_and_repeats_no_work(
     found: tuple[Setting, Found], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = replace(found[0], out=found[0].out.with_name("killed"))
@@ -226,13 +226,13 @@ def test_explicitly_untrained_searches_choose_by_one_shot_kl(tmp_path: Path) -> 
     assert result.tokens == 0
 
 
-def test_one_shape_needs_no_measurement(tmp_path: Path) -> None:
+def test_a_single_shape_is_not_measured(tmp_path: Path) -> None:
     result = search_shape(setting(tmp_path, axes=["ffn_size"], tolerance=0.2, target="80%"))
     assert list(result.sizes) == ["ffn_size"]
     assert [one.one_shot_kl for one in result.candidates] == [None]
 
 
-def test_shapes_are_ranked_by_what_their_axes_cost_alone() -> None:
+def test_shapes_are_ranked_by_the_sum_of_their_axes_costs() -> None:
     before = sizes_of(tiny_model().config)
     one, two = replace(before, ffn_size=32), replace(before, ffn_size=48, heads=2, layers=2)
     probes = probed(before, [one, two], lambda shape: True)

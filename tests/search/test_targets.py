@@ -82,9 +82,7 @@ def test_amounts_are_shares_or_numbers_with_units(
         ({"target": {"params": "60%"}, "ffn_size": 32}, "a target or sizes, not both"),
     ],
 )
-def test_targets_that_say_nothing_are_refused(
-    tmp_path: Any, student: dict[str, Any], message: str
-) -> None:
+def test_empty_targets_are_rejected(tmp_path: Any, student: dict[str, Any], message: str) -> None:
     raw = tiny.recipe(tmp_path)
     raw["student"] = {"start": "pruned", **student}
     with pytest.raises(RecipeError, match=message):
@@ -144,7 +142,7 @@ def test_experts_go_down_to_half_or_to_what_a_token_needs() -> None:
     assert all(shape.experts is None for shape in possible_shapes(CONFIGS["llama"](), SEARCH))
 
 
-def test_a_search_whose_axes_gradients_cannot_rank_is_refused_before_it() -> None:
+def test_a_search_whose_axes_gradients_cannot_rank_is_rejected_before_it() -> None:
     config, target = CONFIGS["qwen3_moe"](), TargetRecipe(params="80%")
     section = PrunedStudent(start="pruned", search=SEARCH, target=target, importance="gradients")
     with pytest.raises(RecipeError, match="gradients do not rank experts"):
@@ -157,7 +155,7 @@ def test_a_search_whose_axes_gradients_cannot_rank_is_refused_before_it() -> Non
         )
 
 
-def test_coarse_alignment_is_preferred_where_it_fits() -> None:
+def test_coarse_alignment_is_preferred_if_it_fits() -> None:
     config = CONFIGS["llama"](hidden_size=64, intermediate_size=1024, num_attention_heads=4)
     search = SearchRecipe(axes=["ffn_size"], tolerance=0.03)
     whole = Counter(config)
@@ -239,7 +237,7 @@ def test_a_plan_counts_the_tokens_that_are_left() -> None:
 
 
 @pytest.mark.parametrize("key", ["decode_latency", "memory"])
-def test_what_must_be_measured_is_not_refused_before(key: str) -> None:
+def test_targets_that_must_be_measured_are_not_rejected_early(key: str) -> None:
     config = CONFIGS["llama"]()
     target = TargetRecipe.model_validate({key: "5%"})
     assert planned_shape(config, SEARCH, target, width=2) == sizes_of(config)
@@ -260,7 +258,7 @@ SMOLLM2 = {"num_attention_heads": 9, "num_key_value_heads": 3, "intermediate_siz
         ),
     ],
 )
-def test_what_does_not_divide_among_the_gpus_is_refused(
+def test_sizes_that_do_not_divide_among_the_gpus_are_rejected(
     search: dict[str, Any], sizes: dict[str, int], nearest: str
 ) -> None:
     config = CONFIGS["qwen3"](hidden_size=72, head_dim=8, **sizes)
@@ -281,7 +279,7 @@ def test_an_uncut_ffn_divides_too() -> None:
     assert max(s.ffn_size for s in possible_shapes(config, search)) == 90
 
 
-def test_the_start_is_timed_where_it_does_not_divide_itself(
+def test_the_start_model_is_timed_even_if_it_does_not_divide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = CONFIGS["qwen3"](hidden_size=72, head_dim=8, **SMOLLM2)
@@ -304,7 +302,7 @@ def test_the_start_is_timed_where_it_does_not_divide_itself(
     assert all(shape.heads % 2 == 0 for shape in chosen)
 
 
-def test_axes_that_allow_no_smaller_shape_name_no_shape() -> None:
+def test_an_error_names_no_shape_if_the_axes_allow_no_smaller_one() -> None:
     config = CONFIGS["llama"](hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
     search = SearchRecipe(axes=["hidden_size"], multiple_of=32)
     with pytest.raises(RecipeError, match="the axes hidden_size allow no smaller shape") as caught:

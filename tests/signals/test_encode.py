@@ -85,7 +85,7 @@ def test_probabilities_of_zero_are_never_found():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_broken_logits_are_refused(bad):
+def test_broken_logits_are_rejected(bad):
     logits_nV = random_logits(4, 300)
     logits_nV[2, 7] = bad
     with pytest.raises(SignalError, match="row 2"):
@@ -145,7 +145,7 @@ def test_top_k_keeps_the_most_likely_and_the_rest():
     assert statistics.mass == pytest.approx(float(wanted.values.exp().sum()), rel=1e-5)
 
 
-def test_top_p_stops_where_the_mass_is_reached():
+def test_top_p_stops_when_the_mass_is_reached():
     logits_nV = random_logits(8, 300)
     rows, _ = Encoder(TopP(0.7, most=30), 300)(logits_nV, torch.empty(8, 0))
     for count, p_V in zip(rows.counts_N.tolist(), logits_nV.softmax(1), strict=True):
@@ -214,7 +214,7 @@ def test_chunks_do_not_matter():
     assert np.array_equal(np.concatenate([part.values_X for part in parts]), whole.values_X)
 
 
-def test_frozen_head_vector_gives_the_forward_kl():
+def test_the_frozen_head_vector_determines_the_forward_kl():
     g = torch.Generator().manual_seed(0)
     logits_nV, weight_VD = random_logits(10, 60), torch.randn(60, 8, generator=g)
     hidden_nD = torch.randn(10, 8, generator=g)
@@ -232,7 +232,7 @@ def test_frozen_head_vector_gives_the_forward_kl():
 
 
 @pytest.mark.parametrize("encoding", toys.ENTRY_ENCODINGS, ids=repr)
-def test_json_gives_the_encoding_back(encoding):
+def test_json_restores_the_encoding(encoding):
     assert encoding_from_json(encoding_to_json(encoding)) == encoding
 
 
@@ -245,7 +245,7 @@ def test_json_gives_the_encoding_back(encoding):
         ({"kind": "threshold", "tau": 0.0}, "threshold.tau"),
     ],
 )
-def test_wrong_settings_are_refused(raw, said):
+def test_wrong_settings_are_rejected(raw, said):
     with pytest.raises(SignalError, match=said):
         encoding_from_json(raw)
 
@@ -271,7 +271,7 @@ def test_one_tau_for_all_rows_beats_one_budget_for_each():
         assert ours.variance < theirs.variance
 
 
-def test_a_size_out_of_reach_is_refused():
+def test_a_size_out_of_reach_is_rejected():
     sample_nK = top_probabilities(random_logits(50, 300))
     with pytest.raises(SignalError, match="not possible"):
         tune_threshold(sample_nK, 300, entries=1000.0)

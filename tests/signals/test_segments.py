@@ -60,7 +60,7 @@ def test_another_mask_is_another_segment():
     assert other.keys[1:] == data.segments.keys[1:]
 
 
-def test_a_label_that_nothing_predicts_is_refused():
+def test_a_label_that_nothing_predicts_is_rejected():
     data = toys.batch(windows=1)
     start = int((data.position_ids_RL[0] == 0).nonzero()[1])
     data.labels_RL[0, start] = 1
@@ -68,6 +68,6 @@ def test_a_label_that_nothing_predicts_is_refused():
         find_segments(data.input_ids_RL, data.labels_RL, data.position_ids_RL)
 
 
-def test_without_labels_there_is_nothing():
+def test_without_labels_there_are_no_figures():
     ids_RL = torch.zeros(2, 9, dtype=torch.long)
     assert len(find_segments(ids_RL, torch.full_like(ids_RL, -100))) == 0

@@ -30,7 +30,7 @@ def recorded(path, encoding, data, shards=3, **changes):
 
 @pytest.mark.parametrize("vocabulary", [300, 66_000])
 @pytest.mark.parametrize("encoding", toys.ENTRY_ENCODINGS, ids=repr)
-def test_reading_gives_what_was_encoded(tmp_path, encoding, vocabulary):
+def test_reading_returns_what_was_encoded(tmp_path, encoding, vocabulary):
     data = toys.batch(windows=3, vocabulary=vocabulary)
     store = recorded(tmp_path, encoding, data)
     rows, _ = Recorder(store.settings).encode(data.segments, LogitsSignal(data.logits_NV))
@@ -46,7 +46,7 @@ def test_reading_gives_what_was_encoded(tmp_path, encoding, vocabulary):
 
 
 @pytest.mark.parametrize("encoding", toys.ENTRY_ENCODINGS, ids=repr)
-def test_objectives_take_what_a_store_gives(tmp_path, encoding):
+def test_objectives_accept_the_signals_of_a_store(tmp_path, encoding):
     data = toys.batch(windows=2)
     signal = recorded(tmp_path, encoding, data).read(data.segments)
     head = LMHead(torch.randn(toys.VOCABULARY, 8))
@@ -90,7 +90,7 @@ def test_rows_follow_their_segments_into_another_packing(tmp_path):
             assert np.array_equal(ids_of.setdefault(key, ids), ids)
 
 
-def test_chance_depends_on_the_seed_and_the_segment_alone(tmp_path):
+def test_draws_depend_only_on_the_seed_and_the_segment(tmp_path):
     data = toys.batch()
     stores = [
         recorded(tmp_path / "one", Sampled(20), data, shards=1),
@@ -132,7 +132,7 @@ def test_dense_encodings(tmp_path):
 # --- what is not there, or is another's ------------------------------------------------------
 
 
-def test_missing_segments_are_refused_by_number(tmp_path):
+def test_missing_segments_are_rejected_with_their_number(tmp_path):
     data, more = toys.batch(windows=2), toys.batch(windows=4, seed=9)
     store = recorded(tmp_path, TopK(4), data)
     both = Segments(
@@ -147,7 +147,7 @@ def test_missing_segments_are_refused_by_number(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", toys.ENTRY_ENCODINGS, ids=repr)
-def test_missing_segments_may_be_asked_of_a_live_teacher(tmp_path, encoding):
+def test_missing_segments_may_be_scored_by_a_live_teacher(tmp_path, encoding):
     data = toys.batch(windows=4)
     held_S = np.arange(len(data.segments)) % 3 > 0
     of = toys.settings(encoding)
@@ -172,7 +172,7 @@ def test_missing_segments_may_be_asked_of_a_live_teacher(tmp_path, encoding):
         ({"vocabulary": 299}, "another vocabulary: it has 300, and this run 299"),
     ],
 )
-def test_another_runs_store_is_refused(tmp_path, expected, said):
+def test_another_runs_store_is_rejected(tmp_path, expected, said):
     recorded(tmp_path, TopK(4), toys.batch(windows=1))
     with pytest.raises(SignalError, match=said):
         open_store(tmp_path, **expected)
@@ -187,7 +187,7 @@ def test_a_store_is_not_continued_with_other_settings(tmp_path):
         StoreWriter(tmp_path, toys.settings(TopK(4), seed=3))
 
 
-def test_a_shard_of_another_store_is_refused(tmp_path):
+def test_a_shard_of_another_store_is_rejected(tmp_path):
     recorded(tmp_path / "a", TopK(4), toys.batch(windows=1), shards=1)
     recorded(tmp_path / "b", TopK(4), toys.batch(windows=1), shards=1, seed=1)
     (ours,), (theirs,) = ((tmp_path / n / "shards").glob("*.bin") for n in "ab")
@@ -198,7 +198,7 @@ def test_a_shard_of_another_store_is_refused(tmp_path):
 # --- beginning, stopping, going on -----------------------------------------------------------
 
 
-def test_a_store_that_is_not_finished_says_so(tmp_path):
+def test_an_unfinished_store_is_reported(tmp_path):
     data = toys.batch(windows=2)
     of = toys.settings(TopK(4))
     with StoreWriter(tmp_path, of) as writer:
@@ -222,7 +222,7 @@ def test_of_equal_segments_one_is_recorded(tmp_path):
         assert writer.missing(twice).tolist() == [True, True, False, False]
 
 
-def test_a_full_disk_keeps_what_was_there_and_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_finished_work_and_the_run_resumes(tmp_path, monkeypatch):
     data = toys.batch(windows=4)
     of = toys.settings(TopK(4))
     writes = iter([None] * 3)  # the settings and their folder, and one file of the two shards

@@ -135,7 +135,7 @@ def record_hidden(path: Path, of: Settings, data: toys.Batch) -> None:
 
 
 @pytest.mark.parametrize("change", ["cut", "longer", "gone", "empty"])
-def test_a_shard_that_is_not_whole_is_named(tmp_path, change):
+def test_an_incomplete_shard_is_named(tmp_path, change):
     data = toys.batch(windows=2)
     toys.record(tmp_path, toys.settings(Threshold(0.05)), data, shards=2)
     shard = sorted((tmp_path / "shards").iterdir())[0]

@@ -60,7 +60,7 @@ def test_pruned(teacher: ModelSource, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("free", "device"), [(10**9, "cuda"), (10**4, "cpu")])
-def test_a_gpu_that_is_too_small_is_left_alone(
+def test_a_gpu_that_is_too_small_is_not_used(
     monkeypatch: pytest.MonkeyPatch, free: int, device: str
 ) -> None:
     monkeypatch.setattr(making, "default_device", lambda: torch.device("cuda", 0))
@@ -74,7 +74,7 @@ def test_pruned_to_impossible_sizes(teacher: ModelSource, tmp_path: Path) -> Non
     assert not (tmp_path / "student").exists()
 
 
-def test_random_is_seeded_and_leaves_the_global_seed_alone(
+def test_random_is_seeded_and_does_not_change_the_global_seed(
     teacher: ModelSource, tmp_path: Path
 ) -> None:
     section = RandomStudent(start="random", overrides={"hidden_size": 16})

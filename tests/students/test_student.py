@@ -28,7 +28,7 @@ def teacher() -> LocalTeacher:
     return LocalTeacher(tiny.llama(intermediate_size=512), tiny.tokenizer())
 
 
-def test_a_pruned_student_has_the_sizes_and_the_teacher_stays_whole(
+def test_a_pruned_student_has_the_sizes_and_the_teacher_is_unchanged(
     teacher: LocalTeacher, data: Data
 ) -> None:
     before = copy.deepcopy(teacher.model.state_dict())
@@ -77,7 +77,7 @@ def test_a_saved_student_is_a_pretrained_one(teacher: LocalTeacher, tmp_path: Pa
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_frozen_head_takes_tied_embeddings_along() -> None:
+def test_a_frozen_head_also_freezes_tied_embeddings() -> None:
     student = Student(tiny.llama())
     student.trainable(freeze_head=True)
     still = {name for name, p in student.model.named_parameters() if not p.requires_grad}
@@ -104,7 +104,7 @@ def test_a_bfloat16_model_is_trained_in_float32() -> None:
         ({"layers": 9}, "the teacher has 3"),
     ],
 )
-def test_what_cannot_be_pruned_is_refused(
+def test_models_that_cannot_be_pruned_are_rejected(
     teacher: LocalTeacher, data: Data, options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
@@ -117,5 +117,5 @@ def test_only_a_model_on_this_machine_can_be_pruned(data: Data) -> None:
         Student.prune(ServedTeacher(server, k=2, vocabulary=260), data, layers=2)
 
 
-def test_it_says_what_it_is() -> None:
+def test_repr_shows_the_model() -> None:
     assert "parameters in float32 on cpu, 260 tokens" in repr(Student(tiny.llama()))

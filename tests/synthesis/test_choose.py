@@ -111,7 +111,7 @@ def test_the_choice_is_among_what_the_filters_before_it_leave(tmp_path: Path) ->
     assert seen == ["7", "9"]
 
 
-def test_a_local_model_tells_the_log_probability_of_its_tokens() -> None:
+def test_a_local_model_returns_the_log_probability_of_its_tokens() -> None:
     """Those of one whole pass over prompt and answer, at temperature 1 whatever the sampling."""
     model, tokenizer = tiny.llama(), tiny.tokenizer()
     asked = [
@@ -248,7 +248,7 @@ def test_a_judge_is_sampled_as_its_endpoint_wants(tmp_path: Path) -> None:
     assert "temperature" not in sent[-1]
 
 
-def test_what_a_judge_does_not_answer_is_not_kept_and_asked_again(tmp_path: Path) -> None:
+def test_an_answer_without_a_verdict_is_dropped_and_judged_again(tmp_path: Path) -> None:
     SAMPLES.clear()
     broken = True
 
@@ -283,7 +283,7 @@ def test_what_a_judge_does_not_answer_is_not_kept_and_asked_again(tmp_path: Path
         ),
     ],
 )
-def test_choices_that_cannot_be(
+def test_invalid_choices(
     tmp_path: Path, best_of: dict[str, Any], samples: int, expected: str
 ) -> None:
     section = {

@@ -101,7 +101,7 @@ def test_json_by_its_schema() -> None:
         {"$schema": "http://json-schema.org/draft-07/schema#", "anyOf": [{"$ref": "other.json"}]},
     ],
 )
-def test_a_schema_that_refers_to_nothing_is_refused_at_once(schema: dict[str, Any]) -> None:
+def test_a_schema_with_a_dangling_reference_is_rejected_immediately(schema: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match="refers to"):
         filters.json_schema(schema)
 
@@ -119,14 +119,14 @@ def test_references_inside_a_schema_are_followed() -> None:
     assert kept(filters.json_schema(schema), texts) == texts[:1]
 
 
-def test_what_is_no_json_is_not_valid_and_formats_are_checked() -> None:
+def test_text_that_is_not_json_is_invalid_and_formats_are_checked() -> None:
     judge = filters.json_schema({"properties": {"day": {"type": "string", "format": "date"}}})
     texts = ['{"day": "2024-02-29"}', '{"day": "2024-02-30"}', '{"a": NaN}', '{"a": -Infinity}']
     texts.append('{"a": 1, "a": 2}')
     assert kept(judge, texts) == texts[:1]
 
 
-def test_json_may_stand_in_one_code_fence() -> None:
+def test_json_may_be_in_one_code_fence() -> None:
     judge = filters.json_schema({"type": "object"})
     good = ["```json\n{}\n```", "```\n{}```", "<think>```</think> ```JSON \n{}\n```\n"]
     bad = ["Here:\n```json\n{}\n```", "```python\n{}\n```", "```json\n{}\n```\n```json\n{}\n```"]
@@ -311,7 +311,7 @@ def test_one_answer_in_two_spellings_is_a_duplicate(one: str, other: str) -> Non
 
 
 @pytest.mark.parametrize(("one", "other"), OTHER_ANSWERS)
-def test_answers_that_say_something_else_are_kept(one: str, other: str) -> None:
+def test_answers_that_are_not_refusals_are_kept(one: str, other: str) -> None:
     assert kept(filters.exact_duplicates(), [one, other]) == [one, other]
 
 

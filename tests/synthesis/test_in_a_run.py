@@ -74,7 +74,7 @@ def done(result: RunResult) -> dict[str, bool]:
     return {stage.name: stage.reused for stage in result.stages}
 
 
-def test_a_run_makes_its_text_learns_from_it_and_then_has_nothing_to_do(tmp_path: Path) -> None:
+def test_a_run_synthesizes_text_trains_on_it_and_is_then_finished(tmp_path: Path) -> None:
     raw = recipe(tmp_path, {"local": {"precision": "float32"}})
     first = run(tmp_path, raw)
     assert list(done(first))[:3] == ["synthesis", "data", "student"]
@@ -118,7 +118,7 @@ def test_the_content_of_the_text_decides_what_is_done_again(tmp_path: Path) -> N
         assert len(stub.payloads) == 80, "the journal has every answer"
 
 
-def test_a_run_that_is_killed_while_it_asks_buys_nothing_again(tmp_path: Path) -> None:
+def test_a_run_killed_during_requests_never_pays_twice(tmp_path: Path) -> None:
     """It is killed while 40 answers are in the journal, and four requests are on their way."""
     released = threading.Event()
 
@@ -142,7 +142,7 @@ def test_a_run_that_is_killed_while_it_asks_buys_nothing_again(tmp_path: Path) -
         assert len(stub.payloads) < 80 + sent
 
 
-def test_requests_without_an_answer_are_asked_again_by_synthesize(tmp_path: Path) -> None:
+def test_requests_without_an_answer_are_sent_again_by_synthesize(tmp_path: Path) -> None:
     fails = [3, 5]
 
     def script(number: int, payload: dict[str, Any]) -> Reply:
@@ -179,7 +179,7 @@ def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path) -> None
     )
 
 
-def test_a_look_at_the_data_spends_nothing(tmp_path: Path) -> None:
+def test_previewing_the_data_spends_nothing(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         path = write(tmp_path, recipe(tmp_path, api(stub.url)))
         with pytest.raises(DataError, match="not synthesized yet") as caught:
@@ -191,7 +191,7 @@ def test_a_look_at_the_data_spends_nothing(tmp_path: Path) -> None:
 # --- what it will cost -----------------------------------------------------------------------
 
 
-def test_a_few_calls_tell_the_cost_of_the_rest_and_are_not_lost(tmp_path: Path) -> None:
+def test_a_few_calls_estimate_the_cost_of_the_rest_and_are_kept(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         return Reply(text=f"answer {number}", usage=(10, 4 + number % 3))
 
@@ -259,7 +259,7 @@ def test_without_a_budget_an_api_is_paid_only_when_that_is_agreed_to(
         assert "--yes" in str(caught.value.fix)
 
 
-def test_the_command_line_refuses_to_pay_unasked_where_nobody_can_be_asked(tmp_path: Path) -> None:
+def test_the_command_line_does_not_spend_without_a_terminal(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         path = str(write(tmp_path, recipe(tmp_path, api(stub.url, price=PRICE))))
         refused = CliRunner().invoke(app, ["synthesize", path])

@@ -65,14 +65,12 @@ def test_csv_has_a_prompt_in_a_column(tmp_path: Path) -> None:
     ids=["prompt", "messages as prompt", "chat", "answered chat", "gateway log", "batch input",
          "stored completion", "input and output"],
 )  # fmt: skip
-def test_every_kind_of_log_gives_what_the_model_was_asked(
-    tmp_path: Path, row: dict[str, Any]
-) -> None:
+def test_prompts_are_found_in_every_kind_of_log(tmp_path: Path, row: dict[str, Any]) -> None:
     (prompt,) = read(tmp_path / "p.jsonl", json.dumps(row) + "\n")
     assert prompt.messages == (USER,)
 
 
-def test_a_whole_export_as_one_json_file(tmp_path: Path) -> None:
+def test_a_complete_export_as_one_json_file(tmp_path: Path) -> None:
     rows = [{"messages": ANSWERED}, {"messages": [USER]}]
     for whole in (rows, {"object": "list", "data": rows}):
         assert len(read(tmp_path / "p.json", json.dumps(whole))) == 2
@@ -99,7 +97,7 @@ def test_a_chat_of_several_turns_is_cut_after_the_users_last(tmp_path: Path) -> 
         ("p.txt", "\n\n", "is empty"),
     ],
 )
-def test_what_is_no_prompt_is_named_with_its_place(
+def test_rows_that_are_not_prompts_are_named_with_their_place(
     tmp_path: Path, name: str, text: str, expected: str
 ) -> None:
     with pytest.raises(DataError, match=expected) as caught:
@@ -157,7 +155,7 @@ def test_an_instruction_keeps_its_input(tmp_path: Path) -> None:
         ({"system": "Be long.", "messages": list(BRIEF)}, "another one among"),
     ],
 )
-def test_what_would_not_be_sent_or_learned_is_refused(
+def test_content_that_would_not_be_sent_or_learned_is_rejected(
     tmp_path: Path, row: dict[str, Any], expected: str
 ) -> None:
     with pytest.raises(DataError, match=expected) as caught:
@@ -171,7 +169,7 @@ def test_a_missing_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", [{"weight": 0}, {"train": False}, {"masked": True}])
-def test_a_turn_that_is_not_to_be_learned_is_refused(tmp_path: Path, flag: dict[str, Any]) -> None:
+def test_a_turn_that_is_not_to_be_learned_is_rejected(tmp_path: Path, flag: dict[str, Any]) -> None:
     """The synthesized chat would learn it."""
     turns = [
         {"role": "user", "content": "one"},
@@ -187,7 +185,7 @@ def test_a_turn_that_is_not_to_be_learned_is_refused(tmp_path: Path, flag: dict[
     assert len(list(read_prompts(path))) == 1
 
 
-def test_every_character_is_a_word_where_scripts_have_no_spaces() -> None:
+def test_every_character_is_a_word_in_scripts_without_spaces() -> None:
     assert words("Re-type 3 Wörter!") == ["re", "type", "3", "wörter"]
     assert words("用GPT写诗。") == ["用", "gpt", "写", "诗"]
     assert words("カードは、いつ") == list("カードはいつ")

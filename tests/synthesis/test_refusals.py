@@ -69,7 +69,7 @@ EVERYDAY = [
 
 
 @pytest.mark.parametrize("refusing", REFUSING)
-def test_what_is_refused_decides(refusing: str) -> None:
+def test_refusals_are_recognized_by_what_they_refuse(refusing: str) -> None:
     assert [act for act in ANSWERING if not refused(f"{refusing} {act}.")] == []
     assert [act for act in EVERYDAY if refused(f"{refusing} {act}.")] == []
 
@@ -84,7 +84,7 @@ def test_what_is_refused_decides(refusing: str) -> None:
         "prefer the first film, for its tighter script and its score.",
     ],
 )
-def test_a_text_that_goes_on_to_do_what_was_asked_is_an_answer(text: str) -> None:
+def test_a_text_that_then_does_what_was_requested_is_an_answer(text: str) -> None:
     assert not refused(text)
 
 

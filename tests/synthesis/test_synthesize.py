@@ -81,7 +81,7 @@ def test_prompts_become_chats_in_order_that_data_reads(tmp_path: Path) -> None:
     assert all(isinstance(document, Conversation) for document in documents)
 
 
-def test_a_second_run_and_another_recipe_buy_nothing_twice(tmp_path: Path) -> None:
+def test_a_second_run_and_another_recipe_never_pay_twice(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         first = synthesize_text(write(tmp_path, stub.url))
         content = first.out.read_bytes()
@@ -194,7 +194,7 @@ def test_a_prompt_that_is_there_ten_times_is_paid_for_once(tmp_path: Path) -> No
     assert (again.kept, again.tokens) == (11, 100)
 
 
-def test_an_unknown_price_is_said_to_be_unknown(tmp_path: Path) -> None:
+def test_an_unknown_price_is_reported_as_unknown(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         result = synthesize_text(write(tmp_path, stub.url))
     assert result.cost == "unknown"
@@ -221,7 +221,7 @@ def test_no_file_of_a_run_holds_the_key(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path for path in files if KEY.encode() in path.read_bytes()] == []
 
 
-def test_when_nothing_is_answered_the_last_reason_is_the_error(tmp_path: Path) -> None:
+def test_the_last_failure_is_the_error_if_nothing_is_answered(tmp_path: Path) -> None:
     with (
         Stub(lambda n, p: error(400, "unknown parameter: top_p")) as stub,
         pytest.raises(EndpointError, match="unknown parameter: top_p"),
@@ -293,14 +293,14 @@ def test_keys_that_contradict_each_other(
     assert "pw@" not in str(caught.value)
 
 
-def test_a_recipe_without_the_section_is_told_so(tmp_path: Path) -> None:
+def test_a_recipe_without_the_section_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(yaml.safe_dump(tiny.recipe(tmp_path)))
     with pytest.raises(RecipeError, match="synthesizes nothing"):
         synthesize_text(path)
 
 
-def test_check_tells_the_cost_from_the_answers_there_are(tmp_path: Path) -> None:
+def test_check_estimates_the_cost_from_the_answers_so_far(tmp_path: Path) -> None:
     def synthesis(recipe: Path) -> str:
         return next(f.text for f in check_recipe(recipe) if f.topic == "synthesis")
 
@@ -345,9 +345,7 @@ def test_the_summary_has_what_lost_answers_may_have_cost(tmp_path: Path) -> None
 
 @pytest.mark.run
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_a_run_that_is_stopped_goes_on_and_buys_nothing_again(
-    tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_stopped_run_resumes_and_never_pays_twice(tmp_path: Path, number: signal.Signals) -> None:
     """It is stopped while 60 answers are in the journal, and four requests are on their way."""
     released = threading.Event()
 

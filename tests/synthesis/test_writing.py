@@ -155,7 +155,7 @@ def test_calls_that_are_tried_leave_what_the_writing_took(tmp_path: Path) -> Non
         assert len(stub.payloads) == 3
 
 
-def test_a_teacher_that_repeats_itself_is_not_asked_for_ever(tmp_path: Path) -> None:
+def test_requests_to_a_teacher_that_repeats_itself_end(tmp_path: Path) -> None:
     def script(number: int, payload: dict[str, Any]) -> Reply:
         if payload["messages"][-1]["content"].startswith("Write"):
             return Reply(text="The only thing that I can think of")

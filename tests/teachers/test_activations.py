@@ -80,7 +80,7 @@ def test_nothing_is_left_hooked() -> None:
     assert not any(hooks)
 
 
-def test_a_model_with_its_blocks_elsewhere_is_refused() -> None:
+def test_a_model_with_its_blocks_elsewhere_is_rejected() -> None:
     model = tiny.llama()
     model.base_model.layers = torch.nn.Sequential(*model.base_model.layers)
     with pytest.raises(ModelError, match="decoder blocks"):

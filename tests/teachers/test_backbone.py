@@ -37,7 +37,7 @@ def test_the_heads_weight_is_the_models_own() -> None:
     assert lm_head(model).weight_VD is model.get_input_embeddings().weight
 
 
-def test_an_architecture_with_another_head_is_refused() -> None:
+def test_an_architecture_with_another_head_is_rejected() -> None:
     model = tiny_model("llama")
     model.lm_head.register_forward_hook(lambda module, inputs, output: output * 2)
     with pytest.raises(ModelError, match="not a linear map"):

@@ -34,7 +34,7 @@ def doubled_logits(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.run
 @pytest.mark.usefixtures("doubled_logits")
 @pytest.mark.parametrize("student", ["pruned", "pretrained"])
-def test_a_run_refuses_a_teacher_with_an_unknown_scale(tmp_path: Path, student: str) -> None:
+def test_a_run_rejects_a_teacher_with_an_unknown_scale(tmp_path: Path, student: str) -> None:
     raw = tiny.recipe(tmp_path)
     if student == "pretrained":
         model = tiny.save_model(tmp_path / "student", seed=1)
@@ -81,7 +81,7 @@ def test_a_head_alone_needs_no_other_weights(
     assert len(local._checked) == 1
 
 
-def test_a_model_that_goes_around_its_backbone_is_run_as_a_whole(tmp_path: Path) -> None:
+def test_a_model_that_bypasses_its_backbone_is_run_completely(tmp_path: Path) -> None:
     """OPT's logits come from `model.decoder`, not from `model`."""
     sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
     config = OPTConfig(vocab_size=96, num_attention_heads=4, max_position_embeddings=64, **sizes)

@@ -101,7 +101,7 @@ def test_the_converted_model_is_the_original(toy: Path, tmp_path: Path) -> None:
     assert (folder / "README.md").read_text() == "---\nlicense: apache-2.0\n---\n"
 
 
-def test_a_second_use_converts_nothing(
+def test_a_second_use_does_not_convert_again(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = resolve(toy, tmp_path)
@@ -114,7 +114,7 @@ def test_a_second_use_converts_nothing(
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_conversion_that_stops_leaves_nothing(
+def test_an_interrupted_conversion_leaves_nothing_behind(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(path: Path, folder: Path) -> None:
@@ -145,7 +145,7 @@ def test_two_processes_end_with_one_folder(
     assert [entry.name for entry in folder.parent.iterdir()] == [folder.name]
 
 
-def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
+def test_a_foreign_file_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(b"PK\x03\x04 something else")
     with pytest.raises(ModelError, match="not a GGUF file"):
@@ -153,7 +153,7 @@ def test_a_foreign_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.999])
-def test_a_truncated_file_is_refused(toy: Path, tmp_path: Path, share: float) -> None:
+def test_a_truncated_file_is_rejected(toy: Path, tmp_path: Path, share: float) -> None:
     path = tmp_path / "cut.gguf"
     contents = toy.read_bytes()
     path.write_bytes(contents[: max(4, int(len(contents) * share))])
@@ -161,7 +161,7 @@ def test_a_truncated_file_is_refused(toy: Path, tmp_path: Path, share: float) ->
         resolve(path, tmp_path)
 
 
-def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "strange.gguf"
     write_gguf(path, tiny_model(), architecture="whatever")
     with pytest.raises(ModelError, match="cannot read this GGUF file"):

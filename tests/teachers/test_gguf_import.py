@@ -73,7 +73,7 @@ def test_a_damaged_conversion_is_made_again(
     assert "is damaged (model.safetensors)" in capsys.readouterr().err
 
 
-def test_a_damaged_gguf_export_is_no_teacher(llama: Path, tmp_path: Path) -> None:
+def test_a_damaged_gguf_export_is_rejected_as_a_teacher(llama: Path, tmp_path: Path) -> None:
     file = tmp_path / "model.gguf"
     file.write_bytes(llama.read_bytes())
     write_sums(tmp_path)
@@ -136,7 +136,7 @@ def test_a_key_that_would_be_left_out_is_named(llama: Path, key: str, value: Any
         ({"tokenizer.ggml.pre": "kimi-k2"}, "rules named kimi-k2"),
     ],
 )
-def test_what_has_no_place_in_the_model_is_refused(
+def test_tensors_without_a_place_in_the_model_are_rejected(
     llama: Path, keys: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):
@@ -163,7 +163,7 @@ def test_nonsense_is_one_error(llama: Path, key: str, value: Any) -> None:
         converted(edited(llama, {f"llama.{key}": value}))
 
 
-def test_keys_that_change_nothing_are_no_obstacle(llama: Path) -> None:
+def test_keys_without_effect_are_accepted(llama: Path) -> None:
     keys = {
         "llama.attention.causal": True,
         "llama.expert_count": 0,
@@ -188,7 +188,7 @@ def test_a_factor_of_yarn_on_attention_is_a_product(tmp_path: Path) -> None:
     assert found == pytest.approx(0.5 * (0.1 * np.log(4.0) + 1))
 
 
-def test_a_granite_without_rotary_embeddings_is_refused(tmp_path: Path) -> None:
+def test_a_granite_without_rotary_embeddings_is_rejected(tmp_path: Path) -> None:
     file, _ = gguf(tmp_path, "granite")
     with pytest.raises(ModelError, match="without rotary embeddings"):
         converted(edited(file, {"granite.rope.scaling.finetuned": False}))
@@ -221,7 +221,7 @@ def test_a_surplus_tensor_is_named(llama: Path, name: str, shape: int) -> None:
         converted(edited(llama, tensors={name: np.ones(shape)}))
 
 
-def test_biases_of_some_layers_alone_are_refused(llama: Path) -> None:
+def test_biases_of_only_some_layers_are_rejected(llama: Path) -> None:
     with pytest.raises(ModelError, match=r"does not have: blk\.1\.attn_q\.bias"):
         converted(edited(llama, tensors={"blk.1.attn_q.bias": np.ones(32)}))
 
@@ -231,12 +231,12 @@ def test_a_missing_tensor_is_named(llama: Path) -> None:
         converted(edited(llama, tensors={"output_norm.weight": None}))
 
 
-def test_numbers_that_are_none_are_refused(llama: Path) -> None:
+def test_nan_and_infinity_are_rejected(llama: Path) -> None:
     with pytest.raises(ModelError, match=r"output_norm\.weight, which holds NaN"):
         converted(edited(llama, tensors={"output_norm.weight": np.full(32, np.nan)}))
 
 
-def test_biases_of_queries_keys_and_values_alone(llama: Path) -> None:
+def test_biases_only_of_queries_keys_and_values(llama: Path) -> None:
     """A Llama has no such configuration; a Qwen 2 computes the same."""
     parts = {"q": 32, "k": 16, "v": 16}
     biases = {
@@ -249,7 +249,7 @@ def test_biases_of_queries_keys_and_values_alone(llama: Path) -> None:
     assert not torch.allclose(logits(folder), logits(converted(llama)), atol=0.1)
 
 
-def test_divisors_of_frequencies_that_no_llama_3_has(llama: Path) -> None:
+def test_frequency_divisors_that_are_not_llama_3s(llama: Path) -> None:
     divisors = [1.0, 1.0, 3.0, 2.0]
     folder = converted(edited(llama, tensors={"rope_freqs.weight": np.array(divisors)}))
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -288,7 +288,7 @@ def test_an_answer_ends_where_llama_cpp_ends_it(llama: Path) -> None:
     assert generation["eos_token_id"] == [0, 2]
 
 
-def test_rows_that_pad_the_embedding_are_no_tokens(tmp_path: Path) -> None:
+def test_rows_that_pad_the_embedding_are_not_tokens(tmp_path: Path) -> None:
     words = tiny.merging_tokenizer()
     tiny.llama(vocab_size=320).save_pretrained(tmp_path / "model")
     words.save_pretrained(tmp_path / "model")
@@ -325,7 +325,7 @@ def test_pieces_are_the_same_tokens(tmp_path: Path, name: str) -> None:
         assert read(text)["input_ids"] == words(text)["input_ids"], text
 
 
-def test_no_space_is_put_before_text_where_the_file_says_so(tmp_path: Path) -> None:
+def test_no_space_is_added_before_text_if_the_file_says_so(tmp_path: Path) -> None:
     sentencepiece.write(tmp_path, "mistral")
     file = edited(tmp_path / "toy.gguf", {"tokenizer.ggml.add_space_prefix": False})
     read = load_tokenizer(converted(file))

@@ -47,7 +47,7 @@ def saved(config: Any) -> dict[str, Any]:
         ),
     ],
 )
-def test_base_and_scaling_stand_apart(rope: dict[str, Any], scaling: Any) -> None:
+def test_base_and_scaling_are_separate_keys(rope: dict[str, Any], scaling: Any) -> None:
     config = saved(CONFIGS["qwen3"](rope_parameters=rope))
     assert config["rope_theta"] == 5e5
     assert config.get("rope_scaling") == scaling
@@ -104,7 +104,7 @@ def test_special_tokens_have_the_older_name(tmp_path: Path) -> None:
     assert set(AutoTokenizer.from_pretrained(tmp_path).all_special_tokens) == set(tiny.SPECIAL)
 
 
-def test_tokens_that_a_class_of_version_4_would_add_are_said(tmp_path: Path) -> None:
+def test_tokens_that_a_version_4_class_would_add_are_noted(tmp_path: Path) -> None:
     """Version 4's LlamaTokenizerFast puts <s> first unless the file says otherwise."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁": 3, "a": 4, "▁a": 5}
     words = LlamaTokenizer(vocab=vocabulary, merges=[("▁", "a")])

@@ -55,7 +55,9 @@ def saved(folder: Path, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("part", ["teacher", "student", "random"])
 @pytest.mark.parametrize("kind", ENCODERS)
-def test_encoders_are_no_teachers_and_no_students(tmp_path: Path, kind: str, part: str) -> None:
+def test_encoders_are_rejected_as_teachers_and_students(
+    tmp_path: Path, kind: str, part: str
+) -> None:
     torch.manual_seed(0)
     ENCODERS[kind]().save_pretrained(tmp_path / "encoder")
     tiny.tokenizer().save_pretrained(tmp_path / "encoder")
@@ -191,20 +193,20 @@ def test_one_of_several_ends_is_enough(tmp_path: Path) -> None:
     require_tokens(config, planned_model(config))
 
 
-def test_padding_is_no_place_of_an_image(tmp_path: Path) -> None:
+def test_the_padding_token_cannot_be_an_image_token(tmp_path: Path) -> None:
     config = load_config(saved(tmp_path / "teacher"))
     config.pad_token_id, config.image_token_id = 3, 3
     with pytest.raises(ModelError, match="image"):
         require_tokens(config, planned_model(config))
 
 
-def test_a_teacher_that_is_not_finite_is_said_to_be(tmp_path: Path) -> None:
+def test_a_teacher_with_non_finite_outputs_is_reported(tmp_path: Path) -> None:
     raw = tiny.recipe(tmp_path)
     broken(tmp_path / "teacher", lambda tensors: tensors[NAME].fill_(float("nan")))
     with pytest.raises(StillhouseError, match="finite"):
         run(raw)
 
 
-def test_a_whole_model_passes(tmp_path: Path) -> None:
+def test_a_complete_model_passes(tmp_path: Path) -> None:
     config = check_model_folder(tiny.save_model(tmp_path / "teacher"))
     assert AutoModelForCausalLM.from_config(config).num_parameters() > 0

@@ -51,12 +51,12 @@ def test_one_weight_that_is_not_finite(folder: Path, value: float) -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.bool])
-def test_whole_numbers_without_scales(folder: Path, kind: torch.dtype) -> None:
+def test_integer_weights_without_scales(folder: Path, kind: torch.dtype) -> None:
     rewrite(folder, lambda tensors: tensors.update({UP: (tensors[UP] * 9).to(kind)}))
     assert "without scales" in refusal(folder)
 
 
-def test_a_head_beside_tied_embeddings(folder: Path) -> None:
+def test_a_separate_head_with_tied_embeddings(folder: Path) -> None:
     """One reader ties, another takes the head: two models in one folder."""
     embeddings = "model.embed_tokens.weight"
     rewrite(folder, lambda t: t.update({"lm_head.weight": t[embeddings] + 1}))
@@ -77,26 +77,26 @@ def test_a_head_that_equals_tied_embeddings(folder: Path) -> None:
     load_model(folder, dtype=torch.float32)
 
 
-def test_an_adapter_beside_the_model(folder: Path) -> None:
+def test_an_adapter_next_to_the_model(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     assert "an adapter besides the model" in refusal(folder)
 
 
 @pytest.mark.parametrize("method", ["nonsense", "exl2", 7])
-def test_a_quantization_that_nobody_knows(folder: Path, method: object) -> None:
+def test_an_unknown_quantization(folder: Path, method: object) -> None:
     edit(folder, "config.json", quantization_config={"quant_method": method, "bits": 4})
     assert f"quantized by {method}" in refusal(folder)
 
 
 @pytest.mark.parametrize("end", [10**6, -5, [10**6, -5], 1.5])
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
-def test_an_end_that_cannot_be_written(folder: Path, file: str, end: object) -> None:
+def test_an_end_token_that_cannot_be_generated(folder: Path, file: str, end: object) -> None:
     edit(folder, file, eos_token_id=end)
     assert "eos_token_id" in refusal(folder)
 
 
 @pytest.mark.parametrize(("key", "value"), [("num_attention_heads", 0), ("hidden_act", "no")])
-def test_a_configuration_of_no_model(folder: Path, key: str, value: object) -> None:
+def test_a_configuration_of_an_unknown_model(folder: Path, key: str, value: object) -> None:
     edit(folder, "config.json", **{key: value})
     assert "transformers cannot" in refusal(folder)
 

@@ -131,7 +131,7 @@ def test_a_server_fills_the_store_that_a_local_teacher_would(tmp_path, server):
     assert masses[0] == pytest.approx(masses[1], abs=1e-5)
 
 
-def test_what_was_recorded_before_the_server_went_away_is_not_asked_again(
+def test_rows_recorded_before_the_server_failed_are_not_requested_again(
     tmp_path, server, monkeypatch
 ):
     windows = TwoDocuments()
@@ -194,7 +194,7 @@ def malformed(**entry: Any) -> Any:
         (of_more_than_one, "of mass"),
     ],
 )
-def test_a_server_that_does_not_answer_what_was_asked_is_named(tmp_path, server, spoil, message):
+def test_a_server_with_wrong_replies_is_named(tmp_path, server, spoil, message):
     server.spoil = spoil
     with pytest.raises(ModelError, match=message) as caught:
         record(teacher(server.section), [TwoDocuments()], SETTINGS, tmp_path)
@@ -244,13 +244,13 @@ def test_a_server_teaches_live_what_its_store_would(tmp_path, server):
         (TeacherNeeds((), ActivationRequest(frozenset({1}))), "intermediate layers"),
     ],
 )
-def test_what_a_server_cannot_teach_is_refused_before_it_is_called(server, needs, message):
+def test_terms_that_a_server_cannot_serve_are_rejected_before_it_is_called(server, needs, message):
     with pytest.raises(SignalError, match=message) as caught:
         teacher(server.section).prepare(needs)
     assert caught.value.fix
     assert not server.asked
 
 
-def test_the_bias_of_its_likely_tokens_is_said(server, capfd):
+def test_the_bias_of_its_likely_tokens_is_reported(server, capfd):
     teacher(server.section).prepare(TeacherNeeds((Term("forward_kl"),)))
     assert "5 most likely tokens" in capfd.readouterr().err

@@ -81,7 +81,7 @@ def test_it_is_really_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 3
 
 
-def test_long_windows_and_other_attention_stay_as_they_are() -> None:
+def test_long_windows_and_other_attention_are_unchanged() -> None:
     assert not use_short_attention(
         made(CONFIGS["llama"]), context=attention.LONGEST + 1, device=CPU
     )

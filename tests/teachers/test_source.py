@@ -47,7 +47,7 @@ def refusal(model: object, tmp_path: Path) -> str:
     return str(caught.value)
 
 
-def test_a_folder_is_found_beside_the_recipe(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_is_found_next_to_the_recipe(folder: Path, tmp_path: Path) -> None:
     assert resolve("teacher", tmp_path).path == folder.resolve()
 
 
@@ -85,7 +85,7 @@ def test_an_unchanged_file_is_hashed_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json", SUMS])
-def test_a_damaged_export_is_no_teacher(folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_damaged_export_is_rejected_as_a_teacher(folder: Path, tmp_path: Path, name: str) -> None:
     """Also where neither the file's size nor its time says that it has changed."""
     write_sums(folder)
     resolve(folder, tmp_path)
@@ -173,7 +173,7 @@ def test_a_missing_shard(tmp_path: Path) -> None:
     assert resolve(folder, tmp_path).fingerprint
 
 
-def test_a_config_that_is_no_json(folder: Path, tmp_path: Path) -> None:
+def test_a_config_that_is_not_json(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text("{")
     assert "cannot be read as JSON" in refusal(folder, tmp_path)
 
@@ -243,7 +243,7 @@ def test_a_hub_model_is_named_by_its_commit(
         (huggingface_hub.errors.HFValidationError("bad"), "the Hub has no such model"),
     ],
 )
-def test_a_hub_model_that_cannot_be_had(
+def test_a_hub_model_that_cannot_be_downloaded(
     error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def download(model: str, **options: object) -> str:

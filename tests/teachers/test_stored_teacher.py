@@ -83,7 +83,7 @@ def test_a_store_of_nearly_everything_has_the_teachers_distribution(
     torch.testing.assert_close(sparse.log_probs_NK, expected_NK, atol=5e-3, rtol=1e-3)
 
 
-def test_rows_that_are_missing_are_answered_by_the_other_teacher_alone(
+def test_only_missing_rows_are_scored_by_the_other_teacher(
     teacher: Counting, data: Data, tmp_path: Path
 ) -> None:
     record(teacher, data, tmp_path / "whole", encoding=TopK(8))
@@ -127,7 +127,7 @@ def test_a_collective_teacher_answers_every_batch(
     assert teacher.calls == 1
 
 
-def test_stored_hidden_states_are_distributions_where_the_last_layer_is_there(
+def test_stored_hidden_states_are_distributions_if_the_last_layer_is_stored(
     teacher: Counting, data: Data, tmp_path: Path
 ) -> None:
     whole = record(teacher, data, tmp_path / "whole", encoding=Hidden((1, 3), 32))
@@ -173,7 +173,7 @@ def test_a_store_for_a_frozen_head_is_for_that_head(
         (Hidden((3,), 32), TeacherNeeds((), ActivationRequest(frozenset({1}))), r"needs \[1\] too"),
     ],
 )
-def test_what_a_store_cannot_teach_is_refused(
+def test_terms_that_a_store_cannot_serve_are_rejected(
     teacher: Counting, data: Data, tmp_path: Path, encoding: Any, needs: Any, message: str
 ) -> None:
     stored = record(teacher, data, tmp_path, encoding=encoding)
@@ -182,7 +182,7 @@ def test_what_a_store_cannot_teach_is_refused(
     assert caught.value.fix
 
 
-def test_a_store_of_another_tokenizer_is_refused(
+def test_a_store_of_another_tokenizer_is_rejected(
     teacher: Counting, data: Data, tmp_path: Path
 ) -> None:
     stored = record(teacher, data, tmp_path)
@@ -199,7 +199,7 @@ def test_a_store_holds_the_answers_of_one_teacher(
         record(SeveralTeachers([teacher, teacher]), data, tmp_path)
 
 
-def test_it_says_what_it_holds(teacher: Counting, data: Data, tmp_path: Path) -> None:
+def test_repr_shows_the_content(teacher: Counting, data: Data, tmp_path: Path) -> None:
     stored = record(teacher, data, tmp_path)
     assert f"top_k signals in {tmp_path}" in repr(stored)
     assert f"{stored.store.manifest.rows:,} tokens of 260" in repr(stored)

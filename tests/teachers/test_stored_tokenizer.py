@@ -53,7 +53,7 @@ def test_rules_that_transformers_would_replace(
     assert "loaded as tokenizer.json defines it" in capsys.readouterr().err
 
 
-def test_a_tokenizer_that_transformers_reads_as_it_is_keeps_its_class(
+def test_a_tokenizer_that_transformers_loads_unchanged_keeps_its_class(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = folder_of(tmp_path, "gpt2", "GPT2Tokenizer")

@@ -17,7 +17,7 @@ def test_padding_rows_are_trimmed() -> None:
     assert match.warnings == ()
 
 
-def test_equal_sizes_with_other_ids_are_refused() -> None:
+def test_equal_sizes_with_other_ids_are_rejected() -> None:
     with pytest.raises(ModelError, match="2 tokens differ") as caught:
         check_same_vocabulary(
             toy_tokenizer(), toy_tokenizer(swap=True), teacher_rows=96, student_rows=96
@@ -41,7 +41,7 @@ def test_an_added_special_token_counts() -> None:
         check_same_vocabulary(toy_tokenizer(), student, teacher_rows=128, student_rows=128)
 
 
-def test_a_model_with_fewer_rows_than_ids_is_refused() -> None:
+def test_a_model_with_fewer_rows_than_ids_is_rejected() -> None:
     with pytest.raises(ModelError, match="student has 90 embedding rows"):
         check_same_vocabulary(toy_tokenizer(), toy_tokenizer(), teacher_rows=96, student_rows=90)
 

@@ -69,7 +69,9 @@ def test_the_student_generates_in_the_middle_of_training(setting: Setting, preci
     assert_same(weights(student.model), weights(quiet.model))
 
 
-def test_memory_and_a_folder_give_the_same_student(setting: Setting, tmp_path: Path) -> None:
+def test_training_in_memory_and_in_a_folder_returns_the_same_student(
+    setting: Setting, tmp_path: Path
+) -> None:
     kept, live = (Student.load(setting.student) for _ in range(2))
     trained(setting, kept, folder=tmp_path)
     result = trained(setting, live)
@@ -92,7 +94,7 @@ def test_the_model_comes_back_as_it_was_but_for_its_weights(setting: Setting) ->
     )
 
 
-def test_a_student_without_a_folder_goes_back_before_a_damaged_checkpoint(
+def test_training_falls_back_from_a_damaged_checkpoint_without_a_student_folder(
     setting: Setting, tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(setting.student)
@@ -153,9 +155,7 @@ def arguments(folder: Path, **more: Any) -> TrainingArguments:
     )
 
 
-def test_a_subclass_of_the_trainer_trains_models_as_they_are(
-    setting: Setting, tmp_path: Path
-) -> None:
+def test_a_subclass_of_the_trainer_trains_plain_models(setting: Setting, tmp_path: Path) -> None:
     student, teacher = tiny.llama(seed=1, hidden_size=16), tiny.llama()
     terms = [LogitsTerm(), HiddenStatesTerm(kind="hidden_states")]
     losses = []
@@ -193,7 +193,7 @@ def test_the_trainer_alone_resumes_as_transformers_does(setting: Setting, tmp_pa
     assert_same(*found)
 
 
-def test_models_of_other_tokens_are_refused(setting: Setting) -> None:
+def test_models_of_other_tokens_are_rejected(setting: Setting) -> None:
     words = tiny.tokenizer()
     words.add_tokens(["<more>"])
     student = Student(tiny.llama(vocab_size=261), words)
@@ -202,7 +202,7 @@ def test_models_of_other_tokens_are_refused(setting: Setting) -> None:
         train(student, teacher, setting.windows, KL, SECTION)
 
 
-def test_terms_on_layers_of_several_teachers_are_refused(setting: Setting) -> None:
+def test_terms_on_layers_of_several_teachers_are_rejected(setting: Setting) -> None:
     both = SeveralTeachers([LocalTeacher(tiny.llama(seed=seed)) for seed in (2, 3)])
     terms = ObjectiveRecipe(terms=[HiddenStatesTerm(kind="hidden_states")])
     with pytest.raises(SignalError, match="for one teacher"):

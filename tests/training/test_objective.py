@@ -208,7 +208,7 @@ def test_packed_documents_are_not_related() -> None:
         ({"divergence": "jsd", "layers": [2]}, "a student with 2 blocks"),
     ],
 )
-def test_what_two_models_cannot_give_is_refused_by_its_place(
+def test_terms_that_two_models_cannot_serve_are_rejected_with_their_place(
     narrow: Setting, tmp_path: Path, term: dict[str, Any], message: str
 ) -> None:
     configs = [
@@ -220,7 +220,7 @@ def test_what_two_models_cannot_give_is_refused_by_its_place(
     assert caught.value.fix
 
 
-def test_two_terms_of_a_kind_are_refused(narrow: Setting, tmp_path: Path) -> None:
+def test_two_terms_of_a_kind_are_rejected(narrow: Setting, tmp_path: Path) -> None:
     config = load_model(narrow.student, dtype=torch.float32).config
     with pytest.raises(SignalError, match="same kind"):
         make_objective(objective(tmp_path, HIDDEN, HIDDEN), config, config)

@@ -124,7 +124,7 @@ def fill_with_garbage(file: Path) -> None:
     "file",
     ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"],
 )
-def test_a_checkpoint_that_does_not_load_gives_way_to_the_one_before(
+def test_training_falls_back_from_a_checkpoint_that_does_not_load(
     setting: Setting, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], file: str
 ) -> None:
     out = tmp_path / "out"
@@ -142,9 +142,7 @@ def test_a_checkpoint_that_does_not_load_gives_way_to_the_one_before(
     assert left == {"checkpoint-4", "checkpoint-8", "checkpoint-12", "damaged-checkpoint-8"}
 
 
-def test_after_the_last_step_no_other_is_taken(
-    setting: Setting, trained: Path, tmp_path: Path
-) -> None:
+def test_no_step_follows_the_last_one(setting: Setting, trained: Path, tmp_path: Path) -> None:
     """A process that was killed between its last checkpoint and its last file."""
     out = tmp_path / "out"
     shutil.copytree(trained, out)
@@ -153,7 +151,7 @@ def test_after_the_last_step_no_other_is_taken(
     assert weights(out) == weights(trained)
 
 
-def test_where_no_checkpoint_loads_training_starts_anew(
+def test_training_starts_over_if_no_checkpoint_loads(
     setting: Setting, trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -166,7 +164,7 @@ def test_where_no_checkpoint_loads_training_starts_anew(
     assert weights(out) == weights(trained)
 
 
-def test_no_memory_for_a_checkpoint_is_not_taken_for_damage(
+def test_too_little_memory_for_a_checkpoint_is_not_mistaken_for_damage(
     setting: Setting, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -182,7 +180,7 @@ def test_no_memory_for_a_checkpoint_is_not_taken_for_damage(
 
 
 @pytest.mark.run
-def test_all_processes_go_back_where_one_cannot_load(setting: Setting, tmp_path: Path) -> None:
+def test_all_processes_fall_back_if_one_cannot_load(setting: Setting, tmp_path: Path) -> None:
     """Each process has a file of random states of its own."""
     out = tmp_path / "out"
     options = {**OPTIONS, "max_steps": 10, "evaluate_every": None, "keep_checkpoints": 3}

@@ -157,7 +157,7 @@ SHARDED, PLAIN, ALONE = (2, "both"), (2, "none"), (1, "auto")
 
 @pytest.mark.parametrize("before", [SHARDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
 @pytest.mark.parametrize("after", [SHARDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
-def test_a_training_goes_on_with_other_processes_and_sharding(
+def test_a_training_resumes_with_other_processes_and_sharding(
     narrow: Setting, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
 ) -> None:
     options = {"checkpoint_every": 2, "keep_checkpoints": 3, "schedule": "constant"}

@@ -176,7 +176,7 @@ def test_training_without_a_teacher_is_plain_fine_tuning(setting: Setting, tmp_p
     assert not any("heldout_kl" in row for row in rows)
 
 
-def test_early_stop_ends_when_nothing_gets_better(setting: Setting, tmp_path: Path) -> None:
+def test_early_stop_ends_training_without_improvement(setting: Setting, tmp_path: Path) -> None:
     run(
         setting,
         tmp_path,
@@ -193,7 +193,7 @@ def test_early_stop_ends_when_nothing_gets_better(setting: Setting, tmp_path: Pa
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
-def test_schedules_warm_up_and_end_as_they_say(
+def test_schedules_warm_up_and_decay_as_named(
     setting: Setting, tmp_path: Path, schedule: str
 ) -> None:
     run(setting, tmp_path, max_steps=10, warmup=0.2, schedule=schedule, learning_rate=1e-3)
@@ -220,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step(setting: Setting, tmp_pat
     ("options", "processes"),
     [({"batch_size": 8, "micro_batch_size": 3}, 1), ({"batch_size": 3}, 2)],
 )
-def test_a_batch_that_cannot_be_split_is_refused(options: dict[str, Any], processes: int) -> None:
+def test_a_batch_that_cannot_be_split_is_rejected(options: dict[str, Any], processes: int) -> None:
     with pytest.raises(RecipeError, match="not a multiple"):
         plan_batches(section(**options), windows=100, processes=processes)
 
