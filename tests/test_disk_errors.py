@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import yaml
 
 from stillhouse import scratch
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
+from stillhouse.pipeline import engine
+from stillhouse.pipeline.engine import RESOLVED, locked_folder
 from stillhouse.runfolder import Outcome, RunFolder
 from stillhouse.scratch import temporary_folder
+from tests import forks, tiny
 
 
 class Usage(NamedTuple):
@@ -70,3 +76,130 @@ def test_a_message_is_not_mistaken_for_another(tmp_path: Path) -> None:
     with pytest.raises(RunError) as caught, disk_errors(tmp_path):
         raise said
     assert caught.value is said
+
+
+@pytest.mark.parametrize(
+    ("error", "what", "fix"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota is used up", "free some space"),
+        (Exception("Error: Disk quota exceeded (os error 122)"), "quota", "free some space"),
+        (OSError(errno.EFBIG, "File too large"), "larger than the disk", "free some space"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "full", "free some space"),
+        (OSError(errno.EIO, "Input/output error"), "reports an error", "check the disk"),
+        (OSError(errno.ESTALE, "Stale file handle"), "no longer connected", "check the disk"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only", "use another path"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "x"), "a folder where", "move it away"),
+        (FileExistsError(errno.EEXIST, "File exists", "x"), "a file where", "move it away"),
+    ],
+)
+def test_every_error_of_a_disk_is_one_message(
+    tmp_path: Path, error: Exception, what: str, fix: str
+) -> None:
+    with pytest.raises(RunError, match=what) as caught, disk_errors(tmp_path):
+        raise error
+    assert fix in str(caught.value.fix)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("no space"),
+        FileNotFoundError(errno.ENOENT, "No such file or directory", "teacher/config.json"),
+        RuntimeError("PytorchStreamReader failed finding central directory"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+    ],
+)
+def test_other_errors_pass(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, disk_errors(tmp_path):
+        raise error
+    assert caught.value is error
+
+
+def test_of_a_rename_the_path_that_is_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir()
+    (tmp_path / "new").touch()
+    with pytest.raises(RunError, match="a folder where a file") as caught, disk_errors(tmp_path):
+        (tmp_path / "new").replace(tmp_path / "report.html")
+    assert caught.value.where == str(tmp_path / "report.html")
+
+
+def test_a_finished_stage_that_vanishes_is_one_message(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked():
+        first = folder.stage("data", {}, lambda out: Outcome())
+
+        def work(out: Path) -> Outcome:
+            shutil.rmtree(first.path)
+            raise ValueError("in the words of a library")
+
+        with pytest.raises(RunError, match="deleted, moved or replaced") as caught:
+            folder.stage("train", {}, work)
+    assert caught.value.where == str(first.path)
+
+
+def test_a_stage_that_is_done_again_has_not_vanished(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked():
+        shutil.rmtree(folder.stage("data", {}, lambda out: Outcome()).path)
+        with pytest.raises(ValueError, match="of the work"):
+            folder.stage("data", {}, raise_of_work)
+
+
+def raise_of_work(out: Path) -> Outcome:
+    raise ValueError("of the work")
+
+
+def test_a_file_in_the_place_of_a_stage_is_found_before_the_work(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with folder.locked():
+        stage = folder.stage("data", {}, lambda out: Outcome())
+        shutil.rmtree(stage.path)
+        stage.path.write_text("mine")
+        with pytest.raises(RunError, match="a file where a folder should be"):
+            folder.stage("data", {}, raise_of_work)
+    assert stage.path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", [".scratch", "tmp"])
+def test_a_file_in_the_place_of_the_temporary_folder_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("TMPDIR", "" if place == ".scratch" else str(tmp_path / "tmp"))
+    run.mkdir()
+    (run / ".scratch").write_text("mine")
+    (tmp_path / "tmp").write_text("mine")
+    with pytest.raises(RunError, match="a file where") as caught, RunFolder(run).locked():
+        temporary_folder("stillhouse-").__enter__()
+    assert "TMPDIR" in str(caught.value.fix)
+
+
+class ARecipe(SimpleNamespace):
+    """Of any kind, as far as its folder goes."""
+
+
+def test_a_recipe_of_the_user_in_the_run_folder_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "recipe_yaml", lambda recipe: "name: tiny\n")
+    recipe = ARecipe(name="tiny", folder=str(tmp_path))
+    file = tmp_path / "recipe.yaml"
+    file.write_text("# mine\nname: tiny\n")
+    with pytest.raises(RunError, match=r"recipe\.yaml"), locked_folder(recipe):
+        pass
+    assert file.read_text() == "# mine\nname: tiny\n"
+    file.unlink()
+    for _ in range(2):
+        with locked_folder(recipe):
+            assert file.read_text() == f"{RESOLVED}name: tiny\n"
+
+
+@pytest.mark.run
+def test_a_file_in_the_place_of_a_product_is_found_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.recipe(tmp_path)))
+    process = forks.stillhouse("run", str(recipe))
+    assert process.wait(timeout=120) == 1
+    assert "model of this run" in process.errors()
+    assert not os.listdir(tmp_path / "run" / "stages")

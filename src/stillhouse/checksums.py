@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError
 
 SUMS = "SHA256SUMS"
@@ -55,7 +56,8 @@ def write_sums(folder: Path) -> None:
     """Writes SHA256SUMS with the hash of every other file below the folder, for `sha256sum -c`."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
     lines = [f"{file_facts(p)['sha256']}  {p.relative_to(folder).as_posix()}\n" for p in files]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    with disk_errors(folder):
+        (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def read_sums(folder: Path) -> dict[str, Facts]:

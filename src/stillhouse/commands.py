@@ -158,6 +158,7 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
         )
     folder = run_folder(recipe)
     with folder.locked():
+        folder.require_free("signals")
         # For a teacher on a server, only the configuration and the tokenizer are needed.
         here = section.server is None and section.answers is None
         only: tuple[str, ...] = (*DATA_STEPS, "signals")

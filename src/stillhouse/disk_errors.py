@@ -1,61 +1,127 @@
-"""A full disk, a missing permission or a vanished folder as one message, in any library's words."""
+"""A full disk, a missing permission or a path in the way as one message, in any library's words."""
 
 from __future__ import annotations
 
 import errno
+import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from stillhouse.errors import RunError, StillhouseError
 
-_DISK = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
-_FULL = re.compile(
-    "No space left|os error 28|disk is full|PytorchStreamWriter failed|inline_container"
-    "|unexpected pos"
-)
-"""How libraries say that a file could not be written to its end."""
-_PERMISSION = (errno.EACCES, errno.EPERM, errno.EROFS)
-_NO_FOLDER = (FileExistsError, NotADirectoryError, IsADirectoryError)
 KEPT = (
     "free some space and give the same command again: finished stages and complete checkpoints "
     "are kept"
 )
+ELSEWHERE = "use another path (for a run: --set folder=PATH)"
+_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file is larger than the disk or `ulimit -f` allows",
+}
+_OWNER, _MOVE = "check its owner and permissions, or ", "move it away, or "
+_UNUSABLE = {
+    errno.EACCES: ("permission denied", _OWNER),
+    errno.EPERM: ("permission denied", _OWNER),
+    errno.EROFS: ("the disk is read-only", ""),
+    errno.EEXIST: ("there is a file where a folder should be", _MOVE),
+    errno.ENOTDIR: ("there is a file where a folder should be", _MOVE),
+    errno.ENOTEMPTY: ("there is a folder where a file should be", _MOVE),
+    errno.EISDIR: ("there is a folder where a file should be", _MOVE),
+    errno.ENAMETOOLONG: ("the path is too long", ""),
+    errno.ELOOP: ("the path is a link that leads back to itself", _MOVE),
+}
+_BROKEN = {
+    errno.EIO: "the disk reports an error",
+    errno.ESTALE: "the disk is no longer connected",
+    errno.ENODEV: "the disk is no longer connected",
+    errno.ENXIO: "the disk is no longer connected",
+}
+_REPAIR = "check the disk (`dmesg` shows its errors), and give the same command again"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries in Rust end their messages."""
+_NO_SPACE = re.compile(
+    "No space left|disk is full|PytorchStreamWriter failed writing|unexpected pos \\d+ vs"
+)
 
 
 @contextmanager
-def disk_errors(where: Path, fix: str = KEPT) -> Iterator[None]:
-    """Turns a full disk, a missing permission or a folder that vanished into a RunError; other
-    errors pass.
+def disk_errors(where: Path, fix: str = KEPT, elsewhere: str = ELSEWHERE) -> Iterator[None]:
+    """Turn an error of the disk into a RunError; other errors pass.
 
-    where: what is written inside the block. fix: what to do about a full disk.
+    where: what is written inside the block. fix: what to do about a full disk. elsewhere: what to
+    do about a path that cannot be used.
     """
     try:
         yield
     except StillhouseError:
         raise
     except Exception as error:
-        full = full_disk(error)
-        if full is not None:
-            raise RunError(full, where=where, fix=fix) from error
-        if not isinstance(error, OSError):
+        problem = disk_error(error, where, fix, elsewhere)
+        if problem is None:
             raise
-        if error.errno in _PERMISSION or isinstance(error, _NO_FOLDER):
-            raise RunError(
-                f"cannot write here: {error.strerror}",
-                where=error.filename or where,
-                fix="check the folder's owner and permissions, or give another folder: "
-                "--set folder=PATH",
-            ) from error
-        raise
+        raise problem from error
 
 
-def full_disk(error: BaseException) -> str | None:
-    """What is full, where that is the reason of the error.
+def disk_error(
+    error: BaseException,
+    where: Path | None,
+    fix: str = KEPT,
+    elsewhere: str = ELSEWHERE,
+) -> RunError | None:
+    """The error that `disk_errors` raises; None if the disk is not the reason.
 
-    torch and safetensors report a full disk as errors of their own, so their text is checked.
+    where: None if it is not known.
     """
-    if isinstance(error, OSError) and error.errno in _DISK:
-        return _DISK[error.errno]
-    return "the disk is full" if _FULL.search(str(error)) else None
+    code = _code(error)
+    # Of a rename, the second path is the one in the way.
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    path = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else where
+    place = path or "not known"
+    if code in _FULL:
+        return RunError(_FULL[code], where=place, fix=fix)
+    if code in _BROKEN:
+        return RunError(_BROKEN[code], where=place, fix=_REPAIR)
+    if code in _UNUSABLE and path is not None:
+        what, first = _UNUSABLE[code]
+        if where in (path, *path.parents):
+            what = f"cannot write here: {what}"
+        return RunError(what, where=place, fix=first + elsewhere)
+    if code == errno.ENOENT and path and where and where in path.parents and not where.is_dir():
+        return RunError("the folder does not exist, or was deleted", where=where, fix=elsewhere)
+    return None
+
+
+def download_errors() -> AbstractContextManager[None]:
+    """As `disk_errors`, for what huggingface_hub and datasets keep of downloads."""
+    return disk_errors(
+        Path(os.environ.get("HF_HOME", "~/.cache/huggingface")),
+        fix="free some space there, or set HF_HOME to a folder on a larger disk",
+        elsewhere="set HF_HOME to a folder that can be written",
+    )
+
+
+def made_folder(folder: Path) -> None:
+    """Create the folder and its parents, if they do not exist. Raises OSError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # its parent is there, and nothing can be made in it
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder)) from error
+
+
+def full_disk(error: BaseException) -> bool:
+    """Whether a full disk is the reason of the error."""
+    return _code(error) in _FULL
+
+
+def _code(error: BaseException) -> int | None:
+    """The number of the system's error. Libraries report some as errors of their own, so their
+    text is searched."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    text = str(error)
+    if found := _OS_ERROR.search(text):
+        return int(found[1])
+    return errno.ENOSPC if _NO_SPACE.search(text) else None

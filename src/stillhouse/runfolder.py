@@ -10,6 +10,7 @@ inputs. If a recipe is changed and changed back, its old stages are found again.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from stillhouse.checksums import damaged_files, file_facts, seal_broken, sealed
-from stillhouse.disk_errors import disk_errors
+from stillhouse.disk_errors import disk_errors, made_folder
 from stillhouse.errors import RunError, StillhouseError
 from stillhouse.progress import note
 from stillhouse.scratch import scratch_in
@@ -76,6 +77,13 @@ class RunFolder:
         self.links = links or root
         self.stages = root / "stages"
         self._lock: IO[str] | None = None
+        self._finished: set[Path] = set()
+
+    def linked_from(self, links: Path) -> RunFolder:
+        """The same folder, whose products are pointed to in `links`."""
+        other = RunFolder(self.root, links)
+        other._lock, other._finished = self._lock, self._finished
+        return other
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -84,7 +92,7 @@ class RunFolder:
         Raises RunError if another process has locked it.
         """
         with disk_errors(self.root):
-            self.stages.mkdir(parents=True, exist_ok=True)
+            made_folder(self.stages)
             lock = (self.root / ".lock").open("a+", encoding="utf-8", errors="replace")
         with lock:
             try:
@@ -104,24 +112,29 @@ class RunFolder:
                 lock.flush()
             self._lock = lock
             try:
-                with scratch_in(self.root):
+                with disk_errors(self.root), scratch_in(self.root):
                     yield
+            except Exception:
+                self._require_there()
+                raise
             finally:
                 self._lock = None
 
-    def _require_own(self) -> None:
-        """Raise RunError if the folder is not the one that this process locked: it was deleted
-        or moved, and libraries create the folders that they write to."""
+    def _require_there(self, *folders: Path) -> None:
+        """Raise RunError if the run folder is not the one that this process locked, or if one of
+        `folders` or of the finished stages is missing: they were deleted or moved, and libraries
+        create the folders that they write to."""
         if self._lock is None:
             return
         try:
             own = os.path.samestat(os.fstat(self._lock.fileno()), (self.root / ".lock").stat())
         except OSError:
             own = False
-        if not own:
+        gone = [path for path in (*folders, *self._finished) if not path.is_dir()]
+        if gone or not own:
             raise RunError(
-                "the run folder was deleted, moved or replaced while the run was writing to it",
-                where=self.root,
+                "this folder was deleted, moved or replaced while the run was using it",
+                where=gone[0] if own else self.root,
                 fix="put it back if you moved it, and give the same command again",
             )
 
@@ -139,6 +152,7 @@ class RunFolder:
     def finished(self, name: str, depends_on: Mapping[str, Any]) -> Stage | None:
         """The finished stage with that name and key, or None. Damage is reported."""
         path = self._final(name, depends_on)
+        self._finished.discard(path)
         if not path.is_dir():
             return None
         try:
@@ -152,6 +166,7 @@ class RunFolder:
         if damaged:
             note(f"{path} is damaged ({', '.join(damaged[:3])}): the {name} stage is done again")
             return None
+        self._finished.add(path)
         return stage
 
     def stage(
@@ -177,15 +192,19 @@ class RunFolder:
         final = self._final(name, depends_on)
         partial = self.partial(name, depends_on)
         with disk_errors(partial):
-            self._require_own()
+            self._require_there()
+            if final.is_file():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final))
             if partial.exists() and not resumable:
                 shutil.rmtree(partial)
             partial.mkdir(parents=True, exist_ok=True)
             started = time.time()
             try:
                 outcome = work(partial)
-            finally:
-                self._require_own()
+            except Exception:
+                self._require_there(partial)
+                raise
+            self._require_there(partial)
             seconds = time.time() - started if outcome.seconds is None else outcome.seconds
             if check is not None:
                 _check_product(name, partial, check)
@@ -215,23 +234,39 @@ class RunFolder:
                 shutil.rmtree(final)
             partial.rename(final)
             flush(self.stages)
+        self._finished.add(final)
         return Stage(name, final, digest, cost, outcome.summary, False)
+
+    def require_own(self, name: str) -> None:
+        """Raise RunError if there is a file that the run would write, and did not write: it has
+        not finished a stage."""
+        if (self.root / name).exists() and not any(self.stages.glob("[!.]*")):
+            raise _not_ours(self.root / name)
+
+    def require_free(self, name: str) -> Path:
+        """The path of a link to a product. Raises RunError if something else is there."""
+        link = self.links / name
+        if link.exists() and not link.is_symlink():
+            raise _not_ours(link)
+        return link
 
     def point(self, name: str, target: Path) -> None:
         """Make `links/name` a relative link to a finished stage's file or folder."""
-        link = self.links / name
+        link = self.require_free(name)
         with disk_errors(link):
             self.links.mkdir(parents=True, exist_ok=True)
-            if link.exists() and not link.is_symlink():
-                raise RunError(
-                    f"there is a file or folder of yours where {name} of this run is to be",
-                    where=link,
-                    fix="move it away, or give the run another folder: --set folder=PATH",
-                )
             temporary = self.links / f".{name}.link"
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(os.path.relpath(target, self.links))
             temporary.replace(link)
+
+
+def _not_ours(path: Path) -> RunError:
+    return RunError(
+        f"there is a file or folder of yours where {path.name} of this run is to be",
+        where=path,
+        fix="move it away, or give the run another folder: --set folder=PATH",
+    )
 
 
 def _check_product(name: str, folder: Path, check: Callable[[Path], None]) -> None:

@@ -7,12 +7,16 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from stillhouse.disk_errors import full_disk
-from stillhouse.errors import RunError, StillhouseError
+from stillhouse.disk_errors import disk_errors, full_disk, made_folder
+from stillhouse.errors import StillhouseError
 
+_LARGER = (
+    "free some space there, or set TMPDIR to a folder on a larger disk; then give the same command "
+    "again: finished stages are kept"
+)
 _place: Path | None = None
 _root: Path | None = None
 
@@ -43,11 +47,17 @@ def _of(root: Path) -> Path:
 
 
 def scratch_place() -> Path:
-    """The folder for temporary files, made where it is not there."""
+    """The folder for temporary files, made where it is not there. Raises RunError."""
     if _place is None:
         return Path(tempfile.gettempdir())
-    _place.mkdir(parents=True, exist_ok=True)
+    with temporary_disk(_place):
+        made_folder(_place)
     return _place
+
+
+def temporary_disk(place: Path) -> AbstractContextManager[None]:
+    """As `disk_errors`, for what is written to the folder for temporary files."""
+    return disk_errors(place, fix=_LARGER, elsewhere="set TMPDIR to a folder that can be written")
 
 
 @contextmanager
@@ -57,22 +67,22 @@ def temporary_folder(prefix: str) -> Iterator[str]:
     Raises RunError where its disk is full; a full disk of the run folder is another error.
     """
     place = scratch_place()
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=place) as folder:
+    with temporary_disk(place):
+        made = tempfile.TemporaryDirectory(prefix=prefix, dir=place)
+    with made as folder:
         try:
             yield folder
         except StillhouseError:
             raise
         except Exception as error:
-            if full_disk(error) and _is_fuller(place):
-                raise RunError(
-                    "the disk of the temporary folder is full",
-                    where=place,
-                    fix="free some space there, or set TMPDIR to a folder on a larger disk; then "
-                    "give the same command again: finished stages are kept",
-                ) from error
+            if full_disk(error) and _is_fuller(place, error):
+                with temporary_disk(place):
+                    raise
             raise
 
 
-def _is_fuller(place: Path) -> bool:
+def _is_fuller(place: Path, error: Exception) -> bool:
     """Whether there is less space than on the disk of the run folder."""
+    if isinstance(error, OSError) and isinstance(error.filename, str):
+        return place in Path(error.filename).parents
     return _root is None or shutil.disk_usage(place).free < shutil.disk_usage(_root).free

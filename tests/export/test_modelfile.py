@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,43 @@ def test_an_unknown_template_is_left_to_ollama(folder: Path) -> None:
     written = modelfile(folder, "toy.gguf")
     assert "TEMPLATE" not in written
     assert 'PARAMETER stop "<|end|>"' in written
+
+
+def read_by_ollama(text: str) -> list[tuple[str, str]]:
+    """Commands and values. A quoted value ends with a line that ends in its quotes."""
+    found, lines = [], iter(text.splitlines())
+    for line in lines:
+        if line.startswith("#"):
+            continue
+        name, value = re.split(" (?=[^ ])", line.removeprefix("PARAMETER "), maxsplit=1)
+        quotes = next((each for each in ('"""', '"') if value.startswith(each)), "")
+        while quotes and (len(value) < 2 * len(quotes) or not value.rstrip().endswith(quotes)):
+            value += f"\n{next(lines)}"
+        size = len(quotes)
+        found.append((name, value[size : len(value) - size]))
+    return found
+
+
+@pytest.mark.parametrize("system", ['Say "yes".', 'a\n"quote"', '"', '"""', 'two\n""" lines'])
+def test_quotes_in_texts_and_stops_are_kept(folder: Path, system: str) -> None:
+    words = tiny.tokenizer()
+    words.add_special_tokens({"eos_token": '<"\n>'})
+    words.chat_template = CHATML.replace("Be kind.", system)
+    words.save_pretrained(folder)
+    found = read_by_ollama(modelfile(folder, "toy.gguf"))
+    assert ("SYSTEM", system) in found
+    assert ("stop", '<"\n>') in found
+    assert ("temperature", "0.6") in found
+
+
+def test_a_system_message_that_a_modelfile_cannot_hold_is_left_out(folder: Path) -> None:
+    words = tiny.tokenizer()
+    words.chat_template = CHATML.replace("Be kind.", 'Code is in """\nPARAMETER stop "e"')
+    words.save_pretrained(folder)
+    written = modelfile(folder, "toy.gguf")
+    assert "SYSTEM" not in written
+    assert ("stop", "e") not in read_by_ollama(written)
+    assert "# A Modelfile cannot hold the system message" in written
 
 
 def test_a_tokenizer_without_a_template_has_no_format() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import signal
 import threading
@@ -20,7 +22,7 @@ from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.documents import Conversation
 from stillhouse.data.sources import read_sources
-from stillhouse.errors import DataError, EndpointError, RecipeError
+from stillhouse.errors import DataError, EndpointError, RecipeError, RunError
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.journal import Journal
 from stillhouse.language_model.synthesis_stage import synthesis_job
@@ -415,6 +417,35 @@ def test_a_file_of_the_user_is_not_overwritten(tmp_path: Path) -> None:
         assert "mine.jsonl, which this recipe did not write" in error.text
         synthesize_text(path)
     assert (tmp_path / "mine.jsonl").read_text() == "my own rows\n"
+
+
+def test_a_folder_in_the_place_of_the_text_is_found_before_anything_is_paid(tmp_path: Path) -> None:
+    with Stub(echo) as stub:
+        path = write(tmp_path, stub.url, out="mine")
+        (tmp_path / "mine").mkdir()
+        with pytest.raises(RunError, match="there is a folder"):
+            synthesize_text(path)
+        assert stub.payloads == []
+    assert os.listdir(tmp_path / "mine") == []
+
+
+def test_a_full_disk_of_the_text_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_text: Path, temporary: Path) -> None:
+        temporary.write_text("half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Stub(echo) as stub:
+        path = write(tmp_path, stub.url, out="other-disk/text.jsonl")
+        with monkeypatch.context() as patch:
+            patch.setattr("stillhouse.language_model.synthesis_stage.shutil.copyfile", full)
+            with pytest.raises(RunError, match="the disk is full") as caught:
+                synthesize_text(path)
+        assert caught.value.where == str(tmp_path / "other-disk" / "text.jsonl")
+        assert os.listdir(tmp_path / "other-disk") == []
+        assert synthesize_text(path).new == 0
+    assert os.listdir(tmp_path / "other-disk") == ["text.jsonl"]
 
 
 def test_what_the_recipe_wrote_before_is_replaced(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from stillhouse.evaluation.answers import AnswersEvaluation
 from stillhouse.language_model.data_stage import plan_data
 from stillhouse.language_model.job import find_models
 from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
-from stillhouse.pipeline.kind import ALL, Kind, Step
+from stillhouse.pipeline.kind import ALL, Kind, Link, Step
 from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.stage_plan import Do, StagePlan
 from stillhouse.runfolder import Stage, run_root
@@ -110,8 +110,8 @@ STEPS = (
 )
 
 
-def _links(_job: AnsweringJob, stages: Mapping[str, Stage]) -> dict[str, Path]:
-    return {MODEL: stages["export"].path / MODEL, REPORT: stages["report"].path / REPORT}
+def _links(_job: AnsweringJob) -> dict[str, Link]:
+    return {MODEL: ("export", MODEL), REPORT: ("report", REPORT)}
 
 
 def _kind(name: str) -> Kind:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 from stillhouse.classify.classifier_evaluation import plan_classifier_evaluation
 from stillhouse.classify.classifier_export import plan_classifier_export, plan_classifier_report
 from stillhouse.classify.classify_check import (
@@ -28,9 +25,8 @@ from stillhouse.classify.classify_stages import (
 from stillhouse.classify.predict_labels import classifier_predictor
 from stillhouse.evaluation.classification import ClassificationEvaluation
 from stillhouse.language_model.export_stage import plan_push, pushes, shipped_folder
-from stillhouse.pipeline.kind import ALL, Kind, Step
+from stillhouse.pipeline.kind import ALL, Kind, Link, Step
 from stillhouse.pipeline.report_stage import REPORT
-from stillhouse.runfolder import Stage
 
 STEPS = (
     Step("texts", plan_texts, then=with_gold, require=require_task, check=check_texts),
@@ -70,11 +66,10 @@ STEPS = (
 )
 
 
-def _links(job: TaskJob, stages: Mapping[str, Stage]) -> dict[str, Path]:
+def _links(job: TaskJob) -> dict[str, Link]:
     forms = dict.fromkeys(("safetensors", *job.recipe.export.formats))
-    exported = stages["export"].path
-    found = {name: exported / name for name in map(shipped_folder, forms)}
-    return {**found, REPORT: stages["report"].path / REPORT}
+    exported = {name: ("export", name) for name in map(shipped_folder, forms)}
+    return {**exported, REPORT: ("report", REPORT)}
 
 
 CLASSIFY = Kind(

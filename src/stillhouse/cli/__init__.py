@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -15,13 +14,8 @@ import typer
 
 from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, output_file, say
 from stillhouse.cli.signals_commands import signals
-from stillhouse.disk_errors import KEPT, full_disk
+from stillhouse.disk_errors import disk_error
 from stillhouse.errors import StillhouseError
-
-UNUSABLE_PATH = (
-    errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EROFS, errno.ELOOP,
-)  # fmt: skip
-"""Errors about a path that the user passed, which are not bugs."""
 
 app = typer.Typer(
     name="stillhouse",
@@ -300,17 +294,12 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        full = full_disk(error)
-        if full is not None:
-            say(f"error: {full}\n  where: {error.filename or 'not known'}\n  fix:   {KEPT}")
-            sys.exit(1)
-        if error.errno not in UNUSABLE_PATH or error.filename is None:
+    except Exception as error:
+        problem = disk_error(error, None)
+        if problem is None:
             _say_bug()
-        say(f"error: {error.strerror}\n  where: {error.filename}\n  fix:   use another path")
+        say(f"error: {problem}")
         sys.exit(1)
-    except Exception:
-        _say_bug()
     finally:  # the message is printed: another signal now ends the process silently
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)

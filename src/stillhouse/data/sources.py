@@ -16,7 +16,8 @@ from stillhouse.data.documents import AnyDocument, Document
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.row_reader import not_empty, read_rows, text_lines
 from stillhouse.data.table_rows import Rows
-from stillhouse.errors import DataError
+from stillhouse.disk_errors import download_errors
+from stillhouse.errors import DataError, StillhouseError
 
 _CORPUS_CHARACTERS = 465_000
 
@@ -158,8 +159,9 @@ def _hub_errors(source: HubSource) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        yield
-    except DataError:
+        with download_errors():
+            yield
+    except StillhouseError:
         raise
     except (ConnectionError, HfHubHTTPError, TimeoutError) as error:
         raise DataError(

@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import TypeAdapter
 from rich.console import Console
 
+from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
 
 
@@ -18,7 +19,10 @@ class Saved:
     """A dataclass that is saved as a JSON file."""
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2, ensure_ascii=False), encoding="utf-8")
+        """Raises RunError where the file cannot be written."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        with disk_errors(path):
+            path.write_text(text, encoding="utf-8")
 
     @classmethod
     def load(cls, path: Path) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from stillhouse.disk_errors import full_disk
 from stillhouse.errors import ModelError
 
 
@@ -27,7 +29,7 @@ def run_script(
     """Write the request to `folder`, the script's argument, and wait for the script to finish.
 
     env: None is this process's environment. Raises ModelError with `what` and the script's last
-    line of output.
+    line of output, and OSError if a disk is full.
     """
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     # -P: the script's folder must not be searched for modules.
@@ -40,6 +42,8 @@ def run_script(
     )
     if done.returncode != 0:
         last = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
+        if full_disk(Exception(last[0])):
+            raise OSError(errno.ENOSPC, last[0])
         raise ModelError(f"{what} ({last[0]})", where=where, fix=fix)
 
 

@@ -118,9 +118,13 @@ def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -
         lines.append(f'TEMPLATE """{form.template()}"""')
         stops.append(form.after.strip())
         system = default_system(tokenizer, form)
-        if system:
+        if system and _ends_early(system):
+            lines.append("# A Modelfile cannot hold the system message of this model's template.")
+        elif system:
             lines.append(f'SYSTEM """{system}"""')
-    lines += [f'PARAMETER stop "{stop}"' for stop in dict.fromkeys(stops)]
+    lines += [
+        f"PARAMETER stop {_quoted(stop)}" for stop in dict.fromkeys(stops) if not _ends_early(stop)
+    ]
     lines.append(f"PARAMETER num_ctx {min(config.max_position_embeddings, CONTEXT)}")
     lines += [
         f"PARAMETER {theirs} {own[ours]}"
@@ -128,6 +132,15 @@ def modelfile(model: Path, gguf_name: str, *, trust_remote_code: bool = False) -
         if own.get(ours) is not None
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    return f'"""{text}"""' if "\n" in text else f'"{text}"'
+
+
+def _ends_early(text: str) -> bool:
+    """Whether a line of the text ends like the quoted text itself: Ollama knows no escapes."""
+    return any(line.rstrip().endswith('"""') for line in text.splitlines()[:-1])
 
 
 def _generation_config(model: Path) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from stillhouse.pipeline.requirements import require_all
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.progress import note
 from stillhouse.report.family_report import family_report
-from stillhouse.report.page import FAMILY_REPORT, write_report
+from stillhouse.report.page import FAMILY_REPORT, REPORT_DATA, write_report
 from stillhouse.report.sections import RunFacts
 from stillhouse.runfolder import RunFolder, Stage, write_atomically
 from stillhouse.training.train import MODEL
@@ -65,6 +65,8 @@ def _find_to_check(recipe: Recipe, base: Path) -> Job:
 
 def _lead(recipe: Recipe, base: Path, folder: RunFolder) -> RunResult:
     assert recipe.cascade is not None
+    for name in (EVALUATION, FAMILY_REPORT, REPORT_DATA):
+        folder.require_own(name)
     # A later hop that is not possible is rejected before the first one is computed.
     first = _find(recipe, base)
     require_all(FAMILY, replace(first, family=recipe))
@@ -112,7 +114,7 @@ def _members(
     parent = None
     for number, hop in enumerate(recipe.cascade.hops, 1):
         note(f"--- {hop.name} ({number} of {len(recipe.cascade.hops)}) ---")
-        links = RunFolder(folder.root, links=folder.root / hop.name)
+        links = folder.linked_from(folder.root / hop.name)
         member = member_recipe(recipe, hop, parent)
         job = replace(find_job(member, base), ancestors=ancestors)
         members[hop.name] = lead(LANGUAGE_MODEL, member, base, links, job)

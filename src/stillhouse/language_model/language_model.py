@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -44,7 +43,7 @@ from stillhouse.language_model.train_stage import plan_baseline, plan_student, p
 from stillhouse.language_model.training_estimate import check_training
 from stillhouse.language_model.vocabulary_stage import cut_job, find_job, plan_vocabulary
 from stillhouse.pipeline.engine import locked_folder, run_steps
-from stillhouse.pipeline.kind import ALL, Kind, Step
+from stillhouse.pipeline.kind import ALL, Kind, Link, Step
 from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.stage_plan import StagePlan, doing
 from stillhouse.runfolder import Stage
@@ -126,15 +125,10 @@ DATA_STEPS = ("synthesis", "data", "vocabulary")
 """The steps up to the windows, and the teacher with their vocabulary."""
 
 
-def links(job: Job, stages: Mapping[str, Stage]) -> dict[str, Path]:
-    exported = stages["export"].path
-    found = {name: exported / name for name in map(shipped_folder, job.recipe.export.formats)}
-    found[REPORT] = stages["report"].path / REPORT
-    if "signals" in stages:
-        found["signals"] = stages["signals"].path / STORE
-    if "synthesis" in stages:
-        found["synthesis"] = stages["synthesis"].path
-    return found
+def links(job: Job) -> dict[str, Link]:
+    exported = {name: ("export", name) for name in map(shipped_folder, job.recipe.export.formats)}
+    signals, text = ("signals", STORE), ("synthesis", "")
+    return {**exported, REPORT: ("report", REPORT), "signals": signals, "synthesis": text}
 
 
 def preview_windows(recipe: Recipe, base: Path, rows: int) -> RenderableType:

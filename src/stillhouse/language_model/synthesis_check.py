@@ -140,7 +140,7 @@ def _require_out(recipe: Recipe, section: SynthesizeRecipe, base: Path) -> None:
             fix="move the file away, or give synthesize.out another name",
         )
     folder = next(parent for parent in out.parents if parent.exists())
-    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise RunError(
             "the synthesized text cannot be written here",
             where=out,

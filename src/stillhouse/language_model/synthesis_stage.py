@@ -15,14 +15,24 @@ from typing import Any
 
 from stillhouse import account
 from stillhouse.data.data_files import regular, regular_if_there
-from stillhouse.errors import DataError
+from stillhouse.disk_errors import disk_errors
+from stillhouse.errors import DataError, RunError
 from stillhouse.generation.text_teacher import DefaultModel, LocalText
 from stillhouse.hardware import leads
 from stillhouse.language_model.job import Job, planned_size
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.pipeline.stage_plan import Do, StagePlan
 from stillhouse.progress import note
-from stillhouse.runfolder import Outcome, RunFolder, Stage, answers_path, flush, run_root, sha
+from stillhouse.runfolder import (
+    Outcome,
+    RunFolder,
+    Stage,
+    answers_path,
+    flush,
+    run_root,
+    sha,
+    write_atomically,
+)
 from stillhouse.synthesis.filters import dropped_counts, dropped_file
 from stillhouse.synthesis.synthesis_job import SynthesisJob
 from stillhouse.synthesis.synthesize import TEXT, Synthesis, synthesize
@@ -48,7 +58,15 @@ def synthesis_job(recipe: Recipe, base: Path) -> SynthesisJob:
 
 
 def out_path(section: SynthesizeRecipe, base: Path) -> Path:
-    return regular_if_there((base / Path(section.out).expanduser()).absolute())
+    """Where the text is copied to. Raises RunError if something else than a file is there."""
+    path = (base / Path(section.out).expanduser()).absolute()
+    if path.exists() and not path.is_file():
+        raise RunError(
+            "the synthesized text cannot be written here: there is a folder or a device",
+            where=path,
+            fix="move it away, or give synthesize.out the path of a file",
+        )
+    return regular_if_there(path)
 
 
 def makes_text(recipe: Recipe, base: Path) -> bool:
@@ -122,9 +140,10 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
     """`stillhouse synthesize`: run the stage, again if requests have no answer."""
     section = recipe.synthesize
     assert section is not None
+    out = out_path(section, base)
+    folder.require_free(NAME)
     stage = do(replace(synthesis_plan(recipe, base), missing=missing_answers))
     folder.point(NAME, stage.path)
-    out = out_path(section, base)
     publish(stage.path / TEXT, out, recipe)
     facts = {key: value for key, value in stage.summary.items() if key not in ("sha256", "taken")}
     facts["dropped"] = dropped_counts(stage.summary)
@@ -137,9 +156,9 @@ def complete_text(recipe: Recipe, base: Path, folder: RunFolder, do: Do) -> Synt
 def publish(text: Path, out: Path, recipe: Recipe) -> None:
     """Copy the text to the recipe's `out`, atomically: a failed copy leaves the old file.
 
-    A file that this recipe did not write is also kept, with a note.
+    A file that this recipe did not write is also kept, with a note. Raises RunError (disk).
     """
-    if out.exists() and sha(out) == sha(text):
+    if out.is_file() and sha(out) == sha(text):
         return
     if not may_replace(out, recipe):
         note(
@@ -147,13 +166,19 @@ def publish(text: Path, out: Path, recipe: Recipe) -> None:
             f"{text}; to train on a file that you edited, give it another name"
         )
         return
-    with (run_root(recipe) / PUBLISHED).open("a", encoding="utf-8") as hashes:
-        hashes.write(sha(text) + "\n")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    record = run_root(recipe) / PUBLISHED
+    known = record.read_text(encoding="utf-8") if record.exists() else ""
+    write_atomically(record, f"{known}{sha(text)}\n")
     temporary = out.with_name(f".{out.name}.tmp")
-    shutil.copyfile(text, temporary)
-    flush(temporary)
-    temporary.replace(out)
+    with disk_errors(out, elsewhere="give synthesize.out the path of a file that can be written"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            shutil.copyfile(text, temporary)
+            flush(temporary)
+            temporary.replace(out)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def may_replace(out: Path, recipe: Recipe) -> bool:

@@ -19,7 +19,8 @@ from stillhouse.runfolder import NamedRecipe, RunFolder, Stage, run_root, write_
 from stillhouse.section import recipe_yaml
 
 POLL_SECONDS = 0.5
-EVALUATION = "evaluation.json"
+EVALUATION, RECIPE = "evaluation.json", "recipe.yaml"
+RESOLVED = "# The resolved recipe of this run; every start writes it again.\n"
 
 
 def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
@@ -54,10 +55,13 @@ def lead(kind: Kind, recipe: Any, base: Path, folder: RunFolder, job: Any = None
     if job is None:
         job = kind.find(recipe, base)
         require_all(kind, job)
+    applying = {step.name for step in kind.steps if step.applies(job)}
+    links = {name: link for name, link in kind.links(job).items() if link[0] in applying}
+    for name in links:
+        folder.require_free(name)
     job, stages = run_steps(kind, job, do)
-    links = kind.links(job, stages)
-    for name, target in links.items():
-        folder.point(name, target)
+    for name, (step, path) in links.items():
+        folder.point(name, stages[step].path / path)
     return RunResult(
         kind=kind.name,
         folder=folder.links,
@@ -117,7 +121,10 @@ def locked_folder(recipe: Any) -> Iterator[RunFolder]:
     """
     folder = run_folder(recipe)
     with folder.locked():
-        write_atomically(folder.root / "recipe.yaml", recipe_yaml(recipe))
+        file = folder.root / RECIPE
+        if file.is_file() and file.read_bytes()[: len(RESOLVED)] != RESOLVED.encode():
+            folder.require_own(RECIPE)
+        write_atomically(file, RESOLVED + recipe_yaml(recipe))
         yield folder
 
 

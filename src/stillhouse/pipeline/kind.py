@@ -16,6 +16,8 @@ from stillhouse.runfolder import RunFolder, Stage
 Rows = Iterator[dict[str, Any]]
 ALL = ("*",)
 """In `Step.reads`: all finished stages, as one dictionary by name."""
+Link = tuple[str, str]
+"""A step, and a path in its stage."""
 
 
 @dataclass
@@ -64,19 +66,19 @@ class Kind:
     """A kind of run.
 
     find: resolves and checks the models of a recipe, and returns the job. find_to_check: the same
-    before anything is spent, without the weights of Hub models. links: names in the run folder,
-    and what they point to. load_evaluation: reads what the step `evaluate` wrote.
-    preview: the first rows, before a run. predictor: returns a function from texts to the
-    predictions of the model in a folder; None if there is no such model. lead, follow: how the main
-    process and the others run it, if not as steps in order. many_processes: whether torchrun may
-    run it.
+    before anything is spent, without the weights of Hub models. links: names in the run folder, and
+    the steps and paths in their stages that they point to. load_evaluation: reads what the step
+    `evaluate` wrote. preview: the first rows, before a run. predictor: returns a function from
+    texts to the predictions of the model in a folder; None if there is no such model. lead, follow:
+    how the main process and the others run it, if not as steps in order. many_processes: whether
+    torchrun may run it.
     """
 
     name: str
     find: Callable[..., Any]
     find_to_check: Callable[[Any, Path], Any]
     steps: tuple[Step, ...]
-    links: Callable[[Any, Mapping[str, Stage]], dict[str, Path]]
+    links: Callable[[Any], dict[str, Link]]
     load_evaluation: Callable[[Path], Any]
     preview: Callable[[Any, Path, int], RenderableType]
     predictor: Callable[[Path], Callable[[Iterable[str]], Rows] | None] | None = None

@@ -26,9 +26,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from stillhouse.errors import RunError
 from stillhouse.hardware import hand_back_freed_memory
-from stillhouse.scratch import scratch_place
+from stillhouse.scratch import scratch_place, temporary_disk
 from stillhouse.teachers.activations import decoder_layers
 from stillhouse.teachers.load_model import load_config, load_model
 
@@ -154,18 +153,13 @@ def _file_of(tensor: Tensor) -> str | None:
 
 def _written(parameter: Tensor) -> str:
     """A file with the parameter's values in float32, which is deleted with the parameter."""
-    try:
-        handle, file = tempfile.mkstemp(prefix="stillhouse-weights-", dir=scratch_place())
+    place = scratch_place()
+    with temporary_disk(place):
+        handle, file = tempfile.mkstemp(prefix="stillhouse-weights-", dir=place)
         weakref.finalize(parameter, _remove, file)
         with os.fdopen(handle, "wb") as opened:
             for block in parameter.detach().reshape(-1).split(BLOCK):
                 block.float().numpy().tofile(opened)
-    except OSError as error:
-        raise RunError(
-            f"the weights of a large model cannot be written to disk ({error})",
-            where=scratch_place(),
-            fix="free some disk space there, or set TMPDIR to a folder on a larger disk",
-        ) from error
     return file
 
 

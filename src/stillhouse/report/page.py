@@ -117,8 +117,9 @@ def write_report(report: Report, page: Path) -> None:
 
 def write_page(report: Report, path: Path) -> None:
     """Write only the page; `path` has either the complete old page or the complete new one."""
-    if path.is_dir():
-        raise RunError("the report's path is a folder", where=path, fix="give a file's path")
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device"
+        raise RunError(f"the report's path is {kind}", where=path, fix="give a file's path")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, render(report))

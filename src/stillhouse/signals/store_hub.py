@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
+from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import StoreError
 from stillhouse.signals.verify import verify
 
@@ -36,13 +37,14 @@ def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
 def download_store(repository: str, path: Path, *, revision: str | None = None) -> Path:
     """Download a store into the folder `path` and verify it. Raises StoreError."""
     try:
-        snapshot_download(
-            repository,
-            repo_type="dataset",
-            revision=revision,
-            local_dir=path,
-            allow_patterns=["*.json", "shards/*.bin"],
-        )
+        with disk_errors(path, fix="free some space and give the same command again"):
+            snapshot_download(
+                repository,
+                repo_type="dataset",
+                revision=revision,
+                local_dir=path,
+                allow_patterns=["*.json", "shards/*.bin"],
+            )
     except (HfHubHTTPError, OSError) as error:
         raise _hub_error(repository, error) from error
     _refuse_damaged(path)

@@ -12,7 +12,8 @@ import torch
 from stillhouse.account import described
 from stillhouse.data.data import Data
 from stillhouse.data.turn_end import stop_at_turn_end
-from stillhouse.errors import RecipeError, RunError
+from stillhouse.disk_errors import disk_errors
+from stillhouse.errors import RecipeError
 from stillhouse.field_types import Seed
 from stillhouse.pruning.offload import load_offloaded, save_model
 from stillhouse.pruning.pruning_config import UNITS
@@ -177,7 +178,7 @@ class Student:
         folder = Path(folder)
         if not every_row:
             self.cut_rows_without_tokens()
-        try:
+        with disk_errors(folder, fix="free some disk space, or choose another folder"):
             folder.mkdir(parents=True, exist_ok=True)
             if self.tokenizer is not None:
                 stop_at_turn_end(self.model, self.tokenizer)
@@ -186,12 +187,6 @@ class Student:
                 write_older_names(folder)
                 if self.tokenizer is not None:
                     save_tokenizer(self.tokenizer, folder)
-        except OSError as error:
-            raise RunError(
-                f"the student cannot be written ({error})",
-                where=folder,
-                fix="free some disk space, or choose a folder that can be written",
-            ) from error
 
     def __repr__(self) -> str:
         return f"Student({described(self.model)}, {self.vocabulary:,} tokens)"

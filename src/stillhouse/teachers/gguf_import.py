@@ -19,6 +19,7 @@ from transformers import GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from stillhouse.checksums import SUMS, damaged_export, read_sums, write_sums
+from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError
 from stillhouse.progress import note
 from stillhouse.teachers.gguf_keys import UnreadableGGUFError, read_config
@@ -29,6 +30,7 @@ from stillhouse.teachers.older_names import save_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.weights import weight_files
 
+_CACHE = "set STILLHOUSE_CACHE to a folder on a disk with space"
 CONVERTER_VERSION = 3
 """Part of the cache key: increase it whenever the conversion's output changes."""
 
@@ -61,18 +63,17 @@ def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
     note(f"Converting {path.name} to safetensors, once, in {final}")
     building = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
     try:
-        building.mkdir(parents=True)
-        _convert(path, building)
-        weight_files(building)
-        write_sums(building)
-        if not _rename(building, final):
-            shutil.rmtree(building)
+        with disk_errors(final.parent, fix=f"free some space there, or {_CACHE}", elsewhere=_CACHE):
+            building.mkdir(parents=True)
+            _convert(path, building)
+            weight_files(building)
+            write_sums(building)
+            if not _rename(building, final):
+                shutil.rmtree(building)
     except OSError as error:
         shutil.rmtree(building, ignore_errors=True)
         raise ModelError(
-            f"the converted model cannot be written ({error})",
-            where=final.parent,
-            fix="free some disk space, or set STILLHOUSE_CACHE to a folder that can be written",
+            f"the file cannot be converted ({error})", where=path, fix="download the file again"
         ) from error
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 
 from stillhouse.checksums import SUMS, damaged_export
 from stillhouse.data.data_files import regular_if_there
+from stillhouse.disk_errors import download_errors
 from stillhouse.errors import ModelError
 from stillhouse.teachers.gguf_import import convert_gguf
 from stillhouse.teachers.hashing import cache_folder, changed_files, file_sha256
@@ -199,7 +200,7 @@ def _from_gguf(path: Path, described: str, cache: Path) -> ModelSource:
 def _from_hub(model: str, revision: str | None, weights: bool) -> ModelSource:
     where = model if revision is None else f"{model}@{revision}"
     try:
-        with quiet():
+        with quiet(), download_errors():
             snapshot = Path(
                 snapshot_download(
                     model,

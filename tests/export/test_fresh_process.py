@@ -1,0 +1,50 @@
+"""A script in a process of its own: its end, and what it says when it fails."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.errors import ModelError, RunError
+from stillhouse.export import fresh_process
+from stillhouse.export.fresh_process import run_script
+from stillhouse.scratch import temporary_folder
+
+
+def ending_with(last_line: str) -> Any:
+    class Module:
+        @staticmethod
+        def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+            return subprocess.CompletedProcess(command, 1, "", f"Traceback\n{last_line}\n")
+
+    return Module
+
+
+def replayed() -> None:
+    with temporary_folder("stillhouse-replay-") as name:
+        run_script("replay.py", Path(name), {}, what="not loaded", where=Path("m"), fix="check it")
+
+
+@pytest.mark.parametrize(
+    "last_line",
+    [
+        "OSError: [Errno 28] No space left on device",
+        "SafetensorError: I/O error: No space left on device (os error 28)",
+    ],
+)
+def test_a_full_disk_is_no_fault_of_the_export(
+    monkeypatch: pytest.MonkeyPatch, last_line: str
+) -> None:
+    monkeypatch.setattr(fresh_process, "subprocess", ending_with(last_line))
+    with pytest.raises(RunError, match="the disk is full") as caught:
+        replayed()
+    assert "TMPDIR" in str(caught.value.fix)
+
+
+def test_the_last_line_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh_process, "subprocess", ending_with("KeyError: 'head'"))
+    with pytest.raises(ModelError, match="not loaded"):
+        replayed()
