@@ -1,4 +1,4 @@
-"""Hashes of files: SHA-256 identifies content, XXH3 notices damage at the speed of reading."""
+"""Hashes of files: SHA-256 identifies content, XXH3 detects damage at reading speed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LINE = re.compile("([0-9a-f]{64}) [ *](.+)")
 _CHUNK = 1 << 20
 _SEAL = "xxh3_of_the_rest"
 _whole: set[tuple[str, int, int, int, str]] = set()
-"""Files that were read and found intact: path, inode, size, time of change, hash."""
+"""Files that were read and found intact: path, inode, size, modification time, hash."""
 
 Facts = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ def fast_facts(path: Path) -> dict[str, Any]:
 
 
 def damaged_files(folder: Path, files: Mapping[str, Facts], *, reread: bool = False) -> list[str]:
-    """Names of the files in `folder` that are missing, or not what `files` recorded of them.
+    """Names of the files in `folder` that are missing, or differ from what `files` recorded.
 
     A file without an XXH3 is compared by SHA-256, and one without either by size. A file that this
     process found intact before, and that was not written since, is not read again, unless `reread`.
@@ -53,7 +53,7 @@ def damaged_files(folder: Path, files: Mapping[str, Facts], *, reread: bool = Fa
 
 
 def write_sums(folder: Path) -> None:
-    """Writes SHA256SUMS with the hash of every other file below the folder, for `sha256sum -c`."""
+    """Write SHA256SUMS with the hash of every other file below the folder, for `sha256sum -c`."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
     lines = [f"{file_facts(p)['sha256']}  {p.relative_to(folder).as_posix()}\n" for p in files]
     with disk_errors(folder):
@@ -84,7 +84,7 @@ def wrong_in_export(folder: Path) -> list[str]:
 
 
 def require_sound_export(folder: Path) -> None:
-    """Raises ModelError where a folder with SHA256SUMS is not as it was written."""
+    """Raise ModelError if a folder with SHA256SUMS has changed since it was written."""
     problems = wrong_in_export(folder) if (folder / SUMS).is_file() else []
     if problems:
         raise damaged_export(folder, problems[0])

@@ -1,4 +1,4 @@
-"""Temporary files of a run, in its run folder: the next run deletes what a killed one left."""
+"""Temporary files of a run, in its run folder: the next run deletes those left by a killed one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _root: Path | None = None
 
 @contextmanager
 def scratch_in(root: Path) -> Iterator[None]:
-    """Inside, temporary files are in `root/.scratch`, or in a folder of TMPDIR where that is set.
+    """Inside the block, temporary files are in `root/.scratch`, or in a folder of TMPDIR if that is
+    set.
 
     root: a run folder that only this process uses. The folder is deleted before and after.
     """
@@ -47,7 +48,7 @@ def _of(root: Path) -> Path:
 
 
 def scratch_place() -> Path:
-    """The folder for temporary files, made where it is not there. Raises RunError."""
+    """The folder for temporary files; created if it does not exist. Raises RunError."""
     if _place is None:
         return Path(tempfile.gettempdir())
     with temporary_disk(_place):
@@ -64,7 +65,7 @@ def temporary_disk(place: Path) -> AbstractContextManager[None]:
 def temporary_folder(prefix: str) -> Iterator[str]:
     """A folder that is deleted after the `with` block.
 
-    Raises RunError where its disk is full; a full disk of the run folder is another error.
+    Raises RunError if its disk is full; a full disk of the run folder is another error.
     """
     place = scratch_place()
     with temporary_disk(place):

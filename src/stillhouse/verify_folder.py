@@ -1,4 +1,4 @@
-"""Whether the disk holds what was written: run folders, stages, stores, exports, journals."""
+"""Verifies that files are unchanged: run folders, stages, stores, exports, journals."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Verified:
 
 
 def verify_folder(path: Path) -> Iterator[Verified]:
-    """Reads every file of a run folder, a stage, a store, an export or a journal.
+    """Read every file of a run folder, a stage, a store, an export or a journal.
 
-    path: also a link to a stage's product. Nothing is changed. Raises RunError where it is none of
-    these.
+    path: may also be a link to a stage's product. Nothing is changed. Raises RunError if it is none
+    of these.
     """
     if path.is_file() and path.suffix == ".sqlite":
         yield _journal(path)

@@ -1,1 +1,1 @@
-"""Text and chats made into windows of tokens: sources, loss masks, split, packing, preview."""
+"""Text and chats as windows of tokens: sources, loss masks, split, packing, preview."""

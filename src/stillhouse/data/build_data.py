@@ -22,14 +22,14 @@ from stillhouse.errors import DataError
 
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1_000_000
-"""Documents are tokenized together up to either limit: tokenizers use all cores on a batch."""
+"""Documents are tokenized together up to either limit: tokenizers use all cores for a batch."""
 
 _MOST_NOTES = 12
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents to read once. characters: about how many there are, for a progress bar."""
+    """Documents to read once. characters: their approximate number, for a progress bar."""
 
     documents: Iterable[AnyDocument]
     characters: int = 0
@@ -91,7 +91,7 @@ def make_windows(
 def _gather(
     texts: Texts, tokenizer: Any, section: WindowsRecipe, pool: Pool, kind: str = ""
 ) -> None:
-    """Tokenizes the documents that the pool admits."""
+    """Tokenize the documents that the pool admits."""
     size = texts.characters
     with progress.bar(f"Tokenizing {kind}text", size, "characters") as advance:
         for batch in _batches(texts.documents):

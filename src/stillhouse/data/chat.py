@@ -1,8 +1,8 @@
 """The loss mask of a conversation, found by rendering prefixes with the chat template.
 
-A chat template is a program: it does not say which characters belong to which turn. But
+A chat template is a program: it does not report which characters belong to which turn. But
 `render(messages[:i], add_generation_prompt=True)` is the model's input before it writes turn i, and
-`render(messages[:i+1])` is the text after it. If both are prefixes of the whole rendering, the
+`render(messages[:i+1])` is the text after it. If both are prefixes of the full rendering, the
 characters between them are exactly what the model has to write.
 
 Templates that rewrite earlier turns (most of those that strip earlier reasoning) break the second
@@ -28,7 +28,7 @@ from stillhouse.errors import DataError
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """rows: each as pieces of text. notes: what of the chat is not in them, on purpose."""
+    """rows: each as pieces of text. notes: what is omitted from the chat on purpose."""
 
     rows: list[list[Piece]]
     notes: tuple[str, ...] = ()
@@ -62,7 +62,7 @@ def render_conversation(
     try:
         turns = [render_turn(hidden, index, tokenizer) for index in learned]
     except DataError:
-        if hidden is not fitted:  # the error shall show the text, not the placeholders
+        if hidden is not fitted:  # the error should show the text, not the placeholders
             [render_turn(fitted, index, tokenizer) for index in learned]
         raise
     for index, turn in zip(learned, turns, strict=True):
@@ -115,7 +115,7 @@ def _learned(conversation: Conversation) -> list[int]:
 
 
 def _hide(chat: Conversation, control: ControlTokens) -> Conversation:
-    """The chat without strings of control tokens; the same object where it has none."""
+    """The chat without strings of control tokens; the same object if it has none."""
     messages = control.hide_messages(chat.messages)
     if messages is None and not control.found(chat.tools):
         return chat

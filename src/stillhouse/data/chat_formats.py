@@ -43,7 +43,7 @@ LEARNED = ("weight", "train", "training", "loss", "trainable")
 """Keys that say with 1 or true that a turn is learned: those of OpenAI, Axolotl (two), ms-swift
 and Fireworks."""
 _MASKED = ("masked",)
-"""Keys that say the opposite: torchtune's."""
+"""Keys with the opposite meaning: torchtune's."""
 _SUSPECT = re.compile(r"(^|_)(weights?|loss|mask|masks|masked|train|training|trainable)(_|$)")
 _SUSPECT_OF_ROW = re.compile(r"(^|_)(weights?|loss|mask|masks|train|trainable)(_|$)")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -61,7 +61,7 @@ _NO_NULLS = "null fields of tool calls and tools are left out (Arrow fills them 
 def read_chat(
     row: Mapping[str, Any], key: str, where: str, *, completion: str | None = None
 ) -> Conversation:
-    """The chat under `key` of a row, with `system` and `tools` where the row has them.
+    """The chat under `key` of a row, with `system` and `tools` if the row has them.
 
     completion: the key of the messages that follow and are learned; None: all assistant turns of
     the chat are. Raises DataError for what is no chat, and for what cannot be learned as it asks.
@@ -108,7 +108,7 @@ def read_chat(
 def _refuse_suspects(
     keys: Mapping[str, Any], pattern: re.Pattern[str], owner: str, where: str
 ) -> None:
-    """Raises DataError for a key that seems to change what is learned and is not known."""
+    """Raise DataError for an unknown key that seems to change what is learned."""
     for key, value in keys.items():
         if pattern.search(str(key)) and value not in (None, 1, []):
             raise DataError(
@@ -148,7 +148,7 @@ def refuse_media(row: Mapping[str, Any], where: str) -> None:
 
 
 def system_prompt(row: Mapping[str, Any], where: str) -> str:
-    """The row's own system prompt; "" where it has none."""
+    """The row's own system prompt; "" if it has none."""
     for key in ("system", "system_prompt"):
         value = row.get(key)
         if isinstance(value, list):
@@ -165,8 +165,8 @@ def system_prompt(row: Mapping[str, Any], where: str) -> str:
 
 
 def add_system(messages: list[dict[str, Any]], row: Mapping[str, Any], where: str) -> bool:
-    """Puts the row's own system prompt before its messages, where they have none; whether it did.
-    Raises DataError if they have another one."""
+    """Put the row's own system prompt before its messages, if they have none; return whether it
+    did. Raises DataError if they have another one."""
     system = system_prompt(row, where)
     own = [message.get("content") for message in messages if message["role"] == "system"]
     if system and own and own != [system]:
@@ -182,7 +182,7 @@ def add_system(messages: list[dict[str, Any]], row: Mapping[str, Any], where: st
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text has nothing to see: whitespace, control and format characters alone."""
+    """Whether a text has no visible characters: only whitespace, control and format characters."""
     return all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
 
 
@@ -251,7 +251,7 @@ def _message(message: Any, name: str, where: str) -> dict[str, Any]:
 
 def with_known_role(message: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     """A message with role and content, without nulls; its role as templates know it."""
-    # `content` may be null beside tool calls, and is an error alone: it stays.
+    # `content` may be null with tool calls, and is an error otherwise: keep it.
     made = {k: v for k, v in message.items() if v is not None or k == "content"}
     if "content" not in made and isinstance(made.get("value"), str) and "role" in made:
         made["content"] = made.pop("value")  # Pygmalion's

@@ -1,6 +1,6 @@
 """Checks that the content of a chat is complete in its rendering.
 
-A chat template is a program, and leaves out what it does not know: tool calls, `tools`, reasoning,
+A chat template is a program, and omits what it does not support: tool calls, `tools`, reasoning,
 a developer's message. The text of a learned turn must therefore be in its supervised part, and
 that of the other messages in the complete rendering. Texts are compared without whitespace, because
 templates trim them, and also as JSON strings. A short text may occur in a rendering by chance; so
@@ -30,7 +30,7 @@ KEY_LEFT_OUT = "`{key}` of a message is not read by the chat template"
 
 
 class Rendering:
-    """A rendered text in which to look for others."""
+    """A rendered text in which others are searched."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -43,7 +43,7 @@ class Rendering:
         return self._compact
 
     def shows(self, text: str) -> bool:
-        """Whether the text stands here, whitespace aside, or as a JSON string."""
+        """Whether the text occurs here, ignoring whitespace, or as a JSON string."""
         if text.strip() in self.text or _compact(text) in self.compact:
             return True
         escaped = (json.dumps(text, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
@@ -85,10 +85,10 @@ def prove_context(
     form: TemplateForm,
     where: str,
 ) -> list[str]:
-    """Notes about what the template leaves out of earlier turns on purpose.
+    """Notes about what the template omits from earlier turns by design.
 
     messages: those of the rendering `whole`; the last one is a turn that `prove_turn` has seen.
-    Raises DataError where another message or a tool is left out.
+    Raises DataError if another message or a tool is omitted.
     """
     found = Rendering(whole)
     notes = dict.fromkeys(_keys_left_out(messages[-1], found, form))
@@ -188,7 +188,7 @@ def _stand_in(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None, form: TemplateForm
 ) -> str | None:
     """The prompt of the last turn with a word of its own in the place of each text and each tool's
-    name; None where the template does not accept that. It depends on the messages' form alone."""
+    name; None if the template does not accept that. It depends only on the messages' form."""
     shape = tuple(
         (m["role"], type(m.get("content")).__name__, is_blank(joined_text(m.get("content"))),
          len(m.get("tool_calls") or []))

@@ -1,4 +1,4 @@
-"""Renders chats with a tokenizer's chat template: the same text on every day.
+"""Renders chats with a tokenizer's chat template, with the same text every day.
 
 Some templates write the current date (Llama 3.2, Mistral Small, gpt-oss). Training text, stored
 signals, and a teacher's answers must not depend on the day on which they were made, so all of them
@@ -20,7 +20,7 @@ DATE = datetime.datetime(2024, 7, 26)
 _LETTERS = "aAbBcCdDeFfgGhHIjkmMpPrRSTuUVwWxXyYzZ"
 _DIRECTIVES = [f"%{sign}{letter}" for sign in ("-", "") for letter in _LETTERS] + ["%%"]
 _REPLACED = "".join(f"|replace({one!r}, {DATE.strftime(one)!r})" for one in _DIRECTIVES)
-# It hides the function of that name that transformers gives to templates. The empty expression
+# It hides the function of that name that transformers passes to templates. The empty expression
 # keeps the newline that a template may begin with.
 _FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _REPLACED + " }}{% endmacro %}{{ '' }}"
 

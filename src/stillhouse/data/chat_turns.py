@@ -58,7 +58,7 @@ def render_turn(conversation: Conversation, index: int, tokenizer: Any) -> Turn:
 def _as_written(
     messages: Sequence[Message], before: str, after: str, marks: Marks, tail: str
 ) -> str:
-    """What the model writes where the rendered turn does not continue its own prompt; or nothing.
+    """What the model writes if the rendered turn does not continue its own prompt; or nothing.
 
     The prompt may open the reasoning, which the template leaves out of turns that are over
     (DeepSeek-R1), or end with empty reasoning (Gemma 4). Or it has the system prompt, which stands
@@ -91,7 +91,7 @@ def _as_written(
 
 
 def _refuse_two_reasonings(conversation: Conversation, index: int, written: str) -> None:
-    """Raises DataError if the template puts empty reasoning before the turn's own in <think>."""
+    """Raise DataError if the template puts empty reasoning before the turn's own in <think>."""
     content, closing = conversation.messages[index].get("content"), THINK[1]
     if not isinstance(content, str) or not content.lstrip().startswith(THINK[0]):
         return
@@ -106,8 +106,8 @@ def _refuse_two_reasonings(conversation: Conversation, index: int, written: str)
 
 
 def _without_system(conversation: Conversation, index: int, after: str, tokenizer: Any) -> str:
-    """What the model writes where a turn is a tool call, and its template leaves the system prompt
-    out of turns that are over; or nothing."""
+    """What the model writes if a turn is a tool call, and its template omits the system prompt
+    from finished turns; or nothing."""
     if index < 2 or conversation.messages[0]["role"] != "system":
         return ""
     rest = replace(conversation, messages=conversation.messages[1:])
@@ -121,7 +121,7 @@ def _without_system(conversation: Conversation, index: int, after: str, tokenize
 
 
 def _next_token(conversation: Conversation, index: int, after: str, tokenizer: Any) -> str:
-    """What ends a turn after which the template writes no token."""
+    """The token that ends a turn after which the template writes none."""
     end = turn_end(tokenizer)
     assert end is not None
     if end.stops and index + 1 < len(conversation.messages):

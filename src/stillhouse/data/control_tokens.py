@@ -1,6 +1,6 @@
 """Keeps text that holds the string of a control token, such as `<|im_end|>`, from becoming one.
 
-A tokenizer finds the strings of its special tokens wherever they stand, so a user's text could end
+A tokenizer finds the strings of its special tokens anywhere, so a user's text could end
 its own turn. Such strings are hidden while a chat is rendered (each is replaced by one character of
 Unicode's private use area). Afterwards the text around them is encoded as plain text, and what the
 chat template wrote itself stays a token.
@@ -16,7 +16,7 @@ from typing import Any
 from stillhouse.data.reasoning import SPOKEN
 
 _HIDDEN = 0x10F000
-"""The first of the characters that stand for control tokens while a chat is rendered."""
+"""The first of the characters that replace control tokens while a chat is rendered."""
 
 CONTROL_TEXT = "strings of control tokens are read as text (data.control_tokens)"
 REASONING_MARK = re.compile(rf"</?thinking>|{SPOKEN.pattern}")
@@ -24,7 +24,7 @@ REASONING_MARK = re.compile(rf"</?thinking>|{SPOKEN.pattern}")
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive characters of a row, all of them supervised or none.
+    """Consecutive characters of a row, either all supervised or none.
 
     plain: the strings of special tokens in it are text.
     """
@@ -59,7 +59,7 @@ class ControlTokens:
         self._placeholders = re.compile(
             f"[{chr(_HIDDEN)}-{chr(_HIDDEN + max(1, len(self.strings)) - 1)}]"
         )
-        # A token may also take the whitespace beside it, so a piece ends behind that.
+        # A token may include adjacent whitespace, so a piece ends after that.
         self._tokens = re.compile(
             "|".join(
                 (r"\s*" if added[text].lstrip else "")
@@ -101,7 +101,7 @@ class ControlTokens:
         return value
 
     def hide_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
-        """The messages with placeholders; None where they have no control token's string."""
+        """The messages with placeholders; None if they have no control token's string."""
         spoken = [message["role"] == "assistant" for message in messages]
         pairs = list(zip(messages, spoken, strict=True))
         if not any(self.found(message, spoken=by) for message, by in pairs):

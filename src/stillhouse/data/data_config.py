@@ -11,7 +11,7 @@ from stillhouse.section import Section
 
 
 class CorpusSource(Section):
-    """Text that every Python includes: no download."""
+    """Text that every Python installation includes: no download."""
 
     kind: Literal["corpus"]
     name: Literal["python-reference"] = "python-reference"

@@ -41,7 +41,7 @@ _FORMATS: dict[str, FileFormat] = {
     ".parquet": "parquet",
 }
 _ALSO_TEXT = (".text", ".md", ".markdown", ".rst")
-"""Text where the file itself is named; in a folder, such files are about the data."""
+"""Read as text if the file itself is named; in a folder, such files describe the data."""
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _COMPRESSED = 3
 """Rough size of a text relative to its compressed file."""
@@ -212,8 +212,8 @@ def _unusable_name(name: str, error: Exception) -> DataError:
 
 
 def regular(path: Path) -> Path:
-    """The path. Raises DataError if it is a pipe or a device, which might never end, and if its
-    name is not UTF-8, so that no message or file can hold it."""
+    """Return the path. Raises DataError if it is a pipe or a device, which might never end, or if
+    its name is not UTF-8, so that no message or file can hold it."""
     if not str(path).isascii() and re.search("[\ud800-\udfff]", str(path)):
         raise DataError("The file's name is not UTF-8", where=path, fix="rename the file")
     if not stat.S_ISREG(path.stat().st_mode):
@@ -226,7 +226,7 @@ def regular(path: Path) -> Path:
 
 
 def regular_if_there(path: Path) -> Path:
-    """As `regular`, but a path at which nothing is remains the reader's concern."""
+    """As `regular`, but a missing file is left to the reader."""
     return regular(path) if path.exists() else path
 
 
@@ -275,7 +275,7 @@ def open_bytes(path: Path) -> Any:
 
 
 def check_content(path: Path, head: bytes, format: FileFormat) -> None:
-    """Raises DataError where a file's first bytes are of something else than text (or Parquet)."""
+    """Raise DataError if a file's first bytes are not those of text (or Parquet)."""
     head = head.removeprefix(codecs.BOM_UTF8)
     for beginning, what, fix in _CONTENTS:
         expected = format == "parquet" and what == _PARQUET
@@ -340,7 +340,7 @@ def _shown(line: bytes, encoding: str) -> str:
 
 
 def _iconv(path: Path, encoding: str) -> str:
-    """How to convert a file; the new one stands beside it."""
+    """How to convert a file; the new file is next to it."""
     compression = _COMPRESSIONS.get(path.suffix.lower())
     plain = path.with_suffix("") if compression else path
     new = shlex.quote(str(plain.with_name(f"utf8-{plain.name}")))

@@ -1,9 +1,10 @@
 """Places rows in windows of a fixed length.
 
 Shapes: R windows, L tokens in a window (the context). labels_RL[r, t] is the token at t where it
-is to be predicted, else -100; the shift is made in `data.shift`. position_ids_RL restart at 0 with
-every segment, which is how transformers (without an attention mask) keeps segments from seeing
-each other: see `find_packed_sequence_indices` in its masking_utils. Padding is its own segment.
+is to be predicted, otherwise -100; the shift is made in `data.shift`. position_ids_RL restart at 0
+with every segment, which is how transformers (without an attention mask) keeps segments from
+attending to each other: see `find_packed_sequence_indices` in its masking_utils. Padding is its own
+segment.
 
 The plan is greedy: a window takes the longest unsplittable row that fits, again and again
 (first-fit decreasing, at most 11/9 of the fewest windows + 1); what is left of it takes the
@@ -74,7 +75,7 @@ def plan_isolated(lengths: Sequence[int], splittable: Sequence[bool], context: i
     Rows that are not splittable must be at most `context` long.
     """
     whole, text = _ByLength(), _ByLength()
-    for row in reversed(range(len(lengths))):  # pop() takes the last: rows come in their order
+    for row in reversed(range(len(lengths))):  # pop() removes the last: rows stay in order
         if splittable[row]:
             for piece in _chunks(row, lengths[row], context):
                 text.add(piece)
@@ -94,7 +95,7 @@ def _fill(whole: _ByLength, text: _ByLength, room: int, smallest: int) -> list[S
             window.append(piece)
             room -= piece.length
     if room >= smallest and text:
-        longer = text.pop(text.lengths[-1])  # all that is left is longer than the room
+        longer = text.pop(text.lengths[-1])  # everything left is longer than the remaining space
         assert longer is not None
         window.append(Segment(longer.row, longer.start, room))
         text.add(Segment(longer.row, longer.start + room, longer.length - room))
@@ -140,7 +141,7 @@ def fill_windows(
             part = slice(segment.start, segment.start + segment.length)
             tokens = ids[segment.row][part]
             labels = np.where(supervised[segment.row][part], tokens, IGNORED)
-            labels[0] = IGNORED  # nothing of the segment stands before it
+            labels[0] = IGNORED  # nothing in the segment precedes it
             here = slice(end, end + segment.length)
             input_ids_L[here], labels_L[here] = tokens, labels
             position_ids_L[here] = np.arange(segment.length)

@@ -1,7 +1,7 @@
 """Windows for inspection: supervised tokens, context, and the ends of documents.
 
 Every part of a row is in its tokens, or the row is rejected; so the tokens show all of a row and
-what of it is learned. Learned text stands between marks too, for a terminal without colors.
+which parts are learned. Learned text is also between marks, for a terminal without colors.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def preview(windows: Windows, tokenizer: Any, rows: int) -> RenderableType:
 
 
 def _rows_read(windows: Windows) -> Iterator[Text]:
-    """The formats of the rows that were read, and what of them is not learned."""
+    """The formats of the rows that were read, and which parts are not learned."""
     if windows.info.formats:
         formats = (f"{count:,} {name}" for name, count in windows.info.formats.items())
         yield Text(f"rows read: {', '.join(formats)}")

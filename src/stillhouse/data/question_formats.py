@@ -1,7 +1,7 @@
 """Reads a question with its answer, in the flat forms of instruction data, as a chat.
 
 Alpaca (`instruction`, `input`, `output`, and LLaMA-Factory's `system` and `history`), Dolly
-(`instruction`, `context`, `response`), question and answer, prompt and response, and their like.
+(`instruction`, `context`, `response`), question and answer, prompt and response, and similar.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What of a model's text is reasoning, and what is its answer.
+"""Separates reasoning and answer in a model's text.
 
-Models write their reasoning between marks of their own: `<think>` and `</think>`, `[THINK]` and
+Models write their reasoning between model-specific marks: `<think>` and `</think>`, `[THINK]` and
 `[/THINK]`, gpt-oss's channels. A mark is text or a special token; the chat template may write the
 first one in its generation prompt; and the token limit may come before the last one. What stands
 between the marks is reasoning, and everything else is the answer.
@@ -31,7 +31,7 @@ _ANSWER: tuple[Pair, ...] = (
     ("<|START_TEXT|>", "<|END_TEXT|>"),
     ("[BEGIN FINAL RESPONSE]", "[END FINAL RESPONSE]"),
 )
-# These are words that a prompt may ask for: they are marks only where the chat template has them.
+# A prompt may request these words: they are marks only if the chat template has them.
 _REASONING_OF_TEMPLATES: tuple[Pair, ...] = (
     ("<thought>", "</thought>"),
     ("<|think|>", "<|content|>"),
@@ -78,7 +78,7 @@ class Marks:
 
     @classmethod
     def own(cls, tokenizer: Any) -> Pair | None:
-        """The marks that the chat template names in the place of <think>; None: it names none."""
+        """The marks that the chat template uses instead of <think>; None if it has none."""
         template = str(getattr(tokenizer, "chat_template", None) or "")
         if THINK[0] in template or THINK[1] in template:
             return None

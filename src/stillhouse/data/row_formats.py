@@ -19,7 +19,7 @@ _CHATS = ("messages", "conversations", "conversation")
 _NAMES = ("messages", "conversations", "prompt", "completion")
 """Keys whose misspellings are reported."""
 _CHAT_KEYS = ("system", "system_prompt", "tools", "functions", "parallel_tool_calls")
-"""Keys that are read beside a chat. Parallel calls say nothing about the text."""
+"""Keys that are read in addition to a chat. Parallel calls do not affect the text."""
 _PREFERENCES = {
     r"(chosen|preferred)(_\w+)?": "an answer that is preferred to another",
     r"(rejected|non_preferred|dispreferred)(_\w+)?": "an answer that another is preferred to",
@@ -127,11 +127,11 @@ def _text(value: Any, key: str, where: str) -> str:
     )
 
 
-# --- what is refused by name -----------------------------------------------------------------
+# --- known unsupported rows ------------------------------------------------------------------
 
 
 def _refuse_judged(given: Mapping[str, Any], messages: Any, where: str) -> None:
-    """Raises DataError for a chat whose answer is elsewhere, or is judged."""
+    """Raise DataError for a chat whose answer is under another key, or is rated."""
     last = messages[-1] if isinstance(messages, list) and messages else None
     answer = isinstance(last, Mapping) and (last.get("role", last.get("from")) not in _ASKS)
     if "kto_tag" in given or isinstance(given.get("label"), bool) or not answer:
@@ -139,7 +139,7 @@ def _refuse_judged(given: Mapping[str, Any], messages: Any, where: str) -> None:
 
 
 def _refuse_others(given: Mapping[str, Any], where: str) -> None:
-    """Raises DataError for well-known rows that say something other than what to write."""
+    """Raise DataError for well-known rows that do not define what to write."""
     for pattern, meaning in _PREFERENCES.items():
         for key in given:
             if re.fullmatch(pattern, str(key)):

@@ -55,7 +55,8 @@ def read_rows(
 
 
 def read_lines(lines: Iterable[str], name: str, text_key: str) -> Rows:
-    """Rows of a stream: a line that begins with `{` is a JSON object, any other is plain text."""
+    """Rows of a stream: a line that begins with `{` is a JSON object, any other line is plain
+    text."""
     try:
         for number, line in enumerate(lines, 1):
             where = f"{name}:{number}"
@@ -105,7 +106,7 @@ def header_hint(keys: Iterable[str]) -> str:
 
 def text_lines(path: Path) -> Iterator[str]:
     """The lines of a plain text file, with their ends; byte order marks of joined files are left
-    out. Raises DataError where the file's name is of another format."""
+    out. Raises DataError if the file's name is of another format."""
     known = known_format(path)
     if known not in (None, "text"):
         raise DataError(

@@ -88,7 +88,7 @@ def _file_documents(path: Path, source: FileSource) -> Iterator[AnyDocument]:
     format = _format(source) or format_of(path)
     if format == "text":
         return _text_documents(path, "file")
-    # All columns: those that are not read are named in a note.
+    # All columns: those that are not read are listed in a note.
     return _documents(read_rows(path, format=format), source.text_key)
 
 

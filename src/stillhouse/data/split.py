@@ -43,7 +43,7 @@ class Taken:
 
 @dataclass(frozen=True)
 class Split:
-    """What each side takes, in order. `reached`: the number of candidates, in order, that were
+    """What each side uses, in order. `reached`: the number of candidates, in order, that were
     used."""
 
     heldout: list[Taken]

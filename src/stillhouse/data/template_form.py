@@ -47,7 +47,7 @@ class TemplateForm:
         """Renderings of `chat_proof`, kept because most rows have one of a few forms."""
 
     def render(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str | None:
-        """None where the template does not accept the messages."""
+        """None if the template does not accept the messages."""
         try:
             return render_chat(self.tokenizer, messages, **options)
         except template_errors():
@@ -140,7 +140,7 @@ class TemplateForm:
 
     @cached_property
     def prints_none(self) -> bool:
-        """Whether the null content beside a tool call is refused, or written as `None`."""
+        """Whether the null content of a tool call is rejected, or written as `None`."""
         with_none = self._call_rendered({_KEY: _ASSISTANT}, None)
         return with_none is None or "None" in with_none
 

@@ -1,4 +1,4 @@
-"""Which encoding a text file has, where it is not UTF-8.
+"""Detects the encoding of a text file that is not UTF-8.
 
 Only a byte order mark makes another encoding certain, and only then is it read. Otherwise the
 encoding is guessed from the text, for a message with the command that converts the file.
@@ -102,7 +102,7 @@ def iconv_name(encoding: str) -> str:
 
 
 def _letters(text: bytes, encoding: str) -> float:
-    """The share of the characters beyond ASCII that are where a Latin language has them."""
+    """The share of the characters beyond ASCII that are plausible in a Latin language."""
     try:
         decoded = text.decode(encoding)
     except UnicodeDecodeError:

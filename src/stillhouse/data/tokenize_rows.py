@@ -43,7 +43,7 @@ def tokenize(
 ) -> list[list[TokenRow]]:
     """The rows of each document (several only for a chat whose template rewrites turns).
 
-    Text: what the tokenizer writes before every text, the text, EOS, all supervised but the former.
+    Text: the tokenizer's prefix, the text, EOS, all supervised but the former.
     Prompt and completion: the same start, prompt, then supervised completion and EOS. Chat: as the
     template renders it, with no token added. The first token of a row has no context; packing does
     not supervise it. control_tokens: as in a recipe's `data`.
@@ -105,7 +105,7 @@ def encode_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any) -> list[tuple
 
     Pieces are tokenized separately, as at inference, where the prompt is tokenized before the first
     token is generated. A tokenizer that adds a space before every text would add one before every
-    piece: with it, whole rows are tokenized, and cut where the tokens of a prefix end.
+    piece: in that case, complete rows are tokenized, and cut where the tokens of a prefix end.
     """
     if adds_prefix_space(tokenizer):
         return [_encode_whole(pieces, tokenizer) for pieces in rows]
@@ -210,7 +210,7 @@ def _render(
 
 
 def _refuse_rendered(pieces: Sequence[Piece], control: ControlTokens, where: str) -> None:
-    """Raises DataError for what seems to be the output of a chat template."""
+    """Raise DataError for text that seems to be the output of a chat template."""
     for piece in pieces:
         token = control.at_an_end(piece.text)
         if token is not None:

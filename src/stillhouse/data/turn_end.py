@@ -31,7 +31,7 @@ _SYSTEM = {"role": "system", "content": "beta"}
 @dataclass(frozen=True)
 class TurnEnd:
     """id, text: the token. written: whether the chat template writes it after every answer. If
-    not, it is the first token of the next turn where the model stops there, and else EOS; both are
+    not, it is the first token of the next turn if the model stops there, otherwise EOS; both are
     added to what is learned. tail: all that the template writes after the last answer of a chat.
     stops: other tokens at which the model stops."""
 
@@ -124,7 +124,7 @@ def text_until_end(text: str, tokenizer: Any) -> int:
 
 def _tails(tokenizer: Any) -> tuple[str, str] | None:
     """What the template writes after an answer: the last one of a chat, and one that a user's turn
-    follows. None where it has no simple chats."""
+    follows. None if it accepts no simple chat."""
     if not getattr(tokenizer, "chat_template", None):
         return None
     for start in ((), (_SYSTEM,)):
@@ -140,7 +140,7 @@ def _tails(tokenizer: Any) -> tuple[str, str] | None:
 
 
 def _tokens(tokenizer: Any, text: str) -> list[tuple[str, int]]:
-    """The added tokens in a text, each with where it ends."""
+    """The added tokens in a text, each with its end."""
     found = re.finditer(_pattern(tokenizer), text)
     return [(match.group(), match.end()) for match in found]
 

@@ -1,4 +1,4 @@
-"""Windows of tokens: three arrays, memory-mapped where they are in a folder, and a description.
+"""Windows of tokens: three arrays, memory-mapped if they are in a folder, and a description.
 
 R windows, L tokens in a window. `input_ids.npy`, `labels.npy` and `position_ids.npy` are int32
 [R, L]; `windows.json` is written last, so a folder that has it is complete.
@@ -29,7 +29,7 @@ _AGAIN = "delete the folder and run the data stage again"
 class WindowSet(Protocol):
     """Windows, in memory or on disk: each has long tensors input_ids, labels, position_ids of [L].
 
-    labels[t] is the token at position t if it is predicted (from position t-1), else -100.
+    labels[t] is the token at position t if it is predicted (from position t-1), otherwise -100.
     position_ids restart at 0 with each document in a window.
     """
 
@@ -70,7 +70,7 @@ class WindowsInfo:
 class Windows:
     """A map-style dataset: `len(windows)` rows, each a dict of int64 tensors of length L.
 
-    path: the folder that they are in; None: they are in memory.
+    path: the folder that they are in; None if they are in memory.
     """
 
     path: Path | None
@@ -104,7 +104,7 @@ class Windows:
 def write_windows(
     path: Path | None, windows: Iterable[Window], rows: int, context: int, **about: Any
 ) -> Windows:
-    """Keeps `rows` windows in a folder, or in memory where there is none.
+    """Write `rows` windows to a folder, or keep them in memory if there is none.
 
     about: the fields of WindowsInfo that are not counted here.
     """
@@ -136,7 +136,7 @@ def _new_array(path: Path | None, name: str, shape: tuple[int, int]) -> NDArray[
         return np.empty(shape, np.int32)
     file = path / f"{name}.npy"
     array = np.lib.format.open_memmap(file, mode="w+", dtype=np.int32, shape=shape)
-    if hasattr(os, "posix_fallocate"):  # or else a full disk ends the process with a bus error
+    if hasattr(os, "posix_fallocate"):  # otherwise a full disk ends the process with a bus error
         with file.open("r+b") as opened:
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
     return array

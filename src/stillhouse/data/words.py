@@ -1,4 +1,4 @@
-"""What makes two texts, words or labels the same, in every script.
+"""Defines when two texts, words or labels are the same, in every script.
 
 - `normalized`: differences of case, width, Unicode form and spacing do not count.
 - `bare`: nor does the punctuation around the text. Labels are compared by it.
@@ -47,7 +47,7 @@ before them."""
 
 
 def normalized(text: str) -> str:
-    """The text by which others are the same: Unicode's compatibility caseless form (NFKC after
+    """The text in Unicode's compatibility caseless form, for comparisons (NFKC after
     full case folding; The Unicode Standard, D146) without invisible characters, with single spaces.
 
     Full-width letters, ligatures and decomposed accents are the letters that they show; ß is ss and

@@ -1,4 +1,4 @@
-"""The log-probabilities that come with an API's answers, as a signal for the student's tokens.
+"""The log-probabilities of an API's answers, as a signal for the student's tokens.
 
 An answer's tokens match the student's if both have the same bytes and the same boundaries. Each
 token then has the distribution that the API returned: the k most probable tokens, and a tail with
@@ -99,7 +99,7 @@ def align(
 
 
 def _sound(position: Any) -> Mapping[str, Any]:
-    """The position; of a malformed one its token's text alone."""
+    """The position; for a malformed one only its token's text."""
     if are_logprobs([position]):
         return position
     return {"token": position.get("token") if isinstance(position, dict) else None}
@@ -108,7 +108,7 @@ def _sound(position: Any) -> Mapping[str, Any]:
 def _places(
     row: TokenRow, supervised: Any, text: str, logprobs: Sequence[Any], vocabulary: ByteVocabulary
 ) -> list[tuple[int, Any]]:
-    """Which supervised tokens the API's positions are about; nothing where they do not match."""
+    """The supervised tokens that the API's positions are about; empty if they do not match."""
     turn = len(supervised) - 1
     while turn > 0 and supervised[turn - 1] == supervised[turn] - 1:
         turn -= 1
@@ -125,7 +125,7 @@ def _places(
 
 
 def _span(tokens: Sequence[bytes], text: bytes) -> tuple[int, int]:
-    """The tokens that are exactly this text; (0, 0) where none are."""
+    """The tokens that are exactly this text; (0, 0) if there are none."""
     start = b"".join(tokens).find(text)
     offsets = [0, *accumulate(map(len, tokens))]
     if not text or start not in offsets or start + len(text) not in offsets:
@@ -143,7 +143,7 @@ def _is_token(position: Any, token: bytes) -> bool:
 
 
 def _bytes(position: Any) -> bytes | None:
-    """The bytes that the server gives for a position's or an alternative's token."""
+    """The bytes that the server returns for a position's or an alternative's token."""
     given = position.get("bytes")
     return bytes(given) if isinstance(given, list) and given else None
 
@@ -199,7 +199,7 @@ def entry_rows(entries: Sequence[Entries], vocabulary: int) -> tuple[EntryRows, 
 
 
 def mean_log_probability(answer: Answer) -> float | None:
-    """Of the answer's tokens that the teacher gave one for; None where it gave none."""
+    """Mean over the answer's tokens with a log-probability; None if there are none."""
     entries = [one for one in answer.logprobs or [] if isinstance(one, dict)]
     values = [float(one["logprob"]) for one in entries if is_logprob(one.get("logprob"))]
     return sum(values) / len(values) if values else None

@@ -19,7 +19,7 @@ MARK_TOKENS = 32
 
 @dataclass(frozen=True)
 class Frame:
-    """What is put around every prompt. examples: pairs of a prompt and its answer.
+    """The frame around every prompt. examples: pairs of a prompt and its answer.
 
     The system prompt is for prompts without one. student: what the student sees of the frame; the
     effect of few-shot examples that only the teacher sees is distilled.
@@ -33,7 +33,7 @@ class Frame:
         return self._around(prompt, self.system, self.examples)
 
     def student_sees(self, prompt: Sequence[Message]) -> tuple[Message, ...]:
-        """What comes before the answer in the student's training text."""
+        """The messages before the answer in the student's training text."""
         system = None if self.student == "prompt" else self.system
         return self._around(prompt, system, self.examples if self.student == "all" else ())
 
@@ -62,7 +62,7 @@ def text_of(messages: Sequence[Message], roles: Sequence[str] = ("user",)) -> st
 
 
 def content_text(content: Any) -> str:
-    """Of a message: a string, or a list of parts of which some are text."""
+    """The text of a message's content: a string, or a list of parts of which some are text."""
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else []
@@ -83,7 +83,7 @@ def answer_text(answer: Answer, *, keep_reasoning: bool = False) -> str:
 
 
 def answer_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """The tokens before an answer without reasoning: where the template's generation prompt opens
+    """The tokens before an answer without reasoning: if the template's generation prompt opens
     the reasoning, it is closed again. Raises what the template raises."""
     ids, marks = chat_ids(tokenizer, messages), Marks.of(tokenizer)
     opened = marks.opened(str(tokenizer.decode(ids[-MARK_TOKENS:])))

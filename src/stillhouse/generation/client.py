@@ -35,9 +35,9 @@ _EXCERPT = 300
 _STOPPED = {"eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed"}
 _CUT_OFF = {"max_tokens", "max_output_tokens", "model_length"}
 _ENDS = {"stop", "length", "content_filter", "refusal", "safety"}
-"""Finish reasons of a whole answer, or of one that the token limit or a filter ended."""
+"""Finish reasons of a complete answer, or of one that the token limit or a filter ended."""
 _MOST_TOKENS = 10**9
-"""In one prompt or answer; a larger count of a server is wrong."""
+"""Maximum tokens in one prompt or answer; a larger count from a server is wrong."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Client:
         await self._link.close()
 
     async def send(self, request: Request) -> Answer | FailedAttempt:
-        """Sends the request once. Raises EndpointError where no request can succeed."""
+        """Send the request once. Raises EndpointError if no request can succeed."""
         payload = {
             "model": request.model,
             "messages": list(request.messages),
@@ -121,7 +121,7 @@ class Client:
         answer = self._without_key(answer)
         if answer.finish_reason is None or answer.finish_reason in _ENDS:
             return answer
-        # Half of an answer, or a call of a tool that nobody runs: no text to train on.
+        # An incomplete answer, or a tool call that is never run: no text to train on.
         reason = f"the server ended the answer with {answer.finish_reason[:_EXCERPT]!r}"
         again = "tool" not in answer.finish_reason and "function" not in answer.finish_reason
         return FailedAttempt("server" if again else "invalid", reason, retry=again, billed=True)
@@ -218,7 +218,7 @@ def _status_within(whole: Any) -> int | None:
 
 
 def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
-    """Everything that was paid for is an answer, even an empty one; a field of the wrong type is
+    """Every reply that was paid for is an answer, even an empty one; a field of the wrong type is
     ignored. Raises KeyError and the like if this is not a chat completion."""
     choices = whole["choices"]
     if not isinstance(choices, list):
@@ -255,7 +255,7 @@ def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
 
 
 def _finish_reason(choice: Mapping[str, Any]) -> str | None:
-    """The reason in OpenAI's words, where another word for it is known."""
+    """The finish reason in OpenAI's terms, if another term for it is known."""
     reason = _string(choice.get("finish_reason"))
     plain = (reason or "").lower()
     return "stop" if plain in _STOPPED else "length" if plain in _CUT_OFF else reason

@@ -132,7 +132,7 @@ VLLM_ARGUMENTS = frozenset((
     "pipeline_parallel_size", "distributed_executor_backend", "max_model_len",
     "gpu_memory_utilization",
 ))  # fmt: skip
-"""What Stillhouse gives vllm.LLM itself."""
+"""Arguments of vllm.LLM that Stillhouse sets itself."""
 
 
 class VllmTeacher(VllmEngine):
@@ -221,7 +221,7 @@ class SamplingRecipe(Section):
 
 
 class VerdictSampling(SamplingRecipe):
-    """How a judge answers; one that reasons needs more tokens."""
+    """A judge's sampling settings; a reasoning judge needs more tokens."""
 
     temperature: SamplingTemperature | None = Field(
         0.0, description="0 is greedy; null (api): not sent."
@@ -232,8 +232,8 @@ class VerdictSampling(SamplingRecipe):
 def check_text_teacher(
     api: ApiTeacher | None, sampling: SamplingRecipe, budget: BudgetRecipe, samples: int = 1
 ) -> None:
-    """Raises ValueError where a model on this machine is given what only an API has, where there is
-    nothing that the budget could limit, or where several answers would all be the same."""
+    """Raise ValueError if a model on this machine has keys that only apply to an API, if there is
+    nothing that the budget could limit, or if several answers would all be the same."""
     limited = budget.max_usd is not None or budget.max_tokens is not None
     if api is None and limited:
         raise ValueError("a budget is for teacher.api: a local teacher costs time alone")

@@ -1,4 +1,4 @@
-"""What writes tokens: token ids in; token ids, log-probabilities and a stop reason out.
+"""Generators: token ids in; token ids, log-probabilities and a stop reason out.
 
 `LocalGenerator` runs a model on this device, `VllmGenerator` an engine that batches by itself.
 `TextGenerator` puts text around either.
@@ -30,12 +30,12 @@ class TokenPrompt:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What was written.
+    """The generated tokens.
 
     ids: the new tokens, the one that ends the sequence included. stop: `stop` (an end token was
     written), `length` (max_tokens are), or another reason of the engine's. logprobs: of the new
     tokens under the model, at temperature 1; None where not requested. seconds: from reading the
-    prompt to the last token. text: the tokens as the engine decoded them; None where it did not.
+    prompt to the last token. text: the tokens as the engine decoded them; None if it did not.
     """
 
     ids: Sequence[int]
@@ -46,14 +46,14 @@ class Continuation:
 
 
 class Generator(Protocol):
-    """window: tokens that the model can read and write in all; 0 where unknown."""
+    """window: maximum tokens of prompt and continuation; 0 if unknown."""
 
     @property
     def window(self) -> int: ...
 
     def generate(self, prompts: Iterable[TokenPrompt]) -> Iterator[tuple[int, Continuation]]:
-        """Each prompt's number (from 0, in their order) with its continuation, as they finish.
+        """Yield each prompt's number (from 0) with its continuation, as they finish.
 
-        `prompts` are read lazily, some batches ahead. Raises ModelError where the engine fails.
+        `prompts` are read lazily, some batches ahead. Raises ModelError if the engine fails.
         """
         ...

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import openai
 
 MOST_BYTES = 32 << 20
-"""Of a reply, decompressed. A longer one is no answer."""
+"""Maximum bytes of a decompressed reply. A longer one is not an answer."""
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
@@ -57,7 +57,7 @@ class OpenAILink:
             limits=limits, timeout=timeout, follow_redirects=False
         )
         self._client: openai.AsyncOpenAI = openai.AsyncOpenAI(
-            # The client refuses an empty key; servers without keys ignore this one.
+            # The client rejects an empty key; servers without keys ignore this one.
             api_key=key or "none",
             base_url=base_url,
             max_retries=0,
@@ -133,7 +133,7 @@ class HttpLink:
 
 
 async def _limited(chunks: AsyncIterator[bytes]) -> bytes:
-    """The whole body. Raises LinkError where it is too long."""
+    """The complete body. Raises LinkError if it is too long."""
     parts, size = [], 0
     async for chunk in chunks:
         size += len(chunk)

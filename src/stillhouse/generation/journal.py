@@ -177,7 +177,7 @@ class Journal:
 
     def _hand_over(self, statement: str, values: tuple[Any, ...]) -> Future[None]:
         row = _Row(statement, values, Future())
-        row.done.set_running_or_notify_cancel()  # whoever waits for it cannot cancel it
+        row.done.set_running_or_notify_cancel()  # so that waiting callers cannot cancel it
         self._arrived.put(row)
         return row.done
 
@@ -236,7 +236,7 @@ def _commit(
 
 
 def _logprobs(stored: str | None) -> list[Any] | None:
-    """None where there are none, or where a journal without hashes holds something else."""
+    """None if there are none, or if a journal without hashes holds something else."""
     try:
         found = json.loads(stored or "null")
     except (ValueError, RecursionError):

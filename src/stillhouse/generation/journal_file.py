@@ -1,8 +1,8 @@
-"""The file of a journal: opened, checked, and recovered where it is damaged.
+"""The file of a journal: opened, checked, and recovered if it is damaged.
 
 SQLite notices damaged pages, but not a changed letter inside an answer: each row has a hash of its
-values. The lock file beside the journal holds the numbers of answers and of commits, because SQLite
-drops a damaged write-ahead log without a word.
+values. The lock file next to the journal holds the numbers of answers and of commits, because
+SQLite drops a damaged write-ahead log silently.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ def row_hash(values: tuple[Any, ...]) -> str:
 def open_journal_file(
     path: Path, lock: IO[str]
 ) -> tuple[sqlite3.Connection, sqlite3.Connection, Counts]:
-    """Two connections to the journal, one to read and one to write; makes it where there is none.
+    """Two connections to the journal, one to read and one to write; creates it if there is none.
 
     A damaged journal is set aside, and what can be read of it is copied to a new one, with a note.
-    lock: the locked file beside it. Raises RunError.
+    lock: the locked file next to it. Raises RunError.
     """
     try:
         existed = path.exists()
@@ -127,7 +127,7 @@ def journal_damage(path: Path) -> str | None:
 
 
 def lock_journal(path: Path) -> IO[str]:
-    """Locks a file beside the journal for this process. Raises RunError."""
+    """Lock a file next to the journal for this process. Raises RunError."""
     regular_if_there(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

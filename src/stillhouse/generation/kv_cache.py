@@ -102,7 +102,7 @@ class SlotCache(Cache):
 
     def fill(self, first: int, last: int) -> None:
         """The next pass reads whole prompts, from position 0, into slots first to last - 1. They
-        may be padded on the right: nothing looks to the right, and answers overwrite it."""
+        may be padded on the right: no token attends to the right, and answers overwrite it."""
         self.filling = (first, last)
 
     def step(self, lengths_B: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """Continuations from a model in this process, many at a time (continuous batching).
 
-One pass of the model adds a token to each of up to `batch` sequences. A sequence that ends gives
-its slot to the next prompt, so that no pass works for what is finished, and prompts of any length
-share it. Prompts are read several at a time, sorted by length. A model whose layers attend to a
-window of tokens has no such slots: its continuations are written in batches of prompts of a like
-length.
+Each pass of the model adds a token to each of up to `batch` sequences. When a sequence ends,
+its slot goes to the next prompt, so that no pass is wasted on finished sequences, and prompts of
+any length share it. Prompts are read several at a time, sorted by length. A model whose layers
+attend to a window of tokens has no such slots: its continuations are written in batches of prompts
+of a like length.
 
 Shapes: B sequences being written, N prompts being read, L tokens, V vocabulary.
 """
@@ -30,7 +30,7 @@ BATCH = 32
 _AHEAD = 8
 """Batches of prompts that are sorted by length together."""
 _NUCLEUS = 512
-"""The most probable tokens that top_p looks at before it sorts the whole vocabulary."""
+"""The most probable tokens that top_p considers before it sorts the full vocabulary."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class _Writing:
             self.logprobs.append(float(logits_V.float().log_softmax(-1)[token]))
 
     def choose(self, logits_V: Tensor) -> int:
-        """The next token: the most probable at temperature 0, else drawn."""
+        """The next token: the most probable at temperature 0, otherwise drawn."""
         temperature = self.prompt.temperature
         if temperature <= 0:
             return int(logits_V.argmax())
@@ -78,7 +78,7 @@ class LocalGenerator:
     """model: a causal language model in eval mode. ends: token ids that end a sequence.
 
     Greedy continuations are those of `model.generate`, token by token, as far as a batch's sums
-    round alike. A sampled one depends on its prompt alone, rounding aside, and not on its
+    round equally. A sampled one depends only on its prompt, up to rounding, and not on its
     neighbours.
     """
 
@@ -121,7 +121,7 @@ class LocalGenerator:
         while going:
             places_L = torch.arange(seen, device=new_BL.device)
             more: dict[str, Any] = {}
-            if len(writings) > 1:  # of one row, not every model wants to know more
+            if len(writings) > 1:  # for one row; not every model accepts more
                 positions_BL = (places_L - pads_B[:, None]).clamp_min(0)
                 more = {
                     "attention_mask": (places_L >= pads_B[:, None]).long(),
@@ -152,7 +152,7 @@ class _Batch:
     def run(
         self, waiting: list[_Writing], *, to_the_end: bool = False
     ) -> Iterator[tuple[int, Continuation]]:
-        """Writes until all that wait have a slot; to the end: until all are finished."""
+        """Generate until all waiting prompts have a slot; to_end: until all are finished."""
         enough = max(1, self.generator.batch // 4)
         while waiting or (to_the_end and self.now):
             free = self.generator.batch - len(self.now)

@@ -1,4 +1,4 @@
-"""Removes an API key from what a server says, however the server writes it."""
+"""Removes an API key from a server's text, in any spelling."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ESCAPES = "\\%&"
 
 
 def redacted(text: str, key: str | None) -> str:
-    """The text with `[key]` in place of the key or its beginning, also where it is escaped for
+    """The text with `[key]` instead of the key or its beginning, even if it is escaped for
     JSON, a URL or HTML. A key of less than SHORTEST characters is removed as it is."""
     if not key:
         return text
@@ -49,13 +49,13 @@ def holds_key(text: str, key: str | None) -> bool:
 
 @lru_cache(maxsize=16)
 def _patterns(key: str) -> tuple[re.Pattern[str], list[re.Pattern[str]]]:
-    """Of the beginning of a key, and of each character that follows it."""
+    """Patterns of the beginning of a key, and of each following character."""
     spellings = [_spellings(character) for character in key]
     return re.compile("".join(spellings[:_PREFIX])), list(map(re.compile, spellings[_PREFIX:]))
 
 
 def _spellings(character: str) -> str:
-    """A pattern of every way in which the character may be written."""
+    """A pattern of every spelling of the character."""
     code = f"{ord(character):04x}"
     either = "".join(f"[{digit}{digit.upper()}]" for digit in code)
     short = either.removeprefix("[00][00]")

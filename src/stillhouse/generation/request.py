@@ -1,6 +1,6 @@
 """Requests to a text teacher, its answers, and the key that identifies a request.
 
-A request is identified by everything that decides its answer and nothing else: the endpoint, the
+A request is identified by exactly what determines its answer: the endpoint, the
 model, the messages, the sampling parameters, and the number of the sample. API keys and the user
 name and password of a URL are not part of it, so they cannot end up in a file.
 """
@@ -28,8 +28,8 @@ _LARGEST = sys.float_info.max
 class Request:
     """One chat completion. sample: 0, 1, ... if a prompt is answered several times.
 
-    endpoint: as `endpoint_of` gives it, or `local`, or `vllm`. model: the endpoint's name of the
-    model, or the fingerprint of one in this process. parameters: what is sent beside the messages,
+    endpoint: as returned by `endpoint_of`, or `local`, or `vllm`. model: the endpoint's name of the
+    model, or the fingerprint of one in this process. parameters: sent in addition to the messages,
     e.g. temperature.
     """
 
@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back. None if the server did not return it.
+    """A reply. Fields are None if the server did not return them.
 
     reasoning: returned by the server separately from the text. cost: US dollars, None if the price
     is unknown. seconds: from sending to the last byte, retries not counted. logprobs: a JSON

@@ -100,7 +100,7 @@ class Pool:
         """Sends every request whose answer is not in the journal; `requests` is read lazily.
 
         Returns when all are answered or have failed, or the budget allows no more.
-        Raises EndpointError where no request can succeed, RunError where the journal cannot be
+        Raises EndpointError if no request can succeed, RunError if the journal cannot be
         written; answers that arrived are kept. The first cancellation stops new requests and waits
         for those in flight; the second does not wait.
         """
@@ -132,7 +132,7 @@ class Pool:
 
     def _unanswered(self, requests: Iterator[Request]) -> Iterator[Request]:
         """Looks up many in the journal at a time, which costs little more than one. Those that were
-        refused in an earlier run come last: many in a row would look like a server that refuses
+        rejected in an earlier run come last: many in a row would look like a server that rejects
         everything."""
         refused_before = []
         while chunk := list(itertools.islice(requests, _LOOKED_UP)):
@@ -172,7 +172,7 @@ class Pool:
             raise
 
     async def _answer(self, request: Request) -> None:
-        """Sends one request until it is answered, fails for good, or is out of attempts."""
+        """Send one request until it is answered, fails permanently, or is out of attempts."""
         worst = worst_case(request, self.price)
         attempts = tries = 0
         first = None
@@ -209,7 +209,7 @@ class Pool:
         return None
 
     def _require_space(self, worst: Spending) -> None:
-        """Raises RunError where the answers in flight may not fit on the disk."""
+        """Raise RunError if the answers in flight may not fit on the disk."""
         if self._disk_free() >= SPACE + SPACE_PER_REQUEST * self.concurrency:
             return
         self.budget.settle(worst, Spending())
@@ -239,7 +239,7 @@ class Pool:
             self._sending.discard(task)
 
     async def _write_reservation(self, request: Request) -> None:
-        """Commits what a paid request may cost, so that a killed process cannot forget it."""
+        """Commit what a paid request may cost, so that it is known after the process is killed."""
         if self.price is None and not self.budget.limited:
             return
         worst = worst_case(request, self.price)
@@ -285,7 +285,7 @@ class Pool:
         self._sent.discard(request.key)
         self.tally.failed += 1
         self.advance(1)
-        # A server that answers others refuses these for their content.
+        # If the server answers others, it rejects these for their content.
         self._failures_in_a_row += failed.kind != "refused" or not self._answers
         if (failed.wait or 0.0) >= LONGEST_WAIT:
             raise EndpointError(

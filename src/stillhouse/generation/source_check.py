@@ -23,7 +23,7 @@ from stillhouse.teachers.planned_model import check_model_folder
 
 
 def require_key(api: ApiTeacher, key: str) -> Iterator[Finding]:
-    """An error where the API's key is not there. key: the recipe's key of the source."""
+    """An error if the API's key is missing. key: the recipe's key of the source."""
     try:
         api_key(api.key_env, where=endpoint_of(api.base_url), setting=f"{key}.api.key_env")
     except EndpointError as error:
@@ -41,13 +41,13 @@ def require_source(
     """chats: as they will be sent, each with its place. whose: the model, in words. key: the
     recipe's key of the source. keys: as in `require_template`.
 
-    Raises StillhouseError where no request can succeed; yields a missing key and what vLLM lacks.
+    Raises StillhouseError if no request can succeed; yields a missing key and what vLLM lacks.
     """
     if not isinstance(source, LocalText):
         yield from require_key(source.api, key)
         return
     if isinstance(source.own, VllmTeacher):
-        # vLLM loads what transformers may not, so the folder itself is not looked at.
+        # vLLM loads models that transformers may not, so the folder itself is not checked.
         for level, text, fix in lacks(source.own, source.default.base):
             yield Finding(level, "vLLM", text, fix)
     else:

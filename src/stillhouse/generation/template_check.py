@@ -1,4 +1,4 @@
-"""Whether a chat template takes the very messages that will come, before any of them is sent."""
+"""Checks that a chat template accepts the messages to be sent, before any of them is sent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.generation.chat_frame import SYSTEM, text_of
 from stillhouse.generation.request import Message
 
 Render = Callable[[Sequence[Message]], str]
-"""Raises what a chat template raises: jinja2 lets everything through."""
+"""Raises whatever a chat template raises: jinja2 passes all exceptions through."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class FrameKeys:
 
     @classmethod
     def of(cls, section: str, system: str | None, examples: Sequence[Any]) -> FrameKeys:
-        """section: where the two are. None stands for what the recipe does not give."""
+        """section: contains the two keys. None for a key that the recipe does not set."""
         return cls(
             None if system is None else f"{section}.system",
             f"{section}.examples" if examples else None,
@@ -70,10 +70,10 @@ def require_template(
     fix: str = "use the order and fields of messages that the template expects, or a model with "
     "another template",
 ) -> None:
-    """Renders the first chat of each form, and raises ModelError for one that is not taken.
+    """Render the first chat of each form, and raise ModelError for one that is not accepted.
 
-    A form is the roles and the kinds of content, which decide what a template refuses; a system
-    prompt that is left out silently is refused too. chats: each with the place that it is from.
+    A form is the roles and the kinds of content, which determine what a template rejects; a system
+    prompt that is left out silently is also an error. chats: each with the place that it is from.
     whose: the model, in words. where: its folder. keys: those of the recipe that put something
     around the prompts. fix: what to do about anything else.
     """

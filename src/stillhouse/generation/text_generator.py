@@ -1,4 +1,4 @@
-"""Text around a generator: the chat template makes tokens of chats, and tokens become answers."""
+"""Text around a generator: the chat template turns chats into tokens, and tokens become answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TextGenerator(Generic[G]):
     """Answers requests. tokenizer: the model's own, with a chat template.
 
     Known parameters of a request: temperature (0 is greedy), top_p, max_tokens, seed, logprobs. A
-    sampled answer depends on its request alone, rounding aside. Raises ModelError where there is no
+    sampled answer depends only on its request, up to rounding. Raises ModelError if there is no
     chat template.
     """
 
@@ -73,7 +73,7 @@ class TextGenerator(Generic[G]):
             most,
             temperature=float(parameters.get("temperature", 0.0)),
             top_p=float(parameters.get("top_p", 1.0)),
-            # The key tells samples of one prompt apart, and holds the recipe's seed.
+            # The key distinguishes samples of one prompt, and includes the recipe's seed.
             seed=int(request.key[:15], 16),
             logprobs=bool(parameters.get("logprobs")),
         )
@@ -96,9 +96,9 @@ class TextGenerator(Generic[G]):
         )
 
     def _text(self, prompt: TokenPrompt, written: Continuation) -> str:
-        """With the marks of its reasoning, also the one that the prompt ends with."""
+        """The text with its reasoning marks, including the one that the prompt ends with."""
         text = decode_with_marks(self.tokenizer, written.ids)
-        # An engine's own text has lost special tokens: it will do where none of them is a mark.
+        # An engine's own text lacks special tokens: use it if none of them is a mark.
         if written.text is not None and text == self._without_marks(written):
             text = written.text
         end = self.tokenizer.decode(prompt.ids[-MARK_TOKENS:])
@@ -109,7 +109,7 @@ class TextGenerator(Generic[G]):
 
 
 def require_chat_template(tokenizer: Any) -> None:
-    """Raises ModelError where there is none."""
+    """Raise ModelError if there is no chat template."""
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
             "the tokenizer has no chat template, so the model cannot answer chats",

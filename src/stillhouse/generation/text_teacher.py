@@ -193,7 +193,7 @@ class LocalText:
                 on_its_way.discard(key)
 
         def unanswered() -> Iterator[Request]:
-            # A generator reads a batch before it starts it: the one before is on disk by then.
+            # A generator reads a batch before it starts it: the previous one is on disk by then.
             for request in requests():
                 settle()
                 if request.key not in on_its_way and journal.get(request.key) is None:
@@ -235,7 +235,7 @@ TextSource = ApiText | LocalText
 
 
 def _numerics(own: LocalTeacher | VllmTeacher) -> dict[str, Any]:
-    """The number type in which a local model computes: part of a request."""
+    """The dtype in which a local model computes: part of a request."""
     if isinstance(own, VllmTeacher):
         return {"dtype": own.dtype, **({"options": own.options} if own.options else {})}
     precision = choose_precision(own.precision, default_device())

@@ -1,6 +1,6 @@
 """Continuations from vLLM: for many thousands of prompts, and models of several GPUs.
 
-vLLM batches what it is given by itself and reuses the keys and values of common prefixes. It runs
+vLLM batches its input by itself and reuses the keys and values of common prefixes. It runs
 in this process or, with `python`, in a process of another interpreter.
 """
 
@@ -26,7 +26,7 @@ from stillhouse.progress import note
 from stillhouse.teachers.load_model import load_tokenizer
 
 Lack = tuple[Literal["warning", "error"], str, str]
-"""The level of a missing thing, what it is, and what to do."""
+"""The level of a finding, what is missing, and what to do."""
 
 WITHOUT = "what the journal holds needs no vLLM; `local` and `api` (`vllm serve`) go without it"
 OWN_ENVIRONMENT = (
@@ -36,8 +36,8 @@ OWN_ENVIRONMENT = (
 
 
 def lacks(section: VllmEngine, base: Path) -> list[Lack]:
-    """What the section needs and this machine, or its `python`, lacks. Imports neither vLLM nor
-    Ray. base: where a relative `python` starts."""
+    """Requirements of the section that this machine, or its `python`, lacks. Imports neither vLLM
+    nor Ray. base: where a relative `python` starts."""
     python = section.interpreter(base)
     if python is None:
         has, install = probe(), "pip install 'stillhouse[{}]'"
@@ -115,7 +115,7 @@ class VllmGenerator:
             began = time.monotonic()
             try:
                 written = self.engine.generate(rows)
-            # It raises errors of many kinds, a GPU's among them.
+            # It raises errors of many types, including GPU errors.
             except Exception as error:
                 raise _failed("vLLM stopped", error) from error
             seconds = time.monotonic() - began
@@ -129,7 +129,7 @@ class VllmGenerator:
             "top_p": prompt.top_p,
             "max_tokens": prompt.max_tokens,
             "seed": prompt.seed if prompt.temperature > 0 else None,
-            # 0: of the token that was written, and of no other.
+            # 0: only of the generated token.
             "logprobs": 0 if prompt.logprobs else None,
             **({"stop_token_ids": list(self.stops)} if self.stops else {}),
         }
@@ -139,7 +139,7 @@ class VllmGenerator:
 def opened(
     section: VllmEngine, path: Path, *, base: Path, seed: int, trust_remote_code: bool
 ) -> Iterator[TextGenerator[VllmGenerator]]:
-    """The model in a folder, run by vLLM, which gives its memory back at the end.
+    """The model in a folder, run by vLLM, which releases its memory at the end.
 
     Raises ModelError: something is not installed, too few GPUs, or vLLM cannot load the model.
     """

@@ -1,4 +1,4 @@
-"""vLLM in a process of another Python, which has it in an environment of its own."""
+"""vLLM in a process of another Python, in a separate environment."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from stillhouse.errors import ModelError
 from stillhouse.generation import vllm_worker
 
-# -P: the script's own folder must not be searched for modules.
+# -P: the script's folder must not be searched for modules.
 _SCRIPT = ["-P", str(Path(vllm_worker.__file__))]
 _TO_STOP = 30.0
-"""Seconds that an idle engine has to end by itself."""
+"""Seconds for an idle engine to exit by itself."""
 
 
 class EngineError(Exception):
-    """What went wrong in the other process, in one line."""
+    """An error in the other process, in one line."""
 
 
 def probe_python(python: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def probe_python(python: str) -> dict[str, Any]:
 
 
 class VllmProcess:
-    """A process of `python` that runs vllm_worker.py, at the head of a process group of its own.
+    """A process of `python` that runs vllm_worker.py, leading its own process group.
 
     options: arguments of vllm.LLM. Raises EngineError: vLLM raised an error, or its process ended.
     """

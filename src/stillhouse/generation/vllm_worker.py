@@ -1,8 +1,8 @@
-"""A vLLM engine whose requests and answers are plain JSON: in this process or in one of its own.
+"""A vLLM engine with plain JSON requests and replies: in this process or in a separate one.
 
 `python -P vllm_worker.py` reads requests from standard input and writes replies to standard output,
-one JSON object a line each. It imports nothing of Stillhouse, so that vLLM may live in an
-environment of its own, with another transformers. `python -P vllm_worker.py probe` prints what that
+one JSON object per line. It imports nothing from Stillhouse, so that vLLM can be in a
+separate environment, with another transformers. `python -P vllm_worker.py probe` prints what that
 environment has.
 """
 
@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 
 def probe() -> dict[str, Any]:
-    """Which packages this Python has, and how many GPUs its torch sees; imports torch alone."""
+    """Which packages this Python has, and how many GPUs its torch sees; imports only torch."""
     packages = {name: importlib.util.find_spec(name) is not None for name in ("vllm", "ray")}
     try:
         import torch
@@ -71,7 +71,7 @@ def reason(error: BaseException) -> str:
 def serve() -> None:
     """Answers {"open": options} and {"generate": rows} until {"stop": true} arrives.
 
-    Must lead a process group of its own: the whole group, in which vLLM's other processes are, is
+    Must lead its own process group: the entire group, including vLLM's other processes, is
     killed as soon as standard input is closed, i.e. when the parent process has died.
     """
     # What vLLM and its other processes print or read must not touch the two pipes.
@@ -89,7 +89,7 @@ def serve() -> None:
                 reply: dict[str, Any] = {"window": window}
             else:
                 reply = {"answers": generate(llm, request["generate"])}
-        # vLLM raises errors of many kinds, a GPU's among them.
+        # vLLM raises errors of many types, including GPU errors.
         except Exception as error:
             reply = {"error": reason(error)}
         replies.write(json.dumps(reply) + "\n")

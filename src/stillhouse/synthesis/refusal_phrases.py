@@ -1,4 +1,4 @@
-"""The phrases that tell refusals from answers.
+"""Phrases that distinguish refusals from answers.
 
 They match one sentence in lower case, with straight apostrophes and without markup; GREETING,
 CLOSING, DIALOGUE, MARKUP, QUOTED, SENTENCE_END and OTHER_LANGUAGES match complete texts.
@@ -138,12 +138,12 @@ _BEFORE_I = (
     r"(?:^|[,;:(—–-] ?|\b(?:and|but|so|as|because|since|therefore|thus|however|unfortunately|sorry"
     r"|afraid|apologi[sz]e|that|which|inform you|conscience|say|request|while|(?:al)?though) )"
 )
-"""What may stand right before the "I" of a refusal, in its sentence."""
+"""What may come right before the "I" of a refusal, in its sentence."""
 REFUSAL = re.compile(
     rf"(?:{_BEFORE_I}i{_NEGATION}|^(?:.* )?i(?: a|')m .* and (?:therefore )?{_CANNOT} ){_ANSWERING}"
 )
 LIKELY = re.compile(rf"{_BEFORE_I}i{_NEGATION}{_EXPRESSING}\b(?! you how)")
-"""A refusal where the text also speaks of a model, of rules, of harm, or offers something else."""
+"""A refusal if the text also mentions a model, rules or harm, or offers something else."""
 STATEMENT = re.compile(
     _any(
         r"(?:(?:not|n't) within|outside(?: of)?|beyond|against|contrary to|violat\w+"
@@ -223,7 +223,7 @@ DISCLAIMER = re.compile(
         r"\bi (?:do not|don't) have (?:an? )?(?:physical|human) (?:body|form|senses)",
     )
 )
-"""What a model is not; a refusal where little follows."""
+"""What a model says it is not; a refusal if little text follows."""
 GREETING = re.compile(r"\A(?:Subject:|Dear |(?:Hi|Hello|Hey),? [A-Z]\w+)")
 CLOSING = re.compile(
     r"\n\s*(?:(?:kind|best|warm)(?:est)? (?:regards|wishes)|regards|(?:yours )?sincerely|yours|best"
