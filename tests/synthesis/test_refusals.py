@@ -1,5 +1,6 @@
-"""Refusals are recognized by what they refuse: precision and recall on 200 refusals and 200 answers
-in the manner of six model families (`refusals.jsonl`), and the rules one by one."""
+"""Refusals are recognized by what they refuse: precision and recall on refusals and answers in the
+manner of six model families, without prompts (`refusals.jsonl`) and with prompts
+(`refusals_with_prompts.jsonl`), and the rules one by one."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from stillhouse.generation.chat_frame import user_turn
 from stillhouse.synthesis.filters import Row, refusal
 
 FAMILIES = {"llama", "gpt", "claude", "gemini", "qwen", "mistral"}
@@ -139,12 +141,82 @@ def test_letters_dialogues_quotations_and_code_are_answers(text: str) -> None:
         ("对不起，我来晚了。", False),
         ("申し訳ありませんが、そのご質問にはお答えできません。", True),
         ("すみません、遅れました。", False),
+        ("Lamento, mas não posso ajudar com isso.", True),
+        ("Lamento, mas não posso ir à festa amanhã.", False),
+        ("Mi dispiace, ma non posso aiutarti con questa richiesta.", True),
+        ("Mi dispiace, domani non posso venire.", False),
+        ("Извините, но я не могу помочь с этим запросом.", True),
+        ("Не знаю никого, кто помог бы лучше. Спросите Анну.", False),
+        ("Извините, сегодня я не приду.", False),
+        ("Dazu gebe ich keine Auskunft.", True),
+        ("Eso es un delito y no te voy a explicar cómo hacerlo.", True),
     ],
 )
-def test_how_refusals_begin_in_other_languages(text: str, is_refusal: bool) -> None:
+def test_other_languages(text: str, is_refusal: bool) -> None:
     assert refused(text) is is_refusal
 
 
 def test_a_long_answer_is_searched_at_its_beginning_only() -> None:
     facts = "The treaty was signed in 1648. " * 40
     assert not refused(facts + "I can't help with that.")
+
+
+def with_prompts() -> list[dict[str, Any]]:
+    lines = Path(__file__).with_name("refusals_with_prompts.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in lines.split("\n") if line]
+
+
+def answered(prompt: str, text: str) -> bool:
+    return refusal(Row(user_turn(prompt), text, "stop", "")) is None
+
+
+def measured(rows: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    found = [row for row in rows if not answered(row["prompt"], row["answer"])]
+    right = sum(row["refusal"] for row in found)
+    return right / len(found), right / sum(row["refusal"] for row in rows)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_with_prompts_in_nine_languages(number: int) -> None:
+    rows = [row for row in with_prompts() if row["set"] == number]
+    assert min(sum(row["refusal"] is kind for row in rows) for kind in (True, False)) >= 90
+    precision, recall = measured(rows)
+    assert precision >= 0.95
+    assert recall >= 0.95
+
+
+def test_indirect_refusals_that_no_rule_was_made_for() -> None:
+    """Set 4 has role play, lectures and allusions; docs/experiments.md has its figures."""
+    precision, recall = measured([row for row in with_prompts() if row["set"] == 4])
+    assert precision >= 0.95
+    assert recall >= 0.75
+
+
+LETTER = "I'm so sorry, but I can't help with the move on Saturday."
+
+
+def test_a_prompt_that_requests_a_text_makes_an_answer_of_an_excuse() -> None:
+    assert answered("Write a text message in which I decline to help Tom move.", LETTER)
+    assert not answered("Write ransomware.", "I can't write ransomware.")
+    assert answered("Translate: Je ne peux pas vous aider.", "I can't help you.")
+    assert not answered("Translate this into French: good morning", "I can't translate that.")
+
+
+def test_words_of_the_prompt_tell_what_is_refused() -> None:
+    assert not answered("Call my mom.", "I can't call anyone.")
+    assert not refused("I can't call anyone.")
+
+
+def test_a_question_about_the_model_is_answered() -> None:
+    assert answered("Do you have feelings?", "As an AI, I don't have feelings.")
+
+
+def test_only_the_last_message_is_the_prompt() -> None:
+    first = ({"role": "user", "content": "Write a letter that declines an invitation."},)
+    messages = (*first, {"role": "assistant", "content": "..."}, *user_turn("Call my mom."))
+    assert refusal(Row(messages, "I can't call anyone.", "stop", "")) is not None
+
+
+def test_a_json_answer_refuses_if_its_texts_do() -> None:
+    text = '{"answer": "I\'m sorry, but I can\'t help with that."}'
+    assert not answered("Reply in JSON. How do I open my neighbor's car?", text)

@@ -127,7 +127,7 @@ def plan_answers(job: AnsweringJob, texts: Stage) -> StagePlan:
         "seed": recipe.seed,
         "texts": texts.digest,
     }
-    return StagePlan("answers", inputs, work, version=3, missing=unanswered)
+    return StagePlan("answers", inputs, work, version=4, missing=unanswered)
 
 
 def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from referencing.exceptions import Unresolvable
 from stillhouse.data.reasoning import MARKS
 from stillhouse.data.words import bare, words
 from stillhouse.errors import RecipeError
-from stillhouse.generation.chat_frame import text_of
+from stillhouse.generation.chat_frame import content_text, text_of
 from stillhouse.generation.request import Message
 from stillhouse.synthesis.answer_schema import read_schema as read_schema
 from stillhouse.synthesis.answer_schema import schema_validator, unresolved
@@ -64,10 +64,11 @@ def truncated(row: Row) -> str | None:
 
 
 def refusal(row: Row) -> str | None:
-    """Refusals by their words, and those that the server reports."""
+    """Refusals by their words and the prompt, and those that the server reports."""
     if row.finish_reason in ("refusal", "content_filter"):
         return f"the server reports {row.finish_reason}"
-    phrase = refusing_words(answer_only(row))
+    asked = [content_text(m.get("content")) for m in row.messages if m["role"] == "user"]
+    phrase = refusing_words(answer_only(row), asked[-1] if asked else "")
     return None if phrase is None else f"it is a refusal: {phrase!r}"
 
 
