@@ -35,15 +35,15 @@ pytest: $(VENV)/.dev
 unit: $(VENV)/.dev
 	$(PYTEST) -m "$(EVERY) and not run"
 
-# Everything that takes minutes: the demo killed and resumed, bit for bit; the demo's recipe itself.
+# Tests that take minutes: the demo killed and resumed, bit for bit; the demo's recipe itself.
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
 
-# Every extra has a solution under constraints.txt. Needs a package index; installs nothing.
+# Checks that every extra resolves under constraints.txt. Needs a package index; installs nothing.
 test-install: $(VENV)/.dev
 	$(BIN)/pytest -m install
 
-# llama.cpp itself, which is no part of `make test`: its server with the real SmolLM2 on loopback, its
+# llama.cpp itself, which is not part of `make test`: its server with the real SmolLM2 on loopback, its
 # quantizer, and GGUF files of every architecture in it; its build takes some minutes.
 test-llama: $(VENV)/.llama
 	$(BIN)/pytest tests/generation/test_llama_server.py \
@@ -68,7 +68,7 @@ $(VENV)/bin/python:
 		{ echo "Stillhouse needs Python 3.11 or newer: make demo PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch is installed alone and first: its exact version keeps pip from trying others.
+# torch is installed first and separately: its exact version keeps pip from trying others.
 $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) install -q -c constraints.txt torch numpy
 	$(PIP) install -q -c constraints.txt -e .

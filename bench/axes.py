@@ -1,4 +1,4 @@
-"""What each axis costs before any training, at equal parameter counts.
+"""The cost of each axis before any training, at equal parameter counts.
 
     make bench NAME=axes ARGS="wikitext2-valid.txt"
 
@@ -99,7 +99,7 @@ def main() -> None:
 
 @torch.no_grad()
 def measure(teacher: Any, student: Any, ids_RL: Tensor) -> dict[str, Any]:
-    """KL(teacher ‖ student) in nats a token, top-1 agreement, the student's perplexity."""
+    """KL(teacher ‖ student) in nats/token, top-1 agreement, the student's perplexity."""
     kl, agree, loss, count = 0.0, 0, 0.0, 0
     for window_1L in ids_RL.split(1):
         p_LV, q_LV = (

@@ -1,4 +1,4 @@
-"""What every benchmark writes: the machine, the versions, the raw figures, and the bars."""
+"""The output of every benchmark: the machine, the versions, the raw figures, and the bars."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Bar:
-    """A number that was asked for, and the one that was measured. Met or not, it stays."""
+    """A target and the measured number. It is recorded whether it is met or not."""
 
     name: str
     value: float
@@ -55,19 +55,19 @@ def write_results(
 
 
 def _nameless(argument: str) -> str:
-    """A path by its last name: results are committed, and folders are nobody's business."""
+    """Shorten a path to its last name: results are committed, and folders are private."""
     return Path(argument).name if "/" in argument else argument
 
 
 def earlier(name: str) -> dict[str, Any]:
-    """What the last run of a benchmark wrote; {} before there was any."""
+    """The results of the last run of a benchmark; {} if there are none."""
     path = RESULTS / f"{name}.json"
     found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
     return found
 
 
 def commit() -> str:
-    """The commit that is measured; `unknown` outside of a repository."""
+    """The measured commit; `unknown` outside a repository."""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )

@@ -1,7 +1,7 @@
-"""Does a distillation loss compute what it says? `python -m bench.conformance [MODULE:FUNCTION]`
+"""Checks that a distillation loss is correct: `python -m bench.conformance [MODULE:FUNCTION]`
 
 Without arguments, it checks ours, TRL's, Liger's and torch's own (those that are installed). Point
-it at any function (Problem) -> Tensor that gives the mean over supervised rows of forward KL
+it at any function (Problem) -> Tensor that returns the mean over supervised rows of forward KL
 (β = 0), reverse KL (β = 1) or generalized JSD, and leaves gradients to autograd: see
 bench/contenders.py. It prints one line for each check that differs from a token-by-token float64
 reference, and exits 1 if ours does.
@@ -34,7 +34,7 @@ TOLERANCE = 1e-4
 
 
 def reference(problem: Problem) -> tuple[Tensor, list[Tensor]]:
-    """Mean loss and gradients: float64, token by token, on the vocabulary that is shared."""
+    """Mean loss and gradients: float64, token by token, on the shared vocabulary."""
     leaves = [leaf.detach().double().requires_grad_() for leaf in problem.leaves]
     hidden_ND, weight_VD = leaves
     shared = min(len(weight_VD), len(problem.teacher_VD))
@@ -54,7 +54,7 @@ def gap(found: Tensor, expected: Tensor) -> float:
 
 
 def compare(loss: Loss, problem: Problem, tolerance: float = TOLERANCE) -> str:
-    """An empty string, or what differs."""
+    """A description of the difference, or an empty string."""
     value = run(loss, problem)
     grads = problem.grads
     expected, expected_grads = reference(problem)
@@ -71,7 +71,7 @@ def compare(loss: Loss, problem: Problem, tolerance: float = TOLERANCE) -> str:
     return ", ".join(found)
 
 
-# --- the checks: each gives an empty string, or what differs ---------------------------------
+# --- checks: each returns the difference, or an empty string ---------------------------------
 
 
 def values_and_gradients(beta: float, temperature: float) -> Callable[[Loss], str]:
@@ -125,7 +125,7 @@ def split_batches_add_up(loss: Loss) -> str:
 
 
 def padded_head(side: str) -> Callable[[Loss], str]:
-    """One head has rows of padding: they are no tokens and must get no probability."""
+    """One head has padding rows: they are not tokens and must have probability 0."""
 
     def check(loss: Loss) -> str:
         problem = make_problem(20, 40, 8)
@@ -156,7 +156,7 @@ def underflow(beta: float) -> Callable[[Loss], str]:
 
 
 def saturated_jsd(loss: Loss) -> str:
-    """Models that agree on no likely token: JSD is log 2, its gradient nothing beside KL's."""
+    """Models that agree on no likely token: JSD is log 2, with a gradient far below KL's."""
     problem = make_problem(20, 40, 8)
     with torch.no_grad():
         problem.weight_VD.mul_(60)
@@ -222,14 +222,14 @@ CHECKS: dict[str, tuple[float, Callable[[Loss], str]]] = {
 
 
 def conform(loss: Loss, name: str = "") -> dict[str, str]:
-    """What differs, by check; an empty string where nothing does."""
+    """The difference by check; an empty string if there is none."""
     found = {}
     for title, (beta, check) in CHECKS.items():
         if not defined(name, beta):
             continue
         try:
             found[title] = check(loss)
-        except Exception as error:  # whatever another library raises is a finding
+        except Exception as error:  # any exception of another library is a finding
             found[title] = f"raises {type(error).__name__}: {str(error).splitlines()[0][:70]}"
     return found
 

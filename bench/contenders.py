@@ -1,6 +1,6 @@
-"""The losses that are compared: ours, other libraries' (where installed), and plain PyTorch.
+"""The compared losses: ours, other libraries' (if installed), and plain PyTorch.
 
-Each takes a Problem and gives the mean over supervised rows of generalized JSD with the mixture
+Each returns the mean over a Problem's supervised rows of generalized JSD with the mixture
 βp + (1 − β)q, where β = 0 means forward KL and β = 1 reverse KL, as TRL and Liger define it.
 """
 
@@ -38,7 +38,7 @@ class Problem:
 
     @property
     def grads(self) -> list[Tensor]:
-        """What `run` left behind: of the leaves that a loss gave none, zeros."""
+        """The gradients after `run`; zeros for leaves without one."""
         return [torch.zeros_like(x) if x.grad is None else x.grad for x in self.leaves]
 
 
@@ -56,7 +56,7 @@ def make_problem(
     device: str = "cpu",
     seed: int = 0,
 ) -> Problem:
-    """Random rows whose logits have a standard deviation of 2, teacher and student alike."""
+    """Random rows whose logits have a standard deviation of 2, for teacher and student."""
     g = torch.Generator().manual_seed(seed)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -75,7 +75,7 @@ def make_problem(
 
 
 def term_for(beta: float, temperature: float = 1.0) -> Term:
-    """The term that is TRL's and Liger's loss at this β."""
+    """The term that equals TRL's and Liger's loss at this β."""
     kind = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "jsd")
     extra = {"beta": beta} if kind == "jsd" else {}
     return Term(kind, temperature=temperature, t_squared=False, **extra)
@@ -109,7 +109,7 @@ def divergence_of_logits(student_NV: Tensor, teacher_NV: Tensor, beta: float) ->
 
 
 def naive(problem: Problem) -> Tensor:
-    """Whole logits of the supervised rows, in float32 after the head."""
+    """Full logits of the supervised rows, in float32 after the head."""
     valid = problem.labels_N != -100
     student_NV = (problem.hidden_ND[valid] @ problem.weight_VD.T).float() / problem.temperature
     with torch.no_grad():
@@ -208,7 +208,7 @@ def orda(problem: Problem) -> Tensor:
 
 
 def matmul_floor(problem: Problem, rows: int = 256) -> None:
-    """The same four products alone, in the same dtype, over the supervised rows."""
+    """Only the same four products, in the same dtype, over the supervised rows."""
     with torch.no_grad():
         valid = problem.labels_N != -100
         hidden_ND, teacher_ND = problem.hidden_ND[valid], problem.teacher_ND[valid]
@@ -265,5 +265,5 @@ def run(loss: Loss, problem: Problem) -> Tensor:
 
 
 def quiet() -> contextlib.AbstractContextManager[None]:
-    """Libraries' warnings belong to them, not to a table of results."""
+    """Suppress libraries' warnings in the table of results."""
     return warnings.catch_warnings(action="ignore")

@@ -2,9 +2,9 @@
 
     make bench NAME=decode ARGS='--model runs/demo/...'
 
-The forms take turns, one token after another, so that a machine that others use is unfair to none:
+The forms alternate, one token after another, so that other load on the machine affects all equally:
 float32 and bfloat16 in transformers, torchao's int8 and int4 weights (alone, and with inputs
-rounded to int8) in transformers, and llama.cpp's f16, q8_0, q4_0 and q4_k_m where llama-cpp-python
+rounded to int8) in transformers, and llama.cpp's f16, q8_0, q4_0 and q4_k_m if llama-cpp-python
 is installed. A form's figure is the median step of all rounds.
 """
 
@@ -47,7 +47,7 @@ PROMPT = 32
 
 @dataclass(frozen=True)
 class Form:
-    """step: reads tokens after those that it has read. bytes: of the weights' files."""
+    """step: reads further tokens. bytes: of the weight files."""
 
     runtime: str
     bytes: int
@@ -121,14 +121,14 @@ def in_llama_cpp(source: Path, folder: Path) -> dict[str, Form]:
 
 
 def measure(forms: dict[str, Form], tokens: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Tokens a second by the median step, and the slowest and fastest round's median."""
+    """Tokens per second by the median step, and the slowest and fastest round's median."""
     prompt = torch.randint(100, 2000, (PROMPT,), generator=torch.Generator().manual_seed(0))
     medians: dict[str, list[float]] = {name: [] for name in forms}
     every: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(rounds + 1):
         for name, form in forms.items():
             seconds = one_round(form.step, prompt.tolist(), tokens if turn else 2)
-            if turn:  # the first round pays for caches
+            if turn:  # the first round warms up caches
                 medians[name].append(statistics.median(seconds))
                 every[name] += seconds
     return {

@@ -1,4 +1,4 @@
-"""What makes a family good: `make bench NAME=family ARGS="wikitext2-valid.txt"`.
+"""Compares ways to train a family: `make bench NAME=family ARGS="wikitext2-valid.txt"`.
 
 Five comparisons on SmolLM2-135M-Instruct, each at equal training tokens, all students measured on
 the held-out passages of `bench.quality`:
@@ -6,8 +6,8 @@ the held-out passages of `bench.quality`:
 (a) a cascade of three hops against one cut to the last size; (b) members that learn from the
 original teacher, from the member before, or from both; (c) with and without least-squares
 reconstruction; (d) width, depth, or both cut to one number of parameters; (e) a pruned start
-against random weights of the same shape. Every teacher answers live. What is finished is not done
-again: give the same --folder.
+against random weights of the same shape. All teachers run live. Finished work is not repeated
+with the same --folder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ EQUAL: dict[str, dict[str, Any]] = {
 }
 """About 108M parameters each; the report has the exact numbers."""
 ALL = 0.5
-"""Epochs of 60,000 tokens: what every student takes, a chain of three hops together."""
+"""Epochs of 60,000 tokens for every student, and for a chain of three hops in total."""
 A_HOP = ALL / 3
 CALIBRATION_TOKENS = 16384
 STUDENTS = (
@@ -63,7 +63,7 @@ Figure = dict[str, Any]
 
 
 class Bench:
-    """One seed's students: each made, trained and measured once."""
+    """One seed's students: each built, trained and measured once."""
 
     def __init__(self, options: argparse.Namespace, texts: Path, seed: int) -> None:
         self.raw = recipe(options.teacher, texts, 1024, seed)
@@ -79,7 +79,7 @@ class Bench:
         start: Path | None = None,
         teachers: list[str] | None = None,
     ) -> tuple[Figure, Path]:
-        """Measures a student before and after training; its checkpoint.
+        """Measure a student before and after training; returns its checkpoint.
 
         start: the model that is pruned; None: the teacher. teachers: as train.teachers.
         """
@@ -109,7 +109,7 @@ class Bench:
         return figure, trained.path / MODEL
 
     def chain(self, teacher: str) -> Figure:
-        """The last member of a cascade, and each one's KL on the way."""
+        """The last member of a cascade, and the KL of each member."""
         start: Path | None = None
         on_the_way, spent = {}, {"tokens": 0, "flops": 0.0}
         for name, sizes in HOPS.items():
@@ -123,7 +123,7 @@ class Bench:
 
 
 def students(bench: Bench) -> dict[str, Callable[[], Figure]]:
-    """What makes and measures each student, by its name in the results."""
+    """Functions that build and measure each student, by name in the results."""
     unrefitted = {**EQUAL["width"], "refit": False}
     random = {"start": "random", "overrides": {"intermediate_size": 1024}}
     return {

@@ -1,13 +1,13 @@
-"""What each quantized format costs: bytes, and KL to the student itself and to the teacher.
+"""The cost of each quantized format: bytes, and KL to the student itself and to the teacher.
 
     make bench NAME=formats
 
 The student of recipes/demo.yaml, embeddings included, in Stillhouse's own grids (int8 and int4 in
-groups of 32, float8) and in GGUF's formats. Each comes twice: all weights' errors alike, and
-weighed by how much each input matters ("importance"), which is measured on training text. KL is on
+groups of 32, float8) and in GGUF's formats. Each is measured twice: with unweighted errors, and
+weighted by the importance of each input, which is measured on training text. KL is on
 held-out text, which neither training nor the importance has seen. Everything is computed in float32
-from the rounded weights, so that only the rounding is measured; the student in bfloat16 is there to
-compare with. k-quants are left out where llama-cpp-python is not installed.
+from the rounded weights, so that only the rounding is measured; the student in bfloat16 is included
+for comparison. k-quants are left out if llama-cpp-python is not installed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ K_QUANTS = ("q6_k", "q5_k_m", "q4_k_m", "q3_k_m")
 
 @dataclass(frozen=True)
 class Row:
-    """kl: KL(student ‖ form), nats a token; kl_to_teacher: KL(teacher ‖ form)."""
+    """kl: KL(student ‖ form), nats/token; kl_to_teacher: KL(teacher ‖ form)."""
 
     form: str
     importance: bool
@@ -58,7 +58,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Reference:
-    """What forms are compared with, on the same windows."""
+    """The outputs that forms are compared with, on the same windows."""
 
     windows: list[Any]
     student: HeldoutAnswers

@@ -1,11 +1,11 @@
-"""What becomes of real, odd and damaged inputs: nothing may be wrong in silence.
+"""Tests real, odd and damaged inputs: nothing may fail silently.
 
     make bench NAME=inputs
     python -m bench.inputs --seed 1 --count 30
 
 Data files, labeled tables, prompts, model folders, GGUF files and recipes are made by generators
-with a seed. Each generator knows what has to come out, without the code that is tested. A trial
-that takes too long is ended. Every failure is listed with the numbers that make it again:
+with a seed. Each generator knows the expected result without the code under test. A trial
+that takes too long is ended. Every failure is listed with the numbers that reproduce it:
 
     python -m bench.inputs --seed 1 --only data:17
 """

@@ -1,11 +1,11 @@
-"""What becomes of a run on a bad day: damaged files and faulty servers.
+"""Tests damaged files and faulty servers.
 
     make bench NAME=knocks
     python -m bench.knocks --seed 1 --family damage --count 100
     python -m bench.knocks --seed 1 --family damage --add
 
 Every trial has a seed, and an oracle: an undisturbed run, or what was written before the damage.
-Every failure is listed with the numbers that make it again:
+Every failure is listed with the numbers that reproduce it:
 
     python -m bench.knocks --seed 1 --only damage:17
 """

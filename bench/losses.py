@@ -1,6 +1,6 @@
-"""Time and memory of the fused loss beside its peers: `python -m bench.losses`.
+"""Time and memory of the fused loss compared with others: `python -m bench.losses`.
 
-Every figure is taken in a process of its own. Times: after a check that all contenders compute
+Every figure is measured in a separate process. Times: after a check that all contenders compute
 the same loss and gradients, forward and backward of each in turn, the order rotated from round to
 round; the smallest of the rounds counts, all are kept. Memory: the peak of resident memory (on a
 GPU: of allocated memory) during one forward and backward, less what was resident before, once
@@ -96,20 +96,20 @@ def problem_of(options: argparse.Namespace, **changes: Any) -> Problem:
     )
 
 
-# --- what one process measures -------------------------------------------------------------
+# --- measurements in one process -----------------------------------------------------------
 
 
 def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     problem = problem_of(options)
     wanted = [n for n in CONTENDERS if installed(n) and defined(n, options.beta)]
-    # Held outside of the problem, so that the next contender cannot overwrite them.
+    # Kept outside the problem, so that the next contender cannot overwrite them.
     reference = [run(stillhouse, problem), *(grad.clone() for grad in problem.grads)]
     agreement: dict[str, str | list[float]] = {}
     contenders: dict[str, Callable[[], object]] = {}
     for name in wanted:
         try:
             computed = [run(CONTENDERS[name], problem), *problem.grads]
-        except RuntimeError as error:  # a peer that cannot run this dtype or device
+        except RuntimeError as error:  # a contender that cannot run this dtype or device
             agreement[name] = f"does not run: {str(error).splitlines()[0]}"
             continue
         gaps = [
@@ -157,7 +157,7 @@ def _peak_of_one(options: argparse.Namespace, problem: Problem) -> int:
 
 
 def trim_allocator() -> None:
-    """Hands back what was freed before: else a contender would work in it unseen."""
+    """Return freed memory to the system: otherwise a contender could reuse it unnoticed."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -203,7 +203,7 @@ def measure_sparse(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_step(options: argparse.Namespace) -> dict[str, Any]:
-    """A distillation step beside a plain fine-tuning step of the same student."""
+    """A distillation step compared with a plain fine-tuning step of the same student."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     dtype, device = getattr(torch, options.dtype), options.device
@@ -264,7 +264,7 @@ MEASURES = {
 
 
 def ask(options: argparse.Namespace, measure: str, **changes: Any) -> dict[str, Any]:
-    """Runs one measurement in a process of its own."""
+    """Run one measurement in a separate process."""
     settings = {**vars(options), **changes, "measure": measure}
     settings.pop("wrap")
     arguments = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
@@ -278,7 +278,7 @@ def ask(options: argparse.Namespace, measure: str, **changes: Any) -> dict[str, 
 
 
 def best(times: dict[str, list[float]], prefix: str) -> float:
-    """The smallest of all rounds of all contenders whose name starts so."""
+    """The minimum over all rounds of all contenders whose name starts with this prefix."""
     return min(min(values) for name, values in times.items() if name.startswith(prefix))
 
 

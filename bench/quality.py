@@ -1,11 +1,11 @@
-"""How near a student of 80 % of the size comes to its teacher on a small budget of text.
+"""How close a student of 80% of the size gets to its teacher with a small budget of text.
 
     make bench NAME=quality ARGS="wikitext2-valid.txt"
 
-SmolLM2-135M-Instruct is pruned to 108.0M parameters, of the shape that the search picks (or of one
-FFN width: --ffn-size 1024), and distilled on the first 60,000 tokens of the file, in windows of
+SmolLM2-135M-Instruct is pruned to 108.0M parameters, with the shape that the search picks (or with
+one FFN width: --ffn-size 1024), and distilled on the first 60,000 tokens of the file, in windows of
 256, seen once. Measured on 8,192 tokens that neither pruning nor training saw: eight passages,
-evenly spaced over the rest of the file. What is finished is not done again: give the same --folder.
+evenly spaced over the rest of the file. Finished work is not repeated with the same --folder.
 """
 
 from __future__ import annotations

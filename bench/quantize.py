@@ -1,12 +1,12 @@
-"""What rounding the demo's student to int4 costs, what training it rounded wins back, and exports.
+"""The cost of rounding the demo's student to int4, what QAT recovers, and the exports.
 
     make bench NAME=quantize
 
 The student of recipes/demo.yaml, rounded to int4 in groups of 32, its embeddings included: KL to
 the teacher on the recipe's held-out tokens before, after rounding, and after quantization-aware
 distillation on 30,000 tokens. `--control` adds the same student trained on the same tokens without
-rounding, then rounded, which shows what the tokens alone win. Then the seconds that exports take,
-replay included, and what each differs from its checkpoint.
+rounding, then rounded, which shows the effect of the tokens alone. Then the seconds that exports
+take, replay included, and how much each differs from its checkpoint.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FORMATS = ("f16", "q8_0")
 
 @dataclass(frozen=True)
 class Bench:
-    """What every part needs. section: how the student is quantized."""
+    """Shared state of all parts. section: how the student is quantized."""
 
     job: Job
     windows: Windows
@@ -193,7 +193,7 @@ def exports(bench: Bench) -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and those that it has waited for: what other programs' load leaves alone."""
+    """CPU seconds of this process and its finished children, which other load does not affect."""
     return sum(os.times()[:4])
 
 

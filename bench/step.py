@@ -3,9 +3,9 @@
     make bench NAME=step
 
 Teacher forward + student forward and backward + optimizer, with the demo's models and batch, as the
-trainer runs it. FLOPs are counted as 6·P_s + 2·P_t a token, embeddings once, as the head. The
+trainer runs it. FLOPs are counted as 6·P_s + 2·P_t per token, embeddings once, as the head. The
 product rate is measured in the same process, before and after the steps. Each round takes `--steps`
-optimizer steps, and beside it as many of plain fine-tuning and of distillation from a signal store.
+optimizer steps, plus as many of plain fine-tuning and of distillation from a signal store.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "demo.yaml"
 DISTILLATION = ObjectiveRecipe()
 KINDS = ("distillation", "fine_tuning", "cached")
 STORED_TAU = 0.02
-"""About 36 bytes a token."""
+"""About 36 bytes per token."""
 FINE_TUNING = ObjectiveRecipe(terms=[LogitsTerm(divergence="cross_entropy")])
 
 

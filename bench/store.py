@@ -1,10 +1,10 @@
 """How fast a signal store is written and read: `python -m bench.store`.
 
 Rows of about 16 entries, as `threshold` makes them, are packed and written, and then read in
-random batches of windows, as training asks for them: keys, look-up, checksums of the shards at
-first touch and decoding to tensors are all in the time. Beside it, a reader of Parquet lists
-through Python objects, the usual way, on the same rows. Selection is timed against the head's
-matrix product and the teacher's whole forward pass, where a teacher is given.
+random batches of windows, as in training: keys, look-up, checksums of the shards at
+first use and decoding to tensors are all included in the time. For comparison, a reader of Parquet
+lists through Python objects, the usual way, on the same rows. Selection is timed against the head's
+matrix product and the teacher's full forward pass, if a teacher is given.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ENTRIES = 16
 BATCH = 16
 PARQUET_ROWS = 200_000
 SHARD_BYTES = 8 << 20
-"""Small, so that a batch takes its rows from several shards, as in a large store."""
+"""Small, so that a batch reads rows from several shards, as in a large store."""
 
 
 def make_windows(windows: int, context: int) -> tuple[torch.Tensor, ...]:
@@ -70,7 +70,7 @@ def make_rows(rows: int) -> EntryRows:
 
 
 def cut(rows: EntryRows, bounds: np.ndarray) -> list[EntryRows]:
-    """The rows in parts, as the passes of a teacher would give them."""
+    """The rows in parts, as from several passes of a teacher."""
     assert rows.valued_N is not None
     entries = np.concatenate([[0], np.cumsum(rows.counts_N, dtype=np.int64)])[bounds]
     values = np.concatenate([[0], np.cumsum(rows.valued_N, dtype=np.int64)])[bounds]
@@ -160,7 +160,7 @@ def decode_epoch(
 
 
 def read_parquet_lists(path: Path, rows: int) -> float:
-    """Tokens a second of Parquet lists, through Python objects, to padded tensors."""
+    """Tokens per second of Parquet lists, through Python objects, to padded tensors."""
     started = time.perf_counter()
     table = pq.read_table(path, columns=["ids", "probabilities"]).slice(0, rows)
     ids, weights = table["ids"].to_pylist(), table["probabilities"].to_pylist()
@@ -188,7 +188,7 @@ def measure_reading(path: Path, windows: tuple[torch.Tensor, ...], rounds: int) 
 
 
 def measure_selection(teacher: Path, text: Path, rounds: int) -> dict[str, Any]:
-    """Seconds a token: the teacher's forward pass with its head, and selection on its logits."""
+    """Seconds per token: the teacher's forward pass with its head, and selection on its logits."""
     from stillhouse.teachers.backbone import hidden_states, lm_head
     from stillhouse.teachers.load_model import load_model, load_tokenizer
 

@@ -1,9 +1,9 @@
-"""What a stored signal costs a student in quality: `python -m bench.store_quality TEXT`.
+"""The effect of a stored signal on a student's quality: `python -m bench.store_quality TEXT`.
 
 The same student (108.0M parameters, of SmolLM2-135M-Instruct) is trained on the same 60,000 tokens
 in the same order, once under the live teacher and once from a store of each encoding. All stores
 are recorded in one pass of the teacher. Measured on the held-out passages of `bench.quality`. A run
-that is finished is not done again: give the same --folder.
+that is finished is not repeated with the same --folder.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def record_all(
     encodings: Mapping[str, Encoding | float],
     folder: Path,
 ) -> dict[str, Path]:
-    """A store for each encoding; the teacher is asked once for all that are not there yet."""
+    """Record a store for each encoding; the teacher runs once for all that are missing."""
     paths = {name: folder / stem(name) for name in encodings}
     todo = {n: e for n, e in encodings.items() if not (paths[n] / "manifest.json").exists()}
     if not todo:

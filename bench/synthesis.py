@@ -1,7 +1,7 @@
-"""What synthesis costs beside the teacher: `python -m bench.synthesis`.
+"""The overhead of synthesis besides the teacher: `python -m bench.synthesis`.
 
-The journal alone: rows a second, and memory over many rows. The pool with the journal behind it:
-against a stub server in a process of its own that answers each request after 50 ms, with 256
+The journal alone: rows per second, and memory over many rows. The pool with the journal behind it:
+against a stub server in a separate process that answers each request after 50 ms, with 256
 requests at once; the ideal rate is 256 / 0.05 s. The openai client on the same requests is beside
 it, as is the CPU time of one request, which other load on the machine does not change. With
 --teacher, local generation on prompts of mixed lengths: ours, `model.generate` one prompt at a
@@ -53,7 +53,7 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-# --- the journal, and the pool with nothing to wait for -------------------------------------------
+# --- the journal, and the pool with immediate answers ---------------------------------------------
 
 
 def measure_journal(folder: Path, rows: int) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def measure_endpoint(folder: Path, url: str, count: int, name: str) -> dict[str,
     async def whole() -> tuple[float, float]:
         with Journal(folder / f"{name}.sqlite") as journal:
             async with Client(url, "teacher", connections=AT_ONCE) as client:
-                # Opens the connections, and lets the limit find out that 256 are borne.
+                # Opens the connections, and lets the limit rise to 256.
                 await Pool(client.send, journal, Budget(), concurrency=AT_ONCE).answer_all(
                     requests(4 * AT_ONCE, "warm-up")
                 )
@@ -225,7 +225,7 @@ def measure_local(teacher: Path, text: Path, count: int, batch: int) -> dict[str
 
 @torch.no_grad()
 def one_pass_a_pair(model: Any, prompts: list[list[int]], labels: list[list[int]]) -> torch.Tensor:
-    """The obvious way, with logits for the label's tokens alone. [N, C]."""
+    """The obvious way, with logits only for the label's tokens. [N, C]."""
     scores_NC = torch.zeros(len(prompts), len(labels))
     for row, prompt in enumerate(prompts):
         for column, label in enumerate(labels):

@@ -1,4 +1,4 @@
-"""The command line of a benchmark that is made of seeded trials, and its table and results."""
+"""The command line of a benchmark with seeded trials, and its table and results."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class TrialBench:
 
 
 def run_command(bench: TrialBench, description: str | None) -> None:
-    """Runs the trials that the command line asks for.
+    """Run the trials that the command line selects.
 
-    A run of them all is written down. So are some families with `--add`, in the place of what was
-    written of them before, where every trial of theirs has run.
+    The results of a complete run are saved; with `--add`, so are those of some families if all of
+    their trials have run, replacing their previous results.
     """
     families = list(bench.families)
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or several")
-    parser.add_argument("--count", type=int, help="trials of each family, in place of the usual")
+    parser.add_argument("--count", type=int, help="trials of each family, instead of the default")
     parser.add_argument("--family", nargs="+", choices=families, default=families)
     parser.add_argument("--only", nargs="+", default=[], help="FAMILY:NUMBER, shown whole")
     parser.add_argument("--processes", type=int, default=2)
@@ -114,6 +114,6 @@ def _parts(results: Sequence[tuple[int, Result]]) -> dict[str, Any]:
 
 
 def _others(bench: TrialBench, families: Sequence[str]) -> dict[str, Any]:
-    """What was written of other families than these."""
+    """The saved results of other families."""
     parts = earlier(bench.name).get("figures", {}).get("families", {})
     return {name: part for name, part in parts.items() if name not in families}

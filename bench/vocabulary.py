@@ -1,7 +1,7 @@
-"""What pruning the vocabulary saves and costs: `make bench NAME=vocabulary ARGS=TEXT`.
+"""Savings and costs of pruning the vocabulary: `make bench NAME=vocabulary ARGS=TEXT`.
 
 Saved: a model of Gemma 3 270M's shape (262,144 tokens, hidden size 640, random weights) against
-itself with fewer tokens, each in a process of its own: distillation steps of 512 tokens under a
+itself with fewer tokens, each in a separate process: distillation steps of 512 tokens under a
 bfloat16 copy, their time and their peak memory, beside what FLOPs and bytes say. Costs: the
 perplexity of SmolLM2-135M-Instruct on text that lost no token, before and after.
 """
@@ -40,7 +40,7 @@ WHOLE, KEPT = 262_144, (65_536, 16_384)
 ROWS, CONTEXT = 2, 256
 STEPS = 5
 OPTIMIZER_BYTES = 16
-"""Of a parameter: weight, gradient, two moments, all float32."""
+"""Bytes per parameter: weight, gradient, two moments, all float32."""
 TEACHER_BYTES = 2
 PRUNED_TO: tuple[int | str, ...] = (40_960, 32_768, 16_384, "data")
 
@@ -67,7 +67,7 @@ def main() -> None:
             bars.append(Bar(name, measured / counted, "<=", 1.1))
     perplexities = {} if options.text is None else measured_perplexities(options)
     for share, found in perplexities.items():
-        # It falls by what the lost tokens had of the probability: all other logits are the same.
+        # It falls by the probability of the lost tokens: all other logits are the same.
         rise = found["cut_perplexity"] / found["teacher_perplexity"] - 1
         bars.append(Bar(f"rise of perplexity, cut to {share}", rise, "<=", 0.0005))
     write_results("vocabulary", {"gemma_shape": sizes, "smollm2": perplexities}, bars)

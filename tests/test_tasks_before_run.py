@@ -55,7 +55,7 @@ def test_an_answering_student_that_rejects_system_prompts(tmp_path: Path) -> Non
     retemplated(tmp_path / "small", REFUSES_SYSTEM)
     student = {"start": "pretrained", "model": str(tmp_path / "small")}
     raw["student"] = student
-    assert "the student's chat template takes no system prompt" in both(raw, tmp_path)
+    assert "the student's chat template does not accept a system prompt" in both(raw, tmp_path)
 
 
 def test_a_classifiers_teacher_that_rejects_system_prompts(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def judged(
 
 
 def refused(name: str, texts: Any, format: ChatFormat | None = None, **options: Any) -> Trial:
-    """A trial whose input has no right reading."""
+    """A trial whose input must be rejected."""
     return judged(name, texts, (), format or BY_NAME["chatml"], "must", **options)
 
 

@@ -1,4 +1,4 @@
-"""Runs trials in worker processes, and ends those that hang."""
+"""Runs trials in worker processes, and kills those that hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damage as disks and half-written copies make it."""
+"""Damage as caused by disks and incomplete copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs and journals that trials damage; each is made once in a process."""
+"""Runs and journals for trials to damage; each is created once per process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ANSWERS, FAILURES = 60, 8
 
 @cache
 def place() -> Path:
-    """A folder that goes with the process."""
+    """A folder that is deleted with the process."""
     folder = tempfile.TemporaryDirectory(prefix="knocks-")
     # A fresh process for each export's replay would take most of the time.
     fresh_process.subprocess = replays.IN_THIS_PROCESS  # type: ignore[assignment, attr-defined]
@@ -99,7 +99,7 @@ def journals() -> dict[str, Path]:
                 answer = replace(answer, logprobs=[{"token": "a", "logprob": -0.5}])
             journal.record(request(number), answer)
         for number in range(FAILURES):
-            failure = Failure("timeout", "no whole answer", 2, 1.5, 40)
+            failure = Failure("timeout", "no complete answer", 2, 1.5, 40)
             journal.record_failure(request(100 + number), failure)
         journal.reserve(request(200), 2.0, 50).result()
         for file in closed.iterdir():

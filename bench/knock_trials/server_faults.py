@@ -72,7 +72,7 @@ def malformed(chance: random.Random) -> Fault:
 
 
 def empty(chance: random.Random) -> Fault:
-    """A whole answer without a text, which is paid for."""
+    """A complete answer without text, which is paid for."""
     content: Any = chance.choice([None, "", 7, [], {}, [{"type": "image"}], True, [7]])
     value = chance.choice([{"choices": []}, whole("", message={"content": content})])
     return Fault(f"empty {content!r}", lambda text: body(dumps(value)), texts=("",))

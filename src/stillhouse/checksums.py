@@ -95,7 +95,7 @@ def damaged_export(folder: Path, problem: str) -> ModelError:
     return ModelError(
         f"the model is damaged: {problem}",
         where=folder,
-        fix="copy the folder again, or give `stillhouse run` again with its recipe; if you changed "
+        fix="copy the folder again, or run `stillhouse run` again with its recipe; if you changed "
         f"the file yourself, delete {SUMS} there",
     )
 

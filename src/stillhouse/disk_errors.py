@@ -12,7 +12,7 @@ from pathlib import Path
 from stillhouse.errors import RunError, StillhouseError
 
 KEPT = (
-    "free some space and give the same command again: finished stages and complete checkpoints "
+    "free some space and run the same command again: finished stages and complete checkpoints "
     "are kept"
 )
 ELSEWHERE = "use another path (for a run: --set folder=PATH)"
@@ -39,7 +39,7 @@ _BROKEN = {
     errno.ENODEV: "the disk is no longer connected",
     errno.ENXIO: "the disk is no longer connected",
 }
-_REPAIR = "check the disk (`dmesg` shows its errors), and give the same command again"
+_REPAIR = "check the disk (`dmesg` shows its errors), and run the same command again"
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries in Rust end their messages."""
 _NO_SPACE = re.compile(

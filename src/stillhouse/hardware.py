@@ -114,7 +114,7 @@ def _set_malloc(*, mapped_from: int, trimmed_from: int) -> str | None:
     # Some versions of glibc cap the threshold; allowing no mappings has the same effect.
     threshold = libc.mallopt(_M_MMAP_THRESHOLD, mapped_from) or libc.mallopt(_M_MMAP_MAX, 0)
     if not (threshold and libc.mallopt(_M_TRIM_THRESHOLD, trimmed_from)):
-        return "the allocator is not changed: mallopt refused"
+        return "the allocator is not changed: mallopt failed"
     return None
 
 

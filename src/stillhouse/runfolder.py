@@ -135,7 +135,7 @@ class RunFolder:
             raise RunError(
                 "this folder was deleted, moved or replaced while the run was using it",
                 where=gone[0] if own else self.root,
-                fix="put it back if you moved it, and give the same command again",
+                fix="put it back if you moved it, and run the same command again",
             )
 
     def key(self, name: str, depends_on: Mapping[str, Any]) -> str:

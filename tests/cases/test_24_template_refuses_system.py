@@ -65,7 +65,7 @@ def test_check_reports_that_the_template_rejects_system_prompts(
     tmp_path: Path, template: str
 ) -> None:
     text, fix = error_of(recipe(tmp_path, template, system="Be brief."))
-    assert "takes no system prompt" in text
+    assert "does not accept a system prompt" in text
     assert "remove synthesize.prompts.system, or put its text into the prompt" in fix
 
 
@@ -96,14 +96,14 @@ def test_a_system_message_of_one_prompt_is_found_too(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in chats))
     text, fix = error_of(recipe(tmp_path, REFUSES_SYSTEM, path=str(file)))
-    assert "takes no system prompt" in text
+    assert "does not accept a system prompt" in text
     assert "remove the system messages from the prompts" in fix
 
 
 def test_few_shot_examples_are_rendered_as_well(tmp_path: Path) -> None:
     examples = [{"prompt": "Say 1", "answer": "1"}]
     text, fix = error_of(recipe(tmp_path, ONE_TURN, examples=examples))
-    assert "does not take the examples: one turn only" in text
+    assert "does not accept the examples: one turn only" in text
     assert "remove synthesize.prompts.examples" in fix
 
 
@@ -115,7 +115,7 @@ def test_the_students_template_gets_the_same_messages(tmp_path: Path) -> None:
     words.save_pretrained(student)
     raw["student"] = {"start": "pretrained", "model": str(student)}
     text, _ = error_of(raw)
-    assert "the student's chat template takes no system prompt" in text
+    assert "the student's chat template does not accept a system prompt" in text
 
 
 def test_a_prompt_of_the_evaluation_is_rendered(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_a_card_names_teacher_data_recipe_hashes_and_what_was_kept(tmp_path: Pat
         ("gpl-3.0", "same license"),
         ("proprietary", "read it before you share"),
         ("a license that nobody knows", "read it before you share"),
-        ("other", "of its own"),
+        ("other", "its own license"),
         ("unknown", "look it up"),
     ],
 )

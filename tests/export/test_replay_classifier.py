@@ -91,5 +91,5 @@ def test_another_tokenizer_is_rejected(tmp_path: Path) -> None:
     raw = json.loads(file.read_text())
     raw["normalizer"] = {"type": "Prepend", "prepend": "b"}
     file.write_text(json.dumps(raw))
-    with pytest.raises(ModelError, match="tokenized otherwise: 'a cat'"):
+    with pytest.raises(ModelError, match="tokenized differently: 'a cat'"):
         _replay(source, folder, TEXTS)

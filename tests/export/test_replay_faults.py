@@ -227,7 +227,7 @@ def test_another_chat_template_fails(
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ({"template": tiny.CHAT_TEMPLATE + "\n\n"}, "in llama.cpp, written otherwise"),
+        ({"template": tiny.CHAT_TEMPLATE + "\n\n"}, "in llama.cpp, rendered differently"),
         ({"eos": 2}, "in llama.cpp, another eos token: 2 in place of 0"),
         ({"noise": 0.5}, "in llama.cpp differs from itself in transformers"),
     ],

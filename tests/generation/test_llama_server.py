@@ -175,7 +175,7 @@ def test_a_wrong_key_is_named_at_once(
     tmp_path: Path, server: Server, link: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VARIABLE, "sk-wrong")
-    with pytest.raises(EndpointError, match="refuses the key") as caught:
+    with pytest.raises(EndpointError, match="rejects the key") as caught:
         synthesize_text(write(tmp_path, server))
     assert VARIABLE in str(caught.value)
 

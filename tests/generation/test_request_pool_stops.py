@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.run, pytest.mark.usefixtures("link")]
 @pytest.mark.parametrize(
     ("fault", "expected"),
     [
-        (error(401, "bad key"), "refuses the key"),
+        (error(401, "bad key"), "rejects the key"),
         (error(403, "not for you"), "may not use the model"),
         (error(404, "no such model"), "has no model 'teacher'"),
         (error(429, "pay first", code="insufficient_quota"), "no credit left"),

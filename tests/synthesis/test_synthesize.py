@@ -270,7 +270,7 @@ def test_a_mistake_is_found_before_anything_is_paid(
         ),
         (
             {"teacher": {"local": {}}, "sampling": {"temperature": None}},
-            "no temperature of its own",
+            "no default temperature",
         ),
         (
             {"teacher": {"local": {}}, "budget": {"max_tokens": 9}},

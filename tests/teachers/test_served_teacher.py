@@ -186,7 +186,7 @@ def malformed(**entry: Any) -> Any:
         (lambda *_: (200, {"choices": None}), "no completion|no prompt_logprobs"),
         (lambda *_: (200, [[]]), "no prompt_logprobs"),
         (lambda *_: (302, {}), r"rejects the request \(302\)"),
-        (lambda *_: (401, {"error": {"message": "no"}}), "refuses the key"),
+        (lambda *_: (401, {"error": {"message": "no"}}), "rejects the key"),
         (lambda *_: (404, {"error": {"message": "no such model"}}), "no such model"),
         (lambda *_: (400, {"error": {"message": "max 3 logprobs"}}), "max 3 logprobs"),
         (without_logprobs, "returns no prompt_logprobs"),

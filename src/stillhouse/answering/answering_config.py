@@ -49,7 +49,7 @@ class AnsweringTask(Section):
     )
     student_sees: Literal["prompt", "system", "all"] = Field(
         "system",
-        description="The student's prompt: the user turn alone, with the system prompt, or with "
+        description="The student's prompt: only the user turn, with the system prompt, or with "
         "the examples too. It learns to answer without the rest.",
     )
 

@@ -21,11 +21,11 @@ _USE = (
 )
 _POOLED = (
     "The head reads the mean of the last hidden states. The `forward` of transformers' own class "
-    "reads the last token alone: use Stillhouse, or call `model.score(mean)` yourself."
+    "reads only the last token: use Stillhouse, or call `model.score(mean)` yourself."
 )
 _ONNX = (
     "`model.onnx` is for onnxruntime: `input_ids` and `attention_mask` in, `logits` out, one for "
-    "each label in the order above. The tokenizer is beside it; `classifier.json` has the maximum "
+    "each label in the order above. The tokenizer is next to it; `classifier.json` has the maximum "
     "number of tokens in training and the threshold below which the classifier abstains."
 )
 _INT8 = "Weights of matrix products are quantized to 8 bits, their inputs dynamically."
@@ -64,7 +64,7 @@ def write_checkpoint_card(folder: Path, card: ModelCard, difference: float) -> N
     """difference: the maximum difference of a probability from the trained checkpoint's."""
     use = f"{_USE}\n\n{_POOLED}" if Facts.load(folder).mean_pooling else _USE
     replay = (
-        "Loaded by a process that imports transformers alone, its probabilities differ from the "
+        "Loaded by a process that imports only transformers, its probabilities differ from the "
         f"trained checkpoint's by at most {difference:.2g}."
     )
     write_card(folder, card, library="transformers", use=use, replay=replay)

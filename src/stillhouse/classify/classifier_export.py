@@ -91,7 +91,7 @@ def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:
         raise ModelError(
             f"the exported classifier's probabilities differ by {difference:.2g}",
             where=exported,
-            fix="the disk may be damaged: give the same command again",
+            fix="the disk may be damaged: run the same command again",
         )
     return difference
 

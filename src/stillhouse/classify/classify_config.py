@@ -226,7 +226,7 @@ class TextFile(Section):
     @model_validator(mode="after")
     def _one_of_both(self) -> TextFile:
         if self.limit is not None and self.sample is not None:
-            raise ValueError("limit takes the first rows and sample random ones: set one of them")
+            raise ValueError("limit selects the first rows and sample random ones: set one of them")
         return self
 
 

@@ -237,7 +237,7 @@ def _on_odd_labels(names: Sequence[str]) -> Iterator[str]:
     for name in names:
         if _MISSING.fullmatch(name):
             yield (
-                f"{name!r} is read as the name of a label: leave the cell empty where no label is "
+                f"{name!r} is read as the name of a label: leave the cell empty if no label is "
                 "known"
             )
         parts = [part.strip() for part in _JOINED.split(name)]
@@ -270,7 +270,7 @@ def _one_label_each(
             raise DataError(
                 f"{len(several):,} of {len(found):,} texts have several labels, {example}",
                 where="data",
-                fix="give each text one label; several labels a text are another task",
+                fix="give each text one label; several labels per text are a different task",
             )
         notes = (
             f"{len(several):,} of {len(found):,} texts have several labels, which count as not "
@@ -376,7 +376,7 @@ def label_of(value: Any, where: str) -> str | None:
     if isinstance(value, str | int) and not listed:
         return collapsed(str(value))
     if listed:
-        what, fix = "a list", "write one label; several labels a text are another task"
+        what, fix = "a list", "write one label; several labels per text are a different task"
     elif isinstance(value, float | Decimal):
         what, fix = f"the number {value}", "name the column that holds the classes"
     else:

@@ -47,7 +47,7 @@ def render_conversation(
         raise DataError(
             "The tokenizer has no chat template, so messages cannot be rendered",
             where=conversation.where,
-            fix="use an instruction-tuned model, put a chat_template.jinja beside its "
+            fix="use an instruction-tuned model, put a chat_template.jinja next to its "
             "tokenizer.json, or give `prompt` and `completion` as strings",
         )
     form = template_form(tokenizer, tools=bool(conversation.tools))

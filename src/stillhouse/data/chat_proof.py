@@ -73,7 +73,7 @@ def prove_turn(
                 f"`{name}.{key}`",
                 where,
                 f"write the reasoning into the content, as <think>...</think> before the answer; "
-                f"use a template that reads `{key}`; or remove the key to learn the answer alone",
+                f"use a template that reads `{key}`; or remove the key to learn only the answer",
             )
     _prove_calls(message, name, found, form, where)
 
@@ -176,7 +176,7 @@ def _fix_of_content(content: str) -> str:
     if MARKS.split(content).reasoning:
         return (
             "use a template that keeps the reasoning of the last turn, or remove the reasoning to "
-            "learn the answer alone"
+            "learn only the answer"
         )
     return "use a template that renders the complete content, or remove the row"
 

@@ -80,7 +80,7 @@ def _texts(texts: Any, text_key: str, boundary: Boundary) -> Texts:
         raise DataError(
             f"{type(texts).__name__} is not a source of text",
             where="Data.build",
-            fix="give a path, a list of strings, chats or rows, or one split of a data set",
+            fix="give a path, a list of strings, chats or rows, or one split of a dataset",
         )
     return Texts(_documents(texts, text_key))
 

@@ -15,7 +15,7 @@ class Member:
     """One student of a family.
 
     untrained: as pruned. shape: sizes before and after, for the axes that were cut. report: its
-    page. tokens, flops, seconds: of the work for this member alone. decoding: its speed as a
+    page. tokens, flops, seconds: of the work only for this member. decoding: its speed as a
     multiple of the teacher's in the same run, if it was measured. quantized: the exported model, if
     it is quantized.
     """

@@ -90,7 +90,7 @@ _TOP1 = (
 _KL = "KL to the teacher: mean KL(teacher ‖ model) of the next-token distributions; 0 is a copy."
 _DISK = "Bytes of the weights; in a run, every model is counted in the export's number type."
 _SPEED = (
-    "One sequence at a time, all models in one run, in alternation; medians. Peak memory: of each "
+    "One sequence at a time, all models in one run, alternating; medians. Peak memory: of each "
     "model alone."
 )
 _KL_PATH, _PERPLEXITY_PATH = ("fidelity", "kl"), ("fidelity", "perplexity")
@@ -269,7 +269,7 @@ _FAMILY = (
     Metric("Decoding, relative to the teacher", ("decoding",),
            lambda value: f"{value:.2f}{text.NBSP}×"),
     Metric("Peak memory", ("student", "speed", "peak_memory_bytes"), text.size),
-    Metric("Time", ("seconds",), text.seconds, "Time: of the work for this member alone."),
+    Metric("Time", ("seconds",), text.seconds, "Time: of the work only for this member."),
 )  # fmt: skip
 
 

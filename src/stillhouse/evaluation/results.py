@@ -33,7 +33,7 @@ class Saved:
             raise RunError(
                 f"the evaluation cannot be read: {str(error).splitlines()[0]}",
                 where=path,
-                fix="delete its folder and give `stillhouse run` again",
+                fix="delete its folder and run `stillhouse run` again",
             ) from error
 
 

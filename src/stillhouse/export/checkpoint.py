@@ -56,7 +56,7 @@ def _save(source: Path, out: Path, dtype: torch.dtype, trust_remote_code: bool) 
     except ValueError as error:
         # transformers rejects a generation config that contradicts itself.
         raise ModelError(
-            f"transformers refuses to save this model ({error})",
+            f"transformers cannot save this model ({error})",
             where=source,
             fix="correct generation_config.json in that folder",
         ) from error

@@ -67,7 +67,7 @@ def require_llm_compressor(python: str | None) -> str:
         )
     if python is None:
         raise ModelError(
-            "llm-compressor needs an environment of its own, and none is named",
+            "llm-compressor needs a separate environment, and none is named",
             where=where,
             fix="python -m venv llmc && llmc/bin/pip install llmcompressor, then set "
             "export.llm_compressor: llmc/bin/python",

@@ -33,7 +33,7 @@ NEW_LLAMA = (
 )
 OLD_LLAMA = (
     "Meta's license forbids using the model or its answers to improve any large language model "
-    "that is not made of Llama itself; Llama 3's also requires a name that begins with “Llama 3”, "
+    "that is not based on Llama; Llama 3's also requires a name that begins with “Llama 3”, "
     "and “Built with Meta Llama 3” to be shown."
 )
 SOME_LLAMA = (
@@ -61,7 +61,7 @@ RESTRICTIONS = {
     "on with a student.",
     r"gpl|(?<![a-z])(sa|mpl|osl|eupl)(?![a-z])": "what is derived from the model is shared under "
     "the same license, if it is: read whether that is meant of a student.",
-    r"^other$": "the model has a license of its own: read whether it allows distillation before "
+    r"^other$": "the model has its own license: read whether it allows distillation before "
     "you share a student.",
 }
 """A license's terms for students, by a pattern of its name: the first match."""

@@ -125,7 +125,7 @@ def require_llama_cpp() -> None:
     fault = llama_cpp_fault()
     if fault is not None:
         raise ModelError(
-            f"k-quants are made by llama.cpp, which {fault}",
+            f"k-quants are written by llama.cpp, which {fault}",
             where="export.formats",
             fix="pip install 'stillhouse[llama-cpp]' (it is compiled, which takes minutes; a build "
             "that does not load is made again by pip install --force-reinstall --no-deps "

@@ -102,14 +102,14 @@ def require_onnx(parameters: int) -> None:
         raise ModelError(
             f"an ONNX export needs {', '.join(missing)}, which is not installed",
             where="export.formats",
-            fix="pip install 'stillhouse[onnx]', or export safetensors alone",
+            fix="pip install 'stillhouse[onnx]', or export only safetensors",
         )
     if parameters * 4 > LARGEST:
         raise ModelError(
             f"{parameters:,} parameters in float32 are more than the 2 GiB of an ONNX file",
             where="export.formats",
-            fix=f"use a student of at most {LARGEST // 4:,} parameters (student), or export "
-            "safetensors alone",
+            fix=f"use a student of at most {LARGEST // 4:,} parameters (student), or export only "
+            "safetensors",
         )
 
 
@@ -144,7 +144,7 @@ def _write(model: Any, read: Read, file: Path, source: Path) -> None:
         raise ModelError(
             f"torch cannot export {type(model).__name__} to ONNX ({first[0]})",
             where=source,
-            fix="export safetensors alone, or use a student that torch.onnx knows, such as BERT, "
+            fix="export only safetensors, or use a student that torch.onnx knows, such as BERT, "
             "ModernBERT or Llama",
         ) from error
 
@@ -198,7 +198,7 @@ def _replay(
             request,
             what="onnxruntime cannot run the exported file",
             where=source,
-            fix="export safetensors alone, and report this with the model's config.json",
+            fix="export only safetensors, and report this with the model's config.json",
         )
         answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
         return load_file(folder / "logits.safetensors")["logits"], float(answer["seconds"])

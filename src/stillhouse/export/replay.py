@@ -199,10 +199,10 @@ def _tokenized_otherwise(source: Any, plain: Cut, read: Cut, prompts: list[str])
     problems = []
     for prompt in prompts:
         if source(prompt)["input_ids"] != plain(prompt):
-            problems.append(f"tokenized otherwise: {prompt[:40]!r}")
+            problems.append(f"tokenized differently: {prompt[:40]!r}")
         # Twice: a template may write the time, and a second may pass in between.
         elif all(prompt_ids(source, prompt) != read(prompt) for _ in range(2)):
-            problems.append(f"written otherwise through the chat template: {prompt[:40]!r}")
+            problems.append(f"rendered differently through the chat template: {prompt[:40]!r}")
     return problems
 
 

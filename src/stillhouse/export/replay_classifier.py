@@ -52,7 +52,7 @@ def _problems(info: dict[str, Any]) -> list[str]:
 def _tokenized_otherwise(tokenizer: Any, texts: list[str], rows: list[list[int]]) -> list[str]:
     """Texts that are short enough not to be truncated, and have different tokens."""
     return [
-        f"tokenized otherwise: {text[:40]!r}"
+        f"tokenized differently: {text[:40]!r}"
         for text, row in zip(texts, rows, strict=True)
         if text is not None and tokenizer(text)["input_ids"] != row
     ]

@@ -80,7 +80,7 @@ def require_torchao(grid: Grid, dynamic: bool, dtype: str) -> None:
             raise ModelError(
                 f"float8 products in {dtype} do not run on this {_device_name()} ({first[0]})",
                 where="quantize.kind",
-                fix="kind: float8 rounds weights alone and int8_dynamic_int8 inputs too, on any "
+                fix="kind: float8 rounds only weights and int8_dynamic_int8 inputs too, on any "
                 "machine; products of float8 need a GPU of NVIDIA's Ada or Hopper generation or "
                 "newer (compute capability 8.9), or AMD's MI300, and export.dtype: bfloat16",
             ) from error

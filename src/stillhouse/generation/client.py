@@ -97,7 +97,7 @@ class Client:
             async with asyncio.timeout(self.timeout):
                 reply = await self._link.post(payload)
         except TimeoutError:
-            reason = f"no whole answer in {self.timeout:g} s"
+            reason = f"no complete answer in {self.timeout:g} s"
             return FailedAttempt("timeout", reason, retry=True, billed=True)
         except LinkError as error:
             return FailedAttempt(
@@ -153,7 +153,7 @@ class Client:
     def _fatal(self, status: int, message: str) -> EndpointError:
         variable = f"the environment variable {self.key_env}" if self.key_env else "api.key_env"
         what, fix = {
-            401: ("the endpoint refuses the key", f"check {variable}"),
+            401: ("the endpoint rejects the key", f"check {variable}"),
             403: (f"the key may not use the model {self.model!r}", f"check {variable}, and the "
                   "account's permissions"),
             404: (f"the endpoint has no model {self.model!r}, or is no chat-completions endpoint",

@@ -101,7 +101,7 @@ class VllmEngine(Section):
     context: AnswerTokens | None = Field(
         None, description="Tokens of a prompt with its answer; null: all the model can."
     )
-    gpu_memory: Share = Field(0.9, description="Share of each GPU's memory that vLLM may take.")
+    gpu_memory: Share = Field(0.9, description="Share of each GPU's memory that vLLM may use.")
     batch: Count = Field(1024, description="Requests handed over at once, and committed together.")
     options: JsonValues = Field(
         default={}, description="More arguments of vllm.LLM, e.g. {quantization: fp8}."
@@ -236,13 +236,13 @@ def check_text_teacher(
     nothing that the budget could limit, or if several answers would all be the same."""
     limited = budget.max_usd is not None or budget.max_tokens is not None
     if api is None and limited:
-        raise ValueError("a budget is for teacher.api: a local teacher costs time alone")
+        raise ValueError("a budget is for teacher.api: a local teacher costs only time")
     if api is not None and api.price is None and budget.max_usd is not None:
         raise ValueError("max_usd needs teacher.api.price; or limit max_tokens")
     if api is None and (sampling.extra or sampling.top_logprobs is not None):
         raise ValueError("sampling.extra and sampling.top_logprobs are for an api")
     if api is None and sampling.temperature is None:
-        raise ValueError("a local model has no temperature of its own: set sampling.temperature")
+        raise ValueError("a local model has no default temperature: set sampling.temperature")
     if samples > 1 and sampling.extra.get("temperature", sampling.temperature) == 0:
         raise ValueError("at temperature 0 all samples are the same: set sampling.temperature")
 

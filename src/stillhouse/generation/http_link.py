@@ -88,7 +88,7 @@ class OpenAILink:
         except httpx2.TimeoutException as error:  # while the body is read
             raise TimeoutError from error
         except httpx2.HTTPError as error:
-            reason = f"no whole answer: {type(error).__name__}: {error}"
+            reason = f"no complete answer: {type(error).__name__}: {error}"
             raise LinkError(reason, sent=True) from error
 
     async def close(self) -> None:
@@ -125,7 +125,7 @@ class HttpLink:
         except aiohttp.ClientConnectorError as error:
             raise LinkError(f"cannot connect: {error}", sent=False) from error
         except (aiohttp.ClientError, ValueError) as error:
-            reason = f"no whole answer: {type(error).__name__}: {error}"
+            reason = f"no complete answer: {type(error).__name__}: {error}"
             raise LinkError(reason, sent=True) from error
 
     async def close(self) -> None:

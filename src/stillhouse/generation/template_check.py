@@ -89,16 +89,16 @@ def require_template(
         without = [message for message in messages if message["role"] not in SYSTEM]
         alone = without[-1:]
         if len(without) < len(messages) and _problem(render, without) is None:
-            what = f"{whose}'s chat template takes no system prompt"
+            what = f"{whose}'s chat template does not accept a system prompt"
             fix = "remove the system messages from the prompts, or put their text into the user's"
             if keys.system is not None:
                 fix = f"remove {keys.system}, or put its text into the prompt"
         elif len(alone) < len(without) and _problem(render, alone) is None and keys.examples:
-            what, fix = f"{whose}'s chat template does not take the examples", "remove "
+            what, fix = f"{whose}'s chat template does not accept the examples", "remove "
             fix += f"{keys.examples}, or put them into the prompt"
         else:
             roles = ", ".join(message["role"] for message in messages)
-            what = f"{whose}'s chat template refuses a chat of {roles} ({place})"
+            what = f"{whose}'s chat template rejects a chat of {roles} ({place})"
         raise ModelError(f"{what}: {problem}", where=where, fix=fix)
 
 

@@ -61,7 +61,7 @@ class TextGenerator(Generic[G]):
             ids = chat_ids(self.tokenizer, request.messages)
         # A template is a program that comes with the model, and fails in any way.
         except Exception as error:
-            return Failure("refused", f"the chat template refuses the messages: {error}")
+            return Failure("refused", f"the chat template rejects the messages: {error}")
         most = int(parameters["max_tokens"])
         if window:
             most = min(most, window - len(ids))
@@ -114,6 +114,6 @@ def require_chat_template(tokenizer: Any) -> None:
         raise ModelError(
             "the tokenizer has no chat template, so the model cannot answer chats",
             where=getattr(tokenizer, "name_or_path", None) or None,
-            fix="use an instruction-tuned model, or put a chat_template.jinja beside its "
+            fix="use an instruction-tuned model, or put a chat_template.jinja next to its "
             "tokenizer.json",
         )

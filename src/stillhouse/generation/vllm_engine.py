@@ -51,7 +51,7 @@ def lacks(section: VllmEngine, base: Path) -> list[Lack]:
     if not has["vllm"]:
         fix = install.format("vllm")
         if python is None:
-            fix += f" here, or in an environment of its own ({OWN_ENVIRONMENT})"
+            fix += f" here, or in a separate environment ({OWN_ENVIRONMENT})"
         fix += f"; {WITHOUT}"
         found.append(("error", f"vLLM is not installed{there}", fix))
     if section.executor == "ray" and not has["ray"]:
@@ -179,6 +179,6 @@ def _failed(what: str, error: Exception) -> ModelError:
     return ModelError(
         f"{what} ({cause})",
         where="teacher.vllm",
-        fix="lower context, gpu_memory or batch where memory is short; answers that arrived are "
+        fix="lower context, gpu_memory or batch if memory runs out; answers that arrived are "
         "in the journal",
     )

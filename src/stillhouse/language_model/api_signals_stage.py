@@ -136,9 +136,9 @@ def _check(counted: Counted, most: float) -> None:
             mismatch,
             where="signals.answers",
             fix="use a student whose tokenizer is the API model's; or raise "
-            "signals.answers.mismatched to learn those from their text alone; or remove `signals`",
+            "signals.answers.mismatched to learn those only from their text; or remove `signals`",
         )
-    note(f"{mismatch}: these are learned from their text alone")
+    note(f"{mismatch}: these are learned only from their text")
 
 
 def _rows(job: Job, file: Path, what: str) -> Iterator[tuple[TokenRow, Aligned]]:

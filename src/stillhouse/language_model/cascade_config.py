@@ -65,7 +65,7 @@ class CascadeRecipe(Section):
     from_scratch: FromScratchRecipe | None = Field(
         None,
         description="Also train the largest member's shape from random weights under the same "
-        "teacher, and report its KL beside the member's; null: do not.",
+        "teacher, and report its KL next to the member's; null: do not.",
     )
 
     @model_validator(mode="after")

@@ -214,7 +214,7 @@ def planned_objective(job: Job) -> Objective:
         raise SignalError(
             "terms on intermediate layers are for one teacher, and there are several",
             where="objective.terms",
-            fix="use terms on the output alone, or one teacher",
+            fix="use only terms on the output, or one teacher",
         )
     return objective
 

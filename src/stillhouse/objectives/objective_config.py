@@ -63,7 +63,7 @@ class LayerTerm(Weighted):
         None, description="Blocks to pair; null: all of the student's."
     )
     pairs: list[Annotated[tuple[CountOrZero, CountOrZero], Field(strict=False)]] | None = Field(
-        None, min_length=1, description="[student block, teacher block] pairs, in place of layers."
+        None, min_length=1, description="[student block, teacher block] pairs, instead of layers."
     )
 
 

@@ -177,7 +177,7 @@ class SearchRecipe(Section):
         16384, description="Tokens each of them is refit on; the student's own are more."
     )
     heldout_tokens: Tokens = Field(
-        4096, description="Training tokens that are kept aside to measure candidates on."
+        4096, description="Training tokens that are held out to measure candidates."
     )
     trained: CountOrZero = Field(
         4, description="Best of them that are distilled for a short while; 0 or 1: none."

@@ -152,7 +152,7 @@ class AnswerSignals(Section):
     mismatched: ShareOrZero = Field(
         0.02,
         description="Share of the answers that may be other tokens to the API than to the "
-        "student's tokenizer; they are learned from their text alone. More stop the run.",
+        "student's tokenizer; they are learned only from their text. More stop the run.",
     )
 
 

@@ -37,7 +37,7 @@ def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
 def download_store(repository: str, path: Path, *, revision: str | None = None) -> Path:
     """Download a store into the folder `path` and verify it. Raises StoreError."""
     try:
-        with disk_errors(path, fix="free some space and give the same command again"):
+        with disk_errors(path, fix="free some space and run the same command again"):
             snapshot_download(
                 repository,
                 repo_type="dataset",

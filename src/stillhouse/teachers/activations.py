@@ -87,7 +87,7 @@ def _unknown(module: nn.Module, what: str) -> ModelError:
     return ModelError(
         f"Stillhouse cannot find the {what} of {type(module).__name__}",
         where="objective.terms",
-        fix="use terms on the output alone: they need no part of a model by name",
+        fix="use only terms on the output: they need no part of a model by name",
     )
 
 

@@ -135,7 +135,7 @@ class ServedTeacher(Teacher):
             )
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise ModelError(
-                "the server refuses the key",
+                "the server rejects the key",
                 where=where,
                 fix="put a valid key into the environment variable of signals.server.key_env",
             ) from error

@@ -78,5 +78,5 @@ def check_one_teacher(request: ActivationRequest) -> None:
         raise SignalError(
             "terms on intermediate layers are for one teacher, and there are several",
             where="objective.terms",
-            fix="use terms on the output alone, or one teacher",
+            fix="use only terms on the output, or one teacher",
         )

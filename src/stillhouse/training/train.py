@@ -259,7 +259,7 @@ def _save(trainer: DistillationTrainer, student: Student, folder: Path) -> None:
         raise TrainingError(
             f"the trained model was not saved: {error.what}",
             where=folder,
-            fix="the checkpoints are kept: give the same command again",
+            fix="the checkpoints are kept: run the same command again",
         ) from error
     if student.tokenizer is not None:
         save_tokenizer(student.tokenizer, folder)
