@@ -296,6 +296,18 @@ def test_a_redirect_is_not_followed(journal: Journal, status: int) -> None:
     assert other.url in str(raised.value)
 
 
+def test_long_answers_need_more_space_on_the_disk(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Space that is enough for short answers is not enough once a long one has arrived."""
+    monkeypatch.setattr(Pool, "_disk_free", lambda _: 4 << 20)
+    with Stub(lambda number, payload: Reply(text="x" * 400_000)) as stub:
+        with pytest.raises(RunError, match="almost full"):
+            run(journal, stub, requests(stub, 40), concurrency=4)
+        assert 1 <= len(stub.payloads) <= 8
+    assert journal.counts()[0] == len(stub.payloads)
+
+
 def test_requests_stop_before_the_disk_is_full(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

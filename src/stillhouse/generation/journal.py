@@ -65,6 +65,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.largest_row = 0  # characters, of those that were recorded since it was opened
         self._reading = threading.Lock()
         self._lock_file = lock_journal(path)
         try:
@@ -176,6 +177,8 @@ class Journal:
         return self._hand_over(statement, (*stored, row_hash(stored)))
 
     def _hand_over(self, statement: str, values: tuple[Any, ...]) -> Future[None]:
+        size = sum(len(value) for value in values if isinstance(value, str))
+        self.largest_row = max(self.largest_row, size)
         row = _Row(statement, values, Future())
         row.done.set_running_or_notify_cancel()  # so that waiting callers cannot cancel it
         self._arrived.put(row)

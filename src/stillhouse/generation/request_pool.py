@@ -210,7 +210,9 @@ class Pool:
 
     def _require_space(self, worst: Spending) -> None:
         """Raise RunError if the answers in flight may not fit on the disk."""
-        if self._disk_free() >= SPACE + SPACE_PER_REQUEST * self.concurrency:
+        # A row is in the write-ahead log and in the file, in up to two bytes for a character.
+        each = max(SPACE_PER_REQUEST, 4 * self.journal.largest_row)
+        if self._disk_free() >= SPACE + each * self.concurrency:
             return
         self.budget.settle(worst, Spending())
         raise RunError(
