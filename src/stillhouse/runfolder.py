@@ -208,12 +208,12 @@ class RunFolder:
             seconds = time.time() - started if outcome.seconds is None else outcome.seconds
             if check is not None:
                 _check_product(name, partial, check)
-            for leftover in scratch:
-                shutil.rmtree(partial / leftover, ignore_errors=True)
             files = {
                 str(file.relative_to(partial)): file_facts(file)
                 for file in sorted(partial.rglob("*"))
-                if file.is_file() and file != partial / MANIFEST
+                if file.is_file()
+                and file != partial / MANIFEST
+                and file.relative_to(partial).parts[0] not in scratch
             }
             cost = Cost(seconds, outcome.tokens, outcome.flops, outcome.peak_memory_bytes)
             digest = _digest(files)
@@ -230,6 +230,8 @@ class RunFolder:
             }
             write_atomically(partial / MANIFEST, json.dumps(sealed(manifest), indent=2))
             flush_tree(partial)
+            for leftover in scratch:  # last: a kill while the files are hashed costs nothing
+                shutil.rmtree(partial / leftover, ignore_errors=True)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)

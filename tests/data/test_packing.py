@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from stillhouse.data.packing import (
     IGNORED,
     Plan,
+    Segment,
     fill_windows,
     plan_isolated,
     plan_single,
@@ -28,6 +31,16 @@ row_lists = st.lists(
     min_size=1,
     max_size=30,
 )
+
+
+def reader(ids: Sequence[np.ndarray], supervised: Sequence[np.ndarray]) -> Callable[..., Any]:
+    """Reads segments of rows that are in memory."""
+
+    def read(segment: Segment) -> tuple[np.ndarray, np.ndarray]:
+        part = slice(segment.start, segment.start + segment.length)
+        return ids[segment.row][part], supervised[segment.row][part]
+
+    return read
 
 
 @pytest.mark.parametrize("plan_windows", [plan_isolated, plan_single])
@@ -58,7 +71,7 @@ def test_windows_agree_with_a_loop_over_their_tokens(rows: list[tuple[bool, int]
     supervised = [rng.random(length) < 0.6 for _, length in rows]
     plan = plan_isolated([n for _, n in rows], [cut for cut, _ in rows], CONTEXT)
     for segments, window in zip(
-        plan, fill_windows(plan, ids, supervised, CONTEXT, pad_id=0), strict=True
+        plan, fill_windows(plan, reader(ids, supervised), CONTEXT, pad_id=0), strict=True
     ):
         expected = []
         for segment in segments:
@@ -116,7 +129,8 @@ def test_no_attention_across_documents(attention: str) -> None:
     lengths = [9, 7, 1, 5]
     ids = [np.random.default_rng(n).integers(1, 97, n).astype(np.int32) for n in lengths]
     plan = plan_isolated(lengths, [False] * 4, CONTEXT)
-    (window,) = fill_windows(plan, ids, [np.ones(n, bool) for n in lengths], CONTEXT, pad_id=0)
+    read = reader(ids, [np.ones(n, bool) for n in lengths])
+    (window,) = fill_windows(plan, read, CONTEXT, pad_id=0)
     input_ids_1L = torch.from_numpy(window.input_ids_L).long()[None]
     position_ids_1L = torch.from_numpy(window.position_ids_L).long()[None]
     with torch.no_grad():

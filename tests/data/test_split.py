@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stillhouse.data.documents import Document, content_hash, group_hash
-from stillhouse.data.row_pool import Pool
-from stillhouse.data.split import check_split, divide
-from stillhouse.data.tokenize_rows import TokenRow
+from stillhouse.data.row_pool import HashSet, Pool
+from stillhouse.data.split import CANDIDATE, HASH, Records, check_split, divide
+from stillhouse.data.token_log import LoggedRow
 from stillhouse.errors import DataError
 
 # Few letters and much whitespace: many texts are equal, exactly or but for whitespace.
@@ -26,41 +28,39 @@ def pool_of(
     train: int | None = None,
     prune: bool = True,
 ) -> Pool:
-    """A pool in which every character is a token."""
+    """A pool in which every character is a token; a row starts at its place in `documents`."""
     pool = Pool(seed, heldout, train)
-    for text in documents:
+    for number, text in enumerate(documents):
         document = Document(text)
         key = pool.admit(group_hash(document), content_hash(document))
         if key is not None:
-            ids = np.frombuffer(text.encode("ascii"), dtype=np.uint8).astype(np.int32)
-            pool.add(key, [TokenRow(ids, np.ones(len(ids), dtype=bool), True)])
+            pool.add(key, [LoggedRow(number, len(text), True, ())])
         if prune:
             pool.prune()
     return pool
 
 
-def sides(pool: Pool) -> tuple[list[str], list[str]]:
+def sides(pool: Pool, documents: list[str]) -> tuple[list[str], list[str]]:
+    """The texts that are taken from the documents of `pool_of`, cut where they are."""
     split = divide(pool.candidates, pool.heldout_tokens, pool.train_tokens)
-
-    def text(index: int, tokens: int) -> str:
-        return bytes(pool.row(index).ids[:tokens].astype(np.uint8)).decode("ascii")
-
-    return (
-        [text(taken.index, taken.tokens) for taken in split.heldout],
-        [text(taken.index, taken.tokens) for taken in split.train],
+    starts = pool.candidates["start"]
+    heldout, train = (
+        [documents[starts[index]][:tokens] for index, tokens in taken]
+        for taken in (split.heldout, split.train)
     )
+    return heldout, train
 
 
 @given(documents=texts, seed=st.integers(0, 3), heldout=st.integers(1, 40))
 @settings(max_examples=200, deadline=None)
 def test_no_text_is_on_both_sides(documents: list[str], seed: int, heldout: int) -> None:
     pool = pool_of(documents, seed, heldout)
-    held, train = sides(pool)
+    held, train = sides(pool, documents)
     train_groups = {" ".join(text.split()) for text in train}
     # The last held-out text may be cut: compare whole documents, by group.
     split = divide(pool.candidates, heldout, None)
-    for taken in split.heldout:
-        whole = bytes(pool.row(taken.index).ids.astype(np.uint8)).decode("ascii")
+    for index in split.heldout["index"]:
+        whole = documents[pool.candidates["start"][index]]
         assert " ".join(whole.split()) not in train_groups
     assert sum(map(len, held)) == min(heldout, sum(len(text) for text in set(documents)))
     assert len(set(train)) == len(train)
@@ -74,28 +74,32 @@ def test_order_and_repetition_of_documents_have_no_influence(
 ) -> None:
     shuffled = documents + documents[: len(documents) // 2]
     random.Random(seed).shuffle(shuffled)
-    assert sides(pool_of(documents, seed, 10, train)) == sides(pool_of(shuffled, seed, 10, train))
+    assert sides(pool_of(documents, seed, 10, train), documents) == sides(
+        pool_of(shuffled, seed, 10, train), shuffled
+    )
 
 
 @given(documents=texts, heldout=st.integers(1, 15), train=st.integers(1, 15))
 @settings(max_examples=200, deadline=None)
 def test_releasing_rows_changes_nothing(documents: list[str], heldout: int, train: int) -> None:
     pruned = pool_of(documents, 0, heldout, train)
-    assert sides(pruned) == sides(pool_of(documents, 0, heldout, train, prune=False))
+    whole = pool_of(documents, 0, heldout, train, prune=False)
+    assert sides(pruned, documents) == sides(whole, documents)
 
 
 def test_a_limited_run_keeps_few_rows_in_memory() -> None:
     documents = [f"document number {n}" for n in range(5000)]
     pool = pool_of(documents, 0, 100, 400)
     assert len(pool.candidates) < 100
-    held, train = sides(pool)
+    held, train = sides(pool, documents)
     assert sum(map(len, held)) == 100
     assert sum(map(len, train)) == 400
 
 
 def test_another_seed_gives_another_split() -> None:
     documents = [f"document number {n}" for n in range(50)]
-    assert set(sides(pool_of(documents, 0, 100))[0]) != set(sides(pool_of(documents, 1, 100))[0])
+    first, second = (sides(pool_of(documents, seed, 100), documents) for seed in (0, 1))
+    assert set(first[0]) != set(second[0])
 
 
 def test_one_giant_document_is_rejected() -> None:
@@ -118,3 +122,78 @@ def test_too_little_text_is_rejected() -> None:
 def test_a_small_limit_is_not_a_bad_split() -> None:
     pool = pool_of([f"text {n}" for n in range(100)], 0, 200, 10)
     check_split(pool.candidates, divide(pool.candidates, 200, 10), 200, 10)
+
+
+# --- the same as with objects, and in little memory --------------------------------------------
+
+rows = st.lists(
+    st.tuples(st.sampled_from([b"a", b"b", b"c\0", b"c"]), st.integers(1, 9), st.booleans()),
+    max_size=12,
+)
+
+
+def records(rows: list[tuple[bytes, int, bool]]) -> Records:
+    """Candidates, each of a document of its own."""
+    keys = [
+        group.ljust(HASH, b"\0") + bytes([number * 37 % 256]).rjust(HASH, b"\0")
+        for number, (group, _, _) in enumerate(rows)
+    ]
+    found = np.zeros(len(rows), dtype=CANDIDATE)
+    for name, values in (
+        ("key", keys),
+        ("tokens", [tokens for _, tokens, _ in rows]),
+        ("splittable", [splittable for _, _, splittable in rows]),
+    ):
+        found[name] = values
+    return found
+
+
+@given(rows=rows, heldout=st.integers(0, 30), train=st.none() | st.integers(1, 30))
+@settings(max_examples=300, deadline=None)
+def test_the_split_is_that_of_a_loop_over_rows(
+    rows: list[tuple[bytes, int, bool]], heldout: int, train: int | None
+) -> None:
+    candidates = records(rows)
+    keys = [bytes(key).ljust(2 * HASH, b"\0") for key in candidates["key"]]
+    order = sorted(range(len(rows)), key=lambda number: keys[number])
+    sides: dict[str, list[tuple[int, int]]] = {"heldout": [], "train": []}
+    closed: set[bytes] = set()
+    withheld = 0
+    for number in order:
+        group, (_, tokens, splittable) = keys[number][:HASH], rows[number]
+        taken = {name: sum(tokens for _, tokens in side) for name, side in sides.items()}
+        held_out = not sides["train"] and (
+            group in closed or withheld < heldout  # a group is never split
+        )
+        if held_out:
+            closed.add(group)
+            withheld += tokens
+        name, limit = ("heldout", heldout) if held_out else ("train", train)
+        room = tokens if limit is None else limit - taken[name]
+        if room > 0:
+            sides[name].append((number, min(tokens, room) if splittable else tokens))
+    split = divide(candidates, heldout, train)
+    assert split.heldout.tolist() == sides["heldout"]
+    assert split.train.tolist() == sides["train"]
+    assert split.withheld == withheld
+
+
+@given(st.lists(st.binary(min_size=1, max_size=2).map(lambda b: b.ljust(HASH, b"\0"))))
+@settings(deadline=None)
+def test_a_set_of_hashes_is_a_set(hashes: list[bytes]) -> None:
+    found, expected = HashSet(newest=3), set[bytes]()
+    for hash in hashes:
+        assert (hash in found) == (hash in expected)
+        assert found.add(hash) == (hash not in expected)
+        expected.add(hash)
+    assert all(hash in found for hash in expected)
+
+
+def test_a_set_of_hashes_takes_little_memory() -> None:
+    tracemalloc.start()
+    found = HashSet(newest=1000)
+    for number in range(30_000):
+        found.add(hashlib.sha256(b"%d" % number).digest())
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held / 30_000 < 45  # a Python set takes more than 100

@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from stillhouse import progress
 from stillhouse.data.data_config import DataRecipe, Source, WindowsRecipe
 from stillhouse.data.documents import AnyDocument, Completion, Document, content_hash, group_hash
-from stillhouse.data.packing import fill_windows, plan_isolated, plan_single
-from stillhouse.data.row_pool import Pool
+from stillhouse.data.packing import Segment, fill_windows, plan_isolated, plan_single
+from stillhouse.data.row_pool import HashSet, Pool
 from stillhouse.data.sources import read_sources, size_estimate
-from stillhouse.data.split import Taken, check_split, divide
-from stillhouse.data.tokenize_rows import TokenRow, end_of_text, tokenize
+from stillhouse.data.split import Records, check_split, divide
+from stillhouse.data.token_log import LoggedRow, TokenLog
+from stillhouse.data.tokenize_rows import Ids, Mask, end_of_text, tokenize
 from stillhouse.data.windows import Windows, write_windows
 from stillhouse.errors import DataError
+from stillhouse.runfolder import versions
 
 _BATCH_DOCUMENTS = 512
 _BATCH_CHARACTERS = 1_000_000
 """Documents are tokenized together up to either limit: tokenizers use all cores for a batch."""
 
 _MOST_NOTES = 12
+
+TOKENIZED = "tokenized"
+"""The folder, beside those of the windows, of what is tokenized before all of it is."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +50,22 @@ class Texts:
 
 
 def build(
-    section: DataRecipe, tokenizer: Any, *, seed: int, base: Path, out: Path
+    section: DataRecipe,
+    tokenizer: Any,
+    *,
+    seed: int,
+    base: Path,
+    out: Path,
+    resume: str | None = None,
 ) -> tuple[Windows, Windows]:
     """Training and held-out windows of a recipe's sources, in out/train and out/heldout.
 
-    base: the folder that relative paths start from. Raises DataError as `make_windows`.
+    base: the folder that relative paths start from. resume: as for `make_windows`, which raises
+    the same errors.
     """
     heldout = Texts.of_sources(section.heldout_sources, base) if section.heldout_sources else None
     texts = Texts.of_sources(section.sources, base)
-    return make_windows(texts, heldout, tokenizer, section, seed=seed, out=out)
+    return make_windows(texts, heldout, tokenizer, section, seed=seed, out=out, resume=resume)
 
 
 def make_windows(
@@ -59,55 +76,95 @@ def make_windows(
     *,
     seed: int = 0,
     out: Path | None = None,
+    resume: str | None = None,
 ) -> tuple[Windows, Windows]:
     """Tokenize, divide and pack text: training and held-out windows.
 
     heldout: text of its own; None: documents of `texts` are split off. out: a folder for both; None
-    keeps them in memory. The result depends on the seed and on the documents' content, not on their
-    order. Raises DataError for any text that cannot be used.
+    keeps them in memory. resume: identifies the tokenizer. What is tokenized stays in
+    out/tokenized, where another call continues it; the caller deletes the folder. None: it is
+    temporary. The result depends on the seed and on the documents' content, not on their order.
+    Raises DataError for any text that cannot be used.
     """
-    if heldout is not None:
-        heldout_pool = Pool(seed, 0, section.heldout_tokens)
-        _gather(heldout, tokenizer, section, heldout_pool, "held-out ")
-        pool = Pool(seed, 0, section.train_tokens, heldout_pool.groups)
-        _gather(texts, tokenizer, section, pool)
-        held = divide(heldout_pool.candidates, 0, section.heldout_tokens).train
-        train = divide(pool.candidates, 0, section.train_tokens).train
-    else:
-        pool = heldout_pool = Pool(seed, section.heldout_tokens, section.train_tokens)
-        _gather(texts, tokenizer, section, pool)
-        split = divide(pool.candidates, section.heldout_tokens, section.train_tokens)
-        if pool.candidates:
-            check_split(pool.candidates, split, section.heldout_tokens, section.train_tokens)
-        held, train = split.heldout, split.train
-    _refuse_empty(train, pool, section)
-    _refuse_empty(held, heldout_pool, section)
-    return (
-        _write(section, tokenizer, pool, train, seed, out and out / "train"),
-        _write(section, tokenizer, heldout_pool, held, seed, out and out / "heldout"),
-    )
+    with ExitStack() as opened:
+
+        def log(name: str) -> TokenLog:
+            written_with = json.dumps([resume, section.control_tokens, versions()])
+            file = _token_file(out, name if resume is not None else None)
+            return opened.enter_context(TokenLog(file, written_with))
+
+        pool_log = heldout_log = log("train")
+        if heldout is not None:
+            heldout_log = log("heldout")
+            heldout_pool = Pool(seed, 0, section.heldout_tokens, groups=HashSet())
+            _gather(heldout, tokenizer, section, heldout_pool, heldout_log, "held-out ")
+            assert heldout_pool.groups is not None
+            pool = Pool(seed, 0, section.train_tokens, heldout_pool.groups)
+            _gather(texts, tokenizer, section, pool, pool_log)
+            held = divide(heldout_pool.candidates, 0, section.heldout_tokens).train
+            train = divide(pool.candidates, 0, section.train_tokens).train
+        else:
+            pool = heldout_pool = Pool(seed, section.heldout_tokens, section.train_tokens)
+            _gather(texts, tokenizer, section, pool, pool_log)
+            split = divide(pool.candidates, section.heldout_tokens, section.train_tokens)
+            if len(pool.candidates):
+                check_split(pool.candidates, split, section.heldout_tokens, section.train_tokens)
+            held, train = split.heldout, split.train
+        _refuse_empty(train, pool, section)
+        _refuse_empty(held, heldout_pool, section)
+
+        def written(pool: Pool, log: TokenLog, taken: Records, name: str) -> Windows:
+            return _write(section, tokenizer, pool, log, taken, seed, out and out / name)
+
+        return (
+            written(pool, pool_log, train, "train"),
+            written(heldout_pool, heldout_log, held, "heldout"),
+        )
+
+
+def _token_file(out: Path | None, name: str | None) -> BinaryIO:
+    """name: of a file that stays; None: it is gone when it is closed."""
+    if out is None:
+        return BytesIO()
+    out.mkdir(parents=True, exist_ok=True)
+    if name is None:
+        return tempfile.TemporaryFile(dir=out)
+    (out / TOKENIZED).mkdir(exist_ok=True)
+    path = out / TOKENIZED / name
+    path.touch()
+    return path.open("r+b")
 
 
 def _gather(
-    texts: Texts, tokenizer: Any, section: WindowsRecipe, pool: Pool, kind: str = ""
+    texts: Texts,
+    tokenizer: Any,
+    section: WindowsRecipe,
+    pool: Pool,
+    log: TokenLog,
+    kind: str = "",
 ) -> None:
-    """Tokenize the documents that the pool admits."""
+    """Tokenize the documents that the pool admits, unless the log has their tokens."""
     size = texts.characters
     with progress.bar(f"Tokenizing {kind}text", size, "characters") as advance:
         for batch in _batches(texts.documents):
             admitted = []
+            hashes = hashlib.sha256()
             for document in batch:
-                key = pool.admit(group_hash(document), content_hash(document))
+                exact = content_hash(document)
+                key = pool.admit(group_hash(document), exact)
                 if key is not None:
                     admitted.append((document, key))
-            encoded = tokenize(
-                [document for document, _ in admitted], tokenizer, section.control_tokens
-            )
+                    hashes.update(exact)
+            logged = log.find(hashes.hexdigest())
+            if logged is None:
+                documents = [document for document, _ in admitted]
+                encoded = tokenize(documents, tokenizer, section.control_tokens)
+                logged = log.append(hashes.hexdigest(), encoded)
             pool.formats.update(document.about.format for document in batch)
             pool.notes.update(note for document in batch for note in document.about.notes)
-            pool.notes.update(note for rows in encoded for note in rows[0].notes)
-            for (document, key), rows in zip(admitted, encoded, strict=True):
-                fitting = [_fit(row, document, section, pool) for row in rows]
+            pool.notes.update(note for rows in logged for note in rows[0].notes)
+            for (document, key), rows in zip(admitted, logged, strict=True):
+                fitting = [_fit(row, document, section, pool, log) for row in rows]
                 pool.add(key, [row for row in fitting if row is not None])
             pool.prune()
             done = min(sum(_size(document) for document in batch), size)
@@ -141,27 +198,27 @@ def _size(document: AnyDocument) -> int:
 
 
 def _fit(
-    row: TokenRow, document: AnyDocument, section: WindowsRecipe, pool: Pool
-) -> TokenRow | None:
+    row: LoggedRow, document: AnyDocument, section: WindowsRecipe, pool: Pool, log: TokenLog
+) -> LoggedRow | None:
     """The row, made to fit the context by the recipe's `long_rows`; None if it is dropped."""
-    length, context = len(row.ids), section.context
-    if row.splittable or length <= context:
+    context = section.context
+    if row.splittable or row.tokens <= context:
         return row
     if section.long_rows == "error":
         raise DataError(
-            f"The row has {length:,} tokens, more than the context of {context:,}",
+            f"The row has {row.tokens:,} tokens, more than the context of {context:,}",
             where=document.where,
-            fix=f"set data.context to at least {length}, or data.long_rows to truncate or drop",
+            fix=f"set data.context to at least {row.tokens}, or data.long_rows to truncate or drop",
         )
-    if section.long_rows == "truncate" and row.supervised[1:context].any():
+    if section.long_rows == "truncate" and log.read(row.start, 1, context - 1)[1].any():
         pool.rows_truncated += 1
-        return TokenRow(row.ids[:context], row.supervised[:context], False)
+        return row._replace(tokens=context)
     pool.rows_dropped += 1
     return None
 
 
-def _refuse_empty(taken: Sequence[Taken], pool: Pool, section: WindowsRecipe) -> None:
-    if taken:
+def _refuse_empty(taken: Records, pool: Pool, section: WindowsRecipe) -> None:
+    if len(taken):
         return
     reasons = {
         f"{pool.overlap_removed:,} documents are also in heldout_sources": pool.overlap_removed,
@@ -181,29 +238,31 @@ def _write(
     section: WindowsRecipe,
     tokenizer: Any,
     pool: Pool,
-    taken: Sequence[Taken],
+    log: TokenLog,
+    taken: Records,
     seed: int,
     out: Path | None,
 ) -> Windows:
     """Packs the rows taken; the order of windows is shuffled, because packing sorts by length."""
-    rows = [pool.row(part.index) for part in taken]
-    lengths = [part.tokens for part in taken]
-    splittable = [row.splittable for row in rows]
+    rows = pool.candidates[taken["index"]]
+    starts = rows["start"]
+    lengths = np.ascontiguousarray(taken["tokens"]).data
     plan_windows = plan_isolated if section.packing == "isolated" else plan_single
-    plan = plan_windows(lengths, splittable, section.context)
+    plan = plan_windows(lengths, rows["splittable"].tolist(), section.context)
     order = np.random.default_rng(seed).permutation(len(plan))
     pad = tokenizer.pad_token_id
     pad_id = end_of_text(tokenizer) if pad is None else int(pad)
-    ids = [row.ids for row in rows]
-    supervised = [row.supervised for row in rows]
-    shuffled = [plan[index] for index in order]
+
+    def read(segment: Segment) -> tuple[Ids, Mask]:
+        return log.read(int(starts[segment.row]), segment.start, segment.length)
+
     windows = write_windows(
         out,
-        fill_windows(shuffled, ids, supervised, section.context, pad_id),
+        fill_windows((plan[window] for window in order), read, section.context, pad_id),
         rows=len(plan),
         context=section.context,
-        tokens=sum(lengths),
-        documents=len({pool.candidates[part.index].key.exact for part in taken}),
+        tokens=int(taken["tokens"].sum()),
+        documents=int(np.count_nonzero(rows["key"][1:] != rows["key"][:-1])) + 1,
         duplicates_dropped=pool.duplicates_dropped,
         overlap_removed=pool.overlap_removed,
         rows_truncated=pool.rows_truncated,

@@ -15,8 +15,10 @@ windows are full nevertheless.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +31,7 @@ def smallest_part(context: int) -> int:
     return max(2, min(16, context // 16))
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Tokens [start, start + length) of one row."""
 
     row: int
@@ -38,8 +39,31 @@ class Segment:
     length: int
 
 
-Plan = list[list[Segment]]
-"""The segments of every window."""
+class Plan:
+    """The segments of every window, in columns: 20 bytes for each, because there may be hundreds of
+    millions."""
+
+    def __init__(self) -> None:
+        self._rows, self._starts, self._lengths = array("q"), array("q"), array("i")
+        self._ends = array("q", [0])
+
+    def add(self, window: Sequence[Segment]) -> None:
+        for row, start, length in window:
+            self._rows.append(row)
+            self._starts.append(start)
+            self._lengths.append(length)
+        self._ends.append(len(self._rows))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, window: int) -> list[Segment]:
+        part = slice(self._ends[window], self._ends[window + 1])
+        columns = (self._rows[part], self._starts[part], self._lengths[part])
+        return list(map(Segment, *columns))
+
+    def __iter__(self) -> Iterator[list[Segment]]:
+        return (self[window] for window in range(len(self)))
 
 
 class _ByLength:
@@ -47,21 +71,24 @@ class _ByLength:
 
     def __init__(self) -> None:
         self.lengths: list[int] = []
-        self.pieces: dict[int, list[Segment]] = {}
+        self.pieces: dict[int, tuple[array[int], array[int]]] = {}
 
     def add(self, piece: Segment) -> None:
         if piece.length not in self.pieces:
             bisect.insort(self.lengths, piece.length)
-            self.pieces[piece.length] = []
-        self.pieces[piece.length].append(piece)
+            self.pieces[piece.length] = array("q"), array("q")
+        rows, starts = self.pieces[piece.length]
+        rows.append(piece.row)
+        starts.append(piece.start)
 
     def pop(self, most: int) -> Segment | None:
         at = bisect.bisect_right(self.lengths, most) - 1
         if at < 0:
             return None
         length = self.lengths[at]
-        piece = self.pieces[length].pop()
-        if not self.pieces[length]:
+        rows, starts = self.pieces[length]
+        piece = Segment(rows.pop(), starts.pop(), length)
+        if not rows:
             del self.pieces[length], self.lengths[at]
         return piece
 
@@ -82,9 +109,9 @@ def plan_isolated(lengths: Sequence[int], splittable: Sequence[bool], context: i
         else:
             assert lengths[row] <= context
             whole.add(Segment(row, 0, lengths[row]))
-    plan: Plan = []
+    plan = Plan()
     while whole or text:
-        plan.append(_fill(whole, text, context, smallest_part(context)))
+        plan.add(_fill(whole, text, context, smallest_part(context)))
     return plan
 
 
@@ -105,14 +132,16 @@ def _fill(whole: _ByLength, text: _ByLength, room: int, smallest: int) -> list[S
 def plan_single(lengths: Sequence[int], splittable: Sequence[bool], context: int) -> Plan:
     """One row, or one piece of a long text, per window."""
     assert all(n <= context or cut for n, cut in zip(lengths, splittable, strict=True))
-    return [
-        [piece] for row, length in enumerate(lengths) for piece in _chunks(row, length, context)
-    ]
+    plan = Plan()
+    for row, length in enumerate(lengths):
+        for piece in _chunks(row, length, context):
+            plan.add([piece])
+    return plan
 
 
-def _chunks(row: int, length: int, context: int) -> list[Segment]:
-    starts = range(0, length, context)
-    return [Segment(row, start, min(context, length - start)) for start in starts]
+def _chunks(row: int, length: int, context: int) -> Iterator[Segment]:
+    for start in range(0, length, context):
+        yield Segment(row, start, min(context, length - start))
 
 
 @dataclass(frozen=True)
@@ -125,22 +154,21 @@ class Window:
 
 
 def fill_windows(
-    plan: Plan,
-    ids: Sequence[NDArray[np.int32]],
-    supervised: Sequence[NDArray[np.bool_]],
+    plan: Iterable[Sequence[Segment]],
+    read: Callable[[Segment], tuple[NDArray[np.int32], NDArray[np.bool_]]],
     context: int,
     pad_id: int,
 ) -> Iterator[Window]:
-    """The windows of a plan, one at a time. `ids` and `supervised` have one array per row."""
+    """The windows of a plan, one at a time. read: the ids of a segment, and which of them are
+    supervised."""
     for segments in plan:
         input_ids_L = np.full(context, pad_id, dtype=np.int32)
         labels_L = np.full(context, IGNORED, dtype=np.int32)
         position_ids_L = np.zeros(context, dtype=np.int32)
         end = 0
         for segment in segments:
-            part = slice(segment.start, segment.start + segment.length)
-            tokens = ids[segment.row][part]
-            labels = np.where(supervised[segment.row][part], tokens, IGNORED)
+            tokens, supervised = read(segment)
+            labels = np.where(supervised, tokens, IGNORED)
             labels[0] = IGNORED  # nothing in the segment precedes it
             here = slice(end, end + segment.length)
             input_ids_L[here], labels_L[here] = tokens, labels

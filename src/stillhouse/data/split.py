@@ -4,103 +4,108 @@ Documents are ordered by a hash of the seed and their content, so that the order
 does not matter. Held-out text is taken from the front of that order, training text after it.
 Documents that differ only in whitespace or Unicode form share a hash, form a group, and are never
 split.
+
+Rows are kept as records of 45 bytes in one array, because there may be hundreds of millions.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stillhouse.errors import DataError
 
+HASH = 16
+"""Bytes of a SHA-256 hash that are kept: two of 10^12 documents share them with a chance of
+10^-15."""
 
-@dataclass(frozen=True, order=True)
-class OrderKey:
-    """The place of a document: by its group, then by its exact content and its row."""
+Records = NDArray[Any]
 
-    group: bytes
-    exact: bytes
-    row: int = 0
+CANDIDATE = np.dtype(
+    {
+        "names": ["key", "group", "start", "tokens", "splittable"],
+        "formats": [f"S{2 * HASH}", f"S{HASH}", "i8", "i4", "?"],
+        "offsets": [0, 0, 2 * HASH, 2 * HASH + 8, 2 * HASH + 12],
+        "itemsize": 2 * HASH + 13,
+    }
+)
+"""A row that may be used: its document's place in the order (the group's hash, with which the key
+begins, then that of the exact content), where its tokens are, how many they are, and whether they
+may be cut. The rows of a document follow each other."""
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """A row that may be used: its place in the order, its tokens, and whether it may be cut."""
-
-    key: OrderKey
-    tokens: int
-    splittable: bool
-
-
-@dataclass(frozen=True)
-class Taken:
-    """The first `tokens` tokens of candidate number `index`."""
-
-    index: int
-    tokens: int
+TAKEN = np.dtype([("index", "i8"), ("tokens", "i8")])
+"""The first `tokens` tokens of candidate number `index`."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """What each side uses, in order. `reached`: the number of candidates, in order, that were
-    used."""
+    """What each side uses, in order (records of TAKEN). reached: the number of candidates, in
+    order, that were used. withheld: all tokens of the documents with held-out text."""
 
-    heldout: list[Taken]
-    train: list[Taken]
+    heldout: Records
+    train: Records
     reached: int
+    withheld: int
 
 
-def order_key(seed: int, group: bytes, exact: bytes, row: int = 0) -> OrderKey:
-    shuffled = hashlib.sha256(b"%d:" % seed + group).digest()
-    return OrderKey(shuffled, exact, row)
+def order_key(seed: int, group: bytes, exact: bytes) -> bytes:
+    """The place of a document, from the hashes of its group and of its exact content."""
+    return hashlib.sha256(b"%d:" % seed + group).digest()[:HASH] + exact[:HASH]
 
 
-def divide(candidates: Sequence[Candidate], heldout_tokens: int, train_tokens: int | None) -> Split:
+def in_order(candidates: Records) -> NDArray[np.int64]:
+    """Indices of the candidates by their keys; rows of a document stay in their order."""
+    order: NDArray[np.int64] = np.ascontiguousarray(candidates["key"]).argsort(kind="stable")
+    return order
+
+
+def divide(candidates: Records, heldout_tokens: int, train_tokens: int | None) -> Split:
     """Divides the candidates; each side's last text is cut so that its token count is exact.
 
     A chat row is never cut, so with chats a side may exceed its count by less than one row. A group
     with held-out text is not trained on, not even the part that was cut off. heldout_tokens 0:
     everything may be trained on.
     """
-    order = sorted(range(len(candidates)), key=lambda index: candidates[index].key)
-    border, tokens = 0, 0
-    while border < len(order):
-        candidate = candidates[order[border]]
-        same_group = border > 0 and candidate.key.group == candidates[order[border - 1]].key.group
-        if tokens >= heldout_tokens and not same_group:
-            break
-        tokens += candidate.tokens
-        border += 1
+    order = in_order(candidates)
+    groups, tokens = candidates["group"][order], candidates["tokens"][order]
+    before = _tokens_before(tokens)
+    starts_group = np.ones(len(order), dtype=bool)
+    starts_group[1:] = groups[1:] != groups[:-1]
+    borders = np.flatnonzero((before >= heldout_tokens) & starts_group)
+    border = int(borders[0]) if len(borders) else len(order)
     heldout = _take(candidates, order[:border], heldout_tokens)
     train = _take(candidates, order[border:], train_tokens)
-    return Split(heldout, train, border + len(train))
+    return Split(heldout, train, border + len(train), int(tokens[:border].sum(dtype=np.int64)))
 
 
-def _take(candidates: Sequence[Candidate], order: Sequence[int], limit: int | None) -> list[Taken]:
-    taken, total = [], 0
-    for index in order:
-        candidate = candidates[index]
-        room = candidate.tokens if limit is None else limit - total
-        if room <= 0:
-            break
-        tokens = min(candidate.tokens, room) if candidate.splittable else candidate.tokens
-        taken.append(Taken(index, tokens))
-        total += tokens
+def _tokens_before(tokens: NDArray[np.int32]) -> NDArray[np.int64]:
+    return np.cumsum(tokens, dtype=np.int64) - tokens.astype(np.int64)
+
+
+def _take(candidates: Records, order: NDArray[np.int64], limit: int | None) -> Records:
+    tokens = candidates["tokens"][order]
+    before = _tokens_before(tokens)
+    count = len(order) if limit is None else int(np.searchsorted(before, limit))
+    taken = np.empty(count, dtype=TAKEN)
+    taken["index"], taken["tokens"] = order[:count], tokens[:count]
+    if count and limit is not None and candidates["splittable"][order[count - 1]]:
+        taken["tokens"][-1] = min(taken["tokens"][-1], limit - before[count - 1])
     return taken
 
 
 def check_split(
-    candidates: Sequence[Candidate], split: Split, heldout_tokens: int, train_tokens: int | None
+    candidates: Records, split: Split, heldout_tokens: int, train_tokens: int | None
 ) -> None:
     """Raises DataError if held-out documents use up most of the text."""
-    held_groups = {candidates[taken.index].key.group for taken in split.heldout}
-    held = sum(c.tokens for c in candidates if c.key.group in held_groups)
-    train = sum(taken.tokens for taken in split.train)
+    held, train = split.withheld, int(split.train["tokens"].sum())
     if train and train >= min(held, train_tokens or held):
         return
-    total = held + sum(c.tokens for c in candidates if c.key.group not in held_groups)
-    longest = max((c.tokens for c in candidates), default=0)
+    total = int(candidates["tokens"].sum(dtype=np.int64))
+    longest = int(candidates["tokens"].max(initial=0))
     if longest > total / 2:
         what = f"one document is {longest:,} of the {total:,} tokens, and a document is never split"
     else:

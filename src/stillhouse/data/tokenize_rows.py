@@ -1,7 +1,4 @@
-"""Tokenizes documents, with a loss mask.
-
-Rows are arrays, not lists: five bytes a token, so that large text stays small in memory.
-"""
+"""Tokenizes documents, with a loss mask."""
 
 from __future__ import annotations
 

@@ -7,11 +7,12 @@ R windows, L tokens in a window. `input_ids.npy`, `labels.npy` and `position_ids
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from stillhouse.data.shift import IGNORED
 from stillhouse.errors import DataError
 
 ARRAYS = ("input_ids", "labels", "position_ids")
+DESCRIPTION = "windows.json"
 _AGAIN = "delete the folder and run the data stage again"
 
 
@@ -110,12 +112,21 @@ def write_windows(
     """
     if path is not None:
         path.mkdir(parents=True, exist_ok=True)
-    arrays = [_new_array(path, name, (rows, context)) for name in ARRAYS]
-    supervised = 0
-    for row, window in enumerate(windows):
-        for name, array in zip(ARRAYS, arrays, strict=True):
-            array[row] = getattr(window, f"{name}_L")
-        supervised += int((window.labels_L != IGNORED).sum())
+        (path / DESCRIPTION).unlink(missing_ok=True)
+    with ExitStack() as opened:
+        # From start to end: a memory map that is written to holds all of its pages in memory.
+        buffers = [BytesIO() for _ in ARRAYS] if path is None else []
+        files: Sequence[BinaryIO] = buffers
+        if path is not None:
+            files = [opened.enter_context((path / f"{name}.npy").open("wb")) for name in ARRAYS]
+            for file in files:
+                header = {"descr": "<i4", "fortran_order": False, "shape": (rows, context)}
+                np.lib.format.write_array_header_1_0(file, header)
+        supervised = 0
+        for window in windows:
+            for name, file in zip(ARRAYS, files, strict=True):
+                file.write(getattr(window, f"{name}_L").data)
+            supervised += int((window.labels_L != IGNORED).sum())
     info = WindowsInfo(
         context=context,
         rows=rows,
@@ -123,23 +134,12 @@ def write_windows(
         fill=about["tokens"] / (rows * context),
         **about,
     )
-    if path is not None:
-        for array in arrays:
-            array.flush()  # type: ignore[attr-defined]  # a memory map
-        text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
-        (path / "windows.json").write_text(text + "\n", encoding="utf-8")
-    return Windows(path, info, *arrays)
-
-
-def _new_array(path: Path | None, name: str, shape: tuple[int, int]) -> NDArray[np.int32]:
     if path is None:
-        return np.empty(shape, np.int32)
-    file = path / f"{name}.npy"
-    array = np.lib.format.open_memmap(file, mode="w+", dtype=np.int32, shape=shape)
-    if hasattr(os, "posix_fallocate"):  # otherwise a full disk ends the process with a bus error
-        with file.open("r+b") as opened:
-            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
-    return array
+        arrays = [np.frombuffer(buffer.getbuffer(), np.int32) for buffer in buffers]
+        return Windows(path, info, *(array.reshape(rows, context) for array in arrays))
+    text = json.dumps(asdict(info), indent=2, ensure_ascii=False)
+    (path / DESCRIPTION).write_text(text + "\n", encoding="utf-8")
+    return open_windows(path)
 
 
 def open_windows(path: Path) -> Windows:
@@ -149,7 +149,7 @@ def open_windows(path: Path) -> Windows:
 
 
 def _read_info(path: Path) -> WindowsInfo:
-    file = path / "windows.json"
+    file = path / DESCRIPTION
     names = {one.name for one in fields(WindowsInfo)}
     needed = {one.name for one in fields(WindowsInfo) if one.default_factory is MISSING}
     try:

@@ -6,13 +6,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stillhouse.data.build_data import build
+from stillhouse.data.build_data import TOKENIZED, build
 from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.data.windows import Windows, open_windows
 from stillhouse.language_model.job import Job
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.runfolder import Outcome, Stage
 from stillhouse.teachers.load_model import load_tokenizer
+
+VERSION = 6
 
 
 def plan_data(job: Job) -> StagePlan:
@@ -23,18 +25,32 @@ def plan_data(job: Job) -> StagePlan:
 
     def work(out: Path) -> Outcome:
         tokenizer = load_tokenizer(job.tokenizer_path)
-        train, heldout = build(read, tokenizer, seed=job.recipe.seed, base=job.base, out=out)
+        take_over_tokens(out)
+        train, heldout = build(
+            read, tokenizer, seed=job.recipe.seed, base=job.base, out=out, resume=tokens_key
+        )
         return Outcome(summary={"train": asdict(train.info), "heldout": asdict(heldout.info)})
 
+    fingerprint = (job.pretrained or job.teacher).fingerprint
+    tokens_key = f"{VERSION} {fingerprint}"
     inputs: dict[str, Any] = {
         "recipe": section.model_dump(mode="json"),
         "seed": job.recipe.seed,
-        "tokenizer": (job.pretrained or job.teacher).fingerprint,
+        "tokenizer": fingerprint,
         "sources": sources_fingerprint(files, job.base),
     }
     if text is not None:
         inputs["synthesized"] = text.sha256
-    return StagePlan("data", inputs, work, version=6)
+    return StagePlan("data", inputs, work, VERSION, resumable=True, scratch=(TOKENIZED,))
+
+
+def take_over_tokens(out: Path) -> None:
+    """What was tokenized before the recipe or its files changed is continued: a document that had
+    to be corrected does not cost the tokens of the others. out: the stage's half-written folder."""
+    earlier = out.parent.glob(f".data-*.partial/{TOKENIZED}")
+    found = sorted(earlier, key=lambda folder: folder.stat().st_mtime)
+    if found and not (out / TOKENIZED).exists():
+        found[-1].rename(out / TOKENIZED)
 
 
 def open_data(data: Stage) -> tuple[Windows, Windows]:

@@ -1,0 +1,115 @@
+"""Tokenized documents in a file: they need no memory, and a killed process can continue them.
+
+The file begins with a line that says what the tokens depend on. After it, every batch of documents
+is one record: a line of JSON, the tokens as int32, and a hash of both. Tokens that are not
+supervised are written as their bitwise complement, which is negative. A record is used again only
+if it is complete and of the same documents.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import xxhash
+
+from stillhouse.data.tokenize_rows import Ids, Mask, TokenRow
+
+_TOKEN = np.dtype("<i4")
+
+
+class LoggedRow(NamedTuple):
+    """A `TokenRow` in a log. start: the place of its first token in the file."""
+
+    start: int
+    tokens: int
+    splittable: bool
+    notes: tuple[str, ...]
+
+
+class TokenLog:
+    """file: open for reading and writing; closed with the log. written_with: what the tokens
+    depend on besides the documents; a file that was written with anything else is emptied."""
+
+    def __init__(self, file: BinaryIO, written_with: str = "") -> None:
+        self._file = file
+        head = json.dumps(written_with).encode() + b"\n"
+        file.seek(0)
+        self._continues = file.read(len(head)) == head
+        self._end = len(head)
+        if not self._continues:
+            file.seek(0)
+            file.truncate()
+            file.write(head)
+
+    def __enter__(self) -> TokenLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+    def find(self, documents: str) -> list[list[LoggedRow]] | None:
+        """The rows of the next batch, if an earlier process wrote it. documents: a hash of them.
+
+        None, and nothing behind it is used, if the record is of other documents or incomplete.
+        """
+        if not self._continues:
+            return None
+        self._file.seek(self._end)
+        line = self._file.readline()
+        try:
+            head = json.loads(line)
+            lengths = [length for _, lengths, _ in head["rows"] for length in lengths]
+            tokens = self._file.read(sum(lengths) * _TOKEN.itemsize)
+            complete = self._file.read(16) == xxhash.xxh3_128_digest(line + tokens)
+        except (ValueError, LookupError, TypeError):
+            complete = False
+        if complete and head["documents"] == documents:
+            return self._placed(head["rows"], len(line))
+        self._continues = False
+        self._file.seek(self._end)
+        self._file.truncate()
+        return None
+
+    def append(self, documents: str, rows: Sequence[Sequence[TokenRow]]) -> list[list[LoggedRow]]:
+        """Writes the rows of a batch, those of each of its documents together."""
+        described = [
+            (each[0].splittable, [len(row.ids) for row in each], each[0].notes) for each in rows
+        ]
+        line = json.dumps({"documents": documents, "rows": described}).encode() + b"\n"
+        parts = [_written(row) for each in rows for row in each]
+        tokens = b"".join(parts)
+        self._file.seek(self._end)
+        self._file.write(line + tokens + xxhash.xxh3_128_digest(line + tokens))
+        self._file.flush()
+        return self._placed(described, len(line))
+
+    def _placed(self, described: Sequence[Any], line: int) -> list[list[LoggedRow]]:
+        """The rows of the record that begins at the end of the log, which then ends behind it."""
+        place, rows = self._end + line, []
+        for splittable, lengths, notes in described:
+            found: list[LoggedRow] = []
+            for length in lengths:
+                found.append(LoggedRow(place, length, splittable, () if found else tuple(notes)))
+                place += length * _TOKEN.itemsize
+            rows.append(found)
+        self._end = place + 16
+        return rows
+
+    def read(self, start: int, first: int, count: int) -> tuple[Ids, Mask]:
+        """`count` tokens, and which are supervised, from the `first` of the row at `start`."""
+        self._file.seek(start + first * _TOKEN.itemsize)
+        written = np.frombuffer(self._file.read(count * _TOKEN.itemsize), dtype=_TOKEN)
+        return np.where(written < 0, ~written, written), written >= 0
+
+
+def _written(row: TokenRow) -> bytes:
+    return np.where(row.supervised, row.ids, ~row.ids).astype(_TOKEN).tobytes()
