@@ -85,6 +85,30 @@ def test_only_a_resumable_stage_sees_what_a_killed_one_left(tmp_path: Path) -> N
     assert seen == {"plain": False, "resumable": True}
 
 
+def test_a_kill_while_files_are_hashed_or_flushed_keeps_the_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(out: Path) -> Outcome:
+        (out / "result.txt").touch()
+        (out / "steps").mkdir(exist_ok=True)
+        (out / "steps" / f"{len(list((out / 'steps').iterdir()))}").touch()
+        return Outcome(summary={"steps": len(list((out / "steps").iterdir()))})
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    folder = RunFolder(tmp_path)
+    options: dict[str, Any] = {"resumable": True, "scratch": ("steps",)}
+    for name in ("file_facts", "flush_tree"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"stillhouse.runfolder.{name}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                folder.stage("train", {}, work, **options)
+    stage = folder.stage("train", {}, work, **options)
+    assert stage.summary == {"steps": 3}
+    assert sorted(path.name for path in stage.path.iterdir()) == ["manifest.json", "result.txt"]
+
+
 def test_a_stage_without_its_product_is_not_finished_and_keeps_its_scratch(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
 

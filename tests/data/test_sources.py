@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stillhouse.data import sources
 from stillhouse.data.data_config import (
     CorpusSource,
     FileSource,
@@ -105,6 +106,31 @@ def test_a_local_folder_is_loaded_by_datasets(tmp_path: Path) -> None:
     for limit, texts in ((None, ["one", "two"]), (1, ["one"])):
         source = HubSource(kind="hub", dataset="set", limit=limit)
         assert [document.text for document in read(source, tmp_path)] == texts
+
+
+def test_a_large_data_set_is_streamed_unless_it_is_in_the_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "set").mkdir()
+    for number in range(3):
+        rows = [{"text": f"row {row} of file {number}"} for row in range(20)]
+        write_jsonl(tmp_path / "set" / f"train-{number}.jsonl", rows)
+    source = HubSource(kind="hub", dataset="set")
+    load, streamed = datasets.load_dataset, []
+
+    def recording(*names: Any, streaming: bool, **options: Any) -> Any:
+        streamed.append(streaming)
+        return load(*names, streaming=streaming, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset", recording)
+    monkeypatch.setattr(sources, "_STREAMED_FROM", 1200)  # three files have more, two fewer
+    large = read(source, tmp_path)
+    monkeypatch.setattr(sources, "_STREAMED_FROM", 10_000)
+    assert read(source, tmp_path) == large
+    monkeypatch.setattr(sources, "_STREAMED_FROM", 1200)
+    assert read(source, tmp_path) == large
+    assert streamed == [True, False, False]
+    assert len(large) == 60
 
 
 def test_a_data_set_saved_to_disk_is_loaded(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ from stillhouse.disk_errors import download_errors
 from stillhouse.errors import DataError, StillhouseError
 
 _CORPUS_CHARACTERS = 465_000
+_STREAMED_FROM = 2 << 30
+"""Bytes in the files of a split of a data set, compressed or not."""
 
 
 def read_sources(sources: Sequence[Source], base: Path) -> Iterator[AnyDocument]:
@@ -126,7 +128,8 @@ def _hub_rows(source: HubSource, base: Path) -> Rows:
 
 
 def _load_dataset(source: HubSource, base: Path) -> Any:
-    """Streams if there is a limit, so that not everything is downloaded; else uses the cache."""
+    """Streams if there is a limit, or if the split is large: neither is downloaded first, or copied
+    to the cache of `datasets`, which anything else is read from."""
     import datasets
 
     local = (base / Path(source.dataset).expanduser()).absolute()
@@ -148,8 +151,25 @@ def _load_dataset(source: HubSource, base: Path) -> Any:
             fix=f"use `kind: file` with the files of the split, e.g. {source.dataset}/{guessed[0]}",
         )
     name = str(local) if local.is_dir() else source.dataset
-    streaming = source.limit is not None
+    streaming = source.limit is not None or _is_large(name, source)
     return datasets.load_dataset(name, source.config, split=source.split, streaming=streaming)
+
+
+def _is_large(name: str, source: HubSource) -> bool:
+    """Whether a split is streamed for its size: the files have at least `_STREAMED_FROM` bytes, and
+    they are not in the cache yet."""
+    import datasets
+    import fsspec
+
+    builder = datasets.load_dataset_builder(name, source.config)
+    if Path(builder.cache_dir).exists():
+        return False
+    size = 0
+    for file in (builder.config.data_files or {}).get(source.split, []):
+        size += fsspec.core.url_to_fs(file)[0].size(file)
+        if size >= _STREAMED_FROM:
+            return True
+    return False
 
 
 @contextmanager
