@@ -1,4 +1,4 @@
-"""What the data stage takes for text larger than memory: `python -m bench.big_text --tokenizer DIR`.
+"""What text larger than memory takes in the data stage: `python -m bench.big_text --tokenizer DIR`.
 
 Documents of about 500 tokens are drawn from the sentences of CPython's language reference (or of
 --text FILE), with invented words and numbers between them, and written to a JSONL file. The data
@@ -68,7 +68,7 @@ def main() -> None:
     )
 
 
-# --- what the stage reads --------------------------------------------------------------------------
+# --- what the stage reads -----------------------------------------------------------------------
 
 
 def save_teacher(folder: Path, tokenizer: Path) -> None:
@@ -127,7 +127,7 @@ def write_recipe(folder: Path, name: str, run: str) -> Path:
     return path
 
 
-# --- the stage, in a process of its own --------------------------------------------------------------
+# --- the stage, in a process of its own ------------------------------------------------------------
 
 
 def start(recipe: Path) -> subprocess.Popen[bytes]:
