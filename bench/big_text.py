@@ -127,7 +127,7 @@ def write_recipe(folder: Path, name: str, run: str) -> Path:
     return path
 
 
-# --- the stage, in a process of its own ------------------------------------------------------------
+# --- the stage, in a process of its own ----------------------------------------------------------
 
 
 def start(recipe: Path) -> subprocess.Popen[bytes]:
