@@ -20,9 +20,12 @@ FAMILIES = {
     for family in (
         Family("damage", "bench.knock_trials.damage_trials", 60.0),
         Family("server", "bench.knock_trials.server_trials", 20.0),
+        Family("kill", "bench.knock_trials.kill_trials", 120.0),
+        Family("stop", "bench.knock_trials.stop_trials", 120.0),
+        Family("pair", "bench.knock_trials.pair_trials", 120.0),
     )
 }
-COUNTS = {"damage": 3000, "server": 300}
+COUNTS = {"damage": 3000, "server": 300, "kill": 300, "stop": 60, "pair": 30}
 MEANING = {
     "right": "the fault is noticed and the result is that of an undisturbed run, or it is harmless",
     "refused": "one error with a place and a way out",

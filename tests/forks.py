@@ -6,20 +6,28 @@ done again, so each promise about a whole new process needs a test that starts o
 
 from __future__ import annotations
 
+import atexit
 import gc
 import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # the server has one thread
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["stillhouse.commands", "transformers.trainer", "transformers.models.llama.modeling_llama"]
+    [
+        "stillhouse.commands",
+        "transformers.trainer",
+        "transformers.models.llama.modeling_llama",
+        "tests.replays",
+    ]
 )
 
 
@@ -80,9 +88,13 @@ def _begin(
     gc.freeze()
     os.environ.update(environment)
     os.chdir(cwd)
+    tempfile.tempdir = None  # that of the environment, not of the server's
     for number, file in enumerate(written, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-    work(*arguments)
+    try:
+        work(*arguments)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
 def stillhouse(*arguments: str, **options: Any) -> Fork:

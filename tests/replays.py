@@ -6,24 +6,20 @@
 from __future__ import annotations
 
 import subprocess
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from stillhouse.export import replay, replay_classifier, replay_onnx
-
-SCRIPTS = {
-    "replay.py": replay.main,
-    "replay_onnx.py": replay_onnx.main,
-    "replay_classifier.py": replay_classifier.main,
-}
+SCRIPTS = ("replay.py", "replay_onnx.py", "replay_classifier.py")
 
 
 def _run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    main = SCRIPTS.get(Path(command[-2]).name)
-    if main is None:
+    script = Path(command[-2])
+    if script.name not in SCRIPTS:
         return subprocess.run(command, **options)
-    main(Path(command[-1]))
+    # Only now: onnxruntime starts threads, and a process that forks others must not have any.
+    import_module(f"stillhouse.export.{script.stem}").main(Path(command[-1]))
     return subprocess.CompletedProcess(command, 0, "", "")
 
 

@@ -109,6 +109,17 @@ def test_a_kill_while_files_are_hashed_or_flushed_keeps_the_scratch(
     assert sorted(path.name for path in stage.path.iterdir()) == ["manifest.json", "result.txt"]
 
 
+def test_what_a_killed_process_was_writing_is_no_part_of_a_resumed_stage(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    left = folder.partial("train", {})
+    (left / "model" / ".part-abc").mkdir(parents=True)
+    for name in (".manifest.json.tmp", "model/.part-abc/weights", "shard", ".shard-2.partial"):
+        (left / name).write_text("half")
+    stage = folder.stage("train", {}, writes("whole", []), resumable=True)
+    files = {str(path.relative_to(stage.path)) for path in stage.path.rglob("*")}
+    assert files == {"manifest.json", "result.txt", "model", "shard"}
+
+
 def test_a_stage_without_its_product_is_not_finished_and_keeps_its_scratch(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
 

@@ -181,7 +181,8 @@ class RunFolder:
     ) -> Stage:
         """Return the finished stage, or run `work(folder)` and finish it.
 
-        resumable: a partly written folder is passed to `work` unchanged, rather than emptied.
+        resumable: a partly written folder is passed to `work`, rather than emptied, but without the
+        files and folders whose names begin with a dot: they are temporary.
         scratch: names inside the folder that are deleted before it is finished.
         check: raises StillhouseError if the folder lacks the stage's product. The stage
         then remains unfinished, with its scratch files. Raises RunError.
@@ -195,7 +196,9 @@ class RunFolder:
             self._require_there()
             if final.is_file():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(final))
-            if partial.exists() and not resumable:
+            if resumable:
+                _drop_temporary(partial)
+            elif partial.exists():
                 shutil.rmtree(partial)
             partial.mkdir(parents=True, exist_ok=True)
             started = time.time()
@@ -269,6 +272,15 @@ def _not_ours(path: Path) -> RunError:
         where=path,
         fix="move it away, or give the run another folder: --set folder=PATH",
     )
+
+
+def _drop_temporary(folder: Path) -> None:
+    """Deletes what a killed process was writing: it would become a part of the stage."""
+    for path in list(folder.rglob(".*")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _check_product(name: str, folder: Path, check: Callable[[Path], None]) -> None:

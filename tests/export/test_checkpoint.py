@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -232,6 +234,23 @@ def test_files_in_the_way_are_kept(trained: Path, tmp_path: Path, export: Export
     with pytest.raises(RunError, match="is not empty"):
         export(trained, out)
     assert (out / "mine.txt").read_text() == "keep me"
+
+
+def test_a_folder_that_another_process_is_writing(
+    trained: Path, tmp_path: Path, export: Export
+) -> None:
+    partial = tmp_path / ".model.partial"
+    partial.mkdir()
+    (partial / "theirs.txt").write_text("half an export")
+    theirs = os.open(partial, os.O_RDONLY)
+    fcntl.flock(theirs, fcntl.LOCK_EX)
+    with pytest.raises(RunError, match="another process is writing this export"):
+        export(trained, tmp_path / "model")
+    assert [path.name for path in partial.iterdir()] == ["theirs.txt"]
+    os.close(theirs)  # as when it is killed
+    export(trained, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not (tmp_path / "model" / "theirs.txt").exists()
 
 
 def test_full_disk_is_a_clear_error(

@@ -72,7 +72,11 @@ def completion(reply: Reply, model: str) -> bytes:
 
 
 class Stub:
-    """Use as a context manager. key: what the bearer token must be. models: those it knows."""
+    """Use as a context manager. key: what the bearer token must be. models: those it knows.
+
+    read: the payloads whose answers were certainly received: the client has sent its next request
+    by the same connection.
+    """
 
     def __init__(
         self,
@@ -83,6 +87,7 @@ class Stub:
     ) -> None:
         self.script, self.key, self.models = script, key, models
         self.payloads: list[dict[str, Any]] = []
+        self.read: list[dict[str, Any]] = []
         self.now = self.most_at_once = 0
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
@@ -124,6 +129,7 @@ class Stub:
 class _Connection(asyncio.Protocol):
     def __init__(self, stub: Stub) -> None:
         self.stub, self.received = stub, b""
+        self.answered: dict[str, Any] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -139,28 +145,32 @@ class _Connection(asyncio.Protocol):
         if len(rest) < length:
             return
         self.received = rest[length:]
+        if self.answered is not None:
+            self.stub.read.append(self.answered)
+            self.answered = None
         payload = json.loads(rest[:length])
         reply = self.stub.reply(headers, payload)
         self.stub.now += 1
         self.stub.most_at_once = max(self.stub.most_at_once, self.stub.now)
         if reply.how == "hang":
             return
-        self.wait(reply, str(payload.get("model")))
+        self.wait(reply, payload)
 
-    def wait(self, reply: Reply, model: str) -> None:
+    def wait(self, reply: Reply, payload: dict[str, Any]) -> None:
         loop = asyncio.get_running_loop()
         if reply.when():
-            loop.call_later(reply.delay, self.send, reply, model)
+            loop.call_later(reply.delay, self.send, reply, payload)
         else:
-            loop.call_later(0.005, self.wait, reply, model)
+            loop.call_later(0.005, self.wait, reply, payload)
 
-    def send(self, reply: Reply, model: str) -> None:
+    def send(self, reply: Reply, payload: dict[str, Any]) -> None:
         self.stub.now -= 1
+        self.answered = payload
         if reply.raw is not None:
             self.transport.write(reply.raw)
             self.transport.close()
             return
-        body = completion(reply, model) if reply.body is None else reply.body
+        body = completion(reply, str(payload.get("model"))) if reply.body is None else reply.body
         lines = [f"HTTP/1.1 {reply.status} X", f"content-length: {len(body)}"]
         lines += ["content-type: application/json"]
         lines += [f"{name}: {value}" for name, value in reply.headers.items()]

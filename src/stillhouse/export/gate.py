@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -235,24 +237,47 @@ def against_teacher(
 def fill(out: Path, work: Callable[[Path], ReplayResult]) -> ReplayResult:
     """Run `work` in a temporary folder that is renamed to `out` once it is complete and has passed.
 
-    Raises RunError for no space, no permission, or an `out` that already has files.
+    Raises RunError for no space, no permission, an `out` that already has files, or one that
+    another process is writing.
     """
     partial = out.with_name(f".{out.name}.partial")
     with disk_errors(out):
-        _check_free(out)
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir()
-            result = work(partial)
-            partial.rename(out)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _held(partial):
+            try:
+                _check_free(out)
+                result = work(partial)
+                partial.rename(out)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
     return result
 
 
+@contextmanager
+def _held(partial: Path) -> Iterator[None]:
+    """Make an empty folder that only this process writes to inside the block. Raises RunError."""
+    partial.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            folder = os.open(partial, os.O_RDONLY)
+            stack.callback(os.close, folder)
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(folder), partial.stat())
+        except (BlockingIOError, FileNotFoundError):  # another process has just renamed it
+            held = False
+        if not held:
+            raise RunError(
+                "another process is writing this export",
+                where=partial,
+                fix="wait for it, or use another folder",
+            )
+        for left in partial.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
+
+
 def _check_free(out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise RunError(
             "the export's folder is not empty",

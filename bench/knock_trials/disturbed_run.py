@@ -1,0 +1,135 @@
+"""A tiny run that is disturbed at some moments, goes on by the same command, and is then judged."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+
+from bench.knock_trials.aftermath import Books, differences, leftovers
+from bench.knock_trials.moments import IMPORTS, Moment
+from bench.knock_trials.tiny_runs import PATIENCE, REQUESTS, Kind, Process, served, start
+
+WrongEnd = Callable[[Kind, Process, int, Moment], str | None]
+"""What is wrong with the end of a process: its exit status, and the moment it was given."""
+
+
+@dataclass(frozen=True)
+class DisturbedRun:
+    """moments: one for each process. last: how the last process is started, which nothing disturbs.
+    variable: names the folder for temporary files. slow: seconds that the server takes to answer
+    the processes that are disturbed."""
+
+    kind: Kind
+    last: Kind
+    moments: list[Moment]
+    folder: Path
+    variable: str
+    wrong_end: WrongEnd
+    slow: float = 0.0
+
+    @cached_property
+    def root(self) -> Path:
+        return self.folder / "runs" / "run"
+
+    @cached_property
+    def temporary(self) -> Path:
+        return self.folder / "tmp"
+
+    def problem(self) -> str | None:
+        """What is wrong in the end; None: nothing."""
+        self.temporary.mkdir()
+        environment = {self.variable: str(self.temporary)}
+        with served(self.kind, self.root) as (recipe, server, stub):
+            books = Books(server, stub, self.root.parent / "answers.sqlite")
+            usual, server.delay = server.delay, self.slow or server.delay
+            for number, moment in enumerate(self.moments):
+                problem = self._disturb(recipe, environment, books, moment, first=number == 0)
+                if problem is not None:
+                    return f"{moment}: {problem}"
+            server.delay, server.at = usual, lambda number: None
+            books.next_process()
+            process = start(self.last, recipe, self.root, environment)
+            status = process.wait(PATIENCE)
+            if status != 0:
+                return f"the last process ended with {status}: {process.errors()[-900:]}"
+        problems = differences(self.kind.name, self.root) + books.problems()
+        problems += leftovers(self.kind.name, self.root, self.temporary)
+        return "; ".join(problems) or None
+
+    def _disturb(
+        self,
+        recipe: Path,
+        environment: dict[str, str],
+        books: Books,
+        moment: Moment,
+        first: bool,
+    ) -> str | None:
+        """One process. The first of a run is given a moment that comes before its end."""
+        for _ in range(8):
+            books.next_process()
+            process = start_for(self.kind, recipe, self.root, environment, moment, books)
+            status = process.wait(PATIENCE)
+            if status != 0 or not first:
+                break
+            shutil.rmtree(self.root.parent)
+            self.root.parent.mkdir()
+            books.forget()
+            moment = replace(moment, delay=moment.delay / 2)
+        else:
+            return "it was over before it was disturbed"
+        problem = None if status == 0 else self.wrong_end(self.kind, process, status, moment)
+        wait_for_others(recipe)
+        return problem
+
+
+def start_for(
+    kind: Kind,
+    recipe: Path,
+    root: Path,
+    environment: dict[str, str],
+    moment: Moment,
+    books: Books,
+) -> Process:
+    """A process that gets its signal by itself, or from here: by its requests, or while it is
+    started."""
+    if moment.part not in (REQUESTS, IMPORTS):
+        return start(kind, recipe, root, environment, moment)
+    started = threading.Event()
+
+    def send() -> None:
+        started.wait()
+        if process.poll() is None:
+            if moment.noted:
+                Path(moment.noted).write_text(str(time.monotonic()))
+            process.send_signal(moment.signal)
+
+    def at(number: int) -> None:
+        if number == moment.number:
+            threading.Timer(moment.delay, send).start()
+
+    books.server.at = at
+    if moment.part == IMPORTS:
+        at(0)
+    process = start(kind, recipe, root, environment)
+    started.set()
+    return process
+
+
+def wait_for_others(recipe: Path) -> None:
+    """Until no process works at this recipe: those of a torchrun outlive each other."""
+    mine = os.getpid()
+    others = [
+        process
+        for process in psutil.process_iter(["pid", "cmdline"])
+        if process.pid != mine and str(recipe) in " ".join(process.info["cmdline"] or ())
+    ]
+    _, alive = psutil.wait_procs(others, timeout=PATIENCE)
+    assert not alive, f"{alive} have not ended"

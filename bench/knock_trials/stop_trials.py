@@ -1,0 +1,70 @@
+"""Tiny runs of every kind that get SIGTERM or SIGINT, and go on by the same command.
+
+Right: the process ends within five seconds, with the status of its signal and one message; then as
+for a killed run. Requests in flight are paid for, so the time counts from when they are answered.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from bench.input_trials.trial import Trial
+from bench.knock_trials.aftermath import one_message
+from bench.knock_trials.disturbed_run import DisturbedRun
+from bench.knock_trials.kill_trials import FORKED, FRESH, in_order, moment
+from bench.knock_trials.moments import IMPORTS, TIME, Moment
+from bench.knock_trials.tiny_runs import KINDS, REQUESTS, Kind, Process
+
+WITHIN = 5.0
+"""Seconds."""
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+ANSWERED_AFTER = 1.0
+"""Seconds until the server answers, in trials that stop a run by its requests."""
+
+
+def kind_of(number: int) -> Kind:
+    """Of 20 trials, two have a process for each replay, one is a torchrun, and two are stopped
+    while Python starts."""
+    name = {6: FRESH[0], 11: FRESH[1], 16: FRESH[0]}.get(number % 20)
+    kind = KINDS[name or FORKED[number % len(FORKED)]]
+    return replace(kind, fresh=True) if number % 20 in (3, 13) else kind
+
+
+def make(chance: random.Random, folder: Path, number: int) -> Trial:
+    kind = kind_of(number)
+    chosen = [moment(chance, kind) for _ in range(chance.randint(1, 2))]
+    chosen = [
+        replace(each, signal=chance.choice(list(STATUS)), noted=str(folder / f"sent-{place}"))
+        for place, each in enumerate(in_order(chosen, kind))
+    ]
+    if kind.fresh and kind.name in FORKED:
+        early = Moment(IMPORTS, 0, chance.uniform(0.0, 4.0), signal=chosen[0].signal)
+        chosen = [replace(early, noted=chosen[0].noted)]
+    slow = ANSWERED_AFTER if any(each.part == REQUESTS for each in chosen) else 0.0
+    title = f"{kind.name}: " + ", ".join(map(str, chosen))
+    variable = chance.choice(["TMPDIR", "TEMP"])
+    run = DisturbedRun(kind, kind, chosen, folder, variable, wrong_end, slow)
+    return Trial(title, run.problem, lambda found: found)
+
+
+def wrong_end(kind: Kind, process: Process, status: int, moment: Moment) -> str | None:
+    took = time.monotonic() - float(Path(moment.noted).read_text())
+    grace = ANSWERED_AFTER if moment.part == REQUESTS else 0.0
+    if took > WITHIN + grace:
+        return f"it took {took:.1f} s"
+    said = process.errors()
+    if kind.processes > 1:
+        said = said.split("torch/distributed/run.py")[0]
+        return said[-900:] if "this is a bug" in said else None
+    if status == -moment.signal and moment.part in (TIME, IMPORTS):
+        if not said.strip() or "\nreport: " in said:
+            return None  # before there is a handler, or when all is done
+    if moment.victim == "its children":
+        return one_message(said)
+    if status != STATUS[signal.Signals(moment.signal)]:
+        return f"status {status}: {said[-900:]}"
+    return one_message(said, ("stopped.",))
