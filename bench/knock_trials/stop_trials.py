@@ -60,9 +60,9 @@ def wrong_end(kind: Kind, process: Process, status: int, moment: Moment) -> str 
     if kind.processes > 1:
         said = said.split("torch/distributed/run.py")[0]
         return said[-900:] if "this is a bug" in said else None
-    if status == -moment.signal and moment.part in (TIME, IMPORTS):
-        if not said.strip() or "\nreport: " in said:
-            return None  # before there is a handler, or when all is done
+    outside = not said.strip() or "\nreport: " in said
+    if status == -moment.signal and moment.part in (TIME, IMPORTS) and outside:
+        return None  # before there is a handler, or when all is done
     if moment.victim == "its children":
         return one_message(said)
     if status != STATUS[signal.Signals(moment.signal)]:
