@@ -58,6 +58,16 @@ def test_too_little_disk_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert both(raw, tmp_path).startswith("disk: about")
 
 
+def test_windows_of_a_large_text_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = tiny.recipe(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))
+    (tmp_path / "text.txt").write_text(tiny.text(1000) + "\n" + ("word " * 20 + "\n") * 50_000)
+    raw["data"]["train_tokens"] = None
+    assert "windows" in both(raw, tmp_path)
+    raw["data"]["train_tokens"] = 100_000
+    assert "error" not in {one.level for one in check_recipe(raw)}
+
+
 def test_a_store_of_signals_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = tiny.recipe(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000_000))

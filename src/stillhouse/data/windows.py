@@ -25,6 +25,8 @@ from stillhouse.errors import DataError
 
 ARRAYS = ("input_ids", "labels", "position_ids")
 DESCRIPTION = "windows.json"
+WINDOW_BYTES = 4 * (len(ARRAYS) + 1)
+"""For each token: its place in the arrays, and while they are written the token itself."""
 _AGAIN = "delete the folder and run the data stage again"
 
 

@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from stillhouse.data.sources import size_estimate
+from stillhouse.data.windows import WINDOW_BYTES
 from stillhouse.errors import DataError, EndpointError
 from stillhouse.evaluation.lm_eval import require_tasks
 from stillhouse.finding import Finding, finding_of
@@ -24,9 +25,8 @@ from stillhouse.pipeline.engine import has_finished, run_folder
 from stillhouse.signals.signals_config import SignalsRecipe
 from stillhouse.teachers.api_keys import api_key
 
-CHARACTERS_PER_TOKEN = 3.0
-"""Characters per token, for text that is not tokenized yet; a high value makes the estimate
-smaller."""
+CHARACTERS_PER_TOKEN = 4.5
+"""Of text that is not tokenized yet. Rather too many: a run that fits must not be refused."""
 
 
 def require_options(job: Job) -> Iterator[Finding]:
@@ -58,7 +58,7 @@ def require_disk(job: Job) -> Iterator[Finding]:
     """Compare what a run writes until it has trained with the free space of its folder.
 
     Each checkpoint holds weights and two moments in float32; in addition there are the student
-    before and after training, its exports, and a store of signals.
+    before and after training, its exports, windows of tokens, and a store of signals.
     """
     job = whole_job(job)
     recipe = job.recipe
@@ -67,17 +67,21 @@ def require_disk(job: Job) -> Iterator[Finding]:
     student = planned_size(configs(job)[0]).total
     models = 12 * (recipe.train.keep_checkpoints + 1) + 4 + 4 + 4 * len(recipe.export.formats)
     need = float(student * models)
-    parts = "checkpoints, models"
+    parts = ["checkpoints", "models"]
+    tokens = 0.0
+    with suppress(DataError):  # text that the run synthesizes does not exist yet
+        tokens = size_estimate(recipe.data.sources, job.base) / CHARACTERS_PER_TOKEN
+    tokens = min(tokens, recipe.data.train_tokens or tokens)
+    if not has_finished(recipe, "data"):
+        need += tokens * WINDOW_BYTES
+        parts.append("windows")
     if records_signals(job) and not has_finished(recipe, "signals"):
-        tokens = 0.0
-        with suppress(DataError):  # text that the run synthesizes does not exist yet
-            tokens = size_estimate(recipe.data.sources, job.base) / CHARACTERS_PER_TOKEN
-        tokens = min(tokens, recipe.data.train_tokens or tokens)
         need += tokens * row_bytes(job, recipe.signals or SignalsRecipe())
-        parts += " and signals"
+        parts.append("signals")
     root = run_folder(recipe).root.absolute()
     free = shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free
-    text = f"about {size(need)} of {parts} at the peak; {size(free)} are free"
+    names = " and ".join([", ".join(parts[:-1]), parts[-1]])
+    text = f"about {size(need)} of {names} at the peak; {size(free)} are free"
     if need > free:
         fix = (
             "free some space, lower train.keep_checkpoints, or use another disk: --set folder=PATH"
