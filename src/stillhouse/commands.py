@@ -30,9 +30,17 @@ from stillhouse.language_model.signals_stage import STORE
 from stillhouse.language_model.synthesis_check import require_text_teacher, synthesis_spending
 from stillhouse.language_model.synthesis_stage import complete_text, require_text
 from stillhouse.language_model.vocabulary_stage import find_job
-from stillhouse.pipeline.engine import locked_folder, run_folder, run_kind, run_steps
+from stillhouse.launch import leads
+from stillhouse.pipeline.engine import (
+    following,
+    locked_folder,
+    run_folder,
+    run_kind,
+    run_steps,
+)
 from stillhouse.pipeline.kind import Rows, RunResult
 from stillhouse.pipeline.requirements import require
+from stillhouse.pipeline.shared_folder import announce_run, wait_for_run
 from stillhouse.pipeline.stage_plan import doing
 from stillhouse.signals.signals_config import FrozenHeadSignals
 from stillhouse.synthesis.synthesize import Synthesis
@@ -157,13 +165,19 @@ def record_signals(path: str | Path, overrides: Sequence[str] = ()) -> Path:
             "--set signals.encoding.kind=threshold",
         )
     folder = run_folder(recipe)
+    # For a teacher on a server, only the configuration and the tokenizer are needed.
+    here = section.server is None and section.answers is None
+    only: tuple[str, ...] = (*DATA_STEPS, "signals")
+    if isinstance(section.encoding, FrozenHeadSignals):
+        only += ("search", "student")  # the store is for this student's head
+    if not leads():
+        wait_for_run(folder.root)
+        job = find_job(recipe, base, weights=here)
+        run_steps(LANGUAGE_MODEL, job, following(folder), main_process=False, only=only)
+        return folder.root / "signals"
     with folder.locked():
+        announce_run(folder.root)
         folder.require_free("signals")
-        # For a teacher on a server, only the configuration and the tokenizer are needed.
-        here = section.server is None and section.answers is None
-        only: tuple[str, ...] = (*DATA_STEPS, "signals")
-        if isinstance(section.encoding, FrozenHeadSignals):
-            only += ("search", "student")  # the store is for this student's head
         job = find_job(recipe, base, weights=here)
         _, stages = run_steps(LANGUAGE_MODEL, job, doing(folder), only=only)
         folder.point("signals", stages["signals"].path / STORE)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
+
+from stillhouse.launch import local_index, processes_here
 
 Requested = Literal["auto", "float32", "bfloat16"]
 
@@ -44,7 +47,22 @@ def default_device() -> torch.device:
     """The first CUDA GPU, or this process's own under torchrun; the CPU if there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda", local_index())
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Inside the block, the main process of a torchrun works on every core of this machine.
+
+    torchrun gives each process one thread, and here the others wait.
+    """
+    before = torch.get_num_threads()
+    if processes_here() > 1:
+        torch.set_num_threads(psutil.cpu_count(logical=False) or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def cpu_abilities() -> frozenset[str]:
@@ -230,13 +248,3 @@ def _cpu_info() -> dict[str, str]:
     first = CPU_INFO.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     pairs = (line.partition(":") for line in first.splitlines())
     return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def world_size() -> int:
-    """The number of processes under torchrun; otherwise 1."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def leads() -> bool:
-    """Whether this is the main process under torchrun, or the only one."""
-    return os.environ.get("RANK", "0") == "0"

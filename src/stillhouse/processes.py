@@ -1,19 +1,26 @@
-"""The processes of a torchrun: their group, and how models are sharded over it."""
+"""The processes of a torchrun: their group, and models that are sharded over it."""
 
 from __future__ import annotations
 
-import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import DistError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from stillhouse.errors import RecipeError
-from stillhouse.hardware import default_device, world_size
+from stillhouse.errors import RecipeError, TrainingError
+from stillhouse.hardware import default_device
+from stillhouse.launch import processes_here, world_size
+
+_LOST = re.compile("gloo|Connection (reset|closed) by peer|ProcessGroup|NCCL", re.IGNORECASE)
+"""In errors of gloo, which are plain RuntimeErrors."""
 
 
 def open_group() -> None:
@@ -27,13 +34,35 @@ def open_group() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
+def wait_for_all() -> None:
+    """Return once every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def lost_process(processes: int) -> Iterator[None]:
+    """Raise TrainingError if another process has ended and this one cannot continue."""
+    try:
+        yield
+    except RuntimeError as error:
+        if processes == 1 or not (isinstance(error, DistError) or _LOST.search(str(error))):
+            raise
+        raise TrainingError(
+            f"another of the {processes} processes has ended, or cannot be reached",
+            where=str(error).splitlines()[0],
+            fix="its own message says why (none: it was killed, for lack of memory perhaps); give "
+            "the same command again: it goes on from the last checkpoint",
+        ) from error
+
+
 def shards_in_node(within_node: bool) -> int:
     """Over how many processes a model is sharded: those of a node, or all.
 
     Raises RecipeError: nodes with different numbers of processes.
     """
     processes = world_size()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    here = processes_here()
     if not within_node or here == processes:
         return processes
     if processes % here:

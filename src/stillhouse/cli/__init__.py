@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,6 +17,10 @@ from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, 
 from stillhouse.cli.signals_commands import signals
 from stillhouse.disk_errors import disk_error
 from stillhouse.errors import StillhouseError
+from stillhouse.launch import leads
+
+MAIN_PROCESS_SECONDS = 4.0
+"""For which another process of a torchrun withholds its message."""
 
 app = typer.Typer(
     name="stillhouse",
@@ -26,6 +31,15 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 app.add_typer(signals, name="signals")
+
+FOR_ALL_PROCESSES = ("run", "cascade", "signals")
+
+
+@app.callback()
+def only_main_process(context: typer.Context) -> None:
+    """Leave commands that one process does alone to the main process of a torchrun."""
+    if not leads() and context.invoked_subcommand not in FOR_ALL_PROCESSES:
+        raise typer.Exit
 
 
 @app.command()
@@ -275,6 +289,17 @@ def doctor() -> None:
     Terminal().print(examination())
 
 
+def _let_main_process_report() -> None:
+    """In another process of a torchrun: end without a word if the main process fails, too.
+
+    Whatever is wrong with a recipe, all processes find. torchrun stops the others as soon as one
+    has failed.
+    """
+    if not leads():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(MAIN_PROCESS_SECONDS)
+
+
 def main() -> None:
     """Entry point: a user's error is one message, Ctrl-C stops cleanly; other errors are bugs."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -283,10 +308,12 @@ def main() -> None:
     try:
         app()
     except StillhouseError as error:
+        _let_main_process_report()
         say(f"error: {error}")
         sys.exit(1)
     except _Stopped as stopped:
-        say("stopped. Finished work is kept: run the same command to resume.")
+        if leads():
+            say("stopped. Finished work is kept: run the same command to resume.")
         sys.exit(128 + stopped.number)
     except MemoryError:
         say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")

@@ -32,7 +32,7 @@ def agree(
 ) -> None:
     """Ask before spending money without a budget; raise an error without a terminal."""
     from stillhouse.commands import agree_to_spend
-    from stillhouse.hardware import leads
+    from stillhouse.launch import leads
 
     if yes or not leads():
         return

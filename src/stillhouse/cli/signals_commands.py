@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, output_file, say
+from stillhouse.launch import leads
 
 
 class _RecipeOrVerb(TyperGroup):
@@ -43,7 +44,9 @@ def record(recipe: RecipeArgument, set_: SetOption = None, yes: YesOption = Fals
     from stillhouse.terminal import Terminal
 
     agree(recipe, set_, yes)
-    Terminal().write_line(f"signals {record_signals(recipe, set_ or [])}")
+    folder = record_signals(recipe, set_ or [])
+    if leads():
+        Terminal().write_line(f"signals {folder}")
 
 
 @signals.command()

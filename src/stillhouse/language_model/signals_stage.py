@@ -22,6 +22,7 @@ from stillhouse.language_model.job import (
     planned_size,
     signals_encoding,
 )
+from stillhouse.launch import leads
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, Stage
@@ -33,7 +34,7 @@ from stillhouse.students.student import Student
 from stillhouse.teachers.backbone import lm_head
 from stillhouse.teachers.hashing import code_sha256
 from stillhouse.teachers.load_model import load_config, load_tokenizer
-from stillhouse.teachers.local_teacher import load_teacher
+from stillhouse.teachers.local_teacher import LocalTeacher, load_teacher
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.record_store import chosen_encoding, record
 from stillhouse.teachers.several_teachers import combined
@@ -104,7 +105,8 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         )
         quality = manifest.quality
         kept = f": {quality.entries:.1f} tokens of {job.vocabulary:,}" if quality.entries else ""
-        note(f"{quality.bytes:,.1f} bytes a token{kept}")
+        if leads():
+            note(f"{quality.bytes:,.1f} bytes a token{kept}")
         tokens = sum(each.supervised_tokens for each in texts)
         return Outcome(
             tokens=tokens,
@@ -123,7 +125,8 @@ def plan_signals(job: Job, data: Stage, student: Stage | None) -> StagePlan:
         "heldout": with_heldout,
         **identity,
     }
-    return StagePlan("signals", inputs, work, version=2, resumable=True)
+    here = section.server is None
+    return StagePlan("signals", inputs, work, version=2, resumable=True, together=here)
 
 
 def records_signals(job: Job) -> bool:
@@ -137,9 +140,11 @@ def _recorded_teacher(job: Job, encoding: Encoding) -> Teacher:
     if section is None or section.server is None:
         device = default_device()
         dtype = choose_precision(job.recipe.train.precision, device).dtype
-        teacher = load_teacher(job.teacher, dtype=dtype, trust_remote_code=job.trust_remote_code)
+        over = shards(job.recipe.train, "teacher")
+        teacher = _loader(job, job.teacher, dtype, over)()
         teacher.described = f"{job.teacher.described} in {dtype}"
-        teacher.model.to(device)
+        if over == 1:
+            teacher.model.to(device)
         return teacher
     from stillhouse.teachers.served_teacher import ServedTeacher
 
@@ -214,7 +219,9 @@ def training_teacher(
     return StoredTeacher(store, config=config, head=head, load_missing=loads[0] if live else None)
 
 
-def _loader(job: Job, source: ModelSource, dtype: torch.dtype, over: int) -> Callable[[], Teacher]:
+def _loader(
+    job: Job, source: ModelSource, dtype: torch.dtype, over: int
+) -> Callable[[], LocalTeacher]:
     """Loads the teacher, sharded over so many processes."""
     code = job.trust_remote_code
     if over == 1:

@@ -18,9 +18,9 @@ from stillhouse.data.data_files import regular, regular_if_there
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import DataError, RunError
 from stillhouse.generation.text_teacher import DefaultModel, LocalText
-from stillhouse.hardware import leads
 from stillhouse.language_model.job import Job, planned_size
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.launch import leads
 from stillhouse.pipeline.stage_plan import Do, StagePlan
 from stillhouse.progress import note
 from stillhouse.runfolder import (

@@ -10,10 +10,11 @@ import torch
 
 from stillhouse import account
 from stillhouse.finding import Finding
-from stillhouse.hardware import choose_precision, default_device, matmul_rate, world_size
+from stillhouse.hardware import choose_precision, default_device, matmul_rate
 from stillhouse.language_model.data_check import TOKENS
 from stillhouse.language_model.job import Job, configs, planned_objective, planned_size
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.launch import world_size
 from stillhouse.pipeline.kind import Check
 from stillhouse.signals.manifest import read_manifest
 from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals, SignalsRecipe

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import RecipeError
-from stillhouse.hardware import leads, tune_allocator
+from stillhouse.hardware import tune_allocator
+from stillhouse.launch import leads, process_index, world_size
 from stillhouse.pipeline.kind import ALL, Kind, RunResult, Step
 from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.requirements import require_all
+from stillhouse.pipeline.shared_folder import announce_run, wait_for_run
 from stillhouse.pipeline.stage_plan import Do, StagePlan, doing
 from stillhouse.progress import note
 from stillhouse.runfolder import NamedRecipe, RunFolder, Stage, run_root, write_atomically
@@ -21,6 +23,8 @@ from stillhouse.section import recipe_yaml
 POLL_SECONDS = 0.5
 EVALUATION, RECIPE = "evaluation.json", "recipe.yaml"
 RESOLVED = "# The resolved recipe of this run; every start writes it again.\n"
+SILENT_SECONDS = 60.0
+"""After which a process reports what it is waiting for."""
 
 
 def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
@@ -29,15 +33,17 @@ def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
     Raises StillhouseError; finished stages are kept.
     """
     tune_allocator()
-    if leads():
-        with locked_folder(recipe) as folder:
-            return lead(kind, recipe, base, folder)
-    if not kind.many_processes:
+    if world_size() > 1 and not kind.many_processes:
         raise RecipeError(
             "a task's student is trained by one process",
             where="torchrun",
             fix="start it with `stillhouse run` alone",
         )
+    if leads():
+        with locked_folder(recipe) as folder:
+            announce_run(folder.root)
+            return lead(kind, recipe, base, folder)
+    wait_for_run(run_root(recipe))
     if kind.follow is not None:
         kind.follow(recipe, base, run_folder(recipe))
     else:
@@ -144,12 +150,16 @@ def reporting(folder: RunFolder, finished: list[Stage]) -> Do:
 
 
 def following(folder: RunFolder) -> Do:
-    """How the other processes under torchrun run a stage: take part in it, or wait for it."""
+    """How the other processes of a torchrun run a stage: take part in it, or wait for it."""
 
     def do(plan: StagePlan) -> Stage:
         if plan.together and folder.finished(plan.name, plan.depends_on) is None:
             plan.work(folder.partial(plan.name, plan.depends_on))
+        began, said = time.monotonic(), False
         while (stage := folder.finished(plan.name, plan.depends_on)) is None:
+            if not said and time.monotonic() - began > SILENT_SECONDS:
+                note(f"process {process_index()} waits for stage {plan.name} of the main process")
+                said = True
             time.sleep(POLL_SECONDS)
         return stage
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse.hardware import tune_allocator
+from stillhouse.hardware import all_cores, tune_allocator
 from stillhouse.runfolder import Outcome, RunFolder, Stage
 from stillhouse.teachers.load_model import check_loadable
 from stillhouse.training.train import MODEL
@@ -53,14 +54,15 @@ def doing(folder: RunFolder) -> Do:
             found = folder.finished(plan.name, plan.depends_on)
             if found is not None and plan.missing(found):
                 shutil.rmtree(found.path)
-        return folder.stage(
-            plan.name,
-            plan.depends_on,
-            plan.work,
-            resumable=plan.resumable,
-            scratch=plan.scratch,
-            check=plan.check,
-        )
+        with nullcontext() if plan.together else all_cores():
+            return folder.stage(
+                plan.name,
+                plan.depends_on,
+                plan.work,
+                resumable=plan.resumable,
+                scratch=plan.scratch,
+                check=plan.check,
+            )
 
     return do
 

@@ -16,7 +16,8 @@ from stillhouse.data.batches import Batches
 from stillhouse.data.draw_windows import draw_windows
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import RecipeError
-from stillhouse.hardware import default_device, leads
+from stillhouse.hardware import default_device
+from stillhouse.launch import leads
 from stillhouse.objectives.objective_config import ObjectiveRecipe
 from stillhouse.progress import note
 from stillhouse.quantize.grid import Grid

@@ -5,9 +5,9 @@ Shapes: R windows, L tokens, N supervised rows, S segments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -18,18 +18,26 @@ from stillhouse.data.batches import Batch, collate, in_order
 from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import SignalError
+from stillhouse.launch import leads, process_index, world_size
+from stillhouse.processes import lost_process, open_group, wait_for_all
 from stillhouse.progress import bar
 from stillhouse.signals import DenseSignal, HiddenSignal, LMHead, Signal
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import Rows
 from stillhouse.signals.encodings import Encoding, Hidden, Threshold
 from stillhouse.signals.lm_head import head_logits
-from stillhouse.signals.manifest import SETTINGS, Manifest, Settings, read_settings
+from stillhouse.signals.manifest import (
+    SETTINGS,
+    Manifest,
+    Settings,
+    read_manifest,
+    read_settings,
+)
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.segments import Segments, find_segments
 from stillhouse.signals.signals_config import SignalsRecipe, ThresholdSignals
 from stillhouse.signals.tune_threshold import top_probabilities, tune_threshold
-from stillhouse.signals.writer import StoreWriter
+from stillhouse.signals.writer import StoreWriter, finish_store
 from stillhouse.teachers.activations import ActivationRequest
 from stillhouse.teachers.backbone import trim_head
 from stillhouse.teachers.stored_head import linear_map
@@ -66,21 +74,45 @@ def record(
 ) -> Manifest:
     """Record the teacher's signal for every supervised token, or resume an unfinished store.
 
+    Under torchrun, every process calls this and scores its share of the batches.
     student_head: for the encoding frozen_head only.
     Raises SignalError if `out` was begun with other settings, StoreError if it is damaged or
     the disk is full; what was recorded is kept.
     """
+    open_group()
     total = sum(len(text) * len(text[0]["labels"]) for text in texts)
     recorder = recorder_of(settings, student_head)
-    with StoreWriter(out, settings) as writer, bar("signals", total=total) as advance:
-        for batch in chain.from_iterable(in_order(text, teacher.tokens_together) for text in texts):
+    with (
+        lost_process(world_size()),
+        StoreWriter(out, settings) as writer,
+        bar("signals", total=total) as advance,
+    ):
+        for batch in _own_batches(texts, teacher.tokens_together):
             segments = segments_of(batch)
             missing_S = writer.missing(segments)
             if missing_S.any():
                 encoded = encoded_answer(teacher, recorder, batch, segments, missing_S)
                 writer.add(segments.only(missing_S), *encoded)
-            advance(batch["labels"].numel())
-        return writer.finish()
+            elif teacher.collective:
+                teacher.answer(batch)  # the other processes need its part of the weights
+            advance(batch["labels"].numel() * world_size())
+        writer.flush()
+        wait_for_all()
+        if leads():
+            finish_store(out)
+        wait_for_all()
+        return read_manifest(out)
+
+
+def _own_batches(texts: Sequence[WindowSet], tokens: int) -> Iterator[Batch]:
+    """Every n-th batch, for n processes; each process gets equally many, some of them empty."""
+    batches = chain.from_iterable(in_order(text, tokens) for text in texts)
+    own, processes = process_index(), world_size()
+    while together := list(islice(batches, processes)):
+        if own < len(together):
+            yield together[own]
+        else:
+            yield {**together[0], "labels": torch.full_like(together[0]["labels"], IGNORED)}
 
 
 def recorder_of(settings: Settings, student_head: LMHead | None) -> Recorder:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.distributed import DistributedConfig
 
 from stillhouse.data.batches import Batch
-from stillhouse.hardware import world_size
+from stillhouse.launch import world_size
 from stillhouse.processes import open_group
 from stillhouse.signals import LMHead
 from stillhouse.teachers.activations import ActivationRequest

@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from stillhouse.hardware import leads
+from stillhouse.launch import leads
 from stillhouse.progress import note
 from stillhouse.teachers.quiet import quiet
 from stillhouse.training import checkpoints

@@ -20,15 +20,10 @@ from transformers.trainer_callback import PrinterCallback
 from stillhouse import account
 from stillhouse.data.batches import Batches
 from stillhouse.errors import ModelError, RecipeError, TrainingError
-from stillhouse.hardware import (
-    choose_precision,
-    default_device,
-    leads,
-    peak_memory_bytes,
-    world_size,
-)
+from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
+from stillhouse.launch import leads, world_size
 from stillhouse.objectives.objective_config import ObjectiveRecipe
-from stillhouse.processes import shards_in_node
+from stillhouse.processes import lost_process, shards_in_node
 from stillhouse.progress import bar, note
 from stillhouse.scratch import temporary_folder
 from stillhouse.students.student import Student
@@ -38,7 +33,6 @@ from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training import checkpoints
 from stillhouse.training.checkpoints import Meter, Metrics
-from stillhouse.training.lost_process import lost_process
 from stillhouse.training.resuming import train_from_newest
 from stillhouse.training.train_config import SCHEDULES, TrainRecipe
 from stillhouse.training.trainer import DistillationTrainer

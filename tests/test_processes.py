@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from stillhouse.errors import StillhouseError, TrainingError
-from stillhouse.training.lost_process import lost_process
+from stillhouse.processes import lost_process
 from tests import tiny
 
 GLOO = (
