@@ -66,3 +66,18 @@ def test_a_killed_rank_ends_the_other_with_one_message(tmp_path: Path, killed: i
     assert "site-packages/typer" not in own
     assert "this is a bug" not in said
     assert said.count("another of the 2 processes has ended") + said.count("stopped. What is") == 1
+
+
+@pytest.mark.run
+def test_a_wrong_recipe_is_one_message(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny.recipe(tmp_path, train={"epoch": 1})))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "stillhouse", "run", str(recipe)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("unknown key `train.epoch`") == 1

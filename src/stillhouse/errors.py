@@ -49,6 +49,10 @@ class TrainingError(StillhouseError, RuntimeError):
     """Training cannot continue: a loss that is not finite, or no supervised tokens."""
 
 
+class LostProcessError(TrainingError):
+    """Another process of a torchrun has ended."""
+
+
 class EndpointError(StillhouseError, RuntimeError):
     """A teacher's API does not answer: a wrong key or model, no server, no credit."""
 

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from stillhouse.errors import RecipeError, TrainingError
+from stillhouse.errors import LostProcessError, RecipeError
 from stillhouse.hardware import default_device
 from stillhouse.launch import processes_here, world_size
 
@@ -42,13 +42,13 @@ def wait_for_all() -> None:
 
 @contextmanager
 def lost_process(processes: int) -> Iterator[None]:
-    """Raise TrainingError if another process has ended and this one cannot continue."""
+    """Raise LostProcessError if another process has ended and this one cannot continue."""
     try:
         yield
     except RuntimeError as error:
         if processes == 1 or not (isinstance(error, DistError) or _LOST.search(str(error))):
             raise
-        raise TrainingError(
+        raise LostProcessError(
             f"another of the {processes} processes has ended, or cannot be reached",
             where=str(error).splitlines()[0],
             fix="its own message says why (none: it was killed, for lack of memory perhaps); give "

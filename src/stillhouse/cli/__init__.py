@@ -16,7 +16,7 @@ import typer
 from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, output_file, say
 from stillhouse.cli.signals_commands import signals
 from stillhouse.disk_errors import disk_error
-from stillhouse.errors import StillhouseError
+from stillhouse.errors import LostProcessError, StillhouseError
 from stillhouse.launch import leads
 
 MAIN_PROCESS_SECONDS = 4.0
@@ -290,11 +290,8 @@ def doctor() -> None:
 
 
 def _let_main_process_report() -> None:
-    """In another process of a torchrun: end without a word if the main process fails, too.
-
-    Whatever is wrong with a recipe, all processes find. torchrun stops the others as soon as one
-    has failed.
-    """
+    """In the other processes of a torchrun, wait until torchrun stops them if the main process
+    fails too: every process finds what is wrong with a recipe, and one message is enough."""
     if not leads():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(MAIN_PROCESS_SECONDS)
@@ -308,7 +305,8 @@ def main() -> None:
     try:
         app()
     except StillhouseError as error:
-        _let_main_process_report()
+        if not isinstance(error, LostProcessError):
+            _let_main_process_report()
         say(f"error: {error}")
         sys.exit(1)
     except _Stopped as stopped:
