@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from stillhouse.classify.task_texts import first_row
+from stillhouse.classify.labeled_texts import first_row
 from stillhouse.data.data_files import find_files, format_of, known_format
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.row_reader import text_lines

@@ -11,7 +11,7 @@ from stillhouse.answering.answering_evaluation import (
     read_json,
     request_for,
 )
-from stillhouse.classify.task_texts import LabeledText
+from stillhouse.classify.labeled_texts import LabeledText
 from stillhouse.generation.request import Answer, Failure
 from stillhouse.synthesis.filters import json_schema
 from tests.answering import toys

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.classify.classify_config import TextFile
-from stillhouse.classify.task_texts import read_texts
+from stillhouse.classify.labeled_texts import read_texts
 from stillhouse.data.data_config import FileSource, HubSource
 from stillhouse.data.data_files import find_files
 from stillhouse.data.fingerprint import sources_fingerprint

@@ -232,6 +232,13 @@ OTHER_LANGUAGES = {
 }
 
 
+def test_russian_denies_the_next_word_alone() -> None:
+    for text in ("Это не спам.", "Письмо не является спам"):
+        assert label_of(text, ["спам", "почта"]) is None
+    for text in ("Не сомневаюсь что это спам", "Здесь не только реклама но и спам"):
+        assert label_of(text, ["спам", "почта"]) == "спам"
+
+
 @pytest.mark.parametrize("label", OTHER_LANGUAGES)
 def test_a_label_that_is_denied_in_its_language_is_not_named(label: str) -> None:
     affirmed, denied = OTHER_LANGUAGES[label]

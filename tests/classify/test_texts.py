@@ -6,17 +6,14 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
 from stillhouse.classify.classify_config import ClassifyRecipe, ClassifyTask, TextFile
-from stillhouse.classify.task_texts import (
-    LabeledText,
-    Texts,
-    divide_texts,
-    prepare_texts,
-    read_texts,
-)
+from stillhouse.classify.labeled_texts import LabeledText, read_texts
+from stillhouse.classify.task_texts import Texts, divide_texts, prepare_texts
 from stillhouse.errors import DataError, RecipeError
 
 
@@ -81,6 +78,29 @@ def test_numbers_are_labels() -> None:
     assert task.labels == {"1": "bad", "2": "good"}
 
 
+@pytest.mark.parametrize("labels", [None, ["0", "1"], ["0.0", "1.0"]])
+def test_whole_numbers_are_the_same_labels_however_a_program_writes_them(
+    tmp_path: Path, labels: list[str] | None
+) -> None:
+    """pandas writes integers with empty cells as 1.0, in CSV and in Parquet."""
+    (tmp_path / "texts.csv").write_text(
+        "text,label\n" + "".join(f"text {n},{n % 2}.0\n" for n in range(40)) + "more,\n"
+    )
+    rows = [{"text": f"test {n}", "label": float(n % 2)} for n in range(10)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "test.parquet")
+    task = {} if labels is None else {"labels": labels}
+    found = prepared(tmp_path / "texts.csv", test="test.parquet", **task)
+    assert list(found.labels) == (labels or ["0", "1"])
+    assert {row.gold for row in found.test} == set(found.labels)
+    assert {row.gold for row in found.train} - {None} == set(found.labels)
+
+
+def test_versions_are_no_whole_numbers(tmp_path: Path) -> None:
+    rows = "".join(f"text {n},{['2.0', '2.1'][n % 2]}\n" for n in range(40))
+    (tmp_path / "texts.csv").write_text(f"text,label\n{rows}")
+    assert list(prepared(tmp_path / "texts.csv").labels) == ["2.0", "2.1"]
+
+
 @pytest.mark.parametrize("own_tests", [False, True])
 def test_a_text_of_the_prompt_is_excluded_from_the_test_texts(own_tests: bool) -> None:
     given = [LabeledText(f"text {number}") for number in range(40)]
@@ -101,14 +121,15 @@ def test_a_test_text_is_used_once_and_never_trained_on() -> None:
     assert repeated == 3
 
 
-def prepared(path: Path, **task: Any) -> Texts:
+def prepared(path: Path, *, test: str | None = None, **task: Any) -> Texts:
+    tests = [] if test is None else [{"path": test, "label": "label"}]
     recipe = ClassifyRecipe.model_validate(
         {
             "name": "x",
             "task": {"kind": "classify", **task},
             "teacher": {"model": "m"},
             "student": {"start": "truncated", "layers": 1},
-            "data": {"texts": [{"path": path.name, "label": "label"}]},
+            "data": {"texts": [{"path": path.name, "label": "label"}], "test": tests},
         }
     )
     return prepare_texts(recipe, path.parent)

@@ -80,6 +80,15 @@ def test_an_unknown_key_names_file_line_key_and_the_nearest(tmp_path: Path) -> N
     assert "did you mean `learning_rate`?" in text
 
 
+def test_a_key_that_belongs_one_section_deeper_is_not_to_be_removed(tmp_path: Path) -> None:
+    section = "synthesize:\n  prompts: {path: p.txt}\n  teacher: {model: some/model}\n"
+    text = " ".join(message(write(tmp_path, SMALLEST + section)).split())
+    assert "unknown key `synthesize.teacher.model`" in text
+    assert "it is a key of `api` and of `local` and of `vllm`: move it there" in text
+    moved = section.replace("{model: some/model}", "{local: {model: some/model}}")
+    assert load_language_model_recipe(write(tmp_path, SMALLEST + moved)).synthesize is not None
+
+
 def test_an_unknown_key_inside_a_list_item_names_its_index(tmp_path: Path) -> None:
     text = message(write(tmp_path, SMALLEST.replace("path: a.txt", "file: a.txt")))
     assert "data.sources.0" in text

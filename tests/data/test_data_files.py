@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillhouse.classify.classify_config import TextFile
-from stillhouse.classify.task_texts import read_texts
+from stillhouse.classify.labeled_texts import read_texts
 from stillhouse.data.data_config import FileSource
 from stillhouse.data.data_files import find_files, format_of
 from stillhouse.data.row_reader import read_rows

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stillhouse.classify.classify_config import TextFile
-from stillhouse.classify.task_texts import first_row, read_texts
+from stillhouse.classify.labeled_texts import first_row, read_texts
 from stillhouse.data.data_config import FileSource, HubSource
 from stillhouse.data.documents import Document
 from stillhouse.data.row_reader import read_rows

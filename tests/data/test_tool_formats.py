@@ -11,6 +11,7 @@ from .toys import CHATML, TOOLS, byte_level
 
 QUESTION = {"role": "user", "content": "Rain?"}
 ANSWER = {"role": "assistant", "content": "No."}
+RAIN = tool("weather", "city")
 # As gpt-oss's and Mistral's: it writes what it finds under `function`.
 WRAPPED = (
     "{% for t in tools %}TOOL {{ t.function.name }} {{ t.function.description }}\n{% endfor %}"
@@ -57,6 +58,21 @@ def test_bare_functions_are_wrapped_as_the_template_needs() -> None:
     assert shown(row, byte_level(WRAPPED)).startswith("TOOL weather Is it wet?\n<|im_start|>user")
     as_written = shown(row, byte_level(TOOLS)).partition("\n")[0]
     assert json.loads(as_written.removeprefix("TOOLS ")) == [bare]
+
+
+def test_calls_without_function_get_what_the_template_reads_them_from() -> None:
+    """Some write calls flat: `{"name": ..., "arguments": ...}`."""
+    flat = {"name": "weather", "arguments": {"city": "Oslo"}}
+    wrapped = {"type": "function", "function": flat}
+    bare = TOOLS.replace("c.function.", "c.")
+    for arguments in (flat["arguments"], json.dumps(flat["arguments"])):
+        rows = [
+            {"messages": [QUESTION, {"role": "assistant", "tool_calls": [one]}], "tools": [RAIN]}
+            for one in ({**flat, "arguments": arguments}, wrapped)
+        ]
+        assert shown(rows[0], byte_level(TOOLS)) == shown(rows[1], byte_level(TOOLS))
+        assert "CALL weather" in shown(rows[0], byte_level(TOOLS))
+        assert "CALL weather" in shown(rows[0], byte_level(bare))
 
 
 def test_parameters_without_a_schema_that_a_template_leaves_out_are_noted() -> None:

@@ -179,6 +179,19 @@ def test_a_run_that_reads_other_text_synthesizes_nothing(tmp_path: Path) -> None
     )
 
 
+def test_check_says_what_of_a_prompt_is_not_asked(tmp_path: Path) -> None:
+    rows = [{"instruction": "Translate.", "input": f"Tag {n}"} for n in range(80)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Stub(echo) as stub:
+        for key, noted in (("instruction", True), ("prompt", False)):
+            prompts = {"path": "rows.jsonl", "key": key}
+            raw = recipe(tmp_path, api(stub.url), synthesize={"prompts": prompts})
+            found = {finding.topic: finding for finding in check_recipe(write(tmp_path, raw))}
+            assert ("prompts" in found) is noted
+            if noted:
+                assert found["prompts"].fix == "remove synthesize.prompts.key to ask all of it"
+
+
 def test_previewing_the_data_spends_nothing(tmp_path: Path) -> None:
     with Stub(echo) as stub:
         path = write(tmp_path, recipe(tmp_path, api(stub.url)))

@@ -12,7 +12,7 @@ from stillhouse.data.words import words
 from stillhouse.errors import DataError
 from stillhouse.generation.chat_frame import Frame, answer_text, text_of
 from stillhouse.generation.request import Answer
-from stillhouse.synthesis.prompts import Prompt, read_prompts
+from stillhouse.synthesis.prompts import Prompt, read_prompts, unread_notes
 
 USER = {"role": "user", "content": "What is 2 + 2?"}
 ANSWERED = [USER, {"role": "assistant", "content": "4"}]
@@ -34,6 +34,25 @@ def test_text_has_a_prompt_on_each_line(tmp_path: Path) -> None:
     prompts = read(tmp_path / "p.txt", "one\n\n  two\nthree\n", limit=2)
     assert contents(prompts) == ["one", "two"]
     assert prompts[1].where.endswith("p.txt:3")
+
+
+def test_what_belongs_to_a_question_is_asked_or_noted(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    row = json.dumps({"instruction": "Translate.", "input": "Guten Tag"}) + "\n"
+    assert contents(read(path, row)) == ["Translate.\nGuten Tag"]
+    assert unread_notes(path) == []
+    assert contents(read(path, row, key="instruction")) == ["Translate."]
+    (note,) = unread_notes(path, key="instruction")
+    assert note.startswith("only `instruction` is asked, without `input` (")
+    assert note.endswith("p.jsonl:1)")
+    read(path, row.replace("Guten Tag", ""), key="instruction")
+    assert unread_notes(path, key="instruction") == []
+
+
+def test_a_context_beside_a_prompt_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    read(path, json.dumps({"prompt": "Who won?", "context": "Ann beat Bo."}) + "\n")
+    assert unread_notes(path) != []
 
 
 def test_csv_has_a_prompt_in_a_column(tmp_path: Path) -> None:

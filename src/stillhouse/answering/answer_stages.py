@@ -11,14 +11,8 @@ from typing import Any
 
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
 from stillhouse.answering.answering_job import GOLD, HELDOUT, TRAIN, AnsweringJob
-from stillhouse.classify.task_texts import (
-    LabeledText,
-    answer_of,
-    divide_texts,
-    files_sha256,
-    read_files,
-    require_enough,
-)
+from stillhouse.classify.labeled_texts import LabeledText, answer_of, files_sha256, read_files
+from stillhouse.classify.task_texts import divide_texts, require_enough
 from stillhouse.errors import DataError, RunError
 from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.answer_requests import answer_all

@@ -13,7 +13,7 @@ from stillhouse.answering.answer_stages import TEXTS, AnswerTexts, read_answers
 from stillhouse.answering.answering_job import AnsweringJob
 from stillhouse.answering.comparison_judge import compare_answers
 from stillhouse.answering.likelihood import mean_surprise
-from stillhouse.classify.task_texts import LabeledText
+from stillhouse.classify.labeled_texts import LabeledText
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.evaluation.answers import (
     AnsweredText,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.answering.answering_config import AnsweringRecipe, ExtractTask
-from stillhouse.classify.task_texts import LabeledText
+from stillhouse.classify.labeled_texts import LabeledText
 from stillhouse.data.data_config import DataRecipe, FileSource
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.export.export_config import ExportRecipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stillhouse.answering.answering_job import AnsweringJob
-from stillhouse.classify.task_texts import LabeledText
+from stillhouse.classify.labeled_texts import LabeledText
 from stillhouse.evaluation.answers import compare
 from stillhouse.generation.answer_requests import answer_all
 from stillhouse.generation.chat_frame import answer_text, user_turn

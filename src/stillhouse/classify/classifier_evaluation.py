@@ -16,7 +16,8 @@ from stillhouse.classify.classify_config import ClassifyRecipe
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import MODEL
 from stillhouse.classify.label_judgment import Judgment, time_teacher
-from stillhouse.classify.task_texts import UNKNOWN, LabeledText, Part, Texts, gold_ids
+from stillhouse.classify.labeled_texts import LabeledText
+from stillhouse.classify.task_texts import UNKNOWN, Part, Texts, gold_ids
 from stillhouse.evaluation.classification import (
     Abstention,
     ClassificationEvaluation,

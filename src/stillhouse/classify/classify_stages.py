@@ -20,14 +20,8 @@ from stillhouse.classify.classify_config import PretrainedClassifier, RandomClas
 from stillhouse.classify.classify_job import TaskJob
 from stillhouse.classify.fit import CHECKPOINTS, MODEL, fit
 from stillhouse.classify.label_judgment import CHUNKS, Judgment, label_by_api, score_texts
-from stillhouse.classify.task_texts import (
-    UNKNOWN,
-    Texts,
-    files_sha256,
-    gold_ids,
-    labels_sha256,
-    prepare_texts,
-)
+from stillhouse.classify.labeled_texts import files_sha256
+from stillhouse.classify.task_texts import UNKNOWN, Texts, gold_ids, labels_sha256, prepare_texts
 from stillhouse.data.turn_end import turn_end
 from stillhouse.generation.request import endpoint_of
 from stillhouse.hardware import peak_memory_bytes
@@ -64,7 +58,7 @@ def plan_texts(job: TaskJob) -> StagePlan:
     }
     if recipe.task.examples:
         inputs["examples"] = [example.text for example in recipe.task.examples]
-    return StagePlan("texts", inputs, work, version=2)
+    return StagePlan("texts", inputs, work, version=3)
 
 
 def plan_judgment(job: TaskJob, texts: Stage) -> StagePlan:

@@ -46,8 +46,10 @@ _DENIED_BEFORE = re.compile(
     r"(?:\b(?:not(?! only| just)|no(?! doubt)|non|never|neither|nor|without|cannot|unable|unlikely"
     r"|except|excluding|lacks?|rather than|instead of|other than|anything but|far from|unlike"
     r"|kein\w*|nicht|weder|pas|aucune?|ni|nem|não|niet|geen|inte|ikke|nie|không|chẳng|bukan|tidak"
-    r"|не|ни|ані|δεν|όχι|ούτε|לא|אינו|אינה|אין|ليست?|غير|لا|لم|لن)|n't)\b"
+    r"|ни|ані|δεν|όχι|ούτε|לא|אינו|אינה|אין|ليست?|غير|لا|لم|لن)|n't)\b"
     r"(?:(?! but )[^,;:.!?،؛؟。、।\n]){0,40}$"
+    # Russian denies the next word alone: "not (that it is) spam".
+    r"|\bне(?: (?:е|є|является|относится|похоже|считается|это|в|к|о|про|на|категори\w*))*\s*$"
     r"|(?:不是|并非|不属于|并不|非|没有|不|ไม่|ไม่ใช่|มิใช่)\s*$"
 )
 _DENIED_AFTER = re.compile(

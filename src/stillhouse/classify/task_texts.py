@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import heapq
-import itertools
 import json
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +17,15 @@ from stillhouse.classify.classify_config import (
     check_labels,
     phrase_of,
 )
-from stillhouse.data.data_files import FileFormat, find_files, known_format
-from stillhouse.data.row_reader import header_hint, not_empty, read_rows
+from stillhouse.classify.labeled_texts import (
+    LabeledText,
+    content_place,
+    label_of,
+    labeled_text,
+    read_files,
+)
+from stillhouse.data.data_files import find_files, known_format
+from stillhouse.data.row_reader import read_rows
 from stillhouse.data.words import collapsed, normalized
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.runfolder import sha, write_atomically
@@ -34,30 +36,17 @@ LABELS = "labels.json"
 FEWEST = 4
 """Minimum number of texts in a part to train or measure on."""
 
-Reference = Callable[[Any, str], str | None]
-"""Called with a value of the label column and the row's place."""
-
 _LABEL_LINE = TextFile(path="", text="label")
 _MOST_SEVERAL = 0.1
 """Maximum share of texts with several labels, for example because annotators disagree."""
 
 _MISSING = re.compile(r"na|null|<na>|\\n|#(n/a|ref!|name\?|value!|div/0!|null!|num!)", re.I)
 """Written by R, databases and Excel into an empty or broken cell."""
+_WHOLE = re.compile(r"[+-]?[0-9]+(\.0+)?")
 _JOINED = re.compile(r"[;|,/+]")
-_LIST = re.compile(r"\s*[\[{(]\s*['\"].*['\"]\s*,?\s*[\]})]\s*", re.DOTALL)
-"""A list as text, in JSON or as Python prints it."""
 
 UNKNOWN = -1
 """The index of an unknown reference label."""
-
-
-@dataclass(frozen=True)
-class LabeledText:
-    """gold: the reference label or answer, None if unknown. where: file and row."""
-
-    text: str
-    gold: str | None = None
-    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,8 +105,11 @@ def prepare_texts(recipe: ClassifyRecipe, base: Path) -> Texts:
     section = recipe.data
     given = read_files(section.texts, base, label_of)
     tests = read_files(section.test, base, label_of)
-    labels = task_labels(recipe.task, base, [*given, *tests])
-    known = [_with_known_label(row, labels) for row in (*given, *tests)]
+    rows = [*given, *tests]
+    if recipe.task.labels is None and recipe.task.labels_path is None:
+        rows = _with_whole_numbers(rows)
+    labels = task_labels(recipe.task, base, rows)
+    known = [_with_known_label(row, labels) for row in rows]
     agreed, notes = _one_label_each(known)
     if recipe.task.labels is None and recipe.task.labels_path is None:
         notes += (*_on_bare_labels(list(labels)), *_on_odd_labels(list(labels)))
@@ -147,7 +139,7 @@ def divide_texts(
     seen: set[str] = set()
     known = set(map(normalized, examples))
     kept_tests = [row for row in _unrepeated(tests, seen) if normalized(row.text) not in known]
-    kept = sorted(_unrepeated(given, seen), key=lambda row: _place(row, str(seed)))
+    kept = sorted(_unrepeated(given, seen), key=lambda row: content_place(row, str(seed)))
     repeated = len(given) + len(tests) - len(kept) - len(kept_tests)
     if not tests:
         apart = round(test_share * len(kept))
@@ -201,11 +193,23 @@ def task_labels(task: ClassifyTask, base: Path, rows: Sequence[LabeledText]) -> 
     return labels
 
 
+def _with_whole_numbers(rows: Sequence[LabeledText]) -> list[LabeledText]:
+    """If all labels are whole numbers, 1.0 is 1: programs that know no integers with empty cells
+    write them so, and other file formats and columns have 1."""
+    if not all(row.gold is None or _WHOLE.fullmatch(row.gold) for row in rows):
+        return list(rows)
+    return [replace(row, gold=row.gold and _whole(row.gold)) for row in rows]
+
+
+def _whole(label: str) -> str:
+    return label.split(".")[0] if _WHOLE.fullmatch(label) else label
+
+
 def _with_known_label(row: LabeledText, labels: Mapping[str, str]) -> LabeledText:
     """The row with its label as spelled in the task. Raises DataError for an unknown label."""
     if row.gold is None or row.gold in labels:
         return row
-    same = next((label for label in labels if collapsed(label) == row.gold), None)
+    same = next((label for label in labels if _whole(collapsed(label)) == _whole(row.gold)), None)
     if same is None:
         raise DataError(
             f"the label {row.gold!r} is not in the task's list",
@@ -290,120 +294,5 @@ def _unrepeated(rows: Sequence[LabeledText], seen: set[str]) -> Iterator[Labeled
             yield row
 
 
-# --- files -----------------------------------------------------------------------------------
-
-
 def labels_sha256(task: ClassifyTask, base: Path) -> str | None:
     return sha(find_files(task.labels_path, base)[0]) if task.labels_path else None
-
-
-def files_sha256(files: Sequence[TextFile], base: Path) -> list[str]:
-    return [sha(path) for file in files for path in find_files(file.path, base)]
-
-
-def read_files(
-    files: Sequence[TextFile], base: Path, reference: Reference | None = None
-) -> list[LabeledText]:
-    """The rows of all files. Raises DataError."""
-    return [row for file in files for row in read_texts(file, base, reference)]
-
-
-def read_texts(
-    file: TextFile, base: Path, reference: Reference | None = None
-) -> Iterator[LabeledText]:
-    """The rows of a file, or of all files of a folder or glob. Raises DataError.
-
-    reference: `label_of` (the default) or `answer_of`: how to read the label column.
-    """
-    found = itertools.islice(_read_all(file, base, reference or label_of), file.limit)
-    if file.sample is None:
-        return found
-    # By content, so that adding a row does not move others.
-    return iter(heapq.nsmallest(file.sample, found, key=lambda row: _place(row, "draw")))
-
-
-def first_row(path: str, base: Path, format: FileFormat | None = None) -> Mapping[str, Any]:
-    """All columns of the first row; for plain text, the line under `text`. Raises DataError."""
-    file = find_files(path, base)[0]
-    rows = read_rows(file, format=format, text_key="text")
-    row, where = next(not_empty(rows, "The file", file))
-    if header_hint(row) and known_format(file) in ("csv", "tsv"):
-        raise DataError(
-            f"The file seems to have no header: its columns would be {', '.join(row)[:80]}",
-            where=where,
-            fix="write the names of the columns into a line before the first row",
-        )
-    return row
-
-
-def labeled_text(
-    row: Mapping[str, Any], file: TextFile, where: str, reference: Reference | None = None
-) -> LabeledText:
-    """The row's text and label, under the keys named by `file`. Raises DataError."""
-    text = row.get(file.text)
-    if file.text not in row or not isinstance(text, str):
-        is_it = f"; its value is of type {type(text).__name__}" if file.text in row else ""
-        raise DataError(
-            f"the row has no text under {file.text!r}{is_it}; it has {', '.join(map(str, row))}",
-            where=where,
-            fix=f"{header_hint(row)}name the column or key of the text: text: NAME (--text NAME of "
-            "`predict`)",
-        )
-    if not text.strip():
-        raise DataError("the text is empty", where=where, fix="remove the row")
-    if file.label is None:
-        return LabeledText(text, None, where)
-    if file.label not in row:
-        raise DataError(
-            f"the row has no label under {file.label!r}; it has {', '.join(map(str, row))}",
-            where=where,
-            fix="name the label's column or key, or leave `label` out",
-        )
-    return LabeledText(text, (reference or label_of)(row[file.label], where), where)
-
-
-def label_of(value: Any, where: str) -> str | None:
-    """A label as text in NFC; None for an empty cell or NaN. 1.0 becomes 1.
-
-    Raises DataError for a value that is not a label: a list, an object, a score.
-    """
-    if isinstance(value, float | Decimal) and not math.isnan(value):
-        whole = math.isfinite(value) and value == int(value)
-        value = int(value) if whole else value
-    if _is_empty(value):
-        return None
-    listed = isinstance(value, list) or (isinstance(value, str) and _LIST.fullmatch(value))
-    if isinstance(value, str | int) and not listed:
-        return collapsed(str(value))
-    if listed:
-        what, fix = "a list", "write one label; several labels per text are a different task"
-    elif isinstance(value, float | Decimal):
-        what, fix = f"the number {value}", "name the column that holds the classes"
-    else:
-        what, fix = f"of type {type(value).__name__}", "write the label as a string"
-    raise DataError(f"the label is {what}, not a name", where=where, fix=fix)
-
-
-def answer_of(value: Any, where: str) -> str | None:
-    """A reference answer as text; None for an empty cell. Other values become JSON."""
-    if _is_empty(value):
-        return None
-    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _is_empty(value: Any) -> bool:
-    """pandas writes an empty cell as NaN."""
-    if isinstance(value, str):
-        return value.strip() in ("", "nan", "NaN")
-    return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
-
-
-def _place(row: LabeledText, purpose: str) -> bytes:
-    return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
-
-
-def _read_all(file: TextFile, base: Path, reference: Reference) -> Iterator[LabeledText]:
-    columns = [key for key in (file.text, file.label) if key is not None]
-    for path in find_files(file.path, base):
-        for row, where in read_rows(path, text_key=file.text, columns=columns):
-            yield labeled_text(row, file, where, reference)

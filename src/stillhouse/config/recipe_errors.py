@@ -59,8 +59,11 @@ def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str]:
     if kind == "extra_forbidden":
         valid = list(at.section.model_fields) if at.section else []
         near = difflib.get_close_matches(last, valid, n=1, cutoff=0.5)
-        fix = f"did you mean `{near[0]}`? " if near else "remove it. "
         section = dotted(key[:-1]) or "the recipe"
+        inside = _sections_with(last, at.section)
+        fix = f"did you mean `{near[0]}`? " if near else "remove it. "
+        if inside and not near:
+            fix = f"it is a key of {' and of '.join(inside)}: move it there. "
         return f"unknown key `{name}`", f"{fix}Valid keys of {section}: {', '.join(valid)}"
     if kind == "missing":
         return f"the key `{name}` is missing", f"add `{last}:`" + (f"  # {about}" if about else "")
@@ -75,6 +78,16 @@ def _describe(problem: ErrorDetails, at: _Place) -> tuple[str, str]:
     elif not isinstance(given, dict | list) or not models_in(at.annotation):
         what += f" (it is {shown_value(given)})"
     return what, _way_out(at, last, about)
+
+
+def _sections_with(key: str, section: type[BaseModel] | None) -> list[str]:
+    """The sections inside of a section that have a key."""
+    fields = section.model_fields if section else {}
+    return [
+        f"`{name}`"
+        for name, field in fields.items()
+        if any(key in model.model_fields for model in models_in(field.annotation))
+    ]
 
 
 def _way_out(at: _Place, last: str, about: str | None) -> str:

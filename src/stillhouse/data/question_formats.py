@@ -38,6 +38,22 @@ def is_pair(row: Mapping[str, Any]) -> bool:
     )
 
 
+def is_question(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a question in two parts, such as `instruction` and `input`, with its
+    answer or without."""
+    keys = _lower(row)
+    return any(key in keys for key in _QUESTIONS) and any(key in keys for key in _MORE)
+
+
+def unread_keys(row: Mapping[str, Any], key: str) -> list[str]:
+    """The keys of text that belongs to the question under `key`, if that is one."""
+    keys = _lower(row)
+    if key.lower() not in _QUESTIONS or not isinstance(row.get(key), str):
+        return []
+    more = {keys[name]: row[keys[name]] for name in _MORE if name in keys}
+    return [name for name, text in more.items() if isinstance(text, str) and not is_blank(text)]
+
+
 def read_pair(row: Mapping[str, Any], where: str) -> tuple[Conversation, list[str]]:
     """The chat, and the keys that were read. Raises DataError for a row that is not clear."""
     keys = _lower(row)

@@ -78,6 +78,10 @@ class TemplateForm:
         return self._reasoning(message)
 
     def _call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        if "function" not in call and not self.reads_bare_calls:
+            about = {key: call[key] for key in ("id", "type") if key in call}
+            function = {key: value for key, value in call.items() if key not in about}
+            call = {"type": "function", **about, "function": function}
         inner = call.get("function", call)
         given = inner.get("arguments")
         arguments = given
@@ -139,6 +143,15 @@ class TemplateForm:
         return text is not None and "zqxtool" in text
 
     @cached_property
+    def reads_bare_calls(self) -> bool:
+        """Whether a tool call is written whose name is not inside of `function`."""
+        arguments: Any = {_KEY: _ASSISTANT}
+        if not self.reads_argument_objects and self.reads_argument_text:
+            arguments = json.dumps(arguments)
+        text = self._call_rendered(arguments, "" if self.prints_none else None, bare=True)
+        return bool(text and "zqxtool" in text and _ASSISTANT in text)
+
+    @cached_property
     def prints_none(self) -> bool:
         """Whether the null content of a tool call is rejected, or written as `None`."""
         with_none = self._call_rendered({_KEY: _ASSISTANT}, None)
@@ -164,9 +177,13 @@ class TemplateForm:
         text = self._call_rendered(arguments, "" if self.prints_none else None)
         return bool(text and arguments in text)
 
-    def _call_rendered(self, arguments: Any, content: str | None) -> str | None:
+    def _call_rendered(
+        self, arguments: Any, content: str | None, *, bare: bool = False
+    ) -> str | None:
         function = {"name": "zqxtool", "arguments": arguments}
         call = {"id": "zqxcall01", "type": "function", "function": function}
+        if bare:
+            call = {"id": "zqxcall01", **function}
         user = [{"type": "text", "text": _USER}] if not self.reads_strings else _USER
         chat: list[dict[str, Any]] = [
             {"role": "user", "content": user},

@@ -35,6 +35,7 @@ from stillhouse.pipeline.kind import Check
 from stillhouse.synthesis.filters_config import JudgeChoice
 from stillhouse.synthesis.judge_answers import most_requests
 from stillhouse.synthesis.preflight import answered_rows, estimate_synthesis
+from stillhouse.synthesis.prompts import unread_notes
 from stillhouse.synthesis.synthesize import TEXT, chosen_filters
 from stillhouse.synthesis.synthesize_config import SynthesizeRecipe
 from stillhouse.synthesis.synthesized_text import names
@@ -48,6 +49,14 @@ def require_text_teacher(recipe: Recipe, base: Path) -> Iterator[Finding]:
     if section is None or _is_complete(recipe, base):
         return
     chosen_filters(section.filters, base)
+    prompts = section.prompts
+    if prompts.path is not None:
+        path = base / Path(prompts.path).expanduser()
+        fix = "write all of it into `prompt`"
+        if prompts.key != "prompt":
+            fix = "remove synthesize.prompts.key to ask all of it"
+        for note in unread_notes(path, format=prompts.format, key=prompts.key):
+            yield Finding("warning", "prompts", note, fix)
     work = synthesis_job(recipe, base)
     if estimate_synthesis(work).missing:
         yield from require_source(

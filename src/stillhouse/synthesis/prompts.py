@@ -20,7 +20,7 @@ from stillhouse.data.chat_formats import (
     text_parts,
     with_known_role,
 )
-from stillhouse.data.question_formats import is_pair, read_question
+from stillhouse.data.question_formats import is_pair, is_question, read_question, unread_keys
 from stillhouse.data.row_reader import header_hint, not_empty, read_rows
 from stillhouse.data.tool_formats import read_tools
 from stillhouse.errors import DataError
@@ -57,8 +57,8 @@ def read_prompts(
     """The prompts of a file, one at a time.
 
     A row has a string or messages under `key`; if that is `prompt`, it may also be a chat, its
-    log (see `_LOG_PLACES`) or a question
-    with its answer. Each line of plain text is a prompt. auto: by the file's
+    log (see `_LOG_PLACES`), a question
+    with its answer, or one in two parts. Each line of plain text is a prompt. auto: by the file's
     extension. Raises DataError with the line for a row that is not a prompt, and for one with tools
     or media, which are not sent.
     """
@@ -67,6 +67,22 @@ def read_prompts(
         messages = prompt_messages(row, key, where)
         _refuse_unsent(row, messages, where)
         yield Prompt(messages, where)
+
+
+FIRST_ROWS = 100
+
+
+def unread_notes(path: Path, *, format: PromptFormat = "auto", key: str = "prompt") -> list[str]:
+    """A note if the first rows have more text of the question than `key` holds."""
+    rows = read_rows(path, format=None if format == "auto" else format, text_key=key)
+    for row, where in itertools.islice(rows, FIRST_ROWS):
+        unread = unread_keys(row, key)
+        if unread:
+            return [
+                f"only `{key}` is asked, without {' and '.join(f'`{one}`' for one in unread)} "
+                f"({where})"
+            ]
+    return []
 
 
 # --- one row ---------------------------------------------------------------------------------
@@ -78,7 +94,7 @@ def prompt_messages(row: Mapping[str, Any], key: str, where: str) -> tuple[Messa
     if found is None and key == "prompt":
         found, holder = _logged(row)
         given = {name: value for name, value in row.items() if value is not None}
-        if found is None and is_pair(given):
+        if found is None and (is_pair(given) or is_question(given)):
             found = read_question(given, where)[0]
     if isinstance(found, str):
         messages = [dict(message) for message in _user(found, where)]

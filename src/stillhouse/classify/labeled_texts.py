@@ -1,0 +1,150 @@
+"""Reads texts and their reference labels or answers from files."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from stillhouse.classify.classify_config import TextFile
+from stillhouse.data.data_files import FileFormat, find_files, known_format
+from stillhouse.data.row_reader import header_hint, not_empty, read_rows
+from stillhouse.data.words import collapsed
+from stillhouse.errors import DataError
+from stillhouse.runfolder import sha
+
+Reference = Callable[[Any, str], str | None]
+"""Called with a value of the label column and the row's place."""
+
+_LIST = re.compile(r"\s*[\[{(]\s*['\"].*['\"]\s*,?\s*[\]})]\s*", re.DOTALL)
+"""A list as text, in JSON or as Python prints it."""
+
+
+@dataclass(frozen=True)
+class LabeledText:
+    """gold: the reference label or answer, None if unknown. where: file and row."""
+
+    text: str
+    gold: str | None = None
+    where: str = ""
+
+
+def files_sha256(files: Sequence[TextFile], base: Path) -> list[str]:
+    return [sha(path) for file in files for path in find_files(file.path, base)]
+
+
+def read_files(
+    files: Sequence[TextFile], base: Path, reference: Reference | None = None
+) -> list[LabeledText]:
+    """The rows of all files. Raises DataError."""
+    return [row for file in files for row in read_texts(file, base, reference)]
+
+
+def read_texts(
+    file: TextFile, base: Path, reference: Reference | None = None
+) -> Iterator[LabeledText]:
+    """The rows of a file, or of all files of a folder or glob. Raises DataError.
+
+    reference: `label_of` (the default) or `answer_of`: how to read the label column.
+    """
+    found = itertools.islice(_read_all(file, base, reference or label_of), file.limit)
+    if file.sample is None:
+        return found
+    # By content, so that adding a row does not move others.
+    return iter(heapq.nsmallest(file.sample, found, key=lambda row: content_place(row, "draw")))
+
+
+def first_row(path: str, base: Path, format: FileFormat | None = None) -> Mapping[str, Any]:
+    """All columns of the first row; for plain text, the line under `text`. Raises DataError."""
+    file = find_files(path, base)[0]
+    rows = read_rows(file, format=format, text_key="text")
+    row, where = next(not_empty(rows, "The file", file))
+    if header_hint(row) and known_format(file) in ("csv", "tsv"):
+        raise DataError(
+            f"The file seems to have no header: its columns would be {', '.join(row)[:80]}",
+            where=where,
+            fix="write the names of the columns into a line before the first row",
+        )
+    return row
+
+
+def labeled_text(
+    row: Mapping[str, Any], file: TextFile, where: str, reference: Reference | None = None
+) -> LabeledText:
+    """The row's text and label, under the keys named by `file`. Raises DataError."""
+    text = row.get(file.text)
+    if file.text not in row or not isinstance(text, str):
+        is_it = f"; its value is of type {type(text).__name__}" if file.text in row else ""
+        raise DataError(
+            f"the row has no text under {file.text!r}{is_it}; it has {', '.join(map(str, row))}",
+            where=where,
+            fix=f"{header_hint(row)}name the column or key of the text: text: NAME (--text NAME of "
+            "`predict`)",
+        )
+    if not text.strip():
+        raise DataError("the text is empty", where=where, fix="remove the row")
+    if file.label is None:
+        return LabeledText(text, None, where)
+    if file.label not in row:
+        raise DataError(
+            f"the row has no label under {file.label!r}; it has {', '.join(map(str, row))}",
+            where=where,
+            fix="name the label's column or key, or leave `label` out",
+        )
+    return LabeledText(text, (reference or label_of)(row[file.label], where), where)
+
+
+def label_of(value: Any, where: str) -> str | None:
+    """A label as text in NFC; None for an empty cell or NaN. 1.0 becomes 1.
+
+    Raises DataError for a value that is not a label: a list, an object, a score.
+    """
+    if isinstance(value, float | Decimal) and not math.isnan(value):
+        whole = math.isfinite(value) and value == int(value)
+        value = int(value) if whole else value
+    if _is_empty(value):
+        return None
+    listed = isinstance(value, list) or (isinstance(value, str) and _LIST.fullmatch(value))
+    if isinstance(value, str | int) and not listed:
+        return collapsed(str(value))
+    if listed:
+        what, fix = "a list", "write one label; several labels per text are a different task"
+    elif isinstance(value, float | Decimal):
+        what, fix = f"the number {value}", "name the column that holds the classes"
+    else:
+        what, fix = f"of type {type(value).__name__}", "write the label as a string"
+    raise DataError(f"the label is {what}, not a name", where=where, fix=fix)
+
+
+def answer_of(value: Any, where: str) -> str | None:
+    """A reference answer as text; None for an empty cell. Other values become JSON."""
+    if _is_empty(value):
+        return None
+    return value.strip() if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _is_empty(value: Any) -> bool:
+    """pandas writes an empty cell as NaN."""
+    if isinstance(value, str):
+        return value.strip() in ("", "nan", "NaN")
+    return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
+
+
+def content_place(row: LabeledText, purpose: str) -> bytes:
+    """The text's place in an order that depends on nothing else but the purpose."""
+    return hashlib.sha256(f"{purpose} {row.text}".encode("utf-8", "replace")).digest()
+
+
+def _read_all(file: TextFile, base: Path, reference: Reference) -> Iterator[LabeledText]:
+    columns = [key for key in (file.text, file.label) if key is not None]
+    for path in find_files(file.path, base):
+        for row, where in read_rows(path, text_key=file.text, columns=columns):
+            yield labeled_text(row, file, where, reference)
