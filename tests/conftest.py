@@ -54,7 +54,7 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def _keep_what_is_imported() -> None:
     """Exempt all that there is from garbage collection, or each takes 0.3 s for imported modules.
 
-    A whole run collects ten times.
+    A complete run collects ten times.
     """
     gc.collect()
     gc.freeze()

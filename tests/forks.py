@@ -1,7 +1,7 @@
 """Processes that tests start and kill, forked from a server that has imported what takes seconds.
 
 A fork is a process as any other: killed, it leaves what a killed one leaves. Only imports are not
-done again, so each promise about a whole new process needs a test that starts one.
+done again, so each promise about a complete new process needs a test that starts one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CONTEXT.set_forkserver_preload(
 
 
 class Fork:
-    """`work(*arguments)` in a process of its own, with the methods of subprocess.Popen."""
+    """`work(*arguments)` in a separate process, with the methods of subprocess.Popen."""
 
     def __init__(
         self,

@@ -128,7 +128,7 @@ def test_a_name_is_in_ascii(folder: Path) -> None:
 
 
 def log(folder: Path, answers: Sequence[Any], *, stored: bool = False) -> Path:
-    """Chats with a system prompt; stored: as a request beside its response."""
+    """Chats with a system prompt; stored: as a request next to its response."""
     path = folder / "logs.jsonl"
     rows = []
     for number, answer in enumerate(answers):

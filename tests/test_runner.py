@@ -1,4 +1,4 @@
-"""A whole run over tiny models: what it leaves, what it does again, and what it refuses."""
+"""A complete run with tiny models: its files, repeated runs, and errors."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tests.test_cli import call
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a signal store, and a journal beside it."""
+    """A run with a signal store, and a journal next to it."""
     folder = tmp_path_factory.mktemp("verify")
     encoding = {"kind": "threshold", "bytes": 60}
     raw = tiny.recipe(folder, signals={"encoding": encoding}, folder=str(folder / "runs" / "tiny"))

@@ -83,7 +83,7 @@ def text(sentences: int, seed: int = 0) -> str:
 
 
 def recipe(folder: Path, /, **sections: Any) -> dict[str, Any]:
-    """A whole recipe over a tiny teacher, which is made in `folder` where it is not there yet."""
+    """A complete recipe with a tiny teacher, which is created in `folder` if it does not exist."""
     if not (folder / "teacher").exists():
         save_model(folder / "teacher")
         (folder / "text.txt").write_text(text(400))

@@ -1,4 +1,4 @@
-"""Whole runs of students that answer, on tiny models: JSON from an API, free text from a model."""
+"""Complete runs of answering students on tiny models: JSON from an API, free text from a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The repository's recipes of tasks that answer, checked with a tiny teacher in place of theirs."""
+"""The repository's recipes of tasks that answer, checked with a tiny teacher instead of theirs."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def truth(text: str) -> dict[str, Any]:
 
 
 def recipe(folder: Path, kind: str, **sections: Any) -> dict[str, Any]:
-    """A whole recipe; its models and texts are made where they are not there yet."""
+    """A complete recipe; its models and texts are created if they do not exist."""
     if not (folder / "teacher").exists():
         tiny.save_model(folder / "teacher")
         tiny.save_model(folder / "small", seed=1, hidden_size=16, intermediate_size=32)

@@ -1,4 +1,4 @@
-"""Content as a list of text parts, OpenAI's form, is joined where the template knows strings."""
+"""Content as a list of text parts, OpenAI's form, is joined if the template expects strings."""
 
 from __future__ import annotations
 

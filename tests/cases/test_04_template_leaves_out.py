@@ -1,4 +1,4 @@
-"""What a chat template does not write is refused by name, never lost."""
+"""What a chat template does not write is rejected by name, never lost."""
 
 from __future__ import annotations
 

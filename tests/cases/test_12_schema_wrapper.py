@@ -1,4 +1,4 @@
-"""A schema file restricts answers: it is opened out of what is sent to a model, or refused."""
+"""A schema file restricts answers: it is opened out of what is sent to a model, or rejected."""
 
 from __future__ import annotations
 

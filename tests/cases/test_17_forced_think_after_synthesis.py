@@ -1,4 +1,4 @@
-"""A template that opens <think> itself: reasoning is learned from there, and check refuses the rest
+"""A template that opens <think> itself: reasoning is learned from there, and check rejects the rest
 before a teacher is asked."""
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[dict[str, Any], list[str], str]] = {
 
 
 def rendered(row: dict[str, Any], text_key: str = "text") -> tuple[str, str]:
-    """The whole text of a row, and what is learned of it."""
+    """The complete text of a row, and what is learned of it."""
     words = tiny.tokenizer()
     document = document_from_row(row, text_key, "row")
     assert document is not None

@@ -1,4 +1,4 @@
-"""A quantized teacher that this machine cannot load is refused before anything is computed."""
+"""A quantized teacher that this machine cannot load is rejected before anything is computed."""
 
 from __future__ import annotations
 

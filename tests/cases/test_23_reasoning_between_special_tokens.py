@@ -1,4 +1,4 @@
-"""What stands between a model's own marks of reasoning is no part of its answer."""
+"""What stands between a model's own marks of reasoning is not part of its answer."""
 
 from __future__ import annotations
 

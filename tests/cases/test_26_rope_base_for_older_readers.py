@@ -16,7 +16,7 @@ DEFAULT = {"rope_type": "default", "rope_theta": 500000.0}
 
 
 def as_transformers_4(config: dict[str, object]) -> LlamaConfig:
-    """Knows the old places alone: the base is 10,000 where there is no rope_theta."""
+    """Reads only the old keys: the base is 10,000 if there is no rope_theta."""
     read = {key: value for key, value in config.items() if key != "rope_parameters"}
     read.setdefault("rope_theta", 10000.0)
     return LlamaConfig.from_dict(read)

@@ -1,4 +1,4 @@
-"""Training a classifier: a killed process goes on as if nothing had happened."""
+"""Training a classifier: a killed process resumes with the same result."""
 
 from __future__ import annotations
 

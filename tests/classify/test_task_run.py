@@ -1,4 +1,4 @@
-"""A classifier's whole run on a tiny teacher, with each kind of student and of teacher."""
+"""A classifier's complete run on a tiny teacher, with each kind of student and of teacher."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_run_has_every_product_and_is_not_done_twice(folder: Path) -> None:
 
 
 def test_true_labels_of_some_texts_measure_and_train_the_baseline(tmp_path: Path) -> None:
-    """Every fifth cell of the labels is empty, and a file without labels stands beside them."""
+    """Every fifth cell of the labels is empty, and a file without labels stands next to them."""
     rows = [f"{word} number {n},{label if n % 5 else ''}" for n, word, label in toys.rows(40)]
     more = [f"more {word} number {n}" for n, word, _ in toys.rows(20)]
     (tmp_path / "some.csv").write_text("\n".join(["text,label", *rows]))

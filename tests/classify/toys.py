@@ -29,7 +29,7 @@ def write_texts(path: Path, count: int, label: bool) -> None:
 
 
 def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
-    """A whole recipe; its teacher and texts are made where they are not there yet."""
+    """A complete recipe; its teacher and texts are created if they do not exist."""
     if not (folder / "teacher").exists():
         tiny.save_model(folder / "teacher", max_position_embeddings=512)
         write_texts(folder / "texts.jsonl", 40, label=False)

@@ -1,4 +1,4 @@
-"""Every number of every section is one that a run can use, or is refused by key and value."""
+"""Every number of every section is one that a run can use, or is rejected by key and value."""
 
 from __future__ import annotations
 

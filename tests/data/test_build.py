@@ -1,4 +1,4 @@
-"""The data stage as a whole: from a recipe section to windows on disk."""
+"""The complete data stage: from a recipe section to windows on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every known format of rows is read as what it is, and what is not clear is refused by name."""
+"""Every known format of rows is read as what it is, and what is not clear is rejected by name."""
 
 from __future__ import annotations
 

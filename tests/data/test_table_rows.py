@@ -1,4 +1,4 @@
-"""What CSV, TSV and Parquet files hold, in every dialect, or why they are refused."""
+"""What CSV, TSV and Parquet files hold, in every dialect, or why they are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole evaluation of a tiny run."""
+"""The complete evaluation of a tiny run."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_speed_and_memory_are_there_for_every_model(run: Run) -> None:
 def test_memory_is_that_of_weights_stored_as_they_are_used(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A file of other numbers than the model computes in would be in memory beside the model."""
+    """A file of other numbers than the model computes in would be in memory next to the model."""
     measured: list[Path] = []
 
     def peak(path: Path, *_: Any, **__: Any) -> int:

@@ -26,7 +26,7 @@ def endless_model(seed: int = 0) -> torch.nn.Module:
 
 @torch.no_grad()
 def slow_greedy(model: torch.nn.Module, ids: list[int], steps: int) -> list[int]:
-    """No cache, no padding: the whole prefix again for every token."""
+    """No cache, no padding: the complete prefix again for every token."""
     for _ in range(steps):
         logits: Tensor = model(torch.tensor([ids])).logits
         ids = [*ids, int(logits[0, -1].argmax())]

@@ -1,4 +1,4 @@
-"""Speed is measured in alternation, memory in a process of its own."""
+"""Models alternate in speed measurements; memory is measured in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The exported checkpoint is the trained one, rounded, and any other folder is refused."""
+"""The exported checkpoint is the trained one, rounded, and any other folder is rejected."""
 
 from __future__ import annotations
 

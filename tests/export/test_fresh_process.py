@@ -1,4 +1,4 @@
-"""A script in a process of its own: its end, and what it says when it fails."""
+"""A script in a separate process: its end, and what it says when it fails."""
 
 from __future__ import annotations
 

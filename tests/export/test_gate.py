@@ -1,4 +1,4 @@
-"""What a replay tells beside passing: how near an export is to the teacher, and how fast it is."""
+"""What a replay reports besides passing: distance to the teacher, and speed."""
 
 from __future__ import annotations
 

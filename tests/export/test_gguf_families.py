@@ -1,4 +1,4 @@
-"""Every architecture's file computes what its checkpoint does, or is refused or announced."""
+"""Every architecture's file computes what its checkpoint does, or is rejected or announced."""
 
 from __future__ import annotations
 

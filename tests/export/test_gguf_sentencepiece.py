@@ -90,7 +90,7 @@ def tokenizer(normalizer: Any, pre_tokenizer: Any, *, every_pair: bool = True) -
 
 
 def write(folder: Path, name: str, *, kept: int | None = None, extra: int = 3) -> Any:
-    """A checkpoint, and beside its folder a file alone, of a model with more rows than tokens.
+    """A checkpoint, and next to its folder a file alone, of a model with more rows than tokens.
 
     The tokenizer is returned.
     """

@@ -1,7 +1,7 @@
 """llama.cpp's own answers to files of every architecture, whole and quantized: those of the model
 that the file was made of, and those of the model that the file is converted to.
 
-`make test-llama` runs it: llama-cpp-python is no part of the development environment.
+`make test-llama` runs it: llama-cpp-python is not part of the development environment.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def run(
 
 
 def committed(journal: Path) -> int:
-    """The answers in a journal, counted beside the process that writes it."""
+    """The answers in a journal, counted while another process writes it."""
     try:
         with sqlite3.connect(f"file:{journal}?mode=ro", uri=True) as connection:
             return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])

@@ -126,7 +126,7 @@ def environment(folder: Path, *, gpus: int = 2, vllm: bool = True) -> Path:
 
 @pytest.fixture(params=["this process", "another Python"])
 def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """As `stub`; or in a process of its own, which `write` then puts into the recipe."""
+    """As `stub`; or in a separate process, which `write` then puts into the recipe."""
     if request.param == "this process":
         stub: Path = request.getfixturevalue("stub")
         return stub

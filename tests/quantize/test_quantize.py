@@ -1,4 +1,4 @@
-"""A student rounded: what is counted, what is measured, what is left alone, what is refused."""
+"""A student rounded: what is counted, what is measured, what is left alone, what is rejected."""
 
 from __future__ import annotations
 

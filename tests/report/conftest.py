@@ -131,7 +131,7 @@ def replays() -> list[dict[str, Any]]:
 def parts(
     evaluation: Evaluation, history: list[dict[str, float]], replays: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `language_model_report` takes beside the facts of the run."""
+    """Arguments of `language_model_report` besides the facts of the run."""
     return {
         "evaluation": evaluation,
         "history": history,

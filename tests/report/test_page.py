@@ -219,7 +219,7 @@ def test_student_without_a_teacher_has_no_ratio(
 
 
 def test_student_summary_is_read_to_its_parts(facts: RunFacts) -> None:
-    """A part's facts stand beside the others, empty ones are left out, notes join the notes."""
+    """A part's facts stand next to the others, empty ones are left out, notes join the notes."""
     summary = {
         "start": "pruned",
         "parameters": {"total": 107_972_928, "head_once": 107_972_928},

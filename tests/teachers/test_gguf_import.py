@@ -1,4 +1,4 @@
-"""Every key and tensor of a GGUF file has a place in the converted model, or is refused by name."""
+"""Every key and tensor of a GGUF file has a place in the converted model, or is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model folders that transformers takes in silence: they are refused."""
+"""Model folders that transformers takes in silence: they are rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models are found by path, id or package, and a damaged one is refused before it is loaded."""
+"""Models are found by path, id or package, and a damaged one is rejected before it is loaded."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def model_tokenizer(model: Model, file: Path) -> Any:
 
 def learned(conversation: Conversation, words: Any) -> list[Any] | str:
     """Of each row, in turn: characters of context, and the text that is learned; at last, what is
-    left out on purpose. Or why the row is refused."""
+    left out on purpose. Or why the row is rejected."""
     try:
         rows = tokenize([conversation], words)[0]
     except DataError as error:
