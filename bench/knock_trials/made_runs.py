@@ -11,14 +11,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from safetensors.torch import save
 from tests import forks, replays, tiny
 from tests.classify import toys
 
 import stillhouse
+from stillhouse.checksums import with_hash
+from stillhouse.data.data import Data
 from stillhouse.export import fresh_process
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer, Failure, Request
+from stillhouse.search.trial_log import Journal as TrialLog
+from stillhouse.teachers.model_source import resolve_model
 
 ANSWERS, FAILURES = 60, 8
 
@@ -81,6 +87,57 @@ def classifier_run() -> Path:
     result = stillhouse.run(toys.recipe(_made(place() / "classifier")))
     assert result is not None
     return result.folder
+
+
+@cache
+def quantized_run() -> Path:
+    """The folder of a finished run with an export in int8."""
+    finished_run()
+    folder = place() / "stored"
+    quantize = {"kind": "int8", "calibration_tokens": None}
+    export = {"formats": ["safetensors"]}
+    raw = stored_recipe(folder, folder=str(folder / "int8"), quantize=quantize, export=export)
+    result = stillhouse.run(raw)
+    assert result is not None
+    return result.folder
+
+
+@cache
+def windows() -> Path:
+    """A folder that `Data.build` filled."""
+    finished_run()
+    folder = place() / "windows"
+    text = str(place() / "stored" / "text.txt")
+    words, options = tiny.merging_tokenizer(), {"context": 32, "heldout_tokens": 256}
+    Data.build(text, words, documents="line", folder=folder, **options)
+    return folder
+
+
+@cache
+def left() -> Path:
+    """What killed stages left: scores of labels, and a search's measurements."""
+    folder = _made(place() / "left")
+    scores = torch.rand(64, 3, generator=torch.Generator().manual_seed(0))
+    (folder / "scores").write_bytes(with_hash(save({"scores": scores})))
+    journal = TrialLog(folder / "journal")
+    for number in range(20):
+        journal.once(f"candidate {number}", lambda: {"kl": 0.1 * number, "sizes": [4, 8]})
+    return folder
+
+
+@cache
+def converted() -> Path:
+    """A cache with a converted GGUF file and the hashes of files."""
+    resolve_model(str(gguf()), base=Path(), cache=_made(place() / "cache"))
+    return place() / "cache"
+
+
+def gguf() -> Path:
+    """A GGUF file that belongs to no export."""
+    file = _made(place() / "gguf") / "tiny.gguf"
+    if not file.exists():
+        shutil.copy(finished_run() / "gguf-f16" / "tiny-f16.gguf", file)
+    return file
 
 
 def request(number: int) -> Request:

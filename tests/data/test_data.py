@@ -58,6 +58,17 @@ def test_a_folder_keeps_what_memory_held(of_strings: Data, tmp_path: Path) -> No
     assert same(Data.open(tmp_path / "windows"), of_strings)
 
 
+@pytest.mark.parametrize("file", ["train/input_ids.npy", "heldout/labels.npy", "train/SHA256SUMS"])
+def test_a_damaged_folder_is_not_opened(tmp_path: Path, file: str) -> None:
+    folder = tmp_path / "windows"
+    Data.build(LINES, tiny.tokenizer(), folder=folder, **OPTIONS)
+    content = bytearray((folder / file).read_bytes())
+    content[-60] ^= 1
+    (folder / file).write_bytes(content)
+    with pytest.raises(DataError, match="the windows are damaged"):
+        Data.open(folder)
+
+
 def test_of_chats_only_the_answers_are_supervised() -> None:
     chats = [
         [{"role": "user", "content": a}, {"role": "assistant", "content": b}]

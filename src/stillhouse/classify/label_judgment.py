@@ -92,7 +92,7 @@ def score_texts(
         for number, at in enumerate(range(0, len(rows), CHUNK)):
             chunk = rows[at : at + CHUNK]
             file = folder / f"{number:05d}.scores"
-            scores_NC = _finished(file, len(chunk), len(words.labels))
+            scores_NC = finished_chunk(file, len(chunk), len(words.labels))
             if scores_NC is None:
                 prompts = words.of(chunk)
                 tokens += sum(map(len, prompts))
@@ -119,7 +119,8 @@ def _check_length(model: Any, longest: Sequence[int], labels: Sequence[Sequence[
         )
 
 
-def _finished(file: Path, rows: int, columns: int) -> Tensor | None:
+def finished_chunk(file: Path, rows: int, columns: int) -> Tensor | None:
+    """The scores that a killed process left, [rows, columns]; None where they are not intact."""
     try:
         scores_NC = load(without_hash(file.read_bytes()))["scores"]
     except (OSError, ValueError, SafetensorError, KeyError):

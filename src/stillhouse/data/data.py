@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from stillhouse.checksums import SUMS, damaged_files, read_sums, write_sums
 from stillhouse.data.batches import Batches
 from stillhouse.data.build_data import Texts, make_windows
 from stillhouse.data.data_config import FileSource, TextSource, WindowsRecipe
@@ -17,6 +18,8 @@ from stillhouse.data.windows import open_windows
 from stillhouse.errors import DataError
 from stillhouse.field_types import Seed
 from stillhouse.section import checked, made
+
+_PARTS = ("train", "heldout")
 
 Boundary = Literal["file", "blank-line", "line"]
 
@@ -60,15 +63,37 @@ class Data:
         train = _texts(texts, text_key, documents)
         held = None if heldout is None else _texts(heldout, text_key, documents)
         out = None if folder is None else Path(folder)
-        return cls(*make_windows(train, held, tokenizer, section, seed=seed, out=out))
+        data = cls(*make_windows(train, held, tokenizer, section, seed=seed, out=out))
+        if out is not None:
+            for part in _PARTS:
+                write_sums(out / part)
+        return data
 
     def __repr__(self) -> str:
         return f"Data(train: {self.train!r}; held-out: {self.heldout!r})"
 
     @classmethod
     def open(cls, folder: str | Path) -> Data:
-        """Loads what `build` wrote to a folder. Raises DataError if it is incomplete."""
-        return cls(open_windows(Path(folder) / "train"), open_windows(Path(folder) / "heldout"))
+        """Loads what `build` wrote to a folder. Raises DataError if it is incomplete or damaged."""
+        for part in _PARTS:
+            _check_sums(Path(folder) / part)
+        return cls(*(open_windows(Path(folder) / part) for part in _PARTS))
+
+
+def _check_sums(folder: Path) -> None:
+    """Folders of before there were sums pass."""
+    if not (folder / SUMS).is_file():
+        return
+    try:
+        damaged = damaged_files(folder, read_sums(folder))
+    except (OSError, ValueError) as error:
+        damaged = [f"{SUMS} ({error})"]
+    if damaged:
+        raise DataError(
+            f"the windows are damaged: {damaged[0]} is missing or has changed",
+            where=folder,
+            fix="copy the folder again, or build it again with Data.build",
+        )
 
 
 def _texts(texts: Any, text_key: str, boundary: Boundary) -> Texts:

@@ -1,0 +1,272 @@
+"""What uses a damaged file, and what is wrong with the result: None where nothing is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import stillhouse
+from bench.input_trials.trial import notes_so_far
+from bench.knock_trials import made_runs
+from stillhouse.checksums import SUMS, read_sums
+from stillhouse.classify.label_judgment import finished_chunk
+from stillhouse.commands import predict
+from stillhouse.data.batches import in_order
+from stillhouse.data.data import Data
+from stillhouse.data.windows import ARRAYS, open_windows
+from stillhouse.generation.journal import Journal
+from stillhouse.report.page import REPORT_DATA, read_report, render
+from stillhouse.runfolder import MANIFEST, RunFolder, read_manifest
+from stillhouse.search.trial_log import Journal as TrialLog
+from stillhouse.signals.store import open_store
+from stillhouse.signals.writer import finish_store
+from stillhouse.teachers.hashing import file_sha256
+from stillhouse.teachers.model_source import resolve_model
+from stillhouse.teachers.record_store import segments_of
+from stillhouse.training import checkpoints
+from stillhouse.verify_folder import verify_folder
+
+TEXTS = ["cat number 3", "soup number 4"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file that can be damaged. folder: what is copied before it. file: in the folder."""
+
+    kind: str
+    folder: Path
+    file: str
+
+
+# --- stages, exports, stores -----------------------------------------------------------------
+
+
+def _stage(place: Place, copy: Path) -> str | None:
+    recorded = read_manifest(place.folder)
+    same = place.file == MANIFEST and _same_json(place, copy)
+    found = RunFolder(copy.parents[1]).finished(recorded["stage"], recorded["depends_on"])
+    if found is not None and not same:
+        return "the run uses it"
+    sound = not any(part.problems for part in verify_folder(copy.parents[1]))
+    return "verify says that it is sound" if sound and not same else None
+
+
+def _verified(place: Place, copy: Path) -> str | None:
+    """An export or a store that was copied elsewhere."""
+    sound = not any(part.problems for part in verify_folder(copy))
+    if not sound or _same_json(place, copy):
+        return None
+    if place.file == SUMS and read_sums(place.folder) == read_sums(copy):
+        return None
+    return "verify says that it is sound"
+
+
+def _teacher(place: Place, copy: Path) -> str | None:
+    """An export as the model that a run starts from."""
+    files = [file.name for file in copy.glob("*.gguf")]
+    source = copy / files[0] if files else copy
+    cache = copy.parent / "cache"
+    resolve_model(str(_original(place, source)), base=Path(), cache=cache)
+    resolve_model(str(source), base=Path(), cache=cache)
+    used = [name for name in _names(copy) if name.endswith((".gguf", ".safetensors", ".json"))]
+    return _differing(place.folder, copy, used if not files else files)
+
+
+def _original(place: Place, source: Path) -> Path:
+    return place.folder / source.name if source.suffix == ".gguf" else place.folder
+
+
+def _stored_teacher(place: Place, copy: Path) -> str | None:
+    found, sound = _read(copy), _sound_read(place.folder)
+    same = len(found) == len(sound) and all(map(np.array_equal, found, sound))
+    return None if same else "other signals"
+
+
+@cache
+def _sound_read(store: Path) -> list[Any]:
+    return _read(store)
+
+
+def _read(folder: Path) -> list[Any]:
+    """Every array of every signal of the run's training text."""
+    (data,) = made_runs.finished_run().glob("stages/data-*")
+    store, found = open_store(folder), []
+    for batch in in_order(open_windows(data / "train"), 256):
+        signal = store.read(segments_of(batch))
+        values = [getattr(signal, part.name) for part in fields(signal)]
+        found += [value.numpy() for value in values if isinstance(value, torch.Tensor)]
+    return found
+
+
+def _unfinished_store(place: Place, copy: Path) -> str | None:
+    """A store whose writer was killed before its manifest; shards that are gone are made again."""
+    (copy / "manifest.json").unlink(missing_ok=True)
+    manifest, sound = finish_store(copy), open_store(place.folder).manifest
+    if manifest.settings != sound.settings:
+        return "other settings"
+    whole = {(shard.crc32, shard.rows) for shard in sound.shards}
+    return None if {(s.crc32, s.rows) for s in manifest.shards} <= whole else "other shards"
+
+
+def _windows(place: Place, copy: Path) -> str | None:
+    found, sound = Data.open(copy), Data.open(place.folder)
+    for part in ("train", "heldout"):
+        for name in ARRAYS:
+            arrays = [getattr(getattr(one, part), f"{name}_RL") for one in (found, sound)]
+            if not np.array_equal(*arrays):
+                return f"other {name}"
+    return None
+
+
+def _report(place: Place, copy: Path) -> str | None:
+    """Its page is drawn from its data alone."""
+    pages = [render(read_report(folder / REPORT_DATA)) for folder in (copy, place.folder)]
+    return None if pages[0] == pages[1] else "another report"
+
+
+def _predict(place: Place, copy: Path) -> str | None:
+    found, sound = list(predict(copy, TEXTS)), list(predict(place.folder, TEXTS))
+    return None if found == sound else f"{found[0]}, but was {sound[0]}"
+
+
+def _converted(place: Place, copy: Path) -> str | None:
+    """A cache with the converted model of a GGUF file, and with hashes."""
+    gguf, sound = made_runs.gguf(), place.folder
+    found = resolve_model(str(gguf), base=Path(), cache=copy)
+    expected = resolve_model(str(gguf), base=Path(), cache=sound)
+    if found.fingerprint != expected.fingerprint:
+        return "another fingerprint"
+    names = [name for name in _names(expected.path) if name != SUMS]
+    wrong = _differing(expected.path, found.path, names)
+    if wrong is None and file_sha256(gguf, copy) != file_sha256(gguf, sound):
+        return "another hash"
+    return wrong
+
+
+# --- what is not finished, and answers ---------------------------------------------------------
+
+
+def _training(place: Place, copy: Path) -> str | None:
+    """What training resumes from: a checkpoint, and the metrics until then."""
+    folder = copy / "checkpoints"
+    checkpoints.drop_unusable(folder)
+    found = checkpoints.latest(folder)
+    step = 0 if found is None else found[1].step
+    used = found is not None and place.file.startswith(f"checkpoints/{found[0].name}/")
+    if used and not _same_json(place, copy):
+        return f"checkpoint {step} is used"
+    before = checkpoints.Metrics(place.folder / "metrics.jsonl", keep_to_step=step).rows
+    after = checkpoints.Metrics(copy / "metrics.jsonl", keep_to_step=step).rows
+    return None if before == after else "other metrics"
+
+
+def _left(place: Place, copy: Path) -> str | None:
+    sound = finished_chunk(place.folder / "scores", 64, 3)
+    scores = finished_chunk(copy / "scores", 64, 3)
+    if scores is not None and not torch.equal(scores, sound):  # type: ignore[arg-type]
+        return "other scores"
+    found, known = (TrialLog(side / "journal") for side in (copy, place.folder))
+    same = (found.found, found.flops) == (known.found, known.flops)
+    return None if same or not found.found else "other measurements"
+
+
+def _journal(place: Place, copy: Path) -> str | None:
+    with Journal(copy / "answers.sqlite") as journal:
+        found = {n: journal.get(made_runs.request(n).key) for n in range(made_runs.ANSWERS)}
+        billed = [
+            journal.billed_failures(made_runs.request(n).key)
+            for n in (*range(100, 100 + made_runs.FAILURES), 200)
+        ]
+    with Journal(made_runs.place() / "journal-closed" / "answers.sqlite") as journal:
+        sound = {n: journal.get(made_runs.request(n).key) for n in found}
+    if any(answer not in (sound[n], None) for n, answer in found.items()):
+        return "another answer"
+    said = notes_so_far()
+    lost = "damaged" in said or "lost" in said
+    if None in found.values() and not lost:
+        return "answers are lost without a note"
+    expected = [(1.5, 40)] * made_runs.FAILURES + [(2.0, 50)]
+    if any(one not in (right, (0.0, 0)) for one, right in zip(billed, expected, strict=True)):
+        return f"billed: {billed}"
+    return None if billed == expected or lost else "failed requests are lost without a note"
+
+
+# --- the whole run again -------------------------------------------------------------------------
+
+
+def _run_stage(place: Place, copy: Path) -> str | None:
+    """A whole run over the finished run with the damaged file."""
+    root = copy.parents[1] / "run"
+    return _run_again(root, made_runs.finished_run(), copy)
+
+
+def _run_training(place: Place, copy: Path) -> str | None:
+    root = copy.parent / "run"
+    copy = copy.rename(copy.with_name(place.folder.name))
+    return _run_again(root, made_runs.killed_run(), copy)
+
+
+def _run_again(root: Path, before: Path, damaged: Path) -> str | None:
+    """The recipe of a run is run again, with a damaged stage in place of its own."""
+    shutil.copytree(before, root, copy_function=os.link, symlinks=True)
+    shutil.rmtree(root / "stages" / damaged.name)
+    shutil.copytree(damaged, root / "stages" / damaged.name)
+    recipe = made_runs.stored_recipe(made_runs.place() / "stored", folder=str(root))
+    result = stillhouse.run(recipe)
+    assert result is not None
+    names = ["model/model.safetensors", "gguf-f16/tiny-f16.gguf"]
+    wrong = _differing(made_runs.finished_run(), root, names)
+    if wrong is not None:
+        return wrong
+    # A stage that this run did not use stays as it is.
+    used = [part for stage in result.stages for part in verify_folder(stage.path)]
+    problems = [problem for part in used for problem in part.problems]
+    return f"verify after the run: {problems}" if problems else None
+
+
+def _names(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+def _differing(sound: Path, found: Path, names: list[str]) -> str | None:
+    for name in names:
+        if (sound / name).read_bytes() != (found / name).read_bytes():
+            return f"{name} differs"
+    return None
+
+
+def _same_json(place: Place, copy: Path) -> bool:
+    """Whether the damage changed nothing that is read: spaces of a JSON file."""
+    try:
+        sides = [json.loads((side / place.file).read_bytes()) for side in (place.folder, copy)]
+    except (OSError, ValueError):
+        return False
+    return bool(sides[0] == sides[1])
+
+
+Wrong = Callable[[Place, Path], str | None]
+READ: dict[str, Wrong] = {
+    "stage": _stage,
+    "export": _verified,
+    "teacher": _teacher,
+    "store": _verified,
+    "stored teacher": _stored_teacher,
+    "unfinished store": _unfinished_store,
+    "training": _training,
+    "left": _left,
+    "journal": _journal,
+    "predict": _predict,
+    "report": _report,
+    "windows": _windows,
+    "converted": _converted,
+}
+RERUN: dict[str, Wrong] = {"stage": _run_stage, "training": _run_training}
