@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from stillhouse.errors import StoreError
@@ -94,7 +95,7 @@ class Shard:
     """An open shard: its header, and its rows as views of the file.
 
     keys_S: KEY_BYTES bytes each. rows_S, entries_S, values_S: how many elements of a plane belong
-    to each segment. The planes of ragged rows keep their GUARD elements.
+    to each segment. The planes of ragged rows keep their GUARD elements. content: the whole file.
     """
 
     path: Path
@@ -105,6 +106,7 @@ class Shard:
     entries_S: NDArray[np.int64]
     values_S: NDArray[np.int64]
     rows: Rows
+    content: memoryview
 
     def first_rows(self) -> NDArray[np.int64]:
         """The first row of each segment, [S]."""
@@ -113,8 +115,8 @@ class Shard:
     @property
     def entry(self) -> ShardEntry:
         """The manifest's entry for this shard."""
-        size = HEADER_BYTES + self.header.payload_bytes
-        return ShardEntry(self.path.name, self.crc32, size, self.header.segments, self.header.rows)
+        numbers = (self.crc32, len(self.content), self.header.segments, self.header.rows)
+        return ShardEntry(self.path.name, *numbers, xxhash.xxh3_128_hexdigest(self.content))
 
 
 def shard_bytes(
@@ -176,8 +178,10 @@ def _planes(rows_S: NDArray[np.int64], rows: Rows) -> tuple[dict[str, Any], dict
     return planes, header
 
 
-def open_shard(path: Path) -> Shard:
+def open_shard(path: Path, xxh3: str = "") -> Shard:
     """Map a shard and check its checksum, lengths and counts.
+
+    xxh3: as a manifest lists it, to be compared in place of the CRC-32, which takes longer.
 
     Raises StoreError, with the file's path, if it is missing, truncated, damaged or of another
     version.
@@ -196,7 +200,12 @@ def open_shard(path: Path) -> Shard:
             where=path,
             fix=_DAMAGED,
         )
-    if zlib.crc32(memoryview(mapped)[HEADER_BYTES:]) != crc32:
+    content = memoryview(mapped)
+    if xxh3:
+        whole = xxhash.xxh3_128_hexdigest(content) == xxh3
+    else:
+        whole = zlib.crc32(content[HEADER_BYTES:]) == crc32
+    if not whole:
         raise StoreError("the shard is damaged: its checksum is wrong", where=path, fix=_DAMAGED)
     planes = _map_planes(mapped, header)
     if header.width:
@@ -224,6 +233,7 @@ def open_shard(path: Path) -> Shard:
         entries_S=entries_S,
         values_S=values_S,
         rows=rows,
+        content=content,
     )
     _check_counts(shard)
     return shard

@@ -100,7 +100,7 @@ class Store:
     def _shard(self, index: int) -> _OpenShard:
         if index not in self._open:
             listed = self.manifest.shards[index]
-            shard = open_shard(self.path / SHARDS / listed.name)
+            shard = open_shard(self.path / SHARDS / listed.name, listed.xxh3)
             check_belongs(shard, self.settings)
             if shard.crc32 != listed.crc32:
                 raise StoreError(

@@ -162,7 +162,8 @@ def finish_store(path: Path) -> Manifest:
 def describe(settings: Settings, shards: Sequence[Shard]) -> Manifest:
     total = sum((shard.header.statistics for shard in shards), Statistics())
     rows = sum(shard.header.rows for shard in shards)
-    size = sum(shard.entry.bytes for shard in shards)
+    entries = tuple(shard.entry for shard in shards)
+    size = sum(entry.bytes for entry in entries)
     of_rows = max(rows, 1)
     return Manifest(
         settings=settings,
@@ -176,7 +177,7 @@ def describe(settings: Settings, shards: Sequence[Shard]) -> Manifest:
         segments=sum(shard.header.segments for shard in shards),
         rows=rows,
         bytes=size,
-        shards=tuple(shard.entry for shard in shards),
+        shards=entries,
     )
 
 

@@ -1,0 +1,185 @@
+"""What it costs to compare files with their hashes: `python -m bench.checks`.
+
+Every function that hashes is timed while it runs, and its processor time is set against that of the
+whole process: a ratio in one run, which other programs on the machine hardly change. The recipes of
+the demo and of a stored teacher are run on a quarter of their text, with as many checkpoints as on
+all of it; what is hashed stays the same, so that the shares are upper bounds. Each recipe is run
+twice: the second run finds every stage finished, and compares every file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import xxhash
+
+import stillhouse
+from bench.common import Bar, write_results
+from bench.store import make_windows, measure_writing, read_epoch
+from stillhouse import checksums, runfolder
+from stillhouse.checksums import damaged_files, fast_facts, write_sums
+from stillhouse.signals import shards
+from stillhouse.verify_folder import verify_folder
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+QUARTER = ("data.train_tokens=15000", "train.checkpoint_every=5", "evaluate.max_new_tokens=16")
+
+
+@dataclass
+class Time:
+    """Processor and wall-clock time, and what was hashed in it."""
+
+    cpu: float = 0.0
+    wall: float = 0.0
+    bytes: int = 0
+
+
+@contextmanager
+def hashing() -> Iterator[Time]:
+    """Adds up what is spent on hashes inside the block."""
+    total = Time()
+
+    def timed(function: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            cpu, wall = time.thread_time(), time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                total.cpu += time.thread_time() - cpu
+                total.wall += time.perf_counter() - wall
+                total.bytes += size(*args)
+
+        return call
+
+    def of_bytes(content: Any, *_: Any) -> int:
+        return memoryview(content).nbytes
+
+    class Zlib:
+        crc32 = staticmethod(timed(zlib.crc32, of_bytes))
+
+    class Xxhash:
+        xxh3_128_hexdigest = staticmethod(timed(xxhash.xxh3_128_hexdigest, of_bytes))
+
+    def of_file(path: Path, *_: Any) -> int:
+        return path.stat().st_size
+
+    with ExitStack() as stack:
+        for module, name, size in (
+            (checksums, "_read", of_file),
+            (checksums, "_hash_of", lambda _: 0),
+            (runfolder, "sha", of_file),
+        ):
+            patched = timed(getattr(module, name), size)
+            stack.enter_context(mock.patch.object(module, name, patched))
+        stack.enter_context(mock.patch.object(shards, "zlib", Zlib))
+        stack.enter_context(mock.patch.object(shards, "xxhash", Xxhash))
+        yield total
+
+
+@contextmanager
+def whole() -> Iterator[Time]:
+    total = Time()
+    cpu, wall = time.process_time(), time.perf_counter()
+    yield total
+    total.cpu, total.wall = time.process_time() - cpu, time.perf_counter() - wall
+
+
+def measure_recipe(name: str, folder: Path) -> dict[str, Any]:
+    """A recipe's first run, and its second, in which every stage is finished."""
+    found: dict[str, Any] = {}
+    for run in ("first", "second"):
+        checksums._whole.clear()  # as in a process of its own
+        with hashing() as hashed, whole() as took:
+            overrides = [f"folder={folder / name}", *QUARTER]
+            stillhouse.run(RECIPES / f"{name}.yaml", overrides=overrides)
+        found[run] = {"hashing": asdict(hashed), "whole": asdict(took)}
+        found[run]["share"] = hashed.cpu / took.cpu
+    found["bytes_in_the_run_folder"] = sum(
+        path.stat().st_size for path in (folder / name / "stages").rglob("*") if path.is_file()
+    )
+    return found
+
+
+def measure_store(folder: Path, rounds: int) -> dict[str, Any]:
+    """An epoch of a store: its shards' own checksums, and the hashes of its stage's manifest."""
+    windows, path = make_windows(1024, 1024), folder / "store"
+    writing = measure_writing(path, windows)
+    files = {
+        str(file.relative_to(path)): fast_facts(file) for file in path.rglob("*") if file.is_file()
+    }
+    shares = {"checksums": [], "manifest": []}  # type: dict[str, list[float]]
+    for seed in range(rounds + 1):  # the first one warms up
+        with hashing() as sums, whole() as reading:
+            read_epoch(path, windows, seed, 1)
+        with hashing() as compared:
+            assert not damaged_files(path, files, reread=True)
+        shares["checksums"].append(sums.cpu / reading.cpu)
+        shares["manifest"].append(compared.cpu / reading.cpu)
+    found = {f"shares_{name}": values[1:] for name, values in shares.items()}
+    return {"bytes_a_token": writing["bytes_a_token"], **found}
+
+
+def measure_verify(folder: Path, rounds: int, size: int = 1 << 30) -> dict[str, list[float]]:
+    """Bytes per second of processor time, from the page cache: a stage's files by XXH3, an export's
+    by SHA-256."""
+    export, stages = folder / "export", runfolder.RunFolder(folder / "run")
+    export.mkdir()
+    block = torch.randint(0, 256, (1 << 20,), dtype=torch.uint8).numpy().tobytes()
+    with (export / "model.safetensors").open("wb") as file:
+        for _ in range(size >> 20):
+            file.write(block)
+    write_sums(export)
+
+    def work(out: Path) -> runfolder.Outcome:
+        shutil.copy(export / "model.safetensors", out)
+        return runfolder.Outcome()
+
+    found: dict[str, list[float]] = {"export": [], "stage": []}
+    for name, path in {"export": export, "stage": stages.stage("train", {}, work).path}.items():
+        for _ in range(rounds + 1):
+            began = time.process_time()
+            assert not any(part.problems for part in verify_folder(path))
+            found[name].append(size / (time.process_time() - began))
+    return {f"bytes_a_second_{name}": values[1:] for name, values in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-recipes", action="store_true", help="neither demo nor stored recipe")
+    options = parser.parse_args()
+    figures: dict[str, Any] = {}
+    bars = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        figures["verify"] = verify = measure_verify(folder, options.rounds)
+        figures["store"] = store = measure_store(folder, options.rounds)
+        for recipe in () if options.no_recipes else ("demo", "stored"):
+            figures[recipe] = measured = measure_recipe(recipe, folder)
+            what = f"{recipe}, a quarter of its text: share of processor time that is hashing"
+            bars.append(Bar(what, measured["first"]["share"], "<=", 0.02))
+    bars.append(Bar("store: checksums, share of an epoch", min(store["shares_checksums"]), "<=", 0.03))
+    for kind in ("stage", "export"):
+        rate = max(verify[f"bytes_a_second_{kind}"])
+        bars.append(Bar(f"verify, a {kind}: bytes a second", rate, ">=", 1e9))
+    if options.no_recipes:
+        print(figures)
+        for bar in bars:
+            print(bar, bar.met)
+        return
+    write_results("checks", figures, bars)
+
+
+if __name__ == "__main__":
+    main()
