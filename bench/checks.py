@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 from unittest import mock
 
@@ -118,7 +119,7 @@ def measure_store(folder: Path, rounds: int) -> dict[str, Any]:
     files = {
         str(file.relative_to(path)): fast_facts(file) for file in path.rglob("*") if file.is_file()
     }
-    shares = {"checksums": [], "manifest": []}  # type: dict[str, list[float]]
+    shares: dict[str, list[float]] = {"checksums": [], "manifest": []}
     for seed in range(rounds + 1):  # the first one warms up
         with hashing() as sums, whole() as reading:
             read_epoch(path, windows, seed, 1)
@@ -169,7 +170,8 @@ def main() -> None:
             figures[recipe] = measured = measure_recipe(recipe, folder)
             what = f"{recipe}, a quarter of its text: share of processor time that is hashing"
             bars.append(Bar(what, measured["first"]["share"], "<=", 0.02))
-    bars.append(Bar("store: checksums, share of an epoch", min(store["shares_checksums"]), "<=", 0.03))
+    share = sum(map(median, (store["shares_checksums"], store["shares_manifest"])))
+    bars.append(Bar("store: checksums and hashes, share of an epoch", share, "<=", 0.03))
     for kind in ("stage", "export"):
         rate = max(verify[f"bytes_a_second_{kind}"])
         bars.append(Bar(f"verify, a {kind}: bytes a second", rate, ">=", 1e9))

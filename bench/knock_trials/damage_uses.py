@@ -78,7 +78,7 @@ def _teacher(place: Place, copy: Path) -> str | None:
     resolve_model(str(_original(place, source)), base=Path(), cache=cache)
     resolve_model(str(source), base=Path(), cache=cache)
     used = [name for name in _names(copy) if name.endswith((".gguf", ".safetensors", ".json"))]
-    return _differing(place.folder, copy, used if not files else files)
+    return _differing(place.folder, copy, files or used)
 
 
 def _original(place: Place, source: Path) -> Path:

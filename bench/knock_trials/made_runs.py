@@ -7,7 +7,7 @@ import signal
 import tempfile
 import time
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,8 @@ def left() -> Path:
     (folder / "scores").write_bytes(with_hash(save({"scores": scores})))
     journal = TrialLog(folder / "journal")
     for number in range(20):
-        journal.once(f"candidate {number}", lambda: {"kl": 0.1 * number, "sizes": [4, 8]})
+        found = {"kl": 0.1 * number, "sizes": [4, 8]}
+        journal.once(f"candidate {number}", partial(dict, found))
     return folder
 
 

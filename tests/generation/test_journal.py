@@ -368,6 +368,17 @@ def test_failed_requests_lost_with_a_write_ahead_log_are_reported(
     assert "lost" not in capfd.readouterr().err, "it is said once"
 
 
+def test_a_commit_is_counted_before_its_caller_knows_of_it(tmp_path: Path) -> None:
+    """So that its loss is said, whenever the process was killed."""
+    lock = tmp_path / "j.sqlite.lock"
+    with Journal(tmp_path / "j.sqlite") as journal:
+        counts = []
+        for sample in range(50):
+            journal.record(replace(REQUEST, sample=sample), ANSWER).result(10)
+            counts.append([int(word) for word in lock.read_text().split()])
+    assert counts == [[n, n] for n in range(1, 51)]
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_flipped_bit_changes_an_answer(tmp_path: Path, seed: int) -> None:
     """It is found, or it was in space that is not used."""

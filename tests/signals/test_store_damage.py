@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from stillhouse.errors import StillhouseError
 from stillhouse.signals.encodings import Hidden, Threshold, TopP
-from stillhouse.signals.manifest import Settings
+from stillhouse.signals.manifest import Settings, write_manifest
 from stillhouse.signals.record import Recorder
 from stillhouse.signals.store import open_store
 from stillhouse.signals.verify import verify
@@ -146,6 +147,35 @@ def test_an_incomplete_shard_is_named(tmp_path, change):
         shard.write_bytes({"cut": whole[:-9], "longer": whole + b"\0", "empty": b""}[change])
     assert shard.name in str(verify(tmp_path)[0])
     with pytest.raises(StillhouseError, match=shard.name):
+        open_store(tmp_path).read(data.segments)
+
+
+def test_settings_in_the_place_of_the_manifest_are_named(tmp_path):
+    """Their checksum is right."""
+    toys.record(tmp_path, toys.settings(Threshold(0.05)), toys.batch(windows=2))
+    (tmp_path / "manifest.json").write_bytes((tmp_path / "settings.json").read_bytes())
+    assert "not a manifest" in str(verify(tmp_path)[0])
+    with pytest.raises(StillhouseError, match="not a manifest"):
+        open_store(tmp_path)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_flipped_bit_is_found_by_either_hash(tmp_path, listed):
+    """Older manifests list the CRC-32 alone."""
+    data = toys.batch(windows=2)
+    toys.record(tmp_path, toys.settings(Threshold(0.05)), data)
+    store = open_store(tmp_path)
+    (entry,) = store.manifest.shards
+    assert len(entry.xxh3) == 32
+    older = replace(store.manifest, shards=(replace(entry, xxh3=entry.xxh3 if listed else ""),))
+    assert older.digest() == store.manifest.digest()
+    write_manifest(tmp_path, older)
+    open_store(tmp_path).read(data.segments)
+    shard = tmp_path / "shards" / entry.name
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(StillhouseError, match="its checksum is wrong"):
         open_store(tmp_path).read(data.segments)
 
 

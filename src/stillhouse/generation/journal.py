@@ -26,7 +26,6 @@ from stillhouse.generation.journal_file import (
     ADD_FAILURE,
     ADD_RESERVATION,
     COUNT_COMMIT,
-    Counts,
     lock_journal,
     open_journal_file,
     row_hash,
@@ -192,8 +191,37 @@ class Journal:
                 closing_down = None in taken
                 rows = [row for row in taken if row is not None]
                 if rows:
-                    _commit(connection, rows, self.path, self._counts)
-                    write_counts(self._lock_file, self._counts)
+                    self._commit(connection, rows)
+
+    def _commit(self, connection: sqlite3.Connection, rows: Sequence[_Row]) -> None:
+        """Commits the rows in one transaction, counts them, and resolves their futures.
+
+        A row with values that the database rejects fails alone.
+        """
+        answers = 0
+        try:
+            with connection:
+                connection.execute("BEGIN IMMEDIATE")
+                for row in rows:
+                    done = connection.execute(row.statement, row.values)
+                    answers += done.rowcount if row.statement is ADD_ANSWER else 0
+                    if row.statement is not ADD_RESERVATION:
+                        connection.execute(_RELEASE, row.values[:1])
+                connection.execute(COUNT_COMMIT)
+        # Every exception: if this thread ended, callers would wait forever.
+        except Exception as error:
+            if len(rows) > 1 and not isinstance(error, sqlite3.OperationalError):
+                for row in rows:
+                    self._commit(connection, [row])
+                return
+            for row in rows:
+                row.done.set_exception(unusable(self.path, error))
+            return
+        self._counts.answers += answers
+        self._counts.commits += 1
+        write_counts(self._lock_file, self._counts)
+        for row in rows:
+            row.done.set_result(None)
 
     def _take(self) -> list[_Row | None]:
         """Waits for a row; takes all that have arrived."""
@@ -204,38 +232,6 @@ class Journal:
             except queue.Empty:
                 break
         return taken
-
-
-def _commit(
-    connection: sqlite3.Connection, rows: Sequence[_Row], path: Path, counts: Counts
-) -> None:
-    """Commits the rows in one transaction, counts them, and resolves their futures.
-
-    A row with values that the database rejects fails alone.
-    """
-    answers = 0
-    try:
-        with connection:
-            connection.execute("BEGIN IMMEDIATE")
-            for row in rows:
-                done = connection.execute(row.statement, row.values)
-                answers += done.rowcount if row.statement is ADD_ANSWER else 0
-                if row.statement is not ADD_RESERVATION:
-                    connection.execute(_RELEASE, row.values[:1])
-            connection.execute(COUNT_COMMIT)
-    # Every exception: if this thread ended, callers would wait forever.
-    except Exception as error:
-        if len(rows) > 1 and not isinstance(error, sqlite3.OperationalError):
-            for row in rows:
-                _commit(connection, [row], path, counts)
-            return
-        for row in rows:
-            row.done.set_exception(unusable(path, error))
-        return
-    counts.answers += answers
-    counts.commits += 1
-    for row in rows:
-        row.done.set_result(None)
 
 
 def _logprobs(stored: str | None) -> list[Any] | None:

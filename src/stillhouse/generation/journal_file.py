@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -131,7 +132,8 @@ def lock_journal(path: Path) -> IO[str]:
     regular_if_there(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_name(path.name + ".lock").open("a+", encoding="utf-8", errors="replace")
+        opened = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.fdopen(opened, "r+", encoding="utf-8", errors="replace")
     except OSError as error:
         raise RunError(
             f"the journal cannot be written here: {error.strerror}",
@@ -160,11 +162,8 @@ def unusable(path: Path, error: Exception) -> RunError:
 
 def write_counts(lock: IO[str], counts: Counts) -> None:
     """Records beside the journal what it has. A loss of this is harmless."""
-    with suppress(OSError):
-        lock.seek(0)
-        lock.truncate()
-        lock.write(f"{counts.answers} {counts.commits}")
-        lock.flush()
+    with suppress(OSError):  # in one piece, over what was there: a kill leaves the one or the other
+        os.pwrite(lock.fileno(), f"{counts.answers:<20}{counts.commits:<20}".encode(), 0)
 
 
 def _connect(path: Path) -> sqlite3.Connection:

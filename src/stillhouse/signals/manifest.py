@@ -146,14 +146,21 @@ def read_manifest(path: Path) -> Manifest:
         )
     raw = read_checked_json(file, "the manifest")
     settings = _settings(raw, file)
-    return Manifest(
-        settings=settings,
-        quality=Quality(**raw["mean_a_row"]),
-        segments=raw["segments"],
-        rows=raw["rows"],
-        bytes=raw["bytes"],
-        shards=tuple(ShardEntry(**shard) for shard in raw["shards"]),
-    )
+    try:
+        return Manifest(
+            settings=settings,
+            quality=Quality(**raw["mean_a_row"]),
+            segments=raw["segments"],
+            rows=raw["rows"],
+            bytes=raw["bytes"],
+            shards=tuple(ShardEntry(**shard) for shard in raw["shards"]),
+        )
+    except (LookupError, TypeError) as error:
+        raise StoreError(
+            f"this is not a manifest of this version ({error})",
+            where=file,
+            fix="restore it from a copy; or delete it, and finish the store again",
+        ) from error
 
 
 def _settings(raw: Mapping[str, Any], file: Path) -> Settings:
