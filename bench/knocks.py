@@ -25,7 +25,7 @@ FAMILIES = {
         Family("pair", "bench.knock_trials.pair_trials", 120.0),
     )
 }
-COUNTS = {"damage": 3000, "server": 300, "kill": 300, "stop": 60, "pair": 30}
+COUNTS = {"damage": 3000, "server": 150, "kill": 300, "stop": 60, "pair": 30}
 MEANING = {
     "right": "the fault is noticed and the result is that of an undisturbed run, or it is harmless",
     "refused": "one error with a place and a way out",

@@ -143,7 +143,7 @@ def half(chance: random.Random) -> Fault:
 
 def finish(chance: random.Random) -> Fault:
     reason = chance.choice(
-        ["error", "abort", "tool_calls", "function_call", "ERROR", "cancelled", "timeout",
+        ["error", "error", "abort", "tool_calls", "function_call", "ERROR", "cancelled", "timeout",
          "x" * 9999, "network_error", "\x1b[31mred", f"stop {KEY}", "stop\n", "stopped?",
          "null", "recitation"]
     )  # fmt: skip
@@ -202,8 +202,9 @@ def status(chance: random.Random) -> Fault:
 
 def retry_after(chance: random.Random) -> Fault:
     value = chance.choice(
-        ["-5", "nan", "inf", "-inf", "1e400", "soon", "", "0", "Wed, 99 Oct 2015 07:28:00 GMT",
-         "Fri, 31 Dec 9999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:59 -2359", "0.01", "9" * 400,
+        ["3600", "-5", "nan", "inf", "-inf", "1e400", "soon", "", "0",
+         "Wed, 99 Oct 2015 07:28:00 GMT", "Fri, 31 Dec 9999 23:59:59 GMT",
+         "Fri, 31 Dec 9999 23:59:59 -2359", "0.01", "9" * 400,
          "Mon, 01 Jan 0001 00:00:00 +2359", "1,2", "\u0660"]
     ).encode().decode("latin-1")  # fmt: skip
     name = chance.choice(["retry_after", "retry_after_ms"])
@@ -276,10 +277,11 @@ def spelling(chance: random.Random, key: str) -> str:
 def raw(chance: random.Random) -> Fault:
     good = dumps(whole(HALF))
     head = b"HTTP/1.1 200 OK\r\n"
+    odd = b"HTTP/9.9 200 OK\r\n\r\n" + good
     data = chance.choice(
         [
             b"", b"\0", b"SSH-2.0-OpenSSH\r\n\r\n", b"HTTP/1.1\r\n\r\n",
-            b"HTTP/9.9 200 OK\r\n\r\n" + good, head + b"content-length: -5\r\n\r\n" + good,
+            odd, head + b"content-length: -5\r\n\r\n" + good,
             head + b"content-length: x\r\n\r\n" + good,
             head + b"content-length: 9\r\ncontent-length: 10\r\n\r\n" + good,
             head + b"content-length: %d\r\n\r\n" % (len(good) + 7) + good,
@@ -293,7 +295,8 @@ def raw(chance: random.Random) -> Fault:
             b"HTTP/1.1 100 Continue\r\n\r\n", b"\r\n" * 5000, b"HTTP/1.1 200 " + b"x" * 100_000,
         ]
     )  # fmt: skip
-    return Fault(f"raw {data[:40]!r}", lambda text: Reply(raw=data))
+    # Of another version, but whole.
+    return Fault(f"raw {data[:40]!r}", lambda text: Reply(raw=data), (HALF,) if data == odd else ())
 
 
 def sound(chance: random.Random) -> Fault:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import html
+import json
+import os
 import random
 import re
 import sqlite3
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 from urllib.parse import unquote
 
+import yaml
+from tests import tiny
 from tests.generation.pools import requests, run
 from tests.generation.stub import Reply, Stub
 
 from bench.input_trials.trial import Trial, notes_so_far
 from bench.knock_trials.server_faults import FAULTS, KEY, Fault, body
+from stillhouse.commands import synthesize_text
 from stillhouse.errors import StillhouseError
 from stillhouse.generation import client as client_module
 from stillhouse.generation import request_pool
@@ -26,14 +32,19 @@ from stillhouse.generation.budget import Budget, Price, worst_case
 from stillhouse.generation.estimate import estimate_requests
 from stillhouse.generation.http_link import HttpLink, OpenAILink
 from stillhouse.generation.journal import Journal
-from stillhouse.generation.request import Request
-from stillhouse.generation.request_pool import Patience
+from stillhouse.generation.request_pool import Patience, Pool
 
 PRICE = Price(input=10.0, output=30.0)
 ASKED = 6
 REDIRECTS = (301, 302, 303, 307, 308)
 FEWEST = 10
 """Characters of the key that may not be written."""
+AMPLE = 20.0
+"""A budget, in worst cases of a request, that lasts for all attempts of both runs."""
+JOURNAL = "answers.sqlite"
+PATIENCE = Patience(attempts=2, backoff=0.01)
+Ask = Callable[[Path, str, float], None]
+"""Sends all requests: a folder, the server's URL, the budget in dollars."""
 
 
 @dataclass
@@ -67,9 +78,11 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
     fault = FAULTS[number // 2 % len(FAULTS)](chance)
     few = frozenset(chance.sample(range(ASKED), chance.randint(1, 3)))
     bad = chance.choice([few, frozenset(range(100))])
-    server, room = Server(fault, bad), chance.choice([1.5, 3.5, 8.5, 20.0])
+    server, room = Server(fault, bad), chance.choice([1.5, 3.5, 8.5, AMPLE])
+    ask = _synthesize if number % 5 == 0 else _ask
     title = f"{link.__name__}: {fault.name}, for {len(bad)}, budget for {room:g}"
-    return Trial(title, lambda: _problem(server, link, room, folder), lambda found: found)
+    title += ", by a recipe" if ask is _synthesize else ""
+    return Trial(title, lambda: _problem(server, link, room, folder, ask), lambda found: found)
 
 
 def _redirected(chance: random.Random, folder: Path, link: Any) -> Trial:
@@ -79,22 +92,23 @@ def _redirected(chance: random.Random, folder: Path, link: Any) -> Trial:
     def read() -> str | None:
         with Stub() as other:
             fault = Fault("", lambda text: body(b"", code, location=other.url), (), billed=False)
-            found = _problem(Server(fault, frozenset(range(100))), link, 20.0, folder)
+            found = _problem(Server(fault, frozenset(range(100))), link, AMPLE, folder)
             return "prompts went to another server" if other.payloads else found
 
     return Trial(f"{link.__name__}: redirect {code}", read, lambda found: found)
 
 
-def _problem(server: Server, link: Any, room: float, folder: Path) -> str | None:
+def _problem(
+    server: Server, link: Any, room: float, folder: Path, ask: Ask | None = None
+) -> str | None:
     """Two runs with one budget, the second with a server in good health; what is wrong then."""
     said: list[str] = []
-    with Stub(server.reply, key=KEY) as stub, _linked(link):
-        asked = requests(stub, ASKED)
-        limit = worst_case(asked[0], PRICE).usd * room
+    with Stub(server.reply, key=KEY) as stub, _linked(link), _shown_in(folder):
+        limit = worst_case(requests(stub, 1)[0], PRICE).usd * room
         for healthy in (False, True):
             server.healthy = healthy
             try:
-                _ask(folder / "answers.sqlite", stub.url, asked, limit)
+                (ask or _ask)(folder, stub.url, limit)
             except StillhouseError as error:
                 said.append(str(error))
                 if not error.where or not error.fix:
@@ -102,39 +116,72 @@ def _problem(server: Server, link: Any, room: float, folder: Path) -> str | None
         said.append(notes_so_far())
     if server.billed > limit * (1 + 1e-9):
         return f"overspent: ${server.billed} of ${limit}"
-    return _wrong_in_journal(folder / "answers.sqlite", asked, server.fault) or _key_in(
-        folder, said
-    )
+    answered = _answered(folder / JOURNAL)
+    if room == AMPLE and answered < ASKED:
+        return f"{answered} of {ASKED} requests are answered by the server in good health"
+    return _wrong_in_journal(folder / JOURNAL, server.fault) or _key_in(folder, said)
 
 
-def _ask(path: Path, url: str, asked: list[Request], limit: float) -> None:
-    with Journal(path) as journal:
+def _answered(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as connection:
+        return int(connection.execute("SELECT count(*) FROM answers").fetchone()[0])
+
+
+def _ask(folder: Path, url: str, limit: float) -> None:
+    asked = requests(url, ASKED)
+    with Journal(folder / JOURNAL) as journal:
         budget = Budget(max_usd=limit)
         budget.spent = estimate_requests(asked, journal, PRICE).spent
         run(
             journal, url, asked, concurrency=3, budget=budget, price=PRICE, timeout=0.6,
-            key_env="KNOCKS_KEY", patience=Patience(attempts=2, backoff=0.01),
+            key_env="KNOCKS_KEY", patience=PATIENCE,
         )  # fmt: skip
 
 
-def _wrong_in_journal(path: Path, asked: list[Request], fault: Fault) -> str | None:
+def _synthesize(folder: Path, url: str, limit: float) -> None:
+    """The command `stillhouse synthesize`, with what it prints."""
+    (folder / "prompts.txt").write_text("".join(f"question {n}\n" for n in range(ASKED)))
+    api = {
+        "base_url": url, "model": "teacher", "concurrency": 3, "timeout": 0.6,
+        "key_env": "KNOCKS_KEY", "price": asdict(PRICE),
+    }  # fmt: skip
+    section = {
+        "teacher": {"api": api},
+        "prompts": {"path": "prompts.txt"},
+        "sampling": {"max_tokens": 20, "temperature": 0.5, "top_logprobs": 1},
+        "filters": {"truncated": False, "refusals": False},
+        "budget": {"max_usd": limit},
+        "journal": JOURNAL,
+    }
+    data = {"sources": [{"kind": "jsonl", "path": "synthetic.jsonl"}], "context": 64}
+    raw = tiny.recipe(folder, folder=str(folder / "run"), synthesize=section, data=data)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(raw))
+    with mock.patch.dict(Pool.__init__.__kwdefaults__, patience=PATIENCE):
+        print(synthesize_text(recipe).lines(), flush=True)
+
+
+def _wrong_in_journal(path: Path, fault: Fault) -> str | None:
+    with closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT key, messages FROM answers").fetchall()
     with Journal(path) as journal:
-        for request in asked:
-            answer = journal.get(request.key)
-            if answer is None:
-                continue
+        for key, messages in rows:
+            answer = journal.get(key)
+            assert answer is not None
             mean_log_probability(answer)
-            right = text_for(request.messages[-1]["content"])
+            right = text_for(json.loads(messages)[-1]["content"])
             if answer.text not in (right, *fault.texts) and "*" not in fault.texts:
                 return f"a wrong answer: {answer.text[:100]!r}"
     return None
 
 
 def _key_in(folder: Path, said: list[str]) -> str | None:
-    with closing(sqlite3.connect(folder / "answers.sqlite")) as connection:
+    """Where the key is: in messages, rows of the journal, or any byte of the folder."""
+    with closing(sqlite3.connect(folder / JOURNAL)) as connection:
         for table in ("answers", "failures"):
             said += [str(row) for row in connection.execute(f"SELECT * FROM {table}")]
-    for text in said:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for text in (*said, *(path.read_bytes().decode("latin-1") for path in files)):
         at = next((p for p in _plain(text) if KEY[:FEWEST] in p), None)
         if at is not None:
             start = at.find(KEY[:FEWEST])
@@ -151,6 +198,21 @@ def _plain(text: str) -> list[str]:
         text = unquote(html.unescape(text)).replace("\\", "")
         found.append(text)
     return found
+
+
+@contextmanager
+def _shown_in(folder: Path) -> Iterator[None]:
+    """What is written to the standard streams goes to files in the folder."""
+    saved = {number: os.dup(number) for number in (1, 2)}
+    try:
+        for number in saved:
+            with (folder / f"stream-{number}").open("ab") as file:
+                os.dup2(file.fileno(), number)
+        yield
+    finally:
+        for number, before in saved.items():
+            os.dup2(before, number)
+            os.close(before)
 
 
 @contextmanager
