@@ -108,8 +108,8 @@ def windows() -> Path:
     finished_run()
     folder = place() / "windows"
     text = str(place() / "stored" / "text.txt")
-    words, options = tiny.merging_tokenizer(), {"context": 32, "heldout_tokens": 256}
-    Data.build(text, words, documents="line", folder=folder, **options)
+    options: dict[str, Any] = {"documents": "line", "context": 32, "heldout_tokens": 256}
+    Data.build(text, tiny.merging_tokenizer(), folder=folder, **options)
     return folder
 
 
