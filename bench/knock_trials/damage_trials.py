@@ -25,7 +25,7 @@ WHOLE_RUN = 40
 def make(chance: random.Random, folder: Path, number: int) -> Trial:
     place = places()[number % len(places())]
     copy = folder / "stages" / place.folder.name if place.kind == "stage" else folder / "copy"
-    _link_tree(place.folder, copy)
+    shutil.copytree(place.folder, copy, symlinks=True)
     name = _damage(chance, place, copy)
     whole = number % WHOLE_RUN == 0 and place.kind in RERUN
     wrong = RERUN[place.kind] if whole else READ[place.kind]
@@ -47,20 +47,15 @@ def _damage(chance: random.Random, place: Place, copy: Path) -> str:
         other = chance.choice(alike or others)
         after = other.read_bytes()
         if after != before:
-            _write(other, before)
-            _write(target, after)
+            other.write_bytes(before)
+            target.write_bytes(after)
             return f"exchanged with {other.name}"
     name, data = damaged(chance, before)
     time = target.stat().st_mtime_ns
-    _write(target, data)
+    target.write_bytes(data)
     if chance.random() < 0.5:  # a disk that forgets does not tell the time of it
         os.utime(target, ns=(time, time))
     return name
-
-
-def _write(target: Path, data: bytes) -> None:
-    target.unlink()
-    target.write_bytes(data)
 
 
 @cache
@@ -95,8 +90,3 @@ def _files(kind: str, folder: Path) -> Iterator[Place]:
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             yield Place(kind, folder, str(file.relative_to(folder)))
-
-
-def _link_tree(source: Path, target: Path) -> None:
-    """The files are hard links: a damaged one is written anew."""
-    shutil.copytree(source, target, copy_function=os.link, symlinks=True)

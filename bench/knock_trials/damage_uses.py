@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -217,7 +216,7 @@ def _run_training(place: Place, copy: Path) -> str | None:
 
 def _run_again(root: Path, before: Path, damaged: Path) -> str | None:
     """The recipe of a run is run again, with a damaged stage in place of its own."""
-    shutil.copytree(before, root, copy_function=os.link, symlinks=True)
+    shutil.copytree(before, root, symlinks=True)
     shutil.rmtree(root / "stages" / damaged.name)
     shutil.copytree(damaged, root / "stages" / damaged.name)
     recipe = made_runs.stored_recipe(made_runs.place() / "stored", folder=str(root))
