@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from stillhouse.classify.predict_labels import file_texts
-from stillhouse.data.data_files import find_files, open_text, regular_if_there
+from stillhouse.data.data_files import open_text, regular_if_there
+from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import read_rows
 from stillhouse.errors import DataError, RecipeError
 from stillhouse.generation.journal import Journal

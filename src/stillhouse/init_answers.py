@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.classify.labeled_texts import first_row
-from stillhouse.data.data_files import find_files, format_of, known_format
+from stillhouse.data.data_files import format_of, known_format
+from stillhouse.data.file_search import find_files
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.row_reader import text_lines
 from stillhouse.errors import DataError, RecipeError

@@ -11,12 +11,16 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from stillhouse.answering import answer_stages
 from stillhouse.check import check_recipe
 from stillhouse.cli import app
 from stillhouse.commands import agree_to_spend
 from stillhouse.commands import run as run_answering
 from stillhouse.config.load_recipe import parse_recipe
 from stillhouse.errors import DataError, RecipeError, RunError, StillhouseError
+from stillhouse.generation.answer_requests import Answers
+from stillhouse.generation.budget import Spending
+from stillhouse.generation.request import Answer
 from tests.answering import toys
 from tests.generation.stub import Reply, Stub, error
 
@@ -117,6 +121,54 @@ def test_a_verdict_is_read_after_the_reasoning_of_a_judge(tmp_path: Path) -> Non
     figures = result.evaluation.of("student").figures
     assert (figures["judge_read"], figures["preferred"], figures["consistent"]) == (1.0, 0.5, 1.0)
     assert (sent["max_tokens"], sent["seed"], "temperature" in sent) == (300, 3, False)
+
+
+REASONED = '<think>\nA name and a number.\n</think>\n\n{"name": "Al", "age": 3}'
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"text": REASONED},
+        {"text": REASONED.removeprefix("<think>\n")},  # the prompt opened it
+        {"text": REASONED.replace("<think>", "[THINK]").replace("</think>", "[/THINK]")},
+        {"text": REASONED.rpartition("\n")[2], "message": {"reasoning_content": "A name."}},
+    ],
+    ids=["think", "closed", "[THINK]", "a key"],
+)
+def test_the_student_learns_no_reasoning(tmp_path: Path, reply: dict[str, Any]) -> None:
+    with Stub(lambda number, payload: Reply(**reply)) as stub:
+        result = run(toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url)))
+    answers = next(stage for stage in result.stages if stage.name == "answers")
+    row = json.loads((answers.path / "train.jsonl").read_text().partition("\n")[0])
+    assert row["messages"][-1]["content"] == '{"name": "Al", "age": 3}'
+    assert result.evaluation.of("teacher").figures["valid"] == 1.0
+
+
+def test_reasoning_that_is_cut_off_needs_a_higher_limit(tmp_path: Path) -> None:
+    reply = Reply(text="<think>Al, or Alex? He is", finish_reason="length")
+    with Stub(lambda number, payload: reply) as stub:
+        raw = toys.recipe(tmp_path, "extract", **toys.api(tmp_path, stub.url))
+        with pytest.raises(DataError, match="no answer is left") as error:
+            run(raw)
+    assert str(error.value.fix).startswith("raise teacher.sampling.max_tokens: 16 answers were cut")
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["distributions", "text alone"])
+def test_distributions_without_the_reasoning_before_them_are_noted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    alone: bool,
+) -> None:
+    answers = Answers([Answer(REASONED)] * 20, 0, 0.0, Spending())
+    monkeypatch.setattr(answer_stages, "answer_all", lambda *_: answers)
+    raw = toys.recipe(tmp_path, "extract")
+    if alone:
+        raw["objective"] = {"terms": [{"divergence": "cross_entropy"}]}
+    run(raw)
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("reasons before 20 of 20 answers" in said) is not alone
 
 
 def test_check_and_preview_show_the_requests(tmp_path: Path) -> None:

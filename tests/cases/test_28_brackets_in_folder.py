@@ -9,7 +9,7 @@ import pytest
 from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.labeled_texts import read_texts
 from stillhouse.data.data_config import FileSource, HubSource
-from stillhouse.data.data_files import find_files
+from stillhouse.data.file_search import find_files
 from stillhouse.data.fingerprint import sources_fingerprint
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError

@@ -432,6 +432,16 @@ def test_a_reasoning_api_is_sampled_as_configured_and_read_after_its_reasoning(
     assert "temperature" not in sent
 
 
+def test_reasoning_that_is_cut_off_needs_a_higher_limit(tmp_path: Path) -> None:
+    reply = Reply(text="<think>pets or food?", finish_reason="length")
+    with (
+        Stub(lambda number, payload: reply) as stub,
+        pytest.raises(DataError, match="are none of them") as error,
+    ):
+        run(api_recipe(tmp_path, stub.url))
+    assert str(error.value.fix).startswith("raise teacher.sampling.max_tokens: 40 answers were cut")
+
+
 @pytest.mark.parametrize(
     ("teacher", "expected"),
     [

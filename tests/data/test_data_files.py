@@ -17,7 +17,8 @@ import pytest
 from stillhouse.classify.classify_config import TextFile
 from stillhouse.classify.labeled_texts import read_texts
 from stillhouse.data.data_config import FileSource
-from stillhouse.data.data_files import find_files, format_of
+from stillhouse.data.data_files import format_of
+from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import read_rows
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError, StillhouseError
@@ -144,6 +145,47 @@ def test_hidden_files_of_a_folder_are_not_data(tmp_path: Path) -> None:
     found = [str(file.relative_to(tmp_path)) for file in find_files(".", tmp_path)]
     assert found == ["a.jsonl", "b/c.jsonl"]
     assert len(find_files("._a.jsonl", tmp_path)) == 1
+
+
+def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
+    """Two links in a circle make more names for a file than a run could list."""
+    for name in ("data/a.jsonl", "data/b/c.jsonl", "data/.d/e.jsonl", "far/f.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(ROW)
+    (tmp_path / "data" / "far").symlink_to(tmp_path / "far")
+    for name in ("up", "around"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "data")
+    expected = ["data/a.jsonl", "data/b/c.jsonl", "data/far/f.jsonl"]
+    for pattern in ("data/**/*.jsonl", "**/data/**/*.jsonl", "data/**"):
+        found = [str(file.relative_to(tmp_path)) for file in find_files(pattern, tmp_path)]
+        assert found == expected
+    assert len(find_files("data/*/*.jsonl", tmp_path)) == 4, "each by the name that is matched"
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "*.jsonl", "**/*.jsonl", "."])
+def test_a_link_to_nothing_is_not_left_out(name: str, tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_bytes(ROW)
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "annex" / "a.jsonl")
+    with pytest.raises(DataError, match=r"is a link to .*annex/a\.jsonl, which does not exist"):
+        find_files(name, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("https://example.org/a.jsonl", "download the file"),
+        ("hf://datasets/me/mine/a.jsonl", "kind: hub, dataset: ID"),
+        ("$HOME/a.jsonl", "without variables"),
+        ("{a,b}.jsonl", "braces are not expanded"),
+    ],
+)
+def test_what_another_program_would_expand_is_refused_with_a_way_out(
+    name: str, fix: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(ROW)
+    with pytest.raises(DataError) as error:
+        find_files(name, tmp_path)
+    assert fix in str(error.value.fix)
 
 
 def test_markdown_is_read_as_text_if_it_is_named(tmp_path: Path) -> None:

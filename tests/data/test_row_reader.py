@@ -19,8 +19,9 @@ from stillhouse.classify.labeled_texts import first_row, read_texts
 from stillhouse.classify.predict_labels import file_texts, stream_texts
 from stillhouse.classify.task_texts import task_labels
 from stillhouse.data.data_config import FileSource, Source
-from stillhouse.data.data_files import find_files, text_size
+from stillhouse.data.data_files import text_size
 from stillhouse.data.documents import Document
+from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import read_lines, read_rows
 from stillhouse.data.sources import read_sources
 from stillhouse.errors import DataError

@@ -238,6 +238,18 @@ def test_when_no_row_is_left_the_file_of_dropped_rows_is_named(tmp_path: Path) -
     ):
         synthesize_text(write(tmp_path, stub.url))
     assert str(caught.value.where).endswith("dropped.jsonl")
+    assert "loosen synthesize.filters" in str(caught.value.fix)
+    assert "max_tokens" not in str(caught.value.fix)
+
+
+def test_when_all_answers_are_cut_off_the_limit_is_named(tmp_path: Path) -> None:
+    reply = Reply(text="<think>so", finish_reason="length")
+    with (
+        Stub(lambda n, p: reply) as stub,
+        pytest.raises(DataError, match="dropped them all") as caught,
+    ):
+        synthesize_text(write(tmp_path, stub.url))
+    assert str(caught.value.fix).startswith("raise synthesize.sampling.max_tokens: 12 answers")
 
 
 @pytest.mark.parametrize(

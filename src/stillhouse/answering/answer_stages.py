@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,10 +16,11 @@ from stillhouse.classify.task_texts import divide_texts, require_enough
 from stillhouse.errors import DataError, RunError
 from stillhouse.generation.answer_logprobs import mean_log_probability
 from stillhouse.generation.answer_requests import answer_all
-from stillhouse.generation.chat_frame import answer_text
+from stillhouse.generation.chat_frame import answer_text, has_reasoning
 from stillhouse.generation.journal import Journal
 from stillhouse.generation.request import Answer
 from stillhouse.pipeline.stage_plan import StagePlan, unanswered
+from stillhouse.progress import note
 from stillhouse.runfolder import Outcome, Stage, write_atomically
 from stillhouse.synthesis.filters import DROPPED, Filter, Filters, Row, Sieve, unfenced
 from stillhouse.synthesis.synthesize import chosen_filters
@@ -133,6 +134,7 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
     source = job.source()
     answers = answer_all(source, job.requests(source, rows), job.journal, "teacher.budget")
     got = answers.found
+    _note_reasoning(job, got)
     samples = job.recipe.teacher.samples
     train = [
         Row(
@@ -175,6 +177,17 @@ def _write_answers(job: AnsweringJob, found: AnswerTexts, out: Path) -> dict[str
     }
 
 
+def _note_reasoning(job: AnsweringJob, answers: Sequence[Answer | None]) -> None:
+    """Notes that the teacher reasons, and that its distributions without reasoning are learned."""
+    reasoned = sum(answer is not None and has_reasoning(answer) for answer in answers)
+    if reasoned and not job.recipe.learns_text_alone:
+        note(
+            f"the teacher reasons before {reasoned:,} of {len(answers):,} answers, and the student "
+            "learns its distributions over the answers alone, as if it had not. To learn the text "
+            "alone: objective: {terms: [{divergence: cross_entropy}]}"
+        )
+
+
 def _keep(
     job: AnsweringJob, filters: Filters, rows: list[Row], out: Path
 ) -> tuple[int, Mapping[str, int]]:
@@ -189,8 +202,11 @@ def _keep(
         raise DataError(
             f"no answer is left: {len(rows):,} came, and the filters dropped them all",
             where=job.journal,
-            fix=f"dropped by filter: {dict(sieve.dropped)}; read the answers in the journal, then "
-            "improve task.prompt or give examples",
+            fix=sieve.way_out(
+                "teacher.sampling.max_tokens",
+                f"dropped by filter: {dict(sieve.dropped)}; read the answers in the journal, then "
+                "improve task.prompt or give examples",
+            ),
         )
     return kept, sieve.dropped
 

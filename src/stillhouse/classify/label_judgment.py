@@ -191,14 +191,16 @@ def label_by_api(
     answers = answer_all(*_requests(recipe, prompt, texts), journal, "teacher.budget")
     counts: Counter[str] = Counter()
     shares_NC = torch.zeros(len(texts.all), len(prompt.labels))
+    cut_off = 0
     for number, answer in enumerate(answers.found):
         kind, shares = label_shares(answer, prompt, section.top_logprobs is not None)
         counts[kind] += 1
+        cut_off += kind == "outside" and answer is not None and answer.finish_reason == "length"
         for column, share in shares.items():
             shares_NC[number // section.samples, column] += share
     sizes = [len(texts.part(name)) for name in PARTS]
     for name, part_NC in zip(PARTS, shares_NC.split(sizes), strict=True):
-        _check_labeled(name, int(part_NC.any(-1).sum()), counts, journal)
+        _check_labeled(name, int(part_NC.any(-1).sum()), counts, cut_off, journal)
     shares_NC = shares_NC / shares_NC.sum(-1, keepdim=True)  # 0 / 0 is NaN: no answer
     train_NC, calibration_NC, test_NC = shares_NC.log().split(sizes)
     nothing_KC = torch.zeros(0, len(prompt.labels))
@@ -207,16 +209,24 @@ def label_by_api(
     return judged, facts
 
 
-def _check_labeled(part: str, known: int, counts: Counter[str], journal: Path) -> None:
-    """Raise DataError if too few texts of a part have a label from the teacher."""
+def _check_labeled(
+    part: str, known: int, counts: Counter[str], cut_off: int, journal: Path
+) -> None:
+    """Raise DataError if too few texts of a part have a label from the teacher. cut_off: answers
+    without a label that reached the token limit."""
     if known < FEWEST:
+        raise_limit = (
+            f"raise teacher.sampling.max_tokens: {cut_off:,} answers were cut off there (reasoning "
+            f"can take thousands of tokens); or "
+        )
         raise DataError(
             f"{known} texts of the {part} part have a label of the teacher's, and {FEWEST} are the "
             f"fewest; of all answers, {counts['label']:,} are labels, {counts['outside']:,} are "
             f"none of them, and {counts['none']:,} requests have no answer",
             where=journal,
-            fix="read the answers in the journal, then change task.prompt or task.answer; the same "
-            "command sends the missing requests again",
+            fix=f"{raise_limit if 2 * cut_off > counts['outside'] else ''}read the answers in the "
+            "journal, then change task.prompt or task.answer; the same command sends the missing "
+            "requests again",
         )
 
 

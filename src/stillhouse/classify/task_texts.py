@@ -24,7 +24,8 @@ from stillhouse.classify.labeled_texts import (
     labeled_text,
     read_files,
 )
-from stillhouse.data.data_files import find_files, known_format
+from stillhouse.data.data_files import known_format
+from stillhouse.data.file_search import find_files
 from stillhouse.data.row_reader import read_rows
 from stillhouse.data.words import collapsed, normalized
 from stillhouse.errors import DataError, RecipeError

@@ -11,8 +11,9 @@ from stillhouse.checksums import SUMS, damaged_files, read_sums, write_sums
 from stillhouse.data.batches import Batches
 from stillhouse.data.build_data import Texts, make_windows
 from stillhouse.data.data_config import FileSource, TextSource, WindowsRecipe
-from stillhouse.data.data_files import find_files, format_of
+from stillhouse.data.data_files import format_of
 from stillhouse.data.documents import AnyDocument
+from stillhouse.data.file_search import find_files
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.windows import open_windows
 from stillhouse.errors import DataError

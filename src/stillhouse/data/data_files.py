@@ -9,14 +9,13 @@ from __future__ import annotations
 import bz2
 import codecs
 import difflib
-import glob
 import io
 import lzma
 import os
 import re
 import shlex
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -31,7 +30,7 @@ from stillhouse.errors import DataError
 
 FileFormat = Literal["text", "jsonl", "json", "csv", "tsv", "parquet"]
 
-_FORMATS: dict[str, FileFormat] = {
+FORMATS: dict[str, FileFormat] = {
     ".txt": "text",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -42,7 +41,7 @@ _FORMATS: dict[str, FileFormat] = {
 }
 _ALSO_TEXT = (".text", ".md", ".markdown", ".rst")
 """Read as text if the file itself is named; in a folder, such files describe the data."""
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _COMPRESSED = 3
 """Rough size of a text relative to its compressed file."""
 _HEAD = 4096
@@ -99,7 +98,7 @@ def format_of(path: Path) -> FileFormat:
     found = known_format(path)
     if found is not None:
         return found
-    extension = _extension(path)
+    extension = extension_of(path)
     raise DataError(
         f"Files with the extension {extension} are not supported"
         if extension
@@ -111,8 +110,8 @@ def format_of(path: Path) -> FileFormat:
 
 def known_format(path: Path) -> FileFormat | None:
     """As `format_of`, but None for an unknown extension."""
-    extension = _extension(path)
-    return "text" if extension in _ALSO_TEXT else _FORMATS.get(extension)
+    extension = extension_of(path)
+    return "text" if extension in _ALSO_TEXT else FORMATS.get(extension)
 
 
 def text_size(path: Path) -> int:
@@ -121,79 +120,23 @@ def text_size(path: Path) -> int:
 
 
 def is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in _COMPRESSIONS
+    return path.suffix.lower() in COMPRESSIONS
 
 
-def _extension(path: Path) -> str:
+def extension_of(path: Path) -> str:
+    """In lower case, with the point; that of the compressed file's content."""
     suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in _COMPRESSIONS else suffix
-
-
-def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[Path]:
-    """The files of a path, folder or glob pattern, sorted; hidden ones only if they are named.
-
-    base: the folder that relative paths start from; brackets and stars in it mean themselves, as
-    they do in the names of files and folders that exist. format: of the files to take from a
-    folder; None: every known one. Raises DataError if there is no file.
-    """
-    try:
-        path = (base / Path(name).expanduser()).absolute()
-        exists, is_folder = path.exists(), path.is_dir()
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a user without a home
-        raise _unusable_name(name, error) from error
-    if is_folder:
-        return _files_in(path, name, format)
-    if exists:
-        return [regular(path)]
-    if not glob.has_magic(name):
-        raise missing(path)
-    start = _literal_start(path)
-    pattern = str(path.relative_to(start))
-    matches = sorted(start / match for match in glob.glob(pattern, root_dir=start, recursive=True))
-    files = [match for match in matches if match.is_file()]
-    if files:
-        return files
-    raise DataError("No file matches", where=path, fix="check the pattern and its folder")
-
-
-def _literal_start(path: Path) -> Path:
-    """The part of a pattern that exists as it is written."""
-    start = Path(path.anchor)
-    for part in path.parts[1:]:
-        if not (start / part).is_dir():
-            break
-        start = start / part
-    return start
-
-
-def _every_file(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
-    """Those with one of the endings, compression aside; without hidden ones, and without folders
-    that may not be read or vanish meanwhile."""
-    ends = tuple(end + packed for end in endings for packed in ("", *_COMPRESSIONS))
-    for inside, folders, names in os.walk(folder):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        for name in names:  # Paths are made of few: a folder may have a million files
-            if name.lower().endswith(ends) and not name.startswith("."):
-                yield Path(inside, name)
-
-
-def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
-    endings = [end for end, known in _FORMATS.items() if format in (None, known)]
-    files = sorted(
-        file
-        for file in _every_file(folder, endings)
-        if _extension(file) in endings and file.is_file()
-    )
-    if files:
-        return files
-    raise DataError(
-        f"The folder has no {'known' if format is None else endings[0]} file",
-        where=folder,
-        fix=f"name the files themselves: path: {name.rstrip('/')}/*.EXT",
-    )
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
 
 
 def missing(path: Path) -> DataError:
+    if path.is_symlink():
+        target = os.readlink(path)
+        return DataError(
+            f"The file is a link to {target}, which does not exist",
+            where=path,
+            fix="restore what it links to, or name another file",
+        )
     try:
         names = [file.name for file in path.parent.iterdir()]
     except OSError:
@@ -203,12 +146,6 @@ def missing(path: Path) -> DataError:
     return DataError(
         "The file does not exist", where=path, fix=f"did you mean {near[0]}?" if near else fix
     )
-
-
-def _unusable_name(name: str, error: Exception) -> DataError:
-    shown = name if len(name) <= 80 else f"{name[:80]}..."
-    reason = getattr(error, "strerror", None) or str(error)
-    return DataError(f"The path {shown!r} cannot be used: {reason}", fix="check the path")
 
 
 def regular(path: Path) -> Path:
@@ -261,7 +198,7 @@ def open_text(
 def open_bytes(path: Path) -> Any:
     """The file's bytes, decompressed."""
     regular(path)
-    match _COMPRESSIONS.get(path.suffix.lower()):
+    match COMPRESSIONS.get(path.suffix.lower()):
         case None:
             return path.open("rb")
         case "bz2":
@@ -341,7 +278,7 @@ def _shown(line: bytes, encoding: str) -> str:
 
 def _iconv(path: Path, encoding: str) -> str:
     """How to convert a file; the new file is next to it."""
-    compression = _COMPRESSIONS.get(path.suffix.lower())
+    compression = COMPRESSIONS.get(path.suffix.lower())
     plain = path.with_suffix("") if compression else path
     new = shlex.quote(str(plain.with_name(f"utf8-{plain.name}")))
     old = shlex.quote(str(path))

@@ -184,7 +184,8 @@ def _json_rows(path: Path, text_key: str | None) -> Rows:
         raise DataError(
             "The JSON file is neither a list nor an object with one list (or with `data`)",
             where=path,
-            fix="write one object per line, as .jsonl",
+            fix="write one object per line, as .jsonl; or, if this file is not data, name the "
+            "others in the path: *.jsonl",
         )
     suspicious = _is_suspicious(text)
     for number, item in enumerate(items):

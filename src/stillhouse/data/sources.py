@@ -11,8 +11,9 @@ from typing import Any
 
 from stillhouse.data.corpus import python_reference
 from stillhouse.data.data_config import CorpusSource, FileSource, HubSource, Source, TextSource
-from stillhouse.data.data_files import FileFormat, find_files, format_of, text_size
+from stillhouse.data.data_files import FileFormat, format_of, text_size
 from stillhouse.data.documents import AnyDocument, Document
+from stillhouse.data.file_search import find_files
 from stillhouse.data.row_formats import document_from_row
 from stillhouse.data.row_reader import not_empty, read_rows, text_lines
 from stillhouse.data.table_rows import Rows

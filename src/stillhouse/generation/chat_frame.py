@@ -82,6 +82,11 @@ def answer_text(answer: Answer, *, keep_reasoning: bool = False) -> str:
     return f"<think>\n{reasoning}\n</think>\n\n{rest}"
 
 
+def has_reasoning(answer: Answer) -> bool:
+    said = MARKS.split(answer.text, cut_off=answer.finish_reason == "length")
+    return bool(said.reasoning or (answer.reasoning or "").strip())
+
+
 def answer_prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     """The tokens before an answer without reasoning: if the template's generation prompt opens
     the reasoning, it is closed again. Raises what the template raises."""

@@ -279,6 +279,7 @@ class Filters:
 @dataclass
 class Sieve:
     """Applies filters in their order. dropped: the number of rows by filter, zeros included.
+    cut_off: how many of them reached the token limit.
 
     file: JSONL with every dropped row, the filter and the reason.
     """
@@ -286,10 +287,11 @@ class Sieve:
     filters: Filters
     file: Path
     dropped: Counter[str] = field(default_factory=Counter)
+    cut_off: int = 0
 
     def keep(self, rows: Iterable[Row]) -> Iterable[Row]:
         """The rows that no filter drops, in their order. Overwrites `file`."""
-        self.dropped = Counter(dict.fromkeys(self.filters.names, 0))
+        self.dropped, self.cut_off = Counter(dict.fromkeys(self.filters.names, 0)), 0
         with self.file.open("w", encoding="utf-8", errors="replace") as lines:
             for _, answers in itertools.groupby(rows, key=lambda row: row.where):
                 for row, objection in self._judged(list(answers)):
@@ -297,7 +299,17 @@ class Sieve:
                         yield row
                     else:
                         self.dropped[objection[0]] += 1
+                        self.cut_off += row.finish_reason == "length"
                         lines.write(_dropped_line(row, *objection))
+
+    def way_out(self, limit: str, otherwise: str) -> str:
+        """What to do if all rows are dropped. limit: the recipe's key of the token limit."""
+        if 2 * self.cut_off <= self.dropped.total():
+            return otherwise
+        return (
+            f"raise {limit}: {self.cut_off:,} answers were cut off there (reasoning can take "
+            f"thousands of tokens); {otherwise}"
+        )
 
     def _judged(self, answers: list[Row]) -> Iterator[tuple[Row, tuple[str, str] | None]]:
         """All answers to one prompt, each with the filter that drops it and the reason."""

@@ -169,7 +169,10 @@ def synthesize(job: SynthesisJob, folder: Path) -> Synthesis:
         raise DataError(
             f"no row is left: {rows.answered} answers, and the filters dropped them all",
             where=result.dropped_rows,
-            fix="read which rows were dropped and why, then loosen synthesize.filters",
+            fix=sieve.way_out(
+                "synthesize.sampling.max_tokens",
+                "read which rows were dropped and why, then loosen synthesize.filters",
+            ),
         )
     return result
 

@@ -1,0 +1,146 @@
+"""Finds the files that the path of a recipe names: a file, a folder, or a glob pattern."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from stillhouse.data.data_files import (
+    COMPRESSIONS,
+    FORMATS,
+    FileFormat,
+    extension_of,
+    missing,
+    regular,
+)
+from stillhouse.errors import DataError
+
+_URL = re.compile(r"[A-Za-z][\w+.-]+://")
+
+
+def find_files(name: str, base: Path, format: FileFormat | None = None) -> list[Path]:
+    """The files of a path, folder or glob pattern, sorted; hidden ones only if they are named.
+
+    base: the folder that relative paths start from; brackets and stars in it mean themselves, as
+    they do in the names of files and folders that exist. format: of the files to take from a
+    folder; None: every known one. Raises DataError if there is no file.
+    """
+    if _URL.match(name):
+        raise DataError(
+            "The path is a URL, and files are read from a disk",
+            where=name,
+            fix="download the file and give its path; for a dataset of the Hugging Face Hub, use "
+            "{kind: hub, dataset: ID}",
+        )
+    try:
+        path = (base / Path(name).expanduser()).absolute()
+        exists, is_folder = path.exists(), path.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a user without a home
+        raise _unusable_name(name, error) from error
+    if is_folder:
+        return _files_in(path, name, format)
+    if exists:
+        return [regular(path)]
+    if not glob.has_magic(name):
+        raise _unexpanded(name, path) or missing(path)
+    start = _literal_start(path)
+    matches = _matches(start, path.relative_to(start).parts)
+    files = [match for match in sorted({*matches}) if _is_file(match)]
+    if files:
+        return files
+    raise DataError("No file matches", where=path, fix="check the pattern and its folder")
+
+
+def _literal_start(path: Path) -> Path:
+    """The part of a pattern that exists as it is written."""
+    start = Path(path.anchor)
+    for part in path.parts[1:]:
+        if not (start / part).is_dir():
+            break
+        start = start / part
+    return start
+
+
+def _unexpanded(name: str, path: Path) -> DataError | None:
+    """The error for a path that a shell would have expanded."""
+    fix = ""
+    if "$" in name:
+        fix = "write the path without variables: they are not expanded"
+    elif re.search(r"\{[^}]*,[^}]*\}", name):
+        fix = "give each file as a source of its own, or use * and [..]: braces are not expanded"
+    return DataError("The file does not exist", where=path, fix=fix) if fix else None
+
+
+def _is_file(path: Path) -> bool:
+    """Raises DataError for a link to nothing: what it stood for would be left out."""
+    if path.is_symlink() and not path.exists():
+        raise missing(path)
+    return path.is_file()
+
+
+def _matches(start: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    """What matches the parts of a pattern, in and below a folder."""
+    if "**" not in parts:
+        yield from (start / match for match in glob.glob("/".join(parts), root_dir=start))
+        return
+    here = parts.index("**")
+    tops = _matches(start, parts[:here]) if here else [start]
+    for top in filter(Path.is_dir, tops):
+        for folder in _folders(top):
+            yield from _matches(folder, parts[here + 1 :] or ("*",))
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """The folder and all below it, without hidden ones. Links to folders are followed last, and no
+    folder is read twice: links may lead in a circle."""
+    seen: set[str] = set()
+    folders, links = [top], list[Path]()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop()
+        real = os.path.realpath(folder)
+        if real in seen:
+            continue
+        seen.add(real)
+        yield folder
+        try:
+            inside = [each for each in folder.iterdir() if each.name[0] != "." and each.is_dir()]
+        except OSError:  # may not be read, or is gone
+            continue
+        links += [each for each in inside if each.is_symlink()]
+        folders += [each for each in inside if not each.is_symlink()]
+
+
+def _every_file(folder: Path, endings: Sequence[str]) -> Iterator[Path]:
+    """Those with one of the endings, compression aside; without hidden ones, and without folders
+    that may not be read or vanish meanwhile."""
+    ends = tuple(end + packed for end in endings for packed in ("", *COMPRESSIONS))
+    for inside, folders, names in os.walk(folder):
+        folders[:] = [each for each in folders if not each.startswith(".")]
+        for name in names:  # Paths are made of few: a folder may have a million files
+            if name.lower().endswith(ends) and not name.startswith("."):
+                yield Path(inside, name)
+
+
+def _files_in(folder: Path, name: str, format: FileFormat | None) -> list[Path]:
+    endings = [end for end, known in FORMATS.items() if format in (None, known)]
+    files = sorted(
+        file
+        for file in _every_file(folder, endings)
+        if extension_of(file) in endings and _is_file(file)
+    )
+    if files:
+        return files
+    raise DataError(
+        f"The folder has no {'known' if format is None else endings[0]} file",
+        where=folder,
+        fix=f"name the files themselves: path: {name.rstrip('/')}/*.EXT",
+    )
+
+
+def _unusable_name(name: str, error: Exception) -> DataError:
+    shown = name if len(name) <= 80 else f"{name[:80]}..."
+    reason = getattr(error, "strerror", None) or str(error)
+    return DataError(f"The path {shown!r} cannot be used: {reason}", fix="check the path")
