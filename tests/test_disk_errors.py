@@ -203,3 +203,14 @@ def test_a_file_in_the_place_of_a_product_is_found_before_the_run(tmp_path: Path
     assert process.wait(timeout=120) == 1
     assert "model of this run" in process.errors()
     assert not os.listdir(tmp_path / "run" / "stages")
+
+
+def test_a_full_disk_of_the_lock_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stillhouse.runfolder.os.write", raise_full)
+    with pytest.raises(RunError, match="the disk is full") as caught:
+        RunFolder(tmp_path / "run").locked().__enter__()
+    assert caught.value.where == str(tmp_path / "run")
+
+
+def raise_full(*_: object) -> int:
+    raise full()

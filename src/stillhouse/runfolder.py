@@ -106,10 +106,9 @@ class RunFolder:
                     fix="wait for it or stop it; or give this run another folder: "
                     "--set folder=runs/OTHER",
                 ) from None
-            with disk_errors(self.root):
+            with disk_errors(self.root):  # not buffered: it would be written again on closing
                 lock.truncate(0)
-                lock.write(f"process {os.getpid()} on {platform.node()}")
-                lock.flush()
+                os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())
             self._lock = lock
             try:
                 with disk_errors(self.root), scratch_in(self.root):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,6 +46,15 @@ def test_parquet_has_every_row(tmp_path, encoding):
             if "tail" in row:
                 assert row["tail"] == pytest.approx(1 - sum(row["probabilities"]), abs=2e-3)
     assert not by_key
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="it stands for a full disk")
+def test_a_full_disk_of_the_parquet_file_is_one_message(tmp_path):
+    toys.record(tmp_path / "store", toys.settings(TopP(0.8, most=20)), toys.batch(windows=1))
+    (tmp_path / "signals.parquet").symlink_to("/dev/full")
+    with pytest.raises(StoreError, match="the disk is full") as caught:
+        export_parquet(tmp_path / "store", tmp_path / "signals.parquet")
+    assert "free some space" in str(caught.value.fix)
 
 
 class FakeHub:

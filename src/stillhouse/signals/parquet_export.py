@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stillhouse.disk_errors import disk_error
 from stillhouse.errors import StoreError
 from stillhouse.signals.decode import StoredSignal
 from stillhouse.signals.manifest import SHARDS
@@ -45,11 +46,15 @@ def export_parquet(path: Path, out: Path) -> int:
                 writer = pq.ParquetWriter(out, table.schema.with_metadata(metadata))
             writer.write_table(table.replace_schema_metadata(metadata))
             rows += segments.rows
-    except OSError as error:
-        raise StoreError(f"the Parquet file cannot be written ({error})", where=out) from error
-    finally:
         if writer is not None:
             writer.close()
+    except OSError as error:
+        problem = disk_error(error, out, fix="free some space and run the same command again")
+        raise StoreError(
+            "the Parquet file cannot be written: " + (problem.what if problem else str(error)),
+            where=out,
+            fix=None if problem is None else problem.fix,
+        ) from error
     return rows
 
 
