@@ -23,9 +23,10 @@ FAMILIES = {
         Family("kill", "bench.knock_trials.kill_trials", 120.0),
         Family("stop", "bench.knock_trials.stop_trials", 120.0),
         Family("pair", "bench.knock_trials.pair_trials", 120.0),
+        Family("disk", "bench.knock_trials.disk_trials", 120.0),
     )
 }
-COUNTS = {"damage": 3000, "server": 150, "kill": 300, "stop": 60, "pair": 30}
+COUNTS = {"damage": 3000, "server": 150, "kill": 300, "stop": 60, "pair": 30, "disk": 60}
 MEANING = {
     "right": "the fault is noticed and the result is that of an undisturbed run, or it is harmless",
     "refused": "one error with a place and a way out",

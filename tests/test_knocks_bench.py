@@ -7,6 +7,7 @@ import random
 import pytest
 from bench.input_trials.trial import BARS
 from bench.input_trials.workers import run_one
+from bench.knock_trials import disk_trials
 from bench.knock_trials.damage import damaged
 from bench.knocks import FAMILIES
 
@@ -28,3 +29,16 @@ def test_damage_always_changes_something() -> None:
     for seed in range(200):
         data = random.Random(seed).randbytes(seed)
         assert damaged(random.Random(seed), data)[1] != data
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("number", [0, 1, 4])
+def test_a_sample_of_full_disks_and_moved_folders(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Without the right to mount anything."""
+    parts = [("classify", part) for part in ("train", "export", "report")]
+    monkeypatch.setattr(disk_trials, "in_turn", lambda only: parts)
+    monkeypatch.setattr(disk_trials, "can_mount", lambda: False)
+    result = run_one(FAMILIES["disk"], SEED, number)
+    assert result.outcome == "right", result.detail

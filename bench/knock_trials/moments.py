@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,11 +50,15 @@ class Moment:
         return f"{signal.Signals(self.signal).name}{whom} at {self.part} {self.number}{later}"
 
 
-def watch(folders: tuple[str, ...], moment: Moment | None) -> Counter[str]:
-    """Counts from now on the writes to each part of these folders, and sends the moment's signal.
+def watch(
+    folders: tuple[str, ...], moment: Moment | None, act: Callable[[Moment], None] | None = None
+) -> Counter[str]:
+    """Counts from now on the writes to each part of these folders, and acts at the moment.
 
-    There is no way to stop: this is for processes that do one run.
+    act: sends the moment's signal, if nothing else is given. There is no way to stop: this is for
+    processes that do one run.
     """
+    act = act or _send
     counts: Counter[str] = Counter()
     last = ""
 
@@ -65,7 +70,7 @@ def watch(folders: tuple[str, ...], moment: Moment | None) -> Counter[str]:
         last = part
         counts[part] += 1
         if moment is not None and (part, counts[part]) == (moment.part, moment.number):
-            _send(moment)
+            act(moment)
 
     sys.addaudithook(hook)
     if moment is not None and moment.part == TIME:

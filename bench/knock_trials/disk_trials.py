@@ -1,0 +1,204 @@
+"""Tiny runs of every kind whose disk fills up or becomes read-only, or whose folder vanishes.
+
+Right: one message that names the place. When there is space again, or the folder is back, the same
+command makes the tensors of an undisturbed run, does no finished stage again and buys no answer
+again. Without the right to mount, a limit on the size of files stands for the full disk.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from tests.forks import Fork
+
+from bench.input_trials.trial import Trial
+from bench.knock_trials import made_runs, moments
+from bench.knock_trials.aftermath import Books, differences, leftovers, one_message
+from bench.knock_trials.moments import Moment
+from bench.knock_trials.tiny_runs import KINDS, PATIENCE, REQUESTS, Kind, served, undisturbed
+from stillhouse.generation.request_pool import SPACE
+
+What = Literal["full", "full TMPDIR", "read-only", "deleted", "moved"]
+WHATS: tuple[What, ...] = ("full", "full", "full TMPDIR", "full", "moved", "read-only", "deleted")
+WORDS = {
+    "full": ("disk is full", "almost full", "is larger than"),
+    "full TMPDIR": ("TMPDIR",),
+    "read-only": ("read-only",),
+    "deleted": ("deleted, moved or replaced",),
+    "moved": ("deleted, moved or replaced",),
+}
+SIZE = 48 << 20
+"""Bytes of a disk in memory."""
+LIMIT = 1 << 14
+"""Bytes of a file, where nothing can be mounted."""
+BOUGHT = ("journal", "synthesis", "answers")
+"""Parts of a run in which answers arrive, which then have the space that they are promised."""
+
+
+@dataclass(frozen=True)
+class Disaster:
+    """disk: what is mounted, None if nothing can be. root: the run folder."""
+
+    what: What
+    disk: Path | None
+    root: Path
+    room: int = 0
+
+    def strike(self, _moment: Moment) -> None:
+        """In the process that does the run."""
+        if self.what == "deleted":
+            shutil.rmtree(self.root)
+        elif self.what == "moved":
+            self.root.rename(self.root.with_name("elsewhere"))
+        elif self.disk is None:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
+        elif self.what == "read-only":
+            _mount("--bind", str(self.root), str(self.root))
+            _mount("-o", "remount,bind,ro", str(self.root))
+        else:
+            free = shutil.disk_usage(self.disk).free
+            filler = os.open(self.disk / "filler", os.O_WRONLY | os.O_CREAT)
+            os.posix_fallocate(filler, 0, max(free - self.room, 1))
+            os.close(filler)
+
+    def repair(self) -> None:
+        if self.what == "moved":
+            shutil.rmtree(self.root, ignore_errors=True)  # what a library made anew
+            self.root.with_name("elsewhere").rename(self.root)
+        elif self.disk is not None and self.what == "read-only":
+            subprocess.run(["umount", "--lazy", str(self.root)], check=True)
+        elif self.disk is not None:
+            (self.disk / "filler").unlink(missing_ok=True)
+
+
+def make(chance: random.Random, folder: Path, number: int) -> Trial:
+    """Every part of every kind of run in turn; the parts that several kinds have come first."""
+    what = WHATS[number % len(WHATS)]
+    if what in ("full TMPDIR", "read-only") and not can_mount():
+        what = "full"
+    pairs = in_turn("scratch" if what == "full TMPDIR" else None)
+    name, part = pairs[number % len(pairs)]
+    # In the first half, so that there is something left to write.
+    moment = Moment(part, chance.randint(1, (undisturbed(name).writes[part] + 1) // 2))
+    title = f"{name}: {what} at {moment.part} {moment.number}"
+    return Trial(title, lambda: _problem(KINDS[name], what, moment, folder), lambda found: found)
+
+
+@cache
+def in_turn(only: str | None) -> list[tuple[str, str]]:
+    """Kinds of runs and their parts: first one of each part, then the others."""
+    pairs = [
+        (name, part)
+        for name, kind in KINDS.items()
+        if not kind.fresh
+        for part in undisturbed(name).writes
+        if part != REQUESTS and only in (None, part)
+    ]
+    first = {part: (name, part) for name, part in reversed(pairs)}.values()
+    return [*first, *(pair for pair in pairs if pair not in first)]
+
+
+def _problem(kind: Kind, what: What, moment: Moment, folder: Path) -> str | None:
+    """What is wrong; None: nothing."""
+    with ExitStack() as stack:
+        disk = folder / "disk"
+        disk.mkdir()
+        mounted = can_mount() and what != "deleted" and what != "moved"
+        if mounted:
+            stack.enter_context(small_disk(disk))
+        place = folder if what == "full TMPDIR" else disk
+        root, temporary = place / "runs" / "run", disk / "tmp"
+        temporary.mkdir()
+        room = SPACE if moment.part in BOUGHT else 0
+        disaster = Disaster(what, disk if mounted else None, root, room)
+        environment = {"TMPDIR": str(temporary) if what == "full TMPDIR" else ""}
+        with served(kind, root) as (recipe, server, stub):
+            books = Books(server, stub, root.parent / "answers.sqlite")
+            books.next_process()
+            process = start(kind, recipe, root, environment, moment, disaster)
+            status = process.wait(PATIENCE)
+            if status != 0 and (wrong := _wrong_end(process, status, what)):
+                return wrong
+            finished = manifests(root.with_name("elsewhere") if what == "moved" else root)
+            disaster.repair()
+            books.next_process()
+            last = start(kind, recipe, root, environment)
+            if last.wait(PATIENCE) != 0:
+                return f"the last process: {last.errors()[-900:]}"
+        again = finished.items() - manifests(root).items()
+        problems = [f"done again: {path}" for path, _ in again]
+        problems += differences(kind.name, root) + books.problems()
+        problems += leftovers(kind.name, root, temporary)
+    return "; ".join(problems) or None
+
+
+def _wrong_end(process: Fork, status: int, what: What) -> str | None:
+    said = process.errors()
+    return one_message(said, WORDS[what]) if status == 1 else f"status {status}: {said[-900:]}"
+
+
+def manifests(root: Path) -> dict[str, int]:
+    """Finished stages, and the file that is written last."""
+    found = root.glob("stages/[!.]*/manifest.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in found}
+
+
+# --- processes and disks -------------------------------------------------------------------------
+
+
+def start(
+    kind: Kind,
+    recipe: Path,
+    root: Path,
+    environment: dict[str, str],
+    moment: Moment | None = None,
+    disaster: Disaster | None = None,
+) -> Fork:
+    folders = [str(root.parent), *filter(None, environment.values())]
+    given = (["run", "--yes", str(recipe)], folders, moment, disaster)
+    environment = {"STILLHOUSE_CACHE": str(recipe.parent / "cache"), **environment}
+    return Fork(_run, *given, environment=environment)
+
+
+def _run(
+    arguments: list[str], folders: list[str], moment: Moment | None, disaster: Disaster | None
+) -> None:
+    if disaster is not None:
+        moments.watch(tuple(folders), moment, disaster.strike)
+    moments.run_in_fork(arguments, folders, None, "")
+
+
+@cache
+def can_mount() -> bool:
+    folder = made_runs.place() / "mounted"
+    folder.mkdir()
+    try:
+        with small_disk(folder):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system in memory. Raises CalledProcessError if this process may not mount one."""
+    _mount("-t", "tmpfs", "-o", f"size={SIZE}", "knocks", str(folder))
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def _mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True, capture_output=True)
