@@ -83,6 +83,7 @@ def test_a_message_is_not_mistaken_for_another(tmp_path: Path) -> None:
     [
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "quota is used up", "free some space"),
         (Exception("Error: Disk quota exceeded (os error 122)"), "quota", "free some space"),
+        (shutil.Error([("a", "b", "[Errno 27] File too large")]), "larger than", "free some space"),
         (OSError(errno.EFBIG, "File too large"), "larger than the disk", "free some space"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), "full", "free some space"),
         (OSError(errno.EIO, "Input/output error"), "reports an error", "check the disk"),

@@ -40,8 +40,8 @@ _BROKEN = {
     errno.ENXIO: "the disk is no longer connected",
 }
 _REPAIR = "check the disk (`dmesg` shows its errors), and run the same command again"
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How libraries in Rust end their messages."""
+_OS_ERROR = re.compile(r"(?:\(os error |\[Errno )(\d+)[\])]")
+"""How libraries in Rust, and Python where it copies many files, report a system's error."""
 _NO_SPACE = re.compile(
     "No space left|disk is full|PytorchStreamWriter failed writing|unexpected pos \\d+ vs"
 )
