@@ -25,6 +25,7 @@ VERBS = (
     "cascade",
     "synthesize",
     "check",
+    "plan",
     "preview",
     "verify",
     "predict",

@@ -118,6 +118,43 @@ def check(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU, such as 80GB.")],
+    gpus: Annotated[int, typer.Option(help="GPUs of a node.", min=1, max=1024)] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes.", min=1, max=10_000)] = 1,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="TFLOP/s that a GPU reaches in training, for the time.", min=1e-3),
+    ] = None,
+    price_per_hour: Annotated[
+        float | None, typer.Option(help="Dollars an hour of a GPU, for the cost.", min=0)
+    ] = None,
+    json_: Annotated[
+        Path | None,
+        typer.Option("--json", help="Also write the figures to this file.", callback=output_file),
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Plan a run on GPUs that need not be here: memory, time, cost, disk and network.
+
+    Reads only the configurations of models. Exit status 1 when something does not fit.
+
+    Example: `stillhouse plan recipe.yaml --gpus 8 --gpu-memory 80GB --rate 400`
+    """
+    from stillhouse.plan import described_machine, plan_recipe, plan_table, save_plan
+    from stillhouse.terminal import Terminal
+
+    machine = described_machine(gpus, gpu_memory, nodes, rate, price_per_hour)
+    found = plan_recipe(recipe, machine, set_ or [])
+    Terminal().print(plan_table(found))
+    if json_ is not None:
+        save_plan(found, json_)
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+@app.command()
 def preview(
     recipe: RecipeArgument,
     rows: Annotated[int, typer.Option(help="Windows to show.", min=1, max=10_000)] = 3,

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from stillhouse.evaluation.family_evaluation import CutTeacher, FamilyEvaluation, Member
 from stillhouse.evaluation.results import Evaluation, Generation, ModelResult
 from stillhouse.export.licenses import Origin
 from stillhouse.family.from_scratch import train_from_scratch
-from stillhouse.family.members import first_member, member_recipe, planned_members
+from stillhouse.family.members import first_member, member_recipe, planned_members, planned_models
 from stillhouse.finding import Finding
 from stillhouse.hardware import assumed_watts
 from stillhouse.language_model.export_check import export_findings
@@ -23,6 +25,8 @@ from stillhouse.language_model.job import Job, configs, find_models, planned_siz
 from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
 from stillhouse.language_model.model_origins import origins_of
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.run_check import check_resources, require_resources
+from stillhouse.language_model.run_models import RunModels
 from stillhouse.language_model.vocabulary_stage import find_job
 from stillhouse.pipeline.engine import following, lead, run_steps
 from stillhouse.pipeline.kind import Kind, RunResult
@@ -216,13 +220,26 @@ def _result(evaluation: Evaluation, role: str) -> ModelResult:
     return found
 
 
+def _planned(job: Job) -> list[RunModels]:
+    """Of every member that is not made yet."""
+    assert job.family is not None
+    return planned_models(job.family, job)
+
+
+_OF_ALL_MEMBERS: dict[str, dict[str, Any]] = {
+    "export": {"require": _require_members},
+    "train": {
+        "require": partial(require_resources, find=_planned),
+        "check": partial(check_resources, find=_planned),
+    },
+}
+
 FAMILY = Kind(
     name="family",
     find=_find,
     find_to_check=_find_to_check,
     steps=tuple(
-        replace(step, require=_require_members) if step.name == "export" else step
-        for step in LANGUAGE_MODEL.steps
+        replace(step, **_OF_ALL_MEMBERS.get(step.name, {})) for step in LANGUAGE_MODEL.steps
     ),
     links=LANGUAGE_MODEL.links,
     load_evaluation=LANGUAGE_MODEL.load_evaluation,

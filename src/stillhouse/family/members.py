@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from stillhouse.errors import RecipeError
 from stillhouse.language_model.cascade_config import HopRecipe
 from stillhouse.language_model.job import Job, start_config
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.runfolder import run_root
 from stillhouse.students.planned_config import planned_config
 from stillhouse.students.student_config import PrunedSizes, PrunedStudent
@@ -98,3 +100,28 @@ def planned_members(recipe: Recipe, first: Job) -> list[tuple[str, Any]]:
             if section.target is None:
                 largest = planned
     return members
+
+
+def planned_models(recipe: Recipe, first: Job) -> list[RunModels]:
+    """Of every student that the recipe makes. first: the job of the first one."""
+    models = run_models(first)
+    if recipe.cascade is None:
+        return [models]
+    cascade, found = recipe.cascade, list[RunModels]()
+    start, teachers = models.start, models.teachers
+    for hop, (name, config) in zip(cascade.hops, planned_members(recipe, first), strict=True):
+        member = replace(
+            models,
+            recipe=member_recipe(recipe, hop),
+            student=config,
+            start=start,
+            teachers=teachers,
+            member=name,
+            first=not found,
+        )
+        found.append(member)
+        if cascade.start == "previous":
+            start = config
+        if cascade.teacher != "original":
+            teachers = (config,) if cascade.teacher == "previous" else (models.teacher, config)
+    return found

@@ -29,7 +29,7 @@ from stillhouse.students.student_config import PretrainedStudent, PrunedStudent,
 from stillhouse.synthesis.synthesized_text import SynthesizedText
 from stillhouse.teachers.load_model import load_config, load_tokenizer
 from stillhouse.teachers.model_requirements import require_decoder
-from stillhouse.teachers.model_source import ModelSource, resolve_model
+from stillhouse.teachers.model_source import ModelSource, resolve_config, resolve_model
 from stillhouse.teachers.planned_model import planned_model
 from stillhouse.teachers.shared_vocabulary import VocabularyMatch, check_same_vocabulary
 from stillhouse.training.objective import (
@@ -114,6 +114,33 @@ def find_models(
     if recipe.signals is not None:
         stored_temperature(objective, signals_encoding(job, objective))
     return job
+
+
+def find_configurations(recipe: Recipe, base: Path) -> Job:
+    """The job as far as configurations tell: neither weights nor tokenizers need be there.
+
+    The vocabulary is that of the smaller head. Raises ModelError, RecipeError and SignalError as
+    `find_models`.
+    """
+    section, student = recipe.teacher, recipe.student
+    code = section.trust_remote_code
+
+    def found(name: str, revision: str | None = None) -> ModelSource:
+        folder = resolve_config(name, revision=revision, base=base)
+        require_decoder(load_config(folder, trust_remote_code=code), folder)
+        return ModelSource(folder, "", name)
+
+    teacher = found(section.model, section.revision)
+    pretrained = pruned = None
+    if isinstance(student, PretrainedStudent):
+        pretrained = found(student.model, student.revision)
+    if isinstance(student, PrunedStudent) and student.model is not None:
+        pruned = found(student.model)
+    names = recipe.train.teachers or [ORIGINAL]
+    teachers = tuple(teacher if name == ORIGINAL else found(name) for name in names)
+    job = Job(recipe, base, teacher, pretrained, 1, pruned, teachers)
+    sizes = [int(config.get_text_config().vocab_size) for config in configs(job)]
+    return replace(job, vocabulary=min(sizes))
 
 
 def _teachers(

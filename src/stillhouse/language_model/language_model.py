@@ -23,9 +23,9 @@ from stillhouse.language_model.export_stage import (
 )
 from stillhouse.language_model.job import Job, find_models
 from stillhouse.language_model.model_check import require_models
-from stillhouse.language_model.package_check import require_disk
 from stillhouse.language_model.quantize_stage import plan_quantization, plan_quantized_training
 from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.run_check import check_resources, require_resources
 from stillhouse.language_model.search_stage import has_target, plan_search, with_sizes
 from stillhouse.language_model.signals_stage import STORE, plan_signals, records_signals
 from stillhouse.language_model.synthesis_check import (
@@ -40,7 +40,6 @@ from stillhouse.language_model.synthesis_stage import (
     with_text,
 )
 from stillhouse.language_model.train_stage import plan_baseline, plan_student, plan_training
-from stillhouse.language_model.training_estimate import check_training
 from stillhouse.language_model.vocabulary_stage import cut_job, find_job, plan_vocabulary
 from stillhouse.pipeline.engine import locked_folder, run_steps
 from stillhouse.pipeline.kind import ALL, Kind, Link, Step
@@ -84,8 +83,8 @@ STEPS = (
         "train",
         plan_training,
         ("data", "student", "signals"),
-        require=require_disk,
-        check=check_training,
+        require=require_resources,
+        check=check_resources,
     ),
     Step(
         "baseline",

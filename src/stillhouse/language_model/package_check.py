@@ -18,8 +18,8 @@ from stillhouse.errors import DataError, EndpointError
 from stillhouse.evaluation.lm_eval import require_tasks
 from stillhouse.finding import Finding, finding_of
 from stillhouse.language_model.job import Job, configs, planned_size, whole_job
+from stillhouse.language_model.run_models import row_bytes
 from stillhouse.language_model.signals_stage import records_signals
-from stillhouse.language_model.training_estimate import row_bytes
 from stillhouse.number_format import size
 from stillhouse.pipeline.engine import has_finished, run_folder
 from stillhouse.signals.signals_config import SignalsRecipe

@@ -11,7 +11,7 @@ import contextlib
 import json
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,39 +31,53 @@ class ActivationSizes:
     """Bytes beside the weights and their gradients.
 
     kept: what the forward pass keeps for the backward pass. forward, backward: alive at the peak of
-    each, copies of weights left out. with_gradients: alive at the peak of the backward pass
-    together with the gradients of the weights that are made by then. casts, backward_casts: copies
-    of weights in the compute type, in the forward pass and in the backward pass: they do not grow
-    with the batch.
+    each, copies of weights left out. casts, backward_casts: copies of weights in the compute type,
+    in the forward pass and in the backward pass: they do not grow with the batch. course: of the
+    backward pass, what is alive beside gradients, and the gradients that are made by then.
     """
 
     kept: int
     forward: int
     backward: int
-    with_gradients: int
     casts: int
     backward_casts: int
+    course: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def with_gradients(self) -> int:
+        """At the peak of a backward pass that begins without gradients."""
+        return max((alive + made for alive, made in self.course), default=0)
+
+    def times(self, windows: int) -> ActivationSizes:
+        """Of so many windows at once."""
+        return ActivationSizes(
+            kept=windows * self.kept,
+            forward=windows * self.forward,
+            backward=windows * self.backward,
+            casts=self.casts,
+            backward_casts=self.backward_casts,
+            course=tuple((windows * alive, made) for alive, made in self.course),
+        )
 
 
 def trace_activations(
     config: Any,
-    windows: int,
     context: int,
     *,
     compute: torch.dtype,
     weights: torch.dtype,
-    device: torch.device,
+    device: Literal["cpu", "cuda"],
     checkpointing: bool = False,
     inference: bool = False,
 ) -> ActivationSizes:
-    """Of a backbone, from the tokens to the last hidden states, on packed windows.
+    """Of a backbone, from the tokens to the last hidden states, for one window of packed documents.
 
     weights: their number type; where it is not `compute`, products run under autocast. inference:
     a forward pass that keeps nothing; its peak is `forward`.
     Raises ModelError for an architecture that cannot be traced.
     """
     text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    key = (text, windows, context, compute, weights, device.type, checkpointing, inference)
+    key = (text, context, compute, weights, device, checkpointing, inference)
     if key not in _TRACED:
         try:
             with quiet(), FakeTensorMode():
@@ -84,7 +98,6 @@ _TRACED: dict[tuple[Any, ...], ActivationSizes] = {}
 
 def _trace(
     config: Any,
-    windows: int,
     context: int,
     compute: torch.dtype,
     weights: torch.dtype,
@@ -97,8 +110,8 @@ def _trace(
     use_short_attention(model, context, torch.device(device))
     if checkpointing:
         model.gradient_checkpointing_enable()
-    ids_RL = torch.zeros(windows, context, dtype=torch.long)
-    positions_RL = torch.arange(context).repeat(windows, 1)
+    ids_RL = torch.zeros(1, context, dtype=torch.long)
+    positions_RL = torch.arange(context)[None]
     grad = torch.no_grad() if inference else contextlib.nullcontext()
     with grad, _Alive(model) as alive:
         with torch.autocast("cpu", compute, enabled=weights != compute):
@@ -112,9 +125,9 @@ def _trace(
         kept=kept,
         forward=forward,
         backward=alive.peak,
-        with_gradients=alive.peak_with_gradients,
         casts=casts,
         backward_casts=alive.cast_peak,
+        course=tuple((most, made) for made, most in alive.course.items()),
     )
 
 
@@ -122,7 +135,7 @@ class _Alive(TorchDispatchMode):
     """Adds up the storages that are alive, without those of the model itself.
 
     bytes, peak: of activations. cast_bytes, cast_peak: of copies of weights in another number type.
-    A weight's gradient counts until it is complete, and in `peak_with_gradients` from then on too.
+    course: the peak by the gradients that are complete; a weight's counts as one from then on.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -140,7 +153,7 @@ class _Alive(TorchDispatchMode):
     def restart(self) -> None:
         """The peaks start from what is alive now."""
         self.peak, self.cast_peak = self.bytes, self.cast_bytes
-        self.peak_with_gradients = self.bytes + self.cast_bytes
+        self.course: dict[int, int] = {}
 
     def _take_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -155,8 +168,7 @@ class _Alive(TorchDispatchMode):
                 self._add(tensor.untyped_storage(), cast)
         self.peak = max(self.peak, self.bytes)
         self.cast_peak = max(self.cast_peak, self.cast_bytes)
-        both = self.bytes + self.cast_bytes + self._gradients
-        self.peak_with_gradients = max(self.peak_with_gradients, both)
+        self.course[self._gradients] = max(self.course.get(self._gradients, 0), self.bytes)
         return result
 
     def _is_own(self, tensor: Tensor) -> bool:

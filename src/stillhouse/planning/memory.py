@@ -11,9 +11,10 @@ block while one is computed; embeddings and head stay gathered during a pass.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from stillhouse.number_format import size
 from stillhouse.planning.activation_trace import ActivationSizes
 from stillhouse.planning.loss_memory import LossSizes
 from stillhouse.planning.model_size import ModelSize
@@ -30,12 +31,24 @@ MOMENTS_8BIT = 2 + 2 * 4 / 256
 """The same in 8 bits, with a float32 scale for each block of 256 (torchao)."""
 GATHERED_BLOCKS = 2
 """A block that is computed, and the next one, which is gathered meanwhile."""
+HEAP_SHARE = 0.4
+"""On a CPU, what the C library's heap takes beside what a step allocates and frees: blocks of many
+sizes leave gaps (bench/plan)."""
+PASSING = ("gradients", "activations", "copies of weights", "loss")
+"""Parts that each step allocates and frees."""
 CONTEXT_BYTES = 1.5e9
 """CUDA's context, the workspaces of cuBLAS and the buffers of NCCL."""
 MARGIN = 0.1
 """How far a real peak may be from the sum: by the allocator, and by what libraries take."""
 
 Parts = dict[str, float]
+
+
+def described(parts: Mapping[str, float]) -> str:
+    """The largest first; those below 1% of all are left out."""
+    whole = sum(parts.values())
+    shown = sorted(parts.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {size(part)}" for name, part in shown if part >= whole / 100)
 
 
 @dataclass(frozen=True)
@@ -52,6 +65,12 @@ class Memory:
     @property
     def total(self) -> float:
         return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        return described(self.parts)
+
+    def plus(self, part: str, size: float) -> Memory:
+        return replace(self, parts={**self.parts, part: size})
 
     def fits(self, available: float) -> bool:
         """Whether it fits for sure: with the margin."""
@@ -87,7 +106,8 @@ class LiveTeacher:
 class Step:
     """An optimizer step of one process, as far as its memory depends on it.
 
-    teachers: none where signals are stored. compute: bytes of a number in products. accumulates:
+    teachers: none where signals are stored. compute: bytes of a number in products. gathered: of
+    a number of the student's weights, where they are sharded and gathered. accumulates:
     whether gradients of several micro-batches are added up. moments: bytes of the optimizer's state
     of a parameter. context: bytes that a process takes before there is a model. offload: the
     teachers' weights are in the machine's memory, and gathered on the device.
@@ -97,9 +117,11 @@ class Step:
     teachers: Sequence[LiveTeacher]
     loss: LossSizes
     compute: int
+    gathered: int
     accumulates: bool
     moments: float = MOMENTS
     context: float = CONTEXT_BYTES
+    heap: float = 0.0
     offload: bool = False
 
 
@@ -115,12 +137,15 @@ def training_phases(step: Step, shard: Shard, *, over: int, processes: int) -> l
     student = over if shard in ("student", "both") else 1
     teacher = over if shard in ("teacher", "both") else 1
     host = {}
-    if step.offload:
+    if step.offload and teacher > 1:
         host["teacher"] = step.compute * _parameters(step.teachers) / teacher
-    return [
-        Memory(name, {part: size for part, size in parts.items() if size}, host)
-        for name, parts in _phases(step, student, teacher, processes).items()
-    ]
+    phases = []
+    for name, parts in _phases(step, student, teacher, processes).items():
+        parts["heap"] = step.heap * sum(parts.get(part, 0) for part in PASSING)
+        phases.append(
+            Memory(name, {part: bytes_ for part, bytes_ in parts.items() if bytes_}, host)
+        )
+    return phases
 
 
 def fitting_shard(step: Step, available: float, *, over: int, processes: int) -> Shard | None:
@@ -138,24 +163,25 @@ def fitting_shard(step: Step, available: float, *, over: int, processes: int) ->
 
 def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str, Parts]:
     """What each phase of a step needs. student, teacher: processes that share each model."""
-    size, trained = step.student.size, step.student.trained
+    shape, trained = step.student.size, step.student.trained
     found = step.student.sharded if student > 1 else step.student.replicated
     gradients = WIDE * trained / student
-    gathered = step.compute * GATHERED_BLOCKS * size.layer if student > 1 else 0
-    ends = step.compute * size.ends if student > 1 else 0
+    gathered = step.gathered * GATHERED_BLOCKS * shape.layer if student > 1 else 0
+    ends = step.gathered * shape.ends if student > 1 else 0
+    offloaded = step.offload and teacher > 1
     base: Parts = {
-        "student weights": WIDE * size.parameters / student,
+        "student weights": WIDE * shape.parameters / student,
         "gradients": gradients if step.accumulates else 0,
         "moments": step.moments * trained / student,
         "DDP buckets": WIDE * trained if processes > 1 and student == 1 else 0,
-        "teacher": 0 if step.offload else step.compute * _parameters(step.teachers) / teacher,
+        "teacher": 0 if offloaded else step.compute * _parameters(step.teachers) / teacher,
         "context": step.context,
     }
-    apart = teacher > 1 or step.offload
+    apart = teacher > 1
     heads = step.compute * sum(each.size.ends for each in step.teachers) if apart else 0
     layers = max((each.size.layer for each in step.teachers), default=0) if apart else 0
     kept = sum(each.kept for each in step.teachers)
-    tied = step.loss.head_gradient if size.tied else 0
+    tied = step.loss.head_gradient if shape.tied else 0
     phases = {
         "teacher": {
             **base,
@@ -185,19 +211,19 @@ def _phases(step: Step, student: int, teacher: int, processes: int) -> dict[str,
             "copies of weights": found.backward_casts,
             "gradients": gradients,
             "loss": tied,
-            "reduce buffers": WIDE * GATHERED_BLOCKS * size.layer if student > 1 else 0,
+            "reduce buffers": WIDE * GATHERED_BLOCKS * shape.layer if student > 1 else 0,
         },
         "optimizer": {
             **base,
             "gradients": gradients,
             "gathered teacher": heads,
             "gathered student": 2 * ends,  # and their gradients, before they are reduced
-            "reduce buffers": WIDE * size.ends if student > 1 else 0,
+            "reduce buffers": WIDE * shape.ends if student > 1 else 0,
         },
     }
     if student == 1 and not step.accumulates:
         # Gradients are made while activations go, and never all of both are there.
-        backward = found.with_gradients - found.backward_casts + step.loss.head_gradient
+        backward = found.with_gradients + step.loss.head_gradient
         phases["backward"]["activations"] = max(0, backward - gradients)
     return phases
 

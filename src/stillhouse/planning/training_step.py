@@ -9,7 +9,14 @@ import torch
 
 from stillhouse.planning.activation_trace import trace_activations
 from stillhouse.planning.loss_memory import loss_sizes
-from stillhouse.planning.memory import CONTEXT_BYTES, MOMENTS, LiveTeacher, Step, TrainedModel
+from stillhouse.planning.memory import (
+    CONTEXT_BYTES,
+    HEAP_SHARE,
+    MOMENTS,
+    LiveTeacher,
+    Step,
+    TrainedModel,
+)
 from stillhouse.planning.model_size import config_size
 
 LIBRARIES_BYTES = 0.6e9
@@ -24,6 +31,7 @@ def training_step(
     context: int,
     accumulates: bool,
     compute: torch.dtype,
+    gathered: torch.dtype | None = None,
     device: Literal["cpu", "cuda"],
     checkpointing: bool = False,
     freeze_head: bool = False,
@@ -34,26 +42,25 @@ def training_step(
 ) -> Step:
     """A step of one process on `windows` windows of `context` tokens at a time.
 
-    student, teachers: configurations; of the teachers that answer live. kept_layers: of the
+    student, teachers: configurations; of the teachers that answer live. gathered: the number type
+    in which a sharded student's weights are gathered; None: that of products. kept_layers: of the
     teacher, that terms of the objective compare. Weights are neither read nor made.
     Raises ModelError as `planned_model` and `trace_activations`.
     """
-    shared: dict[str, Any] = {"compute": compute, "device": torch.device(device)}
+    shared: dict[str, Any] = {"compute": compute, "device": device}
     size = config_size(student)
     replicated, sharded = (
         trace_activations(
-            student, windows, context, weights=weights, checkpointing=checkpointing, **shared
-        )
-        for weights in (torch.float32, compute)
+            student, context, weights=weights, checkpointing=checkpointing, **shared
+        ).times(windows)
+        for weights in (torch.float32, gathered or compute)
     )
     live = []
     for config in teachers:
-        found = trace_activations(
-            config, windows, context, weights=compute, inference=True, **shared
-        )
+        found = trace_activations(config, context, weights=compute, inference=True, **shared)
         its = config_size(config)
         kept = kept_layers * windows * context * its.hidden * compute.itemsize
-        live.append(LiveTeacher(its, found.forward, kept))
+        live.append(LiveTeacher(its, windows * found.forward, kept))
     only_kl = set(divergences) <= {"forward_kl", "cross_entropy"}
     loss = loss_sizes(
         windows * context,
@@ -72,8 +79,10 @@ def training_step(
         teachers=tuple(live),
         loss=loss,
         compute=compute.itemsize,
+        gathered=(gathered or compute).itemsize,
         accumulates=accumulates,
         moments=moments,
         context=CONTEXT_BYTES if device == "cuda" else LIBRARIES_BYTES,
+        heap=0.0 if device == "cuda" else HEAP_SHARE,
         offload=offload,
     )

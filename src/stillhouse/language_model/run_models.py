@@ -1,0 +1,80 @@
+"""The configurations that a run is planned from: of its student, its teachers, and its start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stillhouse.language_model.job import (
+    Job,
+    configs,
+    planned_objective,
+    start_config,
+    whole_job,
+)
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals, SignalsRecipe
+from stillhouse.teachers.load_model import load_config
+from stillhouse.training.objective import stored_layers
+
+SEGMENT_BYTES = 2.0
+"""Keys, offsets and checksums of a store, a token, for documents of some hundred tokens or less."""
+
+
+@dataclass(frozen=True)
+class RunModels:
+    """One student's recipe, and configurations.
+
+    start: of what is pruned. teacher: the recipe's. teachers: what the student learns from.
+    divergences: of the objective's terms. kept_layers: of the teacher, that they compare.
+    row_bytes: of a token in a store of signals. member: its name in a family. first: whether it
+    makes the data and signals that the others use.
+    """
+
+    recipe: Recipe
+    student: Any
+    start: Any
+    teacher: Any
+    teachers: tuple[Any, ...]
+    divergences: tuple[str, ...]
+    kept_layers: int
+    row_bytes: float
+    member: str = ""
+    first: bool = True
+
+    def stage(self, name: str) -> str:
+        """What a stage of this student is called among those of a family."""
+        return f"{self.member} {name}" if self.member else name
+
+
+def run_models(job: Job) -> RunModels:
+    """Of a job whose models are found. Raises StillhouseError as `planned_objective`."""
+    job = whole_job(job)
+    student, teacher = configs(job)
+    objective = planned_objective(job)
+    code = job.trust_remote_code
+    return RunModels(
+        recipe=job.recipe,
+        student=student,
+        start=start_config(job),
+        teacher=teacher,
+        teachers=tuple(load_config(one.path, trust_remote_code=code) for one in job.teachers),
+        divergences=tuple(term.divergence for term in objective.divergences),
+        kept_layers=len(objective.needs.activations.layers),
+        row_bytes=row_bytes(job, job.recipe.signals or SignalsRecipe()),
+    )
+
+
+def row_bytes(job: Job, section: SignalsRecipe) -> float:
+    """Bytes of a stored token, about."""
+    match section.encoding:
+        case FrozenHeadSignals():
+            row = 4.0 + 2 * configs(job)[0].get_text_config().hidden_size
+        case HiddenSignals():
+            teacher = configs(job)[1].get_text_config()
+            layers: Sequence[int] = stored_layers(planned_objective(job), teacher)
+            row = 2.0 * teacher.hidden_size * len(layers)
+        case entries:
+            row = entries.row_bytes
+    return row + SEGMENT_BYTES

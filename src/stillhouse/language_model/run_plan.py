@@ -1,0 +1,240 @@
+"""What every stage of a language-model run takes, from configurations and a number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from stillhouse.errors import RecipeError
+from stillhouse.evaluation.fidelity import ROWS_PER_CHUNK, TOKENS_PER_FORWARD
+from stillhouse.language_model.run_models import RunModels
+from stillhouse.language_model.training_memory import (
+    cheapest_change,
+    planned_shard,
+    planned_step,
+    sharing,
+)
+from stillhouse.planning.activation_trace import trace_activations
+from stillhouse.planning.machine import Machine
+from stillhouse.planning.memory import CONTEXT_BYTES, WIDE, Memory, training_memory
+from stillhouse.planning.model_size import config_size
+from stillhouse.planning.network import step_traffic
+from stillhouse.planning.stage_estimate import StageEstimate
+from stillhouse.planning.training_step import LIBRARIES_BYTES
+from stillhouse.pruning.offload import LARGE_BYTES
+from stillhouse.students.pruned_student import STREAMS
+from stillhouse.students.student_config import PrunedStudent
+from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.train import plan_batches
+
+WINDOW_BYTES = 12
+"""A token in the windows: its id, its label and its position."""
+CHECKPOINT_BYTES = 12
+"""A parameter in a checkpoint: its weight and two moments."""
+
+
+def plan_stages(models: RunModels, machine: Machine, tokens: int) -> list[StageEstimate]:
+    """In the order of the run, those that take memory or time.
+
+    tokens: of the training text. Raises RecipeError: more processes than windows, or a batch that
+    they cannot share.
+    """
+    return list(_stages(models, machine, tokens))
+
+
+def _stages(models: RunModels, machine: Machine, tokens: int) -> Iterator[StageEstimate]:
+    recipe = models.recipe
+    context = recipe.data.context
+    windows = _windows(tokens, context, machine)
+    if models.first:
+        yield StageEstimate("data", Memory("", {}), disk=tokens * WINDOW_BYTES)
+    yield _student(models, machine)
+    signals = recipe.signals
+    if models.first and signals is not None and not (signals.store or signals.server):
+        yield _signals(models, machine, tokens)
+    yield _training("train", models, machine, windows)
+    if recipe.evaluate.fine_tuning_baseline:
+        alone = replace(models, teachers=(), divergences=("cross_entropy",), kept_layers=0)
+        yield _training("baseline", alone, machine, windows)
+    if recipe.quantize is not None:
+        yield _quantization(models, machine)
+        if recipe.quantize.qat is not None:
+            few = min(tokens, recipe.quantize.qat.tokens)
+            yield _training("qat", models, machine, max(1, few // context))
+    yield _evaluation(models, machine)
+    yield _export(models, machine)
+
+
+def _windows(tokens: int, context: int, machine: Machine) -> int:
+    windows = max(1, -(-tokens // context))
+    if windows < machine.processes:
+        raise RecipeError(
+            f"{machine.processes} processes cannot share {windows:,} windows of {context:,} tokens",
+            where="data",
+            fix=f"use at most {windows:,} processes, more text, or a smaller data.context",
+        )
+    return windows
+
+
+# --- training --------------------------------------------------------------------------------
+
+
+def _training(name: str, models: RunModels, machine: Machine, windows: int) -> StageEstimate:
+    recipe = models.recipe
+    settings = recipe.train
+    batching = plan_batches(settings, windows, machine.processes)
+    step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
+    shard, over = planned_shard(step, settings, machine), sharing(settings, machine)
+    memory = training_memory(step, shard, over=over, processes=machine.processes)
+    if name == "qat":
+        memory = memory.plus("latent weights", WIDE * step.student.size.parameters)
+    tokens = batching.steps * settings.batch_size * recipe.data.context
+    size = step.student.size
+    passes = 8 if settings.gradient_checkpointing else 6
+    flops = passes * size.active + sum(2 * each.size.active for each in step.teachers)
+    traffic = step_traffic(
+        step, shard, over=over, machine=machine, micro_batches=batching.accumulation
+    )
+    checkpoints = CHECKPOINT_BYTES * size.parameters * (settings.keep_checkpoints + 1)
+    text = f"{batching.steps:,} steps of {settings.batch_size} x {recipe.data.context:,} tokens"
+    text += f", {batching.micro} windows at a time"
+    if machine.processes > 1:
+        text += f"; sharded: {shard}"
+    estimate = StageEstimate(
+        name=models.stage(name),
+        memory=memory,
+        processes=machine.processes,
+        tokens=tokens,
+        flops=float(flops * tokens),
+        disk=WIDE * size.parameters,
+        scratch=checkpoints,
+        network=traffic.all * batching.steps,
+        between_nodes=traffic.between_nodes * batching.steps,
+        note=text,
+    )
+    if memory.fits(machine.memory):
+        return estimate
+    return replace(estimate, fix=cheapest_change(models, machine, windows))
+
+
+# --- the other stages ------------------------------------------------------------------------
+
+
+def _student(models: RunModels, machine: Machine) -> StageEstimate:
+    section, size = models.recipe.student, config_size(models.student)
+    disk = float(WIDE * size.parameters)
+    parts = {"student weights": float(WIDE * size.parameters), "libraries": LIBRARIES_BYTES}
+    if not isinstance(section, PrunedStudent):
+        return StageEstimate(models.stage("student"), Memory("", {}, host=parts), disk=disk)
+    start = config_size(models.start)
+    weights = float(WIDE * start.parameters)
+    rows = WIDE * STREAMS * section.calibration_tokens * start.hidden
+    parts = {"weights": weights, "calibration": float(rows), "libraries": LIBRARIES_BYTES}
+    name = models.stage("student")
+    if machine.device == "cuda" and weights + rows + CONTEXT_BYTES <= machine.memory:
+        on_gpu = {"weights": weights, "calibration": float(rows), "context": CONTEXT_BYTES}
+        return StageEstimate(name, Memory("pruning", on_gpu, host=parts), disk=disk)
+    scratch = 0.0
+    if weights >= LARGE_BYTES:
+        parts["weights"] = float(WIDE * (2 * start.layer + start.ends))
+        scratch = weights
+    memory = Memory("pruning", {}, host=parts)
+    if machine.device == "cpu":
+        memory = Memory("pruning", parts)
+    return StageEstimate(name, memory, disk=disk, scratch=scratch, note="on the CPU")
+
+
+def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
+    recipe = models.recipe
+    compute = machine.compute(recipe.train.precision)
+    size = config_size(models.teacher)
+    windows = max(1, Teacher.tokens_together // recipe.data.context)
+    rows = windows * recipe.data.context
+    parts = _alone(models.teacher, windows, models, machine)
+    parts["logits"] = float(3 * WIDE * rows * size.vocabulary)
+    if recipe.train.evaluate_every is not None:
+        tokens += recipe.data.heldout_tokens
+    memory = Memory("scoring", parts)
+    estimate = StageEstimate(
+        "signals",
+        memory,
+        tokens=tokens,
+        flops=2.0 * size.active * tokens,
+        disk=models.row_bytes * tokens,
+        note=f"{compute} teacher, {rows:,} tokens at a time".replace("torch.", ""),
+    )
+    if memory.fits(machine.memory):
+        return estimate
+    return replace(
+        estimate,
+        fix="remove `signals`, so that a sharded teacher answers live; or let "
+        "a server score (signals.server)",
+    )
+
+
+def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
+    """The teacher alone, then each student alone; for speed, all at once."""
+    recipe = models.recipe
+    compute = machine.compute(recipe.train.precision).itemsize
+    context, heldout = recipe.data.context, recipe.data.heldout_tokens
+    teacher, student = config_size(models.teacher), config_size(models.student)
+    windows = max(1, TOKENS_PER_FORWARD // context)
+    students = 3 if recipe.evaluate.fine_tuning_baseline else 2
+    heads = float(WIDE * (teacher.head + student.head))
+    logits = float(4 * WIDE * ROWS_PER_CHUNK * teacher.vocabulary)
+    alone = _alone(models.teacher, windows, models, machine)
+    alone |= {"heads and logits": heads + logits}
+    phases = [Memory("fidelity", alone)]
+    if recipe.evaluate.speed:
+        weights = compute * (teacher.parameters + students * student.parameters)
+        together = {"weights": float(weights), "context": alone["context"]}
+        phases.append(Memory("speed", together))
+    memory = max(phases, key=lambda each: each.total)
+    flops = 2.0 * heldout * (teacher.active + students * student.active)
+    estimate = StageEstimate(
+        models.stage("evaluate"), memory, tokens=heldout * (1 + students), flops=flops
+    )
+    if memory.fits(machine.memory):
+        return estimate
+    fix = "use a GPU that holds the teacher for `stillhouse evaluate`"
+    if phases[0].fits(machine.memory):
+        fix = "set evaluate.speed: false"
+    return replace(estimate, fix=fix)
+
+
+def _quantization(models: RunModels, machine: Machine) -> StageEstimate:
+    size = config_size(models.student)
+    parts = {
+        "weights": 2.0 * WIDE * size.parameters,  # as trained, and on the grid
+        "context": CONTEXT_BYTES if machine.device == "cuda" else LIBRARIES_BYTES,
+    }
+    disk = WIDE * size.parameters
+    return StageEstimate(models.stage("quantize"), Memory("", parts), disk=disk)
+
+
+def _export(models: RunModels, machine: Machine) -> StageEstimate:
+    size = config_size(models.student)
+    parts = {"weights": 2.0 * WIDE * size.parameters, "libraries": LIBRARIES_BYTES}
+    memory = Memory("", parts) if machine.device == "cpu" else Memory("", {}, host=parts)
+    width = 2 if models.recipe.export.dtype == "bfloat16" else WIDE
+    disk = width * size.parameters * len(models.recipe.export.formats)
+    return StageEstimate(models.stage("export"), memory, disk=disk)
+
+
+def _alone(config: Any, windows: int, models: RunModels, machine: Machine) -> dict[str, float]:
+    """A model that only answers."""
+    compute = machine.compute(models.recipe.train.precision)
+    found = trace_activations(
+        config,
+        models.recipe.data.context,
+        compute=compute,
+        weights=compute,
+        device=machine.device,
+        inference=True,
+    )
+    return {
+        "weights": float(compute.itemsize * config_size(config).parameters),
+        "activations": float(windows * found.forward),
+        "context": CONTEXT_BYTES if machine.device == "cuda" else LIBRARIES_BYTES,
+    }

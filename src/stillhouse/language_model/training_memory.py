@@ -1,0 +1,139 @@
+"""The memory of a recipe's training on a machine, and the cheapest change that makes it fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from stillhouse.errors import RecipeError
+from stillhouse.language_model.run_models import RunModels
+from stillhouse.planning.machine import Machine
+from stillhouse.planning.memory import Memory, Shard, Step, fitting_shard, training_memory
+from stillhouse.planning.training_step import training_step
+from stillhouse.signals.signals_config import SignalsRecipe
+from stillhouse.training.train import plan_batches
+from stillhouse.training.train_config import TrainRecipe
+
+MOST_PROCESSES = 1024
+
+
+def planned_step(models: RunModels, machine: Machine, micro: int, *, accumulates: bool) -> Step:
+    """A step of the recipe's training. micro: windows of a micro-batch."""
+    recipe = models.recipe
+    settings = recipe.train
+    live = recipe.signals is None
+    return training_step(
+        models.student,
+        models.teachers if live else (),
+        windows=micro,
+        context=recipe.data.context,
+        accumulates=accumulates,
+        compute=machine.compute(settings.precision),
+        gathered=torch.float32,  # products are under autocast, sharded or not
+        device=machine.device,
+        checkpointing=settings.gradient_checkpointing,
+        freeze_head=settings.freeze_head,
+        offload=settings.offload_teacher,
+        divergences=models.divergences,
+        kept_layers=models.kept_layers,
+    )
+
+
+def sharing(settings: TrainRecipe, machine: Machine) -> int:
+    """Processes that share what is sharded."""
+    return machine.per_node if settings.shard_within == "node" else machine.processes
+
+
+def planned_shard(step: Step, settings: TrainRecipe, machine: Machine) -> Shard:
+    """What the recipe shards; where it leaves that open, the fastest that fits."""
+    over = sharing(settings, machine)
+    if over == 1:
+        return "none"
+    if settings.shard != "auto":
+        return settings.shard
+    processes = machine.processes
+    found = fitting_shard(step, machine.memory, over=over, processes=processes)
+    return found or ("both" if step.teachers else "student")
+
+
+def planned_memory(models: RunModels, machine: Machine, windows: int) -> Memory:
+    """What each process needs to train on so many windows.
+
+    Raises RecipeError as `plan_batches`; ModelError as `training_step`.
+    """
+    settings = models.recipe.train
+    batching = plan_batches(settings, windows, machine.processes)
+    step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
+    shard = planned_shard(step, settings, machine)
+    over = sharing(settings, machine)
+    return training_memory(step, shard, over=over, processes=machine.processes)
+
+
+def cheapest_change(models: RunModels, machine: Machine, windows: int) -> str:
+    """What to change in the recipe so that its training fits; the fastest that does."""
+    for changes in _changes(models, machine):
+        changed = _changed(models, changes)
+        try:
+            memory = planned_memory(changed, machine, windows)
+        except RecipeError:  # a batch that cannot be divided so
+            continue
+        if memory.fits(machine.memory):
+            return f"set {_written(changes)}"
+    return _more_processes(models, machine, windows)
+
+
+def _changes(models: RunModels, machine: Machine) -> Iterator[dict[str, Any]]:
+    """Changes from the one that costs the least time on; at last, all together."""
+    settings = models.recipe.train
+    micro = plan_batches(settings, 1, machine.processes).micro
+    smaller = [{"train.micro_batch_size": micro >> n} for n in range(1, micro.bit_length())]
+    others: list[dict[str, Any]] = []
+    if machine.processes > 1 and settings.shard != "auto":
+        others.append({"train.shard": "auto"})
+    if not settings.gradient_checkpointing:
+        others.append({"train.gradient_checkpointing": True})
+    live = models.recipe.signals is None and models.teachers
+    if live and machine.processes > 1 and not settings.offload_teacher:
+        others.append({"train.offload_teacher": True})
+    if live and not settings.teachers:
+        others.append({"signals": {}})
+    yield from smaller
+    yield from others
+    together = dict(smaller[-1]) if smaller else {}
+    for change in others:
+        together |= change
+        yield dict(together)
+
+
+def _changed(models: RunModels, changes: Mapping[str, Any]) -> RunModels:
+    recipe = models.recipe
+    train = {key.removeprefix("train."): new for key, new in changes.items() if "." in key}
+    update: dict[str, Any] = {"train": recipe.train.model_copy(update=train)}
+    if "signals" in changes:
+        update["signals"] = SignalsRecipe()
+    return replace(models, recipe=recipe.model_copy(update=update))
+
+
+def _more_processes(models: RunModels, machine: Machine, windows: int) -> str:
+    """How many GPUs of this size would do, with all changes."""
+    *_, together = [{}, *_changes(models, machine)]
+    changed = _changed(models, together)
+    larger = machine
+    while machine.device == "cuda" and larger.processes < MOST_PROCESSES:
+        larger = replace(larger, nodes=2 * larger.nodes)
+        try:
+            memory = planned_memory(changed, larger, windows)
+        except RecipeError:
+            break
+        if memory.fits(machine.memory):
+            also = f", with {_written(together)}" if together else ""
+            return f"use {larger.processes} GPUs{also}"
+    return "use a smaller student or teacher, or a smaller data.context"
+
+
+def _written(changes: Mapping[str, Any]) -> str:
+    return " and ".join(f"{key}: {json.dumps(new)}" for key, new in changes.items())

@@ -1,0 +1,250 @@
+"""What a run would take on machines that need not be there, from configurations alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from stillhouse.config.load_recipe import load_language_model_recipe
+from stillhouse.data.sources import size_estimate
+from stillhouse.errors import DataError, RecipeError
+from stillhouse.family.members import first_member, planned_models
+from stillhouse.language_model.job import find_configurations
+from stillhouse.language_model.package_check import CHARACTERS_PER_TOKEN
+from stillhouse.language_model.recipe import Recipe
+from stillhouse.language_model.run_models import RunModels
+from stillhouse.language_model.run_plan import plan_stages
+from stillhouse.number_format import DASH, count, seconds, size
+from stillhouse.planning.machine import Machine
+from stillhouse.planning.memory import described
+from stillhouse.planning.model_size import config_size
+from stillhouse.planning.stage_estimate import StageEstimate
+from stillhouse.pruning.pruning_config import read_amount
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run takes. tokens: of the training text. models: described, a line each."""
+
+    machine: Machine
+    tokens: int
+    models: tuple[str, ...]
+    stages: tuple[StageEstimate, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(stage.memory.fits(self.machine.memory) for stage in self.stages)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of all stages whose work is known; None where the rate of a GPU is not."""
+        known = [stage.seconds(self.machine) for stage in self.stages]
+        found = [each for each in known if each is not None]
+        return sum(found) if found else None
+
+    @property
+    def dollars(self) -> float | None:
+        price, time = self.machine.price, self.seconds
+        if price is None or time is None:
+            return None
+        return time / 3600 * price * self.machine.processes
+
+    @property
+    def disk(self) -> float:
+        """At the most, if nothing is deleted."""
+        left = 0.0
+        most = 0.0
+        for stage in self.stages:
+            left += stage.disk
+            most = max(most, left + stage.scratch)
+        return most
+
+    @property
+    def host(self) -> float:
+        """Memory of a node beside its GPUs', at the most."""
+        each = max(sum(stage.memory.host.values()) for stage in self.stages)
+        return each
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: bytes, seconds, dollars."""
+        machine = self.machine
+        stages = [
+            {
+                **asdict(stage),
+                "memory_bytes": stage.memory.total,
+                "fits": stage.memory.fits(machine.memory),
+                "seconds": stage.seconds(machine),
+                "dollars": stage.dollars(machine),
+            }
+            for stage in self.stages
+        ]
+        return {
+            "machine": asdict(machine),
+            "tokens": self.tokens,
+            "fits": self.fits,
+            "seconds": self.seconds,
+            "dollars": self.dollars,
+            "disk_bytes": self.disk,
+            "host_bytes": self.host,
+            "stages": stages,
+        }
+
+
+def plan_recipe(path: str | Path, machine: Machine, overrides: Sequence[str] = ()) -> RunPlan:
+    """Plan a recipe of a language model or a family of them.
+
+    Of its models, only config.json is read, which is fetched for a Hub id. Raises StillhouseError:
+    a recipe of a task, a model without a configuration or of an unknown architecture, training text
+    of unknown length, more processes than windows.
+    """
+    recipe, base = load_language_model_recipe(path, overrides), Path(path).parent
+    tokens = _training_tokens(recipe, base)
+    planned = planned_models(recipe, find_configurations(first_member(recipe), base))
+    stages = [stage for models in planned for stage in plan_stages(models, machine, tokens)]
+    return RunPlan(machine, tokens, _described(planned), tuple(stages))
+
+
+def _training_tokens(recipe: Recipe, base: Path) -> int:
+    """Raises RecipeError where neither the recipe nor the size of its text tells."""
+    section = recipe.data
+    characters = 0
+    try:
+        characters = size_estimate(section.sources, base)
+    except DataError:
+        if section.train_tokens is None:
+            raise
+    tokens = round(characters / CHARACTERS_PER_TOKEN)
+    tokens -= 0 if section.heldout_sources else section.heldout_tokens
+    if section.train_tokens is not None and (tokens <= 0 or section.train_tokens < tokens):
+        return section.train_tokens
+    if tokens <= 0:
+        raise RecipeError(
+            "how many tokens are trained on is not known: the text is not there, or very short",
+            where="data.train_tokens",
+            fix="set data.train_tokens, in the recipe or with --set data.train_tokens=1000000000",
+        )
+    return tokens
+
+
+def described_machine(
+    gpus: int, memory: str, nodes: int, rate: float | None, price: float | None
+) -> Machine:
+    """From what a user writes: memory such as 80GB, TFLOP/s and dollars an hour of a GPU.
+
+    Raises RecipeError: an amount of memory without a unit.
+    """
+    try:
+        amount = read_amount("memory", memory)
+        known = not amount.relative and not memory.strip().replace(".", "").isdigit()
+    except ValueError:
+        known = False
+    if not known:
+        raise RecipeError(
+            f"{memory!r} is not an amount of memory",
+            where="--gpu-memory",
+            fix="write a number and a unit, such as 80GB or 24GiB",
+        )
+    flops = None if rate is None else rate * 1e12
+    return Machine("cuda", amount.value, gpus, nodes, flops, price)
+
+
+# --- what is shown ---------------------------------------------------------------------------
+
+
+def plan_table(plan: RunPlan) -> RenderableType:
+    """Models, a line for each stage, the sums, and what to change where something does not fit."""
+    lines = [Text(line) for line in plan.models]
+    machine = plan.machine
+    lines.append(Text(f"{machine.processes} GPUs of {size(machine.memory)}{_in_nodes(machine)}"))
+    table = Table(box=None, padding=(0, 1))
+    for title in ("stage", "memory/GPU", "fits", "tokens/s", "time", "cost", "disk"):
+        table.add_column(title, justify="left" if title == "stage" else "right")
+    for stage in plan.stages:
+        table.add_row(*_row(stage, machine))
+    notes = [
+        Text.assemble((f"{stage.name}: ", "bold"), about)
+        for stage in plan.stages
+        if (about := _about(stage))
+    ]
+    fixes = [
+        Text(f"{stage.name} does not fit: {stage.fix}", "bold red")
+        for stage in plan.stages
+        if stage.fix
+    ]
+    return Group(*lines, Text(), table, Text(), *notes, *_sums(plan), *fixes)
+
+
+def _row(stage: StageEstimate, machine: Machine) -> list[str | Text]:
+    memory, took = stage.memory, stage.seconds(machine)
+    speed = f"{stage.tokens / took:,.0f}" if took and stage.tokens else DASH
+    if not memory.parts:
+        fits = Text(DASH)
+    elif memory.fits(machine.memory):
+        fits = Text("yes", "green")
+    else:
+        fits = (
+            Text("no", "bold red") if memory.cannot_fit(machine.memory) else Text("just", "yellow")
+        )
+    return [
+        stage.name,
+        size(memory.total) if memory.parts else DASH,
+        fits,
+        speed,
+        DASH if took is None else seconds(took),
+        DASH if (cost := stage.dollars(machine)) is None else f"${cost:,.2f}",
+        size(stage.disk + stage.scratch) if stage.disk or stage.scratch else DASH,
+    ]
+
+
+def _about(stage: StageEstimate) -> str:
+    """What takes the memory, and what else there is to know."""
+    memory = stage.memory
+    lines = [str(memory)] if memory.parts else []
+    if memory.host:
+        lines.append(f"on the host: {described(memory.host)}")
+    if stage.note:
+        lines.append(stage.note)
+    return "; ".join(lines)
+
+
+def _sums(plan: RunPlan) -> list[Text]:
+    machine = plan.machine
+    network = sum(stage.network for stage in plan.stages)
+    crossing = sum(stage.between_nodes for stage in plan.stages)
+    lines = [f"disk: {size(plan.disk)} at the most; memory of a node's host: {size(plan.host)}"]
+    if network:
+        text = f"network: each process sends {size(network)}"
+        lines.append(text + (f", {size(crossing)} of it to other nodes" if crossing else ""))
+    if plan.seconds is None:
+        lines.append("time: set --rate, the TFLOP/s that a GPU reaches in training")
+    else:
+        price = "" if plan.dollars is None else f", ${plan.dollars:,.0f}"
+        lines.append(
+            f"time: {seconds(plan.seconds)} of computing on {machine.processes} GPUs{price}; "
+            "pruning, quantization and waiting for the network are not in it"
+        )
+    return [Text(line) for line in lines]
+
+
+def _in_nodes(machine: Machine) -> str:
+    return f" in {machine.nodes} nodes" if machine.nodes > 1 else ""
+
+
+def _described(planned: Sequence[RunModels]) -> tuple[str, ...]:
+    teacher = planned[0].teacher
+    lines = [f"teacher: {count(config_size(teacher).parameters)} parameters ({teacher.model_type})"]
+    for models in planned:
+        name = f"student {models.member}".strip()
+        lines.append(f"{name}: {count(config_size(models.student).parameters)} parameters")
+    return tuple(lines)
+
+
+def save_plan(plan: RunPlan, path: Path) -> None:
+    path.write_text(json.dumps(plan.as_dict(), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,48 @@
+"""What each process sends to the others in an optimizer step.
+
+Rings are counted: to gather or to reduce and scatter S bytes over n processes, each sends
+S·(n − 1)/n; to reduce them everywhere, twice that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stillhouse.planning.machine import Machine
+from stillhouse.planning.memory import WIDE, Shard, Step
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes. between_nodes: the part that goes to another node, of the process that sends most."""
+
+    all: float
+    between_nodes: float
+
+
+def step_traffic(
+    step: Step, shard: Shard, *, over: int, machine: Machine, micro_batches: int
+) -> Traffic:
+    """Of an optimizer step. over: processes that share what is sharded. micro_batches: of each
+    process; sharded weights are gathered for each one's forward and backward pass, and gradients
+    are reduced after each; copies of a model are reduced once."""
+    processes, size = machine.processes, step.student.size.parameters
+    trained = WIDE * step.student.trained
+    shared = copied = 0.0
+    if shard in ("student", "both"):
+        shared += micro_batches * _ring(2 * step.gathered * size + trained, over)
+        copied += 2 * _ring(trained / over, processes // over)
+    else:
+        copied += 2 * _ring(trained, processes)
+    if shard in ("teacher", "both"):
+        teachers = sum(teacher.size.parameters for teacher in step.teachers)
+        shared += micro_batches * _ring(step.compute * teachers, over)
+    crossing = 0.0
+    if machine.nodes > 1:
+        # A ring over all nodes crosses to the next node with everything that it sends.
+        crossing = copied + (shared if over > machine.per_node else 0.0)
+    return Traffic(shared + copied, crossing)
+
+
+def _ring(size: float, processes: int) -> float:
+    return size * (processes - 1) / processes

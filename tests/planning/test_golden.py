@@ -1,0 +1,130 @@
+"""The memory of ten pairs of well-known models is what it was when it was last looked at.
+
+`python -m tests.planning.test_golden` writes golden.json again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stillhouse.planning.memory import SHARDS, training_memory
+from stillhouse.planning.model_size import config_size
+from stillhouse.planning.training_step import training_step
+from tests.planning.shapes import (
+    GEMMA3_4B,
+    GEMMA3_27B,
+    LLAMA_1B,
+    LLAMA_3B,
+    LLAMA_8B,
+    LLAMA_70B,
+    QWEN2_7B,
+    QWEN2_32B,
+    QWEN3_0_6B,
+    QWEN3_1_7B,
+    QWEN3_4B,
+    QWEN3_8B,
+    QWEN3_30B_A3B,
+    SMOLLM2_1_7B,
+    SMOLLM2_1B,
+)
+
+GOLDEN = Path(__file__).parent / "golden.json"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """teacher: None where signals are stored. context: one window of so many tokens a
+    micro-batch. processes: in nodes of 8."""
+
+    teacher: Any
+    student: Any
+    context: int = 4096
+    processes: int = 8
+    checkpointing: bool = True
+    accumulates: bool = True
+    offload: bool = False
+
+
+PAIRS = {
+    "Llama 70B to 8B": Pair(LLAMA_70B, LLAMA_8B, context=8192),
+    "Llama 70B to 8B on two nodes, in one micro-batch": Pair(
+        LLAMA_70B, LLAMA_8B, processes=16, accumulates=False
+    ),
+    "Llama 70B, offloaded, to 3B": Pair(LLAMA_70B, LLAMA_3B, offload=True),
+    "Llama 8B to 1B, without checkpointing": Pair(LLAMA_8B, LLAMA_1B, checkpointing=False),
+    "Qwen2.5 32B to 7B": Pair(QWEN2_32B, QWEN2_7B),
+    "Qwen3 8B to 4B": Pair(QWEN3_8B, QWEN3_4B, context=8192),
+    "Qwen3 4B from stored signals": Pair(None, QWEN3_4B),
+    "Qwen3 30B-A3B to 1.7B": Pair(QWEN3_30B_A3B, QWEN3_1_7B),
+    "SmolLM2 1.7B to 1B on one GPU": Pair(SMOLLM2_1_7B, SMOLLM2_1B, context=2048, processes=1),
+    "Gemma 3 27B to 4B": Pair(GEMMA3_27B, GEMMA3_4B),
+}
+
+
+def planned(pair: Pair) -> dict[str, Any]:
+    """For every way to share the models, the phase that needs the most and its parts, in MB."""
+    step = training_step(
+        pair.student,
+        [] if pair.teacher is None else [pair.teacher],
+        windows=1,
+        context=pair.context,
+        accumulates=pair.accumulates,
+        compute=torch.bfloat16,
+        gathered=torch.float32,
+        device="cuda",
+        checkpointing=pair.checkpointing,
+        offload=pair.offload,
+    )
+    found = {}
+    for shard in SHARDS if pair.processes > 1 else SHARDS[:1]:
+        memory = training_memory(step, shard, over=pair.processes, processes=pair.processes)
+        parts = {name: round(size / 1e6) for name, size in memory.parts.items()}
+        total = round(memory.total / 1e6)
+        found[shard] = {"total": total, "phase": memory.phase, "parts": parts}
+    return found
+
+
+@pytest.mark.run
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_plan_is_that_of_the_golden_file(name: str) -> None:
+    golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    # Activations follow transformers' code, which may change; all else is arithmetic.
+    for shard, found in planned(PAIRS[name]).items():
+        expected = golden[name][shard]
+        assert found["total"] == pytest.approx(expected["total"], rel=0.02)
+        for part in expected["parts"].keys() - {"activations", "copies of weights"}:
+            assert found["parts"][part] == pytest.approx(expected["parts"][part], abs=1), part
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (LLAMA_3B, 3_212_749_824),
+        (LLAMA_1B, 1_235_814_400),
+        (QWEN2_32B, 32_763_876_352),
+        (QWEN2_7B, 7_615_616_512),
+        (QWEN3_8B, 8_190_735_360),
+        (QWEN3_4B, 4_022_468_096),
+        (QWEN3_30B_A3B, 30_532_122_624),
+        (QWEN3_0_6B, 596_049_920),
+        (SMOLLM2_1_7B, 1_711_376_384),
+    ],
+)
+def test_parameters_are_those_of_the_model_cards(config: Any, parameters: int) -> None:
+    assert config_size(config).parameters == parameters
+
+
+def test_of_a_mixture_of_experts_the_chosen_ones_are_active() -> None:
+    found = config_size(QWEN3_30B_A3B)
+    assert found.active / 1e9 == pytest.approx(3.3 - 0.31, abs=0.1)  # without the embeddings
+
+
+if __name__ == "__main__":
+    text = json.dumps({name: planned(pair) for name, pair in PAIRS.items()}, indent=1)
+    GOLDEN.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,228 @@
+"""`stillhouse plan`: what a run takes on machines that are not here, from configurations alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from stillhouse import cli
+from stillhouse.errors import ModelError, RecipeError
+from stillhouse.plan import RunPlan, described_machine, plan_recipe
+from stillhouse.planning.machine import Machine
+from tests import tiny
+
+GPUS = ("--gpus", "8", "--gpu-memory", "80GB")
+
+
+def config_folder(folder: Path, **sizes: Any) -> str:
+    """A folder with nothing but a config.json."""
+    tiny.llama(**sizes).config.save_pretrained(folder)
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    return str(folder)
+
+
+def recipe(folder: Path, **sections: Any) -> dict[str, Any]:
+    raw: dict[str, Any] = {
+        "name": "planned",
+        "folder": str(folder / "run"),
+        "teacher": {"model": config_folder(folder / "teacher", num_hidden_layers=4)},
+        "student": {"start": "pruned", "ffn_size": 32},
+        "data": {
+            "sources": [{"kind": "hub", "dataset": "org/text"}],
+            "context": 64,
+            "train_tokens": 1_000_000,
+        },
+        "train": {"batch_size": 16},
+    }
+    for name, section in sections.items():
+        raw[name] = {**raw.get(name, {}), **section} if isinstance(section, dict) else section
+    return raw
+
+
+def written(folder: Path, **sections: Any) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(folder, **sections)))
+    return path
+
+
+def planned(folder: Path, machine: Machine | None = None, **sections: Any) -> RunPlan:
+    machine = machine or Machine("cuda", 80e9, per_node=8, rate=4e14, price=2.5)
+    return plan_recipe(written(folder, **sections), machine)
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, ["plan", *arguments])
+
+
+def test_the_command_shows_every_stage_and_writes_the_figures(tmp_path: Path) -> None:
+    path, out = written(tmp_path), tmp_path / "plan.json"
+    prices = ("--rate", "400", "--price-per-hour", "2.5", "--json", str(out))
+    result = call(str(path), *GPUS, *prices)
+    assert result.exit_code == 0, result.output
+    shown = result.output.replace("\u00a0", " ")
+    for text in ("8 GPUs of 80.0 GB", "train", "evaluate", "context 1.50 GB", "network: each"):
+        assert text in shown
+    figures = json.loads(out.read_text())
+    assert [stage["name"] for stage in figures["stages"]] == [
+        "data",
+        "student",
+        "train",
+        "evaluate",
+        "export",
+    ]
+    train = figures["stages"][2]
+    assert train["memory_bytes"] == sum(train["memory"]["parts"].values())
+    assert figures["fits"]
+
+
+def test_time_and_cost_follow_from_the_rate_and_the_price(tmp_path: Path) -> None:
+    plan = planned(tmp_path)
+    train = next(stage for stage in plan.stages if stage.name == "train")
+    assert train.tokens == 977 * 16 * 64  # 15,625 windows, the last step not full
+    assert train.seconds(plan.machine) == pytest.approx((train.flops or 0) / (8 * 4e14))
+    hours = (train.seconds(plan.machine) or 0) / 3600
+    assert train.dollars(plan.machine) == pytest.approx(hours * 8 * 2.5)
+
+
+def test_without_a_rate_there_is_no_time(tmp_path: Path) -> None:
+    result = call(str(written(tmp_path)), *GPUS)
+    assert "time: set --rate" in result.output
+
+
+def test_stored_signals_leave_the_teacher_out_of_training(tmp_path: Path) -> None:
+    live = planned(tmp_path)
+    stored = planned(tmp_path, signals={"encoding": {"kind": "top_k", "k": 8}})
+    parts = {
+        name: next(stage.memory.parts for stage in plan.stages if stage.name == "train")
+        for name, plan in (("live", live), ("stored", stored))
+    }
+    assert "teacher" in parts["live"]
+    assert "teacher" not in parts["stored"]
+    assert "signals" in [stage.name for stage in stored.stages]
+    assert stored.disk > live.disk
+
+
+def test_every_member_of_a_family_is_planned(tmp_path: Path) -> None:
+    hops = [{"name": "wide", "ffn_size": 48}, {"name": "narrow", "layers": 2}]
+    cascade = {"hops": hops, "teacher": "both"}
+    plan = planned(tmp_path, student={"start": "pruned"} | {"ffn_size": None}, cascade=cascade)
+    names = [stage.name for stage in plan.stages]
+    assert names.count("data") == 1
+    assert [name for name in names if name.endswith("train")] == ["wide train", "narrow train"]
+    wide, narrow = (stage for stage in plan.stages if stage.name.endswith("train"))
+    assert narrow.memory.parts["teacher"] > wide.memory.parts["teacher"]  # two teachers
+    assert narrow.memory.parts["moments"] < wide.memory.parts["moments"]
+
+
+def test_sharding_over_a_node_keeps_its_traffic_there(tmp_path: Path) -> None:
+    machine = Machine("cuda", 80e9, per_node=4, nodes=2)
+    crossing = {}
+    for within in ("all", "node"):
+        train = {"shard": "both", "shard_within": within, "batch_size": 16}
+        plan = planned(tmp_path, machine, train=train)
+        crossing[within] = sum(stage.between_nodes for stage in plan.stages)
+    assert 0 < crossing["node"] < crossing["all"] / 4
+
+
+# --- what does not fit -----------------------------------------------------------------------
+
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 16}
+
+
+def train_fix(folder: Path, memory: float, processes: int = 1, **train: Any) -> str | None:
+    """The advice for the training of 210M parameters with 32 x 1,024 tokens in a micro-batch."""
+    machine = Machine("cuda", memory, per_node=processes)
+    plan = planned(
+        folder,
+        machine,
+        teacher={"model": config_folder(folder / "large", **LARGE)},
+        student={"ffn_size": 3072},
+        data={"context": 1024},
+        train={"batch_size": 32, **train},
+    )
+    return next(stage.fix for stage in plan.stages if stage.name == "train")
+
+
+@pytest.mark.run
+def test_the_cheapest_change_is_named_and_works(tmp_path: Path) -> None:
+    assert train_fix(tmp_path, 80e9) is None
+    assert train_fix(tmp_path, 20e9) == "set train.micro_batch_size: 8"
+    assert train_fix(tmp_path, 20e9, micro_batch_size=8) is None
+    with_one = train_fix(tmp_path, 7e9, micro_batch_size=1)
+    assert with_one == "set train.gradient_checkpointing: true"
+    assert train_fix(tmp_path, 7e9, micro_batch_size=1, gradient_checkpointing=True) is None
+
+
+@pytest.mark.run
+def test_more_gpus_are_named_where_no_change_is_enough(tmp_path: Path) -> None:
+    advice = train_fix(tmp_path, 4.5e9, micro_batch_size=1)
+    assert advice is not None
+    assert "GPUs" in advice
+
+
+def test_the_command_fails_if_something_does_not_fit(tmp_path: Path) -> None:
+    result = call(str(written(tmp_path)), "--gpu-memory", "1GB")
+    assert result.exit_code == 1
+    assert "train does not fit" in result.output
+
+
+# --- what cannot be planned ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", ["80", "lots", "60%", "-1GB", "0GB"])
+def test_memory_needs_a_unit(memory: str) -> None:
+    with pytest.raises(RecipeError, match="not an amount of memory") as found:
+        described_machine(8, memory, 1, None, None)
+    assert "80GB" in str(found.value)
+
+
+def test_more_processes_than_windows(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="8 processes cannot share 5 windows"):
+        planned(tmp_path, data={"train_tokens": 300}, train={"batch_size": 8})
+
+
+def test_text_of_unknown_length(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="how many tokens") as found:
+        planned(tmp_path, data={"train_tokens": None})
+    assert "train_tokens" in str(found.value)
+
+
+def test_a_folder_without_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        planned(tmp_path, teacher={"model": str(tmp_path / "empty")})
+
+
+def test_an_unknown_architecture(tmp_path: Path) -> None:
+    folder = tmp_path / "unknown"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    with pytest.raises(ModelError, match="cannot read this model's config"):
+        planned(tmp_path, teacher={"model": str(folder)})
+
+
+def test_a_task(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("task: {kind: classify, labels: [a, b]}\n")
+    with pytest.raises(RecipeError):
+        plan_recipe(path, Machine("cuda", 80e9))
+
+
+def test_the_commands_of_the_documentation_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = Path(__file__).parents[1] / "docs" / "scale.md"
+    commands = re.findall(r"^stillhouse plan (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    assert commands
+    written(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for line in commands:
+        result = call(*shlex.split(line))
+        assert result.exit_code == 0, result.output
