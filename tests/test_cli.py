@@ -19,6 +19,7 @@ from stillhouse.check import check_recipe
 from stillhouse.errors import StillhouseError
 from stillhouse.finding import Finding
 from tests import tiny
+from tests.classify import toys
 
 VERBS = (
     "run",
@@ -64,6 +65,14 @@ def test_verbs_of_signals_have_one_too(verb: str) -> None:
 def test_the_verbs_are_those() -> None:
     found = {command.callback.__name__ for command in cli.app.registered_commands}
     assert found == set(VERBS)
+
+
+def test_synthesize_rejects_the_recipe_of_a_task(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(toys.recipe(tmp_path)))
+    error = call("synthesize", str(recipe)).exception
+    assert isinstance(error, StillhouseError)
+    assert "has a task" in str(error)
 
 
 def test_check_announces_what_a_format_cannot_hold(tmp_path: Path) -> None:

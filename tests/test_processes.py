@@ -13,6 +13,7 @@ import yaml
 
 from stillhouse.errors import StillhouseError, TrainingError
 from stillhouse.processes import lost_process
+from stillhouse.runfolder import RunFolder
 from tests import tiny
 
 GLOO = (
@@ -36,27 +37,21 @@ def test_other_errors_stay_what_they_are(processes: int, said: str) -> None:
 
 
 @pytest.mark.run
+def test_a_killed_torchrun_ends_all_processes_and_the_run_can_continue(tmp_path: Path) -> None:
+    process, ranks = start_training(tmp_path)
+    process.kill()
+    gone, _ = psutil.wait_procs(ranks.values(), timeout=10)
+    process.communicate()
+    assert len(gone) == 2
+    with RunFolder(tmp_path / "run").locked():
+        assert list((tmp_path / "run" / "stages").glob(".train-*.partial"))
+
+
+@pytest.mark.run
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_rank_ends_the_other_with_one_message(tmp_path: Path, killed: int) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    train = {"micro_batch_size": 2, "epochs": 300}
-    recipe.write_text(yaml.safe_dump(tiny.recipe(tmp_path, train=train)))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.Popen(
-        [sys.executable, *launch, "-m", "stillhouse", "run", str(recipe)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process, ranks = start_training(tmp_path)
     try:
-        while not list((tmp_path / "run" / "stages").glob(".train-*.partial/checkpoints/*")):
-            assert process.poll() is None
-            time.sleep(0.05)
-        ranks = {
-            int(child.environ()["LOCAL_RANK"]): child
-            for child in psutil.Process(process.pid).children()
-            if "LOCAL_RANK" in child.environ()
-        }
         ranks[killed].kill()
         ranks[1 - killed].wait(timeout=10)
         _, said = process.communicate(timeout=60)
@@ -66,6 +61,29 @@ def test_a_killed_rank_ends_the_other_with_one_message(tmp_path: Path, killed: i
     assert "site-packages/typer" not in own
     assert "this is a bug" not in said
     assert said.count("another of the 2 processes has ended") + said.count("stopped. What is") == 1
+
+
+def start_training(folder: Path) -> tuple[subprocess.Popen[str], dict[int, psutil.Process]]:
+    """A torchrun in the middle of training, and its processes by rank."""
+    recipe = folder / "recipe.yaml"
+    train = {"micro_batch_size": 2, "epochs": 300}
+    recipe.write_text(yaml.safe_dump(tiny.recipe(folder, train=train)))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.Popen(
+        [sys.executable, *launch, "-m", "stillhouse", "run", str(recipe)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list((folder / "run" / "stages").glob(".train-*.partial/checkpoints/*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    ranks = {
+        int(child.environ()["LOCAL_RANK"]): child
+        for child in psutil.Process(process.pid).children()
+        if "LOCAL_RANK" in child.environ()
+    }
+    return process, ranks
 
 
 @pytest.mark.run

@@ -49,7 +49,7 @@ def moment(chance: random.Random, kind: Kind) -> Moment:
         moment = Moment(TIME, 0, chance.uniform(0.0, 0.95) * known.seconds)
     else:
         part = chance.choice(list(known.writes))
-        if kind.fresh and kind.processes == 1 and chance.random() < 0.5:
+        if OWN_PROCESS in known.writes and kind.processes == 1 and chance.random() < 0.5:
             part = OWN_PROCESS
         delay = chance.uniform(0.002, 0.03) if chance.random() < LATER else 0.0
         moment = Moment(part, chance.randint(1, known.writes[part]), delay)

@@ -112,7 +112,7 @@ def _send(moment: Moment) -> None:
     me, parent = os.getpid(), os.getppid()
     whom = {
         "it": str(me),
-        "its children": f"$(pgrep -P {me} -f replay)",
+        "its children": f"$(pgrep -P {me} -f replay[.]py)",
         "its group": f"-{os.getpgid(0)}",
         "its parent": str(parent),
         "its sibling": f"$(pgrep -P {parent} | grep -v {me})",

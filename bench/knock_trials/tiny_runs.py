@@ -97,7 +97,7 @@ def _synthesis(inputs: Path, root: Path, url: str) -> dict[str, Any]:
     prompts = inputs / "prompts.txt"
     if not prompts.exists():
         prompts.write_text("".join(f"question {n}\n" for n in range(PROMPTS)))
-    out = root.parent / "synthetic.jsonl"
+    out = root.with_suffix(".jsonl")
     price = {"input": 10.0, "output": 30.0}
     api = {"base_url": url, "model": "teacher", "concurrency": AT_ONCE, "price": price}
     raw["synthesize"] = {
@@ -256,8 +256,8 @@ def made_by(root: Path) -> dict[str, list[str]]:
             flat = tensor.contiguous().flatten().view(torch.uint8).numpy()
             whole = f"{file.parent.name} {name} {tensor.dtype} {list(tensor.shape)}"
             found.setdefault(whole, []).append(_hash(flat.tobytes()))
-    for file in [*root.rglob("stages/export*/**/*.gguf"), *root.parent.glob("*.jsonl")]:
-        found.setdefault(file.name, []).append(_hash(file.read_bytes()))
+    for file in [*root.rglob("stages/export*/**/*.gguf"), *root.parent.glob(f"{root.name}.jsonl")]:
+        found.setdefault(file.suffix, []).append(_hash(file.read_bytes()))
     assert found, f"no model in {root}"
     return {name: sorted(hashes) for name, hashes in found.items()}
 

@@ -26,6 +26,7 @@ from stillhouse.kinds import KINDS, kind_of
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job, shared_vocabulary
 from stillhouse.language_model.language_model import DATA_STEPS, LANGUAGE_MODEL
+from stillhouse.language_model.recipe import Recipe
 from stillhouse.language_model.signals_stage import STORE
 from stillhouse.language_model.synthesis_check import require_text_teacher, synthesis_spending
 from stillhouse.language_model.synthesis_stage import complete_text, require_text
@@ -110,6 +111,8 @@ def agree_to_spend(
     returns the answer; None if there is no terminal: RecipeError is raised instead.
     """
     recipe, base = read_recipe(recipe, overrides, base)
+    if synthesize and not isinstance(recipe, Recipe):
+        return True  # `synthesize_text` rejects the recipe of a task
     kind = kind_of(recipe)
     job = kind.find_to_check(recipe, base)
     if synthesize:

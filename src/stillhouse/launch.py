@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
 
 
 def world_size() -> int:
@@ -28,3 +33,12 @@ def local_index() -> int:
 def leads() -> bool:
     """Whether this is the first process of a torchrun, or the only one."""
     return process_index() == 0
+
+
+def end_with_torchrun() -> None:
+    """Have the system end this process if torchrun is killed (Linux).
+
+    It would wait for torchrun's store for half an hour or more, and keep the run folder locked.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -10,7 +10,7 @@ from typing import Any
 
 from stillhouse.errors import RecipeError
 from stillhouse.hardware import tune_allocator
-from stillhouse.launch import leads, process_index, world_size
+from stillhouse.launch import end_with_torchrun, leads, process_index, world_size
 from stillhouse.pipeline.kind import ALL, Kind, RunResult, Step
 from stillhouse.pipeline.report_stage import REPORT
 from stillhouse.pipeline.requirements import require_all
@@ -33,6 +33,7 @@ def run_kind(kind: Kind, recipe: Any, base: Path) -> RunResult | None:
     Raises StillhouseError; finished stages are kept.
     """
     tune_allocator()
+    end_with_torchrun()
     if world_size() > 1 and not kind.many_processes:
         raise RecipeError(
             "a task's student is trained by one process",
