@@ -1,4 +1,4 @@
-"""Tests damaged files and faulty servers.
+"""Tests damaged files, faulty servers, and runs that are killed, stopped or started twice.
 
     make bench NAME=knocks
     python -m bench.knocks --seed 1 --family damage --count 100

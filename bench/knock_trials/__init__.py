@@ -1,1 +1,1 @@
-"""Trials for bench/knocks.py: damaged files and faulty servers."""
+"""Trials for bench/knocks.py: damaged files, faulty servers, and runs that are disturbed."""
