@@ -40,6 +40,13 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def sum_over_processes(own: Tensor) -> Tensor:
+    """The sum of every process's tensor on the CPU; `own`, if there is one process."""
+    if dist.is_initialized():
+        dist.all_reduce(own)
+    return own
+
+
 @contextmanager
 def lost_process(processes: int) -> Iterator[None]:
     """Raise LostProcessError if another process has ended and this one cannot continue."""

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from stillhouse.data.shift import IGNORED
 from stillhouse.data.windows import ARRAYS, WindowSet
 
 Batch = dict[str, Tensor]
@@ -40,3 +41,9 @@ def in_order(windows: WindowSet, tokens: int) -> Iterator[Batch]:
     together = max(1, tokens // len(windows[0]["labels"]))
     for start in range(0, len(windows), together):
         yield collate([windows[i] for i in range(start, min(start + together, len(windows)))])
+
+
+def empty_row(windows: WindowSet) -> Batch:
+    """The first row with no token to learn."""
+    first = windows[0]
+    return {**first, "labels": torch.full_like(first["labels"], IGNORED)}

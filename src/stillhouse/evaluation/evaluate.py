@@ -16,7 +16,7 @@ from stillhouse.account import count_parameters
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import ModelError
 from stillhouse.evaluation.evaluate_config import EvaluateRecipe
-from stillhouse.evaluation.fidelity import HeldoutAnswers, compare, heldout_answers
+from stillhouse.evaluation.fidelity import HeldoutAnswers, OwnWindows, compare, heldout_answers
 from stillhouse.evaluation.generate import generate
 from stillhouse.evaluation.lm_eval import run_tasks
 from stillhouse.evaluation.results import Evaluation, Generation, ModelResult, Speed
@@ -28,11 +28,14 @@ from stillhouse.evaluation.speed import (
     measure_rates,
 )
 from stillhouse.hardware import Precision, default_device
+from stillhouse.launch import leads, world_size
+from stillhouse.processes import lost_process, open_group
 from stillhouse.progress import bar
 from stillhouse.scratch import temporary_folder
 from stillhouse.section import made
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
+from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.teachers.weights import stored_dtypes
 
 TEACHER = "teacher"
@@ -49,10 +52,13 @@ def evaluate(
     export_dtype: torch.dtype | None = None,
     sizes: Mapping[str, int] | None = None,
     prepare: Mapping[str, Callable[[Any], object]] | None = None,
+    load_sharded: Callable[[], ShardedTeacher] | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
     """Measure the models in `paths` by role (teacher, untrained, student, fine_tuned, quantized).
 
+    Under torchrun, every process calls this with its share of the windows, and the main process
+    alone measures the rest.
     Fidelity and generations use one model at a time, so memory holds one model, the teacher's
     head, and the teacher's hidden states of the held-out text; the speed measurement holds all
     models at once. Everything computes in `precision` on the default device.
@@ -61,6 +67,8 @@ def evaluate(
     export_dtype: sizes are reported as if the weights were stored in this type; None: their own
     type. sizes: bytes of the roles that are stored in another form, such as quantized ones. Their
     speed and memory are not measured: the model in `paths` is a floating-point equivalent.
+    load_sharded: the teacher, sharded over the processes of a torchrun. Its answers to the prompts,
+    its speed and its memory are then not measured.
     prepare: called with the roles' models once they are loaded, to add what a checkpoint does not
     hold, such as rounded inputs. `lm_eval` loads them without.
 
@@ -70,17 +78,21 @@ def evaluate(
     """
     if TEACHER not in paths:
         raise ModelError("an evaluation needs the teacher to compare with", where=", ".join(paths))
-    paths = {TEACHER: paths[TEACHER], **paths}
+    teacher_path = paths[TEACHER]
+    paths = {TEACHER: teacher_path, **paths}
+    open_group()
     setup = _Setup(default_device(), precision.dtype, trust_remote_code, vocabulary, seed)
-    tokenizer = load_tokenizer(paths[TEACHER], trust_remote_code=trust_remote_code)
-    measuring = _Measuring(section, tokenizer, windows, vocabulary, seed)
+    tokenizer = load_tokenizer(teacher_path, trust_remote_code=trust_remote_code)
+    together = world_size() > 1
+    measuring = _Measuring(section, tokenizer, windows, vocabulary, seed, together)
     for role, path in paths.items():
-        model = setup.load(path)
+        sharded = load_sharded() if load_sharded and role == TEACHER else None
+        model = setup.load(path) if sharded is None else sharded.model
         if prepare is not None and role in prepare:
             prepare[role](model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        measuring.add(role, model, weight_bytes(path, parameters, export_dtype))
-        del model
+        measuring.add(role, model, weight_bytes(path, parameters, export_dtype), sharded)
+        del model, sharded
         gc.collect()  # models have reference cycles: without this, two would be in memory
     results = measuring.results
     notes = [
@@ -89,6 +101,11 @@ def evaluate(
     ]
     sizes = sizes or {}
     results |= {role: replace(results[role], bytes_on_disk=size) for role, size in sizes.items()}
+    if not leads():
+        return Evaluation(list(results.values()), [], notes)
+    if load_sharded is not None:
+        notes.append("The teacher is sharded: its answers, speed and memory are not measured.")
+        paths.pop(TEACHER)
     if section.speed:
         timed = {role: path for role, path in paths.items() if role not in sizes}
         results |= _with_speed({role: results[role] for role in timed}, timed, setup)
@@ -102,7 +119,7 @@ def evaluate(
             scores = run_tasks(
                 path,
                 section.lm_eval,
-                tokenizer=paths[TEACHER],
+                tokenizer=teacher_path,
                 dtype=setup.dtype,
                 device=setup.device,
                 seed=seed,
@@ -153,24 +170,32 @@ def evaluate_models(
 @dataclass
 class _Measuring:
     """Measures one model at a time, teacher first: its outputs for the windows and the prompts,
-    and its size."""
+    and its size. together: in all processes of a torchrun."""
 
     section: EvaluateRecipe
     tokenizer: Any
     windows: WindowSet
     vocabulary: int
     seed: int
+    together: bool = False
     results: dict[str, ModelResult] = field(default_factory=dict)
     _written: dict[str, list[str]] = field(default_factory=dict)
     _teacher: HeldoutAnswers | None = None
 
-    def add(self, role: str, model: Any, bytes_on_disk: int) -> None:
-        windows = self.windows
+    def add(
+        self, role: str, model: Any, bytes_on_disk: int, sharded: ShardedTeacher | None = None
+    ) -> None:
+        windows = OwnWindows(self.windows) if self.together else self.windows
         tokens = sum(len(windows[index]["input_ids"]) for index in range(len(windows)))
-        with bar(f"Held-out: {role}", tokens) as advance:
-            answers = heldout_answers(model, windows, advance=advance)
+        with lost_process(world_size()), bar(f"Held-out: {role}", tokens) as advance:
+            if sharded is None:
+                answers = heldout_answers(model, windows, advance=advance)
+            else:
+                answers = sharded.gathered(
+                    lambda head: heldout_answers(model, windows, advance=advance, head=head)
+                )
             self._teacher = self._teacher or answers
-            fidelity = compare(answers, self._teacher, self.vocabulary)
+            fidelity = compare(answers, self._teacher, self.vocabulary, together=self.together)
         size = count_parameters(model)
         self.results[role] = ModelResult(
             role=role,
@@ -179,6 +204,8 @@ class _Measuring:
             bytes_on_disk=bytes_on_disk,
             fidelity=fidelity,
         )
+        if sharded is not None or (self.together and not leads()):
+            return
         self._written[role] = generate(
             model,
             self.tokenizer,

@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from stillhouse.data.batches import Batch, collate
+from stillhouse.data.batches import Batch, collate, empty_row
 from stillhouse.data.shift import supervised_rows, supervised_targets
 from stillhouse.data.windows import WindowSet
 from stillhouse.errors import DataError, ModelError
 from stillhouse.evaluation.results import Fidelity
+from stillhouse.launch import process_index, world_size
+from stillhouse.processes import sum_over_processes
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.lm_head import kl_of_rows, log_probabilities
 from stillhouse.teachers.backbone import hidden_states, lm_head, trim_head
@@ -39,18 +41,36 @@ class HeldoutAnswers:
     targets_N: Tensor
 
 
+class OwnWindows:
+    """This process's share of the windows, for n processes every n-th.
+
+    All have equally many, the last of which may be empty.
+    """
+
+    def __init__(self, windows: WindowSet) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return -(-len(self.windows) // world_size())
+
+    def __getitem__(self, index: int) -> Batch:
+        number = index * world_size() + process_index()
+        return self.windows[number] if number < len(self.windows) else empty_row(self.windows)
+
+
 @torch.no_grad()
 def heldout_answers(
-    model: nn.Module, windows: WindowSet, *, advance: Callable[[int], object] = lambda tokens: None
+    model: nn.Module,
+    windows: WindowSet,
+    *,
+    advance: Callable[[int], object] = lambda tokens: None,
+    head: LMHead | None = None,
 ) -> HeldoutAnswers:
     """Run `model` once over all windows, in evaluation mode.
 
     Windows may differ in length; neighbors of equal length share a forward pass. `advance` is
-    called with the tokens of each pass. Memory: one hidden vector per supervised token, and no
-    logits.
-
-    Raises:
-        DataError: no position of any window is supervised.
+    called with the tokens of each pass. head: the model's, if its own tensors are sharded. Memory:
+    one hidden vector per supervised token, and no logits.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -62,17 +82,17 @@ def heldout_answers(
         hidden.append(supervised_rows(hidden_RLD.cpu(), labels_RL))
         targets.append(supervised_targets(labels_RL))
         advance(labels_RL.numel())
-    if not sum(len(rows) for rows in targets):
-        raise DataError(
-            "the held-out text has no token to predict: every label is masked",
-            fix="add held-out text, or raise data.heldout_tokens",
-        )
-    return HeldoutAnswers(DenseSignal(torch.cat(hidden), lm_head(model)), torch.cat(targets))
+    signal = DenseSignal(torch.cat(hidden), head or lm_head(model))
+    return HeldoutAnswers(signal, torch.cat(targets))
 
 
 @torch.no_grad()
-def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> Fidelity:
+def compare(
+    model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int, *, together: bool = False
+) -> Fidelity:
     """Measure `model` against `teacher` on the same windows.
+
+    together: every process of a torchrun calls this, and the result is for all their windows.
 
     Distributions are over the first `vocabulary` tokens, so heads with different padding are
     comparable. Logits are computed for a few rows at a time, and every softmax and sum is in
@@ -80,7 +100,7 @@ def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> 
 
     Raises:
         ModelError: a head has fewer tokens than `vocabulary`, or logits are not finite.
-        DataError: the text has a token outside the vocabulary.
+        DataError: no label is supervised, or the text has a token outside the vocabulary.
     """
     assert torch.equal(model.targets_N, teacher.targets_N), "two models, two texts"
     _check_vocabulary(model, teacher, vocabulary)
@@ -92,7 +112,7 @@ def compare(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary: int) -> 
         teacher_NV = _log_probabilities(teacher, rows, teacher_head)
         model_NV = teacher_NV if model is teacher else _log_probabilities(model, rows, model_head)
         tally.add(model_NV, teacher_NV, model.targets_N[rows])
-    return tally.fidelity()
+    return (tally.of_all_processes() if together else tally).fidelity()
 
 
 @dataclass
@@ -131,7 +151,22 @@ class _Tally:
         self.confidence_B.index_add_(0, bin_N, confidence_N)
         self.correct_B.index_add_(0, bin_N, correct_N)
 
+    def of_all_processes(self) -> _Tally:
+        """The sums over every process's rows."""
+        one = [self.rows, self.negative_log_likelihood, self.kl, self.agreements]
+        own = torch.cat(
+            [torch.tensor(one).double(), self.rows_B, self.confidence_B, self.correct_B]
+        )
+        total = sum_over_processes(own)
+        rows, likelihood, kl, agreements = total[: len(one)].tolist()
+        return _Tally(int(rows), likelihood, kl, int(agreements), *total[len(one) :].view(3, BINS))
+
     def fidelity(self) -> Fidelity:
+        if not self.rows:
+            raise DataError(
+                "the held-out text has no token to predict: every label is masked",
+                fix="add held-out text, or raise data.heldout_tokens",
+            )
         mean_nll = torch.tensor(self.negative_log_likelihood / self.rows, dtype=torch.float64)
         if not (torch.isfinite(mean_nll) and torch.isfinite(torch.tensor(self.kl))):
             raise ModelError(
@@ -165,7 +200,7 @@ def _check_vocabulary(model: HeldoutAnswers, teacher: HeldoutAnswers, vocabulary
             f"a model predicts {narrow:,} tokens, but the vocabulary has {vocabulary:,}",
             fix="teacher and student need the same token ids: use the teacher's tokenizer",
         )
-    largest = int(model.targets_N.max())
+    largest = max(model.targets_N.tolist(), default=0)
     if largest >= vocabulary:
         raise DataError(
             f"the held-out text has token {largest}, but the vocabulary ends at {vocabulary - 1}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
+from stillhouse.launch import leads
 from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.training.train import MODEL
+from stillhouse.teachers.sharded_teacher import ShardedTeacher, load_sharded_teacher
+from stillhouse.training.train import MODEL, shards
 
 
 def plan_evaluation(
@@ -57,9 +60,11 @@ def plan_evaluation(
             export_dtype=getattr(torch, job.recipe.export.dtype),
             sizes=sizes,
             prepare=prepare,
+            load_sharded=_sharded_teacher(job),
             trust_remote_code=job.trust_remote_code,
         )
-        found.save(out / EVALUATION)
+        if leads():
+            found.save(out / EVALUATION)
         tokens = sum(model.fidelity.tokens for model in found.models)
         flops = sum(
             account.forward_flops(model.parameters, model.fidelity.tokens) for model in found.models
@@ -80,7 +85,23 @@ def plan_evaluation(
     }
     if job.recipe.quantize is not None and job.recipe.quantize.dynamic:
         inputs["rounded_inputs"] = True
-    return StagePlan("evaluate", inputs, work, version=4)
+    return StagePlan("evaluate", inputs, work, version=4, together=True)
+
+
+def _sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
+    """A function that loads the teacher, if it is sharded."""
+    train = job.recipe.train
+    over = shards(train, "teacher")
+    if over == 1:
+        return None
+    return partial(
+        load_sharded_teacher,
+        job.teacher,
+        dtype=choose_precision(train.precision, default_device()).dtype,
+        shards=over,
+        offload=train.offload_teacher,
+        trust_remote_code=job.trust_remote_code,
+    )
 
 
 def _with_found_tasks(section: EvaluateRecipe, base: Path) -> EvaluateRecipe:

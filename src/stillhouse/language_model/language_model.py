@@ -108,7 +108,6 @@ STEPS = (
         "evaluate",
         plan_evaluation,
         ("data", "student", "train", "baseline", "quantize", "qat"),
-        main_process=True,
     ),
     Step(
         "export",

@@ -51,7 +51,12 @@ class ShardedTeacher(LocalTeacher):
 
     @torch.no_grad()
     def answer(self, batch: Batch, request: ActivationRequest = OUTPUT_ONLY) -> TeacherView:
-        found: TeacherView = self.model(lambda: super(ShardedTeacher, self).answer(batch, request))
+        return self.gathered(lambda head: super(ShardedTeacher, self).answer(batch, request))
+
+    def gathered(self, work: Callable[[LMHead], T]) -> T:
+        """Run work that uses the model's backbone; its argument is the head. Every process must
+        call this, and run the backbone equally often."""
+        found: T = self.model(lambda: work(self.head))
         return found
 
     def place(self, device: torch.device, context: int) -> None:

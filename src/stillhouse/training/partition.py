@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from stillhouse.data.batches import Batch
-from stillhouse.data.shift import IGNORED
+from stillhouse.data.batches import Batch, empty_row
 from stillhouse.data.windows import WindowSet
 
 NO_ROW = -1
@@ -59,12 +58,6 @@ class WithEmptyRow(Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         return self.windows[index] if index != NO_ROW else empty_row(self.windows)
-
-
-def empty_row(windows: WindowSet) -> Batch:
-    """The first row with no token to learn."""
-    first = windows[0]
-    return {**first, "labels": torch.full_like(first["labels"], IGNORED)}
 
 
 def heldout_rows(
