@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import stillhouse
 from stillhouse.commands import evaluate_model, prepare_data
 from stillhouse.errors import DataError, ModelError, RecipeError, StillhouseError
+from stillhouse.evaluation.results import Evaluation
 from stillhouse.export.push import Pushed
 from stillhouse.language_model import export_stage as shipping
 from stillhouse.pipeline.kind import RunResult
@@ -273,25 +274,35 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_model(tmp_path: Path) ->
     assert model_bytes(tmp_path / "killed") == expected
 
 
-def test_torchrun_runs_the_complete_recipe(tmp_path: Path) -> None:
-    recipe = write(tiny.recipe(tmp_path, train={"micro_batch_size": 2, "shard": "both"}), tmp_path)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
+STORED = {"signals": {"encoding": {"kind": "top_k", "k": 8}}}
+
+
+@pytest.mark.parametrize("more", [{}, STORED], ids=["live", "stored"])
+def test_torchrun_runs_the_complete_recipe(tmp_path: Path, more: dict[str, Any]) -> None:
+    """Both models sharded over two processes; it learns and measures what one process does."""
+    raw = tiny.recipe(tmp_path, train={"micro_batch_size": 4}, **more)
+    alone = stillhouse.run({**raw, "folder": str(tmp_path / "alone")})
+    raw["train"] |= {"micro_batch_size": 2, "shard": "both"}
+    recipe = write(raw, tmp_path)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*launch, "-m", "stillhouse", "run", str(recipe)],
+        [sys.executable, *launch, "-m", "stillhouse", "run", str(recipe)],
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
-    assert not list((tmp_path / "run" / "stages").glob(".*.partial"))
+    stages = tmp_path / "run" / "stages"
+    assert not list(stages.glob(".*.partial"))
+    (found,) = stages.glob("evaluate-*/evaluation.json")
+    measured = Evaluation.load(found)
+    for one, two in zip(alone.evaluation.models, measured.models, strict=True):
+        assert one.role == two.role
+        assert one.fidelity.tokens == two.fidelity.tokens
+        assert one.fidelity.kl == pytest.approx(two.fidelity.kl, abs=1e-4)
+        assert one.fidelity.perplexity == pytest.approx(two.fidelity.perplexity, rel=1e-4)
+    assert any("The teacher is sharded" in note for note in measured.notes)
 
 
 # --- what a user can get wrong -----------------------------------------------------------------
