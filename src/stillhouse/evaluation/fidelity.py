@@ -71,6 +71,9 @@ def heldout_answers(
     Windows may differ in length; neighbors of equal length share a forward pass. `advance` is
     called with the tokens of each pass. head: the model's, if its own tensors are sharded. Memory:
     one hidden vector per supervised token, and no logits.
+
+    Raises:
+        DataError: no position of any window is supervised; of a process's share, none may be.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -82,6 +85,8 @@ def heldout_answers(
         hidden.append(supervised_rows(hidden_RLD.cpu(), labels_RL))
         targets.append(supervised_targets(labels_RL))
         advance(labels_RL.numel())
+    if not sum(map(len, targets)) and not isinstance(windows, OwnWindows):
+        raise _nothing_to_predict()
     signal = DenseSignal(torch.cat(hidden), head or lm_head(model))
     return HeldoutAnswers(signal, torch.cat(targets))
 
@@ -163,10 +168,7 @@ class _Tally:
 
     def fidelity(self) -> Fidelity:
         if not self.rows:
-            raise DataError(
-                "the held-out text has no token to predict: every label is masked",
-                fix="add held-out text, or raise data.heldout_tokens",
-            )
+            raise _nothing_to_predict()
         mean_nll = torch.tensor(self.negative_log_likelihood / self.rows, dtype=torch.float64)
         if not (torch.isfinite(mean_nll) and torch.isfinite(torch.tensor(self.kl))):
             raise ModelError(
@@ -181,6 +183,13 @@ class _Tally:
             calibration_error=float(gaps_B.sum()) / self.rows,
             tokens=self.rows,
         )
+
+
+def _nothing_to_predict() -> DataError:
+    return DataError(
+        "the held-out text has no token to predict: every label is masked",
+        fix="add held-out text, or raise data.heldout_tokens",
+    )
 
 
 def _float32_head(signal: DenseSignal, vocabulary: int) -> LMHead:
