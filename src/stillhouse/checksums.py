@@ -19,7 +19,7 @@ SUMS = "SHA256SUMS"
 _LINE = re.compile("([0-9a-f]{64}) [ *](.+)")
 _CHUNK = 1 << 20
 _SEAL = "xxh3_of_the_rest"
-_whole: set[tuple[str, int, int, int, str]] = set()
+_intact: set[tuple[str, int, int, int, str]] = set()
 """Files that were read and found intact: path, inode, size, modification time, hash."""
 
 Facts = Mapping[str, Any]
@@ -49,7 +49,7 @@ def damaged_files(folder: Path, files: Mapping[str, Facts], *, reread: bool = Fa
     A file without an XXH3 is compared by SHA-256, and one without either by size. A file that this
     process found intact before, and that was not written since, is not read again, unless `reread`.
     """
-    return [name for name, facts in files.items() if not _is_whole(folder / name, facts, reread)]
+    return [name for name, facts in files.items() if not _is_intact(folder / name, facts, reread)]
 
 
 def write_sums(folder: Path) -> None:
@@ -141,7 +141,7 @@ def _hash_of(facts: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
-def _is_whole(path: Path, facts: Facts, reread: bool) -> bool:
+def _is_intact(path: Path, facts: Facts, reread: bool) -> bool:
     try:
         found = path.stat()
         if not path.is_file() or found.st_size != facts.get("bytes", found.st_size):
@@ -150,7 +150,7 @@ def _is_whole(path: Path, facts: Facts, reread: bool) -> bool:
         if recorded is None:
             return True
         known = (str(path.resolve()), found.st_ino, found.st_size, found.st_mtime_ns, recorded)
-        if known in _whole and not reread:
+        if known in _intact and not reread:
             return True
         hashed = xxhash.xxh3_128() if "xxh3" in facts else hashlib.sha256()
         _read(path, hashed.update)
@@ -158,7 +158,7 @@ def _is_whole(path: Path, facts: Facts, reread: bool) -> bool:
         return False
     if hashed.hexdigest() != recorded:
         return False
-    _whole.add(known)
+    _intact.add(known)
     return True
 
 

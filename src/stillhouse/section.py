@@ -64,7 +64,7 @@ def made(section: type[S], values: Mapping[str, Any], where: str) -> S:
         near = difflib.get_close_matches(key, section.model_fields, 1)
         known = f"did you mean {near[0]}?" if near else f"known: {', '.join(section.model_fields)}"
         unknown = problem["type"] == "extra_forbidden"
-        what = f"there is no option {key}" if unknown else _refused(key, problem)
+        what = f"there is no option {key}" if unknown else _invalid_value(key, problem)
         raise RecipeError(what, where=where, fix=known if unknown else None) from None
 
 
@@ -73,10 +73,10 @@ def checked(kind: Any, value: Any, name: str) -> Any:
     try:
         return TypeAdapter(kind, config=ConfigDict(strict=True)).validate_python(value)
     except ValidationError as error:
-        raise RecipeError(_refused(name, error.errors()[0])) from None
+        raise RecipeError(_invalid_value(name, error.errors()[0])) from None
 
 
-def _refused(name: str, problem: ErrorDetails) -> str:
+def _invalid_value(name: str, problem: ErrorDetails) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     message = f"{name}: {message[0].lower()}{message[1:]}"
     given = problem["input"]

@@ -86,10 +86,10 @@ def _journal(path: Path) -> Verified:
 
 
 def _part_of_stage(path: Path) -> Verified:
-    whole = path.resolve()
-    for parent in whole.parents:
+    resolved = path.resolve()
+    for parent in resolved.parents:
         if (parent / MANIFEST).is_file() and parent.parent.name == "stages":
-            return _stage(parent, whole)
+            return _stage(parent, resolved)
     raise RunError(
         "there is nothing here that can be verified",
         where=path,

@@ -180,12 +180,12 @@ def test_no_prompt_at_all_is_an_error(tmp_path: Path) -> None:
 
 def test_lines_of_an_answer() -> None:
     text = 'Sure:\n\n1) "What is bread?"\n * Why do tides come\n(3) One\n4. 2 + 2 is what?\nCut o'
-    assert list(prompt_lines(text, whole=False)) == [
+    assert list(prompt_lines(text, complete=False)) == [
         "What is bread?",
         "Why do tides come",
         "2 + 2 is what?",
     ]
-    assert list(prompt_lines("Cut o", whole=True)) == ["Cut o"]
+    assert list(prompt_lines("Cut o", complete=True)) == ["Cut o"]
 
 
 def test_check_foresees_prompts_that_are_not_written_yet(tmp_path: Path) -> None:
@@ -226,4 +226,4 @@ def test_keys_that_do_not_fit(tmp_path: Path, prompts: dict[str, Any], expected:
 
 def test_chinese_lines_are_prompts_too() -> None:
     text = "以下是提示：\n1、怎么开户？\n2. 卡丢了怎么办？\n好"
-    assert list(prompt_lines(text, whole=True)) == ["怎么开户？", "卡丢了怎么办？"]
+    assert list(prompt_lines(text, complete=True)) == ["怎么开户？", "卡丢了怎么办？"]

@@ -79,11 +79,11 @@ def _replay(source: Classifier, exported: Path, texts: list[str]) -> float:
     labels = None if source.words is None else source.words.labels
     texts = texts[: max(1, REPLAY_PASSES // len(labels or [0]))]
     rows, facts, most = source.tokens(texts), source.facts, source.facts.max_tokens
-    whole = [
+    untruncated = [
         text if len(row) < most and cut(text, source.tokenizer, most) == text else None
         for text, row in zip(texts, rows, strict=True)
     ]
-    inputs = ClassifierRows(rows, whole, facts.mean_pooling, labels, facts.prior)
+    inputs = ClassifierRows(rows, untruncated, facts.mean_pooling, labels, facts.prior)
     note("Replaying the exported classifier in a fresh process")
     replayed_NC = replay_classifier(exported, inputs)
     difference = float((replayed_NC - source.probabilities(texts)).abs().max())

@@ -161,10 +161,10 @@ def _validate(
         lines = {at: line for at, line in lines.items() if at[: len(key)] != key} | {key: 0}
     root = _root(raw, lines, source)
 
-    def refuse(key: Key, what: str, fix: str) -> NoReturn:
+    def reject(key: Key, what: str, fix: str) -> NoReturn:
         raise RecipeError(f"`{dotted(key)}`: {what}", where=place(key, lines, source), fix=fix)
 
-    values = read_values(raw, root, refuse)
+    values = read_values(raw, root, reject)
     try:
         return root.model_validate(values)
     except ValidationError as error:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from stillhouse.config.recipe_yaml import Key, Plain, has_surrogate
 from stillhouse.errors import shown
 
-Refuse = Callable[[Key, str, str], NoReturn]
+Reject = Callable[[Key, str, str], NoReturn]
 """Raises RecipeError with the key, what is wrong with its value, and what to do."""
 
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
@@ -55,27 +55,27 @@ _OTHER_NUMBERS: Sequence[tuple[re.Pattern[str], str, Callable[[str], Sequence[ob
 sign: what is wrong, and how it could be written."""
 
 
-def read_values(raw: Any, annotation: Any, refuse: Refuse, key: Key = ()) -> Any:
+def read_values(raw: Any, annotation: Any, reject: Reject, key: Key = ()) -> Any:
     """Values of a recipe for pydantic: `Plain` scalars converted by the key's type,
     and `3e-4` in quotes as a number if only a number fits."""
     if isinstance(raw, Mapping):
-        return _mapping(raw, annotation, refuse, key)
+        return _mapping(raw, annotation, reject, key)
     if isinstance(raw, list):
         inner = _of_items(annotation)
-        return [read_values(item, inner, refuse, (*key, index)) for index, item in enumerate(raw)]
+        return [read_values(item, inner, reject, (*key, index)) for index, item in enumerate(raw)]
     if not isinstance(raw, str):
         return raw
     allowed = leaf_types(annotation)
     if isinstance(raw, Plain):
-        return _scalar(raw, allowed, refuse, key)
+        return _scalar(raw, allowed, reject, key)
     if has_surrogate(raw):
-        refuse(key, "the text contains half of a surrogate pair", "write the complete character")
+        reject(key, "the text contains half of a surrogate pair", "write the complete character")
     # PyYAML reads 1e6 as text; other quoted numbers are text if text fits.
     spelled = _DECIMAL.fullmatch(raw) and ("e" in raw.lower() or str not in allowed)
     return float(raw) if float in allowed and spelled else raw
 
 
-def _mapping(raw: Mapping[Any, Any], annotation: Any, refuse: Refuse, key: Key) -> dict[Any, Any]:
+def _mapping(raw: Mapping[Any, Any], annotation: Any, reject: Reject, key: Key) -> dict[Any, Any]:
     models = models_in(annotation)
     model = chosen_model(models, raw) if models else None
     fields = model.model_fields if model else {}
@@ -85,38 +85,38 @@ def _mapping(raw: Mapping[Any, Any], annotation: Any, refuse: Refuse, key: Key) 
     for name, value in raw.items():
         known = fields.get(renamed.get(name, name)) if isinstance(name, str) else None
         inside = (*key, name if isinstance(name, str | int) else str(name))
-        read[name] = read_values(value, known.annotation if known else inner, refuse, inside)
+        read[name] = read_values(value, known.annotation if known else inner, reject, inside)
     return read
 
 
-def _scalar(text: Plain, allowed: set[Any], refuse: Refuse, key: Key) -> Any:
+def _scalar(text: Plain, allowed: set[Any], reject: Reject, key: Key) -> Any:
     numbers, anything = bool(allowed & {int, float}), not allowed or bool(allowed & {Any, object})
     words = str in allowed
     if text in _NULL:
         if words and text and not anything and types.NoneType not in allowed:
-            refuse(key, f"{text} is not text", f'write it in quotes if it is text: "{text}"')
+            reject(key, f"{text} is not text", f'write it in quotes if it is text: "{text}"')
         return None
     if text in _BOOLEANS and (bool in allowed or anything):
         return _BOOLEANS[text]
     if text in _WORDS and (bool in allowed or anything):
         if words or anything:
             meant = str(_WORDS[text]).lower()
-            refuse(
+            reject(
                 key,
                 f"{text} is {meant} in YAML 1.1, and text in YAML 1.2",
                 f'write {meant}, or "{text}" in quotes',
             )
         return _WORDS[text]
     if numbers or anything:
-        return _number(text, allowed, refuse, key)
+        return _number(text, allowed, reject, key)
     return str(text)
 
 
-def _number(text: Plain, allowed: set[Any], refuse: Refuse, key: Key) -> Any:
+def _number(text: Plain, allowed: set[Any], reject: Reject, key: Key) -> Any:
     """A decimal number; otherwise text, which pydantic rejects if a number is needed."""
     name, sign = shown(text), text[:1] if text[:1] in ("-", "+") else ""
     if len(text) > 400 and _DECIMAL.fullmatch(text):
-        refuse(key, f"the number has {len(text):,} digits", "write a smaller one")
+        reject(key, f"the number has {len(text):,} digits", "write a smaller one")
     if _WHOLE.fullmatch(text):
         return int(text)
     for pattern, problem, meant in _OTHER_NUMBERS:
@@ -127,16 +127,16 @@ def _number(text: Plain, allowed: set[Any], refuse: Refuse, key: Key) -> Any:
             fix = f"write {' or '.join(ways) or 'a finite number'}"
             if bool in allowed or not allowed & {int, float}:
                 fix += f', or "{name}" in quotes'
-            refuse(key, f"{name} {problem}", fix)
+            reject(key, f"{name} {problem}", fix)
     if _DECIMAL.fullmatch(text):
         value = float(text)
         if math.isinf(value):
-            refuse(key, f"{name} is too large for a number", "write a smaller one")
+            reject(key, f"{name} is too large for a number", "write a smaller one")
         if int in allowed and float not in allowed and value.is_integer() and value < 1e15:
-            refuse(key, f"{name} is not an integer in YAML", f"write {int(value)}")
+            reject(key, f"{name} is not an integer in YAML", f"write {int(value)}")
         return value
     if (text in _BOOLEANS or text in _WORDS) and allowed & {int, float}:
-        refuse(key, f"{name} is a boolean, not a number", "write a number")
+        reject(key, f"{name} is a boolean, not a number", "write a number")
     return str(text)
 
 

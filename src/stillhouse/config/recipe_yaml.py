@@ -162,26 +162,26 @@ class _Composer:
         for event in self.events:
             if isinstance(event, yaml.DocumentStartEvent):
                 if root is not None:
-                    self.refuse(event, "a second document begins", "keep one, without `---`")
+                    self.reject(event, "a second document begins", "keep one, without `---`")
                 root = self.node(next(self.events), 0)
         return root
 
-    def refuse(self, event: Any, what: str, fix: str) -> NoReturn:
+    def reject(self, event: Any, what: str, fix: str) -> NoReturn:
         raise RecipeError(what, where=_at(self.source, event.start_mark.line + 1), fix=fix)
 
     def node(self, event: Any, depth: int) -> _Node:
         if depth > DEEPEST:
-            self.refuse(event, f"values are nested more than {DEEPEST} deep", "remove brackets")
+            self.reject(event, f"values are nested more than {DEEPEST} deep", "remove brackets")
         if isinstance(event, yaml.AliasEvent):
             return self.alias(event)
         if event.tag not in (None, "!", _STR):
-            self.refuse(event, f"the tag {shown(event.tag)} has no meaning here", "remove it")
+            self.reject(event, f"the tag {shown(event.tag)} has no meaning here", "remove it")
         if event.anchor is not None:
             self.anchors[event.anchor] = None
         node = self.untagged(event, depth)
         self.composed += 1
         if max(node.size, self.composed) > MOST_VALUES:
-            self.refuse(
+            self.reject(
                 event,
                 f"the recipe has more than {MOST_VALUES:,} values",
                 "use fewer aliases (*), and put texts into files that the recipe names",
@@ -192,10 +192,10 @@ class _Composer:
 
     def alias(self, event: Any) -> _Node:
         if event.anchor not in self.anchors:
-            self.refuse(event, f"there is no &{shown(event.anchor)}", "define it above")
+            self.reject(event, f"there is no &{shown(event.anchor)}", "define it above")
         node = self.anchors[event.anchor]
         if node is None:
-            self.refuse(event, f"*{shown(event.anchor)} refers to itself", "write it out")
+            self.reject(event, f"*{shown(event.anchor)} refers to itself", "write it out")
         return node
 
     def untagged(self, event: Any, depth: int) -> _Node:
@@ -204,7 +204,7 @@ class _Composer:
             written = event.tag is None and not event.style
             value = Plain(event.value) if written else str(event.value)
             if has_surrogate(value):
-                self.refuse(
+                self.reject(
                     event,
                     "the text contains half of a surrogate pair",
                     "write the complete character",
@@ -228,7 +228,7 @@ class _Composer:
             at = event.start_mark.line + 1
             name = self.node(event, depth + 1).value
             if not isinstance(name, str) or not name:
-                self.refuse(event, "a key is empty, a list or a mapping", "write a name")
+                self.reject(event, "a key is empty, a list or a mapping", "write a name")
             if name in places:
                 raise RecipeError(
                     f"the key `{shown(name)}` is given twice",
@@ -241,7 +241,7 @@ class _Composer:
             if name == "<<" and isinstance(event, yaml.ScalarEvent) and not event.style:
                 merged += value.value if isinstance(value.value, list) else [value]
                 if not all(isinstance(one.value, dict) for one in merged):
-                    self.refuse(event, "<< merges a value that is not a mapping", "use a mapping")
+                    self.reject(event, "<< merges a value that is not a mapping", "use a mapping")
             else:
                 values[name] = _Node(at, value.value, value.size)
         for one in merged:

@@ -69,8 +69,8 @@ def render_conversation(
         written = reveal(turn.written[len(turn.before) :])
         prove_turn(fitted.messages[index], index, written, form, conversation.where)
     used = fitted.messages[: learned[-1] + 1]
-    whole = reveal(turns[-1].after)
-    notes = prove_context(used, fitted.tools, whole, form, conversation.where)
+    rendering = reveal(turns[-1].after)
+    notes = prove_context(used, fitted.tools, rendering, form, conversation.where)
     notes += _notes(conversation, learned, hidden is not fitted)
     rows: list[list[Piece]] = []
     while turns:
@@ -135,10 +135,10 @@ def _notes(conversation: Conversation, learned: Sequence[int], hidden: bool) -> 
 def _pieces(turns: Sequence[Turn]) -> list[Piece]:
     """Context and supervised text alternately, up to the end of the last supervised text."""
     pieces: list[Piece] = []
-    whole, done = turns[-1].after, 0
+    rendering, done = turns[-1].after, 0
     for turn in turns:
-        pieces.append(Piece(whole[done : len(turn.before)], False))
-        pieces.append(Piece(whole[len(turn.before) : len(turn.written)], True))
+        pieces.append(Piece(rendering[done : len(turn.before)], False))
+        pieces.append(Piece(rendering[len(turn.before) : len(turn.written)], True))
         done = len(turn.written)
-    pieces.append(Piece(whole[done:], False))
+    pieces.append(Piece(rendering[done:], False))
     return [piece for piece in pieces if piece.text]

@@ -66,9 +66,9 @@ def read_chat(
     completion: the key of the messages that follow and are learned; None: all assistant turns of
     the chat are. Raises DataError for what is no chat, and for what cannot be learned as it asks.
     """
-    refuse_media(row, where)
-    refuse_weighted_row(row, where)
-    _refuse_rendering(row, where)
+    reject_media(row, where)
+    reject_weighted_row(row, where)
+    _reject_rendering(row, where)
     found = _messages(row[key], key, where)
     before = 0
     if completion is not None:
@@ -105,7 +105,7 @@ def read_chat(
     )
 
 
-def _refuse_suspects(
+def _reject_suspects(
     keys: Mapping[str, Any], pattern: re.Pattern[str], owner: str, where: str
 ) -> None:
     """Raise DataError for an unknown key that seems to change what is learned."""
@@ -120,14 +120,14 @@ def _refuse_suspects(
             )
 
 
-def refuse_weighted_row(row: Mapping[str, Any], where: str) -> None:
+def reject_weighted_row(row: Mapping[str, Any], where: str) -> None:
     """Raises DataError if a key of the row, such as `weight` or `train`, seems to say whether it is
     learned. Text under such a key (`train: test`) is the name of something else."""
     suspects = {k: v for k, v in row.items() if not isinstance(v, str)}
-    _refuse_suspects(suspects, _SUSPECT_OF_ROW, "The row", where)
+    _reject_suspects(suspects, _SUSPECT_OF_ROW, "The row", where)
 
 
-def _refuse_rendering(row: Mapping[str, Any], where: str) -> None:
+def _reject_rendering(row: Mapping[str, Any], where: str) -> None:
     for key in _RENDERING:
         if isinstance(from_json(row.get(key)), (list, Mapping)) and from_json(row[key]):
             raise DataError(
@@ -137,7 +137,7 @@ def _refuse_rendering(row: Mapping[str, Any], where: str) -> None:
             )
 
 
-def refuse_media(row: Mapping[str, Any], where: str) -> None:
+def reject_media(row: Mapping[str, Any], where: str) -> None:
     for key in _MEDIA:
         if row.get(key):
             raise DataError(
@@ -333,7 +333,7 @@ def text_parts(parts: list[Any], owner: str, where: str) -> list[str]:
                 where=where,
                 fix='remove the row, or write every part as {"type": "text", "text": "..."}',
             )
-        _refuse_suspects(part, _SUSPECT, f"A part of {owner}", where)
+        _reject_suspects(part, _SUSPECT, f"A part of {owner}", where)
         texts.append(text)
     return texts
 
@@ -350,7 +350,7 @@ def _take_weights(messages: list[dict[str, Any]], key: str, where: str) -> froze
     context_only = set()
     for index, message in enumerate(messages):
         flags = {name: message.pop(name) for name in (*LEARNED, *_MASKED) if name in message}
-        _refuse_suspects(message, _SUSPECT, f"`{key}[{index}]`", where)
+        _reject_suspects(message, _SUSPECT, f"`{key}[{index}]`", where)
         for name, value in flags.items():
             if not isinstance(value, (bool, int, float)) or value not in (0, 1):
                 raise DataError(

@@ -81,16 +81,16 @@ def prove_turn(
 def prove_context(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Any] | None,
-    whole: str,
+    rendered: str,
     form: TemplateForm,
     where: str,
 ) -> list[str]:
     """Notes about what the template omits from earlier turns by design.
 
-    messages: those of the rendering `whole`; the last one is a turn that `prove_turn` has seen.
+    messages: those of the rendering `rendered`; the last one is a turn that `prove_turn` has seen.
     Raises DataError if another message or a tool is omitted.
     """
-    found = Rendering(whole)
+    found = Rendering(rendered)
     notes = dict.fromkeys(_keys_left_out(messages[-1], found, form))
     stand_in = _stand_in(messages, tools, form)
     for index, message in enumerate(messages[:-1]):

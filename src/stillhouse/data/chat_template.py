@@ -61,14 +61,14 @@ def reasoning_key(tokenizer: Any) -> str | None:
 def _reasoning_key(tokenizer: Any, template: str) -> str | None:
     question = {"role": "user", "content": "alpha"}
     thought, answer = "Zq7beta", "Zq7gamma"
-    whole = {"role": "assistant", "content": f"{THINK[0]}\n{thought}\n{THINK[1]}\n\n{answer}"}
+    turn = {"role": "assistant", "content": f"{THINK[0]}\n{thought}\n{THINK[1]}\n\n{answer}"}
     for key in KEYS:
         if key not in template:
             continue
         apart = {"role": "assistant", "content": answer, key: thought}
         try:
             expected = render_chat(tokenizer, [question, apart])
-            found = render_chat(tokenizer, [question, whole])
+            found = render_chat(tokenizer, [question, turn])
         except template_errors():
             continue
         if thought in expected and answer in expected:

@@ -43,7 +43,7 @@ def render_turn(conversation: Conversation, index: int, tokenizer: Any) -> Turn:
         if not written:
             raise _no_border(conversation, index, before, after, marks)
         after = before + written
-    _refuse_two_reasonings(conversation, index, written)
+    _reject_two_reasonings(conversation, index, written)
     if end is not None and not end.written:
         token = _next_token(conversation, index, after, tokenizer)
         ended = after.rstrip()
@@ -79,8 +79,8 @@ def _as_written(
     start = stem.rstrip().removesuffix(parts.answer)
     tail = after[len(stem.rstrip()) :]
     if opened:
-        whole = content.strip().removeprefix(opened.rstrip()).lstrip()
-        return whole + tail if parts.reasoning else ""
+        turn_text = content.strip().removeprefix(opened.rstrip()).lstrip()
+        return turn_text + tail if parts.reasoning else ""
     question = str(messages[-2].get("content")) if len(messages) > 1 else ""
     header = start[start.rfind(question) :] if question and question in start else start
     prompt = marks.without_empty(before)
@@ -90,7 +90,7 @@ def _as_written(
     return space + parts.answer + tail
 
 
-def _refuse_two_reasonings(conversation: Conversation, index: int, written: str) -> None:
+def _reject_two_reasonings(conversation: Conversation, index: int, written: str) -> None:
     """Raise DataError if the template puts empty reasoning before the turn's own in <think>."""
     content, closing = conversation.messages[index].get("content"), THINK[1]
     if not isinstance(content, str) or not content.lstrip().startswith(THINK[0]):

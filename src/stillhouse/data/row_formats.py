@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from stillhouse.data.chat_formats import as_messages, is_blank, read_chat, refuse_weighted_row
+from stillhouse.data.chat_formats import as_messages, is_blank, read_chat, reject_weighted_row
 from stillhouse.data.documents import About, AnyDocument, Completion, Conversation, Document
 from stillhouse.data.question_formats import is_pair, read_pair
 from stillhouse.data.row_reader import header_hint
@@ -44,12 +44,12 @@ def document_from_row(row: Mapping[str, Any], text_key: str, where: str) -> AnyD
     for key in _CHATS:
         messages = as_messages(given.get(key))
         if isinstance(messages, list) or (key == "messages" and key in row):
-            _refuse_judged(given, messages, where)
+            _reject_judged(given, messages, where)
             chat = read_chat(given if key in given else row, key, where)
             sharegpt = any("from" in m for m in messages if isinstance(m, Mapping))
             about = About("ShareGPT" if sharegpt else "messages", chat.about.notes)
             return _noted(replace(chat, about=about), given, (key, *_CHAT_KEYS))
-    _refuse_others(given, where)
+    _reject_others(given, where)
     if "prompt" in given and "completion" in row:
         document = _completion(row, where)
         chat_keys = _CHAT_KEYS if isinstance(document, Conversation) else ()
@@ -99,7 +99,7 @@ def _completion(row: Mapping[str, Any], where: str) -> AnyDocument:
                 where=where,
                 fix="write the row as `messages`, or write all of its prompt into `prompt`",
             )
-    refuse_weighted_row(row, where)
+    reject_weighted_row(row, where)
     prompt = _text(prompt, "prompt", where)
     completion = _text(completion, "completion", where)
     if is_blank(completion):
@@ -130,15 +130,15 @@ def _text(value: Any, key: str, where: str) -> str:
 # --- known unsupported rows ------------------------------------------------------------------
 
 
-def _refuse_judged(given: Mapping[str, Any], messages: Any, where: str) -> None:
+def _reject_judged(given: Mapping[str, Any], messages: Any, where: str) -> None:
     """Raise DataError for a chat whose answer is under another key, or is rated."""
     last = messages[-1] if isinstance(messages, list) and messages else None
     answer = isinstance(last, Mapping) and (last.get("role", last.get("from")) not in _ASKS)
     if "kto_tag" in given or isinstance(given.get("label"), bool) or not answer:
-        _refuse_others(given, where)
+        _reject_others(given, where)
 
 
-def _refuse_others(given: Mapping[str, Any], where: str) -> None:
+def _reject_others(given: Mapping[str, Any], where: str) -> None:
     """Raise DataError for well-known rows that do not define what to write."""
     for pattern, meaning in _PREFERENCES.items():
         for key in given:

@@ -173,10 +173,10 @@ def _json_rows(path: Path, text_key: str | None) -> Rows:
     fix = "correct the file; a .json file is one list of objects"
     if _is_object(first):
         fix = "this looks like an object per line: name it .jsonl"
-    whole = _json(text, str(path), fix)
-    items = whole
-    if isinstance(whole, dict):
-        lists = {key: value for key, value in whole.items() if isinstance(value, list)}
+    document = _json(text, str(path), fix)
+    items = document
+    if isinstance(document, dict):
+        lists = {key: value for key, value in document.items() if isinstance(value, list)}
         items = lists.get("data", next(iter(lists.values())) if len(lists) == 1 else None)
         if items is not None and "data" not in lists and _is_chat(items):
             items = None

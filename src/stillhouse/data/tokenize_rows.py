@@ -107,11 +107,11 @@ def encode_pieces(rows: Sequence[Sequence[Piece]], tokenizer: Any) -> list[tuple
     if adds_prefix_space(tokenizer):
         return [_encode_whole(pieces, tokenizer) for pieces in rows]
     flat = [piece for pieces in rows for piece in pieces]
-    whole = iter(_encode([piece.text for piece in flat if not piece.plain], tokenizer))
+    templated = iter(_encode([piece.text for piece in flat if not piece.plain], tokenizer))
     plain = iter(_encode([piece.text for piece in flat if piece.plain], tokenizer, plain=True))
     result = []
     for pieces in rows:
-        parts = [np.asarray(next(plain if p.plain else whole), dtype=np.int32) for p in pieces]
+        parts = [np.asarray(next(plain if p.plain else templated), dtype=np.int32) for p in pieces]
         masks = [np.full(len(part), p.supervised) for part, p in zip(parts, pieces, strict=True)]
         result.append((np.concatenate(parts), np.concatenate(masks)))
     return result
@@ -176,10 +176,10 @@ def _encode(texts: Sequence[str], tokenizer: Any, plain: bool = False) -> list[l
 def leading_tokens(tokenizer: Any) -> Ids:
     """What the tokenizer writes before every text: usually BOS or nothing, and [gMASK]<sop> for
     GLM's. Raises DataError if they cannot be separated from the text."""
-    whole, bare = tokenizer("x")["input_ids"], _encode(["x"], tokenizer)[0]
-    for start in range(len(whole) - len(bare) + 1):
-        if whole[start : start + len(bare)] == bare:
-            return np.asarray(whole[:start], dtype=np.int32)
+    full, bare = tokenizer("x")["input_ids"], _encode(["x"], tokenizer)[0]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return np.asarray(full[:start], dtype=np.int32)
     raise DataError(
         "The tokenizer encodes a text differently when it adds its special tokens",
         where=getattr(tokenizer, "name_or_path", None),
@@ -201,12 +201,12 @@ def _render(
     if control_tokens == "tokens" or not any(control.found(piece.text) for piece in pieces):
         return RenderedChat([pieces])
     if control_tokens is None:
-        _refuse_rendered(pieces, control, document.where)
+        _reject_rendered(pieces, control, document.where)
     plain = [part for piece in pieces for part in control.plain(piece.text, piece.supervised)]
     return RenderedChat([plain], (CONTROL_TEXT,))
 
 
-def _refuse_rendered(pieces: Sequence[Piece], control: ControlTokens, where: str) -> None:
+def _reject_rendered(pieces: Sequence[Piece], control: ControlTokens, where: str) -> None:
     """Raise DataError for text that seems to be the output of a chat template."""
     for piece in pieces:
         token = control.at_an_end(piece.text)

@@ -30,8 +30,8 @@ FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
 def fitting_kind(grid: Grid, form: GGUFFormat) -> Kind | None:
     """The block type of this format that holds the grid exactly; None if there is none."""
     bits = BITS.get(form.kind)
-    whole = not grid.floating and grid.group is not None and grid.group % BLOCK == 0
-    return form.kind if whole and bits is not None and grid.bits <= bits else None
+    fits = not grid.floating and grid.group is not None and grid.group % BLOCK == 0
+    return form.kind if fits and bits is not None and grid.bits <= bits else None
 
 
 def second_rounding(grid: Grid, kind: str) -> tuple[str, str] | None:

@@ -98,8 +98,9 @@ def _lacks_of_layers(config: Any, found: Family) -> Iterator[str]:
         )
     if not found.window_period:
         return
-    whole = config.num_hidden_layers == found.whole_layers
-    scaled_by = config.hidden_size // config.num_attention_heads if whole else head_size(config)
+    width_scaled = config.num_hidden_layers == found.width_scaled_layers
+    width = config.hidden_size // config.num_attention_heads
+    scaled_by = width if width_scaled else head_size(config)
     if config.query_pre_attn_scalar != scaled_by:
         yield (
             f"a {config.model_type} of {config.num_hidden_layers} layers whose attention is scaled "

@@ -160,11 +160,11 @@ def pre_tokenizer_name(tokenizer: Any) -> str:
     """llama.cpp's name for how this tokenizer splits text. Raises ModelError if it has none."""
     state = tokenizer_state(tokenizer)
     name = _split_name(state["pre_tokenizer"] or {"type": "none"})
-    whole = bool(state["model"].get("ignore_merges"))
-    if whole != (name in WHOLE_WORDS):
+    keeps_words = bool(state["model"].get("ignore_merges"))
+    if keeps_words != (name in WHOLE_WORDS):
         raise unknown_tokenizer(
             f"one that splits text as {name} does, with ignore_merges: "
-            f"{str(whole).lower()}, unlike llama.cpp"
+            f"{str(keeps_words).lower()}, unlike llama.cpp"
         )
     return name
 

@@ -44,8 +44,8 @@ def k_quantize(
     require_llama_cpp()
     import llama_cpp
 
-    whole = file.with_suffix(".f32")
-    write_gguf(source, whole, FORMATS["f32"], name=name, trust_remote_code=trust_remote_code)
+    float_file = file.with_suffix(".f32")
+    write_gguf(source, float_file, FORMATS["f32"], name=name, trust_remote_code=trust_remote_code)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}")
     params.nthread = torch.get_num_threads()
@@ -53,8 +53,10 @@ def k_quantize(
         config = load_config(source, trust_remote_code=trust_remote_code).get_text_config()
         params.imatrix = importance_matrix(llama_cpp, moments, gguf_names(moments, config))
     with _only_errors(llama_cpp) as errors:
-        failed = llama_cpp.llama_model_quantize(str(whole).encode(), str(file).encode(), params)
-    whole.unlink()
+        failed = llama_cpp.llama_model_quantize(
+            str(float_file).encode(), str(file).encode(), params
+        )
+    float_file.unlink()
     if failed:
         reason = " ".join(errors).strip() or f"code {failed}"
         raise ModelError(

@@ -339,8 +339,8 @@ def _greedy(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int) -> tup
             break
         sure += 1
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    whole, part = tokenizer.decode(ids, **options), tokenizer.decode(ids[:sure], **options)
-    return str(whole), str(part).rstrip("\N{REPLACEMENT CHARACTER}")  # an incomplete character
+    full_text, part = tokenizer.decode(ids, **options), tokenizer.decode(ids[:sure], **options)
+    return str(full_text), str(part).rstrip("\N{REPLACEMENT CHARACTER}")  # an incomplete character
 
 
 @dataclass

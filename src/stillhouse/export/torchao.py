@@ -126,9 +126,9 @@ def save_torchao(
         name: weight.detach().to(dtype) for name, weight in model.named_parameters()
     }
     layers = set(quantization.linear_layers(model)) if quantization.dynamic else set()
-    whole = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, scales_OG in quantization.scales.items():
-        weights[name] = _tensor(whole[name], scales_OG, quantization, dtype, name in layers)
+        weights[name] = _tensor(parameters[name], scales_OG, quantization, dtype, name in layers)
     tensors, metadata = flatten_tensor_state_dict(weights)
     model.config.quantization_config = _config(quantization, weights).to_dict()
     model.config.dtype = dtype

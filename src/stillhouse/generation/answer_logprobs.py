@@ -37,7 +37,7 @@ Entries = dict[int, float]
 @dataclass(frozen=True)
 class ByteVocabulary:
     """A tokenizer's tokens as bytes. id_of: by all their bytes. shown_id_of: by the text that is
-    left if a server drops bytes that are not a whole character. Tokens that share a key are
+    left if a server drops bytes that are not a complete character. Tokens that share a key are
     ambiguous: they have no id there, and stay in the tail."""
 
     bytes_of: Mapping[int, bytes]
@@ -81,9 +81,9 @@ class Aligned:
 def align(
     row: TokenRow, text: str, logprobs: Sequence[Any] | None, k: int, vocabulary: ByteVocabulary
 ) -> Aligned:
-    """The signal of a row whose last turn is `text`. logprobs: as the API gave them for the whole
-    answer, of which `text` is the last part; malformed ones, which an older journal may have,
-    count as not reported. Raises SignalError: probabilities of more than 1."""
+    """The signal of a row whose last turn is `text`. logprobs: as the API gave them for the
+    complete answer, of which `text` is the last part; malformed ones, which an older journal may
+    have, count as not reported. Raises SignalError: probabilities of more than 1."""
     supervised = np.flatnonzero(row.supervised)
     supervised = supervised[supervised > 0]
     ids = row.ids[supervised].tolist()
@@ -135,7 +135,7 @@ def _span(tokens: Sequence[bytes], text: bytes) -> tuple[int, int]:
 
 def _is_token(position: Any, token: bytes) -> bool:
     """Whether a position is about these bytes. A server that returns only text cannot show bytes
-    that are not a whole character: then the rest of the token is compared."""
+    that are not a complete character: then the rest of the token is compared."""
     known = _bytes(position)
     if known is not None:
         return known == token

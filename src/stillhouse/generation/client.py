@@ -45,7 +45,7 @@ class FailedAttempt:
     """Why one attempt got no answer.
 
     retry: another attempt may help. wait: seconds that the server wants to wait before it. billed:
-    the provider may have billed an answer that did not arrive whole.
+    the provider may have billed an answer that did not arrive completely.
     """
 
     kind: FailureKind
@@ -109,11 +109,11 @@ class Client:
 
     def _answer(self, reply: Reply, seconds: float) -> Answer | FailedAttempt:
         try:
-            whole = json.loads(reply.body)
-            status = _status_within(whole)
+            document = json.loads(reply.body)
+            status = _status_within(document)
             if status is not None:
                 return self._failed_status(replace(reply, status=status))
-            answer = _parse(whole, self.price, seconds)
+            answer = _parse(document, self.price, seconds)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             start = self._redacted(reply.body[: 2 * _EXCERPT].decode("utf-8", "replace"))[:_EXCERPT]
             reason = f"not a chat completion ({type(error).__name__}: {error}): {start}"
@@ -199,28 +199,28 @@ def _server_error(body: bytes) -> tuple[str, str | None]:
     """A server's error message and code, in the forms that servers use."""
     text = body.decode("utf-8", "replace").strip()
     try:
-        whole = json.loads(text)
+        document = json.loads(text)
     except (ValueError, RecursionError):
         return text or "no explanation", None
-    error = whole.get("error", whole) if isinstance(whole, dict) else whole
+    error = document.get("error", document) if isinstance(document, dict) else document
     if not isinstance(error, dict):
         return str(error), None
     message = error.get("message") or error.get("detail") or text
     return str(message), error.get("code")
 
 
-def _status_within(whole: Any) -> int | None:
+def _status_within(document: Any) -> int | None:
     """The status of an error that a gateway sends with status 200, if there is one."""
-    error = _object(_object(whole).get("error"))
+    error = _object(_object(document).get("error"))
     code = str(error.get("code"))
     named = {"insufficient_quota": 402, "rate_limit_exceeded": 429, "server_error": 500}
     return int(code) if re.fullmatch("[45][0-9]{2}", code) else named.get(code)
 
 
-def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
+def _parse(document: Any, price: Price | None, seconds: float) -> Answer:
     """Every reply that was paid for is an answer, even an empty one; a field of the wrong type is
     ignored. Raises KeyError and the like if this is not a chat completion."""
-    choices = whole["choices"]
+    choices = document["choices"]
     if not isinstance(choices, list):
         raise TypeError("its choices are no list")
     choice = choices[0] if choices else {"message": {}}
@@ -229,7 +229,7 @@ def _parse(whole: Any, price: Price | None, seconds: float) -> Answer:
     refusal = _string(message.get("refusal"))
     if not text and refusal:
         text, finish_reason = refusal, "refusal"
-    usage = _object(whole.get("usage"))
+    usage = _object(document.get("usage"))
     prompt, completion = (
         _tokens(usage.get("prompt_tokens")),
         _tokens(usage.get("completion_tokens")),

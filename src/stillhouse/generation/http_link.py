@@ -74,8 +74,8 @@ class OpenAILink:
                 messages=payload["messages"],
                 extra_body={k: v for k, v in payload.items() if k not in ("model", "messages")},
             ) as raw:
-                whole = await _limited(raw.iter_bytes())
-                return Reply(raw.status_code, raw.headers, whole)
+                body = await _limited(raw.iter_bytes())
+                return Reply(raw.status_code, raw.headers, body)
         except openai.APITimeoutError as error:
             raise TimeoutError from error
         except openai.APIStatusError as error:
@@ -119,9 +119,9 @@ class HttpLink:
         body = _ENCODER.encode(payload).encode()
         try:
             async with self._session.post(self._url, data=body, allow_redirects=False) as response:
-                whole = await _limited(response.content.iter_any())
+                body = await _limited(response.content.iter_any())
                 headers = {name.lower(): value for name, value in response.headers.items()}
-                return Reply(response.status, headers, whole)
+                return Reply(response.status, headers, body)
         except aiohttp.ClientConnectorError as error:
             raise LinkError(f"cannot connect: {error}", sent=False) from error
         except (aiohttp.ClientError, ValueError) as error:

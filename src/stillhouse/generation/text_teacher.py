@@ -250,7 +250,7 @@ def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
     """
     caught: list[int] = []
 
-    async def whole() -> Pool:
+    async def run_pool() -> Pool:
         task = asyncio.current_task()
         assert task is not None
 
@@ -269,7 +269,7 @@ def _stoppable(work: Coroutine[Any, Any, Pool]) -> Pool:
     numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
     before = {number: signal.getsignal(number) for number in numbers}
     try:
-        return asyncio.run(whole())
+        return asyncio.run(run_pool())
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -11,7 +11,7 @@ from stillhouse.export.licenses import license_warning, teacher_license
 from stillhouse.export.push import require_token
 from stillhouse.export.torchao import require_torchao
 from stillhouse.finding import Finding
-from stillhouse.language_model.job import Job, configs, whole_job
+from stillhouse.language_model.job import Job, configs, full_job
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.pipeline.engine import has_finished
 from stillhouse.quantize.quantize import grid_of, planned_bytes
@@ -23,7 +23,7 @@ from stillhouse.teachers.planned_model import planned_model
 
 def require_exports(job: Job) -> Iterator[Finding]:
     """Raise StillhouseError for a student that cannot be exported."""
-    job = whole_job(job)
+    job = full_job(job)
     yield from export_findings(job.recipe, job, [("", configs(job)[0])])
 
 

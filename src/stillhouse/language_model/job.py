@@ -258,7 +258,7 @@ def configs(job: Job) -> tuple[Any, Any]:
     return load_config(job.pretrained.path, trust_remote_code=code), teacher
 
 
-def whole_job(job: Job) -> Job:
+def full_job(job: Job) -> Job:
     """The job of the full recipe, if this job covers only the steps before the vocabulary is
     cut."""
     return job if job.after_cut is None else replace(job, recipe=job.after_cut, after_cut=None)

@@ -11,7 +11,7 @@ from stillhouse.evaluation.speed import DECODE_TOKENS, PROMPT_TOKENS
 from stillhouse.finding import Finding
 from stillhouse.generation.chat_frame import user_turn
 from stillhouse.generation.template_check import rendered_prompt, require_template
-from stillhouse.language_model.job import Job, configs, whole_job
+from stillhouse.language_model.job import Job, configs, full_job
 from stillhouse.language_model.package_check import require_options
 from stillhouse.students.student_config import PretrainedStudent, RandomStudent
 from stillhouse.teachers.load_model import load_tokenizer
@@ -30,7 +30,7 @@ def require_models(job: Job) -> Iterator[Finding]:
 
     Raises StillhouseError for what cannot work; yields warnings.
     """
-    job = whole_job(job)
+    job = full_job(job)
     code = job.trust_remote_code
     for source in dict.fromkeys([job.teacher, *job.teachers]):
         check_model_folder(source.path, trust_remote_code=code)

@@ -17,7 +17,7 @@ from stillhouse.data.windows import WINDOW_BYTES
 from stillhouse.errors import DataError, EndpointError
 from stillhouse.evaluation.lm_eval import require_tasks
 from stillhouse.finding import Finding, finding_of
-from stillhouse.language_model.job import Job, configs, planned_size, whole_job
+from stillhouse.language_model.job import Job, configs, full_job, planned_size
 from stillhouse.language_model.run_models import row_bytes
 from stillhouse.language_model.signals_stage import records_signals
 from stillhouse.number_format import size
@@ -60,7 +60,7 @@ def require_disk(job: Job) -> Iterator[Finding]:
     Each checkpoint holds weights and two moments in float32; in addition there are the student
     before and after training, its exports, windows of tokens, and a store of signals.
     """
-    job = whole_job(job)
+    job = full_job(job)
     recipe = job.recipe
     if has_finished(recipe, "train"):
         return

@@ -78,7 +78,7 @@ def cut_job(job: Job, finished: Mapping[str, Stage], do: Do) -> Job:
     return replace(found, text=job.text, ancestors=job.ancestors, cut=True)
 
 
-def _other_models(recipe: Recipe, whole: Job) -> dict[str, ModelSource]:
+def _other_models(recipe: Recipe, full_job: Job) -> dict[str, ModelSource]:
     """The models other than the teacher that have all of its tokens, by name.
 
     A member of a family, whose vocabulary is already cut, is not included.
@@ -88,24 +88,24 @@ def _other_models(recipe: Recipe, whole: Job) -> dict[str, ModelSource]:
     names = [recipe.student.model, *recipe.train.teachers]
     found = {}
     for name in dict.fromkeys(name for name in names if name not in (None, ORIGINAL)):
-        source = resolve_model(name, base=whole.base)
-        code = whole.trust_remote_code
+        source = resolve_model(name, base=full_job.base)
+        code = full_job.trust_remote_code
         own, all_tokens = (
             load_tokenizer(model.path, trust_remote_code=code).get_vocab().keys()
-            for model in (source, whole.teacher)
+            for model in (source, full_job.teacher)
         )
         if not own < all_tokens:
-            shared_vocabulary(whole.teacher, source, code)
+            shared_vocabulary(full_job.teacher, source, code)
             found[name] = source
     return found
 
 
-def _alike(whole: Job, other: ModelSource, cut: Stage) -> Job:
+def _alike(full_job: Job, other: ModelSource, cut: Stage) -> Job:
     """The job that cuts another model to the tokens that the teacher has kept."""
     kept = VocabularyFile(path=str((cut.path / MODEL / KEPT_IDS).absolute()))
     section = PrunedStudent(start="pruned", vocabulary=kept)
     return replace(
-        whole, teacher=other, recipe=whole.recipe.model_copy(update={"student": section})
+        full_job, teacher=other, recipe=full_job.recipe.model_copy(update={"student": section})
     )
 
 
@@ -147,10 +147,10 @@ def plan_vocabulary(job: Job, data: Stage) -> StagePlan:
             trust_remote_code=job.trust_remote_code,
         )
         config = load_config(job.teacher.path, trust_remote_code=job.trust_remote_code)
-        whole = Counter(config).total(sizes_of(config))
+        parameters = Counter(config).total(sizes_of(config))
         found = {
             "vocabulary": summary["pruning"]["changed"].get("vocabulary", [job.vocabulary] * 2),
-            "parameters": [whole, summary["parameters"]["total"]],
+            "parameters": [parameters, summary["parameters"]["total"]],
             **_perplexities(job, out / MODEL, windows),
         }
         return Outcome(flops=summary["flops"], peak_memory_bytes=peak_memory_bytes(), summary=found)

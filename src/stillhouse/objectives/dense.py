@@ -111,9 +111,9 @@ def forward_kl_and_counted(block: GroupBlock, zt_bV: Tensor | None) -> None:
     block.write_losses(lse_s_b, scores)
     if out_bV is None:
         return
-    whole = of_teacher + sum(each.coefficient for each in counted)
-    if whole != 1.0:
-        zs_bV.mul_(whole)
+    total_coefficient = of_teacher + sum(each.coefficient for each in counted)
+    if total_coefficient != 1.0:
+        zs_bV.mul_(total_coefficient)
     for each in counted:
         each.subtract_from_(zs_bV)
     if zt_bV is not None and of_teacher:

@@ -35,7 +35,7 @@ def check_inputs(
     """Check shapes and, on a CPU, values; returns the number of shared vocabulary rows."""
     if not terms:
         raise SignalError("the loss has no terms", fix="give at least one Term")
-    _refuse_sharded(hidden_ND, head, signal)
+    _reject_sharded(hidden_ND, head, signal)
     check_rows("hidden_ND", hidden_ND, head)
     rows = len(hidden_ND)
     shared = len(head.weight_VD)
@@ -56,7 +56,7 @@ def check_inputs(
     return vocab
 
 
-def _refuse_sharded(hidden_ND: Tensor, head: LMHead, signal: Signal | None) -> None:
+def _reject_sharded(hidden_ND: Tensor, head: LMHead, signal: Signal | None) -> None:
     """Reject a sharded head: its softmax would cover only part of the vocabulary."""
     named = {"hidden_ND": hidden_ND, "head.weight_VD": head.weight_VD}
     if isinstance(signal, DenseSignal):

@@ -135,7 +135,7 @@ def _check_logits(logits_NV: Tensor, rows: int) -> None:
         raise SignalError(f"{name} has shape {tuple(logits_NV.shape)}; it must be [rows, tokens]")
     same_rows(name, logits_NV, rows)
     if logits_NV.device.type == "cpu" and rows:
-        _refuse(~torch.isfinite(logits_NV.amax(1)), f"{name} holds NaN, +inf, or nothing but −inf")
+        _reject(~torch.isfinite(logits_NV.amax(1)), f"{name} holds NaN, +inf, or nothing but −inf")
 
 
 def _check_sparse(signal: SparseSignal, rows: int, vocab: int) -> None:
@@ -151,11 +151,11 @@ def _check_sparse(signal: SparseSignal, rows: int, vocab: int) -> None:
     twice_NK = (ordered_NK[:, 1:] == ordered_NK[:, :-1]) & (
         log_probs_NK.gather(1, order_NK)[:, 1:].isfinite() | (ordered_NK[:, 1:] != ids_NK[:, :1])
     )
-    _refuse(twice_NK.any(1), "signal.ids_NK holds one token twice")
-    _refuse((~(log_probs_NK <= 0)).any(1), "signal.log_probs_NK is positive or NaN")
-    _refuse(~((tail_N >= 0) & (tail_N <= 1)), "signal.tail_N is not a probability")
+    _reject(twice_NK.any(1), "signal.ids_NK holds one token twice")
+    _reject((~(log_probs_NK <= 0)).any(1), "signal.log_probs_NK is positive or NaN")
+    _reject(~((tail_N >= 0) & (tail_N <= 1)), "signal.tail_N is not a probability")
     mass_N = log_probs_NK.double().exp().sum(1) + tail_N.double()
-    _refuse(
+    _reject(
         (mass_N - 1.0).abs() > MASS_TOLERANCE,
         "signal.log_probs_NK and signal.tail_N do not sum to 1",
         fix="log_probs_NK are of the full softmax, not renormalized; tail_N is the mass of all "
@@ -175,9 +175,9 @@ def _check_sampled(signal: SampledSignal, rows: int, vocab: int) -> None:
     _check_entries(signal.ids_NK, counts_NK, "signal.counts_NK", rows, vocab)
     if counts_NK.device.type != "cpu" or not rows:
         return
-    _refuse((~(counts_NK >= 0)).any(1), "signal.counts_NK is negative or NaN")
+    _reject((~(counts_NK >= 0)).any(1), "signal.counts_NK is negative or NaN")
     total_N = counts_NK.double().sum(1)
-    _refuse(~((total_N > 0) & torch.isfinite(total_N)), "signal.counts_NK does not sum to a count")
+    _reject(~((total_N > 0) & torch.isfinite(total_N)), "signal.counts_NK does not sum to a count")
 
 
 def _check_entries(ids_NK: Tensor, values_NK: Tensor, name: str, rows: int, vocab: int) -> None:
@@ -199,7 +199,7 @@ def _check_entries(ids_NK: Tensor, values_NK: Tensor, name: str, rows: int, voca
     check_ids("signal.ids_NK", ids_NK, vocab)
 
 
-def _refuse(wrong_N: Tensor, what: str, fix: str | None = None) -> None:
+def _reject(wrong_N: Tensor, what: str, fix: str | None = None) -> None:
     if bool(wrong_N.any()):
         rows = wrong_N.nonzero()[:, 0]
         more = f" ({len(rows)} such rows)" if len(rows) > 1 else ""

@@ -86,14 +86,14 @@ class Moments:
 
     def symmetric(self) -> Tensor:
         """The full matrix C. (Sums are accumulated on and above the diagonal.)"""
-        whole_FF = self.C_FF.triu()
-        width = -(-len(whole_FF) // SYMMETRIC_BLOCKS)
-        for start in range(0, len(whole_FF), width):
+        full_FF = self.C_FF.triu()
+        width = -(-len(full_FF) // SYMMETRIC_BLOCKS)
+        for start in range(0, len(full_FF), width):
             block, after = slice(start, start + width), slice(start + width, None)
-            whole_FF[after, block] = whole_FF[block, after].T
-            corner = whole_FF[block, block]
+            full_FF[after, block] = full_FF[block, after].T
+            corner = full_FF[block, block]
             corner += corner.triu(1).T
-        return whole_FF
+        return full_FF
 
 
 def activation_scores(moments: Moments, down_DF: Tensor) -> Tensor:

@@ -118,7 +118,7 @@ def quantize(
         chosen = {name for unit in units if unit.name not in kept for name in unit.weights}
         scales = {name: scales_OG for name, scales_OG in scales.items() if name in chosen}
     quantization = Quantization(grid, section.dynamic, scales)
-    kl = _whole_kl(model, quantization, measured, vocabulary)
+    kl = _total_kl(model, quantization, measured, vocabulary)
     result = QuantizeResult(
         kind=section.kind,
         group_size=grid.group,
@@ -181,7 +181,7 @@ def _units(model: Any, section: QuantizeRecipe) -> list[Unit]:
     return units
 
 
-def _whole_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabulary: int) -> float:
+def _total_kl(model: Any, quantization: Quantization, windows: WindowSet, vocabulary: int) -> float:
     """KL(model ‖ quantized model), with rounded inputs if the export rounds them."""
     reference = reference_answers(model, windows)
     hooks = round_inputs(quantization, model)

@@ -126,8 +126,8 @@ class LineChart:
             if shown != line.y:
                 style = {**style, "marker": "^"}
             ax.plot(line.x, shown, color=line.color, label=line.label or None, **style)
-            for name, x, y, whole in zip(line.names, line.x, shown, line.y, strict=False):
-                cut = f": {text.digits(whole)} ↑" if whole > y else ""
+            for name, x, y, value in zip(line.names, line.x, shown, line.y, strict=False):
+                cut = f": {text.digits(value)} ↑" if value > y else ""
                 named.append(_Named(x, y, name + cut, 10.0 if line.style == "joined" else 0.0))
         if self.log:
             _plain_log(ax, [value for line in self.lines for value in line.y])

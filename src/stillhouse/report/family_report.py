@@ -52,8 +52,8 @@ def family_report(run: RunFacts, family: FamilyEvaluation) -> Report:
 def _headline(family: FamilyEvaluation) -> str:
     last = family.members[-1]
     cut = "" if family.cut is None else "cut "
-    whole = family.cut.parameters[0] if family.cut else family.teacher.parameters
-    share = last.student.parameters / whole
+    original = family.cut.parameters[0] if family.cut else family.teacher.parameters
+    share = last.student.parameters / original
     names = f"{len(family.members)} students" if len(family.members) > 1 else "One student"
     return (
         f"{names}, down to {text.percent(share)} of the teacher’s parameters; the smallest has "
@@ -63,10 +63,10 @@ def _headline(family: FamilyEvaluation) -> str:
 
 
 def _cut_sentence(cut: CutTeacher) -> str:
-    (tokens, left), (whole, parameters) = cut.tokens, cut.parameters
+    (tokens, left), (original, parameters) = cut.tokens, cut.parameters
     sentence = (
         f"The teacher here has {left:,} of its {tokens:,} tokens, and {text.count(parameters)} of "
-        f"{text.count(whole)} parameters; all metrics are relative to it."
+        f"{text.count(original)} parameters; all metrics are relative to it."
     )
     if cut.perplexity is not None:
         before, after = map(text.digits, cut.perplexity)
@@ -133,13 +133,13 @@ def _size_chart(family: FamilyEvaluation) -> Chart:
     """KL against parameters: the members as a line, as pruned and as trained."""
     members = family.members
     sizes = [family.teacher.parameters, *(member.student.parameters for member in members)]
-    (whole, *x), label = in_units(sizes, "parameters")
+    (teacher_size, *x), label = in_units(sizes, "parameters")
     names = [member.name for member in members]
     pruned = [member.untrained.fidelity.kl for member in members]
     lines = [
         Line(x, pruned, role_color("untrained"), "as pruned", "joined"),
         Line(x, _kls(members), role_color("student"), "distilled", "joined", names),
-        Line([whole], [0.0], role_color("teacher"), "teacher", "diamond"),
+        Line([teacher_size], [0.0], role_color("teacher"), "teacher", "diamond"),
     ]
     return LineChart("Quality against size", label, KL_LABEL, lines)
 

@@ -83,8 +83,8 @@ def _sources(
     name, size, color = "Checkpoint", 4.0 * student.parameters, ACCENT
     if rounded is not None:
         own = student.fidelity
-        whole = float(student.bytes_on_disk)
-        found.append(Form("Student", whole, own.kl, own.top1_agreement, 1.0, None, ACCENT))
+        size_bytes = float(student.bytes_on_disk)
+        found.append(Form("Student", size_bytes, own.kl, own.top1_agreement, 1.0, None, ACCENT))
         name, size = "On the grid", float(rounded.bytes_on_disk)
         color = role_color(rounded.role)
     speed = replay["source_decode_tokens_per_s"]

@@ -77,13 +77,13 @@ def _stage_table(stages: Sequence[Stage]) -> MetricsTable:
     rows = [_cost_row(_stage_name(stage), stage.cost) for stage in stages]
     total: list[str] = []
     if len(stages) > 1:
-        whole = Cost(
+        total_cost = Cost(
             sum(stage.cost.seconds for stage in stages),
             sum(stage.cost.tokens for stage in stages),
             sum(stage.cost.flops for stage in stages),
             max(stage.cost.peak_memory_bytes for stage in stages),
         )
-        total = _cost_row("Whole run", whole)
+        total = _cost_row("Complete run", total_cost)
     return MetricsTable.of_text(["Stage", "Tokens", "FLOPs", "Time", "Peak memory"], rows, total)
 
 

@@ -229,8 +229,8 @@ class _Work:
 
         probes = probed(self.before, [one.sizes for one in found], self._possible)
         known = curves(self.before, probes, lost)
-        whole = [one.sizes for one in found if one.sizes.layers == self.before.layers]
-        limit = min((expected(self.before, s, known, {}) for s in whole), default=float("inf"))
+        full_depth = [one.sizes for one in found if one.sizes.layers == self.before.layers]
+        limit = min((expected(self.before, s, known, {}) for s in full_depth), default=float("inf"))
         keep = min(one.sizes.layers for one in found)
         depth = self._depth(keep, WORTH * limit)
         for one in found:

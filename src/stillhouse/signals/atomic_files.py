@@ -15,7 +15,7 @@ from stillhouse.errors import StoreError
 PARTIAL = ".partial"
 
 
-def write_whole(path: Path, pieces: Iterable[bytes]) -> None:
+def write_durably(path: Path, pieces: Iterable[bytes]) -> None:
     """Write a file under a temporary name, flush it to disk, and rename it.
 
     Raises StoreError if the disk is full or the folder cannot be written. The temporary file is
@@ -74,10 +74,10 @@ def read_checked_json(path: Path, what: str) -> dict[str, Any]:
     try:
         content = json.loads(data)
         checksum = content.pop("checksum")
-        whole = checksum == _checksum(content) and checked_json(content) == data
+        intact = checksum == _checksum(content) and checked_json(content) == data
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise StoreError(
             f"{what} is damaged: its checksum is wrong",
             where=path,

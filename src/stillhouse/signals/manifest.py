@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import SignalError, StoreError
-from stillhouse.signals.atomic_files import checked_json, read_checked_json, write_whole
+from stillhouse.signals.atomic_files import checked_json, read_checked_json, write_durably
 from stillhouse.signals.encodings import Encoding, encoding_from_json, encoding_to_json
 
 FORMAT = 1
@@ -117,7 +117,7 @@ class Manifest:
 
 
 def write_settings(path: Path, settings: Settings) -> None:
-    write_whole(path / SETTINGS, [checked_json({"format": FORMAT, **settings.to_json()})])
+    write_durably(path / SETTINGS, [checked_json({"format": FORMAT, **settings.to_json()})])
 
 
 def read_settings(path: Path) -> Settings:
@@ -128,7 +128,7 @@ def read_settings(path: Path) -> Settings:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    write_whole(path / MANIFEST, [checked_json(manifest.to_json())])
+    write_durably(path / MANIFEST, [checked_json(manifest.to_json())])
 
 
 def read_manifest(path: Path) -> Manifest:

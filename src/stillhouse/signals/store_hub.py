@@ -18,7 +18,7 @@ def upload_store(path: Path, repository: str, *, private: bool = True) -> str:
     The Hub's token comes from the environment. Raises StoreError if the store is damaged, or the
     Hub rejects the upload.
     """
-    _refuse_damaged(path)
+    _reject_damaged(path)
     api = HfApi()
     try:
         api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
@@ -47,11 +47,11 @@ def download_store(repository: str, path: Path, *, revision: str | None = None) 
             )
     except (HfHubHTTPError, OSError) as error:
         raise _hub_error(repository, error) from error
-    _refuse_damaged(path)
+    _reject_damaged(path)
     return path
 
 
-def _refuse_damaged(path: Path) -> None:
+def _reject_damaged(path: Path) -> None:
     wrong = verify(path)
     if wrong:
         raise StoreError(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stillhouse.errors import StoreError
-from stillhouse.signals.atomic_files import PARTIAL, write_whole
+from stillhouse.signals.atomic_files import PARTIAL, write_durably
 from stillhouse.signals.encode import Statistics
 from stillhouse.signals.encoded_rows import DenseRows, EntryRows, Rows, concatenate
 from stillhouse.signals.manifest import (
@@ -109,7 +109,7 @@ class StoreWriter:
                 concatenate(self._rows),
                 self._statistics,
             )
-            write_whole(self.path / SHARDS / f"{uuid.uuid4().hex}.bin", pieces)
+            write_durably(self.path / SHARDS / f"{uuid.uuid4().hex}.bin", pieces)
         self._forget_pending()
 
     def finish(self) -> Manifest:

@@ -169,9 +169,9 @@ def _pattern_properties(
 def check_references(schema: dict[str, Any]) -> None:
     """Raise referencing.exceptions.Unresolvable for a `$ref` that is neither in the schema nor in
     a specification of JSON schema: nothing is fetched. Compiles every `pattern`."""
-    whole: Resource[Any] = Resource.from_contents(schema, default_specification=DRAFT202012)
-    registry: Any = REGISTRY.with_resource(whole.id() or "", whole)
-    todo = [(whole, registry.resolver_with_root(whole))]
+    resource: Resource[Any] = Resource.from_contents(schema, default_specification=DRAFT202012)
+    registry: Any = REGISTRY.with_resource(resource.id() or "", resource)
+    todo = [(resource, registry.resolver_with_root(resource))]
     while todo:
         part, resolver = todo.pop()
         if isinstance(part.contents, Mapping):

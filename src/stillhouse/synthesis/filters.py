@@ -166,7 +166,7 @@ def json_value(text: str) -> Any:
     """The value of JSON, which may be in a code fence. Raises ValueError, RecursionError; also for
     NaN and Infinity, which JSON does not have, and for a key that an object has twice."""
 
-    def refuse(name: str) -> None:
+    def reject(name: str) -> None:
         raise ValueError(f"{name} is not a JSON value")
 
     def distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -175,7 +175,7 @@ def json_value(text: str) -> Any:
             raise ValueError("an object has the same key twice")
         return found
 
-    return json.loads(unfenced(text), parse_constant=refuse, object_pairs_hook=distinct)
+    return json.loads(unfenced(text), parse_constant=reject, object_pairs_hook=distinct)
 
 
 def exact_duplicates() -> Filter:
@@ -206,29 +206,29 @@ def near_duplicates(threshold: float) -> Filter:
 
 
 SHORTEST_GRAM = 5
-"""Shorter evaluation texts would match unrelated rows: they are compared with whole prompts
+"""Shorter evaluation texts would match unrelated rows: they are compared with complete prompts
 only."""
 
 
 def decontaminate(evaluation: Iterable[Prompt], ngram: int) -> Filter:
     """Drops rows whose prompt or answer contains `ngram` consecutive words of an evaluation prompt.
 
-    A shorter evaluation prompt counts as a whole, and one of fewer than SHORTEST_GRAM words only if
-    it is the row's whole prompt.
+    A shorter evaluation prompt is compared completely, and one of fewer than SHORTEST_GRAM words
+    only if it is the row's complete prompt.
     """
     grams: dict[int, set[str]] = {}
-    whole: set[str] = set()
+    short_prompts: set[str] = set()
     for item in evaluation:
         found = words(text_of(item.messages))
         if len(found) < SHORTEST_GRAM:
-            whole.add(" ".join(found))
+            short_prompts.add(" ".join(found))
         else:
             size = min(ngram, len(found))
             grams.setdefault(size, set()).update(_grams(found, size))
 
     def judge(row: Row) -> str | None:
         prompt = words(text_of(row.messages))
-        if " ".join(prompt) in whole:
+        if " ".join(prompt) in short_prompts:
             return "the prompt is in the evaluation set"
         for part in (prompt, words(row.text)):
             for size, known in grams.items():

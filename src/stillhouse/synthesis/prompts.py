@@ -16,7 +16,7 @@ from stillhouse.data.chat_formats import (
     LEARNED,
     add_system,
     as_messages,
-    refuse_media,
+    reject_media,
     text_parts,
     with_known_role,
 )
@@ -65,7 +65,7 @@ def read_prompts(
     rows = read_rows(path, format=None if format == "auto" else format, text_key=key)
     for row, where in not_empty(itertools.islice(rows, limit), "The file of prompts", path):
         messages = prompt_messages(row, key, where)
-        _refuse_unsent(row, messages, where)
+        _reject_unsent(row, messages, where)
         yield Prompt(messages, where)
 
 
@@ -121,13 +121,13 @@ def _logged(row: Mapping[str, Any]) -> tuple[Any, Mapping[str, Any]]:
     return None, row
 
 
-def _refuse_unsent(row: Mapping[str, Any], messages: Iterable[Message], where: str) -> None:
+def _reject_unsent(row: Mapping[str, Any], messages: Iterable[Message], where: str) -> None:
     """Raise DataError for parts of a prompt that would not be sent, or not be learned."""
     for place in ((), ("request",), ("request", "body"), ("body",)):
         holder = at(row, place)
         if not isinstance(holder, Mapping):
             continue
-        refuse_media(holder, where)
+        reject_media(holder, where)
         if read_tools(holder, where):
             raise DataError(
                 "The row has `tools`, which are not sent with a prompt",

@@ -101,7 +101,7 @@ class Writer:
             if answer is None:
                 continue
             text = answer_text(answer)
-            for line in prompt_lines(text, whole=answer.finish_reason != "length"):
+            for line in prompt_lines(text, complete=answer.finish_reason != "length"):
                 if seen.add(words(line)) is not None:
                     continue
                 kept += 1
@@ -110,11 +110,12 @@ class Writer:
                     return
 
 
-def prompt_lines(text: str, *, whole: bool) -> Iterator[str]:
-    """The prompts in an answer, one per line, without list marks. whole: include the last line."""
+def prompt_lines(text: str, *, complete: bool) -> Iterator[str]:
+    """The prompts in an answer, one per line, without list marks. complete: include the last
+    line."""
     lines = [_MARK.sub("", line).strip().strip('"') for line in text.splitlines()]
     lines = [line for line in lines if line]
-    for line in lines if whole else lines[:-1]:
+    for line in lines if complete else lines[:-1]:
         # A line that ends with a colon introduces the list.
         introduces = line.endswith((":", "："))
         if len(words(line)) >= 2 and len(line) <= _MOST_CHARACTERS and not introduces:

@@ -31,10 +31,10 @@ class Family:
     paired: rotary embeddings of neighboring pairs. activation: of the FFN. norm_offset: is added to
     norms' gains. ropes: supported rotary scalings. biases: parts that may have one.
     window_period: in every so many layers, all but the last attend to a window (0: all attend to
-    everything); a list in the file overrides it. whole_layers: with this many layers, attention is
-    scaled by hidden_size / heads instead of the head's size (0: never). rope_period: every so many
-    layers, one has no rotary embedding, and nothing in the file can change that. partly_rotated: a
-    share of each head may stay unrotated.
+    everything); a list in the file overrides it. width_scaled_layers: with this many layers,
+    attention is scaled by hidden_size / heads instead of the head's size (0: never). rope_period:
+    every so many layers, one has no rotary embedding, and nothing in the file can change that.
+    partly_rotated: a share of each head may stay unrotated.
     """
 
     arch: gguf.MODEL_ARCH
@@ -44,7 +44,7 @@ class Family:
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
     biases: frozenset[str] = frozenset()
     window_period: int = 0
-    whole_layers: int = 0
+    width_scaled_layers: int = 0
     rope_period: int = 0
     partly_rotated: bool = False
 
@@ -77,13 +77,13 @@ ARCHITECTURES = {
     "olmo2": Family(gguf.MODEL_ARCH.OLMO2),
     "phi3": Family(gguf.MODEL_ARCH.PHI3, ropes=("default", "longrope"), partly_rotated=True),
     "gemma": _GEMMA,
-    "gemma2": replace(_GEMMA, arch=gguf.MODEL_ARCH.GEMMA2, window_period=2, whole_layers=46),
+    "gemma2": replace(_GEMMA, arch=gguf.MODEL_ARCH.GEMMA2, window_period=2, width_scaled_layers=46),
     "gemma3_text": replace(
         _GEMMA,
         arch=gguf.MODEL_ARCH.GEMMA3,
         ropes=("default", "linear"),
         window_period=6,
-        whole_layers=62,
+        width_scaled_layers=62,
     ),
 }
 """By transformers' model type: the equivalent GGUF architecture in llama.cpp."""

@@ -365,7 +365,7 @@ def _windows(keys: Keys, values: Mapping[str, Any], there: Family, window: int) 
     if not isinstance(pattern, list):
         pattern = [(layer + 1) % pattern != 0 for layer in range(layers)]
     scaled_by = values["head_dim"]
-    if layers == there.whole_layers:
+    if layers == there.width_scaled_layers:
         scaled_by = values["hidden_size"] // values["num_attention_heads"]
     return {
         "sliding_window": window,

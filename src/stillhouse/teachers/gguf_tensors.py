@@ -97,7 +97,7 @@ def _numbers(stored: Any) -> Any:
 
 def _apart(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """Split experts into one tensor each, as in checkpoints."""
-    whole, _, part = name.rpartition(".experts.")
-    if not whole:
+    prefix, _, part = name.rpartition(".experts.")
+    if not prefix:
         return {name: tensor}
-    return {f"{whole}.experts.{n}.{part}": each.clone() for n, each in enumerate(tensor)}
+    return {f"{prefix}.experts.{n}.{part}": each.clone() for n, each in enumerate(tensor)}

@@ -214,11 +214,11 @@ def _check_types(model: Any, files: list[Path], path: Path) -> None:
         return
     parameters = {name for name, _ in model.named_parameters()}
     stored = stored_types(files)
-    whole = [name for name in stored if name in parameters and stored[name] in WHOLE_NUMBERS]
-    if whole:
+    integers = [name for name in stored if name in parameters and stored[name] in WHOLE_NUMBERS]
+    if integers:
         raise ModelError(
-            f"{len(whole)} weights are stored as {stored[whole[0]]} without scales, "
-            f"such as {whole[0]}",
+            f"{len(integers)} weights are stored as {stored[integers[0]]} without scales, "
+            f"such as {integers[0]}",
             where=path,
             fix="use the unquantized model, or also copy its config.json with the "
             "quantization_config",

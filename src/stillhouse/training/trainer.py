@@ -253,7 +253,7 @@ class DistillationTrainer(ResumingTrainer):
     @contextmanager
     def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
         """Before an optimizer step's last micro-batch: gradients are summed inside a group that
-        shares the weights, since whole ones would not fit, and not yet between such groups."""
+        shares the weights, since complete ones would not fit, and not yet between such groups."""
         self.model.set_requires_all_reduce(False)
         try:
             yield
