@@ -30,7 +30,7 @@ def make(chance: random.Random, folder: Path, number: int) -> Trial:
     whole = number % WHOLE_RUN == 0 and place.kind in RERUN
     wrong = RERUN[place.kind] if whole else READ[place.kind]
     title = f"{place.kind}: {place.file}: {name}{', whole run' if whole else ''}"
-    checksums._whole.clear()  # as in another process
+    checksums._intact.clear()  # as in another process
     return Trial(title, lambda: wrong(place, copy), lambda found: found, "may")
 
 

@@ -110,8 +110,8 @@ def make_windows(
             if len(pool.candidates):
                 check_split(pool.candidates, split, section.heldout_tokens, section.train_tokens)
             held, train = split.heldout, split.train
-        _refuse_empty(train, pool, section)
-        _refuse_empty(held, heldout_pool, section)
+        _reject_empty(train, pool, section)
+        _reject_empty(held, heldout_pool, section)
 
         def written(pool: Pool, log: TokenLog, taken: Records, name: str) -> Windows:
             return _write(section, tokenizer, pool, log, taken, seed, out and out / name)
@@ -217,7 +217,7 @@ def _fit(
     return None
 
 
-def _refuse_empty(taken: Records, pool: Pool, section: WindowsRecipe) -> None:
+def _reject_empty(taken: Records, pool: Pool, section: WindowsRecipe) -> None:
     if len(taken):
         return
     reasons = {

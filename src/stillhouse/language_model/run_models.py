@@ -11,7 +11,7 @@ from stillhouse.language_model.job import (
     configs,
     planned_objective,
     start_config,
-    whole_job,
+    full_job,
 )
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals, SignalsRecipe
@@ -50,7 +50,7 @@ class RunModels:
 
 def run_models(job: Job) -> RunModels:
     """Of a job whose models are found. Raises StillhouseError as `planned_objective`."""
-    job = whole_job(job)
+    job = full_job(job)
     student, teacher = configs(job)
     objective = planned_objective(job)
     code = job.trust_remote_code
