@@ -111,7 +111,7 @@ def damage(file: Path) -> None:
     content[-70] ^= 1
     file.write_bytes(content)
     os.utime(file, ns=(time, time))
-    checksums._whole.clear()  # as in another process
+    checksums._intact.clear()  # as in another process
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 from stillhouse.language_model.job import (
     Job,
     configs,
+    full_job,
     planned_objective,
     start_config,
-    full_job,
 )
 from stillhouse.language_model.recipe import Recipe
 from stillhouse.signals.signals_config import FrozenHeadSignals, HiddenSignals, SignalsRecipe
