@@ -11,7 +11,7 @@ from bench.knock_trials import disk_trials
 from bench.knock_trials.damage import damaged
 from bench.knocks import FAMILIES
 
-SAMPLE = {"damage": 40, "server": 24, "kill": 4, "stop": 3, "pair": 3}
+SAMPLE = {"damage": 40, "server": 24, "kill": 3, "stop": 3, "pair": 3}
 SEED = 3
 
 
