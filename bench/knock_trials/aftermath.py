@@ -36,7 +36,9 @@ def leftovers(kind: str, root: Path, temporary: Path) -> list[str]:
 
 
 def listed(temporary: Path) -> list[str]:
-    return [str(path.relative_to(temporary)) for path in temporary.rglob("*")]
+    """What is in the folder, without the logs of a torchrun that was killed, which are torch's."""
+    names = [str(path.relative_to(temporary)) for path in temporary.rglob("*")]
+    return [name for name in names if not name.startswith("torchelastic_")]
 
 
 class Books:
