@@ -19,6 +19,8 @@ import xxhash
 from stillhouse.data.tokenize_rows import Ids, Mask, TokenRow
 
 _TOKEN = np.dtype("<i4")
+_LONGEST_LINE = 1 << 26
+"""Bytes: after a crash of the machine, the end of a file may be zeros without a line end."""
 
 
 class LoggedRow(NamedTuple):
@@ -64,7 +66,7 @@ class TokenLog:
         if not self._continues:
             return None
         self._file.seek(self._end)
-        line = self._file.readline()
+        line = self._file.readline(_LONGEST_LINE)
         try:
             head = json.loads(line)
             lengths = [length for _, lengths, _ in head["rows"] for length in lengths]
