@@ -61,7 +61,7 @@ def main() -> None:
         [
             Bar("peak memory, GB", large["peak_memory_bytes"] / 1e9, "<=", 2.0),
             Bar("tokens/s", large["tokens_a_second"], ">=", 400_000),
-            Bar("tokens/s of CPU time, on two cores", 2 * large["tokens_a_cpu_second"], ">=", 4e5),
+            Bar("tokens per second of CPU time", large["tokens_a_cpu_second"], ">=", 400_000),
             Bar("killed: the same windows", float(figures["killed"]["same_windows"]), ">=", 1),
         ],
         seeds=[SEED],
