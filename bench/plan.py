@@ -44,7 +44,7 @@ from stillhouse.runfolder import Stage
 
 TOLERANCE = 0.1
 VOCABULARY = 16384
-TOKENS = 40_000
+TOKENS = 16_000
 LIBRARIES = ("context", "libraries")
 """Parts of a plan that a process has before its first stage."""
 
@@ -158,8 +158,8 @@ RECIPES: dict[str, tuple[PreTrainedConfig, PreTrainedConfig | None, dict[str, An
         {
             "data": {"context": 1024},
             "train": {
-                "batch_size": 8,
-                "micro_batch_size": 4,
+                "batch_size": 4,
+                "micro_batch_size": 2,
                 "precision": "bfloat16",
                 "gradient_checkpointing": True,
             },
@@ -179,7 +179,7 @@ RECIPES: dict[str, tuple[PreTrainedConfig, PreTrainedConfig | None, dict[str, An
         LlamaConfig(**sizes(512, 1536, 16, 8, 4)),
         {
             "data": {"context": 768},
-            "train": {"batch_size": 8, "micro_batch_size": 4, "precision": "bfloat16"},
+            "train": {"batch_size": 6, "micro_batch_size": 3, "precision": "bfloat16"},
         },
     ),
 }
@@ -204,7 +204,7 @@ def written(name: str, folder: Path) -> Path:
     )
     (folder / "text.txt").write_text("\n".join(lines) + "\n")
     source = {"kind": "text", "path": str(folder / "text.txt"), "documents": "line"}
-    raw["data"] |= {"sources": [source], "heldout_tokens": 4096, "train_tokens": TOKENS}
+    raw["data"] |= {"sources": [source], "heldout_tokens": 2048, "train_tokens": TOKENS}
     raw["train"] |= {"max_steps": 2, "checkpoint_every": 2}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(raw))
     return folder / "recipe.yaml"

@@ -13,6 +13,8 @@ import pytest
 from stillhouse.check import check_recipe
 from stillhouse.commands import run
 from stillhouse.errors import StillhouseError
+from stillhouse.language_model import run_check
+from stillhouse.planning.machine import Machine
 from tests import tiny
 
 pytestmark = pytest.mark.run
@@ -123,3 +125,11 @@ def test_a_format_that_the_model_cannot_have(tmp_path: Path) -> None:
 
 def test_a_language_of_a_filter(tmp_path: Path) -> None:
     assert "zz" in both(synthesis(tmp_path, filters={"languages": ["zz"]}), tmp_path)
+
+
+def test_a_training_that_cannot_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Machine("cpu", memory=1e8, rate=1e9)
+    monkeypatch.setattr(run_check, "this_machine", lambda *_, **__: small)
+    text = both(tiny.recipe(tmp_path), tmp_path)
+    assert text.startswith("memory: student takes about")
+    assert "too little by more than the margin of 10%" in text

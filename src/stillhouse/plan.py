@@ -69,8 +69,11 @@ class RunPlan:
     @property
     def host(self) -> float:
         """Memory of a node beside its GPUs', at the most."""
-        each = max(sum(stage.memory.host.values()) for stage in self.stages)
-        return each
+        per_node = self.machine.per_node
+        return max(
+            min(stage.processes, per_node) * sum(stage.memory.host.values())
+            for stage in self.stages
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON: bytes, seconds, dollars."""

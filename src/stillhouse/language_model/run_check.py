@@ -109,16 +109,16 @@ def _memory(stages: Sequence[StageEstimate], machine: Machine) -> Iterator[Findi
     doubtful = [stage for stage in stages if not stage.memory.fits(machine.memory)]
     largest = max(stages, key=lambda stage: stage.memory.total)
     for stage in doubtful or [largest]:
-        memory = stage.memory
+        memory, fix = stage.memory, stage.fix or "free memory, or use a machine with more of it"
         text = f"{stage.name} takes about {size(memory.total)} in each process: {memory}; "
         text += f"{size(machine.memory)} are there"
         if memory.fits(machine.memory):
             yield Finding("estimate", "memory", text)
         elif memory.cannot_fit(machine.memory) and not stage.name.endswith("evaluate"):
             text += f", which is too little by more than the margin of {percent(MARGIN)}"
-            yield Finding("error", "memory", text, stage.fix)
+            yield Finding("error", "memory", text, fix)
         else:
-            yield Finding("warning", "memory", f"{text}: it may not fit", stage.fix)
+            yield Finding("warning", "memory", f"{text}: it may not fit", fix)
 
 
 def _signals(

@@ -17,7 +17,14 @@ from stillhouse.language_model.training_memory import (
 )
 from stillhouse.planning.activation_trace import trace_activations
 from stillhouse.planning.machine import Machine
-from stillhouse.planning.memory import CONTEXT_BYTES, WIDE, Memory, training_memory
+from stillhouse.planning.memory import (
+    CONTEXT_BYTES,
+    WIDE,
+    Memory,
+    Shard,
+    Step,
+    training_memory,
+)
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.network import step_traffic
 from stillhouse.planning.stage_estimate import StageEstimate
@@ -87,6 +94,8 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
     step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
     shard, over = planned_shard(step, settings, machine), sharing(settings, machine)
     memory = training_memory(step, shard, over=over, processes=machine.processes)
+    if machine.device == "cuda":
+        memory = replace(memory, host={**memory.host, **_loaded(step, shard)})
     if name == "qat":
         memory = memory.plus("latent weights", WIDE * step.student.size.parameters)
     tokens = batching.steps * settings.batch_size * recipe.data.context
@@ -98,7 +107,7 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
     )
     checkpoints = CHECKPOINT_BYTES * size.parameters * (settings.keep_checkpoints + 1)
     text = f"{batching.steps:,} steps of {settings.batch_size} x {recipe.data.context:,} tokens"
-    text += f", {batching.micro} windows at a time"
+    text += f", {batching.micro} window{'s' if batching.micro > 1 else ''} at a time"
     if machine.processes > 1:
         text += f"; sharded: {shard}"
     estimate = StageEstimate(
@@ -116,6 +125,17 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
     if memory.fits(machine.memory):
         return estimate
     return replace(estimate, fix=cheapest_change(models, machine, windows))
+
+
+def _loaded(step: Step, shard: Shard) -> dict[str, float]:
+    """What a process with a GPU reads into the machine's memory first: its own copy of the student,
+    and of teachers that are not sharded."""
+    host = {"student": float(WIDE * step.student.size.parameters), "libraries": LIBRARIES_BYTES}
+    if shard in ("none", "student"):
+        host["teachers"] = float(
+            step.compute * sum(teacher.size.parameters for teacher in step.teachers)
+        )
+    return host
 
 
 # --- the other stages ------------------------------------------------------------------------
