@@ -30,7 +30,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from bench.common import Bar, write_results
+from bench.common import Bar, earlier, write_results
 from stillhouse.config.load_recipe import load_language_model_recipe
 from stillhouse.hardware import peak_memory_bytes, tune_allocator
 from stillhouse.language_model.language_model import LANGUAGE_MODEL
@@ -52,13 +52,17 @@ LIBRARIES = ("context", "libraries")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=sorted(RECIPES))
+    parser.add_argument(
+        "--replan", action="store_true", help="plan again, against the peaks of the last results"
+    )
     parser.add_argument("--measure", nargs=2, help="a recipe and its stage, in this process")
     options = parser.parse_args()
     if options.measure is not None:
         recipe, stage = options.measure
         print(json.dumps(measured(Path(recipe), stage)))
         return
-    figures = {name: compared(name) for name in options.only}
+    last = earlier("plan").get("figures", {}) if options.replan else {}
+    figures = {name: compared(name, last.get(name)) for name in options.only}
     bars = [
         Bar(f"{name}: planned / measured, away from 1", abs(found["ratio"] - 1), "<=", TOLERANCE)
         for name, found in figures.items()
@@ -66,15 +70,25 @@ def main() -> None:
     write_results("plan", figures, bars)
 
 
-def compared(name: str) -> dict[str, Any]:
-    """A run's stages, planned and measured."""
+def compared(name: str, last: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A run's stages, planned and measured. last: figures with the peaks to take, where there are
+    any."""
     stages = {}
     with tempfile.TemporaryDirectory() as folder:
         recipe = written(name, Path(folder))
-        for stage in planned_stages(recipe):
-            command = [sys.executable, "-m", "bench.plan", "--measure", str(recipe), stage]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            stages[stage] = json.loads(done.stdout.splitlines()[-1])
+        for stage, memory in planned_stages(recipe).items():
+            if last is not None:
+                peak = last["stages"][stage]["measured"]
+            else:
+                command = [sys.executable, "-m", "bench.plan", "--measure", str(recipe), stage]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                peak = json.loads(done.stdout.splitlines()[-1])
+            stages[stage] = {
+                "planned": without_libraries(memory),
+                "measured": peak,
+                "phase": memory.phase,
+                "parts": dict(memory.parts),
+            }
             print(f"{name}: {stage}: {stages[stage]}", flush=True)
     planned, peak = (
         max(found[key] for found in stages.values()) for key in ("planned", "measured")
@@ -91,15 +105,14 @@ def planned_stages(path: Path) -> dict[str, Memory]:
     return {stage.name: stage.memory for stage in stages if stage.memory.parts}
 
 
-def measured(path: Path, name: str) -> dict[str, Any]:
-    """The planned and the measured peak of a stage in bytes, above what was there before."""
+def measured(path: Path, name: str) -> int:
+    """The peak of a stage in bytes, above what was there before it."""
     tune_allocator()
     recipe = load_language_model_recipe(path)
     job = LANGUAGE_MODEL.find(recipe, path.parent)
-    planned = planned_stages(path)[name]
     folder = run_folder(recipe)
     run_stage = doing(folder)
-    peaks = {}
+    peaks: dict[str, int] = {}
 
     def do(plan: StagePlan) -> Stage:
         before = psutil.Process().memory_info().rss
@@ -111,12 +124,7 @@ def measured(path: Path, name: str) -> dict[str, Any]:
     names = [step.name for step in LANGUAGE_MODEL.steps]
     with folder.locked():
         run_steps(LANGUAGE_MODEL, job, do, only=names[: names.index(name) + 1])
-    return {
-        "planned": without_libraries(planned),
-        "measured": peaks[name],
-        "parts": dict(planned.parts),
-        "phase": planned.phase,
-    }
+    return peaks[name]
 
 
 def without_libraries(memory: Memory) -> float:

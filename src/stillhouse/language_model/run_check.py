@@ -109,9 +109,9 @@ def _memory(stages: Sequence[StageEstimate], machine: Machine) -> Iterator[Findi
     doubtful = [stage for stage in stages if not stage.memory.fits(machine.memory)]
     largest = max(stages, key=lambda stage: stage.memory.total)
     for stage in doubtful or [largest]:
-        memory, fix = stage.memory, stage.fix or "free memory, or use a machine with more of it"
+        memory, fix = stage.memory, stage.fix or "free some memory, or use a machine with more"
         text = f"{stage.name} takes about {size(memory.total)} in each process: {memory}; "
-        text += f"{size(machine.memory)} are there"
+        text += f"{size(machine.memory)} are available"
         if memory.fits(machine.memory):
             yield Finding("estimate", "memory", text)
         elif memory.cannot_fit(machine.memory) and not stage.name.endswith("evaluate"):
