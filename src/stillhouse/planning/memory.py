@@ -31,7 +31,7 @@ MOMENTS_8BIT = 2 + 2 * 4 / 256
 """The same in 8 bits, with a float32 scale for each block of 256 (torchao)."""
 GATHERED_BLOCKS = 2
 """A block that is computed, and the next one, which is gathered meanwhile."""
-HEAP_SHARE = 0.5
+HEAP_SHARE = 0.4
 """On a CPU, what the C library's heap takes beside what a step allocates and frees: blocks of many
 sizes leave gaps (bench/plan)."""
 PASSING = ("gradients", "activations", "copies of weights", "loss")
