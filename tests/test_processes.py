@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,10 +13,12 @@ import psutil
 import pytest
 import yaml
 
+from stillhouse.cli.stop_signals import Stopped, raise_on_signals
 from stillhouse.errors import StillhouseError, TrainingError
-from stillhouse.processes import lost_process
+from stillhouse.processes import lost_process, open_group
 from stillhouse.runfolder import RunFolder
 from tests import tiny
+from tests.forks import Fork
 
 GLOO = (
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:61062: "
@@ -34,6 +38,31 @@ def test_other_errors_stay_what_they_are(processes: int, said: str) -> None:
     with pytest.raises(RuntimeError) as caught, lost_process(processes):
         raise RuntimeError(said)
     assert not isinstance(caught.value, StillhouseError)
+
+
+def wait_for_a_second_process(waits: Path) -> None:
+    raise_on_signals()
+    try:
+        waits.touch()
+        open_group()
+    except Stopped as stopped:
+        sys.exit(128 + stopped.number)
+
+
+@pytest.mark.run
+def test_a_signal_ends_a_process_that_waits_for_others(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    waits = tmp_path / "waits"
+    process = Fork(wait_for_a_second_process, waits, environment={**address, **ranks})
+    while not waits.exists():
+        assert process.poll() is None, process.errors()
+        time.sleep(0.01)
+    time.sleep(0.5)  # until it waits in torch, which is what this is about
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
 
 
 @pytest.mark.run

@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, output_file, say
 from stillhouse.cli.signals_commands import signals
+from stillhouse.cli.stop_signals import Stopped, ignore_further_signals, raise_on_signals
 from stillhouse.disk_errors import disk_error
 from stillhouse.errors import LostProcessError, StillhouseError
 from stillhouse.launch import leads
@@ -336,9 +336,7 @@ def _let_main_process_report() -> None:
 
 def main() -> None:
     """Entry point: a user's error is one message, Ctrl-C stops cleanly; other errors are bugs."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
-    sys.unraisablehook = _not_raised
+    raise_on_signals()
     try:
         app()
     except StillhouseError as error:
@@ -346,7 +344,7 @@ def main() -> None:
             _let_main_process_report()
         say(f"error: {error}")
         sys.exit(1)
-    except _Stopped as stopped:
+    except Stopped as stopped:
         if leads():
             say("stopped. Finished work is kept: run the same command to resume.")
         sys.exit(128 + stopped.number)
@@ -362,9 +360,8 @@ def main() -> None:
             _say_bug()
         say(f"error: {problem}")
         sys.exit(1)
-    finally:  # the message is printed: another signal now ends the process silently
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+    finally:
+        ignore_further_signals()
 
 
 def _say_bug() -> NoReturn:
@@ -374,25 +371,3 @@ def _say_bug() -> NoReturn:
         "  fix:   please report the lines above together with `stillhouse doctor`"
     )
     sys.exit(2)
-
-
-class _Stopped(BaseException):
-    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, which typer turns into a silent exit."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-def _stop(number: int, frame: Any) -> None:
-    raise _Stopped(number)
-
-
-def _not_raised(unraisable: Any) -> None:
-    """Python drops exceptions raised inside `__del__`: send the signal again."""
-    if not isinstance(unraisable.exc_value, _Stopped):
-        return sys.__unraisablehook__(unraisable)
-    main_thread = threading.main_thread().ident
-    assert main_thread is not None
-    number = unraisable.exc_value.number
-    threading.Timer(0.05, signal.pthread_kill, (main_thread, number)).start()
-    return None

@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM as an exception, which is neither lost in `__del__` nor held up by torch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from stillhouse.launch import world_size
+
+NUMBERS = (signal.SIGINT, signal.SIGTERM)
+WAITING_SECONDS = 4.0
+
+
+class Stopped(BaseException):
+    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, which typer turns into a silent exit."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def raise_on_signals() -> None:
+    """From now on Ctrl-C and SIGTERM raise Stopped in the main thread."""
+    for number in NUMBERS:
+        signal.signal(number, _stop)
+    sys.unraisablehook = _not_raised
+    if world_size() > 1:
+        _end_while_waiting()
+
+
+def ignore_further_signals() -> None:
+    """From now on a signal ends the process silently: its message is printed."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise Stopped(number)
+
+
+def _not_raised(unraisable: Any) -> None:
+    """Python drops exceptions raised inside `__del__`: send the signal again."""
+    if not isinstance(unraisable.exc_value, Stopped):
+        return sys.__unraisablehook__(unraisable)
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+    number = unraisable.exc_value.number
+    threading.Timer(0.05, signal.pthread_kill, (main_thread, number)).start()
+    return None
+
+
+def _end_while_waiting() -> None:
+    """End the process if a signal has no effect: torch waits for other processes in C++, where
+    Python cannot raise. Requests in flight have their own handler, and time to finish."""
+    signals, written = os.pipe()
+    os.set_blocking(written, False)
+    signal.set_wakeup_fd(written, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while (number := os.read(signals, 1)[0]) not in NUMBERS:
+            pass
+        time.sleep(WAITING_SECONDS)
+        os._exit(128 + number)
+
+    threading.Thread(target=watch, daemon=True).start()
