@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed import DistError
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from stillhouse.errors import LostProcessError, RecipeError
 from stillhouse.hardware import default_device
@@ -121,3 +121,10 @@ def release_gathered(root: nn.Module) -> None:
 def local_part(tensor: Tensor) -> Tensor:
     """What this process has of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_like(tensor: Tensor, sharded: Tensor) -> Tensor:
+    """This process's part of a complete tensor, divided along its rows as `sharded` is."""
+    if not isinstance(sharded, DTensor):
+        return tensor
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements).to_local()

@@ -15,6 +15,7 @@ from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
+from stillhouse.language_model.training_memory import with_shard
 from stillhouse.launch import leads
 from stillhouse.pipeline.engine import EVALUATION
 from stillhouse.pipeline.stage_plan import StagePlan
@@ -90,7 +91,7 @@ def plan_evaluation(
 
 def _sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
     """A function that loads the teacher, if it is sharded."""
-    train = job.recipe.train
+    train = with_shard(job).recipe.train
     over = shards(train, "teacher")
     if over == 1:
         return None

@@ -12,6 +12,7 @@ from stillhouse.language_model.job import Job
 from stillhouse.language_model.package_check import require_disk
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.language_model.run_plan import plan_stages
+from stillhouse.language_model.training_memory import is_small
 from stillhouse.number_format import count, percent, seconds, size
 from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
@@ -65,22 +66,12 @@ def _require_memory(job: Job, find: FindModels) -> Iterator[Finding]:
     planned = [one for one in find(job) if not has_finished(one.recipe, "train")]
     machine = this_machine(job.recipe.train.precision, timed=False)
     for models in planned:
-        if _is_small(models, machine):
+        if is_small(models, machine):
             continue
         stages = plan_stages(models, machine, models.recipe.data.train_tokens or SOME_TOKENS)
         for finding in _memory(stages, machine):
             if finding.level == "error":
                 yield finding
-
-
-def _is_small(models: RunModels, machine: Machine) -> bool:
-    """Whether a generous bound fits many times, so that nothing needs to be traced."""
-    recipe = models.recipe
-    tokens = recipe.data.context * (recipe.train.micro_batch_size or recipe.train.batch_size)
-    sizes = [config_size(each) for each in (models.student, models.teacher, *models.teachers)]
-    values = sum(one.parameters + tokens * (one.hidden * one.layers + 16) for one in sizes)
-    values += 4096 * max(one.vocabulary for one in sizes)
-    return 1000.0 * values < machine.memory
 
 
 def _student_size(models: RunModels) -> Finding:

@@ -22,6 +22,7 @@ from stillhouse.language_model.job import (
     planned_size,
     signals_encoding,
 )
+from stillhouse.language_model.training_memory import with_shard
 from stillhouse.launch import leads
 from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.progress import note
@@ -140,7 +141,7 @@ def _recorded_teacher(job: Job, encoding: Encoding) -> Teacher:
     if section is None or section.server is None:
         device = default_device()
         dtype = choose_precision(job.recipe.train.precision, device).dtype
-        over = shards(job.recipe.train, "teacher")
+        over = shards(with_shard(job).recipe.train, "teacher")
         teacher = _loader(job, job.teacher, dtype, over)()
         teacher.described = f"{job.teacher.described} in {dtype}"
         if over == 1:

@@ -10,6 +10,7 @@ from stillhouse.hardware import peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
 from stillhouse.language_model.signals_stage import StoredSignals, stored_signals, training_teacher
+from stillhouse.language_model.training_memory import with_shard
 from stillhouse.objectives.objective_config import LogitsTerm, ObjectiveRecipe
 from stillhouse.pipeline.stage_plan import StagePlan, model_check
 from stillhouse.runfolder import Outcome, Stage
@@ -83,12 +84,13 @@ def _training(
     def work(out: Path) -> Outcome:
         windows, heldout = open_data(data)
         start = Student.load(student.path / MODEL, trust_remote_code=job.trust_remote_code)
+        sharded = with_shard(job)
         result = train(
             start,
-            training_teacher(job, teachers, stored, start),
+            training_teacher(sharded, teachers, stored, start),
             windows,
             objective,
-            job.recipe.train,
+            sharded.recipe.train,
             heldout=heldout,
             seed=job.recipe.seed,
             folder=out,

@@ -8,12 +8,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from stillhouse.errors import RecipeError
-from stillhouse.language_model.run_models import RunModels
-from stillhouse.planning.machine import Machine
+from stillhouse.language_model.job import Job
+from stillhouse.language_model.run_models import RunModels, run_models
+from stillhouse.launch import leads, world_size
+from stillhouse.planning.machine import Machine, this_machine
 from stillhouse.planning.memory import Memory, Shard, Step, fitting_shard, training_memory
+from stillhouse.planning.model_size import config_size
 from stillhouse.planning.training_step import training_step
+from stillhouse.processes import open_group
+from stillhouse.progress import note
 from stillhouse.signals.signals_config import SignalsRecipe
 from stillhouse.training.train import plan_batches
 from stillhouse.training.train_config import TrainRecipe
@@ -137,3 +143,41 @@ def _more_processes(models: RunModels, machine: Machine, windows: int) -> str:
 
 def _written(changes: Mapping[str, Any]) -> str:
     return " and ".join(f"{key}: {json.dumps(new)}" for key, new in changes.items())
+
+
+def is_small(models: RunModels, machine: Machine) -> bool:
+    """Whether a generous bound fits many times, so that nothing needs to be traced."""
+    recipe = models.recipe
+    tokens = recipe.data.context * (recipe.train.micro_batch_size or recipe.train.batch_size)
+    sizes = [config_size(each) for each in (models.student, models.teacher, *models.teachers)]
+    values = sum(one.parameters + tokens * (one.hidden * one.layers + 16) for one in sizes)
+    values += 4096 * max(one.vocabulary for one in sizes)
+    return 1000.0 * values < machine.memory
+
+
+def with_shard(job: Job) -> Job:
+    """Replace `train.shard: auto` by the fastest choice that fits here.
+
+    Every process of a torchrun must call this: the main process chooses for all.
+    """
+    train = job.recipe.train
+    if world_size() == 1 or train.shard != "auto":
+        return job
+    open_group()
+    chosen: list[Shard | None] = [_chosen_shard(job) if leads() else None]
+    dist.broadcast_object_list(chosen)
+    settings = train.model_copy(update={"shard": chosen[0]})
+    return replace(job, recipe=job.recipe.model_copy(update={"train": settings}))
+
+
+def _chosen_shard(job: Job) -> Shard:
+    models, train = run_models(job), job.recipe.train
+    machine = this_machine(train.precision, timed=False)
+    if is_small(models, machine):
+        return "none"
+    batching = plan_batches(train, train.batch_size, machine.processes)
+    step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
+    chosen = planned_shard(step, train, machine)
+    if chosen != "none":
+        note(f"train.shard: {chosen}, since not everything fits into each process")
+    return chosen

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
+from stillhouse.processes import local_part, part_like
 from stillhouse.quantize.grid import on_grid
 from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import Quantization
@@ -26,26 +27,32 @@ class RoundedWeights(TrainerCallback):
     def __init__(self, quantization: Quantization) -> None:
         self.quantization = quantization
         self._latent: dict[str, Tensor] = {}
+        self._scales: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._hooks = round_inputs(self.quantization, kwargs["model"].student)
+        parameters = dict(kwargs["model"].student.named_parameters())
+        self._scales = {
+            name: part_like(scales_OG.to(parameters[name].device), parameters[name])
+            for name, scales_OG in self.quantization.scales.items()
+        }
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert not self._latent, "a step began twice"
         for name, weight in self._weights(kwargs["model"]):
-            self._latent[name] = weight.detach().clone()
-            scales_OG = self.quantization.scales[name].to(weight.device)
-            weight.data.copy_(on_grid(weight, scales_OG, self.quantization.grid))
+            self._latent[name] = weight.clone()
+            weight.copy_(on_grid(weight, self._scales[name], self.quantization.grid))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for name, weight in self._weights(kwargs["model"]):
-            weight.data.copy_(self._latent.pop(name))
+            weight.copy_(self._latent.pop(name))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _weights(self, model: Any) -> list[tuple[str, nn.Parameter]]:
+    def _weights(self, model: Any) -> list[tuple[str, Tensor]]:
+        """What this process has of each: whole rows, so that each has its own scales."""
         weights = dict(model.student.named_parameters())
-        return [(name, weights[name]) for name in self.quantization.scales]
+        return [(name, local_part(weights[name].detach())) for name in self.quantization.scales]
