@@ -275,14 +275,18 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_model(tmp_path: Path) ->
 
 
 STORED = {"signals": {"encoding": {"kind": "top_k", "k": 8}}}
+ROUNDED = {"quantize": {"kind": "int8", "qat": {"tokens": 400}}}
 
 
-@pytest.mark.parametrize("more", [{}, STORED], ids=["live", "stored"])
-def test_torchrun_runs_the_complete_recipe(tmp_path: Path, more: dict[str, Any]) -> None:
-    """Both models sharded over two processes; it learns and measures what one process does."""
+@pytest.mark.parametrize(("more", "shard"), [(STORED, "auto"), (ROUNDED, "both")])
+def test_torchrun_runs_the_complete_recipe(
+    tmp_path: Path, more: dict[str, Any], shard: str
+) -> None:
+    """Two processes learn and measure what one does. Nothing needs to be sharded here, so `auto`
+    gives each of them both models."""
     raw = tiny.recipe(tmp_path, train={"micro_batch_size": 4}, **more)
     alone = stillhouse.run({**raw, "folder": str(tmp_path / "alone")})
-    raw["train"] |= {"micro_batch_size": 2, "shard": "both"}
+    raw["train"] |= {"micro_batch_size": 2, "shard": shard}
     recipe = write(raw, tmp_path)
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -302,7 +306,9 @@ def test_torchrun_runs_the_complete_recipe(tmp_path: Path, more: dict[str, Any])
         assert one.fidelity.tokens == two.fidelity.tokens
         assert one.fidelity.kl == pytest.approx(two.fidelity.kl, abs=1e-4)
         assert one.fidelity.perplexity == pytest.approx(two.fidelity.perplexity, rel=1e-4)
-    assert any("The teacher is sharded" in note for note in measured.notes)
+    sharded = any("The teacher is sharded" in note for note in measured.notes)
+    assert sharded == (shard == "both")
+    assert [model.speed is None for model in measured.models].count(False) >= 2
 
 
 # --- what a user can get wrong -----------------------------------------------------------------
