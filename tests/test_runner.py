@@ -308,7 +308,6 @@ def test_torchrun_runs_the_complete_recipe(
         assert one.fidelity.perplexity == pytest.approx(two.fidelity.perplexity, rel=1e-4)
     sharded = any("The teacher is sharded" in note for note in measured.notes)
     assert sharded == (shard == "both")
-    assert [model.speed is None for model in measured.models].count(False) >= 2
 
 
 # --- what a user can get wrong -----------------------------------------------------------------
