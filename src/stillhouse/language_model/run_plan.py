@@ -13,12 +13,14 @@ from stillhouse.language_model.training_memory import (
     cheapest_change,
     planned_shard,
     planned_step,
+    run_shard,
     sharing,
 )
 from stillhouse.planning.activation_trace import trace_activations
 from stillhouse.planning.machine import Machine
 from stillhouse.planning.memory import (
     CONTEXT_BYTES,
+    GATHERED_BLOCKS,
     WIDE,
     Memory,
     Shard,
@@ -92,7 +94,7 @@ def _training(name: str, models: RunModels, machine: Machine, windows: int) -> S
     settings = recipe.train
     batching = plan_batches(settings, windows, machine.processes)
     step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
-    shard, over = planned_shard(step, settings, machine), sharing(settings, machine)
+    shard, over = planned_shard(models, step, machine), sharing(settings, machine)
     memory = training_memory(step, shard, over=over, processes=machine.processes)
     if machine.device == "cuda":
         memory = replace(memory, host={**memory.host, **_loaded(step, shard)})
@@ -171,7 +173,7 @@ def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
     size = config_size(models.teacher)
     windows = max(1, Teacher.tokens_together // recipe.data.context)
     rows = windows * recipe.data.context
-    parts = _alone(models.teacher, windows, models, machine)
+    parts = _teacher_alone(windows, models, machine)
     parts["logits"] = float(3 * WIDE * rows * size.vocabulary)
     if recipe.train.evaluate_every is not None:
         tokens += recipe.data.heldout_tokens
@@ -179,6 +181,7 @@ def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
     estimate = StageEstimate(
         "signals",
         memory,
+        processes=machine.processes,
         tokens=tokens,
         flops=2.0 * size.active * tokens,
         disk=models.row_bytes * tokens,
@@ -188,8 +191,7 @@ def _signals(models: RunModels, machine: Machine, tokens: int) -> StageEstimate:
         return estimate
     return replace(
         estimate,
-        fix="remove `signals`, so that a sharded teacher answers live; or let "
-        "a server score (signals.server)",
+        fix="set train.shard: teacher, or let a server score (signals.server)",
     )
 
 
@@ -203,21 +205,26 @@ def _evaluation(models: RunModels, machine: Machine) -> StageEstimate:
     students = 3 if recipe.evaluate.fine_tuning_baseline else 2
     heads = float(WIDE * (teacher.head + student.head))
     logits = float(4 * WIDE * ROWS_PER_CHUNK * teacher.vocabulary)
-    alone = _alone(models.teacher, windows, models, machine)
+    alone = _teacher_alone(windows, models, machine)
     alone |= {"heads and logits": heads + logits}
     phases = [Memory("fidelity", alone)]
     if recipe.evaluate.speed:
-        weights = compute * (teacher.parameters + students * student.parameters)
-        together = {"weights": float(weights), "context": alone["context"]}
+        sharded = "gathered" in alone  # its speed is then not measured
+        models_together = students * student.parameters + (0 if sharded else teacher.parameters)
+        together = {"weights": float(compute * models_together), "context": alone["context"]}
         phases.append(Memory("speed", together))
     memory = max(phases, key=lambda each: each.total)
     flops = 2.0 * heldout * (teacher.active + students * student.active)
     estimate = StageEstimate(
-        models.stage("evaluate"), memory, tokens=heldout * (1 + students), flops=flops
+        models.stage("evaluate"),
+        memory,
+        processes=machine.processes,
+        tokens=heldout * (1 + students),
+        flops=flops,
     )
     if memory.fits(machine.memory):
         return estimate
-    fix = "use a GPU that holds the teacher for `stillhouse evaluate`"
+    fix = "set train.shard: both"
     if phases[0].fits(machine.memory):
         fix = "set evaluate.speed: false"
     return replace(estimate, fix=fix)
@@ -240,6 +247,18 @@ def _export(models: RunModels, machine: Machine) -> StageEstimate:
     width = 2 if models.recipe.export.dtype == "bfloat16" else WIDE
     disk = width * size.parameters * len(models.recipe.export.formats)
     return StageEstimate(models.stage("export"), memory, disk=disk)
+
+
+def _teacher_alone(windows: int, models: RunModels, machine: Machine) -> dict[str, float]:
+    """The teacher that answers, sharded if it is in training."""
+    parts = _alone(models.teacher, windows, models, machine)
+    if run_shard(models, machine) in ("teacher", "both"):
+        size = config_size(models.teacher)
+        gathered = GATHERED_BLOCKS * size.layer + size.head
+        width = machine.compute(models.recipe.train.precision).itemsize
+        parts["weights"] /= sharing(models.recipe.train, machine)
+        parts["gathered"] = float(width * gathered)
+    return parts
 
 
 def _alone(config: Any, windows: int, models: RunModels, machine: Machine) -> dict[str, float]:

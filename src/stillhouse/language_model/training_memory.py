@@ -15,7 +15,14 @@ from stillhouse.language_model.job import Job
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.launch import leads, world_size
 from stillhouse.planning.machine import Machine, this_machine
-from stillhouse.planning.memory import Memory, Shard, Step, fitting_shard, training_memory
+from stillhouse.planning.memory import (
+    MARGIN,
+    Memory,
+    Shard,
+    Step,
+    fitting_shard,
+    training_memory,
+)
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.training_step import training_step
 from stillhouse.processes import open_group
@@ -54,16 +61,37 @@ def sharing(settings: TrainRecipe, machine: Machine) -> int:
     return machine.per_node if settings.shard_within == "node" else machine.processes
 
 
-def planned_shard(step: Step, settings: TrainRecipe, machine: Machine) -> Shard:
-    """What the recipe shards; where it leaves that open, the fastest that fits."""
-    over = sharing(settings, machine)
-    if over == 1:
+def planned_shard(models: RunModels, step: Step, machine: Machine) -> Shard:
+    """What the recipe shards; for `auto`, the fastest that fits, also in the stages in which the
+    teacher is alone."""
+    over = sharing(models.recipe.train, machine)
+    if (given := _given_shard(models.recipe.train, machine)) is not None:
+        return given
+    found = fitting_shard(step, machine.memory, over=over, processes=machine.processes)
+    if found is None:
+        return "both"
+    teacher = step.compute * config_size(models.teacher).parameters + step.context
+    if teacher * (1 + MARGIN) <= machine.memory:
+        return found
+    return "both" if found in ("student", "both") else "teacher"
+
+
+def run_shard(models: RunModels, machine: Machine) -> Shard:
+    """As `planned_shard`, for the recipe's own batches. Raises as `planned_memory`."""
+    settings = models.recipe.train
+    if (given := _given_shard(settings, machine)) is not None:
+        return given
+    batching = plan_batches(settings, settings.batch_size, machine.processes)
+    accumulates = batching.accumulation > 1
+    step = planned_step(models, machine, batching.micro, accumulates=accumulates)
+    return planned_shard(models, step, machine)
+
+
+def _given_shard(settings: TrainRecipe, machine: Machine) -> Shard | None:
+    """What is known without a plan."""
+    if sharing(settings, machine) == 1:
         return "none"
-    if settings.shard != "auto":
-        return settings.shard
-    processes = machine.processes
-    found = fitting_shard(step, machine.memory, over=over, processes=processes)
-    return found or ("both" if step.teachers else "student")
+    return None if settings.shard == "auto" else settings.shard
 
 
 def planned_memory(models: RunModels, machine: Machine, windows: int) -> Memory:
@@ -74,7 +102,7 @@ def planned_memory(models: RunModels, machine: Machine, windows: int) -> Memory:
     settings = models.recipe.train
     batching = plan_batches(settings, windows, machine.processes)
     step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
-    shard = planned_shard(step, settings, machine)
+    shard = planned_shard(models, step, machine)
     over = sharing(settings, machine)
     return training_memory(step, shard, over=over, processes=machine.processes)
 
@@ -175,9 +203,7 @@ def _chosen_shard(job: Job) -> Shard:
     machine = this_machine(train.precision, timed=False)
     if is_small(models, machine):
         return "none"
-    batching = plan_batches(train, train.batch_size, machine.processes)
-    step = planned_step(models, machine, batching.micro, accumulates=batching.accumulation > 1)
-    chosen = planned_shard(step, train, machine)
+    chosen = run_shard(models, machine)
     if chosen != "none":
         note(f"train.shard: {chosen}, since not everything fits into each process")
     return chosen
