@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ from stillhouse.teachers.model_source import resolve_model
 from stillhouse.teachers.sharded_teacher import load_sharded_teacher
 from stillhouse.teachers.teacher import Teacher
 from stillhouse.training.checkpoints import read_metrics
+from stillhouse.training.sharded_checkpoint import SHARDED
 from stillhouse.training.train import shards, train
 from stillhouse.training.train_config import TrainRecipe
 from tests import forks, tiny
@@ -152,11 +155,11 @@ def test_the_teacher_scores_a_step_before_the_student_learns_from_it(
     assert difference(tmp_path / "two", tmp_path / "one") < 1e-6
 
 
-SHARDED, PLAIN, ALONE = (2, "both"), (2, "none"), (1, "auto")
+DIVIDED, PLAIN, ALONE = (2, "both"), (2, "none"), (1, "auto")
 
 
-@pytest.mark.parametrize("before", [SHARDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
-@pytest.mark.parametrize("after", [SHARDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
+@pytest.mark.parametrize("before", [DIVIDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
+@pytest.mark.parametrize("after", [DIVIDED, PLAIN, ALONE], ids=["sharded", "plain", "alone"])
 def test_a_training_resumes_with_other_processes_and_sharding(
     narrow: Setting, tmp_path: Path, before: tuple[int, str], after: tuple[int, str]
 ) -> None:
@@ -171,3 +174,40 @@ def test_a_training_resumes_with_other_processes_and_sharding(
     assert difference(tmp_path / "many", tmp_path / "one") < 1e-6
     steps = [row["step"] for row in read_metrics(tmp_path / "many" / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+SHORT = {
+    "checkpoint_every": 2,
+    "keep_checkpoints": 3,
+    "max_steps": 8,
+    "micro_batch_size": 2,
+    "schedule": "constant",
+}
+
+
+def test_a_killed_process_loses_nothing(narrow: Setting, tmp_path: Path) -> None:
+    """Once while a checkpoint is written, and once between two; then the same command."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    in_processes(2, narrow, undisturbed, HIDDEN, shard="both", **SHORT)
+    for step, victim in ((2, 1), (6, 0)):
+        work = partial(run, narrow, killed, HIDDEN, shard="both", **SHORT)
+        processes = forks.ranks(2, work)
+        while not (killed / "checkpoints" / f"checkpoint-{step}").exists():
+            assert processes[victim].poll() is None, "it ended before it could be killed"
+            time.sleep(0.002)
+        processes[victim].send_signal(signal.SIGKILL)
+        for process in processes:
+            process.wait(timeout=60)
+    in_processes(2, narrow, killed, HIDDEN, shard="both", **SHORT)
+    assert difference(killed, undisturbed) == 0
+
+
+def test_a_checkpoint_with_a_damaged_part_is_set_aside(narrow: Setting, tmp_path: Path) -> None:
+    undisturbed, damaged = tmp_path / "undisturbed", tmp_path / "damaged"
+    in_processes(2, narrow, undisturbed, shard="both", **SHORT)
+    in_processes(2, narrow, damaged, shard="both", **{**SHORT, "max_steps": 6})
+    (part, _) = sorted((damaged / "checkpoints" / "checkpoint-6" / SHARDED).glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-100])
+    in_processes(2, narrow, damaged, shard="both", **SHORT)
+    assert (damaged / "checkpoints" / "damaged-checkpoint-6").is_dir()
+    assert difference(damaged, undisturbed) == 0
