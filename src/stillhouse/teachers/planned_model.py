@@ -63,9 +63,10 @@ def check_model_folder(path: Path, *, trust_remote_code: bool = False) -> Any:
     return config
 
 
-def check_planned_head(config: Any) -> None:
-    """Does `check_head` for a model that is too large to be loaded for it: of its weights only a
-    small random head exists. Raises ModelError."""
+def check_planned_head(config: Any) -> Any:
+    """Do `check_head` for a model that is too large to be loaded for it, and return a small model
+    of its kind, without weights except those of a random head. Raises ModelError.
+    """
     small = copy.deepcopy(config)
     text = small.get_text_config()
     text.vocab_size, text.num_hidden_layers = 64, 1
@@ -78,6 +79,7 @@ def check_planned_head(config: Any) -> None:
         for weight in head.parameters():
             nn.init.normal_(weight, std=0.02)
     check_head(model)
+    return model
 
 
 def learned_positions(model: Any) -> int | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -11,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.distributed import DistributedConfig
 
 from stillhouse.data.batches import Batch
+from stillhouse.errors import ModelError
 from stillhouse.launch import world_size
 from stillhouse.processes import open_group
 from stillhouse.signals import LMHead
@@ -83,7 +86,7 @@ def load_sharded_teacher(
     """
     open_group()
     code = trust_remote_code
-    check_planned_head(load_config(source.path, trust_remote_code=code))
+    _require_plan(source.path, trust_remote_code=code)
     over = DistributedConfig(
         fsdp_size=shards, dp_replicate_size=world_size() // shards, fsdp_cpu_offload=offload
     )
@@ -94,4 +97,22 @@ def load_sharded_teacher(
         fingerprint=source.fingerprint,
         folder=source.path,
         trust_remote_code=code,
+    )
+
+
+def _require_plan(path: Path, *, trust_remote_code: bool) -> None:
+    """Raise ModelError if transformers cannot shard the model, or its head cannot be checked."""
+    config = load_config(path, trust_remote_code=trust_remote_code)
+    try:
+        small = check_planned_head(config)
+    except RuntimeError:  # its forward reads values, which do not exist without weights
+        small = None
+    else:
+        modules = {re.sub(r"\.\d+", ".*", name) for name, _ in small.named_modules()}
+        if any("*" in name for name in modules.intersection(small.fsdp_plan)):
+            return
+    raise ModelError(
+        f"transformers has no plan to shard {type(small).__name__ if small else config.model_type}",
+        where=path,
+        fix="use train.shard: student or none, or store the teacher's answers with `signals: {}`",
     )
