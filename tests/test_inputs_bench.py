@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from bench.input_trials.trial import BARS, Trial, judge
 from bench.input_trials.workers import run_one
@@ -18,8 +20,10 @@ SEED = 2
 @pytest.mark.run
 @pytest.mark.parametrize("family", SAMPLE)
 def test_a_sample_of_every_family(family: str) -> None:
+    """Time is measured by the benchmark alone: machines that run tests are busy."""
     logging.disable_progress_bar()
-    results = [run_one(FAMILIES[family], SEED, number) for number in range(SAMPLE[family])]
+    untimed = replace(FAMILIES[family], cpu_seconds=600.0)
+    results = [run_one(untimed, SEED, number) for number in range(SAMPLE[family])]
     failures = [f"{each.number} {each.name}: {each.outcome}\n{each.detail}" for each in results
                 if each.outcome in BARS]  # fmt: skip
     assert not failures, "\n".join(failures)

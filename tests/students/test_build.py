@@ -119,5 +119,5 @@ def test_pretrained_with_another_vocabulary(teacher: ModelSource, tmp_path: Path
 
 def test_a_folder_that_cannot_be_written(teacher: ModelSource, tmp_path: Path) -> None:
     (tmp_path / "student").write_text("a file is in the way")
-    with pytest.raises(RunError, match="cannot be written"):
+    with pytest.raises(RunError, match="a file where a folder should be"):
         build(PrunedStudent(start="pruned", ffn_size=40), teacher, tmp_path)
