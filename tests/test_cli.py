@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from stillhouse import cli
 from stillhouse.check import check_recipe
+from stillhouse.cli import stop_signals
 from stillhouse.errors import StillhouseError
 from stillhouse.finding import Finding
 from tests import tiny
@@ -372,3 +375,25 @@ def test_a_signal_inside_a_finalizer_still_stops(monkeypatch: pytest.MonkeyPatch
         for number, handler in before.items():
             signal.signal(number, handler)
     assert stopped.value.code == 143
+
+
+def test_a_signal_that_comes_out_as_another_error_is_a_stop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a lock of the standard library that is released without having been acquired."""
+
+    def interrupted() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(10)
+        finally:
+            threading.Lock().release()
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(stop_signals, "_received", [])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.startswith("stopped.")

@@ -14,7 +14,12 @@ import typer
 
 from stillhouse.cli.options import RecipeArgument, SetOption, YesOption, agree, output_file, say
 from stillhouse.cli.signals_commands import signals
-from stillhouse.cli.stop_signals import Stopped, ignore_further_signals, raise_on_signals
+from stillhouse.cli.stop_signals import (
+    Stopped,
+    ignore_further_signals,
+    raise_on_signals,
+    received,
+)
 from stillhouse.disk_errors import disk_error
 from stillhouse.errors import LostProcessError, StillhouseError
 from stillhouse.launch import leads
@@ -339,29 +344,40 @@ def main() -> None:
     raise_on_signals()
     try:
         app()
-    except StillhouseError as error:
-        if not isinstance(error, LostProcessError):
-            _let_main_process_report()
-        say(f"error: {error}")
-        sys.exit(1)
     except Stopped as stopped:
-        if leads():
-            say("stopped. Finished work is kept: run the same command to resume.")
-        sys.exit(128 + stopped.number)
-    except MemoryError:
-        say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")
-        sys.exit(1)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _end_stopped(stopped.number)
     except Exception as error:
-        problem = disk_error(error, None)
-        if problem is None:
-            _say_bug()
-        say(f"error: {problem}")
-        sys.exit(1)
+        # Inside a library, a signal's exception may be replaced by another one.
+        if (number := received()) is not None:
+            _end_stopped(number)
+        _end_with(error)
     finally:
         ignore_further_signals()
+
+
+def _end_stopped(number: int) -> NoReturn:
+    if leads():
+        say("stopped. Finished work is kept: run the same command to resume.")
+    sys.exit(128 + number)
+
+
+def _end_with(error: Exception) -> NoReturn:
+    """Report what went wrong, and exit."""
+    match error:
+        case StillhouseError():
+            if not isinstance(error, LostProcessError):
+                _let_main_process_report()
+            say(f"error: {error}")
+        case MemoryError():
+            say("error: out of memory\n  fix:   lower train.micro_batch_size or data.context")
+        case BrokenPipeError():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        case _:
+            problem = disk_error(error, None)
+            if problem is None:
+                _say_bug()
+            say(f"error: {problem}")
+    sys.exit(1)
 
 
 def _say_bug() -> NoReturn:

@@ -37,7 +37,16 @@ def ignore_further_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+def received() -> int | None:
+    """The signal that has come, if one has."""
+    return next(iter(_received), None)
+
+
+_received: list[int] = []
+
+
 def _stop(number: int, frame: Any) -> None:
+    _received.append(number)
     raise Stopped(number)
 
 
