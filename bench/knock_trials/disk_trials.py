@@ -34,8 +34,9 @@ WORDS = {
     "full": ("disk is full", "almost full", "is larger than"),
     "full TMPDIR": ("TMPDIR",),
     "read-only": ("read-only",),
-    "deleted": ("deleted, moved or replaced",),
-    "moved": ("deleted, moved or replaced",),
+    # The second, before the folder is locked.
+    "deleted": ("deleted, moved or replaced", "was deleted or moved"),
+    "moved": ("deleted, moved or replaced", "was deleted or moved"),
 }
 SIZE = 48 << 20
 """Bytes of a disk in memory."""

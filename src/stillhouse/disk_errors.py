@@ -90,7 +90,8 @@ def disk_error(
             what = f"cannot write here: {what}"
         return RunError(what, where=place, fix=first + elsewhere)
     if code == errno.ENOENT and path and where and where in path.parents and not where.is_dir():
-        return RunError("the folder does not exist, or was deleted", where=where, fix=elsewhere)
+        what = "the folder does not exist, or was deleted or moved"
+        return RunError(what, where=where, fix=elsewhere)
     return None
 
 
@@ -107,7 +108,10 @@ def made_folder(folder: Path) -> None:
     """Create the folder and its parents, if they do not exist. Raises OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except FileNotFoundError as error:  # its parent is there, and nothing can be made in it
+    except FileNotFoundError as error:
+        if not folder.parent.is_dir():  # it was deleted or moved meanwhile
+            raise
+        # Nothing can be made in it.
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder)) from error
 
 
