@@ -116,6 +116,14 @@ def test_heads_are_trained_after_a_measurement_as_before(
     assert difference(tmp_path / "two", tmp_path / "one") == 0
 
 
+def test_bfloat16_products_of_sharded_weights_are_those_of_whole_ones(
+    setting: Setting, tmp_path: Path
+) -> None:
+    run(setting, tmp_path / "one", micro_batch_size=4, precision="bfloat16")
+    in_processes(2, setting, tmp_path / "two", shard="student", precision="bfloat16")
+    assert difference(tmp_path / "two", tmp_path / "one") == 0
+
+
 LIMITED = {"max_grad_norm": 0.01, "gradient_checkpointing": True}
 
 

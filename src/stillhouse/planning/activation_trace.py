@@ -69,15 +69,17 @@ def trace_activations(
     device: Literal["cpu", "cuda"],
     checkpointing: bool = False,
     inference: bool = False,
+    keep_casts: bool = True,
 ) -> ActivationSizes:
     """Of a backbone, from the tokens to the last hidden states, for one window of packed documents.
 
     weights: their number type; where it is not `compute`, products run under autocast. inference:
-    a forward pass that keeps nothing; its peak is `forward`.
+    a forward pass that keeps nothing; its peak is `forward`. keep_casts: autocast keeps its copies
+    of weights until the end of the forward pass.
     Raises ModelError for an architecture that cannot be traced.
     """
     text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    key = (text, context, compute, weights, device, checkpointing, inference)
+    key = (text, context, compute, weights, device, checkpointing, inference, keep_casts)
     if key not in _TRACED:
         try:
             with quiet(), FakeTensorMode():
@@ -104,6 +106,7 @@ def _trace(
     device: str,
     checkpointing: bool,
     inference: bool,
+    keep_casts: bool,
 ) -> ActivationSizes:
     model = AutoModelForCausalLM.from_config(config, dtype=weights)
     model.train(not inference)
@@ -114,7 +117,8 @@ def _trace(
     positions_RL = torch.arange(context)[None]
     grad = torch.no_grad() if inference else contextlib.nullcontext()
     with grad, _Alive(model) as alive:
-        with torch.autocast("cpu", compute, enabled=weights != compute):
+        enabled = weights != compute
+        with torch.autocast("cpu", compute, enabled=enabled, cache_enabled=keep_casts):
             last_RLD = hidden_states(model, ids_RL, positions_RL)
             casts = alive.cast_bytes  # the loss is computed while they are kept
         kept, forward = alive.bytes, alive.peak

@@ -51,9 +51,14 @@ def training_step(
     size = config_size(student)
     replicated, sharded = (
         trace_activations(
-            student, context, weights=weights, checkpointing=checkpointing, **shared
+            student,
+            context,
+            weights=weights,
+            checkpointing=checkpointing,
+            keep_casts=keep_casts,
+            **shared,
         ).times(windows)
-        for weights in (torch.float32, gathered or compute)
+        for weights, keep_casts in ((torch.float32, True), (gathered or compute, False))
     )
     live = []
     for config in teachers:

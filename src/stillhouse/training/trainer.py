@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -93,6 +94,9 @@ class DistillationTrainer(ResumingTrainer):
             )
         # It is sharded already, and reduces its own gradients: accelerate must not wrap it.
         self.is_distributed_loading_by_transformers = self._sharded
+        if self._sharded:
+            # Autocast would keep a copy of every gathered weight until the end of the forward pass.
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         # Trainer counts labels[..., 1:] that are not -100, over accumulation steps and ranks:
         # exactly the rows that `supervised_rows` selects.
         self.model_accepts_loss_kwargs = True
