@@ -6,8 +6,10 @@ import asyncio
 import gzip
 import itertools
 import json
+import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from email.utils import formatdate
@@ -21,7 +23,7 @@ from stillhouse.generation import http_link
 from stillhouse.generation.budget import Price, Spending, worst_case
 from stillhouse.generation.client import retry_after
 from stillhouse.generation.journal import Journal
-from stillhouse.generation.request import Answer
+from stillhouse.generation.request import Answer, Request
 from tests.clocks import Clock
 from tests.generation.pools import QUICK, once, requests, run
 from tests.generation.stub import Reply, Stub, error
@@ -96,6 +98,34 @@ def test_many_requests_are_in_flight_but_no_more_than_requested(journal: Journal
     with Stub(script) as stub:
         run(journal, stub, requests(stub, 150), concurrency=24)
         assert stub.most_at_once == 24
+
+
+def test_a_kill_loses_no_more_answers_than_were_in_flight(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next request waits until the answer before it is in the journal, however slow that is."""
+    committed: list[str] = []
+    not_committed: list[int] = []
+    record = journal.record
+
+    def slowly(request: Request, answer: Answer) -> Future[None]:
+        done: Future[None] = Future()
+
+        def finish() -> None:
+            committed.append(request.key)
+            done.set_result(None)
+
+        record(request, answer).add_done_callback(lambda _: threading.Timer(0.03, finish).start())
+        return done
+
+    def script(number: int, payload: dict[str, Any]) -> Reply:
+        not_committed.append(number + 1 - len(committed))
+        return Reply()
+
+    monkeypatch.setattr(journal, "record", slowly)
+    with Stub(script) as stub:
+        run(journal, stub, requests(stub, 40), concurrency=4)
+    assert max(not_committed) <= 4
 
 
 # --- what is asked again -----------------------------------------------------------------------

@@ -191,7 +191,7 @@ class Pool:
                 self.limit.release()
                 self._settle(worst, spent)
             if isinstance(outcome, Answer):
-                return self._keep(request, outcome)
+                return await self._keep(request, outcome)
             tries += 1
             attempts += outcome.kind != "rate_limit"
             pause = max(outcome.wait or 0.0, self.patience.wait(tries))
@@ -269,7 +269,9 @@ class Pool:
         self.tally.spent += spent
         self._settled.set()
 
-    def _keep(self, request: Request, answer: Answer) -> None:
+    async def _keep(self, request: Request, answer: Answer) -> None:
+        """Return once the answer is in the journal, so that a kill loses no more answers than were
+        in flight."""
         self.limit.answered()
         self._failures_in_a_row, self._last_answer = 0, now()
         self._answers = True
@@ -279,6 +281,7 @@ class Pool:
         commit.add_done_callback(lambda _: self._sent.discard(request.key))
         self._follow(commit)
         self.advance(1)
+        await asyncio.wait([asyncio.wrap_future(commit)])
 
     def _give_up(
         self, request: Request, failed: FailedAttempt, spent: Spending, tries: int
