@@ -15,6 +15,7 @@ from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.hardware import choose_precision, default_device, peak_memory_bytes
 from stillhouse.language_model.data_stage import open_data
 from stillhouse.language_model.job import Job
+from stillhouse.language_model.signals_stage import sharded_loader
 from stillhouse.language_model.training_memory import with_shard
 from stillhouse.launch import leads
 from stillhouse.pipeline.engine import EVALUATION
@@ -22,7 +23,7 @@ from stillhouse.pipeline.stage_plan import StagePlan
 from stillhouse.quantize.input_rounding import round_inputs
 from stillhouse.quantize.quantization import FILE, Quantization
 from stillhouse.runfolder import Outcome, Stage
-from stillhouse.teachers.sharded_teacher import ShardedTeacher, load_sharded_teacher
+from stillhouse.teachers.sharded_teacher import ShardedTeacher
 from stillhouse.training.train import MODEL, shards
 
 
@@ -95,14 +96,8 @@ def _sharded_teacher(job: Job) -> Callable[[], ShardedTeacher] | None:
     over = shards(train, "teacher")
     if over == 1:
         return None
-    return partial(
-        load_sharded_teacher,
-        job.teacher,
-        dtype=choose_precision(train.precision, default_device()).dtype,
-        shards=over,
-        offload=train.offload_teacher,
-        trust_remote_code=job.trust_remote_code,
-    )
+    dtype = choose_precision(train.precision, default_device()).dtype
+    return sharded_loader(job, job.teacher, dtype, over)
 
 
 def _with_found_tasks(section: EvaluateRecipe, base: Path) -> EvaluateRecipe:

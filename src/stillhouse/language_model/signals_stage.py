@@ -39,7 +39,7 @@ from stillhouse.teachers.local_teacher import LocalTeacher, load_teacher
 from stillhouse.teachers.model_source import ModelSource
 from stillhouse.teachers.record_store import chosen_encoding, record
 from stillhouse.teachers.several_teachers import combined
-from stillhouse.teachers.sharded_teacher import load_sharded_teacher
+from stillhouse.teachers.sharded_teacher import ShardedTeacher, load_sharded_teacher
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
 from stillhouse.teachers.stored_head import head_sha256, load_head
 from stillhouse.teachers.stored_teacher import StoredTeacher
@@ -227,13 +227,20 @@ def _loader(
     code = job.trust_remote_code
     if over == 1:
         return partial(load_teacher, source, dtype=dtype, trust_remote_code=code)
+    return sharded_loader(job, source, dtype, over)
+
+
+def sharded_loader(
+    job: Job, source: ModelSource, dtype: torch.dtype, over: int
+) -> Callable[[], ShardedTeacher]:
+    """A function that loads the teacher, sharded over this many processes."""
     return partial(
         load_sharded_teacher,
         source,
         dtype=dtype,
         shards=over,
         offload=job.recipe.train.offload_teacher,
-        trust_remote_code=code,
+        trust_remote_code=job.trust_remote_code,
     )
 
 
