@@ -39,7 +39,7 @@ from stillhouse.language_model.run_plan import plan_stages
 from stillhouse.pipeline.engine import run_folder, run_steps
 from stillhouse.pipeline.stage_plan import StagePlan, doing
 from stillhouse.planning.machine import this_machine
-from stillhouse.planning.memory import Memory
+from stillhouse.planning.step_memory import Memory
 from stillhouse.runfolder import Stage
 
 TOLERANCE = 0.1

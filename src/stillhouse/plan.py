@@ -23,9 +23,9 @@ from stillhouse.language_model.run_models import RunModels
 from stillhouse.language_model.run_plan import plan_stages
 from stillhouse.number_format import DASH, count, seconds, size
 from stillhouse.planning.machine import Machine
-from stillhouse.planning.memory import described
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.stage_estimate import StageEstimate
+from stillhouse.planning.step_memory import described
 from stillhouse.pruning.pruning_config import read_amount
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from stillhouse.planning.memory import SHARDS, training_memory
 from stillhouse.planning.model_size import config_size
+from stillhouse.planning.step_memory import SHARDS, training_memory
 from stillhouse.planning.training_step import training_step
 from tests.planning.shapes import (
     GEMMA3_4B,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stillhouse.planning.memory import (
+from stillhouse.planning.model_size import config_size
+from stillhouse.planning.step_memory import (
     Memory,
     Shard,
     Step,
@@ -13,7 +14,6 @@ from stillhouse.planning.memory import (
     training_memory,
     training_phases,
 )
-from stillhouse.planning.model_size import config_size
 from stillhouse.planning.training_step import training_step
 from tests.planning.shapes import LLAMA_8B, LLAMA_70B
 

@@ -17,9 +17,9 @@ from stillhouse.number_format import count, percent, seconds, size
 from stillhouse.pipeline.engine import has_finished
 from stillhouse.pipeline.kind import Check
 from stillhouse.planning.machine import Machine, this_machine
-from stillhouse.planning.memory import MARGIN
 from stillhouse.planning.model_size import config_size
 from stillhouse.planning.stage_estimate import StageEstimate
+from stillhouse.planning.step_memory import MARGIN
 from stillhouse.signals.manifest import read_manifest
 
 SOME_TOKENS = 2**53

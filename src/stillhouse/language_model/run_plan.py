@@ -18,7 +18,10 @@ from stillhouse.language_model.training_memory import (
 )
 from stillhouse.planning.activation_trace import trace_activations
 from stillhouse.planning.machine import Machine
-from stillhouse.planning.memory import (
+from stillhouse.planning.model_size import config_size
+from stillhouse.planning.network import step_traffic
+from stillhouse.planning.stage_estimate import StageEstimate
+from stillhouse.planning.step_memory import (
     CONTEXT_BYTES,
     GATHERED_BLOCKS,
     WIDE,
@@ -27,9 +30,6 @@ from stillhouse.planning.memory import (
     Step,
     training_memory,
 )
-from stillhouse.planning.model_size import config_size
-from stillhouse.planning.network import step_traffic
-from stillhouse.planning.stage_estimate import StageEstimate
 from stillhouse.planning.training_step import LIBRARIES_BYTES
 from stillhouse.pruning.offload import LARGE_BYTES
 from stillhouse.students.pruned_student import STREAMS

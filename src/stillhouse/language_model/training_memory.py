@@ -15,7 +15,8 @@ from stillhouse.language_model.job import Job
 from stillhouse.language_model.run_models import RunModels, run_models
 from stillhouse.launch import leads, world_size
 from stillhouse.planning.machine import Machine, this_machine
-from stillhouse.planning.memory import (
+from stillhouse.planning.model_size import config_size
+from stillhouse.planning.step_memory import (
     MARGIN,
     Memory,
     Shard,
@@ -23,7 +24,6 @@ from stillhouse.planning.memory import (
     fitting_shard,
     training_memory,
 )
-from stillhouse.planning.model_size import config_size
 from stillhouse.planning.training_step import training_step
 from stillhouse.processes import open_group
 from stillhouse.progress import note

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stillhouse.planning.machine import Machine
-from stillhouse.planning.memory import WIDE, Shard, Step
+from stillhouse.planning.step_memory import WIDE, Shard, Step
 
 
 @dataclass(frozen=True)

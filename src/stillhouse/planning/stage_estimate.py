@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stillhouse.planning.machine import Machine
-from stillhouse.planning.memory import Memory
+from stillhouse.planning.step_memory import Memory
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ import torch
 
 from stillhouse.planning.activation_trace import trace_activations
 from stillhouse.planning.loss_memory import loss_sizes
-from stillhouse.planning.memory import (
+from stillhouse.planning.model_size import config_size
+from stillhouse.planning.step_memory import (
     CONTEXT_BYTES,
     HEAP_SHARE,
     MOMENTS,
@@ -17,7 +18,6 @@ from stillhouse.planning.memory import (
     Step,
     TrainedModel,
 )
-from stillhouse.planning.model_size import config_size
 
 LIBRARIES_BYTES = 0.6e9
 """Of a process on a CPU: Python, PyTorch and the other libraries."""
