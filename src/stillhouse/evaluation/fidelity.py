@@ -7,7 +7,7 @@ the shared vocabulary, B calibration bins.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from stillhouse.launch import process_index, world_size
 from stillhouse.processes import sum_over_processes
 from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.signals.lm_head import kl_of_rows, log_probabilities
-from stillhouse.teachers.backbone import hidden_states, lm_head, trim_head
+from stillhouse.teachers.backbone import float32_head, hidden_states, lm_head
 
 BINS = 15
 TOKENS_PER_FORWARD = 2048
@@ -109,8 +109,8 @@ def compare(
     """
     assert torch.equal(model.targets_N, teacher.targets_N), "two models, two texts"
     _check_vocabulary(model, teacher, vocabulary)
-    teacher_head = _float32_head(teacher.signal, vocabulary)
-    model_head = teacher_head if model is teacher else _float32_head(model.signal, vocabulary)
+    teacher_head = float32_head(teacher.signal.head, vocabulary)
+    model_head = teacher_head if model is teacher else float32_head(model.signal.head, vocabulary)
     tally = _Tally.empty()
     for start in range(0, len(model.targets_N), ROWS_PER_CHUNK):
         rows = slice(start, start + ROWS_PER_CHUNK)
@@ -190,12 +190,6 @@ def _nothing_to_predict() -> DataError:
         "the held-out text has no token to predict: every label is masked",
         fix="add held-out text, or raise data.heldout_tokens",
     )
-
-
-def _float32_head(signal: DenseSignal, vocabulary: int) -> LMHead:
-    head = trim_head(signal.head, vocabulary)
-    bias_V = None if head.bias_V is None else head.bias_V.float()
-    return replace(head, weight_VD=head.weight_VD.float(), bias_V=bias_V)
 
 
 def _log_probabilities(answers: HeldoutAnswers, rows: slice, head: LMHead) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,14 @@ def trim_head(head: LMHead, vocabulary: int | None) -> LMHead:
         return head
     bias_V = None if head.bias_V is None else head.bias_V[:vocabulary]
     return LMHead(head.weight_VD[:vocabulary], bias_V, head.scale, head.softcap)
+
+
+def float32_head(head: LMHead, vocabulary: int | None = None) -> LMHead:
+    """The head in float32, cut to its first `vocabulary` rows: logits that are rounded to bfloat16
+    have ties that are not the model's."""
+    head = trim_head(head, vocabulary)
+    bias_V = None if head.bias_V is None else head.bias_V.float()
+    return replace(head, weight_VD=head.weight_VD.float(), bias_V=bias_V)
 
 
 @torch.no_grad()

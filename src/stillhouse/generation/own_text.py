@@ -1,0 +1,237 @@
+"""A model's own text: its answers to prompts, and how a teacher differs from it there.
+
+A student that was trained on given text has never seen its own mistakes in a prefix, so it may be
+close to its teacher on data and far from it on what it writes itself.
+
+Shapes: N tokens of answers, R answers in a forward pass, L tokens, D hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stillhouse.data.batches import Batch
+from stillhouse.data.shift import IGNORED, supervised_rows
+from stillhouse.generation.generator import Generator, TokenPrompt
+from stillhouse.signals import DenseSignal, LMHead
+from stillhouse.signals.lm_head import kl_of_rows, log_probabilities, row_chunks
+from stillhouse.teachers.backbone import float32_head, hidden_states, lm_head
+
+NGRAM = 4
+"""Tokens of the n-grams whose repetition is counted."""
+ANSWERS_PER_FORWARD = 8
+
+
+@dataclass(frozen=True)
+class OwnAnswer:
+    """An answer as token ids; text that is decoded and tokenized again may be another sequence.
+
+    ids: of the answer, with the token that ends it. ended: False if it was cut off.
+    """
+
+    prompt: Sequence[int]
+    ids: Sequence[int]
+    ended: bool
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Each token of the answers, in nats; the distributions are those before the token, at
+    temperature 1.
+
+    forward_kl_N: KL(teacher ‖ model). reverse_kl_N: KL(model ‖ teacher). entropy_N: of the model.
+    teacher_logprob_N: the token's log-probability under the teacher.
+    """
+
+    forward_kl_N: Tensor
+    reverse_kl_N: Tensor
+    entropy_N: Tensor
+    teacher_logprob_N: Tensor
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """Measurements of a model's own answers: means over all their tokens, or over all answers.
+
+    forward_kl: KL(teacher ‖ model), and reverse_kl: KL(model ‖ teacher), in nats/token; both are 0
+    for the teacher itself. entropy: of the model, in nats/token. teacher_logprob: the mean
+    log-probability of the answers' tokens under the teacher. length: tokens per answer, with the
+    token that ends it. cut_off: share of answers that the limit ended. repetition: share of 4-grams
+    that occur earlier in the same answer.
+    """
+
+    forward_kl: float
+    reverse_kl: float
+    entropy: float
+    teacher_logprob: float
+    length: float
+    cut_off: float
+    repetition: float
+    answers: int
+    tokens: int
+
+
+def write_answers(
+    generator: Generator,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seeds: Sequence[int] = (),
+    advance: Callable[[int], object] = lambda answers: None,
+) -> list[OwnAnswer]:
+    """Answers to prompts (token ids), in their order.
+
+    An answer has at most `max_tokens`, or fewer if prompt and answer would exceed the model's
+    window; prompts that leave no room are skipped. seeds: one for each prompt; its number by
+    default. `advance` is called after each answer.
+    """
+    room = [
+        min(max_tokens, generator.window - len(prompt)) if generator.window else max_tokens
+        for prompt in prompts
+    ]
+    asked = [
+        TokenPrompt(prompt, most, temperature, top_p, seed=seeds[number] if seeds else number)
+        for number, (prompt, most) in enumerate(zip(prompts, room, strict=True))
+        if most > 0 and len(prompt)
+    ]
+    found: dict[int, OwnAnswer] = {}
+    for number, written in generator.generate(asked):
+        prompt = asked[number].ids
+        found[number] = OwnAnswer(prompt, list(written.ids), written.stop == "stop")
+        advance(1)
+    return [found[number] for number in sorted(found)]
+
+
+@torch.no_grad()
+def answer_states(
+    model: nn.Module,
+    answers: Sequence[OwnAnswer],
+    *,
+    head: LMHead | None = None,
+    passes: int | None = None,
+) -> DenseSignal:
+    """The hidden states that predict each token of the answers, in their order, on the CPU.
+
+    model: in eval mode. head: the model's, if its own tensors are sharded. passes: forward passes
+    of the model, for a sharded model, which every process must run equally often; by default, as
+    many as the answers need. No logits exist.
+    """
+    device = next(model.parameters()).device
+    head = head or lm_head(model)
+    rows = [torch.empty(0, head.weight_VD.shape[1], dtype=head.weight_VD.dtype)]
+    batches = list(answer_batches(answers))
+    for number in range(len(batches) if passes is None else passes):
+        batch = batches[number] if number < len(batches) else _NOTHING
+        hidden_RLD = hidden_states(
+            model, batch["input_ids"].to(device), batch["position_ids"].to(device)
+        )
+        rows.append(supervised_rows(hidden_RLD.cpu(), batch["labels"]))
+    return DenseSignal(torch.cat(rows[1:] or rows), head)
+
+
+def answer_batches(answers: Sequence[OwnAnswer]) -> Iterator[Batch]:
+    """Prompts with their answers, padded on the right, where no other token attends to it. The
+    tokens of the answers are the labels."""
+    for start in range(0, len(answers), ANSWERS_PER_FORWARD):
+        some = answers[start : start + ANSWERS_PER_FORWARD]
+        longest = max(len(one.prompt) + len(one.ids) for one in some)
+        ids_RL = torch.zeros(len(some), longest, dtype=torch.long)
+        labels_RL = torch.full_like(ids_RL, IGNORED)
+        for row, one in enumerate(some):
+            first, last = len(one.prompt), len(one.prompt) + len(one.ids)
+            ids_RL[row, :last] = torch.tensor([*one.prompt, *one.ids])
+            labels_RL[row, first:last] = ids_RL[row, first:last]
+        positions_RL = torch.arange(longest).expand(len(some), -1)
+        yield {"input_ids": ids_RL, "labels": labels_RL, "position_ids": positions_RL}
+
+
+_ZERO = torch.zeros(1, 1, dtype=torch.long)
+_NOTHING: Batch = {
+    "input_ids": _ZERO,
+    "labels": torch.full_like(_ZERO, IGNORED),
+    "position_ids": _ZERO,
+}
+
+
+@torch.no_grad()
+def score_tokens(
+    answers: Sequence[OwnAnswer], model: DenseSignal, teacher: DenseSignal, vocabulary: int
+) -> TokenScores:
+    """Compare both models at every token of the answers.
+
+    model, teacher: `answer_states` of the same answers. vocabulary: distributions are over these
+    first tokens. Logits of both models exist for a few rows at a time, in float32.
+    """
+    targets_N = torch.tensor([token for one in answers for token in one.ids], dtype=torch.long)
+    assert len(targets_N) == len(model.hidden_ND) == len(teacher.hidden_ND), "other answers"
+    teacher_head = float32_head(teacher.head, vocabulary)
+    model_head = teacher_head if model is teacher else float32_head(model.head, vocabulary)
+    columns = [torch.empty(len(targets_N)) for _ in range(4)]
+    for chunk in row_chunks(model_head, len(targets_N)):
+        theirs_NV = _log_probabilities(teacher, teacher_head, chunk)
+        own_NV = theirs_NV if model is teacher else _log_probabilities(model, model_head, chunk)
+        targets_n = targets_N[chunk].to(theirs_NV.device)
+        found = (
+            kl_of_rows(theirs_NV, own_NV.to(theirs_NV.device)),
+            kl_of_rows(own_NV, theirs_NV.to(own_NV.device)),
+            -(own_NV.exp() * own_NV).sum(-1),
+            theirs_NV.gather(-1, targets_n[:, None])[:, 0],
+        )
+        for column_N, values_n in zip(columns, found, strict=True):
+            column_N[chunk] = values_n.cpu()
+    return TokenScores(*columns)
+
+
+def _log_probabilities(states: DenseSignal, head: LMHead, rows: slice) -> Tensor:
+    return log_probabilities(head, states.hidden_ND[rows].to(head.weight_VD.device))
+
+
+def own_text_sums(answers: Sequence[OwnAnswer], scores: TokenScores) -> Tensor:
+    """What `own_text` divides, as float64 sums, which may be added over processes."""
+    means = (
+        scores.forward_kl_N,
+        scores.reverse_kl_N,
+        scores.entropy_N,
+        scores.teacher_logprob_N,
+    )
+    sums = [float(column_N.sum(dtype=torch.float64)) for column_N in means]
+    ngrams = [repeated_ngrams(one.ids) for one in answers]
+    counts = [
+        sum(len(one.ids) for one in answers),
+        len(answers),
+        sum(not one.ended for one in answers),
+        sum(repeated for repeated, _ in ngrams),
+        sum(total for _, total in ngrams),
+    ]
+    return torch.tensor([*sums, *counts], dtype=torch.float64)
+
+
+def own_text(sums: Tensor) -> OwnText | None:
+    """The means of `own_text_sums`; None if there is no answer."""
+    *totals, tokens, answers, cut_off, repeated, grams = sums.tolist()
+    if not tokens:
+        return None
+    forward, reverse, entropy, logprob = (total / tokens for total in totals)
+    return OwnText(
+        forward_kl=forward,
+        reverse_kl=reverse,
+        entropy=entropy,
+        teacher_logprob=logprob,
+        length=tokens / answers,
+        cut_off=cut_off / answers,
+        repetition=repeated / max(1, grams),
+        answers=int(answers),
+        tokens=int(tokens),
+    )
+
+
+def repeated_ngrams(ids: Sequence[int]) -> tuple[int, int]:
+    """The 4-grams of an answer that occur earlier in it, and all of them."""
+    grams = list(zip(*(ids[start:] for start in range(NGRAM)), strict=False))
+    return len(grams) - len(set(grams)), len(grams)
