@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -39,7 +40,7 @@ def write_results(
     result = {
         "benchmark": name,
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join(["python -m", f"bench.{name}", *map(_nameless, sys.argv[1:])]),
+        "command": " ".join(["python -m", f"bench.{name}", *sys.argv[1:]]),
         "commit": commit(),
         "machine": machine(),
         "versions": versions(),
@@ -48,15 +49,24 @@ def write_results(
         "figures": figures,
     }
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(without_paths(result), indent=2) + "\n", encoding="utf-8")
     for bar in bars:
         print(f"{'met ' if bar.met else 'MISS'} {bar.name}: {bar.value:.4g} {bar.op} {bar.bar}")
     print(f"wrote {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
 
 
-def _nameless(argument: str) -> str:
-    """Shorten a path to its last name: results are committed, and folders are private."""
-    return Path(argument).name if "/" in argument else argument
+_FOLDERS = re.compile(r"""(?<![^\s"'`=(\[:,])(?:file://)?/(?:[^\s/"'`:]+/)+""")
+"""Of an absolute path: all but its last name."""
+
+
+def without_paths(value: Any) -> Any:
+    """The same JSON value with absolute paths shortened to their last names: results are committed,
+    and the folders of a machine are private."""
+    if isinstance(value, dict):
+        return {_FOLDERS.sub("", str(key)): without_paths(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(each) for each in value]
+    return _FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
 def earlier(name: str) -> dict[str, Any]:

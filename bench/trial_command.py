@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.common import Bar, commit, earlier, write_results
+from bench.common import Bar, commit, earlier, without_paths, write_results
 from bench.input_trials.trial import BARS, OUTCOMES, Result
 from bench.input_trials.workers import Family, run_all, run_one
 
@@ -108,7 +108,7 @@ def _parts(results: Sequence[tuple[int, Result]]) -> dict[str, Any]:
         row = part["outcomes"].setdefault(str(seed), dict.fromkeys(OUTCOMES, 0))
         row[result.outcome] += 1
         if result.outcome in BARS:
-            shown = asdict(replace(result, detail=result.detail[:300]))
+            shown = asdict(replace(result, detail=without_paths(result.detail)[:300]))
             part["failures"].append({"seed": seed, **shown})
     return parts
 

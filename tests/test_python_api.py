@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import stillhouse as sh
-from stillhouse.errors import ModelError, RecipeError
+from stillhouse.errors import ModelError, RecipeError, RunError, TrainingError
+from stillhouse.file_locks import locked_while_writing
 from tests import tiny
 
 
@@ -118,3 +119,37 @@ def test_an_evaluation_needs_a_model_to_compare_with(
     stored = sh.record(teacher, data, tmp_path)
     with pytest.raises(ModelError, match="not loaded here"):
         sh.evaluate(tiny.llama(), stored, data)
+
+
+def test_a_folder_is_used_again_only_for_the_same_training(data: sh.Data, tmp_path: Path) -> None:
+    def train(seed: int = 0, teacher: Any = None, **changed: Any) -> Any:
+        settings = {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-3, **changed}
+        teacher = teacher or tiny.llama(seed=5)
+        return sh.distill(tiny.llama(seed=1), teacher, data, seed=seed, folder=tmp_path, **settings)
+
+    train(checkpoint_every=1)
+    for changed, named in (
+        ({"learning_rate": 1e-4}, "learning_rate"),
+        ({"seed": 1}, "seed"),
+        ({"teacher": tiny.llama(seed=6)}, "teacher"),
+        ({"objective": [sh.ReverseKL()]}, "objective"),
+    ):
+        with pytest.raises(TrainingError, match=f"other values of {named}\n"):
+            train(checkpoint_every=1, **changed)
+    again = train(checkpoint_every=1, micro_batch_size=2)
+    assert again.steps == 2, "where it runs may change"
+
+
+def test_two_processes_cannot_use_one_folder(teacher: Any, data: sh.Data, tmp_path: Path) -> None:
+    calls = {
+        "training": lambda: sh.distill(tiny.llama(), teacher, data, max_steps=1, folder=tmp_path),
+        "store": lambda: sh.record(teacher, data, tmp_path),
+        "search": lambda: sh.search_sizes(teacher, data, params="60%", folder=tmp_path),
+    }
+    for what, call in calls.items():
+        with (
+            locked_while_writing(tmp_path, what),
+            pytest.raises(RunError, match=f"another process is writing this {what}"),
+        ):
+            call()
+        assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from stillhouse.data.data import Data
 from stillhouse.evaluation.evaluate import evaluate_models
 from stillhouse.evaluation.results import Evaluation
 from stillhouse.field_types import Seed, Temperature
+from stillhouse.file_locks import locked_while_writing
 from stillhouse.hardware import choose_precision, default_device
+from stillhouse.launch import leads
 from stillhouse.objectives.objective_config import (
     AttentionRelationsTerm,
     HiddenStatesTerm,
@@ -38,6 +41,7 @@ from stillhouse.teachers.several_teachers import combined
 from stillhouse.teachers.shared_vocabulary import tokenizer_identity
 from stillhouse.teachers.stored_teacher import StoredTeacher
 from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.same_training import require_same_training
 from stillhouse.training.train import TrainingResult, train
 from stillhouse.training.train_config import TrainRecipe
 
@@ -96,26 +100,34 @@ def distill(
     data: its held-out part is evaluated if `evaluate_every` is given. objective: terms whose
     weighted sum is the loss; by default only KL.
     folder: stores checkpoints, metrics and the model, so that a run that was killed resumes when it
-    is called again; None: nothing is written. callbacks: of transformers; their `model` is a
-    Distillation, and `model.student` can generate.
+    is called again with equal arguments; None: nothing is written.
+    callbacks: of transformers; their `model` is a Distillation, and `model.student` can generate.
     settings: learning_rate, batch_size, epochs, max_steps, evaluate_every, ... as in a recipe's
     `train`.
-    Raises StillhouseError if parts do not fit together, or the loss is not finite.
+    Raises StillhouseError if parts do not fit together, the loss is not finite, or the folder is
+    used by another process or has checkpoints of another training.
     """
     seed = checked(Seed, seed, "seed")
     batches, heldout = (data.train, data.heldout) if isinstance(data, Data) else (data, None)
     terms = {"terms": list(objective)} if objective else {}
-    return train(
-        _student(student),
-        _teacher(teacher),
-        batches,
-        made(ObjectiveRecipe, terms, "distill"),
-        made(TrainRecipe, settings, "distill"),
-        heldout=heldout,
-        seed=seed,
-        folder=None if folder is None else Path(folder),
-        callbacks=callbacks,
-    )
+    recipe = made(ObjectiveRecipe, terms, "distill")
+    training = made(TrainRecipe, settings, "distill")
+    taught_by = _teacher(teacher)
+    place = None if folder is None else Path(folder)
+    with _alone_in(place, "training"):
+        if place is not None and leads():
+            require_same_training(place, taught_by, batches, recipe, training, seed)
+        return train(
+            _student(student),
+            taught_by,
+            batches,
+            recipe,
+            training,
+            heldout=heldout,
+            seed=seed,
+            folder=place,
+            callbacks=callbacks,
+        )
 
 
 def evaluate(
@@ -160,7 +172,8 @@ def record(
 
     An unfinished store is resumed. encoding: how each distribution is stored (`signals.encodings`);
     None: the 32 most likely tokens and the mass of all others.
-    Raises SignalError if the store was begun with other settings, StoreError if it is damaged.
+    Raises SignalError if the store was begun with other settings, StoreError if it is damaged,
+    RunError if another process is writing it.
     """
     seed = checked(Seed, seed, "seed")
     temperature = checked(Temperature, temperature, "temperature")
@@ -170,7 +183,8 @@ def record(
         identity |= tokenizer_identity(teacher.tokenizer)
     kept = encoding or TopK(32)
     settings = Settings(kept, teacher.vocabulary, identity, temperature, seed)
-    record_store.record(teacher, [text], settings, Path(folder))
+    with _alone_in(folder, "store"):
+        record_store.record(teacher, [text], settings, Path(folder))
     recorded = teacher if isinstance(kept, Hidden) and isinstance(teacher, LocalTeacher) else None
     return Teacher.stored(folder, recorded=recorded)
 
@@ -190,13 +204,13 @@ def search_sizes(
     folder: stores the measurements, so that a search that was killed resumes. settings: of the
     short distillations. options: a target (params="60%", bytes, decode_latency="20ms", memory),
     and others such as search and calibration_tokens, as in a recipe's `student`.
-    Raises RecipeError if no shape meets the target.
+    Raises RecipeError if no shape meets the target, RunError if another process uses the folder.
     """
     seed = checked(Seed, seed, "seed")
     start, settings = local(teacher), settings or TrainRecipe()
     target = {key: options.pop(key) for key in UNITS if key in options}
     section = made(PrunedStudent, {"start": "pruned", "target": target, **options}, "search_sizes")
-    with temporary_folder("stillhouse-") as scratch:
+    with _alone_in(folder, "search"), temporary_folder("stillhouse-") as scratch:
         model = start.folder
         if model is None:
             model = Path(scratch) / "teacher"
@@ -221,6 +235,13 @@ def search_sizes(
             )
         )
     return found.sizes
+
+
+def _alone_in(folder: str | Path | None, what: str) -> AbstractContextManager[None]:
+    """Lock the folder, if there is one, for this process, or the main process of a torchrun."""
+    if folder is None or not leads():
+        return nullcontext()
+    return locked_while_writing(Path(folder), what)
 
 
 def _student(given: Student | Any) -> Student:

@@ -11,7 +11,6 @@ inputs. If a recipe is changed and changed back, its old stages are found again.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -28,6 +27,7 @@ from typing import IO, Any, Protocol
 from stillhouse.checksums import damaged_files, file_facts, seal_broken, sealed
 from stillhouse.disk_errors import disk_errors, made_folder
 from stillhouse.errors import RunError, StillhouseError
+from stillhouse.file_locks import try_lock
 from stillhouse.progress import note
 from stillhouse.scratch import scratch_in
 
@@ -95,9 +95,7 @@ class RunFolder:
             made_folder(self.stages)
             lock = (self.root / ".lock").open("a+", encoding="utf-8", errors="replace")
         with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not try_lock(lock):
                 lock.seek(0)
                 owner = lock.read().strip() or "unknown"
                 raise RunError(
@@ -105,7 +103,7 @@ class RunFolder:
                     where=self.root,
                     fix="wait for it or stop it; or give this run another folder: "
                     "--set folder=runs/OTHER",
-                ) from None
+                )
             with disk_errors(self.root):  # not buffered: it would be written again on closing
                 lock.truncate(0)
                 os.write(lock.fileno(), f"process {os.getpid()} on {platform.node()}".encode())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError, RunError
 from stillhouse.export import replay
 from stillhouse.export.fresh_process import offline, run_script
+from stillhouse.file_locks import locked_while_writing
 from stillhouse.hardware import default_device
 from stillhouse.progress import note
 from stillhouse.scratch import temporary_folder
@@ -241,40 +240,17 @@ def fill(out: Path, work: Callable[[Path], ReplayResult]) -> ReplayResult:
     another process is writing.
     """
     partial = out.with_name(f".{out.name}.partial")
-    with disk_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with _held(partial):
-            try:
-                _check_free(out)
-                result = work(partial)
-                partial.rename(out)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
-    return result
-
-
-@contextmanager
-def _held(partial: Path) -> Iterator[None]:
-    """Make an empty folder that only this process writes to inside the block. Raises RunError."""
-    partial.mkdir(exist_ok=True)
-    with ExitStack() as stack:
+    with disk_errors(out), locked_while_writing(partial, "export"):
         try:
-            folder = os.open(partial, os.O_RDONLY)
-            stack.callback(os.close, folder)
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.path.samestat(os.fstat(folder), partial.stat())
-        except (BlockingIOError, FileNotFoundError):  # another process has just renamed it
-            held = False
-        if not held:
-            raise RunError(
-                "another process is writing this export",
-                where=partial,
-                fix="wait for it, or use another folder",
-            )
-        for left in partial.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield
+            for left in partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _check_free(out)
+            result = work(partial)
+            partial.rename(out)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return result
 
 
 def _check_free(out: Path) -> None:

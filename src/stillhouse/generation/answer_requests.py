@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.errors import RunError
+from stillhouse.file_locks import try_lock
 from stillhouse.finding import Finding
 from stillhouse.generation.budget import Spending
 from stillhouse.generation.estimate import Estimate, estimate_requests
@@ -149,11 +149,7 @@ def being_written(path: Path) -> bool:
     if not lock.exists():
         return False
     with lock.open(encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not try_lock(file, shared=True)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ SQLite drops a damaged write-ahead log silently.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -21,6 +20,7 @@ import xxhash
 
 from stillhouse.data.data_files import regular_if_there
 from stillhouse.errors import RunError
+from stillhouse.file_locks import try_lock
 from stillhouse.progress import note
 
 VERSION = 3
@@ -140,15 +140,13 @@ def lock_journal(path: Path) -> IO[str]:
             where=path,
             fix="set synthesize.journal to another file",
         ) from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    if not try_lock(lock):
         lock.close()
         raise RunError(
             "another process is writing this journal",
             where=path,
             fix="wait for it, or give this run its own journal: synthesize.journal",
-        ) from None
+        )
     return lock
 
 

@@ -6,8 +6,6 @@ to 11 + 8 bits of mantissa, which float32 holds and bfloat16 (8 bits) would roun
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from stillhouse.checksums import SUMS, damaged_export, read_sums, write_sums
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import ModelError
+from stillhouse.file_locks import building_folder
 from stillhouse.progress import note
 from stillhouse.teachers.gguf_keys import UnreadableGGUFError, read_config
 from stillhouse.teachers.gguf_tensors import read_tensors
@@ -58,26 +57,23 @@ def convert_gguf(path: Path, cache: Path) -> ConvertedModel:
         if damaged is None:
             return ConvertedModel(final, fingerprint)
         note(f"{final} is damaged ({damaged})")
-        shutil.rmtree(final)
+        with building_folder(final) as discarded:  # at once: a kill leaves no part of it in place
+            final.rename(discarded)
     _check_tensors(path)
     note(f"Converting {path.name} to safetensors, once, in {final}")
-    building = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
     try:
-        with disk_errors(final.parent, fix=f"free some space there, or {_CACHE}", elsewhere=_CACHE):
-            building.mkdir(parents=True)
+        with (
+            disk_errors(final.parent, fix=f"free some space there, or {_CACHE}", elsewhere=_CACHE),
+            building_folder(final) as building,
+        ):
             _convert(path, building)
             weight_files(building)
             write_sums(building)
-            if not _rename(building, final):
-                shutil.rmtree(building)
+            _rename(building, final)
     except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
         raise ModelError(
             f"the file cannot be converted ({error})", where=path, fix="download the file again"
         ) from error
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
     return ConvertedModel(final, fingerprint)
 
 
@@ -93,15 +89,13 @@ def _damaged(folder: Path, cache: Path) -> str | None:
     return next(iter(missing or changed_files(folder, names, cache)), None)
 
 
-def _rename(building: Path, final: Path) -> bool:
-    """Return False if another process has finished the same folder first."""
+def _rename(building: Path, final: Path) -> None:
+    """Rename the folder, unless another process has finished the same one first."""
     try:
         building.rename(final)
     except OSError:
-        if final.is_dir():
-            return False
-        raise
-    return True
+        if not final.is_dir():
+            raise
 
 
 def _check_magic(path: Path) -> None:

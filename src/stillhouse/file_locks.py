@@ -1,0 +1,107 @@
+"""Locks on files and folders: they end with the process that holds them, however it ends."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+from stillhouse.disk_errors import disk_errors
+from stillhouse.errors import RunError
+from stillhouse.progress import note
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
+"""Errors of disks without locks; the last, of NFS, which cannot lock folders."""
+
+
+def try_lock(file: IO[Any] | int, *, shared: bool = False) -> bool:
+    """Lock an open file or folder for this process; False if another process has locked it.
+
+    On a disk without locks, a warning is shown once, and the result is True.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_once()
+    return True
+
+
+@cache
+def _warn_once() -> None:
+    note(
+        "warning: this disk has no file locks, so two processes that use the same folder or "
+        "journal are not noticed"
+    )
+
+
+@contextmanager
+def locked_while_writing(folder: Path, what: str) -> Iterator[None]:
+    """Create the folder, if there is none, and lock it for this process inside the block.
+
+    Raises RunError if another process has locked it, or it cannot be created.
+    """
+    with disk_errors(folder, elsewhere="use another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if not _held(folder, stack):
+            raise RunError(
+                f"another process is writing this {what}",
+                where=folder,
+                fix="wait for it, or use another folder",
+            )
+        yield
+
+
+@contextmanager
+def building_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, which is deleted after the block unless it was renamed.
+
+    Those that killed processes left beside it are deleted first. Raises OSError.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _delete_abandoned(path)
+    while True:
+        building = path.with_name(f".{path.name}.{os.urandom(16).hex()}")
+        building.mkdir()
+        with ExitStack() as stack:
+            if not _held(building, stack):
+                continue  # another process took it for one that was left
+            try:
+                yield building
+            finally:
+                shutil.rmtree(building, ignore_errors=True)
+            return
+
+
+def _held(folder: Path, stack: ExitStack) -> bool:
+    """Lock the folder until the stack is closed. False if another process has locked it, or has
+    just renamed or deleted it."""
+    try:
+        opened = os.open(folder, os.O_RDONLY)
+        stack.callback(os.close, opened)
+        return try_lock(opened) and os.path.samestat(os.fstat(opened), folder.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _delete_abandoned(path: Path) -> None:
+    """Delete the building folders of `path` that no process has locked."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}"):
+        with suppress(OSError):  # a disk without locks: they stay
+            opened = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(opened)

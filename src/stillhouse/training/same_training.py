@@ -1,0 +1,113 @@
+"""A folder of a training from Python is used again only for the same training.
+
+A run's stage has a key of everything that it depends on. A folder that a caller names has a record
+of it, so that checkpoints of another training are not taken for its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import nn
+
+from stillhouse.checksums import seal_broken, sealed
+from stillhouse.data.batches import Batches
+from stillhouse.data.windows import ARRAYS
+from stillhouse.errors import TrainingError
+from stillhouse.objectives.objective_config import ObjectiveRecipe
+from stillhouse.runfolder import write_atomically
+from stillhouse.teachers.local_teacher import LocalTeacher
+from stillhouse.teachers.teacher import Teacher
+from stillhouse.training.train import CHECKPOINTS
+from stillhouse.training.train_config import WHERE_IT_RUNS, TrainRecipe
+
+RECORD = "training.json"
+ROWS, NUMBERS = 256, 4096
+"""Rows of the text, and numbers of each of a teacher's tensors, that are compared."""
+HARMLESS = ("report_to", "keep_checkpoints", *WHERE_IT_RUNS)
+"""Settings that do not change the result."""
+
+
+def require_same_training(
+    folder: Path,
+    teacher: Teacher | None,
+    batches: Batches,
+    objective: ObjectiveRecipe,
+    settings: TrainRecipe,
+    seed: int,
+) -> None:
+    """Record what the training in this folder depends on, or compare it with the record.
+
+    The student is not compared: a training that was interrupted has changed it, and a checkpoint of
+    another architecture does not load.
+    Raises TrainingError if the folder's checkpoints are of another training.
+    """
+    own = {
+        "objective": objective.model_dump(mode="json"),
+        **settings.model_dump(mode="json", exclude=set(HARMLESS)),
+        "seed": seed,
+        "data": [len(batches), batches.context, batches.supervised_tokens, _sample(batches)],
+        "teacher": _identity(teacher),
+    }
+    own = json.loads(json.dumps(own))
+    known = _record(folder)
+    if known is not None:
+        changed = [name for name in own if own[name] != known.get(name)]
+        if changed:
+            raise TrainingError(
+                f"this folder has checkpoints of a training with other values of "
+                f"{', '.join(changed)}",
+                where=folder,
+                fix="use another folder, or delete this one",
+            )
+    write_atomically(folder / RECORD, json.dumps(sealed(own), indent=1))
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    """The record of the training whose checkpoints are here; None if there is nothing to resume,
+    or the record is damaged: checkpoints have hashes of their own."""
+    if not any((folder / CHECKPOINTS).glob("checkpoint-*")):
+        return None
+    try:
+        known: dict[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return None if seal_broken(known) else known
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _sample(batches: Batches) -> str:
+    step = max(1, len(batches) // ROWS)
+
+    def rows(add: Callable[[bytes], object]) -> None:
+        for index in range(0, len(batches), step):
+            row = batches[index]
+            for name in ARRAYS:
+                add(row[name].numpy().tobytes())
+
+    return _hash(rows)
+
+
+def _identity(teacher: Teacher | None) -> str | None:
+    """What identifies its content; of a model in memory, a sample of its weights."""
+    if teacher is None or teacher.fingerprint.strip():
+        return None if teacher is None else teacher.fingerprint
+    if not isinstance(teacher, LocalTeacher):
+        return teacher.described
+    model: nn.Module = teacher.model
+
+    def weights(add: Callable[[bytes], object]) -> None:
+        for name, value in model.named_parameters():
+            some = value.detach().flatten()[:NUMBERS].float().cpu()
+            add(f"{name} {list(value.shape)}".encode() + some.numpy().tobytes())
+
+    return _hash(weights)
+
+
+def _hash(read: Callable[[Callable[[bytes], object]], None]) -> str:
+    total = xxhash.xxh3_128()
+    read(total.update)
+    return total.hexdigest()
