@@ -284,7 +284,8 @@ def test_torchrun_runs_the_complete_recipe(
 ) -> None:
     """Two processes learn and measure what one does. Nothing needs to be sharded here, so `auto`
     gives each of them both models."""
-    raw = tiny.recipe(tmp_path, train={"micro_batch_size": 4}, **more)
+    own_text = {"own_text": {"answers": 6, "max_tokens": 8}}
+    raw = tiny.recipe(tmp_path, train={"micro_batch_size": 4}, evaluate=own_text, **more)
     alone = stillhouse.run({**raw, "folder": str(tmp_path / "alone")})
     raw["train"] |= {"micro_batch_size": 2, "shard": shard}
     recipe = write(raw, tmp_path)
@@ -306,6 +307,10 @@ def test_torchrun_runs_the_complete_recipe(
         assert one.fidelity.tokens == two.fidelity.tokens
         assert one.fidelity.kl == pytest.approx(two.fidelity.kl, abs=1e-4)
         assert one.fidelity.perplexity == pytest.approx(two.fidelity.perplexity, rel=1e-4)
+    one_own, two_own = (
+        found.result("untrained").own_text for found in (alone.evaluation, measured)
+    )
+    assert vars(two_own) == pytest.approx(vars(one_own), abs=1e-4)
     sharded = any("The teacher is sharded" in note for note in measured.notes)
     assert sharded == (shard == "both")
 

@@ -137,11 +137,13 @@ def evaluate(
     *,
     prompts: Sequence[str] = (),
     max_new_tokens: int = 64,
+    own_text: int = 0,
     seed: int = 0,
 ) -> Evaluation:
     """Evaluate the student against its teacher on held-out text: KL, agreement, perplexity, size.
 
-    data: its held-out part is used; or batches. prompts: both models answer each.
+    data: its held-out part is used; or batches. prompts: both models answer each. own_text: both
+    models also answer this many prompts of the held-out text, and the teacher scores each token.
     Raises ModelError if the teacher is not a model on this machine, or has another vocabulary.
     """
     seed = checked(Seed, seed, "seed")
@@ -155,6 +157,7 @@ def evaluate(
         vocabulary=min(own.vocabulary, other.vocabulary),
         prompts=prompts,
         max_new_tokens=max_new_tokens,
+        own_text=own_text,
         seed=seed,
     )
 

@@ -86,6 +86,7 @@ def recipes() -> list[dict[str, Any]]:
     found = [
         {**PLAIN, "train": {}, "quantize": {"qat": {}}, "export": {"push_to_hub": {"repo": "a/b"}}},
         {**PLAIN, "evaluate": {"lm_eval": {"tasks": ["t"]}}, "objective": {"terms": terms}},
+        {**PLAIN, "evaluate": {"own_text": {}}},
         {**PLAIN, "data": {"sources": [{"kind": "corpus"}, hub, file]}, "synthesize": SYNTHESIS},
         with_best_of(judge),
         with_best_of({"kind": "likelihood"}),

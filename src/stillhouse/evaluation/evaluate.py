@@ -19,7 +19,14 @@ from stillhouse.evaluation.evaluate_config import EvaluateRecipe
 from stillhouse.evaluation.fidelity import HeldoutAnswers, OwnWindows, compare, heldout_answers
 from stillhouse.evaluation.generate import generate
 from stillhouse.evaluation.lm_eval import run_tasks
-from stillhouse.evaluation.results import Evaluation, Generation, ModelResult, Speed
+from stillhouse.evaluation.own_answers import OwnAnswers, far_on_own_text
+from stillhouse.evaluation.results import (
+    Evaluation,
+    Generation,
+    ModelResult,
+    ScoredAnswers,
+    Speed,
+)
 from stillhouse.evaluation.speed import (
     DECODE_TOKENS,
     PROMPT_TOKENS,
@@ -33,6 +40,7 @@ from stillhouse.processes import lost_process, open_group
 from stillhouse.progress import bar
 from stillhouse.scratch import temporary_folder
 from stillhouse.section import made
+from stillhouse.signals import DenseSignal, LMHead
 from stillhouse.teachers.load_model import load_model, load_tokenizer
 from stillhouse.teachers.quiet import quiet
 from stillhouse.teachers.sharded_teacher import ShardedTeacher
@@ -57,11 +65,12 @@ def evaluate(
 ) -> Evaluation:
     """Measure the models in `paths` by role (teacher, untrained, student, fine_tuned, quantized).
 
-    Under torchrun, every process calls this with its share of the windows, and the main process
-    alone measures the rest.
+    Under torchrun, every process calls this with its share of the windows and of the own answers,
+    and the main process alone measures the rest.
     Fidelity and generations use one model at a time, so memory holds one model, the teacher's
-    head, and the teacher's hidden states of the held-out text; the speed measurement holds all
-    models at once. Everything computes in `precision` on the default device.
+    head, and the teacher's hidden states of the held-out text; with own text, also every model's
+    head and hidden states of its answers. The speed measurement holds all models at once.
+    Everything computes in `precision` on the default device.
 
     vocabulary: tokens of the shared vocabulary; rows past it are padding.
     export_dtype: sizes are reported as if the weights were stored in this type; None: their own
@@ -84,20 +93,27 @@ def evaluate(
     setup = _Setup(default_device(), precision.dtype, trust_remote_code, vocabulary, seed)
     tokenizer = load_tokenizer(teacher_path, trust_remote_code=trust_remote_code)
     together = world_size() > 1
-    measuring = _Measuring(section, tokenizer, windows, vocabulary, seed, together)
+    own = OwnAnswers.to(section.own_text, tokenizer, windows, seed)
+    measuring = _Measuring(section, tokenizer, windows, vocabulary, seed, together, own)
+
+    def load_teacher() -> tuple[Any, ShardedTeacher | None]:
+        sharded = load_sharded() if load_sharded else None
+        return (setup.load(teacher_path), None) if sharded is None else (sharded.model, sharded)
+
     for role, path in paths.items():
-        sharded = load_sharded() if load_sharded and role == TEACHER else None
-        model = setup.load(path) if sharded is None else sharded.model
+        model, sharded = load_teacher() if role == TEACHER else (setup.load(path), None)
         if prepare is not None and role in prepare:
             prepare[role](model)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         measuring.add(role, model, weight_bytes(path, parameters, export_dtype), sharded)
         del model, sharded
         gc.collect()  # models have reference cycles: without this, two would be in memory
+    measuring.score_own_text(load_teacher)
     results = measuring.results
     notes = [
         f"Fidelity: {results[TEACHER].fidelity.tokens:,} tokens in {len(windows):,} held-out "
-        f"windows. Matrix products: {precision.reason}."
+        f"windows. Matrix products: {precision.reason}.",
+        *measuring.own_text_notes(),
     ]
     sizes = sizes or {}
     results |= {role: replace(results[role], bytes_on_disk=size) for role, size in sizes.items()}
@@ -126,7 +142,8 @@ def evaluate(
                 trust_remote_code=trust_remote_code,
             )
             results[role] = replace(results[role], tasks=scores)
-    return Evaluation(list(results.values()), measuring.generations(), notes)
+    models = list(results.values())
+    return Evaluation(models, measuring.generations(), notes, measuring.scored_answers)
 
 
 @dataclass(frozen=True)
@@ -150,21 +167,30 @@ def evaluate_models(
     vocabulary: int,
     prompts: Sequence[str] = (),
     max_new_tokens: int = 64,
+    own_text: int = 0,
     seed: int = 0,
 ) -> Evaluation:
     """Fidelity and generations of models in memory, by role, each in its own dtype.
 
-    models: the teacher first, all on one device. tokenizer: for the prompts.
+    models: the teacher first, all on one device. tokenizer: for the prompts. own_text: prompts of
+    the held-out text whose answers by each model are scored.
     Raises DataError: held-out text that cannot be measured on.
     """
     options = {"prompts": list(prompts), "max_new_tokens": max_new_tokens, "speed": False}
+    options |= {"own_text": {"answers": own_text}}
     section = made(EvaluateRecipe, options, "evaluate")
-    measuring = _Measuring(section, tokenizer, windows, vocabulary, seed)
+    own = OwnAnswers.to(section.own_text, tokenizer, windows, seed)
+    measuring = _Measuring(section, tokenizer, windows, vocabulary, seed, own_answers=own)
     for role, model in models.items():
         weights = sum(each.numel() * each.element_size() for each in model.parameters())
         measuring.add(role, model, weights)
-    notes = [f"{len(windows):,} held-out windows; each model computes in its own number type."]
-    return Evaluation(list(measuring.results.values()), measuring.generations(), notes)
+    measuring.score_own_text(lambda: (models[TEACHER], None))
+    notes = [
+        f"{len(windows):,} held-out windows; each model computes in its own number type.",
+        *measuring.own_text_notes(),
+    ]
+    results, answers = list(measuring.results.values()), measuring.scored_answers
+    return Evaluation(results, measuring.generations(), notes, answers)
 
 
 @dataclass
@@ -178,7 +204,9 @@ class _Measuring:
     vocabulary: int
     seed: int
     together: bool = False
+    own_answers: OwnAnswers | None = None
     results: dict[str, ModelResult] = field(default_factory=dict)
+    scored_answers: list[ScoredAnswers] = field(default_factory=list)
     _written: dict[str, list[str]] = field(default_factory=dict)
     _teacher: HeldoutAnswers | None = None
 
@@ -204,6 +232,8 @@ class _Measuring:
             bytes_on_disk=bytes_on_disk,
             fidelity=fidelity,
         )
+        if sharded is None and self.own_answers is not None:
+            self.own_answers.add(role, model)
         if sharded is not None or (self.together and not leads()):
             return
         self._written[role] = generate(
@@ -214,6 +244,29 @@ class _Measuring:
             temperature=self.section.temperature,
             seed=self.seed,
         )
+
+    def score_own_text(self, load_teacher: Callable[[], tuple[Any, ShardedTeacher | None]]) -> None:
+        """Once all models have answered: the teacher scores the answers."""
+        if self.own_answers is None or not self.own_answers.answers:
+            return
+        with lost_process(world_size()):
+            model, sharded = load_teacher()
+
+            def run_teacher(work: Callable[[Any, LMHead | None], DenseSignal]) -> DenseSignal:
+                if sharded is None:
+                    return work(model, None)
+                return sharded.gathered(lambda head: work(model, head))
+
+            found, self.scored_answers = self.own_answers.scored(run_teacher, self.vocabulary)
+        for role, own_text in found.items():
+            self.results[role] = replace(self.results[role], own_text=own_text)
+
+    def own_text_notes(self) -> list[str]:
+        student = self.results.get("student")
+        if self.own_answers is None or student is None or student.own_text is None:
+            return []
+        far = far_on_own_text(student.fidelity.kl, student.own_text)
+        return [self.own_answers.note(), *far]
 
     def generations(self) -> list[Generation]:
         return [

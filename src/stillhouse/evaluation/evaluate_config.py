@@ -17,6 +17,19 @@ class LmEvalRecipe(Section):
     num_fewshot: CountOrZero | None = None
 
 
+class OwnTextRecipe(Section):
+    """Every model answers the same prompts, and the teacher scores each token of its answers."""
+
+    prompts: list[str] = Field(
+        default=[], description="Prompts, as evaluate.prompts; none: those of the held-out text."
+    )
+    answers: CountOrZero = Field(
+        32, description="Prompts of the held-out text to answer; 0: own text is not measured."
+    )
+    max_tokens: AnswerTokens = Field(128, description="Limit for one answer.")
+    temperature: SamplingTemperature = Field(0.0, description="Of the answers; 0: greedy.")
+
+
 class EvaluateRecipe(Section):
     fine_tuning_baseline: bool = Field(
         False, description="Also train the same student by plain next-token loss, to compare."
@@ -25,4 +38,7 @@ class EvaluateRecipe(Section):
     max_new_tokens: AnswerTokens = 64
     temperature: SamplingTemperature = Field(0.0, description="0 is greedy.")
     speed: bool = Field(True, description="Measure prefill and decode tokens/s.")
+    own_text: OwnTextRecipe | None = Field(
+        None, description="Measure the models on their own answers; null: not measured."
+    )
     lm_eval: LmEvalRecipe | None = None

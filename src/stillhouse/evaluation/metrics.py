@@ -127,6 +127,28 @@ _COST = (
 )
 
 
+_OWN_KL = (
+    "KL on own text: mean over the tokens of the model's own answers, in nats/token. Teacher ‖ "
+    "model: as on held-out text; model ‖ teacher: where the model is likely to go and the teacher "
+    "is not. Log-probability by the teacher: of the answers' tokens; higher is better."
+)
+_OWN_FORM = (
+    "Repetition: share of 4-grams that occur earlier in the same answer. Cut off: share of answers "
+    "that reached the limit of tokens."
+)
+_OWN_TEXT = (
+    Metric("KL on own text, teacher ‖ model", ("own_text", "forward_kl"), text.tiny, _OWN_KL),
+    Metric("KL on own text, model ‖ teacher", ("own_text", "reverse_kl"), text.tiny, _OWN_KL),
+    Metric("Own text: log-probability by the teacher", ("own_text", "teacher_logprob"),
+           text.digits, _OWN_KL),
+    Metric("Own text: entropy (nats/token)", ("own_text", "entropy"), text.digits),
+    Metric("Own text: repetition", ("own_text", "repetition"), _percent, _OWN_FORM),
+    Metric("Own text: answers cut off", ("own_text", "cut_off"), _percent, _OWN_FORM),
+    Metric("Own text: tokens per answer", ("own_text", "length"), text.digits),
+)  # fmt: skip
+_WITHOUT_REMARK = (_FIDELITY[0], _FIDELITY[3], *_OWN_TEXT)
+
+
 @metrics_of.register
 def _(found: Evaluation) -> MetricsTable:
     score = "Score of an evaluation task, as lm-eval reports it."
@@ -138,7 +160,9 @@ def _(found: Evaluation) -> MetricsTable:
 
     positions = found.models[0].fidelity.tokens if found.models else 0
     title = f"Measured on {positions:,} positions of held-out text"
-    return _table(title, found.models, [*_FIDELITY, *tasks, *_COST], found.notes, remark)
+    return _table(
+        title, found.models, [*_FIDELITY, *_OWN_TEXT, *tasks, *_COST], found.notes, remark
+    )
 
 
 def perplexity_retention(model: ModelResult, teacher: ModelResult) -> float:
@@ -155,7 +179,7 @@ def _beside_the_others(metric: Metric, model: ModelResult, found: Evaluation) ->
             return ""
         return f"{text.percent(1 - model.fidelity.kl / untrained.fidelity.kl)} of the gap closed"
     theirs = _value(teacher, metric.path)
-    if not theirs or model is teacher or metric in (_FIDELITY[0], _FIDELITY[3]):
+    if not theirs or model is teacher or metric in _WITHOUT_REMARK:
         return ""
     kept = _value(model, metric.path) / theirs
     return f"{text.percent(1 / kept if metric.path == _PERPLEXITY_PATH else kept)} of teacher"

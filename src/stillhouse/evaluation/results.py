@@ -12,6 +12,7 @@ from rich.console import Console
 
 from stillhouse.disk_errors import disk_errors
 from stillhouse.errors import RunError
+from stillhouse.generation.own_text import OwnText
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """The measurements of one model. role: a key of `ROLE_NAMES`."""
+    """The measurements of one model. role: a key of `ROLE_NAMES`. own_text: of its own answers."""
 
     role: str
     parameters: int
@@ -75,6 +76,7 @@ class ModelResult:
     fidelity: Fidelity
     speed: Speed | None = None
     tasks: dict[str, float] = field(default_factory=dict)
+    own_text: OwnText | None = None
 
     def decoding_speedup(self, over: ModelResult | None) -> float | None:
         """Decoding speed as a multiple of another model's; None if one was not measured."""
@@ -92,6 +94,25 @@ class Generation:
     answers: dict[str, str]
 
 
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """A model's own answer, token by token. texts: what each token adds to the text, special tokens
+    included. The others are as in `TokenScores`."""
+
+    texts: list[str]
+    forward_kl: list[float]
+    reverse_kl: list[float]
+    teacher_logprob: list[float]
+
+
+@dataclass(frozen=True)
+class ScoredAnswers:
+    """The scored answers of every model to one prompt, by role."""
+
+    prompt: str
+    answers: dict[str, ScoredAnswer]
+
+
 @dataclass(frozen=True, repr=False)
 class Evaluation(Saved):
     """All models of a run and their teacher; `str` is the table of metrics."""
@@ -99,6 +120,7 @@ class Evaluation(Saved):
     models: list[ModelResult]
     generations: list[Generation]
     notes: list[str] = field(default_factory=list)
+    scored_answers: list[ScoredAnswers] = field(default_factory=list)
 
     def result(self, role: str) -> ModelResult | None:
         return next((model for model in self.models if model.role == role), None)

@@ -73,8 +73,11 @@ def plan_evaluation(
         )
         return Outcome(tokens, flops, peak_memory_bytes())
 
+    measured = job.recipe.evaluate.model_dump(mode="json")
+    if measured["own_text"] is None:
+        del measured["own_text"]  # so that a finished evaluation is not repeated
     inputs: dict[str, Any] = {
-        "recipe": job.recipe.evaluate.model_dump(mode="json"),
+        "recipe": measured,
         "precision": job.recipe.train.precision,
         "dtype": job.recipe.export.dtype,
         "seed": job.recipe.seed,

@@ -14,6 +14,7 @@ from stillhouse.evaluation.roles import role_name, role_order
 from stillhouse.report.charts import Chart, LineChart, dot, in_units
 from stillhouse.report.formats import KL_LABEL, Replays, forms, forms_section
 from stillhouse.report.history import Rows, median, series, training_charts
+from stillhouse.report.own_text_report import own_text_section
 from stillhouse.report.page import Answer, Figure, Report, Section, SideBySide
 from stillhouse.report.palette import ACCENT, MUTED, role_color
 from stillhouse.report.sections import (
@@ -55,6 +56,7 @@ def language_model_report(
         _headline(models, run),
         kept_section(evaluation),
         training_section(history, kl_temperature(run.recipe)),
+        own_text_section(evaluation.scored_answers if evaluation else [], history),
         generations_section(evaluation.generations if evaluation else []),
         cost_section(run.stages, _scratch_part(run, student)),
         Section("The student", "student", facts=student_facts(student)),

@@ -34,12 +34,22 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Token:
+    """A part of a text. level: of its background, from 0 (none) to 4. title: shown on pointing."""
+
+    text: str
+    level: int
+    title: str = ""
+
+
+@dataclass(frozen=True)
 class Answer:
-    """color: of the line above the text."""
+    """color: of the line above the text. tokens: the text in parts; empty: `text`."""
 
     name: str
     text: str
     color: str
+    tokens: list[Token] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,8 @@ class Section:
     """A part of the page; empty fields are not shown. The page has the fields in this order.
 
     id: anchor, unique on the page; empty for a part of another section. lead, table, small: text
-    above the table, the table, small print below it. facts: (name, value). links: (name, address).
+    above the table, the table, small print below it. facts: (name, value). legend: of the levels
+    of tokens in `texts`. links: (name, address).
     """
 
     title: str
@@ -74,6 +85,7 @@ class Section:
     small: str = ""
     charts: list[Annotated[Chart, Field(discriminator="kind")]] = field(default_factory=list)
     facts: list[tuple[str, str]] = field(default_factory=list)
+    legend: list[Token] = field(default_factory=list)
     texts: list[SideBySide] = field(default_factory=list)
     items: list[str] = field(default_factory=list)
     folded: list[Folded] = field(default_factory=list)

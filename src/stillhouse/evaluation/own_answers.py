@@ -1,0 +1,160 @@
+"""Measures models on their own answers: each model answers the same prompts, and at the end the
+teacher scores all answers.
+
+Under torchrun each process has a share of the prompts, and the figures are for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from stillhouse.data.turn_end import end_of_answers
+from stillhouse.data.window_prompts import window_prompts
+from stillhouse.data.windows import WindowSet
+from stillhouse.evaluation.evaluate_config import OwnTextRecipe
+from stillhouse.evaluation.generate import prompt_ids
+from stillhouse.evaluation.results import ScoredAnswer, ScoredAnswers
+from stillhouse.generation.local_generator import LocalGenerator
+from stillhouse.generation.own_text import (
+    ANSWERS_PER_FORWARD,
+    OwnAnswer,
+    OwnText,
+    TokenScores,
+    answer_states,
+    own_text,
+    own_text_sums,
+    score_tokens,
+    write_answers,
+)
+from stillhouse.generation.token_texts import token_texts
+from stillhouse.launch import process_index, world_size
+from stillhouse.processes import sum_over_processes
+from stillhouse.progress import bar
+from stillhouse.signals import DenseSignal, LMHead
+
+EXAMPLES = 3
+"""Prompts whose answers are kept token by token."""
+FAR = 2.0
+"""A KL on own text that is more than this many times the KL on held-out text is reported."""
+
+ScoreTeacher = Callable[[Callable[[Any, LMHead | None], DenseSignal]], DenseSignal]
+
+
+@dataclass
+class OwnAnswers:
+    """The models' answers to `prompts` (token ids), scored once all models have answered.
+
+    Until then, each model's hidden states and head are kept on the CPU.
+    """
+
+    section: OwnTextRecipe
+    tokenizer: Any
+    prompts: list[list[int]]
+    seed: int
+    answers: dict[str, list[OwnAnswer]] = field(default_factory=dict)
+    _states: dict[str, DenseSignal] = field(default_factory=dict)
+
+    @classmethod
+    def to(
+        cls, section: OwnTextRecipe | None, tokenizer: Any, windows: WindowSet, seed: int
+    ) -> OwnAnswers | None:
+        """With the prompts of the section, or of held-out windows; None if there is nothing to
+        measure."""
+        if section is None or not section.answers:
+            return None
+        given = [prompt_ids(tokenizer, prompt) for prompt in section.prompts]
+        prompts = given or window_prompts(windows, section.answers)
+        return cls(section, tokenizer, prompts, seed) if prompts else None
+
+    def add(self, role: str, model: Any) -> None:
+        """Let the model answer this process's share of the prompts."""
+        generator = LocalGenerator(model, end_of_answers(self.tokenizer, model.generation_config))
+        own = range(process_index(), len(self.prompts), world_size())
+        with bar(f"Own text: {role}", len(own), unit="answers") as advance:
+            answers = write_answers(
+                generator,
+                [self.prompts[number] for number in own],
+                max_tokens=self.section.max_tokens,
+                temperature=self.section.temperature,
+                seeds=[self.seed + number for number in own],
+                advance=advance,
+            )
+        states = answer_states(model, answers)
+        head = states.head.to(states.hidden_ND.device)
+        self.answers[role], self._states[role] = answers, replace(states, head=head)
+
+    def scored(
+        self, run_teacher: ScoreTeacher, vocabulary: int
+    ) -> tuple[dict[str, OwnText], list[ScoredAnswers]]:
+        """The figures of every role, and the examples of this process.
+
+        run_teacher: calls its argument with the teacher, and with the head of a sharded one.
+        """
+        passes = -(-len(self.prompts) // (world_size() * ANSWERS_PER_FORWARD))
+        figures, scores = {}, {}
+        for role, answers in self.answers.items():
+
+            def states(model: Any, head: LMHead | None, written: Any = answers) -> DenseSignal:
+                return answer_states(model, written, head=head, passes=passes)
+
+            teacher = run_teacher(states)
+            own = self._states.pop(role)
+            own = replace(own, head=own.head.to(teacher.head.weight_VD.device))
+            scores[role] = score_tokens(answers, own, teacher, vocabulary)
+            found = own_text(sum_over_processes(own_text_sums(answers, scores[role])))
+            if found is not None:
+                figures[role] = found
+        return figures, self._examples(scores)
+
+    def _examples(self, scores: dict[str, TokenScores]) -> list[ScoredAnswers]:
+        found: list[ScoredAnswers] = []
+        starts = dict.fromkeys(scores, 0)
+        for number in range(min([EXAMPLES, *map(len, self.answers.values())])):
+            each: dict[str, ScoredAnswer] = {}
+            for role, answers in self.answers.items():
+                tokens = slice(starts[role], starts[role] + len(answers[number].ids))
+                starts[role] = tokens.stop
+                each[role] = _scored_answer(self.tokenizer, answers[number], scores[role], tokens)
+            prompt = next(iter(self.answers.values()))[number].prompt
+            found.append(ScoredAnswers("".join(token_texts(self.tokenizer, prompt)), each))
+        return found
+
+    def note(self) -> str:
+        asked = "" if self.section.prompts else " of the held-out text"
+        decoding = (
+            f"temperature {self.section.temperature:g}" if self.section.temperature else "greedy"
+        )
+        return (
+            f"Own text: every model's answers to {len(self.prompts):,} prompts{asked}, at most "
+            f"{self.section.max_tokens:,} tokens each, {decoding}."
+        )
+
+
+def _scored_answer(
+    tokenizer: Any, answer: OwnAnswer, scores: TokenScores, tokens: slice
+) -> ScoredAnswer:
+    def rounded(values: Any) -> list[float]:
+        return [round(value, 4) for value in values[tokens].tolist()]
+
+    return ScoredAnswer(
+        texts=token_texts(tokenizer, answer.ids),
+        forward_kl=rounded(scores.forward_kl_N),
+        reverse_kl=rounded(scores.reverse_kl_N),
+        teacher_logprob=rounded(scores.teacher_logprob_N),
+    )
+
+
+def far_on_own_text(on_data: float, found: OwnText) -> list[str]:
+    """A note if a student is much farther from its teacher on its own text than on data.
+
+    on_data: KL(teacher ‖ student) on held-out text, in nats/token.
+    """
+    if not 0 < FAR * on_data < found.forward_kl:
+        return []
+    return [
+        f"On its own answers the student's KL to the teacher is {found.forward_kl:.3g} nats/token, "
+        f"{found.forward_kl / on_data:.1f} times that on held-out text ({on_data:.3g}). Train "
+        "longer on data, and then on its own text (train.on_policy)."
+    ]

@@ -1,0 +1,106 @@
+"""The report's section on the models' own answers: curves of the training, and tokens by color."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import pairwise
+
+from stillhouse.evaluation.results import ScoredAnswer, ScoredAnswers
+from stillhouse.evaluation.roles import role_name, role_order
+from stillhouse.report.charts import Line, LineChart, in_units
+from stillhouse.report.history import Rows, series, smooth
+from stillhouse.report.page import Answer, Section, SideBySide, Token
+from stillhouse.report.palette import ACCENT, SECOND, role_color
+
+LEVELS = (0.1, 0.3, 1.0, 3.0)
+"""KL in nats at which the next color begins."""
+
+_LEAD = (
+    "Each model answers the same prompts. A token's color is KL(model ‖ teacher) where the model "
+    "wrote it: dark where the model is likely to write what its teacher would not. Whatever "
+    "follows is scored as a continuation of the model's own text. The teacher's answer has no "
+    "color. Point at a token for its figures."
+)
+_CURVES = (
+    (("own_forward_kl", "own_reverse_kl", "own_jsd"), "Divergence on own text",
+     "nats/token"),
+    (("own_entropy",), "Entropy on own text", "nats/token"),
+    (("own_teacher_logprob",), "Own text: log-probability by the teacher", "nats/token"),
+    (("own_repetition", "own_cut_off"), "Repetition and answers cut off", "share"),
+    (("own_length",), "Length of own answers", "tokens"),
+)  # fmt: skip
+"""Keys of metrics.jsonl on one chart, its title, and the unit."""
+_LABELS = {
+    "own_forward_kl": "KL(teacher ‖ student)",
+    "own_reverse_kl": "KL(student ‖ teacher)",
+    "own_jsd": "JSD",
+    "own_repetition": "4-grams seen before",
+    "own_cut_off": "answers cut off",
+}
+_COLORS = (ACCENT, SECOND, *map(role_color, ("quantized", "teacher")))
+
+
+def own_text_section(answers: Iterable[ScoredAnswers], history: Rows) -> Section:
+    """Empty if neither answers nor curves were measured."""
+    texts = [
+        SideBySide(
+            one.prompt,
+            [
+                Answer(role_name(role), "", role_color(role), _tokens(one.answers[role]))
+                for role in sorted(one.answers, key=role_order)
+            ],
+        )
+        for one in answers
+    ]
+    return Section(
+        "Own answers",
+        "own-text",
+        lead=_LEAD if texts else "",
+        legend=_legend() if texts else [],
+        charts=[*own_text_charts(history)],
+        texts=texts,
+    )
+
+
+def _tokens(answer: ScoredAnswer) -> list[Token]:
+    columns = (answer.texts, answer.forward_kl, answer.reverse_kl, answer.teacher_logprob)
+    return [
+        Token(
+            written,
+            _level(reverse),
+            f"KL(model ‖ teacher) {reverse:.2f}, KL(teacher ‖ model) {forward:.2f}, "
+            f"log-probability by the teacher {logprob:.2f}",
+        )
+        for written, forward, reverse, logprob in zip(*columns, strict=True)
+    ]
+
+
+def _level(kl: float) -> int:
+    return sum(kl >= limit for limit in LEVELS)
+
+
+def _legend() -> list[Token]:
+    limits = [f"{limit:g}" for limit in LEVELS]
+    names = [f"below {limits[0]}"]
+    names += [f"{low}–{high}" for low, high in pairwise(limits)]
+    names += [f"{limits[-1]} nats and more"]
+    return [Token(name, level) for level, name in enumerate(names)]
+
+
+def own_text_charts(history: Rows) -> list[LineChart]:
+    """The curves of the student's own text during training; none with fewer than two points."""
+    charts = []
+    for keys, title, unit in _CURVES:
+        found = {key: series(history, key) for key in keys}
+        found = {key: points for key, points in found.items() if len(points[1]) >= 2}
+        if not found:
+            continue
+        tokens, x_label = in_units([x for xs, _ in found.values() for x in xs], "training tokens")
+        lines, start = [], 0
+        for (key, (xs, y)), color in zip(found.items(), _COLORS, strict=False):
+            x = tokens[start : start + len(xs)]
+            start += len(xs)
+            name = "" if len(found) == 1 else _LABELS[key]
+            lines += [Line(x, y, color, style="faint"), Line(x, smooth(y), color, name)]
+        charts.append(LineChart(title, x_label, unit, lines, x_limits=(0, None)))
+    return charts
